@@ -1,0 +1,54 @@
+# One target per thing a person does here. `make` alone lists them.
+.DEFAULT_GOAL := help
+.PHONY: help install demo pictures test test-slow check format clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(READY)  ## Make .venv and install everything into it
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Darkroom needs Python 3.11 or newer; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# make demo                         digits, recognisable in a few minutes
+# make demo DATA=path/to/folder     your own pictures, as a data set named after the folder
+DATA ?= pictures/digits
+NAME := $(notdir $(patsubst %/,%,$(DATA)))
+SETTINGS := $(if $(filter pictures/digits,$(DATA)),,--set ingest.size=32)
+
+demo: $(READY) $(if $(filter pictures/digits,$(DATA)),pictures)  ## The whole retraining on real pictures, on this machine
+	$(BIN)/darkroom up
+	$(BIN)/darkroom retrain "$(DATA)" --dataset "$(NAME)" $(SETTINGS)
+	@$(BIN)/darkroom status
+
+pictures: $(READY)  ## Write the demo's pictures to pictures/digits
+	$(BIN)/python infra/demo_pictures.py pictures/digits
+
+test: $(READY)  ## Run the tests (minutes)
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(READY)  ## Run the long tests: servers, kills, browser (half an hour)
+	$(BIN)/pytest -m slow
+
+check: $(READY)  ## Lint, format, types, layers
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)  ## Format the code and mend what can be mended
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:  ## Stop the local stack and remove everything that was made, but not your pictures
+	-$(BIN)/darkroom down
+	rm -rf .darkroom data runs reports prints $(VENV)

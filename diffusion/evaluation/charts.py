@@ -1,0 +1,142 @@
+"""Curves of an evaluation, each drawn for light and for dark paper."""
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from diffusion.evaluation.results import Evaluation
+from diffusion.grids import figure_png
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Colours of a chart."""
+
+    background: str
+    ink: str
+    muted: str
+    rule: str
+    series: tuple[str, ...]
+
+
+LIGHT = Paper("#ffffff", "#1c1f23", "#6b7280", "#e5e7eb", ("#2563eb", "#c2410c", "#0f766e", "#7c3aed"))
+DARK = Paper("#191c20", "#e6e8eb", "#9aa3ad", "#30353b", ("#82aaff", "#fb9a5b", "#4fd1c0", "#c4a5ff"))
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart as PNG files."""
+
+    title: str
+    light: bytes
+    dark: bytes
+
+
+Draw = Callable[[Axes, Paper], None]
+
+
+def charts(evaluation: Evaluation, losses: Path | None) -> list[Chart]:
+    """Scores against images seen, each with its floor; and the losses, if there is a CSV of them."""
+    several: list[tuple[str, Draw]] = [
+        ("KID, with 95 % intervals (lower is better)", lambda axes, paper: _kid(axes, paper, evaluation)),
+        ("Fréchet distance (lower is better)", lambda axes, paper: _fd(axes, paper, evaluation)),
+        ("Precision and recall (higher is better)", lambda axes, paper: _shares(axes, paper, evaluation)),
+    ]
+    if losses is not None and (columns := read_losses(losses)):
+        several.append(("Loss on fixed pictures", lambda axes, paper: _losses(axes, paper, columns)))
+    return [Chart(title, _render(draw, LIGHT), _render(draw, DARK)) for title, draw in several]
+
+
+def read_losses(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """Per column of a CSV, its finite values as (images, value); columns without any are left out."""
+    with path.open(newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    names = [name for name in (rows[0] if rows else {}) if name != "images"]
+    columns = {
+        name: [(row["images"], row[name]) for row in rows if math.isfinite(row[name])] for name in names
+    }
+    return {name: points for name, points in columns.items() if points}
+
+
+def _render(draw: Draw, paper: Paper) -> bytes:
+    figure = Figure(figsize=(5.6, 3.3), layout="constrained", facecolor=paper.background)
+    axes = figure.subplots()
+    axes.set_facecolor(paper.background)
+    draw(axes, paper)
+    axes.set_xlabel("images seen", color=paper.muted, fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda images, _: _short(images)))
+    axes.tick_params(colors=paper.muted, labelsize=9, length=0)
+    axes.grid(axis="y", color=paper.rule, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(paper.rule)
+    return figure_png(figure)
+
+
+def _kid(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
+    floor, scores = evaluation.floor, [each.scores for each in evaluation.checkpoints]
+    images = [each.images for each in evaluation.checkpoints]
+    axes.axhspan(
+        floor.kid - 1.96 * floor.kid_se, floor.kid + 1.96 * floor.kid_se, color=paper.muted, alpha=0.18, lw=0
+    )
+    _floor_line(axes, paper, floor.kid)
+    errors = [1.96 * each.kid_se for each in scores]
+    kids = [each.kid for each in scores]
+    axes.errorbar(
+        images, kids, errors, color=paper.series[0], marker="o", markersize=5, linewidth=1.8, capsize=3
+    )
+    best = evaluation.best
+    axes.plot(best.images, best.scores.kid, "o", markersize=11, mfc="none", mec=paper.series[0], mew=1.5)
+
+
+def _fd(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
+    _floor_line(axes, paper, evaluation.floor.fd)
+    points = [(each.images, each.scores.fd) for each in evaluation.checkpoints]
+    axes.plot(*_transposed(points), color=paper.series[0], marker="o", markersize=5, linewidth=1.8)
+    axes.set_ylim(bottom=0)
+
+
+def _shares(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
+    for name, colour in ("precision", paper.series[0]), ("recall", paper.series[1]):
+        points = [(each.images, getattr(each.scores, name)) for each in evaluation.checkpoints]
+        axes.plot(*_transposed(points), color=colour, marker="o", markersize=5, linewidth=1.8, label=name)
+        axes.axhline(getattr(evaluation.floor, name), color=colour, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.set_ylim(0, 1.02)
+    axes.plot([], [], color=paper.muted, linewidth=1.2, linestyle=(0, (4, 3)), label="their floors")
+    _legend(axes, paper)
+
+
+def _losses(axes: Axes, paper: Paper, columns: dict[str, list[tuple[float, float]]]) -> None:
+    for number, (name, points) in enumerate(columns.items()):
+        colour = paper.series[number % len(paper.series)]
+        axes.plot(*_transposed(points), color=colour, linewidth=1.8, label=name.replace("_", " "))
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+    axes.tick_params(which="minor", colors=paper.muted, labelsize=8, length=0)
+    _legend(axes, paper)
+
+
+def _floor_line(axes: Axes, paper: Paper, value: float) -> None:
+    axes.axhline(value, color=paper.muted, linewidth=1.2, linestyle=(0, (4, 3)), label="floor: real pictures")
+    _legend(axes, paper)
+
+
+def _legend(axes: Axes, paper: Paper) -> None:
+    axes.legend(frameon=False, fontsize=9, labelcolor=paper.ink)
+
+
+def _transposed(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _short(images: float) -> str:
+    if images >= 1e6:
+        return f"{images / 1e6:g} M"
+    return f"{images / 1e3:g} k" if images >= 1e3 else f"{images:g}"

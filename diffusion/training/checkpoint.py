@@ -1,0 +1,106 @@
+"""Checkpoints: everything a run needs to go on, in one safetensors file, whole or absent."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffusion.files import sha256_file, write_bytes
+from diffusion.model import AVERAGED, read_header, save_tensors
+from diffusion.models.unet import UNet
+from diffusion.training.ema import ExponentialMovingAverage
+
+NETWORK = "network."
+OPTIMIZER = "optimizer."
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainingState:
+    """What changes from step to step. There is no random state: draws are functions of ``images``."""
+
+    network: UNet
+    average: ExponentialMovingAverage
+    optimizer: torch.optim.AdamW
+    images: int = 0
+    """Pictures seen."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors under names that say whose they are."""
+        named = {NETWORK + name: value for name, value in self.network.state_dict().items()}
+        named |= {AVERAGED + name: value for name, value in self.average.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            named |= {f"{OPTIMIZER}{index}.{name}": value for name, value in moments.items()}
+        return {name: value.detach().contiguous() for name, value in named.items()}
+
+    def load(self, tensors: dict[str, Tensor], images: int) -> None:
+        """Become the state that ``tensors`` was taken from."""
+        self.network.load_state_dict(_under(NETWORK, tensors))
+        self.average.load_state_dict(_under(AVERAGED, tensors))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in _under(OPTIMIZER, tensors).items():
+            index, moment = name.split(".", 1)
+            moments.setdefault(int(index), {})[moment] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.images = images
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints in a folder, each ``<images>.safetensors`` with its digest in ``….sha256``.
+
+    The digest is written last: a checkpoint without one was never finished and does not count.
+    """
+
+    folder: Path
+
+    def save(self, state: TrainingState, header: dict[str, Any]) -> Path:
+        """Write ``state`` under the number of its images."""
+        path = self.folder / f"{state.images:010d}.safetensors"
+        digest = save_tensors(path, state.tensors(), header)
+        write_bytes(_digest_of(path), f"{digest}\n".encode())
+        return path
+
+    def paths(self) -> list[Path]:
+        """The finished checkpoints, oldest first."""
+        return sorted(path for path in self.folder.glob("*.safetensors") if _digest_of(path).is_file())
+
+    def judged(self) -> list[Path]:
+        """The checkpoints worth judging, oldest first: all but the one from before the first step."""
+        return [path for path in self.paths() if int(path.stem) > 0]
+
+    def newest_whole(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Checkpoints whose digest is right with their headers, newest first; damaged ones are named."""
+        for path in reversed(self.paths()):
+            if sha256_file(path) == _digest_of(path).read_text().strip():
+                yield path, read_header(path)
+            else:
+                logger.warning("checkpoint %s is damaged: going on from the one before it", path)
+
+    def restore(self, state: TrainingState) -> dict[str, Any] | None:
+        """Load the newest whole checkpoint into ``state``; returns its header, or None if there is none."""
+        for path, header in self.newest_whole():
+            state.load(load_file(path), header["model_header"]["images"])
+            return header
+        return None
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the ``keep`` newest: digest first, so that none is ever half there."""
+        for path in self.paths()[:-keep]:
+            _digest_of(path).unlink()
+            path.unlink()
+
+
+def _digest_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")

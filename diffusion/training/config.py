@@ -1,0 +1,51 @@
+"""How a model is trained. Every schedule counts images seen, so batch size and resumption change none."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from diffusion.config import Config
+
+
+class TrainingConfig(Config):
+    """How long, how fast, on what, and what is kept."""
+
+    dataset: str = "digits"
+    """Name of the data set, a folder in data/."""
+    output: Path | None = None
+    """The run's folder: checkpoints, history.csv, sample grids, at the end final.safetensors; null: runs/DATASET."""
+    images: int | None = Field(None, ge=1)
+    """How many pictures to see in all; or give minutes."""
+    minutes: float | None = Field(None, gt=0)
+    """How long to train: measured once at the start, turned into images, and never measured again."""
+    batch_size: int = Field(64, ge=1)
+    """Pictures per optimizer step."""
+    learning_rate: float = Field(2e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    warmup_images: int = Field(4_000, ge=0)
+    """Pictures over which the learning rate rises from zero; it then falls to zero by a cosine."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's decoupled weight decay."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Gradients of a larger norm are scaled down to it."""
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    """Largest decay of the averaged weights, reached after a warm-up."""
+    min_snr_gamma: float | None = Field(5.0, gt=0)
+    """γ of the min-SNR weighting (arXiv 2303.09556); null: the plain loss of DDPM."""
+    flip: bool = False
+    """Mirror every second picture, chosen by seed. Wrong for digits and letters, right for most photographs."""
+    seed: int = Field(0, ge=0)
+    """Decides initial weights, order, time steps and noise."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Number format of matrix products; auto: bf16 where the processor has it."""
+    checkpoints: int = Field(10, ge=1)
+    """How many checkpoints a run writes, evenly spaced; each comes with held-out losses and a sample grid."""
+    keep: int = Field(3, ge=1)
+    """How many of them stay on disk, the newest; evaluation judges each of these."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainingConfig":
+        if (self.images is None) == (self.minutes is None):
+            raise ValueError("give either training.images or training.minutes, and leave the other out (null)")
+        return self

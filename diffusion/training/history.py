@@ -1,0 +1,34 @@
+"""Figures by images seen, in a CSV file that plots and people can read while training runs."""
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusion.files import write_bytes
+
+
+@dataclass(frozen=True)
+class History:
+    """A CSV file whose first column, ``images``, only grows."""
+
+    path: Path
+    columns: tuple[str, ...]
+
+    def rewind(self, images: int) -> None:
+        """Forget what lies beyond ``images``, and a last line that a kill cut short."""
+        kept = [",".join(("images", *self.columns))]
+        if self.path.is_file():
+            complete = self.path.read_text().split("\n")[1:-1]
+            kept += [line for line in complete if int(line.split(",", 1)[0]) <= images]
+        write_bytes(self.path, ("\n".join(kept) + "\n").encode())
+
+    def append(self, images: int, figures: Mapping[str, float]) -> None:
+        """Add a row."""
+        with self.path.open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow([images, *(figures[name] for name in self.columns)])
+
+    def rows(self) -> list[dict[str, float]]:
+        """All rows, oldest first."""
+        with self.path.open(newline="") as file:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]

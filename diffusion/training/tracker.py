@@ -1,0 +1,26 @@
+"""What training wants of whoever keeps its records."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from PIL import Image
+
+
+class Tracker(Protocol):
+    """Receives figures and pictures while training runs; positions are counted in images seen."""
+
+    def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
+        """Keep ``metrics`` as they were after ``images`` pictures."""
+
+    def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
+        """Keep ``picture`` under ``name`` as it was after ``images`` pictures."""
+
+
+class NoTracker:
+    """Keeps nothing: the run's folder holds what training itself writes."""
+
+    def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
+        """Drop ``metrics``."""
+
+    def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
+        """Drop ``picture``."""

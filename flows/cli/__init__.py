@@ -1,0 +1,38 @@
+"""The command line: ``darkroom VERB``. Heavy libraries load only inside the verb that uses them."""
+
+import sys
+
+import click
+import typer
+
+from diffusion.errors import DarkroomError
+from flows.cli import pipeline, stack, stages
+
+app = typer.Typer(
+    name="darkroom",
+    help="Turn a growing folder of pictures into a diffusion model that is promoted only when it is better.",
+    epilog="Start with:  darkroom up  &&  darkroom retrain PICTURES --dataset NAME",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+pipeline.add_to(app)
+stack.add_to(app)
+app.add_typer(stages.app)
+
+
+def main() -> None:
+    """Run the command line; a DarkroomError becomes one line and its exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except DarkroomError as error:
+        print(f"darkroom: {' '.join(str(error).split())}", file=sys.stderr)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print("darkroom: stopped; give the same command again to go on", file=sys.stderr)
+        code = 130
+    sys.exit(code)

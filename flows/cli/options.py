@@ -1,0 +1,66 @@
+"""Options that several verbs share, and what they do before and after their work."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from flows.params import Params
+
+Set = Annotated[
+    list[str],
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a field of params.yaml, e.g. training.batch_size=64."
+    ),
+]
+ParamsFile = Annotated[Path, typer.Option("--params", help="The configuration file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
+DatasetName = Annotated[
+    str | None, typer.Option("--dataset", metavar="NAME", help="The data set; default: training.dataset.")
+]
+DEFAULT_PARAMS = Path("params.yaml")
+
+
+def load(params: Path, overrides: list[str], dataset: str | None = None) -> "Params":
+    """The validated configuration, the data set's name given on the command line included."""
+    from flows.params import dataset_folder, load_params
+
+    if dataset is not None:
+        dataset_folder(dataset)
+        overrides = [*overrides, f"training.dataset={json.dumps(dataset)}"]
+    return load_params(params, overrides)
+
+
+@contextmanager
+def joined(*needs: str) -> Iterator[None]:
+    """Inside, this process uses the servers in ``needs`` and shows progress on the console."""
+    from flows.environment import join
+
+    # The console shows our own progress; the Prefect UI still gets every line of the log.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    join(*needs)
+
+    from flows.console import Bars, Lines
+    from flows.progress import CONSOLE
+
+    token = CONSOLE.set(Bars() if sys.stderr.isatty() else Lines())
+    try:
+        yield
+    finally:
+        CONSOLE.reset(token)
+
+
+def show(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    """Print a verb's result: one JSON object, or ``lines`` for people."""
+    if as_json:
+        json.dump(result, sys.stdout, ensure_ascii=False)
+        print()
+    else:
+        for line in lines:
+            print(line)

@@ -1,0 +1,236 @@
+"""``darkroom ingest | train | evaluate | promote | sample | retrain | explain``: each is the flow of its name."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.options import (
+    DEFAULT_PARAMS,
+    DatasetName,
+    Json,
+    ParamsFile,
+    Set,
+    joined,
+    load,
+    show,
+)
+
+ModelUri = Annotated[
+    str | None,
+    typer.Option("--model", metavar="URI", help="models:/NAME@ALIAS or models:/NAME/NUMBER; default: champion."),
+]
+Count = Annotated[int, typer.Option("--count", min=1, help="How many pictures.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Picture i of a seed is the same picture everywhere.")]
+To = Annotated[
+    str | None,
+    typer.Option(
+        "--to",
+        metavar="S3_URI",
+        help="s3://BUCKET (then prints/MODEL/VERSION/BATCH/ in it) or s3://BUCKET/PREFIX; default: the stack's bucket.",
+    ),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verbs."""
+    for verb in (ingest, train, evaluate, promote, sample, retrain, explain):
+        app.command(rich_help_panel="From pictures to prints")(verb)
+
+
+def ingest(
+    source: Annotated[str, typer.Argument(help="A folder of pictures.")],
+    dataset: DatasetName = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Make a data set of WebDataset shards from a folder of pictures; record it in DVC and push it.
+
+    A sub-folder per class, or metadata.csv / metadata.jsonl with file_name, text, label.
+
+    Example:  darkroom ingest ~/faces --dataset faces --set ingest.size=32
+    """
+    config = load(params, [*overrides, f"ingest.source={json.dumps(source)}"], dataset)
+    with joined("prefect", "s3"):
+        from flows.ingest import ingest
+
+        done = ingest(config)
+    result = done.result
+    reasons = [f"  refused: {each.source}: {each.reason}" for each in result.quarantined[:20]]
+    more = len(result.quarantined) - len(reasons)
+    show(
+        result.model_dump(mode="json") | {"dvc_digest": done.version.digest},
+        as_json,
+        [
+            f"{result.kept} pictures in {result.folder}, {result.duplicates} duplicates, "
+            f"{len(result.quarantined)} refused",
+            *reasons,
+            *([f"  … and {more} more, in the manifest's quarantine table"] if more > 0 else []),
+            f"content {result.content_digest}",
+            f"DVC {done.version.digest} in {done.version.pointer}",
+        ],
+    )
+
+
+def train(
+    dataset: DatasetName = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what the run's folder holds and begin anew.")
+    ] = False,
+    params: ParamsFile = DEFAULT_PARAMS,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Train on a data set, live in MLflow; the same command goes on where it was stopped.
+
+    Example:  darkroom train --dataset faces --set training.minutes=10
+    """
+    config = load(params, overrides, dataset)
+    with joined("prefect", "mlflow", "s3"):
+        from flows.train import train
+
+        done = train(config, "always" if restart else "never")
+    show(
+        done.model_dump(mode="json"),
+        as_json,
+        [f"{done.result.images} images seen; {done.result.final}; MLflow run {done.run_id}"],
+    )
+
+
+def evaluate(
+    dataset: DatasetName = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Judge the kept checkpoints against the held-out pictures; a report page goes onto the run.
+
+    Example:  darkroom evaluate --dataset faces --set evaluation.samples=1000
+    """
+    config = load(params, overrides, dataset)
+    with joined("prefect", "mlflow", "s3"):
+        from flows.evaluate import evaluate
+
+        done = evaluate(config)
+    figures = [f"  {name}: {value:.4g}" for name, value in done.metrics().items()]
+    report = config.report_folder / "report.html"
+    show(
+        done.model_dump(mode="json") | {"report": str(report)},
+        as_json,
+        [f"best of {len(done.checkpoints)} checkpoints:", *figures, f"report: {report}"],
+    )
+
+
+def promote(
+    dataset: DatasetName = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Register the best checkpoint; it becomes champion if it beats the one there, else challenger (exit 3).
+
+    Example:  darkroom promote --dataset faces
+    """
+    config = load(params, overrides, dataset)
+    with joined("prefect", "mlflow", "s3"):
+        from flows.promote import promote
+
+        done = promote(config)
+    name = "champion" if done.promoted else "challenger"
+    show(done.model_dump(mode="json"), as_json, [f"{done.version.uri} is {name}: {done.reason}"])
+    if not done.promoted:
+        raise typer.Exit(3)
+
+
+def sample(
+    model: ModelUri = None,
+    count: Count = 64,
+    seed: Seed = 0,
+    to: To = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Print pictures of a registered model to S3, with a manifest; killed and given again, it goes on.
+
+    Example:  darkroom sample --model models:/faces@champion --count 1000 --seed 7 --to s3://my-bucket
+    """
+    config = load(params, overrides)
+    with joined("prefect", "mlflow", "s3"):
+        from flows.sample import sample
+
+        done = sample(config, model or f"models:/{config.model_name}@champion", count, seed, to)
+    show(
+        done.model_dump(mode="json"),
+        as_json,
+        [
+            f"{done.count} pictures of {done.model} in {done.uri}",
+            f"manifest: {done.manifest}",
+            f"contact sheet: {done.contact_sheet}",
+        ],
+    )
+
+
+def retrain(
+    source: Annotated[
+        str | None, typer.Argument(help="A folder of pictures; default: ingest.source.")
+    ] = None,
+    dataset: DatasetName = None,
+    count: Count = 64,
+    seed: Seed = 0,
+    to: To = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """From a folder of pictures to a judged model in the registry and prints on S3; skips what is done.
+
+    Example:  darkroom retrain ~/faces --dataset faces --set ingest.size=32
+    """
+    given = [f"ingest.source={json.dumps(source)}"] if source is not None else []
+    config = load(params, [*overrides, *given], dataset)
+    with joined("prefect", "mlflow", "s3"):
+        from flows.retrain import retrain
+
+        done = retrain(config, count, seed, to)
+    verdict = done.verdict
+    name = "champion" if verdict.promoted else "challenger"
+    show(
+        done.model_dump(mode="json"),
+        as_json,
+        [
+            f"data set   {done.data.result.kept} pictures, content {done.data.result.content_digest[:12]}",
+            f"run        {done.run_id}",
+            f"report     {done.report}",
+            f"model      {verdict.version.uri}, {name}: {verdict.reason}",
+            f"prints     {done.prints.uri}",
+            f"look at    {done.prints.contact_sheet}",
+            *(f"           {file}" for file in done.explained.files),
+        ],
+    )
+    if not verdict.promoted:
+        raise typer.Exit(3)
+
+
+def explain(
+    model: ModelUri = None,
+    output: Annotated[Path | None, typer.Option("--out", help="Where to; default: reports/DATASET/explain.")] = None,
+    seed: Seed = 0,
+    dataset: DatasetName = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Draw the forward process, one training step and the reverse process of a registered model.
+
+    Example:  darkroom explain --model models:/faces@champion --dataset faces
+    """
+    config = load(params, overrides, dataset)
+    with joined("prefect", "mlflow", "s3"):
+        from flows.explain import explain
+
+        uri = model or f"models:/{config.model_name}@champion"
+        done = explain(config, uri, output or config.report_folder / "explain", seed)
+    show(done.model_dump(mode="json"), as_json, [str(file) for file in done.files])

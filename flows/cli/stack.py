@@ -1,0 +1,55 @@
+"""``darkroom up | status | down | env``: the servers on this machine."""
+
+import sys
+
+import typer
+
+from flows.cli.options import Json, show
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verbs."""
+    panel = "The local stack"
+    app.command(rich_help_panel=panel)(up)
+    app.command(rich_help_panel=panel)(status)
+    app.command(rich_help_panel=panel)(down)
+    app.command(rich_help_panel=panel)(env)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def up(as_json: Json = False) -> None:
+    """Start MLflow, Prefect with a worker, and an S3 server, on loopback; what runs already is left alone.
+
+    Example:  darkroom up && eval "$(darkroom env)"
+    """
+    from flows.stack import up
+
+    _show_status(up(_say), as_json)
+
+
+def status(as_json: Json = False) -> None:
+    """Show the local servers: where they are, whether they answer, where their logs and passwords lie."""
+    from flows.stack import status
+
+    _show_status(status(), as_json)
+
+
+def down() -> None:
+    """Stop the local servers; everything they hold is kept for the next `darkroom up`."""
+    from flows.stack import down
+
+    down(_say)
+
+
+def env() -> None:
+    """Print the exports with which any client on this machine joins the stack.
+
+    Example:  eval "$(darkroom env)"
+    """
+    from flows.stack import exports
+
+    for line in exports():
+        print(line)

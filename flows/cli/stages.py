@@ -1,0 +1,68 @@
+"""``darkroom stage …``: the plain functions as dvc.yaml calls them. No Prefect, no MLflow, no S3."""
+
+import sys
+from pathlib import Path
+
+import typer
+
+from diffusion.progress import Progress
+from flows.cli.options import DEFAULT_PARAMS, Json, ParamsFile, Set, load, show
+
+app = typer.Typer(
+    name="stage",
+    help="One step on this machine alone, without any server (as dvc.yaml calls it).",
+    no_args_is_help=True,
+)
+
+
+def _progress() -> Progress:
+    from flows.console import Bars, Lines
+
+    return Bars() if sys.stderr.isatty() else Lines()
+
+
+@app.command()
+def ingest(params: ParamsFile = DEFAULT_PARAMS, overrides: Set = [], as_json: Json = False) -> None:  # noqa: B006
+    """Make the data set training.dataset from ingest.source."""
+    from diffusion.data.ingest import ingest
+
+    config = load(params, overrides)
+    result = ingest(Path(config.ingest.source), config.dataset_folder, config.ingest, _progress())
+    show(result.model_dump(mode="json"), as_json, [f"{result.kept} pictures in {result.folder}"])
+
+
+@app.command()
+def train(params: ParamsFile = DEFAULT_PARAMS, overrides: Set = [], as_json: Json = False) -> None:  # noqa: B006
+    """Train on the data set; goes on where it was stopped, starts anew if its inputs changed."""
+    from diffusion.training.train import train
+
+    config = load(params, overrides)
+    result = train(
+        config.dataset_folder,
+        config.run_folder,
+        config.model,
+        config.training,
+        config.sampling,
+        progress=_progress(),
+        restart="if_different",
+    )
+    show(result.model_dump(mode="json"), as_json, [f"{result.images} images seen; {result.final}"])
+
+
+@app.command()
+def evaluate(params: ParamsFile = DEFAULT_PARAMS, overrides: Set = [], as_json: Json = False) -> None:  # noqa: B006
+    """Judge the kept checkpoints against the held-out pictures."""
+    from diffusion.evaluation.evaluate import evaluate
+    from diffusion.training.checkpoint import Checkpoints
+
+    config = load(params, overrides)
+    result = evaluate(
+        config.dataset_folder,
+        Checkpoints(config.run_folder / "checkpoints").judged(),
+        config.evaluation,
+        config.sampling,
+        config.report_folder,
+        config.run_folder / "losses.csv",
+        _progress(),
+    )
+    show(result.model_dump(mode="json"), as_json, [f"report: {config.report_folder / 'report.html'}"])

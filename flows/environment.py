@@ -1,0 +1,129 @@
+"""How a process finds its servers: the environment first, else the local stack, else an error that helps."""
+
+import os
+from pathlib import Path
+from typing import Literal, get_args
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from diffusion.errors import UserError
+
+Server = Literal["mlflow", "prefect", "s3"]
+SERVERS: tuple[Server, ...] = get_args(Server)
+
+NAMED_BY: dict[Server, tuple[str, ...]] = {
+    "mlflow": ("MLFLOW_TRACKING_URI",),
+    "prefect": ("PREFECT_API_URL",),
+    "s3": (
+        "AWS_ENDPOINT_URL_S3",
+        "AWS_ENDPOINT_URL",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_PROFILE",
+        "AWS_ROLE_ARN",
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    ),
+}
+"""Any of these in the environment says which server to use; the first is the one to set."""
+SECRET: dict[Server, str] = {
+    "mlflow": "MLFLOW_TRACKING_PASSWORD",
+    "prefect": "PREFECT_API_AUTH_STRING",
+    "s3": "AWS_SECRET_ACCESS_KEY",
+}
+CALLED: dict[Server, str] = {"mlflow": "MLflow", "prefect": "Prefect", "s3": "S3"}
+DEFAULTS = {
+    # Nothing read from storage is unpickled; MLflow's own default would.
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DVC_NO_ANALYTICS": "1",
+    # Prefect's client sends its own besides the server's.
+    "DO_NOT_TRACK": "true",
+}
+
+
+class Settings(BaseSettings):
+    """Darkroom's own variables, ``DARKROOM_*``."""
+
+    model_config = SettingsConfigDict(env_prefix="DARKROOM_", frozen=True, use_attribute_docstrings=True)
+
+    home: Path = Path(".darkroom")
+    """Folder of the local stack: data, logs, passwords."""
+    bucket: str = Field("darkroom", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
+    """Bucket for everything large: the shards (DVC's remote), the local MLflow's artifacts, prints."""
+
+    @property
+    def folder(self) -> Path:
+        """``home`` as an absolute path."""
+        return Path.cwd() / self.home.expanduser()
+
+
+def settings() -> Settings:
+    """The environment's ``DARKROOM_*`` variables; raises UserError that names a bad one."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = f"DARKROOM_{first['loc'][0]}".upper()
+        raise UserError(f"the variable {name} is {first['input']!r}: {first['msg']}") from error
+
+
+def data_source() -> str:
+    """Where data sets are kept for good: the URL of DVC's remote."""
+    return f"s3://{settings().bucket}/dvc"
+
+
+def given() -> dict[Server, str]:
+    """The servers that the environment names, each with the variable that does.
+
+    Variables that came out of ``darkroom env`` name the local stack, and do not count.
+    """
+    local = _local_stack()
+    found: dict[Server, str] = {}
+    for server in SERVERS:
+        named = [name for name in NAMED_BY[server] if os.environ.get(name)]
+        if named and not (local and _is_local(server, local.variables(server))):
+            found[server] = named[0]
+    return found
+
+
+def join(*needs: Server) -> None:
+    """Let this process, and what it starts, use the servers in ``needs``; call it before they are imported.
+
+    Raises UserError if one is named neither by the environment nor by a running local stack.
+    """
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    missing = [server for server in needs if server not in given()]
+    local = _local_stack()
+    for server in missing:
+        if local is None or not local.runs(server):
+            raise UserError(
+                f"no {CALLED[server]} server: {NAMED_BY[server][0]} is not set and no local one runs "
+                f"(in {settings().home}): run `darkroom up`"
+            )
+        os.environ.update(local.variables(server))
+        os.environ.setdefault("DARKROOM_BUCKET", local.bucket)
+        _pass_proxies_by()
+
+
+def _local_stack() -> "LocalStack | None":
+    # Not at the top: the stack is built on this module.
+    from flows.stack.local import LocalStack
+
+    return LocalStack.read(settings().folder)
+
+
+def _is_local(server: Server, own: dict[str, str]) -> bool:
+    """Whether the environment's variables for ``server`` are the local stack's, of now or of before."""
+    address = os.environ.get(NAMED_BY[server][0], "")
+    return os.environ.get(SECRET[server]) == own[SECRET[server]] and address.startswith("http://127.0.0.1:")
+
+
+def _pass_proxies_by() -> None:
+    """Keep a proxy that the environment sets away from the loopback address."""
+    for name in ("no_proxy", "NO_PROXY"):
+        hosts = [host for host in os.environ.get(name, "").split(",") if host]
+        if "127.0.0.1" not in hosts:
+            os.environ[name] = ",".join([*hosts, "127.0.0.1"])

@@ -1,0 +1,69 @@
+"""The flow ``evaluate``: a run's checkpoints in, scores and a report on its MLflow run out."""
+
+from mlflow.client import MlflowClient
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+
+from diffusion.errors import UserError
+from diffusion.evaluation.evaluate import evaluate as judge_checkpoints
+from diffusion.evaluation.results import Evaluation
+from diffusion.model import read_header
+from diffusion.training.checkpoint import Checkpoints
+from flows.params import Params
+from flows.progress import reporter
+from flows.steps import step
+from flows.tracking import RunTracker, find_run
+
+
+@flow(name="evaluate", flow_run_name="evaluate-{params.training.dataset}")
+def evaluate(params: Params) -> Evaluation:
+    """Judge every kept checkpoint against the held-out pictures and put the report on the run."""
+    evaluation = judge(params)
+    report(params, evaluation)
+    return evaluation
+
+
+@step
+def judge(params: Params) -> Evaluation:
+    """Score the checkpoints; what was judged before under the same conditions is remembered."""
+    return judge_checkpoints(
+        params.dataset_folder,
+        Checkpoints(params.run_folder / "checkpoints").judged(),
+        params.evaluation,
+        params.sampling,
+        params.report_folder,
+        params.run_folder / "losses.csv",
+        reporter(),
+    )
+
+
+@step
+def report(params: Params, evaluation: Evaluation) -> None:
+    """Put scores by checkpoint, the report page and its pictures on the MLflow run, and a summary on this one."""
+    tracker = tracker_of(params)
+    for judged in evaluation.checkpoints:
+        tracker.log_metrics(judged.scores.named(), judged.images)
+    folder = params.report_folder
+    for path in (folder / "report.html", folder / "evaluation.json", *sorted(folder.glob("grids/*.png"))):
+        tracker.log_file(path, "evaluation" if path.parent == folder else "evaluation/grids")
+    lines = [f"| {name} | {value:.4g} |" for name, value in evaluation.metrics().items()]
+    create_markdown_artifact(
+        "\n".join(["| figure | value |", "|---|---|", *lines]),
+        key="evaluation",
+        description=f"best checkpoint of {params.run_folder}, {evaluation.best.images} images seen",
+    )
+
+
+def tracker_of(params: Params) -> RunTracker:
+    """The MLflow run of the training in ``params.run_folder``; raises UserError if there is none."""
+    paths = Checkpoints(params.run_folder / "checkpoints").paths()
+    if not paths:
+        raise UserError(f"no checkpoint in {params.run_folder}: run `darkroom train` first")
+    client = MlflowClient()
+    run = find_run(client, params.model_name, read_header(paths[-1])["train_key"])
+    if run is None:
+        raise UserError(
+            f"the run in {params.run_folder} is not in MLflow's experiment {params.model_name}: "
+            "run `darkroom train` with the same configuration to record it"
+        )
+    return RunTracker(client, run.info.run_id)

@@ -1,0 +1,44 @@
+"""The flow ``explain``: the forward process, one training step and the reverse process, as pictures."""
+
+from pathlib import Path
+
+from mlflow.client import MlflowClient
+from prefect import flow
+
+from diffusion.config import Config
+from diffusion.data.dataset import Dataset
+from diffusion.explain import explain as draw_process
+from diffusion.model import load_model
+from flows import environment, registry
+from flows.params import Params
+from flows.steps import step
+from flows.tracking import RunTracker
+
+
+class Explained(Config):
+    """The pictures drawn."""
+
+    model: str
+    files: list[Path]
+
+
+@flow(name="explain", flow_run_name="explain-{model}")
+def explain(params: Params, model: str, output: Path, seed: int = 0) -> Explained:
+    """Draw what diffusion is, with the version that ``model`` names and a held-out picture; also on its run."""
+    return draw(params, model, output, seed)
+
+
+@step
+def draw(params: Params, model: str, output: Path, seed: int) -> Explained:
+    """Draw into folder ``output`` and put the pictures on the version's MLflow run."""
+    client = MlflowClient()
+    version = registry.resolve(client, model)
+    weights = registry.fetch_weights(version, environment.home() / "models")
+    dataset = Dataset.open(params.dataset_folder)
+    rows = dataset.rows("held_out") or dataset.rows("train")
+    picture = dataset.pictures([rows[seed % len(rows)]])[0]
+    files = draw_process(load_model(weights), picture, output, seed)
+    tracker = RunTracker(client, version.run_id)
+    for file in files:
+        tracker.log_file(file, "explain")
+    return Explained(model=version.uri, files=files)

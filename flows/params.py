@@ -1,0 +1,132 @@
+"""``params.yaml``: one configuration for the command line, the flows' forms, DVC and MLflow."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from diffusion.config import Config
+from diffusion.config_sampling import SamplingConfig
+from diffusion.data.config import IngestConfig
+from diffusion.errors import UserError
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.models.config import ModelConfig
+from diffusion.training.config import TrainingConfig
+
+
+class RegistryConfig(Config):
+    """Where models are registered."""
+
+    model: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name of the registered model and of the MLflow experiment; null: the data set's name."""
+
+
+class Params(Config):
+    """Everything that decides what comes out, and nothing about where servers are."""
+
+    ingest: IngestConfig = IngestConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    registry: RegistryConfig = RegistryConfig()
+
+    @property
+    def dataset_folder(self) -> Path:
+        """Where the data set lies."""
+        return dataset_folder(self.training.dataset)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where training writes."""
+        return self.training.output or Path("runs") / self.training.dataset
+
+    @property
+    def report_folder(self) -> Path:
+        """Where evaluation writes."""
+        return Path("reports") / self.training.dataset
+
+    @property
+    def model_name(self) -> str:
+        """The registered model's name."""
+        return self.registry.model or self.training.dataset
+
+
+def dataset_folder(name: str) -> Path:
+    """Where the data set called ``name`` lies; raises UserError for a name that is no plain folder name."""
+    if not name or name.startswith(".") or "/" in name or "\\" in name:
+        raise UserError(f"data set name {name!r} must be a plain name: letters, digits, dashes, no slashes")
+    return Path("data") / name
+
+
+def load_params(path: Path, overrides: list[str]) -> Params:
+    """``path`` with ``key=value`` overrides (dotted keys, YAML values) applied and everything checked.
+
+    Raises UserError that names the key and how to mend it.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError as error:
+        raise UserError(f"{path} not found: run darkroom where it lies, or give --params") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold sections such as `training:`, not a {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Params.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_in_words(error)}") from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"--set {override}: write it as key=value, for example training.batch_size=64")
+    *sections, name = key.strip().split(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: {text!r} is not a YAML value") from error
+    node = tree
+    for section in sections:
+        if node.get(section) is None:
+            node[section] = {}
+        node = node[section]
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override}: {section} is a value, not a section")
+    node[name] = value
+
+
+def _in_words(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    where = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
+        return f"unknown key {where}: {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" + ("" if first["type"] == "value_error" else f" (got {first['input']!r})")
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    model: Any = Params
+    for name in location:
+        model = model.model_fields[name].annotation
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys, as MLflow's parameters want them."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flattened(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

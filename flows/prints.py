@@ -1,0 +1,134 @@
+"""Prints: pictures of a model version on S3, written once, with a manifest that leads back to the data.
+
+A batch lies under one prefix: ``batch.json`` (what was asked for) first, then the pictures and a part of
+the manifest per chunk, then ``manifest.parquet``, and ``_SUCCESS`` last. Every object is a function of
+``batch.json`` alone, so whoever finds a batch unfinished can finish it.
+"""
+
+import io
+import json
+from collections.abc import Iterable, Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from diffusion.config import Config
+from diffusion.config_sampling import SamplingConfig
+from diffusion.files import canonical_json, digest_of, sha256_bytes
+from diffusion.fingerprint import Fingerprint
+
+CHUNK_BATCHES = 4
+"""Compute batches per chunk: small enough to lose little to a kill, large enough to be worth a task."""
+SYNTHETIC = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+"""IPTC's mark of pictures made by a trained model."""
+XMP = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
+    f'Iptc4xmpExt:DigitalSourceType="{SYNTHETIC}"/></rdf:RDF></x:xmpmeta>'
+)
+MANIFEST = pa.schema(
+    [
+        ("key", pa.string()),
+        ("index", pa.int64()),
+        ("seed", pa.int64()),
+        ("model", pa.string()),
+        ("version", pa.int64()),
+        ("run_id", pa.string()),
+        ("content_digest", pa.string()),
+        ("weights_sha256", pa.string()),
+        ("sha256", pa.string()),
+        ("pixels_sha256", pa.string()),
+        ("fingerprint", pa.string()),
+    ]
+)
+"""One row per picture; ``fingerprint`` is canonical JSON."""
+
+
+class Batch(Config):
+    """What was asked for, and all that decides the bits of the answer."""
+
+    model: str
+    version: int
+    run_id: str
+    content_digest: str
+    weights_sha256: str
+    seed: int
+    count: int
+    sampling: SamplingConfig
+    fingerprint: Fingerprint
+
+    @property
+    def name(self) -> str:
+        """A name that differs for different requests to one model version."""
+        digest = digest_of(self.sampling.model_dump(mode="json"))[:8]
+        return f"seed{self.seed}-count{self.count}-{self.sampling.sampler}{self.sampling.steps}-{digest}"
+
+    def chunks(self) -> list[range]:
+        """The picture numbers of each chunk: whole compute batches, but for the last."""
+        size = CHUNK_BATCHES * self.sampling.compute_batch
+        return [range(start, min(start + size, self.count)) for start in range(0, self.count, size)]
+
+    def json_bytes(self) -> bytes:
+        """``batch.json``."""
+        return canonical_json(self.model_dump(mode="json")).encode()
+
+
+def picture_key(index: int) -> str:
+    """Name of picture number ``index`` inside its batch."""
+    return f"{index:08d}.png"
+
+
+def part_key(chunk: int) -> str:
+    """Name of a chunk's part of the manifest inside its batch."""
+    return f"manifest/part-{chunk:05d}.jsonl"
+
+
+def encode(batch: Batch, index: int, picture: Tensor) -> tuple[bytes, dict[str, object]]:
+    """Picture number ``index``, (C, H, W) uint8, as a PNG that says where it comes from, and its manifest row."""
+    pixels = picture.permute(1, 2, 0).squeeze(-1).contiguous().numpy()
+    about = PngInfo()
+    about.add_itxt("XML:com.adobe.xmp", XMP)
+    about.add_text("darkroom:seed", str(batch.seed))
+    about.add_text("darkroom:index", str(index))
+    about.add_text("darkroom:model", f"models:/{batch.model}/{batch.version}")
+    about.add_text("darkroom:run_id", batch.run_id)
+    about.add_text("darkroom:content_digest", batch.content_digest)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=about)
+    png = buffer.getvalue()
+    row = {
+        "key": picture_key(index),
+        "index": index,
+        "seed": batch.seed,
+        "model": batch.model,
+        "version": batch.version,
+        "run_id": batch.run_id,
+        "content_digest": batch.content_digest,
+        "weights_sha256": batch.weights_sha256,
+        "sha256": sha256_bytes(png),
+        "pixels_sha256": sha256_bytes(pixels.tobytes()),
+        "fingerprint": canonical_json(batch.fingerprint.model_dump(mode="json")),
+    }
+    return png, row
+
+
+def part_bytes(rows: Iterable[dict[str, object]]) -> bytes:
+    """A chunk's part of the manifest: JSON lines."""
+    return "".join(f"{canonical_json(row)}\n" for row in rows).encode()
+
+
+def part_rows(part: bytes) -> list[dict[str, object]]:
+    """The rows of a part."""
+    return [json.loads(line) for line in part.decode().splitlines()]
+
+
+def parquet_bytes(parts: Iterator[list[dict[str, object]]]) -> bytes:
+    """The manifest of the whole batch, a row group per part."""
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, MANIFEST) as writer:
+        for rows in parts:
+            writer.write_table(pa.Table.from_pylist(rows, schema=MANIFEST))
+    return sink.getvalue()

@@ -1,0 +1,154 @@
+"""Versions of the registered model in MLflow: made, found, named champion or challenger."""
+
+from collections.abc import Mapping
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+import diffusion
+import mlflow
+import pandas as pd
+from mlflow.client import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException, RestException
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+from diffusion.config import Config
+from diffusion.config_sampling import SamplingConfig
+from diffusion.errors import UserError
+from diffusion.files import sha256_file
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+WEIGHTS = "darkroom.weights_sha256"
+SERVED_MODEL = Path(__file__).with_name("served_model.py")
+REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "torch")
+"""What the served model imports; the installed versions are logged with it."""
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.long, "seed"), ColSpec(DataType.long, "index")]),
+    outputs=Schema([ColSpec(DataType.binary, "png")]),
+    params=ParamSchema([ParamSpec("steps", DataType.integer, 0)]),
+)
+
+
+class Version(Config):
+    """A version of a registered model with the chain of names behind it."""
+
+    model: str
+    number: int
+    run_id: str
+    weights_sha256: str
+    tags: dict[str, str]
+
+    @property
+    def uri(self) -> str:
+        """Where MLflow finds exactly this version."""
+        return f"models:/{self.model}/{self.number}"
+
+
+def parse_model_uri(uri: str) -> tuple[str, str]:
+    """``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER`` as (NAME, "@ALIAS" or NUMBER)."""
+    path = uri.removeprefix("models:/")
+    name, at, alias = path.partition("@")
+    if path != uri and at and name and alias:
+        return name, f"@{alias}"
+    name, slash, number = path.partition("/")
+    if path != uri and slash and name and number.isdigit():
+        return name, number
+    raise UserError(f"{uri} names no model version: write models:/NAME@champion or models:/NAME/1")
+
+
+def resolve(client: MlflowClient, uri: str) -> Version:
+    """The version that ``uri`` names now; raises UserError if there is none."""
+    name, which = parse_model_uri(uri)
+    try:
+        if which.startswith("@"):
+            return _version(client.get_model_version_by_alias(name, which[1:]))
+        return _version(client.get_model_version(name, which))
+    except RestException as error:
+        raise UserError(f"{uri} is not in the registry: run `darkroom retrain`, or see the MLflow UI") from error
+
+
+def champion(client: MlflowClient, model: str) -> Version | None:
+    """The version that holds the alias champion, if any does."""
+    try:
+        return _version(client.get_model_version_by_alias(model, CHAMPION))
+    except RestException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def fetch_weights(version: Version, cache: Path) -> Path:
+    """The weights of ``version`` as a local file, fetched once and checked against its tag."""
+    path = cache / f"{version.weights_sha256}.safetensors"
+    if path.is_file() and sha256_file(path) == version.weights_sha256:
+        return path
+    folder = cache / f".{version.weights_sha256}"
+    found = mlflow.artifacts.download_artifacts(f"{version.uri}/artifacts/weights.safetensors", dst_path=str(folder))
+    if sha256_file(Path(found)) != version.weights_sha256:
+        raise UserError(f"the weights of {version.uri} do not match their digest: register the model again")
+    Path(found).replace(path)
+    return path
+
+
+def register(
+    model: str, run_id: str, weights: Path, sampling: SamplingConfig, tags: Mapping[str, Any], images: int
+) -> Version:
+    """Make the file ``weights.safetensors`` a version of ``model``, or find the version that it is already."""
+    client = MlflowClient()
+    digest = sha256_file(weights)
+    _ensure_registered_model(client, model)
+    found = client.search_model_versions(f"name='{model}' and tags.`{WEIGHTS}`='{digest}'")
+    if found:
+        return _version(client.get_model_version(model, found[0].version))
+    model_uri = _logged_model(run_id, digest) or _log_model(run_id, weights, digest, sampling, images)
+    entries = {WEIGHTS: digest, **{name: str(value) for name, value in tags.items() if value is not None}}
+    made = mlflow.register_model(model_uri, model, tags=entries)
+    return _version(client.get_model_version(model, made.version))
+
+
+def _ensure_registered_model(client: MlflowClient, model: str) -> None:
+    try:
+        client.create_registered_model(model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _logged_model(run_id: str, digest: str) -> str | None:
+    """The model that a run logged with these weights before it was stopped, if it got that far."""
+    experiment = MlflowClient().get_run(run_id).info.experiment_id
+    found = mlflow.search_logged_models(
+        [experiment], filter_string=f"tags.`{WEIGHTS}` = '{digest}'", output_format="list"
+    )
+    ready = [model for model in found if model.status == "READY" and model.source_run_id == run_id]
+    return ready[0].model_uri if ready else None
+
+
+def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig, images: int) -> str:
+    example = pd.DataFrame({"seed": [0, 0], "index": [0, 1]})
+    with mlflow.start_run(run_id=run_id):
+        info = mlflow.pyfunc.log_model(
+            name="ddpm",
+            python_model=str(SERVED_MODEL),
+            artifacts={"weights": str(weights)},
+            code_paths=[str(Path(diffusion.__file__).parent)],
+            model_config=sampling.model_dump(mode="json"),
+            signature=SIGNATURE,
+            metadata={"format_version": 1, "input_example": example.to_dict("list")},
+            pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in REQUIREMENTS],
+            tags={WEIGHTS: digest},
+            step=images,
+        )
+    return str(info.model_uri)
+
+
+def _version(found: ModelVersion) -> Version:
+    return Version(
+        model=found.name,
+        number=int(found.version),
+        run_id=found.run_id,
+        weights_sha256=found.tags.get(WEIGHTS, ""),
+        tags=dict(found.tags),
+    )

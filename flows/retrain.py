@@ -1,0 +1,48 @@
+"""The flow ``retrain``: from a folder of pictures to a judged model in the registry and its prints on S3."""
+
+from pathlib import Path
+
+from prefect import flow
+
+from diffusion.config import Config
+from flows.evaluate import evaluate
+from flows.explain import Explained, explain
+from flows.ingest import Ingested, ingest
+from flows.params import Params
+from flows.promote import Verdict, promote
+from flows.registry import CHAMPION
+from flows.sample import Prints, sample
+from flows.train import train
+
+
+class Retrained(Config):
+    """Everything one retraining left behind."""
+
+    data: Ingested
+    run_id: str
+    report: Path
+    verdict: Verdict
+    prints: Prints
+    explained: Explained
+
+
+@flow(name="retrain", flow_run_name="retrain-{params.training.dataset}")
+def retrain(params: Params, count: int = 64, seed: int = 0, to: str | None = None) -> Retrained:
+    """Ingest, train, evaluate, promote, print, explain: each step skips what is done for the same inputs."""
+    champion = f"models:/{params.model_name}@{CHAMPION}"
+
+    data = ingest(params)
+    training = train(params, restart="if_different")
+    evaluate(params)
+    verdict = promote(params)
+    prints = sample(params, champion, count, seed, to)
+    explained = explain(params, champion, params.report_folder / "explain")
+
+    return Retrained(
+        data=data,
+        run_id=training.run_id,
+        report=params.report_folder / "report.html",
+        verdict=verdict,
+        prints=prints,
+        explained=explained,
+    )

@@ -1,0 +1,348 @@
+"""Objects on any S3 server: written once, whole, under their final name, and checked by SHA-256."""
+
+import base64
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import boto3
+from botocore.config import Config as ClientConfig
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionClosedError,
+    CredentialRetrievalError,
+    FlexibleChecksumError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
+from botocore.exceptions import ConnectionError as NotConnected
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from diffusion.errors import DarkroomError, Held, UserError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+Put = Literal["written", "already there"]
+"""How a write ended: by us, or with the very same bytes by somebody before us."""
+
+BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+PROBE = ".darkroom-conditional-put"
+"""Name of the object by which ``require_conditional_puts`` knows a server that honours conditions."""
+DENIED = {
+    "403",
+    "AccessDenied",
+    "ExpiredToken",
+    "Forbidden",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+}
+ELSEWHERE = {"301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
+BROKEN_READS = (
+    ConnectionClosedError,
+    FlexibleChecksumError,
+    IncompleteReadError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
+
+
+class Missing(UserError):
+    """There is no object of that name."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """A place on S3: a bucket, and a prefix without slashes at its ends (empty: the whole bucket)."""
+
+    bucket: str
+    prefix: str = ""
+
+    @classmethod
+    def parse(cls, uri: str) -> "Location":
+        """The place that ``uri``, s3://BUCKET or s3://BUCKET/PREFIX, names; raises UserError otherwise."""
+        scheme, separator, path = uri.partition("://")
+        if scheme != "s3" or not separator:
+            raise UserError(f"{uri!r} is not an S3 URI: write it as s3://BUCKET/PREFIX")
+        bucket, _, prefix = path.partition("/")
+        if not BUCKET_NAME.fullmatch(bucket):
+            raise UserError(
+                f"{uri!r}: {bucket!r} is no bucket name: 3 to 63 lower-case letters, digits, dots and dashes"
+            )
+        prefix = prefix.rstrip("/")
+        # Servers and clients disagree on what such names mean: some fold them, some keep them.
+        if prefix and any(part in {"", ".", ".."} for part in prefix.split("/")):
+            raise UserError(f"{uri!r}: a prefix must not hold empty parts, '.' or '..'")
+        if not prefix.isprintable() or len(prefix.encode()) > 900:
+            raise UserError(f"{uri!r}: a prefix must be printable and at most 900 bytes long")
+        return cls(bucket, prefix)
+
+    def key(self, name: str) -> str:
+        """The full key of the object ``name`` under this place."""
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def __truediv__(self, name: str) -> "Location":
+        return Location(self.bucket, self.key(name.strip("/")))
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}" if self.prefix else f"s3://{self.bucket}"
+
+
+@dataclass(frozen=True)
+class Object:
+    """Bytes to be written under ``key``."""
+
+    key: str
+    data: bytes
+    content_type: str = "application/octet-stream"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def client(attempts: int = 5, read_timeout: float = 60) -> "S3Client":
+    """A client as the standard ``AWS_*`` variables and files describe it; safe to share among threads.
+
+    ``attempts`` is how often a request is tried in all, over about 8 s for the default; ``read_timeout``
+    is in seconds. Raises UserError if the settings make no sense.
+    """
+    custom = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    config = ClientConfig(
+        # BUCKET.host resolves at Amazon and few other places.
+        s3={"addressing_style": "path"} if custom else None,
+        retries={"mode": "standard", "total_max_attempts": attempts},
+        connect_timeout=5,
+        read_timeout=read_timeout,
+        max_pool_connections=32,
+        tcp_keepalive=True,
+        # Every write here brings its SHA-256; boto3's own CRC trailers break older servers.
+        request_checksum_calculation="when_required",
+    )
+    try:
+        return boto3.session.Session().client("s3", config=config)
+    except (BotoCoreError, ValueError) as error:
+        raise UserError(f"the AWS_* settings make no S3 client: {error}") from error
+
+
+@dataclass(frozen=True)
+class Store:
+    """What Darkroom needs of S3. Every method raises UserError for what the user can mend, in one line."""
+
+    client: "S3Client" = field(default_factory=client)
+
+    def put_once(
+        self,
+        bucket: str,
+        key: str,
+        data: bytes,
+        metadata: Mapping[str, str] | None = None,
+        content_type: str = "application/octet-stream",
+    ) -> Put:
+        """Write ``data`` (at most 5 GiB) unless the key is taken; the same bytes found there are as good.
+
+        Raises Held if other bytes lie there. The SHA-256 is checked by the server, and kept as metadata.
+        """
+        digest = hashlib.sha256(data)
+        tags = {"sha256": digest.hexdigest(), **(metadata or {})}
+
+        def put() -> str | None:
+            """None if it was written, else the SHA-256 of what lies there."""
+            try:
+                self.client.put_object(
+                    Bucket=bucket,
+                    Key=key,
+                    Body=data,
+                    IfNoneMatch="*",
+                    ChecksumSHA256=base64.b64encode(digest.digest()).decode(),
+                    ContentType=content_type,
+                    Metadata=tags,
+                )
+            except ClientError as error:
+                if _status(error) != 412:
+                    raise
+                return self._sha256_of(bucket, key)
+            return None
+
+        with self._in_words(bucket, key):
+            there = _retrying(_is_conflict)(put)
+        if there is None:
+            return "written"
+        if there != digest.hexdigest():
+            raise Held(
+                f"s3://{bucket}/{key} is taken by other bytes (sha256 {there[:12]}… there, "
+                f"{digest.hexdigest()[:12]}… here): write under another prefix, or remove what is there"
+            )
+        return "already there"
+
+    def put_many(self, bucket: str, objects: Sequence[Object], workers: int = 8) -> list[Put]:
+        """``put_once`` of each of ``objects``, ``workers`` at a time; the first failure stops the rest."""
+        with ThreadPoolExecutor(workers) as pool:
+            futures = [
+                pool.submit(self.put_once, bucket, o.key, o.data, o.metadata, o.content_type) for o in objects
+            ]
+            try:
+                return [future.result() for future in futures]
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def get(self, bucket: str, key: str) -> bytes:
+        """The bytes of an object, checked against the server's checksum; raises Missing."""
+        with self._in_words(bucket, key):
+            return _retrying(_is_broken_read)(
+                lambda: self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
+            )
+
+    def exists(self, bucket: str, key: str) -> bool:
+        """Whether there is an object of that name."""
+        with self._in_words(bucket, key):
+            return _found(lambda: self.client.head_object(Bucket=bucket, Key=key))
+
+    def list_keys(self, bucket: str, prefix: str = "") -> Iterator[str]:
+        """All keys that begin with ``prefix``, in the server's order, however many there are."""
+        # No delimiter: some servers go on listing a "folder" for minutes after it was emptied.
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        with self._in_words(bucket, prefix):
+            for page in pages:
+                yield from (entry["Key"] for entry in page.get("Contents", ()))
+
+    def ensure_bucket(self, bucket: str) -> None:
+        """Create ``bucket`` if it is not there."""
+        with self._in_words(bucket):
+            if _found(lambda: self.client.head_bucket(Bucket=bucket)):
+                return
+            region = self.client.meta.region_name
+            try:
+                if region in {None, "us-east-1", "aws-global"}:
+                    self.client.create_bucket(Bucket=bucket)
+                else:
+                    self.client.create_bucket(
+                        Bucket=bucket,
+                        CreateBucketConfiguration={"LocationConstraint": region},  # type: ignore[typeddict-item]
+                    )
+            except ClientError as error:
+                # Somebody created it at the same moment.
+                if error.response["Error"]["Code"] not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
+                    raise
+                self.client.head_bucket(Bucket=bucket)
+
+    def require_conditional_puts(self, bucket: str, prefix: str = "") -> None:
+        """Raise UserError unless the server refuses to overwrite when asked to; else nothing is written once.
+
+        Leaves a small object under ``prefix`` for the next probe, so that no right to delete is needed.
+        """
+        place = Location(bucket, prefix.strip("/"))
+        key = place.key(PROBE)
+        refusal = (
+            f"{self.client.meta.endpoint_url} {{}} the condition If-None-Match on writes to {place}, so that "
+            "two jobs could overwrite each other: use a server that honours it, such as Amazon's or SeaweedFS"
+        )
+        for body in (
+            b"Kept by Darkroom: a second write of this key must fail.\n",
+            b"This must never be seen.\n",
+        ):
+            try:
+                with self._in_words(bucket, key):
+                    self.client.put_object(Bucket=bucket, Key=key, Body=body, IfNoneMatch="*")
+            except DarkroomError as error:
+                cause = error.__cause__
+                if not isinstance(cause, ClientError) or _status(cause) not in {409, 412, 501}:
+                    raise
+                if _status(cause) == 501:
+                    raise UserError(refusal.format("does not know")) from error
+                return
+        raise UserError(refusal.format("ignores"))
+
+    def _sha256_of(self, bucket: str, key: str) -> str:
+        """Hex SHA-256 of an object: the server's own sum of the whole, or else ours of what it sends."""
+        head = self.client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+        checksum = head.get("ChecksumSHA256", "")
+        if checksum and "-" not in checksum and head.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT":
+            return base64.b64decode(checksum).hex()
+        digest = hashlib.sha256()
+        for piece in self.client.get_object(Bucket=bucket, Key=key)["Body"].iter_chunks(2**20):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    @contextmanager
+    def _in_words(self, bucket: str, key: str = "") -> Iterator[None]:
+        """Turn what boto3 raises inside into one line for people, with the original as its cause."""
+        place, server = f"s3://{bucket}/{key}", self.client.meta.endpoint_url
+        try:
+            yield
+        except ClientError as error:
+            raise _explained(error, place, bucket, server) from error
+        except (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError) as error:
+            hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            raise UserError(f"{place}: no usable S3 credentials ({error}): {hint}") from error
+        except ParamValidationError as error:
+            raise UserError(f"{place}: {' '.join(str(error).split())}") from error
+        except (HTTPClientError, NotConnected) as error:
+            hint = "is it running, and is AWS_ENDPOINT_URL_S3 right?"
+            raise UserError(f"{place}: the S3 server {server} does not answer: {hint} ({error})") from error
+        except BotoCoreError as error:
+            raise DarkroomError(f"{place}: {error} ({server})") from error
+
+
+def _explained(error: ClientError, place: str, bucket: str, server: str) -> DarkroomError:
+    code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
+    if code == "NoSuchBucket":
+        hint = "create it, or set DARKROOM_BUCKET to one that is there"
+        return UserError(f"{place}: there is no bucket {bucket} at {server}: {hint}")
+    if code in {"NoSuchKey", "404", "NotFound"}:
+        return Missing(f"{place} does not exist at {server}")
+    if code in DENIED:
+        hint = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what that key may do"
+        return UserError(f"{place}: {server} denies access ({code}): {hint}")
+    if code in ELSEWHERE:
+        return UserError(f"{place}: the bucket lies in another region ({code}): set AWS_DEFAULT_REGION to it")
+    return DarkroomError(f"{place}: {server} answered {code}: {message}")
+
+
+def _found(request: Callable[[], object]) -> bool:
+    """Whether ``request``, a HEAD, finds its object."""
+    try:
+        request()
+    except ClientError as error:
+        if _status(error) != 404:
+            raise
+        return False
+    return True
+
+
+def _status(error: ClientError) -> int:
+    return error.response["ResponseMetadata"]["HTTPStatusCode"]
+
+
+def _retrying(worth_it: Callable[[BaseException], bool]) -> Retrying:
+    """Tries again what botocore itself does not, and in the end raises the last error."""
+    return Retrying(
+        retry=retry_if_exception(worth_it),
+        stop=stop_after_attempt(6),
+        wait=wait_random_exponential(0.1, 5),
+        reraise=True,
+    )
+
+
+def _is_broken_read(error: BaseException) -> bool:
+    """A body that broke off, or came out other than the server's checksum says."""
+    return isinstance(error, BROKEN_READS)
+
+
+def _is_conflict(error: BaseException) -> bool:
+    """Two writers met inside the server (409), or what took the key was gone when we looked (404)."""
+    if not isinstance(error, ClientError):
+        return False
+    code = error.response["Error"]["Code"]
+    return code in {"ConditionalRequestConflict", "OperationAborted"} or (
+        error.operation_name in {"HeadObject", "GetObject"} and _status(error) == 404
+    )

