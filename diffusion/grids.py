@@ -49,7 +49,5 @@ def save_png(path: Path, picture: Image.Image) -> str:
 def figure_png(figure: "Figure", dpi: int = 160) -> bytes:
     """``figure`` as the bytes of a PNG file, without the time or the version that drew it."""
     buffer = io.BytesIO()
-    figure.savefig(
-        buffer, format="png", dpi=dpi, facecolor=figure.get_facecolor(), metadata={"Software": None}
-    )
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor=figure.get_facecolor(), metadata={"Software": None})
     return buffer.getvalue()

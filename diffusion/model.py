@@ -81,7 +81,8 @@ def to_uint8(pictures: Tensor) -> Tensor:
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
     """Write a safetensors file atomically, ``header`` in its metadata; returns the file's SHA-256."""
     metadata = {METADATA_KEY: canonical_json(header)}
-    return write_atomically(path, lambda partial: save_file(tensors, partial, metadata))
+    packed = {name: value.detach().contiguous() for name, value in tensors.items()}
+    return write_atomically(path, lambda partial: save_file(packed, partial, metadata))
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -114,13 +115,16 @@ def load_model(path: Path) -> DiffusionModel:
     try:
         header = ModelHeader.model_validate(raw["model_header"])
     except (KeyError, ValidationError) as error:
-        raise UserError(
-            f"{path} has a header this version cannot read: use the version that wrote it"
-        ) from error
+        raise UserError(f"{path} has a header this version cannot read: use the version that wrote it") from error
     network = UNet(header.model, header.channels, header.size)
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if name.startswith(AVERAGED)]  # noqa: SIM118 (no mapping)
         weights = {name.removeprefix(AVERAGED): file.get_tensor(name) for name in names}
-    network.load_state_dict(weights)
-    network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:  # torch says it in a page; the cause is always the same
+        raise UserError(
+            f"{path} was written by another version of the U-Net: load it with the code that its version ships"
+        ) from error
+    network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return DiffusionModel(header, network, make_schedule(header.model))

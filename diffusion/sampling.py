@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffusion.config_sampling import SamplingConfig
 from diffusion.fingerprint import autocast
 from diffusion.model import DiffusionModel, to_uint8
 from diffusion.progress import Progress, silent
 from diffusion.random import GaussianNoise
 from diffusion.samplers import SAMPLERS, sigma_grid
-from diffusion.config_sampling import SamplingConfig
 
 
 def sample(

@@ -2,12 +2,16 @@
 
 import os
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
+from urllib.request import getproxies
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from diffusion.errors import UserError
+
+if TYPE_CHECKING:
+    from flows.stack.local import LocalStack
 
 Server = Literal["mlflow", "prefect", "s3"]
 SERVERS: tuple[Server, ...] = get_args(Server)
@@ -56,7 +60,7 @@ class Settings(BaseSettings):
     @property
     def folder(self) -> Path:
         """``home`` as an absolute path."""
-        return Path.cwd() / self.home.expanduser()
+        return self.home.expanduser().resolve()
 
 
 def settings() -> Settings:
@@ -83,7 +87,8 @@ def given() -> dict[Server, str]:
     found: dict[Server, str] = {}
     for server in SERVERS:
         named = [name for name in NAMED_BY[server] if os.environ.get(name)]
-        if named and not (local and _is_local(server, local.variables(server))):
+        ours = local is not None and local.serves(server) and _came_from(local, server)
+        if named and not ours:
             found[server] = named[0]
     return found
 
@@ -103,9 +108,16 @@ def join(*needs: Server) -> None:
                 f"no {CALLED[server]} server: {NAMED_BY[server][0]} is not set and no local one runs "
                 f"(in {settings().home}): run `darkroom up`"
             )
-        os.environ.update(local.variables(server))
+        os.environ.update(local.variables(server) | beside_proxies())
         os.environ.setdefault("DARKROOM_BUCKET", local.bucket)
-        _pass_proxies_by()
+
+
+def beside_proxies() -> dict[str, str]:
+    """Variables that keep the environment's proxies, if it has any, away from the loopback address."""
+    if not getproxies():
+        return {}
+    names = {name: os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY")}
+    return {name: ",".join(filter(None, [hosts, "127.0.0.1"])) for name, hosts in names.items()}
 
 
 def _local_stack() -> "LocalStack | None":
@@ -115,15 +127,8 @@ def _local_stack() -> "LocalStack | None":
     return LocalStack.read(settings().folder)
 
 
-def _is_local(server: Server, own: dict[str, str]) -> bool:
+def _came_from(local: "LocalStack", server: Server) -> bool:
     """Whether the environment's variables for ``server`` are the local stack's, of now or of before."""
     address = os.environ.get(NAMED_BY[server][0], "")
-    return os.environ.get(SECRET[server]) == own[SECRET[server]] and address.startswith("http://127.0.0.1:")
-
-
-def _pass_proxies_by() -> None:
-    """Keep a proxy that the environment sets away from the loopback address."""
-    for name in ("no_proxy", "NO_PROXY"):
-        hosts = [host for host in os.environ.get(name, "").split(",") if host]
-        if "127.0.0.1" not in hosts:
-            os.environ[name] = ",".join([*hosts, "127.0.0.1"])
+    secret = os.environ.get(SECRET[server])
+    return secret == local.variables(server)[SECRET[server]] and address.startswith("http://127.0.0.1:")

@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
+from diffusion.explain import explain as draw_process
 from mlflow.client import MlflowClient
 from prefect import flow
 
 from diffusion.config import Config
 from diffusion.data.dataset import Dataset
-from diffusion.explain import explain as draw_process
 from diffusion.model import load_model
-from flows import environment, registry
+from flows import registry
+from flows.environment import settings
 from flows.params import Params
 from flows.steps import step
 from flows.tracking import RunTracker
@@ -33,7 +34,7 @@ def draw(params: Params, model: str, output: Path, seed: int) -> Explained:
     """Draw into folder ``output`` and put the pictures on the version's MLflow run."""
     client = MlflowClient()
     version = registry.resolve(client, model)
-    weights = registry.fetch_weights(version, environment.home() / "models")
+    weights = registry.fetch_weights(version, settings().folder / "models")
     dataset = Dataset.open(params.dataset_folder)
     rows = dataset.rows("held_out") or dataset.rows("train")
     picture = dataset.pictures([rows[seed % len(rows)]])[0]

@@ -13,7 +13,7 @@ from diffusion.evaluation.evaluate import evaluate_one
 from diffusion.evaluation.results import Evaluation, Judged
 from diffusion.model import export, read_header
 from flows import lineage, registry
-from flows.environment import home
+from flows.environment import settings
 from flows.evaluate import tracker_of
 from flows.params import Params
 from flows.progress import reporter
@@ -53,17 +53,14 @@ def register(params: Params, evaluation: Evaluation) -> Version:
     export(Path(evaluation.best.file), weights)
     run = tracker.client.get_run(tracker.run_id)
     tags = {
-        name: run.data.tags.get(name)
-        for name in ("darkroom.content_digest", "darkroom.dvc_digest", "darkroom.dataset")
+        name: run.data.tags.get(name) for name in ("darkroom.content_digest", "darkroom.dvc_digest", "darkroom.dataset")
     } | {
         "darkroom.run_id": tracker.run_id,
         "darkroom.git_commit": lineage.code_version().commit,
         "darkroom.images": evaluation.best.images,
         "darkroom.train_key": read_header(weights)["train_key"],
     }
-    return registry.register(
-        params.model_name, tracker.run_id, weights, params.sampling, tags, evaluation.best.images
-    )
+    return registry.register(params.model_name, tracker.run_id, weights, params.sampling, tags, evaluation.best.images)
 
 
 @step
@@ -83,7 +80,7 @@ def decide(params: Params, evaluation: Evaluation, version: Version) -> Verdict:
 
 def _compare(params: Params, evaluation: Evaluation, version: Version, holder: Version) -> Verdict:
     """Both on the same held-out pictures with the same seeds: to win, KID must be lower by more than its error."""
-    weights = registry.fetch_weights(holder, home() / "models")
+    weights = registry.fetch_weights(holder, settings().folder / "models")
     champion = evaluate_one(
         weights,
         params.dataset_folder,

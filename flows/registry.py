@@ -5,7 +5,6 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-import diffusion
 import mlflow
 import pandas as pd
 from mlflow.client import MlflowClient
@@ -14,6 +13,7 @@ from mlflow.exceptions import MlflowException, RestException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
+import diffusion
 from diffusion.config import Config
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
@@ -127,7 +127,6 @@ def _logged_model(run_id: str, digest: str) -> str | None:
 
 
 def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig, images: int) -> str:
-    example = pd.DataFrame({"seed": [0, 0], "index": [0, 1]})
     with mlflow.start_run(run_id=run_id):
         info = mlflow.pyfunc.log_model(
             name="ddpm",
@@ -136,7 +135,8 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
             code_paths=[str(Path(diffusion.__file__).parent)],
             model_config=sampling.model_dump(mode="json"),
             signature=SIGNATURE,
-            metadata={"format_version": 1, "input_example": example.to_dict("list")},
+            metadata={"format_version": 1},
+            input_example=pd.DataFrame({"seed": [0, 0], "index": [0, 1]}),
             pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in REQUIREMENTS],
             tags={WEIGHTS: digest},
             step=images,

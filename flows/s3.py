@@ -110,16 +110,21 @@ class Object:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def client(attempts: int = 5, read_timeout: float = 60) -> "S3Client":
+def client(attempts: int = 5, read_timeout: float = 60, variables: Mapping[str, str] = os.environ) -> "S3Client":
     """A client as the standard ``AWS_*`` variables and files describe it; safe to share among threads.
 
     ``attempts`` is how often a request is tried in all, over about 8 s for the default; ``read_timeout``
-    is in seconds. Raises UserError if the settings make no sense.
+    is in seconds; what ``variables`` lacks is looked up where boto3 does. Raises UserError if the settings
+    make no sense.
     """
-    custom = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    pair = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    access_key, secret_key = (variables.get(name) or None for name in pair)
+    if (access_key is None) != (secret_key is None):
+        raise UserError(f"of {pair[0]} and {pair[1]} only one is set: set both, or neither")
+    endpoint = variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL")
     config = ClientConfig(
         # BUCKET.host resolves at Amazon and few other places.
-        s3={"addressing_style": "path"} if custom else None,
+        s3={"addressing_style": "path"} if endpoint else None,
         retries={"mode": "standard", "total_max_attempts": attempts},
         connect_timeout=5,
         read_timeout=read_timeout,
@@ -129,7 +134,13 @@ def client(attempts: int = 5, read_timeout: float = 60) -> "S3Client":
         request_checksum_calculation="when_required",
     )
     try:
-        return boto3.session.Session().client("s3", config=config)
+        session = boto3.session.Session(
+            aws_access_key_id=access_key,
+            aws_secret_access_key=secret_key,
+            aws_session_token=variables.get("AWS_SESSION_TOKEN") or None,
+            region_name=variables.get("AWS_DEFAULT_REGION") or None,
+        )
+        return session.client("s3", endpoint_url=endpoint, config=config)
     except (BotoCoreError, ValueError) as error:
         raise UserError(f"the AWS_* settings make no S3 client: {error}") from error
 
@@ -187,9 +198,7 @@ class Store:
     def put_many(self, bucket: str, objects: Sequence[Object], workers: int = 8) -> list[Put]:
         """``put_once`` of each of ``objects``, ``workers`` at a time; the first failure stops the rest."""
         with ThreadPoolExecutor(workers) as pool:
-            futures = [
-                pool.submit(self.put_once, bucket, o.key, o.data, o.metadata, o.content_type) for o in objects
-            ]
+            futures = [pool.submit(self.put_once, bucket, o.key, o.data, o.metadata, o.content_type) for o in objects]
             try:
                 return [future.result() for future in futures]
             finally:
@@ -198,9 +207,7 @@ class Store:
     def get(self, bucket: str, key: str) -> bytes:
         """The bytes of an object, checked against the server's checksum; raises Missing."""
         with self._in_words(bucket, key):
-            return _retrying(_is_broken_read)(
-                lambda: self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
-            )
+            return _retrying(_is_broken_read)(lambda: self.client.get_object(Bucket=bucket, Key=key)["Body"].read())
 
     def exists(self, bucket: str, key: str) -> bool:
         """Whether there is an object of that name."""

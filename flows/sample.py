@@ -75,7 +75,7 @@ def sample(params: Params, model: str, count: int, seed: int = 0, to: str | None
 def fetch(model: str) -> tuple[Version, Path]:
     """The version that ``model`` names now, and its weights as a local file."""
     version = registry.resolve(MlflowClient(), model)
-    return version, registry.fetch_weights(version, environment.home() / "models")
+    return version, registry.fetch_weights(version, environment.settings().folder / "models")
 
 
 @step
@@ -96,7 +96,7 @@ def begin(
         sampling=sampling,
         fingerprint=fingerprint(sampling.compute_batch, sampling.precision),
     )
-    place = Location.parse(to or f"s3://{environment.bucket()}")
+    place = Location.parse(to or f"s3://{environment.settings().bucket}")
     if not place.prefix:
         place = place / "prints" / batch.model / str(batch.version) / batch.name
     store = Store()
@@ -124,9 +124,7 @@ def print_chunk(batch: Batch, place: Location, weights: Path, chunk: int) -> Non
     if not store.exists(place.bucket, part):
         pictures = draw(load_model(weights), indices, batch.seed, batch.sampling)
         encoded = [prints.encode(batch, index, picture) for index, picture in zip(indices, pictures, strict=True)]
-        objects = [
-            Object(place.key(str(row["key"])), png, PNG, {"seed": str(batch.seed)}) for png, row in encoded
-        ]
+        objects = [Object(place.key(str(row["key"])), png, PNG, {"seed": str(batch.seed)}) for png, row in encoded]
         store.put_many(place.bucket, objects)
         rows = prints.part_bytes(row for _, row in encoded)
         store.put_once(place.bucket, part, rows, content_type=JSON_LINES)
@@ -145,9 +143,7 @@ def finish(batch: Batch, place: Location) -> Prints:
     manifest = place.key("manifest.parquet")
     store.put_once(place.bucket, manifest, prints.parquet_bytes(parts()), content_type=PARQUET)
     store.put_once(place.bucket, place.key("_SUCCESS"), b"")
-    first = [
-        store.get(place.bucket, place.key(prints.picture_key(i))) for i in range(min(SHOWN, batch.count))
-    ]
+    first = [store.get(place.bucket, place.key(prints.picture_key(i))) for i in range(min(SHOWN, batch.count))]
     sheet = Path("prints", batch.model, str(batch.version), f"{batch.name}.png")
     save_png(sheet, grid(torch.stack([_pixels(png) for png in first])))
     done = Prints(

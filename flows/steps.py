@@ -21,13 +21,12 @@ def step(function: Callable[P, R]) -> Task[P, R]:
     so in a new run and on another machine as well.
     """
     return task(
-        function,
         retries=2,
         retry_delay_seconds=exponential_backoff(2),
         retry_jitter_factor=0.5,
         retry_condition_fn=_may_pass,
         cache_policy=NO_CACHE,
-    )
+    )(function)
 
 
 def _may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:

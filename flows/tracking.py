@@ -123,9 +123,7 @@ def open_run(
     return tracker
 
 
-def _create_run(
-    client: MlflowClient, experiment: str, train_key: str, parameters: Mapping[str, Any]
-) -> MlflowRun:
+def _create_run(client: MlflowClient, experiment: str, train_key: str, parameters: Mapping[str, Any]) -> MlflowRun:
     found = client.get_experiment_by_name(experiment)
     experiment_id = found.experiment_id if found else client.create_experiment(experiment)
     run = client.create_run(experiment_id, tags={TRAIN_KEY: train_key}, run_name=f"train-{train_key[:8]}")
@@ -136,7 +134,9 @@ def _create_run(
 
 def _dataset_input(manifest: Manifest, data: DataVersion | None, source: str) -> DatasetInput:
     digest = manifest.content_digest[:DIGEST_LENGTH]
-    dataset = MetaDataset(resolve_dataset_source(source), manifest.name, digest)
+    dataset = MetaDataset(  # type: ignore[abstract]
+        resolve_dataset_source(source), manifest.name, digest
+    )
     tags = [InputTag("mlflow.data.context", "training")]
     if data is not None:
         tags.append(InputTag("dvc_digest", data.digest))

@@ -39,9 +39,7 @@ class Dataset:
         self.labels: list[str | None] = table["label"].to_pylist()
         self.captions: list[str | None] = table["caption"].to_pylist()
         self._splits = np.array(table["split"].to_pylist())
-        self._shards, self._offsets, self._sizes = (
-            table[name].to_numpy() for name in ("shard", "offset", "size")
-        )
+        self._shards, self._offsets, self._sizes = (table[name].to_numpy() for name in ("shard", "offset", "size"))
         self._cache: Tensor | None = None
 
     @classmethod
@@ -85,9 +83,7 @@ class Dataset:
         picture = Image.open(io.BytesIO(png), formats=("PNG",))
         channels, height, width = self.shape
         if picture.size != (width, height):
-            raise UserError(
-                f"a picture in {self.folder} is {picture.size}, not {width}×{height}: {_mend(self.folder)}"
-            )
+            raise UserError(f"a picture in {self.folder} is {picture.size}, not {width}×{height}: {_mend(self.folder)}")
         pixels = np.array(picture.convert("RGB" if channels == 3 else "L"))
         return pixels.reshape(height, width, channels).transpose(2, 0, 1)
 

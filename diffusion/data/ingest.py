@@ -112,9 +112,7 @@ def _ingest(
     for done, prepared in enumerate(_prepare_all(candidates, config, threads), start=1):
         picture, candidate = prepared.picture, prepared.candidate
         if picture is None:
-            refused.append(
-                Quarantined(source=candidate.source, reason=prepared.reason, sha256=prepared.sha256)
-            )
+            refused.append(Quarantined(source=candidate.source, reason=prepared.reason, sha256=prepared.sha256))
         elif picture.key in rows:
             duplicates += 1
         else:
@@ -218,9 +216,7 @@ def _about(row: dict[str, Any]) -> dict[str, Any]:
 def _check(
     kept: Iterable[str], refused: list[Quarantined], candidates: int, source: Path, config: IngestConfig
 ) -> None:
-    leading = "; ".join(
-        f"{count} × {reason}" for reason, count in Counter(r.reason for r in refused).most_common(3)
-    )
+    leading = "; ".join(f"{count} × {reason}" for reason, count in Counter(r.reason for r in refused).most_common(3))
     if not candidates:
         raise UserError(f"no pictures in {source}: give a folder of JPEG, PNG, WebP, GIF, BMP or TIFF files")
     if not any(True for _ in kept):

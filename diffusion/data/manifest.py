@@ -111,9 +111,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
-        raise UserError(
-            f"no data set in {folder}: run `darkroom ingest SOURCE --dataset {folder.name}`"
-        ) from error
+        raise UserError(f"no data set in {folder}: run `darkroom ingest SOURCE --dataset {folder.name}`") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -16,9 +16,7 @@ class TrainingOrder:
 
     def __init__(self, content_digest: str, seed: int, length: int) -> None:
         self.length = length
-        self._epoch = lru_cache(maxsize=2)(
-            lambda epoch: permutation(seed, f"order/{content_digest}", epoch, length)
-        )
+        self._epoch = lru_cache(maxsize=2)(lambda epoch: permutation(seed, f"order/{content_digest}", epoch, length))
 
     def rows(self, start: int, count: int) -> np.ndarray:
         """Which of the ``length`` rows stand at positions start … start+count−1, as (count,) int64."""

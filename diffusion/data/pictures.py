@@ -46,9 +46,7 @@ def prepare(data: bytes, config: IngestConfig) -> StoredPicture:
     if config.fit == "crop":
         picture = ImageOps.fit(picture, square, Image.Resampling.LANCZOS)
     else:
-        picture = ImageOps.pad(
-            picture, square, Image.Resampling.LANCZOS, color=_background(picture.mode, config)
-        )
+        picture = ImageOps.pad(picture, square, Image.Resampling.LANCZOS, color=_background(picture.mode, config))
     return store(picture)
 
 
@@ -68,9 +66,7 @@ def _decode(data: bytes, config: IngestConfig) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
         if picture.width * picture.height > config.max_pixels:
-            raise Refused(
-                f"{picture.width}×{picture.height} pixels are over the limit of {config.max_pixels}"
-            )
+            raise Refused(f"{picture.width}×{picture.height} pixels are over the limit of {config.max_pixels}")
         picture.seek(0)
         picture.load()
         return ImageOps.exif_transpose(picture)
@@ -111,9 +107,7 @@ def _to_srgb(picture: Image.Image) -> Image.Image:
         target = "RGBA" if picture.mode == "RGBA" else "RGB"
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            converted = ImageCms.profileToProfile(
-                picture, source, ImageCms.createProfile("sRGB"), outputMode=target
-            )
+            converted = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode=target)
         except (ImageCms.PyCMSError, OSError) as error:
             raise Refused(f"unusable colour profile: {error}") from error
         if converted is None:

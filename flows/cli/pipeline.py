@@ -174,9 +174,7 @@ def sample(
 
 
 def retrain(
-    source: Annotated[
-        str | None, typer.Argument(help="A folder of pictures; default: ingest.source.")
-    ] = None,
+    source: Annotated[str | None, typer.Argument(help="A folder of pictures; default: ingest.source.")] = None,
     dataset: DatasetName = None,
     count: Count = 64,
     seed: Seed = 0,

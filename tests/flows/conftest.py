@@ -1,0 +1,88 @@
+"""A real S3 server for the tests of what speaks to one."""
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from diffusion.errors import DarkroomError
+from flows.s3 import Store, client
+from flows.stack import ports, seaweedfs
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A SeaweedFS of the session's own; gives the variables by which clients find it."""
+    folder = tmp_path_factory.mktemp("s3")
+    (folder / "s3.json").write_text(seaweedfs.config("test-access", "test-secret"))
+    numbers = ports.choose(len(seaweedfs.PORTS), taken=())
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(
+            seaweedfs.command(numbers),
+            cwd=folder,
+            env={**os.environ, **seaweedfs.ENVIRONMENT},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    variables = {
+        "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{numbers[0]}",
+        "AWS_ACCESS_KEY_ID": "test-access",
+        "AWS_SECRET_ACCESS_KEY": "test-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    try:
+        _wait(Store(client(attempts=1, variables=variables)), server, folder / "log")
+        yield variables
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _wait(store: Store, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return store.ensure_bucket("ready")
+        except DarkroomError:
+            if time.monotonic() > deadline or server.poll() is not None:
+                raise AssertionError(log.read_text()) from None
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def no_servers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """An environment that names no server, restored afterwards, and an empty working folder."""
+    saved = dict(os.environ)
+    for name in saved:
+        if name.startswith(("AWS_", "MLFLOW_", "PREFECT_", "DARKROOM_")):
+            del os.environ[name]
+    monkeypatch.chdir(tmp_path)
+    yield
+    os.environ.clear()
+    os.environ.update(saved)
+
+
+@pytest.fixture
+def s3_environment(no_servers: None, s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """This process finds ``s3_server`` by its environment."""
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture
+def store(s3_environment: dict[str, str]) -> Store:
+    """A store on ``s3_server``."""
+    return Store()
+
+
+@pytest.fixture
+def bucket(store: Store) -> str:
+    """A new bucket on ``s3_server``."""
+    name = f"test-{uuid4().hex}"
+    store.ensure_bucket(name)
+    return name

@@ -1,0 +1,180 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from diffusion.errors import UserError
+from flows.environment import SERVERS, Server, given, join, settings
+from flows.stack import exports
+from flows.stack.local import LocalStack
+from flows.stack.process import marks, members, start, stop
+
+pytestmark = pytest.mark.usefixtures("no_servers")
+
+THEIRS: dict[Server, dict[str, str]] = {
+    "mlflow": {"MLFLOW_TRACKING_URI": "https://mlflow.example.com"},
+    "prefect": {"PREFECT_API_URL": "https://prefect.example.com/api"},
+    "s3": {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"},
+}
+
+
+@pytest.fixture
+def local() -> Iterator[LocalStack]:
+    """A local stack as `up` leaves it, with processes that live, but serve nothing."""
+    stack = LocalStack.open(settings().folder, "darkroom")
+    processes = {}
+    for service in ("s3", "mlflow", "prefect", "worker"):
+        environment = {**os.environ, **marks(stack.folder, service)}
+        command = [sys.executable, "-c", "import time; time.sleep(600)"]
+        processes[service] = start(command, environment, stack.folder, stack.log(service), "")
+    yield stack.updated(servers=SERVERS, ports={"s3": 20001, "mlflow": 20002, "prefect": 20003}, processes=processes)
+    stop(members(stack.folder, *processes), grace=5)
+
+
+@pytest.mark.parametrize(
+    ("server", "variable"),
+    [("mlflow", "MLFLOW_TRACKING_URI"), ("prefect", "PREFECT_API_URL"), ("s3", "AWS_ENDPOINT_URL_S3")],
+)
+def test_without_a_server_the_user_is_told_to_start_one(server: Server, variable: str) -> None:
+    with pytest.raises(UserError, match=rf"{variable} is not set .*\.darkroom.*run `darkroom up`") as refusal:
+        join(server)
+    assert refusal.value.exit_code == 2
+    assert not Path(".darkroom").exists()
+
+
+def test_servers_that_the_environment_names_are_used_as_they_are(local: LocalStack) -> None:
+    theirs = {name: value for server in SERVERS for name, value in THEIRS[server].items()}
+    os.environ.update(theirs)
+    assert set(given()) == set(SERVERS)
+    before = dict(os.environ)
+    join(*SERVERS)
+    added = os.environ.keys() - before.keys()
+    assert {name: os.environ[name] for name in before} == before
+    assert not {name for name in added if name.startswith(("AWS_", "MLFLOW_TRACKING", "PREFECT_API"))}
+    assert exports() == []
+
+
+@pytest.mark.parametrize("theirs", SERVERS)
+def test_what_the_environment_does_not_name_comes_from_the_local_stack(local: LocalStack, theirs: Server) -> None:
+    os.environ.update(THEIRS[theirs])
+    join(*SERVERS)
+    for server in SERVERS:
+        expected = THEIRS[theirs] if server == theirs else local.variables(server)
+        assert expected.items() <= os.environ.items()
+    assert ("AWS_ENDPOINT_URL_S3" in os.environ) == (theirs != "s3")
+    assert ("MLFLOW_TRACKING_PASSWORD" in os.environ) == (theirs != "mlflow")
+
+
+def test_only_what_is_needed_is_joined(local: LocalStack) -> None:
+    join("s3")
+    assert os.environ["AWS_ENDPOINT_URL_S3"] == "http://127.0.0.1:20001"
+    assert os.environ["DARKROOM_BUCKET"] == "darkroom"
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    assert "PREFECT_API_URL" not in os.environ
+
+
+@pytest.mark.parametrize("variable", ["AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ROLE_ARN"])
+def test_every_usual_way_to_name_an_s3_server_counts(local: LocalStack, variable: str) -> None:
+    os.environ[variable] = "set"
+    assert given() == {"s3": variable}
+
+
+def test_a_server_that_died_is_not_joined(local: LocalStack) -> None:
+    process = psutil.Process(local.state.processes["mlflow"].pid)
+    process.kill()
+    process.wait()
+    join("prefect", "s3")
+    with pytest.raises(UserError, match="no MLflow server"):
+        join("mlflow")
+
+
+def test_a_process_that_took_a_dead_services_number_is_no_service(local: LocalStack) -> None:
+    stranger = local.state.processes["mlflow"].model_copy(update={"pid": os.getpid()})
+    local.updated(processes={**local.state.processes, "mlflow": stranger})
+    with pytest.raises(UserError, match="no MLflow server"):
+        join("mlflow")
+
+
+def test_a_copied_folder_does_not_lay_hands_on_the_originals_processes(local: LocalStack) -> None:
+    copy = Path("copy")
+    copy.mkdir()
+    for name in ("stack.json", "credentials.json"):
+        (copy / name).write_bytes((local.folder / name).read_bytes())
+    os.environ["DARKROOM_HOME"] = str(copy)
+    with pytest.raises(UserError, match="no S3 server"):
+        join("s3")
+
+
+def export() -> None:
+    """What `eval "$(darkroom env)"` does."""
+    command = "\n".join(
+        [*exports(), f"exec {sys.executable} -c 'import json, os; print(json.dumps(dict(os.environ)))'"]
+    )
+    printed = subprocess.run(["sh", "-c", command], check=True, capture_output=True, text=True).stdout
+    os.environ.update(json.loads(printed))
+
+
+def test_exported_variables_still_mean_the_local_stack_when_its_ports_have_changed(local: LocalStack) -> None:
+    export()
+    assert given() == {}
+    moved = local.updated(ports={"s3": 20011, "mlflow": 20012, "prefect": 20013})
+    assert given() == {}
+    join(*SERVERS)
+    for server in SERVERS:
+        assert moved.variables(server).items() <= os.environ.items()
+
+
+def test_another_server_named_after_the_export_is_used(local: LocalStack) -> None:
+    export()
+    os.environ["MLFLOW_TRACKING_URI"] = "https://mlflow.example.com"
+    assert given() == {"mlflow": "MLFLOW_TRACKING_URI"}
+    join(*SERVERS)
+    assert os.environ["MLFLOW_TRACKING_URI"] == "https://mlflow.example.com"
+
+
+def test_exports_name_the_stack_for_commands_in_other_folders(
+    local: LocalStack, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export()
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    join(*SERVERS)
+    assert settings().folder == local.folder
+
+
+def test_nothing_is_unpickled_and_nobody_is_told_unless_the_user_says_so() -> None:
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "false"
+    join()
+    assert os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
+    assert os.environ["DVC_NO_ANALYTICS"] == "1"
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "false"
+
+
+def test_a_proxy_of_the_environment_is_passed_by_on_the_way_to_the_local_stack(local: LocalStack) -> None:
+    os.environ.update({"http_proxy": "http://proxy.example.com:3128", "no_proxy": "intranet"})
+    join("mlflow")
+    assert os.environ["no_proxy"] == "intranet,127.0.0.1"
+
+
+@pytest.mark.parametrize("bucket", ["", "x", "Upper", "under_score", "s3://darkroom"])
+def test_a_bad_bucket_name_is_refused_with_its_variable(bucket: str) -> None:
+    os.environ["DARKROOM_BUCKET"] = bucket
+    with pytest.raises(UserError, match="DARKROOM_BUCKET"):
+        settings()
+
+
+@pytest.mark.parametrize("name", ["stack.json", "credentials.json"])
+def test_a_damaged_file_of_the_stack_is_named(local: LocalStack, name: str) -> None:
+    (local.folder / name).write_text("{")
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        join("s3")
+
+
+def test_importing_the_environment_loads_no_heavy_library() -> None:
+    check = "import sys, flows.environment; print(*{'mlflow', 'prefect', 'torch', 'boto3'} & sys.modules.keys())"
+    printed = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True).stdout
+    assert printed.strip() == ""

@@ -1,0 +1,440 @@
+"""The local stack with its real servers: started, killed, started again, joined, stopped."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+from playwright.sync_api import sync_playwright
+
+from diffusion.errors import DarkroomError, UserError
+from flows import stack
+from flows.environment import SERVERS, join
+from flows.stack import ports, seaweedfs
+from flows.stack.local import SERVICES, LocalStack
+from flows.stack.process import members
+
+COMMAND = "import sys; from flows import stack; print(stack.{}(lambda line: print(line, file=sys.stderr)))"
+
+
+def command(verb: str) -> subprocess.Popen[bytes]:
+    """A verb of the stack in a process of its own, which ends before the stack does."""
+    return subprocess.Popen([sys.executable, "-c", COMMAND.format(verb)], stderr=subprocess.PIPE)
+
+
+def pids() -> dict[str, int | None]:
+    return {service.name: service.pid for service in stack.status().services}
+
+
+def states() -> dict[str, str]:
+    return {service.name: service.state for service in stack.status().services}
+
+
+RUNNING = dict.fromkeys(SERVICES, "running")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folder of the stack that the slow tests share; its name is a trap for those who do not quote."""
+    folder = (tmp_path_factory.mktemp("a project, with % and ü") / ".darkroom").resolve()
+    yield folder
+    for process in members(folder, *SERVICES):
+        process.kill()
+
+
+@pytest.fixture
+def up(no_servers: None, home: Path) -> LocalStack:
+    """The shared stack, up."""
+    os.environ["DARKROOM_HOME"] = str(home)
+    stack.up(lambda _: None)
+    local = LocalStack.read(home)
+    assert local is not None
+    return local
+
+
+def joined(local: LocalStack, program: str) -> str:
+    """What a program of somebody else prints that knows nothing but the exports."""
+    script = "\n".join(["cd /", *stack.exports(), 'exec "$0" -c "$1"'])
+    result = subprocess.run(["sh", "-c", script, sys.executable, program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-1]
+
+
+WRITE = """
+import os, boto3, mlflow
+boto3.client("s3").put_object(Bucket=os.environ["DARKROOM_BUCKET"], Key="kept", Body=b"on s3")
+mlflow.set_experiment("kept")
+with mlflow.start_run() as run:
+    mlflow.log_text("in mlflow", "a.txt")
+from prefect.client.orchestration import get_client
+from prefect.variables import Variable
+Variable.set("kept", "in prefect", overwrite=True)
+with get_client(sync_client=True) as client:
+    print(client.read_work_pool("darkroom").type)
+"""
+READ = """
+import json, os, boto3, mlflow
+s3, bucket = boto3.client("s3"), os.environ["DARKROOM_BUCKET"]
+run = mlflow.search_runs(experiment_names=["kept"], output_format="list")[0]
+key = f"mlflow/{run.info.experiment_id}/{run.info.run_id}/artifacts/a.txt"
+from prefect.variables import Variable
+print(json.dumps([
+    s3.get_object(Bucket=bucket, Key="kept")["Body"].read().decode(),
+    mlflow.artifacts.load_text(run.info.artifact_uri + "/a.txt"),
+    s3.get_object(Bucket=bucket, Key=key)["Body"].read().decode(),
+    Variable.get("kept"),
+]))
+"""
+
+
+def assert_all_is_kept(local: LocalStack) -> None:
+    assert json.loads(joined(local, READ)) == ["on s3", "in mlflow", "in mlflow", "in prefect"]
+
+
+def kill(pid: int | None) -> None:
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=5)
+
+
+@pytest.mark.slow
+def test_the_stack_outlives_the_command_that_starts_it_and_stock_clients_join_it(no_servers: None, home: Path) -> None:
+    os.environ["DARKROOM_HOME"] = str(home)
+    assert command("up").wait(120) == 0
+    assert states() == RUNNING
+    assert all(service.url.startswith("http://127.0.0.1:") for service in stack.status().services)
+    local = LocalStack.read(home)
+    assert local is not None
+    assert joined(local, WRITE) == "process"
+    assert_all_is_kept(local)
+
+
+@pytest.mark.slow
+def test_up_again_leaves_alone_what_runs(up: LocalStack) -> None:
+    before = pids()
+    stack.up(lambda _: None)
+    assert pids() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_killed_service_comes_back_with_all_it_held(up: LocalStack, service: str) -> None:
+    before = pids()
+    kill(before[service])
+    assert states() == {**RUNNING, service: "stopped"} | (
+        # Its reports to the dead server are lost, so nobody can say that it works.
+        {"worker": "not answering"} if service == "prefect" else {}
+    )
+    stack.up(lambda _: None)
+    assert states() == RUNNING
+    after = pids()
+    assert after[service] != before[service]
+    assert {name: pid for name, pid in after.items() if name != service} == {
+        name: pid for name, pid in before.items() if name != service
+    }
+    assert_all_is_kept(up)
+
+
+@pytest.mark.slow
+def test_after_the_death_of_everything_two_ups_at_once_make_one_stack(up: LocalStack) -> None:
+    for process in members(up.folder, *SERVICES):
+        process.kill()
+    commands = [command("up") for _ in range(2)]
+    assert [process.wait(180) for process in commands] == [0, 0]
+    assert states() == RUNNING
+    leaders = [process for process in members(up.folder, *SERVICES) if os.getsid(process.pid) == process.pid]
+    assert {process.pid for process in leaders} == set(pids().values())
+    assert_all_is_kept(up)
+
+
+@pytest.mark.slow
+def test_a_service_that_hangs_is_started_anew(up: LocalStack) -> None:
+    for process in members(up.folder, "mlflow"):
+        process.suspend()
+    assert states() == {**RUNNING, "mlflow": "not answering"}
+    stack.up(lambda _: None)
+    assert states() == RUNNING
+    assert_all_is_kept(up)
+
+
+@pytest.mark.slow
+def test_a_service_whose_port_was_taken_moves_and_the_others_follow(up: LocalStack) -> None:
+    kill(pids()["s3"])
+    taken = up.state.ports
+    with ExitStack() as open_sockets:
+        for name in seaweedfs.PORTS:
+            squatter = open_sockets.enter_context(socket.socket())
+            squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            squatter.bind(("127.0.0.1", taken[name]))
+            squatter.listen()
+        stack.up(lambda _: None)
+    assert states() == RUNNING
+    moved = LocalStack.read(up.folder)
+    assert moved is not None
+    assert not {moved.state.ports[name] for name in seaweedfs.PORTS} & set(taken.values())
+    assert_all_is_kept(moved)
+
+
+@pytest.mark.slow
+def test_up_that_was_killed_half_way_can_be_stopped_and_started(up: LocalStack) -> None:
+    stack.down(lambda _: None)
+    half = command("up")
+    while len(members(up.folder, *SERVICES)) < 3:
+        time.sleep(0.05)
+    half.kill()
+    half.wait()
+    stack.down(lambda _: None)
+    assert members(up.folder, *SERVICES) == []
+    assert set(states().values()) == {"stopped"}
+    with pytest.raises(UserError, match="run `darkroom up`"):
+        join("s3")
+    with pytest.raises(UserError, match="run `darkroom up`"):
+        stack.exports()
+    stack.up(lambda _: None)
+    assert_all_is_kept(up)
+
+
+@pytest.mark.slow
+def test_down_finds_what_runs_even_if_the_folder_was_removed(up: LocalStack, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    up.folder.rename(moved)
+    try:
+        stack.down(lambda _: None)
+        assert members(up.folder, *SERVICES) == []
+    finally:
+        shutil.rmtree(up.folder, ignore_errors=True)
+        moved.rename(up.folder)
+    stack.up(lambda _: None)
+    assert_all_is_kept(up)
+
+
+def answer(url: str, login: tuple[str, str] | None) -> int:
+    """HTTP status of a GET."""
+    passwords = urllib.request.HTTPPasswordMgrWithPriorAuth()
+    if login:
+        passwords.add_password(None, url, *login, is_authenticated=True)
+    opener = urllib.request.build_opener(urllib.request.HTTPBasicAuthHandler(passwords))
+    try:
+        with opener.open(url) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.slow
+def test_who_has_no_password_or_a_wrong_one_is_refused(up: LocalStack) -> None:
+    own = up.credentials
+    user, password = own.prefect_auth_string.split(":")
+    doors: list[tuple[str, tuple[str, str]]] = [
+        (f"{up.url('prefect')}/api/admin/version", (user, password)),
+        (
+            f"{up.url('mlflow')}/api/2.0/mlflow/experiments/search?max_results=1",
+            (own.mlflow_username, own.mlflow_password),
+        ),
+    ]
+    for url, login in doors:
+        assert answer(url, login) == 200
+        assert answer(url, None) == 401
+        assert answer(url, (login[0], "wrong")) == 401
+    assert answer(f"{up.url('s3')}/{up.bucket}/kept", None) == 403
+
+
+@pytest.mark.slow
+def test_secrets_are_in_no_log_and_on_no_command_line_and_only_the_owner_reads_them(up: LocalStack) -> None:
+    own = up.credentials.model_dump()
+    secrets = {value.split(":")[-1] for name, value in own.items() if name not in {"mlflow_username"}}
+    secrets -= {up.credentials.s3_access_key}
+    assert len(secrets) == 4
+    logs = "".join(path.read_text(errors="replace") for path in (up.folder / "logs").iterdir())
+    lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    commands = "\n".join(" ".join(line) for line in lines)
+    assert str(up.state.ports["mlflow"]) in commands
+    assert not [secret for secret in secrets if secret in logs or secret in commands]
+    assert stat.S_IMODE(up.folder.stat().st_mode) == 0o700
+    holders = [
+        path
+        for path in up.folder.rglob("*")
+        if path.is_file() and path.stat().st_size < 2**20 and any(s.encode() in path.read_bytes() for s in secrets)
+    ]
+    assert up.folder / "credentials.json" in holders
+    assert {stat.S_IMODE(path.stat().st_mode) for path in holders} == {0o600}
+
+
+@pytest.mark.slow
+def test_both_uis_open_in_a_browser_with_their_passwords(up: LocalStack) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium here")
+    own = up.credentials
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]) as browser,
+    ):
+        page = browser.new_page()
+        page.goto(up.url("prefect"))
+        page.locator("input[type=password]").fill(own.prefect_auth_string)
+        page.keyboard.press("Enter")
+        page.get_by_role("link", name="Work Pools").click()
+        page.get_by_role("link", name="darkroom").wait_for()
+        context = browser.new_context(
+            http_credentials={"username": own.mlflow_username, "password": own.mlflow_password}
+        )
+        page = context.new_page()
+        page.goto(f"{up.url('mlflow')}/#/experiments")
+        page.get_by_role("link", name="kept").first.wait_for()
+
+
+FLOW = """
+import mlflow
+from prefect import flow
+
+@flow
+def probe():
+    import os
+    from flows.environment import join
+    from flows.s3 import Store
+    join("mlflow", "prefect", "s3")
+    mlflow.set_experiment("from the worker")
+    with mlflow.start_run():
+        mlflow.log_metric("seen", 1)
+    Store().put_once(os.environ["DARKROOM_BUCKET"], "from-the-worker", b"seen")
+"""
+
+
+@pytest.mark.slow
+def test_flows_in_the_worker_find_the_servers(up: LocalStack, tmp_path: Path) -> None:
+    (tmp_path / "probe.py").write_text(FLOW)
+    run = f"""
+from prefect import flow
+from prefect.deployments import run_deployment
+probe = flow.from_source(source={str(tmp_path)!r}, entrypoint="probe.py:probe")
+run = run_deployment(probe.deploy("probe", work_pool_name="darkroom", print_next_steps=False), timeout=120)
+print(run.state.name)
+"""
+    assert joined(up, run) == "Completed"
+    seen = """
+import mlflow, os, boto3
+run = mlflow.search_runs(experiment_names=["from the worker"], output_format="list")[0]
+body = boto3.client("s3").get_object(Bucket=os.environ["DARKROOM_BUCKET"], Key="from-the-worker")["Body"]
+print(run.data.metrics["seen"], body.read().decode())
+"""
+    assert joined(up, seen) == "1.0 seen"
+
+
+@pytest.mark.slow
+def test_down_stops_everything_and_up_finds_everything(up: LocalStack) -> None:
+    stack.down(lambda _: None)
+    assert members(up.folder, *SERVICES) == []
+    assert all(ports.is_free(up.state.ports[name]) for name in ("s3", "mlflow", "prefect"))
+    again = stack.up(lambda _: None)
+    assert {service.state for service in again.services} == {"running"}
+    assert_all_is_kept(up)
+    stack.down(lambda _: None)
+    stack.down(lambda _: None)
+
+
+@pytest.mark.slow
+def test_with_servers_of_a_team_only_the_missing_ones_are_started(no_servers: None, s3_server: dict[str, str]) -> None:
+    os.environ.update(s3_server)
+    os.environ.update({"PREFECT_API_URL": "http://127.0.0.1:9/api", "DARKROOM_BUCKET": "team-bucket"})
+    subprocess.run(
+        [sys.executable, "-c", "from flows.s3 import Store; Store().ensure_bucket('team-bucket')"], check=True
+    )
+    try:
+        started = stack.up(lambda _: None)
+        assert states() == {"mlflow": "running"}
+        assert set(started.elsewhere) == {"prefect", "s3"}
+        local = LocalStack.read(started.folder)
+        assert local is not None
+        log = "import mlflow; mlflow.start_run(); mlflow.log_text('x', 'a.txt'); print(mlflow.end_run())"
+        joined(local, log)
+        keys = "from flows.s3 import Store; print(len(list(Store().list_keys('team-bucket', 'mlflow/'))))"
+        assert joined(local, keys) == "1"
+        for name in s3_server:
+            del os.environ[name]
+        with pytest.raises(UserError, match="set the AWS_\\* variables again"):
+            stack.up(lambda _: None)
+    finally:
+        stack.down(lambda _: None)
+
+
+@pytest.mark.usefixtures("no_servers")
+def test_with_servers_of_a_team_nothing_is_started_here() -> None:
+    theirs = {
+        "MLFLOW_TRACKING_URI": "https://mlflow.example.com",
+        "PREFECT_API_URL": "https://prefect.example.com/api",
+        "AWS_ENDPOINT_URL_S3": "https://s3.example.com",
+    }
+    os.environ.update(theirs)
+    said: list[str] = []
+    found = stack.up(said.append)
+    assert found.services == ()
+    assert set(found.elsewhere) == set(SERVERS)
+    assert len([line for line in said if "commands here use the server that" in line]) == 3
+    assert not Path(".darkroom").exists()
+    assert stack.exports() == []
+
+
+@pytest.mark.usefixtures("no_servers")
+def test_without_a_stack_status_is_empty_and_down_does_nothing() -> None:
+    assert stack.status().services == ()
+    assert stack.status().credentials is None
+    stack.down(lambda _: None)
+    assert not Path(".darkroom").exists()
+
+
+@pytest.mark.usefixtures("no_servers")
+def test_another_bucket_than_the_stacks_is_refused() -> None:
+    LocalStack.open(Path(".darkroom").resolve(), "first")
+    os.environ["DARKROOM_BUCKET"] = "second"
+    with pytest.raises(UserError, match=r"DARKROOM_BUCKET is second, .* bucket first"):
+        stack.up(lambda _: None)
+
+
+@pytest.mark.usefixtures("no_servers")
+def test_a_home_that_cannot_be_written_to_is_named() -> None:
+    Path("file").write_text("")
+    os.environ["DARKROOM_HOME"] = "file"
+    with pytest.raises(UserError, match="DARKROOM_HOME"):
+        stack.up(lambda _: None)
+
+
+@pytest.mark.usefixtures("no_servers")
+def test_a_service_that_does_not_come_up_is_named_with_its_log() -> None:
+    os.environ.update({"MLFLOW_TRACKING_URI": "http://x", "PREFECT_API_URL": "http://x/api"})
+    data = Path(".darkroom/s3")
+    data.mkdir(parents=True)
+    # SeaweedFS cannot open its metadata.
+    (data / "filerldb2").write_text("not a folder")
+    try:
+        with pytest.raises(DarkroomError, match=r"S3 \(SeaweedFS\) ended at once.*logs/s3\.log is: \S+"):
+            stack.up(lambda _: None)
+    finally:
+        stack.down(lambda _: None)
+
+
+@pytest.mark.parametrize("which", [lambda port: port, lambda port: port + ports.GRPC])
+def test_a_port_counts_as_free_only_with_its_grpc_port(which: Callable[[int], int]) -> None:
+    [port] = ports.choose(1, taken=())
+    assert ports.are_free([port])
+    with socket.create_server(("127.0.0.1", which(port))):
+        assert not ports.are_free([port])
+    assert ports.are_free([port])
+
+
+def test_ports_that_are_spoken_for_are_not_chosen() -> None:
+    chosen = ports.choose(5, taken=())
+    assert len(set(chosen)) == 5
+    assert not set(chosen) & set(ports.choose(20, taken=chosen))
