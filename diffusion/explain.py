@@ -20,6 +20,8 @@ from diffusion.samplers import SAMPLERS, sigma_grid
 
 FRAMES = 8
 """Pictures in a strip."""
+REVERSE_STEPS = 40
+"""Steps of the sampler shown: more than it needs, so that its way from noise to picture is seen evenly."""
 NOISE_RANGE = 3.0
 """Noise is shown from minus this, black, to this, white."""
 INK, MUTED, SIGNAL, NOISE = "#1c1f23", "#5c6570", "#2563eb", "#b9c0c8"
@@ -127,24 +129,24 @@ def training_step(model: DiffusionModel, x0: Tensor, noise: Tensor) -> TrainingS
 
 @torch.inference_mode()
 def reverse(model: DiffusionModel, seed: int, count: int = FRAMES) -> Reverse:
-    """``count`` evenly spread moments of the default sampler drawing picture 0 of ``seed``."""
-    config = SamplingConfig()
-    sigmas = sigma_grid(model.schedule, config.steps)
+    """The default sampler drawing picture 0 of ``seed``, at up to ``count`` moments spread evenly in time t."""
+    sigmas = sigma_grid(model.schedule, REVERSE_STEPS)
     denoiser = model.denoiser()
     noise = GaussianNoise(seed, "sampling", [0], model.shape)
     seen: list[tuple[Tensor, Tensor]] = []
-    result = SAMPLERS[config.sampler](
+    result = SAMPLERS[SamplingConfig().sampler](
         denoiser, sigmas[0] * noise(), sigmas, noise, lambda i, x, x0_hat: seen.append((x, x0_hat))
     )
-    chosen = torch.linspace(0, len(seen) - 1, count).round().long()
-    levels = sigmas[chosen]
+    times = denoiser.time(sigmas[:-1])
+    wanted = torch.linspace(float(times[0]), float(times[-1]), count)
+    chosen = torch.unique((times - wanted[:, None]).abs().argmin(1))
     # The sampler's x is x_0 + σ ε; times √ᾱ = 1/√(1 + σ²) it is the forward process' x_t.
-    x_t = torch.cat([seen[i][0] for i in chosen]) / (1 + levels**2).sqrt().float()[:, None, None, None]
+    scale = (1 + sigmas[chosen] ** 2).sqrt().float()[:, None, None, None]
     return Reverse(
         numbers=(chosen + 1).tolist(),
         total=len(seen),
-        steps=denoiser.time(levels).tolist(),
-        pictures=x_t,
+        steps=times[chosen].tolist(),
+        pictures=torch.cat([seen[i][0] for i in chosen]) / scale,
         estimates=torch.cat([seen[i][1] for i in chosen]),
         result=result[0],
     )
@@ -152,109 +154,99 @@ def reverse(model: DiffusionModel, seed: int, count: int = FRAMES) -> Reverse:
 
 def draw_forward(frames: Forward, schedule: NoiseSchedule) -> Figure:
     """The strip, and below it ᾱ over time: each picture stands above its own time step."""
-    figure = _sheet(12.0, 4.9)
-    _title(figure, "The forward process: a picture turns into noise", "x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε")
+    figure = Figure(figsize=(12.0, 4.9), facecolor="#ffffff")
+    formula = r"$x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\varepsilon$"
+    _title(figure, "The forward process: a picture turns into noise", formula)
     count, last = len(frames.steps), schedule.steps - 1
-    left, width, pitch = 0.045, 0.104, (0.91 - 0.104) / (len(frames.steps) - 1)
+    left, width = 0.055, 0.103
+    pitch = (0.985 - left - width) / (count - 1)
     for number, (step, alpha_bar) in enumerate(zip(frames.steps, frames.alpha_bars, strict=True)):
         axes = figure.add_axes((left + number * pitch, 0.56, width, 0.26))
         _show(axes, to_uint8(frames.pictures[number]))
-        _caption(axes, f"t = {step}", f"ᾱ = {_figure(alpha_bar)}")
-    margin = width / 2 / pitch * last / (count - 1)
+        _caption(axes, f"$t$ = {step}", rf"$\bar\alpha$ {_share(alpha_bar)}")
     curve = figure.add_axes((left, 0.13, (count - 1) * pitch + width, 0.27))
+    _alpha_bar_curve(curve, frames, schedule)
+    margin = width / 2 / pitch * last / (count - 1)
+    curve.set_xlim(-margin, last + margin)
+    return figure
+
+
+def _alpha_bar_curve(axes: Axes, frames: Forward, schedule: NoiseSchedule) -> None:
     alpha_bars = schedule.alphas_cumprod.numpy()
     t = np.arange(schedule.steps)
-    curve.fill_between(t, alpha_bars, color=SIGNAL, alpha=0.15, linewidth=0)
-    curve.fill_between(t, alpha_bars, 1, color=NOISE, alpha=0.35, linewidth=0)
-    curve.plot(t, alpha_bars, color=SIGNAL, linewidth=2)
-    curve.plot(frames.steps, frames.alpha_bars, "o", color=SIGNAL, markersize=6, clip_on=False, zorder=3)
-    curve.set_xlim(-margin, last + margin)
-    curve.set_ylim(0, 1)
-    curve.set_xticks(frames.steps)
-    curve.set_yticks([0, 0.5, 1])
-    curve.tick_params(colors=MUTED, labelsize=9, length=0)
-    curve.spines[:].set_visible(False)
-    curve.set_xlabel("time step t", color=MUTED, fontsize=10)
-    curve.set_ylabel("ᾱ", color=MUTED, fontsize=11, rotation=0, labelpad=10)
+    axes.fill_between(t, alpha_bars, color=SIGNAL, alpha=0.15, linewidth=0)
+    axes.fill_between(t, alpha_bars, 1, color=NOISE, alpha=0.35, linewidth=0)
+    axes.plot(t, alpha_bars, color=SIGNAL, linewidth=2)
+    axes.plot(frames.steps, frames.alpha_bars, "o", color=SIGNAL, markersize=6, clip_on=False, zorder=3)
+    axes.set_ylim(0, 1)
+    axes.set_xticks(frames.steps)
+    axes.set_yticks([0, 0.5, 1])
+    axes.tick_params(colors=MUTED, labelsize=9.5, length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("time step $t$", color=MUTED, fontsize=10.5)
+    axes.set_ylabel(r"$\bar\alpha$", color=MUTED, fontsize=13, rotation=0, labelpad=10)
     half = int(np.abs(alpha_bars - 0.5).argmin())
-    curve.text(half / 2, 0.2, "picture, ᾱ of the variance", color=SIGNAL, fontsize=10, ha="center")
-    curve.text((half + last) / 2, 0.75, "noise, 1 − ᾱ", color=MUTED, fontsize=10, ha="center")
-    return figure
+    axes.text(half / 2, 0.18, r"picture: $\bar\alpha$ of the variance", color=SIGNAL, fontsize=10.5, ha="center")
+    axes.text((half + schedule.steps) / 2, 0.74, r"noise: $1 - \bar\alpha$", color=MUTED, fontsize=10.5, ha="center")
 
 
 def draw_training_step(step: TrainingStep) -> Figure:
     """Five panels that read like an equation."""
-    figure = _sheet(12.0, 3.7)
-    _title(
-        figure,
-        "One step of training: tell the noise from the picture",
-        f"at t = {step.step}, ᾱ = {_figure(step.alpha_bar)}: picture and noise weigh the same",
-    )
+    figure = Figure(figsize=(12.0, 4.0), facecolor="#ffffff")
+    about = rf"at $t$ = {step.step}, where $\bar\alpha$ = {step.alpha_bar:.3f}: picture and noise weigh the same"
+    _title(figure, "One step of training: tell the noise from the picture", about)
+    signal, spread = step.alpha_bar**0.5, (1 - step.alpha_bar) ** 0.5
     panels = [
-        (to_uint8(step.picture), "picture x_0", "from the data set", ""),
-        (_noise_picture(step.noise), "noise ε", "drawn at random", "+"),
-        (to_uint8(step.mixture), "mixture x_t", "all that the network sees", "="),
-        (_noise_picture(step.predicted), "predicted noise ε̂", "what the network makes of it", "→"),
-        (_noise_picture(step.difference), "difference ε̂ − ε", f"mean square {_figure(step.loss)}", "−ε ="),
+        (to_uint8(step.picture), "picture $x_0$", f"from the data set, × {signal:.3f}", ""),
+        (_noise_picture(step.noise), r"noise $\varepsilon$", f"drawn at random, × {spread:.3f}", "+"),
+        (to_uint8(step.mixture), "mixture $x_t$", "all that the network sees", "="),
+        (_noise_picture(step.predicted), r"predicted noise $\hat\varepsilon$", "the network's answer", "→"),
+        (_noise_picture(step.difference), r"$\hat\varepsilon - \varepsilon$", "what it got wrong", "−ε ="),
     ]
-    width, gap = 0.155, 0.038
+    width, gap = 0.15, 0.05
     left = (1 - 5 * width - 4 * gap) / 2
     for number, (pixels, name, about, sign) in enumerate(panels):
         start = left + number * (width + gap)
-        axes = figure.add_axes((start, 0.2, width, 0.56))
+        axes = figure.add_axes((start, 0.3, width, 0.45))
         _show(axes, pixels)
         _caption(axes, name, about)
-        figure.text(start - gap / 2, 0.48, sign, color=INK, fontsize=15, ha="center", va="center")
-    figure.text(
-        0.5,
-        0.035,
-        f"The loss is that mean square: {_figure(step.loss)} here, 1 for a network that predicts no noise at all. "
-        f"Noise is shown from {-NOISE_RANGE:g} (black) to {NOISE_RANGE:g} (white).",
-        color=MUTED,
-        fontsize=9.5,
-        ha="center",
-    )
+        figure.text(start - gap / 2, 0.525, sign, color=INK, fontsize=13, ha="center", va="center")
+    loss = rf"loss = mean of $(\hat\varepsilon - \varepsilon)^2$ = {step.loss:.2g}"
+    figure.text(0.5, 0.085, loss, color=INK, fontsize=12, ha="center")
+    shown = f"It is 1 for a network that answers 0. Noise is shown from −{NOISE_RANGE:g} to {NOISE_RANGE:g}."
+    figure.text(0.5, 0.03, shown, color=MUTED, fontsize=9.5, ha="center")
     return figure
 
 
 def draw_reverse(frames: Reverse) -> Figure:
     """Above, what the sampler holds; below, what the model takes it to be; at the end, the picture."""
-    figure = _sheet(12.0, 4.5)
-    _title(
-        figure,
-        "The reverse process: noise turns into a picture",
-        f"{frames.total} steps; each moves towards the model's estimate of the picture, then asks again",
-    )
+    figure = Figure(figsize=(12.0, 4.3), facecolor="#ffffff")
+    about = f"{frames.total} steps; each moves towards the model's estimate of the picture, then asks again"
+    _title(figure, "The reverse process: noise turns into a picture", about)
     count = len(frames.numbers) + 1
-    left, width = 0.075, 0.092
-    pitch = (0.98 - left - width) / (count - 1)
-    for number in range(count - 1):
+    left, width = 0.085, 0.092
+    pitch = (0.985 - left - width) / (count - 1)
+    for number, (step, t) in enumerate(zip(frames.numbers, frames.steps, strict=True)):
         start = left + number * pitch
-        above = figure.add_axes((start, 0.49, width, 0.28))
-        _show(above, to_uint8(frames.pictures[number]))
-        below = figure.add_axes((start, 0.17, width, 0.28))
+        _show(figure.add_axes((start, 0.5, width, 0.29)), to_uint8(frames.pictures[number]))
+        below = figure.add_axes((start, 0.17, width, 0.29))
         _show(below, to_uint8(frames.estimates[number]))
-        _caption(below, f"step {frames.numbers[number]}", f"t = {frames.steps[number]:.0f}")
-    end = figure.add_axes((left + (count - 1) * pitch, 0.33, width, 0.28))
+        _caption(below, f"step {step}", f"$t$ = {t:.0f}")
+    end = figure.add_axes((left + (count - 1) * pitch, 0.335, width, 0.29))
     _show(end, to_uint8(frames.result))
     _caption(end, "picture", "")
-    for height, name in (0.63, "x_t"), (0.31, "estimate\nof x_0"):
-        figure.text(left - 0.012, height, name, color=INK, fontsize=10.5, ha="right", va="center")
+    for height, name in (0.645, "$x_t$"), (0.315, "estimate\nof $x_0$"):
+        figure.text(left - 0.012, height, name, color=INK, fontsize=11, ha="right", va="center")
     return figure
 
 
-def _sheet(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), facecolor="#ffffff")
-
-
 def _title(figure: Figure, title: str, about: str) -> None:
-    figure.text(0.5, 0.935, title, color=INK, fontsize=15, fontweight="bold", ha="center", va="center")
+    figure.text(0.5, 0.94, title, color=INK, fontsize=15, fontweight="bold", ha="center", va="center")
     figure.text(0.5, 0.865, about, color=MUTED, fontsize=11, ha="center", va="center")
 
 
 def _show(axes: Axes, pixels: Tensor) -> None:
-    array = pixels.permute(1, 2, 0).numpy()
-    axes.imshow(array, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.imshow(pixels.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
@@ -262,13 +254,23 @@ def _show(axes: Axes, pixels: Tensor) -> None:
 
 
 def _caption(axes: Axes, first: str, second: str) -> None:
-    axes.text(0.5, -0.07, first, transform=axes.transAxes, color=INK, fontsize=10.5, ha="center", va="top")
-    axes.text(0.5, -0.22, second, transform=axes.transAxes, color=MUTED, fontsize=9.5, ha="center", va="top")
+    for text, below, colour, size in (first, 17, INK, 10.5), (second, 33, MUTED, 9.5):
+        axes.annotate(
+            text,
+            (0.5, 0),
+            xycoords="axes fraction",
+            xytext=(0, -below),
+            textcoords="offset points",
+            color=colour,
+            fontsize=size,
+            ha="center",
+            va="baseline",
+        )
 
 
 def _noise_picture(noise: Tensor) -> Tensor:
     return to_uint8(noise / NOISE_RANGE)
 
 
-def _figure(value: float) -> str:
-    return f"{value:.2g}" if value < 0.1 else f"{value:.3f}"
+def _share(value: float) -> str:
+    return f"= {value:.3f}" if value >= 0.001 else "< 0.001"

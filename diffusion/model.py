@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,8 +38,8 @@ class ModelHeader(Config):
     """Name of the data set."""
     content_digest: str
     """Digest of the data set."""
-    labels: list[str]
-    """The data set's classes."""
+    class_histogram: dict[str, int]
+    """The data set's classes, sorted, and how many pictures of each it has."""
     images: int
     """Pictures seen in training."""
     training: dict[str, Any]
@@ -63,9 +64,22 @@ class DiffusionModel:
         """(C, H, W) of the pictures."""
         return self.header.channels, self.header.size, self.header.size
 
-    def denoiser(self) -> Denoiser:
-        """The model as a function from a noisy picture and its σ to the clean one."""
-        return Denoiser(self.network, self.schedule, self.config.prediction)
+    @property
+    def classes(self) -> list[str]:
+        """The classes that it can be asked for; empty if it was not told of any."""
+        return classes_of(self.config, self.header.class_histogram)
+
+    def denoiser(self, labels: Tensor | None = None) -> Denoiser:
+        """The model as a function from a noisy picture and its σ to the clean one.
+
+        ``labels`` (N,): the class of each picture, as its number in ``classes``; None: of any class.
+        """
+        return Denoiser(partial(self.network, label=labels), self.schedule, self.config.prediction)
+
+
+def classes_of(config: ModelConfig, class_histogram: dict[str, int]) -> list[str]:
+    """The classes that a network of this configuration is told of: those of the data set, if there are several."""
+    return list(class_histogram) if config.conditional and len(class_histogram) > 1 else []
 
 
 def to_float(pictures: Tensor) -> Tensor:
@@ -116,7 +130,8 @@ def load_model(path: Path) -> DiffusionModel:
         header = ModelHeader.model_validate(raw["model_header"])
     except (KeyError, ValidationError) as error:
         raise UserError(f"{path} has a header this version cannot read: use the version that wrote it") from error
-    network = UNet(header.model, header.channels, header.size)
+    classes = classes_of(header.model, header.class_histogram)
+    network = UNet(header.model, header.channels, header.size, len(classes))
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if name.startswith(AVERAGED)]  # noqa: SIM118 (no mapping)
         weights = {name.removeprefix(AVERAGED): file.get_tensor(name) for name in names}

@@ -9,7 +9,7 @@ from diffusion.config_sampling import SamplingConfig
 from diffusion.fingerprint import autocast
 from diffusion.model import DiffusionModel, to_uint8
 from diffusion.progress import Progress, silent
-from diffusion.random import GaussianNoise
+from diffusion.random import GaussianNoise, uniform
 from diffusion.samplers import SAMPLERS, sigma_grid
 
 
@@ -36,10 +36,23 @@ def sample(
     return torch.stack([drawn[index] for index in indices])
 
 
+def labels_of(model: DiffusionModel, indices: Sequence[int], seed: int) -> Tensor | None:
+    """The class of each picture, drawn as often as the data set has it: numbers in ``model.classes``, (N,).
+
+    None for a model without classes.
+    """
+    if not model.classes:
+        return None
+    counts = torch.tensor([model.header.class_histogram[label] for label in model.classes])
+    shares = counts.cumsum(0).double() / counts.sum()
+    return torch.searchsorted(shares, uniform(seed, "label", indices), right=True)
+
+
 @torch.inference_mode()
 def _sample_batch(model: DiffusionModel, members: range, seed: int, config: SamplingConfig) -> Tensor:
     noise = GaussianNoise(seed, "sampling", members, model.shape)
     sigmas = sigma_grid(model.schedule, config.steps)
+    denoiser = model.denoiser(labels_of(model, members, seed))
     with autocast(config.precision):
-        pictures = SAMPLERS[config.sampler](model.denoiser(), sigmas[0] * noise(), sigmas, noise)
+        pictures = SAMPLERS[config.sampler](denoiser, sigmas[0] * noise(), sigmas, noise)
     return to_uint8(pictures)

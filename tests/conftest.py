@@ -1,14 +1,20 @@
 """Pictures and small data sets that many tests start from."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Networks this small gain nothing from a second thread, and lose much to waiting for it on a busy machine."""
+    torch.set_num_threads(1)
 
 
 def blob(seed: int, size: int = 12, mode: str = "L") -> Image.Image:

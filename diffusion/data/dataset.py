@@ -56,6 +56,11 @@ class Dataset:
         """The rows of a split, sorted by key."""
         return np.flatnonzero(self._splits == split).tolist()
 
+    def classes(self, rows: Sequence[int], classes: Sequence[str]) -> Tensor:
+        """The class of each row as its number in ``classes``, len(classes) where it is none: (len(rows),) int64."""
+        numbers = {label: number for number, label in enumerate(classes)}
+        return torch.tensor([numbers.get(self.labels[row] or "", len(classes)) for row in rows])
+
     def pictures(self, rows: Sequence[int]) -> Tensor:
         """The pictures in ``rows`` as (len(rows), C, H, W) uint8."""
         if self._cache is None and len(self.keys) * int(np.prod(self.shape)) <= CACHE_BYTES:

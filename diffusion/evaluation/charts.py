@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from diffusion.evaluation.results import Evaluation
 from diffusion.grids import figure_png
@@ -58,9 +58,7 @@ def read_losses(path: Path) -> dict[str, list[tuple[float, float]]]:
     with path.open(newline="") as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     names = [name for name in (rows[0] if rows else {}) if name != "images"]
-    columns = {
-        name: [(row["images"], row[name]) for row in rows if math.isfinite(row[name])] for name in names
-    }
+    columns = {name: [(row["images"], row[name]) for row in rows if math.isfinite(row[name])] for name in names}
     return {name: points for name, points in columns.items() if points}
 
 
@@ -69,10 +67,10 @@ def _render(draw: Draw, paper: Paper) -> bytes:
     axes = figure.subplots()
     axes.set_facecolor(paper.background)
     draw(axes, paper)
-    axes.set_xlabel("images seen", color=paper.muted, fontsize=9)
+    axes.set_xlabel("images seen", color=paper.muted, fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda images, _: _short(images)))
-    axes.tick_params(colors=paper.muted, labelsize=9, length=0)
+    axes.tick_params(colors=paper.muted, labelsize=10, length=0)
     axes.grid(axis="y", color=paper.rule, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -83,15 +81,11 @@ def _render(draw: Draw, paper: Paper) -> bytes:
 def _kid(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
     floor, scores = evaluation.floor, [each.scores for each in evaluation.checkpoints]
     images = [each.images for each in evaluation.checkpoints]
-    axes.axhspan(
-        floor.kid - 1.96 * floor.kid_se, floor.kid + 1.96 * floor.kid_se, color=paper.muted, alpha=0.18, lw=0
-    )
+    axes.axhspan(floor.kid - 1.96 * floor.kid_se, floor.kid + 1.96 * floor.kid_se, color=paper.muted, alpha=0.18, lw=0)
     _floor_line(axes, paper, floor.kid)
     errors = [1.96 * each.kid_se for each in scores]
     kids = [each.kid for each in scores]
-    axes.errorbar(
-        images, kids, errors, color=paper.series[0], marker="o", markersize=5, linewidth=1.8, capsize=3
-    )
+    axes.errorbar(images, kids, errors, color=paper.series[0], marker="o", markersize=5, linewidth=1.8, capsize=3)
     best = evaluation.best
     axes.plot(best.images, best.scores.kid, "o", markersize=11, mfc="none", mec=paper.series[0], mew=1.5)
 
@@ -118,8 +112,9 @@ def _losses(axes: Axes, paper: Paper, columns: dict[str, list[tuple[float, float
         colour = paper.series[number % len(paper.series)]
         axes.plot(*_transposed(points), color=colour, linewidth=1.8, label=name.replace("_", " "))
     axes.set_yscale("log")
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
-    axes.tick_params(which="minor", colors=paper.muted, labelsize=8, length=0)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
     _legend(axes, paper)
 
 
@@ -129,7 +124,7 @@ def _floor_line(axes: Axes, paper: Paper, value: float) -> None:
 
 
 def _legend(axes: Axes, paper: Paper) -> None:
-    axes.legend(frameon=False, fontsize=9, labelcolor=paper.ink)
+    axes.legend(frameon=False, fontsize=10, labelcolor=paper.ink)
 
 
 def _transposed(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

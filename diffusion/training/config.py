@@ -33,6 +33,8 @@ class TrainingConfig(Config):
     """Largest decay of the averaged weights, reached after a warm-up."""
     min_snr_gamma: float | None = Field(5.0, gt=0)
     """γ of the min-SNR weighting (arXiv 2303.09556); null: the plain loss of DDPM."""
+    class_dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of the pictures whose class the network is not told, so that it can also draw without."""
     flip: bool = False
     """Mirror every second picture, chosen by seed. Wrong for digits and letters, right for most photographs."""
     seed: int = Field(0, ge=0)

@@ -27,4 +27,5 @@ class ExponentialMovingAverage:
 
     def load_state_dict(self, averages: dict[str, Tensor]) -> None:
         """Go on from ``averages``, as ``state_dict`` gave them."""
-        self.averages = [averages[name].clone() for name in self.names]
+        for name, average in zip(self.names, self.averages, strict=True):
+            average.copy_(averages[name])

@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from diffusion.model import (
     AVERAGED,
     DiffusionModel,
     ModelHeader,
+    classes_of,
     read_header,
     save_tensors,
     to_float,
@@ -74,6 +76,8 @@ class Run:
     schedule: NoiseSchedule
     order: TrainingOrder
     rows: list[int]
+    classes: list[str]
+    """What the network is told of; empty: nothing."""
     total: int = 0
     """Images to see in all, a whole number of batches."""
 
@@ -83,7 +87,8 @@ class Run:
         rows = dataset.rows("train")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            network = UNet(model, dataset.manifest.channels, dataset.manifest.size)
+            classes = classes_of(model, dataset.manifest.class_histogram)
+            network = UNet(model, dataset.manifest.channels, dataset.manifest.size, len(classes))
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = torch.optim.AdamW(
             network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -91,15 +96,17 @@ class Run:
         average = ExponentialMovingAverage(network, config.ema_decay)
         order = TrainingOrder(dataset.manifest.content_digest, config.seed, len(rows))
         state = TrainingState(network, average, optimizer)
-        return cls(dataset, model, config, state, make_schedule(model), order, rows)
+        return cls(dataset, model, config, state, make_schedule(model), order, rows, classes)
 
     def step(self) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns loss and gradient norm as 0-dimensional tensors."""
         config, state = self.config, self.state
-        x0 = self._batch(state.images, config.batch_size)
-        t, noise = self._draws(state.images, config.batch_size)
+        rows = [self.rows[row] for row in self.order.rows(state.images, config.batch_size)]
+        indices = range(state.images, state.images + config.batch_size)
+        x0 = self._pictures(rows, indices)
+        t, noise = self._draws(indices)
         with autocast(config.precision):
-            loss = self._losses(state.network, x0, t, noise).mean()
+            loss = self._losses(state.network, x0, t, noise, self._told(rows, indices)).mean()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(state.network.parameters(), config.clip_norm)
         for group in state.optimizer.param_groups:
@@ -110,24 +117,29 @@ class Run:
         state.average.update(state.network, state.images // config.batch_size)
         return loss.detach(), norm.detach()
 
-    def _batch(self, start: int, count: int) -> Tensor:
-        rows = [self.rows[row] for row in self.order.rows(start, count)]
+    def _pictures(self, rows: list[int], indices: range) -> Tensor:
         pictures = to_float(self.dataset.pictures(rows))
         if self.config.flip:
-            flips = uniform(self.config.seed, "flip", range(start, start + count)) < 0.5
+            flips = uniform(self.config.seed, "flip", indices) < 0.5
             pictures = torch.where(flips[:, None, None, None], pictures.flip(-1), pictures)
         return pictures.contiguous(memory_format=torch.channels_last)
 
-    def _draws(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+    def _told(self, rows: list[int], indices: range) -> Tensor | None:
+        """The classes that the network is told: some are kept from it (arXiv 2207.12598)."""
+        if not self.classes:
+            return None
+        kept = uniform(self.config.seed, "class", indices) < self.config.class_dropout
+        return self.dataset.classes(rows, self.classes).masked_fill(kept, len(self.classes))
+
+    def _draws(self, indices: range) -> tuple[Tensor, Tensor]:
         """Time steps, stratified over the batch for a lower variance, and noise."""
-        indices = range(start, start + count)
-        u = (torch.arange(count) + uniform(self.config.seed, "time", indices)) / count
+        u = (torch.arange(len(indices)) + uniform(self.config.seed, "time", indices)) / len(indices)
         t = (u * self.schedule.steps).long().clamp(max=self.schedule.steps - 1)
         return t, GaussianNoise(self.config.seed, "noise", indices, self.dataset.shape)()
 
-    def _losses(self, network: UNet, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def _losses(self, network: UNet, x0: Tensor, t: Tensor, noise: Tensor, label: Tensor | None) -> Tensor:
         prediction, gamma = self.model.prediction, self.config.min_snr_gamma
-        return per_sample_loss(network, self.schedule, prediction, gamma, x0, t, noise)
+        return per_sample_loss(partial(network, label=label), self.schedule, prediction, gamma, x0, t, noise)
 
     def averaged(self) -> DiffusionModel:
         """The averaged network as it is now."""
@@ -149,9 +161,10 @@ class Run:
             u = (torch.arange(len(rows)) + 0.5) / len(rows)
             t = (u * self.schedule.steps).long()
             noise = GaussianNoise(0, f"probe/{split}", range(len(rows)), self.dataset.shape)()
+            label = self.dataset.classes(rows, self.classes) if self.classes else None
             with autocast(self.config.precision):
-                figures[f"{split}_loss"] = self._losses(network, x0, t, noise).mean().item()
-                figures[f"{split}_loss_ema"] = self._losses(averaged, x0, t, noise).mean().item()
+                figures[f"{split}_loss"] = self._losses(network, x0, t, noise, label).mean().item()
+                figures[f"{split}_loss_ema"] = self._losses(averaged, x0, t, noise, label).mean().item()
         network.train()
         return figures
 
@@ -164,7 +177,7 @@ class Run:
             size=manifest.size,
             dataset=manifest.name,
             content_digest=manifest.content_digest,
-            labels=manifest.labels,
+            class_histogram=manifest.class_histogram,
             images=self.state.images,
             training=identity_fields(self.config),
         )

@@ -216,7 +216,7 @@ def _halt(stack: LocalStack, service: ServiceName, grace: float = GRACE) -> None
     left = members(stack.folder, service)
     if service == "worker":
         # Flow runs that outlive their worker come to their own end, and tell Prefect themselves.
-        left = [process for process in left if "worker" in process.cmdline()]
+        left = [process for process in left if "worker" in (process.info["cmdline"] or ())]
     stop(left, grace)
 
 

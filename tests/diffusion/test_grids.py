@@ -17,9 +17,7 @@ from diffusion.grids import grid, png_bytes
     pad=st.integers(0, 3),
     scale=st.integers(1, 3),
 )
-def test_every_pixel_is_found_again_in_the_grid(
-    count: int, channels: int, columns: int, pad: int, scale: int
-) -> None:
+def test_every_pixel_is_found_again_in_the_grid(count: int, channels: int, columns: int, pad: int, scale: int) -> None:
     pictures = torch.randint(0, 256, (count, channels, 4, 6), generator=torch.Generator().manual_seed(count))
     pictures = pictures.to(torch.uint8)
     sheet = np.asarray(grid(pictures, columns, pad, scale))

@@ -50,8 +50,7 @@ def bomb(side: int) -> bytes:
 
 def test_same_pictures_give_the_same_bytes(pictures: Path, tmp_path: Path) -> None:
     results = [
-        ingest(pictures, tmp_path / name / "set", CONFIG, threads=threads)
-        for name, threads in (("a", 1), ("b", 4))
+        ingest(pictures, tmp_path / name / "set", CONFIG, threads=threads) for name, threads in (("a", 1), ("b", 4))
     ]
     assert results[0].content_digest == results[1].content_digest
     assert files_of(tmp_path / "a" / "set") == files_of(tmp_path / "b" / "set")
@@ -89,9 +88,7 @@ def test_table_offsets_point_at_the_pngs_and_keys_are_their_pixels_digest(datase
         assert prepare(png(picture), CONFIG).key == row["key"]
 
 
-def test_shards_close_at_their_size_and_every_picture_is_in_exactly_one(
-    pictures: Path, tmp_path: Path
-) -> None:
+def test_shards_close_at_their_size_and_every_picture_is_in_exactly_one(pictures: Path, tmp_path: Path) -> None:
     small = CONFIG.model_copy(update={"shard_bytes": 2**16})
     for number in range(100, 160):
         blob(number).save(pictures / "odd" / f"{number}.png")
@@ -170,11 +167,13 @@ def test_pad_keeps_the_whole_picture_and_crop_fills_the_square() -> None:
     assert (np.frombuffer(cropped.pixels, np.uint8) == 200).all()
 
 
-@given(data=st.binary(max_size=400), position=st.floats(0, 1), kind=st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"]))
+@given(
+    data=st.binary(max_size=400),
+    position=st.floats(0, 1),
+    kind=st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"]),
+)
 @settings(max_examples=150, deadline=None)
-def test_damaged_bytes_are_a_picture_or_refused_but_never_crash(
-    data: bytes, position: float, kind: str
-) -> None:
+def test_damaged_bytes_are_a_picture_or_refused_but_never_crash(data: bytes, position: float, kind: str) -> None:
     buffer = io.BytesIO()
     blob(1, 24, "RGB").save(buffer, kind)
     whole = buffer.getvalue()
@@ -223,9 +222,7 @@ def test_a_tree_without_a_usable_picture_is_an_error(tmp_path: Path) -> None:
         ingest(tmp_path / "nowhere", tmp_path / "set", CONFIG)
 
 
-def test_too_large_a_share_of_bad_pictures_is_an_error_that_names_the_reasons(
-    pictures: Path, tmp_path: Path
-) -> None:
+def test_too_large_a_share_of_bad_pictures_is_an_error_that_names_the_reasons(pictures: Path, tmp_path: Path) -> None:
     for number in range(60):
         (pictures / "odd" / f"bad{number}.png").write_text("x")
     with pytest.raises(UserError, match="60 of 108.*60 × not a picture"):

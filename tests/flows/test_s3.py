@@ -203,6 +203,33 @@ def test_a_server_without_conditions_is_refused(old_server: tuple[str, str]) -> 
         Store(client(attempts=1, variables=keys)).require_conditional_puts("prints")
 
 
+@pytest.fixture
+def breaking_server() -> Iterator[str]:
+    """An S3 server whose connection breaks in the middle of the first body: no real one does it to order."""
+    answers = iter([b"pict", b"picture"])
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "7")
+            self.end_headers()
+            self.wfile.write(next(answers))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_read_that_breaks_off_is_read_again(breaking_server: str) -> None:
+    keys = {"AWS_ENDPOINT_URL_S3": breaking_server, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+    assert Store(client(attempts=1, variables=keys)).get("prints", "x") == b"picture"
+
+
 def test_a_wrong_key_is_refused_in_one_line(s3_environment: dict[str, str], bucket: str) -> None:
     for change in ({"AWS_SECRET_ACCESS_KEY": "wrong"}, {"AWS_ACCESS_KEY_ID": "nobody"}):
         store = Store(client(variables={**s3_environment, **change}))

@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import sysconfig
 import time
 import urllib.error
 import urllib.request
@@ -401,6 +402,20 @@ def test_another_bucket_than_the_stacks_is_refused() -> None:
     os.environ["DARKROOM_BUCKET"] = "second"
     with pytest.raises(UserError, match=r"DARKROOM_BUCKET is second, .* bucket first"):
         stack.up(lambda _: None)
+
+
+@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="this Python environment has no other below it")
+@pytest.mark.usefixtures("no_servers")
+def test_where_seaweedfs_is_not_installed_the_user_is_told_what_to_set() -> None:
+    # The interpreter below this environment, with its libraries but without its programs.
+    folders = [str(Path(__file__).parents[2]), sysconfig.get_path("purelib")]
+    os.environ.update({"PYTHONPATH": os.pathsep.join(folders), "PATH": "/usr/bin:/bin"})
+    program = "from flows import stack; stack.up(print)"
+    result = subprocess.run(
+        [os.path.realpath(sys.executable), "-c", program], capture_output=True, text=True, check=False
+    )
+    assert "UserError: SeaweedFS is not installed" in result.stderr
+    assert "AWS_ENDPOINT_URL_S3" in result.stderr
 
 
 @pytest.mark.usefixtures("no_servers")

@@ -1,0 +1,38 @@
+"""Model files small enough for tests of what is done with a model."""
+
+from pathlib import Path
+
+import torch
+
+from diffusion.model import AVERAGED, ModelHeader, save_tensors
+from diffusion.models.config import ModelConfig
+from diffusion.models.unet import UNet
+
+CONFIG = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), heads=1, patch=2)
+
+
+def header(config: ModelConfig = CONFIG, channels: int = 1, size: int = 8, images: int = 0) -> ModelHeader:
+    return ModelHeader.model_validate(
+        {
+            "model": config,
+            "channels": channels,
+            "size": size,
+            "dataset": "blobs",
+            "content_digest": "0" * 64,
+            "labels": [],
+            "images": images,
+            "training": {},
+        }
+    )
+
+
+def write_model(path: Path, seed: int, images: int, channels: int = 1, size: int = 8) -> Path:
+    """A model that was never trained: every weight is random, by seed."""
+    network = UNet(CONFIG, channels, size)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    tensors = {AVERAGED + name: value for name, value in network.state_dict().items()}
+    about = header(channels=channels, size=size, images=images)
+    save_tensors(path, tensors, {"model_header": about.model_dump(mode="json")})
+    return path

@@ -1,0 +1,260 @@
+"""Evaluate: judged once, judged again only if something changed, and the same end after a kill."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion.config_sampling import SamplingConfig
+from diffusion.data.config import IngestConfig
+from diffusion.data.dataset import Dataset
+from diffusion.data.ingest import ingest
+from diffusion.errors import UserError
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.evaluate import evaluate, evaluate_one
+from diffusion.evaluation.features import EfficientNetLite0
+from diffusion.evaluation.metrics import judge
+from diffusion.evaluation.results import Evaluation
+from diffusion.grids import grid
+from diffusion.model import load_model
+from diffusion.sampling import sample
+from tests.conftest import blob
+from tests.diffusion.small_models import write_model
+
+CONFIG = EvaluationConfig(samples=20, extractor_size=32, kid_subsets=10)
+SAMPLING = SamplingConfig(steps=3, compute_batch=10, precision="fp32")
+
+
+class Watcher:
+    """Notes which work reports progress, and stops it where told to."""
+
+    def __init__(self, stop_at: str | None = None) -> None:
+        self.seen: list[str] = []
+        self.stop_at = stop_at
+
+    def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
+        self.seen.append(what)
+        if what == self.stop_at:
+            raise KeyboardInterrupt
+
+    @property
+    def drawn(self) -> set[str]:
+        """The model files from which pictures were drawn."""
+        return {what.split(":")[0] for what in self.seen if what.endswith("pictures sampled")}
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> list[Path]:
+    folder = tmp_path / "run" / "checkpoints"
+    return [write_model(folder / f"{images}.safetensors", images, images) for images in (300, 100, 200)]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_scores_are_those_of_the_drawn_pictures_against_all_held_out_ones(
+    dataset: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    evaluation = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
+    extractor, data = EfficientNetLite0(32), Dataset.open(dataset)
+    reference = extractor(data.pictures(data.rows("held_out")))
+    for judged in evaluation.checkpoints:
+        drawn = sample(load_model(Path(judged.file)), range(20), CONFIG.seed, SAMPLING)
+        expected = judge(extractor(drawn), reference, "efflite0", kid_subsets=10)
+        assert judged.scores.model_dump() == pytest.approx(expected.model_dump(), rel=1e-4, abs=1e-4)
+
+
+def test_checkpoints_come_in_order_and_the_best_has_the_lowest_kid(
+    dataset: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    evaluation = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path)
+    assert [each.images for each in evaluation.checkpoints] == [100, 200, 300]
+    kids = {each.scores.kid for each in evaluation.checkpoints}
+    assert len(kids) == 3
+    assert evaluation.best.scores.kid == min(kids)
+
+
+def test_the_floor_is_that_of_training_pictures_and_says_how_many_there_were(
+    dataset: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    data, extractor = Dataset.open(dataset), EfficientNetLite0(32)
+    train, held_out = data.rows("train"), data.rows("held_out")
+    config = CONFIG.model_copy(update={"samples": 1000})
+    floor = evaluate(dataset, checkpoints[:1], config, SAMPLING, tmp_path).floor
+    assert (floor.samples, floor.reference) == (len(train), len(held_out))
+    expected = judge(extractor(data.pictures(train)), extractor(data.pictures(held_out)), "x")
+    assert floor.fd == pytest.approx(expected.fd, rel=1e-3)
+    few = evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path).floor
+    assert few.samples == 20
+
+
+def test_what_is_written_says_the_same_as_what_is_returned(
+    dataset: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "report"
+    evaluation = evaluate(dataset, checkpoints, CONFIG, SAMPLING, output)
+    assert Evaluation.model_validate_json((output / "evaluation.json").read_bytes()) == evaluation
+    metrics = json.loads((output / "metrics.json").read_bytes())
+    assert metrics["kid_efflite0"] == evaluation.best.scores.kid
+    assert metrics["floor_fd_efflite0"] == evaluation.floor.fd
+    assert metrics["samples"] == 20
+    assert all(isinstance(value, int | float) for value in metrics.values())
+    with (output / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["images"]) for row in rows] == [100, 200, 300]
+    kids = [each.scores.kid for each in evaluation.checkpoints]
+    assert [float(row["kid_efflite0"]) for row in rows] == kids
+
+
+def test_the_grids_show_the_first_drawn_and_the_first_held_out_pictures(
+    dataset: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "report"
+    (output / "grids").mkdir(parents=True)
+    (output / "grids" / "of-an-earlier-run.png").write_bytes(b"")
+    evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, output)
+    drawn = grid(sample(load_model(checkpoints[0]), range(20), CONFIG.seed, SAMPLING))
+    data = Dataset.open(dataset)
+    real = grid(data.pictures(data.rows("held_out")[:64]))
+    paths = sorted((output / "grids").iterdir())
+    assert [path.name[:10] for path in paths] == ["0000000300", "held_out.p"]
+    for path, expected in zip(paths, (drawn, real), strict=True):
+        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(expected))
+
+
+def test_judging_again_draws_nothing_and_changes_no_byte(
+    dataset: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    first, again = Watcher(), Watcher()
+    evaluation = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report", progress=first)
+    before = files_of(tmp_path / "report")
+    assert first.drawn == {"100", "200", "300"}
+    assert evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report", progress=again) == evaluation
+    assert again.seen == []
+    assert files_of(tmp_path / "report") == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"samples": 30},
+        {"extractor_size": 64},
+        {"kid_subsets": 20},
+        {"kid_subset_size": 5},
+        {"reference": 12},
+        {"sampling": {"steps": 4}},
+        {"sampling": {"sampler": "ddim"}},
+    ],
+    ids=str,
+)
+def test_another_condition_means_another_judgement(
+    change: dict[str, Any], dataset: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    first = evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path / "report")
+    sampling = SAMPLING.model_copy(update=change.get("sampling", {}))
+    config = CONFIG.model_copy(update={name: change[name] for name in change if name != "sampling"})
+    watcher = Watcher()
+    other = evaluate(dataset, checkpoints[:1], config, sampling, tmp_path / "report", progress=watcher)
+    assert watcher.drawn == {"300"}
+    assert other.eval_key != first.eval_key
+    fresh = evaluate(dataset, checkpoints[:1], config, sampling, tmp_path / "elsewhere")
+    assert other == fresh
+
+
+def test_other_weights_are_judged_anew_under_the_same_conditions(
+    dataset: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    first = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
+    write_model(checkpoints[0], seed=7, images=300)
+    watcher = Watcher()
+    other = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report", progress=watcher)
+    assert watcher.drawn == {"300"}
+    assert other.eval_key == first.eval_key
+    assert other.checkpoints[:2] == first.checkpoints[:2]
+    assert other.checkpoints[2].scores != first.checkpoints[2].scores
+
+
+def test_another_data_set_means_another_judgement(
+    dataset: Path, checkpoints: list[Path], pictures: Path, tmp_path: Path
+) -> None:
+    first = evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path / "report")
+    blob(1000).save(pictures / "odd" / "new.png")
+    ingest(pictures, dataset, IngestConfig(size=8, held_out=0.33))
+    watcher = Watcher()
+    other = evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path / "report", progress=watcher)
+    assert watcher.drawn == {"300"}
+    assert other.eval_key != first.eval_key
+
+
+def test_a_run_that_was_cut_short_goes_on_to_the_same_end(
+    dataset: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "cut", progress=Watcher("100: pictures sampled"))
+    assert not (tmp_path / "cut" / "report.html").exists()
+    watcher = Watcher()
+    evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "cut", progress=watcher)
+    assert watcher.drawn == {"100", "200"}
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+
+
+def test_a_damaged_memory_is_replaced(dataset: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
+    before = files_of(tmp_path / "report")
+    for path in (tmp_path / "report" / "judged").glob("*.safetensors"):
+        damaged = bytearray(path.read_bytes())
+        damaged[-1] ^= 1
+        path.write_bytes(damaged)
+    evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
+    assert files_of(tmp_path / "report") == before
+
+
+def test_one_model_judged_alone_has_the_scores_it_has_among_others(
+    dataset: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    evaluation = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
+    watcher = Watcher()
+    alone = evaluate_one(checkpoints[0], dataset, CONFIG, SAMPLING, tmp_path / "other", watcher)
+    assert alone == evaluation.checkpoints[2]
+    assert watcher.drawn == {"300"}
+    watcher = Watcher()
+    assert evaluate_one(checkpoints[0], dataset, CONFIG, SAMPLING, tmp_path / "report", watcher) == alone
+    assert watcher.seen == []
+
+
+def test_judging_leaves_the_global_random_state_alone(dataset: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])
+
+
+def test_a_run_without_checkpoints_is_refused(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint to evaluate: train first"):
+        evaluate(dataset, [], CONFIG, SAMPLING, tmp_path)
+
+
+def test_a_missing_model_is_refused(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no model at .*gone\.safetensors"):
+        evaluate(dataset, [tmp_path / "gone.safetensors"], CONFIG, SAMPLING, tmp_path)
+
+
+def test_a_model_of_other_pictures_is_refused(dataset: Path, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "rgb.safetensors", seed=0, images=1, channels=3, size=16)
+    with pytest.raises(UserError, match=r"rgb\.safetensors draws pictures of 3×16×16 and .* holds 1×8×8"):
+        evaluate(dataset, [path], CONFIG, SAMPLING, tmp_path)
+
+
+def test_too_few_held_out_pictures_are_refused(pictures: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "few"
+    ingest(pictures, folder, IngestConfig(size=8, held_out=0.02))
+    with pytest.raises(UserError, match=r"few has \d held-out pictures, and evaluation needs 10"):
+        evaluate(folder, checkpoints, CONFIG, SAMPLING, tmp_path)

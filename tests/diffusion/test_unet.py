@@ -1,0 +1,142 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from diffusion.errors import UserError
+from diffusion.models.config import ModelConfig
+from diffusion.models.unet import UNet, attend, sinusoidal
+
+
+def small(**changes: object) -> ModelConfig:
+    return ModelConfig.model_validate({"width": 16, "blocks": 1, "multipliers": (1, 2), "attention": (1,)} | changes)
+
+
+def awake(network: UNet) -> UNet:
+    """The network with random values where it starts with zeros, so that every part of it speaks."""
+    torch.manual_seed(1)
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+def noisy(count: int = 2, channels: int = 1, size: int = 28) -> Tensor:
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "multipliers"),
+    [(28, 2, (1, 2)), (28, 2, (1, 2, 2)), (28, 1, (1, 2)), (28, 4, (1,)), (31, 2, (1, 2)), (8, 1, (1, 1, 1, 1))],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_any_size_comes_out_as_it_went_in(size: int, patch: int, multipliers: tuple[int, ...], channels: int) -> None:
+    network = UNet(small(patch=patch, multipliers=multipliers, attention=()), channels, size)
+    assert awake(network)(noisy(2, channels, size), torch.tensor([0.0, 999.0])).shape == (2, channels, size, size)
+
+
+def test_resolutions_below_a_pixel_are_refused_with_the_way_out() -> None:
+    with pytest.raises(UserError, match=r"fold 32 pixels into one, and the pictures have 28: take a number out of"):
+        UNet(small(patch=4, multipliers=(1, 1, 1, 1)), 1, 28)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"attention": (2,)}, "model.attention names resolution 2, and there are 2: use 0 to 1"),
+        ({"attention": (-1,)}, "use 0 to 1"),
+        ({"heads": 3}, "model.heads = 3 does not divide the 32 channels at resolution 1"),
+        ({"multipliers": ()}, "model.multipliers needs at least one positive number"),
+        ({"multipliers": (1, 0)}, "model.multipliers needs at least one positive number"),
+        ({"width": 24}, "multiple of 16"),
+        ({"patch": 3}, "1, 2 or 4"),
+        ({"widht": 32}, "Extra inputs are not permitted"),
+    ],
+)
+def test_impossible_configurations_are_refused_with_a_reason(changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        small(**changes)
+
+
+def test_a_new_network_says_nothing() -> None:
+    assert not UNet(small(), 1, 28)(noisy(), torch.tensor([5.0, 900.0])).any()
+
+
+def test_every_weight_learns() -> None:
+    network = awake(UNet(small(multipliers=(1, 2), attention=(0, 1)), 1, 12))
+    network(noisy(2, 1, 12), torch.tensor([100.0, 800.0])).square().sum().backward()
+    silent = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    # A bias just before a normalisation over its own channel's group may shift nothing; none is here.
+    assert silent == []
+
+
+def test_the_answer_depends_on_the_time_between_steps_too() -> None:
+    network, x = awake(UNet(small(), 1, 28)).eval(), noisy(1)
+    at = [network(x, torch.tensor([time])) for time in (500.0, 500.5, 501.0)]
+    assert not torch.allclose(at[0], at[1], atol=1e-6)
+    bend = (at[1] - (at[0] + at[2]) / 2).square().mean()
+    assert bend < 0.1 * (at[2] - at[0]).square().mean()
+
+
+def test_pictures_of_a_batch_do_not_see_each_other() -> None:
+    network, time = awake(UNet(small(), 1, 28)).eval(), torch.tensor([10.0, 500.0, 990.0])
+    x = noisy(3)
+    other = torch.cat([x[:1], noisy(2) * 5])
+    torch.testing.assert_close(network(x, time)[:1], network(other, time)[:1], atol=1e-5, rtol=1e-4)
+
+
+def test_each_corner_of_a_picture_can_reach_every_other() -> None:
+    network, x = awake(UNet(small(multipliers=(1, 1), attention=(1,)), 1, 28)).eval(), noisy(1)
+    x.requires_grad_()
+    network(x, torch.tensor([500.0]))[0, 0, 0, 0].backward()
+    assert x.grad is not None
+    assert x.grad[0, 0].abs().gt(0).all()
+
+
+def test_bfloat16_and_channels_last_agree_with_float32() -> None:
+    network, time = awake(UNet(small(), 1, 28)).eval(), torch.tensor([10.0, 900.0])
+    with torch.inference_mode():
+        exact = network(noisy(), time)
+        network.to(memory_format=torch.channels_last)
+        reordered = network(noisy().contiguous(memory_format=torch.channels_last), time)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = network(noisy().contiguous(memory_format=torch.channels_last), time)
+    torch.testing.assert_close(reordered, exact, atol=1e-4, rtol=1e-4)
+    assert (rounded.float() - exact).square().mean() < 1e-3 * exact.square().mean()
+
+
+@pytest.mark.parametrize("positions", [1, 49, 256, 257])
+def test_attention_is_scaled_dot_product_attention_at_any_length(positions: int) -> None:
+    query, key, value = torch.randn(3, 2, 4, positions, 8)
+    torch.testing.assert_close(
+        attend(query, key, value), scaled_dot_product_attention(query, key, value), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_the_network_compiles_as_one_graph() -> None:
+    network, time = awake(UNet(small(), 1, 28)).eval(), torch.tensor([10.0, 900.0])
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(noisy(), time), network(noisy(), time), atol=1e-5, rtol=1e-4)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    network, time = awake(UNet(small(dropout=0.5), 1, 28)), torch.tensor([10.0, 900.0])
+    assert not torch.equal(network(noisy(), time), network(noisy(), time))
+    network.eval()
+    assert torch.equal(network(noisy(), time), network(noisy(), time))
+
+
+def test_time_embeddings_of_all_steps_differ() -> None:
+    embeddings = sinusoidal(torch.arange(1000), 64)
+    distances = torch.cdist(embeddings, embeddings) + torch.eye(1000) * 10
+    assert distances.min() > 0.1
+
+
+def test_configurations_load_without_torch() -> None:
+    code = "import sys, diffusion.models.config, diffusion.config_sampling; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
