@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from diffusion.explain import explain as draw_process
 from mlflow.client import MlflowClient
 from prefect import flow
 
 from diffusion.config import Config
 from diffusion.data.dataset import Dataset
+from diffusion.explain import explain as draw_process
 from diffusion.model import load_model
 from flows import registry
 from flows.environment import settings

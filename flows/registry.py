@@ -9,7 +9,7 @@ import mlflow
 import pandas as pd
 from mlflow.client import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException, RestException
+from mlflow.exceptions import RestException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
@@ -98,7 +98,6 @@ def register(
     """Make the file ``weights.safetensors`` a version of ``model``, or find the version that it is already."""
     client = MlflowClient()
     digest = sha256_file(weights)
-    _ensure_registered_model(client, model)
     found = client.search_model_versions(f"name='{model}' and tags.`{WEIGHTS}`='{digest}'")
     if found:
         return _version(client.get_model_version(model, found[0].version))
@@ -106,14 +105,6 @@ def register(
     entries = {WEIGHTS: digest, **{name: str(value) for name, value in tags.items() if value is not None}}
     made = mlflow.register_model(model_uri, model, tags=entries)
     return _version(client.get_model_version(model, made.version))
-
-
-def _ensure_registered_model(client: MlflowClient, model: str) -> None:
-    try:
-        client.create_registered_model(model)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
 
 
 def _logged_model(run_id: str, digest: str) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from PIL import Image
 
 from diffusion.config_sampling import SamplingConfig
@@ -22,7 +22,7 @@ from diffusion.sampling import sample
 MOST_PICTURES = 4096
 
 
-class ServedModel(PythonModel):  # type: ignore[misc, unused-ignore]
+class ServedModel(PythonModel):
     """A diffusion model behind MLflow's pyfunc interface."""
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -43,7 +43,7 @@ class ServedModel(PythonModel):  # type: ignore[misc, unused-ignore]
         config = self.sampling.model_copy(update={"steps": steps}) if steps else self.sampling
         answers = pd.Series(index=model_input.index, dtype=object)
         for seed, rows in model_input.groupby("seed"):
-            pictures = sample(self.model, rows["index"].tolist(), int(seed), config)
+            pictures = sample(self.model, rows["index"].tolist(), int(str(seed)), config)
             for row, picture in zip(rows.index, pictures, strict=True):
                 answers[row] = _png(picture.permute(1, 2, 0).squeeze(-1).numpy())
         return pd.DataFrame({"png": answers})

@@ -10,6 +10,7 @@ its floor: what real pictures get, as many of them, against the same reference.
 
 import math
 
+import torch
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
@@ -67,9 +68,8 @@ def judge(
     """
     smaller = min(len(samples), len(reference))
     size = min(kid_subset_size, smaller // 2)
-    fd = fid_statistics_to_metric(
-        fid_features_to_statistics(samples), fid_features_to_statistics(reference), verbose=False
-    )
+    moments = [fid_features_to_statistics(features) for features in _in_their_span(samples, reference)]
+    fd = fid_statistics_to_metric(*moments, verbose=False)
     kid = kid_features_to_metric(
         samples,
         reference,
@@ -98,6 +98,19 @@ def judge(
         precision=neighbours[KEY_METRIC_PRECISION],
         recall=neighbours[KEY_METRIC_RECALL],
     )
+
+
+def _in_their_span(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sets in an orthonormal basis of their common span, where fewer pictures than features span less.
+
+    Means and covariances lie in it, so the Fréchet distance is the same, from smaller matrices.
+    """
+    both = torch.cat([samples, reference]).double()
+    if len(both) >= both.shape[1]:
+        return samples, reference
+    basis = torch.linalg.qr(both.T).Q
+    first, second = (both @ basis).split([len(samples), len(reference)])
+    return first, second
 
 
 def standard_error(subset_std: float, size: int, count: int) -> float:

@@ -22,7 +22,7 @@ class ModelConfig(Config):
     """Channels at the highest resolution; a multiple of 16, the channels normalised together."""
     multipliers: tuple[int, ...] = (1, 2)
     """Channels at each resolution, as multiples of ``width``; each halves the one before."""
-    blocks: int = Field(2, ge=1)
+    blocks: int = Field(1, ge=1)
     """Residual blocks per resolution on the way down; one more on the way up."""
     attention: tuple[int, ...] = (1,)
     """Which resolutions have self-attention, counted from 0, the highest."""

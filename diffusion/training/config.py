@@ -31,7 +31,7 @@ class TrainingConfig(Config):
     """Gradients of a larger norm are scaled down to it."""
     ema_decay: float = Field(0.999, ge=0, lt=1)
     """Largest decay of the averaged weights, reached after a warm-up."""
-    min_snr_gamma: float | None = Field(5.0, gt=0)
+    min_snr_gamma: float | None = Field(None, gt=0)
     """γ of the min-SNR weighting (arXiv 2303.09556); null: the plain loss of DDPM."""
     class_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of the pictures whose class the network is not told, so that it can also draw without."""

@@ -1,8 +1,8 @@
 """The command line: ``darkroom VERB``. Heavy libraries load only inside the verb that uses them."""
 
+import os
 import sys
 
-import click
 import typer
 
 from diffusion.errors import DarkroomError
@@ -24,15 +24,10 @@ app.add_typer(stages.app)
 
 def main() -> None:
     """Run the command line; a DarkroomError becomes one line and its exit code."""
+    # Waiting threads should sleep, not spin: on a machine that does anything else, spinning ones hold up the rest.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code = app(standalone_mode=False)
+        app()
     except DarkroomError as error:
         print(f"darkroom: {' '.join(str(error).split())}", file=sys.stderr)
-        code = error.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        print("darkroom: stopped; give the same command again to go on", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+        sys.exit(error.exit_code)

@@ -12,6 +12,8 @@ from diffusion.config import Config
 FOLDER_MARK = "DARKROOM_STACK"
 SERVICE_MARK = "DARKROOM_SERVICE"
 """In the environment of all that the stack started, down to the last descendant."""
+NICENESS = 5
+"""How far the servers stand back for other work on this machine."""
 LOG_BYTES = 16 * 2**20
 """A longer log is set aside when its service starts again."""
 
@@ -43,6 +45,8 @@ def start(command: Sequence[str], environment: Mapping[str, str], cwd: Path, log
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    # Servers that poll beside a training make its threads wait for each other; they can wait instead.
+    psutil.Process(child.pid).nice(NICENESS)
     # It is meant to live on: without this, Popen complains when the object goes.
     child.returncode = 0
     return Process(pid=child.pid, spec=spec)

@@ -19,7 +19,7 @@ def header(config: ModelConfig = CONFIG, channels: int = 1, size: int = 8, image
             "size": size,
             "dataset": "blobs",
             "content_digest": "0" * 64,
-            "labels": [],
+            "class_histogram": {},
             "images": images,
             "training": {},
         }

@@ -25,7 +25,7 @@ def scans() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def digits(scans: tuple[Tensor, Tensor]) -> Tensor:
-    return scans[0][:1000]
+    return scans[0][:500]
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,12 @@ def extractor() -> EfficientNetLite0:
 
 @pytest.fixture(scope="module")
 def reference(digits: Tensor, extractor: EfficientNetLite0) -> Tensor:
-    return extractor(digits[:500])
+    return extractor(digits[:250])
 
 
 @pytest.fixture(scope="module")
 def floor(digits: Tensor, extractor: EfficientNetLite0, reference: Tensor) -> Scores:
-    return judge(extractor(digits[500:1000]), reference, "efflite0")
+    return judge(extractor(digits[250:500]), reference, "efflite0")
 
 
 def gaussian(count: int, dimensions: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -111,9 +111,18 @@ def test_scores_equal_those_of_torch_fidelity_from_end_to_end(digits: Tensor, ex
     assert ours.recall == pytest.approx(theirs["recall"], abs=1e-3)
 
 
-def test_the_frechet_distance_of_a_shifted_set_is_the_square_of_the_shift() -> None:
-    features = gaussian(300, 16, seed=0)
-    assert judge(features + 0.5, features, "x").fd == pytest.approx(16 * 0.25, rel=1e-4)
+@pytest.mark.parametrize("count", [20, 300], ids=["fewer pictures than features", "more"])
+def test_the_frechet_distance_of_a_shifted_set_is_the_square_of_the_shift(count: int) -> None:
+    features = gaussian(count, 64, seed=0)
+    assert judge(features + 0.5, features, "x").fd == pytest.approx(64 * 0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [20, 300], ids=["fewer pictures than features", "more"])
+def test_the_frechet_distance_of_a_scaled_set_is_that_of_two_gaussians(count: int) -> None:
+    features = gaussian(count, 64, seed=0)
+    mean, variance = 0.5 * features.mean(0), 0.25 * features.var(0)  # √Σ differs by half of itself
+    expected = (mean.square().sum() + variance.sum()).item()
+    assert judge(1.5 * features, features, "x").fd == pytest.approx(expected, rel=1e-3)
 
 
 def test_kid_is_the_unbiased_mean_over_pairs() -> None:
@@ -206,7 +215,7 @@ def test_growing_doses_of_damage_to_real_pictures_score_worse_and_worse(
 ) -> None:
     scores = [
         floor,
-        *(judge(extractor(spoil(digits[500:1000], dose)), reference, "efflite0") for dose in doses),
+        *(judge(extractor(spoil(digits[250:500], dose)), reference, "efflite0") for dose in doses),
     ]
     assert [s.fd for s in scores] == sorted(s.fd for s in scores)
     steps = [worse.kid - better.kid for better, worse in itertools.pairwise(scores)]
@@ -218,7 +227,7 @@ def test_a_single_class_loses_recall_rather_than_precision(
     scans: tuple[Tensor, Tensor], extractor: EfficientNetLite0, reference: Tensor, floor: Scores
 ) -> None:
     pictures, classes = scans
-    ones = pictures[500:][classes[500:] == 1][:400]
+    ones = pictures[500:][classes[500:] == 1][:250]
     scores = judge(extractor(ones), reference, "efflite0")
     assert scores.kid > floor.kid + 5 * floor.kid_se
     assert scores.precision > 0.8
@@ -233,8 +242,8 @@ def test_figures_are_named_after_their_features(floor: Scores) -> None:
         "kid_se_efflite0": floor.kid_se,
         "precision_efflite0": floor.precision,
         "recall_efflite0": floor.recall,
-        "samples": 500,
-        "reference": 500,
+        "samples": 250,
+        "reference": 250,
     }
 
 

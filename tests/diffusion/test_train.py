@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusion.config_sampling import SamplingConfig
-from diffusion.errors import UserError
 from diffusion.data.dataset import Dataset
+from diffusion.errors import UserError
 from diffusion.model import load_model, read_header, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.process import make_schedule
@@ -210,5 +210,5 @@ def test_two_trainings_in_one_folder_are_refused(dataset: Path, tmp_path: Path) 
 
 def test_exactly_one_length_is_asked_for() -> None:
     for wrong in ({}, {"images": 10, "minutes": 1.0}):
-        with pytest.raises(ValueError, match="either training.images or training.minutes"):
+        with pytest.raises(ValueError, match=r"either training\.images or training\.minutes"):
             TrainingConfig(**wrong)

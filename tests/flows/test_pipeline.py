@@ -30,7 +30,8 @@ PARAMS = {
     "model": {"width": 16, "multipliers": [1], "blocks": 1, "attention": [], "patch": 1},
     "training": {
         "dataset": "blobs",
-        "images": 1600,
+        "images": 4800,
+        "learning_rate": 0.01,
         "batch_size": 16,
         "warmup_images": 64,
         "checkpoints": 8,
@@ -224,7 +225,7 @@ def test_retrain_killed_at_random_moments_ends_the_same(workspace: Workspace, ml
     assert [run.info.run_id for run in runs] == [done["run_id"]]
     losses = mlflow.get_metric_history(done["run_id"], "loss")
     assert len({point.step for point in losses}) == len(losses)
-    assert max(point.step for point in losses) == 1600
+    assert max(point.step for point in losses) == 4800
     found = objects(workspace, done["prints"]["uri"])
     assert len([key for key in found if key.endswith(".png")]) == 40
     undisturbed = ["--set", "training.seed=1", "--set", "training.output=runs/undisturbed"]
@@ -254,7 +255,7 @@ def test_user_mistakes_are_one_line_and_exit_2(workspace: Workspace) -> None:
         (["sample", "--model", "models:/nothing@champion"], "not in the registry"),
         (["sample", "--model", "digits"], "names no model version"),
         (["sample", "--to", "http://x"], "not an S3 URI"),
-        (["evaluate", "--dataset", "nothing"], "no data set in data/nothing"),
+        (["evaluate", "--dataset", "nothing"], "no checkpoint to evaluate"),
     ):
         error = workspace.run(*arguments, code=2)
         assert words in error

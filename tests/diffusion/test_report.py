@@ -1,0 +1,218 @@
+"""The report: one page that shows what was measured, and needs nothing but itself."""
+
+import base64
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion.config_sampling import SamplingConfig
+from diffusion.evaluation.charts import read_losses
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.metrics import Scores
+from diffusion.evaluation.report import Sheets, findings, plain, with_error, write_report
+from diffusion.evaluation.results import Conditions, Evaluation, Judged
+from diffusion.fingerprint import fingerprint
+from diffusion.grids import grid, png_bytes
+
+
+def scores(kid: float, kid_se: float = 0.02, fd: float = 123.4, samples: int = 500) -> Scores:
+    return Scores(
+        extractor="efflite0",
+        samples=samples,
+        reference=480,
+        fd=fd,
+        kid=kid,
+        kid_std=kid_se,
+        kid_se=kid_se,
+        kid_subset_size=240,
+        precision=0.812,
+        recall=0.745,
+    )
+
+
+def an_evaluation(kids: list[float], dataset: str = "digits", floor: Scores | None = None) -> Evaluation:
+    conditions = Conditions(
+        content_digest="c" * 64,
+        extractor_digest="e" * 64,
+        evaluation=EvaluationConfig(),
+        sampling=SamplingConfig(),
+    )
+    judged = [
+        Judged(
+            file=f"runs/{number}.safetensors",
+            sha256=f"{number}" * 64,
+            images=1000 * (number + 1),
+            scores=scores(kid),
+            fingerprint=fingerprint(64, "fp32"),
+        )
+        for number, kid in enumerate(kids)
+    ]
+    return Evaluation(
+        dataset=dataset,
+        conditions=conditions,
+        eval_key=conditions.key,
+        floor=floor or scores(0.01, fd=61.2),
+        best=min(judged, key=lambda each: each.scores.kid),
+        checkpoints=judged,
+    )
+
+
+def pictures(seed: int) -> Tensor:
+    return torch.randint(0, 256, (64, 1, 8, 8), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+def sheets_for(evaluation: Evaluation) -> Sheets:
+    drawn = {each.sha256: pictures(number) for number, each in enumerate(evaluation.checkpoints)}
+    return Sheets(real=pictures(99), drawn=drawn)
+
+
+class Page(HTMLParser):
+    """Addresses and text of a page; fails on tags that do not close in order."""
+
+    VOID = ("meta", "img", "source", "br", "wbr", "link")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "srcset", "href", "action")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+
+@pytest.fixture
+def losses(tmp_path: Path) -> Path:
+    path = tmp_path / "losses.csv"
+    path.write_text("images,train_loss,held_out_loss\n100,0.5,nan\n200,0.3,nan\n")
+    return path
+
+
+def test_the_page_holds_everything_it_shows(tmp_path: Path, losses: Path) -> None:
+    evaluation = an_evaluation([0.5, 0.2])
+    write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation), losses)
+    html = (tmp_path / "report.html").read_text()
+    page = Page(html)
+    assert page.addresses
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert "url(" not in html
+    assert "@import" not in html
+    assert "<script" not in html
+
+
+def test_the_best_checkpoints_pictures_stand_beside_real_ones(tmp_path: Path) -> None:
+    evaluation = an_evaluation([0.5, 0.2, 0.9])
+    write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
+    shown = [base64.b64decode(each.split(",")[1]) for each in Page((tmp_path / "report.html").read_text()).addresses]
+    assert shown[:2] == [png_bytes(grid(pictures(1))), png_bytes(grid(pictures(99)))]
+    assert all(png.startswith(b"\x89PNG") for png in shown)
+
+
+def test_each_score_stands_beside_its_floor_with_both_numbers_of_pictures(tmp_path: Path) -> None:
+    evaluation = an_evaluation([0.5, 0.2])
+    write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "kid_efflite0 0.200 ± 0.020 0.010 ± 0.020 lower" in text
+    assert "fd_efflite0 123 61.2 lower" in text
+    assert "precision_efflite0 0.812 0.812 higher" in text
+    assert "500 drawn floor: 500 real" in text
+    assert "the same 480 held-out pictures" in text
+    assert "2,000 best" in text
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_a_floor_of_fewer_pictures_is_admitted(few: bool, tmp_path: Path) -> None:
+    floor = scores(0.01, samples=300 if few else 500)
+    evaluation = an_evaluation([0.5], floor=floor)
+    write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert ("has only 300 training pictures, fewer than were drawn" in text) == few
+
+
+def test_curves_appear_for_light_and_for_dark_and_losses_only_if_there_are_any(tmp_path: Path, losses: Path) -> None:
+    evaluation = an_evaluation([0.5, 0.2])
+
+    def charts_with(path: Path | None) -> int:
+        write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation), path)
+        html = (tmp_path / "report.html").read_text()
+        assert html.count("<source") == html.count("against images seen")
+        return html.count("<source")
+
+    empty = tmp_path / "empty.csv"
+    empty.write_text("images,train_loss\n")
+    assert (charts_with(None), charts_with(empty), charts_with(losses)) == (3, 3, 4)
+
+
+def test_losses_that_are_not_finite_are_left_out(losses: Path) -> None:
+    assert read_losses(losses) == {"train_loss": [(100.0, 0.5), (200.0, 0.3)]}
+
+
+def test_equal_evaluations_give_equal_pages(tmp_path: Path, losses: Path) -> None:
+    evaluation = an_evaluation([0.5, 0.2])
+    digests = {
+        write_report(tmp_path / name, evaluation, sheets_for(evaluation), losses) for name in ("a.html", "b.html")
+    }
+    assert len(digests) == 1
+
+
+def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
+    evaluation = an_evaluation([0.5], dataset="<script>alert(1)</script>")
+    write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
+    assert "<script" not in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kids", "expected"),
+    [
+        ([0.03], ["On 500 pictures its KID cannot be told from that of real ones."]),
+        ([0.51], ["Its KID lies 0.500 above that of real pictures, 18 times the standard error."]),
+    ],
+)
+def test_findings_say_no_more_than_the_errors_allow(kids: list[float], expected: list[str]) -> None:
+    assert findings(an_evaluation(kids)) == expected
+
+
+@pytest.mark.parametrize(("second", "word"), [(0.52, "within"), (0.9, "beyond")])
+def test_findings_weigh_the_lead_over_the_next_best(second: float, word: str) -> None:
+    assert findings(an_evaluation([0.5, 2.0, second]))[1] == (
+        f"Its lead over the next best (3,000 images) is {word} two standard errors."
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1234.5, "1,234"), (61.23, "61.2"), (0.01234, "0.0123"), (0.0, "0"), (-0.5, "-0.500"), (2e-7, "0.000000200")],
+)
+def test_figures_have_three_digits_and_no_powers_of_ten(value: float, text: str) -> None:
+    assert plain(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (1.23456, 0.0123, "1.235 ± 0.012"),
+        (1234.5, 67.8, "1,234 ± 68"),
+        (0.5, 0.0, "0.500 ± 0.000"),
+        (-0.001, 0.002, "-0.0010 ± 0.0020"),
+    ],
+)
+def test_a_figure_has_the_digits_that_its_error_leaves(value: float, error: float, text: str) -> None:
+    assert with_error(value, error) == text

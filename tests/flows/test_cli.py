@@ -1,0 +1,86 @@
+"""The command line: quick to answer, one line per mistake, one object per --json."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+VERBS = (
+    "ingest",
+    "train",
+    "evaluate",
+    "promote",
+    "sample",
+    "retrain",
+    "explain",
+    "stage",
+    "up",
+    "status",
+    "down",
+    "env",
+)
+
+
+def darkroom(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("DARKROOM_", "MLFLOW_", "PREFECT_", "AWS_"))
+    } | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+
+
+def test_help_lists_every_verb(tmp_path: Path) -> None:
+    shown = darkroom(tmp_path, "--help")
+    assert shown.returncode == 0
+    for verb in VERBS:
+        assert f" {verb} " in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "verb", ["ingest", "train", "evaluate", "promote", "sample", "retrain", "explain", "up", "env"]
+)
+def test_help_of_a_verb_shows_an_example(tmp_path: Path, verb: str) -> None:
+    shown = darkroom(tmp_path, verb, "--help")
+    assert shown.returncode == 0
+    assert "Example:" in shown.stdout
+
+
+def test_help_loads_no_heavy_library() -> None:
+    # Each of these takes longer to import than the whole answer may take; a clock would be noisy here.
+    script = (
+        "import sys, flows.cli\n"
+        "heavy = {'torch', 'mlflow', 'prefect', 'dvc', 'boto3', 'pydantic', 'numpy', 'PIL', 'pandas'}\n"
+        "print(*sorted(heavy & set(sys.modules)))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert loaded.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train"],
+        ["sample", "--count", "0"],
+        ["nonsense"],
+        ["ingest"],
+        ["stage", "train", "--params", "missing.yaml"],
+        ["train", "--no-such-option"],
+    ],
+)
+def test_mistakes_exit_2_without_a_traceback(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "params.yaml").write_text("training:\n  images: 10\n")
+    done = darkroom(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_a_verb_that_needs_servers_says_how_to_get_them(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("training:\n  images: 10\n")
+    done = darkroom(tmp_path, "train")
+    assert "run `darkroom up`" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,80 @@
+"""params.yaml: one configuration, checked, with overrides; mistakes name their mend."""
+
+from pathlib import Path
+
+import pytest
+
+from diffusion.errors import UserError
+from flows.params import dataset_folder, flattened, load_params
+
+MINIMAL = "training:\n  images: 100\n"
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_overrides_reach_any_field_with_its_type(params: Path) -> None:
+    config = load_params(params, ["model.multipliers=[1, 2, 2]", "training.flip=true", "ingest.size=64"])
+    assert config.model.multipliers == (1, 2, 2)
+    assert config.training.flip is True
+    assert config.ingest.size == 64
+
+
+def test_folders_and_model_follow_the_data_set_unless_named(params: Path) -> None:
+    config = load_params(params, ["training.dataset=faces"])
+    assert str(config.dataset_folder) == "data/faces"
+    assert str(config.run_folder) == "runs/faces"
+    assert config.model_name == "faces"
+    named = load_params(params, ["training.dataset=faces", "training.output=elsewhere", "registry.model=mine"])
+    assert (str(named.run_folder), named.model_name) == ("elsewhere", "mine")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.batchsize=64", r"unknown key training\.batchsize: did you mean batch_size\?"),
+        ("trainning.images=1", "unknown key trainning: did you mean training"),
+        ("training.zzz=1", "known here: .*batch_size"),
+        ("ingest.size=huge", r"ingest\.size: .*got 'huge'"),
+        ("ingest.size=4", r"ingest\.size: .*greater than or equal to 8"),
+        ("training.images", "write it as key=value"),
+        ("training.images.more=1", "is a value, not a section"),
+        ("training.minutes=1", r"either training\.images or training\.minutes"),
+        ("model.attention=[5]", r"model\.attention"),
+        ("ingest.background=red", "ingest.background"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_mend(params: Path, override: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        load_params(params, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_broken_file_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not found"):
+        load_params(tmp_path / "params.yaml", [])
+    (tmp_path / "params.yaml").write_text("training: [")
+    with pytest.raises(UserError, match="not YAML"):
+        load_params(tmp_path / "params.yaml", [])
+    (tmp_path / "params.yaml").write_text("- a\n- b\n")
+    with pytest.raises(UserError, match="sections"):
+        load_params(tmp_path / "params.yaml", [])
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "", "a\\b"])
+def test_data_set_names_cannot_lead_elsewhere(name: str) -> None:
+    with pytest.raises(UserError, match="plain name"):
+        dataset_folder(name)
+
+
+def test_the_shipped_configuration_is_valid() -> None:
+    config = load_params(Path(__file__).parents[2] / "params.yaml", [])
+    assert config.model.steps == 1000
+
+
+def test_flattened_keys_are_dotted() -> None:
+    assert flattened({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
