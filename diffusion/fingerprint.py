@@ -17,8 +17,8 @@ class Fingerprint(Config):
     """Pictures per compute batch."""
     precision: Literal["bf16", "fp32"]
     """Number format of the network's matrix products."""
-    threads: int
-    """Threads that torch computes with."""
+    threads: Literal[1] = 1
+    """Threads per operation: see ``diffusion.lanes``."""
     device: str
     """The processor's vector instructions as torch names them."""
     torch: str
@@ -51,7 +51,6 @@ def fingerprint(batch: int, precision: Precision) -> Fingerprint:
     return Fingerprint(
         batch=batch,
         precision=resolve_precision(precision),
-        threads=torch.get_num_threads(),
         device=torch.backends.cpu.get_cpu_capability(),
         torch=torch.__version__,
     )

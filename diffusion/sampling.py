@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.fingerprint import autocast
+from diffusion.lanes import lanes
 from diffusion.model import DiffusionModel, to_uint8
 from diffusion.progress import Progress, silent
 from diffusion.random import GaussianNoise, uniform
@@ -27,12 +28,13 @@ def sample(
     whole multiples of B, starting at one, costs nothing extra.
     """
     size = config.compute_batch
-    batches = sorted({index // size for index in indices})
+    batches = [range(b * size, (b + 1) * size) for b in sorted({index // size for index in indices})]
     drawn: dict[int, Tensor] = {}
-    for number, batch in enumerate(batches, start=1):
-        members = range(batch * size, (batch + 1) * size)
-        drawn |= zip(members, _sample_batch(model, members, seed, config), strict=True)
-        progress("pictures sampled", min(number * size, len(indices)), len(indices))
+    with lanes() as pool:
+        finished = pool.map(lambda members: _sample_batch(model, members, seed, config), batches)
+        for number, (members, pictures) in enumerate(zip(batches, finished, strict=True), start=1):
+            drawn |= zip(members, pictures, strict=True)
+            progress("pictures sampled", min(number * size, len(indices)), len(indices))
     return torch.stack([drawn[index] for index in indices])
 
 

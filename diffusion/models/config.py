@@ -33,8 +33,6 @@ class ModelConfig(Config):
     the work."""
     conditional: bool = True
     """Whether the network is told each picture's class, where the data set has several."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Probability with which a residual block drops a channel value in training."""
 
     @model_validator(mode="after")
     def _levels_exist(self) -> "ModelConfig":

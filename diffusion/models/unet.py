@@ -22,13 +22,12 @@ class ResidualBlock(nn.Module):
     Time scales and shifts the second normalisation (adaptive group norm, arXiv 2105.05233, section 3.1).
     """
 
-    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float, heads: int) -> None:
+    def __init__(self, inputs: int, outputs: int, embedding: int, heads: int) -> None:
         super().__init__()
         self.norm1 = _normalisation(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.modulation = nn.Linear(embedding, 2 * outputs)
         self.norm2 = _normalisation(outputs)
-        self.dropout = nn.Dropout(dropout)
         self.conv2 = _zero(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
         self.attention = SelfAttention(outputs, heads) if heads else nn.Identity()
@@ -38,7 +37,7 @@ class ResidualBlock(nn.Module):
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(functional.silu(self.norm1(x)))
         h = functional.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
-        h = self.skip(x) + self.conv2(self.dropout(h))
+        h = self.skip(x) + self.conv2(h)
         out: Tensor = self.attention(h)
         return out
 
@@ -123,7 +122,7 @@ class UNet(nn.Module):
             nonlocal current
             current = config.width * config.multipliers[resolution]
             heads = config.heads if attention and resolution in config.attention else 0
-            return ResidualBlock(inputs, current, embedding, config.dropout, heads)
+            return ResidualBlock(inputs, current, embedding, heads)
 
         lowest = len(config.multipliers) - 1
         for resolution in range(lowest + 1):

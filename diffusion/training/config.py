@@ -21,6 +21,9 @@ class TrainingConfig(Config):
     """How long to train: measured once at the start, turned into images, and never measured again."""
     batch_size: int = Field(64, ge=1)
     """Pictures per optimizer step."""
+    lanes: int = Field(2, ge=1)
+    """Parts of a batch computed side by side, each on one core: as many as there are cores to spare.
+    Decides the last bits of the weights, while the number of cores does not."""
     learning_rate: float = Field(2e-3, gt=0)
     """Peak learning rate of AdamW."""
     warmup_images: int = Field(4_000, ge=0)
@@ -41,7 +44,7 @@ class TrainingConfig(Config):
     """Decides initial weights, order, time steps and noise."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of matrix products; auto: bf16 where the processor has it."""
-    checkpoints: int = Field(10, ge=1)
+    checkpoints: int = Field(6, ge=1)
     """How many checkpoints a run writes, evenly spaced; each comes with held-out losses and a sample grid."""
     keep: int = Field(3, ge=1)
     """How many of them stay on disk, the newest; evaluation judges each of these."""
@@ -50,4 +53,6 @@ class TrainingConfig(Config):
     def _one_length(self) -> "TrainingConfig":
         if (self.images is None) == (self.minutes is None):
             raise ValueError("give either training.images or training.minutes, and leave the other out (null)")
+        if self.lanes > self.batch_size:
+            raise ValueError(f"training.lanes = {self.lanes} parts of {self.batch_size} pictures: use fewer lanes")
         return self

@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 import time
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +18,13 @@ from torch import Tensor
 from diffusion.config import Config
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
+from diffusion.data.manifest import Split
 from diffusion.data.order import TrainingOrder
 from diffusion.errors import DarkroomError, UserError
 from diffusion.files import digest_of
 from diffusion.fingerprint import autocast, resolve_precision
 from diffusion.grids import grid, save_png
+from diffusion.lanes import lanes
 from diffusion.model import (
     AVERAGED,
     DiffusionModel,
@@ -78,11 +81,13 @@ class Run:
     rows: list[int]
     classes: list[str]
     """What the network is told of; empty: nothing."""
+    pool: Executor
+    """Lanes to compute in."""
     total: int = 0
     """Images to see in all, a whole number of batches."""
 
     @classmethod
-    def new(cls, dataset: Dataset, model: ModelConfig, config: TrainingConfig) -> "Run":
+    def new(cls, dataset: Dataset, model: ModelConfig, config: TrainingConfig, pool: Executor) -> "Run":
         """A run that has seen nothing yet; its initial weights are a function of the seed."""
         rows = dataset.rows("train")
         with torch.random.fork_rng(devices=[]):
@@ -96,7 +101,7 @@ class Run:
         average = ExponentialMovingAverage(network, config.ema_decay)
         order = TrainingOrder(dataset.manifest.content_digest, config.seed, len(rows))
         state = TrainingState(network, average, optimizer)
-        return cls(dataset, model, config, state, make_schedule(model), order, rows, classes)
+        return cls(dataset, model, config, state, make_schedule(model), order, rows, classes, pool)
 
     def step(self) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns loss and gradient norm as 0-dimensional tensors."""
@@ -105,9 +110,11 @@ class Run:
         indices = range(state.images, state.images + config.batch_size)
         x0 = self._pictures(rows, indices)
         t, noise = self._draws(indices)
-        with autocast(config.precision):
-            loss = self._losses(state.network, x0, t, noise, self._told(rows, indices)).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        drawn = [x0, t, noise, *self._told(rows, indices)]
+        parts = list(self.pool.map(self._gradients, *(each.tensor_split(config.lanes) for each in drawn)))
+        loss = torch.stack([part_loss for part_loss, _ in parts]).sum()
+        for parameter, *gradients in zip(state.network.parameters(), *(part for _, part in parts), strict=True):
+            parameter.grad = torch.stack(gradients).sum(0)
         norm = torch.nn.utils.clip_grad_norm_(state.network.parameters(), config.clip_norm)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(config, state.images, self.total)
@@ -115,7 +122,13 @@ class Run:
         state.optimizer.zero_grad(set_to_none=True)
         state.images += config.batch_size
         state.average.update(state.network, state.images // config.batch_size)
-        return loss.detach(), norm.detach()
+        return loss, norm
+
+    def _gradients(self, x0: Tensor, t: Tensor, noise: Tensor, *label: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """A part's share of the batch's loss, and its gradients."""
+        with autocast(self.config.precision):
+            loss = self._losses(self.state.network, x0, t, noise, *label).sum() / self.config.batch_size
+        return loss.detach(), torch.autograd.grad(loss, list(self.state.network.parameters()))
 
     def _pictures(self, rows: list[int], indices: range) -> Tensor:
         pictures = to_float(self.dataset.pictures(rows))
@@ -124,12 +137,12 @@ class Run:
             pictures = torch.where(flips[:, None, None, None], pictures.flip(-1), pictures)
         return pictures.contiguous(memory_format=torch.channels_last)
 
-    def _told(self, rows: list[int], indices: range) -> Tensor | None:
-        """The classes that the network is told: some are kept from it (arXiv 2207.12598)."""
+    def _told(self, rows: list[int], indices: range) -> list[Tensor]:
+        """The classes, if the network is told any; some are kept from it (arXiv 2207.12598)."""
         if not self.classes:
-            return None
+            return []
         kept = uniform(self.config.seed, "class", indices) < self.config.class_dropout
-        return self.dataset.classes(rows, self.classes).masked_fill(kept, len(self.classes))
+        return [self.dataset.classes(rows, self.classes).masked_fill(kept, len(self.classes))]
 
     def _draws(self, indices: range) -> tuple[Tensor, Tensor]:
         """Time steps, stratified over the batch for a lower variance, and noise."""
@@ -137,7 +150,7 @@ class Run:
         t = (u * self.schedule.steps).long().clamp(max=self.schedule.steps - 1)
         return t, GaussianNoise(self.config.seed, "noise", indices, self.dataset.shape)()
 
-    def _losses(self, network: UNet, x0: Tensor, t: Tensor, noise: Tensor, label: Tensor | None) -> Tensor:
+    def _losses(self, network: UNet, x0: Tensor, t: Tensor, noise: Tensor, label: Tensor | None = None) -> Tensor:
         prediction, gamma = self.model.prediction, self.config.min_snr_gamma
         return per_sample_loss(partial(network, label=label), self.schedule, prediction, gamma, x0, t, noise)
 
@@ -148,25 +161,26 @@ class Run:
         network.eval().requires_grad_(False)
         return DiffusionModel(self.model_header(), network, self.schedule)
 
-    @torch.inference_mode()
     def probe(self, averaged: UNet) -> dict[str, float]:
         """Losses of raw and averaged weights on fixed pictures, times and noise of both splits."""
-        figures = {}
-        network = self.state.network.eval()
-        for split in ("train", "held_out"):
+        networks = {"": self.state.network, "_ema": averaged}
+        splits: list[Split] = [split for split in ("train", "held_out") if self.dataset.rows(split)]
+        figures = {
+            f"{split}_loss{suffix}": self.pool.submit(self._probe, split, network)
+            for split in splits
+            for suffix, network in networks.items()
+        }
+        return {name: figure.result() for name, figure in figures.items()}
+
+    def _probe(self, split: Split, network: UNet) -> float:
+        with torch.inference_mode(), autocast(self.config.precision):
             rows = self.dataset.rows(split)[:PROBES]
-            if not rows:
-                continue
             x0 = to_float(self.dataset.pictures(rows))
             u = (torch.arange(len(rows)) + 0.5) / len(rows)
             t = (u * self.schedule.steps).long()
             noise = GaussianNoise(0, f"probe/{split}", range(len(rows)), self.dataset.shape)()
             label = self.dataset.classes(rows, self.classes) if self.classes else None
-            with autocast(self.config.precision):
-                figures[f"{split}_loss"] = self._losses(network, x0, t, noise, label).mean().item()
-                figures[f"{split}_loss_ema"] = self._losses(averaged, x0, t, noise, label).mean().item()
-        network.train()
-        return figures
+            return self._losses(network, x0, t, noise, label).mean().item()
 
     def model_header(self) -> ModelHeader:
         """What a model made of the present state says of itself."""
@@ -235,8 +249,8 @@ def train(
         raise UserError(f"data set {data} has no training pictures: ingest more, or lower ingest.held_out")
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(output.parent / f".{output.name}.lock", blocking=False):
-            run = Run.new(dataset, model, config)
+        with FileLock(output.parent / f".{output.name}.lock", blocking=False), lanes(config.lanes) as pool:
+            run = Run.new(dataset, model, config, pool)
             if restart == "always" or (restart == "if_different" and _differences(output, run)):
                 shutil.rmtree(output, ignore_errors=not output.exists())
             return _train(run, output, sampling, tracker or NoTracker(), progress)
@@ -304,7 +318,7 @@ def _begin_or_resume(run: Run, checkpoints: Checkpoints, output: Path, sampling:
 
 def _images_in(minutes: float, run: Run, sampling: SamplingConfig) -> int:
     """How many images fit into ``minutes`` here, by measuring steps and one checkpoint's work on a copy."""
-    trial = Run.new(run.dataset, run.model, run.config)
+    trial = Run.new(run.dataset, run.model, run.config, run.pool)
     trial.total = 2**40
     trial.step()
     start, steps = time.perf_counter(), 0

@@ -124,13 +124,6 @@ def test_the_network_compiles_as_one_graph() -> None:
         torch.testing.assert_close(compiled(noisy(), time), network(noisy(), time), atol=1e-5, rtol=1e-4)
 
 
-def test_dropout_acts_in_training_only() -> None:
-    network, time = awake(UNet(small(dropout=0.5), 1, 28)), torch.tensor([10.0, 900.0])
-    assert not torch.equal(network(noisy(), time), network(noisy(), time))
-    network.eval()
-    assert torch.equal(network(noisy(), time), network(noisy(), time))
-
-
 def test_time_embeddings_of_all_steps_differ() -> None:
     embeddings = sinusoidal(torch.arange(1000), 64)
     distances = torch.cdist(embeddings, embeddings) + torch.eye(1000) * 10
