@@ -114,7 +114,10 @@ class Run:
         parts = list(self.pool.map(self._gradients, *(each.tensor_split(config.lanes) for each in drawn)))
         loss = torch.stack([part_loss for part_loss, _ in parts]).sum()
         for parameter, *gradients in zip(state.network.parameters(), *(part for _, part in parts), strict=True):
-            parameter.grad = torch.stack(gradients).sum(0)
+            # In the parameter's own memory format, which autograd.grad does not promise and the optimizer relies on.
+            parameter.grad = torch.zeros_like(parameter)
+            for gradient in gradients:
+                parameter.grad.add_(gradient)
         norm = torch.nn.utils.clip_grad_norm_(state.network.parameters(), config.clip_norm)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(config, state.images, self.total)

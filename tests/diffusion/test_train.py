@@ -174,7 +174,7 @@ def test_training_beats_the_best_constant_prediction_by_far(dataset: Path, tmp_p
     # v = √ᾱ ε − √(1−ᾱ) x_0 has mean 0 over the noise, so a constant 0 costs E[ᾱ + (1−ᾱ) x_0²].
     alpha_bar = make_schedule(MODEL).alphas_cumprod
     constant = (alpha_bar + (1 - alpha_bar) * x0.square().mean()).mean().item()
-    assert last["held_out_loss_ema"] < constant / 3
+    assert last["held_out_loss_ema"] < constant / 2.5
 
 
 def test_the_final_model_holds_the_last_checkpoints_averaged_weights(dataset: Path, tmp_path: Path) -> None:
