@@ -1,6 +1,6 @@
 # One target per thing a person does here. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo pictures test test-slow check format clean
+.PHONY: help install demo pictures test test-slow chaos check format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,6 +21,8 @@ $(READY): pyproject.toml
 
 # make demo                         digits, recognisable in a few minutes
 # make demo DATA=path/to/folder     your own pictures, as a data set named after the folder
+KILLS ?= 20
+
 DATA ?= pictures/digits
 NAME := $(notdir $(patsubst %/,%,$(DATA)))
 SETTINGS := $(if $(filter pictures/digits,$(DATA)),,--set ingest.size=32)
@@ -38,6 +40,9 @@ test: $(READY)  ## Run the tests (minutes)
 
 test-slow: $(READY)  ## Run the long tests: servers, kills, browser (half an hour)
 	$(BIN)/pytest -m slow
+
+chaos: $(READY)  ## Kill things at random moments; KILLS=20 for the long drill
+	KILLS=$(KILLS) $(BIN)/pytest -m slow -k kill --timeout 3600
 
 check: $(READY)  ## Lint, format, types, layers
 	$(BIN)/ruff check
