@@ -18,7 +18,7 @@ class ModelConfig(Config):
     """T, the number of noise levels."""
     prediction: Prediction = "v"
     """What the network predicts: the noise, v (arXiv 2202.00512), or the clean picture."""
-    width: int = Field(64, ge=16, multiple_of=16)
+    width: int = Field(32, ge=16, multiple_of=16)
     """Channels at the highest resolution; a multiple of 16, the channels normalised together."""
     multipliers: tuple[int, ...] = (1, 2)
     """Channels at each resolution, as multiples of ``width``; each halves the one before."""

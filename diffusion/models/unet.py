@@ -93,8 +93,8 @@ class UNet(nn.Module):
     """Down through the resolutions and up again, with a skip from each layer on the way down.
 
     ``channels`` and ``size`` are those of the pictures, ``classes`` how many classes there are to ask for
-    (0: none). A size that patch and resolutions do not divide is
-    padded inside; raises UserError if the lowest resolution would be less than a pixel.
+    (0: none). A size that patch and resolutions do not divide is padded inside; raises UserError if the
+    lowest resolution would be less than a pixel.
     """
 
     def __init__(self, config: ModelConfig, channels: int, size: int, classes: int = 0) -> None:

@@ -19,12 +19,12 @@ class TrainingConfig(Config):
     """How many pictures to see in all; or give minutes."""
     minutes: float | None = Field(None, gt=0)
     """How long to train: measured once at the start, turned into images, and never measured again."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(32, ge=1)
     """Pictures per optimizer step."""
     lanes: int = Field(2, ge=1)
     """Parts of a batch computed side by side, each on one core: as many as there are cores to spare.
     Decides the last bits of the weights, while the number of cores does not."""
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(4e-3, gt=0)
     """Peak learning rate of AdamW."""
     warmup_images: int = Field(4_000, ge=0)
     """Pictures over which the learning rate rises from zero; it then falls to zero by a cosine."""

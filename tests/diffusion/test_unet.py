@@ -82,6 +82,15 @@ def test_the_answer_depends_on_the_time_between_steps_too() -> None:
     assert bend < 0.1 * (at[2] - at[0]).square().mean()
 
 
+def test_the_answer_depends_on_the_class_and_no_class_is_one_too() -> None:
+    network, x, time = awake(UNet(small(), 1, 28, classes=3)).eval(), noisy(1), torch.tensor([500.0])
+    answers = [network(x, time, torch.tensor([label])) for label in range(3)]
+    answers.append(network(x, time))
+    for i, answer in enumerate(answers):
+        assert not any(torch.allclose(answer, other, atol=1e-4) for other in answers[:i])
+    torch.testing.assert_close(network(x, time, torch.tensor([network.no_class])), answers[-1], atol=0, rtol=0)
+
+
 def test_pictures_of_a_batch_do_not_see_each_other() -> None:
     network, time = awake(UNet(small(), 1, 28)).eval(), torch.tensor([10.0, 500.0, 990.0])
     x = noisy(3)
