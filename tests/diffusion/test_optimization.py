@@ -9,7 +9,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.lanes import lanes
 from diffusion.models.config import ModelConfig
 from diffusion.training.config import TrainingConfig
-from diffusion.training.train import Run, learning_rate
+from diffusion.training.train import BETAS, Run, learning_rate
 
 MODEL = ModelConfig(width=16, multipliers=(1, 2), blocks=1, attention=(1,), patch=2)
 
@@ -22,7 +22,9 @@ def test_steps_in_lanes_equal_plain_adamw_on_the_whole_batch(dataset: Path, part
         plain = Run.new(Dataset.open(dataset), MODEL, config, pool)
         run.total = 640
         network = plain.state.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        reference = torch.optim.AdamW(network.parameters(), weight_decay=config.weight_decay, foreach=False)
+        reference = torch.optim.AdamW(
+            network.parameters(), betas=BETAS, weight_decay=config.weight_decay, foreach=False
+        )
         for images in range(0, 96, 16):
             indices = range(images, images + 16)
             rows = [plain.rows[row] for row in plain.order.rows(images, 16)]
