@@ -53,6 +53,9 @@ class Lines:
             count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
             self.write(", ".join(part for part in (f"{what}: {count}", pace.words(done, total), note) if part))
 
+    def close(self) -> None:
+        """Nothing is left to be done."""
+
     def write(self, line: str) -> None:
         """Put ``line`` where it is read."""
         print(line, file=sys.stderr, flush=True)
@@ -82,4 +85,8 @@ class Bars:
         pace.due(done, total)
         self.progress.update(bar, completed=done, total=total, pace=pace.words(done, total), note=note)
         if self.progress.finished:
-            self.progress.stop()
+            self.close()
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        self.progress.stop()

@@ -7,7 +7,6 @@ from prefect.artifacts import create_markdown_artifact
 from diffusion.errors import UserError
 from diffusion.evaluation.evaluate import evaluate as judge_checkpoints
 from diffusion.evaluation.results import Evaluation
-from diffusion.model import read_header
 from diffusion.training.checkpoint import Checkpoints
 from flows.params import Params
 from flows.progress import reporter
@@ -42,7 +41,7 @@ def report(params: Params, evaluation: Evaluation) -> None:
     """Put scores by checkpoint, the report page and its pictures on the MLflow run, and a summary on this one."""
     tracker = tracker_of(params)
     for judged in evaluation.checkpoints:
-        tracker.log_metrics(judged.scores.named(), judged.images)
+        tracker.log_scores(judged.scores.named(), judged.images)
     folder = params.report_folder
     for path in (folder / "report.html", folder / "evaluation.json", *sorted(folder.glob("grids/*.png"))):
         tracker.log_file(path, "evaluation" if path.parent == folder else "evaluation/grids")
@@ -56,11 +55,11 @@ def report(params: Params, evaluation: Evaluation) -> None:
 
 def tracker_of(params: Params) -> RunTracker:
     """The MLflow run of the training in ``params.run_folder``; raises UserError if there is none."""
-    paths = Checkpoints(params.run_folder / "checkpoints").paths()
-    if not paths:
+    newest = next(Checkpoints(params.run_folder / "checkpoints").newest_whole(), None)
+    if newest is None:
         raise UserError(f"no checkpoint in {params.run_folder}: run `darkroom train` first")
     client = MlflowClient()
-    run = find_run(client, params.model_name, read_header(paths[-1])["train_key"])
+    run = find_run(client, params.model_name, newest[1]["train_key"])
     if run is None:
         raise UserError(
             f"the run in {params.run_folder} is not in MLflow's experiment {params.model_name}: "

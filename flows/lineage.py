@@ -3,6 +3,7 @@
 import subprocess
 from pathlib import Path
 
+from botocore.exceptions import BotoCoreError
 from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.repo import Repo
 
@@ -73,8 +74,8 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
             if push_to:
                 repo.push([target])
             return DataVersion(digest=output.hash_info.value, pointer=pointer, pushed=push_to is not None)
-    except DvcException as error:
-        raise DarkroomError(f"DVC could not record {folder}: {error}") from error
+    except (DvcException, BotoCoreError, OSError) as error:
+        raise DarkroomError(f"DVC could not record or push {folder}: {error}") from error
 
 
 def data_version(folder: Path) -> DataVersion | None:

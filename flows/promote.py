@@ -8,11 +8,13 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from diffusion.config import Config
+from diffusion.data.manifest import read_manifest
 from diffusion.errors import UserError
 from diffusion.evaluation.evaluate import evaluate_one
 from diffusion.evaluation.results import Evaluation, Judged
+from diffusion.files import sha256_file
 from diffusion.model import export, read_header
-from flows import lineage, registry
+from flows import registry
 from flows.environment import settings
 from flows.evaluate import tracker_of
 from flows.params import Params
@@ -48,19 +50,39 @@ def read_evaluation(folder: Path) -> Evaluation:
 @step
 def register(params: Params, evaluation: Evaluation) -> Version:
     """Make the best checkpoint's averaged weights a version, tagged with everything that leads back."""
+    _require_current(params, evaluation)
     tracker = tracker_of(params)
     weights = params.run_folder / "weights.safetensors"
     export(Path(evaluation.best.file), weights)
     run = tracker.client.get_run(tracker.run_id)
     tags = {
-        name: run.data.tags.get(name) for name in ("darkroom.content_digest", "darkroom.dvc_digest", "darkroom.dataset")
+        name: run.data.tags.get(name)
+        for name in ("darkroom.content_digest", "darkroom.dvc_digest", "darkroom.dataset", "darkroom.git_dirty")
     } | {
         "darkroom.run_id": tracker.run_id,
-        "darkroom.git_commit": lineage.code_version().commit,
+        "darkroom.git_commit": run.data.tags.get("mlflow.source.git.commit"),
         "darkroom.images": evaluation.best.images,
         "darkroom.train_key": read_header(weights)["train_key"],
     }
     return registry.register(params.model_name, tracker.run_id, weights, params.sampling, tags, evaluation.best.images)
+
+
+def _require_current(params: Params, evaluation: Evaluation) -> None:
+    """Raise UserError unless ``evaluation`` judged what lies there now, as it would be judged now."""
+    best, conditions = Path(evaluation.best.file), evaluation.conditions
+    same = (
+        best.parent == params.run_folder / "checkpoints"
+        and best.is_file()
+        and sha256_file(best) == evaluation.best.sha256
+        and conditions.evaluation == params.evaluation
+        and conditions.sampling == params.sampling
+        and conditions.content_digest == read_manifest(params.dataset_folder).content_digest
+    )
+    if not same:
+        raise UserError(
+            f"{params.report_folder} judges another training, data set or configuration than {params.run_folder} "
+            "has now: run `darkroom evaluate` again, with the same settings as promote"
+        )
 
 
 @step
@@ -81,22 +103,26 @@ def decide(params: Params, evaluation: Evaluation, version: Version) -> Verdict:
 def _compare(params: Params, evaluation: Evaluation, version: Version, holder: Version) -> Verdict:
     """Both on the same held-out pictures with the same seeds: to win, KID must be lower by more than its error."""
     weights = registry.fetch_weights(holder, settings().folder / "models")
-    champion = evaluate_one(
-        weights,
-        params.dataset_folder,
-        params.evaluation,
-        params.sampling,
-        params.report_folder,
-        reporter(),
-    )
+    try:
+        champion = evaluate_one(
+            weights,
+            params.dataset_folder,
+            params.evaluation,
+            params.sampling,
+            params.report_folder,
+            reporter(),
+        )
+    except UserError as error:
+        reason = f"champion {holder.number} cannot be judged beside it: {error}"
+        return Verdict(version=version, promoted=False, reason=reason)
     margin = champion.scores.kid - evaluation.best.scores.kid
-    error = math.hypot(champion.scores.kid_se, evaluation.best.scores.kid_se)
-    better = margin > error
+    uncertainty = math.hypot(champion.scores.kid_se, evaluation.best.scores.kid_se)
+    better = margin > uncertainty
     reason = (
         f"version {version.number} {_in_figures(evaluation.best)}, champion {holder.number} "
         f"{_in_figures(champion)}, on {champion.scores.reference} held-out pictures of data set version "
         f"{evaluation.conditions.content_digest[:12]}: {'lower' if better else 'not lower'} by more than the "
-        f"standard error of the difference, {error:.5f}"
+        f"standard error of the difference, {uncertainty:.5f}"
     )
     return Verdict(version=version, promoted=better, reason=reason)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from prefect import flow
 
 from diffusion.config import Config
+from diffusion.evaluation.evaluate import require_enough
 from flows.evaluate import evaluate
 from flows.explain import Explained, explain
 from flows.ingest import Ingested, ingest
@@ -32,11 +33,12 @@ def retrain(params: Params, count: int = 64, seed: int = 0, to: str | None = Non
     champion = f"models:/{params.model_name}@{CHAMPION}"
 
     data = ingest(params)
+    require_enough(params.dataset_folder)
     training = train(params, restart="if_different")
     evaluate(params)
     verdict = promote(params)
     prints = sample(params, champion, count, seed, to)
-    explained = explain(params, champion, params.report_folder / "explain")
+    explained = explain(params, verdict.version.uri, params.report_folder / "explain")
 
     return Retrained(
         data=data,

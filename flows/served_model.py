@@ -41,12 +41,14 @@ class ServedModel(PythonModel):
             raise UserError(f"{len(model_input)} pictures in one request: ask for at most {MOST_PICTURES}")
         steps = (params or {}).get("steps", 0)
         config = self.sampling.model_copy(update={"steps": steps}) if steps else self.sampling
-        answers = pd.Series(index=model_input.index, dtype=object)
-        for seed, rows in model_input.groupby("seed"):
+        # Rows by position: the caller's index may name several of them alike.
+        answers: list[bytes] = [b""] * len(model_input)
+        numbered = model_input.reset_index(drop=True)
+        for seed, rows in numbered.groupby("seed"):
             pictures = sample(self.model, rows["index"].tolist(), int(str(seed)), config)
             for row, picture in zip(rows.index, pictures, strict=True):
-                answers[row] = _png(picture.permute(1, 2, 0).squeeze(-1).numpy())
-        return pd.DataFrame({"png": answers})
+                answers[int(row)] = _png(picture.permute(1, 2, 0).squeeze(-1).numpy())
+        return pd.DataFrame({"png": answers}, index=model_input.index)
 
 
 def _png(pixels: Any) -> bytes:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,20 @@ class RunTracker:
             self.client.log_image(self.run_id, picture, key=name, step=images)
             self.log_metrics({marker: images}, images)
 
+    def log_scores(self, scores: Mapping[str, float], images: int) -> None:
+        """Keep ``scores`` at step ``images`` unless they are the newest there: judged anew, they may differ."""
+        now = int(time.time() * 1000)
+        for name, value in scores.items():
+            there = [p for p in self.client.get_metric_history(self.run_id, name) if p.step == images]
+            newest = max(there, key=lambda point: point.timestamp, default=None)
+            if newest is None or newest.value != value:
+                self.client.log_metric(self.run_id, name, value, now, images)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has been marked as finished."""
+        return bool(self.client.get_run(self.run_id).info.status == "FINISHED")
+
     def log_file(self, path: Path, folder: str) -> None:
         """Keep a file among the run's artifacts."""
         self.client.log_artifact(self.run_id, str(path), folder)
@@ -106,8 +120,10 @@ def open_run(
         client.set_tag(run.info.run_id, TRAIN_KEY, f"{train_key} (restarted)")
         run = None
     if run is None:
-        run = _create_run(client, experiment, train_key, parameters)
-        client.log_inputs(run.info.run_id, [_dataset_input(manifest, data, data_source)])
+        run = _create_run(client, experiment, train_key)
+    # Also on a run that was there: whoever made it may have been killed before this.
+    client.log_batch(run.info.run_id, params=[Param(name, str(value)) for name, value in parameters.items()])
+    client.log_inputs(run.info.run_id, [_dataset_input(manifest, data, data_source)])
     tracker = RunTracker(client, run.info.run_id)
     client.update_run(run.info.run_id, status="RUNNING")
     tracker.tag(
@@ -123,13 +139,10 @@ def open_run(
     return tracker
 
 
-def _create_run(client: MlflowClient, experiment: str, train_key: str, parameters: Mapping[str, Any]) -> MlflowRun:
+def _create_run(client: MlflowClient, experiment: str, train_key: str) -> MlflowRun:
     found = client.get_experiment_by_name(experiment)
     experiment_id = found.experiment_id if found else client.create_experiment(experiment)
-    run = client.create_run(experiment_id, tags={TRAIN_KEY: train_key}, run_name=f"train-{train_key[:8]}")
-    entries: Sequence[Param] = [Param(name, str(value)) for name, value in parameters.items()]
-    client.log_batch(run.info.run_id, params=entries)
-    return run
+    return client.create_run(experiment_id, tags={TRAIN_KEY: train_key}, run_name=f"train-{train_key[:8]}")
 
 
 def _dataset_input(manifest: Manifest, data: DataVersion | None, source: str) -> DatasetInput:

@@ -1,19 +1,21 @@
 """The flow ``train``: a data set in, a run in MLflow and checkpoints on disk out."""
 
-from pathlib import Path
+from typing import Literal
 
+from mlflow.client import MlflowClient
 from prefect import flow
 
 from diffusion.config import Config
 from diffusion.data.manifest import Manifest, read_manifest
-from diffusion.training.train import Restart, TrainResult, identity_fields, train_key
+from diffusion.training.history import read_rows
+from diffusion.training.train import Restart, TrainResult, discard, identity_fields, train_key
 from diffusion.training.train import train as train_model
 from flows import lineage
 from flows.environment import data_source
 from flows.params import Params, flattened
 from flows.progress import reporter
 from flows.steps import step
-from flows.tracking import RunTracker, open_run
+from flows.tracking import RunTracker, find_run, open_run
 
 
 class TrainingRun(Config):
@@ -24,16 +26,31 @@ class TrainingRun(Config):
 
 
 @flow(name="train", flow_run_name="train-{params.training.dataset}")
-def train(params: Params, restart: Restart = "never") -> TrainingRun:
+def train(params: Params, restart: Restart | Literal["always"] = "never") -> TrainingRun:
     """Train as ``params`` say and record it live in MLflow; goes on where it was stopped."""
+    if restart == "always":
+        # A step of its own: were it part of the next one, a retry would throw away finished work.
+        start_over(params)
+        restart = "never"
     return train_and_track(params, restart)
+
+
+@step
+def start_over(params: Params) -> None:
+    """Throw away what the run's folder holds."""
+    discard(params.run_folder)
 
 
 @step
 def train_and_track(params: Params, restart: Restart) -> TrainingRun:
     """Train in ``params.run_folder``; the MLflow run is found again by what goes into it."""
     manifest = read_manifest(params.dataset_folder)
-    tracker = _open(params, manifest, anew=restart == "always")
+    opened: list[RunTracker] = []
+
+    def track(anew: bool) -> RunTracker:
+        opened.append(_open(params, manifest, anew))
+        return opened[0]
+
     try:
         result = train_model(
             params.dataset_folder,
@@ -41,17 +58,33 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
             params.model,
             params.training,
             params.sampling,
-            tracker,
+            track,
             reporter(),
             restart,
         )
     except BaseException:
-        tracker.fail()
+        for tracker in opened:
+            tracker.fail()
         raise
-    for record in (result.output / "history.csv", result.output / "losses.csv"):
-        tracker.log_file(record, "history")
-    tracker.finish()
+    tracker = opened[0] if opened else _recorded(params, manifest, result)
+    if not tracker.finished:
+        for record in (result.output / "history.csv", result.output / "losses.csv"):
+            tracker.log_file(record, "history")
+        tracker.finish()
     return TrainingRun(run_id=tracker.run_id, result=result)
+
+
+def _recorded(params: Params, manifest: Manifest, result: TrainResult) -> RunTracker:
+    """The MLflow run of a training that had ended before; if this server has none, one made from its history."""
+    client = MlflowClient()
+    run = find_run(client, params.model_name, result.train_key)
+    if run is not None:
+        return RunTracker(client, run.info.run_id)
+    tracker = _open(params, manifest, anew=False)
+    for name in ("history.csv", "losses.csv"):
+        for row in read_rows(result.output / name):
+            tracker.log_metrics(row, int(row.pop("images")))
+    return tracker
 
 
 def _open(params: Params, manifest: Manifest, anew: bool) -> RunTracker:
@@ -70,5 +103,5 @@ def _open(params: Params, manifest: Manifest, anew: bool) -> RunTracker:
         anew,
     )
     tracker.client.log_text(tracker.run_id, params.model_dump_json(indent=2), "params.json")
-    tracker.log_file(Path(params.dataset_folder / "manifest.json"), "dataset")
+    tracker.log_file(params.dataset_folder / "manifest.json", "dataset")
     return tracker

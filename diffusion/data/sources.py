@@ -45,13 +45,27 @@ def read_folder(root: Path) -> list[Candidate]:
     folders = {path.parent for path in files}
     labelled = len(folders) > 1 and root not in folders
     return [
-        Candidate(path.relative_to(root).as_posix(), path, path.parent.name if labelled else None) for path in files
+        Candidate(_text(path.relative_to(root).as_posix()), path, _text(path.parent.name) if labelled else None)
+        for path in files
     ]
 
 
+def _text(name: str) -> str:
+    """A file's name as text that can be written down, whatever bytes it is made of."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def _picture_files(root: Path) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend its permissions or take it away")
+
+    visited: set[str] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        if (real := os.path.realpath(folder)) in visited:
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in names:
             if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
                 yield Path(folder) / name

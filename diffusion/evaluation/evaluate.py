@@ -14,6 +14,7 @@ from torch import Tensor
 from diffusion.config import Config
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
+from diffusion.data.manifest import read_manifest
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features import features_of, make_extractor
@@ -64,6 +65,16 @@ class Memory:
         return Record.model_validate(read_header(path)), load_file(path)["shown"]
 
 
+def require_enough(data: Path) -> None:
+    """Raise UserError if a split of the data set in folder ``data`` is too small to judge by."""
+    for split, count in read_manifest(data).counts.items():
+        if count < FEWEST:
+            raise UserError(
+                f"data set {data} has {count} {split.replace('_', '-').replace('train', 'training')} pictures, "
+                f"and evaluation needs {FEWEST}: ingest more, or change ingest.held_out"
+            )
+
+
 class Judge:
     """Judges model files against the held-out pictures of one data set, each of them once.
 
@@ -80,12 +91,7 @@ class Judge:
         self.extractor = make_extractor(config)
         self.memory = Memory(output / "judged")
         self.held_out = self.dataset.rows("held_out")[: config.reference]
-        for split, rows in ("held-out", self.held_out), ("training", self.dataset.rows("train")):
-            if len(rows) < FEWEST:
-                raise UserError(
-                    f"data set {data} has {len(rows)} {split} pictures, and evaluation needs {FEWEST}: "
-                    "ingest more, or change ingest.held_out"
-                )
+        require_enough(data)
         self.conditions = Conditions(
             content_digest=self.dataset.manifest.content_digest,
             extractor_digest=self.extractor.digest,

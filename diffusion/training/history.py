@@ -28,7 +28,8 @@ class History:
         with self.path.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow([images, *(figures[name] for name in self.columns)])
 
-    def rows(self) -> list[dict[str, float]]:
-        """All rows, oldest first."""
-        with self.path.open(newline="") as file:
-            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """All rows of a history, oldest first."""
+    with path.open(newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]

@@ -19,6 +19,9 @@ class Tracker(Protocol):
 class NoTracker:
     """Keeps nothing: the run's folder holds what training itself writes."""
 
+    def __init__(self, anew: bool = True) -> None:
+        """Whether a run begins ``anew`` makes no difference here."""
+
     def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
         """Drop ``metrics``."""
 

@@ -5,7 +5,9 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,7 +56,8 @@ PROBES = 256
 GRID_PICTURES = 36
 MEASURED_SECONDS = 4.0
 
-Restart = Literal["never", "if_different", "always"]
+Restart = Literal["never", "if_different"]
+"""Whether to throw away a run of another configuration or data set that lies in the folder."""
 
 logger = logging.getLogger(__name__)
 
@@ -239,33 +242,53 @@ def train(
     model: ModelConfig,
     config: TrainingConfig,
     sampling: SamplingConfig,
-    tracker: Tracker | None = None,
+    track: Callable[[bool], Tracker] = NoTracker,
     progress: Progress = silent,
     restart: Restart = "never",
 ) -> TrainResult:
     """Train on the data set in folder ``data`` until folder ``output`` holds ``final.safetensors``.
 
     The same call after a kill goes on from the last checkpoint to bit-identical weights. ``restart`` says when
-    to throw away what is there instead. Raises UserError if the folder holds a run of another configuration
-    or data set (and ``restart`` is ``never``), or another process trains in it.
+    to throw away what is there instead. ``track`` is called once the folder is this run's alone, with whether the
+    run begins from nothing, for the one who keeps its records. Raises UserError if the folder holds a run of
+    another configuration or data set (and ``restart`` is ``never``), or another process trains in it.
     """
     dataset = Dataset.open(data)
     if not dataset.rows("train"):
         raise UserError(f"data set {data} has no training pictures: ingest more, or lower ingest.held_out")
+    with _held(output), lanes(config.lanes) as pool:
+        run = Run.new(dataset, model, config, pool)
+        if restart == "if_different" and _differences(output, run):
+            _discard(output)
+        return _train(run, output, sampling, track, progress)
+
+
+def discard(output: Path) -> None:
+    """Throw away the run in folder ``output``, and nothing else that may lie there; UserError if it is in use."""
+    with _held(output):
+        _discard(output)
+
+
+@contextmanager
+def _held(output: Path) -> Iterator[None]:
+    """The run's folder for this process alone; raises UserError if another has it."""
     output.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output.parent / f".{output.name}.lock")
     try:
-        with FileLock(output.parent / f".{output.name}.lock", blocking=False), lanes(config.lanes) as pool:
-            run = Run.new(dataset, model, config, pool)
-            if restart == "always" or (restart == "if_different" and _differences(output, run)):
-                shutil.rmtree(output, ignore_errors=not output.exists())
-            return _train(run, output, sampling, tracker or NoTracker(), progress)
+        lock.acquire(blocking=False)
     except Timeout as error:
         raise UserError(
             f"another process trains in {output}: wait for it, or set training.output to another folder"
         ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _train(run: Run, output: Path, sampling: SamplingConfig, tracker: Tracker, progress: Progress) -> TrainResult:
+def _train(
+    run: Run, output: Path, sampling: SamplingConfig, track: Callable[[bool], Tracker], progress: Progress
+) -> TrainResult:
     checkpoints = Checkpoints(output / "checkpoints")
     final = output / "final.safetensors"
     key = run.header()["train_key"]
@@ -273,7 +296,7 @@ def _train(run: Run, output: Path, sampling: SamplingConfig, tracker: Tracker, p
         _require_same_run(output, run)
         run.state.images = read_header(final)["model_header"]["images"]
     else:
-        _begin_or_resume(run, checkpoints, output, sampling)
+        tracker = track(_begin_or_resume(run, checkpoints, output, sampling) == "begun")
         _loop(run, output, checkpoints, sampling, tracker, progress)
         tensors = {AVERAGED + name: value for name, value in run.state.average.state_dict().items()}
         save_tensors(final, tensors, run.header())
@@ -286,13 +309,26 @@ def _train(run: Run, output: Path, sampling: SamplingConfig, tracker: Tracker, p
     )
 
 
+def _discard(output: Path) -> None:
+    # The checkpoints go last: what is left after a kill is still a run that can go on.
+    for name in ("final.safetensors", "weights.safetensors", "history.csv", "losses.csv"):
+        (output / name).unlink(missing_ok=True)
+    for folder in (output / "samples", output / "checkpoints"):
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
 def _differences(output: Path, run: Run) -> list[str]:
     """In what the run that lies in ``output`` differs from ``run``: nothing if it is the same, or none lies there."""
     final = output / "final.safetensors"
-    found = [final] if final.is_file() else Checkpoints(output / "checkpoints").paths()[-1:]
-    if not found:
-        return []
-    theirs, ours = read_header(found[0]), run.header()
+    if final.is_file():
+        theirs = read_header(final)
+    else:
+        newest = next(Checkpoints(output / "checkpoints").newest_whole(), None)
+        if newest is None:
+            return []
+        _, theirs = newest
+    ours = run.header()
     if theirs["train_key"] == ours["train_key"]:
         return []
     theirs, ours = theirs["model_header"], ours["model_header"]
@@ -310,15 +346,18 @@ def _require_same_run(output: Path, run: Run) -> None:
         )
 
 
-def _begin_or_resume(run: Run, checkpoints: Checkpoints, output: Path, sampling: SamplingConfig) -> None:
+def _begin_or_resume(
+    run: Run, checkpoints: Checkpoints, output: Path, sampling: SamplingConfig
+) -> Literal["begun", "resumed"]:
     _require_same_run(output, run)
     if header := checkpoints.restore(run.state):
         run.total = header["total"]
         logger.info("going on from %d of %d images", run.state.images, run.total)
-        return
+        return "resumed"
     images = run.config.images or _images_in(run.config.minutes or 0, run, sampling)
     run.total = math.ceil(images / run.config.batch_size) * run.config.batch_size
     checkpoints.save(run.state, run.header())
+    return "begun"
 
 
 def _images_in(minutes: float, run: Run, sampling: SamplingConfig) -> int:
@@ -336,6 +375,11 @@ def _images_in(minutes: float, run: Run, sampling: SamplingConfig) -> int:
     trial.probe(averaged.network)
     sample(averaged, range(GRID_PICTURES), 0, sampling)
     pauses = (time.perf_counter() - start) * run.config.checkpoints
+    if pauses > minutes * 60 / 2:
+        raise UserError(
+            f"{pauses:.0f} s of training.minutes = {minutes:g} would go into {run.config.checkpoints} sample grids: "
+            "raise it, or lower sampling.steps or training.checkpoints"
+        )
     return max(run.config.batch_size, int((minutes * 60 - pauses) / per_image))
 
 

@@ -31,3 +31,12 @@ def main() -> None:
     except DarkroomError as error:
         print(f"darkroom: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if os.environ.get("DARKROOM_DEBUG"):
+            raise
+        words = " ".join(str(error).split())[:500]
+        print(
+            f"darkroom: {type(error).__name__}: {words} (DARKROOM_DEBUG=1 in the environment shows where)",
+            file=sys.stderr,
+        )
+        sys.exit(1)

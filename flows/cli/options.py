@@ -32,7 +32,7 @@ def load(params: Path, overrides: list[str], dataset: str | None = None) -> "Par
 
     if dataset is not None:
         dataset_folder(dataset)
-        overrides = [*overrides, f"training.dataset={json.dumps(dataset)}"]
+        overrides = [*overrides, f"training.dataset={json.dumps(dataset, ensure_ascii=False)}"]
     return load_params(params, overrides)
 
 
@@ -51,13 +51,15 @@ def joined(*needs: "Server") -> Iterator[None]:
     from flows.console import Bars, Lines
     from flows.progress import CONSOLE
 
-    token = CONSOLE.set(Bars() if sys.stderr.isatty() else Lines())
+    progress = Bars() if sys.stderr.isatty() else Lines()
+    token = CONSOLE.set(progress)
     try:
         # Libraries talk on standard output, which belongs to the verb's result.
         with redirect_stdout(sys.stderr):
             yield
     finally:
         CONSOLE.reset(token)
+        progress.close()
 
 
 def show(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:

@@ -52,7 +52,7 @@ def ingest(
 
     Example:  darkroom ingest ~/faces --dataset faces --set ingest.size=32
     """
-    config = load(params, [*overrides, f"ingest.source={json.dumps(source)}"], dataset)
+    config = load(params, [*overrides, f"ingest.source={json.dumps(source, ensure_ascii=False)}"], dataset)
     with joined("prefect", "s3"):
         from flows.ingest import ingest
 
@@ -187,7 +187,7 @@ def retrain(
 
     Example:  darkroom retrain ~/faces --dataset faces --set ingest.size=32
     """
-    given = [f"ingest.source={json.dumps(source)}"] if source is not None else []
+    given = [f"ingest.source={json.dumps(source, ensure_ascii=False)}"] if source is not None else []
     config = load(params, [*overrides, *given], dataset)
     with joined("prefect", "mlflow", "s3"):
         from flows.retrain import retrain

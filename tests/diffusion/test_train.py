@@ -21,7 +21,7 @@ from diffusion.model import load_model, read_header, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.process import make_schedule
 from diffusion.training.config import TrainingConfig
-from diffusion.training.train import TrainResult, learning_rate, train
+from diffusion.training.train import TrainResult, discard, learning_rate, train
 
 MODEL = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1)
 CONFIG = TrainingConfig(dataset="blobs", images=320, batch_size=16, warmup_images=32, checkpoints=4, keep=2, flip=True)
@@ -61,7 +61,7 @@ def test_same_inputs_give_the_same_bits(dataset: Path, tmp_path: Path) -> None:
 def test_a_stopped_run_goes_on_to_the_same_bits(dataset: Path, tmp_path: Path, stop: int) -> None:
     whole = run(dataset, tmp_path / "whole")
     with pytest.raises(Stop):
-        run(dataset, tmp_path / "cut", tracker=StopAt(stop))
+        run(dataset, tmp_path / "cut", track=lambda _: StopAt(stop))
     assert not (tmp_path / "cut" / "final.safetensors").exists()
     resumed = run(dataset, tmp_path / "cut")
     assert resumed.final.read_bytes() == whole.final.read_bytes()
@@ -105,16 +105,17 @@ def test_resume_is_bit_identical_after_kills(dataset: Path, tmp_path: Path) -> N
     assert (tmp_path / "killed" / final).read_bytes() == (tmp_path / "whole" / final).read_bytes()
 
 
+@pytest.mark.parametrize("how", ["changed", "cut short"])
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
-    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
     whole = run(dataset, tmp_path / "whole")
     with pytest.raises(Stop):
-        run(dataset, tmp_path / "cut", tracker=StopAt(240))
+        run(dataset, tmp_path / "cut", track=lambda _: StopAt(240))
     newest = sorted((tmp_path / "cut" / "checkpoints").glob("*.safetensors"))[-1]
     data = bytearray(newest.read_bytes())
     data[-1] ^= 1
-    newest.write_bytes(data)
+    newest.write_bytes(data if how == "changed" else data[:100])
     resumed = run(dataset, tmp_path / "cut")
     assert resumed.final.read_bytes() == whole.final.read_bytes()
     assert newest.name in caplog.text
@@ -134,12 +135,15 @@ def test_another_configuration_is_refused_and_named_unless_restarted(dataset: Pa
     assert run(dataset, tmp_path / "run", other, restart="if_different").final.read_bytes() != first
 
 
-def test_restart_begins_anew_with_the_same_end(dataset: Path, tmp_path: Path) -> None:
+def test_a_discarded_run_begins_anew_with_the_same_end(dataset: Path, tmp_path: Path) -> None:
     first = run(dataset, tmp_path / "run").final
     bits, written = first.read_bytes(), first.stat().st_mtime_ns
     assert run(dataset, tmp_path / "run").final.stat().st_mtime_ns == written
     assert run(dataset, tmp_path / "run", restart="if_different").final.stat().st_mtime_ns == written
-    again = run(dataset, tmp_path / "run", restart="always").final
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    discard(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+    again = run(dataset, tmp_path / "run").final
     assert again.stat().st_mtime_ns != written
     assert again.read_bytes() == bits
 
@@ -147,7 +151,7 @@ def test_restart_begins_anew_with_the_same_end(dataset: Path, tmp_path: Path) ->
 def test_minutes_are_turned_into_images_once(dataset: Path, tmp_path: Path) -> None:
     config = TrainingConfig(dataset="blobs", minutes=0.1, batch_size=16, checkpoints=2)
     with pytest.raises(Stop):
-        run(dataset, tmp_path / "run", config, tracker=StopAt(1))
+        run(dataset, tmp_path / "run", config, track=lambda _: StopAt(1))
     first = sorted((tmp_path / "run" / "checkpoints").glob("*.safetensors"))[0]
     planned = read_header(first)["total"]
     images = run(dataset, tmp_path / "run", config).images
@@ -205,7 +209,7 @@ def test_two_trainings_in_one_folder_are_refused(dataset: Path, tmp_path: Path) 
             raise Stop
 
     with pytest.raises(Stop):
-        run(dataset, tmp_path / "run", tracker=Nested(0))
+        run(dataset, tmp_path / "run", track=lambda _: Nested(0))
 
 
 def test_exactly_one_length_is_asked_for() -> None:

@@ -22,6 +22,10 @@ def test_a_data_set_outside_dvc_yaml_gets_a_pointer_of_its_own(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    for name in (".gitignore", "data/.gitignore"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text((ROOT / name).read_text())
     folder = Path("data/other")
     assert data_version(folder) is None
     ingest(pictures, folder, IngestConfig(size=8))
