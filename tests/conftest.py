@@ -24,6 +24,14 @@ def blob(seed: int, size: int = 12, mode: str = "L") -> Image.Image:
     return Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC).convert(mode)
 
 
+def disc(seed: int, size: int = 12) -> Image.Image:
+    """A white disc somewhere on black: nothing that noise could be taken for."""
+    x, y, radius = np.random.default_rng(seed).uniform([3, 3, 2], [size - 3, size - 3, 4])
+    rows, columns = np.mgrid[:size, :size]
+    inside = np.clip(radius + 0.5 - np.hypot(rows - y, columns - x), 0, 1)
+    return Image.fromarray((inside * 255).astype(np.uint8))
+
+
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """A folder with 2 classes of 24 grey pictures each, 12×12."""

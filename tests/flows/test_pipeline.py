@@ -20,7 +20,7 @@ from mlflow.client import MlflowClient
 from PIL import Image
 
 from diffusion.files import sha256_bytes
-from tests.conftest import blob
+from tests.conftest import disc
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -37,8 +37,8 @@ PARAMS = {
         "checkpoints": 8,
         "keep": 2,
     },
-    "sampling": {"steps": 3, "compute_batch": 8},
-    "evaluation": {"samples": 32, "extractor_size": 32},
+    "sampling": {"sampler": "dpmpp_2m", "steps": 8, "compute_batch": 8},
+    "evaluation": {"samples": 64, "extractor_size": 32},
 }
 
 
@@ -82,10 +82,10 @@ class Workspace:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     folder = tmp_path_factory.mktemp("workspace")
     (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS))
-    for number in range(72):
+    for number in range(240):
         path = folder / "pictures" / ("even" if number % 2 == 0 else "odd") / f"{number:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        blob(number).save(path)
+        disc(number).save(path)
     space = Workspace(folder)
     space.run("up")
     for line in space.run("env").splitlines():
