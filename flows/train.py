@@ -8,7 +8,8 @@ from prefect import flow
 from diffusion.config import Config
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.training.history import read_rows
-from diffusion.training.train import Restart, TrainResult, discard, identity_fields, train_key
+from diffusion.training.run import identity_fields, train_key
+from diffusion.training.train import Restart, TrainResult, discard
 from diffusion.training.train import train as train_model
 from flows import lineage
 from flows.environment import data_source

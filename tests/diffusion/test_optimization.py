@@ -9,7 +9,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.lanes import lanes
 from diffusion.models.config import ModelConfig
 from diffusion.training.config import TrainingConfig
-from diffusion.training.train import BETAS, Run, learning_rate
+from diffusion.training.run import BETAS, Run, learning_rate
 
 MODEL = ModelConfig(width=16, multipliers=(1, 2), blocks=1, attention=(1,), patch=2)
 

@@ -21,7 +21,8 @@ from diffusion.model import load_model, read_header, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.process import make_schedule
 from diffusion.training.config import TrainingConfig
-from diffusion.training.train import TrainResult, discard, learning_rate, train
+from diffusion.training.run import learning_rate
+from diffusion.training.train import TrainResult, discard, train
 
 MODEL = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1)
 CONFIG = TrainingConfig(dataset="blobs", images=320, batch_size=16, warmup_images=32, checkpoints=4, keep=2, flip=True)

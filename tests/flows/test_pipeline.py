@@ -243,8 +243,10 @@ def test_a_shard_cut_in_half_is_named_and_retrain_mends_it(workspace: Workspace)
 
 def test_another_batch_at_the_same_place_is_refused(workspace: Workspace) -> None:
     workspace.run("sample", "--count", "8", "--to", "s3://darkroom/mine/here")
+    before = objects(workspace, "s3://darkroom/mine/here")
     workspace.run("sample", "--count", "9", "--to", "s3://darkroom/mine/here", code=3)
     workspace.run("sample", "--count", "8", "--to", "s3://darkroom/mine/here")
+    assert objects(workspace, "s3://darkroom/mine/here") == before
 
 
 def test_user_mistakes_are_one_line_and_exit_2(workspace: Workspace) -> None:
