@@ -7,26 +7,52 @@ from pydantic import Field
 from diffusion.config import Config
 
 
-class IngestConfig(Config):
-    """How pictures become stored pixels. All of it but the limits is part of the data set's identity."""
+class StorageConfig(Config):
+    """How pictures become stored pixels: part of the data set's identity."""
 
-    source: str = "pictures/digits"
-    """Where the pictures lie: a folder, with a sub-folder per class or a metadata.csv / metadata.jsonl."""
     size: int = Field(28, ge=8, le=1024)
     """Height and width of every stored picture, in pixels."""
-    fit: Literal["crop", "pad"] = "crop"
-    """How a picture that is not square becomes square: cut its longer side, or fill up its shorter one."""
+    fit: Literal["crop", "pad", "squash"] = "crop"
+    """How a picture that is not square becomes square: cut its longer side, fill up its shorter one, or distort."""
     mode: Literal["keep", "grey", "rgb"] = "keep"
     """Channels: ``keep`` stores grey if every picture of the set is grey, and RGB otherwise."""
     background: str = Field("#000000", pattern="^#[0-9a-fA-F]{6}$")
     """What shows through transparent pixels and fills up padded ones, as #rrggbb."""
     held_out: float = Field(0.1, gt=0, lt=1)
     """Share of the pictures, chosen by content hash, that training never sees."""
-    shard_bytes: int = Field(64 * 2**20, ge=2**16)
-    """A shard is closed when its members reach this many bytes."""
+
+
+class IngestConfig(StorageConfig):
+    """How pictures become stored pixels, which of them are taken, and how the work is spread."""
+
+    source: str = "pictures/digits"
+    """Where the pictures lie: a folder, tar, zip, Parquet, table of URLs, s3:// prefix … (diffusion/data/sources)."""
+    enlarge: bool = False
+    """Whether pictures that are smaller than ``size`` are enlarged; otherwise they are refused."""
+    min_size: int = Field(1, ge=1)
+    """Pictures whose shorter side has fewer pixels than this are refused."""
+    near_duplicates: int | None = Field(None, ge=0, le=5)
+    """Pictures whose 64-bit perceptual hashes differ in at most this many bits are one group, in one split."""
     max_quarantined: float = Field(0.5, ge=0, le=1)
-    """Share of refused pictures above which the ingest fails."""
+    """Share of refused pictures, among those read, above which the ingest fails."""
     max_pixels: int = Field(50_000_000, ge=64, le=178_956_970)
     """Pictures that declare more pixels than this are refused undecoded; Pillow itself opens no larger ones."""
     max_bytes: int = Field(64 * 2**20, ge=1024)
     """Files larger than this are refused unread."""
+    max_seconds: float = Field(10.0, gt=0)
+    """Pictures that take longer than this to decode are refused."""
+
+    shard_bytes: int = Field(64 * 2**20, ge=2**16)
+    """About how large a shard becomes, in bytes; small sets get at least eight shards."""
+    runner: Literal["threads", "processes", "ray"] = "threads"
+    """What prepares the pictures, one task per shard: threads or processes of this machine, or a Ray cluster."""
+    workers: int = Field(2, ge=1)
+    """How many shards are prepared at the same time."""
+    download_seconds: float = Field(20.0, gt=0)
+    """How long a URL may take to answer."""
+    download_tries: int = Field(4, ge=1)
+    """How often a URL is tried before its picture is quarantined."""
+
+    def storage(self) -> StorageConfig:
+        """The fields that decide what is stored; the others say which pictures are taken, and how the work is done."""
+        return StorageConfig(**{name: getattr(self, name) for name in StorageConfig.model_fields})

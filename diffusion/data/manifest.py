@@ -1,47 +1,59 @@
 """What a data set is: the one file that is read first and written last.
 
-``manifest.json`` names everything else in the data set's folder by content (shards, and two Parquet
-tables), so a new version never touches the files of the old one before it is complete.
+``manifest.json`` lists the *parts* of the data set, one for each chunk of pictures that an ingest read: a
+shard of what was kept and a Parquet table of all that was read. Both are named by content and never change,
+so a new version adds parts and shares the old ones, and a version is whole from the moment its manifest is.
 """
 
 import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from diffusion.config import Config
-from diffusion.data.config import IngestConfig
+from diffusion.data.config import StorageConfig
 from diffusion.errors import UserError
-from diffusion.files import digest_of, write_atomically, write_json
+from diffusion.files import digest_of, sha256_bytes, sha256_file, write_bytes
 
-LIMITS = {"source", "shard_bytes", "max_quarantined", "max_pixels", "max_bytes"}
-"""Fields of the ingest configuration that cannot change a stored sample, and so stay out of its digest."""
+Split = Literal["train", "held_out"]
+Outcome = Literal["kept", "duplicate", "quarantined", "removed"]
 
-SAMPLES = pa.schema(
+RECORDS = pa.schema(
     [
+        ("source", pa.string()),
+        ("source_sha256", pa.string()),
+        ("outcome", pa.string()),
+        ("reason", pa.string()),
         ("key", pa.string()),
-        ("shard", pa.int32()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
+        ("split", pa.string()),
+        ("label", pa.string()),
+        ("caption", pa.string()),
         ("mode", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("label", pa.string()),
-        ("caption", pa.string()),
-        ("split", pa.string()),
-        ("source", pa.string()),
-        ("source_sha256", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("total", pa.list_(pa.int64())),
+        ("squares", pa.list_(pa.int64())),
+        ("phash", pa.int64()),
+        ("near", pa.list_(pa.string())),
     ]
 )
-"""One row per kept picture, in the order of the shards; ``offset`` and ``size`` are those of its PNG."""
+"""One row per picture that was read, in the order of reading.
 
-QUARANTINE = pa.schema([("source", pa.string()), ("reason", pa.string()), ("sha256", pa.string())])
-"""One row per refused file; ``sha256`` is empty where the file could not be read."""
-
-Split = Literal["train", "held_out"]
+``source_sha256`` is that of the bytes as they came, empty if there were none. ``outcome`` is ``kept``, ``duplicate``
+(its pixels were there already), ``quarantined`` (``reason`` says why) or ``removed`` (taken down; only key and digest
+are left). ``width`` and ``height`` are those of the picture as it came. For kept rows ``offset`` and ``size`` are those
+of the PNG in the part's shard; ``total`` and ``squares`` are the sums of its stored 8-bit values and of their squares
+over the pixels, per channel (1 or 3 by ``mode``). ``phash`` (64 bits as a signed integer) and ``near`` (keys of the
+groups of near-copies that it joined) are null unless near-duplicates were asked for.
+"""
 
 
 class FileEntry(Config):
@@ -52,72 +64,193 @@ class FileEntry(Config):
     bytes: int
 
 
-class ShardEntry(FileEntry):
-    """A WebDataset tar."""
+class Totals(Config):
+    """Exact sums over the stored training pictures; those of several parts add up."""
 
-    count: int
-    """Pictures inside."""
+    pixels: int = 0
+    total: list[int] = [0, 0, 0]
+    """Of 8-bit values, per channel; a grey picture counts for all three."""
+    squares: list[int] = [0, 0, 0]
+
+
+class Part(Config):
+    """What one chunk of one ingest left."""
+
+    number: int
+    records: FileEntry
+    """Table of all that was read (RECORDS)."""
+    shard: FileEntry | None
+    """WebDataset tar of what was kept; None if nothing was."""
+    outcomes: dict[Outcome, int]
+    splits: dict[Split, int]
+    """Kept pictures by split."""
+    classes: dict[str, int]
+    """Kept pictures by label."""
+    modes: dict[str, int]
+    """Kept pictures by stored mode, ``L`` or ``RGB``."""
+    totals: Totals
 
 
 class Manifest(Config):
     """A version of a data set."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     name: str
+    parent: str | None
+    """Digest of the manifest that this version was made from; None for the first."""
+    change: str
+    """What made this version of its parent: ``ingest``, ``rebuild``, or ``removal: `` and its reason."""
     content_digest: str
-    """SHA-256 over the samples, sorted, and the ingest configuration; free of history."""
-    layout_digest: str
-    """SHA-256 over the shards as they lie."""
-    ingest: IngestConfig
-    size: int
-    """Height and width of every picture, in pixels."""
-    channels: Literal[1, 3]
-    counts: dict[Split, int]
-    labels: list[str]
-    """Class names, sorted; empty if the set has none."""
-    class_histogram: dict[str, int]
-    mean: list[float]
-    """Of the training pictures, per channel, in [−1, 1]."""
-    std: list[float]
-    """Of the training pictures, per channel, in [−1, 1]."""
-    sigma_data: float
-    """Root of the mean variance over the channels: EDM's σ_data."""
-    duplicates: int = Field(ge=0)
-    quarantined: int = Field(ge=0)
-    shards: list[ShardEntry]
-    samples_table: FileEntry
-    quarantine_table: FileEntry
+    """SHA-256 over the samples, sorted, and what decides how they are stored; free of history."""
+    storage: StorageConfig
+    parts: list[Part]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest's own bytes: the name of this version."""
+        return sha256_bytes(manifest_bytes(self))
+
+    @property
+    def layout_digest(self) -> str:
+        """SHA-256 over the shards as they lie."""
+        return digest_of([shard.sha256 for shard in self.shards])
+
+    @property
+    def shards(self) -> list[FileEntry]:
+        """The shards of all parts, in order."""
+        return [part.shard for part in self.parts if part.shard is not None]
+
+    @property
+    def files(self) -> list[FileEntry]:
+        """Every file of this version but its manifest."""
+        return [entry for part in self.parts for entry in (part.shard, part.records) if entry is not None]
+
+    @property
+    def size(self) -> int:
+        """Height and width of every picture, in pixels."""
+        return self.storage.size
+
+    @property
+    def channels(self) -> Literal[1, 3]:
+        """3 as soon as one picture has colours."""
+        return 3 if any(part.modes.get("RGB") for part in self.parts) else 1
+
+    @property
+    def kept(self) -> int:
+        """Pictures in all."""
+        return sum(self.counts.values())
+
+    @property
+    def counts(self) -> dict[Split, int]:
+        """Pictures by split."""
+        found = _summed(part.splits for part in self.parts)
+        return {"train": found["train"], "held_out": found["held_out"]}
+
+    @property
+    def class_histogram(self) -> dict[str, int]:
+        """Pictures by class, sorted; empty if the set has none."""
+        return dict(sorted(_summed(part.classes for part in self.parts).items()))
+
+    @property
+    def labels(self) -> list[str]:
+        """Class names, sorted; empty if the set has none."""
+        return list(self.class_histogram)
+
+    @property
+    def mean(self) -> list[float]:
+        """Of the training pictures, per channel, in [−1, 1]."""
+        return (self._moments()[0] / 127.5 - 1)[: self.channels].tolist()
+
+    @property
+    def std(self) -> list[float]:
+        """Of the training pictures, per channel, in [−1, 1]."""
+        mean, squares = self._moments()
+        return (np.sqrt(np.maximum(squares - mean**2, 0)) / 127.5)[: self.channels].tolist()
+
+    @property
+    def sigma_data(self) -> float:
+        """Root of the mean variance over the channels: EDM's σ_data (arXiv 2206.00364)."""
+        return float(np.sqrt(np.mean(np.square(self.std))))
+
+    def _moments(self) -> tuple[np.ndarray, np.ndarray]:
+        pixels = max(sum(part.totals.pixels for part in self.parts), 1)
+        total, squares = (
+            np.array([[int(n) for n in getattr(part.totals, name)] for part in self.parts], object)
+            .reshape(-1, 3)
+            .sum(0)
+            for name in ("total", "squares")
+        )
+        return np.array(total / pixels, float), np.array(squares / pixels, float)
 
 
-def content_digest(samples: list[dict[str, Any]], ingest: IngestConfig) -> str:
-    """The digest that drives training order and caches: what is in the set, and how it was made."""
-    rows = sorted([row["key"], row["split"], row["label"], row["caption"]] for row in samples)
-    return digest_of({"ingest": ingest.model_dump(mode="json", exclude=LIMITS), "samples": rows})
+def _summed(counts: Iterable[dict[Split, int] | dict[str, int]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return total
 
 
-def write_table(folder: Path, name: str, rows: list[dict[str, Any]], schema: pa.Schema) -> FileEntry:
-    """Write ``rows`` as ``<name>-<digest>.parquet`` in ``folder``."""
-    table = pa.Table.from_pylist(rows, schema=schema)
-    staged = folder / f".{name}.parquet"
-    digest = write_atomically(staged, lambda partial: pq.write_table(table, partial))
-    path = folder / f"{name}-{digest[:16]}.parquet"
-    staged.replace(path)
-    return FileEntry(name=path.name, sha256=digest, bytes=path.stat().st_size)
+def read_records(folder: Path, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
+    """The records of a part, all columns or some; raises UserError if the table is missing or damaged."""
+    path = folder / part.records.name
+    if not path.is_file() or sha256_file(path) != part.records.sha256:
+        raise UserError(
+            f"{path} is missing or damaged: restore data set {folder.name} with `dvc checkout`, or ingest it again"
+        )
+    return pq.read_table(path, columns=None if columns is None else list(columns))
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the data set in ``folder``; raises UserError if there is none or it is damaged."""
+    """The current version of the data set in ``folder``; raises UserError if there is none or it is damaged."""
     path = folder / "manifest.json"
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return parse_manifest(path.read_bytes(), str(path))
     except FileNotFoundError as error:
         raise UserError(f"no data set in {folder}: run `darkroom ingest SOURCE --dataset {folder.name}`") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path} is damaged ({where}: {first['msg']}): ingest the data set again") from error
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """The manifest that ``data`` holds; raises UserError, naming ``where`` it lies, if it is damaged."""
+    try:
+        version = json.loads(data).get("format_version")
+        if version != 2:
+            raise UserError(f"{where} has format {version}, and this Darkroom reads 2: ingest the data set again")
+        return Manifest.model_validate_json(data)
+    except (ValidationError, ValueError, AttributeError) as error:
+        words = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise UserError(f"{where} is damaged ({words}): ingest the data set again") from error
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """How ``manifest`` is written."""
+    text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    return f"{text}\n".encode()
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Make ``manifest`` the current version of the data set in ``folder``."""
-    write_json(folder / "manifest.json", json.loads(manifest.model_dump_json()))
+    """Make ``manifest`` the current version of the data set in ``folder``; the one before goes to its versions."""
+    path = folder / "manifest.json"
+    if path.is_file() and (parent := path.read_bytes()) != manifest_bytes(manifest):
+        write_bytes(version_path(folder, sha256_bytes(parent)), parent)
+    write_bytes(path, manifest_bytes(manifest))
+
+
+def version_path(folder: Path, digest: str) -> Path:
+    """Where the manifest of an earlier version lies."""
+    return folder / "versions" / f"{digest[:16]}.json"
+
+
+def versions(folder: Path) -> Iterator[Manifest]:
+    """The versions of the data set in ``folder``, the current one first, each followed by its parent."""
+    manifest = read_manifest(folder)
+    yield manifest
+    while manifest.parent is not None:
+        path = version_path(folder, manifest.parent)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise UserError(f"{path} is missing: restore the data set with `dvc checkout`") from error
+        if sha256_bytes(data) != manifest.parent:
+            raise UserError(f"{path} is damaged: restore the data set with `dvc checkout`")
+        manifest = parse_manifest(data, str(path))
+        yield manifest

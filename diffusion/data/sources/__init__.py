@@ -1,0 +1,1 @@
+"""Sources of pictures, named by URI: one module for each kind."""
