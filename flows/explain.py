@@ -36,7 +36,8 @@ def draw(params: Params, model: str, output: Path, seed: int) -> Explained:
     version = registry.resolve(client, model)
     weights = registry.fetch_weights(version, settings().folder / "models")
     dataset = Dataset.open(params.dataset_folder)
-    rows = dataset.rows("held_out") or dataset.rows("train")
+    held_out = dataset.rows("held_out")
+    rows = held_out if len(held_out) else dataset.rows("train")
     picture = dataset.pictures([rows[seed % len(rows)]])[0]
     files = draw_process(load_model(weights), picture, output, seed)
     tracker = RunTracker(client, version.run_id)

@@ -4,35 +4,29 @@ import base64
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import boto3
 from botocore.config import Config as ClientConfig
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectionClosedError,
-    CredentialRetrievalError,
-    FlexibleChecksumError,
-    HTTPClientError,
-    IncompleteReadError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-    ReadTimeoutError,
-    ResponseStreamingError,
-)
-from botocore.exceptions import ConnectionError as NotConnected
+from botocore.exceptions import BotoCoreError, ClientError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from diffusion.data.sources.base import Found
 from diffusion.errors import DarkroomError, Held, UserError
+from diffusion.files import write_atomically
+from flows.s3_errors import Missing, in_words, is_broken_read, is_conflict, status_of
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import ObjectIdentifierTypeDef
 
 Put = Literal["written", "already there"]
 """How a write ended: by us, or with the very same bytes by somebody before us."""
@@ -40,27 +34,8 @@ Put = Literal["written", "already there"]
 BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 PROBE = ".darkroom-conditional-put"
 """Name of the object by which ``require_conditional_puts`` knows a server that honours conditions."""
-DENIED = {
-    "403",
-    "AccessDenied",
-    "ExpiredToken",
-    "Forbidden",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "SignatureDoesNotMatch",
-}
-ELSEWHERE = {"301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
-BROKEN_READS = (
-    ConnectionClosedError,
-    FlexibleChecksumError,
-    IncompleteReadError,
-    ReadTimeoutError,
-    ResponseStreamingError,
-)
-
-
-class Missing(UserError):
-    """There is no object of that name."""
+DELETED_AT_ONCE = 1000
+"""The most that S3 takes in one request."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +73,14 @@ class Location:
 
     def __str__(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}" if self.prefix else f"s3://{self.bucket}"
+
+
+class Listed(NamedTuple):
+    """An object in a listing: its key, its size in bytes, and its ETag, which differs when the bytes do."""
+
+    key: str
+    size: int
+    etag: str
 
 
 @dataclass(frozen=True)
@@ -179,13 +162,13 @@ class Store:
                     Metadata=tags,
                 )
             except ClientError as error:
-                if _status(error) != 412:
+                if status_of(error) != 412:
                     raise
                 return self._sha256_of(bucket, key)
             return None
 
         with self._in_words(bucket, key):
-            there = _retrying(_is_conflict)(put)
+            there = _retrying(is_conflict)(put)
         if there is None:
             return "written"
         if there != digest.hexdigest():
@@ -207,7 +190,21 @@ class Store:
     def get(self, bucket: str, key: str) -> bytes:
         """The bytes of an object, checked against the server's checksum; raises Missing."""
         with self._in_words(bucket, key):
-            return _retrying(_is_broken_read)(lambda: self.client.get_object(Bucket=bucket, Key=key)["Body"].read())
+            return _retrying(is_broken_read)(lambda: self.client.get_object(Bucket=bucket, Key=key)["Body"].read())
+
+    def fetch(self, bucket: str, key: str, path: Path) -> None:
+        """Write an object over what is at ``path``, a megabyte at a time, checked as by ``get``; raises Missing."""
+
+        def fetch() -> None:
+            with path.open("wb") as file:
+                shutil.copyfileobj(self.client.get_object(Bucket=bucket, Key=key)["Body"], file, 2**20)
+
+        with self._in_words(bucket, key):
+            _retrying(is_broken_read)(fetch)
+
+    def download(self, bucket: str, key: str, path: Path) -> str:
+        """``fetch`` it, whole or not at all; returns the SHA-256 of what came."""
+        return write_atomically(path, partial(self.fetch, bucket, key))
 
     def exists(self, bucket: str, key: str) -> bool:
         """Whether there is an object of that name."""
@@ -216,11 +213,27 @@ class Store:
 
     def list_keys(self, bucket: str, prefix: str = "") -> Iterator[str]:
         """All keys that begin with ``prefix``, in the server's order, however many there are."""
+        return (found.key for found in self.list_objects(bucket, prefix))
+
+    def list_objects(self, bucket: str, prefix: str = "") -> Iterator[Listed]:
+        """The same with size and ETag; a page of them is held at a time."""
         # No delimiter: some servers go on listing a "folder" for minutes after it was emptied.
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         with self._in_words(bucket, prefix):
             for page in pages:
-                yield from (entry["Key"] for entry in page.get("Contents", ()))
+                for entry in page.get("Contents", ()):
+                    yield Listed(entry["Key"], entry["Size"], entry["ETag"].strip('"'))
+
+    def delete_many(self, bucket: str, keys: Iterable[str]) -> None:
+        """Delete the objects of these names; those that are not there are as good as deleted."""
+        left = iter(keys)
+        while batch := list(islice(left, DELETED_AT_ONCE)):
+            with self._in_words(bucket, batch[0]):
+                objects: list[ObjectIdentifierTypeDef] = [{"Key": key} for key in batch]
+                answer = self.client.delete_objects(Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+            for error in answer.get("Errors", ()):
+                place = f"s3://{bucket}/{error.get('Key')}"
+                raise DarkroomError(f"{place} was not deleted: {error.get('Code')}: {error.get('Message')}")
 
     def ensure_bucket(self, bucket: str) -> None:
         """Create ``bucket`` if it is not there."""
@@ -262,9 +275,9 @@ class Store:
                     self.client.put_object(Bucket=bucket, Key=key, Body=body, IfNoneMatch="*")
             except DarkroomError as error:
                 cause = error.__cause__
-                if not isinstance(cause, ClientError) or _status(cause) not in {409, 412, 501}:
+                if not isinstance(cause, ClientError) or status_of(cause) not in {409, 412, 501}:
                     raise
-                if _status(cause) == 501:
+                if status_of(cause) == 501:
                     raise UserError(refusal.format("does not know")) from error
                 return
         raise UserError(refusal.format("ignores"))
@@ -280,39 +293,53 @@ class Store:
             digest.update(piece)
         return digest.hexdigest()
 
-    @contextmanager
-    def _in_words(self, bucket: str, key: str = "") -> Iterator[None]:
-        """Turn what boto3 raises inside into one line for people, with the original as its cause."""
-        place, server = f"s3://{bucket}/{key}", self.client.meta.endpoint_url
-        try:
-            yield
-        except ClientError as error:
-            raise _explained(error, place, bucket, server) from error
-        except (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError) as error:
-            hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            raise UserError(f"{place}: no usable S3 credentials ({error}): {hint}") from error
-        except ParamValidationError as error:
-            raise UserError(f"{place}: {' '.join(str(error).split())}") from error
-        except (HTTPClientError, NotConnected) as error:
-            hint = "is it running, and is AWS_ENDPOINT_URL_S3 right?"
-            raise UserError(f"{place}: the S3 server {server} does not answer: {hint} ({error})") from error
-        except BotoCoreError as error:
-            raise DarkroomError(f"{place}: {error} ({server})") from error
+    def _in_words(self, bucket: str, key: str = "") -> AbstractContextManager[None]:
+        return in_words(self.client.meta.endpoint_url, bucket, key)
 
 
-def _explained(error: ClientError, place: str, bucket: str, server: str) -> DarkroomError:
-    code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
-    if code == "NoSuchBucket":
-        hint = "create it, or set DARKROOM_BUCKET to one that is there"
-        return UserError(f"{place}: there is no bucket {bucket} at {server}: {hint}")
-    if code in {"NoSuchKey", "404", "NotFound"}:
-        return Missing(f"{place} does not exist at {server}")
-    if code in DENIED:
-        hint = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what that key may do"
-        return UserError(f"{place}: {server} denies access ({code}): {hint}")
-    if code in ELSEWHERE:
-        return UserError(f"{place}: the bucket lies in another region ({code}): set AWS_DEFAULT_REGION to it")
-    return DarkroomError(f"{place}: {server} answered {code}: {message}")
+@dataclass(frozen=True)
+class S3Objects:
+    """Objects by URI, as ``ObjectStore`` of ``diffusion.data.sources`` has it, on the S3 server of the environment.
+
+    That is the environment of the process or the machine that it is used in, wherever it has travelled.
+    """
+
+    @cached_property
+    def _store(self) -> Store:
+        return Store()
+
+    def __getstate__(self) -> None:
+        """Clients cannot travel."""
+
+    def find(self, uri: str) -> Iterator[Found]:
+        """All objects whose URI begins with ``uri``, in the server's order, a page at a time."""
+        bucket, prefix = _split(uri)
+        for found in self._store.list_objects(bucket, prefix):
+            yield Found(f"s3://{bucket}/{found.key}", found.size, found.etag)
+
+    def read(self, uri: str) -> bytes:
+        """The bytes of one object; raises FileNotFoundError if there is none."""
+        with _missing_as_file():
+            return self._store.get(*_split(uri))
+
+    def download(self, uri: str, path: Path) -> None:
+        """Write one object to ``path``, whole or not at all; raises FileNotFoundError if there is none."""
+        with _missing_as_file():
+            self._store.download(*_split(uri), path)
+
+
+def _split(uri: str) -> tuple[str, str]:
+    """Bucket and key, which others may have named in ways in which we never would."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return Location.parse(f"s3://{bucket}").bucket, key
+
+
+@contextmanager
+def _missing_as_file() -> Iterator[None]:
+    try:
+        yield
+    except Missing as error:
+        raise FileNotFoundError(str(error)) from error
 
 
 def _found(request: Callable[[], object]) -> bool:
@@ -320,14 +347,10 @@ def _found(request: Callable[[], object]) -> bool:
     try:
         request()
     except ClientError as error:
-        if _status(error) != 404:
+        if status_of(error) != 404:
             raise
         return False
     return True
-
-
-def _status(error: ClientError) -> int:
-    return error.response["ResponseMetadata"]["HTTPStatusCode"]
 
 
 def _retrying(worth_it: Callable[[BaseException], bool]) -> Retrying:
@@ -337,19 +360,4 @@ def _retrying(worth_it: Callable[[BaseException], bool]) -> Retrying:
         stop=stop_after_attempt(6),
         wait=wait_random_exponential(0.1, 5),
         reraise=True,
-    )
-
-
-def _is_broken_read(error: BaseException) -> bool:
-    """A body that broke off, or came out other than the server's checksum says."""
-    return isinstance(error, BROKEN_READS)
-
-
-def _is_conflict(error: BaseException) -> bool:
-    """Two writers met inside the server (409), or what took the key was gone when we looked (404)."""
-    if not isinstance(error, ClientError):
-        return False
-    code = error.response["Error"]["Code"]
-    return code in {"ConditionalRequestConflict", "OperationAborted"} or (
-        error.operation_name in {"HeadObject", "GetObject"} and _status(error) == 404
     )

@@ -47,5 +47,5 @@ def pictures(tmp_path: Path) -> Path:
 def dataset(pictures: Path, tmp_path: Path) -> Path:
     """The data set made of ``pictures`` at 8×8, about a third of it held out."""
     folder = tmp_path / "data" / "blobs"
-    ingest(pictures, folder, IngestConfig(size=8, held_out=0.33))
+    ingest(folder, IngestConfig(source=str(pictures), size=8, held_out=0.33))
     return folder

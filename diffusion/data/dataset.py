@@ -1,97 +1,206 @@
 """A data set as training and evaluation see it: rows in an order free of history, pictures as tensors."""
 
-import io
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
-from PIL import Image
 from torch import Tensor
 
-from diffusion.data.manifest import Manifest, Split, read_manifest
-from diffusion.data.shards import damage, opened
+from diffusion.data.manifest import Manifest, Split, read_manifest, read_records, require_whole
+from diffusion.data.png import decode_many
+from diffusion.data.shard_reader import LocalShards, Shards, mend
 from diffusion.errors import UserError
-from diffusion.files import sha256_file
 
 CACHE_BYTES = 2 * 2**30
-"""Decoded pictures are kept in memory up to this size, and decoded anew for every batch beyond it."""
-THREADS = 2
-WARM_BATCH = 1024
+"""Decoded pictures are kept in memory if those of the whole set take no more than this."""
+CHUNK = 1024
+"""Pictures decoded at a time."""
+KEY = np.dtype("S32")
+"""Strings of bytes, which sort as their hex digits do."""
+SPLITS: tuple[Split, ...] = ("train", "held_out")
+
+Rows: TypeAlias = Sequence[int] | np.ndarray
+"""Numbers of rows, (N,)."""
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What is known of the kept pictures, sorted by key: some 50 bytes for each."""
+
+    keys: np.ndarray
+    """(N,) of 32 bytes."""
+    splits: np.ndarray
+    """(N,) int8, numbers in SPLITS."""
+    labels: np.ndarray
+    """(N,) int32, numbers in the manifest's labels; −1: none."""
+    shards: np.ndarray
+    """(N,) int32, numbers in the manifest's shards."""
+    offsets: np.ndarray
+    """(N,) int64."""
+    sizes: np.ndarray
+    """(N,) int32."""
+    read: np.ndarray
+    """(N,) int64, how many kept pictures come before this one in the records."""
 
 
 class Dataset:
-    """The data set in a folder: every file checked against the manifest, pictures read from the shards."""
+    """The data set in a folder: pictures read from shards that are verified before their first use.
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        table_path = folder / manifest.samples_table.name
-        if not table_path.is_file() or sha256_file(table_path) != manifest.samples_table.sha256:
-            raise UserError(f"{table_path} is missing or damaged: {_mend(folder)}")
-        for shard in manifest.shards:
-            if found := damage(folder, shard):
-                raise UserError(f"shard {folder / shard.name} is {found}: {_mend(folder)}")
+    Decoded pictures are kept in memory from their first use on if the whole set fits into ``cache_bytes``.
+    Any thread may read.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, shards: Shards, cache_bytes: int = CACHE_BYTES) -> None:
         self.folder = folder
         self.manifest = manifest
-        table = pq.read_table(table_path).sort_by("key")
-        self.keys: list[str] = table["key"].to_pylist()
-        self.labels: list[str | None] = table["label"].to_pylist()
-        self.captions: list[str | None] = table["caption"].to_pylist()
-        self._splits = np.array(table["split"].to_pylist())
-        self._shards, self._offsets, self._sizes = (table[name].to_numpy() for name in ("shard", "offset", "size"))
-        self._cache: Tensor | None = None
+        self._shards = shards
+        self._table = _read_table(folder, manifest)
+        fits = len(self) * int(np.prod(self.shape)) <= cache_bytes
+        # The system gives memory to what is written only, so that pictures never read cost nothing.
+        self._cache = np.empty((len(self), *self.shape), np.uint8) if fits else None
+        self._cached = np.zeros(len(self), bool)
 
     @classmethod
-    def open(cls, folder: Path) -> "Dataset":
-        """Open the data set in ``folder``; raises UserError, naming the file, for whatever is damaged."""
-        return cls(folder, read_manifest(folder))
+    def open(cls, folder: Path, shards: Shards | None = None, cache_bytes: int = CACHE_BYTES) -> "Dataset":
+        """Open the data set in ``folder``, its shards read from there or from ``shards``.
+
+        Raises UserError, naming the file, for whatever is missing or damaged; what is wrong inside a shard of
+        the right length shows when pictures are first read from it.
+        """
+        manifest = read_manifest(folder)
+        if shards is None:
+            require_whole(folder, manifest)
+        return cls(folder, manifest, LocalShards(folder) if shards is None else shards, cache_bytes)
+
+    def close(self) -> None:
+        """Let go of files and threads."""
+        self._shards.close()
+
+    def __len__(self) -> int:
+        return len(self._table.keys)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of every picture."""
         return self.manifest.channels, self.manifest.size, self.manifest.size
 
-    def rows(self, split: Split) -> list[int]:
-        """The rows of a split, sorted by key."""
-        return np.flatnonzero(self._splits == split).tolist()
+    def rows(self, split: Split) -> np.ndarray:
+        """The rows of a split, sorted by key, as (N,) int64."""
+        return np.flatnonzero(self._table.splits == SPLITS.index(split))
 
-    def classes(self, rows: Sequence[int], classes: Sequence[str]) -> Tensor:
+    def keys(self, rows: Rows) -> list[str]:
+        """The key of each row: hex SHA-256 of its mode, shape and pixels."""
+        return [key.tobytes().hex() for key in self._table.keys[_numbers(rows)].view(np.uint8).reshape(-1, 32)]
+
+    def labels(self, rows: Rows) -> list[str | None]:
+        """The label of each row."""
+        names: list[str | None] = [*self.manifest.labels, None]
+        return [names[number] for number in self._table.labels[_numbers(rows)]]
+
+    def captions(self, rows: Rows) -> list[str | None]:
+        """The caption of each row."""
+        return self._captions.take(pa.array(self._table.read[_numbers(rows)])).to_pylist()  # type: ignore[no-any-return]
+
+    @cached_property
+    def _captions(self) -> pa.ChunkedArray:
+        """In the order of the records; read when first asked for."""
+        pieces = [table["caption"].combine_chunks() for _, table in _kept(self.folder, self.manifest, "caption")]
+        return pa.chunked_array(pieces, pa.string())
+
+    def classes(self, rows: Rows, classes: Sequence[str]) -> Tensor:
         """The class of each row as its number in ``classes``, len(classes) where it is none: (len(rows),) int64."""
         numbers = {label: number for number, label in enumerate(classes)}
-        return torch.tensor([numbers.get(self.labels[row] or "", len(classes)) for row in rows])
+        # The last is that of pictures without a label, whose number −1 finds it.
+        table = np.array([*(numbers.get(label, len(classes)) for label in self.manifest.labels), len(classes)])
+        return torch.from_numpy(table[self._table.labels[_numbers(rows)]])
 
-    def pictures(self, rows: Sequence[int]) -> Tensor:
-        """The pictures in ``rows`` as (len(rows), C, H, W) uint8."""
-        if self._cache is None and len(self.keys) * int(np.prod(self.shape)) <= CACHE_BYTES:
-            self._cache = self._decode(range(len(self.keys)))
-        if self._cache is not None:
-            return self._cache[torch.as_tensor(rows, dtype=torch.long)]
-        return self._decode(rows)
+    def shards(self, rows: Rows) -> np.ndarray:
+        """The number of the shard, in the manifest's, that each row lies in: (len(rows),) int32."""
+        return self._table.shards[_numbers(rows)]  # type: ignore[no-any-return]
 
-    def _decode(self, rows: Sequence[int]) -> Tensor:
-        pictures = torch.empty((len(rows), *self.shape), dtype=torch.uint8)
-        paths = [self.folder / shard.name for shard in self.manifest.shards]
-        with opened(paths) as shards, ThreadPoolExecutor(THREADS) as pool:
-            for start in range(0, len(rows), WARM_BATCH):
-                batch = rows[start : start + WARM_BATCH]
-                pngs = []
-                for row in batch:
-                    shard = shards[self._shards[row]]
-                    shard.seek(self._offsets[row])
-                    pngs.append(shard.read(self._sizes[row]))
-                for number, pixels in enumerate(pool.map(self._pixels, pngs), start=start):
-                    pictures[number] = torch.from_numpy(pixels)
-        return pictures
+    def ahead(self, shards: Sequence[int] | None = None) -> None:
+        """Make ``shards`` (None: all) ready in the background, soonest needed first."""
+        entries = self.manifest.shards
+        self._shards.ahead(entries if shards is None else [entries[number] for number in shards])
 
-    def _pixels(self, png: bytes) -> np.ndarray:
-        picture = Image.open(io.BytesIO(png), formats=("PNG",))
-        channels, height, width = self.shape
-        if picture.size != (width, height):
-            raise UserError(f"a picture in {self.folder} is {picture.size}, not {width}×{height}: {_mend(self.folder)}")
-        pixels = np.array(picture.convert("RGB" if channels == 3 else "L"))
-        return pixels.reshape(height, width, channels).transpose(2, 0, 1)
+    def pictures(self, rows: Rows) -> Tensor:
+        """The pictures in ``rows`` as (len(rows), C, H, W) uint8.
+
+        Raises UserError, naming it, for a shard that is damaged or cannot be had.
+        """
+        rows = _numbers(rows)
+        if self._cache is None:
+            pictures = np.empty((len(rows), *self.shape), np.uint8)
+            for places, pixels in self._decoded(rows):
+                pictures[places] = pixels
+            return torch.from_numpy(pictures)
+        missing = rows[~self._cached[rows]]
+        for places, pixels in self._decoded(missing):
+            self._cache[missing[places]] = pixels
+            self._cached[missing[places]] = True
+        return torch.from_numpy(self._cache[rows])
+
+    def _decoded(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The pictures in ``rows`` piece by piece, shard after shard: places in ``rows``, and their pixels."""
+        shards, offsets = self._table.shards[rows], self._table.offsets[rows]
+        order = np.lexsort((offsets, shards))
+        for start in range(0, len(rows), CHUNK):
+            places = order[start : start + CHUNK]
+            yield places, self._pixels(rows[places])
+
+    def _pixels(self, rows: np.ndarray) -> np.ndarray:
+        """The pictures in ``rows``, those of a shard side by side, as (len(rows), C, H, W) uint8."""
+        table, entries = self._table, self.manifest.shards
+        pngs: list[bytes | memoryview] = []
+        for part in np.split(rows, np.flatnonzero(np.diff(table.shards[rows])) + 1):
+            spans = list(zip(table.offsets[part].tolist(), table.sizes[part].tolist(), strict=True))
+            pngs += self._shards.read(entries[table.shards[part[0]]], spans)
+        try:
+            return decode_many(pngs, self.shape)
+        except ValueError as error:
+            raise UserError(
+                f"a picture in {self.folder} is not what its record says ({error}): {mend(self.folder)}"
+            ) from error
 
 
-def _mend(folder: Path) -> str:
-    return f"ingest the data set {folder.name} again from its source, or restore it with `dvc checkout`"
+def _numbers(rows: Rows) -> np.ndarray:
+    return np.asarray(rows, np.int64)
+
+
+def _kept(folder: Path, manifest: Manifest, *columns: str) -> Iterator[tuple[int, pa.Table]]:
+    """For each shard its number and what the records say of the pictures in it."""
+    parts = (part for part in manifest.parts if part.shard is not None)
+    for number, part in enumerate(parts):
+        table = read_records(folder, part, ["outcome", *columns])
+        yield number, table.filter(pc.equal(table["outcome"], "kept"))
+
+
+def _read_table(folder: Path, manifest: Manifest) -> _Table:
+    columns: dict[str, list[np.ndarray]] = {
+        name: [] for name in ("keys", "splits", "labels", "shards", "offsets", "sizes")
+    }
+    for number, table in _kept(folder, manifest, "key", "split", "label", "offset", "size"):
+        columns["keys"].append(np.frombuffer(bytes.fromhex("".join(table["key"].to_pylist())), KEY))
+        columns["splits"].append(_codes(table["split"], SPLITS).astype(np.int8))
+        columns["labels"].append(_codes(table["label"], manifest.labels))
+        columns["shards"].append(np.full(len(table), number, np.int32))
+        columns["offsets"].append(table["offset"].to_numpy())
+        columns["sizes"].append(table["size"].to_numpy().astype(np.int32))
+    whole = {name: np.concatenate(pieces) for name, pieces in columns.items()}
+    order = np.argsort(whole["keys"])
+    return _Table(**{name: column[order] for name, column in whole.items()}, read=order)
+
+
+def _codes(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
+    """Each string's number in ``names`` as int32; −1 where it is none of them."""
+    encoded = column.combine_chunks().dictionary_encode()
+    found = encoded.dictionary.to_pylist()
+    numbers = {name: number for number, name in enumerate(names)}
+    table = np.array([*(numbers.get(name, -1) for name in found), -1], np.int32)
+    return np.take(table, pc.fill_null(encoded.indices, len(found)).to_numpy())

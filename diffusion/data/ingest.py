@@ -1,39 +1,42 @@
-"""Ingest: a folder of pictures in, a data set of WebDataset shards and a manifest out."""
+"""Ingest: pictures from anywhere in, new parts of a data set out.
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+List the source, plan what is new, prepare it chunk by chunk wherever there is room, merge the chunks in order. The
+manifest is written last; until then the version before is whole, and nothing names what was added.
+"""
+
+import errno
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Literal, Protocol
 
-import numpy as np
 from filelock import FileLock
 
 from diffusion.config import Config
+from diffusion.data.chunks import Chunk, PreparedChunk, chunks_of, prepare_chunk
 from diffusion.data.config import IngestConfig
-from diffusion.data.manifest import (
-    QUARANTINE,
-    SAMPLES,
-    Manifest,
-    content_digest,
-    write_manifest,
-    write_table,
-)
-from diffusion.data.pictures import Refused, StoredPicture, prepare
-from diffusion.data.shards import Sample, ShardWriter
-from diffusion.data.sources import Candidate, read_folder
-from diffusion.errors import UserError
-from diffusion.files import digest_of, sha256_bytes
+from diffusion.data.index import Index
+from diffusion.data.manifest import RECORDS, Manifest, Part, Totals, read_manifest, require_whole, write_manifest
+from diffusion.data.merge import Merge, write_records
+from diffusion.data.plan import make_plan, origin_of
+from diffusion.data.sources import open_source
+from diffusion.data.sources.base import Access, ObjectStore
+from diffusion.errors import DarkroomError, UserError
 from diffusion.progress import Progress, silent
 
-THREADS = 2
-BATCH = 256
+QUARANTINED_SHOWN = 1000
+
+Rebuild = Literal["never", "if_different", "always"]
+"""Whether to begin anew from this source alone; ``if_different``: if pictures are to be stored in another way."""
 
 
 class Quarantined(Config):
-    """A refused file."""
+    """A refused picture."""
 
     source: str
     reason: str
@@ -41,196 +44,261 @@ class Quarantined(Config):
 
 
 class IngestResult(Config):
-    """What an ingest did, as ``darkroom ingest --json`` prints it."""
+    """The data set after an ingest, as ``darkroom ingest --json`` prints it."""
 
     dataset: str
     folder: Path
     content_digest: str
+    digest: str
+    """Name of the version: the digest of its manifest."""
+    changed: bool
+    """Whether this ingest made a new version."""
+    listed: int
+    """Entries of the source."""
+    read: int
+    """Of these, the ones that had to be read."""
+    added: int
+    """Pictures that this ingest added."""
+    removed: int
+    """Pictures that were read and left out, because they were taken down before."""
     kept: int
+    """Pictures of the data set."""
     duplicates: int
+    """Names in the data set's records whose pixels were there already."""
     quarantined: list[Quarantined]
+    """What stands refused in the data set's records; the first thousand."""
+    quarantined_count: int
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    candidate: Candidate
-    sha256: str
-    picture: StoredPicture | None
-    reason: str = ""
+class FanOut(Protocol):
+    """Runs ``prepare_chunk`` on chunks, wherever; yields the results in the order of the chunks."""
 
-
-@dataclass
-class _Statistics:
-    """Sums over the training pictures, exact in integers, from which mean and deviation follow."""
-
-    count: int = 0
-    total: np.ndarray = field(default_factory=lambda: np.zeros(3, np.int64))
-    squares: np.ndarray = field(default_factory=lambda: np.zeros(3, np.int64))
-
-    def add(self, picture: StoredPicture) -> None:
-        pixels = np.frombuffer(picture.pixels, np.uint8).astype(np.int64)
-        pixels = pixels.reshape(-1, 3 if picture.mode == "RGB" else 1)
-        self.count += len(pixels)
-        self.total += pixels.sum(0)
-        self.squares += (pixels**2).sum(0)
-
-    def mean_and_std(self, channels: int) -> tuple[list[float], list[float]]:
-        mean = self.total / max(self.count, 1)
-        std = np.sqrt(np.maximum(self.squares / max(self.count, 1) - mean**2, 0))
-        return (mean / 127.5 - 1)[:channels].tolist(), (std / 127.5)[:channels].tolist()
+    def __call__(self, prepare: Callable[[Chunk], PreparedChunk], chunks: Iterable[Chunk]) -> Iterator[PreparedChunk]:
+        """Begin a few ahead; a chunk that fails raises here, after what retries there are."""
 
 
 def ingest(
-    source: Path, folder: Path, config: IngestConfig, progress: Progress = silent, threads: int = THREADS
-) -> IngestResult:
-    """Make the data set in ``folder`` (its name is the data set's) from the pictures in ``source``.
-
-    Equal pictures and configuration give equal bytes. The old version of the data set stays whole until the
-    new one is; a run that was killed is simply run again. Two ingests into one folder take turns.
-
-    Raises UserError if no picture can be used, or more than ``config.max_quarantined`` of them are refused.
-    """
-    candidates = read_folder(source)
-    (folder / "shards").mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):
-        return _ingest(candidates, source, folder, config, progress, threads)
-
-
-def _ingest(
-    candidates: list[Candidate],
-    source: Path,
     folder: Path,
     config: IngestConfig,
-    progress: Progress,
-    threads: int,
+    progress: Progress = silent,
+    *,
+    requeue: bool = False,
+    rebuild: Rebuild = "never",
+    objects: ObjectStore | None = None,
+    fan_out: FanOut | None = None,
 ) -> IngestResult:
-    writer = ShardWriter(folder / "shards", config.shard_bytes)
-    rows: dict[str, dict[str, Any]] = {}
-    refused: list[Quarantined] = []
-    duplicates = 0
-    statistics = _Statistics()
-    for done, prepared in enumerate(_prepare_all(candidates, config, threads), start=1):
-        picture, candidate = prepared.picture, prepared.candidate
-        if picture is None:
-            refused.append(Quarantined(source=candidate.source, reason=prepared.reason, sha256=prepared.sha256))
-        elif picture.key in rows:
-            duplicates += 1
-        else:
-            rows[picture.key] = row = _row(prepared, picture, config)
-            place = writer.add(Sample(picture.key, picture.png, _about(row)))
-            row |= {"shard": place.shard, "offset": place.offset, "size": place.size}
-            if row["split"] == "train":
-                statistics.add(picture)
-        progress("pictures ingested", done, len(candidates))
-    _check(rows, refused, len(candidates), source, config)
-    writer.close()
+    """Add what is new in ``config.source`` to the data set in ``folder`` (its name is the data set's).
 
-    samples = list(rows.values())
-    channels = 3 if any(row["mode"] == "RGB" for row in samples) else 1
-    mean, std = statistics.mean_and_std(channels)
-    histogram = Counter(row["label"] for row in samples if row["label"] is not None)
-    splits = Counter(row["split"] for row in samples)
-    manifest = Manifest(
-        name=folder.name,
-        content_digest=content_digest(samples, config),
-        layout_digest=digest_of([entry.sha256 for entry in writer.shards]),
-        ingest=config,
-        size=config.size,
-        channels=channels,
-        counts={"train": splits["train"], "held_out": splits["held_out"]},
-        labels=sorted(histogram),
-        class_histogram=dict(sorted(histogram.items())),
-        mean=mean,
-        std=std,
-        sigma_data=float(np.sqrt(np.mean(np.square(std)))),
-        duplicates=duplicates,
-        quarantined=len(refused),
-        shards=writer.shards,
-        samples_table=write_table(folder, "samples", samples, SAMPLES),
-        quarantine_table=write_table(folder, "quarantine", [r.model_dump() for r in refused], QUARANTINE),
-    )
-    write_manifest(folder, manifest)
-    _remove_strays(folder, manifest)
-    return IngestResult(
-        dataset=folder.name,
-        folder=folder,
-        content_digest=manifest.content_digest,
-        kept=len(samples),
-        duplicates=duplicates,
-        quarantined=refused,
-    )
+    Equal pictures, configuration and history give equal bytes. ``requeue`` reads again what was refused before. The
+    version before stays whole until the new one is; a run that was killed is simply run again, and takes up the
+    chunks that were finished. Two ingests into one folder take turns.
+
+    Raises UserError if the source cannot be understood, no picture can be used, more than ``config.max_quarantined``
+    of those read are refused, or the data set stores its pictures in another way and ``rebuild`` is ``never``.
+    """
+    work = work_folder(folder)
+    work.mkdir(parents=True, exist_ok=True)
+    with FileLock(work / "lock"), _full_disk_in_words(work):
+        before = read_manifest(folder) if (folder / "manifest.json").is_file() else None
+        anew = _anew(before, config, rebuild, folder)
+        if before is not None and not anew:
+            require_whole(folder, before)
+        with closing(Index(work / "index.sqlite", folder, before, config.near_duplicates)) as index:
+            listed, planned = _plan(work, index, config, objects, requeue, anew, progress)
+            chunks = chunks_of(work, config, objects, planned)
+            prepared = (fan_out or local_fan_out(config))(prepare_chunk, chunks)
+            try:
+                after, merge = _merge(folder, config, before, index, prepared, planned, anew, progress)
+            finally:
+                remove_strays(folder)
+            _remove_work(work)
+            return IngestResult(
+                dataset=folder.name,
+                folder=folder,
+                content_digest=after.content_digest,
+                digest=after.digest,
+                changed=after != before,
+                listed=listed,
+                read=merge.read,
+                added=merge.news["kept"],
+                removed=merge.news["removed"],
+                kept=after.kept,
+                duplicates=index.count("duplicate"),
+                quarantined=[Quarantined(**each) for each in index.quarantined(QUARANTINED_SHOWN)],
+                quarantined_count=index.count("quarantined"),
+            )
 
 
-def _prepare_all(candidates: list[Candidate], config: IngestConfig, threads: int) -> Iterator[_Prepared]:
-    """Prepare in parallel (Pillow works outside the interpreter lock), yielding in the order given."""
-    with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(candidates), BATCH):
-            yield from pool.map(partial(_prepare, config=config), candidates[start : start + BATCH])
-
-
-def _prepare(candidate: Candidate, config: IngestConfig) -> _Prepared:
-    digest = ""
+@contextmanager
+def _full_disk_in_words(work: Path) -> Iterator[None]:
     try:
-        size = candidate.path.stat().st_size
-        if size > config.max_bytes:
-            raise Refused(f"{size} bytes are over the limit of {config.max_bytes}")
-        data = candidate.path.read_bytes()
-        digest = sha256_bytes(data)
-        return _Prepared(candidate, digest, prepare(data, config))
-    except FileNotFoundError:
-        return _Prepared(candidate, digest, None, "named in the metadata but missing")
-    except OSError as error:
-        return _Prepared(candidate, digest, None, f"cannot be read: {error.strerror or error}")
-    except Refused as refusal:
-        return _Prepared(candidate, digest, None, str(refusal))
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) if isinstance(error, OSError) else "full" in str(error)
+        if not full:
+            raise
+        raise DarkroomError(
+            f"the disk that holds {work} is full: free some space and give the same command again, "
+            "which goes on with what is finished"
+        ) from error
 
 
-def split_of(key: str, held_out: float) -> str:
-    """The split a picture falls into: a function of its content alone, so it never changes sides."""
-    return "held_out" if int(key[:16], 16) < held_out * 2**64 else "train"
+def work_folder(folder: Path) -> Path:
+    """Where an ingest into the data set in ``folder`` keeps its lock, its index, and what is not finished."""
+    return folder.parent / f".{folder.name}"
 
 
-def _row(prepared: _Prepared, picture: StoredPicture, config: IngestConfig) -> dict[str, Any]:
-    return {
-        "key": picture.key,
-        "mode": picture.mode,
-        "width": picture.size[0],
-        "height": picture.size[1],
-        "label": prepared.candidate.label,
-        "caption": prepared.candidate.caption,
-        "split": split_of(picture.key, config.held_out),
-        "source": prepared.candidate.source,
-        "source_sha256": prepared.sha256,
-    }
-
-
-def _about(row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "label": row["label"],
-        "caption": row["caption"],
-        "source": row["source"],
-        "sha256": row["source_sha256"],
-    }
-
-
-def _check(
-    kept: Iterable[str], refused: list[Quarantined], candidates: int, source: Path, config: IngestConfig
-) -> None:
-    leading = "; ".join(f"{count} × {reason}" for reason, count in Counter(r.reason for r in refused).most_common(3))
-    if not candidates:
-        raise UserError(f"no pictures in {source}: give a folder of JPEG, PNG, WebP, GIF, BMP or TIFF files")
-    if not any(True for _ in kept):
-        raise UserError(f"no usable picture in {source}: all {candidates} were refused ({leading})")
-    if len(refused) > config.max_quarantined * candidates:
+def local_fan_out(config: IngestConfig) -> FanOut:
+    """Threads or processes of this machine, as ``config`` says."""
+    if config.runner == "ray":
         raise UserError(
-            f"{len(refused)} of {candidates} pictures in {source} were refused, more than the share of "
+            "ingest.runner=ray needs `darkroom ingest` with a Prefect server: here use threads or processes"
+        )
+
+    def fan_out(prepare: Callable[[Chunk], PreparedChunk], chunks: Iterable[Chunk]) -> Iterator[PreparedChunk]:
+        pool: Executor
+        if config.runner == "processes":
+            pool = ProcessPoolExecutor(config.workers, get_context("forkserver"))
+        else:
+            pool = ThreadPoolExecutor(config.workers)
+        try:
+            yield from in_order((pool.submit(prepare, chunk) for chunk in chunks), 2 * config.workers)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    return fan_out
+
+
+def in_order(futures: Iterator[Future[PreparedChunk]], ahead: int) -> Iterator[PreparedChunk]:
+    """The results of ``futures`` in their order, of which ``ahead`` are begun before the first is asked for."""
+    begun = list(islice(futures, ahead))
+    while begun:
+        yield begun.pop(0).result()
+        begun += islice(futures, 1)
+
+
+def _anew(before: Manifest | None, config: IngestConfig, rebuild: Rebuild, folder: Path) -> bool:
+    """Whether the data set begins anew."""
+    if before is None or rebuild == "always":
+        return True
+    ours, theirs = config.storage().model_dump(), before.storage.model_dump()
+    different = [name for name in ours if ours[name] != theirs[name]]
+    if different and rebuild == "never":
+        name = different[0]
+        raise UserError(
+            f"data set {folder.name} was made with ingest.{name}={theirs[name]} and this is {ours[name]}: "
+            "give another --dataset, or --rebuild to make it anew from this source alone"
+        )
+    return bool(different)
+
+
+def _plan(
+    work: Path,
+    index: Index,
+    config: IngestConfig,
+    objects: ObjectStore | None,
+    requeue: bool,
+    anew: bool,
+    progress: Progress,
+) -> tuple[int, int]:
+    scratch = work / "scratch"
+    scratch.mkdir(exist_ok=True)
+    source = open_source(config.source, Access(config, scratch, objects))
+    listed, planned = make_plan(
+        work / "plan.sqlite", source, origin_of(config.source), index.path, requeue, anew, progress
+    )
+    if not listed:
+        raise UserError(f"no pictures in {config.source}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF pictures")
+    return listed, planned
+
+
+def _merge(
+    folder: Path,
+    config: IngestConfig,
+    before: Manifest | None,
+    index: Index,
+    prepared: Iterator[PreparedChunk],
+    planned: int,
+    anew: bool,
+    progress: Progress,
+) -> tuple[Manifest, Merge]:
+    """Merge all chunks, and make the result the data set's version if there is anything new in it."""
+    with index.transaction():
+        parts = [] if before is None or anew else list(before.parts)
+        merge = Merge(folder, config, index, origin_of(config.source), parts)
+        if anew:
+            _begin(merge)
+        progress("pictures ingested", 0, planned)
+        for chunk in prepared:
+            merge.add(chunk)
+            refused = merge.reasons.total()
+            progress("pictures ingested", merge.read, planned, f"{refused:,} refused" if refused else "")
+        _check(merge, config)
+        after = Manifest(
+            name=folder.name,
+            parent=before.digest if before else None,
+            change="rebuild" if before and anew else "ingest",
+            content_digest="",
+            storage=config.storage(),
+            parts=merge.parts,
+        )
+        if before is not None and (before.parts, before.storage) == (after.parts, after.storage):
+            after = before
+        else:
+            after = after.model_copy(update={"content_digest": index.content_digest(after)})
+            write_manifest(folder, after)
+        index.stands_for(after)
+    return after, merge
+
+
+def _begin(merge: Merge) -> None:
+    """A data set from nothing, which still refuses what was taken down from the one before."""
+    removed = list(merge.index.removed())
+    merge.index.clear()
+    if removed:
+        # In one column: a digest is refused whether it is that of a file or of its pixels.
+        taken = {"outcome": "removed", "reason": "taken down before", "source": "", "source_sha256": ""}
+        rows = [dict.fromkeys(RECORDS.names) | taken | {"key": digest} for digest in removed]
+        for row in rows:
+            merge.index.record(row)
+        records = write_records(merge.folder, 0, rows)
+        nothing = Part(
+            number=0,
+            records=records,
+            shard=None,
+            outcomes={"removed": len(rows)},
+            splits={},
+            classes={},
+            modes={},
+            totals=Totals(),
+        )
+        merge.parts.append(nothing)
+
+
+def _check(merge: Merge, config: IngestConfig) -> None:
+    refused = merge.reasons.total()
+    leading = "; ".join(f"{count} × {reason}" for reason, count in merge.reasons.most_common(3))
+    if not any(part.splits for part in merge.parts):
+        raise UserError(f"no usable picture in {config.source}: all {refused} were refused ({leading})")
+    if refused > config.max_quarantined * merge.news.total():
+        raise UserError(
+            f"{refused} of {merge.news.total()} pictures in {config.source} were refused, more than the share of "
             f"{config.max_quarantined:g} allowed by ingest.max_quarantined ({leading})"
         )
 
 
-def _remove_strays(folder: Path, manifest: Manifest) -> None:
-    """Take away what older versions and killed runs left behind, now that nothing names it."""
-    named = {entry.name for entry in (*manifest.shards, manifest.samples_table, manifest.quarantine_table)}
-    for path in (*folder.glob("*.parquet"), *folder.glob("shards/*.tar"), *folder.rglob(".*.partial")):
-        if path.relative_to(folder).as_posix() not in named:
-            path.unlink()
+def remove_strays(folder: Path) -> None:
+    """Take away what the data set's manifest does not name: what killed or failed runs left, and rewritten shards."""
+    named = {entry.name for entry in read_manifest(folder).files} if (folder / "manifest.json").is_file() else set()
+    for kind in ("shards", "records"):
+        for path in (folder / kind).glob("*"):
+            if path.relative_to(folder).as_posix() not in named:
+                path.unlink()
+    for path in folder.rglob(".*.partial"):
+        path.unlink()
+
+
+def _remove_work(work: Path) -> None:
+    for name in ("chunks", "scratch"):
+        shutil.rmtree(work / name, ignore_errors=True)
+    (work / "plan.sqlite").unlink(missing_ok=True)

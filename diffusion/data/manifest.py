@@ -68,9 +68,9 @@ class Totals(Config):
     """Exact sums over the stored training pictures; those of several parts add up."""
 
     pixels: int = 0
-    total: list[int] = [0, 0, 0]
+    total: tuple[int, int, int] = (0, 0, 0)
     """Of 8-bit values, per channel; a grey picture counts for all three."""
-    squares: list[int] = [0, 0, 0]
+    squares: tuple[int, int, int] = (0, 0, 0)
 
 
 class Part(Config):
@@ -159,13 +159,13 @@ class Manifest(Config):
     @property
     def mean(self) -> list[float]:
         """Of the training pictures, per channel, in [−1, 1]."""
-        return (self._moments()[0] / 127.5 - 1)[: self.channels].tolist()
+        return list((self._moments()[0] / 127.5 - 1)[: self.channels])
 
     @property
     def std(self) -> list[float]:
         """Of the training pictures, per channel, in [−1, 1]."""
         mean, squares = self._moments()
-        return (np.sqrt(np.maximum(squares - mean**2, 0)) / 127.5)[: self.channels].tolist()
+        return list((np.sqrt(np.maximum(squares - mean**2, 0)) / 127.5)[: self.channels])
 
     @property
     def sigma_data(self) -> float:
@@ -198,6 +198,19 @@ def read_records(folder: Path, part: Part, columns: Sequence[str] | None = None)
             f"{path} is missing or damaged: restore data set {folder.name} with `dvc checkout`, or ingest it again"
         )
     return pq.read_table(path, columns=None if columns is None else list(columns))
+
+
+def require_whole(folder: Path, manifest: Manifest) -> None:
+    """Raise UserError if a file of the data set in ``folder`` is missing or cut; what is inside is not looked at."""
+    for entry in manifest.files:
+        path = folder / entry.name
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry.bytes:
+            state = "missing" if size is None else f"{size} bytes long instead of {entry.bytes}"
+            raise UserError(
+                f"{path} is {state}: restore it with `dvc checkout`, "
+                "or make the data set anew from a source that has all of it, with `darkroom ingest SOURCE --rebuild`"
+            )
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -1,14 +1,13 @@
 """One picture: from whatever lies in a file to square 8-bit pixels in grey or RGB, or a reason why not."""
 
 import io
-import struct
 import warnings
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from diffusion.data import png
 from diffusion.data.config import IngestConfig
 from diffusion.files import sha256_bytes
 
@@ -29,37 +28,55 @@ class StoredPicture:
     """Hex SHA-256 of mode, shape and pixels: equal pictures have equal keys."""
     mode: str
     """``L`` (grey) or ``RGB``."""
-    size: tuple[int, int]
-    """Width and height in pixels."""
-    pixels: bytes
-    """Rows of 8-bit values, channels last."""
+    source_size: tuple[int, int]
+    """Width and height of the picture as it came, in pixels, after its EXIF rotation."""
+    pixels: np.ndarray
+    """(H, W) for grey, (H, W, 3) for RGB; uint8."""
     png: bytes
 
 
-def prepare(data: bytes, config: IngestConfig) -> StoredPicture:
-    """Decode, orient, convert, flatten and resize one picture.
+def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredPicture:
+    """Decode, orient, convert, flatten and resize one picture, given as a file's bytes or decoded already.
 
     Raises Refused, with the reason, for anything that is no whole picture within the limits.
     """
-    picture = _to_grey_or_rgb(_decode(data, config), config)
+    picture = _decode(payload, config) if isinstance(payload, bytes) else payload
+    _require_usable_size(picture.size, config)
+    source_size = picture.size
+    picture = _square(_to_grey_or_rgb(picture, config), config)
+    return store(picture, source_size)
+
+
+def store(picture: Image.Image, source_size: tuple[int, int]) -> StoredPicture:
+    """Name and encode a finished ``L`` or ``RGB`` picture."""
+    pixels = np.asarray(picture)
+    header = f"{picture.mode}:{picture.width}x{picture.height}:".encode()
+    return StoredPicture(sha256_bytes(header + pixels.tobytes()), picture.mode, source_size, pixels, png.encode(pixels))
+
+
+def _require_usable_size(size: tuple[int, int], config: IngestConfig) -> None:
+    width, height = size
+    if width * height > config.max_pixels:
+        raise Refused(f"{width}×{height} pixels are over the limit of {config.max_pixels}")
+    if min(size) < config.min_size:
+        raise Refused(f"{width}×{height} pixels: the shorter side is under the minimum of {config.min_size}")
+    side, name = (max(size), "longer") if config.fit == "pad" else (min(size), "shorter")
+    if side < config.size and not config.enlarge:
+        raise Refused(f"{width}×{height} pixels: the {name} side would have to be enlarged to {config.size}")
+
+
+def _square(picture: Image.Image, config: IngestConfig) -> Image.Image:
     square = (config.size, config.size)
     if config.fit == "crop":
-        picture = ImageOps.fit(picture, square, Image.Resampling.LANCZOS)
-    else:
-        picture = ImageOps.pad(picture, square, Image.Resampling.LANCZOS, color=_background(picture.mode, config))
-    return store(picture)
-
-
-def store(picture: Image.Image) -> StoredPicture:
-    """Name and encode a finished ``L`` or ``RGB`` picture."""
-    pixels = picture.tobytes()
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    header = f"{picture.mode}:{picture.width}x{picture.height}:".encode()
-    return StoredPicture(sha256_bytes(header + pixels), picture.mode, picture.size, pixels, buffer.getvalue())
+        return ImageOps.fit(picture, square, Image.Resampling.LANCZOS)
+    if config.fit == "squash":
+        return picture.resize(square, Image.Resampling.LANCZOS)
+    return ImageOps.pad(picture, square, Image.Resampling.LANCZOS, color=_background(picture.mode, config))
 
 
 def _decode(data: bytes, config: IngestConfig) -> Image.Image:
+    if len(data) > config.max_bytes:
+        raise Refused(f"{len(data)} bytes are over the limit of {config.max_bytes}")
     try:
         with warnings.catch_warnings():
             # Our own limit on declared pixels stands in for Pillow's warning about large ones.
@@ -70,11 +87,13 @@ def _decode(data: bytes, config: IngestConfig) -> Image.Image:
         picture.seek(0)
         picture.load()
         return ImageOps.exif_transpose(picture)
+    except Refused:
+        raise
     except Image.DecompressionBombError as error:
         raise Refused(f"over the limit of {config.max_pixels} pixels: {error}") from error
     except UnidentifiedImageError as error:
         raise Refused("not a picture in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF)") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, OverflowError) as error:
+    except Exception as error:  # decoders raise whatever they like
         raise Refused(f"damaged: {error}") from error
 
 
@@ -98,7 +117,7 @@ def _from_sixteen_bits(picture: Image.Image) -> Image.Image:
     values = np.asarray(picture).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise Refused("32-bit pixels outside 0…65535: save it with 8 or 16 bits")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8), "L")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
 def _to_srgb(picture: Image.Image) -> Image.Image:

@@ -1,112 +1,84 @@
-"""WebDataset tars: written so that equal samples give equal bytes, read by offset."""
+"""WebDataset tars: written so that equal samples give equal bytes, filtered without being unpacked."""
 
-import io
 import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from diffusion.data.manifest import ShardEntry
-from diffusion.files import canonical_json, sha256_file, sync_folder, write_atomically
+from diffusion.files import canonical_json
 
 BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One picture on its way into a shard."""
+class Extent:
+    """Where a sample lies in a shard."""
 
-    key: str
-    png: bytes
-    about: dict[str, Any]
-    """What goes into ``<key>.json``."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a sample's PNG lies."""
-
-    shard: int
-    offset: int
-    size: int
+    start: int
+    """Of its first header, in bytes."""
+    end: int
+    """Of the padding behind its last member."""
+    png: int
+    """Size of its PNG, whose bytes begin one block behind ``start``."""
 
 
-@dataclass
-class ShardWriter:
-    """Collects samples and closes a shard whenever its members reach ``shard_bytes``.
+class TarWriter:
+    """Writes samples of two members each, ``<key>.png`` and ``<key>.json``, as one USTAR archive."""
 
-    Shards are named ``NNNNN-<digest>.tar``: their number keeps the order, their digest keeps versions apart.
-    """
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.position = 0
 
-    folder: Path
-    shard_bytes: int
-    shards: list[ShardEntry] = field(default_factory=list)
-    _open: list[Sample] = field(default_factory=list)
-    _open_bytes: int = 0
+    def add(self, key: str, png: bytes, about: dict[str, Any]) -> Extent:
+        """Append a sample; ``about`` goes into its JSON."""
+        start = self.position
+        self._member(f"{key}.png", png)
+        self._member(f"{key}.json", canonical_json(about).encode())
+        return Extent(start, self.position, len(png))
 
-    def add(self, sample: Sample) -> Place:
-        """Append ``sample``; returns where its PNG will lie."""
-        place = Place(len(self.shards), self._open_bytes + BLOCK, len(sample.png))
-        self._open.append(sample)
-        self._open_bytes += sum(BLOCK + _padded(len(data)) for _, data in _members(sample))
-        if self._open_bytes >= self.shard_bytes:
-            self.close()
-        return place
+    def copy(self, source: BinaryIO, extents: Iterable[Extent]) -> Iterator[Extent]:
+        """Append samples that lie in another shard, open as ``source``, in order of place; yields where they lie now."""
+        for run in _adjacent(extents):
+            source.seek(run[0].start)
+            shift = self.position - run[0].start
+            self._write(source.read(run[-1].end - run[0].start))
+            yield from (Extent(extent.start + shift, extent.end + shift, extent.png) for extent in run)
 
     def close(self) -> None:
-        """Write the shard under construction, if it has any sample."""
-        if not self._open:
-            return
-        staged = self.folder / f".{len(self.shards):05d}.tar"
-        digest = write_atomically(staged, lambda partial: _write_tar(partial, self._open))
-        path = self.folder / f"{len(self.shards):05d}-{digest[:16]}.tar"
-        staged.replace(path)
-        sync_folder(self.folder)
-        entry = ShardEntry(
-            name=f"{self.folder.name}/{path.name}",
-            sha256=digest,
-            bytes=path.stat().st_size,
-            count=len(self._open),
-        )
-        self.shards.append(entry)
-        self._open, self._open_bytes = [], 0
+        """Write the end of the archive, padded as tar does it."""
+        end = self.position + 2 * BLOCK
+        self._write(bytes(-(-end // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - self.position))
+
+    def _member(self, name: str, data: bytes) -> None:
+        header = tarfile.TarInfo(name)
+        header.size = len(data)
+        self._write(header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK))
+
+    def _write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.position += len(data)
 
 
-def damage(folder: Path, entry: ShardEntry) -> str | None:
-    """What is wrong with a shard, in words, or None if it is whole."""
-    path = folder / entry.name
-    if not path.is_file():
-        return "missing"
-    if path.stat().st_size != entry.bytes:
-        return f"{path.stat().st_size} bytes long instead of {entry.bytes}"
-    return None if sha256_file(path) == entry.sha256 else "changed (its SHA-256 differs)"
+def filtered(source: Path, target: Path, extents: Iterable[Extent]) -> list[Extent]:
+    """Write the shard ``target`` of those samples of the shard ``source`` that lie at ``extents``, given in order."""
+    with source.open("rb") as old, target.open("wb") as new:
+        writer = TarWriter(new)
+        places = list(writer.copy(old, extents))
+        writer.close()
+    return places
 
 
-@contextmanager
-def opened(paths: Sequence[Path]) -> Iterator[list[io.BufferedReader]]:
-    """All ``paths`` open for reading."""
-    files = [path.open("rb") for path in paths]
-    try:
-        yield files
-    finally:
-        for file in files:
-            file.close()
+def _adjacent(extents: Iterable[Extent]) -> Iterator[list[Extent]]:
+    """Runs of samples that lie one behind the other, so that each run is copied at once."""
+    gap = previous = 0
 
+    def number(extent: Extent) -> int:
+        nonlocal gap, previous
+        gap += extent.start != previous
+        previous = extent.end
+        return gap
 
-def _members(sample: Sample) -> tuple[tuple[str, bytes], tuple[str, bytes]]:
-    return (f"{sample.key}.png", sample.png), (f"{sample.key}.json", canonical_json(sample.about).encode())
-
-
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
-
-
-def _write_tar(path: Path, samples: Sequence[Sample]) -> None:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in samples:
-            for name, data in _members(sample):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    for _, run in groupby(extents, number):
+        yield list(run)

@@ -114,7 +114,7 @@ class Judge:
         def work() -> tuple[Record, Tensor]:
             rows = self.dataset.rows("train")
             order = permutation(self.config.seed, "evaluation/floor", 0, len(rows))
-            chosen = [rows[position] for position in order[: self.config.samples]]
+            chosen = rows[order[: self.config.samples]]
             features = features_of(self.dataset, chosen, self.extractor, self.progress)
             return self._record(key, features, images=0), self.dataset.pictures(self.held_out[:SHOWN])
 

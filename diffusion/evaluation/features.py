@@ -1,7 +1,6 @@
 """Pictures as points in the feature space of a pretrained network."""
 
 import math
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +11,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from diffusion.data.dataset import Dataset
+from diffusion.data.dataset import Dataset, Rows
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.files import sha256_file
@@ -95,7 +94,7 @@ def make_extractor(config: EvaluationConfig) -> Extractor:
     return extractors[config.extractor](config.extractor_size)
 
 
-def features_of(dataset: Dataset, rows: Sequence[int], extractor: Extractor, progress: Progress = silent) -> Tensor:
+def features_of(dataset: Dataset, rows: Rows, extractor: Extractor, progress: Progress = silent) -> Tensor:
     """Features, (len(rows), D) float32, of real pictures, read piece by piece."""
     pieces = []
     for start in range(0, len(rows), CHUNK):

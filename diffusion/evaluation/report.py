@@ -1,16 +1,15 @@
 """An evaluation as one HTML page that needs nothing but itself."""
 
-import base64
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
 from diffusion.evaluation.charts import charts
 from diffusion.evaluation.metrics import Scores
+from diffusion.evaluation.pages import plain, render, with_error
 from diffusion.evaluation.results import Evaluation
 from diffusion.files import write_bytes
 from diffusion.grids import grid, png_bytes
@@ -42,16 +41,9 @@ class Line:
 
 def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Path | None = None) -> str:
     """Write the page to ``path``; returns its SHA-256. ``losses``: a CSV of losses by ``images`` seen."""
-    environment = Environment(
-        loader=PackageLoader("diffusion.evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"uri": data_uri, "with_error": with_error, "plain": plain}
     best = sheets.drawn[evaluation.best.sha256]
-    page = environment.get_template("report.html").render(
+    page = render(
+        "report.html",
         evaluation=evaluation,
         findings=findings(evaluation),
         lines=score_lines(evaluation.best.scores, evaluation.floor),
@@ -61,7 +53,7 @@ def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Pat
         charts=charts(evaluation, losses),
         strips={sha256: png_bytes(_strip(drawn)) for sha256, drawn in sheets.drawn.items()},
     )
-    return write_bytes(path, page.encode())
+    return write_bytes(path, page)
 
 
 def findings(evaluation: Evaluation) -> list[str]:
@@ -121,23 +113,6 @@ def score_lines(scores: Scores, floor: Scores) -> list[Line]:
             "Share of real pictures that lie among drawn ones: variety.",
         ),
     ]
-
-
-def with_error(value: float, error: float) -> str:
-    """``value`` ± ``error``, both to the error's second significant digit."""
-    digits = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 3
-    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
-
-
-def plain(value: float) -> str:
-    """``value`` to three significant digits, never in powers of ten."""
-    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
-    return f"{value:,.{digits}f}"
-
-
-def data_uri(png: bytes) -> str:
-    """A PNG file as an address that holds it."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _strip(drawn: Tensor) -> Image.Image:

@@ -48,6 +48,19 @@ class TrainingConfig(Config):
     """How many checkpoints a run writes, evenly spaced; each comes with held-out losses and a sample grid."""
     keep: int = Field(3, ge=1)
     """How many of them stay on disk, the newest; evaluation judges each of these."""
+    workers: int = Field(2, ge=1)
+    """Threads that make batches ready while the network computes."""
+    prefetch: int = Field(4, ge=1)
+    """How many batches they make ready ahead of the step."""
+    cache_bytes: int = Field(2 * 2**30, ge=0)
+    """Decoded pictures stay in memory if those of the whole set take at most this many bytes."""
+    stream_bytes: int | None = Field(None, ge=1)
+    """Null: the shards lie in data/DATASET. A number: they are fetched from the data set's remote as they are needed,
+    into a cache on disk of at most this many bytes. Changes no weights."""
+    window: int | None = Field(None, ge=1)
+    """Null: pictures are mixed among all shards. A number: among as many shards as this at a time, in a fresh order of
+    the shards each epoch, so that few shards are in use at once: for sets larger than memory, or with stream_bytes
+    larger than the cache, which must hold two such windows. Changes the weights."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainingConfig":
@@ -55,4 +68,13 @@ class TrainingConfig(Config):
             raise ValueError("give either training.images or training.minutes, and leave the other out (null)")
         if self.lanes > self.batch_size:
             raise ValueError(f"training.lanes = {self.lanes} parts of {self.batch_size} pictures: use fewer lanes")
+        return self
+
+    @model_validator(mode="after")
+    def _loading(self) -> "TrainingConfig":
+        if self.workers > self.prefetch:
+            raise ValueError(
+                f"training.workers = {self.workers} have training.prefetch = {self.prefetch} batches to make, so some "
+                "would have none: raise training.prefetch, or lower training.workers"
+            )
         return self

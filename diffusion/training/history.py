@@ -16,11 +16,17 @@ class History:
     columns: tuple[str, ...]
 
     def rewind(self, images: int) -> None:
-        """Forget what lies beyond ``images``, and a last line that a kill cut short."""
-        kept = [",".join(("images", *self.columns))]
+        """Forget what lies beyond ``images``, and a last line that a kill cut short.
+
+        Columns that an earlier version did not write become ``nan``.
+        """
+        columns = ("images", *self.columns)
+        kept = [",".join(columns)]
         if self.path.is_file():
-            complete = self.path.read_text().split("\n")[1:-1]
-            kept += [line for line in complete if int(line.split(",", 1)[0]) <= images]
+            complete = csv.DictReader(self.path.read_text().split("\n")[:-1], restval="nan")
+            kept += [
+                ",".join(row.get(name, "nan") for name in columns) for row in complete if int(row["images"]) <= images
+            ]
         write_bytes(self.path, ("\n".join(kept) + "\n").encode())
 
     def append(self, images: int, figures: Mapping[str, float]) -> None:

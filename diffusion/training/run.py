@@ -4,15 +4,17 @@ import copy
 import math
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.data.dataset import Dataset
-from diffusion.data.manifest import Split
-from diffusion.data.order import TrainingOrder
+from diffusion.data.dataset import SPLITS, Dataset
+from diffusion.data.loader import Batch, Loader
+from diffusion.data.manifest import Manifest, Split
+from diffusion.data.order import Order, TrainingOrder, WindowedOrder
 from diffusion.files import digest_of
 from diffusion.fingerprint import autocast, resolve_precision
 from diffusion.model import DiffusionModel, ModelHeader, classes_of, to_float
@@ -40,8 +42,7 @@ class Run:
     config: TrainingConfig
     state: TrainingState
     schedule: NoiseSchedule
-    order: TrainingOrder
-    rows: list[int]
+    loader: Loader
     classes: list[str]
     """What the network is told of; empty: nothing."""
     pool: Executor
@@ -52,7 +53,6 @@ class Run:
     @classmethod
     def new(cls, dataset: Dataset, model: ModelConfig, config: TrainingConfig, pool: Executor) -> "Run":
         """A run that has seen nothing yet; its initial weights are a function of the seed."""
-        rows = dataset.rows("train")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             classes = classes_of(model, dataset.manifest.class_histogram)
@@ -62,18 +62,16 @@ class Run:
             network.parameters(), config.learning_rate, BETAS, weight_decay=config.weight_decay, fused=True
         )
         average = ExponentialMovingAverage(network, config.ema_decay)
-        order = TrainingOrder(dataset.manifest.content_digest, config.seed, len(rows))
         state = TrainingState(network, average, optimizer)
-        return cls(dataset, model, config, state, make_schedule(model), order, rows, classes, pool)
+        return cls(dataset, model, config, state, make_schedule(model), make_loader(dataset, config), classes, pool)
 
     def step(self) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns loss and gradient norm as 0-dimensional tensors."""
         config, state = self.config, self.state
-        rows = [self.rows[row] for row in self.order.rows(state.images, config.batch_size)]
-        indices = range(state.images, state.images + config.batch_size)
-        x0 = self._pictures(rows, indices)
-        t, noise = self._draws(indices)
-        drawn = [x0, t, noise, *self._told(rows, indices)]
+        batch = self.loader.batch(state.images, self.total)
+        x0 = to_float(batch.pictures).contiguous(memory_format=torch.channels_last)
+        t, noise = self._draws(batch.indices)
+        drawn = [x0, t, noise, *self._told(batch)]
         parts = list(self.pool.map(self._gradients, *(each.tensor_split(config.lanes) for each in drawn)))
         loss = torch.stack([part_loss for part_loss, _ in parts]).sum()
         for parameter, *gradients in zip(state.network.parameters(), *(part for _, part in parts), strict=True):
@@ -96,19 +94,12 @@ class Run:
             loss = self._losses(self.state.network, x0, t, noise, *label).sum() / self.config.batch_size
         return loss.detach(), torch.autograd.grad(loss, list(self.state.network.parameters()))
 
-    def _pictures(self, rows: list[int], indices: range) -> Tensor:
-        pictures = to_float(self.dataset.pictures(rows))
-        if self.config.flip:
-            flips = uniform(self.config.seed, "flip", indices) < 0.5
-            pictures = torch.where(flips[:, None, None, None], pictures.flip(-1), pictures)
-        return pictures.contiguous(memory_format=torch.channels_last)
-
-    def _told(self, rows: list[int], indices: range) -> list[Tensor]:
+    def _told(self, batch: Batch) -> list[Tensor]:
         """The classes, if the network is told any; some are kept from it (arXiv 2207.12598)."""
         if not self.classes:
             return []
-        kept = uniform(self.config.seed, "class", indices) < self.config.class_dropout
-        return [self.dataset.classes(rows, self.classes).masked_fill(kept, len(self.classes))]
+        kept = uniform(self.config.seed, "class", batch.indices) < self.config.class_dropout
+        return [self.dataset.classes(batch.rows, self.classes).masked_fill(kept, len(self.classes))]
 
     def _draws(self, indices: range) -> tuple[Tensor, Tensor]:
         """Time steps, stratified over the batch for a lower variance, and noise."""
@@ -130,22 +121,33 @@ class Run:
     def probe(self, averaged: UNet) -> dict[str, float]:
         """Losses of raw and averaged weights on fixed pictures, times and noise of both splits."""
         networks = {"": self.state.network, "_ema": averaged}
-        splits: list[Split] = [split for split in ("train", "held_out") if self.dataset.rows(split)]
         figures = {
-            f"{split}_loss{suffix}": self.pool.submit(self._probe, split, network)
-            for split in splits
+            f"{split}_loss{suffix}": self.pool.submit(self._probe, split, batch, network)
+            for split, batch in self._probes.items()
             for suffix, network in networks.items()
         }
         return {name: figure.result() for name, figure in figures.items()}
 
-    def _probe(self, split: Split, network: UNet) -> float:
+    @cached_property
+    def _probes(self) -> dict[Split, Batch]:
+        """The pictures of each split to compare losses on, kept: they may have come from far away."""
+        probes: dict[Split, Batch] = {}
+        for split in SPLITS:
+            rows = self.dataset.rows(split)
+            if self.config.window is not None:  # from as few shards as possible
+                rows = rows[np.argsort(self.dataset.shards(rows), kind="stable")]
+            rows = rows[:PROBES]
+            if len(rows):
+                probes[split] = Batch(range(len(rows)), rows, self.dataset.pictures(rows))
+        return probes
+
+    def _probe(self, split: Split, batch: Batch, network: UNet) -> float:
         with torch.inference_mode(), autocast(self.config.precision):
-            rows = self.dataset.rows(split)[:PROBES]
-            x0 = to_float(self.dataset.pictures(rows))
-            u = (torch.arange(len(rows)) + 0.5) / len(rows)
+            x0 = to_float(batch.pictures)
+            u = (torch.arange(len(x0)) + 0.5) / len(x0)
             t = (u * self.schedule.steps).long()
-            noise = GaussianNoise(0, f"probe/{split}", range(len(rows)), self.dataset.shape)()
-            label = self.dataset.classes(rows, self.classes) if self.classes else None
+            noise = GaussianNoise(0, f"probe/{split}", batch.indices, self.dataset.shape)()
+            label = self.dataset.classes(batch.rows, self.classes) if self.classes else None
             return self._losses(network, x0, t, noise, label).mean().item()
 
     def model_header(self) -> ModelHeader:
@@ -164,11 +166,32 @@ class Run:
 
     def header(self) -> dict[str, Any]:
         """The header of a checkpoint or final model."""
-        return {
+        manifest = self.dataset.manifest
+        header = {
             "model_header": self.model_header().model_dump(mode="json"),
-            "train_key": train_key(self.dataset.manifest.content_digest, self.model, self.config),
+            "train_key": train_key(data_digest(manifest, self.config), self.model, self.config),
             "total": self.total,
         }
+        return header if self.config.window is None else header | {"layout_digest": manifest.layout_digest}
+
+
+def make_loader(dataset: Dataset, config: TrainingConfig) -> Loader:
+    """The training pictures of ``dataset`` in the order and batches that ``config`` asks for."""
+    manifest, rows = dataset.manifest, dataset.rows("train")
+    order: Order
+    if config.window is None:
+        order = TrainingOrder(manifest.content_digest, config.seed, len(rows))
+    else:
+        order = WindowedOrder(manifest.layout_digest, config.seed, config.window, dataset.shards(rows))
+    return Loader(
+        dataset,
+        rows,
+        order,
+        config.batch_size,
+        flip_seed=config.seed if config.flip else None,
+        prefetch=config.prefetch,
+        workers=config.workers,
+    )
 
 
 def learning_rate(config: TrainingConfig, images: int, total: int) -> float:
@@ -179,15 +202,24 @@ def learning_rate(config: TrainingConfig, images: int, total: int) -> float:
 
 def identity_fields(config: TrainingConfig) -> dict[str, Any]:
     """The resolved configuration, without what cannot change the weights."""
-    fields = config.model_dump(mode="json", exclude={"output", "keep", "checkpoints"})
-    return fields | {"precision": resolve_precision(config.precision)}
+    harmless = {"output", "keep", "checkpoints", "workers", "prefetch", "cache_bytes", "stream_bytes"}
+    if config.window is None:
+        harmless.add("window")
+    return config.model_dump(mode="json", exclude=harmless) | {"precision": resolve_precision(config.precision)}
 
 
-def train_key(content_digest: str, model: ModelConfig, config: TrainingConfig) -> str:
+def data_digest(manifest: Manifest, config: TrainingConfig) -> str:
+    """Digest of what the data set does to the weights: its content, and how it lies if that decides the order."""
+    if config.window is None:
+        return manifest.content_digest
+    return digest_of([manifest.content_digest, manifest.layout_digest])
+
+
+def train_key(data_digest: str, model: ModelConfig, config: TrainingConfig) -> str:
     """Digest of all that decides the weights, but for the fingerprint."""
     return digest_of(
         {
-            "content_digest": content_digest,
+            "content_digest": data_digest,
             "model": model.model_dump(mode="json"),
             "training": identity_fields(config),
         }

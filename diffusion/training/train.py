@@ -5,10 +5,11 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from diffusion.config import Config
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
+from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.data.shard_cache import ShardCache, ShardStore
 from diffusion.errors import DarkroomError, UserError
 from diffusion.grids import grid, save_png
 from diffusion.lanes import lanes
@@ -36,6 +39,8 @@ from diffusion.training.tracker import NoTracker, Tracker
 LOGS_PER_CHECKPOINT = 20
 GRID_PICTURES = 36
 MEASURED_SECONDS = 4.0
+FIGURES = ("loss", "gradient_norm", "learning_rate", "images_per_second", "data_wait")
+"""Columns of history.csv; ``data_wait`` is the share of the time in which training waited for pictures."""
 
 Restart = Literal["never", "if_different"]
 """Whether to throw away a run of another configuration or data set that lies in the folder."""
@@ -63,22 +68,53 @@ def train(
     track: Callable[[bool], Tracker] = NoTracker,
     progress: Progress = silent,
     restart: Restart = "never",
+    store: ShardStore | None = None,
 ) -> TrainResult:
     """Train on the data set in folder ``data`` until folder ``output`` holds ``final.safetensors``.
 
     The same call after a kill goes on from the last checkpoint to bit-identical weights. ``restart`` says when
     to throw away what is there instead. ``track`` is called once the folder is this run's alone, with whether the
-    run begins from nothing, for the one who keeps its records. Raises UserError if the folder holds a run of
-    another configuration or data set (and ``restart`` is ``never``), or another process trains in it.
+    run begins from nothing, for the one who keeps its records. ``store`` is where shards come from if
+    ``config.stream_bytes`` is set. Raises UserError if the folder holds a run of another configuration or data set
+    (and ``restart`` is ``never``), another process trains in it, or the data set is damaged.
     """
-    dataset = Dataset.open(data)
-    if not dataset.rows("train"):
-        raise UserError(f"data set {data} has no training pictures: ingest more, or lower ingest.held_out")
-    with _held(output), lanes(config.lanes) as pool:
+    with _opened(data, config, store) as dataset, _held(output), lanes(config.lanes) as pool:
         run = Run.new(dataset, model, config, pool)
         if restart == "if_different" and _differences(output, run):
             _discard(output)
-        return _train(run, output, sampling, track, progress)
+        with run.loader:
+            return _train(run, output, sampling, track, progress)
+
+
+@contextmanager
+def _opened(data: Path, config: TrainingConfig, store: ShardStore | None) -> Iterator[Dataset]:
+    shards = None
+    if config.stream_bytes is not None:
+        if store is None:
+            raise UserError(
+                "training.stream_bytes is set, and there is no remote to fetch shards from: "
+                "leave it out (null) and get the data set with `dvc pull`"
+            )
+        _require_room(read_manifest(data), config.stream_bytes, config.window)
+        shards = ShardCache(data.parent / ".shards", store, config.stream_bytes)
+    with closing(Dataset.open(data, shards, config.cache_bytes)) as dataset:
+        if not len(dataset.rows("train")):
+            raise UserError(f"data set {data} has no training pictures: ingest more, or lower ingest.held_out")
+        yield dataset
+
+
+def _require_room(manifest: Manifest, stream_bytes: int, window: int | None) -> None:
+    sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
+    needed = sum(sizes if window is None else sizes[: 2 * window])
+    if needed <= stream_bytes:
+        return
+    fitting = sum(int(total) <= stream_bytes for total in np.cumsum(sizes)) // 2
+    less = f", or set training.window to {fitting}" + (" or less" if fitting > 1 else "") if fitting else ""
+    what = f"all {len(sizes)} shards" if window is None else f"two windows of training.window = {window} shards"
+    raise UserError(
+        f"{what} of data set {manifest.name} have up to {needed} bytes and the cache holds {stream_bytes}: "
+        f"raise training.stream_bytes to {needed}{less}"
+    )
 
 
 def discard(output: Path) -> None:
@@ -149,11 +185,12 @@ def _differences(output: Path, run: Run) -> list[str]:
     ours = run.header()
     if theirs["train_key"] == ours["train_key"]:
         return []
+    moved = theirs.get("layout_digest") != ours.get("layout_digest")
     theirs, ours = theirs["model_header"], ours["model_header"]
     changed = ["the data set's content"] if theirs["content_digest"] != ours["content_digest"] else []
     for part in ("model", "training"):
         changed += [f"{part}.{name}" for name in ours[part] if ours[part][name] != theirs[part].get(name)]
-    return changed or ["its format"]
+    return changed or [("the data set's shards" if moved else "its format")]
 
 
 def _require_same_run(output: Path, run: Run) -> None:
@@ -182,11 +219,12 @@ def _images_in(minutes: float, run: Run, sampling: SamplingConfig) -> int:
     """How many images fit into ``minutes`` here, by measuring steps and one checkpoint's work on a copy."""
     trial = Run.new(run.dataset, run.model, run.config, run.pool)
     trial.total = 2**40
-    trial.step()
-    start, steps = time.perf_counter(), 0
-    while steps < 3 or time.perf_counter() - start < MEASURED_SECONDS:
+    with trial.loader:
         trial.step()
-        steps += 1
+        start, steps = time.perf_counter(), 0
+        while steps < 3 or time.perf_counter() - start < MEASURED_SECONDS:
+            trial.step()
+            steps += 1
     per_image = (time.perf_counter() - start) / (steps * run.config.batch_size)
     start = time.perf_counter()
     averaged = trial.averaged()
@@ -213,14 +251,14 @@ def _loop(
     steps = run.total // config.batch_size
     log_every = max(1, steps // (config.checkpoints * LOGS_PER_CHECKPOINT)) * config.batch_size
     save_every = math.ceil(run.total / config.checkpoints / log_every) * log_every
-    history = History(output / "history.csv", ("loss", "gradient_norm", "learning_rate", "images_per_second"))
+    history = History(output / "history.csv", FIGURES)
     probes = History(output / "losses.csv", ("train_loss", "train_loss_ema", "held_out_loss", "held_out_loss_ema"))
     for record in (history, probes):
         record.rewind(state.images)
 
     losses: list[Tensor] = []
     norms: list[Tensor] = []
-    since = time.perf_counter()
+    since, waited = time.perf_counter(), run.loader.waited
     while state.images < run.total:
         loss, norm = run.step()
         losses.append(loss)
@@ -233,12 +271,13 @@ def _loop(
                 "gradient_norm": torch.stack(norms).mean().item(),
                 "learning_rate": state.optimizer.param_groups[0]["lr"],
                 "images_per_second": len(losses) * config.batch_size / seconds,
+                "data_wait": (run.loader.waited - waited) / seconds,
             }
             _require_finite(figures, state.images)
             history.append(state.images, figures)
             tracker.log_metrics(figures, state.images)
             progress("images trained on", state.images, run.total, f"loss {figures['loss']:.4f}")
-            losses, norms, since = [], [], time.perf_counter()
+            losses, norms, since, waited = [], [], time.perf_counter(), run.loader.waited
         if state.images % save_every == 0 or at_end:
             _take_stock(run, output, probes, sampling, tracker)
             checkpoints.save(state, run.header())

@@ -40,15 +40,19 @@ def add_to(app: typer.Typer) -> None:
 
 
 def ingest(
-    source: Annotated[str, typer.Argument(help="A folder of pictures.")],
+    source: Annotated[str, typer.Argument(help="Folder, tar, zip, Parquet, table of URLs, s3:// prefix, wds:, idx: …")],
     dataset: DatasetName = None,
+    requeue: Annotated[bool, typer.Option("--requeue", help="Try again what was refused before.")] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Begin the data set anew, from this source alone.")
+    ] = False,
     params: ParamsFile = DEFAULT_PARAMS,
     overrides: Set = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Make a data set of WebDataset shards from a folder of pictures; record it in DVC and push it.
+    """Add what is new in a source of pictures to a data set of WebDataset shards; record it in DVC and push it.
 
-    A sub-folder per class, or metadata.csv / metadata.jsonl with file_name, text, label.
+    In a folder or archive: a sub-folder per class, or metadata.csv / metadata.jsonl with file_name, text, label.
 
     Example:  darkroom ingest ~/faces --dataset faces --set ingest.size=32
     """
@@ -56,18 +60,18 @@ def ingest(
     with joined("prefect", "s3"):
         from flows.ingest import ingest
 
-        done = ingest(config)
+        done = ingest(config, requeue, "always" if rebuild else "never")
     result = done.result
     reasons = [f"  refused: {each.source}: {each.reason}" for each in result.quarantined[:20]]
-    more = len(result.quarantined) - len(reasons)
+    more = result.quarantined_count - len(reasons)
     show(
         result.model_dump(mode="json") | {"dvc_digest": done.version.digest},
         as_json,
         [
-            f"{result.kept} pictures in {result.folder}, {result.duplicates} duplicates, "
-            f"{len(result.quarantined)} refused",
+            f"{result.kept:,} pictures in {result.folder} ({result.added:,} new), {result.duplicates:,} duplicates, "
+            f"{result.quarantined_count:,} refused",
             *reasons,
-            *([f"  … and {more} more, in the manifest's quarantine table"] if more > 0 else []),
+            *([f"  … and {more:,} more: darkroom data show --dataset {result.dataset}"] if more > 0 else []),
             f"content {result.content_digest}",
             f"DVC {done.version.digest} in {done.version.pointer}",
         ],

@@ -1,7 +1,6 @@
 """``darkroom stage …``: the plain functions as dvc.yaml calls them. No Prefect, no MLflow, no S3."""
 
 import sys
-from pathlib import Path
 
 import typer
 
@@ -23,12 +22,12 @@ def _progress() -> Progress:
 
 @app.command()
 def ingest(params: ParamsFile = DEFAULT_PARAMS, overrides: Set = [], as_json: Json = False) -> None:  # noqa: B006
-    """Make the data set training.dataset from ingest.source."""
+    """Add what is new in ingest.source to the data set training.dataset; begins anew if it is stored in another way."""
     from diffusion.data.ingest import ingest
 
     config = load(params, overrides)
-    result = ingest(Path(config.ingest.source), config.dataset_folder, config.ingest, _progress())
-    show(result.model_dump(mode="json"), as_json, [f"{result.kept} pictures in {result.folder}"])
+    result = ingest(config.dataset_folder, config.ingest, _progress(), rebuild="if_different")
+    show(result.model_dump(mode="json"), as_json, [f"{result.kept:,} pictures in {result.folder}"])
 
 
 @app.command()

@@ -197,7 +197,7 @@ def test_another_data_set_means_another_judgement(
 ) -> None:
     first = evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path / "report")
     blob(1000).save(pictures / "odd" / "new.png")
-    ingest(pictures, dataset, IngestConfig(size=8, held_out=0.33))
+    ingest(dataset, IngestConfig(source=str(pictures), size=8, held_out=0.33))
     watcher = Watcher()
     other = evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path / "report", progress=watcher)
     assert watcher.drawn == {"300"}
@@ -259,6 +259,6 @@ def test_a_model_of_other_pictures_is_refused(dataset: Path, tmp_path: Path) -> 
 
 def test_too_few_held_out_pictures_are_refused(pictures: Path, checkpoints: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "data" / "few"
-    ingest(pictures, folder, IngestConfig(size=8, held_out=0.02))
+    ingest(folder, IngestConfig(source=str(pictures), size=8, held_out=0.02))
     with pytest.raises(UserError, match=r"few has \d held-out pictures, and evaluation needs 10"):
         evaluate(folder, checkpoints, CONFIG, SAMPLING, tmp_path)

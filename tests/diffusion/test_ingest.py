@@ -1,277 +1,354 @@
-"""Ingest: any tree of pictures in, exact shards and a manifest out."""
+"""Ingest: pictures in, exact shards and a manifest out; again, and only what is new is read."""
 
-import io
 import json
+import os
 import shutil
-import struct
 import tarfile
-import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from diffusion.data.chunks import Chunk, PreparedChunk, chunk_size
 from diffusion.data.config import IngestConfig
 from diffusion.data.dataset import Dataset
-from diffusion.data.ingest import ingest, split_of
-from diffusion.data.manifest import read_manifest
-from diffusion.data.pictures import Refused, prepare
+from diffusion.data.digest import content_digest
+from diffusion.data.ingest import ingest, local_fan_out, work_folder
+from diffusion.data.manifest import read_manifest, versions
+from diffusion.data.merge import split_of
 from diffusion.errors import UserError
 from tests.conftest import blob
 
-CONFIG = IngestConfig(size=8, held_out=0.33)
 
-
-def png(picture: Image.Image, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", **options)
-    return buffer.getvalue()
+def config(source: Path, **fields: object) -> IngestConfig:
+    return IngestConfig.model_validate({"source": str(source), "size": 8, "held_out": 0.33} | fields)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def bomb(side: int) -> bytes:
-    """A PNG that declares side×side pixels and holds a few bytes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    rows = zlib.compress(bytes(1000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
-def test_same_pictures_give_the_same_bytes(pictures: Path, tmp_path: Path) -> None:
-    results = [
-        ingest(pictures, tmp_path / name / "set", CONFIG, threads=threads) for name, threads in (("a", 1), ("b", 4))
+def records(folder: Path) -> list[dict[str, object]]:
+    return [
+        row for part in read_manifest(folder).parts for row in pq.read_table(folder / part.records.name).to_pylist()
     ]
-    assert results[0].content_digest == results[1].content_digest
-    assert files_of(tmp_path / "a" / "set") == files_of(tmp_path / "b" / "set")
 
 
-def test_content_digest_is_free_of_file_names_but_not_of_pixels_or_configuration(
+def add_pictures(root: Path, numbers: Iterable[int]) -> None:
+    for number in numbers:
+        blob(number).save(root / "odd" / f"{number}.png")
+
+
+def test_same_pictures_give_the_same_bytes_on_threads_and_processes(pictures: Path, tmp_path: Path) -> None:
+    add_pictures(pictures, range(100, 700))
+    made = []
+    for name, runner, workers in (("a", "threads", 1), ("b", "threads", 4), ("c", "processes", 2)):
+        ingest(tmp_path / name / "set", config(pictures, runner=runner, workers=workers))
+        made.append(files_of(tmp_path / name / "set"))
+    assert made[0] == made[1] == made[2]
+    assert len([name for name in made[0] if name.endswith(".tar")]) == 2
+
+
+def test_content_digest_is_free_of_names_and_history_but_not_of_pixels_or_storage(
     pictures: Path, tmp_path: Path
 ) -> None:
-    digest = ingest(pictures, tmp_path / "a", CONFIG).content_digest
+    digest = ingest(tmp_path / "a", config(pictures)).content_digest
     (pictures / "odd" / "01.png").rename(pictures / "odd" / "zz.png")
-    assert ingest(pictures, tmp_path / "b", CONFIG).content_digest == digest
-    other_size = CONFIG.model_copy(update={"size": 9})
-    assert ingest(pictures, tmp_path / "c", other_size).content_digest != digest
+    assert ingest(tmp_path / "b", config(pictures)).content_digest == digest
+    shutil.move(pictures / "odd" / "zz.png", tmp_path / "zz.png")
+    assert ingest(tmp_path / "c", config(pictures)).content_digest != digest
+    shutil.move(tmp_path / "zz.png", pictures / "odd" / "zz.png")
+    assert ingest(tmp_path / "c", config(pictures)).content_digest == digest
+    assert ingest(tmp_path / "d", config(pictures, size=9)).content_digest != digest
     blob(999).save(pictures / "odd" / "zz.png")
-    assert ingest(pictures, tmp_path / "d", CONFIG).content_digest != digest
+    assert ingest(tmp_path / "e", config(pictures)).content_digest != digest
+
+
+def test_content_digest_is_that_of_the_tables(dataset: Path) -> None:
+    manifest = read_manifest(dataset)
+    assert manifest.content_digest == content_digest(dataset, manifest.parts, manifest.storage)
 
 
 def test_standard_webdataset_reads_the_shards(dataset: Path) -> None:
-    manifest = read_manifest(dataset)
-    urls = [str(dataset / shard.name) for shard in manifest.shards]
+    urls = [str(dataset / shard.name) for shard in read_manifest(dataset).shards]
     samples = list(wds.WebDataset(urls, shardshuffle=False))
     assert len(samples) == 48
+    rows = {row["key"]: row for row in records(dataset)}
     for sample in samples:
         about = json.loads(sample["json"])
-        assert about["label"] in ("even", "odd")
-        assert (Image.open(io.BytesIO(sample["png"])).size) == (8, 8)
+        row = rows[sample["__key__"]]
+        assert about == {
+            "label": row["label"],
+            "caption": None,
+            "source": row["source"],
+            "sha256": row["source_sha256"],
+        }
 
 
-def test_table_offsets_point_at_the_pngs_and_keys_are_their_pixels_digest(dataset: Path) -> None:
-    manifest = read_manifest(dataset)
-    rows = pq.read_table(dataset / manifest.samples_table.name).to_pylist()
-    for row in rows:
-        data = (dataset / manifest.shards[row["shard"]].name).read_bytes()
-        picture = Image.open(io.BytesIO(data[row["offset"] : row["offset"] + row["size"]]))
-        assert prepare(png(picture), CONFIG).key == row["key"]
+def test_table_offsets_point_at_the_pngs(dataset: Path, tmp_path: Path) -> None:
+    for part in read_manifest(dataset).parts:
+        assert part.shard is not None
+        shard = dataset / part.shard.name
+        with tarfile.open(shard) as tar:
+            places = {member.name: (member.offset_data, member.size) for member in tar}
+        for row in pq.read_table(dataset / part.records.name).to_pylist():
+            assert places[f"{row['key']}.png"] == (row["offset"], row["size"])
 
 
-def test_shards_close_at_their_size_and_every_picture_is_in_exactly_one(pictures: Path, tmp_path: Path) -> None:
-    small = CONFIG.model_copy(update={"shard_bytes": 2**16})
-    for number in range(100, 160):
-        blob(number).save(pictures / "odd" / f"{number}.png")
+def test_a_second_ingest_reads_only_what_is_new_and_touches_no_old_file(pictures: Path, tmp_path: Path) -> None:
     folder = tmp_path / "set"
-    ingest(pictures, folder, small)
+    first = ingest(folder, config(pictures))
+    before = files_of(folder)
+    add_pictures(pictures, range(100, 107))
+    blob(3).save(pictures / "odd" / "copy.png")
+    second = ingest(folder, config(pictures))
+    assert (second.listed, second.read, second.added, second.kept) == (56, 8, 7, 55)
+    assert second.duplicates == 1
+    after = files_of(folder)
+    assert {name: data for name, data in before.items() if name != "manifest.json"}.items() <= after.items()
     manifest = read_manifest(folder)
-    assert len(manifest.shards) > 1
-    names = []
-    for shard in manifest.shards:
-        with tarfile.open(folder / shard.name) as tar:
-            members = tar.getnames()
-            assert len(members) == 2 * shard.count
-            names += members
-    assert len(names) == len(set(names)) == 2 * 108
+    assert manifest.parent == first.digest
+    assert [version.digest for version in versions(folder)] == [second.digest, first.digest]
 
 
-def test_bad_pictures_are_quarantined_with_their_reason_and_good_ones_are_kept(tmp_path: Path) -> None:
-    root = tmp_path / "mixed"
-    root.mkdir()
-    jpeg = io.BytesIO()
-    blob(1, 64, "RGB").save(jpeg, "JPEG")
-    (root / "truncated.jpg").write_bytes(jpeg.getvalue()[: len(jpeg.getvalue()) // 2])
-    (root / "text.png").write_text("not a picture")
-    (root / "bomb.png").write_bytes(bomb(20_000))
-    blob(2, 64, "CMYK").save(root / "cmyk.jpg")
-    Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257).save(root / "sixteen.png")
-    blob(3).save(root / "moving.gif", save_all=True, append_images=[blob(4), blob(5)])
-    palette = blob(6, 16, "RGB").quantize(8)
-    palette.save(root / "palette.png", transparency=0)
-    blob(7).save(root / "copy-a.png")
-    blob(7).save(root / "copy-b.bmp")
-
-    result = ingest(root, tmp_path / "set", IngestConfig(size=8))
-
-    reasons = {each.source: each.reason for each in result.quarantined}
-    assert set(reasons) == {"truncated.jpg", "text.png", "bomb.png"}
-    assert "damaged" in reasons["truncated.jpg"]
-    assert "not a picture" in reasons["text.png"]
-    assert "400000000 pixels" in reasons["bomb.png"]
-    assert (result.kept, result.duplicates) == (5, 1)
-    table = tmp_path / "set" / read_manifest(tmp_path / "set").quarantine_table.name
-    assert {row["source"] for row in pq.read_table(table).to_pylist()} == set(reasons)
+def test_the_same_again_changes_nothing_and_reads_nothing(pictures: Path, dataset: Path) -> None:
+    before = files_of(dataset)
+    again = ingest(dataset, config(pictures))
+    assert (again.changed, again.read, again.added) == (False, 0, 0)
+    assert files_of(dataset) == before
 
 
-def test_sixteen_bit_grey_keeps_its_brightness() -> None:
-    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    stored = prepare(png(Image.fromarray(values)), IngestConfig(size=8))
-    assert stored.mode == "L"
-    expected = np.round(values / 257).astype(np.uint8)
-    np.testing.assert_array_equal(np.frombuffer(stored.pixels, np.uint8).reshape(8, 8), expected)
+def test_touched_files_are_read_and_recognised_by_their_bytes(pictures: Path, dataset: Path) -> None:
+    before = files_of(dataset)
+    for path in (pictures / "odd").iterdir():
+        os.utime(path, ns=(1, 1))
+    again = ingest(dataset, config(pictures))
+    assert (again.changed, again.read) == (False, 24)
+    assert files_of(dataset) == before
+    assert ingest(dataset, config(pictures)).read == 0
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparent_pixels_show_the_background(mode: str) -> None:
-    picture = Image.new("RGBA", (8, 8), (10, 20, 30, 0)).convert(mode)
-    options = {"transparency": 0} if mode == "P" else {}
-    stored = prepare(png(picture, **options), IngestConfig(size=8, background="#ff8000"))
-    assert np.frombuffer(stored.pixels, np.uint8).reshape(-1, 3).tolist() == [[255, 128, 0]] * 64
+def test_the_same_names_from_another_folder_are_other_pictures(pictures: Path, dataset: Path, tmp_path: Path) -> None:
+    other = tmp_path / "tomorrow"
+    for number in range(24):
+        path = other / "odd" / f"{2 * number + 1:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        blob(500 + number).save(path)
+    assert ingest(dataset, config(other)).added == 24
+    assert [ingest(dataset, config(each)).changed for each in (pictures, other)] == [False, False]
+    assert [ingest(dataset, config(each)).read for each in (pictures, other)] == [0, 0]
 
 
-def test_exif_orientation_is_applied() -> None:
-    upright = blob(3, 16, "RGB")
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    turned = png(upright.rotate(180), exif=exif)
-    assert prepare(turned, IngestConfig(size=16)).key == prepare(png(upright), IngestConfig(size=16)).key
+def test_a_lost_index_costs_reading_but_changes_nothing(pictures: Path, dataset: Path) -> None:
+    add_pictures(pictures, range(100, 110))
+    ingest(dataset, config(pictures))
+    before = files_of(dataset)
+    shutil.rmtree(work_folder(dataset))
+    again = ingest(dataset, config(pictures))
+    assert (again.changed, again.read) == (False, 58)
+    assert files_of(dataset) == before
 
 
-def test_pad_keeps_the_whole_picture_and_crop_fills_the_square() -> None:
-    wide = Image.new("L", (32, 16), 200)
-    padded = prepare(png(wide), IngestConfig(size=16, fit="pad", background="#000000"))
-    cropped = prepare(png(wide), IngestConfig(size=16, fit="crop"))
-    rows = np.frombuffer(padded.pixels, np.uint8).reshape(16, 16)
-    assert (rows[0] == 0).all()
-    assert (rows[8] == 200).all()
-    assert (np.frombuffer(cropped.pixels, np.uint8) == 200).all()
+def test_an_older_version_put_back_gets_the_missing_pictures_again(pictures: Path, dataset: Path) -> None:
+    old = files_of(dataset)
+    add_pictures(pictures, range(100, 110))
+    newest = ingest(dataset, config(pictures))
+    shutil.rmtree(dataset)
+    for name, data in old.items():
+        path = dataset / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    again = ingest(dataset, config(pictures))
+    assert (again.added, again.content_digest) == (10, newest.content_digest)
 
 
-@given(
-    data=st.binary(max_size=400),
-    position=st.floats(0, 1),
-    kind=st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"]),
-)
-@settings(max_examples=150, deadline=None)
-def test_damaged_bytes_are_a_picture_or_refused_but_never_crash(data: bytes, position: float, kind: str) -> None:
-    buffer = io.BytesIO()
-    blob(1, 24, "RGB").save(buffer, kind)
-    whole = buffer.getvalue()
-    cut = int(position * len(whole))
-    damaged = whole[:cut] + data + whole[cut + len(data) :]
-    try:
-        stored = prepare(damaged, IngestConfig(size=8))
-    except Refused as refusal:
-        assert str(refusal)  # noqa: PT017 (either way out is right)
-    else:
-        assert stored.size == (8, 8)
+def test_bad_pictures_are_quarantined_and_tried_again_when_asked(pictures: Path, tmp_path: Path) -> None:
+    bad = [pictures / "odd" / f"bad{number}.png" for number in range(3)]
+    for path in bad:
+        path.write_text(f"not a picture: {path.name}")
+    folder = tmp_path / "set"
+    first = ingest(folder, config(pictures))
+    assert {each.source for each in first.quarantined} == {f"odd/bad{number}.png" for number in range(3)}
+    assert all("not a picture" in each.reason and len(each.sha256) == 64 for each in first.quarantined)
+    refused = [row for row in records(folder) if row["outcome"] == "quarantined"]
+    assert [row["source"] for row in refused] == [each.source for each in first.quarantined]
+
+    assert ingest(folder, config(pictures)).read == 0
+    again = ingest(folder, config(pictures), requeue=True)
+    assert (again.read, again.changed) == (3, False)
+
+    small = pictures / "odd" / "small.png"
+    blob(800, 4).save(small)
+    assert "enlarge" in ingest(folder, config(pictures, max_quarantined=1)).quarantined[-1].reason
+    mended = ingest(folder, config(pictures, enlarge=True), requeue=True)
+    assert (mended.added, mended.quarantined_count) == (1, 3)
+    blob(801).save(bad[0])
+    assert ingest(folder, config(pictures)).quarantined_count == 2
 
 
-def test_metadata_file_gives_captions_and_labels(tmp_path: Path) -> None:
-    root = tmp_path / "captioned"
-    (root / "train").mkdir(parents=True)
-    blob(1).save(root / "train" / "a.png")
-    blob(2).save(root / "train" / "b.png")
-    (root / "metadata.jsonl").write_text(
-        '{"file_name": "train/a.png", "text": "a heart", "label": "red"}\n{"file_name": "train/gone.png"}\n'
-    )
-    result = ingest(root, tmp_path / "set", IngestConfig(size=8))
-    data = Dataset.open(tmp_path / "set")
-    assert (data.captions, data.labels) == (["a heart"], ["red"])
-    assert [each.reason for each in result.quarantined] == ["named in the metadata but missing"]
+def test_too_large_a_share_of_bad_pictures_names_the_reasons_and_leaves_the_old_version(
+    pictures: Path, dataset: Path
+) -> None:
+    before = files_of(dataset)
+    for number in range(60):
+        (pictures / "odd" / f"bad{number}.png").write_text("x")
+    add_pictures(pictures, range(100, 110))
+    with pytest.raises(UserError, match=r"60 of 70.*60 × not a picture"):
+        ingest(dataset, config(pictures))
+    assert files_of(dataset) == before
+    assert ingest(dataset, config(pictures, max_quarantined=0.9)).added == 10
 
 
-def test_metadata_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
-    root = tmp_path / "set"
-    root.mkdir()
-    blob(1).save(tmp_path / "secret.png")
-    (root / "metadata.csv").write_text("file_name\n../secret.png\n")
-    with pytest.raises(UserError, match="leads out of"):
-        ingest(root, tmp_path / "out", IngestConfig(size=8))
-
-
-def test_a_tree_without_a_usable_picture_is_an_error(tmp_path: Path) -> None:
+def test_a_source_without_a_usable_picture_is_an_error(tmp_path: Path) -> None:
     root = tmp_path / "empty"
     root.mkdir()
     with pytest.raises(UserError, match="no pictures"):
-        ingest(root, tmp_path / "set", CONFIG)
+        ingest(tmp_path / "set", config(root))
     (root / "a.png").write_text("x")
     with pytest.raises(UserError, match="no usable picture"):
-        ingest(root, tmp_path / "set", CONFIG)
-    with pytest.raises(UserError, match="not a folder"):
-        ingest(tmp_path / "nowhere", tmp_path / "set", CONFIG)
+        ingest(tmp_path / "set", config(root))
+    assert not (tmp_path / "set" / "manifest.json").exists()
 
 
-def test_too_large_a_share_of_bad_pictures_is_an_error_that_names_the_reasons(pictures: Path, tmp_path: Path) -> None:
-    for number in range(60):
-        (pictures / "odd" / f"bad{number}.png").write_text("x")
-    with pytest.raises(UserError, match=r"60 of 108.*60 × not a picture"):
-        ingest(pictures, tmp_path / "set", CONFIG)
-
-
-def test_failed_ingest_leaves_the_old_version_whole(pictures: Path, dataset: Path, tmp_path: Path) -> None:
-    before = read_manifest(dataset)
-    empty = tmp_path / "bad"
-    empty.mkdir()
-    (empty / "a.png").write_text("x")
-    with pytest.raises(UserError):
-        ingest(empty, dataset, CONFIG)
-    assert read_manifest(dataset) == before
-    assert len(Dataset.open(dataset).keys) == 48
-
-
-def test_new_version_replaces_the_old_one_and_removes_its_files(pictures: Path, dataset: Path) -> None:
+def test_other_storage_is_refused_unless_the_set_is_to_be_made_anew(pictures: Path, dataset: Path) -> None:
+    first = read_manifest(dataset)
+    with pytest.raises(UserError, match=r"ingest.size=8 and this is 9.*--rebuild"):
+        ingest(dataset, config(pictures, size=9))
     shutil.rmtree(pictures / "odd")
-    ingest(pictures, dataset, CONFIG)
-    data = Dataset.open(dataset)
-    assert len(data.keys) == 24
+    made = ingest(dataset, config(pictures, size=9), rebuild="if_different")
+    manifest = read_manifest(dataset)
+    assert (made.kept, manifest.size, manifest.parent, manifest.change) == (24, 9, first.digest, "rebuild")
     assert len(list(dataset.glob("shards/*.tar"))) == 1
-    assert len(list(dataset.glob("*.parquet"))) == 2
+    before = files_of(dataset)
+    assert not ingest(dataset, config(pictures, size=9), rebuild="if_different").changed
+    assert not ingest(dataset, config(pictures, size=9), rebuild="always").changed
+    assert files_of(dataset) == before
 
 
-def test_half_a_shard_is_an_error_that_names_it_and_ingest_mends_it(pictures: Path, dataset: Path) -> None:
+def test_the_same_pixels_with_another_caption_are_a_duplicate_with_a_note(pictures: Path, dataset: Path) -> None:
+    shutil.copy(pictures / "odd" / "01.png", pictures / "even" / "x.png")
+    shutil.copy(pictures / "odd" / "01.png", pictures / "odd" / "x.png")
+    ingest(dataset, config(pictures))
+    notes = {row["source"]: row["reason"] for row in records(dataset) if row["outcome"] == "duplicate"}
+    assert notes == {"even/x.png": "came again with another label or caption", "odd/x.png": None}
+
+
+def test_duplicates_across_shards_leave_the_first_alone(pictures: Path, tmp_path: Path) -> None:
+    add_pictures(pictures, range(100, 700))
+    for number in range(0, 48, 2):
+        shutil.copy(pictures / "even" / f"{number:02d}.png", pictures / "odd" / f"zz{number}.png")
+    folder = tmp_path / "set"
+    result = ingest(folder, config(pictures))
+    assert (result.kept, result.duplicates) == (648, 24)
+    names = []
+    for part in read_manifest(folder).parts:
+        assert part.shard is not None
+        with tarfile.open(folder / part.shard.name) as tar:
+            names += tar.getnames()
+    assert len(names) == len(set(names)) == 2 * 648
+    assert len(Dataset.open(folder).pictures(range(648))) == 648
+
+
+def noisy(number: int, strength: float) -> Image.Image:
+    """A near-copy of blob ``number``: a little brighter."""
+    return blob(number, 24).point(lambda value: min(255, round(value + strength)))
+
+
+def test_near_copies_share_a_split_and_would_be_bridges_are_quarantined(tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    root.mkdir()
+    folder = tmp_path / "set"
+    for number in range(20):
+        noisy(number, 0).save(root / f"{number:02d}.png")
+    first = config(root, size=24, near_duplicates=3, held_out=0.5)
+    ingest(folder, first)
+    splits = {row["source"]: row["split"] for row in records(folder)}
+    for number in range(20):
+        noisy(number, 6).save(root / f"{number:02d}-brighter.png")
+    second = ingest(folder, first)
+    assert second.added == 20
+    rows = {row["source"]: row for row in records(folder)}
+    for number in range(20):
+        newcomer = rows[f"{number:02d}-brighter.png"]
+        assert newcomer["split"] == splits[f"{number:02d}.png"]
+        assert newcomer["near"] == [rows[f"{number:02d}.png"]["key"]]
+    assert set(splits.values()) == {"train", "held_out"}
+    # By chance alone, half of the near-copies would lie in the other split.
+    assert any(split_of(str(rows[f"{n:02d}-brighter.png"]["key"]), 0.5) != splits[f"{n:02d}.png"] for n in range(20))
+
+
+def test_a_near_copy_of_both_splits_is_quarantined(tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    root.mkdir()
+    folder = tmp_path / "set"
+    # Asked for only later, near-copies lie in both splits.
+    for step in range(12):
+        noisy(5, step).save(root / f"{step:02d}.png")
+    ingest(folder, config(root, size=24, held_out=0.5))
+    assert {row["split"] for row in records(folder)} == {"train", "held_out"}
+    noisy(5, 13).save(root / "bridge.png")
+    result = ingest(folder, config(root, size=24, held_out=0.5, near_duplicates=4, max_quarantined=1))
+    assert [each.reason for each in result.quarantined] == ["a near-copy of pictures in both splits"]
+
+
+def failing_after(count: int, seen: dict[str, int]) -> Callable[..., Iterator[PreparedChunk]]:
+    """A fan-out that is cut off after some chunks; notes when each table was written."""
+    run = local_fan_out(IngestConfig(workers=1))
+
+    def fan_out(prepare: Callable[[Chunk], PreparedChunk], chunks: Iterable[Chunk]) -> Iterator[PreparedChunk]:
+        for number, prepared in enumerate(run(prepare, chunks)):
+            seen[prepared.table.name] = prepared.table.stat().st_mtime_ns
+            if number == count:
+                raise ConnectionError("cut off")
+            yield prepared
+
+    return fan_out
+
+
+def test_finished_chunks_are_taken_up_after_a_failure(pictures: Path, tmp_path: Path) -> None:
+    add_pictures(pictures, range(100, 1800))
+    undisturbed, folder = tmp_path / "a" / "set", tmp_path / "b" / "set"
+    ingest(undisturbed, config(pictures))
+    before: dict[str, int] = {}
+    with pytest.raises(ConnectionError):
+        ingest(folder, config(pictures), fan_out=failing_after(2, before))
+    assert files_of(folder) == {}
+    after: dict[str, int] = {}
+    ingest(folder, config(pictures), fan_out=failing_after(99, after))
+    assert len(before) == 3 < len(after)
+    assert before.items() <= after.items()
+    assert files_of(folder) == files_of(undisturbed)
+
+
+def test_a_damaged_shard_is_named_and_made_again_when_asked(pictures: Path, dataset: Path) -> None:
+    before = files_of(dataset)
     shard = next(dataset.glob("shards/*.tar"))
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=shard.name):
-        Dataset.open(dataset)
-    ingest(pictures, dataset, CONFIG)
-    assert shard.read_bytes() == whole
+    shard.write_bytes(before[f"shards/{shard.name}"][:1000])
+    with pytest.raises(UserError, match=rf"{shard.name} is 1000 bytes long.*dvc checkout.*--rebuild"):
+        ingest(dataset, config(pictures))
+    assert not ingest(dataset, config(pictures), rebuild="always").changed
+    assert files_of(dataset) == before
 
 
-def test_grey_sets_have_one_channel_and_one_colour_picture_makes_it_three(
-    pictures: Path, dataset: Path, tmp_path: Path
-) -> None:
+def test_grey_sets_have_one_channel_and_one_colour_picture_makes_it_three(pictures: Path, dataset: Path) -> None:
     assert Dataset.open(dataset).shape == (1, 8, 8)
     blob(77, 12, "RGB").save(pictures / "odd" / "colour.png")
-    ingest(pictures, tmp_path / "colour", CONFIG)
-    data = Dataset.open(tmp_path / "colour")
+    ingest(dataset, config(pictures))
+    data = Dataset.open(dataset)
     assert data.shape == (3, 8, 8)
     assert data.pictures([0]).shape == (1, 3, 8, 8)
 
 
-def test_manifest_statistics_are_those_of_the_training_pictures(dataset: Path) -> None:
+def test_manifest_statistics_are_those_of_the_training_pictures_over_all_parts(pictures: Path, dataset: Path) -> None:
+    add_pictures(pictures, range(100, 130))
+    ingest(dataset, config(pictures))
     data = Dataset.open(dataset)
+    assert len(data.manifest.parts) == 2
     x = data.pictures(data.rows("train")).double() / 127.5 - 1
     assert data.manifest.mean[0] == pytest.approx(x.mean().item())
     assert data.manifest.std[0] == pytest.approx(x.std(correction=0).item())
@@ -285,3 +362,17 @@ def test_a_picture_never_leaves_the_held_out_split_when_its_share_grows(
     key = digest.hex()
     if split_of(key, share) == "held_out":
         assert split_of(key, share + more) == "held_out"
+
+
+@given(st.integers(1, 3_000_000), st.sampled_from([8, 28, 32, 64, 256, 1024]), st.integers(2**16, 2**30))
+def test_chunks_are_never_larger_than_a_shard_and_small_sets_get_several(pictures: int, size: int, most: int) -> None:
+    count = chunk_size(pictures, IngestConfig(size=size, shard_bytes=most))
+    assert 1 <= count <= 8192
+    assert count == 1 or count * size**2 <= most
+    if pictures > 8 * 512 and most >= 2**26 and size <= 64:
+        assert -(-pictures // count) >= 8
+
+
+def test_ray_without_a_flow_is_refused(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="ray"):
+        ingest(tmp_path / "set", config(pictures, runner="ray"))

@@ -28,7 +28,7 @@ def test_a_data_set_outside_dvc_yaml_gets_a_pointer_of_its_own(
         Path(name).write_text((ROOT / name).read_text())
     folder = Path("data/other")
     assert data_version(folder) is None
-    ingest(pictures, folder, IngestConfig(size=8))
+    ingest(folder, IngestConfig(source=str(pictures), size=8))
     version = record_data(folder, push_to=None)
     assert version.digest.endswith(".dir")
     assert version.pointer == "data/other.dvc"

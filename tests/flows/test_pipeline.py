@@ -241,6 +241,16 @@ def test_a_shard_cut_in_half_is_named_and_retrain_mends_it(workspace: Workspace)
     workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
 
 
+def test_threads_processes_and_ray_make_the_same_shards(workspace: Workspace) -> None:
+    made = {}
+    for runner in ("threads", "processes", "ray"):
+        done = workspace.json("ingest", "pictures", "--dataset", f"by-{runner}", "--set", f"ingest.runner={runner}")
+        folder = workspace.folder / "data" / f"by-{runner}"
+        shards = {path.name: path.read_bytes() for path in (folder / "shards").iterdir()}
+        made[runner] = (done["content_digest"], shards)
+    assert made["threads"] == made["processes"] == made["ray"]
+
+
 def test_another_batch_at_the_same_place_is_refused(workspace: Workspace) -> None:
     workspace.run("sample", "--count", "8", "--to", "s3://darkroom/mine/here")
     before = objects(workspace, "s3://darkroom/mine/here")

@@ -39,7 +39,7 @@ class Source(Protocol):
     """
 
     in_order: bool
-    """Whether ``entries`` come in an order that depends on the pictures alone; otherwise that of their names is used."""
+    """Whether the order of ``entries`` depends on the pictures alone; otherwise that of their names is used."""
 
     def entries(self) -> Iterator[Entry]:
         """Everything that may be a picture. Raises UserError for a source that is missing or cannot be understood."""

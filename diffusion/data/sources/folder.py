@@ -1,99 +1,118 @@
-"""Where pictures come from: a folder, by the conventions of Hugging Face's ImageFolder."""
+"""A folder of pictures, by the conventions of Hugging Face's ImageFolder."""
 
-import csv
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from diffusion.data.sources.base import Access, Entry, Payload
+from diffusion.data.sources.conventions import METADATA_FILES, described, folder_label, is_picture, records, sane
+from diffusion.data.sources.local import open_text, read_file, refusal, stamp
 from diffusion.errors import UserError
-
-EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
-METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A file that may be a picture, and what its source says about it."""
-
-    source: str
-    """Path relative to the source's root, with forward slashes."""
-    path: Path
-    label: str | None = None
-    caption: str | None = None
-
-
-def read_folder(root: Path) -> list[Candidate]:
-    """All candidates below ``root`` in the order of their relative paths.
+class Folder:
+    """The pictures below ``root``.
 
     With a ``metadata.csv`` or ``metadata.jsonl`` in ``root``, exactly the files that it names
     (``file_name``, and optionally ``label`` and ``text`` or ``caption``). Without one, every file with
     a picture's extension that is not hidden; its label is the name of its folder if the set has
-    several such folders.
-
-    Raises UserError for a folder that is missing, or metadata that cannot be read.
+    several such folders and none of its pictures lies in ``root``. Links are followed.
     """
-    if not root.is_dir():
-        raise UserError(f"source {root} is not a folder: give the folder that holds the pictures")
-    described = [root / name for name in METADATA_FILES if (root / name).is_file()]
-    if len(described) > 1:
-        raise UserError(f"{root} has both {' and '.join(METADATA_FILES)}: keep one of them")
-    if described:
-        return _read_metadata(root, described[0])
-    files = sorted(_picture_files(root), key=lambda path: path.relative_to(root).as_posix())
-    folders = {path.parent for path in files}
-    labelled = len(folders) > 1 and root not in folders
-    return [
-        Candidate(_text(path.relative_to(root).as_posix()), path, _text(path.parent.name) if labelled else None)
-        for path in files
-    ]
+
+    root: Path
+    access: Access
+    in_order = False
+
+    def entries(self) -> Iterator[Entry]:
+        """All pictures, in the order in which the folder lists them; raises UserError for metadata it cannot read."""
+        found = [name for name in METADATA_FILES if (self.root / name).is_file()]
+        if len(found) > 1:
+            raise UserError(f"{self.root} has both {' and '.join(METADATA_FILES)}: keep one of them")
+        return self._described(self.root / found[0]) if found else self._walked()
+
+    def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
+        """Their bytes."""
+        for entry in entries:
+            (path,) = json.loads(entry.locator)
+            yield read_file(self.root / path, self.access.config.max_bytes)
+
+    def _walked(self) -> Iterator[Entry]:
+        labelled = _is_labelled(self.root)
+        for name, file in _walk(self.root):
+            label = sane(folder_label(name)) if labelled else None
+            try:
+                known = stamp(file.stat())
+            except OSError:  # a link that leads nowhere, or gone already: reading it tells
+                known = ""
+            yield Entry(sane(name), json.dumps([name]), known, label)
+
+    def _described(self, metadata: Path) -> Iterator[Entry]:
+        with open_text(metadata) as lines:
+            for each in described(records(lines, metadata.name, str(metadata)), str(metadata)):
+                try:
+                    locator, known = json.dumps([each.name]), stamp((self.root / each.name).stat())
+                except OSError:
+                    locator, known = refusal("named in the metadata but missing"), ""
+                yield Entry(each.name, locator, known, each.label, each.caption)
 
 
-def _text(name: str) -> str:
-    """A file's name as text that can be written down, whatever bytes it is made of."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+def _is_labelled(root: Path) -> bool:
+    """Whether the pictures lie in several folders, and none in ``root``; looks no further than it must."""
+    with _scanned(root) as children:
+        if any(is_picture(child.name) and not _is_folder(child) for child in children):
+            return False
+    folders = set()
+    for name, _ in _walk(root):
+        folders.add(name.rpartition("/")[0])
+        if len(folders) > 1:
+            return True
+    return False
 
 
-def _picture_files(root: Path) -> Iterator[Path]:
-    def unreadable(error: OSError) -> None:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend its permissions or take it away")
+def _walk(root: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Relative names of the pictures below ``root``; those below ``root`` have one name, however links lead to them."""
+    top = _real(root)
 
-    visited: set[str] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable):
-        if (real := os.path.realpath(folder)) in visited:
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in names:
-            if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
-                yield Path(folder) / name
+    def walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        with _scanned(folder) as children:
+            for child in children:
+                name = f"{prefix}{child.name}"
+                if child.name.startswith("."):
+                    continue
+                if not _is_folder(child):
+                    if is_picture(child.name):
+                        yield name, child
+                    continue
+                real = _real(child.path) if child.is_symlink() else f"{above[-1]}/{child.name}"
+                if real in above or (real != f"{top}/{name}" and _is_visible(real, top)):
+                    continue
+                yield from walk(child.path, f"{name}/", (*above, real))
+
+    return walk(str(root), "", (top,))
 
 
-def _read_metadata(root: Path, metadata: Path) -> list[Candidate]:
+def _real(path: Path | str) -> str:
+    return os.path.realpath(path).rstrip("/")
+
+
+def _is_visible(path: str, top: str) -> bool:
+    """Whether a walk from ``top`` comes by ``path`` without following links."""
+    return path.startswith(f"{top}/") and "/." not in path[len(top) :]
+
+
+def _is_folder(child: os.DirEntry[str]) -> bool:
     try:
-        with metadata.open(newline="", encoding="utf-8-sig") as lines:
-            if metadata.suffix == ".csv":
-                records: list[dict[str, object]] = list(csv.DictReader(lines))
-            else:
-                records = [json.loads(line) for line in lines if line.strip()]
-    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
-        raise UserError(f"{metadata} cannot be read ({error}): mend it or take it away") from error
-    candidates = {}
-    for number, record in enumerate(records, start=1):
-        name = record.get("file_name") if isinstance(record, dict) else None
-        if not isinstance(name, str) or not name:
-            raise UserError(f"{metadata}, record {number} has no file_name: give each picture's path in it")
-        relative = PurePosixPath(name)
-        if relative.is_absolute() or ".." in relative.parts:
-            raise UserError(f"{metadata}, record {number}: {name} leads out of {root}: use a path inside it")
-        caption = record.get("text") or record.get("caption")
-        label = record.get("label")
-        candidates[relative.as_posix()] = Candidate(
-            source=relative.as_posix(),
-            path=root / relative,
-            label=None if label in (None, "") else str(label),
-            caption=None if not caption else str(caption),
-        )
-    return [candidates[source] for source in sorted(candidates)]
+        return child.is_dir()
+    except OSError:  # a link to itself, say
+        return False
+
+
+def _scanned(folder: Path | str) -> AbstractContextManager[Iterator[os.DirEntry[str]]]:
+    try:
+        return os.scandir(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}): mend its permissions or take it away") from error

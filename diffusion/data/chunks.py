@@ -1,0 +1,176 @@
+"""One chunk of an ingest: pictures read, decoded and written into a shard of their own, whoever runs it.
+
+A chunk is a pure function of its entries and the configuration, so it may run in any thread, process or machine that
+sees the work folder, and a chunk that was finished before a kill is not done again.
+"""
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imagehash
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from diffusion.data.config import IngestConfig
+from diffusion.data.manifest import RECORDS
+from diffusion.data.pictures import Refused, StoredPicture, prepare
+from diffusion.data.plan import Planned, read_plan
+from diffusion.data.shards import TarWriter
+from diffusion.data.sources import open_source
+from diffusion.data.sources.base import Access, ObjectStore, Payload
+from diffusion.files import canonical_json, digest_of, sha256_bytes, sha256_file
+
+PREPARED = pa.schema([*RECORDS, ("end", pa.int64()), ("stamp", pa.string())])
+"""The table of a chunk: what will be records, without verdicts on what only the whole set can tell. ``outcome`` is
+``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null; ``end`` is that of the sample."""
+SHARD = b"shard_sha256"
+"""Key in the table's metadata."""
+NOT_OF_A_CHUNK = {"source", "max_quarantined", "shard_bytes", "runner", "workers", "held_out"}
+"""Fields of the configuration that cannot change what a chunk becomes."""
+FORMAT = 1
+"""Goes up when the same pictures would become something else, so that what older code left is not taken up."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows ``first`` … ``last`` of the plan in the folder ``work``."""
+
+    work: Path
+    uri: str
+    config: IngestConfig
+    objects: ObjectStore | None
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class PreparedChunk:
+    """A finished chunk: a table, and a shard of its own."""
+
+    table: Path
+    shard: Path
+    shard_sha256: str
+    entries: int
+
+
+def chunk_size(pictures: int, config: IngestConfig) -> int:
+    """How many of ``pictures`` make a chunk: about ``config.shard_bytes``, but small sets get at least eight."""
+    # Photographs as PNG take about two thirds of their pixels; headers and JSON about 2 KiB.
+    about = 2 * config.size**2 + 2048
+    most = min(max(config.shard_bytes // about, 1), 8192)
+    return min(most, max(-(-pictures // 8), 512))
+
+
+def prepare_chunk(chunk: Chunk) -> PreparedChunk:
+    """Read and prepare the pictures of ``chunk``, unless that is done; raises what may pass, such as a full disk."""
+    planned = read_plan(chunk.work / "plan.sqlite", chunk.first, chunk.last)
+    settings = chunk.config.model_dump(mode="json", exclude=NOT_OF_A_CHUNK)
+    listing = [[*_listed(each), sorted(each.known)] for each in planned]
+    name = digest_of({"format": FORMAT, "uri": chunk.uri, "config": settings, "entries": listing})
+    folder = chunk.work / "chunks"
+    table, shard = folder / f"{name}.parquet", folder / f"{name}.tar"
+    if not table.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not a fixed name: a worker whose parent was killed may still be at it.
+        partial = folder / f".{name}.{uuid.uuid4().hex}.partial"
+        with partial.open("wb") as tar:
+            rows = _prepare(chunk, planned, TarWriter(tar))
+        metadata = {SHARD: sha256_file(partial).encode()}
+        _finish(partial, shard)
+        pq.write_table(pa.Table.from_pylist(rows, PREPARED.with_metadata(metadata)), partial)
+        _finish(partial, table)
+    found = pq.read_schema(table).metadata
+    return PreparedChunk(table, shard, found[SHARD].decode(), len(planned))
+
+
+def _finish(partial: Path, path: Path) -> None:
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _listed(planned: Planned) -> list[str | None]:
+    entry = planned.entry
+    return [entry.source, entry.stamp, entry.label, entry.caption]
+
+
+def _prepare(chunk: Chunk, planned: list[Planned], writer: TarWriter) -> list[dict[str, Any]]:
+    """Write what can be used with ``writer``; returns a row of PREPARED for each of ``planned``."""
+    source = open_source(chunk.uri, Access(chunk.config, chunk.work / "scratch", chunk.objects))
+    payloads = source.read([each.entry for each in planned])
+    seen: set[str] = set()
+    rows = []
+    for each, payload in zip(planned, payloads, strict=True):
+        row = dict.fromkeys(PREPARED.names) | _about(each, payload)
+        rows.append(row)
+        if row["outcome"] is not None:
+            continue
+        try:
+            picture = prepare(payload, chunk.config)
+        except Refused as refused:
+            row |= {"outcome": "quarantined", "reason": str(refused)}
+            continue
+        row |= _described(picture, chunk.config)
+        if picture.key in seen:
+            row["outcome"] = "duplicate"
+            continue
+        seen.add(picture.key)
+        told = {name: row[name] for name in ("label", "caption", "source")} | {"sha256": row["source_sha256"]}
+        extent = writer.add(picture.key, picture.png, told)
+        row |= {"offset": extent.start, "size": extent.png, "end": extent.end}
+    writer.close()
+    return rows
+
+
+def _about(planned: Planned, payload: Payload) -> dict[str, Any]:
+    entry = planned.entry
+    about: dict[str, Any] = {"source": entry.source, "stamp": entry.stamp, "source_sha256": ""}
+    if isinstance(payload, Refused):
+        about |= {"outcome": "quarantined", "reason": str(payload)}
+    else:
+        about["source_sha256"] = _digest(payload)
+        if about["source_sha256"] in planned.known:
+            about["outcome"] = "known"
+    return about | {"label": entry.label, "caption": entry.caption}
+
+
+def _digest(payload: bytes | Image.Image) -> str:
+    if isinstance(payload, bytes):
+        return sha256_bytes(payload)
+    header = canonical_json([payload.mode, *payload.size])
+    return hashlib.sha256(header.encode() + payload.tobytes()).hexdigest()
+
+
+def _described(picture: StoredPicture, config: IngestConfig) -> dict[str, Any]:
+    pixels = picture.pixels.reshape(-1, picture.pixels.shape[2] if picture.pixels.ndim == 3 else 1)
+    values = pixels.astype(np.uint32)
+    described = {
+        "key": picture.key,
+        "mode": picture.mode,
+        "width": picture.source_size[0],
+        "height": picture.source_size[1],
+        "total": values.sum(0).tolist(),
+        "squares": (values * values).sum(0, dtype=np.uint64).tolist(),
+    }
+    if config.near_duplicates is not None:
+        described["phash"] = perceptual_hash(Image.fromarray(picture.pixels))
+    return described
+
+
+def perceptual_hash(picture: Image.Image) -> int:
+    """The 64-bit perceptual hash (DCT of a 32×32 reduction, signs against the median) as a signed integer."""
+    return int.from_bytes(np.packbits(imagehash.phash(picture).hash).tobytes(), "big", signed=True)
+
+
+def chunks_of(work: Path, config: IngestConfig, objects: ObjectStore | None, pictures: int) -> Iterator[Chunk]:
+    """The chunks into which a plan of ``pictures`` rows falls."""
+    size = chunk_size(pictures, config)
+    for first in range(1, pictures + 1, size):
+        yield Chunk(work, config.source, config, objects, first, min(first + size - 1, pictures))

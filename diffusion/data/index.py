@@ -1,0 +1,171 @@
+"""The index of a data set: its records by key and by source, on disk, for the ingest that adds to it.
+
+It is a cache. What the tables of the data set say can always be read from them again; what only this machine knows,
+the stamps by which unread files are recognised, costs no more than reading those files once more.
+"""
+
+import io
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from diffusion.data.chunks import perceptual_hash
+from diffusion.data.digest import digest_of_samples, sample_digest
+from diffusion.data.manifest import Manifest, Part, read_records
+from diffusion.data.near import SCHEMA as NEAR_SCHEMA
+from diffusion.data.near import NearCopies
+from diffusion.files import digest_of
+
+SCHEMA = """
+    CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value);
+    CREATE TABLE IF NOT EXISTS stamps
+        (origin TEXT, source TEXT, stamp TEXT, sha256 BLOB, PRIMARY KEY (origin, source)) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS records
+        (source TEXT, sha256 BLOB, outcome TEXT, reason TEXT, PRIMARY KEY (source, sha256)) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS samples (key BLOB PRIMARY KEY, split TEXT, digest BLOB) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS removed (digest BLOB PRIMARY KEY) WITHOUT ROWID;
+"""
+FROM_THE_TABLES = ("records", "samples", "removed", "bands", "groups")
+CACHE_KIB = 16 * 1024
+"""Of SQLite's pages, so that memory does not grow with the index."""
+FORMAT = 1
+
+
+class Index:
+    """The index at ``path``, brought to the state of ``manifest`` (None: of a data set that has nothing yet)."""
+
+    def __init__(self, path: Path, folder: Path, manifest: Manifest | None, near: int | None) -> None:
+        self.path = path
+        self.near_distance = near
+        self.database = _open(path)
+        self.near = NearCopies(self.database, near) if near is not None else None
+        state = digest_of([FORMAT, manifest.digest if manifest else None, near])
+        if self.database.execute("SELECT value FROM meta WHERE name = 'state'").fetchone() != (state,):
+            with self.transaction():
+                self.clear()
+                for part in manifest.parts if manifest else ():
+                    self._read(folder, part)
+                self.stands_for(manifest)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All changes inside, or none."""
+        self.database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self.database.execute("ROLLBACK")
+            raise
+        self.database.execute("COMMIT")
+
+    def clear(self) -> None:
+        """Forget all but the stamps."""
+        for table in FROM_THE_TABLES:
+            self.database.execute(f"DELETE FROM {table}")
+
+    def stands_for(self, manifest: Manifest | None) -> None:
+        """Say of which version this is the index."""
+        state = digest_of([FORMAT, manifest.digest if manifest else None, self.near_distance])
+        self.database.execute("INSERT OR REPLACE INTO meta VALUES ('state', ?)", (state,))
+
+    def close(self) -> None:
+        """Close the database."""
+        self.database.close()
+
+    def stamp(self, origin: str, source: str, stamp: str, sha256: str) -> None:
+        """What ``source`` of ``origin`` looks like from outside, now that its bytes are known."""
+        row = (origin, source, stamp, bytes.fromhex(sha256))
+        self.database.execute("INSERT OR REPLACE INTO stamps VALUES (?, ?, ?, ?)", row)
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Take in a row of RECORDS."""
+        sha256 = bytes.fromhex(row["source_sha256"])
+        if row["outcome"] == "removed":
+            digests = [(sha256,), (bytes.fromhex(row["key"]),)]
+            self.database.executemany("INSERT OR IGNORE INTO removed VALUES (?)", [d for d in digests if d[0]])
+            return
+        # The last that is heard of a name counts: what was refused under it is done with.
+        self.database.execute("DELETE FROM records WHERE source = ? AND outcome = 'quarantined'", (row["source"],))
+        self.database.execute(
+            "INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)",
+            (row["source"], sha256, row["outcome"], row["reason"] if row["outcome"] == "quarantined" else None),
+        )
+        if row["outcome"] == "kept":
+            key = bytes.fromhex(row["key"])
+            digest = sample_digest(row["key"], row["split"], row["label"], row["caption"])
+            self.database.execute("INSERT INTO samples VALUES (?, ?, ?)", (key, row["split"], digest))
+            if self.near is not None:
+                self.near.add(row["phash"], key, row["split"], [bytes.fromhex(root) for root in row["near"] or ()])
+
+    def sample(self, key: str) -> tuple[str, bytes] | None:
+        """Split and digest of a kept picture; None if there is none of this key."""
+        found = self.database.execute(
+            "SELECT split, digest FROM samples WHERE key = ?", (bytes.fromhex(key),)
+        ).fetchone()
+        return None if found is None else (found[0], found[1])
+
+    def is_removed(self, *digests: str) -> bool:
+        """Whether a picture with one of these keys or digests was taken down."""
+        return any(
+            self.database.execute("SELECT 1 FROM removed WHERE digest = ?", (bytes.fromhex(digest),)).fetchone()
+            for digest in digests
+            if digest
+        )
+
+    def removed(self) -> Iterator[str]:
+        """Keys and digests of what was taken down."""
+        return (row[0].hex() for row in self.database.execute("SELECT digest FROM removed ORDER BY digest"))
+
+    def refusal(self, source: str, sha256: str) -> str | None:
+        """Why the bytes of this name were refused; None if they were not."""
+        found = self.database.execute(
+            "SELECT reason FROM records WHERE source = ? AND sha256 = ? AND outcome = 'quarantined'",
+            (source, bytes.fromhex(sha256)),
+        ).fetchone()
+        return None if found is None else str(found[0])
+
+    def count(self, outcome: str) -> int:
+        """How many names ended as ``outcome`` at last."""
+        (count,) = self.database.execute("SELECT count(*) FROM records WHERE outcome = ?", (outcome,)).fetchone()
+        return int(count)
+
+    def quarantined(self, limit: int) -> list[dict[str, str]]:
+        """Source, reason and digest of the first ``limit`` that stand refused, by name."""
+        rows = self.database.execute(
+            "SELECT source, reason, sha256 FROM records WHERE outcome = 'quarantined' ORDER BY source LIMIT ?", (limit,)
+        )
+        return [{"source": source, "reason": reason, "sha256": sha256.hex()} for source, reason, sha256 in rows]
+
+    def content_digest(self, manifest: Manifest) -> str:
+        """The content digest of all samples, stored as ``manifest`` says."""
+        rows = self.database.execute("SELECT digest FROM samples ORDER BY key")
+        return digest_of_samples(manifest.storage, (row[0] for row in rows))
+
+    def _read(self, folder: Path, part: Part) -> None:
+        rows = read_records(folder, part).to_pylist()
+        if self.near is not None and any(row["outcome"] == "kept" and row["phash"] is None for row in rows):
+            _add_hashes(folder, part, rows)
+        for row in rows:
+            self.record(row)
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    database = sqlite3.connect(path, isolation_level=None)
+    pragmas = f"PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA cache_size = -{CACHE_KIB};"
+    database.executescript(pragmas + SCHEMA + NEAR_SCHEMA)
+    return database
+
+
+def _add_hashes(folder: Path, part: Part, rows: list[dict[str, Any]]) -> None:
+    """Hash the pictures of a part that was made before near-copies were asked for."""
+    assert part.shard is not None
+    with (folder / part.shard.name).open("rb") as shard:
+        for row in rows:
+            if row["outcome"] == "kept" and row["phash"] is None:
+                shard.seek(row["offset"])
+                row["phash"] = perceptual_hash(Image.open(io.BytesIO(shard.read(row["size"])), formats=("PNG",)))

@@ -1,0 +1,164 @@
+"""Merge: prepared chunks become parts of the data set, one after the other, now that each can see all before it."""
+
+import os
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffusion.data.chunks import PreparedChunk
+from diffusion.data.config import IngestConfig
+from diffusion.data.digest import sample_digest
+from diffusion.data.index import Index
+from diffusion.data.manifest import RECORDS, FileEntry, Part, Totals
+from diffusion.data.shards import BLOCK, Extent, filtered
+from diffusion.files import sync_folder, write_atomically
+
+
+def split_of(key: str, held_out: float) -> str:
+    """The split a picture falls into: a function of its content alone, so it never changes sides."""
+    return "held_out" if int(key[:16], 16) < held_out * 2**64 else "train"
+
+
+@dataclass
+class Merge:
+    """Adds chunks to the data set in ``folder``; ``index`` must stand for ``parts`` and is inside a transaction."""
+
+    folder: Path
+    config: IngestConfig
+    index: Index
+    origin: str
+    parts: list[Part]
+    read: int = 0
+    """Entries read so far, whatever became of them."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Why entries were refused, without those that had been refused for the same reason before."""
+    news: Counter[str] = field(default_factory=Counter)
+    """What became of the entries that were not known, by outcome."""
+
+    def add(self, chunk: PreparedChunk) -> None:
+        """Judge the pictures of a chunk; what is new becomes a part."""
+        rows = pq.read_table(chunk.table).to_pylist()
+        records = []
+        for row in rows:
+            self.index.stamp(self.origin, row["source"], row["stamp"], row["source_sha256"])
+            if row["outcome"] != "known" and self._judge(row):
+                self.index.record(row)
+                records.append(row)
+        self.read += len(rows)
+        if records:
+            self.parts.append(self._part(chunk, rows, records))
+
+    def _judge(self, row: dict[str, Any]) -> bool:
+        """Decide what becomes of a picture; returns whether that is news."""
+        if row["key"] is not None:
+            self._judge_picture(row)
+        if row["outcome"] == "quarantined":
+            if self.index.refusal(row["source"], row["source_sha256"]) == row["reason"]:
+                return False
+            self.reasons[row["reason"]] += 1
+        self.news[row["outcome"]] += 1
+        return row["outcome"] != "removed"
+
+    def _judge_picture(self, row: dict[str, Any]) -> None:
+        there = self.index.sample(row["key"])
+        if self.index.is_removed(row["key"], row["source_sha256"]):
+            row["outcome"] = "removed"
+        elif there is not None:
+            split, digest = there
+            same = sample_digest(row["key"], split, row["label"], row["caption"]) == digest
+            row |= {"outcome": "duplicate", "reason": None if same else "came again with another label or caption"}
+        else:
+            row |= {"outcome": "kept", "split": split_of(row["key"], self.config.held_out)}
+            if self.index.near is not None:
+                self._join_group(row)
+
+    def _join_group(self, row: dict[str, Any]) -> None:
+        assert self.index.near is not None
+        groups = self.index.near.around(row["phash"])
+        splits = {group.split for group in groups}
+        if len(splits) > 1:
+            row |= {"outcome": "quarantined", "reason": "a near-copy of pictures in both splits", "split": None}
+        elif splits:
+            row |= {"split": splits.pop(), "near": [group.root.hex() for group in groups]}
+
+    def _part(self, chunk: PreparedChunk, rows: list[dict[str, Any]], records: list[dict[str, Any]]) -> Part:
+        number = len(self.parts)
+        kept = [row for row in records if row["outcome"] == "kept"]
+        shard = None
+        if kept:
+            whole = len(kept) == sum(row["offset"] is not None for row in rows)
+            shard = self._shard(number, chunk, kept, whole)
+        outcomes, splits = (Counter(row[name] for row in records) for name in ("outcome", "split"))
+        del splits[None]
+        return Part(
+            number=number,
+            records=write_records(self.folder, number, records),
+            shard=shard,
+            outcomes=dict(sorted(outcomes.items())),
+            splits=dict(sorted(splits.items())),
+            classes=dict(sorted(Counter(row["label"] for row in kept if row["label"] is not None).items())),
+            modes=dict(sorted(Counter(row["mode"] for row in kept).items())),
+            totals=totals_of(kept, self.config.size),
+        )
+
+    def _shard(self, number: int, chunk: PreparedChunk, kept: list[dict[str, Any]], whole: bool) -> FileEntry:
+        staged = self.folder / "shards" / f".{number:05d}.tar"
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        staged.unlink(missing_ok=True)
+        digest = chunk.shard_sha256
+        if whole:
+            _link(chunk.shard, staged)
+        else:
+            extents = [Extent(row["offset"], row["end"], row["size"]) for row in kept]
+            digest = write_atomically(staged, lambda partial: _filter(chunk.shard, partial, extents, kept))
+        for row in kept:
+            # From where the sample begins to where its PNG does.
+            row["offset"] += BLOCK
+        return named(self.folder, staged, f"shards/{number:05d}-{digest[:16]}.tar", digest)
+
+
+def write_records(folder: Path, number: int, rows: list[dict[str, Any]]) -> FileEntry:
+    """Write the table of part ``number``."""
+    staged = folder / "records" / f".{number:05d}.parquet"
+    table = pa.Table.from_pylist(rows, RECORDS)
+    digest = write_atomically(staged, lambda partial: pq.write_table(table, partial, compression="zstd"))
+    return named(folder, staged, f"records/{number:05d}-{digest[:16]}.parquet", digest)
+
+
+def named(folder: Path, staged: Path, name: str, digest: str) -> FileEntry:
+    """Give a finished file of the data set its final name, which holds its digest."""
+    path = folder / name
+    staged.replace(path)
+    sync_folder(path.parent)
+    return FileEntry(name=name, sha256=digest, bytes=path.stat().st_size)
+
+
+def totals_of(kept: list[dict[str, Any]], size: int) -> Totals:
+    """The sums of the training pictures among ``kept`` rows."""
+    rows = [row for row in kept if row["split"] == "train"]
+    sums = {
+        name: sum((np.broadcast_to(np.array(row[name], np.int64), 3) for row in rows), np.zeros(3, np.int64)).tolist()
+        for name in ("total", "squares")
+    }
+    return Totals(pixels=len(rows) * size * size, **sums)
+
+
+def _filter(source: Path, target: Path, extents: list[Extent], kept: list[dict[str, Any]]) -> None:
+    for row, extent in zip(kept, filtered(source, target, extents), strict=True):
+        row["offset"] = extent.start
+
+
+def _link(path: Path, target: Path) -> None:
+    """The same file under a second name, or a copy where the file system has no such thing."""
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,176 @@
+"""Which pictures of a data set are meant: by key, by patterns of their names, by class."""
+
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from diffusion.config import Config
+from diffusion.data.manifest import Manifest, Part, read_records
+from diffusion.errors import UserError
+from diffusion.files import digest_of
+
+SHORTEST = 8
+"""Hex digits that a prefix of a key must have."""
+Row = dict[str, Any]
+
+
+class Selection(Config):
+    """Which pictures are meant."""
+
+    keys: list[str] = Field(default_factory=list)
+    """Keys, or prefixes that no two pictures share."""
+    sources: list[str] = Field(default_factory=list)
+    """Patterns of names as in a shell: ``*`` stands for anything, slashes too."""
+    label: str | None = None
+    """Only those of this class."""
+
+
+class Chosen(Config):
+    """What a selection comes to. A picture is meant under all its names, so its duplicates are, too."""
+
+    keys: list[str]
+    """Of the pictures to be removed, sorted."""
+    digests: list[str]
+    """SHA-256 of the files they came from, sorted."""
+    pictures: int
+    duplicates: int
+    """Records of the same pictures under other names."""
+    refused: int
+    """Records of entries that were refused when they were read."""
+    near_copies: list[str]
+    """Keys of pictures that look much like them and stay, sorted; empty if the ingest was not asked to group them."""
+    parts: list[int]
+    """Numbers of the parts to be written anew; empty if everything selected was removed before."""
+
+    @property
+    def name(self) -> str:
+        """What this removal is called wherever it is recorded: a digest of what was removed."""
+        return digest_of([self.keys, self.digests])[:12]
+
+
+@dataclass
+class Selector:
+    """A selection made ready to be asked about many rows; remembers what fitted."""
+
+    prefixes: dict[str, list[str]]
+    """Key prefixes by their first digits."""
+    patterns: list[tuple[str, re.Pattern[str]]]
+    label: str | None
+    fitted: dict[str, set[str]] = field(default_factory=dict)
+    """Keys that each prefix was found to fit; patterns that fitted are there with none."""
+
+    @classmethod
+    def of(cls, selection: Selection) -> "Selector":
+        """Check and prepare ``selection``; raises UserError for one that says nothing or is misspelt."""
+        if not selection.keys and not selection.sources:
+            raise UserError("nothing is selected: give keys or patterns of sources")
+        prefixes: dict[str, list[str]] = {}
+        for key in (key.lower() for key in selection.keys):
+            if not SHORTEST <= len(key) <= 64 or key.strip("0123456789abcdef"):
+                raise UserError(f"{key!r} is no key: give its first {SHORTEST} to 64 hex digits")
+            prefixes.setdefault(key[:SHORTEST], []).append(key)
+        patterns = [(pattern, re.compile(fnmatch.translate(pattern))) for pattern in selection.sources]
+        return cls(prefixes, patterns, selection.label)
+
+    def means(self, row: Row) -> bool:
+        """Whether ``row`` is selected by itself."""
+        if self.label is not None and row["label"] != self.label and row["outcome"] != "removed":
+            return False
+        key = row["key"] or ""
+        named = [prefix for prefix in self.prefixes.get(key[:SHORTEST], ()) if key.startswith(prefix)]
+        for prefix in named:
+            self.fitted.setdefault(prefix, set()).add(key)
+        like = [name for name, pattern in self.patterns if row["source"] and pattern.match(row["source"])]
+        for name in like:
+            self.fitted.setdefault(name, set())
+        return bool(named or like)
+
+    def takes(self, row: Row, keys: set[str]) -> bool:
+        """Whether ``row`` goes if the pictures of ``keys`` go."""
+        if row["outcome"] == "removed":
+            return False
+        return row["key"] in keys if row["key"] else self.means(row)
+
+    def unmatched(self) -> list[str]:
+        """What fitted nothing; raises UserError for a prefix that fitted more than one picture."""
+        for asked, keys in self.fitted.items():
+            if len(keys) > 1:
+                listed = ", ".join(key[:16] for key in sorted(keys)[:5])
+                raise UserError(f"{asked} is the beginning of {len(keys)} keys ({listed} …): give more digits")
+        asked_for = [*(key for keys in self.prefixes.values() for key in keys), *(name for name, _ in self.patterns)]
+        return [each for each in asked_for if each not in self.fitted]
+
+
+SELECTED_BY = ("key", "source", "label", "outcome", "source_sha256")
+
+
+def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Chosen, list[str]]:
+    """What ``selector`` comes to, and those of its keys and patterns that fit nothing."""
+    keys: set[str] = set()
+    gone: dict[str, str] = {}
+    for _, row in _rows(folder, manifest, SELECTED_BY):
+        if selector.means(row) and row["key"]:
+            if row["outcome"] == "removed":
+                gone[row["key"]] = row["source_sha256"]
+            else:
+                keys.add(row["key"])
+    unmatched = selector.unmatched()
+    outcomes: Counter[str] = Counter()
+    digests: set[str] = set()
+    parts: set[int] = set()
+    for part, row in _rows(folder, manifest, SELECTED_BY):
+        if selector.takes(row, keys):
+            outcomes[row["outcome"]] += 1
+            digests.add(row["source_sha256"])
+            parts.add(part.number)
+    if not parts:
+        keys, digests = set(gone), set(gone.values())
+    chosen = Chosen(
+        keys=sorted(keys),
+        digests=sorted(digests - {""}),
+        pictures=outcomes["kept"],
+        duplicates=outcomes["duplicate"],
+        refused=outcomes["quarantined"],
+        near_copies=_near_copies(folder, manifest, keys) if parts else [],
+        parts=sorted(parts),
+    )
+    return chosen, unmatched
+
+
+def _near_copies(folder: Path, manifest: Manifest, keys: set[str]) -> list[str]:
+    """Pictures in the same groups as those of ``keys``."""
+    groups = set(keys)
+    bridges = []
+    for _, row in _rows(folder, manifest, ("key", "near")):
+        near = set(row["near"] or ())
+        if row["key"] in keys:
+            groups |= near
+        if len(near) > 1:
+            bridges.append(near)
+    # A picture that joined several groups made them one.
+    while any(near & groups and not near <= groups for near in bridges):
+        groups |= {root for near in bridges if near & groups for root in near}
+    return sorted(
+        row["key"]
+        for _, row in _rows(folder, manifest, ("key", "near", "outcome"))
+        if row["outcome"] == "kept" and row["key"] not in keys and groups & {row["key"], *(row["near"] or ())}
+    )
+
+
+def _rows(folder: Path, manifest: Manifest, columns: Sequence[str]) -> Iterator[tuple[Part, Row]]:
+    for part in manifest.parts:
+        yield from ((part, row) for row in read_records(folder, part, columns).to_pylist())
+
+
+def nothing(unmatched: Sequence[str], folder: Path) -> UserError:
+    """What to raise if nothing fits some keys and patterns."""
+    listed = ", ".join(unmatched[:5]) + (f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else "")
+    return UserError(
+        f"data set {folder.name} has no picture of {listed}: see what it holds in its records, or `darkroom data log`"
+    )

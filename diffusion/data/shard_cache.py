@@ -1,0 +1,225 @@
+"""Shards that lie elsewhere, fetched before they are needed into a folder that never outgrows its bound."""
+
+import errno
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Lock
+from typing import BinaryIO, Protocol
+
+from filelock import FileLock, Timeout
+
+from diffusion.data.manifest import FileEntry
+from diffusion.data.shard_reader import Span, damage, mapped
+from diffusion.errors import UserError
+
+FETCHERS = 2
+"""Shards fetched at the same time."""
+TRIES = 2
+"""How often a shard is fetched that comes damaged."""
+PATIENCE = 300.0
+"""Seconds to wait until other processes leave room in the cache."""
+PAUSE = 0.05
+"""Seconds between looks at what they have left."""
+
+
+class ShardStore(Protocol):
+    """Where the shards of a data set lie that are not on this machine."""
+
+    def fetch(self, entry: FileEntry, path: Path) -> None:
+        """Write the shard's bytes to ``path``, over what may be there, and nothing else into its folder.
+
+        It is not expected to verify them, but to retry what may pass. Raises UserError if there is no such shard
+        or it cannot be had. Called by several threads.
+        """
+
+
+class ShardCache:
+    """Reads shards from ``folder``, into which ``store`` fetches them; together they take at most ``max_bytes``.
+
+    A shard is named by its SHA-256, appears whole or not at all, and is verified before its first use. What was
+    not used for longest makes room, but nothing that was asked for with ``ahead``. Processes may share a folder:
+    each finds what the others have fetched, and what is removed while it is read stays readable until then.
+    """
+
+    def __init__(self, folder: Path, store: ShardStore, max_bytes: int) -> None:
+        self._folder = _Folder(folder, max_bytes)
+        self._store = store
+        self._lock = Lock()
+        self._wanted: list[str] = []
+        self._coming: dict[str, Future[None]] = {}
+        self._verified: set[str] = set()
+        self._pool = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
+
+    def read(self, entry: FileEntry, spans: Sequence[Span]) -> list[bytes]:
+        """What lies at ``spans`` of a shard, fetched first if it is not there.
+
+        Raises UserError if it cannot be had, comes damaged twice, or finds no room.
+        """
+        self._await(entry)
+        with self._opened(entry) as file, mapped(file) as view:
+            return [bytes(view[offset : offset + size]) for offset, size in spans]
+
+    def ahead(self, entries: Sequence[FileEntry]) -> None:
+        """Fetch ``entries`` in the background, soonest needed first, and forget what was asked for before."""
+        with self._lock:
+            self._wanted = [entry.sha256 for entry in entries]
+            self._coming = {sha256: future for sha256, future in self._coming.items() if not future.done()}
+            for entry in entries:
+                if entry.sha256 not in self._coming:
+                    self._coming[entry.sha256] = self._pool.submit(self._fetch_ahead, entry)
+
+    def close(self) -> None:
+        """Stop fetching; what was fetched stays."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _await(self, entry: FileEntry) -> None:
+        """Let a fetch in the background end, and raise what went wrong; one that has not begun is called off."""
+        with self._lock:
+            future = self._coming.get(entry.sha256)
+        if future is not None and not future.cancel():
+            try:
+                future.result()
+            finally:
+                with self._lock:
+                    self._coming.pop(entry.sha256, None)
+
+    def _fetch_ahead(self, entry: FileEntry) -> None:
+        if entry.sha256 not in self._wanted or self._folder.path(entry.sha256).is_file():
+            return
+        with self._folder.fetching(entry) as partial:
+            # Without room it is left to the one who needs it, and may throw out what is needed later.
+            if partial is not None and self._folder.make_room(partial, entry, keep=self._wanted):
+                self._fetch(entry, partial).close()
+
+    def _opened(self, entry: FileEntry) -> BinaryIO:
+        """A shard, verified and open for reading: from here on its name may vanish."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            with suppress(FileNotFoundError):
+                return self._open_present(entry)
+            with self._folder.fetching(entry) as partial:
+                if partial is None:
+                    continue
+                if self._folder.make_room(partial, entry, self._wanted, force=True):
+                    return self._fetch(entry, partial)
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"no room for shard {entry.name} in {self._folder.folder}, which other processes use as well: "
+                    "raise training.stream_bytes, or wait for them"
+                )
+            time.sleep(PAUSE)
+
+    def _open_present(self, entry: FileEntry) -> BinaryIO:
+        path = self._folder.path(entry.sha256)
+        file = path.open("rb")
+        os.utime(file.fileno())
+        if entry.sha256 not in self._verified:
+            if damage(path, entry):
+                file.close()
+                path.unlink(missing_ok=True)
+                raise FileNotFoundError(path)
+            self._verified.add(entry.sha256)
+        return file
+
+    def _fetch(self, entry: FileEntry, partial: Path) -> BinaryIO:
+        for _ in range(TRIES):
+            try:
+                self._store.fetch(entry, partial)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise UserError(
+                    f"no space left for shard {entry.name} in {partial.parent}: "
+                    "free some, or lower training.stream_bytes"
+                ) from error
+            if not (found := damage(partial, entry)):
+                self._verified.add(entry.sha256)
+                file = partial.open("rb")
+                self._folder.publish(partial, entry.sha256)
+                return file
+        raise UserError(
+            f"shard {entry.name} as it comes from the remote is {found}, also when fetched again: "
+            "push the data set once more with `dvc push`, or ingest it again from its source"
+        )
+
+
+class _Folder:
+    """Whole shards, and partial ones whose name says how much room they take; locks make processes take turns."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.max_bytes = max_bytes
+
+    def path(self, sha256: str) -> Path:
+        """Where a shard lies, if it is there."""
+        return self.folder / f"{sha256}.tar"
+
+    @contextmanager
+    def fetching(self, entry: FileEntry) -> Iterator[Path | None]:
+        """Where to write a shard that nobody else writes meanwhile; None if somebody just has."""
+        partial = self.folder / f"{entry.sha256}.{entry.bytes}.partial"
+        with self._locked(entry.sha256):
+            if self.path(entry.sha256).is_file():
+                yield None
+                return
+            try:
+                yield partial
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def make_room(self, partial: Path, entry: FileEntry, keep: Sequence[str], force: bool = False) -> bool:
+        """Reserve room for ``partial`` by removing what was not used for longest; False if that is not enough.
+
+        What is in ``keep`` goes only by ``force``, and then the last of it first.
+        """
+        if entry.bytes > self.max_bytes:
+            raise UserError(
+                f"shard {entry.name} has {entry.bytes} bytes and the cache holds {self.max_bytes}: "
+                "raise training.stream_bytes"
+            )
+        with self._turn():
+            whole = {path.stem: path.stat() for path in self.folder.glob("*.tar")}
+            used = sum(stat.st_size for stat in whole.values()) + sum(self._reserved()) + entry.bytes
+            spare = sorted(whole.keys() - keep, key=lambda sha256: whole[sha256].st_mtime_ns)
+            spare += [sha256 for sha256 in reversed(keep) if force and sha256 in whole]
+            for sha256 in spare:
+                if used <= self.max_bytes:
+                    break
+                self.path(sha256).unlink()
+                used -= whole[sha256].st_size
+            if used > self.max_bytes:
+                return False
+            partial.touch()
+            return True
+
+    def publish(self, partial: Path, sha256: str) -> None:
+        """Give a verified shard its name."""
+        with self._turn():
+            partial.replace(self.path(sha256))
+
+    def _reserved(self) -> Iterator[int]:
+        """The bytes that shards under way will take; what killed processes left behind goes."""
+        for partial in self.folder.glob("*.partial"):
+            sha256, size, _ = partial.name.split(".")
+            try:
+                with self._locked(sha256, timeout=0):
+                    partial.unlink(missing_ok=True)
+            except Timeout:
+                yield int(size)
+
+    def _turn(self) -> FileLock:
+        return FileLock(self.folder / ".lock")
+
+    @contextmanager
+    def _locked(self, sha256: str, timeout: float = -1) -> Iterator[None]:
+        path = self.folder / f".{sha256}.lock"
+        with FileLock(path, timeout=timeout):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)

@@ -1,0 +1,54 @@
+"""The names in a source that tells them only in passing, kept on disk until all are known."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+from diffusion.data.sources.base import Entry
+from diffusion.data.sources.conventions import Described, folder_label, is_picture
+from diffusion.data.sources.local import refusal
+
+
+class Listing:
+    """Files of an archive or a prefix; what they are called (a label, a caption) depends on all of them."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+        self._folders: set[str] = set()
+        self._any_in_root = False
+        database.execute("PRAGMA journal_mode = OFF")
+        database.execute("CREATE TABLE files (number INTEGER PRIMARY KEY, name TEXT, locator TEXT, stamp TEXT)")
+
+    def add(self, name: str, locator: str, stamp: str) -> None:
+        """A file of that name, relative to the root; a later one of the same name stands in for it."""
+        self._database.execute("INSERT INTO files (name, locator, stamp) VALUES (?, ?, ?)", (name, locator, stamp))
+        if is_picture(name):
+            folder = name.rpartition("/")[0]
+            self._any_in_root |= not folder
+            if len(self._folders) < 2:
+                self._folders.add(folder)
+
+    def pictures(self) -> Iterator[Entry]:
+        """All with a picture's name, labelled by their folders if there are several and none lies in the root."""
+        labelled = len(self._folders) > 1 and not self._any_in_root
+        for name, locator, stamp in self._database.execute("SELECT name, locator, stamp FROM files ORDER BY number"):
+            if is_picture(name):
+                yield Entry(name, locator, stamp, folder_label(name) if labelled else None)
+
+    def described(self, found: Iterator[Described]) -> Iterator[Entry]:
+        """Exactly those that a metadata file names."""
+        self._database.execute("CREATE INDEX names ON files (name, number)")
+        query = "SELECT locator, stamp FROM files WHERE name = ? ORDER BY number DESC LIMIT 1"
+        missing = (refusal("named in the metadata but missing"), "")
+        for each in found:
+            locator, stamp = self._database.execute(query, (each.name,)).fetchone() or missing
+            yield Entry(each.name, locator, stamp, each.label, each.caption)
+
+
+@contextmanager
+def listing() -> Iterator[Listing]:
+    """An empty listing, gone at the end."""
+    # SQLite's name for a private file that it deletes by itself.
+    with closing(sqlite3.connect("", check_same_thread=False, isolation_level=None)) as database:
+        database.execute("BEGIN")
+        yield Listing(database)

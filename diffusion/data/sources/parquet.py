@@ -1,0 +1,199 @@
+"""Parquet files with pictures in them, as Hugging Face writes them or in a plain binary column."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count, groupby
+from pathlib import Path
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffusion.data.pictures import Refused
+from diffusion.data.sources.base import Access, Entry, Payload
+from diffusion.data.sources.conventions import as_text, sane, too_large
+from diffusion.data.sources.local import MISSING, changed, matching, stamp, stamp_of
+from diffusion.errors import UserError
+
+PICTURES = ("image", "img", "picture", "photo", "bytes", "image_bytes", "png", "jpg", "jpeg", "webp")
+OPTIONS = ("image", "label", "caption")
+TEXTS_AT_ONCE, PICTURES_AT_ONCE = 1024, 16
+"""Rows held at a time."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a file say what."""
+
+    picture: str
+    label: str | None
+    caption: str | None
+    classes: Sequence[str] | None
+    """Names that integers in ``label`` stand for."""
+
+
+@dataclass(frozen=True)
+class Parquet:
+    """The pictures in the files that ``pattern`` matches (a path, a folder, a glob or braces), named ``FILE/ROW``.
+
+    They lie in a column of bytes, or of Hugging Face's ``{bytes, path}``: the one that ``image`` names, the one that
+    the file says is an Image, one with a usual name (``image``, ``img``, ``bytes`` …), or the only one. ``label`` and
+    ``caption`` name the columns for these, else they are ``label``, and ``text`` or ``caption``. Integer labels are
+    the classes that the file names (Hugging Face's ClassLabel; −1 is none), or else stay numbers.
+    """
+
+    pattern: str
+    options: dict[str, str]
+    access: Access
+    in_order = True
+
+    @classmethod
+    def open(cls, pattern: str, options: dict[str, str], access: Access) -> Self:
+        """The source of that pattern; raises UserError for options that mean nothing."""
+        if unknown := sorted(set(options) - set(OPTIONS)):
+            raise UserError(f"parquet:{pattern} has no option {unknown[0]}: there are {', '.join(OPTIONS)}")
+        return cls(pattern, options, access)
+
+    def entries(self) -> Iterator[Entry]:
+        """All rows; raises UserError for files that are missing, damaged or have no column of pictures."""
+        for name, path in matching(self.pattern, ".parquet"):
+            known = stamp_of(path)
+            with _opened(path) as file, _in_words(path):
+                columns = find_columns(file.schema_arrow, self.options, str(path))
+                number = count()
+                for group in range(file.num_row_groups):
+                    for row, (label, caption) in enumerate(_texts(file, group, columns, path)):
+                        locator = json.dumps([str(path), group, row])
+                        yield Entry(f"{sane(name)}/{next(number)}", locator, known, label, caption)
+
+    def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
+        """Their bytes; raises UserError if a file has changed since it was listed."""
+        located = ((json.loads(entry.locator), entry.stamp) for entry in entries)
+        for (place, known), group in groupby(located, key=lambda each: (each[0][0], each[1])):
+            rows = [(number, row) for (_, number, row), _ in group]
+            path = Path(place)
+            if not path.exists():
+                yield from (Refused(MISSING) for _ in rows)
+                continue
+            if stamp(path.stat()) != known:
+                raise changed(place)
+            with _opened(path) as file:
+                picture = find_columns(file.schema_arrow, self.options, place).picture
+                for number, wanted in groupby(rows, key=lambda each: each[0]):
+                    ascending = [row for _, row in wanted]
+                    yield from _pictures(file, number, ascending, picture, self.access.config.max_bytes)
+
+
+def find_columns(schema: pa.Schema, options: dict[str, str], where: str) -> Columns:
+    """What the columns of a file mean; raises UserError, naming them all, if that is not clear."""
+    features = _features(schema)
+    names = {name.lower(): name for name in reversed(schema.names)}
+    for option, column in options.items():
+        if column not in schema.names:
+            raise UserError(f"{where} has no column {column} for {option}: it has {', '.join(schema.names)}")
+    candidates = [field.name for field in schema if _holds_bytes(field.type)]
+    declared = [name for name in candidates if features.get(name, {}).get("_type") == "Image"]
+    usual = [names[name] for name in PICTURES if names.get(name) in candidates]
+    if "image" in options:
+        found = [name for name in candidates if name == options["image"]]
+    else:
+        found = declared if len(declared) == 1 else usual[:1] or candidates
+    if len(found) != 1:
+        raise UserError(
+            f"{where} has {'no' if not found else 'more than one'} column of pictures (bytes, or a struct of bytes "
+            f"and path) among {', '.join(schema.names)}: name it with parquet:…?image=COLUMN"
+        )
+    label = options.get("label") or names.get("label")
+    about = features.get(label, {}) if label else {}
+    classes = about.get("names") if about.get("_type") == "ClassLabel" else None
+    caption = options.get("caption") or names.get("text") or names.get("caption")
+    return Columns(found[0], label, caption, classes)
+
+
+def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
+    """What Hugging Face's ``datasets`` wrote about the columns, if it wrote the file."""
+    try:
+        about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return {name: each for name, each in about.items() if isinstance(each, dict)} if isinstance(about, dict) else {}
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        field = kind.get_field_index("bytes")
+        return field >= 0 and _holds_bytes(kind.field(field).type)
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    return any(test(kind) for test in tests)
+
+
+def _texts(file: pq.ParquetFile, group: int, columns: Columns, path: Path) -> Iterator[tuple[str | None, str | None]]:
+    """Label and caption of each row of a row group."""
+    named = [name for name in (columns.label, columns.caption) if name]
+    if not named:
+        yield from ((None, None) for _ in range(file.metadata.row_group(group).num_rows))
+        return
+    for batch in file.iter_batches(TEXTS_AT_ONCE, row_groups=[group], columns=named, use_threads=False):
+        for row in batch.to_pylist():
+            try:
+                label = _class(row[columns.label], columns.classes) if columns.label else None
+                yield label, as_text(row[columns.caption]) if columns.caption else None
+            except ValueError as error:
+                raise UserError(f"{path}, row group {group}: {error}: choose other columns for them") from error
+
+
+def _class(value: object, names: Sequence[str] | None) -> str | None:
+    if names is None or not isinstance(value, int):
+        return as_text(value)
+    if not -1 <= value < len(names):
+        raise ValueError(f"label {value} is none of the {len(names)} classes")
+    return as_text(names[value]) if value >= 0 else None
+
+
+def _pictures(file: pq.ParquetFile, group: int, rows: list[int], column: str, limit: int) -> Iterator[Payload]:
+    """The pictures in ``rows``, ascending, of a row group; what comes before them is skipped."""
+    batches = file.iter_batches(PICTURES_AT_ONCE, row_groups=[group], columns=[column], use_threads=False)
+    start, values, damage = 0, pa.array([]), None
+    for row in rows:
+        while row >= start + len(values) and damage is None:
+            start += len(values)
+            try:
+                values = next(batches).column(0)
+            except (pa.ArrowException, OSError, StopIteration) as error:
+                # Damage has no number; errors of the system have one, and may pass.
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
+                damage = f"damaged in the Parquet file: {error}"
+        yield Refused(damage) if damage else _picture(values[row - start], limit)
+
+
+def _picture(value: Any, limit: int) -> Payload:
+    """The bytes in a scalar of Arrow."""
+    if isinstance(value, pa.StructScalar):
+        path = value["path"].as_py() if "path" in value else None
+        value = value["bytes"]
+        if not value.is_valid and path:
+            return Refused(f"only its path is in the table, not its bytes: {sane(str(path))}")
+    if not value.is_valid:
+        return Refused("a row without a picture")
+    data = value.as_buffer()
+    return too_large(data.size, limit) if data.size > limit else data.to_pybytes()
+
+
+@contextmanager
+def _in_words(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as Parquet ({error}): it is damaged or no Parquet file") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """A file that is read page by page, so that row groups of any size fit."""
+    with _in_words(path):
+        file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+    with file:
+        yield file

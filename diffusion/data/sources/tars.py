@@ -1,0 +1,120 @@
+"""What lies in a tar and where, without holding the list of it."""
+
+import io
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+from diffusion.data.pictures import Refused
+from diffusion.data.sources.base import Access, Payload
+from diffusion.data.sources.conventions import sane, too_large
+from diffusion.data.sources.local import MISSING, open_unchanged, uncompressed
+from diffusion.errors import UserError
+
+LONGEST_HEADER = 2**20
+"""Bytes; names and attributes that claim to be longer are not read into memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A file in a tar."""
+
+    name: str
+    """As it stands there, without a leading ``./``; only ever used as a name."""
+    offset: int
+    """Where its bytes begin in the tar."""
+    size: int
+    problem: str | None = None
+    """Why its bytes are not to be had, if they are not."""
+
+    @property
+    def place(self) -> "Place":
+        """What ``read`` needs."""
+        return self.problem or (self.offset, self.size)
+
+
+Place: TypeAlias = str | Sequence[int]
+"""Offset and size of a member, or why it cannot be read."""
+
+
+def members(path: Path) -> Iterator[Member]:
+    """All files in the uncompressed tar at ``path``, in its order; links and devices have a ``problem``.
+
+    Raises UserError for a tar that is damaged, was cut short, or goes on after its end.
+    """
+    try:
+        with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
+            while (info := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined] # typeshed leaves it out
+                if info.size < 0:
+                    raise tarfile.ReadError("a member has a negative size")
+                if not info.isdir():
+                    yield Member(sane(info.name.removeprefix("./")), info.offset_data, info.size, _problem(info))
+            _check_end(file, tar.offset)
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as a tar ({error}): it is damaged or was cut short") from error
+
+
+def read(path: Path, known: str, places: Iterable[Place], access: Access) -> Iterator[Payload]:
+    """The bytes of members of the tar at ``path``, which may be compressed and had the stamp ``known`` when listed.
+
+    Raises UserError if it has another one now.
+    """
+    with ExitStack() as stack:
+        file = _opened(path, known, access)
+        if file:
+            stack.enter_context(file)
+        for place in places:
+            if isinstance(place, str):
+                yield Refused(place)
+            elif file is None:
+                yield Refused(MISSING)
+            else:
+                yield read_slice(file, place, access.config.max_bytes)
+
+
+def _opened(path: Path, known: str, access: Access) -> BinaryIO | None:
+    try:
+        plain = uncompressed(path, known, access)
+    except FileNotFoundError:
+        return None
+    return open_unchanged(path, known) if plain == path else plain.open("rb")
+
+
+def read_slice(file: BinaryIO, place: Sequence[int], limit: int) -> bytes | Refused:
+    """The bytes at (offset, size), unless they are more than ``limit``."""
+    offset, size = place
+    if size > limit:
+        return too_large(size, limit)
+    file.seek(offset)
+    data = file.read(size)
+    return data if len(data) == size else Refused("cut short in the tar")
+
+
+class _Headers(io.BufferedReader):
+    """A tar of which only the headers are read."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """At most ``size`` bytes, if that is a size that a header has."""
+        if size is None or not 0 <= size <= LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+def _problem(info: tarfile.TarInfo) -> str | None:
+    if info.issparse():
+        return "stored as a sparse file: pack it again without --sparse"
+    return None if info.isreg() else "a link or a device inside an archive: only files are read"
+
+
+def _check_end(file: BinaryIO, offset: int) -> None:
+    """``tarfile`` itself takes anything that is no header for the end."""
+    file.seek(offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"no end and no member at byte {offset}")
+    while piece := file.read(LONGEST_HEADER):
+        if piece.count(0) != len(piece):
+            raise tarfile.ReadError("more follows after its end: was it glued to another tar?")

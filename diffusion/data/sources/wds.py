@@ -1,0 +1,162 @@
+"""Shards of WebDataset, here or in an object store: our own and other people's."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import groupby
+from pathlib import Path
+from typing import BinaryIO
+
+from diffusion.data.pictures import Refused
+from diffusion.data.sources import tars
+from diffusion.data.sources.base import Access, Entry, Payload
+from diffusion.data.sources.conventions import as_text, is_picture, sane
+from diffusion.data.sources.local import MISSING, WILD, expanded, matching, stamp_of, uncompressed
+from diffusion.data.sources.objects import fetched, require
+from diffusion.errors import UserError
+
+SIDECARS = ("json", "txt", "cls")
+
+MOST_OF_A_KEY = 1000
+"""Pictures; a tar with more was not made for WebDataset."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A tar that a pattern matched."""
+
+    name: str
+    """Unique among the shards."""
+    place: str
+    """A path, or a URI in an object store."""
+    stamp: str
+    """Of the file, or the ETag."""
+
+
+@dataclass(slots=True)
+class _Sample:
+    """What one key has gathered."""
+
+    key: str
+    pictures: list[tars.Member] = field(default_factory=list)
+    texts: dict[str, tars.Member] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WebDataset:
+    """The pictures in tars, named ``SHARD/MEMBER``, with what the other members of the same key say about them.
+
+    A key is a member's path up to the first dot in its name; members of a key lie together. Label and caption come
+    from ``KEY.json`` (``label``; ``caption`` or ``text``), else from ``KEY.cls`` and ``KEY.txt``; all else is ignored.
+
+    ``pattern`` is a path, a folder, a glob or has braces; after ``s3://`` it is no folder. Shards in an object store
+    are fetched, once, into the scratch folder.
+    """
+
+    pattern: str
+    access: Access
+    in_order = True
+
+    def entries(self) -> Iterator[Entry]:
+        """All pictures, shard by shard; raises UserError for shards that are missing or damaged."""
+        for shard in self._shards():
+            path, known = self._here(shard.place, shard.stamp)
+            plain = uncompressed(path, known, self.access)
+            with plain.open("rb") as file:
+                for sample in _samples(plain):
+                    yield from self._entries(shard, sample, file)
+
+    def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
+        """Their bytes; raises UserError if a shard has changed since it was listed."""
+        located = ((json.loads(entry.locator), entry.stamp) for entry in entries)
+        for (shard, stamp), group in groupby(located, key=lambda each: (each[0][0], each[1])):
+            places = (place for (_, place), _ in group)
+            try:
+                path, known = self._here(shard, stamp)
+            except FileNotFoundError:
+                yield from (Refused(MISSING) for _ in places)
+            else:
+                yield from tars.read(path, known, places, self.access)
+
+    def _here(self, place: str, stamp: str) -> tuple[Path, str]:
+        """A shard as a file, and that file's stamp."""
+        if not place.startswith("s3://"):
+            return Path(place), stamp
+        path = fetched(place, stamp, self.access)
+        return path, stamp_of(path)
+
+    def _shards(self) -> Iterator[Shard]:
+        if self.pattern.startswith("s3://"):
+            yield from self._remote()
+        else:
+            for name, path in matching(self.pattern, ".tar"):
+                yield Shard(name, str(path), stamp_of(path))
+
+    def _remote(self) -> Iterator[Shard]:
+        objects = require(self.pattern, self.access)
+        first = min((self.pattern.index(sign) for sign in f"{WILD}{{" if sign in self.pattern), default=None)
+        base = self.pattern[:first].rpartition("/")[0] + "/"
+        for piece in expanded(self.pattern):
+            wild = min((piece.index(sign) for sign in WILD if sign in piece), default=None)
+            matches = [found for found in objects.find(piece[:wild]) if _matches(found.uri, piece)]
+            matches.sort(key=lambda found: found.uri)
+            if not matches or "**" in piece:
+                raise UserError(f"there is no object {piece}: check the name (** has no meaning here)")
+            yield from (Shard(sane(found.uri.removeprefix(base)), found.uri, found.etag) for found in matches)
+
+    def _entries(self, shard: Shard, sample: "_Sample", file: BinaryIO) -> Iterator[Entry]:
+        if not sample.pictures:
+            return
+        label = caption = reason = None
+        try:
+            label, caption = _about(sample, file, self.access.config.max_bytes)
+        except ValueError as error:
+            reason = f"what its shard says about it cannot be read ({error})"
+        for member in sample.pictures:
+            locator = json.dumps([shard.place, reason or member.place])
+            yield Entry(f"{shard.name}/{member.name}", locator, shard.stamp, label, caption)
+
+
+def _matches(uri: str, pattern: str) -> bool:
+    """Like a glob of files: no wildcard stands for a slash."""
+    parts, patterns = uri.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+
+
+def _samples(path: Path) -> Iterator[_Sample]:
+    sample = _Sample("")
+    for member in tars.members(path):
+        if len(sample.pictures) == MOST_OF_A_KEY:
+            raise UserError(
+                f"{path} has over {MOST_OF_A_KEY} pictures of the key {sample.key}: read it without wds: as a plain tar"
+            )
+        folder, slash, name = member.name.rpartition("/")
+        stem, _, extension = name.partition(".")
+        if (key := f"{folder}{slash}{stem}") != sample.key:
+            yield sample
+            sample = _Sample(key)
+        if is_picture(member.name):
+            sample.pictures.append(member)
+        elif extension.lower() in SIDECARS:
+            sample.texts[extension.lower()] = member
+    yield sample
+
+
+def _about(sample: _Sample, file: BinaryIO, limit: int) -> tuple[str | None, str | None]:
+    """Label and caption of a sample; raises ValueError for what is not understood."""
+    texts = {}
+    for kind, member in sample.texts.items():
+        place = member.place
+        data = Refused(place) if isinstance(place, str) else tars.read_slice(file, place, limit)
+        if isinstance(data, Refused):
+            raise ValueError(f"{member.name}: {data}")
+        texts[kind] = data.decode("utf-8-sig").strip()
+    try:
+        about = json.loads(texts.get("json", "{}"))
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deeply") from error
+    if not isinstance(about, dict):
+        about = {}
+    label, caption = as_text(about.get("label")), as_text(about.get("caption") or about.get("text"))
+    return label or texts.get("cls") or None, caption or texts.get("txt") or None

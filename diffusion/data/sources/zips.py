@@ -1,0 +1,149 @@
+"""What lies in a zip and where, without holding the list of it (``zipfile`` keeps about 1 KB for each file).
+
+Formats by PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.7 (local header), 4.3.12 (central directory),
+4.3.14–16 (its end, also in 64 bits) and 4.5.3 (the extra field of 64 bits).
+"""
+
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from diffusion.data.pictures import Refused
+from diffusion.data.sources.conventions import sane
+from diffusion.errors import UserError
+
+LOCAL = struct.Struct("<4s22xHH")
+DIRECTORY = struct.Struct("<4sBB2xHH4xLLLHHH4xLL")
+END = struct.Struct("<4s8xLL2x")
+END64_LOCATOR = struct.Struct("<4s4xQ4x")
+END64 = struct.Struct("<4s36xQQ")
+LONGEST_COMMENT = 2**16 - 1
+UNIX = 3
+ENCRYPTED, UTF8 = 0x1, 0x800
+FULL = 2**32 - 1
+"""Stands for a number that needs 64 bits and is found in the extra field."""
+
+
+class Place(NamedTuple):
+    """Where and how a file is stored in a zip."""
+
+    header: int
+    """Offset of its local header."""
+    method: int
+    packed: int
+    """Bytes in the zip."""
+    size: int
+    """Bytes unpacked."""
+    crc: int
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A file in a zip."""
+
+    name: str
+    """As it stands there; only ever used as a name."""
+    place: Place
+    problem: str | None
+    """Why its bytes are not to be had, if they are not."""
+
+
+def members(path: Path) -> Iterator[Member]:
+    """All files in the zip at ``path``, in the order of its directory; raises UserError if that is damaged."""
+    try:
+        with path.open("rb") as file:
+            start, size, shift = _directory(file)
+            file.seek(start)
+            # Not by the number of files that it gives: older programs let that run over at 65,536.
+            while file.tell() < start + size:
+                member = _member(file, shift)
+                if not member.name.endswith("/"):
+                    yield member
+    except (zipfile.BadZipFile, struct.error, ValueError, OverflowError) as error:
+        raise UserError(f"{path} cannot be read as a zip ({error}): it is damaged or was cut short") from error
+
+
+def open_member(file: BinaryIO, place: Place) -> zipfile.ZipExtFile:
+    """A file in the zip ``file``, for reading: its size and checksum are enforced, a small step at a time."""
+    file.seek(place.header)
+    signature, name, extra = LOCAL.unpack(file.read(LOCAL.size))
+    if signature != b"PK\3\4":
+        raise zipfile.BadZipFile("there is no file where the directory says")
+    file.seek(name + extra, 1)
+    info = zipfile.ZipInfo()
+    info.compress_type, info.compress_size, info.file_size, info.CRC = place[1:]
+    return zipfile.ZipExtFile(file, "r", info)
+
+
+def read_member(file: BinaryIO, place: Place) -> bytes | Refused:
+    """The bytes of a file in the zip ``file``; never unpacks more than the size it declares."""
+    try:
+        with open_member(file, place) as member:
+            # Without a number it would unpack up to 2 GiB at once, whatever the file declares.
+            data = member.read(place.size)
+        return data if len(data) == place.size else Refused("damaged in the zip: it ends too soon")
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError) as error:
+        return Refused(f"damaged in the zip: {error or 'it ends too soon'}")
+
+
+def _directory(file: BinaryIO) -> tuple[int, int, int]:
+    """Where the central directory begins, its size, and what to add to the offsets in it."""
+    length = file.seek(0, 2)
+    tail_start = file.seek(max(0, length - END.size - LONGEST_COMMENT))
+    tail = file.read()
+    at = tail.rfind(b"PK\5\6", 0, len(tail) - END.size + 4)
+    if at < 0:
+        raise zipfile.BadZipFile("it has no directory at its end")
+    _, size, start = END.unpack_from(tail, at)
+    end = tail_start + at
+    if end >= END64_LOCATOR.size:
+        file.seek(end - END64_LOCATOR.size)
+        signature, end64 = END64_LOCATOR.unpack(file.read(END64_LOCATOR.size))
+        if signature == b"PK\6\7":
+            file.seek(end64)
+            signature, size, start = END64.unpack(file.read(END64.size))
+            if signature != b"PK\6\6":
+                raise zipfile.BadZipFile("its directory of 64 bits is not where it should be")
+            return start, size, 0
+    # A program in front of the zip (it unpacks itself) shifts everything.
+    shift = end - size - start
+    if shift < 0:
+        raise zipfile.BadZipFile("its directory is cut short")
+    return start + shift, size, shift
+
+
+def _member(file: BinaryIO, shift: int) -> Member:
+    (signature, _, system, flags, method, crc, packed, size, name_size, extra_size, comment_size, mode, header) = (
+        DIRECTORY.unpack(file.read(DIRECTORY.size))
+    )
+    if signature != b"PK\1\2":
+        raise zipfile.BadZipFile("its directory is damaged")
+    raw = file.read(name_size)
+    numbers = _wide(file.read(extra_size), [size, packed, header])
+    file.seek(comment_size, 1)
+    name = sane(raw.decode("utf-8", "surrogateescape") if flags & UTF8 else raw.decode("cp437"))
+    size, packed, header = numbers
+    problem = None
+    if flags & ENCRYPTED:
+        problem = "encrypted: unpack it with its password"
+    elif method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        problem = f"compressed by method {method}, which is not read: pack it with deflate"
+    elif system == UNIX and stat.S_IFMT(mode >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        problem = "a link or a device inside an archive: only files are read"
+    return Member(name.removeprefix("./"), Place(header + shift, method, packed, size, crc), problem)
+
+
+def _wide(extra: bytes, numbers: list[int]) -> list[int]:
+    """``numbers`` (size, packed size, offset), with those that stand for more than 32 bits from the ``extra`` field."""
+    while len(extra) >= 4:
+        kind, size = struct.unpack_from("<HH", extra)
+        if kind == 1:
+            wide = iter(struct.unpack_from(f"<{size // 8}Q", extra, 4))
+            return [next(wide, number) if number == FULL else number for number in numbers]
+        extra = extra[4 + size :]
+    return numbers

@@ -1,0 +1,260 @@
+"""Takedown: pictures leave a data set for good, and only the parts that held them are written anew.
+
+What stays of a picture is a row with its key and the digest of its file, by which every later ingest refuses it.
+"""
+
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock
+
+from diffusion.config import Config
+from diffusion.data.digest import content_digest
+from diffusion.data.ingest import remove_strays, work_folder
+from diffusion.data.manifest import (
+    RECORDS,
+    FileEntry,
+    Manifest,
+    Part,
+    read_manifest,
+    read_records,
+    require_whole,
+    versions,
+    write_manifest,
+)
+from diffusion.data.merge import named, totals_of, write_records
+from diffusion.data.selection import Chosen, Row, Selection, Selector, chosen_by, nothing
+from diffusion.data.shards import BLOCK, Extent, filtered
+from diffusion.data.versions import Elsewhere, find_records, kept_in, nowhere
+from diffusion.errors import UserError
+from diffusion.files import digest_of, sha256_file, write_atomically, write_json
+from diffusion.progress import Progress, silent
+
+
+class Removal(Chosen):
+    """A removal that is done."""
+
+    dataset: str
+    reason: str
+    parent: str | None
+    """The version that held the pictures last; None if that can no longer be told."""
+    version: str
+    """The first without them."""
+    content_digest: str
+    tables: list[str]
+    """SHA-256 of the tables, gone since, that told of these pictures as kept, sorted; empty if that is not known."""
+    already: bool
+    """Whether it had been done before."""
+
+
+def choose(folder: Path, selection: Selection) -> Chosen:
+    """The pictures of the data set in ``folder`` that ``selection`` means; nothing is changed.
+
+    Raises UserError if a key or pattern fits no picture, or a prefix of a key several.
+    """
+    chosen, unmatched = chosen_by(folder, read_manifest(folder), Selector.of(selection))
+    if unmatched:
+        raise nothing(unmatched, folder)
+    return chosen
+
+
+def remove(folder: Path, selection: Selection, reason: str, progress: Progress = silent) -> Removal:
+    """Make a version of the data set in ``folder`` without the pictures that ``selection`` means.
+
+    Its content digest is that of a set which never held them. Parts that held none are shared; the files of the
+    others are deleted at last. Takes turns with ingests; killed and given again, it ends the same, and once it is
+    done it only says so.
+
+    Raises UserError as ``choose`` does, if nothing would be left, or if a file that is needed is damaged.
+    """
+    if not reason.strip() or len(reason) > 500 or not reason.isprintable():
+        raise UserError("a removal needs a reason: one line of at most 500 characters")
+    selector = Selector.of(selection)
+    with FileLock(work_folder(folder) / "lock"):
+        before = read_manifest(folder)
+        chosen, unmatched = chosen_by(folder, before, selector)
+        asked = digest_of([selection.model_dump(), reason])[:16]
+        earlier = _earlier(folder, asked)
+        if unmatched and earlier is None:
+            raise nothing(unmatched, folder)
+        if not chosen.parts:
+            remove_strays(folder)
+            return earlier or _known_as_removed(folder, before, chosen, reason)
+        if chosen.pictures == before.kept:
+            raise UserError(
+                f"this would remove all {before.kept} pictures of data set {folder.name}: "
+                f"to be rid of the data set, delete {folder}"
+            )
+        require_whole(folder, before)
+        after = _without(folder, before, selector, chosen, reason, progress)
+        removal = Removal(
+            **chosen.model_dump(),
+            dataset=folder.name,
+            reason=reason,
+            parent=before.digest,
+            version=after.digest,
+            content_digest=after.content_digest,
+            tables=_tables(before, after),
+            already=False,
+        )
+        write_json(_journals(folder) / f"{asked}-{removal.name}.json", removal.model_dump(mode="json"))
+        write_manifest(folder, after)
+        remove_strays(folder)
+        return removal
+
+
+class Holders(Config):
+    """Which versions held pictures that were removed, by digest."""
+
+    held: list[str]
+    unknown: list[str]
+    """Those of which a table would have to be looked at that is no longer to be had."""
+
+
+def holders(folder: Path, removal: Removal, versions: Iterable[Manifest], elsewhere: Elsewhere = nowhere) -> Holders:
+    """Which of ``versions`` of the data set in ``folder`` kept pictures of ``removal``, in their order.
+
+    Another version may have stored the same files in another way and know them by other keys, so the digests of the
+    files are looked for as well.
+    """
+    keys, digests = set(removal.keys), set(removal.digests)
+    told: dict[str, bool | None] = dict.fromkeys(removal.tables, True)
+
+    def is_one_of_them(row: Row) -> bool:
+        return row["outcome"] == "kept" and (row["key"] in keys or row["source_sha256"] in digests)
+
+    def kept_by(part: Part) -> bool | None:
+        sha256 = part.records.sha256
+        if sha256 not in told:
+            table = find_records(folder, part, ("outcome", "key", "source_sha256"), elsewhere)
+            told[sha256] = None if table is None else any(map(is_one_of_them, table.to_pylist()))
+        return told[sha256]
+
+    held, unknown = [], []
+    for version in versions:
+        answers = {kept_by(part) for part in version.parts if kept_in(part)}
+        if True in answers:
+            held.append(version.digest)
+        elif None in answers:
+            unknown.append(version.digest)
+    return Holders(held=held, unknown=unknown)
+
+
+def removals(folder: Path, asked: str = "") -> list[Removal]:
+    """The removals from the data set in ``folder`` of which this machine knows."""
+    return [Removal.model_validate_json(path.read_bytes()) for path in sorted(_journals(folder).glob(f"{asked}*.json"))]
+
+
+def _journals(folder: Path) -> Path:
+    return work_folder(folder) / "removals"
+
+
+def _tables(before: Manifest, after: Manifest) -> list[str]:
+    fewer = (old for old, new in zip(before.parts, after.parts, strict=True) if kept_in(new) < kept_in(old))
+    return sorted(part.records.sha256 for part in fewer)
+
+
+def _earlier(folder: Path, asked: str) -> Removal | None:
+    """The newest removal that was asked for in the same words, in this folder, and is part of its history."""
+    found = {removal.version: removal for removal in removals(folder, asked)}
+    version = next((version.digest for version in versions(folder) if version.digest in found), None) if found else None
+    return None if version is None else found[version].model_copy(update={"already": True})
+
+
+def _known_as_removed(folder: Path, manifest: Manifest, chosen: Chosen, reason: str) -> Removal:
+    """A removal that was done elsewhere, as far as the records tell of it."""
+    return Removal(
+        **chosen.model_dump(exclude={"pictures"}),
+        pictures=len(chosen.keys),
+        dataset=folder.name,
+        reason=reason,
+        parent=None,
+        version=manifest.digest,
+        content_digest=manifest.content_digest,
+        tables=[],
+        already=True,
+    )
+
+
+def _without(
+    folder: Path, before: Manifest, selector: Selector, chosen: Chosen, reason: str, progress: Progress
+) -> Manifest:
+    """The version without what was chosen, its new files written."""
+    keys, numbers = set(chosen.keys), set(chosen.parts)
+    parts = list(before.parts)
+    for done, (place, part) in enumerate(((i, part) for i, part in enumerate(parts) if part.number in numbers), 1):
+        parts[place] = _rewrite(folder, part, lambda row: selector.takes(row, keys), reason, before.size)
+        progress("parts written anew", done, len(numbers))
+    return before.model_copy(
+        update={
+            "parent": before.digest,
+            "change": f"removal: {reason}",
+            "content_digest": content_digest(folder, parts, before.storage),
+            "parts": parts,
+        }
+    )
+
+
+def _rewrite(folder: Path, part: Part, taken: Callable[[Row], bool], reason: str, size: int) -> Part:
+    rows = read_records(folder, part).to_pylist()
+    rows = [_blank(row, reason) if taken(row) else row for row in rows]
+    kept = [row for row in rows if row["outcome"] == "kept"]
+    shard = part.shard
+    if shard is not None and len(kept) < part.outcomes["kept"]:
+        shard = _copy_shard(folder, shard, part.number, kept) if kept else None
+    outcomes, splits = (Counter(row[name] for row in rows) for name in ("outcome", "split"))
+    del splits[None]
+    return Part(
+        number=part.number,
+        records=write_records(folder, part.number, rows),
+        shard=shard,
+        outcomes=dict(sorted(outcomes.items())),
+        splits=dict(sorted(splits.items())),
+        classes=dict(sorted(Counter(row["label"] for row in kept if row["label"] is not None).items())),
+        modes=dict(sorted(Counter(row["mode"] for row in kept).items())),
+        totals=totals_of(kept, size),
+    )
+
+
+def _blank(row: Row, reason: str) -> Row:
+    left = {
+        "outcome": "removed",
+        "reason": reason,
+        "source": "",
+        "key": row["key"] or "",
+        "source_sha256": row["source_sha256"],
+    }
+    return dict.fromkeys(RECORDS.names) | left
+
+
+def _copy_shard(folder: Path, shard: FileEntry, number: int, kept: list[Row]) -> FileEntry:
+    """A shard of the ``kept`` rows alone, whose offsets are brought up to date."""
+    path = folder / shard.name
+    if sha256_file(path) != shard.sha256:
+        raise UserError(f"{path} is damaged (its SHA-256 differs): restore it with `dvc checkout`")
+    kept.sort(key=lambda row: row["offset"])
+    with path.open("rb") as file:
+        extents = [_extent(file, row) for row in kept]
+
+    def write(partial: Path) -> None:
+        for row, extent in zip(kept, filtered(path, partial, extents), strict=True):
+            row["offset"] = extent.start + BLOCK
+
+    staged = folder / "shards" / f".{number:05d}.tar"
+    digest = write_atomically(staged, write)
+    return named(folder, staged, f"shards/{number:05d}-{digest[:16]}.tar", digest)
+
+
+def _extent(file: BinaryIO, row: Row) -> Extent:
+    """Where the sample of ``row`` lies: its PNG, and the JSON behind it."""
+    behind = row["offset"] + _padded(row["size"])
+    file.seek(behind)
+    told = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "strict")
+    return Extent(row["offset"] - BLOCK, behind + BLOCK + _padded(told.size), row["size"])
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK

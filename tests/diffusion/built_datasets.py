@@ -1,0 +1,132 @@
+"""Data sets written by hand, so that a test knows what is in them."""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from diffusion.data.config import StorageConfig
+from diffusion.data.manifest import RECORDS, FileEntry, Manifest, Part, Totals, write_manifest
+
+
+def key_of(pixels: np.ndarray) -> str:
+    """The key of a picture, (H, W) or (H, W, 3) uint8."""
+    mode = "L" if pixels.ndim == 2 else "RGB"
+    header = f"{mode}:{pixels.shape[1]}x{pixels.shape[0]}:".encode()
+    return hashlib.sha256(header + pixels.tobytes()).hexdigest()
+
+
+def kept(pixels: np.ndarray, source: str, split: str = "train", **told: Any) -> dict[str, Any]:
+    """A record of a kept picture, with its pixels under ``pixels``."""
+    values = pixels.reshape(-1, 1 if pixels.ndim == 2 else 3).astype(np.int64)
+    height, width = pixels.shape[:2]
+    return {
+        "pixels": pixels,
+        "source": source,
+        "source_sha256": "0" * 64,
+        "outcome": "kept",
+        "key": key_of(pixels),
+        "split": split,
+        "mode": "L" if pixels.ndim == 2 else "RGB",
+        "width": width,
+        "height": height,
+        "total": values.sum(0).tolist(),
+        "squares": (values**2).sum(0).tolist(),
+    } | told
+
+
+def duplicate(of: dict[str, Any], source: str) -> dict[str, Any]:
+    """A record of a file with the pixels of a kept picture."""
+    return {"source": source, "source_sha256": "1" * 64, "outcome": "duplicate", "key": of["key"]}
+
+
+def quarantined(source: str, reason: str) -> dict[str, Any]:
+    """A record of a refused file."""
+    return {"source": source, "source_sha256": "2" * 64, "outcome": "quarantined", "reason": reason}
+
+
+@dataclass
+class BuiltDataset:
+    """A data set in ``folder`` that grows by ``version``."""
+
+    folder: Path
+    size: int
+    name: str = "built"
+    parts: list[Part] = field(default_factory=list)
+    manifest: Manifest | None = None
+
+    def version(self, *parts: Sequence[dict[str, Any]], change: str = "ingest") -> Manifest:
+        """Add a part for each list of records, and make the whole the current version."""
+        for rows in parts:
+            self.parts.append(self._part(len(self.parts), rows))
+        return self.write(change)
+
+    def replace(self, number: int, rows: Sequence[dict[str, Any]], change: str) -> Manifest:
+        """Write a part anew, take away what it was, and make the whole the current version."""
+        gone = self.parts[number]
+        self.parts[number] = self._part(number, rows)
+        for entry in (gone.shard, gone.records):
+            if entry is not None:
+                (self.folder / entry.name).unlink()
+        return self.write(change)
+
+    def write(self, change: str) -> Manifest:
+        """Make the parts as they are the current version."""
+        manifest = Manifest(
+            name=self.name,
+            parent=self.manifest.digest if self.manifest else None,
+            change=change,
+            content_digest=hashlib.sha256(repr(self.parts).encode()).hexdigest(),
+            storage=StorageConfig(size=self.size),
+            parts=list(self.parts),
+        )
+        write_manifest(self.folder, manifest)
+        self.manifest = manifest
+        return manifest
+
+    def _part(self, number: int, rows: Sequence[dict[str, Any]]) -> Part:
+        pictures = [row for row in rows if row["outcome"] == "kept"]
+        shard = io.BytesIO()
+        with tarfile.open(fileobj=shard, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for row in pictures:
+                png = io.BytesIO()
+                Image.fromarray(row["pixels"]).save(png, "PNG")
+                row["offset"], row["size"] = shard.tell() + tarfile.BLOCKSIZE, len(png.getvalue())
+                for name, data in (("png", png.getvalue()), ("json", json.dumps({"source": row["source"]}).encode())):
+                    member = tarfile.TarInfo(f"{row['key']}.{name}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        table = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist([dict.fromkeys(RECORDS.names) | row for row in rows], RECORDS), table)
+        train = [row for row in pictures if row["split"] == "train"]
+        total, squares = (
+            tuple(sum(np.broadcast_to(row[name], 3)[channel].item() for row in train) for channel in range(3))
+            for name in ("total", "squares")
+        )
+        return Part(
+            number=number,
+            records=self._file("records", number, "parquet", table.getvalue()),
+            shard=self._file("shards", number, "tar", shard.getvalue()) if pictures else None,
+            outcomes=Counter(row["outcome"] for row in rows),
+            splits=Counter(row["split"] for row in pictures),
+            classes=Counter(row["label"] for row in pictures if row.get("label") is not None),
+            modes=Counter(row["mode"] for row in pictures),
+            totals=Totals(pixels=len(train) * self.size**2, total=total, squares=squares),
+        )
+
+    def _file(self, kind: str, number: int, suffix: str, data: bytes) -> FileEntry:
+        digest = hashlib.sha256(data).hexdigest()
+        path = self.folder / kind / f"{number:05d}-{digest[:16]}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return FileEntry(name=str(path.relative_to(self.folder)), sha256=digest, bytes=len(data))

@@ -1,0 +1,59 @@
+"""Sources as tests look at them: all that they list, with what lies behind it."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from diffusion.data.config import IngestConfig
+from diffusion.data.pictures import Refused
+from diffusion.data.sources import open_source
+from diffusion.data.sources.base import Access, ObjectStore, Payload
+from tests.conftest import blob
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An entry, its locator and stamp aside, and its payload: bytes, a picture, or why there is none as text."""
+
+    name: str
+    label: str | None
+    caption: str | None
+    payload: bytes | Image.Image | str
+
+
+def access(scratch: Path, objects: ObjectStore | None = None, **fields: object) -> Access:
+    scratch.mkdir(exist_ok=True)
+    return Access(IngestConfig.model_validate({"size": 8} | fields), scratch, objects)
+
+
+def seen(uri: str | Path, given: Access) -> list[Seen]:
+    """Everything in the source: listed by one opening of it, read by another, as workers do."""
+    entries = list(open_source(str(uri), given).entries())
+    payloads = open_source(str(uri), given).read(entries)
+    return [Seen(e.source, e.label, e.caption, _plain(p)) for e, p in zip(entries, payloads, strict=True)]
+
+
+def payloads(uri: str | Path, given: Access) -> dict[str, bytes | Image.Image | str]:
+    return {each.name: each.payload for each in seen(uri, given)}
+
+
+def _plain(payload: Payload) -> bytes | Image.Image | str:
+    return str(payload) if isinstance(payload, Refused) else payload
+
+
+def png(number: int, size: int = 12) -> bytes:
+    """A picture unlike all others."""
+    buffer = io.BytesIO()
+    blob(number, size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_files(root: Path, files: Mapping[str, bytes]) -> Path:
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
