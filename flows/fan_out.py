@@ -19,7 +19,8 @@ def task_runner(config: IngestConfig) -> TaskRunner[Any]:
             from prefect_ray import RayTaskRunner
         except ImportError as error:
             raise UserError("ingest.runner=ray needs Ray: pip install 'darkroom[ray]', or use processes") from error
-        return RayTaskRunner()
+        ray: TaskRunner[Any] = RayTaskRunner()
+        return ray
     if config.runner == "processes":
         return ProcessPoolTaskRunner(max_workers=config.workers)
     return ThreadPoolTaskRunner(max_workers=config.workers)

@@ -110,7 +110,7 @@ def _prepare(chunk: Chunk, planned: list[Planned], writer: TarWriter) -> list[di
     for each, payload in zip(planned, payloads, strict=True):
         row = dict.fromkeys(PREPARED.names) | _about(each, payload)
         rows.append(row)
-        if row["outcome"] is not None:
+        if isinstance(payload, Refused) or row["outcome"] == "known":
             continue
         try:
             picture = prepare(payload, chunk.config)

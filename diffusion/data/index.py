@@ -116,10 +116,6 @@ class Index:
             if digest
         )
 
-    def removed(self) -> Iterator[str]:
-        """Keys and digests of what was taken down."""
-        return (row[0].hex() for row in self.database.execute("SELECT digest FROM removed ORDER BY digest"))
-
     def refusal(self, source: str, sha256: str) -> str | None:
         """Why the bytes of this name were refused; None if they were not."""
         found = self.database.execute(

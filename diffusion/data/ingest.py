@@ -8,7 +8,7 @@ import errno
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from itertools import islice
 from multiprocessing import get_context
@@ -21,7 +21,15 @@ from diffusion.config import Config
 from diffusion.data.chunks import Chunk, PreparedChunk, chunks_of, prepare_chunk
 from diffusion.data.config import IngestConfig
 from diffusion.data.index import Index
-from diffusion.data.manifest import RECORDS, Manifest, Part, Totals, read_manifest, require_whole, write_manifest
+from diffusion.data.manifest import (
+    Manifest,
+    Part,
+    Totals,
+    read_manifest,
+    read_records,
+    require_whole,
+    write_manifest,
+)
 from diffusion.data.merge import Merge, write_records
 from diffusion.data.plan import make_plan, origin_of
 from diffusion.data.sources import open_source
@@ -68,6 +76,13 @@ class IngestResult(Config):
     quarantined: list[Quarantined]
     """What stands refused in the data set's records; the first thousand."""
     quarantined_count: int
+
+
+class Pending(Protocol):
+    """A chunk that somebody prepares."""
+
+    def result(self) -> PreparedChunk:
+        """Wait for it; raises what went wrong."""
 
 
 class FanOut(Protocol):
@@ -169,7 +184,7 @@ def local_fan_out(config: IngestConfig) -> FanOut:
     return fan_out
 
 
-def in_order(futures: Iterator[Future[PreparedChunk]], ahead: int) -> Iterator[PreparedChunk]:
+def in_order(futures: Iterator[Pending], ahead: int) -> Iterator[PreparedChunk]:
     """The results of ``futures`` in their order, of which ``ahead`` are begun before the first is asked for."""
     begun = list(islice(futures, ahead))
     while begun:
@@ -227,7 +242,7 @@ def _merge(
         parts = [] if before is None or anew else list(before.parts)
         merge = Merge(folder, config, index, origin_of(config.source), parts)
         if anew:
-            _begin(merge)
+            _begin(merge, before)
         progress("pictures ingested", 0, planned)
         for chunk in prepared:
             merge.add(chunk)
@@ -251,28 +266,31 @@ def _merge(
     return after, merge
 
 
-def _begin(merge: Merge) -> None:
+def _begin(merge: Merge, before: Manifest | None) -> None:
     """A data set from nothing, which still refuses what was taken down from the one before."""
-    removed = list(merge.index.removed())
     merge.index.clear()
+    removed = [
+        row
+        for part in (before.parts if before else ())
+        if part.outcomes.get("removed")
+        for row in read_records(merge.folder, part).to_pylist()
+        if row["outcome"] == "removed"
+    ]
     if removed:
-        # In one column: a digest is refused whether it is that of a file or of its pixels.
-        taken = {"outcome": "removed", "reason": "taken down before", "source": "", "source_sha256": ""}
-        rows = [dict.fromkeys(RECORDS.names) | taken | {"key": digest} for digest in removed]
-        for row in rows:
+        for row in removed:
             merge.index.record(row)
-        records = write_records(merge.folder, 0, rows)
-        nothing = Part(
-            number=0,
-            records=records,
-            shard=None,
-            outcomes={"removed": len(rows)},
-            splits={},
-            classes={},
-            modes={},
-            totals=Totals(),
+        merge.parts.append(
+            Part(
+                number=0,
+                records=write_records(merge.folder, 0, removed),
+                shard=None,
+                outcomes={"removed": len(removed)},
+                splits={},
+                classes={},
+                modes={},
+                totals=Totals(),
+            )
         )
-        merge.parts.append(nothing)
 
 
 def _check(merge: Merge, config: IngestConfig) -> None:

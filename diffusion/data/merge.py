@@ -63,7 +63,7 @@ class Merge:
                 return False
             self.reasons[row["reason"]] += 1
         self.news[row["outcome"]] += 1
-        return row["outcome"] != "removed"
+        return bool(row["outcome"] != "removed")
 
     def _judge_picture(self, row: dict[str, Any]) -> None:
         there = self.index.sample(row["key"])

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,9 @@ from PIL import Image
 from diffusion.data.config import StorageConfig
 from diffusion.data.manifest import RECORDS, FileEntry, Manifest, Part, Totals, write_manifest
 
+Record: TypeAlias = dict[str, Any]
+"""A row of RECORDS; those of kept pictures have them under ``pixels``."""
+
 
 def key_of(pixels: np.ndarray) -> str:
     """The key of a picture, (H, W) or (H, W, 3) uint8."""
@@ -26,7 +29,7 @@ def key_of(pixels: np.ndarray) -> str:
     return hashlib.sha256(header + pixels.tobytes()).hexdigest()
 
 
-def kept(pixels: np.ndarray, source: str, split: str = "train", **told: Any) -> dict[str, Any]:
+def kept(pixels: np.ndarray, source: str, split: str = "train", **told: Any) -> Record:
     """A record of a kept picture, with its pixels under ``pixels``."""
     values = pixels.reshape(-1, 1 if pixels.ndim == 2 else 3).astype(np.int64)
     height, width = pixels.shape[:2]
@@ -45,12 +48,12 @@ def kept(pixels: np.ndarray, source: str, split: str = "train", **told: Any) -> 
     } | told
 
 
-def duplicate(of: dict[str, Any], source: str) -> dict[str, Any]:
+def duplicate(of: Record, source: str) -> Record:
     """A record of a file with the pixels of a kept picture."""
     return {"source": source, "source_sha256": "1" * 64, "outcome": "duplicate", "key": of["key"]}
 
 
-def quarantined(source: str, reason: str) -> dict[str, Any]:
+def quarantined(source: str, reason: str) -> Record:
     """A record of a refused file."""
     return {"source": source, "source_sha256": "2" * 64, "outcome": "quarantined", "reason": reason}
 
@@ -65,13 +68,13 @@ class BuiltDataset:
     parts: list[Part] = field(default_factory=list)
     manifest: Manifest | None = None
 
-    def version(self, *parts: Sequence[dict[str, Any]], change: str = "ingest") -> Manifest:
+    def version(self, *parts: Sequence[Record], change: str = "ingest") -> Manifest:
         """Add a part for each list of records, and make the whole the current version."""
         for rows in parts:
             self.parts.append(self._part(len(self.parts), rows))
         return self.write(change)
 
-    def replace(self, number: int, rows: Sequence[dict[str, Any]], change: str) -> Manifest:
+    def replace(self, number: int, rows: Sequence[Record], change: str) -> Manifest:
         """Write a part anew, take away what it was, and make the whole the current version."""
         gone = self.parts[number]
         self.parts[number] = self._part(number, rows)
@@ -94,7 +97,7 @@ class BuiltDataset:
         self.manifest = manifest
         return manifest
 
-    def _part(self, number: int, rows: Sequence[dict[str, Any]]) -> Part:
+    def _part(self, number: int, rows: Sequence[Record]) -> Part:
         pictures = [row for row in rows if row["outcome"] == "kept"]
         shard = io.BytesIO()
         with tarfile.open(fileobj=shard, mode="w", format=tarfile.USTAR_FORMAT) as tar:

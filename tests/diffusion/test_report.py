@@ -1,7 +1,6 @@
 """The report: one page that shows what was measured, and needs nothing but itself."""
 
 import base64
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,12 @@ from diffusion.config_sampling import SamplingConfig
 from diffusion.evaluation.charts import read_losses
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.metrics import Scores
-from diffusion.evaluation.report import Sheets, findings, plain, with_error, write_report
+from diffusion.evaluation.pages import plain, with_error
+from diffusion.evaluation.report import Sheets, findings, write_report
 from diffusion.evaluation.results import Conditions, Evaluation, Judged
 from diffusion.fingerprint import fingerprint
 from diffusion.grids import grid, png_bytes
+from tests.diffusion.html_pages import Page
 
 
 def scores(kid: float, kid_se: float = 0.02, fd: float = 123.4, samples: int = 500) -> Scores:
@@ -67,36 +68,6 @@ def pictures(seed: int) -> Tensor:
 def sheets_for(evaluation: Evaluation) -> Sheets:
     drawn = {each.sha256: pictures(number) for number, each in enumerate(evaluation.checkpoints)}
     return Sheets(real=pictures(99), drawn=drawn)
-
-
-class Page(HTMLParser):
-    """Addresses and text of a page; fails on tags that do not close in order."""
-
-    VOID = ("meta", "img", "source", "br", "wbr", "link")
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.addresses: list[str] = []
-        self.words: list[str] = []
-        self.open: list[str] = []
-        self.feed(html)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "srcset", "href", "action")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self.words).split())
 
 
 @pytest.fixture

@@ -126,7 +126,8 @@ def histogram(tones: Tones) -> Histogram:
     means = {split: mean for split in shares if (mean := tones.mean(split)) is not None}
     ticks = [Tick(100 * n / 4, f"{tones.high * n / 4:g}") for n in range(5)]
     edges = np.linspace(0, 100, BINS + 1)
-    return Histogram(tones.name, {split: _steps(edges, share / highest) for split, share in shares.items()}, means, ticks)
+    outlines = {split: _steps(edges, share / highest) for split, share in shares.items()}
+    return Histogram(tones.name, outlines, means, ticks)
 
 
 def chance_chart(chances: np.ndarray, kid: float) -> ChanceChart:

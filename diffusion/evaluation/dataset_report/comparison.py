@@ -1,7 +1,7 @@
 """The pictures that the current version of a data set adds, beside those of its parent."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.dataset_report.drift import Drift, drift
 from diffusion.evaluation.dataset_report.gallery import PER_CLASS, Plate, pieces, sheet, thumbnails
 from diffusion.evaluation.features import Extractor, make_extractor
-from diffusion.evaluation.pages import count, signed
+from diffusion.evaluation.pages import counted, signed
 from diffusion.progress import Progress, silent
 from diffusion.random import permutation
 
@@ -90,17 +90,23 @@ def compare(dataset: Dataset, parent: Manifest | None, progress: Progress = sile
         rows[permutation(0, f"dataset report/{name}", 0, len(rows))]
         for name, rows in (("added", newcomers), ("parent", residents))
     )
-    plates = [_plate(dataset, rows) for rows in (chosen, others)]
+    some = Comparison(
+        verdict=_too_few(len(chosen), len(others)),
+        added=len(chosen),
+        newcomers=_plate(dataset, chosen),
+        residents=_plate(dataset, others),
+    )
     compared = min(MOST, len(chosen), len(others) // 2)
     if compared < FEWEST:
-        return Comparison(_too_few(len(chosen), len(others)), len(chosen), None, None, *plates)
+        return some
     extractor = make_extractor(EvaluationConfig())
     features = _features(dataset, np.concatenate([chosen[:compared], others[: 2 * compared]]), extractor, progress)
-    added, reference, rest = features.split(compared)
+    added, reference, rest = torch.split(features, compared)
     found, chances = drift(added, reference, rest, extractor.name)
     nearest = (added @ torch.cat([reference, rest]).T).amax(1)
     strangers = chosen[nearest.argsort(stable=True)[:SHOWN].numpy()]
-    return Comparison(verdict(found), len(chosen), found, chances, *plates, _plate(dataset, strangers, SHOWN))
+    plate = _plate(dataset, strangers, SHOWN)
+    return replace(some, verdict=verdict(found), drift=found, chances=chances, strangers=plate)
 
 
 def divide(dataset: Dataset, parent: Manifest) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +136,7 @@ def _too_few(added: int, parent: int) -> str:
     if added < FEWEST:
         what = "Only 1 picture was" if added == 1 else f"Only {added} pictures were"
         return f"{what} added: too few to tell whether they differ from the parent's."
-    return f"The parent had only {count(parent)} of the pictures: too few to tell whether the new ones differ from them."
+    return f"The parent had only {counted(parent, 'picture')}: too few to tell whether the new ones differ from them."
 
 
 def _kept_keys(folder: Path, parts: list[Part]) -> pa.Array:

@@ -17,6 +17,8 @@ from diffusion.random import permutation
 
 SAMPLE = 2000
 """Pictures that the mean is taken of, at most."""
+CLASS_SAMPLE = 200
+"""The same of a class."""
 SIDE = 64
 """Height and width, in pixels, to which larger pictures are reduced."""
 PIECE_BYTES = 2**26
@@ -68,7 +70,7 @@ def gallery(dataset: Dataset, captioned: bool) -> Gallery:
     return Gallery(
         sampled=len(sample),
         mean=sheet(_mean(pictures), 1),
-        class_means=_class_means(dataset, sample, pictures, classes[:CLASS_MEANS]),
+        class_means=_class_means(dataset, order, classes[:CLASS_MEANS]),
         sheet=None if counts.total() == len(dataset) else Plate("", len(shown), sheet(shown, 2 * PER_CLASS)),
         classes=_class_samples(dataset, order, classes),
         captions=list(islice(captions, CAPTIONS)),
@@ -103,10 +105,11 @@ def _mean(pictures: Tensor) -> Tensor:
     return pictures.double().mean(0, keepdim=True).round().to(torch.uint8)
 
 
-def _class_means(dataset: Dataset, rows: np.ndarray, pictures: Tensor, classes: Sequence[str]) -> list[Plate]:
-    numbers = dataset.classes(rows, classes)
-    members = [(name, pictures[numbers == number]) for number, name in enumerate(classes)]
-    return [Plate(name, len(each), sheet(_mean(each), 1)) for name, each in members if len(each)]
+def _class_means(dataset: Dataset, order: np.ndarray, classes: Sequence[str]) -> list[Plate]:
+    """Means over the first pictures of each class in a given order of the rows."""
+    numbers = dataset.classes(order, classes).numpy()
+    rows = [(name, order[numbers == number][:CLASS_SAMPLE]) for number, name in enumerate(classes)]
+    return [Plate(name, len(each), sheet(_mean(thumbnails(dataset, each)), 1)) for name, each in rows]
 
 
 def _class_samples(dataset: Dataset, order: np.ndarray, classes: Sequence[str]) -> list[Plate]:

@@ -30,14 +30,11 @@ from diffusion.progress import Progress, silent
 
 VERSIONS = 30
 """Rows of the table of versions."""
-COPIED = 6
-"""Pictures shown of those that came most often."""
 GROUPS = 6
 """Groups of near-copies shown, the largest ones."""
 GROUP_MEMBERS = 16
 """Pictures shown of each."""
 REASONS = 20
-REFUSALS = 500
 SIZES = 8
 NAMES = 8
 """Classes named in a sentence."""
@@ -57,7 +54,8 @@ def write_dataset_report(folder: Path, output: Path, progress: Progress = silent
     Equal versions give equal pages. Raises UserError, naming the file, if anything of the version is missing or
     damaged.
     """
-    with closing(Dataset.open(folder)) as dataset:
+    # Few pictures are looked at, and no more than once or twice.
+    with closing(Dataset.open(folder, cache_bytes=0)) as dataset:
         return _write(dataset, output, progress)
 
 
@@ -66,7 +64,7 @@ def _write(dataset: Dataset, output: Path, progress: Progress) -> DatasetSummary
     line = versions(folder)
     next(line)
     parent = next(line, None)
-    found = survey(folder, manifest, COPIED, progress)
+    found = survey(folder, manifest, progress)
     comparison = compare(dataset, parent, progress)
     told = None if parent is None else news(manifest, parent)
     summary = _summary(manifest, parent, found, comparison)
@@ -91,7 +89,7 @@ def _write(dataset: Dataset, output: Path, progress: Progress) -> DatasetSummary
         groups=[_group(dataset, keys) for keys in found.groups[:GROUPS]],
         reasons=found.reasons[:REASONS],
         other_reasons=found.reasons[REASONS:],
-        refusals=list(islice(found.refused.items(), REFUSALS)),
+        refusals=found.refusals,
         history=history[:VERSIONS],
         older=len(history) > VERSIONS,
     )
@@ -111,9 +109,10 @@ def findings(summary: DatasetSummary, found: Survey, told: News | None) -> list[
     if found.refused:
         tried = summary.kept + summary.duplicates + summary.quarantined
         leading = found.reasons[0]
+        most = "all" if leading.count == found.refused else count(leading.count)
         said.append(
             f"{share(summary.quarantined, tried)} of all files stand in quarantine ({count(summary.quarantined)}), "
-            f"{count(leading.count)} for this reason: {leading.kind}."
+            f"{most} for this reason: {leading.kind}."
         )
     return said
 
@@ -154,7 +153,7 @@ def _summary(manifest: Manifest, parent: Manifest | None, found: Survey, compari
         lost=None if parent is None or added is None else parent.kept + added - manifest.kept,
         duplicates=outcomes["duplicate"],
         contradicted=found.contradicted,
-        quarantined=len(found.refused),
+        quarantined=found.refused,
         removed=outcomes["removed"],
         near_groups=len(found.groups) if found.hashed else None,
         near_copies=sum(len(keys) for keys in found.groups) if found.hashed else None,

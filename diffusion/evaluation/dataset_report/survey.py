@@ -11,10 +11,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffusion.data.manifest import Manifest, Split, read_records
+from diffusion.data.refusals import Refusal, standing
 from diffusion.progress import Progress, silent
 
 BINS = 32
 """Of every histogram."""
+COPIED = 6
+"""Pictures told of that came more than once."""
+REFUSALS = 500
+"""Refused entries told of one by one."""
 SOURCES = 2
 """Names given as examples."""
 LUMA = np.array([0.299, 0.587, 0.114])
@@ -80,7 +85,7 @@ class Reason:
     kind: str
     count: int
     sources: tuple[str, ...]
-    """The first few of them."""
+    """Some of them."""
 
 
 @dataclass
@@ -94,24 +99,19 @@ class Survey:
     tones: list[Tones] = field(default_factory=list)
     """Of the kept pictures as stored."""
     copied: list[Copied] = field(default_factory=list)
-    """The pictures that came most often, at most as many as were asked for."""
+    """The pictures that came most often."""
     contradicted: int = 0
     """Duplicates with another label or caption than the picture that is kept."""
     hashed: int = 0
     """Kept pictures that were compared with those before them to find near-copies."""
     groups: list[list[str]] = field(default_factory=list)
     """Keys of kept near-copies of one another, two and more, largest group first."""
-    refused: dict[str, str] = field(default_factory=dict)
-    """Reason by source, of all that stands in quarantine, in the order of reading."""
-
-    @property
-    def reasons(self) -> list[Reason]:
-        """Why entries were refused, without what is different every time; most frequent first."""
-        sources: dict[str, list[str]] = {}
-        for source, reason in self.refused.items():
-            sources.setdefault(kind_of(reason), []).append(source)
-        found = [Reason(kind, len(names), tuple(names[:SOURCES])) for kind, names in sources.items()]
-        return sorted(found, key=lambda reason: (-reason.count, reason.kind))
+    refused: int = 0
+    """Entries that stand refused."""
+    refusals: list[Refusal] = field(default_factory=list)
+    """The first of them, by name."""
+    reasons: list[Reason] = field(default_factory=list)
+    """Why they were refused, most frequent first."""
 
 
 def kind_of(reason: str) -> str:
@@ -119,11 +119,10 @@ def kind_of(reason: str) -> str:
     return VARIABLE.sub("…", reason)
 
 
-def survey(folder: Path, manifest: Manifest, shown: int, progress: Progress = silent) -> Survey:
+def survey(folder: Path, manifest: Manifest, progress: Progress = silent) -> Survey:
     """Read the records of ``manifest``, a version of the data set in ``folder``.
 
-    ``shown``: of how many pictures that came more than once the sources are wanted. Raises UserError if a table is
-    missing or damaged.
+    Raises UserError if a table is missing or damaged.
     """
     names = ("brightness", "contrast") + (("red", "green", "blue") if manifest.channels == 3 else ())
     found = Survey(tones=[Tones(name, 128.0 if name == "contrast" else 256.0) for name in names])
@@ -132,7 +131,6 @@ def survey(folder: Path, manifest: Manifest, shown: int, progress: Progress = si
     for number, part in enumerate(manifest.parts):
         progress("records read", number, len(manifest.parts))
         table = read_records(folder, part, COLUMNS).combine_chunks()
-        _update_refused(found.refused, table)
         duplicates = table.filter(pc.field("outcome") == "duplicate")
         copies.append(duplicates["key"])
         found.contradicted += len(duplicates) - duplicates["reason"].null_count
@@ -143,19 +141,11 @@ def survey(folder: Path, manifest: Manifest, shown: int, progress: Progress = si
             found.hashed += len(kept) - kept["phash"].null_count
             _add_tones(found.tones, kept, manifest.size**2)
             edges.append(_edges(kept))
-    found.copied = _copied(folder, manifest, copies, shown)
+    found.copied = _copied(folder, manifest, copies)
     found.groups = _groups(folder, manifest, edges)
+    _add_refusals(found, folder, manifest)
     progress("records read", len(manifest.parts), len(manifest.parts))
     return found
-
-
-def _update_refused(refused: dict[str, str], table: pa.Table) -> None:
-    """What was refused under a name stands until something else is heard of that name."""
-    columns = (table[name].to_pylist() for name in ("source", "outcome", "reason"))
-    for source, outcome, reason in zip(*columns, strict=True):
-        refused.pop(source, None)
-        if outcome == "quarantined":
-            refused[source] = reason
 
 
 def _sizes(kept: pa.Table) -> dict[tuple[int, int], int]:
@@ -184,12 +174,28 @@ def _per_channel(kept: pa.Table, name: str) -> np.ndarray:
     return sums
 
 
-def _copied(folder: Path, manifest: Manifest, copies: list[pa.ChunkedArray], shown: int) -> list[Copied]:
+def _add_refusals(found: Survey, folder: Path, manifest: Manifest) -> None:
+    (quarantine,) = standing([manifest], lambda part, columns: read_records(folder, part, columns), REFUSALS)
+    assert quarantine is not None  # no table is missed in silence
+    counts: Counter[str] = Counter()
+    for reason in quarantine.reasons:
+        counts[kind_of(reason.reason)] += reason.count
+    sources: dict[str, list[str]] = {}
+    for refusal in quarantine.samples:
+        sources.setdefault(kind_of(refusal.reason), []).append(refusal.source)
+    found.refused, found.refusals = quarantine.count, quarantine.samples
+    found.reasons = [
+        Reason(kind, count, tuple(sources.get(kind, ())[:SOURCES]))
+        for kind, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    ]
+
+
+def _copied(folder: Path, manifest: Manifest, copies: list[pa.ChunkedArray]) -> list[Copied]:
     counted = pc.value_counts(pa.chunked_array([chunk for each in copies for chunk in each.chunks], pa.string()))
     table = pa.table({"key": counted.field("values"), "count": counted.field("counts")})
     if not table.num_rows:
         return []
-    leading = table.sort_by([("count", "descending"), ("key", "ascending")]).slice(0, shown).to_pylist()
+    leading = table.sort_by([("count", "descending"), ("key", "ascending")]).slice(0, COPIED).to_pylist()
     sources: dict[str, list[str]] = {row["key"]: [] for row in leading}
     kept: dict[str, str] = {}
     for part in manifest.parts:
