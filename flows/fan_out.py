@@ -5,9 +5,10 @@ from typing import Any
 
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
+from diffusion.data.ahead import in_order
 from diffusion.data.chunks import Chunk, PreparedChunk
 from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import FanOut, in_order
+from diffusion.data.ingest import FanOut
 from diffusion.errors import UserError
 from flows.steps import step
 

@@ -1,12 +1,17 @@
-"""The flow ``ingest``: pictures in, a data set recorded in DVC and pushed to S3 out."""
+"""The flow ``ingest``: pictures in, a data set recorded in DVC, pushed to S3 and described on a page out."""
+
+from pathlib import Path
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
+from prefect.logging import get_run_logger
 
 from diffusion.config import Config
 from diffusion.data.ingest import IngestResult, Rebuild
 from diffusion.data.ingest import ingest as ingest_pictures
-from flows import environment, lineage
+from flows import catalogue, lineage
+from flows.dataset_page import dataset_page
+from flows.environment import data_source
 from flows.fan_out import prefect_fan_out, task_runner
 from flows.lineage import DataVersion
 from flows.params import Params
@@ -20,13 +25,32 @@ class Ingested(Config):
 
     result: IngestResult
     version: DataVersion
+    report: Path
+    """The page on it."""
 
 
 @flow(name="ingest", flow_run_name="ingest-{params.training.dataset}")
 def ingest(params: Params, requeue: bool = False, rebuild: Rebuild = "never") -> Ingested:
-    """Add what is new in ``ingest.source`` to the data set ``training.dataset``; record and push its version."""
+    """Add what is new in ``ingest.source`` to the data set ``training.dataset``; record, push and describe it."""
+    mend(params)
     result = make_dataset.with_options(task_runner=task_runner(params.ingest))(params, requeue, rebuild)
-    return Ingested(result=result, version=record(params, result))
+    version = record(params)
+    return Ingested(result=result, version=version, report=describe(params, version))
+
+
+@step
+def mend(params: Params) -> None:
+    """Get back from DVC what is missing or damaged of the data set that is there, and hear of takedowns elsewhere."""
+    log = get_run_logger()
+    for name in lineage.restore_data(params.dataset_folder, data_source()):
+        log.warning("%s was missing or damaged, and is whole again", params.dataset_folder / name)
+    for removal in catalogue.learn_removals(params.dataset_folder, data_source()):
+        log.warning(
+            "this version holds pictures taken down since (%s): darkroom data checkout %s --dataset %s",
+            removal.reason,
+            removal.version[:12],
+            params.training.dataset,
+        )
 
 
 @flow(name="make dataset")
@@ -44,14 +68,21 @@ def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResul
 
 
 @step
-def record(params: Params, result: IngestResult) -> DataVersion:
-    """Commit the data set to DVC, push it to the bucket, and say on the run what was made."""
-    version = lineage.record_data(params.dataset_folder, environment.data_source())
-    refused = "".join(f"\n| {each.source} | {each.reason} |" for each in result.quarantined[:100])
-    create_markdown_artifact(
-        f"**{result.dataset}**: {result.kept} pictures, {result.duplicates} duplicates, "
-        f"{result.quarantined_count} refused\n\ncontent `{result.content_digest}`\n\nDVC `{version.digest}`"
-        + (f"\n\n| refused | why |\n|---|---|{refused}" if refused else ""),
-        key="dataset",
-    )
+def record(params: Params) -> DataVersion:
+    """Commit the data set to DVC, push it to the bucket, and enter its version in the catalogue there."""
+    version = lineage.record_data(params.dataset_folder, data_source())
+    catalogue.publish(params.dataset_folder, version.digest, data_source())
     return version
+
+
+@step
+def describe(params: Params, version: DataVersion) -> Path:
+    """Make the page on this version, and say on the run what is in it; returns where the page lies."""
+    page = dataset_page(params)
+    place = catalogue.publish_page(params.dataset_folder, page.html, data_source())
+    create_markdown_artifact(
+        f"{page.summary.markdown()}\nDVC `{version.digest}`, page `{place}`",
+        key="dataset",
+        description=page.summary.verdict,
+    )
+    return page.html

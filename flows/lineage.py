@@ -1,14 +1,20 @@
 """Which code and which data version a run stands on: git's commit and DVC's digest."""
 
 import subprocess
+from hashlib import md5
 from pathlib import Path
 
 from botocore.exceptions import BotoCoreError
 from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.repo import Repo
+from filelock import FileLock
 
 from diffusion.config import Config
+from diffusion.data.ingest import work_folder
+from diffusion.data.manifest import read_manifest
 from diffusion.errors import DarkroomError
+from flows.dvc_files import Cache
+from flows.kept_files import KeptFiles, is_whole, needed_files
 
 INGEST_STAGE = "ingest"
 
@@ -79,16 +85,63 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
 
 
 def data_version(folder: Path) -> DataVersion | None:
-    """What DVC has on record for the data set in ``folder``; None if nothing."""
+    """What DVC has on record for the version of the data set in ``folder``; None if nothing, or only another one."""
     try:
         with Repo() as repo:
-            for output in repo.index.outs:
-                if Path(output.fs_path) == folder.resolve() and output.hash_info:
-                    pointer = Path(output.stage.path).name
-                    name = "dvc.lock" if pointer == "dvc.yaml" else Path(output.stage.relpath).as_posix()
-                    return DataVersion(digest=output.hash_info.value, pointer=name, pushed=False)
+            recorded = _recorded(repo, folder)
+            cache = Cache(Path(repo.cache.local.path))
     except NotDvcRepoError:
         return None
+    path = folder / "manifest.json"
+    manifest = md5(path.read_bytes(), usedforsecurity=False).hexdigest() if path.is_file() else None
+    if recorded is not None:
+        listing = cache.listing(recorded.digest)
+        # A cache that was emptied tells nothing against the record.
+        if listing is None or listing.get(path.name) == manifest:
+            return recorded
+    # A checkout of the tables alone leaves DVC's record of the folder as it was.
+    found = (name for name, listing in cache.listings() if manifest and listing.get(path.name) == manifest)
+    for name in found:
+        return DataVersion(digest=name, pointer=f"datasets/{folder.name}", pushed=False)
+    return None
+
+
+def restore_data(folder: Path, source: str) -> list[str]:
+    """Mend the current version of the data set in ``folder`` from DVC's cache, or from its remote ``source``.
+
+    Returns the names of the files that were missing, cut or damaged and are whole again. What neither has is left as
+    it is, for ingest to name. Takes turns with ingests. Raises UserError if the manifest is damaged, or a file is
+    damaged on the remote as well.
+    """
+    if not (folder / "manifest.json").is_file():
+        return []
+    with FileLock(work_folder(folder) / "lock"):
+        version = read_manifest(folder)
+        recorded = data_version(folder)
+        kept = KeptFiles(folder.name, source, recorded.digest if recorded else None)
+        return [
+            name
+            for name, sha256 in needed_files(folder, version)
+            if _doubtful(folder, name) and not is_whole(folder / name, sha256)
+            if kept.write(version.digest, name, sha256, folder / name)
+        ]
+
+
+def _doubtful(folder: Path, name: str) -> bool:
+    """Whether a file has to be read to be trusted: the manifest is written last, so what it names is older.
+
+    A shard that decayed without being touched is found by whoever reads it first, as all of them are verified then.
+    """
+    path = folder / name
+    return not path.is_file() or path.stat().st_mtime_ns >= (folder / "manifest.json").stat().st_mtime_ns
+
+
+def _recorded(repo: Repo, folder: Path) -> DataVersion | None:
+    for output in repo.index.outs:
+        if Path(output.fs_path) == folder.resolve() and output.hash_info:
+            pointer = Path(output.stage.path).name
+            name = "dvc.lock" if pointer == "dvc.yaml" else Path(output.stage.relpath).as_posix()
+            return DataVersion(digest=output.hash_info.value, pointer=name, pushed=False)
     return None
 
 

@@ -15,6 +15,7 @@ from diffusion.evaluation.results import Evaluation, Judged
 from diffusion.files import sha256_file
 from diffusion.model import export, read_header
 from flows import registry
+from flows.derived import TAKEDOWN, takedowns
 from flows.environment import settings
 from flows.evaluate import tracker_of
 from flows.params import Params
@@ -57,7 +58,13 @@ def register(params: Params, evaluation: Evaluation) -> Version:
     run = tracker.client.get_run(tracker.run_id)
     tags = {
         name: run.data.tags.get(name)
-        for name in ("darkroom.content_digest", "darkroom.dvc_digest", "darkroom.dataset", "darkroom.git_dirty")
+        for name in (
+            "darkroom.content_digest",
+            "darkroom.dvc_digest",
+            "darkroom.dataset",
+            "darkroom.git_dirty",
+            TAKEDOWN,
+        )
     } | {
         "darkroom.run_id": tracker.run_id,
         "darkroom.git_commit": run.data.tags.get("mlflow.source.git.commit"),
@@ -141,7 +148,8 @@ def _record(client: MlflowClient, verdict: Verdict, evaluation: Evaluation) -> N
     client.set_model_version_tag(name, number, "darkroom.eval_key", evaluation.eval_key)
     if verdict.reason != "it is the champion already":
         client.set_model_version_tag(name, number, "darkroom.gate", verdict.reason)
-        client.update_model_version(name, number, description=verdict.reason)
+        description = "\n\n".join(filter(None, (verdict.reason, takedowns(version))))
+        client.update_model_version(name, number, description=description)
         client.set_registered_model_alias(name, CHAMPION if verdict.promoted else CHALLENGER, number)
         if verdict.promoted and number == client.get_registered_model(name).aliases.get(CHALLENGER):
             client.delete_registered_model_alias(name, CHALLENGER)

@@ -193,14 +193,21 @@ class Store:
             return _retrying(is_broken_read)(lambda: self.client.get_object(Bucket=bucket, Key=key)["Body"].read())
 
     def fetch(self, bucket: str, key: str, path: Path) -> None:
-        """Write an object over what is at ``path``, a megabyte at a time, checked as by ``get``; raises Missing."""
+        """Write an object over what is at ``path``, a megabyte at a time, checked as by ``get``; raises Missing.
+
+        No part of it is left there after an error.
+        """
 
         def fetch() -> None:
             with path.open("wb") as file:
                 shutil.copyfileobj(self.client.get_object(Bucket=bucket, Key=key)["Body"], file, 2**20)
 
-        with self._in_words(bucket, key):
-            _retrying(is_broken_read)(fetch)
+        try:
+            with self._in_words(bucket, key):
+                _retrying(is_broken_read)(fetch)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
     def download(self, bucket: str, key: str, path: Path) -> str:
         """``fetch`` it, whole or not at all; returns the SHA-256 of what came."""

@@ -20,6 +20,7 @@ from diffusion.grids import grid, save_png
 from diffusion.model import load_model
 from diffusion.sampling import sample as draw
 from flows import environment, prints, registry
+from flows.derived import warn_of_takedown
 from flows.params import Params
 from flows.prints import Batch
 from flows.progress import reporter
@@ -75,6 +76,7 @@ def sample(params: Params, model: str, count: int, seed: int = 0, to: str | None
 def fetch(model: str) -> tuple[Version, Path]:
     """The version that ``model`` names now, and its weights as a local file."""
     version = registry.resolve(MlflowClient(), model)
+    warn_of_takedown(version)
     return version, registry.fetch_weights(version, environment.settings().folder / "models")
 
 

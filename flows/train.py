@@ -8,13 +8,15 @@ from prefect import flow
 from diffusion.config import Config
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.training.history import read_rows
-from diffusion.training.run import identity_fields, train_key
+from diffusion.training.run import data_digest, identity_fields, train_key
 from diffusion.training.train import Restart, TrainResult, discard
 from diffusion.training.train import train as train_model
 from flows import lineage
+from flows.dataset_page import page_at_hand
 from flows.environment import data_source
 from flows.params import Params, flattened
 from flows.progress import reporter
+from flows.remote_shards import RemoteShards
 from flows.steps import step
 from flows.tracking import RunTracker, find_run, open_run
 
@@ -62,6 +64,7 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
             track,
             reporter(),
             restart,
+            RemoteShards(params.dataset_folder, data_source()) if params.training.stream_bytes is not None else None,
         )
     except BaseException:
         for tracker in opened:
@@ -89,7 +92,7 @@ def _recorded(params: Params, manifest: Manifest, result: TrainResult) -> RunTra
 
 
 def _open(params: Params, manifest: Manifest, anew: bool) -> RunTracker:
-    key = train_key(manifest.content_digest, params.model, params.training)
+    key = train_key(data_digest(manifest, params.training), params.model, params.training)
     parameters = flattened(
         {"model": params.model.model_dump(mode="json"), "training": identity_fields(params.training)}
     )
@@ -105,4 +108,7 @@ def _open(params: Params, manifest: Manifest, anew: bool) -> RunTracker:
     )
     tracker.client.log_text(tracker.run_id, params.model_dump_json(indent=2), "params.json")
     tracker.log_file(params.dataset_folder / "manifest.json", "dataset")
+    if page := page_at_hand(params):
+        tracker.log_file(page.html, "dataset")
+        tracker.log_metrics(page.summary.metrics(), images=0)
     return tracker

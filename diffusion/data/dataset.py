@@ -31,7 +31,7 @@ Rows: TypeAlias = Sequence[int] | np.ndarray
 
 @dataclass(frozen=True)
 class _Table:
-    """What is known of the kept pictures, sorted by key: some 50 bytes for each."""
+    """What is known of the kept pictures, sorted by key: 57 bytes for each."""
 
     keys: np.ndarray
     """(N,) of 32 bytes."""
@@ -46,7 +46,7 @@ class _Table:
     sizes: np.ndarray
     """(N,) int32."""
     read: np.ndarray
-    """(N,) int64, how many kept pictures come before this one in the records."""
+    """(N,) int32, how many kept pictures come before this one in the records."""
 
 
 class Dataset:
@@ -194,7 +194,7 @@ def _read_table(folder: Path, manifest: Manifest) -> _Table:
         columns["sizes"].append(table["size"].to_numpy().astype(np.int32))
     whole = {name: np.concatenate(pieces) for name, pieces in columns.items()}
     order = np.argsort(whole["keys"])
-    return _Table(**{name: column[order] for name, column in whole.items()}, read=order)
+    return _Table(**{name: column[order] for name, column in whole.items()}, read=order.astype(np.int32))
 
 
 def _codes(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:

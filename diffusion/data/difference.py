@@ -194,7 +194,7 @@ class _Comparison:
         return Refusals(count=self._count(query), samples=samples)
 
     def _count(self, query: str, values: Mapping[str, str] = NOTHING) -> int:
-        (count,) = self.database.execute(f"SELECT count(*) FROM ({query})", values).fetchone()
+        (count,) = self.database.execute(f"SELECT count(*) FROM ({query})", dict(values)).fetchone()
         return int(count)
 
     def _first(self, query: str, order: str, values: Mapping[str, str] = NOTHING) -> Iterable[tuple[Any, ...]]:

@@ -18,6 +18,7 @@ from diffusion.data.digest import digest_of_samples, sample_digest
 from diffusion.data.manifest import Manifest, Part, read_records
 from diffusion.data.near import SCHEMA as NEAR_SCHEMA
 from diffusion.data.near import NearCopies
+from diffusion.data.removals import removals
 from diffusion.files import digest_of
 
 SCHEMA = """
@@ -43,8 +44,8 @@ class Index:
         self.near_distance = near
         self.database = _open(path)
         self.near = NearCopies(self.database, near) if near is not None else None
-        state = digest_of([FORMAT, manifest.digest if manifest else None, near])
-        if self.database.execute("SELECT value FROM meta WHERE name = 'state'").fetchone() != (state,):
+        self._removals = removals(path.parent)
+        if self.database.execute("SELECT value FROM meta WHERE name = 'state'").fetchone() != (self._state(manifest),):
             with self.transaction():
                 self.clear()
                 for part in manifest.parts if manifest else ():
@@ -63,14 +64,19 @@ class Index:
         self.database.execute("COMMIT")
 
     def clear(self) -> None:
-        """Forget all but the stamps."""
+        """Forget all but the stamps, and what this machine knows to have been taken down."""
         for table in FROM_THE_TABLES:
             self.database.execute(f"DELETE FROM {table}")
+        for removal in self._removals:
+            self._refuse(*removal.picture_keys, *removal.digests)
 
     def stands_for(self, manifest: Manifest | None) -> None:
         """Say of which version this is the index."""
-        state = digest_of([FORMAT, manifest.digest if manifest else None, self.near_distance])
-        self.database.execute("INSERT OR REPLACE INTO meta VALUES ('state', ?)", (state,))
+        self.database.execute("INSERT OR REPLACE INTO meta VALUES ('state', ?)", (self._state(manifest),))
+
+    def _state(self, manifest: Manifest | None) -> str:
+        known = sorted(removal.name for removal in self._removals)
+        return digest_of([FORMAT, manifest.digest if manifest else None, self.near_distance, known])
 
     def close(self) -> None:
         """Close the database."""
@@ -85,8 +91,7 @@ class Index:
         """Take in a row of RECORDS."""
         sha256 = bytes.fromhex(row["source_sha256"])
         if row["outcome"] == "removed":
-            digests = [(sha256,), (bytes.fromhex(row["key"]),)]
-            self.database.executemany("INSERT OR IGNORE INTO removed VALUES (?)", [d for d in digests if d[0]])
+            self._refuse(row["source_sha256"], row["key"])
             return
         # The last that is heard of a name counts: what was refused under it is done with.
         self.database.execute("DELETE FROM records WHERE source = ? AND outcome = 'quarantined'", (row["source"],))
@@ -140,6 +145,11 @@ class Index:
         """The content digest of all samples, stored as ``manifest`` says."""
         rows = self.database.execute("SELECT digest FROM samples ORDER BY key")
         return digest_of_samples(manifest.storage, (row[0] for row in rows))
+
+    def _refuse(self, *digests: str) -> None:
+        """Take no picture with one of these keys or digests any more."""
+        found = [(bytes.fromhex(digest),) for digest in digests if digest]
+        self.database.executemany("INSERT OR IGNORE INTO removed VALUES (?)", found)
 
     def _read(self, folder: Path, part: Part) -> None:
         rows = read_records(folder, part).to_pylist()

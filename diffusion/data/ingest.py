@@ -10,7 +10,6 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, Protocol
@@ -18,19 +17,18 @@ from typing import Literal, Protocol
 from filelock import FileLock
 
 from diffusion.config import Config
+from diffusion.data.ahead import in_order
 from diffusion.data.chunks import Chunk, PreparedChunk, chunks_of, prepare_chunk
 from diffusion.data.config import IngestConfig
 from diffusion.data.index import Index
 from diffusion.data.manifest import (
     Manifest,
-    Part,
-    Totals,
     read_manifest,
     read_records,
     require_whole,
     write_manifest,
 )
-from diffusion.data.merge import Merge, write_records
+from diffusion.data.merge import Merge, write_part
 from diffusion.data.plan import make_plan, origin_of
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, ObjectStore
@@ -76,13 +74,6 @@ class IngestResult(Config):
     quarantined: list[Quarantined]
     """What stands refused in the data set's records; the first thousand."""
     quarantined_count: int
-
-
-class Pending(Protocol):
-    """A chunk that somebody prepares."""
-
-    def result(self) -> PreparedChunk:
-        """Wait for it; raises what went wrong."""
 
 
 class FanOut(Protocol):
@@ -184,14 +175,6 @@ def local_fan_out(config: IngestConfig) -> FanOut:
     return fan_out
 
 
-def in_order(futures: Iterator[Pending], ahead: int) -> Iterator[PreparedChunk]:
-    """The results of ``futures`` in their order, of which ``ahead`` are begun before the first is asked for."""
-    begun = list(islice(futures, ahead))
-    while begun:
-        yield begun.pop(0).result()
-        begun += islice(futures, 1)
-
-
 def _anew(before: Manifest | None, config: IngestConfig, rebuild: Rebuild, folder: Path) -> bool:
     """Whether the data set begins anew."""
     if before is None or rebuild == "always":
@@ -279,18 +262,7 @@ def _begin(merge: Merge, before: Manifest | None) -> None:
     if removed:
         for row in removed:
             merge.index.record(row)
-        merge.parts.append(
-            Part(
-                number=0,
-                records=write_records(merge.folder, 0, removed),
-                shard=None,
-                outcomes={"removed": len(removed)},
-                splits={},
-                classes={},
-                modes={},
-                totals=Totals(),
-            )
-        )
+        merge.parts.append(write_part(merge.folder, 0, None, removed, merge.config.size))
 
 
 def _check(merge: Merge, config: IngestConfig) -> None:

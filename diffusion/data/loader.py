@@ -73,6 +73,14 @@ class Loader:
     def batch(self, position: int, end: int | None = None) -> Batch:
         """This rank's share of the batch that begins at ``position``; nothing is made ready beyond ``end``."""
         began = time.perf_counter()
+        self.ahead(position, end)
+        try:
+            return self._ready.pop(position).result()
+        finally:
+            self.waited += time.perf_counter() - began
+
+    def ahead(self, position: int, end: int | None = None) -> None:
+        """Begin to make ready the batch at ``position`` and those that follow it, and forget all others."""
         self._announce(position)
         following = range(position, position + (self.prefetch + 1) * self.batch_size, self.batch_size)
         wanted = [at for at in following if end is None or at < end or at == position]
@@ -81,10 +89,6 @@ class Loader:
         for at in wanted:
             if at not in self._ready:
                 self._ready[at] = self._pool.submit(self._make, at)
-        try:
-            return self._ready.pop(position).result()
-        finally:
-            self.waited += time.perf_counter() - began
 
     def close(self) -> None:
         """Stop working ahead."""

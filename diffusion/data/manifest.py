@@ -194,9 +194,7 @@ def read_records(folder: Path, part: Part, columns: Sequence[str] | None = None)
     """The records of a part, all columns or some; raises UserError if the table is missing or damaged."""
     path = folder / part.records.name
     if not path.is_file() or sha256_file(path) != part.records.sha256:
-        raise UserError(
-            f"{path} is missing or damaged: restore data set {folder.name} with `dvc checkout`, or ingest it again"
-        )
+        raise UserError(f"{path} is missing or damaged: {mend(folder)}")
     return pq.read_table(path, columns=None if columns is None else list(columns))
 
 
@@ -207,10 +205,17 @@ def require_whole(folder: Path, manifest: Manifest) -> None:
         size = path.stat().st_size if path.is_file() else None
         if size != entry.bytes:
             state = "missing" if size is None else f"{size} bytes long instead of {entry.bytes}"
-            raise UserError(
-                f"{path} is {state}: restore it with `dvc checkout`, "
-                "or make the data set anew from a source that has all of it, with `darkroom ingest SOURCE --rebuild`"
-            )
+            raise UserError(f"{path} is {state}: {mend(folder)}")
+
+
+def mend(folder: Path) -> str:
+    """How to mend the data set in ``folder``, in words."""
+    # The bytes of a manifest are what its version is named after.
+    version = sha256_file(folder / "manifest.json")[:12]
+    return (
+        f"restore it with `darkroom data checkout {version} --dataset {folder.name}`, or make the data set anew from a "
+        f"source that has all of it, with `darkroom ingest SOURCE --dataset {folder.name} --rebuild`"
+    )
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -262,8 +267,8 @@ def versions(folder: Path) -> Iterator[Manifest]:
         try:
             data = path.read_bytes()
         except FileNotFoundError as error:
-            raise UserError(f"{path} is missing: restore the data set with `dvc checkout`") from error
+            raise UserError(f"{path} is missing: {mend(folder)}") from error
         if sha256_bytes(data) != manifest.parent:
-            raise UserError(f"{path} is damaged: restore the data set with `dvc checkout`")
+            raise UserError(f"{path} is damaged: {mend(folder)}")
         manifest = parse_manifest(data, str(path))
         yield manifest

@@ -94,18 +94,7 @@ class Merge:
         if kept:
             whole = len(kept) == sum(row["offset"] is not None for row in rows)
             shard = self._shard(number, chunk, kept, whole)
-        outcomes, splits = (Counter(row[name] for row in records) for name in ("outcome", "split"))
-        del splits[None]
-        return Part(
-            number=number,
-            records=write_records(self.folder, number, records),
-            shard=shard,
-            outcomes=dict(sorted(outcomes.items())),
-            splits=dict(sorted(splits.items())),
-            classes=dict(sorted(Counter(row["label"] for row in kept if row["label"] is not None).items())),
-            modes=dict(sorted(Counter(row["mode"] for row in kept).items())),
-            totals=totals_of(kept, self.config.size),
-        )
+        return write_part(self.folder, number, shard, records, self.config.size)
 
     def _shard(self, number: int, chunk: PreparedChunk, kept: list[dict[str, Any]], whole: bool) -> FileEntry:
         staged = self.folder / "shards" / f".{number:05d}.tar"
@@ -123,12 +112,26 @@ class Merge:
         return named(self.folder, staged, f"shards/{number:05d}-{digest[:16]}.tar", digest)
 
 
-def write_records(folder: Path, number: int, rows: list[dict[str, Any]]) -> FileEntry:
-    """Write the table of part ``number``."""
+def write_part(folder: Path, number: int, shard: FileEntry | None, records: list[dict[str, Any]], size: int) -> Part:
+    """Write the table of part ``number``, rows of RECORDS whose pictures have ``size`` pixels a side; its shard is."""
     staged = folder / "records" / f".{number:05d}.parquet"
-    table = pa.Table.from_pylist(rows, RECORDS)
+    table = pa.Table.from_pylist(records, RECORDS)
     digest = write_atomically(staged, lambda partial: pq.write_table(table, partial, compression="zstd"))
-    return named(folder, staged, f"records/{number:05d}-{digest[:16]}.parquet", digest)
+    kept = [row for row in records if row["outcome"] == "kept"]
+    return Part(
+        number=number,
+        records=named(folder, staged, f"records/{number:05d}-{digest[:16]}.parquet", digest),
+        shard=shard,
+        outcomes=_counts(records, "outcome"),
+        splits=_counts(kept, "split"),
+        classes=_counts(kept, "label"),
+        modes=_counts(kept, "mode"),
+        totals=_totals(kept, size),
+    )
+
+
+def _counts(rows: list[dict[str, Any]], column: str) -> dict[str, int]:
+    return dict(sorted(Counter(row[column] for row in rows if row[column] is not None).items()))
 
 
 def named(folder: Path, staged: Path, name: str, digest: str) -> FileEntry:
@@ -139,7 +142,7 @@ def named(folder: Path, staged: Path, name: str, digest: str) -> FileEntry:
     return FileEntry(name=name, sha256=digest, bytes=path.stat().st_size)
 
 
-def totals_of(kept: list[dict[str, Any]], size: int) -> Totals:
+def _totals(kept: list[dict[str, Any]], size: int) -> Totals:
     """The sums of the training pictures among ``kept`` rows."""
     rows = [row for row in kept if row["split"] == "train"]
     sums = {

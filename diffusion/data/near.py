@@ -50,7 +50,7 @@ class NearCopies:
         return sorted(groups, key=lambda group: group.root)
 
     def add(self, phash: int, key: bytes, split: str, joined: Iterable[bytes]) -> None:
-        """Add a picture to the groups named by the roots in ``joined``, which become one; none: to a group of its own."""
+        """Add a picture to the groups with the roots ``joined``, which become one; without any, to one of its own."""
         roots = sorted(joined)
         root = roots[0] if roots else key
         self.database.executemany("UPDATE groups SET root = ? WHERE root = ?", ((root, other) for other in roots[1:]))

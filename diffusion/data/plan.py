@@ -14,7 +14,8 @@ SCHEMA = """
     CREATE TABLE plan (number INTEGER PRIMARY KEY, source, locator, stamp, label, caption, known);
 """
 STAMPED = """
-    SELECT 1 FROM stored.stamps s WHERE s.origin = :origin AND s.source = l.source AND s.stamp = l.stamp AND s.stamp != ''
+    SELECT 1 FROM stored.stamps s
+    WHERE s.origin = :origin AND s.source = l.source AND s.stamp = l.stamp AND s.stamp != ''
         AND (EXISTS (SELECT 1 FROM stored.records r WHERE r.source = s.source AND r.sha256 = s.sha256)
             OR EXISTS (SELECT 1 FROM stored.removed d WHERE d.digest = s.sha256))
 """
@@ -73,7 +74,8 @@ def read_plan(path: Path, first: int, last: int) -> list[Planned]:
     """Rows ``first`` … ``last`` of the plan, counted from 1."""
     with closing(sqlite3.connect(path)) as database:
         rows = database.execute(
-            "SELECT source, locator, stamp, label, caption, known FROM plan WHERE number BETWEEN ? AND ? ORDER BY number",
+            "SELECT source, locator, stamp, label, caption, known FROM plan "
+            "WHERE number BETWEEN ? AND ? ORDER BY number",
             (first, last),
         )
         return [Planned(Entry(*row[:5]), frozenset((row[5] or "").lower().split(",")) - {""}) for row in rows]

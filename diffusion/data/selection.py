@@ -23,8 +23,9 @@ Row = dict[str, Any]
 class Selection(Config):
     """Which pictures are meant."""
 
-    keys: list[str] = Field(default_factory=list)
-    """Keys, or prefixes that no two pictures share."""
+    # Not called keys: what has an attribute of that name is a mapping to Python, and Prefect looks into it so.
+    prefixes: list[str] = Field(default_factory=list)
+    """Keys, or beginnings of keys that no two pictures share."""
     sources: list[str] = Field(default_factory=list)
     """Patterns of names as in a shell: ``*`` stands for anything, slashes too."""
     label: str | None = None
@@ -34,7 +35,7 @@ class Selection(Config):
 class Chosen(Config):
     """What a selection comes to. A picture is meant under all its names, so its duplicates are, too."""
 
-    keys: list[str]
+    picture_keys: list[str]
     """Of the pictures to be removed, sorted."""
     digests: list[str]
     """SHA-256 of the files they came from, sorted."""
@@ -51,7 +52,12 @@ class Chosen(Config):
     @property
     def name(self) -> str:
         """What this removal is called wherever it is recorded: a digest of what was removed."""
-        return digest_of([self.keys, self.digests])[:12]
+        return digest_of([self.picture_keys, self.digests])[:12]
+
+
+def is_key(text: str) -> bool:
+    """Whether ``text`` reads like a key or the beginning of one."""
+    return SHORTEST <= len(text) <= 64 and not text.lower().strip("0123456789abcdef")
 
 
 @dataclass
@@ -68,11 +74,11 @@ class Selector:
     @classmethod
     def of(cls, selection: Selection) -> "Selector":
         """Check and prepare ``selection``; raises UserError for one that says nothing or is misspelt."""
-        if not selection.keys and not selection.sources:
-            raise UserError("nothing is selected: give keys or patterns of sources")
+        if not selection.prefixes and not selection.sources:
+            raise UserError("nothing is selected: give keys, or patterns of names ('*' for all)")
         prefixes: dict[str, list[str]] = {}
-        for key in (key.lower() for key in selection.keys):
-            if not SHORTEST <= len(key) <= 64 or key.strip("0123456789abcdef"):
+        for key in (key.lower() for key in selection.prefixes):
+            if not is_key(key):
                 raise UserError(f"{key!r} is no key: give its first {SHORTEST} to 64 hex digits")
             prefixes.setdefault(key[:SHORTEST], []).append(key)
         patterns = [(pattern, re.compile(fnmatch.translate(pattern))) for pattern in selection.sources]
@@ -132,7 +138,7 @@ def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Cho
     if not parts:
         keys, digests = set(gone), set(gone.values())
     chosen = Chosen(
-        keys=sorted(keys),
+        picture_keys=sorted(keys),
         digests=sorted(digests - {""}),
         pictures=outcomes["kept"],
         duplicates=outcomes["duplicate"],
@@ -172,5 +178,6 @@ def nothing(unmatched: Sequence[str], folder: Path) -> UserError:
     """What to raise if nothing fits some keys and patterns."""
     listed = ", ".join(unmatched[:5]) + (f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else "")
     return UserError(
-        f"data set {folder.name} has no picture of {listed}: see what it holds in its records, or `darkroom data log`"
+        f"data set {folder.name} has no picture of {listed}: the names of all it has are in the tables in "
+        f"{folder / 'records'}"
     )

@@ -1,14 +1,16 @@
 """Shards that lie elsewhere, fetched before they are needed into a folder that never outgrows its bound."""
 
 import errno
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from threading import Lock
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from filelock import FileLock, Timeout
 
@@ -24,6 +26,8 @@ PATIENCE = 300.0
 """Seconds to wait until other processes leave room in the cache."""
 PAUSE = 0.05
 """Seconds between looks at what they have left."""
+
+logger = logging.getLogger(__name__)
 
 
 class ShardStore(Protocol):
@@ -95,7 +99,7 @@ class ShardCache:
             if partial is not None and self._folder.make_room(partial, entry, keep=self._wanted):
                 self._fetch(entry, partial).close()
 
-    def _opened(self, entry: FileEntry) -> BinaryIO:
+    def _opened(self, entry: FileEntry) -> BufferedReader:
         """A shard, verified and open for reading: from here on its name may vanish."""
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -113,19 +117,20 @@ class ShardCache:
                 )
             time.sleep(PAUSE)
 
-    def _open_present(self, entry: FileEntry) -> BinaryIO:
+    def _open_present(self, entry: FileEntry) -> BufferedReader:
         path = self._folder.path(entry.sha256)
         file = path.open("rb")
         os.utime(file.fileno())
         if entry.sha256 not in self._verified:
-            if damage(path, entry):
+            if found := damage(file, entry):
+                logger.warning("shard %s in the cache, %s, is %s: fetching it again", entry.name, path, found)
                 file.close()
-                path.unlink(missing_ok=True)
+                self._folder.remove(entry.sha256)
                 raise FileNotFoundError(path)
             self._verified.add(entry.sha256)
         return file
 
-    def _fetch(self, entry: FileEntry, partial: Path) -> BinaryIO:
+    def _fetch(self, entry: FileEntry, partial: Path) -> BufferedReader:
         for _ in range(TRIES):
             try:
                 self._store.fetch(entry, partial)
@@ -136,11 +141,13 @@ class ShardCache:
                     f"no space left for shard {entry.name} in {partial.parent}: "
                     "free some, or lower training.stream_bytes"
                 ) from error
-            if not (found := damage(partial, entry)):
+            file = partial.open("rb")
+            if not (found := damage(file, entry)):
                 self._verified.add(entry.sha256)
-                file = partial.open("rb")
                 self._folder.publish(partial, entry.sha256)
                 return file
+            file.close()
+            logger.warning("shard %s as it comes from the remote is %s", entry.name, found)
         raise UserError(
             f"shard {entry.name} as it comes from the remote is {found}, also when fetched again: "
             "push the data set once more with `dvc push`, or ingest it again from its source"
@@ -202,6 +209,11 @@ class _Folder:
         with self._turn():
             partial.replace(self.path(sha256))
 
+    def remove(self, sha256: str) -> None:
+        """Take a shard away, if it is there."""
+        with self._turn():
+            self.path(sha256).unlink(missing_ok=True)
+
     def _reserved(self) -> Iterator[int]:
         """The bytes that shards under way will take; what killed processes left behind goes."""
         for partial in self.folder.glob("*.partial"):
@@ -215,11 +227,6 @@ class _Folder:
     def _turn(self) -> FileLock:
         return FileLock(self.folder / ".lock")
 
-    @contextmanager
-    def _locked(self, sha256: str, timeout: float = -1) -> Iterator[None]:
-        path = self.folder / f".{sha256}.lock"
-        with FileLock(path, timeout=timeout):
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+    def _locked(self, sha256: str, timeout: float = -1) -> FileLock:
+        # Its empty file stays for good: one that is removed while others wait for it would let two of them in.
+        return FileLock(self.folder / f".{sha256}.lock", timeout=timeout)

@@ -1,16 +1,18 @@
 """Shards as they are read: by offset, and none before its bytes are known to be the ones meant."""
 
+import hashlib
 import mmap
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
 from threading import Lock
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from diffusion.data.manifest import FileEntry
 from diffusion.errors import UserError
-from diffusion.files import sha256_file
 
 VERIFIERS = 2
 """Shards verified at the same time: SHA-256 works outside the interpreter lock."""
@@ -67,24 +69,28 @@ class LocalShards:
             return self._verified[entry.sha256]
 
     def _require_whole(self, entry: FileEntry) -> None:
-        if found := damage(self._folder / entry.name, entry):
-            raise UserError(f"shard {self._folder / entry.name} is {found}: {mend(self._folder)}")
+        path = self._folder / entry.name
+        try:
+            with path.open("rb") as file:
+                found = damage(file, entry)
+        except FileNotFoundError:
+            found = "missing"
+        if found:
+            raise UserError(f"shard {path} is {found}: {mend(self._folder)}")
 
     def _map(self, name: str) -> memoryview:
         with (self._folder / name).open("rb") as file:
             return mapped(file)
 
 
-def damage(path: Path, entry: FileEntry) -> str | None:
-    """What is wrong with the shard at ``path``, in words; None if it is whole."""
-    if not path.is_file():
-        return "missing"
-    if (size := path.stat().st_size) != entry.bytes:
+def damage(file: BufferedReader, entry: FileEntry) -> str | None:
+    """What is wrong with an open shard, in words; None if it is whole."""
+    if (size := os.fstat(file.fileno()).st_size) != entry.bytes:
         return f"{size} bytes long instead of {entry.bytes}"
-    return None if sha256_file(path) == entry.sha256 else "changed (its SHA-256 differs)"
+    return None if hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256 else "changed (its SHA-256 differs)"
 
 
-def mapped(file: BinaryIO) -> memoryview:
+def mapped(file: BufferedReader) -> memoryview:
     """The bytes of a file that never changes, read as they are looked at."""
     return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 

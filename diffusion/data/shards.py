@@ -39,7 +39,7 @@ class TarWriter:
         return Extent(start, self.position, len(png))
 
     def copy(self, source: BinaryIO, extents: Iterable[Extent]) -> Iterator[Extent]:
-        """Append samples that lie in another shard, open as ``source``, in order of place; yields where they lie now."""
+        """Append samples of another shard, open as ``source``, in order of place; yields where they lie now."""
         for run in _adjacent(extents):
             source.seek(run[0].start)
             shift = self.position - run[0].start

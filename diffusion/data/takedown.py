@@ -4,14 +4,12 @@ What stays of a picture is a row with its key and the digest of its file, by whi
 """
 
 import tarfile
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 from filelock import FileLock
 
-from diffusion.config import Config
 from diffusion.data.digest import content_digest
 from diffusion.data.ingest import remove_strays, work_folder
 from diffusion.data.manifest import (
@@ -19,35 +17,21 @@ from diffusion.data.manifest import (
     FileEntry,
     Manifest,
     Part,
+    mend,
     read_manifest,
     read_records,
     require_whole,
     versions,
     write_manifest,
 )
-from diffusion.data.merge import named, totals_of, write_records
+from diffusion.data.merge import named, write_part
+from diffusion.data.removals import Removal, removals, write_removal
 from diffusion.data.selection import Chosen, Row, Selection, Selector, chosen_by, nothing
 from diffusion.data.shards import BLOCK, Extent, filtered
-from diffusion.data.versions import Elsewhere, find_records, kept_in, nowhere
+from diffusion.data.versions import kept_in
 from diffusion.errors import UserError
-from diffusion.files import digest_of, sha256_file, write_atomically, write_json
+from diffusion.files import digest_of, sha256_file, write_atomically
 from diffusion.progress import Progress, silent
-
-
-class Removal(Chosen):
-    """A removal that is done."""
-
-    dataset: str
-    reason: str
-    parent: str | None
-    """The version that held the pictures last; None if that can no longer be told."""
-    version: str
-    """The first without them."""
-    content_digest: str
-    tables: list[str]
-    """SHA-256 of the tables, gone since, that told of these pictures as kept, sorted; empty if that is not known."""
-    already: bool
-    """Whether it had been done before."""
 
 
 def choose(folder: Path, selection: Selection) -> Chosen:
@@ -82,7 +66,7 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
             raise nothing(unmatched, folder)
         if not chosen.parts:
             remove_strays(folder)
-            return earlier or _known_as_removed(folder, before, chosen, reason)
+            return earlier or _known_as_removed(before, chosen, asked, reason)
         if chosen.pictures == before.kept:
             raise UserError(
                 f"this would remove all {before.kept} pictures of data set {folder.name}: "
@@ -93,6 +77,7 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
         removal = Removal(
             **chosen.model_dump(),
             dataset=folder.name,
+            asked=asked,
             reason=reason,
             parent=before.digest,
             version=after.digest,
@@ -100,56 +85,10 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
             tables=_tables(before, after),
             already=False,
         )
-        write_json(_journals(folder) / f"{asked}-{removal.name}.json", removal.model_dump(mode="json"))
+        write_removal(work_folder(folder), removal)
         write_manifest(folder, after)
         remove_strays(folder)
         return removal
-
-
-class Holders(Config):
-    """Which versions held pictures that were removed, by digest."""
-
-    held: list[str]
-    unknown: list[str]
-    """Those of which a table would have to be looked at that is no longer to be had."""
-
-
-def holders(folder: Path, removal: Removal, versions: Iterable[Manifest], elsewhere: Elsewhere = nowhere) -> Holders:
-    """Which of ``versions`` of the data set in ``folder`` kept pictures of ``removal``, in their order.
-
-    Another version may have stored the same files in another way and know them by other keys, so the digests of the
-    files are looked for as well.
-    """
-    keys, digests = set(removal.keys), set(removal.digests)
-    told: dict[str, bool | None] = dict.fromkeys(removal.tables, True)
-
-    def is_one_of_them(row: Row) -> bool:
-        return row["outcome"] == "kept" and (row["key"] in keys or row["source_sha256"] in digests)
-
-    def kept_by(part: Part) -> bool | None:
-        sha256 = part.records.sha256
-        if sha256 not in told:
-            table = find_records(folder, part, ("outcome", "key", "source_sha256"), elsewhere)
-            told[sha256] = None if table is None else any(map(is_one_of_them, table.to_pylist()))
-        return told[sha256]
-
-    held, unknown = [], []
-    for version in versions:
-        answers = {kept_by(part) for part in version.parts if kept_in(part)}
-        if True in answers:
-            held.append(version.digest)
-        elif None in answers:
-            unknown.append(version.digest)
-    return Holders(held=held, unknown=unknown)
-
-
-def removals(folder: Path, asked: str = "") -> list[Removal]:
-    """The removals from the data set in ``folder`` of which this machine knows."""
-    return [Removal.model_validate_json(path.read_bytes()) for path in sorted(_journals(folder).glob(f"{asked}*.json"))]
-
-
-def _journals(folder: Path) -> Path:
-    return work_folder(folder) / "removals"
 
 
 def _tables(before: Manifest, after: Manifest) -> list[str]:
@@ -159,17 +98,18 @@ def _tables(before: Manifest, after: Manifest) -> list[str]:
 
 def _earlier(folder: Path, asked: str) -> Removal | None:
     """The newest removal that was asked for in the same words, in this folder, and is part of its history."""
-    found = {removal.version: removal for removal in removals(folder, asked)}
+    found = {removal.version: removal for removal in removals(work_folder(folder), asked)}
     version = next((version.digest for version in versions(folder) if version.digest in found), None) if found else None
     return None if version is None else found[version].model_copy(update={"already": True})
 
 
-def _known_as_removed(folder: Path, manifest: Manifest, chosen: Chosen, reason: str) -> Removal:
+def _known_as_removed(manifest: Manifest, chosen: Chosen, asked: str, reason: str) -> Removal:
     """A removal that was done elsewhere, as far as the records tell of it."""
     return Removal(
         **chosen.model_dump(exclude={"pictures"}),
-        pictures=len(chosen.keys),
-        dataset=folder.name,
+        pictures=len(chosen.picture_keys),
+        dataset=manifest.name,
+        asked=asked,
         reason=reason,
         parent=None,
         version=manifest.digest,
@@ -183,7 +123,7 @@ def _without(
     folder: Path, before: Manifest, selector: Selector, chosen: Chosen, reason: str, progress: Progress
 ) -> Manifest:
     """The version without what was chosen, its new files written."""
-    keys, numbers = set(chosen.keys), set(chosen.parts)
+    keys, numbers = set(chosen.picture_keys), set(chosen.parts)
     parts = list(before.parts)
     for done, (place, part) in enumerate(((i, part) for i, part in enumerate(parts) if part.number in numbers), 1):
         parts[place] = _rewrite(folder, part, lambda row: selector.takes(row, keys), reason, before.size)
@@ -205,18 +145,7 @@ def _rewrite(folder: Path, part: Part, taken: Callable[[Row], bool], reason: str
     shard = part.shard
     if shard is not None and len(kept) < part.outcomes["kept"]:
         shard = _copy_shard(folder, shard, part.number, kept) if kept else None
-    outcomes, splits = (Counter(row[name] for row in rows) for name in ("outcome", "split"))
-    del splits[None]
-    return Part(
-        number=part.number,
-        records=write_records(folder, part.number, rows),
-        shard=shard,
-        outcomes=dict(sorted(outcomes.items())),
-        splits=dict(sorted(splits.items())),
-        classes=dict(sorted(Counter(row["label"] for row in kept if row["label"] is not None).items())),
-        modes=dict(sorted(Counter(row["mode"] for row in kept).items())),
-        totals=totals_of(kept, size),
-    )
+    return write_part(folder, part.number, shard, rows, size)
 
 
 def _blank(row: Row, reason: str) -> Row:
@@ -234,7 +163,7 @@ def _copy_shard(folder: Path, shard: FileEntry, number: int, kept: list[Row]) ->
     """A shard of the ``kept`` rows alone, whose offsets are brought up to date."""
     path = folder / shard.name
     if sha256_file(path) != shard.sha256:
-        raise UserError(f"{path} is damaged (its SHA-256 differs): restore it with `dvc checkout`")
+        raise UserError(f"{path} is damaged (its SHA-256 differs): {mend(folder)}")
     kept.sort(key=lambda row: row["offset"])
     with path.open("rb") as file:
         extents = [_extent(file, row) for row in kept]

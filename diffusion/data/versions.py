@@ -32,6 +32,8 @@ from diffusion.files import sha256_bytes, sha256_file, write_bytes
 
 SHORTEST = 4
 """Hex digits that a prefix of a digest must have."""
+LISTED = 10
+"""Versions named in an error."""
 LEADING = 5
 """Reasons shown of those for which pictures were refused."""
 
@@ -72,7 +74,7 @@ class HistoryEntry(Step):
 class Contents(Config):
     """What is in a version."""
 
-    name: str
+    dataset: str
     digest: str
     content_digest: str
     layout_digest: str
@@ -167,9 +169,13 @@ def choose(prefix: str, candidates: dict[str, str], name: str) -> str:
         fitting = [digest for content, digest in by_content.items() if content.startswith(asked)]
     if len(fitting) == 1:
         return fitting[0]
-    listed = ", ".join(f"{each[:12]} (content {candidates[each][:12]})" for each in (fitting or candidates))
-    what = f"fits {len(fitting)} versions" if fitting else "is no version"
-    raise UserError(f"{prefix} {what} of data set {name}: give more digits of one of {listed}")
+    if not candidates:
+        raise UserError(f"there is no version of a data set {name}: run `darkroom ingest SOURCE --dataset {name}`")
+    shown = [f"{each[:12]} (content {candidates[each][:12]})" for each in (fitting or candidates)]
+    listed = ", ".join(shown[:LISTED]) + (f" and {len(shown) - LISTED} more" if len(shown) > LISTED else "")
+    if fitting:
+        raise UserError(f"{prefix} fits {len(fitting)} versions of data set {name}: give more digits of {listed}")
+    raise UserError(f"{prefix} is no version of data set {name}: there is {listed}")
 
 
 def log(folder: Path) -> Iterator[LogEntry]:
@@ -230,7 +236,7 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = nowhere, limit:
         outcomes.update(part.outcomes)
     quarantine = _quarantine(folder, version, elsewhere, limit)
     return Contents(
-        name=version.name,
+        dataset=version.name,
         digest=version.digest,
         content_digest=version.content_digest,
         layout_digest=version.layout_digest,

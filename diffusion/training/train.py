@@ -207,10 +207,12 @@ def _begin_or_resume(
     _require_same_run(output, run)
     if header := checkpoints.restore(run.state):
         run.total = header["total"]
+        run.loader.ahead(run.state.images, run.total)
         logger.info("going on from %d of %d images", run.state.images, run.total)
         return "resumed"
     images = run.config.images or _images_in(run.config.minutes or 0, run, sampling)
     run.total = math.ceil(images / run.config.batch_size) * run.config.batch_size
+    run.loader.ahead(run.state.images, run.total)
     checkpoints.save(run.state, run.header())
     return "begun"
 

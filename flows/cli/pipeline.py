@@ -65,7 +65,7 @@ def ingest(
     reasons = [f"  refused: {each.source}: {each.reason}" for each in result.quarantined[:20]]
     more = result.quarantined_count - len(reasons)
     show(
-        result.model_dump(mode="json") | {"dvc_digest": done.version.digest},
+        result.model_dump(mode="json") | {"dvc_digest": done.version.digest, "report": str(done.report)},
         as_json,
         [
             f"{result.kept:,} pictures in {result.folder} ({result.added:,} new), {result.duplicates:,} duplicates, "
@@ -74,6 +74,7 @@ def ingest(
             *([f"  … and {more:,} more: darkroom data show --dataset {result.dataset}"] if more > 0 else []),
             f"content {result.content_digest}",
             f"DVC {done.version.digest} in {done.version.pointer}",
+            f"report: {done.report}",
         ],
     )
 

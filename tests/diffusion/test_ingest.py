@@ -329,7 +329,7 @@ def test_a_damaged_shard_is_named_and_made_again_when_asked(pictures: Path, data
     before = files_of(dataset)
     shard = next(dataset.glob("shards/*.tar"))
     shard.write_bytes(before[f"shards/{shard.name}"][:1000])
-    with pytest.raises(UserError, match=rf"{shard.name} is 1000 bytes long.*dvc checkout.*--rebuild"):
+    with pytest.raises(UserError, match=rf"{shard.name} is 1000 bytes long.*data checkout.*--rebuild"):
         ingest(dataset, config(pictures))
     assert not ingest(dataset, config(pictures), rebuild="always").changed
     assert files_of(dataset) == before

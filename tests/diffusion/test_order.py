@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.data.order import TrainingOrder
+from diffusion.data.order import TrainingOrder, WindowedOrder
 
 
 @given(st.integers(1, 50), st.integers(0, 200), st.lists(st.integers(1, 40), min_size=1, max_size=8))
@@ -27,3 +27,89 @@ def test_seed_data_and_epoch_change_the_order() -> None:
     assert TrainingOrder("a", 1, 100).rows(0, 100).tolist() != first
     assert TrainingOrder("b", 0, 100).rows(0, 100).tolist() != first
     assert TrainingOrder("a", 0, 100).rows(100, 100).tolist() != first
+
+
+LAYOUT = np.array([4] * 7 + [0] * 3 + [1] * 11 + [2] + [5] * 6)
+"""Which shard each of 28 samples lies in: five shards of very different length, and number 3 has none."""
+
+
+def windowed(window: int, seed: int = 0, digest: str = "layout", shards: np.ndarray = LAYOUT) -> WindowedOrder:
+    return WindowedOrder(digest, seed, window, shards)
+
+
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=40),
+    st.integers(1, 8),
+    st.integers(0, 200),
+    st.lists(st.integers(1, 40), min_size=1, max_size=8),
+)
+def test_any_cut_of_the_windowed_sequence_gives_the_same_rows(
+    shards: list[int], window: int, start: int, pieces: list[int]
+) -> None:
+    whole = windowed(window, shards=np.array(shards)).rows(start, sum(pieces))
+    cut = windowed(window, shards=np.array(shards))
+    positions = start + np.cumsum([0, *pieces])
+    parts = [cut.rows(int(at), count) for at, count in zip(positions, pieces, strict=False)]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+
+
+@given(st.integers(1, 7), st.integers(0, 5))
+def test_each_windowed_epoch_shows_every_row_once(window: int, epoch: int) -> None:
+    rows = windowed(window).rows(epoch * len(LAYOUT), len(LAYOUT))
+    assert sorted(rows.tolist()) == list(range(len(LAYOUT)))
+
+
+@given(st.integers(1, 7), st.integers(0, 3))
+def test_rows_of_a_window_lie_in_as_many_shards_and_are_named_before(window: int, epoch: int) -> None:
+    order, start = windowed(window), epoch * len(LAYOUT)
+    shards = LAYOUT[order.rows(start, len(LAYOUT))].tolist()
+    seen = list(dict.fromkeys(shards))
+    windows = [set(seen[at : at + window]) for at in range(0, len(seen), window)]
+    numbers = [next(number for number, each in enumerate(windows) if shard in each) for shard in shards]
+    assert numbers == sorted(numbers), "a shard came back when another window had begun"
+    for offset, number in enumerate(numbers):
+        coming = order.coming(start + offset)
+        assert set(coming[: len(windows[number])]) == windows[number]
+        if number + 1 < len(windows):
+            assert set(coming) == windows[number] | windows[number + 1]
+
+
+def test_samples_and_shards_come_in_another_order_each_epoch_and_by_seed_and_layout() -> None:
+    first = windowed(2).rows(0, 28).tolist()
+    others = [windowed(2).rows(28, 28), windowed(2, seed=1).rows(0, 28), windowed(2, digest="other").rows(0, 28)]
+    assert all(other.tolist() != first for other in others)
+    starts = {LAYOUT[windowed(1).rows(28 * epoch, 1)[0]] for epoch in range(30)}
+    assert starts == {0, 1, 2, 4, 5}
+
+
+def test_in_windows_pictures_of_several_shards_are_mixed() -> None:
+    shards = LAYOUT[windowed(5).rows(0, 28)]
+    assert np.count_nonzero(np.diff(shards)) > 10
+
+
+def test_the_order_of_an_epoch_is_this_one() -> None:
+    """Written down once: with another order, runs that were begun would not go on to the same weights."""
+    assert TrainingOrder("digest", 0, 10).rows(0, 20).tolist() == [
+        7,
+        8,
+        5,
+        9,
+        3,
+        1,
+        6,
+        2,
+        4,
+        0,
+        4,
+        2,
+        3,
+        1,
+        7,
+        0,
+        5,
+        8,
+        9,
+        6,
+    ]
+    expected = [3, 5, 4, 9, 0, 8, 1, 6, 7, 2, 9, 0, 2, 1, 5, 8, 7, 4, 6, 3]
+    assert windowed(2, shards=np.arange(10) // 3).rows(0, 20).tolist() == expected

@@ -57,7 +57,7 @@ def test_metadata_names_the_pictures_their_labels_and_captions(tmp_path: Path, n
     assert by_name(root, tmp_path / "scratch") == {
         "cat/a.png": ("tabby", "a cat, lying", b"1"),
         "b.png": (None, None, b"2"),
-        "no.png": ("x", None, "named in the metadata but missing"),
+        "no.png": ("x", None, "named in the listing but missing"),
     }
 
 

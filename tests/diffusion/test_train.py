@@ -16,13 +16,16 @@ from safetensors.torch import load_file
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
+from diffusion.data.manifest import FileEntry, read_manifest, write_manifest
 from diffusion.errors import UserError
 from diffusion.model import load_model, read_header, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.process import make_schedule
 from diffusion.training.config import TrainingConfig
+from diffusion.training.history import History, read_rows
 from diffusion.training.run import learning_rate
 from diffusion.training.train import TrainResult, discard, train
+from tests.diffusion.small_datasets import random_pictures, write_dataset
 
 MODEL = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1)
 CONFIG = TrainingConfig(dataset="blobs", images=320, batch_size=16, warmup_images=32, checkpoints=4, keep=2, flip=True)
@@ -58,13 +61,23 @@ def test_same_inputs_give_the_same_bits(dataset: Path, tmp_path: Path) -> None:
     assert first.images == 320
 
 
-@pytest.mark.parametrize("stop", [16, 112, 240, 320])
-def test_a_stopped_run_goes_on_to_the_same_bits(dataset: Path, tmp_path: Path, stop: int) -> None:
+@pytest.mark.parametrize(
+    ("stop", "loading"),
+    [
+        (16, {}),
+        (112, {"workers": 1, "prefetch": 1}),
+        (240, {"workers": 3, "prefetch": 5, "cache_bytes": 0}),
+        (320, {"prefetch": 30}),
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_same_bits_however_pictures_are_loaded(
+    dataset: Path, tmp_path: Path, stop: int, loading: dict[str, int]
+) -> None:
     whole = run(dataset, tmp_path / "whole")
     with pytest.raises(Stop):
         run(dataset, tmp_path / "cut", track=lambda _: StopAt(stop))
     assert not (tmp_path / "cut" / "final.safetensors").exists()
-    resumed = run(dataset, tmp_path / "cut")
+    resumed = run(dataset, tmp_path / "cut", CONFIG.model_copy(update=loading))
     assert resumed.final.read_bytes() == whole.final.read_bytes()
     for name in ("losses.csv", "samples/0000000320.png"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -79,7 +92,8 @@ sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 from tests.diffusion.test_train import run, CONFIG
-run(Path(sys.argv[1]), Path(sys.argv[2]), CONFIG.model_copy(update={{"images": 3200, "checkpoints": 20}}))
+loading = {{"workers": int(sys.argv[3]), "prefetch": int(sys.argv[4]), "cache_bytes": int(sys.argv[5])}}
+run(Path(sys.argv[1]), Path(sys.argv[2]), CONFIG.model_copy(update={{"images": 3200, "checkpoints": 20}} | loading))
 """
 
 
@@ -87,21 +101,25 @@ run(Path(sys.argv[1]), Path(sys.argv[2]), CONFIG.model_copy(update={{"images": 3
 def test_resume_is_bit_identical_after_kills(dataset: Path, tmp_path: Path) -> None:
     root = str(Path(__file__).parents[2])
 
-    def start(output: Path) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", SCRIPT.format(root=root), str(dataset), str(output)], cwd=root)
+    def start(output: Path, *loading: int) -> subprocess.Popen[bytes]:
+        """Train with other workers, prefetch and cache_bytes each time: they must not matter."""
+        command = [sys.executable, "-c", SCRIPT.format(root=root), str(dataset), str(output), *map(str, loading)]
+        return subprocess.Popen(command, cwd=root)
 
     began = time.monotonic()
-    assert start(tmp_path / "whole").wait() == 0
+    assert start(tmp_path / "whole", 2, 4, 2**30).wait() == 0
     seconds = time.monotonic() - began
     moments = random.Random(0)
     for _ in range(KILLS):
-        process = start(tmp_path / "killed")
+        workers = moments.randint(1, 4)
+        prefetch, cache_bytes = moments.randint(workers, 8), moments.choice((0, 2**30))
+        process = start(tmp_path / "killed", workers, prefetch, cache_bytes)
         try:
             process.wait(moments.uniform(0.2, 1.1) * seconds)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-    assert start(tmp_path / "killed").wait() == 0
+    assert start(tmp_path / "killed", 1, 1, 0).wait() == 0
     final = "final.safetensors"
     assert (tmp_path / "killed" / final).read_bytes() == (tmp_path / "whole" / final).read_bytes()
 
@@ -217,3 +235,107 @@ def test_exactly_one_length_is_asked_for() -> None:
     for wrong in ({}, {"images": 10, "minutes": 1.0}):
         with pytest.raises(ValueError, match=r"either training\.images or training\.minutes"):
             TrainingConfig(**wrong)
+
+
+def test_the_share_of_time_spent_waiting_for_pictures_is_recorded(dataset: Path, tmp_path: Path) -> None:
+    logged: list[float] = []
+
+    class Listener(StopAt):
+        def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
+            logged.extend(value for name, value in metrics.items() if name == "data_wait")
+
+    run(dataset, tmp_path / "run", track=lambda _: Listener(0))
+    written = [row["data_wait"] for row in read_rows(tmp_path / "run" / "history.csv")]
+    assert written == logged
+    assert len(written) == 20
+    assert all(0 < share < 1 for share in written)
+
+
+def test_a_history_from_before_a_column_was_there_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "history.csv").write_text("images,loss\n16,0.5\n32,0.4\n48,0.")
+    history = History(tmp_path / "history.csv", ("loss", "data_wait"))
+    history.rewind(32)
+    history.append(48, {"loss": 0.25, "data_wait": 0.125})
+    assert (tmp_path / "history.csv").read_text() == "images,loss,data_wait\n16,0.5,nan\n32,0.4,nan\n48,0.25,0.125\n"
+
+
+class Away:
+    """The shards of the data set in a folder, moved to another."""
+
+    def __init__(self, folder: Path, elsewhere: Path) -> None:
+        (folder / "shards").rename(elsewhere)
+        self.elsewhere = elsewhere
+
+    def fetch(self, entry: FileEntry, path: Path) -> None:
+        path.write_bytes((self.elsewhere / Path(entry.name).name).read_bytes())
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A data set of 64 pictures in 8 shards, a quarter of it held out."""
+    write_dataset(tmp_path / "data" / "sharded", random_pictures(64), per_shard=8)
+    return tmp_path / "data" / "sharded"
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_streamed_shards_give_the_weights_of_local_ones(sharded: Path, tmp_path: Path, window: int | None) -> None:
+    config = CONFIG.model_copy(update={"window": window})
+    local = run(sharded, tmp_path / "local", config).final.read_bytes()
+    shards = read_manifest(sharded).shards
+    room = sum(shard.bytes for shard in shards[:4] if window) or sum(shard.bytes for shard in shards)
+    store = Away(sharded, tmp_path / "remote")
+    streaming = config.model_copy(update={"stream_bytes": room, "cache_bytes": 0})
+    with pytest.raises(Stop):
+        run(sharded, tmp_path / "streamed", streaming, store=store, track=lambda _: StopAt(112))
+    streamed = run(sharded, tmp_path / "streamed", streaming, store=store)
+    assert streamed.final.read_bytes() == local
+    assert sum(path.stat().st_size for path in (sharded.parent / ".shards").glob("*.tar")) <= room
+
+
+def test_a_window_makes_another_order_and_so_another_run(sharded: Path, tmp_path: Path) -> None:
+    whole = run(sharded, tmp_path / "run").final.read_bytes()
+    windowed = CONFIG.model_copy(update={"window": 2})
+    with pytest.raises(UserError, match=r"differs in training\.window"):
+        run(sharded, tmp_path / "run", windowed)
+    assert run(sharded, tmp_path / "run", windowed, restart="if_different").final.read_bytes() != whole
+
+
+def test_in_windows_other_shards_of_the_same_pictures_are_another_run(tmp_path: Path) -> None:
+    made = {}
+    for per_shard in (8, 16):
+        folder = tmp_path / str(per_shard) / "sharded"
+        manifest = write_dataset(folder, random_pictures(64), per_shard)
+        made[per_shard] = folder
+        write_manifest(folder, manifest.model_copy(update={"content_digest": "0" * 64}))
+    whole = run(made[8], tmp_path / "plain").final.read_bytes()
+    assert run(made[16], tmp_path / "plain").final.read_bytes() == whole
+    windowed = CONFIG.model_copy(update={"window": 2})
+    run(made[8], tmp_path / "windowed", windowed)
+    with pytest.raises(UserError, match="differs in the data set's shards"):
+        run(made[16], tmp_path / "windowed", windowed)
+
+
+def test_a_cache_too_small_is_refused_with_what_would_fit(sharded: Path, tmp_path: Path) -> None:
+    sizes = sorted((shard.bytes for shard in read_manifest(sharded).shards), reverse=True)
+    store = Away(sharded, tmp_path / "remote")
+
+    def refused(**loading: int) -> str:
+        with pytest.raises(UserError) as caught:
+            run(sharded, tmp_path / "run", CONFIG.model_copy(update=loading), store=store)
+        return str(caught.value)
+
+    words = refused(stream_bytes=sum(sizes) - 1)
+    assert f"raise training.stream_bytes to {sum(sizes)}, or set training.window to 3 or less" in words
+    words = refused(stream_bytes=sum(sizes[:4]), window=3)
+    assert f"raise training.stream_bytes to {sum(sizes[:6])}, or set training.window to 2 or less" in words
+    assert "training.window to" not in refused(stream_bytes=sum(sizes[:2]) - 1, window=1)
+
+
+def test_streaming_without_a_remote_is_refused(sharded: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"training\.stream_bytes is set, and there is no remote"):
+        run(sharded, tmp_path / "run", CONFIG.model_copy(update={"stream_bytes": 2**20}))
+
+
+def test_workers_without_work_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"raise training\.prefetch, or lower training\.workers"):
+        TrainingConfig(images=1, workers=3, prefetch=2)

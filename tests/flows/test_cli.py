@@ -15,6 +15,7 @@ VERBS = (
     "sample",
     "retrain",
     "explain",
+    "data",
     "stage",
     "up",
     "status",

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import boto3
 import pytest
@@ -144,6 +145,45 @@ def test_listings_go_past_a_thousand_keys_and_through_folders(store: Store, buck
     assert list(store.list_keys(bucket, "none/")) == []
 
 
+def test_a_listing_tells_sizes_and_etags_that_change_with_the_bytes(
+    store: Store, bucket: str, s3_environment: dict[str, str]
+) -> None:
+    store.put_many(bucket, [Object("a/1", b"one"), Object("a/2", b"three"), Object("b", b"")])
+    before = list(store.list_objects(bucket, "a/"))
+    assert [(each.key, each.size) for each in before] == [("a/1", 3), ("a/2", 5)]
+    assert before[0].etag == stock(s3_environment).head_object(Bucket=bucket, Key="a/1")["ETag"].strip('"')
+    stock(s3_environment).put_object(Bucket=bucket, Key="a/1", Body=b"two")
+    after = list(store.list_objects(bucket, "a/"))
+    assert after[0].etag != before[0].etag
+    assert after[1] == before[1]
+
+
+def test_many_objects_are_deleted_and_no_others(store: Store, bucket: str) -> None:
+    keys = [f"p/{n:04d} ü&" for n in range(1001)]
+    store.put_many(bucket, [Object(key, b"") for key in [*keys, "pp", "q/0"]], workers=16)
+    store.delete_many(bucket, (key for key in [*keys, "never/there"]))
+    assert list(store.list_keys(bucket)) == ["pp", "q/0"]
+    store.delete_many(bucket, [])
+
+
+def test_an_object_is_downloaded_whole_or_not_at_all(
+    store: Store, bucket: str, breaking_server: str, tmp_path: Path
+) -> None:
+    data = bytes(range(256)) * 20_000
+    store.put_once(bucket, "big", data)
+    for write in (store.download, store.fetch):
+        (tmp_path / "big").write_bytes(b"older")
+        write(bucket, "big", tmp_path / "big")
+        assert (tmp_path / "big").read_bytes() == data
+    assert store.download(bucket, "big", tmp_path / "deep" / "big") == hashlib.sha256(data).hexdigest()
+    with pytest.raises(Missing):
+        store.download(bucket, "small", tmp_path / "small")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "deep"]
+    keys = {"AWS_ENDPOINT_URL_S3": breaking_server, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+    Store(client(attempts=1, variables=keys)).download("prints", "x", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"picture"
+
+
 def test_what_is_there_is_found_and_what_is_not_is_missing(store: Store, bucket: str) -> None:
     store.put_once(bucket, "empty", b"")
     assert store.exists(bucket, "empty")
@@ -239,6 +279,7 @@ def test_a_wrong_key_is_refused_in_one_line(s3_environment: dict[str, str], buck
             lambda s: s.exists(bucket, "x"),
             lambda s: s.ensure_bucket(bucket),
             lambda s: list(s.list_keys(bucket)),
+            lambda s: s.delete_many(bucket, ["x"]),
             lambda s: s.require_conditional_puts(bucket),
         ):
             with pytest.raises(UserError, match=r"denies access .*AWS_SECRET_ACCESS_KEY") as refusal:

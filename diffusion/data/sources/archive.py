@@ -36,15 +36,16 @@ class Archive(ABC):
     def entries(self) -> Iterator[Entry]:
         """Its pictures, in its own order or that of its metadata; raises UserError if it is damaged."""
         metadata: dict[str, str] = {}
+        known = stamp_of(self.path)
         with listing() as found:
-            for name, locator, stamp in self._files():
+            for name, locator, stamp in self._files(known):
                 found.add(name, locator, stamp)
                 if name in METADATA_FILES:
                     metadata[name] = locator
             if len(metadata) > 1:
                 raise UserError(f"{self.path} has both {' and '.join(METADATA_FILES)}: keep one of them")
             for entry in self._described(found, *metadata.popitem()) if metadata else found.pictures():
-                yield replace(entry, source=f"{self.path.name}/{entry.source}")
+                yield replace(entry, source=f"{self.path.name}/{entry.source}", stamp=entry.stamp or known)
 
     def _described(self, found: Listing, name: str, locator: str) -> Iterator[Entry]:
         where = f"{self.path}/{name}"
@@ -58,8 +59,8 @@ class Archive(ABC):
         """Their bytes; raises UserError if the archive has changed since it was listed."""
 
     @abstractmethod
-    def _files(self) -> Iterator[tuple[str, str, str]]:
-        """Name, locator and stamp of every file in it."""
+    def _files(self, known: str) -> Iterator[tuple[str, str, str]]:
+        """Name, locator and stamp of every file in it; ``known`` is the stamp of the archive."""
 
     @abstractmethod
     def _opened(self, locator: str) -> AbstractContextManager[BinaryIO]:
@@ -74,9 +75,8 @@ class Tar(Archive):
         for known, group in groupby(entries, key=lambda entry: entry.stamp):
             yield from tars.read(self.path, known, (json.loads(entry.locator) for entry in group), self.access)
 
-    def _files(self) -> Iterator[tuple[str, str, str]]:
-        known = stamp_of(self.path)
-        for member in tars.members(uncompressed(self.path, known, self.access)):
+    def _files(self, known: str) -> Iterator[tuple[str, str, str]]:
+        for member in tars.members(uncompressed(self.path, known, self.access), str(self.path)):
             yield member.name, json.dumps(member.place), known
 
     @contextmanager
@@ -112,8 +112,7 @@ class Zip(Archive):
         limit = self.access.config.max_bytes
         return too_large(place.size, limit) if place.size > limit else zips.read_member(file, place)
 
-    def _files(self) -> Iterator[tuple[str, str, str]]:
-        known = stamp_of(self.path)
+    def _files(self, known: str) -> Iterator[tuple[str, str, str]]:
         for member in zips.members(self.path):
             locator = refusal(member.problem) if member.problem else json.dumps([known, *member.place])
             yield member.name, locator, f"{member.place.size}:{member.place.crc:08x}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffusion.data.sources.base import Access, Entry, Payload
 from diffusion.data.sources.conventions import METADATA_FILES, described, folder_label, is_picture, records, sane
-from diffusion.data.sources.local import open_text, read_file, refusal, stamp
+from diffusion.data.sources.local import open_text, read_file, stamp, stamp_if_there
 from diffusion.errors import UserError
 
 
@@ -37,8 +37,7 @@ class Folder:
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Their bytes."""
         for entry in entries:
-            (path,) = json.loads(entry.locator)
-            yield read_file(self.root / path, self.access.config.max_bytes)
+            yield read_file(self.root / json.loads(entry.locator), self.access.config.max_bytes)
 
     def _walked(self) -> Iterator[Entry]:
         labelled = _is_labelled(self.root)
@@ -48,16 +47,13 @@ class Folder:
                 known = stamp(file.stat())
             except OSError:  # a link that leads nowhere, or gone already: reading it tells
                 known = ""
-            yield Entry(sane(name), json.dumps([name]), known, label)
+            yield Entry(sane(name), json.dumps(name), known, label)
 
     def _described(self, metadata: Path) -> Iterator[Entry]:
         with open_text(metadata) as lines:
             for each in described(records(lines, metadata.name, str(metadata)), str(metadata)):
-                try:
-                    locator, known = json.dumps([each.name]), stamp((self.root / each.name).stat())
-                except OSError:
-                    locator, known = refusal("named in the metadata but missing"), ""
-                yield Entry(each.name, locator, known, each.label, each.caption)
+                known = stamp_if_there(self.root / each.name)
+                yield Entry(each.name, json.dumps(each.name), known, each.label, each.caption)
 
 
 def _is_labelled(root: Path) -> bool:

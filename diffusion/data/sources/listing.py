@@ -6,7 +6,7 @@ from contextlib import closing, contextmanager
 
 from diffusion.data.sources.base import Entry
 from diffusion.data.sources.conventions import Described, folder_label, is_picture
-from diffusion.data.sources.local import refusal
+from diffusion.data.sources.local import MISSING, refusal
 
 
 class Listing:
@@ -39,7 +39,7 @@ class Listing:
         """Exactly those that a metadata file names."""
         self._database.execute("CREATE INDEX names ON files (name, number)")
         query = "SELECT locator, stamp FROM files WHERE name = ? ORDER BY number DESC LIMIT 1"
-        missing = (refusal("named in the metadata but missing"), "")
+        missing = (refusal(MISSING), "")
         for each in found:
             locator, stamp = self._database.execute(query, (each.name,)).fetchone() or missing
             yield Entry(each.name, locator, stamp, each.label, each.caption)

@@ -34,7 +34,7 @@ PACKED: dict[str, Callable[[Path], object]] = {".gz": gzip.open, ".tgz": gzip.op
 
 
 def refusal(reason: str) -> str:
-    """The locator of an entry that cannot be read, and why; all others are JSON lists."""
+    """The locator, in an archive or a prefix, of what cannot be read, and why; all others there are JSON lists."""
     return json.dumps(reason)
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Self
 
+from diffusion.data.ahead import ahead
 from diffusion.data.pictures import Refused
-from diffusion.data.sources.ahead import ahead
 from diffusion.data.sources.base import Access, Entry, Found, ObjectStore, Payload
 from diffusion.data.sources.conventions import METADATA_FILES, described, records, sane, too_large
 from diffusion.data.sources.listing import Listing, listing

@@ -194,6 +194,6 @@ def _in_words(path: Path) -> Iterator[None]:
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     """A file that is read page by page, so that row groups of any size fit."""
     with _in_words(path):
-        file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+        file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True)
     with file:
         yield file

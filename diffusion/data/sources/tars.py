@@ -40,10 +40,10 @@ Place: TypeAlias = str | Sequence[int]
 """Offset and size of a member, or why it cannot be read."""
 
 
-def members(path: Path) -> Iterator[Member]:
+def members(path: Path, where: str) -> Iterator[Member]:
     """All files in the uncompressed tar at ``path``, in its order; links and devices have a ``problem``.
 
-    Raises UserError for a tar that is damaged, was cut short, or goes on after its end.
+    Raises UserError, which says ``where`` it came from, for one that is damaged, cut short, or goes on after its end.
     """
     try:
         with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
@@ -55,7 +55,7 @@ def members(path: Path) -> Iterator[Member]:
                     yield Member(sane(info.name.removeprefix("./")), info.offset_data, info.size, _problem(info))
             _check_end(file, tar.offset)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as a tar ({error}): it is damaged or was cut short") from error
+        raise UserError(f"{where} cannot be read as a tar ({error}): it is damaged or was cut short") from error
 
 
 def read(path: Path, known: str, places: Iterable[Place], access: Access) -> Iterator[Payload]:

@@ -79,7 +79,7 @@ class TorchvisionSet:
                 yield replace(entry, label=_label(int(entry.label), classes) if entry.label else None)
             return
         files = {"loader": Path} if self.name in PICTURE_FILES else {}
-        dataset = self._opened(**files, **({"download": True} if self.download else {}))
+        dataset = self._opened(**files, download=self.download)
         classes = getattr(dataset, "classes", None)
         for number in range(len(dataset)):
             picture, target = dataset[number]
@@ -113,11 +113,11 @@ class TorchvisionSet:
         if old.exists():
             raise UserError(f"{old} is of an old torchvision, and this one would unpickle it: take it away")
 
-    def _opened(self, **more: Any) -> Any:
-        """torchvision's data set."""
+    def _opened(self, download: bool = False, **more: Any) -> Any:
+        """torchvision's data set; some would be downloaded by default."""
         where = f"torchvision:{self.name} in {self.root}"
         try:
-            return _torchvision_class(self.name)(self.root, **self.arguments, **more)
+            return _torchvision_class(self.name)(self.root, download=download, **self.arguments, **more)
         except URLError as error:
             raise UserError(f"{where} cannot be downloaded ({error}): put it there by hand, or try again") from error
         except (RuntimeError, ValueError, FileNotFoundError) as error:

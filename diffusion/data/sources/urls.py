@@ -21,8 +21,8 @@ from tenacity import (
 )
 from tenacity.nap import sleep_using_event
 
+from diffusion.data.ahead import ahead
 from diffusion.data.pictures import Refused
-from diffusion.data.sources.ahead import ahead
 from diffusion.data.sources.base import Access, Entry, Payload
 from diffusion.data.sources.conventions import as_text, records, sane, too_large
 from diffusion.data.sources.local import open_text
@@ -129,8 +129,11 @@ def _get(client: httpx.Client, url: str, limit: int, seconds: float) -> Payload:
             declared = response.headers.get("Content-Length", "")
             if declared.isdecimal() and int(declared) > limit:
                 return too_large(int(declared), limit)
+            if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
+                # A few bytes of it may unpack to any number.
+                return Refused(f"sent packed ({sane(encoding)}) although asked for as it is")
             body = bytearray()
-            for piece in response.iter_bytes():
+            for piece in response.iter_raw():
                 body += piece
                 if len(body) > limit:
                     return Refused(f"more than the limit of {limit} bytes")
@@ -138,8 +141,8 @@ def _get(client: httpx.Client, url: str, limit: int, seconds: float) -> Payload:
                     raise _Again(f"not all there after {seconds:g} s")
             return bytes(body)
     except httpx.UnsupportedProtocol:
-        return Refused("redirected to something that is neither http nor https")
-    except (httpx.InvalidURL, httpx.TooManyRedirects, httpx.DecodingError, httpx.LocalProtocolError) as error:
+        return Refused("leads to something that is neither http nor https")
+    except (httpx.InvalidURL, UnicodeError, httpx.TooManyRedirects) as error:
         return Refused(f"not to be had: {error}")
     except httpx.TimeoutException as error:
         raise _Again(f"no answer within {seconds:g} s") from error

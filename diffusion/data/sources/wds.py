@@ -64,7 +64,7 @@ class WebDataset:
             path, known = self._here(shard.place, shard.stamp)
             plain = uncompressed(path, known, self.access)
             with plain.open("rb") as file:
-                for sample in _samples(plain):
+                for sample in _samples(plain, shard.place):
                     yield from self._entries(shard, sample, file)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
@@ -97,13 +97,15 @@ class WebDataset:
         objects = require(self.pattern, self.access)
         first = min((self.pattern.index(sign) for sign in f"{WILD}{{" if sign in self.pattern), default=None)
         base = self.pattern[:first].rpartition("/")[0] + "/"
+        matches: dict[str, str] = {}
         for piece in expanded(self.pattern):
             wild = min((piece.index(sign) for sign in WILD if sign in piece), default=None)
-            matches = [found for found in objects.find(piece[:wild]) if _matches(found.uri, piece)]
-            matches.sort(key=lambda found: found.uri)
-            if not matches or "**" in piece:
+            etags = {found.uri: found.etag for found in objects.find(piece[:wild]) if _matches(found.uri, piece)}
+            if not etags or "**" in piece:
                 raise UserError(f"there is no object {piece}: check the name (** has no meaning here)")
-            yield from (Shard(sane(found.uri.removeprefix(base)), found.uri, found.etag) for found in matches)
+            matches |= etags
+        for uri, etag in sorted(matches.items()):
+            yield Shard(sane(uri.removeprefix(base)), uri, etag)
 
     def _entries(self, shard: Shard, sample: "_Sample", file: BinaryIO) -> Iterator[Entry]:
         if not sample.pictures:
@@ -124,12 +126,12 @@ def _matches(uri: str, pattern: str) -> bool:
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
-def _samples(path: Path) -> Iterator[_Sample]:
+def _samples(path: Path, where: str) -> Iterator[_Sample]:
     sample = _Sample("")
-    for member in tars.members(path):
+    for member in tars.members(path, where):
         if len(sample.pictures) == MOST_OF_A_KEY:
             raise UserError(
-                f"{path} has over {MOST_OF_A_KEY} pictures of the key {sample.key}: read it without wds: as a plain tar"
+                f"{where} has over {MOST_OF_A_KEY} pictures of key {sample.key}: read it without wds: as a plain tar"
             )
         folder, slash, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")

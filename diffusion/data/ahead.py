@@ -2,15 +2,23 @@
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
 
 
-def in_order(futures: Iterator[Future[Result]], begun: int) -> Iterator[Result]:
+class Begun(Protocol[Result_co]):
+    """A future, of whatever makes them."""
+
+    def result(self) -> Result_co:
+        """Wait for it; raises what went wrong."""
+
+
+def in_order(futures: Iterator[Begun[Result]], begun: int) -> Iterator[Result]:
     """The results of ``futures`` in their order; ``begun`` of them are under way before the first is asked for."""
     waiting = deque(islice(futures, begun))
     while waiting:

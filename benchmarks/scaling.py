@@ -1,0 +1,145 @@
+"""Does an ingest of ten times the pictures take ten times as long, and no more memory?
+
+    python benchmarks/scaling.py --counts 10000 100000 1000000 --picture docs/pictures/ingest_scaling.png
+
+For each count, a tar of small random PNGs, all different, is written to a scratch folder and ingested by the command
+``darkroom stage ingest``, started fresh. Memory is the most that the command and all its processes held at once: the
+proportional set size (shared pages are split between those that share them), sampled ten times a second.
+"""
+
+import argparse
+import json
+import shutil
+import struct
+import sys
+import tarfile
+import tempfile
+import time
+import zlib
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+SIDE = 16
+SHARD_BYTES = 3_200_000
+"""So small that every count has shards of the same size: their size decides how much memory an ingest takes."""
+
+
+def write_tar(path: Path, count: int, seed: int = 0) -> None:
+    """Write a tar of ``count`` PNGs of random pixels, RGB, ``SIDE`` pixels wide and high."""
+    rng = np.random.default_rng(seed)
+    with tarfile.open(path, "w") as tar:
+        for number in range(count):
+            data = png(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8))
+            member = tarfile.TarInfo(f"{number:08d}.png")
+            member.size = len(data)
+            tar.addfile(member, BytesIO(data))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """A PNG of ``pixels`` (H, W, 3) that is not compressed, so that a million of them are written in no time."""
+    rows = np.pad(pixels.reshape(len(pixels), -1), ((0, 0), (1, 0))).tobytes()
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 0)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+def measure(count: int, runner: str, workers: int, scratch: Path) -> dict[str, Any]:
+    """Ingest ``count`` pictures in a workspace under ``scratch``; returns seconds and MiB."""
+    folder = Path(tempfile.mkdtemp(prefix=f"scaling-{count}-", dir=scratch))
+    try:
+        write_tar(folder / "pictures.tar", count)
+        (folder / "params.yaml").write_text("training:\n  dataset: pictures\n  images: 1\n")
+        settings = {
+            "source": "pictures.tar",
+            "size": SIDE,
+            "runner": runner,
+            "workers": workers,
+            "shard_bytes": SHARD_BYTES,
+        }
+        overrides = [word for key, value in settings.items() for word in ("--set", f"ingest.{key}={value}")]
+        command = [str(Path(sys.executable).with_name("darkroom")), "stage", "ingest", "--json", *overrides]
+        with (folder / "out").open("wb") as out, (folder / "log").open("wb") as log:
+            started = time.perf_counter()
+            process = psutil.Popen(command, cwd=folder, stdout=out, stderr=log)
+            peak = peak_memory(process)
+            seconds = time.perf_counter() - started
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{(folder / 'log').read_text()[-2000:]}")
+        kept = json.loads((folder / "out").read_text())["kept"]
+        if kept != count:
+            raise SystemExit(f"{kept} of {count} pictures were kept")
+        return {"pictures": count, "seconds": round(seconds, 2), "peak_mib": round(peak / 2**20, 1)}
+    finally:
+        shutil.rmtree(folder)
+
+
+def peak_memory(process: psutil.Popen) -> int:
+    """Wait for ``process`` to end; returns the most bytes that it and its descendants held at once."""
+    peak = 0
+    while process.poll() is None:
+        held = 0
+        for each in (process, *process.children(recursive=True)):
+            try:
+                memory = each.memory_full_info()
+            except psutil.NoSuchProcess:
+                continue
+            held += getattr(memory, "pss", memory.uss)
+        peak = max(peak, held)
+        time.sleep(0.1)
+    return peak
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time and memory over the number of pictures, with what is asked of them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    counts, seconds, memory = ([row[key] for row in rows] for key in ("pictures", "seconds", "peak_mib"))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    per_picture = seconds[-1] / counts[-1]
+    left.loglog(counts, [per_picture * count for count in counts], ":", color="grey", label="in proportion")
+    left.loglog(counts, seconds, "o-", label="ingest, start included")
+    left.set(xlabel="pictures", ylabel="seconds")
+    left.legend(frameon=False)
+    right.semilogx(counts, memory, "o-")
+    right.set(xlabel="pictures", ylabel="peak memory of all processes, MiB", ylim=(0, 1.25 * max(memory)))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--runner", choices=("processes", "threads"), default="processes")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="about 4 KiB per picture")
+    parser.add_argument("--json", type=Path, help="write the table here")
+    parser.add_argument("--picture", type=Path, help="draw the curve here")
+    args = parser.parse_args()
+
+    rows = []
+    for count in sorted(args.counts):
+        rows.append(row := measure(count, args.runner, args.workers, args.scratch))
+        print(f"{count:10,} pictures {row['seconds']:9.1f} s {row['peak_mib']:8.1f} MiB", flush=True)
+    for before, after in pairwise(rows):
+        more, longer, larger = (after[key] / before[key] for key in ("pictures", "seconds", "peak_mib"))
+        print(f"{more:5.1f}× the pictures: {longer:5.1f}× the time, {larger:5.2f}× the memory")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2))
+    if args.picture:
+        draw(rows, args.picture)
+
+
+if __name__ == "__main__":
+    main()

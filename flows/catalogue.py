@@ -1,0 +1,136 @@
+"""The catalogue on S3: of every version of a data set its manifest and its DVC pointer, by the manifest's digest.
+
+``s3://BUCKET/datasets/NAME/<digest>/manifest.json`` and ``pointer.dvc`` beside it are written once, as is the version's
+page, ``report.html``; its files lie on DVC's remote. What was taken down is told under ``datasets/NAME/removals/``.
+"""
+
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import yaml
+
+from diffusion.data.ingest import work_folder
+from diffusion.data.manifest import Manifest, manifest_bytes, parse_manifest, read_manifest
+from diffusion.data.removals import Removal, removals, write_removal
+from diffusion.errors import Held, UserError
+from diffusion.files import canonical_json, sha256_bytes
+from flows.dvc_files import NAME
+from flows.s3 import Location, Store
+from flows.s3_errors import Missing
+
+VERSION = re.compile(r"([0-9a-f]{64})/manifest\.json")
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All versions of a data set that were ever recorded."""
+
+    place: Location
+    store: Store
+
+    @classmethod
+    def of(cls, name: str, source: str, store: Store | None = None) -> "Catalogue":
+        """That of data set ``name``, in the bucket of the DVC remote with the URL ``source``."""
+        return cls(Location(Location.parse(source).bucket) / "datasets" / name, store or Store())
+
+    def publish(self, manifest: Manifest, dvc_digest: str) -> str:
+        """Put a version into the catalogue, unless it is there; returns where it lies."""
+        place = self.place / manifest.digest
+        pointer = {"outs": [{"md5": dvc_digest, "hash": "md5", "path": manifest.name}]}
+        try:
+            self._put(f"{manifest.digest}/pointer.dvc", yaml.safe_dump(pointer, sort_keys=False).encode())
+        except Held:
+            # Something foreign lay in the folder, then or now. The pointer that is there leads to the version as well.
+            self.pointer(manifest.digest)
+        self._put(f"{manifest.digest}/manifest.json", manifest_bytes(manifest))
+        return str(place)
+
+    def publish_page(self, digest: str, page: bytes) -> str:
+        """Put the HTML page on a version beside it, unless one is there; returns where it lies."""
+        name = f"{digest}/report.html"
+        # One that was drawn by other code shows the same version.
+        with suppress(Held):
+            self._put(name, page, "text/html; charset=utf-8")
+        return str(self.place / name)
+
+    def delete_pages(self, digests: Iterable[str]) -> None:
+        """Delete the pages on versions; those that are not there are as good as deleted."""
+        self.store.delete_many(self.place.bucket, (self.place.key(f"{digest}/report.html") for digest in digests))
+
+    def versions(self) -> dict[str, Manifest]:
+        """All versions by digest; raises UserError if one is damaged."""
+        found = {}
+        prefix = self.place.key("")
+        for key in self.store.list_keys(self.place.bucket, prefix):
+            if named := VERSION.fullmatch(key.removeprefix(prefix)):
+                data = self.store.get(self.place.bucket, key)
+                if sha256_bytes(data) != named[1]:
+                    raise UserError(f"s3://{self.place.bucket}/{key} is damaged (its SHA-256 differs): delete it")
+                found[named[1]] = parse_manifest(data, f"s3://{self.place.bucket}/{key}")
+        return found
+
+    def pointer(self, digest: str) -> str | None:
+        """DVC's digest of a version; None if it is not in the catalogue. Raises UserError if it is damaged."""
+        key = self.place.key(f"{digest}/pointer.dvc")
+        try:
+            data = self.store.get(self.place.bucket, key)
+        except Missing:
+            return None
+        try:
+            found = yaml.safe_load(data)["outs"][0]["md5"]
+        except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError):
+            found = ""
+        if not re.fullmatch(NAME, str(found)):
+            raise UserError(
+                f"s3://{self.place.bucket}/{key} is no DVC pointer: delete it, and ingest the data set again"
+            )
+        return str(found)
+
+    def tell_removal(self, removal: Removal) -> None:
+        """Let other machines know what was taken down."""
+        removal = removal.model_copy(update={"already": False})
+        # The same pictures may have been taken down before, for another reason or from another version.
+        with suppress(Held):
+            self._put(f"removals/{removal.name}.json", canonical_json(removal.model_dump(mode="json")).encode())
+
+    def learn_removals(self, folder: Path) -> None:
+        """Let this machine, which has the data set in ``folder``, know of everything that was taken down from it."""
+        work = work_folder(folder)
+        known = {removal.name for removal in removals(work)}
+        for key in self.store.list_keys(self.place.bucket, self.place.key("removals/")):
+            if PurePosixPath(key).stem not in known:
+                write_removal(work, Removal.model_validate_json(self.store.get(self.place.bucket, key)))
+
+    def _put(self, name: str, data: bytes, content_type: str = "application/octet-stream") -> None:
+        self.store.put_once(self.place.bucket, self.place.key(name), data, content_type=content_type)
+
+
+def publish(folder: Path, dvc_digest: str, source: str) -> str:
+    """Put the current version of the data set in ``folder``, which DVC has pushed to ``source``, into the catalogue.
+
+    Returns where it lies there. The same version again changes nothing.
+    """
+    return Catalogue.of(folder.name, source).publish(read_manifest(folder), dvc_digest)
+
+
+def publish_page(folder: Path, page: Path, source: str) -> str:
+    """Put ``page``, the HTML page on the current version of the data set in ``folder``, beside it into the catalogue.
+
+    Returns where it lies there; a page that is there already is left.
+    """
+    return Catalogue.of(folder.name, source).publish_page(read_manifest(folder).digest, page.read_bytes())
+
+
+def learn_removals(folder: Path, source: str) -> list[Removal]:
+    """Let this machine know of all that was taken down from the data set in ``folder``, wherever that was done.
+
+    Returns the removals of pictures that the version in ``folder`` still holds, because it is of before.
+    """
+    Catalogue.of(folder.name, source).learn_removals(folder)
+    if not (folder / "manifest.json").is_file():
+        return []
+    tables = {part.records.sha256 for part in read_manifest(folder).parts}
+    return [removal for removal in removals(work_folder(folder)) if tables.intersection(removal.tables)]

@@ -1,0 +1,168 @@
+"""Checkout: any version of a data set becomes the current one again, verified, without git."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from diffusion.config import Config
+from diffusion.data.holders import holders
+from diffusion.data.ingest import remove_strays, work_folder
+from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest
+from diffusion.data.removals import removals
+from diffusion.data.versions import choose, known_versions, remember
+from diffusion.errors import UserError
+from diffusion.files import write_bytes
+from flows import lineage
+from flows.catalogue import Catalogue
+from flows.kept_files import KeptFiles, is_whole, needed_files
+
+Reach = Callable[[], str]
+"""Joins the S3 server and gives the URL of DVC's remote; raises UserError if no server is to be had."""
+
+
+class CheckedOut(Config):
+    """A version that is the current one now."""
+
+    dataset: str
+    folder: Path
+    digest: str
+    content_digest: str
+    kept: int
+    restored: list[str]
+    """Files that had to be got back."""
+
+
+def checkout(
+    folder: Path, prefix: str, reach: Reach, with_removed: bool = False, without_shards: bool = False
+) -> CheckedOut:
+    """Make the version whose digest begins with ``prefix`` the current one of the data set in ``folder``.
+
+    Its files come from the folder, DVC's cache, or the remote, for which ``reach`` is called only if it is needed; each
+    is verified by its SHA-256. ``without_shards`` leaves those away that are not here, for training that streams them.
+    All other versions stay known, what only the folder holds is put into DVC's cache first, and the next ingest adds to
+    the version checked out. Killed and given again, it ends the same.
+
+    Raises UserError if there is no such version, a file of it is to be had nowhere, or it holds pictures that were
+    taken down since, unless ``with_removed``.
+    """
+    work_folder(folder).mkdir(parents=True, exist_ok=True)
+    with FileLock(work_folder(folder) / "lock"):
+        known = known_versions(folder) if (folder / "manifest.json").is_file() else {}
+        place = _Place(folder, known, reach)
+        version = place.choose(prefix)
+        if not with_removed:
+            place.refuse_removed(version)
+        place.keep_current(version)
+        restored = place.fetch(version, without_shards)
+        if not with_removed:
+            place.refuse_removed(version)
+        write_bytes(folder / "manifest.json", manifest_bytes(version))
+        _remove_others(folder, version)
+        if without_shards:
+            place.kept.keep_listing(version.digest)
+        else:
+            lineage.record_data(folder, push_to=None)
+    return CheckedOut(
+        dataset=folder.name,
+        folder=folder,
+        digest=version.digest,
+        content_digest=version.content_digest,
+        kept=version.kept,
+        restored=restored,
+    )
+
+
+class _Place:
+    """A data set's folder, and where its other versions can be had."""
+
+    def __init__(self, folder: Path, known: dict[str, Manifest], reach: Reach) -> None:
+        self.folder = folder
+        self.known = known
+        self.reach = reach
+        self.kept = KeptFiles(folder.name)
+        self.source: str | None = None
+
+    def choose(self, prefix: str) -> Manifest:
+        """The version that ``prefix`` names, of those known here or else in the catalogue."""
+        try:
+            return self.known[self._chosen(prefix)]
+        except UserError as unknown:
+            try:
+                catalogue = self._catalogue()
+            except UserError as error:
+                raise (unknown if self.known else error) from error
+        self.known = self.known | catalogue.versions()
+        return self.known[self._chosen(prefix)]
+
+    def refuse_removed(self, version: Manifest) -> None:
+        """Raise UserError if ``version`` holds pictures that were taken down, as far as its tables are to be had."""
+        if self.source is not None:
+            self._catalogue().learn_removals(self.folder)
+        for removal in removals(work_folder(self.folder)):
+            if holders(self.folder, removal, [version], self.kept.find).held:
+                remove_strays(self.folder)
+                raise UserError(
+                    f"version {version.digest[:12]} of data set {self.folder.name} holds pictures that were taken down "
+                    f"since ({removal.reason}): check out another one, or give --with-removed to have them back"
+                )
+
+    def keep_current(self, version: Manifest) -> None:
+        """Let nothing be lost when ``version`` takes the folder over."""
+        if not (self.folder / "manifest.json").is_file():
+            return
+        for each in self.known.values():
+            remember(self.folder, each)
+        ours = read_manifest(self.folder).files
+        theirs = {entry.name for entry in version.files}
+        going = [entry for entry in ours if entry.name not in theirs and (self.folder / entry.name).is_file()]
+        if any(self.kept.find(entry) is None for entry in going):
+            lineage.record_data(self.folder, push_to=None)
+
+    def fetch(self, version: Manifest, without_shards: bool) -> list[str]:
+        """Get back what is missing or damaged of ``version``, and tell what that was."""
+        restored = []
+        shards = {entry.name for entry in version.shards}
+        for name, sha256 in needed_files(self.folder, version):
+            path = self.folder / name
+            if (without_shards and name in shards) or is_whole(path, sha256):
+                continue
+            if sha256 in self.known:
+                write_bytes(path, manifest_bytes(self.known[sha256]))
+            elif not self._write(version, name, sha256):
+                raise UserError(
+                    f"{name} of version {version.digest[:12]} is neither in {self.folder}, nor in DVC's cache, nor on "
+                    "its remote (any more): check out another one, or ingest again from a source that has all of it"
+                )
+            restored.append(name)
+        return restored
+
+    def _write(self, version: Manifest, name: str, sha256: str) -> bool:
+        target = self.folder / name
+        if self.kept.write(version.digest, name, sha256, target):
+            return True
+        if self.source is not None:
+            return False
+        self._catalogue()
+        return self.kept.write(version.digest, name, sha256, target)
+
+    def _catalogue(self) -> Catalogue:
+        if self.source is None:
+            self.source = self.reach()
+            recorded = lineage.data_version(self.folder)
+            self.kept = KeptFiles(self.folder.name, self.source, recorded.digest if recorded else None)
+        assert self.kept.catalogue is not None
+        return self.kept.catalogue
+
+    def _chosen(self, prefix: str) -> str:
+        candidates = {digest: each.content_digest for digest, each in self.known.items()}
+        return choose(prefix, candidates, self.folder.name)
+
+
+def _remove_others(folder: Path, version: Manifest) -> None:
+    """Take away what belongs to other versions only."""
+    line = {name for name, _ in needed_files(folder, version)}
+    for path in (folder / "versions").glob("*.json"):
+        if path.relative_to(folder).as_posix() not in line:
+            path.unlink()
+    remove_strays(folder)

@@ -1,0 +1,324 @@
+"""``darkroom data log | show | diff | checkout | remove``: the versions of a data set."""
+
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.cli.options import DEFAULT_PARAMS, DatasetName, Json, ParamsFile, Set, joined, load, show
+
+if TYPE_CHECKING:
+    from diffusion.data.difference import Difference
+    from diffusion.data.manifest import FileEntry
+    from diffusion.data.selection import Chosen, Selection
+    from flows.takedown import TakenDown
+
+app = typer.Typer(
+    name="data",
+    help="Versions of a data set: what there is, what changed, and back again; pictures that must go.",
+    no_args_is_help=True,
+)
+All = Annotated[bool, typer.Option("--all", help="Show all of them, not just the first.")]
+FIRST = 20
+"""Entries shown of a list."""
+
+
+@app.command()
+def log(
+    dataset: DatasetName = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """All versions known on this machine, newest first; the one in data/NAME has a star.
+
+    Example:  darkroom data log --dataset faces
+    """
+    from diffusion.data.versions import history
+
+    folder = load(params, overrides, dataset).dataset_folder
+    entries = history(folder, _in_cache(folder))
+    head = f"  {'version':<12}  {'added':>9} {'removed':>9} {'kept':>9} {'refused':>9}  change"
+    rows = [
+        f"{'*' if each.current else ' '} {each.digest[:12]}  {each.added:>9,} {each.removed:>9,} {each.kept:>9,} "
+        f"{_count(each.quarantined):>9}  {each.change}"
+        for each in entries
+    ]
+    versions = [each.model_dump(mode="json") for each in entries]
+    show({"dataset": folder.name, "versions": versions}, as_json, [head, *rows])
+
+
+@app.command("show")
+def show_version(
+    version: Annotated[
+        str | None, typer.Argument(metavar="VERSION", help="First hex digits of its digest; default: the current.")
+    ] = None,
+    everything: All = False,
+    dataset: DatasetName = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """What is in a version, and what was refused and why.
+
+    Example:  darkroom data show 3f9c21d0 --dataset faces --all
+    """
+    from diffusion.data.versions import resolve
+    from diffusion.data.versions import show as contents_of
+
+    folder = load(params, overrides, dataset).dataset_folder
+    limit = None if everything else FIRST
+    found = contents_of(folder, resolve(folder, version), _in_cache(folder), limit)
+    classes = [f"  {name}: {count:,}" for name, count in found.classes.items()][:limit]
+    refused = [f"  {each.source}: {each.reason}" for each in found.quarantined or ()]
+    lines = [
+        f"version    {found.digest}, made by {found.change}" + (f" from {found.parent[:12]}" if found.parent else ""),
+        f"content    {found.content_digest}",
+        f"pictures   {found.kept:,} of {found.storage.size}×{found.storage.size} in {found.channels} channel(s): "
+        + ", ".join(f"{count:,} {split.replace('_', '-')}" for split, count in found.splits.items()),
+        f"shards     {found.shards:,}, {found.shard_bytes:,} bytes",
+        f"read       {', '.join(f'{count:,} {outcome}' for outcome, count in found.outcomes.items())}",
+        *([f"classes    {len(found.classes):,}", *classes, *_more(len(found.classes), classes)] if classes else []),
+        f"refused    {_count(found.quarantined_count)}",
+        *refused,
+        *_more(found.quarantined_count or 0, refused),
+    ]
+    show(found.model_dump(mode="json"), as_json, lines)
+
+
+@app.command()
+def diff(
+    before: Annotated[
+        str | None, typer.Argument(metavar="A", help="A version; default: the other one's parent.")
+    ] = None,
+    after: Annotated[str | None, typer.Argument(metavar="B", help="A version; default: the current one.")] = None,
+    everything: All = False,
+    dataset: DatasetName = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """What changed from one version to another, picture by picture.
+
+    Example:  darkroom data diff 3f9c21d0 --dataset faces
+    """
+    from diffusion.data.difference import diff as difference_of
+    from diffusion.data.versions import resolve
+    from diffusion.errors import UserError
+
+    folder = load(params, overrides, dataset).dataset_folder
+    new = resolve(folder, after)
+    if before is None and new.parent is None:
+        raise UserError(f"{new.digest[:12]} is the first version of data set {folder.name}: give two versions")
+    old = resolve(folder, before or new.parent)
+    found = difference_of(folder, old, new, None if everything else FIRST, _in_cache(folder))
+    show({"dataset": folder.name, **found.model_dump(mode="json")}, as_json, _in_lines(found))
+
+
+@app.command()
+def checkout(
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="First hex digits of its digest.")],
+    with_removed: Annotated[
+        bool, typer.Option("--with-removed", help="Also if it holds pictures that were taken down since.")
+    ] = False,
+    without_shards: Annotated[
+        bool,
+        typer.Option("--without-shards", help="Manifest and tables alone: training.stream_bytes fetches the shards."),
+    ] = False,
+    dataset: DatasetName = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Make a version the one in data/NAME, verified file by file; the next ingest builds on it.
+
+    Its files come from the folder, DVC's cache, or S3. All other versions stay known to `darkroom data log`.
+
+    Example:  darkroom data checkout 3f9c21d0 --dataset faces
+    """
+    folder = load(params, overrides, dataset).dataset_folder
+    # DVC talks on what was standard output when it was imported, and that belongs to the result.
+    with redirect_stdout(sys.stderr):
+        from flows.checkout import checkout as make_current
+
+        done = make_current(folder, version, _reach, with_removed, without_shards)
+    lines = [
+        f"{done.kept:,} pictures in {done.folder}: version {done.digest[:12]}, {len(done.restored):,} files restored",
+        f"content {done.content_digest}",
+    ]
+    show(done.model_dump(mode="json"), as_json, lines)
+
+
+@app.command()
+def remove(
+    pictures: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY|PATTERN…", help="Keys (8 or more hex digits), or patterns of names (* for anything)."
+        ),
+    ] = None,
+    source: Annotated[list[str], typer.Option("--source", metavar="PATTERN", help="A pattern of names.")] = [],  # noqa: B006
+    label: Annotated[str | None, typer.Option("--label", help="Only pictures of this class.")] = None,
+    reason: Annotated[str, typer.Option("--reason", help="Why, in one line; kept in the manifest.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    purge: Annotated[
+        bool,
+        typer.Option(
+            "--purge",
+            help="Also clear what the versions that held them left in caches, on DVC's remote, in reports and on "
+            "MLflow's runs, unless something else needs it: nobody can check them out again.",
+        ),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dataset: DatasetName = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Take pictures down: a new version without them, which no later ingest takes in again.
+
+    Only the shards concerned are written anew. What was made from the pictures is named (runs, model versions, prints),
+    and marked in MLflow. Prints are never deleted: they are other pictures.
+
+    Example:  darkroom data remove 'alice/*' --dataset faces --reason 'consent withdrawn' --purge
+    """
+    from diffusion.data.selection import Selector
+    from diffusion.data.takedown import choose
+    from diffusion.errors import UserError
+
+    config = load(params, overrides, dataset)
+    selection = _selection(pictures or [], source, label)
+    Selector.of(selection)
+    if dry_run:
+        chosen = choose(config.dataset_folder, selection)
+        result = {"dataset": config.training.dataset, "dry_run": True, **chosen.model_dump(mode="json")}
+        show(result, as_json, _would_go(chosen))
+        return
+    if not reason.strip():
+        raise UserError("a removal needs a --reason: one line that is kept in the manifest")
+    if not yes:
+        _confirm(
+            f"take down {', '.join([*selection.prefixes, *selection.sources])} from data set {config.training.dataset}"
+        )
+    with joined("prefect", "mlflow", "s3"):
+        from flows.takedown import takedown
+
+        done = takedown(config, selection, reason, purge)
+    show({"dataset": config.training.dataset, **done.model_dump(mode="json")}, as_json, _what_went(done))
+
+
+def _in_cache(folder: Path) -> "Callable[[FileEntry], Path | None]":
+    """Finds files of older versions in DVC's cache, which is opened only if one is asked for."""
+    found: list[Any] = []
+
+    def find(entry: "FileEntry") -> Path | None:
+        if not found:
+            from flows.kept_files import KeptFiles
+
+            found.append(KeptFiles(folder.name))
+        path: Path | None = found[0].find(entry)
+        return path
+
+    return find
+
+
+def _reach() -> str:
+    """Join the S3 server; the URL of DVC's remote."""
+    from flows.environment import data_source, join
+
+    join("s3")
+    return data_source()
+
+
+def _selection(pictures: list[str], sources: list[str], label: str | None) -> "Selection":
+    from diffusion.data.selection import Selection, is_key
+
+    keys = [each for each in pictures if is_key(each)]
+    patterns = [each for each in pictures if not is_key(each)]
+    return Selection(prefixes=keys, sources=[*patterns, *sources], label=label)
+
+
+def _confirm(what: str) -> None:
+    from diffusion.errors import UserError
+
+    if not sys.stdin.isatty():
+        raise UserError(f"to {what}, give --yes (or --dry-run to see what would go)")
+    typer.confirm(f"Really {what}?", abort=True, err=True)
+
+
+def _would_go(chosen: "Chosen") -> list[str]:
+    keys = [f"  {key}" for key in chosen.picture_keys[:FIRST]]
+    near = [f"  {key}" for key in chosen.near_copies[:FIRST]]
+    return [
+        f"{chosen.pictures:,} pictures would go, with {chosen.duplicates:,} more names of them and {chosen.refused:,} "
+        f"refused entries; {len(chosen.parts):,} parts would be written anew",
+        *keys,
+        *_more(len(chosen.picture_keys), keys),
+        *([f"{len(chosen.near_copies):,} near-copies would stay:", *near] if near else []),
+        *_more(len(chosen.near_copies), near),
+    ]
+
+
+def _what_went(done: "TakenDown") -> list[str]:
+    removal, derived = done.removal, done.derived
+    purged = done.purged
+    return [
+        f"{removal.pictures:,} pictures taken down from {removal.dataset} (takedown {done.name}"
+        + (", done before)" if removal.already else ")"),
+        f"version    {removal.version[:12]}, content {removal.content_digest}",
+        f"held by    {', '.join(digest[:12] for digest in done.held) or 'no known version'}",
+        *(f"unclear    version {digest[:12]}: its tables are gone" for digest in done.unknown),
+        *(f"near-copy  {key} stays" for key in removal.near_copies),
+        *(f"run        {run.run_id} ({run.name})" for run in derived.runs),
+        *(f"model      {model.uri}" + "".join(f" @{alias}" for alias in model.aliases) for model in derived.models),
+        *(f"prints     {uri}" for uri in derived.prints),
+        *(f"unclear    run {run_id}: its version of the data set is not known" for run_id in derived.unclear_runs),
+        *(
+            [
+                f"purged     {len(purged.dvc_objects):,} DVC objects, {len(purged.files):,} files, "
+                f"{len(purged.artifacts):,} artifacts"
+            ]
+            if purged
+            else []
+        ),
+    ]
+
+
+def _in_lines(found: "Difference") -> list[str]:
+    lines = [f"{found.before[:12]} → {found.after[:12]}: {found.kept[0]:,} → {found.kept[1]:,} pictures"]
+    if found.same_content:
+        lines.append("the same content")
+    for what, group in (("added", found.added), ("removed", found.removed)):
+        lines += _group(what, group, lambda each: f"{each.key[:16]} {each.source or ''} {each.label or ''}".rstrip())
+    lines += _group("changed", found.changed, lambda each: f"{each.before.key[:16]} {_changes(each)}")
+    for what, refusals in (("refused now", found.quarantined), ("no longer refused", found.cleared)):
+        lines += _group(what, refusals, lambda each: f"{each.source}: {each.reason}")
+    lines += [f"setting    {name}: {old} → {new}" for name, (old, new) in found.storage.items()]
+    lines += [f"class      {name}: {old:,} → {new:,}" for name, (old, new) in found.classes.items()]
+    return lines + [f"cannot be read any more: {name}" for name in found.unread]
+
+
+def _group(what: str, group: Any, line: Callable[[Any], str]) -> list[str]:
+    if group is None:
+        return [f"{what:<10} cannot be told: a table that is needed is no longer here"]
+    if not group.count:
+        return []
+    rows = [f"  {line(each)}" for each in group.samples]
+    return [f"{what:<10} {group.count:,}", *rows, *_more(group.count, rows)]
+
+
+def _changes(changed: Any) -> str:
+    old, new = changed.before, changed.after
+    names = ("split", "label", "caption")
+    return ", ".join(f"{n}: {getattr(old, n)} → {getattr(new, n)}" for n in names if getattr(old, n) != getattr(new, n))
+
+
+def _more(count: int, shown: list[str]) -> list[str]:
+    return [f"  … and {count - len(shown):,} more: --all shows them"] if count > len(shown) else []
+
+
+def _count(number: int | None) -> str:
+    return "?" if number is None else f"{number:,}"

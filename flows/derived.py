@@ -1,0 +1,174 @@
+"""What was made from pictures that a data set gave up since: runs and model versions in MLflow, prints on S3."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from mlflow.client import MlflowClient
+from mlflow.entities import Run, RunTag
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+from diffusion.config import Config
+from diffusion.data.removals import Removal
+from flows.registry import Version
+from flows.s3 import Store
+
+TAKEDOWN = "darkroom.takedown"
+"""Tag of runs and model versions that learned from pictures taken down since: the names of those removals."""
+NOTE = "mlflow.note.content"
+"""MLflow's tag for what its UI shows as the description of a run."""
+BATCH = "/batch.json"
+
+
+class DerivedRun(Config):
+    """A training."""
+
+    run_id: str
+    name: str
+    content_digest: str
+
+
+class DerivedModel(Config):
+    """A version of a registered model."""
+
+    uri: str
+    run_id: str
+    aliases: list[str]
+
+
+class Derived(Config):
+    """What was made from versions of a data set that held the pictures."""
+
+    runs: list[DerivedRun]
+    models: list[DerivedModel]
+    prints: list[str]
+    """Batches at their usual place on S3, which are named and not deleted: they are other pictures."""
+    unclear_runs: list[str]
+    """Runs on versions of the data set that are known neither here nor in the catalogue."""
+
+
+def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bucket: str) -> Derived:
+    """What was made from the versions of ``dataset`` with the content digests ``contents``, all servers asked.
+
+    ``known``: the content digests of all versions that could be looked at.
+    """
+    client = MlflowClient()
+    held = sorted(set(contents))
+    runs = {run.info.run_id: run for digest in held for run in _runs(client, "darkroom.content_digest", digest)}
+    models = {
+        (model.name, int(model.version)): model
+        for query in (
+            *(f"tags.`darkroom.content_digest` = '{digest}'" for digest in held),
+            *(f"run_id = '{run_id}'" for run_id in runs),
+        )
+        for model in _models(client, query)
+    }
+    looked_at = {*held, *known}
+    return Derived(
+        runs=[
+            DerivedRun(run_id=run_id, name=run.info.run_name, content_digest=run.data.tags["darkroom.content_digest"])
+            for run_id, run in sorted(runs.items())
+        ],
+        models=[
+            DerivedModel(
+                uri=f"models:/{name}/{number}", run_id=model.run_id, aliases=_aliases(client, name, str(number))
+            )
+            for (name, number), model in sorted(models.items())
+        ],
+        prints=[uri for name, number in sorted(models) for uri in _prints(bucket, name, number)],
+        unclear_runs=sorted(
+            run.info.run_id
+            for run in _runs(client, "darkroom.dataset", dataset)
+            if run.data.tags.get("darkroom.content_digest") not in looked_at
+        ),
+    )
+
+
+def mark(derived: Derived, removal: Removal) -> None:
+    """Tag the runs and model versions and say in their descriptions what was taken down; once, however often called."""
+    client = MlflowClient()
+    note = (
+        f"Takedown {removal.name}: made from pictures that were removed from data set {removal.dataset} since "
+        f"({removal.reason})."
+    )
+    for run in derived.runs:
+        tags = client.get_run(run.run_id).data.tags
+        marks = {TAKEDOWN: _with_name(tags.get(TAKEDOWN), removal.name), NOTE: _with_note(tags.get(NOTE), note)}
+        client.log_batch(run.run_id, tags=[RunTag(name, value) for name, value in marks.items()])
+    for model in derived.models:
+        name, number = model.uri.removeprefix("models:/").rsplit("/", 1)
+        found = client.get_model_version(name, number)
+        client.set_model_version_tag(name, number, TAKEDOWN, _with_name(found.tags.get(TAKEDOWN), removal.name))
+        client.update_model_version(name, number, description=_with_note(found.description, note))
+
+
+def clear_pictures(derived: Derived) -> list[str]:
+    """Delete from the runs what shows real pictures of their data set; returns what that was, as runs:/ID/PATH."""
+    client = MlflowClient()
+    cleared = []
+    for run in derived.runs:
+        artifacts = get_artifact_repository(client.get_run(run.run_id).info.artifact_uri)
+        for path in _showing_pictures(client, run.run_id):
+            artifacts.delete_artifacts(path)  # type: ignore[no-untyped-call]
+            cleared.append(f"runs:/{run.run_id}/{path}")
+    return cleared
+
+
+def takedowns(version: Version) -> str | None:
+    """What to tell those who use ``version``: that it learned from pictures taken down since; None if it did not."""
+    names = version.tags.get(TAKEDOWN)
+    return names and f"{version.uri} was made from pictures that were taken down since (takedown {names}): train anew"
+
+
+def warn_of_takedown(version: Version) -> None:
+    """Say on standard error, in one line, if ``version`` learned from pictures that were taken down since."""
+    if warning := takedowns(version):
+        print(f"darkroom: {warning}", file=sys.stderr, flush=True)
+
+
+def _runs(client: MlflowClient, tag: str, value: str) -> Iterator[Run]:
+    experiments = [each.experiment_id for each in _pages(client.search_experiments)]
+    quoted = value.replace("'", "\\'")
+    return _pages(client.search_runs, experiment_ids=experiments, filter_string=f"tags.`{tag}` = '{quoted}'")
+
+
+def _models(client: MlflowClient, query: str) -> Iterator[ModelVersion]:
+    return _pages(client.search_model_versions, filter_string=query)
+
+
+def _pages(search: Any, **asked: Any) -> Iterator[Any]:
+    """Everything that one of MLflow's searches finds, page after page."""
+    token = None
+    while True:
+        page = search(**asked, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _aliases(client: MlflowClient, name: str, number: str) -> list[str]:
+    return sorted(client.get_model_version(name, number).aliases)
+
+
+def _prints(bucket: str, model: str, number: int) -> list[str]:
+    keys = Store().list_keys(bucket, f"prints/{model}/{number}/")
+    return [f"s3://{bucket}/{key.removesuffix(BATCH)}/" for key in keys if key.endswith(BATCH)]
+
+
+def _showing_pictures(client: MlflowClient, run_id: str) -> list[str]:
+    """Artifacts of a run in which pictures of its data set can be seen."""
+    found = [item.path for folder in ("dataset", "explain") for item in client.list_artifacts(run_id, folder)]
+    found += [item.path for item in client.list_artifacts(run_id, "evaluation") if item.path.endswith(".html")]
+    grids = (item.path for item in client.list_artifacts(run_id, "evaluation/grids"))
+    found += [path for path in grids if path.endswith("/held_out.png")]
+    return [path for path in found if path != "dataset/manifest.json"]
+
+
+def _with_name(names: str | None, name: str) -> str:
+    return ",".join(sorted({*(names.split(",") if names else ()), name}))
+
+
+def _with_note(text: str | None, note: str) -> str:
+    return text if text and note in text else "\n\n".join(filter(None, (text, note)))

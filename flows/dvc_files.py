@@ -1,0 +1,137 @@
+"""The files of data set versions as DVC keeps them: named by MD5, in its cache on this machine and on its remote."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Protocol
+
+from dvc.exceptions import NotDvcRepoError
+from dvc.repo import Repo
+from pydantic import StringConstraints, TypeAdapter, ValidationError
+
+from diffusion.config import Config
+from diffusion.errors import UserError
+from flows.s3 import Location, Store
+
+FOLDER = ".dir"
+"""Ends the name of a folder's listing."""
+NAME = r"[0-9a-f]{32}(\.dir)?"
+
+Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
+"""Of an object: the MD5 of its bytes, of a listing with ``.dir`` behind it."""
+
+
+class Listed(Config):
+    """A file of a folder."""
+
+    md5: Name
+    relpath: str
+
+
+Listing = dict[str, str]
+"""A folder that DVC knows: the MD5 of each file by its path in it."""
+LISTING = TypeAdapter(list[Listed])
+
+
+class Depot(Protocol):
+    """A place where DVC keeps objects."""
+
+    def listings(self) -> Iterator[tuple[str, Listing]]:
+        """All folders that lie there, by the names of their listings."""
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects; those that are not there are as good as deleted."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """DVC's cache on this machine."""
+
+    folder: Path
+
+    @classmethod
+    def here(cls) -> "Cache | None":
+        """That of the DVC repository around the working folder; None outside of one."""
+        try:
+            with Repo() as repo:
+                return cls(Path(repo.cache.local.path))
+        except NotDvcRepoError:
+            return None
+
+    def path(self, name: str) -> Path:
+        """Where an object lies, if it is there."""
+        return self.folder / name[:2] / name[2:]
+
+    def listing(self, name: str) -> Listing | None:
+        """The folder of this name; None if it is not there."""
+        path = self.path(name)
+        return _parsed(path.read_bytes(), str(path)) if path.is_file() else None
+
+    def listings(self) -> Iterator[tuple[str, Listing]]:
+        """All folders that lie there, by the names of their listings."""
+        for path in sorted(self.folder.glob(f"??/*{FOLDER}")):
+            yield path.parent.name + path.name, _parsed(path.read_bytes(), str(path))
+
+    @cached_property
+    def places(self) -> dict[str, list[str]]:
+        """For the path of a file in any folder, the MD5s that it has in them."""
+        found: dict[str, list[str]] = {}
+        for _, listing in self.listings():
+            for path, md5 in listing.items():
+                names = found.setdefault(path, [])
+                if md5 not in names:
+                    names.append(md5)
+        return found
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects; those that are not there are as good as deleted."""
+        for name in names:
+            self.path(name).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """DVC's remote on S3."""
+
+    place: Location
+    store: Store
+
+    @classmethod
+    def at(cls, source: str) -> "Remote":
+        """The remote with the URL ``source``."""
+        return cls(Location.parse(source), Store())
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Write an object over what is at ``path``; raises Missing."""
+        self.store.fetch(self.place.bucket, self._key(name), path)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of an object; raises Missing."""
+        return self.store.get(self.place.bucket, self._key(name))
+
+    def listing(self, name: str) -> Listing:
+        """The folder of this name; raises Missing."""
+        return _parsed(self.read(name), f"{self.place}/{self._key(name)}")
+
+    def listings(self) -> Iterator[tuple[str, Listing]]:
+        """All folders that lie there, by the names of their listings."""
+        prefix = self._key("")
+        for key in self.store.list_keys(self.place.bucket, prefix):
+            if key.endswith(FOLDER):
+                name = key.removeprefix(prefix).replace("/", "")
+                yield name, self.listing(name)
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects; those that are not there are as good as deleted."""
+        self.store.delete_many(self.place.bucket, map(self._key, names))
+
+    def _key(self, name: str) -> str:
+        return self.place.key(f"files/md5/{name[:2]}/{name[2:]}" if name else "files/md5/")
+
+
+def _parsed(data: bytes, where: str) -> Listing:
+    try:
+        return {listed.relpath: listed.md5 for listed in LISTING.validate_json(data)}
+    except ValidationError as error:
+        raise UserError(f"{where} is no listing of DVC: delete it, and push the data set again") from error

@@ -1,0 +1,93 @@
+"""Purge: copies of pictures that were taken down, cleared from caches and remotes."""
+
+import hashlib
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from dvc.exceptions import NotDvcRepoError
+from dvc.repo import Repo
+from filelock import FileLock
+
+from diffusion.config import Config
+from diffusion.data.ingest import work_folder
+from diffusion.data.manifest import Manifest, manifest_bytes
+from diffusion.evaluation.results import Evaluation
+from flows.dvc_files import Cache, Depot, Listing, Remote
+
+UNFINISHED = ("chunks", "scratch", "plan.sqlite", "index.sqlite", "index.sqlite-shm", "index.sqlite-wal")
+"""What ingests keep in the work folder; the next one makes it anew."""
+
+
+class Purged(Config):
+    """What was cleared."""
+
+    dvc_objects: list[str]
+    """Names of objects in DVC's cache or on its remote."""
+    files: list[str]
+    """Files and folders on this machine."""
+    artifacts: list[str]
+    """Files on MLflow's runs in which pictures of the data set could be seen."""
+
+
+def purge_dvc(held: Iterable[Manifest], others: Iterable[Manifest], source: str) -> list[str]:
+    """Delete from DVC's cache and the remote ``source`` what belongs to the versions ``held`` and to nothing else.
+
+    ``others`` are the data set's versions that stay. What any other folder that DVC knows here or there needs stays as
+    well, whatever data set it is of. Listings go last, so that whoever finds this unfinished can finish it. Returns the
+    names of what was deleted.
+    """
+    depots: list[Depot] = [Remote.at(source)]
+    cache = Cache.here()
+    if cache is not None:
+        depots.append(cache)
+    going = {hashlib.md5(manifest_bytes(each), usedforsecurity=False).hexdigest() for each in held}
+    listings: dict[str, Listing] = {name: listing for depot in depots for name, listing in depot.listings()}
+    doomed = {name: listing for name, listing in listings.items() if listing.get("manifest.json") in going}
+    staying = {entry.name for each in others for entry in each.files}
+    needed = {md5 for name, listing in listings.items() if name not in doomed for md5 in listing.values()}
+    needed |= _single_files()
+    files = {
+        md5 for listing in doomed.values() for path, md5 in listing.items() if md5 not in needed and path not in staying
+    }
+    for names in (sorted(files), sorted(doomed)):
+        for depot in depots:
+            depot.delete(names)
+    return sorted(files | doomed.keys())
+
+
+def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifest], reports: Path) -> list[str]:
+    """Delete what this machine keeps of the versions ``held`` beside the data set in ``folder``.
+
+    That is what ingests keep in their work folder, shards fetched for training, remembered judgements, and pages and
+    grids in the folder ``reports`` in which pictures of those versions can be seen. Takes turns with ingests.
+    """
+    held = list(held)
+    staying = {shard.sha256 for each in others for shard in each.shards}
+    going = {shard.sha256 for each in held for shard in each.shards} - staying
+    found = [folder.parent / ".shards" / f"{sha256}.tar" for sha256 in sorted(going)]
+    found += [reports / name for name in ("judged", "explain")]
+    found += [path for each in held for path in sorted((reports / "dataset").glob(f"{each.digest[:16]}.*"))]
+    judged = reports / "evaluation.json"
+    if judged.is_file():
+        evaluation = Evaluation.model_validate_json(judged.read_bytes())
+        if evaluation.conditions.content_digest in {each.content_digest for each in held}:
+            found += [reports / "report.html", reports / "grids"]
+    with FileLock(work_folder(folder) / "lock"):
+        found += [work_folder(folder) / name for name in UNFINISHED]
+        found = [path for path in found if path.exists()]
+        for path in found:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    return [str(path) for path in found]
+
+
+def _single_files() -> set[str]:
+    """The MD5s of files that the repository around the working folder tracks one by one."""
+    try:
+        with Repo() as repo:
+            return {output.hash_info.value for output in repo.index.outs if output.hash_info}
+    except NotDvcRepoError:
+        return set()

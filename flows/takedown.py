@@ -1,0 +1,139 @@
+"""The flow ``takedown``: pictures leave a data set for good, and what was made from them is named and marked."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+
+from diffusion.config import Config
+from diffusion.data import takedown as pictures
+from diffusion.data.holders import Holders, holders
+from diffusion.data.manifest import Manifest
+from diffusion.data.removals import Removal
+from diffusion.data.selection import Selection
+from diffusion.data.versions import known_versions
+from flows import catalogue, environment, lineage
+from flows.catalogue import Catalogue
+from flows.derived import Derived, clear_pictures, find_derived
+from flows.derived import mark as mark_derived
+from flows.kept_files import KeptFiles
+from flows.lineage import DataVersion
+from flows.params import Params
+from flows.progress import reporter
+from flows.purge import Purged, purge_dvc, purge_files
+from flows.steps import step
+
+
+class TakenDown(Config):
+    """A takedown that is done."""
+
+    name: str
+    """What it is called in tags and in the catalogue."""
+    removal: Removal
+    version: DataVersion
+    """The data set as DVC knows it now."""
+    held: list[str]
+    """Digests of the versions that held the pictures."""
+    unknown: list[str]
+    """Those of which that can no longer be told."""
+    derived: Derived
+    purged: Purged | None
+
+
+@flow(name="takedown", flow_run_name="takedown-{params.training.dataset}")
+def takedown(params: Params, selection: Selection, reason: str, purge: bool = False) -> TakenDown:
+    """Remove what ``selection`` means from the data set ``training.dataset``; name and mark what was made from it.
+
+    Runs and model versions get the tag ``darkroom.takedown`` and a note. Prints are named, and stay: they are other
+    pictures. ``purge`` clears caches, remote copies and pages that show pictures of the versions that held them.
+    Killed at any moment and given again, it ends the same.
+    """
+    removal = remove(params, selection, reason)
+    version = record(params, removal)
+    versions, found = look_up(params, removal)
+    derived = name_and_mark(params, removal, versions, found)
+    purged = clear(params, versions, found, derived) if purge else None
+    done = TakenDown(
+        name=removal.name,
+        removal=removal,
+        version=version,
+        held=found.held,
+        unknown=found.unknown,
+        derived=derived,
+        purged=purged,
+    )
+    report(done)
+    return done
+
+
+@step
+def remove(params: Params, selection: Selection, reason: str) -> Removal:
+    """Make the version without the pictures."""
+    lineage.restore_data(params.dataset_folder, environment.data_source())
+    return pictures.remove(params.dataset_folder, selection, reason, reporter())
+
+
+@step
+def record(params: Params, removal: Removal) -> DataVersion:
+    """Commit and push the version, and let other machines know of it and of what was taken down."""
+    source = environment.data_source()
+    version = lineage.record_data(params.dataset_folder, source)
+    catalogue.publish(params.dataset_folder, version.digest, source)
+    Catalogue.of(params.training.dataset, source).tell_removal(removal)
+    return version
+
+
+@step
+def look_up(params: Params, removal: Removal) -> tuple[dict[str, Manifest], Holders]:
+    """All versions of the data set, and which of them held the pictures."""
+    folder, source = params.dataset_folder, environment.data_source()
+    versions = known_versions(folder) | Catalogue.of(folder.name, source).versions()
+    with TemporaryDirectory() as scratch:
+        elsewhere = KeptFiles(folder.name, source).elsewhere(versions.values(), Path(scratch))
+        return versions, holders(folder, removal, versions.values(), elsewhere)
+
+
+@step
+def name_and_mark(params: Params, removal: Removal, versions: dict[str, Manifest], found: Holders) -> Derived:
+    """Find what was made from the versions that held the pictures, and mark it in MLflow."""
+    contents = {versions[digest].content_digest for digest in found.held}
+    others = {each.content_digest for digest, each in versions.items() if digest not in {*found.held, *found.unknown}}
+    bucket = environment.settings().bucket
+    # Versions of equal content hold the same pictures, whatever their tables tell besides.
+    derived = find_derived(params.training.dataset, contents - others, contents | others, bucket)
+    mark_derived(derived, removal)
+    return derived
+
+
+@step
+def clear(params: Params, versions: dict[str, Manifest], found: Holders, derived: Derived) -> Purged:
+    """Clear what only the versions that held the pictures need, and what shows pictures of them."""
+    folder = params.dataset_folder
+    held = [versions[digest] for digest in found.held]
+    others = [each for digest, each in versions.items() if digest not in found.held]
+    Catalogue.of(folder.name, environment.data_source()).delete_pages(found.held)
+    return Purged(
+        dvc_objects=purge_dvc(held, others, environment.data_source()),
+        files=purge_files(folder, held, others, params.report_folder),
+        artifacts=clear_pictures(derived),
+    )
+
+
+@step
+def report(done: TakenDown) -> None:
+    """Say on the run what was done."""
+    derived = done.derived
+    named = [
+        *(f"| run | {run.run_id} | {run.name} |" for run in derived.runs),
+        *(f"| model | {model.uri} | {', '.join(model.aliases)} |" for model in derived.models),
+        *(f"| prints | {uri} | |" for uri in derived.prints),
+        *(f"| perhaps | run {run_id} | its version of the data set is not known |" for run_id in derived.unclear_runs),
+        *(f"| perhaps | version {digest[:12]} | its tables are gone |" for digest in done.unknown),
+    ]
+    create_markdown_artifact(
+        f"**{done.removal.dataset}**: {done.removal.pictures} pictures taken down ({done.removal.reason}), "
+        f"takedown `{done.name}`, version `{done.removal.version[:12]}`, DVC `{done.version.digest}`\n\n"
+        + "\n".join(["| made from them | what | |", "|---|---|---|", *named]),
+        key="takedown",
+    )

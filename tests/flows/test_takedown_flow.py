@@ -1,0 +1,358 @@
+"""Takedown as a whole: what was made from the pictures is named and marked, and copies of them are cleared."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from hashlib import md5
+from pathlib import Path
+
+import pytest
+import yaml
+from dvc.repo import Repo
+from mlflow.client import MlflowClient
+from PIL import Image
+
+from diffusion.data.config import IngestConfig
+from diffusion.data.ingest import ingest, work_folder
+from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.data.pictures import prepare
+from diffusion.data.removals import Removal
+from diffusion.data.selection import Selection
+from diffusion.data.takedown import remove
+from diffusion.errors import UserError
+from flows.checkout import checkout
+from flows.derived import clear_pictures, find_derived, mark, takedowns
+from flows.lineage import record_data
+from flows.purge import purge_dvc, purge_files
+from flows.registry import Version
+from flows.s3 import Store
+from tests.conftest import disc
+from tests.diffusion.test_ingest import files_of
+from tests.flows.test_catalogue import FOLDER, Place
+from tests.flows.test_pipeline import PARAMS, Workspace, objects
+
+KILLS = int(os.environ.get("KILLS", "3"))
+REMOVAL = Removal(
+    picture_keys=["0" * 64],
+    digests=["1" * 64],
+    pictures=1,
+    duplicates=0,
+    refused=0,
+    near_copies=[],
+    parts=[0],
+    dataset="blobs",
+    asked="6" * 16,
+    reason="consent withdrawn",
+    parent="2" * 64,
+    version="3" * 64,
+    content_digest="4" * 64,
+    tables=[],
+    already=False,
+)
+
+
+@pytest.fixture
+def place(bucket: str, pictures: Path) -> Place:
+    Repo.init(no_scm=True).close()
+    return Place(bucket, pictures)
+
+
+@pytest.fixture
+def mlflow(no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    """An MLflow of the test's own, without a server."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return MlflowClient()
+
+
+def stored(place: Place) -> set[str]:
+    """The objects on DVC's remote, by MD5."""
+    keys = Store().list_keys(place.bucket, "dvc/files/md5/")
+    return {"".join(key.split("/")[-2:]) for key in keys}
+
+
+def md5s(files: dict[str, bytes]) -> dict[str, str]:
+    return {name: md5(data).hexdigest() for name, data in files.items()}
+
+
+def cached() -> set[str]:
+    """The objects in DVC's cache, by MD5."""
+    return {path.parent.name + path.name for path in Path(".dvc/cache/files/md5").glob("??/*")}
+
+
+def take_down(place: Place) -> tuple[Manifest, Manifest, Manifest, dict[str, str]]:
+    """A first version, one with a picture that goes, one without it; and what the second one consisted of."""
+    first, second = place.version(), place.version(*range(100, 104))
+    consisted = md5s(files_of(FOLDER))
+    remove(FOLDER, Selection(sources=["odd/100.png"]), "consent withdrawn")
+    place.publish()
+    return first, second, read_manifest(FOLDER), consisted
+
+
+def test_purge_clears_cache_and_remote_of_what_only_the_versions_with_the_pictures_need(place: Place) -> None:
+    first, second, third, consisted = take_down(place)
+    third_files = files_of(FOLDER)
+    going = {consisted[second.shards[1].name], consisted[second.parts[1].records.name]}
+    assert going <= stored(place) & cached()
+    deleted = set(purge_dvc([second], [first, third], place.source))
+    assert going == {name for name in deleted if not name.endswith(".dir")}
+    assert not deleted & (stored(place) | cached())
+
+    with pytest.raises(UserError, match=r"neither in .* nor in DVC's cache"):
+        checkout(FOLDER, second.digest, place.reach, with_removed=True)
+    place.forget()
+    checkout(FOLDER, first.digest, place.reach)
+    checkout(FOLDER, third.digest, place.reach)
+    assert files_of(FOLDER) == third_files
+    assert set(place.catalogue.versions()) == {first.digest, second.digest, third.digest}
+
+
+def test_purge_leaves_what_another_data_set_needs(place: Place) -> None:
+    first, second, third, consisted = take_down(place)
+    other = FOLDER.with_name("other")
+    config = IngestConfig(source=str(place.pictures), size=8, held_out=0.33)
+    shutil.move(place.pictures / "odd" / "103.png", "103.png")
+    for number in range(100, 103):
+        shutil.move(place.pictures / "odd" / f"{number}.png", f"{number}.png")
+    ingest(other, config)
+    for number in range(100, 104):
+        shutil.move(f"{number}.png", place.pictures / "odd" / f"{number}.png")
+    ingest(other, config)
+    record_data(other, place.source)
+    shared = consisted[second.shards[1].name]
+    assert shared in md5s(files_of(other)).values()
+    purge_dvc([second], [first, third], place.source)
+    assert shared in stored(place) & cached()
+
+
+@pytest.mark.slow
+def test_purge_that_was_cut_off_ends_the_same(place: Place) -> None:
+    first, second, third, consisted = take_down(place)
+    half = consisted[second.shards[1].name]
+    Store().delete_many(place.bucket, [f"dvc/files/md5/{half[:2]}/{half[2:]}"])
+    purge_dvc([second], [first, third], place.source)
+    left = stored(place), cached()
+    assert consisted[second.parts[1].records.name] not in left[0] | left[1]
+    assert purge_dvc([second], [first, third], place.source) == []
+    assert (stored(place), cached()) == left
+
+
+@pytest.mark.slow
+def test_what_was_purged_can_be_pushed_again(place: Place) -> None:
+    first, second, third, _ = take_down(place)
+    kept = Path("kept")
+    checkout(FOLDER, second.digest, place.reach, with_removed=True)
+    shutil.copytree(FOLDER, kept)
+    checkout(FOLDER, third.digest, place.reach)
+    purge_dvc([second], [first, third], place.source)
+    shutil.rmtree(FOLDER)
+    shutil.copytree(kept, FOLDER)
+    record_data(FOLDER, place.source)
+    place.forget()
+    checkout(FOLDER, second.digest, place.reach, with_removed=True)
+    assert files_of(FOLDER) == files_of(kept)
+
+
+def test_purge_clears_work_files_fetched_shards_and_pages_of_those_versions_alone(
+    dataset: Path, tmp_path: Path
+) -> None:
+    before = read_manifest(dataset)
+    remove(dataset, Selection(sources=["odd/01.png"]), "consent withdrawn")
+    after = read_manifest(dataset)
+    reports = tmp_path / "reports"
+    old, new = (tmp_path / "data" / ".shards" / f"{each.shards[0].sha256}.tar" for each in (before, after))
+    pages = [reports / "dataset" / f"{each.digest[:16]}.html" for each in (before, after)]
+    for path in (old, new, *pages, reports / "judged" / "x.safetensors", work_folder(dataset) / "chunks" / "0.tar"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    cleared = purge_files(dataset, [before], [after], reports)
+    assert not any(path.exists() for path in (old, pages[0], reports / "judged", work_folder(dataset) / "chunks"))
+    assert new.exists()
+    assert pages[1].exists()
+    assert str(work_folder(dataset) / "index.sqlite") in cleared
+    assert purge_files(dataset, [before], [after], reports) == []
+    assert read_manifest(dataset) == after
+
+
+def run_on(mlflow: MlflowClient, digest: str, dataset: str = "blobs", experiment: str = "blobs") -> str:
+    found = mlflow.get_experiment_by_name(experiment)
+    experiment_id = found.experiment_id if found else mlflow.create_experiment(experiment)
+    tags = {"darkroom.content_digest": digest, "darkroom.dataset": dataset}
+    return str(mlflow.create_run(experiment_id, tags=tags, run_name="train").info.run_id)
+
+
+def version_of(mlflow: MlflowClient, name: str, run_id: str, digest: str | None) -> str:
+    if not mlflow.search_registered_models(f"name = '{name}'"):
+        mlflow.create_registered_model(name)
+    tags = {"darkroom.content_digest": digest} if digest else {}
+    return str(mlflow.create_model_version(name, "file:///nowhere", run_id, tags=tags).version)
+
+
+def test_derived_are_the_runs_versions_and_prints_of_those_contents_and_nothing_else(
+    bucket: str, mlflow: MlflowClient, s3_environment: dict[str, str]
+) -> None:
+    held, clean = "a" * 64, "b" * 64
+    runs = [run_on(mlflow, held), run_on(mlflow, held, "copy", "copy"), run_on(mlflow, clean), run_on(mlflow, "c" * 64)]
+    made = [version_of(mlflow, "blobs", runs[0], held), version_of(mlflow, "blobs", runs[2], clean)]
+    version_of(mlflow, "copy", runs[1], None)
+    mlflow.set_registered_model_alias("blobs", "champion", made[0])
+    store = Store()
+    for key in ("blobs/1/one/batch.json", "blobs/1/one/00000000.png", "blobs/1/two/batch.json", "blobs/2/x/batch.json"):
+        store.put_once(bucket, f"prints/{key}", b"")
+    store.put_once(bucket, "prints/blobs/11/x/batch.json", b"")
+
+    found = find_derived("blobs", {held}, {held, clean}, bucket)
+    assert {run.run_id for run in found.runs} == set(runs[:2])
+    assert [(model.uri, model.aliases) for model in found.models] == [
+        ("models:/blobs/1", ["champion"]),
+        ("models:/copy/1", []),
+    ]
+    assert found.prints == [f"s3://{bucket}/prints/blobs/1/one/", f"s3://{bucket}/prints/blobs/1/two/"]
+    assert found.unclear_runs == [runs[3]]
+
+    for _ in range(2):
+        mark(found, REMOVAL)
+    mark(found, REMOVAL.model_copy(update={"picture_keys": ["5" * 64]}))
+    names = {REMOVAL.name, REMOVAL.model_copy(update={"picture_keys": ["5" * 64]}).name}
+    tags = mlflow.get_run(runs[0]).data.tags
+    assert set(tags["darkroom.takedown"].split(",")) == names
+    assert tags["mlflow.note.content"].count(REMOVAL.name) == 1
+    version = mlflow.get_model_version("blobs", "1")
+    assert set(version.tags["darkroom.takedown"].split(",")) == names
+    assert version.description.count(f"Takedown {REMOVAL.name}") == 1
+    assert "consent withdrawn" in version.description
+    assert "darkroom.takedown" not in mlflow.get_model_version("blobs", "2").tags
+    assert "darkroom.takedown" not in mlflow.get_run(runs[2]).data.tags
+
+
+def test_a_note_that_was_there_is_kept_and_real_pictures_on_the_run_are_cleared(
+    bucket: str, mlflow: MlflowClient, s3_environment: dict[str, str]
+) -> None:
+    run = run_on(mlflow, "a" * 64)
+    mlflow.set_tag(run, "mlflow.note.content", "our best")
+    kept = ["dataset/manifest.json", "evaluation/evaluation.json", "evaluation/grids/0000000016-ab.png", "params.json"]
+    shown = ["dataset/page.html", "evaluation/report.html", "evaluation/grids/held_out.png", "explain/forward.png"]
+    for path in (*kept, *shown):
+        mlflow.log_text(run, "x", path)
+    found = find_derived("blobs", {"a" * 64}, {"a" * 64}, bucket)
+    mark(found, REMOVAL)
+    assert mlflow.get_run(run).data.tags["mlflow.note.content"].startswith("our best\n\nTakedown")
+    assert sorted(clear_pictures(found)) == [f"runs:/{run}/{path}" for path in sorted(shown)]
+    folders = ("", "dataset", "evaluation", "evaluation/grids", "explain")
+    left = {item.path for folder in folders for item in mlflow.list_artifacts(run, folder) if not item.is_dir}
+    assert left == set(kept)
+    assert clear_pictures(found) == []
+
+
+def test_whoever_uses_a_marked_version_is_told() -> None:
+    version = Version(model="blobs", number=3, run_id="r", weights_sha256="w", tags={})
+    assert takedowns(version) is None
+    told = takedowns(version.model_copy(update={"tags": {"darkroom.takedown": "0123abcd"}}))
+    assert told is not None
+    assert "models:/blobs/3" in told
+    assert "0123abcd" in told
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    """A running stack with a trained, registered and printed model."""
+    folder = tmp_path_factory.mktemp("workspace")
+    quick = {"images": 320, "checkpoints": 1, "warmup_images": 16}
+    params = {
+        **PARAMS,
+        "training": {**PARAMS["training"], **quick},
+        "evaluation": {"samples": 16, "extractor_size": 32},
+    }
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    for number in range(120):
+        path = folder / "pictures" / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        disc(number).save(path)
+    space = Workspace(folder)
+    space.run("up")
+    for line in space.run("env").splitlines():
+        name, _, value = line.removeprefix("export ").partition("=")
+        space.variables[name] = value.strip("'\"")
+    yield space
+    space.run("down")
+
+
+@pytest.fixture
+def server(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    for name, value in workspace.variables.items():
+        if name.startswith(("MLFLOW_", "AWS_")):
+            monkeypatch.setenv(name, value)
+    return MlflowClient(workspace.variables["MLFLOW_TRACKING_URI"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_takedown_names_and_marks_run_version_and_prints_and_a_retraining_is_clean(
+    workspace: Workspace, server: MlflowClient
+) -> None:
+    made = workspace.json("retrain", "pictures", "--count", "8")
+    before = made["data"]["result"]
+    done = workspace.json("data", "remove", "odd/00*.png", "--reason", "consent withdrawn", "--yes")
+    assert done["removal"]["pictures"] == 5
+    assert done["held"] == [before["digest"]]
+    derived = done["derived"]
+    assert [run["run_id"] for run in derived["runs"]] == [made["run_id"]]
+    assert [(model["uri"], model["aliases"]) for model in derived["models"]] == [("models:/blobs/1", ["champion"])]
+    assert derived["prints"] == [made["prints"]["uri"]]
+    assert server.get_run(made["run_id"]).data.tags["darkroom.takedown"] == done["name"]
+    assert server.get_model_version("blobs", "1").tags["darkroom.takedown"] == done["name"]
+    assert objects(workspace, made["prints"]["uri"])
+
+    again = workspace.json("data", "remove", "odd/00*.png", "--reason", "consent withdrawn", "--yes")
+    assert again["removal"] == done["removal"] | {"already": True}
+    assert again["derived"] == derived
+
+    anew = workspace.json("ingest", "pictures")
+    assert anew["content_digest"] == done["removal"]["content_digest"]
+    for path in (workspace.folder / "pictures" / "odd").glob("00*.png"):
+        path.unlink()
+    never = workspace.json("ingest", "pictures", "--dataset", "never")
+    assert never["content_digest"] == anew["content_digest"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_takedown_killed_at_random_moments_ends_the_same(workspace: Workspace, server: MlflowClient) -> None:
+    def named(name: str) -> list[str]:
+        return ["--dataset", name, "--set", f"registry.model={name}", "--set", f"training.output=runs/{name}"]
+
+    pictures = workspace.folder / "more"
+    shutil.copytree(workspace.folder / "pictures", pictures)
+    for number in range(200, 220):
+        Image.Image.save(disc(number), pictures / "odd" / f"{number}.png")
+    png = stored_png(pictures / "odd" / "200.png")
+    moments, endings = random.Random(3), []
+    for name in ("undisturbed", *(f"killed{number}" for number in range(KILLS))):
+        workspace.json("ingest", "more", "--dataset", name)
+        assert any(png in content for _, content in objects(workspace, "s3://darkroom/dvc/files/md5/").values())
+        run = run_on(server, read_manifest(workspace.folder / "data" / name).content_digest, name, name)
+        command = ["data", "remove", "odd/2*.png", "--reason", "asked to", "--purge", "--yes", *named(name)]
+        began = time.monotonic()
+        if name == "undisturbed":
+            workspace.json(*command)
+            duration = time.monotonic() - began
+        else:
+            process = workspace.start(*command)
+            time.sleep(moments.uniform(0.2, 1) * duration)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            workspace.json(*command)
+        data = files_of(workspace.folder / "data" / name)
+        shards = {file: content for file, content in data.items() if file.startswith(("shards/", "records/"))}
+        tags = server.get_run(run).data.tags
+        endings.append((shards, tags["darkroom.takedown"], tags["mlflow.note.content"].count("Takedown")))
+    assert all(ending == endings[0] for ending in endings)
+    remote = objects(workspace, "s3://darkroom/dvc/files/md5/")
+    assert not any(png in content for _, content in remote.values())
+
+
+def stored_png(path: Path) -> bytes:
+    """The picture's bytes as a shard holds them."""
+    return prepare(path.read_bytes(), IngestConfig(source="x", **PARAMS["ingest"])).png
