@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from diffusion.data.manifest import Manifest, Split, read_manifest, read_records, require_whole
+from diffusion.data.manifest import Manifest, Split, mend, read_manifest, read_records, require_whole
 from diffusion.data.png import decode_many
-from diffusion.data.shard_reader import LocalShards, Shards, mend
+from diffusion.data.shard_reader import LocalShards, Shards
 from diffusion.errors import UserError
 
 CACHE_BYTES = 2 * 2**30
@@ -202,5 +202,6 @@ def _codes(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
     encoded = column.combine_chunks().dictionary_encode()
     found = encoded.dictionary.to_pylist()
     numbers = {name: number for number, name in enumerate(names)}
-    table = np.array([*(numbers.get(name, -1) for name in found), -1], np.int32)
-    return np.take(table, pc.fill_null(encoded.indices, len(found)).to_numpy())
+    table: np.ndarray = np.array([*(numbers.get(name, -1) for name in found), -1], np.int32)
+    codes: np.ndarray = table[pc.fill_null(encoded.indices, len(found)).to_numpy()]
+    return codes

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Protocol
 
-from diffusion.data.manifest import FileEntry
+from diffusion.data.manifest import FileEntry, mend
 from diffusion.errors import UserError
 
 VERIFIERS = 2
@@ -93,11 +93,3 @@ def damage(file: BufferedReader, entry: FileEntry) -> str | None:
 def mapped(file: BufferedReader) -> memoryview:
     """The bytes of a file that never changes, read as they are looked at."""
     return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-
-def mend(folder: Path) -> str:
-    """How to mend the data set in ``folder``, in words."""
-    return (
-        f"restore data set {folder.name} with `dvc checkout`, or make it anew from a source that has all of it, "
-        "with `darkroom ingest SOURCE --rebuild`"
-    )

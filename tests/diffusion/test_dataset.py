@@ -123,7 +123,7 @@ def test_a_damaged_shard_is_named_before_a_picture_of_it_is_used(tmp_path: Path,
         stored[600] ^= 1  # a bit of a picture
         shard.write_bytes(stored if damage == "changed" else stored[:-512])
     words = {"changed": "is changed", "cut": "bytes long instead of", "missing": "is missing"}
-    with pytest.raises(UserError, match=rf"{shard.name}.*{words[damage]}.*dvc checkout"):  # noqa: PT012 (either raises)
+    with pytest.raises(UserError, match=rf"{shard.name}.*{words[damage]}.*data checkout"):  # noqa: PT012 (either raises)
         data = Dataset.open(tmp_path / "set")
         assert len(data.pictures(np.flatnonzero(data.shards(range(12)) == 0))) == 6
         data.pictures(range(12))
