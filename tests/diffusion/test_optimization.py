@@ -7,6 +7,7 @@ import torch
 
 from diffusion.data.dataset import Dataset
 from diffusion.lanes import lanes
+from diffusion.model import to_float
 from diffusion.models.config import ModelConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.run import BETAS, Run, learning_rate
@@ -26,10 +27,9 @@ def test_steps_in_lanes_equal_plain_adamw_on_the_whole_batch(dataset: Path, part
             network.parameters(), betas=BETAS, weight_decay=config.weight_decay, foreach=False
         )
         for images in range(0, 96, 16):
-            indices = range(images, images + 16)
-            rows = [plain.rows[row] for row in plain.order.rows(images, 16)]
-            t, noise = plain._draws(indices)
-            loss = plain._losses(network, plain._pictures(rows, indices), t, noise, *plain._told(rows, indices)).mean()
+            batch = plain.loader.batch(images)
+            t, noise = plain._draws(range(images, images + 16))
+            loss = plain._losses(network, to_float(batch.pictures), t, noise, *plain._told(batch)).mean()
             reference.param_groups[0]["lr"] = learning_rate(config, images, 640)
             reference.zero_grad()
             loss.backward()
