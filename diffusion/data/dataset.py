@@ -60,10 +60,12 @@ class Dataset:
         self.folder = folder
         self.manifest = manifest
         self._shards = shards
+        self._entries = manifest.shards
         self._table = _read_table(folder, manifest)
-        fits = len(self) * int(np.prod(self.shape)) <= cache_bytes
+        channels, height, width = self.shape
+        fits = len(self) * channels * height * width <= cache_bytes
         # The system gives memory to what is written only, so that pictures never read cost nothing.
-        self._cache = np.empty((len(self), *self.shape), np.uint8) if fits else None
+        self._cache = np.empty((len(self), height, width, channels), np.uint8) if fits else None
         self._cached = np.zeros(len(self), bool)
 
     @classmethod
@@ -126,43 +128,54 @@ class Dataset:
 
     def ahead(self, shards: Sequence[int] | None = None) -> None:
         """Make ``shards`` (None: all) ready in the background, soonest needed first."""
-        entries = self.manifest.shards
-        self._shards.ahead(entries if shards is None else [entries[number] for number in shards])
+        self._shards.ahead(self._entries if shards is None else [self._entries[number] for number in shards])
 
     def pictures(self, rows: Rows) -> Tensor:
         """The pictures in ``rows`` as (len(rows), C, H, W) uint8.
 
         Raises UserError, naming it, for a shard that is damaged or cannot be had.
         """
+        return torch.from_numpy(np.ascontiguousarray(self.pixels(rows).transpose(0, 3, 1, 2)))
+
+    def pixels(self, rows: Rows) -> np.ndarray:
+        """As ``pictures``, but (len(rows), H, W, C): the way they are stored, so that nothing is moved about."""
         rows = _numbers(rows)
         if self._cache is None:
-            pictures = np.empty((len(rows), *self.shape), np.uint8)
-            for places, pixels in self._decoded(rows):
-                pictures[places] = pixels
-            return torch.from_numpy(pictures)
-        missing = rows[~self._cached[rows]]
-        for places, pixels in self._decoded(missing):
-            self._cache[missing[places]] = pixels
-            self._cached[missing[places]] = True
-        return torch.from_numpy(self._cache[rows])
+            return self._decoded(rows)
+        missing = ~self._cached[rows]
+        if missing.any():
+            new = rows[missing]
+            pixels = self._decoded(new)
+            self._cache[new] = pixels
+            self._cached[new] = True
+            if len(new) == len(rows):
+                return pixels
+        return self._cache[rows]
 
-    def _decoded(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The pictures in ``rows`` piece by piece, shard after shard: places in ``rows``, and their pixels."""
-        shards, offsets = self._table.shards[rows], self._table.offsets[rows]
-        order = np.lexsort((offsets, shards))
+    def _decoded(self, rows: np.ndarray) -> np.ndarray:
+        """The pictures in ``rows``, (len(rows), H, W, C), read piece by piece and shard after shard."""
+        if 0 < len(rows) <= CHUNK:
+            return self._read(rows)
+        channels, height, width = self.shape
+        pixels = np.empty((len(rows), height, width, channels), np.uint8)
+        order = np.lexsort((self._table.offsets[rows], self._table.shards[rows]))
         for start in range(0, len(rows), CHUNK):
             places = order[start : start + CHUNK]
-            yield places, self._pixels(rows[places])
+            pixels[places] = self._read(rows[places])
+        return pixels
 
-    def _pixels(self, rows: np.ndarray) -> np.ndarray:
-        """The pictures in ``rows``, those of a shard side by side, as (len(rows), C, H, W) uint8."""
-        table, entries = self._table, self.manifest.shards
-        pngs: list[bytes | memoryview] = []
-        for part in np.split(rows, np.flatnonzero(np.diff(table.shards[rows])) + 1):
-            spans = list(zip(table.offsets[part].tolist(), table.sizes[part].tolist(), strict=True))
-            pngs += self._shards.read(entries[table.shards[part[0]]], spans)
+    def _read(self, rows: np.ndarray) -> np.ndarray:
+        table = self._table
+        shards, offsets, sizes = table.shards[rows], table.offsets[rows], table.sizes[rows]
+        order = np.argsort(shards, kind="stable")
+        pngs: list[bytes | memoryview] = [b""] * len(rows)
+        for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+            entry = self._entries[shards[places[0]]]
+            spans = list(zip(offsets[places].tolist(), sizes[places].tolist(), strict=True))
+            for place, png in zip(places.tolist(), self._shards.read(entry, spans), strict=True):
+                pngs[place] = png
         try:
-            return decode_many(pngs, self.shape)
+            return decode_many(pngs, self.shape).transpose(0, 2, 3, 1)
         except ValueError as error:
             raise UserError(
                 f"a picture in {self.folder} is not what its record says ({error}): {mend(self.folder)}"

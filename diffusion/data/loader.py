@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from diffusion.data.dataset import Dataset, Rows
@@ -23,7 +24,7 @@ class Batch:
     rows: np.ndarray
     """The data set's rows, (B,) int64."""
     pictures: Tensor
-    """(B, C, H, W) uint8."""
+    """(B, C, H, W) uint8, in memory channels last, as networks want them."""
 
 
 class Loader:
@@ -111,9 +112,8 @@ class Loader:
         start = position + self.rank * self.share
         indices = range(start, start + self.share)
         rows = self.rows[self.order.rows(start, self.share)]
-        pictures = self.dataset.pictures(rows)
+        pixels = self.dataset.pixels(rows)
         if self.flip_seed is not None:
             flipped = (uniform(self.flip_seed, "flip", indices) < 0.5).numpy()
-            pixels = pictures.numpy()
-            pixels[flipped] = pixels[flipped, ..., ::-1]
-        return Batch(indices, rows, pictures)
+            pixels[flipped] = pixels[flipped, :, ::-1]
+        return Batch(indices, rows, torch.from_numpy(pixels).permute(0, 3, 1, 2))

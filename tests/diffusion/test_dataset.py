@@ -35,6 +35,7 @@ def test_rows_are_sorted_by_key_and_hold_the_stored_pixels(tmp_path: Path, chann
     with closing(Dataset.open(tmp_path / "set", cache_bytes=cache_bytes)) as data:
         assert data.shape == (channels, 8, 8)
         assert data.keys(range(50)) == [key_of(as_stored(pictures[number])) for number in order]
+        assert data.pictures([]).shape == (0, channels, 8, 8)
         chosen = [49, 3, 3, 17, 0]
         for _ in range(2):  # decoded first, then perhaps remembered
             found = data.pictures(chosen)
