@@ -195,7 +195,7 @@ def read_records(folder: Path, part: Part, columns: Sequence[str] | None = None)
     path = folder / part.records.name
     if not path.is_file() or sha256_file(path) != part.records.sha256:
         raise UserError(f"{path} is missing or damaged: {mend(folder)}")
-    return pq.read_table(path, columns=None if columns is None else list(columns))
+    return pq.ParquetFile(path).read(None if columns is None else list(columns))
 
 
 def require_whole(folder: Path, manifest: Manifest) -> None:

@@ -43,7 +43,7 @@ class Merge:
 
     def add(self, chunk: PreparedChunk) -> None:
         """Judge the pictures of a chunk; what is new becomes a part."""
-        rows = pq.read_table(chunk.table).to_pylist()
+        rows = pq.ParquetFile(chunk.table).read().to_pylist()
         records = []
         for row in rows:
             self.index.stamp(self.origin, row["source"], row["stamp"], row["source_sha256"])
