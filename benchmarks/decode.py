@@ -47,7 +47,7 @@ def prepare_pillow(files: list[bytes], size: int, draft: bool) -> int:
         picture: Image.Image = Image.open(BytesIO(file))
         if draft:  # libjpeg decodes at a half, a quarter or an eighth, never below what is asked for
             picture.draft("RGB", (size, size))
-        picture = ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+        picture = ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
         made += len(saved(picture))
     return made
 

@@ -100,7 +100,7 @@ def _pillow(path: Path, draft: bool) -> int:
     if draft:  # lets libjpeg decode at a half, a quarter or an eighth, never below what is asked for
         picture.draft("RGB", (SIZE, SIZE))
     out = BytesIO()
-    ImageOps.fit(picture.convert("RGB"), (SIZE, SIZE), Image.Resampling.LANCZOS).save(out, "PNG")
+    ImageOps.fit(picture.convert("RGB"), (SIZE, SIZE), Image.Resampling.BICUBIC).save(out, "PNG")
     return len(out.getbuffer())
 
 

@@ -34,7 +34,7 @@ SHARD = b"shard_sha256"
 """Key in the table's metadata."""
 NOT_OF_A_CHUNK = {"source", "max_quarantined", "shard_bytes", "runner", "workers", "held_out"}
 """Fields of the configuration that cannot change what a chunk becomes."""
-FORMAT = 1
+FORMAT = 2
 """Goes up when the same pictures would become something else, so that what older code left is not taken up."""
 
 
