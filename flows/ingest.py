@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+from filelock import FileLock
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 
 from diffusion.config import Config
-from diffusion.data.ingest import IngestResult, Rebuild
+from diffusion.data.ingest import IngestResult, Rebuild, work_folder
 from diffusion.data.ingest import ingest as ingest_pictures
 from flows import catalogue, lineage
 from flows.dataset_page import dataset_page
@@ -70,8 +71,10 @@ def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResul
 @step
 def record(params: Params) -> DataVersion:
     """Commit the data set to DVC, push it to the bucket, and enter its version in the catalogue there."""
-    version = lineage.record_data(params.dataset_folder, data_source())
-    catalogue.publish(params.dataset_folder, version.digest, data_source())
+    # Otherwise another ingest could put its version in place while the files of this one are pushed.
+    with FileLock(work_folder(params.dataset_folder) / "lock"):
+        version = lineage.record_data(params.dataset_folder, data_source())
+        catalogue.publish(params.dataset_folder, version.digest, data_source())
     return version
 
 

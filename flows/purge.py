@@ -65,7 +65,8 @@ def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifes
     held = list(held)
     staying = {shard.sha256 for each in others for shard in each.shards}
     going = {shard.sha256 for each in held for shard in each.shards} - staying
-    found = [folder.parent / ".shards" / f"{sha256}.tar" for sha256 in sorted(going)]
+    # Those that a killed training had half fetched, too.
+    found = [path for sha256 in sorted(going) for path in sorted((folder.parent / ".shards").glob(f"{sha256}.*"))]
     found += [reports / name for name in ("judged", "explain")]
     found += [path for each in held for path in sorted((reports / "dataset").glob(f"{each.digest[:16]}.*"))]
     judged = reports / "evaluation.json"

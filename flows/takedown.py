@@ -3,12 +3,14 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from filelock import FileLock
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from diffusion.config import Config
 from diffusion.data import takedown as pictures
 from diffusion.data.holders import Holders, holders
+from diffusion.data.ingest import work_folder
 from diffusion.data.manifest import Manifest
 from diffusion.data.removals import Removal
 from diffusion.data.selection import Selection
@@ -78,8 +80,9 @@ def remove(params: Params, selection: Selection, reason: str) -> Removal:
 def record(params: Params, removal: Removal) -> DataVersion:
     """Commit and push the version, and let other machines know of it and of what was taken down."""
     source = environment.data_source()
-    version = lineage.record_data(params.dataset_folder, source)
-    catalogue.publish(params.dataset_folder, version.digest, source)
+    with FileLock(work_folder(params.dataset_folder) / "lock"):
+        version = lineage.record_data(params.dataset_folder, source)
+        catalogue.publish(params.dataset_folder, version.digest, source)
     Catalogue.of(params.training.dataset, source).tell_removal(removal)
     return version
 

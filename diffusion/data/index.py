@@ -42,7 +42,15 @@ class Index:
     def __init__(self, path: Path, folder: Path, manifest: Manifest | None, near: int | None) -> None:
         self.path = path
         self.near_distance = near
-        self.database = _open(path)
+        try:
+            self.database = _open(path)
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError:
+            # Damaged. All that is in it can be had again.
+            for each in (path, *path.parent.glob(f"{path.name}-*")):
+                each.unlink()
+            self.database = _open(path)
         self.near = NearCopies(self.database, near) if near is not None else None
         self._removals = removals(path.parent)
         if self.database.execute("SELECT value FROM meta WHERE name = 'state'").fetchone() != (self._state(manifest),):
@@ -68,7 +76,7 @@ class Index:
         for table in FROM_THE_TABLES:
             self.database.execute(f"DELETE FROM {table}")
         for removal in self._removals:
-            self._refuse(*removal.picture_keys, *removal.digests)
+            self.refuse(*removal.picture_keys, *removal.digests)
 
     def stands_for(self, manifest: Manifest | None) -> None:
         """Say of which version this is the index."""
@@ -91,7 +99,7 @@ class Index:
         """Take in a row of RECORDS."""
         sha256 = bytes.fromhex(row["source_sha256"])
         if row["outcome"] == "removed":
-            self._refuse(row["source_sha256"], row["key"])
+            self.refuse(row["source_sha256"], row["key"])
             return
         # The last that is heard of a name counts: what was refused under it is done with.
         self.database.execute("DELETE FROM records WHERE source = ? AND outcome = 'quarantined'", (row["source"],))
@@ -146,7 +154,7 @@ class Index:
         rows = self.database.execute("SELECT digest FROM samples ORDER BY key")
         return digest_of_samples(manifest.storage, (row[0] for row in rows))
 
-    def _refuse(self, *digests: str) -> None:
+    def refuse(self, *digests: str) -> None:
         """Take no picture with one of these keys or digests any more."""
         found = [(bytes.fromhex(digest),) for digest in digests if digest]
         self.database.executemany("INSERT OR IGNORE INTO removed VALUES (?)", found)

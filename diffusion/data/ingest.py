@@ -115,6 +115,10 @@ def ingest(
             prepared = (fan_out or local_fan_out(config))(prepare_chunk, chunks)
             try:
                 after, merge = _merge(folder, config, before, index, prepared, planned, anew, progress)
+            except UserError:
+                # What the pictures were refused for may be mended: then they must be read again.
+                _remove_work(work)
+                raise
             finally:
                 remove_strays(folder)
             _remove_work(work)
@@ -146,6 +150,11 @@ def _full_disk_in_words(work: Path) -> Iterator[None]:
         raise DarkroomError(
             f"the disk that holds {work} is full: free some space and give the same command again, "
             "which goes on with what is finished"
+        ) from error
+    except sqlite3.DatabaseError as error:
+        raise DarkroomError(
+            f"{work / 'index.sqlite'} is damaged ({error}): delete it and give the same command again, "
+            "which makes it anew"
         ) from error
 
 

@@ -44,7 +44,12 @@ class Merge:
     def add(self, chunk: PreparedChunk) -> None:
         """Judge the pictures of a chunk; what is new becomes a part."""
         rows = pq.ParquetFile(chunk.table).read().to_pylist()
+        in_shard = [row for row in rows if row["offset"] is not None]
         records = []
+        for row in rows:
+            # Its copies, whatever their bytes, may come before it.
+            if row["key"] is not None and self.index.is_removed(row["source_sha256"]):
+                self.index.refuse(row["key"])
         for row in rows:
             self.index.stamp(self.origin, row["source"], row["stamp"], row["source_sha256"])
             if row["outcome"] != "known" and self._judge(row):
@@ -52,10 +57,17 @@ class Merge:
                 records.append(row)
         self.read += len(rows)
         if records:
-            self.parts.append(self._part(chunk, rows, records))
+            whole = all(row["outcome"] == "kept" for row in in_shard)
+            self.parts.append(self._part(chunk, records, whole))
 
     def _judge(self, row: dict[str, Any]) -> bool:
-        """Decide what becomes of a picture; returns whether that is news."""
+        """Decide what becomes of a picture; returns whether that is to be recorded."""
+        if self.index.is_removed(row["key"], row["source_sha256"]):
+            self.news["removed"] += 1
+            known = all(self.index.is_removed(each) for each in (row["key"], row["source_sha256"]) if each)
+            # Other bytes of it are refused by their own digest, which holds however pictures are stored.
+            row |= blanked(row, "came again after it was taken down")
+            return not known
         if row["key"] is not None:
             self._judge_picture(row)
         if row["outcome"] == "quarantined":
@@ -63,13 +75,11 @@ class Merge:
                 return False
             self.reasons[row["reason"]] += 1
         self.news[row["outcome"]] += 1
-        return bool(row["outcome"] != "removed")
+        return True
 
     def _judge_picture(self, row: dict[str, Any]) -> None:
         there = self.index.sample(row["key"])
-        if self.index.is_removed(row["key"], row["source_sha256"]):
-            row["outcome"] = "removed"
-        elif there is not None:
+        if there is not None:
             split, digest = there
             same = sample_digest(row["key"], split, row["label"], row["caption"]) == digest
             row |= {"outcome": "duplicate", "reason": None if same else "came again with another label or caption"}
@@ -87,13 +97,10 @@ class Merge:
         elif splits:
             row |= {"split": splits.pop(), "near": [group.root.hex() for group in groups]}
 
-    def _part(self, chunk: PreparedChunk, rows: list[dict[str, Any]], records: list[dict[str, Any]]) -> Part:
+    def _part(self, chunk: PreparedChunk, records: list[dict[str, Any]], whole: bool) -> Part:
         number = len(self.parts)
         kept = [row for row in records if row["outcome"] == "kept"]
-        shard = None
-        if kept:
-            whole = len(kept) == sum(row["offset"] is not None for row in rows)
-            shard = self._shard(number, chunk, kept, whole)
+        shard = self._shard(number, chunk, kept, whole) if kept else None
         return write_part(self.folder, number, shard, records, self.config.size)
 
     def _shard(self, number: int, chunk: PreparedChunk, kept: list[dict[str, Any]], whole: bool) -> FileEntry:
@@ -128,6 +135,18 @@ def write_part(folder: Path, number: int, shard: FileEntry | None, records: list
         modes=_counts(kept, "mode"),
         totals=_totals(kept, size),
     )
+
+
+def blanked(row: dict[str, Any], reason: str) -> dict[str, Any]:
+    """What is left of a row of RECORDS whose picture was taken down: the digests by which it is refused."""
+    left = {
+        "outcome": "removed",
+        "reason": reason,
+        "source": "",
+        "key": row["key"] or "",
+        "source_sha256": row["source_sha256"],
+    }
+    return dict.fromkeys(RECORDS.names) | left
 
 
 def _counts(rows: list[dict[str, Any]], column: str) -> dict[str, int]:

@@ -13,7 +13,6 @@ from filelock import FileLock
 from diffusion.data.digest import content_digest
 from diffusion.data.ingest import remove_strays, work_folder
 from diffusion.data.manifest import (
-    RECORDS,
     FileEntry,
     Manifest,
     Part,
@@ -24,7 +23,7 @@ from diffusion.data.manifest import (
     versions,
     write_manifest,
 )
-from diffusion.data.merge import named, write_part
+from diffusion.data.merge import blanked, named, write_part
 from diffusion.data.removals import Removal, removals, write_removal
 from diffusion.data.selection import Chosen, Row, Selection, Selector, chosen_by, nothing
 from diffusion.data.shards import BLOCK, Extent, filtered
@@ -140,23 +139,12 @@ def _without(
 
 def _rewrite(folder: Path, part: Part, taken: Callable[[Row], bool], reason: str, size: int) -> Part:
     rows = read_records(folder, part).to_pylist()
-    rows = [_blank(row, reason) if taken(row) else row for row in rows]
+    rows = [blanked(row, reason) if taken(row) else row for row in rows]
     kept = [row for row in rows if row["outcome"] == "kept"]
     shard = part.shard
     if shard is not None and len(kept) < part.outcomes["kept"]:
         shard = _copy_shard(folder, shard, part.number, kept) if kept else None
     return write_part(folder, part.number, shard, rows, size)
-
-
-def _blank(row: Row, reason: str) -> Row:
-    left = {
-        "outcome": "removed",
-        "reason": reason,
-        "source": "",
-        "key": row["key"] or "",
-        "source_sha256": row["source_sha256"],
-    }
-    return dict.fromkeys(RECORDS.names) | left
 
 
 def _copy_shard(folder: Path, shard: FileEntry, number: int, kept: list[Row]) -> FileEntry:

@@ -154,6 +154,13 @@ def test_a_lost_index_costs_reading_but_changes_nothing(pictures: Path, dataset:
     assert files_of(dataset) == before
 
 
+def test_a_damaged_index_is_made_anew(pictures: Path, dataset: Path) -> None:
+    before = files_of(dataset)
+    (work_folder(dataset) / "index.sqlite").write_bytes(b"junk" * 4096)
+    assert not ingest(dataset, config(pictures)).changed
+    assert files_of(dataset) == before
+
+
 def test_an_older_version_put_back_gets_the_missing_pictures_again(pictures: Path, dataset: Path) -> None:
     old = files_of(dataset)
     add_pictures(pictures, range(100, 110))
@@ -202,6 +209,19 @@ def test_too_large_a_share_of_bad_pictures_names_the_reasons_and_leaves_the_old_
         ingest(dataset, config(pictures))
     assert files_of(dataset) == before
     assert ingest(dataset, config(pictures, max_quarantined=0.9)).added == 10
+
+
+def test_an_ingest_that_failed_for_its_refusals_reads_them_again(pictures: Path, dataset: Path) -> None:
+    add_pictures(pictures, [100])
+    path = next(iter(pictures.rglob("*100*.png")))
+    good, stat = path.read_bytes(), path.stat()
+    path.write_bytes(bytes(len(good)))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(UserError, match="1 of 1"):
+        ingest(dataset, config(pictures, max_quarantined=0.5))
+    path.write_bytes(good)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert ingest(dataset, config(pictures, max_quarantined=0.5)).added == 1
 
 
 def test_a_source_without_a_usable_picture_is_an_error(tmp_path: Path) -> None:

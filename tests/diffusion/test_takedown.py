@@ -310,3 +310,41 @@ def test_what_was_taken_down_stays_out_of_a_set_made_anew(pictures: Path, datase
     again = ingest(dataset, config(pictures), rebuild="always")
     assert (again.removed, again.content_digest) == (1, content)
     assert [part.outcomes.get("removed") for part in read_manifest(dataset).parts] == [1, None]
+
+
+def resaved(path: Path, target: Path) -> None:
+    """The same pixels in other bytes."""
+    Image.open(path).save(target, compress_level=0)
+
+
+def test_a_copy_beside_it_in_other_bytes_stays_away_too_however_pictures_are_stored(tmp_path: Path) -> None:
+    pictures, folder = many(tmp_path / "pictures", range(12)), tmp_path / "data" / "set"
+    ingest(folder, config(pictures))
+    remove(folder, Selection(sources=["a/0003.png"]), "asked to")
+    for name in ("0002b", "0003b"):  # one sorts before it, one behind it
+        resaved(pictures / "a" / "0003.png", pictures / "a" / f"{name}.png")
+    made = ingest(folder, config(pictures, size=9, enlarge=True), rebuild="always")
+    assert (made.kept, made.removed) == (11, 3)
+    (pictures / "a" / "0003.png").unlink()
+    assert ingest(folder, config(pictures, size=10, enlarge=True), rebuild="always").kept == 11
+
+
+def test_a_copy_that_comes_later_is_known_by_its_own_bytes_from_then_on(tmp_path: Path) -> None:
+    pictures, folder = many(tmp_path / "pictures", range(12)), tmp_path / "data" / "set"
+    ingest(folder, config(pictures))
+    remove(folder, Selection(sources=["a/0003.png"]), "asked to")
+    resaved(pictures / "a" / "0003.png", pictures / "a" / "copy.png")
+    (pictures / "a" / "0003.png").unlink()
+    assert ingest(folder, config(pictures)).removed == 1
+    assert not any("copy" in str(row["source"]) for row in records(folder))
+    assert ingest(folder, config(pictures, size=9, enlarge=True), rebuild="always").kept == 11
+
+
+def test_the_name_of_a_refused_file_that_was_taken_down_does_not_come_back(tmp_path: Path) -> None:
+    pictures, folder = many(tmp_path / "pictures", range(12)), tmp_path / "data" / "set"
+    (pictures / "a" / "bad.png").write_bytes(b"no picture")
+    ingest(folder, config(pictures, max_quarantined=1))
+    remove(folder, Selection(sources=["a/bad.png"]), "asked to")
+    os.utime(pictures / "a" / "bad.png", (1, 1))
+    assert ingest(folder, config(pictures, max_quarantined=1)).quarantined == []
+    assert not any("bad" in str(row["source"]) for row in records(folder))
