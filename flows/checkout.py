@@ -48,7 +48,7 @@ def checkout(
     """
     work_folder(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(work_folder(folder) / "lock"):
-        known = known_versions(folder) if (folder / "manifest.json").is_file() else {}
+        known = _known(folder) if (folder / "manifest.json").is_file() else {}
         place = _Place(folder, known, reach)
         version = place.choose(prefix)
         if not with_removed:
@@ -157,6 +157,15 @@ class _Place:
     def _chosen(self, prefix: str) -> str:
         candidates = {digest: each.content_digest for digest, each in self.known.items()}
         return choose(prefix, candidates, self.folder.name)
+
+
+def _known(folder: Path) -> dict[str, Manifest]:
+    """The versions known here; only the current one where the manifest of an earlier one is broken, to be mended."""
+    try:
+        return known_versions(folder)
+    except UserError:
+        current = read_manifest(folder)
+        return {current.digest: current}
 
 
 def _remove_others(folder: Path, version: Manifest) -> None:

@@ -167,6 +167,17 @@ def test_checkout_and_back_needs_no_server(commands: CommandLine) -> None:
     assert files_of(FOLDER) == new
 
 
+def test_checkout_mends_what_earlier_versions_lack(commands: CommandLine) -> None:
+    whole = files_of(FOLDER)
+    third, second, first = (each["digest"] for each in commands.json("log")["versions"])
+    commands.run("checkout", first[:12])
+    commands.run("checkout", third[:12])
+    (FOLDER / "versions" / f"{second[:16]}.json").unlink()
+    assert f"checkout {third[:12]}" in commands.run("log", code=2)
+    commands.run("checkout", third[:12])
+    assert files_of(FOLDER) == whole
+
+
 def test_checkout_gets_a_version_from_s3_on_a_machine_that_has_nothing(
     commands: CommandLine, bucket: str, s3_environment: dict[str, str]
 ) -> None:
