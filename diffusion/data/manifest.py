@@ -236,7 +236,10 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         return Manifest.model_validate_json(data)
     except (ValidationError, ValueError, AttributeError) as error:
         words = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise UserError(f"{where} is damaged ({words}): ingest the data set again") from error
+        raise UserError(
+            f"{where} is damaged ({words}): delete it, and get its version back with `darkroom data checkout VERSION`, "
+            "or ingest the data set again"
+        ) from error
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
