@@ -18,13 +18,14 @@ from diffusion.data.digest import digest_of_samples, sample_digest
 from diffusion.data.manifest import Manifest, Part, read_records
 from diffusion.data.near import SCHEMA as NEAR_SCHEMA
 from diffusion.data.near import NearCopies
+from diffusion.data.plan import told_of
 from diffusion.data.removals import removals
 from diffusion.files import digest_of
 
 SCHEMA = """
     CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value);
-    CREATE TABLE IF NOT EXISTS stamps
-        (origin TEXT, source TEXT, stamp TEXT, sha256 BLOB, PRIMARY KEY (origin, source)) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS seen
+        (origin TEXT, source TEXT, stamp TEXT, told TEXT, sha256 BLOB, PRIMARY KEY (origin, source)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS records
         (source TEXT, sha256 BLOB, outcome TEXT, reason TEXT, PRIMARY KEY (source, sha256)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS samples (key BLOB PRIMARY KEY, split TEXT, digest BLOB) WITHOUT ROWID;
@@ -90,10 +91,11 @@ class Index:
         """Close the database."""
         self.database.close()
 
-    def stamp(self, origin: str, source: str, stamp: str, sha256: str) -> None:
-        """What ``source`` of ``origin`` looks like from outside, now that its bytes are known."""
-        row = (origin, source, stamp, bytes.fromhex(sha256))
-        self.database.execute("INSERT OR REPLACE INTO stamps VALUES (?, ?, ?, ?)", row)
+    def stamp(self, origin: str, row: dict[str, Any]) -> None:
+        """What an entry of ``origin`` looks like from outside, now that its bytes are known."""
+        told = told_of(row["label"], row["caption"])
+        seen = (origin, row["source"], row["stamp"], told, bytes.fromhex(row["source_sha256"]))
+        self.database.execute("INSERT OR REPLACE INTO seen VALUES (?, ?, ?, ?, ?)", seen)
 
     def record(self, row: dict[str, Any]) -> None:
         """Take in a row of RECORDS."""

@@ -51,7 +51,7 @@ class Merge:
             if row["key"] is not None and self.index.is_removed(row["source_sha256"]):
                 self.index.refuse(row["key"])
         for row in rows:
-            self.index.stamp(self.origin, row["source"], row["stamp"], row["source_sha256"])
+            self.index.stamp(self.origin, row)
             if row["outcome"] != "known" and self._judge(row):
                 self.index.record(row)
                 records.append(row)

@@ -7,21 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion.data.sources.base import Entry, Source
+from diffusion.files import digest_of
 from diffusion.progress import Progress
 
 SCHEMA = """
-    CREATE TABLE listing (number INTEGER PRIMARY KEY, source TEXT UNIQUE, locator, stamp, label, caption);
+    CREATE TABLE listing (number INTEGER PRIMARY KEY, source TEXT UNIQUE, locator, stamp, label, caption, told);
     CREATE TABLE plan (number INTEGER PRIMARY KEY, source, locator, stamp, label, caption, known);
 """
 STAMPED = """
-    SELECT 1 FROM stored.stamps s
-    WHERE s.origin = :origin AND s.source = l.source AND s.stamp = l.stamp AND s.stamp != ''
+    SELECT 1 FROM stored.seen s
+    WHERE s.origin = :origin AND s.source = l.source AND s.stamp = l.stamp AND s.stamp != '' AND s.told = l.told
         AND (EXISTS (SELECT 1 FROM stored.records r WHERE r.source = s.source AND r.sha256 = s.sha256)
             OR EXISTS (SELECT 1 FROM stored.removed d WHERE d.digest = s.sha256))
 """
 """Seen before with the same face, and what it was then is on record: the index may stand for another version."""
 REFUSED = "SELECT 1 FROM stored.records r WHERE r.source = l.source AND r.outcome = 'quarantined'"
 KNOWN = "SELECT group_concat(hex(r.sha256)) FROM stored.records r WHERE r.source = l.source"
+CORRECTED = "SELECT 1 FROM stored.seen s WHERE s.origin = :origin AND s.source = l.source AND s.told != l.told"
+"""Told of otherwise than before: then it is judged again, though its bytes be the same."""
 LISTED_AT_ONCE = 10_000
 
 
@@ -49,8 +52,11 @@ def make_plan(
         database.execute("ATTACH ? AS stored", (str(index),))
         database.execute("BEGIN")
         database.executemany(
-            "INSERT OR REPLACE INTO listing (source, locator, stamp, label, caption) VALUES (?, ?, ?, ?, ?)",
-            ((e.source, e.locator, e.stamp, e.label, e.caption) for e in _told(source.entries(), progress)),
+            "INSERT OR REPLACE INTO listing (source, locator, stamp, label, caption, told) VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                (e.source, e.locator, e.stamp, e.label, e.caption, told_of(e.label, e.caption))
+                for e in _told(source.entries(), progress)
+            ),
         )
         known, wanted = KNOWN, f"NOT EXISTS ({STAMPED})"
         if requeue:
@@ -60,7 +66,8 @@ def make_plan(
         order = "l.number" if source.in_order else "l.source"
         database.execute(
             f"""INSERT INTO plan (source, locator, stamp, label, caption, known)
-                SELECT l.source, l.locator, l.stamp, l.label, l.caption, ({known}) FROM listing l
+                SELECT l.source, l.locator, l.stamp, l.label, l.caption,
+                    CASE WHEN EXISTS ({CORRECTED}) THEN NULL ELSE ({known}) END FROM listing l
                 WHERE {wanted} ORDER BY {order}""",
             {"origin": origin},
         )
@@ -79,6 +86,11 @@ def read_plan(path: Path, first: int, last: int) -> list[Planned]:
             (first, last),
         )
         return [Planned(Entry(*row[:5]), frozenset((row[5] or "").lower().split(",")) - {""}) for row in rows]
+
+
+def told_of(label: str | None, caption: str | None) -> str:
+    """What a source says about a picture, in as many letters as it takes to see that it says something else."""
+    return digest_of([label, caption])[:16]
 
 
 def origin_of(uri: str) -> str:

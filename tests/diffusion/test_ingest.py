@@ -258,6 +258,28 @@ def test_the_same_pixels_with_another_caption_are_a_duplicate_with_a_note(pictur
     assert notes == {"even/x.png": "came again with another label or caption", "odd/x.png": None}
 
 
+def test_a_label_corrected_in_the_source_is_noted_once_and_taken_over_by_a_rebuild(tmp_path: Path) -> None:
+    root, folder = tmp_path / "pictures", tmp_path / "set"
+    root.mkdir()
+    for number in range(10):
+        blob(number).save(root / f"{number}.png")
+
+    def tell(labels: list[str]) -> None:
+        lines = [f"{number}.png,{label}" for number, label in enumerate(labels)]
+        (root / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+
+    tell(["cat"] * 10)
+    ingest(folder, config(root))
+    tell(["cat"] * 8 + ["dog"] * 2)
+    noted = ingest(folder, config(root))
+    assert (noted.changed, noted.read, noted.added) == (True, 2, 0)
+    told = [row["source"] for row in records(folder) if row["reason"] == "came again with another label or caption"]
+    assert told == ["8.png", "9.png"]
+    assert not ingest(folder, config(root)).changed
+    ingest(folder, config(root), rebuild="always")
+    assert read_manifest(folder).labels == ["cat", "dog"]
+
+
 def test_duplicates_across_shards_leave_the_first_alone(pictures: Path, tmp_path: Path) -> None:
     add_pictures(pictures, range(100, 700))
     for number in range(0, 48, 2):
