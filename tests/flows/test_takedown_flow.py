@@ -164,11 +164,19 @@ def test_purge_clears_work_files_fetched_shards_and_pages_of_those_versions_alon
     reports = tmp_path / "reports"
     old, new = (tmp_path / "data" / ".shards" / f"{each.shards[0].sha256}.tar" for each in (before, after))
     pages = [reports / "dataset" / f"{each.digest[:16]}.html" for each in (before, after)]
-    for path in (old, new, *pages, reports / "judged" / "x.safetensors", work_folder(dataset) / "chunks" / "0.tar"):
+    half = old.with_suffix(".4096.partial")  # as a training leaves it that was killed
+    for path in (
+        old,
+        half,
+        new,
+        *pages,
+        reports / "judged" / "x.safetensors",
+        work_folder(dataset) / "chunks" / "0.tar",
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
     cleared = purge_files(dataset, [before], [after], reports)
-    assert not any(path.exists() for path in (old, pages[0], reports / "judged", work_folder(dataset) / "chunks"))
+    assert not any(path.exists() for path in (old, half, pages[0], reports / "judged", work_folder(dataset) / "chunks"))
     assert new.exists()
     assert pages[1].exists()
     assert str(work_folder(dataset) / "index.sqlite") in cleared
