@@ -8,7 +8,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 from diffusion.data.ahead import in_order
 from diffusion.data.chunks import Chunk, PreparedChunk
 from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import FanOut
+from diffusion.data.fan_out import FanOut
 from diffusion.errors import UserError
 from flows.steps import step
 

@@ -5,6 +5,7 @@ sees the work folder, and a chunk that was finished before a kill is not done ag
 """
 
 import hashlib
+import json
 import os
 import uuid
 from collections.abc import Iterator
@@ -14,8 +15,6 @@ from typing import Any
 
 import imagehash
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from diffusion.data.config import IngestConfig
@@ -27,11 +26,9 @@ from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, ObjectStore, Payload
 from diffusion.files import canonical_json, digest_of, sha256_bytes, sha256_file
 
-PREPARED = pa.schema([*RECORDS, ("end", pa.int64()), ("stamp", pa.string())])
-"""The table of a chunk: what will be records, without verdicts on what only the whole set can tell. ``outcome`` is
-``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null; ``end`` is that of the sample."""
-SHARD = b"shard_sha256"
-"""Key in the table's metadata."""
+COLUMNS = (*RECORDS.names, "end", "stamp")
+"""What is known of an entry: what will be its record, without verdicts on what only the whole set can tell. ``outcome``
+is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null; ``end`` is that of the sample."""
 NOT_OF_A_CHUNK = {"source", "max_quarantined", "shard_bytes", "runner", "workers", "held_out"}
 """Fields of the configuration that cannot change what a chunk becomes."""
 FORMAT = 2
@@ -52,12 +49,16 @@ class Chunk:
 
 @dataclass(frozen=True)
 class PreparedChunk:
-    """A finished chunk: a table, and a shard of its own."""
+    """A finished chunk: a shard of its own, and a table, in which each line is JSON."""
 
     table: Path
     shard: Path
-    shard_sha256: str
-    entries: int
+
+    def read(self) -> tuple[str, list[dict[str, Any]]]:
+        """The SHA-256 of the shard, and a row of COLUMNS for each entry, in the order of the plan."""
+        with self.table.open() as lines:
+            shard_sha256, *rows = map(json.loads, lines)
+        return shard_sha256, rows
 
 
 def chunk_size(pictures: int, config: IngestConfig) -> int:
@@ -75,19 +76,18 @@ def prepare_chunk(chunk: Chunk) -> PreparedChunk:
     listing = [[*_listed(each), sorted(each.known)] for each in planned]
     name = digest_of({"format": FORMAT, "uri": chunk.uri, "config": settings, "entries": listing})
     folder = chunk.work / "chunks"
-    table, shard = folder / f"{name}.parquet", folder / f"{name}.tar"
+    table, shard = folder / f"{name}.jsonl", folder / f"{name}.tar"
     if not table.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         # Not a fixed name: a worker whose parent was killed may still be at it.
         partial = folder / f".{name}.{uuid.uuid4().hex}.partial"
         with partial.open("wb") as tar:
             rows = _prepare(chunk, planned, TarWriter(tar))
-        metadata = {SHARD: sha256_file(partial).encode()}
+        shard_sha256 = sha256_file(partial)
         _finish(partial, shard)
-        pq.write_table(pa.Table.from_pylist(rows, PREPARED.with_metadata(metadata)), partial)
+        partial.write_text("".join(f"{json.dumps(line)}\n" for line in (shard_sha256, *rows)))
         _finish(partial, table)
-    found = pq.read_schema(table).metadata
-    return PreparedChunk(table, shard, found[SHARD].decode(), len(planned))
+    return PreparedChunk(table, shard)
 
 
 def _finish(partial: Path, path: Path) -> None:
@@ -102,13 +102,13 @@ def _listed(planned: Planned) -> list[str | None]:
 
 
 def _prepare(chunk: Chunk, planned: list[Planned], writer: TarWriter) -> list[dict[str, Any]]:
-    """Write what can be used with ``writer``; returns a row of PREPARED for each of ``planned``."""
+    """Write what can be used with ``writer``; returns a row of COLUMNS for each of ``planned``."""
     source = open_source(chunk.uri, Access(chunk.config, chunk.work / "scratch", chunk.objects))
     payloads = source.read([each.entry for each in planned])
     seen: set[str] = set()
     rows = []
     for each, payload in zip(planned, payloads, strict=True):
-        row = dict.fromkeys(PREPARED.names) | _about(each, payload)
+        row = dict.fromkeys(COLUMNS) | _about(each, payload)
         rows.append(row)
         if isinstance(payload, Refused) or row["outcome"] == "known":
             continue

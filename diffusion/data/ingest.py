@@ -7,19 +7,17 @@ manifest is written last; until then the version before is whole, and nothing na
 import errno
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from filelock import FileLock
 
 from diffusion.config import Config
-from diffusion.data.ahead import in_order
-from diffusion.data.chunks import Chunk, PreparedChunk, chunks_of, prepare_chunk
+from diffusion.data.chunks import PreparedChunk, chunks_of, prepare_chunk
 from diffusion.data.config import IngestConfig
+from diffusion.data.fan_out import FanOut, local_fan_out
 from diffusion.data.index import Index
 from diffusion.data.manifest import (
     Manifest,
@@ -76,13 +74,6 @@ class IngestResult(Config):
     quarantined_count: int
 
 
-class FanOut(Protocol):
-    """Runs ``prepare_chunk`` on chunks, wherever; yields the results in the order of the chunks."""
-
-    def __call__(self, prepare: Callable[[Chunk], PreparedChunk], chunks: Iterable[Chunk]) -> Iterator[PreparedChunk]:
-        """Begin a few ahead; a chunk that fails raises here, after what retries there are."""
-
-
 def ingest(
     folder: Path,
     config: IngestConfig,
@@ -102,6 +93,7 @@ def ingest(
     Raises UserError if the source cannot be understood, no picture can be used, more than ``config.max_quarantined``
     of those read are refused, or the data set stores its pictures in another way and ``rebuild`` is ``never``.
     """
+    fan_out = fan_out or local_fan_out(config)
     work = work_folder(folder)
     work.mkdir(parents=True, exist_ok=True)
     with FileLock(work / "lock"), _full_disk_in_words(work):
@@ -112,7 +104,7 @@ def ingest(
         with closing(Index(work / "index.sqlite", folder, before, config.near_duplicates)) as index:
             listed, planned = _plan(work, index, config, objects, requeue, anew, progress)
             chunks = chunks_of(work, config, objects, planned)
-            prepared = (fan_out or local_fan_out(config))(prepare_chunk, chunks)
+            prepared = fan_out(prepare_chunk, chunks)
             try:
                 after, merge = _merge(folder, config, before, index, prepared, planned, anew, progress)
             except UserError:
@@ -161,27 +153,6 @@ def _full_disk_in_words(work: Path) -> Iterator[None]:
 def work_folder(folder: Path) -> Path:
     """Where an ingest into the data set in ``folder`` keeps its lock, its index, and what is not finished."""
     return folder.parent / f".{folder.name}"
-
-
-def local_fan_out(config: IngestConfig) -> FanOut:
-    """Threads or processes of this machine, as ``config`` says."""
-    if config.runner == "ray":
-        raise UserError(
-            "ingest.runner=ray needs `darkroom ingest` with a Prefect server: here use threads or processes"
-        )
-
-    def fan_out(prepare: Callable[[Chunk], PreparedChunk], chunks: Iterable[Chunk]) -> Iterator[PreparedChunk]:
-        pool: Executor
-        if config.runner == "processes":
-            pool = ProcessPoolExecutor(config.workers, get_context("forkserver"))
-        else:
-            pool = ThreadPoolExecutor(config.workers)
-        try:
-            yield from in_order((pool.submit(prepare, chunk) for chunk in chunks), 2 * config.workers)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    return fan_out
 
 
 def _anew(before: Manifest | None, config: IngestConfig, rebuild: Rebuild, folder: Path) -> bool:

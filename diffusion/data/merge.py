@@ -43,7 +43,7 @@ class Merge:
 
     def add(self, chunk: PreparedChunk) -> None:
         """Judge the pictures of a chunk; what is new becomes a part."""
-        rows = pq.ParquetFile(chunk.table).read().to_pylist()
+        shard_sha256, rows = chunk.read()
         in_shard = [row for row in rows if row["offset"] is not None]
         records = []
         for row in rows:
@@ -58,7 +58,8 @@ class Merge:
         self.read += len(rows)
         if records:
             whole = all(row["outcome"] == "kept" for row in in_shard)
-            self.parts.append(self._part(chunk, records, whole))
+            shard = self._shard(chunk.shard, shard_sha256, records, whole)
+            self.parts.append(write_part(self.folder, len(self.parts), shard, records, self.config.size))
 
     def _judge(self, row: dict[str, Any]) -> bool:
         """Decide what becomes of a picture; returns whether that is to be recorded."""
@@ -97,22 +98,20 @@ class Merge:
         elif splits:
             row |= {"split": splits.pop(), "near": [group.root.hex() for group in groups]}
 
-    def _part(self, chunk: PreparedChunk, records: list[dict[str, Any]], whole: bool) -> Part:
-        number = len(self.parts)
+    def _shard(self, made: Path, digest: str, records: list[dict[str, Any]], whole: bool) -> FileEntry | None:
+        """The shard of the next part: ``made``, whose SHA-256 is ``digest``, or what is kept of it."""
         kept = [row for row in records if row["outcome"] == "kept"]
-        shard = self._shard(number, chunk, kept, whole) if kept else None
-        return write_part(self.folder, number, shard, records, self.config.size)
-
-    def _shard(self, number: int, chunk: PreparedChunk, kept: list[dict[str, Any]], whole: bool) -> FileEntry:
+        if not kept:
+            return None
+        number = len(self.parts)
         staged = self.folder / "shards" / f".{number:05d}.tar"
         staged.parent.mkdir(parents=True, exist_ok=True)
         staged.unlink(missing_ok=True)
-        digest = chunk.shard_sha256
         if whole:
-            _link(chunk.shard, staged)
+            _link(made, staged)
         else:
             extents = [Extent(row["offset"], row["end"], row["size"]) for row in kept]
-            digest = write_atomically(staged, lambda partial: _filter(chunk.shard, partial, extents, kept))
+            digest = write_atomically(staged, lambda partial: _filter(made, partial, extents, kept))
         for row in kept:
             # From where the sample begins to where its PNG does.
             row["offset"] += BLOCK

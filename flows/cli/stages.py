@@ -23,10 +23,14 @@ def _progress() -> Progress:
 @app.command()
 def ingest(params: ParamsFile = DEFAULT_PARAMS, overrides: Set = [], as_json: Json = False) -> None:  # noqa: B006
     """Add what is new in ingest.source to the data set training.dataset; begins anew if it is stored in another way."""
-    from diffusion.data.ingest import ingest
+    from diffusion.data.fan_out import local_fan_out
 
     config = load(params, overrides)
-    result = ingest(config.dataset_folder, config.ingest, _progress(), rebuild="if_different")
+    fan_out = local_fan_out(config.ingest)
+    # Takes as long as the start of worker processes, which goes on meanwhile.
+    from diffusion.data.ingest import ingest
+
+    result = ingest(config.dataset_folder, config.ingest, _progress(), rebuild="if_different", fan_out=fan_out)
     show(result.model_dump(mode="json"), as_json, [f"{result.kept:,} pictures in {result.folder}"])
 
 

@@ -18,7 +18,8 @@ from diffusion.data.chunks import Chunk, PreparedChunk, chunk_size
 from diffusion.data.config import IngestConfig
 from diffusion.data.dataset import Dataset
 from diffusion.data.digest import content_digest
-from diffusion.data.ingest import ingest, local_fan_out, work_folder
+from diffusion.data.fan_out import local_fan_out
+from diffusion.data.ingest import ingest, work_folder
 from diffusion.data.manifest import read_manifest, versions
 from diffusion.data.merge import split_of
 from diffusion.errors import UserError
