@@ -1,4 +1,4 @@
-"""A real S3 server for the tests of what speaks to one."""
+"""Real servers for the tests of what speaks to them."""
 
 import os
 import subprocess
@@ -8,10 +8,12 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from mlflow.client import MlflowClient
 
 from diffusion.errors import DarkroomError
 from flows.s3 import Store, client
 from flows.stack import ports, seaweedfs
+from tests.flows.workspace import Workspace
 
 
 @pytest.fixture(scope="session")
@@ -86,3 +88,12 @@ def bucket(store: Store) -> str:
     name = f"test-{uuid4().hex}"
     store.ensure_bucket(name)
     return name
+
+
+@pytest.fixture
+def server(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    """The MLflow server of the test's workspace, whose artifacts this process can read as well."""
+    for name, value in workspace.variables.items():
+        if name.startswith(("MLFLOW_", "AWS_")):
+            monkeypatch.setenv(name, value)
+    return MlflowClient(workspace.variables["MLFLOW_TRACKING_URI"])

@@ -1,12 +1,15 @@
 """Data set versions on S3: put there once, found, verified and brought back from there."""
 
 import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 from dvc.repo import Repo
 
+from diffusion.data.chunks import Chunk, PreparedChunk
 from diffusion.data.config import IngestConfig
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest import ingest, work_folder
@@ -16,10 +19,13 @@ from diffusion.data.shard_cache import ShardCache
 from diffusion.data.takedown import remove
 from diffusion.data.versions import history
 from diffusion.errors import UserError
+from diffusion.training.config import TrainingConfig
 from flows import catalogue
 from flows.catalogue import Catalogue
 from flows.checkout import checkout
+from flows.ingest import record
 from flows.lineage import data_version, record_data, restore_data
+from flows.params import Params
 from flows.remote_shards import RemoteShards
 from flows.s3 import Store
 from tests.conftest import blob
@@ -97,6 +103,26 @@ def test_something_foreign_in_the_folder_does_not_keep_a_version_from_being_publ
     (FOLDER / "notes.txt").write_text("foreign")
     place.publish()
     assert place.catalogue.pointer(read_manifest(FOLDER).digest) == pointer
+
+
+def test_no_version_is_recorded_while_another_ingest_is_at_work(
+    place: Place, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+    params = Params(training=TrainingConfig(dataset=FOLDER.name, images=1))
+    config = IngestConfig(source=str(place.pictures), size=8, held_out=0.33)
+    first = ingest(FOLDER, config)
+    with ThreadPoolExecutor(1) as pool:
+
+        def fan_out(prepare: Callable[[Chunk], PreparedChunk], chunks: Iterable[Chunk]) -> Iterator[PreparedChunk]:
+            recorded = pool.submit(record.fn, params)
+            yield from map(prepare, chunks)
+            with pytest.raises(TimeoutError):
+                recorded.result(timeout=1)
+
+        blob(100).save(place.pictures / "odd" / "100.png")
+        second = ingest(FOLDER, config, fan_out=fan_out)
+    assert set(place.catalogue.versions()) == {second.digest} != {first.digest}
 
 
 def test_the_page_on_a_version_lies_beside_it_is_written_once_and_can_be_deleted(place: Place, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
 from flows.lineage import data_version, record_data
 from tests.conftest import blob
-from tests.flows.test_pipeline import PARAMS
+from tests.flows.workspace import PARAMS
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,7 +1,6 @@
 """The main job against real servers: a folder of pictures in, a judged model in the registry, prints on S3."""
 
 import io
-import json
 import os
 import random
 import signal
@@ -10,136 +9,42 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import boto3
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from mlflow.client import MlflowClient
 from PIL import Image
 
 from diffusion.files import sha256_bytes
-from tests.conftest import disc
+from tests.flows.workspace import PARAMS, Workspace, objects, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 KILLS = int(os.environ.get("KILLS", "3"))
-PARAMS = {
-    "ingest": {"size": 8, "held_out": 0.33},
-    "model": {"width": 16, "multipliers": [1], "blocks": 1, "attention": [], "patch": 1},
-    "training": {
-        "dataset": "blobs",
-        "images": 4800,
-        "learning_rate": 0.01,
-        "batch_size": 16,
-        "warmup_images": 64,
-        "checkpoints": 8,
-        "keep": 2,
-    },
-    "sampling": {"sampler": "dpmpp_2m", "steps": 8, "compute_batch": 8},
-    "evaluation": {"samples": 64, "extractor_size": 32},
-}
-
-
-class Workspace:
-    """A folder of its own with pictures, a configuration and a running local stack."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.variables = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("DARKROOM_", "MLFLOW_", "PREFECT_", "AWS_"))
-        } | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=self.variables,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-
-    def run(self, *arguments: str, code: int = 0) -> str:
-        process = self.start(*arguments)
-        out, err = process.communicate(timeout=600)
-        assert process.returncode == code, err[-3000:]
-        if code == 2:
-            assert "Traceback" not in err
-            return err
-        return out
-
-    def json(self, *arguments: str, code: int = 0) -> Any:
-        return json.loads(self.run(*arguments, "--json", code=code))
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
-    folder = tmp_path_factory.mktemp("workspace")
-    (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS))
-    for number in range(240):
-        path = folder / "pictures" / ("even" if number % 2 == 0 else "odd") / f"{number:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        disc(number).save(path)
-    space = Workspace(folder)
-    space.run("up")
-    for line in space.run("env").splitlines():
-        name, _, value = line.removeprefix("export ").partition("=")
-        space.variables[name] = value.strip("'\"")
-    yield space
-    space.run("down")
+    with running(tmp_path_factory.mktemp("workspace"), PARAMS, 240) as space:
+        yield space
 
 
-@pytest.fixture
-def mlflow(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    for name, value in workspace.variables.items():
-        if name.startswith(("MLFLOW_", "AWS_")):
-            monkeypatch.setenv(name, value)
-    return MlflowClient(workspace.variables["MLFLOW_TRACKING_URI"])
-
-
-def objects(workspace: Workspace, uri: str) -> dict[str, tuple[Any, bytes]]:
-    """Stock boto3: every object below ``uri`` with its time of writing."""
-    client = boto3.client(
-        "s3",
-        endpoint_url=workspace.variables["AWS_ENDPOINT_URL_S3"],
-        aws_access_key_id=workspace.variables["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=workspace.variables["AWS_SECRET_ACCESS_KEY"],
-        region_name="us-east-1",
-    )
-    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    return {
-        entry["Key"].removeprefix(prefix): (
-            entry["LastModified"],
-            client.get_object(Bucket=bucket, Key=entry["Key"])["Body"].read(),
-        )
-        for page in pages
-        for entry in page.get("Contents", [])
-    }
-
-
-def test_retrain_ends_in_a_champion_with_its_lineage_and_prints(workspace: Workspace, mlflow: MlflowClient) -> None:
+def test_retrain_ends_in_a_champion_with_its_lineage_and_prints(workspace: Workspace, server: MlflowClient) -> None:
     done = workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
 
-    version = mlflow.get_model_version_by_alias("blobs", "champion")
-    run = mlflow.get_run(done["run_id"])
+    version = server.get_model_version_by_alias("blobs", "champion")
+    run = server.get_run(done["run_id"])
     assert version.run_id == done["run_id"]
     assert version.tags["darkroom.content_digest"] == done["data"]["result"]["content_digest"]
     assert version.tags["darkroom.dvc_digest"] == done["data"]["version"]["digest"]
     assert run.inputs.dataset_inputs[0].dataset.digest == version.tags["darkroom.content_digest"][:36]
     assert run.info.status == "FINISHED"
     for metric in ("loss", "held_out_loss_ema", "train_loss", "images_per_second", "kid_efflite0"):
-        points = mlflow.get_metric_history(run.info.run_id, metric)
+        points = server.get_metric_history(run.info.run_id, metric)
         assert len({point.step for point in points}) == len(points) > 0
-    artifacts = {item.path for item in mlflow.list_artifacts(run.info.run_id, "evaluation")}
+    artifacts = {item.path for item in server.list_artifacts(run.info.run_id, "evaluation")}
     assert "evaluation/report.html" in artifacts
-    assert {item.path for item in mlflow.list_artifacts(run.info.run_id, "explain")} >= {"explain/forward.png"}
+    assert {item.path for item in server.list_artifacts(run.info.run_id, "explain")} >= {"explain/forward.png"}
 
     found = objects(workspace, done["prints"]["uri"])
     assert "_SUCCESS" in found
@@ -156,14 +61,14 @@ def test_retrain_ends_in_a_champion_with_its_lineage_and_prints(workspace: Works
     assert len(found) == 40 + 5
 
 
-def test_retrain_again_does_nothing_twice(workspace: Workspace, mlflow: MlflowClient) -> None:
+def test_retrain_again_does_nothing_twice(workspace: Workspace, server: MlflowClient) -> None:
     first = workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
     before = objects(workspace, first["prints"]["uri"])
     again = workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
     assert again["verdict"]["version"] == first["verdict"]["version"]
     assert again["run_id"] == first["run_id"]
     assert objects(workspace, first["prints"]["uri"]) == before
-    assert len(mlflow.search_model_versions("name='blobs'")) == 1
+    assert len(server.search_model_versions("name='blobs'")) == 1
 
 
 def test_the_registered_model_loads_elsewhere_without_pickle_and_draws_the_printed_pictures(
@@ -193,21 +98,21 @@ def test_the_registered_model_loads_elsewhere_without_pickle_and_draws_the_print
         assert Image.open(io.BytesIO(png)).tobytes() == ours.tobytes()
 
 
-def test_a_worse_model_stays_challenger_with_its_reason(workspace: Workspace, mlflow: MlflowClient) -> None:
+def test_a_worse_model_stays_challenger_with_its_reason(workspace: Workspace, server: MlflowClient) -> None:
     workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
-    champion = mlflow.get_model_version_by_alias("blobs", "champion").version
+    champion = server.get_model_version_by_alias("blobs", "champion").version
     worse = ["--set", "training.images=16", "--set", "training.checkpoints=1"]
     workspace.run("train", "--restart", *worse)
     workspace.run("evaluate", *worse)
     verdict = workspace.json("promote", *worse, code=3)
     assert verdict["promoted"] is False
-    challenger = mlflow.get_model_version_by_alias("blobs", "challenger")
+    challenger = server.get_model_version_by_alias("blobs", "challenger")
     assert challenger.version != champion
     assert "not lower" in challenger.description
-    assert mlflow.get_model_version_by_alias("blobs", "champion").version == champion
+    assert server.get_model_version_by_alias("blobs", "champion").version == champion
 
 
-def test_retrain_killed_at_random_moments_ends_the_same(workspace: Workspace, mlflow: MlflowClient) -> None:
+def test_retrain_killed_at_random_moments_ends_the_same(workspace: Workspace, server: MlflowClient) -> None:
     settings = ["--set", "training.seed=1", "--set", "registry.model=killed", "--set", "training.output=runs/killed"]
     command = ["retrain", "pictures", "--count", "40", *settings]
     moments = random.Random(1)
@@ -218,12 +123,12 @@ def test_retrain_killed_at_random_moments_ends_the_same(workspace: Workspace, ml
         process.communicate()
     done = workspace.json(*command)
 
-    versions = mlflow.search_model_versions("name='killed'")
+    versions = server.search_model_versions("name='killed'")
     assert [version.version for version in versions] == ["1"]
-    assert mlflow.get_model_version_by_alias("killed", "champion").version == "1"
-    runs = mlflow.search_runs([mlflow.get_experiment_by_name("killed").experiment_id])
+    assert server.get_model_version_by_alias("killed", "champion").version == "1"
+    runs = server.search_runs([server.get_experiment_by_name("killed").experiment_id])
     assert [run.info.run_id for run in runs] == [done["run_id"]]
-    losses = mlflow.get_metric_history(done["run_id"], "loss")
+    losses = server.get_metric_history(done["run_id"], "loss")
     assert len({point.step for point in losses}) == len(losses)
     assert max(point.step for point in losses) == 4800
     found = objects(workspace, done["prints"]["uri"])
@@ -235,6 +140,7 @@ def test_retrain_killed_at_random_moments_ends_the_same(workspace: Workspace, ml
 
 
 def test_a_shard_cut_in_half_is_named_and_retrain_mends_it(workspace: Workspace) -> None:
+    workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
     shard = next((workspace.folder / "data" / "blobs" / "shards").glob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:1000])
     assert shard.name in workspace.run("train", code=2)

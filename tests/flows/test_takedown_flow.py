@@ -10,10 +10,8 @@ from hashlib import md5
 from pathlib import Path
 
 import pytest
-import yaml
 from dvc.repo import Repo
 from mlflow.client import MlflowClient
-from PIL import Image
 
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest, work_folder
@@ -32,7 +30,7 @@ from flows.s3 import Store
 from tests.conftest import disc
 from tests.diffusion.test_ingest import files_of
 from tests.flows.test_catalogue import FOLDER, Place
-from tests.flows.test_pipeline import PARAMS, Workspace, objects
+from tests.flows.workspace import PARAMS, Workspace, objects, running
 
 KILLS = int(os.environ.get("KILLS", "3"))
 REMOVAL = Removal(
@@ -265,34 +263,13 @@ def test_whoever_uses_a_marked_version_is_told() -> None:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
-    """A running stack with a trained, registered and printed model."""
-    folder = tmp_path_factory.mktemp("workspace")
-    quick = {"images": 320, "checkpoints": 1, "warmup_images": 16}
-    params = {
-        **PARAMS,
-        "training": {**PARAMS["training"], **quick},
+    """A running stack whose models are trained, registered and printed in no time."""
+    quick = {
+        "training": {**PARAMS["training"], "images": 320, "checkpoints": 1, "warmup_images": 16},
         "evaluation": {"samples": 16, "extractor_size": 32},
     }
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    for number in range(120):
-        path = folder / "pictures" / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        disc(number).save(path)
-    space = Workspace(folder)
-    space.run("up")
-    for line in space.run("env").splitlines():
-        name, _, value = line.removeprefix("export ").partition("=")
-        space.variables[name] = value.strip("'\"")
-    yield space
-    space.run("down")
-
-
-@pytest.fixture
-def server(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    for name, value in workspace.variables.items():
-        if name.startswith(("MLFLOW_", "AWS_")):
-            monkeypatch.setenv(name, value)
-    return MlflowClient(workspace.variables["MLFLOW_TRACKING_URI"])
+    with running(tmp_path_factory.mktemp("workspace"), PARAMS | quick, 120) as space:
+        yield space
 
 
 @pytest.mark.slow
@@ -334,7 +311,7 @@ def test_a_takedown_killed_at_random_moments_ends_the_same(workspace: Workspace,
     pictures = workspace.folder / "more"
     shutil.copytree(workspace.folder / "pictures", pictures)
     for number in range(200, 220):
-        Image.Image.save(disc(number), pictures / "odd" / f"{number}.png")
+        disc(number).save(pictures / "odd" / f"{number}.png")
     png = stored_png(pictures / "odd" / "200.png")
     moments, endings = random.Random(3), []
     for name in ("undisturbed", *(f"killed{number}" for number in range(KILLS))):
