@@ -34,8 +34,22 @@ class TrainingConfig(Config):
     """Gradients of a larger norm are scaled down to it."""
     ema_decay: float = Field(0.999, ge=0, lt=1)
     """Largest decay of the averaged weights, reached after a warm-up."""
+    weighting: Literal["plain", "min_snr", "soft_min_snr", "edm"] = "plain"
+    """How much each noise level counts: the squared error of what is predicted, as it is (arXiv 2006.11239), min-SNR-γ
+    (2303.09556), its soft form (2401.11605) or EDM's (2206.00364). The last two know the data's deviation."""
     min_snr_gamma: float | None = Field(None, gt=0)
-    """γ of the min-SNR weighting (arXiv 2303.09556); null: the plain loss of DDPM."""
+    """γ of min_snr; null: 5."""
+    learned_uncertainty: bool = False
+    """Whether a small network learns how large the error is at each level, and the loss is divided by that (2312.02696,
+    equation 21): then no level outweighs the others, however hard it is."""
+    times: Literal["uniform", "lognormal"] = "uniform"
+    """How noise levels are drawn: each step of the schedule alike, or ln σ from a normal distribution (2206.00364)."""
+    log_sigma_mean: float | None = None
+    """Mean of ln σ for times = lognormal; null: −1.2, EDM's."""
+    log_sigma_std: float | None = Field(None, gt=0)
+    """Standard deviation of ln σ for times = lognormal; null: 1.2, EDM's."""
+    stratified: bool = True
+    """Whether each of a batch's N pictures has its time from another N-th of the distribution."""
     class_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of the pictures whose class the network is not told, so that it can also draw without."""
     flip: bool = False
@@ -69,6 +83,27 @@ class TrainingConfig(Config):
         if self.lanes > self.batch_size:
             raise ValueError(f"training.lanes = {self.lanes} parts of {self.batch_size} pictures: use fewer lanes")
         return self
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> "TrainingConfig":
+        if self.min_snr_gamma is not None and self.weighting != "min_snr":
+            raise ValueError(f"training.min_snr_gamma means nothing to weighting = {self.weighting}: use min_snr")
+        if self.times != "lognormal" and (self.log_sigma_mean, self.log_sigma_std) != (None, None):
+            raise ValueError(f"training.log_sigma_* mean nothing to times = {self.times}: use lognormal")
+        return self
+
+    @property
+    def gamma(self) -> float:
+        """γ of min-SNR."""
+        return 5.0 if self.min_snr_gamma is None else self.min_snr_gamma
+
+    @property
+    def log_sigma(self) -> tuple[float, float]:
+        """Mean and standard deviation of ln σ."""
+        return (
+            -1.2 if self.log_sigma_mean is None else self.log_sigma_mean,
+            1.2 if self.log_sigma_std is None else self.log_sigma_std,
+        )
 
     @model_validator(mode="after")
     def _loading(self) -> "TrainingConfig":

@@ -20,12 +20,12 @@ from diffusion.fingerprint import autocast, resolve_precision
 from diffusion.model import DiffusionModel, ModelHeader, classes_of, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
-from diffusion.objective import per_sample_loss
-from diffusion.process import NoiseSchedule, make_schedule
+from diffusion.objective import Objective
 from diffusion.random import GaussianNoise, uniform
 from diffusion.training.checkpoint import TrainingState
 from diffusion.training.config import TrainingConfig
 from diffusion.training.ema import ExponentialMovingAverage
+from diffusion.training.objective import draw_times, make_objective, times_at
 
 BETAS = (0.9, 0.99)
 """Of AdamW. Its own 0.999 remembers more steps than a run of minutes has to give: measured worse."""
@@ -41,7 +41,7 @@ class Run:
     model: ModelConfig
     config: TrainingConfig
     state: TrainingState
-    schedule: NoiseSchedule
+    objective: Objective
     loader: Loader
     classes: list[str]
     """What the network is told of; empty: nothing."""
@@ -63,14 +63,16 @@ class Run:
         )
         average = ExponentialMovingAverage(network, config.ema_decay)
         state = TrainingState(network, average, optimizer)
-        return cls(dataset, model, config, state, make_schedule(model), make_loader(dataset, config), classes, pool)
+        objective = make_objective(model, config, dataset.manifest.sigma_data)
+        return cls(dataset, model, config, state, objective, make_loader(dataset, config), classes, pool)
 
     def step(self) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns loss and gradient norm as 0-dimensional tensors."""
         config, state = self.config, self.state
         batch = self.loader.batch(state.images, self.total)
         x0 = to_float(batch.pictures).contiguous(memory_format=torch.channels_last)
-        t, noise = self._draws(batch.indices)
+        t = draw_times(config, self.objective.schedule, batch.indices)
+        noise = GaussianNoise(config.seed, "noise", batch.indices, self.dataset.shape)()
         drawn = [x0, t, noise, *self._told(batch)]
         parts = list(self.pool.map(self._gradients, *(each.tensor_split(config.lanes) for each in drawn)))
         loss = torch.stack([part_loss for part_loss, _ in parts]).sum()
@@ -101,22 +103,15 @@ class Run:
         kept = uniform(self.config.seed, "class", batch.indices) < self.config.class_dropout
         return [self.dataset.classes(batch.rows, self.classes).masked_fill(kept, len(self.classes))]
 
-    def _draws(self, indices: range) -> tuple[Tensor, Tensor]:
-        """Time steps, stratified over the batch for a lower variance, and noise."""
-        u = (torch.arange(len(indices)) + uniform(self.config.seed, "time", indices)) / len(indices)
-        t = (u * self.schedule.steps).long().clamp(max=self.schedule.steps - 1)
-        return t, GaussianNoise(self.config.seed, "noise", indices, self.dataset.shape)()
-
     def _losses(self, network: UNet, x0: Tensor, t: Tensor, noise: Tensor, label: Tensor | None = None) -> Tensor:
-        prediction, gamma = self.model.prediction, self.config.min_snr_gamma
-        return per_sample_loss(partial(network, label=label), self.schedule, prediction, gamma, x0, t, noise)
+        return self.objective.loss(partial(network, label=label), x0, t, noise)
 
     def averaged(self) -> DiffusionModel:
         """The averaged network as it is now."""
         network = copy.deepcopy(self.state.network)
         network.load_state_dict(self.state.average.state_dict())
         network.eval().requires_grad_(False)
-        return DiffusionModel(self.model_header(), network, self.schedule)
+        return DiffusionModel(self.model_header(), network, self.objective.schedule)
 
     def probe(self, averaged: UNet) -> dict[str, float]:
         """Losses of raw and averaged weights on fixed pictures, times and noise of both splits."""
@@ -145,7 +140,7 @@ class Run:
         with torch.inference_mode(), autocast(self.config.precision):
             x0 = to_float(batch.pictures)
             u = (torch.arange(len(x0)) + 0.5) / len(x0)
-            t = (u * self.schedule.steps).long()
+            t = times_at(self.config, self.objective.schedule, u)
             noise = GaussianNoise(0, f"probe/{split}", batch.indices, self.dataset.shape)()
             label = self.dataset.classes(batch.rows, self.classes) if self.classes else None
             return self._losses(network, x0, t, noise, label).mean().item()
@@ -159,6 +154,7 @@ class Run:
             size=manifest.size,
             dataset=manifest.name,
             content_digest=manifest.content_digest,
+            sigma_data=manifest.sigma_data,
             class_histogram=manifest.class_histogram,
             images=self.state.images,
             training=identity_fields(self.config),

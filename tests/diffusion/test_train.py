@@ -188,7 +188,7 @@ def test_averaged_weights_move_and_differ_from_the_raw_ones(dataset: Path, tmp_p
 
 
 def test_training_beats_the_best_constant_prediction_by_far(dataset: Path, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"images": 4800, "learning_rate": 1e-2, "min_snr_gamma": None})
+    config = CONFIG.model_copy(update={"images": 4800, "learning_rate": 1e-2})
     run(dataset, tmp_path / "run", config)
     rows = (tmp_path / "run" / "losses.csv").read_text().splitlines()
     last = dict(zip(rows[0].split(","), map(float, rows[-1].split(",")), strict=True))
