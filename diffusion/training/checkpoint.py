@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.files import sha256_file, write_bytes
-from diffusion.model import AVERAGED, read_header, save_tensors
+from diffusion.model import read_header, save_tensors
 from diffusion.models.unet import UNet
-from diffusion.training.ema import ExponentialMovingAverage
+from diffusion.training.ema import WeightAverage
+from diffusion.training.post_hoc import averaged_tensors, prefix
+from diffusion.training.uncertainty import Uncertainty
 
 NETWORK = "network."
+UNCERTAINTY = "uncertainty."
 OPTIMIZER = "optimizer."
 
 logger = logging.getLogger(__name__)
@@ -26,15 +29,25 @@ class TrainingState:
     """What changes from step to step. There is no random state: draws are functions of ``images``."""
 
     network: UNet
-    average: ExponentialMovingAverage
+    averages: list[WeightAverage]
+    """The first is the model."""
     optimizer: torch.optim.AdamW
+    """Of all ``parameters``, in their order."""
+    uncertainty: Uncertainty | None = None
+    """Where training learns one."""
     images: int = 0
     """Pictures seen."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained."""
+        return [*self.network.parameters(), *(self.uncertainty.parameters() if self.uncertainty else ())]
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors under names that say whose they are."""
         named = {NETWORK + name: value for name, value in self.network.state_dict().items()}
-        named |= {AVERAGED + name: value for name, value in self.average.state_dict().items()}
+        named |= averaged_tensors(self.averages)
+        if self.uncertainty:
+            named |= {UNCERTAINTY + name: value for name, value in self.uncertainty.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             named |= {f"{OPTIMIZER}{index}.{name}": value for name, value in moments.items()}
         return named
@@ -42,9 +55,12 @@ class TrainingState:
     def load(self, tensors: dict[str, Tensor], images: int) -> None:
         """Become the state that ``tensors`` was taken from."""
         self.network.load_state_dict(_under(NETWORK, tensors))
-        self.average.load_state_dict(_under(AVERAGED, tensors))
+        for number, average in enumerate(self.averages):
+            average.load_state_dict(_under(prefix(number), tensors))
+        if self.uncertainty:
+            self.uncertainty.load_state_dict(_under(UNCERTAINTY, tensors))
         moments: dict[int, dict[str, Tensor]] = {}
-        parameters = list(self.network.parameters())
+        parameters = self.parameters()
         for name, value in _under(OPTIMIZER, tensors).items():
             index, moment = name.split(".", 1)
             if value.ndim:

@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from diffusion.config import Config
+
+LONGEST = 0.28
+"""Relative length of an average that weighs all of training alike."""
 
 
 class TrainingConfig(Config):
@@ -32,8 +35,12 @@ class TrainingConfig(Config):
     """AdamW's decoupled weight decay."""
     clip_norm: float = Field(1.0, gt=0)
     """Gradients of a larger norm are scaled down to it."""
-    ema_decay: float = Field(0.999, ge=0, lt=1)
-    """Largest decay of the averaged weights, reached after a warm-up."""
+    ema_decay: float | None = Field(None, ge=0, lt=1)
+    """Largest decay of the averaged weights, reached after a warm-up; null: 0.999."""
+    ema_lengths: tuple[PositiveFloat, PositiveFloat] | None = None
+    """Null: one exponential average. Two numbers, such as [0.05, 0.1]: two averages that forget in proportion to how
+    long training has gone on, over these shares of it (arXiv 2312.02696). The first is the model; from what is kept of
+    both in averages/, evaluation.ema_lengths makes those of other lengths after the end."""
     weighting: Literal["plain", "min_snr", "soft_min_snr", "edm"] = "plain"
     """How much each noise level counts: the squared error of what is predicted, as it is (arXiv 2006.11239), min-SNR-γ
     (2303.09556), its soft form (2401.11605) or EDM's (2206.00364). The last two know the data's deviation."""
@@ -90,6 +97,10 @@ class TrainingConfig(Config):
             raise ValueError(f"training.min_snr_gamma means nothing to weighting = {self.weighting}: use min_snr")
         if self.times != "lognormal" and (self.log_sigma_mean, self.log_sigma_std) != (None, None):
             raise ValueError(f"training.log_sigma_* mean nothing to times = {self.times}: use lognormal")
+        if self.ema_lengths is not None and self.ema_decay is not None:
+            raise ValueError("training.ema_decay means nothing to averages with training.ema_lengths: leave one out")
+        if self.ema_lengths is not None and not 0 < self.ema_lengths[0] < self.ema_lengths[1] < LONGEST:
+            raise ValueError(f"training.ema_lengths rise from the first to the second, which is below {LONGEST}")
         return self
 
     @property

@@ -24,8 +24,9 @@ from diffusion.objective import Objective
 from diffusion.random import GaussianNoise, uniform
 from diffusion.training.checkpoint import TrainingState
 from diffusion.training.config import TrainingConfig
-from diffusion.training.ema import ExponentialMovingAverage
+from diffusion.training.ema import ExponentialAverage, PowerAverage, WeightAverage
 from diffusion.training.objective import draw_times, make_objective, times_at
+from diffusion.training.uncertainty import Uncertainty
 
 BETAS = (0.9, 0.99)
 """Of AdamW. Its own 0.999 remembers more steps than a run of minutes has to give: measured worse."""
@@ -58,11 +59,12 @@ class Run:
             classes = classes_of(model, dataset.manifest.class_histogram)
             network = UNet(model, dataset.manifest.channels, dataset.manifest.size, len(classes))
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        uncertainty = Uncertainty() if config.learned_uncertainty else None
+        trained = [*network.parameters(), *(uncertainty.parameters() if uncertainty else ())]
         optimizer = torch.optim.AdamW(
-            network.parameters(), config.learning_rate, BETAS, weight_decay=config.weight_decay, fused=True
+            trained, config.learning_rate, BETAS, weight_decay=config.weight_decay, fused=True
         )
-        average = ExponentialMovingAverage(network, config.ema_decay)
-        state = TrainingState(network, average, optimizer)
+        state = TrainingState(network, make_averages(network, config), optimizer, uncertainty)
         objective = make_objective(model, config, dataset.manifest.sigma_data)
         return cls(dataset, model, config, state, objective, make_loader(dataset, config), classes, pool)
 
@@ -76,25 +78,28 @@ class Run:
         drawn = [x0, t, noise, *self._told(batch)]
         parts = list(self.pool.map(self._gradients, *(each.tensor_split(config.lanes) for each in drawn)))
         loss = torch.stack([part_loss for part_loss, _ in parts]).sum()
-        for parameter, *gradients in zip(state.network.parameters(), *(part for _, part in parts), strict=True):
+        for parameter, *gradients in zip(state.parameters(), *(part for _, part in parts), strict=True):
             # In the parameter's own memory format, which autograd.grad does not promise and the optimizer relies on.
             parameter.grad = torch.zeros_like(parameter)
             for gradient in gradients:
                 parameter.grad.add_(gradient)
-        norm = torch.nn.utils.clip_grad_norm_(state.network.parameters(), config.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(state.parameters(), config.clip_norm)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(config, state.images, self.total)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.images += config.batch_size
-        state.average.update(state.network, state.images // config.batch_size)
+        for average in state.averages:
+            average.update(state.network, state.images // config.batch_size)
         return loss, norm
 
     def _gradients(self, x0: Tensor, t: Tensor, noise: Tensor, *label: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """A part's share of the batch's loss, and its gradients."""
         with autocast(self.config.precision):
-            loss = self._losses(self.state.network, x0, t, noise, *label).sum() / self.config.batch_size
-        return loss.detach(), torch.autograd.grad(loss, list(self.state.network.parameters()))
+            losses = self._losses(self.state.network, x0, t, noise, *label)
+        minimised = self.state.uncertainty(losses, t) if self.state.uncertainty else losses
+        gradients = torch.autograd.grad(minimised.sum() / self.config.batch_size, self.state.parameters())
+        return losses.detach().sum() / self.config.batch_size, gradients
 
     def _told(self, batch: Batch) -> list[Tensor]:
         """The classes, if the network is told any; some are kept from it (arXiv 2207.12598)."""
@@ -109,7 +114,7 @@ class Run:
     def averaged(self) -> DiffusionModel:
         """The averaged network as it is now."""
         network = copy.deepcopy(self.state.network)
-        network.load_state_dict(self.state.average.state_dict())
+        network.load_state_dict(self.state.averages[0].state_dict())
         network.eval().requires_grad_(False)
         return DiffusionModel(self.model_header(), network, self.objective.schedule)
 
@@ -169,6 +174,13 @@ class Run:
             "total": self.total,
         }
         return header if self.config.window is None else header | {"layout_digest": manifest.layout_digest}
+
+
+def make_averages(network: UNet, config: TrainingConfig) -> list[WeightAverage]:
+    """The averages of the weights that ``config`` asks for; the first is the model."""
+    if config.ema_lengths is not None:
+        return [PowerAverage(network, length) for length in config.ema_lengths]
+    return [ExponentialAverage(network, 0.999 if config.ema_decay is None else config.ema_decay)]
 
 
 def make_loader(dataset: Dataset, config: TrainingConfig) -> Loader:

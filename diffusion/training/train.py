@@ -33,6 +33,7 @@ from diffusion.sampling import sample
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.config import TrainingConfig
 from diffusion.training.history import History
+from diffusion.training.post_hoc import AVERAGES, keep_snapshot
 from diffusion.training.run import Run
 from diffusion.training.tracker import NoTracker, Tracker
 
@@ -152,7 +153,7 @@ def _train(
     else:
         tracker = track(_begin_or_resume(run, checkpoints, output, sampling) == "begun")
         _loop(run, output, checkpoints, sampling, tracker, progress)
-        tensors = {AVERAGED + name: value for name, value in run.state.average.state_dict().items()}
+        tensors = {AVERAGED + name: value for name, value in run.state.averages[0].state_dict().items()}
         save_tensors(final, tensors, run.header())
     return TrainResult(
         output=output,
@@ -167,7 +168,7 @@ def _discard(output: Path) -> None:
     # The checkpoints go last: what is left after a kill is still a run that can go on.
     for name in ("final.safetensors", "weights.safetensors", "history.csv", "losses.csv"):
         (output / name).unlink(missing_ok=True)
-    for folder in (output / "samples", output / "checkpoints"):
+    for folder in (output / "samples", output / AVERAGES, output / "checkpoints"):
         if folder.exists():
             shutil.rmtree(folder)
 
@@ -282,6 +283,8 @@ def _loop(
             losses, norms, since, waited = [], [], time.perf_counter(), run.loader.waited
         if state.images % save_every == 0 or at_end:
             _take_stock(run, output, probes, sampling, tracker)
+            if config.ema_lengths is not None:
+                keep_snapshot(output / AVERAGES, state.averages, config.ema_lengths, state.images, run.header())
             checkpoints.save(state, run.header())
             checkpoints.prune(config.keep)
             since = time.perf_counter()

@@ -56,12 +56,12 @@ def train(params: ParamsFile = DEFAULT_PARAMS, overrides: Set = [], as_json: Jso
 def evaluate(params: ParamsFile = DEFAULT_PARAMS, overrides: Set = [], as_json: Json = False) -> None:  # noqa: B006
     """Judge the kept checkpoints against the held-out pictures."""
     from diffusion.evaluation.evaluate import evaluate
-    from diffusion.training.checkpoint import Checkpoints
+    from diffusion.training.candidates import candidates
 
     config = load(params, overrides)
     result = evaluate(
         config.dataset_folder,
-        Checkpoints(config.run_folder / "checkpoints").judged(),
+        candidates(config.run_folder, config.evaluation.ema_lengths),
         config.evaluation,
         config.sampling,
         config.report_folder,

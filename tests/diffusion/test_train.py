@@ -21,6 +21,7 @@ from diffusion.errors import UserError
 from diffusion.model import load_model, read_header, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.process import make_schedule
+from diffusion.training.candidates import candidates
 from diffusion.training.config import TrainingConfig
 from diffusion.training.history import History, read_rows
 from diffusion.training.run import learning_rate
@@ -176,6 +177,49 @@ def test_minutes_are_turned_into_images_once(dataset: Path, tmp_path: Path) -> N
     images = run(dataset, tmp_path / "run", config).images
     assert images == planned
     assert images % 16 == 0
+
+
+EDM = {"weighting": "edm", "learned_uncertainty": True, "times": "lognormal", "ema_lengths": [0.05, 0.1]}
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ({"schedule": "edm", "prediction": "edm"}, EDM),
+        ({"schedule": "sigmoid", "zero_terminal": True, "prediction": "x0"}, {"weighting": "soft_min_snr"}),
+        ({"schedule": "linear", "prediction": "noise"}, {"weighting": "min_snr", "stratified": False}),
+    ],
+    ids=["edm", "sigmoid", "linear"],
+)
+def test_whatever_is_chosen_from_the_menu_learns_and_resumes_to_the_same_bits(
+    dataset: Path, tmp_path: Path, model: dict[str, object], settings: dict[str, object]
+) -> None:
+    shape = ModelConfig.model_validate(MODEL.model_dump() | model)
+    config = TrainingConfig.model_validate(CONFIG.model_dump(exclude={"learning_rate"}) | settings)
+    whole = train(dataset, tmp_path / "whole", shape, config, SAMPLING)
+    with pytest.raises(Stop):
+        train(dataset, tmp_path / "cut", shape, config, SAMPLING, track=lambda _: StopAt(240))
+    resumed = train(dataset, tmp_path / "cut", shape, config, SAMPLING)
+    assert resumed.final.read_bytes() == whole.final.read_bytes()
+    losses = [row["held_out_loss"] for row in read_rows(tmp_path / "whole" / "losses.csv")]
+    assert losses[-1] < losses[0]
+    for path in (tmp_path / "whole").glob("averages/*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "cut" / "averages" / path.name).read_bytes()
+
+
+def test_averages_of_other_lengths_are_made_after_the_end_and_draw(dataset: Path, tmp_path: Path) -> None:
+    config = TrainingConfig.model_validate(CONFIG.model_dump() | {"ema_lengths": [0.05, 0.1], "checkpoints": 8})
+    result = run(dataset, tmp_path / "run", config)
+    *kept, shorter, same = candidates(tmp_path / "run", [0.04, 0.05])
+    assert len(kept) == config.keep
+    final, made = (load_model(path).network.state_dict() for path in (result.final, same))
+    for name, value in made.items():
+        torch.testing.assert_close(value, final[name], atol=1e-5, rtol=0)
+    assert any(not torch.equal(value, made[name]) for name, value in load_model(shorter).network.state_dict().items())
+    first = min((tmp_path / "run" / "averages").glob("[0-9]*.safetensors"))
+    first.write_bytes(b"half of")
+    with pytest.raises(UserError, match=f"{first.stem}.* is damaged"):
+        candidates(tmp_path / "run", [0.04])
 
 
 def test_averaged_weights_move_and_differ_from_the_raw_ones(dataset: Path, tmp_path: Path) -> None:
