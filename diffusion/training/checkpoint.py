@@ -37,6 +37,10 @@ class TrainingState:
     """Where training learns one."""
     images: int = 0
     """Pictures seen."""
+    skipped: int = 0
+    """Steps left out, as their loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Of these, the last without another between them."""
 
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained."""
@@ -52,8 +56,12 @@ class TrainingState:
             named |= {f"{OPTIMIZER}{index}.{name}": value for name, value in moments.items()}
         return named
 
-    def load(self, tensors: dict[str, Tensor], images: int) -> None:
-        """Become the state that ``tensors`` was taken from."""
+    def counts(self) -> dict[str, int]:
+        """What is counted, for the header of a checkpoint."""
+        return {"images": self.images, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def load(self, tensors: dict[str, Tensor], counts: dict[str, int]) -> None:
+        """Become the state that ``tensors`` and ``counts`` were taken from."""
         self.network.load_state_dict(_under(NETWORK, tensors))
         for number, average in enumerate(self.averages):
             average.load_state_dict(_under(prefix(number), tensors))
@@ -69,7 +77,8 @@ class TrainingState:
             moments.setdefault(int(index), {})[moment] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.images = images
+        self.images, self.skipped = counts["images"], counts["skipped"]
+        self.skipped_in_a_row = counts["skipped_in_a_row"]
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -88,7 +97,7 @@ class Checkpoints:
     def save(self, state: TrainingState, header: dict[str, Any]) -> Path:
         """Write ``state`` under the number of its images."""
         path = self.folder / f"{state.images:010d}.safetensors"
-        digest = save_tensors(path, state.tensors(), header)
+        digest = save_tensors(path, state.tensors(), header | {"counts": state.counts()})
         write_bytes(_digest_of(path), f"{digest}\n".encode())
         return path
 
@@ -111,7 +120,7 @@ class Checkpoints:
     def restore(self, state: TrainingState) -> dict[str, Any] | None:
         """Load the newest whole checkpoint into ``state``; returns its header, or None if there is none."""
         for path, header in self.newest_whole():
-            state.load(load_file(path), header["model_header"]["images"])
+            state.load(load_file(path), header["counts"])
             return header
         return None
 

@@ -35,6 +35,8 @@ class TrainingConfig(Config):
     """AdamW's decoupled weight decay."""
     clip_norm: float = Field(1.0, gt=0)
     """Gradients of a larger norm are scaled down to it."""
+    most_skipped: int = Field(20, ge=1)
+    """Steps in a row without a finite loss and gradient, each of them left out, after which training gives up."""
     ema_decay: float | None = Field(None, ge=0, lt=1)
     """Largest decay of the averaged weights, reached after a warm-up; null: 0.999."""
     ema_lengths: tuple[PositiveFloat, PositiveFloat] | None = None

@@ -15,6 +15,7 @@ from diffusion.data.dataset import SPLITS, Dataset
 from diffusion.data.loader import Batch, Loader
 from diffusion.data.manifest import Manifest, Split
 from diffusion.data.order import Order, TrainingOrder, WindowedOrder
+from diffusion.errors import DarkroomError
 from diffusion.files import digest_of
 from diffusion.fingerprint import autocast, resolve_precision
 from diffusion.model import DiffusionModel, ModelHeader, classes_of, to_float
@@ -32,6 +33,14 @@ BETAS = (0.9, 0.99)
 """Of AdamW. Its own 0.999 remembers more steps than a run of minutes has to give: measured worse."""
 PROBES = 256
 """Pictures of each split on which losses are compared over time."""
+
+
+class NotFinite(DarkroomError):
+    """Training gave up; ``batch`` is what it was last shown."""
+
+    def __init__(self, message: str, batch: dict[str, Tensor]) -> None:
+        super().__init__(message)
+        self.batch = batch
 
 
 @dataclass
@@ -68,8 +77,11 @@ class Run:
         objective = make_objective(model, config, dataset.manifest.sigma_data)
         return cls(dataset, model, config, state, objective, make_loader(dataset, config), classes, pool)
 
-    def step(self) -> tuple[Tensor, Tensor]:
-        """One optimizer step; returns loss and gradient norm as 0-dimensional tensors."""
+    def step(self) -> tuple[Tensor, Tensor] | None:
+        """One optimizer step; returns loss and gradient norm as 0-dimensional tensors.
+
+        None: one of them was not finite, and the step was left out. Raises DarkroomError if too many in a row were.
+        """
         config, state = self.config, self.state
         batch = self.loader.batch(state.images, self.total)
         x0 = to_float(batch.pictures).contiguous(memory_format=torch.channels_last)
@@ -84,14 +96,31 @@ class Run:
             for gradient in gradients:
                 parameter.grad.add_(gradient)
         norm = torch.nn.utils.clip_grad_norm_(state.parameters(), config.clip_norm)
+        state.images += config.batch_size
+        if not (loss.isfinite() and norm.isfinite()):
+            self._skip(batch, t)
+            return None
+        state.skipped_in_a_row = 0
         for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(config, state.images, self.total)
+            group["lr"] = learning_rate(config, state.images - config.batch_size, self.total)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        state.images += config.batch_size
         for average in state.averages:
             average.update(state.network, state.images // config.batch_size)
         return loss, norm
+
+    def _skip(self, batch: Batch, t: Tensor) -> None:
+        state, config = self.state, self.config
+        state.optimizer.zero_grad(set_to_none=True)
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        if state.skipped_in_a_row < config.most_skipped:
+            return
+        raise NotFinite(
+            f"loss or gradient was not finite in {config.most_skipped} steps in a row, up to image {state.images}: "
+            "lower training.learning_rate and give --restart, or look at the last batch",
+            {"pictures": batch.pictures, "t": t, "rows": torch.from_numpy(np.asarray(batch.rows))},
+        )
 
     def _gradients(self, x0: Tensor, t: Tensor, noise: Tensor, *label: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """A part's share of the batch's loss, and its gradients."""

@@ -32,16 +32,20 @@ from diffusion.progress import Progress, silent
 from diffusion.sampling import sample
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.config import TrainingConfig
+from diffusion.training.guards import Guards
 from diffusion.training.history import History
 from diffusion.training.post_hoc import AVERAGES, keep_snapshot
-from diffusion.training.run import Run
+from diffusion.training.run import NotFinite, Run
 from diffusion.training.tracker import NoTracker, Tracker
 
 LOGS_PER_CHECKPOINT = 20
 GRID_PICTURES = 36
 MEASURED_SECONDS = 4.0
-FIGURES = ("loss", "gradient_norm", "learning_rate", "images_per_second", "data_wait")
-"""Columns of history.csv; ``data_wait`` is the share of the time in which training waited for pictures."""
+NOTHING = (math.nan, math.nan)
+"""Loss and gradient norm where all steps were left out."""
+FIGURES = ("loss", "gradient_norm", "learning_rate", "images_per_second", "data_wait", "skipped")
+"""Columns of history.csv; ``data_wait`` is the share of the time in which training waited for pictures,
+``skipped`` counts all steps left out so far, as their loss or gradient was not finite."""
 
 Restart = Literal["never", "if_different"]
 """Whether to throw away a run of another configuration or data set that lies in the folder."""
@@ -166,7 +170,7 @@ def _train(
 
 def _discard(output: Path) -> None:
     # The checkpoints go last: what is left after a kill is still a run that can go on.
-    for name in ("final.safetensors", "weights.safetensors", "history.csv", "losses.csv"):
+    for name in ("final.safetensors", "weights.safetensors", "not_finite.safetensors", "history.csv", "losses.csv"):
         (output / name).unlink(missing_ok=True)
     for folder in (output / "samples", output / AVERAGES, output / "checkpoints"):
         if folder.exists():
@@ -259,30 +263,32 @@ def _loop(
     for record in (history, probes):
         record.rewind(state.images)
 
-    losses: list[Tensor] = []
-    norms: list[Tensor] = []
-    since, waited = time.perf_counter(), run.loader.waited
+    guards = Guards()
+    taken: list[tuple[Tensor, Tensor]] = []
+    began, since, waited = state.images, time.perf_counter(), run.loader.waited
     while state.images < run.total:
-        loss, norm = run.step()
-        losses.append(loss)
-        norms.append(norm)
+        if step := _step(run, output):
+            taken.append(step)
         at_end = state.images == run.total
         if state.images % log_every == 0 or at_end:
             seconds = time.perf_counter() - since
+            loss, norm = (torch.stack(each).mean().item() for each in zip(*taken, strict=True)) if taken else NOTHING
             figures = {
-                "loss": torch.stack(losses).mean().item(),
-                "gradient_norm": torch.stack(norms).mean().item(),
+                "loss": loss,
+                "gradient_norm": norm,
                 "learning_rate": state.optimizer.param_groups[0]["lr"],
-                "images_per_second": len(losses) * config.batch_size / seconds,
+                "images_per_second": (state.images - began) / seconds,
                 "data_wait": (run.loader.waited - waited) / seconds,
+                "skipped": state.skipped,
             }
-            _require_finite(figures, state.images)
+            guards.loss(loss, state.images)
             history.append(state.images, figures)
-            tracker.log_metrics(figures, state.images)
-            progress("images trained on", state.images, run.total, f"loss {figures['loss']:.4f}")
-            losses, norms, since, waited = [], [], time.perf_counter(), run.loader.waited
+            tracker.log_metrics({name: value for name, value in figures.items() if math.isfinite(value)}, state.images)
+            progress("images trained on", state.images, run.total, f"loss {loss:.4f}")
+            taken, began, since, waited = [], state.images, time.perf_counter(), run.loader.waited
         if state.images % save_every == 0 or at_end:
-            _take_stock(run, output, probes, sampling, tracker)
+            guards.probe(_take_stock(run, output, probes, sampling, tracker), state.images)
+            guards.weights(state.network, state.averages[0].state_dict(), state.images)
             if config.ema_lengths is not None:
                 keep_snapshot(output / AVERAGES, state.averages, config.ema_lengths, state.images, run.header())
             checkpoints.save(state, run.header())
@@ -290,8 +296,20 @@ def _loop(
             since = time.perf_counter()
 
 
-def _take_stock(run: Run, output: Path, probes: History, sampling: SamplingConfig, tracker: Tracker) -> None:
-    """Held-out losses and a grid of the same seeds each time: before the checkpoint, so a kill repeats them."""
+def _step(run: Run, output: Path) -> tuple[Tensor, Tensor] | None:
+    """One step of ``run``; if it gives up, what it was last shown is kept in ``output``."""
+    try:
+        return run.step()
+    except NotFinite as error:
+        path = output / "not_finite.safetensors"
+        save_tensors(path, error.batch, run.header())
+        raise DarkroomError(f"{error}, which lies in {path}") from error
+
+
+def _take_stock(
+    run: Run, output: Path, probes: History, sampling: SamplingConfig, tracker: Tracker
+) -> dict[str, float]:
+    """Losses on fixed pictures, and a grid of the same seeds: before the checkpoint, so that a kill repeats them."""
     averaged = run.averaged()
     figures = run.probe(averaged.network)
     probes.append(run.state.images, {name: figures.get(name, math.nan) for name in probes.columns})
@@ -300,10 +318,4 @@ def _take_stock(run: Run, output: Path, probes: History, sampling: SamplingConfi
     save_png(output / "samples" / f"{run.state.images:010d}.png", picture)
     tracker.log_picture("samples", picture, run.state.images)
 
-
-def _require_finite(figures: dict[str, float], images: int) -> None:
-    if not (math.isfinite(figures["loss"]) and math.isfinite(figures["gradient_norm"])):
-        raise DarkroomError(
-            f"loss or gradient is not finite after {images} images: lower training.learning_rate and give "
-            "the same command again; it goes on from the last checkpoint only if the configuration is the same"
-        )
+    return figures

@@ -1,5 +1,8 @@
 """Training: exact resume, refusal of what does not belong together, and a model that learns."""
 
+import copy
+import logging
+import math
 import os
 import random
 import signal
@@ -17,14 +20,16 @@ from safetensors.torch import load_file
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import FileEntry, read_manifest, write_manifest
-from diffusion.errors import UserError
+from diffusion.errors import DarkroomError, UserError
+from diffusion.lanes import lanes
 from diffusion.model import load_model, read_header, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.process import make_schedule
 from diffusion.training.candidates import candidates
 from diffusion.training.config import TrainingConfig
+from diffusion.training.guards import Guards
 from diffusion.training.history import History, read_rows
-from diffusion.training.run import learning_rate
+from diffusion.training.run import Run, learning_rate
 from diffusion.training.train import TrainResult, discard, train
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 
@@ -383,3 +388,55 @@ def test_streaming_without_a_remote_is_refused(sharded: Path, tmp_path: Path) ->
 def test_workers_without_work_are_refused() -> None:
     with pytest.raises(ValueError, match=r"raise training\.prefetch, or lower training\.workers"):
         TrainingConfig(images=1, workers=3, prefetch=2)
+
+
+def test_steps_whose_loss_is_not_finite_are_left_out_and_counted(dataset: Path) -> None:
+    with lanes(1) as pool:
+        run = Run.new(Dataset.open(dataset), MODEL, CONFIG, pool)
+        run.total = 320
+        broken = {16, 48, 64}
+
+        def spoil(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+            return output * (math.nan if run.state.images in broken else 1.0)
+
+        run.state.network.register_forward_hook(spoil)
+        for images in range(0, 96, 16):
+            before = copy.deepcopy(run.state.network.state_dict())
+            stepped = run.step()
+            moved = any(not torch.equal(value, before[name]) for name, value in run.state.network.state_dict().items())
+            assert (stepped is None) == (images in broken) == (not moved)
+        assert (run.state.images, run.state.skipped, run.state.skipped_in_a_row) == (96, 3, 0)
+
+
+def test_a_run_that_cannot_go_on_stops_and_keeps_the_batch(dataset: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"learning_rate": 1e30, "most_skipped": 3})
+    with pytest.raises(DarkroomError, match=r"not finite in 3 steps in a row.*lower training\.learning_rate.*lies in"):
+        run(dataset, tmp_path / "run", config)
+    batch = load_file(tmp_path / "run" / "not_finite.safetensors")
+    pictures = Dataset.open(dataset).pictures(batch["rows"].numpy())
+    assert batch["pictures"].shape == pictures.shape
+    assert len(batch["t"]) == CONFIG.batch_size
+
+
+def test_what_looks_wrong_is_said_once_and_only_then(caplog: pytest.LogCaptureFixture) -> None:
+    guards = Guards()
+    with caplog.at_level(logging.WARNING):
+        for images in range(20):
+            guards.loss(0.1 + 0.01 * (images % 3), images)
+        for train_loss, held_out in ((0.3, 0.4), (0.2, 0.3), (0.1, 0.35), (0.09, 0.3)):
+            guards.probe({"train_loss_ema": train_loss, "held_out_loss_ema": held_out}, 0)
+        assert not caplog.messages
+        guards.loss(0.9, 20)
+        for train_loss, held_out in ((0.08, 0.31), (0.07, 0.32), (0.06, 0.33)):
+            guards.probe({"train_loss_ema": train_loss, "held_out_loss_ema": held_out}, 30)
+        network, average = torch.nn.Linear(2, 2), {"weight": torch.ones(2, 2)}
+        guards.weights(network, average, 40)
+        torch.nn.init.zeros_(network.weight)
+        guards.weights(network, average, 50)
+    words = [
+        "leapt to 0.9 after 20",
+        "30 images the loss on held-out pictures has risen",
+        "average of the weights has not",
+    ]
+    assert len(caplog.messages) == len(words)
+    assert all(word in message for word, message in zip(words, caplog.messages, strict=True))
