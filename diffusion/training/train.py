@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,7 @@ from diffusion.training.config import TrainingConfig
 from diffusion.training.guards import Guards
 from diffusion.training.history import History
 from diffusion.training.post_hoc import AVERAGES, keep_snapshot
+from diffusion.training.preflight import Preflight, count_flops, kept_at_once, require_disk, state_size
 from diffusion.training.run import NotFinite, Run
 from diffusion.training.tracker import NoTracker, Tracker
 
@@ -215,15 +217,61 @@ def _begin_or_resume(
         run.loader.ahead(run.state.images, run.total)
         logger.info("going on from %d of %d images", run.state.images, run.total)
         return "resumed"
-    images = run.config.images or _images_in(run.config.minutes or 0, run, sampling)
+    images = run.config.images or _images_in(run.config.minutes or 0, run, _measured(run, sampling))
     run.total = math.ceil(images / run.config.batch_size) * run.config.batch_size
     run.loader.ahead(run.state.images, run.total)
+    parameters = sum(parameter.numel() for parameter in run.state.network.parameters())
+    require_disk(output, state_size(parameters, len(run.state.averages))[1] * kept_at_once(run.config))
     checkpoints.save(run.state, run.header())
     return "begun"
 
 
-def _images_in(minutes: float, run: Run, sampling: SamplingConfig) -> int:
-    """How many images fit into ``minutes`` here, by measuring steps and one checkpoint's work on a copy."""
+def preflight(
+    data: Path,
+    model: ModelConfig,
+    config: TrainingConfig,
+    sampling: SamplingConfig,
+    store: ShardStore | None = None,
+) -> Preflight:
+    """What ``train`` would do with the same arguments, measured here in a few seconds; writes nothing.
+
+    Raises UserError as ``train`` does.
+    """
+    with _opened(data, config, store) as dataset, lanes(config.lanes) as pool:
+        run = Run.new(dataset, model, config, pool)
+        pace = _measured(run, sampling)
+        images = config.images or _images_in(config.minutes or 0, run, pace)
+        parameters = sum(parameter.numel() for parameter in run.state.network.parameters())
+        memory, checkpoint = state_size(parameters, len(run.state.averages))
+        return Preflight(
+            dataset=dataset.manifest.name,
+            content_digest=dataset.manifest.content_digest,
+            train=len(dataset.rows("train")),
+            held_out=len(dataset.rows("held_out")),
+            shape=dataset.shape,
+            classes=len(run.classes),
+            parameters=parameters,
+            flops=count_flops(model, dataset.shape, len(run.classes)),
+            state_bytes=memory,
+            disk_bytes=checkpoint * kept_at_once(config),
+            images=images,
+            images_per_second=1 / pace.image,
+            seconds=images * pace.image + config.checkpoints * pace.checkpoint,
+        )
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that things take here."""
+
+    image: float
+    """To train on one picture."""
+    checkpoint: float
+    """To take stock at a checkpoint."""
+
+
+def _measured(run: Run, sampling: SamplingConfig) -> Pace:
+    """The pace of ``run`` here, by steps and one checkpoint's work on a copy."""
     trial = Run.new(run.dataset, run.model, run.config, run.pool)
     trial.total = 2**40
     with trial.loader:
@@ -232,18 +280,23 @@ def _images_in(minutes: float, run: Run, sampling: SamplingConfig) -> int:
         while steps < 3 or time.perf_counter() - start < MEASURED_SECONDS:
             trial.step()
             steps += 1
-    per_image = (time.perf_counter() - start) / (steps * run.config.batch_size)
+    image = (time.perf_counter() - start) / (steps * run.config.batch_size)
     start = time.perf_counter()
     averaged = trial.averaged()
     trial.probe(averaged.network)
     sample(averaged, range(GRID_PICTURES), 0, sampling)
-    pauses = (time.perf_counter() - start) * run.config.checkpoints
+    return Pace(image, time.perf_counter() - start)
+
+
+def _images_in(minutes: float, run: Run, pace: Pace) -> int:
+    """How many images fit into ``minutes`` at this ``pace``."""
+    pauses = pace.checkpoint * run.config.checkpoints
     if pauses > minutes * 60 / 2:
         raise UserError(
             f"{pauses:.0f} s of training.minutes = {minutes:g} would go into {run.config.checkpoints} sample grids: "
             "raise it, or lower sampling.steps or training.checkpoints"
         )
-    return max(run.config.batch_size, int((minutes * 60 - pauses) / per_image))
+    return max(run.config.batch_size, int((minutes * 60 - pauses) / pace.image))
 
 
 def _loop(

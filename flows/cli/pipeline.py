@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from diffusion.errors import UserError
 from flows.cli.options import (
     DEFAULT_PARAMS,
     DatasetName,
@@ -84,6 +85,9 @@ def train(
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away what the run's folder holds and begin anew.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run, and how long it would take here; needs no server.")
+    ] = False,
     params: ParamsFile = DEFAULT_PARAMS,
     overrides: Set = [],  # noqa: B006
     as_json: Json = False,
@@ -93,6 +97,14 @@ def train(
     Example:  darkroom train --dataset faces --set training.minutes=10
     """
     config = load(params, overrides, dataset)
+    if dry_run and restart:
+        raise UserError("--dry-run throws nothing away: leave --restart out")
+    if dry_run:
+        from diffusion.training.train import preflight
+
+        about = preflight(config.dataset_folder, config.model, config.training, config.sampling)
+        show(about.model_dump(mode="json"), as_json, [f"{name:10} {words}" for name, words in about.lines()])
+        return
     with joined("prefect", "mlflow", "s3"):
         from flows.train import train
 

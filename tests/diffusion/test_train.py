@@ -5,12 +5,14 @@ import logging
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,8 +31,9 @@ from diffusion.training.candidates import candidates
 from diffusion.training.config import TrainingConfig
 from diffusion.training.guards import Guards
 from diffusion.training.history import History, read_rows
+from diffusion.training.preflight import count_flops
 from diffusion.training.run import Run, learning_rate
-from diffusion.training.train import TrainResult, discard, train
+from diffusion.training.train import TrainResult, discard, preflight, train
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 
 MODEL = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1)
@@ -440,3 +443,35 @@ def test_what_looks_wrong_is_said_once_and_only_then(caplog: pytest.LogCaptureFi
     ]
     assert len(caplog.messages) == len(words)
     assert all(word in message for word, message in zip(words, caplog.messages, strict=True))
+
+
+def test_a_dry_run_says_what_will_run_and_writes_nothing(dataset: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    about = preflight(dataset, MODEL, CONFIG, SAMPLING)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert (about.train + about.held_out, about.shape, about.images) == (48, (1, 8, 8), 320)
+    result = run(dataset, tmp_path / "run")
+    weights = load_model(result.final).network.state_dict()
+    assert about.parameters == sum(value.numel() for value in weights.values())
+    kept = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert about.disk_bytes / 3 < kept < about.disk_bytes * 1.5
+    assert 0 < about.seconds < 600
+    words = dict(about.lines())
+    assert words["length"] == f"320 pictures, {320 / about.train:.1f} epochs"
+
+
+def test_work_grows_with_width_and_size_as_convolutions_do() -> None:
+    # Nearly all of it is convolutions, whose work grows with the square of the channels and with the positions.
+    small, twice = (count_flops(MODEL.model_copy(update={"width": width}), (1, 8, 8), 0) for width in (16, 32))
+    assert 3.5 < twice / small < 4
+    assert count_flops(MODEL, (1, 16, 16), 0) / small == pytest.approx(4, rel=0.02)
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_an_error_before_the_first(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No test may fill the disk of the machine it runs on.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"checkpoints in .* and its disk has 1000 Bytes free: .* lower training\.keep"):
+        run(dataset, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
