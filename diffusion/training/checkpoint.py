@@ -1,10 +1,11 @@
 """Checkpoints: everything a run needs to go on, in one safetensors file, whole or absent."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file
@@ -20,6 +21,7 @@ from diffusion.training.uncertainty import Uncertainty
 NETWORK = "network."
 UNCERTAINTY = "uncertainty."
 OPTIMIZER = "optimizer."
+COUNTS = "counts"
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +96,11 @@ class Checkpoints:
 
     folder: Path
 
-    def save(self, state: TrainingState, header: dict[str, Any]) -> Path:
-        """Write ``state`` under the number of its images."""
-        path = self.folder / f"{state.images:010d}.safetensors"
-        digest = save_tensors(path, state.tensors(), header | {"counts": state.counts()})
+    def save(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+        """Write a state's ``tensors`` under the number of its images, which ``header`` has under ``counts``."""
+        path = self.folder / f"{header[COUNTS]['images']:010d}.safetensors"
+        digest = save_tensors(path, tensors, header)
         write_bytes(_digest_of(path), f"{digest}\n".encode())
-        return path
 
     def paths(self) -> list[Path]:
         """The finished checkpoints, oldest first."""
@@ -120,15 +121,52 @@ class Checkpoints:
     def restore(self, state: TrainingState) -> dict[str, Any] | None:
         """Load the newest whole checkpoint into ``state``; returns its header, or None if there is none."""
         for path, header in self.newest_whole():
-            state.load(load_file(path), header["counts"])
+            state.load(load_file(path), header[COUNTS])
             return header
         return None
 
-    def prune(self, keep: int) -> None:
-        """Remove all but the ``keep`` newest: digest first, so that none is ever half there."""
+    def prune(self, keep: int, spared: Container[int] = ()) -> None:
+        """Remove all but the ``keep`` newest and those after ``spared`` images: digest first, so none is half there."""
         for path in self.paths()[:-keep]:
-            _digest_of(path).unlink()
-            path.unlink()
+            if int(path.stem) not in spared:
+                _digest_of(path).unlink()
+                path.unlink()
+
+
+class Writer:
+    """Writes checkpoints beside training, one at a time; leaving it waits for the last.
+
+    Training stops only for as long as it takes to copy the state in memory.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self._pool = ThreadPoolExecutor(1)
+        self._under_way: Future[None] | None = None
+
+    def save(self, state: TrainingState, header: dict[str, Any], keep: int, spared: Container[int] = ()) -> None:
+        """Begin to write ``state``, and then to prune; raises what went wrong with the one before."""
+        self.wait()
+        tensors = {name: value.clone() for name, value in state.tensors().items()}
+        self._under_way = self._pool.submit(self._write, tensors, header | {COUNTS: state.counts()}, keep, spared)
+
+    def _write(self, tensors: dict[str, Tensor], header: dict[str, Any], keep: int, spared: Container[int]) -> None:
+        self.checkpoints.save(tensors, header)
+        self.checkpoints.prune(keep, spared)
+
+    def wait(self) -> None:
+        """Until what is under way is on disk; raises what went wrong."""
+        if self._under_way is not None:
+            self._under_way.result()
+            self._under_way = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self.wait()
 
 
 def _digest_of(path: Path) -> Path:

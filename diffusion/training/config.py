@@ -70,7 +70,11 @@ class TrainingConfig(Config):
     checkpoints: int = Field(6, ge=1)
     """How many checkpoints a run writes, evenly spaced; each comes with held-out losses and a sample grid."""
     keep: int = Field(3, ge=1)
-    """How many of them stay on disk, the newest; evaluation judges each of these."""
+    """How many of them stay on disk, the newest; evaluation judges each that is there."""
+    keep_best: int = Field(0, ge=0)
+    """How many more stay: those whose averaged weights had the lowest loss on held-out pictures."""
+    keep_every: int | None = Field(None, ge=1)
+    """Every so many checkpoints one stays for good; null: none."""
     workers: int = Field(2, ge=1)
     """Threads that make batches ready while the network computes."""
     prefetch: int = Field(4, ge=1)

@@ -79,7 +79,8 @@ def state_size(parameters: int, averages: int) -> tuple[int, int]:
 def kept_at_once(config: TrainingConfig) -> int:
     """How many files as large as a checkpoint a run has on disk at most: one is written before another goes."""
     snapshots = config.checkpoints if config.ema_lengths is not None else 0
-    return min(config.keep, config.checkpoints) + 2 + snapshots
+    spared = config.keep_best + (config.checkpoints // config.keep_every if config.keep_every else 0)
+    return min(config.keep + spared, config.checkpoints) + 2 + snapshots
 
 
 def require_disk(output: Path, needed: int) -> None:

@@ -239,7 +239,17 @@ def learning_rate(config: TrainingConfig, images: int, total: int) -> float:
 
 def identity_fields(config: TrainingConfig) -> dict[str, Any]:
     """The resolved configuration, without what cannot change the weights."""
-    harmless = {"output", "keep", "checkpoints", "workers", "prefetch", "cache_bytes", "stream_bytes"}
+    harmless = {
+        "output",
+        "keep",
+        "keep_best",
+        "keep_every",
+        "checkpoints",
+        "workers",
+        "prefetch",
+        "cache_bytes",
+        "stream_bytes",
+    }
     if config.window is None:
         harmless.add("window")
     return config.model_dump(mode="json", exclude=harmless) | {"precision": resolve_precision(config.precision)}

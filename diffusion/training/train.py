@@ -31,10 +31,10 @@ from diffusion.model import (
 from diffusion.models.config import ModelConfig
 from diffusion.progress import Progress, silent
 from diffusion.sampling import sample
-from diffusion.training.checkpoint import Checkpoints
+from diffusion.training.checkpoint import Checkpoints, Writer
 from diffusion.training.config import TrainingConfig
 from diffusion.training.guards import Guards
-from diffusion.training.history import History
+from diffusion.training.history import History, read_rows
 from diffusion.training.post_hoc import AVERAGES, keep_snapshot
 from diffusion.training.preflight import Preflight, count_flops, kept_at_once, require_disk, state_size
 from diffusion.training.run import NotFinite, Run
@@ -158,7 +158,8 @@ def _train(
         run.state.images = read_header(final)["model_header"]["images"]
     else:
         tracker = track(_begin_or_resume(run, checkpoints, output, sampling) == "begun")
-        _loop(run, output, checkpoints, sampling, tracker, progress)
+        with Writer(checkpoints) as writer:
+            _loop(run, output, writer, sampling, tracker, progress)
         tensors = {AVERAGED + name: value for name, value in run.state.averages[0].state_dict().items()}
         save_tensors(final, tensors, run.header())
     return TrainResult(
@@ -222,7 +223,8 @@ def _begin_or_resume(
     run.loader.ahead(run.state.images, run.total)
     parameters = sum(parameter.numel() for parameter in run.state.network.parameters())
     require_disk(output, state_size(parameters, len(run.state.averages))[1] * kept_at_once(run.config))
-    checkpoints.save(run.state, run.header())
+    with Writer(checkpoints) as writer:
+        writer.save(run.state, run.header(), run.config.keep)
     return "begun"
 
 
@@ -302,7 +304,7 @@ def _images_in(minutes: float, run: Run, pace: Pace) -> int:
 def _loop(
     run: Run,
     output: Path,
-    checkpoints: Checkpoints,
+    writer: Writer,
     sampling: SamplingConfig,
     tracker: Tracker,
     progress: Progress,
@@ -344,9 +346,18 @@ def _loop(
             guards.weights(state.network, state.averages[0].state_dict(), state.images)
             if config.ema_lengths is not None:
                 keep_snapshot(output / AVERAGES, state.averages, config.ema_lengths, state.images, run.header())
-            checkpoints.save(state, run.header())
-            checkpoints.prune(config.keep)
+            writer.save(state, run.header(), config.keep, _spared(config, probes, save_every))
             since = time.perf_counter()
+
+
+def _spared(config: TrainingConfig, probes: History, save_every: int) -> set[int]:
+    """After how many images the checkpoints were taken that stay, though newer ones come."""
+    rows = [row for row in read_rows(probes.path) if math.isfinite(row["held_out_loss_ema"])]
+    best = sorted(rows, key=lambda row: row["held_out_loss_ema"])[: config.keep_best]
+    spared = {int(row["images"]) for row in best}
+    if config.keep_every is not None:
+        spared.update(int(row["images"]) for row in rows if row["images"] % (config.keep_every * save_every) == 0)
+    return spared
 
 
 def _step(run: Run, output: Path) -> tuple[Tensor, Tensor] | None:

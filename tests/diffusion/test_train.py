@@ -28,6 +28,7 @@ from diffusion.model import load_model, read_header, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.process import make_schedule
 from diffusion.training.candidates import candidates
+from diffusion.training.checkpoint import Checkpoints, Writer
 from diffusion.training.config import TrainingConfig
 from diffusion.training.guards import Guards
 from diffusion.training.history import History, read_rows
@@ -475,3 +476,49 @@ def test_a_disk_too_small_for_the_checkpoints_is_an_error_before_the_first(
     with pytest.raises(UserError, match=r"checkpoints in .* and its disk has 1000 Bytes free: .* lower training\.keep"):
         run(dataset, tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [
+        ({"keep": 1}, [320]),
+        ({"keep": 2}, [288, 320]),
+        ({"keep": 1, "keep_every": 3}, [144, 288, 320]),
+        ({"keep": 1, "keep_best": 2}, None),
+    ],
+)
+def test_the_policy_says_which_checkpoints_stay(
+    dataset: Path, tmp_path: Path, policy: dict[str, int], kept: list[int] | None
+) -> None:
+    run(dataset, tmp_path / "run", CONFIG.model_copy(update={"checkpoints": 8} | policy))
+    there = [int(path.stem) for path in Checkpoints(tmp_path / "run" / "checkpoints").paths()]
+    if kept is None:
+        rows = read_rows(tmp_path / "run" / "losses.csv")
+        best = sorted(rows, key=lambda row: row["held_out_loss_ema"])[:2]
+        kept = sorted({int(row["images"]) for row in best} | {320})
+    assert there == kept
+
+
+def test_what_goes_wrong_with_a_checkpoint_beside_training_stops_it(dataset: Path, tmp_path: Path) -> None:
+    with lanes(1) as pool:
+        training = Run.new(Dataset.open(dataset), MODEL, CONFIG, pool)
+    (tmp_path / "file").write_text("no folder")
+    writer = Writer(Checkpoints(tmp_path / "file" / "checkpoints"))
+    writer.save(training.state, training.header(), 1)
+    with pytest.raises(NotADirectoryError):
+        writer.save(training.state, training.header(), 1)
+
+
+def test_a_checkpoint_holds_the_state_as_it_was_though_training_goes_on(dataset: Path, tmp_path: Path) -> None:
+    with lanes(1) as pool:
+        training = Run.new(Dataset.open(dataset), MODEL, CONFIG, pool)
+        training.total = 320
+        training.step()
+        expected = {name: value.clone() for name, value in training.state.tensors().items()}
+        with Writer(Checkpoints(tmp_path)) as writer:
+            writer.save(training.state, training.header(), 1)
+            for _ in range(5):
+                training.step()
+    written = load_file(tmp_path / "0000000016.safetensors")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in written.items())
