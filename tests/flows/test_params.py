@@ -78,3 +78,14 @@ def test_the_shipped_configuration_is_valid() -> None:
 
 def test_flattened_keys_are_dotted() -> None:
     assert flattened({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
+
+
+def test_without_a_file_everything_has_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_params(Path("params.yaml"), ["ingest.size=64"])
+    assert (config.ingest.size, config.training.minutes, config.training.images) == (64, 10, None)
+    assert load_params(Path("params.yaml"), ["training.images=5"]).training.minutes is None
+    (tmp_path / "params.yaml").write_text("")
+    assert load_params(Path("params.yaml"), ["ingest.size=64"]) == config
+    with pytest.raises(UserError, match=r"other.yaml not found"):
+        load_params(Path("other.yaml"), [])
