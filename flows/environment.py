@@ -112,6 +112,15 @@ def join(*needs: Server) -> None:
         os.environ.setdefault("DARKROOM_BUCKET", local.bucket)
 
 
+def forget_deleted() -> None:
+    """Have the local S3 server, if it is the one in use, keep nothing of what was deleted from it."""
+    from flows.stack import seaweedfs
+
+    local = _local_stack()
+    if local is not None and "s3" not in given() and local.runs("s3"):
+        seaweedfs.vacuum(local.state.ports["master"])
+
+
 def beside_proxies() -> dict[str, str]:
     """Variables that keep the environment's proxies, if it has any, away from the loopback address."""
     if not getproxies():

@@ -16,6 +16,9 @@ from diffusion.models.config import ModelConfig
 from diffusion.presets import PresetName, over
 from diffusion.training.config import TrainingConfig
 
+DEFAULT_PARAMS = Path("params.yaml")
+"""The one file that may be missing: then everything has its default."""
+
 
 class RegistryConfig(Config):
     """Where models are registered."""
@@ -31,7 +34,7 @@ class Params(Config):
     """Where the fields that are left out of model, training and sampling come from: diffusion/presets/NAME.yaml."""
     ingest: IngestConfig = IngestConfig()
     model: ModelConfig = ModelConfig()
-    training: TrainingConfig
+    training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     registry: RegistryConfig = RegistryConfig()
@@ -80,7 +83,9 @@ def load_params(path: Path, overrides: list[str]) -> Params:
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError as error:
-        raise UserError(f"{path} not found: run darkroom where it lies, or give --params") from error
+        if path != DEFAULT_PARAMS:
+            raise UserError(f"{path} not found: give the path of a configuration to --params") from error
+        tree = {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):

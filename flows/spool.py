@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 import threading
 import time
@@ -99,9 +100,8 @@ class SpooledTracker:
     def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
         """Keep ``metrics`` at step ``images``."""
         now = int(time.time() * 1000)
-        self._add(
-            [{"name": name, "value": float(value), "time": now, "step": images} for name, value in metrics.items()]
-        )
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        self._add([{"name": name, "value": value, "time": now, "step": images} for name, value in finite.items()])
 
     def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
         """Keep ``picture`` as the image ``name`` at step ``images``."""

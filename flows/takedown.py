@@ -116,11 +116,13 @@ def clear(params: Params, versions: dict[str, Manifest], found: Holders, derived
     held = [versions[digest] for digest in found.held]
     others = [each for digest, each in versions.items() if digest not in found.held]
     Catalogue.of(folder.name, environment.data_source()).delete_pages(found.held)
-    return Purged(
+    purged = Purged(
         dvc_objects=purge_dvc(held, others, environment.data_source()),
         files=purge_files(folder, held, others, params.report_folder),
         artifacts=clear_pictures(derived),
     )
+    environment.forget_deleted()
+    return purged
 
 
 @step

@@ -7,6 +7,7 @@ manifest is written last; until then the version before is whole, and nothing na
 import errno
 import shutil
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -65,6 +66,10 @@ class IngestResult(Config):
     """Pictures that this ingest added."""
     removed: int
     """Pictures that were read and left out, because they were taken down before."""
+    relabelled: int
+    """Pictures that were read and are there already, with another label or caption: the first one stays."""
+    passed_over: dict[str, int]
+    """How many files of the source were not looked at, as they are not named like pictures, by how they end."""
     kept: int
     """Pictures of the data set."""
     duplicates: int
@@ -102,7 +107,8 @@ def ingest(
         if before is not None and not anew:
             require_whole(folder, before)
         with closing(Index(work / "index.sqlite", folder, before, config.near_duplicates)) as index:
-            listed, planned = _plan(work, index, config, objects, requeue, anew, progress)
+            passed_over: Counter[str] = Counter()
+            listed, planned = _plan(work, index, config, objects, requeue, anew, passed_over, progress)
             chunks = chunks_of(work, config, objects, planned)
             prepared = fan_out(prepare_chunk, chunks)
             try:
@@ -124,6 +130,8 @@ def ingest(
                 read=merge.read,
                 added=merge.news["kept"],
                 removed=merge.news["removed"],
+                relabelled=merge.relabelled,
+                passed_over=dict(passed_over.most_common()),
                 kept=after.kept,
                 duplicates=index.count("duplicate"),
                 quarantined=[Quarantined(**each) for each in index.quarantined(QUARANTINED_SHOWN)],
@@ -177,16 +185,20 @@ def _plan(
     objects: ObjectStore | None,
     requeue: bool,
     anew: bool,
+    passed_over: Counter[str],
     progress: Progress,
 ) -> tuple[int, int]:
     scratch = work / "scratch"
     scratch.mkdir(exist_ok=True)
-    source = open_source(config.source, Access(config, scratch, objects))
+    source = open_source(config.source, Access(config, scratch, objects, passed_over))
     listed, planned = make_plan(
         work / "plan.sqlite", source, origin_of(config.source), index.path, requeue, anew, progress
     )
     if not listed:
-        raise UserError(f"no pictures in {config.source}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF pictures")
+        others = f" ({passed_over.total()} other files)" if passed_over else ""
+        raise UserError(
+            f"no pictures in {config.source}{others}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF pictures"
+        )
     return listed, planned
 
 
@@ -253,7 +265,7 @@ def _check(merge: Merge, config: IngestConfig) -> None:
     if refused > config.max_quarantined * merge.news.total():
         raise UserError(
             f"{refused} of {merge.news.total()} pictures in {config.source} were refused, more than the share of "
-            f"{config.max_quarantined:g} allowed by ingest.max_quarantined ({leading})"
+            f"{config.max_quarantined:g} allowed by ingest.max_quarantined ({leading}): mend them, or allow more"
         )
 
 
@@ -266,6 +278,10 @@ def remove_strays(folder: Path) -> None:
                 path.unlink()
     for path in folder.rglob(".*.partial"):
         path.unlink()
+    if not named:
+        for path in (folder / "shards", folder / "records", folder):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
 
 
 def _remove_work(work: Path) -> None:

@@ -224,7 +224,11 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return parse_manifest(path.read_bytes(), str(path))
     except FileNotFoundError as error:
-        raise UserError(f"no data set in {folder}: run `darkroom ingest SOURCE --dataset {folder.name}`") from error
+        others = sorted(path.parent.name for path in folder.parent.glob("*/manifest.json"))
+        known = f" (there is {', '.join(others[:10])}{' …' if len(others) > 10 else ''})" if others else ""
+        raise UserError(
+            f"no data set in {folder}{known}: run `darkroom ingest SOURCE --dataset {folder.name}`"
+        ) from error
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:

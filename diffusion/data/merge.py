@@ -40,6 +40,8 @@ class Merge:
     """Why entries were refused, without those that had been refused for the same reason before."""
     news: Counter[str] = field(default_factory=Counter)
     """What became of the entries that were not known, by outcome."""
+    relabelled: int = 0
+    """Of the duplicates among them, those that came with another label or caption."""
 
     def add(self, chunk: PreparedChunk) -> None:
         """Judge the pictures of a chunk; what is new becomes a part."""
@@ -84,6 +86,7 @@ class Merge:
             split, digest = there
             same = sample_digest(row["key"], split, row["label"], row["caption"]) == digest
             row |= {"outcome": "duplicate", "reason": None if same else "came again with another label or caption"}
+            self.relabelled += not same
         else:
             row |= {"outcome": "kept", "split": split_of(row["key"], self.config.held_out)}
             if self.index.near is not None:

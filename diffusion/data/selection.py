@@ -174,10 +174,29 @@ def _rows(folder: Path, manifest: Manifest, columns: Sequence[str]) -> Iterator[
         yield from ((part, row) for row in read_records(folder, part, columns).to_pylist())
 
 
-def nothing(unmatched: Sequence[str], folder: Path) -> UserError:
+def names_of(folder: Path, manifest: Manifest, chosen: Chosen) -> list[str]:
+    """What the ``chosen`` pictures, and refused files, are called in their sources, sorted."""
+    keys, digests = set(chosen.picture_keys), set(chosen.digests)
+    rows = (row for _, row in _rows(folder, manifest, ("key", "source", "source_sha256", "outcome")))
+    return sorted(
+        {
+            row["source"]
+            for row in rows
+            if row["outcome"] != "removed" and (row["key"] in keys if row["key"] else row["source_sha256"] in digests)
+        }
+    )
+
+
+def nothing(unmatched: Sequence[str], folder: Path, manifest: Manifest) -> UserError:
     """What to raise if nothing fits some keys and patterns."""
     listed = ", ".join(unmatched[:5]) + (f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else "")
+    names = [row["source"] for _, row in _rows(folder, manifest, ("source", "outcome")) if row["outcome"] != "removed"]
+    inside = [f"*/{pattern}" for pattern in unmatched if fnmatch.filter(names, f"*/{pattern}")]
+    if inside:
+        meant = " ".join(f"'{pattern}'" for pattern in inside[:5])
+        return UserError(f"data set {folder.name} has no picture of {listed}: did you mean {meant}?")
+    some = ", ".join(f"{name!r}" for name in names[:: max(len(names) // 3, 1)][:3])
     return UserError(
-        f"data set {folder.name} has no picture of {listed}: the names of all it has are in the tables in "
+        f"data set {folder.name} has no picture of {listed}: its names are like {some}; all are in the tables in "
         f"{folder / 'records'}"
     )

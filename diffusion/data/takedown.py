@@ -25,7 +25,7 @@ from diffusion.data.manifest import (
 )
 from diffusion.data.merge import blanked, named, write_part
 from diffusion.data.removals import Removal, removals, write_removal
-from diffusion.data.selection import Chosen, Row, Selection, Selector, chosen_by, nothing
+from diffusion.data.selection import Chosen, Row, Selection, Selector, chosen_by, names_of, nothing
 from diffusion.data.shards import BLOCK, Extent, filtered
 from diffusion.data.versions import kept_in
 from diffusion.errors import UserError
@@ -33,15 +33,16 @@ from diffusion.files import digest_of, sha256_file, write_atomically
 from diffusion.progress import Progress, silent
 
 
-def choose(folder: Path, selection: Selection) -> Chosen:
-    """The pictures of the data set in ``folder`` that ``selection`` means; nothing is changed.
+def choose(folder: Path, selection: Selection) -> tuple[Chosen, list[str]]:
+    """The pictures of the data set in ``folder`` that ``selection`` means, and their names; nothing is changed.
 
     Raises UserError if a key or pattern fits no picture, or a prefix of a key several.
     """
-    chosen, unmatched = chosen_by(folder, read_manifest(folder), Selector.of(selection))
+    manifest = read_manifest(folder)
+    chosen, unmatched = chosen_by(folder, manifest, Selector.of(selection))
     if unmatched:
-        raise nothing(unmatched, folder)
-    return chosen
+        raise nothing(unmatched, folder, manifest)
+    return chosen, names_of(folder, manifest, chosen)
 
 
 def remove(folder: Path, selection: Selection, reason: str, progress: Progress = silent) -> Removal:
@@ -62,7 +63,7 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
         asked = digest_of([selection.model_dump(), reason])[:16]
         earlier = _earlier(folder, asked)
         if unmatched and earlier is None:
-            raise nothing(unmatched, folder)
+            raise nothing(unmatched, folder, before)
         if not chosen.parts:
             remove_strays(folder)
             return earlier or _known_as_removed(before, chosen, asked, reason)

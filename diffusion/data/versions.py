@@ -198,13 +198,13 @@ def log(folder: Path) -> Iterator[LogEntry]:
 
 
 def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
-    """All known versions of the data set in ``folder``, each before what it was made from.
+    """All known versions of the data set in ``folder``, line by line, each before the one it was made from.
 
-    Of those equally far from their beginning, that of the current line comes first.
+    The line of the current version comes first, and whole; the others end where they branch off.
     """
     known = known_versions(folder)
     current = next(iter(known))
-    ordered = sorted(known.values(), key=lambda version: -len(_line(known, version)))
+    ordered = _in_lines(known, current)
     quarantines = standing(ordered, lambda part, columns: find_records(folder, part, columns, elsewhere), limit=0)
     return [
         HistoryEntry(
@@ -219,6 +219,14 @@ def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
         )
         for version, quarantine in zip(ordered, quarantines, strict=True)
     ]
+
+
+def _in_lines(known: dict[str, Manifest], current: str) -> list[Manifest]:
+    """All versions, in lines that end where they branch off another: the one through ``current`` first, and whole."""
+    parents = {version.parent for version in known.values()}
+    lines = [_line(known, version) for version in known.values() if version.digest not in parents]
+    lines.sort(key=lambda line: (current not in (version.digest for version in line), -len(line)))
+    return list({version.digest: version for line in lines for version in line}.values())
 
 
 def _line(known: dict[str, Manifest], version: Manifest) -> list[Manifest]:

@@ -1,7 +1,7 @@
 """How a model is trained. Every schedule counts images seen, so batch size and resumption change none."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
@@ -21,7 +21,8 @@ class TrainingConfig(Config):
     images: int | None = Field(None, ge=1)
     """How many pictures to see in all; or give minutes."""
     minutes: float | None = Field(None, gt=0)
-    """How long to train: measured once at the start, turned into images, and never measured again."""
+    """How long to train: measured once at the start, turned into images, and never measured again. Ten, if neither is
+    given."""
     batch_size: int = Field(32, ge=1)
     """Pictures per optimizer step."""
     lanes: int = Field(2, ge=1)
@@ -88,6 +89,13 @@ class TrainingConfig(Config):
     """Null: pictures are mixed among all shards. A number: among as many shards as this at a time, in a fresh order of
     the shards each epoch, so that few shards are in use at once: for sets larger than memory, or with stream_bytes
     larger than the cache, which must hold two such windows. Changes the weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _some_length(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("images") is None and given.get("minutes") is None:
+            return given | {"minutes": 10.0}
+        return given
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainingConfig":

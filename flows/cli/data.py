@@ -21,7 +21,7 @@ app = typer.Typer(
     help="Versions of a data set: what there is, what changed, and back again; pictures that must go.",
     no_args_is_help=True,
 )
-All = Annotated[bool, typer.Option("--all", help="Show all of them, not just the first.")]
+All = Annotated[bool, typer.Option("--all", help="Show whole lists, not just their first twenty lines.")]
 FIRST = 20
 """Entries shown of a list."""
 
@@ -33,7 +33,7 @@ def log(
     overrides: Set = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """All versions known on this machine, newest first; the one in data/NAME has a star.
+    """All versions known on this machine, each above the one it was made from; the one in data/NAME has a star.
 
     Example:  darkroom data log --dataset faces
     """
@@ -41,9 +41,10 @@ def log(
 
     folder = load(params, overrides, dataset).dataset_folder
     entries = history(folder, _in_cache(folder))
-    head = f"  {'version':<12}  {'added':>9} {'removed':>9} {'kept':>9} {'refused':>9}  change"
+    head = f"  {'version':<12}  {'made from':<12}  {'added':>9} {'removed':>9} {'kept':>9} {'refused':>9}  change"
     rows = [
-        f"{'*' if each.current else ' '} {each.digest[:12]}  {each.added:>9,} {each.removed:>9,} {each.kept:>9,} "
+        f"{'*' if each.current else ' '} {each.digest[:12]}  {(each.parent or '')[:12]:<12}  "
+        f"{each.added:>9,} {each.removed:>9,} {each.kept:>9,} "
         f"{_count(each.quarantined):>9}  {each.change}"
         for each in entries
     ]
@@ -162,8 +163,12 @@ def remove(
     ] = None,
     source: Annotated[list[str], typer.Option("--source", metavar="PATTERN", help="A pattern of names.")] = [],  # noqa: B006
     label: Annotated[str | None, typer.Option("--label", help="Only pictures of this class.")] = None,
-    reason: Annotated[str, typer.Option("--reason", help="Why, in one line; kept in the manifest.")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    reason: Annotated[
+        str, typer.Option("--reason", help="Why, in one line, which is kept; needed for all but --dry-run.")
+    ] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say which pictures would go, under which names.")
+    ] = False,
     purge: Annotated[
         bool,
         typer.Option(
@@ -192,10 +197,12 @@ def remove(
     config = load(params, overrides, dataset)
     selection = _selection(pictures or [], source, label)
     Selector.of(selection)
+    if dry_run and purge:
+        raise UserError("--dry-run only says which pictures would go: leave --purge out")
     if dry_run:
-        chosen = choose(config.dataset_folder, selection)
+        chosen, names = choose(config.dataset_folder, selection)
         result = {"dataset": config.training.dataset, "dry_run": True, **chosen.model_dump(mode="json")}
-        show(result, as_json, _would_go(chosen))
+        show(result | {"names": names}, as_json, _would_go(chosen, names))
         return
     if not reason.strip():
         raise UserError("a removal needs a --reason: one line that is kept in the manifest")
@@ -249,16 +256,16 @@ def _confirm(what: str) -> None:
     typer.confirm(f"Really {what}?", abort=True, err=True)
 
 
-def _would_go(chosen: "Chosen") -> list[str]:
-    keys = [f"  {key}" for key in chosen.picture_keys[:FIRST]]
+def _would_go(chosen: "Chosen", names: list[str]) -> list[str]:
+    shown = [f"  {name}" for name in names[:FIRST]]
     near = [f"  {key}" for key in chosen.near_copies[:FIRST]]
     return [
-        f"{chosen.pictures:,} pictures would go, with {chosen.duplicates:,} more names of them and {chosen.refused:,} "
-        f"refused entries; {len(chosen.parts):,} parts would be written anew",
-        *keys,
-        *_more(len(chosen.picture_keys), keys),
+        f"{chosen.pictures:,} pictures would go under {len(names):,} names ({chosen.duplicates:,} copies, "
+        f"{chosen.refused:,} refused); {len(chosen.parts):,} shards would be written anew",
+        *shown,
+        *([f"  … and {len(names) - len(shown):,} more: --json names all"] if len(names) > len(shown) else []),
         *([f"{len(chosen.near_copies):,} near-copies would stay:", *near] if near else []),
-        *_more(len(chosen.near_copies), near),
+        *([f"  … and {len(chosen.near_copies) - len(near):,} more"] if len(chosen.near_copies) > len(near) else []),
     ]
 
 

@@ -24,6 +24,7 @@ DatasetName = Annotated[
     str | None, typer.Option("--dataset", metavar="NAME", help="The data set; default: training.dataset.")
 ]
 DEFAULT_PARAMS = Path("params.yaml")
+"""As in ``flows.params``, which loads too much for ``--help``."""
 
 
 def load(params: Path, overrides: list[str], dataset: str | None = None) -> "Params":

@@ -62,17 +62,14 @@ def ingest(
         from flows.ingest import ingest
 
         done = ingest(config, requeue, "always" if rebuild else "never")
+    from flows.cli.ingested import told
+
     result = done.result
-    reasons = [f"  refused: {each.source}: {each.reason}" for each in result.quarantined[:20]]
-    more = result.quarantined_count - len(reasons)
     show(
         result.model_dump(mode="json") | {"dvc_digest": done.version.digest, "report": str(done.report)},
         as_json,
         [
-            f"{result.kept:,} pictures in {result.folder} ({result.added:,} new), {result.duplicates:,} duplicates, "
-            f"{result.quarantined_count:,} refused",
-            *reasons,
-            *([f"  … and {more:,} more: darkroom data show --dataset {result.dataset}"] if more > 0 else []),
+            *told(result, config.ingest.source),
             f"content {result.content_digest}",
             f"DVC {done.version.digest} in {done.version.pointer}",
             f"report: {done.report}",

@@ -31,7 +31,9 @@ def ingest(params: ParamsFile = DEFAULT_PARAMS, overrides: Set = [], as_json: Js
     from diffusion.data.ingest import ingest
 
     result = ingest(config.dataset_folder, config.ingest, _progress(), rebuild="if_different", fan_out=fan_out)
-    show(result.model_dump(mode="json"), as_json, [f"{result.kept:,} pictures in {result.folder}"])
+    from flows.cli.ingested import told
+
+    show(result.model_dump(mode="json"), as_json, told(result, config.ingest.source))
 
 
 @app.command()

@@ -419,3 +419,20 @@ def test_chunks_are_never_larger_than_a_shard_and_small_sets_get_several(picture
 def test_ray_without_a_flow_is_refused(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ray"):
         ingest(tmp_path / "set", config(pictures, runner="ray"))
+
+
+def test_a_first_ingest_that_fails_leaves_no_data_set(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for number in range(4):
+        (tmp_path / "set" / f"{number}.heic").write_bytes(b"ftypheic")
+    with pytest.raises(UserError, match=r"no usable picture .*4 × not a picture in a known format"):
+        ingest(tmp_path / "data" / "photos", config(tmp_path / "set"))
+    assert not (tmp_path / "data" / "photos").exists()
+
+
+def test_what_is_passed_over_and_labelled_anew_is_told(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "odd" / "notes.txt").write_text("of a walk")
+    shutil.copy(pictures / "even" / "00.png", pictures / "odd" / "00.png")
+    done = ingest(tmp_path / "data", config(pictures))
+    assert (done.passed_over, done.relabelled, done.duplicates) == ({".txt": 1}, 1, 1)
+    assert ingest(tmp_path / "data", config(pictures)).relabelled == 0

@@ -69,7 +69,9 @@ each_kind = pytest.mark.parametrize("name", MAKERS)
 def test_an_archive_is_a_folder_in_its_own_order(tmp_path: Path, name: str) -> None:
     files = {"./dog/b.png": b"3" * 5000, "cat/a.PNG": b"1", "cat/.hidden.png": b"", "notes.txt": b"", "cat/ü.jpg": b"2"}
     (tmp_path / name).write_bytes(MAKERS[name](files))
-    found = seen(tmp_path / name, access(tmp_path / "scratch"))
+    given = access(tmp_path / "scratch")
+    found = seen(tmp_path / name, given)
+    assert given.passed_over == {".txt": 1}
     assert [(each.name, each.label, each.payload) for each in found] == [
         (f"{name}/dog/b.png", "dog", b"3" * 5000),
         (f"{name}/cat/a.PNG", "cat", b"1"),
@@ -309,3 +311,20 @@ def test_a_grown_archive_adds_what_is_new(tmp_path: Path, name: str) -> None:
     # A zip has a checksum of each file; a tar has none, so that all of it is looked at.
     assert grown.read == (2 if name.endswith(".zip") else 14)
     assert ingest(tmp_path / "data", config).read == 0
+
+
+def test_a_folder_and_archives_in_any_order_make_the_same_data_set(tmp_path: Path) -> None:
+    # The picture that lies in two classes has that of its first name.
+    files = {f"{number % 2}/{number:02d}.png": png(number) for number in range(12)} | {"1/00.png": png(0)}
+    shuffled = dict(reversed(files.items()))
+    for name, data in files.items():
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(data)
+    (tmp_path / "set.tar").write_bytes(tar_bytes(shuffled))
+    (tmp_path / "set.zip").write_bytes(zip_bytes(shuffled))
+    made = {
+        name: ingest(tmp_path / "data" / name, IngestConfig(source=str(tmp_path / name), size=8, held_out=0.33))
+        for name in ("set", "set.tar", "set.zip")
+    }
+    assert len({each.content_digest for each in made.values()}) == 1
+    assert {each.relabelled for each in made.values()} == {1}

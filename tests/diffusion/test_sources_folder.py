@@ -35,9 +35,17 @@ def test_pictures_in_the_root_or_in_one_folder_only_have_no_class(tmp_path: Path
 
 
 def test_hidden_files_and_files_that_are_no_pictures_are_passed_over(tmp_path: Path) -> None:
-    names = ["a.png", ".b.png", ".git/c.png", "notes.txt", "x/.d/e.png", "png"]
+    names = ["a.png", ".b.png", ".git/c.png", "notes.txt", "x/.d/e.png", "png", "x/more.TXT"]
     root = write_files(tmp_path / "set", dict.fromkeys(names, b"1"))
     assert list(by_name(root, tmp_path / "scratch")) == ["a.png"]
+    given = access(tmp_path / "scratch")
+    assert len(list(open_source(str(root), given).entries())) == 1
+    assert given.passed_over == {".txt": 2, "": 1}
+
+
+def test_pictures_in_formats_that_cannot_be_read_are_not_passed_over(tmp_path: Path) -> None:
+    root = write_files(tmp_path / "set", dict.fromkeys(["a.png", "b.HEIC", "c/d.avif"], b"1"))
+    assert sorted(by_name(root, tmp_path / "scratch")) == ["a.png", "b.HEIC", "c/d.avif"]
 
 
 @pytest.mark.parametrize(

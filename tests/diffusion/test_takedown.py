@@ -212,8 +212,9 @@ def test_a_reason_of_many_lines_is_refused(dataset: Path) -> None:
 
 def test_choose_tells_what_would_go_and_changes_nothing(dataset: Path) -> None:
     files = files_of(dataset)
-    chosen = choose(dataset, Selection(sources=["odd/0?.png"]))
+    chosen, names = choose(dataset, Selection(sources=["odd/0?.png"]))
     assert chosen.pictures == 5
+    assert names == [f"odd/{number:02d}.png" for number in range(1, 10, 2)]
     assert files_of(dataset) == files
 
 

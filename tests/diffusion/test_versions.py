@@ -113,8 +113,27 @@ def test_versions_of_other_lines_stay_known_once_remembered(built: BuiltDataset)
     assert list(known_versions(built.folder)) == [first.digest, other.digest]
     built.parts, built.manifest = list(first.parts), first
     mine = built.version([picture(2)])
-    assert [each.digest for each in history(built.folder)] == [mine.digest, other.digest, first.digest]
+    assert [each.digest for each in history(built.folder)] == [mine.digest, first.digest, other.digest]
     assert resolve(built.folder, other.digest[:8]) == other
+
+
+def test_versions_stand_in_lines_with_that_of_the_current_one_first(built: BuiltDataset) -> None:
+    first = built.version([picture(0)])
+    second = built.version([picture(1)])
+    third = built.version([picture(2)])
+    for version in (second, third):
+        remember(built.folder, version)
+    write_manifest(built.folder, first)
+    built.parts, built.manifest = list(first.parts), first
+    branch = built.version([picture(3)])
+    remember(built.folder, branch)
+    order = [each.digest for each in history(built.folder)]
+    assert order == [branch.digest, first.digest, third.digest, second.digest]
+    write_manifest(built.folder, second)
+    assert [each.digest for each in history(built.folder)] == [
+        *(each.digest for each in (third, second, first)),
+        branch.digest,
+    ]
 
 
 def test_a_remembered_version_that_was_tampered_with_is_an_error(built: BuiltDataset) -> None:

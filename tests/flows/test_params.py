@@ -112,3 +112,14 @@ def test_what_is_set_wins_over_the_preset_and_the_rest_is_taken_from_it(params: 
 def test_a_preset_that_does_not_exist_is_refused(params: Path) -> None:
     with pytest.raises(UserError, match="preset: Input should be 'fast', 'ddpm' or 'large'"):
         load_params(params, ["preset=quick"])
+
+
+def test_without_a_file_everything_has_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_params(Path("params.yaml"), ["ingest.size=64"])
+    assert (config.ingest.size, config.training.minutes, config.training.images) == (64, 10, None)
+    assert load_params(Path("params.yaml"), ["training.images=5"]).training.minutes is None
+    (tmp_path / "params.yaml").write_text("")
+    assert load_params(Path("params.yaml"), ["ingest.size=64"]) == config
+    with pytest.raises(UserError, match=r"other.yaml not found"):
+        load_params(Path("other.yaml"), [])

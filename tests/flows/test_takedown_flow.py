@@ -336,6 +336,10 @@ def test_a_takedown_killed_at_random_moments_ends_the_same(workspace: Workspace,
     assert all(ending == endings[0] for ending in endings)
     remote = objects(workspace, "s3://darkroom/dvc/files/md5/")
     assert not any(png in content for _, content in remote.values())
+    # Nor in what the server itself keeps of them.
+    volumes = list((workspace.folder / ".darkroom" / "s3").rglob("*.dat"))
+    assert volumes
+    assert not any(png in path.read_bytes() for path in volumes)
 
 
 def stored_png(path: Path) -> bytes:

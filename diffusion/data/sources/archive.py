@@ -31,7 +31,8 @@ class Archive(ABC):
 
     path: Path
     access: Access
-    in_order = True
+    # By their names, so that the same pictures in a folder, a tar and a zip make the same data set.
+    in_order = False
 
     def entries(self) -> Iterator[Entry]:
         """Its pictures, in its own order or that of its metadata; raises UserError if it is damaged."""
@@ -44,7 +45,10 @@ class Archive(ABC):
                     metadata[name] = locator
             if len(metadata) > 1:
                 raise UserError(f"{self.path} has both {' and '.join(METADATA_FILES)}: keep one of them")
-            for entry in self._described(found, *metadata.popitem()) if metadata else found.pictures():
+            pictures = (
+                self._described(found, *metadata.popitem()) if metadata else found.pictures(self.access.passed_over)
+            )
+            for entry in pictures:
                 yield replace(entry, source=f"{self.path.name}/{entry.source}", stamp=entry.stamp or known)
 
     def _described(self, found: Listing, name: str, locator: str) -> Iterator[Entry]:

@@ -1,7 +1,8 @@
 """What every source of pictures offers, and what it is given."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -12,6 +13,10 @@ from diffusion.data.pictures import Refused
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 """Names that may be pictures; what a file really is, its bytes decide."""
+FOREIGN = frozenset(
+    (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".tga", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2")
+)
+"""Names of pictures in formats that cannot be read: these are refused, and not passed over as a text would be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +90,5 @@ class Access:
     """A folder for what must be unpacked or fetched first; kept until the ingest is over, shared by all workers."""
     objects: ObjectStore | None = None
     """None: ``s3://`` sources are refused."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """How many files a listing has passed over as no pictures, by the ends of their names."""

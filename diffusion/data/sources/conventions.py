@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any, TextIO
 
 from diffusion.data.pictures import Refused
-from diffusion.data.sources.base import EXTENSIONS
+from diffusion.data.sources.base import EXTENSIONS, FOREIGN
 from diffusion.errors import UserError
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
@@ -35,9 +35,17 @@ def _escaped(match: re.Match[str]) -> str:
 
 def is_picture(name: str) -> bool:
     """Whether a path has a picture's extension and no part of it is hidden."""
-    if posixpath.splitext(name)[1].lower() not in EXTENSIONS:
-        return False
-    return not any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+    return extension(name) in EXTENSIONS | FOREIGN and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether any part of a path begins with a dot."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def extension(name: str) -> str:
+    """How a path ends, from its last dot on, in small letters; empty if there is none."""
+    return posixpath.splitext(name)[1].lower()
 
 
 def folder_label(name: str) -> str:

@@ -2,13 +2,22 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion.data.sources.base import Access, Entry, Payload
-from diffusion.data.sources.conventions import METADATA_FILES, described, folder_label, is_picture, records, sane
+from diffusion.data.sources.conventions import (
+    METADATA_FILES,
+    described,
+    extension,
+    folder_label,
+    is_picture,
+    records,
+    sane,
+)
 from diffusion.data.sources.local import open_text, read_file, stamp, stamp_if_there
 from diffusion.errors import UserError
 
@@ -41,7 +50,7 @@ class Folder:
 
     def _walked(self) -> Iterator[Entry]:
         labelled = _is_labelled(self.root)
-        for name, file in _walk(self.root):
+        for name, file in _walk(self.root, self.access.passed_over):
             label = sane(folder_label(name)) if labelled else None
             try:
                 known = stamp(file.stat())
@@ -62,15 +71,18 @@ def _is_labelled(root: Path) -> bool:
         if any(is_picture(child.name) and not _is_folder(child) for child in children):
             return False
     folders = set()
-    for name, _ in _walk(root):
+    for name, _ in _walk(root, Counter()):
         folders.add(name.rpartition("/")[0])
         if len(folders) > 1:
             return True
     return False
 
 
-def _walk(root: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Relative names of the pictures below ``root``; those below ``root`` have one name, however links lead to them."""
+def _walk(root: Path, passed_over: Counter[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Relative names of the pictures below ``root``; those below ``root`` have one name, however links lead to them.
+
+    Counts in ``passed_over`` how the other files end.
+    """
     top = _real(root)
 
     def walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[tuple[str, os.DirEntry[str]]]:
@@ -82,6 +94,8 @@ def _walk(root: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
                 if not _is_folder(child):
                     if is_picture(child.name):
                         yield name, child
+                    else:
+                        passed_over[extension(child.name)] += 1
                     continue
                 real = _real(child.path) if child.is_symlink() else f"{above[-1]}/{child.name}"
                 if real in above or (real != f"{top}/{name}" and _is_visible(real, top)):

@@ -1,11 +1,12 @@
 """The names in a source that tells them only in passing, kept on disk until all are known."""
 
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 from diffusion.data.sources.base import Entry
-from diffusion.data.sources.conventions import Described, folder_label, is_picture
+from diffusion.data.sources.conventions import Described, extension, folder_label, is_hidden, is_picture
 from diffusion.data.sources.local import MISSING, refusal
 
 
@@ -28,12 +29,17 @@ class Listing:
             if len(self._folders) < 2:
                 self._folders.add(folder)
 
-    def pictures(self) -> Iterator[Entry]:
-        """All with a picture's name, labelled by their folders if there are several and none lies in the root."""
+    def pictures(self, passed_over: Counter[str]) -> Iterator[Entry]:
+        """All with a picture's name, labelled by their folders if there are several and none lies in the root.
+
+        Counts in ``passed_over`` how the others end that are not hidden.
+        """
         labelled = len(self._folders) > 1 and not self._any_in_root
         for name, locator, stamp in self._database.execute("SELECT name, locator, stamp FROM files ORDER BY number"):
             if is_picture(name):
                 yield Entry(name, locator, stamp, folder_label(name) if labelled else None)
+            elif not is_hidden(name):
+                passed_over[extension(name)] += 1
 
     def described(self, found: Iterator[Described]) -> Iterator[Entry]:
         """Exactly those that a metadata file names."""

@@ -77,7 +77,9 @@ class Objects:
                     metadata[name] = found
             if len(metadata) > 1:
                 raise UserError(f"{self.prefix} has both {' and '.join(METADATA_FILES)}: keep one of them")
-            yield from self._described(files, *metadata.values()) if metadata else files.pictures()
+            yield from (
+                self._described(files, *metadata.values()) if metadata else files.pictures(self.access.passed_over)
+            )
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Their bytes, several fetched at a time; what the object store raises passes through."""
