@@ -35,6 +35,8 @@ class ModelConfig(Config):
     patch: Literal[1, 2, 4] = 2
     """The network works on patch×patch pixels folded into channels: 2 means half resolution, a quarter of
     the work."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the values inside each residual block that training sets to 0, chosen by seed and picture."""
     conditional: bool = True
     """Whether the network is told each picture's class, where the data set has several."""
 

@@ -64,6 +64,9 @@ class TrainingConfig(Config):
     """Share of the pictures whose class the network is not told, so that it can also draw without."""
     flip: bool = False
     """Mirror every second picture, chosen by seed. Wrong for digits and letters, right for most photographs."""
+    recompute: bool = False
+    """Whether inner values are computed again in the backward pass instead of kept: a third more work, and a fraction
+    of the memory. Changes no weights."""
     seed: int = Field(0, ge=0)
     """Decides initial weights, order, time steps and noise."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

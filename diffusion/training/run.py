@@ -67,6 +67,7 @@ class Run:
             torch.manual_seed(config.seed)
             classes = classes_of(model, dataset.manifest.class_histogram)
             network = UNet(model, dataset.manifest.channels, dataset.manifest.size, len(classes))
+        network.recompute = config.recompute
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         uncertainty = Uncertainty() if config.learned_uncertainty else None
         trained = [*network.parameters(), *(uncertainty.parameters() if uncertainty else ())]
@@ -87,7 +88,8 @@ class Run:
         x0 = to_float(batch.pictures).contiguous(memory_format=torch.channels_last)
         t = draw_times(config, self.objective.schedule, batch.indices)
         noise = GaussianNoise(config.seed, "noise", batch.indices, self.dataset.shape)()
-        drawn = [x0, t, noise, *self._told(batch)]
+        draws = (uniform(config.seed, "dropout", batch.indices) * 2**62).long()
+        drawn = [x0, t, noise, draws, *self._told(batch)]
         parts = list(self.pool.map(self._gradients, *(each.tensor_split(config.lanes) for each in drawn)))
         loss = torch.stack([part_loss for part_loss, _ in parts]).sum()
         for parameter, *gradients in zip(state.parameters(), *(part for _, part in parts), strict=True):
@@ -122,10 +124,12 @@ class Run:
             {"pictures": batch.pictures, "t": t, "rows": torch.from_numpy(np.asarray(batch.rows))},
         )
 
-    def _gradients(self, x0: Tensor, t: Tensor, noise: Tensor, *label: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _gradients(
+        self, x0: Tensor, t: Tensor, noise: Tensor, draws: Tensor, *label: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """A part's share of the batch's loss, and its gradients."""
         with autocast(self.config.precision):
-            losses = self._losses(self.state.network, x0, t, noise, *label)
+            losses = self._losses(self.state.network, x0, t, noise, draws, *label)
         minimised = self.state.uncertainty(losses, t) if self.state.uncertainty else losses
         gradients = torch.autograd.grad(minimised.sum() / self.config.batch_size, self.state.parameters())
         return losses.detach().sum() / self.config.batch_size, gradients
@@ -137,8 +141,16 @@ class Run:
         kept = uniform(self.config.seed, "class", batch.indices) < self.config.class_dropout
         return [self.dataset.classes(batch.rows, self.classes).masked_fill(kept, len(self.classes))]
 
-    def _losses(self, network: UNet, x0: Tensor, t: Tensor, noise: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.objective.loss(partial(network, label=label), x0, t, noise)
+    def _losses(
+        self,
+        network: UNet,
+        x0: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        draws: Tensor | None,
+        label: Tensor | None = None,
+    ) -> Tensor:
+        return self.objective.loss(partial(network, label=label, draws=draws), x0, t, noise)
 
     def averaged(self) -> DiffusionModel:
         """The averaged network as it is now."""
@@ -177,7 +189,7 @@ class Run:
             t = times_at(self.config, self.objective.schedule, u)
             noise = GaussianNoise(0, f"probe/{split}", batch.indices, self.dataset.shape)()
             label = self.dataset.classes(batch.rows, self.classes) if self.classes else None
-            return self._losses(network, x0, t, noise, label).mean().item()
+            return self._losses(network, x0, t, noise, None, label).mean().item()
 
     def model_header(self) -> ModelHeader:
         """What a model made of the present state says of itself."""
@@ -240,6 +252,7 @@ def learning_rate(config: TrainingConfig, images: int, total: int) -> float:
 def identity_fields(config: TrainingConfig) -> dict[str, Any]:
     """The resolved configuration, without what cannot change the weights."""
     harmless = {
+        "recompute",
         "output",
         "keep",
         "keep_best",

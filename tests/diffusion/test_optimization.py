@@ -33,7 +33,7 @@ def test_steps_in_lanes_equal_plain_adamw_on_the_whole_batch(dataset: Path, part
             indices = range(images, images + 16)
             t = draw_times(config, plain.objective.schedule, indices)
             noise = GaussianNoise(config.seed, "noise", indices, plain.dataset.shape)()
-            loss = plain._losses(network, to_float(batch.pictures), t, noise, *plain._told(batch)).mean()
+            loss = plain._losses(network, to_float(batch.pictures), t, noise, None, *plain._told(batch)).mean()
             reference.param_groups[0]["lr"] = learning_rate(config, images, 640)
             reference.zero_grad()
             loss.backward()

@@ -196,7 +196,7 @@ EDM = {"weighting": "edm", "learned_uncertainty": True, "times": "lognormal", "e
     [
         ({"schedule": "edm", "prediction": "edm"}, EDM),
         ({"schedule": "sigmoid", "zero_terminal": True, "prediction": "x0"}, {"weighting": "soft_min_snr"}),
-        ({"schedule": "linear", "prediction": "noise"}, {"weighting": "min_snr", "stratified": False}),
+        ({"prediction": "noise", "dropout": 0.1}, {"weighting": "min_snr", "stratified": False, "recompute": True}),
     ],
     ids=["edm", "sigmoid", "linear"],
 )
