@@ -20,6 +20,7 @@ from PIL import Image
 from diffusion.errors import DarkroomError
 from diffusion.files import write_json
 from diffusion.grids import save_png
+from flows.machine import Machine
 from flows.tracking import RunTracker, picture_marker
 
 AT_ONCE = 500
@@ -91,6 +92,7 @@ class SpooledTracker:
     def __init__(self, tracker: RunTracker, folder: Path, anew: bool = False) -> None:
         self.tracker = tracker
         self.spool = Spool.open(folder, anew)
+        self._machine = Machine()
         self._change = threading.Condition()
         self._closing = False
         self._trouble = ""
@@ -100,7 +102,11 @@ class SpooledTracker:
     def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
         """Keep ``metrics`` at step ``images``."""
         now = int(time.time() * 1000)
-        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        finite = {
+            name: float(value)
+            for name, value in (*metrics.items(), *self._machine.figures().items())
+            if math.isfinite(value)
+        }
         self._add([{"name": name, "value": value, "time": now, "step": images} for name, value in finite.items()])
 
     def log_picture(self, name: str, picture: Image.Image, images: int) -> None:

@@ -31,6 +31,8 @@ from diffusion.training.uncertainty import Uncertainty
 
 BETAS = (0.9, 0.99)
 """Of AdamW. Its own 0.999 remembers more steps than a run of minutes has to give: measured worse."""
+LEVELS = 8
+"""Parts of the distribution of noise levels, from the least to the most, whose losses are told apart."""
 PROBES = 256
 """Pictures of each split on which losses are compared over time."""
 
@@ -167,7 +169,9 @@ class Run:
             for split, batch in self._probes.items()
             for suffix, network in networks.items()
         }
-        return {name: figure.result() for name, figure in figures.items()}
+        losses = {name: figure.result() for name, figure in figures.items()}
+        means = {name: each.mean().item() for name, each in losses.items()}
+        return means | by_level(losses.get("held_out_loss_ema"))
 
     @cached_property
     def _probes(self) -> dict[Split, Batch]:
@@ -182,14 +186,14 @@ class Run:
                 probes[split] = Batch(range(len(rows)), rows, self.dataset.pictures(rows))
         return probes
 
-    def _probe(self, split: Split, batch: Batch, network: UNet) -> float:
+    def _probe(self, split: Split, batch: Batch, network: UNet) -> Tensor:
         with torch.inference_mode(), autocast(self.config.precision):
             x0 = to_float(batch.pictures)
             u = (torch.arange(len(x0)) + 0.5) / len(x0)
             t = times_at(self.config, self.objective.schedule, u)
             noise = GaussianNoise(0, f"probe/{split}", batch.indices, self.dataset.shape)()
             label = self.dataset.classes(batch.rows, self.classes) if self.classes else None
-            return self._losses(network, x0, t, noise, None, label).mean().item()
+            return self._losses(network, x0, t, noise, None, label)
 
     def model_header(self) -> ModelHeader:
         """What a model made of the present state says of itself."""
@@ -215,6 +219,14 @@ class Run:
             "total": self.total,
         }
         return header if self.config.window is None else header | {"layout_digest": manifest.layout_digest}
+
+
+def by_level(losses: Tensor | None) -> dict[str, float]:
+    """The mean of ``losses`` (N,), ordered by how noisy the pictures were, in each of so many equal parts."""
+    if losses is None or len(losses) < LEVELS:
+        return {}
+    parts = losses.tensor_split(LEVELS)
+    return {f"held_out_loss_ema_level_{number}": part.mean().item() for number, part in enumerate(parts, start=1)}
 
 
 def make_averages(network: UNet, config: TrainingConfig) -> list[WeightAverage]:

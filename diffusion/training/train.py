@@ -1,5 +1,6 @@
 """Train: the loop of DDPM (arXiv 2006.11239). Draw a picture, a time step and noise; mix; predict; compare."""
 
+import io
 import logging
 import math
 import shutil
@@ -13,6 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from PIL import Image
 from torch import Tensor
 
 from diffusion.config import Config
@@ -21,12 +23,14 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.shard_cache import ShardCache, ShardStore
 from diffusion.errors import DarkroomError, UserError
-from diffusion.grids import grid, save_png
+from diffusion.explain import draw_reverse, reverse
+from diffusion.grids import figure_png, grid, save_png
 from diffusion.lanes import lanes
 from diffusion.model import (
     AVERAGED,
     read_header,
     save_tensors,
+    to_float,
 )
 from diffusion.models.config import ModelConfig
 from diffusion.progress import Progress, silent
@@ -377,9 +381,21 @@ def _take_stock(
     averaged = run.averaged()
     figures = run.probe(averaged.network)
     probes.append(run.state.images, {name: figures.get(name, math.nan) for name in probes.columns})
-    tracker.log_metrics(figures, run.state.images)
-    picture = grid(sample(averaged, range(GRID_PICTURES), 0, sampling))
+    drawn = sample(averaged, range(GRID_PICTURES), 0, sampling)
+    tracker.log_metrics(figures | _drift(drawn, run.dataset.manifest), run.state.images)
+    picture = grid(drawn)
     save_png(output / "samples" / f"{run.state.images:010d}.png", picture)
     tracker.log_picture("samples", picture, run.state.images)
-
+    if run.state.images == run.total:
+        strip = Image.open(io.BytesIO(figure_png(draw_reverse(reverse(averaged, 0)))))
+        tracker.log_picture("reverse", strip, run.state.images)
     return figures
+
+
+def _drift(drawn: Tensor, manifest: Manifest) -> dict[str, float]:
+    """How far each channel of ``drawn`` pictures is from the data set's, in standard deviations of it."""
+    means = to_float(drawn).mean((0, 2, 3)).tolist()
+    return {
+        f"sample_drift_{'grey' if len(means) == 1 else 'rgb'[channel]}": (mean - real) / max(spread, 1e-6)
+        for channel, (mean, real, spread) in enumerate(zip(means, manifest.mean, manifest.std, strict=True))
+    }

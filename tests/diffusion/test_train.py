@@ -27,6 +27,7 @@ from diffusion.lanes import lanes
 from diffusion.model import load_model, read_header, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.process import make_schedule
+from diffusion.sampling import sample
 from diffusion.training.candidates import candidates
 from diffusion.training.checkpoint import Checkpoints, Writer
 from diffusion.training.config import TrainingConfig
@@ -522,3 +523,27 @@ def test_a_checkpoint_holds_the_state_as_it_was_though_training_goes_on(dataset:
     written = load_file(tmp_path / "0000000016.safetensors")
     assert written.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in written.items())
+
+
+def test_a_run_tells_losses_by_noise_level_how_colours_drift_and_shows_the_reverse_process(
+    dataset: Path, tmp_path: Path
+) -> None:
+    figures: dict[str, float] = {}
+    pictures: list[tuple[str, int]] = []
+
+    class Record:
+        def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
+            figures.update(metrics)
+
+        def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
+            pictures.append((name, images))
+
+    run(dataset, tmp_path / "run", track=lambda _: Record())
+    levels = [figures[f"held_out_loss_ema_level_{number}"] for number in range(1, 9)]
+    assert sum(levels) / 8 == pytest.approx(figures["held_out_loss_ema"], rel=0.2)
+    drawn = sample(load_model(tmp_path / "run" / "final.safetensors"), range(36), 0, SAMPLING).double() / 127.5 - 1
+    manifest = read_manifest(dataset)
+    expected = (drawn.mean().item() - manifest.mean[0]) / manifest.std[0]
+    assert figures["sample_drift_grey"] == pytest.approx(expected, abs=1e-4)
+    assert pictures[-2:] == [("samples", 320), ("reverse", 320)]
+    assert [name for name, _ in pictures].count("reverse") == 1

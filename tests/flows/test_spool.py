@@ -15,7 +15,7 @@ import requests
 from mlflow.client import MlflowClient
 
 from diffusion.errors import DarkroomError
-from flows import spool
+from flows import machine, spool
 from flows.spool import Spool, SpooledTracker
 from flows.tracking import RunTracker
 from tests.conftest import blob
@@ -132,3 +132,19 @@ def test_a_server_that_goes_away_and_comes_back_has_every_point_once_in_order(
         lines = (tmp_path / "spool" / "records.jsonl").read_text().splitlines()
         times = [record["time"] for record in map(json.loads, lines) if record["name"] == "loss"]
         assert [point[2] for point in points(tracker, "loss")] == times
+
+
+def test_the_machine_is_looked_at_now_and_then(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "EVERY", 0.3)
+    tracker = new_run(client)
+    spooled = SpooledTracker(tracker, tmp_path / "spool")
+    spooled.log_metrics({"loss": 0.5}, 16)
+    time.sleep(0.4)
+    for images in (32, 48):
+        spooled.log_metrics({"loss": 0.5}, images)
+    spooled.close()
+    ((step, share, _),) = points(tracker, "system/cpu_utilization_percentage")
+    assert step == 32
+    assert 0 <= share <= 100
