@@ -30,11 +30,12 @@ def make_weight(config: TrainingConfig, parametrization: Parametrization) -> Wei
 
 
 def draw_times(config: TrainingConfig, schedule: NoiseSchedule, indices: range) -> Tensor:
-    """Times of the pictures number ``indices``, a whole batch, from 0 to T−1: (N,), whole if they are uniform."""
+    """Times of the pictures number ``indices``, a rank's share of a batch, from 0 to T−1: (N,), whole if uniform."""
     u = uniform(config.seed, "time", indices)
     if config.stratified:
         # One in each equal part of the distribution: free, and the loss varies less from batch to batch.
-        u = (torch.arange(len(u)) + u) / len(u)
+        place = torch.tensor(indices) % config.batch_size
+        u = (place + u) / config.batch_size
     return times_at(config, schedule, u)
 
 

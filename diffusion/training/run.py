@@ -27,6 +27,7 @@ from diffusion.training.checkpoint import TrainingState
 from diffusion.training.config import TrainingConfig
 from diffusion.training.ema import ExponentialAverage, PowerAverage, WeightAverage
 from diffusion.training.objective import draw_times, make_objective, times_at
+from diffusion.training.ranks import ALONE, Ranks
 from diffusion.training.uncertainty import Uncertainty
 
 BETAS = (0.9, 0.99)
@@ -59,11 +60,15 @@ class Run:
     """What the network is told of; empty: nothing."""
     pool: Executor
     """Lanes to compute in."""
+    ranks: Ranks = ALONE
+    """The processes that share each batch."""
     total: int = 0
     """Images to see in all, a whole number of batches."""
 
     @classmethod
-    def new(cls, dataset: Dataset, model: ModelConfig, config: TrainingConfig, pool: Executor) -> "Run":
+    def new(
+        cls, dataset: Dataset, model: ModelConfig, config: TrainingConfig, pool: Executor, ranks: Ranks = ALONE
+    ) -> "Run":
         """A run that has seen nothing yet; its initial weights are a function of the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -78,7 +83,7 @@ class Run:
         )
         state = TrainingState(network, make_averages(network, config), optimizer, uncertainty)
         objective = make_objective(model, config, dataset.manifest.sigma_data)
-        return cls(dataset, model, config, state, objective, make_loader(dataset, config), classes, pool)
+        return cls(dataset, model, config, state, objective, make_loader(dataset, config, ranks), classes, pool, ranks)
 
     def step(self) -> tuple[Tensor, Tensor] | None:
         """One optimizer step; returns loss and gradient norm as 0-dimensional tensors.
@@ -92,13 +97,15 @@ class Run:
         noise = GaussianNoise(config.seed, "noise", batch.indices, self.dataset.shape)()
         draws = (uniform(config.seed, "dropout", batch.indices) * 2**62).long()
         drawn = [x0, t, noise, draws, *self._told(batch)]
-        parts = list(self.pool.map(self._gradients, *(each.tensor_split(config.lanes) for each in drawn)))
+        lanes = lanes_of(config, self.ranks)
+        parts = list(self.pool.map(self._gradients, *(each.tensor_split(lanes) for each in drawn)))
         loss = torch.stack([part_loss for part_loss, _ in parts]).sum()
         for parameter, *gradients in zip(state.parameters(), *(part for _, part in parts), strict=True):
             # In the parameter's own memory format, which autograd.grad does not promise and the optimizer relies on.
             parameter.grad = torch.zeros_like(parameter)
             for gradient in gradients:
                 parameter.grad.add_(gradient)
+        self.ranks.sum([loss, *(parameter.grad for parameter in state.parameters() if parameter.grad is not None)])
         norm = torch.nn.utils.clip_grad_norm_(state.parameters(), config.clip_norm)
         state.images += config.batch_size
         if not (loss.isfinite() and norm.isfinite()):
@@ -236,7 +243,12 @@ def make_averages(network: UNet, config: TrainingConfig) -> list[WeightAverage]:
     return [ExponentialAverage(network, 0.999 if config.ema_decay is None else config.ema_decay)]
 
 
-def make_loader(dataset: Dataset, config: TrainingConfig) -> Loader:
+def lanes_of(config: TrainingConfig, ranks: Ranks) -> int:
+    """How many lanes each process has: as many as there would be in one process, shared out."""
+    return max(1, config.lanes // ranks.count)
+
+
+def make_loader(dataset: Dataset, config: TrainingConfig, ranks: Ranks) -> Loader:
     """The training pictures of ``dataset`` in the order and batches that ``config`` asks for."""
     manifest, rows = dataset.manifest, dataset.rows("train")
     order: Order
@@ -249,6 +261,8 @@ def make_loader(dataset: Dataset, config: TrainingConfig) -> Loader:
         rows,
         order,
         config.batch_size,
+        rank=ranks.rank,
+        ranks=ranks.count,
         flip_seed=config.seed if config.flip else None,
         prefetch=config.prefetch,
         workers=config.workers,

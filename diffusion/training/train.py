@@ -1,6 +1,5 @@
 """Train: the loop of DDPM (arXiv 2006.11239). Draw a picture, a time step and noise; mix; predict; compare."""
 
-import io
 import logging
 import math
 import shutil
@@ -14,7 +13,6 @@ from typing import Literal
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from PIL import Image
 from torch import Tensor
 
 from diffusion.config import Config
@@ -23,36 +21,27 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.shard_cache import ShardCache, ShardStore
 from diffusion.errors import DarkroomError, UserError
-from diffusion.explain import draw_reverse, reverse
-from diffusion.grids import figure_png, grid, save_png
 from diffusion.lanes import lanes
 from diffusion.model import (
     AVERAGED,
     read_header,
     save_tensors,
-    to_float,
 )
 from diffusion.models.config import ModelConfig
 from diffusion.progress import Progress, silent
 from diffusion.sampling import sample
 from diffusion.training.checkpoint import Checkpoints, Writer
 from diffusion.training.config import TrainingConfig
-from diffusion.training.guards import Guards
-from diffusion.training.history import History, read_rows
-from diffusion.training.post_hoc import AVERAGES, keep_snapshot
+from diffusion.training.post_hoc import AVERAGES
 from diffusion.training.preflight import Preflight, count_flops, kept_at_once, require_disk, state_size
+from diffusion.training.record import GRID_PICTURES, Record
 from diffusion.training.run import NotFinite, Run
 from diffusion.training.tracker import NoTracker, Tracker
 
 LOGS_PER_CHECKPOINT = 20
-GRID_PICTURES = 36
 MEASURED_SECONDS = 4.0
 NOTHING = (math.nan, math.nan)
 """Loss and gradient norm where all steps were left out."""
-FIGURES = ("loss", "gradient_norm", "learning_rate", "images_per_second", "data_wait", "skipped")
-"""Columns of history.csv; ``data_wait`` is the share of the time in which training waited for pictures,
-``skipped`` counts all steps left out so far, as their loss or gradient was not finite."""
-
 Restart = Literal["never", "if_different"]
 """Whether to throw away a run of another configuration or data set that lies in the folder."""
 
@@ -157,15 +146,21 @@ def _train(
     checkpoints = Checkpoints(output / "checkpoints")
     final = output / "final.safetensors"
     key = run.header()["train_key"]
-    if final.is_file():
+    if run.ranks.agreed(final.is_file()):
         _require_same_run(output, run)
         run.state.images = read_header(final)["model_header"]["images"]
     else:
-        tracker = track(_begin_or_resume(run, checkpoints, output, sampling) == "begun")
-        with Writer(checkpoints) as writer:
-            _loop(run, output, writer, sampling, tracker, progress)
-        tensors = {AVERAGED + name: value for name, value in run.state.averages[0].state_dict().items()}
-        save_tensors(final, tensors, run.header())
+        anew = _begin_or_resume(run, checkpoints, output, sampling) == "begun"
+        if run.ranks.leads:
+            tracker = track(anew)
+            with Writer(checkpoints) as writer:
+                _loop(run, output, Record(run, output, sampling, writer, tracker, progress))
+            tensors = {AVERAGED + name: value for name, value in run.state.averages[0].state_dict().items()}
+            save_tensors(final, tensors, run.header())
+        else:
+            _loop(run, output, None)
+        # Nobody is done before the model is on disk.
+        run.ranks.wait()
     return TrainResult(
         output=output,
         final=final,
@@ -216,19 +211,24 @@ def _require_same_run(output: Path, run: Run) -> None:
 def _begin_or_resume(
     run: Run, checkpoints: Checkpoints, output: Path, sampling: SamplingConfig
 ) -> Literal["begun", "resumed"]:
-    _require_same_run(output, run)
-    if header := checkpoints.restore(run.state):
-        run.total = header["total"]
+    if run.ranks.leads:
+        _require_same_run(output, run)
+    header = checkpoints.restore(run.state) if run.ranks.leads else None
+    if run.ranks.agreed(header is not None):
+        run.total = run.ranks.agreed(header["total"] if header else 0)
+        run.state.load(run.ranks.shared(run.state.tensors()), run.ranks.agreed(run.state.counts()))
         run.loader.ahead(run.state.images, run.total)
-        logger.info("going on from %d of %d images", run.state.images, run.total)
+        if run.ranks.leads:
+            logger.info("going on from %d of %d images", run.state.images, run.total)
         return "resumed"
     images = run.config.images or _images_in(run.config.minutes or 0, run, _measured(run, sampling))
     run.total = math.ceil(images / run.config.batch_size) * run.config.batch_size
     run.loader.ahead(run.state.images, run.total)
-    parameters = sum(parameter.numel() for parameter in run.state.network.parameters())
-    require_disk(output, state_size(parameters, len(run.state.averages))[1] * kept_at_once(run.config))
-    with Writer(checkpoints) as writer:
-        writer.save(run.state, run.header(), run.config.keep)
+    if run.ranks.leads:
+        parameters = sum(parameter.numel() for parameter in run.state.network.parameters())
+        require_disk(output, state_size(parameters, len(run.state.averages))[1] * kept_at_once(run.config))
+        with Writer(checkpoints) as writer:
+            writer.save(run.state, run.header(), run.config.keep)
     return "begun"
 
 
@@ -278,12 +278,12 @@ class Pace:
 
 def _measured(run: Run, sampling: SamplingConfig) -> Pace:
     """The pace of ``run`` here, by steps and one checkpoint's work on a copy."""
-    trial = Run.new(run.dataset, run.model, run.config, run.pool)
+    trial = Run.new(run.dataset, run.model, run.config, run.pool, run.ranks)
     trial.total = 2**40
     with trial.loader:
         trial.step()
         start, steps = time.perf_counter(), 0
-        while steps < 3 or time.perf_counter() - start < MEASURED_SECONDS:
+        while run.ranks.agreed(steps < 3 or time.perf_counter() - start < MEASURED_SECONDS):
             trial.step()
             steps += 1
     image = (time.perf_counter() - start) / (steps * run.config.batch_size)
@@ -291,7 +291,7 @@ def _measured(run: Run, sampling: SamplingConfig) -> Pace:
     averaged = trial.averaged()
     trial.probe(averaged.network)
     sample(averaged, range(GRID_PICTURES), 0, sampling)
-    return Pace(image, time.perf_counter() - start)
+    return run.ranks.agreed(Pace(image, time.perf_counter() - start))
 
 
 def _images_in(minutes: float, run: Run, pace: Pace) -> int:
@@ -305,24 +305,12 @@ def _images_in(minutes: float, run: Run, pace: Pace) -> int:
     return max(run.config.batch_size, int((minutes * 60 - pauses) / pace.image))
 
 
-def _loop(
-    run: Run,
-    output: Path,
-    writer: Writer,
-    sampling: SamplingConfig,
-    tracker: Tracker,
-    progress: Progress,
-) -> None:
+def _loop(run: Run, output: Path, record: Record | None) -> None:
+    """Step by step to the end; only one of several processes has a ``record`` to keep."""
     config, state = run.config, run.state
     steps = run.total // config.batch_size
     log_every = max(1, steps // (config.checkpoints * LOGS_PER_CHECKPOINT)) * config.batch_size
     save_every = math.ceil(run.total / config.checkpoints / log_every) * log_every
-    history = History(output / "history.csv", FIGURES)
-    probes = History(output / "losses.csv", ("train_loss", "train_loss_ema", "held_out_loss", "held_out_loss_ema"))
-    for record in (history, probes):
-        record.rewind(state.images)
-
-    guards = Guards()
     taken: list[tuple[Tensor, Tensor]] = []
     began, since, waited = state.images, time.perf_counter(), run.loader.waited
     while state.images < run.total:
@@ -340,28 +328,12 @@ def _loop(
                 "data_wait": (run.loader.waited - waited) / seconds,
                 "skipped": state.skipped,
             }
-            guards.loss(loss, state.images)
-            history.append(state.images, figures)
-            tracker.log_metrics({name: value for name, value in figures.items() if math.isfinite(value)}, state.images)
-            progress("images trained on", state.images, run.total, f"loss {loss:.4f}")
+            if record:
+                record.figures(figures)
             taken, began, since, waited = [], state.images, time.perf_counter(), run.loader.waited
-        if state.images % save_every == 0 or at_end:
-            guards.probe(_take_stock(run, output, probes, sampling, tracker), state.images)
-            guards.weights(state.network, state.averages[0].state_dict(), state.images)
-            if config.ema_lengths is not None:
-                keep_snapshot(output / AVERAGES, state.averages, config.ema_lengths, state.images, run.header())
-            writer.save(state, run.header(), config.keep, _spared(config, probes, save_every))
+        if record and (state.images % save_every == 0 or at_end):
+            record.stock(save_every)
             since = time.perf_counter()
-
-
-def _spared(config: TrainingConfig, probes: History, save_every: int) -> set[int]:
-    """After how many images the checkpoints were taken that stay, though newer ones come."""
-    rows = [row for row in read_rows(probes.path) if math.isfinite(row["held_out_loss_ema"])]
-    best = sorted(rows, key=lambda row: row["held_out_loss_ema"])[: config.keep_best]
-    spared = {int(row["images"]) for row in best}
-    if config.keep_every is not None:
-        spared.update(int(row["images"]) for row in rows if row["images"] % (config.keep_every * save_every) == 0)
-    return spared
 
 
 def _step(run: Run, output: Path) -> tuple[Tensor, Tensor] | None:
@@ -369,33 +341,6 @@ def _step(run: Run, output: Path) -> tuple[Tensor, Tensor] | None:
     try:
         return run.step()
     except NotFinite as error:
-        path = output / "not_finite.safetensors"
+        path = output / f"not_finite{run.ranks.rank or ''}.safetensors"
         save_tensors(path, error.batch, run.header())
         raise DarkroomError(f"{error}, which lies in {path}") from error
-
-
-def _take_stock(
-    run: Run, output: Path, probes: History, sampling: SamplingConfig, tracker: Tracker
-) -> dict[str, float]:
-    """Losses on fixed pictures, and a grid of the same seeds: before the checkpoint, so that a kill repeats them."""
-    averaged = run.averaged()
-    figures = run.probe(averaged.network)
-    probes.append(run.state.images, {name: figures.get(name, math.nan) for name in probes.columns})
-    drawn = sample(averaged, range(GRID_PICTURES), 0, sampling)
-    tracker.log_metrics(figures | _drift(drawn, run.dataset.manifest), run.state.images)
-    picture = grid(drawn)
-    save_png(output / "samples" / f"{run.state.images:010d}.png", picture)
-    tracker.log_picture("samples", picture, run.state.images)
-    if run.state.images == run.total:
-        strip = Image.open(io.BytesIO(figure_png(draw_reverse(reverse(averaged, 0)))))
-        tracker.log_picture("reverse", strip, run.state.images)
-    return figures
-
-
-def _drift(drawn: Tensor, manifest: Manifest) -> dict[str, float]:
-    """How far each channel of ``drawn`` pictures is from the data set's, in standard deviations of it."""
-    means = to_float(drawn).mean((0, 2, 3)).tolist()
-    return {
-        f"sample_drift_{'grey' if len(means) == 1 else 'rgb'[channel]}": (mean - real) / max(spread, 1e-6)
-        for channel, (mean, real, spread) in enumerate(zip(means, manifest.mean, manifest.std, strict=True))
-    }

@@ -13,6 +13,7 @@ from flows.cli.options import (
     Json,
     ParamsFile,
     Set,
+    follows,
     joined,
     load,
     show,
@@ -91,6 +92,8 @@ def train(
 ) -> None:
     """Train on a data set, live in MLflow; the same command goes on where it was stopped.
 
+    Several processes share each batch:  torchrun --standalone --nproc-per-node 2 --no-python darkroom train …
+
     Example:  darkroom train --dataset faces --set training.minutes=10
     """
     config = load(params, overrides, dataset)
@@ -101,6 +104,11 @@ def train(
 
         about = preflight(config.dataset_folder, config.model, config.training, config.sampling)
         show(about.model_dump(mode="json"), as_json, [f"{name:10} {words}" for name, words in about.lines()])
+        return
+    if follows():
+        from diffusion.training.train import train as train_along
+
+        train_along(config.dataset_folder, config.run_folder, config.model, config.training, config.sampling)
         return
     with joined("prefect", "mlflow", "s3"):
         from flows.train import train

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from diffusion.progress import Progress
-from flows.cli.options import DEFAULT_PARAMS, Json, ParamsFile, Set, load, show
+from flows.cli.options import DEFAULT_PARAMS, Json, ParamsFile, Set, follows, load, show
 
 app = typer.Typer(
     name="stage",
@@ -51,7 +51,8 @@ def train(params: ParamsFile = DEFAULT_PARAMS, overrides: Set = [], as_json: Jso
         progress=_progress(),
         restart="if_different",
     )
-    show(result.model_dump(mode="json"), as_json, [f"{result.images} images seen; {result.final}"])
+    if not follows():
+        show(result.model_dump(mode="json"), as_json, [f"{result.images} images seen; {result.final}"])
 
 
 @app.command()
