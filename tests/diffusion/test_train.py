@@ -285,10 +285,11 @@ def test_two_trainings_in_one_folder_are_refused(dataset: Path, tmp_path: Path) 
         run(dataset, tmp_path / "run", track=lambda _: Nested(0))
 
 
-def test_exactly_one_length_is_asked_for() -> None:
-    for wrong in ({}, {"images": 10, "minutes": 1.0}):
-        with pytest.raises(ValueError, match=r"either training\.images or training\.minutes"):
-            TrainingConfig(**wrong)
+def test_exactly_one_length_is_asked_for_and_ten_minutes_if_none_is() -> None:
+    with pytest.raises(ValueError, match=r"either training\.images or training\.minutes"):
+        TrainingConfig(images=10, minutes=1.0)
+    assert (TrainingConfig().minutes, TrainingConfig().images) == (10, None)
+    assert TrainingConfig(images=10).minutes is None
 
 
 def test_the_share_of_time_spent_waiting_for_pictures_is_recorded(dataset: Path, tmp_path: Path) -> None:
