@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 Value = TypeVar("Value")
 
@@ -73,7 +75,10 @@ def ranks() -> Iterator[Ranks]:
     if count == 1:
         yield ALONE
         return
-    dist.init_process_group("gloo")
+    # What processes of before a restart left in torchrun's store would be taken for the addresses of the new ones.
+    store, rank, _ = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group("gloo", store=PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=count)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:

@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,8 +34,9 @@ from diffusion.training.checkpoint import Checkpoints, Writer
 from diffusion.training.config import TrainingConfig
 from diffusion.training.post_hoc import AVERAGES
 from diffusion.training.preflight import Preflight, count_flops, kept_at_once, require_disk, state_size
+from diffusion.training.ranks import ranks
 from diffusion.training.record import GRID_PICTURES, Record
-from diffusion.training.run import NotFinite, Run
+from diffusion.training.run import NotFinite, Run, lanes_of
 from diffusion.training.tracker import NoTracker, Tracker
 
 LOGS_PER_CHECKPOINT = 20
@@ -72,18 +73,23 @@ def train(
 ) -> TrainResult:
     """Train on the data set in folder ``data`` until folder ``output`` holds ``final.safetensors``.
 
-    The same call after a kill goes on from the last checkpoint to bit-identical weights. ``restart`` says when
-    to throw away what is there instead. ``track`` is called once the folder is this run's alone, with whether the
-    run begins from nothing, for the one who keeps its records. ``store`` is where shards come from if
-    ``config.stream_bytes`` is set. Raises UserError if the folder holds a run of another configuration or data set
-    (and ``restart`` is ``never``), another process trains in it, or the data set is damaged.
+    The same call after a kill goes on from the last checkpoint to bit-identical weights. Started by torchrun, each
+    process computes a share of every batch, and one of them writes. ``restart`` says when to throw away what is there
+    instead. ``track`` is called once the folder is this run's alone, with whether the run begins from nothing, for the
+    one who keeps its records. ``store`` is where shards come from if ``config.stream_bytes`` is set.
+
+    Raises UserError if the folder holds a run of another configuration or data set (and ``restart`` is ``never``),
+    another process trains in it, or the data set is damaged.
     """
-    with _opened(data, config, store) as dataset, _held(output), lanes(config.lanes) as pool:
-        run = Run.new(dataset, model, config, pool)
-        if restart == "if_different" and _differences(output, run):
-            _discard(output)
-        with run.loader:
-            return _train(run, output, sampling, track, progress)
+    with ranks() as together, _opened(data, config, store) as dataset:
+        # Of several processes one writes, and so holds the folder.
+        holding = _held(output) if together.leads else nullcontext()
+        with holding, lanes(lanes_of(config, together)) as pool:
+            run = Run.new(dataset, model, config, pool, together)
+            if together.leads and restart == "if_different" and _differences(output, run):
+                _discard(output)
+            with run.loader:
+                return _train(run, output, sampling, track, progress)
 
 
 @contextmanager
