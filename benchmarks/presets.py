@@ -40,9 +40,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=10)
     args = parser.parse_args()
-    print(
-        "| preset | pictures | parameters | GFLOP a picture, forward and backward | pictures/s |\n|---|---|---:|---:|---:|"
-    )
+    print("| preset | pictures | parameters | GFLOP a picture, forward and backward | pictures/s |")
+    print("|---|---|---:|---:|---:|")
     for name in get_args(PresetName):
         config = ModelConfig.model_validate(preset(name)["model"])
         for shape in SHAPES:
