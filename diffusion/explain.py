@@ -138,7 +138,7 @@ def reverse(model: DiffusionModel, seed: int, count: int = FRAMES) -> Reverse:
     result = SAMPLERS[SamplingConfig().sampler](
         denoiser, sigmas[0] * noise(), sigmas, noise, lambda i, x, x0_hat: seen.append((x, x0_hat))
     )
-    times = denoiser.time(sigmas[:-1])
+    times = model.schedule.time(sigmas[:-1])
     wanted = torch.linspace(float(times[0]), float(times[-1]), count)
     chosen = torch.unique((times - wanted[:, None]).abs().argmin(1))
     # The sampler's x is x_0 + σ ε; times √ᾱ = 1/√(1 + σ²) it is the forward process' x_t.

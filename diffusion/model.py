@@ -18,6 +18,7 @@ from diffusion.errors import UserError
 from diffusion.files import canonical_json, write_atomically
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
+from diffusion.objective import Parametrization
 from diffusion.process import NoiseSchedule, make_schedule
 
 METADATA_KEY = "darkroom"
@@ -38,6 +39,8 @@ class ModelHeader(Config):
     """Name of the data set."""
     content_digest: str
     """Digest of the data set."""
+    sigma_data: float = 1.0
+    """Standard deviation of the data set's pictures, as the network sees them."""
     class_histogram: dict[str, int]
     """The data set's classes, sorted, and how many pictures of each it has."""
     images: int
@@ -74,7 +77,8 @@ class DiffusionModel:
 
         ``labels`` (N,): the class of each picture, as its number in ``classes``; None: of any class.
         """
-        return Denoiser(partial(self.network, label=labels), self.schedule, self.config.prediction)
+        parametrization = Parametrization(self.config.prediction, self.header.sigma_data)
+        return Denoiser(partial(self.network, label=labels), self.schedule, parametrization)
 
 
 def classes_of(config: ModelConfig, class_histogram: dict[str, int]) -> list[str]:

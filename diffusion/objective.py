@@ -1,59 +1,116 @@
-"""What the network predicts, and how much each noise level counts in the loss."""
+"""What the network predicts, the picture that its answer stands for, and how much each noise level counts in the loss.
+
+Every prediction is a case of D(x; σ) = c_skip x + c_out F(c_in x, t), where x = x_0 + σ ε, F is the network, D the
+clean picture, and the coefficients are functions of σ (arXiv 2206.00364, equation 7).
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from diffusion.models.config import Prediction
-from diffusion.process import NoiseSchedule, scales
+from diffusion.process import NoiseSchedule
+
+Weight = Callable[[Tensor], Tensor]
+"""How much the squared error of the picture counts, as a function of σ (N,)."""
 
 
-def target(prediction: Prediction, x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """What the network should say: the noise, the picture, or v = √ᾱ ε − √(1−ᾱ) x_0 (arXiv 2202.00512).
+@dataclass(frozen=True)
+class Parametrization:
+    """The coefficients of ``prediction``; ``sigma_data`` is the standard deviation of the pictures' values.
 
-    Pictures are (N, C, H, W); ``alpha_bar``, best in float64, broadcasts against them.
+    σ is (N,) float64, and so is what comes of it: at either end of a schedule float32 has lost what matters.
     """
-    if prediction == "noise":
-        return noise
-    if prediction == "x0":
-        return x0
-    signal, spread = scales(alpha_bar, x0)
-    return signal * noise - spread * x0
+
+    prediction: Prediction
+    sigma_data: float = 1.0
+
+    def c_in(self, sigma: Tensor) -> Tensor:
+        """Gives the network's input the variance of one; but for EDM's, it is x_t = √ᾱ x_0 + √(1 − ᾱ) ε."""
+        spread = self.sigma_data if self.prediction == "edm" else 1.0
+        return (sigma**2 + spread**2).rsqrt()
+
+    def c_skip(self, sigma: Tensor) -> Tensor:
+        """How much of its noisy picture is in the clean one, whatever the network says."""
+        match self.prediction:
+            case "noise":
+                return torch.ones_like(sigma)
+            case "x0":
+                return torch.zeros_like(sigma)
+            case "v":
+                return 1 / (1 + sigma**2)
+            case "edm":
+                return self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
+
+    def c_out(self, sigma: Tensor) -> Tensor:
+        """What the network's answer is multiplied with. v is √ᾱ ε − √(1 − ᾱ) x_0 (arXiv 2202.00512)."""
+        match self.prediction:
+            case "noise":
+                return -sigma
+            case "x0":
+                return torch.ones_like(sigma)
+            case "v":
+                return -sigma * self.c_in(sigma)
+            case "edm":
+                return sigma * self.sigma_data * self.c_in(sigma)
+
+    def noisy(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """The network's input for pictures ``x0`` and standard Gaussian ``noise``, both (N, C, H, W)."""
+        scale = self.c_in(sigma)
+        return _as(x0, scale) * x0 + _as(x0, scale * sigma) * noise
+
+    def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """What the network should say: F with D(x_0 + σ ε; σ) = x_0, put so that nothing cancels."""
+        c_skip, c_out = self.c_skip(sigma), self.c_out(sigma)
+        return _as(x0, (1 - c_skip) / c_out) * x0 - _as(x0, c_skip * sigma / c_out) * noise
+
+    def to_x0(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """The clean picture that ``output`` at x = x_0 + σ ε stands for."""
+        return _as(x, self.c_skip(sigma)) * x + _as(x, self.c_out(sigma)) * output
 
 
-def to_x0(prediction: Prediction, output: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The clean picture that the network's ``output`` at ``x_t`` stands for."""
-    if prediction == "x0":
-        return output
-    signal, spread = scales(alpha_bar, x_t)
-    return (x_t - spread * output) / signal if prediction == "noise" else signal * x_t - spread * output
+def plain(parametrization: Parametrization) -> Weight:
+    """The squared error of what is predicted, as it is: DDPM's L_simple (arXiv 2006.11239, equation 14) and its kin."""
+    return lambda sigma: parametrization.c_out(sigma) ** -2
 
 
-def loss_weight(snr: Tensor, prediction: Prediction, gamma: float | None) -> Tensor:
-    """Multiplier on the squared error of ``prediction`` at signal-to-noise ratio ``snr``.
-
-    None is the plain loss. Min-SNR-γ (arXiv 2303.09556) weighs the error of x_0 with min(SNR, γ); since an
-    error of x_0 is one of the noise divided by SNR, and one of v divided by SNR + 1, the multiplier is
-    min(SNR, γ) over 1, SNR or SNR + 1.
-    """
-    if gamma is None:
-        return snr.new_ones(snr.shape)
-    per_x0_error = {"x0": snr.new_ones(snr.shape), "noise": snr, "v": snr + 1}[prediction]
-    return snr.clamp(max=gamma) / per_x0_error
+def min_snr(gamma: float) -> Weight:
+    """min(SNR, γ) (arXiv 2303.09556)."""
+    return lambda sigma: (sigma**-2).clamp(max=gamma)
 
 
-def per_sample_loss(
-    network: Callable[[Tensor, Tensor], Tensor],
-    schedule: NoiseSchedule,
-    prediction: Prediction,
-    gamma: float | None,
-    x0: Tensor,
-    t: Tensor,
-    noise: Tensor,
-) -> Tensor:
-    """Weighted mean squared error of each picture, (N,) float32; noising and loss in float32 at any precision."""
-    x_t = schedule.q_sample(x0, t, noise)
-    output = network(x_t, t.float()).float()
-    error = (output - target(prediction, x0, noise, schedule.alpha_bar(t))).square().mean((1, 2, 3))
-    weight = loss_weight(schedule.snr.to(t.device)[t], prediction, gamma)
-    return weight.to(error.dtype) * error
+def soft_min_snr(sigma_data: float) -> Weight:
+    """1 / (σ² + σ_data²), which bends where min-SNR has a corner (arXiv 2401.11605, section 4.4)."""
+    return lambda sigma: 1 / (sigma**2 + sigma_data**2)
+
+
+def edm(sigma_data: float) -> Weight:
+    """λ = 1/σ² + 1/σ_data², with which EDM's network errs alike at all levels (arXiv 2206.00364, table 1)."""
+    return lambda sigma: sigma**-2 + sigma_data**-2
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One training step but for the update: mix, predict, compare."""
+
+    schedule: NoiseSchedule
+    parametrization: Parametrization
+    weight: Weight
+
+    def loss(self, network: Callable[[Tensor, Tensor], Tensor], x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Weighted mean squared error of each picture, (N,) float32; noising and loss in float32 at any precision.
+
+        ``x0`` and ``noise`` are (N, C, H, W), times ``t`` (N,) whole or not.
+        """
+        sigma = self.schedule.sigma(t)
+        output = network(self.parametrization.noisy(x0, noise, sigma), t.float()).float()
+        error = (output - self.parametrization.target(x0, noise, sigma)).square().mean((1, 2, 3))
+        # An error of the answer is one of the picture divided by c_out.
+        return (self.weight(sigma) * self.parametrization.c_out(sigma) ** 2).to(error.dtype) * error
+
+
+def _as(pictures: Tensor, coefficient: Tensor) -> Tensor:
+    """A coefficient of each picture, in the pictures' own type."""
+    return coefficient.to(pictures.dtype)[:, None, None, None]

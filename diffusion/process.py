@@ -7,12 +7,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from diffusion.errors import UserError
 from diffusion.models.config import ModelConfig
+
+NOISIEST = 2**-24
+"""ᾱ of a last step without signal, at most: less than float32 sees beside 1."""
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I) for t = 0 … T−1."""
+    """q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I) for t = 0 … T−1, and between them, where ln σ is a straight line."""
 
     alphas_cumprod: Tensor
     """ᾱ_t, falling from nearly 1 to nearly 0: (T,) float64."""
@@ -32,23 +36,27 @@ class NoiseSchedule:
         """Signal-to-noise ratio ᾱ_t / (1 − ᾱ_t) = 1/σ_t²: (T,) float64."""
         return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
-    def alpha_bar(self, t: Tensor) -> Tensor:
-        """ᾱ_t for integer steps ``t`` (N,), as (N, 1, 1, 1) float64 to go with pictures."""
-        return self.alphas_cumprod.to(t.device)[t][:, None, None, None]
+    def sigma(self, t: Tensor) -> Tensor:
+        """σ at times ``t`` (N,) from 0 to T−1, whole or not, as (N,) float64: the inverse of ``time``."""
+        table = self.sigmas.to(t.device)
+        low = t.long().clamp(0, self.steps - 2)
+        beyond = t.double() - low
+        # At whole steps the table's own numbers, to the last bit.
+        return table[low] ** (1 - beyond) * table[low + 1] ** beyond
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """The time t, whole or not, at which the schedule has ``sigma`` (N,), as (N,) float32; at most its ends."""
+        table = self.sigmas.to(sigma.device).log()
+        value = sigma.double().log().clamp(table[0], table[-1])
+        high = torch.searchsorted(table, value).clamp(1, len(table) - 1)
+        low = high - 1
+        return (low + (value - table[low]) / (table[high] - table[low])).float()
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t for pictures ``x0`` (N, C, H, W), integer steps ``t`` (N,) and standard Gaussian ``noise``."""
-        signal, spread = scales(self.alpha_bar(t), x0)
-        return signal * x0 + spread * noise
-
-
-def scales(alpha_bar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """√ᾱ and √(1 − ᾱ), the shares of picture and noise in x_t, in the type of ``like``.
-
-    The roots are taken in float64: at either end float32 has lost 1 − ᾱ.
-    """
-    alpha_bar = alpha_bar.double()
-    return alpha_bar.sqrt().to(like.dtype), (1 - alpha_bar).sqrt().to(like.dtype)
+        alpha_bar = self.alphas_cumprod.to(t.device)[t][:, None, None, None]
+        # The roots are taken in float64: at either end float32 has lost 1 − ᾱ.
+        return alpha_bar.sqrt().to(x0.dtype) * x0 + (1 - alpha_bar).sqrt().to(x0.dtype) * noise
 
 
 def linear_schedule(steps: int) -> NoiseSchedule:
@@ -64,11 +72,46 @@ def linear_schedule(steps: int) -> NoiseSchedule:
 def cosine_schedule(steps: int, s: float = 0.008) -> NoiseSchedule:
     """ᾱ(t) ∝ cos²((t/T + s)/(1 + s) · π/2), β clipped at 0.999 (arXiv 2102.09672, equation 17)."""
     t = torch.arange(steps + 1, dtype=torch.float64) / steps
-    f = ((t + s) / (1 + s) * math.pi / 2).cos() ** 2
-    betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return _from_curve(((t + s) / (1 + s) * math.pi / 2).cos() ** 2)
+
+
+def sigmoid_schedule(steps: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> NoiseSchedule:
+    """ᾱ(t) falls from 1 to 0 along a sigmoid from ``start`` to ``end``, β clipped at 0.999 (arXiv 2212.11972)."""
+    t = torch.arange(steps + 1, dtype=torch.float64) / steps
+    curve = torch.sigmoid((start + t * (end - start)) / tau)
+    return _from_curve((curve[-1] - curve) / (curve[-1] - curve[0]))
+
+
+def edm_schedule(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseSchedule:
+    """ln σ rises in a straight line: t is EDM's c_noise = ¼ ln σ in another unit (arXiv 2206.00364, table 1)."""
+    sigmas = torch.linspace(math.log(sigma_min), math.log(sigma_max), steps, dtype=torch.float64).exp()
+    return NoiseSchedule(1 / (1 + sigmas**2))
+
+
+def _from_curve(alpha_bar: Tensor) -> NoiseSchedule:
+    """From ᾱ at 0, 1/T … 1, (T + 1,), by way of β: no step takes away all that is left."""
+    betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
     return NoiseSchedule((1 - betas).cumprod(0))
 
 
+def without_signal_at_the_end(schedule: NoiseSchedule) -> NoiseSchedule:
+    """√ᾱ shifted and stretched so that its last is 0 and its first stays (arXiv 2305.08891, algorithm 1)."""
+    roots = schedule.alphas_cumprod.sqrt()
+    stretched = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    alpha_bar = stretched**2
+    # Not quite 0, so that σ stays finite, and still less than the one before.
+    alpha_bar[-1] = min(NOISIEST, alpha_bar[-2].item() / 4)
+    return NoiseSchedule(alpha_bar)
+
+
+SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule, "sigmoid": sigmoid_schedule, "edm": edm_schedule}
+
+
 def make_schedule(config: ModelConfig) -> NoiseSchedule:
-    """The schedule that ``config`` names."""
-    return {"linear": linear_schedule, "cosine": cosine_schedule}[config.schedule](config.steps)
+    """The schedule that ``config`` names; raises UserError if they do not all differ in noise."""
+    schedule = SCHEDULES[config.schedule](config.steps)
+    if config.zero_terminal:
+        schedule = without_signal_at_the_end(schedule)
+    if not (schedule.alphas_cumprod.diff() < 0).all():
+        raise UserError(f"model.schedule {config.schedule} has no {config.steps} different steps: lower model.steps")
+    return schedule

@@ -7,6 +7,7 @@ from prefect.artifacts import create_markdown_artifact
 from diffusion.errors import UserError
 from diffusion.evaluation.evaluate import evaluate as judge_checkpoints
 from diffusion.evaluation.results import Evaluation
+from diffusion.training.candidates import candidates
 from diffusion.training.checkpoint import Checkpoints
 from flows.params import Params
 from flows.progress import reporter
@@ -27,7 +28,7 @@ def judge(params: Params) -> Evaluation:
     """Score the checkpoints; what was judged before under the same conditions is remembered."""
     return judge_checkpoints(
         params.dataset_folder,
-        Checkpoints(params.run_folder / "checkpoints").judged(),
+        candidates(params.run_folder, params.evaluation.ema_lengths),
         params.evaluation,
         params.sampling,
         params.report_folder,
@@ -40,8 +41,10 @@ def judge(params: Params) -> Evaluation:
 def report(params: Params, evaluation: Evaluation) -> None:
     """Put scores by checkpoint, the report page and its pictures on the MLflow run, and a summary on this one."""
     tracker = tracker_of(params)
-    for judged in evaluation.checkpoints:
-        tracker.log_scores(judged.scores.named(), judged.images)
+    # One point for each number of images: that of the best average, where there are several.
+    best = {each.images: each for each in sorted(evaluation.checkpoints, key=lambda each: -each.scores.kid)}
+    for images in sorted(best):
+        tracker.log_scores(best[images].scores.named(), images)
     folder = params.report_folder
     for path in (folder / "report.html", folder / "evaluation.json", *sorted(folder.glob("grids/*.png"))):
         tracker.log_file(path, "evaluation" if path.parent == folder else "evaluation/grids")

@@ -2,10 +2,10 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from diffusion.config import Config
 from diffusion.config_sampling import SamplingConfig
@@ -13,6 +13,7 @@ from diffusion.data.config import IngestConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.models.config import ModelConfig
+from diffusion.presets import PresetName, over
 from diffusion.training.config import TrainingConfig
 
 DEFAULT_PARAMS = Path("params.yaml")
@@ -29,12 +30,22 @@ class RegistryConfig(Config):
 class Params(Config):
     """Everything that decides what comes out, and nothing about where servers are."""
 
+    preset: PresetName = "fast"
+    """Where the fields that are left out of model, training and sampling come from: diffusion/presets/NAME.yaml."""
     ingest: IngestConfig = IngestConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     registry: RegistryConfig = RegistryConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_the_preset(cls, chosen: Any) -> Any:
+        # What is no mapping, or names no preset, is for the fields to refuse.
+        if isinstance(chosen, dict) and (name := chosen.get("preset", "fast")) in get_args(PresetName):
+            return over(chosen, name)
+        return chosen
 
     @property
     def dataset_folder(self) -> Path:

@@ -25,10 +25,9 @@ DIGEST_LENGTH = 36
 
 @dataclass
 class RunTracker:
-    """Implements ``diffusion.training.tracker.Tracker`` on a run of an MLflow server.
+    """A run on an MLflow server, written to at once.
 
-    A training that was killed repeats what came after its last checkpoint, with equal values: positions
-    up to those that the run has already are passed over, so that each is there once.
+    Positions up to those that the run has already are passed over, so that each is there once.
     """
 
     client: MlflowClient
@@ -50,7 +49,7 @@ class RunTracker:
 
     def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
         """Keep ``picture`` as the image ``name`` at step ``images``."""
-        marker = f"{name}_at_images"
+        marker = picture_marker(name)
         if images > self._last_step(marker):
             self.client.log_image(self.run_id, picture, key=name, step=images)
             self.log_metrics({marker: images}, images)
@@ -91,6 +90,11 @@ class RunTracker:
             points = self.client.get_metric_history(self.run_id, name)
             self.seen[name] = max((point.step for point in points), default=-1)
         return self.seen[name]
+
+
+def picture_marker(name: str) -> str:
+    """The metric that says up to which position a run has pictures called ``name``."""
+    return f"{name}_at_images"
 
 
 def find_run(client: MlflowClient, experiment: str, train_key: str) -> MlflowRun | None:

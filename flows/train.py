@@ -4,6 +4,7 @@ from typing import Literal
 
 from mlflow.client import MlflowClient
 from prefect import flow
+from prefect.logging import get_run_logger
 
 from diffusion.config import Config
 from diffusion.data.manifest import Manifest, read_manifest
@@ -17,8 +18,12 @@ from flows.environment import data_source
 from flows.params import Params, flattened
 from flows.progress import reporter
 from flows.remote_shards import RemoteShards
+from flows.spool import UNANSWERED, SpooledTracker
 from flows.steps import step
 from flows.tracking import RunTracker, find_run, open_run
+
+SPOOL = "spool"
+"""The folder of a run in which its record waits for MLflow."""
 
 
 class TrainingRun(Config):
@@ -48,10 +53,10 @@ def start_over(params: Params) -> None:
 def train_and_track(params: Params, restart: Restart) -> TrainingRun:
     """Train in ``params.run_folder``; the MLflow run is found again by what goes into it."""
     manifest = read_manifest(params.dataset_folder)
-    opened: list[RunTracker] = []
+    opened: list[SpooledTracker] = []
 
-    def track(anew: bool) -> RunTracker:
-        opened.append(_open(params, manifest, anew))
+    def track(anew: bool) -> SpooledTracker:
+        opened.append(SpooledTracker(_open(params, manifest, anew), params.run_folder / SPOOL, anew))
         return opened[0]
 
     try:
@@ -67,10 +72,10 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
             RemoteShards(params.dataset_folder, data_source()) if params.training.stream_bytes is not None else None,
         )
     except BaseException:
-        for tracker in opened:
-            tracker.fail()
+        for each in opened:
+            _say_failed(each.tracker)
         raise
-    tracker = opened[0] if opened else _recorded(params, manifest, result)
+    tracker = _delivered(opened[0]) if opened else _recorded(params, manifest, result)
     if not tracker.finished:
         for record in (result.output / "history.csv", result.output / "losses.csv"):
             tracker.log_file(record, "history")
@@ -78,12 +83,24 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
     return TrainingRun(run_id=tracker.run_id, result=result)
 
 
+def _delivered(spooled: SpooledTracker) -> RunTracker:
+    spooled.close()
+    return spooled.tracker
+
+
+def _say_failed(tracker: RunTracker) -> None:
+    try:
+        tracker.fail()
+    except UNANSWERED as error:  # what went wrong with the training itself matters more
+        get_run_logger().warning("MLflow could not be told that the run failed: %s", error)
+
+
 def _recorded(params: Params, manifest: Manifest, result: TrainResult) -> RunTracker:
     """The MLflow run of a training that had ended before; if this server has none, one made from its history."""
     client = MlflowClient()
     run = find_run(client, params.model_name, result.train_key)
     if run is not None:
-        return RunTracker(client, run.info.run_id)
+        return _delivered(SpooledTracker(RunTracker(client, run.info.run_id), params.run_folder / SPOOL))
     tracker = _open(params, manifest, anew=False)
     for name in ("history.csv", "losses.csv"):
         for row in read_rows(result.output / name):

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from diffusion.config import Config
 
@@ -12,6 +12,8 @@ class EvaluationConfig(Config):
 
     samples: int = Field(500, ge=10)
     """Pictures drawn from each checkpoint, and real training pictures behind the floor."""
+    ema_lengths: tuple[PositiveFloat, ...] = ()
+    """Averages of the weights over these shares of training are judged, too: see training.ema_lengths."""
     reference: int = Field(10_000, ge=10)
     """Held-out pictures compared with: at most this many, the first by key."""
     extractor: Literal["efflite0"] = "efflite0"

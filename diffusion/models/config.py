@@ -6,18 +6,22 @@ from pydantic import Field, model_validator
 
 from diffusion.config import Config
 
-Prediction = Literal["noise", "v", "x0"]
+Prediction = Literal["noise", "v", "x0", "edm"]
 
 
 class ModelConfig(Config):
     """The forward process, the quantity predicted, and the shape of the U-Net."""
 
-    schedule: Literal["linear", "cosine"] = "cosine"
-    """Noise schedule: linear β (arXiv 2006.11239) or cosine ᾱ (arXiv 2102.09672)."""
+    schedule: Literal["linear", "cosine", "sigmoid", "edm"] = "cosine"
+    """Noise schedule: linear β (arXiv 2006.11239), cosine ᾱ (2102.09672), sigmoid ᾱ (2212.11972), or EDM's σ from
+    0.002 to 80, each step as many times that of the one before (2206.00364)."""
     steps: int = Field(1000, ge=2, le=10_000)
     """T, the number of noise levels."""
+    zero_terminal: bool = False
+    """Whether the schedule is stretched until nothing is left of a picture at its end (arXiv 2305.08891)."""
     prediction: Prediction = "v"
-    """What the network predicts: the noise, v (arXiv 2202.00512), or the clean picture."""
+    """What the network predicts: the noise, v (arXiv 2202.00512), the clean picture, or EDM's mixture of both, which
+    depends on the standard deviation of the data set (2206.00364)."""
     width: int = Field(32, ge=16, multiple_of=16)
     """Channels at the highest resolution; a multiple of 16, the channels normalised together."""
     multipliers: tuple[int, ...] = (1, 2)
@@ -31,8 +35,21 @@ class ModelConfig(Config):
     patch: Literal[1, 2, 4] = 2
     """The network works on patch×patch pixels folded into channels: 2 means half resolution, a quarter of
     the work."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the values inside each residual block that training sets to 0, chosen by seed and picture."""
     conditional: bool = True
     """Whether the network is told each picture's class, where the data set has several."""
+
+    @model_validator(mode="after")
+    def _has_an_answer(self) -> "ModelConfig":
+        if self.zero_terminal and self.schedule == "edm":
+            raise ValueError("model.zero_terminal stretches the other schedules; edm has its own end: leave one out")
+        if self.zero_terminal and self.prediction == "noise":
+            raise ValueError(
+                "model.prediction = noise says nothing of a picture of which nothing is left, as model.zero_terminal "
+                "makes them: use v, x0 or edm"
+            )
+        return self
 
     @model_validator(mode="after")
     def _levels_exist(self) -> "ModelConfig":

@@ -5,12 +5,15 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from diffusion.errors import UserError
 from diffusion.models.config import ModelConfig
 
 GROUP = 16
 """Channels per group of the normalisations; with fewer, bfloat16 kernels fall back from vectors to scalars."""
+LAYER, GOLDEN = 0x9E3779B97F4A7, -0x61C8864680B583EB
+"""Odd numbers far from each other, by which layers and values differ in what they draw."""
 WRITTEN_OUT = 256
 """Up to so many positions attention is written out: there the fused kernel's backward pass takes up to five
 times as long on processors without a GPU."""
@@ -22,8 +25,9 @@ class ResidualBlock(nn.Module):
     Time scales and shifts the second normalisation (adaptive group norm, arXiv 2105.05233, section 3.1).
     """
 
-    def __init__(self, inputs: int, outputs: int, embedding: int, heads: int) -> None:
+    def __init__(self, inputs: int, outputs: int, embedding: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = dropout
         self.norm1 = _normalisation(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.modulation = nn.Linear(embedding, 2 * outputs)
@@ -32,11 +36,13 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
         self.attention = SelfAttention(outputs, heads) if heads else nn.Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """(N, inputs, H, W) and (N, embedding) to (N, outputs, H, W)."""
+    def forward(self, x: Tensor, embedding: Tensor, draws: Tensor | None = None) -> Tensor:
+        """(N, inputs, H, W) and (N, embedding) to (N, outputs, H, W); ``draws`` as in ``UNet.forward``."""
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(functional.silu(self.norm1(x)))
         h = functional.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
+        if draws is not None:
+            h = dropped(h, draws, self.dropout)
         h = self.skip(x) + self.conv2(h)
         out: Tensor = self.attention(h)
         return out
@@ -70,7 +76,7 @@ class Shrink(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, draws: Tensor | None = None) -> Tensor:
         """(N, C, H, W) to (N, C, H/2, W/2), whatever the time."""
         out: Tensor = self.conv(x)
         return out
@@ -106,6 +112,8 @@ class UNet(nn.Module):
                 f"one, and the pictures have {size}: take a number out of model.multipliers, or lower model.patch"
             )
         self.patch, self.width, self.padding = config.patch, config.width, -size % fold
+        self.dropout, self.recompute = config.dropout, False
+        """Whether what is inside layers is computed again in the backward pass, instead of kept from the forward."""
         embedding = 4 * config.width
         self.time = nn.Sequential(
             nn.Linear(config.width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
@@ -122,7 +130,7 @@ class UNet(nn.Module):
             nonlocal current
             current = config.width * config.multipliers[resolution]
             heads = config.heads if attention and resolution in config.attention else 0
-            return ResidualBlock(inputs, current, embedding, heads)
+            return ResidualBlock(inputs, current, embedding, heads, config.dropout)
 
         lowest = len(config.multipliers) - 1
         for resolution in range(lowest + 1):
@@ -142,11 +150,14 @@ class UNet(nn.Module):
         self.norm = _normalisation(current)
         self.head = _zero(nn.Conv2d(current, channels * config.patch**2, 3, padding=1))
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
         """Noisy pictures (N, C, H, W) at ``time`` (N,), in steps of 0 … T−1, to the prediction (N, C, H, W).
 
-        ``label`` (N,) are integers: a class, or ``no_class``, which is also what None means.
+        ``label`` (N,) are integers: a class, or ``no_class``, which is also what None means. ``draws`` (N,) int64
+        below 2^62 decide for each picture which values dropout sets to 0; None: none, as it should be but for training.
         """
+        if not self.dropout:
+            draws = None
         height, width = x.shape[-2:]
         if self.padding:
             x = functional.pad(x, (0, self.padding, 0, self.padding), mode="replicate")
@@ -156,15 +167,43 @@ class UNet(nn.Module):
             embedding = embedding + self.classes(label)
         h = self.stem(functional.pixel_unshuffle(x, self.patch))
         skips = [h]
+        depth = 0
+
+        def through(layer: nn.Module, h: Tensor) -> Tensor:
+            nonlocal depth
+            depth += 1
+            # Each layer draws for itself.
+            own = None if draws is None else draws + depth * LAYER
+            out: Tensor = (
+                checkpoint(layer, h, embedding, own, use_reentrant=False, preserve_rng_state=False)
+                if self.recompute and self.training
+                else layer(h, embedding, own)
+            )
+            return out
+
         for layer in self.down:
-            h = layer(h, embedding)
+            h = through(layer, h)
             skips.append(h)
         for layer in self.middle:
-            h = layer(h, embedding)
+            h = through(layer, h)
         for layer in self.up:
-            h = layer(h) if isinstance(layer, Grow) else layer(torch.cat([h, skips.pop()], dim=1), embedding)
+            h = layer(h) if isinstance(layer, Grow) else through(layer, torch.cat([h, skips.pop()], dim=1))
         folded: Tensor = self.head(functional.silu(self.norm(h)))
         return functional.pixel_shuffle(folded, self.patch)[..., :height, :width]
+
+
+def dropped(h: Tensor, draws: Tensor, rate: float) -> Tensor:
+    """``h`` (N, C, H, W) with a share ``rate`` of its values 0 and the others scaled up (arXiv 1207.0580).
+
+    Which ones is a function of ``draws`` (N,) int64 alone, and not of a generator that the number of threads, ranks or
+    restarts could put elsewhere: each value's number is mixed with its picture's (the finalizer of SplitMix64).
+    """
+    numbers = torch.arange(h[0].numel(), device=h.device).view(1, *h.shape[1:])
+    mixed = (numbers + 1) * GOLDEN + draws[:, None, None, None]
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        mixed = (mixed ^ (mixed >> shift & (1 << (64 - shift)) - 1)) * factor
+    kept = (mixed >> 33 & 2**31 - 1) >= rate * 2**31
+    return h * kept.to(h.dtype) / (1 - rate)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

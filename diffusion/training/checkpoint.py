@@ -1,22 +1,27 @@
 """Checkpoints: everything a run needs to go on, in one safetensors file, whole or absent."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.files import sha256_file, write_bytes
-from diffusion.model import AVERAGED, read_header, save_tensors
+from diffusion.model import read_header, save_tensors
 from diffusion.models.unet import UNet
-from diffusion.training.ema import ExponentialMovingAverage
+from diffusion.training.ema import WeightAverage
+from diffusion.training.post_hoc import averaged_tensors, prefix
+from diffusion.training.uncertainty import Uncertainty
 
 NETWORK = "network."
+UNCERTAINTY = "uncertainty."
 OPTIMIZER = "optimizer."
+COUNTS = "counts"
 
 logger = logging.getLogger(__name__)
 
@@ -26,25 +31,46 @@ class TrainingState:
     """What changes from step to step. There is no random state: draws are functions of ``images``."""
 
     network: UNet
-    average: ExponentialMovingAverage
+    averages: list[WeightAverage]
+    """The first is the model."""
     optimizer: torch.optim.AdamW
+    """Of all ``parameters``, in their order."""
+    uncertainty: Uncertainty | None = None
+    """Where training learns one."""
     images: int = 0
     """Pictures seen."""
+    skipped: int = 0
+    """Steps left out, as their loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Of these, the last without another between them."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained."""
+        return [*self.network.parameters(), *(self.uncertainty.parameters() if self.uncertainty else ())]
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors under names that say whose they are."""
         named = {NETWORK + name: value for name, value in self.network.state_dict().items()}
-        named |= {AVERAGED + name: value for name, value in self.average.state_dict().items()}
+        named |= averaged_tensors(self.averages)
+        if self.uncertainty:
+            named |= {UNCERTAINTY + name: value for name, value in self.uncertainty.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             named |= {f"{OPTIMIZER}{index}.{name}": value for name, value in moments.items()}
         return named
 
-    def load(self, tensors: dict[str, Tensor], images: int) -> None:
-        """Become the state that ``tensors`` was taken from."""
+    def counts(self) -> dict[str, int]:
+        """What is counted, for the header of a checkpoint."""
+        return {"images": self.images, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def load(self, tensors: dict[str, Tensor], counts: dict[str, int]) -> None:
+        """Become the state that ``tensors`` and ``counts`` were taken from."""
         self.network.load_state_dict(_under(NETWORK, tensors))
-        self.average.load_state_dict(_under(AVERAGED, tensors))
+        for number, average in enumerate(self.averages):
+            average.load_state_dict(_under(prefix(number), tensors))
+        if self.uncertainty:
+            self.uncertainty.load_state_dict(_under(UNCERTAINTY, tensors))
         moments: dict[int, dict[str, Tensor]] = {}
-        parameters = list(self.network.parameters())
+        parameters = self.parameters()
         for name, value in _under(OPTIMIZER, tensors).items():
             index, moment = name.split(".", 1)
             if value.ndim:
@@ -53,7 +79,8 @@ class TrainingState:
             moments.setdefault(int(index), {})[moment] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.images = images
+        self.images, self.skipped = counts["images"], counts["skipped"]
+        self.skipped_in_a_row = counts["skipped_in_a_row"]
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -69,12 +96,11 @@ class Checkpoints:
 
     folder: Path
 
-    def save(self, state: TrainingState, header: dict[str, Any]) -> Path:
-        """Write ``state`` under the number of its images."""
-        path = self.folder / f"{state.images:010d}.safetensors"
-        digest = save_tensors(path, state.tensors(), header)
+    def save(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+        """Write a state's ``tensors`` under the number of its images, which ``header`` has under ``counts``."""
+        path = self.folder / f"{header[COUNTS]['images']:010d}.safetensors"
+        digest = save_tensors(path, tensors, header)
         write_bytes(_digest_of(path), f"{digest}\n".encode())
-        return path
 
     def paths(self) -> list[Path]:
         """The finished checkpoints, oldest first."""
@@ -95,15 +121,52 @@ class Checkpoints:
     def restore(self, state: TrainingState) -> dict[str, Any] | None:
         """Load the newest whole checkpoint into ``state``; returns its header, or None if there is none."""
         for path, header in self.newest_whole():
-            state.load(load_file(path), header["model_header"]["images"])
+            state.load(load_file(path), header[COUNTS])
             return header
         return None
 
-    def prune(self, keep: int) -> None:
-        """Remove all but the ``keep`` newest: digest first, so that none is ever half there."""
+    def prune(self, keep: int, spared: Container[int] = ()) -> None:
+        """Remove all but the ``keep`` newest and those after ``spared`` images: digest first, so none is half there."""
         for path in self.paths()[:-keep]:
-            _digest_of(path).unlink()
-            path.unlink()
+            if int(path.stem) not in spared:
+                _digest_of(path).unlink()
+                path.unlink()
+
+
+class Writer:
+    """Writes checkpoints beside training, one at a time; leaving it waits for the last.
+
+    Training stops only for as long as it takes to copy the state in memory.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self._pool = ThreadPoolExecutor(1)
+        self._under_way: Future[None] | None = None
+
+    def save(self, state: TrainingState, header: dict[str, Any], keep: int, spared: Container[int] = ()) -> None:
+        """Begin to write ``state``, and then to prune; raises what went wrong with the one before."""
+        self.wait()
+        tensors = {name: value.clone() for name, value in state.tensors().items()}
+        self._under_way = self._pool.submit(self._write, tensors, header | {COUNTS: state.counts()}, keep, spared)
+
+    def _write(self, tensors: dict[str, Tensor], header: dict[str, Any], keep: int, spared: Container[int]) -> None:
+        self.checkpoints.save(tensors, header)
+        self.checkpoints.prune(keep, spared)
+
+    def wait(self) -> None:
+        """Until what is under way is on disk; raises what went wrong."""
+        if self._under_way is not None:
+            self._under_way.result()
+            self._under_way = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self.wait()
 
 
 def _digest_of(path: Path) -> Path:

@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from diffusion.config import Config
+
+LONGEST = 0.28
+"""Relative length of an average that weighs all of training alike."""
 
 
 class TrainingConfig(Config):
@@ -33,14 +36,37 @@ class TrainingConfig(Config):
     """AdamW's decoupled weight decay."""
     clip_norm: float = Field(1.0, gt=0)
     """Gradients of a larger norm are scaled down to it."""
-    ema_decay: float = Field(0.999, ge=0, lt=1)
-    """Largest decay of the averaged weights, reached after a warm-up."""
+    most_skipped: int = Field(20, ge=1)
+    """Steps in a row without a finite loss and gradient, each of them left out, after which training gives up."""
+    ema_decay: float | None = Field(None, ge=0, lt=1)
+    """Largest decay of the averaged weights, reached after a warm-up; null: 0.999."""
+    ema_lengths: tuple[PositiveFloat, PositiveFloat] | None = None
+    """Null: one exponential average. Two numbers, such as [0.05, 0.1]: two averages that forget in proportion to how
+    long training has gone on, over these shares of it (arXiv 2312.02696). The first is the model; from what is kept of
+    both in averages/, evaluation.ema_lengths makes those of other lengths after the end."""
+    weighting: Literal["plain", "min_snr", "soft_min_snr", "edm"] = "plain"
+    """How much each noise level counts: the squared error of what is predicted, as it is (arXiv 2006.11239), min-SNR-γ
+    (2303.09556), its soft form (2401.11605) or EDM's (2206.00364). The last two know the data's deviation."""
     min_snr_gamma: float | None = Field(None, gt=0)
-    """γ of the min-SNR weighting (arXiv 2303.09556); null: the plain loss of DDPM."""
+    """γ of min_snr; null: 5."""
+    learned_uncertainty: bool = False
+    """Whether a small network learns how large the error is at each level, and the loss is divided by that (2312.02696,
+    equation 21): then no level outweighs the others, however hard it is."""
+    times: Literal["uniform", "lognormal"] = "uniform"
+    """How noise levels are drawn: each step of the schedule alike, or ln σ from a normal distribution (2206.00364)."""
+    log_sigma_mean: float | None = None
+    """Mean of ln σ for times = lognormal; null: −1.2, EDM's."""
+    log_sigma_std: float | None = Field(None, gt=0)
+    """Standard deviation of ln σ for times = lognormal; null: 1.2, EDM's."""
+    stratified: bool = True
+    """Whether each of a batch's N pictures has its time from another N-th of the distribution."""
     class_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of the pictures whose class the network is not told, so that it can also draw without."""
     flip: bool = False
     """Mirror every second picture, chosen by seed. Wrong for digits and letters, right for most photographs."""
+    recompute: bool = False
+    """Whether inner values are computed again in the backward pass instead of kept: a third more work, and a fraction
+    of the memory. Changes no weights."""
     seed: int = Field(0, ge=0)
     """Decides initial weights, order, time steps and noise."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -48,7 +74,11 @@ class TrainingConfig(Config):
     checkpoints: int = Field(6, ge=1)
     """How many checkpoints a run writes, evenly spaced; each comes with held-out losses and a sample grid."""
     keep: int = Field(3, ge=1)
-    """How many of them stay on disk, the newest; evaluation judges each of these."""
+    """How many of them stay on disk, the newest; evaluation judges each that is there."""
+    keep_best: int = Field(0, ge=0)
+    """How many more stay: those whose averaged weights had the lowest loss on held-out pictures."""
+    keep_every: int | None = Field(None, ge=1)
+    """Every so many checkpoints one stays for good; null: none."""
     workers: int = Field(2, ge=1)
     """Threads that make batches ready while the network computes."""
     prefetch: int = Field(4, ge=1)
@@ -77,6 +107,31 @@ class TrainingConfig(Config):
         if self.lanes > self.batch_size:
             raise ValueError(f"training.lanes = {self.lanes} parts of {self.batch_size} pictures: use fewer lanes")
         return self
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> "TrainingConfig":
+        if self.min_snr_gamma is not None and self.weighting != "min_snr":
+            raise ValueError(f"training.min_snr_gamma means nothing to weighting = {self.weighting}: use min_snr")
+        if self.times != "lognormal" and (self.log_sigma_mean, self.log_sigma_std) != (None, None):
+            raise ValueError(f"training.log_sigma_* mean nothing to times = {self.times}: use lognormal")
+        if self.ema_lengths is not None and self.ema_decay is not None:
+            raise ValueError("training.ema_decay means nothing to averages with training.ema_lengths: leave one out")
+        if self.ema_lengths is not None and not 0 < self.ema_lengths[0] < self.ema_lengths[1] < LONGEST:
+            raise ValueError(f"training.ema_lengths rise from the first to the second, which is below {LONGEST}")
+        return self
+
+    @property
+    def gamma(self) -> float:
+        """γ of min-SNR."""
+        return 5.0 if self.min_snr_gamma is None else self.min_snr_gamma
+
+    @property
+    def log_sigma(self) -> tuple[float, float]:
+        """Mean and standard deviation of ln σ."""
+        return (
+            -1.2 if self.log_sigma_mean is None else self.log_sigma_mean,
+            1.2 if self.log_sigma_std is None else self.log_sigma_std,
+        )
 
     @model_validator(mode="after")
     def _loading(self) -> "TrainingConfig":

@@ -1,25 +1,28 @@
-"""An exponential moving average of the weights: the largest free gain in quality there is."""
+"""Averages of the weights over training: the largest free gain in quality there is."""
 
+import math
+from abc import ABC, abstractmethod
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 
-class ExponentialMovingAverage:
-    """Averages a network's parameters with a decay that warms up: min(max_decay, 1 − (1 + step)^−¾).
+class WeightAverage(ABC):
+    """A moving average of a network's parameters; what is forgotten at a step is up to the kind of average."""
 
-    Without the warm-up the average would remember the random start for 1/(1 − max_decay) steps.
-    """
-
-    def __init__(self, network: nn.Module, max_decay: float) -> None:
-        self.max_decay = max_decay
+    def __init__(self, network: nn.Module) -> None:
         self.names = [name for name, _ in network.named_parameters()]
         self.averages = [parameter.detach().clone() for parameter in network.parameters()]
+
+    @abstractmethod
+    def decay(self, step: int) -> float:
+        """How much of the average stays at ``step`` (1, 2, …), from 0 to 1."""
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         """Move towards the network's parameters as they are after ``step`` (1, 2, …) optimizer steps."""
-        decay = min(self.max_decay, 1 - (1 + step) ** -0.75)
-        torch._foreach_lerp_(self.averages, [p.detach() for p in network.parameters()], 1 - decay)
+        torch._foreach_lerp_(self.averages, [p.detach() for p in network.parameters()], 1 - self.decay(step))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages under the names of the network's parameters."""
@@ -29,3 +32,59 @@ class ExponentialMovingAverage:
         """Go on from ``averages``, as ``state_dict`` gave them."""
         for name, average in zip(self.names, self.averages, strict=True):
             average.copy_(averages[name])
+
+
+class ExponentialAverage(WeightAverage):
+    """Its decay warms up: min(max_decay, 1 − (1 + step)^−¾).
+
+    Without the warm-up the average would remember the random start for 1/(1 − max_decay) steps.
+    """
+
+    def __init__(self, network: nn.Module, max_decay: float) -> None:
+        super().__init__(network)
+        self.max_decay = max_decay
+
+    def decay(self, step: int) -> float:
+        """The decay at ``step``."""
+        return min(self.max_decay, 1 - float((1 + step) ** -0.75))
+
+
+class PowerAverage(WeightAverage):
+    """Step τ of t weighs as τ^γ, so that it forgets in proportion to how long training has gone on.
+
+    ``length`` is the standard deviation of those weights over τ/t (arXiv 2312.02696, equations 1 to 4).
+    """
+
+    def __init__(self, network: nn.Module, length: float) -> None:
+        super().__init__(network)
+        self.gamma = power(length)
+
+    def decay(self, step: int) -> float:
+        """The decay at ``step``: 0 at the first."""
+        return float((1 - 1 / step) ** (self.gamma + 1))
+
+
+def power(length: float) -> float:
+    """The γ of a power-function average with this relative ``length`` (arXiv 2312.02696, equation 126)."""
+    roots = np.roots([1, 7, 16 - length**-2, 12 - length**-2])
+    return float(roots[np.isreal(roots)].real.max())
+
+
+def mixture(snapshots: list[tuple[int, float]], images: int, length: float) -> list[float]:
+    """How much each of ``snapshots`` counts in the average of ``length`` at ``images`` (arXiv 2312.02696, section 3.2).
+
+    A snapshot is a power-function average of some length at some number of images. The counts are those with which the
+    weight functions of the snapshots come nearest to the one that is asked for, by least squares.
+    """
+    profiles = [(at, power(each)) for at, each in snapshots]
+    overlaps = np.array([[_overlap(one, other) for other in profiles] for one in profiles])
+    wanted = np.array([_overlap(one, (images, power(length))) for one in profiles])
+    return [float(share) for share in np.linalg.lstsq(overlaps, wanted, rcond=None)[0]]
+
+
+def _overlap(one: tuple[int, float], other: tuple[int, float]) -> float:
+    """∫ p q of the weight functions p(τ) = (γ + 1) τ^γ / t^(γ + 1) up to t (arXiv 2312.02696, appendix C.2)."""
+    (t, gamma), (s, delta) = sorted((one, other))
+    # With t ≤ s: in logarithms, as the powers themselves are out of a float's range.
+    shape = (gamma + 1) * (delta + 1) / (gamma + delta + 1)
+    return shape * math.exp(delta * math.log(t) - (delta + 1) * math.log(s))

@@ -15,22 +15,35 @@ from diffusion.data.dataset import SPLITS, Dataset
 from diffusion.data.loader import Batch, Loader
 from diffusion.data.manifest import Manifest, Split
 from diffusion.data.order import Order, TrainingOrder, WindowedOrder
+from diffusion.errors import DarkroomError
 from diffusion.files import digest_of
 from diffusion.fingerprint import autocast, resolve_precision
 from diffusion.model import DiffusionModel, ModelHeader, classes_of, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
-from diffusion.objective import per_sample_loss
-from diffusion.process import NoiseSchedule, make_schedule
+from diffusion.objective import Objective
 from diffusion.random import GaussianNoise, uniform
 from diffusion.training.checkpoint import TrainingState
 from diffusion.training.config import TrainingConfig
-from diffusion.training.ema import ExponentialMovingAverage
+from diffusion.training.ema import ExponentialAverage, PowerAverage, WeightAverage
+from diffusion.training.objective import draw_times, make_objective, times_at
+from diffusion.training.ranks import ALONE, Ranks
+from diffusion.training.uncertainty import Uncertainty
 
 BETAS = (0.9, 0.99)
 """Of AdamW. Its own 0.999 remembers more steps than a run of minutes has to give: measured worse."""
+LEVELS = 8
+"""Parts of the distribution of noise levels, from the least to the most, whose losses are told apart."""
 PROBES = 256
 """Pictures of each split on which losses are compared over time."""
+
+
+class NotFinite(DarkroomError):
+    """Training gave up; ``batch`` is what it was last shown."""
+
+    def __init__(self, message: str, batch: dict[str, Tensor]) -> None:
+        super().__init__(message)
+        self.batch = batch
 
 
 @dataclass
@@ -41,58 +54,94 @@ class Run:
     model: ModelConfig
     config: TrainingConfig
     state: TrainingState
-    schedule: NoiseSchedule
+    objective: Objective
     loader: Loader
     classes: list[str]
     """What the network is told of; empty: nothing."""
     pool: Executor
     """Lanes to compute in."""
+    ranks: Ranks = ALONE
+    """The processes that share each batch."""
     total: int = 0
     """Images to see in all, a whole number of batches."""
 
     @classmethod
-    def new(cls, dataset: Dataset, model: ModelConfig, config: TrainingConfig, pool: Executor) -> "Run":
+    def new(
+        cls, dataset: Dataset, model: ModelConfig, config: TrainingConfig, pool: Executor, ranks: Ranks = ALONE
+    ) -> "Run":
         """A run that has seen nothing yet; its initial weights are a function of the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             classes = classes_of(model, dataset.manifest.class_histogram)
             network = UNet(model, dataset.manifest.channels, dataset.manifest.size, len(classes))
+        network.recompute = config.recompute
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        uncertainty = Uncertainty() if config.learned_uncertainty else None
+        trained = [*network.parameters(), *(uncertainty.parameters() if uncertainty else ())]
         optimizer = torch.optim.AdamW(
-            network.parameters(), config.learning_rate, BETAS, weight_decay=config.weight_decay, fused=True
+            trained, config.learning_rate, BETAS, weight_decay=config.weight_decay, fused=True
         )
-        average = ExponentialMovingAverage(network, config.ema_decay)
-        state = TrainingState(network, average, optimizer)
-        return cls(dataset, model, config, state, make_schedule(model), make_loader(dataset, config), classes, pool)
+        state = TrainingState(network, make_averages(network, config), optimizer, uncertainty)
+        objective = make_objective(model, config, dataset.manifest.sigma_data)
+        return cls(dataset, model, config, state, objective, make_loader(dataset, config, ranks), classes, pool, ranks)
 
-    def step(self) -> tuple[Tensor, Tensor]:
-        """One optimizer step; returns loss and gradient norm as 0-dimensional tensors."""
+    def step(self) -> tuple[Tensor, Tensor] | None:
+        """One optimizer step; returns loss and gradient norm as 0-dimensional tensors.
+
+        None: one of them was not finite, and the step was left out. Raises DarkroomError if too many in a row were.
+        """
         config, state = self.config, self.state
         batch = self.loader.batch(state.images, self.total)
         x0 = to_float(batch.pictures).contiguous(memory_format=torch.channels_last)
-        t, noise = self._draws(batch.indices)
-        drawn = [x0, t, noise, *self._told(batch)]
-        parts = list(self.pool.map(self._gradients, *(each.tensor_split(config.lanes) for each in drawn)))
+        t = draw_times(config, self.objective.schedule, batch.indices)
+        noise = GaussianNoise(config.seed, "noise", batch.indices, self.dataset.shape)()
+        draws = (uniform(config.seed, "dropout", batch.indices) * 2**62).long()
+        drawn = [x0, t, noise, draws, *self._told(batch)]
+        lanes = lanes_of(config, self.ranks)
+        parts = list(self.pool.map(self._gradients, *(each.tensor_split(lanes) for each in drawn)))
         loss = torch.stack([part_loss for part_loss, _ in parts]).sum()
-        for parameter, *gradients in zip(state.network.parameters(), *(part for _, part in parts), strict=True):
+        for parameter, *gradients in zip(state.parameters(), *(part for _, part in parts), strict=True):
             # In the parameter's own memory format, which autograd.grad does not promise and the optimizer relies on.
             parameter.grad = torch.zeros_like(parameter)
             for gradient in gradients:
                 parameter.grad.add_(gradient)
-        norm = torch.nn.utils.clip_grad_norm_(state.network.parameters(), config.clip_norm)
+        self.ranks.sum([loss, *(parameter.grad for parameter in state.parameters() if parameter.grad is not None)])
+        norm = torch.nn.utils.clip_grad_norm_(state.parameters(), config.clip_norm)
+        state.images += config.batch_size
+        if not (loss.isfinite() and norm.isfinite()):
+            self._skip(batch, t)
+            return None
+        state.skipped_in_a_row = 0
         for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(config, state.images, self.total)
+            group["lr"] = learning_rate(config, state.images - config.batch_size, self.total)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        state.images += config.batch_size
-        state.average.update(state.network, state.images // config.batch_size)
+        for average in state.averages:
+            average.update(state.network, state.images // config.batch_size)
         return loss, norm
 
-    def _gradients(self, x0: Tensor, t: Tensor, noise: Tensor, *label: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _skip(self, batch: Batch, t: Tensor) -> None:
+        state, config = self.state, self.config
+        state.optimizer.zero_grad(set_to_none=True)
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        if state.skipped_in_a_row < config.most_skipped:
+            return
+        raise NotFinite(
+            f"loss or gradient was not finite in {config.most_skipped} steps in a row, up to image {state.images}: "
+            "lower training.learning_rate and give --restart, or look at the last batch",
+            {"pictures": batch.pictures, "t": t, "rows": torch.from_numpy(np.asarray(batch.rows))},
+        )
+
+    def _gradients(
+        self, x0: Tensor, t: Tensor, noise: Tensor, draws: Tensor, *label: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """A part's share of the batch's loss, and its gradients."""
         with autocast(self.config.precision):
-            loss = self._losses(self.state.network, x0, t, noise, *label).sum() / self.config.batch_size
-        return loss.detach(), torch.autograd.grad(loss, list(self.state.network.parameters()))
+            losses = self._losses(self.state.network, x0, t, noise, draws, *label)
+        minimised = self.state.uncertainty(losses, t) if self.state.uncertainty else losses
+        gradients = torch.autograd.grad(minimised.sum() / self.config.batch_size, self.state.parameters())
+        return losses.detach().sum() / self.config.batch_size, gradients
 
     def _told(self, batch: Batch) -> list[Tensor]:
         """The classes, if the network is told any; some are kept from it (arXiv 2207.12598)."""
@@ -101,22 +150,23 @@ class Run:
         kept = uniform(self.config.seed, "class", batch.indices) < self.config.class_dropout
         return [self.dataset.classes(batch.rows, self.classes).masked_fill(kept, len(self.classes))]
 
-    def _draws(self, indices: range) -> tuple[Tensor, Tensor]:
-        """Time steps, stratified over the batch for a lower variance, and noise."""
-        u = (torch.arange(len(indices)) + uniform(self.config.seed, "time", indices)) / len(indices)
-        t = (u * self.schedule.steps).long().clamp(max=self.schedule.steps - 1)
-        return t, GaussianNoise(self.config.seed, "noise", indices, self.dataset.shape)()
-
-    def _losses(self, network: UNet, x0: Tensor, t: Tensor, noise: Tensor, label: Tensor | None = None) -> Tensor:
-        prediction, gamma = self.model.prediction, self.config.min_snr_gamma
-        return per_sample_loss(partial(network, label=label), self.schedule, prediction, gamma, x0, t, noise)
+    def _losses(
+        self,
+        network: UNet,
+        x0: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        draws: Tensor | None,
+        label: Tensor | None = None,
+    ) -> Tensor:
+        return self.objective.loss(partial(network, label=label, draws=draws), x0, t, noise)
 
     def averaged(self) -> DiffusionModel:
         """The averaged network as it is now."""
         network = copy.deepcopy(self.state.network)
-        network.load_state_dict(self.state.average.state_dict())
+        network.load_state_dict(self.state.averages[0].state_dict())
         network.eval().requires_grad_(False)
-        return DiffusionModel(self.model_header(), network, self.schedule)
+        return DiffusionModel(self.model_header(), network, self.objective.schedule)
 
     def probe(self, averaged: UNet) -> dict[str, float]:
         """Losses of raw and averaged weights on fixed pictures, times and noise of both splits."""
@@ -126,7 +176,9 @@ class Run:
             for split, batch in self._probes.items()
             for suffix, network in networks.items()
         }
-        return {name: figure.result() for name, figure in figures.items()}
+        losses = {name: figure.result() for name, figure in figures.items()}
+        means = {name: each.mean().item() for name, each in losses.items()}
+        return means | by_level(losses.get("held_out_loss_ema"))
 
     @cached_property
     def _probes(self) -> dict[Split, Batch]:
@@ -141,14 +193,14 @@ class Run:
                 probes[split] = Batch(range(len(rows)), rows, self.dataset.pictures(rows))
         return probes
 
-    def _probe(self, split: Split, batch: Batch, network: UNet) -> float:
+    def _probe(self, split: Split, batch: Batch, network: UNet) -> Tensor:
         with torch.inference_mode(), autocast(self.config.precision):
             x0 = to_float(batch.pictures)
             u = (torch.arange(len(x0)) + 0.5) / len(x0)
-            t = (u * self.schedule.steps).long()
+            t = times_at(self.config, self.objective.schedule, u)
             noise = GaussianNoise(0, f"probe/{split}", batch.indices, self.dataset.shape)()
             label = self.dataset.classes(batch.rows, self.classes) if self.classes else None
-            return self._losses(network, x0, t, noise, label).mean().item()
+            return self._losses(network, x0, t, noise, None, label)
 
     def model_header(self) -> ModelHeader:
         """What a model made of the present state says of itself."""
@@ -159,6 +211,7 @@ class Run:
             size=manifest.size,
             dataset=manifest.name,
             content_digest=manifest.content_digest,
+            sigma_data=manifest.sigma_data,
             class_histogram=manifest.class_histogram,
             images=self.state.images,
             training=identity_fields(self.config),
@@ -175,7 +228,27 @@ class Run:
         return header if self.config.window is None else header | {"layout_digest": manifest.layout_digest}
 
 
-def make_loader(dataset: Dataset, config: TrainingConfig) -> Loader:
+def by_level(losses: Tensor | None) -> dict[str, float]:
+    """The mean of ``losses`` (N,), ordered by how noisy the pictures were, in each of so many equal parts."""
+    if losses is None or len(losses) < LEVELS:
+        return {}
+    parts = losses.tensor_split(LEVELS)
+    return {f"held_out_loss_ema_level_{number}": part.mean().item() for number, part in enumerate(parts, start=1)}
+
+
+def make_averages(network: UNet, config: TrainingConfig) -> list[WeightAverage]:
+    """The averages of the weights that ``config`` asks for; the first is the model."""
+    if config.ema_lengths is not None:
+        return [PowerAverage(network, length) for length in config.ema_lengths]
+    return [ExponentialAverage(network, 0.999 if config.ema_decay is None else config.ema_decay)]
+
+
+def lanes_of(config: TrainingConfig, ranks: Ranks) -> int:
+    """How many lanes each process has: as many as there would be in one process, shared out."""
+    return max(1, config.lanes // ranks.count)
+
+
+def make_loader(dataset: Dataset, config: TrainingConfig, ranks: Ranks) -> Loader:
     """The training pictures of ``dataset`` in the order and batches that ``config`` asks for."""
     manifest, rows = dataset.manifest, dataset.rows("train")
     order: Order
@@ -188,6 +261,8 @@ def make_loader(dataset: Dataset, config: TrainingConfig) -> Loader:
         rows,
         order,
         config.batch_size,
+        rank=ranks.rank,
+        ranks=ranks.count,
         flip_seed=config.seed if config.flip else None,
         prefetch=config.prefetch,
         workers=config.workers,
@@ -202,7 +277,18 @@ def learning_rate(config: TrainingConfig, images: int, total: int) -> float:
 
 def identity_fields(config: TrainingConfig) -> dict[str, Any]:
     """The resolved configuration, without what cannot change the weights."""
-    harmless = {"output", "keep", "checkpoints", "workers", "prefetch", "cache_bytes", "stream_bytes"}
+    harmless = {
+        "recompute",
+        "output",
+        "keep",
+        "keep_best",
+        "keep_every",
+        "checkpoints",
+        "workers",
+        "prefetch",
+        "cache_bytes",
+        "stream_bytes",
+    }
     if config.window is None:
         harmless.add("window")
     return config.model_dump(mode="json", exclude=harmless) | {"precision": resolve_precision(config.precision)}

@@ -5,7 +5,8 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,6 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.shard_cache import ShardCache, ShardStore
 from diffusion.errors import DarkroomError, UserError
-from diffusion.grids import grid, save_png
 from diffusion.lanes import lanes
 from diffusion.model import (
     AVERAGED,
@@ -30,18 +30,19 @@ from diffusion.model import (
 from diffusion.models.config import ModelConfig
 from diffusion.progress import Progress, silent
 from diffusion.sampling import sample
-from diffusion.training.checkpoint import Checkpoints
+from diffusion.training.checkpoint import Checkpoints, Writer
 from diffusion.training.config import TrainingConfig
-from diffusion.training.history import History
-from diffusion.training.run import Run
+from diffusion.training.post_hoc import AVERAGES
+from diffusion.training.preflight import Preflight, count_flops, kept_at_once, require_disk, state_size
+from diffusion.training.ranks import ranks
+from diffusion.training.record import GRID_PICTURES, Record
+from diffusion.training.run import NotFinite, Run, lanes_of
 from diffusion.training.tracker import NoTracker, Tracker
 
 LOGS_PER_CHECKPOINT = 20
-GRID_PICTURES = 36
 MEASURED_SECONDS = 4.0
-FIGURES = ("loss", "gradient_norm", "learning_rate", "images_per_second", "data_wait")
-"""Columns of history.csv; ``data_wait`` is the share of the time in which training waited for pictures."""
-
+NOTHING = (math.nan, math.nan)
+"""Loss and gradient norm where all steps were left out."""
 Restart = Literal["never", "if_different"]
 """Whether to throw away a run of another configuration or data set that lies in the folder."""
 
@@ -72,18 +73,23 @@ def train(
 ) -> TrainResult:
     """Train on the data set in folder ``data`` until folder ``output`` holds ``final.safetensors``.
 
-    The same call after a kill goes on from the last checkpoint to bit-identical weights. ``restart`` says when
-    to throw away what is there instead. ``track`` is called once the folder is this run's alone, with whether the
-    run begins from nothing, for the one who keeps its records. ``store`` is where shards come from if
-    ``config.stream_bytes`` is set. Raises UserError if the folder holds a run of another configuration or data set
-    (and ``restart`` is ``never``), another process trains in it, or the data set is damaged.
+    The same call after a kill goes on from the last checkpoint to bit-identical weights. Started by torchrun, each
+    process computes a share of every batch, and one of them writes. ``restart`` says when to throw away what is there
+    instead. ``track`` is called once the folder is this run's alone, with whether the run begins from nothing, for the
+    one who keeps its records. ``store`` is where shards come from if ``config.stream_bytes`` is set.
+
+    Raises UserError if the folder holds a run of another configuration or data set (and ``restart`` is ``never``),
+    another process trains in it, or the data set is damaged.
     """
-    with _opened(data, config, store) as dataset, _held(output), lanes(config.lanes) as pool:
-        run = Run.new(dataset, model, config, pool)
-        if restart == "if_different" and _differences(output, run):
-            _discard(output)
-        with run.loader:
-            return _train(run, output, sampling, track, progress)
+    with ranks() as together, _opened(data, config, store) as dataset:
+        # Of several processes one writes, and so holds the folder.
+        holding = _held(output) if together.leads else nullcontext()
+        with holding, lanes(lanes_of(config, together)) as pool:
+            run = Run.new(dataset, model, config, pool, together)
+            if together.leads and restart == "if_different" and _differences(output, run):
+                _discard(output)
+            with run.loader:
+                return _train(run, output, sampling, track, progress)
 
 
 @contextmanager
@@ -146,14 +152,21 @@ def _train(
     checkpoints = Checkpoints(output / "checkpoints")
     final = output / "final.safetensors"
     key = run.header()["train_key"]
-    if final.is_file():
+    if run.ranks.agreed(final.is_file()):
         _require_same_run(output, run)
         run.state.images = read_header(final)["model_header"]["images"]
     else:
-        tracker = track(_begin_or_resume(run, checkpoints, output, sampling) == "begun")
-        _loop(run, output, checkpoints, sampling, tracker, progress)
-        tensors = {AVERAGED + name: value for name, value in run.state.average.state_dict().items()}
-        save_tensors(final, tensors, run.header())
+        anew = _begin_or_resume(run, checkpoints, output, sampling) == "begun"
+        if run.ranks.leads:
+            tracker = track(anew)
+            with Writer(checkpoints) as writer:
+                _loop(run, output, Record(run, output, sampling, writer, tracker, progress))
+            tensors = {AVERAGED + name: value for name, value in run.state.averages[0].state_dict().items()}
+            save_tensors(final, tensors, run.header())
+        else:
+            _loop(run, output, None)
+        # Nobody is done before the model is on disk.
+        run.ranks.wait()
     return TrainResult(
         output=output,
         final=final,
@@ -165,9 +178,9 @@ def _train(
 
 def _discard(output: Path) -> None:
     # The checkpoints go last: what is left after a kill is still a run that can go on.
-    for name in ("final.safetensors", "weights.safetensors", "history.csv", "losses.csv"):
+    for name in ("final.safetensors", "weights.safetensors", "not_finite.safetensors", "history.csv", "losses.csv"):
         (output / name).unlink(missing_ok=True)
-    for folder in (output / "samples", output / "checkpoints"):
+    for folder in (output / "samples", output / AVERAGES, output / "checkpoints"):
         if folder.exists():
             shutil.rmtree(folder)
 
@@ -204,103 +217,136 @@ def _require_same_run(output: Path, run: Run) -> None:
 def _begin_or_resume(
     run: Run, checkpoints: Checkpoints, output: Path, sampling: SamplingConfig
 ) -> Literal["begun", "resumed"]:
-    _require_same_run(output, run)
-    if header := checkpoints.restore(run.state):
-        run.total = header["total"]
+    if run.ranks.leads:
+        _require_same_run(output, run)
+    header = checkpoints.restore(run.state) if run.ranks.leads else None
+    if run.ranks.agreed(header is not None):
+        run.total = run.ranks.agreed(header["total"] if header else 0)
+        run.state.load(run.ranks.shared(run.state.tensors()), run.ranks.agreed(run.state.counts()))
         run.loader.ahead(run.state.images, run.total)
-        logger.info("going on from %d of %d images", run.state.images, run.total)
+        if run.ranks.leads:
+            logger.info("going on from %d of %d images", run.state.images, run.total)
         return "resumed"
-    images = run.config.images or _images_in(run.config.minutes or 0, run, sampling)
+    images = run.config.images or _images_in(run.config.minutes or 0, run, _measured(run, sampling))
     run.total = math.ceil(images / run.config.batch_size) * run.config.batch_size
     run.loader.ahead(run.state.images, run.total)
-    checkpoints.save(run.state, run.header())
+    if run.ranks.leads:
+        parameters = sum(parameter.numel() for parameter in run.state.network.parameters())
+        require_disk(output, state_size(parameters, len(run.state.averages))[1] * kept_at_once(run.config))
+        with Writer(checkpoints) as writer:
+            writer.save(run.state, run.header(), run.config.keep)
     return "begun"
 
 
-def _images_in(minutes: float, run: Run, sampling: SamplingConfig) -> int:
-    """How many images fit into ``minutes`` here, by measuring steps and one checkpoint's work on a copy."""
-    trial = Run.new(run.dataset, run.model, run.config, run.pool)
+def preflight(
+    data: Path,
+    model: ModelConfig,
+    config: TrainingConfig,
+    sampling: SamplingConfig,
+    store: ShardStore | None = None,
+) -> Preflight:
+    """What ``train`` would do with the same arguments, measured here in a few seconds; writes nothing.
+
+    Raises UserError as ``train`` does.
+    """
+    with _opened(data, config, store) as dataset, lanes(config.lanes) as pool:
+        run = Run.new(dataset, model, config, pool)
+        pace = _measured(run, sampling)
+        images = config.images or _images_in(config.minutes or 0, run, pace)
+        parameters = sum(parameter.numel() for parameter in run.state.network.parameters())
+        memory, checkpoint = state_size(parameters, len(run.state.averages))
+        return Preflight(
+            dataset=dataset.manifest.name,
+            content_digest=dataset.manifest.content_digest,
+            train=len(dataset.rows("train")),
+            held_out=len(dataset.rows("held_out")),
+            shape=dataset.shape,
+            classes=len(run.classes),
+            parameters=parameters,
+            flops=count_flops(model, dataset.shape, len(run.classes)),
+            state_bytes=memory,
+            disk_bytes=checkpoint * kept_at_once(config),
+            images=images,
+            images_per_second=1 / pace.image,
+            seconds=images * pace.image + config.checkpoints * pace.checkpoint,
+        )
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that things take here."""
+
+    image: float
+    """To train on one picture."""
+    checkpoint: float
+    """To take stock at a checkpoint."""
+
+
+def _measured(run: Run, sampling: SamplingConfig) -> Pace:
+    """The pace of ``run`` here, by steps and one checkpoint's work on a copy."""
+    trial = Run.new(run.dataset, run.model, run.config, run.pool, run.ranks)
     trial.total = 2**40
     with trial.loader:
         trial.step()
         start, steps = time.perf_counter(), 0
-        while steps < 3 or time.perf_counter() - start < MEASURED_SECONDS:
+        while run.ranks.agreed(steps < 3 or time.perf_counter() - start < MEASURED_SECONDS):
             trial.step()
             steps += 1
-    per_image = (time.perf_counter() - start) / (steps * run.config.batch_size)
+    image = (time.perf_counter() - start) / (steps * run.config.batch_size)
     start = time.perf_counter()
     averaged = trial.averaged()
     trial.probe(averaged.network)
     sample(averaged, range(GRID_PICTURES), 0, sampling)
-    pauses = (time.perf_counter() - start) * run.config.checkpoints
+    return run.ranks.agreed(Pace(image, time.perf_counter() - start))
+
+
+def _images_in(minutes: float, run: Run, pace: Pace) -> int:
+    """How many images fit into ``minutes`` at this ``pace``."""
+    pauses = pace.checkpoint * run.config.checkpoints
     if pauses > minutes * 60 / 2:
         raise UserError(
             f"{pauses:.0f} s of training.minutes = {minutes:g} would go into {run.config.checkpoints} sample grids: "
             "raise it, or lower sampling.steps or training.checkpoints"
         )
-    return max(run.config.batch_size, int((minutes * 60 - pauses) / per_image))
+    return max(run.config.batch_size, int((minutes * 60 - pauses) / pace.image))
 
 
-def _loop(
-    run: Run,
-    output: Path,
-    checkpoints: Checkpoints,
-    sampling: SamplingConfig,
-    tracker: Tracker,
-    progress: Progress,
-) -> None:
+def _loop(run: Run, output: Path, record: Record | None) -> None:
+    """Step by step to the end; only one of several processes has a ``record`` to keep."""
     config, state = run.config, run.state
     steps = run.total // config.batch_size
     log_every = max(1, steps // (config.checkpoints * LOGS_PER_CHECKPOINT)) * config.batch_size
     save_every = math.ceil(run.total / config.checkpoints / log_every) * log_every
-    history = History(output / "history.csv", FIGURES)
-    probes = History(output / "losses.csv", ("train_loss", "train_loss_ema", "held_out_loss", "held_out_loss_ema"))
-    for record in (history, probes):
-        record.rewind(state.images)
-
-    losses: list[Tensor] = []
-    norms: list[Tensor] = []
-    since, waited = time.perf_counter(), run.loader.waited
+    taken: list[tuple[Tensor, Tensor]] = []
+    began, since, waited = state.images, time.perf_counter(), run.loader.waited
     while state.images < run.total:
-        loss, norm = run.step()
-        losses.append(loss)
-        norms.append(norm)
+        if step := _step(run, output):
+            taken.append(step)
         at_end = state.images == run.total
         if state.images % log_every == 0 or at_end:
             seconds = time.perf_counter() - since
+            loss, norm = (torch.stack(each).mean().item() for each in zip(*taken, strict=True)) if taken else NOTHING
             figures = {
-                "loss": torch.stack(losses).mean().item(),
-                "gradient_norm": torch.stack(norms).mean().item(),
+                "loss": loss,
+                "gradient_norm": norm,
                 "learning_rate": state.optimizer.param_groups[0]["lr"],
-                "images_per_second": len(losses) * config.batch_size / seconds,
+                "images_per_second": (state.images - began) / seconds,
                 "data_wait": (run.loader.waited - waited) / seconds,
+                "skipped": state.skipped,
             }
-            _require_finite(figures, state.images)
-            history.append(state.images, figures)
-            tracker.log_metrics(figures, state.images)
-            progress("images trained on", state.images, run.total, f"loss {figures['loss']:.4f}")
-            losses, norms, since, waited = [], [], time.perf_counter(), run.loader.waited
-        if state.images % save_every == 0 or at_end:
-            _take_stock(run, output, probes, sampling, tracker)
-            checkpoints.save(state, run.header())
-            checkpoints.prune(config.keep)
+            if record:
+                record.figures(figures)
+            taken, began, since, waited = [], state.images, time.perf_counter(), run.loader.waited
+        if record and (state.images % save_every == 0 or at_end):
+            record.stock(save_every)
             since = time.perf_counter()
 
 
-def _take_stock(run: Run, output: Path, probes: History, sampling: SamplingConfig, tracker: Tracker) -> None:
-    """Held-out losses and a grid of the same seeds each time: before the checkpoint, so a kill repeats them."""
-    averaged = run.averaged()
-    figures = run.probe(averaged.network)
-    probes.append(run.state.images, {name: figures.get(name, math.nan) for name in probes.columns})
-    tracker.log_metrics(figures, run.state.images)
-    picture = grid(sample(averaged, range(GRID_PICTURES), 0, sampling))
-    save_png(output / "samples" / f"{run.state.images:010d}.png", picture)
-    tracker.log_picture("samples", picture, run.state.images)
-
-
-def _require_finite(figures: dict[str, float], images: int) -> None:
-    if not (math.isfinite(figures["loss"]) and math.isfinite(figures["gradient_norm"])):
-        raise DarkroomError(
-            f"loss or gradient is not finite after {images} images: lower training.learning_rate and give "
-            "the same command again; it goes on from the last checkpoint only if the configuration is the same"
-        )
+def _step(run: Run, output: Path) -> tuple[Tensor, Tensor] | None:
+    """One step of ``run``; if it gives up, what it was last shown is kept in ``output``."""
+    try:
+        return run.step()
+    except NotFinite as error:
+        path = output / f"not_finite{run.ranks.rank or ''}.safetensors"
+        save_tensors(path, error.batch, run.header())
+        raise DarkroomError(f"{error}, which lies in {path}") from error

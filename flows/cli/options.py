@@ -27,6 +27,11 @@ DEFAULT_PARAMS = Path("params.yaml")
 """As in ``flows.params``, which loads too much for ``--help``."""
 
 
+def follows() -> bool:
+    """Whether torchrun started this process to compute with another, which keeps the record and says what is done."""
+    return os.environ.get("RANK", "0") != "0"
+
+
 def load(params: Path, overrides: list[str], dataset: str | None = None) -> "Params":
     """The validated configuration, the data set's name given on the command line included."""
     from flows.params import dataset_folder, load_params

@@ -6,12 +6,14 @@ from typing import Annotated
 
 import typer
 
+from diffusion.errors import UserError
 from flows.cli.options import (
     DEFAULT_PARAMS,
     DatasetName,
     Json,
     ParamsFile,
     Set,
+    follows,
     joined,
     load,
     show,
@@ -81,15 +83,33 @@ def train(
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away what the run's folder holds and begin anew.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run, and how long it would take here; needs no server.")
+    ] = False,
     params: ParamsFile = DEFAULT_PARAMS,
     overrides: Set = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """Train on a data set, live in MLflow; the same command goes on where it was stopped.
 
+    Several processes share each batch:  torchrun --standalone --nproc-per-node 2 --no-python darkroom train …
+
     Example:  darkroom train --dataset faces --set training.minutes=10
     """
     config = load(params, overrides, dataset)
+    if dry_run and restart:
+        raise UserError("--dry-run throws nothing away: leave --restart out")
+    if dry_run:
+        from diffusion.training.train import preflight
+
+        about = preflight(config.dataset_folder, config.model, config.training, config.sampling)
+        show(about.model_dump(mode="json"), as_json, [f"{name:10} {words}" for name, words in about.lines()])
+        return
+    if follows():
+        from diffusion.training.train import train as train_along
+
+        train_along(config.dataset_folder, config.run_folder, config.model, config.training, config.sampling)
+        return
     with joined("prefect", "mlflow", "s3"):
         from flows.train import train
 

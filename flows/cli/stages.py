@@ -5,7 +5,7 @@ import sys
 import typer
 
 from diffusion.progress import Progress
-from flows.cli.options import DEFAULT_PARAMS, Json, ParamsFile, Set, load, show
+from flows.cli.options import DEFAULT_PARAMS, Json, ParamsFile, Set, follows, load, show
 
 app = typer.Typer(
     name="stage",
@@ -51,19 +51,20 @@ def train(params: ParamsFile = DEFAULT_PARAMS, overrides: Set = [], as_json: Jso
         progress=_progress(),
         restart="if_different",
     )
-    show(result.model_dump(mode="json"), as_json, [f"{result.images} images seen; {result.final}"])
+    if not follows():
+        show(result.model_dump(mode="json"), as_json, [f"{result.images} images seen; {result.final}"])
 
 
 @app.command()
 def evaluate(params: ParamsFile = DEFAULT_PARAMS, overrides: Set = [], as_json: Json = False) -> None:  # noqa: B006
     """Judge the kept checkpoints against the held-out pictures."""
     from diffusion.evaluation.evaluate import evaluate
-    from diffusion.training.checkpoint import Checkpoints
+    from diffusion.training.candidates import candidates
 
     config = load(params, overrides)
     result = evaluate(
         config.dataset_folder,
-        Checkpoints(config.run_folder / "checkpoints").judged(),
+        candidates(config.run_folder, config.evaluation.ema_lengths),
         config.evaluation,
         config.sampling,
         config.report_folder,

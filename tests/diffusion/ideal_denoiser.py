@@ -22,7 +22,7 @@ class IdealDenoiser:
 
 @dataclass(frozen=True)
 class IdealNetwork:
-    """What a perfectly trained network answers at x_t and t, whole or not, for each kind of prediction.
+    """What a perfectly trained network answers to its input and t, whole or not, for each kind of prediction.
 
     ``sigmas`` (T,) are the schedule's; between its steps ln σ is a straight line.
     """
@@ -30,15 +30,19 @@ class IdealNetwork:
     points: Tensor
     sigmas: np.ndarray
     prediction: str
+    sigma_data: float = 1.0
 
-    def __call__(self, x_t: Tensor, time: Tensor) -> Tensor:
+    def __call__(self, seen: Tensor, time: Tensor) -> Tensor:
         steps = np.arange(len(self.sigmas))
         sigma = torch.from_numpy(np.exp(np.interp(time.numpy(), steps, np.log(self.sigmas))))
-        norm = (1 + sigma**2).sqrt()[:, None, None, None]
-        x_t = x_t.double()
-        x0 = IdealDenoiser(self.points.double())(x_t * norm, sigma)
-        noise = (x_t * norm - x0) / sigma[:, None, None, None]
-        v = (noise - sigma[:, None, None, None] * x0) / norm
+        level = sigma[:, None, None, None]
+        norm = (level**2 + (self.sigma_data**2 if self.prediction == "edm" else 1)).sqrt()
+        x = seen.double() * norm
+        x0 = IdealDenoiser(self.points.double())(x, sigma)
+        noise = (x - x0) / level
+        if self.prediction == "edm":  # arXiv 2206.00364, equation 8, solved for the network
+            return (x0 - self.sigma_data**2 / norm**2 * x) * norm / (level * self.sigma_data)
+        v = (noise - level * x0) / norm
         return {"noise": noise, "x0": x0, "v": v}[self.prediction]
 
 

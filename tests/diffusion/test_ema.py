@@ -1,11 +1,14 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import nn
 
-from diffusion.training.ema import ExponentialMovingAverage
+from diffusion.training.ema import ExponentialAverage, PowerAverage, WeightAverage, mixture, power
 
 
 def network_of(value: float) -> nn.Linear:
@@ -15,12 +18,12 @@ def network_of(value: float) -> nn.Linear:
     return network
 
 
-def values(average: ExponentialMovingAverage) -> set[float]:
+def values(average: WeightAverage) -> set[float]:
     return {value for tensor in average.state_dict().values() for value in tensor.flatten().tolist()}
 
 
 def test_average_follows_the_closed_form_with_warm_up() -> None:
-    average, expected = ExponentialMovingAverage(network_of(0.0), 0.9), 0.0
+    average, expected = ExponentialAverage(network_of(0.0), 0.9), 0.0
     for step in range(1, 60):
         value = float(step % 7)
         average.update(network_of(value), step)
@@ -30,7 +33,7 @@ def test_average_follows_the_closed_form_with_warm_up() -> None:
 
 
 def test_warm_up_forgets_the_random_start_within_a_few_steps() -> None:
-    average = ExponentialMovingAverage(network_of(100.0), 0.9999)
+    average = ExponentialAverage(network_of(100.0), 0.9999)
     for step in range(1, 101):
         average.update(network_of(1.0), step)
     assert max(values(average)) < 1.2  # a constant decay of 0.9999 would still be at 99
@@ -39,7 +42,7 @@ def test_warm_up_forgets_the_random_start_within_a_few_steps() -> None:
 def test_average_of_noisy_training_is_nearer_the_optimum_than_the_weights_are() -> None:
     torch.manual_seed(0)
     network, optimum = network_of(5.0), 1.0
-    average = ExponentialMovingAverage(network, 0.99)
+    average = ExponentialAverage(network, 0.99)
     for step in range(1, 400):
         for parameter in network.parameters():
             gradient = parameter.detach() - optimum + torch.randn_like(parameter)
@@ -53,7 +56,7 @@ def test_average_of_noisy_training_is_nearer_the_optimum_than_the_weights_are() 
 def test_the_network_is_left_alone_and_not_shared() -> None:
     network = network_of(1.0)
     before = copy.deepcopy(network.state_dict())
-    average = ExponentialMovingAverage(network, 0.9)
+    average = ExponentialAverage(network, 0.9)
     average.update(network_of(2.0), 1)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert values(average) != {1.0}
@@ -61,10 +64,10 @@ def test_the_network_is_left_alone_and_not_shared() -> None:
 
 def test_an_average_restored_from_safetensors_goes_on_bit_for_bit() -> None:
     torch.manual_seed(1)
-    average = ExponentialMovingAverage(nn.Linear(2, 3), 0.99)
+    average = ExponentialAverage(nn.Linear(2, 3), 0.99)
     for step in range(1, 5):
         average.update(nn.Linear(2, 3), step)
-    restored = ExponentialMovingAverage(nn.Linear(2, 3), 0.99)
+    restored = ExponentialAverage(nn.Linear(2, 3), 0.99)
     restored.load_state_dict(load(save(average.state_dict())))
     latest = nn.Linear(2, 3)
     average.update(latest, 5)
@@ -74,6 +77,57 @@ def test_an_average_restored_from_safetensors_goes_on_bit_for_bit() -> None:
 
 def test_the_averages_fit_the_network_by_name() -> None:
     network = network_of(1.0)
-    average = ExponentialMovingAverage(network_of(7.0), 0.9)
+    average = ExponentialAverage(network_of(7.0), 0.9)
     network.load_state_dict(average.state_dict())
     assert {p.unique().item() for p in network.parameters()} == {7.0}
+
+
+@given(st.floats(0.02, 0.27), st.integers(1, 400))
+def test_a_power_function_average_weighs_steps_as_its_name_says(length: float, steps: int) -> None:
+    network = network_of(100.0)
+    average = PowerAverage(network, length)
+    shares = np.zeros(steps)
+    for step in range(1, steps + 1):
+        shares[: step - 1] *= average.decay(step)
+        shares[step - 1] = 1 - average.decay(step)
+    gamma = power(length)
+    # In the limit of many steps the weight up to τ is (τ/t)^(γ + 1): exact here, whatever their number.
+    expected = (np.arange(1, steps + 1) / steps) ** (gamma + 1)
+    np.testing.assert_allclose(np.cumsum(shares), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize(("length", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
+def test_lengths_and_powers_are_those_of_the_paper(length: float, gamma: float) -> None:
+    assert power(length) == pytest.approx(gamma, abs=5e-3)
+
+
+@given(st.floats(0.02, 0.27))
+def test_the_length_is_the_deviation_of_the_weights(length: float) -> None:
+    gamma = power(length)
+    tau = (np.arange(200_000) + 0.5) / 200_000
+    weights = tau**gamma / (tau**gamma).sum()
+    mean = (weights * tau).sum()
+    assert np.sqrt((weights * (tau - mean) ** 2).sum()) == pytest.approx(length, rel=1e-3)
+
+
+@pytest.mark.parametrize("length", [0.06, 0.08, 0.12])
+def test_an_average_put_together_afterwards_is_that_kept_all_along(length: float) -> None:
+    """The weights wander, as those of a network do; snapshots of two averages are kept eight times."""
+    rng = np.random.default_rng(0)
+    path = np.cumsum(rng.standard_normal((2000, 8)), axis=0)
+    layer = nn.Linear(8, 1, bias=False)
+    kept = [PowerAverage(layer, each) for each in (0.05, 0.1)]
+    wanted = PowerAverage(layer, length)
+    snapshots, values = [], []
+    for step, point in enumerate(path, start=1):
+        nn.init.zeros_(layer.weight).data += torch.from_numpy(point).float()
+        for average in (*kept, wanted):
+            average.update(layer, step)
+        if step % 250 == 0:
+            snapshots += [(step, 0.05), (step, 0.1)]
+            values += [average.state_dict()["weight"].clone() for average in kept]
+    shares = mixture(snapshots, len(path), length)
+    made = sum(share * value for share, value in zip(shares, values, strict=True))
+    expected = wanted.state_dict()["weight"]
+    assert sum(shares) == pytest.approx(1, abs=0.02)
+    assert (made - expected).norm() < 0.1 * min((value - expected).norm() for value in values[-2:])

@@ -1,83 +1,155 @@
+"""Predictions and weightings against the papers' own words, diffusers, and each other."""
+
+from collections.abc import Callable
+
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusion.models.config import Prediction
-from diffusion.objective import per_sample_loss, target, to_x0
-from diffusion.process import NoiseSchedule, cosine_schedule, linear_schedule
+from diffusion.models.config import ModelConfig, Prediction
+from diffusion.objective import Objective, Parametrization, plain
+from diffusion.process import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule, sigmoid_schedule
+from diffusion.training.config import TrainingConfig
+from diffusion.training.objective import make_objective, make_weight
 
-PREDICTIONS: tuple[Prediction, ...] = ("noise", "v", "x0")
+PREDICTIONS: tuple[Prediction, ...] = ("noise", "v", "x0", "edm")
+SIGMA_DATA = 0.5
 predictions = st.sampled_from(PREDICTIONS)
-schedules = st.sampled_from([linear_schedule(1000), cosine_schedule(1000)])
-steps = st.integers(0, 998)  # at the cosine schedule's last step a float32 picture is all noise
+weightings = st.sampled_from(["plain", "min_snr", "soft_min_snr", "edm"])
+schedules = st.sampled_from([linear_schedule(1000), cosine_schedule(1000), sigmoid_schedule(1000), edm_schedule(1000)])
+sigmas = st.floats(0.002, 80)
 
 
 def pictures(seed: int, count: int = 2) -> Tensor:
-    return torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-@given(predictions, st.floats(0.01, 0.9999))
-def test_a_perfect_prediction_gives_back_the_picture(prediction: Prediction, alpha_bar: float) -> None:
-    x0, noise, level = pictures(0), pictures(1), torch.tensor(alpha_bar, dtype=torch.float64)
-    x_t = alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise
-    recovered = to_x0(prediction, target(prediction, x0, noise, level), x_t, level)
-    torch.testing.assert_close(recovered, x0, atol=1e-5, rtol=1e-5)
+def level(sigma: float, count: int = 2) -> Tensor:
+    return torch.full((count,), sigma, dtype=torch.float64)
 
 
-def test_v_is_the_velocity_of_diffusers() -> None:
-    x0, noise, t = pictures(0, 1000), pictures(1, 1000), torch.arange(1000)
-    expected = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2").get_velocity(x0, noise, t)
-    ours = target("v", x0, noise, cosine_schedule(1000).alpha_bar(t))
-    torch.testing.assert_close(ours, expected, atol=3e-5, rtol=0)
+@given(predictions, sigmas)
+def test_a_perfect_prediction_gives_back_the_picture(prediction: Prediction, sigma: float) -> None:
+    x0, noise, ours = pictures(0), pictures(1), Parametrization(prediction, SIGMA_DATA)
+    recovered = ours.to_x0(ours.target(x0, noise, level(sigma)), x0 + sigma * noise, level(sigma))
+    # Of x_0 + σ ε float32 keeps seven digits.
+    torch.testing.assert_close(recovered, x0, atol=2e-6 * (1 + sigma), rtol=0)
 
 
-def network_wrong_by(error: float, prediction: Prediction, schedule: NoiseSchedule, x0: Tensor) -> object:
+@given(st.sampled_from(["noise", "v", "x0"]), st.integers(0, 999))
+def test_what_is_predicted_and_from_what_is_as_in_diffusers(prediction: Prediction, t: int) -> None:
+    schedule, x0, noise, at = cosine_schedule(1000), pictures(0), pictures(1), torch.tensor([t, t])
+    theirs = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2")
+    ours, sigma = Parametrization(prediction), schedule.sigma(at)
+    expected = {"noise": noise, "x0": x0, "v": theirs.get_velocity(x0, noise, at)}[prediction]
+    # Theirs takes the roots in float32, which is where the last digits differ.
+    torch.testing.assert_close(ours.target(x0, noise, sigma), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(ours.noisy(x0, noise, sigma), theirs.add_noise(x0, noise, at), atol=2e-5, rtol=0)
+
+
+@given(sigmas)
+def test_edms_preconditioning_is_that_of_diffusers(sigma: float) -> None:
+    theirs, ours = EDMEulerScheduler(sigma_data=SIGMA_DATA), Parametrization("edm", SIGMA_DATA)
+    x0, noise, output = pictures(0), pictures(1), pictures(2)
+    x = x0 + sigma * noise
+    torch.testing.assert_close(
+        ours.noisy(x0, noise, level(sigma)), theirs.precondition_inputs(x, torch.tensor(sigma)), atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        ours.to_x0(output, x, level(sigma)),
+        theirs.precondition_outputs(x, output, torch.tensor(sigma)),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+def test_edms_time_is_its_c_noise_in_another_unit() -> None:
+    sigma = torch.tensor([0.002, 0.1, 1.0, 80.0], dtype=torch.float64)
+    time, noise = edm_schedule(1000).time(sigma).double(), sigma.log() / 4
+    torch.testing.assert_close((time - time[0]) / (time[-1] - time[0]), (noise - noise[0]) / (noise[-1] - noise[0]))
+
+
+def network_wrong_by(
+    error: float, prediction: Prediction, schedule: NoiseSchedule, x0: Tensor
+) -> Callable[[Tensor, Tensor], Tensor]:
     """A network whose answers stand for the picture ``x0 + error``, by the definitions in the papers."""
 
-    def answer(x_t: Tensor, time: Tensor) -> Tensor:
-        alpha_bar = schedule.alphas_cumprod[time.long()][:, None, None, None]
+    def answer(seen: Tensor, time: Tensor) -> Tensor:
+        sigma = schedule.sigmas[time.long()][:, None, None, None]
         believed = x0.double() + error
-        noise = (x_t - alpha_bar.sqrt() * believed) / (1 - alpha_bar).sqrt()
+        if prediction == "edm":
+            x = seen * (sigma**2 + SIGMA_DATA**2).sqrt()
+            c_skip = SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2)
+            return (believed - c_skip * x) * (sigma**2 + SIGMA_DATA**2).sqrt() / (sigma * SIGMA_DATA)
+        alpha_bar = schedule.alphas_cumprod[time.long()][:, None, None, None]
+        noise = (seen - alpha_bar.sqrt() * believed) / (1 - alpha_bar).sqrt()
         v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * believed
         return {"noise": noise, "v": v, "x0": believed}[prediction]
 
     return answer
 
 
-@given(predictions, schedules, steps, st.none() | st.floats(0.5, 20))
+def as_tabled(weighting: str, prediction: Prediction, snr: float, gamma: float) -> float:
+    """What an error of x_0 weighs: arXiv 2303.09556 (section 3), 2206.00364 (table 1), 2401.11605."""
+    of_plain = {"noise": snr, "x0": 1.0, "v": snr + 1, "edm": snr + 1 / SIGMA_DATA**2}
+    return {
+        "plain": of_plain[prediction],
+        "min_snr": min(snr, gamma),
+        "soft_min_snr": 1 / (1 / snr + SIGMA_DATA**2),
+        "edm": snr + 1 / SIGMA_DATA**2,
+    }[weighting]
+
+
+@given(predictions, weightings, schedules, st.integers(0, 998), st.floats(0.5, 20))
 def test_an_error_of_the_picture_weighs_what_the_papers_say(
-    prediction: Prediction, schedule: NoiseSchedule, t: int, gamma: float | None
+    prediction: Prediction, weighting: str, schedule: NoiseSchedule, t: int, gamma: float
 ) -> None:
-    snr = schedule.snr[t].item()
-    plain = {"noise": snr, "x0": 1.0, "v": snr + 1}[prediction]
-    expected = plain if gamma is None else min(snr, gamma)
+    config = TrainingConfig.model_validate(
+        {"images": 1, "weighting": weighting, "min_snr_gamma": gamma if weighting == "min_snr" else None}
+    )
+    parametrization = Parametrization(prediction, SIGMA_DATA)
+    objective = Objective(schedule, parametrization, make_weight(config, parametrization))
     x0, noise = pictures(0), pictures(1)
-    network = network_wrong_by(0.5, prediction, schedule, x0)
-    loss = per_sample_loss(network, schedule, prediction, gamma, x0, torch.tensor([t, t]), noise)  # type: ignore[arg-type]
-    # An error of x_0 that float32 noise and v can hardly show is what the absolute part allows for.
-    torch.testing.assert_close(loss, torch.full((2,), 0.25 * expected), rtol=2e-3, atol=1e-9)
+    loss = objective.loss(network_wrong_by(0.5, prediction, schedule, x0), x0, torch.tensor([t, t]), noise)
+    expected = 0.25 * as_tabled(weighting, prediction, schedule.snr[t].item(), gamma)
+    # At the noisiest levels float32 can hardly show an error of x_0 in what is predicted.
+    torch.testing.assert_close(loss, torch.full((2,), expected), rtol=5e-3, atol=1e-9)
+
+
+@given(weightings.filter(lambda weighting: weighting != "plain"), st.integers(0, 990))
+def test_a_weighting_weighs_an_error_of_the_picture_the_same_whatever_is_predicted(weighting: str, t: int) -> None:
+    schedule, x0, noise = cosine_schedule(1000), pictures(0), pictures(1)
+    losses = []
+    for prediction in PREDICTIONS:
+        model = ModelConfig(prediction=prediction)
+        config = TrainingConfig.model_validate({"images": 1, "weighting": weighting})
+        objective = make_objective(model, config, SIGMA_DATA)
+        network = network_wrong_by(0.5, prediction, schedule, x0)
+        losses.append(objective.loss(network, x0, torch.tensor([t, t]), noise))
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], rtol=5e-3, atol=1e-9)
 
 
 def test_each_picture_has_its_own_step_and_its_own_loss() -> None:
-    schedule, x0, noise = cosine_schedule(1000), pictures(0, 3), pictures(1, 3)
-    t = torch.tensor([10, 500, 900])
+    objective = make_objective(ModelConfig(), TrainingConfig(images=1, weighting="min_snr"), SIGMA_DATA)
+    x0, noise, t = pictures(0, 3), pictures(1, 3), torch.tensor([10, 500, 900])
 
     def network(x: Tensor, time: Tensor) -> Tensor:
         return x * time[:, None, None, None] / 1000
 
-    together = per_sample_loss(network, schedule, "v", 5.0, x0, t, noise)
-    apart = [
-        per_sample_loss(network, schedule, "v", 5.0, x0[i : i + 1], t[i : i + 1], noise[i : i + 1]) for i in range(3)
-    ]
+    together = objective.loss(network, x0, t, noise)
+    apart = [objective.loss(network, x0[i : i + 1], t[i : i + 1], noise[i : i + 1]) for i in range(3)]
     torch.testing.assert_close(together, torch.cat(apart))
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_noising_and_loss_are_float32_under_autocast(prediction: Prediction) -> None:
-    schedule, x0, noise, t = cosine_schedule(1000), pictures(0), pictures(1), torch.tensor([3, 700])
+    parametrization = Parametrization(prediction, SIGMA_DATA)
+    objective = Objective(cosine_schedule(1000), parametrization, plain(parametrization))
+    x0, noise, t = pictures(0), pictures(1), torch.tensor([3, 700])
     seen: list[Tensor] = []
 
     def network(x: Tensor, time: Tensor) -> Tensor:
@@ -85,7 +157,8 @@ def test_noising_and_loss_are_float32_under_autocast(prediction: Prediction) -> 
         return torch.zeros_like(x, dtype=torch.bfloat16)
 
     with torch.autocast("cpu", torch.bfloat16):
-        loss = per_sample_loss(network, schedule, prediction, 5.0, x0, t, noise)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(seen[0], schedule.q_sample(x0, t, noise), atol=0, rtol=0)
-    torch.testing.assert_close(loss, per_sample_loss(network, schedule, prediction, 5.0, x0, t, noise), atol=0, rtol=0)
+        loss = objective.loss(network, x0, t, noise)
+    assert (loss.dtype, seen[0].dtype) == (torch.float32, torch.float32)
+    again = objective.loss(network, x0, t, noise)
+    torch.testing.assert_close(seen[0], seen[1], atol=0, rtol=0)
+    torch.testing.assert_close(loss, again, atol=0, rtol=0)

@@ -9,7 +9,9 @@ from diffusion.data.dataset import Dataset
 from diffusion.lanes import lanes
 from diffusion.model import to_float
 from diffusion.models.config import ModelConfig
+from diffusion.random import GaussianNoise
 from diffusion.training.config import TrainingConfig
+from diffusion.training.objective import draw_times
 from diffusion.training.run import BETAS, Run, learning_rate
 
 MODEL = ModelConfig(width=16, multipliers=(1, 2), blocks=1, attention=(1,), patch=2)
@@ -28,8 +30,10 @@ def test_steps_in_lanes_equal_plain_adamw_on_the_whole_batch(dataset: Path, part
         )
         for images in range(0, 96, 16):
             batch = plain.loader.batch(images)
-            t, noise = plain._draws(range(images, images + 16))
-            loss = plain._losses(network, to_float(batch.pictures), t, noise, *plain._told(batch)).mean()
+            indices = range(images, images + 16)
+            t = draw_times(config, plain.objective.schedule, indices)
+            noise = GaussianNoise(config.seed, "noise", indices, plain.dataset.shape)()
+            loss = plain._losses(network, to_float(batch.pictures), t, noise, None, *plain._told(batch)).mean()
             reference.param_groups[0]["lr"] = learning_rate(config, images, 640)
             reference.zero_grad()
             loss.backward()

@@ -5,14 +5,23 @@ import torch
 from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from diffusion.models.config import ModelConfig
-from diffusion.process import NoiseSchedule, cosine_schedule, linear_schedule, make_schedule
+from diffusion.process import (
+    NoiseSchedule,
+    cosine_schedule,
+    edm_schedule,
+    linear_schedule,
+    make_schedule,
+    sigmoid_schedule,
+    without_signal_at_the_end,
+)
 
 THEIR_NAME = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 schedules = st.builds(
     lambda make, steps: make(steps),
-    st.sampled_from([linear_schedule, cosine_schedule]),
+    st.sampled_from([linear_schedule, cosine_schedule, sigmoid_schedule, edm_schedule]),
     st.integers(2, 2000),
 )
 
@@ -72,3 +81,61 @@ def test_each_picture_is_noised_at_its_own_step() -> None:
 def test_a_shorter_linear_schedule_adds_as_much_noise_in_all() -> None:
     long, short = linear_schedule(1000).alphas_cumprod[-1], linear_schedule(250).alphas_cumprod[-1]
     assert short.log().item() == pytest.approx(long.log().item(), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_a_schedule_without_signal_at_its_end_is_that_of_diffusers(name: str) -> None:
+    ours = make_schedule(ModelConfig.model_validate({"schedule": name, "zero_terminal": True}))
+    theirs = DDPMScheduler(1000, beta_schedule=THEIR_NAME[name], rescale_betas_zero_snr=True)
+    torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, atol=1e-6, rtol=0)
+    assert ours.q_sample(torch.ones(1, 1, 1, 1), torch.tensor([999]), torch.zeros(1, 1, 1, 1)).item() < 3e-4
+
+
+@given(schedules)
+def test_stretching_keeps_the_first_level_and_the_order_of_all(schedule: NoiseSchedule) -> None:
+    stretched = without_signal_at_the_end(schedule)
+    assert stretched.alphas_cumprod[0].item() == pytest.approx(schedule.alphas_cumprod[0].item())
+    assert (stretched.alphas_cumprod.diff() < 0).all()
+    assert stretched.sigmas.isfinite().all()
+
+
+def test_the_sigmoid_falls_as_its_paper_says() -> None:
+    # arXiv 2212.11972: half the signal is left in the middle, and as much is lost on one side as is left on the other.
+    alpha_bar = sigmoid_schedule(1000).alphas_cumprod
+    curve = torch.cat([torch.ones(1).double(), alpha_bar])
+    assert curve[500].item() == pytest.approx(0.5)
+    torch.testing.assert_close(curve[1:999], 1 - curve.flip(0)[1:999], atol=1e-4, rtol=0)
+    expected = (1 / (1 + math.exp(-3)) - 1 / (1 + math.exp(-1.5))) / (1 / (1 + math.exp(-3)) - 1 / (1 + math.exp(3)))
+    assert curve[750].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_edms_levels_go_from_its_least_to_its_most_by_equal_factors() -> None:
+    sigmas = edm_schedule(1000).sigmas
+    assert [sigmas[0].item(), sigmas[-1].item()] == pytest.approx([0.002, 80])
+    torch.testing.assert_close(sigmas[1:] / sigmas[:-1], (sigmas[1] / sigmas[0]).expand(999), rtol=1e-9, atol=0)
+
+
+@given(schedules)
+def test_time_finds_each_step_of_the_schedule_and_goes_straight_between(schedule: NoiseSchedule) -> None:
+    steps = torch.arange(schedule.steps)
+    torch.testing.assert_close(schedule.time(schedule.sigmas), steps.float(), atol=1e-3, rtol=0)
+    assert torch.equal(schedule.sigma(steps), schedule.sigmas)
+    halfway = (schedule.sigmas[1:] * schedule.sigmas[:-1]).sqrt()
+    torch.testing.assert_close(schedule.time(halfway), steps[1:] - 0.5, atol=1e-3, rtol=0)
+    torch.testing.assert_close(schedule.sigma(steps[1:] - 0.5), halfway)
+
+
+def test_time_stays_at_the_ends_for_sigmas_beyond_the_schedule() -> None:
+    assert linear_schedule(1000).time(torch.tensor([0.0, 1e-9, 1e9])).tolist() == [0, 0, 999]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"zero_terminal": True, "prediction": "noise"}, "use v, x0 or edm"),
+        ({"zero_terminal": True, "schedule": "edm"}, "leave one out"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused_with_the_reason(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        ModelConfig.model_validate(settings)

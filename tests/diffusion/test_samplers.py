@@ -11,6 +11,7 @@ from diffusion.config_sampling import SamplerName
 from diffusion.denoiser import Denoiser
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
+from diffusion.objective import Parametrization
 from diffusion.process import NoiseSchedule, cosine_schedule, linear_schedule
 from diffusion.samplers import SAMPLERS, sigma_grid
 from tests.diffusion.ideal_denoiser import IdealDenoiser, two_tone_points
@@ -60,7 +61,7 @@ def test_ddpm_over_all_steps_is_that_of_diffusers_step_for_step(network: UNet) -
     noise, sigmas = noises(5, 2), sigma_grid(schedule, 1000)
     start = noise()
     SAMPLERS["ddpm"](
-        Denoiser(network, schedule, "v"),
+        Denoiser(network, schedule, Parametrization("v")),
         sigmas[0].float() * start,
         sigmas,
         noise,
@@ -83,7 +84,7 @@ def test_ddim_is_that_of_diffusers_step_for_step(network: UNet) -> None:
     sigmas = torch.cat([schedule.sigmas[theirs.timesteps], torch.zeros(1).double()])
     seen: list[Tensor] = []
     result = SAMPLERS["ddim"](
-        Denoiser(network, schedule, "noise", clip=False),
+        Denoiser(network, schedule, Parametrization("noise"), clip=False),
         sigmas[0].float() * noises(0, 2)(),
         sigmas,
         no_noise,
@@ -106,7 +107,7 @@ def test_dpmpp_2m_is_that_of_diffusers_step_for_step(network: UNet, steps: int) 
     sigmas = torch.cat([schedule.sigmas[theirs.timesteps], torch.zeros(1).double()])
     seen: list[Tensor] = []
     result = SAMPLERS["dpmpp_2m"](
-        Denoiser(network, schedule, "v", clip=False),
+        Denoiser(network, schedule, Parametrization("v"), clip=False),
         sigmas[0].float() * noises(0, 2)(),
         sigmas,
         no_noise,

@@ -1,13 +1,18 @@
 """Training: exact resume, refusal of what does not belong together, and a model that learns."""
 
+import copy
+import logging
+import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,14 +22,20 @@ from safetensors.torch import load_file
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import FileEntry, read_manifest, write_manifest
-from diffusion.errors import UserError
+from diffusion.errors import DarkroomError, UserError
+from diffusion.lanes import lanes
 from diffusion.model import load_model, read_header, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.process import make_schedule
+from diffusion.sampling import sample
+from diffusion.training.candidates import candidates
+from diffusion.training.checkpoint import Checkpoints, Writer
 from diffusion.training.config import TrainingConfig
+from diffusion.training.guards import Guards
 from diffusion.training.history import History, read_rows
-from diffusion.training.run import learning_rate
-from diffusion.training.train import TrainResult, discard, train
+from diffusion.training.preflight import count_flops
+from diffusion.training.run import Run, learning_rate
+from diffusion.training.train import TrainResult, discard, preflight, train
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 
 MODEL = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1)
@@ -178,6 +189,49 @@ def test_minutes_are_turned_into_images_once(dataset: Path, tmp_path: Path) -> N
     assert images % 16 == 0
 
 
+EDM = {"weighting": "edm", "learned_uncertainty": True, "times": "lognormal", "ema_lengths": [0.05, 0.1]}
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ({"schedule": "edm", "prediction": "edm"}, EDM),
+        ({"schedule": "sigmoid", "zero_terminal": True, "prediction": "x0"}, {"weighting": "soft_min_snr"}),
+        ({"prediction": "noise", "dropout": 0.1}, {"weighting": "min_snr", "stratified": False, "recompute": True}),
+    ],
+    ids=["edm", "sigmoid", "linear"],
+)
+def test_whatever_is_chosen_from_the_menu_learns_and_resumes_to_the_same_bits(
+    dataset: Path, tmp_path: Path, model: dict[str, object], settings: dict[str, object]
+) -> None:
+    shape = ModelConfig.model_validate(MODEL.model_dump() | model)
+    config = TrainingConfig.model_validate(CONFIG.model_dump(exclude={"learning_rate"}) | settings)
+    whole = train(dataset, tmp_path / "whole", shape, config, SAMPLING)
+    with pytest.raises(Stop):
+        train(dataset, tmp_path / "cut", shape, config, SAMPLING, track=lambda _: StopAt(240))
+    resumed = train(dataset, tmp_path / "cut", shape, config, SAMPLING)
+    assert resumed.final.read_bytes() == whole.final.read_bytes()
+    losses = [row["held_out_loss"] for row in read_rows(tmp_path / "whole" / "losses.csv")]
+    assert losses[-1] < losses[0]
+    for path in (tmp_path / "whole").glob("averages/*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "cut" / "averages" / path.name).read_bytes()
+
+
+def test_averages_of_other_lengths_are_made_after_the_end_and_draw(dataset: Path, tmp_path: Path) -> None:
+    config = TrainingConfig.model_validate(CONFIG.model_dump() | {"ema_lengths": [0.05, 0.1], "checkpoints": 8})
+    result = run(dataset, tmp_path / "run", config)
+    *kept, shorter, same = candidates(tmp_path / "run", [0.04, 0.05])
+    assert len(kept) == config.keep
+    final, made = (load_model(path).network.state_dict() for path in (result.final, same))
+    for name, value in made.items():
+        torch.testing.assert_close(value, final[name], atol=1e-5, rtol=0)
+    assert any(not torch.equal(value, made[name]) for name, value in load_model(shorter).network.state_dict().items())
+    first = min((tmp_path / "run" / "averages").glob("[0-9]*.safetensors"))
+    first.write_bytes(b"half of")
+    with pytest.raises(UserError, match=f"{first.stem}.* is damaged"):
+        candidates(tmp_path / "run", [0.04])
+
+
 def test_averaged_weights_move_and_differ_from_the_raw_ones(dataset: Path, tmp_path: Path) -> None:
     run(dataset, tmp_path / "run")
     checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("*.safetensors"))
@@ -188,7 +242,7 @@ def test_averaged_weights_move_and_differ_from_the_raw_ones(dataset: Path, tmp_p
 
 
 def test_training_beats_the_best_constant_prediction_by_far(dataset: Path, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"images": 4800, "learning_rate": 1e-2, "min_snr_gamma": None})
+    config = CONFIG.model_copy(update={"images": 4800, "learning_rate": 1e-2})
     run(dataset, tmp_path / "run", config)
     rows = (tmp_path / "run" / "losses.csv").read_text().splitlines()
     last = dict(zip(rows[0].split(","), map(float, rows[-1].split(",")), strict=True))
@@ -340,3 +394,157 @@ def test_streaming_without_a_remote_is_refused(sharded: Path, tmp_path: Path) ->
 def test_workers_without_work_are_refused() -> None:
     with pytest.raises(ValueError, match=r"raise training\.prefetch, or lower training\.workers"):
         TrainingConfig(images=1, workers=3, prefetch=2)
+
+
+def test_steps_whose_loss_is_not_finite_are_left_out_and_counted(dataset: Path) -> None:
+    with lanes(1) as pool:
+        run = Run.new(Dataset.open(dataset), MODEL, CONFIG, pool)
+        run.total = 320
+        broken = {16, 48, 64}
+
+        def spoil(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+            return output * (math.nan if run.state.images in broken else 1.0)
+
+        run.state.network.register_forward_hook(spoil)
+        for images in range(0, 96, 16):
+            before = copy.deepcopy(run.state.network.state_dict())
+            stepped = run.step()
+            moved = any(not torch.equal(value, before[name]) for name, value in run.state.network.state_dict().items())
+            assert (stepped is None) == (images in broken) == (not moved)
+        assert (run.state.images, run.state.skipped, run.state.skipped_in_a_row) == (96, 3, 0)
+
+
+def test_a_run_that_cannot_go_on_stops_and_keeps_the_batch(dataset: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"learning_rate": 1e30, "most_skipped": 3})
+    with pytest.raises(DarkroomError, match=r"not finite in 3 steps in a row.*lower training\.learning_rate.*lies in"):
+        run(dataset, tmp_path / "run", config)
+    batch = load_file(tmp_path / "run" / "not_finite.safetensors")
+    pictures = Dataset.open(dataset).pictures(batch["rows"].numpy())
+    assert batch["pictures"].shape == pictures.shape
+    assert len(batch["t"]) == CONFIG.batch_size
+
+
+def test_what_looks_wrong_is_said_once_and_only_then(caplog: pytest.LogCaptureFixture) -> None:
+    guards = Guards()
+    with caplog.at_level(logging.WARNING):
+        for images in range(20):
+            guards.loss(0.1 + 0.01 * (images % 3), images)
+        for train_loss, held_out in ((0.3, 0.4), (0.2, 0.3), (0.1, 0.35), (0.09, 0.3)):
+            guards.probe({"train_loss_ema": train_loss, "held_out_loss_ema": held_out}, 0)
+        assert not caplog.messages
+        guards.loss(0.9, 20)
+        for train_loss, held_out in ((0.08, 0.31), (0.07, 0.32), (0.06, 0.33)):
+            guards.probe({"train_loss_ema": train_loss, "held_out_loss_ema": held_out}, 30)
+        network, average = torch.nn.Linear(2, 2), {"weight": torch.ones(2, 2)}
+        guards.weights(network, average, 40)
+        torch.nn.init.zeros_(network.weight)
+        guards.weights(network, average, 50)
+    words = [
+        "leapt to 0.9 after 20",
+        "30 images the loss on held-out pictures has risen",
+        "average of the weights has not",
+    ]
+    assert len(caplog.messages) == len(words)
+    assert all(word in message for word, message in zip(words, caplog.messages, strict=True))
+
+
+def test_a_dry_run_says_what_will_run_and_writes_nothing(dataset: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    about = preflight(dataset, MODEL, CONFIG, SAMPLING)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert (about.train + about.held_out, about.shape, about.images) == (48, (1, 8, 8), 320)
+    result = run(dataset, tmp_path / "run")
+    weights = load_model(result.final).network.state_dict()
+    assert about.parameters == sum(value.numel() for value in weights.values())
+    kept = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert about.disk_bytes / 3 < kept < about.disk_bytes * 1.5
+    assert 0 < about.seconds < 600
+    words = dict(about.lines())
+    assert words["length"] == f"320 pictures, {320 / about.train:.1f} epochs"
+
+
+def test_work_grows_with_width_and_size_as_convolutions_do() -> None:
+    # Nearly all of it is convolutions, whose work grows with the square of the channels and with the positions.
+    small, twice = (count_flops(MODEL.model_copy(update={"width": width}), (1, 8, 8), 0) for width in (16, 32))
+    assert 3.5 < twice / small < 4
+    assert count_flops(MODEL, (1, 16, 16), 0) / small == pytest.approx(4, rel=0.02)
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_an_error_before_the_first(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No test may fill the disk of the machine it runs on.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"checkpoints in .* and its disk has 1000 Bytes free: .* lower training\.keep"):
+        run(dataset, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [
+        ({"keep": 1}, [320]),
+        ({"keep": 2}, [288, 320]),
+        ({"keep": 1, "keep_every": 3}, [144, 288, 320]),
+        ({"keep": 1, "keep_best": 2}, None),
+    ],
+)
+def test_the_policy_says_which_checkpoints_stay(
+    dataset: Path, tmp_path: Path, policy: dict[str, int], kept: list[int] | None
+) -> None:
+    run(dataset, tmp_path / "run", CONFIG.model_copy(update={"checkpoints": 8} | policy))
+    there = [int(path.stem) for path in Checkpoints(tmp_path / "run" / "checkpoints").paths()]
+    if kept is None:
+        rows = read_rows(tmp_path / "run" / "losses.csv")
+        best = sorted(rows, key=lambda row: row["held_out_loss_ema"])[:2]
+        kept = sorted({int(row["images"]) for row in best} | {320})
+    assert there == kept
+
+
+def test_what_goes_wrong_with_a_checkpoint_beside_training_stops_it(dataset: Path, tmp_path: Path) -> None:
+    with lanes(1) as pool:
+        training = Run.new(Dataset.open(dataset), MODEL, CONFIG, pool)
+    (tmp_path / "file").write_text("no folder")
+    writer = Writer(Checkpoints(tmp_path / "file" / "checkpoints"))
+    writer.save(training.state, training.header(), 1)
+    with pytest.raises(NotADirectoryError):
+        writer.save(training.state, training.header(), 1)
+
+
+def test_a_checkpoint_holds_the_state_as_it_was_though_training_goes_on(dataset: Path, tmp_path: Path) -> None:
+    with lanes(1) as pool:
+        training = Run.new(Dataset.open(dataset), MODEL, CONFIG, pool)
+        training.total = 320
+        training.step()
+        expected = {name: value.clone() for name, value in training.state.tensors().items()}
+        with Writer(Checkpoints(tmp_path)) as writer:
+            writer.save(training.state, training.header(), 1)
+            for _ in range(5):
+                training.step()
+    written = load_file(tmp_path / "0000000016.safetensors")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in written.items())
+
+
+def test_a_run_tells_losses_by_noise_level_how_colours_drift_and_shows_the_reverse_process(
+    dataset: Path, tmp_path: Path
+) -> None:
+    figures: dict[str, float] = {}
+    pictures: list[tuple[str, int]] = []
+
+    class Record:
+        def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
+            figures.update(metrics)
+
+        def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
+            pictures.append((name, images))
+
+    run(dataset, tmp_path / "run", track=lambda _: Record())
+    levels = [figures[f"held_out_loss_ema_level_{number}"] for number in range(1, 9)]
+    assert sum(levels) / 8 == pytest.approx(figures["held_out_loss_ema"], rel=0.2)
+    drawn = sample(load_model(tmp_path / "run" / "final.safetensors"), range(36), 0, SAMPLING).double() / 127.5 - 1
+    manifest = read_manifest(dataset)
+    expected = (drawn.mean().item() - manifest.mean[0]) / manifest.std[0]
+    assert figures["sample_drift_grey"] == pytest.approx(expected, abs=1e-4)
+    assert pictures[-2:] == [("samples", 320), ("reverse", 320)]
+    assert [name for name, _ in pictures].count("reverse") == 1

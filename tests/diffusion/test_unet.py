@@ -3,13 +3,15 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffusion.errors import UserError
 from diffusion.models.config import ModelConfig
-from diffusion.models.unet import UNet, attend, sinusoidal
+from diffusion.models.unet import UNet, attend, dropped, sinusoidal
 
 
 def small(**changes: object) -> ModelConfig:
@@ -142,3 +144,51 @@ def test_time_embeddings_of_all_steps_differ() -> None:
 def test_configurations_load_without_torch() -> None:
     code = "import sys, diffusion.models.config, diffusion.config_sampling; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_dropout_is_a_function_of_the_pictures_draw_alone() -> None:
+    h, draws = torch.ones(3, 16, 8, 8), torch.tensor([1, 2, 1])
+    dropped_ = dropped(h, draws, 0.25)
+    assert dropped_.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert torch.equal(dropped_[0], dropped_[2])
+    assert not torch.equal(dropped_[0], dropped_[1])
+    assert torch.equal(dropped(h[1:2], draws[1:2], 0.25), dropped_[1:2])
+
+
+@given(st.integers(0, 2**62 - 1), st.floats(0.05, 0.95))
+def test_dropout_drops_the_share_it_is_told_everywhere_alike(draw: int, rate: float) -> None:
+    kept = dropped(torch.ones(2, 64, 16, 16), torch.tensor([draw, (draw + 1) % 2**62]), rate) != 0
+    size = kept[0].numel()
+    spread = 5 * (rate * (1 - rate) / size) ** 0.5
+    assert abs(kept[0].float().mean().item() - (1 - rate)) < spread
+    # Neighbours know nothing of each other, be they positions, channels or pictures.
+    values = kept.float() - kept.float().mean()
+    for one, other in ((values[0], values[1]), (values[0, 1:], values[0, :-1]), (values[0, :, 1:], values[0, :, :-1])):
+        assert abs((one * other).mean().item()) < 5 * rate * (1 - rate) / one.numel() ** 0.5
+
+
+def test_layers_drop_different_values_and_drawing_drops_none() -> None:
+    config = ModelConfig(width=16, multipliers=(1,), blocks=2, attention=(), patch=1, dropout=0.5)
+    network = UNet(config, 1, 8)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, time, seen = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 500.0]), []
+    for block in network.down:
+        block.conv2.register_forward_hook(lambda _module, inputs, _out: seen.append(inputs[0] == 0))
+    out = network(x, time, draws=torch.tensor([5, 6]))
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(out, network(x, time))
+    assert torch.equal(network(x, time), network(x, time))
+
+
+def test_computing_again_instead_of_keeping_changes_no_gradient() -> None:
+    config = ModelConfig(width=16, multipliers=(1, 2), blocks=1, attention=(1,), patch=1, dropout=0.1)
+    network = UNet(config, 1, 8)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, time, draws = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 500.0]), torch.tensor([5, 6])
+    gradients = []
+    for network.recompute in (False, True):
+        loss = network(x, time, draws=draws).square().sum()
+        gradients.append(torch.autograd.grad(loss, list(network.parameters()), allow_unused=True))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True) if one is not None)

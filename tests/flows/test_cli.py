@@ -1,5 +1,6 @@
 """The command line: quick to answer, one line per mistake, one object per --json."""
 
+import json
 import os
 import subprocess
 import sys
@@ -85,3 +86,17 @@ def test_a_verb_that_needs_servers_says_how_to_get_them(tmp_path: Path) -> None:
     done = darkroom(tmp_path, "train")
     assert "run `darkroom up`" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_dry_run_of_training_needs_no_server_and_stops_before_it(dataset: Path, tmp_path: Path) -> None:
+    small = ["model.width=16", "model.multipliers=[1]", "model.attention=[]", "sampling.steps=2"]
+    settings = [word for setting in (*small, "training.images=640") for word in ("--set", setting)]
+    shown = darkroom(tmp_path, "train", "--dataset", "blobs", "--dry-run", *settings)
+    assert shown.returncode == 0, shown.stderr
+    assert "of 8×8×1, 2 classes;" in shown.stdout
+    assert "640 pictures," in shown.stdout
+    about = json.loads(darkroom(tmp_path, "train", "--dataset", "blobs", "--dry-run", "--json", *settings).stdout)
+    assert (about["dataset"], about["images"], about["shape"]) == ("blobs", 640, [1, 8, 8])
+    assert not (tmp_path / "runs" / "blobs").exists()
+    refused = darkroom(tmp_path, "train", "--dataset", "blobs", "--dry-run", "--restart")
+    assert (refused.returncode, "leave --restart out" in refused.stderr) == (2, True)

@@ -1,11 +1,16 @@
 """params.yaml: one configuration, checked, with overrides; mistakes name their mend."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
-from flows.params import dataset_folder, flattened, load_params
+from diffusion.models.config import ModelConfig
+from diffusion.presets import PresetName
+from diffusion.training.config import TrainingConfig
+from flows.params import Params, dataset_folder, flattened, load_params
 
 MINIMAL = "training:\n  images: 100\n"
 
@@ -78,6 +83,35 @@ def test_the_shipped_configuration_is_valid() -> None:
 
 def test_flattened_keys_are_dotted() -> None:
     assert flattened({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
+
+
+def test_the_default_preset_says_what_the_fields_have_by_default(params: Path) -> None:
+    config = load_params(params, [])
+    assert config.preset == "fast"
+    assert (config.model, config.sampling) == (ModelConfig(), SamplingConfig())
+    assert config.training == TrainingConfig(images=100)
+
+
+def test_the_preset_ddpm_is_the_book(params: Path) -> None:
+    config = load_params(params, ["preset=ddpm"])
+    model, training, sampling = config.model, config.training, config.sampling
+    assert (model.steps, model.schedule, model.prediction) == (1000, "linear", "noise")
+    assert (training.weighting, training.times, training.learning_rate) == ("plain", "uniform", 2e-4)
+    assert (sampling.sampler, sampling.steps) == ("ddpm", 1000)
+
+
+@pytest.mark.parametrize("preset", get_args(PresetName))
+def test_what_is_set_wins_over_the_preset_and_the_rest_is_taken_from_it(params: Path, preset: str) -> None:
+    plain = load_params(params, [f"preset={preset}"])
+    config = load_params(params, [f"preset={preset}", "model.width=16", "sampling.steps=7"])
+    assert (config.model.width, config.sampling.steps) == (16, 7)
+    assert config.model.model_copy(update={"width": plain.model.width}) == plain.model
+    assert Params.model_validate(config.model_dump()) == config
+
+
+def test_a_preset_that_does_not_exist_is_refused(params: Path) -> None:
+    with pytest.raises(UserError, match="preset: Input should be 'fast', 'ddpm' or 'large'"):
+        load_params(params, ["preset=quick"])
 
 
 def test_without_a_file_everything_has_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

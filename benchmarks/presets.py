@@ -1,0 +1,57 @@
+"""What the presets take: parameters, work, and pictures per second of training on this machine.
+
+python benchmarks/presets.py
+"""
+
+import argparse
+import time
+from typing import get_args
+
+import torch
+
+from diffusion.fingerprint import autocast
+from diffusion.lanes import cores
+from diffusion.models.config import ModelConfig
+from diffusion.models.unet import UNet
+from diffusion.presets import PresetName, preset
+from diffusion.training.preflight import count_flops
+
+SHAPES = ((1, 32, 32), (3, 64, 64))
+
+
+def rate(config: ModelConfig, shape: tuple[int, int, int], batch: int, seconds: float) -> float:
+    """Pictures per second, forward and backward, on all cores."""
+    torch.set_num_threads(cores())
+    network = UNet(config, shape[0], shape[1]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(batch, *shape).contiguous(memory_format=torch.channels_last)
+    began, seen = time.perf_counter(), -batch
+    while seen <= 0 or time.perf_counter() - began < seconds:
+        with autocast("auto"):
+            loss = network(x, torch.full((batch,), 500.0)).square().mean()
+        loss.backward()
+        if seen < 0:  # the first is not counted: it sets up what the others use
+            began = time.perf_counter()
+        seen += batch
+    return seen / (time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=10)
+    args = parser.parse_args()
+    print("| preset | pictures | parameters | GFLOP a picture, forward and backward | pictures/s |")
+    print("|---|---|---:|---:|---:|")
+    for name in get_args(PresetName):
+        config = ModelConfig.model_validate(preset(name)["model"])
+        for shape in SHAPES:
+            with torch.device("meta"):
+                count = sum(p.numel() for p in UNet(config, shape[0], shape[1]).parameters())
+            work = count_flops(config, shape, 0) / 1e9
+            speed = rate(config, shape, args.batch, args.seconds)
+            picture = f"{shape[2]}×{shape[1]}×{shape[0]}"
+            print(f"| {name} | {picture} | {count / 1e6:.2f} M | {work:.2f} | {speed:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

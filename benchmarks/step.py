@@ -1,0 +1,143 @@
+"""How fast a training step is: Darkroom's beside diffusers', on networks of the same shape, and where its time goes.
+
+    python benchmarks/step.py --scratch /tmp/quality
+
+The networks have the same resolutions, channels, residual blocks and attention, so about the same parameters. Each
+step is whole: Darkroom's as ``darkroom train`` takes it, from the loader to the average of the weights, and diffusers'
+as its training script does, once as it is and once with bf16 and channels last as well. They take turns; the median of
+the rounds counts. Work is counted by torch's FlopCounterMode, and compared with the fastest matrix product here.
+"""
+
+import argparse
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import torch
+from loading import prepare
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from trainers import diffusers
+
+from diffusion.data.dataset import Dataset
+from diffusion.fingerprint import autocast
+from diffusion.lanes import cores, lanes
+from diffusion.models.config import ModelConfig
+from diffusion.training.config import TrainingConfig
+from diffusion.training.run import Run
+
+MODEL = ModelConfig(
+    width=32, multipliers=(1, 2, 2), blocks=2, attention=(2,), heads=8, patch=1, conditional=False, prediction="noise"
+)
+"""The shape of the network in ``trainers.py``."""
+KINDS = {
+    "convolution": ("conv", "mkldnn", "addmm", "linear"),
+    "normalisation": ("norm",),
+    "attention": ("bmm", "matmul", "softmax"),
+    "optimizer, average": ("adam", "lerp", "foreach", "clip"),
+}
+Step = Callable[[], object]
+
+
+def rate(step: Step, batch: int, seconds: float) -> float:
+    """Pictures per second over about so many seconds."""
+    step()
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        step()
+        count += batch
+    return count / (time.perf_counter() - began)
+
+
+def peak(dtype: torch.dtype, size: int = 2048) -> float:
+    """Floating-point operations per second of a matrix product on all cores, the best of a few."""
+    a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
+    seconds = []
+    for _ in range(8):
+        began = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)
+
+
+def theirs(batch: int, size: int, bf16: bool) -> tuple[Step, int, int]:
+    """diffusers' step, its parameters, and the operations of a picture."""
+    network, step, _ = diffusers(1, size, 0)
+    if bf16:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    pictures = torch.rand(batch, 1, size, size)
+    with FlopCounterMode(display=False) as counter:
+        network(pictures[:1], torch.tensor([5])).sample.sum().backward()
+
+    def whole() -> None:
+        with autocast("bf16" if bf16 else "fp32"):
+            step(pictures, 0.0)
+
+    return whole, sum(p.numel() for p in network.parameters()), counter.get_total_flops()
+
+
+def kinds(step: Step) -> Counter[str]:
+    """Seconds of the processor in a step, by what it computes."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        for _ in range(3):
+            step()
+    spent: Counter[str] = Counter()
+    for event in seen.key_averages():
+        kind = next(
+            (kind for kind, words in KINDS.items() if any(word in event.key.lower() for word in words)), "other"
+        )
+        spent[kind] += event.self_cpu_time_total / 3e6
+    return spent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scratch", type=Path, help="where the data set lies or is made; default: a temporary folder")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="step-") as temporary:
+        dataset = Dataset.open(prepare((args.scratch or Path(temporary)).resolve(), "32 px grey"))
+        config = TrainingConfig(images=2**40, batch_size=args.batch, lanes=cores())
+        fp32, bf16 = peak(torch.float32), peak(torch.bfloat16)
+        with lanes(config.lanes) as pool:
+            run = Run.new(dataset, MODEL, config, pool)
+            run.total = 2**40
+            with FlopCounterMode(display=False) as counter:
+                x = torch.zeros(1, *dataset.shape)
+                run.state.network(x, torch.zeros(1)).sum().backward()
+            ours = sum(p.numel() for p in run.state.network.parameters()), counter.get_total_flops()
+        rates: dict[str, list[float]] = {}
+        for _ in range(args.rounds):
+            with lanes(config.lanes) as pool:
+                run.pool = pool
+                rates.setdefault("darkroom", []).append(rate(run.step, args.batch, args.seconds))
+            for name, flag in (("diffusers", False), ("diffusers, bf16, channels last", True)):
+                step, parameters, flops = theirs(args.batch, dataset.shape[1], flag)
+                rates.setdefault(name, []).append(rate(step, args.batch, args.seconds))
+        medians = {name: median(each) for name, each in rates.items()}
+        print(f"fastest matrix product: {fp32 / 1e9:.0f} GFLOP/s in fp32, {bf16 / 1e9:.0f} in bf16\n")
+        for name, value in medians.items():
+            count, work = ours if name == "darkroom" else (parameters, flops)
+            done = value * work
+            print(
+                f"{name:32} {value:7.1f} pictures/s {medians['darkroom'] / value:5.2f}×  {count / 1e6:5.2f} M  "
+                f"{work / 1e9:6.2f} GFLOP each, {done / 1e9:5.0f} GFLOP/s, {done / fp32:4.0%} of the fp32 product"
+            )
+        with lanes(1):
+            # In this thread, which alone is seen by the profiler.
+            run.pool = SimpleNamespace(map=map)  # type: ignore[assignment]
+            spent = kinds(run.step)
+        print("\nwhere a step's time goes")
+        for kind, seconds in spent.most_common():
+            print(f"  {kind:20} {seconds / spent.total():5.0%}")
+        run.loader.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The recipes of other trainers, by time instead of by steps: ``quality.py`` runs it in the environment of those.
+
+    python benchmarks/trainers.py diffusers pictures.npy drawn.npy --seconds 600 --samples 2048 --seed 0
+
+Networks, optimizers, averages and samplers are the libraries' own, with the values that their training scripts have by
+default, but for those named in ``benchmarks/README.md``. Pictures lie in memory, decoded: nothing is waited for.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+BATCH = 16
+STEPS = 50
+DRAWN_AT_ONCE = 64
+
+Step = Callable[[Tensor, float], None]
+"""One optimizer step on pictures in [0, 1], (N, C, H, W), at this share of the whole time."""
+Draw = Callable[[int], Tensor]
+"""So many pictures in [0, 1], drawn from the average of the weights."""
+
+
+def diffusers(channels: int, size: int, seconds: float) -> tuple[nn.Module, Step, Draw]:
+    """``examples/unconditional_image_generation/train_unconditional.py`` with 1.6 million parameters."""
+    from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+    from diffusers.training_utils import EMAModel
+
+    rate, warmup = 1e-3, 500
+    network = UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=2,
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    )
+    schedule = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon")
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    average = EMAModel(
+        network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75, model_cls=UNet2DModel
+    )
+    steps = 0
+
+    def step(pictures: Tensor, share: float) -> None:
+        nonlocal steps
+        clean = pictures * 2 - 1
+        noise, t = torch.randn_like(clean), torch.randint(0, 1000, (len(clean),))
+        loss = nn.functional.mse_loss(network(schedule.add_noise(clean, noise, t), t).sample, noise)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        steps += 1
+        # A cosine after a warm-up, by the share of the time, as the number of steps is not known before.
+        optimizer.param_groups[0]["lr"] = rate * min(steps / warmup, 1) * 0.5 * (1 + np.cos(np.pi * share))
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(network.parameters())
+
+    def draw(count: int) -> Tensor:
+        average.copy_to(network.parameters())
+        sampler = DDIMScheduler.from_config(schedule.config)
+        sampler.set_timesteps(STEPS)
+        x = torch.randn(count, channels, size, size)
+        for t in sampler.timesteps:
+            x = sampler.step(network(x, t).sample, t, x).prev_sample
+        return x / 2 + 0.5
+
+    return network, step, draw
+
+
+def denoising_diffusion_pytorch(channels: int, size: int, seconds: float) -> tuple[nn.Module, Step, Draw]:
+    """Its ``Trainer`` with a network of 32 channels."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    from ema_pytorch import EMA
+
+    network = Unet(dim=32, channels=channels)
+    diffusion = GaussianDiffusion(network, image_size=size, sampling_timesteps=STEPS)
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    average = EMA(diffusion, beta=0.995, update_every=10)
+
+    def step(pictures: Tensor, share: float) -> None:
+        diffusion(pictures).backward()
+        nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update()
+
+    def draw(count: int) -> Tensor:
+        return average.ema_model.eval().sample(batch_size=count)
+
+    return network, step, draw
+
+
+RECIPES: dict[str, Callable[[int, int, float], tuple[nn.Module, Step, Draw]]] = {
+    "diffusers": diffusers,
+    "denoising-diffusion-pytorch": denoising_diffusion_pytorch,
+}
+
+
+def train(step: Step, pictures: Tensor, seconds: float) -> int:
+    """Steps on random batches for so long; returns how many pictures were seen."""
+    order, seen, began = torch.randperm(len(pictures)), 0, time.perf_counter()
+    while (gone := time.perf_counter() - began) < seconds:
+        at = seen % (len(pictures) - BATCH)
+        step(pictures[order[at : at + BATCH]].float() / 255, gone / seconds)
+        seen += BATCH
+        if seen % (50 * BATCH) == 0:
+            print(f"\r{gone:5.0f} of {seconds:.0f} s, {seen / gone:5.1f} pictures/s", end="", file=sys.stderr)
+    return seen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", choices=RECIPES)
+    parser.add_argument("pictures", type=Path, help="(N, C, H, W) uint8, as .npy")
+    parser.add_argument("drawn", type=Path, help="where the drawn pictures go, in the same form")
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--samples", type=int, default=2048)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    pictures = torch.from_numpy(np.load(args.pictures))
+    network, step, draw = RECIPES[args.recipe](pictures.shape[1], pictures.shape[2], args.seconds)
+    seen = train(step, pictures, args.seconds)
+    with torch.inference_mode():
+        counts = [DRAWN_AT_ONCE] * -(-args.samples // DRAWN_AT_ONCE)
+        drawn = torch.cat([draw(count) for count in counts])[: args.samples]
+    np.save(args.drawn, (drawn.clamp(0, 1) * 255).round().byte().numpy())
+    figures: dict[str, Any] = {"parameters": sum(p.numel() for p in network.parameters()), "images": seen}
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Named beginnings of a configuration, each a readable file: what it leaves out has the default of its field."""
+
+from importlib.resources import files
+from typing import Any, Literal
+
+import yaml
+
+PresetName = Literal["fast", "ddpm", "large"]
+
+
+def preset(name: PresetName) -> dict[str, Any]:
+    """The sections and fields that the preset sets."""
+    sections: dict[str, Any] = yaml.safe_load(files(__name__).joinpath(f"{name}.yaml").read_text())
+    return sections
+
+
+def over(chosen: dict[str, Any], name: PresetName) -> dict[str, Any]:
+    """``chosen``, sections of fields, with what it leaves out taken from the preset ``name``."""
+    merged = dict(chosen)
+    for section, fields in preset(name).items():
+        given = chosen.get(section)
+        if given is None:
+            merged[section] = fields
+        elif isinstance(given, dict):
+            merged[section] = fields | given
+    return merged

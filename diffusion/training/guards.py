@@ -1,0 +1,73 @@
+"""What can go wrong in a run without stopping it, seen while it can still be mended."""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import median
+
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+SPIKE = 5.0
+"""Times the median of those before it that a loss must be to count as a spike."""
+REMEMBERED = 50
+"""Losses a spike is compared with; fewer than a tenth of them say nothing."""
+RISING = 3
+"""Checkpoints in a row with a higher loss on held-out pictures and a lower one on trained ones: over-fitting."""
+
+
+@dataclass
+class Guards:
+    """Watches the figures of a run, and says in the log what looks wrong."""
+
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    probes: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RISING + 1))
+
+    sums: dict[str, list[float]] = field(default_factory=dict)
+
+    def loss(self, loss: float, images: int) -> None:
+        """Look at the mean loss since the last time."""
+        if len(self.losses) >= REMEMBERED // 10 and loss > SPIKE * median(self.losses):
+            logger.warning(
+                "the loss leapt to %.3g after %d images, from about %.3g: if it does not come back, lower "
+                "training.learning_rate or training.clip_norm",
+                loss,
+                images,
+                median(self.losses),
+            )
+        if math.isfinite(loss):
+            self.losses.append(loss)
+
+    def probe(self, figures: Mapping[str, float], images: int) -> None:
+        """Look at the losses of the averaged weights on fixed pictures of both splits."""
+        train, held_out = (figures.get(f"{split}_loss_ema", math.nan) for split in ("train", "held_out"))
+        self.probes.append((train, held_out))
+        steps = list(pairwise(self.probes))
+        if len(steps) == RISING and all(after[0] < before[0] and after[1] > before[1] for before, after in steps):
+            logger.warning(
+                "after %d images the loss on held-out pictures has risen %d checkpoints in a row, while that on others "
+                "fell: the network learns its pictures by heart. Ingest more, train for less, or make it smaller",
+                images,
+                RISING,
+            )
+            self.probes.clear()
+
+    def weights(self, network: nn.Module, average: Mapping[str, Tensor], images: int) -> None:
+        """Look at whether the network, and the average of its weights, differ from what they were the last time."""
+        sums = {
+            "network": [float(each.detach().double().sum()) for each in network.parameters()],
+            "average of the weights": [float(each.double().sum()) for each in average.values()],
+        }
+        for what, now in sums.items():
+            if self.sums.get(what) == now:
+                logger.warning(
+                    "the %s has not moved since the checkpoint before image %d: look at training.learning_rate, "
+                    "training.ema_decay and the figure skipped",
+                    what,
+                    images,
+                )
+        self.sums = sums

@@ -1,0 +1,108 @@
+"""What one process of a run writes down while it trains: figures, grids of pictures, checkpoints."""
+
+import io
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from diffusion.config_sampling import SamplingConfig
+from diffusion.data.manifest import Manifest
+from diffusion.explain import draw_reverse, reverse
+from diffusion.grids import figure_png, grid, save_png
+from diffusion.model import to_float
+from diffusion.progress import Progress
+from diffusion.sampling import sample
+from diffusion.training.checkpoint import Writer
+from diffusion.training.config import TrainingConfig
+from diffusion.training.guards import Guards
+from diffusion.training.history import History, read_rows
+from diffusion.training.post_hoc import AVERAGES, keep_snapshot
+from diffusion.training.run import Run
+from diffusion.training.tracker import Tracker
+
+GRID_PICTURES = 36
+FIGURES = ("loss", "gradient_norm", "learning_rate", "images_per_second", "data_wait", "skipped")
+"""Columns of history.csv; ``data_wait`` is the share of the time in which training waited for pictures,
+``skipped`` counts all steps left out so far, as their loss or gradient was not finite."""
+PROBES = ("train_loss", "train_loss_ema", "held_out_loss", "held_out_loss_ema")
+"""Columns of losses.csv."""
+
+
+@dataclass
+class Record:
+    """Keeps the record of ``run`` in the folder ``output``, with ``tracker``, and on the screen."""
+
+    run: Run
+    output: Path
+    sampling: SamplingConfig
+    writer: Writer
+    tracker: Tracker
+    progress: Progress
+    guards: Guards = field(default_factory=Guards)
+
+    def __post_init__(self) -> None:
+        """What a kill left beyond the last checkpoint is forgotten: it comes again."""
+        for history in (self.history, self.probes):
+            history.rewind(self.run.state.images)
+
+    @cached_property
+    def history(self) -> History:
+        """Figures of the steps."""
+        return History(self.output / "history.csv", FIGURES)
+
+    @cached_property
+    def probes(self) -> History:
+        """Losses on fixed pictures."""
+        return History(self.output / "losses.csv", PROBES)
+
+    def figures(self, figures: dict[str, float]) -> None:
+        """Write down ``FIGURES`` of the steps since the last time."""
+        images = self.run.state.images
+        self.guards.loss(figures["loss"], images)
+        self.history.append(images, figures)
+        self.tracker.log_metrics({name: value for name, value in figures.items() if math.isfinite(value)}, images)
+        self.progress("images trained on", images, self.run.total, f"loss {figures['loss']:.4f}")
+
+    def stock(self, save_every: int) -> None:
+        """Look at how the averaged weights do, and begin a checkpoint: last, so that a kill repeats the rest."""
+        run, config = self.run, self.run.config
+        state, images = run.state, run.state.images
+        averaged = run.averaged()
+        figures = run.probe(averaged.network)
+        self.probes.append(images, {name: figures.get(name, math.nan) for name in PROBES})
+        drawn = sample(averaged, range(GRID_PICTURES), 0, self.sampling)
+        self.tracker.log_metrics(figures | drift(drawn, run.dataset.manifest), images)
+        picture = grid(drawn)
+        save_png(self.output / "samples" / f"{images:010d}.png", picture)
+        self.tracker.log_picture("samples", picture, images)
+        if images == run.total:
+            strip = Image.open(io.BytesIO(figure_png(draw_reverse(reverse(averaged, 0)))))
+            self.tracker.log_picture("reverse", strip, images)
+        self.guards.probe(figures, images)
+        self.guards.weights(state.network, state.averages[0].state_dict(), images)
+        if config.ema_lengths is not None:
+            keep_snapshot(self.output / AVERAGES, state.averages, config.ema_lengths, images, run.header())
+        self.writer.save(state, run.header(), config.keep, spared(config, self.probes, save_every))
+
+
+def drift(drawn: Tensor, manifest: Manifest) -> dict[str, float]:
+    """How far each channel of ``drawn`` pictures is from the data set's, in standard deviations of it."""
+    means = to_float(drawn).mean((0, 2, 3)).tolist()
+    return {
+        f"sample_drift_{'grey' if len(means) == 1 else 'rgb'[channel]}": (mean - real) / max(spread, 1e-6)
+        for channel, (mean, real, spread) in enumerate(zip(means, manifest.mean, manifest.std, strict=True))
+    }
+
+
+def spared(config: TrainingConfig, probes: History, save_every: int) -> set[int]:
+    """After how many images the checkpoints were taken that stay, though newer ones come."""
+    rows = [row for row in read_rows(probes.path) if math.isfinite(row["held_out_loss_ema"])]
+    best = sorted(rows, key=lambda row: row["held_out_loss_ema"])[: config.keep_best]
+    kept = {int(row["images"]) for row in best}
+    if config.keep_every is not None:
+        kept.update(int(row["images"]) for row in rows if row["images"] % (config.keep_every * save_every) == 0)
+    return kept

@@ -1,0 +1,171 @@
+"""What a training says of itself, kept on disk until MLflow has it: a server that is down never stops a training."""
+
+import json
+import logging
+import math
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import BotoCoreError, ClientError
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from PIL import Image
+
+from diffusion.errors import DarkroomError
+from diffusion.files import write_json
+from diffusion.grids import save_png
+from flows.machine import Machine
+from flows.tracking import RunTracker, picture_marker
+
+AT_ONCE = 500
+"""Figures that are delivered together: MLflow takes a thousand."""
+PAUSE = 5.0
+"""Seconds between tries while MLflow does not answer."""
+PATIENCE = 120.0
+"""Seconds that the end of a training waits for what is not delivered yet."""
+
+UNANSWERED = (MlflowException, OSError, BotoCoreError, Boto3Error, ClientError)
+"""What is raised while MLflow, or the store of its pictures, does not answer as it should."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Spool:
+    """Records in the order in which they came, in a folder of their own, and how many of them MLflow has.
+
+    A training that was killed repeats what came after its last checkpoint. What it says again is on record with the
+    time of the first, so that MLflow, which keeps equal points once, has each once, whenever the kill came.
+    """
+
+    folder: Path
+    records: list[dict[str, Any]] = field(default_factory=list)
+    delivered: int = 0
+
+    @classmethod
+    def open(cls, folder: Path, anew: bool) -> "Spool":
+        """Go on with what lies in ``folder``, or ``anew``, with nothing."""
+        if anew:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        spool = cls(folder)
+        if spool._log.is_file():
+            # A last line that a kill cut short was never said.
+            lines = spool._log.read_bytes().split(b"\n")[:-1]
+            spool.records = [json.loads(line) for line in lines]
+            spool._log.write_bytes(b"".join(line + b"\n" for line in lines))
+        if spool._mark.is_file():
+            spool.delivered = min(json.loads(spool._mark.read_text()), len(spool.records))
+        return spool
+
+    def add(self, records: list[dict[str, Any]]) -> None:
+        """Take in what is not on record yet, by name and step."""
+        known = {(record["name"], record["step"]) for record in self.records}
+        fresh = [record for record in records if (record["name"], record["step"]) not in known]
+        with self._log.open("a") as file:
+            file.write("".join(f"{json.dumps(record)}\n" for record in fresh))
+        self.records += fresh
+
+    def advance(self, count: int) -> None:
+        """So many more are delivered."""
+        self.delivered += count
+        write_json(self._mark, self.delivered)
+
+    @property
+    def _log(self) -> Path:
+        return self.folder / "records.jsonl"
+
+    @property
+    def _mark(self) -> Path:
+        return self.folder / "delivered.json"
+
+
+class SpooledTracker:
+    """Implements ``diffusion.training.tracker.Tracker``: writes into a spool, from which a thread delivers in order."""
+
+    def __init__(self, tracker: RunTracker, folder: Path, anew: bool = False) -> None:
+        self.tracker = tracker
+        self.spool = Spool.open(folder, anew)
+        self._machine = Machine()
+        self._change = threading.Condition()
+        self._closing = False
+        self._trouble = ""
+        self._thread = threading.Thread(target=self._deliver, name="to MLflow", daemon=True)
+        self._thread.start()
+
+    def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
+        """Keep ``metrics`` at step ``images``."""
+        now = int(time.time() * 1000)
+        finite = {
+            name: float(value)
+            for name, value in (*metrics.items(), *self._machine.figures().items())
+            if math.isfinite(value)
+        }
+        self._add([{"name": name, "value": value, "time": now, "step": images} for name, value in finite.items()])
+
+    def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
+        """Keep ``picture`` as the image ``name`` at step ``images``."""
+        path = self.spool.folder / f"{name}-{images:010d}.png"
+        save_png(path, picture)
+        self._add([{"name": picture_marker(name), "picture": name, "file": path.name, "step": images}])
+
+    def close(self) -> None:
+        """Deliver what is left; raises DarkroomError if MLflow does not take it within two minutes."""
+        with self._change:
+            self._closing = True
+            self._change.notify_all()
+        self._thread.join(PATIENCE)
+        left = len(self.spool.records) - self.spool.delivered
+        if left:
+            raise DarkroomError(
+                f"MLflow does not take what is left of the run's record ({left} figures in {self.spool.folder}): "
+                f"{self._trouble}. Training itself is done; give the same command again when MLflow is back"
+            )
+
+    def _add(self, records: list[dict[str, Any]]) -> None:
+        with self._change:
+            self.spool.add(records)
+            self._change.notify_all()
+
+    def _deliver(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._closing or self.spool.delivered < len(self.spool.records))
+                left = self.spool.records[self.spool.delivered :]
+            if not left:
+                return
+            try:
+                count = self._send(left)
+            except UNANSWERED as error:
+                trouble = " ".join(str(error).split())[:300]
+                if trouble != self._trouble:
+                    logger.warning("MLflow takes no figures; they wait in %s: %s", self.spool.folder, trouble)
+                self._trouble = trouble
+                time.sleep(PAUSE)
+                continue
+            if self._trouble:
+                logger.warning("MLflow takes figures again")
+                self._trouble = ""
+            with self._change:
+                self.spool.advance(count)
+
+    def _send(self, left: list[dict[str, Any]]) -> int:
+        """Deliver the first few of ``left``; returns how many."""
+        first = left[0]
+        if "picture" in first:
+            with Image.open(self.spool.folder / first["file"]) as picture:
+                self.tracker.log_picture(first["picture"], picture, first["step"])
+            return 1
+        figures = []
+        for record in left[:AT_ONCE]:
+            if "picture" in record:
+                break
+            figures.append(Metric(record["name"], record["value"], record["time"], record["step"]))
+        self.tracker.client.log_batch(self.tracker.run_id, metrics=figures)
+        return len(figures)

@@ -1,0 +1,88 @@
+"""Several processes train as one would, whatever happens to them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from diffusion.training.history import read_rows
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from diffusion.config_sampling import SamplingConfig
+from diffusion.models.config import ModelConfig
+from diffusion.training.config import TrainingConfig
+from diffusion.training.train import train
+model = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1, dropout=0.1)
+config = TrainingConfig(images=int(sys.argv[3]), batch_size=16, warmup_images=32, checkpoints=16, keep=2, lanes=2,
+    learned_uncertainty=True)
+train(Path(sys.argv[1]), Path(sys.argv[2]), model, config, SamplingConfig(steps=2, compute_batch=36))
+"""
+
+
+def start(
+    dataset: Path, output: Path, processes: int, images: int = 1600, restarts: int = 0
+) -> subprocess.Popen[bytes]:
+    script = output.parent / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [f"--max-restarts={restarts}", "--monitor-interval=0.1", str(script), str(dataset), str(output)]
+    variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, str(images)], env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out.decode()[-3000:]
+
+
+def wait_for(path: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(list(path.glob("*.sha256"))) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def curve(output: Path) -> np.ndarray:
+    return np.array([row["loss"] for row in read_rows(output / "history.csv")])
+
+
+def test_two_processes_have_the_losses_of_one_also_after_a_change_between(dataset: Path, tmp_path: Path) -> None:
+    finish(start(dataset, tmp_path / "one", 1))
+    finish(start(dataset, tmp_path / "two", 2))
+    # Sums in another order differ in their last digits, which grow from step to step.
+    np.testing.assert_allclose(curve(tmp_path / "two")[:20], curve(tmp_path / "one")[:20], rtol=2e-2)
+    np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=0.3)
+
+    process = start(dataset, tmp_path / "changed", 2)
+    wait_for(tmp_path / "changed" / "checkpoints", 2)
+    os.killpg(process.pid, signal.SIGKILL)
+    for child in psutil.process_iter(["cmdline"]):
+        if str(tmp_path / "changed") in " ".join(child.info["cmdline"] or ()):
+            child.kill()
+    finish(start(dataset, tmp_path / "changed", 1))
+    np.testing.assert_allclose(curve(tmp_path / "changed"), curve(tmp_path / "one"), rtol=0.3)
+
+
+def test_a_worker_that_is_killed_is_started_again_and_the_end_is_the_same(dataset: Path, tmp_path: Path) -> None:
+    finish(start(dataset, tmp_path / "whole", 2))
+    process = start(dataset, tmp_path / "cut", 2, restarts=3)
+    wait_for(tmp_path / "cut" / "checkpoints", 2)
+    workers = [child for child in psutil.Process(process.pid).children() if "script.py" in " ".join(child.cmdline())]
+    assert len(workers) == 2
+    workers[1].kill()
+    finish(process)
+    whole, cut = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "cut"))
+    assert all(np.array_equal(value.numpy(), cut[name].numpy()) for name, value in whole.items())

@@ -1,0 +1,150 @@
+"""Figures wait on disk until MLflow takes them, and each is there once."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import requests
+from mlflow.client import MlflowClient
+
+from diffusion.errors import DarkroomError
+from flows import machine, spool
+from flows.spool import Spool, SpooledTracker
+from flows.tracking import RunTracker
+from tests.conftest import blob
+
+
+@pytest.fixture
+def client(no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    """An MLflow of the test's own, without a server."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return MlflowClient()
+
+
+def new_run(client: MlflowClient) -> RunTracker:
+    return RunTracker(
+        client, client.create_run(client.create_experiment("e", str(Path.cwd() / "artifacts"))).info.run_id
+    )
+
+
+def points(tracker: RunTracker, name: str) -> list[tuple[int, float, int]]:
+    history = tracker.client.get_metric_history(tracker.run_id, name)
+    return [(point.step, point.value, point.timestamp) for point in history]
+
+
+def test_all_figures_and_pictures_arrive_in_order(client: MlflowClient, tmp_path: Path) -> None:
+    tracker = new_run(client)
+    spooled = SpooledTracker(tracker, tmp_path / "spool")
+    for images in range(0, 1200, 2):
+        spooled.log_metrics({"loss": 1 / (images + 1), "nothing": float("nan")}, images)
+    spooled.log_picture("samples", blob(0), 1200)
+    spooled.close()
+    assert [point[:2] for point in points(tracker, "loss")] == [(n, 1 / (n + 1)) for n in range(0, 1200, 2)]
+    assert points(tracker, "nothing") == []
+    assert [point[0] for point in points(tracker, "samples_at_images")] == [1200]
+    assert len(client.list_artifacts(tracker.run_id, "images")) > 0
+
+
+def test_what_is_said_again_after_a_kill_is_there_once_with_its_first_time(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    tracker, folder = new_run(client), tmp_path / "spool"
+    first = SpooledTracker(tracker, folder)
+    for images in (16, 32, 48):
+        first.log_metrics({"loss": images / 100}, images)
+    first.close()
+    before = points(tracker, "loss")
+    # As a kill leaves it: delivered, but not yet noted; and a line that was being written.
+    (folder / "delivered.json").write_text("1")
+    with (folder / "records.jsonl").open("a") as file:
+        file.write('{"name": "lo')
+    time.sleep(0.01)
+    again = SpooledTracker(tracker, folder)
+    for images in (32, 48, 64):
+        again.log_metrics({"loss": images / 100}, images)
+    again.close()
+    after = points(tracker, "loss")
+    assert after[:3] == before
+    assert [point[:2] for point in after] == [(n, n / 100) for n in (16, 32, 48, 64)]
+    assert len(Spool.open(folder, anew=False).records) == 4
+    assert Spool.open(folder, anew=True).records == []
+
+
+@contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--default-artifact-root", str(folder / "art")]
+    with (folder / "server.log").open("ab") as log:
+        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                requests.get(f"http://127.0.0.1:{port}/health", timeout=1).raise_for_status()
+                break
+            except requests.RequestException:
+                assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        yield server
+    finally:
+        os.killpg(server.pid, 9)
+        server.wait()
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_away_and_comes_back_has_every_point_once_in_order(
+    no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    # Otherwise the client itself tries again for minutes before it says that nobody answers.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setattr(spool, "PAUSE", 0.2)
+    with mlflow_server(tmp_path, port):
+        client = MlflowClient()
+        tracker = new_run(client)
+        spooled = SpooledTracker(tracker, tmp_path / "spool")
+        spooled.log_metrics({"loss": 0.5}, 16)
+        while spooled.spool.delivered == 0:
+            time.sleep(0.05)
+    began = time.monotonic()
+    for images in range(32, 64, 16):
+        spooled.log_metrics({"loss": 1 / images}, images)
+        spooled.log_picture("samples", blob(images), images)
+    assert time.monotonic() - began < 2  # nobody waited for the server
+    monkeypatch.setattr(spool, "PATIENCE", 3.0)
+    with pytest.raises(DarkroomError, match=r"4 figures in .*spool.*give the same command again when MLflow is back"):
+        spooled.close()
+    with mlflow_server(tmp_path, port):
+        monkeypatch.setattr(spool, "PATIENCE", 60.0)
+        spooled.close()
+        assert [point[:2] for point in points(tracker, "loss")] == [(16, 0.5), (32, 1 / 32), (48, 1 / 48)]
+        lines = (tmp_path / "spool" / "records.jsonl").read_text().splitlines()
+        times = [record["time"] for record in map(json.loads, lines) if record["name"] == "loss"]
+        assert [point[2] for point in points(tracker, "loss")] == times
+
+
+def test_the_machine_is_looked_at_now_and_then(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "EVERY", 0.3)
+    tracker = new_run(client)
+    spooled = SpooledTracker(tracker, tmp_path / "spool")
+    spooled.log_metrics({"loss": 0.5}, 16)
+    time.sleep(0.4)
+    for images in (32, 48):
+        spooled.log_metrics({"loss": 0.5}, images)
+    spooled.close()
+    ((step, share, _),) = points(tracker, "system/cpu_utilization_percentage")
+    assert step == 32
+    assert 0 <= share <= 100
