@@ -94,7 +94,7 @@ class SpooledTracker:
         self.spool = Spool.open(folder, anew)
         self._machine = Machine()
         self._change = threading.Condition()
-        self._closing = False
+        self._closing = self._abandoned = False
         self._trouble = ""
         self._thread = threading.Thread(target=self._deliver, name="to MLflow", daemon=True)
         self._thread.start()
@@ -128,6 +128,14 @@ class SpooledTracker:
                 f"{self._trouble}. Training itself is done; give the same command again when MLflow is back"
             )
 
+    def abandon(self) -> None:
+        """Deliver no more; what is left waits for the next time."""
+        with self._change:
+            self._abandoned = self._closing = True
+            self._change.notify_all()
+        # Not for as long as a client tries to reach a server that is away.
+        self._thread.join(2 * PAUSE)
+
     def _add(self, records: list[dict[str, Any]]) -> None:
         with self._change:
             self.spool.add(records)
@@ -138,7 +146,7 @@ class SpooledTracker:
             with self._change:
                 self._change.wait_for(lambda: self._closing or self.spool.delivered < len(self.spool.records))
                 left = self.spool.records[self.spool.delivered :]
-            if not left:
+            if not left or self._abandoned:
                 return
             try:
                 count = self._send(left)

@@ -73,6 +73,8 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
         )
     except BaseException:
         for each in opened:
+            # Before another try opens the same spool.
+            each.abandon()
             _say_failed(each.tracker)
         raise
     tracker = _delivered(opened[0]) if opened else _recorded(params, manifest, result)

@@ -148,3 +148,13 @@ def test_the_machine_is_looked_at_now_and_then(
     ((step, share, _),) = points(tracker, "system/cpu_utilization_percentage")
     assert step == 32
     assert 0 <= share <= 100
+
+
+def test_what_an_abandoned_training_said_is_delivered_the_next_time(client: MlflowClient, tmp_path: Path) -> None:
+    tracker = new_run(client)
+    first = SpooledTracker(tracker, tmp_path / "spool")
+    first.abandon()
+    first.log_metrics({"loss": 0.5}, 16)
+    assert points(tracker, "loss") == []
+    SpooledTracker(tracker, tmp_path / "spool").close()
+    assert [point[:2] for point in points(tracker, "loss")] == [(16, 0.5)]
