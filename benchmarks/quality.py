@@ -23,11 +23,12 @@ import torch
 from loading import FASHION, prepare, run
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.evaluation.features import EfficientNetLite0
+from diffusion.files import digest_of
 from diffusion.grids import grid, save_png
 from diffusion.model import load_model
 from diffusion.sampling import sample
+from flows.params import load_params
 
 FEATURES_AT = 64
 PEERS = ("diffusers", "denoising-diffusion-pytorch")
@@ -57,8 +58,7 @@ def darkroom(
     command = [str(Path(sys.executable).with_name("darkroom")), "stage", "train", "--json"]
     done = json.loads(run([*command, *(part for word in words for part in ("--set", word))], workspace))
     model = load_model(workspace / done["final"])
-    given = (word.removeprefix("sampling.").partition("=") for word in settings if word.startswith("sampling."))
-    sampling = SamplingConfig.model_validate({key: value for key, _, value in given})
+    sampling = load_params(workspace / "params.yaml", words).sampling
     began = time.perf_counter()
     drawn = sample(model, range(samples), seed, sampling)
     figures = {
@@ -110,7 +110,7 @@ def main() -> None:
         )
     for seed in range(args.seeds):
         for name, work in works.items():
-            measured = args.scratch / f"{name}-{args.seconds:g}s-{args.samples}-{seed}.json"
+            measured = args.scratch / f"{_stem(name, args)}-{seed}.json"
             if measured.is_file():
                 continue
             drawn, figures = work(seed)
@@ -125,12 +125,18 @@ def main() -> None:
         f"\n{args.seconds:g} s of training, {args.samples} pictures, Fréchet distance; real pictures have {floor:.0f}\n"
     )
     for name in works:
-        stem = f"{name}-{args.seconds:g}s-{args.samples}"
-        found = [json.loads(path.read_text()) for path in args.scratch.glob(f"{stem}-[0-9].json")]
+        stem = _stem(name, args)
+        found = [json.loads(path.read_text()) for path in args.scratch.glob(f"{stem}-*.json")]
         fds = [each["fd"] for each in found]
         spread = f"± {stdev(fds):.0f}" if len(fds) > 1 else ""
         rate = mean(each["images"] for each in found) / args.seconds
         print(f"{name:32} {mean(fds):7.0f} {spread:7} {rate:6.0f} pictures/s {found[0]['parameters'] / 1e6:6.2f} M")
+
+
+def _stem(name: str, args: argparse.Namespace) -> str:
+    """What the files of a contestant begin with: other settings have other files."""
+    chosen = digest_of(args.set)[:8] if name not in PEERS else "own"
+    return f"{name}-{chosen}-{args.seconds:g}s-{args.samples}"
 
 
 def distance(features: torch.Tensor, moments: dict[str, np.ndarray]) -> float:

@@ -28,7 +28,7 @@ def judge(params: Params) -> Evaluation:
     """Score the checkpoints; what was judged before under the same conditions is remembered."""
     return judge_checkpoints(
         params.dataset_folder,
-        candidates(params.run_folder, params.evaluation.ema_lengths),
+        candidates(params.run_folder, params.report_folder, params.evaluation.ema_lengths),
         params.evaluation,
         params.sampling,
         params.report_folder,

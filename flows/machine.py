@@ -17,8 +17,8 @@ class Machine:
 
     def __init__(self) -> None:
         self.monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor()]  # type: ignore[no-untyped-call]
-        # Without NVIDIA's library there is no GPU to look at.
-        with suppress(ImportError):
+        # Without NVIDIA's library and driver there is no GPU to look at.
+        with suppress(ImportError, RuntimeError):
             self.monitors.append(GPUMonitor())  # type: ignore[no-untyped-call]
         self.looked = time.monotonic()
 

@@ -47,6 +47,14 @@ class Params(Config):
             return over(chosen, name)
         return chosen
 
+    @model_validator(mode="after")
+    def _averages_are_kept(self) -> "Params":
+        if self.evaluation.ema_lengths and self.training.ema_lengths is None:
+            raise ValueError(
+                "evaluation.ema_lengths are made of what training.ema_lengths keeps: set that, too, say to [0.05, 0.1]"
+            )
+        return self
+
     @property
     def dataset_folder(self) -> Path:
         """Where the data set lies."""

@@ -14,6 +14,7 @@ from diffusion.evaluation.evaluate import evaluate_one
 from diffusion.evaluation.results import Evaluation, Judged
 from diffusion.files import sha256_file
 from diffusion.model import export, read_header
+from diffusion.training.post_hoc import AVERAGES
 from flows import registry
 from flows.derived import TAKEDOWN, takedowns
 from flows.environment import settings
@@ -78,7 +79,7 @@ def _require_current(params: Params, evaluation: Evaluation) -> None:
     """Raise UserError unless ``evaluation`` judged what lies there now, as it would be judged now."""
     best, conditions = Path(evaluation.best.file), evaluation.conditions
     same = (
-        best.parent == params.run_folder / "checkpoints"
+        best.parent in (params.run_folder / "checkpoints", params.report_folder / AVERAGES)
         and best.is_file()
         and sha256_file(best) == evaluation.best.sha256
         and conditions.evaluation == params.evaluation

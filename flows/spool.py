@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from diffusion.errors import DarkroomError
-from diffusion.files import write_json
+from diffusion.files import write_bytes, write_json
 from diffusion.grids import save_png
 from flows.machine import Machine
 from flows.tracking import RunTracker, picture_marker
@@ -45,23 +45,29 @@ class Spool:
     """
 
     folder: Path
+    run_id: str
+    """The run on MLflow that the records are of."""
     records: list[dict[str, Any]] = field(default_factory=list)
     delivered: int = 0
 
     @classmethod
-    def open(cls, folder: Path, anew: bool) -> "Spool":
-        """Go on with what lies in ``folder``, or ``anew``, with nothing."""
+    def open(cls, folder: Path, run_id: str, anew: bool) -> "Spool":
+        """Go on with what lies in ``folder``, or ``anew``, with nothing; to another ``run_id`` nothing is delivered."""
         if anew:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        spool = cls(folder)
+        spool = cls(folder, run_id)
         if spool._log.is_file():
+            data = spool._log.read_bytes()
             # A last line that a kill cut short was never said.
-            lines = spool._log.read_bytes().split(b"\n")[:-1]
-            spool.records = [json.loads(line) for line in lines]
-            spool._log.write_bytes(b"".join(line + b"\n" for line in lines))
+            whole = data[: data.rfind(b"\n") + 1]
+            if whole != data:
+                write_bytes(spool._log, whole)
+            spool.records = [json.loads(line) for line in whole.splitlines()]
         if spool._mark.is_file():
-            spool.delivered = min(json.loads(spool._mark.read_text()), len(spool.records))
+            mark = json.loads(spool._mark.read_text())
+            spool.delivered = min(mark["delivered"], len(spool.records)) if mark["run_id"] == run_id else 0
+        spool.advance(0)
         return spool
 
     def add(self, records: list[dict[str, Any]]) -> None:
@@ -75,7 +81,7 @@ class Spool:
     def advance(self, count: int) -> None:
         """So many more are delivered."""
         self.delivered += count
-        write_json(self._mark, self.delivered)
+        write_json(self._mark, {"run_id": self.run_id, "delivered": self.delivered})
 
     @property
     def _log(self) -> Path:
@@ -91,7 +97,7 @@ class SpooledTracker:
 
     def __init__(self, tracker: RunTracker, folder: Path, anew: bool = False) -> None:
         self.tracker = tracker
-        self.spool = Spool.open(folder, anew)
+        self.spool = Spool.open(folder, tracker.run_id, anew)
         self._machine = Machine()
         self._change = threading.Condition()
         self._closing = self._abandoned = False
@@ -120,12 +126,17 @@ class SpooledTracker:
         with self._change:
             self._closing = True
             self._change.notify_all()
-        self._thread.join(PATIENCE)
+        while self._thread.is_alive():
+            before = self.spool.delivered
+            self._thread.join(PATIENCE)
+            if self.spool.delivered == before:
+                break
         left = len(self.spool.records) - self.spool.delivered
         if left:
             raise DarkroomError(
                 f"MLflow does not take what is left of the run's record ({left} figures in {self.spool.folder}): "
-                f"{self._trouble}. Training itself is done; give the same command again when MLflow is back"
+                f"{self._trouble or 'it does not answer'}. Training itself is done; give the same command again when "
+                "MLflow is back"
             )
 
     def abandon(self) -> None:

@@ -10,6 +10,7 @@ from diffusion.config import Config
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.training.history import read_rows
 from diffusion.training.run import data_digest, identity_fields, train_key
+from diffusion.training.tracker import ANEW, SPOOL
 from diffusion.training.train import Restart, TrainResult, discard
 from diffusion.training.train import train as train_model
 from flows import lineage
@@ -21,9 +22,6 @@ from flows.remote_shards import RemoteShards
 from flows.spool import UNANSWERED, SpooledTracker
 from flows.steps import step
 from flows.tracking import RunTracker, find_run, open_run
-
-SPOOL = "spool"
-"""The folder of a run in which its record waits for MLflow."""
 
 
 class TrainingRun(Config):
@@ -56,7 +54,10 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
     opened: list[SpooledTracker] = []
 
     def track(anew: bool) -> SpooledTracker:
-        opened.append(SpooledTracker(_open(params, manifest, anew), params.run_folder / SPOOL, anew))
+        spool = params.run_folder / SPOOL
+        # A run that was thrown away may have been so in a try before this one.
+        anew = anew or (spool / ANEW).exists()
+        opened.append(SpooledTracker(_open(params, manifest, anew), spool, anew))
         return opened[0]
 
     try:

@@ -1,8 +1,8 @@
 """How checkpoints are judged."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 
 from diffusion.config import Config
 
@@ -12,7 +12,7 @@ class EvaluationConfig(Config):
 
     samples: int = Field(500, ge=10)
     """Pictures drawn from each checkpoint, and real training pictures behind the floor."""
-    ema_lengths: tuple[PositiveFloat, ...] = ()
+    ema_lengths: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = ()
     """Averages of the weights over these shares of training are judged, too: see training.ema_lengths."""
     reference: int = Field(10_000, ge=10)
     """Held-out pictures compared with: at most this many, the first by key."""

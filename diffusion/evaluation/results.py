@@ -26,7 +26,8 @@ class Conditions(Config):
     def key(self) -> str:
         """Digest of the conditions; a model's scores depend on it, on the weights, and within floating-point
         error on the fingerprint."""
-        return digest_of(self.model_dump(mode="json"))
+        # Which averages are judged besides changes no score.
+        return digest_of(self.model_dump(mode="json", exclude={"evaluation": {"ema_lengths"}}))
 
 
 class Judged(Config):

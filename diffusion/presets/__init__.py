@@ -22,5 +22,9 @@ def over(chosen: dict[str, Any], name: PresetName) -> dict[str, Any]:
         if given is None:
             merged[section] = fields
         elif isinstance(given, dict):
-            merged[section] = fields | given
+            # The two are alternatives: who chooses one means to do without the other.
+            left = {
+                name: value for name, value in fields.items() if name != "ema_decay" or not given.get("ema_lengths")
+            }
+            merged[section] = left | given
     return merged

@@ -41,8 +41,8 @@ def keep_snapshot(
     write_bytes(path.with_suffix(".sha256"), f"{digest}\n".encode())
 
 
-def make_average(folder: Path, length: float) -> Path:
-    """Write the average of ``length`` at the last of the snapshots in ``folder`` beside them, as a model file.
+def make_average(folder: Path, length: float, into: Path) -> Path:
+    """Write the average of ``length`` at the last of the snapshots in ``folder`` into a model file ``into`` a folder.
 
     Raises UserError if there are none, or one is damaged.
     """
@@ -61,7 +61,7 @@ def make_average(folder: Path, length: float) -> Path:
     for (images, number, _), share in zip(seen, shares, strict=True):
         for name, value in _tensors(folder / f"{images:010d}.safetensors", prefix(number)).items():
             total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + share * value.double()
-    path = folder / f"length-{length:g}.safetensors"
+    path = into / f"length-{length:g}.safetensors"
     tensors = {AVERAGED + name: value.float() for name, value in total.items()}
     save_tensors(path, tensors, {name: value for name, value in header.items() if name != LENGTHS})
     return path

@@ -1,5 +1,6 @@
 """What a training run will do, and what it takes, before it begins."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -71,14 +72,19 @@ def count_flops(config: ModelConfig, shape: tuple[int, int, int], classes: int) 
     return int(counter.get_total_flops())
 
 
-def state_size(parameters: int, averages: int) -> tuple[int, int]:
-    """Bytes of memory that a run's state takes, and bytes of its checkpoint: weights and two moments, and averages."""
-    return FLOAT * parameters * (4 + averages), FLOAT * parameters * (3 + averages)
+def state_size(parameters: int, averages: int, lanes: int) -> tuple[int, int]:
+    """Bytes of memory that a run takes but for a batch, and bytes of its checkpoint: weights, two moments, averages.
+
+    In memory there are gradients besides, of each lane and of all, and while a checkpoint is written a copy of it.
+    """
+    checkpoint = 3 + averages
+    return FLOAT * parameters * (2 * checkpoint + 1 + lanes), FLOAT * parameters * checkpoint
 
 
 def kept_at_once(config: TrainingConfig) -> int:
     """How many files as large as a checkpoint a run has on disk at most: one is written before another goes."""
-    snapshots = config.checkpoints if config.ema_lengths is not None else 0
+    # A snapshot has two averages, a checkpoint these and three more of the kind.
+    snapshots = math.ceil(config.checkpoints * 2 / 5) if config.ema_lengths is not None else 0
     spared = config.keep_best + (config.checkpoints // config.keep_every if config.keep_every else 0)
     return min(config.keep + spared, config.checkpoints) + 2 + snapshots
 

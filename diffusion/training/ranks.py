@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -66,6 +67,8 @@ class Ranks:
 
 
 ALONE = Ranks()
+PATIENCE = timedelta(days=7)
+"""How long the others wait while one takes stock; the end of a process is seen at once, whatever this is."""
 
 
 @contextmanager
@@ -78,7 +81,9 @@ def ranks() -> Iterator[Ranks]:
     # What processes of before a restart left in torchrun's store would be taken for the addresses of the new ones.
     store, rank, _ = next(rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    dist.init_process_group("gloo", store=PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=count)
+    dist.init_process_group(
+        "gloo", store=PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=count, timeout=PATIENCE
+    )
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:

@@ -48,6 +48,11 @@ class Record:
         """What a kill left beyond the last checkpoint is forgotten: it comes again."""
         for history in (self.history, self.probes):
             history.rewind(self.run.state.images)
+        # What the guards had seen before a kill, they have seen.
+        self.guards.losses.extend(row["loss"] for row in read_rows(self.history.path) if math.isfinite(row["loss"]))
+        self.guards.probes.extend(
+            (row["train_loss_ema"], row["held_out_loss_ema"]) for row in read_rows(self.probes.path)
+        )
 
     @cached_property
     def history(self) -> History:
@@ -100,8 +105,9 @@ def drift(drawn: Tensor, manifest: Manifest) -> dict[str, float]:
 
 def spared(config: TrainingConfig, probes: History, save_every: int) -> set[int]:
     """After how many images the checkpoints were taken that stay, though newer ones come."""
-    rows = [row for row in read_rows(probes.path) if math.isfinite(row["held_out_loss_ema"])]
-    best = sorted(rows, key=lambda row: row["held_out_loss_ema"])[: config.keep_best]
+    rows = read_rows(probes.path)
+    judged = [row for row in rows if math.isfinite(row["held_out_loss_ema"])]
+    best = sorted(judged, key=lambda row: row["held_out_loss_ema"])[: config.keep_best]
     kept = {int(row["images"]) for row in best}
     if config.keep_every is not None:
         kept.update(int(row["images"]) for row in rows if row["images"] % (config.keep_every * save_every) == 0)

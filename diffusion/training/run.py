@@ -279,6 +279,7 @@ def identity_fields(config: TrainingConfig) -> dict[str, Any]:
     """The resolved configuration, without what cannot change the weights."""
     harmless = {
         "recompute",
+        "most_skipped",
         "output",
         "keep",
         "keep_best",

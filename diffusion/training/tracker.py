@@ -5,6 +5,11 @@ from typing import Protocol
 
 from PIL import Image
 
+SPOOL = "spool"
+"""The folder of a run for what a tracker keeps; it goes with the run."""
+ANEW = "anew"
+"""A file in it that says that the run before was thrown away, until a tracker has heard of it."""
+
 
 class Tracker(Protocol):
     """Receives figures and pictures while training runs; positions are counted in images seen."""

@@ -21,6 +21,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.shard_cache import ShardCache, ShardStore
 from diffusion.errors import DarkroomError, UserError
+from diffusion.files import write_bytes
 from diffusion.lanes import lanes
 from diffusion.model import (
     AVERAGED,
@@ -37,7 +38,7 @@ from diffusion.training.preflight import Preflight, count_flops, kept_at_once, r
 from diffusion.training.ranks import ranks
 from diffusion.training.record import GRID_PICTURES, Record
 from diffusion.training.run import NotFinite, Run, lanes_of
-from diffusion.training.tracker import NoTracker, Tracker
+from diffusion.training.tracker import ANEW, SPOOL, NoTracker, Tracker
 
 LOGS_PER_CHECKPOINT = 20
 MEASURED_SECONDS = 4.0
@@ -177,9 +178,14 @@ def _train(
 
 
 def _discard(output: Path) -> None:
-    # The checkpoints go last: what is left after a kill is still a run that can go on.
-    for name in ("final.safetensors", "weights.safetensors", "not_finite.safetensors", "history.csv", "losses.csv"):
-        (output / name).unlink(missing_ok=True)
+    # What a tracker keeps goes first, so that it takes nothing of this run for the next one's; checkpoints go last:
+    # what is left after a kill is still a run that can go on.
+    shutil.rmtree(output / SPOOL, ignore_errors=True)
+    if output.is_dir():
+        write_bytes(output / SPOOL / ANEW, b"")
+    for pattern in ("final.safetensors", "weights.safetensors", "not_finite*.safetensors", "history.csv", "losses.csv"):
+        for path in output.glob(pattern):
+            path.unlink()
     for folder in (output / "samples", output / AVERAGES, output / "checkpoints"):
         if folder.exists():
             shutil.rmtree(folder)
@@ -232,7 +238,9 @@ def _begin_or_resume(
     run.loader.ahead(run.state.images, run.total)
     if run.ranks.leads:
         parameters = sum(parameter.numel() for parameter in run.state.network.parameters())
-        require_disk(output, state_size(parameters, len(run.state.averages))[1] * kept_at_once(run.config))
+        require_disk(
+            output, state_size(parameters, len(run.state.averages), run.config.lanes)[1] * kept_at_once(run.config)
+        )
         with Writer(checkpoints) as writer:
             writer.save(run.state, run.header(), run.config.keep)
     return "begun"
@@ -254,7 +262,7 @@ def preflight(
         pace = _measured(run, sampling)
         images = config.images or _images_in(config.minutes or 0, run, pace)
         parameters = sum(parameter.numel() for parameter in run.state.network.parameters())
-        memory, checkpoint = state_size(parameters, len(run.state.averages))
+        memory, checkpoint = state_size(parameters, len(run.state.averages), config.lanes)
         return Preflight(
             dataset=dataset.manifest.name,
             content_digest=dataset.manifest.content_digest,

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from diffusion.errors import DarkroomError
+from diffusion.errors import DarkroomError, UserError
 from flows.cli import data, pipeline, stack, stages
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ def main() -> None:
     # Waiting threads should sleep, not spin: on a machine that does anything else, spinning ones hold up the rest.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        _require_one_process(sys.argv[1:])
         app()
     except DarkroomError as error:
         print(f"darkroom: {' '.join(str(error).split())}", file=sys.stderr)
@@ -41,3 +42,13 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
+
+
+def _require_one_process(words: list[str]) -> None:
+    """Raise UserError if torchrun started several processes for what only one must do."""
+    shared = words[:1] == ["train"] or words[:2] == ["stage", "train"]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (not shared or "--dry-run" in words):
+        raise UserError(
+            f"torchrun started several processes, and `darkroom {' '.join(words[:2])}` is done by one: leave torchrun "
+            "out, or use it for `darkroom train` alone"
+        )

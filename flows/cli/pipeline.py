@@ -1,8 +1,10 @@
 """``darkroom ingest | train | evaluate | promote | sample | retrain | explain``: each is the flow of its name."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +20,10 @@ from flows.cli.options import (
     load,
     show,
 )
+
+if TYPE_CHECKING:
+    from flows.params import Params
+    from flows.remote_shards import RemoteShards
 
 ModelUri = Annotated[
     str | None,
@@ -102,13 +108,16 @@ def train(
     if dry_run:
         from diffusion.training.train import preflight
 
-        about = preflight(config.dataset_folder, config.model, config.training, config.sampling)
+        with _shards(config) as store:
+            about = preflight(config.dataset_folder, config.model, config.training, config.sampling, store)
         show(about.model_dump(mode="json"), as_json, [f"{name:10} {words}" for name, words in about.lines()])
         return
     if follows():
         from diffusion.training.train import train as train_along
 
-        train_along(config.dataset_folder, config.run_folder, config.model, config.training, config.sampling)
+        parts = config.dataset_folder, config.run_folder, config.model, config.training, config.sampling
+        with _shards(config) as store:
+            train_along(*parts, store=store)
         return
     with joined("prefect", "mlflow", "s3"):
         from flows.train import train
@@ -119,6 +128,19 @@ def train(
         as_json,
         [f"{done.result.images} images seen; {done.result.final}; MLflow run {done.run_id}"],
     )
+
+
+@contextmanager
+def _shards(config: "Params") -> "Iterator[RemoteShards | None]":
+    """Where shards come from if training fetches them as it goes."""
+    if config.training.stream_bytes is None:
+        yield None
+        return
+    with joined("s3"):
+        from flows.environment import data_source
+        from flows.remote_shards import RemoteShards
+
+        yield RemoteShards(config.dataset_folder, data_source())
 
 
 def evaluate(

@@ -64,7 +64,7 @@ def evaluate(params: ParamsFile = DEFAULT_PARAMS, overrides: Set = [], as_json: 
     config = load(params, overrides)
     result = evaluate(
         config.dataset_folder,
-        candidates(config.run_folder, config.evaluation.ema_lengths),
+        candidates(config.run_folder, config.report_folder, config.evaluation.ema_lengths),
         config.evaluation,
         config.sampling,
         config.report_folder,

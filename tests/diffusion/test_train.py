@@ -172,7 +172,8 @@ def test_a_discarded_run_begins_anew_with_the_same_end(dataset: Path, tmp_path: 
     assert run(dataset, tmp_path / "run", restart="if_different").final.stat().st_mtime_ns == written
     (tmp_path / "run" / "notes.txt").write_text("mine")
     discard(tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["notes.txt", "spool"]
+    assert [path.name for path in (tmp_path / "run" / "spool").iterdir()] == ["anew"]
     again = run(dataset, tmp_path / "run").final
     assert again.stat().st_mtime_ns != written
     assert again.read_bytes() == bits
@@ -220,7 +221,7 @@ def test_whatever_is_chosen_from_the_menu_learns_and_resumes_to_the_same_bits(
 def test_averages_of_other_lengths_are_made_after_the_end_and_draw(dataset: Path, tmp_path: Path) -> None:
     config = TrainingConfig.model_validate(CONFIG.model_dump() | {"ema_lengths": [0.05, 0.1], "checkpoints": 8})
     result = run(dataset, tmp_path / "run", config)
-    *kept, shorter, same = candidates(tmp_path / "run", [0.04, 0.05])
+    *kept, shorter, same = candidates(tmp_path / "run", tmp_path / "report", [0.04, 0.05])
     assert len(kept) == config.keep
     final, made = (load_model(path).network.state_dict() for path in (result.final, same))
     for name, value in made.items():
@@ -229,7 +230,7 @@ def test_averages_of_other_lengths_are_made_after_the_end_and_draw(dataset: Path
     first = min((tmp_path / "run" / "averages").glob("[0-9]*.safetensors"))
     first.write_bytes(b"half of")
     with pytest.raises(UserError, match=f"{first.stem}.* is damaged"):
-        candidates(tmp_path / "run", [0.04])
+        candidates(tmp_path / "run", tmp_path / "report", [0.04])
 
 
 def test_averaged_weights_move_and_differ_from_the_raw_ones(dataset: Path, tmp_path: Path) -> None:

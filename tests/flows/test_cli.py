@@ -100,3 +100,13 @@ def test_a_dry_run_of_training_needs_no_server_and_stops_before_it(dataset: Path
     assert not (tmp_path / "runs" / "blobs").exists()
     refused = darkroom(tmp_path, "train", "--dataset", "blobs", "--dry-run", "--restart")
     assert (refused.returncode, "leave --restart out" in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("words", [["retrain", "x"], ["stage", "ingest"], ["train", "--dry-run"], ["status"]])
+def test_what_one_process_does_is_not_done_by_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    refused = darkroom(tmp_path, *words)
+    assert (refused.returncode, "leave torchrun out" in refused.stderr) == (2, True)

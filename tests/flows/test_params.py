@@ -123,3 +123,12 @@ def test_without_a_file_everything_has_its_default(tmp_path: Path, monkeypatch: 
     assert load_params(Path("params.yaml"), ["ingest.size=64"]) == config
     with pytest.raises(UserError, match=r"other.yaml not found"):
         load_params(Path("other.yaml"), [])
+
+
+def test_averages_of_a_length_replace_a_presets_own_and_must_be_kept_to_be_judged(params: Path) -> None:
+    config = load_params(params, ["preset=large", "training.ema_lengths=[0.05, 0.1]", "evaluation.ema_lengths=[0.08]"])
+    assert (config.training.ema_decay, config.training.ema_lengths) == (None, (0.05, 0.1))
+    with pytest.raises(UserError, match=r"what training\.ema_lengths keeps"):
+        load_params(params, ["evaluation.ema_lengths=[0.08]"])
+    with pytest.raises(UserError, match=r"less than 0\.28"):
+        load_params(params, ["training.ema_lengths=[0.05, 0.1]", "evaluation.ema_lengths=[0.5]"])

@@ -62,7 +62,7 @@ def test_what_is_said_again_after_a_kill_is_there_once_with_its_first_time(
     first.close()
     before = points(tracker, "loss")
     # As a kill leaves it: delivered, but not yet noted; and a line that was being written.
-    (folder / "delivered.json").write_text("1")
+    (folder / "delivered.json").write_text(json.dumps({"run_id": tracker.run_id, "delivered": 1}))
     with (folder / "records.jsonl").open("a") as file:
         file.write('{"name": "lo')
     time.sleep(0.01)
@@ -73,8 +73,8 @@ def test_what_is_said_again_after_a_kill_is_there_once_with_its_first_time(
     after = points(tracker, "loss")
     assert after[:3] == before
     assert [point[:2] for point in after] == [(n, n / 100) for n in (16, 32, 48, 64)]
-    assert len(Spool.open(folder, anew=False).records) == 4
-    assert Spool.open(folder, anew=True).records == []
+    assert len(Spool.open(folder, tracker.run_id, anew=False).records) == 4
+    assert Spool.open(folder, tracker.run_id, anew=True).records == []
 
 
 @contextmanager
@@ -158,3 +158,12 @@ def test_what_an_abandoned_training_said_is_delivered_the_next_time(client: Mlfl
     assert points(tracker, "loss") == []
     SpooledTracker(tracker, tmp_path / "spool").close()
     assert [point[:2] for point in points(tracker, "loss")] == [(16, 0.5)]
+
+
+def test_a_run_on_another_server_gets_all_that_was_said(client: MlflowClient, tmp_path: Path) -> None:
+    first = SpooledTracker(new_run(client), tmp_path / "spool")
+    first.log_metrics({"loss": 0.5}, 16)
+    first.close()
+    other = RunTracker(client, client.create_run("0").info.run_id)
+    SpooledTracker(other, tmp_path / "spool").close()
+    assert [point[:2] for point in points(other, "loss")] == [(16, 0.5)]
