@@ -36,6 +36,22 @@ def test_a_data_set_outside_dvc_yaml_gets_a_pointer_of_its_own(
     assert data_version(folder) == version
 
 
+@pytest.mark.parametrize(
+    "params", [(ROOT / "params.yaml").read_text(), "training: {dataset: x}\n"], ids=["ours", "least"]
+)
+def test_repro_asks_for_no_section_that_params_may_leave_out(tmp_path: Path, params: str) -> None:
+    Repo.init(str(tmp_path), no_scm=True).close()
+    (tmp_path / "params.yaml").write_text(params)
+    (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    dataset = yaml.safe_load(params)["training"]["dataset"]
+    for folder in ("data", "runs", "reports"):
+        (tmp_path / folder / dataset).mkdir(parents=True)
+    command = [sys.executable, "-m", "dvc", "repro", "--dry"]
+    planned = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert planned.returncode == 0, planned.stderr
+    assert [f"darkroom stage {stage}" in planned.stdout for stage in ("ingest", "train", "evaluate")] == [True] * 3
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_repro_metrics_and_plots_work_without_servers_and_agree_with_the_flow(tmp_path: Path) -> None:

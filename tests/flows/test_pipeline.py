@@ -1,6 +1,7 @@
 """The main job against real servers: a folder of pictures in, a judged model in the registry, prints on S3."""
 
 import io
+import json
 import os
 import random
 import signal
@@ -137,6 +138,26 @@ def test_retrain_killed_at_random_moments_ends_the_same(workspace: Workspace, se
     workspace.run("stage", "train", *undisturbed)
     final = [workspace.folder / "runs" / name / "final.safetensors" for name in ("killed", "undisturbed")]
     assert final[0].read_bytes() == final[1].read_bytes()
+
+
+def test_averages_of_other_lengths_are_judged_and_the_best_is_promoted_whatever_it_is(
+    workspace: Workspace, server: MlflowClient
+) -> None:
+    settings = {
+        "training.ema_lengths": [0.05, 0.1],
+        "training.keep": 1,
+        "training.output": "runs/averages",
+        "evaluation.ema_lengths": [0.03, 0.12, 0.18, 0.24],
+        "registry.model": "averages",
+    }
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    done = workspace.json("retrain", "pictures", "--count", "8", *words)
+    version = server.get_model_version_by_alias("averages", "champion")
+    assert version.run_id == done["run_id"]
+    evaluation = json.loads((workspace.folder / "reports" / "blobs" / "evaluation.json").read_text())
+    names = {Path(each["file"]).name for each in evaluation["checkpoints"]}
+    assert names == {"0000004800.safetensors", *(f"length-{each:g}.safetensors" for each in (0.03, 0.12, 0.18, 0.24))}
+    assert not list((workspace.folder / "runs" / "averages" / "averages").glob("length*"))
 
 
 def test_a_shard_cut_in_half_is_named_and_retrain_mends_it(workspace: Workspace) -> None:
