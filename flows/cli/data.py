@@ -190,19 +190,17 @@ def remove(
 
     Example:  darkroom data remove 'alice/*' --dataset faces --reason 'consent withdrawn' --purge
     """
-    from diffusion.data.selection import Selector
     from diffusion.data.takedown import choose
     from diffusion.errors import UserError
 
     config = load(params, overrides, dataset)
     selection = _selection(pictures or [], source, label)
-    Selector.of(selection)
     if dry_run and purge:
         raise UserError("--dry-run only says which pictures would go: leave --purge out")
     if dry_run:
         chosen, names = choose(config.dataset_folder, selection)
-        result = {"dataset": config.training.dataset, "dry_run": True, **chosen.model_dump(mode="json")}
-        show(result | {"names": names}, as_json, _would_go(chosen, names))
+        about = {"dataset": config.training.dataset, "dry_run": True, "names": names}
+        show(about | chosen.model_dump(mode="json"), as_json, _would_go(chosen, names))
         return
     if not reason.strip():
         raise UserError("a removal needs a --reason: one line that is kept in the manifest")
@@ -241,11 +239,14 @@ def _reach() -> str:
 
 
 def _selection(pictures: list[str], sources: list[str], label: str | None) -> "Selection":
-    from diffusion.data.selection import Selection, is_key
+    """What the command line names; raises UserError if it says nothing or is misspelt."""
+    from diffusion.data.selection import Selection, Selector, is_key
 
     keys = [each for each in pictures if is_key(each)]
     patterns = [each for each in pictures if not is_key(each)]
-    return Selection(prefixes=keys, sources=[*patterns, *sources], label=label)
+    selection = Selection(prefixes=keys, sources=[*patterns, *sources], label=label)
+    Selector.of(selection)
+    return selection
 
 
 def _confirm(what: str) -> None:
