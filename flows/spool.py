@@ -100,7 +100,8 @@ class SpooledTracker:
         self.spool = Spool.open(folder, tracker.run_id, anew)
         self._machine = Machine()
         self._change = threading.Condition()
-        self._closing = self._abandoned = False
+        self._closing = False
+        self._abandoned = threading.Event()
         self._trouble = ""
         self._thread = threading.Thread(target=self._deliver, name="to MLflow", daemon=True)
         self._thread.start()
@@ -142,7 +143,8 @@ class SpooledTracker:
     def abandon(self) -> None:
         """Deliver no more; what is left waits for the next time."""
         with self._change:
-            self._abandoned = self._closing = True
+            self._abandoned.set()
+            self._closing = True
             self._change.notify_all()
         # Not for as long as a client tries to reach a server that is away.
         self._thread.join(2 * PAUSE)
@@ -157,7 +159,7 @@ class SpooledTracker:
             with self._change:
                 self._change.wait_for(lambda: self._closing or self.spool.delivered < len(self.spool.records))
                 left = self.spool.records[self.spool.delivered :]
-            if not left or self._abandoned:
+            if not left or self._abandoned.is_set():
                 return
             try:
                 count = self._send(left)
@@ -172,6 +174,9 @@ class SpooledTracker:
                 logger.warning("MLflow takes figures again")
                 self._trouble = ""
             with self._change:
+                # Else it would move a mark that belongs to the next try by now: what was sent is sent again, and equal.
+                if self._abandoned.is_set():
+                    return
                 self.spool.advance(count)
 
     def _send(self, left: list[dict[str, Any]]) -> int:

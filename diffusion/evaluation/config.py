@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from diffusion.config import Config
+from diffusion.training.config import LONGEST
 
 
 class EvaluationConfig(Config):
@@ -12,7 +13,7 @@ class EvaluationConfig(Config):
 
     samples: int = Field(500, ge=10)
     """Pictures drawn from each checkpoint, and real training pictures behind the floor."""
-    ema_lengths: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = ()
+    ema_lengths: tuple[Annotated[float, Field(gt=0, lt=LONGEST)], ...] = ()
     """Averages of the weights over these shares of training are judged, too: see training.ema_lengths."""
     reference: int = Field(10_000, ge=10)
     """Held-out pictures compared with: at most this many, the first by key."""

@@ -25,9 +25,11 @@ class Guards:
     """Watches the figures of a run, and says in the log what looks wrong."""
 
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    """The last mean losses."""
     probes: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RISING + 1))
-
+    """The last losses of the averaged weights, on training pictures and held-out ones."""
     sums: dict[str, list[float]] = field(default_factory=dict)
+    """Of the weights as they were the last time, by which one sees whether they moved."""
 
     def loss(self, loss: float, images: int) -> None:
         """Look at the mean loss since the last time."""
