@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from diffusion.config import Config
+from diffusion.config import Config, DeviceName
 
 SamplerName = Literal["ddpm", "ddim", "heun", "dpmpp_2m"]
 
@@ -21,4 +21,6 @@ class SamplingConfig(Config):
     compute_batch: int = Field(64, ge=1)
     """Pictures computed at once, always as many: it decides the last bits of each."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Number format of matrix products; auto: bf16 where the processor has it."""
+    """Number format of matrix products; auto: bf16 where the device has it."""
+    device: DeviceName = "auto"
+    """What computes: cpu, cuda, or auto, a GPU where there is one."""

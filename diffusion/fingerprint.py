@@ -5,9 +5,11 @@ from typing import Literal
 
 import torch
 
-from diffusion.config import Config
+from diffusion.config import Config, DeviceName
+from diffusion.device import device_name, resolve_device
 
 Precision = Literal["auto", "bf16", "fp32"]
+CPU = torch.device("cpu")
 
 
 class Fingerprint(Config):
@@ -20,7 +22,7 @@ class Fingerprint(Config):
     threads: Literal[1] = 1
     """Threads per operation: see ``diffusion.lanes``."""
     device: str
-    """The processor's vector instructions as torch names them."""
+    """The processor's vector instructions as torch names them, or the GPU's model."""
     torch: str
     """Version of torch."""
     compile: bool = False
@@ -32,25 +34,28 @@ class Fingerprint(Config):
         return ", ".join(f"{name}: {mine[name]} → {theirs[name]}" for name in mine if mine[name] != theirs[name])
 
 
-def resolve_precision(precision: Precision) -> Literal["bf16", "fp32"]:
-    """``auto`` is bf16 where the processor multiplies it natively, and fp32 elsewhere."""
+def resolve_precision(precision: Precision, device: torch.device = CPU) -> Literal["bf16", "fp32"]:
+    """``auto`` is bf16 where ``device`` multiplies it natively, and fp32 elsewhere."""
     if precision != "auto":
         return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def autocast(precision: Precision) -> AbstractContextManager[object]:
-    """The context in which the network computes in ``precision``."""
-    if resolve_precision(precision) == "bf16":
-        return torch.autocast("cpu", torch.bfloat16)
+def autocast(precision: Precision, device: torch.device = CPU) -> AbstractContextManager[object]:
+    """The context in which a network on ``device`` computes in ``precision``."""
+    if resolve_precision(precision, device) == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
 
 
-def fingerprint(batch: int, precision: Precision) -> Fingerprint:
+def fingerprint(batch: int, precision: Precision, device: DeviceName) -> Fingerprint:
     """The fingerprint of this process for compute batches of ``batch`` pictures."""
+    where = resolve_device(device)
     return Fingerprint(
         batch=batch,
-        precision=resolve_precision(precision),
-        device=torch.backends.cpu.get_cpu_capability(),
+        precision=resolve_precision(precision, where),
+        device=device_name(where),
         torch=torch.__version__,
     )

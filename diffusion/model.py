@@ -1,7 +1,8 @@
 """A trained model: the averaged network with all one needs to know to use it, in one safetensors file."""
 
+import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -71,6 +72,12 @@ class DiffusionModel:
     def classes(self) -> list[str]:
         """The classes that it can be asked for; empty if it was not told of any."""
         return classes_of(self.config, self.header.class_histogram)
+
+    def on(self, device: torch.device) -> "DiffusionModel":
+        """The same with its network on ``device``; this one stays where it is."""
+        if device == next(self.network.parameters()).device:
+            return self
+        return replace(self, network=copy.deepcopy(self.network).to(device))
 
     def denoiser(self, labels: Tensor | None = None) -> Denoiser:
         """The model as a function from a noisy picture and its σ to the clean one.

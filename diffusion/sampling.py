@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from diffusion.config_sampling import SamplingConfig
+from diffusion.device import repeatable, resolve_device
 from diffusion.fingerprint import autocast
 from diffusion.lanes import lanes
 from diffusion.model import DiffusionModel, to_uint8
@@ -30,8 +31,11 @@ def sample(
     size = config.compute_batch
     batches = [range(b * size, (b + 1) * size) for b in sorted({index // size for index in indices})]
     drawn: dict[int, Tensor] = {}
-    with lanes() as pool:
-        finished = pool.map(lambda members: _sample_batch(model, members, seed, config), batches)
+    device = resolve_device(config.device)
+    model = model.on(device)
+    # A GPU shares its work out by itself.
+    with repeatable(device), lanes(None if device.type == "cpu" else 1) as pool:
+        finished = pool.map(lambda members: _sample_batch(model, members, seed, config, device), batches)
         for number, (members, pictures) in enumerate(zip(batches, finished, strict=True), start=1):
             drawn |= zip(members, pictures, strict=True)
             progress("pictures sampled", min(number * size, len(indices)), len(indices))
@@ -51,10 +55,17 @@ def labels_of(model: DiffusionModel, indices: Sequence[int], seed: int) -> Tenso
 
 
 @torch.inference_mode()
-def _sample_batch(model: DiffusionModel, members: range, seed: int, config: SamplingConfig) -> Tensor:
-    noise = GaussianNoise(seed, "sampling", members, model.shape)
+def _sample_batch(
+    model: DiffusionModel, members: range, seed: int, config: SamplingConfig, device: torch.device
+) -> Tensor:
+    draws = GaussianNoise(seed, "sampling", members, model.shape)
+
+    def noise() -> Tensor:
+        return draws().to(device)
+
     sigmas = sigma_grid(model.schedule, config.steps)
-    denoiser = model.denoiser(labels_of(model, members, seed))
-    with autocast(config.precision):
-        pictures = SAMPLERS[config.sampler](denoiser, sigmas[0] * noise(), sigmas, noise)
-    return to_uint8(pictures)
+    labels = labels_of(model, members, seed)
+    denoiser = model.denoiser(None if labels is None else labels.to(device))
+    with autocast(config.precision, device):
+        pictures = SAMPLERS[config.sampler](denoiser, float(sigmas[0]) * noise(), sigmas, noise)
+    return to_uint8(pictures).cpu()

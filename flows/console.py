@@ -1,13 +1,19 @@
 """How far long work is, for whoever sits before it: a bar on a terminal, plain lines elsewhere."""
 
+import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from rich.console import Console
+import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 SECONDS_BETWEEN_LINES = 10.0
+OURS = ("diffusion", "flows")
+"""The loggers of our packages."""
 
 
 @dataclass
@@ -38,6 +44,48 @@ class Pace:
             return f"{rate:,.0f}/s"
         minutes, seconds = divmod(round((total - done) / rate), 60)
         return f"{rate:,.0f}/s, {minutes}:{seconds:02d} left"
+
+
+class Console(Protocol):
+    """Shows how far work is, and lines besides."""
+
+    def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
+        """Show that ``done`` of ``total`` are done of ``what``."""
+
+    def write(self, line: str) -> None:
+        """Show ``line``."""
+
+    def close(self) -> None:
+        """No more comes."""
+
+
+class Said(logging.Handler):
+    """What our packages log, on the console."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show the message, marked if it is a warning."""
+        mark = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        self.console.write(mark + record.getMessage())
+
+
+@contextmanager
+def console() -> Iterator[Console]:
+    """Bars on a terminal, plain lines elsewhere; inside, what our packages log is shown as well."""
+    shown: Console = Bars() if sys.stderr.isatty() else Lines()
+    said, ours = Said(shown), [logging.getLogger(name) for name in OURS]
+    for each in ours:
+        each.addHandler(said)
+        each.setLevel(logging.INFO)
+    try:
+        yield shown
+    finally:
+        for each in ours:
+            each.removeHandler(said)
+        shown.close()
 
 
 class Lines:
@@ -72,7 +120,7 @@ class Bars:
             MofNCompleteColumn(),
             TextColumn("{task.fields[pace]}"),
             TextColumn("{task.fields[note]}", style="dim"),
-            console=Console(stderr=True),
+            console=rich.console.Console(stderr=True),
         )
         self.bars: dict[str, tuple[TaskID, Pace]] = {}
 
@@ -86,6 +134,10 @@ class Bars:
         self.progress.update(bar, completed=done, total=total, pace=pace.words(done, total), note=note)
         if self.progress.finished:
             self.close()
+
+    def write(self, line: str) -> None:
+        """Put ``line`` above the bars."""
+        self.progress.console.print(line, markup=False, highlight=False)
 
     def close(self) -> None:
         """Give the terminal back."""

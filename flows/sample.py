@@ -96,7 +96,7 @@ def begin(
         seed=seed,
         count=count,
         sampling=sampling,
-        fingerprint=fingerprint(sampling.compute_batch, sampling.precision),
+        fingerprint=fingerprint(sampling.compute_batch, sampling.precision, sampling.device),
     )
     place = Location.parse(to or f"s3://{environment.settings().bucket}")
     if not place.prefix:

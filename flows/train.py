@@ -9,6 +9,7 @@ from prefect.logging import get_run_logger
 from diffusion.config import Config
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.training.history import read_rows
+from diffusion.training.preflight import PREFLIGHT
 from diffusion.training.run import data_digest, identity_fields, train_key
 from diffusion.training.tracker import ANEW, SPOOL
 from diffusion.training.train import Restart, TrainResult, discard
@@ -128,6 +129,8 @@ def _open(params: Params, manifest: Manifest, anew: bool) -> RunTracker:
     )
     tracker.client.log_text(tracker.run_id, params.model_dump_json(indent=2), "params.json")
     tracker.log_file(params.dataset_folder / "manifest.json", "dataset")
+    if (preflight := params.run_folder / PREFLIGHT).is_file():
+        tracker.log_file(preflight, "history")
     if page := page_at_hand(params):
         tracker.log_file(page.html, "dataset")
         tracker.log_metrics(page.summary.metrics(), images=0)

@@ -151,7 +151,7 @@ class Judge:
     def _record(self, key: str, features: Tensor, images: int) -> Record:
         config = self.config
         scores = judge(features, self.reference, self.extractor.name, config.kid_subsets, config.kid_subset_size)
-        machine = fingerprint(self.sampling.compute_batch, self.sampling.precision)
+        machine = fingerprint(self.sampling.compute_batch, self.sampling.precision, self.sampling.device)
         return Record(key=key, images=images, scores=scores, fingerprint=machine)
 
     def _require_same_shape(self, path: Path, model: DiffusionModel) -> None:

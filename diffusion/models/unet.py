@@ -189,7 +189,8 @@ class UNet(nn.Module):
         for layer in self.up:
             h = layer(h) if isinstance(layer, Grow) else through(layer, torch.cat([h, skips.pop()], dim=1))
         folded: Tensor = self.head(functional.silu(self.norm(h)))
-        return functional.pixel_shuffle(folded, self.patch)[..., :height, :width]
+        unfolded = functional.pixel_shuffle(folded, self.patch)
+        return unfolded[..., :height, :width] if self.padding else unfolded
 
 
 def dropped(h: Tensor, draws: Tensor, rate: float) -> Tensor:

@@ -16,6 +16,7 @@ from diffusion.model import read_header, save_tensors
 from diffusion.models.unet import UNet
 from diffusion.training.ema import WeightAverage
 from diffusion.training.post_hoc import averaged_tensors, prefix
+from diffusion.training.sharding import share_of
 from diffusion.training.uncertainty import Uncertainty
 
 NETWORK = "network."
@@ -63,19 +64,21 @@ class TrainingState:
         return {"images": self.images, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
 
     def load(self, tensors: dict[str, Tensor], counts: dict[str, int]) -> None:
-        """Become the state that ``tensors`` and ``counts`` were taken from."""
-        self.network.load_state_dict(_under(NETWORK, tensors))
+        """Become the state that ``tensors`` and ``counts`` were taken from, or this process's share of it."""
+        own = {name: share_of(tensors[name], like) for name, like in self.tensors().items() if name in tensors}
+        self.network.load_state_dict(_under(NETWORK, own))
         for number, average in enumerate(self.averages):
-            average.load_state_dict(_under(prefix(number), tensors))
+            average.load_state_dict(_under(prefix(number), own))
         if self.uncertainty:
-            self.uncertainty.load_state_dict(_under(UNCERTAINTY, tensors))
+            self.uncertainty.load_state_dict(_under(UNCERTAINTY, own))
         moments: dict[int, dict[str, Tensor]] = {}
         parameters = self.parameters()
         for name, value in _under(OPTIMIZER, tensors).items():
             index, moment = name.split(".", 1)
             if value.ndim:
                 # Fused AdamW walks parameter and moments in step through memory: their strides must agree.
-                value = torch.empty_like(parameters[int(index)]).copy_(value)
+                like = parameters[int(index)]
+                value = torch.empty_like(like).copy_(share_of(value, like))
             moments.setdefault(int(index), {})[moment] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
@@ -118,12 +121,9 @@ class Checkpoints:
             else:
                 logger.warning("checkpoint %s is damaged: going on from the one before it", path)
 
-    def restore(self, state: TrainingState) -> dict[str, Any] | None:
-        """Load the newest whole checkpoint into ``state``; returns its header, or None if there is none."""
-        for path, header in self.newest_whole():
-            state.load(load_file(path), header[COUNTS])
-            return header
-        return None
+    def newest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and header of the newest whole checkpoint, or None if there is none."""
+        return next(((load_file(path), header) for path, header in self.newest_whole()), None)
 
     def prune(self, keep: int, spared: Container[int] = ()) -> None:
         """Remove all but the ``keep`` newest and those after ``spared`` images: digest first, so none is half there."""

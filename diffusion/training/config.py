@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from diffusion.config import Config
+from diffusion.config import Config, DeviceName
 
 LONGEST = 0.28
 """Relative length of an average that weighs all of training alike."""
@@ -70,7 +70,14 @@ class TrainingConfig(Config):
     seed: int = Field(0, ge=0)
     """Decides initial weights, order, time steps and noise."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Number format of matrix products; auto: bf16 where the processor has it."""
+    """Number format of matrix products; auto: bf16 where the device has it."""
+    device: DeviceName = "auto"
+    """What computes: cpu, cuda, or auto, a GPU where there is one. Decides the last bits of the weights."""
+    compile: bool | None = None
+    """Whether the network is compiled before the first step; null: on a GPU. On processors it was measured slower."""
+    shard: bool = False
+    """Whether each of several processes keeps only a share of weights, moments and averages (FSDP2), for networks that
+    do not fit into one."""
     checkpoints: int = Field(6, ge=1)
     """How many checkpoints a run writes, evenly spaced; each comes with held-out losses and a sample grid."""
     keep: int = Field(3, ge=1)

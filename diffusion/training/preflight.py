@@ -2,6 +2,8 @@
 
 import math
 import shutil
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,11 +11,18 @@ from humanize import naturalsize, precisedelta
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.config import Config
+from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
+from diffusion.sampling import sample
 from diffusion.training.config import TrainingConfig
+from diffusion.training.record import GRID_PICTURES
+from diffusion.training.run import Run
 
+PREFLIGHT = "preflight.json"
+"""What a run said of itself when it began, in its folder."""
+MEASURED_SECONDS = 4.0
 FLOAT = 4
 """Bytes of a weight, a gradient or a moment."""
 
@@ -40,16 +49,20 @@ class Preflight(Config):
     """What the checkpoints that are kept at the same time take."""
     images: int
     """Pictures to see in all."""
-    images_per_second: float
-    """As measured."""
-    seconds: float
+    images_per_second: float | None
+    """As measured; None: as many pictures were asked for, nothing was."""
+    seconds: float | None
     """How long it will take here, with what happens at each checkpoint."""
 
     def lines(self) -> list[tuple[str, str]]:
         """What a person wants to know, by name."""
         channels, height, width = self.shape
         told = f", {self.classes} classes" if self.classes else ""
-        length = precisedelta(self.seconds, minimum_unit="seconds" if self.seconds < 60 else "minutes", format="%d")
+        time = "seen as it goes: --dry-run measures it"
+        if self.seconds is not None:
+            unit = "seconds" if self.seconds < 60 else "minutes"
+            length = precisedelta(self.seconds, minimum_unit=unit, format="%d")
+            time = f"{length} at {self.images_per_second:.0f} pictures/s, as measured"
         return [
             ("data", f"{self.dataset}, content {self.content_digest[:12]}"),
             ("pictures", f"{self.train:,} of {width}×{height}×{channels}{told}; {self.held_out:,} held out"),
@@ -58,8 +71,18 @@ class Preflight(Config):
             ("memory", f"{naturalsize(self.state_bytes, binary=True)}, and what a batch takes on its way"),
             ("disk", f"{naturalsize(self.disk_bytes, binary=True)} of checkpoints"),
             ("length", f"{self.images:,} pictures, {self.images / self.train:.1f} epochs"),
-            ("time", f"{length} at {self.images_per_second:.0f} pictures/s, as measured"),
+            ("time", time),
         ]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that things take here."""
+
+    image: float
+    """To train on one picture."""
+    checkpoint: float
+    """To take stock at a checkpoint."""
 
 
 def count_flops(config: ModelConfig, shape: tuple[int, int, int], classes: int) -> int:
@@ -87,6 +110,62 @@ def kept_at_once(config: TrainingConfig) -> int:
     snapshots = math.ceil(config.checkpoints * 2 / 5) if config.ema_lengths is not None else 0
     spared = config.keep_best + (config.checkpoints // config.keep_every if config.keep_every else 0)
     return min(config.keep + spared, config.checkpoints) + 2 + snapshots
+
+
+def preflight_of(run: Run, pace: Pace | None) -> Preflight:
+    """What ``run`` will do at this ``pace``, which must have been measured if ``training.minutes`` is given."""
+    config, dataset = run.config, run.dataset
+    images = images_in(config, pace)
+    parameters = sum(parameter.numel() for parameter in run.state.network.parameters())
+    memory, checkpoint = state_size(parameters, len(run.state.averages), config.lanes)
+    return Preflight(
+        dataset=dataset.manifest.name,
+        content_digest=dataset.manifest.content_digest,
+        train=len(dataset.rows("train")),
+        held_out=len(dataset.rows("held_out")),
+        shape=dataset.shape,
+        classes=len(run.classes),
+        parameters=parameters,
+        flops=count_flops(run.model, dataset.shape, len(run.classes)),
+        state_bytes=memory,
+        disk_bytes=checkpoint * kept_at_once(config),
+        images=images,
+        images_per_second=pace and 1 / pace.image,
+        seconds=pace and images * pace.image + config.checkpoints * pace.checkpoint,
+    )
+
+
+def measure(run: Run, sampling: SamplingConfig) -> Pace:
+    """The pace of ``run`` here, by steps and one checkpoint's work on a copy."""
+    trial = Run.new(run.dataset, run.model, run.config, run.pool, run.ranks)
+    trial.total = 2**40
+    with trial.loader:
+        trial.step()
+        start, steps = time.perf_counter(), 0
+        while run.ranks.agreed(steps < 3 or time.perf_counter() - start < MEASURED_SECONDS):
+            trial.step()
+            steps += 1
+    image = (time.perf_counter() - start) / (steps * run.config.batch_size)
+    start = time.perf_counter()
+    averaged = trial.averaged()
+    trial.probe(averaged.network)
+    sample(averaged, range(GRID_PICTURES), 0, sampling)
+    return run.ranks.agreed(Pace(image, time.perf_counter() - start))
+
+
+def images_in(config: TrainingConfig, pace: Pace | None) -> int:
+    """How many images ``config`` asks for: a number, or as many as fit into its minutes at this ``pace``."""
+    if config.images is not None:
+        return config.images
+    assert pace is not None
+    assert config.minutes is not None
+    pauses = pace.checkpoint * config.checkpoints
+    if pauses > config.minutes * 60 / 2:
+        raise UserError(
+            f"{pauses:.0f} s of training.minutes = {config.minutes:g} would go into {config.checkpoints} sample grids: "
+            "raise it, or lower sampling.steps or training.checkpoints"
+        )
+    return max(config.batch_size, int((config.minutes * 60 - pauses) / pace.image))
 
 
 def require_disk(output: Path, needed: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.manifest import Manifest
 from diffusion.explain import draw_reverse, reverse
+from diffusion.fingerprint import CPU
 from diffusion.grids import figure_png, grid, save_png
 from diffusion.model import to_float
 from diffusion.progress import Progress
@@ -72,9 +73,12 @@ class Record:
         self.tracker.log_metrics({name: value for name, value in figures.items() if math.isfinite(value)}, images)
         self.progress("images trained on", images, self.run.total, f"loss {figures['loss']:.4f}")
 
-    def stock(self, save_every: int) -> None:
-        """Look at how the averaged weights do, and begin a checkpoint: last, so that a kill repeats the rest."""
-        run, config = self.run, self.run.config
+    def stock(self, run: Run, save_every: int) -> None:
+        """Look at how the averaged weights of ``run`` do, all of which is in this process, and begin a checkpoint.
+
+        That comes last, so that a kill repeats the rest.
+        """
+        config = run.config
         state, images = run.state, run.state.images
         averaged = run.averaged()
         figures = run.probe(averaged.network)
@@ -85,7 +89,7 @@ class Record:
         save_png(self.output / "samples" / f"{images:010d}.png", picture)
         self.tracker.log_picture("samples", picture, images)
         if images == run.total:
-            strip = Image.open(io.BytesIO(figure_png(draw_reverse(reverse(averaged, 0)))))
+            strip = Image.open(io.BytesIO(figure_png(draw_reverse(reverse(averaged.on(CPU), 0)))))
             self.tracker.log_picture("reverse", strip, images)
         self.guards.probe(figures, images)
         self.guards.weights(state.network, state.averages[0].state_dict(), images)

@@ -1,9 +1,9 @@
 """A training run: its data, its configuration and its state; one step of it, and where it stands."""
 
-import copy
 import math
+from collections import deque
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,9 +15,10 @@ from diffusion.data.dataset import SPLITS, Dataset
 from diffusion.data.loader import Batch, Loader
 from diffusion.data.manifest import Manifest, Split
 from diffusion.data.order import Order, TrainingOrder, WindowedOrder
+from diffusion.device import resolve_device
 from diffusion.errors import DarkroomError
 from diffusion.files import digest_of
-from diffusion.fingerprint import autocast, resolve_precision
+from diffusion.fingerprint import CPU, autocast, resolve_precision
 from diffusion.model import DiffusionModel, ModelHeader, classes_of, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
@@ -28,6 +29,7 @@ from diffusion.training.config import TrainingConfig
 from diffusion.training.ema import ExponentialAverage, PowerAverage, WeightAverage
 from diffusion.training.objective import draw_times, make_objective, times_at
 from diffusion.training.ranks import ALONE, Ranks
+from diffusion.training.sharding import gathered, shard
 from diffusion.training.uncertainty import Uncertainty
 
 BETAS = (0.9, 0.99)
@@ -46,6 +48,21 @@ class NotFinite(DarkroomError):
         self.batch = batch
 
 
+class Step:
+    """A step that was begun; whether it changed the weights can be known without waiting for those after it."""
+
+    def __init__(self, images: int, finite: Tensor, batch: Batch, t: Tensor) -> None:
+        self.images, self.batch, self.t = images, batch, t
+        self._finite = finite.to("cpu", non_blocking=True)
+        self._there = torch.cuda.current_stream(finite.device).record_event() if finite.is_cuda else None
+
+    def finite(self) -> bool:
+        """Whether loss and gradient were finite; waits until they are there."""
+        if self._there is not None:
+            self._there.synchronize()
+        return bool(self._finite)
+
+
 @dataclass
 class Run:
     """A training run: its data, its configuration, and its state."""
@@ -62,33 +79,39 @@ class Run:
     """Lanes to compute in."""
     ranks: Ranks = ALONE
     """The processes that share each batch."""
+    device: torch.device = CPU
+    """Where the network is."""
     total: int = 0
     """Images to see in all, a whole number of batches."""
+    behind: int = 0
+    """After how many further steps it is looked at whether a step was finite: a GPU would else wait for it."""
+    unsettled: deque[Step] = field(default_factory=deque)
+    """The steps that nobody has looked at yet."""
 
     @classmethod
     def new(
         cls, dataset: Dataset, model: ModelConfig, config: TrainingConfig, pool: Executor, ranks: Ranks = ALONE
     ) -> "Run":
         """A run that has seen nothing yet; its initial weights are a function of the seed."""
+        device = resolve_device(config.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             classes = classes_of(model, dataset.manifest.class_histogram)
             network = UNet(model, dataset.manifest.channels, dataset.manifest.size, len(classes))
         network.recompute = config.recompute
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        uncertainty = Uncertainty() if config.learned_uncertainty else None
-        trained = [*network.parameters(), *(uncertainty.parameters() if uncertainty else ())]
-        optimizer = torch.optim.AdamW(
-            trained, config.learning_rate, BETAS, weight_decay=config.weight_decay, fused=True
-        )
-        state = TrainingState(network, make_averages(network, config), optimizer, uncertainty)
+        state = make_state(network, config, ranks if config.shard else ALONE, device)
+        if config.compile if config.compile is not None else device.type == "cuda":
+            network.compile(dynamic=False)
         objective = make_objective(model, config, dataset.manifest.sigma_data)
-        return cls(dataset, model, config, state, objective, make_loader(dataset, config, ranks), classes, pool, ranks)
+        loader = make_loader(dataset, config, ranks)
+        behind = 1 if device.type == "cuda" else 0
+        return cls(dataset, model, config, state, objective, loader, classes, pool, ranks, device, behind=behind)
 
-    def step(self) -> tuple[Tensor, Tensor] | None:
-        """One optimizer step; returns loss and gradient norm as 0-dimensional tensors.
+    def step(self) -> tuple[Tensor, Tensor]:
+        """One optimizer step; returns loss and gradient norm as 0-dimensional tensors, which may not be finite.
 
-        None: one of them was not finite, and the step was left out. Raises DarkroomError if too many in a row were.
+        Then the step changes no weights, and is counted. Raises NotFinite if too many in a row did not.
         """
         config, state = self.config, self.state
         batch = self.loader.batch(state.images, self.total)
@@ -96,9 +119,54 @@ class Run:
         t = draw_times(config, self.objective.schedule, batch.indices)
         noise = GaussianNoise(config.seed, "noise", batch.indices, self.dataset.shape)()
         draws = (uniform(config.seed, "dropout", batch.indices) * 2**62).long()
-        drawn = [x0, t, noise, draws, *self._told(batch)]
-        lanes = lanes_of(config, self.ranks)
-        parts = list(self.pool.map(self._gradients, *(each.tensor_split(lanes) for each in drawn)))
+        drawn = [each.to(self.device, non_blocking=True) for each in (x0, t, noise, draws, *self._told(batch))]
+        loss = self._sharded_gradients(drawn) if config.shard else self._gradients(drawn)
+        norm = gathered(torch.nn.utils.clip_grad_norm_(state.parameters(), config.clip_norm))
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(config, state.images, self.total)
+        finite = loss.isfinite() & norm.isfinite()
+        # The optimizer itself leaves the step out, on its device, without anyone waiting to know.
+        state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.images += config.batch_size
+        for average in state.averages:
+            average.update(state.network, state.images // config.batch_size)
+        self.unsettled.append(Step(state.images, finite, batch, t))
+        self.settle(self.behind)
+        return loss, norm
+
+    def settle(self, left: int = 0) -> None:
+        """Count which steps changed nothing, of all but the last ``left``; raises NotFinite if too many did not."""
+        while len(self.unsettled) > left:
+            step = self.unsettled.popleft()
+            if step.finite():
+                self.state.skipped_in_a_row = 0
+            else:
+                self._skipped(step)
+
+    def _skipped(self, step: Step) -> None:
+        state, config = self.state, self.config
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        if state.skipped_in_a_row < config.most_skipped:
+            return
+        raise NotFinite(
+            f"loss or gradient was not finite in {config.most_skipped} steps in a row, up to image {step.images}: "
+            "lower training.learning_rate and give --restart, or look at the last batch",
+            {
+                "pictures": step.batch.pictures,
+                "t": step.t,
+                "rows": torch.from_numpy(np.asarray(step.batch.rows)),
+            },
+        )
+
+    def _gradients(self, drawn: list[Tensor]) -> Tensor:
+        """Give the parameters the batch's gradients, of all processes; returns its loss."""
+        state = self.state
+        parts = list(
+            self.pool.map(self._lane, *(each.tensor_split(lanes_of(self.config, self.ranks)) for each in drawn))
+        )
         loss = torch.stack([part_loss for part_loss, _ in parts]).sum()
         for parameter, *gradients in zip(state.parameters(), *(part for _, part in parts), strict=True):
             # In the parameter's own memory format, which autograd.grad does not promise and the optimizer relies on.
@@ -106,42 +174,28 @@ class Run:
             for gradient in gradients:
                 parameter.grad.add_(gradient)
         self.ranks.sum([loss, *(parameter.grad for parameter in state.parameters() if parameter.grad is not None)])
-        norm = torch.nn.utils.clip_grad_norm_(state.parameters(), config.clip_norm)
-        state.images += config.batch_size
-        if not (loss.isfinite() and norm.isfinite()):
-            self._skip(batch, t)
-            return None
-        state.skipped_in_a_row = 0
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(config, state.images - config.batch_size, self.total)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        for average in state.averages:
-            average.update(state.network, state.images // config.batch_size)
-        return loss, norm
+        return loss
 
-    def _skip(self, batch: Batch, t: Tensor) -> None:
-        state, config = self.state, self.config
-        state.optimizer.zero_grad(set_to_none=True)
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-        if state.skipped_in_a_row < config.most_skipped:
-            return
-        raise NotFinite(
-            f"loss or gradient was not finite in {config.most_skipped} steps in a row, up to image {state.images}: "
-            "lower training.learning_rate and give --restart, or look at the last batch",
-            {"pictures": batch.pictures, "t": t, "rows": torch.from_numpy(np.asarray(batch.rows))},
-        )
-
-    def _gradients(
-        self, x0: Tensor, t: Tensor, noise: Tensor, draws: Tensor, *label: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _lane(self, *drawn: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """A part's share of the batch's loss, and its gradients."""
-        with autocast(self.config.precision):
-            losses = self._losses(self.state.network, x0, t, noise, draws, *label)
+        loss, minimised = self._share(*drawn)
+        return loss, torch.autograd.grad(minimised, self.state.parameters())
+
+    def _sharded_gradients(self, drawn: list[Tensor]) -> Tensor:
+        """As ``_gradients``; each process gets those of its share of the weights."""
+        loss, minimised = self._share(*drawn)
+        minimised.backward()  # type: ignore[no-untyped-call]
+        self.ranks.sum([loss])
+        return loss
+
+    def _share(
+        self, x0: Tensor, t: Tensor, noise: Tensor, draws: Tensor, label: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What these pictures add to the loss of the batch, and to what is minimised."""
+        with autocast(self.config.precision, self.device):
+            losses = self._losses(self.state.network, x0, t, noise, draws, label)
         minimised = self.state.uncertainty(losses, t) if self.state.uncertainty else losses
-        gradients = torch.autograd.grad(minimised.sum() / self.config.batch_size, self.state.parameters())
-        return losses.detach().sum() / self.config.batch_size, gradients
+        return losses.detach().sum() / self.config.batch_size, minimised.sum() / self.config.batch_size
 
     def _told(self, batch: Batch) -> list[Tensor]:
         """The classes, if the network is told any; some are kept from it (arXiv 2207.12598)."""
@@ -163,10 +217,27 @@ class Run:
 
     def averaged(self) -> DiffusionModel:
         """The averaged network as it is now."""
-        network = copy.deepcopy(self.state.network)
-        network.load_state_dict(self.state.averages[0].state_dict())
-        network.eval().requires_grad_(False)
+        with torch.device("meta"):
+            network = self._network()
+        weights = {name: value.clone() for name, value in self.state.averages[0].state_dict().items()}
+        network.load_state_dict(weights, assign=True)
+        network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return DiffusionModel(self.model_header(), network, self.objective.schedule)
+
+    def _network(self) -> UNet:
+        manifest = self.dataset.manifest
+        return UNet(self.model, manifest.channels, manifest.size, len(self.classes))
+
+    def gathered(self) -> "Run":
+        """This run with all of its state in the process that leads, of which each may have a share; all ask at once."""
+        if not self.config.shard:
+            return self
+        tensors = {name: gathered(value) for name, value in self.state.tensors().items()}
+        if not self.ranks.leads:
+            return self
+        state = make_state(self._network(), self.config, ALONE, self.device)
+        state.load(tensors, self.state.counts())
+        return replace(self, state=state)
 
     def probe(self, averaged: UNet) -> dict[str, float]:
         """Losses of raw and averaged weights on fixed pictures, times and noise of both splits."""
@@ -194,13 +265,14 @@ class Run:
         return probes
 
     def _probe(self, split: Split, batch: Batch, network: UNet) -> Tensor:
-        with torch.inference_mode(), autocast(self.config.precision):
+        with torch.inference_mode(), autocast(self.config.precision, self.device):
             x0 = to_float(batch.pictures)
             u = (torch.arange(len(x0)) + 0.5) / len(x0)
             t = times_at(self.config, self.objective.schedule, u)
             noise = GaussianNoise(0, f"probe/{split}", batch.indices, self.dataset.shape)()
-            label = self.dataset.classes(batch.rows, self.classes) if self.classes else None
-            return self._losses(network, x0, t, noise, None, label)
+            label = [self.dataset.classes(batch.rows, self.classes)] if self.classes else []
+            x0, t, noise, *label = (each.to(self.device) for each in (x0, t, noise, *label))
+            return self._losses(network, x0, t, noise, None, *label).cpu()
 
     def model_header(self) -> ModelHeader:
         """What a model made of the present state says of itself."""
@@ -236,6 +308,19 @@ def by_level(losses: Tensor | None) -> dict[str, float]:
     return {f"held_out_loss_ema_level_{number}": part.mean().item() for number, part in enumerate(parts, start=1)}
 
 
+def make_state(network: UNet, config: TrainingConfig, ranks: Ranks, device: torch.device) -> TrainingState:
+    """The state of a run that has seen nothing; several ``ranks`` each have their share of it."""
+    uncertainty = Uncertainty() if config.learned_uncertainty else None
+    networks = [network, uncertainty] if uncertainty else [network]
+    for each in networks:
+        if ranks.count > 1:
+            shard(each, ranks, device)
+        each.to(device)
+    trained = [parameter for each in networks for parameter in each.parameters()]
+    optimizer = torch.optim.AdamW(trained, config.learning_rate, BETAS, weight_decay=config.weight_decay, fused=True)
+    return TrainingState(network, make_averages(network, config), optimizer, uncertainty)
+
+
 def make_averages(network: UNet, config: TrainingConfig) -> list[WeightAverage]:
     """The averages of the weights that ``config`` asks for; the first is the model."""
     if config.ema_lengths is not None:
@@ -244,7 +329,12 @@ def make_averages(network: UNet, config: TrainingConfig) -> list[WeightAverage]:
 
 
 def lanes_of(config: TrainingConfig, ranks: Ranks) -> int:
-    """How many lanes each process has: as many as there would be in one process, shared out."""
+    """How many lanes each process has: as many as there would be in one process, shared out.
+
+    A GPU shares its work out by itself, and what is gathered for a block of a sharded network is there once.
+    """
+    if config.shard or resolve_device(config.device).type != "cpu":
+        return 1
     return max(1, config.lanes // ranks.count)
 
 
@@ -279,6 +369,9 @@ def identity_fields(config: TrainingConfig) -> dict[str, Any]:
     """The resolved configuration, without what cannot change the weights."""
     harmless = {
         "recompute",
+        "device",
+        "compile",
+        "shard",
         "most_skipped",
         "output",
         "keep",
@@ -292,7 +385,9 @@ def identity_fields(config: TrainingConfig) -> dict[str, Any]:
     }
     if config.window is None:
         harmless.add("window")
-    return config.model_dump(mode="json", exclude=harmless) | {"precision": resolve_precision(config.precision)}
+    return config.model_dump(mode="json", exclude=harmless) | {
+        "precision": resolve_precision(config.precision, resolve_device(config.device))
+    }
 
 
 def data_digest(manifest: Manifest, config: TrainingConfig) -> str:

@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +19,9 @@ from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.shard_cache import ShardCache, ShardStore
+from diffusion.device import repeatable, resolve_device
 from diffusion.errors import DarkroomError, UserError
-from diffusion.files import write_bytes
+from diffusion.files import write_bytes, write_json
 from diffusion.lanes import lanes
 from diffusion.model import (
     AVERAGED,
@@ -30,20 +30,17 @@ from diffusion.model import (
 )
 from diffusion.models.config import ModelConfig
 from diffusion.progress import Progress, silent
-from diffusion.sampling import sample
-from diffusion.training.checkpoint import Checkpoints, Writer
+from diffusion.training.checkpoint import COUNTS, Checkpoints, Writer
 from diffusion.training.config import TrainingConfig
 from diffusion.training.post_hoc import AVERAGES
-from diffusion.training.preflight import Preflight, count_flops, kept_at_once, require_disk, state_size
-from diffusion.training.ranks import ranks
-from diffusion.training.record import GRID_PICTURES, Record
+from diffusion.training.preflight import PREFLIGHT, Preflight, measure, preflight_of, require_disk
+from diffusion.training.ranks import ALONE, Ranks, ranks
+from diffusion.training.record import Record
 from diffusion.training.run import NotFinite, Run, lanes_of
+from diffusion.training.sharding import gathered
 from diffusion.training.tracker import ANEW, SPOOL, NoTracker, Tracker
 
 LOGS_PER_CHECKPOINT = 20
-MEASURED_SECONDS = 4.0
-NOTHING = (math.nan, math.nan)
-"""Loss and gradient norm where all steps were left out."""
 Restart = Literal["never", "if_different"]
 """Whether to throw away a run of another configuration or data set that lies in the folder."""
 
@@ -85,12 +82,21 @@ def train(
     with ranks() as together, _opened(data, config, store) as dataset:
         # Of several processes one writes, and so holds the folder.
         holding = _held(output) if together.leads else nullcontext()
-        with holding, lanes(lanes_of(config, together)) as pool:
+        _require_ranks(config, together)
+        with holding, repeatable(resolve_device(config.device)), lanes(lanes_of(config, together)) as pool:
             run = Run.new(dataset, model, config, pool, together)
             if together.leads and restart == "if_different" and _differences(output, run):
                 _discard(output)
             with run.loader:
                 return _train(run, output, sampling, track, progress)
+
+
+def _require_ranks(config: TrainingConfig, ranks: Ranks) -> None:
+    if config.shard and ranks.count == 1:
+        raise UserError(
+            "training.shard shares the network out among processes, and there is one: start several with torchrun, or "
+            "leave it out"
+        )
 
 
 @contextmanager
@@ -160,12 +166,14 @@ def _train(
         anew = _begin_or_resume(run, checkpoints, output, sampling) == "begun"
         if run.ranks.leads:
             tracker = track(anew)
-            with Writer(checkpoints) as writer:
-                _loop(run, output, Record(run, output, sampling, writer, tracker, progress))
-            tensors = {AVERAGED + name: value for name, value in run.state.averages[0].state_dict().items()}
-            save_tensors(final, tensors, run.header())
+            with Writer(checkpoints) as writer, _giving_up(run, output):
+                _loop(run, Record(run, output, sampling, writer, tracker, progress))
         else:
-            _loop(run, output, None)
+            with _giving_up(run, output):
+                _loop(run, None)
+        weights = {AVERAGED + name: gathered(value) for name, value in run.state.averages[0].state_dict().items()}
+        if run.ranks.leads:
+            save_tensors(final, weights, run.header())
         # Nobody is done before the model is on disk.
         run.ranks.wait()
     return TrainResult(
@@ -183,7 +191,14 @@ def _discard(output: Path) -> None:
     shutil.rmtree(output / SPOOL, ignore_errors=True)
     if output.is_dir():
         write_bytes(output / SPOOL / ANEW, b"")
-    for pattern in ("final.safetensors", "weights.safetensors", "not_finite*.safetensors", "history.csv", "losses.csv"):
+    for pattern in (
+        "final.safetensors",
+        "weights.safetensors",
+        "not_finite*.safetensors",
+        "history.csv",
+        "losses.csv",
+        PREFLIGHT,
+    ):
         for path in output.glob(pattern):
             path.unlink()
     for folder in (output / "samples", output / AVERAGES, output / "checkpoints"):
@@ -225,24 +240,27 @@ def _begin_or_resume(
 ) -> Literal["begun", "resumed"]:
     if run.ranks.leads:
         _require_same_run(output, run)
-    header = checkpoints.restore(run.state) if run.ranks.leads else None
-    if run.ranks.agreed(header is not None):
-        run.total = run.ranks.agreed(header["total"] if header else 0)
-        run.state.load(run.ranks.shared(run.state.tensors()), run.ranks.agreed(run.state.counts()))
+    tensors, header = (run.ranks.leads and checkpoints.newest()) or ({}, None)
+    if header := run.ranks.agreed(header):
+        run.total = header["total"]
+        run.state.load(run.ranks.shared(tensors), header[COUNTS])
         run.loader.ahead(run.state.images, run.total)
         if run.ranks.leads:
             logger.info("going on from %d of %d images", run.state.images, run.total)
         return "resumed"
-    images = run.config.images or _images_in(run.config.minutes or 0, run, _measured(run, sampling))
-    run.total = math.ceil(images / run.config.batch_size) * run.config.batch_size
+    pace = None if run.config.images else measure(run, sampling)
+    about = preflight_of(run, pace)
+    run.total = math.ceil(about.images / run.config.batch_size) * run.config.batch_size
     run.loader.ahead(run.state.images, run.total)
     if run.ranks.leads:
-        parameters = sum(parameter.numel() for parameter in run.state.network.parameters())
-        require_disk(
-            output, state_size(parameters, len(run.state.averages), run.config.lanes)[1] * kept_at_once(run.config)
-        )
+        for name, words in about.lines():
+            logger.info("%-8s  %s", name, words)
+        require_disk(output, about.disk_bytes)
+        write_json(output / PREFLIGHT, about.model_dump(mode="json"))
+    first = run.gathered()
+    if run.ranks.leads:
         with Writer(checkpoints) as writer:
-            writer.save(run.state, run.header(), run.config.keep)
+            writer.save(first.state, run.header(), run.config.keep)
     return "begun"
 
 
@@ -257,83 +275,29 @@ def preflight(
 
     Raises UserError as ``train`` does.
     """
-    with _opened(data, config, store) as dataset, lanes(config.lanes) as pool:
+    device = repeatable(resolve_device(config.device))
+    with _opened(data, config, store) as dataset, device, lanes(lanes_of(config, ALONE)) as pool:
         run = Run.new(dataset, model, config, pool)
-        pace = _measured(run, sampling)
-        images = config.images or _images_in(config.minutes or 0, run, pace)
-        parameters = sum(parameter.numel() for parameter in run.state.network.parameters())
-        memory, checkpoint = state_size(parameters, len(run.state.averages), config.lanes)
-        return Preflight(
-            dataset=dataset.manifest.name,
-            content_digest=dataset.manifest.content_digest,
-            train=len(dataset.rows("train")),
-            held_out=len(dataset.rows("held_out")),
-            shape=dataset.shape,
-            classes=len(run.classes),
-            parameters=parameters,
-            flops=count_flops(model, dataset.shape, len(run.classes)),
-            state_bytes=memory,
-            disk_bytes=checkpoint * kept_at_once(config),
-            images=images,
-            images_per_second=1 / pace.image,
-            seconds=images * pace.image + config.checkpoints * pace.checkpoint,
-        )
+        return preflight_of(run, measure(run, sampling))
 
 
-@dataclass(frozen=True)
-class Pace:
-    """Seconds that things take here."""
-
-    image: float
-    """To train on one picture."""
-    checkpoint: float
-    """To take stock at a checkpoint."""
-
-
-def _measured(run: Run, sampling: SamplingConfig) -> Pace:
-    """The pace of ``run`` here, by steps and one checkpoint's work on a copy."""
-    trial = Run.new(run.dataset, run.model, run.config, run.pool, run.ranks)
-    trial.total = 2**40
-    with trial.loader:
-        trial.step()
-        start, steps = time.perf_counter(), 0
-        while run.ranks.agreed(steps < 3 or time.perf_counter() - start < MEASURED_SECONDS):
-            trial.step()
-            steps += 1
-    image = (time.perf_counter() - start) / (steps * run.config.batch_size)
-    start = time.perf_counter()
-    averaged = trial.averaged()
-    trial.probe(averaged.network)
-    sample(averaged, range(GRID_PICTURES), 0, sampling)
-    return run.ranks.agreed(Pace(image, time.perf_counter() - start))
-
-
-def _images_in(minutes: float, run: Run, pace: Pace) -> int:
-    """How many images fit into ``minutes`` at this ``pace``."""
-    pauses = pace.checkpoint * run.config.checkpoints
-    if pauses > minutes * 60 / 2:
-        raise UserError(
-            f"{pauses:.0f} s of training.minutes = {minutes:g} would go into {run.config.checkpoints} sample grids: "
-            "raise it, or lower sampling.steps or training.checkpoints"
-        )
-    return max(run.config.batch_size, int((minutes * 60 - pauses) / pace.image))
-
-
-def _loop(run: Run, output: Path, record: Record | None) -> None:
+def _loop(run: Run, record: Record | None) -> None:
     """Step by step to the end; only one of several processes has a ``record`` to keep."""
     config, state = run.config, run.state
     steps = run.total // config.batch_size
     log_every = max(1, steps // (config.checkpoints * LOGS_PER_CHECKPOINT)) * config.batch_size
     save_every = math.ceil(run.total / config.checkpoints / log_every) * log_every
-    taken: list[tuple[Tensor, Tensor]] = []
+    taken: list[Tensor] = []
     began, since, waited = state.images, time.perf_counter(), run.loader.waited
     while state.images < run.total:
-        if step := _step(run, output):
-            taken.append(step)
+        taken.append(torch.stack(run.step()))
         at_end = state.images == run.total
         if state.images % log_every == 0 or at_end:
+            # The first thing in all these steps that waits for the device.
+            steps_taken = torch.stack(taken).cpu()
+            loss, norm = steps_taken[steps_taken.isfinite().all(1)].mean(0).tolist()
+            run.settle()
             seconds = time.perf_counter() - since
-            loss, norm = (torch.stack(each).mean().item() for each in zip(*taken, strict=True)) if taken else NOTHING
             figures = {
                 "loss": loss,
                 "gradient_norm": norm,
@@ -345,15 +309,18 @@ def _loop(run: Run, output: Path, record: Record | None) -> None:
             if record:
                 record.figures(figures)
             taken, began, since, waited = [], state.images, time.perf_counter(), run.loader.waited
-        if record and (state.images % save_every == 0 or at_end):
-            record.stock(save_every)
+        if state.images % save_every == 0 or at_end:
+            state_of_all = run.gathered()
+            if record:
+                record.stock(state_of_all, save_every)
             since = time.perf_counter()
 
 
-def _step(run: Run, output: Path) -> tuple[Tensor, Tensor] | None:
-    """One step of ``run``; if it gives up, what it was last shown is kept in ``output``."""
+@contextmanager
+def _giving_up(run: Run, output: Path) -> Iterator[None]:
+    """If ``run`` gives up inside, what it was last shown is kept in ``output``."""
     try:
-        return run.step()
+        yield
     except NotFinite as error:
         path = output / f"not_finite{run.ranks.rank or ''}.safetensors"
         save_tensors(path, error.batch, run.header())

@@ -45,6 +45,7 @@ def load(params: Path, overrides: list[str], dataset: str | None = None) -> "Par
 @contextmanager
 def joined(*needs: "Server") -> Iterator[None]:
     """Inside, this process uses the servers in ``needs`` and shows progress on the console."""
+    from flows.console import OURS, console
     from flows.environment import join
 
     # The console shows our own progress; the Prefect UI still gets every line of the log.
@@ -52,20 +53,21 @@ def joined(*needs: "Server") -> Iterator[None]:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    # What our packages say goes into the log of the run that it is said in, and nowhere if in none.
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", ",".join(OURS))
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     join(*needs)
 
-    from flows.console import Bars, Lines
     from flows.progress import CONSOLE
 
-    progress = Bars() if sys.stderr.isatty() else Lines()
-    token = CONSOLE.set(progress)
-    try:
-        # Libraries talk on standard output, which belongs to the verb's result.
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        CONSOLE.reset(token)
-        progress.close()
+    with console() as progress:
+        token = CONSOLE.set(progress)
+        try:
+            # Libraries talk on standard output, which belongs to the verb's result.
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:
+            CONSOLE.reset(token)
 
 
 def show(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:

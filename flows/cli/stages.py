@@ -1,10 +1,7 @@
 """``darkroom stage …``: the plain functions as dvc.yaml calls them. No Prefect, no MLflow, no S3."""
 
-import sys
-
 import typer
 
-from diffusion.progress import Progress
 from flows.cli.options import DEFAULT_PARAMS, Json, ParamsFile, Set, follows, load, show
 
 app = typer.Typer(
@@ -14,23 +11,19 @@ app = typer.Typer(
 )
 
 
-def _progress() -> Progress:
-    from flows.console import Bars, Lines
-
-    return Bars() if sys.stderr.isatty() else Lines()
-
-
 @app.command()
 def ingest(params: ParamsFile = DEFAULT_PARAMS, overrides: Set = [], as_json: Json = False) -> None:  # noqa: B006
     """Add what is new in ingest.source to the data set training.dataset; begins anew if it is stored in another way."""
     from diffusion.data.fan_out import local_fan_out
+    from flows.console import console
 
     config = load(params, overrides)
     fan_out = local_fan_out(config.ingest)
     # Takes as long as the start of worker processes, which goes on meanwhile.
     from diffusion.data.ingest import ingest
 
-    result = ingest(config.dataset_folder, config.ingest, _progress(), rebuild="if_different", fan_out=fan_out)
+    with console() as progress:
+        result = ingest(config.dataset_folder, config.ingest, progress, rebuild="if_different", fan_out=fan_out)
     from flows.cli.ingested import told
 
     show(result.model_dump(mode="json"), as_json, told(result, config.ingest.source))
@@ -40,17 +33,12 @@ def ingest(params: ParamsFile = DEFAULT_PARAMS, overrides: Set = [], as_json: Js
 def train(params: ParamsFile = DEFAULT_PARAMS, overrides: Set = [], as_json: Json = False) -> None:  # noqa: B006
     """Train on the data set; goes on where it was stopped, starts anew if its inputs changed."""
     from diffusion.training.train import train
+    from flows.console import console
 
     config = load(params, overrides)
-    result = train(
-        config.dataset_folder,
-        config.run_folder,
-        config.model,
-        config.training,
-        config.sampling,
-        progress=_progress(),
-        restart="if_different",
-    )
+    parts = config.dataset_folder, config.run_folder, config.model, config.training, config.sampling
+    with console() as progress:
+        result = train(*parts, progress=progress, restart="if_different")
     if not follows():
         show(result.model_dump(mode="json"), as_json, [f"{result.images} images seen; {result.final}"])
 
@@ -60,15 +48,17 @@ def evaluate(params: ParamsFile = DEFAULT_PARAMS, overrides: Set = [], as_json: 
     """Judge the kept checkpoints against the held-out pictures."""
     from diffusion.evaluation.evaluate import evaluate
     from diffusion.training.candidates import candidates
+    from flows.console import console
 
     config = load(params, overrides)
-    result = evaluate(
-        config.dataset_folder,
-        candidates(config.run_folder, config.report_folder, config.evaluation.ema_lengths),
-        config.evaluation,
-        config.sampling,
-        config.report_folder,
-        config.run_folder / "losses.csv",
-        _progress(),
-    )
+    with console() as progress:
+        result = evaluate(
+            config.dataset_folder,
+            candidates(config.run_folder, config.report_folder, config.evaluation.ema_lengths),
+            config.evaluation,
+            config.sampling,
+            config.report_folder,
+            config.run_folder / "losses.csv",
+            progress,
+        )
     show(result.model_dump(mode="json"), as_json, [f"report: {config.report_folder / 'report.html'}"])

@@ -1,6 +1,7 @@
 """Several processes train as one would, whatever happens to them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from diffusion.training.history import read_rows
@@ -25,13 +27,13 @@ from diffusion.training.config import TrainingConfig
 from diffusion.training.train import train
 model = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1, dropout=0.1)
 config = TrainingConfig(images=int(sys.argv[3]), batch_size=16, warmup_images=32, checkpoints=16, keep=2, lanes=2,
-    learned_uncertainty=True)
+    learned_uncertainty=True, shard=sys.argv[4] == "shard")
 train(Path(sys.argv[1]), Path(sys.argv[2]), model, config, SamplingConfig(steps=2, compute_batch=36))
 """
 
 
 def start(
-    dataset: Path, output: Path, processes: int, images: int = 1600, restarts: int = 0
+    dataset: Path, output: Path, processes: int, images: int = 1600, restarts: int = 0, shard: bool = False
 ) -> subprocess.Popen[bytes]:
     script = output.parent / "script.py"
     script.write_text(SCRIPT)
@@ -39,7 +41,11 @@ def start(
     command += [f"--max-restarts={restarts}", "--monitor-interval=0.1", str(script), str(dataset), str(output)]
     variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, str(images)], env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        [*command, str(images), "shard" if shard else "whole"],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
@@ -55,6 +61,14 @@ def wait_for(path: Path, count: int) -> None:
         time.sleep(0.02)
 
 
+def kill_all(process: subprocess.Popen[bytes], output: Path) -> None:
+    """``process`` and the workers that it started for ``output``, all at once."""
+    os.killpg(process.pid, signal.SIGKILL)
+    for child in psutil.process_iter(["cmdline"]):
+        if str(output) in " ".join(child.info["cmdline"] or ()):
+            child.kill()
+
+
 def curve(output: Path) -> np.ndarray:
     return np.array([row["loss"] for row in read_rows(output / "history.csv")])
 
@@ -68,10 +82,7 @@ def test_two_processes_have_the_losses_of_one_also_after_a_change_between(datase
 
     process = start(dataset, tmp_path / "changed", 2)
     wait_for(tmp_path / "changed" / "checkpoints", 2)
-    os.killpg(process.pid, signal.SIGKILL)
-    for child in psutil.process_iter(["cmdline"]):
-        if str(tmp_path / "changed") in " ".join(child.info["cmdline"] or ()):
-            child.kill()
+    kill_all(process, tmp_path / "changed")
     finish(start(dataset, tmp_path / "changed", 1))
     np.testing.assert_allclose(curve(tmp_path / "changed"), curve(tmp_path / "one"), rtol=0.3)
 
@@ -86,3 +97,34 @@ def test_a_worker_that_is_killed_is_started_again_and_the_end_is_the_same(datase
     finish(process)
     whole, cut = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "cut"))
     assert all(np.array_equal(value.numpy(), cut[name].numpy()) for name, value in whole.items())
+
+
+def test_a_network_in_shares_has_the_losses_of_a_whole_one_and_its_checkpoints_fit_both(
+    dataset: Path, tmp_path: Path
+) -> None:
+    finish(start(dataset, tmp_path / "whole", 2))
+    finish(start(dataset, tmp_path / "shared", 2, shard=True))
+    np.testing.assert_allclose(curve(tmp_path / "shared")[:20], curve(tmp_path / "whole")[:20], rtol=2e-2)
+    final = load_file(tmp_path / "shared" / "final.safetensors")
+    assert {name: value.shape for name, value in final.items()} == {
+        name: value.shape for name, value in load_file(tmp_path / "whole" / "final.safetensors").items()
+    }
+
+    process = start(dataset, tmp_path / "cut", 2, shard=True)
+    wait_for(tmp_path / "cut" / "checkpoints", 2)
+    kill_all(process, tmp_path / "cut")
+    shutil.copytree(tmp_path / "cut", tmp_path / "changed")
+    finish(start(dataset, tmp_path / "cut", 2, shard=True))
+    assert all(
+        torch.equal(value, final[name]) for name, value in load_file(tmp_path / "cut" / "final.safetensors").items()
+    )
+    # One process alone goes on from what two had in shares.
+    finish(start(dataset, tmp_path / "changed", 1))
+    np.testing.assert_allclose(curve(tmp_path / "changed"), curve(tmp_path / "whole"), rtol=0.3)
+
+
+def test_sharing_out_among_one_process_is_refused(dataset: Path, tmp_path: Path) -> None:
+    process = start(dataset, tmp_path / "alone", 1, shard=True)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "training.shard shares the network out among processes, and there is one" in out.decode()

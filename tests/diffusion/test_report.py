@@ -47,7 +47,7 @@ def an_evaluation(kids: list[float], dataset: str = "digits", floor: Scores | No
             sha256=f"{number}" * 64,
             images=1000 * (number + 1),
             scores=scores(kid),
-            fingerprint=fingerprint(64, "fp32"),
+            fingerprint=fingerprint(64, "fp32", "cpu"),
         )
         for number, kid in enumerate(kids)
     ]

@@ -1,0 +1,51 @@
+"""Where the network computes: on the processor, or on a GPU."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from diffusion.config import DeviceName
+from diffusion.errors import UserError
+
+
+def resolve_device(name: DeviceName) -> torch.device:
+    """``auto`` is a GPU where torch sees one, and the processor elsewhere; of several GPUs, each process has its own.
+
+    Raises UserError if there is no GPU, and one was asked for.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cuda" and not count:
+        raise UserError("device = cuda was asked for, and torch sees no GPU: use auto, or install torch for CUDA")
+    if name == "cpu" or not count:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
+
+
+def device_name(device: torch.device) -> str:
+    """What decides the bits that ``device`` computes: the GPU's model, or the processor's vector instructions."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Inside, ``device`` computes the same bits each time, and products of float32 with the GPU's tensor cores (TF32).
+
+    A processor does so anyway.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    # cuBLAS reads it when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    products, strict = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    torch.set_float32_matmul_precision("high")
+    torch.use_deterministic_algorithms(True)
+    try:
+        # Kernels chosen by timing differ from run to run.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.use_deterministic_algorithms(strict)
