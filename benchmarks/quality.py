@@ -1,31 +1,35 @@
 """How good pictures are after ten minutes of training: Darkroom, diffusers and denoising-diffusion-pytorch.
 
     python benchmarks/quality.py --trainers-python /tmp/trainers/bin/python
+    python benchmarks/quality.py --trainers-python … --pictures FOLDER --samples 1024 --seeds 1
 
-Each trains on the same pictures for the same time on the same cores, alone, and draws as many. What counts is the
-Fréchet distance to all the real pictures, on EfficientNet-Lite0's features at 64 px; the floor is that of as many real
-ones. What was measured lies in ``--scratch`` under a name of its own and is not measured again: kill it, and go on.
+First, on an otherwise idle machine, it measures how many pictures each trains on per second, each alone, taking turns;
+from then on ten minutes are that many pictures, and what else the machine does makes no difference. Then each trains
+on the same pictures and draws as many. What counts is the Fréchet distance to all the real pictures, on
+EfficientNet-Lite0's features at 64 px; the floor is that of as many real ones. What was measured lies in ``--scratch``
+under a name of its own and is not measured again: kill it, and go on.
 """
 
 import argparse
-import gzip
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from statistics import mean, median, stdev
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from loading import FASHION, prepare, run
+from loading import prepare, run
+from matplotlib.figure import Figure
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
+from diffusion.data.dataset import Dataset
 from diffusion.evaluation.features import EfficientNetLite0
-from diffusion.files import digest_of
-from diffusion.grids import grid, save_png
+from diffusion.files import digest_of, write_json
+from diffusion.grids import figure_png, grid, save_png
 from diffusion.model import load_model
 from diffusion.sampling import sample
 from flows.params import load_params
@@ -33,121 +37,244 @@ from flows.params import load_params
 FEATURES_AT = 64
 PEERS = ("diffusers", "denoising-diffusion-pytorch")
 SHOWN = 64
-SET = "32 px grey"
-"""Of ``loading.py``: nine tenths of it are trained on."""
+ROUNDS = 3
+"""Times that each rate is measured."""
+ON_THE_WAY = 512
+"""Pictures drawn of the first seed before its end, for the curve."""
+CHECKPOINTS = 6
+"""The default: the curve has a point at each second one."""
 
 
-def fashion() -> np.ndarray:
-    """Fashion-MNIST's training pictures padded to 32×32: (60000, 1, 32, 32) uint8."""
-    if not FASHION.is_dir():
-        raise SystemExit(f"no Fashion-MNIST in {FASHION}: apt-get install dataset-fashion-mnist")
-    with gzip.open(FASHION / "train-images-idx3-ubyte.gz") as packed:
-        pictures = np.frombuffer(packed.read()[16:], np.uint8).reshape(-1, 1, 28, 28)
-    return np.pad(pictures, ((0, 0), (0, 0), (2, 2), (2, 2)))
+@dataclass(frozen=True)
+class Drawn:
+    """What a contestant made of its time."""
+
+    pictures: np.ndarray
+    """(N, C, H, W) uint8."""
+    figures: dict[str, Any]
+    on_the_way: dict[int, np.ndarray]
+    """Pictures drawn after so many images, before the end."""
 
 
-def darkroom(
-    scratch: Path, seconds: float, seed: int, samples: int, settings: list[str]
-) -> tuple[np.ndarray, dict[str, Any]]:
+class Contestant(Protocol):
+    """Who trains and draws."""
+
+    name: str
+
+    def rate(self, seconds: float) -> float:
+        """Pictures per second of training that takes ``seconds``, with all that belongs to it."""
+
+    def work(self, seed: int, images: int, samples: int, curve: bool) -> Drawn:
+        """Train on so many ``images`` and draw ``samples``; for a ``curve`` also on the way."""
+
+
+@dataclass(frozen=True)
+class Darkroom:
     """``darkroom stage train`` as it is configured by default, but for ``settings``, told of no classes."""
-    workspace = prepare(scratch, SET).parents[1]
-    output = f"runs/{time.time_ns()}"
-    chosen = {"training.minutes": seconds / 60, "training.images": "null", "training.seed": seed}
-    chosen |= {"training.output": output, "model.conditional": "false"}
-    words = [f"{key}={value}" for key, value in chosen.items()] + settings
-    command = [str(Path(sys.executable).with_name("darkroom")), "stage", "train", "--json"]
-    done = json.loads(run([*command, *(part for word in words for part in ("--set", word))], workspace))
-    model = load_model(workspace / done["final"])
-    sampling = load_params(workspace / "params.yaml", words).sampling
-    began = time.perf_counter()
-    drawn = sample(model, range(samples), seed, sampling)
-    figures = {
-        "parameters": sum(p.numel() for p in model.network.parameters()),
-        "images": done["images"],
-        "drawing_seconds": time.perf_counter() - began,
-    }
-    return drawn.numpy(), figures
+
+    name: str
+    workspace: Path
+    settings: tuple[str, ...]
+
+    def rate(self, seconds: float) -> float:
+        """As the dry run says, with its pauses for sample grids."""
+        words = [*self.settings, "training.images=null", f"training.minutes={seconds / 60}", "model.conditional=false"]
+        done = self._darkroom("train", "--dry-run", words=words)
+        return float(done["images"]) / seconds
+
+    def work(self, seed: int, images: int, samples: int, curve: bool) -> Drawn:
+        """Train, and draw with the default sampler."""
+        chosen = {"training.minutes": "null", "training.images": images, "training.seed": seed}
+        chosen |= {"training.output": f"runs/{time.time_ns()}", "model.conditional": "false"}
+        chosen |= {"training.checkpoints": CHECKPOINTS, "training.keep": CHECKPOINTS}
+        words = [*self.settings, *(f"{key}={value}" for key, value in chosen.items())]
+        done = self._darkroom("stage", "train", words=words)
+        sampling = load_params(self.workspace / "params.yaml", words).sampling
+        final = self.workspace / done["final"]
+
+        def drawn(path: Path, count: int) -> np.ndarray:
+            return sample(load_model(path), range(count), seed, sampling).numpy()
+
+        checkpoints = sorted((final.parent / "checkpoints").glob("*.safetensors"))[1:-1:2] if curve else []
+        began = time.perf_counter()
+        pictures = drawn(final, samples)
+        figures = {
+            "parameters": sum(each.numel() for each in load_model(final).network.parameters()),
+            "drawing_seconds": time.perf_counter() - began,
+        }
+        return Drawn(pictures, figures, {int(path.stem): drawn(path, ON_THE_WAY) for path in checkpoints})
+
+    def _darkroom(self, *verb: str, words: list[str]) -> dict[str, Any]:
+        command = [str(Path(sys.executable).with_name("darkroom")), *verb, "--json"]
+        done: dict[str, Any] = json.loads(
+            run([*command, *(part for word in words for part in ("--set", word))], self.workspace)
+        )
+        return done
 
 
-def peer(
-    name: str, python: Path, scratch: Path, seconds: float, seed: int, samples: int
-) -> tuple[np.ndarray, dict[str, Any]]:
+@dataclass(frozen=True)
+class Peer:
     """The recipe ``name`` of ``trainers.py``."""
-    pictures, drawn = scratch / "pictures.npy", scratch / "drawn.npy"
-    if not pictures.is_file():
-        np.save(pictures, fashion())
-    script = Path(__file__).with_name("trainers.py")
-    options = ["--seconds", seconds, "--samples", samples, "--seed", seed]
-    done = subprocess.run(
-        [python, script, name, pictures, drawn, *map(str, options)], stdout=subprocess.PIPE, check=True
-    )
-    return np.load(drawn), json.loads(done.stdout)
+
+    name: str
+    python: Path
+    workspace: Path
+
+    def rate(self, seconds: float) -> float:
+        """Of its steps alone: nothing belongs to it but steps."""
+        return float(self._trainers("--rate", 20)["pictures_per_second"])
+
+    def work(self, seed: int, images: int, samples: int, curve: bool) -> Drawn:
+        """Train, and draw with its own sampler."""
+        folder = self.workspace / "drawn"
+        options = ["--folder", folder, "--images", images, "--samples", samples, "--seed", seed]
+        if curve:
+            options += ["--on-the-way", ON_THE_WAY]
+        figures = self._trainers(*options)
+        pictures = {int(path.stem): np.load(path) for path in folder.glob("*.npy")}
+        return Drawn(pictures.pop(images), figures, pictures)
+
+    def _trainers(self, *options: object) -> dict[str, Any]:
+        script = Path(__file__).with_name("trainers.py")
+        command = [self.python, script, self.name, self.workspace / "pictures.npy", *map(str, options)]
+        done: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+        return done
+
+
+def workspace_of(scratch: Path, source: Path | None, size: int) -> Path:
+    """A workspace with the pictures of ``source``, and all of them in one array for the peers; None: Fashion-MNIST."""
+    workspace = scratch / f"{source.stem}-{size}" if source else prepare(scratch, "32 px grey").parents[1]
+    if source and not (workspace / "data").exists():
+        workspace.mkdir(parents=True, exist_ok=True)
+        (workspace / "params.yaml").write_text("training:\n  dataset: pictures\n")
+        words = [f"ingest.source={source.resolve()}", f"ingest.size={size}"]
+        darkroom = str(Path(sys.executable).with_name("darkroom"))
+        run([darkroom, "stage", "ingest", *(part for word in words for part in ("--set", word))], workspace)
+    if not (workspace / "pictures.npy").is_file():
+        dataset = Dataset.open(workspace / "data" / "pictures")
+        np.save(workspace / "pictures.npy", dataset.pictures(np.arange(len(dataset))).numpy())
+    return workspace
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainers-python", type=Path, help="Python of the peers' venv (trainers.txt); none: no peers")
+    parser.add_argument("--pictures", type=Path, help="a source to train on; default: Fashion-MNIST, padded to 32×32")
+    parser.add_argument("--size", type=int, default=64, help="of its pictures")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/quality"))
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of Darkroom's, to compare"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of Darkroom's")
     parser.add_argument("--name", default="darkroom", help="what to call Darkroom with those settings")
+    parser.add_argument("--picture", type=Path, help="where to draw the curve of distance over minutes (PNG)")
     args = parser.parse_args()
 
-    args.scratch.mkdir(parents=True, exist_ok=True)
-    extractor = EfficientNetLite0(FEATURES_AT)
-    real = _kept(args.scratch / "real.npy", lambda: extractor(torch.from_numpy(fashion())).numpy())
-    moments = fid_features_to_statistics(torch.from_numpy(real))
-    works: dict[str, Callable[[int], tuple[np.ndarray, dict[str, Any]]]] = {
-        args.name: lambda seed: darkroom(args.scratch, args.seconds, seed, args.samples, args.set)
-    }
-    for name in PEERS if args.trainers_python else ():
-        works[name] = lambda seed, name=name: peer(  # type: ignore[misc]
-            name, args.trainers_python, args.scratch, args.seconds, seed, args.samples
-        )
+    workspace = workspace_of(args.scratch, args.pictures, args.size)
+    contestants: list[Contestant] = [Darkroom(args.name, workspace, tuple(args.set))]
+    if args.trainers_python:
+        contestants += [Peer(name, args.trainers_python, workspace) for name in PEERS]
+    judge = Judge(workspace)
+    measure_rates(contestants, args)
     for seed in range(args.seeds):
-        for name, work in works.items():
-            measured = args.scratch / f"{_stem(name, args)}-{seed}.json"
-            if measured.is_file():
-                continue
-            drawn, figures = work(seed)
-            fd = distance(extractor(torch.from_numpy(drawn)), moments)
-            save_png(measured.with_suffix(".png"), grid(torch.from_numpy(drawn[:SHOWN])))
-            measured.write_text(json.dumps(figures | {"fd": fd}))
-            print(measured.stem, json.dumps(figures), f"fd {fd:.1f}", flush=True)
+        for contestant in contestants:
+            race(contestant, seed, judge, args)
+    tell(contestants, judge, args)
 
-    chosen = np.random.default_rng(0).permutation(len(real))[: args.samples]
-    floor = distance(torch.from_numpy(real[chosen]), moments)
-    print(
-        f"\n{args.seconds:g} s of training, {args.samples} pictures, Fréchet distance; real pictures have {floor:.0f}\n"
-    )
-    for name in works:
-        stem = _stem(name, args)
-        found = [json.loads(path.read_text()) for path in args.scratch.glob(f"{stem}-*.json")]
+
+def measure_rates(contestants: list[Contestant], args: argparse.Namespace) -> None:
+    """Write down the median rate of each, measured in turns."""
+    missing = [each for each in contestants if not _rate_file(each, args).is_file()]
+    rounds = [[each.rate(args.seconds) for each in missing] for _ in range(ROUNDS)]
+    for contestant, rates in zip(missing, zip(*rounds, strict=True), strict=True):
+        write_json(_rate_file(contestant, args), {"pictures_per_second": median(rates), "measured": rates})
+        print(f"{contestant.name}: {median(rates):.1f} pictures/s", flush=True)
+
+
+def race(contestant: Contestant, seed: int, judge: "Judge", args: argparse.Namespace) -> None:
+    """Let ``contestant`` train and draw, and write down how far its pictures are from real ones."""
+    measured = _result(contestant, args, seed)
+    if measured.is_file():
+        return
+    images = round(_rate(contestant, args) * args.seconds)
+    drawn = contestant.work(seed, images, args.samples, curve=seed == 0)
+    on_the_way = drawn.on_the_way | ({images: drawn.pictures[:ON_THE_WAY]} if seed == 0 else {})
+    figures = drawn.figures | {
+        "images": images,
+        "fd": judge.distance(drawn.pictures),
+        "curve": {at / images * args.seconds / 60: judge.distance(each) for at, each in sorted(on_the_way.items())},
+    }
+    save_png(measured.with_suffix(".png"), grid(torch.from_numpy(drawn.pictures[:SHOWN])))
+    write_json(measured, figures)
+    print(measured.stem, json.dumps(figures), flush=True)
+
+
+def tell(contestants: list[Contestant], judge: "Judge", args: argparse.Namespace) -> None:
+    """Print the table, and draw the curve if there is to be one."""
+    floor = judge.floor(args.samples)
+    print(f"\n{args.seconds:g} s of training, {args.samples} pictures, Fréchet distance; real ones have {floor:.0f}\n")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for contestant in contestants:
+        found = [json.loads(_result(contestant, args, seed).read_text()) for seed in range(args.seeds)]
         fds = [each["fd"] for each in found]
         spread = f"± {stdev(fds):.0f}" if len(fds) > 1 else ""
-        rate = mean(each["images"] for each in found) / args.seconds
-        print(f"{name:32} {mean(fds):7.0f} {spread:7} {rate:6.0f} pictures/s {found[0]['parameters'] / 1e6:6.2f} M")
+        rate, parameters = _rate(contestant, args), found[0]["parameters"] / 1e6
+        print(f"{contestant.name:32} {mean(fds):7.0f} {spread:7} {rate:6.0f} pictures/s {parameters:6.2f} M")
+        curve = {float(minutes): fd for minutes, fd in found[0]["curve"].items()}
+        axes.plot(list(curve), list(curve.values()), marker="o", label=contestant.name)
+    axes.axhline(judge.floor(ON_THE_WAY), color="grey", linestyle=":", label="real pictures")
+    axes.set(xlabel="minutes of training", ylabel=f"Fréchet distance, {ON_THE_WAY} pictures", yscale="log")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    if args.picture:
+        args.picture.write_bytes(figure_png(figure))
 
 
-def _stem(name: str, args: argparse.Namespace) -> str:
-    """What the files of a contestant begin with: other settings have other files."""
-    chosen = digest_of(args.set)[:8] if name not in PEERS else "own"
-    return f"{name}-{chosen}-{args.seconds:g}s-{args.samples}"
+class Judge:
+    """Knows the real pictures of ``workspace``."""
+
+    def __init__(self, workspace: Path) -> None:
+        self.extractor = EfficientNetLite0(FEATURES_AT)
+        kept = workspace / "features.npy"
+        if not kept.is_file():
+            real = torch.from_numpy(np.load(workspace / "pictures.npy"))
+            np.save(kept, self.extractor(real).numpy())
+        self.real = np.load(kept)
+        self.moments = fid_features_to_statistics(torch.from_numpy(self.real))
+
+    def distance(self, pictures: np.ndarray) -> float:
+        """Fréchet distance of ``pictures`` (N, C, H, W) from the real ones."""
+        return self._distance(self.extractor(torch.from_numpy(pictures)))
+
+    def floor(self, count: int) -> float:
+        """That of so many real ones."""
+        chosen = np.random.default_rng(0).permutation(len(self.real))[:count]
+        return self._distance(torch.from_numpy(self.real[chosen]))
+
+    def _distance(self, features: torch.Tensor) -> float:
+        moments = fid_features_to_statistics(features)
+        return float(fid_statistics_to_metric(moments, self.moments, verbose=False)[KEY_METRIC_FID])
 
 
-def distance(features: torch.Tensor, moments: dict[str, np.ndarray]) -> float:
-    """Fréchet distance of ``features`` (N, 1280) from real ones with these ``moments``."""
-    return float(fid_statistics_to_metric(fid_features_to_statistics(features), moments, verbose=False)[KEY_METRIC_FID])
+def _stem(contestant: Contestant, args: argparse.Namespace) -> Path:
+    """What the files of ``contestant`` begin with: other settings have other files."""
+    chosen = f"-{digest_of(args.set)[:8]}" if args.set and contestant.name not in PEERS else ""
+    return workspace_of(args.scratch, args.pictures, args.size) / f"{contestant.name}{chosen}"
 
 
-def _kept(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
-    if not path.is_file():
-        np.save(path, make())
-    return np.load(path)
+def _rate_file(contestant: Contestant, args: argparse.Namespace) -> Path:
+    stem = _stem(contestant, args)
+    return stem.with_name(f"{stem.name}-rate.json")
+
+
+def _rate(contestant: Contestant, args: argparse.Namespace) -> float:
+    return float(json.loads(_rate_file(contestant, args).read_text())["pictures_per_second"])
+
+
+def _result(contestant: Contestant, args: argparse.Namespace, seed: int) -> Path:
+    stem = _stem(contestant, args)
+    return stem.with_name(f"{stem.name}-{args.seconds:g}s-{args.samples}-{seed}.json")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def peak(dtype: torch.dtype, size: int = 2048) -> float:
 
 def theirs(batch: int, size: int, bf16: bool) -> tuple[Step, int, int]:
     """diffusers' step, its parameters, and the operations of a picture."""
-    network, step, _ = diffusers(1, size, 0)
+    network, step, _ = diffusers(1, size)
     if bf16:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     pictures = torch.rand(batch, 1, size, size)

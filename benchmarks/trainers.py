@@ -1,6 +1,7 @@
-"""The recipes of other trainers, by time instead of by steps: ``quality.py`` runs it in the environment of those.
+"""The recipes of other trainers: ``quality.py`` runs it in the environment of those.
 
-    python benchmarks/trainers.py diffusers pictures.npy drawn.npy --seconds 600 --samples 2048 --seed 0
+    python benchmarks/trainers.py diffusers pictures.npy --rate 20
+    python benchmarks/trainers.py diffusers pictures.npy --folder drawn --images 30000 --samples 2048 --seed 0
 
 Networks, optimizers, averages and samplers are the libraries' own, with the values that their training scripts have by
 default, but for those named in ``benchmarks/README.md``. Pictures lie in memory, decoded: nothing is waited for.
@@ -8,11 +9,11 @@ default, but for those named in ``benchmarks/README.md``. Pictures lie in memory
 
 import argparse
 import json
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +21,19 @@ from torch import Tensor, nn
 
 BATCH = 16
 STEPS = 50
+WARM_UP = 10
+"""Steps before a rate is measured."""
+SHARES = (1 / 3, 2 / 3)
+"""Of the training, after which pictures are drawn on the way."""
 DRAWN_AT_ONCE = 64
 
 Step = Callable[[Tensor, float], None]
-"""One optimizer step on pictures in [0, 1], (N, C, H, W), at this share of the whole time."""
+"""One optimizer step on pictures in [0, 1], (N, C, H, W), at this share of the whole training."""
 Draw = Callable[[int], Tensor]
 """So many pictures in [0, 1], drawn from the average of the weights."""
 
 
-def diffusers(channels: int, size: int, seconds: float) -> tuple[nn.Module, Step, Draw]:
+def diffusers(channels: int, size: int) -> tuple[nn.Module, Step, Draw]:
     """``examples/unconditional_image_generation/train_unconditional.py`` with 1.6 million parameters."""
     from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
@@ -58,25 +63,27 @@ def diffusers(channels: int, size: int, seconds: float) -> tuple[nn.Module, Step
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         steps += 1
-        # A cosine after a warm-up, by the share of the time, as the number of steps is not known before.
+        # A cosine after a warm-up, as its script has it.
         optimizer.param_groups[0]["lr"] = rate * min(steps / warmup, 1) * 0.5 * (1 + np.cos(np.pi * share))
         optimizer.step()
         optimizer.zero_grad()
         average.step(network.parameters())
 
     def draw(count: int) -> Tensor:
+        average.store(network.parameters())
         average.copy_to(network.parameters())
         sampler = DDIMScheduler.from_config(schedule.config)
         sampler.set_timesteps(STEPS)
         x = torch.randn(count, channels, size, size)
         for t in sampler.timesteps:
             x = sampler.step(network(x, t).sample, t, x).prev_sample
+        average.restore(network.parameters())
         return x / 2 + 0.5
 
     return network, step, draw
 
 
-def denoising_diffusion_pytorch(channels: int, size: int, seconds: float) -> tuple[nn.Module, Step, Draw]:
+def denoising_diffusion_pytorch(channels: int, size: int) -> tuple[nn.Module, Step, Draw]:
     """Its ``Trainer`` with a network of 32 channels."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
@@ -99,44 +106,75 @@ def denoising_diffusion_pytorch(channels: int, size: int, seconds: float) -> tup
     return network, step, draw
 
 
-RECIPES: dict[str, Callable[[int, int, float], tuple[nn.Module, Step, Draw]]] = {
+RECIPES: dict[str, Callable[[int, int], tuple[nn.Module, Step, Draw]]] = {
     "diffusers": diffusers,
     "denoising-diffusion-pytorch": denoising_diffusion_pytorch,
 }
 
 
-def train(step: Step, pictures: Tensor, seconds: float) -> int:
-    """Steps on random batches for so long; returns how many pictures were seen."""
-    order, seen, began = torch.randperm(len(pictures)), 0, time.perf_counter()
-    while (gone := time.perf_counter() - began) < seconds:
-        at = seen % (len(pictures) - BATCH)
-        step(pictures[order[at : at + BATCH]].float() / 255, gone / seconds)
+def batches(pictures: Tensor) -> Iterator[Tensor]:
+    """Batches in one random order, over and over, in [0, 1]."""
+    order, at = torch.randperm(len(pictures)), 0
+    while True:
+        yield pictures[order[at : at + BATCH]].float() / 255
+        at = at + BATCH if at + 2 * BATCH <= len(pictures) else 0
+
+
+def rate(step: Step, pictures: Tensor, seconds: float) -> float:
+    """Pictures per second over so many seconds."""
+    shown = batches(pictures)
+    for _ in range(WARM_UP):
+        step(next(shown), 0.0)
+    began, seen = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        step(next(shown), 0.0)
         seen += BATCH
+    return seen / (time.perf_counter() - began)
+
+
+def train(step: Step, draw: Draw, pictures: Tensor, args: argparse.Namespace) -> None:
+    """Steps on random batches, and pictures drawn at the end and on the way."""
+    stops = {round(share * args.images / BATCH) * BATCH: args.on_the_way for share in SHARES if args.on_the_way}
+    shown, began = batches(pictures), time.perf_counter()
+    for seen in range(BATCH, args.images + 1, BATCH):
+        step(next(shown), seen / args.images)
         if seen % (50 * BATCH) == 0:
-            print(f"\r{gone:5.0f} of {seconds:.0f} s, {seen / gone:5.1f} pictures/s", end="", file=sys.stderr)
-    return seen
+            pace = seen / (time.perf_counter() - began)
+            print(f"\r{seen} of {args.images} pictures, {pace:5.1f}/s", end="", file=sys.stderr)
+        if seen in stops:
+            keep(draw, stops[seen], args.folder / f"{seen}.npy")
+    keep(draw, args.samples, args.folder / f"{args.images}.npy")
+
+
+def keep(draw: Draw, count: int, path: Path) -> None:
+    """Draw so many pictures into a file."""
+    with torch.inference_mode():
+        drawn = torch.cat([draw(DRAWN_AT_ONCE) for _ in range(-(-count // DRAWN_AT_ONCE))])[:count]
+    np.save(path, (drawn.clamp(0, 1) * 255).round().byte().numpy())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("pictures", type=Path, help="(N, C, H, W) uint8, as .npy")
-    parser.add_argument("drawn", type=Path, help="where the drawn pictures go, in the same form")
-    parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--samples", type=int, default=2048)
+    parser.add_argument("--rate", type=float, metavar="SECONDS", help="only measure how fast it trains, for so long")
+    parser.add_argument("--folder", type=Path, help="where the drawn pictures go, each file named for the images seen")
+    parser.add_argument("--images", type=int, help="pictures to train on")
+    parser.add_argument("--samples", type=int, default=2048, help="pictures to draw at the end")
+    parser.add_argument("--on-the-way", type=int, default=0, help="pictures to draw before the end")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     pictures = torch.from_numpy(np.load(args.pictures))
-    network, step, draw = RECIPES[args.recipe](pictures.shape[1], pictures.shape[2], args.seconds)
-    seen = train(step, pictures, args.seconds)
-    with torch.inference_mode():
-        counts = [DRAWN_AT_ONCE] * -(-args.samples // DRAWN_AT_ONCE)
-        drawn = torch.cat([draw(count) for count in counts])[: args.samples]
-    np.save(args.drawn, (drawn.clamp(0, 1) * 255).round().byte().numpy())
-    figures: dict[str, Any] = {"parameters": sum(p.numel() for p in network.parameters()), "images": seen}
-    print(json.dumps(figures))
+    network, step, draw = RECIPES[args.recipe](pictures.shape[1], pictures.shape[2])
+    if args.rate:
+        print(json.dumps({"pictures_per_second": rate(step, pictures, args.rate)}))
+        return
+    shutil.rmtree(args.folder, ignore_errors=True)
+    args.folder.mkdir()
+    train(step, draw, pictures, args)
+    print(json.dumps({"parameters": sum(p.numel() for p in network.parameters())}))
 
 
 if __name__ == "__main__":
