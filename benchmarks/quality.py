@@ -122,7 +122,7 @@ class Peer:
 
     def rate(self, seconds: float) -> float:
         """Of its steps alone: nothing belongs to it but steps."""
-        return float(self._trainers("--rate", 20)["pictures_per_second"])
+        return float(self._trainers("--rate", 12)["pictures_per_second"])
 
     def work(self, seed: int, images: int, samples: int, curve: bool) -> Drawn:
         """Train, and draw with its own sampler."""

@@ -415,6 +415,26 @@ def test_steps_whose_loss_is_not_finite_are_left_out_and_counted(dataset: Path) 
         assert (run.state.images, run.state.skipped, run.state.skipped_in_a_row) == (96, 3, 0)
 
 
+def test_steps_looked_at_later_leave_out_the_same(dataset: Path) -> None:
+    # As on a GPU, which nobody waits for after each step.
+    counts, weights = [], []
+    for behind in (0, 1):
+        with lanes(1) as pool:
+            run = Run.new(Dataset.open(dataset), MODEL, CONFIG, pool)
+            run.total, run.behind = 320, behind
+            # In the forward pass the number of images is that of the steps before.
+            run.state.network.register_forward_hook(
+                lambda _m, _i, output, run=run: output * (math.nan if run.state.images in {16, 48, 64} else 1.0)
+            )
+            for _ in range(6):
+                run.step()
+            run.settle()
+            counts.append((run.state.images, run.state.skipped, run.state.skipped_in_a_row))
+            weights.append(run.state.tensors())
+    assert counts == [(96, 3, 0)] * 2
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 def test_a_run_that_cannot_go_on_stops_and_keeps_the_batch(dataset: Path, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"learning_rate": 1e30, "most_skipped": 3})
     with pytest.raises(DarkroomError, match=r"not finite in 3 steps in a row.*lower training\.learning_rate.*lies in"):

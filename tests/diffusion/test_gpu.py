@@ -1,0 +1,70 @@
+"""On a GPU, where there is one: the same training and the same pictures as on a processor, to float tolerance."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusion.config_sampling import SamplingConfig
+from diffusion.device import resolve_device
+from diffusion.errors import UserError
+from diffusion.fingerprint import fingerprint
+from diffusion.model import load_model
+from diffusion.models.config import ModelConfig
+from diffusion.sampling import sample
+from diffusion.training.config import TrainingConfig
+from diffusion.training.history import read_rows
+from diffusion.training.train import train
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+MODEL = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(0,), heads=1, patch=1, dropout=0.1)
+CONFIG = TrainingConfig(images=640, batch_size=16, warmup_images=32, checkpoints=2, precision="fp32")
+SAMPLING = SamplingConfig(steps=4, compute_batch=36, precision="fp32")
+
+
+def losses(dataset: Path, output: Path, **changes: object) -> np.ndarray:
+    """The curve of a training with these settings."""
+    config = CONFIG.model_copy(update=changes)
+    sampling = SAMPLING.model_copy(update={"device": config.device})
+    train(dataset, output, MODEL, config, sampling)
+    return np.array([row["loss"] for row in read_rows(output / "history.csv")])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
+def test_a_gpu_that_is_not_there_is_an_error_and_auto_does_without() -> None:
+    with pytest.raises(UserError, match="torch sees no GPU: use auto"):
+        resolve_device("cuda")
+    assert resolve_device("auto") == torch.device("cpu")
+    assert fingerprint(64, "fp32", "auto").device == torch.backends.cpu.get_cpu_capability()
+
+
+@needs_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_has_the_losses_of_a_processor(dataset: Path, tmp_path: Path, compiled: bool) -> None:
+    there = losses(dataset, tmp_path / "gpu", device="cuda", compile=compiled)
+    np.testing.assert_allclose(there[:10], losses(dataset, tmp_path / "cpu", device="cpu")[:10], rtol=2e-2)
+
+
+@needs_gpu
+def test_a_gpu_trains_to_the_same_bits_twice_and_when_it_goes_on_from_a_checkpoint(
+    dataset: Path, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        losses(dataset, tmp_path / name, device="cuda")
+    (tmp_path / "two" / "final.safetensors").unlink()
+    for path in sorted((tmp_path / "two" / "checkpoints").glob("*640*")):
+        path.unlink()
+    losses(dataset, tmp_path / "two", device="cuda")
+    one, two = (load_file(tmp_path / name / "final.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+@needs_gpu
+def test_a_gpu_draws_the_pictures_of_a_processor(dataset: Path, tmp_path: Path) -> None:
+    losses(dataset, tmp_path / "run", device="cpu")
+    model = load_model(tmp_path / "run" / "final.safetensors")
+    drawn = [sample(model, range(8), 0, SAMPLING.model_copy(update={"device": each})) for each in ("cpu", "cuda")]
+    assert (drawn[0].int() - drawn[1].int()).abs().max() <= 2
+    assert fingerprint(36, "fp32", "cuda").device == torch.cuda.get_device_name()
