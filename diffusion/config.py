@@ -7,3 +7,11 @@ class Config(BaseModel):
     """Base of all configurations: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def unset(value: object) -> bool:
+    """Whether a field that came later has its default, null or false, and is then not written (``exclude_if``).
+
+    So configurations from before it was there keep their digests, and all that goes by them.
+    """
+    return value is None or value is False

@@ -7,15 +7,19 @@ steps are a mean and a line (arXiv 2206.00364, appendix C).
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from diffusion.config_sampling import SamplerName
+from diffusion.config_sampling import SamplerName, SamplingConfig
 from diffusion.process import NoiseSchedule
+from diffusion.variance import Variance, larger, smaller
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
+Posterior = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From x, its σ and the lower level s: x̂_0, and the standard deviation of x_s, a number or one of each value."""
 Noise = Callable[[], Tensor]
 Callback = Callable[[int, Tensor, Tensor], None]
 
@@ -48,18 +52,37 @@ def sigma_grid(schedule: NoiseSchedule, steps: int) -> Tensor:
     return torch.cat([levels, levels.new_zeros(1)])
 
 
-def ddpm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None) -> Tensor:
-    """Ancestral sampling from q(x_s | x_t, x̂_0) (arXiv 2006.11239, algorithm 2, the smaller variance)."""
+def ancestral(
+    posterior: Posterior, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None
+) -> Tensor:
+    """From N(mean of q(x_s | x_σ, x̂_0), deviation²) again and again, at last without noise.
+
+    arXiv 2006.11239, algorithm 2.
+    """
     for i, sigma, following in _pairs(sigmas):
-        x0 = denoise(x, sigma)
+        x0, deviation = posterior(x, sigma, following)
         if callback:
             callback(i, x, x0)
-        ratio = (following / sigma) ** 2
-        spread = (following**2 * (1 - ratio)).sqrt()
-        x = x0 + float(ratio) * (x - x0)
+        x = x0 + float((following / sigma) ** 2) * (x - x0)
         if following > 0:
-            x = x + float(spread) * noise()
+            x = x + deviation * noise()
     return x
+
+
+def ddpm(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    noise: Noise,
+    callback: Callback | None = None,
+    variance: Variance = smaller,
+) -> Tensor:
+    """Ancestral sampling whose ``variance`` is the same for all values (arXiv 2006.11239, section 3.2)."""
+
+    def posterior(x: Tensor, sigma: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        return denoise(x, sigma), variance(sigma, following).sqrt()
+
+    return ancestral(posterior, x, sigmas, noise, callback)
 
 
 def ddim(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None) -> Tensor:
@@ -109,6 +132,13 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback
 
 
 SAMPLERS: dict[SamplerName, Sampler] = {"ddpm": ddpm, "ddim": ddim, "heun": heun, "dpmpp_2m": dpmpp_2m}
+
+
+def make_sampler(config: SamplingConfig) -> Sampler:
+    """The sampler that ``config`` names, with its options."""
+    if config.variance == "larger":
+        return partial(ddpm, variance=larger)
+    return SAMPLERS[config.sampler]
 
 
 def _pairs(sigmas: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
