@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from diffusion.config_sampling import SamplerName, SamplingConfig
+from diffusion.config_sampling import SamplingConfig
 from diffusion.denoiser import Denoiser
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
@@ -352,13 +351,6 @@ def test_the_variance_asked_for_is_the_one_taken_whatever_the_network_learned(ne
     assert torch.equal(draw(plain, None), draw(plain, "smaller"))
     pictures = [draw(learned, None), draw(learned, "smaller"), draw(learned, "larger")]
     assert not any(torch.equal(one, other) for i, one in enumerate(pictures) for other in pictures[:i])
-
-
-def test_a_variance_without_effect_is_refused() -> None:
-    for sampler in get_args(SamplerName):
-        if sampler != "ddpm":
-            with pytest.raises(ValueError, match=f"sampling.variance means nothing to sampler = {sampler}: use ddpm"):
-                SamplingConfig(sampler=sampler, variance="larger")
 
 
 @pytest.mark.parametrize(
