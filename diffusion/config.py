@@ -13,3 +13,11 @@ class Config(BaseModel):
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 """What computes; auto: a GPU where there is one."""
+
+
+def unset(value: object) -> bool:
+    """Whether a field that came later has its default, null or false, and is then not written (``exclude_if``).
+
+    So configurations from before it was there keep their digests, and all that goes by them.
+    """
+    return value is None or value is False

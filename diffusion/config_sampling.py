@@ -2,25 +2,63 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from diffusion.config import Config, DeviceName
+from diffusion.config import Config, DeviceName, unset
 
-SamplerName = Literal["ddpm", "ddim", "heun", "dpmpp_2m"]
+SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "deis", "unipc"]
+TAKEN_BY: dict[str, tuple[SamplerName, ...]] = {
+    "variance": ("ddpm",),
+    "eta": ("ddim", "dpmpp_2m"),
+    "churn": ("euler", "heun"),
+    "order": ("deis", "unipc"),
+}
+"""Options, and the samplers that have them."""
 
 
 class SamplingConfig(Config):
     """The sampler, its number of steps, and how it is computed."""
 
     sampler: SamplerName = "ddpm"
-    """ddpm (arXiv 2006.11239), ddim (2010.02502), heun (2206.00364, two evaluations a step) or dpmpp_2m
-    (2211.01095). ddpm's fresh noise undoes earlier mistakes, of which a briefly trained network makes many;
-    the others need no noise and converge to one exact picture for each start."""
+    """ddpm (arXiv 2006.11239), ddim (2010.02502), euler or heun (2206.00364, heun with two evaluations a step),
+    dpmpp_2m (2211.01095), deis (2204.13902) or unipc (2302.04867). ddpm's fresh noise undoes earlier mistakes, of which
+    a briefly trained network makes many; the others need no noise unless asked to, and converge to one exact picture
+    for each start: in few steps the last three are the nearest to it."""
     steps: int = Field(20, ge=2, le=10_000)
     """Noise levels visited; as many as model.steps visits each level of the schedule, as ddpm by the book does."""
+    variance: Literal["smaller", "larger"] | None = Field(None, exclude_if=unset)
+    """How much noise ddpm adds: the least that any data could need, or what data of noise would (arXiv 2006.11239,
+    section 3.2); null: what the network learned, if it was trained with model.learned_variance, or else smaller."""
+    eta: float | None = Field(None, ge=0, le=1, exclude_if=unset)
+    """How much of the noise is fresh in each step of ddim or dpmpp_2m: null or 0: none; 1: as much as in ddpm."""
+    churn: float | None = Field(None, gt=0, exclude_if=unset)
+    """Noise that euler and heun add to be taken away again, as a share of σ in all steps together, at most √2 − 1 in
+    each (S_churn of arXiv 2206.00364, algorithm 2); null: none."""
+    churn_min: float | None = Field(None, ge=0, exclude_if=unset)
+    """Lowest σ at which it is added (S_min); null: 0."""
+    churn_max: float | None = Field(None, gt=0, exclude_if=unset)
+    """Highest σ at which it is added (S_max); null: any."""
+    churn_noise: float | None = Field(None, gt=0, exclude_if=unset)
+    """Standard deviation of it (S_noise), a little over 1 against pictures that come out too smooth; null: 1."""
+    order: Literal[2, 3] | None = Field(None, exclude_if=unset)
+    """Estimates that a step of deis or unipc goes by; null: 3 for deis and 2 for unipc."""
     compute_batch: int = Field(64, ge=1)
     """Pictures computed at once, always as many: it decides the last bits of each."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of matrix products; auto: bf16 where the device has it."""
     device: DeviceName = "auto"
     """What computes: cpu, cuda, or auto, a GPU where there is one."""
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> "SamplingConfig":
+        for option, samplers in TAKEN_BY.items():
+            if getattr(self, option) is not None and self.sampler not in samplers:
+                raise ValueError(
+                    f"sampling.{option} means nothing to sampler = {self.sampler}: use {' or '.join(samplers)}, or "
+                    "leave it out"
+                )
+        if self.churn is None and (self.churn_min, self.churn_max, self.churn_noise) != (None, None, None):
+            raise ValueError("sampling.churn_* say how sampling.churn is added, and there is none: set it, too")
+        if self.churn_max is not None and self.churn_max <= (self.churn_min or 0):
+            raise ValueError("sampling.churn_max is above churn_min, or there is no level between them")
+        return self

@@ -7,24 +7,41 @@ from torch import Tensor
 
 from diffusion.objective import Parametrization
 from diffusion.process import NoiseSchedule
+from diffusion.variance import deviation_between, larger, smaller
 
 
 @dataclass(frozen=True)
 class Denoiser:
     """D(x; σ) for x = x_0 + σ ε, whatever the network predicts (the view of arXiv 2206.00364).
 
-    Samplers see nothing else of a model. ``clip`` keeps the estimate inside [−1, 1], the range of pictures.
+    Samplers see nothing else of a model. ``clip`` keeps the estimate inside [−1, 1], the range of pictures;
+    ``learned_variance`` says that there is a ``posterior``.
     """
 
     network: Callable[[Tensor, Tensor], Tensor]
     schedule: NoiseSchedule
     parametrization: Parametrization
     clip: bool = True
+    learned_variance: bool = False
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Estimate x_0 (N, C, H, W) from ``x`` of the same shape; ``sigma`` is a number or (N,)."""
+        x0, _ = self._answer(x, sigma)
+        return x0
+
+    def posterior(self, x: Tensor, sigma: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        """The estimate, and the standard deviation of each value of x at σ = ``following``, as the network learned it.
+
+        Both (N, C, H, W); ``sigma`` and the lower ``following`` are numbers.
+        """
+        x0, v = self._answer(x, sigma)
+        return x0, deviation_between(v, smaller(sigma, following), larger(sigma, following))
+
+    def _answer(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The estimate of x_0, and what there is besides: (N, C, H, W) of a learned variance, or no channels."""
         sigma = sigma.to(x.device).double().expand(len(x))
         scaled = self.parametrization.c_in(sigma).to(x.dtype)[:, None, None, None] * x
         output = self.network(scaled, self.schedule.time(sigma)).to(x.dtype)
-        x0 = self.parametrization.to_x0(output, x, sigma)
-        return x0.clamp(-1, 1) if self.clip else x0
+        prediction, v = output.tensor_split([x.shape[1]], dim=1)
+        x0 = self.parametrization.to_x0(prediction, x, sigma)
+        return x0.clamp(-1, 1) if self.clip else x0, v

@@ -16,8 +16,8 @@ from diffusion.grids import figure_png
 from diffusion.model import DiffusionModel, to_float, to_uint8
 from diffusion.process import NoiseSchedule
 from diffusion.random import GaussianNoise
-from diffusion.samplers import SAMPLERS, sigma_grid
-from diffusion.sampling import labels_of
+from diffusion.samplers import sigma_grid
+from diffusion.sampling import labels_of, reversed_from_noise
 
 FRAMES = 8
 """Pictures in a strip."""
@@ -135,8 +135,8 @@ def reverse(model: DiffusionModel, seed: int, count: int = FRAMES) -> Reverse:
     denoiser = model.denoiser(labels_of(model, [0], seed))
     noise = GaussianNoise(seed, "sampling", [0], model.shape)
     seen: list[tuple[Tensor, Tensor]] = []
-    result = SAMPLERS[SamplingConfig().sampler](
-        denoiser, sigmas[0] * noise(), sigmas, noise, lambda i, x, x0_hat: seen.append((x, x0_hat))
+    result = reversed_from_noise(
+        denoiser, sigmas, noise, SamplingConfig(), lambda i, x, x0_hat: seen.append((x, x0_hat))
     )
     times = model.schedule.time(sigmas[:-1])
     wanted = torch.linspace(float(times[0]), float(times[-1]), count)

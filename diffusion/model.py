@@ -85,7 +85,12 @@ class DiffusionModel:
         ``labels`` (N,): the class of each picture, as its number in ``classes``; None: of any class.
         """
         parametrization = Parametrization(self.config.prediction, self.header.sigma_data)
-        return Denoiser(partial(self.network, label=labels), self.schedule, parametrization)
+        return Denoiser(
+            partial(self.network, label=labels),
+            self.schedule,
+            parametrization,
+            learned_variance=self.config.learned_variance,
+        )
 
 
 def classes_of(config: ModelConfig, class_histogram: dict[str, int]) -> list[str]:

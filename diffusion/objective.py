@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusion.models.config import Prediction
 from diffusion.process import NoiseSchedule
+from diffusion.variance import bound
 
 Weight = Callable[[Tensor], Tensor]
 """How much the squared error of the picture counts, as a function of σ (N,)."""
@@ -102,13 +103,22 @@ class Objective:
     def loss(self, network: Callable[[Tensor, Tensor], Tensor], x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Weighted mean squared error of each picture, (N,) float32; noising and loss in float32 at any precision.
 
-        ``x0`` and ``noise`` are (N, C, H, W), times ``t`` (N,) whole or not.
+        ``x0`` and ``noise`` are (N, C, H, W), times ``t`` (N,) whole or not. If the network learns its variance, by
+        answering with 2C channels, the bound that teaches it is added and times are whole.
         """
         sigma = self.schedule.sigma(t)
         output = network(self.parametrization.noisy(x0, noise, sigma), t.float()).float()
-        error = (output - self.parametrization.target(x0, noise, sigma)).square().mean((1, 2, 3))
+        prediction, v = output.tensor_split([x0.shape[1]], dim=1)
+        difference = prediction - self.parametrization.target(x0, noise, sigma)
+        error = difference.square().mean((1, 2, 3))
         # An error of the answer is one of the picture divided by c_out.
-        return (self.weight(sigma) * self.parametrization.c_out(sigma) ** 2).to(error.dtype) * error
+        loss = (self.weight(sigma) * self.parametrization.c_out(sigma) ** 2).to(error.dtype) * error
+        if not v.shape[1]:
+            return loss
+        # L_hybrid = L_simple + λ L_vlb with λ = 0.001, where L_vlb is the sum of T terms, in bits a value, of which one
+        # is drawn, and where it teaches nothing to the mean (arXiv 2102.09672, equation 16 and section 3.1).
+        missed = _as(x0, self.parametrization.c_out(sigma)) * difference.detach()
+        return loss + self.schedule.steps / 1000 * bound(self.schedule, t, x0, missed, v)
 
 
 def _as(pictures: Tensor, coefficient: Tensor) -> Tensor:

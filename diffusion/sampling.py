@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from diffusion.config_sampling import SamplingConfig
+from diffusion.denoiser import Denoiser
 from diffusion.device import repeatable, resolve_device
 from diffusion.fingerprint import autocast
 from diffusion.lanes import lanes
 from diffusion.model import DiffusionModel, to_uint8
 from diffusion.progress import Progress, silent
 from diffusion.random import GaussianNoise, uniform
-from diffusion.samplers import SAMPLERS, sigma_grid
+from diffusion.samplers import Callback, Noise, ancestral, make_sampler, sigma_grid
 
 
 def sample(
@@ -54,6 +55,16 @@ def labels_of(model: DiffusionModel, indices: Sequence[int], seed: int) -> Tenso
     return torch.searchsorted(shares, uniform(seed, "label", indices), right=True)
 
 
+def reversed_from_noise(
+    denoiser: Denoiser, sigmas: Tensor, noise: Noise, config: SamplingConfig, callback: Callback | None = None
+) -> Tensor:
+    """The reverse process over ``sigmas``, from noise alone, with the sampler that ``config`` names."""
+    start = float(sigmas[0]) * noise()
+    if config.sampler == "ddpm" and config.variance is None and denoiser.learned_variance:
+        return ancestral(denoiser.posterior, start, sigmas, noise, callback)
+    return make_sampler(config)(denoiser, start, sigmas, noise, callback)
+
+
 @torch.inference_mode()
 def _sample_batch(
     model: DiffusionModel, members: range, seed: int, config: SamplingConfig, device: torch.device
@@ -67,5 +78,5 @@ def _sample_batch(
     labels = labels_of(model, members, seed)
     denoiser = model.denoiser(None if labels is None else labels.to(device))
     with autocast(config.precision, device):
-        pictures = SAMPLERS[config.sampler](denoiser, float(sigmas[0]) * noise(), sigmas, noise)
+        pictures = reversed_from_noise(denoiser, sigmas, noise, config)
     return to_uint8(pictures).cpu()

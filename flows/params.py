@@ -14,7 +14,7 @@ from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.models.config import ModelConfig
 from diffusion.presets import PresetName, over
-from diffusion.training.config import TrainingConfig
+from diffusion.training.config import TrainingConfig, disagreement
 
 DEFAULT_PARAMS = Path("params.yaml")
 """The one file that may be missing: then everything has its default."""
@@ -53,6 +53,12 @@ class Params(Config):
             raise ValueError(
                 "evaluation.ema_lengths are made of what training.ema_lengths keeps: set that, too, say to [0.05, 0.1]"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _model_and_training_agree(self) -> "Params":
+        if words := disagreement(self.model, self.training):
+            raise ValueError(words)
         return self
 
     @property

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from diffusion.config import Config
+from diffusion.config import Config, unset
 
 Prediction = Literal["noise", "v", "x0", "edm"]
 
@@ -22,6 +22,9 @@ class ModelConfig(Config):
     prediction: Prediction = "v"
     """What the network predicts: the noise, v (arXiv 2202.00512), the clean picture, or EDM's mixture of both, which
     depends on the standard deviation of the data set (2206.00364)."""
+    learned_variance: bool = Field(False, exclude_if=unset)
+    """Whether the network also says how much noise each value of a reverse step gets, between what DDPM takes at least
+    and at most: fewer steps of the sampler ddpm then draw from the right distribution (arXiv 2102.09672)."""
     width: int = Field(32, ge=16, multiple_of=16)
     """Channels at the highest resolution; a multiple of 16, the channels normalised together."""
     multipliers: tuple[int, ...] = (1, 2)

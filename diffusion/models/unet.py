@@ -148,11 +148,14 @@ class UNet(nn.Module):
                 self.up.append(Grow(current))
 
         self.norm = _normalisation(current)
-        self.head = _zero(nn.Conv2d(current, channels * config.patch**2, 3, padding=1))
+        # The prediction, and as many channels again of where the variance lies.
+        answers = channels * (2 if config.learned_variance else 1)
+        self.head = _zero(nn.Conv2d(current, answers * config.patch**2, 3, padding=1))
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
         """Noisy pictures (N, C, H, W) at ``time`` (N,), in steps of 0 … T−1, to the prediction (N, C, H, W).
 
+        With a learned variance to (N, 2C, H, W): the second half is v in ``diffusion.variance``.
         ``label`` (N,) are integers: a class, or ``no_class``, which is also what None means. ``draws`` (N,) int64
         below 2^62 decide for each picture which values dropout sets to 0; None: none, as it should be but for training.
         """

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, model_validator
 
 from diffusion.config import Config, DeviceName
+from diffusion.models.config import ModelConfig
 
 LONGEST = 0.28
 """Relative length of an average that weighs all of training alike."""
@@ -148,3 +149,20 @@ class TrainingConfig(Config):
                 "would have none: raise training.prefetch, or lower training.workers"
             )
         return self
+
+
+def disagreement(model: ModelConfig, training: TrainingConfig) -> str | None:
+    """Why there is no training ``model`` as ``training`` says, and what to change; None if there is."""
+    if not model.learned_variance:
+        return None
+    if training.times != "uniform":
+        return (
+            f"model.learned_variance is learned at whole steps of the schedule, and training.times = {training.times} "
+            "draws from between them: use uniform, or leave model.learned_variance out"
+        )
+    if training.learned_uncertainty:
+        return (
+            "model.learned_variance is learned from a sum over all levels, of which training.learned_uncertainty would "
+            "divide each by another number: leave one out"
+        )
+    return None

@@ -3,15 +3,21 @@
 import torch
 from torch import Tensor
 
+from diffusion.errors import UserError
 from diffusion.models.config import ModelConfig
 from diffusion.objective import Objective, Parametrization, Weight, edm, min_snr, plain, soft_min_snr
 from diffusion.process import NoiseSchedule, make_schedule
 from diffusion.random import uniform
-from diffusion.training.config import TrainingConfig
+from diffusion.training.config import TrainingConfig, disagreement
 
 
 def make_objective(model: ModelConfig, config: TrainingConfig, sigma_data: float) -> Objective:
-    """The objective for pictures whose values have the standard deviation ``sigma_data``."""
+    """The objective for pictures whose values have the standard deviation ``sigma_data``.
+
+    Raises UserError if model and training do not fit each other.
+    """
+    if words := disagreement(model, config):
+        raise UserError(words)
     parametrization = Parametrization(model.prediction, sigma_data)
     return Objective(make_schedule(model), parametrization, make_weight(config, parametrization))
 

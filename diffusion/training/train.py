@@ -223,7 +223,8 @@ def _differences(output: Path, run: Run) -> list[str]:
     theirs, ours = theirs["model_header"], ours["model_header"]
     changed = ["the data set's content"] if theirs["content_digest"] != ours["content_digest"] else []
     for part in ("model", "training"):
-        changed += [f"{part}.{name}" for name in ours[part] if ours[part][name] != theirs[part].get(name)]
+        names = theirs[part] | ours[part]
+        changed += [f"{part}.{name}" for name in names if ours[part].get(name) != theirs[part].get(name)]
     return changed or [("the data set's shards" if moved else "its format")]
 
 

@@ -19,9 +19,15 @@ def model(dataset: Path, tmp_path: Path) -> DiffusionModel:
     return load_model(run(dataset, tmp_path / "run").final)
 
 
-@pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddpm"])
-def test_a_picture_has_the_same_bits_whatever_is_drawn_beside_it(model: DiffusionModel, sampler: str) -> None:
-    config = SamplingConfig(sampler=sampler, steps=3, compute_batch=8)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "settings",
+    [{"sampler": "dpmpp_2m"}, {"sampler": "ddpm"}, {"sampler": "unipc", "order": 3}, {"sampler": "heun", "churn": 2}],
+    ids=lambda settings: settings["sampler"],
+)
+def test_a_picture_has_the_same_bits_whatever_is_drawn_beside_it(
+    model: DiffusionModel, settings: dict[str, object]
+) -> None:
+    config = SamplingConfig.model_validate({"steps": 3, "compute_batch": 8} | settings)
     many = sample(model, range(20), 7, config)
     assert many.shape == (20, 1, 8, 8)
     assert many.dtype == torch.uint8

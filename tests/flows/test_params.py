@@ -132,3 +132,11 @@ def test_averages_of_a_length_replace_a_presets_own_and_must_be_kept_to_be_judge
         load_params(params, ["evaluation.ema_lengths=[0.08]"])
     with pytest.raises(UserError, match=r"less than 0\.28"):
         load_params(params, ["training.ema_lengths=[0.05, 0.1]", "evaluation.ema_lengths=[0.5]"])
+
+
+def test_a_model_and_a_training_that_do_not_fit_are_refused_before_anything_is_read(params: Path) -> None:
+    assert load_params(params, ["model.learned_variance=true"]).model.learned_variance
+    with pytest.raises(UserError, match=r"training\.times = lognormal draws from between them: use uniform"):
+        load_params(params, ["preset=large", "model.learned_variance=true"])
+    with pytest.raises(UserError, match=r"sampling\.variance means nothing to sampler = heun"):
+        load_params(params, ["sampling.sampler=heun", "sampling.variance=larger"])

@@ -1,0 +1,63 @@
+"""How near each sampler comes to the exact picture of each start, in how many evaluations of the network.
+
+    python benchmarks/samplers.py runs/digits/final.safetensors
+
+Prints the root of the mean squared distance (pictures reach from −1 to 1), averaged over pictures.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffusion.config_sampling import SamplingConfig
+from diffusion.model import load_model
+from diffusion.random import GaussianNoise
+from diffusion.samplers import sigma_grid
+from diffusion.sampling import labels_of, reversed_from_noise
+
+EVALUATIONS = (5, 8, 10, 15, 20, 30)
+CONTESTANTS = {
+    "ddim, euler": SamplingConfig(sampler="ddim"),
+    "heun": SamplingConfig(sampler="heun"),
+    "dpmpp_2m": SamplingConfig(sampler="dpmpp_2m"),
+    "deis, order 2": SamplingConfig(sampler="deis", order=2),
+    "deis": SamplingConfig(sampler="deis"),
+    "unipc": SamplingConfig(sampler="unipc"),
+    "unipc, order 3": SamplingConfig(sampler="unipc", order=3),
+}
+EXACT = 300
+"""Steps of DPM-Solver++ after which its picture counts as exact."""
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    return (one - other).square().mean((1, 2, 3)).sqrt().mean().item()
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--count", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    model = load_model(arguments.model)
+    numbers = range(arguments.count)
+    denoiser = model.denoiser(labels_of(model, numbers, arguments.seed))
+
+    def drawn(config: SamplingConfig, steps: int) -> Tensor:
+        noise = GaussianNoise(arguments.seed, "sampling", numbers, model.shape)
+        return reversed_from_noise(denoiser, sigma_grid(model.schedule, steps), noise, config)
+
+    exact = drawn(CONTESTANTS["dpmpp_2m"], EXACT)
+    print("evaluations", *(f"{count:7}" for count in EVALUATIONS))
+    for name, config in CONTESTANTS.items():
+        steps = [(count + 1) // 2 if config.sampler == "heun" else count for count in EVALUATIONS]
+        print(f"{name:14}", *(f"{distance(drawn(config, count), exact):7.4f}" for count in steps), flush=True)
+    print(f"exact within {distance(drawn(CONTESTANTS['unipc'], EXACT), exact):.4f}")
+
+
+if __name__ == "__main__":
+    main()

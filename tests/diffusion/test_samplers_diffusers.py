@@ -1,0 +1,254 @@
+"""Every sampler beside its counterpart in diffusers: from the same noise, by the same network, step for step.
+
+In float64, so that nothing but the steps is compared.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+
+from diffusion.config_sampling import SamplingConfig
+from diffusion.denoiser import Denoiser
+from diffusion.models.config import Prediction
+from diffusion.objective import Parametrization
+from diffusion.process import cosine_schedule, linear_schedule
+from diffusion.samplers import make_sampler
+
+THEIR_SCHEDULE = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+THEIR_PREDICTION: dict[Prediction, str] = {"noise": "epsilon", "v": "v_prediction", "x0": "sample"}
+SCHEDULES = {"linear": linear_schedule(1000), "cosine": cosine_schedule(1000)}
+PREDICTIONS: tuple[Prediction, ...] = ("noise", "v", "x0")
+SHAPE = (2, 1, 4, 4)
+WEIGHTS = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 3
+
+predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
+
+
+Network = Callable[[Tensor, Tensor], Tensor]
+
+
+def network_of(prediction: Prediction, schedule: str) -> Network:
+    """Answers that stand for a picture which is a random function of x_t and time, by the definitions in the papers.
+
+    It is nonlinear, which is all that is asked of it, and bounded, so that no digits are lost.
+    """
+
+    def answer(x: Tensor, time: Tensor) -> Tensor:
+        h = torch.tanh(x.flatten(1) @ WEIGHTS[0].T + (time[:, None] / 300 + torch.arange(8)).cos())
+        x0 = (h @ WEIGHTS[1]).view_as(x)
+        alpha_bar = 1 / (1 + SCHEDULES[schedule].sigma(time) ** 2)[:, None, None, None]
+        noise = (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+        v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+        return {"noise": noise, "v": v, "x0": x0}[prediction]
+
+    return answer
+
+
+def noises(seed: int) -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(SHAPE, generator=generator, dtype=torch.float64)
+
+
+def after_the_start(seed: int) -> torch.Generator:
+    """A generator that has given the noise from which pictures start, and gives the rest of ``noises(seed)``."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.randn(SHAPE, generator=generator, dtype=torch.float64)
+    return generator
+
+
+def denoiser_of(prediction: Prediction, schedule: str, clip: bool = False) -> Denoiser:
+    return Denoiser(network_of(prediction, schedule), SCHEDULES[schedule], Parametrization(prediction), clip)
+
+
+def ours(
+    config: SamplingConfig, schedule: str, sigmas: Tensor, prediction: Prediction, clip: bool = False
+) -> list[Tensor]:
+    """x at each level in turn, and the picture; with the variance of the forward process."""
+    seen: list[Tensor] = []
+    noise = noises(5)
+    end = make_sampler(config)(
+        denoiser_of(prediction, schedule, clip),
+        sigmas[0] * noise(),
+        sigmas,
+        noise,
+        lambda i, x, x0: seen.append(x / (1 + sigmas[i] ** 2).sqrt()),
+    )
+    return [*seen, end]
+
+
+def compare(
+    theirs: Any,
+    config: SamplingConfig,
+    schedule: str,
+    prediction: Prediction,
+    clip: bool = False,
+    fresh: Callable[[], Tensor] | None = None,
+    **step: Any,
+) -> None:
+    """With a scheduler whose x is that of the forward process, at whole times; ``fresh``: its noise, if it is given."""
+    seen = ours(config, schedule, levels_of(theirs, schedule), prediction, clip)
+    network = network_of(prediction, schedule)
+    assert len(seen) == len(theirs.timesteps) + 1
+    x = seen[0]
+    for i, t in enumerate(theirs.timesteps):
+        torch.testing.assert_close(seen[i], x, atol=1e-6, rtol=0, msg=lambda words, i=i: f"step {i}: {words}")
+        given = step if fresh is None else step | {"variance_noise": fresh()}
+        x = theirs.step(network(x, t.expand(2)), t, x, **given).prev_sample
+    if not isinstance(theirs, DEISMultistepScheduler):
+        torch.testing.assert_close(seen[-1], x, atol=1e-6, rtol=0)
+
+
+def scheduler(kind: Callable[..., Any], schedule: str, prediction: Prediction, steps: int, **settings: Any) -> Any:
+    theirs = kind(
+        1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule=THEIR_SCHEDULE[schedule],
+        prediction_type=THEIR_PREDICTION[prediction],
+        **settings,
+    )
+    theirs.set_timesteps(steps)
+    # What their float32 has lost of the levels would be most of the difference.
+    theirs.alphas_cumprod = SCHEDULES[schedule].alphas_cumprod
+    if hasattr(theirs, "sigmas"):
+        theirs.sigmas = levels_of(theirs, schedule)
+        if isinstance(theirs, DEISMultistepScheduler):  # which goes not to 0 but to the least noise there is
+            theirs.sigmas[-1] = SCHEDULES[schedule].sigmas[0]
+    return theirs
+
+
+def levels_of(theirs: Any, schedule: str) -> Tensor:
+    """σ of its whole times, and the 0 at the end."""
+    return torch.cat([SCHEDULES[schedule].sigmas[theirs.timesteps.long()], torch.zeros(1).double()])
+
+
+@pytest.mark.parametrize("steps", [1000, 50])
+@predictions
+def test_ddpm(prediction: Prediction, steps: int) -> None:
+    theirs = scheduler(DDPMScheduler, "linear", prediction, steps, clip_sample=True)
+    compare(theirs, SamplingConfig(), "linear", prediction, True, generator=after_the_start(5))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@predictions
+def test_ddim(prediction: Prediction, eta: float) -> None:
+    theirs = scheduler(DDIMScheduler, "cosine", prediction, 20, clip_sample=False)
+    config = SamplingConfig(sampler="ddim", eta=eta)
+    compare(theirs, config, "cosine", prediction, eta=eta, generator=after_the_start(5))
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+@predictions
+def test_dpmpp_2m(prediction: Prediction, steps: int) -> None:
+    theirs = scheduler(DPMSolverMultistepScheduler, "linear", prediction, steps, final_sigmas_type="zero")
+    compare(theirs, SamplingConfig(sampler="dpmpp_2m"), "linear", prediction)
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+@predictions
+def test_dpmpp_2m_with_all_noise_fresh(prediction: Prediction, steps: int) -> None:
+    theirs = scheduler(
+        DPMSolverMultistepScheduler,
+        "linear",
+        prediction,
+        steps,
+        algorithm_type="sde-dpmsolver++",
+        final_sigmas_type="zero",
+    )
+    noise = noises(5)
+    noise()
+    compare(theirs, SamplingConfig(sampler="dpmpp_2m", eta=1), "linear", prediction, fresh=noise)
+
+
+@pytest.mark.parametrize("steps", [15, 40])
+@pytest.mark.parametrize("order", [2, 3])
+@predictions
+def test_deis(prediction: Prediction, order: int, steps: int) -> None:
+    theirs = scheduler(DEISMultistepScheduler, "linear", prediction, steps, solver_order=order)
+    config = SamplingConfig.model_validate({"sampler": "deis", "order": order})
+    compare(theirs, config, "linear", prediction)
+
+
+@pytest.mark.parametrize("steps", [4, 10, 30])
+@pytest.mark.parametrize("order", [2, 3])
+@predictions
+def test_unipc(prediction: Prediction, order: int, steps: int) -> None:
+    theirs = scheduler(
+        UniPCMultistepScheduler,
+        "linear",
+        prediction,
+        steps,
+        solver_order=order,
+        solver_type="bh2",
+        final_sigmas_type="zero",
+    )
+    config = SamplingConfig.model_validate({"sampler": "unipc", "order": order})
+    compare(theirs, config, "linear", prediction)
+
+
+@predictions
+def test_euler(prediction: Prediction) -> None:
+    # Its steps are in float32 whatever it is given.
+    theirs = scheduler(EulerDiscreteScheduler, "linear", prediction, 20, timestep_spacing="leading")
+    sigmas = theirs.sigmas
+    seen = ours(SamplingConfig(sampler="euler"), "linear", sigmas, prediction)
+    x = seen[0] * (1 + sigmas[0] ** 2).sqrt()
+    for i, t in enumerate(theirs.timesteps):
+        as_seen = theirs.scale_model_input(x, t)
+        torch.testing.assert_close(seen[i], as_seen, atol=1e-4, rtol=0)
+        x = theirs.step(network_of(prediction, "linear")(as_seen, t.expand(2)), t, x).prev_sample
+    torch.testing.assert_close(seen[-1], x, atol=1e-4, rtol=0)
+
+
+@predictions
+def test_euler_with_churn(prediction: Prediction) -> None:
+    """Their scheduler asks the network before it adds noise: here it is told what the network says after it."""
+    theirs = scheduler(EulerDiscreteScheduler, "linear", "x0", 20, timestep_spacing="leading")
+    sigmas = theirs.sigmas
+    config = SamplingConfig(sampler="euler", churn=6, churn_min=0.1, churn_max=100, churn_noise=1.003)
+    seen = ours(config, "linear", sigmas, prediction)
+    denoiser, generator = denoiser_of(prediction, "linear"), after_the_start(5)
+    x, churned = seen[0] * (1 + sigmas[0] ** 2).sqrt(), 0
+    for i, t in enumerate(theirs.timesteps):
+        as_seen = theirs.scale_model_input(x, t)
+        torch.testing.assert_close(seen[i], as_seen, atol=1e-4, rtol=0)
+        raised, level = x, sigmas[i]
+        if 0.1 <= level <= 100:
+            again = torch.Generator()
+            again.set_state(generator.get_state())
+            level = level * (1 + 6 / 20)
+            fresh = torch.randn(SHAPE, generator=again, dtype=torch.float64)
+            raised = x + 1.003 * (level**2 - sigmas[i] ** 2).sqrt() * fresh
+            churned += 1
+        x = theirs.step(
+            denoiser(raised, level), t, x, s_churn=6, s_tmin=0.1, s_tmax=100, s_noise=1.003, generator=generator
+        ).prev_sample
+    torch.testing.assert_close(seen[-1], x, atol=1e-4, rtol=0)
+    assert 0 < churned < 20
+
+
+@predictions
+def test_heun(prediction: Prediction) -> None:
+    theirs = scheduler(HeunDiscreteScheduler, "linear", prediction, 20, timestep_spacing="leading")
+    # Each level but the first and the last stands there twice.
+    sigmas = torch.cat([theirs.sigmas[:1], theirs.sigmas[1:-1:2], theirs.sigmas[-1:]])
+    seen = ours(SamplingConfig(sampler="heun"), "linear", sigmas, prediction)
+    x = seen[0] * (1 + sigmas[0] ** 2).sqrt()
+    for i, t in enumerate(theirs.timesteps):
+        as_seen = theirs.scale_model_input(x, t)
+        if i % 2 == 0:
+            torch.testing.assert_close(seen[i // 2], as_seen, atol=1e-6, rtol=0)
+        x = theirs.step(network_of(prediction, "linear")(as_seen, t.expand(2)), t, x).prev_sample
+    torch.testing.assert_close(seen[-1], x, atol=1e-6, rtol=0)
