@@ -31,6 +31,8 @@ class Preflight(Config):
     """(C, H, W) of each."""
     classes: int
     """Classes that the network is told of."""
+    captions: int
+    """Different captions that it is told."""
     parameters: int
     flops: int
     """Floating-point operations of a training step for each picture, forward and backward."""
@@ -49,6 +51,7 @@ class Preflight(Config):
         """What a person wants to know, by name."""
         channels, height, width = self.shape
         told = f", {self.classes} classes" if self.classes else ""
+        told += f", {self.captions:,} captions" if self.captions else ""
         length = precisedelta(self.seconds, minimum_unit="seconds" if self.seconds < 60 else "minutes", format="%d")
         return [
             ("data", f"{self.dataset}, content {self.content_digest[:12]}"),

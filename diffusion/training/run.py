@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.config_sampling import ANYTHING, Asked
+from diffusion.data.captions import Captions, like
 from diffusion.data.dataset import SPLITS, Dataset
 from diffusion.data.loader import Batch, Loader
 from diffusion.data.manifest import Manifest, Split
@@ -18,11 +20,12 @@ from diffusion.data.order import Order, TrainingOrder, WindowedOrder
 from diffusion.errors import DarkroomError
 from diffusion.files import digest_of
 from diffusion.fingerprint import autocast, resolve_precision
-from diffusion.model import DiffusionModel, ModelHeader, classes_of, to_float
+from diffusion.model import DiffusionModel, ModelHeader, Told, classes_of, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 from diffusion.objective import Objective
 from diffusion.random import GaussianNoise, uniform
+from diffusion.text import ENCODER
 from diffusion.training.checkpoint import TrainingState
 from diffusion.training.config import TrainingConfig
 from diffusion.training.ema import ExponentialAverage, PowerAverage, WeightAverage
@@ -62,12 +65,20 @@ class Run:
     """Lanes to compute in."""
     ranks: Ranks = ALONE
     """The processes that share each batch."""
+    captions: Captions | None = None
+    """What the network is told besides; None: nothing."""
     total: int = 0
     """Images to see in all, a whole number of batches."""
 
     @classmethod
     def new(
-        cls, dataset: Dataset, model: ModelConfig, config: TrainingConfig, pool: Executor, ranks: Ranks = ALONE
+        cls,
+        dataset: Dataset,
+        model: ModelConfig,
+        config: TrainingConfig,
+        pool: Executor,
+        ranks: Ranks = ALONE,
+        captions: Captions | None = None,
     ) -> "Run":
         """A run that has seen nothing yet; its initial weights are a function of the seed."""
         with torch.random.fork_rng(devices=[]):
@@ -83,7 +94,8 @@ class Run:
         )
         state = TrainingState(network, make_averages(network, config), optimizer, uncertainty)
         objective = make_objective(model, config, dataset.manifest.sigma_data)
-        return cls(dataset, model, config, state, objective, make_loader(dataset, config, ranks), classes, pool, ranks)
+        loader = make_loader(dataset, config, ranks)
+        return cls(dataset, model, config, state, objective, loader, classes, pool, ranks, captions)
 
     def step(self) -> tuple[Tensor, Tensor] | None:
         """One optimizer step; returns loss and gradient norm as 0-dimensional tensors.
@@ -96,9 +108,11 @@ class Run:
         t = draw_times(config, self.objective.schedule, batch.indices)
         noise = GaussianNoise(config.seed, "noise", batch.indices, self.dataset.shape)()
         draws = (uniform(config.seed, "dropout", batch.indices) * 2**62).long()
-        drawn = [x0, t, noise, draws, *self._told(batch)]
         lanes = lanes_of(config, self.ranks)
-        parts = list(self.pool.map(self._gradients, *(each.tensor_split(lanes) for each in drawn)))
+        told = {name: values.tensor_split(lanes) for name, values in self._told(batch).items()}
+        told_parts = [{name: parts[lane] for name, parts in told.items()} for lane in range(lanes)]
+        drawn_parts = (each.tensor_split(lanes) for each in (x0, t, noise, draws))
+        parts = list(self.pool.map(self._gradients, told_parts, *drawn_parts))
         loss = torch.stack([part_loss for part_loss, _ in parts]).sum()
         for parameter, *gradients in zip(state.parameters(), *(part for _, part in parts), strict=True):
             # In the parameter's own memory format, which autograd.grad does not promise and the optimizer relies on.
@@ -134,32 +148,33 @@ class Run:
         )
 
     def _gradients(
-        self, x0: Tensor, t: Tensor, noise: Tensor, draws: Tensor, *label: Tensor
+        self, told: Told, x0: Tensor, t: Tensor, noise: Tensor, draws: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """A part's share of the batch's loss, and its gradients."""
         with autocast(self.config.precision):
-            losses = self._losses(self.state.network, x0, t, noise, draws, *label)
+            losses = self._losses(self.state.network, told, x0, t, noise, draws)
         minimised = self.state.uncertainty(losses, t) if self.state.uncertainty else losses
         gradients = torch.autograd.grad(minimised.sum() / self.config.batch_size, self.state.parameters())
         return losses.detach().sum() / self.config.batch_size, gradients
 
-    def _told(self, batch: Batch) -> list[Tensor]:
-        """The classes, if the network is told any; some are kept from it (arXiv 2207.12598)."""
-        if not self.classes:
-            return []
-        kept = uniform(self.config.seed, "class", batch.indices) < self.config.class_dropout
-        return [self.dataset.classes(batch.rows, self.classes).masked_fill(kept, len(self.classes))]
+    def _told(self, batch: Batch) -> Told:
+        """What the network is told of the pictures of a batch."""
+        if not (told := self._known(batch)):
+            return told
+        u = uniform(self.config.seed, "class", batch.indices)
+        return kept_back(told, u, self.config.condition_dropout, len(self.classes))
 
-    def _losses(
-        self,
-        network: UNet,
-        x0: Tensor,
-        t: Tensor,
-        noise: Tensor,
-        draws: Tensor | None,
-        label: Tensor | None = None,
-    ) -> Tensor:
-        return self.objective.loss(partial(network, label=label, draws=draws), x0, t, noise)
+    def _known(self, batch: Batch) -> Told:
+        """Class and caption of the pictures of a batch, as far as the network is told any."""
+        known = {}
+        if self.classes:
+            known["label"] = self.dataset.classes(batch.rows, self.classes)
+        if self.captions is not None:
+            known["text"] = self.captions.of(batch.rows)
+        return known
+
+    def _losses(self, network: UNet, told: Told, x0: Tensor, t: Tensor, noise: Tensor, draws: Tensor | None) -> Tensor:
+        return self.objective.loss(partial(network, draws=draws, **told), x0, t, noise)
 
     def averaged(self) -> DiffusionModel:
         """The averaged network as it is now."""
@@ -199,8 +214,14 @@ class Run:
             u = (torch.arange(len(x0)) + 0.5) / len(x0)
             t = times_at(self.config, self.objective.schedule, u)
             noise = GaussianNoise(0, f"probe/{split}", batch.indices, self.dataset.shape)()
-            label = self.dataset.classes(batch.rows, self.classes) if self.classes else None
-            return self._losses(network, x0, t, noise, None, label)
+            return self._losses(network, self._known(batch), x0, t, noise, None)
+
+    def shown(self, count: int) -> Asked:
+        """What ``count`` pictures drawn to be looked at are to show: as held-out ones, where there are captions."""
+        if self.captions is None:
+            return ANYTHING
+        rows = np.concatenate([self.dataset.rows("held_out"), self.dataset.rows("train")])
+        return like(self.dataset, rows[self.captions.numbers[rows] >= 0][:count], self.classes)
 
     def model_header(self) -> ModelHeader:
         """What a model made of the present state says of itself."""
@@ -213,6 +234,7 @@ class Run:
             content_digest=manifest.content_digest,
             sigma_data=manifest.sigma_data,
             class_histogram=manifest.class_histogram,
+            encoder=ENCODER if self.model.text else None,
             images=self.state.images,
             training=identity_fields(self.config),
         )
@@ -234,6 +256,22 @@ def by_level(losses: Tensor | None) -> dict[str, float]:
         return {}
     parts = losses.tensor_split(LEVELS)
     return {f"held_out_loss_ema_level_{number}": part.mean().item() for number, part in enumerate(parts, start=1)}
+
+
+def kept_back(told: Told, u: Tensor, share: float, no_class: int) -> Told:
+    """``told`` without what the draws ``u`` (N,), in [0, 1), keep from the network.
+
+    Below ``share`` that is everything (arXiv 2207.12598). Where both are told, class and caption, it is one of them in
+    as many pictures again, so that either can be asked for without the other (arXiv 2211.09800, section 3.2.1).
+    """
+    alone = share / 2 if len(told) == 2 else 0
+    without_label = (u < share) | ((u >= share + alone) & (u < share + 2 * alone))
+    kept = {}
+    if "label" in told:
+        kept["label"] = told["label"].masked_fill(without_label, no_class)
+    if "text" in told:
+        kept["text"] = told["text"].masked_fill((u < share + alone)[:, None], 0)
+    return kept
 
 
 def make_averages(network: UNet, config: TrainingConfig) -> list[WeightAverage]:
@@ -310,4 +348,5 @@ def train_key(data_digest: str, model: ModelConfig, config: TrainingConfig) -> s
             "model": model.model_dump(mode="json"),
             "training": identity_fields(config),
         }
+        | ({"encoder": ENCODER.digest} if model.text else {})
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffusion.config import Config
 from diffusion.config_sampling import SamplingConfig
+from diffusion.data.captions import Captions, embeddings_of
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.shard_cache import ShardCache, ShardStore
@@ -30,12 +31,13 @@ from diffusion.model import (
 )
 from diffusion.models.config import ModelConfig
 from diffusion.progress import Progress, silent
-from diffusion.sampling import sample
+from diffusion.sampling import require_effect, sample
+from diffusion.text import WIDTH
 from diffusion.training.checkpoint import Checkpoints, Writer
 from diffusion.training.config import TrainingConfig
 from diffusion.training.post_hoc import AVERAGES
 from diffusion.training.preflight import Preflight, count_flops, kept_at_once, require_disk, state_size
-from diffusion.training.ranks import ranks
+from diffusion.training.ranks import ALONE, Ranks, ranks
 from diffusion.training.record import GRID_PICTURES, Record
 from diffusion.training.run import NotFinite, Run, lanes_of
 from diffusion.training.tracker import ANEW, SPOOL, NoTracker, Tracker
@@ -80,13 +82,15 @@ def train(
     one who keeps its records. ``store`` is where shards come from if ``config.stream_bytes`` is set.
 
     Raises UserError if the folder holds a run of another configuration or data set (and ``restart`` is ``never``),
-    another process trains in it, or the data set is damaged.
+    another process trains in it, the data set is damaged, or has no captions and ``model.text`` is set.
     """
     with ranks() as together, _opened(data, config, store) as dataset:
         # Of several processes one writes, and so holds the folder.
         holding = _held(output) if together.leads else nullcontext()
         with holding, lanes(lanes_of(config, together)) as pool:
-            run = Run.new(dataset, model, config, pool, together)
+            captions = _captions(dataset, model, together, lambda of, texts: embeddings_of(of, texts, pool, progress))
+            run = Run.new(dataset, model, config, pool, together, captions)
+            require_effect(run.classes, model.text, sampling, run.shown(GRID_PICTURES))
             if together.leads and restart == "if_different" and _differences(output, run):
                 _discard(output)
             with run.loader:
@@ -122,6 +126,22 @@ def _require_room(manifest: Manifest, stream_bytes: int, window: int | None) -> 
         f"{what} of data set {manifest.name} have up to {needed} bytes and the cache holds {stream_bytes}: "
         f"raise training.stream_bytes to {needed}{less}"
     )
+
+
+def _captions(
+    dataset: Dataset, model: ModelConfig, ranks: Ranks, read: Callable[[Dataset, list[str]], Tensor]
+) -> Captions | None:
+    """The captions of ``dataset`` if the model is told them, as one of several processes ``read`` them for all."""
+    if not model.text:
+        return None
+    texts, numbers = dataset.different_captions()
+    if not texts:
+        raise UserError(
+            f"data set {dataset.folder} has no captions, and model.text tells the network of them: ingest it with a "
+            "column text beside file_name (metadata.csv), or leave model.text out"
+        )
+    embeddings = ranks.shared({"embeddings": read(dataset, texts)} if ranks.leads else {})
+    return Captions(embeddings["embeddings"], numbers)
 
 
 def discard(output: Path) -> None:
@@ -209,6 +229,8 @@ def _differences(output: Path, run: Run) -> list[str]:
     changed = ["the data set's content"] if theirs["content_digest"] != ours["content_digest"] else []
     for part in ("model", "training"):
         changed += [f"{part}.{name}" for name in ours[part] if ours[part][name] != theirs[part].get(name)]
+    if theirs.get("encoder") and ours["encoder"] and theirs["encoder"] != ours["encoder"]:
+        changed.append(f"the text encoder ({theirs['encoder']['name']} {theirs['encoder']['digest'][:12]})")
     return changed or [("the data set's shards" if moved else "its format")]
 
 
@@ -258,7 +280,10 @@ def preflight(
     Raises UserError as ``train`` does.
     """
     with _opened(data, config, store) as dataset, lanes(config.lanes) as pool:
-        run = Run.new(dataset, model, config, pool)
+        # Captions without meaning cost a step the same, and need not be read.
+        captions = _captions(dataset, model, ALONE, lambda _, texts: torch.zeros(len(texts), WIDTH))
+        run = Run.new(dataset, model, config, pool, captions=captions)
+        require_effect(run.classes, model.text, sampling, run.shown(GRID_PICTURES))
         pace = _measured(run, sampling)
         images = config.images or _images_in(config.minutes or 0, run, pace)
         parameters = sum(parameter.numel() for parameter in run.state.network.parameters())
@@ -270,6 +295,7 @@ def preflight(
             held_out=len(dataset.rows("held_out")),
             shape=dataset.shape,
             classes=len(run.classes),
+            captions=len(captions.embeddings) if captions else 0,
             parameters=parameters,
             flops=count_flops(model, dataset.shape, len(run.classes)),
             state_bytes=memory,
@@ -292,7 +318,7 @@ class Pace:
 
 def _measured(run: Run, sampling: SamplingConfig) -> Pace:
     """The pace of ``run`` here, by steps and one checkpoint's work on a copy."""
-    trial = Run.new(run.dataset, run.model, run.config, run.pool, run.ranks)
+    trial = Run.new(run.dataset, run.model, run.config, run.pool, run.ranks, run.captions)
     trial.total = 2**40
     with trial.loader:
         trial.step()
@@ -304,7 +330,7 @@ def _measured(run: Run, sampling: SamplingConfig) -> Pace:
     start = time.perf_counter()
     averaged = trial.averaged()
     trial.probe(averaged.network)
-    sample(averaged, range(GRID_PICTURES), 0, sampling)
+    sample(averaged, range(GRID_PICTURES), 0, sampling, asked=run.shown(GRID_PICTURES))
     return run.ranks.agreed(Pace(image, time.perf_counter() - start))
 
 
