@@ -132,7 +132,7 @@ class Judge:
         def work() -> tuple[Record, Tensor]:
             model = load_model(path)
             self._require_same_shape(path, model)
-            numbers, asked = range(self.config.samples), self._asked(model)
+            numbers, asked = range(self.config.samples), self.asked(model)
             drawn = sample(model, numbers, self.config.seed, self.sampling, named, asked)
             return self._record(key, self.extractor(drawn), model.header.images), drawn[:SHOWN]
 
@@ -150,7 +150,7 @@ class Judge:
         )
         return judged, shown
 
-    def _asked(self, model: DiffusionModel) -> Asked:
+    def asked(self, model: DiffusionModel) -> Asked:
         """To show what held-out pictures do, if the model was told captions; else what there is, as often."""
         if not model.config.text:
             return ANYTHING

@@ -12,7 +12,9 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from diffusion.data.ingest import forget_captions
 from diffusion.training.history import read_rows
+from tests.diffusion.captioned import needs_encoder, squares
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -23,7 +25,8 @@ from diffusion.config_sampling import SamplingConfig
 from diffusion.models.config import ModelConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import train
-model = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1, dropout=0.1)
+told = len(sys.argv) > 4
+model = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1, dropout=0.1, text=told)
 config = TrainingConfig(images=int(sys.argv[3]), batch_size=16, warmup_images=32, checkpoints=16, keep=2, lanes=2,
     learned_uncertainty=True)
 train(Path(sys.argv[1]), Path(sys.argv[2]), model, config, SamplingConfig(steps=2, compute_batch=36))
@@ -31,7 +34,7 @@ train(Path(sys.argv[1]), Path(sys.argv[2]), model, config, SamplingConfig(steps=
 
 
 def start(
-    dataset: Path, output: Path, processes: int, images: int = 1600, restarts: int = 0
+    dataset: Path, output: Path, processes: int, images: int = 1600, restarts: int = 0, *more: str
 ) -> subprocess.Popen[bytes]:
     script = output.parent / "script.py"
     script.write_text(SCRIPT)
@@ -39,7 +42,11 @@ def start(
     command += [f"--max-restarts={restarts}", "--monitor-interval=0.1", str(script), str(dataset), str(output)]
     variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, str(images)], env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        [*command, str(images), *more],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
@@ -86,3 +93,12 @@ def test_a_worker_that_is_killed_is_started_again_and_the_end_is_the_same(datase
     finish(process)
     whole, cut = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "cut"))
     assert all(np.array_equal(value.numpy(), cut[name].numpy()) for name, value in whole.items())
+
+
+@needs_encoder
+def test_captions_that_one_process_reads_are_told_to_both(tmp_path: Path) -> None:
+    squares(tmp_path / "squares")
+    for name, processes in (("one", 1), ("two", 2)):
+        finish(start(tmp_path / "squares", tmp_path / name, processes, 320, 0, "text"))
+        forget_captions(tmp_path / "squares")
+    np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=2e-2)
