@@ -6,6 +6,7 @@ embedding for each different caption, by the SHA-256 of its text, and goes as so
 """
 
 import hashlib
+import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -29,6 +30,8 @@ from diffusion.text import ENCODER, WIDTH, encoder
 
 CHUNK = 256
 """Captions read between two words on how far it is."""
+TRIED = 8
+"""Captions read to find out how long all will take."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +60,22 @@ def embeddings_of(dataset: Dataset, texts: Sequence[str], pool: Executor, progre
     Kept under its content digest and the encoder's, whole or not at all. A damaged file is made anew, and what one of
     an earlier version knows is taken over from it before it goes. Trainings that begin together take turns.
 
-    Raises UserError if the encoder is needed and cannot be had.
+    Raises UserError if the encoder cannot be had.
     """
+    # Asked for even if all is known: who trains on captions reads some again for the pictures of each checkpoint.
+    read = encoder()
     folder = captions_folder(dataset.folder)
     path = folder / f"{dataset.manifest.content_digest[:16]}-{ENCODER.digest[:16]}.safetensors"
-    digests = [hashlib.sha256(text.encode()).digest() for text in texts]
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        kept = _recalled(path)
-        if kept is not None and kept[0] == digests:
-            return kept[1]
-        embeddings = _made(folder, texts, digests, pool, progress)
+        digests = [_digest(text) for text in texts]
+        embeddings, missing = _known(folder, digests)
+        if not missing and _files(folder) == [path]:
+            return embeddings
+        for start in range(0, len(missing), CHUNK):
+            chunk = missing[start : start + CHUNK]
+            embeddings[chunk] = torch.stack(list(pool.map(read, [texts[number] for number in chunk])))
+            progress("captions read", start + len(chunk), len(missing))
         forget_captions(dataset.folder)
         _keep(path, digests, embeddings)
         if read_manifest(dataset.folder).content_digest != dataset.manifest.content_digest:
@@ -77,22 +85,34 @@ def embeddings_of(dataset: Dataset, texts: Sequence[str], pool: Executor, progre
     return embeddings
 
 
-def _made(folder: Path, texts: Sequence[str], digests: Sequence[bytes], pool: Executor, progress: Progress) -> Tensor:
-    """The embeddings of ``texts`` with these ``digests``, as far as they are not known in ``folder`` read anew."""
-    embeddings = torch.empty(len(texts), WIDTH)
-    missing = dict(zip(digests, range(len(texts)), strict=True))
-    for earlier in folder.glob(f"*-{ENCODER.digest[:16]}.safetensors"):
-        for digest, embedding in zip(*(_recalled(earlier) or ((), ())), strict=True):
+def seconds_to_read(dataset: Dataset, texts: Sequence[str], lanes: int) -> float:
+    """About how long ``embeddings_of`` would take in so many ``lanes``, by a few of the texts that it would read."""
+    _, missing = _known(captions_folder(dataset.folder), [_digest(text) for text in texts])
+    tried = [texts[number] for number in missing[:TRIED]]
+    read, began = encoder(), time.perf_counter()
+    for text in tried:
+        read(text)
+    return (time.perf_counter() - began) / max(len(tried), 1) * len(missing) / lanes
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _files(folder: Path) -> list[Path]:
+    """What is kept in ``folder`` of what this encoder read."""
+    return sorted(folder.glob(f"*-{ENCODER.digest[:16]}.safetensors"))
+
+
+def _known(folder: Path, digests: Sequence[bytes]) -> tuple[Tensor, list[int]]:
+    """The embeddings of the texts with these ``digests``, and the numbers of those that no file in ``folder`` knows."""
+    embeddings = torch.empty(len(digests), WIDTH)
+    missing = dict(zip(digests, range(len(digests)), strict=True))
+    for path in _files(folder):
+        for digest, embedding in zip(*(_recalled(path) or ((), ())), strict=True):
             if (number := missing.pop(digest, None)) is not None:
                 embeddings[number] = embedding
-    numbers = list(missing.values())
-    if numbers:
-        read = encoder()  # loaded here, once, before the lanes want it
-        for start in range(0, len(numbers), CHUNK):
-            chunk = numbers[start : start + CHUNK]
-            embeddings[chunk] = torch.stack(list(pool.map(read, [texts[number] for number in chunk])))
-            progress("captions read", start + len(chunk), len(numbers))
-    return embeddings
+    return embeddings, list(missing.values())
 
 
 def _keep(path: Path, digests: Sequence[bytes], embeddings: Tensor) -> None:

@@ -45,7 +45,7 @@ class Preflight(Config):
     images_per_second: float
     """As measured."""
     seconds: float
-    """How long it will take here, with what happens at each checkpoint."""
+    """How long it will take here, with what happens at each checkpoint, and captions that must be read first."""
 
     def lines(self) -> list[tuple[str, str]]:
         """What a person wants to know, by name."""

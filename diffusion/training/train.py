@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffusion.config import Config
 from diffusion.config_sampling import SamplingConfig
-from diffusion.data.captions import Captions, embeddings_of
+from diffusion.data.captions import Captions, embeddings_of, seconds_to_read
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.shard_cache import ShardCache, ShardStore
@@ -302,7 +302,9 @@ def preflight(
             disk_bytes=checkpoint * kept_at_once(config),
             images=images,
             images_per_second=1 / pace.image,
-            seconds=images * pace.image + config.checkpoints * pace.checkpoint,
+            seconds=images * pace.image
+            + config.checkpoints * pace.checkpoint
+            + (seconds_to_read(dataset, dataset.different_captions()[0], config.lanes) if captions else 0),
         )
 
 

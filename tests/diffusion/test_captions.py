@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.data.captions import Captions, embeddings_of, like
+from diffusion.data.captions import Captions, embeddings_of, like, seconds_to_read
 from diffusion.data.config import IngestConfig
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest import captions_folder, ingest
@@ -83,6 +83,17 @@ def test_each_caption_is_read_once_however_many_pictures_and_trainings_have_it(
     assert len(made_up.read) == 3
     assert kept(dataset.folder) == files
     assert not any("captions" in path.name for path in dataset.folder.rglob("*"))
+
+
+def test_how_long_it_will_take_is_told_by_what_is_not_known_yet(
+    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, made_up: MadeUp
+) -> None:
+    dataset = ingested(source, tmp_path / "data" / "blobs")
+    texts, _ = dataset.different_captions()
+    assert 0 < seconds_to_read(dataset, texts, 1) < 60
+    assert not captions_folder(dataset.folder).exists()
+    read(dataset, pool)
+    assert seconds_to_read(dataset, texts, 1) == 0
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut short", "without its digest", "gone"])
