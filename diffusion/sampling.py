@@ -58,10 +58,14 @@ def prepare(model: DiffusionModel, config: SamplingConfig, asked: Asked) -> Mean
         return NO_MEANINGS
     require_same(model.header.encoder)
     read = encoder()
-    for text in sorted(prompts):
-        if (length := len(read.tokens(text))) > LONGEST:
-            raise UserError(f"the prompt {text[:40]!r}… has {length} word pieces, and {LONGEST} are read: shorten it")
     return {**NO_MEANINGS, **{text: read(text) for text in sorted(prompts)}}
+
+
+def require_read_whole(asked: Asked) -> None:
+    """Raise UserError for a prompt with an end that would not be read; captions of data sets may have one."""
+    for text in (*asked.prompts, asked.negative_prompt):
+        if text is not None and (length := len(encoder().tokens(text))) > LONGEST:
+            raise UserError(f"the prompt {text[:40]!r}… has {length} word pieces, and {LONGEST} are read: shorten it")
 
 
 def require_effect(classes: Sequence[str], text: bool, config: SamplingConfig, asked: Asked) -> None:

@@ -57,8 +57,8 @@ def require_same(encoder: TextEncoder | None) -> None:
 class MiniLM:
     """The encoder with its weights.
 
-    Texts are read one by one: in a batch the last bits of each would depend on the others. On one core of 2020 that
-    takes 5 to 10 ms for a caption. Any thread may call.
+    Texts are read one by one: in a batch the last bits of each would depend on the others. That takes 5 to 15 ms for a
+    caption on one core, a batch half of it. Any thread may call.
     """
 
     def __init__(self, folder: Path, tokenizer: "Tokenizer") -> None:

@@ -17,12 +17,13 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import Judge
 from diffusion.model import DiffusionModel, load_model, read_header
 from diffusion.models.config import ModelConfig
-from diffusion.sampling import label_names, require_effect, sample, told_of
-from diffusion.text import ENCODER, TextEncoder, encoder
+from diffusion.sampling import label_names, require_effect, require_read_whole, sample, told_of
+from diffusion.text import ENCODER, TextEncoder
 from diffusion.training.config import TrainingConfig
 from diffusion.training.run import kept_back, train_key
 from diffusion.training.train import TrainResult, preflight, train
 from tests.diffusion.captioned import COLOURS, MadeUp, colours, needs_encoder, squares
+from tests.diffusion.small_datasets import random_pictures, write_dataset
 from tests.diffusion.test_train import Away, Stop, StopAt
 
 SHAPE = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=2)
@@ -236,10 +237,17 @@ def test_guidance_for_a_model_that_is_told_nothing_is_refused_before_training(da
 
 
 @needs_encoder
-def test_a_prompt_too_long_to_be_read_is_refused(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusion.sampling.encoder", encoder)
+def test_a_prompt_too_long_to_be_read_is_refused() -> None:
+    require_read_whole(Asked(prompts=("word " * 254, None)))
     with pytest.raises(UserError, match="has 302 word pieces, and 256 are read: shorten it"):
-        sample(model, [0], 0, SAMPLING, asked=Asked(prompts=("word " * 300,)))
+        require_read_whole(Asked(prompts=("word " * 300,)))
+
+
+@needs_encoder
+def test_a_caption_too_long_to_be_read_whole_keeps_nothing_from_training(tmp_path: Path) -> None:
+    captions = ["word " * number for number in range(290, 298)]
+    write_dataset(tmp_path / "long", random_pictures(8, channels=3), 8, captions=captions)
+    assert run(tmp_path / "long", tmp_path / "run").images == CONFIG.images
 
 
 @needs_encoder
