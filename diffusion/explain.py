@@ -17,7 +17,7 @@ from diffusion.model import DiffusionModel, to_float, to_uint8
 from diffusion.process import NoiseSchedule
 from diffusion.random import GaussianNoise
 from diffusion.samplers import sigma_grid
-from diffusion.sampling import labels_of, reversed_from_noise
+from diffusion.sampling import reversed_from_noise, told_of
 
 FRAMES = 8
 """Pictures in a strip."""
@@ -132,7 +132,7 @@ def training_step(model: DiffusionModel, x0: Tensor, noise: Tensor) -> TrainingS
 def reverse(model: DiffusionModel, seed: int, count: int = FRAMES) -> Reverse:
     """The default sampler drawing picture 0 of ``seed``, at up to ``count`` moments spread evenly in time t."""
     sigmas = sigma_grid(model.schedule, REVERSE_STEPS)
-    denoiser = model.denoiser(labels_of(model, [0], seed))
+    denoiser = model.denoiser(told_of(model, [0], seed))
     noise = GaussianNoise(seed, "sampling", [0], model.shape)
     seen: list[tuple[Tensor, Tensor]] = []
     result = reversed_from_noise(

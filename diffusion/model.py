@@ -21,11 +21,14 @@ from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 from diffusion.objective import Parametrization
 from diffusion.process import NoiseSchedule, make_schedule
+from diffusion.text import TextEncoder
 
 METADATA_KEY = "darkroom"
 """The one metadata key of our safetensors files: several are written in random order, one is stable."""
 AVERAGED = "ema."
 """Prefix of the averaged weights' names, the same in checkpoints and in final models."""
+Told = dict[str, Tensor]
+"""What a network is told of N pictures: ``label`` and ``text`` as ``UNet.forward`` takes them, if it takes them."""
 
 
 class ModelHeader(Config):
@@ -44,6 +47,8 @@ class ModelHeader(Config):
     """Standard deviation of the data set's pictures, as the network sees them."""
     class_histogram: dict[str, int]
     """The data set's classes, sorted, and how many pictures of each it has."""
+    encoder: TextEncoder | None = None
+    """What read the captions that the network was told; None: it was told none."""
     images: int
     """Pictures seen in training."""
     training: dict[str, Any]
@@ -79,14 +84,11 @@ class DiffusionModel:
             return self
         return replace(self, network=copy.deepcopy(self.network).to(device))
 
-    def denoiser(self, labels: Tensor | None = None) -> Denoiser:
-        """The model as a function from a noisy picture and its σ to the clean one.
-
-        ``labels`` (N,): the class of each picture, as its number in ``classes``; None: of any class.
-        """
+    def denoiser(self, told: Told | None = None) -> Denoiser:
+        """The model as a function from a noisy picture and its σ to the clean one, ``told`` what they show."""
         parametrization = Parametrization(self.config.prediction, self.header.sigma_data)
         return Denoiser(
-            partial(self.network, label=labels),
+            partial(self.network, **(told or {})),
             self.schedule,
             parametrization,
             learned_variance=self.config.learned_variance,

@@ -1,19 +1,27 @@
 """Pictures from a trained model, the same bits for picture i of seed s whatever else is asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from diffusion.config_sampling import SamplingConfig
+from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.denoiser import Denoiser
 from diffusion.device import repeatable, resolve_device
+from diffusion.errors import UserError
 from diffusion.fingerprint import autocast
+from diffusion.guidance import clipped, guided
 from diffusion.lanes import lanes
-from diffusion.model import DiffusionModel, to_uint8
+from diffusion.model import DiffusionModel, Told, to_uint8
 from diffusion.progress import Progress, silent
 from diffusion.random import GaussianNoise, uniform
-from diffusion.samplers import Callback, Noise, ancestral, make_sampler, sigma_grid
+from diffusion.samplers import Callback, Denoise, Noise, ancestral, make_sampler, sigma_grid
+from diffusion.text import LONGEST, WIDTH, encoder, require_same
+
+Meanings = Mapping[str | None, Tensor]
+"""The embedding of each prompt, (384,), and zeros for None."""
+NO_MEANINGS: Meanings = {None: torch.zeros(WIDTH)}
 
 
 def sample(
@@ -22,52 +30,137 @@ def sample(
     seed: int,
     config: SamplingConfig,
     progress: Progress = silent,
+    asked: Asked = ANYTHING,
 ) -> Tensor:
-    """Draw the pictures number ``indices`` of ``seed``, as (len(indices), C, H, W) uint8.
+    """Draw the pictures number ``indices`` of ``seed``, which show what is ``asked``: (len(indices), C, H, W) uint8.
 
     Picture i is always computed as member i mod B of the compute batch i div B (B = ``config.compute_batch``),
     with its neighbours beside it, because floating-point sums change with a batch's shape. So asking for
     whole multiples of B, starting at one, costs nothing extra.
+
+    Raises UserError if something is asked that the model was not told of, or that would have no effect.
     """
+    meanings = prepare(model, config, asked)
     size = config.compute_batch
     batches = [range(b * size, (b + 1) * size) for b in sorted({index // size for index in indices})]
     drawn: dict[int, Tensor] = {}
     device = resolve_device(config.device)
     model = model.on(device)
+
+    def draw(members: range) -> Tensor:
+        return _sample_batch(model, members, seed, config, device, asked, meanings)
+
     # A GPU shares its work out by itself.
     with repeatable(device), lanes(None if device.type == "cpu" else 1) as pool:
-        finished = pool.map(lambda members: _sample_batch(model, members, seed, config, device), batches)
+        finished = pool.map(draw, batches)
         for number, (members, pictures) in enumerate(zip(batches, finished, strict=True), start=1):
             drawn |= zip(members, pictures, strict=True)
             progress("pictures sampled", min(number * size, len(indices)), len(indices))
     return torch.stack([drawn[index] for index in indices])
 
 
-def labels_of(model: DiffusionModel, indices: Sequence[int], seed: int) -> Tensor | None:
-    """The class of each picture, drawn as often as the data set has it: numbers in ``model.classes``, (N,).
+def prepare(model: DiffusionModel, config: SamplingConfig, asked: Asked) -> Meanings:
+    """What the prompts mean; raises UserError as ``sample`` does, or if the encoder cannot be had."""
+    require_effect(model.classes, model.config.text, config, asked)
+    prompts = {text for text in (*asked.prompts, asked.negative_prompt) if text is not None}
+    if not prompts:
+        return NO_MEANINGS
+    require_same(model.header.encoder)
+    read = encoder()
+    return {**NO_MEANINGS, **{text: read(text) for text in sorted(prompts)}}
 
-    None for a model without classes.
+
+def require_read_whole(asked: Asked) -> None:
+    """Raise UserError for a prompt with an end that would not be read; captions of data sets may have one."""
+    for text in (*asked.prompts, asked.negative_prompt):
+        if text is not None and (length := len(encoder().tokens(text))) > LONGEST:
+            raise UserError(f"the prompt {text[:40]!r}… has {length} word pieces, and {LONGEST} are read: shorten it")
+
+
+def require_effect(classes: Sequence[str], text: bool, config: SamplingConfig, asked: Asked) -> None:
+    """Raise UserError if what is ``asked`` means nothing to a model of ``classes``, and of captions if ``text``."""
+    labels = [label for label in asked.labels if label is not None]
+    if labels and not classes:
+        raise UserError("the model was told no classes (model.conditional): ask for no label")
+    if unknown := sorted(set(labels) - set(classes)):
+        raise UserError(f"the model knows no class {unknown[0]!r}; it knows {', '.join(classes)}")
+    prompts = [prompt for prompt in (*asked.prompts, asked.negative_prompt) if prompt is not None]
+    if prompts and not text:
+        raise UserError("the model was told no captions: leave prompts out, or train one with model.text=true")
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError("a prompt needs words: write what the pictures are to show, or leave it out")
+    if asked.negative_prompt is not None and not config.guides:
+        raise UserError("a negative prompt is what sampling.guidance leads away from: set that, say to 3")
+    differs = labels or prompts or (classes and not asked.prompts and not asked.labels)
+    if config.guides and not differs:
+        raise UserError(
+            f"sampling.guidance = {config.guidance:g} leads to what pictures are asked to show, and nothing is asked: "
+            + ("give a prompt, or " if text else "the model was told neither classes nor captions, ")
+            + "leave it out (null)"
+        )
+
+
+def labels_of(model: DiffusionModel, indices: Sequence[int], seed: int, asked: Asked = ANYTHING) -> Tensor | None:
+    """The class of each picture, its number in ``model.classes`` or one more for any: (N,).
+
+    Without labels and prompts they are drawn as often as the data set has them. None for a model without classes.
     """
     if not model.classes:
         return None
+    if asked.labels or asked.prompts:
+        names: list[str | None] = [*model.classes, None]
+        return torch.tensor([names.index(asked.label(index)) for index in indices])
     counts = torch.tensor([model.header.class_histogram[label] for label in model.classes])
     shares = counts.cumsum(0).double() / counts.sum()
     return torch.searchsorted(shares, uniform(seed, "label", indices), right=True)
 
 
 def reversed_from_noise(
-    denoiser: Denoiser, sigmas: Tensor, noise: Noise, config: SamplingConfig, callback: Callback | None = None
+    denoise: Denoise, sigmas: Tensor, noise: Noise, config: SamplingConfig, callback: Callback | None = None
 ) -> Tensor:
-    """The reverse process over ``sigmas``, from noise alone, with the sampler that ``config`` names."""
+    """The reverse process over ``sigmas``, from noise alone, with the sampler that ``config`` names.
+
+    What is guided has no learned variance: it is no one network's answer.
+    """
     start = float(sigmas[0]) * noise()
-    if config.sampler == "ddpm" and config.variance is None and denoiser.learned_variance:
-        return ancestral(denoiser.posterior, start, sigmas, noise, callback)
-    return make_sampler(config)(denoiser, start, sigmas, noise, callback)
+    plain = config.sampler == "ddpm" and config.variance is None
+    if plain and isinstance(denoise, Denoiser) and denoise.learned_variance:
+        return ancestral(denoise.posterior, start, sigmas, noise, callback)
+    return make_sampler(config)(denoise, start, sigmas, noise, callback)
+
+
+def label_names(model: DiffusionModel, indices: Sequence[int], seed: int, asked: Asked = ANYTHING) -> list[str | None]:
+    """The name of the class that each picture was asked to show; None: of any."""
+    labels = labels_of(model, indices, seed, asked)
+    names: list[str | None] = [*model.classes, None]
+    return [None] * len(indices) if labels is None else [names[number] for number in labels.tolist()]
+
+
+def told_of(
+    model: DiffusionModel,
+    indices: Sequence[int],
+    seed: int,
+    asked: Asked = ANYTHING,
+    meanings: Meanings = NO_MEANINGS,
+) -> Told:
+    """What the network is told of pictures number ``indices``."""
+    told = {}
+    if (labels := labels_of(model, indices, seed, asked)) is not None:
+        told["label"] = labels
+    if model.config.text:
+        told["text"] = torch.stack([meanings[asked.prompt(index)] for index in indices])
+    return told
 
 
 @torch.inference_mode()
 def _sample_batch(
-    model: DiffusionModel, members: range, seed: int, config: SamplingConfig, device: torch.device
+    model: DiffusionModel,
+    members: range,
+    seed: int,
+    config: SamplingConfig,
+    device: torch.device,
+    asked: Asked,
+    meanings: Meanings,
 ) -> Tensor:
     draws = GaussianNoise(seed, "sampling", members, model.shape)
 
@@ -75,8 +168,21 @@ def _sample_batch(
         return draws().to(device)
 
     sigmas = sigma_grid(model.schedule, config.steps)
-    labels = labels_of(model, members, seed)
-    denoiser = model.denoiser(None if labels is None else labels.to(device))
+    told = {name: value.to(device) for name, value in told_of(model, members, seed, asked, meanings).items()}
+    denoiser = _guided(model, told, config, meanings[asked.negative_prompt].to(device))
     with autocast(config.precision, device):
         pictures = reversed_from_noise(denoiser, sigmas, noise, config)
     return to_uint8(pictures).cpu()
+
+
+def _guided(model: DiffusionModel, told: Told, config: SamplingConfig, negative: Tensor) -> Denoise:
+    """The model as it is told, led away from what it does when told of no class, and no caption but ``negative``."""
+    if config.guidance is None:
+        return model.denoiser(told)
+    other = {
+        name: torch.full_like(value, len(model.classes)) if name == "label" else negative.expand_as(value)
+        for name, value in told.items()
+    }
+    # Only the mixture is clipped: clipped before, both would say the same where pictures are black or white.
+    asked, unasked = (replace(model.denoiser(each), clip=False) for each in (told, other))
+    return clipped(guided(asked, unasked, config.guidance, config.guidance_interval, config.guidance_rescale))

@@ -7,7 +7,7 @@ from filelock import FileLock
 
 from diffusion.config import Config
 from diffusion.data.holders import holders
-from diffusion.data.ingest import remove_strays, work_folder
+from diffusion.data.ingest import forget_captions, remove_strays, work_folder
 from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest
 from diffusion.data.removals import removals
 from diffusion.data.versions import choose, known_versions, remember
@@ -174,4 +174,5 @@ def _remove_others(folder: Path, version: Manifest) -> None:
     for path in (folder / "versions").glob("*.json"):
         if path.relative_to(folder).as_posix() not in line:
             path.unlink()
+    forget_captions(folder)
     remove_strays(folder)

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from diffusion.config import Config
-from diffusion.config_sampling import SamplingConfig
+from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.files import canonical_json, digest_of, sha256_bytes
 from diffusion.fingerprint import Fingerprint
 
@@ -42,9 +42,13 @@ MANIFEST = pa.schema(
         ("sha256", pa.string()),
         ("pixels_sha256", pa.string()),
         ("fingerprint", pa.string()),
+        ("label", pa.string()),
+        ("prompt", pa.string()),
+        ("negative_prompt", pa.string()),
+        ("guidance", pa.float64()),
     ]
 )
-"""One row per picture; ``fingerprint`` is canonical JSON."""
+"""One row per picture; ``fingerprint`` is canonical JSON, ``label`` and ``prompt`` what the picture was to show."""
 
 
 class Batch(Config):
@@ -59,11 +63,14 @@ class Batch(Config):
     count: int
     sampling: SamplingConfig
     fingerprint: Fingerprint
+    asked: Asked | None = None
+    """What the pictures are to show; None: whatever comes."""
 
     @property
     def name(self) -> str:
         """A name that differs for different requests to one model version."""
-        digest = digest_of(self.sampling.model_dump(mode="json"))[:8]
+        how = self.sampling.model_dump(mode="json", exclude_none=True)
+        digest = digest_of(how if self.asked is None else how | {"asked": self.asked.model_dump(mode="json")})[:8]
         return f"seed{self.seed}-count{self.count}-{self.sampling.sampler}{self.sampling.steps}-{digest}"
 
     def chunks(self) -> list[range]:
@@ -72,8 +79,8 @@ class Batch(Config):
         return [range(start, min(start + size, self.count)) for start in range(0, self.count, size)]
 
     def json_bytes(self) -> bytes:
-        """``batch.json``."""
-        return canonical_json(self.model_dump(mode="json")).encode()
+        """``batch.json``: what is not asked for is left out, so that later options change no earlier batch."""
+        return canonical_json(self.model_dump(mode="json", exclude_none=True)).encode()
 
 
 def picture_key(index: int) -> str:
@@ -86,8 +93,12 @@ def part_key(chunk: int) -> str:
     return f"manifest/part-{chunk:05d}.jsonl"
 
 
-def encode(batch: Batch, index: int, picture: Tensor) -> tuple[bytes, dict[str, object]]:
-    """Picture number ``index``, (C, H, W) uint8, as a PNG that says where it comes from, and its manifest row."""
+def encode(batch: Batch, index: int, picture: Tensor, label: str | None) -> tuple[bytes, dict[str, object]]:
+    """Picture number ``index``, (C, H, W) uint8, as a PNG that says where it comes from, and its manifest row.
+
+    ``label``: the class that it was to show.
+    """
+    prompt = batch.asked and batch.asked.prompt(index)
     pixels = picture.permute(1, 2, 0).squeeze(-1).contiguous().numpy()
     about = PngInfo()
     about.add_itxt("XML:com.adobe.xmp", XMP)
@@ -96,6 +107,9 @@ def encode(batch: Batch, index: int, picture: Tensor) -> tuple[bytes, dict[str, 
     about.add_text("darkroom:model", f"models:/{batch.model}/{batch.version}")
     about.add_text("darkroom:run_id", batch.run_id)
     about.add_text("darkroom:content_digest", batch.content_digest)
+    for name, text in (("label", batch.asked and batch.asked.label(index)), ("prompt", prompt)):
+        if text:
+            about.add_itxt(f"darkroom:{name}", text)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", pnginfo=about)
     png = buffer.getvalue()
@@ -111,6 +125,10 @@ def encode(batch: Batch, index: int, picture: Tensor) -> tuple[bytes, dict[str, 
         "sha256": sha256_bytes(png),
         "pixels_sha256": sha256_bytes(pixels.tobytes()),
         "fingerprint": canonical_json(batch.fingerprint.model_dump(mode="json")),
+        "label": label,
+        "prompt": prompt,
+        "negative_prompt": batch.asked and batch.asked.negative_prompt,
+        "guidance": batch.sampling.guidance,
     }
     return png, row
 

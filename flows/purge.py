@@ -15,8 +15,8 @@ from diffusion.data.manifest import Manifest, manifest_bytes
 from diffusion.evaluation.results import Evaluation
 from flows.dvc_files import Cache, Depot, Listing, Remote
 
-UNFINISHED = ("chunks", "scratch", "plan.sqlite", "index.sqlite", "index.sqlite-shm", "index.sqlite-wal")
-"""What ingests keep in the work folder; the next one makes it anew."""
+MADE_ANEW = ("chunks", "scratch", "plan.sqlite", "index.sqlite", "index.sqlite-shm", "index.sqlite-wal", "captions")
+"""What ingests and trainings keep in the work folder; the next one makes it anew."""
 
 
 class Purged(Config):
@@ -59,8 +59,8 @@ def purge_dvc(held: Iterable[Manifest], others: Iterable[Manifest], source: str)
 def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifest], reports: Path) -> list[str]:
     """Delete what this machine keeps of the versions ``held`` beside the data set in ``folder``.
 
-    That is what ingests keep in their work folder, shards fetched for training, remembered judgements, and pages and
-    grids in the folder ``reports`` in which pictures of those versions can be seen. Takes turns with ingests.
+    That is what ingests and trainings keep in the work folder, shards fetched for training, remembered judgements, and
+    pages and grids in the folder ``reports`` in which pictures of those versions can be seen. Takes turns with ingests.
     """
     held = list(held)
     staying = {shard.sha256 for each in others for shard in each.shards}
@@ -75,7 +75,7 @@ def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifes
         if evaluation.conditions.content_digest in {each.content_digest for each in held}:
             found += [reports / "report.html", reports / "grids"]
     with FileLock(work_folder(folder) / "lock"):
-        found += [work_folder(folder) / name for name in UNFINISHED]
+        found += [work_folder(folder) / name for name in MADE_ANEW]
         found = [path for path in found if path.exists()]
         for path in found:
             if path.is_dir():

@@ -5,7 +5,11 @@ from pathlib import Path
 from prefect import flow
 
 from diffusion.config import Config
+from diffusion.config_sampling import ANYTHING, Asked
+from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.evaluate import require_enough
+from diffusion.model import classes_of
+from diffusion.sampling import require_effect
 from flows.evaluate import evaluate
 from flows.explain import Explained, explain
 from flows.ingest import Ingested, ingest
@@ -28,16 +32,20 @@ class Retrained(Config):
 
 
 @flow(name="retrain", flow_run_name="retrain-{params.training.dataset}")
-def retrain(params: Params, count: int = 64, seed: int = 0, to: str | None = None) -> Retrained:
+def retrain(
+    params: Params, count: int = 64, seed: int = 0, to: str | None = None, asked: Asked = ANYTHING
+) -> Retrained:
     """Ingest, train, evaluate, promote, print, explain: each step skips what is done for the same inputs."""
     champion = f"models:/{params.model_name}@{CHAMPION}"
 
     data = ingest(params)
     require_enough(params.dataset_folder)
+    classes = classes_of(params.model, read_manifest(params.dataset_folder).class_histogram)
+    require_effect(classes, params.model.text, params.sampling, asked)
     training = train(params, restart="if_different")
     evaluate(params)
     verdict = promote(params)
-    prints = sample(params, champion, count, seed, to)
+    prints = sample(params, champion, count, seed, to, asked)
     explained = explain(params, verdict.version.uri, params.report_folder / "explain")
 
     return Retrained(

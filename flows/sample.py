@@ -13,11 +13,12 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from diffusion.config import Config
-from diffusion.config_sampling import SamplingConfig
+from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.errors import Held, UserError
 from diffusion.fingerprint import fingerprint
 from diffusion.grids import grid, save_png
 from diffusion.model import load_model
+from diffusion.sampling import label_names, prepare, require_read_whole
 from diffusion.sampling import sample as draw
 from flows import environment, prints, registry
 from flows.derived import warn_of_takedown
@@ -58,14 +59,16 @@ class Prints(Config):
     flow_run_name="sample-{count}-of-{model}",
     task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type, unused-ignore]
 )
-def sample(params: Params, model: str, count: int, seed: int = 0, to: str | None = None) -> Prints:
-    """Print ``count`` pictures of ``seed`` drawn by the version that ``model`` names now.
+def sample(
+    params: Params, model: str, count: int, seed: int = 0, to: str | None = None, asked: Asked = ANYTHING
+) -> Prints:
+    """Print ``count`` pictures of ``seed`` that show what is ``asked``, drawn by the version that ``model`` names now.
 
     ``model`` is models:/NAME@ALIAS or models:/NAME/NUMBER; ``to`` is s3://BUCKET for its usual place there
     (prints/MODEL/VERSION/BATCH/), or s3://BUCKET/PREFIX for exactly that place.
     """
     version, weights = fetch(model)
-    batch, place = begin(version, weights, params.sampling, count, seed, to)
+    batch, place = begin(version, weights, params.sampling, count, seed, to, asked)
     parts = [print_chunk.submit(batch, place, weights, chunk) for chunk in range(len(batch.chunks()))]
     for part in parts:
         part.result()
@@ -82,21 +85,25 @@ def fetch(model: str) -> tuple[Version, Path]:
 
 @step
 def begin(
-    version: Version, weights: Path, sampling: SamplingConfig, count: int, seed: int, to: str | None
+    version: Version, weights: Path, sampling: SamplingConfig, count: int, seed: int, to: str | None, asked: Asked
 ) -> tuple[Batch, Location]:
     """Write down what is asked for; raises Held if the place holds a batch of something else."""
     if count < 1:
         raise UserError(f"count {count}: ask for at least one picture")
+    loaded = load_model(weights)
+    prepare(loaded, sampling, asked)
+    require_read_whole(asked)
     batch = Batch(
         model=version.model,
         version=version.number,
         run_id=version.run_id,
-        content_digest=load_model(weights).header.content_digest,
+        content_digest=loaded.header.content_digest,
         weights_sha256=version.weights_sha256,
         seed=seed,
         count=count,
         sampling=sampling,
         fingerprint=fingerprint(sampling.compute_batch, sampling.precision, sampling.device),
+        asked=None if asked == ANYTHING else asked,
     )
     place = Location.parse(to or f"s3://{environment.settings().bucket}")
     if not place.prefix:
@@ -124,8 +131,10 @@ def print_chunk(batch: Batch, place: Location, weights: Path, chunk: int) -> Non
     report = reporter()
     indices = batch.chunks()[chunk]
     if not store.exists(place.bucket, part):
-        pictures = draw(load_model(weights), indices, batch.seed, batch.sampling)
-        encoded = [prints.encode(batch, index, picture) for index, picture in zip(indices, pictures, strict=True)]
+        model, asked = load_model(weights), batch.asked or ANYTHING
+        pictures = draw(model, indices, batch.seed, batch.sampling, asked=asked)
+        labels = label_names(model, indices, batch.seed, asked)
+        encoded = [prints.encode(batch, *each) for each in zip(indices, pictures, labels, strict=True)]
         objects = [Object(place.key(str(row["key"])), png, PNG, {"seed": str(batch.seed)}) for png, row in encoded]
         store.put_many(place.bucket, objects)
         rows = prints.part_bytes(row for _, row in encoded)

@@ -28,7 +28,9 @@ class ServedModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights from their safetensors file."""
         self.model: DiffusionModel = load_model(Path(context.artifacts["weights"]))
-        self.sampling = SamplingConfig.model_validate(context.model_config)
+        sampling = SamplingConfig.model_validate(context.model_config)
+        # A request has no prompt, so that a model of captions alone has nothing to be guided to.
+        self.sampling = sampling if self.model.classes else sampling.unguided()
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

@@ -109,6 +109,12 @@ class Dataset:
         """The caption of each row."""
         return self._captions.take(pa.array(self._table.read[_numbers(rows)])).to_pylist()  # type: ignore[no-any-return]
 
+    def different_captions(self) -> tuple[list[str], np.ndarray]:
+        """The captions there are, sorted, and for each row which of them it has, −1 for none: (len(self),) int32."""
+        column = self._captions.take(pa.array(self._table.read))
+        texts = sorted(pc.unique(column).drop_null().to_pylist())
+        return texts, _codes(column, texts)
+
     @cached_property
     def _captions(self) -> pa.ChunkedArray:
         """In the order of the records; read when first asked for."""

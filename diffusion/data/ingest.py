@@ -163,6 +163,16 @@ def work_folder(folder: Path) -> Path:
     return folder.parent / f".{folder.name}"
 
 
+def captions_folder(folder: Path) -> Path:
+    """Where what the captions of the data set in ``folder`` mean is kept, once a training was told of them."""
+    return work_folder(folder) / "captions"
+
+
+def forget_captions(folder: Path) -> None:
+    """Delete what is kept of the captions of the data set in ``folder``."""
+    shutil.rmtree(captions_folder(folder), ignore_errors=True)
+
+
 def _anew(before: Manifest | None, config: IngestConfig, rebuild: Rebuild, folder: Path) -> bool:
     """Whether the data set begins anew."""
     if before is None or rebuild == "always":

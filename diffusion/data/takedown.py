@@ -11,7 +11,7 @@ from typing import BinaryIO
 from filelock import FileLock
 
 from diffusion.data.digest import content_digest
-from diffusion.data.ingest import remove_strays, work_folder
+from diffusion.data.ingest import forget_captions, remove_strays, work_folder
 from diffusion.data.manifest import (
     FileEntry,
     Manifest,
@@ -49,8 +49,8 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
     """Make a version of the data set in ``folder`` without the pictures that ``selection`` means.
 
     Its content digest is that of a set which never held them. Parts that held none are shared; the files of the
-    others are deleted at last. Takes turns with ingests; killed and given again, it ends the same, and once it is
-    done it only says so.
+    others are deleted at last, and so is what was made of captions. Takes turns with ingests; killed and given again,
+    it ends the same, and once it is done it only says so.
 
     Raises UserError as ``choose`` does, if nothing would be left, or if a file that is needed is damaged.
     """
@@ -65,6 +65,7 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
         if unmatched and earlier is None:
             raise nothing(unmatched, folder, before)
         if not chosen.parts:
+            forget_captions(folder)
             remove_strays(folder)
             return earlier or _known_as_removed(before, chosen, asked, reason)
         if chosen.pictures == before.kept:
@@ -87,6 +88,7 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
         )
         write_removal(work_folder(folder), removal)
         write_manifest(folder, after)
+        forget_captions(folder)
         remove_strays(folder)
         return removal
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion.config import Config
-from diffusion.config_sampling import SamplingConfig
+from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
+from diffusion.data.captions import like
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import read_manifest
 from diffusion.errors import UserError
@@ -131,7 +132,8 @@ class Judge:
         def work() -> tuple[Record, Tensor]:
             model = load_model(path)
             self._require_same_shape(path, model)
-            drawn = sample(model, range(self.config.samples), self.config.seed, self.sampling, named)
+            numbers, asked = range(self.config.samples), self.asked(model)
+            drawn = sample(model, numbers, self.config.seed, self.sampling, named, asked)
             return self._record(key, self.extractor(drawn), model.header.images), drawn[:SHOWN]
 
         if not path.is_file():
@@ -147,6 +149,13 @@ class Judge:
             fingerprint=record.fingerprint,
         )
         return judged, shown
+
+    def asked(self, model: DiffusionModel) -> Asked:
+        """To show what held-out pictures do, if the model was told captions; else what there is, as often."""
+        if not model.config.text:
+            return ANYTHING
+        captioned = [caption is not None for caption in self.dataset.captions(self.held_out)]
+        return like(self.dataset, self.held_out[captioned][: self.config.samples], model.classes)
 
     def _record(self, key: str, features: Tensor, images: int) -> Record:
         config = self.config

@@ -26,8 +26,8 @@ class Conditions(Config):
     def key(self) -> str:
         """Digest of the conditions; a model's scores depend on it, on the weights, and within floating-point
         error on the fingerprint."""
-        # Which averages are judged besides changes no score.
-        return digest_of(self.model_dump(mode="json", exclude={"evaluation": {"ema_lengths"}}))
+        # Which averages are judged besides changes no score, and neither does an option that is not used.
+        return digest_of(self.model_dump(mode="json", exclude={"evaluation": {"ema_lengths"}}, exclude_none=True))
 
 
 class Judged(Config):

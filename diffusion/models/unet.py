@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion.errors import UserError
 from diffusion.models.config import ModelConfig
+from diffusion.text import WIDTH
 
 GROUP = 16
 """Channels per group of the normalisations; with fewer, bfloat16 kernels fall back from vectors to scalars."""
@@ -121,6 +122,9 @@ class UNet(nn.Module):
         self.no_class = classes
         """The class that means none in particular."""
         self.classes = nn.Embedding(classes + 1, embedding) if classes else None
+        self.text = nn.Linear(WIDTH, embedding) if config.text else None
+        self.no_text = nn.Parameter(torch.zeros(embedding)) if config.text else None
+        """Stands for the caption of a picture that has none, or of which it is not told."""
         self.stem = nn.Conv2d(channels * config.patch**2, config.width, 3, padding=1)
         self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
 
@@ -152,12 +156,20 @@ class UNet(nn.Module):
         answers = channels * (2 if config.learned_variance else 1)
         self.head = _zero(nn.Conv2d(current, answers * config.patch**2, 3, padding=1))
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, draws: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        label: Tensor | None = None,
+        text: Tensor | None = None,
+        draws: Tensor | None = None,
+    ) -> Tensor:
         """Noisy pictures (N, C, H, W) at ``time`` (N,), in steps of 0 … T−1, to the prediction (N, C, H, W).
 
         With a learned variance to (N, 2C, H, W): the second half is v in ``diffusion.variance``.
-        ``label`` (N,) are integers: a class, or ``no_class``, which is also what None means. ``draws`` (N,) int64
-        below 2^62 decide for each picture which values dropout sets to 0; None: none, as it should be but for training.
+        ``label`` (N,) are integers: a class, or ``no_class``, which is also what None means. ``text`` (N, 384) are
+        embeddings of captions, zeros where there is none; None: nowhere is one. ``draws`` (N,) int64 below 2^62 decide
+        for each picture which values dropout sets to 0; None: none, as it should be but for training.
         """
         if not self.dropout:
             draws = None
@@ -168,6 +180,8 @@ class UNet(nn.Module):
         if self.classes is not None:
             label = torch.full_like(time, self.no_class, dtype=torch.long) if label is None else label
             embedding = embedding + self.classes(label)
+        if self.text is not None and self.no_text is not None:
+            embedding = embedding + (self.no_text if text is None else read(text, self.text, self.no_text))
         h = self.stem(functional.pixel_unshuffle(x, self.patch))
         skips = [h]
         depth = 0
@@ -194,6 +208,12 @@ class UNet(nn.Module):
         folded: Tensor = self.head(functional.silu(self.norm(h)))
         unfolded = functional.pixel_shuffle(folded, self.patch)
         return unfolded[..., :height, :width] if self.padding else unfolded
+
+
+def read(text: Tensor, project: nn.Linear, none: Tensor) -> Tensor:
+    """Embeddings of captions, ``text`` (N, 384), each of length 1, through ``project``; zeros become ``none``."""
+    # Each number gets a variance of 1, for which a layer's first weights are made.
+    return torch.where(text.any(1, keepdim=True), project(text * WIDTH**0.5), none)
 
 
 def dropped(h: Tensor, draws: Tensor, rate: float) -> Tensor:

@@ -61,8 +61,9 @@ class TrainingConfig(Config):
     """Standard deviation of ln σ for times = lognormal; null: 1.2, EDM's."""
     stratified: bool = True
     """Whether each of a batch's N pictures has its time from another N-th of the distribution."""
-    class_dropout: float = Field(0.1, ge=0, lt=1)
-    """Share of the pictures whose class the network is not told, so that it can also draw without."""
+    condition_dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of the pictures of which the network is told neither class nor caption, so that it can also draw without.
+    Where it is told both, it is told one alone of as many again (arXiv 2211.09800)."""
     flip: bool = False
     """Mirror every second picture, chosen by seed. Wrong for digits and letters, right for most photographs."""
     recompute: bool = False

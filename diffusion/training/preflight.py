@@ -40,6 +40,8 @@ class Preflight(Config):
     """(C, H, W) of each."""
     classes: int
     """Classes that the network is told of."""
+    captions: int
+    """Different captions that it is told."""
     parameters: int
     flops: int
     """Floating-point operations of a training step for each picture, forward and backward."""
@@ -52,12 +54,13 @@ class Preflight(Config):
     images_per_second: float | None
     """As measured; None: as many pictures were asked for, nothing was."""
     seconds: float | None
-    """How long it will take here, with what happens at each checkpoint."""
+    """How long it will take here, with what happens at each checkpoint, and captions that must be read first."""
 
     def lines(self) -> list[tuple[str, str]]:
         """What a person wants to know, by name."""
         channels, height, width = self.shape
         told = f", {self.classes} classes" if self.classes else ""
+        told += f", {self.captions:,} captions" if self.captions else ""
         time = "seen as it goes: --dry-run measures it"
         if self.seconds is not None:
             unit = "seconds" if self.seconds < 60 else "minutes"
@@ -112,8 +115,11 @@ def kept_at_once(config: TrainingConfig) -> int:
     return min(config.keep + spared, config.checkpoints) + 2 + snapshots
 
 
-def preflight_of(run: Run, pace: Pace | None) -> Preflight:
-    """What ``run`` will do at this ``pace``, which must have been measured if ``training.minutes`` is given."""
+def preflight_of(run: Run, pace: Pace | None, reading: float = 0) -> Preflight:
+    """What ``run`` will do at this ``pace``, which must have been measured if ``training.minutes`` is given.
+
+    ``reading`` is how many seconds the captions take first.
+    """
     config, dataset = run.config, run.dataset
     images = images_in(config, pace)
     parameters = sum(parameter.numel() for parameter in run.state.network.parameters())
@@ -125,19 +131,20 @@ def preflight_of(run: Run, pace: Pace | None) -> Preflight:
         held_out=len(dataset.rows("held_out")),
         shape=dataset.shape,
         classes=len(run.classes),
+        captions=len(run.captions.embeddings) if run.captions else 0,
         parameters=parameters,
         flops=count_flops(run.model, dataset.shape, len(run.classes)),
         state_bytes=memory,
         disk_bytes=checkpoint * kept_at_once(config),
         images=images,
         images_per_second=pace and 1 / pace.image,
-        seconds=pace and images * pace.image + config.checkpoints * pace.checkpoint,
+        seconds=pace and images * pace.image + config.checkpoints * pace.checkpoint + reading,
     )
 
 
 def measure(run: Run, sampling: SamplingConfig) -> Pace:
     """The pace of ``run`` here, by steps and one checkpoint's work on a copy."""
-    trial = Run.new(run.dataset, run.model, run.config, run.pool, run.ranks)
+    trial = Run.new(run.dataset, run.model, run.config, run.pool, run.ranks, run.captions)
     trial.total = 2**40
     with trial.loader:
         trial.step()
@@ -149,7 +156,7 @@ def measure(run: Run, sampling: SamplingConfig) -> Pace:
     start = time.perf_counter()
     averaged = trial.averaged()
     trial.probe(averaged.network)
-    sample(averaged, range(GRID_PICTURES), 0, sampling)
+    sample(averaged, range(GRID_PICTURES), 0, sampling, asked=run.shown(GRID_PICTURES))
     return run.ranks.agreed(Pace(image, time.perf_counter() - start))
 
 

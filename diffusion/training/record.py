@@ -83,7 +83,7 @@ class Record:
         averaged = run.averaged()
         figures = run.probe(averaged.network)
         self.probes.append(images, {name: figures.get(name, math.nan) for name in PROBES})
-        drawn = sample(averaged, range(GRID_PICTURES), 0, self.sampling)
+        drawn = sample(averaged, range(GRID_PICTURES), 0, self.sampling, asked=run.shown(GRID_PICTURES))
         self.tracker.log_metrics(figures | drift(drawn, run.dataset.manifest), images)
         picture = grid(drawn)
         save_png(self.output / "samples" / f"{images:010d}.png", picture)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.config_sampling import ANYTHING, Asked
+from diffusion.data.captions import Captions, like
 from diffusion.data.dataset import SPLITS, Dataset
 from diffusion.data.loader import Batch, Loader
 from diffusion.data.manifest import Manifest, Split
@@ -19,13 +21,15 @@ from diffusion.device import resolve_device
 from diffusion.errors import DarkroomError
 from diffusion.files import digest_of
 from diffusion.fingerprint import CPU, autocast, resolve_precision
-from diffusion.model import DiffusionModel, ModelHeader, classes_of, to_float
+from diffusion.model import DiffusionModel, ModelHeader, Told, classes_of, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 from diffusion.objective import Objective
 from diffusion.random import GaussianNoise, uniform
+from diffusion.text import ENCODER
 from diffusion.training.checkpoint import TrainingState
 from diffusion.training.config import TrainingConfig
+from diffusion.training.drawn import Drawn, kept_back
 from diffusion.training.ema import ExponentialAverage, PowerAverage, WeightAverage
 from diffusion.training.objective import draw_times, make_objective, times_at
 from diffusion.training.ranks import ALONE, Ranks
@@ -79,6 +83,8 @@ class Run:
     """Lanes to compute in."""
     ranks: Ranks = ALONE
     """The processes that share each batch."""
+    captions: Captions | None = None
+    """What the network is told besides; None: nothing."""
     device: torch.device = CPU
     """Where the network is."""
     total: int = 0
@@ -90,7 +96,13 @@ class Run:
 
     @classmethod
     def new(
-        cls, dataset: Dataset, model: ModelConfig, config: TrainingConfig, pool: Executor, ranks: Ranks = ALONE
+        cls,
+        dataset: Dataset,
+        model: ModelConfig,
+        config: TrainingConfig,
+        pool: Executor,
+        ranks: Ranks = ALONE,
+        captions: Captions | None = None,
     ) -> "Run":
         """A run that has seen nothing yet; its initial weights are a function of the seed."""
         device = resolve_device(config.device)
@@ -106,7 +118,9 @@ class Run:
         objective = make_objective(model, config, dataset.manifest.sigma_data)
         loader = make_loader(dataset, config, ranks)
         behind = 1 if device.type == "cuda" else 0
-        return cls(dataset, model, config, state, objective, loader, classes, pool, ranks, device, behind=behind)
+        return cls(
+            dataset, model, config, state, objective, loader, classes, pool, ranks, captions, device, behind=behind
+        )
 
     def step(self) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns loss and gradient norm as 0-dimensional tensors, which may not be finite.
@@ -119,7 +133,7 @@ class Run:
         t = draw_times(config, self.objective.schedule, batch.indices)
         noise = GaussianNoise(config.seed, "noise", batch.indices, self.dataset.shape)()
         draws = (uniform(config.seed, "dropout", batch.indices) * 2**62).long()
-        drawn = [each.to(self.device, non_blocking=True) for each in (x0, t, noise, draws, *self._told(batch))]
+        drawn = Drawn(x0, t, noise, draws, self._told(batch)).on(self.device)
         loss = self._sharded_gradients(drawn) if config.shard else self._gradients(drawn)
         norm = gathered(torch.nn.utils.clip_grad_norm_(state.parameters(), config.clip_norm))
         for group in state.optimizer.param_groups:
@@ -161,12 +175,10 @@ class Run:
             },
         )
 
-    def _gradients(self, drawn: list[Tensor]) -> Tensor:
+    def _gradients(self, drawn: Drawn) -> Tensor:
         """Give the parameters the batch's gradients, of all processes; returns its loss."""
         state = self.state
-        parts = list(
-            self.pool.map(self._lane, *(each.tensor_split(lanes_of(self.config, self.ranks)) for each in drawn))
-        )
+        parts = list(self.pool.map(self._lane, drawn.split(lanes_of(self.config, self.ranks))))
         loss = torch.stack([part_loss for part_loss, _ in parts]).sum()
         for parameter, *gradients in zip(state.parameters(), *(part for _, part in parts), strict=True):
             # In the parameter's own memory format, which autograd.grad does not promise and the optimizer relies on.
@@ -176,44 +188,43 @@ class Run:
         self.ranks.sum([loss, *(parameter.grad for parameter in state.parameters() if parameter.grad is not None)])
         return loss
 
-    def _lane(self, *drawn: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _lane(self, drawn: Drawn) -> tuple[Tensor, tuple[Tensor, ...]]:
         """A part's share of the batch's loss, and its gradients."""
-        loss, minimised = self._share(*drawn)
+        loss, minimised = self._share(drawn)
         return loss, torch.autograd.grad(minimised, self.state.parameters())
 
-    def _sharded_gradients(self, drawn: list[Tensor]) -> Tensor:
+    def _sharded_gradients(self, drawn: Drawn) -> Tensor:
         """As ``_gradients``; each process gets those of its share of the weights."""
-        loss, minimised = self._share(*drawn)
+        loss, minimised = self._share(drawn)
         minimised.backward()  # type: ignore[no-untyped-call]
         self.ranks.sum([loss])
         return loss
 
-    def _share(
-        self, x0: Tensor, t: Tensor, noise: Tensor, draws: Tensor, label: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _share(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
         """What these pictures add to the loss of the batch, and to what is minimised."""
         with autocast(self.config.precision, self.device):
-            losses = self._losses(self.state.network, x0, t, noise, draws, label)
-        minimised = self.state.uncertainty(losses, t) if self.state.uncertainty else losses
+            losses = self._losses(self.state.network, drawn)
+        minimised = self.state.uncertainty(losses, drawn.t) if self.state.uncertainty else losses
         return losses.detach().sum() / self.config.batch_size, minimised.sum() / self.config.batch_size
 
-    def _told(self, batch: Batch) -> list[Tensor]:
-        """The classes, if the network is told any; some are kept from it (arXiv 2207.12598)."""
-        if not self.classes:
-            return []
-        kept = uniform(self.config.seed, "class", batch.indices) < self.config.class_dropout
-        return [self.dataset.classes(batch.rows, self.classes).masked_fill(kept, len(self.classes))]
+    def _told(self, batch: Batch) -> Told:
+        """What the network is told of the pictures of a batch."""
+        if not (told := self._known(batch)):
+            return told
+        u = uniform(self.config.seed, "class", batch.indices)
+        return kept_back(told, u, self.config.condition_dropout, len(self.classes))
 
-    def _losses(
-        self,
-        network: UNet,
-        x0: Tensor,
-        t: Tensor,
-        noise: Tensor,
-        draws: Tensor | None,
-        label: Tensor | None = None,
-    ) -> Tensor:
-        return self.objective.loss(partial(network, label=label, draws=draws), x0, t, noise)
+    def _known(self, batch: Batch) -> Told:
+        """Class and caption of the pictures of a batch, as far as the network is told any."""
+        known = {}
+        if self.classes:
+            known["label"] = self.dataset.classes(batch.rows, self.classes)
+        if self.captions is not None:
+            known["text"] = self.captions.of(batch.rows)
+        return known
+
+    def _losses(self, network: UNet, drawn: Drawn) -> Tensor:
+        return self.objective.loss(partial(network, draws=drawn.draws, **drawn.told), drawn.x0, drawn.t, drawn.noise)
 
     def averaged(self) -> DiffusionModel:
         """The averaged network as it is now."""
@@ -270,9 +281,15 @@ class Run:
             u = (torch.arange(len(x0)) + 0.5) / len(x0)
             t = times_at(self.config, self.objective.schedule, u)
             noise = GaussianNoise(0, f"probe/{split}", batch.indices, self.dataset.shape)()
-            label = [self.dataset.classes(batch.rows, self.classes)] if self.classes else []
-            x0, t, noise, *label = (each.to(self.device) for each in (x0, t, noise, *label))
-            return self._losses(network, x0, t, noise, None, *label).cpu()
+            drawn = Drawn(x0, t, noise, None, self._known(batch)).on(self.device)
+            return self._losses(network, drawn).cpu()
+
+    def shown(self, count: int) -> Asked:
+        """What ``count`` pictures drawn to be looked at are to show: as held-out ones, where there are captions."""
+        if self.captions is None:
+            return ANYTHING
+        rows = np.concatenate([self.dataset.rows("held_out"), self.dataset.rows("train")])
+        return like(self.dataset, rows[self.captions.numbers[rows] >= 0][:count], self.classes)
 
     def model_header(self) -> ModelHeader:
         """What a model made of the present state says of itself."""
@@ -285,6 +302,7 @@ class Run:
             content_digest=manifest.content_digest,
             sigma_data=manifest.sigma_data,
             class_histogram=manifest.class_histogram,
+            encoder=ENCODER if self.model.text else None,
             images=self.state.images,
             training=identity_fields(self.config),
         )
@@ -405,4 +423,5 @@ def train_key(data_digest: str, model: ModelConfig, config: TrainingConfig) -> s
             "model": model.model_dump(mode="json"),
             "training": identity_fields(config),
         }
+        | ({"encoder": ENCODER.digest} if model.text else {})
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffusion.config import Config
 from diffusion.config_sampling import SamplingConfig
+from diffusion.data.captions import Captions, embeddings_of, seconds_to_read
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.shard_cache import ShardCache, ShardStore
@@ -30,12 +31,14 @@ from diffusion.model import (
 )
 from diffusion.models.config import ModelConfig
 from diffusion.progress import Progress, silent
+from diffusion.sampling import require_effect
+from diffusion.text import WIDTH
 from diffusion.training.checkpoint import COUNTS, Checkpoints, Writer
 from diffusion.training.config import TrainingConfig
 from diffusion.training.post_hoc import AVERAGES
 from diffusion.training.preflight import PREFLIGHT, Preflight, measure, preflight_of, require_disk
 from diffusion.training.ranks import ALONE, Ranks, ranks
-from diffusion.training.record import Record
+from diffusion.training.record import GRID_PICTURES, Record
 from diffusion.training.run import NotFinite, Run, lanes_of
 from diffusion.training.sharding import gathered
 from diffusion.training.tracker import ANEW, SPOOL, NoTracker, Tracker
@@ -77,14 +80,16 @@ def train(
     one who keeps its records. ``store`` is where shards come from if ``config.stream_bytes`` is set.
 
     Raises UserError if the folder holds a run of another configuration or data set (and ``restart`` is ``never``),
-    another process trains in it, or the data set is damaged.
+    another process trains in it, the data set is damaged, or has no captions and ``model.text`` is set.
     """
     with ranks() as together, _opened(data, config, store) as dataset:
         # Of several processes one writes, and so holds the folder.
         holding = _held(output) if together.leads else nullcontext()
         _require_ranks(config, together)
         with holding, repeatable(resolve_device(config.device)), lanes(lanes_of(config, together)) as pool:
-            run = Run.new(dataset, model, config, pool, together)
+            captions = _captions(dataset, model, together, lambda of, texts: embeddings_of(of, texts, pool, progress))
+            run = Run.new(dataset, model, config, pool, together, captions)
+            require_effect(run.classes, model.text, sampling, run.shown(GRID_PICTURES))
             if together.leads and restart == "if_different" and _differences(output, run):
                 _discard(output)
             with run.loader:
@@ -128,6 +133,22 @@ def _require_room(manifest: Manifest, stream_bytes: int, window: int | None) -> 
         f"{what} of data set {manifest.name} have up to {needed} bytes and the cache holds {stream_bytes}: "
         f"raise training.stream_bytes to {needed}{less}"
     )
+
+
+def _captions(
+    dataset: Dataset, model: ModelConfig, ranks: Ranks, read: Callable[[Dataset, list[str]], Tensor]
+) -> Captions | None:
+    """The captions of ``dataset`` if the model is told them, as one of several processes ``read`` them for all."""
+    if not model.text:
+        return None
+    texts, numbers = dataset.different_captions()
+    if not texts:
+        raise UserError(
+            f"data set {dataset.folder} has no captions, and model.text tells the network of them: ingest it with a "
+            "column text beside file_name (metadata.csv), or leave model.text out"
+        )
+    embeddings = ranks.shared({"embeddings": read(dataset, texts)} if ranks.leads else {})
+    return Captions(embeddings["embeddings"], numbers)
 
 
 def discard(output: Path) -> None:
@@ -225,6 +246,8 @@ def _differences(output: Path, run: Run) -> list[str]:
     for part in ("model", "training"):
         names = theirs[part] | ours[part]
         changed += [f"{part}.{name}" for name in names if ours[part].get(name) != theirs[part].get(name)]
+    if theirs.get("encoder") and ours["encoder"] and theirs["encoder"] != ours["encoder"]:
+        changed.append(f"the text encoder ({theirs['encoder']['name']} {theirs['encoder']['digest'][:12]})")
     return changed or [("the data set's shards" if moved else "its format")]
 
 
@@ -278,8 +301,12 @@ def preflight(
     """
     device = repeatable(resolve_device(config.device))
     with _opened(data, config, store) as dataset, device, lanes(lanes_of(config, ALONE)) as pool:
-        run = Run.new(dataset, model, config, pool)
-        return preflight_of(run, measure(run, sampling))
+        # Captions without meaning cost a step the same, and need not be read.
+        captions = _captions(dataset, model, ALONE, lambda _, texts: torch.zeros(len(texts), WIDTH))
+        run = Run.new(dataset, model, config, pool, captions=captions)
+        require_effect(run.classes, model.text, sampling, run.shown(GRID_PICTURES))
+        reading = seconds_to_read(dataset, dataset.different_captions()[0], config.lanes) if captions else 0
+        return preflight_of(run, measure(run, sampling), reading)
 
 
 def _loop(run: Run, record: Record | None) -> None:

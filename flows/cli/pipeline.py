@@ -39,6 +39,18 @@ To = Annotated[
         help="s3://BUCKET (then prints/MODEL/VERSION/BATCH/ in it) or s3://BUCKET/PREFIX; default: the stack's bucket.",
     ),
 ]
+Labels = Annotated[
+    list[str],
+    typer.Option("--label", metavar="NAME", help="The class to show; given several times, one after the other."),
+]
+Prompts = Annotated[
+    list[str],
+    typer.Option("--prompt", metavar="TEXT", help="What to show, for a model told captions (model.text); as --label."),
+]
+NegativePrompt = Annotated[
+    str | None,
+    typer.Option("--negative-prompt", metavar="TEXT", help="What not to show; needs sampling.guidance, say 3."),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -193,6 +205,9 @@ def sample(
     count: Count = 64,
     seed: Seed = 0,
     to: To = None,
+    label: Labels = [],  # noqa: B006
+    prompt: Prompts = [],  # noqa: B006
+    negative_prompt: NegativePrompt = None,
     params: ParamsFile = DEFAULT_PARAMS,
     overrides: Set = [],  # noqa: B006
     as_json: Json = False,
@@ -200,12 +215,16 @@ def sample(
     """Print pictures of a registered model to S3, with a manifest; killed and given again, it goes on.
 
     Example:  darkroom sample --model models:/faces@champion --count 1000 --seed 7 --to s3://my-bucket
+
+    Example:  darkroom sample --count 16 --prompt "a red bird" --set sampling.guidance=3
     """
     config = load(params, overrides)
     with joined("prefect", "mlflow", "s3"):
+        from diffusion.config_sampling import Asked
         from flows.sample import sample
 
-        done = sample(config, model or f"models:/{config.model_name}@champion", count, seed, to)
+        asked = Asked(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
+        done = sample(config, model or f"models:/{config.model_name}@champion", count, seed, to, asked)
     show(
         done.model_dump(mode="json"),
         as_json,
@@ -223,6 +242,9 @@ def retrain(
     count: Count = 64,
     seed: Seed = 0,
     to: To = None,
+    label: Labels = [],  # noqa: B006
+    prompt: Prompts = [],  # noqa: B006
+    negative_prompt: NegativePrompt = None,
     params: ParamsFile = DEFAULT_PARAMS,
     overrides: Set = [],  # noqa: B006
     as_json: Json = False,
@@ -234,9 +256,11 @@ def retrain(
     given = [f"ingest.source={json.dumps(source, ensure_ascii=False)}"] if source is not None else []
     config = load(params, [*overrides, *given], dataset)
     with joined("prefect", "mlflow", "s3"):
+        from diffusion.config_sampling import Asked
         from flows.retrain import retrain
 
-        done = retrain(config, count, seed, to)
+        asked = Asked(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
+        done = retrain(config, count, seed, to, asked)
     verdict = done.verdict
     name = "champion" if verdict.promoted else "challenger"
     show(

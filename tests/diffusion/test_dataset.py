@@ -77,6 +77,9 @@ def test_labels_captions_splits_and_shards_are_those_of_the_records(tmp_path: Pa
     with closing(Dataset.open(tmp_path / "set")) as data:
         assert data.labels(range(20)) == [labels[number] for number in order]
         assert data.captions(range(20)) == [captions[number] for number in order]
+        different, numbers_of = data.different_captions()
+        assert different == sorted(caption for caption in captions if caption)
+        assert [None if number < 0 else different[number] for number in numbers_of] == data.captions(range(20))
         assert data.shards(range(20)).tolist() == [number // 6 for number in order]
         assert data.rows("held_out").tolist() == [row for row, number in enumerate(order) if number % 4 == 0]
         assert data.rows("train").tolist() == [row for row, number in enumerate(order) if number % 4]

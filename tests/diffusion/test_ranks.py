@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusion.data.ingest import forget_captions
 from diffusion.training.history import read_rows
+from tests.diffusion.captioned import needs_encoder, squares
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -25,15 +27,16 @@ from diffusion.config_sampling import SamplingConfig
 from diffusion.models.config import ModelConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import train
-model = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1, dropout=0.1)
+told, shard = "text" in sys.argv, "shard" in sys.argv
+model = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1, dropout=0.1, text=told)
 config = TrainingConfig(images=int(sys.argv[3]), batch_size=16, warmup_images=32, checkpoints=16, keep=2, lanes=2,
-    learned_uncertainty=True, shard=sys.argv[4] == "shard")
+    learned_uncertainty=True, shard=shard)
 train(Path(sys.argv[1]), Path(sys.argv[2]), model, config, SamplingConfig(steps=2, compute_batch=36))
 """
 
 
 def start(
-    dataset: Path, output: Path, processes: int, images: int = 1600, restarts: int = 0, shard: bool = False
+    dataset: Path, output: Path, processes: int, images: int = 1600, restarts: int = 0, *more: str
 ) -> subprocess.Popen[bytes]:
     script = output.parent / "script.py"
     script.write_text(SCRIPT)
@@ -41,7 +44,7 @@ def start(
     command += [f"--max-restarts={restarts}", "--monitor-interval=0.1", str(script), str(dataset), str(output)]
     variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, str(images), "shard" if shard else "whole"],
+        [*command, str(images), *more],
         env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -102,29 +105,38 @@ def test_a_worker_that_is_killed_is_started_again_and_the_end_is_the_same(datase
 def test_a_network_in_shares_has_the_losses_of_a_whole_one_and_its_checkpoints_fit_both(
     dataset: Path, tmp_path: Path
 ) -> None:
-    finish(start(dataset, tmp_path / "whole", 2))
-    finish(start(dataset, tmp_path / "shared", 2, shard=True))
+    finish(start(dataset, tmp_path / "whole", 2, 640))
+    finish(start(dataset, tmp_path / "shared", 2, 640, 0, "shard"))
     np.testing.assert_allclose(curve(tmp_path / "shared")[:20], curve(tmp_path / "whole")[:20], rtol=2e-2)
     final = load_file(tmp_path / "shared" / "final.safetensors")
     assert {name: value.shape for name, value in final.items()} == {
         name: value.shape for name, value in load_file(tmp_path / "whole" / "final.safetensors").items()
     }
 
-    process = start(dataset, tmp_path / "cut", 2, shard=True)
+    process = start(dataset, tmp_path / "cut", 2, 640, 0, "shard")
     wait_for(tmp_path / "cut" / "checkpoints", 2)
     kill_all(process, tmp_path / "cut")
     shutil.copytree(tmp_path / "cut", tmp_path / "changed")
-    finish(start(dataset, tmp_path / "cut", 2, shard=True))
+    finish(start(dataset, tmp_path / "cut", 2, 640, 0, "shard"))
     assert all(
         torch.equal(value, final[name]) for name, value in load_file(tmp_path / "cut" / "final.safetensors").items()
     )
     # One process alone goes on from what two had in shares.
-    finish(start(dataset, tmp_path / "changed", 1))
+    finish(start(dataset, tmp_path / "changed", 1, 640))
     np.testing.assert_allclose(curve(tmp_path / "changed"), curve(tmp_path / "whole"), rtol=0.3)
 
 
 def test_sharing_out_among_one_process_is_refused(dataset: Path, tmp_path: Path) -> None:
-    process = start(dataset, tmp_path / "alone", 1, shard=True)
+    process = start(dataset, tmp_path / "alone", 1, 640, 0, "shard")
     out, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "training.shard shares the network out among processes, and there is one" in out.decode()
+
+
+@needs_encoder
+def test_captions_that_one_process_reads_are_told_to_both(tmp_path: Path) -> None:
+    squares(tmp_path / "squares")
+    for name, processes in (("one", 1), ("two", 2)):
+        finish(start(tmp_path / "squares", tmp_path / name, processes, 320, 0, "text"))
+        forget_captions(tmp_path / "squares")
+    np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=2e-2)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffusion.errors import UserError
@@ -91,6 +92,27 @@ def test_the_answer_depends_on_the_class_and_no_class_is_one_too() -> None:
     for i, answer in enumerate(answers):
         assert not any(torch.allclose(answer, other, atol=1e-4) for other in answers[:i])
     torch.testing.assert_close(network(x, time, torch.tensor([network.no_class])), answers[-1], atol=0, rtol=0)
+
+
+def test_the_answer_depends_on_the_caption_and_zeros_are_none_at_all() -> None:
+    network, x, time = awake(UNet(small(text=True), 1, 28)).eval(), noisy(1), torch.tensor([500.0])
+    told = functional.normalize(torch.randn(2, 384, generator=torch.Generator().manual_seed(0)))
+    answers = [network(x, time, text=each[None]) for each in told] + [network(x, time)]
+    for i, answer in enumerate(answers):
+        assert not any(torch.allclose(answer, other, atol=1e-4) for other in answers[:i])
+    mixed = torch.stack([torch.zeros(384), told[0]])
+    both = network(x.expand(2, -1, -1, -1), time.expand(2), text=mixed)
+    torch.testing.assert_close(both, torch.cat([answers[2], answers[0]]), atol=1e-5, rtol=1e-4)
+
+
+def test_every_weight_that_reads_captions_learns_also_where_a_batch_has_none() -> None:
+    network = awake(UNet(small(text=True), 1, 12, classes=2))
+    caption = functional.normalize(torch.ones(1, 384))
+    for text, silent in ((caption, {"no_text"}), (0 * caption, {"text.weight", "text.bias"})):
+        loss = network(noisy(1, 1, 12), torch.tensor([500.0]), torch.tensor([1]), text).square().sum()
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        named = zip(dict(network.named_parameters()), gradients, strict=True)
+        assert {name for name, gradient in named if not gradient.any()} == silent
 
 
 def test_pictures_of_a_batch_do_not_see_each_other() -> None:

@@ -12,7 +12,7 @@ from dvc.repo import Repo
 from diffusion.data.chunks import Chunk, PreparedChunk
 from diffusion.data.config import IngestConfig
 from diffusion.data.dataset import Dataset
-from diffusion.data.ingest import ingest, work_folder
+from diffusion.data.ingest import captions_folder, ingest, work_folder
 from diffusion.data.manifest import FileEntry, Manifest, read_manifest
 from diffusion.data.selection import Selection
 from diffusion.data.shard_cache import ShardCache
@@ -172,8 +172,10 @@ def test_versions_come_and_go_without_a_server_and_the_next_ingest_adds_to_the_o
     old = files_of(FOLDER)
     second = place.version(100, 101)
     new = files_of(FOLDER)
+    captions_folder(FOLDER).mkdir()
     checkout(FOLDER, first.digest, unreachable)
     assert files_of(FOLDER) == old
+    assert not captions_folder(FOLDER).exists()
     assert {each.digest: each.current for each in history(FOLDER)} == {second.digest: False, first.digest: True}
     checkout(FOLDER, second.digest[:8], unreachable)
     assert files_of(FOLDER) == new

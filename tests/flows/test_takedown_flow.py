@@ -14,7 +14,7 @@ from dvc.repo import Repo
 from mlflow.client import MlflowClient
 
 from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import ingest, work_folder
+from diffusion.data.ingest import captions_folder, ingest, work_folder
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.pictures import prepare
 from diffusion.data.removals import Removal
@@ -170,11 +170,13 @@ def test_purge_clears_work_files_fetched_shards_and_pages_of_those_versions_alon
         *pages,
         reports / "judged" / "x.safetensors",
         work_folder(dataset) / "chunks" / "0.tar",
+        captions_folder(dataset) / "x.safetensors",
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
     cleared = purge_files(dataset, [before], [after], reports)
     assert not any(path.exists() for path in (old, half, pages[0], reports / "judged", work_folder(dataset) / "chunks"))
+    assert not captions_folder(dataset).exists()
     assert new.exists()
     assert pages[1].exists()
     assert str(work_folder(dataset) / "index.sqlite") in cleared

@@ -1,0 +1,14 @@
+"""What tests of the science start from besides."""
+
+import pytest
+
+from tests.diffusion.captioned import MadeUp
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
+    """Reads captions and prompts instead of the real encoder."""
+    encoder = MadeUp()
+    for module in ("diffusion.data.captions", "diffusion.sampling"):
+        monkeypatch.setattr(f"{module}.encoder", lambda: encoder)
+    return encoder

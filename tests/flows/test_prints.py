@@ -1,0 +1,85 @@
+"""Prints say what they were asked to show, and what is written suffices to make them again."""
+
+import io
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
+from diffusion.files import sha256_bytes
+from diffusion.fingerprint import fingerprint
+from diffusion.model import load_model
+from diffusion.sampling import label_names, sample
+from flows.prints import Batch, encode, parquet_bytes, part_bytes, part_rows
+from tests.diffusion.test_train import run
+
+SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=3, compute_batch=8)
+
+
+def batch(asked: Asked | None = None, sampling: SamplingConfig = SAMPLING) -> Batch:
+    return Batch(
+        model="blobs",
+        version=3,
+        run_id="r",
+        content_digest="c",
+        weights_sha256="w",
+        seed=7,
+        count=4,
+        sampling=sampling,
+        fingerprint=fingerprint(sampling.compute_batch, sampling.precision),
+        asked=asked,
+    )
+
+
+def test_a_batch_of_which_nothing_is_asked_has_the_name_and_the_bytes_it_had_before_one_could() -> None:
+    plain = batch(sampling=SamplingConfig())
+    assert plain.name == "seed7-count4-ddpm20-79d4b736"
+    assert b"guidance" not in plain.json_bytes()
+    assert b"asked" not in plain.json_bytes()
+    assert Batch.model_validate_json(plain.json_bytes()) == plain
+
+
+def test_batches_that_are_to_show_different_things_have_different_names() -> None:
+    batches = [
+        batch(),
+        batch(Asked(labels=("even",))),
+        batch(Asked(labels=("even", "odd"))),
+        batch(Asked(labels=("odd", "even"))),
+        batch(Asked(prompts=("even",))),
+        batch(Asked(labels=("even",)), SAMPLING.model_copy(update={"guidance": 3.0})),
+        batch(Asked(labels=("even",)), SAMPLING.model_copy(update={"guidance": 3.0, "guidance_interval": (0.1, 5)})),
+    ]
+    assert len({each.name for each in batches}) == len(batches)
+    assert all(Batch.model_validate_json(each.json_bytes()) == each for each in batches)
+
+
+@pytest.mark.parametrize("asked", [None, Asked(labels=("odd", None, "even"))])
+def test_what_is_written_makes_the_same_pictures_again_and_says_what_each_shows(
+    dataset: Path, tmp_path: Path, asked: Asked | None
+) -> None:
+    model = load_model(run(dataset, tmp_path / "run").final)
+    made = batch(asked, SAMPLING.model_copy(update={"guidance": 2.0}))
+    found = Batch.model_validate_json(made.json_bytes())
+    pictures = sample(model, range(4), found.seed, found.sampling, asked=found.asked or ANYTHING)
+    labels = label_names(model, range(4), found.seed, found.asked or ANYTHING)
+    encoded = [encode(made, *each) for each in zip(range(4), pictures, labels, strict=True)]
+    rows = part_rows(part_bytes(row for _, row in encoded))
+    table = pq.read_table(io.BytesIO(parquet_bytes(iter([rows])))).to_pylist()
+    assert [row["label"] for row in table] == (labels if asked is None else ["odd", None, "even", "odd"])
+    assert all((row["guidance"], row["prompt"], row["negative_prompt"]) == (2.0, None, None) for row in table)
+    again = sample(model, [2], found.seed, found.sampling, asked=found.asked or ANYTHING)[0]
+    assert sha256_bytes(again.permute(1, 2, 0).contiguous().numpy().tobytes()) == table[2]["pixels_sha256"]
+    text = Image.open(io.BytesIO(encoded[0][0])).text
+    assert text.get("darkroom:label") == (None if asked is None else "odd")
+
+
+def test_prompts_stand_in_picture_and_manifest_in_any_script() -> None:
+    made = batch(Asked(prompts=("ein grünes Haus", "красный дом"), negative_prompt="fog"))
+    png, row = encode(made, 1, torch.zeros(1, 8, 8, dtype=torch.uint8), None)
+    assert Image.open(io.BytesIO(png)).text["darkroom:prompt"] == "красный дом"
+    assert (row["prompt"], row["negative_prompt"], row["label"]) == ("красный дом", "fog", None)
+    plain, _ = encode(batch(), 1, torch.zeros(1, 8, 8, dtype=torch.uint8), "even")
+    assert "darkroom:label" not in Image.open(io.BytesIO(plain)).text
