@@ -9,8 +9,8 @@ from prefect.logging import get_run_logger
 from diffusion.config import Config
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.training.history import read_rows
+from diffusion.training.identity import data_digest, identity_fields, train_key
 from diffusion.training.preflight import PREFLIGHT
-from diffusion.training.run import data_digest, identity_fields, train_key
 from diffusion.training.tracker import ANEW, SPOOL
 from diffusion.training.train import Restart, TrainResult, discard
 from diffusion.training.train import train as train_model

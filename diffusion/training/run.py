@@ -15,12 +15,11 @@ from diffusion.config_sampling import ANYTHING, Asked
 from diffusion.data.captions import Captions, like
 from diffusion.data.dataset import SPLITS, Dataset
 from diffusion.data.loader import Batch, Loader
-from diffusion.data.manifest import Manifest, Split
+from diffusion.data.manifest import Split
 from diffusion.data.order import Order, TrainingOrder, WindowedOrder
 from diffusion.device import resolve_device
 from diffusion.errors import DarkroomError
-from diffusion.files import digest_of
-from diffusion.fingerprint import CPU, autocast, resolve_precision
+from diffusion.fingerprint import CPU, autocast
 from diffusion.model import DiffusionModel, ModelHeader, Told, classes_of, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
@@ -31,6 +30,7 @@ from diffusion.training.checkpoint import TrainingState
 from diffusion.training.config import TrainingConfig
 from diffusion.training.drawn import Drawn, kept_back
 from diffusion.training.ema import ExponentialAverage, PowerAverage, WeightAverage
+from diffusion.training.identity import data_digest, identity_fields, train_key
 from diffusion.training.objective import draw_times, make_objective, times_at
 from diffusion.training.ranks import ALONE, Ranks
 from diffusion.training.sharding import gathered, shard
@@ -381,47 +381,3 @@ def learning_rate(config: TrainingConfig, images: int, total: int) -> float:
     """Linear warm-up, then a cosine to zero, as a function of ``images`` seen out of ``total``."""
     warmup = min(1.0, (images + config.batch_size) / max(config.warmup_images, 1))
     return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(images / total, 1.0)))
-
-
-def identity_fields(config: TrainingConfig) -> dict[str, Any]:
-    """The resolved configuration, without what cannot change the weights."""
-    harmless = {
-        "recompute",
-        "device",
-        "compile",
-        "shard",
-        "most_skipped",
-        "output",
-        "keep",
-        "keep_best",
-        "keep_every",
-        "checkpoints",
-        "workers",
-        "prefetch",
-        "cache_bytes",
-        "stream_bytes",
-    }
-    if config.window is None:
-        harmless.add("window")
-    return config.model_dump(mode="json", exclude=harmless) | {
-        "precision": resolve_precision(config.precision, resolve_device(config.device))
-    }
-
-
-def data_digest(manifest: Manifest, config: TrainingConfig) -> str:
-    """Digest of what the data set does to the weights: its content, and how it lies if that decides the order."""
-    if config.window is None:
-        return manifest.content_digest
-    return digest_of([manifest.content_digest, manifest.layout_digest])
-
-
-def train_key(data_digest: str, model: ModelConfig, config: TrainingConfig) -> str:
-    """Digest of all that decides the weights, but for the fingerprint."""
-    return digest_of(
-        {
-            "content_digest": data_digest,
-            "model": model.model_dump(mode="json"),
-            "training": identity_fields(config),
-        }
-        | ({"encoder": ENCODER.digest} if model.text else {})
-    )

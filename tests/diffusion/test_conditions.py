@@ -20,7 +20,8 @@ from diffusion.models.config import ModelConfig
 from diffusion.sampling import label_names, require_effect, require_read_whole, sample, told_of
 from diffusion.text import ENCODER, TextEncoder
 from diffusion.training.config import TrainingConfig
-from diffusion.training.run import kept_back, train_key
+from diffusion.training.drawn import kept_back
+from diffusion.training.identity import train_key
 from diffusion.training.train import TrainResult, preflight, train
 from tests.diffusion.captioned import COLOURS, MadeUp, colours, needs_encoder, squares
 from tests.diffusion.small_datasets import random_pictures, write_dataset

@@ -11,6 +11,7 @@ from diffusion.model import to_float
 from diffusion.models.config import ModelConfig
 from diffusion.random import GaussianNoise
 from diffusion.training.config import TrainingConfig
+from diffusion.training.drawn import Drawn
 from diffusion.training.objective import draw_times
 from diffusion.training.run import BETAS, Run, learning_rate
 
@@ -33,7 +34,8 @@ def test_steps_in_lanes_equal_plain_adamw_on_the_whole_batch(dataset: Path, part
             indices = range(images, images + 16)
             t = draw_times(config, plain.objective.schedule, indices)
             noise = GaussianNoise(config.seed, "noise", indices, plain.dataset.shape)()
-            loss = plain._losses(network, to_float(batch.pictures), t, noise, None, *plain._told(batch)).mean()
+            drawn = Drawn(to_float(batch.pictures), t, noise, None, plain._told(batch))
+            loss = plain._losses(network, drawn).mean()
             reference.param_groups[0]["lr"] = learning_rate(config, images, 640)
             reference.zero_grad()
             loss.backward()

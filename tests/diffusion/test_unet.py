@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -214,3 +215,26 @@ def test_computing_again_instead_of_keeping_changes_no_gradient() -> None:
         loss = network(x, time, draws=draws).square().sum()
         gradients.append(torch.autograd.grad(loss, list(network.parameters()), allow_unused=True))
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True) if one is not None)
+
+
+@pytest.mark.parametrize(
+    ("million", "channels", "size", "shape"),
+    [
+        (0.19, 1, 8, {"width": 16, "multipliers": (1, 2), "patch": 2}),
+        (0.76, 3, 64, {}),
+        (
+            313,
+            3,
+            256,
+            {"width": 240, "multipliers": (1, 2, 3, 4), "blocks": 2, "attention": (3,), "heads": 8, "patch": 4},
+        ),
+    ],
+)
+def test_one_configuration_reaches_from_small_networks_to_large_ones(
+    million: float, channels: int, size: int, shape: dict[str, Any]
+) -> None:
+    with torch.device("meta"):
+        network = UNet(ModelConfig(**shape), channels, size)
+        x = torch.empty(2, channels, size, size)
+        assert network(x, torch.zeros(2)).shape == x.shape
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(million, rel=0.02)
