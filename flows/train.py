@@ -103,12 +103,15 @@ def _recorded(params: Params, manifest: Manifest, result: TrainResult) -> RunTra
     """The MLflow run of a training that had ended before; if this server has none, one made from its history."""
     client = MlflowClient()
     run = find_run(client, params.model_name, result.train_key)
-    if run is not None:
-        return _delivered(SpooledTracker(RunTracker(client, run.info.run_id), params.run_folder / SPOOL))
-    tracker = _open(params, manifest, anew=False)
-    for name in ("history.csv", "losses.csv"):
-        for row in read_rows(result.output / name):
-            tracker.log_metrics(row, int(row.pop("images")))
+    if run is None:
+        tracker = _open(params, manifest, anew=False)
+    else:
+        tracker = _delivered(SpooledTracker(RunTracker(client, run.info.run_id), params.run_folder / SPOOL))
+    if not tracker.finished:
+        # All of it, as this may have been killed before: what the run has already is passed over.
+        for name in ("history.csv", "losses.csv"):
+            for row in read_rows(result.output / name):
+                tracker.log_metrics(row, int(row.pop("images")))
     return tracker
 
 

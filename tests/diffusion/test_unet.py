@@ -217,6 +217,9 @@ def test_computing_again_instead_of_keeping_changes_no_gradient() -> None:
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True) if one is not None)
 
 
+LARGE = {"width": 240, "multipliers": (1, 2, 3, 4), "blocks": 2, "attention": (3,), "heads": 8, "patch": 4}
+
+
 @pytest.mark.parametrize(
     ("million", "channels", "size", "shape"),
     [
