@@ -45,6 +45,8 @@ def test_retrain_ends_in_a_champion_with_its_lineage_and_prints(workspace: Works
         assert len({point.step for point in points}) == len(points) > 0
     artifacts = {item.path for item in server.list_artifacts(run.info.run_id, "evaluation")}
     assert "evaluation/report.html" in artifacts
+    history = {item.path for item in server.list_artifacts(run.info.run_id, "history")}
+    assert history == {f"history/{name}" for name in ("history.csv", "losses.csv", "preflight.json")}
     assert {item.path for item in server.list_artifacts(run.info.run_id, "explain")} >= {"explain/forward.png"}
 
     found = objects(workspace, done["prints"]["uri"])
