@@ -16,8 +16,8 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 
 
 def unset(value: object) -> bool:
-    """Whether a field that came later has its default, null or false, and is then not written (``exclude_if``).
+    """Whether a field that came later has its default (null, false or auto), and is then not written (``exclude_if``).
 
     So configurations from before it was there keep their digests, and all that goes by them.
     """
-    return value is None or value is False
+    return value is None or value is False or value == "auto"

@@ -54,7 +54,7 @@ class SamplingConfig(Config):
     """Pictures computed at once, always as many: it decides the last bits of each."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of matrix products; auto: bf16 where the device has it."""
-    device: DeviceName = "auto"
+    device: DeviceName = Field("auto", exclude_if=unset)
     """What computes: cpu, cuda, or auto, a GPU where there is one."""
 
     @model_validator(mode="after")
