@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -60,6 +61,11 @@ class Contestant(Protocol):
     """Who trains and draws."""
 
     name: str
+    workspace: Path
+
+    @property
+    def stem(self) -> str:
+        """What the files of its results begin with."""
 
     def rate(self, seconds: float) -> float:
         """Pictures per second of training that takes ``seconds``, with all that belongs to it."""
@@ -75,6 +81,11 @@ class Darkroom:
     name: str
     workspace: Path
     settings: tuple[str, ...]
+
+    @property
+    def stem(self) -> str:
+        """Other settings have other files, whatever they are called."""
+        return f"darkroom-{digest_of(self.settings)[:8]}" if self.settings else "darkroom"
 
     def rate(self, seconds: float) -> float:
         """As the dry run says, with its pauses for sample grids."""
@@ -117,8 +128,13 @@ class Peer:
     """The recipe ``name`` of ``trainers.py``."""
 
     name: str
-    python: Path
     workspace: Path
+    python: Path
+
+    @property
+    def stem(self) -> str:
+        """Its own name."""
+        return self.name
 
     def rate(self, seconds: float) -> float:
         """Of its steps alone: nothing belongs to it but steps."""
@@ -173,36 +189,36 @@ def main() -> None:
     workspace = workspace_of(args.scratch, args.pictures, args.size)
     contestants: list[Contestant] = [Darkroom(args.name, workspace, tuple(args.set))]
     if args.trainers_python:
-        contestants += [Peer(name, args.trainers_python, workspace) for name in PEERS]
+        contestants += [Peer(name, workspace, args.trainers_python) for name in PEERS]
     judge = Judge(workspace)
-    measure_rates(contestants, args)
+    measure_rates(contestants, args.seconds)
     for seed in range(args.seeds):
         for contestant in contestants:
-            race(contestant, seed, judge, args)
+            race(contestant, seed, judge, args.seconds, args.samples, curve=seed == 0)
     tell(contestants, judge, args)
 
 
-def measure_rates(contestants: list[Contestant], args: argparse.Namespace) -> None:
-    """Write down the median rate of each, measured in turns."""
-    missing = [each for each in contestants if not _rate_file(each, args).is_file()]
-    rounds = [[each.rate(args.seconds) for each in missing] for _ in range(ROUNDS)]
+def measure_rates(contestants: Sequence[Contestant], seconds: float) -> None:
+    """Write down the median rate of each in trainings of so many ``seconds``, measured in turns."""
+    missing = [each for each in contestants if not _rate_file(each, seconds).is_file()]
+    rounds = [[each.rate(seconds) for each in missing] for _ in range(ROUNDS)]
     for contestant, rates in zip(missing, zip(*rounds, strict=True), strict=True):
-        write_json(_rate_file(contestant, args), {"pictures_per_second": median(rates), "measured": rates})
+        write_json(_rate_file(contestant, seconds), {"pictures_per_second": median(rates), "measured": rates})
         print(f"{contestant.name}: {median(rates):.1f} pictures/s", flush=True)
 
 
-def race(contestant: Contestant, seed: int, judge: "Judge", args: argparse.Namespace) -> None:
+def race(contestant: Contestant, seed: int, judge: "Judge", seconds: float, samples: int, curve: bool = False) -> None:
     """Let ``contestant`` train and draw, and write down how far its pictures are from real ones."""
-    measured = _result(contestant, args, seed)
+    measured = result_of(contestant, seconds, samples, seed)
     if measured.is_file():
         return
-    images = round(_rate(contestant, args) * args.seconds)
-    drawn = contestant.work(seed, images, args.samples, curve=seed == 0)
-    on_the_way = drawn.on_the_way | ({images: drawn.pictures[:ON_THE_WAY]} if seed == 0 else {})
+    images = round(rate_of(contestant, seconds) * seconds)
+    drawn = contestant.work(seed, images, samples, curve)
+    on_the_way = drawn.on_the_way | ({images: drawn.pictures[:ON_THE_WAY]} if curve else {})
     figures = drawn.figures | {
         "images": images,
         "fd": judge.distance(drawn.pictures),
-        "curve": {at / images * args.seconds / 60: judge.distance(each) for at, each in sorted(on_the_way.items())},
+        "curve": {at / images * seconds / 60: judge.distance(each) for at, each in sorted(on_the_way.items())},
     }
     save_png(measured.with_suffix(".png"), grid(torch.from_numpy(drawn.pictures[:SHOWN])))
     write_json(measured, figures)
@@ -216,10 +232,13 @@ def tell(contestants: list[Contestant], judge: "Judge", args: argparse.Namespace
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for contestant in contestants:
-        found = [json.loads(_result(contestant, args, seed).read_text()) for seed in range(args.seeds)]
+        found = [
+            json.loads(result_of(contestant, args.seconds, args.samples, seed).read_text())
+            for seed in range(args.seeds)
+        ]
         fds = [each["fd"] for each in found]
         spread = f"± {stdev(fds):.0f}" if len(fds) > 1 else ""
-        rate, parameters = _rate(contestant, args), found[0]["parameters"] / 1e6
+        rate, parameters = rate_of(contestant, args.seconds), found[0]["parameters"] / 1e6
         print(f"{contestant.name:32} {mean(fds):7.0f} {spread:7} {rate:6.0f} pictures/s {parameters:6.2f} M")
         curve = {float(minutes): fd for minutes, fd in found[0]["curve"].items()}
         axes.plot(list(curve), list(curve.values()), marker="o", label=contestant.name)
@@ -257,24 +276,18 @@ class Judge:
         return float(fid_statistics_to_metric(moments, self.moments, verbose=False)[KEY_METRIC_FID])
 
 
-def _stem(contestant: Contestant, args: argparse.Namespace) -> Path:
-    """What the files of ``contestant`` begin with: other settings have other files."""
-    chosen = f"-{digest_of(args.set)[:8]}" if args.set and contestant.name not in PEERS else ""
-    return workspace_of(args.scratch, args.pictures, args.size) / f"{contestant.name}{chosen}"
+def rate_of(contestant: Contestant, seconds: float) -> float:
+    """Pictures per second, as it was measured."""
+    return float(json.loads(_rate_file(contestant, seconds).read_text())["pictures_per_second"])
 
 
-def _rate_file(contestant: Contestant, args: argparse.Namespace) -> Path:
-    stem = _stem(contestant, args)
-    return stem.with_name(f"{stem.name}-rate.json")
+def _rate_file(contestant: Contestant, seconds: float) -> Path:
+    return contestant.workspace / f"{contestant.stem}-{seconds:g}s-rate.json"
 
 
-def _rate(contestant: Contestant, args: argparse.Namespace) -> float:
-    return float(json.loads(_rate_file(contestant, args).read_text())["pictures_per_second"])
-
-
-def _result(contestant: Contestant, args: argparse.Namespace, seed: int) -> Path:
-    stem = _stem(contestant, args)
-    return stem.with_name(f"{stem.name}-{args.seconds:g}s-{args.samples}-{seed}.json")
+def result_of(contestant: Contestant, seconds: float, samples: int, seed: int) -> Path:
+    """Where the result of a race lies."""
+    return contestant.workspace / f"{contestant.stem}-{seconds:g}s-{samples}-{seed}.json"
 
 
 if __name__ == "__main__":

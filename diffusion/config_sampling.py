@@ -42,13 +42,13 @@ class SamplingConfig(Config):
     """Standard deviation of it (S_noise), a little over 1 against pictures that come out too smooth; null: 1."""
     order: Literal[2, 3] | None = Field(None, exclude_if=unset)
     """Estimates that a step of deis or unipc goes by; null: 3 for deis and 2 for unipc."""
-    guidance: float | None = Field(None, ge=0)
+    guidance: float | None = Field(None, ge=0, exclude_if=unset)
     """How strongly pictures are drawn to what they are to show, class or prompt (arXiv 2207.12598): 1 is as the network
     was trained, 2 to 8 is clearer and less varied, 0 as if nothing were asked for. Twice the work. Null: 1."""
-    guidance_interval: tuple[float, float] | None = None
+    guidance_interval: tuple[float, float] | None = Field(None, exclude_if=unset)
     """Guide only at noise levels σ above the first number and up to the second (2404.07724), such as [0.2, 5]: at high
     levels guidance takes away variety, at low ones it does nothing. Null: at all levels."""
-    guidance_rescale: float | None = Field(None, gt=0, le=1)
+    guidance_rescale: float | None = Field(None, gt=0, le=1, exclude_if=unset)
     """How far the contrast that guidance adds is taken back, 1 all of it (2305.08891, which takes 0.7). Null: not."""
     compute_batch: int = Field(64, ge=1)
     """Pictures computed at once, always as many: it decides the last bits of each."""

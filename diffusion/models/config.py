@@ -42,7 +42,7 @@ class ModelConfig(Config):
     """Share of the values inside each residual block that training sets to 0, chosen by seed and picture."""
     conditional: bool = True
     """Whether the network is told each picture's class, where the data set has several."""
-    text: bool = False
+    text: bool = Field(False, exclude_if=unset)
     """Whether the network is told each picture's caption, as a sentence encoder reads it (the extra ``text``)."""
 
     @model_validator(mode="after")

@@ -1,0 +1,81 @@
+"""What each choice in the default preset buys: trainings that differ in one of them, for as long.
+
+    python benchmarks/ablation.py --seconds 180
+
+Each has as many pictures as it can see in that time on an otherwise idle machine; that is measured first, for all of
+them in turns. Then each trains and draws as in ``quality.py``. What was measured lies in ``--scratch`` and is not
+measured again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from quality import Darkroom, Judge, measure_rates, race, rate_of, result_of, workspace_of
+
+CHOICES: dict[str, list[str]] = {
+    "the default": [],
+    "v and cosine, plain": [
+        "model.schedule=cosine",
+        "model.prediction=v",
+        "training.weighting=plain",
+        "training.times=uniform",
+    ],
+    "v and cosine, min-SNR": [
+        "model.schedule=cosine",
+        "model.prediction=v",
+        "training.weighting=min_snr",
+        "training.times=uniform",
+    ],
+    "noise and linear, plain (DDPM)": [
+        "model.schedule=linear",
+        "model.prediction=noise",
+        "training.weighting=plain",
+        "training.times=uniform",
+    ],
+    "soft min-SNR": ["training.weighting=soft_min_snr"],
+    "learned uncertainty": ["training.learned_uncertainty=true"],
+    "levels drawn each by itself": ["training.stratified=false"],
+    "no average of the weights": ["training.ema_decay=0"],
+    "learning rate 2e-3": ["training.learning_rate=2e-3"],
+    "learning rate 8e-3": ["training.learning_rate=8e-3"],
+    "batches of 32": ["training.batch_size=32"],
+    "batches of 128": ["training.batch_size=128"],
+    "whole pixels, no patches": ["model.patch=1"],
+    "48 channels": ["model.width=48"],
+    "three resolutions": ["model.multipliers=[1,2,2]"],
+    "two blocks": ["model.blocks=2"],
+    "no attention": ["model.attention=[]"],
+    "float32": ["training.precision=fp32"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=180)
+    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--scratch", type=Path, default=Path("/tmp/quality"))
+    args = parser.parse_args()
+    workspace = workspace_of(args.scratch, None, 0)
+    judge = Judge(workspace)
+    contestants = [Darkroom(name, workspace, tuple(settings)) for name, settings in CHOICES.items()]
+    measure_rates(contestants, args.seconds)
+    for seed in range(args.seeds):
+        for contestant in contestants:
+            race(contestant, seed, judge, args.seconds, args.samples)
+    print(f"\nreal pictures: {judge.floor(args.samples):.0f}\n")
+    print("| | Fréchet distance | pictures/s | parameters |")
+    print("|---|---:|---:|---:|")
+    for contestant in contestants:
+        found = [
+            json.loads(result_of(contestant, args.seconds, args.samples, seed).read_text())
+            for seed in range(args.seeds)
+        ]
+        fd = sum(each["fd"] for each in found) / len(found)
+        rate = rate_of(contestant, args.seconds)
+        print(f"| {contestant.name} | {fd:.0f} | {rate:.0f} | {found[0]['parameters'] / 1e6:.2f} M |")
+
+
+if __name__ == "__main__":
+    main()
