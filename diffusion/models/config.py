@@ -12,14 +12,14 @@ Prediction = Literal["noise", "v", "x0", "edm"]
 class ModelConfig(Config):
     """The forward process, the quantity predicted, and the shape of the U-Net."""
 
-    schedule: Literal["linear", "cosine", "sigmoid", "edm"] = "cosine"
+    schedule: Literal["linear", "cosine", "sigmoid", "edm"] = "edm"
     """Noise schedule: linear β (arXiv 2006.11239), cosine ᾱ (2102.09672), sigmoid ᾱ (2212.11972), or EDM's σ from
     0.002 to 80, each step as many times that of the one before (2206.00364)."""
     steps: int = Field(1000, ge=2, le=10_000)
     """T, the number of noise levels."""
     zero_terminal: bool = False
     """Whether the schedule is stretched until nothing is left of a picture at its end (arXiv 2305.08891)."""
-    prediction: Prediction = "v"
+    prediction: Prediction = "edm"
     """What the network predicts: the noise, v (arXiv 2202.00512), the clean picture, or EDM's mixture of both, which
     depends on the standard deviation of the data set (2206.00364)."""
     learned_variance: bool = Field(False, exclude_if=unset)

@@ -24,7 +24,7 @@ class TrainingConfig(Config):
     minutes: float | None = Field(None, gt=0)
     """How long to train: measured once at the start, turned into images, and never measured again. Ten, if neither is
     given."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(64, ge=1)
     """Pictures per optimizer step."""
     lanes: int = Field(2, ge=1)
     """Parts of a batch computed side by side, each on one core: as many as there are cores to spare.
@@ -45,7 +45,7 @@ class TrainingConfig(Config):
     """Null: one exponential average. Two numbers, such as [0.05, 0.1]: two averages that forget in proportion to how
     long training has gone on, over these shares of it (arXiv 2312.02696). The first is the model; from what is kept of
     both in averages/, evaluation.ema_lengths makes those of other lengths after the end."""
-    weighting: Literal["plain", "min_snr", "soft_min_snr", "edm"] = "plain"
+    weighting: Literal["plain", "min_snr", "soft_min_snr", "edm"] = "edm"
     """How much each noise level counts: the squared error of what is predicted, as it is (arXiv 2006.11239), min-SNR-γ
     (2303.09556), its soft form (2401.11605) or EDM's (2206.00364). The last two know the data's deviation."""
     min_snr_gamma: float | None = Field(None, gt=0)
@@ -53,7 +53,7 @@ class TrainingConfig(Config):
     learned_uncertainty: bool = False
     """Whether a small network learns how large the error is at each level, and the loss is divided by that (2312.02696,
     equation 21): then no level outweighs the others, however hard it is."""
-    times: Literal["uniform", "lognormal"] = "uniform"
+    times: Literal["uniform", "lognormal"] = "lognormal"
     """How noise levels are drawn: each step of the schedule alike, or ln σ from a normal distribution (2206.00364)."""
     log_sigma_mean: float | None = None
     """Mean of ln σ for times = lognormal; null: −1.2, EDM's."""

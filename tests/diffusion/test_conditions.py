@@ -82,7 +82,8 @@ def test_another_encoder_is_another_run_and_named(
     final = run(data, tmp_path / "run").final
     other = TextEncoder(name="newer", digest="b" * 64)
     keys = [train_key("0" * 64, each, CONFIG) for each in (MODEL, SHAPE)]
-    monkeypatch.setattr("diffusion.training.run.ENCODER", other)
+    for module in ("run", "identity"):
+        monkeypatch.setattr(f"diffusion.training.{module}.ENCODER", other)
     assert [train_key("0" * 64, each, CONFIG) == key for each, key in zip((MODEL, SHAPE), keys, strict=True)] == [
         False,
         True,
@@ -254,10 +255,12 @@ def test_a_caption_too_long_to_be_read_whole_keeps_nothing_from_training(tmp_pat
 @needs_encoder
 def test_pictures_show_the_colour_that_words_ask_for_and_without_captions_none_in_particular(tmp_path: Path) -> None:
     squares(tmp_path / "squares")
-    config = CONFIG.model_copy(update={"images": 1600, "learning_rate": 1e-2, "checkpoints": 1})
+    settings = {"images": 1600, "learning_rate": 1e-2, "checkpoints": 1, "weighting": "plain", "times": "uniform"}
+    config = CONFIG.model_copy(update=settings)
+    shapes = [each.model_copy(update={"schedule": "cosine", "prediction": "v"}) for each in (MODEL, SHAPE)]
     told, untold = (
         load_model(train(tmp_path / "squares", tmp_path / f"run{number}", each, config, SAMPLING).final)
-        for number, each in enumerate((MODEL, SHAPE))
+        for number, each in enumerate(shapes)
     )
     names = list(COLOURS)
     for words in ("{} square", "a square that is {}"):

@@ -124,7 +124,7 @@ def test_a_weighting_weighs_an_error_of_the_picture_the_same_whatever_is_predict
     schedule, x0, noise = cosine_schedule(1000), pictures(0), pictures(1)
     losses = []
     for prediction in PREDICTIONS:
-        model = ModelConfig(prediction=prediction)
+        model = ModelConfig(prediction=prediction, schedule="cosine")
         config = TrainingConfig.model_validate({"images": 1, "weighting": weighting})
         objective = make_objective(model, config, SIGMA_DATA)
         network = network_wrong_by(0.5, prediction, schedule, x0)

@@ -132,7 +132,7 @@ def test_time_stays_at_the_ends_for_sigmas_beyond_the_schedule() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"zero_terminal": True, "prediction": "noise"}, "use v, x0 or edm"),
+        ({"zero_terminal": True, "schedule": "cosine", "prediction": "noise"}, "use v, x0 or edm"),
         ({"zero_terminal": True, "schedule": "edm"}, "leave one out"),
     ],
 )

@@ -243,14 +243,15 @@ def test_averaged_weights_move_and_differ_from_the_raw_ones(dataset: Path, tmp_p
 
 
 def test_training_beats_the_best_constant_prediction_by_far(dataset: Path, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"images": 4800, "learning_rate": 1e-2})
-    run(dataset, tmp_path / "run", config)
+    model = MODEL.model_copy(update={"schedule": "cosine", "prediction": "v"})
+    config = CONFIG.model_copy(update={"images": 4800, "learning_rate": 1e-2, "weighting": "plain", "times": "uniform"})
+    train(dataset, tmp_path / "run", model, config, SAMPLING)
     rows = (tmp_path / "run" / "losses.csv").read_text().splitlines()
     last = dict(zip(rows[0].split(","), map(float, rows[-1].split(",")), strict=True))
     data = Dataset.open(dataset)
     x0 = to_float(data.pictures(data.rows("held_out")))
     # v = √ᾱ ε − √(1−ᾱ) x_0 has mean 0 over the noise, so a constant 0 costs E[ᾱ + (1−ᾱ) x_0²].
-    alpha_bar = make_schedule(MODEL).alphas_cumprod
+    alpha_bar = make_schedule(model).alphas_cumprod
     constant = (alpha_bar + (1 - alpha_bar) * x0.square().mean()).mean().item()
     assert last["held_out_loss_ema"] < constant / 2.5
 

@@ -357,7 +357,7 @@ def test_the_variance_asked_for_is_the_one_taken_whatever_the_network_learned(ne
     ("settings", "words"),
     [
         ({"times": "lognormal"}, "draws from between them: use uniform"),
-        ({"learned_uncertainty": True}, "divide each by another number: leave one out"),
+        ({"learned_uncertainty": True, "times": "uniform"}, "divide each by another number: leave one out"),
     ],
 )
 def test_trainings_that_cannot_teach_a_variance_are_refused_with_the_reason(
@@ -390,12 +390,13 @@ def test_a_network_says_twice_as_much_and_learns_no_slower_to_say_the_first_half
 
 def test_a_short_training_learns_resumes_to_the_same_bits_and_draws(dataset: Path, tmp_path: Path) -> None:
     shape = LEARNED.model_copy(update={"patch": 2})
-    whole = train(dataset, tmp_path / "whole", shape, CONFIG, SAMPLING)
+    config = CONFIG.model_copy(update={"times": "uniform"})
+    whole = train(dataset, tmp_path / "whole", shape, config, SAMPLING)
     with pytest.raises(Stop):
-        train(dataset, tmp_path / "cut", shape, CONFIG, SAMPLING, track=lambda _: StopAt(240))
+        train(dataset, tmp_path / "cut", shape, config, SAMPLING, track=lambda _: StopAt(240))
     with pytest.raises(UserError, match=r"differs in model\.learned_variance"):
-        train(dataset, tmp_path / "cut", shape.model_copy(update={"learned_variance": False}), CONFIG, SAMPLING)
-    resumed = train(dataset, tmp_path / "cut", shape, CONFIG, SAMPLING)
+        train(dataset, tmp_path / "cut", shape.model_copy(update={"learned_variance": False}), config, SAMPLING)
+    resumed = train(dataset, tmp_path / "cut", shape, config, SAMPLING)
     assert resumed.final.read_bytes() == whole.final.read_bytes()
     model = load_model(whole.final)
     assert model.config.learned_variance

@@ -135,7 +135,7 @@ def test_averages_of_a_length_replace_a_presets_own_and_must_be_kept_to_be_judge
 
 
 def test_a_model_and_a_training_that_do_not_fit_are_refused_before_anything_is_read(params: Path) -> None:
-    assert load_params(params, ["model.learned_variance=true"]).model.learned_variance
+    assert load_params(params, ["model.learned_variance=true", "training.times=uniform"]).model.learned_variance
     with pytest.raises(UserError, match=r"training\.times = lognormal draws from between them: use uniform"):
         load_params(params, ["preset=large", "model.learned_variance=true"])
     with pytest.raises(UserError, match=r"sampling\.variance means nothing to sampler = heun"):
