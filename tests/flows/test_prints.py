@@ -29,7 +29,7 @@ def batch(asked: Asked | None = None, sampling: SamplingConfig = SAMPLING) -> Ba
         seed=7,
         count=4,
         sampling=sampling,
-        fingerprint=fingerprint(sampling.compute_batch, sampling.precision),
+        fingerprint=fingerprint(sampling.compute_batch, sampling.precision, "auto"),
         asked=asked,
     )
 
