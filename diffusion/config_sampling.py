@@ -53,7 +53,7 @@ class SamplingConfig(Config):
     compute_batch: int = Field(64, ge=1)
     """Pictures computed at once, always as many: it decides the last bits of each."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Number format of matrix products; auto: bf16 where the device has it."""
+    """Number format of matrix products; auto: bf16 where the device has it. On a GPU fp32 is TF32."""
     device: DeviceName = Field("auto", exclude_if=unset)
     """What computes: cpu, cuda, or auto, a GPU where there is one."""
 

@@ -17,15 +17,19 @@ def resolve_device(name: DeviceName) -> torch.device:
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cuda" and not count:
-        raise UserError("device = cuda was asked for, and torch sees no GPU: use auto, or install torch for CUDA")
+        raise UserError(
+            "training.device or sampling.device is cuda, and torch sees no GPU: use auto, or install torch for CUDA"
+        )
     if name == "cpu" or not count:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
 
 
 def device_name(device: torch.device) -> str:
-    """What decides the bits that ``device`` computes: the GPU's model, or the processor's vector instructions."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    """What decides the bits that ``device`` computes: a GPU's model, and the processor's vector instructions."""
+    processor = torch.backends.cpu.get_cpu_capability()
+    # Beside a GPU the processor reads prompts.
+    return f"{torch.cuda.get_device_name(device)}, {processor}" if device.type == "cuda" else processor
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
+from pydantic import Field
 
 from diffusion.config import Config, DeviceName
 from diffusion.device import device_name, resolve_device
@@ -27,10 +28,12 @@ class Fingerprint(Config):
     """Version of torch."""
     compile: bool = False
     """Whether the network was compiled."""
+    ranks: int = Field(1, exclude_if=lambda count: count == 1)
+    """Processes that shared each batch, in training."""
 
     def differences(self, other: "Fingerprint") -> str:
         """What differs, as ``field: this → that``; empty if nothing does."""
-        mine, theirs = self.model_dump(), other.model_dump()
+        mine, theirs = dict(self), dict(other)
         return ", ".join(f"{name}: {mine[name]} → {theirs[name]}" for name in mine if mine[name] != theirs[name])
 
 

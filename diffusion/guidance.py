@@ -37,7 +37,7 @@ def guided(
         estimate = torch.lerp(unconditional(x, sigma), told, scale)
         if rescale is not None:
             estimate = rescaled(estimate, told, rescale)
-        return torch.where(inside.expand(len(x))[:, None, None, None], estimate, told)
+        return torch.where(inside.to(x.device).expand(len(x))[:, None, None, None], estimate, told)
 
     return denoise
 

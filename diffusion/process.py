@@ -32,13 +32,23 @@ class NoiseSchedule:
         return ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
 
     @cached_property
+    def _copies(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def _on(self, device: torch.device) -> Tensor:
+        """``sigmas`` on ``device``, brought there once: each time would be waited for."""
+        if device not in self._copies:
+            self._copies[device] = self.sigmas.to(device)
+        return self._copies[device]
+
+    @cached_property
     def snr(self) -> Tensor:
         """Signal-to-noise ratio ᾱ_t / (1 − ᾱ_t) = 1/σ_t²: (T,) float64."""
         return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
     def sigma(self, t: Tensor) -> Tensor:
         """σ at times ``t`` (N,) from 0 to T−1, whole or not, as (N,) float64: the inverse of ``time``."""
-        table = self.sigmas.to(t.device)
+        table = self._on(t.device)
         low = t.long().clamp(0, self.steps - 2)
         beyond = t.double() - low
         # At whole steps the table's own numbers, to the last bit.
@@ -46,7 +56,7 @@ class NoiseSchedule:
 
     def time(self, sigma: Tensor) -> Tensor:
         """The time t, whole or not, at which the schedule has ``sigma`` (N,), as (N,) float32; at most its ends."""
-        table = self.sigmas.to(sigma.device).log()
+        table = self._on(sigma.device).log()
         value = sigma.double().log().clamp(table[0], table[-1])
         high = torch.searchsorted(table, value).clamp(1, len(table) - 1)
         low = high - 1

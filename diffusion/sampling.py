@@ -40,28 +40,26 @@ def sample(
 
     Raises UserError if something is asked that the model was not told of, or that would have no effect.
     """
-    meanings = prepare(model, config, asked)
+    require_effect(model.classes, model.config.text, config, asked)
     size = config.compute_batch
     batches = [range(b * size, (b + 1) * size) for b in sorted({index // size for index in indices})]
     drawn: dict[int, Tensor] = {}
     device = resolve_device(config.device)
     model = model.on(device)
 
-    def draw(members: range) -> Tensor:
-        return _sample_batch(model, members, seed, config, device, asked, meanings)
-
     # A GPU shares its work out by itself.
     with repeatable(device), lanes(None if device.type == "cpu" else 1) as pool:
-        finished = pool.map(draw, batches)
+        # In here as well: what a prompt means has bits that change with the threads that read it.
+        meanings = meanings_of(model, asked)
+        finished = pool.map(lambda each: _sample_batch(model, each, seed, config, device, asked, meanings), batches)
         for number, (members, pictures) in enumerate(zip(batches, finished, strict=True), start=1):
             drawn |= zip(members, pictures, strict=True)
             progress("pictures sampled", min(number * size, len(indices)), len(indices))
     return torch.stack([drawn[index] for index in indices])
 
 
-def prepare(model: DiffusionModel, config: SamplingConfig, asked: Asked) -> Meanings:
-    """What the prompts mean; raises UserError as ``sample`` does, or if the encoder cannot be had."""
-    require_effect(model.classes, model.config.text, config, asked)
+def meanings_of(model: DiffusionModel, asked: Asked) -> Meanings:
+    """What the prompts mean to ``model``; raises UserError if the encoder that it was told by cannot be had."""
     prompts = {text for text in (*asked.prompts, asked.negative_prompt) if text is not None}
     if not prompts:
         return NO_MEANINGS
@@ -71,8 +69,10 @@ def prepare(model: DiffusionModel, config: SamplingConfig, asked: Asked) -> Mean
 
 
 def require_read_whole(asked: Asked) -> None:
-    """Raise UserError for a prompt with an end that would not be read; captions of data sets may have one."""
+    """Raise UserError for a prompt of which nothing, or not all, would be read; captions of data sets may be so."""
     for text in (*asked.prompts, asked.negative_prompt):
+        if text is not None and not text.strip():
+            raise UserError("a prompt needs words: write what the pictures are to show, or leave it out")
         if text is not None and (length := len(encoder().tokens(text))) > LONGEST:
             raise UserError(f"the prompt {text[:40]!r}… has {length} word pieces, and {LONGEST} are read: shorten it")
 
@@ -87,17 +87,20 @@ def require_effect(classes: Sequence[str], text: bool, config: SamplingConfig, a
     prompts = [prompt for prompt in (*asked.prompts, asked.negative_prompt) if prompt is not None]
     if prompts and not text:
         raise UserError("the model was told no captions: leave prompts out, or train one with model.text=true")
-    if not all(prompt.strip() for prompt in prompts):
-        raise UserError("a prompt needs words: write what the pictures are to show, or leave it out")
     if asked.negative_prompt is not None and not config.guides:
         raise UserError("a negative prompt is what sampling.guidance leads away from: set that, say to 3")
-    differs = labels or prompts or (classes and not asked.prompts and not asked.labels)
-    if config.guides and not differs:
+    if config.guides and not leads_anywhere(classes, asked):
         raise UserError(
             f"sampling.guidance = {config.guidance:g} leads to what pictures are asked to show, and nothing is asked: "
             + ("give a prompt, or " if text else "the model was told neither classes nor captions, ")
             + "leave it out (null)"
         )
+
+
+def leads_anywhere(classes: Sequence[str], asked: Asked) -> bool:
+    """Whether guidance has something to lead a model of ``classes`` to."""
+    named = any(each is not None for each in (*asked.labels, *asked.prompts, asked.negative_prompt))
+    return named or bool(classes and not asked.prompts and not asked.labels)
 
 
 def labels_of(model: DiffusionModel, indices: Sequence[int], seed: int, asked: Asked = ANYTHING) -> Tensor | None:
@@ -177,8 +180,9 @@ def _sample_batch(
 
 def _guided(model: DiffusionModel, told: Told, config: SamplingConfig, negative: Tensor) -> Denoise:
     """The model as it is told, led away from what it does when told of no class, and no caption but ``negative``."""
-    if config.guidance is None:
+    if not config.guides:
         return model.denoiser(told)
+    assert config.guidance is not None
     other = {
         name: torch.full_like(value, len(model.classes)) if name == "label" else negative.expand_as(value)
         for name, value in told.items()

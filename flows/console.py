@@ -79,12 +79,15 @@ def console() -> Iterator[Console]:
     said, ours = Said(shown), [logging.getLogger(name) for name in OURS]
     for each in ours:
         each.addHandler(said)
+    levels = [each.level for each in ours]
+    for each in ours:
         each.setLevel(logging.INFO)
     try:
         yield shown
     finally:
-        for each in ours:
+        for each, level in zip(ours, levels, strict=True):
             each.removeHandler(said)
+            each.setLevel(level)
         shown.close()
 
 

@@ -56,6 +56,15 @@ class Params(Config):
         return self
 
     @model_validator(mode="after")
+    def _guidance_is_trained(self) -> "Params":
+        if self.sampling.guides and self.training.condition_dropout == 0:
+            raise ValueError(
+                "sampling.guidance leads away from what the network draws when told nothing, which it never learns "
+                "with training.condition_dropout = 0: set that to 0.1, or leave guidance out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _model_and_training_agree(self) -> "Params":
         if words := disagreement(self.model, self.training):
             raise ValueError(words)

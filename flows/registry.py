@@ -124,7 +124,8 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
             python_model=str(SERVED_MODEL),
             artifacts={"weights": str(weights)},
             code_paths=[str(Path(diffusion.__file__).parent)],
-            model_config=sampling.model_dump(mode="json"),
+            # Not what computed it here: the machine that serves it may have another.
+            model_config=sampling.model_copy(update={"device": "auto"}).model_dump(mode="json"),
             signature=SIGNATURE,
             metadata={"format_version": 1},
             input_example=pd.DataFrame({"seed": [0, 0], "index": [0, 1]}),

@@ -9,7 +9,7 @@ from diffusion.config_sampling import ANYTHING, Asked
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.evaluate import require_enough
 from diffusion.model import classes_of
-from diffusion.sampling import require_effect
+from diffusion.sampling import require_effect, require_read_whole
 from flows.evaluate import evaluate
 from flows.explain import Explained, explain
 from flows.ingest import Ingested, ingest
@@ -42,6 +42,7 @@ def retrain(
     require_enough(params.dataset_folder)
     classes = classes_of(params.model, read_manifest(params.dataset_folder).class_histogram)
     require_effect(classes, params.model.text, params.sampling, asked)
+    require_read_whole(asked)
     training = train(params, restart="if_different")
     evaluate(params)
     verdict = promote(params)

@@ -50,8 +50,9 @@ class Captions:
 
 
 def like(dataset: Dataset, rows: Rows, classes: Sequence[str]) -> Asked:
-    """To show what the pictures in ``rows`` do: their captions, and their labels if the model knows ``classes``."""
-    return Asked(labels=tuple(dataset.labels(rows)) if classes else (), prompts=tuple(dataset.captions(rows)))
+    """To show what the pictures in ``rows`` do: their captions, and of their labels those that the model knows."""
+    labels = tuple(label if label in classes else None for label in dataset.labels(rows)) if classes else ()
+    return Asked(labels=labels, prompts=tuple(dataset.captions(rows)))
 
 
 def embeddings_of(dataset: Dataset, texts: Sequence[str], pool: Executor, progress: Progress = silent) -> Tensor:
@@ -76,8 +77,12 @@ def embeddings_of(dataset: Dataset, texts: Sequence[str], pool: Executor, progre
             chunk = missing[start : start + CHUNK]
             embeddings[chunk] = torch.stack(list(pool.map(read, [texts[number] for number in chunk])))
             progress("captions read", start + len(chunk), len(missing))
-        forget_captions(dataset.folder)
+        # What earlier files knew goes when the new one is whole.
         _keep(path, digests, embeddings)
+        for other in _files(folder):
+            if other != path:
+                other.with_suffix(".sha256").unlink(missing_ok=True)
+                other.unlink(missing_ok=True)
         if read_manifest(dataset.folder).content_digest != dataset.manifest.content_digest:
             # Pictures may have been taken down meanwhile. A takedown puts the manifest in place and then looks here;
             # we look in the other order, so that one of the two finds the file.

@@ -9,7 +9,7 @@ import shutil
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -170,7 +170,8 @@ def captions_folder(folder: Path) -> Path:
 
 def forget_captions(folder: Path) -> None:
     """Delete what is kept of the captions of the data set in ``folder``."""
-    shutil.rmtree(captions_folder(folder), ignore_errors=True)
+    with suppress(FileNotFoundError):  # never read, or gone meanwhile
+        shutil.rmtree(captions_folder(folder))
 
 
 def _anew(before: Manifest | None, config: IngestConfig, rebuild: Rebuild, folder: Path) -> bool:

@@ -28,7 +28,7 @@ from diffusion.grids import grid, save_png
 from diffusion.model import DiffusionModel, load_model, read_header, save_tensors
 from diffusion.progress import Progress, silent
 from diffusion.random import permutation
-from diffusion.sampling import sample
+from diffusion.sampling import leads_anywhere, sample
 
 FEWEST = 10
 """Pictures of either split without which no score means anything."""
@@ -133,7 +133,9 @@ class Judge:
             model = load_model(path)
             self._require_same_shape(path, model)
             numbers, asked = range(self.config.samples), self.asked(model)
-            drawn = sample(model, numbers, self.config.seed, self.sampling, named, asked)
+            # A champion may have been told less than what the configuration is for now.
+            sampling = self.sampling if leads_anywhere(model.classes, asked) else self.sampling.unguided()
+            drawn = sample(model, numbers, self.config.seed, sampling, named, asked)
             return self._record(key, self.extractor(drawn), model.header.images), drawn[:SHOWN]
 
         if not path.is_file():

@@ -72,7 +72,7 @@ class TrainingConfig(Config):
     seed: int = Field(0, ge=0)
     """Decides initial weights, order, time steps and noise."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Number format of matrix products; auto: bf16 where the device has it."""
+    """Number format of matrix products; auto: bf16 where the device has it. On a GPU fp32 is TF32."""
     device: DeviceName = "auto"
     """What computes: cpu, cuda, or auto, a GPU where there is one. Decides the last bits of the weights."""
     compile: bool | None = None

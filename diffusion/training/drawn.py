@@ -26,7 +26,10 @@ class Drawn:
 
     def on(self, device: torch.device) -> "Drawn":
         """The same on ``device``, as soon as it gets there."""
-        return self._each(lambda values: values.to(device, non_blocking=True))
+        if device.type == "cpu":
+            return self
+        # From pinned memory nobody waits for a copy.
+        return self._each(lambda values: values.pin_memory().to(device, non_blocking=True))
 
     def split(self, count: int) -> list["Drawn"]:
         """In so many parts, as equal as can be."""

@@ -152,11 +152,17 @@ def measure(run: Run, sampling: SamplingConfig) -> Pace:
         while run.ranks.agreed(steps < 3 or time.perf_counter() - start < MEASURED_SECONDS):
             trial.step()
             steps += 1
+        trial.settle()
     image = (time.perf_counter() - start) / (steps * run.config.batch_size)
+    if trial.device.type != "cpu" and run.ranks.leads:
+        # The first time compiles for these pictures, and no checkpoint after it does.
+        trial.probe(trial.state.network)
     start = time.perf_counter()
-    averaged = trial.averaged()
-    trial.probe(averaged.network)
-    sample(averaged, range(GRID_PICTURES), 0, sampling, asked=run.shown(GRID_PICTURES))
+    whole = trial.gathered()
+    if run.ranks.leads:
+        averaged = whole.averaged()
+        whole.probe(averaged.network)
+        sample(averaged, range(GRID_PICTURES), 0, sampling, asked=run.shown(GRID_PICTURES))
     return run.ranks.agreed(Pace(image, time.perf_counter() - start))
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from diffusion.device import resolve_device
+
 Value = TypeVar("Value")
 
 
@@ -81,8 +83,11 @@ def ranks() -> Iterator[Ranks]:
     # What processes of before a restart left in torchrun's store would be taken for the addresses of the new ones.
     store, rank, _ = next(rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(resolve_device("auto"))
     dist.init_process_group(
-        "gloo", store=PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=count, timeout=PATIENCE
+        backends, store=PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=count, timeout=PATIENCE
     )
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())

@@ -95,7 +95,7 @@ class Record:
         self.guards.weights(state.network, state.averages[0].state_dict(), images)
         if config.ema_lengths is not None:
             keep_snapshot(self.output / AVERAGES, state.averages, config.ema_lengths, images, run.header())
-        self.writer.save(state, run.header(), config.keep, spared(config, self.probes, save_every))
+        self.writer.save(state, run.checkpoint_header(), config.keep, spared(config, self.probes, save_every))
 
 
 def drift(drawn: Tensor, manifest: Manifest) -> dict[str, float]:

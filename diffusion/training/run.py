@@ -1,10 +1,11 @@
 """A training run: its data, its configuration and its state; one step of it, and where it stands."""
 
+import copy
 import math
 from collections import deque
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from diffusion.data.dataset import SPLITS, Dataset
 from diffusion.data.loader import Batch, Loader
 from diffusion.data.manifest import Split
 from diffusion.data.order import Order, TrainingOrder, WindowedOrder
-from diffusion.device import resolve_device
+from diffusion.device import device_name, resolve_device
 from diffusion.errors import DarkroomError
-from diffusion.fingerprint import CPU, autocast
+from diffusion.fingerprint import CPU, Fingerprint, autocast, resolve_precision
 from diffusion.model import DiffusionModel, ModelHeader, Told, classes_of, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
@@ -29,17 +30,15 @@ from diffusion.text import ENCODER
 from diffusion.training.checkpoint import TrainingState
 from diffusion.training.config import TrainingConfig
 from diffusion.training.drawn import Drawn, kept_back
-from diffusion.training.ema import ExponentialAverage, PowerAverage, WeightAverage
 from diffusion.training.identity import data_digest, identity_fields, train_key
 from diffusion.training.objective import draw_times, make_objective, times_at
 from diffusion.training.ranks import ALONE, Ranks
-from diffusion.training.sharding import gathered, shard
-from diffusion.training.uncertainty import Uncertainty
+from diffusion.training.sharding import gathered
+from diffusion.training.state import make_state
 
-BETAS = (0.9, 0.99)
-"""Of AdamW. Its own 0.999 remembers more steps than a run of minutes has to give: measured worse."""
 LEVELS = 8
 """Parts of the distribution of noise levels, from the least to the most, whose losses are told apart."""
+FINGERPRINT = "fingerprint"
 PROBES = 256
 """Pictures of each split on which losses are compared over time."""
 
@@ -87,10 +86,14 @@ class Run:
     """What the network is told besides; None: nothing."""
     device: torch.device = CPU
     """Where the network is."""
+    compiled: bool = False
+    """Whether it was compiled."""
     total: int = 0
     """Images to see in all, a whole number of batches."""
     behind: int = 0
     """After how many further steps it is looked at whether a step was finite: a GPU would else wait for it."""
+    probes: dict[Split, Batch] = field(default_factory=dict)
+    """Fixed pictures of each split, as soon as losses were compared on them."""
     unsettled: deque[Step] = field(default_factory=deque)
     """The steps that nobody has looked at yet."""
 
@@ -113,13 +116,26 @@ class Run:
         network.recompute = config.recompute
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         state = make_state(network, config, ranks if config.shard else ALONE, device)
-        if config.compile if config.compile is not None else device.type == "cuda":
+        compiled = config.compile if config.compile is not None else device.type == "cuda"
+        if compiled:
             network.compile(dynamic=False)
         objective = make_objective(model, config, dataset.manifest.sigma_data)
         loader = make_loader(dataset, config, ranks)
         behind = 1 if device.type == "cuda" else 0
         return cls(
-            dataset, model, config, state, objective, loader, classes, pool, ranks, captions, device, behind=behind
+            dataset,
+            model,
+            config,
+            state,
+            objective,
+            loader,
+            classes,
+            pool,
+            ranks,
+            captions,
+            device,
+            compiled,
+            behind=behind,
         )
 
     def step(self) -> tuple[Tensor, Tensor]:
@@ -243,10 +259,15 @@ class Run:
         """This run with all of its state in the process that leads, of which each may have a share; all ask at once."""
         if not self.config.shard:
             return self
-        tensors = {name: gathered(value) for name, value in self.state.tensors().items()}
+        tensors: dict[str, Tensor] = {}
+        for name, value in self.state.tensors().items():
+            # One at a time, and kept outside the device: a network that is shared out does not fit on it.
+            of_all = gathered(value)
+            if self.ranks.leads:
+                tensors[name] = of_all.cpu()
         if not self.ranks.leads:
             return self
-        state = make_state(self._network(), self.config, ALONE, self.device)
+        state = make_state(self._network(), self.config, ALONE, CPU)
         state.load(tensors, self.state.counts())
         return replace(self, state=state)
 
@@ -255,18 +276,17 @@ class Run:
         networks = {"": self.state.network, "_ema": averaged}
         figures = {
             f"{split}_loss{suffix}": self.pool.submit(self._probe, split, batch, network)
-            for split, batch in self._probes.items()
+            for split, batch in self._probed().items()
             for suffix, network in networks.items()
         }
         losses = {name: figure.result() for name, figure in figures.items()}
         means = {name: each.mean().item() for name, each in losses.items()}
         return means | by_level(losses.get("held_out_loss_ema"))
 
-    @cached_property
-    def _probes(self) -> dict[Split, Batch]:
+    def _probed(self) -> dict[Split, Batch]:
         """The pictures of each split to compare losses on, kept: they may have come from far away."""
-        probes: dict[Split, Batch] = {}
-        for split in SPLITS:
+        probes = self.probes
+        for split in SPLITS if not probes else ():
             rows = self.dataset.rows(split)
             if self.config.window is not None:  # from as few shards as possible
                 rows = rows[np.argsort(self.dataset.shards(rows), kind="stable")]
@@ -282,6 +302,8 @@ class Run:
             t = times_at(self.config, self.objective.schedule, u)
             noise = GaussianNoise(0, f"probe/{split}", batch.indices, self.dataset.shape)()
             drawn = Drawn(x0, t, noise, None, self._known(batch)).on(self.device)
+            if next(network.parameters()).device != self.device:
+                network = copy.deepcopy(network).to(self.device)
             return self._losses(network, drawn).cpu()
 
     def shown(self, count: int) -> Asked:
@@ -307,6 +329,21 @@ class Run:
             training=identity_fields(self.config),
         )
 
+    def fingerprint(self) -> Fingerprint:
+        """What the last bits of the weights depend on besides configuration, data and seed."""
+        return Fingerprint(
+            batch=self.config.batch_size,
+            precision=resolve_precision(self.config.precision, self.device),
+            device=device_name(self.device),
+            torch=torch.__version__,
+            compile=self.compiled,
+            ranks=self.ranks.count,
+        )
+
+    def checkpoint_header(self) -> dict[str, Any]:
+        """The header of a checkpoint, which says where it was computed."""
+        return self.header() | {FINGERPRINT: self.fingerprint().model_dump(mode="json")}
+
     def header(self) -> dict[str, Any]:
         """The header of a checkpoint or final model."""
         manifest = self.dataset.manifest
@@ -324,26 +361,6 @@ def by_level(losses: Tensor | None) -> dict[str, float]:
         return {}
     parts = losses.tensor_split(LEVELS)
     return {f"held_out_loss_ema_level_{number}": part.mean().item() for number, part in enumerate(parts, start=1)}
-
-
-def make_state(network: UNet, config: TrainingConfig, ranks: Ranks, device: torch.device) -> TrainingState:
-    """The state of a run that has seen nothing; several ``ranks`` each have their share of it."""
-    uncertainty = Uncertainty() if config.learned_uncertainty else None
-    networks = [network, uncertainty] if uncertainty else [network]
-    for each in networks:
-        if ranks.count > 1:
-            shard(each, ranks, device)
-        each.to(device)
-    trained = [parameter for each in networks for parameter in each.parameters()]
-    optimizer = torch.optim.AdamW(trained, config.learning_rate, BETAS, weight_decay=config.weight_decay, fused=True)
-    return TrainingState(network, make_averages(network, config), optimizer, uncertainty)
-
-
-def make_averages(network: UNet, config: TrainingConfig) -> list[WeightAverage]:
-    """The averages of the weights that ``config`` asks for; the first is the model."""
-    if config.ema_lengths is not None:
-        return [PowerAverage(network, length) for length in config.ema_lengths]
-    return [ExponentialAverage(network, 0.999 if config.ema_decay is None else config.ema_decay)]
 
 
 def lanes_of(config: TrainingConfig, ranks: Ranks) -> int:

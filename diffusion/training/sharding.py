@@ -1,21 +1,22 @@
 """Networks that do not fit into one process: each keeps a share of every weight, moment and average (FSDP2)."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diffusion.models.unet import ResidualBlock
-from diffusion.training.ranks import Ranks
 
 
-def shard(network: nn.Module, ranks: Ranks, device: torch.device) -> None:
+def shard(network: nn.Module, device: torch.device) -> None:
     """Leave on ``device`` this process's share of the weights; those of a block are gathered while it computes.
 
     Gradients are summed over the processes, and not averaged as they would be by default.
     """
-    mesh = init_device_mesh(device.type, (ranks.count,))
+    assert dist.group.WORLD is not None
+    mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
     # It refuses weights that lie channels last.
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for block in [module for module in network.modules() if isinstance(module, ResidualBlock)]:

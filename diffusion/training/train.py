@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,8 @@ from diffusion.data.shard_cache import ShardCache, ShardStore
 from diffusion.device import repeatable, resolve_device
 from diffusion.errors import DarkroomError, UserError
 from diffusion.files import write_bytes, write_json
-from diffusion.lanes import lanes
+from diffusion.fingerprint import Fingerprint
+from diffusion.lanes import cores, lanes
 from diffusion.model import (
     AVERAGED,
     read_header,
@@ -39,7 +41,7 @@ from diffusion.training.post_hoc import AVERAGES
 from diffusion.training.preflight import PREFLIGHT, Preflight, measure, preflight_of, require_disk
 from diffusion.training.ranks import ALONE, Ranks, ranks
 from diffusion.training.record import GRID_PICTURES, Record
-from diffusion.training.run import NotFinite, Run, lanes_of
+from diffusion.training.run import FINGERPRINT, NotFinite, Run, lanes_of
 from diffusion.training.sharding import gathered
 from diffusion.training.tracker import ANEW, SPOOL, NoTracker, Tracker
 
@@ -87,7 +89,8 @@ def train(
         holding = _held(output) if together.leads else nullcontext()
         _require_ranks(config, together)
         with holding, repeatable(resolve_device(config.device)), lanes(lanes_of(config, together)) as pool:
-            captions = _captions(dataset, model, together, lambda of, texts: embeddings_of(of, texts, pool, progress))
+            with lanes() as readers:
+                captions = _captions(dataset, model, together, partial(embeddings_of, pool=readers, progress=progress))
             run = Run.new(dataset, model, config, pool, together, captions)
             require_effect(run.classes, model.text, sampling, run.shown(GRID_PICTURES))
             if together.leads and restart == "if_different" and _differences(output, run):
@@ -271,6 +274,7 @@ def _begin_or_resume(
         run.loader.ahead(run.state.images, run.total)
         if run.ranks.leads:
             logger.info("going on from %d of %d images", run.state.images, run.total)
+            _name_differences(Fingerprint.model_validate(header[FINGERPRINT]), run.fingerprint())
         return "resumed"
     pace = None if run.config.images else measure(run, sampling)
     about = preflight_of(run, pace)
@@ -284,8 +288,13 @@ def _begin_or_resume(
     first = run.gathered()
     if run.ranks.leads:
         with Writer(checkpoints) as writer:
-            writer.save(first.state, run.header(), run.config.keep)
+            writer.save(first.state, run.checkpoint_header(), run.config.keep)
     return "begun"
+
+
+def _name_differences(before: Fingerprint, now: Fingerprint) -> None:
+    if differences := before.differences(now):
+        logger.warning("what computes has changed (%s): the last digits of the weights will differ", differences)
 
 
 def preflight(
@@ -305,7 +314,7 @@ def preflight(
         captions = _captions(dataset, model, ALONE, lambda _, texts: torch.zeros(len(texts), WIDTH))
         run = Run.new(dataset, model, config, pool, captions=captions)
         require_effect(run.classes, model.text, sampling, run.shown(GRID_PICTURES))
-        reading = seconds_to_read(dataset, dataset.different_captions()[0], config.lanes) if captions else 0
+        reading = seconds_to_read(dataset, dataset.different_captions()[0], cores()) if captions else 0
         return preflight_of(run, measure(run, sampling), reading)
 
 

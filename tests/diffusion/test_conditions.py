@@ -186,7 +186,6 @@ THREE = SamplingConfig(guidance=3)
         (["cat", "dog"], False, PLAIN, Asked(labels=("bird",)), "knows no class 'bird'; it knows cat, dog"),
         ([], True, PLAIN, Asked(labels=("cat",)), "told no classes"),
         (["cat"], False, PLAIN, Asked(prompts=("a cat",)), r"told no captions.*model\.text=true"),
-        ([], True, PLAIN, Asked(prompts=(" ",)), "a prompt needs words"),
         ([], True, PLAIN, Asked(prompts=("a",), negative_prompt="b"), "what sampling.guidance leads away from"),
         ([], True, SamplingConfig(guidance=1), Asked(negative_prompt="b"), "what sampling.guidance leads away from"),
         ([], True, THREE, Asked(), r"sampling\.guidance = 3 .* nothing is asked: give a prompt, or leave it out"),
@@ -243,6 +242,8 @@ def test_a_prompt_too_long_to_be_read_is_refused() -> None:
     require_read_whole(Asked(prompts=("word " * 254, None)))
     with pytest.raises(UserError, match="has 302 word pieces, and 256 are read: shorten it"):
         require_read_whole(Asked(prompts=("word " * 300,)))
+    with pytest.raises(UserError, match="a prompt needs words"):
+        require_read_whole(Asked(prompts=(" ",)))
 
 
 @needs_encoder

@@ -65,6 +65,10 @@ def test_a_gpu_trains_to_the_same_bits_twice_and_when_it_goes_on_from_a_checkpoi
 def test_a_gpu_draws_the_pictures_of_a_processor(dataset: Path, tmp_path: Path) -> None:
     losses(dataset, tmp_path / "run", device="cpu")
     model = load_model(tmp_path / "run" / "final.safetensors")
-    drawn = [sample(model, range(8), 0, SAMPLING.model_copy(update={"device": each})) for each in ("cpu", "cuda")]
-    assert (drawn[0].int() - drawn[1].int()).abs().max() <= 2
-    assert fingerprint(36, "fp32", "cuda").device == torch.cuda.get_device_name()
+    for guidance in (None, 2.0):
+        there, here = (
+            sample(model, range(8), 0, SAMPLING.model_copy(update={"device": each, "guidance": guidance}))
+            for each in ("cuda", "cpu")
+        )
+        assert (there.int() - here.int()).abs().max() <= 2
+    assert torch.cuda.get_device_name() in fingerprint(36, "fp32", "cuda").device

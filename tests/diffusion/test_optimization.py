@@ -13,7 +13,8 @@ from diffusion.random import GaussianNoise
 from diffusion.training.config import TrainingConfig
 from diffusion.training.drawn import Drawn
 from diffusion.training.objective import draw_times
-from diffusion.training.run import BETAS, Run, learning_rate
+from diffusion.training.run import Run, learning_rate
+from diffusion.training.state import BETAS
 
 MODEL = ModelConfig(width=16, multipliers=(1, 2), blocks=1, attention=(1,), patch=2)
 

@@ -29,7 +29,8 @@ from diffusion.training.config import TrainingConfig
 from diffusion.training.train import train
 told, shard = "text" in sys.argv, "shard" in sys.argv
 model = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1, dropout=0.1, text=told)
-config = TrainingConfig(images=int(sys.argv[3]), batch_size=16, warmup_images=32, checkpoints=16, keep=2, lanes=2,
+length = {"images": int(sys.argv[3])} if sys.argv[3] != "0" else {"minutes": 0.3}
+config = TrainingConfig(**length, batch_size=16, warmup_images=32, checkpoints=16, keep=2, lanes=2,
     learned_uncertainty=True, shard=shard)
 train(Path(sys.argv[1]), Path(sys.argv[2]), model, config, SamplingConfig(steps=2, compute_batch=36))
 """
@@ -124,6 +125,11 @@ def test_a_network_in_shares_has_the_losses_of_a_whole_one_and_its_checkpoints_f
     # One process alone goes on from what two had in shares.
     finish(start(dataset, tmp_path / "changed", 1, 640))
     np.testing.assert_allclose(curve(tmp_path / "changed"), curve(tmp_path / "whole"), rtol=0.3)
+
+
+def test_minutes_are_measured_on_a_network_in_shares(dataset: Path, tmp_path: Path) -> None:
+    finish(start(dataset, tmp_path / "run", 2, 0, 0, "shard"))
+    assert (tmp_path / "run" / "final.safetensors").is_file()
 
 
 def test_sharing_out_among_one_process_is_refused(dataset: Path, tmp_path: Path) -> None:

@@ -138,5 +138,7 @@ def test_a_model_and_a_training_that_do_not_fit_are_refused_before_anything_is_r
     assert load_params(params, ["model.learned_variance=true", "training.times=uniform"]).model.learned_variance
     with pytest.raises(UserError, match=r"training\.times = lognormal draws from between them: use uniform"):
         load_params(params, ["preset=large", "model.learned_variance=true"])
+    with pytest.raises(UserError, match=r"never learns with training\.condition_dropout = 0: set that to 0\.1"):
+        load_params(params, ["sampling.guidance=3", "training.condition_dropout=0"])
     with pytest.raises(UserError, match=r"sampling\.variance means nothing to sampler = heun"):
         load_params(params, ["sampling.sampler=heun", "sampling.variance=larger"])
