@@ -95,8 +95,11 @@ class Darkroom:
 
     def work(self, seed: int, images: int, samples: int, curve: bool) -> Drawn:
         """Train, and draw with the default sampler."""
+        training = [setting for setting in self.settings if not setting.startswith("sampling.")]
+        # Where the same training goes on, or is found, whatever the sampler.
+        output = f"runs/{digest_of([training, images, seed])[:8]}"
         chosen = {"training.minutes": "null", "training.images": images, "training.seed": seed}
-        chosen |= {"training.output": f"runs/{time.time_ns()}", "model.conditional": "false"}
+        chosen |= {"training.output": output, "model.conditional": "false"}
         chosen |= {"training.checkpoints": CHECKPOINTS, "training.keep": CHECKPOINTS}
         words = [*self.settings, *(f"{key}={value}" for key, value in chosen.items())]
         done = self._darkroom("stage", "train", words=words)
