@@ -1,0 +1,97 @@
+"""Editing with denoisers that are known exactly: what must be kept is, and what is filled in is what it should be."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diffusion.config_sampling import SamplingConfig
+from diffusion.editing import between, keeping, levels_for, repaint
+from diffusion.process import edm_schedule
+from diffusion.samplers import make_sampler, sigma_grid
+from tests.diffusion.ideal_denoiser import IdealDenoiser, two_tone_points
+from tests.diffusion.test_samplers import DETERMINISTIC, STOCHASTIC, noises, options
+
+CORRELATION = 0.95
+COVARIANCE = torch.tensor([[1.0, CORRELATION], [CORRELATION, 1.0]], dtype=torch.float64)
+SIGMAS = sigma_grid(edm_schedule(1000), 20)
+DDPM = make_sampler(SamplingConfig())
+
+
+def of_two_pixels(x: Tensor, sigma: Tensor) -> Tensor:
+    """The exact denoiser of pictures of two correlated Gaussian pixels, (N, 1, 1, 2)."""
+    gain = COVARIANCE @ torch.linalg.inv(COVARIANCE + sigma**2 * torch.eye(2, dtype=torch.float64))
+    return (x.double() @ gain.T).to(x.dtype)
+
+
+def two_pixels(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Known pictures, a mask that keeps the first pixel, and a start; the second pixel's mean is then CORRELATION."""
+    known = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2).expand(count, 1, 1, 2)
+    kept = torch.tensor([True, False]).view(1, 1, 1, 2)
+    return known, kept, SIGMAS[0].float() * torch.randn(count, 1, 1, 2, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("config", DETERMINISTIC + STOCHASTIC, ids=options)
+def test_whatever_the_sampler_what_is_kept_is_kept_exactly_and_the_rest_is_of_the_data(config: SamplingConfig) -> None:
+    points = two_tone_points(6)
+    known = points[0:1].expand(4, -1, -1, -1)
+    kept = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    kept[..., :2] = True
+    noise = noises(0, 4)
+    grid = sigma_grid(edm_schedule(1000), 60)
+    denoise = keeping(IdealDenoiser(points), known, kept)
+    drawn = make_sampler(config)(denoise, grid[0].float() * noise(), grid, noise)
+    assert torch.equal(drawn[..., :2], known[..., :2])
+    nearest = torch.cdist(drawn.flatten(1), points.flatten(1)).min(1)
+    assert (drawn[..., 2:] - points[nearest.indices][..., 2:]).abs().max() < 0.05
+
+
+def test_going_again_makes_a_hole_agree_with_what_lies_around_it() -> None:
+    count = 4000
+    known, kept, start = two_pixels(0, count)
+    generator = torch.Generator().manual_seed(1)
+
+    def noise() -> Tensor:
+        return torch.randn(count, 1, 1, 2, generator=generator)
+
+    denoise = keeping(of_two_pixels, known, kept)
+    once = DDPM(denoise, start, SIGMAS, noise)[:, 0, 0, 1]
+    again = repaint(DDPM, denoise, start, SIGMAS, noise, jump=2, times=10)[:, 0, 0, 1]
+    # Given that the first pixel is 1, the second has this mean and this variance.
+    assert abs(again.mean() - CORRELATION) < 0.04
+    assert abs(again.std() - (1 - CORRELATION**2) ** 0.5) < 0.06
+    assert abs(once.mean() - CORRELATION) > 3 * abs(again.mean() - CORRELATION)
+
+
+def test_gone_once_repainting_is_the_sampler_itself() -> None:
+    known, kept, start = two_pixels(0, 3)
+    denoise = keeping(of_two_pixels, known, kept)
+    noise = (lambda generator: lambda: torch.randn(3, 1, 1, 2, generator=generator))(torch.Generator().manual_seed(2))
+    same = (lambda generator: lambda: torch.randn(3, 1, 1, 2, generator=generator))(torch.Generator().manual_seed(2))
+    torch.testing.assert_close(
+        repaint(DDPM, denoise, start, SIGMAS, noise, jump=3, times=1), DDPM(denoise, start, SIGMAS, same)
+    )
+
+
+@given(st.floats(0.01, 1), st.integers(2, 100))
+def test_the_stronger_the_change_the_more_steps_and_noise(strength: float, steps: int) -> None:
+    sigmas = sigma_grid(edm_schedule(1000), steps)
+    levels = levels_for(sigmas, strength)
+    assert levels[-1] == 0
+    assert len(levels) >= 2
+    assert abs((len(levels) - 1) - max(1.0, strength * steps)) <= 0.5
+    assert torch.equal(levels_for(sigmas, 1), sigmas)
+
+
+@given(st.integers(0, 1000))
+def test_noise_on_the_way_is_as_strong_as_at_either_end(seed: int) -> None:
+    one, other = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    way = between(one, other, torch.linspace(0, 1, 7))
+    torch.testing.assert_close(way[0], one)
+    torch.testing.assert_close(way[-1], other)
+    norms = way.flatten(1).norm(dim=1)
+    low, high = sorted((one.norm(), other.norm()))
+    # Between two ends of different length it swings over neither by more than a little.
+    assert (norms > 0.95 * low).all()
+    assert (norms < 1.05 * high).all()
