@@ -4,11 +4,43 @@ Everything is made of a denoiser and a sampler, in x = x_0 + σ ε; masks are bo
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from diffusion.errors import UserError
 from diffusion.samplers import Denoise, Noise, Sampler
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A picture to begin with, instead of with nothing, and what is to become of it; UserError if that makes no sense.
+
+    With a mask all else is made anew (inpainting), at the full ``strength``; without one all of it is changed.
+    """
+
+    picture: Tensor
+    """(C, H, W) uint8."""
+    kept: Tensor | None = None
+    """(H, W) bool, True where the picture is kept; None: nowhere."""
+    strength: float = 1.0
+    """How much is changed, in (0, 1]: see ``levels_for``."""
+    times: int = 1
+    """How often each stretch is gone: see ``repaint``. 1: once, which is fast."""
+    jump: int = 5
+    """Steps in a stretch."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would have no effect."""
+        if not 0 < self.strength <= 1:
+            raise UserError(f"strength {self.strength:g} is not above 0 and at most 1: try 0.6")
+        if self.kept is None and (self.times > 1 or self.strength == 1):
+            raise UserError("without a mask nothing of the picture is left: give a mask, or a strength below 1")
+        if self.kept is not None and self.kept.all():
+            raise UserError("the mask keeps all of the picture: make it black where it is to be painted anew")
+        if self.kept is not None and not self.kept.any():
+            raise UserError("the mask keeps nothing of the picture: make it white where it is to stay")
 
 
 def keeping(denoise: Denoise, known: Tensor, kept: Tensor) -> Denoise:
@@ -29,6 +61,9 @@ def repaint(
     Between two of them the noise that the stretch took away is put back, so that a filled hole and its surroundings,
     ``denoise`` being one of ``keeping``, come to agree. ``x`` is σ_max ε (N, C, H, W); costs ``times`` as much.
     """
+    if times == 1:
+        # Whole, so that samplers which remember earlier steps may.
+        return sampler(denoise, x, sigmas, noise)
     for start in range(0, len(sigmas) - 1, jump):
         stretch = sigmas[start : start + jump + 1]
         back = float((stretch[0] ** 2 - stretch[-1] ** 2).sqrt())
@@ -55,6 +90,6 @@ def between(one: Tensor, other: Tensor, share: Tensor) -> Tensor:
     On the great circle through both: on a straight line there would be less noise half-way than at its ends
     (arXiv 2010.02502, appendix D.5).
     """
-    angle = torch.acos((one * other).sum() / (one.norm() * other.norm()))
+    angle = torch.acos(((one * other).sum() / (one.norm() * other.norm())).clamp(-1, 1))
     to_each = (share * angle)[:, None, None, None].to(one.dtype)
     return (torch.sin(angle - to_each) * one + torch.sin(to_each) * other) / math.sin(float(angle))

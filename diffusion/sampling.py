@@ -1,6 +1,6 @@
 """Pictures from a trained model, the same bits for picture i of seed s whatever else is asked for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -9,11 +9,12 @@ from torch import Tensor
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.denoiser import Denoiser
 from diffusion.device import repeatable, resolve_device
+from diffusion.editing import Edit, between, keeping, levels_for, repaint
 from diffusion.errors import UserError
 from diffusion.fingerprint import autocast
 from diffusion.guidance import clipped, guided
 from diffusion.lanes import lanes
-from diffusion.model import DiffusionModel, Told, to_uint8
+from diffusion.model import DiffusionModel, Told, to_float, to_uint8
 from diffusion.progress import Progress, silent
 from diffusion.random import GaussianNoise, uniform
 from diffusion.samplers import Callback, Denoise, Noise, ancestral, make_sampler, sigma_grid
@@ -31,8 +32,11 @@ def sample(
     config: SamplingConfig,
     progress: Progress = silent,
     asked: Asked = ANYTHING,
+    edit: Edit | None = None,
 ) -> Tensor:
     """Draw the pictures number ``indices`` of ``seed``, which show what is ``asked``: (len(indices), C, H, W) uint8.
+
+    With an ``edit`` they are versions of its picture, which must have the model's shape.
 
     Picture i is always computed as member i mod B of the compute batch i div B (B = ``config.compute_batch``),
     with its neighbours beside it, because floating-point sums change with a batch's shape. So asking for
@@ -40,6 +44,53 @@ def sample(
 
     Raises UserError if something is asked that the model was not told of, or that would have no effect.
     """
+    if edit is not None and edit.picture.shape != model.shape:
+        theirs, ours = ("×".join(map(str, shape)) for shape in (edit.picture.shape, model.shape))
+        raise UserError(
+            f"the picture has {theirs} (channels × height × width) and the model draws {ours}: bring it there"
+        )
+
+    def noise(members: range) -> Noise:
+        return GaussianNoise(seed, "sampling", members, model.shape)
+
+    return _drawn(model, indices, seed, config, progress, asked, noise, edit)
+
+
+def interpolate(
+    model: DiffusionModel,
+    one: int,
+    other: int,
+    count: int,
+    config: SamplingConfig,
+    progress: Progress = silent,
+    asked: Asked = ANYTHING,
+) -> Tensor:
+    """``count`` pictures from picture 0 of seed ``one`` to that of seed ``other``: (count, C, H, W) uint8.
+
+    All their noise, fresh noise on the way included, lies between that of the two, so that what samplers add changes
+    slowly as well.
+    """
+    shares = torch.linspace(0, 1, count)
+
+    def noise(members: range) -> Noise:
+        # Those beyond the last are there to fill the batch.
+        places = shares[torch.tensor(members).clamp(max=count - 1)]
+        ends = [GaussianNoise(seed, "sampling", [0], model.shape) for seed in (one, other)]
+        return lambda: between(ends[0]()[0], ends[1]()[0], places)
+
+    return _drawn(model, range(count), one, config, progress, asked, noise)
+
+
+def _drawn(
+    model: DiffusionModel,
+    indices: Sequence[int],
+    seed: int,
+    config: SamplingConfig,
+    progress: Progress,
+    asked: Asked,
+    noise: Callable[[range], Noise],
+    edit: Edit | None = None,
+) -> Tensor:
     require_effect(model.classes, model.config.text, config, asked)
     size = config.compute_batch
     batches = [range(b * size, (b + 1) * size) for b in sorted({index // size for index in indices})]
@@ -51,7 +102,12 @@ def sample(
     with repeatable(device), lanes(None if device.type == "cpu" else 1) as pool:
         # In here as well: what a prompt means has bits that change with the threads that read it.
         meanings = meanings_of(model, asked)
-        finished = pool.map(lambda each: _sample_batch(model, each, seed, config, device, asked, meanings), batches)
+
+        def draw(members: range) -> Tensor:
+            told = told_of(model, members, seed, asked, meanings)
+            return _sample_batch(model, told, config, device, noise(members), meanings[asked.negative_prompt], edit)
+
+        finished = pool.map(draw, batches)
         for number, (members, pictures) in enumerate(zip(batches, finished, strict=True), start=1):
             drawn |= zip(members, pictures, strict=True)
             progress("pictures sampled", min(number * size, len(indices)), len(indices))
@@ -121,15 +177,40 @@ def labels_of(model: DiffusionModel, indices: Sequence[int], seed: int, asked: A
 def reversed_from_noise(
     denoise: Denoise, sigmas: Tensor, noise: Noise, config: SamplingConfig, callback: Callback | None = None
 ) -> Tensor:
-    """The reverse process over ``sigmas``, from noise alone, with the sampler that ``config`` names.
+    """The reverse process over ``sigmas``, from noise alone, with the sampler that ``config`` names."""
+    return reversed_from(float(sigmas[0]) * noise(), denoise, sigmas, noise, config, callback)
 
-    What is guided has no learned variance: it is no one network's answer.
+
+def reversed_from(
+    x: Tensor,
+    denoise: Denoise,
+    sigmas: Tensor,
+    noise: Noise,
+    config: SamplingConfig,
+    callback: Callback | None = None,
+) -> Tensor:
+    """The reverse process over ``sigmas`` from ``x``, which is as noisy as the first of them.
+
+    What is guided, or edited, has no learned variance: it is no one network's answer.
     """
-    start = float(sigmas[0]) * noise()
     plain = config.sampler == "ddpm" and config.variance is None
     if plain and isinstance(denoise, Denoiser) and denoise.learned_variance:
-        return ancestral(denoise.posterior, start, sigmas, noise, callback)
-    return make_sampler(config)(denoise, start, sigmas, noise, callback)
+        return ancestral(denoise.posterior, x, sigmas, noise, callback)
+    return make_sampler(config)(denoise, x, sigmas, noise, callback)
+
+
+def edited(edit: Edit, denoise: Denoise, sigmas: Tensor, noise: Noise, config: SamplingConfig) -> Tensor:
+    """The reverse process from the picture of ``edit`` under as much noise as its strength asks for."""
+    levels = levels_for(sigmas, edit.strength)
+    start = float(levels[0]) * noise()
+    known = to_float(edit.picture).to(start.device)
+    if edit.kept is not None:
+        denoise = keeping(denoise, known, edit.kept.to(start.device))
+
+    def sampler(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None) -> Tensor:
+        return reversed_from(x, denoise, sigmas, noise, config, callback)
+
+    return repaint(sampler, denoise, known + start, levels, noise, edit.jump, edit.times)
 
 
 def label_names(model: DiffusionModel, indices: Sequence[int], seed: int, asked: Asked = ANYTHING) -> list[str | None]:
@@ -158,23 +239,24 @@ def told_of(
 @torch.inference_mode()
 def _sample_batch(
     model: DiffusionModel,
-    members: range,
-    seed: int,
+    told: Told,
     config: SamplingConfig,
     device: torch.device,
-    asked: Asked,
-    meanings: Meanings,
+    draws: Noise,
+    negative: Tensor,
+    edit: Edit | None,
 ) -> Tensor:
-    draws = GaussianNoise(seed, "sampling", members, model.shape)
-
     def noise() -> Tensor:
         return draws().to(device)
 
     sigmas = sigma_grid(model.schedule, config.steps)
-    told = {name: value.to(device) for name, value in told_of(model, members, seed, asked, meanings).items()}
-    denoiser = _guided(model, told, config, meanings[asked.negative_prompt].to(device))
+    told = {name: value.to(device) for name, value in told.items()}
+    denoise = _guided(model, told, config, negative.to(device))
     with autocast(config.precision, device):
-        pictures = reversed_from_noise(denoiser, sigmas, noise, config)
+        if edit is None:
+            pictures = reversed_from_noise(denoise, sigmas, noise, config)
+        else:
+            pictures = edited(edit, denoise, sigmas, noise, config)
     return to_uint8(pictures).cpu()
 
 

@@ -1,5 +1,8 @@
 """Editing with denoisers that are known exactly: what must be kept is, and what is filled in is what it should be."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,11 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusion.config_sampling import SamplingConfig
-from diffusion.editing import between, keeping, levels_for, repaint
+from diffusion.editing import Edit, between, keeping, levels_for, repaint
+from diffusion.errors import UserError
+from diffusion.model import DiffusionModel, load_model
 from diffusion.process import edm_schedule
 from diffusion.samplers import make_sampler, sigma_grid
+from diffusion.sampling import interpolate, sample
 from tests.diffusion.ideal_denoiser import IdealDenoiser, two_tone_points
 from tests.diffusion.test_samplers import DETERMINISTIC, STOCHASTIC, noises, options
+from tests.diffusion.test_train import run
 
 CORRELATION = 0.95
 COVARIANCE = torch.tensor([[1.0, CORRELATION], [CORRELATION, 1.0]], dtype=torch.float64)
@@ -95,3 +102,67 @@ def test_noise_on_the_way_is_as_strong_as_at_either_end(seed: int) -> None:
     # Between two ends of different length it swings over neither by more than a little.
     assert (norms > 0.95 * low).all()
     assert (norms < 1.05 * high).all()
+
+
+@pytest.fixture
+def model(dataset: Path, tmp_path: Path) -> DiffusionModel:
+    return load_model(run(dataset, tmp_path / "run").final)
+
+
+PICTURE = torch.randint(0, 256, (1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+LEFT = torch.zeros(8, 8, dtype=torch.bool)
+LEFT[:, :4] = True
+CONFIG = SamplingConfig(steps=6, compute_batch=8)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])
+def test_a_hole_is_filled_and_the_rest_keeps_its_bits_whatever_is_drawn_beside_it(
+    model: DiffusionModel, times: int, sampler: str
+) -> None:
+    config = CONFIG.model_copy(update={"sampler": sampler})
+    edit = Edit(PICTURE, LEFT, times=times, jump=2)
+    many = sample(model, range(12), 3, config, edit=edit)
+    assert torch.equal(many[..., :4], PICTURE[..., :4].expand(12, -1, -1, -1))
+    assert len({each.numpy().tobytes() for each in many[..., 4:]}) == 12
+    assert torch.equal(sample(model, [9], 3, config, edit=edit)[0], many[9])
+
+
+def test_the_stronger_the_change_the_less_is_left_of_the_picture(model: DiffusionModel) -> None:
+    finer = CONFIG.model_copy(update={"steps": 20})
+    changes = [
+        (sample(model, range(8), 0, finer, edit=Edit(PICTURE, strength=strength)).float() - PICTURE).abs().mean()
+        for strength in (0.2, 0.3, 0.4, 0.5)
+    ]
+    assert changes == sorted(changes)
+    assert changes[0] < changes[3] / 10
+
+
+def test_a_way_begins_and_ends_with_the_pictures_of_its_seeds(model: DiffusionModel) -> None:
+    way = interpolate(model, 3, 4, 9, CONFIG).int()
+    ends = torch.stack([sample(model, [0], seed, CONFIG)[0] for seed in (3, 4)]).int()
+    # Beside others in its batch, the last bits of a picture are others.
+    assert (way[[0, -1]] - ends).abs().max() <= 3
+    steps = (way[1:] - way[:-1]).abs().float().mean((1, 2, 3))
+    assert steps.max() < (ends[1] - ends[0]).abs().float().mean()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Edit(PICTURE, strength=0), "is not above 0 and at most 1"),
+        (lambda: Edit(PICTURE), "give a mask, or a strength below 1"),
+        (lambda: Edit(PICTURE, strength=0.5, times=3), "give a mask, or a strength below 1"),
+        (lambda: Edit(PICTURE, torch.ones(8, 8, dtype=torch.bool)), "keeps all of the picture"),
+        (lambda: Edit(PICTURE, torch.zeros(8, 8, dtype=torch.bool)), "keeps nothing of the picture"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(make: Callable[[], Edit], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        make()
+
+
+def test_a_picture_of_another_size_is_refused(model: DiffusionModel) -> None:
+    edit = Edit(torch.zeros(1, 9, 9, dtype=torch.uint8), strength=0.5)
+    with pytest.raises(UserError, match=r"the picture has 1×9×9 .* and the model draws 1×8×8"):
+        sample(model, [0], 0, CONFIG, edit=edit)
