@@ -6,10 +6,10 @@ from pydantic import Field, model_validator
 
 from diffusion.config import Config, DeviceName, unset
 
-SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "deis", "unipc"]
+SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "deis", "unipc"]
 TAKEN_BY: dict[str, tuple[SamplerName, ...]] = {
     "variance": ("ddpm",),
-    "eta": ("ddim", "dpmpp_2m"),
+    "eta": ("ddim", "dpmpp_2m_sde"),
     "churn": ("euler", "heun"),
     "order": ("deis", "unipc"),
 }
@@ -19,18 +19,19 @@ TAKEN_BY: dict[str, tuple[SamplerName, ...]] = {
 class SamplingConfig(Config):
     """The sampler, its number of steps, how strongly pictures are guided, and how it is computed."""
 
-    sampler: SamplerName = "ddpm"
+    sampler: SamplerName = "dpmpp_2m_sde"
     """ddpm (arXiv 2006.11239), ddim (2010.02502), euler or heun (2206.00364, heun with two evaluations a step),
-    dpmpp_2m (2211.01095), deis (2204.13902) or unipc (2302.04867). ddpm's fresh noise undoes earlier mistakes, of which
-    a briefly trained network makes many; the others need no noise unless asked to, and converge to one exact picture
-    for each start: in few steps the last three are the nearest to it."""
-    steps: int = Field(20, ge=2, le=10_000)
+    dpmpp_2m or its form with fresh noise dpmpp_2m_sde (2211.01095), deis (2204.13902) or unipc (2302.04867). Fresh noise,
+    which only ddpm and dpmpp_2m_sde have unless asked to, undoes earlier mistakes, of which a briefly trained network
+    makes many; the others converge to one exact picture for each start, dpmpp_2m, deis and unipc in the fewest steps."""
+    steps: int = Field(16, ge=2, le=10_000)
     """Noise levels visited; as many as model.steps visits each level of the schedule, as ddpm by the book does."""
     variance: Literal["smaller", "larger"] | None = Field(None, exclude_if=unset)
     """How much noise ddpm adds: the least that any data could need, or what data of noise would (arXiv 2006.11239,
     section 3.2); null: what the network learned, if it was trained with model.learned_variance, or else smaller."""
     eta: float | None = Field(None, ge=0, le=1, exclude_if=unset)
-    """How much of the noise is fresh in each step of ddim or dpmpp_2m: null or 0: none; 1: as much as in ddpm."""
+    """How much of the noise is fresh in each step, from none (0) to as much as in ddpm (1); null: 0 for ddim and 1 for
+    dpmpp_2m_sde."""
     churn: float | None = Field(None, gt=0, exclude_if=unset)
     """Noise that euler and heun add to be taken away again, as a share of σ in all steps together, at most √2 − 1 in
     each (S_churn of arXiv 2206.00364, algorithm 2); null: none."""

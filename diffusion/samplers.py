@@ -268,7 +268,6 @@ def _integral(known: Known, step: float, moments: Sequence[float]) -> Tensor:
 
 def make_sampler(config: SamplingConfig) -> Sampler:
     """The sampler that ``config`` names, with its options."""
-    eta = config.eta or 0.0
     churn = Churn(
         config.churn or 0.0,
         config.churn_min or 0.0,
@@ -279,13 +278,15 @@ def make_sampler(config: SamplingConfig) -> Sampler:
         case "ddpm":
             return partial(ddpm, variance=larger if config.variance == "larger" else smaller)
         case "ddim":
-            return partial(ddim, eta=eta)
+            return partial(ddim, eta=config.eta or 0.0)
         case "euler":
             return partial(euler, churn=churn)
         case "heun":
             return partial(heun, churn=churn)
         case "dpmpp_2m":
-            return partial(dpmpp_2m, eta=eta)
+            return dpmpp_2m
+        case "dpmpp_2m_sde":
+            return partial(dpmpp_2m, eta=1.0 if config.eta is None else config.eta)
         case "deis":
             return partial(deis, order=config.order or 3)
         case "unipc":

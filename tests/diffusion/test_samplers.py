@@ -29,8 +29,8 @@ STOCHASTIC = (
     SamplingConfig(sampler="ddpm", variance="larger"),
     SamplingConfig(sampler="ddim", eta=0.5),
     SamplingConfig(sampler="ddim", eta=1),
-    SamplingConfig(sampler="dpmpp_2m", eta=0.5),
-    SamplingConfig(sampler="dpmpp_2m", eta=1),
+    SamplingConfig(sampler="dpmpp_2m_sde", eta=0.5),
+    SamplingConfig(sampler="dpmpp_2m_sde"),
     SamplingConfig(sampler="euler", churn=10),
     SamplingConfig(sampler="heun", churn=10, churn_min=0.05, churn_max=50),
 )
@@ -163,8 +163,8 @@ def test_ddim_and_dpmpp_with_all_noise_fresh_are_ddpm_and_between_they_are_neith
     assert not torch.allclose(drawn(sampler="ddim", eta=0.9), drawn(), atol=1e-2)
     # Over two steps DPM-Solver++ has nothing to extrapolate from, and is of first order.
     two = sigmas[[0, 12, -1]]
-    torch.testing.assert_close(drawn(two, sampler="dpmpp_2m", eta=1), drawn(two), atol=1e-5, rtol=0)
-    assert not torch.allclose(drawn(two, sampler="dpmpp_2m", eta=0.9), drawn(two), atol=1e-3)
+    torch.testing.assert_close(drawn(two, sampler="dpmpp_2m_sde"), drawn(two), atol=1e-5, rtol=0)
+    assert not torch.allclose(drawn(two, sampler="dpmpp_2m_sde", eta=0.9), drawn(two), atol=1e-3)
 
 
 def test_nothing_fresh_is_the_sampler_without_and_euler_is_ddim() -> None:
@@ -174,8 +174,8 @@ def test_nothing_fresh_is_the_sampler_without_and_euler_is_ddim() -> None:
         sampler = make_sampler(SamplingConfig.model_validate(settings))
         return sampler(gaussian_denoiser, sigmas[0].float() * start, sigmas, no_noise)
 
-    for sampler in ("ddim", "dpmpp_2m"):
-        assert torch.equal(drawn(sampler=sampler, eta=0), drawn(sampler=sampler))
+    assert torch.equal(drawn(sampler="ddim", eta=0), drawn(sampler="ddim"))
+    assert torch.equal(drawn(sampler="dpmpp_2m_sde", eta=0), drawn(sampler="dpmpp_2m"))
     assert torch.equal(drawn(sampler="euler"), drawn(sampler="ddim"))
 
 
@@ -253,7 +253,7 @@ def test_the_multistep_samplers_earn_their_place_by_how_near_they_come_in_as_man
     [
         (
             {"sampler": "ddpm", "eta": 0.5},
-            "sampling.eta means nothing to sampler = ddpm: use ddim or dpmpp_2m, or leave",
+            "sampling.eta means nothing to sampler = ddpm: use ddim or dpmpp_2m_sde, or leave",
         ),
         ({"sampler": "unipc", "eta": 0.0}, "sampling.eta means nothing to sampler = unipc"),
         ({"sampler": "ddim", "churn": 4}, "sampling.churn means nothing to sampler = ddim: use euler or heun"),

@@ -169,7 +169,7 @@ def test_dpmpp_2m_with_all_noise_fresh(prediction: Prediction, steps: int) -> No
     )
     noise = noises(5)
     noise()
-    compare(theirs, SamplingConfig(sampler="dpmpp_2m", eta=1), "linear", prediction, fresh=noise)
+    compare(theirs, SamplingConfig(sampler="dpmpp_2m_sde"), "linear", prediction, fresh=noise)
 
 
 @pytest.mark.parametrize("steps", [15, 40])
