@@ -21,9 +21,10 @@ class SamplingConfig(Config):
 
     sampler: SamplerName = "dpmpp_2m_sde"
     """ddpm (arXiv 2006.11239), ddim (2010.02502), euler or heun (2206.00364, heun with two evaluations a step),
-    dpmpp_2m or its form with fresh noise dpmpp_2m_sde (2211.01095), deis (2204.13902) or unipc (2302.04867). Fresh noise,
-    which only ddpm and dpmpp_2m_sde have unless asked to, undoes earlier mistakes, of which a briefly trained network
-    makes many; the others converge to one exact picture for each start, dpmpp_2m, deis and unipc in the fewest steps."""
+    dpmpp_2m or its form with fresh noise, dpmpp_2m_sde (2211.01095), deis (2204.13902) or unipc (2302.04867). Fresh
+    noise, which only ddpm and dpmpp_2m_sde have unless asked to, undoes earlier mistakes, of which a briefly trained
+    network makes many; the others converge to one exact picture for each start, dpmpp_2m, deis and unipc in the
+    fewest steps."""
     steps: int = Field(16, ge=2, le=10_000)
     """Noise levels visited; as many as model.steps visits each level of the schedule, as ddpm by the book does."""
     variance: Literal["smaller", "larger"] | None = Field(None, exclude_if=unset)

@@ -68,6 +68,11 @@ class Params(Config):
     def _model_and_training_agree(self) -> "Params":
         if words := disagreement(self.model, self.training):
             raise ValueError(words)
+        if self.model.learned_variance and self.sampling.sampler != "ddpm":
+            raise ValueError(
+                f"model.learned_variance is what the sampler ddpm draws with, and sampling.sampler = "
+                f"{self.sampling.sampler} passes it over: use ddpm, or leave model.learned_variance out"
+            )
         return self
 
     @property

@@ -156,7 +156,7 @@ def test_ddim_and_dpmpp_with_all_noise_fresh_are_ddpm_and_between_they_are_neith
 
     def drawn(grid: Tensor = sigmas, **settings: object) -> Tensor:
         noise = noises(3, 8)
-        sampler = make_sampler(SamplingConfig.model_validate(settings))
+        sampler = make_sampler(SamplingConfig.model_validate({"sampler": "ddpm"} | settings))
         return sampler(gaussian_denoiser, grid[0].float() * noise(), grid, noise)
 
     torch.testing.assert_close(drawn(sampler="ddim", eta=1), drawn(), atol=1e-5, rtol=0)

@@ -138,7 +138,7 @@ def levels_of(theirs: Any, schedule: str) -> Tensor:
 @predictions
 def test_ddpm(prediction: Prediction, steps: int) -> None:
     theirs = scheduler(DDPMScheduler, "linear", prediction, steps, clip_sample=True)
-    compare(theirs, SamplingConfig(), "linear", prediction, True, generator=after_the_start(5))
+    compare(theirs, SamplingConfig(sampler="ddpm"), "linear", prediction, True, generator=after_the_start(5))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])

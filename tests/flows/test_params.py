@@ -135,7 +135,10 @@ def test_averages_of_a_length_replace_a_presets_own_and_must_be_kept_to_be_judge
 
 
 def test_a_model_and_a_training_that_do_not_fit_are_refused_before_anything_is_read(params: Path) -> None:
-    assert load_params(params, ["model.learned_variance=true", "training.times=uniform"]).model.learned_variance
+    learned = ["model.learned_variance=true", "training.times=uniform"]
+    assert load_params(params, [*learned, "sampling.sampler=ddpm"]).model.learned_variance
+    with pytest.raises(UserError, match=r"sampling\.sampler = deis passes it over: use ddpm"):
+        load_params(params, [*learned, "sampling.sampler=deis"])
     with pytest.raises(UserError, match=r"training\.times = lognormal draws from between them: use uniform"):
         load_params(params, ["preset=large", "model.learned_variance=true"])
     with pytest.raises(UserError, match=r"never learns with training\.condition_dropout = 0: set that to 0\.1"):
