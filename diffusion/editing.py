@@ -35,6 +35,13 @@ class Edit:
         """Refuse what would have no effect."""
         if not 0 < self.strength <= 1:
             raise UserError(f"strength {self.strength:g} is not above 0 and at most 1: try 0.6")
+        if self.times < 1 or self.jump < 1:
+            raise UserError(
+                f"times = {self.times}, jump = {self.jump}: each stretch is gone once or more, in a step or more"
+            )
+        if self.kept is not None and self.kept.shape != self.picture.shape[-2:]:
+            theirs, ours = ("×".join(map(str, each)) for each in (self.kept.shape, self.picture.shape[-2:]))
+            raise UserError(f"the mask has {theirs} pixels and the picture {ours} (height × width): make them equal")
         if self.kept is None and (self.times > 1 or self.strength == 1):
             raise UserError("without a mask nothing of the picture is left: give a mask, or a strength below 1")
         if self.kept is not None and self.kept.all():

@@ -68,8 +68,10 @@ def interpolate(
     """``count`` pictures from picture 0 of seed ``one`` to that of seed ``other``: (count, C, H, W) uint8.
 
     All their noise, fresh noise on the way included, lies between that of the two, so that what samplers add changes
-    slowly as well.
+    slowly as well. Raises UserError if there is no way between, and as ``sample`` does.
     """
+    if one == other or count < 2:
+        raise UserError(f"{count} pictures from seed {one} to seed {other}: give two seeds, and ask for two or more")
     shares = torch.linspace(0, 1, count)
 
     def noise(members: range) -> Noise:

@@ -153,6 +153,9 @@ def test_a_way_begins_and_ends_with_the_pictures_of_its_seeds(model: DiffusionMo
         (lambda: Edit(PICTURE, strength=0), "is not above 0 and at most 1"),
         (lambda: Edit(PICTURE), "give a mask, or a strength below 1"),
         (lambda: Edit(PICTURE, strength=0.5, times=3), "give a mask, or a strength below 1"),
+        (lambda: Edit(PICTURE, LEFT, times=0), "each stretch is gone once or more"),
+        (lambda: Edit(PICTURE, LEFT, jump=0), "in a step or more"),
+        (lambda: Edit(PICTURE, LEFT[:, :4]), "the mask has 8×4 pixels and the picture 8×8"),
         (lambda: Edit(PICTURE, torch.ones(8, 8, dtype=torch.bool)), "keeps all of the picture"),
         (lambda: Edit(PICTURE, torch.zeros(8, 8, dtype=torch.bool)), "keeps nothing of the picture"),
     ],
@@ -160,6 +163,12 @@ def test_a_way_begins_and_ends_with_the_pictures_of_its_seeds(model: DiffusionMo
 def test_what_would_do_nothing_is_refused(make: Callable[[], Edit], words: str) -> None:
     with pytest.raises(UserError, match=words):
         make()
+
+
+@pytest.mark.parametrize(("one", "other", "count"), [(3, 3, 9), (3, 4, 1)])
+def test_no_way_between_is_refused(model: DiffusionModel, one: int, other: int, count: int) -> None:
+    with pytest.raises(UserError, match="give two seeds, and ask for two or more"):
+        interpolate(model, one, other, count, CONFIG)
 
 
 def test_a_picture_of_another_size_is_refused(model: DiffusionModel) -> None:
