@@ -145,7 +145,7 @@ class Peer:
 
     def work(self, seed: int, images: int, samples: int, curve: bool) -> Drawn:
         """Train, and draw with its own sampler."""
-        folder = self.workspace / "drawn"
+        folder = self.workspace / f"drawn-{self.name}"
         options = ["--folder", folder, "--images", images, "--samples", samples, "--seed", seed]
         if curve:
             options += ["--on-the-way", ON_THE_WAY]
@@ -197,7 +197,7 @@ def main() -> None:
     measure_rates(contestants, args.seconds)
     for seed in range(args.seeds):
         for contestant in contestants:
-            race(contestant, seed, judge, args.seconds, args.samples, curve=seed == 0)
+            race(contestant, seed, judge, args.seconds, args.samples, curve=seed == 0 and args.picture is not None)
     tell(contestants, judge, args)
 
 
