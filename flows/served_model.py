@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from diffusion.config_sampling import SamplingConfig
@@ -35,11 +37,17 @@ class ServedModel(PythonModel):
     ) -> pd.DataFrame:
         """The pictures of each row, in their order; an empty cell is as good as no column.
 
-        Raises UserError, which names the row, for what the model cannot do or would pass over, and for more than
-        MOST_PICTURES pictures.
+        Raises MlflowException, which clients over HTTP are told, for what the model cannot do or would pass over, and
+        for more than MOST_PICTURES pictures.
         """
+        try:
+            return self._answered(model_input)
+        except UserError as error:
+            raise MlflowException(str(error), INVALID_PARAMETER_VALUE) from error
+
+    def _answered(self, table: pd.DataFrame) -> pd.DataFrame:
         requests = []
-        for number, row in enumerate(model_input.to_dict("records")):
+        for number, row in enumerate(table.to_dict("records")):
             try:
                 requests.append(request_of({str(name): _given(value) for name, value in row.items()}))
             except UserError as error:

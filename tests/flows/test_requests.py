@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from diffusion.config_sampling import SamplingConfig
-from diffusion.errors import UserError
 from diffusion.files import sha256_bytes, sha256_file
 from diffusion.marked import SYNTHETIC
 from diffusion.model import load_model
@@ -165,9 +165,9 @@ def test_the_served_model_answers_a_table_of_tasks_a_row_per_picture(folder: Pat
 
 def test_a_row_that_cannot_be_answered_is_named(served: ServedModel) -> None:
     table = pd.DataFrame({"seed": [0, 0], "strength": [np.nan, 0.5]})
-    with pytest.raises(UserError, match="row 1: strength means nothing to sample, only to inpaint, vary"):
+    with pytest.raises(MlflowException, match="row 1: strength means nothing to sample, only to inpaint, vary"):
         served.predict(None, table)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="4097 pictures in one table"):
+    with pytest.raises(MlflowException, match="4097 pictures in one table"):
         served.predict(None, pd.DataFrame({"seed": [0], "count": [4097.0]}))  # type: ignore[arg-type]
 
 
