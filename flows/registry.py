@@ -36,8 +36,8 @@ SIGNATURE = ModelSignature(
                 for kind, names in (
                     # Whole numbers that not every row has are doubles: a column of integers has no empty cells.
                     (DataType.double, ("count", "index", "to_seed", "steps", "times", "strength", "guidance")),
-                    (DataType.string, ("task", "label", "prompt", "negative_prompt", "sampler")),
-                    (DataType.binary, ("image", "mask")),
+                    # Files in base64, for a column of bytes has none either where they come as JSON.
+                    (DataType.string, ("task", "label", "prompt", "negative_prompt", "sampler", "image", "mask")),
                 )
                 for name in names
             ),
@@ -47,7 +47,7 @@ SIGNATURE = ModelSignature(
         [ColSpec(DataType.long, "request"), ColSpec(DataType.long, "index"), ColSpec(DataType.binary, "png")]
     ),
 )
-"""A row per request, with the fields of ``diffusion.requests.Request``."""
+"""A row per request, with the fields of ``diffusion.requests.Request``, and one per picture."""
 
 
 class Version(Config):

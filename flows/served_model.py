@@ -1,14 +1,18 @@
 """The registered model: what MLflow loads and serves. Logged as code, so nothing is unpickled.
 
 A request is a table with a row for each task and the columns of ``diffusion.requests``, most of which may be left out:
-a ``seed`` alone is one picture, ``seed`` and ``index`` are the two numbers that stand in every print's manifest. The
-answer is a table with a row per picture: ``request``, the number of the row that asked for it, ``index``, its own
-number, and ``png``. Equal requests give equal bits, within the fingerprint of the machine.
+a ``seed`` alone is one picture, ``seed`` and ``index`` are the two numbers that stand in every print's manifest. Files
+(``image``, ``mask``) are given in base64. The answer is a table with a row per picture: ``request``, the number of the
+row that asked for it, ``index``, its own number, and ``png``. Equal requests give equal bits, within the fingerprint of
+the machine.
 """
 
+import base64
+import binascii
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
@@ -22,6 +26,7 @@ from diffusion.model import DiffusionModel, load_model
 from diffusion.requests import answer, request_of
 
 MOST_PICTURES = 4096
+FILES = ("image", "mask")
 
 
 class ServedModel(PythonModel):
@@ -49,7 +54,7 @@ class ServedModel(PythonModel):
         requests = []
         for number, row in enumerate(table.to_dict("records")):
             try:
-                requests.append(request_of({str(name): _given(value) for name, value in row.items()}))
+                requests.append(request_of({str(name): _given(str(name), value) for name, value in row.items()}))
             except UserError as error:
                 raise UserError(f"row {number}: {error}") from error
         if (count := sum(request.count for request in requests)) > MOST_PICTURES:
@@ -63,11 +68,16 @@ class ServedModel(PythonModel):
         return pd.DataFrame(rows, columns=["request", "index", "png"])
 
 
-def _given(value: Any) -> Any:
-    """A cell as Python has it; None if it is empty."""
-    if isinstance(value, bytes | str):
-        return value
-    return None if pd.isna(value) else getattr(value, "item", lambda: value)()
+def _given(name: str, value: Any) -> Any:
+    """What a cell of column ``name`` says, as Python has it; None if it is empty."""
+    if pd.isna(value):
+        return None
+    if name in FILES:
+        try:
+            return base64.b64decode(value, validate=True)
+        except (binascii.Error, TypeError, ValueError) as error:
+            raise UserError(f"{name} is not in base64: encode the bytes of the file so") from error
+    return value.item() if isinstance(value, np.generic) else value
 
 
 set_model(ServedModel())

@@ -1,5 +1,6 @@
 """Pictures from pictures: on the command line with a model file, and through the model that MLflow loads."""
 
+import base64
 import json
 import sys
 from pathlib import Path
@@ -142,7 +143,7 @@ def served(folder: Path) -> ServedModel:
 
 
 def test_the_served_model_answers_a_table_of_tasks_a_row_per_picture(folder: Path, served: ServedModel) -> None:
-    image, mask = ((folder / name).read_bytes() for name in ("face.png", "hole.png"))
+    image, mask = (base64.b64encode((folder / name).read_bytes()).decode() for name in ("face.png", "hole.png"))
     table = pd.DataFrame(
         {
             "task": ["sample", "vary", "inpaint", "interpolate"],
@@ -167,6 +168,8 @@ def test_a_row_that_cannot_be_answered_is_named(served: ServedModel) -> None:
     table = pd.DataFrame({"seed": [0, 0], "strength": [np.nan, 0.5]})
     with pytest.raises(MlflowException, match="row 1: strength means nothing to sample, only to inpaint, vary"):
         served.predict(None, table)  # type: ignore[arg-type]
+    with pytest.raises(MlflowException, match="row 0: image is not in base64"):
+        served.predict(None, pd.DataFrame({"task": ["vary"], "seed": [0], "image": ["å"]}))  # type: ignore[arg-type]
     with pytest.raises(MlflowException, match="4097 pictures in one table"):
         served.predict(None, pd.DataFrame({"seed": [0], "count": [4097.0]}))  # type: ignore[arg-type]
 
