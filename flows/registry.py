@@ -12,6 +12,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import RestException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import AnyType
 
 import diffusion
 from diffusion.config import Config
@@ -34,9 +35,9 @@ SIGNATURE = ModelSignature(
             *(
                 ColSpec(kind, name, required=False)
                 for kind, names in (
-                    # Whole numbers that not every row has are doubles: a column of integers has no empty cells.
-                    (DataType.double, ("count", "index", "to_seed", "steps", "times", "strength", "guidance")),
-                    # Files in base64, for a column of bytes has none either where they come as JSON.
+                    # MLflow takes no whole numbers for doubles, and no empty cells among whole numbers.
+                    (AnyType(), ("count", "index", "to_seed", "steps", "times", "strength", "guidance")),
+                    # Files in base64: among bytes it takes no empty cells if they come as JSON.
                     (DataType.string, ("task", "label", "prompt", "negative_prompt", "sampler", "image", "mask")),
                 )
                 for name in names
@@ -148,7 +149,7 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
             model_config=sampling.model_copy(update={"device": "auto"}).model_dump(mode="json"),
             signature=SIGNATURE,
             metadata={"format_version": 1},
-            input_example=pd.DataFrame({"task": ["sample"], "seed": [0], "count": [2.0], "steps": [8.0]}),
+            input_example=pd.DataFrame({"task": ["sample"], "seed": [0], "count": [2], "steps": [8]}),
             pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in (*REQUIREMENTS, *reads)],
             tags={WEIGHTS: digest},
             step=images,

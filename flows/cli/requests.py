@@ -1,29 +1,16 @@
-"""``darkroom inpaint | vary | interpolate``: pictures from pictures, and between them."""
+"""``darkroom inpaint | vary | interpolate``: pictures from pictures, and between them, in a folder of this machine."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.options import DEFAULT_PARAMS, Json, ParamsFile, Set, joined, load, show
+from flows.cli.options import DEFAULT_PARAMS, Count, Json, Model, Output, ParamsFile, Seed, Set, joined, load, show
 
 if TYPE_CHECKING:
     from diffusion.made import Made
 
 Image = Annotated[Path, typer.Argument(help="A picture; it is cut to a square and scaled to the model's size.")]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="URI|FILE",
-        help="models:/NAME@ALIAS or models:/NAME/NUMBER; default: champion. Or a final.safetensors, without servers.",
-    ),
-]
-Output = Annotated[
-    Path | None, typer.Option("--out", metavar="FOLDER", help="Where to; default: a folder of its own in prints/.")
-]
-Count = Annotated[int, typer.Option("--count", min=1, help="How many pictures.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Picture i of a seed is the same picture everywhere.")]
 Label = Annotated[str | None, typer.Option("--label", metavar="NAME", help="The class to show.")]
 Prompt = Annotated[
     str | None,
@@ -72,8 +59,8 @@ def inpaint(
     """
     wanted: dict[str, Any] = {"count": count, "seed": seed, "times": times, "strength": strength}
     wanted |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
-    done = _made("inpaint", wanted, model, output, params, overrides, image, mask)
-    _show(done, as_json)
+    done = made("inpaint", wanted, model, output, params, overrides, image, mask)
+    show_made(done, as_json)
 
 
 def vary(
@@ -98,8 +85,8 @@ def vary(
     """
     wanted: dict[str, Any] = {"count": count, "seed": seed, "strength": strength}
     wanted |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
-    done = _made("vary", wanted, model, output, params, overrides, image)
-    _show(done, as_json)
+    done = made("vary", wanted, model, output, params, overrides, image)
+    show_made(done, as_json)
 
 
 def interpolate(
@@ -121,11 +108,16 @@ def interpolate(
     """
     wanted: dict[str, Any] = {"count": count, "seed": seed, "to_seed": to_seed}
     wanted |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
-    done = _made("interpolate", wanted, model, output, params, overrides)
-    _show(done, as_json)
+    done = made("interpolate", wanted, model, output, params, overrides)
+    show_made(done, as_json)
 
 
-def _made(
+def is_file(model: str) -> bool:
+    """Whether ``model`` is a file, for which no server is needed, and not the name of a registered version."""
+    return model.endswith(".safetensors")
+
+
+def made(
     task: str,
     wanted: dict[str, Any],
     model: str | None,
@@ -137,7 +129,7 @@ def _made(
 ) -> "Made":
     """The pictures, drawn here with a model file, or by the flow with a registered one."""
     config = load(params, overrides)
-    if model is not None and model.endswith(".safetensors"):
+    if model is not None and is_file(model):
         from diffusion.made import make, read_request
         from diffusion.requests import Wanted
         from flows.console import console
@@ -153,7 +145,8 @@ def _made(
         return generate(config, uri, Wanted(task=task, **wanted), image, mask, output)
 
 
-def _show(done: "Made", as_json: bool) -> None:
+def show_made(done: "Made", as_json: bool) -> None:
+    """Print what was made, and where it lies."""
     show(
         done.model_dump(mode="json"),
         as_json,

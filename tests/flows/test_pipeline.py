@@ -84,7 +84,7 @@ def test_the_registered_model_loads_elsewhere_without_pickle_and_draws_the_print
     script = (
         "import mlflow, pandas as pd, sys\n"
         "model = mlflow.pyfunc.load_model(sys.argv[1])\n"
-        "out = model.predict(pd.DataFrame({'seed': [5, 5], 'index': [39.0, 2.0]}))\n"
+        "out = model.predict(pd.DataFrame({'seed': [5, 5], 'index': [39, 2]}))\n"
         "import diffusion; print(diffusion.__file__, file=sys.stderr)\n"
         "sys.stdout.buffer.write(b''.join(len(p).to_bytes(4, 'big') + p for p in out['png']))\n"
     )

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
+from mlflow.models.utils import _enforce_schema
 from PIL import Image
 
 from diffusion.config_sampling import SamplingConfig
@@ -77,6 +78,7 @@ def made(darkroom: Darkroom, *words: str) -> dict[str, Any]:
         ("inpaint", "face.png", "--mask", "hole.png", "--count", "3"),
         ("vary", "face.png", "--strength", "0.5", "--count", "3"),
         ("interpolate", "5", "--count", "3"),
+        ("sample", "--count", "3"),
     ],
     ids=lambda words: words[0],
 )
@@ -115,6 +117,8 @@ def test_requests_that_differ_lie_in_folders_of_their_own(darkroom: Darkroom) ->
         (("vary", "face.png", "--label", "cat"), "told no classes"),
         (("inpaint", "face.png", "--mask", "model.safetensors"), "the mask cannot be used: not a picture"),
         (("interpolate", "0"), "from one seed to another"),
+        (("sample", "--to", "s3://bucket"), "use --out FOLDER"),
+        (("sample", "--label", "cat", "--label", "dog"), "give a file one"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(
@@ -176,3 +180,15 @@ def test_a_row_that_cannot_be_answered_is_named(served: ServedModel) -> None:
 
 def test_the_signature_has_every_field_of_a_request() -> None:
     assert {column.name for column in SIGNATURE.inputs} == Request.model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"seed": [5, 6], "index": [39, 2], "guidance": [3, 2]},
+        {"seed": [5, 6], "index": [39, None], "strength": [None, 0.5], "task": [None, "vary"], "image": [None, "aa=="]},
+    ],
+)
+def test_whole_numbers_and_empty_cells_pass_the_signature(table: dict[str, list[Any]]) -> None:
+    passed = _enforce_schema(pd.DataFrame(table), SIGNATURE.inputs)
+    assert passed.to_dict("list").keys() == table.keys()
