@@ -90,7 +90,7 @@ class Darkroom:
     def rate(self, seconds: float) -> float:
         """As the dry run says, with its pauses for sample grids."""
         words = [*self.settings, "training.images=null", f"training.minutes={seconds / 60}", "model.conditional=false"]
-        done = self._darkroom("train", "--dry-run", words=words)
+        done = darkroom(self.workspace, "train", "--dry-run", words=words)
         return float(done["images"]) / seconds
 
     def work(self, seed: int, images: int, samples: int, curve: bool) -> Drawn:
@@ -102,7 +102,7 @@ class Darkroom:
         chosen |= {"training.output": output, "model.conditional": "false"}
         chosen |= {"training.checkpoints": CHECKPOINTS, "training.keep": CHECKPOINTS}
         words = [*self.settings, *(f"{key}={value}" for key, value in chosen.items())]
-        done = self._darkroom("stage", "train", words=words)
+        done = darkroom(self.workspace, "stage", "train", words=words)
         sampling = load_params(self.workspace / "params.yaml", words).sampling
         final = self.workspace / done["final"]
 
@@ -117,13 +117,6 @@ class Darkroom:
             "drawing_seconds": time.perf_counter() - began,
         }
         return Drawn(pictures, figures, {int(path.stem): drawn(path, ON_THE_WAY) for path in checkpoints})
-
-    def _darkroom(self, *verb: str, words: list[str]) -> dict[str, Any]:
-        command = [str(Path(sys.executable).with_name("darkroom")), *verb, "--json"]
-        done: dict[str, Any] = json.loads(
-            run([*command, *(part for word in words for part in ("--set", word))], self.workspace)
-        )
-        return done
 
 
 @dataclass(frozen=True)
@@ -160,15 +153,20 @@ class Peer:
         return done
 
 
+def darkroom(workspace: Path, *verb: str, words: Sequence[str]) -> dict[str, Any]:
+    """What ``darkroom VERB --json`` says in ``workspace``, with the settings in ``words``."""
+    command = [str(Path(sys.executable).with_name("darkroom")), *verb, "--json"]
+    done: dict[str, Any] = json.loads(run([*command, *(part for word in words for part in ("--set", word))], workspace))
+    return done
+
+
 def workspace_of(scratch: Path, source: Path | None, size: int) -> Path:
     """A workspace with the pictures of ``source``, and all of them in one array for the peers; None: Fashion-MNIST."""
     workspace = scratch / f"{source.stem}-{size}" if source else prepare(scratch, "32 px grey").parents[1]
     if source and not (workspace / "data").exists():
         workspace.mkdir(parents=True, exist_ok=True)
         (workspace / "params.yaml").write_text("training:\n  dataset: pictures\n")
-        words = [f"ingest.source={source.resolve()}", f"ingest.size={size}"]
-        darkroom = str(Path(sys.executable).with_name("darkroom"))
-        run([darkroom, "stage", "ingest", *(part for word in words for part in ("--set", word))], workspace)
+        darkroom(workspace, "stage", "ingest", words=[f"ingest.source={source.resolve()}", f"ingest.size={size}"])
     if not (workspace / "pictures.npy").is_file():
         dataset = Dataset.open(workspace / "data" / "pictures")
         np.save(workspace / "pictures.npy", dataset.pictures(np.arange(len(dataset))).numpy())

@@ -45,9 +45,9 @@ class Edit:
         if self.kept is None and (self.times > 1 or self.strength == 1):
             raise UserError("without a mask nothing of the picture is left: give a mask, or a strength below 1")
         if self.kept is not None and self.kept.all():
-            raise UserError("the mask keeps all of the picture: make it black where it is to be painted anew")
+            raise UserError("the mask keeps all of the picture: make it white where it is to be painted anew")
         if self.kept is not None and not self.kept.any():
-            raise UserError("the mask keeps nothing of the picture: make it white where it is to stay")
+            raise UserError("the mask keeps nothing of the picture: make it black where it is to stay")
 
 
 def keeping(denoise: Denoise, known: Tensor, kept: Tensor) -> Denoise:

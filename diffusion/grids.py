@@ -34,6 +34,11 @@ def grid(pictures: Tensor, columns: int | None = None, pad: int = 2, scale: int 
     return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
 
 
+def image_of(picture: Tensor) -> Image.Image:
+    """``picture``, (C, H, W) uint8 with C 1 or 3."""
+    return Image.fromarray(picture.permute(1, 2, 0).squeeze(-1).contiguous().cpu().numpy())
+
+
 def png_bytes(picture: Image.Image) -> bytes:
     """``picture`` as the bytes of a PNG file; equal pictures give equal bytes."""
     buffer = io.BytesIO()

@@ -11,24 +11,17 @@ from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from diffusion.config import Config
 from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.files import canonical_json, digest_of, sha256_bytes
 from diffusion.fingerprint import Fingerprint
+from diffusion.grids import image_of
+from diffusion.marked import marked_png
 
 CHUNK_BATCHES = 4
 """Compute batches per chunk: small enough to lose little to a kill, large enough to be worth a task."""
-SYNTHETIC = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-"""IPTC's mark of pictures made by a trained model."""
-XMP = (
-    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-    '<rdf:Description xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
-    f'Iptc4xmpExt:DigitalSourceType="{SYNTHETIC}"/></rdf:RDF></x:xmpmeta>'
-)
 MANIFEST = pa.schema(
     [
         ("key", pa.string()),
@@ -98,21 +91,18 @@ def encode(batch: Batch, index: int, picture: Tensor, label: str | None) -> tupl
 
     ``label``: the class that it was to show.
     """
-    prompt = batch.asked and batch.asked.prompt(index)
-    pixels = picture.permute(1, 2, 0).squeeze(-1).contiguous().numpy()
-    about = PngInfo()
-    about.add_itxt("XML:com.adobe.xmp", XMP)
-    about.add_text("darkroom:seed", str(batch.seed))
-    about.add_text("darkroom:index", str(index))
-    about.add_text("darkroom:model", f"models:/{batch.model}/{batch.version}")
-    about.add_text("darkroom:run_id", batch.run_id)
-    about.add_text("darkroom:content_digest", batch.content_digest)
-    for name, text in (("label", batch.asked and batch.asked.label(index)), ("prompt", prompt)):
-        if text:
-            about.add_itxt(f"darkroom:{name}", text)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=about)
-    png = buffer.getvalue()
+    prompt = batch.asked.prompt(index) if batch.asked else None
+    image = image_of(picture)
+    about: dict[str, str | None] = {
+        "seed": str(batch.seed),
+        "index": str(index),
+        "model": f"models:/{batch.model}/{batch.version}",
+        "run_id": batch.run_id,
+        "content_digest": batch.content_digest,
+        "label": batch.asked.label(index) if batch.asked else None,
+        "prompt": prompt,
+    }
+    png = marked_png(image, about)
     row = {
         "key": picture_key(index),
         "index": index,
@@ -123,7 +113,7 @@ def encode(batch: Batch, index: int, picture: Tensor, label: str | None) -> tupl
         "content_digest": batch.content_digest,
         "weights_sha256": batch.weights_sha256,
         "sha256": sha256_bytes(png),
-        "pixels_sha256": sha256_bytes(pixels.tobytes()),
+        "pixels_sha256": sha256_bytes(image.tobytes()),
         "fingerprint": canonical_json(batch.fingerprint.model_dump(mode="json")),
         "label": label,
         "prompt": prompt,

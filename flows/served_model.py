@@ -1,25 +1,32 @@
 """The registered model: what MLflow loads and serves. Logged as code, so nothing is unpickled.
 
-A request is a table with a row per picture and the columns ``seed`` and ``index``: picture number
-``index`` of ``seed``, the two numbers that stand in every print's manifest. The answer is a table with a
-column ``png``. Equal numbers give equal bits, within the fingerprint of the machine.
+A request is a table with a row for each task and the columns of ``diffusion.requests``, most of which may be left out:
+a ``seed`` alone is one picture, ``seed`` and ``index`` are the two numbers that stand in every print's manifest. Files
+(``image``, ``mask``) are given in base64. The answer is a table with a row per picture: ``request``, the number of the
+row that asked for it, ``index``, its own number, and ``png``. Equal requests give equal bits, within the fingerprint of
+the machine.
 """
 
-import io
+import base64
+import binascii
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
-from PIL import Image
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
+from diffusion.grids import image_of, png_bytes
 from diffusion.model import DiffusionModel, load_model
-from diffusion.sampling import sample
+from diffusion.requests import answer, request_of
 
 MOST_PICTURES = 4096
+FILES = ("image", "mask")
 
 
 class ServedModel(PythonModel):
@@ -28,35 +35,49 @@ class ServedModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights from their safetensors file."""
         self.model: DiffusionModel = load_model(Path(context.artifacts["weights"]))
-        sampling = SamplingConfig.model_validate(context.model_config)
-        # A request has no prompt, so that a model of captions alone has nothing to be guided to.
-        self.sampling = sampling if self.model.classes else sampling.unguided()
+        self.sampling = SamplingConfig.model_validate(context.model_config)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """PNG bytes for each row's ``seed`` and ``index``; ``params`` may set ``steps``.
+        """The pictures of each row, in their order; an empty cell is as good as no column.
 
-        Raises UserError for more than MOST_PICTURES rows.
+        Raises MlflowException, which clients over HTTP are told, for what the model cannot do or would pass over, and
+        for more than MOST_PICTURES pictures.
         """
-        if len(model_input) > MOST_PICTURES:
-            raise UserError(f"{len(model_input)} pictures in one request: ask for at most {MOST_PICTURES}")
-        steps = (params or {}).get("steps", 0)
-        config = self.sampling.model_copy(update={"steps": steps}) if steps else self.sampling
-        # Rows by position: the caller's index may name several of them alike.
-        answers: list[bytes] = [b""] * len(model_input)
-        numbered = model_input.reset_index(drop=True)
-        for seed, rows in numbered.groupby("seed"):
-            pictures = sample(self.model, rows["index"].tolist(), int(str(seed)), config)
-            for row, picture in zip(rows.index, pictures, strict=True):
-                answers[int(row)] = _png(picture.permute(1, 2, 0).squeeze(-1).numpy())
-        return pd.DataFrame({"png": answers}, index=model_input.index)
+        try:
+            return self._answered(model_input)
+        except UserError as error:
+            raise MlflowException(str(error), INVALID_PARAMETER_VALUE) from error
+
+    def _answered(self, table: pd.DataFrame) -> pd.DataFrame:
+        requests = []
+        for number, row in enumerate(table.to_dict("records")):
+            try:
+                requests.append(request_of({str(name): _given(str(name), value) for name, value in row.items()}))
+            except UserError as error:
+                raise UserError(f"row {number}: {error}") from error
+        if (count := sum(request.count for request in requests)) > MOST_PICTURES:
+            raise UserError(f"{count} pictures in one table: ask for at most {MOST_PICTURES}")
+        answers = answer(self.model, requests, self.sampling)
+        rows = [
+            {"request": number, "index": index, "png": png_bytes(image_of(picture))}
+            for number, (request, pictures) in enumerate(zip(requests, answers, strict=True))
+            for index, picture in zip(request.indices, pictures, strict=True)
+        ]
+        return pd.DataFrame(rows, columns=["request", "index", "png"])
 
 
-def _png(pixels: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+def _given(name: str, value: Any) -> Any:
+    """What a cell of column ``name`` says, as Python has it; None if it is empty."""
+    if pd.isna(value):
+        return None
+    if name in FILES:
+        try:
+            return base64.b64decode(value, validate=True)
+        except (binascii.Error, TypeError, ValueError) as error:
+            raise UserError(f"{name} is not in base64: encode the bytes of the file so") from error
+    return value.item() if isinstance(value, np.generic) else value
 
 
 set_model(ServedModel())

@@ -6,7 +6,7 @@ import sys
 import typer
 
 from diffusion.errors import DarkroomError, UserError
-from flows.cli import data, pipeline, stack, stages
+from flows.cli import data, pipeline, requests, stack, stages
 
 app = typer.Typer(
     name="darkroom",
@@ -18,6 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 pipeline.add_to(app)
+requests.add_to(app)
 stack.add_to(app)
 app.add_typer(data.app, rich_help_panel="From pictures to prints")
 app.add_typer(stages.app)

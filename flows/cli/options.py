@@ -23,6 +23,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 DatasetName = Annotated[
     str | None, typer.Option("--dataset", metavar="NAME", help="The data set; default: training.dataset.")
 ]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="URI|FILE",
+        help="models:/NAME@ALIAS or models:/NAME/NUMBER; default: champion. Or a final.safetensors, without servers.",
+    ),
+]
+Output = Annotated[
+    Path | None, typer.Option("--out", metavar="FOLDER", help="Where to; default: a folder of its own in prints/.")
+]
+Count = Annotated[int, typer.Option("--count", min=1, help="How many pictures.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Picture i of a seed is the same picture everywhere.")]
 DEFAULT_PARAMS = Path("params.yaml")
 """As in ``flows.params``, which loads too much for ``--help``."""
 

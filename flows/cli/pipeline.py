@@ -11,15 +11,20 @@ import typer
 from diffusion.errors import UserError
 from flows.cli.options import (
     DEFAULT_PARAMS,
+    Count,
     DatasetName,
     Json,
+    Model,
+    Output,
     ParamsFile,
+    Seed,
     Set,
     follows,
     joined,
     load,
     show,
 )
+from flows.cli.requests import is_file, made, show_made
 
 if TYPE_CHECKING:
     from flows.params import Params
@@ -29,8 +34,6 @@ ModelUri = Annotated[
     str | None,
     typer.Option("--model", metavar="URI", help="models:/NAME@ALIAS or models:/NAME/NUMBER; default: champion."),
 ]
-Count = Annotated[int, typer.Option("--count", min=1, help="How many pictures.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Picture i of a seed is the same picture everywhere.")]
 To = Annotated[
     str | None,
     typer.Option(
@@ -201,10 +204,11 @@ def promote(
 
 
 def sample(
-    model: ModelUri = None,
+    model: Model = None,
     count: Count = 64,
     seed: Seed = 0,
     to: To = None,
+    output: Output = None,
     label: Labels = [],  # noqa: B006
     prompt: Prompts = [],  # noqa: B006
     negative_prompt: NegativePrompt = None,
@@ -214,10 +218,25 @@ def sample(
 ) -> None:
     """Print pictures of a registered model to S3, with a manifest; killed and given again, it goes on.
 
+    Those of a model file lie in a folder of this machine (--out), with their manifest, and no server is needed.
+
     Example:  darkroom sample --model models:/faces@champion --count 1000 --seed 7 --to s3://my-bucket
 
     Example:  darkroom sample --count 16 --prompt "a red bird" --set sampling.guidance=3
+
+    Example:  darkroom sample --model runs/faces/final.safetensors --out faces
     """
+    if model is not None and is_file(model):
+        if to is not None:
+            raise UserError("--to is where prints of a registered model go, and this is a file: use --out FOLDER")
+        if len(label) > 1 or len(prompt) > 1:
+            raise UserError("several labels or prompts take turns in prints of a registered model: give a file one")
+        wanted = {"count": count, "seed": seed, "negative_prompt": negative_prompt}
+        wanted |= {"label": next(iter(label), None), "prompt": next(iter(prompt), None)}
+        show_made(made("sample", wanted, model, output, params, overrides), as_json)
+        return
+    if output is not None:
+        raise UserError("--out is where pictures of a model file go, and prints go to S3: use --to s3://BUCKET/PREFIX")
     config = load(params, overrides)
     with joined("prefect", "mlflow", "s3"):
         from diffusion.config_sampling import Asked

@@ -16,6 +16,9 @@ VERBS = (
     "sample",
     "retrain",
     "explain",
+    "inpaint",
+    "vary",
+    "interpolate",
     "data",
     "stage",
     "up",
@@ -43,7 +46,21 @@ def test_help_lists_every_verb(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["ingest", "train", "evaluate", "promote", "sample", "retrain", "explain", "up", "env"]
+    "verb",
+    [
+        "ingest",
+        "train",
+        "evaluate",
+        "promote",
+        "sample",
+        "retrain",
+        "explain",
+        "inpaint",
+        "vary",
+        "interpolate",
+        "up",
+        "env",
+    ],
 )
 def test_help_of_a_verb_shows_an_example(tmp_path: Path, verb: str) -> None:
     shown = darkroom(tmp_path, verb, "--help")

@@ -1,5 +1,6 @@
 """The main job against real servers: a folder of pictures in, a judged model in the registry, prints on S3."""
 
+import base64
 import io
 import json
 import os
@@ -11,12 +12,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pyarrow.parquet as pq
 import pytest
 from mlflow.client import MlflowClient
 from PIL import Image
 
 from diffusion.files import sha256_bytes
+from flows.stack.ports import choose
 from tests.flows.workspace import PARAMS, Workspace, objects, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -99,6 +102,61 @@ def test_the_registered_model_loads_elsewhere_without_pickle_and_draws_the_print
     for png, index in zip(pngs, (39, 2), strict=True):
         ours = Image.open(io.BytesIO(printed[f"{index:08d}.png"][1]))
         assert Image.open(io.BytesIO(png)).tobytes() == ours.tobytes()
+
+
+def test_the_registered_model_answers_over_http(workspace: Workspace, tmp_path: Path) -> None:
+    done = workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
+    printed = objects(workspace, done["prints"]["uri"])["00000002.png"][1]
+    [port] = choose(1, taken=())
+    serve = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/blobs@champion"]
+    serve += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    # MLflow starts uvicorn by its name, as in a shell where the environment is activated.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            serve, cwd=tmp_path, env={**workspace.variables, "PATH": path}, stdout=log, stderr=log, process_group=0
+        )
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                client.get("/ping").raise_for_status()
+                break
+            except httpx.HTTPError:
+                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+                assert server.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.5)
+        rows = [
+            {"seed": 5, "index": 2},
+            {"seed": 5, "task": "vary", "image": base64.b64encode(printed).decode(), "strength": 0.3, "count": 2},
+        ]
+        answer = client.post("/invocations", json={"dataframe_records": rows})
+        assert answer.status_code == 200, answer.text
+        pictures = [
+            Image.open(io.BytesIO(base64.b64decode(row["png"]))).tobytes() for row in answer.json()["predictions"]
+        ]
+        ours = Image.open(io.BytesIO(printed)).tobytes()
+        assert pictures[0] == ours
+        assert len({ours, *pictures}) == 3
+        refused = client.post("/invocations", json={"dataframe_records": [{"seed": 5, "prompt": "a cat"}]})
+        assert refused.status_code == 400
+        assert "the model was told no captions" in refused.json()["message"]
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def test_pictures_from_pictures_by_the_champion(workspace: Workspace) -> None:
+    workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
+    source = str(next((workspace.folder / "pictures").rglob("*.png")))
+    varied = workspace.json("vary", source, "--count", "2", "--strength", "0.4")
+    assert varied["model"] == "models:/blobs/1"
+    assert Image.open(workspace.folder / varied["grid"]).width > 64
+    picture = Image.open(workspace.folder / varied["folder"] / "00000001.png")
+    assert picture.text["darkroom:model"] == "models:/blobs/1"
+    assert "there is no" not in workspace.run("interpolate", "0", code=2)
 
 
 def test_a_worse_model_stays_challenger_with_its_reason(workspace: Workspace, server: MlflowClient) -> None:

@@ -1,0 +1,231 @@
+"""What can be asked of a trained model, one request for every task, and the pictures that answer it.
+
+The command line, the flow and the served model all ask in this way; a model says what it can do, and what it cannot do,
+or would pass over, is refused.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from diffusion.config import Config
+from diffusion.config_sampling import ANYTHING, Asked, SamplerName, SamplingConfig
+from diffusion.data.config import IngestConfig
+from diffusion.data.pictures import Refused, StoredPicture, prepare
+from diffusion.editing import Edit
+from diffusion.errors import UserError
+from diffusion.model import DiffusionModel
+from diffusion.progress import Progress, silent
+from diffusion.sampling import interpolate, require_effect, require_read_whole, sample
+
+Task = Literal["sample", "inpaint", "vary", "interpolate"]
+
+SHOWN = frozenset({"label", "prompt", "negative_prompt"})
+DRAWN = frozenset({"count", "seed", "sampler", "steps", "guidance"})
+TAKES: Mapping[Task, frozenset[str]] = {
+    "sample": DRAWN | SHOWN | {"index"},
+    "inpaint": DRAWN | SHOWN | {"index", "image", "mask", "strength", "times"},
+    "vary": DRAWN | SHOWN | {"index", "image", "strength"},
+    "interpolate": DRAWN | SHOWN | {"to_seed"},
+}
+"""The fields that mean something to each task."""
+NEEDS: Mapping[Task, tuple[str, ...]] = {
+    "sample": (),
+    "inpaint": ("image", "mask"),
+    "vary": ("image",),
+    "interpolate": ("to_seed",),
+}
+SAMPLERS_ALIKE = (
+    "steps",
+    "guidance",
+    "guidance_interval",
+    "guidance_rescale",
+    "compute_batch",
+    "precision",
+    "device",
+)
+"""Fields of SamplingConfig that mean the same to every sampler."""
+HOLE = torch.tensor(128, dtype=torch.uint8)
+"""What is shown where a picture is painted anew."""
+STRENGTH = 0.6
+"""How much ``vary`` changes unless told: much is new, and the picture is still recognised."""
+
+
+class Wanted(Config):
+    """So many pictures of one kind; what is left out (null) has its default."""
+
+    task: Task = "sample"
+    """sample: pictures of nothing in particular, or of what is asked; inpaint: a hole in a picture filled; vary: a
+    picture made anew, more or less like it; interpolate: pictures on the way between those of two seeds."""
+    count: int = Field(1, ge=1)
+    """How many."""
+    seed: int = Field(0, ge=0)
+    """Picture i of a seed is the same picture everywhere."""
+    index: int | None = Field(None, ge=0)
+    """Number of the first picture, the others follow; null: 0."""
+    to_seed: int | None = Field(None, ge=0)
+    """interpolate: where the way leads to, from picture 0 of ``seed`` to picture 0 of this one."""
+    label: str | None = None
+    """The class to show, by its name."""
+    prompt: str | None = None
+    """What to show, in the words of captions."""
+    negative_prompt: str | None = None
+    """What guidance leads away from."""
+    strength: float | None = None
+    """How much is changed, above 0 and at most 1; null: 0.6 for vary, where 1 would leave nothing, 1 for inpaint."""
+    times: int | None = Field(None, ge=1)
+    """inpaint: how often each stretch of the way is gone, so that what is filled in agrees with what lies around it
+    (RePaint); so many times the work. Null: once."""
+    sampler: SamplerName | None = None
+    """As sampling.sampler, of which the options then have their defaults; null: as configured."""
+    steps: int | None = Field(None, ge=2, le=10_000)
+    """As sampling.steps; null: as configured."""
+    guidance: float | None = Field(None, ge=0)
+    """As sampling.guidance; null: as configured, or none if nothing is asked for."""
+
+    @property
+    def asked(self) -> Asked:
+        """What the pictures are to show."""
+        return Asked(
+            labels=() if self.label is None else (self.label,),
+            prompts=() if self.prompt is None else (self.prompt,),
+            negative_prompt=self.negative_prompt,
+        )
+
+    @property
+    def indices(self) -> range:
+        """The numbers of the pictures."""
+        first = self.index or 0
+        return range(first, first + self.count)
+
+    def sampling(self, configured: SamplingConfig) -> SamplingConfig:
+        """How it is drawn; raises UserError if what it sets makes no sense together."""
+        chosen = {name: getattr(self, name) for name in ("sampler", "steps", "guidance")}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        kept = configured.model_dump()
+        if chosen.get("sampler", configured.sampler) != configured.sampler:
+            # What is left is said of how pictures are computed and guided, and holds for every sampler.
+            kept = {name: value for name, value in kept.items() if name in SAMPLERS_ALIKE}
+        try:
+            return SamplingConfig.model_validate(kept | chosen)
+        except ValidationError as error:
+            raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+
+
+class Request(Wanted):
+    """The same with the pictures that it begins with, each as the bytes of a file (PNG, JPEG, WebP …)."""
+
+    image: bytes | None = None
+    """inpaint, vary: cut to a square and scaled as pictures are when they are ingested."""
+    mask: bytes | None = None
+    """inpaint: a picture as large as the image, white where it is painted anew, black where it is kept."""
+
+
+def request_of(fields: Mapping[str, Any]) -> Request:
+    """A request from a row of a table, where None stands for what is left out.
+
+    Raises UserError for an unknown field, a value that is out of range, one that the task would pass over, and for
+    one that it needs and does not get.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    task = given.get("task", "sample")
+    if task not in get_args(Task):
+        raise UserError(f"there is no task {task!r}: ask for {', '.join(get_args(Task))}")
+    known = TAKES[task] | {"task"}
+    for name in sorted(given.keys() & Request.model_fields.keys() - known):
+        tasks = [other for other in TAKES if name in TAKES[other]]
+        raise UserError(f"{name} means nothing to {task}, only to {', '.join(tasks)}: leave it out")
+    if missing := [name for name in NEEDS[task] if name not in given]:
+        raise UserError(f"{task} needs {' and '.join(missing)}: give {'them' if missing[1:] else 'it'}")
+    try:
+        return Request.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"there is no {name} to ask for; there is {', '.join(Request.model_fields)}") from error
+        raise UserError(f"{name}: {first['msg'].lower()}") from error
+
+
+def tasks_of(model: DiffusionModel) -> tuple[Task, ...]:
+    """What ``model`` can do."""
+    return get_args(Task)
+
+
+def answer(
+    model: DiffusionModel, requests: Sequence[Request], sampling: SamplingConfig, progress: Progress = silent
+) -> list[Tensor]:
+    """The pictures of each request, (count, C, H, W) uint8, drawn as ``sampling`` says where the request does not.
+
+    Samples of one seed that are asked for in several requests are drawn together. Raises UserError, before anything is
+    drawn, if ``model`` cannot do a task, was not told of what is asked for, or would pass something over.
+    """
+    configs = [_sampling_of(model, request, sampling) for request in requests]
+    edits = [_edit_of(model, request) for request in requests]
+    answers: dict[int, Tensor] = {}
+    together: dict[tuple[int, Asked, str], list[int]] = {}
+    for number, request in enumerate(requests):
+        if request.task == "sample":
+            key = request.seed, request.asked, configs[number].model_dump_json()
+            together.setdefault(key, []).append(number)
+    for (seed, asked, _), numbers in together.items():
+        indices = sorted({index for number in numbers for index in requests[number].indices})
+        drawn = dict(zip(indices, sample(model, indices, seed, configs[numbers[0]], progress, asked), strict=True))
+        for number in numbers:
+            answers[number] = torch.stack([drawn[index] for index in requests[number].indices])
+    for number, (request, config, edit) in enumerate(zip(requests, configs, edits, strict=True)):
+        if edit is not None:
+            answers[number] = sample(model, request.indices, request.seed, config, progress, request.asked, edit)
+        elif request.to_seed is not None:
+            answers[number] = interpolate(
+                model, request.seed, request.to_seed, request.count, config, progress, request.asked
+            )
+    return [answers[number] for number in range(len(requests))]
+
+
+def original(model: DiffusionModel, request: Request) -> list[Tensor]:
+    """The picture that ``request`` begins with as the model sees it, (C, H, W) uint8, what is painted anew in grey."""
+    edit = _edit_of(model, request)
+    if edit is None:
+        return []
+    return [edit.picture if edit.kept is None else torch.where(edit.kept, edit.picture, HOLE)]
+
+
+def _sampling_of(model: DiffusionModel, request: Request, configured: SamplingConfig) -> SamplingConfig:
+    if request.task not in tasks_of(model):
+        raise UserError(f"the model was not trained to {request.task}: it can {', '.join(tasks_of(model))}")
+    config = request.sampling(configured)
+    if request.guidance is None and request.asked == ANYTHING and not model.classes:
+        config = config.unguided()
+    require_read_whole(request.asked)
+    require_effect(model.classes, model.config.text, config, request.asked)
+    if request.task == "interpolate" and (request.count < 2 or request.seed == request.to_seed):
+        raise UserError("interpolate goes from one seed to another: give two, and a count of 2 or more")
+    return config
+
+
+def _edit_of(model: DiffusionModel, request: Request) -> Edit | None:
+    if request.image is None:
+        return None
+    image = _prepared(model, request.image, "image")
+    picture = torch.from_numpy(image.pixels.copy()).reshape(*image.pixels.shape[:2], -1).permute(2, 0, 1)
+    if request.mask is None:
+        return Edit(picture, strength=STRENGTH if request.strength is None else request.strength)
+    mask = _prepared(model, request.mask, "mask", grey=True)
+    if mask.source_size != image.source_size:
+        theirs, ours = ("×".join(map(str, each.source_size)) for each in (mask, image))
+        raise UserError(f"the mask has {theirs} pixels and the image {ours} (width × height): make them equal")
+    strength = 1.0 if request.strength is None else request.strength
+    return Edit(picture, torch.from_numpy(mask.pixels < 128), strength, request.times or 1)
+
+
+def _prepared(model: DiffusionModel, payload: bytes, name: str, grey: bool = False) -> StoredPicture:
+    channels, size, _ = model.shape
+    mode: Literal["grey", "rgb"] = "grey" if grey or channels == 1 else "rgb"
+    try:
+        return prepare(payload, IngestConfig(size=size, mode=mode, enlarge=True))
+    except Refused as error:
+        raise UserError(f"the {name} cannot be used: {error}") from error

@@ -1,0 +1,177 @@
+"""Requests: each task through one door, what a model cannot do or would pass over refused before anything is drawn."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion.config_sampling import SamplingConfig
+from diffusion.errors import UserError
+from diffusion.model import DiffusionModel, load_model
+from diffusion.requests import NEEDS, TAKES, Request, answer, request_of, tasks_of
+from diffusion.sampling import interpolate, sample
+from tests.diffusion.small_models import write_model
+
+SAMPLING = SamplingConfig(steps=3, compute_batch=4)
+SIZE = 8
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE), dtype=np.uint8)
+HOLE = np.zeros((SIZE, SIZE), np.uint8)
+HOLE[:, 4:] = 255
+EXAMPLES: dict[str, Any] = {
+    "task": "sample",
+    "count": 2,
+    "seed": 3,
+    "index": 1,
+    "to_seed": 4,
+    "label": "cat",
+    "prompt": "a cat",
+    "negative_prompt": "a dog",
+    "image": png(PIXELS),
+    "mask": png(HOLE),
+    "strength": 0.5,
+    "times": 2,
+    "sampler": "ddim",
+    "steps": 5,
+    "guidance": 2.0,
+}
+"""A value for every field."""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> DiffusionModel:
+    return load_model(write_model(tmp_path / "model.safetensors", seed=0, images=0, size=SIZE))
+
+
+def asked(task: str, **fields: Any) -> Request:
+    needed = {name: EXAMPLES[name] for name in NEEDS[task]}  # type: ignore[index]
+    return request_of({"task": task} | needed | fields)
+
+
+def test_a_sample_is_the_picture_of_its_seed_and_number(model: DiffusionModel) -> None:
+    [pictures] = answer(model, [asked("sample", seed=7, index=5, count=3)], SAMPLING)
+    assert torch.equal(pictures, sample(model, [5, 6, 7], 7, SAMPLING))
+
+
+def test_rows_of_one_seed_get_what_each_would_get_alone(model: DiffusionModel) -> None:
+    rows = [asked("sample", seed=1, index=6), asked("vary", seed=1, count=2), asked("sample", seed=1, index=0, count=2)]
+    together = answer(model, rows, SAMPLING)
+    for row, pictures in zip(rows, together, strict=True):
+        assert torch.equal(pictures, answer(model, [row], SAMPLING)[0])
+
+
+def test_inpainting_keeps_what_is_black_in_the_mask_and_paints_what_is_white(model: DiffusionModel) -> None:
+    [pictures] = answer(model, [asked("inpaint", count=3)], SAMPLING)
+    kept = torch.from_numpy(PIXELS)[:, :4].expand(3, 1, -1, -1)
+    assert torch.equal(pictures[..., :4], kept)
+    assert not torch.equal(pictures[0, ..., 4:], pictures[1, ..., 4:])
+
+
+def test_a_picture_and_its_mask_are_cut_and_scaled_alike(model: DiffusionModel) -> None:
+    """Twice as large and wider than high: what is kept is what ingesting the picture would have made of it."""
+    wide = np.zeros((16, 24), np.uint8)
+    wide[:, 4:20] = np.kron(PIXELS, np.ones((2, 2), np.uint8))
+    mask = np.zeros_like(wide)
+    mask[:, 12:] = 255
+    [pictures] = answer(model, [asked("inpaint", image=png(wide), mask=png(mask))], SAMPLING)
+    [whole] = answer(model, [asked("vary", image=png(wide), strength=0.01)], SAMPLING)
+    assert pictures.shape == whole.shape == (1, 1, SIZE, SIZE)
+    left = torch.from_numpy(wide[:, 4:20]).float().reshape(8, 2, 8, 2).mean((1, 3))[:, :4]
+    # Bicubic, over a window twice as wide as a mean's.
+    assert (pictures[0, 0, :, :4].float() - left).abs().mean() < 20
+
+
+def test_the_less_a_picture_is_changed_the_nearer_it_stays(model: DiffusionModel) -> None:
+    sampling = SamplingConfig(steps=20, compute_batch=4, sampler="ddim")
+    source = torch.from_numpy(PIXELS).float()
+    distances = [
+        (answer(model, [asked("vary", strength=strength)], sampling)[0].float() - source).abs().mean()
+        for strength in (0.1, 0.4, 0.95)
+    ]
+    assert distances[0] < distances[1] < distances[2]
+
+
+def test_the_way_between_seeds_begins_and_ends_at_their_pictures(model: DiffusionModel) -> None:
+    [pictures] = answer(model, [asked("interpolate", seed=3, to_seed=9, count=5)], SAMPLING)
+    assert torch.equal(pictures, interpolate(model, 3, 9, 5, SAMPLING))
+
+
+def test_a_request_says_how_it_is_drawn(model: DiffusionModel) -> None:
+    [pictures] = answer(model, [asked("sample", sampler="heun", steps=5)], SAMPLING)
+    assert torch.equal(pictures, sample(model, [0], 0, SamplingConfig(sampler="heun", steps=5, compute_batch=4)))
+
+
+def test_another_sampler_is_not_given_the_options_of_the_configured_one(model: DiffusionModel) -> None:
+    configured = SamplingConfig(sampler="heun", churn=2, steps=3, compute_batch=4)
+    assert asked("sample", sampler="ddim").sampling(configured) == SamplingConfig(
+        sampler="ddim", steps=3, compute_batch=4
+    )
+    assert asked("sample", steps=7).sampling(configured).churn == 2
+
+
+@pytest.mark.parametrize("task", TAKES)
+def test_what_a_task_would_pass_over_is_refused(task: str) -> None:
+    for name in Request.model_fields.keys() - TAKES[task] - {"task"}:  # type: ignore[index]
+        with pytest.raises(UserError, match=f"{name} means nothing to {task}"):
+            asked(task, **{name: EXAMPLES[name]})
+
+
+@pytest.mark.parametrize("task", TAKES)
+def test_what_a_task_needs_is_named(task: str) -> None:
+    for name in NEEDS[task]:  # type: ignore[index]
+        with pytest.raises(UserError, match=f"{task} needs {name}"):
+            asked(task, **{name: None})
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"task": "paint"}, "there is no task 'paint': ask for sample, inpaint"),
+        ({"colour": "red"}, "there is no colour to ask for; there is task, count"),
+        ({"count": 0}, "count: .*greater than or equal to 1"),
+        ({"count": 1.5}, "count: .*integer"),
+        ({"seed": -1}, "seed: .*greater than or equal to 0"),
+        ({"sampler": "magic"}, "sampler: .*ddpm"),
+    ],
+)
+def test_what_is_no_request_is_told_so(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        request_of(fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"label": "cat"}, "told no classes"),
+        ({"prompt": "a cat"}, "told no captions"),
+        ({"guidance": 3.0}, "nothing is asked"),
+        ({"task": "vary", "image": b"hello"}, "the image cannot be used: not a picture"),
+        ({"task": "vary", "image": png(PIXELS), "strength": 1.0}, "nothing of the picture is left"),
+        ({"task": "vary", "image": png(PIXELS), "strength": 1.5}, "not above 0 and at most 1"),
+        ({"task": "inpaint", "image": png(PIXELS), "mask": png(np.zeros_like(HOLE))}, "keeps all of the picture"),
+        ({"task": "inpaint", "image": png(PIXELS), "mask": png(np.full_like(HOLE, 255))}, "keeps nothing"),
+        ({"task": "inpaint", "image": png(PIXELS), "mask": png(HOLE[:, :4])}, "mask has 4×8 pixels and the image 8×8"),
+        ({"task": "interpolate", "to_seed": 0, "count": 2}, "from one seed to another"),
+        ({"task": "interpolate", "to_seed": 1}, "a count of 2 or more"),
+    ],
+)
+def test_nothing_is_drawn_if_one_row_cannot_be(model: DiffusionModel, fields: dict[str, Any], words: str) -> None:
+    drawn: list[str] = []
+    with pytest.raises(UserError, match=words):
+        answer(model, [asked("sample"), request_of(fields)], SAMPLING, lambda what, *_: drawn.append(what))
+    assert not drawn
+
+
+def test_a_model_says_what_it_can_do(model: DiffusionModel) -> None:
+    assert tasks_of(model) == ("sample", "inpaint", "vary", "interpolate")
