@@ -13,6 +13,8 @@ from pathlib import Path
 
 from quality import Darkroom, Judge, measure_rates, race, rate_of, result_of, workspace_of
 
+from diffusion.data.dataset import Dataset
+
 CHOICES: dict[str, list[str]] = {
     "the default": [],
     "v and cosine, plain": [
@@ -58,7 +60,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/quality"))
     args = parser.parse_args()
     workspace = workspace_of(args.scratch, None, 0)
-    judge = Judge(workspace)
+    judge = Judge(Dataset.open(workspace / "data" / "pictures"), workspace)
     contestants = [Darkroom(name, workspace, tuple(settings)) for name, settings in CHOICES.items()]
     measure_rates(contestants, args.seconds)
     for seed in range(args.seeds):

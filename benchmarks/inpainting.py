@@ -14,14 +14,12 @@ import time
 from pathlib import Path
 
 import torch
-from quality import FEATURES_AT
+from quality import Judge
 from torch import Tensor
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.editing import Edit
-from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.grids import grid, save_png
 from diffusion.model import load_model
 from diffusion.sampling import sample
@@ -37,6 +35,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--times", type=int, default=5, help="of repaint")
+    parser.add_argument("--scratch", type=Path, default=Path("/tmp/quality/inpainting"))
     parser.add_argument("--picture", type=Path, help="where to draw some of the pictures, a row for each way (PNG)")
     args = parser.parse_args()
 
@@ -60,24 +59,20 @@ def main() -> None:
         "replacement": lambda: painted(1),
         f"repaint, {args.times} times": lambda: painted(args.times),
     }
-    extractor = EfficientNetLite0(FEATURES_AT)
-    real, ours = extractor(training), extractor(originals)
-    moments = fid_features_to_statistics(real)
-
-    def distance(features: Tensor) -> float:
-        found = fid_statistics_to_metric(fid_features_to_statistics(features), moments, verbose=False)
-        return float(found[KEY_METRIC_FID])
+    judge = Judge(dataset, args.scratch)
+    ours = judge.extractor(originals)
 
     shown = [originals[:SHOWN], torch.where(kept, originals, torch.tensor(128, dtype=torch.uint8))[:SHOWN]]
-    print(f"{len(originals)} pictures, Fréchet distance; with nothing cut out {distance(ours):.0f}\n")
+    print(
+        f"{len(originals)} pictures, Fréchet distance; with nothing cut out {judge.distance(originals.numpy()):.0f}\n"
+    )
     print("| | Fréchet distance | missed | seconds a picture |\n|---|---:|---:|---:|")
     for name, way in ways.items():
         began = time.perf_counter()
         filled = way()
         seconds = (time.perf_counter() - began) / len(filled)
-        features = extractor(filled)
-        missed = (features - ours).norm(dim=1).mean()
-        print(f"| {name} | {distance(features):.0f} | {missed:.2f} | {seconds:.3f} |", flush=True)
+        missed = (judge.extractor(filled) - ours).norm(dim=1).mean()
+        print(f"| {name} | {judge.distance(filled.numpy()):.0f} | {missed:.2f} | {seconds:.3f} |", flush=True)
         shown.append(filled[:SHOWN])
     if args.picture:
         save_png(args.picture, grid(torch.cat(shown), columns=SHOWN))

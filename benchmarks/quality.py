@@ -191,7 +191,7 @@ def main() -> None:
     contestants: list[Contestant] = [Darkroom(args.name, workspace, tuple(args.set))]
     if args.trainers_python:
         contestants += [Peer(name, workspace, args.trainers_python) for name in PEERS]
-    judge = Judge(workspace)
+    judge = Judge(Dataset.open(workspace / "data" / "pictures"), workspace)
     measure_rates(contestants, args.seconds)
     for seed in range(args.seeds):
         for contestant in contestants:
@@ -252,14 +252,14 @@ def tell(contestants: list[Contestant], judge: "Judge", args: argparse.Namespace
 
 
 class Judge:
-    """Knows the real pictures of ``workspace``."""
+    """Knows the real pictures of ``dataset``, and keeps their features in ``folder``."""
 
-    def __init__(self, workspace: Path) -> None:
+    def __init__(self, dataset: Dataset, folder: Path) -> None:
         self.extractor = EfficientNetLite0(FEATURES_AT)
-        kept = workspace / "features.npy"
+        kept = folder / f"features-{dataset.manifest.content_digest[:16]}.npy"
         if not kept.is_file():
-            real = torch.from_numpy(np.load(workspace / "pictures.npy"))
-            np.save(kept, self.extractor(real).numpy())
+            folder.mkdir(parents=True, exist_ok=True)
+            np.save(kept, self.extractor(dataset.pictures(np.arange(len(dataset)))).numpy())
         self.real = np.load(kept)
         self.moments = fid_features_to_statistics(torch.from_numpy(self.real))
 

@@ -1,0 +1,85 @@
+"""How good pictures are for how many evaluations of the network: each sampler, and DDPM in a thousand steps.
+
+    python benchmarks/evaluations.py runs/digits/final.safetensors data/digits --picture docs/pictures/evaluations.png
+
+What counts is the Fréchet distance of the drawn pictures to all the real ones, as in ``quality.py``; the floor is that
+of as many real ones. The aim is ten evaluations within a tenth of a thousand steps of DDPM. What was measured lies in
+``--scratch`` and is not measured again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from quality import Judge
+
+from diffusion.config_sampling import SamplingConfig
+from diffusion.data.dataset import Dataset
+from diffusion.files import digest_of, sha256_file, write_json
+from diffusion.grids import figure_png
+from diffusion.model import load_model
+from diffusion.sampling import sample
+
+EVALUATIONS = (5, 8, 10, 12, 16, 20, 30, 50)
+SAMPLERS = ("dpmpp_2m_sde", "dpmpp_2m", "unipc", "deis", "heun", "ddim", "ddpm")
+BY_THE_BOOK = SamplingConfig(sampler="ddpm", steps=1000)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
+    parser.add_argument("--scratch", type=Path, default=Path("/tmp/quality/evaluations"))
+    parser.add_argument("--picture", type=Path, help="where to draw the curves (PNG)")
+    args = parser.parse_args()
+
+    model, dataset = load_model(args.model), Dataset.open(args.dataset)
+    judge = Judge(dataset, args.scratch)
+    drawn_by = sha256_file(args.model)[:8]
+
+    def distance(config: SamplingConfig) -> float:
+        """Measured, or as it was."""
+        how = digest_of([config.model_dump(mode="json"), args.samples])[:8]
+        kept = args.scratch / f"{drawn_by}-{config.sampler}{config.steps}-{how}.json"
+        if not kept.is_file():
+            pictures = sample(model, range(args.samples), 0, config)
+            write_json(kept, {"fd": judge.distance(pictures.numpy())})
+        return float(json.loads(kept.read_text())["fd"])
+
+    curves = {
+        name: {
+            steps * (2 if name == "heun" else 1) - (name == "heun"): distance(SamplingConfig(sampler=name, steps=steps))
+            for steps in ((count + 1) // 2 if name == "heun" else count for count in EVALUATIONS)
+        }
+        for name in args.samplers
+    }
+    book, floor = distance(BY_THE_BOOK), judge.floor(args.samples)
+    print(f"{args.samples} pictures, Fréchet distance; DDPM in 1,000 steps {book:.0f}; real pictures {floor:.0f}\n")
+    print("| evaluations |" + "".join(f" {count} |" for count in EVALUATIONS) + "\n|---|" + "---:|" * len(EVALUATIONS))
+    for name, curve in curves.items():
+        print(f"| {name} |" + "".join(f" {fd:.0f} |" for fd in curve.values()))
+    if args.picture:
+        args.picture.write_bytes(figure_png(drawn(curves, book, floor)))
+
+
+def drawn(curves: dict[str, dict[int, float]], book: float, floor: float) -> Figure:
+    """Distance over evaluations, a line for each sampler."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        axes.plot(list(curve), list(curve.values()), marker="o", markersize=3, label=name)
+    axes.axhline(book, color="black", linestyle="--", label="DDPM, 1,000 steps")
+    axes.axhline(floor, color="grey", linestyle=":", label="real pictures")
+    axes.set(xlabel="evaluations of the network", ylabel="Fréchet distance", xscale="log", yscale="log")
+    axes.set_xticks(EVALUATIONS, [str(count) for count in EVALUATIONS])
+    axes.minorticks_off()
+    axes.legend(frameon=False, ncols=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
