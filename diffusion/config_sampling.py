@@ -52,6 +52,9 @@ class SamplingConfig(Config):
     levels guidance takes away variety, at low ones it does nothing. Null: at all levels."""
     guidance_rescale: float | None = Field(None, gt=0, le=1, exclude_if=unset)
     """How far the contrast that guidance adds is taken back, 1 all of it (2305.08891, which takes 0.7). Null: not."""
+    low_resolution_noise: float | None = Field(None, ge=0, exclude_if=unset)
+    """Standard deviation of the noise over a small picture, in [−1, 1], that is enlarged; at most what the model was
+    trained with. The more there is, the less the model keeps to the small picture, its faults included. Null: 0."""
     compute_batch: int = Field(64, ge=1)
     """Pictures computed at once, always as many: it decides the last bits of each."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -13,11 +13,12 @@ from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.files import write_bytes
 from diffusion.grids import figure_png
-from diffusion.model import DiffusionModel, to_float, to_uint8
+from diffusion.model import DiffusionModel, Told, to_float, to_uint8
 from diffusion.process import NoiseSchedule
 from diffusion.random import GaussianNoise
 from diffusion.samplers import sigma_grid
 from diffusion.sampling import reversed_from_noise, told_of
+from diffusion.upscaling import shown_small
 
 FRAMES = 8
 """Pictures in a strip."""
@@ -91,12 +92,12 @@ def explain(model: DiffusionModel, picture: Tensor, output: Path, seed: int = 0)
             f"the picture is {theirs} and the model draws {ours} (channels × height × width): "
             "take one from the data set that the model was trained on"
         )
-    x0 = to_float(picture)
+    x0, told = to_float(picture), shown_small(model.config, picture[None]) or None
     noise = GaussianNoise(seed, "explain", [0], model.shape)()[0]
     figures = {
         "forward.png": draw_forward(forward(model.schedule, x0, noise), model.schedule),
-        "training_step.png": draw_training_step(training_step(model, x0, noise)),
-        "reverse.png": draw_reverse(reverse(model, seed)),
+        "training_step.png": draw_training_step(training_step(model, x0, noise, told)),
+        "reverse.png": draw_reverse(reverse(model, seed, told)),
     }
     for name, figure in figures.items():
         write_bytes(output / name, figure_png(figure))
@@ -111,13 +112,16 @@ def forward(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, count: int = FRA
 
 
 @torch.inference_mode()
-def training_step(model: DiffusionModel, x0: Tensor, noise: Tensor) -> TrainingStep:
-    """One step on ``x0``, (C, H, W) in [−1, 1], at the time where picture and noise weigh the same."""
+def training_step(model: DiffusionModel, x0: Tensor, noise: Tensor, told: Told | None = None) -> TrainingStep:
+    """One step on ``x0``, (C, H, W) in [−1, 1], of which the network is ``told``.
+
+    At the time where picture and noise weigh the same.
+    """
     schedule = model.schedule
     t = (schedule.alphas_cumprod - 0.5).abs().argmin()
     sigma = schedule.sigmas[t].float()
     x = x0 + sigma * noise
-    estimate = replace(model.denoiser(), clip=False)(x[None], sigma)[0]
+    estimate = replace(model.denoiser(told), clip=False)(x[None], sigma)[0]
     return TrainingStep(
         step=int(t),
         alpha_bar=schedule.alphas_cumprod[t].item(),
@@ -129,10 +133,13 @@ def training_step(model: DiffusionModel, x0: Tensor, noise: Tensor) -> TrainingS
 
 
 @torch.inference_mode()
-def reverse(model: DiffusionModel, seed: int, count: int = FRAMES) -> Reverse:
-    """The default sampler drawing picture 0 of ``seed``, at up to ``count`` moments spread evenly in time t."""
+def reverse(model: DiffusionModel, seed: int, told: Told | None = None, count: int = FRAMES) -> Reverse:
+    """The default sampler drawing picture 0 of ``seed``, at up to ``count`` moments spread evenly in time t.
+
+    ``told``: what the network is told of it; None: as when nothing is asked for.
+    """
     sigmas = sigma_grid(model.schedule, REVERSE_STEPS)
-    denoiser = model.denoiser(told_of(model, [0], seed))
+    denoiser = model.denoiser(told_of(model, [0], seed) if told is None else told)
     noise = GaussianNoise(seed, "sampling", [0], model.shape)
     seen: list[tuple[Tensor, Tensor]] = []
     result = reversed_from_noise(

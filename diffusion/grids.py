@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -37,6 +38,17 @@ def grid(pictures: Tensor, columns: int | None = None, pad: int = 2, scale: int 
 def image_of(picture: Tensor) -> Image.Image:
     """``picture``, (C, H, W) uint8 with C 1 or 3."""
     return Image.fromarray(picture.permute(1, 2, 0).squeeze(-1).contiguous().cpu().numpy())
+
+
+def beside(*sets: Tensor) -> Tensor:
+    """Sets of as many pictures, each (N, C, H, W), as one in which those of a number stand together."""
+    return torch.stack(sets, dim=1).flatten(0, 1)
+
+
+def blocks(small: Tensor, size: int) -> Tensor:
+    """``small``, (N, C, h, h), at ``size``, a multiple of h: each pixel a block, as it is."""
+    scale = size // small.shape[-1]
+    return small.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
 
 
 def png_bytes(picture: Image.Image) -> bytes:

@@ -28,7 +28,8 @@ METADATA_KEY = "darkroom"
 AVERAGED = "ema."
 """Prefix of the averaged weights' names, the same in checkpoints and in final models."""
 Told = dict[str, Tensor]
-"""What a network is told of N pictures: ``label`` and ``text`` as ``UNet.forward`` takes them, if it takes them."""
+"""What a network is told of N pictures: ``label`` and ``text``, or ``low`` and ``level``, as ``UNet.forward`` has them,
+as far as it is told any."""
 
 
 class ModelHeader(Config):
@@ -138,16 +139,21 @@ def export(checkpoint: Path, path: Path) -> str:
     return save_tensors(path, tensors, read_header(checkpoint))
 
 
+def read_model_header(path: Path) -> ModelHeader:
+    """What the model in a file says of itself; raises UserError as ``load_model`` does."""
+    raw = read_header(path)
+    try:
+        return ModelHeader.model_validate(raw["model_header"])
+    except (KeyError, ValidationError) as error:
+        raise UserError(f"{path} has a header this version cannot read: use the version that wrote it") from error
+
+
 def load_model(path: Path) -> DiffusionModel:
     """The averaged network of a final model or of a checkpoint, ready to denoise.
 
     Nothing is unpickled. Raises UserError if the file is missing, damaged or of another format.
     """
-    raw = read_header(path)
-    try:
-        header = ModelHeader.model_validate(raw["model_header"])
-    except (KeyError, ValidationError) as error:
-        raise UserError(f"{path} has a header this version cannot read: use the version that wrote it") from error
+    header = read_model_header(path)
     classes = classes_of(header.model, header.class_histogram)
     network = UNet(header.model, header.channels, header.size, len(classes))
     with safe_open(path, framework="pt") as file:

@@ -43,6 +43,7 @@ SAMPLERS_ALIKE = (
     "guidance",
     "guidance_interval",
     "guidance_rescale",
+    "low_resolution_noise",
     "compute_batch",
     "precision",
     "device",

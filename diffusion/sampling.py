@@ -15,6 +15,7 @@ from diffusion.fingerprint import autocast
 from diffusion.guidance import clipped, guided
 from diffusion.lanes import lanes
 from diffusion.model import DiffusionModel, Told, to_float, to_uint8
+from diffusion.models.config import ModelConfig
 from diffusion.progress import Progress, silent
 from diffusion.random import GaussianNoise, uniform
 from diffusion.samplers import Callback, Denoise, Noise, ancestral, make_sampler, sigma_grid
@@ -93,6 +94,13 @@ def _drawn(
     noise: Callable[[range], Noise],
     edit: Edit | None = None,
 ) -> Tensor:
+    if model.config.low_resolution is not None:
+        low, full = (f"{size}×{size}" for size in (model.config.low_resolution, model.header.size))
+        raise UserError(
+            f"the model enlarges pictures of {low} pixels or more, those of {low} to {full}, and draws nothing without "
+            "one: give it a small picture to upscale"
+        )
+    require_small(model.config, config)
     require_effect(model.classes, model.config.text, config, asked)
     size = config.compute_batch
     batches = [range(b * size, (b + 1) * size) for b in sorted({index // size for index in indices})]
@@ -152,6 +160,23 @@ def require_effect(classes: Sequence[str], text: bool, config: SamplingConfig, a
             f"sampling.guidance = {config.guidance:g} leads to what pictures are asked to show, and nothing is asked: "
             + ("give a prompt, or " if text else "the model was told neither classes nor captions, ")
             + "leave it out (null)"
+        )
+
+
+def require_small(model: ModelConfig, config: SamplingConfig) -> None:
+    """Raise UserError if ``config`` asks for noise over small pictures that ``model`` was not trained to stand."""
+    noise = config.low_resolution_noise
+    if noise is None:
+        return
+    if model.low_resolution is None:
+        raise UserError(
+            "sampling.low_resolution_noise lies over small pictures, and the model is shown none "
+            "(model.low_resolution): leave it out"
+        )
+    if noise > model.most_low_resolution_noise:
+        raise UserError(
+            f"sampling.low_resolution_noise = {noise:g} is more than the model was trained with, "
+            f"{model.most_low_resolution_noise:g} (model.low_resolution_noise): lower it"
         )
 
 

@@ -44,7 +44,7 @@ def report(params: Params, evaluation: Evaluation) -> None:
     # One point for each number of images: that of the best average, where there are several.
     best = {each.images: each for each in sorted(evaluation.checkpoints, key=lambda each: -each.scores.kid)}
     for images in sorted(best):
-        tracker.log_scores(best[images].scores.named(), images)
+        tracker.log_scores(best[images].named(), images)
     folder = params.report_folder
     for path in (folder / "report.html", folder / "evaluation.json", *sorted(folder.glob("grids/*.png"))):
         tracker.log_file(path, "evaluation" if path.parent == folder else "evaluation/grids")

@@ -119,6 +119,7 @@ def _compare(params: Params, evaluation: Evaluation, version: Version, holder: V
             params.sampling,
             params.report_folder,
             reporter(),
+            evaluation.conditions.low_resolution,
         )
     except UserError as error:
         reason = f"champion {holder.number} cannot be judged beside it: {error}"

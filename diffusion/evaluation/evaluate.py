@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffusion.config import Config
+from diffusion.config import Config, unset
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.data.captions import like
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import read_manifest
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.enlargement import RESAMPLING, Enlarged, Likeness, likeness, resampled
 from diffusion.evaluation.features import features_of, make_extractor
 from diffusion.evaluation.metrics import Scores, judge
 from diffusion.evaluation.report import Sheets, write_report
@@ -25,10 +27,11 @@ from diffusion.evaluation.results import Conditions, Evaluation, Judged
 from diffusion.files import digest_of, sha256_file, write_bytes, write_json
 from diffusion.fingerprint import Fingerprint, fingerprint
 from diffusion.grids import grid, save_png
-from diffusion.model import DiffusionModel, load_model, read_header, save_tensors
+from diffusion.model import DiffusionModel, load_model, read_header, read_model_header, save_tensors
 from diffusion.progress import Progress, silent
 from diffusion.random import permutation
 from diffusion.sampling import leads_anywhere, sample
+from diffusion.upscaling import shrunk, upscale
 
 FEWEST = 10
 """Pictures of either split without which no score means anything."""
@@ -43,6 +46,7 @@ class Record(Config):
     images: int
     scores: Scores
     fingerprint: Fingerprint
+    likeness: Likeness | None = Field(None, exclude_if=unset)
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,18 @@ def require_enough(data: Path) -> None:
 class Judge:
     """Judges model files against the held-out pictures of one data set, each of them once.
 
-    Features of real pictures are computed at most once, and only if something is not remembered.
+    Features of real pictures are computed at most once, and only if something is not remembered. Models that enlarge
+    what they are shown at ``low_resolution`` draw these pictures again.
     """
 
     def __init__(
-        self, data: Path, config: EvaluationConfig, sampling: SamplingConfig, output: Path, progress: Progress
+        self,
+        data: Path,
+        config: EvaluationConfig,
+        sampling: SamplingConfig,
+        output: Path,
+        progress: Progress,
+        low_resolution: int | None = None,
     ) -> None:
         self.dataset = Dataset.open(data)
         self.config = config
@@ -98,6 +109,7 @@ class Judge:
             extractor_digest=self.extractor.digest,
             evaluation=config,
             sampling=sampling,
+            low_resolution=low_resolution,
         )
 
     @cached_property
@@ -132,11 +144,16 @@ class Judge:
         def work() -> tuple[Record, Tensor]:
             model = load_model(path)
             self._require_same_shape(path, model)
-            numbers, asked = range(self.config.samples), self.asked(model)
+            self._require_same_task(path, model)
+            asked = self.asked(model)
             # A champion may have been told less than what the configuration is for now.
             sampling = self.sampling if leads_anywhere(model.classes, asked) else self.sampling.unguided()
-            drawn = sample(model, numbers, self.config.seed, sampling, named, asked)
-            return self._record(key, self.extractor(drawn), model.header.images), drawn[:SHOWN]
+            if self.conditions.low_resolution is None:
+                drawn, alike = sample(model, range(self.config.samples), self.config.seed, sampling, named, asked), None
+            else:
+                drawn = upscale(model, self.small, self.config.seed, sampling, named)
+                alike = likeness(drawn, self.to_enlarge)
+            return self._record(key, self.extractor(drawn), model.header.images, alike), drawn[:SHOWN]
 
         if not path.is_file():
             raise UserError(f"no model at {path}: train one with `darkroom train`")
@@ -149,8 +166,36 @@ class Judge:
             images=record.images,
             scores=record.scores,
             fingerprint=record.fingerprint,
+            likeness=record.likeness,
         )
         return judged, shown
+
+    def baselines(self) -> dict[str, Enlarged] | None:
+        """What models that enlarge must beat: the same small pictures without one; None if they enlarge nothing."""
+        if self.conditions.low_resolution is None:
+            return None
+        return {name: self._baseline(name) for name in RESAMPLING}
+
+    def _baseline(self, name: str) -> Enlarged:
+        def work() -> tuple[Record, Tensor]:
+            large = resampled(self.small, self.dataset.manifest.size // self.small.shape[-1], name)
+            return self._record(key, self.extractor(large), 0, likeness(large, self.to_enlarge)), large[:SHOWN]
+
+        key = digest_of(["baseline", name, self.conditions.key])
+        record, _ = self.memory.recall(key, work)
+        assert record.likeness is not None
+        return Enlarged(scores=record.scores, likeness=record.likeness)
+
+    @cached_property
+    def to_enlarge(self) -> Tensor:
+        """The held-out pictures that models enlarge."""
+        return self.dataset.pictures(self.held_out[: self.config.samples])
+
+    @cached_property
+    def small(self) -> Tensor:
+        """The same as they are shown."""
+        assert self.conditions.low_resolution is not None
+        return shrunk(self.to_enlarge, self.conditions.low_resolution)
 
     def asked(self, model: DiffusionModel) -> Asked:
         """To show what held-out pictures do, if the model was told captions; else what there is, as often."""
@@ -159,11 +204,11 @@ class Judge:
         captioned = [caption is not None for caption in self.dataset.captions(self.held_out)]
         return like(self.dataset, self.held_out[captioned][: self.config.samples], model.classes)
 
-    def _record(self, key: str, features: Tensor, images: int) -> Record:
+    def _record(self, key: str, features: Tensor, images: int, alike: Likeness | None = None) -> Record:
         config = self.config
         scores = judge(features, self.reference, self.extractor.name, config.kid_subsets, config.kid_subset_size)
         machine = fingerprint(self.sampling.compute_batch, self.sampling.precision, self.sampling.device)
-        return Record(key=key, images=images, scores=scores, fingerprint=machine)
+        return Record(key=key, images=images, scores=scores, fingerprint=machine, likeness=alike)
 
     def _require_same_shape(self, path: Path, model: DiffusionModel) -> None:
         if model.shape != self.dataset.shape:
@@ -172,6 +217,12 @@ class Judge:
                 f"{path} draws pictures of {theirs} and {self.dataset.folder} holds {ours} "
                 "(channels × height × width): evaluate it on the data set it was trained on"
             )
+
+    def _require_same_task(self, path: Path, model: DiffusionModel) -> None:
+        theirs, ours = model.config.low_resolution, self.conditions.low_resolution
+        if theirs != ours:
+            they, we = (f"enlarges from {low} pixels" if low else "draws from nothing" for low in (theirs, ours))
+            raise UserError(f"{path} {they}, and what it would be compared with {we}: scores say nothing of two tasks")
 
 
 def evaluate(
@@ -193,7 +244,8 @@ def evaluate(
     """
     if not checkpoints:
         raise UserError("no checkpoint to evaluate: train first, with `darkroom train`")
-    jury = Judge(data, config, sampling, output, progress)
+    low_resolution = read_model_header(checkpoints[0]).model.low_resolution
+    jury = Judge(data, config, sampling, output, progress, low_resolution)
     floor, real = jury.floor()
     judged = sorted((jury.model(path) for path in checkpoints), key=lambda pair: pair[0].images)
     models = [each for each, _ in judged]
@@ -204,6 +256,7 @@ def evaluate(
         floor=floor,
         best=min(models, key=lambda each: each.scores.kid),
         checkpoints=models,
+        baselines=jury.baselines(),
     )
     sheets = Sheets(real=real, drawn={each.sha256: shown for each, shown in judged})
     _write(evaluation, sheets, output)
@@ -218,9 +271,13 @@ def evaluate_one(
     sampling: SamplingConfig,
     output: Path,
     progress: Progress = silent,
+    low_resolution: int | None = None,
 ) -> Judged:
-    """Judge one model file as ``evaluate`` would under equal conditions, and remember it in ``output``."""
-    judged, _ = Judge(data, config, sampling, output, progress).model(model_file)
+    """Judge one model file as ``evaluate`` would under equal conditions, and remember it in ``output``.
+
+    ``low_resolution``: that of the models that it is compared with; UserError if it has another.
+    """
+    judged, _ = Judge(data, config, sampling, output, progress, low_resolution).model(model_file)
     return judged
 
 
@@ -230,7 +287,7 @@ def _write(evaluation: Evaluation, sheets: Sheets, output: Path) -> None:
     save_png(output / "grids" / "held_out.png", grid(sheets.real))
     for each in evaluation.checkpoints:
         save_png(output / "grids" / f"{each.images:010d}-{each.sha256[:8]}.png", grid(sheets.drawn[each.sha256]))
-    rows = [{"images": each.images, **each.scores.named()} for each in evaluation.checkpoints]
+    rows = [{"images": each.images, **each.named()} for each in evaluation.checkpoints]
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, rows[0].keys(), lineterminator="\n")
     writer.writeheader()

@@ -8,12 +8,16 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.evaluation.charts import charts
+from diffusion.evaluation.enlargement import TITLES, Enlarged, resampled, verdict
 from diffusion.evaluation.metrics import Scores
 from diffusion.evaluation.pages import plain, render, with_error
 from diffusion.evaluation.results import Evaluation
 from diffusion.files import write_bytes
-from diffusion.grids import grid, png_bytes
+from diffusion.grids import beside, blocks, grid, png_bytes
+from diffusion.upscaling import shrunk
 
+COMPARED = 16
+"""Pictures whose enlargements stand side by side."""
 STRIP = 16
 """Pictures of each checkpoint in the table of all."""
 
@@ -41,7 +45,7 @@ class Line:
 
 def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Path | None = None) -> str:
     """Write the page to ``path``; returns its SHA-256. ``losses``: a CSV of losses by ``images`` seen."""
-    best = sheets.drawn[evaluation.best.sha256]
+    best, low = sheets.drawn[evaluation.best.sha256], evaluation.conditions.low_resolution
     page = render(
         "report.html",
         evaluation=evaluation,
@@ -51,6 +55,8 @@ def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Pat
         real=png_bytes(grid(sheets.real)),
         shown=len(best),
         charts=charts(evaluation, losses),
+        enlarged=enlarged_lines(evaluation),
+        compared=low and png_bytes(compared(sheets.real, best, low)),
         strips={sha256: png_bytes(_strip(drawn)) for sha256, drawn in sheets.drawn.items()},
     )
     return write_bytes(path, page)
@@ -73,7 +79,29 @@ def findings(evaluation: Evaluation) -> list[str]:
         lead = second.scores.kid - best.scores.kid
         within = "within" if lead <= 2 * error else "beyond"
         said.append(f"Its lead over the next best ({second.images:,} images) is {within} two standard errors.")
+    if evaluation.baselines:
+        said.append(verdict(best.scores, evaluation.baselines))
     return said
+
+
+def enlarged_lines(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
+    """The table of enlargements, none for models that draw from nothing: name, Fréchet distance, PSNR and SSIM."""
+    if evaluation.baselines is None or evaluation.best.likeness is None:
+        return []
+    ours = Enlarged(scores=evaluation.best.scores, likeness=evaluation.best.likeness)
+    named = {"the model": ours} | {TITLES[name]: each for name, each in evaluation.baselines.items()}
+    return [
+        (name, plain(each.scores.fd), f"{each.likeness.psnr:.2f} dB", f"{each.likeness.ssim:.3f}")
+        for name, each in named.items()
+    ]
+
+
+def compared(real: Tensor, drawn: Tensor, low_resolution: int) -> Image.Image:
+    """Of each held-out picture: small, enlarged by bicubic interpolation and by a model, and as it is."""
+    pictures, size = real[:COMPARED], real.shape[-1]
+    small = shrunk(pictures, low_resolution)
+    bicubic = resampled(small, size // low_resolution, "bicubic")
+    return grid(beside(blocks(small, size), bicubic, drawn[:COMPARED], pictures), columns=8)
 
 
 def score_lines(scores: Scores, floor: Scores) -> list[Line]:

@@ -2,9 +2,12 @@
 
 from typing import Literal
 
-from diffusion.config import Config
+from pydantic import Field
+
+from diffusion.config import Config, unset
 from diffusion.config_sampling import SamplingConfig
 from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.enlargement import Enlarged, Likeness
 from diffusion.evaluation.metrics import Scores
 from diffusion.files import digest_of
 from diffusion.fingerprint import Fingerprint
@@ -21,6 +24,8 @@ class Conditions(Config):
     """SHA-256 of the feature network's weights."""
     evaluation: EvaluationConfig
     sampling: SamplingConfig
+    low_resolution: int | None = Field(None, exclude_if=unset)
+    """Height and width of the held-out pictures that models were shown, to enlarge them; None: they were shown none."""
 
     @property
     def key(self) -> str:
@@ -42,6 +47,12 @@ class Judged(Config):
     scores: Scores
     fingerprint: Fingerprint
     """Of the machine that drew its pictures."""
+    likeness: Likeness | None = Field(None, exclude_if=unset)
+    """Of enlarged pictures to the real ones."""
+
+    def named(self) -> dict[str, float]:
+        """The figures under names that say what they are."""
+        return self.scores.named() | (self.likeness.model_dump() if self.likeness else {})
 
 
 class Evaluation(Config):
@@ -58,8 +69,19 @@ class Evaluation(Config):
     """The checkpoint with the lowest KID."""
     checkpoints: list[Judged]
     """All of them, by images seen."""
+    baselines: dict[str, Enlarged] | None = Field(None, exclude_if=unset)
+    """For models that enlarge, by name: the same small pictures enlarged without one."""
 
     def metrics(self) -> dict[str, float]:
         """The best checkpoint's figures beside the floor's, flat and under names that say what they are."""
         floor = {f"floor_{name}": value for name, value in self.floor.named().items()}
-        return {"images": self.best.images, **self.best.scores.named(), **floor}
+        baselines = {
+            f"{name}_{figure}": value
+            for name, each in (self.baselines or {}).items()
+            for figure, value in {
+                f"fd_{each.scores.extractor}": each.scores.fd,
+                f"kid_{each.scores.extractor}": each.scores.kid,
+                **each.likeness.model_dump(),
+            }.items()
+        }
+        return {"images": self.best.images, **self.best.named(), **floor, **baselines}

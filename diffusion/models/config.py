@@ -1,6 +1,6 @@
 """What the denoising network is, and what it is asked to predict: all one needs to use a trained model."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -44,6 +44,35 @@ class ModelConfig(Config):
     """Whether the network is told each picture's class, where the data set has several."""
     text: bool = Field(False, exclude_if=unset)
     """Whether the network is told each picture's caption, as a sentence encoder reads it (the extra ``text``)."""
+    low_resolution: int | None = Field(None, ge=2, exclude_if=unset)
+    """Height and width, in pixels, of the small picture that the network is shown and learns to draw large (SR3, arXiv
+    2104.07636); the data set's size is a multiple of it. It then draws nothing without one, and is told nothing else.
+    Null: it is shown none."""
+    low_resolution_noise: float | None = Field(None, ge=0, exclude_if=unset)
+    """Largest standard deviation of the noise that training adds to the small picture, which is in [−1, 1]; the network
+    is told how much of it each has (2106.15282, section 4.3). So it stands pictures that are not quite what it was
+    trained on. Null: 0.1; 0: none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shown_is_enough(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("low_resolution") is not None:
+            return {"conditional": False} | given
+        return given
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> "ModelConfig":
+        if self.low_resolution is not None and (self.conditional or self.text):
+            raise ValueError(
+                "model.low_resolution shows the network what to draw, and it is told nothing besides: leave out "
+                f"model.{'conditional' if self.conditional else 'text'}"
+            )
+        if self.low_resolution is None and self.low_resolution_noise is not None:
+            raise ValueError(
+                "model.low_resolution_noise lies over the small picture, and there is none: set "
+                "model.low_resolution, or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_an_answer(self) -> "ModelConfig":
@@ -72,3 +101,8 @@ class ModelConfig(Config):
                     f"channels at resolution {level}: change model.heads or model.width"
                 )
         return self
+
+    @property
+    def most_low_resolution_noise(self) -> float:
+        """The largest standard deviation of noise over small pictures."""
+        return 0.1 if self.low_resolution_noise is None else self.low_resolution_noise

@@ -15,6 +15,8 @@ GROUP = 16
 """Channels per group of the normalisations; with fewer, bfloat16 kernels fall back from vectors to scalars."""
 LAYER, GOLDEN = 0x9E3779B97F4A7, -0x61C8864680B583EB
 """Odd numbers far from each other, by which layers and values differ in what they draw."""
+LEVEL_SCALE = 1000
+"""Brings noise over small pictures, a part of 1, into the range of times, for which the embedding is made."""
 WRITTEN_OUT = 256
 """Up to so many positions attention is written out: there the fused kernel's backward pass takes up to five
 times as long on processors without a GPU."""
@@ -112,6 +114,7 @@ class UNet(nn.Module):
                 f"model.patch = {config.patch} and {len(config.multipliers)} resolutions fold {fold} pixels into "
                 f"one, and the pictures have {size}: take a number out of model.multipliers, or lower model.patch"
             )
+        require_fitting(config.low_resolution, size)
         self.patch, self.width, self.padding = config.patch, config.width, -size % fold
         self.dropout, self.recompute = config.dropout, False
         """Whether what is inside layers is computed again in the backward pass, instead of kept from the forward."""
@@ -125,7 +128,9 @@ class UNet(nn.Module):
         self.text = nn.Linear(WIDTH, embedding) if config.text else None
         self.no_text = nn.Parameter(torch.zeros(embedding)) if config.text else None
         """Stands for the caption of a picture that has none, or of which it is not told."""
-        self.stem = nn.Conv2d(channels * config.patch**2, config.width, 3, padding=1)
+        self.level = nn.Linear(config.width, embedding) if config.low_resolution is not None else None
+        shown = channels * (1 if config.low_resolution is None else 2)
+        self.stem = nn.Conv2d(shown * config.patch**2, config.width, 3, padding=1)
         self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
 
         current, skips = config.width, [config.width]
@@ -163,6 +168,8 @@ class UNet(nn.Module):
         label: Tensor | None = None,
         text: Tensor | None = None,
         draws: Tensor | None = None,
+        low: Tensor | None = None,
+        level: Tensor | None = None,
     ) -> Tensor:
         """Noisy pictures (N, C, H, W) at ``time`` (N,), in steps of 0 … T−1, to the prediction (N, C, H, W).
 
@@ -170,9 +177,15 @@ class UNet(nn.Module):
         ``label`` (N,) are integers: a class, or ``no_class``, which is also what None means. ``text`` (N, 384) are
         embeddings of captions, zeros where there is none; None: nowhere is one. ``draws`` (N,) int64 below 2^62 decide
         for each picture which values dropout sets to 0; None: none, as it should be but for training.
+
+        A network that enlarges is shown ``low``, small pictures brought to (N, C, H, W), with noise over each, the
+        standard deviation of which is ``level`` (N,).
         """
         if not self.dropout:
             draws = None
+        if self.level is not None:
+            assert low is not None
+            x = torch.cat([x, low], dim=1)
         height, width = x.shape[-2:]
         if self.padding:
             x = functional.pad(x, (0, self.padding, 0, self.padding), mode="replicate")
@@ -182,6 +195,8 @@ class UNet(nn.Module):
             embedding = embedding + self.classes(label)
         if self.text is not None and self.no_text is not None:
             embedding = embedding + (self.no_text if text is None else read(text, self.text, self.no_text))
+        if self.level is not None and level is not None:
+            embedding = embedding + self.level(sinusoidal(level * LEVEL_SCALE, self.width))
         h = self.stem(functional.pixel_unshuffle(x, self.patch))
         skips = [h]
         depth = 0
@@ -208,6 +223,17 @@ class UNet(nn.Module):
         folded: Tensor = self.head(functional.silu(self.norm(h)))
         unfolded = functional.pixel_shuffle(folded, self.patch)
         return unfolded[..., :height, :width] if self.padding else unfolded
+
+
+def require_fitting(low_resolution: int | None, size: int) -> None:
+    """Raise UserError unless pictures of ``size`` pixels have a whole number of them for each of the small picture."""
+    if low_resolution is None or (low_resolution < size and size % low_resolution == 0):
+        return
+    fitting = [str(each) for each in range(2, size) if size % each == 0]
+    raise UserError(
+        f"model.low_resolution = {low_resolution} and the pictures have {size} pixels, which is no multiple of it: "
+        + (f"use {' or '.join(fitting)}" if fitting else "ingest them at another size")
+    )
 
 
 def read(text: Tensor, project: nn.Linear, none: Tensor) -> Tensor:

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 from humanize import naturalsize, precisedelta
+from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion.config import Config
+from diffusion.config import Config, unset
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
-from diffusion.sampling import sample
 from diffusion.training.config import TrainingConfig
-from diffusion.training.record import GRID_PICTURES
+from diffusion.training.record import drawn_by
 from diffusion.training.run import Run
 
 PREFLIGHT = "preflight.json"
@@ -42,6 +42,8 @@ class Preflight(Config):
     """Classes that the network is told of."""
     captions: int
     """Different captions that it is told."""
+    low_resolution: int | None = Field(None, exclude_if=unset)
+    """Height and width of the small pictures that it is shown; None: none."""
     parameters: int
     flops: int
     """Floating-point operations of a training step for each picture, forward and backward."""
@@ -61,6 +63,7 @@ class Preflight(Config):
         channels, height, width = self.shape
         told = f", {self.classes} classes" if self.classes else ""
         told += f", {self.captions:,} captions" if self.captions else ""
+        told += f", shown at {self.low_resolution}×{self.low_resolution}" if self.low_resolution else ""
         time = "seen as it goes: --dry-run measures it"
         if self.seconds is not None:
             unit = "seconds" if self.seconds < 60 else "minutes"
@@ -94,7 +97,7 @@ def count_flops(config: ModelConfig, shape: tuple[int, int, int], classes: int) 
         network = UNet(config, shape[0], shape[1], classes)
         x, time = torch.empty(1, *shape), torch.zeros(1)
         with FlopCounterMode(display=False) as counter:
-            network(x, time).sum().backward()
+            network(x, time, low=None if config.low_resolution is None else x).sum().backward()
     return int(counter.get_total_flops())
 
 
@@ -132,6 +135,7 @@ def preflight_of(run: Run, pace: Pace | None, reading: float = 0) -> Preflight:
         shape=dataset.shape,
         classes=len(run.classes),
         captions=len(run.captions.embeddings) if run.captions else 0,
+        low_resolution=run.model.low_resolution,
         parameters=parameters,
         flops=count_flops(run.model, dataset.shape, len(run.classes)),
         state_bytes=memory,
@@ -162,7 +166,7 @@ def measure(run: Run, sampling: SamplingConfig) -> Pace:
     if run.ranks.leads:
         averaged = whole.averaged()
         whole.probe(averaged.network)
-        sample(averaged, range(GRID_PICTURES), 0, sampling, asked=run.shown(GRID_PICTURES))
+        drawn_by(averaged, run, sampling)
     return run.ranks.agreed(Pace(image, time.perf_counter() - start))
 
 

@@ -13,8 +13,8 @@ from diffusion.config_sampling import SamplingConfig
 from diffusion.data.manifest import Manifest
 from diffusion.explain import draw_reverse, reverse
 from diffusion.fingerprint import CPU
-from diffusion.grids import figure_png, grid, save_png
-from diffusion.model import to_float
+from diffusion.grids import beside, blocks, figure_png, grid, save_png
+from diffusion.model import DiffusionModel, to_float
 from diffusion.progress import Progress
 from diffusion.sampling import sample
 from diffusion.training.checkpoint import Writer
@@ -24,6 +24,7 @@ from diffusion.training.history import History, read_rows
 from diffusion.training.post_hoc import AVERAGES, keep_snapshot
 from diffusion.training.run import Run
 from diffusion.training.tracker import Tracker
+from diffusion.upscaling import shown_small, shrunk, upscale
 
 GRID_PICTURES = 36
 FIGURES = ("loss", "gradient_norm", "learning_rate", "images_per_second", "data_wait", "skipped")
@@ -83,19 +84,41 @@ class Record:
         averaged = run.averaged()
         figures = run.probe(averaged.network)
         self.probes.append(images, {name: figures.get(name, math.nan) for name in PROBES})
-        drawn = sample(averaged, range(GRID_PICTURES), 0, self.sampling, asked=run.shown(GRID_PICTURES))
+        drawn = drawn_by(averaged, run, self.sampling)
         self.tracker.log_metrics(figures | drift(drawn, run.dataset.manifest), images)
-        picture = grid(drawn)
+        picture = sheet(drawn, run)
         save_png(self.output / "samples" / f"{images:010d}.png", picture)
         self.tracker.log_picture("samples", picture, images)
         if images == run.total:
-            strip = Image.open(io.BytesIO(figure_png(draw_reverse(reverse(averaged.on(CPU), 0)))))
+            told = shown_small(run.model, real(run)[:1]) or None
+            strip = Image.open(io.BytesIO(figure_png(draw_reverse(reverse(averaged.on(CPU), 0, told)))))
             self.tracker.log_picture("reverse", strip, images)
         self.guards.probe(figures, images)
         self.guards.weights(state.network, state.averages[0].state_dict(), images)
         if config.ema_lengths is not None:
             keep_snapshot(self.output / AVERAGES, state.averages, config.ema_lengths, images, run.header())
         self.writer.save(state, run.checkpoint_header(), config.keep, spared(config, self.probes, save_every))
+
+
+def drawn_by(model: DiffusionModel, run: Run, sampling: SamplingConfig) -> Tensor:
+    """The pictures of a grid by ``model``, the present one of ``run``: drawn, or held-out ones enlarged."""
+    if run.model.low_resolution is None:
+        return sample(model, range(GRID_PICTURES), 0, sampling, asked=run.shown(GRID_PICTURES))
+    return upscale(model, shrunk(real(run), run.model.low_resolution), 0, sampling)
+
+
+def sheet(drawn: Tensor, run: Run) -> Image.Image:
+    """The grid of ``drawn`` pictures; of enlarged ones between the small picture and the real one, each time."""
+    if run.model.low_resolution is None:
+        return grid(drawn)
+    pictures = real(run)
+    return grid(beside(blocks(shrunk(pictures, run.model.low_resolution), drawn.shape[-1]), drawn, pictures), 12)
+
+
+def real(run: Run) -> Tensor:
+    """The pictures that are shown small to a model which enlarges: held-out ones, or of training if there are none."""
+    probed = run.probed()
+    return probed["held_out" if "held_out" in probed else "train"].pictures[:GRID_PICTURES]
 
 
 def drift(drawn: Tensor, manifest: Manifest) -> dict[str, float]:

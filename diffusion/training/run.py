@@ -35,6 +35,7 @@ from diffusion.training.objective import draw_times, make_objective, times_at
 from diffusion.training.ranks import ALONE, Ranks
 from diffusion.training.sharding import gathered
 from diffusion.training.state import make_state
+from diffusion.upscaling import noised, shown_small
 
 LEVELS = 8
 """Parts of the distribution of noise levels, from the least to the most, whose losses are told apart."""
@@ -225,14 +226,16 @@ class Run:
 
     def _told(self, batch: Batch) -> Told:
         """What the network is told of the pictures of a batch."""
+        if self.model.low_resolution is not None:
+            return noised(self._known(batch), self.model.most_low_resolution_noise, self.config.seed, batch.indices)
         if not (told := self._known(batch)):
             return told
         u = uniform(self.config.seed, "class", batch.indices)
         return kept_back(told, u, self.config.condition_dropout, len(self.classes))
 
     def _known(self, batch: Batch) -> Told:
-        """Class and caption of the pictures of a batch, as far as the network is told any."""
-        known = {}
+        """Class, caption and small version of the pictures of a batch, as far as the network is told any."""
+        known = shown_small(self.model, batch.pictures)
         if self.classes:
             known["label"] = self.dataset.classes(batch.rows, self.classes)
         if self.captions is not None:
@@ -276,14 +279,14 @@ class Run:
         networks = {"": self.state.network, "_ema": averaged}
         figures = {
             f"{split}_loss{suffix}": self.pool.submit(self._probe, split, batch, network)
-            for split, batch in self._probed().items()
+            for split, batch in self.probed().items()
             for suffix, network in networks.items()
         }
         losses = {name: figure.result() for name, figure in figures.items()}
         means = {name: each.mean().item() for name, each in losses.items()}
         return means | by_level(losses.get("held_out_loss_ema"))
 
-    def _probed(self) -> dict[Split, Batch]:
+    def probed(self) -> dict[Split, Batch]:
         """The pictures of each split to compare losses on, kept: they may have come from far away."""
         probes = self.probes
         for split in SPLITS if not probes else ():

@@ -33,7 +33,7 @@ from diffusion.model import (
 )
 from diffusion.models.config import ModelConfig
 from diffusion.progress import Progress, silent
-from diffusion.sampling import require_effect
+from diffusion.sampling import require_effect, require_small
 from diffusion.text import WIDTH
 from diffusion.training.checkpoint import COUNTS, Checkpoints, Writer
 from diffusion.training.config import TrainingConfig
@@ -92,6 +92,7 @@ def train(
             with lanes() as readers:
                 captions = _captions(dataset, model, together, partial(embeddings_of, pool=readers, progress=progress))
             run = Run.new(dataset, model, config, pool, together, captions)
+            require_small(model, sampling)
             require_effect(run.classes, model.text, sampling, run.shown(GRID_PICTURES))
             if together.leads and restart == "if_different" and _differences(output, run):
                 _discard(output)
@@ -313,6 +314,7 @@ def preflight(
         # Captions without meaning cost a step the same, and need not be read.
         captions = _captions(dataset, model, ALONE, lambda _, texts: torch.zeros(len(texts), WIDTH))
         run = Run.new(dataset, model, config, pool, captions=captions)
+        require_small(model, sampling)
         require_effect(run.classes, model.text, sampling, run.shown(GRID_PICTURES))
         reading = seconds_to_read(dataset, dataset.different_captions()[0], cores()) if captions else 0
         return preflight_of(run, measure(run, sampling), reading)
