@@ -1,10 +1,15 @@
-"""Prints found again, by their address on S3 or by a copy: the picture, its batch, and its row in the manifest."""
+"""Prints found again, by their address on S3 or by a copy: the picture, its batch, and its row in the manifest.
+
+And pictures made on request, which lie in a folder with ``request.json`` (``diffusion.made``) instead.
+"""
 
 import io
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,6 +19,7 @@ from pydantic import ValidationError
 from diffusion.config import Config
 from diffusion.errors import UserError
 from diffusion.files import sha256_bytes
+from diffusion.made import ABOUT
 from flows import prints
 from flows.prints import Batch
 from flows.registry import parse_model_uri
@@ -35,6 +41,8 @@ class Origin(Config):
     content_digest: str
     seed: int
     index: int
+    task: str | None = None
+    """As what it was made on request; None: it was printed."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,8 @@ class Printed:
     """None: it is to be found nowhere (any more)."""
     place: Location | None
     """Where the batch lies."""
+    request: dict[str, Any] | None = None
+    """``request.json`` beside a picture that was made on request."""
 
     @property
     def origin(self) -> Batch | Origin:
@@ -128,9 +138,11 @@ def _copy(where: str, png: bytes, store: Store, bucket: str) -> Printed:
     origin = _origin(png)
     if origin is None:
         raise UserError(
-            f"{where} does not say which model made it: it is no print of ours, or was saved anew without the texts "
-            "that came with it; give the address that it was printed to"
+            f"{where} names no registered model that made it: it is no picture of ours, is of a model in a file, or "
+            "was saved anew without the texts that came with it; give the address that it was printed to"
         )
+    if origin.task is not None:
+        return _requested(where, png, origin)
     index = origin.index
     found = list(_batches_of(origin, store, bucket))
     pictures = [Picture(png, origin, index, _read_row(store, place, batch, index)) for batch, place in found]
@@ -145,6 +157,15 @@ def _copy(where: str, png: bytes, store: Store, bucket: str) -> Printed:
     if not chosen:
         return Printed(where, Picture(png, origin, index, None), None, None)
     return Printed(where, pictures[chosen[0]], *found[chosen[0]])
+
+
+def _requested(where: str, png: bytes, origin: Origin) -> Printed:
+    """A picture made on request, and what stands beside it, if it is still where it was made."""
+    beside = Path(where).with_name(ABOUT)
+    request = json.loads(beside.read_bytes()) if beside.is_file() else None
+    rows: list[Row] = request["pictures"] if request else []
+    row = next((row for row in rows if row["index"] == origin.index), None)
+    return Printed(where, Picture(png, origin, origin.index, row), None, None, request)
 
 
 def _batches_of(origin: Origin, store: Store, bucket: str) -> Iterator[tuple[Batch, Location]]:
@@ -193,6 +214,7 @@ def _origin(png: bytes) -> Origin | None:
             content_digest=told["content_digest"],
             seed=int(told["seed"]),
             index=int(told["index"]),
+            task=told.get("task"),
         )
     except (KeyError, ValueError, UserError):
         return None

@@ -17,7 +17,7 @@ from diffusion.files import write_bytes
 from diffusion.fingerprint import Fingerprint
 from flows import environment, prints, registry, shipped
 from flows.derived import warn_of_takedown
-from flows.printed import Picture, Printed, Row, find, pixels_sha256, read_pixels, read_rows
+from flows.printed import Origin, Picture, Printed, Row, find, pixels_sha256, read_pixels, read_rows
 from flows.prints import Batch
 from flows.progress import reporter
 from flows.registry import Version
@@ -127,6 +127,11 @@ def reproduce(where: str, count: int | None = None, out: Path | None = None, ins
 
 
 def _known(printed: Printed) -> tuple[Batch, Location]:
+    if isinstance(printed.origin, Origin) and printed.origin.task is not None:
+        raise UserError(
+            f"{printed.where} was made on request ({printed.origin.task}), not printed in a batch: the same command "
+            "makes it again, and request.json beside it says with what"
+        )
     if printed.batch is None or printed.place is None:
         raise UserError(
             f"the batch of {printed.where} is not at its usual place, and only that says how it was drawn: give the "

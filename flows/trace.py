@@ -3,6 +3,8 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import mlflow
 from mlflow.client import MlflowClient
@@ -13,12 +15,13 @@ from diffusion.config import Config
 from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.data.manifest import FileEntry, Manifest, parse_manifest
 from diffusion.fingerprint import Fingerprint
+from diffusion.made import ABOUT
 from flows import environment
 from flows.catalogue import Catalogue
 from flows.derived import TAKEDOWN
 from flows.kept_files import KeptFiles, is_whole
 from flows.params import dataset_folder
-from flows.printed import Picture, Printed, find
+from flows.printed import Origin, Picture, Printed, find
 from flows.prints import Batch
 from flows.registry import WEIGHTS
 from flows.s3 import Store
@@ -50,6 +53,16 @@ class TracedBatch(Config):
     seed: int
     finished: bool
     asked: Asked | None
+    sampling: SamplingConfig
+    fingerprint: Fingerprint
+
+
+class TracedRequest(Config):
+    """What was asked for when the picture was made on request."""
+
+    file: str
+    asked: dict[str, Any]
+    """The fields of ``diffusion.requests.Request``; of pictures their digests."""
     sampling: SamplingConfig
     fingerprint: Fingerprint
 
@@ -108,6 +121,8 @@ class Trace(Config):
 
     picture: TracedPicture | None
     batch: TracedBatch | None
+    request: TracedRequest | None
+    """Instead of a batch."""
     model: TracedModel | None
     run: TracedRun | None
     data: TracedData | None
@@ -139,7 +154,9 @@ class _Walk:
         """All links, from the picture on."""
         origin = printed.origin
         picture = printed.picture and self.picture(printed, printed.picture)
-        batch = self.batch(printed)
+        task = origin.task if isinstance(origin, Origin) else None
+        batch = self.batch(printed) if task is None else None
+        request = self.request(printed) if task is not None else None
         model = self.model(origin.model, origin.version, origin.run_id, printed.batch)
         run = self.run(origin.run_id)
         tags = (model.tags if model else {}) | (run.data.tags if run else {})
@@ -148,6 +165,7 @@ class _Walk:
         return Trace(
             picture=picture,
             batch=batch,
+            request=request,
             model=model,
             run=run and _traced(run),
             data=manifest and self.data(manifest, tags.get("darkroom.dvc_digest"), source),
@@ -163,10 +181,10 @@ class _Walk:
             self.broken.append(
                 f"{where} was saved anew: its pixels are what was printed, its bytes are not"
                 if same
-                else f"{where} was altered: its pixels are not what was printed, as the manifest of its batch tells"
+                else f"{where} was altered: its pixels are not what was printed, as was written down then"
             )
-        elif row is None and batch is not None:
-            self.broken.append(f"the manifest of its batch has no row of {where}")
+        elif row is None and (batch is not None or printed.request is not None):
+            self.broken.append(f"what was written down of its batch or request has no row of {where}")
         theirs = origin and (origin.model, origin.version, origin.run_id, origin.seed, origin.index)
         if batch and origin and theirs != (batch.model, batch.version, batch.run_id, batch.seed, picture.index):
             self.broken.append(f"{where} says of itself that it is another picture than its batch has there")
@@ -195,6 +213,19 @@ class _Walk:
             asked=batch.asked,
             sampling=batch.sampling,
             fingerprint=batch.fingerprint,
+        )
+
+    def request(self, printed: Printed) -> TracedRequest | None:
+        """What was asked for, of a picture that was made on request."""
+        told = printed.request
+        if told is None:
+            self.broken.append(f"{printed.where} was made on request, and no {ABOUT} beside it says of what")
+            return None
+        return TracedRequest(
+            file=str(Path(printed.where).with_name(ABOUT)),
+            asked=told["request"],
+            sampling=SamplingConfig.model_validate(told["sampling"]),
+            fingerprint=Fingerprint.model_validate(told["fingerprint"]),
         )
 
     def model(self, name: str, number: int, run_id: str, batch: Batch | None) -> TracedModel | None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from flows.reproduce import Reproduced
-    from flows.trace import Trace, TracedBatch, TracedData, TracedModel, TracedPicture, TracedRun
+    from flows.trace import Trace, TracedBatch, TracedData, TracedModel, TracedPicture, TracedRequest, TracedRun
 
 What = Annotated[
     str,
@@ -81,6 +81,7 @@ def _chain(found: "Trace") -> Iterator[str]:
     for name, lines in (
         ("picture", found.picture and _picture(found.picture)),
         ("batch", found.batch and _batch(found.batch)),
+        ("request", found.request and _request(found.request)),
         ("model", found.model and _model(found.model)),
         ("run", found.run and _run(found.run)),
         ("data set", found.data and _data(found.data)),
@@ -111,6 +112,12 @@ def _batch(batch: "TracedBatch") -> Iterator[str]:
     if batch.asked is not None:
         yield f"asked for {_fields(batch.asked.model_dump(exclude_defaults=True))}"
     yield f"fingerprint {_fields(batch.fingerprint.model_dump())}"
+
+
+def _request(request: "TracedRequest") -> Iterator[str]:
+    yield request.file
+    yield f"asked for {_fields(request.asked)}"
+    yield f"fingerprint {_fields(request.fingerprint.model_dump())}"
 
 
 def _model(model: "TracedModel") -> Iterator[str]:

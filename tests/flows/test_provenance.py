@@ -23,7 +23,10 @@ from diffusion.data.ingest import ingest
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.errors import UserError
 from diffusion.files import canonical_json, sha256_bytes
+from diffusion.made import make as make_pictures
+from diffusion.made import read_request
 from diffusion.model import export
+from diffusion.requests import Wanted
 from flows import prints, registry, sample, shipped
 from flows.catalogue import Catalogue
 from flows.derived import TAKEDOWN
@@ -192,6 +195,28 @@ def test_a_copy_of_a_print_leads_to_the_batch_that_printed_it_among_several_of_i
         reproduce(str(copy))
 
 
+def test_a_picture_made_on_request_leads_to_what_was_asked_and_to_its_model(made: Made, tmp_path: Path) -> None:
+    wanted = Wanted(task="interpolate", count=3, seed=5, to_seed=6)
+    origin = {"model": made.version.uri, "run_id": made.run_id}
+    make_pictures(Path("weights.safetensors"), read_request(wanted), SAMPLING, tmp_path, origin)
+    picture = tmp_path / "00000001.png"
+    found = trace(str(picture))
+    assert found.broken == []
+    assert found.picture is not None
+    assert found.picture.as_printed is True
+    assert found.batch is None
+    assert found.request is not None
+    assert (found.request.asked["task"], found.request.asked["to_seed"]) == ("interpolate", 6)
+    assert found.data is not None
+    assert found.data.version == made.manifest.digest
+    with pytest.raises(UserError, match="the same command makes it again"):
+        reproduce(str(picture))
+    picture.write_bytes(repainted(picture.read_bytes(), 90))
+    assert "was altered" in trace(str(picture)).broken[0]
+    (tmp_path / "request.json").unlink()
+    assert "no request.json beside it" in " ".join(trace(str(picture)).broken)
+
+
 def test_an_altered_print_is_told_from_one_that_was_only_saved_anew(made: Made) -> None:
     anew = io.BytesIO()
     Image.open(io.BytesIO(made.png)).save(anew, "PNG")
@@ -290,7 +315,7 @@ def test_a_picture_that_is_not_ours_is_refused(made: Made, tmp_path: Path) -> No
     disc(1).save(tmp_path / "mine.png")
     (tmp_path / "notes.png").write_text("no picture")
     for name in ("mine.png", "notes.png"):
-        with pytest.raises(UserError, match="does not say which model made it"):
+        with pytest.raises(UserError, match="names no registered model that made it"):
             trace(str(tmp_path / name))
 
 
