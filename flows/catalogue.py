@@ -5,9 +5,10 @@ page, ``report.html``; its files lie on DVC's remote. What was taken down is tol
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 
 import yaml
@@ -103,6 +104,16 @@ class Catalogue:
         for key in self.store.list_keys(self.place.bucket, self.place.key("removals/")):
             if PurePosixPath(key).stem not in known:
                 write_removal(work, Removal.model_validate_json(self.store.get(self.place.bucket, key)))
+
+    def removals(self) -> Iterator[Removal]:
+        """Everything that was taken down from the data set."""
+        for key in self.store.list_keys(self.place.bucket, self.place.key("removals/")):
+            yield Removal.model_validate_json(self.store.get(self.place.bucket, key))
+
+    def written(self, digest: str) -> datetime | None:
+        """When a version was put into the catalogue; None if it never was."""
+        found = self.store.stat(self.place.bucket, self.place.key(f"{digest}/manifest.json"))
+        return found and found.written
 
     def _put(self, name: str, data: bytes, content_type: str = "application/octet-stream") -> None:
         self.store.put_once(self.place.bucket, self.place.key(name), data, content_type=content_type)

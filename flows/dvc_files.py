@@ -12,7 +12,7 @@ from pydantic import StringConstraints, TypeAdapter, ValidationError
 
 from diffusion.config import Config
 from diffusion.errors import UserError
-from flows.s3 import Location, Store
+from flows.s3 import Location, Stat, Store
 
 FOLDER = ".dir"
 """Ends the name of a folder's listing."""
@@ -109,6 +109,14 @@ class Remote:
     def read(self, name: str) -> bytes:
         """The bytes of an object; raises Missing."""
         return self.store.get(self.place.bucket, self._key(name))
+
+    def stat(self, name: str) -> Stat | None:
+        """Size and age of an object; None if it is not there."""
+        return self.store.stat(self.place.bucket, self._key(name))
+
+    def uri(self, name: str) -> str:
+        """Where an object lies, if it is there."""
+        return f"s3://{self.place.bucket}/{self._key(name)}"
 
     def listing(self, name: str) -> Listing:
         """The folder of this name; raises Missing."""

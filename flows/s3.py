@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -81,6 +82,13 @@ class Listed(NamedTuple):
     key: str
     size: int
     etag: str
+
+
+class Stat(NamedTuple):
+    """What a server says of an object: its size in bytes, and when it was written."""
+
+    size: int
+    written: datetime
 
 
 @dataclass(frozen=True)
@@ -217,6 +225,15 @@ class Store:
         """Whether there is an object of that name."""
         with self._in_words(bucket, key):
             return _found(lambda: self.client.head_object(Bucket=bucket, Key=key))
+
+    def stat(self, bucket: str, key: str) -> Stat | None:
+        """Size and age of an object; None if there is none of that name."""
+        try:
+            with self._in_words(bucket, key):
+                head = self.client.head_object(Bucket=bucket, Key=key)
+        except Missing:
+            return None
+        return Stat(head["ContentLength"], head["LastModified"])
 
     def list_keys(self, bucket: str, prefix: str = "") -> Iterator[str]:
         """All keys that begin with ``prefix``, in the server's order, however many there are."""

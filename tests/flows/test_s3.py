@@ -69,6 +69,15 @@ def test_an_object_is_written_once_and_the_same_bytes_again_are_as_good(
     assert there["Metadata"] == {"seed": "7", "sha256": hashlib.sha256(b"picture").hexdigest()}
 
 
+def test_an_object_has_a_size_and_an_age_and_one_that_is_not_there_has_neither(
+    store: Store, bucket: str, s3_environment: dict[str, str]
+) -> None:
+    store.put_once(bucket, "a", b"bytes")
+    head = stock(s3_environment).head_object(Bucket=bucket, Key="a")
+    assert store.stat(bucket, "a") == (5, head["LastModified"])
+    assert store.stat(bucket, "b") is None
+
+
 def test_other_bytes_under_a_taken_key_are_held_back(store: Store, bucket: str) -> None:
     store.put_once(bucket, "a/x.png", b"first")
     with pytest.raises(Held, match=f"s3://{bucket}/a/x.png is taken by other bytes") as held:

@@ -1,0 +1,173 @@
+"""``darkroom trace | reproduce``: where a picture comes from, and the same picture again."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from diffusion.errors import DarkroomError
+from flows.cli.options import Json, joined, show
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from flows.reproduce import Reproduced
+    from flows.trace import Trace, TracedBatch, TracedData, TracedModel, TracedPicture, TracedRequest, TracedRun
+
+What = Annotated[
+    str,
+    typer.Argument(
+        metavar="PICTURE|BATCH", help="A print's address, s3://…/00000007.png, a copy of it, or its batch's address."
+    ),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verbs."""
+    for verb in (trace, reproduce):
+        app.command(rich_help_panel="From a print back to its pictures")(verb)
+
+
+def trace(what: What, as_json: Json = False) -> None:
+    """Say where a printed picture comes from: batch, model version, run, data set version, and its exact shards.
+
+    What does not hold (altered, deleted, lost) is named at the end, and the exit code is 1.
+
+    Example:  darkroom trace s3://darkroom/prints/faces/3/seed7-count64-dpmpp_2m_sde16-af14cd24/00000007.png
+    """
+    with joined("mlflow", "s3"):
+        from flows.trace import trace
+
+        found = trace(what)
+    show(found.model_dump(mode="json"), as_json, list(_chain(found)))
+    if found.broken:
+        raise DarkroomError(f"the chain is broken: {'; '.join(found.broken)}")
+
+
+def reproduce(
+    what: What,
+    count: Annotated[int | None, typer.Option("--count", min=1, help="Of a batch, only as many; default: all.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Where to write the pictures; default: nowhere.")
+    ] = None,
+    installed: Annotated[
+        bool,
+        typer.Option(
+            "--installed",
+            help="Draw with the code installed here, for batches that newer code than the model's printed.",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Draw printed pictures again, in a process with the code that their model version ships, and compare every pixel.
+
+    Under an equal fingerprint (compute batch, number format, processor, torch) they are the same bit for bit; under
+    another one the difference is named, with the largest error of a pixel.
+
+    Example:  darkroom reproduce s3://darkroom/prints/faces/3/seed7-count64-dpmpp_2m_sde16-af14cd24/00000007.png
+    """
+    with joined("mlflow", "s3"):
+        from flows.reproduce import reproduce
+
+        done = reproduce(what, count, out, installed)
+    show(done.model_dump(mode="json"), as_json, list(_comparison(done)))
+    if done.failure:
+        raise DarkroomError(f"{what}: {done.failure}")
+
+
+def _chain(found: "Trace") -> Iterator[str]:
+    """A trace for people, a few lines to each link."""
+    for name, lines in (
+        ("picture", found.picture and _picture(found.picture)),
+        ("batch", found.batch and _batch(found.batch)),
+        ("request", found.request and _request(found.request)),
+        ("model", found.model and _model(found.model)),
+        ("run", found.run and _run(found.run)),
+        ("data set", found.data and _data(found.data)),
+    ):
+        for number, line in enumerate(lines or ()):
+            yield f"{name if number == 0 else '':<9} {line}"
+    for shard in found.data.shards if found.data else ():
+        yield f"shard     {shard.sha256}  {shard.bytes:,} bytes  {shard.name}  {shard.where or 'lost'}"
+    for each in found.takedowns:
+        why = "" if each.reason is None else f": {each.pictures:,} pictures, {each.reason}"
+        yield f"takedown  {each.name}{why}"
+    if found.data and not found.takedowns:
+        yield "takedown  none of its pictures was taken down since"
+
+
+def _picture(picture: "TracedPicture") -> Iterator[str]:
+    state = {True: "as it was printed", False: "no longer what was printed", None: "its printing is not on record"}
+    yield f"{picture.where}, {state[picture.as_printed]}"
+    yield f"number {picture.index} of seed {picture.seed}, sha256 {picture.sha256}"
+    shows = [f"{name} {text!r}" for name, text in (("class", picture.label), ("prompt", picture.prompt)) if text]
+    if shows:
+        yield f"to show {', '.join(shows)}"
+
+
+def _batch(batch: "TracedBatch") -> Iterator[str]:
+    yield f"{batch.uri}, {'finished' if batch.finished else 'not finished'}"
+    yield f"{batch.count:,} pictures of seed {batch.seed}: {_fields(batch.sampling.model_dump(exclude_none=True))}"
+    if batch.asked is not None:
+        yield f"asked for {_fields(batch.asked.model_dump(exclude_defaults=True))}"
+    yield f"fingerprint {_fields(batch.fingerprint.model_dump())}"
+
+
+def _request(request: "TracedRequest") -> Iterator[str]:
+    yield request.file
+    yield f"asked for {_fields(request.asked)}"
+    yield f"fingerprint {_fields(request.fingerprint.model_dump())}"
+
+
+def _model(model: "TracedModel") -> Iterator[str]:
+    yield " ".join([model.uri, *(f"@{alias}" for alias in model.aliases)]) + f", registered {_minute(model.registered)}"
+    ours = {name: value for name, value in model.tags.items() if name.startswith("darkroom.")}
+    for name, value in ours.items():
+        yield f"  {name} {value}"
+    if scores := {name: value for name, value in model.tags.items() if name not in ours}:
+        yield f"  {_fields(scores)}"
+
+
+def _run(run: "TracedRun") -> Iterator[str]:
+    yield f"{run.run_id} ({run.name}), {run.status.lower()}, begun {_minute(run.started)}"
+    dirty = {True: ", with changes that were not committed", False: ", everything committed", None: ""}[run.git_dirty]
+    yield f"git commit {run.git_commit}{dirty}" if run.git_commit else "git: outside of a repository"
+
+
+def _data(data: "TracedData") -> Iterator[str]:
+    recorded = f"recorded {_minute(data.recorded)}" if data.recorded else "not in the catalogue"
+    yield f"{data.dataset}, version {data.version}, {recorded}"
+    yield f"content {data.content_digest}"
+    yield f"DVC {data.dvc_digest or 'knows nothing of it'}"
+    yield f"{data.pictures:,} pictures in {len(data.shards):,} shards"
+
+
+def _comparison(done: "Reproduced") -> Iterator[str]:
+    """How pictures drawn again compare, for people."""
+    code = f"the code that {done.model} ships" if done.code == "shipped" else "the code installed here"
+    yield f"{done.exact:,} of {done.pictures:,} the same bit for bit, drawn again with {code}"
+    if done.differences:
+        yield f"the fingerprint differs: {done.differences} (printed → now)"
+    if done.moved:
+        yield f"libraries differ from those of its registration: {', '.join(done.moved)}"
+    if done.exact < done.pictures:
+        within = " (within what other arithmetic explains)" if done.differences and not done.failure else ""
+        yield (
+            f"largest error of a pixel {done.largest_error} of 255, {done.differing_pixels:,} pixels differ, "
+            f"mean error of the picture that is off most {done.mean_error:.3g} of 255{within}"
+        )
+    for each in done.other:
+        error = "cannot be compared" if each.largest_error is None else f"off by {each.largest_error} of 255 at most"
+        words = "the same as printed" if each.exact else error
+        yield f"  {each.key}: {'altered or lost since printing; drawn again, ' if each.altered else ''}{words}"
+    if done.folder:
+        yield f"written to {done.folder}"
+
+
+def _fields(fields: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in fields.items())
+
+
+def _minute(moment: "datetime") -> str:
+    return f"{moment:%Y-%m-%d %H:%M} UTC"

@@ -1,0 +1,79 @@
+"""A script that draws a batch's pictures again with the ``diffusion`` that is first on its path: a version's own.
+
+It is told what in JSON on standard input, and says what it has done in lines of JSON on standard output; pictures go
+into safetensors files. Of ``diffusion`` it uses what the first version had, and besides only what is asked for.
+"""
+
+import inspect
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors.torch import save_file
+
+import diffusion
+from diffusion.config_sampling import SamplingConfig
+from diffusion.errors import DarkroomError
+from diffusion.fingerprint import fingerprint
+from diffusion.model import load_model
+from diffusion.sampling import sample
+
+
+def redraw(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """First the fingerprint of this process, then for each range of ``request["chunks"]`` the file it went to."""
+    if Path(diffusion.__file__).resolve().parent != (Path(request["code"]) / "diffusion").resolve():
+        raise DarkroomError(f"diffusion comes from {diffusion.__file__}, not from {request['code']}")
+    config = conditions(request["sampling"], request["fingerprint"])
+    yield {"fingerprint": fingerprint_of(config)}
+    model = load_model(Path(request["weights"]))
+    draw = sample
+    if "asked" in request:
+        from diffusion.config_sampling import Asked
+
+        draw = partial(sample, asked=Asked.model_validate(request["asked"]))
+    for first, end in request["chunks"]:
+        file = Path(request["folder"]) / f"{first}.safetensors"
+        pictures = draw(model, range(first, end), request["seed"], config)
+        save_file({"pictures": pictures.contiguous()}, file)
+        yield {"first": first, "file": str(file)}
+
+
+def conditions(sampling: dict[str, Any], recorded: dict[str, Any]) -> SamplingConfig:
+    """``sampling`` with what it leaves to the machine set to what it was when the fingerprint was ``recorded``."""
+    chosen = {**sampling, "precision": recorded["precision"]}
+    if "device" in SamplingConfig.model_fields:
+        # A GPU's name is followed by the processor's: see diffusion.device.
+        chosen["device"] = "auto" if "," in recorded["device"] else "cpu"
+    return SamplingConfig.model_validate(chosen)
+
+
+def fingerprint_of(config: SamplingConfig) -> dict[str, Any]:
+    """Of this process; earlier versions knew nothing of devices."""
+    if "device" in inspect.signature(fingerprint).parameters:
+        made = fingerprint(config.compute_batch, config.precision, config.device)
+    else:
+        made = fingerprint(config.compute_batch, config.precision)  # type: ignore[call-arg]
+    return made.model_dump(mode="json")
+
+
+def main() -> None:
+    """Answer the one request on standard input; what goes wrong is the last line on standard error."""
+    answers = sys.stdout
+    with redirect_stdout(sys.stderr):
+        try:
+            for answer in redraw(json.load(sys.stdin)):
+                print(json.dumps(answer), file=answers, flush=True)
+        except ValidationError as error:
+            wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+            sys.exit(f"{error.title}: {'; '.join(wrong)}")
+        except DarkroomError as error:
+            sys.exit(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Reproduction: printed pictures drawn again with the code that their model version ships, and compared."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from mlflow.client import MlflowClient
+from safetensors.numpy import load_file
+
+from diffusion.config import Config
+from diffusion.errors import UserError
+from diffusion.files import write_bytes
+from diffusion.fingerprint import Fingerprint
+from flows import environment, prints, registry, shipped
+from flows.derived import warn_of_takedown
+from flows.printed import Origin, Picture, Printed, Row, find, pixels_sha256, read_pixels, read_rows
+from flows.prints import Batch
+from flows.progress import reporter
+from flows.registry import Version
+from flows.s3 import Location, Store
+from flows.s3_errors import Missing
+
+TOLERANCE = 2.0
+"""Mean error of a picture, in levels of 255, that other arithmetic may make: a model of 32×32 pictures was off by 0.3
+in bf16 and by 0.001 in fp32 between AVX-512 and AVX2, and pictures of two seeds by 15 or more."""
+NAMED = 20
+"""Pictures named that are not what was printed."""
+
+
+class Compared(Config):
+    """A picture drawn again, beside what was printed."""
+
+    key: str
+    exact: bool
+    """Every pixel is what was printed."""
+    altered: bool
+    """What lies there, if anything does, is no longer what was printed, as the manifest tells."""
+    largest_error: int | None
+    """In levels of 255; None if the printed picture is gone."""
+    mean_error: float | None
+    differing_pixels: int | None
+
+
+class Reproduced(Config):
+    """How printed pictures drawn again compare with what was printed."""
+
+    where: str
+    model: str
+    """The exact version, models:/NAME/NUMBER."""
+    code: str
+    """Whose code drew them: that shipped with the version, or that installed here."""
+    pictures: int
+    exact: int
+    """Pictures that are the same bit for bit."""
+    fingerprint: Fingerprint
+    """Of the process that drew them."""
+    differences: str
+    """How the fingerprint that they were printed under differs from it; empty if it does not."""
+    moved: list[str]
+    """Libraries of other versions than the model was registered with."""
+    largest_error: int
+    """In levels of 255, of all pictures that can be compared."""
+    mean_error: float
+    """Of the picture that is off most."""
+    differing_pixels: int
+    other: list[Compared]
+    """The first of those that are not the same, or were altered."""
+    altered: list[str]
+    """Pictures that were changed since they were printed, or are gone."""
+    folder: Path | None
+    """Where the pictures were written to."""
+
+    @property
+    def failure(self) -> str | None:
+        """What is not as promised; None if all is."""
+        wrong = []
+        if self.altered:
+            wrong.append(f"altered or lost since printing: {_some(self.altered)}")
+        missed = [each for each in self.other if not each.exact]
+        if missed and not self.differences:
+            wrong.append(
+                f"not the same inside an equal fingerprint, which is promised: {_some([each.key for each in missed])}; "
+                + ("drawn by other code than printed them? Try --installed" if self.code == "shipped" else "report it")
+            )
+        elif self.mean_error > TOLERANCE:
+            wrong.append(f"further off than other arithmetic explains, a mean of {TOLERANCE:g} of 255 in a picture")
+        return "; ".join(wrong) or None
+
+
+def reproduce(where: str, count: int | None = None, out: Path | None = None, installed: bool = False) -> Reproduced:
+    """Draw a printed picture, or the first ``count`` of a batch, again in a process of its own, and compare the pixels.
+
+    That process has the code that the model version ships, or with ``installed`` what is installed here, and this
+    machine's libraries. ``out``: a folder that the pictures are written to. Raises UserError if there is nothing that
+    could be drawn again, or the code cannot run here.
+    """
+    store = Store()
+    printed = find(where, store, environment.settings().bucket)
+    batch, place = _known(printed)
+    chunks = _chunks(batch, printed.picture, count)
+    version = registry.resolve(MlflowClient(), f"models:/{batch.model}/{batch.version}")
+    if version.weights_sha256 != batch.weights_sha256:
+        raise UserError(f"{version.uri} has other weights than {where} was printed with: it was registered anew since")
+    warn_of_takedown(version)
+    cache = environment.settings().folder / "models"
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        request = _request(batch, registry.fetch_weights(version, cache), chunks, folder)
+        code = shipped.INSTALLED if installed else shipped.fetch_code(version, folder / "shipped")
+        answers = _run(request, code, version, installed)
+        made = Fingerprint.model_validate(next(answers)["fingerprint"])
+        compared = []
+        total = sum(map(len, chunks))
+        for chunk, answer in zip(chunks, answers, strict=True):
+            again = _taken(Path(answer["file"]))
+            originals = [printed.picture] if printed.picture else _originals(store, place, batch, chunk)
+            compared += [compare(*each) for each in zip(chunk, again, originals, strict=True)]
+            if out is not None:
+                for index, pixels, original in zip(chunk, again, originals, strict=True):
+                    _write(out, batch, index, pixels, original.row)
+            reporter()("pictures drawn again", len(compared), total)
+    return _summary(where, version, installed, batch.fingerprint.differences(made), made, compared, out)
+
+
+def _known(printed: Printed) -> tuple[Batch, Location]:
+    if isinstance(printed.origin, Origin) and printed.origin.task is not None:
+        raise UserError(
+            f"{printed.where} was made on request ({printed.origin.task}), not printed in a batch: the same command "
+            "makes it again, and request.json beside it says with what"
+        )
+    if printed.batch is None or printed.place is None:
+        raise UserError(
+            f"the batch of {printed.where} is not at its usual place, and only that says how it was drawn: give the "
+            "address that it was printed to, s3://BUCKET/PREFIX/00000007.png"
+        )
+    return printed.batch, printed.place
+
+
+def _chunks(batch: Batch, picture: Picture | None, count: int | None) -> list[range]:
+    """The picture numbers to draw, as many at a time as were printed at a time."""
+    if picture is not None:
+        if count is not None:
+            raise UserError("--count says how many pictures of a batch: leave it out, or give the batch's prefix")
+        return [range(picture.index, picture.index + 1)]
+    if count is not None and count > batch.count:
+        raise UserError(f"--count {count}: the batch has {batch.count} pictures")
+    wanted = range(batch.count if count is None else count)
+    return [chunk for each in batch.chunks() if (chunk := wanted[each.start : each.stop])]
+
+
+def _request(batch: Batch, weights: Path, chunks: list[range], folder: Path) -> dict[str, Any]:
+    """What ``flows.redraw`` is told: only what the batch has, as the version's code may know of nothing else."""
+    asked = {} if batch.asked is None else {"asked": batch.asked.model_dump(mode="json", exclude_none=True)}
+    return {
+        "weights": str(weights.resolve()),
+        "folder": str(folder),
+        "seed": batch.seed,
+        "sampling": batch.sampling.model_dump(mode="json", exclude_none=True),
+        "fingerprint": batch.fingerprint.model_dump(mode="json"),
+        "chunks": [(chunk.start, chunk.stop) for chunk in chunks],
+        **asked,
+    }
+
+
+def _run(request: dict[str, Any], code: Path, version: Version, installed: bool) -> Iterator[dict[str, Any]]:
+    try:
+        yield from shipped.run(request, code)
+    except UserError as error:
+        whose = "installed here" if installed else f"that {version.uri} ships"
+        there = shipped.moved(shipped.fetch_requirements(version))
+        mend = f"it was registered with other libraries ({', '.join(there)}): install those" if there else ""
+        other = "" if installed else "if newer code printed it, --installed draws it with what is installed here"
+        raise UserError(
+            f"the code {whose} does not draw it: {'; '.join(filter(None, (str(error), mend, other)))}"
+        ) from error
+
+
+def _taken(file: Path) -> np.ndarray:
+    """The pictures in ``file``, (N, H, W) or (N, H, W, 3) uint8, which is deleted."""
+    pictures: np.ndarray = load_file(file)["pictures"].transpose(0, 2, 3, 1)
+    file.unlink()
+    return pictures[..., 0] if pictures.shape[-1] == 1 else pictures
+
+
+def _originals(store: Store, place: Location, batch: Batch, chunk: range) -> list[Picture]:
+    """The pictures of a chunk as they lie there, with their rows of the manifest."""
+    size = prints.CHUNK_BATCHES * batch.sampling.compute_batch
+    try:
+        rows = {row["index"]: row for row in read_rows(store, place, batch, chunk.start // size)}
+    except Missing as error:
+        raise UserError(f"{place} is not finished: give the same `darkroom sample` again first") from error
+
+    def get(index: int) -> Picture:
+        try:
+            png = store.get(place.bucket, place.key(prints.picture_key(index)))
+        except Missing:
+            png = b""
+        return Picture(png, None, index, rows.get(index))
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(get, chunk))
+
+
+def compare(index: int, again: np.ndarray, original: Picture) -> Compared:
+    """Picture number ``index`` drawn ``again``, (H, W) or (H, W, 3) uint8, beside the ``original``."""
+    there = read_pixels(original.png)
+    printed = original.row["pixels_sha256"] if original.row else pixels_sha256(there)
+    altered = pixels_sha256(there) != printed
+    exact = pixels_sha256(again) == printed
+    errors = None
+    if exact:
+        errors = np.zeros(again.shape[:2])
+    elif not altered and there is not None and there.shape == again.shape:
+        errors = np.abs(there.astype(int) - again).reshape(*again.shape[:2], -1)
+    return Compared(
+        key=prints.picture_key(index),
+        exact=exact,
+        altered=altered,
+        largest_error=None if errors is None else int(errors.max()),
+        mean_error=None if errors is None else float(errors.mean()),
+        differing_pixels=None if errors is None else int(errors.reshape(*again.shape[:2], -1).any(-1).sum()),
+    )
+
+
+def _write(out: Path, batch: Batch, index: int, pixels: np.ndarray, row: Row | None) -> None:
+    channels = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy())
+    label = row and row.get("label")
+    png, _ = prints.encode(batch, index, channels, None if label is None else str(label))
+    write_bytes(out / prints.picture_key(index), png)
+
+
+def _summary(
+    where: str,
+    version: Version,
+    installed: bool,
+    differences: str,
+    made: Fingerprint,
+    compared: list[Compared],
+    out: Path | None,
+) -> Reproduced:
+    other = [each for each in compared if each.altered or not each.exact]
+    return Reproduced(
+        where=where,
+        model=version.uri,
+        code="installed" if installed else "shipped",
+        pictures=len(compared),
+        exact=sum(each.exact for each in compared),
+        fingerprint=made,
+        differences=differences,
+        moved=shipped.moved(shipped.fetch_requirements(version)),
+        largest_error=max((each.largest_error or 0 for each in compared), default=0),
+        mean_error=max((each.mean_error or 0 for each in compared), default=0),
+        differing_pixels=sum(each.differing_pixels or 0 for each in compared),
+        other=other[:NAMED],
+        altered=[each.key for each in compared if each.altered],
+        folder=out,
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,368 @@
+"""Trace: from a printed picture back to the shards that its model learned from, link by link."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.client import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from diffusion.config import Config
+from diffusion.config_sampling import Asked, SamplingConfig
+from diffusion.data.manifest import FileEntry, Manifest, parse_manifest
+from diffusion.fingerprint import Fingerprint
+from diffusion.made import ABOUT
+from flows import environment
+from flows.catalogue import Catalogue
+from flows.derived import TAKEDOWN
+from flows.kept_files import KeptFiles, is_whole
+from flows.params import dataset_folder
+from flows.printed import Origin, Picture, Printed, find
+from flows.prints import Batch
+from flows.registry import WEIGHTS
+from flows.s3 import Store
+
+MANIFEST = "dataset/manifest.json"
+"""Among a run's artifacts, the manifest of the data set version that it saw."""
+
+
+class TracedPicture(Config):
+    """A picture as it is now."""
+
+    where: str
+    sha256: str
+    pixels_sha256: str | None
+    index: int
+    seed: int
+    label: str | None
+    """The class that it was to show."""
+    prompt: str | None
+    as_printed: bool | None
+    """Whether it equals its row in the manifest; None if there is none."""
+
+
+class TracedBatch(Config):
+    """What was asked for when the picture was printed."""
+
+    uri: str
+    count: int
+    seed: int
+    finished: bool
+    asked: Asked | None
+    sampling: SamplingConfig
+    fingerprint: Fingerprint
+
+
+class TracedRequest(Config):
+    """What was asked for when the picture was made on request."""
+
+    file: str
+    asked: dict[str, Any]
+    """The fields of ``diffusion.requests.Request``; of pictures their digests."""
+    sampling: SamplingConfig
+    fingerprint: Fingerprint
+
+
+class TracedModel(Config):
+    """The version of a registered model that drew it."""
+
+    uri: str
+    aliases: list[str]
+    registered: datetime
+    tags: dict[str, str]
+
+
+class TracedRun(Config):
+    """The training that made the version."""
+
+    run_id: str
+    name: str
+    status: str
+    started: datetime
+    git_commit: str | None
+    git_dirty: bool | None
+    """Whether tracked files differed from the commit; None if that was not recorded."""
+
+
+class TracedShard(FileEntry):
+    """A shard, and an address or a path where it lies; None if nowhere (any more)."""
+
+    where: str | None
+
+
+class TracedData(Config):
+    """The version of a data set that the run saw."""
+
+    dataset: str
+    version: str
+    content_digest: str
+    dvc_digest: str | None
+    recorded: datetime | None
+    """When it was put into the catalogue; None if it is not there."""
+    pictures: int
+    shards: list[TracedShard]
+
+
+class Takedown(Config):
+    """A removal of pictures that the version of the data set held."""
+
+    name: str
+    reason: str | None
+    """None: it is only known by its name."""
+    pictures: int | None
+
+
+class Trace(Config):
+    """The chain from a picture, or a batch, to shards; a link that is missing is None."""
+
+    picture: TracedPicture | None
+    batch: TracedBatch | None
+    request: TracedRequest | None
+    """Instead of a batch."""
+    model: TracedModel | None
+    run: TracedRun | None
+    data: TracedData | None
+    takedowns: list[Takedown]
+    """What was taken down since of the pictures that the model learned from."""
+    broken: list[str]
+    """Where the chain does not hold."""
+
+
+def trace(where: str) -> Trace:
+    """The chain behind a picture of ours, or behind a whole batch: an address on S3, or a file.
+
+    Raises UserError if there is nothing there, or nothing of ours.
+    """
+    store = Store()
+    printed = find(where, store, environment.settings().bucket)
+    return _Walk(store).along(printed)
+
+
+class _Walk:
+    """One walk along the chain, which goes on where a link is missing."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.client = MlflowClient()
+        self.broken: list[str] = []
+
+    def along(self, printed: Printed) -> Trace:
+        """All links, from the picture on."""
+        origin = printed.origin
+        picture = printed.picture and self.picture(printed, printed.picture)
+        task = origin.task if isinstance(origin, Origin) else None
+        batch = self.batch(printed) if task is None else None
+        request = self.request(printed) if task is not None else None
+        model = self.model(origin.model, origin.version, origin.run_id, printed.batch)
+        run = self.run(origin.run_id)
+        tags = (model.tags if model else {}) | (run.data.tags if run else {})
+        source = _source(run)
+        manifest = self.manifest(run, tags.get("darkroom.dataset"), origin.content_digest, source)
+        return Trace(
+            picture=picture,
+            batch=batch,
+            request=request,
+            model=model,
+            run=run and _traced(run),
+            data=manifest and self.data(manifest, tags.get("darkroom.dvc_digest"), source),
+            takedowns=self.takedowns(tags.get("darkroom.dataset"), model, run, manifest, source),
+            broken=self.broken,
+        )
+
+    def picture(self, printed: Printed, picture: Picture) -> TracedPicture:
+        """Whether it is what was printed, and what it was to show."""
+        where, batch, row, origin = printed.where, printed.batch, picture.row, picture.origin
+        if row is not None and row["sha256"] != picture.sha256:
+            same = row["pixels_sha256"] == picture.pixels_sha256
+            self.broken.append(
+                f"{where} was saved anew: its pixels are what was printed, its bytes are not"
+                if same
+                else f"{where} was altered: its pixels are not what was printed, as was written down then"
+            )
+        elif row is None and (batch is not None or printed.request is not None):
+            self.broken.append(f"what was written down of its batch or request has no row of {where}")
+        theirs = origin and (origin.model, origin.version, origin.run_id, origin.seed, origin.index)
+        if batch and origin and theirs != (batch.model, batch.version, batch.run_id, batch.seed, picture.index):
+            self.broken.append(f"{where} says of itself that it is another picture than its batch has there")
+        return TracedPicture(
+            where=where,
+            sha256=picture.sha256,
+            pixels_sha256=picture.pixels_sha256,
+            index=picture.index,
+            seed=printed.origin.seed,
+            label=_text(row and row.get("label")),
+            prompt=_text(row and row.get("prompt")),
+            as_printed=None if row is None else row["sha256"] == picture.sha256,
+        )
+
+    def batch(self, printed: Printed) -> TracedBatch | None:
+        """What was asked for."""
+        batch, place = printed.batch, printed.place
+        if batch is None or place is None:
+            self.broken.append(f"no batch of {printed.where} is to be found beside it, or at the usual place")
+            return None
+        return TracedBatch(
+            uri=f"{place}/",
+            count=batch.count,
+            seed=batch.seed,
+            finished=self.store.exists(place.bucket, place.key("_SUCCESS")),
+            asked=batch.asked,
+            sampling=batch.sampling,
+            fingerprint=batch.fingerprint,
+        )
+
+    def request(self, printed: Printed) -> TracedRequest | None:
+        """What was asked for, of a picture that was made on request."""
+        told = printed.request
+        if told is None:
+            self.broken.append(f"{printed.where} was made on request, and no {ABOUT} beside it says of what")
+            return None
+        return TracedRequest(
+            file=str(Path(printed.where).with_name(ABOUT)),
+            asked=told["request"],
+            sampling=SamplingConfig.model_validate(told["sampling"]),
+            fingerprint=Fingerprint.model_validate(told["fingerprint"]),
+        )
+
+    def model(self, name: str, number: int, run_id: str, batch: Batch | None) -> TracedModel | None:
+        """The version in the registry."""
+        uri = f"models:/{name}/{number}"
+        try:
+            found = self.client.get_model_version(name, str(number))
+        except MlflowException as error:
+            self._missing(error, f"{uri} is not in the registry (any more)")
+            return None
+        if found.run_id != run_id:
+            self.broken.append(f"{uri} is of run {found.run_id} now, and the picture of run {run_id}")
+        if batch is not None and found.tags.get(WEIGHTS) != batch.weights_sha256:
+            self.broken.append(f"{uri} has other weights now than those that drew the picture")
+        return TracedModel(
+            uri=uri,
+            aliases=sorted(found.aliases),
+            registered=_time(found.creation_timestamp),
+            tags=dict(sorted(found.tags.items())),
+        )
+
+    def run(self, run_id: str) -> Run | None:
+        """The run in MLflow, even if it is marked as deleted."""
+        try:
+            found = self.client.get_run(run_id)
+        except MlflowException as error:
+            self._missing(error, f"run {run_id} is not in MLflow (any more)")
+            return None
+        if found.info.lifecycle_stage == "deleted":
+            self.broken.append(
+                f"run {run_id} is deleted: until `mlflow gc`, `mlflow runs restore --run-id {run_id}` brings it back"
+            )
+        return found
+
+    def manifest(self, run: Run | None, dataset: str | None, content: str, source: str) -> Manifest | None:
+        """That of the data set version, from the run, or else from the catalogue."""
+        found = (run and self._logged(run.info.run_id)) or (dataset and self._catalogued(dataset, content, source))
+        if not found:
+            self.broken.append(f"no manifest of the data set version with the content {content} is to be found")
+            return None
+        if found.content_digest != content:
+            self.broken.append(f"the run saw a data set of content {found.content_digest}, the picture names {content}")
+        return found
+
+    def data(self, version: Manifest, dvc_digest: str | None, source: str) -> TracedData:
+        """The data set version with its shards, each where it can be had."""
+        kept = KeptFiles(version.name, source, dvc_digest)
+        shards = _located(version, kept)
+        lost = [shard.name for shard in shards if shard.where is None]
+        if lost:
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            self.broken.append(f"shards that lie neither on {source} nor here: {', '.join(lost[:3])}{more}")
+        catalogue = Catalogue.of(version.name, source, self.store)
+        return TracedData(
+            dataset=version.name,
+            version=version.digest,
+            content_digest=version.content_digest,
+            dvc_digest=dvc_digest or catalogue.pointer(version.digest),
+            recorded=catalogue.written(version.digest),
+            pictures=version.kept,
+            shards=shards,
+        )
+
+    def takedowns(
+        self, dataset: str | None, model: TracedModel | None, run: Run | None, version: Manifest | None, source: str
+    ) -> list[Takedown]:
+        """What the marks of model and run name, and what the catalogue says of the version's own tables."""
+        marks = [tags.get(TAKEDOWN, "") for tags in (model.tags if model else {}, run.data.tags if run else {})]
+        named = {name for mark in marks for name in mark.split(",") if name}
+        told = {each.name: each for each in Catalogue.of(dataset, source, self.store).removals()} if dataset else {}
+        tables = {part.records.sha256 for part in version.parts} if version else set()
+        named |= {name for name, each in told.items() if tables.intersection(each.tables)}
+        return [
+            Takedown(
+                name=name,
+                reason=told[name].reason if name in told else None,
+                pictures=told[name].pictures if name in told else None,
+            )
+            for name in sorted(named)
+        ]
+
+    def _logged(self, run_id: str) -> Manifest | None:
+        if MANIFEST not in {item.path for item in self.client.list_artifacts(run_id, "dataset")}:
+            self.broken.append(f"run {run_id} keeps no manifest of what it saw (any more)")
+            return None
+        where = f"runs:/{run_id}/{MANIFEST}"
+        return parse_manifest(mlflow.artifacts.load_text(where).encode(), where)
+
+    def _catalogued(self, dataset: str, content: str, source: str) -> Manifest | None:
+        versions = Catalogue.of(dataset, source, self.store).versions().values()
+        return next((each for each in versions if each.content_digest == content), None)
+
+    def _missing(self, error: MlflowException, words: str) -> None:
+        """Note that something is not there; raises all other errors."""
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise error
+        self.broken.append(words)
+
+
+def _source(run: Run | None) -> str:
+    """The DVC remote that the run had its data set from, or else that of the environment."""
+    inputs = run.inputs.dataset_inputs if run and run.inputs else []
+    uris = [json.loads(each.dataset.source).get("uri") for each in inputs]
+    return next((uri for uri in uris if uri and uri.startswith("s3://")), environment.data_source())
+
+
+def _traced(run: Run) -> TracedRun:
+    dirty = run.data.tags.get("darkroom.git_dirty")
+    return TracedRun(
+        run_id=run.info.run_id,
+        name=run.info.run_name,
+        status=run.info.status,
+        started=_time(run.info.start_time),
+        git_commit=run.data.tags.get("mlflow.source.git.commit"),
+        git_dirty=None if dirty is None else dirty == "True",
+    )
+
+
+def _located(version: Manifest, kept: KeptFiles) -> list[TracedShard]:
+    listings = list(kept.listings(version.digest).values())
+
+    def place(shard: FileEntry) -> str | None:
+        for listing in listings:
+            md5, remote = listing.get(shard.name), kept.remote
+            if md5 and remote and (stat := remote.stat(md5)) and stat.size == shard.bytes:
+                return remote.uri(md5)
+        here = dataset_folder(version.name) / shard.name
+        return str(here) if is_whole(here, shard.sha256) else _text(kept.find(shard))
+
+    with ThreadPoolExecutor(16) as pool:
+        places = pool.map(place, version.shards)
+        return [TracedShard(**dict(shard), where=where) for shard, where in zip(version.shards, places, strict=True)]
+
+
+def _time(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
