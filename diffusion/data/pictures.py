@@ -7,7 +7,8 @@ knows the machine.
 import io
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from time import monotonic, thread_time
@@ -86,19 +87,39 @@ def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredPicture
 
     Raises Refused, with the reason, and nothing else, whatever the bytes are.
     """
-    try:
+    with _refusing(config):
         source = _decode(payload, config)
         picture = _square(source, _to_grey_or_rgb(source, config), config)
+    pixels = np.asarray(picture)
+    header = f"{picture.mode}:{picture.width}x{picture.height}:".encode()
+    key = sha256_bytes(header + pixels.tobytes())
+    return StoredPicture(key, picture.mode, source.size, pixels, png.encode(pixels))
+
+
+def unscaled(payload: bytes, config: IngestConfig) -> np.ndarray:
+    """As ``prepare``, but the whole picture at the size that it has: (H, W) for grey, (H, W, 3) for RGB; uint8.
+
+    Both sides must have less than 2 · ``config.size`` pixels, as larger JPEGs are decoded at a fraction.
+    """
+    with _refusing(config):
+        source = _decode(payload, config)
+        if max(source.size) >= REDUCED * config.size:
+            width, height = source.size
+            raise Refused(f"{width}×{height} pixels: a side of more than {REDUCED * config.size - 1}")
+        return np.asarray(_to_grey_or_rgb(source, config))
+
+
+@contextmanager
+def _refusing(config: IngestConfig) -> Iterator[None]:
+    """Whatever goes wrong with a picture is a reason to refuse it."""
+    try:
+        yield
     except Refused:
         raise
     except Image.DecompressionBombError as error:  # raised by decoders that take memory as they read the head
         raise Refused(f"more pixels than the limit of {config.max_pixels}") from error
     except Exception as error:  # decoders raise whatever they like on bytes that they did not expect
         raise Refused(f"damaged: {_one_line(error)}") from error
-    pixels = np.asarray(picture)
-    header = f"{picture.mode}:{picture.width}x{picture.height}:".encode()
-    key = sha256_bytes(header + pixels.tobytes())
-    return StoredPicture(key, picture.mode, source.size, pixels, png.encode(pixels))
 
 
 @dataclass(frozen=True)

@@ -290,8 +290,11 @@ def retrain(
             f"run        {done.run_id}",
             f"report     {done.report}",
             f"model      {verdict.version.uri}, {name}: {verdict.reason}",
-            f"prints     {done.prints.uri}",
-            f"look at    {done.prints.contact_sheet}",
+            *(
+                [f"prints     {done.prints.uri}", f"look at    {done.prints.contact_sheet}"]
+                if done.prints
+                else ["prints     none: this model draws small pictures large, see `darkroom upscale --help`"]
+            ),
             *(f"           {file}" for file in done.explained.files),
         ],
     )

@@ -1,4 +1,4 @@
-"""``darkroom inpaint | vary | interpolate``: pictures from pictures, and between them, in a folder of this machine."""
+"""``darkroom inpaint | vary | interpolate | upscale``: pictures from pictures, in a folder of this machine."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +24,7 @@ NegativePrompt = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Register the verbs."""
-    for verb in (inpaint, vary, interpolate):
+    for verb in (inpaint, vary, interpolate, upscale):
         app.command(rich_help_panel="Pictures from pictures")(verb)
 
 
@@ -110,6 +110,23 @@ def interpolate(
     wanted |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
     done = made("interpolate", wanted, model, output, params, overrides)
     show_made(done, as_json)
+
+
+def upscale(
+    image: Annotated[Path, typer.Argument(help="A picture, at least as large as those the model was shown.")],
+    count: Annotated[int, typer.Option("--count", min=1, help="In how many ways.")] = 1,
+    seed: Seed = 0,
+    model: Model = None,
+    output: Output = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Draw a small picture large, with a model trained to (model.low_resolution); larger ones in tiles that agree.
+
+    Example:  darkroom upscale small.png --model models:/faces-16-to-64@champion
+    """
+    show_made(made("upscale", {"count": count, "seed": seed}, model, output, params, overrides, image), as_json)
 
 
 def is_file(model: str) -> bool:

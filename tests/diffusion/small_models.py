@@ -26,13 +26,15 @@ def header(config: ModelConfig = CONFIG, channels: int = 1, size: int = 8, image
     )
 
 
-def write_model(path: Path, seed: int, images: int, channels: int = 1, size: int = 8) -> Path:
+def write_model(
+    path: Path, seed: int, images: int, channels: int = 1, size: int = 8, config: ModelConfig = CONFIG
+) -> Path:
     """A model that was never trained: every weight is random, by seed."""
-    network = UNet(CONFIG, channels, size)
+    network = UNet(config, channels, size)
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=generator)
     tensors = {AVERAGED + name: value for name, value in network.state_dict().items()}
-    about = header(channels=channels, size=size, images=images)
+    about = header(config, channels=channels, size=size, images=images)
     save_tensors(path, tensors, {"model_header": about.model_dump(mode="json")})
     return path

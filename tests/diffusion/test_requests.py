@@ -12,9 +12,10 @@ from PIL import Image
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.model import DiffusionModel, load_model
-from diffusion.requests import NEEDS, TAKES, Request, answer, request_of, tasks_of
+from diffusion.requests import NEEDS, TAKES, Request, answer, original, request_of, tasks_of
 from diffusion.sampling import interpolate, sample
-from tests.diffusion.small_models import write_model
+from diffusion.upscaling import upscale
+from tests.diffusion.small_models import CONFIG, write_model
 
 SAMPLING = SamplingConfig(steps=3, compute_batch=4)
 SIZE = 8
@@ -52,6 +53,13 @@ EXAMPLES: dict[str, Any] = {
 @pytest.fixture
 def model(tmp_path: Path) -> DiffusionModel:
     return load_model(write_model(tmp_path / "model.safetensors", seed=0, images=0, size=SIZE))
+
+
+@pytest.fixture
+def enlarging(tmp_path: Path) -> DiffusionModel:
+    """A model that draws pictures of 4×4 as 8×8."""
+    config = CONFIG.model_copy(update={"low_resolution": 4, "conditional": False})
+    return load_model(write_model(tmp_path / "enlarging.safetensors", seed=0, images=0, size=SIZE, config=config))
 
 
 def asked(task: str, **fields: Any) -> Request:
@@ -105,6 +113,37 @@ def test_the_less_a_picture_is_changed_the_nearer_it_stays(model: DiffusionModel
 def test_the_way_between_seeds_begins_and_ends_at_their_pictures(model: DiffusionModel) -> None:
     [pictures] = answer(model, [asked("interpolate", seed=3, to_seed=9, count=5)], SAMPLING)
     assert torch.equal(pictures, interpolate(model, 3, 9, 5, SAMPLING))
+
+
+def test_a_picture_is_enlarged_as_it_is_in_as_many_ways_as_asked_for(enlarging: DiffusionModel) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (6, 9), dtype=np.uint8)
+    row = asked("upscale", image=png(pixels), seed=2, count=3)
+    [pictures] = answer(enlarging, [row], SAMPLING)
+    small = torch.from_numpy(pixels)[None, None].expand(3, -1, -1, -1)
+    assert torch.equal(pictures, upscale(enlarging, small, 2, SAMPLING))
+    assert not torch.equal(pictures[0], pictures[1])
+    [third] = answer(enlarging, [asked("upscale", image=png(pixels), seed=2, index=2)], SAMPLING)
+    assert torch.equal(third[0], pictures[2])
+    [begun_with] = original(enlarging, row)
+    assert torch.equal(begun_with, torch.from_numpy(np.kron(pixels, np.ones((2, 2), np.uint8)))[None])
+
+
+def test_a_model_that_enlarges_does_nothing_else(enlarging: DiffusionModel) -> None:
+    assert tasks_of(enlarging) == ("upscale",)
+    with pytest.raises(UserError, match="the model was not trained to sample: it can upscale"):
+        answer(enlarging, [asked("sample")], SAMPLING)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        (np.zeros((3, 9), np.uint8), "3×9 pixels .*it enlarges nothing lower or narrower"),
+        (np.zeros((8, 2050), np.uint8), "2050×8 pixels: a side of more than 2047"),
+    ],
+)
+def test_what_cannot_be_enlarged_is_told_so(enlarging: DiffusionModel, pixels: np.ndarray, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        answer(enlarging, [asked("upscale", image=png(pixels))], SAMPLING)
 
 
 def test_a_request_says_how_it_is_drawn(model: DiffusionModel) -> None:
@@ -162,6 +201,7 @@ def test_what_is_no_request_is_told_so(fields: dict[str, Any], words: str) -> No
         ({"task": "inpaint", "image": png(PIXELS), "mask": png(np.zeros_like(HOLE))}, "keeps all of the picture"),
         ({"task": "inpaint", "image": png(PIXELS), "mask": png(np.full_like(HOLE, 255))}, "keeps nothing"),
         ({"task": "inpaint", "image": png(PIXELS), "mask": png(HOLE[:, :4])}, "mask has 4×8 pixels and the image 8×8"),
+        ({"task": "upscale", "image": png(PIXELS)}, "not trained to upscale: it can sample, inpaint, vary, interpol"),
         ({"task": "interpolate", "to_seed": 0, "count": 2}, "from one seed to another"),
         ({"task": "interpolate", "to_seed": 1}, "a count of 2 or more"),
     ],

@@ -23,7 +23,7 @@ from diffusion.sampling import sample
 from flows.cli import main
 from flows.registry import SIGNATURE
 from flows.served_model import ServedModel
-from tests.diffusion.small_models import write_model
+from tests.diffusion.small_models import CONFIG, write_model
 
 QUICK = ["--set", "sampling.steps=3", "--set", "sampling.compute_batch=4"]
 
@@ -103,6 +103,14 @@ def test_a_model_file_answers_without_servers_and_again_alike(
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
 
 
+def test_a_small_picture_is_drawn_large_beside_what_it_was(darkroom: Darkroom, folder: Path) -> None:
+    config = CONFIG.model_copy(update={"low_resolution": 4, "conditional": False})
+    write_model(folder / "model.safetensors", seed=0, images=0, config=config)
+    done = made(darkroom, "upscale", "face.png", "--count", "2")
+    assert Image.open(folder / done["folder"] / "00000001.png").size == (16, 16)
+    assert Image.open(folder / done["grid"]).size[0] > 2 * 16
+
+
 def test_requests_that_differ_lie_in_folders_of_their_own(darkroom: Darkroom) -> None:
     one = made(darkroom, "vary", "face.png", "--count", "1")
     other = made(darkroom, "vary", "face.png", "--count", "1", "--strength", "0.3")
@@ -117,6 +125,7 @@ def test_requests_that_differ_lie_in_folders_of_their_own(darkroom: Darkroom) ->
         (("vary", "face.png", "--label", "cat"), "told no classes"),
         (("inpaint", "face.png", "--mask", "model.safetensors"), "the mask cannot be used: not a picture"),
         (("interpolate", "0"), "from one seed to another"),
+        (("upscale", "face.png"), "not trained to upscale"),
         (("sample", "--to", "s3://bucket"), "use --out FOLDER"),
         (("sample", "--label", "cat", "--label", "dog"), "give a file one"),
     ],
