@@ -20,11 +20,15 @@ from torch import Tensor
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.editing import Edit
+from diffusion.fingerprint import autocast
 from diffusion.grids import grid, save_png
-from diffusion.model import load_model
-from diffusion.sampling import sample
+from diffusion.model import load_model, to_uint8
+from diffusion.random import GaussianNoise
+from diffusion.samplers import sigma_grid
+from diffusion.sampling import edited
 
 SHOWN = 8
+BATCH = 64
 MOST_COMPARED = 20_000
 """Training pictures among which the nearest is sought."""
 
@@ -47,10 +51,15 @@ def main() -> None:
     kept[size // 4 : size - size // 4, size // 4 : size - size // 4] = False
 
     def painted(times: int) -> Tensor:
-        """Each hole filled once, its picture being the only one in its compute batch: all are different requests."""
-        config = SamplingConfig(compute_batch=1)
-        edits = [Edit(original, kept, times=times) for original in originals]
-        return torch.stack([sample(model, [number], 0, config, edit=edit)[0] for number, edit in enumerate(edits)])
+        """Each hole filled once, in batches."""
+        config, denoise = SamplingConfig(), model.denoiser()
+        filled = []
+        for numbers in torch.arange(len(originals)).split(BATCH):
+            noise = GaussianNoise(0, "sampling", numbers.tolist(), model.shape)
+            edit = Edit(originals[numbers], kept, times=times)
+            with torch.inference_mode(), autocast(config.precision, torch.device("cpu")):
+                filled.append(edited(edit, denoise, sigma_grid(model.schedule, config.steps), noise, config))
+        return to_uint8(torch.cat(filled))
 
     mean = training.float().mean(0).round().to(torch.uint8)
     ways = {
