@@ -153,7 +153,7 @@ class Peer:
         return done
 
 
-def darkroom(workspace: Path, *verb: str, words: Sequence[str]) -> dict[str, Any]:
+def darkroom(workspace: Path, *verb: str, words: Sequence[str] = ()) -> dict[str, Any]:
     """What ``darkroom VERB --json`` says in ``workspace``, with the settings in ``words``."""
     command = [str(Path(sys.executable).with_name("darkroom")), *verb, "--json"]
     done: dict[str, Any] = json.loads(run([*command, *(part for word in words for part in ("--set", word))], workspace))

@@ -1,0 +1,183 @@
+"""The gallery, docs/gallery.md: each task with its command and the picture it made, all by models trained here.
+
+    python benchmarks/gallery.py --faces faces-pixel-art.tar.gz --emoji emoji-google.tar.gz
+
+Both sources have captions. The models are trained in ``--scratch`` by the stages of ``darkroom`` unless they lie there
+already, about half an hour on two cores in all; kill it, and go on.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from quality import darkroom
+
+from diffusion.data.dataset import Dataset
+from diffusion.grids import image_of
+from diffusion.upscaling import shrunk
+
+PAGE = Path(__file__).parents[1] / "docs" / "gallery.md"
+PICTURES = PAGE.parent / "pictures" / "gallery"
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model of the gallery."""
+
+    name: str
+    source: str
+    """Which of the sources."""
+    size: int
+    images: int
+    """Pictures to see."""
+    settings: tuple[str, ...] = ()
+
+    @property
+    def model(self) -> str:
+        """Its file in the workspace."""
+        return f"runs/{self.name}/final.safetensors"
+
+    def words(self) -> list[str]:
+        """Its settings."""
+        chosen = [
+            f"training.dataset={self.source}",
+            f"training.images={self.images}",
+            f"training.output=runs/{self.name}",
+        ]
+        return [*chosen, "training.minutes=null", *self.settings]
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A picture of the gallery."""
+
+    title: str
+    words: str
+    """What one sees, and which model made it."""
+    command: Sequence[str]
+    """After ``darkroom``; its grid is the picture."""
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return "-".join(self.title.lower().split())
+
+
+FACES = Training("faces", "faces", 32, 200_000, ("model.text=true",))
+EMOJI = Training("emoji", "emoji", 64, 120_000, ("model.text=true",))
+LARGE = Training("faces-8-to-32", "faces", 32, 100_000, ("model.low_resolution=8",))
+TRAININGS = (FACES, EMOJI, LARGE)
+GUIDED = ("--set", "sampling.guidance=3")
+SMALL = ("--count", "8")
+PLATES = (
+    Plate(
+        "Faces that never were",
+        "A model told captions, asked for nothing in particular.",
+        ("sample", "--count", "32", "--model", FACES.model),
+    ),
+    Plate(
+        "Text to image",
+        "The same model, asked in words.",
+        ("sample", *SMALL, "--prompt", "red hair, purple background", *GUIDED, "--model", FACES.model),
+    ),
+    Plate(
+        "A red heart",
+        "A model of 3,491 emoji and their names.",
+        ("sample", *SMALL, "--prompt", "red heart", *GUIDED, "--model", EMOJI.model),
+    ),
+    Plate(
+        "A smiling cat",
+        "The same; guidance brings pictures closer to the words.",
+        ("sample", *SMALL, "--prompt", "smiling cat face", *GUIDED, "--model", EMOJI.model),
+    ),
+    Plate(
+        "Inpainting",
+        "First the picture with its hole, then what may have been there; the rest keeps its pixels.",
+        ("inpaint", "face.png", "--mask", "hole.png", "--times", "5", *SMALL, "--model", FACES.model),
+    ),
+    Plate(
+        "Variations",
+        "First the picture, then others like it: under noise, and out of it again.",
+        ("vary", "face.png", "--strength", "0.6", *SMALL, "--model", FACES.model),
+    ),
+    Plate(
+        "Text-guided image to image",
+        "First the picture, then the same face as the words have it.",
+        ("vary", "face.png", "--strength", "0.75", "--prompt", "blonde hair", *GUIDED, *SMALL, "--model", FACES.model),
+    ),
+    Plate(
+        "The way between two seeds",
+        "From picture 0 of seed 3 to that of seed 7, on the great circle through their noise.",
+        ("interpolate", "7", "--seed", "3", "--count", "9", "--model", FACES.model),
+    ),
+    Plate(
+        "Super-resolution",
+        "First the small picture, 8 by 8, then four ways in which it may have been large.",
+        ("upscale", "small.png", "--count", "4", "--model", LARGE.model),
+    ),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faces", type=Path, required=True, help="a source of pictures with captions, 32 px or more")
+    parser.add_argument("--emoji", type=Path, required=True, help="another, 64 px or more")
+    parser.add_argument("--scratch", type=Path, default=Path("/tmp/gallery"))
+    args = parser.parse_args()
+
+    args.scratch.mkdir(parents=True, exist_ok=True)
+    (args.scratch / "params.yaml").write_text("{}\n")
+    for training in TRAININGS:
+        source: Path = getattr(args, training.source)
+        words = [f"ingest.source={source.resolve()}", f"ingest.size={training.size}"]
+        darkroom(args.scratch, "stage", "ingest", words=[*words, f"training.dataset={training.source}"])
+        print(json.dumps(darkroom(args.scratch, "stage", "train", words=training.words())), flush=True)
+    _beginnings(args.scratch)
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    for plate in PLATES:
+        done = darkroom(args.scratch, *plate.command)
+        shutil.copyfile(args.scratch / done["grid"], PICTURES / f"{plate.name}.png")
+    PAGE.write_text(page())
+
+
+def _beginnings(workspace: Path) -> None:
+    """The pictures that the plates begin with: a held-out face, the same made small, and a hole in its middle."""
+    dataset = Dataset.open(workspace / "data" / FACES.source)
+    [face] = dataset.pictures(dataset.rows("held_out")[:1])
+    image_of(face).save(workspace / "face.png")
+    image_of(shrunk(face[None], 8)[0]).save(workspace / "small.png")
+    hole = np.zeros(face.shape[1:], np.uint8)
+    quarter = hole.shape[0] // 4
+    hole[quarter:-quarter, quarter:-quarter] = 255
+    Image.fromarray(hole).save(workspace / "hole.png")
+
+
+def page() -> str:
+    """The gallery in Markdown."""
+    head = (
+        "# Gallery\n\n"
+        "Every task, its command, and what came of it, on two CPU cores. `python benchmarks/gallery.py` trains the "
+        "models and makes this page.\n\n"
+        "| model | pictures seen | settings |\n|---|---:|---|\n"
+    )
+    models = "".join(
+        f"| `{training.name}` | {training.images:,} of {training.size}×{training.size} | "
+        f"{', '.join(f'`{setting}`' for setting in training.settings)} |\n"
+        for training in TRAININGS
+    )
+    plates = (
+        f"\n## {plate.title}\n\n{plate.words}\n\n```sh\ndarkroom {shlex.join(plate.command)}\n```\n\n"
+        f"![{plate.title}](pictures/gallery/{plate.name}.png)\n"
+        for plate in PLATES
+    )
+    return head + models + "".join(plates)
+
+
+if __name__ == "__main__":
+    main()
