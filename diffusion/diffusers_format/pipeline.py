@@ -42,8 +42,8 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         self,
         batch_size: int = 1,
         seed: int = 0,
-        labels: Sequence[str | None] = (),
-        prompts: Sequence[str | None] = (),
+        labels: str | Sequence[str | None] = (),
+        prompts: str | Sequence[str | None] = (),
         negative_prompt: str | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -56,10 +56,10 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw pictures number 0 to ``batch_size`` − 1 of ``seed``: those of ``darkroom sample``, to 1e-3 in [−1, 1].
 
-        ``labels`` and ``prompts`` are what they show, the i-th picture the i-th, from the front again after the last;
-        without either, classes come as often as the data set has them. What is None is as the folder says. ``eta`` is
-        DDIM's alone. With a ``generator`` all noise comes from it, as in stock pipelines, and the seed only says which
-        classes. ``output_type`` is pil, np (N, H, W, C) or pt (N, C, H, W), both in [0, 1].
+        ``labels`` and ``prompts`` are what they show, one for all, or the i-th picture the i-th, from the front again
+        after the last; without either, classes come as often as the data set has them. What is None is as the folder
+        says. ``eta`` is DDIM's alone. With a ``generator`` all noise comes from it, as in stock pipelines, and the seed
+        only says which classes. ``output_type`` is pil, np (N, H, W, C) or pt (N, C, H, W), both in [0, 1].
 
         Raises UserError for what the model was not told of, or would have no effect.
         """
@@ -72,7 +72,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         }
         known = {name: value for name, value in given.items() if value is not None}
         config = SamplingConfig.model_validate(self.unet.sampling.model_dump() | known)
-        asked = Asked(labels=tuple(labels), prompts=tuple(prompts), negative_prompt=negative_prompt)
+        asked = Asked(labels=_each(labels), prompts=_each(prompts), negative_prompt=negative_prompt)
         require_read_whole(asked)
         require_effect(model.classes, model.config.text, config, asked)
         require_fitting(self.scheduler, model)
@@ -188,3 +188,7 @@ def as_output(scheduler: SchedulerMixin, denoise: Denoise, x: Tensor, sigma: Ten
     skipped = scheduler.precondition_outputs(x, zeros, sigma)
     c_out = scheduler.precondition_outputs(torch.zeros_like(sigma), torch.ones_like(sigma), sigma)
     return x0, (x0 - skipped) / c_out
+
+
+def _each(words: str | Sequence[str | None]) -> tuple[str | None, ...]:
+    return (words,) if isinstance(words, str) else tuple(words)

@@ -67,7 +67,7 @@ def scheduler_of(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMi
         case "dpmpp_2m_sde":
             return DPMSolverMultistepScheduler(**shared, **rho, **to_zero, algorithm_type="sde-dpmsolver++")
         case "deis":
-            return DEISMultistepScheduler(**shared, **rho, solver_order=sampling.order or 3)
+            return DEISMultistepScheduler(**shared, **rho, solver_order=sampling.order or 3, lower_order_final=False)
         case "unipc":
             return UniPCMultistepScheduler(
                 **shared, **rho, **to_zero, solver_order=sampling.order or 2, solver_type="bh2"
