@@ -11,7 +11,7 @@ from tests.flows.test_cli import darkroom
 
 def test_a_file_is_exported_without_any_server(tmp_path: Path) -> None:
     write_model(tmp_path / "final.safetensors", seed=0, images=64)
-    words = ("--to", "diffusers", "--weights", "final.safetensors", "--out", "exports/blobs", "--json")
+    words = ("--to", "diffusers", "--model", "final.safetensors", "--out", "exports/blobs", "--json")
     done = darkroom(tmp_path, "export", *words, "--set", "sampling.sampler=ddim", "--set", "sampling.steps=20")
     assert done.returncode == 0, done.stderr
     about = json.loads(done.stdout)
@@ -25,9 +25,9 @@ def test_mistakes_are_named_before_anything_is_written(tmp_path: Path) -> None:
     write_model(tmp_path / "final.safetensors", seed=0, images=64)
     out = ("--out", "exports")
     for words, told in (
-        (("--to", "onnx", "--weights", "final.safetensors"), "'onnx' is not"),
-        (("--to", "diffusers", "--weights", "final.safetensors", "--model", "models:/a/1"), "give one of them"),
-        (("--to", "diffusers", "--weights", "missing.safetensors"), "no model at missing.safetensors"),
+        (("--to", "onnx", "--model", "final.safetensors"), "'onnx' is not"),
+        (("--to", "diffusers", "--model", "models:/blobs@champion"), "run `darkroom up`"),
+        (("--to", "diffusers", "--model", "missing.safetensors"), "no model at missing.safetensors"),
         (("--to", "diffusers"), "run `darkroom up`"),
     ):
         done = darkroom(tmp_path, "export", *words, *out)
