@@ -16,8 +16,8 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
@@ -39,7 +39,7 @@ THEIR_BEST = SamplingConfig(sampler="ddim", steps=50)
 SAME = (SamplingConfig(), THEIR_BEST)
 """How both sides draw alike: as we do by default, and as they do."""
 CANDIDATES: tuple[SamplerName, ...] = ("dpmpp_2m_sde", "dpmpp_2m", "deis", "unipc")
-MOST_STEPS = 16
+LEAST_STEPS, MOST_STEPS = 5, 16
 TYPES = {"diffusers": torch.float32, "diffusers, bf16": torch.bfloat16}
 
 
@@ -68,7 +68,7 @@ class Theirs:
         kind: Any = DDIMPipeline if config.sampler == "ddim" else DDPMPipeline
         folder = scratch / f"exported-{digest_of(config.model_dump(mode='json'))[:8]}"
         kind(DarkroomUNet.of(model, config), scheduler_of(model, config)).save_pretrained(folder)
-        self.pipe = kind.from_pretrained(folder, torch_dtype=dtype)
+        self.pipe = kind.from_pretrained(folder).to(dtype)
         self.pipe.set_progress_bar_config(disable=True)
         self.steps = config.steps
 
@@ -151,7 +151,7 @@ class Race:
         """The sampler that needs the fewest steps to come as near as ``bar``; None: none does."""
         best: SamplingConfig | None = None
         for sampler in CANDIDATES:
-            for steps in range(3, best.steps if best else MOST_STEPS + 1):
+            for steps in range(LEAST_STEPS, best.steps if best else MOST_STEPS + 1):
                 config = SamplingConfig(sampler=sampler, steps=steps)
                 if self.distance("Darkroom", config, samples) <= bar:
                     best = config
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="final.safetensors of Fashion-MNIST; default: one is trained")
     parser.add_argument("--seconds", type=float, default=600, help="of that training")
     parser.add_argument("--samples", type=int, default=2048, help="pictures of which a distance is measured")
-    parser.add_argument("--count", type=int, default=256, help="pictures drawn in each turn")
+    parser.add_argument("--count", type=int, default=256, help="pictures drawn in each turn; 64 for each core")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/quality"))
     args = parser.parse_args()

@@ -152,7 +152,7 @@ def readme(model: DiffusionModel, sampling: SamplingConfig, about: Exported) -> 
         ""
         if about.pipeline == "DarkroomPipeline"
         else f"""
-Or with a pipeline of diffusers' own, once the class of the network is known:
+Or with a pipeline of diffusers' own, once the class of the network is known (that it expected its own is no error):
 
 ```python
 import diffusion.diffusers_format, diffusers

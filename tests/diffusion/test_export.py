@@ -212,10 +212,10 @@ def test_pictures_are_those_of_sample_to_one_level_of_grey(tmp_path: Path) -> No
 
 def test_weights_in_half_precision_draw_about_the_same(tmp_path: Path) -> None:
     model, done = exported(write_model(tmp_path), sampler="dpmpp_2m")
-    half = DarkroomPipeline.from_pretrained(done.folder, torch_dtype=torch.bfloat16)
+    half = load(done).to(torch.bfloat16)
     theirs = half(batch_size=COUNT, seed=SEED, output_type="pt").images
     torch.testing.assert_close(theirs, ours(model, SamplingConfig(sampler="dpmpp_2m", steps=8)), atol=0.1, rtol=0)
-    stock = DDIMPipeline.from_pretrained(done.folder, torch_dtype=torch.bfloat16)
+    stock = load(done, DDIMPipeline).to(torch.bfloat16)
     assert stock(num_inference_steps=5, output_type="pt").images.dtype == torch.bfloat16
 
 
