@@ -27,6 +27,7 @@ from diffusers import DDIMPipeline, DDPMPipeline
 from quality import Darkroom, Judge, measure_rates, rate_of, workspace_of
 
 from diffusion.config_sampling import SamplerName, SamplingConfig
+from diffusion.data.dataset import Dataset
 from diffusion.diffusers_format import DarkroomUNet
 from diffusion.diffusers_format.schedulers import scheduler_of
 from diffusion.files import digest_of, sha256_file, write_json
@@ -182,7 +183,8 @@ def main() -> None:
     workspace = workspace_of(args.scratch, None, 32)
     weights = args.model or trained(workspace, args.seconds)
     which = {"weights": sha256_file(weights), "threads": torch.get_num_threads()}
-    race = Race(load_model(weights), Judge(workspace), Kept(workspace / "drawing"), which)
+    judge = Judge(Dataset.open(workspace / "data" / "pictures"), workspace)
+    race = Race(load_model(weights), judge, Kept(workspace / "drawing"), which)
     measured = partial(race.rates, count=args.count, rounds=args.rounds)
     for config in SAME:
         found = measured(config, config)
@@ -191,7 +193,7 @@ def main() -> None:
 
     distances = {name: race.distance(name, THEIR_BEST, args.samples) for name in TYPES}
     best = race.fewest(distances["diffusers"], args.samples)
-    print(f"\n{args.samples} pictures, Fréchet distance; real ones have {race.judge.floor(args.samples):.0f}")
+    print(f"\n{args.samples} pictures, Fréchet distance; real ones have {judge.floor(args.samples):.0f}")
     if best is None:
         print(f"no sampler of ours comes to {distances['diffusers']:.0f} in {MOST_STEPS} steps")
         return
