@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 from diffusion.config import Config
-from diffusion.config_sampling import SamplingConfig
+from diffusion.config_sampling import ANYTHING, SamplingConfig
 from diffusion.errors import UserError
 from diffusion.files import sha256_file, sync_folder
 from diffusion.model import DiffusionModel, ModelHeader, load_model
+from diffusion.sampling import require_effect, require_small
 
 MODEL_FIELDS = {
     "schedule",
@@ -74,6 +75,9 @@ def export_to_diffusers(
     """
     model = load_model(weights)
     require_known(model.header)
+    require_small(model.config, sampling)
+    if not model.config.text:  # one told of captions is asked later
+        require_effect(model.classes, model.config.text, sampling, ANYTHING)
     pipeline = pipeline_of(model, sampling)
     about = Exported(
         folder=folder,
