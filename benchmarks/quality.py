@@ -93,8 +93,8 @@ class Darkroom:
         done = darkroom(self.workspace, "train", "--dry-run", words=words)
         return float(done["images"]) / seconds
 
-    def work(self, seed: int, images: int, samples: int, curve: bool) -> Drawn:
-        """Train, and draw with the default sampler."""
+    def train(self, seed: int, images: int) -> Path:
+        """Train on so many ``images``, or go on; the final model."""
         training = [setting for setting in self.settings if not setting.startswith("sampling.")]
         # Where the same training goes on, or is found, whatever the sampler.
         output = f"runs/{digest_of([training, images, seed])[:8]}"
@@ -103,8 +103,12 @@ class Darkroom:
         chosen |= {"training.checkpoints": CHECKPOINTS, "training.keep": CHECKPOINTS}
         words = [*self.settings, *(f"{key}={value}" for key, value in chosen.items())]
         done = darkroom(self.workspace, "stage", "train", words=words)
-        sampling = load_params(self.workspace / "params.yaml", words).sampling
-        final = self.workspace / done["final"]
+        return self.workspace / str(done["final"])
+
+    def work(self, seed: int, images: int, samples: int, curve: bool) -> Drawn:
+        """Train, and draw with the default sampler."""
+        final = self.train(seed, images)
+        sampling = load_params(self.workspace / "params.yaml", list(self.settings)).sampling
 
         def drawn(path: Path, count: int) -> np.ndarray:
             return sample(load_model(path), range(count), seed, sampling).numpy()

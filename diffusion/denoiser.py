@@ -26,7 +26,7 @@ class Denoiser:
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Estimate x_0 (N, C, H, W) from ``x`` of the same shape; ``sigma`` is a number or (N,)."""
-        x0, _ = self._answer(x, sigma)
+        x0, _ = self.answer(x, sigma)
         return x0
 
     def posterior(self, x: Tensor, sigma: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,11 +34,11 @@ class Denoiser:
 
         Both (N, C, H, W); ``sigma`` and the lower ``following`` are numbers.
         """
-        x0, v = self._answer(x, sigma)
+        x0, v = self.answer(x, sigma)
         return x0, deviation_between(v, smaller(sigma, following), larger(sigma, following))
 
-    def _answer(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The estimate of x_0, and what there is besides: (N, C, H, W) of a learned variance, or no channels."""
+    def answer(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The estimate of x_0, and what there is besides: v (N, C, H, W) of a learned variance, or no channels."""
         sigma = sigma.to(x.device).double().expand(len(x))
         scaled = self.parametrization.c_in(sigma).to(x.dtype)[:, None, None, None] * x
         output = self.network(scaled, self.schedule.time(sigma)).to(x.dtype)

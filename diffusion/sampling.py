@@ -278,7 +278,7 @@ def _sample_batch(
 
     sigmas = sigma_grid(model.schedule, config.steps)
     told = {name: value.to(device) for name, value in told.items()}
-    denoise = _guided(model, told, config, negative.to(device))
+    denoise = denoiser_of(model, told, config, negative.to(device))
     with autocast(config.precision, device):
         if edit is None:
             pictures = reversed_from_noise(denoise, sigmas, noise, config)
@@ -287,7 +287,7 @@ def _sample_batch(
     return to_uint8(pictures).cpu()
 
 
-def _guided(model: DiffusionModel, told: Told, config: SamplingConfig, negative: Tensor) -> Denoise:
+def denoiser_of(model: DiffusionModel, told: Told, config: SamplingConfig, negative: Tensor) -> Denoise:
     """The model as it is told, led away from what it does when told of no class, and no caption but ``negative``."""
     if not config.guides:
         return model.denoiser(told)

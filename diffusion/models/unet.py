@@ -187,9 +187,12 @@ class UNet(nn.Module):
             assert low is not None
             x = torch.cat([x, low], dim=1)
         height, width = x.shape[-2:]
+        # Weights of half precision, as diffusers may load them, want their own kind; under autocast all are float32.
+        dtype = self.stem.weight.dtype
+        x, text = x.to(dtype), None if text is None else text.to(dtype)
         if self.padding:
             x = functional.pad(x, (0, self.padding, 0, self.padding), mode="replicate")
-        embedding = self.time(sinusoidal(time, self.width))
+        embedding = self.time(sinusoidal(time, self.width).to(dtype))
         if self.classes is not None:
             label = torch.full_like(time, self.no_class, dtype=torch.long) if label is None else label
             embedding = embedding + self.classes(label)

@@ -67,6 +67,16 @@ def test_retrain_ends_in_a_champion_with_its_lineage_and_prints(workspace: Works
     assert len(found) == 40 + 5
 
 
+def test_the_champion_is_exported_with_its_names(workspace: Workspace, server: MlflowClient) -> None:
+    version = server.get_model_version_by_alias("blobs", "champion")
+    done = workspace.json("export", "--to", "diffusers", "--out", "exports/blobs")
+    assert (done["version"], done["run_id"]) == (f"models:/blobs/{version.version}", version.run_id)
+    assert done["weights_sha256"] == version.tags["darkroom.weights_sha256"]
+    told = (workspace.folder / "exports" / "blobs" / "README.md").read_text()
+    assert version.run_id in told
+    assert version.tags["darkroom.content_digest"] in told
+
+
 def test_retrain_again_does_nothing_twice(workspace: Workspace, server: MlflowClient) -> None:
     first = workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
     before = objects(workspace, first["prints"]["uri"])

@@ -1,0 +1,207 @@
+"""How fast pictures are drawn: Darkroom, and pipelines of diffusers with the same weights, exported.
+
+    python benchmarks/drawing.py --model runs/faces/final.safetensors
+    python benchmarks/drawing.py --seconds 600
+
+Without a model, the default one is trained first, on Fashion-MNIST in 32×32, as ``quality.py`` does. First, pictures
+per second with the same network, sampler and steps. Then, with samplers of our own, the fewest steps whose pictures are
+no further from the real ones than those of DDIM with 50 steps in diffusers, and pictures per second of both. Distances
+are Fréchet distances on EfficientNet-Lite0's features at 64 px to all the real pictures; the floor is that of as many
+real ones. Rates are measured in turns, on an otherwise idle machine, and the median counts. diffusers' pipelines run as
+they are loaded, and with weights loaded in bfloat16. What was measured lies in ``--scratch`` and is not measured again.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers import DDIMPipeline, DDPMPipeline
+from quality import Darkroom, Judge, measure_rates, rate_of, workspace_of
+
+from diffusion.config_sampling import SamplerName, SamplingConfig
+from diffusion.data.dataset import Dataset
+from diffusion.diffusers_format import DarkroomUNet
+from diffusion.diffusers_format.schedulers import scheduler_of
+from diffusion.files import digest_of, sha256_file, write_json
+from diffusion.model import DiffusionModel, load_model, to_uint8
+from diffusion.sampling import sample
+
+BATCH = 64
+"""Pictures that a pipeline draws at once, as many as Darkroom computes by default."""
+THEIR_BEST = SamplingConfig(sampler="ddim", steps=50)
+SAME = (SamplingConfig(), THEIR_BEST)
+"""How both sides draw alike: as we do by default, and as they do."""
+CANDIDATES: tuple[SamplerName, ...] = ("dpmpp_2m_sde", "dpmpp_2m", "deis", "unipc")
+LEAST_STEPS, MOST_STEPS = 5, 16
+TYPES = {"diffusers": torch.float32, "diffusers, bf16": torch.bfloat16}
+
+
+class Contestant(Protocol):
+    """Who draws."""
+
+    def draw(self, count: int) -> np.ndarray:
+        """So many pictures, (N, C, H, W) uint8."""
+
+
+@dataclass(frozen=True)
+class Ours:
+    """Darkroom, as it draws by default."""
+
+    model: DiffusionModel
+    config: SamplingConfig
+
+    def draw(self, count: int) -> np.ndarray:
+        return sample(self.model, range(count), 0, self.config).numpy()
+
+
+class Theirs:
+    """A stock pipeline with the scheduler of our ``config`` and weights of a ``dtype``."""
+
+    def __init__(self, model: DiffusionModel, config: SamplingConfig, dtype: torch.dtype, scratch: Path) -> None:
+        kind: Any = DDIMPipeline if config.sampler == "ddim" else DDPMPipeline
+        folder = scratch / f"exported-{digest_of(config.model_dump(mode='json'))[:8]}"
+        kind(DarkroomUNet.of(model, config), scheduler_of(model, config)).save_pretrained(folder)
+        self.pipe = kind.from_pretrained(folder).to(dtype)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.steps = config.steps
+
+    def draw(self, count: int) -> np.ndarray:
+        generator, batches = torch.Generator().manual_seed(0), -(-count // BATCH)
+        drawn = [
+            self.pipe(BATCH, generator, num_inference_steps=self.steps, output_type="pt").images for _ in range(batches)
+        ]
+        return to_uint8(torch.cat(drawn)[:count] * 2 - 1).numpy()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Results under ``folder`` that are not measured twice."""
+
+    folder: Path
+
+    def __call__(self, what: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
+        """What ``measure`` found for ``what``, now or earlier."""
+        path = self.folder / f"{digest_of(what)[:16]}.json"
+        if not path.is_file():
+            write_json(path, {"measured": dict(what), "found": measure()})
+            print(path.read_text().replace("\n", " "), flush=True)
+        return json.loads(path.read_text())["found"]
+
+
+def rates(contestants: Mapping[str, Contestant], count: int, rounds: int) -> dict[str, list[float]]:
+    """Pictures per second of each, in so many turns, none of which is its first."""
+    for each in contestants.values():
+        each.draw(BATCH)
+    found: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, each in contestants.items():
+            began = time.perf_counter()
+            each.draw(count)
+            found[name].append(count / (time.perf_counter() - began))
+    return found
+
+
+def trained(workspace: Path, seconds: float) -> Path:
+    """The default network after so many seconds, or as many pictures as an idle machine sees in them."""
+    darkroom = Darkroom("darkroom", workspace, ())
+    measure_rates([darkroom], seconds)
+    return darkroom.train(0, round(rate_of(darkroom, seconds) * seconds))
+
+
+@dataclass(frozen=True)
+class Race:
+    """One model on both sides; ``which`` says what its results depend on."""
+
+    model: DiffusionModel
+    judge: Judge
+    kept: Kept
+    which: Mapping[str, Any]
+
+    def theirs(self, config: SamplingConfig, name: str) -> Theirs:
+        """The pipeline called ``name``."""
+        return Theirs(self.model, config, TYPES[name], self.kept.folder)
+
+    def rates(self, ours: SamplingConfig, theirs: SamplingConfig, count: int, rounds: int) -> dict[str, float]:
+        """Pictures per second of all, with so many pictures a turn."""
+
+        def measure() -> dict[str, list[float]]:
+            others = {name: self.theirs(theirs, name) for name in TYPES}
+            return rates({"Darkroom": Ours(self.model, ours), **others}, count, rounds)
+
+        what = {"ours": short(ours), "theirs": short(theirs), "count": count, "rounds": rounds}
+        return {name: median(each) for name, each in self.kept(self.which | what, measure).items()}
+
+    def distance(self, name: str, config: SamplingConfig, samples: int) -> float:
+        """Of so many pictures of the contestant called ``name``."""
+
+        def measure() -> float:
+            contestant = Ours(self.model, config) if name == "Darkroom" else self.theirs(config, name)
+            return self.judge.distance(contestant.draw(samples))
+
+        return float(self.kept(self.which | {"samples": samples, name: short(config)}, measure))
+
+    def fewest(self, bar: float, samples: int) -> SamplingConfig | None:
+        """The sampler that needs the fewest steps to come as near as ``bar``; None: none does."""
+        best: SamplingConfig | None = None
+        for sampler in CANDIDATES:
+            for steps in range(LEAST_STEPS, best.steps if best else MOST_STEPS + 1):
+                config = SamplingConfig(sampler=sampler, steps=steps)
+                if self.distance("Darkroom", config, samples) <= bar:
+                    best = config
+                    break
+        return best
+
+
+def short(config: SamplingConfig) -> str:
+    return f"{config.sampler}, {config.steps} steps"
+
+
+def tell(found: Mapping[str, float], words: Mapping[str, str]) -> None:
+    for name, rate in found.items():
+        ratio = "" if name == "Darkroom" else f"{found['Darkroom'] / rate:6.2f}×"
+        print(f"{name:16} {words[name]:36} {rate:8.1f} pictures/s {ratio}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="final.safetensors of Fashion-MNIST; default: one is trained")
+    parser.add_argument("--seconds", type=float, default=600, help="of that training")
+    parser.add_argument("--samples", type=int, default=2048, help="pictures of which a distance is measured")
+    parser.add_argument("--count", type=int, default=256, help="pictures drawn in each turn; 64 for each core")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
+    parser.add_argument("--scratch", type=Path, default=Path("/tmp/quality"))
+    args = parser.parse_args()
+
+    workspace = workspace_of(args.scratch, None, 32)
+    weights = args.model or trained(workspace, args.seconds)
+    which = {"weights": sha256_file(weights), "threads": torch.get_num_threads()}
+    judge = Judge(Dataset.open(workspace / "data" / "pictures"), workspace)
+    race = Race(load_model(weights), judge, Kept(workspace / "drawing"), which)
+    measured = partial(race.rates, count=args.count, rounds=args.rounds)
+    for config in SAME:
+        found = measured(config, config)
+        print()
+        tell(found, dict.fromkeys(found, short(config)))
+
+    distances = {name: race.distance(name, THEIR_BEST, args.samples) for name in TYPES}
+    best = race.fewest(distances["diffusers"], args.samples)
+    print(f"\n{args.samples} pictures, Fréchet distance; real ones have {judge.floor(args.samples):.0f}")
+    if best is None:
+        print(f"no sampler of ours comes to {distances['diffusers']:.0f} in {MOST_STEPS} steps")
+        return
+    distances["Darkroom"] = race.distance("Darkroom", best, args.samples)
+    configs = dict.fromkeys(TYPES, THEIR_BEST) | {"Darkroom": best}
+    words = {name: f"{short(each)}: {distances[name]:.0f}" for name, each in configs.items()}
+    tell(measured(best, THEIR_BEST), words)
+
+
+if __name__ == "__main__":
+    main()

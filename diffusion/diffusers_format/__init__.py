@@ -1,0 +1,14 @@
+"""Our models as diffusers knows models: a network class, the schedulers of our samplers, and a pipeline.
+
+    from diffusion.diffusers_format import DarkroomPipeline
+    pipe = DarkroomPipeline.from_pretrained("exports/faces")
+    pipe(batch_size=4, seed=7).images
+
+Stock pipelines load the same folder, if only this package was imported: it holds the class of the network. Nothing is
+run that lies in the folder. Needs the extra ``diffusers``.
+"""
+
+from diffusion.diffusers_format.network import DarkroomUNet
+from diffusion.diffusers_format.pipeline import DarkroomPipeline
+
+__all__ = ["DarkroomPipeline", "DarkroomUNet"]

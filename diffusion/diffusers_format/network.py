@@ -1,0 +1,99 @@
+"""A network of ours that diffusers loads, saves, moves and calls as it does its own."""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor
+
+from diffusion.config_sampling import SamplingConfig
+from diffusion.model import DiffusionModel, ModelHeader, classes_of
+from diffusion.models.unet import UNet
+from diffusion.process import NoiseSchedule, make_schedule
+
+
+class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """Our U-Net as a denoiser: x_t in, the clean picture out, whatever the network itself predicts.
+
+    Its own shape is none of UNet2DModel's, whose normalisations have a fixed number of groups where ours have a fixed
+    number of channels. ``header`` and ``sampling`` are a ``ModelHeader`` and a ``SamplingConfig`` as JSON; the other
+    three are what pipelines of diffusers ask for, ``out_channels`` twice the channels with a learned variance.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self, sample_size: int, in_channels: int, out_channels: int, header: dict[str, Any], sampling: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        about = ModelHeader.model_validate(header)
+        classes = classes_of(about.model, about.class_histogram)
+        self.network = UNet(about.model, in_channels, sample_size, len(classes))
+
+    @classmethod
+    def of(cls, model: DiffusionModel, sampling: SamplingConfig) -> "DarkroomUNet":
+        """``model``, which is to be drawn from as ``sampling`` says; it keeps weights of its own."""
+        channels, size, _ = model.shape
+        machine = {"compute_batch", "precision", "device"}
+        learned = model.config.learned_variance and draws_with_learned_variance(sampling)
+        made: DarkroomUNet = cls(
+            sample_size=size,
+            in_channels=channels,
+            out_channels=(2 if learned else 1) * channels,
+            header=model.header.model_dump(mode="json"),
+            sampling=sampling.model_dump(mode="json", exclude_none=True, exclude=machine),
+        )
+        made.network.load_state_dict(model.network.state_dict())
+        made.eval()
+        return made
+
+    @cached_property
+    def header(self) -> ModelHeader:
+        """What is known of the model."""
+        return ModelHeader.model_validate(self.config.header)
+
+    @cached_property
+    def schedule(self) -> NoiseSchedule:
+        """Its noise schedule."""
+        return make_schedule(self.header.model)
+
+    @property
+    def model(self) -> DiffusionModel:
+        """The same as the rest of this package knows it, with the same weights."""
+        return DiffusionModel(self.header, self.network, self.schedule)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How it is drawn from, unless asked otherwise."""
+        return SamplingConfig.model_validate(self.config.sampling)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        text: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """The clean pictures in [−1, 1], which diffusers calls a prediction of the ``sample``: (N, C, H, W).
+
+        ``sample`` is x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, (N, C, H, W), and ``timestep`` t, whole or not, of all or of each
+        (N,). ``class_labels`` (N,) are numbers in the sorted classes, one more for any; ``text`` (N, 384) embeddings of
+        captions, zeros for none. With 2C ``out_channels`` the second half is v of ``diffusion.variance``, as a
+        DDPMScheduler with the variance ``learned_range`` takes it.
+        """
+        t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        sigma = self.schedule.sigma(t)
+        x = sample.float() * (1 + sigma**2).sqrt().float()[:, None, None, None]
+        told = {"label": class_labels, "text": text}
+        x0, v = self.model.denoiser({name: each for name, each in told.items() if each is not None}).answer(x, sigma)
+        answer = torch.cat([x0, v], dim=1) if self.config.out_channels > self.config.in_channels else x0
+        answer = answer.to(sample.dtype)
+        return UNet2DOutput(sample=answer) if return_dict else (answer,)
+
+
+def draws_with_learned_variance(sampling: SamplingConfig) -> bool:
+    """Whether a network's learned variance is asked for: what is guided is no one network's answer, and has none."""
+    return sampling.sampler == "ddpm" and sampling.variance is None and not sampling.guides

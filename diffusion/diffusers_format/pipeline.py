@@ -1,0 +1,194 @@
+"""A pipeline of diffusers that draws what ``diffusion.sampling`` does, with the steps of a scheduler of theirs."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from diffusion.config_sampling import Asked, SamplingConfig
+from diffusion.diffusers_format.network import DarkroomUNet
+from diffusion.diffusers_format.schedulers import IN_SIGMA, PRECONDITIONED, SDE, SUPPORTED, visited
+from diffusion.errors import UserError
+from diffusion.model import DiffusionModel, Told
+from diffusion.random import GaussianNoise
+from diffusion.samplers import Denoise
+from diffusion.sampling import denoiser_of, meanings_of, require_effect, require_read_whole, told_of
+
+Answer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From x = x_0 + σ ε and σ to the estimate of x_0, and to what the scheduler takes for the model's output."""
+Options = Callable[[], dict[str, Any]]
+
+
+class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """All that a model of ours was trained for: classes, captions, guidance, by any scheduler of ``SUPPORTED``.
+
+    Another scheduler is made of the one there is: ``pipe.scheduler = UniPCMultistepScheduler.from_config(
+    pipe.scheduler.config)``. All visit the noise levels that ``darkroom sample`` does, but for DDPM's and DDIM's.
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(self, unet: DarkroomUNet, scheduler: SchedulerMixin) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        seed: int = 0,
+        labels: str | Sequence[str | None] = (),
+        prompts: str | Sequence[str | None] = (),
+        negative_prompt: str | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float | None = None,
+        eta: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw pictures number 0 to ``batch_size`` − 1 of ``seed``: those of ``darkroom sample``, to 1e-3 in [−1, 1].
+
+        ``labels`` and ``prompts`` are what they show, one for all, or the i-th picture the i-th, from the front again
+        after the last; without either, classes come as often as the data set has them. What is None is as the folder
+        says. ``eta`` is DDIM's alone. With a ``generator`` all noise comes from it, as in stock pipelines, and the seed
+        only says which classes. ``output_type`` is pil, np (N, H, W, C) or pt (N, C, H, W), both in [0, 1].
+
+        Raises UserError for what the model was not told of, or would have no effect.
+        """
+        model, indices = self.unet.model, range(batch_size)
+        given = {
+            "steps": num_inference_steps,
+            "guidance": guidance_scale,
+            "guidance_interval": guidance_interval,
+            "guidance_rescale": guidance_rescale,
+        }
+        known = {name: value for name, value in given.items() if value is not None}
+        config = SamplingConfig.model_validate(self.unet.sampling.model_dump() | known)
+        asked = Asked(labels=_each(labels), prompts=_each(prompts), negative_prompt=negative_prompt)
+        require_read_whole(asked)
+        require_effect(model.classes, model.config.text, config, asked)
+        require_fitting(self.scheduler, model)
+        device = self._execution_device
+        meanings = meanings_of(model, asked)
+        told = {name: each.to(device) for name, each in told_of(model, indices, seed, asked, meanings).items()}
+        denoise = denoiser_of(model, told, config, meanings[asked.negative_prompt].to(device))
+        told_variance = learns(self.scheduler)
+        answer = learned(model, told, config) if told_variance else partial(as_output, self.scheduler, denoise)
+        start, options = self._noise(model, batch_size, seed, generator, eta)
+        drawn = (self._reversed(model, config.steps, start, answer, options) / 2 + 0.5).clamp(0, 1)
+        images: Any = drawn if output_type == "pt" else drawn.cpu().permute(0, 2, 3, 1).numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _reversed(self, model: DiffusionModel, steps: int, start: Tensor, answer: Answer, options: Options) -> Tensor:
+        """The reverse process from standard Gaussian noise ``start`` to the last estimate of the pictures.
+
+        The last step of our samplers goes there; schedulers end there too, or not quite.
+        """
+        timesteps, sigmas = visited(self.scheduler, model.schedule, steps)
+        in_sigma = isinstance(self.scheduler, IN_SIGMA)
+        state = float(sigmas[0] if in_sigma else sigmas[0] / (1 + sigmas[0] ** 2).sqrt()) * start
+        x0 = state
+        for t, sigma in self.progress_bar(list(zip(timesteps, sigmas, strict=True))):
+            self.scheduler.scale_model_input(state, t)  # some insist on it; σ says the same
+            x0, output = answer(state if in_sigma else float((1 + sigma**2).sqrt()) * state, sigma)
+            state = self.scheduler.step(output, t, state, **options()).prev_sample
+        return x0
+
+    def _noise(
+        self,
+        model: DiffusionModel,
+        count: int,
+        seed: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        eta: float | None,
+    ) -> tuple[Tensor, Options]:
+        """The noise to start from, and what the scheduler is given at each step: fresh noise, if it takes any."""
+        device, accepted = self._execution_device, signature(self.scheduler.step).parameters
+        if eta is not None and "eta" not in accepted:
+            raise UserError(
+                f"eta means nothing to {type(self.scheduler).__name__}: use a DDIMScheduler, or leave it out"
+            )
+        own: dict[str, Any] = {}
+        if "eta" in accepted:
+            own["eta"] = (self.unet.sampling.eta or 0.0) if eta is None else eta
+        if generator is not None:
+            start = randn_tensor((count, *model.shape), generator=generator, device=device, dtype=torch.float32)
+            return start, lambda: own | ({"generator": generator} if "generator" in accepted else {})
+        draws = GaussianNoise(seed, "sampling", range(count), model.shape)
+        if not is_random(self.scheduler, own.get("eta", 0.0)):
+            return draws().to(device), lambda: own
+        if "variance_noise" not in accepted:
+            raise UserError(
+                f"{type(self.scheduler).__name__} takes no fresh noise but from a generator: give one, or use a "
+                "scheduler that does, such as DDIMScheduler with eta=1 for DDPMScheduler"
+            )
+        return draws().to(device), lambda: own | {"variance_noise": draws().to(device)}
+
+
+def require_fitting(scheduler: SchedulerMixin, model: DiffusionModel) -> None:
+    """Raise UserError for a ``scheduler`` that takes steps which are none of ours, or on another noise schedule."""
+    if not isinstance(scheduler, SUPPORTED):
+        names = ", ".join(each.__name__ for each in SUPPORTED)
+        raise UserError(f"{type(scheduler).__name__} takes none of our steps: use one of {names}")
+    if isinstance(scheduler, PRECONDITIONED):
+        return
+    theirs, ours = scheduler.alphas_cumprod.cpu().double(), model.schedule.alphas_cumprod
+    same = theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=1e-4)
+    if scheduler.config.prediction_type != "sample" or not same:
+        name = type(scheduler).__name__
+        raise UserError(
+            f"the {name} is of another prediction or noise schedule than the model: make it by {name}.from_config(c), "
+            "where c is the configuration of the scheduler in the model's own folder"
+        )
+
+
+def is_random(scheduler: SchedulerMixin, eta: float) -> bool:
+    """Whether steps add fresh noise."""
+    sde = isinstance(scheduler, SDE) and scheduler.config.algorithm_type.startswith("sde")
+    return sde or eta > 0 or isinstance(scheduler, DDPMScheduler)
+
+
+def learns(scheduler: SchedulerMixin) -> bool:
+    """Whether it wants to be told the variance."""
+    return isinstance(scheduler, DDPMScheduler) and str(scheduler.config.variance_type).startswith("learned")
+
+
+def learned(model: DiffusionModel, told: Told, config: SamplingConfig) -> Answer:
+    """The answer with its variance; raises UserError if the network has none, or none that is guided."""
+    if not model.config.learned_variance or config.guides:
+        raise UserError(
+            "a variance is learned by one network without guidance: use "
+            "DDPMScheduler.from_config(pipe.scheduler.config, variance_type='fixed_small')"
+        )
+
+    def answer(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        x0, v = model.denoiser(told).answer(x, sigma)
+        return x0, torch.cat([x0, v], dim=1)
+
+    return answer
+
+
+def as_output(scheduler: SchedulerMixin, denoise: Denoise, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """The estimate, and what ``scheduler`` wants: it, or the F with c_skip x + c_out F (2206.00364, eq. 7)."""
+    x0 = denoise(x, sigma)
+    if not isinstance(scheduler, PRECONDITIONED):
+        return x0, x0
+    zeros, sigma = torch.zeros_like(x), sigma.to(x)
+    skipped = scheduler.precondition_outputs(x, zeros, sigma)
+    c_out = scheduler.precondition_outputs(torch.zeros_like(sigma), torch.ones_like(sigma), sigma)
+    return x0, (x0 - skipped) / c_out
+
+
+def _each(words: str | Sequence[str | None]) -> tuple[str | None, ...]:
+    return (words,) if isinstance(words, str) else tuple(words)

@@ -1,0 +1,120 @@
+"""The schedulers of diffusers that take the steps of our samplers (tests compare them step for step)."""
+
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+
+from diffusion.config_sampling import SamplingConfig
+from diffusion.diffusers_format.network import draws_with_learned_variance
+from diffusion.errors import UserError
+from diffusion.model import DiffusionModel
+from diffusion.process import NoiseSchedule
+from diffusion.samplers import sigma_grid
+
+WHOLE = (DDPMScheduler, DDIMScheduler)
+"""Those that visit whole times alone."""
+PRECONDITIONED = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
+"""Those that make the clean picture out of EDM's answer F themselves."""
+IN_SIGMA = (EulerDiscreteScheduler, HeunDiscreteScheduler, *PRECONDITIONED)
+"""Those whose state is x_0 + σ ε, as with us; that of the others is x_t."""
+SDE = (DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler)
+"""Those that may be configured to add fresh noise."""
+OTHERS = (DPMSolverMultistepScheduler, DEISMultistepScheduler, UniPCMultistepScheduler)
+SUPPORTED = (*WHOLE, *IN_SIGMA, *OTHERS)
+
+
+def scheduler_of(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMixin:
+    """The scheduler that takes the steps of ``sampling`` on the schedule of ``model``, whose network says x̂_0.
+
+    Raises UserError if diffusers has none.
+    """
+    shared: dict[str, Any] = {
+        "num_train_timesteps": model.schedule.steps,
+        "trained_betas": betas(model.schedule),
+        "prediction_type": "sample",
+        "timestep_spacing": "trailing",
+    }
+    rho = {"use_karras_sigmas": True}
+    to_zero = {"final_sigmas_type": "zero"}
+    _require_counterpart(model, sampling)
+    match sampling.sampler:
+        case "ddpm":
+            variance = "fixed_large" if sampling.variance == "larger" else "fixed_small"
+            if model.config.learned_variance and draws_with_learned_variance(sampling):
+                variance = "learned_range"
+            return DDPMScheduler(**shared, variance_type=variance, clip_sample=False)
+        case "ddim":
+            return DDIMScheduler(**shared, clip_sample=False)
+        case "euler":
+            return EulerDiscreteScheduler(**shared, **rho)
+        case "heun":
+            return HeunDiscreteScheduler(**shared, **rho)
+        case "dpmpp_2m":
+            return DPMSolverMultistepScheduler(**shared, **rho, **to_zero)
+        case "dpmpp_2m_sde":
+            return DPMSolverMultistepScheduler(**shared, **rho, **to_zero, algorithm_type="sde-dpmsolver++")
+        case "deis":
+            return DEISMultistepScheduler(**shared, **rho, solver_order=sampling.order or 3, lower_order_final=False)
+        case "unipc":
+            return UniPCMultistepScheduler(
+                **shared, **rho, **to_zero, solver_order=sampling.order or 2, solver_type="bh2"
+            )
+
+
+def _require_counterpart(model: DiffusionModel, sampling: SamplingConfig) -> None:
+    if sampling.churn is not None:
+        raise UserError(
+            "schedulers of diffusers keep no sampling.churn: leave it out, or use dpmpp_2m_sde, whose noise is fresh"
+        )
+    if sampling.sampler == "dpmpp_2m_sde" and sampling.eta not in (None, 1):
+        raise UserError(
+            f"diffusers draws dpmpp_2m_sde with all noise fresh, not with sampling.eta = {sampling.eta:g}: leave it "
+            "out, or use sampling.sampler=dpmpp_2m for none"
+        )
+    if sampling.sampler in ("ddpm", "ddim") and sampling.steps > model.schedule.steps:
+        raise UserError(
+            f"in diffusers {sampling.sampler} visits whole times, of which there are {model.schedule.steps}, and "
+            f"sampling.steps = {sampling.steps}: lower it"
+        )
+
+
+def betas(schedule: NoiseSchedule) -> list[float]:
+    """β_t = 1 − ᾱ_t / ᾱ_(t−1), as long as the schedule."""
+    alpha_bar = schedule.alphas_cumprod
+    before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+    return (1 - alpha_bar / before).tolist()
+
+
+def visited(scheduler: SchedulerMixin, schedule: NoiseSchedule, steps: int) -> tuple[Tensor, Tensor]:
+    """Get ``scheduler`` ready for so many ``steps`` on our noise levels: its times, and σ at each, which is float64.
+
+    DDPM and DDIM know whole times alone, and keep to theirs; with as many steps as the schedule has, those are ours.
+    """
+    scheduler.set_timesteps(steps)
+    if isinstance(scheduler, WHOLE):
+        return scheduler.timesteps, schedule.sigma(scheduler.timesteps)
+    sigmas = sigma_grid(schedule, steps)
+    if isinstance(scheduler, DEISMultistepScheduler):
+        sigmas[-1] = sigmas[-2]  # it cannot go to 0
+    if isinstance(scheduler, HeunDiscreteScheduler):  # which asks twice at each level but the first
+        sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
+    levels = sigmas[:-1]
+    edm = isinstance(scheduler, PRECONDITIONED)
+    scheduler.sigmas = sigmas.float()
+    scheduler.timesteps = scheduler.precondition_noise(levels.float()) if edm else schedule.time(levels)
+    # By number, as two levels may have one time.
+    scheduler.set_begin_index(0)
+    return scheduler.timesteps, levels

@@ -1,0 +1,338 @@
+"""Export to diffusers: its pipelines and schedulers draw, of the same noise, the pictures that we do."""
+
+import pickle
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
+from torch import Tensor
+
+import diffusion.export
+from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
+from diffusion.diffusers_format import DarkroomPipeline
+from diffusion.errors import UserError
+from diffusion.export import MODEL_FIELDS, Exported, export_to_diffusers
+from diffusion.model import AVERAGED, DiffusionModel, load_model, save_tensors
+from diffusion.models.config import ModelConfig
+from diffusion.models.unet import UNet
+from diffusion.random import GaussianNoise
+from diffusion.samplers import sigma_grid
+from diffusion.sampling import denoiser_of, meanings_of, reversed_from_noise, sample, told_of
+from diffusion.text import ENCODER
+from tests.diffusion import small_models
+from tests.diffusion.captioned import MadeUp
+
+CLASSES = {"cat": 30, "dog": 10}
+SEED, COUNT = 7, 3
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "noise": {"prediction": "noise", "schedule": "linear"},
+    "v": {"prediction": "v", "schedule": "cosine"},
+    "x0": {"prediction": "x0", "schedule": "sigmoid"},
+    "no signal left": {"prediction": "v", "schedule": "linear", "zero_terminal": True},
+    "edm": {"prediction": "edm", "schedule": "edm"},
+}
+predictions = pytest.mark.parametrize("settings", SCHEDULES.values(), ids=SCHEDULES)
+
+
+def write_model(folder: Path, channels: int = 1, classes: dict[str, int] | None = None, **settings: Any) -> Path:
+    """A model that was never trained, every weight of which is random: fresh ones answer with zeros."""
+    config = small_models.CONFIG.model_copy(update=settings)
+    config = ModelConfig.model_validate(config.model_dump())
+    network = UNet(config, channels, 8, len(classes or {}))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in network.named_parameters():
+        torch.nn.init.normal_(parameter, std=2.0 if name == "classes.weight" else 0.07, generator=generator)
+    about = small_models.header(config, channels=channels).model_copy(
+        update={"class_histogram": classes or {}, "encoder": ENCODER if config.text else None, "sigma_data": 0.6}
+    )
+    path = folder / "final.safetensors"
+    tensors = {AVERAGED + name: value for name, value in network.state_dict().items()}
+    save_tensors(path, tensors, {"model_header": about.model_dump(mode="json")})
+    return path
+
+
+def exported(weights: Path, **sampling: Any) -> tuple[DiffusionModel, Exported]:
+    config = SamplingConfig.model_validate({"steps": 8} | sampling)
+    return load_model(weights), export_to_diffusers(weights, weights.parent / "folder", config)
+
+
+def load(done: Exported, kind: Any = DarkroomPipeline) -> Any:
+    pipe = kind.from_pretrained(done.folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def from_seed(model: DiffusionModel) -> Callable[[], Tensor]:
+    return GaussianNoise(SEED, "sampling", range(COUNT), model.shape)
+
+
+def from_generator(model: DiffusionModel) -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(SEED)
+    return lambda: torch.randn((COUNT, *model.shape), generator=generator)
+
+
+@torch.no_grad()
+def ours(
+    model: DiffusionModel,
+    config: SamplingConfig,
+    levels: Tensor | None = None,
+    noise: Callable[[], Tensor] | None = None,
+    asked: Asked = ANYTHING,
+) -> Tensor:
+    """In [0, 1], as diffusers gives pictures."""
+    levels = sigma_grid(model.schedule, config.steps) if levels is None else levels
+    meanings = meanings_of(model, asked)
+    told = told_of(model, range(COUNT), SEED, asked, meanings)
+    denoise = denoiser_of(model, told, config, meanings[asked.negative_prompt])
+    return (reversed_from_noise(denoise, levels, noise or from_seed(model), config) / 2 + 0.5).clamp(0, 1)
+
+
+def whole(model: DiffusionModel, scheduler: Any, steps: int) -> Tensor:
+    """The noise levels that a scheduler of whole times visits."""
+    scheduler.set_timesteps(steps)
+    return torch.cat([model.schedule.sigmas[scheduler.timesteps], torch.zeros(1).double()])
+
+
+def assert_equal(theirs: Tensor, expected: Tensor) -> None:
+    """To 1e-3 in [−1, 1]; and there is something to see."""
+    assert expected.std() > 0.02
+    torch.testing.assert_close(theirs, expected, atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "deis", "unipc"])
+@predictions
+def test_our_pipeline_draws_the_pictures_of_a_seed_with_their_scheduler(
+    tmp_path: Path, settings: dict[str, Any], sampler: Any
+) -> None:
+    model, done = exported(write_model(tmp_path, channels=3, **settings), sampler=sampler)
+    theirs = load(done)(batch_size=COUNT, seed=SEED, output_type="pt").images
+    assert_equal(theirs, ours(model, SamplingConfig(sampler=sampler, steps=8)))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@predictions
+def test_a_stock_ddim_pipeline_draws_what_we_do_at_its_noise_levels(
+    tmp_path: Path, settings: dict[str, Any], eta: float
+) -> None:
+    model, done = exported(write_model(tmp_path, **settings))
+    pipe = load(done, DDIMPipeline)
+    generator = torch.Generator().manual_seed(SEED)
+    theirs = pipe(COUNT, generator, eta, num_inference_steps=20, output_type="pt").images
+    config = SamplingConfig(sampler="ddim", steps=20, eta=eta)
+    assert_equal(theirs, ours(model, config, whole(model, pipe.scheduler, 20), from_generator(model)))
+
+
+@pytest.mark.parametrize("variance", ["smaller", "larger", None])
+def test_a_stock_ddpm_pipeline_draws_what_we_do_at_every_noise_level(tmp_path: Path, variance: Any) -> None:
+    weights = write_model(tmp_path, channels=3, steps=40, learned_variance=variance is None, **SCHEDULES["noise"])
+    model, done = exported(weights, sampler="ddpm", steps=40, variance=variance)
+    assert done.pipeline == "DDPMPipeline"
+    pipe = load(done, DiffusionPipeline)
+    assert isinstance(pipe, DDPMPipeline)
+    generator = torch.Generator().manual_seed(SEED)
+    theirs = pipe(COUNT, generator, num_inference_steps=40, output_type="pt").images
+    config = SamplingConfig(sampler="ddpm", steps=40, variance=variance)
+    expected = ours(model, config, noise=from_generator(model))
+    assert_equal(theirs, expected)
+    again = torch.Generator().manual_seed(SEED)
+    assert_equal(load(done)(batch_size=COUNT, generator=again, output_type="pt").images, expected)
+
+
+def test_a_learned_variance_is_left_out_where_another_sampler_draws(tmp_path: Path) -> None:
+    model, done = exported(write_model(tmp_path, learned_variance=True), sampler="dpmpp_2m")
+    theirs = load(done)(batch_size=COUNT, seed=SEED, output_type="pt").images
+    assert_equal(theirs, ours(model, SamplingConfig(sampler="dpmpp_2m", steps=8)))
+    assert load(done, DDIMPipeline)(num_inference_steps=5, output_type="pt").images.shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "sampler"),
+    [
+        (diffusers.EDMEulerScheduler(sigma_data=0.6), "euler"),
+        (diffusers.EDMDPMSolverMultistepScheduler(), "dpmpp_2m"),
+        (diffusers.EDMDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), "dpmpp_2m_sde"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else type(each).__name__,
+)
+def test_schedulers_that_do_edms_preconditioning_draw_the_same(tmp_path: Path, scheduler: Any, sampler: Any) -> None:
+    model, done = exported(write_model(tmp_path))
+    pipe = load(done)
+    pipe.scheduler = scheduler
+    generator = torch.Generator().manual_seed(SEED)
+    theirs = pipe(batch_size=COUNT, generator=generator, output_type="pt").images
+    assert_equal(theirs, ours(model, SamplingConfig(sampler=sampler, steps=8), noise=from_generator(model)))
+
+
+def test_a_scheduler_made_of_the_one_there_is_draws_with_the_same_model(tmp_path: Path) -> None:
+    model, done = exported(write_model(tmp_path))
+    pipe = load(done)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    theirs = pipe(batch_size=COUNT, seed=SEED, num_inference_steps=20, eta=1.0, output_type="pt").images
+    config = SamplingConfig(sampler="ddim", steps=20, eta=1.0)
+    assert_equal(theirs, ours(model, config, whole(model, pipe.scheduler, 20)))
+
+
+@pytest.mark.parametrize("labels", [(), ("dog",), ("cat", None, "dog")])
+@pytest.mark.parametrize("guidance", [{}, {"guidance": 3.0, "guidance_interval": (0.2, 5.0), "guidance_rescale": 0.7}])
+def test_classes_are_asked_for_by_name_and_guided_to(
+    tmp_path: Path, labels: tuple[str | None, ...], guidance: dict[str, Any]
+) -> None:
+    model, done = exported(write_model(tmp_path, classes=CLASSES))
+    given = {"guidance_scale" if name == "guidance" else name: value for name, value in guidance.items()}
+    theirs = load(done)(batch_size=COUNT, seed=SEED, labels=labels, output_type="pt", **given).images
+    config = SamplingConfig.model_validate({"steps": 8} | guidance)
+    assert_equal(theirs, ours(model, config, asked=Asked(labels=labels)))
+    none = ours(model, SamplingConfig(steps=8), asked=Asked(labels=(None,)))
+    assert not torch.allclose(theirs, none, atol=1e-2)
+
+
+def test_captions_are_asked_for_in_words(tmp_path: Path, made_up: MadeUp) -> None:
+    model, done = exported(write_model(tmp_path, channels=3, text=True), guidance=2.0)
+    theirs = load(done)(COUNT, SEED, prompts="red square", negative_prompt="blue", output_type="pt").images
+    asked = Asked(prompts=("red square",), negative_prompt="blue")
+    assert_equal(theirs, ours(model, SamplingConfig(steps=8, guidance=2.0), asked=asked))
+    assert set(made_up.read) == {"red square", "blue"}
+
+
+def test_pictures_are_those_of_sample_to_one_level_of_grey(tmp_path: Path) -> None:
+    model, done = exported(write_model(tmp_path))
+    pictures = load(done)(batch_size=COUNT, seed=SEED).images
+    config = SamplingConfig(steps=8, compute_batch=COUNT, precision="fp32")
+    expected = sample(model, range(COUNT), SEED, config)[:, 0].int()
+    theirs = torch.stack([torch.frombuffer(bytearray(each.tobytes()), dtype=torch.uint8) for each in pictures]).int()
+    assert {each.mode for each in pictures} == {"L"}
+    assert (theirs.view_as(expected) - expected).abs().max() <= 1
+
+
+def test_weights_in_half_precision_draw_about_the_same(tmp_path: Path) -> None:
+    model, done = exported(write_model(tmp_path), sampler="dpmpp_2m")
+    half = load(done).to(torch.bfloat16)
+    theirs = half(batch_size=COUNT, seed=SEED, output_type="pt").images
+    torch.testing.assert_close(theirs, ours(model, SamplingConfig(sampler="dpmpp_2m", steps=8)), atol=0.1, rtol=0)
+    stock = load(done, DDIMPipeline).to(torch.bfloat16)
+    assert stock(num_inference_steps=5, output_type="pt").images.dtype == torch.bfloat16
+
+
+def test_a_pipeline_saved_again_is_the_same(tmp_path: Path) -> None:
+    _, done = exported(write_model(tmp_path))
+    pipe = load(done)
+    pipe.save_pretrained(tmp_path / "again")
+    again = DarkroomPipeline.from_pretrained(tmp_path / "again")
+    one, other = (each(seed=SEED, output_type="pt").images for each in (pipe, again))
+    assert torch.equal(one, other)
+
+
+def test_the_folder_holds_nothing_that_is_unpickled_or_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, done = exported(write_model(tmp_path))
+    assert {Path(name).suffix for name in done.files} == {".json", ".safetensors", ".md"}
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("unpickled")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    assert load(done, DDPMPipeline)(num_inference_steps=4, output_type="pt").images.isfinite().all()
+
+
+def test_its_readme_runs_and_says_where_the_model_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = write_model(tmp_path)
+    done = export_to_diffusers(weights, tmp_path / "folder", SamplingConfig(steps=4), "models:/blobs/3", "run-0815")
+    text = (done.folder / "README.md").read_text()
+    for known in ("models:/blobs/3", "run-0815", load_model(weights).header.content_digest, done.weights_sha256):
+        assert known in text
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        names: dict[str, Any] = {}
+        exec(example, names)
+        assert names["pipe"].unet.dtype == torch.float32
+
+
+def test_the_same_again_changes_nothing_and_another_is_refused(tmp_path: Path) -> None:
+    weights = write_model(tmp_path)
+    _, done = exported(weights)
+    before = {path: path.stat().st_mtime_ns for path in done.folder.rglob("*")}
+    assert exported(weights)[1] == done
+    with pytest.raises(UserError, match="is there and differs"):
+        exported(weights, steps=9)
+    assert {path: path.stat().st_mtime_ns for path in done.folder.rglob("*")} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"final.safetensors", "folder"}
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = write_model(tmp_path)
+
+    def full(_: Path) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusion.export, "sync_folder", full)
+        with pytest.raises(OSError, match="no space"):
+            exported(weights)
+    assert not (tmp_path / "folder").exists()
+    assert load(exported(weights)[1])(seed=SEED).images
+
+
+@pytest.mark.parametrize(
+    ("sampling", "words"),
+    [
+        ({"sampler": "euler", "churn": 5.0}, "keep no sampling.churn"),
+        ({"eta": 0.5}, "not with sampling.eta = 0.5"),
+        ({"sampler": "ddim", "steps": 1001}, "of which there are 1000"),
+        ({"guidance": 3.0}, "told neither classes nor captions"),
+        ({"low_resolution_noise": 0.1}, "the model is shown none"),
+    ],
+)
+def test_what_diffusers_cannot_draw_is_refused_and_leaves_nothing(
+    tmp_path: Path, sampling: dict[str, Any], words: str
+) -> None:
+    weights = write_model(tmp_path)
+    with pytest.raises(UserError, match=words):
+        exported(weights, **sampling)
+    assert [path.name for path in tmp_path.iterdir()] == ["final.safetensors"]
+
+
+def test_models_that_must_be_shown_something_are_refused(tmp_path: Path) -> None:
+    assert set(ModelConfig.model_fields) >= MODEL_FIELDS
+    with pytest.raises(UserError, match=r"a model with model\.low_resolution has no counterpart"):
+        exported(write_model(tmp_path, low_resolution=4, conditional=False))
+
+
+def test_without_diffusers_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = write_model(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("diffusion.diffusers_format")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(diffusion, "diffusers_format")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UserError, match=r"pip install 'darkroom\[diffusers\]'"):
+        exported(weights)
+
+
+def test_the_pipeline_refuses_what_would_have_no_effect_or_another_one(tmp_path: Path, made_up: MadeUp) -> None:
+    _, done = exported(write_model(tmp_path, classes=CLASSES))
+    pipe = load(done)
+    with pytest.raises(UserError, match="no class 'bird'"):
+        pipe(labels="bird")
+    with pytest.raises(UserError, match="no captions"):
+        pipe(prompts="a bird")
+    with pytest.raises(UserError, match="eta means nothing to DPMSolver"):
+        pipe(eta=0.5)
+    config = pipe.scheduler.config
+    for scheduler, words in (
+        (diffusers.DDPMScheduler.from_config(config), "from a generator"),
+        (diffusers.DDPMScheduler.from_config(config, variance_type="learned_range"), "learned by one network"),
+        (diffusers.DDIMScheduler.from_config(config, prediction_type="epsilon"), "another prediction"),
+        (diffusers.DDIMScheduler(prediction_type="sample"), "another prediction or noise schedule"),
+        (diffusers.PNDMScheduler.from_config(config), "takes none of our steps"),
+    ):
+        pipe.scheduler = scheduler
+        with pytest.raises(UserError, match=words):
+            pipe()
