@@ -13,7 +13,7 @@ from diffusion.models.config import ModelConfig
 class VAEConfig(Config):
     """A variational autoencoder (arXiv 1312.6114): pictures squeezed into latents, and drawn from them.
 
-    With a small ``kl_weight`` it is the first stage of latent diffusion (arXiv 2112.10752): see model.autoencoder.
+    It is also the first stage of latent diffusion (arXiv 2112.10752): see model.autoencoder.
     """
 
     conditional: ClassVar[bool] = False
@@ -52,9 +52,10 @@ class VAEConfig(Config):
     """Residual blocks at each resolution of the encoder; the decoder, which draws, has one more."""
     latent_channels: int = Field(4, ge=1, le=64)
     """Numbers at each position of the latents."""
-    kl_weight: float = Field(0.01, ge=0)
+    kl_weight: float = Field(1.0, ge=0)
     """β, how much the divergence of the posterior from N(0, I) counts (β-VAE, Higgins et al., ICLR 2017). 1 is the
-    evidence lower bound, and best to draw from by itself; the less, the closer pictures come back."""
+    evidence lower bound; the less, the closer pictures come back, and the harder latents are to learn. Measured on
+    emoji at 64 pixels: 0.01 gave 0.3 dB more, and diffusion in those latents, as long, a KID higher by 15 %."""
 
     @property
     def factor(self) -> int:
