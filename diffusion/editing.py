@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from diffusion.errors import UserError
 from diffusion.samplers import Denoise, Noise, Sampler
@@ -58,6 +59,12 @@ def keeping(denoise: Denoise, known: Tensor, kept: Tensor) -> Denoise:
     is filled in does not know well enough what lies around it, which is what ``repaint`` is for.
     """
     return lambda x, sigma: torch.where(kept, known, denoise(x, sigma))
+
+
+def whole(kept: Tensor, size: int) -> Tensor:
+    """The mask ``kept`` (H, W) bool at ``size``×``size``: what stands for H/size pixels is kept if all of them are."""
+    lost = functional.max_pool2d((~kept)[None].float(), len(kept) // size)
+    return lost == 0
 
 
 def repaint(

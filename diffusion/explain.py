@@ -1,5 +1,7 @@
 """Explain: pictures of what diffusion does, from a real picture and a trained model."""
 
+import io
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from diffusion.config_sampling import SamplingConfig
@@ -27,6 +30,16 @@ REVERSE_STEPS = 40
 NOISE_RANGE = 3.0
 """Noise is shown from minus this, black, to this, white."""
 INK, MUTED, SIGNAL, NOISE = "#1c1f23", "#5c6570", "#2563eb", "#b9c0c8"
+
+
+@dataclass(frozen=True)
+class View:
+    """How what a model works on is shown."""
+
+    picture: Callable[[Tensor], Tensor] = to_uint8
+    """(C, H, W) float32 to a picture, uint8."""
+    words: str = ""
+    """What to say of that."""
 
 
 @dataclass(frozen=True)
@@ -92,16 +105,29 @@ def explain(model: DiffusionModel, picture: Tensor, output: Path, seed: int = 0)
             f"the picture is {theirs} and the model draws {ours} (channels × height × width): "
             "take one from the data set that the model was trained on"
         )
-    x0, told = to_float(picture), shown_small(model.config, picture[None]) or None
-    noise = GaussianNoise(seed, "explain", [0], model.shape)()[0]
+    x0, told = model.encoded(to_float(picture)[None])[0], shown_small(model.config, picture[None]) or None
+    noise = GaussianNoise(seed, "explain", [0], model.noise_shape)()[0]
+    view = view_of(model)
     figures = {
-        "forward.png": draw_forward(forward(model.schedule, x0, noise), model.schedule),
-        "training_step.png": draw_training_step(training_step(model, x0, noise, told)),
-        "reverse.png": draw_reverse(reverse(model, seed, told)),
+        "forward.png": draw_forward(forward(model.schedule, x0, noise), model.schedule, view),
+        "training_step.png": draw_training_step(training_step(model, x0, noise, told), view),
+        "reverse.png": draw_reverse(reverse(model, seed, told), view),
     }
     for name, figure in figures.items():
         write_bytes(output / name, figure_png(figure))
     return [output / name for name in figures]
+
+
+def strip(model: DiffusionModel, told: Told | None) -> Image.Image:
+    """The reverse process from picture 0 of seed 0, as ``explain`` draws it; ``told`` as in ``reverse``."""
+    return Image.open(io.BytesIO(figure_png(draw_reverse(reverse(model, 0, told), view_of(model)))))
+
+
+def view_of(model: DiffusionModel) -> View:
+    """Pictures as they are; latents as the autoencoder decodes them, however noisy."""
+    if model.latents is None:
+        return View()
+    return View(lambda x: to_uint8(model.decoded(x[None]))[0], " (in latents: shown decoded)")
 
 
 def forward(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, count: int = FRAMES) -> Forward:
@@ -140,7 +166,7 @@ def reverse(model: DiffusionModel, seed: int, told: Told | None = None, count: i
     """
     sigmas = sigma_grid(model.schedule, REVERSE_STEPS)
     denoiser = model.denoiser(told_of(model, [0], seed) if told is None else told)
-    noise = GaussianNoise(seed, "sampling", [0], model.shape)
+    noise = GaussianNoise(seed, "sampling", [0], model.noise_shape)
     seen: list[tuple[Tensor, Tensor]] = []
     result = reversed_from_noise(
         denoiser, sigmas, noise, SamplingConfig(), lambda i, x, x0_hat: seen.append((x, x0_hat))
@@ -160,17 +186,17 @@ def reverse(model: DiffusionModel, seed: int, told: Told | None = None, count: i
     )
 
 
-def draw_forward(frames: Forward, schedule: NoiseSchedule) -> Figure:
+def draw_forward(frames: Forward, schedule: NoiseSchedule, view: View) -> Figure:
     """The strip, and below it ᾱ over time: each picture stands above its own time step."""
     figure = Figure(figsize=(12.0, 4.9), facecolor="#ffffff")
     formula = r"$x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\varepsilon$"
-    _title(figure, "The forward process: a picture turns into noise", formula)
+    _title(figure, f"The forward process: a picture turns into noise{view.words}", formula)
     count, last = len(frames.steps), schedule.steps - 1
     left, width = 0.055, 0.103
     pitch = (0.985 - left - width) / (count - 1)
     for number, (step, alpha_bar) in enumerate(zip(frames.steps, frames.alpha_bars, strict=True)):
         axes = figure.add_axes((left + number * pitch, 0.56, width, 0.26))
-        _show(axes, to_uint8(frames.pictures[number]))
+        _show(axes, view.picture(frames.pictures[number]))
         _caption(axes, f"$t$ = {step}", rf"$\bar\alpha$ {_share(alpha_bar)}")
     curve = figure.add_axes((left, 0.13, (count - 1) * pitch + width, 0.27))
     _alpha_bar_curve(curve, frames, schedule)
@@ -198,16 +224,16 @@ def _alpha_bar_curve(axes: Axes, frames: Forward, schedule: NoiseSchedule) -> No
     axes.text((half + schedule.steps) / 2, 0.74, r"noise: $1 - \bar\alpha$", color=MUTED, fontsize=10.5, ha="center")
 
 
-def draw_training_step(step: TrainingStep) -> Figure:
+def draw_training_step(step: TrainingStep, view: View) -> Figure:
     """Five panels that read like an equation."""
     figure = Figure(figsize=(12.0, 4.0), facecolor="#ffffff")
     about = rf"at $t$ = {step.step}, where $\bar\alpha$ = {step.alpha_bar:.3f}: picture and noise weigh the same"
-    _title(figure, "One step of training: tell the noise from the picture", about)
+    _title(figure, f"One step of training: tell the noise from the picture{view.words}", about)
     signal, spread = step.alpha_bar**0.5, (1 - step.alpha_bar) ** 0.5
     panels = [
-        (to_uint8(step.picture), "picture $x_0$", f"from the data set, × {signal:.3f}", ""),
+        (view.picture(step.picture), "picture $x_0$", f"from the data set, × {signal:.3f}", ""),
         (_noise_picture(step.noise), r"noise $\varepsilon$", f"drawn at random, × {spread:.3f}", "+"),
-        (to_uint8(step.mixture), "mixture $x_t$", "all that the network sees", "="),
+        (view.picture(step.mixture), "mixture $x_t$", "all that the network sees", "="),
         (_noise_picture(step.predicted), r"predicted noise $\hat\varepsilon$", "the network's answer", "→"),
         (_noise_picture(step.difference), r"$\hat\varepsilon - \varepsilon$", "what it got wrong", "−ε ="),
     ]
@@ -221,27 +247,28 @@ def draw_training_step(step: TrainingStep) -> Figure:
         figure.text(start - gap / 2, 0.525, sign, color=INK, fontsize=13, ha="center", va="center")
     loss = rf"loss = mean of $(\hat\varepsilon - \varepsilon)^2$ = {step.loss:.2g}"
     figure.text(0.5, 0.085, loss, color=INK, fontsize=12, ha="center")
-    shown = f"It is 1 for a network that answers 0. Noise is shown from −{NOISE_RANGE:g} to {NOISE_RANGE:g}."
+    of_which = "" if len(step.noise) in (1, 3) else ", the first channels of it"
+    shown = f"It is 1 for a network that answers 0. Noise is shown from −{NOISE_RANGE:g} to {NOISE_RANGE:g}{of_which}."
     figure.text(0.5, 0.03, shown, color=MUTED, fontsize=9.5, ha="center")
     return figure
 
 
-def draw_reverse(frames: Reverse) -> Figure:
+def draw_reverse(frames: Reverse, view: View) -> Figure:
     """Above, what the sampler holds; below, what the model takes it to be; at the end, the picture."""
     figure = Figure(figsize=(12.0, 4.3), facecolor="#ffffff")
     about = f"{frames.total} steps; each moves towards the model's estimate of the picture, then asks again"
-    _title(figure, "The reverse process: noise turns into a picture", about)
+    _title(figure, f"The reverse process: noise turns into a picture{view.words}", about)
     count = len(frames.numbers) + 1
     left, width = 0.085, 0.092
     pitch = (0.985 - left - width) / (count - 1)
     for number, (step, t) in enumerate(zip(frames.numbers, frames.steps, strict=True)):
         start = left + number * pitch
-        _show(figure.add_axes((start, 0.5, width, 0.29)), to_uint8(frames.pictures[number]))
+        _show(figure.add_axes((start, 0.5, width, 0.29)), view.picture(frames.pictures[number]))
         below = figure.add_axes((start, 0.17, width, 0.29))
-        _show(below, to_uint8(frames.estimates[number]))
+        _show(below, view.picture(frames.estimates[number]))
         _caption(below, f"step {step}", f"$t$ = {t:.0f}")
     end = figure.add_axes((left + (count - 1) * pitch, 0.335, width, 0.29))
-    _show(end, to_uint8(frames.result))
+    _show(end, view.picture(frames.result))
     _caption(end, "picture", "")
     for height, name in (0.645, "$x_t$"), (0.315, "estimate\nof $x_0$"):
         figure.text(left - 0.012, height, name, color=INK, fontsize=11, ha="right", va="center")
@@ -277,7 +304,8 @@ def _caption(axes: Axes, first: str, second: str) -> None:
 
 
 def _noise_picture(noise: Tensor) -> Tensor:
-    return to_uint8(noise / NOISE_RANGE)
+    # Of latents as many channels as a picture can show.
+    return to_uint8(noise[: 3 if len(noise) >= 3 else 1] / NOISE_RANGE)
 
 
 def _share(value: float) -> str:

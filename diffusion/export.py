@@ -75,6 +75,7 @@ def export_to_diffusers(
     """
     model = load_model(weights)
     require_known(model.header)
+    assert isinstance(model, DiffusionModel)
     require_small(model.config, sampling)
     if not model.config.text:  # one told of captions is asked later
         require_effect(model.classes, model.config.text, sampling, ANYTHING)
@@ -184,7 +185,7 @@ pipe(batch_size=4, seed=0{asked}).images
 | data set | {header.dataset}, content `{header.content_digest}` |
 | trained on | {header.images:,} pictures seen |
 | weights | SHA-256 of the model file `{about.weights_sha256}` |
-| predicts | {header.model.prediction}, on the schedule {header.model.schedule} of {header.model.steps} levels |
+| predicts | {model.config.prediction}, on the schedule {model.config.schedule} of {model.config.steps} levels |
 | drawn with | {sampling.sampler}, {sampling.steps} steps |
 
 The weights come under no licence but what the rights in the pictures of that data set allow. The model draws what it

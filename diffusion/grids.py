@@ -51,6 +51,14 @@ def blocks(small: Tensor, size: int) -> Tensor:
     return small.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
 
 
+def above(pictures: Tensor, others: Tensor, columns: int = 8, scale: int | None = None) -> Image.Image:
+    """``pictures``, each above its counterpart in ``others``, both (N, C, H, W) uint8, as far as rows are full."""
+    columns = min(columns, len(pictures))
+    full = len(pictures) // columns * columns
+    rows = zip(torch.split(pictures[:full], columns), torch.split(others[:full], columns), strict=True)
+    return grid(torch.cat([half for pair in rows for half in pair]), columns, scale=scale)
+
+
 def png_bytes(picture: Image.Image) -> bytes:
     """``picture`` as the bytes of a PNG file; equal pictures give equal bytes."""
     buffer = io.BytesIO()

@@ -2,31 +2,38 @@
 
 import copy
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, Self
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffusion.config import Config
+from diffusion.config import Config, unset
 from diffusion.denoiser import Denoiser
 from diffusion.errors import UserError
+from diffusion.families import family_of
+from diffusion.families.config import FamilyConfig, LatentSpace
 from diffusion.files import canonical_json, write_atomically
 from diffusion.models.config import ModelConfig
+from diffusion.models.latents import Latents
 from diffusion.models.unet import UNet
+from diffusion.models.vae import VAE
 from diffusion.objective import Parametrization
-from diffusion.process import NoiseSchedule, make_schedule
+from diffusion.process import NoiseSchedule
 from diffusion.text import TextEncoder
 
 METADATA_KEY = "darkroom"
 """The one metadata key of our safetensors files: several are written in random order, one is stable."""
 AVERAGED = "ema."
 """Prefix of the averaged weights' names, the same in checkpoints and in final models."""
+AUTOENCODER = "autoencoder."
+"""Prefix of the weights of a latent model's autoencoder, and of the moments of its latents."""
 Told = dict[str, Tensor]
 """What a network is told of N pictures: ``label`` and ``text``, or ``low`` and ``level``, as ``UNet.forward`` has them,
 as far as it is told any."""
@@ -36,7 +43,8 @@ class ModelHeader(Config):
     """What is written beside the weights."""
 
     format_version: Literal[1] = 1
-    model: ModelConfig
+    model: FamilyConfig
+    """Instead of the path of its autoencoder, if it has one, the digest of that one's weights."""
     channels: Literal[1, 3]
     size: int
     """Height and width of the pictures, in pixels."""
@@ -45,29 +53,50 @@ class ModelHeader(Config):
     content_digest: str
     """Digest of the data set."""
     sigma_data: float = 1.0
-    """Standard deviation of the data set's pictures, as the network sees them."""
+    """Standard deviation of what the network works on: the data set's pictures in [−1, 1], or latents."""
     class_histogram: dict[str, int]
     """The data set's classes, sorted, and how many pictures of each it has."""
     encoder: TextEncoder | None = None
     """What read the captions that the network was told; None: it was told none."""
+    latents: LatentSpace | None = Field(None, exclude_if=unset)
+    """What the network works on; None: the pictures themselves."""
     images: int
     """Pictures seen in training."""
     training: dict[str, Any]
     """The training configuration as it was resolved."""
 
 
+class Autoencoder(Protocol):
+    """Pictures (N, C, H, W), nominally in [−1, 1], to latents (N, c, h, w) and back."""
+
+    def encode(self, x: Tensor, /) -> Tensor:
+        """Pictures to latents."""
+
+    def decode(self, z: Tensor, /) -> Tensor:
+        """Latents to pictures."""
+
+
 @dataclass(frozen=True)
-class DiffusionModel:
-    """A network ready for use."""
+class Model(ABC):
+    """A network of some family, ready for use."""
 
     header: ModelHeader
-    network: UNet
-    schedule: NoiseSchedule
+    network: nn.Module
 
     @property
-    def config(self) -> ModelConfig:
-        """Configuration of the network and its noise schedule."""
+    def config(self) -> FamilyConfig:
+        """Configuration of the network."""
         return self.header.model
+
+    @property
+    @abstractmethod
+    def coder(self) -> Autoencoder | None:
+        """What it has between pictures and latents; None: it works on pictures."""
+
+    @property
+    @abstractmethod
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the noise that a picture is drawn from."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -79,11 +108,52 @@ class DiffusionModel:
         """The classes that it can be asked for; empty if it was not told of any."""
         return classes_of(self.config, self.header.class_histogram)
 
-    def on(self, device: torch.device) -> "DiffusionModel":
+    def on(self, device: torch.device) -> Self:
         """The same with its network on ``device``; this one stays where it is."""
         if device == next(self.network.parameters()).device:
             return self
         return replace(self, network=copy.deepcopy(self.network).to(device))
+
+
+@dataclass(frozen=True)
+class DiffusionModel(Model):
+    """A network that takes noise away, from pictures or from their latents."""
+
+    network: UNet
+    schedule: NoiseSchedule
+    latents: Latents | None = None
+    """Where the network works on latents, what leads there and back."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Configuration of the network and its noise schedule."""
+        assert isinstance(self.header.model, ModelConfig)
+        return self.header.model
+
+    @property
+    def coder(self) -> Latents | None:
+        """What leads to latents and back, if the network works on latents."""
+        return self.latents
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of pictures, or of their latents."""
+        return self.header.latents.shape if self.header.latents else self.shape
+
+    def on(self, device: torch.device) -> Self:
+        """The same with its networks on ``device``; this one stays where it is."""
+        moved = super().on(device)
+        if self.latents is None or self.latents.mean.device == device:
+            return moved
+        return replace(moved, latents=copy.deepcopy(self.latents).to(device))
+
+    def decoded(self, x: Tensor) -> Tensor:
+        """What the reverse process holds, (N, *noise_shape), as pictures (N, C, H, W), nominally in [−1, 1]."""
+        return x if self.latents is None else self.latents.decode(x)
+
+    def encoded(self, pictures: Tensor) -> Tensor:
+        """Pictures (N, C, H, W) in [−1, 1] as the reverse process would hold them, (N, *noise_shape)."""
+        return pictures if self.latents is None else self.latents.encode(pictures)
 
     def denoiser(self, told: Told | None = None) -> Denoiser:
         """The model as a function from a noisy picture and its σ to the clean one, ``told`` what they show."""
@@ -92,11 +162,13 @@ class DiffusionModel:
             partial(self.network, **(told or {})),
             self.schedule,
             parametrization,
+            # Latents have no range.
+            clip=self.latents is None,
             learned_variance=self.config.learned_variance,
         )
 
 
-def classes_of(config: ModelConfig, class_histogram: dict[str, int]) -> list[str]:
+def classes_of(config: FamilyConfig, class_histogram: dict[str, int]) -> list[str]:
     """The classes that a network of this configuration is told of: those of the data set, if there are several."""
     return list(class_histogram) if config.conditional and len(class_histogram) > 1 else []
 
@@ -134,7 +206,7 @@ def read_header(path: Path) -> dict[str, Any]:
 def export(checkpoint: Path, path: Path) -> str:
     """Write what ``load_model`` needs of a checkpoint to ``path``; returns the new file's SHA-256."""
     with safe_open(checkpoint, framework="pt") as file:
-        names = [name for name in file.keys() if name.startswith(AVERAGED)]  # noqa: SIM118 (no mapping)
+        names = [name for name in file.keys() if name.startswith((AVERAGED, AUTOENCODER))]  # noqa: SIM118 (no mapping)
         tensors = {name: file.get_tensor(name) for name in names}
     return save_tensors(path, tensors, read_header(checkpoint))
 
@@ -148,22 +220,40 @@ def read_model_header(path: Path) -> ModelHeader:
         raise UserError(f"{path} has a header this version cannot read: use the version that wrote it") from error
 
 
-def load_model(path: Path) -> DiffusionModel:
-    """The averaged network of a final model or of a checkpoint, ready to denoise.
+def load_model(path: Path) -> Model:
+    """The averaged network of a final model or of a checkpoint, ready to draw from.
 
     Nothing is unpickled. Raises UserError if the file is missing, damaged or of another format.
     """
     header = read_model_header(path)
-    classes = classes_of(header.model, header.class_histogram)
-    network = UNet(header.model, header.channels, header.size, len(classes))
-    with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if name.startswith(AVERAGED)]  # noqa: SIM118 (no mapping)
-        weights = {name.removeprefix(AVERAGED): file.get_tensor(name) for name in names}
+    family, shape = family_of(header.model), (header.channels, header.size, header.size)
+    network = family.network(
+        header.model,
+        header.latents.shape if header.latents else shape,
+        len(classes_of(header.model, header.class_histogram)),
+    )
+    autoencoder = unfilled(header.latents, shape) if header.latents else None
     try:
-        network.load_state_dict(weights)
+        network.load_state_dict(_tensors(path, AVERAGED))
+        if autoencoder is not None:
+            autoencoder.load_state_dict(_tensors(path, AUTOENCODER))
     except RuntimeError as error:  # torch says it in a page; the cause is always the same
         raise UserError(
-            f"{path} was written by another version of the U-Net: load it with the code that its version ships"
+            f"{path} was written by another version of the network: load it with the code that its version ships"
         ) from error
-    network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return DiffusionModel(header, network, make_schedule(header.model))
+    for each in filter(None, (network, autoencoder)):
+        each.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model: Model = family.model(header, network, autoencoder)
+    return model
+
+
+def unfilled(space: LatentSpace, shape: tuple[int, int, int]) -> Latents:
+    """What leads from pictures of ``shape`` to ``space`` and back, with random weights."""
+    moments = torch.zeros(1, space.channels, 1, 1)
+    return Latents(VAE(space.autoencoder, shape[0], shape[-1]), moments, moments.clone())
+
+
+def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}

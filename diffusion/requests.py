@@ -18,9 +18,10 @@ from diffusion.data.config import IngestConfig
 from diffusion.data.pictures import Refused, StoredPicture, prepare, unscaled
 from diffusion.editing import Edit
 from diffusion.errors import UserError
-from diffusion.model import DiffusionModel
+from diffusion.families import family_of
+from diffusion.model import Model
 from diffusion.progress import Progress, silent
-from diffusion.sampling import interpolate, require_effect, require_read_whole, sample
+from diffusion.sampling import interpolate, require_effect, require_meaning, require_read_whole, sample
 from diffusion.upscaling import require_enlarging, upscale
 
 Task = Literal["sample", "inpaint", "vary", "interpolate", "upscale"]
@@ -158,14 +159,16 @@ def request_of(fields: Mapping[str, Any]) -> Request:
         raise UserError(f"{name}: {first['msg'].lower()}") from error
 
 
-def tasks_of(model: DiffusionModel) -> tuple[Task, ...]:
+def tasks_of(model: Model) -> tuple[Task, ...]:
     """What ``model`` can do."""
-    enlarges = model.config.low_resolution is not None
-    return tuple(task for task in get_args(Task) if (task == "upscale") == enlarges)
+    if model.config.low_resolution is not None:
+        return ("upscale",)
+    edits = family_of(model.config).edits
+    return tuple(task for task in get_args(Task) if task != "upscale" and (edits or "image" not in NEEDS[task]))
 
 
 def answer(
-    model: DiffusionModel, requests: Sequence[Request], sampling: SamplingConfig, progress: Progress = silent
+    model: Model, requests: Sequence[Request], sampling: SamplingConfig, progress: Progress = silent
 ) -> list[Tensor]:
     """The pictures of each request, (count, C, H, W) uint8, drawn as ``sampling`` says where the request does not.
 
@@ -199,7 +202,7 @@ def answer(
     return [answers[number] for number in range(len(requests))]
 
 
-def original(model: DiffusionModel, request: Request) -> list[Tensor]:
+def original(model: Model, request: Request) -> list[Tensor]:
     """The picture that ``request`` begins with, (C, H, W) uint8, as large as what is drawn.
 
     What is painted anew is grey, and the pixels of a small one are squares.
@@ -213,20 +216,21 @@ def original(model: DiffusionModel, request: Request) -> list[Tensor]:
     return [edit.picture if edit.kept is None else torch.where(edit.kept, edit.picture, HOLE)]
 
 
-def _sampling_of(model: DiffusionModel, request: Request, configured: SamplingConfig) -> SamplingConfig:
+def _sampling_of(model: Model, request: Request, configured: SamplingConfig) -> SamplingConfig:
     if request.task not in tasks_of(model):
         raise UserError(f"the model was not trained to {request.task}: it can {', '.join(tasks_of(model))}")
     config = request.sampling(configured)
     if request.guidance is None and request.asked == ANYTHING and not model.classes:
         config = config.unguided()
     require_read_whole(request.asked)
+    require_meaning(model.config, config)
     require_effect(model.classes, model.config.text, config, request.asked)
     if request.task == "interpolate" and (request.count < 2 or request.seed == request.to_seed):
         raise UserError("interpolate goes from one seed to another: give two, and a count of 2 or more")
     return config
 
 
-def _edit_of(model: DiffusionModel, request: Request) -> Edit | None:
+def _edit_of(model: Model, request: Request) -> Edit | None:
     if request.image is None or request.task == "upscale":
         return None
     image = _prepared(model, request.image, "image")
@@ -241,7 +245,7 @@ def _edit_of(model: DiffusionModel, request: Request) -> Edit | None:
     return Edit(picture, torch.from_numpy(mask.pixels < 128), strength, request.times or 1)
 
 
-def _small_of(model: DiffusionModel, request: Request) -> Tensor | None:
+def _small_of(model: Model, request: Request) -> Tensor | None:
     """The picture to enlarge, (C, h, w) uint8."""
     if request.image is None or request.task != "upscale":
         return None
@@ -258,7 +262,7 @@ def _channels_first(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
 
 
-def _prepared(model: DiffusionModel, payload: bytes, name: str, grey: bool = False) -> StoredPicture:
+def _prepared(model: Model, payload: bytes, name: str, grey: bool = False) -> StoredPicture:
     channels, size, _ = model.shape
     mode: Literal["grey", "rgb"] = "grey" if grey or channels == 1 else "rgb"
     try:

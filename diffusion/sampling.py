@@ -9,12 +9,15 @@ from torch import Tensor
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.denoiser import Denoiser
 from diffusion.device import repeatable, resolve_device
-from diffusion.editing import Edit, between, keeping, levels_for, repaint
+from diffusion.editing import Edit, between, keeping, levels_for, repaint, whole
 from diffusion.errors import UserError
+from diffusion.families import family_of
+from diffusion.families.base import Batch
+from diffusion.families.config import FamilyConfig, meaningless
 from diffusion.fingerprint import autocast
 from diffusion.guidance import clipped, guided
 from diffusion.lanes import lanes
-from diffusion.model import DiffusionModel, Told, to_float, to_uint8
+from diffusion.model import DiffusionModel, Model, Told, to_float, to_uint8
 from diffusion.models.config import ModelConfig
 from diffusion.progress import Progress, silent
 from diffusion.random import GaussianNoise, uniform
@@ -27,7 +30,7 @@ NO_MEANINGS: Meanings = {None: torch.zeros(WIDTH)}
 
 
 def sample(
-    model: DiffusionModel,
+    model: Model,
     indices: Sequence[int],
     seed: int,
     config: SamplingConfig,
@@ -52,13 +55,13 @@ def sample(
         )
 
     def noise(members: range) -> Noise:
-        return GaussianNoise(seed, "sampling", members, model.shape)
+        return GaussianNoise(seed, "sampling", members, model.noise_shape)
 
     return _drawn(model, indices, seed, config, progress, asked, noise, edit)
 
 
 def interpolate(
-    model: DiffusionModel,
+    model: Model,
     one: int,
     other: int,
     count: int,
@@ -78,14 +81,14 @@ def interpolate(
     def noise(members: range) -> Noise:
         # Those beyond the last are there to fill the batch.
         places = shares[torch.tensor(members).clamp(max=count - 1)]
-        ends = [GaussianNoise(seed, "sampling", [0], model.shape) for seed in (one, other)]
+        ends = [GaussianNoise(seed, "sampling", [0], model.noise_shape) for seed in (one, other)]
         return lambda: between(ends[0]()[0], ends[1]()[0], places)
 
     return _drawn(model, range(count), one, config, progress, asked, noise)
 
 
 def _drawn(
-    model: DiffusionModel,
+    model: Model,
     indices: Sequence[int],
     seed: int,
     config: SamplingConfig,
@@ -100,9 +103,15 @@ def _drawn(
             f"the model enlarges pictures of {low} pixels or more, those of {low} to {full}, and draws nothing without "
             "one: give it a small picture to upscale"
         )
+    require_meaning(model.config, config)
     require_small(model.config, config)
     require_effect(model.classes, model.config.text, config, asked)
-    size = config.compute_batch
+    family, size = family_of(model.config), config.compute_batch
+    if edit is not None and not family.edits:
+        raise UserError(
+            f"a model of the family {model.config.family} draws in one go, and has no steps in which to edit a "
+            "picture: use a diffusion model"
+        )
     batches = [range(b * size, (b + 1) * size) for b in sorted({index // size for index in indices})]
     drawn: dict[int, Tensor] = {}
     device = resolve_device(config.device)
@@ -114,8 +123,10 @@ def _drawn(
         meanings = meanings_of(model, asked)
 
         def draw(members: range) -> Tensor:
-            told = told_of(model, members, seed, asked, meanings)
-            return _sample_batch(model, told, config, device, noise(members), meanings[asked.negative_prompt], edit)
+            fresh = noise(members)
+            told = {name: value.to(device) for name, value in told_of(model, members, seed, asked, meanings).items()}
+            negative = meanings[asked.negative_prompt].to(device)
+            return family.sample(model, Batch(told, lambda: fresh().to(device), negative, edit), config, device)
 
         finished = pool.map(draw, batches)
         for number, (members, pictures) in enumerate(zip(batches, finished, strict=True), start=1):
@@ -124,7 +135,7 @@ def _drawn(
     return torch.stack([drawn[index] for index in indices])
 
 
-def meanings_of(model: DiffusionModel, asked: Asked) -> Meanings:
+def meanings_of(model: Model, asked: Asked) -> Meanings:
     """What the prompts mean to ``model``; raises UserError if the encoder that it was told by cannot be had."""
     prompts = {text for text in (*asked.prompts, asked.negative_prompt) if text is not None}
     if not prompts:
@@ -141,6 +152,12 @@ def require_read_whole(asked: Asked) -> None:
             raise UserError("a prompt needs words: write what the pictures are to show, or leave it out")
         if text is not None and (length := len(encoder().tokens(text))) > LONGEST:
             raise UserError(f"the prompt {text[:40]!r}… has {length} word pieces, and {LONGEST} are read: shorten it")
+
+
+def require_meaning(model: FamilyConfig, config: SamplingConfig) -> None:
+    """Raise UserError for a setting that means nothing to the family of ``model``."""
+    if words := meaningless(model, "sampling", config):
+        raise UserError(words)
 
 
 def require_effect(classes: Sequence[str], text: bool, config: SamplingConfig, asked: Asked) -> None:
@@ -163,12 +180,12 @@ def require_effect(classes: Sequence[str], text: bool, config: SamplingConfig, a
         )
 
 
-def require_small(model: ModelConfig, config: SamplingConfig) -> None:
+def require_small(model: FamilyConfig, config: SamplingConfig) -> None:
     """Raise UserError if ``config`` asks for noise over small pictures that ``model`` was not trained to stand."""
     noise = config.low_resolution_noise
     if noise is None:
         return
-    if model.low_resolution is None:
+    if not isinstance(model, ModelConfig) or model.low_resolution is None:
         raise UserError(
             "sampling.low_resolution_noise lies over small pictures, and the model is shown none "
             "(model.low_resolution): leave it out"
@@ -186,7 +203,7 @@ def leads_anywhere(classes: Sequence[str], asked: Asked) -> bool:
     return named or bool(classes and not asked.prompts and not asked.labels)
 
 
-def labels_of(model: DiffusionModel, indices: Sequence[int], seed: int, asked: Asked = ANYTHING) -> Tensor | None:
+def labels_of(model: Model, indices: Sequence[int], seed: int, asked: Asked = ANYTHING) -> Tensor | None:
     """The class of each picture, its number in ``model.classes`` or one more for any: (N,).
 
     Without labels and prompts they are drawn as often as the data set has them. None for a model without classes.
@@ -226,21 +243,45 @@ def reversed_from(
     return make_sampler(config)(denoise, x, sigmas, noise, callback)
 
 
-def edited(edit: Edit, denoise: Denoise, sigmas: Tensor, noise: Noise, config: SamplingConfig) -> Tensor:
-    """The reverse process from the picture of ``edit`` under as much noise as its strength asks for."""
+def edited(
+    model: DiffusionModel, edit: Edit, denoise: Denoise, sigmas: Tensor, noise: Noise, config: SamplingConfig
+) -> Tensor:
+    """The reverse process from the picture of ``edit`` under as much noise as its strength asks for, as uint8.
+
+    In latents those are kept of which all pixels are; the other pixels to be kept are put back at the end.
+    """
     levels = levels_for(sigmas, edit.strength)
     start = float(levels[0]) * noise()
-    known = to_float(edit.picture).to(start.device)
+    picture = edit.picture.to(start.device)
+    known = model.encoded(to_float(picture)[None])
     if edit.kept is not None:
-        denoise = keeping(denoise, known, edit.kept.to(start.device))
+        kept = edit.kept.to(start.device)
+        denoise = keeping(denoise, known, whole(kept, known.shape[-1]))
 
     def sampler(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None) -> Tensor:
         return reversed_from(x, denoise, sigmas, noise, config, callback)
 
-    return repaint(sampler, denoise, known + start, levels, noise, edit.jump, edit.times)
+    drawn = to_uint8(model.decoded(repaint(sampler, denoise, known + start, levels, noise, edit.jump, edit.times)))
+    return drawn if edit.kept is None else torch.where(kept, picture, drawn)
 
 
-def label_names(model: DiffusionModel, indices: Sequence[int], seed: int, asked: Asked = ANYTHING) -> list[str | None]:
+def reconstructed(model: Model, pictures: Tensor, config: SamplingConfig) -> Tensor:
+    """``pictures``, (N, C, H, W) uint8, as the autoencoder of ``model`` gives them back, in compute batches."""
+    coder, device = model.coder, next(model.network.parameters()).device
+    assert coder is not None
+
+    @torch.inference_mode()
+    def through(batch: Tensor) -> Tensor:
+        # The last one filled up with its last picture, so that all have one shape.
+        filled = batch[torch.arange(config.compute_batch).clamp(max=len(batch) - 1)]
+        with autocast(config.precision, device):
+            return to_uint8(coder.decode(coder.encode(to_float(filled).to(device))))[: len(batch)].cpu()
+
+    with repeatable(device), lanes(None if device.type == "cpu" else 1) as pool:
+        return torch.cat(list(pool.map(through, torch.split(pictures, config.compute_batch))))
+
+
+def label_names(model: Model, indices: Sequence[int], seed: int, asked: Asked = ANYTHING) -> list[str | None]:
     """The name of the class that each picture was asked to show; None: of any."""
     labels = labels_of(model, indices, seed, asked)
     names: list[str | None] = [*model.classes, None]
@@ -248,7 +289,7 @@ def label_names(model: DiffusionModel, indices: Sequence[int], seed: int, asked:
 
 
 def told_of(
-    model: DiffusionModel,
+    model: Model,
     indices: Sequence[int],
     seed: int,
     asked: Asked = ANYTHING,
@@ -264,27 +305,15 @@ def told_of(
 
 
 @torch.inference_mode()
-def _sample_batch(
-    model: DiffusionModel,
-    told: Told,
-    config: SamplingConfig,
-    device: torch.device,
-    draws: Noise,
-    negative: Tensor,
-    edit: Edit | None,
-) -> Tensor:
-    def noise() -> Tensor:
-        return draws().to(device)
-
+def reverse_process(model: DiffusionModel, batch: Batch, config: SamplingConfig, device: torch.device) -> Tensor:
+    """The pictures of a compute batch, (N, C, H, W) uint8, of a diffusion model on ``device``."""
     sigmas = sigma_grid(model.schedule, config.steps)
-    told = {name: value.to(device) for name, value in told.items()}
-    denoise = denoiser_of(model, told, config, negative.to(device))
+    denoise = denoiser_of(model, batch.told, config, batch.negative)
     with autocast(config.precision, device):
-        if edit is None:
-            pictures = reversed_from_noise(denoise, sigmas, noise, config)
-        else:
-            pictures = edited(edit, denoise, sigmas, noise, config)
-    return to_uint8(pictures).cpu()
+        if batch.edit is not None:
+            return edited(model, batch.edit, denoise, sigmas, batch.noise, config).cpu()
+        drawn = reversed_from_noise(denoise, sigmas, batch.noise, config)
+        return to_uint8(model.decoded(drawn)).cpu()
 
 
 def denoiser_of(model: DiffusionModel, told: Told, config: SamplingConfig, negative: Tensor) -> Denoise:
@@ -298,4 +327,5 @@ def denoiser_of(model: DiffusionModel, told: Told, config: SamplingConfig, negat
     }
     # Only the mixture is clipped: clipped before, both would say the same where pictures are black or white.
     asked, unasked = (replace(model.denoiser(each), clip=False) for each in (told, other))
-    return clipped(guided(asked, unasked, config.guidance, config.guidance_interval, config.guidance_rescale))
+    mixture = guided(asked, unasked, config.guidance, config.guidance_interval, config.guidance_rescale)
+    return mixture if model.latents is not None else clipped(mixture)

@@ -16,10 +16,10 @@ from torch.nn.functional import interpolate
 from diffusion.config_sampling import ANYTHING, SamplingConfig
 from diffusion.device import repeatable, resolve_device
 from diffusion.errors import UserError
+from diffusion.families.config import FamilyConfig
 from diffusion.fingerprint import autocast
 from diffusion.lanes import lanes
-from diffusion.model import DiffusionModel, Told, to_float, to_uint8
-from diffusion.models.config import ModelConfig
+from diffusion.model import DiffusionModel, Model, Told, to_float, to_uint8
 from diffusion.progress import Progress, silent
 from diffusion.random import GaussianNoise, uniform
 from diffusion.samplers import Callback, sigma_grid
@@ -48,7 +48,7 @@ def enlarged(small: Tensor, scale: int) -> Tensor:
     return large.contiguous(memory_format=torch.channels_last)
 
 
-def shown_small(config: ModelConfig, pictures: Tensor) -> Told:
+def shown_small(config: FamilyConfig, pictures: Tensor) -> Told:
     """What a network is told of ``pictures`` (N, C, H, W) uint8 by their small versions, without noise; {}: nothing."""
     if config.low_resolution is None:
         return {}
@@ -144,7 +144,7 @@ def tiled(
 
 
 def upscale(
-    model: DiffusionModel,
+    model: Model,
     pictures: Tensor,
     seed: int,
     config: SamplingConfig,
@@ -161,6 +161,7 @@ def upscale(
     options that would have no effect.
     """
     low_resolution = require_enlarging(model, pictures)
+    assert isinstance(model, DiffusionModel)
     require_small(model.config, config)
     require_effect(model.classes, model.config.text, config, ANYTHING)
     scale, batch = model.header.size // low_resolution, config.compute_batch
@@ -216,7 +217,7 @@ def _step_by_step(progress: Progress, steps: int) -> Callback:
     return lambda step, *_: progress("steps of enlarging", step + 1, steps)
 
 
-def require_enlarging(model: DiffusionModel, pictures: Tensor) -> int:
+def require_enlarging(model: Model, pictures: Tensor) -> int:
     """The model's low resolution; raises UserError if it has none, or none for ``pictures`` (N, C, h, w)."""
     low_resolution = model.config.low_resolution
     if low_resolution is None:

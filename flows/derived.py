@@ -162,7 +162,7 @@ def _showing_pictures(client: MlflowClient, run_id: str) -> list[str]:
     found = [item.path for folder in ("dataset", "explain") for item in client.list_artifacts(run_id, folder)]
     found += [item.path for item in client.list_artifacts(run_id, "evaluation") if item.path.endswith(".html")]
     grids = (item.path for item in client.list_artifacts(run_id, "evaluation/grids"))
-    found += [path for path in grids if path.endswith("/held_out.png")]
+    found += [path for path in grids if path.rpartition("/")[2].startswith("held_out")]
     return [path for path in found if path != "dataset/manifest.json"]
 
 

@@ -42,7 +42,7 @@ def report(params: Params, evaluation: Evaluation) -> None:
     """Put scores by checkpoint, the report page and its pictures on the MLflow run, and a summary on this one."""
     tracker = tracker_of(params)
     # One point for each number of images: that of the best average, where there are several.
-    best = {each.images: each for each in sorted(evaluation.checkpoints, key=lambda each: -each.scores.kid)}
+    best = {each.images: each for each in sorted(evaluation.checkpoints, key=lambda each: each.merit.rank)}
     for images in sorted(best):
         tracker.log_scores(best[images].named(), images)
     folder = params.report_folder

@@ -7,7 +7,7 @@ from prefect import flow
 
 from diffusion.config import Config
 from diffusion.data.dataset import Dataset
-from diffusion.explain import explain as draw_process
+from diffusion.families import family_of
 from diffusion.model import load_model
 from flows import registry
 from flows.environment import settings
@@ -25,7 +25,7 @@ class Explained(Config):
 
 @flow(name="explain", flow_run_name="explain-{model}")
 def explain(params: Params, model: str, output: Path, seed: int = 0) -> Explained:
-    """Draw what diffusion is, with the version that ``model`` names and a held-out picture; also on its run."""
+    """Draw how the version that ``model`` names works, with a held-out picture; also on its run."""
     return draw(params, model, output, seed)
 
 
@@ -39,7 +39,8 @@ def draw(params: Params, model: str, output: Path, seed: int) -> Explained:
     held_out = dataset.rows("held_out")
     rows = held_out if len(held_out) else dataset.rows("train")
     picture = dataset.pictures([rows[seed % len(rows)]])[0]
-    files = draw_process(load_model(weights), picture, output, seed)
+    loaded = load_model(weights)
+    files: list[Path] = family_of(loaded.config).explain(loaded, picture, output, seed)
     tracker = RunTracker(client, version.run_id)
     for file in files:
         tracker.log_file(file, "explain")

@@ -12,6 +12,7 @@ from diffusion.config_sampling import SamplingConfig
 from diffusion.data.config import IngestConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
+from diffusion.families.config import FAMILIES, FamilyConfig, meaningless
 from diffusion.models.config import ModelConfig
 from diffusion.presets import PresetName, over
 from diffusion.training.config import TrainingConfig, disagreement
@@ -24,7 +25,8 @@ class RegistryConfig(Config):
     """Where models are registered."""
 
     model: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """Name of the registered model and of the MLflow experiment; null: the data set's name."""
+    """Name of the registered model and of the MLflow experiment; null: the data set's name, with that of a model.family
+    other than ddpm, such as faces-vae."""
 
 
 class Params(Config):
@@ -33,7 +35,7 @@ class Params(Config):
     preset: PresetName = "fast"
     """Where the fields that are left out of model, training and sampling come from: diffusion/presets/NAME.yaml."""
     ingest: IngestConfig = IngestConfig()
-    model: ModelConfig = ModelConfig()
+    model: FamilyConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -46,6 +48,12 @@ class Params(Config):
         if isinstance(chosen, dict) and (name := chosen.get("preset", "fast")) in get_args(PresetName):
             return over(chosen, name)
         return chosen
+
+    @model_validator(mode="after")
+    def _means_something(self) -> "Params":
+        if words := meaningless(self.model, "sampling", self.sampling):
+            raise ValueError(words)
+        return self
 
     @model_validator(mode="after")
     def _averages_are_kept(self) -> "Params":
@@ -68,7 +76,7 @@ class Params(Config):
     def _model_and_training_agree(self) -> "Params":
         if words := disagreement(self.model, self.training):
             raise ValueError(words)
-        if self.model.learned_variance and self.sampling.sampler != "ddpm":
+        if isinstance(self.model, ModelConfig) and self.model.learned_variance and self.sampling.sampler != "ddpm":
             raise ValueError(
                 f"model.learned_variance is what the sampler ddpm draws with, and sampling.sampler = "
                 f"{self.sampling.sampler} passes it over: use ddpm, or leave model.learned_variance out"
@@ -83,17 +91,30 @@ class Params(Config):
     @property
     def run_folder(self) -> Path:
         """Where training writes."""
-        return self.training.output or Path("runs") / self.training.dataset
+        return self.training.output or Path("runs") / self._name
 
     @property
     def report_folder(self) -> Path:
         """Where evaluation writes."""
-        return Path("reports") / self.training.dataset
+        return Path("reports") / self._name
+
+    @property
+    def report_folders(self) -> list[Path]:
+        """Where evaluation writes for the data set, whatever the family."""
+        return [Path("reports") / self._name_of(family) for family in FAMILIES]
 
     @property
     def model_name(self) -> str:
         """The registered model's name."""
-        return self.registry.model or self.training.dataset
+        return self.registry.model or self._name
+
+    @property
+    def _name(self) -> str:
+        """The data set's, and the family's where it is another: each has runs, reports and a champion of its own."""
+        return self._name_of(self.model.family)
+
+    def _name_of(self, family: str) -> str:
+        return self.training.dataset if family == "ddpm" else f"{self.training.dataset}-{family}"
 
 
 def dataset_folder(name: str) -> Path:
@@ -101,6 +122,12 @@ def dataset_folder(name: str) -> Path:
     if not name or name.startswith(".") or "/" in name or "\\" in name:
         raise UserError(f"data set name {name!r} must be a plain name: letters, digits, dashes, no slashes")
     return Path("data") / name
+
+
+def registered(params: Params) -> str | None:
+    """The model URI that ``model.autoencoder`` is; None if it is a path, or there is none."""
+    uri = params.model.autoencoder if isinstance(params.model, ModelConfig) else None
+    return uri if uri is not None and uri.startswith("models:/") else None
 
 
 def load_params(path: Path, overrides: list[str]) -> Params:
@@ -148,9 +175,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 def _in_words(error: ValidationError) -> str:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
+    # After "model" stands the family by which its fields were read, which nobody wrote there.
+    family = location.pop(1) if location[:1] == ["model"] and len(location) > 1 else None
     where = ".".join(location)
     if first["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1])
+        known = list(FAMILIES[family].model_fields) if family else _fields_at(location[:-1])
+        if family and (others := [name for name, other in FAMILIES.items() if location[-1] in other.model_fields]):
+            return f"{where} is a field of model.family = {' and '.join(others)}, and this is {family}: leave it out"
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
         return f"unknown key {where}: {hint}"

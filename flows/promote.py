@@ -23,6 +23,7 @@ from flows.params import Params
 from flows.progress import reporter
 from flows.registry import CHALLENGER, CHAMPION, Version
 from flows.steps import step
+from flows.tracking import AUTOENCODER
 
 
 class Verdict(Config):
@@ -65,6 +66,7 @@ def register(params: Params, evaluation: Evaluation) -> Version:
             "darkroom.dataset",
             "darkroom.git_dirty",
             TAKEDOWN,
+            AUTOENCODER,
         )
     } | {
         "darkroom.run_id": tracker.run_id,
@@ -109,7 +111,7 @@ def decide(params: Params, evaluation: Evaluation, version: Version) -> Verdict:
 
 
 def _compare(params: Params, evaluation: Evaluation, version: Version, holder: Version) -> Verdict:
-    """Both on the same held-out pictures with the same seeds: to win, KID must be lower by more than its error."""
+    """Both on the same held-out pictures with the same seeds: to win, merit must be better by more than its error."""
     weights = registry.fetch_weights(holder, settings().folder / "models")
     try:
         champion = evaluate_one(
@@ -124,21 +126,22 @@ def _compare(params: Params, evaluation: Evaluation, version: Version, holder: V
     except UserError as error:
         reason = f"champion {holder.number} cannot be judged beside it: {error}"
         return Verdict(version=version, promoted=False, reason=reason)
-    margin = champion.scores.kid - evaluation.best.scores.kid
-    uncertainty = math.hypot(champion.scores.kid_se, evaluation.best.scores.kid_se)
-    better = margin > uncertainty
+    ours, theirs = evaluation.best.merit, champion.merit
+    uncertainty = math.hypot(ours.error, theirs.error)
+    better = ours.name == theirs.name and ours.rank - theirs.rank > uncertainty
+    word = "higher" if ours.sign > 0 else "lower"
     reason = (
         f"version {version.number} {_in_figures(evaluation.best)}, champion {holder.number} "
         f"{_in_figures(champion)}, on {champion.scores.reference} held-out pictures of data set version "
-        f"{evaluation.conditions.content_digest[:12]}: {'lower' if better else 'not lower'} by more than the "
+        f"{evaluation.conditions.content_digest[:12]}: {'' if better else 'not '}{word} by more than the "
         f"standard error of the difference, {uncertainty:.5f}"
     )
     return Verdict(version=version, promoted=better, reason=reason)
 
 
 def _in_figures(judged: Judged) -> str:
-    name = f"kid_{judged.scores.extractor}"
-    return f"has {name} {judged.scores.kid:.5f} ± {judged.scores.kid_se:.5f} (n = {judged.scores.samples})"
+    merit = judged.merit
+    return f"has {merit.name} {merit.value:.5f} ± {merit.error:.5f} (n = {merit.count})"
 
 
 def _record(client: MlflowClient, verdict: Verdict, evaluation: Evaluation) -> None:

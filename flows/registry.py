@@ -22,7 +22,7 @@ from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.files import sha256_file
 from diffusion.grids import image_of, png_bytes
-from diffusion.model import DiffusionModel, load_model
+from diffusion.model import Model, load_model
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 WEIGHTS = "darkroom.weights_sha256"
@@ -146,7 +146,7 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
     reads = READS if loaded.config.text else ()
     with mlflow.start_run(run_id=run_id):
         info = mlflow.pyfunc.log_model(
-            name="ddpm",
+            name=loaded.config.family,
             python_model=str(SERVED_MODEL),
             artifacts={"weights": str(weights)},
             code_paths=[str(Path(diffusion.__file__).parent)],
@@ -162,10 +162,12 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
     return str(info.model_uri)
 
 
-def _example(model: DiffusionModel) -> pd.DataFrame:
+def _example(model: Model) -> pd.DataFrame:
     """A request that ``model`` can answer."""
     if (low_resolution := model.config.low_resolution) is None:
-        return pd.DataFrame({"task": ["sample"], "seed": [0], "count": [2], "steps": [8]})
+        example: dict[str, list[Any]] = {"task": ["sample"], "seed": [0], "count": [2]}
+        steps = {} if "steps" in model.config.passes_over.get("sampling", ()) else {"steps": [8]}
+        return pd.DataFrame(example | steps)
     small = torch.zeros(model.header.channels, low_resolution, low_resolution, dtype=torch.uint8)
     image = base64.b64encode(png_bytes(image_of(small))).decode()
     return pd.DataFrame({"task": ["upscale"], "seed": [0], "image": [image], "steps": [8]})

@@ -18,7 +18,7 @@ from diffusion.errors import Held, UserError
 from diffusion.fingerprint import fingerprint
 from diffusion.grids import grid, save_png
 from diffusion.model import load_model
-from diffusion.sampling import label_names, meanings_of, require_effect, require_read_whole
+from diffusion.sampling import label_names, meanings_of, require_effect, require_meaning, require_read_whole
 from diffusion.sampling import sample as draw
 from flows import environment, prints, registry
 from flows.derived import warn_of_takedown
@@ -92,6 +92,7 @@ def begin(
         raise UserError(f"count {count}: ask for at least one picture")
     loaded = load_model(weights)
     require_read_whole(asked)
+    require_meaning(loaded.config, sampling)
     require_effect(loaded.classes, loaded.config.text, sampling, asked)
     meanings_of(loaded, asked)
     batch = Batch(

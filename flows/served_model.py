@@ -22,7 +22,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.grids import image_of, png_bytes
-from diffusion.model import DiffusionModel, load_model
+from diffusion.model import Model, load_model
 from diffusion.requests import answer, request_of
 
 MOST_PICTURES = 4096
@@ -30,11 +30,11 @@ FILES = ("image", "mask")
 
 
 class ServedModel(PythonModel):
-    """A diffusion model behind MLflow's pyfunc interface."""
+    """A trained model behind MLflow's pyfunc interface."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights from their safetensors file."""
-        self.model: DiffusionModel = load_model(Path(context.artifacts["weights"]))
+        self.model: Model = load_model(Path(context.artifacts["weights"]))
         self.sampling = SamplingConfig.model_validate(context.model_config)
 
     def predict(

@@ -118,7 +118,7 @@ def clear(params: Params, versions: dict[str, Manifest], found: Holders, derived
     Catalogue.of(folder.name, environment.data_source()).delete_pages(found.held)
     purged = Purged(
         dvc_objects=purge_dvc(held, others, environment.data_source()),
-        files=purge_files(folder, held, others, params.report_folder),
+        files=[path for reports in params.report_folders for path in purge_files(folder, held, others, reports)],
         artifacts=clear_pictures(derived),
     )
     environment.forget_deleted()

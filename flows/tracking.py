@@ -19,6 +19,8 @@ from flows.lineage import CodeVersion, DataVersion
 
 TRAIN_KEY = "darkroom.train_key"
 """Tag by which the run of a training is found again: the digest of all that decides its weights."""
+AUTOENCODER = "darkroom.autoencoder"
+"""Tag of a run in the latents of a registered model: which version, models:/NAME/NUMBER."""
 DIGEST_LENGTH = 36
 """MLflow keeps this many characters of a data set's digest; the tags hold all of them."""
 

@@ -8,6 +8,7 @@ from prefect.logging import get_run_logger
 
 from diffusion.config import Config
 from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.training.first_stage import identified
 from diffusion.training.history import read_rows
 from diffusion.training.identity import data_digest, identity_fields, train_key
 from diffusion.training.preflight import PREFLIGHT
@@ -17,12 +18,13 @@ from diffusion.training.train import train as train_model
 from flows import lineage
 from flows.dataset_page import page_at_hand
 from flows.environment import data_source
+from flows.first_stage import Fetched, fetched
 from flows.params import Params, flattened
 from flows.progress import reporter
 from flows.remote_shards import RemoteShards
 from flows.spool import UNANSWERED, SpooledTracker
 from flows.steps import step
-from flows.tracking import RunTracker, find_run, open_run
+from flows.tracking import AUTOENCODER, RunTracker, find_run, open_run
 
 
 class TrainingRun(Config):
@@ -51,6 +53,8 @@ def start_over(params: Params) -> None:
 @step
 def train_and_track(params: Params, restart: Restart) -> TrainingRun:
     """Train in ``params.run_folder``; the MLflow run is found again by what goes into it."""
+    ready = fetched(params)
+    params = ready.params
     manifest = read_manifest(params.dataset_folder)
     opened: list[SpooledTracker] = []
 
@@ -58,7 +62,7 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
         spool = params.run_folder / SPOOL
         # A run that was thrown away may have been so in a try before this one.
         anew = anew or (spool / ANEW).exists()
-        opened.append(SpooledTracker(_open(params, manifest, anew), spool, anew))
+        opened.append(SpooledTracker(_open(ready, manifest, anew), spool, anew))
         return opened[0]
 
     try:
@@ -79,7 +83,7 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
             each.abandon()
             _say_failed(each.tracker)
         raise
-    tracker = _delivered(opened[0]) if opened else _recorded(params, manifest, result)
+    tracker = _delivered(opened[0]) if opened else _recorded(ready, manifest, result)
     if not tracker.finished:
         for record in (result.output / "history.csv", result.output / "losses.csv"):
             tracker.log_file(record, "history")
@@ -99,12 +103,12 @@ def _say_failed(tracker: RunTracker) -> None:
         get_run_logger().warning("MLflow could not be told that the run failed: %s", error)
 
 
-def _recorded(params: Params, manifest: Manifest, result: TrainResult) -> RunTracker:
+def _recorded(ready: Fetched, manifest: Manifest, result: TrainResult) -> RunTracker:
     """The MLflow run of a training that had ended before; if this server has none, one made from its history."""
-    client = MlflowClient()
+    client, params = MlflowClient(), ready.params
     run = find_run(client, params.model_name, result.train_key)
     if run is None:
-        tracker = _open(params, manifest, anew=False)
+        tracker = _open(ready, manifest, anew=False)
     else:
         tracker = _delivered(SpooledTracker(RunTracker(client, run.info.run_id), params.run_folder / SPOOL))
     if not tracker.finished:
@@ -115,10 +119,12 @@ def _recorded(params: Params, manifest: Manifest, result: TrainResult) -> RunTra
     return tracker
 
 
-def _open(params: Params, manifest: Manifest, anew: bool) -> RunTracker:
-    key = train_key(data_digest(manifest, params.training), params.model, params.training)
+def _open(ready: Fetched, manifest: Manifest, anew: bool) -> RunTracker:
+    params = ready.params
+    model = identified(params.model)
+    key = train_key(data_digest(manifest, params.training), model, params.training)
     parameters = flattened(
-        {"model": params.model.model_dump(mode="json"), "training": identity_fields(params.training)}
+        {"model": model.model_dump(mode="json"), "training": identity_fields(params.training, model)}
     )
     tracker = open_run(
         params.model_name,
@@ -130,7 +136,8 @@ def _open(params: Params, manifest: Manifest, anew: bool) -> RunTracker:
         data_source(),
         anew,
     )
-    tracker.client.log_text(tracker.run_id, params.model_dump_json(indent=2), "params.json")
+    tracker.client.log_text(tracker.run_id, ready.asked.model_dump_json(indent=2), "params.json")
+    tracker.tag({AUTOENCODER: ready.autoencoder})
     tracker.log_file(params.dataset_folder / "manifest.json", "dataset")
     if (preflight := params.run_folder / PREFLIGHT).is_file():
         tracker.log_file(preflight, "history")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.model import DiffusionModel, ModelHeader, classes_of
+from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 from diffusion.process import NoiseSchedule, make_schedule
 
@@ -29,6 +30,7 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         about = ModelHeader.model_validate(header)
+        assert isinstance(about.model, ModelConfig)
         classes = classes_of(about.model, about.class_histogram)
         self.network = UNet(about.model, in_channels, sample_size, len(classes))
 
@@ -57,6 +59,7 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     @cached_property
     def schedule(self) -> NoiseSchedule:
         """Its noise schedule."""
+        assert isinstance(self.header.model, ModelConfig)
         return make_schedule(self.header.model)
 
     @property

@@ -3,11 +3,13 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,26 +19,31 @@ from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.data.captions import like
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import read_manifest
+from diffusion.device import resolve_device
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.enlargement import RESAMPLING, Enlarged, Likeness, likeness, resampled
+from diffusion.evaluation.enlargement import RESAMPLING, Enlarged, Likeness, likeness, psnr, resampled, ssim
 from diffusion.evaluation.features import features_of, make_extractor
-from diffusion.evaluation.metrics import Scores, judge
+from diffusion.evaluation.metrics import Scores, frechet_distance, judge
 from diffusion.evaluation.report import Sheets, write_report
-from diffusion.evaluation.results import Conditions, Evaluation, Judged
+from diffusion.evaluation.results import Conditions, Evaluation, Judged, Reconstruction
 from diffusion.files import digest_of, sha256_file, write_bytes, write_json
 from diffusion.fingerprint import Fingerprint, fingerprint
-from diffusion.grids import grid, save_png
-from diffusion.model import DiffusionModel, load_model, read_header, read_model_header, save_tensors
+from diffusion.grids import above, grid, save_png
+from diffusion.model import Model, load_model, read_header, read_model_header, save_tensors
 from diffusion.progress import Progress, silent
 from diffusion.random import permutation
-from diffusion.sampling import leads_anywhere, sample
+from diffusion.sampling import leads_anywhere, reconstructed, sample
 from diffusion.upscaling import shrunk, upscale
 
 FEWEST = 10
 """Pictures of either split without which no score means anything."""
 SHOWN = 64
 """Pictures kept of each set to be looked at."""
+CHUNK = 1000
+"""Pictures brought through an autoencoder at a time."""
+Shown = dict[str, Tensor]
+"""Pictures, (N, C, H, W) uint8: ``shown`` and of an autoencoder ``reconstructed``."""
 
 
 class Record(Config):
@@ -45,6 +52,8 @@ class Record(Config):
     key: str
     images: int
     scores: Scores
+    reconstruction: Reconstruction | None = Field(None, exclude_if=unset)
+    family: str = Field("ddpm", exclude_if=lambda family: family == "ddpm")
     fingerprint: Fingerprint
     likeness: Likeness | None = Field(None, exclude_if=unset)
 
@@ -59,15 +68,15 @@ class Memory:
 
     folder: Path
 
-    def recall(self, key: str, work: Callable[[], tuple[Record, Tensor]]) -> tuple[Record, Tensor]:
+    def recall(self, key: str, work: Callable[[], tuple[Record, Shown]]) -> tuple[Record, Shown]:
         """The judgement remembered under ``key``, or else the one that ``work`` makes."""
         path = self.folder / f"{key}.safetensors"
         seal = path.with_suffix(".sha256")
         if not (path.is_file() and seal.is_file() and sha256_file(path) == seal.read_text().strip()):
             record, shown = work()
-            digest = save_tensors(path, {"shown": shown}, record.model_dump(mode="json"))
+            digest = save_tensors(path, shown, record.model_dump(mode="json"))
             write_bytes(seal, f"{digest}\n".encode())
-        return Record.model_validate(read_header(path)), load_file(path)["shown"]
+        return Record.model_validate(read_header(path)), load_file(path)
 
 
 def require_enough(data: Path) -> None:
@@ -124,24 +133,24 @@ class Judge:
         are. None of them belongs to the reference.
         """
 
-        def work() -> tuple[Record, Tensor]:
+        def work() -> tuple[Record, Shown]:
             rows = self.dataset.rows("train")
             order = permutation(self.config.seed, "evaluation/floor", 0, len(rows))
             chosen = rows[order[: self.config.samples]]
             features = features_of(self.dataset, chosen, self.extractor, self.progress)
-            return self._record(key, features, images=0), self.dataset.pictures(self.held_out[:SHOWN])
+            return self._record(key, features, images=0), {"shown": self.dataset.pictures(self.held_out[:SHOWN])}
 
         key = digest_of(["floor", self.conditions.key])
         record, shown = self.memory.recall(key, work)
-        return record.scores, shown
+        return record.scores, shown["shown"]
 
-    def model(self, path: Path) -> tuple[Judged, Tensor]:
-        """A model file's scores, and the first of its pictures; raises UserError if it is none or misfits."""
+    def model(self, path: Path) -> tuple[Judged, Shown]:
+        """A model file's scores, and some pictures to look at; raises UserError if it is none or misfits."""
 
         def named(what: str, done: int, total: int | None, note: str = "") -> None:
             self.progress(f"{path.stem}: {what}", done, total, note)
 
-        def work() -> tuple[Record, Tensor]:
+        def work() -> tuple[Record, Shown]:
             model = load_model(path)
             self._require_same_shape(path, model)
             self._require_same_task(path, model)
@@ -153,7 +162,13 @@ class Judge:
             else:
                 drawn = upscale(model, self.small, self.config.seed, sampling, named)
                 alike = likeness(drawn, self.to_enlarge)
-            return self._record(key, self.extractor(drawn), model.header.images, alike), drawn[:SHOWN]
+            record = self._record(key, self.extractor(drawn), model.header.images, alike)
+            record = record.model_copy(update={"family": model.config.family})
+            if model.coder is None:
+                return record, {"shown": drawn[:SHOWN]}
+            reconstruction, shown = self._reconstruction(model, named)
+            record = record.model_copy(update={"reconstruction": reconstruction})
+            return record, {"shown": drawn[:SHOWN], "reconstructed": shown}
 
         if not path.is_file():
             raise UserError(f"no model at {path}: train one with `darkroom train`")
@@ -165,6 +180,8 @@ class Judge:
             sha256=sha256,
             images=record.images,
             scores=record.scores,
+            reconstruction=record.reconstruction,
+            family=record.family,
             fingerprint=record.fingerprint,
             likeness=record.likeness,
         )
@@ -177,9 +194,11 @@ class Judge:
         return {name: self._baseline(name) for name in RESAMPLING}
 
     def _baseline(self, name: str) -> Enlarged:
-        def work() -> tuple[Record, Tensor]:
+        def work() -> tuple[Record, Shown]:
             large = resampled(self.small, self.dataset.manifest.size // self.small.shape[-1], name)
-            return self._record(key, self.extractor(large), 0, likeness(large, self.to_enlarge)), large[:SHOWN]
+            return self._record(key, self.extractor(large), 0, likeness(large, self.to_enlarge)), {
+                "shown": large[:SHOWN]
+            }
 
         key = digest_of(["baseline", name, self.conditions.key])
         record, _ = self.memory.recall(key, work)
@@ -197,12 +216,38 @@ class Judge:
         assert self.conditions.low_resolution is not None
         return shrunk(self.to_enlarge, self.conditions.low_resolution)
 
-    def asked(self, model: DiffusionModel) -> Asked:
+    def asked(self, model: Model) -> Asked:
         """To show what held-out pictures do, if the model was told captions; else what there is, as often."""
         if not model.config.text:
             return ANYTHING
         captioned = [caption is not None for caption in self.dataset.captions(self.held_out)]
         return like(self.dataset, self.held_out[captioned][: self.config.samples], model.classes)
+
+    def _reconstruction(self, model: Model, progress: Progress) -> tuple[Reconstruction, Tensor]:
+        """How close the held-out pictures come back, and the first of them as they do."""
+        model = model.on(resolve_device(self.sampling.device))
+        ratios: list[Tensor] = []
+        similar: list[Tensor] = []
+        features: list[Tensor] = []
+        first: list[Tensor] = []
+        for start in range(0, len(self.held_out), CHUNK):
+            pictures = self.dataset.pictures(self.held_out[start : start + CHUNK])
+            back = reconstructed(model, pictures, self.sampling)
+            ratios.append(psnr(back, pictures))
+            similar.append(ssim(back, pictures))
+            features.append(self.extractor(back))
+            first = first or [back[:SHOWN]]
+            progress("pictures reconstructed", start + len(pictures), len(self.held_out))
+        of_each = torch.cat(ratios)
+        found = Reconstruction(
+            extractor=self.extractor.name,
+            pictures=len(of_each),
+            psnr=of_each.mean().item(),
+            psnr_se=of_each.std().item() / math.sqrt(len(of_each)),
+            ssim=torch.cat(similar).mean().item(),
+            fd=frechet_distance(torch.cat(features), self.reference),
+        )
+        return found, first[0]
 
     def _record(self, key: str, features: Tensor, images: int, alike: Likeness | None = None) -> Record:
         config = self.config
@@ -210,7 +255,7 @@ class Judge:
         machine = fingerprint(self.sampling.compute_batch, self.sampling.precision, self.sampling.device)
         return Record(key=key, images=images, scores=scores, fingerprint=machine, likeness=alike)
 
-    def _require_same_shape(self, path: Path, model: DiffusionModel) -> None:
+    def _require_same_shape(self, path: Path, model: Model) -> None:
         if model.shape != self.dataset.shape:
             theirs, ours = ("×".join(map(str, shape)) for shape in (model.shape, self.dataset.shape))
             raise UserError(
@@ -218,7 +263,7 @@ class Judge:
                 "(channels × height × width): evaluate it on the data set it was trained on"
             )
 
-    def _require_same_task(self, path: Path, model: DiffusionModel) -> None:
+    def _require_same_task(self, path: Path, model: Model) -> None:
         theirs, ours = model.config.low_resolution, self.conditions.low_resolution
         if theirs != ours:
             they, we = (f"enlarges from {low} pixels" if low else "draws from nothing" for low in (theirs, ours))
@@ -236,7 +281,7 @@ def evaluate(
 ) -> Evaluation:
     """Judge ``checkpoints`` against the held-out pictures of the data set in folder ``data``.
 
-    All draw the same picture numbers of the same seed. The best has the lowest KID. ``losses``: the CSV of
+    All draw the same picture numbers of the same seed. The best is that of the highest merit. ``losses``: the CSV of
     losses by images seen that training left, for the report. Written into ``output``: ``evaluation.json``,
     ``metrics.json``, ``scores.csv``, grids as PNG, and at last ``report.html``. What was judged before is
     remembered in ``judged`` there, so the same call after a kill goes on, and after the end draws nothing.
@@ -254,11 +299,15 @@ def evaluate(
         conditions=jury.conditions,
         eval_key=jury.conditions.key,
         floor=floor,
-        best=min(models, key=lambda each: each.scores.kid),
+        best=max(models, key=lambda each: each.merit.rank),
         checkpoints=models,
         baselines=jury.baselines(),
     )
-    sheets = Sheets(real=real, drawn={each.sha256: shown for each, shown in judged})
+    sheets = Sheets(
+        real=real,
+        drawn={each.sha256: shown["shown"] for each, shown in judged},
+        reconstructed={each.sha256: shown["reconstructed"] for each, shown in judged if "reconstructed" in shown},
+    )
     _write(evaluation, sheets, output)
     write_report(output / "report.html", evaluation, sheets, losses)
     return evaluation
@@ -287,6 +336,8 @@ def _write(evaluation: Evaluation, sheets: Sheets, output: Path) -> None:
     save_png(output / "grids" / "held_out.png", grid(sheets.real))
     for each in evaluation.checkpoints:
         save_png(output / "grids" / f"{each.images:010d}-{each.sha256[:8]}.png", grid(sheets.drawn[each.sha256]))
+    if (back := sheets.reconstructed.get(evaluation.best.sha256)) is not None:
+        save_png(output / "grids" / "held_out_reconstructed.png", above(sheets.real, back))
     rows = [{"images": each.images, **each.named()} for each in evaluation.checkpoints]
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, rows[0].keys(), lineterminator="\n")

@@ -68,8 +68,6 @@ def judge(
     """
     smaller = min(len(samples), len(reference))
     size = min(kid_subset_size, smaller // 2)
-    moments = [fid_features_to_statistics(features) for features in _in_their_span(samples, reference)]
-    fd = fid_statistics_to_metric(*moments, verbose=False)
     kid = kid_features_to_metric(
         samples,
         reference,
@@ -90,7 +88,7 @@ def judge(
         extractor=extractor,
         samples=len(samples),
         reference=len(reference),
-        fd=fd[KEY_METRIC_FID],
+        fd=frechet_distance(samples, reference),
         kid=kid[KEY_METRIC_KID_MEAN],
         kid_std=kid[KEY_METRIC_KID_STD],
         kid_se=standard_error(kid[KEY_METRIC_KID_STD], size, smaller),
@@ -98,6 +96,13 @@ def judge(
         precision=neighbours[KEY_METRIC_PRECISION],
         recall=neighbours[KEY_METRIC_RECALL],
     )
+
+
+def frechet_distance(samples: Tensor, reference: Tensor) -> float:
+    """Of Gaussians fitted to features (N, D) and (M, D) (arXiv 1706.08500)."""
+    moments = [fid_features_to_statistics(features) for features in _in_their_span(samples, reference)]
+    distance: float = fid_statistics_to_metric(*moments, verbose=False)[KEY_METRIC_FID]
+    return distance
 
 
 def _in_their_span(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """An evaluation as one HTML page that needs nothing but itself."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -11,9 +11,9 @@ from diffusion.evaluation.charts import charts
 from diffusion.evaluation.enlargement import TITLES, Enlarged, resampled, verdict
 from diffusion.evaluation.metrics import Scores
 from diffusion.evaluation.pages import plain, render, with_error
-from diffusion.evaluation.results import Evaluation
+from diffusion.evaluation.results import Evaluation, Reconstruction
 from diffusion.files import write_bytes
-from diffusion.grids import beside, blocks, grid, png_bytes
+from diffusion.grids import above, beside, blocks, grid, png_bytes
 from diffusion.upscaling import shrunk
 
 COMPARED = 16
@@ -30,6 +30,8 @@ class Sheets:
     """Held-out ones, (N, C, H, W) uint8."""
     drawn: dict[str, Tensor]
     """Per SHA-256 of a model file, the first ones it drew."""
+    reconstructed: dict[str, Tensor] = field(default_factory=dict)
+    """The real ones as they come back from its autoencoder, if it has one."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,16 @@ class Line:
 def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Path | None = None) -> str:
     """Write the page to ``path``; returns its SHA-256. ``losses``: a CSV of losses by ``images`` seen."""
     best, low = sheets.drawn[evaluation.best.sha256], evaluation.conditions.low_resolution
+    back = sheets.reconstructed.get(evaluation.best.sha256)
     page = render(
         "report.html",
         evaluation=evaluation,
         findings=findings(evaluation),
-        lines=score_lines(evaluation.best.scores, evaluation.floor),
+        lines=score_lines(evaluation.best.scores, evaluation.floor)
+        + reconstruction_lines(evaluation.best.reconstruction),
         drawn=png_bytes(grid(best)),
         real=png_bytes(grid(sheets.real)),
+        reconstructed=None if back is None else png_bytes(above(sheets.real, back)),
         shown=len(best),
         charts=charts(evaluation, losses),
         enlarged=enlarged_lines(evaluation),
@@ -139,6 +144,35 @@ def score_lines(scores: Scores, floor: Scores) -> list[Line]:
             shares(floor.recall),
             "higher",
             "Share of real pictures that lie among drawn ones: variety.",
+        ),
+    ]
+
+
+def reconstruction_lines(found: Reconstruction | None) -> list[Line]:
+    """What an autoencoder loses, in the same table; real pictures lose nothing."""
+    if found is None:
+        return []
+    return [
+        Line(
+            "reconstruction_psnr",
+            f"{found.psnr:.2f} ± {found.psnr_se:.2f} dB",
+            "",
+            "higher",
+            "How close held-out pictures come back from the autoencoder, pixel by pixel.",
+        ),
+        Line(
+            "reconstruction_ssim",
+            f"{found.ssim:.3f}",
+            "1",
+            "higher",
+            "The same by what the eye sees of structure.",
+        ),
+        Line(
+            f"reconstruction_fd_{found.extractor}",
+            plain(found.fd),
+            "0",
+            "lower",
+            "What they lose on the way of what is seen.",
         ),
     ]
 

@@ -1,5 +1,6 @@
 """What an evaluation found, and under which conditions."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
@@ -35,6 +36,52 @@ class Conditions(Config):
         return digest_of(self.model_dump(mode="json", exclude={"evaluation": {"ema_lengths"}}, exclude_none=True))
 
 
+class Reconstruction(Config):
+    """How close held-out pictures come back from an autoencoder."""
+
+    extractor: str
+    """Name of the features."""
+    pictures: int
+    """How many."""
+    psnr: float
+    """Peak signal-to-noise ratio in dB, the mean over the pictures; higher is better."""
+    psnr_se: float
+    """Its standard error, over other pictures."""
+    ssim: float
+    """Structural similarity, the mean over the pictures; higher is better."""
+    fd: float
+    """Fréchet distance between the pictures and their reconstructions: of what an autoencoder loses of what is seen.
+    0 is best; lower than between other pictures, as these are the same."""
+
+    def named(self) -> dict[str, float]:
+        """The figures under names that say what they are."""
+        return {
+            "reconstruction_psnr": self.psnr,
+            "reconstruction_psnr_se": self.psnr_se,
+            "reconstruction_ssim": self.ssim,
+            f"reconstruction_fd_{self.extractor}": self.fd,
+        }
+
+
+@dataclass(frozen=True)
+class Merit:
+    """The figure by which models are told better from worse."""
+
+    name: str
+    value: float
+    error: float
+    """Its standard error."""
+    count: int
+    """Pictures it rests on."""
+    sign: Literal[1, -1]
+    """1 if higher is better, −1 if lower."""
+
+    @property
+    def rank(self) -> float:
+        """Higher is better, whatever the figure."""
+        return self.sign * self.value
+
+
 class Judged(Config):
     """A model file with its scores."""
 
@@ -45,6 +92,10 @@ class Judged(Config):
     images: int
     """Pictures it had seen in training."""
     scores: Scores
+    reconstruction: Reconstruction | None = Field(None, exclude_if=unset)
+    """Where the model is an autoencoder, or draws in the latents of one."""
+    family: str = Field("ddpm", exclude_if=lambda family: family == "ddpm")
+    """What kind of model it is."""
     fingerprint: Fingerprint
     """Of the machine that drew its pictures."""
     likeness: Likeness | None = Field(None, exclude_if=unset)
@@ -52,7 +103,17 @@ class Judged(Config):
 
     def named(self) -> dict[str, float]:
         """The figures under names that say what they are."""
-        return self.scores.named() | (self.likeness.model_dump() if self.likeness else {})
+        further = self.reconstruction.named() if self.reconstruction else {}
+        return self.scores.named() | further | (self.likeness.model_dump() if self.likeness else {})
+
+    @property
+    def merit(self) -> Merit:
+        """KID of what it draws; of an autoencoder, which is there to be built upon, how close pictures come back."""
+        if self.family == "vae" and self.reconstruction is not None:
+            found = self.reconstruction
+            return Merit("reconstruction_psnr", found.psnr, found.psnr_se, found.pictures, 1)
+        scores = self.scores
+        return Merit(f"kid_{scores.extractor}", scores.kid, scores.kid_se, scores.samples, -1)
 
 
 class Evaluation(Config):
@@ -66,7 +127,7 @@ class Evaluation(Config):
     floor: Scores
     """Real training pictures, judged as if a model had drawn them."""
     best: Judged
-    """The checkpoint with the lowest KID."""
+    """The best checkpoint by its merit: the one with the lowest KID, or of autoencoders the highest PSNR."""
     checkpoints: list[Judged]
     """All of them, by images seen."""
     baselines: dict[str, Enlarged] | None = Field(None, exclude_if=unset)

@@ -1,6 +1,7 @@
 """What the denoising network is, and what it is asked to predict: all one needs to use a trained model."""
 
-from typing import Any, Literal
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,8 +11,13 @@ Prediction = Literal["noise", "v", "x0", "edm"]
 
 
 class ModelConfig(Config):
-    """The forward process, the quantity predicted, and the shape of the U-Net."""
+    """The forward process, the quantity predicted, and the shape of the U-Net: the family ddpm."""
 
+    passes_over: ClassVar[Mapping[str, Collection[str]]] = {}
+    """Fields of other sections that mean nothing to this family: none."""
+
+    family: Literal["ddpm"] = Field("ddpm", exclude_if=lambda family: family == "ddpm")
+    """What kind of model it is: a diffusion model, or see diffusion/families/config.py."""
     schedule: Literal["linear", "cosine", "sigmoid", "edm"] = "edm"
     """Noise schedule: linear β (arXiv 2006.11239), cosine ᾱ (2102.09672), sigmoid ᾱ (2212.11972), or EDM's σ from
     0.002 to 80, each step as many times that of the one before (2206.00364)."""
@@ -53,6 +59,10 @@ class ModelConfig(Config):
     is told how much of it each has (2106.15282, section 4.3). So it stands pictures that are not quite what it was
     trained on. Null: 0.1; 0: none."""
 
+    autoencoder: str | None = Field(None, exclude_if=unset)
+    """Diffusion in the latents of this autoencoder (arXiv 2112.10752), for pictures of 128 pixels and more: the
+    final.safetensors of a training with model.family = vae, or models:/NAME@ALIAS. Null: in the pictures themselves."""
+
     @model_validator(mode="before")
     @classmethod
     def _shown_is_enough(cls, given: Any) -> Any:
@@ -82,6 +92,20 @@ class ModelConfig(Config):
             raise ValueError(
                 "model.prediction = noise says nothing of a picture of which nothing is left, as model.zero_terminal "
                 "makes them: use v, x0 or edm"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _works_on_pictures(self) -> "ModelConfig":
+        if self.autoencoder is not None and self.learned_variance:
+            raise ValueError(
+                "model.learned_variance is learned from the likelihood of 8-bit pixels, which the latents of "
+                "model.autoencoder are not: leave one out"
+            )
+        if self.autoencoder is not None and self.low_resolution is not None:
+            raise ValueError(
+                "model.low_resolution shows the network small pictures beside large ones, and model.autoencoder has it "
+                "work on latents: leave one out"
             )
         return self
 

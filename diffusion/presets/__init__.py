@@ -15,7 +15,16 @@ def preset(name: PresetName) -> dict[str, Any]:
 
 
 def over(chosen: dict[str, Any], name: PresetName) -> dict[str, Any]:
-    """``chosen``, sections of fields, with what it leaves out taken from the preset ``name``."""
+    """``chosen``, sections of fields, with what it leaves out taken from the preset ``name``.
+
+    The presets are of diffusion models: one of another family takes nothing from the default, and to choose another
+    for it is a ValueError.
+    """
+    model = chosen.get("model")
+    if isinstance(model, dict) and (family := model.get("family", "ddpm")) != "ddpm":
+        if name != "fast":
+            raise ValueError(f"preset {name} is of diffusion models: leave it out for model.family = {family}")
+        return chosen
     merged = dict(chosen)
     for section, fields in preset(name).items():
         given = chosen.get(section)

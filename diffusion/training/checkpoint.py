@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from diffusion.files import sha256_file, write_bytes
 from diffusion.model import read_header, save_tensors
-from diffusion.models.unet import UNet
 from diffusion.training.ema import WeightAverage
 from diffusion.training.post_hoc import averaged_tensors, prefix
 from diffusion.training.sharding import share_of
@@ -31,13 +30,15 @@ logger = logging.getLogger(__name__)
 class TrainingState:
     """What changes from step to step. There is no random state: draws are functions of ``images``."""
 
-    network: UNet
+    network: nn.Module
     averages: list[WeightAverage]
     """The first is the model."""
     optimizer: torch.optim.AdamW
     """Of all ``parameters``, in their order."""
     uncertainty: Uncertainty | None = None
     """Where training learns one."""
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+    """What is not trained, and without which the model is not whole: see ``diffusion.model.AUTOENCODER``."""
     images: int = 0
     """Pictures seen."""
     skipped: int = 0
@@ -52,7 +53,7 @@ class TrainingState:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors under names that say whose they are."""
         named = {NETWORK + name: value for name, value in self.network.state_dict().items()}
-        named |= averaged_tensors(self.averages)
+        named |= averaged_tensors(self.averages) | self.frozen
         if self.uncertainty:
             named |= {UNCERTAINTY + name: value for name, value in self.uncertainty.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
@@ -71,6 +72,9 @@ class TrainingState:
             average.load_state_dict(_under(prefix(number), own))
         if self.uncertainty:
             self.uncertainty.load_state_dict(_under(UNCERTAINTY, own))
+        for name, value in self.frozen.items():
+            # In place: whoever computes with it holds the same tensors.
+            value.copy_(own[name])
         moments: dict[int, dict[str, Tensor]] = {}
         parameters = self.parameters()
         for name, value in _under(OPTIMIZER, tensors).items():

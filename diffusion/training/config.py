@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, model_validator
 
 from diffusion.config import Config, DeviceName
-from diffusion.models.config import ModelConfig
+from diffusion.families.config import FamilyConfig, VAEConfig, meaningless
 
 LONGEST = 0.28
 """Relative length of an average that weighs all of training alike."""
@@ -152,9 +152,11 @@ class TrainingConfig(Config):
         return self
 
 
-def disagreement(model: ModelConfig, training: TrainingConfig) -> str | None:
+def disagreement(model: FamilyConfig, training: TrainingConfig) -> str | None:
     """Why there is no training ``model`` as ``training`` says, and what to change; None if there is."""
-    if not model.learned_variance:
+    if words := meaningless(model, "training", training):
+        return words
+    if isinstance(model, VAEConfig) or not model.learned_variance:
         return None
     if training.times != "uniform":
         return (

@@ -15,10 +15,10 @@ class Drawn:
 
     x0: Tensor
     """The pictures, (N, C, H, W) in [−1, 1]."""
-    t: Tensor
-    """Their times, (N,)."""
-    noise: Tensor
-    """Standard Gaussian, (N, C, H, W)."""
+    t: Tensor | None
+    """Their times, (N,); None: the family knows none."""
+    noise: Tensor | None
+    """Standard Gaussian, (N, C, H, W), of what the family adds noise to; None: it adds none."""
     draws: Tensor | None
     """What dropout goes by, (N,) int64; None: nothing is dropped."""
     told: Told
@@ -40,13 +40,8 @@ class Drawn:
         return [part(number) for number in range(count)]
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Drawn":
-        return Drawn(
-            change(self.x0),
-            change(self.t),
-            change(self.noise),
-            None if self.draws is None else change(self.draws),
-            {name: change(values) for name, values in self.told.items()},
-        )
+        t, noise, draws = (None if each is None else change(each) for each in (self.t, self.noise, self.draws))
+        return Drawn(change(self.x0), t, noise, draws, {name: change(values) for name, values in self.told.items()})
 
 
 def kept_back(told: Told, u: Tensor, share: float, no_class: int) -> Told:

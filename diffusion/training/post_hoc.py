@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.files import sha256_file, write_bytes
-from diffusion.model import AVERAGED, read_header, save_tensors
+from diffusion.model import AUTOENCODER, AVERAGED, read_header, save_tensors
 from diffusion.training.ema import WeightAverage, mixture
 
 AVERAGES = "averages"
@@ -33,11 +33,16 @@ def averaged_tensors(averages: Sequence[WeightAverage]) -> dict[str, Tensor]:
 
 
 def keep_snapshot(
-    folder: Path, averages: Sequence[WeightAverage], lengths: Sequence[float], images: int, header: dict[str, Any]
+    folder: Path,
+    averages: Sequence[WeightAverage],
+    lengths: Sequence[float],
+    images: int,
+    header: dict[str, Any],
+    frozen: dict[str, Tensor],
 ) -> None:
-    """Keep ``averages`` as they are after ``images`` in ``folder``."""
+    """Keep ``averages`` as they are after ``images`` in ``folder``, and what is ``frozen`` besides."""
     path = folder / f"{images:010d}.safetensors"
-    digest = save_tensors(path, averaged_tensors(averages), header | {LENGTHS: list(lengths)})
+    digest = save_tensors(path, averaged_tensors(averages) | frozen, header | {LENGTHS: list(lengths)})
     write_bytes(path.with_suffix(".sha256"), f"{digest}\n".encode())
 
 
@@ -63,6 +68,7 @@ def make_average(folder: Path, length: float, into: Path) -> Path:
             total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + share * value.double()
     path = into / f"length-{length:g}.safetensors"
     tensors = {AVERAGED + name: value.float() for name, value in total.items()}
+    tensors |= {AUTOENCODER + name: value for name, value in _tensors(paths[-1], AUTOENCODER).items()}
     save_tensors(path, tensors, {name: value for name, value in header.items() if name != LENGTHS})
     return path
 

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusion.config import Config, unset
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
-from diffusion.models.config import ModelConfig
-from diffusion.models.unet import UNet
+from diffusion.families import family_of
+from diffusion.families.config import FamilyConfig, LatentSpace
+from diffusion.models.vae import VAE
 from diffusion.training.config import TrainingConfig
 from diffusion.training.record import drawn_by
 from diffusion.training.run import Run
@@ -91,13 +92,19 @@ class Pace:
     """To take stock at a checkpoint."""
 
 
-def count_flops(config: ModelConfig, shape: tuple[int, int, int], classes: int) -> int:
-    """Floating-point operations of forward and backward pass of one picture, as torch counts them."""
-    with torch.device("meta"):
-        network = UNet(config, shape[0], shape[1], classes)
-        x, time = torch.empty(1, *shape), torch.zeros(1)
-        with FlopCounterMode(display=False) as counter:
-            network(x, time, low=None if config.low_resolution is None else x).sum().backward()
+def count_flops(
+    config: FamilyConfig, shape: tuple[int, int, int], classes: int, latents: LatentSpace | None = None
+) -> int:
+    """Floating-point operations of forward and backward pass of one picture, as torch counts them.
+
+    With ``latents``, of those that bring it there as well.
+    """
+    family = family_of(config)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        if latents is not None:
+            VAE(latents.autoencoder, shape[0], shape[-1]).requires_grad_(False).encode(torch.empty(1, *shape))
+            shape = latents.shape
+        family.forward(family.network(config, shape, classes), shape).backward()  # type: ignore[no-untyped-call]
     return int(counter.get_total_flops())
 
 
@@ -137,7 +144,9 @@ def preflight_of(run: Run, pace: Pace | None, reading: float = 0) -> Preflight:
         captions=len(run.captions.embeddings) if run.captions else 0,
         low_resolution=run.model.low_resolution,
         parameters=parameters,
-        flops=count_flops(run.model, dataset.shape, len(run.classes)),
+        flops=count_flops(
+            run.model, dataset.shape, len(run.classes), run.first_stage.space if run.first_stage else None
+        ),
         state_bytes=memory,
         disk_bytes=checkpoint * kept_at_once(config),
         images=images,
@@ -148,7 +157,7 @@ def preflight_of(run: Run, pace: Pace | None, reading: float = 0) -> Preflight:
 
 def measure(run: Run, sampling: SamplingConfig) -> Pace:
     """The pace of ``run`` here, by steps and one checkpoint's work on a copy."""
-    trial = Run.new(run.dataset, run.model, run.config, run.pool, run.ranks, run.captions)
+    trial = Run.new(run.dataset, run.model, run.config, run.pool, run.ranks, run.captions, run.first_stage)
     trial.total = 2**40
     with trial.loader:
         trial.step()

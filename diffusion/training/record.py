@@ -1,6 +1,5 @@
 """What one process of a run writes down while it trains: figures, grids of pictures, checkpoints."""
 
-import io
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,10 +10,10 @@ from torch import Tensor
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.manifest import Manifest
-from diffusion.explain import draw_reverse, reverse
+from diffusion.families import family_of
 from diffusion.fingerprint import CPU
-from diffusion.grids import beside, blocks, figure_png, grid, save_png
-from diffusion.model import DiffusionModel, to_float
+from diffusion.grids import beside, blocks, grid, save_png
+from diffusion.model import Model, to_float
 from diffusion.progress import Progress
 from diffusion.sampling import sample
 from diffusion.training.checkpoint import Writer
@@ -91,16 +90,18 @@ class Record:
         self.tracker.log_picture("samples", picture, images)
         if images == run.total:
             told = shown_small(run.model, real(run)[:1]) or None
-            strip = Image.open(io.BytesIO(figure_png(draw_reverse(reverse(averaged.on(CPU), 0, told)))))
-            self.tracker.log_picture("reverse", strip, images)
+            for name, shown in family_of(run.model).illustrations(averaged.on(CPU), told).items():
+                self.tracker.log_picture(name, shown, images)
         self.guards.probe(figures, images)
         self.guards.weights(state.network, state.averages[0].state_dict(), images)
         if config.ema_lengths is not None:
-            keep_snapshot(self.output / AVERAGES, state.averages, config.ema_lengths, images, run.header())
+            keep_snapshot(
+                self.output / AVERAGES, state.averages, config.ema_lengths, images, run.header(), state.frozen
+            )
         self.writer.save(state, run.checkpoint_header(), config.keep, spared(config, self.probes, save_every))
 
 
-def drawn_by(model: DiffusionModel, run: Run, sampling: SamplingConfig) -> Tensor:
+def drawn_by(model: Model, run: Run, sampling: SamplingConfig) -> Tensor:
     """The pictures of a grid by ``model``, the present one of ``run``: drawn, or held-out ones enlarged."""
     if run.model.low_resolution is None:
         return sample(model, range(GRID_PICTURES), 0, sampling, asked=run.shown(GRID_PICTURES))

@@ -5,12 +5,11 @@ import math
 from collections import deque
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion.config_sampling import ANYTHING, Asked
 from diffusion.data.captions import Captions, like
@@ -20,25 +19,23 @@ from diffusion.data.manifest import Split
 from diffusion.data.order import Order, TrainingOrder, WindowedOrder
 from diffusion.device import device_name, resolve_device
 from diffusion.errors import DarkroomError
+from diffusion.families import family_of
+from diffusion.families.base import Data, Learner
+from diffusion.families.config import FamilyConfig
 from diffusion.fingerprint import CPU, Fingerprint, autocast, resolve_precision
-from diffusion.model import DiffusionModel, ModelHeader, Told, classes_of, to_float
-from diffusion.models.config import ModelConfig
-from diffusion.models.unet import UNet
-from diffusion.objective import Objective
-from diffusion.random import GaussianNoise, uniform
+from diffusion.model import Model, ModelHeader, Told, classes_of, to_float
+from diffusion.random import uniform
 from diffusion.text import ENCODER
 from diffusion.training.checkpoint import TrainingState
 from diffusion.training.config import TrainingConfig
 from diffusion.training.drawn import Drawn, kept_back
+from diffusion.training.first_stage import FirstStage, known_as
 from diffusion.training.identity import data_digest, identity_fields, train_key
-from diffusion.training.objective import draw_times, make_objective, times_at
 from diffusion.training.ranks import ALONE, Ranks
 from diffusion.training.sharding import gathered
-from diffusion.training.state import make_state
+from diffusion.training.state import frozen_tensors, make_network, make_state, worked_on
 from diffusion.upscaling import noised, shown_small
 
-LEVELS = 8
-"""Parts of the distribution of noise levels, from the least to the most, whose losses are told apart."""
 FINGERPRINT = "fingerprint"
 PROBES = 256
 """Pictures of each split on which losses are compared over time."""
@@ -55,7 +52,7 @@ class NotFinite(DarkroomError):
 class Step:
     """A step that was begun; whether it changed the weights can be known without waiting for those after it."""
 
-    def __init__(self, images: int, finite: Tensor, batch: Batch, t: Tensor) -> None:
+    def __init__(self, images: int, finite: Tensor, batch: Batch, t: Tensor | None) -> None:
         self.images, self.batch, self.t = images, batch, t
         self._finite = finite.to("cpu", non_blocking=True)
         self._there = torch.cuda.current_stream(finite.device).record_event() if finite.is_cuda else None
@@ -72,10 +69,12 @@ class Run:
     """A training run: its data, its configuration, and its state."""
 
     dataset: Dataset
-    model: ModelConfig
+    model: FamilyConfig
+    """Its autoencoder, if it has one, named by its digest."""
     config: TrainingConfig
     state: TrainingState
-    objective: Objective
+    learner: Learner
+    """How its family learns."""
     loader: Loader
     classes: list[str]
     """What the network is told of; empty: nothing."""
@@ -85,6 +84,8 @@ class Run:
     """The processes that share each batch."""
     captions: Captions | None = None
     """What the network is told besides; None: nothing."""
+    first_stage: FirstStage | None = None
+    """What leads to the latents that the network works on; None: it works on pictures."""
     device: torch.device = CPU
     """Where the network is."""
     compiled: bool = False
@@ -102,38 +103,42 @@ class Run:
     def new(
         cls,
         dataset: Dataset,
-        model: ModelConfig,
+        model: FamilyConfig,
         config: TrainingConfig,
         pool: Executor,
         ranks: Ranks = ALONE,
         captions: Captions | None = None,
+        first_stage: FirstStage | None = None,
     ) -> "Run":
         """A run that has seen nothing yet; its initial weights are a function of the seed."""
         device = resolve_device(config.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             classes = classes_of(model, dataset.manifest.class_histogram)
-            network = UNet(model, dataset.manifest.channels, dataset.manifest.size, len(classes))
-        network.recompute = config.recompute
+            network = make_network(model, dataset, classes, first_stage, config.recompute)
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        state = make_state(network, config, ranks if config.shard else ALONE, device)
+        frozen = frozen_tensors(first_stage, device)
+        state = make_state(network, config, ranks if config.shard else ALONE, device, frozen)
         compiled = config.compile if config.compile is not None else device.type == "cuda"
         if compiled:
             network.compile(dynamic=False)
-        objective = make_objective(model, config, dataset.manifest.sigma_data)
+        latents = first_stage.latents if first_stage else None
+        data = Data(dataset.shape, *worked_on(dataset, first_stage), latents)
+        learner = family_of(model).learner(model, config, data)
         loader = make_loader(dataset, config, ranks)
         behind = 1 if device.type == "cuda" else 0
         return cls(
             dataset,
-            model,
+            known_as(model, first_stage.space.digest) if first_stage else model,
             config,
             state,
-            objective,
+            learner,
             loader,
             classes,
             pool,
             ranks,
             captions,
+            first_stage,
             device,
             compiled,
             behind=behind,
@@ -147,10 +152,8 @@ class Run:
         config, state = self.config, self.state
         batch = self.loader.batch(state.images, self.total)
         x0 = to_float(batch.pictures).contiguous(memory_format=torch.channels_last)
-        t = draw_times(config, self.objective.schedule, batch.indices)
-        noise = GaussianNoise(config.seed, "noise", batch.indices, self.dataset.shape)()
-        draws = (uniform(config.seed, "dropout", batch.indices) * 2**62).long()
-        drawn = Drawn(x0, t, noise, draws, self._told(batch)).on(self.device)
+        drawn = self.learner.drawn(x0, batch.indices, self._told(batch))
+        t, drawn = drawn.t, drawn.on(self.device)
         loss = self._sharded_gradients(drawn) if config.shard else self._gradients(drawn)
         norm = gathered(torch.nn.utils.clip_grad_norm_(state.parameters(), config.clip_norm))
         for group in state.optimizer.param_groups:
@@ -185,11 +188,8 @@ class Run:
         raise NotFinite(
             f"loss or gradient was not finite in {config.most_skipped} steps in a row, up to image {step.images}: "
             "lower training.learning_rate and give --restart, or look at the last batch",
-            {
-                "pictures": step.batch.pictures,
-                "t": step.t,
-                "rows": torch.from_numpy(np.asarray(step.batch.rows)),
-            },
+            {"pictures": step.batch.pictures, "rows": torch.from_numpy(np.asarray(step.batch.rows))}
+            | ({} if step.t is None else {"t": step.t}),
         )
 
     def _gradients(self, drawn: Drawn) -> Tensor:
@@ -220,7 +220,7 @@ class Run:
     def _share(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
         """What these pictures add to the loss of the batch, and to what is minimised."""
         with autocast(self.config.precision, self.device):
-            losses = self._losses(self.state.network, drawn)
+            losses = self.learner.losses(self.state.network, drawn)
         minimised = self.state.uncertainty(losses, drawn.t) if self.state.uncertainty else losses
         return losses.detach().sum() / self.config.batch_size, minimised.sum() / self.config.batch_size
 
@@ -242,21 +242,19 @@ class Run:
             known["text"] = self.captions.of(batch.rows)
         return known
 
-    def _losses(self, network: UNet, drawn: Drawn) -> Tensor:
-        return self.objective.loss(partial(network, draws=drawn.draws, **drawn.told), drawn.x0, drawn.t, drawn.noise)
-
-    def averaged(self) -> DiffusionModel:
+    def averaged(self) -> Model:
         """The averaged network as it is now."""
         with torch.device("meta"):
             network = self._network()
         weights = {name: value.clone() for name, value in self.state.averages[0].state_dict().items()}
         network.load_state_dict(weights, assign=True)
         network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return DiffusionModel(self.model_header(), network, self.objective.schedule)
+        latents = self.first_stage.latents if self.first_stage else None
+        model: Model = family_of(self.model).model(self.model_header(), network, latents)
+        return model
 
-    def _network(self) -> UNet:
-        manifest = self.dataset.manifest
-        return UNet(self.model, manifest.channels, manifest.size, len(self.classes))
+    def _network(self) -> nn.Module:
+        return make_network(self.model, self.dataset, self.classes, self.first_stage)
 
     def gathered(self) -> "Run":
         """This run with all of its state in the process that leads, of which each may have a share; all ask at once."""
@@ -270,21 +268,19 @@ class Run:
                 tensors[name] = of_all.cpu()
         if not self.ranks.leads:
             return self
-        state = make_state(self._network(), self.config, ALONE, CPU)
+        state = make_state(self._network(), self.config, ALONE, CPU, self.state.frozen)
         state.load(tensors, self.state.counts())
         return replace(self, state=state)
 
-    def probe(self, averaged: UNet) -> dict[str, float]:
+    def probe(self, averaged: nn.Module) -> dict[str, float]:
         """Losses of raw and averaged weights on fixed pictures, times and noise of both splits."""
         networks = {"": self.state.network, "_ema": averaged}
-        figures = {
-            f"{split}_loss{suffix}": self.pool.submit(self._probe, split, batch, network)
+        figures = [
+            self.pool.submit(self._probe, split, batch, suffix, network)
             for split, batch in self.probed().items()
             for suffix, network in networks.items()
-        }
-        losses = {name: figure.result() for name, figure in figures.items()}
-        means = {name: each.mean().item() for name, each in losses.items()}
-        return means | by_level(losses.get("held_out_loss_ema"))
+        ]
+        return {name: value for each in figures for name, value in each.result().items()}
 
     def probed(self) -> dict[Split, Batch]:
         """The pictures of each split to compare losses on, kept: they may have come from far away."""
@@ -298,16 +294,17 @@ class Run:
                 probes[split] = Batch(range(len(rows)), rows, self.dataset.pictures(rows))
         return probes
 
-    def _probe(self, split: Split, batch: Batch, network: UNet) -> Tensor:
+    def _probe(self, split: Split, batch: Batch, suffix: str, network: nn.Module) -> dict[str, float]:
         with torch.inference_mode(), autocast(self.config.precision, self.device):
-            x0 = to_float(batch.pictures)
-            u = (torch.arange(len(x0)) + 0.5) / len(x0)
-            t = times_at(self.config, self.objective.schedule, u)
-            noise = GaussianNoise(0, f"probe/{split}", batch.indices, self.dataset.shape)()
-            drawn = Drawn(x0, t, noise, None, self._known(batch)).on(self.device)
+            drawn = self.learner.probed(to_float(batch.pictures), split, batch.indices, self._known(batch))
+            drawn = drawn.on(self.device)
             if next(network.parameters()).device != self.device:
                 network = copy.deepcopy(network).to(self.device)
-            return self._losses(network, drawn).cpu()
+            losses = self.learner.losses(network, drawn).cpu()
+            figures = {f"{split}_loss{suffix}": losses.mean().item()}
+            if (split, suffix) == ("held_out", "_ema"):
+                figures |= self.learner.figures(network, drawn, losses)
+            return figures
 
     def shown(self, count: int) -> Asked:
         """What ``count`` pictures drawn to be looked at are to show: as held-out ones, where there are captions."""
@@ -325,11 +322,12 @@ class Run:
             size=manifest.size,
             dataset=manifest.name,
             content_digest=manifest.content_digest,
-            sigma_data=manifest.sigma_data,
+            sigma_data=worked_on(self.dataset, self.first_stage)[1],
             class_histogram=manifest.class_histogram,
             encoder=ENCODER if self.model.text else None,
+            latents=self.first_stage.space if self.first_stage else None,
             images=self.state.images,
-            training=identity_fields(self.config),
+            training=identity_fields(self.config, self.model),
         )
 
     def fingerprint(self) -> Fingerprint:
@@ -356,14 +354,6 @@ class Run:
             "total": self.total,
         }
         return header if self.config.window is None else header | {"layout_digest": manifest.layout_digest}
-
-
-def by_level(losses: Tensor | None) -> dict[str, float]:
-    """The mean of ``losses`` (N,), ordered by how noisy the pictures were, in each of so many equal parts."""
-    if losses is None or len(losses) < LEVELS:
-        return {}
-    parts = losses.tensor_split(LEVELS)
-    return {f"held_out_loss_ema_level_{number}": part.mean().item() for number, part in enumerate(parts, start=1)}
 
 
 def lanes_of(config: TrainingConfig, ranks: Ranks) -> int:

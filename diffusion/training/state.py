@@ -1,11 +1,17 @@
 """The state in which a run begins."""
 
 import torch
+from torch import Tensor, nn
 
+from diffusion.data.dataset import Dataset
+from diffusion.families import family_of
+from diffusion.families.config import FamilyConfig
+from diffusion.model import AUTOENCODER
 from diffusion.models.unet import UNet
 from diffusion.training.checkpoint import TrainingState
 from diffusion.training.config import TrainingConfig
 from diffusion.training.ema import ExponentialAverage, PowerAverage, WeightAverage
+from diffusion.training.first_stage import FirstStage
 from diffusion.training.ranks import Ranks
 from diffusion.training.sharding import shard
 from diffusion.training.uncertainty import Uncertainty
@@ -14,8 +20,32 @@ BETAS = (0.9, 0.99)
 """Of AdamW. Its own 0.999 remembers more steps than a run of minutes has to give: measured worse."""
 
 
-def make_state(network: UNet, config: TrainingConfig, ranks: Ranks, device: torch.device) -> TrainingState:
-    """The state of a run that has seen nothing; several ``ranks`` each have their share of it."""
+def make_network(
+    model: FamilyConfig, dataset: Dataset, classes: list[str], first_stage: FirstStage | None, recompute: bool = False
+) -> nn.Module:
+    """A network of ``model`` for ``dataset`` with random weights; ``recompute`` as in TrainingConfig."""
+    network: nn.Module = family_of(model).network(model, worked_on(dataset, first_stage)[0], len(classes))
+    if isinstance(network, UNet):
+        network.recompute = recompute
+    return network
+
+
+def worked_on(dataset: Dataset, first_stage: FirstStage | None) -> tuple[tuple[int, int, int], float]:
+    """(C, H, W) of what the network works on, pictures or latents, and the standard deviation of its values."""
+    return (first_stage.space.shape, 1.0) if first_stage else (dataset.shape, dataset.manifest.sigma_data)
+
+
+def frozen_tensors(first_stage: FirstStage | None, device: torch.device) -> dict[str, Tensor]:
+    """What belongs to the model besides and is not trained, brought to ``device``."""
+    if first_stage is None:
+        return {}
+    return {AUTOENCODER + name: value for name, value in first_stage.latents.to(device).state_dict().items()}
+
+
+def make_state(
+    network: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.device, frozen: dict[str, Tensor]
+) -> TrainingState:
+    """The state of a run that has seen nothing; several ``ranks`` each have a share of it, and all of ``frozen``."""
     uncertainty = Uncertainty() if config.learned_uncertainty else None
     networks = [network, uncertainty] if uncertainty else [network]
     for each in networks:
@@ -24,10 +54,10 @@ def make_state(network: UNet, config: TrainingConfig, ranks: Ranks, device: torc
         each.to(device)
     trained = [parameter for each in networks for parameter in each.parameters()]
     optimizer = torch.optim.AdamW(trained, config.learning_rate, BETAS, weight_decay=config.weight_decay, fused=True)
-    return TrainingState(network, make_averages(network, config), optimizer, uncertainty)
+    return TrainingState(network, make_averages(network, config), optimizer, uncertainty, frozen)
 
 
-def make_averages(network: UNet, config: TrainingConfig) -> list[WeightAverage]:
+def make_averages(network: nn.Module, config: TrainingConfig) -> list[WeightAverage]:
     """The averages of the weights that ``config`` asks for; the first is the model."""
     if config.ema_lengths is not None:
         return [PowerAverage(network, length) for length in config.ema_lengths]

@@ -23,6 +23,7 @@ from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.shard_cache import ShardCache, ShardStore
 from diffusion.device import repeatable, resolve_device
 from diffusion.errors import DarkroomError, UserError
+from diffusion.families.config import FamilyConfig
 from diffusion.files import write_bytes, write_json
 from diffusion.fingerprint import Fingerprint
 from diffusion.lanes import cores, lanes
@@ -33,10 +34,11 @@ from diffusion.model import (
 )
 from diffusion.models.config import ModelConfig
 from diffusion.progress import Progress, silent
-from diffusion.sampling import require_effect, require_small
+from diffusion.sampling import require_effect, require_meaning, require_small
 from diffusion.text import WIDTH
 from diffusion.training.checkpoint import COUNTS, Checkpoints, Writer
 from diffusion.training.config import TrainingConfig
+from diffusion.training.first_stage import FirstStage, open_first_stage
 from diffusion.training.post_hoc import AVERAGES
 from diffusion.training.preflight import PREFLIGHT, Preflight, measure, preflight_of, require_disk
 from diffusion.training.ranks import ALONE, Ranks, ranks
@@ -66,7 +68,7 @@ class TrainResult(Config):
 def train(
     data: Path,
     output: Path,
-    model: ModelConfig,
+    model: FamilyConfig,
     config: TrainingConfig,
     sampling: SamplingConfig,
     track: Callable[[bool], Tracker] = NoTracker,
@@ -91,8 +93,10 @@ def train(
         with holding, repeatable(resolve_device(config.device)), lanes(lanes_of(config, together)) as pool:
             with lanes() as readers:
                 captions = _captions(dataset, model, together, partial(embeddings_of, pool=readers, progress=progress))
-            run = Run.new(dataset, model, config, pool, together, captions)
+            require_meaning(model, sampling)
             require_small(model, sampling)
+            first_stage = _first_stage(dataset, model, config, together)
+            run = Run.new(dataset, model, config, pool, together, captions, first_stage)
             require_effect(run.classes, model.text, sampling, run.shown(GRID_PICTURES))
             if together.leads and restart == "if_different" and _differences(output, run):
                 _discard(output)
@@ -140,7 +144,7 @@ def _require_room(manifest: Manifest, stream_bytes: int, window: int | None) -> 
 
 
 def _captions(
-    dataset: Dataset, model: ModelConfig, ranks: Ranks, read: Callable[[Dataset, list[str]], Tensor]
+    dataset: Dataset, model: FamilyConfig, ranks: Ranks, read: Callable[[Dataset, list[str]], Tensor]
 ) -> Captions | None:
     """The captions of ``dataset`` if the model is told them, as one of several processes ``read`` them for all."""
     if not model.text:
@@ -153,6 +157,16 @@ def _captions(
         )
     embeddings = ranks.shared({"embeddings": read(dataset, texts)} if ranks.leads else {})
     return Captions(embeddings["embeddings"], numbers)
+
+
+def _first_stage(dataset: Dataset, model: FamilyConfig, config: TrainingConfig, ranks: Ranks) -> FirstStage | None:
+    """The autoencoder of ``model`` if it has one; what one of several processes measures of it, all take over."""
+    if not isinstance(model, ModelConfig) or model.autoencoder is None:
+        return None
+    stage = open_first_stage(model.autoencoder, dataset, config.window)
+    for name, moment in ranks.shared(dict(stage.latents.named_buffers())).items():
+        stage.latents.get_buffer(name).copy_(moment)
+    return stage
 
 
 def discard(output: Path) -> None:
@@ -198,7 +212,7 @@ def _train(
                 _loop(run, None)
         weights = {AVERAGED + name: gathered(value) for name, value in run.state.averages[0].state_dict().items()}
         if run.ranks.leads:
-            save_tensors(final, weights, run.header())
+            save_tensors(final, weights | run.state.frozen, run.header())
         # Nobody is done before the model is on disk.
         run.ranks.wait()
     return TrainResult(
@@ -300,7 +314,7 @@ def _name_differences(before: Fingerprint, now: Fingerprint) -> None:
 
 def preflight(
     data: Path,
-    model: ModelConfig,
+    model: FamilyConfig,
     config: TrainingConfig,
     sampling: SamplingConfig,
     store: ShardStore | None = None,
@@ -313,8 +327,10 @@ def preflight(
     with _opened(data, config, store) as dataset, device, lanes(lanes_of(config, ALONE)) as pool:
         # Captions without meaning cost a step the same, and need not be read.
         captions = _captions(dataset, model, ALONE, lambda _, texts: torch.zeros(len(texts), WIDTH))
-        run = Run.new(dataset, model, config, pool, captions=captions)
+        require_meaning(model, sampling)
         require_small(model, sampling)
+        first_stage = _first_stage(dataset, model, config, ALONE)
+        run = Run.new(dataset, model, config, pool, ALONE, captions, first_stage)
         require_effect(run.classes, model.text, sampling, run.shown(GRID_PICTURES))
         reading = seconds_to_read(dataset, dataset.different_captions()[0], cores()) if captions else 0
         return preflight_of(run, measure(run, sampling), reading)

@@ -123,6 +123,7 @@ def train(
     if dry_run:
         from diffusion.training.train import preflight
 
+        config = _with_autoencoder(config)
         with _shards(config) as store:
             about = preflight(config.dataset_folder, config.model, config.training, config.sampling, store)
         show(about.model_dump(mode="json"), as_json, [f"{name:10} {words}" for name, words in about.lines()])
@@ -130,6 +131,7 @@ def train(
     if follows():
         from diffusion.training.train import train as train_along
 
+        config = _with_autoencoder(config)
         parts = config.dataset_folder, config.run_folder, config.model, config.training, config.sampling
         with _shards(config) as store:
             train_along(*parts, store=store)
@@ -143,6 +145,18 @@ def train(
         as_json,
         [f"{done.result.images} images seen; {done.result.final}; MLflow run {done.run_id}"],
     )
+
+
+def _with_autoencoder(config: "Params") -> "Params":
+    """With the file of a registered autoencoder, if it names one."""
+    from flows.params import registered
+
+    if registered(config) is None:
+        return config
+    with joined("mlflow"):
+        from flows.first_stage import fetched
+
+        return fetched(config).params
 
 
 @contextmanager

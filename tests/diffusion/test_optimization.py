@@ -9,10 +9,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.lanes import lanes
 from diffusion.model import to_float
 from diffusion.models.config import ModelConfig
-from diffusion.random import GaussianNoise
 from diffusion.training.config import TrainingConfig
-from diffusion.training.drawn import Drawn
-from diffusion.training.objective import draw_times
 from diffusion.training.run import Run, learning_rate
 from diffusion.training.state import BETAS
 
@@ -33,10 +30,8 @@ def test_steps_in_lanes_equal_plain_adamw_on_the_whole_batch(dataset: Path, part
         for images in range(0, 96, 16):
             batch = plain.loader.batch(images)
             indices = range(images, images + 16)
-            t = draw_times(config, plain.objective.schedule, indices)
-            noise = GaussianNoise(config.seed, "noise", indices, plain.dataset.shape)()
-            drawn = Drawn(to_float(batch.pictures), t, noise, None, plain._told(batch))
-            loss = plain._losses(network, drawn).mean()
+            drawn = plain.learner.drawn(to_float(batch.pictures), indices, plain._told(batch))
+            loss = plain.learner.losses(network, drawn).mean()
             reference.param_groups[0]["lr"] = learning_rate(config, images, 640)
             reference.zero_grad()
             loss.backward()

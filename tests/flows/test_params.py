@@ -7,10 +7,11 @@ import pytest
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
+from diffusion.families.config import VAEConfig
 from diffusion.models.config import ModelConfig
 from diffusion.presets import PresetName
 from diffusion.training.config import TrainingConfig
-from flows.params import Params, dataset_folder, flattened, load_params
+from flows.params import Params, dataset_folder, flattened, load_params, registered
 
 MINIMAL = "training:\n  images: 100\n"
 
@@ -145,3 +146,58 @@ def test_a_model_and_a_training_that_do_not_fit_are_refused_before_anything_is_r
         load_params(params, ["sampling.guidance=3", "training.condition_dropout=0"])
     with pytest.raises(UserError, match=r"sampling\.variance means nothing to sampler = heun"):
         load_params(params, ["sampling.sampler=heun", "sampling.variance=larger"])
+
+
+def test_each_family_shows_its_own_fields_and_refuses_anothers(params: Path) -> None:
+    vae = load_params(params, ["model.family=vae", "model.kl_weight=0.5"])
+    assert isinstance(vae.model, VAEConfig)
+    assert (vae.model.kl_weight, vae.sampling) == (0.5, SamplingConfig())
+    assert load_params(params, ["model.family=ddpm"]) == load_params(params, [])
+    for override, words in (
+        ("model.schedule=edm", r"model\.schedule is a field of model\.family = ddpm, and this is vae"),
+        ("model.kl_wait=1", r"unknown key model\.kl_wait: did you mean kl_weight\?"),
+        ("model.kl_weight=-1", r"model\.kl_weight: Input should be greater than or equal to 0"),
+        ("sampling.steps=50", r"sampling\.steps means nothing to model\.family = vae"),
+        ("preset=large", r"preset large is of diffusion models"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            load_params(params, ["model.family=vae", override])
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"model\.kl_weight is a field of model\.family = vae, and this is ddpm"):
+        load_params(params, ["model.kl_weight=1"])
+    with pytest.raises(UserError, match=r"model: family is ddpm, the default, or vae"):
+        load_params(params, ["model.family=gan"])
+    with pytest.raises(UserError, match=r"unknown key model\.widht: did you mean width\?"):
+        load_params(params, ["model.widht=16"])
+
+
+def test_each_family_has_its_own_runs_reports_and_champion(params: Path) -> None:
+    vae = load_params(params, ["training.dataset=faces", "model.family=vae"])
+    assert (str(vae.run_folder), str(vae.report_folder)) == ("runs/faces-vae", "reports/faces-vae")
+    assert vae.model_name == "faces-vae"
+    assert {str(folder) for folder in vae.report_folders} == {"reports/faces", "reports/faces-vae"}
+    named = load_params(params, ["model.family=vae", "training.output=elsewhere", "registry.model=mine"])
+    assert (str(named.run_folder), named.model_name) == ("elsewhere", "mine")
+
+
+def test_a_configuration_of_any_family_survives_being_written_down(params: Path) -> None:
+    for overrides in (["model.family=vae"], ["model.autoencoder=models:/faces-vae@champion"], []):
+        config = load_params(params, overrides)
+        assert Params.model_validate(config.model_dump(mode="json")) == config
+        assert Params.model_validate_json(config.model_dump_json()) == config
+    assert "family" not in config.model.model_dump()
+
+
+def test_the_form_shows_what_each_family_takes() -> None:
+    schema = Params.model_json_schema()
+    shown = [schema["$defs"][option["$ref"].rpartition("/")[2]] for option in schema["properties"]["model"]["oneOf"]]
+    assert [each["properties"]["family"]["const"] for each in shown] == ["ddpm", "vae"]
+    assert "kl_weight" in shown[1]["properties"]
+    assert "schedule" not in shown[1]["properties"]
+
+
+def test_only_a_model_uri_is_looked_up(params: Path) -> None:
+    uri = "models:/faces-vae@champion"
+    assert registered(load_params(params, [f"model.autoencoder={uri}"])) == uri
+    assert registered(load_params(params, ["model.autoencoder=runs/faces-vae/final.safetensors"])) is None
+    assert registered(load_params(params, ["model.family=vae"])) is None

@@ -1,0 +1,93 @@
+"""What a family of models has to say of itself; all else, from loader to registry, is the same for every family."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from diffusion.config_sampling import SamplingConfig
+from diffusion.editing import Edit
+from diffusion.model import Model, ModelHeader, Told
+from diffusion.models.latents import Latents
+from diffusion.samplers import Noise
+from diffusion.training.config import TrainingConfig
+from diffusion.training.drawn import Drawn
+
+Config_contra = TypeVar("Config_contra", contravariant=True)
+ModelOf = TypeVar("ModelOf", bound=Model)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a family is told of the pictures that it learns from."""
+
+    shape: tuple[int, int, int]
+    """(C, H, W) of each."""
+    inner: tuple[int, int, int]
+    """(C, H, W) of what the network works on: the same, or the latents of the autoencoder."""
+    sigma_data: float
+    """Standard deviation of the values of that."""
+    autoencoder: Latents | None = None
+    """Into whose latents they are brought first; None: into none."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a compute batch of N pictures is drawn from."""
+
+    told: Told
+    """What they are to show."""
+    noise: Noise
+    """Noise of the model's ``noise_shape``, on the model's device."""
+    negative: Tensor
+    """(384,), the caption that guidance leads away from; zeros: none."""
+    edit: Edit | None
+    """What they are versions of; None: nothing."""
+
+
+class Learner(Protocol):
+    """How a family learns. Losses are pure functions of network, pictures and draws, draws of seed and index."""
+
+    def drawn(self, x0: Tensor, indices: range, told: Told) -> Drawn:
+        """What a step draws for the pictures ``x0``, (N, C, H, W) in [−1, 1], of these global sample ``indices``."""
+
+    def probed(self, x0: Tensor, split: str, indices: Sequence[int], told: Told) -> Drawn:
+        """The same for pictures of ``split`` on which losses are compared over time: the draws never change."""
+
+    def losses(self, network: nn.Module, drawn: Drawn) -> Tensor:
+        """Of each picture, (N,) float32."""
+
+    def figures(self, network: nn.Module, drawn: Drawn, losses: Tensor) -> dict[str, float]:
+        """What is worth knowing of how averaged weights did on held-out pictures, besides their mean loss."""
+
+
+class Family(Protocol[Config_contra, ModelOf]):
+    """A kind of model."""
+
+    edits: bool
+    """Whether it can begin with a picture instead of with nothing."""
+
+    def network(self, config: Config_contra, shape: tuple[int, int, int], classes: int) -> nn.Module:
+        """A network with random weights for what is (C, H, W): pictures, or the latents of an autoencoder."""
+
+    def forward(self, network: nn.Module, shape: tuple[int, int, int]) -> Tensor:
+        """Some sum over the network's answers to one picture, of which all weights have a gradient."""
+
+    def learner(self, config: Config_contra, training: TrainingConfig, data: Data) -> Learner:
+        """How ``config`` learns from ``data``; raises UserError if ``training`` does not fit it."""
+
+    def model(self, header: ModelHeader, network: nn.Module, autoencoder: Latents | None) -> ModelOf:
+        """A trained network ready for use."""
+
+    def sample(self, model: ModelOf, batch: Batch, config: SamplingConfig, device: torch.device) -> Tensor:
+        """Pictures from noise, (N, C, H, W) uint8."""
+
+    def illustrations(self, model: ModelOf, told: Told | None) -> dict[str, Image.Image]:
+        """What shows at the end of training how the model draws, by name; ``told``: what it is shown, if it is."""
+
+    def explain(self, model: ModelOf, picture: Tensor, output: Path, seed: int) -> list[Path]:
+        """Figures for people, drawn into folder ``output``; ``picture``: a real one, (C, H, W) uint8."""

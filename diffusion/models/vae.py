@@ -1,0 +1,107 @@
+"""The convolutional autoencoder of arXiv 2112.10752, small: pictures to latents of a lower resolution, and back."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffusion.errors import UserError
+from diffusion.families.config import VAEConfig
+from diffusion.models.unet import GROUP, Grow
+from diffusion.variational import LOG_VARIANCE, drawn_from
+
+SCALE = 0.1
+"""Deviation of the likelihood to begin with. Were it that of pictures that do not come back yet, latents would cost
+more than they give, and the network would learn to do without them (posterior collapse, arXiv 1511.06349)."""
+
+
+class Block(nn.Module):
+    """Two convolutions around a skip."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.norm1 = _normalisation(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2 = _normalisation(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) to (N, outputs, H, W)."""
+        h = self.conv1(functional.silu(self.norm1(x)))
+        h = self.conv2(functional.silu(self.norm2(h)))
+        out: Tensor = self.skip(x) + h
+        return out
+
+
+class VAE(nn.Module):
+    """Encoder and decoder for pictures of so many ``channels`` and ``size`` pixels.
+
+    Raises UserError if the factor by which it shrinks them does not divide the size.
+    """
+
+    def __init__(self, config: VAEConfig, channels: int, size: int) -> None:
+        super().__init__()
+        if size % config.factor:
+            raise UserError(
+                f"model.patch = {config.patch} and {len(config.multipliers)} resolutions make a latent position of "
+                f"{config.factor}×{config.factor} pixels, and {config.factor} does not divide the pictures' {size}: "
+                "ingest them at a multiple of it (ingest.size), or take a number out of model.multipliers"
+            )
+        widths = [config.width * multiplier for multiplier in config.multipliers]
+        self.patch = config.patch
+        folded = channels * config.patch**2
+        self.encoder = _encoder(widths, config.blocks, folded, config.latent_channels)
+        self.decoder = _decoder(widths[::-1], config.blocks + 1, folded, config.latent_channels)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(SCALE)))
+        """Logarithm of the deviation that pictures' values, in [−1, 1], have about their reconstructions."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Pictures (N, C, H, W) in [−1, 1] to the means of their posteriors, (N, c, H/f, W/f)."""
+        return self.posterior(x)[0]
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (N, C, H, W) in [−1, 1] to their posteriors' mean and log-variance, (N, c, H/f, W/f) each."""
+        mean, log_variance = self.encoder(functional.pixel_unshuffle(x, self.patch)).float().chunk(2, dim=1)
+        return mean, log_variance.clamp(*LOG_VARIANCE)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (N, c, H/f, W/f) to pictures (N, C, H, W), nominally in [−1, 1]."""
+        out: Tensor = functional.pixel_shuffle(self.decoder(z), self.patch).float()
+        return out
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction of ``x`` through latents that ``noise`` draws; and the mean and log-variance of those."""
+        mean, log_variance = self.posterior(x)
+        return self.decode(drawn_from(mean, log_variance, noise)), mean, log_variance
+
+
+def _encoder(widths: list[int], blocks: int, channels: int, latent_channels: int) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1)]
+    current = widths[0]
+    for resolution, width in enumerate(widths):
+        if resolution:
+            layers.append(nn.Conv2d(current, current, 3, stride=2, padding=1))
+        for _ in range(blocks):
+            layers.append(Block(current, width))
+            current = width
+    head = nn.Conv2d(current, 2 * latent_channels, 3, padding=1)
+    return nn.Sequential(*layers, _normalisation(current), nn.SiLU(), head)
+
+
+def _decoder(widths: list[int], blocks: int, channels: int, latent_channels: int) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(latent_channels, widths[0], 3, padding=1)]
+    current = widths[0]
+    for resolution, width in enumerate(widths):
+        if resolution:
+            layers.append(Grow(current))
+        for _ in range(blocks):
+            layers.append(Block(current, width))
+            current = width
+    return nn.Sequential(*layers, _normalisation(current), nn.SiLU(), nn.Conv2d(current, channels, 3, padding=1))
+
+
+def _normalisation(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(channels // GROUP, channels)

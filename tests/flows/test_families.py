@@ -1,0 +1,73 @@
+"""An autoencoder in the registry, and diffusion in the latents of its champion, against real servers."""
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow.pyfunc
+import pandas as pd
+import pytest
+import yaml
+from mlflow.client import MlflowClient
+from PIL import Image
+
+from diffusion.model import read_header
+from tests.flows.workspace import PARAMS, Workspace, objects, running
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+SHORT = PARAMS["training"] | {"images": 1600, "checkpoints": 2}
+AUTOENCODER = {
+    "ingest": PARAMS["ingest"],
+    "model": {"family": "vae", "width": 16, "multipliers": [1], "latent_channels": 2},
+    "training": SHORT,
+    "sampling": {"compute_batch": 8},
+    "evaluation": PARAMS["evaluation"],
+}
+URI = "models:/blobs-vae@champion"
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    with running(tmp_path_factory.mktemp("workspace"), PARAMS | {"training": SHORT}, 240) as space:
+        (space.folder / "vae.yaml").write_text(yaml.safe_dump(AUTOENCODER))
+        yield space
+
+
+def test_an_autoencoder_goes_all_the_way_and_diffusion_is_built_on_its_champion(
+    workspace: Workspace, server: MlflowClient, tmp_path: Path
+) -> None:
+    first = workspace.json("retrain", "pictures", "--count", "8", "--seed", "5", "--params", "vae.yaml")
+    version = server.get_model_version_by_alias("blobs-vae", "champion")
+    assert first["prints"]["model"] == f"models:/blobs-vae/{version.version}"
+    assert float(version.tags["reconstruction_psnr"]) > 10
+    metrics = server.get_run(first["run_id"]).data.metrics
+    assert {"held_out_psnr_ema", "reconstruction_psnr", "kid_efflite0"} <= metrics.keys()
+    assert Path(first["explained"]["files"][0]).name == "reconstruction.png"
+
+    served = mlflow.pyfunc.load_model(URI).predict(pd.DataFrame({"seed": [5], "index": [3]}))
+    printed = objects(workspace, first["prints"]["uri"])["00000003.png"][1]
+    pixels = [Image.open(io.BytesIO(png)).tobytes() for png in (served["png"][0], printed)]
+    assert pixels[0] == pixels[1]
+
+    chosen = ["--set", f"model.autoencoder={URI}"]
+    assert "million parameters" in workspace.run("train", "--dataset", "blobs", "--dry-run", *chosen)
+    done = workspace.json("retrain", "pictures", "--count", "8", *chosen)
+    run = server.get_run(done["run_id"]).data
+    assert run.tags["darkroom.autoencoder"] == f"models:/blobs-vae/{version.version}"
+    champion = server.get_model_version_by_alias("blobs", "champion")
+    assert champion.tags["darkroom.autoencoder"] == f"models:/blobs-vae/{version.version}"
+    header = read_header(workspace.folder / "runs" / "blobs" / "final.safetensors")["model_header"]
+    assert run.params["model.autoencoder"] == header["model"]["autoencoder"]
+    assert json.loads(mlflow.artifacts.load_text(f"runs:/{done['run_id']}/params.json"))["model"]["autoencoder"] == URI
+    again = workspace.json("retrain", "pictures", "--count", "8", *chosen)
+    assert again["run_id"] == done["run_id"]
+    assert again["verdict"]["version"]["number"] == done["verdict"]["version"]["number"]
+
+
+def test_an_autoencoder_that_nobody_registered_is_one_line(workspace: Workspace) -> None:
+    workspace.json("ingest", "pictures")
+    error = workspace.run("train", "--set", "model.autoencoder=models:/nothing@champion", code=2)
+    assert "models:/nothing@champion is not in the registry" in error
+    assert len(error.strip().splitlines()) == 1
