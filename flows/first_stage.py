@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from mlflow.client import MlflowClient
 
 from flows import registry
+from flows.derived import warn_of_takedown
 from flows.environment import settings
 from flows.params import Params, registered
 
@@ -30,6 +31,7 @@ def fetched(params: Params) -> Fetched:
     if uri is None:
         return Fetched(params, params, None)
     version = registry.resolve(MlflowClient(), uri)
+    warn_of_takedown(version)
     weights = registry.fetch_weights(version, settings().folder / "models")
     model = params.model.model_copy(update={"autoencoder": str(weights)})
     return Fetched(params, params.model_copy(update={"model": model}), version.uri)
