@@ -5,18 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from diffusion.config import Config
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.files import digest_of, sha256_bytes, sha256_file, write_bytes, write_json
-from diffusion.fingerprint import fingerprint
+from diffusion.fingerprint import Fingerprint, fingerprint
 from diffusion.grids import grid, image_of, save_png
 from diffusion.marked import marked_png
 from diffusion.model import load_model
 from diffusion.progress import Progress, silent
-from diffusion.requests import Request, Task, Wanted, answer, original, request_of
+from diffusion.requests import Request, Task, Wanted, answer, original, request_of, sampling_of
 
 SHOWN = 64
 """Pictures on the sheet."""
@@ -40,6 +41,20 @@ class Made(Config):
     """What was asked for, what drew it, and the digest of each picture."""
 
 
+class About(Config):
+    """What ``request.json`` says of the pictures beside it."""
+
+    request: dict[str, Any]
+    """What was asked for; of pictures their SHA-256."""
+    sampling: SamplingConfig
+    """How they were drawn in the end."""
+    model: dict[str, str]
+    """Where it comes from, and the SHA-256 of its weights."""
+    fingerprint: Fingerprint
+    pictures: tuple[dict[str, Any], ...] = ()
+    """File, index, SHA-256 and that of the pixels of each; none before all are written."""
+
+
 def read_request(wanted: Wanted, image: Path | None = None, mask: Path | None = None) -> Request:
     """``wanted`` with the pictures in those files; raises UserError as ``request_of``, or for a file it cannot read."""
     files = {name: _read(path, name) for name, path in (("image", image), ("mask", mask)) if path is not None}
@@ -57,44 +72,56 @@ def make(
     """Draw what ``request`` asks of the model in the file ``weights`` into the folder ``output``.
 
     The default folder lies in prints/ and is named for model and request. ``origin`` says where the model comes from,
-    and goes into each picture. Whatever stands in the folder is whole; ``request.json`` is written last.
+    and goes into each picture. Each file in the folder is whole; what ``request.json`` says of the pictures is written
+    last. Raises UserError as ``answer`` does, and if the folder holds the answer to another request.
     """
     model = load_model(weights)
-    origin = origin or {"model": str(weights)}
-    [pictures] = answer(model, [request], sampling, progress)
-    how = request.sampling(sampling)
-    asked = _described(request)
     digest = sha256_file(weights)
-    if output is None:
-        name = f"{request.task}-{digest_of([asked, how.model_dump(mode='json', exclude_none=True)])[:8]}"
-        output = Path("prints", model.header.dataset, digest[:8], name)
-    begun_with = original(model, request)
-    shown = [*begun_with, *pictures[:SHOWN]]
-    about = {**origin, "content_digest": model.header.content_digest, "task": request.task, "seed": str(request.seed)}
-    rows = [
-        _write(output / f"{index:08d}.png", picture, about | {"index": str(index)})
-        for index, picture in zip(request.indices, pictures, strict=True)
-    ]
-    save_png(output / "grid.png", grid(torch.stack(shown)))
-    write_json(
-        output / ABOUT,
-        {
-            "request": asked,
-            "sampling": how.model_dump(mode="json", exclude_none=True),
-            "model": {**origin, "weights_sha256": digest, "content_digest": model.header.content_digest},
-            "fingerprint": fingerprint(how.compute_batch, how.precision, how.device).model_dump(mode="json"),
-            "pictures": rows,
-        },
+    # Pictures are passed on, and need not say where on whose machine a file lay.
+    origin = origin or {"model": f"sha256:{digest}"}
+    how = sampling_of(model, request, sampling)
+    about = About(
+        request=_described(request),
+        sampling=how,
+        model={**origin, "weights_sha256": digest, "content_digest": model.header.content_digest},
+        fingerprint=fingerprint(how.compute_batch, how.precision, how.device),
     )
+    if output is None:
+        name = f"{request.task}-{digest_of([about.request, how.model_dump(mode='json', exclude_none=True)])[:8]}"
+        output = Path("prints", model.header.dataset, digest[:8], name)
+    _require_own(output, about)
+    [pictures] = answer(model, [request], sampling, progress)
+    write_json(output / ABOUT, about.model_dump(mode="json", exclude_none=True))
+    texts = {**origin, "content_digest": model.header.content_digest, "task": request.task, "seed": str(request.seed)}
+    rows = tuple(
+        _write(output / f"{index:08d}.png", picture, texts | {"index": str(index)})
+        for index, picture in zip(request.indices, pictures, strict=True)
+    )
+    save_png(output / "grid.png", grid(torch.stack([*original(model, request), *pictures[:SHOWN]])))
+    write_json(output / ABOUT, about.model_copy(update={"pictures": rows}).model_dump(mode="json", exclude_none=True))
     return Made(
         folder=output,
-        model=origin["model"],
+        model=origin["model"] if "run_id" in origin else str(weights),
         task=request.task,
         count=request.count,
         seed=request.seed,
         grid=output / "grid.png",
         about=output / ABOUT,
     )
+
+
+def _require_own(output: Path, about: About) -> None:
+    """Raise UserError if ``output`` is anything but a new folder, or that of this request."""
+    found = output / ABOUT
+    try:
+        if found.is_file():
+            theirs = About.model_validate_json(found.read_bytes())
+            if theirs.model_copy(update={"pictures": ()}) != about:
+                raise UserError(f"{output} holds the answer to another request: give --out another folder")
+        elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserError(f"{output} is there, and is no folder of pictures made on request: give --out another")
+    except ValidationError as error:
+        raise UserError(f"{found} says nothing of pictures made on request: give --out another folder") from error
 
 
 def _described(request: Request) -> dict[str, Any]:

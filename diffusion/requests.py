@@ -5,6 +5,7 @@ or would pass over, is refused.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,9 +20,9 @@ from diffusion.data.pictures import Refused, StoredPicture, prepare, unscaled
 from diffusion.editing import Edit
 from diffusion.errors import UserError
 from diffusion.families import family_of
-from diffusion.model import Model
+from diffusion.model import DiffusionModel, Model
 from diffusion.progress import Progress, silent
-from diffusion.sampling import interpolate, require_effect, require_meaning, require_read_whole, sample
+from diffusion.sampling import interpolate, require_drawing, require_editing, require_read_whole, sample
 from diffusion.upscaling import require_enlarging, upscale
 
 Task = Literal["sample", "inpaint", "vary", "interpolate", "upscale"]
@@ -58,6 +59,10 @@ HOLE = torch.tensor(128, dtype=torch.uint8)
 """What is shown where a picture is painted anew."""
 LARGEST = 2048
 """Above that in height or width no picture is enlarged."""
+MOST_PIXELS = 2**23
+"""Of all pictures that are enlarged for one request: all their tiles are in memory together."""
+LARGEST_NUMBER = 2**63 - 1
+"""Of seeds and pictures, as manifests hold them."""
 STRENGTH = 0.6
 """How much ``vary`` changes unless told: much is new, and the picture is still recognised."""
 
@@ -71,11 +76,11 @@ class Wanted(Config):
     small picture drawn large, several times if the count says so."""
     count: int = Field(1, ge=1)
     """How many."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_NUMBER)
     """Picture i of a seed is the same picture everywhere."""
-    index: int | None = Field(None, ge=0)
+    index: int | None = Field(None, ge=0, le=LARGEST_NUMBER)
     """Number of the first picture, the others follow; null: 0."""
-    to_seed: int | None = Field(None, ge=0)
+    to_seed: int | None = Field(None, ge=0, le=LARGEST_NUMBER)
     """interpolate: where the way leads to, from picture 0 of ``seed`` to picture 0 of this one."""
     label: str | None = None
     """The class to show, by its name."""
@@ -83,7 +88,7 @@ class Wanted(Config):
     """What to show, in the words of captions."""
     negative_prompt: str | None = None
     """What guidance leads away from."""
-    strength: float | None = None
+    strength: float | None = Field(None, allow_inf_nan=False)
     """How much is changed, above 0 and at most 1; null: 0.6 for vary, where 1 would leave nothing, 1 for inpaint."""
     times: int | None = Field(None, ge=1)
     """inpaint: how often each stretch of the way is gone, so that what is filled in agrees with what lies around it
@@ -92,7 +97,7 @@ class Wanted(Config):
     """As sampling.sampler, of which the options then have their defaults; null: as configured."""
     steps: int | None = Field(None, ge=2, le=10_000)
     """As sampling.steps; null: as configured."""
-    guidance: float | None = Field(None, ge=0)
+    guidance: float | None = Field(None, ge=0, le=1000)
     """As sampling.guidance; null: as configured, or none if nothing is asked for."""
 
     @property
@@ -175,30 +180,28 @@ def answer(
     Samples of one seed that are asked for in several requests are drawn together. Raises UserError, before anything is
     drawn, if ``model`` cannot do a task, was not told of what is asked for, or would pass something over.
     """
-    configs = [_sampling_of(model, request, sampling) for request in requests]
-    edits = [_edit_of(model, request) for request in requests]
-    smalls = [_small_of(model, request) for request in requests]
+    rows = [f"row {number}: " if len(requests) > 1 else "" for number in range(len(requests))]
+    asks = [_checked(model, request, sampling, row) for request, row in zip(requests, rows, strict=True)]
     answers: dict[int, Tensor] = {}
     together: dict[tuple[int, Asked, str], list[int]] = {}
-    for number, request in enumerate(requests):
-        if request.task == "sample":
-            key = request.seed, request.asked, configs[number].model_dump_json()
-            together.setdefault(key, []).append(number)
-    for (seed, asked, _), numbers in together.items():
-        indices = sorted({index for number in numbers for index in requests[number].indices})
-        drawn = dict(zip(indices, sample(model, indices, seed, configs[numbers[0]], progress, asked), strict=True))
-        for number in numbers:
-            answers[number] = torch.stack([drawn[index] for index in requests[number].indices])
-    for number, (request, config, edit, small) in enumerate(zip(requests, configs, edits, smalls, strict=True)):
-        if edit is not None:
-            answers[number] = sample(model, request.indices, request.seed, config, progress, request.asked, edit)
-        elif small is not None:
-            several = small.expand(request.count, -1, -1, -1)
+    for number, ask in enumerate(asks):
+        request, config = ask.request, ask.config
+        if ask.edit is not None:
+            answers[number] = sample(model, request.indices, request.seed, config, progress, request.asked, ask.edit)
+        elif ask.small is not None:
+            several = ask.small.expand(request.count, -1, -1, -1)
+            assert isinstance(model, DiffusionModel)
             answers[number] = upscale(model, several, request.seed, config, progress, request.indices.start)
         elif request.to_seed is not None:
-            answers[number] = interpolate(
-                model, request.seed, request.to_seed, request.count, config, progress, request.asked
-            )
+            seeds = request.seed, request.to_seed
+            answers[number] = interpolate(model, *seeds, request.count, config, progress, request.asked)
+        else:
+            together.setdefault((request.seed, request.asked, config.model_dump_json()), []).append(number)
+    for (seed, asked, _), numbers in together.items():
+        indices = sorted({index for number in numbers for index in requests[number].indices})
+        drawn = dict(zip(indices, sample(model, indices, seed, asks[numbers[0]].config, progress, asked), strict=True))
+        for number in numbers:
+            answers[number] = torch.stack([drawn[index] for index in requests[number].indices])
     return [answers[number] for number in range(len(requests))]
 
 
@@ -216,18 +219,37 @@ def original(model: Model, request: Request) -> list[Tensor]:
     return [edit.picture if edit.kept is None else torch.where(edit.kept, edit.picture, HOLE)]
 
 
-def _sampling_of(model: Model, request: Request, configured: SamplingConfig) -> SamplingConfig:
+def sampling_of(model: Model, request: Request, configured: SamplingConfig) -> SamplingConfig:
+    """How ``model`` draws for ``request`` in the end; raises UserError if it cannot, or would pass something over."""
     if request.task not in tasks_of(model):
         raise UserError(f"the model was not trained to {request.task}: it can {', '.join(tasks_of(model))}")
     config = request.sampling(configured)
     if request.guidance is None and request.asked == ANYTHING and not model.classes:
         config = config.unguided()
+    if request.task != "upscale":
+        require_drawing(model, config, request.asked)
     require_read_whole(request.asked)
-    require_meaning(model.config, config)
-    require_effect(model.classes, model.config.text, config, request.asked)
     if request.task == "interpolate" and (request.count < 2 or request.seed == request.to_seed):
         raise UserError("interpolate goes from one seed to another: give two, and a count of 2 or more")
     return config
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A request that nothing speaks against."""
+
+    request: Request
+    config: SamplingConfig
+    edit: Edit | None
+    small: Tensor | None
+
+
+def _checked(model: Model, request: Request, configured: SamplingConfig, where: str) -> _Checked:
+    try:
+        config = sampling_of(model, request, configured)
+        return _Checked(request, config, _edit_of(model, request), _small_of(model, request))
+    except UserError as error:
+        raise UserError(f"{where}{error}") from error
 
 
 def _edit_of(model: Model, request: Request) -> Edit | None:
@@ -236,13 +258,17 @@ def _edit_of(model: Model, request: Request) -> Edit | None:
     image = _prepared(model, request.image, "image")
     picture = _channels_first(image.pixels)
     if request.mask is None:
-        return Edit(picture, strength=STRENGTH if request.strength is None else request.strength)
+        edit = Edit(picture, strength=STRENGTH if request.strength is None else request.strength)
+        require_editing(model, edit)
+        return edit
     mask = _prepared(model, request.mask, "mask", grey=True)
     if mask.source_size != image.source_size:
         theirs, ours = ("×".join(map(str, each.source_size)) for each in (mask, image))
         raise UserError(f"the mask has {theirs} pixels and the image {ours} (width × height): make them equal")
     strength = 1.0 if request.strength is None else request.strength
-    return Edit(picture, torch.from_numpy(mask.pixels < 128), strength, request.times or 1)
+    edit = Edit(picture, torch.from_numpy(mask.pixels < 128), strength, request.times or 1)
+    require_editing(model, edit)
+    return edit
 
 
 def _small_of(model: Model, request: Request) -> Tensor | None:
@@ -254,7 +280,13 @@ def _small_of(model: Model, request: Request) -> Tensor | None:
         small = _channels_first(unscaled(request.image, IngestConfig(size=LARGEST // 2, mode=mode, enlarge=True)))
     except Refused as error:
         raise UserError(f"the image cannot be used: {error}") from error
-    require_enlarging(model, small[None])
+    assert isinstance(model, DiffusionModel)
+    scale = model.header.size // require_enlarging(model, small[None])
+    if (pixels := request.count * small[0].numel() * scale**2) > MOST_PIXELS:
+        raise UserError(
+            f"{pixels / 1e6:.1f} million pixels in all would be drawn at once, and {MOST_PIXELS / 1e6:.1f} may be: "
+            "give a smaller picture, or ask for fewer"
+        )
     return small
 
 

@@ -76,6 +76,13 @@ def interpolate(
     """
     if one == other or count < 2:
         raise UserError(f"{count} pictures from seed {one} to seed {other}: give two seeds, and ask for two or more")
+    if model.classes and not asked.prompts and not asked.labels:
+        raise UserError(
+            "each end would be of a class of its own, and there is nothing between classes: give a label, "
+            f"one of {', '.join(model.classes)}"
+        )
+    if max(len(asked.labels), len(asked.prompts)) > 1:
+        raise UserError("several labels or prompts take turns, which is no way from one picture to another: give one")
     shares = torch.linspace(0, 1, count)
 
     def noise(members: range) -> Noise:
@@ -97,21 +104,10 @@ def _drawn(
     noise: Callable[[range], Noise],
     edit: Edit | None = None,
 ) -> Tensor:
-    if model.config.low_resolution is not None:
-        low, full = (f"{size}×{size}" for size in (model.config.low_resolution, model.header.size))
-        raise UserError(
-            f"the model enlarges pictures of {low} pixels or more, those of {low} to {full}, and draws nothing without "
-            "one: give it a small picture to upscale"
-        )
-    require_meaning(model.config, config)
-    require_small(model.config, config)
-    require_effect(model.classes, model.config.text, config, asked)
+    require_drawing(model, config, asked)
+    if edit is not None:
+        require_editing(model, edit)
     family, size = family_of(model.config), config.compute_batch
-    if edit is not None and not family.edits:
-        raise UserError(
-            f"a model of the family {model.config.family} draws in one go, and has no steps in which to edit a "
-            "picture: use a diffusion model"
-        )
     batches = [range(b * size, (b + 1) * size) for b in sorted({index // size for index in indices})]
     drawn: dict[int, Tensor] = {}
     device = resolve_device(config.device)
@@ -133,6 +129,35 @@ def _drawn(
             drawn |= zip(members, pictures, strict=True)
             progress("pictures sampled", min(number * size, len(indices)), len(indices))
     return torch.stack([drawn[index] for index in indices])
+
+
+def require_drawing(model: Model, config: SamplingConfig, asked: Asked = ANYTHING) -> None:
+    """Raise UserError if ``model`` draws nothing of itself, or would pass over some of ``config`` or ``asked``."""
+    if model.config.low_resolution is not None:
+        low, full = (f"{size}×{size}" for size in (model.config.low_resolution, model.header.size))
+        raise UserError(
+            f"the model enlarges pictures of {low} pixels or more, those of {low} to {full}, and draws nothing without "
+            "one: give it a small picture to upscale"
+        )
+    require_meaning(model.config, config)
+    require_small(model.config, config)
+    require_effect(model.classes, model.config.text, config, asked)
+
+
+def require_editing(model: Model, edit: Edit) -> None:
+    """Raise UserError if ``model`` has no steps to edit in, or would see nothing of the picture that is edited."""
+    if not family_of(model.config).edits:
+        raise UserError(
+            f"a model of the family {model.config.family} draws in one go, and has no steps in which to edit a "
+            "picture: use a diffusion model"
+        )
+    inner = model.noise_shape[-1]
+    if edit.kept is not None and edit.strength == 1 and not whole(edit.kept, inner).any():
+        factor = len(edit.kept) // inner
+        raise UserError(
+            f"the mask keeps no square of {factor}×{factor} pixels whole, which is what one position of the model's "
+            "latents stands for, so nothing of the picture would be seen: keep more, or give a strength below 1"
+        )
 
 
 def meanings_of(model: Model, asked: Asked) -> Meanings:

@@ -13,6 +13,7 @@ from diffusion.config import Config
 from diffusion.data.removals import Removal
 from flows.registry import Version
 from flows.s3 import Store
+from flows.tracking import AUTOENCODER
 
 TAKEDOWN = "darkroom.takedown"
 """Tag of runs and model versions that learned from pictures taken down since: the names of those removals."""
@@ -56,14 +57,11 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
     client = MlflowClient()
     held = sorted(set(contents))
     runs = {run.info.run_id: run for digest in held for run in _runs(client, "darkroom.content_digest", digest)}
-    models = {
-        (model.name, int(model.version)): model
-        for query in (
-            *(f"tags.`darkroom.content_digest` = '{digest}'" for digest in held),
-            *(f"run_id = '{run_id}'" for run_id in runs),
-        )
-        for model in _models(client, query)
-    }
+    models = _versions(client, runs, held)
+    # What draws in the latents of an autoencoder has all of it inside.
+    within = [run for name, number in models for run in _runs(client, AUTOENCODER, f"models:/{name}/{number}")]
+    runs |= {run.info.run_id: run for run in within}
+    models |= _versions(client, (run.info.run_id for run in within), ())
     looked_at = {*held, *known}
     return Derived(
         runs=[
@@ -148,6 +146,15 @@ def _pages(search: Any, **asked: Any) -> Iterator[Any]:
             return
 
 
+def _versions(
+    client: MlflowClient, runs: Iterable[str], contents: Iterable[str]
+) -> dict[tuple[str, int], ModelVersion]:
+    """Model versions made by these ``runs``, or from data of these ``contents``."""
+    queries = [*(f"tags.`darkroom.content_digest` = '{digest}'" for digest in contents)]
+    queries += (f"run_id = '{run_id}'" for run_id in runs)
+    return {(model.name, int(model.version)): model for query in queries for model in _models(client, query)}
+
+
 def _aliases(client: MlflowClient, name: str, number: str) -> list[str]:
     return sorted(client.get_model_version(name, number).aliases)
 
@@ -161,8 +168,13 @@ def _showing_pictures(client: MlflowClient, run_id: str) -> list[str]:
     """Artifacts of a run in which pictures of its data set can be seen."""
     found = [item.path for folder in ("dataset", "explain") for item in client.list_artifacts(run_id, folder)]
     found += [item.path for item in client.list_artifacts(run_id, "evaluation") if item.path.endswith(".html")]
-    grids = (item.path for item in client.list_artifacts(run_id, "evaluation/grids"))
-    found += [path for path in grids if path.rpartition("/")[2].startswith("held_out")]
+    grids = [item.path for item in client.list_artifacts(run_id, "evaluation/grids")]
+    params = client.get_run(run_id).data.params
+    if params.get("model.low_resolution", "None") != "None" or params.get("model.family") == "vae":
+        # What these draw are real pictures, enlarged or come back.
+        found += [*grids, *(item.path for item in client.list_artifacts(run_id, "images"))]
+    else:
+        found += [path for path in grids if path.rpartition("/")[2].startswith("held_out")]
     return [path for path in found if path != "dataset/manifest.json"]
 
 

@@ -4,12 +4,10 @@ And pictures made on request, which lie in a folder with ``request.json`` (``dif
 """
 
 import io
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,7 +17,7 @@ from pydantic import ValidationError
 from diffusion.config import Config
 from diffusion.errors import UserError
 from diffusion.files import sha256_bytes
-from diffusion.made import ABOUT
+from diffusion.made import ABOUT, About
 from flows import prints
 from flows.prints import Batch
 from flows.registry import parse_model_uri
@@ -78,7 +76,7 @@ class Printed:
     """None: it is to be found nowhere (any more)."""
     place: Location | None
     """Where the batch lies."""
-    request: dict[str, Any] | None = None
+    request: About | None = None
     """``request.json`` beside a picture that was made on request."""
 
     @property
@@ -162,8 +160,13 @@ def _copy(where: str, png: bytes, store: Store, bucket: str) -> Printed:
 def _requested(where: str, png: bytes, origin: Origin) -> Printed:
     """A picture made on request, and what stands beside it, if it is still where it was made."""
     beside = Path(where).with_name(ABOUT)
-    request = json.loads(beside.read_bytes()) if beside.is_file() else None
-    rows: list[Row] = request["pictures"] if request else []
+    try:
+        request = About.model_validate_json(beside.read_bytes()) if beside.is_file() else None
+    except ValidationError:  # a file of somebody else's that has the same name
+        request = None
+    if request is not None and request.model["model"] != f"models:/{origin.model}/{origin.version}":
+        request = None
+    rows: Sequence[Row] = request.pictures if request else ()
     row = next((row for row in rows if row["index"] == origin.index), None)
     return Printed(where, Picture(png, origin, origin.index, row), None, None, request)
 

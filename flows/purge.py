@@ -13,6 +13,7 @@ from diffusion.config import Config
 from diffusion.data.ingest import work_folder
 from diffusion.data.manifest import Manifest, manifest_bytes
 from diffusion.evaluation.results import Evaluation
+from diffusion.model import read_model_header
 from flows.dvc_files import Cache, Depot, Listing, Remote
 
 MADE_ANEW = ("chunks", "scratch", "plan.sqlite", "index.sqlite", "index.sqlite-shm", "index.sqlite-wal", "captions")
@@ -83,6 +84,22 @@ def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifes
             else:
                 path.unlink()
     return [str(path) for path in found]
+
+
+def purge_samples(run: Path, held: Iterable[Manifest]) -> list[str]:
+    """Delete the sample grids in the folder ``run`` of a training if real pictures of the versions ``held`` show there.
+
+    That is so where a model draws pictures large that it is shown small, or gives back what it is shown.
+    """
+    final, samples = run / "final.safetensors", run / "samples"
+    if not (final.is_file() and samples.is_dir()):
+        return []
+    header = read_model_header(final)
+    shows = header.model.low_resolution is not None or header.model.family == "vae"
+    if not shows or header.content_digest not in {each.content_digest for each in held}:
+        return []
+    shutil.rmtree(samples)
+    return [str(samples)]
 
 
 def _single_files() -> set[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import mlflow
 import pandas as pd
 import torch
+from filelock import FileLock
 from mlflow.client import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import RestException
@@ -106,13 +107,17 @@ def champion(client: MlflowClient, model: str) -> Version | None:
 def fetch_weights(version: Version, cache: Path) -> Path:
     """The weights of ``version`` as a local file, fetched once and checked against its tag."""
     path = cache / f"{version.weights_sha256}.safetensors"
-    if path.is_file() and sha256_file(path) == version.weights_sha256:
-        return path
     folder = cache / f".{version.weights_sha256}"
-    found = mlflow.artifacts.download_artifacts(f"{version.uri}/artifacts/weights.safetensors", dst_path=str(folder))
-    if sha256_file(Path(found)) != version.weights_sha256:
-        raise UserError(f"the weights of {version.uri} do not match their digest: register the model again")
-    Path(found).replace(path)
+    cache.mkdir(parents=True, exist_ok=True)
+    # Several processes of one training, or two flows, may want it at once.
+    with FileLock(folder.with_suffix(".lock")):
+        if path.is_file() and sha256_file(path) == version.weights_sha256:
+            return path
+        artifact = f"{version.uri}/artifacts/weights.safetensors"
+        found = mlflow.artifacts.download_artifacts(artifact, dst_path=str(folder))
+        if sha256_file(Path(found)) != version.weights_sha256:
+            raise UserError(f"the weights of {version.uri} do not match their digest: register the model again")
+        Path(found).replace(path)
     return path
 
 

@@ -17,7 +17,7 @@ from flows.ingest import Ingested, ingest
 from flows.params import Params
 from flows.promote import Verdict, promote
 from flows.registry import CHAMPION
-from flows.sample import Prints, sample
+from flows.sample import Prints, draws, sample
 from flows.train import train
 
 
@@ -29,7 +29,7 @@ class Retrained(Config):
     report: Path
     verdict: Verdict
     prints: Prints | None
-    """None of a model that only enlarges pictures."""
+    """None if the champion only enlarges pictures."""
     explained: Explained
 
 
@@ -39,8 +39,7 @@ def retrain(
 ) -> Retrained:
     """Ingest, train, evaluate, promote, print, explain: each step skips what is done for the same inputs."""
     champion = f"models:/{params.model_name}@{CHAMPION}"
-    enlarges = params.model.low_resolution is not None
-    if enlarges and to is not None:
+    if params.model.low_resolution is not None and to is not None:
         raise UserError("a model with model.low_resolution enlarges pictures and prints none: leave --to out")
 
     data = ingest(params)
@@ -51,7 +50,8 @@ def retrain(
     training = train(params, restart="if_different")
     evaluate(params)
     verdict = promote(params)
-    prints = None if enlarges else sample(params, champion, count, seed, to, asked)
+    # The champion may be an earlier model of another kind.
+    prints = sample(params, champion, count, seed, to, asked) if draws(champion) else None
     explained = explain(params, verdict.version.uri, params.report_folder / "explain")
 
     return Retrained(

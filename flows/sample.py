@@ -18,7 +18,7 @@ from diffusion.errors import Held, UserError
 from diffusion.fingerprint import fingerprint
 from diffusion.grids import grid, save_png
 from diffusion.model import load_model
-from diffusion.sampling import label_names, meanings_of, require_effect, require_meaning, require_read_whole
+from diffusion.sampling import label_names, meanings_of, require_drawing, require_read_whole
 from diffusion.sampling import sample as draw
 from flows import environment, prints, registry
 from flows.derived import warn_of_takedown
@@ -83,6 +83,12 @@ def fetch(model: str) -> tuple[Version, Path]:
     return version, registry.fetch_weights(version, environment.settings().folder / "models")
 
 
+def draws(model: str) -> bool:
+    """Whether the version that ``model`` names now draws pictures of itself, and does not only enlarge them."""
+    _, weights = fetch(model)
+    return load_model(weights).config.low_resolution is None
+
+
 @step
 def begin(
     version: Version, weights: Path, sampling: SamplingConfig, count: int, seed: int, to: str | None, asked: Asked
@@ -91,9 +97,8 @@ def begin(
     if count < 1:
         raise UserError(f"count {count}: ask for at least one picture")
     loaded = load_model(weights)
+    require_drawing(loaded, sampling, asked)
     require_read_whole(asked)
-    require_meaning(loaded.config, sampling)
-    require_effect(loaded.classes, loaded.config.text, sampling, asked)
     meanings_of(loaded, asked)
     batch = Batch(
         model=version.model,

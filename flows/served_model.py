@@ -70,7 +70,7 @@ class ServedModel(PythonModel):
 
 def _given(name: str, value: Any) -> Any:
     """What a cell of column ``name`` says, as Python has it; None if it is empty."""
-    if pd.isna(value):
+    if value is None or (pd.api.types.is_scalar(value) and pd.isna(value)):
         return None
     if name in FILES:
         try:

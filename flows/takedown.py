@@ -23,7 +23,7 @@ from flows.kept_files import KeptFiles
 from flows.lineage import DataVersion
 from flows.params import Params
 from flows.progress import reporter
-from flows.purge import Purged, purge_dvc, purge_files
+from flows.purge import Purged, purge_dvc, purge_files, purge_samples
 from flows.steps import step
 
 
@@ -118,7 +118,10 @@ def clear(params: Params, versions: dict[str, Manifest], found: Holders, derived
     Catalogue.of(folder.name, environment.data_source()).delete_pages(found.held)
     purged = Purged(
         dvc_objects=purge_dvc(held, others, environment.data_source()),
-        files=[path for reports in params.report_folders for path in purge_files(folder, held, others, reports)],
+        files=[
+            *(path for reports in params.report_folders for path in purge_files(folder, held, others, reports)),
+            *(path for reports in params.report_folders for path in purge_samples(Path("runs", reports.name), held)),
+        ],
         artifacts=clear_pictures(derived),
     )
     environment.forget_deleted()

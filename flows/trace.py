@@ -223,9 +223,9 @@ class _Walk:
             return None
         return TracedRequest(
             file=str(Path(printed.where).with_name(ABOUT)),
-            asked=told["request"],
-            sampling=SamplingConfig.model_validate(told["sampling"]),
-            fingerprint=Fingerprint.model_validate(told["fingerprint"]),
+            asked=told.request,
+            sampling=told.sampling,
+            fingerprint=told.fingerprint,
         )
 
     def model(self, name: str, number: int, run_id: str, batch: Batch | None) -> TracedModel | None:

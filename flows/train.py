@@ -17,6 +17,7 @@ from diffusion.training.train import Restart, TrainResult, discard
 from diffusion.training.train import train as train_model
 from flows import lineage
 from flows.dataset_page import page_at_hand
+from flows.derived import TAKEDOWN
 from flows.environment import data_source
 from flows.first_stage import Fetched, fetched
 from flows.params import Params, flattened
@@ -137,7 +138,7 @@ def _open(ready: Fetched, manifest: Manifest, anew: bool) -> RunTracker:
         anew,
     )
     tracker.client.log_text(tracker.run_id, ready.asked.model_dump_json(indent=2), "params.json")
-    tracker.tag({AUTOENCODER: ready.autoencoder})
+    tracker.tag({AUTOENCODER: ready.autoencoder, TAKEDOWN: ready.takedown})
     tracker.log_file(params.dataset_folder / "manifest.json", "dataset")
     if (preflight := params.run_folder / PREFLIGHT).is_file():
         tracker.log_file(preflight, "history")

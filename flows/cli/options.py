@@ -35,7 +35,12 @@ Output = Annotated[
     Path | None, typer.Option("--out", metavar="FOLDER", help="Where to; default: a folder of its own in prints/.")
 ]
 Count = Annotated[int, typer.Option("--count", min=1, help="How many pictures.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Picture i of a seed is the same picture everywhere.")]
+LARGEST_SEED = 2**63 - 1
+"""As manifests hold it."""
+Seed = Annotated[
+    int,
+    typer.Option("--seed", min=0, max=LARGEST_SEED, help="Picture i of a seed is the same picture everywhere."),
+]
 DEFAULT_PARAMS = Path("params.yaml")
 """As in ``flows.params``, which loads too much for ``--help``."""
 

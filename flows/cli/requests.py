@@ -5,7 +5,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.options import DEFAULT_PARAMS, Count, Json, Model, Output, ParamsFile, Seed, Set, joined, load, show
+from flows.cli.options import (
+    DEFAULT_PARAMS,
+    LARGEST_SEED,
+    Count,
+    Json,
+    Model,
+    Output,
+    ParamsFile,
+    Seed,
+    Set,
+    joined,
+    load,
+    show,
+)
 
 if TYPE_CHECKING:
     from diffusion.made import Made
@@ -90,8 +103,8 @@ def vary(
 
 
 def interpolate(
-    to_seed: Annotated[int, typer.Argument(min=0, metavar="TO_SEED", help="The seed that the way leads to.")],
-    seed: Annotated[int, typer.Option("--seed", min=0, help="The seed that it begins with.")] = 0,
+    to_seed: Annotated[int, typer.Argument(min=0, max=LARGEST_SEED, metavar="TO_SEED", help="Where the way leads.")],
+    seed: Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="The seed that it begins with.")] = 0,
     count: Annotated[int, typer.Option("--count", min=2, help="How many pictures, both ends included.")] = 8,
     label: Label = None,
     prompt: Prompt = None,

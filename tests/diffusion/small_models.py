@@ -27,14 +27,22 @@ def header(config: ModelConfig = CONFIG, channels: int = 1, size: int = 8, image
 
 
 def write_model(
-    path: Path, seed: int, images: int, channels: int = 1, size: int = 8, config: ModelConfig = CONFIG
+    path: Path,
+    seed: int,
+    images: int,
+    channels: int = 1,
+    size: int = 8,
+    config: ModelConfig = CONFIG,
+    classes: dict[str, int] | None = None,
 ) -> Path:
     """A model that was never trained: every weight is random, by seed."""
-    network = UNet(config, channels, size)
+    network = UNet(config, channels, size, len(classes or {}))
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=generator)
     tensors = {AVERAGED + name: value for name, value in network.state_dict().items()}
-    about = header(config, channels=channels, size=size, images=images)
+    about = header(config, channels=channels, size=size, images=images).model_copy(
+        update={"class_histogram": classes or {}}
+    )
     save_tensors(path, tensors, {"model_header": about.model_dump(mode="json")})
     return path

@@ -278,8 +278,12 @@ def test_what_is_no_autoencoder_or_one_of_other_pictures_is_refused(
 
 
 def test_what_diffusers_has_no_counterpart_for_is_not_exported(run: Path, first: Path, tmp_path: Path) -> None:
-    for weights, field in ((run / "final.safetensors", "autoencoder"), (first, "family")):
-        with pytest.raises(UserError, match=rf"a model with model\.{field} has no counterpart in diffusers"):
+    refusals = (
+        (run / "final.safetensors", r"a model with model\.autoencoder has no counterpart in diffusers"),
+        (first, "diffusers has no counterpart of a model of the family vae"),
+    )
+    for weights, words in refusals:
+        with pytest.raises(UserError, match=words):
             export_to_diffusers(weights, tmp_path / "exported", STEPPED)
 
 
@@ -287,3 +291,12 @@ def test_headers_say_what_the_network_works_on(run: Path) -> None:
     header = read_header(run / "final.safetensors")["model_header"]
     assert header["model"]["autoencoder"] == f"sha256:{header['latents']['digest']}"
     assert (header["channels"], header["size"]) == (3, SIZE)
+
+
+def test_a_mask_that_keeps_no_latent_whole_is_refused(run: Path) -> None:
+    model = load_model(run / "final.safetensors")
+    picture = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
+    striped = torch.ones(SIZE, SIZE, dtype=torch.bool)
+    striped[::2] = False
+    with pytest.raises(UserError, match="nothing of the picture would be seen"):
+        sample(model, [0], 0, STEPPED, edit=Edit(picture, striped))

@@ -215,3 +215,22 @@ def test_nothing_is_drawn_if_one_row_cannot_be(model: DiffusionModel, fields: di
 
 def test_a_model_says_what_it_can_do(model: DiffusionModel) -> None:
     assert tasks_of(model) == ("sample", "inpaint", "vary", "interpolate")
+
+
+def test_of_several_rows_the_one_that_cannot_be_answered_is_named(model: DiffusionModel) -> None:
+    with pytest.raises(UserError, match="row 1: the model was told no classes"):
+        answer(model, [asked("sample"), asked("sample", label="cat")], SAMPLING)
+
+
+def test_there_is_no_way_between_classes(tmp_path: Path) -> None:
+    model = load_model(write_model(tmp_path / "told.safetensors", 0, 0, size=SIZE, classes={"cat": 5, "dog": 5}))
+    with pytest.raises(UserError, match="nothing between classes: give a label, one of cat, dog"):
+        answer(model, [asked("interpolate", seed=1, to_seed=2, count=6)], SAMPLING)
+    [way] = answer(model, [asked("interpolate", seed=1, to_seed=2, count=6, label="dog")], SAMPLING)
+    ends = [answer(model, [asked("sample", seed=seed, label="dog")], SAMPLING)[0] for seed in (1, 2)]
+    assert torch.equal(torch.cat([way[:1], way[-1:]]), torch.cat(ends))
+
+
+def test_more_pixels_than_fit_into_memory_are_refused(enlarging: DiffusionModel) -> None:
+    with pytest.raises(UserError, match=r"16\.0 million pixels in all would be drawn at once"):
+        answer(enlarging, [asked("upscale", image=png(np.zeros((2000, 2000), np.uint8)))], SAMPLING)

@@ -118,6 +118,28 @@ def test_requests_that_differ_lie_in_folders_of_their_own(darkroom: Darkroom) ->
     assert made(darkroom, "vary", "face.png", "--count", "1", "--out", "mine")["folder"] == "mine"
 
 
+def test_a_folder_takes_the_answer_to_one_request_only(darkroom: Darkroom, folder: Path) -> None:
+    made(darkroom, "sample", "--count", "3", "--out", "mine")
+    for out, words in (("mine", "holds the answer to another request"), ("face.png", "is no folder of pictures made")):
+        done = darkroom("sample", "--count", "2", "--out", out, "--model", "model.safetensors", *QUICK)
+        assert (done.code, len(done.err.strip().splitlines())) == (2, 1), done.err
+        assert words in done.err
+    made(darkroom, "sample", "--count", "3", "--out", "mine")
+    assert len(list((folder / "mine").glob("0*.png"))) == 3
+
+
+def test_pictures_name_the_weights_of_a_file_and_not_where_it_lay(darkroom: Darkroom, folder: Path) -> None:
+    done = made(darkroom, "sample", "--count", "1")
+    picture = Image.open(folder / done["folder"] / "00000000.png")
+    assert picture.text["darkroom:model"] == f"sha256:{sha256_file(folder / 'model.safetensors')}"
+
+
+def test_what_is_written_down_is_how_it_was_drawn(darkroom: Darkroom, folder: Path) -> None:
+    """Guidance that leads nowhere is not done, and so is not said."""
+    done = made(darkroom, "sample", "--count", "1", "--set", "sampling.guidance=3")
+    assert "guidance" not in json.loads((folder / done["about"]).read_text())["sampling"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -181,6 +203,10 @@ def test_a_row_that_cannot_be_answered_is_named(served: ServedModel) -> None:
     table = pd.DataFrame({"seed": [0, 0], "strength": [np.nan, 0.5]})
     with pytest.raises(MlflowException, match="row 1: strength means nothing to sample, only to inpaint, vary"):
         served.predict(None, table)  # type: ignore[arg-type]
+    with pytest.raises(MlflowException, match=r"row 0: count: .*integer"):
+        served.predict(None, pd.DataFrame({"seed": [0], "count": [[1, 2]]}))  # type: ignore[arg-type]
+    with pytest.raises(MlflowException, match="row 1: the model was told no classes"):
+        served.predict(None, pd.DataFrame({"seed": [0, 0], "label": [None, "cat"]}))  # type: ignore[arg-type]
     with pytest.raises(MlflowException, match="row 0: image is not in base64"):
         served.predict(None, pd.DataFrame({"task": ["vary"], "seed": [0], "image": ["å"]}))  # type: ignore[arg-type]
     with pytest.raises(MlflowException, match="4097 pictures in one table"):
