@@ -19,13 +19,12 @@ from torch import Tensor
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
-from diffusion.editing import Edit
+from diffusion.editing import keeping, repaint
 from diffusion.fingerprint import autocast
 from diffusion.grids import grid, save_png
-from diffusion.model import load_model, to_uint8
+from diffusion.model import DiffusionModel, load_model, to_float, to_uint8
 from diffusion.random import GaussianNoise
-from diffusion.samplers import sigma_grid
-from diffusion.sampling import edited
+from diffusion.samplers import make_sampler, sigma_grid
 
 SHOWN = 8
 BATCH = 64
@@ -44,6 +43,7 @@ def main() -> None:
     args = parser.parse_args()
 
     dataset, model = Dataset.open(args.dataset), load_model(args.model)
+    assert isinstance(model, DiffusionModel)
     originals = dataset.pictures(dataset.rows("held_out")[: args.count])
     training = dataset.pictures(dataset.rows("train")[:MOST_COMPARED])
     size = originals.shape[-1]
@@ -52,13 +52,13 @@ def main() -> None:
 
     def painted(times: int) -> Tensor:
         """Each hole filled once, in batches."""
-        config, denoise = SamplingConfig(), model.denoiser()
-        filled = []
+        config, filled = SamplingConfig(), []
+        sampler, levels = make_sampler(config), sigma_grid(model.schedule, config.steps)
         for numbers in torch.arange(len(originals)).split(BATCH):
-            noise = GaussianNoise(0, "sampling", numbers.tolist(), model.shape)
-            edit = Edit(originals[numbers], kept, times=times)
+            noise, known = GaussianNoise(0, "sampling", numbers.tolist(), model.shape), to_float(originals[numbers])
+            denoise = keeping(model.denoiser(), known, kept)
             with torch.inference_mode(), autocast(config.precision, torch.device("cpu")):
-                filled.append(edited(edit, denoise, sigma_grid(model.schedule, config.steps), noise, config))
+                filled.append(repaint(sampler, denoise, known + float(levels[0]) * noise(), levels, noise, times=times))
         return to_uint8(torch.cat(filled))
 
     mean = training.float().mean(0).round().to(torch.uint8)
