@@ -196,10 +196,10 @@ def test_a_copy_of_a_print_leads_to_the_batch_that_printed_it_among_several_of_i
 
 
 def test_a_picture_made_on_request_leads_to_what_was_asked_and_to_its_model(made: Made, tmp_path: Path) -> None:
-    wanted = Wanted(task="interpolate", count=3, seed=5, to_seed=6)
-    origin = {"model": made.version.uri, "run_id": made.run_id}
-    make_pictures(Path("weights.safetensors"), read_request(wanted), SAMPLING, tmp_path, origin)
-    picture = tmp_path / "00000001.png"
+    wanted = Wanted(task="interpolate", count=3, seed=5, to_seed=6, label="even")
+    origin, folder = {"model": made.version.uri, "run_id": made.run_id}, tmp_path / "way"
+    make_pictures(Path("weights.safetensors"), read_request(wanted), SAMPLING, folder, origin)
+    picture = folder / "00000001.png"
     found = trace(str(picture))
     assert found.broken == []
     assert found.picture is not None
@@ -213,7 +213,7 @@ def test_a_picture_made_on_request_leads_to_what_was_asked_and_to_its_model(made
         reproduce(str(picture))
     picture.write_bytes(repainted(picture.read_bytes(), 90))
     assert "was altered" in trace(str(picture)).broken[0]
-    (tmp_path / "request.json").unlink()
+    (folder / "request.json").write_text("{}")
     assert "no request.json beside it" in " ".join(trace(str(picture)).broken)
 
 
