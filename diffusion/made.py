@@ -77,6 +77,7 @@ def make(
     """
     model = load_model(weights)
     digest = sha256_file(weights)
+    drawn_by = origin["model"] if origin else str(weights)
     # Pictures are passed on, and need not say where on whose machine a file lay.
     origin = origin or {"model": f"sha256:{digest}"}
     how = sampling_of(model, request, sampling)
@@ -101,7 +102,7 @@ def make(
     write_json(output / ABOUT, about.model_copy(update={"pictures": rows}).model_dump(mode="json", exclude_none=True))
     return Made(
         folder=output,
-        model=origin["model"] if "run_id" in origin else str(weights),
+        model=drawn_by,
         task=request.task,
         count=request.count,
         seed=request.seed,

@@ -20,6 +20,9 @@ from flows.registry import CHAMPION
 from flows.sample import Prints, draws, sample
 from flows.train import train
 
+PRINTS = 64
+"""Pictures printed unless told."""
+
 
 class Retrained(Config):
     """Everything one retraining left behind."""
@@ -35,12 +38,14 @@ class Retrained(Config):
 
 @flow(name="retrain", flow_run_name="retrain-{params.training.dataset}")
 def retrain(
-    params: Params, count: int = 64, seed: int = 0, to: str | None = None, asked: Asked = ANYTHING
+    params: Params, count: int = PRINTS, seed: int = 0, to: str | None = None, asked: Asked = ANYTHING
 ) -> Retrained:
     """Ingest, train, evaluate, promote, print, explain: each step skips what is done for the same inputs."""
     champion = f"models:/{params.model_name}@{CHAMPION}"
-    if params.model.low_resolution is not None and to is not None:
-        raise UserError("a model with model.low_resolution enlarges pictures and prints none: leave --to out")
+    if params.model.low_resolution is not None and (count, seed, to) != (PRINTS, 0, None):
+        raise UserError(
+            "a model with model.low_resolution enlarges pictures and prints none: leave --count, --seed and --to out"
+        )
 
     data = ingest(params)
     require_enough(params.dataset_folder)

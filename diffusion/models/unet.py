@@ -188,18 +188,10 @@ class UNet(nn.Module):
             x = torch.cat([x, low], dim=1)
         height, width = x.shape[-2:]
         # Weights of half precision, as diffusers may load them, want their own kind; under autocast all are float32.
-        dtype = self.stem.weight.dtype
-        x, text = x.to(dtype), None if text is None else text.to(dtype)
+        x = x.to(self.stem.weight.dtype)
         if self.padding:
             x = functional.pad(x, (0, self.padding, 0, self.padding), mode="replicate")
-        embedding = self.time(sinusoidal(time, self.width).to(dtype))
-        if self.classes is not None:
-            label = torch.full_like(time, self.no_class, dtype=torch.long) if label is None else label
-            embedding = embedding + self.classes(label)
-        if self.text is not None and self.no_text is not None:
-            embedding = embedding + (self.no_text if text is None else read(text, self.text, self.no_text))
-        if self.level is not None and level is not None:
-            embedding = embedding + self.level(sinusoidal(level * LEVEL_SCALE, self.width))
+        embedding = self._embedding(time, label, text, level)
         h = self.stem(functional.pixel_unshuffle(x, self.patch))
         skips = [h]
         depth = 0
@@ -226,6 +218,20 @@ class UNet(nn.Module):
         folded: Tensor = self.head(functional.silu(self.norm(h)))
         unfolded = functional.pixel_shuffle(folded, self.patch)
         return unfolded[..., :height, :width] if self.padding else unfolded
+
+    def _embedding(self, time: Tensor, label: Tensor | None, text: Tensor | None, level: Tensor | None) -> Tensor:
+        """What every block is told, (N, embedding): the time, and whatever else the network knows of."""
+        dtype = self.stem.weight.dtype
+        embedding: Tensor = self.time(sinusoidal(time, self.width).to(dtype))
+        if self.classes is not None:
+            label = torch.full_like(time, self.no_class, dtype=torch.long) if label is None else label
+            embedding = embedding + self.classes(label)
+        if self.text is not None and self.no_text is not None:
+            none = self.no_text
+            embedding = embedding + (none if text is None else read(text.to(dtype), self.text, none))
+        if self.level is not None and level is not None:
+            embedding = embedding + self.level(sinusoidal(level * LEVEL_SCALE, self.width).to(dtype))
+        return embedding
 
 
 def require_fitting(low_resolution: int | None, size: int) -> None:
