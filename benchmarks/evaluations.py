@@ -23,7 +23,7 @@ from diffusion.sampling import sample
 
 EVALUATIONS = (5, 8, 10, 12, 16, 20, 30, 50)
 SAMPLERS = ("dpmpp_2m_sde", "dpmpp_2m", "unipc", "deis", "heun", "ddim", "ddpm")
-BY_THE_BOOK = SamplingConfig(sampler="ddpm", steps=1000)
+BY_THE_BOOK = SamplingConfig(sampler="ddpm", steps=1000, sigma_max=None, sigma_min=None)
 
 
 def main() -> None:

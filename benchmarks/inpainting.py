@@ -24,7 +24,7 @@ from diffusion.fingerprint import autocast
 from diffusion.grids import grid, save_png
 from diffusion.model import DiffusionModel, load_model, to_float, to_uint8
 from diffusion.random import GaussianNoise
-from diffusion.samplers import make_sampler, sigma_grid
+from diffusion.samplers import levels_of, make_sampler
 
 SHOWN = 8
 BATCH = 64
@@ -53,7 +53,7 @@ def main() -> None:
     def painted(times: int) -> Tensor:
         """Each hole filled once, in batches."""
         config, filled = SamplingConfig(), []
-        sampler, levels = make_sampler(config), sigma_grid(model.schedule, config.steps)
+        sampler, levels = make_sampler(config), levels_of(config, model.schedule)
         for numbers in torch.arange(len(originals)).split(BATCH):
             noise, known = GaussianNoise(0, "sampling", numbers.tolist(), model.shape), to_float(originals[numbers])
             denoise = keeping(model.denoiser(), known, kept)

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion.config_sampling import SamplingConfig
 from diffusion.model import load_model
 from diffusion.random import GaussianNoise
-from diffusion.samplers import sigma_grid
+from diffusion.samplers import levels_of
 from diffusion.sampling import labels_of, reversed_from_noise
 
 EVALUATIONS = (5, 8, 10, 15, 20, 30)
@@ -49,7 +49,7 @@ def main() -> None:
 
     def drawn(config: SamplingConfig, steps: int) -> Tensor:
         noise = GaussianNoise(arguments.seed, "sampling", numbers, model.shape)
-        return reversed_from_noise(denoiser, sigma_grid(model.schedule, steps), noise, config)
+        return reversed_from_noise(denoiser, levels_of(config, model.schedule), noise, config)
 
     exact = drawn(CONTESTANTS["dpmpp_2m"], EXACT)
     print("evaluations", *(f"{count:7}" for count in EVALUATIONS))

@@ -26,7 +26,13 @@ class SamplingConfig(Config):
     network makes many; the others converge to one exact picture for each start, dpmpp_2m, deis and unipc in the
     fewest steps."""
     steps: int = Field(16, ge=2, le=10_000)
-    """Noise levels visited; as many as model.steps visits each level of the schedule, as ddpm by the book does."""
+    """Noise levels visited; as many as model.steps, with neither sigma_min nor sigma_max, visits each level of the
+    schedule, as ddpm by the book does."""
+    sigma_max: float | None = Field(20.0, gt=0)
+    """Noise level σ that drawing starts from, at most the schedule's highest. Where training with times: lognormal has
+    hardly been, above and below, steps are lost; null: the schedule's, at most 80."""
+    sigma_min: float | None = Field(0.04, gt=0)
+    """Lowest σ visited, from which the last step goes to 0, at least the schedule's lowest; null: that."""
     variance: Literal["smaller", "larger"] | None = Field(None, exclude_if=unset)
     """How much noise ddpm adds: the least that any data could need, or what data of noise would (arXiv 2006.11239,
     section 3.2); null: what the network learned, if it was trained with model.learned_variance, or else smaller."""
@@ -74,6 +80,12 @@ class SamplingConfig(Config):
             raise ValueError("sampling.churn_* say how sampling.churn is added, and there is none: set it, too")
         if self.churn_max is not None and self.churn_max <= (self.churn_min or 0):
             raise ValueError("sampling.churn_max is above churn_min, or there is no level between them")
+        return self
+
+    @model_validator(mode="after")
+    def _falls(self) -> "SamplingConfig":
+        if self.sigma_max is not None and self.sigma_max <= (self.sigma_min or 0):
+            raise ValueError("sampling.sigma_max is above sigma_min, or there is no level between them")
         return self
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from diffusion.config_sampling import SamplingConfig
+from diffusion.errors import UserError
 from diffusion.process import NoiseSchedule
 from diffusion.variance import Variance, larger, smaller
 
@@ -44,19 +45,34 @@ class Sampler(Protocol):
         """Pictures, nominally in [−1, 1]."""
 
 
-def sigma_grid(schedule: NoiseSchedule, steps: int) -> Tensor:
+def sigma_grid(
+    schedule: NoiseSchedule, steps: int, sigma_max: float | None = None, sigma_min: float | None = None
+) -> Tensor:
     """Noise levels to visit, (steps + 1,) float64, falling, the last 0.
 
-    All T levels of the schedule if ``steps`` is T; else EDM's grid with ρ = 7 (arXiv 2206.00364, eq. 5),
-    which spends most steps on the low levels.
+    All T levels of the schedule if ``steps`` is T and neither end is given; else EDM's grid with ρ = 7
+    (arXiv 2206.00364, eq. 5), which spends most steps on the low levels, between the two as far as the schedule goes.
+    Raises UserError if none of it lies there.
     """
-    if steps == schedule.steps:
+    if steps == schedule.steps and sigma_max is None and sigma_min is None:
         levels = schedule.sigmas.flip(0)
     else:
-        first, last = schedule.sigmas[-1].clamp(max=SIGMA_MAX), schedule.sigmas[0]
+        highest, lowest = schedule.sigmas[-1], schedule.sigmas[0]
+        first = highest.clamp(max=SIGMA_MAX if sigma_max is None else sigma_max)
+        last = lowest.clamp(min=sigma_min or 0.0)
+        if first <= last:
+            raise UserError(
+                f"the noise schedule has σ from {lowest:g} to {highest:g}, none of which lies between "
+                f"sampling.sigma_min = {sigma_min} and sampling.sigma_max = {sigma_max}: change them, or set null"
+            )
         ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
         levels = (first ** (1 / RHO) + ramp * (last ** (1 / RHO) - first ** (1 / RHO))) ** RHO
     return torch.cat([levels, levels.new_zeros(1)])
+
+
+def levels_of(config: SamplingConfig, schedule: NoiseSchedule) -> Tensor:
+    """The ``sigma_grid`` that ``config`` asks for."""
+    return sigma_grid(schedule, config.steps, config.sigma_max, config.sigma_min)
 
 
 def ancestral(

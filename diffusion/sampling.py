@@ -21,7 +21,7 @@ from diffusion.model import DiffusionModel, Model, Told, to_float, to_uint8
 from diffusion.models.config import ModelConfig
 from diffusion.progress import Progress, silent
 from diffusion.random import GaussianNoise, uniform
-from diffusion.samplers import Callback, Denoise, Noise, ancestral, make_sampler, sigma_grid
+from diffusion.samplers import Callback, Denoise, Noise, ancestral, levels_of, make_sampler
 from diffusion.text import LONGEST, WIDTH, encoder, require_same
 
 Meanings = Mapping[str | None, Tensor]
@@ -332,7 +332,7 @@ def told_of(
 @torch.inference_mode()
 def reverse_process(model: DiffusionModel, batch: Batch, config: SamplingConfig, device: torch.device) -> Tensor:
     """The pictures of a compute batch, (N, C, H, W) uint8, of a diffusion model on ``device``."""
-    sigmas = sigma_grid(model.schedule, config.steps)
+    sigmas = levels_of(config, model.schedule)
     denoise = denoiser_of(model, batch.told, config, batch.negative)
     with autocast(config.precision, device):
         if batch.edit is not None:

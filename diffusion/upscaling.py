@@ -22,7 +22,7 @@ from diffusion.lanes import lanes
 from diffusion.model import DiffusionModel, Model, Told, to_float, to_uint8
 from diffusion.progress import Progress, silent
 from diffusion.random import GaussianNoise, uniform
-from diffusion.samplers import Callback, sigma_grid
+from diffusion.samplers import Callback, levels_of
 from diffusion.sampling import require_effect, require_small, reversed_from_noise
 
 OVERLAP = 4
@@ -184,7 +184,7 @@ def upscale(
             draws = GaussianNoise(seed, "sampling", numbers, tuple(low.shape[1:]))
             callback = _step_by_step(progress, config.steps) if alone else None
             with torch.inference_mode():
-                sigmas, denoise = sigma_grid(model.schedule, config.steps), replace(model.denoiser(), network=network)
+                sigmas, denoise = levels_of(config, model.schedule), replace(model.denoiser(), network=network)
                 large = reversed_from_noise(denoise, sigmas, lambda: draws().to(device), config, callback)
                 return to_uint8(large).cpu()
 

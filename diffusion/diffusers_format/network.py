@@ -45,7 +45,7 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             in_channels=channels,
             out_channels=(2 if learned else 1) * channels,
             header=model.header.model_dump(mode="json"),
-            sampling=sampling.model_dump(mode="json", exclude_none=True, exclude=machine),
+            sampling=sampling.model_dump(mode="json", exclude=machine),
         )
         made.network.load_state_dict(model.network.state_dict())
         made.eval()

@@ -83,19 +83,21 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         told_variance = learns(self.scheduler)
         answer = learned(model, told, config) if told_variance else partial(as_output, self.scheduler, denoise)
         start, options = self._noise(model, batch_size, seed, generator, eta)
-        drawn = (self._reversed(model, config.steps, start, answer, options) / 2 + 0.5).clamp(0, 1)
+        drawn = (self._reversed(model, config, start, answer, options) / 2 + 0.5).clamp(0, 1)
         images: Any = drawn if output_type == "pt" else drawn.cpu().permute(0, 2, 3, 1).numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _reversed(self, model: DiffusionModel, steps: int, start: Tensor, answer: Answer, options: Options) -> Tensor:
+    def _reversed(
+        self, model: DiffusionModel, config: SamplingConfig, start: Tensor, answer: Answer, options: Options
+    ) -> Tensor:
         """The reverse process from standard Gaussian noise ``start`` to the last estimate of the pictures.
 
         The last step of our samplers goes there; schedulers end there too, or not quite.
         """
-        timesteps, sigmas = visited(self.scheduler, model.schedule, steps)
+        timesteps, sigmas = visited(self.scheduler, model.schedule, config)
         in_sigma = isinstance(self.scheduler, IN_SIGMA)
         state = float(sigmas[0] if in_sigma else sigmas[0] / (1 + sigmas[0] ** 2).sqrt()) * start
         x0 = state

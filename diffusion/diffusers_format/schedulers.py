@@ -22,7 +22,7 @@ from diffusion.diffusers_format.network import draws_with_learned_variance
 from diffusion.errors import UserError
 from diffusion.model import DiffusionModel
 from diffusion.process import NoiseSchedule
-from diffusion.samplers import sigma_grid
+from diffusion.samplers import levels_of
 
 WHOLE = (DDPMScheduler, DDIMScheduler)
 """Those that visit whole times alone."""
@@ -98,15 +98,15 @@ def betas(schedule: NoiseSchedule) -> list[float]:
     return (1 - alpha_bar / before).tolist()
 
 
-def visited(scheduler: SchedulerMixin, schedule: NoiseSchedule, steps: int) -> tuple[Tensor, Tensor]:
-    """Get ``scheduler`` ready for so many ``steps`` on our noise levels: its times, and σ at each, which is float64.
+def visited(scheduler: SchedulerMixin, schedule: NoiseSchedule, config: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """Get ``scheduler`` ready for the noise levels of ``config``: its times, and σ at each, which is float64.
 
     DDPM and DDIM know whole times alone, and keep to theirs; with as many steps as the schedule has, those are ours.
     """
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(config.steps)
     if isinstance(scheduler, WHOLE):
         return scheduler.timesteps, schedule.sigma(scheduler.timesteps)
-    sigmas = sigma_grid(schedule, steps)
+    sigmas = levels_of(config, schedule)
     if isinstance(scheduler, DEISMultistepScheduler):
         sigmas[-1] = sigmas[-2]  # it cannot go to 0
     if isinstance(scheduler, HeunDiscreteScheduler):  # which asks twice at each level but the first

@@ -132,7 +132,7 @@ def test_the_stronger_the_change_the_less_is_left_of_the_picture(model: Diffusio
     finer = CONFIG.model_copy(update={"steps": 20})
     changes = [
         (sample(model, range(8), 0, finer, edit=Edit(PICTURE, strength=strength)).float() - PICTURE).abs().mean()
-        for strength in (0.2, 0.3, 0.4, 0.5)
+        for strength in (0.05, 0.15, 0.25, 0.4)
     ]
     assert changes == sorted(changes)
     assert changes[0] < changes[3] / 5

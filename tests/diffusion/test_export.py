@@ -22,7 +22,7 @@ from diffusion.model import AVERAGED, DiffusionModel, load_model, save_tensors
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 from diffusion.random import GaussianNoise
-from diffusion.samplers import sigma_grid
+from diffusion.samplers import levels_of
 from diffusion.sampling import denoiser_of, meanings_of, reversed_from_noise, sample, told_of
 from diffusion.text import ENCODER
 from tests.diffusion import small_models
@@ -86,7 +86,7 @@ def ours(
     asked: Asked = ANYTHING,
 ) -> Tensor:
     """In [0, 1], as diffusers gives pictures."""
-    levels = sigma_grid(model.schedule, config.steps) if levels is None else levels
+    levels = levels_of(config, model.schedule) if levels is None else levels
     meanings = meanings_of(model, asked)
     told = told_of(model, range(COUNT), SEED, asked, meanings)
     denoise = denoiser_of(model, told, config, meanings[asked.negative_prompt])
@@ -131,14 +131,14 @@ def test_a_stock_ddim_pipeline_draws_what_we_do_at_its_noise_levels(
 @pytest.mark.parametrize("variance", ["smaller", "larger", None])
 def test_a_stock_ddpm_pipeline_draws_what_we_do_at_every_noise_level(tmp_path: Path, variance: Any) -> None:
     weights = write_model(tmp_path, channels=3, steps=40, learned_variance=variance is None, **SCHEDULES["noise"])
-    model, done = exported(weights, sampler="ddpm", steps=40, variance=variance)
+    every_level = {"sampler": "ddpm", "steps": 40, "sigma_max": None, "sigma_min": None, "variance": variance}
+    model, done = exported(weights, **every_level)
     assert done.pipeline == "DDPMPipeline"
     pipe = load(done, DiffusionPipeline)
     assert isinstance(pipe, DDPMPipeline)
     generator = torch.Generator().manual_seed(SEED)
     theirs = pipe(COUNT, generator, num_inference_steps=40, output_type="pt").images
-    config = SamplingConfig(sampler="ddpm", steps=40, variance=variance)
-    expected = ours(model, config, noise=from_generator(model))
+    expected = ours(model, SamplingConfig.model_validate(every_level), noise=from_generator(model))
     assert_equal(theirs, expected)
     again = torch.Generator().manual_seed(SEED)
     assert_equal(load(done)(batch_size=COUNT, generator=again, output_type="pt").images, expected)

@@ -23,7 +23,7 @@ from diffusion.guidance import guided
 from diffusion.model import DiffusionModel, export, load_model, read_header, to_float, to_uint8
 from diffusion.models.config import ModelConfig
 from diffusion.random import GaussianNoise
-from diffusion.samplers import sigma_grid
+from diffusion.samplers import levels_of
 from diffusion.sampling import interpolate, reconstructed, reversed_from_noise, sample, told_of
 from diffusion.training.candidates import candidates
 from diffusion.training.config import TrainingConfig
@@ -252,7 +252,7 @@ def test_estimates_are_not_clipped_to_the_range_of_pictures_with_or_without_guid
         told = told_of(model, range(36), 0)
         untold = {"label": torch.full_like(told["label"], 2)}
         mixture = guided(model.denoiser(told), model.denoiser(untold), 3.0)
-        expected = reversed_from_noise(mixture, sigma_grid(model.schedule, 2), noise, STEPPED)
+        expected = reversed_from_noise(mixture, levels_of(STEPPED, model.schedule), noise, STEPPED)
         assert torch.equal(drawn, to_uint8(model.decoded(expected)))
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from diffusion.config_sampling import TAKEN_BY, SamplerName, SamplingConfig
-from diffusion.process import NoiseSchedule, cosine_schedule, linear_schedule
-from diffusion.samplers import make_sampler, sigma_grid
+from diffusion.errors import UserError
+from diffusion.process import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule
+from diffusion.samplers import levels_of, make_sampler, sigma_grid
 from tests.diffusion.ideal_denoiser import IdealDenoiser, two_tone_points
 
 DETERMINISTIC = (
@@ -265,6 +266,8 @@ def test_the_multistep_samplers_earn_their_place_by_how_near_they_come_in_as_man
         ({"sampler": "heun", "churn": 0}, "greater than 0"),
         ({"sampler": "ddim", "eta": 1.5}, "less than or equal to 1"),
         ({"sampler": "unipc", "order": 4}, "2 or 3"),
+        ({"sigma_min": 20}, "sampling.sigma_max is above sigma_min"),
+        ({"sigma_max": 0, "sigma_min": None}, "greater than 0"),
     ],
     ids=str,
 )
@@ -275,7 +278,9 @@ def test_options_without_effect_or_sense_are_refused(settings: dict[str, object]
 
 def test_every_option_belongs_to_a_sampler_and_is_left_out_of_digests_until_it_is_set() -> None:
     assert {name for names in TAKEN_BY.values() for name in names} <= set(get_args(SamplerName))
-    assert SamplingConfig().model_dump().keys() == {"sampler", "steps", "compute_batch", "precision"}
+    assert SamplingConfig().model_dump().keys() == {
+        *("sampler", "steps", "sigma_max", "sigma_min", "compute_batch", "precision")
+    }
     for config in DETERMINISTIC + STOCHASTIC:
         assert SamplingConfig.model_validate(config.model_dump()) == config
     assert SamplingConfig(sampler="ddim", eta=0).model_dump()["eta"] == 0
@@ -284,7 +289,12 @@ def test_every_option_belongs_to_a_sampler_and_is_left_out_of_digests_until_it_i
 @pytest.mark.parametrize("schedule", [linear_schedule(1000), cosine_schedule(1000), cosine_schedule(20)])
 @pytest.mark.parametrize("steps", [2, 20, 250, 1000])
 def test_grids_fall_from_the_schedules_noisiest_usable_level_to_nothing(schedule: NoiseSchedule, steps: int) -> None:
-    sigmas = sigma_grid(schedule, steps)
+    for ends in [(None, None), (20, None), (None, 0.04), (20, 0.04), (1e9, 1e-9)]:
+        sigmas = sigma_grid(schedule, steps, *ends)
+        assert_falls(sigmas, schedule, steps)
+
+
+def assert_falls(sigmas: Tensor, schedule: NoiseSchedule, steps: int) -> None:
     assert len(sigmas) == steps + 1
     assert (sigmas.diff() < 0).all()
     assert sigmas[-1] == 0
@@ -295,3 +305,25 @@ def test_grids_fall_from_the_schedules_noisiest_usable_level_to_nothing(schedule
 def test_as_many_steps_as_the_schedule_has_are_the_schedule() -> None:
     schedule = cosine_schedule(50)
     torch.testing.assert_close(sigma_grid(schedule, 50)[:-1], schedule.sigmas.flip(0), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [2, 20, 1000])
+def test_a_grid_between_two_levels_goes_from_one_to_the_other_in_edms_steps(steps: int) -> None:
+    sigmas = sigma_grid(linear_schedule(1000), steps, 20, 0.04)[:-1]
+    assert (sigmas[0].item(), sigmas[-1].item()) == pytest.approx((20, 0.04))
+    # Equation 5 of arXiv 2206.00364: the seventh roots lie at equal distances.
+    roots = sigmas ** (1 / 7)
+    torch.testing.assert_close(roots.diff(), ((roots[-1] - roots[0]) / (steps - 1)).expand(steps - 1))
+
+
+def test_levels_beyond_the_schedule_are_its_ends() -> None:
+    schedule = edm_schedule(1000, sigma_min=0.01, sigma_max=50)
+    torch.testing.assert_close(sigma_grid(schedule, 9, 70, 0.001), sigma_grid(schedule, 9))
+    config = SamplingConfig(steps=9, sigma_max=None, sigma_min=None)
+    assert torch.equal(levels_of(config, schedule), sigma_grid(schedule, 9))
+    assert torch.equal(levels_of(SamplingConfig(steps=9), schedule), sigma_grid(schedule, 9, 20, 0.04))
+
+
+def test_a_grid_that_the_schedule_does_not_touch_is_refused() -> None:
+    with pytest.raises(UserError, match=r"σ from 0\.1\S* to \S+, none of which .* sampling\.sigma_max = 0\.05: change"):
+        sigma_grid(linear_schedule(10), 4, 0.05, 0.01)

@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.families.config import VAEConfig
 from diffusion.models.config import ModelConfig
 from diffusion.presets import PresetName
+from diffusion.process import linear_schedule, make_schedule
+from diffusion.samplers import levels_of
 from diffusion.training.config import TrainingConfig
 from flows.params import Params, dataset_folder, flattened, load_params, registered
 
@@ -99,6 +102,7 @@ def test_the_preset_ddpm_is_the_book(params: Path) -> None:
     assert (model.steps, model.schedule, model.prediction) == (1000, "linear", "noise")
     assert (training.weighting, training.times, training.learning_rate) == ("plain", "uniform", 2e-4)
     assert (sampling.sampler, sampling.steps) == ("ddpm", 1000)
+    torch.testing.assert_close(levels_of(sampling, make_schedule(model))[:-1], linear_schedule(1000).sigmas.flip(0))
 
 
 @pytest.mark.parametrize("preset", get_args(PresetName))
