@@ -71,8 +71,8 @@ class Share(Estimate):
 
         Wilson's (J. Am. Stat. Assoc. 22, 1927) for as many independent pictures as would give the same error.
         """
-        p = min(max(self.value, 0.0), 1.0)
-        independent = min(p * (1 - p) / self.error**2, self.count) if self.error else self.count
+        p = self.value
+        independent = min(p * (1 - p) / self.error**2, self.count) if self.error and 0 < p < 1 else self.count
         squared = self.model_copy(update={"error": 1.0}).reach((1 + confidence) / 2) ** 2 / independent
         middle = (p + squared / 2) / (1 + squared)
         half = math.sqrt(squared * (p * (1 - p) + squared / 4)) / (1 + squared)

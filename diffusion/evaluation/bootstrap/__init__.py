@@ -5,10 +5,11 @@ half of the reference. A and B have no picture in common and are independent, so
 
     E[(T(A) − T(B))² / 4] = V(half) / 2,
 
-where V is the variance of the figure over new draws of both sets. That is exact, whatever the figure. And V(half) / 2 is
-V(all) where V falls as 1/n, as that of nearly every figure does in the end; where it falls faster (KID and the Fréchet
-distance of sets that cannot be told apart: as 1/n²) the error comes out too large, by √2, never too small. Of many such
-cuts the mean is taken. It is the bootstrap with weights 0 and 2 (Præstgaard and Wellner, Ann. Prob. 21, 1993).
+where V is the variance of the figure over new draws of both sets. That is exact, whatever the figure. And V(half) / 2
+is V(all) where V falls as 1/n, as that of nearly every figure does in the end; where it falls faster (KID and the
+Fréchet distance of sets that cannot be told apart: as 1/n²) the error comes out too large, by √2, never too small. Of
+many such cuts the mean is taken. It is the bootstrap with weights 0 and 2 (Præstgaard and Wellner, Ann. Prob. 21,
+1993). Shares near 1 may be nearer still on halves, with too small an error, for which ``Share`` has wider intervals.
 
 Why not resample with replacement: a picture drawn twice is its own nearest neighbour at distance 0, and similar to
 itself; that shrinks neighbourhoods and moves KID. Halves hold nothing twice, keep the proportion of both sets, on which

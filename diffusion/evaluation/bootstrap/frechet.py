@@ -1,5 +1,6 @@
 """Fréchet distances of halves: exact, from the moments of each half."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,13 +43,15 @@ class Gaussian:
     @cached_property
     def mean(self) -> Tensor:
         """(D,)."""
-        return self.sums.first / self.sums.count
+        mean: Tensor = self.sums.first / self.sums.count
+        return mean
 
     @cached_property
     def covariance(self) -> Tensor:
         """(D, D)."""
         n = self.sums.count
-        return (self.sums.second - n * torch.outer(self.mean, self.mean)) / (n - 1)
+        covariance: Tensor = (self.sums.second - n * torch.outer(self.mean, self.mean)) / (n - 1)
+        return covariance
 
     @property
     def few(self) -> bool:
@@ -59,22 +62,27 @@ class Gaussian:
     def root(self) -> Tensor:
         """R with RᵀR the covariance: (min(n, D), D)."""
         if self.few:
-            return (self.features.double() - self.mean) / (self.sums.count - 1) ** 0.5
+            centred = self.features.double() - self.mean
+            return centred.div_(math.sqrt(self.sums.count - 1))
         values, vectors = torch.linalg.eigh(self.covariance)
-        return values.clamp(min=0).sqrt()[:, None] * vectors.T
+        root: Tensor = (vectors * values.clamp(min=0).sqrt()).T
+        return root
 
 
 def frechet(
     sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = silent
 ) -> list[Replicates]:
-    """Fréchet distance of Gaussians (arXiv 1706.08500) of each of the ``sets``, features (N, D), to ``reference``, (M, D).
+    """Fréchet distance of Gaussians (arXiv 1706.08500) of each of the ``sets``, features (N, D), to ``reference``.
 
-    N and M at least 4. The sums of a second half are those of both less those of the first, and moments of the reference
-    are computed once for all sets.
+    That is (M, D); N and M at least 4. The sums of a second half are those of both less those of the first, and moments
+    of the reference are computed once for all sets.
     """
     # Distances do not move with the origin, and near it less is lost to rounding.
     centre = reference.double().mean(0).to(reference.dtype)
-    real, drawn = _Halved(reference - centre, "reference", splits), [_Halved(x - centre, "samples", splits) for x in sets]
+    real, drawn = (
+        _Halved(reference - centre, "reference", splits),
+        [_Halved(x - centre, "samples", splits) for x in sets],
+    )
 
     def of_split(split: int) -> list[list[Tensor]]:
         theirs = real.at(split)
@@ -101,7 +109,8 @@ def distance(x: Gaussian, y: Gaussian) -> Tensor:
     first, second = (x, y) if x.few else (y, x)
     shared = torch.linalg.eigvalsh(first.root @ second.covariance @ first.root.T).clamp(min=0).sqrt().sum()
     apart = (x.mean - y.mean).square().sum()
-    return apart + x.covariance.trace() + y.covariance.trace() - 2 * shared
+    squared: Tensor = apart + x.covariance.trace() + y.covariance.trace() - 2 * shared
+    return squared
 
 
 class _Halved:

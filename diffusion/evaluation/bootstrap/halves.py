@@ -56,9 +56,9 @@ class Replicates:
     def value(self) -> float:
         """The figure that the error is about.
 
-        The Fréchet distance is too large by nearly c/n on n pictures of each set (arXiv 1911.07023), so on halves by c/n
-        more. Where there are pictures enough that difference is subtracted, and the true distance estimated; else, as of
-        shares and density, what as many pictures of both sets get on average. KID has no bias.
+        The Fréchet distance is too large by nearly c/n on n pictures of each set (arXiv 1911.07023), so on halves by
+        c/n more. Where there are pictures enough that difference is subtracted, and the true distance estimated; else,
+        as of shares and density, what as many pictures of both sets get on average. KID has no bias.
         """
         return 2 * self.whole - float(self.halves.mean()) if self.extrapolated else self.whole
 
