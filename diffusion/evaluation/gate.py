@@ -119,6 +119,9 @@ class Evidence(Config):
     cost: Cost | None = None
 
 
+Rule = Literal["headline", "recall", "memorised", "worst class", "cost"]
+
+
 class Verdict(StrEnum):
     """What becomes of the challenger."""
 
@@ -130,8 +133,9 @@ class Verdict(StrEnum):
 class Finding(Config):
     """What one rule says."""
 
-    rule: Literal["headline", "recall", "memorised", "worst class", "cost"]
+    rule: Rule
     verdict: Verdict
+    """Promote: nothing against it."""
     reason: str
     pictures: int | None = None
     """Pictures to be drawn to tell with a chance of 80 %, held-out ones growing likewise; None: none are needed, or no
@@ -190,7 +194,7 @@ def _headline(headline: Headline, evidence: Evidence, config: GateConfig) -> Fin
     if high < 0:
         return Finding(rule="headline", verdict=Verdict.reject, reason=f"worse than the champion: {measured}")
     if high < smallest:
-        reason = f"better by less than δ, as more pictures would only confirm: {measured}"
+        reason = f"not better by δ, as more pictures would only confirm: {measured}"
         return Finding(rule="headline", verdict=Verdict.hold, reason=reason)
     beyond = lead.value - smallest if lead.value > smallest else smallest
     needed = pictures_needed(evidence.samples, lead, beyond, c)
@@ -241,16 +245,13 @@ def _cost(cost: Cost | None, limit: float) -> Finding:
     return Finding(rule="cost", verdict=verdict, reason=reason)
 
 
-def _limited(
-    rule: Literal["recall", "worst class"], excess: Estimate, words: str, evidence: Evidence, confidence: float
-) -> Finding:
+def _limited(rule: Rule, excess: Estimate, words: str, evidence: Evidence, confidence: float) -> Finding:
     """Whether what goes beyond a limit is surely nothing, surely something, or neither."""
     if excess.at_most(confidence) <= 0:
         return Finding(rule=rule, verdict=Verdict.promote, reason=words)
     if excess.at_least(confidence) > 0:
-        return Finding(
-            rule=rule, verdict=Verdict.reject, reason=f"beyond the limit with confidence {confidence:g}: {words}"
-        )
+        reason = f"beyond the limit with confidence {confidence:g}: {words}"
+        return Finding(rule=rule, verdict=Verdict.reject, reason=reason)
     needed = pictures_needed(evidence.samples, excess, abs(excess.value), confidence)
     reason = f"not surely within the limit: {words}{_advice('that', needed, evidence)}"
     return Finding(rule=rule, verdict=Verdict.hold, reason=reason, pictures=needed)
@@ -270,7 +271,7 @@ def pictures_needed(pictures: int, estimate: Estimate, distance: float, confiden
     return math.ceil(exact / unit) * unit
 
 
-def _unmeasured(rule: Literal["headline", "recall", "memorised", "worst class", "cost"], what: str) -> Finding:
+def _unmeasured(rule: Rule, what: str) -> Finding:
     return Finding(rule=rule, verdict=Verdict.hold, reason=f"not measured: {what}")
 
 

@@ -35,9 +35,10 @@ class Sums:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Fitted to ``features``, (n, D), the sums of which are known."""
+    """Fitted to ``rows`` (n,) of ``features``, (N, D), the sums of which are known."""
 
     features: Tensor
+    rows: Tensor
     sums: Sums
 
     @cached_property
@@ -55,14 +56,14 @@ class Gaussian:
 
     @property
     def few(self) -> bool:
-        """Whether there are no more features than dimensions."""
-        return len(self.features) <= self.features.shape[1]
+        """Whether there are no more rows than dimensions."""
+        return len(self.rows) <= self.features.shape[1]
 
     @cached_property
     def root(self) -> Tensor:
         """R with RᵀR the covariance: (min(n, D), D)."""
         if self.few:
-            centred = self.features.double() - self.mean
+            centred = self.features[self.rows].double() - self.mean
             return centred.div_(math.sqrt(self.sums.count - 1))
         values, vectors = torch.linalg.eigh(self.covariance)
         root: Tensor = (vectors * values.clamp(min=0).sqrt()).T
@@ -119,21 +120,23 @@ class _Halved:
     def __init__(self, features: Tensor, stream: Literal["samples", "reference"], splits: int) -> None:
         self.features = features
         self.members = halves(len(features), stream, splits)
-        self.whole = Gaussian(features, _sums(features))
-        self.both = self.whole.sums if len(features) % 2 == 0 else _sums(features[:-1])
+        everything = torch.arange(len(features))
+        self.whole = Gaussian(features, everything, _sums(features, everything))
+        self.both = _sums(features, everything[: len(features) // 2 * 2])
 
     def at(self, split: int) -> tuple[Gaussian, Gaussian]:
         """The Gaussians of both halves of a cut."""
-        first, second = (self.features[self.members[2 * split + half]] for half in (0, 1))
-        of_first = _sums(first)
-        return Gaussian(first, of_first), Gaussian(second, self.both.without(of_first))
+        first, second = (self.members[2 * split + half].nonzero()[:, 0] for half in (0, 1))
+        of_first = _sums(self.features, first)
+        of_second = self.both.without(of_first)
+        return Gaussian(self.features, first, of_first), Gaussian(self.features, second, of_second)
 
 
-def _sums(features: Tensor) -> Sums:
+def _sums(features: Tensor, rows: Tensor) -> Sums:
     width = features.shape[1]
     first, second = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
-    for chunk in torch.split(features, CHUNK):
-        x = chunk.double()
+    for chunk in torch.split(rows, CHUNK):
+        x = features[chunk].double()
         first += x.sum(0)
         second.addmm_(x.T, x)
-    return Sums(len(features), first, second)
+    return Sums(len(rows), first, second)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion.evaluation.estimate import Estimate, Share
-from diffusion.random import permutation
+from diffusion.random import generator
 
 SPLITS = 100
 """Cuts: 200 halves. The error itself is then right to 1/√200, 7 %, which Student's t takes into account."""
@@ -23,8 +23,9 @@ def halves(count: int, stream: Literal["samples", "reference"], splits: int) -> 
     """
     half = count // 2
     members = torch.zeros(2 * splits + 1, count, dtype=torch.bool)
+    draws = generator(0, f"bootstrap/{stream}", 0)
     for split in range(splits):
-        order = torch.from_numpy(permutation(0, f"bootstrap/{stream}", split, 2 * half))
+        order = torch.from_numpy(draws.permutation(2 * half))
         members[2 * split, order[:half]] = True
         members[2 * split + 1, order[half:]] = True
     members[-1] = True

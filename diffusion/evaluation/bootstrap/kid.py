@@ -1,6 +1,7 @@
 """KID on halves: each kernel is computed once, and summed over all halves by products with 0 and 1."""
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from functools import reduce
 
 import torch
@@ -22,25 +23,26 @@ def kid(
     Of each of the ``sets``, features (N, D), to the ``reference``, (M, D); N and M at least 4.
     """
     of_reference = halves(len(reference), "reference", splits)
-    within_reference = _within(reference, of_reference, progress)
     found = []
-    for samples in sets:
-        of_samples = halves(len(samples), "samples", splits)
-        pairs = of_samples.sum(1, dtype=torch.float64) * of_reference.sum(1)
-        across = _sums(samples, reference, of_samples, of_reference, progress) / pairs
-        values = _within(samples, of_samples, progress) + within_reference - 2 * across
-        found.append(Replicates.of("kid", values, len(samples), len(reference)))
+    with lanes() as pool:
+        within_reference = _within(reference, of_reference, pool, progress)
+        for samples in sets:
+            of_samples = halves(len(samples), "samples", splits)
+            pairs = of_samples.sum(1, dtype=torch.float64) * of_reference.sum(1)
+            across = _sums(samples, reference, of_samples, of_reference, pool, progress) / pairs
+            values = _within(samples, of_samples, pool, progress) + within_reference - 2 * across
+            found.append(Replicates.of("kid", values, len(samples), len(reference)))
     return found
 
 
-def _within(x: Tensor, members: Tensor, progress: Progress) -> Tensor:
+def _within(x: Tensor, members: Tensor, pool: Executor, progress: Progress) -> Tensor:
     """Mean of the kernel over pairs of two different features of a half, for each half: (H,) float64."""
     counts = members.sum(1, dtype=torch.float64)
     itself = (x.double().square().sum(1) / x.shape[1] + 1) ** 3
-    return (_sums(x, x, members, members, progress) - members.double() @ itself) / (counts * (counts - 1))
+    return (_sums(x, x, members, members, pool, progress) - members.double() @ itself) / (counts * (counts - 1))
 
 
-def _sums(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, progress: Progress) -> Tensor:
+def _sums(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, pool: Executor, progress: Progress) -> Tensor:
     """Sum of the kernel over x in a half of its set and y in the same half of its, for each half: (H,) float64."""
     columns = of_y.double().T
 
@@ -54,7 +56,6 @@ def _sums(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, progress: Progress) 
         progress("KID of halves", min((block[0] + 1) * BLOCK, len(x)), len(x))
         return total + block[1]
 
-    with lanes() as pool:
-        # In the order of the blocks, whichever is done first.
-        blocks = enumerate(pool.map(of_block, range(0, len(x), BLOCK)))
-        return reduce(added, blocks, torch.zeros(columns.shape[1], dtype=torch.float64))
+    # In the order of the blocks, whichever is done first.
+    blocks = enumerate(pool.map(of_block, range(0, len(x), BLOCK)))
+    return reduce(added, blocks, torch.zeros(columns.shape[1], dtype=torch.float64))

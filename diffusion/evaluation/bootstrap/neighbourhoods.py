@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import Executor
 
 import torch
 from torch import Tensor
@@ -32,15 +33,14 @@ def neighbourhoods(
     """
     centre = reference.mean(0)
     real, of_real = reference - centre, halves(len(reference), "reference", splits)
-    near, wide = _radii(real, of_real, (MANIFOLD, DENSITY), progress)
     found = []
-    for features in sets:
-        drawn, of_drawn = features - centre, halves(len(features), "samples", splits)
-        (around,) = _radii(drawn, of_drawn, (MANIFOLD,), progress)
-        values = _shares(drawn, real, of_drawn, of_real, (near, wide, around), progress)
-        found.append(
-            {figure: Replicates.of(figure, each, len(features), len(reference)) for figure, each in values.items()}
-        )
+    with lanes() as pool:
+        near, wide = _radii(real, of_real, (MANIFOLD, DENSITY), pool, progress)
+        for features in sets:
+            drawn, of_drawn = features - centre, halves(len(features), "samples", splits)
+            (around,) = _radii(drawn, of_drawn, (MANIFOLD,), pool, progress)
+            values = _shares(drawn, real, of_drawn, of_real, (near, wide, around), pool, progress)
+            found.append({name: Replicates.of(name, each, len(drawn), len(real)) for name, each in values.items()})
     return found
 
 
@@ -50,6 +50,7 @@ def _shares(
     of_drawn: Tensor,
     of_real: Tensor,
     radii: tuple[Tensor, Tensor, Tensor],
+    pool: Executor,
     progress: Progress,
 ) -> dict[Figure, Tensor]:
     """Each figure on each half, (H,) float64; ``radii``: two of the reference and one of the samples, squared."""
@@ -78,10 +79,9 @@ def _shares(
         return pairs
 
     pairs = torch.zeros(len(of_drawn), dtype=torch.float64)
-    with lanes() as pool:
-        for number, block in enumerate(pool.map(of_block, range(0, len(drawn), BLOCK)), start=1):
-            pairs += block
-            progress("neighbourhoods of halves", min(number * BLOCK, len(drawn)), len(drawn))
+    for number, block in enumerate(pool.map(of_block, range(0, len(drawn), BLOCK)), start=1):
+        pairs += block
+        progress("neighbourhoods of halves", min(number * BLOCK, len(drawn)), len(drawn))
     samples, references = (members.sum(1, dtype=torch.float64) for members in (of_drawn, of_real))
     return {
         "precision": precise.sum(1) / samples,
@@ -91,12 +91,14 @@ def _shares(
     }
 
 
-def _radii(features: Tensor, members: Tensor, counts: Sequence[int], progress: Progress) -> list[Tensor]:
+def _radii(
+    features: Tensor, members: Tensor, counts: Sequence[int], pool: Executor, progress: Progress
+) -> list[Tensor]:
     """Squared distance of each of n features to the k-th nearest other in its half, for each k of ``counts``: (H, n).
 
     −1, nearer than anything, for features that are not in that half.
     """
-    distances, neighbours = _nearest(features, progress)
+    distances, neighbours = _nearest(features, pool, progress)
     found = [torch.empty(members.shape, dtype=features.dtype) for _ in counts]
 
     def of_half(half: int) -> None:
@@ -105,12 +107,11 @@ def _radii(features: Tensor, members: Tensor, counts: Sequence[int], progress: P
             at = (rank < k).sum(1).clamp(max=distances.shape[1] - 1)
             radii[half] = distances.gather(1, at[:, None])[:, 0].where(members[half], -1)
 
-    with lanes() as pool:
-        list(pool.map(of_half, range(len(members))))
+    list(pool.map(of_half, range(len(members))))
     return found
 
 
-def _nearest(features: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
+def _nearest(features: Tensor, pool: Executor, progress: Progress) -> tuple[Tensor, Tensor]:
     """Squared distances to, and numbers of, the nearest others of each feature, nearest first: (n, TABLE or all)."""
 
     def of_block(start: int) -> tuple[Tensor, Tensor]:
@@ -120,10 +121,9 @@ def _nearest(features: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
         return values, at.int()
 
     pieces = []
-    with lanes() as pool:
-        for piece in pool.map(of_block, range(0, len(features), BLOCK)):
-            pieces.append(piece)
-            progress("neighbours", min(len(pieces) * BLOCK, len(features)), len(features))
+    for piece in pool.map(of_block, range(0, len(features), BLOCK)):
+        pieces.append(piece)
+        progress("neighbours", min(len(pieces) * BLOCK, len(features)), len(features))
     values, at = zip(*pieces, strict=True)
     return torch.cat(values), torch.cat(at)
 
