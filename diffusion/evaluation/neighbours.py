@@ -1,0 +1,82 @@
+"""Nearest neighbours of many points among many more, in blocks that fit into memory."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion.lanes import lanes
+from diffusion.progress import Progress, silent
+
+NEIGHBOURS = 20
+"""Neighbours whose mean distance says how dense it is around a point."""
+BLOCK = 2**24
+"""Distances that a lane has in memory at a time, 64 MiB of them."""
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Of N points the k nearest each, the nearest first."""
+
+    distances: Tensor
+    """Euclidean, (N, k) float32."""
+    rows: Tensor
+    """Which they are, (N, k) int64."""
+
+    @property
+    def relative(self) -> Tensor:
+        """How far the nearest is for how dense it is there, (N,) in [0, 1]: over the mean distance of all k.
+
+        As arXiv 2301.13188 has it (section 5.1): a copy lies next to one picture, a blurred average close to many.
+        """
+        # Where all k are in the same place, the nearest is as near as can be.
+        return (self.distances[:, 0] / self.distances.mean(1)).nan_to_num(0.0)
+
+
+def nearest(
+    points: Tensor,
+    pieces: Iterable[Tensor],
+    count: int = NEIGHBOURS,
+    themselves: bool = False,
+    progress: Progress = silent,
+) -> Neighbours:
+    """The ``count`` nearest, or all there are, to each of ``points``, (N, D), among rows that come in ``pieces``, (B, D) each, float32.
+
+    Points may come in several views, (V, N, D): then the nearest of a point's views counts. ``themselves``: the rows
+    are the points (their first view), none of which is its own neighbour. A distance is right to about a
+    thousandth of a row's length: it comes of products of float32, which are what is fast.
+    """
+    views = _augmented(points if points.ndim == 3 else points[None])
+    size, seen = views.shape[1], 0
+    best = torch.full((size, count), math.inf), torch.full((size, count), -1)
+    with lanes() as pool:
+        for piece in pieces:
+            rows = _augmented_rows(piece)
+            step = max(1, BLOCK // (len(views) * len(piece)))
+
+            def search(start: int, rows: Tensor = rows, first: int = seen, step: int = step) -> None:
+                here = slice(start, start + step)
+                squares = (views[:, here] @ rows.T).amin(0)
+                if themselves:
+                    squares.diagonal(start - first).fill_(math.inf)
+                values, places = squares.topk(min(count, len(rows)), largest=False)
+                both = torch.cat([best[0][here], values], 1), torch.cat([best[1][here], places + first], 1)
+                values, order = both[0].topk(count, largest=False)
+                best[0][here], best[1][here] = values, both[1].gather(1, order)
+
+            list(pool.map(search, range(0, size, step)))
+            seen += len(piece)
+            progress("pictures compared with", seen, None)
+    there = seen - themselves
+    return Neighbours(best[0][:, :there].clamp(min=0).sqrt(), best[1][:, :there])
+
+
+def _augmented(points: Tensor) -> Tensor:
+    """(…, D) to (…, D + 2), whose products with augmented rows are squared distances: |x|² − 2 x·y + |y|²."""
+    return torch.cat([-2 * points, points.square().sum(-1, keepdim=True), torch.ones_like(points[..., :1])], -1)
+
+
+def _augmented_rows(rows: Tensor) -> Tensor:
+    return torch.cat([rows, torch.ones_like(rows[:, :1]), rows.square().sum(1, keepdim=True)], 1)
