@@ -86,7 +86,7 @@ class Memorisation(Config):
 
     @property
     def excess_low(self) -> float:
-        """What that is with 97.5 % confidence at least: a model whose ``excess_low`` is over a limit copies too much."""
+        """What that is at least, with a confidence of 97.5 %."""
         return max(0.0, (self.share_low - self.expected) / (1 - self.expected))
 
     def named(self) -> dict[str, float]:

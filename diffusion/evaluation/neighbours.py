@@ -42,11 +42,11 @@ def nearest(
     themselves: bool = False,
     progress: Progress = silent,
 ) -> Neighbours:
-    """The ``count`` nearest, or all there are, to each of ``points``, (N, D), among rows that come in ``pieces``, (B, D) each, float32.
+    """The ``count`` nearest, or as many as there are, to each of ``points`` among the rows of all ``pieces``.
 
-    Points may come in several views, (V, N, D): then the nearest of a point's views counts. ``themselves``: the rows
-    are the points (their first view), none of which is its own neighbour. A distance is right to about a
-    thousandth of a row's length: it comes of products of float32, which are what is fast.
+    Points are (N, D) float32, or in several views (V, N, D), of which the nearest counts; pieces (B, D) float32.
+    ``themselves``: the rows are the points (their first view), none of which is its own neighbour. A distance is right
+    to about a thousandth of a row's length: it comes of products of float32, which are what is fast.
     """
     views = _augmented(points if points.ndim == 3 else points[None])
     size, seen = views.shape[1], 0

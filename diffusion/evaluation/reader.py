@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SHRINKAGE = 0.1
-"""Share of the covariance that is replaced by a multiple of the identity: features outnumber the pictures of a class."""
+SHRINKAGE = 0.3
+"""Share of the covariance that a multiple of the identity replaces, as features may outnumber pictures. Measured on 300
+to 3,000 scans of digits: a third or a hundredth of it read fewer rightly."""
 
 
 @dataclass(frozen=True)
