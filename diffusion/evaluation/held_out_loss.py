@@ -1,12 +1,13 @@
 """How well a model foresees pictures that it has never seen: its loss by noise level, and what it bounds, their bits.
 
-Of the bounds on a diffusion model's likelihood this is the one for infinitely many steps (arXiv 2107.00630, eq. 15):
+Of the bounds on a diffusion model's likelihood this is that of infinitely many steps (arXiv 2107.00630, eq. 15):
 
     −ln p(x_0) ≤ KL(q(x_σmax | x_0) ‖ N(0, σ_max²)) + ∫ E‖x_0 − D(x; σ)‖² / σ² d ln σ − E ln p(x_0 | x_σmin)
 
-It is the limit of DDPM's sum (arXiv 2006.11239, equation 5) and lies below it, and depends neither on the number of
-steps nor on a schedule between its ends nor on a choice of variances. So models with different ones compare, and the
-integrand is the very loss that is told by noise level.
+It is the limit of DDPM's sum (arXiv 2006.11239, equation 5) and lies below it, and depends neither on a number of steps
+nor on a choice of variances. It holds for any function D, so all models are asked between the same two levels, whatever
+their schedules; beyond its own a network is told the nearest time that it knows. Then models of different schedules
+compare, and the integrand is the very loss that is told by noise level.
 """
 
 import math
@@ -27,16 +28,18 @@ from diffusion.fingerprint import autocast
 from diffusion.lanes import lanes
 from diffusion.model import DiffusionModel, Model, Told, to_float
 from diffusion.objective import edm
-from diffusion.process import NoiseSchedule
 from diffusion.progress import Progress, silent
 from diffusion.random import GaussianNoise, uniform
 from diffusion.samplers import SIGMA_MAX
 from diffusion.sampling import meanings_of
 from diffusion.upscaling import shown_small
-from diffusion.variance import log_likelihood
+from diffusion.variance import HALF_A_LEVEL, log_likelihood
 
 LEVELS = 16
 """Equal parts of ln σ, at each of which every picture is looked at once."""
+SIGMA_MIN = HALF_A_LEVEL
+"""Where they begin: below it noise leaves nearly all pixels the values they have. Of Gaussian values the bound is then
+too high by 0.03 bits; of black ones, were it known for sure that they are, by 0.25."""
 STREAM = "held_out_loss"
 """Of the random numbers, which are the same for all models."""
 Estimate = Callable[[Tensor, Tensor], Tensor]
@@ -168,14 +171,15 @@ def told_of_rows(model: Model, dataset: Dataset, rows: Rows) -> Told:
 
 
 def denoising_terms(
-    estimate: Estimate, x0: Tensor, edges: Tensor, sigma_data: float, indices: Sequence[int], pixels: bool = True
+    estimate: Estimate, x0: Tensor, sigma_data: float, indices: Sequence[int], pixels: bool = True
 ) -> Terms:
     """Losses and bits of pictures ``x0``, (N, C, H, W) in [−1, 1], number ``indices``, under any denoiser.
 
-    ``edges``: see ``edges_of``. Each level is looked at in one place for each picture, which lies anywhere in it with
-    equal probability; so sums over levels are integrals without bias. ``pixels``: whether x_0 has the values of stored
+    Each of the ``noise_levels`` is looked at in one place for each picture, which lies anywhere in it with equal
+    probability: so sums over levels are integrals without bias. ``pixels``: whether x_0 has the values of stored
     pictures, of which alone bits are defined.
     """
+    edges = noise_levels()
     noise = GaussianNoise(0, f"{STREAM}/noise", indices, tuple(x0.shape[1:]))
     u = uniform(0, f"{STREAM}/level", indices).to(x0.device)
     logs = edges.log().to(x0.device)
@@ -204,20 +208,15 @@ def denoising_terms(
     return Terms(edges, losses, nats / math.log(2))
 
 
-def edges_of(schedule: NoiseSchedule) -> Tensor:
-    """σ at the ends of LEVELS equal parts of ln σ, (LEVELS + 1,) float64, from the schedule's least to its highest.
-
-    Beyond SIGMA_MAX nothing is left of a picture, and no sampler begins there.
-    """
-    low, high = schedule.sigmas[0].log(), schedule.sigmas[-1].clamp(max=SIGMA_MAX).log()
-    return torch.linspace(low.item(), high.item(), LEVELS + 1, dtype=torch.float64).exp()
+def noise_levels() -> Tensor:
+    """σ at the ends of LEVELS equal parts of ln σ, from SIGMA_MIN to SIGMA_MAX: (LEVELS + 1,) float64."""
+    return torch.linspace(math.log(SIGMA_MIN), math.log(SIGMA_MAX), LEVELS + 1, dtype=torch.float64).exp()
 
 
 def _terms_of(model: Model, x0: Tensor, told: Told, indices: Sequence[int]) -> Terms:
     if isinstance(model, DiffusionModel):
-        edges, sigma_data = edges_of(model.schedule), model.header.sigma_data
         pixels = model.latents is None
-        return denoising_terms(model.denoiser(told), model.encoded(x0), edges, sigma_data, indices, pixels)
+        return denoising_terms(model.denoiser(told), model.encoded(x0), model.header.sigma_data, indices, pixels)
     assert isinstance(model, VAEModel)
     assert isinstance(model.config, VAEConfig)
     # Its loss in training is the bound, but for the weight of the divergence.

@@ -1,6 +1,7 @@
 """Real pictures for tests of what tells real ones from others: small, grey, of ten classes, and always there."""
 
 import gzip
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,13 @@ def clothes(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def digits(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A part of MNIST, at most 5,000."""
+    return _shuffled(*_mnist(), count, seed)
+
+
+@cache
+def _mnist() -> tuple[np.ndarray, np.ndarray]:
     pixels, classes = mnist_data()
-    return _shuffled(pixels.reshape(-1, 1, 28, 28).astype(np.uint8), classes, count, seed)
+    return pixels.reshape(-1, 1, 28, 28).astype(np.uint8), classes
 
 
 def _idx(path: Path, header: int, length: int) -> np.ndarray:

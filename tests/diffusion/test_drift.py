@@ -57,7 +57,7 @@ def test_a_change_is_seen_in_its_figure_with_its_size(change, name: str, size: f
     shift = drift(appearance(changed), appearance(real)).shifts[name]
     expected = -shift.real if size is None else size
     assert shift.difference == pytest.approx(expected, abs=4 * shift.standard_error + 0.01)
-    assert abs(shift.difference) > 10 * shift.standard_error
+    assert abs(shift.difference) > 5 * shift.standard_error
     assert shift.spreads == pytest.approx(shift.difference / appearance(real)[name].std().item())
 
 
