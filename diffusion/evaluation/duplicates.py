@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion.config import Config
 from diffusion.evaluation.calibration import LEVEL, Threshold, calibrated, interval
-from diffusion.evaluation.neighbours import Neighbours, nearest
+from diffusion.evaluation.closest import Closest, closest
 
 LEAST = 0.5
 """Pictures that are blurred or of low contrast lie nearer to one another altogether, and none of them is another's
@@ -94,9 +94,9 @@ def duplicates(drawn: Tensor, real: Tensor) -> Duplicates:
     """
     count = min(drawn.shape[1], real.shape[1])
     drawn, real = drawn[:, :count], real[:, :count]
-    among_real = nearest(real, [real[0]], themselves=True).relative
-    among_drawn = nearest(drawn, [drawn[0]], themselves=True)
-    around = nearest(drawn, [real[0]]).distances.mean(1, keepdim=True)
+    among_real = closest(real, [real[0]], themselves=True).relative
+    among_drawn = closest(drawn, [drawn[0]], themselves=True)
+    around = closest(drawn, [real[0]]).distances.mean(1, keepdim=True)
     relative = among_drawn.distances / around.clamp(min=torch.finfo().tiny)
     closeness = (relative[:, 0].median() / among_real.median()).nan_to_num(1.0).item()
     of_real = calibrated(among_real, LEVEL)
@@ -122,7 +122,7 @@ def duplicates(drawn: Tensor, real: Tensor) -> Duplicates:
     )
 
 
-def _edges(found: Neighbours, relative: Tensor, near: Tensor) -> list[Edge]:
+def _edges(found: Closest, relative: Tensor, near: Tensor) -> list[Edge]:
     """All pairs that are ``near`` (N, k), once or twice."""
     numbers, places = near.nonzero(as_tuple=True)
     others = found.rows[numbers, places]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffusion.config import Config
 from diffusion.evaluation.calibration import LEVEL, Threshold, calibrated, interval
-from diffusion.evaluation.neighbours import Neighbours
+from diffusion.evaluation.closest import Closest
 
 SHOWN = 16
 """Pairs named."""
@@ -100,7 +100,7 @@ class Memorisation(Config):
         }
 
 
-def memorisation(drawn: Mapping[str, Neighbours], held_out: Mapping[str, Neighbours]) -> Memorisation:
+def memorisation(drawn: Mapping[str, Closest], held_out: Mapping[str, Closest]) -> Memorisation:
     """Judge by the neighbours of ``drawn`` and of ``held_out`` pictures among the same training pictures.
 
     Both by the name of each space. Where the model was trained on mirrored pictures, both were looked for in both
@@ -138,7 +138,7 @@ def _in(space: str, threshold: Threshold, count: int, drawn: int) -> CopiesIn:
     )
 
 
-def _closest(drawn: Mapping[str, Neighbours], relative: Tensor, thresholds: Tensor) -> list[Pair]:
+def _closest(drawn: Mapping[str, Closest], relative: Tensor, thresholds: Tensor) -> list[Pair]:
     """The pictures that are nearest for the ``thresholds`` (S, 1) of their spaces, by ``relative`` distances (S, N)."""
     names = list(drawn)
     # Real pictures may leave a threshold of 0, below which nothing is.

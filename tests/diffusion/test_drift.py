@@ -2,6 +2,7 @@
 
 import colorsys
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -51,7 +52,9 @@ def test_grey_pictures_have_no_colours_and_those_of_the_same_grey_in_rgb_none_ei
         (lambda x: x.mean((2, 3), keepdim=True).expand_as(x), "contrast", None),
     ],
 )
-def test_a_change_is_seen_in_its_figure_with_its_size(change, name: str, size: float | None) -> None:  # type: ignore[no-untyped-def]
+def test_a_change_is_seen_in_its_figure_with_its_size(
+    change: Callable[[Tensor], Tensor], name: str, size: float | None
+) -> None:
     real = pictures(400, 1)
     changed = change(pictures(400, 0).float()).round().to(torch.uint8)
     shift = drift(appearance(changed), appearance(real)).shifts[name]

@@ -75,16 +75,18 @@ def test_blurred_pictures_are_more_alike_and_yet_no_duplicates() -> None:
 
 def test_chance_alone_seldom_raises_an_alarm() -> None:
     random = torch.Generator().manual_seed(0)
-    found = [duplicates(*(torch.randn(1, 250, 3, generator=random) for _ in range(2))) for _ in range(200)]
+    found = [duplicates(*(torch.randn(1, 250, 3, generator=random) for _ in range(2))) for _ in range(150)]
     assert np.mean([each.share for each in found]) == pytest.approx(0.01, abs=0.005)
-    # Of 200 at 1 %, more than 8 would come once in two thousand times.
-    assert sum(each.p_value < 0.01 for each in found) <= 8
+    # Of 150 at 1 %, more than 7 would come once in two thousand times.
+    assert sum(each.p_value < 0.01 for each in found) <= 7
 
 
 def test_as_many_are_judged_as_there_are_real_ones() -> None:
     found = duplicates(moved(scans()[0]), real()[:, :100])
     assert found.pictures == 100
-    assert found == duplicates(moved(scans()[0][:100]), real()[:, :100])
+    same = duplicates(moved(scans()[0][:100]), real()[:, :100])
+    assert (found.duplicates, found.groups) == (same.duplicates, same.groups)
+    assert found.threshold == pytest.approx(same.threshold, rel=1e-4)
 
 
 def test_they_survive_json_where_there_are_none_and_where_there_is_nothing_else() -> None:

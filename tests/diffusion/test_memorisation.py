@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion.evaluation.closest import Closest, closest
 from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.evaluation.memorisation import Memorisation, memorisation
-from diffusion.evaluation.neighbours import Neighbours, nearest
 from diffusion.evaluation.thumbnails import NAME, moved, thumbnails
 from tests.diffusion.degraded import averaged, blurred, compressed, shifted, with_copies, with_noise
 from tests.diffusion.real_pictures import digits
@@ -32,12 +32,12 @@ def training_thumbnails() -> Tensor:
 
 
 @cache
-def of_held_out() -> dict[str, Neighbours]:
+def of_held_out() -> dict[str, Closest]:
     return in_pixels(scans()[1])
 
 
-def in_pixels(pictures: Tensor, mirrored: bool = False) -> dict[str, Neighbours]:
-    return {NAME: nearest(moved(pictures, mirrored), torch.split(training_thumbnails(), 700))}
+def in_pixels(pictures: Tensor, mirrored: bool = False) -> dict[str, Closest]:
+    return {NAME: closest(moved(pictures, mirrored), torch.split(training_thumbnails(), 700))}
 
 
 def judged(drawn: Tensor) -> Memorisation:
@@ -107,9 +107,9 @@ def test_features_find_what_pixels_do_not_and_a_copy_in_both_counts_once() -> No
     extractor = EfficientNetLite0(32)
     theirs = {NAME: thumbnails(training), extractor.name: extractor(training)}
 
-    def found(pictures: Tensor) -> dict[str, Neighbours]:
+    def found(pictures: Tensor) -> dict[str, Closest]:
         ours = {NAME: moved(pictures), extractor.name: extractor(pictures)}
-        return {space: nearest(each, [theirs[space]]) for space, each in ours.items()}
+        return {space: closest(each, [theirs[space]]) for space, each in ours.items()}
 
     exact = memorisation(found(with_copies(real, training[:20])), found(held_out))
     counts = {space.space: space.count for space in exact.spaces}
@@ -125,7 +125,7 @@ def test_the_threshold_is_exact_in_any_space() -> None:
     alarms, shares = 0, 0.0
     for _ in range(300):
         training, held_out, drawn = (torch.randn(count, 3, generator=random) for count in (200, 199, 100))
-        found = memorisation({"x": nearest(drawn, [training])}, {"x": nearest(held_out, [training])})
+        found = memorisation({"x": closest(drawn, [training])}, {"x": closest(held_out, [training])})
         alarms += found.p_value < 0.01
         shares += found.share / 300
     # Of 300 at 1 %, more than 10 would come once in three thousand times.
@@ -135,7 +135,7 @@ def test_the_threshold_is_exact_in_any_space() -> None:
 
 def test_nothing_is_nearer_than_real_pictures_that_repeat_those_of_training() -> None:
     points = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-    same = {"x": nearest(points, [points])}
+    same = {"x": closest(points, [points])}
     found = memorisation(same, same)
     assert (found.copies, found.p_value) == (0, 1)
     assert Memorisation.model_validate_json(found.model_dump_json()) == found

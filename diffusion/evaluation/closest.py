@@ -1,8 +1,9 @@
-"""Nearest neighbours of many points among many more, in blocks that fit into memory."""
+"""Which of many points lie closest to each of others, and how close, in blocks that fit into memory."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,14 +12,14 @@ from diffusion.lanes import lanes
 from diffusion.progress import Progress, silent
 
 NEIGHBOURS = 20
-"""Neighbours whose mean distance says how dense it is around a point."""
+"""Closest points whose mean distance says how dense it is around one."""
 BLOCK = 2**24
 """Distances that a lane has in memory at a time, 64 MiB of them."""
 
 
 @dataclass(frozen=True)
-class Neighbours:
-    """Of N points the k nearest each, the nearest first."""
+class Closest:
+    """Of N points the k nearest to each, the nearest first."""
 
     distances: Tensor
     """Euclidean, (N, k) float32."""
@@ -35,42 +36,47 @@ class Neighbours:
         return (self.distances[:, 0] / self.distances.mean(1)).nan_to_num(0.0)
 
 
-def nearest(
+def closest(
     points: Tensor,
     pieces: Iterable[Tensor],
     count: int = NEIGHBOURS,
     themselves: bool = False,
     progress: Progress = silent,
-) -> Neighbours:
+) -> Closest:
     """The ``count`` nearest, or as many as there are, to each of ``points`` among the rows of all ``pieces``.
 
     Points are (N, D) float32, or in several views (V, N, D), of which the nearest counts; pieces (B, D) float32.
     ``themselves``: the rows are the points (their first view), none of which is its own neighbour. A distance is right
     to about a thousandth of a row's length: it comes of products of float32, which are what is fast.
     """
-    views = _augmented(points if points.ndim == 3 else points[None])
+    # About a common centre numbers are smaller, and so is what rounding takes from their differences.
+    centre = points.mean(tuple(range(points.ndim - 1)))
+    views = _augmented((points if points.ndim == 3 else points[None]) - centre)
     size, seen = views.shape[1], 0
     best = torch.full((size, count), math.inf), torch.full((size, count), -1)
     with lanes() as pool:
         for piece in pieces:
-            rows = _augmented_rows(piece)
             step = max(1, BLOCK // (len(views) * len(piece)))
-
-            def search(start: int, rows: Tensor = rows, first: int = seen, step: int = step) -> None:
-                here = slice(start, start + step)
-                squares = (views[:, here] @ rows.T).amin(0)
-                if themselves:
-                    squares.diagonal(start - first).fill_(math.inf)
-                values, places = squares.topk(min(count, len(rows)), largest=False)
-                both = torch.cat([best[0][here], values], 1), torch.cat([best[1][here], places + first], 1)
-                values, order = both[0].topk(count, largest=False)
-                best[0][here], best[1][here] = values, both[1].gather(1, order)
-
+            search = partial(_search, best, views, _augmented_rows(piece - centre), seen, step, themselves)
             list(pool.map(search, range(0, size, step)))
             seen += len(piece)
             progress("pictures compared with", seen, None)
     there = seen - themselves
-    return Neighbours(best[0][:, :there].clamp(min=0).sqrt(), best[1][:, :there])
+    return Closest(best[0][:, :there].clamp(min=0).sqrt(), best[1][:, :there])
+
+
+def _search(
+    best: tuple[Tensor, Tensor], views: Tensor, rows: Tensor, first: int, step: int, themselves: bool, start: int
+) -> None:
+    """Let ``rows``, number ``first`` and on, into the ``best`` of ``step`` points from number ``start`` on."""
+    here = slice(start, start + step)
+    squares = (views[:, here] @ rows.T).amin(0)
+    if themselves:
+        squares.diagonal(start - first).fill_(math.inf)
+    values, places = squares.topk(min(best[0].shape[1], len(rows)), largest=False)
+    both = torch.cat([best[0][here], values], 1), torch.cat([best[1][here], places + first], 1)
+    values, order = both[0].topk(best[0].shape[1], largest=False)
+    best[0][here], best[1][here] = values, both[1].gather(1, order)
 
 
 def _augmented(points: Tensor) -> Tensor:
