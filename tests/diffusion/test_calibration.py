@@ -29,7 +29,7 @@ def test_real_pictures_fall_below_as_often_as_is_said_and_alarms_are_as_rare() -
     # The share has a deviation of 1.5 %, so its mean over 400 lies within four errors.
     assert threshold.level == 3 / 151
     assert np.mean(shares) == pytest.approx(threshold.level, abs=4 * np.std(shares) / 20)
-    # At 5 %, more than 37 of 400 would come once in four thousand times.
+    # At 5 %, more than 37 of 400 would come once in seven thousand times.
     assert alarms <= 37
 
 

@@ -75,7 +75,7 @@ def test_the_error_is_welchs() -> None:
 def test_real_pictures_seldom_differ_by_three_errors() -> None:
     found = [drift(appearance(pictures(50, n)), appearance(pictures(50, 1000 + n))) for n in range(60)]
     beyond = sum(abs(s.difference) > 3 * s.standard_error for each in found for s in each.shifts.values())
-    # Of 300 at 0.4 % each (Student's t), more than 8 would come once in two thousand times.
+    # Of 300 at 0.4 % each (Student's t), more than 8 would come once in a hundred thousand times.
     assert beyond <= 8
 
 

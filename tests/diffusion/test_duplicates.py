@@ -77,7 +77,7 @@ def test_chance_alone_seldom_raises_an_alarm() -> None:
     random = torch.Generator().manual_seed(0)
     found = [duplicates(*(torch.randn(1, 250, 3, generator=random) for _ in range(2))) for _ in range(150)]
     assert np.mean([each.share for each in found]) == pytest.approx(0.01, abs=0.005)
-    # Of 150 at 1 %, more than 7 would come once in two thousand times.
+    # Of 150 at 1 %, more than 7 would come once in six thousand times.
     assert sum(each.p_value < 0.01 for each in found) <= 7
 
 

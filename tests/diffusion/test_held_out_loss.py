@@ -32,7 +32,10 @@ from diffusion.models.unet import UNet
 from diffusion.models.vae import VAE
 from diffusion.objective import Objective, Parametrization, edm
 from diffusion.process import edm_schedule
+from diffusion.text import ENCODER
+from diffusion.upscaling import shown_small
 from diffusion.variance import HALF_A_LEVEL, bound
+from tests.diffusion.captioned import MadeUp
 from tests.diffusion.ideal_denoiser import IdealDenoiser, two_tone_points
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 from tests.diffusion.small_models import header, write_model
@@ -202,6 +205,26 @@ def test_models_are_told_what_pictures_show(tmp_path: Path) -> None:
     assert not torch.equal(as_told[~unlabelled], otherwise[~unlabelled])
     plain = load_model(write_model(tmp_path / "plain", 0, 0))
     assert told_of_rows(plain, dataset, rows) == {}
+
+
+def test_models_are_told_captions_and_small_pictures_as_in_training(made_up: MadeUp, tmp_path: Path) -> None:
+    captions = ["a red square" if number % 8 == 0 else None for number in range(24)]
+    write_dataset(tmp_path / "set", random_pictures(24), 8, captions=captions)
+    dataset = Dataset.open(tmp_path / "set")
+    rows = dataset.rows("held_out")
+    shown = dataset.pictures(rows)
+    for changes, name in (({"text": True}, "text"), ({"low_resolution": 4, "conditional": False}, "low")):
+        config = ModelConfig.model_validate(header().model.model_dump() | changes)
+        about = header(config).model_copy(update={"encoder": ENCODER if name == "text" else None})
+        model = DiffusionModel(about, UNet(config, 1, 8).eval(), edm_schedule(1000))
+        told = told_of_rows(model, dataset, rows)
+        if name == "text":
+            known = [made_up(text) if text else torch.zeros(384) for text in dataset.captions(rows)]
+            assert torch.equal(told["text"], torch.stack(known))
+        else:
+            assert torch.equal(told["low"], shown_small(config, shown)["low"])
+            assert not told["level"].any()
+        assert measure(model, [(shown, told)], SAMPLING).losses.isfinite().all()
 
 
 def test_of_latents_there_is_a_loss_and_no_bits() -> None:
