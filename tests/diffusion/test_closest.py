@@ -1,0 +1,54 @@
+"""Nearest neighbours in blocks against scikit-learn's of all at once."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import NearestNeighbors
+from torch import Tensor
+
+from diffusion.evaluation import closest as module
+from diffusion.evaluation.closest import Closest, closest
+
+
+def points(count: int, seed: int, width: int = 6) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("block", [1, 500, 2**24])
+@pytest.mark.parametrize("piece", [3, 40, 130])
+def test_they_are_those_of_an_exhaustive_search_however_it_is_cut(
+    piece: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BLOCK", block)
+    ours, rows = points(70, 0), points(130, 1)
+    found = closest(ours, torch.split(rows, piece), count=5)
+    distances, numbers = NearestNeighbors(n_neighbors=5).fit(rows.numpy()).kneighbors(ours.numpy())
+    assert np.array_equal(found.rows, numbers)
+    np.testing.assert_allclose(found.distances, distances, atol=1e-3)
+
+
+def test_among_themselves_none_is_its_own_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", 600)
+    ours = points(90, 0)
+    found = closest(ours, torch.split(ours, 40), count=4, themselves=True)
+    distances, numbers = NearestNeighbors(n_neighbors=4).fit(ours.numpy()).kneighbors()
+    assert np.array_equal(found.rows, numbers)
+    np.testing.assert_allclose(found.distances, distances, atol=1e-3)
+
+
+def test_of_several_views_the_nearest_counts() -> None:
+    rows, far = points(50, 1), points(10, 2) + 10
+    found = closest(torch.stack([far, rows[:10], far]), [rows], count=3)
+    assert found.rows[:, 0].tolist() == list(range(10))
+    assert found.distances[:, 0].max() < 0.05
+    assert found.distances[:, 1].min() > 0.1
+
+
+def test_where_there_are_fewer_rows_all_are_neighbours() -> None:
+    assert closest(points(5, 0), [points(3, 1)]).rows.sort(1).values.tolist() == [[0, 1, 2]] * 5
+    assert closest(points(3, 0), [points(3, 0)], themselves=True).rows.shape == (3, 2)
+
+
+def test_the_nearest_is_measured_by_how_dense_it_is_there() -> None:
+    found = Closest(torch.tensor([[1.0, 2.0, 3.0], [0.0, 5.0, 5.0], [0.0, 0.0, 0.0]]), torch.zeros(3, 3))
+    assert found.relative.tolist() == [0.5, 0.0, 0.0]
