@@ -16,7 +16,7 @@ from flows.explain import Explained, explain
 from flows.ingest import Ingested, ingest
 from flows.params import Params
 from flows.promote import Verdict, promote
-from flows.registry import CHAMPION
+from flows.aliases import CHAMPION
 from flows.sample import Prints, draws, sample
 from flows.train import train
 
