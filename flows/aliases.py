@@ -91,8 +91,8 @@ def _copy(client: MlflowClient, history: History, versions: Mapping[int, ModelVe
                     f"{version.version} has a copy of ({tag}: {text}): put it back, or delete that tag"
                 )
     for entry, (tag, text) in zip(history.entries, copies.items(), strict=True):
-        lost = {entry.from_version} if entry.from_version != entry.to_version else set()
-        for number in {entry.version, *lost} & versions.keys():
+        concerned = {entry.version, entry.to_version, entry.from_version} if entry.moves else {entry.version}
+        for number in versions.keys() & concerned:
             if tag not in versions[number].tags:
                 client.set_model_version_tag(history.model, str(number), tag, text)
 
@@ -104,7 +104,7 @@ def _point(client: MlflowClient, history: History, versions: Mapping[int, ModelV
         number = right.get(alias)
         if number is None and alias in there:
             client.delete_registered_model_alias(history.model, alias)
-        elif number in versions and number != there.get(alias):
+        elif number is not None and number in versions and number != there.get(alias):
             client.set_registered_model_alias(history.model, alias, str(number))
 
 

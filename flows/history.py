@@ -29,11 +29,11 @@ class Evidence(Config):
     verdict: GateWord
     reason: str
     """In words and figures."""
-    figures: dict[str, FiniteFloat] = {}
+    figures: dict[str, FiniteFloat] = Field(default_factory=dict)
     """Of the version, by name."""
     eval_key: str | None = None
     """Digest of the conditions of the evaluation; None: none was needed."""
-    gate: dict[str, JsonValue] = {}
+    gate: dict[str, JsonValue] = Field(default_factory=dict)
     """The gate's configuration."""
 
 
@@ -104,6 +104,11 @@ class Entry(Config):
         return Standing(champion=self.to_version, previous=self.previous, challenger=self.challenger)
 
     @property
+    def moves(self) -> bool:
+        """Whether there is another champion after it."""
+        return self.from_version != self.to_version
+
+    @property
     def why(self) -> str:
         """The reason, in words: a person's before the gate's, and whom it overrides."""
         gate = self.evidence and f"{self.evidence.verdict}: {self.evidence.reason}"
@@ -120,11 +125,17 @@ class Entry(Config):
         said = f"{answer} by {self.approval.by}" if self.approval.by else "nobody answered who was asked to approve it"
         return f"{said}{self.approval.note and f' ({self.approval.note})'}: {words}"
 
+    def says_the_same(self, other: "Entry") -> bool:
+        """Whether both leave the same champion for the same reasons, so that one of them is enough."""
+        fields = ("what", "by_hand", "version", "weights_sha256", "to_version", "reason", "evidence", "approval")
+        same = all(getattr(self, name) == getattr(other, name) for name in fields)
+        return same and not self.moves
+
     def __str__(self) -> str:
-        if self.from_version == self.to_version:
-            move = f"{self.what} {self.version}, champion {self.to_version or 'none'}"
-        else:
+        if self.moves:
             move = f"{self.what} {self.from_version or 'none'} → {self.to_version}"
+        else:
+            move = f"{self.what} {self.version}, champion {self.to_version or 'none'}"
         return f"{move}, {self.when:%Y-%m-%d %H:%M} UTC, {self.who}: {self.why}"
 
 
@@ -191,6 +202,20 @@ class History:
     def standing(self) -> Standing:
         """Who is what now."""
         return self.head.standing if self.head else Standing()
+
+    def faster(self) -> str:
+        """Who made the newest change of champion, in words for who was slower."""
+        newest = next((entry for entry in reversed(self.entries) if entry.moves), None)
+        return f"somebody was faster: {newest}" if newest else "the ledger was emptied meanwhile"
+
+    def require_same(self, version: int, weights_sha256: str) -> None:
+        """Raise UserError if the ledger knows another model as ``version``: the registry was made anew."""
+        entry = self.about(version)
+        if entry is not None and entry.weights_sha256 != weights_sha256:
+            raise UserError(
+                f"the ledger knows other weights as version {version} of {self.model} than the registry, which was "
+                "made anew: give registry.model another name"
+            )
 
     def about(self, version: int) -> Entry | None:
         """The newest entry about ``version``."""
