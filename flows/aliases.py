@@ -24,10 +24,11 @@ def project(client: MlflowClient, ledger: Ledger) -> History:
     Raises UserError if the ledger is broken, or MLflow has copies of entries that it lacks.
     """
     while True:
+        # First, so that no copy is there of an entry that came after the ledger was read.
+        versions = _versions(ledger.model)
         history = ledger.read()
         if history.head is None:
             return history
-        versions = _versions(history.model)
         _copy(client, history, versions)
         _point(client, history, versions)
         # Somebody may have added an entry and been done with its aliases before we wrote ours.

@@ -225,7 +225,7 @@ def record(
 ) -> Verdict:
     """Commit the verdict to the ledger, then let MLflow show it: scores, card, copies of the entry, aliases."""
     client, ledger = MlflowClient(), Ledger.of(version.model)
-    history = ledger.append(lambda history: _next(history, version, judgement, approval))
+    history = ledger.append(lambda history: next_entry(history, version, judgement, approval))
     entry = history.about(version.number)
     assert entry is not None, "what is champion has an entry that says so"
     _tag(client, version, evaluation, entry)
@@ -244,7 +244,7 @@ def record(
     return verdict
 
 
-def _next(history: History, version: Version, judgement: Judgement, approval: Approval | None) -> Entry | None:
+def next_entry(history: History, version: Version, judgement: Judgement, approval: Approval | None) -> Entry | None:
     """The entry that the verdict makes; None if it is there. Raises Held if the champion is another one by now."""
     champion, evidence = history.standing.champion, judgement.evidence
     if champion == version.number:

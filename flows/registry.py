@@ -184,7 +184,7 @@ def _version(found: ModelVersion) -> Version:
     return Version(
         model=found.name,
         number=int(found.version),
-        run_id=found.run_id,
+        run_id=found.run_id or "",
         weights_sha256=found.tags.get(WEIGHTS, ""),
         tags=dict(found.tags),
     )

@@ -1,6 +1,7 @@
 """Real servers for the tests of what speaks to them."""
 
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -88,6 +89,24 @@ def bucket(store: Store) -> str:
     name = f"test-{uuid4().hex}"
     store.ensure_bucket(name)
     return name
+
+
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database of MLflow's, to be copied: to make one takes seconds, to open a copy does not."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_registered_models()
+    return path
+
+
+@pytest.fixture
+def mlflow_client(
+    s3_environment: dict[str, str], mlflow_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> MlflowClient:
+    """An MLflow of the test's own, without a server, beside ``s3_server``."""
+    shutil.copyfile(mlflow_database, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return MlflowClient()
 
 
 @pytest.fixture
