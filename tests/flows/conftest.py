@@ -1,7 +1,6 @@
 """Real servers for the tests of what speaks to them."""
 
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -92,20 +91,17 @@ def bucket(store: Store) -> str:
 
 
 @pytest.fixture(scope="session")
-def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty database of MLflow's, to be copied: to make one takes seconds, to open a copy does not."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_registered_models()
-    return path
+def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of an MLflow of the session's own, without a server: to make one takes seconds."""
+    address = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    MlflowClient(address).search_registered_models()
+    return address
 
 
 @pytest.fixture
-def mlflow_client(
-    s3_environment: dict[str, str], mlflow_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> MlflowClient:
-    """An MLflow of the test's own, without a server, beside ``s3_server``."""
-    shutil.copyfile(mlflow_database, tmp_path / "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+def mlflow_client(s3_environment: dict[str, str], mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    """This process finds the session's MLflow; each test names its models otherwise."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
     return MlflowClient()
 
 

@@ -195,8 +195,8 @@ def test_what_a_person_took_the_title_from_is_withheld_until_a_person_gives_it_b
     assert chain(*up, back, ("promote", 3, {})).withheld(2) is not None
     assert chain(*up, back, ("promote", 2, {"by_hand": True})).withheld(2) is None
     assert chain(*up, ("promote", 1, {"by_hand": True})).withheld(2) is not None
-    denied = {"evidence": WIN, "approval": Approval(approved=False, by="Ada")}
-    nobody = {"evidence": WIN, "approval": Approval(approved=False, by=None)}
+    denied: dict[str, object] = {"evidence": WIN, "approval": Approval(approved=False, by="Ada")}
+    nobody: dict[str, object] = {"evidence": WIN, "approval": Approval(approved=False, by=None)}
     assert chain(*up, ("hold", 3, denied)).withheld(3) is not None
     assert chain(*up, ("hold", 3, nobody)).withheld(3) is None
 
