@@ -86,19 +86,19 @@ def parse_model_uri(uri: str) -> tuple[str, str]:
 def resolve(client: MlflowClient, uri: str) -> Version:
     """The version that ``uri`` names now, by the ledger for the aliases that follow it; raises UserError if none."""
     name, which = parse_model_uri(uri)
+    alias = which.removeprefix("@") if which.startswith("@") else None
+    missing = UserError(f"{uri} is not in the registry: run `darkroom retrain`, or see the MLflow UI")
     try:
-        if which[1:] in ALIASES:
-            number = named(client, name, which[1:])
-            if number is None:
-                raise UserError(f"{uri} is not in the registry: run `darkroom retrain`, or see the MLflow UI")
-            return version_of(client, name, number)
-        if which.startswith("@"):
-            return _version(client.get_model_version_by_alias(name, which[1:]))
-        return version_of(client, name, int(which))
+        if alias is not None and alias not in ALIASES:
+            return _version(client.get_model_version_by_alias(name, alias))
+        number = int(which) if alias is None else named(client, name, alias)
+        if number is None:
+            raise missing
+        return version_of(client, name, number)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        raise UserError(f"{uri} is not in the registry: run `darkroom retrain`, or see the MLflow UI") from error
+        raise missing from error
 
 
 def version_of(client: MlflowClient, model: str, number: int) -> Version:
