@@ -19,6 +19,7 @@ TAKEDOWN = "darkroom.takedown"
 """Tag of runs and model versions that learned from pictures taken down since: the names of those removals."""
 NOTE = "mlflow.note.content"
 """MLflow's tag for what its UI shows as the description of a run."""
+NOTE_BEGINS = "Takedown "
 BATCH = "/batch.json"
 
 
@@ -87,7 +88,7 @@ def mark(derived: Derived, removal: Removal) -> None:
     """Tag the runs and model versions and say in their descriptions what was taken down; once, however often called."""
     client = MlflowClient()
     note = (
-        f"Takedown {removal.name}: made from pictures that were removed from data set {removal.dataset} since "
+        f"{NOTE_BEGINS}{removal.name}: made from pictures that were removed from data set {removal.dataset} since "
         f"({removal.reason})."
     )
     for run in derived.runs:
@@ -117,6 +118,11 @@ def takedowns(version: Version) -> str | None:
     """What to tell those who use ``version``: that it learned from pictures taken down since; None if it did not."""
     names = version.tags.get(TAKEDOWN)
     return names and f"{version.uri} was made from pictures that were taken down since (takedown {names}): train anew"
+
+
+def notes_in(description: str) -> list[str]:
+    """The notes on takedowns that ``mark`` left in the description of a run or a version."""
+    return [each for each in description.split("\n\n") if each.startswith(NOTE_BEGINS)]
 
 
 def warn_of_takedown(version: Version) -> None:

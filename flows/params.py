@@ -7,7 +7,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from diffusion.config import Config
+from diffusion.config import Config, unset
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.config import IngestConfig
 from diffusion.errors import UserError
@@ -27,6 +27,9 @@ class RegistryConfig(Config):
     model: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Name of the registered model and of the MLflow experiment; null: the data set's name, with that of a model.family
     other than ddpm, such as faces-vae."""
+    approval: bool = Field(False, exclude_if=unset)
+    """Whether a person must approve, in Prefect's UI, of what the gate would promote, before it becomes champion; after
+    three days without an answer it does not."""
 
 
 class Params(Config):

@@ -1,29 +1,54 @@
-"""The flow ``promote``: the best checkpoint becomes a registered version, and champion if it is better."""
+"""The flow ``promote``: the best checkpoint becomes a registered version, and champion if it is better.
 
+The gate's verdict becomes an entry of the ledger, which is the commit; what MLflow shows follows it. Killed at any
+moment and given again, the command finds the entry, or judges again.
+"""
+
+import logging
 import math
 from pathlib import Path
 
 from mlflow.client import MlflowClient
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
+from prefect.exceptions import FlowPauseTimeout
+from prefect.flow_runs import pause_flow_run
+from prefect.input import RunInput
+from prefect.runtime import flow_run
+from pydantic import Field
 
 from diffusion.config import Config
 from diffusion.data.manifest import read_manifest
-from diffusion.errors import UserError
+from diffusion.errors import Held, UserError
 from diffusion.evaluation.evaluate import evaluate_one
 from diffusion.evaluation.results import Evaluation, Judged
 from diffusion.files import sha256_file
 from diffusion.model import export, read_header
 from diffusion.training.post_hoc import AVERAGES
-from flows import registry
-from flows.derived import TAKEDOWN, takedowns
+from flows import model_card, registry
+from flows.aliases import adopted, project
+from flows.derived import TAKEDOWN
 from flows.environment import settings
 from flows.evaluate import tracker_of
+from flows.history import Approval, Entry, Evidence, GateWord, History
+from flows.ledger import Ledger
 from flows.params import Params
 from flows.progress import reporter
-from flows.registry import CHALLENGER, CHAMPION, Version
+from flows.registry import Version
 from flows.steps import step
 from flows.tracking import AUTOENCODER
+
+ANSWER_WITHIN = 72 * 3600
+"""Seconds that a person who is asked for approval has."""
+
+
+class Judgement(Config):
+    """What the gate says of a version beside the champion that there was."""
+
+    champion: int | None
+    """Whom it was judged against; the version itself if it is champion already."""
+    evidence: Evidence | None
+    """None if it is champion already."""
 
 
 class Verdict(Config):
@@ -31,7 +56,27 @@ class Verdict(Config):
 
     version: Version
     promoted: bool
+    verdict: GateWord
+    """``hold`` if the gate would promote it and a person did not approve."""
     reason: str
+    champion: int | None
+    """Who is champion now."""
+    entry: int
+    """Where the ledger says so."""
+
+    @property
+    def title(self) -> str:
+        """What the version is now, in a word."""
+        return "champion" if self.promoted else {"hold": "challenger", "reject": "rejected"}.get(self.verdict, "")
+
+
+class Answer(RunInput):
+    """What is asked in Prefect's UI before a version becomes champion."""
+
+    approved: bool
+    by: str = Field(min_length=1)
+    """Your name: it goes into the ledger."""
+    note: str = ""
 
 
 @flow(name="promote", flow_run_name="promote-{params.training.dataset}")
@@ -39,7 +84,9 @@ def promote(params: Params) -> Verdict:
     """Register the best checkpoint and let the gate decide between it and the champion."""
     evaluation = read_evaluation(params.report_folder)
     version = register(params, evaluation)
-    return decide(params, evaluation, version)
+    judgement = judge(params, evaluation, version)
+    approval = ask(version, judgement) if params.registry.approval else None
+    return record(params, evaluation, version, judgement, approval)
 
 
 def read_evaluation(folder: Path) -> Evaluation:
@@ -52,7 +99,7 @@ def read_evaluation(folder: Path) -> Evaluation:
 
 @step
 def register(params: Params, evaluation: Evaluation) -> Version:
-    """Make the best checkpoint's averaged weights a version, tagged with everything that leads back."""
+    """Make the best checkpoint's averaged weights a version, with everything that leads back as tags, and its card."""
     _require_current(params, evaluation)
     tracker = tracker_of(params)
     weights = params.run_folder / "weights.safetensors"
@@ -74,7 +121,11 @@ def register(params: Params, evaluation: Evaluation) -> Version:
         "darkroom.images": evaluation.best.images,
         "darkroom.train_key": read_header(weights)["train_key"],
     }
-    return registry.register(params.model_name, tracker.run_id, weights, params.sampling, tags, evaluation.best.images)
+    version = registry.register(
+        params.model_name, tracker.run_id, weights, params.sampling, tags, evaluation.best.images
+    )
+    model_card.write(tracker.client, params, evaluation, version, None)
+    return version
 
 
 def _require_current(params: Params, evaluation: Evaluation) -> None:
@@ -96,21 +147,28 @@ def _require_current(params: Params, evaluation: Evaluation) -> None:
 
 
 @step
-def decide(params: Params, evaluation: Evaluation, version: Version) -> Verdict:
-    """Give ``version`` the alias champion if there is none or it is better; otherwise challenger."""
+def judge(params: Params, evaluation: Evaluation, version: Version) -> Judgement:
+    """Let the gate say whether ``version`` should be champion instead of the one that the ledger names."""
     client = MlflowClient()
-    holder = registry.champion(client, params.model_name)
-    if holder is None:
-        verdict = Verdict(version=version, promoted=True, reason="first version: there was no champion")
-    elif holder.number == version.number:
-        verdict = Verdict(version=version, promoted=True, reason="it is the champion already")
+    history = adopted(client, Ledger.of(version.model))
+    history.require_same(version.number, version.weights_sha256)
+    champion = history.standing.champion
+    if champion == version.number:
+        return Judgement(champion=champion, evidence=None)
+    figures = {name: value for name, value in evaluation.metrics().items() if math.isfinite(value)}
+    verdict: GateWord
+    if entry := history.withheld(version.number):
+        verdict = "hold"
+        reason = f"a person decided against it: {entry}; `darkroom promote --to {version.number}` makes it champion"
+    elif champion is None:
+        verdict, reason = "promote", "first version: there was no champion"
     else:
-        verdict = _compare(params, evaluation, version, holder)
-    _record(client, verdict, evaluation)
-    return verdict
+        verdict, reason = _compare(params, evaluation, version, registry.version_of(client, version.model, champion))
+    evidence = Evidence(verdict=verdict, reason=reason, figures=figures, eval_key=evaluation.eval_key)
+    return Judgement(champion=champion, evidence=evidence)
 
 
-def _compare(params: Params, evaluation: Evaluation, version: Version, holder: Version) -> Verdict:
+def _compare(params: Params, evaluation: Evaluation, version: Version, holder: Version) -> tuple[GateWord, str]:
     """Both on the same held-out pictures with the same seeds: to win, merit must be better by more than its error."""
     weights = registry.fetch_weights(holder, settings().folder / "models")
     try:
@@ -124,19 +182,17 @@ def _compare(params: Params, evaluation: Evaluation, version: Version, holder: V
             evaluation.conditions.low_resolution,
         )
     except UserError as error:
-        reason = f"champion {holder.number} cannot be judged beside it: {error}"
-        return Verdict(version=version, promoted=False, reason=reason)
+        return "hold", f"champion {holder.number} cannot be judged beside it: {error}"
     ours, theirs = evaluation.best.merit, champion.merit
     uncertainty = math.hypot(ours.error, theirs.error)
     better = ours.name == theirs.name and ours.rank - theirs.rank > uncertainty
     word = "higher" if ours.sign > 0 else "lower"
-    reason = (
+    return "promote" if better else "hold", (
         f"version {version.number} {_in_figures(evaluation.best)}, champion {holder.number} "
         f"{_in_figures(champion)}, on {champion.scores.reference} held-out pictures of data set version "
         f"{evaluation.conditions.content_digest[:12]}: {'' if better else 'not '}{word} by more than the "
         f"standard error of the difference, {uncertainty:.5f}"
     )
-    return Verdict(version=version, promoted=better, reason=reason)
 
 
 def _in_figures(judged: Judged) -> str:
@@ -144,21 +200,73 @@ def _in_figures(judged: Judged) -> str:
     return f"has {merit.name} {merit.value:.5f} ± {merit.error:.5f} (n = {merit.count})"
 
 
-def _record(client: MlflowClient, verdict: Verdict, evaluation: Evaluation) -> None:
-    """Scores and reason on the version first, the alias last: an alias never lacks its reason."""
-    version = verdict.version
-    name, number = version.model, str(version.number)
-    for tag, value in evaluation.metrics().items():
-        client.set_model_version_tag(name, number, tag, f"{value:.6g}")
-    client.set_model_version_tag(name, number, "darkroom.eval_key", evaluation.eval_key)
-    if verdict.reason != "it is the champion already":
-        client.set_model_version_tag(name, number, "darkroom.gate", verdict.reason)
-        description = "\n\n".join(filter(None, (verdict.reason, takedowns(version))))
-        client.update_model_version(name, number, description=description)
-        client.set_registered_model_alias(name, CHAMPION if verdict.promoted else CHALLENGER, number)
-        if verdict.promoted and number == client.get_registered_model(name).aliases.get(CHALLENGER):
-            client.delete_registered_model_alias(name, CHALLENGER)
-    create_markdown_artifact(
-        f"**{version.uri}** is {'champion' if verdict.promoted else 'challenger'}: {verdict.reason}",
-        key="verdict",
+def ask(version: Version, judgement: Judgement) -> Approval | None:
+    """Pause the flow until a person approves in Prefect's UI of what the gate would promote; None: it would not."""
+    evidence = judgement.evidence
+    if evidence is None or evidence.verdict != "promote":
+        return None
+    logging.getLogger(__name__).info("%s waits for approval: %s", version.uri, flow_run.ui_url)
+    asked = (
+        f"**{version.uri}** would become champion instead of {judgement.champion or 'none'}.\n\n{evidence.reason}\n\n"
+        "Its card in MLflow says what it is made of."
     )
+    try:
+        answer = pause_flow_run(
+            wait_for_input=Answer.with_initial_data(description=asked), timeout=ANSWER_WITHIN, poll_interval=5
+        )
+    except FlowPauseTimeout:
+        return Approval(approved=False, by=None)
+    return Approval(approved=answer.approved, by=answer.by, note=answer.note)
+
+
+@step
+def record(
+    params: Params, evaluation: Evaluation, version: Version, judgement: Judgement, approval: Approval | None
+) -> Verdict:
+    """Commit the verdict to the ledger, then let MLflow show it: scores, card, copies of the entry, aliases."""
+    client, ledger = MlflowClient(), Ledger.of(version.model)
+    history = ledger.append(lambda history: next_entry(history, version, judgement, approval))
+    entry = history.about(version.number)
+    assert entry is not None, "what is champion has an entry that says so"
+    _tag(client, version, evaluation, entry)
+    model_card.write(client, params, evaluation, version, entry)
+    champion = project(client, ledger).standing.champion
+    promoted = champion == version.number
+    verdict = Verdict(
+        version=version,
+        promoted=promoted,
+        verdict="promote" if promoted else "reject" if entry.what == "reject" else "hold",
+        reason="it is the champion already" if judgement.evidence is None else entry.why,
+        champion=champion,
+        entry=entry.number,
+    )
+    create_markdown_artifact(f"**{version.uri}** is {verdict.title}: {verdict.reason}", key="verdict")
+    return verdict
+
+
+def next_entry(history: History, version: Version, judgement: Judgement, approval: Approval | None) -> Entry | None:
+    """The entry that the verdict makes; None if it is there. Raises Held if the champion is another one by now."""
+    champion, evidence = history.standing.champion, judgement.evidence
+    if champion == version.number:
+        return None
+    if champion != judgement.champion:
+        raise Held(
+            f"{history.faster()}; {version.uri} was judged against champion {judgement.champion or 'none'}: "
+            "run `darkroom promote` again to have it judged against the one there is now"
+        )
+    assert evidence is not None, "what is champion already makes no entry"
+    refused = approval is not None and not approval.approved
+    what = "hold" if refused else evidence.verdict
+    entry = history.then(what, version.number, version.weights_sha256, evidence=evidence, approval=approval)
+    last = history.about(version.number)
+    return None if last is not None and last.says_the_same(entry) else entry
+
+
+def _tag(client: MlflowClient, version: Version, evaluation: Evaluation, entry: Entry) -> None:
+    """Scores and reason on the version."""
+    tags = {name: f"{value:.6g}" for name, value in evaluation.metrics().items()}
+    tags["darkroom.eval_key"] = evaluation.eval_key
+    if entry.evidence is not None:
+        tags["darkroom.gate"] = entry.evidence.reason
+    for tag, value in tags.items():
+        client.set_model_version_tag(version.model, str(version.number), tag, value)

@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock
 from mlflow.client import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import RestException
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import AnyType
@@ -24,8 +24,8 @@ from diffusion.errors import UserError
 from diffusion.files import sha256_file
 from diffusion.grids import image_of, png_bytes
 from diffusion.model import Model, load_model
+from flows.aliases import ALIASES, named
 
-CHAMPION, CHALLENGER = "champion", "challenger"
 WEIGHTS = "darkroom.weights_sha256"
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
 REQUIREMENTS = ("isal", "mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "torch")
@@ -84,24 +84,26 @@ def parse_model_uri(uri: str) -> tuple[str, str]:
 
 
 def resolve(client: MlflowClient, uri: str) -> Version:
-    """The version that ``uri`` names now; raises UserError if there is none."""
+    """The version that ``uri`` names now, by the ledger for the aliases that follow it; raises UserError if none."""
     name, which = parse_model_uri(uri)
+    alias = which.removeprefix("@") if which.startswith("@") else None
+    missing = UserError(f"{uri} is not in the registry: run `darkroom retrain`, or see the MLflow UI")
     try:
-        if which.startswith("@"):
-            return _version(client.get_model_version_by_alias(name, which[1:]))
-        return _version(client.get_model_version(name, which))
-    except RestException as error:
-        raise UserError(f"{uri} is not in the registry: run `darkroom retrain`, or see the MLflow UI") from error
+        if alias is not None and alias not in ALIASES:
+            return _version(client.get_model_version_by_alias(name, alias))
+        number = int(which) if alias is None else named(client, name, alias)
+        if number is None:
+            raise missing
+        return version_of(client, name, number)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise missing from error
 
 
-def champion(client: MlflowClient, model: str) -> Version | None:
-    """The version that holds the alias champion, if any does."""
-    try:
-        return _version(client.get_model_version_by_alias(model, CHAMPION))
-    except RestException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
+def version_of(client: MlflowClient, model: str, number: int) -> Version:
+    """Version ``number`` of ``model``; raises MLflow's own exception if there is none."""
+    return _version(client.get_model_version(model, str(number)))
 
 
 def fetch_weights(version: Version, cache: Path) -> Path:
@@ -182,7 +184,7 @@ def _version(found: ModelVersion) -> Version:
     return Version(
         model=found.name,
         number=int(found.version),
-        run_id=found.run_id,
+        run_id=found.run_id or "",
         weights_sha256=found.tags.get(WEIGHTS, ""),
         tags=dict(found.tags),
     )

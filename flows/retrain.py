@@ -11,12 +11,12 @@ from diffusion.errors import UserError
 from diffusion.evaluation.evaluate import require_enough
 from diffusion.model import classes_of
 from diffusion.sampling import require_effect, require_read_whole
+from flows.aliases import CHAMPION
 from flows.evaluate import evaluate
 from flows.explain import Explained, explain
 from flows.ingest import Ingested, ingest
 from flows.params import Params
 from flows.promote import Verdict, promote
-from flows.registry import CHAMPION
 from flows.sample import Prints, draws, sample
 from flows.train import train
 
@@ -32,7 +32,7 @@ class Retrained(Config):
     report: Path
     verdict: Verdict
     prints: Prints | None
-    """None if the champion only enlarges pictures."""
+    """None if the champion only enlarges pictures, or there is none."""
     explained: Explained
 
 
@@ -55,8 +55,9 @@ def retrain(
     training = train(params, restart="if_different")
     evaluate(params)
     verdict = promote(params)
-    # The champion may be an earlier model of another kind.
-    prints = sample(params, champion, count, seed, to, asked) if draws(champion) else None
+    # The champion may be an earlier model of another kind, and there may be none yet.
+    printing = verdict.champion is not None and draws(champion)
+    prints = sample(params, champion, count, seed, to, asked) if printing else None
     explained = explain(params, verdict.version.uri, params.report_folder / "explain")
 
     return Retrained(

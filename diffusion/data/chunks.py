@@ -29,7 +29,7 @@ from diffusion.files import canonical_json, digest_of, sha256_bytes, sha256_file
 COLUMNS = (*RECORDS.names, "end", "stamp")
 """What is known of an entry: what will be its record, without verdicts on what only the whole set can tell. ``outcome``
 is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null; ``end`` is that of the sample."""
-NOT_OF_A_CHUNK = {"source", "max_quarantined", "shard_bytes", "runner", "workers", "held_out"}
+NOT_OF_A_CHUNK = {"source", "licence", "max_quarantined", "shard_bytes", "runner", "workers", "held_out"}
 """Fields of the configuration that cannot change what a chunk becomes."""
 FORMAT = 2
 """Goes up when the same pictures would become something else, so that what older code left is not taken up."""

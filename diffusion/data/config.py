@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from diffusion.config import Config
+from diffusion.config import Config, unset
 
 
 class StorageConfig(Config):
@@ -27,6 +27,9 @@ class IngestConfig(StorageConfig):
 
     source: str = "pictures/digits"
     """Where the pictures lie: a folder, tar, zip, Parquet, table of URLs, s3:// prefix … (diffusion/data/sources)."""
+    licence: str | None = Field(None, min_length=1, exclude_if=unset)
+    """What the pictures may be used for, as people say it: CC-BY-4.0, or a sentence. It is kept in the data set's
+    manifest and on every model's card; null: as it was before."""
     enlarge: bool = False
     """Whether pictures that are smaller than ``size`` are enlarged; otherwise they are refused."""
     min_size: int = Field(1, ge=1)

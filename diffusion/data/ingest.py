@@ -235,15 +235,18 @@ def _merge(
             refused = merge.reasons.total()
             progress("pictures ingested", merge.read, planned, f"{refused:,} refused" if refused else "")
         _check(merge, config)
+        kept = before if before is not None and not anew else None
         after = Manifest(
             name=folder.name,
             parent=before.digest if before else None,
             change="rebuild" if before and anew else "ingest",
             content_digest="",
             storage=config.storage(),
+            licence=config.licence or (kept and kept.licence),
             parts=merge.parts,
         )
-        if before is not None and (before.parts, before.storage) == (after.parts, after.storage):
+        same = ("parts", "storage", "licence")
+        if before is not None and all(getattr(before, name) == getattr(after, name) for name in same):
             after = before
         else:
             after = after.model_copy(update={"content_digest": index.content_digest(after)})

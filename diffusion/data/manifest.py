@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from diffusion.config import Config
+from diffusion.config import Config, unset
 from diffusion.data.config import StorageConfig
 from diffusion.errors import UserError
 from diffusion.files import digest_of, sha256_bytes, sha256_file, write_bytes
@@ -103,6 +103,8 @@ class Manifest(Config):
     content_digest: str
     """SHA-256 over the samples, sorted, and what decides how they are stored; free of history."""
     storage: StorageConfig
+    licence: str | None = Field(None, exclude_if=unset)
+    """What the pictures may be used for, if anybody said."""
     parts: list[Part]
 
     @property

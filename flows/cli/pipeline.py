@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffusion.errors import UserError
+from flows.cli.champion import Reason, show_changed
 from flows.cli.options import (
     DEFAULT_PARAMS,
     Count,
@@ -153,7 +154,7 @@ def _with_autoencoder(config: "Params") -> "Params":
 
     if registered(config) is None:
         return config
-    with joined("mlflow"):
+    with joined("mlflow", "s3"):
         from flows.first_stage import fetched
 
         return fetched(config).params
@@ -198,21 +199,40 @@ def evaluate(
 
 def promote(
     dataset: DatasetName = None,
+    version: Annotated[
+        int | None,
+        typer.Option("--to", min=1, metavar="VERSION", help="Make this version champion, whatever the gate says."),
+    ] = None,
+    reason: Reason = None,
+    taken_down: Annotated[
+        bool, typer.Option("--taken-down", help="With --to: even if pictures that it learned from were taken down.")
+    ] = False,
     params: ParamsFile = DEFAULT_PARAMS,
     overrides: Set = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """Register the best checkpoint; it becomes champion if it beats the one there, else challenger (exit 3).
 
+    With --to, a version that is registered already becomes champion by your decision, and the ledger says so.
+
     Example:  darkroom promote --dataset faces
+
+    Example:  darkroom promote --dataset faces --to 3 --reason "the hands are better"
     """
     config = load(params, overrides, dataset)
+    if version is not None:
+        with joined("mlflow", "s3"):
+            from flows import by_hand
+
+            show_changed(by_hand.promote(config.model_name, version, reason, taken_down), as_json)
+        return
+    if reason is not None or taken_down:
+        raise UserError("--reason and --taken-down are for promotions by hand: give --to VERSION as well")
     with joined("prefect", "mlflow", "s3"):
         from flows.promote import promote
 
         done = promote(config)
-    name = "champion" if done.promoted else "challenger"
-    show(done.model_dump(mode="json"), as_json, [f"{done.version.uri} is {name}: {done.reason}"])
+    show(done.model_dump(mode="json"), as_json, [f"{done.version.uri} is {done.title}: {done.reason}"])
     if not done.promoted:
         raise typer.Exit(3)
 
@@ -295,7 +315,6 @@ def retrain(
         asked = Asked(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
         done = retrain(config, count, seed, to, asked)
     verdict = done.verdict
-    name = "champion" if verdict.promoted else "challenger"
     show(
         done.model_dump(mode="json"),
         as_json,
@@ -303,11 +322,13 @@ def retrain(
             f"data set   {done.data.result.kept} pictures, content {done.data.result.content_digest[:12]}",
             f"run        {done.run_id}",
             f"report     {done.report}",
-            f"model      {verdict.version.uri}, {name}: {verdict.reason}",
+            f"model      {verdict.version.uri}, {verdict.title}: {verdict.reason}",
             *(
                 [f"prints     {done.prints.uri}", f"look at    {done.prints.contact_sheet}"]
                 if done.prints
                 else ["prints     none: this model draws small pictures large, see `darkroom upscale --help`"]
+                if verdict.champion is not None
+                else ["prints     none: there is no champion yet"]
             ),
             *(f"           {file}" for file in done.explained.files),
         ],

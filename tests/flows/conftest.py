@@ -90,6 +90,21 @@ def bucket(store: Store) -> str:
     return name
 
 
+@pytest.fixture(scope="session")
+def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of an MLflow of the session's own, without a server: to make one takes seconds."""
+    address = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    MlflowClient(address).search_registered_models()
+    return address
+
+
+@pytest.fixture
+def mlflow_client(s3_environment: dict[str, str], mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    """This process finds the session's MLflow; each test names its models otherwise."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
+    return MlflowClient()
+
+
 @pytest.fixture
 def server(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
     """The MLflow server of the test's workspace, whose artifacts this process can read as well."""

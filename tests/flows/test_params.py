@@ -200,6 +200,17 @@ def test_the_form_shows_what_each_family_takes() -> None:
     assert "schedule" not in shown[1]["properties"]
 
 
+def test_what_came_later_is_written_down_only_where_it_is_set(params: Path) -> None:
+    plain = load_params(params, []).model_dump(mode="json")
+    assert plain["registry"] == {"model": None}
+    assert "licence" not in plain["ingest"]
+    told = load_params(params, ["registry.approval=true", "ingest.licence=CC-BY-4.0"])
+    assert (told.registry.approval, told.ingest.licence) == (True, "CC-BY-4.0")
+    assert Params.model_validate(told.model_dump(mode="json")) == told
+    with pytest.raises(UserError, match=r"ingest\.licence: .*at least 1 character"):
+        load_params(params, ["ingest.licence=''"])
+
+
 def test_only_a_model_uri_is_looked_up(params: Path) -> None:
     uri = "models:/faces-vae@champion"
     assert registered(load_params(params, [f"model.autoencoder={uri}"])) == uri

@@ -1,0 +1,180 @@
+"""The model card: what a version is made of, how good it is and how it was judged, as its description in MLflow."""
+
+from collections.abc import Iterable, Iterator
+
+from mlflow.client import MlflowClient
+
+from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.evaluation.pages import count, counted, with_error
+from diffusion.evaluation.results import Evaluation
+from flows.derived import notes_in, takedowns
+from flows.history import Entry
+from flows.params import Params
+from flows.registry import Version
+
+CLASSES_SHOWN = 12
+LICENCE_UNKNOWN = "nobody said: set ingest.licence, and until then take it that the pictures' owners allow nothing"
+
+
+def write(client: MlflowClient, params: Params, evaluation: Evaluation, version: Version, entry: Entry | None) -> None:
+    """Make the card the description of ``version``; ``entry`` is of its verdict, None: it was not judged yet.
+
+    A card that has that verdict already stays as it is, with what people wrote into it; notes on takedowns stay in any
+    case.
+    """
+    found = client.get_model_version(version.model, str(version.number))
+    there = found.description or ""
+    if there if entry is None else entry.digest in there:
+        return
+    current = version.model_copy(update={"tags": dict(found.tags)})
+    text = card(params, evaluation, read_manifest(params.dataset_folder), current, entry)
+    client.update_model_version(version.model, str(version.number), description="\n\n".join([text, *notes_in(there)]))
+
+
+def card(params: Params, evaluation: Evaluation, data: Manifest, version: Version, entry: Entry | None) -> str:
+    """The card of ``version``, trained on ``data`` and judged by ``evaluation``, as Markdown."""
+    channels = "grey" if data.channels == 1 else "RGB"
+    sections = {
+        "How it was judged": _judged(entry),
+        "How good it is": _figures(evaluation),
+        "Samples": _samples(evaluation, version),
+        "Data": _data(data, version),
+        "Training": _training(params, evaluation, version),
+        "How to call it": _calls(version),
+        "Limits": _limits(data, evaluation),
+    }
+    return "\n\n".join(
+        [
+            f"# {version.model}, version {version.number}",
+            f"A model of {data.size}×{data.size} pictures ({channels}), made with Darkroom from the data set "
+            f"{data.name}.",
+            *filter(None, [takedowns(version)]),
+            *(f"## {title}\n\n{text}" for title, text in sections.items()),
+        ]
+    )
+
+
+def _judged(entry: Entry | None) -> str:
+    if entry is None:
+        return "Not yet: the gate decides next."
+    outcome = (
+        "champion" if entry.to_version == entry.version else f"not champion, which is {entry.to_version or 'none'}"
+    )
+    rows = [("outcome", outcome), ("why", entry.why)]
+    if entry.evidence is not None and entry.evidence.eval_key is not None:
+        rows.append(("evaluation", f"`{entry.evidence.eval_key}`"))
+    rows += [("when, by", f"{entry.when:%Y-%m-%d %H:%M} UTC, {entry.who}")]
+    rows += [("ledger", f"entry {entry.number}, `{entry.digest}`")]
+    return f"{_table(rows)}\n\nWhat happened to it since is in its tags `darkroom.ledger.*`."
+
+
+def _figures(evaluation: Evaluation) -> str:
+    figures, floor = evaluation.best.named(), evaluation.floor.named()
+    errors = {name: _error_of(name, figures) for name in figures}
+    taken = set(errors.values())
+    rows = [
+        (
+            name,
+            with_error(value, figures[error]) if (error := errors[name]) else f"{value:.4g}",
+            f"{floor[name]:.4g}" if name in floor else "",
+        )
+        for name, value in figures.items()
+        if name not in taken
+    ]
+    scores = evaluation.best.scores
+    return (
+        f"On {counted(scores.reference, 'held-out picture')}, by {counted(scores.samples, 'sample')}; ± is a standard "
+        "error, and the floor is what real pictures get.\n\n" + _table(rows, ("figure", "value", "floor"))
+    )
+
+
+def _error_of(name: str, figures: Iterable[str]) -> str | None:
+    """The figure that is the standard error of the figure ``name``: kid_se_efflite0 that of kid_efflite0."""
+    first, _, rest = name.partition("_")
+    return next((error for error in (f"{first}_se_{rest}", f"{name}_se") if error in figures), None)
+
+
+def _samples(evaluation: Evaluation, version: Version) -> str:
+    best = evaluation.best
+    path = f"evaluation/grids/{best.images:010d}-{best.sha256[:8]}.png"
+    shown = f"get-artifact?path={path.replace('/', '%2F')}&run_uuid={version.run_id}"
+    return f"![samples]({shown})\n\n`{path}` of run `{version.run_id}`, with the report, `evaluation/report.html`."
+
+
+def _data(data: Manifest, version: Version) -> str:
+    classes = [f"{name} ({count(number)})" for name, number in data.class_histogram.items()]
+    more = len(classes) - CLASSES_SHOWN
+    shown = ", ".join(classes[:CLASSES_SHOWN]) + (f" and {count(more)} more" if more > 0 else "")
+    rows = [
+        ("data set", data.name),
+        ("pictures", f"{count(data.counts['train'])} to learn from, {count(data.counts['held_out'])} held out"),
+        ("classes", shown or "none"),
+        ("content", f"`{data.content_digest}`"),
+        ("version", f"`{data.digest}`"),
+        (
+            "DVC",
+            f"`{version.tags['darkroom.dvc_digest']}`" if "darkroom.dvc_digest" in version.tags else "not recorded",
+        ),
+        ("licence", data.licence or LICENCE_UNKNOWN),
+    ]
+    return _table(rows)
+
+
+def _training(params: Params, evaluation: Evaluation, version: Version) -> str:
+    training, tags = params.training, version.tags
+    dirty = ", with changes that were not committed" if tags.get("darkroom.git_dirty") == "True" else ""
+    rows = [
+        ("family", params.model.family),
+        ("pictures seen", count(evaluation.best.images)),
+        ("batch, learning rate", f"{training.batch_size}, {training.learning_rate:g}"),
+        ("run", f"`{version.run_id}`: its `params.json` has the whole configuration"),
+        ("code", f"git `{tags['darkroom.git_commit']}`{dirty}" if "darkroom.git_commit" in tags else "outside of git"),
+        ("weights", f"SHA-256 `{version.weights_sha256}`"),
+    ]
+    if autoencoder := tags.get("darkroom.autoencoder"):
+        rows.append(("in the latents of", autoencoder))
+    return _table(rows)
+
+
+def _calls(version: Version) -> str:
+    return f"""```sh
+darkroom sample --model {version.uri} --count 64 --seed 0
+mlflow models serve -m {version.uri} --env-manager local --port 5001
+```
+
+```python
+import mlflow, pandas as pd
+
+model = mlflow.pyfunc.load_model("{version.uri}")
+png = model.predict(pd.DataFrame({{"seed": [0], "index": [0]}}))["png"][0]
+```"""
+
+
+def _limits(data: Manifest, evaluation: Evaluation) -> str:
+    return "\n".join(f"- {each}" for each in _limits_of(data, evaluation))
+
+
+def _limits_of(data: Manifest, evaluation: Evaluation) -> Iterator[str]:
+    scores = evaluation.best.scores
+    yield f"It draws what it was shown, at {data.size}×{data.size}, with the gaps and biases of those pictures."
+    yield "It may come close to single pictures that it learned from: mark what it draws as made by a model."
+    yield (
+        f"Its figures rest on features of {scores.extractor}: compare them only under equal conditions "
+        f"(`{evaluation.eval_key}`)."
+    )
+    classes = data.class_histogram
+    if (
+        classes
+        and (least := min(classes, key=lambda name: classes[name]))
+        and classes[least] * 10 < max(classes.values())
+    ):
+        yield f"Of class {least} it saw {counted(classes[least], 'picture')}, of others more than ten times as many."
+
+
+def _table(rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = ("", "")) -> str:
+    lines = [head, ("---",) * len(head), *(tuple(map(_cell, row)) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,49 @@
+"""Versions in a registry that weigh nothing, and a client that is killed between two writes."""
+
+from pathlib import Path
+from typing import Any
+
+from mlflow.client import MlflowClient
+
+from diffusion.files import sha256_bytes
+from flows.registry import WEIGHTS, Version, version_of
+
+WRITES = (
+    "set_registered_model_alias",
+    "delete_registered_model_alias",
+    "set_model_version_tag",
+    "update_model_version",
+)
+
+
+class Killed(BaseException):
+    """As if the process were."""
+
+
+class Mortal(MlflowClient):
+    """Dies instead of its write number ``life``, counted from 0."""
+
+    def __init__(self, life: int) -> None:
+        super().__init__()
+        self.life = life
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in WRITES:
+            self.life -= 1
+            if self.life < 0:
+                raise Killed
+        return super().__getattribute__(name)
+
+
+def add_version(client: MlflowClient, folder: Path, model: str, **tags: str) -> Version:
+    """A new version of ``model`` with weights of a few bytes, below ``folder``."""
+    if not client.search_registered_models(f"name = '{model}'"):
+        client.create_registered_model(model)
+    count = len(client.search_model_versions(f"name = '{model}'"))
+    data = f"{model} {count}".encode()
+    weights = folder / sha256_bytes(data) / "artifacts" / "weights.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(data)
+    source = weights.parents[1].as_uri()
+    made = client.create_model_version(model, source, "0" * 32, tags={WEIGHTS: sha256_bytes(data), **tags})
+    return version_of(client, model, int(made.version))

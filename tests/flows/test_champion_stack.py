@@ -1,0 +1,165 @@
+"""Who is champion, on a real stack: the command line, kills at random moments, approval in Prefect, and MLflow."""
+
+import base64
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from mlflow.client import MlflowClient
+
+from tests.flows.workspace import PARAMS, Workspace, running
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+KILLS = int(os.environ.get("KILLS", "3"))
+QUICK = {
+    "training": {**PARAMS["training"], "images": 320, "checkpoints": 1, "warmup_images": 16},
+    "evaluation": {"samples": 16, "extractor_size": 32},
+}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    """A running stack with two versions of blobs, of which the first or both were champion."""
+    with running(tmp_path_factory.mktemp("workspace"), PARAMS | QUICK, 120) as space:
+        space.json("retrain", "pictures", "--count", "1")
+        second = ("--set", "training.seed=1", "--set", "training.output=runs/second")
+        space.json("train", *second)
+        space.json("evaluate", *second)
+        process = space.start("promote", *second)
+        assert process.wait(300) in (0, 3)
+        yield space
+
+
+def aliases(server: MlflowClient, model: str = "blobs") -> dict[str, int]:
+    return {alias: int(number) for alias, number in server.get_registered_model(model).aliases.items()}
+
+
+def test_history_tells_what_rollback_and_promotion_by_hand_do_and_versions_show_it(
+    workspace: Workspace, server: MlflowClient
+) -> None:
+    before = workspace.json("history")
+    assert [entry["version"] for entry in before["entries"]] == [1, 2]
+    assert (before["entries"][0]["what"], before["entries"][0]["to_version"]) == ("promote", 1)
+    done = workspace.json("promote", "--to", "2", "--reason", "rounder")
+    assert done["version"]["number"] == 2
+    workspace.json("promote", "--to", "1", "--reason", "rounder still")
+    assert aliases(server) == {"champion": 1, "previous": 2}
+    assert workspace.json("rollback", "--reason", "three eyes")["version"]["number"] == 2
+    assert aliases(server) == {"champion": 2, "previous": 1}
+    assert workspace.json("sample", "--count", "1")["model"] == "models:/blobs/2"
+
+    after = workspace.json("history")
+    assert after["entries"][: len(before["entries"])] == before["entries"]
+    assert after["verified"] == len(after["entries"])
+    assert after["entries"][-1]["reason"] == "three eyes"
+    table = workspace.run("history")
+    assert "by hand, three eyes" in table
+    version = server.get_model_version("blobs", "1")
+    assert any("three eyes" in text for name, text in version.tags.items() if name.startswith("darkroom.ledger."))
+    for words in ("## Data", version.tags["darkroom.content_digest"], version.run_id, "first version"):
+        assert words in (version.description or "")
+    grid = (version.description or "").partition("![samples](get-artifact?path=")[2].partition("&")[0]
+    shown = {item.path for item in server.list_artifacts(version.run_id, "evaluation/grids")}
+    assert grid.replace("%2F", "/") in shown
+
+
+def test_the_gate_does_not_bring_back_what_a_person_took_the_title_from(
+    workspace: Workspace, server: MlflowClient
+) -> None:
+    workspace.json("promote", "--to", "1")
+    workspace.json("promote", "--to", "2")
+    workspace.json("rollback", "--reason", "three eyes")
+    held = workspace.json("promote", "--set", "training.seed=1", "--set", "training.output=runs/second", code=3)
+    assert (held["version"]["number"], held["verdict"]) == (2, "hold")
+    assert "three eyes" in held["reason"]
+    assert aliases(server)["champion"] == 1
+
+
+@pytest.mark.parametrize("words", [("--reason", "x"), ("--taken-down",), ("--to", "9"), ("--to", "0")])
+def test_promotions_that_make_no_sense_are_refused(workspace: Workspace, words: tuple[str, ...]) -> None:
+    workspace.run("promote", *words, code=2)
+
+
+def test_killed_at_random_moments_there_is_one_champion_and_the_same_command_ends_the_same(
+    workspace: Workspace, server: MlflowClient
+) -> None:
+    moments = random.Random(6)
+    began = time.monotonic()
+    workspace.json("promote", "--to", "2")
+    workspace.json("promote", "--to", "1")
+    duration = (time.monotonic() - began) / 2
+    champion = 1
+    for _ in range(KILLS):
+        entries = workspace.json("history")["verified"]
+        wanted = 3 - champion
+        process = workspace.start("promote", "--to", str(wanted))
+        # What writes comes last.
+        time.sleep(moments.uniform(0.5, 1) * duration)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert aliases(server)["champion"] in (1, 2)
+        found = workspace.json("history")
+        assert found["verified"] - entries in (0, 1)
+        assert aliases(server)["champion"] == found["champion"] == found["entries"][-1]["to_version"]
+        assert workspace.json("promote", "--to", str(wanted))["version"]["number"] == wanted
+        assert workspace.json("history")["verified"] == entries + 1
+        champion = wanted
+
+
+class Prefect:
+    """The workspace's Prefect server, as its UI speaks to it."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        secret = base64.b64encode(workspace.variables["PREFECT_API_AUTH_STRING"].encode()).decode()
+        self.client = httpx.Client(
+            base_url=workspace.variables["PREFECT_API_URL"], headers={"Authorization": f"Basic {secret}"}, timeout=60
+        )
+
+    def paused(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+        """The flow run that waits for input, once there is one."""
+        asked = {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}}
+        deadline = time.monotonic() + 300
+        while not (found := self.client.post("/flow_runs/filter", json=asked).json()):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        [run] = found
+        return dict(run)
+
+    def answer(self, run: dict[str, Any], **fields: object) -> httpx.Response:
+        return self.client.post(f"/flow_runs/{run['id']}/resume", json={"run_input": fields})
+
+
+def test_a_person_approves_or_does_not_before_anything_becomes_champion(
+    workspace: Workspace, server: MlflowClient
+) -> None:
+    prefect = Prefect(workspace)
+    for model, approved in (("approved", True), ("denied", False)):
+        named = ("--set", f"registry.model={model}")
+        workspace.json("train", *named)
+        workspace.json("evaluate", *named)
+        process = workspace.start("promote", *named, "--set", "registry.approval=true", "--json")
+        run = prefect.paused(process)
+        assert run["name"].startswith("promote-")
+        assert aliases(server, model) == {}
+        assert "Not yet" in (server.get_model_version(model, "1").description or "")
+        refused = prefect.answer(run, approved=approved, by="")
+        assert refused.json()["status"] == "REJECT"
+        assert prefect.answer(run, approved=approved, by="Ada", note="looked at it").is_success
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == (0 if approved else 3), err[-3000:]
+        assert "waits for approval: http" in err
+        assert "by Ada (looked at it): first version" in out
+        [entry] = workspace.json("history", *named)["entries"]
+        assert entry["approval"] == {"approved": approved, "by": "Ada", "note": "looked at it"}
+        assert aliases(server, model) == ({"champion": 1} if approved else {"challenger": 1})
+    held = workspace.json("promote", *named, "--set", "registry.approval=true", code=3)
+    assert "a person decided against it" in held["reason"]
+    assert workspace.json("promote", "--to", "1", *named)["version"]["number"] == 1

@@ -1,0 +1,226 @@
+"""The ledger: a chain that one of several writers extends, that says who is champion, and that cannot be altered."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusion.errors import Held, UserError
+from flows.history import Approval, Entry, Evidence, History, Standing, Titles, What
+from flows.ledger import Ledger
+from flows.s3 import Location, Object, Store
+
+HOLD = Evidence(verdict="hold", reason="kid 0.02 ± 0.01, not lower", figures={"kid": 0.02}, eval_key="e" * 64)
+WIN = HOLD.model_copy(update={"verdict": "promote", "reason": "kid 0.01 ± 0.001, lower"})
+
+
+@pytest.fixture
+def ledger(store: Store, bucket: str) -> Ledger:
+    return Ledger("faces", Location(bucket, "ledger/faces"), store)
+
+
+def weights_of(version: int) -> str:
+    return hashlib.sha256(str(version).encode()).hexdigest()
+
+
+def add(ledger: Ledger, what: What, version: int, **told: object) -> Entry:
+    def decide(history: History) -> Entry:
+        return history.then(what, version, weights_of(version), **told)  # type: ignore[arg-type]
+
+    head = ledger.append(decide).head
+    assert head is not None
+    return head
+
+
+def objects(ledger: Ledger) -> dict[str, bytes]:
+    bucket = ledger.place.bucket
+    return {key: ledger.store.get(bucket, key) for key in sorted(ledger.store.list_keys(bucket, "ledger/faces/"))}
+
+
+def replace(ledger: Ledger, key: str, data: bytes | None) -> None:
+    ledger.store.delete_many(ledger.place.bucket, [key])
+    if data is not None:
+        ledger.store.put_many(ledger.place.bucket, [Object(key, data)])
+
+
+def test_each_entry_is_json_that_names_the_digest_of_the_one_before(ledger: Ledger) -> None:
+    add(ledger, "promote", 1, evidence=WIN)
+    add(ledger, "hold", 2, evidence=HOLD)
+    add(ledger, "promote", 3, evidence=WIN, approval=Approval(approved=True, by="Ada"))
+    add(ledger, "rollback", 1, by_hand=True, reason="three eyes")
+    found = objects(ledger)
+    assert list(found) == [f"ledger/faces/{number:08d}.json" for number in range(1, 5)]
+    parents = [json.loads(data)["parent"] for data in found.values()]
+    assert parents == [None, *(hashlib.sha256(data).hexdigest() for data in list(found.values())[:-1])]
+    moves = [(each["from_version"], each["to_version"]) for each in map(json.loads, found.values())]
+    assert moves == [(None, 1), (1, 1), (1, 3), (3, 1)]
+    history = ledger.read()
+    assert [entry.data for entry in history.entries] == list(found.values())
+    assert ledger.head() == history.head
+    assert history.standing == Standing(champion=1, previous=None, challenger=2)
+
+
+def test_an_empty_ledger_names_nobody(ledger: Ledger) -> None:
+    assert ledger.head() is None
+    assert ledger.read() == History("faces")
+    assert ledger.read().standing == Standing()
+
+
+def test_an_altered_a_missing_and_a_forked_entry_are_named(ledger: Ledger) -> None:
+    for version in range(1, 5):
+        add(ledger, "promote", version, evidence=WIN)
+    keys, whole = list(objects(ledger)), objects(ledger)
+
+    told = json.loads(whole[keys[1]])
+    for change, words in (
+        ({"reason": "none"}, "00000003.json does not stand on the entry before it"),
+        ({"to_version": 1}, "00000002.json names other versions"),
+        ({"what": "rollback"}, "00000002.json cannot be"),
+        ({"number": 5}, "00000002.json is not as it was written"),
+        ({"model": "other"}, "00000002.json is not as it was written"),
+        ({"format_version": 2}, r"00000002\.json is no entry"),
+    ):
+        data = json.dumps(told | change, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        replace(ledger, keys[1], data)
+        with pytest.raises(UserError, match=words) as caught:
+            ledger.read()
+        assert "\n" not in str(caught.value)
+    replace(ledger, keys[1], whole[keys[1]][:-7])
+    with pytest.raises(UserError, match=r"00000002\.json is no entry"):
+        ledger.read()
+    replace(ledger, keys[1], None)
+    with pytest.raises(UserError, match=r"00000002\.json is missing, and 00000003\.json is there"):
+        ledger.read()
+    replace(ledger, keys[1], whole[keys[1]])
+    assert len(ledger.read().entries) == 4
+
+    fork = Ledger("faces", ledger.place, ledger.store).read()
+    other = History("faces", fork.entries[:2]).then("promote", 9, weights_of(9), evidence=WIN)
+    replace(ledger, keys[2], other.data)
+    with pytest.raises(UserError, match=r"00000004\.json does not stand on the entry before it"):
+        ledger.read()
+
+
+def test_of_many_at_once_each_gets_an_entry_of_its_own(ledger: Ledger) -> None:
+    add(ledger, "promote", 1)
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda version: add(ledger, "hold", version, evidence=HOLD), range(2, 8)))
+    history = ledger.read()
+    assert {entry.version for entry in history.entries[1:]} == set(range(2, 8))
+    assert history.standing == Standing(champion=1, challenger=history.entries[-1].version)
+
+
+def test_an_entry_whose_writing_was_not_confirmed_counts_once(ledger: Ledger) -> None:
+    def decide(history: History) -> Entry:
+        entry = history.then("promote", 1, weights_of(1))
+        # As a first try leaves it whose answer was lost.
+        ledger.store.put_once(ledger.place.bucket, "ledger/faces/00000001.json", entry.data)
+        return entry
+
+    assert ledger.append(decide).entries == ledger.read().entries
+    assert len(objects(ledger)) == 1
+
+
+def test_who_stood_on_what_changed_meanwhile_is_asked_again(ledger: Ledger) -> None:
+    add(ledger, "promote", 1)
+    seen = []
+
+    def decide(history: History) -> Entry:
+        seen.append(history.standing.champion)
+        if len(seen) == 1:
+            add(ledger, "promote", 2, evidence=WIN)
+        elif history.standing.champion != seen[0]:
+            raise Held(history.faster())
+        return history.then("promote", 3, weights_of(3))
+
+    with pytest.raises(Held, match=r"somebody was faster: promote 1 → 2, .*: kid 0\.01 ± 0\.001, lower"):
+        ledger.append(decide)
+    assert seen == [1, 2]
+    assert ledger.read().standing.champion == 2
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(1, 6)), max_size=30))
+def test_a_rollback_undoes_the_newest_promotion_that_was_not_undone(moves: list[int | None]) -> None:
+    titles, states = Titles(), [Standing()]
+    for version in moves:
+        if version is None:
+            if len(states) < 3:
+                continue
+            states.pop()
+            titles = titles.after("rollback", states[-1].champion or 0)
+        else:
+            states.append(Standing(champion=version, previous=states[-1].champion))
+            titles = titles.after("promote", version)
+        assert titles.standing == states[-1]
+
+
+def test_a_rollback_leads_nowhere_else() -> None:
+    titles = Titles().after("promote", 1).after("promote", 2).after("promote", 3)
+    for version in (1, 3, 4):
+        with pytest.raises(UserError, match="leads to the champion before"):
+            titles.after("rollback", version)
+    with pytest.raises(UserError):
+        Titles().after("promote", 1).after("rollback", 1)
+
+
+def test_the_challenger_was_held_last_and_is_neither_champion_nor_rejected() -> None:
+    titles = Titles().after("promote", 1).after("hold", 2)
+    assert titles.standing.challenger == 2
+    assert titles.after("promote", 3).standing.challenger == 2
+    assert titles.after("promote", 2).standing.challenger is None
+    assert titles.after("reject", 2).standing.challenger is None
+    assert titles.after("reject", 3).standing.challenger == 2
+    assert titles.after("hold", 4).standing.challenger == 4
+
+
+def chain(*moves: tuple[What, int, dict[str, object]]) -> History:
+    history = History("faces")
+    for what, version, told in moves:
+        entry = history.then(what, version, weights_of(version), **told)  # type: ignore[arg-type]
+        history = History("faces", (*history.entries, entry))
+    return history
+
+
+def test_what_a_person_took_the_title_from_is_withheld_until_a_person_gives_it_back() -> None:
+    up: list[tuple[What, int, dict[str, object]]] = [("promote", 1, {}), ("promote", 2, {})]
+    back: tuple[What, int, dict[str, object]] = ("rollback", 1, {"by_hand": True, "reason": "three eyes"})
+    hold: tuple[What, int, dict[str, object]] = ("hold", 2, {"evidence": HOLD})
+    assert chain(*up).withheld(2) is None
+    assert chain(*up).withheld(1) is None
+    assert chain(*up, back).withheld(2) is not None
+    assert chain(*up, back, hold).withheld(2) is not None
+    assert chain(*up, back, ("promote", 3, {})).withheld(2) is not None
+    assert chain(*up, back, ("promote", 2, {"by_hand": True})).withheld(2) is None
+    assert chain(*up, ("promote", 1, {"by_hand": True})).withheld(2) is not None
+    denied: dict[str, object] = {"evidence": WIN, "approval": Approval(approved=False, by="Ada")}
+    nobody: dict[str, object] = {"evidence": WIN, "approval": Approval(approved=False, by=None)}
+    assert chain(*up, ("hold", 3, denied)).withheld(3) is not None
+    assert chain(*up, ("hold", 3, nobody)).withheld(3) is None
+
+
+def test_an_entry_says_who_what_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "ada")
+    history = chain(
+        ("promote", 1, {"evidence": WIN}),
+        ("hold", 2, {"evidence": HOLD}),
+        ("promote", 2, {"evidence": HOLD, "by_hand": True, "reason": "better hands"}),
+        ("hold", 3, {"evidence": WIN, "approval": Approval(approved=False, by="Grace", note="too dark")}),
+    )
+    first, held, by_hand, denied = map(str, history.entries)
+    assert first.startswith("promote none → 1, ")
+    assert "UTC, ada@" in first
+    assert first.endswith(": kid 0.01 ± 0.001, lower")
+    assert held.startswith("hold 2, champion 1, ")
+    assert "by hand, better hands (overrides the gate: hold: kid 0.02" in by_hand
+    assert "not approved by Grace (too dark): kid 0.01" in denied
+
+
+def test_a_registry_that_was_made_anew_is_not_taken_for_the_one_that_the_ledger_knows() -> None:
+    history = chain(("promote", 1, {}))
+    history.require_same(1, weights_of(1))
+    history.require_same(2, "anything")
+    with pytest.raises(UserError, match=r"made anew: give registry\.model another name"):
+        history.require_same(1, weights_of(2))
