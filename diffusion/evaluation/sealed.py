@@ -24,14 +24,17 @@ def recall(folder: Path, key: Config, work: Callable[[], dict[str, Tensor]]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not _is_whole(path) or read_header(path) != named:
-            digest = save_tensors(path, work(), named)
-            write_bytes(_seal(path), f"{digest}\n".encode())
+            write_bytes(_seal(path), _said(save_tensors(path, work(), named)))
         return load_file(path)
 
 
 def _is_whole(path: Path) -> bool:
     seal = _seal(path)
-    return path.is_file() and seal.is_file() and sha256_file(path) == seal.read_text().strip()
+    return path.is_file() and seal.is_file() and seal.read_bytes() == _said(sha256_file(path))
+
+
+def _said(digest: str) -> bytes:
+    return f"{digest}\n".encode()
 
 
 def _seal(path: Path) -> Path:
