@@ -1,10 +1,11 @@
 """How checkpoints are judged."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from diffusion.config import Config
+from diffusion.config import Config, unset
 from diffusion.training.config import LONGEST
 
 
@@ -17,13 +18,36 @@ class EvaluationConfig(Config):
     """Averages of the weights over these shares of training are judged, too: see training.ema_lengths."""
     reference: int = Field(10_000, ge=10)
     """Held-out pictures compared with: at most this many, the first by key."""
-    extractor: Literal["efflite0"] = "efflite0"
-    """The feature network: EfficientNet-Lite0 trained on ImageNet."""
-    extractor_size: int = Field(64, ge=32, le=1024, multiple_of=32)
-    """Height and width, in pixels, that pictures get for it. Scores of two sizes do not compare."""
+    extractor: Literal["efflite0", "inception", "labels", "file"] = "efflite0"
+    """The feature network: EfficientNet-Lite0 trained on ImageNet; Inception-v3, which "FID" without more means; a
+    small classifier that learns the data set's own labels; or the network in the ONNX file at extractor_weights."""
+    extractor_size: int | None = Field(None, ge=8, le=1024, exclude_if=unset)
+    """Height and width, in pixels, that pictures get for it: of efflite0 a multiple of 32. Scores of two sizes do not
+    compare. Null: of efflite0 64, of labels the pictures' own or 32 if that is less, of a file the one it takes."""
+    extractor_weights: Path | None = Field(None, exclude_if=unset)
+    """Of file the network; of inception its weights, null: where torch-fidelity keeps them, or else fetched from where
+    it publishes them."""
     kid_subsets: int = Field(100, ge=10)
     """Random subsets over which KID is averaged."""
     kid_subset_size: int = Field(1000, ge=5)
     """Pictures per subset, of each side; at most half of the smaller side is used."""
     seed: int = Field(0, ge=0)
     """Seed of the drawn pictures and of the choice of training pictures; KID's subsets are fixed."""
+
+    @model_validator(mode="after")
+    def _means_something(self) -> "EvaluationConfig":
+        if self.extractor == "inception" and self.extractor_size is not None:
+            raise ValueError("extractor = inception sees every picture at 299 pixels: leave extractor_size out")
+        if self.extractor == "efflite0" and self.extractor_size is not None and self.extractor_size % 32:
+            raise ValueError(
+                f"extractor = efflite0 halves pictures five times, and extractor_size = {self.extractor_size} is no "
+                "multiple of 32: use 32, 64, 96, …"
+            )
+        if self.extractor == "file" and self.extractor_weights is None:
+            raise ValueError("extractor = file needs a network: set extractor_weights to the path of an .onnx file")
+        if self.extractor in ("efflite0", "labels") and self.extractor_weights is not None:
+            raise ValueError(
+                f"extractor = {self.extractor} has weights of its own and would pass extractor_weights over: leave "
+                "that out, or use inception or file"
+            )
+        return self

@@ -1,4 +1,4 @@
-"""Pictures as points in the feature space of a pretrained network."""
+"""Pictures as points in the feature space of a network."""
 
 import math
 from functools import cached_property
@@ -14,12 +14,17 @@ from torch.nn.functional import interpolate, normalize
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.inception import open_inception
+from diffusion.evaluation.labels import labels_reader
+from diffusion.evaluation.onnx_file import open_onnx
 from diffusion.files import sha256_file
 from diffusion.lanes import lanes
 from diffusion.progress import Progress, silent
 
 BATCH = 100
 """Pictures per pass through a feature network."""
+EFFLITE0_SIZE = 64
+"""Height and width, in pixels, at which EfficientNet-Lite0 sees pictures unless another is asked for."""
 CHUNK = 1000
 """Pictures read from a data set at a time."""
 
@@ -34,6 +39,14 @@ class Extractor(Protocol):
     @property
     def digest(self) -> str:
         """SHA-256 of its weights."""
+
+    @property
+    def preprocessing(self) -> str:
+        """What is done to pictures before, and to features after: name, digest and this decide what comes out."""
+
+    @property
+    def about(self) -> str:
+        """What it is, in a few words for people."""
 
     def __call__(self, pictures: Tensor) -> Tensor:
         """Features, (N, D) float32, of ``pictures``, (N, C, H, W) uint8 with C 1 or 3."""
@@ -54,6 +67,16 @@ class EfficientNetLite0:
 
     def __init__(self, size: int) -> None:
         self.size = size
+
+    @property
+    def preprocessing(self) -> str:
+        """What is done to pictures before, and to features after."""
+        return f"RGB, {self.size} px, antialiased bilinear, [-1, 1]; length sqrt(1280)"
+
+    @property
+    def about(self) -> str:
+        """What it is."""
+        return f"EfficientNet-Lite0 trained on ImageNet, pictures at {self.size} pixels"
 
     @cached_property
     def network(self) -> EfficientNet:
@@ -89,9 +112,31 @@ def load_efficientnet_lite0(weights: Path) -> EfficientNet:
 
 
 def make_extractor(config: EvaluationConfig) -> Extractor:
-    """The feature network that ``config`` names."""
-    extractors = {"efflite0": EfficientNetLite0}
-    return extractors[config.extractor](config.extractor_size)
+    """The feature network that ``config`` names, if it was trained elsewhere.
+
+    Raises UserError if it is learned from a data set, its weights cannot be had, or it is not to be used as configured.
+    """
+    match config.extractor:
+        case "efflite0":
+            return EfficientNetLite0(EFFLITE0_SIZE if config.extractor_size is None else config.extractor_size)
+        case "inception":
+            return open_inception(config.extractor_weights)
+        case "file":
+            assert config.extractor_weights is not None
+            return open_onnx(config.extractor_weights, config.extractor_size)
+        case "labels":
+            raise UserError("evaluation.extractor = labels is learned from a data set, and there is none here")
+
+
+def extractor_for(config: EvaluationConfig, dataset: Dataset, cache: Path, progress: Progress = silent) -> Extractor:
+    """The feature network that ``config`` names, to judge pictures like those of ``dataset``.
+
+    What is learned from its labels is kept in the folder ``cache``. Raises UserError as ``make_extractor`` and
+    ``labels_reader`` do.
+    """
+    if config.extractor == "labels":
+        return labels_reader(dataset, config.extractor_size, cache, progress)
+    return make_extractor(config)
 
 
 def features_of(dataset: Dataset, rows: Rows, extractor: Extractor, progress: Progress = silent) -> Tensor:

