@@ -2,8 +2,8 @@
 
     python benchmarks/gallery.py --faces faces --emoji emoji
 
-Both sources have captions, such as a folder with a ``metadata.csv``. The models are trained in ``--scratch`` by the stages of ``darkroom`` unless they lie there
-already, about half an hour on two cores in all; kill it, and go on.
+Both sources have captions, such as a folder with a ``metadata.csv``. The models are trained in ``--scratch`` by the
+stages of ``darkroom`` unless they lie there already, about half an hour on two cores in all; kill it, and go on.
 """
 
 import argparse
