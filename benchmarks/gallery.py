@@ -1,9 +1,9 @@
 """The gallery, docs/gallery.md: each task with its command and the picture it made, all by models trained here.
 
-    python benchmarks/gallery.py --faces faces-pixel-art.tar.gz --emoji emoji-google.tar.gz
+    python benchmarks/gallery.py --faces faces --emoji emoji
 
-Both sources have captions. The models are trained in ``--scratch`` by the stages of ``darkroom`` unless they lie there
-already, about half an hour on two cores in all; kill it, and go on.
+Both sources have captions, such as a folder with a ``metadata.csv``. The models are trained in ``--scratch`` by the
+stages of ``darkroom`` unless they lie there already, about half an hour on two cores in all; kill it, and go on.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from quality import darkroom
+from torch import Tensor
 
 from diffusion.data.dataset import Dataset
 from diffusion.grids import image_of
@@ -69,9 +70,9 @@ class Plate:
         return "-".join(self.title.lower().split())
 
 
-FACES = Training("faces", "faces", 32, 200_000, ("model.text=true",))
+FACES = Training("faces", "faces", 32, 100_000, ("model.text=true",))
 EMOJI = Training("emoji", "emoji", 64, 120_000, ("model.text=true",))
-LARGE = Training("faces-8-to-32", "faces", 32, 100_000, ("model.low_resolution=8",))
+LARGE = Training("emoji-16-to-64", "emoji", 64, 60_000, ("model.low_resolution=16",))
 TRAININGS = (FACES, EMOJI, LARGE)
 GUIDED = ("--set", "sampling.guidance=3")
 SMALL = ("--count", "8")
@@ -118,7 +119,7 @@ PLATES = (
     ),
     Plate(
         "Super-resolution",
-        "First the small picture, 8 by 8, then four ways in which it may have been large.",
+        "First the small picture, 16 by 16, then four ways in which it may have been large: a model of the same emoji.",
         ("upscale", "small.png", "--count", "4", "--model", LARGE.model),
     ),
 )
@@ -147,15 +148,20 @@ def main() -> None:
 
 
 def _beginnings(workspace: Path) -> None:
-    """The pictures that the plates begin with: a held-out face, the same made small, and a hole in its middle."""
-    dataset = Dataset.open(workspace / "data" / FACES.source)
-    [face] = dataset.pictures(dataset.rows("held_out")[:1])
+    """The pictures that the plates begin with: a held-out face, a hole in its middle, and a small held-out emoji."""
+    face, emoji = (_held_out(workspace / "data" / source) for source in (FACES.source, LARGE.source))
     image_of(face).save(workspace / "face.png")
-    image_of(shrunk(face[None], 8)[0]).save(workspace / "small.png")
+    image_of(shrunk(emoji[None], 16)[0]).save(workspace / "small.png")
     hole = np.zeros(face.shape[1:], np.uint8)
     quarter = hole.shape[0] // 4
     hole[quarter:-quarter, quarter:-quarter] = 255
     Image.fromarray(hole).save(workspace / "hole.png")
+
+
+def _held_out(data: Path) -> Tensor:
+    dataset = Dataset.open(data)
+    [picture] = dataset.pictures(dataset.rows("held_out")[:1])
+    return picture
 
 
 def page() -> str:

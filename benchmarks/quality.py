@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from loading import prepare, run
 from matplotlib.figure import Figure
+from PIL import Image
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
 from diffusion.data.dataset import Dataset
@@ -38,6 +39,8 @@ from flows.params import load_params
 FEATURES_AT = 64
 PEERS = ("diffusers", "denoising-diffusion-pytorch")
 SHOWN = 64
+GAP = 20
+"""Pixels between grids that lie side by side."""
 ROUNDS = 3
 """Times that each rate is measured."""
 ON_THE_WAY = 512
@@ -188,7 +191,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/quality"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of Darkroom's")
     parser.add_argument("--name", default="darkroom", help="what to call Darkroom with those settings")
-    parser.add_argument("--picture", type=Path, help="where to draw the curve of distance over minutes (PNG)")
+    parser.add_argument("--picture", type=Path, help="where to draw the curve over minutes (PNG), and NAME_grids")
     args = parser.parse_args()
 
     workspace = workspace_of(args.scratch, args.pictures, args.size)
@@ -253,6 +256,18 @@ def tell(contestants: list[Contestant], judge: "Judge", args: argparse.Namespace
     axes.spines[["top", "right"]].set_visible(False)
     if args.picture:
         args.picture.write_bytes(figure_png(figure))
+        grids = [result_of(each, args.seconds, args.samples, 0).with_suffix(".png") for each in contestants]
+        side_by_side(grids).save(args.picture.with_stem(f"{args.picture.stem}_grids"))
+
+
+def side_by_side(paths: Sequence[Path]) -> Image.Image:
+    """Grids of equal size, the first half of each."""
+    grids = [Image.open(path) for path in paths]
+    width, height = grids[0].width, grids[0].height // 2
+    sheet = Image.new(grids[0].mode, (len(grids) * width + (len(grids) - 1) * GAP, height), "white")
+    for number, each in enumerate(grids):
+        sheet.paste(each.crop((0, 0, width, height)), (number * (width + GAP), 0))
+    return sheet
 
 
 class Judge:

@@ -1,6 +1,6 @@
 """Whether pictures drawn for a caption show what it says: how often the caption is found by the picture.
 
-    python benchmarks/retrieval.py --pictures ../shared/data/emoji-google.tar.gz --minutes 30
+    python benchmarks/retrieval.py --pictures emoji --minutes 30
 
 Trains a network that is told captions, on part of the pictures, and draws one picture for each caption of the others.
 A reader of pictures, trained on the same part and on real pictures alone, then says for each drawn picture which of all
