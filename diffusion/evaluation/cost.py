@@ -34,7 +34,7 @@ def gflop(model: Model, config: SamplingConfig) -> float:
         with torch.inference_mode(), FlopCounterMode(display=False) as each:
             family_of(model.config).forward(model.network, model.noise_shape)
         operations += evaluations(config, model.schedule) * each.get_total_flops()
-    return operations / 1e9
+    return float(operations / 1e9)
 
 
 def evaluations(config: SamplingConfig, schedule: NoiseSchedule) -> int:
@@ -46,9 +46,7 @@ def evaluations(config: SamplingConfig, schedule: NoiseSchedule) -> int:
         asked += 1
         return x
 
-    denoise = count
-    if config.guides:
-        assert config.guidance is not None
-        denoise = guided(count, count, config.guidance, config.guidance_interval)
+    guidance = 1.0 if config.guidance is None else config.guidance
+    denoise = guided(count, count, guidance, config.guidance_interval)
     reversed_from_noise(denoise, levels_of(config, schedule), lambda: torch.zeros(1, 1, 1, 1), config)
     return asked

@@ -225,7 +225,8 @@ def _memorised(copies: Copies | None, evidence: Evidence, limit: float, confiden
     """Over the limit it is never promoted; and rejected only if so many are no chance, as may be of few pictures."""
     if copies is None:
         return _unmeasured("memorised", "the share of copies of training pictures")
-    words = f"copies of training pictures: {copies.share:.2%} of {count(evidence.samples)} drawn, allowed are {limit:.2%}"
+    drawn = count(evidence.samples)
+    words = f"copies of training pictures: {copies.share:.2%} of {drawn} drawn, allowed are {limit:.2%}"
     if copies.share <= limit:
         return Finding(rule="memorised", verdict=Verdict.promote, reason=words)
     if copies.p_value <= 1 - confidence:

@@ -1,0 +1,380 @@
+"""The trial: challenger against champion under the same conditions, the evidence, and what the gate decides.
+
+Both draw the same picture numbers of a seed of their own, and are compared with the same held-out pictures on the same
+features. The seed is another than that by which the checkpoint was chosen: the best of many looks better than it is on
+the very pictures that it was chosen by. What is left is that it was chosen by the same held-out pictures, as was the
+champion in its time.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from pydantic import Field, FiniteFloat
+from torch import Tensor
+
+from diffusion.config import Config, unset
+from diffusion.config_sampling import SamplingConfig
+from diffusion.data.dataset import Dataset
+from diffusion.errors import UserError
+from diffusion.evaluation.bootstrap import SPLITS, Figure, Replicates, replicates
+from diffusion.evaluation.bootstrap.neighbourhoods import FEWEST
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.estimate import Estimate, Interval
+from diffusion.evaluation.evaluate import require_enough
+from diffusion.evaluation.evidence import Figures, distance_headline, recall_difference, reconstruction_headline
+from diffusion.evaluation.features import extractor_for
+from diffusion.evaluation.gate import Copies, Cost, Decision, Evidence, GateConfig, WorstClass, decide
+from diffusion.evaluation.metrics import Scores, judge
+from diffusion.evaluation.per_class import ClassScores
+from diffusion.evaluation.portrait import FeaturesOfDrawnKey, Portrait, Portrayed, portray
+from diffusion.evaluation.real import Real
+from diffusion.evaluation.reference import FeaturesKey
+from diffusion.evaluation.sealed import recall
+from diffusion.files import digest_of, write_json
+from diffusion.model import ModelHeader, read_model_header
+from diffusion.progress import Progress, silent
+
+CONFIDENCE = 0.95
+"""Of intervals, two-sided."""
+SHOWN = 64
+"""Pictures of each set to be looked at."""
+REMEMBERED = "judged"
+"""Folder beside the trial in which all that took long is kept."""
+
+
+class Circumstances(Config):
+    """All that two models have in common in a trial."""
+
+    format_version: Literal[1] = 1
+    """Grows when preprocessing, the choice of pictures or a formula changes."""
+    content_digest: str
+    """Of the data set, whose held-out pictures are the reference."""
+    extractor: str
+    extractor_digest: str
+    preprocessing: str
+    evaluation: EvaluationConfig
+    """With the seed of the trial, which is 1 more than that by which checkpoints are chosen."""
+    sampling: SamplingConfig
+    low_resolution: int | None = Field(None, exclude_if=unset)
+    """Height and width of the held-out pictures that models were shown, to enlarge them; None: they were shown none."""
+
+    @property
+    def key(self) -> str:
+        """Digest of the circumstances."""
+        return digest_of(self.model_dump(mode="json", exclude_none=True))
+
+
+class Measured(Config):
+    """A figure with its error."""
+
+    value: FiniteFloat
+    error: FiniteFloat
+    """Its standard error, over other pictures drawn and held out."""
+    interval: Interval
+
+    @classmethod
+    def of(cls, estimate: Estimate) -> "Measured":
+        """What ``estimate`` says, with confidence CONFIDENCE."""
+        return cls(value=estimate.value, error=estimate.error, interval=estimate.interval(CONFIDENCE))
+
+
+class Side(Config):
+    """One of those who are compared."""
+
+    portrait: Portrait
+    figures: dict[str, Measured]
+    """Distances and shares by name, such as kid_efflite0; none: there are too few pictures for errors."""
+
+    def named(self) -> dict[str, float]:
+        """All figures under names that say what they are; ends of intervals end in _low and _high."""
+        low = {f"{name}_low": each.interval.low for name, each in self.figures.items()}
+        return self.portrait.named() | low | {f"{name}_high": each.interval.high for name, each in self.figures.items()}
+
+
+class Trial(Config):
+    """Two models compared, and the verdict."""
+
+    circumstances: Circumstances
+    key: str
+    """``circumstances.key``: figures compare only where it is equal."""
+    gate: GateConfig
+    challenger: Side
+    champion: Side | None
+    """None: there was none, or it could not be portrayed."""
+    floor: Scores
+    """What training pictures get in the place of drawn ones."""
+    evidence: Evidence
+    decision: Decision
+
+    @property
+    def reason(self) -> str:
+        """Those of the verdict, in words and figures."""
+        return "; ".join(self.decision.reasons)
+
+    def named(self) -> dict[str, float]:
+        """The challenger's figures, and under prefixes the champion's and the floor's."""
+        figures = self.challenger.named()
+        if self.champion is not None:
+            figures |= {f"champion_{name}": value for name, value in self.champion.named().items()}
+        return figures | {f"floor_{name}": value for name, value in self.floor.named().items()}
+
+
+@dataclass(frozen=True)
+class Exhibits:
+    """Pictures that show what a trial was about, each (N, C, H, W) uint8."""
+
+    real: Tensor
+    """Held-out ones; of models that enlarge, those that they were shown small."""
+    challenger: Tensor
+    """The first that it drew."""
+    champion: Tensor | None
+    """The same picture numbers of the champion."""
+    drawn: Tensor
+    """Those of the challenger that lie closest to training pictures, in the order of ``memorisation.pairs``."""
+    training: Tensor
+    """The training pictures that they lie closest to."""
+
+
+class ReplicatesKey(Config):
+    """All that figures on halves depend on."""
+
+    kind: Literal["replicates"] = "replicates"
+    format_version: Literal[1] = 1
+    """Grows when figures or halves come out another way."""
+    drawn: tuple[FeaturesOfDrawnKey, ...]
+    floor_seed: int
+    training: FeaturesKey
+    compared: FeaturesKey
+    splits: int
+
+
+def trial(
+    challenger: Path,
+    champion: Path | None,
+    data: Path,
+    config: EvaluationConfig,
+    sampling: SamplingConfig,
+    gate: GateConfig,
+    output: Path,
+    progress: Progress = silent,
+) -> tuple[Trial, Exhibits]:
+    """Compare the model files ``challenger`` and ``champion`` (None: there is none) by the data set in ``data``.
+
+    ``config`` is what the challenger was chosen by; the trial draws with ``config.seed`` + 1. Written into ``output``:
+    ``trial.json``. What took long is remembered in ``judged`` there, so the same call after a kill goes on, and the
+    champion is not drawn again unless something differs.
+
+    A champion that cannot be compared (of another family, shape or task, or one that cannot draw so), and sets too
+    small for errors, hold the challenger with the reason. Raises UserError if the challenger cannot be judged.
+    """
+    require_enough(data)
+    header, config = read_model_header(challenger), config.model_copy(update={"seed": config.seed + 1})
+    folder, dataset = output / REMEMBERED, Dataset.open(data)
+    require_shape(challenger, header, dataset)
+    extractor = extractor_for(config, dataset, folder, progress)
+    low = header.model.low_resolution
+    real = Real(dataset, extractor, config.reference, config.samples, folder, low, progress)
+    ours = portray(challenger, real, config, sampling, folder, progress)
+    theirs, unlike = _opponent(champion, header, real, config, sampling, folder, progress)
+    sides = [ours] if theirs is None else [ours, theirs]
+    figures = _replicates(sides, real, config.seed, folder, progress)
+    if theirs is not None and not figures and header.model.family != "vae":
+        unlike = _too_few(ours, real)
+    circumstances = Circumstances(
+        content_digest=dataset.manifest.content_digest,
+        extractor=extractor.name,
+        extractor_digest=extractor.digest,
+        preprocessing=extractor.preprocessing,
+        evaluation=config,
+        sampling=sampling,
+        low_resolution=low,
+    )
+    evidence = evidence_of(ours, theirs, figures, real, gate, champion is not None, unlike)
+    found = Trial(
+        circumstances=circumstances,
+        key=circumstances.key,
+        gate=gate,
+        challenger=_side(ours, figures[0] if figures else {}, extractor.name),
+        champion=theirs and _side(theirs, figures[1] if figures else {}, extractor.name),
+        floor=judge(
+            real.floor(config.seed), real.reference, extractor.name, config.kid_subsets, config.kid_subset_size
+        ),
+        evidence=evidence,
+        decision=decide(evidence, gate),
+    )
+    write_json(output / "trial.json", json.loads(found.model_dump_json()))
+    return found, _exhibits(ours, theirs, real)
+
+
+def require_shape(path: Path, header: ModelHeader, dataset: Dataset) -> None:
+    """Raise UserError unless the model in the file ``path`` makes pictures of the shape of those in ``dataset``."""
+    shape = header.channels, header.size, header.size
+    if shape != dataset.shape:
+        theirs, ours = ("×".join(map(str, each)) for each in (shape, dataset.shape))
+        raise UserError(
+            f"{path} draws pictures of {theirs} and {dataset.folder} holds {ours} (channels × height × width): judge "
+            "it by the data set it was trained on"
+        )
+
+
+def require_alike(champion: ModelHeader, challenger: ModelHeader) -> None:
+    """Raise UserError, with the reason, if the two do not do the same."""
+    theirs, ours = champion.model, challenger.model
+    if theirs.family != ours.family:
+        raise UserError(f"it is a {theirs.family} and the challenger a {ours.family}, which no one figure compares")
+    if theirs.low_resolution != ours.low_resolution:
+        they, we = (
+            f"enlarges from {low} pixels" if low else "draws from nothing"
+            for low in (theirs.low_resolution, ours.low_resolution)
+        )
+        raise UserError(f"it {they} and the challenger {we}: figures say nothing of two tasks")
+
+
+def _opponent(
+    path: Path | None,
+    challenger: ModelHeader,
+    real: Real,
+    config: EvaluationConfig,
+    sampling: SamplingConfig,
+    folder: Path,
+    progress: Progress,
+) -> tuple[Portrayed | None, str | None]:
+    """The champion, or why it cannot be compared; neither: there is none."""
+    if path is None:
+        return None, None
+    try:
+        header = read_model_header(path)
+        require_alike(header, challenger)
+        require_shape(path, header, real.dataset)
+        return portray(path, real, config, sampling, folder, progress), None
+    except UserError as error:
+        return None, f"the champion cannot be judged beside it: {error}"
+
+
+def _too_few(ours: Portrayed, real: Real) -> str:
+    return (
+        f"too few pictures to tell the two apart: {len(ours.features)} drawn and {len(real.compared)} held out, and "
+        f"errors need {FEWEST} of either: draw more with evaluation.samples, or hold more out with ingest.held_out"
+    )
+
+
+def _replicates(
+    sides: list[Portrayed], real: Real, seed: int, folder: Path, progress: Progress
+) -> list[dict[Figure, Replicates]]:
+    """Figures on halves of each of the ``sides``, and last of the floor's pictures; none: there are too few."""
+    floor, reference = real.floor(seed), real.reference.features
+    sets = [*(each.features for each in sides), floor]
+    if min(map(len, (*sets, reference))) < FEWEST:
+        return []
+
+    def work() -> dict[str, Tensor]:
+        found = replicates(sets, reference, SPLITS, progress)
+        return {
+            f"{number}/{figure}/{part}": value
+            for number, each in enumerate(found)
+            for figure, some in each.items()
+            for part, value in (
+                ("values", torch.cat([some.halves.flatten(), torch.tensor([some.whole], dtype=torch.float64)])),
+                ("extrapolated", torch.tensor(some.extrapolated)),
+            )
+        }
+
+    key = ReplicatesKey(
+        drawn=tuple(each.key for each in sides),
+        floor_seed=seed,
+        training=real.training_key,
+        compared=real.compared_key,
+        splits=SPLITS,
+    )
+    kept = recall(folder, key, work)
+    return [
+        {
+            figure: Replicates.of(
+                figure,
+                kept[f"{number}/{figure}/values"],
+                len(some),
+                len(reference),
+                bool(kept[f"{number}/{figure}/extrapolated"]),
+            )
+            for figure in get_args(Figure)
+        }
+        for number, some in enumerate(sets)
+    ]
+
+
+def evidence_of(
+    ours: Portrayed,
+    theirs: Portrayed | None,
+    figures: Sequence[Figures],
+    real: Real,
+    gate: GateConfig,
+    has_champion: bool,
+    incomparable: str | None,
+) -> Evidence:
+    """What the gate goes by; ``figures``: of the challenger, the champion and the floor."""
+    drawn = ours.portrait.family != "vae"
+    copied = ours.portrait.memorisation
+    samples, reference = len(ours.features), len(real.compared)
+    evidence = Evidence(
+        judged="drawn" if drawn else "reconstructed",
+        samples=samples if drawn else len(real.held_out),
+        reference=reference,
+        has_champion=has_champion,
+        incomparable=incomparable,
+        memorised=Copies(share=copied.excess, p_value=copied.p_value) if drawn else None,
+    )
+    if theirs is None or incomparable is not None:
+        return evidence
+    if not drawn:
+        assert ours.psnr is not None
+        assert theirs.psnr is not None
+        return evidence.model_copy(update={"headline": reconstruction_headline(ours.psnr, theirs.psnr)})
+    challenger, champion, floor = figures
+    return evidence.model_copy(
+        update={
+            "headline": distance_headline(challenger, champion, floor, real.extractor.name, gate),
+            "recall": recall_difference(challenger, champion),
+            "worst_class": _worst_class(ours.portrait, theirs.portrait),
+            "cost": Cost(challenger=ours.portrait.gflop, champion=theirs.portrait.gflop, unit="GFLOP"),
+        }
+    )
+
+
+def _worst_class(ours: Portrait, theirs: Portrait) -> WorstClass | None:
+    """None if either was told no classes, or has too few pictures of each."""
+    if ours.per_class is None or theirs.per_class is None:
+        return None
+    challenger, champion = ours.per_class.worst, theirs.per_class.worst
+    if challenger is None or champion is None:
+        return None
+    return WorstClass(
+        challenger=_distance(challenger),
+        champion=_distance(champion),
+        challenger_class=challenger.name,
+        champion_class=champion.name,
+    )
+
+
+def _distance(scores: ClassScores) -> Estimate:
+    freedom = min(scores.samples, scores.reference) - 1
+    return Estimate(value=scores.kid, error=scores.kid_se, freedom=freedom)
+
+
+def _side(portrayed: Portrayed, figures: Mapping[Figure, Replicates], extractor: str) -> Side:
+    found = {f"{figure}_{extractor}": Measured.of(each.estimate) for figure, each in figures.items()}
+    return Side(portrait=portrayed.portrait, figures=found)
+
+
+def _exhibits(ours: Portrayed, theirs: Portrayed | None, real: Real) -> Exhibits:
+    pairs = ours.portrait.memorisation.pairs
+    return Exhibits(
+        real=real.dataset.pictures((real.shown if len(real.shown) else real.held_out)[:SHOWN]),
+        challenger=ours.pictures[:SHOWN],
+        champion=None if theirs is None else theirs.pictures[:SHOWN],
+        drawn=ours.pictures[[pair.drawn for pair in pairs]],
+        training=real.dataset.pictures(real.train[[pair.training for pair in pairs]]),
+    )
