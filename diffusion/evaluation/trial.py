@@ -42,6 +42,8 @@ CONFIDENCE = 0.95
 """Of intervals, two-sided."""
 SHOWN = 64
 """Pictures of each set to be looked at."""
+TRIAL = "trial.json"
+"""What is written, in the folder of the evaluation."""
 REMEMBERED = "judged"
 """Folder beside the trial in which all that took long is kept."""
 
@@ -164,9 +166,9 @@ def trial(
 ) -> tuple[Trial, Exhibits]:
     """Compare the model files ``challenger`` and ``champion`` (None: there is none) by the data set in ``data``.
 
-    ``config`` is what the challenger was chosen by; the trial draws with ``config.seed`` + 1. Written into ``output``:
-    ``trial.json``. What took long is remembered in ``judged`` there, so the same call after a kill goes on, and the
-    champion is not drawn again unless something differs.
+    ``config`` is what the challenger was chosen by; the trial draws with ``config.seed`` + 1. Written into ``output``,
+    at last: ``trial.json``. What took long is remembered in ``judged`` there: the same call after a kill goes on, and
+    the champion is not drawn again unless something differs.
 
     A champion that cannot be compared (of another family, shape or task, or one that cannot draw so), and sets too
     small for errors, hold the challenger with the reason. Raises UserError if the challenger cannot be judged.
@@ -206,7 +208,7 @@ def trial(
         evidence=evidence,
         decision=decide(evidence, gate),
     )
-    write_json(output / "trial.json", json.loads(found.model_dump_json()))
+    write_json(output / TRIAL, json.loads(found.model_dump_json()))
     return found, _exhibits(ours, theirs, real)
 
 

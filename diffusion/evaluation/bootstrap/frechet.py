@@ -35,39 +35,43 @@ class Sums:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Fitted to ``rows`` (n,) of ``features``, (N, D), the sums of which are known."""
+    """Fitted to ``rows`` (n,) of ``features``, (N, D)."""
 
     features: Tensor
     rows: Tensor
-    sums: Sums
+    sums: Sums | None
+    """Over these rows; None: they are no more than dimensions, and say less than the sums take to compute."""
 
     @cached_property
     def mean(self) -> Tensor:
         """(D,)."""
+        if self.sums is None:
+            return self.features[self.rows].double().mean(0)
         mean: Tensor = self.sums.first / self.sums.count
         return mean
 
     @cached_property
     def covariance(self) -> Tensor:
-        """(D, D)."""
+        """(D, D); there must be sums."""
+        assert self.sums is not None
         n = self.sums.count
         covariance: Tensor = (self.sums.second - n * torch.outer(self.mean, self.mean)) / (n - 1)
         return covariance
 
-    @property
-    def few(self) -> bool:
-        """Whether there are no more rows than dimensions."""
-        return len(self.rows) <= self.features.shape[1]
-
     @cached_property
     def root(self) -> Tensor:
         """R with RᵀR the covariance: (min(n, D), D)."""
-        if self.few:
+        if self.sums is None:
             centred = self.features[self.rows].double() - self.mean
-            return centred.div_(math.sqrt(self.sums.count - 1))
+            return centred.div_(math.sqrt(len(self.rows) - 1))
         values, vectors = torch.linalg.eigh(self.covariance)
         root: Tensor = (vectors * values.clamp(min=0).sqrt()).T
         return root
+
+    @cached_property
+    def variance(self) -> Tensor:
+        """The trace of the covariance."""
+        return self.root.square().sum() if self.sums is None else self.covariance.trace()
 
 
 def frechet(
@@ -106,11 +110,17 @@ def frechet(
 
 
 def distance(x: Gaussian, y: Gaussian) -> Tensor:
-    """|μ_x − μ_y|² + tr Σ_x + tr Σ_y − 2 tr (Σ_x Σ_y)^½, where with a root R of Σ_x the last is tr (R Σ_y Rᵀ)^½."""
-    first, second = (x, y) if x.few else (y, x)
-    shared = torch.linalg.eigvalsh(first.root @ second.covariance @ first.root.T).clamp(min=0).sqrt().sum()
+    """|μ_x − μ_y|² + tr Σ_x + tr Σ_y − 2 tr (Σ_x Σ_y)^½, where with a root R of Σ_x the last is tr (R Σ_y Rᵀ)^½.
+
+    With a root S of Σ_y besides it is the sum of the singular values of R Sᵀ.
+    """
+    first, second = (x, y) if x.sums is None else (y, x)
+    if second.sums is None:
+        shared = torch.linalg.svdvals(first.root @ second.root.T).sum()
+    else:
+        shared = torch.linalg.eigvalsh(first.root @ second.covariance @ first.root.T).clamp(min=0).sqrt().sum()
     apart = (x.mean - y.mean).square().sum()
-    squared: Tensor = apart + x.covariance.trace() + y.covariance.trace() - 2 * shared
+    squared: Tensor = apart + x.variance + y.variance - 2 * shared
     return squared
 
 
@@ -120,13 +130,16 @@ class _Halved:
     def __init__(self, features: Tensor, stream: Literal["samples", "reference"], splits: int) -> None:
         self.features = features
         self.members = halves(len(features), stream, splits)
-        everything = torch.arange(len(features))
-        self.whole = Gaussian(features, everything, _sums(features, everything))
-        self.both = _sums(features, everything[: len(features) // 2 * 2])
+        count, width = features.shape
+        everything = torch.arange(count)
+        self.whole = Gaussian(features, everything, None if count <= width else _sums(features, everything))
+        self.both = None if count // 2 <= width else _sums(features, everything[: count // 2 * 2])
 
     def at(self, split: int) -> tuple[Gaussian, Gaussian]:
         """The Gaussians of both halves of a cut."""
         first, second = (self.members[2 * split + half].nonzero()[:, 0] for half in (0, 1))
+        if self.both is None:
+            return Gaussian(self.features, first, None), Gaussian(self.features, second, None)
         of_first = _sums(self.features, first)
         of_second = self.both.without(of_first)
         return Gaussian(self.features, first, of_first), Gaussian(self.features, second, of_second)
