@@ -38,7 +38,7 @@ from flows.params import Params
 from flows.progress import reporter
 from flows.registry import Version
 from flows.steps import step
-from flows.tracking import AUTOENCODER
+from flows.tracking import AUTOENCODER, RunTracker
 
 ANSWER_WITHIN = 72 * 3600
 """Seconds that a person who is asked for approval has."""
@@ -177,7 +177,7 @@ def judge(params: Params, evaluation: Evaluation, version: Version) -> Judgement
         params.report_folder,
         reporter(),
     )
-    tracker_of(params).log_file(params.report_folder / TRIAL, "evaluation")
+    RunTracker(client, version.run_id).log_file(params.report_folder / TRIAL, "evaluation")
     evidence = Evidence(
         verdict=found.decision.verdict.value,
         reason=found.reason,

@@ -172,7 +172,7 @@ def test_a_trial_that_was_cut_short_goes_on_to_the_same_bytes(data: Path, models
 
 
 def test_autoencoders_are_compared_by_what_comes_back_of_each_held_out_picture(data: Path, tmp_path: Path) -> None:
-    paths = [write_autoencoder(tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2)]
+    paths = [write_autoencoder(tmp_path / f"{spread}.safetensors", 1, spread) for spread in (0.02, 0.5)]
     sampling = SamplingConfig(compute_batch=16, precision="fp32")
     verdicts = {}
     for challenger, champion in (paths, paths[::-1]):
