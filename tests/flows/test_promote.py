@@ -55,9 +55,7 @@ class Candidate:
         where = experiment.experiment_id if experiment else client.create_experiment(params.model_name)
         run_id = client.create_run(where).info.run_id
         folder = Path.cwd() / "registry"
-        self.version: Version = add_version(
-            client, folder, params.model_name, data=weights.read_bytes(), run_id=run_id
-        )
+        self.version: Version = add_version(client, folder, params.model_name, data=weights.read_bytes(), run_id=run_id)
         self.evaluation = an_evaluation([0.02])
 
     def judged(self) -> Judgement:
@@ -119,9 +117,7 @@ def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_led
     assert "100 % look like copies of training pictures" in section(card, "Limits")
 
 
-def test_what_a_person_took_the_title_from_is_held_without_a_trial(
-    mlflow_client: MlflowClient, params: Params
-) -> None:
+def test_what_a_person_took_the_title_from_is_held_without_a_trial(mlflow_client: MlflowClient, params: Params) -> None:
     first = Candidate(mlflow_client, params, 1, good(48, 5000))
     first.committed()
     second = Candidate(mlflow_client, params, 2, good(48, 6000))
@@ -131,9 +127,7 @@ def test_what_a_person_took_the_title_from_is_held_without_a_trial(
     back = first.version.weights_sha256
     head = ledger.read().head
     assert head is not None
-    ledger.append(
-        lambda history: history.then("rollback", 1, back, by_hand=True) if history.head == head else None
-    )
+    ledger.append(lambda history: history.then("rollback", 1, back, by_hand=True) if history.head == head else None)
     held = second.judged()
     assert held.evidence is not None
     assert (held.champion, held.evidence.verdict, held.trial) == (1, "hold", None)

@@ -40,7 +40,7 @@ class Gaussian:
     features: Tensor
     rows: Tensor
     sums: Sums | None
-    """Over these rows; None: they are no more than dimensions, and say less than the sums take to compute."""
+    """Over these rows; None: they are few."""
 
     @cached_property
     def mean(self) -> Tensor:
@@ -52,11 +52,22 @@ class Gaussian:
 
     @cached_property
     def covariance(self) -> Tensor:
-        """(D, D); there must be sums."""
-        assert self.sums is not None
+        """(D, D)."""
+        assert self.sums is not None, "of few rows the root says all"
         n = self.sums.count
         covariance: Tensor = (self.sums.second - n * torch.outer(self.mean, self.mean)) / (n - 1)
         return covariance
+
+    @property
+    def few(self) -> bool:
+        """Whether there are no more rows than dimensions, so that all is done by the rows and faster."""
+        return self.sums is None
+
+    @cached_property
+    def trace(self) -> Tensor:
+        """Of the covariance."""
+        trace: Tensor = self.root.square().sum() if self.few else self.covariance.trace()
+        return trace
 
     @cached_property
     def root(self) -> Tensor:
@@ -67,11 +78,6 @@ class Gaussian:
         values, vectors = torch.linalg.eigh(self.covariance)
         root: Tensor = (vectors * values.clamp(min=0).sqrt()).T
         return root
-
-    @cached_property
-    def variance(self) -> Tensor:
-        """The trace of the covariance."""
-        return self.root.square().sum() if self.sums is None else self.covariance.trace()
 
 
 def frechet(
@@ -112,15 +118,15 @@ def frechet(
 def distance(x: Gaussian, y: Gaussian) -> Tensor:
     """|μ_x − μ_y|² + tr Σ_x + tr Σ_y − 2 tr (Σ_x Σ_y)^½, where with a root R of Σ_x the last is tr (R Σ_y Rᵀ)^½.
 
-    With a root S of Σ_y besides it is the sum of the singular values of R Sᵀ.
+    With one of Σ_y, too, that is the sum of the singular values of the product of the roots.
     """
-    first, second = (x, y) if x.sums is None else (y, x)
-    if second.sums is None:
+    first, second = (x, y) if x.few else (y, x)
+    if second.few:
         shared = torch.linalg.svdvals(first.root @ second.root.T).sum()
     else:
         shared = torch.linalg.eigvalsh(first.root @ second.covariance @ first.root.T).clamp(min=0).sqrt().sum()
     apart = (x.mean - y.mean).square().sum()
-    squared: Tensor = apart + x.variance + y.variance - 2 * shared
+    squared: Tensor = apart + x.trace + y.trace - 2 * shared
     return squared
 
 
@@ -130,19 +136,22 @@ class _Halved:
     def __init__(self, features: Tensor, stream: Literal["samples", "reference"], splits: int) -> None:
         self.features = features
         self.members = halves(len(features), stream, splits)
-        count, width = features.shape
-        everything = torch.arange(count)
-        self.whole = Gaussian(features, everything, None if count <= width else _sums(features, everything))
-        self.both = None if count // 2 <= width else _sums(features, everything[: count // 2 * 2])
+        everything = torch.arange(len(features))
+        self.whole = self._of(everything)
+        half = len(features) // 2
+        self.both = None if half <= features.shape[1] else _sums(features, everything[: 2 * half])
 
     def at(self, split: int) -> tuple[Gaussian, Gaussian]:
         """The Gaussians of both halves of a cut."""
         first, second = (self.members[2 * split + half].nonzero()[:, 0] for half in (0, 1))
-        if self.both is None:
-            return Gaussian(self.features, first, None), Gaussian(self.features, second, None)
-        of_first = _sums(self.features, first)
-        of_second = self.both.without(of_first)
-        return Gaussian(self.features, first, of_first), Gaussian(self.features, second, of_second)
+        of_first = self._of(first)
+        if of_first.sums is None or self.both is None:
+            return of_first, self._of(second)
+        return of_first, Gaussian(self.features, second, self.both.without(of_first.sums))
+
+    def _of(self, rows: Tensor) -> Gaussian:
+        few = len(rows) <= self.features.shape[1]
+        return Gaussian(self.features, rows, None if few else _sums(self.features, rows))
 
 
 def _sums(features: Tensor, rows: Tensor) -> Sums:
