@@ -1,6 +1,7 @@
 """What the flow ``promote`` makes of a trial: words and figures for the ledger, and for the card of the version."""
 
 import json
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.trial import Trial
 from flows import model_card
+from flows.history import History
 from flows.ledger import Ledger
 from flows.params import Params
 from flows.promote import Judgement, judge, next_entry
@@ -114,21 +116,17 @@ def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_led
     card = model_card.card(params, third.evaluation, data, third.version, entry, copier.trial)
     assert rows(card, "How good it is")["copies_share"][0] == "100.00%"
     assert "copies of training pictures" in rows(card, "How it was judged")["why"][0]
+    assert rows(card, "How it was judged", 1)["memorised"][0] == "reject"
     assert "100 % look like copies of training pictures" in section(card, "Limits")
 
 
 def test_what_a_person_took_the_title_from_is_held_without_a_trial(mlflow_client: MlflowClient, params: Params) -> None:
-    first = Candidate(mlflow_client, params, 1, good(48, 5000))
-    first.committed()
-    second = Candidate(mlflow_client, params, 2, good(48, 6000))
+    old, new = (Candidate(mlflow_client, params, seed, good(48, 5000)) for seed in (1, 2))
     ledger = Ledger.of(params.model_name)
-    digest = second.version.weights_sha256
-    ledger.append(lambda history: history.then("promote", 2, digest, by_hand=True) if not history.about(2) else None)
-    back = first.version.weights_sha256
-    head = ledger.read().head
-    assert head is not None
-    ledger.append(lambda history: history.then("rollback", 1, back, by_hand=True) if history.head == head else None)
-    held = second.judged()
+    for what, version in (("promote", old.version), ("promote", new.version), ("rollback", old.version)):
+        told = {"what": what, "version": version.number, "weights_sha256": version.weights_sha256, "by_hand": True}
+        ledger.append(partial(History.then, **told))
+    held = new.judged()
     assert held.evidence is not None
     assert (held.champion, held.evidence.verdict, held.trial) == (1, "hold", None)
     assert "a person decided against it" in held.evidence.reason
