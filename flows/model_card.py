@@ -7,7 +7,7 @@ from mlflow.client import MlflowClient
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.evaluation.pages import count, counted, share, signed, with_error
 from diffusion.evaluation.results import Evaluation
-from diffusion.evaluation.trial import CONFIDENCE, Trial
+from diffusion.evaluation.trial_results import CONFIDENCE, Trial
 from flows.derived import notes_in, takedowns
 from flows.history import Entry
 from flows.params import Params

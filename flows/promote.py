@@ -17,13 +17,14 @@ from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from prefect.runtime import flow_run
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from diffusion.config import Config
 from diffusion.data.manifest import read_manifest
 from diffusion.errors import Held, UserError
 from diffusion.evaluation.results import Evaluation
-from diffusion.evaluation.trial import TRIAL, Trial, trial
+from diffusion.evaluation.trial import TRIAL, trial
+from diffusion.evaluation.trial_results import Trial
 from diffusion.files import sha256_file
 from diffusion.model import export, read_header
 from diffusion.training.post_hoc import AVERAGES
@@ -189,11 +190,14 @@ def judge(params: Params, evaluation: Evaluation, version: Version) -> Judgement
 
 
 def tried(params: Params, version: Version) -> Trial | None:
-    """The last trial in the folder of reports if ``version`` was its challenger."""
+    """The last trial in the folder of reports if ``version`` was its challenger; None: it was another, or none."""
     path = params.report_folder / TRIAL
     if not path.is_file():
         return None
-    found = Trial.model_validate_json(path.read_bytes())
+    try:
+        found = Trial.model_validate_json(path.read_bytes())
+    except ValidationError:  # of another version of Darkroom, whose figures are not the ones that cards show now
+        return None
     return found if found.challenger.portrait.sha256 == version.weights_sha256 else None
 
 

@@ -7,122 +7,43 @@ champion in its time.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from pydantic import Field, FiniteFloat
 from torch import Tensor
 
-from diffusion.config import Config, unset
+from diffusion.config import Config
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
 from diffusion.evaluation.bootstrap import SPLITS, Figure, Replicates, replicates
 from diffusion.evaluation.bootstrap.neighbourhoods import FEWEST
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.estimate import Estimate, Interval
+from diffusion.evaluation.estimate import Estimate
 from diffusion.evaluation.evaluate import require_enough
 from diffusion.evaluation.evidence import Figures, distance_headline, recall_difference, reconstruction_headline
 from diffusion.evaluation.features import extractor_for
-from diffusion.evaluation.gate import Copies, Cost, Decision, Evidence, GateConfig, WorstClass, decide
-from diffusion.evaluation.metrics import Scores, judge
+from diffusion.evaluation.gate import Copies, Cost, Evidence, GateConfig, WorstClass, decide
+from diffusion.evaluation.metrics import judge
 from diffusion.evaluation.per_class import ClassScores
 from diffusion.evaluation.portrait import FeaturesOfDrawnKey, Portrait, Portrayed, portray
 from diffusion.evaluation.real import Real
 from diffusion.evaluation.reference import FeaturesKey
 from diffusion.evaluation.sealed import recall
-from diffusion.files import digest_of, write_json
+from diffusion.evaluation.trial_results import Circumstances, Floor, Measured, Side, Trial
+from diffusion.files import write_json
 from diffusion.model import ModelHeader, read_model_header
 from diffusion.progress import Progress, silent
 
-CONFIDENCE = 0.95
-"""Of intervals, two-sided."""
 SHOWN = 64
 """Pictures of each set to be looked at."""
 TRIAL = "trial.json"
 """What is written, in the folder of the evaluation."""
 REMEMBERED = "judged"
 """Folder beside the trial in which all that took long is kept."""
-
-
-class Circumstances(Config):
-    """All that two models have in common in a trial."""
-
-    format_version: Literal[1] = 1
-    """Grows when preprocessing, the choice of pictures or a formula changes."""
-    content_digest: str
-    """Of the data set, whose held-out pictures are the reference."""
-    extractor: str
-    extractor_digest: str
-    preprocessing: str
-    evaluation: EvaluationConfig
-    """With the seed of the trial, which is 1 more than that by which checkpoints are chosen."""
-    sampling: SamplingConfig
-    low_resolution: int | None = Field(None, exclude_if=unset)
-    """Height and width of the held-out pictures that models were shown, to enlarge them; None: they were shown none."""
-
-    @property
-    def key(self) -> str:
-        """Digest of the circumstances."""
-        return digest_of(self.model_dump(mode="json", exclude_none=True))
-
-
-class Measured(Config):
-    """A figure with its error."""
-
-    value: FiniteFloat
-    error: FiniteFloat
-    """Its standard error, over other pictures drawn and held out."""
-    interval: Interval
-
-    @classmethod
-    def of(cls, estimate: Estimate) -> "Measured":
-        """What ``estimate`` says, with confidence CONFIDENCE."""
-        return cls(value=estimate.value, error=estimate.error, interval=estimate.interval(CONFIDENCE))
-
-
-class Side(Config):
-    """One of those who are compared."""
-
-    portrait: Portrait
-    figures: dict[str, Measured]
-    """Distances and shares by name, such as kid_efflite0; none: there are too few pictures for errors."""
-
-    def named(self) -> dict[str, float]:
-        """All figures under names that say what they are; ends of intervals end in _low and _high."""
-        low = {f"{name}_low": each.interval.low for name, each in self.figures.items()}
-        return self.portrait.named() | low | {f"{name}_high": each.interval.high for name, each in self.figures.items()}
-
-
-class Trial(Config):
-    """Two models compared, and the verdict."""
-
-    circumstances: Circumstances
-    key: str
-    """``circumstances.key``: figures compare only where it is equal."""
-    gate: GateConfig
-    challenger: Side
-    champion: Side | None
-    """None: there was none, or it could not be portrayed."""
-    floor: Scores
-    """What training pictures get in the place of drawn ones."""
-    evidence: Evidence
-    decision: Decision
-
-    @property
-    def reason(self) -> str:
-        """Those of the verdict, in words and figures."""
-        return "; ".join(self.decision.reasons)
-
-    def named(self) -> dict[str, float]:
-        """The challenger's figures, and under prefixes the champion's and the floor's."""
-        figures = self.challenger.named()
-        if self.champion is not None:
-            figures |= {f"champion_{name}": value for name, value in self.champion.named().items()}
-        return figures | {f"floor_{name}": value for name, value in self.floor.named().items()}
 
 
 @dataclass(frozen=True)
@@ -202,9 +123,7 @@ def trial(
         gate=gate,
         challenger=_side(ours, figures[0] if figures else {}, extractor.name),
         champion=theirs and _side(theirs, figures[1] if figures else {}, extractor.name),
-        floor=judge(
-            real.floor(config.seed), real.reference, extractor.name, config.kid_subsets, config.kid_subset_size
-        ),
+        floor=_floor(real, config, figures[-1] if figures else {}),
         evidence=evidence,
         decision=decide(evidence, gate),
     )
@@ -366,9 +285,18 @@ def _distance(scores: ClassScores) -> Estimate:
     return Estimate(value=scores.kid, error=scores.kid_se, freedom=freedom)
 
 
-def _side(portrayed: Portrayed, figures: Mapping[Figure, Replicates], extractor: str) -> Side:
-    found = {f"{figure}_{extractor}": Measured.of(each.estimate) for figure, each in figures.items()}
-    return Side(portrait=portrayed.portrait, figures=found)
+def _side(portrayed: Portrayed, figures: Figures, extractor: str) -> Side:
+    return Side(portrait=portrayed.portrait, figures=_measured(figures, extractor))
+
+
+def _floor(real: Real, config: EvaluationConfig, figures: Figures) -> Floor:
+    name, drawn = real.extractor.name, real.floor(config.seed)
+    scores = judge(drawn, real.reference, name, config.kid_subsets, config.kid_subset_size)
+    return Floor(scores=scores, figures=_measured(figures, name))
+
+
+def _measured(figures: Figures, extractor: str) -> dict[str, Measured]:
+    return {f"{figure}_{extractor}": Measured.of(each.estimate) for figure, each in figures.items()}
 
 
 def _exhibits(ours: Portrayed, theirs: Portrayed | None, real: Real) -> Exhibits:

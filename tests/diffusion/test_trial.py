@@ -12,7 +12,8 @@ from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.gate import GateConfig, Verdict
-from diffusion.evaluation.trial import Exhibits, Trial, trial
+from diffusion.evaluation.trial import Exhibits, trial
+from diffusion.evaluation.trial_results import Trial
 from diffusion.model import load_model
 from diffusion.sampling import sample
 from tests.conftest import disc
@@ -81,8 +82,8 @@ def test_a_better_model_is_promoted_and_a_worse_one_rejected_with_figures(
     assert torch.equal(exhibits.challenger, noisy(good(48), 5))
     named = found.named()
     assert named["kid_efflite0_low"] == ours.interval.low
-    assert named["champion_kid_efflite0"] == found.champion.portrait.scores.kid
-    assert named["floor_kid_efflite0"] == found.floor.kid
+    assert named["champion_kid_efflite0"] == headline.champion.value
+    assert named["floor_kid_efflite0"] == headline.floor
 
     reverse, _ = tried(old, new, data, tmp_path)
     assert reverse.decision.verdict == Verdict.reject

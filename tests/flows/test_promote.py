@@ -13,7 +13,7 @@ from mlflow.client import MlflowClient
 from torch import Tensor
 
 from diffusion.data.manifest import read_manifest
-from diffusion.evaluation.trial import Trial
+from diffusion.evaluation.trial_results import Trial
 from flows import model_card
 from flows.history import History
 from flows.ledger import Ledger
