@@ -5,18 +5,30 @@ from collections.abc import Iterable, Iterator
 from mlflow.client import MlflowClient
 
 from diffusion.data.manifest import Manifest, read_manifest
-from diffusion.evaluation.pages import count, counted, with_error
+from diffusion.evaluation.pages import count, counted, share, signed, with_error
 from diffusion.evaluation.results import Evaluation
+from diffusion.evaluation.trial_results import CONFIDENCE, Trial
 from flows.derived import notes_in, takedowns
 from flows.history import Entry
 from flows.params import Params
 from flows.registry import Version
 
 CLASSES_SHOWN = 12
+UNLIKELY = 0.01
+"""How probable by chance a fault is at most that is told."""
+SEEN = 0.2
+"""Standard deviations from which on a shift of colours or brightness is told: less is hardly seen."""
 LICENCE_UNKNOWN = "nobody said: set ingest.licence, and until then take it that the pictures' owners allow nothing"
 
 
-def write(client: MlflowClient, params: Params, evaluation: Evaluation, version: Version, entry: Entry | None) -> None:
+def write(
+    client: MlflowClient,
+    params: Params,
+    evaluation: Evaluation,
+    version: Version,
+    entry: Entry | None,
+    trial: Trial | None = None,
+) -> None:
     """Make the card the description of ``version``; ``entry`` is of its verdict, None: it was not judged yet.
 
     A card that has that verdict already stays as it is, with what people wrote into it; notes on takedowns stay in any
@@ -27,21 +39,28 @@ def write(client: MlflowClient, params: Params, evaluation: Evaluation, version:
     if there if entry is None else entry.digest in there:
         return
     current = version.model_copy(update={"tags": dict(found.tags)})
-    text = card(params, evaluation, read_manifest(params.dataset_folder), current, entry)
+    text = card(params, evaluation, read_manifest(params.dataset_folder), current, entry, trial)
     client.update_model_version(version.model, str(version.number), description="\n\n".join([text, *notes_in(there)]))
 
 
-def card(params: Params, evaluation: Evaluation, data: Manifest, version: Version, entry: Entry | None) -> str:
-    """The card of ``version``, trained on ``data`` and judged by ``evaluation``, as Markdown."""
+def card(
+    params: Params,
+    evaluation: Evaluation,
+    data: Manifest,
+    version: Version,
+    entry: Entry | None,
+    trial: Trial | None = None,
+) -> str:
+    """The card of ``version``, trained on ``data``, chosen by ``evaluation`` and judged by ``trial``, as Markdown."""
     channels = "grey" if data.channels == 1 else "RGB"
     sections = {
-        "How it was judged": _judged(entry),
-        "How good it is": _figures(evaluation),
+        "How it was judged": _judged(entry, trial),
+        "How good it is": _figures(evaluation) if trial is None else _tried(trial),
         "Samples": _samples(evaluation, version),
         "Data": _data(data, version),
         "Training": _training(params, evaluation, version),
         "How to call it": _calls(version),
-        "Limits": _limits(data, evaluation),
+        "Limits": "\n".join(f"- {each}" for each in (*_limits(data, evaluation), *_found(trial))),
     }
     return "\n\n".join(
         [
@@ -54,7 +73,7 @@ def card(params: Params, evaluation: Evaluation, data: Manifest, version: Versio
     )
 
 
-def _judged(entry: Entry | None) -> str:
+def _judged(entry: Entry | None, trial: Trial | None) -> str:
     if entry is None:
         return "Not yet: the gate decides next."
     outcome = (
@@ -65,7 +84,11 @@ def _judged(entry: Entry | None) -> str:
         rows.append(("evaluation", f"`{entry.evidence.eval_key}`"))
     rows += [("when, by", f"{entry.when:%Y-%m-%d %H:%M} UTC, {entry.who}")]
     rows += [("ledger", f"entry {entry.number}, `{entry.digest}`")]
-    return f"{_table(rows)}\n\nWhat happened to it since is in its tags `darkroom.ledger.*`."
+    said = [_table(rows), "What happened to it since is in its tags `darkroom.ledger.*`."]
+    if trial is not None:
+        findings = [(each.rule, each.verdict.value, each.reason) for each in trial.decision.findings]
+        said.insert(1, _table(findings, ("rule of the gate", "verdict", "reason")))
+    return "\n\n".join(said)
 
 
 def _figures(evaluation: Evaluation) -> str:
@@ -86,6 +109,40 @@ def _figures(evaluation: Evaluation) -> str:
         f"On {counted(scores.reference, 'held-out picture')}, by {counted(scores.samples, 'sample')}; ± is a standard "
         "error, and the floor is what real pictures get.\n\n" + _table(rows, ("figure", "value", "floor"))
     )
+
+
+def _tried(trial: Trial) -> str:
+    champion, floor = trial.champion, trial.floor.named()
+    ours, theirs = trial.challenger.named(), champion.named() if champion else {}
+    measured = trial.challenger.figures
+    rows = [
+        (name, with_error(each.value, each.error), _range(each.interval.low, each.interval.high))
+        for name, each in measured.items()
+    ]
+    rows += [
+        (name, f"{ours[name]:.2%}", _range(ours[f"{name}_low"], ours[f"{name}_high"]))
+        for name in ("copies_share", "duplicates_share")
+    ]
+    rows += [
+        (name, with_error(ours[name], ours[f"{name}_se"]), "")
+        for name in ("reconstruction_psnr", "psnr", "bits_per_dim", "held_out_loss")
+        if name in ours
+    ]
+    rows += [(name, f"{ours[name]:.4g}", "") for name in ("class_agreement", "gflop_per_picture") if name in ours]
+    others = [tuple(f"{side[name]:.4g}" if name in side else "" for side in (theirs, floor)) for name, *_ in rows]
+    scores = trial.challenger.portrait.scores
+    return (
+        f"On {counted(scores.reference, 'held-out picture')}, by {counted(scores.samples, 'sample')} of another seed "
+        "than the checkpoint was chosen by; ± is a standard error, and the floor is what real pictures get.\n\n"
+        + _table(
+            [(*row, *other) for row, other in zip(rows, others, strict=True)],
+            ("figure", "value", f"{CONFIDENCE:.0%} interval", "the champion's", "floor"),
+        )
+    )
+
+
+def _range(low: float, high: float) -> str:
+    return f"{signed(low)} to {signed(high)}"
 
 
 def _error_of(name: str, figures: Iterable[str]) -> str | None:
@@ -150,11 +207,7 @@ png = model.predict(pd.DataFrame({{"seed": [0], "index": [0]}}))["png"][0]
 ```"""
 
 
-def _limits(data: Manifest, evaluation: Evaluation) -> str:
-    return "\n".join(f"- {each}" for each in _limits_of(data, evaluation))
-
-
-def _limits_of(data: Manifest, evaluation: Evaluation) -> Iterator[str]:
+def _limits(data: Manifest, evaluation: Evaluation) -> Iterator[str]:
     scores = evaluation.best.scores
     yield f"It draws what it was shown, at {data.size}×{data.size}, with the gaps and biases of those pictures."
     yield "It may come close to single pictures that it learned from: mark what it draws as made by a model."
@@ -169,6 +222,40 @@ def _limits_of(data: Manifest, evaluation: Evaluation) -> Iterator[str]:
         and classes[least] * 10 < max(classes.values())
     ):
         yield f"Of class {least} it saw {counted(classes[least], 'picture')}, of others more than ten times as many."
+
+
+def _found(trial: Trial | None) -> Iterator[str]:
+    """What the trial found that whoever uses the model should know."""
+    if trial is None:
+        return
+    portrait = trial.challenger.portrait
+    copied, twins = portrait.memorisation, portrait.duplicates
+    yield (
+        f"Of {counted(copied.drawn, 'picture')} that it drew {share(copied.copies, copied.drawn)} look like copies of "
+        f"training pictures; of pictures that no model has seen {copied.expected:.1%} do."
+    )
+    if twins.p_value < UNLIKELY:
+        yield f"It draws some pictures again and again: {twins.share:.1%}, of real ones {twins.expected:.1%}."
+    for name, shift in portrait.drift.shifts.items():
+        if shift.spreads is not None and abs(shift.spreads) > SEEN and abs(shift.difference) > 3 * shift.standard_error:
+            yield (
+                f"Its pictures have {'more' if shift.spreads > 0 else 'less'} {name.replace('_', ' against ')} than "
+                f"real ones, by {abs(shift.spreads):.1f} of their standard deviations."
+            )
+    if (classes := portrait.per_class) is None:
+        return
+    if (worst := classes.worst) is not None:
+        yield f"Its worst class is {worst.name}: KID {with_error(worst.kid, worst.kid_se)} on its pictures alone."
+    if (least := classes.least_recognised) is not None and least.agreement_high < least.agreement_real:
+        taken = f", most others for {least.taken_for}" if least.taken_for else ""
+        yield (
+            f"Of what it draws as {least.name} {least.agreement:.0%} is taken for that{taken}; of real pictures "
+            f"{least.agreement_real:.0%}."
+        )
+    if classes.not_judged:
+        names = [each.name for each in classes.not_judged]
+        more = [f"and {count(len(names) - CLASSES_SHOWN)} more"] if len(names) > CLASSES_SHOWN else []
+        yield f"There were too few pictures to judge these classes: {', '.join([*names[:CLASSES_SHOWN], *more])}."
 
 
 def _table(rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = ("", "")) -> str:

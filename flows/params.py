@@ -12,6 +12,7 @@ from diffusion.config_sampling import SamplingConfig
 from diffusion.data.config import IngestConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.gate import GateConfig
 from diffusion.families.config import FAMILIES, FamilyConfig, meaningless
 from diffusion.models.config import ModelConfig
 from diffusion.presets import PresetName, over
@@ -42,6 +43,7 @@ class Params(Config):
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    gate: GateConfig = GateConfig()
     registry: RegistryConfig = RegistryConfig()
 
     @model_validator(mode="before")
@@ -72,6 +74,15 @@ class Params(Config):
             raise ValueError(
                 "sampling.guidance leads away from what the network draws when told nothing, which it never learns "
                 "with training.condition_dropout = 0: set that to 0.1, or leave guidance out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gate_finds_what_it_asks_for(self) -> "Params":
+        if self.gate.class_loss is not None and not self.model.conditional:
+            raise ValueError(
+                "gate.class_loss is about classes, of which the model is told none (model.conditional = false): leave "
+                "it out"
             )
         return self
 

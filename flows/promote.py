@@ -1,11 +1,13 @@
-"""The flow ``promote``: the best checkpoint becomes a registered version, and champion if it is better.
+"""The flow ``promote``: the best checkpoint becomes a registered version, and champion if it is surely better.
 
-The gate's verdict becomes an entry of the ledger, which is the commit; what MLflow shows follows it. Killed at any
-moment and given again, the command finds the entry, or judges again.
+Both are tried on the same held-out pictures (``diffusion.evaluation.trial``). The gate's verdict becomes an entry of
+the ledger, which is the commit; what MLflow shows follows it. Killed at any moment and given again, the command finds
+the entry, or goes on with the trial.
 """
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from mlflow.client import MlflowClient
@@ -15,13 +17,14 @@ from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from prefect.runtime import flow_run
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from diffusion.config import Config
 from diffusion.data.manifest import read_manifest
 from diffusion.errors import Held, UserError
-from diffusion.evaluation.evaluate import evaluate_one
-from diffusion.evaluation.results import Evaluation, Judged
+from diffusion.evaluation.results import Evaluation
+from diffusion.evaluation.trial import TRIAL, trial
+from diffusion.evaluation.trial_results import Trial
 from diffusion.files import sha256_file
 from diffusion.model import export, read_header
 from diffusion.training.post_hoc import AVERAGES
@@ -36,7 +39,7 @@ from flows.params import Params
 from flows.progress import reporter
 from flows.registry import Version
 from flows.steps import step
-from flows.tracking import AUTOENCODER
+from flows.tracking import AUTOENCODER, RunTracker
 
 ANSWER_WITHIN = 72 * 3600
 """Seconds that a person who is asked for approval has."""
@@ -49,6 +52,8 @@ class Judgement(Config):
     """Whom it was judged against; the version itself if it is champion already."""
     evidence: Evidence | None
     """None if it is champion already."""
+    trial: Trial | None = None
+    """What was measured of both; None: nothing had to be, as it is champion already or a person decided."""
 
 
 class Verdict(Config):
@@ -148,56 +153,62 @@ def _require_current(params: Params, evaluation: Evaluation) -> None:
 
 @step
 def judge(params: Params, evaluation: Evaluation, version: Version) -> Judgement:
-    """Let the gate say whether ``version`` should be champion instead of the one that the ledger names."""
+    """Let the gate say whether ``version`` should be champion instead of the one that the ledger names.
+
+    A first version has no champion to beat, and must not copy its training pictures all the same.
+    """
     client = MlflowClient()
     history = adopted(client, Ledger.of(version.model))
     history.require_same(version.number, version.weights_sha256)
     champion = history.standing.champion
     if champion == version.number:
-        return Judgement(champion=champion, evidence=None)
-    figures = {name: value for name, value in evaluation.metrics().items() if math.isfinite(value)}
-    verdict: GateWord
+        return Judgement(champion=champion, evidence=None, trial=tried(params, version))
     if entry := history.withheld(version.number):
-        verdict = "hold"
         reason = f"a person decided against it: {entry}; `darkroom promote --to {version.number}` makes it champion"
-    elif champion is None:
-        verdict, reason = "promote", "first version: there was no champion"
-    else:
-        verdict, reason = _compare(params, evaluation, version, registry.version_of(client, version.model, champion))
-    evidence = Evidence(verdict=verdict, reason=reason, figures=figures, eval_key=evaluation.eval_key)
-    return Judgement(champion=champion, evidence=evidence)
-
-
-def _compare(params: Params, evaluation: Evaluation, version: Version, holder: Version) -> tuple[GateWord, str]:
-    """Both on the same held-out pictures with the same seeds: to win, merit must be better by more than its error."""
-    weights = registry.fetch_weights(holder, settings().folder / "models")
-    try:
-        champion = evaluate_one(
-            weights,
-            params.dataset_folder,
-            params.evaluation,
-            params.sampling,
-            params.report_folder,
-            reporter(),
-            evaluation.conditions.low_resolution,
-        )
-    except UserError as error:
-        return "hold", f"champion {holder.number} cannot be judged beside it: {error}"
-    ours, theirs = evaluation.best.merit, champion.merit
-    uncertainty = math.hypot(ours.error, theirs.error)
-    better = ours.name == theirs.name and ours.rank - theirs.rank > uncertainty
-    word = "higher" if ours.sign > 0 else "lower"
-    return "promote" if better else "hold", (
-        f"version {version.number} {_in_figures(evaluation.best)}, champion {holder.number} "
-        f"{_in_figures(champion)}, on {champion.scores.reference} held-out pictures of data set version "
-        f"{evaluation.conditions.content_digest[:12]}: {'' if better else 'not '}{word} by more than the "
-        f"standard error of the difference, {uncertainty:.5f}"
+        figures = finite(evaluation.metrics())
+        evidence = Evidence(verdict="hold", reason=reason, figures=figures, eval_key=evaluation.eval_key)
+        return Judgement(champion=champion, evidence=evidence, trial=tried(params, version))
+    found, _ = trial(
+        params.run_folder / "weights.safetensors",
+        None if champion is None else weights_of(registry.version_of(client, version.model, champion)),
+        params.dataset_folder,
+        params.evaluation,
+        params.sampling,
+        params.gate,
+        params.report_folder,
+        reporter(),
     )
+    RunTracker(client, version.run_id).log_file(params.report_folder / TRIAL, "evaluation")
+    evidence = Evidence(
+        verdict=found.decision.verdict.value,
+        reason=found.reason,
+        figures=finite(found.named()),
+        eval_key=found.key,
+        gate=params.gate.model_dump(mode="json"),
+    )
+    return Judgement(champion=champion, evidence=evidence, trial=found)
 
 
-def _in_figures(judged: Judged) -> str:
-    merit = judged.merit
-    return f"has {merit.name} {merit.value:.5f} ± {merit.error:.5f} (n = {merit.count})"
+def tried(params: Params, version: Version) -> Trial | None:
+    """The last trial in the folder of reports if ``version`` was its challenger; None: it was another, or none."""
+    path = params.report_folder / TRIAL
+    if not path.is_file():
+        return None
+    try:
+        found = Trial.model_validate_json(path.read_bytes())
+    except ValidationError:  # of another version of Darkroom, whose figures are not the ones that cards show now
+        return None
+    return found if found.challenger.portrait.sha256 == version.weights_sha256 else None
+
+
+def weights_of(version: Version) -> Path:
+    """Its weights on this machine."""
+    return registry.fetch_weights(version, settings().folder / "models")
+
+
+def finite(figures: Mapping[str, float]) -> dict[str, float]:
+    """Those of ``figures`` that JSON has."""
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def ask(version: Version, judgement: Judgement) -> Approval | None:
@@ -229,7 +240,7 @@ def record(
     entry = history.about(version.number)
     assert entry is not None, "what is champion has an entry that says so"
     _tag(client, version, evaluation, entry)
-    model_card.write(client, params, evaluation, version, entry)
+    model_card.write(client, params, evaluation, version, entry, judgement.trial)
     champion = project(client, ledger).standing.champion
     promoted = champion == version.number
     verdict = Verdict(

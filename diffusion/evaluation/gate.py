@@ -39,7 +39,8 @@ class GateConfig(Config):
     recall_loss: float | None = Field(0.1, ge=0, le=1)
     """How much recall, from 0 to 1, may fall: a model may not buy fidelity by drawing only the easy pictures."""
     memorised: float | None = Field(0.05, ge=0, le=1)
-    """The largest share of drawn pictures that may be copies of training pictures. Holds for first versions, too."""
+    """The largest share of drawn pictures that may be copies of training pictures, beyond those that look like copies
+    by chance. Holds for first versions, too."""
     class_loss: float | None = Field(None, ge=0)
     """By what share the distance of the worst class may grow, of models told classes: 0.5 is by half."""
     cost: float | None = Field(2.0, gt=0)
@@ -79,6 +80,15 @@ class Headline(Config):
         return delta * max(self.champion.value - self.floor, 0.0)
 
 
+class Copies(Config):
+    """How many of the challenger's pictures are copies of training pictures."""
+
+    share: float = Field(ge=0, le=1)
+    """Of its pictures, beyond those that look like copies by chance."""
+    p_value: float = Field(ge=0, le=1)
+    """How probable so many that look like copies are if none is one."""
+
+
 class WorstClass(Config):
     """The class farthest from real pictures of it, for either model."""
 
@@ -110,11 +120,12 @@ class Evidence(Config):
     """Held-out pictures they were compared with."""
     has_champion: bool
     """Whether there is one. If not, only rules that need none are asked."""
+    incomparable: str | None = None
+    """Why the two cannot be compared, which holds the challenger back; None: they can."""
     headline: Headline | None = None
     recall: Estimate | None = None
     """Challenger less champion, paired likewise."""
-    memorised: float | None = Field(None, ge=0, le=1)
-    """Share of the challenger's pictures that are copies of training pictures."""
+    memorised: Copies | None = None
     worst_class: WorstClass | None = None
     cost: Cost | None = None
 
@@ -164,19 +175,22 @@ def decide(evidence: Evidence, config: GateConfig) -> Decision:
 
 def _findings(evidence: Evidence, config: GateConfig) -> Iterator[Finding]:
     drawn = evidence.judged == "drawn"
+    compared = drawn and evidence.has_champion and evidence.incomparable is None
     if not evidence.has_champion:
         yield Finding(rule="headline", verdict=Verdict.promote, reason="first version: there was no champion")
+    elif evidence.incomparable is not None:
+        yield Finding(rule="headline", verdict=Verdict.hold, reason=evidence.incomparable)
     elif evidence.headline is None:
         yield _unmeasured("headline", "its difference from the champion")
     else:
         yield _headline(evidence.headline, evidence, config)
     if drawn and config.memorised is not None:
-        yield _memorised(evidence.memorised, evidence, config.memorised)
-    if drawn and evidence.has_champion and config.recall_loss is not None:
+        yield _memorised(evidence.memorised, evidence, config.memorised, config.confidence)
+    if compared and config.recall_loss is not None:
         yield _recall(evidence.recall, evidence, config.recall_loss, config.confidence)
-    if drawn and evidence.has_champion and config.class_loss is not None:
+    if compared and config.class_loss is not None:
         yield _worst_class(evidence.worst_class, evidence, config.class_loss, config.confidence)
-    if drawn and evidence.has_champion and config.cost is not None:
+    if compared and config.cost is not None:
         yield _cost(evidence.cost, config.cost)
 
 
@@ -207,12 +221,21 @@ def _headline(headline: Headline, evidence: Evidence, config: GateConfig) -> Fin
     )
 
 
-def _memorised(share: float | None, evidence: Evidence, limit: float) -> Finding:
-    if share is None:
+def _memorised(copies: Copies | None, evidence: Evidence, limit: float, confidence: float) -> Finding:
+    """Over the limit it is never promoted; and rejected only if so many are no chance, as may be of few pictures."""
+    if copies is None:
         return _unmeasured("memorised", "the share of copies of training pictures")
-    verdict = Verdict.promote if share <= limit else Verdict.reject
-    reason = f"copies of training pictures: {share:.2%} of {count(evidence.samples)} drawn, allowed are {limit:.2%}"
-    return Finding(rule="memorised", verdict=verdict, reason=reason)
+    drawn = count(evidence.samples)
+    words = f"copies of training pictures: {copies.share:.2%} of {drawn} drawn, allowed are {limit:.2%}"
+    if copies.share <= limit:
+        return Finding(rule="memorised", verdict=Verdict.promote, reason=words)
+    if copies.p_value <= 1 - confidence:
+        return Finding(rule="memorised", verdict=Verdict.reject, reason=words)
+    reason = (
+        f"{words}; so many may look like copies by chance (p = {copies.p_value:.2g}): hold more pictures out "
+        "(ingest.held_out), or draw more (evaluation.samples)"
+    )
+    return Finding(rule="memorised", verdict=Verdict.hold, reason=reason)
 
 
 def _recall(recall: Estimate | None, evidence: Evidence, limit: float, confidence: float) -> Finding:

@@ -3,11 +3,12 @@
 import base64
 import math
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 
 def render(template: str, **content: object) -> bytes:
     """The page that ``template`` makes of ``content``, every text of which is escaped."""
+    # Not at the top: whoever sets figures, as the gate does in every configuration, renders no page.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("diffusion.evaluation"),
         autoescape=True,

@@ -34,6 +34,7 @@ def write_model(
     size: int = 8,
     config: ModelConfig = CONFIG,
     classes: dict[str, int] | None = None,
+    training: dict[str, object] | None = None,
 ) -> Path:
     """A model that was never trained: every weight is random, by seed."""
     network = UNet(config, channels, size, len(classes or {}))
@@ -42,7 +43,7 @@ def write_model(
         torch.nn.init.normal_(parameter, std=0.1, generator=generator)
     tensors = {AVERAGED + name: value for name, value in network.state_dict().items()}
     about = header(config, channels=channels, size=size, images=images).model_copy(
-        update={"class_histogram": classes or {}}
+        update={"class_histogram": classes or {}, "training": training or {}}
     )
     save_tensors(path, tensors, {"model_header": about.model_dump(mode="json")})
     return path

@@ -15,6 +15,7 @@ from diffusion.evaluation.bootstrap import Figure, Replicates, frechet, kid, nei
 from diffusion.evaluation.estimate import Estimate
 from diffusion.evaluation.evidence import distance_headline, recall_difference, reconstruction_headline
 from diffusion.evaluation.gate import (
+    Copies,
     Cost,
     Decision,
     Evidence,
@@ -135,7 +136,7 @@ FULL: dict[str, Any] = {
     "reference": 1000,
     "has_champion": True,
     "recall": Estimate(value=0.01, error=0.02, freedom=100),
-    "memorised": 0.01,
+    "memorised": Copies(share=0.01, p_value=0.2),
     "cost": Cost(challenger=39, champion=39, unit="network evaluations"),
 }
 
@@ -148,6 +149,10 @@ def headline(difference: float, error: float = 0.001, champion: float = 0.021, f
         difference=Estimate(value=difference, error=error, freedom=100),
         floor=floor,
     )
+
+
+def copies(share: float, p_value: float = 0.001) -> Copies:
+    return Copies(share=share, p_value=p_value)
 
 
 def decided(config: dict[str, Any] | None = None, **changes: Any) -> Decision:
@@ -248,7 +253,13 @@ def test_nothing_that_is_not_better_by_delta_as_measured_is_promoted(
 @pytest.mark.parametrize(
     ("changes", "verdict", "words"),
     [
-        ({"memorised": 0.051}, "reject", "copies of training pictures: 5.10% of 500 drawn, allowed are 5.00%"),
+        ({"memorised": copies(0.051)}, "reject", "copies of training pictures: 5.10% of 500 drawn, allowed are 5.00%"),
+        (
+            {"memorised": copies(0.051, p_value=0.06)},
+            "hold",
+            "so many may look like copies by chance (p = 0.06)",
+        ),
+        ({"memorised": copies(0.05)}, "promote", "copies of training pictures: 5.00%"),
         ({"recall": Estimate(value=-0.2, error=0.02)}, "hold", "not surely within the limit: recall −0.200 ± 0.020"),
         ({"recall": Estimate(value=-0.2, error=0.02, freedom=99)}, "reject", "beyond the limit with confidence 0.95"),
         ({"recall": Estimate(value=-0.08, error=0.02, freedom=99)}, "hold", "about"),
@@ -306,12 +317,19 @@ def test_a_first_version_is_promoted_unless_it_copies() -> None:
     decision = decided(**alone)
     assert decision.verdict == Verdict.promote
     assert decision.reasons[0] == "first version: there was no champion"
-    assert decided(**alone | {"memorised": 0.3}).verdict == Verdict.reject
+    assert decided(**alone | {"memorised": copies(0.3)}).verdict == Verdict.reject
     assert decided(**alone | {"memorised": None}).verdict == Verdict.hold
 
 
+def test_what_cannot_be_compared_is_held_with_the_reason_and_rejected_if_it_copies() -> None:
+    unlike = {"incomparable": "they are of two families", "headline": None, "recall": None, "cost": None}
+    decision = decided({"class_loss": 0.5}, **unlike)
+    assert (decision.verdict, decision.reasons) == (Verdict.hold, ("they are of two families",))
+    assert decided(**unlike | {"memorised": copies(0.3)}).verdict == Verdict.reject
+
+
 def test_a_better_model_over_the_limit_of_copies_is_never_promoted() -> None:
-    decision = decided(headline=headline(-0.02), memorised=0.06)
+    decision = decided(headline=headline(-0.02), memorised=copies(0.06))
     assert decision.verdict == Verdict.reject
     assert decision.reasons == ("copies of training pictures: 6.00% of 500 drawn, allowed are 5.00%",)
 

@@ -35,15 +35,23 @@ class Mortal(MlflowClient):
         return super().__getattribute__(name)
 
 
-def add_version(client: MlflowClient, folder: Path, model: str, **tags: str) -> Version:
-    """A new version of ``model`` with weights of a few bytes, below ``folder``."""
+def add_version(
+    client: MlflowClient,
+    folder: Path,
+    model: str,
+    *,
+    data: bytes | None = None,
+    run_id: str = "0" * 32,
+    **tags: str,
+) -> Version:
+    """A new version of ``model`` with weights ``data``, or of a few bytes, below ``folder``."""
     if not client.search_registered_models(f"name = '{model}'"):
         client.create_registered_model(model)
     count = len(client.search_model_versions(f"name = '{model}'"))
-    data = f"{model} {count}".encode()
+    data = f"{model} {count}".encode() if data is None else data
     weights = folder / sha256_bytes(data) / "artifacts" / "weights.safetensors"
     weights.parent.mkdir(parents=True)
     weights.write_bytes(data)
     source = weights.parents[1].as_uri()
-    made = client.create_model_version(model, source, "0" * 32, tags={WEIGHTS: sha256_bytes(data), **tags})
+    made = client.create_model_version(model, source, run_id, tags={WEIGHTS: sha256_bytes(data), **tags})
     return version_of(client, model, int(made.version))

@@ -1,5 +1,6 @@
 """The model card: everything a version is made of, in Markdown that MLflow shows, written for each verdict once."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,18 @@ from mlflow.client import MlflowClient
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
 from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.evaluation.gate import Finding, GateConfig
+from diffusion.evaluation.pages import signed, with_error
+from diffusion.evaluation.trial import trial
+from diffusion.evaluation.trial_results import Trial
 from flows import model_card
 from flows.derived import Derived, DerivedModel, mark
 from flows.history import Evidence, History
 from flows.params import Params
 from flows.registry import Version
+from tests.diffusion.small_models import write_model
 from tests.diffusion.test_report import an_evaluation
+from tests.diffusion.trials import CONFIG, SAMPLING, discs
 from tests.flows.registered import add_version
 from tests.flows.test_takedown_flow import REMOVAL
 
@@ -38,9 +45,10 @@ def section(card: str, title: str) -> str:
     return card.partition(f"\n## {title}\n")[2].partition("\n## ")[0].strip()
 
 
-def rows(card: str, title: str) -> dict[str, list[str]]:
-    """The table of a section by its first column; every line must have as many cells."""
-    lines = [line for line in section(card, title).splitlines() if line.startswith("|")]
+def rows(card: str, title: str, number: int = 0) -> dict[str, list[str]]:
+    """A table of a section by its first column; every line must have as many cells."""
+    tables = [part for part in section(card, title).split("\n\n") if part.startswith("|")]
+    lines = tables[number].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").replace("\\|", "¦").split("|")] for line in lines]
     assert len({len(each) for each in cells}) == 1
     return {first: rest for first, *rest in cells[2:]}
@@ -82,6 +90,40 @@ def test_a_card_without_a_verdict_says_so_and_one_of_few_pictures_of_a_class_as_
     card = model_card.card(PARAMS, an_evaluation([0.05]), data, VERSION, None)
     assert section(card, "How it was judged").startswith("Not yet")
     assert "Of class odd it saw 2 pictures" in section(card, "Limits")
+
+
+def test_a_card_shows_intervals_from_the_trial_and_the_limits_that_it_found(tmp_path: Path) -> None:
+    folder = discs(tmp_path / "discs")
+    told = {"left": 60, "right": 60}
+    new, old = (write_model(tmp_path / f"{n}.safetensors", n, n, classes=told) for n in (1, 2))
+    config = CONFIG.model_copy(update={"samples": 64})
+    found, _ = trial(new, old, folder, config, SAMPLING, GateConfig(), tmp_path / "reports")
+    card = model_card.card(PARAMS, an_evaluation([0.05]), read_manifest(folder), VERSION, ENTRY, found)
+    figures = rows(card, "How good it is")
+    assert found.champion is not None
+    measured = found.challenger.figures["kid_efflite0"]
+    low, high = measured.interval.low, measured.interval.high
+    assert figures["kid_efflite0"] == [
+        with_error(measured.value, measured.error),
+        f"{signed(low)} to {signed(high)}",
+        f"{found.champion.figures['kid_efflite0'].value:.4g}",
+        f"{found.floor.figures['kid_efflite0'].value:.4g}",
+    ]
+    assert {"copies_share", "duplicates_share", "bits_per_dim", "gflop_per_picture"} <= figures.keys()
+    judged = rows(card, "How it was judged", 1)
+    assert judged["headline"] == [each_of(found, "headline").verdict, each_of(found, "headline").reason]
+    assert judged.keys() == {"headline", "memorised", "recall", "cost"}
+    limits = section(card, "Limits")
+    assert "look like copies of training pictures; of pictures that no model has seen" in limits
+    assert found.challenger.portrait.per_class is not None
+    assert found.challenger.portrait.per_class.worst is not None
+    assert f"Its worst class is {found.challenger.portrait.per_class.worst.name}: KID " in limits
+    # Noise instead of discs.
+    assert re.search(r"Its pictures have (more|less) contrast than real ones, by \d", limits)
+
+
+def each_of(found: Trial, rule: str) -> Finding:
+    return next(each for each in found.decision.findings if each.rule == rule)
 
 
 def test_the_licence_is_kept_with_the_data_and_changes_no_content(pictures: Path, tmp_path: Path) -> None:

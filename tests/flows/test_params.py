@@ -55,6 +55,8 @@ def test_folders_and_model_follow_the_data_set_unless_named(params: Path) -> Non
         ("training.minutes=1", r"either training\.images or training\.minutes"),
         ("model.attention=[5]", r"model\.attention"),
         ("ingest.background=red", "ingest.background"),
+        ("gate.delta=1", r"gate\.delta: .*less than 1"),
+        ("gate.memorized=0.1", r"unknown key gate\.memorized: did you mean memorised\?"),
     ],
 )
 def test_mistakes_name_the_key_and_the_mend(params: Path, override: str, words: str) -> None:
@@ -128,6 +130,15 @@ def test_without_a_file_everything_has_its_default(tmp_path: Path, monkeypatch: 
     assert load_params(Path("params.yaml"), ["ingest.size=64"]) == config
     with pytest.raises(UserError, match=r"other.yaml not found"):
         load_params(Path("other.yaml"), [])
+
+
+def test_the_gate_is_a_section_and_is_not_asked_about_classes_that_nobody_tells_the_model(params: Path) -> None:
+    gate = load_params(params, ["gate.delta=0.1", "gate.cost=null", "gate.class_loss=0.5"]).gate
+    assert (gate.delta, gate.cost, gate.class_loss, gate.recall_loss) == (0.1, None, 0.5, 0.1)
+    with pytest.raises(UserError, match=r"gate\.class_loss is about classes, of which the model is told none"):
+        load_params(params, ["gate.class_loss=0.5", "model.conditional=false"])
+    with pytest.raises(UserError, match=r"gate\.class_loss is about classes"):
+        load_params(params, ["gate.class_loss=0.5", "model.family=vae"])
 
 
 def test_averages_of_a_length_replace_a_presets_own_and_must_be_kept_to_be_judged(params: Path) -> None:

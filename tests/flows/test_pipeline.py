@@ -169,17 +169,20 @@ def test_pictures_from_pictures_by_the_champion(workspace: Workspace) -> None:
     assert "there is no" not in workspace.run("interpolate", "0", code=2)
 
 
-def test_a_worse_model_stays_challenger_with_its_reason(workspace: Workspace, server: MlflowClient) -> None:
+def test_a_worse_model_is_rejected_with_its_reason(workspace: Workspace, server: MlflowClient) -> None:
     workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
     champion = server.get_model_version_by_alias("blobs", "champion").version
     worse = ["--set", "training.images=16", "--set", "training.checkpoints=1"]
     workspace.run("train", "--restart", *worse)
     workspace.run("evaluate", *worse)
     verdict = workspace.json("promote", *worse, code=3)
-    assert verdict["promoted"] is False
-    challenger = server.get_model_version_by_alias("blobs", "challenger")
-    assert challenger.version != champion
-    assert "not lower" in challenger.description
+    assert (verdict["promoted"], verdict["verdict"]) == (False, "reject")
+    rejected = server.get_model_version("blobs", str(verdict["version"]["number"]))
+    assert rejected.version != champion
+    assert "worse than the champion: kid_efflite0" in verdict["reason"]
+    assert verdict["reason"].split(";")[0] in (rejected.description or "")
+    artifacts = {item.path for item in server.list_artifacts(rejected.run_id, "evaluation")}
+    assert "evaluation/trial.json" in artifacts
     assert server.get_model_version_by_alias("blobs", "champion").version == champion
 
 

@@ -1,0 +1,52 @@
+"""What drawing a picture costs, counted and not timed.
+
+Floating-point operations are the same on every machine, whatever else runs there. Seconds are not: two models timed one
+after the other would differ by the neighbours that each happened to have, and the gate by luck.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusion.config_sampling import SamplingConfig
+from diffusion.families import family_of
+from diffusion.families.vae import VAEModel
+from diffusion.guidance import guided
+from diffusion.model import DiffusionModel, Model
+from diffusion.process import NoiseSchedule
+from diffusion.samplers import levels_of
+from diffusion.sampling import reversed_from_noise
+
+
+def gflop(model: Model, config: SamplingConfig) -> float:
+    """Floating-point operations, in 10⁹, by which ``model`` draws one picture as ``config`` says.
+
+    Those of matrix products and convolutions, as torch counts them; what samplers do besides is next to nothing. The
+    model is on the processor, where it was loaded.
+    """
+    with torch.inference_mode(), FlopCounterMode(display=False) as once:
+        if isinstance(model, VAEModel):
+            model.network.decode(torch.zeros(1, *model.noise_shape))
+        elif isinstance(model, DiffusionModel):
+            model.decoded(torch.zeros(1, *model.noise_shape))
+    operations = once.get_total_flops()
+    if isinstance(model, DiffusionModel):
+        with torch.inference_mode(), FlopCounterMode(display=False) as each:
+            family_of(model.config).forward(model.network, model.noise_shape)
+        operations += evaluations(config, model.schedule) * each.get_total_flops()
+    return float(operations / 1e9)
+
+
+def evaluations(config: SamplingConfig, schedule: NoiseSchedule) -> int:
+    """How often the network is asked for one picture: the sampler is run on a network that only counts."""
+    asked = 0
+
+    def count(x: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal asked
+        asked += 1
+        return x
+
+    guidance = 1.0 if config.guidance is None else config.guidance
+    denoise = guided(count, count, guidance, config.guidance_interval)
+    reversed_from_noise(denoise, levels_of(config, schedule), lambda: torch.zeros(1, 1, 1, 1), config)
+    return asked

@@ -1,0 +1,310 @@
+"""The trial: challenger against champion under the same conditions, the evidence, and what the gate decides.
+
+Both draw the same picture numbers of a seed of their own, and are compared with the same held-out pictures on the same
+features. The seed is another than that by which the checkpoint was chosen: the best of many looks better than it is on
+the very pictures that it was chosen by. What is left is that it was chosen by the same held-out pictures, as was the
+champion in its time.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from diffusion.config import Config
+from diffusion.config_sampling import SamplingConfig
+from diffusion.data.dataset import Dataset
+from diffusion.errors import UserError
+from diffusion.evaluation.bootstrap import SPLITS, Figure, Replicates, replicates
+from diffusion.evaluation.bootstrap.neighbourhoods import FEWEST
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.estimate import Estimate
+from diffusion.evaluation.evaluate import require_enough
+from diffusion.evaluation.evidence import Figures, distance_headline, recall_difference, reconstruction_headline
+from diffusion.evaluation.features import extractor_for
+from diffusion.evaluation.gate import Copies, Cost, Evidence, GateConfig, WorstClass, decide
+from diffusion.evaluation.metrics import judge
+from diffusion.evaluation.per_class import ClassScores
+from diffusion.evaluation.portrait import FeaturesOfDrawnKey, Portrait, Portrayed, portray
+from diffusion.evaluation.real import Real
+from diffusion.evaluation.reference import FeaturesKey
+from diffusion.evaluation.sealed import recall
+from diffusion.evaluation.trial_results import Circumstances, Floor, Measured, Side, Trial
+from diffusion.files import write_json
+from diffusion.model import ModelHeader, read_model_header
+from diffusion.progress import Progress, silent
+
+SHOWN = 64
+"""Pictures of each set to be looked at."""
+TRIAL = "trial.json"
+"""What is written, in the folder of the evaluation."""
+REMEMBERED = "judged"
+"""Folder beside the trial in which all that took long is kept."""
+
+
+@dataclass(frozen=True)
+class Exhibits:
+    """Pictures that show what a trial was about, each (N, C, H, W) uint8."""
+
+    real: Tensor
+    """Held-out ones; of models that enlarge, those that they were shown small."""
+    challenger: Tensor
+    """The first that it drew."""
+    champion: Tensor | None
+    """The same picture numbers of the champion."""
+    drawn: Tensor
+    """Those of the challenger that lie closest to training pictures, in the order of ``memorisation.pairs``."""
+    training: Tensor
+    """The training pictures that they lie closest to."""
+
+
+class ReplicatesKey(Config):
+    """All that figures on halves depend on."""
+
+    kind: Literal["replicates"] = "replicates"
+    format_version: Literal[1] = 1
+    """Grows when figures or halves come out another way."""
+    drawn: tuple[FeaturesOfDrawnKey, ...]
+    floor_seed: int
+    training: FeaturesKey
+    compared: FeaturesKey
+    splits: int
+
+
+def trial(
+    challenger: Path,
+    champion: Path | None,
+    data: Path,
+    config: EvaluationConfig,
+    sampling: SamplingConfig,
+    gate: GateConfig,
+    output: Path,
+    progress: Progress = silent,
+) -> tuple[Trial, Exhibits]:
+    """Compare the model files ``challenger`` and ``champion`` (None: there is none) by the data set in ``data``.
+
+    ``config`` is what the challenger was chosen by; the trial draws with ``config.seed`` + 1. Written into ``output``,
+    at last: ``trial.json``. What took long is remembered in ``judged`` there: the same call after a kill goes on, and
+    the champion is not drawn again unless something differs.
+
+    A champion that cannot be compared (of another family, shape or task, or one that cannot draw so), and sets too
+    small for errors, hold the challenger with the reason. Raises UserError if the challenger cannot be judged.
+    """
+    require_enough(data)
+    header, config = read_model_header(challenger), config.model_copy(update={"seed": config.seed + 1})
+    folder, dataset = output / REMEMBERED, Dataset.open(data)
+    require_shape(challenger, header, dataset)
+    extractor = extractor_for(config, dataset, folder, progress)
+    low = header.model.low_resolution
+    real = Real(dataset, extractor, config.reference, config.samples, folder, low, progress)
+    ours = portray(challenger, real, config, sampling, folder, progress)
+    theirs, unlike = _opponent(champion, header, real, config, sampling, folder, progress)
+    sides = [ours] if theirs is None else [ours, theirs]
+    figures = _replicates(sides, real, config.seed, folder, progress)
+    if theirs is not None and not figures and header.model.family != "vae":
+        unlike = _too_few(ours, real)
+    circumstances = Circumstances(
+        content_digest=dataset.manifest.content_digest,
+        extractor=extractor.name,
+        extractor_digest=extractor.digest,
+        preprocessing=extractor.preprocessing,
+        evaluation=config,
+        sampling=sampling,
+        low_resolution=low,
+    )
+    evidence = evidence_of(ours, theirs, figures, real, gate, champion is not None, unlike)
+    found = Trial(
+        circumstances=circumstances,
+        key=circumstances.key,
+        gate=gate,
+        challenger=_side(ours, figures[0] if figures else {}, extractor.name),
+        champion=theirs and _side(theirs, figures[1] if figures else {}, extractor.name),
+        floor=_floor(real, config, figures[-1] if figures else {}),
+        evidence=evidence,
+        decision=decide(evidence, gate),
+    )
+    write_json(output / TRIAL, json.loads(found.model_dump_json()))
+    return found, _exhibits(ours, theirs, real)
+
+
+def require_shape(path: Path, header: ModelHeader, dataset: Dataset) -> None:
+    """Raise UserError unless the model in the file ``path`` makes pictures of the shape of those in ``dataset``."""
+    shape = header.channels, header.size, header.size
+    if shape != dataset.shape:
+        theirs, ours = ("×".join(map(str, each)) for each in (shape, dataset.shape))
+        raise UserError(
+            f"{path} draws pictures of {theirs} and {dataset.folder} holds {ours} (channels × height × width): judge "
+            "it by the data set it was trained on"
+        )
+
+
+def require_alike(champion: ModelHeader, challenger: ModelHeader) -> None:
+    """Raise UserError, with the reason, if the two do not do the same."""
+    theirs, ours = champion.model, challenger.model
+    if theirs.family != ours.family:
+        raise UserError(f"it is a {theirs.family} and the challenger a {ours.family}, which no one figure compares")
+    if theirs.low_resolution != ours.low_resolution:
+        they, we = (
+            f"enlarges from {low} pixels" if low else "draws from nothing"
+            for low in (theirs.low_resolution, ours.low_resolution)
+        )
+        raise UserError(f"it {they} and the challenger {we}: figures say nothing of two tasks")
+
+
+def _opponent(
+    path: Path | None,
+    challenger: ModelHeader,
+    real: Real,
+    config: EvaluationConfig,
+    sampling: SamplingConfig,
+    folder: Path,
+    progress: Progress,
+) -> tuple[Portrayed | None, str | None]:
+    """The champion, or why it cannot be compared; neither: there is none."""
+    if path is None:
+        return None, None
+    try:
+        header = read_model_header(path)
+        require_alike(header, challenger)
+        require_shape(path, header, real.dataset)
+        return portray(path, real, config, sampling, folder, progress), None
+    except UserError as error:
+        return None, f"the champion cannot be judged beside it: {error}"
+
+
+def _too_few(ours: Portrayed, real: Real) -> str:
+    return (
+        f"too few pictures to tell the two apart: {len(ours.features)} drawn and {len(real.compared)} held out, and "
+        f"errors need {FEWEST} of either: draw more with evaluation.samples, or hold more out with ingest.held_out"
+    )
+
+
+def _replicates(
+    sides: list[Portrayed], real: Real, seed: int, folder: Path, progress: Progress
+) -> list[dict[Figure, Replicates]]:
+    """Figures on halves of each of the ``sides``, and last of the floor's pictures; none: there are too few."""
+    floor, reference = real.floor(seed), real.reference.features
+    sets = [*(each.features for each in sides), floor]
+    if min(map(len, (*sets, reference))) < FEWEST:
+        return []
+
+    def work() -> dict[str, Tensor]:
+        found = replicates(sets, reference, SPLITS, progress)
+        return {
+            f"{number}/{figure}/{part}": value
+            for number, each in enumerate(found)
+            for figure, some in each.items()
+            for part, value in (
+                ("values", torch.cat([some.halves.flatten(), torch.tensor([some.whole], dtype=torch.float64)])),
+                ("extrapolated", torch.tensor(some.extrapolated)),
+            )
+        }
+
+    key = ReplicatesKey(
+        drawn=tuple(each.key for each in sides),
+        floor_seed=seed,
+        training=real.training_key,
+        compared=real.compared_key,
+        splits=SPLITS,
+    )
+    kept = recall(folder, key, work)
+    return [
+        {
+            figure: Replicates.of(
+                figure,
+                kept[f"{number}/{figure}/values"],
+                len(some),
+                len(reference),
+                bool(kept[f"{number}/{figure}/extrapolated"]),
+            )
+            for figure in get_args(Figure)
+        }
+        for number, some in enumerate(sets)
+    ]
+
+
+def evidence_of(
+    ours: Portrayed,
+    theirs: Portrayed | None,
+    figures: Sequence[Figures],
+    real: Real,
+    gate: GateConfig,
+    has_champion: bool,
+    incomparable: str | None,
+) -> Evidence:
+    """What the gate goes by; ``figures``: of the challenger, the champion and the floor."""
+    drawn = ours.portrait.family != "vae"
+    copied = ours.portrait.memorisation
+    samples, reference = len(ours.features), len(real.compared)
+    evidence = Evidence(
+        judged="drawn" if drawn else "reconstructed",
+        samples=samples if drawn else len(real.held_out),
+        reference=reference,
+        has_champion=has_champion,
+        incomparable=incomparable,
+        memorised=Copies(share=copied.excess, p_value=copied.p_value) if drawn else None,
+    )
+    if theirs is None or incomparable is not None:
+        return evidence
+    if not drawn:
+        assert ours.psnr is not None
+        assert theirs.psnr is not None
+        return evidence.model_copy(update={"headline": reconstruction_headline(ours.psnr, theirs.psnr)})
+    challenger, champion, floor = figures
+    return evidence.model_copy(
+        update={
+            "headline": distance_headline(challenger, champion, floor, real.extractor.name, gate),
+            "recall": recall_difference(challenger, champion),
+            "worst_class": _worst_class(ours.portrait, theirs.portrait),
+            "cost": Cost(challenger=ours.portrait.gflop, champion=theirs.portrait.gflop, unit="GFLOP"),
+        }
+    )
+
+
+def _worst_class(ours: Portrait, theirs: Portrait) -> WorstClass | None:
+    """None if either was told no classes, or has too few pictures of each."""
+    if ours.per_class is None or theirs.per_class is None:
+        return None
+    challenger, champion = ours.per_class.worst, theirs.per_class.worst
+    if challenger is None or champion is None:
+        return None
+    return WorstClass(
+        challenger=_distance(challenger),
+        champion=_distance(champion),
+        challenger_class=challenger.name,
+        champion_class=champion.name,
+    )
+
+
+def _distance(scores: ClassScores) -> Estimate:
+    freedom = min(scores.samples, scores.reference) - 1
+    return Estimate(value=scores.kid, error=scores.kid_se, freedom=freedom)
+
+
+def _side(portrayed: Portrayed, figures: Figures, extractor: str) -> Side:
+    return Side(portrait=portrayed.portrait, figures=_measured(figures, extractor))
+
+
+def _floor(real: Real, config: EvaluationConfig, figures: Figures) -> Floor:
+    name, drawn = real.extractor.name, real.floor(config.seed)
+    scores = judge(drawn, real.reference, name, config.kid_subsets, config.kid_subset_size)
+    return Floor(scores=scores, figures=_measured(figures, name))
+
+
+def _measured(figures: Figures, extractor: str) -> dict[str, Measured]:
+    return {f"{figure}_{extractor}": Measured.of(each.estimate) for figure, each in figures.items()}
+
+
+def _exhibits(ours: Portrayed, theirs: Portrayed | None, real: Real) -> Exhibits:
+    pairs = ours.portrait.memorisation.pairs
+    return Exhibits(
+        real=real.dataset.pictures((real.shown if len(real.shown) else real.held_out)[:SHOWN]),
+        challenger=ours.pictures[:SHOWN],
+        champion=None if theirs is None else theirs.pictures[:SHOWN],
+        drawn=ours.pictures[[pair.drawn for pair in pairs]],
+        training=real.dataset.pictures(real.train[[pair.training for pair in pairs]]),
+    )

@@ -1,0 +1,257 @@
+"""The trial: who is promoted, held and rejected beside whom, on the same pictures, and with which figures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion.config_sampling import SamplingConfig
+from diffusion.errors import UserError
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.gate import GateConfig, Verdict
+from diffusion.evaluation.trial import Exhibits, trial
+from diffusion.evaluation.trial_results import Trial
+from diffusion.model import load_model
+from diffusion.sampling import sample
+from tests.conftest import disc
+from tests.diffusion.small_datasets import random_pictures, write_dataset
+from tests.diffusion.small_models import CONFIG as MODEL
+from tests.diffusion.small_models import write_model
+from tests.diffusion.trials import CONFIG, SAMPLING, Watcher, discs, let_draw, training_pictures, write_autoencoder
+
+GATE = GateConfig(recall_loss=None)
+"""Recall of 48 pictures is not known well enough."""
+TRIED = CONFIG.model_copy(update={"seed": CONFIG.seed + 1})
+"""Trials draw with another seed than that by which checkpoints are chosen."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return discs(tmp_path_factory.mktemp("data") / "discs")
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[Path]:
+    return [write_model(tmp_path / f"{name}.safetensors", seed, seed) for seed, name in enumerate(("new", "old"), 1)]
+
+
+def tried(
+    challenger: Path,
+    champion: Path | None,
+    data: Path,
+    folder: Path,
+    gate: GateConfig = GATE,
+    sampling: SamplingConfig = SAMPLING,
+    progress: Watcher | None = None,
+    config: EvaluationConfig = CONFIG,
+) -> tuple[Trial, Exhibits]:
+    return trial(challenger, champion, data, config, sampling, gate, folder, progress or Watcher())
+
+
+def good(count: int, first: int = 5000) -> Tensor:
+    """What a model draws that has understood discs."""
+    return torch.from_numpy(np.stack([np.asarray(disc(number, 8))[None] for number in range(first, first + count)]))
+
+
+def noisy(pictures: Tensor, deviation: float, seed: int = 0) -> Tensor:
+    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(seed))
+    return (pictures + deviation * noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def test_a_better_model_is_promoted_and_a_worse_one_rejected_with_figures(
+    data: Path, models: list[Path], tmp_path: Path
+) -> None:
+    new, old = models
+    let_draw(new, noisy(good(48), 5), data, tmp_path, TRIED)
+    let_draw(old, noisy(good(48, first=6000), 60), data, tmp_path, TRIED)
+    found, exhibits = tried(new, old, data, tmp_path)
+    assert found.decision.verdict == Verdict.promote
+    assert "better by more than δ: kid_efflite0" in found.reason
+    assert "on 48 drawn pictures and 40 held-out" in found.reason
+    assert "copies of training pictures" in found.reason
+    assert "a picture costs" in found.reason
+    assert found.champion is not None
+    headline = found.evidence.headline
+    assert headline is not None
+    ours, theirs = found.challenger.figures["kid_efflite0"], found.champion.figures["kid_efflite0"]
+    assert headline.difference.value == pytest.approx(ours.value - theirs.value)
+    assert ours.interval.low < ours.value < ours.interval.high < theirs.interval.low
+    assert torch.equal(exhibits.challenger, noisy(good(48), 5))
+    named = found.named()
+    assert named["kid_efflite0_low"] == ours.interval.low
+    assert named["champion_kid_efflite0"] == headline.champion.value
+    assert named["floor_kid_efflite0"] == headline.floor
+
+    reverse, _ = tried(old, new, data, tmp_path)
+    assert reverse.decision.verdict == Verdict.reject
+    assert reverse.reason.startswith("worse than the champion: kid_efflite0")
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.05])
+def test_a_model_is_not_promoted_over_itself(delta: float, data: Path, models: list[Path], tmp_path: Path) -> None:
+    found, _ = tried(models[0], models[0], data, tmp_path, GateConfig(delta=delta))
+    assert found.decision.verdict == Verdict.hold
+    headline = found.evidence.headline
+    assert headline is not None
+    assert (headline.difference.value, headline.difference.error) == (0, 0)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_model_that_copies_its_training_pictures_is_rejected_however_good_they_are(
+    first: bool, data: Path, models: list[Path], tmp_path: Path
+) -> None:
+    new, old = models
+    copies = torch.cat([training_pictures(data, 12), good(36)])
+    let_draw(new, copies, data, tmp_path, TRIED)
+    found, exhibits = tried(new, None if first else old, data, tmp_path)
+    assert found.decision.verdict == Verdict.reject
+    assert "copies of training pictures: " in found.reason
+    shown = [each.is_copy for each in found.challenger.portrait.memorisation.pairs]
+    assert sum(shown) >= 12
+    assert torch.equal(exhibits.drawn[:8], exhibits.training[:8])
+
+
+def test_a_first_version_needs_no_champion_and_has_its_intervals(
+    data: Path, models: list[Path], tmp_path: Path
+) -> None:
+    found, exhibits = tried(models[0], None, data, tmp_path)
+    assert found.decision.verdict == Verdict.promote
+    assert found.decision.reasons[0] == "first version: there was no champion"
+    assert {each.rule for each in found.decision.findings} == {"headline", "memorised"}
+    assert (found.champion, exhibits.champion) == (None, None)
+    assert {"fd_efflite0", "kid_efflite0", "recall_efflite0", "coverage_efflite0"} <= found.challenger.figures.keys()
+    seed = CONFIG.seed + 1
+    expected = sample(load_model(models[0]), range(CONFIG.samples), seed, SAMPLING)
+    assert torch.equal(exhibits.challenger, expected)
+    assert found.circumstances.evaluation.seed == seed
+
+
+def test_what_is_written_is_what_is_returned(data: Path, models: list[Path], tmp_path: Path) -> None:
+    found, _ = tried(*models, data, tmp_path)
+    written = (tmp_path / "trial.json").read_bytes()
+    assert Trial.model_validate_json(written) == found
+    assert json.loads(written)["gate"] == GATE.model_dump()
+
+
+def test_nothing_is_drawn_twice_not_even_when_the_challenger_has_become_champion(
+    data: Path, models: list[Path], tmp_path: Path
+) -> None:
+    new, old = models
+    watcher = Watcher()
+    first, _ = tried(new, old, data, tmp_path, progress=watcher)
+    assert watcher.drawn == {"new", "old"}
+    watcher = Watcher()
+    assert tried(new, old, data, tmp_path, progress=watcher)[0] == first
+    assert watcher.seen == []
+    newest = write_model(tmp_path / "newest.safetensors", 3, 3)
+    champion = tmp_path / "as-registered.safetensors"
+    champion.write_bytes(new.read_bytes())
+    watcher = Watcher()
+    next_one, _ = tried(newest, champion, data, tmp_path, progress=watcher)
+    assert watcher.drawn == {"newest"}
+    assert next_one.champion is not None
+    assert next_one.champion.portrait == first.challenger.portrait
+    watcher = Watcher()
+    more_steps = SAMPLING.model_copy(update={"steps": 5})
+    other, _ = tried(newest, champion, data, tmp_path, sampling=more_steps, progress=watcher)
+    assert watcher.drawn == {"newest", "as-registered"}
+    assert other.key != next_one.key
+
+
+def test_a_trial_that_was_cut_short_goes_on_to_the_same_bytes(data: Path, models: list[Path], tmp_path: Path) -> None:
+    tried(*models, data, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        tried(*models, data, tmp_path / "cut", progress=Watcher("old: pictures sampled"))
+    assert not (tmp_path / "cut" / "trial.json").exists()
+    watcher = Watcher()
+    tried(*models, data, tmp_path / "cut", progress=watcher)
+    assert watcher.drawn == {"old"}
+    assert (tmp_path / "cut" / "trial.json").read_bytes() == (tmp_path / "whole" / "trial.json").read_bytes()
+
+
+def test_autoencoders_are_compared_by_what_comes_back_of_each_held_out_picture(data: Path, tmp_path: Path) -> None:
+    paths = [write_autoencoder(tmp_path / f"{spread}.safetensors", 1, spread) for spread in (0.02, 0.5)]
+    sampling = SamplingConfig(compute_batch=16, precision="fp32")
+    verdicts = {}
+    for challenger, champion in (paths, paths[::-1]):
+        found, _ = tried(challenger, champion, data, tmp_path, sampling=sampling)
+        headline = found.evidence.headline
+        assert headline is not None
+        assert headline.name == "reconstruction_psnr"
+        assert [each.rule for each in found.decision.findings] == ["headline"]
+        assert "on 40 held-out pictures" in found.reason
+        verdicts[headline.lead.value > 0] = found.decision.verdict
+    assert verdicts == {True: "promote", False: "reject"}
+
+
+def test_models_that_enlarge_are_compared_on_the_same_small_pictures(data: Path, tmp_path: Path) -> None:
+    config = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
+    new, old = (write_model(tmp_path / f"{seed}.safetensors", seed, seed, config=config) for seed in (1, 2))
+    found, exhibits = tried(new, old, data, tmp_path)
+    assert (found.evidence.samples, found.evidence.reference) == (20, 20)
+    assert found.circumstances.low_resolution == 4
+    assert found.challenger.portrait.psnr is not None
+    assert len(exhibits.real) == len(exhibits.challenger) == 20
+
+
+def plain(path: Path, **changes: object) -> Path:
+    return write_model(path, 5, 1, **changes)  # type: ignore[arg-type]
+
+
+def test_a_champion_that_cannot_be_compared_holds_the_challenger_with_the_reason(
+    data: Path, models: list[Path], tmp_path: Path
+) -> None:
+    small = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
+    champions = {
+        "it is a vae and the challenger a ddpm": write_autoencoder(tmp_path / "vae.safetensors", 0),
+        "draws pictures of 3×16×16": plain(tmp_path / "rgb.safetensors", channels=3, size=16),
+        "it enlarges from 4 pixels and the challenger draws from nothing": plain(
+            tmp_path / "sr.safetensors", config=small
+        ),
+    }
+    for words, champion in champions.items():
+        found, _ = tried(models[0], champion, data, tmp_path)
+        assert found.decision.verdict == Verdict.hold
+        assert found.reason.startswith("the champion cannot be judged beside it: ")
+        assert words in found.reason
+        assert {each.rule for each in found.decision.findings} == {"headline", "memorised"}
+
+
+def test_a_champion_that_was_told_less_is_drawn_without_guidance(data: Path, tmp_path: Path) -> None:
+    told = write_model(tmp_path / "told.safetensors", 0, 1, classes={"left": 60, "right": 60})
+    untold = write_model(tmp_path / "untold.safetensors", 0, 1)
+    sampling = SAMPLING.model_copy(update={"guidance": 2.0})
+    found, exhibits = tried(told, untold, data, tmp_path, sampling=sampling)
+    assert found.champion is not None
+    assert exhibits.champion is not None
+    drawn = sample(load_model(untold), range(CONFIG.samples), CONFIG.seed + 1, SAMPLING)
+    assert torch.equal(exhibits.champion, drawn)
+    assert found.challenger.portrait.gflop == pytest.approx(2 * found.champion.portrait.gflop, rel=0.02)
+
+
+def test_too_few_pictures_for_errors_hold_and_a_first_version_passes(models: list[Path], tmp_path: Path) -> None:
+    few = tmp_path / "data" / "few"
+    write_dataset(few, random_pictures(44), per_shard=44)
+    found, _ = tried(*models, few, tmp_path)
+    assert found.decision.verdict == Verdict.hold
+    assert "too few pictures to tell the two apart: 48 drawn and 11 held out, and errors need 12" in found.reason
+    assert found.challenger.figures == {}
+    assert tried(models[0], None, few, tmp_path)[0].decision.verdict != Verdict.reject
+
+
+def test_a_challenger_that_cannot_be_judged_is_the_users_mistake(data: Path, tmp_path: Path) -> None:
+    other = plain(tmp_path / "rgb.safetensors", channels=3, size=16)
+    with pytest.raises(UserError, match=r"rgb\.safetensors draws pictures of 3×16×16 and .* holds 1×8×8"):
+        tried(other, None, data, tmp_path)
+    with pytest.raises(UserError, match="no model at"):
+        tried(tmp_path / "gone.safetensors", None, data, tmp_path)
+    few = tmp_path / "data" / "few"
+    write_dataset(few, random_pictures(80), per_shard=80)
+    small = plain(
+        tmp_path / "sr.safetensors", config=MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
+    )
+    with pytest.raises(UserError, match=r"few has 20 of 24: hold more out with ingest\.held_out"):
+        tried(small, None, few, tmp_path)

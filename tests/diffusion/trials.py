@@ -1,0 +1,82 @@
+"""Small data sets and models for trials of one model beside another."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.config_sampling import SamplingConfig
+from diffusion.data.dataset import Dataset
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.features import make_extractor
+from diffusion.evaluation.portrait import Sitter
+from diffusion.evaluation.real import Real
+from diffusion.evaluation.sealed import recall
+from diffusion.families.config import VAEConfig
+from diffusion.model import AVERAGED, save_tensors
+from diffusion.models.vae import VAE
+from diffusion.progress import Progress, silent
+from tests.conftest import disc
+from tests.diffusion.small_datasets import write_dataset
+from tests.diffusion.small_models import header
+
+CONFIG = EvaluationConfig(samples=48, extractor_size=32, kid_subsets=10)
+SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=4, compute_batch=16, precision="fp32")
+
+
+class Watcher:
+    """Notes which work reports progress, and stops it where told to."""
+
+    def __init__(self, stop_at: str | None = None) -> None:
+        self.seen: list[str] = []
+        self.stop_at = stop_at
+
+    def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
+        self.seen.append(what)
+        if what == self.stop_at:
+            raise KeyboardInterrupt
+
+    @property
+    def drawn(self) -> set[str]:
+        """The model files from which pictures were drawn."""
+        return {what.split(":")[0] for what in self.seen if what.endswith(("pictures sampled", "pictures enlarged"))}
+
+
+def discs(folder: Path, count: int = 160, first: int = 0) -> Path:
+    """A data set of white discs at 8×8, of two classes, a quarter of it held out."""
+    pictures = np.stack([np.asarray(disc(number, 8))[None] for number in range(first, first + count)])
+    labels = ["left" if number // 4 % 2 else "right" for number in range(count)]
+    write_dataset(folder, pictures, per_shard=count, labels=labels)
+    return folder
+
+
+def real(data: Path, folder: Path, config: EvaluationConfig = CONFIG, progress: Progress = silent) -> Real:
+    """Its pictures, as trials in ``folder`` know them."""
+    extractor = make_extractor(config)
+    return Real(Dataset.open(data), extractor, config.reference, config.samples, folder / "judged", progress=progress)
+
+
+def let_draw(path: Path, pictures: Tensor, data: Path, folder: Path, config: EvaluationConfig = CONFIG) -> None:
+    """Let the model in the file ``path`` have drawn these ``pictures``, as trials in ``folder`` will remember."""
+    sitter = Sitter(path, real(data, folder, config), config, SAMPLING, folder / "judged", silent)
+    recall(folder / "judged", sitter.drawn_key, lambda: {"pictures": pictures})
+
+
+def training_pictures(data: Path, count: int) -> Tensor:
+    """The first ones."""
+    dataset = Dataset.open(data)
+    return dataset.pictures(dataset.rows("train")[:count])
+
+
+def write_autoencoder(path: Path, seed: int, spread: float = 0.1) -> Path:
+    """An autoencoder of pictures of 8 pixels that was never trained."""
+    config = VAEConfig(width=16, multipliers=(1,), latent_channels=2)
+    network = VAE(config, 1, 8)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=spread, generator=generator)
+    tensors = {AVERAGED + name: value for name, value in network.state_dict().items()}
+    about = header(images=seed).model_copy(update={"model": config})
+    save_tensors(path, tensors, {"model_header": about.model_dump(mode="json")})
+    return path
