@@ -224,7 +224,8 @@ def promote(
         with joined("mlflow", "s3"):
             from flows import by_hand
 
-            show_changed(by_hand.promote(config.model_name, version, reason, taken_down), as_json)
+            changed = by_hand.promote(config.model_name, version, reason, taken_down)
+        show_changed(changed, as_json)
         return
     if reason is not None or taken_down:
         raise UserError("--reason and --taken-down are for promotions by hand: give --to VERSION as well")
