@@ -156,7 +156,8 @@ def labels_reader(dataset: Dataset, size: int | None, cache: Path, progress: Pro
 
     kept = recall(cache, key, work)
     accuracy = kept.pop("accuracy").item()
-    network = Classifier(dataset.shape[0], len(classes))
+    with torch.device("meta"):  # random weights would move the global random state
+        network = Classifier(dataset.shape[0], len(classes))
     network.load_state_dict(kept, assign=True)
     chance = max(Counter(truth).values()) / len(truth)
     network.eval().requires_grad_(False)

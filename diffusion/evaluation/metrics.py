@@ -13,15 +13,13 @@ import math
 
 from pydantic import Field
 from torch import Tensor
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
 from diffusion.config import Config, unset
+from diffusion.evaluation.kid import kid
 from diffusion.evaluation.moments import distance, distance_at_infinity, moments
 from diffusion.evaluation.neighbours import nearest, overlap
 from diffusion.evaluation.reference import Reference
 
-SUBSETS_SEED = 2020
-"""Of KID's subsets: torch-fidelity's own default, part of what its figures mean."""
 FIGURES = ("fd", "fd_infinity", "kid", "kid_std", "kid_se", "precision", "recall", "density", "coverage")
 """The figures, in the order in which they are shown."""
 
@@ -77,23 +75,16 @@ def judge(
     real = Reference.of(reference) if isinstance(reference, Tensor) else reference
     smaller = min(len(samples), len(real.features))
     size = min(kid_subset_size, smaller // 2)
-    kid = kid_features_to_metric(
-        samples,
-        real.features,
-        kid_subsets=kid_subsets,
-        kid_subset_size=size,
-        rng_seed=SUBSETS_SEED,
-        verbose=False,
-    )
+    mean, spread = kid(samples, real.features, kid_subsets, size)
     shares = overlap(samples, real.features, nearest(samples), real.nearest)
     return Scores(
         extractor=extractor,
         samples=len(samples),
         reference=len(real.features),
         fd=distance(moments(samples), real.moments),
-        kid=kid[KEY_METRIC_KID_MEAN],
-        kid_std=kid[KEY_METRIC_KID_STD],
-        kid_se=standard_error(kid[KEY_METRIC_KID_STD], size, smaller),
+        kid=mean,
+        kid_std=spread,
+        kid_se=standard_error(spread, size, smaller),
         kid_subset_size=size,
         precision=shares.precision,
         recall=shares.recall,

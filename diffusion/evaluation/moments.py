@@ -37,7 +37,9 @@ def moments(features: Tensor) -> Moments:
         for piece in pieces:
             # The R of QR is a root of XᵀX without XᵀX itself, whose small eigenvalues would be lost in rounding.
             root = torch.linalg.qr(torch.cat([root, piece.double() - mean]), mode="r").R
-    return Moments(len(features), mean, root / (len(features) - 1) ** 0.5)
+        # LAPACK's columns lie the other way, and what is read from a file must give the same bits as what is not.
+        root = root.contiguous() / (len(features) - 1) ** 0.5
+    return Moments(len(features), mean, root)
 
 
 def distance(first: Moments, second: Moments) -> float:

@@ -1,0 +1,133 @@
+"""What it takes to judge pictures once their features are known: seconds of each step, and the most memory.
+
+    python benchmarks/judging.py                # 10,000 samples against 60,000 references of 1,280 features
+    python benchmarks/judging.py --scale 0.1    # a tenth of either, to see that it works
+
+Features are Gaussian with a spectrum like EfficientNet-Lite0's, the samples' a little off. The aim, on two cores: all
+point values in under 60 seconds, the intervals of 200 replicates in under 10 minutes, and within 2 GiB. The reference's
+moments and neighbours are computed once for all evaluations, and timed apart. Each of the two, what is done once and
+what each evaluation does, is a process of its own, whose peak memory counts libraries and features.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffusion.evaluation.kid import kid
+from diffusion.evaluation.metrics import judge
+from diffusion.evaluation.moments import Moments, distance, distance_at_infinity, moments
+from diffusion.evaluation.neighbours import nearest, overlap
+from diffusion.evaluation.reference import Reference
+from diffusion.lanes import cores
+
+SAMPLES, REFERENCE, FEATURES = 10_000, 60_000, 1_280
+SUBSETS, SUBSET_SIZE = 100, 1_000
+PIECE = 4096
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", type=float, default=1.0, help="of both numbers of pictures")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--step", choices=("reference", "evaluation"), help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.step:
+        print(json.dumps(STEPS[args.step](args.scratch)))
+        return
+
+    samples, reference = round(SAMPLES * args.scale), round(REFERENCE * args.scale)
+    print(f"{samples:,} samples against {reference:,} references of {FEATURES:,} features, {cores()} cores\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        save_file({"features": synthetic(samples, 1, 0.05)}, Path(scratch) / "samples.safetensors")
+        save_file({"features": synthetic(reference, 0, 0.0)}, Path(scratch) / "reference.safetensors")
+        figures = {step: measured(step, Path(scratch)) for step in STEPS}
+    for step, found in figures.items():
+        print(f"| {step} | |\n|---|---:|")
+        for name, seconds in found["seconds"].items():
+            print(f"| {name} | {seconds:.1f} s |")
+        print(f"| most memory | {found['peak'] / 2**30:.2f} GiB |\n")
+    if args.json:
+        args.json.write_text(json.dumps({"samples": samples, "reference": reference, **figures}, indent=2))
+
+
+def synthetic(count: int, seed: int, shift: float) -> Tensor:
+    """``count`` features, (count, FEATURES) float32, whose standard deviations fall as 1/√k, moved by ``shift``."""
+    generator = torch.Generator().manual_seed(seed)
+    deviations = torch.arange(1, FEATURES + 1).rsqrt() * 5
+    pieces = [
+        torch.randn(min(PIECE, count - start), FEATURES, generator=generator) * deviations + shift
+        for start in range(0, count, PIECE)
+    ]
+    return torch.cat(pieces)
+
+
+def measured(step: str, scratch: Path) -> dict[str, Any]:
+    """The figures of one step, taken in a process of its own."""
+    command = [sys.executable, __file__, "--step", step, "--scratch", str(scratch)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+class Clock:
+    """Seconds of what it is given to do, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, work: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        done = work()
+        self.seconds[name] = time.perf_counter() - began
+        print(f"{name}: {self.seconds[name]:.1f} s", file=sys.stderr)
+        return done
+
+    def figures(self) -> dict[str, Any]:
+        """With the most memory that this process ever held, in bytes."""
+        return {"seconds": self.seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def once(scratch: Path) -> dict[str, Any]:
+    """What is computed of a reference once, and kept."""
+    clock, features = Clock(), load_file(scratch / "reference.safetensors")["features"]
+    found = clock("moments", lambda: moments(features))
+    near = clock("nearest neighbours", lambda: nearest(features))
+    kept = {"mean": found.mean, "root": found.root, "nearest": near}
+    save_file(kept, scratch / "statistics.safetensors")
+    return clock.figures()
+
+
+def each_time(scratch: Path) -> dict[str, Any]:
+    """What an evaluation computes: the point values together as ``judge`` does, their parts, and their intervals."""
+    clock, samples = Clock(), load_file(scratch / "samples.safetensors")["features"]
+    features = load_file(scratch / "reference.safetensors")["features"]
+    kept = load_file(scratch / "statistics.safetensors")
+    real = Reference(features, Moments(len(features), kept["mean"], kept["root"]), kept["nearest"])
+    clock("all point values", lambda: judge(samples, real, "synthetic", SUBSETS, SUBSET_SIZE))
+    clock("  Fréchet distance", lambda: distance(moments(samples), real.moments))
+    clock("  and of endlessly many", lambda: distance_at_infinity(samples, real.moments))
+    clock("  KID", lambda: kid(samples, features, SUBSETS, min(SUBSET_SIZE, len(samples) // 2)))
+    near = clock("  the samples' neighbours", lambda: nearest(samples))
+    clock("  precision, recall, density, coverage", lambda: overlap(samples, features, near, real.nearest))
+    # Intervals: clock("intervals of 200 replicates", …) goes here with diffusion.evaluation.bootstrap.
+    return clock.figures()
+
+
+Step = Literal["reference", "evaluation"]
+STEPS: dict[Step, Callable[[Path], dict[str, Any]]] = {"reference": once, "evaluation": each_time}
+
+
+if __name__ == "__main__":
+    main()
