@@ -35,36 +35,46 @@ class Sums:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Fitted to ``rows`` (n,) of ``features``, (N, D), the sums of which are known."""
+    """Fitted to ``rows`` (n,) of ``features``, (N, D)."""
 
     features: Tensor
     rows: Tensor
-    sums: Sums
+    sums: Sums | None
+    """Over these rows; None: they are few."""
 
     @cached_property
     def mean(self) -> Tensor:
         """(D,)."""
+        if self.sums is None:
+            return self.features[self.rows].double().mean(0)
         mean: Tensor = self.sums.first / self.sums.count
         return mean
 
     @cached_property
     def covariance(self) -> Tensor:
         """(D, D)."""
+        assert self.sums is not None, "of few rows the root says all"
         n = self.sums.count
         covariance: Tensor = (self.sums.second - n * torch.outer(self.mean, self.mean)) / (n - 1)
         return covariance
 
     @property
     def few(self) -> bool:
-        """Whether there are no more rows than dimensions."""
-        return len(self.rows) <= self.features.shape[1]
+        """Whether there are no more rows than dimensions, so that all is done by the rows and faster."""
+        return self.sums is None
+
+    @cached_property
+    def trace(self) -> Tensor:
+        """Of the covariance."""
+        trace: Tensor = self.root.square().sum() if self.few else self.covariance.trace()
+        return trace
 
     @cached_property
     def root(self) -> Tensor:
         """R with RᵀR the covariance: (min(n, D), D)."""
-        if self.few:
+        if self.sums is None:
             centred = self.features[self.rows].double() - self.mean
-            return centred.div_(math.sqrt(self.sums.count - 1))
+            return centred.div_(math.sqrt(len(self.rows) - 1))
         values, vectors = torch.linalg.eigh(self.covariance)
         root: Tensor = (vectors * values.clamp(min=0).sqrt()).T
         return root
@@ -106,11 +116,17 @@ def frechet(
 
 
 def distance(x: Gaussian, y: Gaussian) -> Tensor:
-    """|μ_x − μ_y|² + tr Σ_x + tr Σ_y − 2 tr (Σ_x Σ_y)^½, where with a root R of Σ_x the last is tr (R Σ_y Rᵀ)^½."""
+    """|μ_x − μ_y|² + tr Σ_x + tr Σ_y − 2 tr (Σ_x Σ_y)^½, where with a root R of Σ_x the last is tr (R Σ_y Rᵀ)^½.
+
+    With one of Σ_y, too, that is the sum of the singular values of the product of the roots.
+    """
     first, second = (x, y) if x.few else (y, x)
-    shared = torch.linalg.eigvalsh(first.root @ second.covariance @ first.root.T).clamp(min=0).sqrt().sum()
+    if second.few:
+        shared = torch.linalg.svdvals(first.root @ second.root.T).sum()
+    else:
+        shared = torch.linalg.eigvalsh(first.root @ second.covariance @ first.root.T).clamp(min=0).sqrt().sum()
     apart = (x.mean - y.mean).square().sum()
-    squared: Tensor = apart + x.covariance.trace() + y.covariance.trace() - 2 * shared
+    squared: Tensor = apart + x.trace + y.trace - 2 * shared
     return squared
 
 
@@ -121,15 +137,21 @@ class _Halved:
         self.features = features
         self.members = halves(len(features), stream, splits)
         everything = torch.arange(len(features))
-        self.whole = Gaussian(features, everything, _sums(features, everything))
-        self.both = _sums(features, everything[: len(features) // 2 * 2])
+        self.whole = self._of(everything)
+        half = len(features) // 2
+        self.both = None if half <= features.shape[1] else _sums(features, everything[: 2 * half])
 
     def at(self, split: int) -> tuple[Gaussian, Gaussian]:
         """The Gaussians of both halves of a cut."""
         first, second = (self.members[2 * split + half].nonzero()[:, 0] for half in (0, 1))
-        of_first = _sums(self.features, first)
-        of_second = self.both.without(of_first)
-        return Gaussian(self.features, first, of_first), Gaussian(self.features, second, of_second)
+        of_first = self._of(first)
+        if of_first.sums is None or self.both is None:
+            return of_first, self._of(second)
+        return of_first, Gaussian(self.features, second, self.both.without(of_first.sums))
+
+    def _of(self, rows: Tensor) -> Gaussian:
+        few = len(rows) <= self.features.shape[1]
+        return Gaussian(self.features, rows, None if few else _sums(self.features, rows))
 
 
 def _sums(features: Tensor, rows: Tensor) -> Sums:
