@@ -19,8 +19,8 @@ class EvaluationConfig(Config):
     """Checkpoints that are judged in full, on all samples. If there are more (training.keep, ema_lengths), rounds with
     fewer pictures choose them by KID, of autoencoders by PSNR, which are unbiased however few the pictures are."""
     first_samples: int | None = Field(None, ge=10, exclude_if=unset)
-    """Pictures drawn from each checkpoint in the first of these rounds. The better quarter goes on to the next one, with
-    four times as many, until finalists are left. Null: a quarter of samples, or 10 if that is less: one round."""
+    """Pictures drawn from each checkpoint in the first of these rounds. The better quarter goes on to the next one,
+    with four times as many, until finalists are left. Null: a quarter of samples, or 10 if that is less: one round."""
     ema_lengths: tuple[Annotated[float, Field(gt=0, lt=LONGEST)], ...] = ()
     """Averages of the weights over these shares of training are judged, too: see training.ema_lengths."""
     reference: int = Field(10_000, ge=10)

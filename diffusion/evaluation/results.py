@@ -8,12 +8,11 @@ from pydantic import Field
 from diffusion.config import Config, unset
 from diffusion.config_sampling import SamplingConfig
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.estimate import Estimate, Share
 from diffusion.evaluation.enlargement import Enlarged, Likeness
+from diffusion.evaluation.estimate import Estimate, Share
 from diffusion.evaluation.metrics import Scores
 from diffusion.files import digest_of
 from diffusion.fingerprint import Fingerprint
-
 
 CONFIDENCE = 0.95
 """Share of evaluations whose intervals hold the true figure."""
@@ -153,7 +152,7 @@ class Evaluation(Config):
     features: str | None = Field(None, exclude_if=unset)
     """What the feature network is, for people. None: not said in those days."""
     best: Judged
-    """The best of the ``checkpoints`` by its merit: the one with the lowest KID, or of autoencoders the highest PSNR."""
+    """The best of ``checkpoints`` by its merit: the one with the lowest KID, or of autoencoders the highest PSNR."""
     checkpoints: list[Judged]
     """Those judged in full, by images seen."""
     preliminary: list[Judged] = Field([], exclude_if=lambda preliminary: not preliminary)
