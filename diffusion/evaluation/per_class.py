@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
 from diffusion.config import Config
 from diffusion.evaluation.calibration import interval
-from diffusion.evaluation.metrics import SUBSETS_SEED, standard_error
+from diffusion.evaluation.kid import kid
+from diffusion.evaluation.metrics import standard_error
 from diffusion.evaluation.reader import Reader
 
 FEWEST = 20
@@ -114,7 +114,7 @@ def per_class(drawn: Labelled, real: Labelled, reader: Reader, names: Sequence[s
         if min(len(ours), len(theirs)) < FEWEST:
             others.append(Unjudged(name=name, samples=len(ours), reference=len(theirs)))
             continue
-        kid, error = _kid(ours, theirs)
+        distance, error = _kid(ours, theirs)
         counts = torch.bincount(read[drawn.labels == label], minlength=len(names))
         right = int(counts[label])
         counts[label] = 0
@@ -124,7 +124,7 @@ def per_class(drawn: Labelled, real: Labelled, reader: Reader, names: Sequence[s
                 name=name,
                 samples=len(ours),
                 reference=len(theirs),
-                kid=kid,
+                kid=distance,
                 kid_se=error,
                 agreement=right / len(ours),
                 agreement_low=low,
@@ -146,10 +146,8 @@ def _kid(drawn: Tensor, real: Tensor) -> tuple[float, float]:
     """KID and its standard error, as ``metrics.judge`` has them."""
     smaller = min(len(drawn), len(real))
     size = min(SUBSET_SIZE, smaller // 2)
-    found = kid_features_to_metric(
-        drawn, real, kid_subsets=SUBSETS, kid_subset_size=size, rng_seed=SUBSETS_SEED, verbose=False
-    )
-    return found[KEY_METRIC_KID_MEAN], standard_error(found[KEY_METRIC_KID_STD], size, smaller)
+    mean, spread = kid(drawn, real, SUBSETS, size)
+    return mean, standard_error(spread, size, smaller)
 
 
 def _agreement(read: Tensor, labels: Tensor, classes: int) -> float | None:
