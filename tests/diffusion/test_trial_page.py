@@ -77,7 +77,7 @@ def test_figures_stand_side_by_side_with_intervals_their_floor_and_both_numbers_
     assert "figure version 3 version 2 floor" in text
     assert "On 240 pictures of each side, against 240 held-out pictures" in text
     for name, figure in shown.challenger.figures.items():
-        after = text.partition(f" {name} ")[2]
+        after = text.partition("version 2 floor ")[2].partition(f"{name} ")[2]
         value, low, between, high = (word.replace("−", "-") for word in after.split()[:4])
         assert float(value) == pytest.approx(figure.value, rel=0.01)
         assert between == "…"
