@@ -85,12 +85,6 @@ def findings(evaluation: Evaluation) -> list[str]:
     else:
         times = f"{gap / error:,.0f} times the standard error"
         said = [f"Its KID lies {plain(gap)} above that of real pictures, {times}."]
-    if evaluation.preliminary:
-        fewest = min(each.merit.count for each in evaluation.preliminary)
-        said.append(
-            f"{counted(len(evaluation.preliminary), 'more checkpoint')} fell behind on fewer pictures, from "
-            f"{fewest:,} on, and {'was' if len(evaluation.preliminary) == 1 else 'were'} not judged in full."
-        )
     others = [each for each in evaluation.checkpoints if each.sha256 != best.sha256]
     if others:
         second = min(others, key=lambda each: each.scores.kid)
@@ -98,6 +92,12 @@ def findings(evaluation: Evaluation) -> list[str]:
         lead = second.scores.kid - best.scores.kid
         within = "within" if lead <= 2 * error else "beyond"
         said.append(f"Its lead over the next best ({second.images:,} images) is {within} two standard errors.")
+    if evaluation.preliminary:
+        fewest = min(each.merit.count for each in evaluation.preliminary)
+        said.append(
+            f"{counted(len(evaluation.preliminary), 'more checkpoint')} fell behind on fewer pictures, from "
+            f"{fewest:,} on, and {'was' if len(evaluation.preliminary) == 1 else 'were'} not judged in full."
+        )
     if evaluation.baselines:
         said.append(verdict(best.scores, evaluation.baselines))
     return said

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -151,7 +152,7 @@ def test_probabilities_have_no_powers_of_ten(p: float, text: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_is_whole_in_a_browser(scheme: str, width: int, tmp_path: Path) -> None:
+def test_the_page_is_whole_in_a_browser(scheme: Literal["light", "dark"], width: int, tmp_path: Path) -> None:
     write_trial_page(tmp_path / "trial.html", whole())
     with chromium() as browser:
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
