@@ -15,7 +15,7 @@ from mlflow.client import MlflowClient
 
 from tests.flows.workspace import PARAMS, Workspace, running
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 KILLS = int(os.environ.get("KILLS", "3"))
 QUICK = {
