@@ -9,6 +9,7 @@ from diffusion.evaluation.evaluate import evaluate as judge_checkpoints
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.candidates import candidates
 from diffusion.training.checkpoint import Checkpoints
+from flows.judged_models import Scoreboard
 from flows.params import Params
 from flows.progress import reporter
 from flows.steps import step
@@ -39,12 +40,9 @@ def judge(params: Params) -> Evaluation:
 
 @step
 def report(params: Params, evaluation: Evaluation) -> None:
-    """Put scores by checkpoint, the report page and its pictures on the MLflow run, and a summary on this one."""
+    """Put judged checkpoints, the report page and its pictures on the MLflow run, and a summary on this one."""
     tracker = tracker_of(params)
-    # One point for each number of images: that of the best average, where there are several.
-    best = {each.images: each for each in sorted(evaluation.checkpoints, key=lambda each: each.merit.rank)}
-    for images in sorted(best):
-        tracker.log_scores(best[images].named(), images)
+    Scoreboard(tracker.client, tracker.run_id).show(evaluation)
     folder = params.report_folder
     for path in (folder / "report.html", folder / "evaluation.json", *sorted(folder.glob("grids/*.png"))):
         tracker.log_file(path, "evaluation" if path.parent == folder else "evaluation/grids")

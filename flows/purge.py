@@ -74,7 +74,7 @@ def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifes
     if judged.is_file():
         evaluation = Evaluation.model_validate_json(judged.read_bytes())
         if evaluation.conditions.content_digest in {each.content_digest for each in held}:
-            found += [reports / "report.html", reports / "grids"]
+            found += [reports / name for name in ("report.html", "trial.html", "grids")]
     with FileLock(work_folder(folder) / "lock"):
         found += [work_folder(folder) / name for name in MADE_ANEW]
         found = [path for path in found if path.exists()]

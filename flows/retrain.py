@@ -8,7 +8,7 @@ from diffusion.config import Config
 from diffusion.config_sampling import ANYTHING, Asked
 from diffusion.data.manifest import read_manifest
 from diffusion.errors import UserError
-from diffusion.evaluation.evaluate import require_enough
+from diffusion.evaluation.judge import require_enough
 from diffusion.model import classes_of
 from diffusion.sampling import require_effect, require_read_whole
 from flows.aliases import CHAMPION

@@ -56,15 +56,6 @@ class RunTracker:
             self.client.log_image(self.run_id, picture, key=name, step=images)
             self.log_metrics({marker: images}, images)
 
-    def log_scores(self, scores: Mapping[str, float], images: int) -> None:
-        """Keep ``scores`` at step ``images`` unless they are the newest there: judged anew, they may differ."""
-        now = int(time.time() * 1000)
-        for name, value in scores.items():
-            there = [p for p in self.client.get_metric_history(self.run_id, name) if p.step == images]
-            newest = max(there, key=lambda point: point.timestamp, default=None)
-            if newest is None or newest.value != value:
-                self.client.log_metric(self.run_id, name, value, now, images)
-
     @property
     def finished(self) -> bool:
         """Whether the run has been marked as finished."""

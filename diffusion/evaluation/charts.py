@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from diffusion.evaluation.results import Evaluation
+from diffusion.evaluation.results import Evaluation, Judged
 from diffusion.grids import figure_png
 
 
@@ -38,6 +38,7 @@ class Chart:
     dark: bytes
 
 
+OLDER, NEWER = ("precision", "recall"), ("density", "coverage")
 Draw = Callable[[Axes, Paper], None]
 
 
@@ -46,11 +47,19 @@ def charts(evaluation: Evaluation, losses: Path | None) -> list[Chart]:
     several: list[tuple[str, Draw]] = [
         ("KID, with 95 % intervals (lower is better)", lambda axes, paper: _kid(axes, paper, evaluation)),
         ("Fréchet distance (lower is better)", lambda axes, paper: _fd(axes, paper, evaluation)),
-        ("Precision and recall (higher is better)", lambda axes, paper: _shares(axes, paper, evaluation)),
+        ("Precision and recall (higher is better)", lambda axes, paper: _fractions(axes, paper, evaluation, OLDER)),
     ]
+    if evaluation.best.scores.coverage is not None:
+        title = "Density and coverage (higher is better)"
+        several.append((title, lambda axes, paper: _fractions(axes, paper, evaluation, NEWER)))
     if losses is not None and (columns := read_losses(losses)):
         several.append(("Loss on fixed pictures", lambda axes, paper: _losses(axes, paper, columns)))
-    return [Chart(title, _render(draw, LIGHT), _render(draw, DARK)) for title, draw in several]
+    return [chart(title, _over_training(draw)) for title, draw in several]
+
+
+def chart(title: str, draw: Draw, size: tuple[float, float] = (5.6, 3.3)) -> Chart:
+    """What ``draw`` draws, ``size`` inches wide and high, on light and on dark paper."""
+    return Chart(title, _render(draw, LIGHT, size), _render(draw, DARK, size))
 
 
 def read_losses(path: Path) -> dict[str, list[tuple[float, float]]]:
@@ -62,20 +71,29 @@ def read_losses(path: Path) -> dict[str, list[tuple[float, float]]]:
     return {name: points for name, points in columns.items() if points}
 
 
-def _render(draw: Draw, paper: Paper) -> bytes:
-    figure = Figure(figsize=(5.6, 3.3), layout="constrained", facecolor=paper.background)
+def _render(draw: Draw, paper: Paper, size: tuple[float, float]) -> bytes:
+    figure = Figure(figsize=size, layout="constrained", facecolor=paper.background)
     axes = figure.subplots()
     axes.set_facecolor(paper.background)
     draw(axes, paper)
-    axes.set_xlabel("images seen", color=paper.muted, fontsize=10)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda images, _: _short(images)))
     axes.tick_params(colors=paper.muted, labelsize=10, length=0)
+    axes.xaxis.label.set(color=paper.muted, fontsize=10)
+    axes.yaxis.label.set(color=paper.muted, fontsize=10)
     axes.grid(axis="y", color=paper.rule, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(paper.rule)
     return figure_png(figure)
+
+
+def _over_training(draw: Draw) -> Draw:
+    def drawn(axes: Axes, paper: Paper) -> None:
+        draw(axes, paper)
+        axes.set_xlabel("images seen")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda images, _: _short(images)))
+
+    return drawn
 
 
 def _kid(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
@@ -86,8 +104,19 @@ def _kid(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
     errors = [1.96 * each.kid_se for each in scores]
     kids = [each.kid for each in scores]
     axes.errorbar(images, kids, errors, color=paper.series[0], marker="o", markersize=5, linewidth=1.8, capsize=3)
+    if evaluation.preliminary:
+        _preliminary(axes, paper, evaluation.preliminary)
     best = evaluation.best
     axes.plot(best.images, best.scores.kid, "o", markersize=11, mfc="none", mec=paper.series[0], mew=1.5)
+
+
+def _preliminary(axes: Axes, paper: Paper, judged: Sequence[Judged]) -> None:
+    """On fewer pictures, and none of the curve."""
+    images, kids = [each.images for each in judged], [each.scores.kid for each in judged]
+    errors = [1.96 * each.scores.kid_se for each in judged]
+    label = "not judged in full"
+    axes.errorbar(images, kids, errors, color=paper.muted, fmt="o", mfc="none", markersize=5, linewidth=1, label=label)
+    legend(axes, paper)
 
 
 def _fd(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
@@ -97,14 +126,14 @@ def _fd(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _shares(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
-    for name, colour in ("precision", paper.series[0]), ("recall", paper.series[1]):
+def _fractions(axes: Axes, paper: Paper, evaluation: Evaluation, names: Sequence[str]) -> None:
+    for name, colour in zip(names, paper.series, strict=False):
         points = [(each.images, getattr(each.scores, name)) for each in evaluation.checkpoints]
         axes.plot(*_transposed(points), color=colour, marker="o", markersize=5, linewidth=1.8, label=name)
         axes.axhline(getattr(evaluation.floor, name), color=colour, linewidth=1.2, linestyle=(0, (4, 3)))
-    axes.set_ylim(0, 1.02)
+    axes.set_ylim(0, max(1.02, axes.get_ylim()[1]))
     axes.plot([], [], color=paper.muted, linewidth=1.2, linestyle=(0, (4, 3)), label="their floors")
-    _legend(axes, paper)
+    legend(axes, paper)
 
 
 def _losses(axes: Axes, paper: Paper, columns: dict[str, list[tuple[float, float]]]) -> None:
@@ -115,15 +144,16 @@ def _losses(axes: Axes, paper: Paper, columns: dict[str, list[tuple[float, float
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    _legend(axes, paper)
+    legend(axes, paper)
 
 
 def _floor_line(axes: Axes, paper: Paper, value: float) -> None:
     axes.axhline(value, color=paper.muted, linewidth=1.2, linestyle=(0, (4, 3)), label="floor: real pictures")
-    _legend(axes, paper)
+    legend(axes, paper)
 
 
-def _legend(axes: Axes, paper: Paper) -> None:
+def legend(axes: Axes, paper: Paper) -> None:
+    """What has a label, named in ink."""
     axes.legend(frameon=False, fontsize=10, labelcolor=paper.ink)
 
 

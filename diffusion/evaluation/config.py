@@ -1,5 +1,6 @@
 """How checkpoints are judged."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +15,12 @@ class EvaluationConfig(Config):
 
     samples: int = Field(500, ge=10)
     """Pictures drawn from each checkpoint, and real training pictures behind the floor."""
+    finalists: int = Field(4, ge=1)
+    """Checkpoints that are judged in full, on all samples. If there are more (training.keep, ema_lengths), rounds with
+    fewer pictures choose them by KID, of autoencoders by PSNR, which are unbiased however few the pictures are."""
+    first_samples: int | None = Field(None, ge=10, exclude_if=unset)
+    """Pictures drawn from each checkpoint in the first of these rounds. The better quarter goes on to the next one,
+    with four times as many, until finalists are left. Null: a quarter of samples, or 10 if that is less: one round."""
     ema_lengths: tuple[Annotated[float, Field(gt=0, lt=LONGEST)], ...] = ()
     """Averages of the weights over these shares of training are judged, too: see training.ema_lengths."""
     reference: int = Field(10_000, ge=10)
@@ -33,6 +40,20 @@ class EvaluationConfig(Config):
     """Pictures per subset, of each side; at most half of the smaller side is used."""
     seed: int = Field(0, ge=0)
     """Seed of the drawn pictures and of the choice of training pictures; KID's subsets are fixed."""
+
+    @property
+    def first_round(self) -> int:
+        """Pictures drawn from each checkpoint in the first round."""
+        return max(10, math.ceil(self.samples / 4)) if self.first_samples is None else self.first_samples
+
+    @model_validator(mode="after")
+    def _rounds_are_shorter(self) -> "EvaluationConfig":
+        if self.first_samples is not None and self.first_samples >= self.samples:
+            raise ValueError(
+                f"first_samples = {self.first_samples} is no fewer than samples = {self.samples}, and rounds that cost "
+                "as much as the full judgement choose nothing: make it less, or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _means_something(self) -> "EvaluationConfig":

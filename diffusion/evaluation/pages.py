@@ -3,6 +3,8 @@
 import base64
 import math
 
+from diffusion.evaluation.estimate import Interval
+
 
 def render(template: str, **content: object) -> bytes:
     """The page that ``template`` makes of ``content``, every text of which is escaped."""
@@ -49,6 +51,13 @@ def plain(value: float) -> str:
 def signed(value: float) -> str:
     """``value`` as ``plain`` sets it, with a real minus."""
     return plain(value).replace("-", "−")
+
+
+def between(interval: Interval) -> str:
+    """Both ends of an interval, to the second significant digit of its length."""
+    length = interval.high - interval.low
+    digits = max(0, 1 - math.floor(math.log10(length))) if length > 0 else 3
+    return f"{interval.low:,.{digits}f} … {interval.high:,.{digits}f}".replace("-", "−")
 
 
 def count(number: int) -> str:

@@ -1,6 +1,7 @@
 """An evaluation as one HTML page that needs nothing but itself."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,15 +10,18 @@ from torch import Tensor
 
 from diffusion.evaluation.charts import charts
 from diffusion.evaluation.enlargement import TITLES, Enlarged, resampled, verdict
+from diffusion.evaluation.estimate import Estimate
 from diffusion.evaluation.metrics import Scores
-from diffusion.evaluation.pages import plain, render, with_error
-from diffusion.evaluation.results import Evaluation, Reconstruction
+from diffusion.evaluation.pages import between, counted, plain, render, signed, with_error
+from diffusion.evaluation.results import CONFIDENCE, Estimates, Evaluation, Reconstruction
 from diffusion.files import write_bytes
 from diffusion.grids import above, beside, blocks, grid, png_bytes
 from diffusion.upscaling import shrunk
 
 COMPARED = 16
 """Pictures whose enlargements stand side by side."""
+SHARES = ("precision", "recall", "density", "coverage")
+"""Scores near 1, with as many digits each."""
 STRIP = 16
 """Pictures of each checkpoint in the table of all."""
 
@@ -43,6 +47,9 @@ class Line:
     floor: str
     better: str
     meaning: str
+    interval: str = ""
+    """Where the true value lies, if that is known."""
+    floor_interval: str = ""
 
 
 def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Path | None = None) -> str:
@@ -53,13 +60,14 @@ def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Pat
         "report.html",
         evaluation=evaluation,
         findings=findings(evaluation),
-        lines=score_lines(evaluation.best.scores, evaluation.floor)
+        lines=score_lines(evaluation.best.scores, evaluation.floor, evaluation.estimates)
         + reconstruction_lines(evaluation.best.reconstruction),
         drawn=png_bytes(grid(best)),
         real=png_bytes(grid(sheets.real)),
         reconstructed=None if back is None else png_bytes(above(sheets.real, back)),
         shown=len(best),
         charts=charts(evaluation, losses),
+        merit=evaluation.best.merit.name,
         enlarged=enlarged_lines(evaluation),
         compared=low and png_bytes(compared(sheets.real, best, low)),
         strips={sha256: png_bytes(_strip(drawn)) for sha256, drawn in sheets.drawn.items()},
@@ -84,6 +92,12 @@ def findings(evaluation: Evaluation) -> list[str]:
         lead = second.scores.kid - best.scores.kid
         within = "within" if lead <= 2 * error else "beyond"
         said.append(f"Its lead over the next best ({second.images:,} images) is {within} two standard errors.")
+    if evaluation.preliminary:
+        fewest = min(each.merit.count for each in evaluation.preliminary)
+        said.append(
+            f"{counted(len(evaluation.preliminary), 'more checkpoint')} fell behind on fewer pictures, from "
+            f"{fewest:,} on, and {'was' if len(evaluation.preliminary) == 1 else 'were'} not judged in full."
+        )
     if evaluation.baselines:
         said.append(verdict(best.scores, evaluation.baselines))
     return said
@@ -109,43 +123,52 @@ def compared(real: Tensor, drawn: Tensor, low_resolution: int) -> Image.Image:
     return grid(beside(blocks(small, size), bicubic, drawn[:COMPARED], pictures), columns=8)
 
 
-def score_lines(scores: Scores, floor: Scores) -> list[Line]:
-    """The table of scores: each beside what real pictures get."""
-    name = scores.extractor
+MEANINGS = {
+    "kid": ("lower", "Unbiased at any number of pictures: the one to go by."),
+    "fd": ("lower", "Grows as pictures get fewer: means something only beside its floor."),
+    "fd_infinity": ("lower", "The same as it would be of endlessly many pictures."),
+    "precision": ("higher", "Share of drawn pictures that lie among real ones: fidelity."),
+    "recall": ("higher", "Share of real pictures that lie among drawn ones: variety."),
+    "density": (
+        "higher",
+        "How many real ones a drawn one lies among, of real ones about 1: fidelity, robustly.",
+    ),
+    "coverage": ("higher", "Share of real pictures that have a drawn one near them: variety, robustly."),
+}
+"""Of each score which is better, and how to read it."""
 
-    def shares(share: float) -> str:
-        return f"{share:.3f}"
 
+def score_lines(scores: Scores, floor: Scores, estimates: Estimates | None = None) -> list[Line]:
+    """The table of scores that there are: each beside what real pictures get, both with intervals if there are any."""
     return [
         Line(
-            f"kid_{name}",
-            with_error(scores.kid, scores.kid_se),
-            with_error(floor.kid, floor.kid_se),
-            "lower",
-            "Unbiased at any number of pictures: the one to go by.",
-        ),
-        Line(
-            f"fd_{name}",
-            plain(scores.fd),
-            plain(floor.fd),
-            "lower",
-            "Grows as pictures get fewer: means something only beside its floor.",
-        ),
-        Line(
-            f"precision_{name}",
-            shares(scores.precision),
-            shares(floor.precision),
-            "higher",
-            "Share of drawn pictures that lie among real ones: fidelity.",
-        ),
-        Line(
-            f"recall_{name}",
-            shares(scores.recall),
-            shares(floor.recall),
-            "higher",
-            "Share of real pictures that lie among drawn ones: variety.",
-        ),
+            f"{name}_{scores.extractor}",
+            _score(scores, name, estimates),
+            _score(floor, name, estimates),
+            better,
+            meaning,
+            interval_of(estimates.best, name) if estimates else "",
+            interval_of(estimates.floor, name) if estimates else "",
+        )
+        for name, (better, meaning) in MEANINGS.items()
+        if getattr(scores, name) is not None
     ]
+
+
+def interval_of(figures: Mapping[str, Estimate], name: str) -> str:
+    """Of one figure at 95 %, such as ``0.012 … 0.034``; empty if it is not among them."""
+    if name not in figures:
+        return ""
+    return between(figures[name].interval(CONFIDENCE))
+
+
+def _score(scores: Scores, name: str, estimates: Estimates | None) -> str:
+    value: float | None = getattr(scores, name)
+    if value is None:
+        return ""
+    if name == "kid" and estimates is None:
+        return with_error(value, scores.kid_se)
+    return f"{value:.3f}" if name in SHARES else signed(value)
 
 
 def reconstruction_lines(found: Reconstruction | None) -> list[Line]:

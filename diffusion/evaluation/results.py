@@ -9,9 +9,13 @@ from diffusion.config import Config, unset
 from diffusion.config_sampling import SamplingConfig
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.enlargement import Enlarged, Likeness
+from diffusion.evaluation.estimate import Estimate, Share
 from diffusion.evaluation.metrics import Scores
 from diffusion.files import digest_of
 from diffusion.fingerprint import Fingerprint
+
+CONFIDENCE = 0.95
+"""Share of evaluations whose intervals hold the true figure."""
 
 
 class Conditions(Config):
@@ -23,6 +27,8 @@ class Conditions(Config):
     """Digest of the data set whose held-out pictures are the reference."""
     extractor_digest: str
     """SHA-256 of the feature network's weights."""
+    preprocessing: str | None = Field(None, exclude_if=unset)
+    """What is done to pictures before the network sees them, and to features after. None: not said in those days."""
     evaluation: EvaluationConfig
     sampling: SamplingConfig
     low_resolution: int | None = Field(None, exclude_if=unset)
@@ -32,8 +38,13 @@ class Conditions(Config):
     def key(self) -> str:
         """Digest of the conditions; a model's scores depend on it, on the weights, and within floating-point
         error on the fingerprint."""
-        # Which averages are judged besides changes no score, and neither does an option that is not used.
-        return digest_of(self.model_dump(mode="json", exclude={"evaluation": {"ema_lengths"}}, exclude_none=True))
+        # What is judged besides changes no score, and neither does an option that is not used.
+        exclude = {"evaluation": {"ema_lengths", "finalists", "first_samples"}}
+        return digest_of(self.model_dump(mode="json", exclude=exclude, exclude_none=True))
+
+    def on(self, samples: int) -> "Conditions":
+        """The same with so many pictures of each model."""
+        return self.model_copy(update={"evaluation": self.evaluation.model_copy(update={"samples": samples})})
 
 
 class Reconstruction(Config):
@@ -116,6 +127,18 @@ class Judged(Config):
         return Merit(f"kid_{scores.extractor}", scores.kid, scores.kid_se, scores.samples, -1)
 
 
+class Estimates(Config):
+    """Figures with their errors, over other pictures of the same model and other held-out ones: see ``bootstrap``.
+
+    By name (fd, kid, precision, recall, density, coverage); for what as many pictures get on average.
+    """
+
+    best: dict[str, Share | Estimate]
+    """Of the best checkpoint."""
+    floor: dict[str, Share | Estimate]
+    """Of the real pictures behind the floor."""
+
+
 class Evaluation(Config):
     """Scores of a run's checkpoints under equal conditions."""
 
@@ -126,10 +149,18 @@ class Evaluation(Config):
     """``conditions.key``: compare models only where it is equal."""
     floor: Scores
     """Real training pictures, judged as if a model had drawn them."""
+    features: str | None = Field(None, exclude_if=unset)
+    """What the feature network is, for people. None: not said in those days."""
     best: Judged
-    """The best checkpoint by its merit: the one with the lowest KID, or of autoencoders the highest PSNR."""
+    """The best of ``checkpoints`` by its merit: the one with the lowest KID, or of autoencoders the highest PSNR."""
     checkpoints: list[Judged]
-    """All of them, by images seen."""
+    """Those judged in full, by images seen."""
+    preliminary: list[Judged] = Field([], exclude_if=lambda preliminary: not preliminary)
+    """Those that fell behind before, by images seen, with the scores of the last round that they were in, which rest on
+    fewer pictures: of these only merits compare. None of them is the best."""
+    estimates: Estimates | None = Field(None, exclude_if=unset)
+    """None: either side has too few pictures, or the models enlarge pictures that are among those they are compared
+    with, and the two sides are not independent."""
     baselines: dict[str, Enlarged] | None = Field(None, exclude_if=unset)
     """For models that enlarge, by name: the same small pictures enlarged without one."""
 
@@ -145,4 +176,13 @@ class Evaluation(Config):
                 **each.likeness.model_dump(),
             }.items()
         }
-        return {"images": self.best.images, **self.best.named(), **floor, **baselines}
+        return {"images": self.best.images, **self.best.named(), **self._intervals(), **floor, **baselines}
+
+    def _intervals(self) -> dict[str, float]:
+        """The ends of the best checkpoint's intervals, such as ``kid_low_efflite0``."""
+        found = {}
+        for figure, estimate in (self.estimates.best if self.estimates else {}).items():
+            interval = estimate.interval(CONFIDENCE)
+            found[f"{figure}_low_{self.best.scores.extractor}"] = interval.low
+            found[f"{figure}_high_{self.best.scores.extractor}"] = interval.high
+        return found

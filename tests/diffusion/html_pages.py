@@ -12,7 +12,7 @@ class Page(HTMLParser):
     """Addresses, pictures and text of a page; fails on tags that do not close in order."""
 
     VOID = ("meta", "img", "source", "br", "wbr", "link", "rect", "line", "path")
-    WITHIN_WORDS = ("code", "wbr", "span", "i")
+    WITHIN_WORDS = ("code", "wbr", "span", "i", "b")
 
     def __init__(self, html: str) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.ingest import forget_captions
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.evaluate import Judge
+from diffusion.evaluation.judge import Judge
 from diffusion.model import DiffusionModel, load_model, read_header
 from diffusion.models.config import ModelConfig
 from diffusion.sampling import label_names, require_effect, require_read_whole, sample, told_of

@@ -111,6 +111,8 @@ def test_scores_are_those_of_the_enlarged_held_out_pictures_beside_interpolation
         path.stem: (upscale(load_model(path), small, CONFIG.seed, SAMPLING), judged)
         for path, judged in zip(checkpoints, evaluation.checkpoints, strict=True)
     }
+    # What is drawn and what it is compared with are the same pictures, and no halves of them independent.
+    assert evaluation.estimates is None
     assert evaluation.baselines is not None
     assert list(evaluation.baselines) == ["bicubic", "lanczos"]
     sets |= {name: (resampled(small, 2, name), each) for name, each in evaluation.baselines.items()}

@@ -2,6 +2,7 @@
 
 import base64
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -10,16 +11,18 @@ from torch import Tensor
 from diffusion.config_sampling import SamplingConfig
 from diffusion.evaluation.charts import read_losses
 from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.estimate import Estimate, Share
 from diffusion.evaluation.metrics import Scores
 from diffusion.evaluation.pages import plain, with_error
 from diffusion.evaluation.report import Sheets, findings, write_report
-from diffusion.evaluation.results import Conditions, Evaluation, Judged
+from diffusion.evaluation.results import Conditions, Estimates, Evaluation, Judged
 from diffusion.fingerprint import fingerprint
 from diffusion.grids import grid, png_bytes
+from tests.browser import chromium, look
 from tests.diffusion.html_pages import Page
 
 
-def scores(kid: float, kid_se: float = 0.02, fd: float = 123.4, samples: int = 500) -> Scores:
+def scores(kid: float, kid_se: float = 0.02, fd: float = 123.4, samples: int = 500, **further: float) -> Scores:
     return Scores(
         extractor="efflite0",
         samples=samples,
@@ -31,6 +34,20 @@ def scores(kid: float, kid_se: float = 0.02, fd: float = 123.4, samples: int = 5
         kid_subset_size=240,
         precision=0.812,
         recall=0.745,
+        **further,
+    )
+
+
+def estimates() -> Estimates:
+    """Some figures with their errors."""
+    return Estimates(
+        best={
+            "kid": Estimate(value=0.2, error=0.005, freedom=1000),
+            "fd": Estimate(value=123.4, error=2, freedom=1000),
+            "precision": Share(value=0.812, error=0.005, freedom=1000, count=500),
+            "coverage": Share(value=0.5, error=0.005, freedom=1000, count=480),
+        },
+        floor={"kid": Estimate(value=0.01, error=0.005, freedom=1000), "fd": Estimate(value=61.2, error=1)},
     )
 
 
@@ -65,8 +82,30 @@ def pictures(seed: int) -> Tensor:
     return torch.randint(0, 256, (64, 1, 8, 8), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
 
 
+def with_more(evaluation: Evaluation) -> Evaluation:
+    """The same with intervals, density and coverage, and with two that fell behind on fewer pictures."""
+    behind = [
+        evaluation.best.model_copy(
+            update={"sha256": digit * 64, "images": images, "scores": scores(kid, samples=125, fd=987.6)}
+        )
+        for digit, images, kid in (("a", 1500, 0.7), ("b", 2500, -0.4))
+    ]
+    newer = {"density": 0.9, "coverage": 0.5, "fd_infinity": 100.4}
+    judged = [each.model_copy(update={"scores": scores(each.scores.kid, **newer)}) for each in evaluation.checkpoints]
+    update = {
+        "estimates": estimates(),
+        "preliminary": behind,
+        "best": next(each for each in judged if each.sha256 == evaluation.best.sha256),
+        "checkpoints": judged,
+        "floor": scores(0.01, fd=61.2, density=1.02, coverage=0.97, fd_infinity=0.3),
+    }
+    return evaluation.model_copy(update=update | {"features": "EfficientNet-Lite0 trained on ImageNet"})
+
+
 def sheets_for(evaluation: Evaluation) -> Sheets:
-    drawn = {each.sha256: pictures(number) for number, each in enumerate(evaluation.checkpoints)}
+    drawn = {
+        each.sha256: pictures(number) for number, each in enumerate(evaluation.checkpoints + evaluation.preliminary)
+    }
     return Sheets(real=pictures(99), drawn=drawn)
 
 
@@ -109,6 +148,60 @@ def test_each_score_stands_beside_its_floor_with_both_numbers_of_pictures(tmp_pa
     assert "2,000 best" in text
 
 
+def test_figures_have_intervals_where_they_are_known_and_so_have_their_floors(tmp_path: Path) -> None:
+    evaluation = with_more(an_evaluation([0.5, 0.2]))
+    write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
+    text = Page((tmp_path / "report.html").read_text()).text
+    # 1.96 standard errors to either side.
+    assert "kid_efflite0 0.200 0.190 … 0.210 0.0100 0.000 … 0.020 lower" in text
+    assert "fd_efflite0 123 119.5 … 127.3 61.2" in text
+    ends = estimates().best["precision"].interval(0.95)
+    assert f"precision_efflite0 0.812 {ends.low:.3f} … {ends.high:.3f} 0.812 higher" in text
+    assert "recall_efflite0 0.745 0.745 higher" in text
+    assert "density_efflite0 0.900 1.020 higher" in text
+    assert "coverage_efflite0 0.500 0.45" in text
+    assert "fd_infinity_efflite0 100 0.300 lower" in text
+    assert "95 of 100 evaluations" in text
+    assert "EfficientNet-Lite0 trained on ImageNet, weights" in text
+
+
+def test_without_intervals_the_page_says_why(tmp_path: Path) -> None:
+    evaluation = an_evaluation([0.5])
+    write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "For intervals there must be 12 pictures of each kind." in text
+    assert "95 of 100" not in text
+
+
+def test_checkpoints_that_fell_behind_are_marked_and_only_what_compares_is_shown_of_them(tmp_path: Path) -> None:
+    evaluation = with_more(an_evaluation([0.5, 0.2]))
+    write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "Best of 4: the checkpoint that has seen 2,000 images" in text
+    assert "2 more checkpoints fell behind on fewer pictures, from 125 on, and were not judged in full." in text
+    # However lucky it was on few pictures.
+    assert "2,500 not judged in full -0.400 ± 0.020 125 pictures" in text
+    assert "1,500 not judged in full 0.700 ± 0.020 125 pictures" in text
+    assert "2,000 best" in text
+    assert "1,500 best" not in text
+    assert "2,500 best" not in text
+    assert "988" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_is_whole_in_a_browser(scheme: Literal["light", "dark"], width: int, tmp_path: Path) -> None:
+    evaluation = with_more(an_evaluation([0.5, 0.2]))
+    write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.goto((tmp_path / "report.html").as_uri())
+        look(page, tmp_path / f"report-{scheme}-{width}.png")
+        headings = ["Scores", "Pictures", "Over training", "All checkpoints", "Conditions"]
+        assert page.locator("h2").all_inner_texts() == headings
+
+
 @pytest.mark.parametrize("few", [False, True])
 def test_a_floor_of_fewer_pictures_is_admitted(few: bool, tmp_path: Path) -> None:
     floor = scores(0.01, samples=300 if few else 500)
@@ -130,6 +223,8 @@ def test_curves_appear_for_light_and_for_dark_and_losses_only_if_there_are_any(t
     empty = tmp_path / "empty.csv"
     empty.write_text("images,train_loss\n")
     assert (charts_with(None), charts_with(empty), charts_with(losses)) == (3, 3, 4)
+    evaluation = with_more(evaluation)
+    assert charts_with(losses) == 5
 
 
 def test_losses_that_are_not_finite_are_left_out(losses: Path) -> None:

@@ -1,0 +1,31 @@
+"""Debian's Chromium, as a reader of pages."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A browser; the test is skipped where there is none."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if found is None:
+        pytest.skip("no chromium here")
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=found, args=["--no-sandbox"]) as browser,
+    ):
+        yield browser
+
+
+def look(page: Page, shot: Path) -> None:
+    """Keep what is seen, and require that all pictures are there and nothing lies beyond the right edge."""
+    page.screenshot(path=shot, full_page=True)
+    pictures = page.evaluate("[...document.images].map(image => [image.alt, image.complete, image.naturalWidth])")
+    assert pictures
+    assert [alt for alt, complete, width in pictures if not (complete and width > 0)] == []
+    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")

@@ -1,0 +1,193 @@
+"""Judged checkpoints in MLflow: each once, ranked by their scores, whatever was killed before."""
+
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import mlflow
+import pytest
+from mlflow.client import MlflowClient
+from mlflow.entities import LoggedModel
+
+from diffusion.config_sampling import SamplingConfig
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.metrics import Scores
+from diffusion.evaluation.results import Conditions, Evaluation, Judged
+from diffusion.fingerprint import fingerprint
+from flows.judged_models import CHECKPOINT, CHECKPOINT_SHA256, EVAL_KEY, JUDGED, Scoreboard
+
+WRITES = ("create_logged_model", "finalize_logged_model", "set_logged_model_tags", "log_batch")
+CONTENT = "c" * 64
+
+
+class Killed(BaseException):
+    """As if the process were."""
+
+
+class Mortal(MlflowClient):
+    """Dies right after its write number ``life``, counted from 0."""
+
+    def __init__(self, life: int) -> None:
+        super().__init__()
+        self.life = life
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name not in WRITES:
+            return found
+
+        def write(*arguments: Any, **named: Any) -> Any:
+            done = found(*arguments, **named)
+            self.life -= 1
+            if self.life < 0:
+                raise Killed
+            return done
+
+        return write
+
+
+@pytest.fixture
+def client(no_servers: None, mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
+    return MlflowClient()
+
+
+@pytest.fixture
+def run_id(client: MlflowClient, tmp_path: Path) -> str:
+    """A new run in an experiment of its own."""
+    experiment = client.create_experiment(uuid4().hex, artifact_location=tmp_path.as_uri())
+    return str(client.create_run(experiment).info.run_id)
+
+
+def judged(number: int, kid: float, samples: int = 500) -> Judged:
+    scores = Scores(
+        extractor="efflite0",
+        samples=samples,
+        reference=480,
+        fd=100 * kid,
+        kid=kid,
+        kid_std=0.01,
+        kid_se=0.02,
+        kid_subset_size=240,
+        precision=0.8,
+        recall=0.7,
+        density=0.9,
+        coverage=0.6,
+    )
+    return Judged(
+        file=f"runs/blobs/checkpoints/{number}.safetensors",
+        sha256=f"{number:064x}",
+        images=1000 * (number + 1),
+        scores=scores,
+        fingerprint=fingerprint(64, "fp32", "cpu"),
+    )
+
+
+def an_evaluation(kids: list[float], behind: list[float] | None = None, seed: int = 0) -> Evaluation:
+    """Of checkpoints judged in full, and of such that were ``behind`` in a round."""
+    conditions = Conditions(
+        content_digest=CONTENT,
+        extractor_digest="e" * 64,
+        evaluation=EvaluationConfig(seed=seed),
+        sampling=SamplingConfig(),
+    )
+    models = [judged(number, kid) for number, kid in enumerate(kids)]
+    return Evaluation(
+        dataset="blobs",
+        conditions=conditions,
+        eval_key=conditions.key,
+        floor=models[0].scores,
+        best=min(models, key=lambda each: each.scores.kid),
+        checkpoints=models,
+        preliminary=[judged(len(kids) + number, kid, 125) for number, kid in enumerate(behind or [])],
+    )
+
+
+def ranked(client: MlflowClient, run_id: str) -> list[LoggedModel]:
+    """As MLflow's documentation says one ranks models."""
+    found: list[LoggedModel] = mlflow.search_logged_models(
+        [client.get_run(run_id).info.experiment_id],
+        order_by=[{"field_name": "metrics.kid_efflite0", "ascending": True, "dataset_name": "blobs"}],
+        output_format="list",
+    )
+    return found
+
+
+def points(client: MlflowClient, run_id: str, name: str = "kid_efflite0") -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
+
+
+def test_mlflow_ranks_the_checkpoints_by_their_scores_on_the_data_set(client: MlflowClient, run_id: str) -> None:
+    evaluation = an_evaluation([0.5, 0.2, 0.3])
+    Scoreboard(client, run_id).show(evaluation)
+    found = ranked(client, run_id)
+    assert [model.tags[CHECKPOINT] for model in found] == [
+        f"runs/blobs/checkpoints/{number}.safetensors" for number in (1, 2, 0)
+    ]
+    best = found[0]
+    assert best.source_run_id == run_id
+    assert best.status == "READY"
+    assert best.tags[CHECKPOINT_SHA256] == evaluation.best.sha256
+    assert (best.tags[EVAL_KEY], best.tags[JUDGED]) == (evaluation.eval_key, "in full")
+    assert {point.key: point.value for point in best.metrics} == evaluation.best.named()
+    assert {(point.dataset_name, point.dataset_digest, point.step) for point in best.metrics} == {
+        ("blobs", CONTENT[:36], 2000)
+    }
+    # The run has its curve as well.
+    assert points(client, run_id) == [(1000, 0.5), (2000, 0.2), (3000, 0.3)]
+
+
+def test_what_was_not_judged_in_full_ranks_behind_all_that_was_however_lucky(client: MlflowClient, run_id: str) -> None:
+    Scoreboard(client, run_id).show(an_evaluation([0.5, 0.2], behind=[-0.1]))
+    found = ranked(client, run_id)
+    assert [model.tags[JUDGED] for model in found] == ["in full", "in full", "preliminary"]
+    assert {point.key: point.value for point in found[2].metrics} == {
+        "preliminary_kid_efflite0": -0.1,
+        "preliminary_samples": 125,
+    }
+    assert [step for step, _ in points(client, run_id)] == [1000, 2000]
+
+
+def test_shown_again_nothing_is_there_twice(client: MlflowClient, run_id: str) -> None:
+    evaluation = an_evaluation([0.5, 0.2], behind=[0.4])
+    Scoreboard(client, run_id).show(evaluation)
+    before = [(model.model_id, len(model.metrics)) for model in ranked(client, run_id)]
+    Scoreboard(client, run_id).show(evaluation)
+    assert [(model.model_id, len(model.metrics)) for model in ranked(client, run_id)] == before
+    assert points(client, run_id) == [(1000, 0.5), (2000, 0.2)]
+
+
+@pytest.mark.parametrize("life", range(6))
+def test_killed_after_any_write_and_shown_again_each_is_there_once(
+    client: MlflowClient, run_id: str, life: int
+) -> None:
+    evaluation = an_evaluation([0.5, 0.2])
+    with pytest.raises(Killed):
+        Scoreboard(Mortal(life), run_id).show(evaluation)
+    Scoreboard(client, run_id).show(evaluation)
+    found = ranked(client, run_id)
+    assert [model.tags[CHECKPOINT_SHA256] for model in found] == [f"{number:064x}" for number in (1, 0)]
+    assert {model.status for model in found} == {"READY"}
+    assert points(client, run_id) == [(1000, 0.5), (2000, 0.2)]
+
+
+def test_judged_under_other_conditions_a_checkpoint_is_the_same_model_with_newer_scores(
+    client: MlflowClient, run_id: str
+) -> None:
+    Scoreboard(client, run_id).show(an_evaluation([0.5, 0.2]))
+    anew = an_evaluation([0.1, 0.2], seed=1)
+    Scoreboard(client, run_id).show(anew)
+    found = ranked(client, run_id)
+    assert [model.tags[CHECKPOINT_SHA256] for model in found] == [f"{number:064x}" for number in (0, 1)]
+    assert {model.tags[EVAL_KEY] for model in found} == {anew.eval_key}
+    Scoreboard(client, run_id).show(an_evaluation([0.1, 0.2], behind=[0.4], seed=1))
+    assert ranked(client, run_id)[2].tags[JUDGED] == "preliminary"
+    Scoreboard(client, run_id).show(an_evaluation([0.1, 0.2, 0.15], seed=1))
+    assert [model.tags[JUDGED] for model in ranked(client, run_id)] == ["in full"] * 3
+
+
+def test_two_runs_have_models_of_their_own(client: MlflowClient, run_id: str) -> None:
+    other = client.create_run(client.get_run(run_id).info.experiment_id).info.run_id
+    for each in (run_id, other):
+        Scoreboard(client, each).show(an_evaluation([0.5]))
+    assert {model.source_run_id for model in ranked(client, run_id)} == {run_id, other}

@@ -1,0 +1,86 @@
+"""What a person finds in MLflow's UI and in the pages on the run, in a browser on a real stack."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow.client import MlflowClient
+from playwright.sync_api import Browser, Page, expect
+
+from tests.browser import chromium, look
+from tests.flows.workspace import PARAMS, Workspace, running
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+QUICK = {
+    "training": {**PARAMS["training"], "images": 320, "checkpoints": 3, "warmup_images": 16, "keep": 3},
+    "evaluation": {"samples": 24, "extractor_size": 32, "finalists": 2, "first_samples": 12},
+}
+PATIENCE = 60_000
+"""Milliseconds that a page may take on a busy machine."""
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    """A running stack with one version of blobs, the champion."""
+    with running(tmp_path_factory.mktemp("workspace"), PARAMS | QUICK, 120) as space:
+        space.json("retrain", "pictures", "--count", "1")
+        yield space
+
+
+def opened(browser: Browser, workspace: Workspace, place: str) -> Page:
+    """A page of MLflow's UI."""
+    own = workspace.variables
+    credentials = {"username": own["MLFLOW_TRACKING_USERNAME"], "password": own["MLFLOW_TRACKING_PASSWORD"]}
+    page = browser.new_context(http_credentials=credentials, viewport={"width": 1400, "height": 1100}).new_page()
+    page.set_default_timeout(PATIENCE)
+    page.goto(f"{own['MLFLOW_TRACKING_URI']}/#/{place}")
+    return page
+
+
+def test_the_version_its_alias_its_card_and_its_pictures_are_in_mlflows_ui(
+    workspace: Workspace, server: MlflowClient, tmp_path: Path
+) -> None:
+    with chromium() as browser:
+        page = opened(browser, workspace, "models/blobs")
+        expect(page.get_by_text("Version 1").first).to_be_visible(timeout=PATIENCE)
+        expect(page.get_by_text("champion").first).to_be_visible(timeout=PATIENCE)
+        page.screenshot(path=tmp_path / "model.png")
+        page = opened(browser, workspace, "models/blobs/versions/1")
+        for heading in ("How it was judged", "How good it is", "Data", "Limits"):
+            expect(page.get_by_role("heading", name=heading, exact=True)).to_be_visible(timeout=PATIENCE)
+        samples = page.get_by_role("img", name="samples")
+        samples.scroll_into_view_if_needed()
+        page.wait_for_function("image => image.complete", arg=samples.element_handle())
+        page.screenshot(path=tmp_path / "version.png", full_page=True)
+        assert samples.evaluate("image => image.naturalWidth") > 0
+
+
+def test_judged_checkpoints_are_models_of_the_run_in_mlflows_ui(
+    workspace: Workspace, server: MlflowClient, tmp_path: Path
+) -> None:
+    run = server.get_run(server.get_model_version("blobs", "1").run_id)
+    found = server.search_logged_models(
+        [run.info.experiment_id],
+        order_by=[{"field_name": "metrics.kid_efflite0", "ascending": True, "dataset_name": "blobs"}],
+    )
+    judged = {model.name: model.tags["darkroom.judged"] for model in found if "darkroom.judged" in model.tags}
+    assert sorted(judged.values()) == ["in full", "in full", "preliminary"]
+    with chromium() as browser:
+        page = opened(browser, workspace, f"experiments/{run.info.experiment_id}/models")
+        for name in judged:
+            expect(page.get_by_text(name).first).to_be_visible(timeout=PATIENCE)
+        page.screenshot(path=tmp_path / "judged.png")
+
+
+def test_the_report_on_the_run_is_whole_in_a_browser(
+    workspace: Workspace, server: MlflowClient, tmp_path: Path
+) -> None:
+    run_id = server.get_model_version("blobs", "1").run_id
+    report = server.download_artifacts(run_id, "evaluation/report.html", str(tmp_path))
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto(Path(report).as_uri())
+        look(page, tmp_path / "report.png")
+        expect(page.get_by_role("heading", name="Best of 3")).to_be_visible()
+        expect(page.get_by_text("not judged in full", exact=True)).to_have_count(1)
