@@ -22,8 +22,10 @@ from pydantic import Field, ValidationError
 from diffusion.config import Config
 from diffusion.data.manifest import read_manifest
 from diffusion.errors import Held, UserError
+from diffusion.evaluation.docket import docket_of
 from diffusion.evaluation.results import Evaluation
 from diffusion.evaluation.trial import TRIAL, trial
+from diffusion.evaluation.trial_page import write_trial_page
 from diffusion.evaluation.trial_results import Trial
 from diffusion.files import sha256_file
 from diffusion.model import export, read_header
@@ -41,6 +43,8 @@ from flows.registry import Version
 from flows.steps import step
 from flows.tracking import AUTOENCODER, RunTracker
 
+PAGE = "trial.html"
+"""The trial as a page, beside the report."""
 ANSWER_WITHIN = 72 * 3600
 """Seconds that a person who is asked for approval has."""
 
@@ -168,7 +172,7 @@ def judge(params: Params, evaluation: Evaluation, version: Version) -> Judgement
         figures = finite(evaluation.metrics())
         evidence = Evidence(verdict="hold", reason=reason, figures=figures, eval_key=evaluation.eval_key)
         return Judgement(champion=champion, evidence=evidence, trial=tried(params, version))
-    found, _ = trial(
+    found, exhibits = trial(
         params.run_folder / "weights.safetensors",
         None if champion is None else weights_of(registry.version_of(client, version.model, champion)),
         params.dataset_folder,
@@ -178,7 +182,11 @@ def judge(params: Params, evaluation: Evaluation, version: Version) -> Judgement
         params.report_folder,
         reporter(),
     )
-    RunTracker(client, version.run_id).log_file(params.report_folder / TRIAL, "evaluation")
+    names = f"version {version.number}", None if champion is None else f"version {champion}"
+    docket = docket_of(found, exhibits, version.model, params.training.dataset, *names)
+    write_trial_page(params.report_folder / PAGE, docket)
+    for name in (TRIAL, PAGE):
+        RunTracker(client, version.run_id).log_file(params.report_folder / name, "evaluation")
     evidence = Evidence(
         verdict=found.decision.verdict.value,
         reason=found.reason,

@@ -23,10 +23,10 @@ from diffusion.evaluation.bootstrap import SPLITS, Figure, Replicates, replicate
 from diffusion.evaluation.bootstrap.neighbourhoods import FEWEST
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import Estimate
-from diffusion.evaluation.evaluate import require_enough
 from diffusion.evaluation.evidence import Figures, distance_headline, recall_difference, reconstruction_headline
 from diffusion.evaluation.features import extractor_for
 from diffusion.evaluation.gate import Copies, Cost, Evidence, GateConfig, WorstClass, decide
+from diffusion.evaluation.judge import require_enough
 from diffusion.evaluation.metrics import judge
 from diffusion.evaluation.per_class import ClassScores
 from diffusion.evaluation.portrait import FeaturesOfDrawnKey, Portrait, Portrayed, portray

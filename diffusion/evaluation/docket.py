@@ -1,0 +1,57 @@
+"""What the page of a trial shows, from what the trial found."""
+
+from torch import Tensor
+
+from diffusion.evaluation.trial import Exhibits
+from diffusion.evaluation.trial_page import Docket, Side
+from diffusion.evaluation.trial_results import Side as Found
+from diffusion.evaluation.trial_results import Trial
+
+
+def docket_of(
+    found: Trial, exhibits: Exhibits, model: str, dataset: str, challenger: str, champion: str | None
+) -> Docket:
+    """That of ``found`` for the registered ``model``; ``challenger`` and ``champion`` are what to call the two.
+
+    A champion that could not be portrayed beside the challenger is not shown.
+    """
+    circumstances, gate = found.circumstances, found.gate
+    theirs = None
+    if found.champion is not None and exhibits.champion is not None and champion is not None:
+        theirs = _side(champion, found.champion, exhibits.champion)
+    return Docket(
+        model=model,
+        dataset=dataset,
+        decision=found.decision,
+        challenger=_side(challenger, found.challenger, exhibits.challenger),
+        champion=theirs,
+        real=exhibits.real,
+        samples=found.evidence.samples,
+        reference=found.evidence.reference,
+        floor={name: each.value for name, each in found.floor.figures.items()},
+        headline=found.evidence.headline,
+        delta=gate.delta,
+        confidence=gate.confidence,
+        nearest=(exhibits.drawn, exhibits.training),
+        conditions={
+            "data set version": circumstances.content_digest[:12],
+            "features": f"{circumstances.extractor}, {circumstances.preprocessing}",
+            "seed": str(circumstances.evaluation.seed),
+            "sampler": f"{circumstances.sampling.sampler}, {circumstances.sampling.steps} steps",
+            "key": found.key,
+        },
+    )
+
+
+def _side(name: str, found: Found, drawn: Tensor) -> Side:
+    portrait = found.portrait
+    return Side(
+        name=name,
+        drawn=drawn,
+        figures=found.figures,
+        memorisation=portrait.memorisation,
+        duplicates=portrait.duplicates,
+        drift=portrait.drift,
+        per_class=portrait.per_class,
+        held_out_loss=portrait.held_out_loss,
+    )
