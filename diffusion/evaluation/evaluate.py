@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -20,6 +20,9 @@ from diffusion.grids import above, grid, save_png
 from diffusion.model import read_model_header
 from diffusion.progress import Progress, silent
 
+SHEETS = ("shown", "reconstructed")
+"""Pictures kept of a judged model."""
+
 
 def evaluate(
     data: Path,
@@ -35,8 +38,9 @@ def evaluate(
     All draw the same picture numbers of the same seed, and the best is that of the highest merit. Of more than
     ``config.finalists`` only the leading ones are judged in full, as shorter rounds choose them. ``losses``: the CSV
     of losses by images seen that training left, for the report. Written into ``output``: ``evaluation.json``,
-    ``metrics.json``, ``scores.csv``, grids as PNG, and at last ``report.html``. What was judged before is
-    remembered in ``judged`` there, so the same call after a kill goes on, and after the end draws nothing.
+    ``metrics.json``, ``scores.csv``, if there were rounds ``preliminary.csv`` of those that fell behind, grids as PNG,
+    and at last ``report.html``. What was judged before is remembered in ``judged`` there, so the same call after a
+    kill goes on, and after the end draws nothing.
     Raises UserError for a data set too small, or a file that is no model or one of another picture size.
     """
     if not checkpoints:
@@ -68,13 +72,8 @@ def evaluate(
         estimates=jury.estimates(best, kept[best.sha256]["features"]),
         baselines=jury.baselines(),
     )
-    sheets = Sheets(
-        real=real,
-        drawn=seen | {sha256: tensors["shown"] for sha256, tensors in kept.items()},
-        reconstructed={
-            sha256: tensors["reconstructed"] for sha256, tensors in kept.items() if "reconstructed" in tensors
-        },
-    )
+    drawn, back = ({sha256: each[name] for sha256, each in kept.items() if name in each} for name in SHEETS)
+    sheets = Sheets(real=real, drawn=seen | drawn, reconstructed=back)
     _write(evaluation, sheets, output)
     write_report(output / "report.html", evaluation, sheets, losses)
     return evaluation
@@ -105,20 +104,20 @@ def _write(evaluation: Evaluation, sheets: Sheets, output: Path) -> None:
         save_png(output / "grids" / f"{each.images:010d}-{each.sha256[:8]}.png", grid(sheets.drawn[each.sha256]))
     if (back := sheets.reconstructed.get(evaluation.best.sha256)) is not None:
         save_png(output / "grids" / "held_out_reconstructed.png", above(sheets.real, back))
-    write_bytes(output / "scores.csv", scores_csv(evaluation).encode())
+    _write_csv(output / "scores.csv", [{"images": each.images, **each.named()} for each in evaluation.checkpoints])
+    # In a file of their own: on a curve nobody would see that they rest on fewer pictures.
+    behind = output / "preliminary.csv"
+    if evaluation.preliminary:
+        _write_csv(behind, [{"images": each.images, **each.merit.named()} for each in evaluation.preliminary])
+    else:
+        behind.unlink(missing_ok=True)
     write_json(output / "evaluation.json", json.loads(evaluation.model_dump_json()))
     write_json(output / "metrics.json", evaluation.metrics())
 
 
-def scores_csv(evaluation: Evaluation) -> str:
-    """A line for each checkpoint, by images seen; of those judged on fewer pictures only what compares: their merit."""
-    rows = [{"images": each.images, "judged": "in full", **each.named()} for each in evaluation.checkpoints]
-    names = list(rows[0])
-    for each in evaluation.preliminary:
-        merit = each.merit
-        rows.append({"images": each.images, "judged": "preliminary", "samples": merit.count, merit.name: merit.value})
+def _write_csv(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, names, lineterminator="\n")
+    writer = csv.DictWriter(table, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda row: row["images"]))
-    return table.getvalue()
+    writer.writerows(rows)
+    write_bytes(path, table.getvalue().encode())

@@ -92,6 +92,10 @@ class Merit:
         """Higher is better, whatever the figure."""
         return self.sign * self.value
 
+    def named(self) -> dict[str, float]:
+        """The figure with its error, and the pictures it rests on."""
+        return {self.name: self.value, f"{self.name}_error": self.error, "samples": self.count}
+
 
 class Judged(Config):
     """A model file with its scores."""

@@ -114,7 +114,7 @@ def write_trial_page(path: Path, docket: Docket) -> str:
         copies=copies_rows(sides),
         nearest=nearest_pairs(docket.challenger.memorisation, docket.nearest),
         doubles=doubles_rows(sides),
-        classes=class_rows(docket.challenger.per_class, docket.champion and docket.champion.per_class),
+        classes=class_rows(docket.challenger.per_class, docket.champion.per_class if docket.champion else None),
         losses=losses_chart({side.name: side.held_out_loss for side in sides if side.held_out_loss}),
         bits=bits_row(sides),
         drifts=drift_rows([side.drift for side in sides]),

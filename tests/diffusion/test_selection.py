@@ -47,6 +47,13 @@ class Rounds:
         return Judged(file=str(path), sha256=str(path), images=int(str(path)), scores=scores, fingerprint=MACHINE)
 
 
+def rows_of(table: Path) -> dict[int, dict[str, float]]:
+    """By images seen."""
+    with table.open(newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    return {int(row["images"]): row for row in rows}
+
+
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> list[Path]:
     folder = tmp_path / "run" / "checkpoints"
@@ -106,14 +113,12 @@ def test_those_that_fell_behind_are_marked_everywhere_and_never_the_best(
     assert found.best in found.checkpoints
     assert {each.scores.samples for each in found.preliminary} == {10}
     assert {each.scores.samples for each in found.checkpoints} == {24}
-    with (tmp_path / "report" / "scores.csv").open(newline="") as file:
-        rows = {int(row["images"]): row for row in csv.DictReader(file)}
-    assert list(rows) == [100, 200, 300, 400, 500]
+    in_full, behind = (rows_of(tmp_path / "report" / f"{name}.csv") for name in ("scores", "preliminary"))
+    assert list(in_full) == [each.images for each in found.checkpoints]
+    assert list(behind) == [each.images for each in found.preliminary]
     for each in found.preliminary:
-        row = rows[each.images]
-        assert (row["judged"], row["samples"], row["fd_efflite0"]) == ("preliminary", "10", "")
-        assert float(row["kid_efflite0"]) == each.scores.kid
-    assert {rows[each.images]["judged"] for each in found.checkpoints} == {"in full"}
+        assert behind[each.images] == each.merit.named() | {"images": each.images}
+        assert (each.merit.name, each.merit.count) == ("kid_efflite0", 10)
     page = (tmp_path / "report" / "report.html").read_text()
     assert page.count("not judged in full</span>") == 3
     assert "3 more checkpoints fell behind on fewer pictures, from 10 on, and were not judged in full." in page
@@ -133,6 +138,7 @@ def test_a_finalist_has_the_scores_that_it_has_without_rounds(
     )
     assert watcher.drawn == {Path(each.file).stem for each in found.preliminary}
     assert again.preliminary == []
+    assert not (tmp_path / "report" / "preliminary.csv").exists()
 
 
 def test_cut_short_in_a_round_it_goes_on_to_the_same_end(
