@@ -4,6 +4,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 from uuid import uuid4
 
@@ -93,8 +94,10 @@ def bucket(store: Store) -> str:
 @pytest.fixture(scope="session")
 def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The address of an MLflow of the session's own, without a server: to make one takes seconds."""
-    address = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-    MlflowClient(address).search_registered_models()
+    folder = tmp_path_factory.mktemp("mlflow")
+    address = f"sqlite:///{folder}/mlflow.db"
+    with chdir(folder):  # beside which it keeps artifacts
+        MlflowClient(address).search_registered_models()
     return address
 
 
