@@ -22,9 +22,14 @@ PATIENCE = 60_000
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
-    """A running stack with one version of blobs, the champion."""
+    """A running stack with two versions of blobs, one of them the champion."""
     with running(tmp_path_factory.mktemp("workspace"), PARAMS | QUICK, 120) as space:
         space.json("retrain", "pictures", "--count", "1")
+        second = ("--set", "training.seed=1", "--set", "training.output=runs/second")
+        space.json("train", *second)
+        space.json("evaluate", *second)
+        process = space.start("promote", *second)
+        assert process.wait(300) in (0, 3)
         yield space
 
 
@@ -49,7 +54,8 @@ def test_the_version_its_alias_its_card_and_its_pictures_are_in_mlflows_ui(
         page = opened(browser, workspace, "models/blobs/versions/1")
         for heading in ("How it was judged", "How good it is", "Data", "Limits"):
             expect(page.get_by_role("heading", name=heading, exact=True)).to_be_visible(timeout=PATIENCE)
-        samples = page.get_by_role("img", name="samples")
+        # MLflow takes the names of pictures away.
+        samples = page.locator("img[src*='evaluation%2Fgrids']")
         samples.scroll_into_view_if_needed()
         page.wait_for_function("image => image.complete", arg=samples.element_handle())
         page.screenshot(path=tmp_path / "version.png", full_page=True)
@@ -71,6 +77,19 @@ def test_judged_checkpoints_are_models_of_the_run_in_mlflows_ui(
         for name in judged:
             expect(page.get_by_text(name).first).to_be_visible(timeout=PATIENCE)
         page.screenshot(path=tmp_path / "judged.png")
+
+
+def test_the_trial_on_the_run_is_whole_in_a_browser(workspace: Workspace, server: MlflowClient, tmp_path: Path) -> None:
+    run_id = server.get_model_version("blobs", "2").run_id
+    trial = server.download_artifacts(run_id, "evaluation/trial.html", str(tmp_path))
+    [*_, entry] = workspace.json("history")["entries"]
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto(Path(trial).as_uri())
+        look(page, tmp_path / "trial.png")
+        assert page.locator("h1 .verdict").inner_text().lower() == entry["what"]
+        expect(page.get_by_role("heading", name="version 2 against version 1, the champion")).to_be_visible()
+        assert page.get_by_role("img", name="and its nearest training picture").count() > 0
 
 
 def test_the_report_on_the_run_is_whole_in_a_browser(
