@@ -101,6 +101,11 @@ def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_led
     assert Trial.model_validate_json(logged) == better.trial
     again = second.judged()
     assert (again.champion, again.evidence, again.trial) == (2, None, better.trial)
+    path = params.report_folder / "trial.json"
+    written = path.read_bytes()
+    path.write_bytes(written.replace(b'"key"', b'"name"'))
+    assert second.judged().trial is None
+    path.write_bytes(written)
 
     third = Candidate(mlflow_client, params, 3, training_pictures(params.dataset_folder, 48))
     copier = third.committed()
