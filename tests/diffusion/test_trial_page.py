@@ -96,6 +96,16 @@ def test_the_worst_class_comes_first_and_classes_of_too_few_pictures_are_named(t
     assert f"too few pictures: {', '.join(each.name for each in found.not_judged)}" in text
 
 
+def test_where_no_class_has_pictures_enough_the_page_says_so(tmp_path: Path) -> None:
+    shown = whole()
+    found = shown.challenger.per_class
+    assert found is not None
+    none = replace(shown.challenger, per_class=found.model_copy(update={"classes": []}))
+    text = written(replace(shown, challenger=none), tmp_path).text
+    assert "Worst classes No class has pictures enough" in text
+    assert "taken for" not in text
+
+
 def test_the_page_holds_everything_it_shows_and_is_the_same_twice(tmp_path: Path) -> None:
     page = written(whole(), tmp_path)
     html = (tmp_path / "trial.html").read_text()

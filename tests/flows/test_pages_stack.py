@@ -70,7 +70,8 @@ def test_judged_checkpoints_are_models_of_the_run_in_mlflows_ui(
         [run.info.experiment_id],
         order_by=[{"field_name": "metrics.kid_efflite0", "ascending": True, "dataset_name": "blobs"}],
     )
-    judged = {model.name: model.tags["darkroom.judged"] for model in found if "darkroom.judged" in model.tags}
+    ours = [model for model in found if model.source_run_id == run.info.run_id]
+    judged = {model.name: model.tags["darkroom.judged"] for model in ours if "darkroom.judged" in model.tags}
     assert sorted(judged.values()) == ["in full", "in full", "preliminary"]
     with chromium() as browser:
         page = opened(browser, workspace, f"experiments/{run.info.experiment_id}/models")
