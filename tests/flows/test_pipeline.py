@@ -221,6 +221,7 @@ def test_averages_of_other_lengths_are_judged_and_the_best_is_promoted_whatever_
         "training.keep": 1,
         "training.output": "runs/averages",
         "evaluation.ema_lengths": [0.03, 0.12, 0.18, 0.24],
+        "evaluation.finalists": 5,
         "registry.model": "averages",
     }
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
