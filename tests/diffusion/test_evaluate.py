@@ -24,27 +24,10 @@ from diffusion.model import load_model
 from diffusion.sampling import sample
 from tests.conftest import blob
 from tests.diffusion.small_models import write_model
+from tests.diffusion.trials import Watcher
 
 CONFIG = EvaluationConfig(samples=20, extractor_size=32, kid_subsets=10)
 SAMPLING = SamplingConfig(steps=3, compute_batch=10, precision="fp32")
-
-
-class Watcher:
-    """Notes which work reports progress, and stops it where told to."""
-
-    def __init__(self, stop_at: str | None = None) -> None:
-        self.seen: list[str] = []
-        self.stop_at = stop_at
-
-    def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
-        self.seen.append(what)
-        if what == self.stop_at:
-            raise KeyboardInterrupt
-
-    @property
-    def drawn(self) -> set[str]:
-        """The model files from which pictures were drawn."""
-        return {what.split(":")[0] for what in self.seen if what.endswith("pictures sampled")}
 
 
 @pytest.fixture

@@ -28,12 +28,7 @@ QUICK = {
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """A running stack with two versions of blobs, of which the first or both were champion."""
     with running(tmp_path_factory.mktemp("workspace"), PARAMS | QUICK, 120) as space:
-        space.json("retrain", "pictures", "--count", "1")
-        second = ("--set", "training.seed=1", "--set", "training.output=runs/second")
-        space.json("train", *second)
-        space.json("evaluate", *second)
-        process = space.start("promote", *second)
-        assert process.wait(300) in (0, 3)
+        space.two_versions()
         yield space
 
 

@@ -66,6 +66,16 @@ class Workspace:
     def json(self, *arguments: str, code: int = 0) -> Any:
         return json.loads(self.run(*arguments, "--json", code=code))
 
+    def two_versions(self) -> None:
+        """Train and judge two versions of blobs, of which the first or both were champion."""
+        self.json("retrain", "pictures", "--count", "1")
+        second = ("--set", "training.seed=1", "--set", "training.output=runs/second")
+        self.json("train", *second)
+        self.json("evaluate", *second)
+        process = self.start("promote", *second)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode in (0, 3), err[-3000:]
+
 
 @contextmanager
 def running(folder: Path, params: dict[str, Any], pictures: int) -> Iterator[Workspace]:
