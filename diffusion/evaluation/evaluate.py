@@ -79,23 +79,6 @@ def evaluate(
     return evaluation
 
 
-def evaluate_one(
-    model_file: Path,
-    data: Path,
-    config: EvaluationConfig,
-    sampling: SamplingConfig,
-    output: Path,
-    progress: Progress = silent,
-    low_resolution: int | None = None,
-) -> Judged:
-    """Judge one model file as ``evaluate`` would under equal conditions, and remember it in ``output``.
-
-    ``low_resolution``: that of the models that it is compared with; UserError if it has another.
-    """
-    judged, _ = Judge(data, config, sampling, output, progress, low_resolution).model(model_file)
-    return judged
-
-
 def _write(evaluation: Evaluation, sheets: Sheets, output: Path) -> None:
     for path in (output / "grids").glob("*.png"):
         path.unlink()

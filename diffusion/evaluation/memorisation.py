@@ -84,11 +84,6 @@ class Memorisation(Config):
         """Share of copies beyond what chance alone makes, at least 0."""
         return max(0.0, (self.share - self.expected) / (1 - self.expected))
 
-    @property
-    def excess_low(self) -> float:
-        """What that is at least, with a confidence of 97.5 %."""
-        return max(0.0, (self.share_low - self.expected) / (1 - self.expected))
-
     def named(self) -> dict[str, float]:
         """The figures under names that say what they are."""
         return {

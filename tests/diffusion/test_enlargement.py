@@ -16,7 +16,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.enlargement import Enlarged, Likeness, likeness, psnr, resampled, ssim, verdict
-from diffusion.evaluation.evaluate import evaluate, evaluate_one
+from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.evaluation.metrics import judge
 from diffusion.evaluation.results import Evaluation
@@ -30,6 +30,7 @@ from tests.diffusion.small_models import CONFIG as SHAPE
 from tests.diffusion.small_models import header, write_model
 from tests.diffusion.test_evaluate import Watcher
 from tests.diffusion.test_report import scores
+from tests.diffusion.trials import evaluate_one
 
 CONFIG = EvaluationConfig(samples=20, extractor_size=32, kid_subsets=10)
 SAMPLING = SamplingConfig(steps=3, compute_batch=10, precision="fp32")

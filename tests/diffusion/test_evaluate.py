@@ -15,7 +15,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.ingest import ingest
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.evaluate import evaluate, evaluate_one
+from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.evaluation.metrics import judge
 from diffusion.evaluation.results import Conditions, Evaluation
@@ -24,7 +24,7 @@ from diffusion.model import load_model
 from diffusion.sampling import sample
 from tests.conftest import blob
 from tests.diffusion.small_models import write_model
-from tests.diffusion.trials import Watcher
+from tests.diffusion.trials import Watcher, evaluate_one
 
 CONFIG = EvaluationConfig(samples=20, extractor_size=32, kid_subsets=10)
 SAMPLING = SamplingConfig(steps=3, compute_batch=10, precision="fp32")

@@ -10,13 +10,14 @@ from pydantic import ValidationError
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.evaluate import evaluate, evaluate_one
+from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.metrics import Scores
 from diffusion.evaluation.results import Judged
 from diffusion.evaluation.selection import finalists
 from diffusion.fingerprint import fingerprint
 from tests.diffusion.small_models import write_model
 from tests.diffusion.test_evaluate import Watcher
+from tests.diffusion.trials import evaluate_one
 
 CONFIG = EvaluationConfig(samples=24, first_samples=10, finalists=2, extractor_size=32, kid_subsets=10)
 SAMPLING = SamplingConfig(steps=3, compute_batch=10, precision="fp32")

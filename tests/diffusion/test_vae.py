@@ -16,7 +16,7 @@ from diffusion.editing import Edit
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.enlargement import ssim
-from diffusion.evaluation.evaluate import evaluate, evaluate_one
+from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.evaluation.metrics import frechet_distance
 from diffusion.families import family_of
@@ -36,6 +36,7 @@ from diffusion.training.train import train
 from tests.diffusion.small_autoencoders import CONFIG, SAMPLING, SIZE, VAE, autoencoder, colours, mean_square
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 from tests.diffusion.test_train import Stop, StopAt
+from tests.diffusion.trials import evaluate_one
 
 EVALUATION = EvaluationConfig(samples=12, extractor_size=32, kid_subsets=10)
 

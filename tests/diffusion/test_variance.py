@@ -17,7 +17,6 @@ from diffusion.config_sampling import SamplingConfig
 from diffusion.denoiser import Denoiser
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.evaluate import evaluate_one
 from diffusion.explain import explain
 from diffusion.model import load_model, to_uint8
 from diffusion.models.config import ModelConfig, Prediction
@@ -32,6 +31,7 @@ from diffusion.training.preflight import count_flops
 from diffusion.training.train import train
 from diffusion.variance import HALF_A_LEVEL, bound, deviation_between, larger, log_likelihood, smaller
 from tests.diffusion.test_train import CONFIG, MODEL, SAMPLING, Stop, StopAt
+from tests.diffusion.trials import evaluate_one
 
 MEAN, SPREAD = 0.1, 0.5
 """Of the Gaussian data of which everything is known."""

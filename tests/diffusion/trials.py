@@ -10,8 +10,10 @@ from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features import make_extractor
+from diffusion.evaluation.judge import Judge
 from diffusion.evaluation.portrait import Sitter
 from diffusion.evaluation.real import Real
+from diffusion.evaluation.results import Judged
 from diffusion.evaluation.sealed import recall
 from diffusion.families.config import VAEConfig
 from diffusion.model import AVERAGED, save_tensors
@@ -23,6 +25,23 @@ from tests.diffusion.small_models import header
 
 CONFIG = EvaluationConfig(samples=48, extractor_size=32, kid_subsets=10)
 SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=4, compute_batch=16, precision="fp32")
+
+
+def evaluate_one(
+    model_file: Path,
+    data: Path,
+    config: EvaluationConfig,
+    sampling: SamplingConfig,
+    output: Path,
+    progress: Progress = silent,
+    low_resolution: int | None = None,
+) -> Judged:
+    """What ``evaluate`` finds of one model file under equal conditions, remembered in ``output``.
+
+    ``low_resolution``: that of the models that it is compared with; UserError if it has another.
+    """
+    judged, _ = Judge(data, config, sampling, output, progress, low_resolution).model(model_file)
+    return judged
 
 
 class Watcher:

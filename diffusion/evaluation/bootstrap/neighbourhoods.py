@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion.evaluation.bootstrap.halves import SPLITS, Figure, Replicates, halves
+from diffusion.evaluation.neighbours import squared_distances
 from diffusion.lanes import lanes
 from diffusion.progress import Progress, silent
 
@@ -61,7 +62,7 @@ def _shares(
 
     def of_block(start: int) -> Tensor:
         rows = slice(start, start + BLOCK)
-        distances = _squared_distances(drawn[rows], real)
+        distances = squared_distances(drawn[rows], real)
         # Few pairs are near each other in any half, and only they are looked at in each.
         i, j = (distances <= wide_at_most).nonzero(as_tuple=True)
         p, q = (distances <= around_at_most[rows, None]).nonzero(as_tuple=True)
@@ -115,7 +116,7 @@ def _nearest(features: Tensor, pool: Executor, progress: Progress) -> tuple[Tens
     """Squared distances to, and numbers of, the nearest others of each feature, nearest first: (n, TABLE or all)."""
 
     def of_block(start: int) -> tuple[Tensor, Tensor]:
-        distances = _squared_distances(features[start : start + BLOCK], features)
+        distances = squared_distances(features[start : start + BLOCK], features)
         distances.diagonal(start).fill_(math.inf)
         values, at = distances.topk(min(TABLE, len(features) - 1), largest=False)
         return values, at.int()
@@ -126,9 +127,3 @@ def _nearest(features: Tensor, pool: Executor, progress: Progress) -> tuple[Tens
         progress("neighbours", min(len(pieces) * BLOCK, len(features)), len(features))
     values, at = zip(*pieces, strict=True)
     return torch.cat(values), torch.cat(at)
-
-
-def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Between (n, D) and (m, D): (n, m)."""
-    crossed = torch.addmm(y.square().sum(1), x, y.T, alpha=-2)
-    return crossed.add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
