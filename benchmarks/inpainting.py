@@ -1,12 +1,13 @@
 """How well holes are filled: Darkroom with a model trained for none of it, the mean picture, the nearest picture.
 
-    python benchmarks/inpainting.py data/digits runs/digits/final.safetensors
+    python benchmarks/inpainting.py data/photographs runs/photographs/final.safetensors --of data/others
 
-A square of half the width is cut out of the middle of held-out pictures. ``mean`` fills it with the mean of the
-training pictures, ``nearest`` with that of the training picture most alike around it; ``replacement`` and ``repaint``
-are Darkroom's two schemes. What counts is the Fréchet distance of the whole pictures to the real ones, on
-EfficientNet-Lite0's features at 64 px; the floor is that of the pictures before anything was cut out. ``missed`` is how
-far the features of a filled picture lie from those of its own original, on average.
+A square of half the width is cut out of the middle of pictures: held-out ones, or with ``--of`` those of another data
+set, which neither the model nor the nearest picture can know. ``mean`` fills it with the mean of the training pictures,
+``nearest`` with that of the training picture most alike around it; the others are Darkroom's ways. What counts is the
+Fréchet distance to real pictures on EfficientNet-Lite0's features at 64 px, of whole pictures and of the hole with a
+border of two pixels. ``missed`` is how far the features of a filled picture lie from those of its own original, on
+average.
 """
 
 import argparse
@@ -14,14 +15,17 @@ import time
 from pathlib import Path
 
 import torch
-from quality import Judge
+from quality import FEATURES_AT
 from torch import Tensor
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
-from diffusion.editing import keeping, repaint
+from diffusion.editing import agreeing, keeping, repaint
+from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.fingerprint import autocast
 from diffusion.grids import grid, save_png
+from diffusion.guidance import clipped
 from diffusion.model import DiffusionModel, load_model, to_float, to_uint8
 from diffusion.random import GaussianNoise
 from diffusion.samplers import levels_of, make_sampler
@@ -29,59 +33,90 @@ from diffusion.samplers import levels_of, make_sampler
 SHOWN = 8
 BATCH = 64
 MOST_COMPARED = 20_000
-"""Training pictures among which the nearest is sought."""
+"""Training pictures among which the nearest is sought, and real ones that distances are to."""
+BORDER = 2
+"""Pixels around the hole that are judged with it."""
+
+
+class Judge:
+    """Knows ``real`` pictures, (N, C, H, W) uint8, and the ``originals`` that were filled."""
+
+    def __init__(self, real: Tensor, originals: Tensor) -> None:
+        self.extractor = EfficientNetLite0(FEATURES_AT)
+        self.real = fid_features_to_statistics(self.extractor(real))
+        self.originals = self.extractor(originals)
+
+    def verdict(self, filled: Tensor) -> tuple[float, float]:
+        """Fréchet distance from the real ones, and mean distance from the own original."""
+        features = self.extractor(filled)
+        statistics = fid_features_to_statistics(features)
+        distance = fid_statistics_to_metric(statistics, self.real, verbose=False)[KEY_METRIC_FID]
+        return float(distance), float((features - self.originals).norm(dim=1).mean())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("model", type=Path)
+    parser.add_argument("--of", type=Path, help="a data set whose pictures get the holes")
     parser.add_argument("--count", type=int, default=512)
-    parser.add_argument("--times", type=int, default=5, help="of repaint")
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp/quality/inpainting"))
     parser.add_argument("--picture", type=Path, help="where to draw some of the pictures, a row for each way (PNG)")
     args = parser.parse_args()
 
     dataset, model = Dataset.open(args.dataset), load_model(args.model)
     assert isinstance(model, DiffusionModel)
-    originals = dataset.pictures(dataset.rows("held_out")[: args.count])
     training = dataset.pictures(dataset.rows("train")[:MOST_COMPARED])
+    if args.of:
+        others = Dataset.open(args.of)
+        real = others.pictures(others.rows("train")[:MOST_COMPARED])
+        originals = real[: args.count]
+    else:
+        real, originals = training, dataset.pictures(dataset.rows("held_out")[: args.count])
     size = originals.shape[-1]
+    hole = slice(size // 4, size - size // 4)
     kept = torch.ones(size, size, dtype=torch.bool)
-    kept[size // 4 : size - size // 4, size // 4 : size - size // 4] = False
+    kept[hole, hole] = False
 
-    def painted(times: int) -> Tensor:
+    def painted(times: int = 1, agree: bool = False) -> Tensor:
         """Each hole filled once, in batches."""
         config, filled = SamplingConfig(), []
         sampler, levels = make_sampler(config), levels_of(config, model.schedule)
         for numbers in torch.arange(len(originals)).split(BATCH):
             noise, known = GaussianNoise(0, "sampling", numbers.tolist(), model.shape), to_float(originals[numbers])
-            denoise = keeping(model.denoiser(), known, kept)
+            denoise = model.denoiser()
+            if agree:
+                denoise = clipped(agreeing(denoise, known, kept, model.header.sigma_data))
+            denoise = keeping(denoise, known, kept)
             with torch.inference_mode(), autocast(config.precision, torch.device("cpu")):
                 filled.append(repaint(sampler, denoise, known + float(levels[0]) * noise(), levels, noise, times=times))
         return to_uint8(torch.cat(filled))
 
     mean = training.float().mean(0).round().to(torch.uint8)
     ways = {
+        "nothing cut out": lambda: originals,
         "mean": lambda: torch.where(kept, originals, mean),
         "nearest": lambda: torch.where(kept, originals, training[nearest(originals, training, kept)]),
-        "replacement": lambda: painted(1),
-        f"repaint, {args.times} times": lambda: painted(args.times),
+        "replacement": painted,
+        "`times` 5": lambda: painted(times=5),
+        "`agree`": lambda: painted(agree=True),
+        "`agree`, `times` 3": lambda: painted(times=3, agree=True),
     }
-    judge = Judge(dataset, args.scratch)
-    ours = judge.extractor(originals)
-
-    shown = [originals[:SHOWN], torch.where(kept, originals, torch.tensor(128, dtype=torch.uint8))[:SHOWN]]
+    around = slice(hole.start - BORDER, hole.stop + BORDER)
+    whole, inside = Judge(real, originals), Judge(real[..., around, around], originals[..., around, around])
+    shown = [torch.where(kept, originals, torch.tensor(128, dtype=torch.uint8))[:SHOWN]]
+    print(f"{len(originals)} pictures")
     print(
-        f"{len(originals)} pictures, Fréchet distance; with nothing cut out {judge.distance(originals.numpy()):.0f}\n"
+        "| | whole: distance | missed | hole: distance | missed | seconds a picture |\n|---|---:|---:|---:|---:|---:|"
     )
-    print("| | Fréchet distance | missed | seconds a picture |\n|---|---:|---:|---:|")
     for name, way in ways.items():
         began = time.perf_counter()
         filled = way()
         seconds = (time.perf_counter() - began) / len(filled)
-        missed = (judge.extractor(filled) - ours).norm(dim=1).mean()
-        print(f"| {name} | {judge.distance(filled.numpy()):.0f} | {missed:.2f} | {seconds:.3f} |", flush=True)
+        figures = (*whole.verdict(filled), *inside.verdict(filled[..., around, around]))
+        print(
+            f"| {name} | {figures[0]:.0f} | {figures[1]:.1f} | {figures[2]:.0f} | {figures[3]:.1f} | {seconds:.3f} |",
+            flush=True,
+        )
         shown.append(filled[:SHOWN])
     if args.picture:
         save_png(args.picture, grid(torch.cat(shown), columns=SHOWN))

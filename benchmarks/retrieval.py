@@ -2,10 +2,11 @@
 
     python benchmarks/retrieval.py --pictures emoji --minutes 30
 
-Trains a network that is told captions, on part of the pictures, and draws one picture for each caption of the others.
-A reader of pictures, trained on the same part and on real pictures alone, then says for each drawn picture which of all
-those captions is likeliest, and the same for the real picture of each. The reader is a ridge regression from
-EfficientNet-Lite0's features to the captions' embeddings, by cosine. The aim is half of what real pictures reach.
+Trains a network that is told captions, and draws one picture for each of two lists of them: every eighth that it was
+trained on, and those of the held-out pictures, which it never saw. A reader of pictures, which was trained on real
+pictures of neither, then says for each drawn picture which caption of the list is likeliest, and the same for the real
+picture of each. It is a ridge regression from EfficientNet-Lite0's features to the captions' embeddings, by cosine. The
+aim is half of what real pictures reach.
 """
 
 import argparse
@@ -32,6 +33,8 @@ FEATURES_AT = 128
 RANKS = (1, 5, 10)
 PENALTIES = tuple(10.0**power for power in range(-2, 5))
 """Of the ridge regression; that counts which serves best the tenth of the training pictures kept back for it."""
+TOLD = 8
+"""Of so many captions that the network is trained on, one is asked for again, and kept from the reader."""
 SHOWN = (
     "red heart",
     "smiling cat face with open mouth",
@@ -42,6 +45,19 @@ SHOWN = (
     "yellow flower",
 )
 """Prompts whose pictures are laid out to be looked at, a row each."""
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Pictures and what they show."""
+
+    rows: np.ndarray
+    """Of the data set."""
+    texts: list[str]
+
+    def meanings(self) -> Tensor:
+        """(N, 384), as the sentence encoder reads the captions."""
+        return torch.stack([encoder()(text) for text in self.texts])
 
 
 @dataclass(frozen=True)
@@ -94,28 +110,42 @@ def main() -> None:
     sampling = load_params(workspace / "params.yaml", settings).sampling
     model, dataset = load_model(path), Dataset.open(workspace / "data" / "pictures")
 
-    captioned = {split: _captioned(dataset, split) for split in ("train", "held_out")}
-    meanings = {split: torch.stack([encoder()(text) for text in texts]) for split, (_, texts) in captioned.items()}
+    train, held_out = (_captioned(dataset, split) for split in ("train", "held_out"))
+    told = Captioned(train.rows[::TOLD], train.texts[::TOLD])
     extractor = EfficientNetLite0(FEATURES_AT)
-    real = {split: extractor(dataset.pictures(rows)) for split, (rows, _) in captioned.items()}
-    reader = Reader.trained(real["train"], meanings["train"])
-    asked = tuple(captioned["held_out"][1])
-    drawn = sample(model, range(len(asked)), 0, sampling, asked=Asked(prompts=asked))
-    found = {
-        "real pictures": reader.ranks(real["held_out"], meanings["held_out"]),
-        "drawn pictures": reader.ranks(extractor(drawn), meanings["held_out"]),
-    }
-    shuffled = torch.from_numpy(np.random.default_rng(0).permutation(len(asked)))
-    found["drawn for another caption"] = reader.ranks(extractor(drawn)[shuffled], meanings["held_out"])
-    print(f"\n{len(asked)} captions that training never saw; how often the right one is among the first")
-    print(f"| {'':26} |" + "".join(f" {rank:4} |" for rank in RANKS) + " median rank |\n|---|" + "---:|" * 4)
-    for name, ranks in found.items():
-        shares = "".join(f" {(ranks < rank).float().mean():4.0%} |" for rank in RANKS)
-        print(f"| {name:26} |{shares} {ranks.median() + 1:5} |")
-    chance = "".join(f" {rank / len(asked):4.0%} |" for rank in RANKS)
-    print(f"| {'chance':26} |{chance} {len(asked) // 2:5} |")
+
+    def features(captioned: Captioned) -> Tensor:
+        return extractor(dataset.pictures(captioned.rows))
+
+    read = np.arange(len(train.rows)) % TOLD != 0
+    reader = Reader.trained(features(train)[torch.from_numpy(read)], train.meanings()[torch.from_numpy(read)])
+    for title, captioned in {"that training was told": told, "that training never saw": held_out}.items():
+        asked = tuple(captioned.texts)
+        drawn = extractor(sample(model, range(len(asked)), 0, sampling, asked=Asked(prompts=asked)))
+        shuffled = torch.from_numpy(np.random.default_rng(0).permutation(len(asked)))
+        pictures = {
+            "real pictures": features(captioned),
+            "drawn pictures": drawn,
+            "drawn for another caption": drawn[shuffled],
+        }
+        found = {name: reader.ranks(each, captioned.meanings()) for name, each in pictures.items()}
+        print(table(f"{len(asked)} captions {title}", found))
     if args.picture:
         show(args.picture, sample(model, range(8 * len(SHOWN)), 0, sampling, asked=Asked(prompts=SHOWN)))
+
+
+def table(title: str, found: dict[str, Tensor]) -> str:
+    """How often the right caption is among the first, of the ranks ``found`` (N,) of each kind of pictures."""
+    lines = [
+        f"\n| {title}; the right one is among the first |" + "".join(f" {rank} |" for rank in RANKS) + " median rank |"
+    ]
+    lines.append("|---|" + "---:|" * (len(RANKS) + 1))
+    for name, ranks in found.items():
+        shares = "".join(f" {(ranks < rank).float().mean():.0%} |" for rank in RANKS)
+        lines.append(f"| {name} |{shares} {ranks.median() + 1} |")
+    count = len(ranks)
+    lines.append("| chance |" + "".join(f" {rank / count:.1%} |" for rank in RANKS) + f" {count // 2} |")
+    return "\n".join(lines)
 
 
 def trained(workspace: Path, settings: list[str]) -> Path:
@@ -125,14 +155,14 @@ def trained(workspace: Path, settings: list[str]) -> Path:
     return workspace / done["final"]
 
 
-def _captioned(dataset: Dataset, split: str) -> tuple[np.ndarray, list[str]]:
-    """The rows of one split that have a caption, each caption once, and the captions."""
+def _captioned(dataset: Dataset, split: str) -> Captioned:
+    """The rows of one split that have a caption, each caption once."""
     rows = dataset.rows(split)  # type: ignore[arg-type]
     first: dict[str, int] = {}
     for row, text in zip(rows.tolist(), dataset.captions(rows), strict=True):
         if text is not None:
             first.setdefault(text, row)
-    return np.array(list(first.values())), list(first)
+    return Captioned(np.array(list(first.values())), list(first))
 
 
 def show(path: Path, pictures: Tensor) -> None:

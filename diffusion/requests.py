@@ -31,7 +31,7 @@ SHOWN = frozenset({"label", "prompt", "negative_prompt"})
 DRAWN = frozenset({"count", "seed", "sampler", "steps", "guidance"})
 TAKES: Mapping[Task, frozenset[str]] = {
     "sample": DRAWN | SHOWN | {"index"},
-    "inpaint": DRAWN | SHOWN | {"index", "image", "mask", "strength", "times"},
+    "inpaint": DRAWN | SHOWN | {"index", "image", "mask", "strength", "times", "agree"},
     "vary": DRAWN | SHOWN | {"index", "image", "strength"},
     "interpolate": DRAWN | SHOWN | {"to_seed"},
     "upscale": DRAWN - {"guidance"} | {"index", "image"},
@@ -93,6 +93,9 @@ class Wanted(Config):
     times: int | None = Field(None, ge=1)
     """inpaint: how often each stretch of the way is gone, so that what is filled in agrees with what lies around it
     (RePaint); so many times the work. Null: once."""
+    agree: bool | None = None
+    """inpaint: whether what is filled in is made to fit at each step, by a gradient (ΠGDM); 2.5 times the work, and
+    better than as much of ``times``. Null: no."""
     sampler: SamplerName | None = None
     """As sampling.sampler, of which the options then have their defaults; null: as configured."""
     steps: int | None = Field(None, ge=2, le=10_000)
@@ -266,7 +269,8 @@ def _edit_of(model: Model, request: Request) -> Edit | None:
         theirs, ours = ("×".join(map(str, each.source_size)) for each in (mask, image))
         raise UserError(f"the mask has {theirs} pixels and the image {ours} (width × height): make them equal")
     strength = 1.0 if request.strength is None else request.strength
-    edit = Edit(picture, torch.from_numpy(mask.pixels < 128), strength, request.times or 1)
+    kept = torch.from_numpy(mask.pixels < 128)
+    edit = Edit(picture, kept, strength, request.times or 1, agree=bool(request.agree))
     require_editing(model, edit)
     return edit
 

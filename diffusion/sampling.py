@@ -9,7 +9,7 @@ from torch import Tensor
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.denoiser import Denoiser
 from diffusion.device import repeatable, resolve_device
-from diffusion.editing import Edit, between, keeping, levels_for, repaint, whole
+from diffusion.editing import Edit, agreeing, between, keeping, levels_for, repaint, whole
 from diffusion.errors import UserError
 from diffusion.families import family_of
 from diffusion.families.base import Batch
@@ -281,7 +281,11 @@ def edited(
     known = model.encoded(to_float(picture)[None])
     if edit.kept is not None:
         kept = edit.kept.to(start.device)
-        denoise = keeping(denoise, known, whole(kept, known.shape[-1]))
+        whole_of = whole(kept, known.shape[-1])
+        if edit.agree:
+            moved = agreeing(denoise, known, whole_of, model.header.sigma_data)
+            denoise = moved if model.latents is not None else clipped(moved)
+        denoise = keeping(denoise, known, whole_of)
 
     def sampler(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None) -> Tensor:
         return reversed_from(x, denoise, sigmas, noise, config, callback)

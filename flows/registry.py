@@ -41,7 +41,7 @@ SIGNATURE = ModelSignature(
                 ColSpec(kind, name, required=False)
                 for kind, names in (
                     # MLflow takes no whole numbers for doubles, and no empty cells among whole numbers.
-                    (ANYTHING, ("count", "index", "to_seed", "steps", "times", "strength", "guidance")),
+                    (ANYTHING, ("count", "index", "to_seed", "steps", "times", "agree", "strength", "guidance")),
                     # Files in base64: among bytes it takes no empty cells if they come as JSON.
                     (DataType.string, ("task", "label", "prompt", "negative_prompt", "sampler", "image", "mask")),
                 )

@@ -52,6 +52,10 @@ def inpaint(
             "--times", min=1, help="Go each stretch so often, so that the new fits the old (RePaint); default: once."
         ),
     ] = None,
+    agree: Annotated[
+        bool,
+        typer.Option("--agree", help="Make the new fit the old at each step, by a gradient; 2.5 times the work."),
+    ] = False,
     strength: Annotated[
         float | None, typer.Option("--strength", help="How much the hole is changed, up to 1, all of it; default: 1.")
     ] = None,
@@ -68,9 +72,10 @@ def inpaint(
 ) -> None:
     """Paint a part of a picture anew, in several ways; the rest keeps its pixels.
 
-    Example:  darkroom inpaint face.png --mask hole.png --times 5 --model models:/faces@champion
+    Example:  darkroom inpaint face.png --mask hole.png --agree --model models:/faces@champion
     """
     wanted: dict[str, Any] = {"count": count, "seed": seed, "times": times, "strength": strength}
+    wanted |= {"agree": agree or None}
     wanted |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
     done = made("inpaint", wanted, model, output, params, overrides, image, mask)
     show_made(done, as_json)

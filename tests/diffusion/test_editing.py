@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusion.config_sampling import Asked, SamplingConfig
-from diffusion.editing import Edit, between, keeping, levels_for, repaint
+from diffusion.editing import Edit, agreeing, between, keeping, levels_for, repaint
 from diffusion.errors import UserError
 from diffusion.model import DiffusionModel, load_model
 from diffusion.process import edm_schedule
@@ -71,6 +71,37 @@ def test_going_again_makes_a_hole_agree_with_what_lies_around_it() -> None:
     assert abs(once.mean() - CORRELATION) > 3 * abs(again.mean() - CORRELATION)
 
 
+def test_a_hole_agrees_with_what_lies_around_it_when_the_estimate_follows_the_gradient() -> None:
+    count = 4000
+    known, kept, start = two_pixels(0, count)
+    noise = (lambda generator: lambda: torch.randn(count, 1, 1, 2, generator=generator))(
+        torch.Generator().manual_seed(1)
+    )
+    with torch.inference_mode():
+        moved = keeping(agreeing(of_two_pixels, known, kept, sigma_data=1.0), known, kept)
+        once = DDPM(moved, start, SIGMAS, noise)[:, 0, 0]
+        replaced = DDPM(keeping(of_two_pixels, known, kept), start, SIGMAS, noise)[:, 0, 0]
+    assert torch.equal(once[:, 0], torch.ones(count))
+    # It takes each value to be as unsure as the others, which they are not, so that a little is missing.
+    assert abs(once[:, 1].mean() - CORRELATION) < 0.06
+    assert abs(once[:, 1].std() - (1 - CORRELATION**2) ** 0.5) < 0.06
+    assert abs(replaced[:, 1].mean() - CORRELATION) > 3 * abs(once[:, 1].mean() - CORRELATION)
+
+
+@given(st.floats(0.01, 80), st.floats(0.2, 2))
+def test_the_estimate_moves_as_gaussian_pictures_say_it_should(sigma: float, sigma_data: float) -> None:
+    """With pixels that know nothing of each other the posterior mean is known: where one is kept, it is what it is."""
+    x = torch.tensor([0.3, -1.2]).view(1, 1, 1, 2)
+    known, kept = torch.tensor([0.7, 0.0]).view(1, 1, 1, 2), torch.tensor([True, False]).view(1, 1, 1, 2)
+    level = torch.tensor(sigma)
+
+    def exact(x: Tensor, sigma: Tensor) -> Tensor:
+        return x * sigma_data**2 / (sigma_data**2 + sigma**2)
+
+    moved = agreeing(exact, known, kept, sigma_data)(x, level)
+    torch.testing.assert_close(moved, torch.where(kept, known, exact(x, level)))
+
+
 def test_gone_once_repainting_is_the_sampler_itself() -> None:
     known, kept, start = two_pixels(0, 3)
     denoise = keeping(of_two_pixels, known, kept)
@@ -115,13 +146,13 @@ LEFT[:, :4] = True
 CONFIG = SamplingConfig(steps=6, compute_batch=8)
 
 
-@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize(("times", "agree"), [(1, False), (3, False), (1, True), (2, True)])
 @pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])
 def test_a_hole_is_filled_and_the_rest_keeps_its_bits_whatever_is_drawn_beside_it(
-    model: DiffusionModel, times: int, sampler: str
+    model: DiffusionModel, times: int, agree: bool, sampler: str
 ) -> None:
     config = CONFIG.model_copy(update={"sampler": sampler})
-    edit = Edit(PICTURE, LEFT, times=times, jump=2)
+    edit = Edit(PICTURE, LEFT, times=times, jump=2, agree=agree)
     many = sample(model, range(12), 3, config, edit=edit)
     assert torch.equal(many[..., :4], PICTURE[..., :4].expand(12, -1, -1, -1))
     assert len({each.numpy().tobytes() for each in many[..., 4:]}) == 12
@@ -154,6 +185,7 @@ def test_a_way_begins_and_ends_with_the_pictures_of_its_seeds(model: DiffusionMo
         (lambda: Edit(PICTURE, strength=0), "is not above 0 and at most 1"),
         (lambda: Edit(PICTURE), "give a mask, or a strength below 1"),
         (lambda: Edit(PICTURE, strength=0.5, times=3), "give a mask, or a strength below 1"),
+        (lambda: Edit(PICTURE, strength=0.5, agree=True), "nothing for the picture to agree with"),
         (lambda: Edit(PICTURE, LEFT, times=0), "each stretch is gone once or more"),
         (lambda: Edit(PICTURE, LEFT, jump=0), "in a step or more"),
         (lambda: Edit(PICTURE, LEFT[:, :4]), "the mask has 8×4 pixels and the picture 8×8"),

@@ -43,6 +43,7 @@ EXAMPLES: dict[str, Any] = {
     "mask": png(HOLE),
     "strength": 0.5,
     "times": 2,
+    "agree": True,
     "sampler": "ddim",
     "steps": 5,
     "guidance": 2.0,
