@@ -27,7 +27,6 @@ from diffusion.evaluation.evidence import Figures, distance_headline, recall_dif
 from diffusion.evaluation.features import extractor_for
 from diffusion.evaluation.gate import Copies, Cost, Evidence, GateConfig, WorstClass, decide
 from diffusion.evaluation.judge import require_enough
-from diffusion.evaluation.metrics import judge
 from diffusion.evaluation.per_class import ClassScores
 from diffusion.evaluation.portrait import FeaturesOfDrawnKey, Portrait, Portrayed, portray
 from diffusion.evaluation.real import Real
@@ -187,7 +186,7 @@ def _replicates(
     sides: list[Portrayed], real: Real, seed: int, folder: Path, progress: Progress
 ) -> list[dict[Figure, Replicates]]:
     """Figures on halves of each of the ``sides``, and last of the floor's pictures; none: there are too few."""
-    floor, reference = real.floor(seed), real.reference.features
+    (_, floor), reference = real.floor(seed), real.reference.features
     sets = [*(each.features for each in sides), floor]
     if min(map(len, (*sets, reference))) < FEWEST:
         return []
@@ -290,9 +289,8 @@ def _side(portrayed: Portrayed, figures: Figures, extractor: str) -> Side:
 
 
 def _floor(real: Real, config: EvaluationConfig, figures: Figures) -> Floor:
-    name, drawn = real.extractor.name, real.floor(config.seed)
-    scores = judge(drawn, real.reference, name, config.kid_subsets, config.kid_subset_size)
-    return Floor(scores=scores, figures=_measured(figures, name))
+    scores = real.scores(*real.floor(config.seed))
+    return Floor(scores=scores, figures=_measured(figures, real.extractor.name))
 
 
 def _measured(figures: Figures, extractor: str) -> dict[str, Measured]:

@@ -23,7 +23,7 @@ from tests.conftest import disc
 from tests.diffusion.small_datasets import write_dataset
 from tests.diffusion.small_models import header
 
-CONFIG = EvaluationConfig(samples=48, extractor_size=32, kid_subsets=10)
+CONFIG = EvaluationConfig(samples=48, extractor_size=32)
 SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=4, compute_batch=16, precision="fp32")
 
 
