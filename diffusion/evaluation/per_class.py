@@ -84,6 +84,11 @@ class PerClass(Config):
         return max(self.classes, key=lambda each: each.kid, default=None)
 
     @property
+    def worst_first(self) -> list[ClassScores]:
+        """The classes by falling KID."""
+        return sorted(self.classes, key=lambda each: -each.kid)
+
+    @property
     def least_recognised(self) -> ClassScores | None:
         """The class whose agreement falls furthest behind that of its real pictures; None: none was judged."""
         return min(self.classes, key=lambda each: each.agreement - each.agreement_real, default=None)

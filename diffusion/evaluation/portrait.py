@@ -148,6 +148,10 @@ class Portrayed:
     """Of these features."""
     psnr: Tensor | None
     """Of each held-out picture that it was shown, (M,) float64 in dB; None: it was shown none."""
+    classes: tuple[str, ...]
+    """That it was told."""
+    labels: Tensor | None
+    """Which of them each picture is to show, (N,); None: it was told none."""
 
 
 class Sitter:
@@ -222,17 +226,19 @@ class Sitter:
         return memorisation(packed(recall(self.folder, key, work)), self.real.held_out_neighbours(mirrored))
 
     @cached_property
+    def labels(self) -> Tensor | None:
+        """The class that each picture is to show, (N,), see ``labels_of``; None: it was told none."""
+        if self.header.model.low_resolution:
+            return None
+        return labels_of(self.model, range(self.config.samples), self.config.seed, self.asked)
+
+    @cached_property
     def per_class(self) -> PerClass | None:
         """How it does class by class; None: it was told none."""
-        labels = (
-            None
-            if self.header.model.low_resolution
-            else labels_of(self.model, range(self.config.samples), self.config.seed, self.asked)
-        )
-        if labels is None:
+        if self.labels is None:
             return None
         classes, real = self.model.classes, self.real
-        drawn = Labelled(self.features, labels)
+        drawn = Labelled(self.features, self.labels)
         return per_class(drawn, real.labelled(classes), real.reader(classes), classes, real.extractor.name)
 
     @cached_property
@@ -339,4 +345,12 @@ def portray(
         psnr=None if near is None else paired_difference(near.tolist(), [0.0] * len(near)),
         gflop=gflop(sitter.model, sitter.guided),
     )
-    return Portrayed(portrait, sitter.drawn, sitter.features, sitter.features_key, near)
+    return Portrayed(
+        portrait=portrait,
+        pictures=sitter.drawn,
+        features=sitter.features,
+        key=sitter.features_key,
+        psnr=near,
+        classes=tuple(sitter.model.classes),
+        labels=sitter.labels,
+    )

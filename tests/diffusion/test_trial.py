@@ -11,8 +11,9 @@ from torch import Tensor
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.exhibits import Exhibits
 from diffusion.evaluation.gate import GateConfig, Verdict
-from diffusion.evaluation.trial import Exhibits, trial
+from diffusion.evaluation.trial import trial
 from diffusion.evaluation.trial_results import Trial
 from diffusion.model import load_model
 from diffusion.sampling import sample
