@@ -204,7 +204,7 @@ def groups(found: Duplicates | None, pictures: Sequence[Tensor]) -> list[tuple[s
         return []
     return [
         (
-            ", ".join(f"no. {number}" for number in group.members[:MEMBERS]) + (" …" if group.size > MEMBERS else ""),
+            "no. " + ", ".join(map(str, group.members[:MEMBERS])) + (" …" if group.size > MEMBERS else ""),
             png_bytes(grid(some[:MEMBERS], columns=MEMBERS)),
         )
         for group, some in zip(found.groups, pictures, strict=True)

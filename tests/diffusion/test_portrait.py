@@ -71,6 +71,14 @@ def test_a_portrait_says_of_the_drawn_pictures_what_each_measure_says(data: Path
     assert {"kid_efflite0", "copies_share", "duplicates_share", "drift_brightness", "bits_per_dim"} <= names
 
 
+def test_scores_are_made_once(data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = portrait_of(model, data, tmp_path)
+    monkeypatch.setattr("diffusion.evaluation.real.judge", None)
+    assert portrait_of(model, data, tmp_path).portrait == first.portrait
+    with pytest.raises(TypeError):
+        portrait_of(model, data, tmp_path, samples=40)
+
+
 def test_a_model_that_is_told_classes_is_judged_by_class(data: Path, tmp_path: Path) -> None:
     path = write_model(tmp_path / "told.safetensors", 0, 1, classes=CLASSES)
     found = portrait_of(path, data, tmp_path, samples=64).portrait.per_class

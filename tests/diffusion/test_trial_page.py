@@ -81,7 +81,7 @@ def test_pictures_drawn_more_than_once_are_shown_in_their_groups(tmp_path: Path)
     [planted] = [group for group in found.groups if 20 in group.members]
     assert {20, 31, 42} <= set(planted.members)
     for group, pictures in zip(found.groups, shown.groups, strict=True):
-        numbers = ", ".join(f"no. {number}" for number in group.members[:4]) + (" …" if group.size > 4 else "")
+        numbers = "no. " + ", ".join(map(str, group.members[:4])) + (" …" if group.size > 4 else "")
         assert np.array_equal(page.image(f"Duplicates {numbers}"), np.asarray(grid(pictures[:4], columns=4)))
 
 
