@@ -197,7 +197,7 @@ def test_the_worst_classes_and_what_was_drawn_twice_can_be_looked_at(data: Path,
     path = write_model(tmp_path / "told.safetensors", 1, 1, classes=classes)
     config = CONFIG.model_copy(update={"samples": 64})
     again = good(64)
-    again[40:44] = again[40]
+    again[10:14] = again[10].clone()
     let_draw(path, again, data, tmp_path, config.model_copy(update={"seed": CONFIG.seed + 1}))
     found, exhibits = tried(path, None, data, tmp_path, config=config)
     per_class, doubles = found.challenger.portrait.per_class, found.challenger.portrait.duplicates
@@ -212,7 +212,7 @@ def test_the_worst_classes_and_what_was_drawn_twice_can_be_looked_at(data: Path,
         of_class = (dataset.classes(held_out, sorted(classes)) == number).numpy()
         assert torch.equal(real, dataset.pictures(held_out[of_class][:8]))
         assert torch.equal(drawn, again[labels == number][:8])
-    assert any({40, 41, 42} <= set(group.members) for group in doubles.groups)
+    assert any({10, 11, 12, 13} <= set(group.members) for group in doubles.groups)
     for group, shown in zip(doubles.groups, exhibits.groups, strict=True):
         assert torch.equal(shown, again[group.members])
 
