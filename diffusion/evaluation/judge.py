@@ -51,6 +51,8 @@ class RecordKey(Config):
     """All that a judgement depends on, but for the machine, which moves it by no more than rounding does."""
 
     kind: Literal["floor", "model", "preliminary", "baseline"]
+    format_version: Literal[1] = 1
+    """Grows when records say other things; what changes a score is in the conditions."""
     conditions: str
     """Key of those under which it is made."""
     judged: str | None = None

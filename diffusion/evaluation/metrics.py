@@ -1,5 +1,7 @@
 """Distances between two sets of pictures, equal to torch-fidelity's where it has them, on features of choice.
 
+(Its KID is a mean over random subsets: equal where one subset has all pictures, and else what that mean tends to.)
+
 Every score carries the name of its features (``fd_efflite0``), for "FID" without more means Inception-v3.
 
 Small samples: the Fréchet distance is biased upwards by about 1/n, and with fewer pictures than features
