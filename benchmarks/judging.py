@@ -4,9 +4,9 @@
     python benchmarks/judging.py --scale 0.1    # a tenth of either, to see that it works
 
 Features are Gaussian with a spectrum like EfficientNet-Lite0's, the samples' a little off. The aim, on two cores: all
-point values in under 60 seconds, the intervals of 200 replicates in under 10 minutes, and within 2 GiB. The reference's
-moments and neighbours are computed once for all evaluations, and timed apart. Each of the two, what is done once and
-what each evaluation does, is a process of its own, whose peak memory counts libraries and features.
+point values in under 60 seconds, the intervals of 200 replicates (100 cuts × 2 halves) in under 10 minutes, and within
+2 GiB. The reference's moments, neighbours and kernels are computed once for all evaluations, and timed apart. What is
+done once, the point values and the intervals have a process each, whose peak memory counts libraries and features.
 """
 
 import argparse
@@ -24,7 +24,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffusion.evaluation.kid import kid
+from diffusion.evaluation.bootstrap import SPLITS, frechet, neighbourhoods
+from diffusion.evaluation.bootstrap import kid as kid_of_halves
+from diffusion.evaluation.kid import kernel_sums, kid
 from diffusion.evaluation.metrics import judge
 from diffusion.evaluation.moments import Moments, distance, distance_at_infinity, moments
 from diffusion.evaluation.neighbours import nearest, overlap
@@ -32,7 +34,6 @@ from diffusion.evaluation.reference import Reference
 from diffusion.lanes import cores
 
 SAMPLES, REFERENCE, FEATURES = 10_000, 60_000, 1_280
-SUBSETS, SUBSET_SIZE = 100, 1_000
 PIECE = 4096
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=float, default=1.0, help="of both numbers of pictures")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--step", choices=("reference", "evaluation"), help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=("reference", "evaluation", "intervals"), help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step:
@@ -104,29 +105,47 @@ def once(scratch: Path) -> dict[str, Any]:
     clock, features = Clock(), load_file(scratch / "reference.safetensors")["features"]
     found = clock("moments", lambda: moments(features))
     near = clock("nearest neighbours", lambda: nearest(features))
-    kept = {"mean": found.mean, "root": found.root, "nearest": near}
+    sums = clock("kernels", lambda: kernel_sums(features))
+    kept = {"mean": found.mean, "root": found.root, "nearest": near, "kernel_sums": sums}
     save_file(kept, scratch / "statistics.safetensors")
     return clock.figures()
 
 
 def each_time(scratch: Path) -> dict[str, Any]:
-    """What an evaluation computes: the point values together as ``judge`` does, their parts, and their intervals."""
+    """What an evaluation computes: the point values together as ``judge`` does, and their parts."""
     clock, samples = Clock(), load_file(scratch / "samples.safetensors")["features"]
     features = load_file(scratch / "reference.safetensors")["features"]
     kept = load_file(scratch / "statistics.safetensors")
-    real = Reference(features, Moments(len(features), kept["mean"], kept["root"]), kept["nearest"])
-    clock("all point values", lambda: judge(samples, real, "synthetic", SUBSETS, SUBSET_SIZE))
+    real = Reference(features, Moments(len(features), kept["mean"], kept["root"]), kept["nearest"], kept["kernel_sums"])
+    clock("all point values", lambda: judge(samples, real, "synthetic"))
     clock("  Fréchet distance", lambda: distance(moments(samples), real.moments))
     clock("  and of endlessly many", lambda: distance_at_infinity(samples, real.moments))
-    clock("  KID", lambda: kid(samples, features, SUBSETS, min(SUBSET_SIZE, len(samples) // 2)))
+    clock("  KID", lambda: kid(samples, features, real.kernel_sums))
     near = clock("  the samples' neighbours", lambda: nearest(samples))
     clock("  precision, recall, density, coverage", lambda: overlap(samples, features, near, real.nearest))
-    # Intervals: clock("intervals of 200 replicates", …) goes here with diffusion.evaluation.bootstrap.
     return clock.figures()
 
 
-Step = Literal["reference", "evaluation"]
-STEPS: dict[Step, Callable[[Path], dict[str, Any]]] = {"reference": once, "evaluation": each_time}
+def intervals(scratch: Path) -> dict[str, Any]:
+    """What the errors of an evaluation's figures take, as ``bootstrap.replicates`` computes them: by part, and in all.
+
+    Each replicate is a figure on one half of the samples against one half of the reference: two of each cut.
+    """
+    clock, samples = Clock(), load_file(scratch / "samples.safetensors")["features"]
+    features = load_file(scratch / "reference.safetensors")["features"]
+    clock("Fréchet distance of halves", lambda: frechet([samples], features))
+    clock("KID of halves", lambda: kid_of_halves([samples], features))
+    clock("precision, recall, density, coverage of halves", lambda: neighbourhoods([samples], features))
+    clock.seconds[f"all intervals, {2 * SPLITS} replicates"] = sum(clock.seconds.values())
+    return clock.figures()
+
+
+Step = Literal["reference", "evaluation", "intervals"]
+STEPS: dict[Step, Callable[[Path], dict[str, Any]]] = {
+    "reference": once,
+    "evaluation": each_time,
+    "intervals": intervals,
+}
 
 
 if __name__ == "__main__":

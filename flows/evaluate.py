@@ -1,4 +1,8 @@
-"""The flow ``evaluate``: a run's checkpoints in, scores and a report on its MLflow run out."""
+"""The flow ``evaluate``: a run's checkpoints in, scores and a report on its MLflow run out.
+
+A flow of its own, so that a deployment can give it another work pool than training's, which it then never holds up: it
+reads checkpoints, which are whole under their names, and writes the folder of reports alone.
+"""
 
 from mlflow.client import MlflowClient
 from prefect import flow

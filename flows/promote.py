@@ -103,7 +103,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     path = folder / "evaluation.json"
     if not path.is_file():
         raise UserError(f"no evaluation in {folder}: run `darkroom evaluate` first")
-    return Evaluation.model_validate_json(path.read_bytes())
+    return Evaluation.read(path)
 
 
 @step

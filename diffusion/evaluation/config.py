@@ -34,12 +34,8 @@ class EvaluationConfig(Config):
     extractor_weights: Path | None = Field(None, exclude_if=unset)
     """Of file the network; of inception its weights, null: where torch-fidelity keeps them, or else fetched from where
     it publishes them."""
-    kid_subsets: int = Field(100, ge=10)
-    """Random subsets over which KID is averaged."""
-    kid_subset_size: int = Field(1000, ge=5)
-    """Pictures per subset, of each side; at most half of the smaller side is used."""
     seed: int = Field(0, ge=0)
-    """Seed of the drawn pictures and of the choice of training pictures; KID's subsets are fixed."""
+    """Seed of the drawn pictures and of the choice of training pictures."""
 
     @property
     def first_round(self) -> int:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from diffusion.evaluation.trial import Exhibits
+from diffusion.evaluation.exhibits import Exhibits
 from diffusion.evaluation.trial_page import Docket, Side
 from diffusion.evaluation.trial_results import Side as Found
 from diffusion.evaluation.trial_results import Trial
@@ -33,6 +33,8 @@ def docket_of(
         delta=gate.delta,
         confidence=gate.confidence,
         nearest=(exhibits.drawn, exhibits.training),
+        groups=exhibits.groups,
+        classes=exhibits.classes,
         conditions={
             "data set version": circumstances.content_digest[:12],
             "features": f"{circumstances.extractor}, {circumstances.preprocessing}",

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from diffusion.config import Config, unset
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.data.captions import like
 from diffusion.data.dataset import Dataset, Rows
@@ -15,21 +17,22 @@ from diffusion.data.manifest import read_manifest
 from diffusion.device import resolve_device
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.drawing import drawn as drawn_in_pieces
 from diffusion.evaluation.enlargement import RESAMPLING, Enlarged, Likeness, likeness, psnr, resampled, ssim
 from diffusion.evaluation.features import extractor_for
 from diffusion.evaluation.intervals import HalvesKey, estimates
-from diffusion.evaluation.memory import Kept, Memory, Record
 from diffusion.evaluation.metrics import Scores, judge
 from diffusion.evaluation.moments import distance, moments
 from diffusion.evaluation.reference import Reference, cached_features, cached_reference
 from diffusion.evaluation.results import Conditions, Estimates, Judged, Reconstruction
-from diffusion.files import digest_of, sha256_file
-from diffusion.fingerprint import fingerprint
+from diffusion.evaluation.sealed import Tensors, pieces_of, recall_found
+from diffusion.files import sha256_file
+from diffusion.fingerprint import Fingerprint, fingerprint
 from diffusion.model import Model, load_model
 from diffusion.progress import Progress
 from diffusion.random import permutation
-from diffusion.sampling import leads_anywhere, reconstructed, sample
-from diffusion.upscaling import shrunk, upscale
+from diffusion.sampling import leads_anywhere, reconstructed
+from diffusion.upscaling import shrunk
 
 JUDGED = "judged"
 """Folder, in that of an evaluation, of all that is remembered, of real pictures too."""
@@ -39,6 +42,32 @@ SHOWN = 64
 """Pictures kept of each set to be looked at."""
 CHUNK = 1000
 """Pictures brought through an autoencoder at a time."""
+Kept = Tensors
+"""``shown`` and of an autoencoder ``reconstructed``: pictures, (N, C, H, W) uint8. Of a model that was judged in full
+also ``features`` of all that it drew, (samples, D) float32."""
+
+
+class RecordKey(Config):
+    """All that a judgement depends on, but for the machine, which moves it by no more than rounding does."""
+
+    kind: Literal["floor", "model", "preliminary", "baseline"]
+    format_version: Literal[1] = 1
+    """Grows when records say other things; what changes a score is in the conditions."""
+    conditions: str
+    """Key of those under which it is made."""
+    judged: str | None = None
+    """SHA-256 of the model's file, or of a baseline its name; None: the floor."""
+
+
+class Record(Config):
+    """What is remembered of a set of pictures once judged; pictures to be shown and features lie beside it."""
+
+    images: int
+    scores: Scores
+    reconstruction: Reconstruction | None = Field(None, exclude_if=unset)
+    family: str = "ddpm"
+    fingerprint: Fingerprint
+    likeness: Likeness | None = Field(None, exclude_if=unset)
 
 
 def require_enough(data: Path) -> None:
@@ -74,7 +103,6 @@ class Judge:
         require_enough(data)
         self.folder = output / JUDGED
         self.extractor = extractor_for(config, self.dataset, self.folder, progress)
-        self.memory = Memory(self.folder)
         self.held_out = self.dataset.rows("held_out")[: config.reference]
         self.conditions = Conditions(
             content_digest=self.dataset.manifest.content_digest,
@@ -99,10 +127,9 @@ class Judge:
 
         def work() -> tuple[Record, Kept]:
             shown = self.dataset.pictures(self.held_out[:SHOWN])
-            return self._record(key, self._floor_features(), images=0), {"shown": shown}
+            return self._record(self._floor_features(), images=0), {"shown": shown}
 
-        key = digest_of(["floor", self.conditions.key])
-        record, kept = self.memory.recall(key, work)
+        record, kept = recall_found(self.folder, RecordKey(kind="floor", conditions=self.conditions.key), Record, work)
         return record.scores, kept["shown"]
 
     def model(self, path: Path) -> tuple[Judged, Kept]:
@@ -125,8 +152,8 @@ class Judge:
         if not path.is_file():
             raise UserError(f"no model at {path}: train one with `darkroom train`")
         sha256 = sha256_file(path)
-        key = digest_of([kind, sha256, self.conditions.on(samples).key])
-        record, kept = self.memory.recall(key, lambda: self._work(path, key, kind, samples))
+        key = RecordKey(kind=kind, conditions=self.conditions.on(samples).key, judged=sha256)
+        record, kept = recall_found(self.folder, key, Record, lambda: self._work(path, key, samples))
         judged = Judged(
             file=str(path),
             sha256=sha256,
@@ -139,32 +166,34 @@ class Judge:
         )
         return judged, kept
 
-    def _work(self, path: Path, key: str, kind: Literal["model", "preliminary"], samples: int) -> tuple[Record, Kept]:
+    def _work(self, path: Path, key: RecordKey, samples: int) -> tuple[Record, Kept]:
         def named(what: str, done: int, total: int | None, note: str = "") -> None:
             self.progress(f"{path.stem}: {what}", done, total, note)
 
         model = load_model(path)
         self._require_same_shape(path, model)
         self._require_same_task(path, model)
-        drawn, alike = self._drawn(model, samples, named)
+        drawn, alike = self._drawn(model, samples, pieces_of(self.folder, key), named)
         features = self.extractor(drawn)
-        record = self._record(key, features, model.header.images, alike)
+        record = self._record(features, model.header.images, alike)
         record = record.model_copy(update={"family": model.config.family})
-        kept = {"shown": drawn[:SHOWN]} | ({"features": features} if kind == "model" else {})
+        kept = {"shown": drawn[:SHOWN]} | ({"features": features} if key.kind == "model" else {})
         if model.coder is None:
             return record, kept
-        rows = self.held_out if kind == "model" else self.held_out[:samples]
+        rows = self.held_out if key.kind == "model" else self.held_out[:samples]
         reconstruction, shown = self._reconstruction(model, rows, named)
         return record.model_copy(update={"reconstruction": reconstruction}), kept | {"reconstructed": shown}
 
-    def _drawn(self, model: Model, samples: int, progress: Progress) -> tuple[Tensor, Likeness | None]:
-        """The first pictures, and of enlarged ones how like the real ones they are."""
+    def _drawn(self, model: Model, samples: int, pieces: Path, progress: Progress) -> tuple[Tensor, Likeness | None]:
+        """The first pictures, and of enlarged ones how like the real ones they are; ``pieces``: a folder of theirs."""
         asked = self.asked(model)
         # A champion may have been told less than what the configuration is for now.
         sampling = self.sampling if leads_anywhere(model.classes, asked) else self.sampling.unguided()
+        seed = self.config.seed
         if self.conditions.low_resolution is None:
-            return sample(model, range(samples), self.config.seed, sampling, progress, asked), None
-        drawn = upscale(model, self.small[:samples], self.config.seed, sampling, progress)
+            return drawn_in_pieces(pieces, model, samples, seed, sampling, progress, asked), None
+        small = self.small[:samples]
+        drawn = drawn_in_pieces(pieces, model, len(small), seed, sampling, progress, small=small)
         return drawn, likeness(drawn, self.to_enlarge[:samples])
 
     def _floor_features(self) -> Tensor:
@@ -182,12 +211,11 @@ class Judge:
     def _baseline(self, name: str) -> Enlarged:
         def work() -> tuple[Record, Kept]:
             large = resampled(self.small, self.dataset.manifest.size // self.small.shape[-1], name)
-            return self._record(key, self.extractor(large), 0, likeness(large, self.to_enlarge)), {
-                "shown": large[:SHOWN]
-            }
+            record = self._record(self.extractor(large), 0, likeness(large, self.to_enlarge))
+            return record, {"shown": large[:SHOWN]}
 
-        key = digest_of(["baseline", name, self.conditions.key])
-        record, _ = self.memory.recall(key, work)
+        key = RecordKey(kind="baseline", conditions=self.conditions.key, judged=name)
+        record, _ = recall_found(self.folder, key, Record, work)
         assert record.likeness is not None
         return Enlarged(scores=record.scores, likeness=record.likeness)
 
@@ -235,11 +263,10 @@ class Judge:
         )
         return found, first[0]
 
-    def _record(self, key: str, features: Tensor, images: int, alike: Likeness | None = None) -> Record:
-        config = self.config
-        scores = judge(features, self.reference, self.extractor.name, config.kid_subsets, config.kid_subset_size)
+    def _record(self, features: Tensor, images: int, alike: Likeness | None = None) -> Record:
+        scores = judge(features, self.reference, self.extractor.name)
         machine = fingerprint(self.sampling.compute_batch, self.sampling.precision, self.sampling.device)
-        return Record(key=key, images=images, scores=scores, fingerprint=machine, likeness=alike)
+        return Record(images=images, scores=scores, fingerprint=machine, likeness=alike)
 
     def _require_same_shape(self, path: Path, model: Model) -> None:
         if model.shape != self.dataset.shape:

@@ -1,5 +1,7 @@
 """Distances between two sets of pictures, equal to torch-fidelity's where it has them, on features of choice.
 
+(Its KID is a mean over random subsets: equal where one subset has all pictures, and else what that mean tends to.)
+
 Every score carries the name of its features (``fd_efflite0``), for "FID" without more means Inception-v3.
 
 Small samples: the Fréchet distance is biased upwards by about 1/n, and with fewer pictures than features
@@ -8,8 +10,6 @@ smaller n. KID is unbiased at any n. So under 5,000 pictures KID leads, and ever
 its floor: what real pictures get, as many of them, against the same reference. Where there are pictures enough, four
 for each feature, the distance is also given as it would be of endlessly many.
 """
-
-import math
 
 from pydantic import Field
 from torch import Tensor
@@ -20,7 +20,7 @@ from diffusion.evaluation.moments import distance, distance_at_infinity, moments
 from diffusion.evaluation.neighbours import nearest, overlap
 from diffusion.evaluation.reference import Reference
 
-FIGURES = ("fd", "fd_infinity", "kid", "kid_std", "kid_se", "precision", "recall", "density", "coverage")
+FIGURES = ("fd", "fd_infinity", "kid", "kid_se", "precision", "recall", "density", "coverage")
 """The figures, in the order in which they are shown."""
 
 
@@ -36,14 +36,10 @@ class Scores(Config):
     fd: float
     """Fréchet distance of two Gaussians fitted to the features (arXiv 1706.08500); 0 is best."""
     kid: float
-    """Squared maximum mean discrepancy under the kernel (x·y/D + 1)³ (arXiv 1801.01401), unbiased: 0 is
-    best, and may come out slightly negative. Mean over random subsets."""
-    kid_std: float
-    """Standard deviation over the subsets: of an estimate from ``kid_subset_size`` pictures a side."""
+    """Squared maximum mean discrepancy under the kernel (x·y/D + 1)³ (arXiv 1801.01401), unbiased, over all
+    pairs: 0 is best, and it may come out slightly negative."""
     kid_se: float
-    """Standard error of ``kid`` itself, over new draws of both sets."""
-    kid_subset_size: int
-    """Pictures per subset, of each side."""
+    """Standard error of ``kid``, over new draws of both sets."""
     precision: float
     """Share of the judged pictures that lie among the reference (fidelity), 0 to 1 (arXiv 1904.06991, k = 3)."""
     recall: float
@@ -63,29 +59,21 @@ class Scores(Config):
         return {name: value for name, value in figures.items() if value is not None} | counts
 
 
-def judge(
-    samples: Tensor, reference: Tensor | Reference, extractor: str, kid_subsets: int = 100, kid_subset_size: int = 1000
-) -> Scores:
+def judge(samples: Tensor, reference: Tensor | Reference, extractor: str) -> Scores:
     """Compare features (N, D) of judged pictures with those (M, D) of real ones; N and M at least 10.
 
-    KID's subsets hold ``kid_subset_size`` pictures, at most half of the smaller side: a subset of all
-    would be the same each time, and its spread zero. Where the same ``reference`` serves again, give it with what is
-    known of it: most of the time goes there.
+    Where the same ``reference`` serves again, give it with what is known of it: most of the time goes there.
     """
     real = Reference.of(reference) if isinstance(reference, Tensor) else reference
-    smaller = min(len(samples), len(real.features))
-    size = min(kid_subset_size, smaller // 2)
-    mean, spread = kid(samples, real.features, kid_subsets, size)
+    discrepancy = kid(samples, real.features, real.kernel_sums)
     shares = overlap(samples, real.features, nearest(samples), real.nearest)
     return Scores(
         extractor=extractor,
         samples=len(samples),
         reference=len(real.features),
         fd=distance(moments(samples), real.moments),
-        kid=mean,
-        kid_std=spread,
-        kid_se=standard_error(spread, size, smaller),
-        kid_subset_size=size,
+        kid=discrepancy.value,
+        kid_se=discrepancy.error,
         precision=shares.precision,
         recall=shares.recall,
         density=shares.density,
@@ -97,15 +85,3 @@ def judge(
 def frechet_distance(samples: Tensor, reference: Tensor) -> float:
     """Of Gaussians fitted to features (N, D) and (M, D) (arXiv 1706.08500)."""
     return distance(moments(samples), moments(reference))
-
-
-def standard_error(subset_std: float, size: int, count: int) -> float:
-    """Standard error of a U-statistic of ``count`` pictures, from its spread over subsets of ``size``.
-
-    The delete-d jackknife (Shao and Wu, Ann. Statist. 17, 1989). Subsets overlap, so their
-    spread divided by the root of their number would only be the error of the drawing. But
-    E[Var over subsets] = V(size) − V(count) exactly, where V(n) is the variance of an estimate from n
-    pictures. V falls as 1/n where the sets differ, which gives the factor below; where they are equal
-    it falls as 1/n² and the error returned is too large, at halves by √3. It is never too small.
-    """
-    return subset_std * math.sqrt(size / (count - size))

@@ -9,15 +9,10 @@ from torch import Tensor
 from diffusion.config import Config
 from diffusion.evaluation.calibration import interval
 from diffusion.evaluation.kid import kid
-from diffusion.evaluation.metrics import standard_error
 from diffusion.evaluation.reader import Reader
 
 FEWEST = 20
 """Pictures of a class, drawn and real, without which its distance means nothing."""
-SUBSETS = 100
-"""Random subsets over which KID is averaged, each of half of the pictures of the smaller side at most."""
-SUBSET_SIZE = 1000
-"""Pictures per subset, at most."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +84,11 @@ class PerClass(Config):
         return max(self.classes, key=lambda each: each.kid, default=None)
 
     @property
+    def worst_first(self) -> list[ClassScores]:
+        """The classes by falling KID."""
+        return sorted(self.classes, key=lambda each: -each.kid)
+
+    @property
     def least_recognised(self) -> ClassScores | None:
         """The class whose agreement falls furthest behind that of its real pictures; None: none was judged."""
         return min(self.classes, key=lambda each: each.agreement - each.agreement_real, default=None)
@@ -114,7 +114,7 @@ def per_class(drawn: Labelled, real: Labelled, reader: Reader, names: Sequence[s
         if min(len(ours), len(theirs)) < FEWEST:
             others.append(Unjudged(name=name, samples=len(ours), reference=len(theirs)))
             continue
-        distance, error = _kid(ours, theirs)
+        distance = kid(ours, theirs)
         counts = torch.bincount(read[drawn.labels == label], minlength=len(names))
         right = int(counts[label])
         counts[label] = 0
@@ -124,8 +124,8 @@ def per_class(drawn: Labelled, real: Labelled, reader: Reader, names: Sequence[s
                 name=name,
                 samples=len(ours),
                 reference=len(theirs),
-                kid=distance,
-                kid_se=error,
+                kid=distance.value,
+                kid_se=distance.error,
                 agreement=right / len(ours),
                 agreement_low=low,
                 agreement_high=high,
@@ -140,14 +140,6 @@ def per_class(drawn: Labelled, real: Labelled, reader: Reader, names: Sequence[s
         agreement=_agreement(read, drawn.labels, len(names)),
         agreement_real=_agreement(read_real, real.labels, len(names)),
     )
-
-
-def _kid(drawn: Tensor, real: Tensor) -> tuple[float, float]:
-    """KID and its standard error, as ``metrics.judge`` has them."""
-    smaller = min(len(drawn), len(real))
-    size = min(SUBSET_SIZE, smaller // 2)
-    mean, spread = kid(drawn, real, SUBSETS, size)
-    return mean, standard_error(spread, size, smaller)
 
 
 def _agreement(read: Tensor, labels: Tensor, classes: int) -> float | None:

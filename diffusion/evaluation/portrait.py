@@ -19,6 +19,7 @@ from diffusion.data.captions import like
 from diffusion.device import resolve_device
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.cost import gflop
+from diffusion.evaluation.drawing import drawn
 from diffusion.evaluation.drift import Drift, appearance, drift
 from diffusion.evaluation.duplicates import Duplicates, duplicates
 from diffusion.evaluation.enlargement import psnr
@@ -26,17 +27,16 @@ from diffusion.evaluation.estimate import Estimate, paired_difference
 from diffusion.evaluation.features import BATCH
 from diffusion.evaluation.held_out_loss import HeldOutLoss, Terms, held_out_loss, measure, told_of_rows
 from diffusion.evaluation.memorisation import Memorisation, memorisation
-from diffusion.evaluation.metrics import Scores, judge
+from diffusion.evaluation.metrics import Scores
 from diffusion.evaluation.per_class import Labelled, PerClass, per_class
 from diffusion.evaluation.real import CHUNK, Real, moved_in_pieces, packed, unpacked
 from diffusion.evaluation.reference import FeaturesKey
-from diffusion.evaluation.sealed import recall
+from diffusion.evaluation.sealed import pieces_of, recall
 from diffusion.files import sha256_file
 from diffusion.fingerprint import Fingerprint, fingerprint
 from diffusion.model import Model, load_model, read_model_header
 from diffusion.progress import Progress, silent
-from diffusion.sampling import labels_of, leads_anywhere, reconstructed, sample
-from diffusion.upscaling import upscale
+from diffusion.sampling import labels_of, leads_anywhere, reconstructed
 
 
 class Portrait(Config):
@@ -148,6 +148,10 @@ class Portrayed:
     """Of these features."""
     psnr: Tensor | None
     """Of each held-out picture that it was shown, (M,) float64 in dB; None: it was shown none."""
+    classes: tuple[str, ...]
+    """That it was told."""
+    labels: Tensor | None
+    """Which of them each picture is to show, (N,); None: it was told none."""
 
 
 class Sitter:
@@ -193,11 +197,13 @@ class Sitter:
     def drawn(self) -> Tensor:
         """What it draws, (N, C, H, W) uint8."""
 
+        small = None if self.header.model.low_resolution is None else self.real.small
+        count = self.config.samples if small is None else len(small)
+        pieces = pieces_of(self.folder, self.drawn_key)
+
         def work() -> dict[str, Tensor]:
-            seed, count = self.config.seed, range(self.config.samples)
-            if self.header.model.low_resolution is not None:
-                return {"pictures": upscale(self.model, self.real.small, seed, self.guided, self.report)}
-            return {"pictures": sample(self.model, count, seed, self.guided, self.report, self.asked)}
+            given = self.model, count, self.config.seed, self.guided, self.report, self.asked, small
+            return {"pictures": drawn(pieces, *given)}
 
         return recall(self.folder, self.drawn_key, work)["pictures"]
 
@@ -220,17 +226,19 @@ class Sitter:
         return memorisation(packed(recall(self.folder, key, work)), self.real.held_out_neighbours(mirrored))
 
     @cached_property
+    def labels(self) -> Tensor | None:
+        """The class that each picture is to show, (N,), see ``labels_of``; None: it was told none."""
+        if self.header.model.low_resolution:
+            return None
+        return labels_of(self.model, range(self.config.samples), self.config.seed, self.asked)
+
+    @cached_property
     def per_class(self) -> PerClass | None:
         """How it does class by class; None: it was told none."""
-        labels = (
-            None
-            if self.header.model.low_resolution
-            else labels_of(self.model, range(self.config.samples), self.config.seed, self.asked)
-        )
-        if labels is None:
+        if self.labels is None:
             return None
         classes, real = self.model.classes, self.real
-        drawn = Labelled(self.features, labels)
+        drawn = Labelled(self.features, self.labels)
         return per_class(drawn, real.labelled(classes), real.reader(classes), classes, real.extractor.name)
 
     @cached_property
@@ -328,7 +336,7 @@ def portray(
         family=sitter.header.model.family,
         images=sitter.header.images,
         fingerprint=sitter.fingerprint,
-        scores=judge(sitter.features, real.reference, real.extractor.name, config.kid_subsets, config.kid_subset_size),
+        scores=real.scores(sitter.features_key, sitter.features),
         memorisation=sitter.memorisation,
         duplicates=duplicates(moved_in_pieces(torch.split(sitter.drawn, CHUNK)), real.thumbnails),
         drift=drift({name: torch.cat([each[name] for each in looks]) for name in looks[0]}, real.appearance),
@@ -337,4 +345,12 @@ def portray(
         psnr=None if near is None else paired_difference(near.tolist(), [0.0] * len(near)),
         gflop=gflop(sitter.model, sitter.guided),
     )
-    return Portrayed(portrait, sitter.drawn, sitter.features, sitter.features_key, near)
+    return Portrayed(
+        portrait=portrait,
+        pictures=sitter.drawn,
+        features=sitter.features,
+        key=sitter.features_key,
+        psnr=near,
+        classes=tuple(sitter.model.classes),
+        labels=sitter.labels,
+    )

@@ -17,6 +17,7 @@ from diffusion.evaluation.bootstrap.neighbourhoods import FEWEST
 from diffusion.evaluation.closest import Closest, closest
 from diffusion.evaluation.drift import appearance
 from diffusion.evaluation.features import Extractor
+from diffusion.evaluation.metrics import Scores, judge
 from diffusion.evaluation.per_class import Labelled
 from diffusion.evaluation.reader import Reader, fit
 from diffusion.evaluation.reference import (
@@ -26,8 +27,9 @@ from diffusion.evaluation.reference import (
     cached_reference,
     features_key,
 )
-from diffusion.evaluation.sealed import recall
+from diffusion.evaluation.sealed import recall, recall_found
 from diffusion.evaluation.thumbnails import NAME, moved, thumbnails
+from diffusion.files import digest_of
 from diffusion.progress import Progress, silent
 from diffusion.random import permutation
 from diffusion.upscaling import shrunk
@@ -59,6 +61,17 @@ class ReaderKey(Config):
     """Grows when it is fitted another way."""
     training: FeaturesKey
     classes: tuple[str, ...]
+
+
+class ScoresKey(Config):
+    """All that scores depend on."""
+
+    kind: Literal["scores"] = "scores"
+    format_version: Literal[1] = 1
+    """Grows when a formula changes."""
+    judged: str
+    """Digest of the key of the features that are judged."""
+    compared: FeaturesKey
 
 
 class Real:
@@ -107,11 +120,19 @@ class Real:
         """What drawn pictures are compared with."""
         return cached_reference(self.folder, self.dataset, self.compared, self.extractor, self.progress)
 
-    def floor(self, seed: int) -> Tensor:
+    def scores(self, key: Config, features: Tensor) -> Scores:
+        """How far ``features`` (N, D), which ``key`` names, lie from the pictures compared with."""
+        named = ScoresKey(judged=digest_of(key.model_dump(mode="json")), compared=self.compared_key)
+        return recall_found(
+            self.folder, named, Scores, lambda: (judge(features, self.reference, self.extractor.name), {})
+        )[0]
+
+    def floor(self, seed: int) -> tuple[FeaturesKey, Tensor]:
         """Features of training pictures that stand for drawn ones, (N, D): as many as are drawn, or all there are."""
         order = permutation(seed, "evaluation/floor", 0, len(self.train))
         rows = self.train[order[: len(self.shown) or self.samples]]
-        return cached_features(self.folder, self.dataset, rows, self.extractor, self.progress)
+        features = cached_features(self.folder, self.dataset, rows, self.extractor, self.progress)
+        return features_key(self.dataset, rows, self.extractor), features
 
     @cached_property
     def small(self) -> Tensor:

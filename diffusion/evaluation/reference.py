@@ -14,6 +14,7 @@ from torch import Tensor
 from diffusion.config import Config
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.evaluation.features import BATCH, Extractor, features_of
+from diffusion.evaluation.kid import kernel_sums
 from diffusion.evaluation.moments import Moments, moments
 from diffusion.evaluation.neighbours import nearest
 from diffusion.evaluation.sealed import recall
@@ -32,11 +33,13 @@ class Reference:
     """Of the features."""
     nearest: Tensor
     """(M, 5) float32: squared distances of each to its nearest others, ascending."""
+    kernel_sums: Tensor
+    """(M,) float64: sums of KID's kernel of each with all others."""
 
     @classmethod
     def of(cls, features: Tensor, progress: Progress = silent) -> "Reference":
         """What there is to know of features (M, D), M at least 6."""
-        return cls(features, moments(features), nearest(features, progress=progress))
+        return cls(features, moments(features), nearest(features, progress=progress), kernel_sums(features, progress))
 
 
 class FeaturesKey(Config):
@@ -62,11 +65,11 @@ class FeaturesKey(Config):
 
 
 class StatisticsKey(Config):
-    """All that moments and neighbours of features depend on."""
+    """All that moments, neighbours and kernels of features depend on."""
 
     kind: Literal["statistics"] = "statistics"
-    format_version: Literal[1] = 1
-    """Grows when moments or neighbours come out another way."""
+    format_version: Literal[2] = 2
+    """Grows when one of them comes out another way."""
     features: FeaturesKey
 
 
@@ -100,7 +103,12 @@ def cached_reference(
 
     def work() -> dict[str, Tensor]:
         found = Reference.of(features, progress)
-        return {"mean": found.moments.mean, "root": found.moments.root, "nearest": found.nearest}
+        return {
+            "mean": found.moments.mean,
+            "root": found.moments.root,
+            "nearest": found.nearest,
+            "kernel_sums": found.kernel_sums,
+        }
 
     kept = recall(folder, StatisticsKey(features=features_key(dataset, rows, extractor)), work)
-    return Reference(features, Moments(len(rows), kept["mean"], kept["root"]), kept["nearest"])
+    return Reference(features, Moments(len(rows), kept["mean"], kept["root"]), kept["nearest"], kept["kernel_sums"])

@@ -1,12 +1,14 @@
 """What an evaluation found, and under which conditions."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from diffusion.config import Config, unset
 from diffusion.config_sampling import SamplingConfig
+from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.enlargement import Enlarged, Likeness
 from diffusion.evaluation.estimate import Estimate, Share
@@ -21,7 +23,7 @@ CONFIDENCE = 0.95
 class Conditions(Config):
     """All that two models must have in common for their scores to be compared."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     """Grows when preprocessing, the choice of pictures or a formula changes."""
     content_digest: str
     """Digest of the data set whose held-out pictures are the reference."""
@@ -167,6 +169,16 @@ class Evaluation(Config):
     with, and the two sides are not independent."""
     baselines: dict[str, Enlarged] | None = Field(None, exclude_if=unset)
     """For models that enlarge, by name: the same small pictures enlarged without one."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Evaluation":
+        """The one in the file ``path``; raises UserError if another version of Darkroom wrote it."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise UserError(
+                f"{path} was written by another version of Darkroom: run `darkroom evaluate` again"
+            ) from error
 
     def metrics(self) -> dict[str, float]:
         """The best checkpoint's figures beside the floor's, flat and under names that say what they are."""

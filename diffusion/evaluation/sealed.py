@@ -1,7 +1,9 @@
-"""Tensors that took long to compute, kept in files that are either right or not used."""
+"""What took long to compute, kept in files that are either right or not used."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from filelock import FileLock
 from safetensors.torch import load_file
@@ -11,21 +13,61 @@ from diffusion.config import Config
 from diffusion.files import digest_of, sha256_file, write_bytes
 from diffusion.model import read_header, save_tensors
 
+Tensors = dict[str, Tensor]
+Found = TypeVar("Found", bound=Config)
+FOUND = "found"
+"""Where a header has what was found, beside the fields of the key."""
 
-def recall(folder: Path, key: Config, work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+
+def recall(folder: Path, key: Config, work: Callable[[], Tensors]) -> Tensors:
     """The tensors kept in ``folder`` under ``key``, or else those that ``work`` makes of what the key names.
 
     They lie in ``<digest of the key>.safetensors``, which says the key itself inside, beside its own digest, written
     last. A file that is cut, damaged or another key's is made anew. Of several processes one works and the others wait.
     What comes back is mapped from the file: it takes memory as it is read.
     """
-    named = key.model_dump(mode="json")
-    path = folder / f"{digest_of(named)}.safetensors"
+    return _recalled(folder, key, lambda: ({}, work()))[1]
+
+
+def recall_found(
+    folder: Path, key: Config, kind: type[Found], work: Callable[[], tuple[Found, Tensors]]
+) -> tuple[Found, Tensors]:
+    """The same with what was found besides, of this ``kind``, which the file's header says beside the key."""
+
+    def both() -> tuple[dict[str, Any], Tensors]:
+        found, tensors = work()
+        return {FOUND: found.model_dump(mode="json")}, tensors
+
+    header, tensors = _recalled(folder, key, both)
+    return kind.model_validate(header[FOUND]), tensors
+
+
+def pieces_of(folder: Path, key: Config) -> Path:
+    """A folder in which the work under ``key`` may keep pieces, by ``recall`` too: it goes once the whole is kept."""
+    return _path(folder, key).with_suffix(".pieces")
+
+
+def _recalled(
+    folder: Path, key: Config, work: Callable[[], tuple[dict[str, Any], Tensors]]
+) -> tuple[dict[str, Any], Tensors]:
+    """What the header says, and the tensors."""
+    named, path, pieces = key.model_dump(mode="json"), _path(folder, key), pieces_of(folder, key)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        if not _is_whole(path) or read_header(path) != named:
-            write_bytes(_seal(path), _said(save_tensors(path, work(), named)))
-        return load_file(path)
+        if not _is_whole(path) or not _is_of(read_header(path), named):
+            found, tensors = work()
+            write_bytes(_seal(path), _said(save_tensors(path, tensors, named | found)))
+        if pieces.exists():
+            shutil.rmtree(pieces)
+        return read_header(path), load_file(path)
+
+
+def _path(folder: Path, key: Config) -> Path:
+    return folder / f"{digest_of(key.model_dump(mode='json'))}.safetensors"
+
+
+def _is_of(header: dict[str, Any], named: dict[str, Any]) -> bool:
+    return {name: value for name, value in header.items() if name != FOUND} == named
 
 
 def _is_whole(path: Path) -> bool:

@@ -8,7 +8,6 @@ champion in its time.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -24,10 +23,10 @@ from diffusion.evaluation.bootstrap.neighbourhoods import FEWEST
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import Estimate
 from diffusion.evaluation.evidence import Figures, distance_headline, recall_difference, reconstruction_headline
+from diffusion.evaluation.exhibits import Exhibits, exhibits
 from diffusion.evaluation.features import extractor_for
 from diffusion.evaluation.gate import Copies, Cost, Evidence, GateConfig, WorstClass, decide
 from diffusion.evaluation.judge import require_enough
-from diffusion.evaluation.metrics import judge
 from diffusion.evaluation.per_class import ClassScores
 from diffusion.evaluation.portrait import FeaturesOfDrawnKey, Portrait, Portrayed, portray
 from diffusion.evaluation.real import Real
@@ -38,28 +37,10 @@ from diffusion.files import write_json
 from diffusion.model import ModelHeader, read_model_header
 from diffusion.progress import Progress, silent
 
-SHOWN = 64
-"""Pictures of each set to be looked at."""
 TRIAL = "trial.json"
 """What is written, in the folder of the evaluation."""
 REMEMBERED = "judged"
 """Folder beside the trial in which all that took long is kept."""
-
-
-@dataclass(frozen=True)
-class Exhibits:
-    """Pictures that show what a trial was about, each (N, C, H, W) uint8."""
-
-    real: Tensor
-    """Held-out ones; of models that enlarge, those that they were shown small."""
-    challenger: Tensor
-    """The first that it drew."""
-    champion: Tensor | None
-    """The same picture numbers of the champion."""
-    drawn: Tensor
-    """Those of the challenger that lie closest to training pictures, in the order of ``memorisation.pairs``."""
-    training: Tensor
-    """The training pictures that they lie closest to."""
 
 
 class ReplicatesKey(Config):
@@ -128,7 +109,7 @@ def trial(
         decision=decide(evidence, gate),
     )
     write_json(output / TRIAL, json.loads(found.model_dump_json()))
-    return found, _exhibits(ours, theirs, real)
+    return found, exhibits(ours, theirs, real)
 
 
 def require_shape(path: Path, header: ModelHeader, dataset: Dataset) -> None:
@@ -187,7 +168,7 @@ def _replicates(
     sides: list[Portrayed], real: Real, seed: int, folder: Path, progress: Progress
 ) -> list[dict[Figure, Replicates]]:
     """Figures on halves of each of the ``sides``, and last of the floor's pictures; none: there are too few."""
-    floor, reference = real.floor(seed), real.reference.features
+    (_, floor), reference = real.floor(seed), real.reference.features
     sets = [*(each.features for each in sides), floor]
     if min(map(len, (*sets, reference))) < FEWEST:
         return []
@@ -290,21 +271,9 @@ def _side(portrayed: Portrayed, figures: Figures, extractor: str) -> Side:
 
 
 def _floor(real: Real, config: EvaluationConfig, figures: Figures) -> Floor:
-    name, drawn = real.extractor.name, real.floor(config.seed)
-    scores = judge(drawn, real.reference, name, config.kid_subsets, config.kid_subset_size)
-    return Floor(scores=scores, figures=_measured(figures, name))
+    scores = real.scores(*real.floor(config.seed))
+    return Floor(scores=scores, figures=_measured(figures, real.extractor.name))
 
 
 def _measured(figures: Figures, extractor: str) -> dict[str, Measured]:
     return {f"{figure}_{extractor}": Measured.of(each.estimate) for figure, each in figures.items()}
-
-
-def _exhibits(ours: Portrayed, theirs: Portrayed | None, real: Real) -> Exhibits:
-    pairs = ours.portrait.memorisation.pairs
-    return Exhibits(
-        real=real.dataset.pictures((real.shown if len(real.shown) else real.held_out)[:SHOWN]),
-        challenger=ours.pictures[:SHOWN],
-        champion=None if theirs is None else theirs.pictures[:SHOWN],
-        drawn=ours.pictures[[pair.drawn for pair in pairs]],
-        training=real.dataset.pictures(real.train[[pair.training for pair in pairs]]),
-    )

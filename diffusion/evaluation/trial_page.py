@@ -18,8 +18,10 @@ from diffusion.evaluation.pages import between, counted, render, signed, with_er
 from diffusion.evaluation.per_class import ClassScores, PerClass
 from diffusion.evaluation.trial_charts import lead_chart, losses_chart
 from diffusion.files import write_bytes
-from diffusion.grids import grid, png_bytes
+from diffusion.grids import above, grid, png_bytes
 
+MEMBERS = 4
+"""Pictures shown of each group of duplicates."""
 CLASSES_SHOWN = 8
 """Classes in the table of the worst ones."""
 DEVIATIONS = 1.959964
@@ -83,6 +85,11 @@ class Docket:
     nearest: tuple[Tensor, Tensor] | None = None
     """The challenger's pictures that lie nearest to training pictures, and these, (P, C, H, W) uint8 each, in the order
     of its ``memorisation.pairs``."""
+    groups: Sequence[Tensor] = ()
+    """The challenger's pictures that are duplicates of one another, (G, C, H, W) uint8 each, in the order of its
+    ``duplicates.groups``."""
+    classes: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Of the challenger's worst classes, by name: held-out pictures, and as many that it drew, (K, C, H, W) uint8."""
     conditions: Mapping[str, str] = field(default_factory=dict)
     """What both sides had in common, by name."""
 
@@ -114,6 +121,8 @@ def write_trial_page(path: Path, docket: Docket) -> str:
         copies=copies_rows(sides),
         nearest=nearest_pairs(docket.challenger.memorisation, docket.nearest),
         doubles=doubles_rows(sides),
+        groups=groups(docket.challenger.duplicates, docket.groups),
+        pictured=[(name, png_bytes(above(*pictures))) for name, pictures in docket.classes.items() if len(pictures[0])],
         classes=class_rows(docket.challenger.per_class, docket.champion.per_class if docket.champion else None),
         losses=losses_chart({side.name: side.held_out_loss for side in sides if side.held_out_loss}),
         bits=bits_row(sides),
@@ -189,6 +198,19 @@ def doubles_rows(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
     ]
 
 
+def groups(found: Duplicates | None, pictures: Sequence[Tensor]) -> list[tuple[str, bytes]]:
+    """Of each group of duplicates the numbers of the first of them, and these as PNG."""
+    if found is None:
+        return []
+    return [
+        (
+            "no. " + ", ".join(map(str, group.members[:MEMBERS])) + (" …" if group.size > MEMBERS else ""),
+            png_bytes(grid(some[:MEMBERS], columns=MEMBERS)),
+        )
+        for group, some in zip(found.groups, pictures, strict=True)
+    ]
+
+
 def class_rows(challenger: PerClass | None, champion: PerClass | None) -> list[tuple[ClassScores, str, str, Cell, str]]:
     """The challenger's classes, the worst first.
 
@@ -197,7 +219,6 @@ def class_rows(challenger: PerClass | None, champion: PerClass | None) -> list[t
     if challenger is None:
         return []
     theirs = {each.name: each for each in champion.classes} if champion else {}
-    worst = sorted(challenger.classes, key=lambda each: -each.kid)[:CLASSES_SHOWN]
     return [
         (
             each,
@@ -206,7 +227,7 @@ def class_rows(challenger: PerClass | None, champion: PerClass | None) -> list[t
             Cell(f"{each.agreement:.1%}", f"{each.agreement_low:.1%} … {each.agreement_high:.1%}"),
             f"{other.agreement:.1%}" if other else "",
         )
-        for each in worst
+        for each in challenger.worst_first[:CLASSES_SHOWN]
     ]
 
 

@@ -21,7 +21,7 @@ CONFIDENCE = 0.95
 class Circumstances(Config):
     """All that two models have in common in a trial."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     """Grows when preprocessing, the choice of pictures or a formula changes."""
     content_digest: str
     """Of the data set, whose held-out pictures are the reference."""

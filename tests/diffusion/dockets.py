@@ -26,6 +26,8 @@ from tests.diffusion.real_pictures import pictures
 COUNT = 240
 """Pictures of each set; of training there are three times as many."""
 CLASSES = ["T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
+TWICE = [20, 31, 42]
+"""Pictures of the challenger that are one."""
 GATE = GateConfig(memorised=None, cost=None)
 
 
@@ -58,8 +60,11 @@ def docket(with_champion: bool = True) -> Docket:
         headline=headline,
         recall=recall_difference(*found) if with_champion else None,
     )
-    copies = sides[0].memorisation
+    copies, doubles = sides[0].memorisation, sides[0].duplicates
     assert copies is not None
+    assert doubles is not None
+    worst = sides[0].per_class
+    assert worst is not None
     pairs = copies.pairs
     return Docket(
         model="clothes",
@@ -74,6 +79,8 @@ def docket(with_champion: bool = True) -> Docket:
         headline=headline,
         delta=GATE.delta,
         confidence=GATE.confidence,
+        groups=[sets["challenger"][group.members] for group in doubles.groups],
+        classes=_pictured(worst),
         nearest=(sets["challenger"][[p.drawn for p in pairs]], sets["training"][[p.training for p in pairs]]),
         conditions={"seed": "1", "features": "thumbnails of 8×8 pixels", "key": "e" * 64},
     )
@@ -103,8 +110,10 @@ def _sets() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     sets["floor"] = sets["training"][:COUNT]
     sets["champion"] = with_noise(sets["champion"], 0.3)
     sets["challenger"] = with_copies(sets["challenger"], sets["training"][-12:])
+    sets["challenger"][TWICE] = sets["challenger"][TWICE[0]].clone()
     labels = {name: classes[part] for name, part in parts.items()}
     labels["challenger"] = torch.cat([labels["training"][-12:], labels["challenger"][12:]])
+    labels["challenger"][TWICE] = labels["challenger"][TWICE[0]].clone()
     return sets, labels
 
 
@@ -121,6 +130,17 @@ def _by_class(drawn: Tensor) -> PerClass:
     whose = "challenger" if drawn is sets["challenger"] else "champion"
     real = Labelled(thumbnails(sets["held out"]), labels["held out"])
     return per_class(Labelled(thumbnails(drawn), labels[whose]), real, reader, CLASSES, NAME)
+
+
+def _pictured(found: PerClass) -> dict[str, tuple[Tensor, Tensor]]:
+    """The first four real and drawn pictures of the two worst classes."""
+    sets, labels = _sets()
+    numbers = {each.name: CLASSES.index(each.name) for each in found.worst_first[:2]}
+
+    def of(whose: str, number: int) -> Tensor:
+        return sets[whose][labels[whose] == number][:4]
+
+    return {name: (of("held out", number), of("challenger", number)) for name, number in numbers.items()}
 
 
 def _losses(worst: float) -> HeldOutLoss:

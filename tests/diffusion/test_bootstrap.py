@@ -18,6 +18,7 @@ from diffusion.evaluation.bootstrap import Figure, Replicates, difference, frech
 from diffusion.evaluation.bootstrap.halves import halves
 from diffusion.evaluation.estimate import Estimate
 from tests.diffusion.gaussian_distances import drawn, true_frechet, true_kid
+from tests.diffusion.one_thread import one_thread
 
 TRIALS = 100
 LEAST = 90
@@ -79,10 +80,11 @@ def test_halves_share_nothing_and_leave_out_nothing_but_the_last_of_an_odd_numbe
 def trials(
     figure: Callable[..., list[Replicates]], count: int, references: int, dimensions: int, shift: float, scale: float
 ) -> list[Replicates]:
-    return [
-        figure([drawn(count, dimensions, 2 * t, shift, scale)], drawn(references, dimensions, 2 * t + 1), splits=40)[0]
-        for t in range(TRIALS)
+    sets = [
+        (drawn(count, dimensions, 2 * t, shift, scale), drawn(references, dimensions, 2 * t + 1)) for t in range(TRIALS)
     ]
+    with one_thread():
+        return [figure([samples], reference, splits=40)[0] for samples, reference in sets]
 
 
 def covering(estimates: list[Estimate], truth: float) -> int:
@@ -116,10 +118,9 @@ def test_with_fewer_pictures_intervals_of_the_frechet_distance_cover_what_as_man
 
 @pytest.mark.parametrize(("shift", "scale"), [(0.5, 1.0), (0.0, 0.7)])
 def test_intervals_of_shares_cover_what_as_many_pictures_get_on_average(shift: float, scale: float) -> None:
-    found = [
-        neighbourhoods([drawn(100, 4, 2 * t, shift, scale)], drawn(120, 4, 2 * t + 1), splits=20)[0]
-        for t in range(TRIALS)
-    ]
+    sets = [(drawn(100, 4, 2 * t, shift, scale), drawn(120, 4, 2 * t + 1)) for t in range(TRIALS)]
+    with one_thread():
+        found = [neighbourhoods([samples], reference, splits=20)[0] for samples, reference in sets]
     for figure in ("precision", "recall", "density", "coverage"):
         truth = np.mean([each[figure].whole for each in found]).item()
         assert covering([each[figure].estimate for each in found], truth) >= LEAST, figure
@@ -137,7 +138,8 @@ def test_the_error_of_a_difference_is_its_spread_and_what_both_have_in_common_ca
     found, apart = [], []
     for t in range(TRIALS):
         same_noise, reference = drawn(100, 6, 2 * t), drawn(100, 6, 2 * t + 1)
-        challenger, champion = kid([same_noise + 0.35, 1.1 * same_noise + 0.4], reference, splits=40)
+        with one_thread():
+            challenger, champion = kid([same_noise + 0.35, 1.1 * same_noise + 0.4], reference, splits=40)
         found.append(difference(challenger, champion))
         apart.append(challenger.estimate.less(champion.estimate).error)
     spread = np.std([each.value for each in found])

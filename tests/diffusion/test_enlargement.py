@@ -32,7 +32,7 @@ from tests.diffusion.test_evaluate import Watcher
 from tests.diffusion.test_report import scores
 from tests.diffusion.trials import evaluate_one
 
-CONFIG = EvaluationConfig(samples=20, extractor_size=32, kid_subsets=10)
+CONFIG = EvaluationConfig(samples=20, extractor_size=32)
 SAMPLING = SamplingConfig(steps=3, compute_batch=10, precision="fp32")
 ENLARGING = SHAPE.model_copy(update={"low_resolution": 4, "conditional": False})
 
@@ -118,7 +118,7 @@ def test_scores_are_those_of_the_enlarged_held_out_pictures_beside_interpolation
     assert list(evaluation.baselines) == ["bicubic", "lanczos"]
     sets |= {name: (resampled(small, 2, name), each) for name, each in evaluation.baselines.items()}
     for pictures, found in sets.values():
-        expected = judge(extractor(pictures), extractor(real), "efflite0", kid_subsets=10)
+        expected = judge(extractor(pictures), extractor(real), "efflite0")
         assert found.scores.named() == pytest.approx(expected.named(), rel=1e-4, abs=1e-4)
         assert found.likeness == likeness(pictures, real)
 

@@ -26,7 +26,7 @@ from tests.conftest import blob
 from tests.diffusion.small_models import write_model
 from tests.diffusion.trials import Watcher, evaluate_one
 
-CONFIG = EvaluationConfig(samples=20, extractor_size=32, kid_subsets=10)
+CONFIG = EvaluationConfig(samples=20, extractor_size=32)
 SAMPLING = SamplingConfig(steps=3, compute_batch=10, precision="fp32")
 
 
@@ -48,7 +48,7 @@ def test_scores_are_those_of_the_drawn_pictures_against_all_held_out_ones(
     reference = extractor(data.pictures(data.rows("held_out")))
     for judged in evaluation.checkpoints:
         drawn = sample(load_model(Path(judged.file)), range(20), CONFIG.seed, SAMPLING)
-        expected = judge(extractor(drawn), reference, "efflite0", kid_subsets=10)
+        expected = judge(extractor(drawn), reference, "efflite0")
         assert judged.scores.named() == pytest.approx(expected.named(), rel=1e-4, abs=1e-4)
 
 
@@ -126,8 +126,6 @@ CHANGES: list[dict[str, Any]] = [
     {"seed": 1},
     {"samples": 30},
     {"extractor_size": 64},
-    {"kid_subsets": 20},
-    {"kid_subset_size": 5},
     {"reference": 12},
     {"sampling": {"steps": 4}},
     {"sampling": {"sampler": "ddim"}},

@@ -27,6 +27,7 @@ from diffusion.evaluation.gate import (
     pictures_needed,
 )
 from tests.diffusion.gaussian_distances import drawn, true_frechet, true_kid
+from tests.diffusion.one_thread import one_thread
 
 SPLITS = 25
 HEADLINE_ALONE: dict[str, Any] = {"recall_loss": None, "memorised": None, "cost": None}
@@ -45,7 +46,8 @@ def comparison(figure: Figure, seed: int, count: int, shift: float, common: floa
     """A challenger ``shift`` off against the champion, with a share ``common`` of the same noise, measured once."""
     noise, own, floor, reference = (drawn(count, WIDTH, 4 * seed + each) for each in range(4))
     challenger = common * noise + (1 - common**2) ** 0.5 * own + shift
-    found = MEASURES[figure]([challenger, noise + CHAMPION, floor], reference, splits=SPLITS)
+    with one_thread():
+        found = MEASURES[figure]([challenger, noise + CHAMPION, floor], reference, splits=SPLITS)
     headline = distance_headline(*({figure: each} for each in found), "points", GateConfig(headline=figure))
     return Evidence(judged="drawn", samples=count, reference=count, has_champion=True, headline=headline)
 
@@ -75,7 +77,8 @@ def test_a_model_that_draws_real_pictures_is_not_promoted_over_itself() -> None:
     chances = []
     for seed in range(TRIALS):
         challenger, champion, floor, reference = (drawn(60, WIDTH, 4 * seed + each) for each in range(4))
-        figures = [{each.figure: each} for each in kid([challenger, champion, floor], reference, splits=SPLITS)]
+        with one_thread():
+            figures = [{each.figure: each} for each in kid([challenger, champion, floor], reference, splits=SPLITS)]
         headline = distance_headline(*figures, "points", GateConfig())
         chances.append(Evidence(judged="drawn", samples=60, reference=60, has_champion=True, headline=headline))
     assert promotions(chances, delta=0) <= MOST

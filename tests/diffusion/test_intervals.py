@@ -16,7 +16,7 @@ from tests.diffusion.small_models import write_model
 from tests.diffusion.test_evaluate import Watcher
 from tests.diffusion.trials import evaluate_one
 
-CONFIG = EvaluationConfig(samples=20, extractor_size=32, kid_subsets=10)
+CONFIG = EvaluationConfig(samples=20, extractor_size=32)
 SAMPLING = SamplingConfig(steps=3, compute_batch=10, precision="fp32")
 KEY = HalvesKey(model="m", conditions="c", fingerprint=fingerprint(64, "fp32", "cpu"))
 

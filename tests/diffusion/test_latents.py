@@ -203,7 +203,7 @@ def test_the_weaker_the_change_the_more_is_left_of_what_the_autoencoder_makes_of
 def test_judging_it_says_what_its_autoencoder_loses_and_goes_by_what_it_draws(
     data: Path, first: Path, run: Path, tmp_path: Path
 ) -> None:
-    judging = EvaluationConfig(samples=12, extractor_size=32, kid_subsets=10)
+    judging = EvaluationConfig(samples=12, extractor_size=32)
     found = evaluate(data, candidates(run, tmp_path), judging, STEPPED, tmp_path)
     assert found.best == min(found.checkpoints, key=lambda each: each.scores.kid)
     alone = evaluate(data, [first], judging, SAMPLING, tmp_path / "first").best.reconstruction

@@ -73,12 +73,15 @@ def test_the_distances_grow_with_what_makes_pictures_ugly(
     found = [floor(), *(scores(spoil(drawn(), dose)) for dose in doses)]
     assert grows([each.fd for each in found])
     assert grows([each.kid for each in found], by=found[0].kid_se)
+    assert found[-1].precision < 0.8 * found[0].precision
 
 
 def test_the_distances_grow_with_classes_that_are_not_drawn_and_variety_falls_while_fidelity_does_not() -> None:
     found = [floor(), *(scores(without_classes(*sets()["drawn"], dropped, COUNT)) for dropped in (2, 5, 9))]
     assert grows([each.fd for each in found])
     assert grows([each.kid for each in found], by=found[0].kid_se)
+    coverages = [each.coverage or 0 for each in found]
+    assert grows([-each for each in coverages], by=0.03)
     # Recall hears of it late: its neighbourhoods reach into classes that are not there.
     assert found[-1].recall < 0.5 * found[0].recall
     assert all(each.precision > 0.9 * found[0].precision for each in found)

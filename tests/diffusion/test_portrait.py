@@ -57,7 +57,7 @@ def test_a_portrait_says_of_the_drawn_pictures_what_each_measure_says(data: Path
     dataset, extractor = Dataset.open(data), EfficientNetLite0(32)
     held_out = dataset.pictures(dataset.rows("held_out"))
     portrait = found.portrait
-    expected = judge(extractor(drawn), extractor(held_out), "efflite0", kid_subsets=10)
+    expected = judge(extractor(drawn), extractor(held_out), "efflite0")
     assert portrait.scores.named() == pytest.approx(expected.named(), rel=1e-4, abs=1e-4)
     assert portrait.drift == drift(appearance(drawn), appearance(held_out))
     assert portrait.duplicates == duplicates(moved(drawn), moved(held_out))
@@ -69,6 +69,14 @@ def test_a_portrait_says_of_the_drawn_pictures_what_each_measure_says(data: Path
     assert Portrait.model_validate_json(portrait.model_dump_json()) == portrait
     names = portrait.named().keys()
     assert {"kid_efflite0", "copies_share", "duplicates_share", "drift_brightness", "bits_per_dim"} <= names
+
+
+def test_scores_are_made_once(data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = portrait_of(model, data, tmp_path)
+    monkeypatch.setattr("diffusion.evaluation.real.judge", None)
+    assert portrait_of(model, data, tmp_path).portrait == first.portrait
+    with pytest.raises(TypeError):
+        portrait_of(model, data, tmp_path, samples=40)
 
 
 def test_a_model_that_is_told_classes_is_judged_by_class(data: Path, tmp_path: Path) -> None:
@@ -156,5 +164,5 @@ def test_a_model_that_enlarges_is_shown_one_half_of_the_held_out_pictures_and_co
     assert torch.equal(found.pictures, upscale(load_model(path), shrunk(shown, 4), CONFIG.seed, SAMPLING))
     assert found.psnr is not None
     torch.testing.assert_close(found.psnr, psnr(found.pictures, shown))
-    expected = judge(extractor(found.pictures), extractor(dataset.pictures(held_out[20:])), "x", kid_subsets=10)
+    expected = judge(extractor(found.pictures), extractor(dataset.pictures(held_out[20:])), "x")
     assert found.portrait.scores.kid == pytest.approx(expected.kid, rel=1e-4)

@@ -49,6 +49,7 @@ def cache(tmp_path: Path) -> Path:
 
 def same(first: Reference, second: Reference) -> bool:
     pairs = [(first.features, second.features), (first.nearest, second.nearest)]
+    pairs.append((first.kernel_sums, second.kernel_sums))
     pairs += [(first.moments.mean, second.moments.mean), (first.moments.root, second.moments.root)]
     return all(torch.equal(*pair) for pair in pairs) and first.moments.count == second.moments.count
 
@@ -113,7 +114,7 @@ def test_every_part_of_a_key_is_in_its_digest(dataset: Dataset) -> None:
     changed = [key.model_copy(update={name: 0}) for name in type(key).model_fields]
     statistics = StatisticsKey(features=key)
     keys = [key, *changed, statistics, *(statistics.model_copy(update={"features": each}) for each in changed)]
-    keys.append(statistics.model_copy(update={"format_version": 2}))
+    keys.append(statistics.model_copy(update={"format_version": 3}))
     assert len({digest_of(each.model_dump(mode="json", warnings=False)) for each in keys}) == len(keys)
 
 

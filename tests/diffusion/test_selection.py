@@ -19,7 +19,7 @@ from tests.diffusion.small_models import write_model
 from tests.diffusion.test_evaluate import Watcher
 from tests.diffusion.trials import evaluate_one
 
-CONFIG = EvaluationConfig(samples=24, first_samples=10, finalists=2, extractor_size=32, kid_subsets=10)
+CONFIG = EvaluationConfig(samples=24, first_samples=10, finalists=2, extractor_size=32)
 SAMPLING = SamplingConfig(steps=3, compute_batch=10, precision="fp32")
 MACHINE = fingerprint(64, "fp32", "cpu")
 
@@ -39,9 +39,7 @@ class Rounds:
             reference=100,
             fd=1,
             kid=self.kids[path],
-            kid_std=0,
             kid_se=0,
-            kid_subset_size=5,
             precision=0.5,
             recall=0.5,
         )

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from diffusion.config_sampling import SamplingConfig
+from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.exhibits import Exhibits
 from diffusion.evaluation.gate import GateConfig, Verdict
-from diffusion.evaluation.trial import Exhibits, trial
+from diffusion.evaluation.trial import trial
 from diffusion.evaluation.trial_results import Trial
 from diffusion.model import load_model
-from diffusion.sampling import sample
+from diffusion.sampling import labels_of, sample
 from tests.conftest import disc
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 from tests.diffusion.small_models import CONFIG as MODEL
@@ -170,6 +172,49 @@ def test_a_trial_that_was_cut_short_goes_on_to_the_same_bytes(data: Path, models
     tried(*models, data, tmp_path / "cut", progress=watcher)
     assert watcher.drawn == {"old"}
     assert (tmp_path / "cut" / "trial.json").read_bytes() == (tmp_path / "whole" / "trial.json").read_bytes()
+
+
+def test_drawing_that_was_cut_short_goes_on_after_the_last_whole_piece(
+    data: Path, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusion.evaluation.drawing.cores", lambda: 1)
+    small = SAMPLING.model_copy(update={"compute_batch": 8})  # 16 pictures to a piece
+    tried(models[0], None, data, tmp_path / "whole", sampling=small)
+    watcher = Watcher("new: pictures sampled", 2 * 16 + 8)
+    with pytest.raises(KeyboardInterrupt):
+        tried(models[0], None, data, tmp_path / "cut", sampling=small, progress=watcher)
+    [pieces] = (tmp_path / "cut" / "judged").glob("*.pieces")
+    assert len(list(pieces.glob("*.sha256"))) == 2
+    watcher = Watcher()
+    tried(models[0], None, data, tmp_path / "cut", sampling=small, progress=watcher)
+    assert [done for what, done in watcher.told if what == "new: pictures sampled"] == [40, 48]
+    assert (tmp_path / "cut" / "trial.json").read_bytes() == (tmp_path / "whole" / "trial.json").read_bytes()
+    assert not list(tmp_path.rglob("*.pieces"))
+
+
+def test_the_worst_classes_and_what_was_drawn_twice_can_be_looked_at(data: Path, tmp_path: Path) -> None:
+    classes = {"left": 60, "right": 60}
+    path = write_model(tmp_path / "told.safetensors", 1, 1, classes=classes)
+    config = CONFIG.model_copy(update={"samples": 64})
+    again = good(64)
+    again[10:14] = again[10].clone()
+    let_draw(path, again, data, tmp_path, config.model_copy(update={"seed": CONFIG.seed + 1}))
+    found, exhibits = tried(path, None, data, tmp_path, config=config)
+    per_class, doubles = found.challenger.portrait.per_class, found.challenger.portrait.duplicates
+    assert per_class is not None
+    assert list(exhibits.classes) == [each.name for each in per_class.worst_first]
+    dataset = Dataset.open(data)
+    held_out = dataset.rows("held_out")
+    labels = labels_of(load_model(path), range(64), CONFIG.seed + 1)
+    assert labels is not None
+    for name, (real, drawn) in exhibits.classes.items():
+        number = sorted(classes).index(name)
+        of_class = (dataset.classes(held_out, sorted(classes)) == number).numpy()
+        assert torch.equal(real, dataset.pictures(held_out[of_class][:8]))
+        assert torch.equal(drawn, again[labels == number][:8])
+    assert any({10, 11, 12, 13} <= set(group.members) for group in doubles.groups)
+    for group, shown in zip(doubles.groups, exhibits.groups, strict=True):
+        assert torch.equal(shown, again[group.members])
 
 
 def test_autoencoders_are_compared_by_what_comes_back_of_each_held_out_picture(data: Path, tmp_path: Path) -> None:

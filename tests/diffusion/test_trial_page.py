@@ -17,7 +17,7 @@ from tests.diffusion.dockets import docket
 from tests.diffusion.html_pages import Page
 
 HEADINGS = [
-    "What each rule says",
+    "What the gate says",
     "Side by side",
     "Figures",
     "Copies of training pictures",
@@ -71,6 +71,26 @@ def test_the_nearest_training_pictures_stand_beside_what_was_drawn_and_copies_ar
     for pair, drawn, training in zip(found.pairs, *shown.nearest, strict=True):
         both = np.asarray(grid(torch.stack([drawn, training]), columns=2))
         assert np.array_equal(page.image(f"Drawn picture {pair.drawn} and its nearest training picture"), both)
+
+
+def test_pictures_drawn_more_than_once_are_shown_in_their_groups(tmp_path: Path) -> None:
+    shown, page = whole(), written(whole(), tmp_path)
+    found = shown.challenger.duplicates
+    assert found is not None
+    # Those that were planted are one group.
+    [planted] = [group for group in found.groups if 20 in group.members]
+    assert {20, 31, 42} <= set(planted.members)
+    for group, pictures in zip(found.groups, shown.groups, strict=True):
+        numbers = "no. " + ", ".join(map(str, group.members[:4])) + (" …" if group.size > 4 else "")
+        assert np.array_equal(page.image(f"Duplicates {numbers}"), np.asarray(grid(pictures[:4], columns=4)))
+
+
+def test_pictures_of_the_worst_classes_stand_below_real_ones(tmp_path: Path) -> None:
+    shown, page = whole(), written(whole(), tmp_path)
+    assert len(shown.classes) == 2
+    for name, (real, drawn) in shown.classes.items():
+        sheet = page.image(f"Real pictures of {name} above drawn ones")
+        assert np.array_equal(sheet, np.asarray(grid(torch.cat([real, drawn]), columns=len(real))))
 
 
 def test_figures_stand_side_by_side_with_intervals_their_floor_and_both_numbers_of_pictures(tmp_path: Path) -> None:

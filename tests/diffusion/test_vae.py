@@ -38,7 +38,7 @@ from tests.diffusion.small_datasets import random_pictures, write_dataset
 from tests.diffusion.test_train import Stop, StopAt
 from tests.diffusion.trials import evaluate_one
 
-EVALUATION = EvaluationConfig(samples=12, extractor_size=32, kid_subsets=10)
+EVALUATION = EvaluationConfig(samples=12, extractor_size=32)
 
 
 @pytest.fixture(scope="module")

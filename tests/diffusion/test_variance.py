@@ -405,7 +405,5 @@ def test_a_short_training_learns_resumes_to_the_same_bits_and_draws(dataset: Pat
     assert pictures.shape == (8, 1, 8, 8)
     assert not torch.equal(pictures, sample(model, range(8), 0, few.model_copy(update={"variance": "larger"})))
     assert len(explain(model, to_uint8(torch.zeros(1, 8, 8)), tmp_path / "explained")) == 3
-    judged = evaluate_one(
-        whole.final, dataset, EvaluationConfig(samples=10, kid_subset_size=10), SAMPLING, tmp_path / "report"
-    )
+    judged = evaluate_one(whole.final, dataset, EvaluationConfig(samples=10), SAMPLING, tmp_path / "report")
     assert judged.images == whole.images

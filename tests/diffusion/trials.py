@@ -23,7 +23,7 @@ from tests.conftest import disc
 from tests.diffusion.small_datasets import write_dataset
 from tests.diffusion.small_models import header
 
-CONFIG = EvaluationConfig(samples=48, extractor_size=32, kid_subsets=10)
+CONFIG = EvaluationConfig(samples=48, extractor_size=32)
 SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=4, compute_batch=16, precision="fp32")
 
 
@@ -47,14 +47,20 @@ def evaluate_one(
 class Watcher:
     """Notes which work reports progress, and stops it where told to."""
 
-    def __init__(self, stop_at: str | None = None) -> None:
-        self.seen: list[str] = []
+    def __init__(self, stop_at: str | None = None, stop_after: int = 0) -> None:
+        self.told: list[tuple[str, int]] = []
         self.stop_at = stop_at
+        self.stop_after = stop_after
 
     def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
-        self.seen.append(what)
-        if what == self.stop_at:
+        self.told.append((what, done))
+        if what == self.stop_at and done >= self.stop_after:
             raise KeyboardInterrupt
+
+    @property
+    def seen(self) -> list[str]:
+        """Which work, in order."""
+        return [what for what, _ in self.told]
 
     @property
     def drawn(self) -> set[str]:

@@ -1,6 +1,7 @@
 """Who is champion, on a real stack: the command line, kills at random moments, approval in Prefect, and MLflow."""
 
 import base64
+import json
 import os
 import random
 import signal
@@ -158,3 +159,28 @@ def test_a_person_approves_or_does_not_before_anything_becomes_champion(
     held = workspace.json("promote", *named, "--set", "registry.approval=true", code=3)
     assert "a person decided against it" in held["reason"]
     assert workspace.json("promote", "--to", "1", *named)["version"]["number"] == 1
+
+
+def test_a_retraining_waits_for_approval_and_without_it_leaves_the_champion(
+    workspace: Workspace, server: MlflowClient
+) -> None:
+    prefect = Prefect(workspace)
+    always = ("registry.approval=true", "registry.model=asked", "gate.recall_loss=null", "gate.memorised=null")
+    # One that has learned next to nothing, and one that is surely better.
+    for version, images, approved in ((1, 16, True), (2, 4800, False)):
+        sets = (*always, f"training.images={images}", f"training.output=runs/asked-{version}")
+        named = [word for each in sets for word in ("--set", each)]
+        process = workspace.start("retrain", "pictures", "--count", "1", *named, "--json")
+        run = prefect.paused(process)
+        assert run["name"].startswith("promote-")
+        assert aliases(server, "asked") == ({} if version == 1 else {"champion": 1})
+        assert prefect.answer(run, approved=approved, by="Ada", note="looked at it").is_success
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == (0 if approved else 3), err[-3000:]
+        done = json.loads(out)
+        assert done["verdict"]["version"]["number"] == version
+        assert done["verdict"]["promoted"] is approved
+        assert done["prints"]["model"] == "models:/asked/1"
+    assert aliases(server, "asked") == {"champion": 1, "challenger": 2}
+    entries = workspace.json("history", "--set", "registry.model=asked")["entries"]
+    assert [(each["what"], each["approval"]["approved"]) for each in entries] == [("promote", True), ("hold", False)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion.evaluation.bootstrap.halves import SPLITS, Replicates, halves
+from diffusion.evaluation.kid import kernel
 from diffusion.lanes import lanes
 from diffusion.progress import Progress, silent
 
@@ -48,9 +49,8 @@ def _sums(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, pool: Executor, prog
 
     def of_block(start: int) -> Tensor:
         rows = slice(start, start + BLOCK)
-        kernel = (x[rows] @ y.T).div_(x.shape[1]).add_(1).pow_(3)
         # Thousands of millions of single-precision kernels would leave no digit of a small distance: sums are double.
-        return (of_x[:, rows].T * (kernel.double() @ columns)).sum(0)
+        return (of_x[:, rows].T * (kernel(x[rows], y).double() @ columns)).sum(0)
 
     def added(total: Tensor, block: tuple[int, Tensor]) -> Tensor:
         progress("KID of halves", min((block[0] + 1) * BLOCK, len(x)), len(x))

@@ -1,0 +1,39 @@
+"""Figures on halves without threads, for simulations."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, TypeVar
+
+import pytest
+
+T = TypeVar("T")
+USERS = [f"diffusion.evaluation.bootstrap.{name}" for name in ("kid", "frechet", "neighbourhoods")]
+
+
+class Alone(Executor):
+    """Does what it is given at once."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        done: Future[T] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, what would be shared out to lanes is done by whoever asks for it, to the same bits.
+
+    Thousands of figures on a hundred points are handed from thread to thread for longer than they take, and on a busy
+    machine for a hundred times as long.
+    """
+
+    @contextmanager
+    def alone() -> Iterator[Executor]:
+        yield Alone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in USERS:
+            patch.setattr(import_module(name), "lanes", alone)
+        yield
