@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from diffusion.config import Config
+from diffusion.config_sampling import SamplingConfig
 from diffusion.models.config import ModelConfig
 from diffusion.models.kind import NOISE_LEVELS, REVERSE_PROCESS, Kind
 
@@ -124,7 +125,7 @@ class AutoregressiveConfig(Kind):
 
     family: Literal["autoregressive"] = "autoregressive"
     """What kind of model it is."""
-    width: int = Field(48, ge=8, multiple_of=8)
+    width: int = Field(32, ge=8, multiple_of=8)
     """Channels of both stacks, of what lies above and of what lies to the left."""
     layers: int = Field(8, ge=1, le=64)
     """Layers; they look 1, 2, 4 and 8 pixels far by turns, so that eight of them see 30 rows."""
@@ -147,6 +148,12 @@ def meaningless(model: "FamilyConfig", section: str, given: Config) -> str | Non
         if getattr(given, name) != type(given).model_fields[name].get_default(call_default_factory=True):
             return f"{section}.{name} means nothing to model.family = {model.family}: leave it out"
     return None
+
+
+def meaning(model: "FamilyConfig", sampling: SamplingConfig) -> SamplingConfig:
+    """``sampling`` as far as it means anything to the family of ``model``: the rest has its defaults."""
+    left_out = model.passes_over.get("sampling", ())
+    return SamplingConfig.model_validate(sampling.model_dump(exclude=set(left_out)))
 
 
 class LatentSpace(Config):

@@ -22,12 +22,12 @@ class Layer(nn.Module):
     def __init__(self, channels: int, reach: int, classes: int) -> None:
         super().__init__()
         self.reach = reach
-        self.above = nn.Conv2d(channels, 2 * channels, (2, 3), dilation=reach)
+        self.above = nn.Conv2d(channels, channels, (2, 3), dilation=reach)
         self.beside = nn.Conv2d(channels, 2 * channels, (1, 2), dilation=(1, reach))
-        self.link = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.link = nn.Conv2d(channels, 2 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.out.weight)
-        self.classes = nn.Embedding(classes + 1, 4 * channels) if classes else None
+        self.classes = nn.Embedding(classes + 1, 3 * channels) if classes else None
         if self.classes is not None:
             nn.init.normal_(self.classes.weight, std=0.1)
 
@@ -35,16 +35,17 @@ class Layer(nn.Module):
         """What is known of the rows above, and of those and the pixels to the left, (N, C, H, W) each; likewise."""
         reach, told = self.reach, self.told(label)
         from_above = self.above(functional.pad(above, (reach, reach, reach, 0)))
-        from_beside = self.beside(functional.pad(beside, (reach, 0, 0, 0))) + self.link(from_above)
+        from_beside = self.beside(functional.pad(beside, (reach, 0, 0, 0)))
         if told is not None:
             from_above, from_beside = from_above + told[0][..., None, None], from_beside + told[1][..., None, None]
-        return above + gated(from_above), beside + self.out(gated(from_beside))
+        from_above = functional.silu(from_above)
+        return above + from_above, beside + self.out(gated(from_beside + self.link(from_above)))
 
     def told(self, label: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """What the classes ``label`` (N,) add to either stack, (N, 2C) each; None: it knows no classes."""
+        """What the classes ``label`` (N,) add to either stack, (N, C) and (N, 2C); None: it knows no classes."""
         if self.classes is None or label is None:
             return None
-        one, other = self.classes(label).chunk(2, dim=1)
+        one, other = self.classes(label).tensor_split([self.out.in_channels], dim=1)
         return one, other
 
 
@@ -127,12 +128,15 @@ class Walk:
             seen = torch.cat([kept[:, :, before : before + 1] if before >= 0 else torch.zeros_like(row), row], dim=2)
             padded = functional.pad(seen, (layer.reach, layer.reach, 0, 0))
             found = functional.conv2d(padded, layer.above.weight, layer.above.bias, dilation=(1, layer.reach))
+            if told is not None:
+                found = found + told[0][..., None, None]
+            found = functional.silu(found)
             linked = layer.link(found)
             if told is not None:
-                found, linked = found + told[0][..., None, None], linked + told[1][..., None, None]
+                linked = linked + told[1][..., None, None]
             # (W, N, 2C): what a pixel's column needs lies together.
             self.linked.append(linked[:, :, 0].permute(2, 0, 1).contiguous())
-            row = row + gated(found)
+            row = row + found
 
     def numbers(self, y: int, x: int) -> Tensor:
         """Those (N, ``logistics.width``) that say the mixture of pixel ``x`` in row ``y``, which was begun."""
