@@ -101,20 +101,19 @@ class Walk:
     """
 
     def __init__(self, network: PixelCNN, count: int, size: int, label: Tensor | None) -> None:
-        device = network.head.weight.device
+        weight = network.head.weight
         self.network, self.size = network, size
-        self.pictures = torch.zeros(count, network.channels, size, size, device=device)
-        layers = [layer for layer in network.layers if isinstance(layer, Layer)]
+        self.pictures = weight.new_zeros(count, network.channels, size, size)
+        self.layers = [layer for layer in network.layers if isinstance(layer, Layer)]
         channels = network.above.out_channels
-        self.layers = layers
         label = network.labels(label, self.pictures)
-        self.told = [layer.told(label) for layer in layers]
-        # What goes into each layer of the stack above, of all rows; of the stack beside, of the present row.
-        self.above = [torch.zeros(count, channels, size, size, device=device) for _ in layers]
-        self.beside = [torch.zeros(size, count, channels, device=device) for _ in layers]
+        self.told = [layer.told(label) for layer in self.layers]
+        # What goes into each layer: of the stack above in all rows, of the stack beside in the present row.
+        self.above = [weight.new_zeros(count, channels, size, size) for _ in self.layers]
+        self.beside = [weight.new_zeros(size, count, channels) for _ in self.layers]
         self.linked: list[Tensor] = []
         # Both taps side by side: one matrix product for each pixel.
-        self.taps = [layer.beside.weight[:, :, 0].transpose(1, 2).flatten(1) for layer in layers]
+        self.taps = [layer.beside.weight[:, :, 0].transpose(1, 2).flatten(1) for layer in self.layers]
 
     def begin_row(self, y: int) -> None:
         """Go through the stack above for row ``y``; all rows above it are drawn."""
