@@ -12,6 +12,8 @@ from filelock import FileLock
 from diffusion.config import Config
 from diffusion.data.ingest import work_folder
 from diffusion.data.manifest import Manifest, manifest_bytes
+from diffusion.evaluation.comparison import COMPARISON, Comparison
+from diffusion.evaluation.comparison_page import PAGE
 from diffusion.evaluation.results import Evaluation
 from diffusion.model import read_model_header
 from flows.dvc_files import Cache, Depot, Listing, Remote
@@ -75,6 +77,11 @@ def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifes
         evaluation = Evaluation.model_validate_json(judged.read_bytes())
         if evaluation.conditions.content_digest in {each.content_digest for each in held}:
             found += [reports / name for name in ("report.html", "trial.html", "grids")]
+    compared = reports / COMPARISON
+    if compared.is_file():
+        comparison = Comparison.model_validate_json(compared.read_bytes())
+        if comparison.content_digest in {each.content_digest for each in held}:
+            found.append(reports / PAGE)
     with FileLock(work_folder(folder) / "lock"):
         found += [work_folder(folder) / name for name in MADE_ANEW]
         found = [path for path in found if path.exists()]

@@ -46,8 +46,9 @@ class HeldOutLoss(Config):
     """Its standard error over pictures."""
     bits_per_dim: float | None
     """Upper bound on −log₂ p of a held-out picture, or that itself (``Kind.likelihood``), over the number of its
-    values; lower is better. Of a picture given its class, caption or small version, where the model is told those. None: the
-    model says nothing of it, or works on latents, of whose likelihood no bound on that of pictures follows."""
+    values; lower is better. Of a picture given its class, caption or small version, where the model is told those.
+    None: the model says nothing of it, or works on latents, of whose likelihood no bound on that of pictures
+    follows."""
     bits_per_dim_se: float | None
     """Its standard error over pictures."""
 

@@ -105,7 +105,7 @@ def trial(
     ours = portray(challenger, real, config, sampling, folder, progress)
     theirs, unlike = _opponent(champion, header, real, config, sampling, gate.across_families, folder, progress)
     sides = [ours] if theirs is None else [ours, theirs]
-    figures = _replicates(sides, real, config.seed, folder, progress)
+    figures = halves_of([(each.features, each.key) for each in sides], real, config.seed, folder, progress)
     if theirs is not None and not figures and _by_drawn(ours, theirs):
         unlike = _too_few(ours, real)
     circumstances = Circumstances(
@@ -124,7 +124,7 @@ def trial(
         gate=gate,
         challenger=_side(ours, figures[0] if figures else {}, extractor.name),
         champion=theirs and _side(theirs, figures[1] if figures else {}, extractor.name),
-        floor=_floor(real, config, figures[-1] if figures else {}),
+        floor=floor_of(real, config, figures[-1] if figures else {}),
         evidence=evidence,
         decision=decide(evidence, gate),
     )
@@ -193,12 +193,12 @@ def _too_few(ours: Portrayed, real: Real) -> str:
     )
 
 
-def _replicates(
-    sides: list[Portrayed], real: Real, seed: int, folder: Path, progress: Progress
+def halves_of(
+    sides: Sequence[tuple[Tensor, FeaturesOfDrawnKey]], real: Real, seed: int, folder: Path, progress: Progress
 ) -> list[dict[Figure, Replicates]]:
-    """Figures on halves of each of the ``sides``, and last of the floor's pictures; none: there are too few."""
+    """Figures on halves of the features of each side, and last of the floor's pictures; none: there are too few."""
     floor, reference = real.floor(seed), real.reference.features
-    sets = [*(each.features for each in sides), floor]
+    sets = [*(features for features, _ in sides), floor]
     if min(map(len, (*sets, reference))) < FEWEST:
         return []
 
@@ -215,7 +215,7 @@ def _replicates(
         }
 
     key = ReplicatesKey(
-        drawn=tuple(each.key for each in sides),
+        drawn=tuple(key for _, key in sides),
         floor_seed=seed,
         training=real.training_key,
         compared=real.compared_key,
@@ -302,16 +302,18 @@ def _distance(scores: ClassScores) -> Estimate:
 
 
 def _side(portrayed: Portrayed, figures: Figures, extractor: str) -> Side:
-    return Side(portrait=portrayed.portrait, figures=_measured(figures, extractor))
+    return Side(portrait=portrayed.portrait, figures=measured(figures, extractor))
 
 
-def _floor(real: Real, config: EvaluationConfig, figures: Figures) -> Floor:
+def floor_of(real: Real, config: EvaluationConfig, figures: Figures) -> Floor:
+    """What training pictures get in the place of drawn ones."""
     name, drawn = real.extractor.name, real.floor(config.seed)
     scores = judge(drawn, real.reference, name, config.kid_subsets, config.kid_subset_size)
-    return Floor(scores=scores, figures=_measured(figures, name))
+    return Floor(scores=scores, figures=measured(figures, name))
 
 
-def _measured(figures: Figures, extractor: str) -> dict[str, Measured]:
+def measured(figures: Figures, extractor: str) -> dict[str, Measured]:
+    """``figures`` by names that say of which features they are."""
     return {f"{figure}_{extractor}": Measured.of(each.estimate) for figure, each in figures.items()}
 
 
