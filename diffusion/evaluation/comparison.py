@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -224,5 +225,5 @@ def _leads(names: Sequence[str], figures: Mapping[str, Figures], figure: Literal
     """Of each of ``names`` over the next; lower distances are better."""
     return [
         Lead(better=one, worse=other, difference=difference(figures[other][figure], figures[one][figure]))
-        for one, other in zip(names, names[1:], strict=False)
+        for one, other in pairwise(names)
     ]

@@ -1,4 +1,4 @@
-"""Pictures pixel by pixel: nothing leaks from later pixels, likelihoods add up, and what is drawn in columns is right."""
+"""Pictures pixel by pixel: later pixels leak nothing, likelihoods add up, and what is drawn in columns is right."""
 
 import itertools
 import math
