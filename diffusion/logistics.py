@@ -43,11 +43,11 @@ def mixtures_of(numbers: Tensor, channels: int) -> Mixtures:
     logits, means, log_scales, slopes = torch.split(numbers.float(), parts, dim=-1)
     lower = torch.tril_indices(channels, channels, -1, device=numbers.device)
     square = numbers.new_zeros(*numbers.shape[:-1], channels, channels, count, dtype=torch.float32)
-    square[..., lower[0], lower[1], :] = slopes.unflatten(-1, (pairs, count)).tanh()
+    square[..., lower[0], lower[1], :] = torch.unflatten(slopes, -1, (pairs, count)).tanh()
     return Mixtures(
         logits,
-        means.unflatten(-1, (channels, count)),
-        log_scales.unflatten(-1, (channels, count)).clamp(min=LOG_SCALE),
+        torch.unflatten(means, -1, (channels, count)),
+        torch.unflatten(log_scales, -1, (channels, count)).clamp(min=LOG_SCALE),
         square,
     )
 
