@@ -66,7 +66,7 @@ class PairLearner(Learner):
 
     @property
     def betas(self) -> tuple[float, float]:
-        """Without momentum, with which two players overshoot each other (2501.05441, appendix)."""
+        """Without momentum, with which two players overshoot each other (β₁ = 0, as in 2501.05441)."""
         return 0.0, 0.99
 
     def drawn(self, x0: Tensor, indices: range, told: Told) -> Drawn:
