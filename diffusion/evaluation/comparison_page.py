@@ -11,7 +11,7 @@ from diffusion.evaluation.charts import Chart, Paper, chart
 from diffusion.evaluation.comparison import Comparison, Entrant, Sheets
 from diffusion.evaluation.metrics import Scores
 from diffusion.evaluation.pages import between, count, plain, render, signed, with_error
-from diffusion.evaluation.trial_results import CONFIDENCE, Measured
+from diffusion.evaluation.trial_results import CONFIDENCE, Floor, Measured
 from diffusion.files import write_bytes
 from diffusion.grids import grid, png_bytes
 
@@ -69,7 +69,7 @@ def findings(comparison: Comparison) -> list[str]:
 
 def figure_rows(comparison: Comparison) -> list[tuple[str, str, list[Cell]]]:
     """Per distance and share its title, how to read it, and a cell for each model and for real pictures."""
-    sides = [*comparison.entrants, comparison.floor]
+    sides: list[Entrant | Floor] = [*comparison.entrants, comparison.floor]
     return [
         (title, meaning, [_cell(name, side.scores, side.figures) for side in sides])
         for name, (title, meaning) in FIGURES.items()

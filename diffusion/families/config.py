@@ -66,7 +66,7 @@ class GANConfig(Kind):
     """Two networks pitted against each other (arXiv 1406.2661), as R3GAN has them (2501.05441).
 
     A picture is made of noise at few positions, of 32 pixels 4×4, and grows from there; what tells drawn pictures from
-    real ones shrinks them in the same steps. Nothing is normalised, and no trick is left but two penalties on gradients.
+    real ones shrinks them in the same steps. Nothing is normalised, and no trick is left but two penalties.
     """
 
     passes_over: ClassVar[Mapping[str, Collection[str]]] = {
