@@ -33,7 +33,8 @@ from diffusion.lanes import cores, lanes
 from diffusion.models.config import ModelConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.ranks import ALONE
-from diffusion.training.run import Run, lanes_of
+from diffusion.training.run import Run
+from diffusion.training.turn import lanes_of
 
 MODEL = ModelConfig(
     width=32, multipliers=(1, 2, 2), blocks=2, attention=(2,), heads=8, patch=1, conditional=False, prediction="noise"

@@ -100,7 +100,7 @@ def require_known(header: ModelHeader) -> None:
     """Raise UserError if the model is of a kind that came later, which nothing here would export rightly."""
     fields = [f"model.{name}" for name in header.model.model_dump() if name not in MODEL_FIELDS]
     fields += [name for name in header.model_dump() if name not in HEADER_FIELDS]
-    if header.model.family != "ddpm":
+    if not header.model.in_diffusers:
         raise UserError(f"diffusers has no counterpart of a model of the family {header.model.family}: export another")
     if fields:
         raise UserError(f"a model with {fields[0]} has no counterpart in diffusers: export one without it")

@@ -148,8 +148,8 @@ def require_editing(model: Model, edit: Edit) -> None:
     """Raise UserError if ``model`` has no steps to edit in, or would see nothing of the picture that is edited."""
     if not family_of(model.config).edits:
         raise UserError(
-            f"a model of the family {model.config.family} draws in one go, and has no steps in which to edit a "
-            "picture: use a diffusion model"
+            f"a model of the family {model.config.family} has no steps in which to edit a picture: use a diffusion "
+            "model"
         )
     inner = model.noise_shape[-1]
     if edit.kept is not None and edit.strength == 1 and not whole(edit.kept, inner).any():

@@ -11,6 +11,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 from diffusion.config import Config
 from diffusion.data.removals import Removal
+from diffusion.families.config import FAMILIES
 from flows.registry import Version
 from flows.s3 import Store
 from flows.tracking import AUTOENCODER
@@ -176,7 +177,8 @@ def _showing_pictures(client: MlflowClient, run_id: str) -> list[str]:
     found += [item.path for item in client.list_artifacts(run_id, "evaluation") if item.path.endswith(".html")]
     grids = [item.path for item in client.list_artifacts(run_id, "evaluation/grids")]
     params = client.get_run(run_id).data.params
-    if params.get("model.low_resolution", "None") != "None" or params.get("model.family") == "vae":
+    judged = FAMILIES[params.get("model.family", "ddpm")].judged
+    if params.get("model.low_resolution", "None") != "None" or judged == "reconstructed":
         # What these draw are real pictures, enlarged or come back.
         found += [*grids, *(item.path for item in client.list_artifacts(run_id, "images"))]
     else:

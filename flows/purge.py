@@ -13,6 +13,8 @@ from diffusion.config import Config
 from diffusion.data.ingest import work_folder
 from diffusion.data.manifest import Manifest, manifest_bytes
 from diffusion.errors import UserError
+from diffusion.evaluation.comparison import COMPARISON, Comparison
+from diffusion.evaluation.comparison_page import PAGE
 from diffusion.evaluation.results import Evaluation
 from diffusion.model import read_model_header
 from flows.dvc_files import Cache, Depot, Listing, Remote
@@ -79,6 +81,11 @@ def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifes
             shown = {each.content_digest for each in held}
         if shown & {each.content_digest for each in held}:
             found += [reports / name for name in ("report.html", "trial.html", "grids")]
+    compared = reports / COMPARISON
+    if compared.is_file():
+        comparison = Comparison.model_validate_json(compared.read_bytes())
+        if comparison.content_digest in {each.content_digest for each in held}:
+            found.append(reports / PAGE)
     with FileLock(work_folder(folder) / "lock"):
         found += [work_folder(folder) / name for name in MADE_ANEW]
         found = [path for path in found if path.exists()]
@@ -99,7 +106,7 @@ def purge_samples(run: Path, held: Iterable[Manifest]) -> list[str]:
     if not (final.is_file() and samples.is_dir()):
         return []
     header = read_model_header(final)
-    shows = header.model.low_resolution is not None or header.model.family == "vae"
+    shows = header.model.low_resolution is not None or header.model.judged == "reconstructed"
     if not shows or header.content_digest not in {each.content_digest for each in held}:
         return []
     shutil.rmtree(samples)

@@ -10,9 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.families import family_of
-from diffusion.families.vae import VAEModel
 from diffusion.guidance import guided
-from diffusion.model import DiffusionModel, Model
+from diffusion.model import Model
 from diffusion.process import NoiseSchedule
 from diffusion.samplers import levels_of
 from diffusion.sampling import reversed_from_noise
@@ -24,16 +23,11 @@ def gflop(model: Model, config: SamplingConfig) -> float:
     Those of matrix products and convolutions, as torch counts them; what samplers do besides is next to nothing. The
     model is on the processor, where it was loaded.
     """
-    with torch.inference_mode(), FlopCounterMode(display=False) as once:
-        if isinstance(model, VAEModel):
-            model.network.decode(torch.zeros(1, *model.noise_shape))
-        elif isinstance(model, DiffusionModel):
-            model.decoded(torch.zeros(1, *model.noise_shape))
-    operations = once.get_total_flops()
-    if isinstance(model, DiffusionModel):
-        with torch.inference_mode(), FlopCounterMode(display=False) as each:
-            family_of(model.config).forward(model.network, model.noise_shape)
-        operations += evaluations(config, model.schedule) * each.get_total_flops()
+    operations = 0
+    for times, once in family_of(model.config).passes(model, config):
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            once()
+        operations += times * counter.get_total_flops()
     return float(operations / 1e9)
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field, FiniteFloat
 
-from diffusion.config import Config
+from diffusion.config import Config, unset
 from diffusion.evaluation.estimate import Estimate
 from diffusion.evaluation.pages import count, counted, signed, with_error
 
@@ -45,6 +45,9 @@ class GateConfig(Config):
     """By what share the distance of the worst class may grow, of models told classes: 0.5 is by half."""
     cost: float | None = Field(2.0, gt=0)
     """How many times what the champion's pictures cost the challenger's may cost."""
+    across_families: bool = Field(False, exclude_if=unset)
+    """Whether a champion of another family (``model.family``) may be beaten, by what both draw, autoencoders too; if
+    not, the challenger is held. Two families meet where registry.model gives both one name."""
 
     def figure(self, samples: int, reference: int) -> Literal["kid", "fd"]:
         """The distance that leads for so many pictures of either side."""

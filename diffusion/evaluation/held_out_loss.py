@@ -1,19 +1,7 @@
-"""How well a model foresees pictures that it has never seen: its loss by noise level, and what it bounds, their bits.
-
-Of the bounds on a diffusion model's likelihood this is that of infinitely many steps (arXiv 2107.00630, eq. 15):
-
-    −ln p(x_0) ≤ KL(q(x_σmax | x_0) ‖ N(0, σ_max²)) + ∫ E‖x_0 − D(x; σ)‖² / σ² d ln σ − E ln p(x_0 | x_σmin)
-
-It is the limit of DDPM's sum (arXiv 2006.11239, equation 5) and lies below it, and depends neither on a number of steps
-nor on a choice of variances. It holds for any function D, so all models are asked between the same two levels, whatever
-their schedules; beyond its own a network is told the nearest time that it knows. Then models of different schedules
-compare, and the integrand is the very loss that is told by noise level.
-"""
+"""How well a model foresees pictures that it has never seen: means over them of what ``terms`` says of each."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -22,28 +10,14 @@ from diffusion.config import Config
 from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.device import repeatable, resolve_device
-from diffusion.families.config import VAEConfig
-from diffusion.families.vae import BoundLearner, VAEModel
+from diffusion.evaluation.terms import Terms
+from diffusion.families import family_of
 from diffusion.fingerprint import autocast
 from diffusion.lanes import lanes
-from diffusion.model import DiffusionModel, Model, Told, to_float
-from diffusion.objective import edm
+from diffusion.model import Model, Told, to_float
 from diffusion.progress import Progress, silent
-from diffusion.random import GaussianNoise, uniform
-from diffusion.samplers import SIGMA_MAX
 from diffusion.sampling import meanings_of
 from diffusion.upscaling import shown_small
-from diffusion.variance import HALF_A_LEVEL, log_likelihood
-
-LEVELS = 16
-"""Equal parts of ln σ, at each of which every picture is looked at once."""
-SIGMA_MIN = HALF_A_LEVEL
-"""Where they begin: below it noise leaves nearly all pixels the values they have. Of Gaussian values the bound is then
-too high by 0.03 bits; of black ones, were it known for sure that they are, by 0.25."""
-STREAM = "held_out_loss"
-"""Of the random numbers, which are the same for all models."""
-Estimate = Callable[[Tensor, Tensor], Tensor]
-"""From x = x_0 + σ ε (N, C, H, W) and σ (N,) to an estimate of x_0."""
 
 
 class LevelLoss(Config):
@@ -71,9 +45,10 @@ class HeldOutLoss(Config):
     loss_se: float | None
     """Its standard error over pictures."""
     bits_per_dim: float | None
-    """Upper bound on −log₂ p of a held-out picture, over the number of its values; lower is better. Of a picture given
-    its class, caption or small version, where the model is told those. None: the model works on latents, of whose
-    likelihood no bound on that of pictures follows."""
+    """Upper bound on −log₂ p of a held-out picture, or that itself (``Kind.likelihood``), over the number of its
+    values; lower is better. Of a picture given its class, caption or small version, where the model is told those.
+    None: the model says nothing of it, or works on latents, of whose likelihood no bound on that of pictures
+    follows."""
     bits_per_dim_se: float | None
     """Its standard error over pictures."""
 
@@ -86,18 +61,6 @@ class HeldOutLoss(Config):
             "bits_per_dim_se": self.bits_per_dim_se,
         }
         return {name: value for name, value in figures.items() if value is not None}
-
-
-@dataclass(frozen=True)
-class Terms:
-    """The same of each of N pictures, which of two models can be compared one by one."""
-
-    edges: Tensor
-    """σ at the ends of the levels, (L + 1,) float64; none: (0,)."""
-    losses: Tensor
-    """(N, L) float64."""
-    bits: Tensor | None
-    """Per dimension, (N,) float64."""
 
 
 def held_out_loss(terms: Terms) -> HeldOutLoss:
@@ -128,7 +91,7 @@ def measure(
     the picture, so that two models shown the same pictures are shown the same noise.
     """
     device = resolve_device(config.device)
-    model = model.on(device)
+    model, family = model.on(device), family_of(model.config)
     found: list[Terms] = []
     seen = 0
 
@@ -138,7 +101,7 @@ def measure(
         known = {name: value[places].to(device) for name, value in told.items()}
         x0 = to_float(pictures[places]).to(device)
         with torch.inference_mode(), autocast(config.precision, device):
-            terms = _terms_of(model, x0, known, [first + int(place) for place in places])
+            terms = family.terms(model, x0, known, [first + int(place) for place in places])
         bits = None if terms.bits is None else terms.bits[: len(pictures)].cpu()
         return Terms(terms.edges, terms.losses[: len(pictures)].cpu(), bits)
 
@@ -168,61 +131,6 @@ def told_of_rows(model: Model, dataset: Dataset, rows: Rows) -> Told:
         meanings = meanings_of(model, Asked(prompts=tuple(captions)))
         told["text"] = torch.stack([meanings[caption] for caption in captions])
     return told
-
-
-def denoising_terms(
-    estimate: Estimate, x0: Tensor, sigma_data: float, indices: Sequence[int], pixels: bool = True
-) -> Terms:
-    """Losses and bits of pictures ``x0``, (N, C, H, W) in [−1, 1], number ``indices``, under any denoiser.
-
-    Each of the ``noise_levels`` is looked at in one place for each picture, which lies anywhere in it with equal
-    probability: so sums over levels are integrals without bias. ``pixels``: whether x_0 has the values of stored
-    pictures, of which alone bits are defined.
-    """
-    edges = noise_levels()
-    noise = GaussianNoise(0, f"{STREAM}/noise", indices, tuple(x0.shape[1:]))
-    u = uniform(0, f"{STREAM}/level", indices).to(x0.device)
-    logs = edges.log().to(x0.device)
-
-    def estimated(sigma: Tensor) -> Tensor:
-        x = x0 + sigma.to(x0.dtype)[:, None, None, None] * noise().to(x0)
-        return estimate(x, sigma).float()
-
-    errors, sigmas = [], []
-    for low, high in pairwise(logs):
-        sigma = (low + u * (high - low)).exp()
-        errors.append((estimated(sigma) - x0).double().square().mean((1, 2, 3)))
-        sigmas.append(sigma)
-    error, sigma = torch.stack(errors, 1), torch.stack(sigmas, 1)
-    losses = edm(sigma_data)(sigma) * error
-    if not pixels:
-        return Terms(edges, losses, None)
-    least = logs[0].exp().expand(len(x0))
-    # The deviation of what is left to know of Gaussian values.
-    deviation = torch.full_like(x0, (edges[0] ** -2 + sigma_data**-2).rsqrt().item())
-    nats = (
-        x0.double().square().mean((1, 2, 3)) / (2 * edges[-1].item() ** 2)
-        + ((logs[1:] - logs[:-1]) * error / sigma**2).sum(1)
-        - log_likelihood(x0, estimated(least), deviation).double().mean((1, 2, 3))
-    )
-    return Terms(edges, losses, nats / math.log(2))
-
-
-def noise_levels() -> Tensor:
-    """σ at the ends of LEVELS equal parts of ln σ, from SIGMA_MIN to SIGMA_MAX: (LEVELS + 1,) float64."""
-    return torch.linspace(math.log(SIGMA_MIN), math.log(SIGMA_MAX), LEVELS + 1, dtype=torch.float64).exp()
-
-
-def _terms_of(model: Model, x0: Tensor, told: Told, indices: Sequence[int]) -> Terms:
-    if isinstance(model, DiffusionModel):
-        pixels = model.latents is None
-        return denoising_terms(model.denoiser(told), model.encoded(x0), model.header.sigma_data, indices, pixels)
-    assert isinstance(model, VAEModel)
-    assert isinstance(model.config, VAEConfig)
-    # Its loss in training is the bound, but for the weight of the divergence.
-    learner = BoundLearner(model.config.model_copy(update={"kl_weight": 1.0}), 0, model.header.size)
-    bits = learner.losses(model.network, learner.probed(x0, "held_out", indices, told).on(x0.device)).double()
-    return Terms(bits.new_zeros(0), bits.new_zeros(len(bits), 0), bits)
 
 
 def _mean(values: Tensor) -> tuple[float, float]:

@@ -25,13 +25,15 @@ from diffusion.evaluation.duplicates import Duplicates, duplicates
 from diffusion.evaluation.enlargement import psnr
 from diffusion.evaluation.estimate import Estimate, paired_difference
 from diffusion.evaluation.features import BATCH
-from diffusion.evaluation.held_out_loss import HeldOutLoss, Terms, held_out_loss, measure, told_of_rows
+from diffusion.evaluation.held_out_loss import HeldOutLoss, held_out_loss, measure, told_of_rows
 from diffusion.evaluation.memorisation import Memorisation, memorisation
 from diffusion.evaluation.metrics import Scores
 from diffusion.evaluation.per_class import Labelled, PerClass, per_class
 from diffusion.evaluation.real import CHUNK, Real, moved_in_pieces, packed, unpacked
 from diffusion.evaluation.reference import FeaturesKey
 from diffusion.evaluation.sealed import pieces_of, recall
+from diffusion.evaluation.terms import Terms
+from diffusion.families.config import FAMILIES
 from diffusion.files import sha256_file
 from diffusion.fingerprint import Fingerprint, fingerprint
 from diffusion.model import Model, load_model, read_model_header
@@ -74,7 +76,7 @@ class Portrait(Config):
         if self.per_class is not None:
             figures |= self.per_class.named()
         if self.psnr is not None:
-            name = "reconstruction_psnr" if self.family == "vae" else "psnr"
+            name = "reconstruction_psnr" if FAMILIES[self.family].judged == "reconstructed" else "psnr"
             figures |= {name: self.psnr.value, f"{name}_se": self.psnr.error}
         return figures | {"gflop_per_picture": self.gflop}
 
@@ -265,7 +267,7 @@ class Sitter:
         if self.header.model.low_resolution is not None:
             originals = real.pictures(real.shown)
             return torch.cat([psnr(*pair) for pair in zip(torch.split(self.drawn, CHUNK), originals, strict=True)])
-        if self.header.model.family != "vae":
+        if self.header.model.judged != "reconstructed":
             return None
 
         def work() -> dict[str, Tensor]:

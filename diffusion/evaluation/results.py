@@ -13,6 +13,7 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.enlargement import Enlarged, Likeness
 from diffusion.evaluation.estimate import Estimate, Share
 from diffusion.evaluation.metrics import Scores
+from diffusion.families.config import FAMILIES
 from diffusion.files import digest_of
 from diffusion.fingerprint import Fingerprint
 
@@ -126,7 +127,7 @@ class Judged(Config):
     @property
     def merit(self) -> Merit:
         """KID of what it draws; of an autoencoder, which is there to be built upon, how close pictures come back."""
-        if self.family == "vae" and self.reconstruction is not None:
+        if FAMILIES[self.family].judged == "reconstructed" and self.reconstruction is not None:
             found = self.reconstruction
             return Merit("reconstruction_psnr", found.psnr, found.psnr_se, found.pictures, 1)
         scores = self.scores

@@ -33,6 +33,7 @@ from diffusion.evaluation.real import Real
 from diffusion.evaluation.reference import FeaturesKey
 from diffusion.evaluation.sealed import recall
 from diffusion.evaluation.trial_results import Circumstances, Floor, Measured, Side, Trial
+from diffusion.families.config import FAMILIES, meaning
 from diffusion.files import write_json
 from diffusion.model import ModelHeader, read_model_header
 from diffusion.progress import Progress, silent
@@ -83,10 +84,10 @@ def trial(
     low = header.model.low_resolution
     real = Real(dataset, extractor, config.reference, config.samples, folder, low, progress)
     ours = portray(challenger, real, config, sampling, folder, progress)
-    theirs, unlike = _opponent(champion, header, real, config, sampling, folder, progress)
+    theirs, unlike = _opponent(champion, header, real, config, sampling, gate.across_families, folder, progress)
     sides = [ours] if theirs is None else [ours, theirs]
-    figures = _replicates(sides, real, config.seed, folder, progress)
-    if theirs is not None and not figures and header.model.family != "vae":
+    figures = halves_of([(each.features, each.key) for each in sides], real, config.seed, folder, progress)
+    if theirs is not None and not figures and _by_drawn(ours, theirs):
         unlike = _too_few(ours, real)
     circumstances = Circumstances(
         content_digest=dataset.manifest.content_digest,
@@ -104,7 +105,7 @@ def trial(
         gate=gate,
         challenger=_side(ours, figures[0] if figures else {}, extractor.name),
         champion=theirs and _side(theirs, figures[1] if figures else {}, extractor.name),
-        floor=_floor(real, config, figures[-1] if figures else {}),
+        floor=floor_of(real, config, figures[-1] if figures else {}),
         evidence=evidence,
         decision=decide(evidence, gate),
     )
@@ -123,11 +124,14 @@ def require_shape(path: Path, header: ModelHeader, dataset: Dataset) -> None:
         )
 
 
-def require_alike(champion: ModelHeader, challenger: ModelHeader) -> None:
-    """Raise UserError, with the reason, if the two do not do the same."""
+def require_alike(champion: ModelHeader, challenger: ModelHeader, across_families: bool = False) -> None:
+    """Raise UserError, with the reason, if the two do not do the same; ``across_families``: whether that is enough."""
     theirs, ours = champion.model, challenger.model
-    if theirs.family != ours.family:
-        raise UserError(f"it is a {theirs.family} and the challenger a {ours.family}, which no one figure compares")
+    if theirs.family != ours.family and not across_families:
+        raise UserError(
+            f"it is a {theirs.family} and the challenger a {ours.family}, which the gate compares only with "
+            "gate.across_families"
+        )
     if theirs.low_resolution != ours.low_resolution:
         they, we = (
             f"enlarges from {low} pixels" if low else "draws from nothing"
@@ -142,17 +146,23 @@ def _opponent(
     real: Real,
     config: EvaluationConfig,
     sampling: SamplingConfig,
+    across_families: bool,
     folder: Path,
     progress: Progress,
 ) -> tuple[Portrayed | None, str | None]:
-    """The champion, or why it cannot be compared; neither: there is none."""
+    """The champion, or why it cannot be compared; neither: there is none.
+
+    Where ``sampling``, which the challenger draws by, means nothing to a champion of another family, that one draws by
+    the defaults, and likewise the other way round.
+    """
     if path is None:
         return None, None
     try:
         header = read_model_header(path)
-        require_alike(header, challenger)
+        require_alike(header, challenger, across_families)
         require_shape(path, header, real.dataset)
-        return portray(path, real, config, sampling, folder, progress), None
+        meant = sampling if header.model.family == challenger.model.family else meaning(header.model, sampling)
+        return portray(path, real, config, meant, folder, progress), None
     except UserError as error:
         return None, f"the champion cannot be judged beside it: {error}"
 
@@ -164,12 +174,12 @@ def _too_few(ours: Portrayed, real: Real) -> str:
     )
 
 
-def _replicates(
-    sides: list[Portrayed], real: Real, seed: int, folder: Path, progress: Progress
+def halves_of(
+    sides: Sequence[tuple[Tensor, FeaturesOfDrawnKey]], real: Real, seed: int, folder: Path, progress: Progress
 ) -> list[dict[Figure, Replicates]]:
-    """Figures on halves of each of the ``sides``, and last of the floor's pictures; none: there are too few."""
+    """Figures on halves of the features of each side, and last of the floor's pictures; none: there are too few."""
     (_, floor), reference = real.floor(seed), real.reference.features
-    sets = [*(each.features for each in sides), floor]
+    sets = [*(features for features, _ in sides), floor]
     if min(map(len, (*sets, reference))) < FEWEST:
         return []
 
@@ -186,7 +196,7 @@ def _replicates(
         }
 
     key = ReplicatesKey(
-        drawn=tuple(each.key for each in sides),
+        drawn=tuple(key for _, key in sides),
         floor_seed=seed,
         training=real.training_key,
         compared=real.compared_key,
@@ -218,7 +228,7 @@ def evidence_of(
     incomparable: str | None,
 ) -> Evidence:
     """What the gate goes by; ``figures``: of the challenger, the champion and the floor."""
-    drawn = ours.portrait.family != "vae"
+    drawn = _by_drawn(ours, theirs)
     copied = ours.portrait.memorisation
     samples, reference = len(ours.features), len(real.compared)
     evidence = Evidence(
@@ -246,6 +256,12 @@ def evidence_of(
     )
 
 
+def _by_drawn(ours: Portrayed, theirs: Portrayed | None) -> bool:
+    """Whether the gate goes by what the two draw: if not, both are of one family that is judged by reconstructions."""
+    one, other = ours.portrait.family, ours.portrait.family if theirs is None else theirs.portrait.family
+    return one != other or FAMILIES[one].judged == "drawn"
+
+
 def _worst_class(ours: Portrait, theirs: Portrait) -> WorstClass | None:
     """None if either was told no classes, or has too few pictures of each."""
     if ours.per_class is None or theirs.per_class is None:
@@ -267,13 +283,15 @@ def _distance(scores: ClassScores) -> Estimate:
 
 
 def _side(portrayed: Portrayed, figures: Figures, extractor: str) -> Side:
-    return Side(portrait=portrayed.portrait, figures=_measured(figures, extractor))
+    return Side(portrait=portrayed.portrait, figures=measured(figures, extractor))
 
 
-def _floor(real: Real, config: EvaluationConfig, figures: Figures) -> Floor:
+def floor_of(real: Real, config: EvaluationConfig, figures: Figures) -> Floor:
+    """What training pictures get in the place of drawn ones."""
     scores = real.scores(*real.floor(config.seed))
-    return Floor(scores=scores, figures=_measured(figures, real.extractor.name))
+    return Floor(scores=scores, figures=measured(figures, real.extractor.name))
 
 
-def _measured(figures: Figures, extractor: str) -> dict[str, Measured]:
+def measured(figures: Figures, extractor: str) -> dict[str, Measured]:
+    """``figures`` by names that say of which features they are."""
     return {f"{figure}_{extractor}": Measured.of(each.estimate) for figure, each in figures.items()}

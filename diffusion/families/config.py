@@ -8,36 +8,27 @@ from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from diffusion.config import Config
 from diffusion.config_sampling import SamplingConfig
 from diffusion.models.config import ModelConfig
+from diffusion.models.kind import NOISE_LEVELS, REVERSE_PROCESS, Kind
 
 
-class VAEConfig(Config):
+class VAEConfig(Kind):
     """A variational autoencoder (arXiv 1312.6114): pictures squeezed into latents, and drawn from them.
 
     It is also the first stage of latent diffusion (arXiv 2112.10752): see model.autoencoder.
     """
 
+    passes_over: ClassVar[Mapping[str, Collection[str]]] = {
+        "training": (*NOISE_LEVELS, "condition_dropout"),
+        "sampling": REVERSE_PROCESS,
+    }
+    judged: ClassVar[Literal["drawn", "reconstructed"]] = "reconstructed"
+    likelihood: ClassVar[Literal["bound", "exact"] | None] = "bound"
     conditional: ClassVar[bool] = False
     """Whether the network is told classes."""
     text: ClassVar[bool] = False
     """Whether it is told captions."""
     low_resolution: ClassVar[None] = None
     """Height and width of small pictures that it enlarges: none."""
-    passes_over: ClassVar[Mapping[str, Collection[str]]] = {
-        "training": (
-            "weighting",
-            "min_snr_gamma",
-            "learned_uncertainty",
-            "times",
-            "log_sigma_mean",
-            "log_sigma_std",
-            "stratified",
-            "condition_dropout",
-            "recompute",
-            "shard",
-        ),
-        "sampling": SamplingConfig.model_fields.keys() - {"compute_batch", "precision", "device"},
-    }
-    """Fields of other sections that mean nothing to it."""
 
     family: Literal["vae"] = "vae"
     """What kind of model it is."""
@@ -71,6 +62,81 @@ class VAEConfig(Config):
         return self
 
 
+class GANConfig(Kind):
+    """Two networks pitted against each other (arXiv 1406.2661), as R3GAN has them (2501.05441).
+
+    A picture is made of noise at few positions, of 32 pixels 4×4, and grows from there; what tells drawn pictures from
+    real ones shrinks them in the same steps. Nothing is normalised, and no trick is left but two penalties.
+    """
+
+    passes_over: ClassVar[Mapping[str, Collection[str]]] = {
+        # The loss is relative to an opponent that learns, too: it says nothing from one checkpoint to another.
+        "training": (*NOISE_LEVELS, "keep_best"),
+        "sampling": REVERSE_PROCESS,
+    }
+    text: ClassVar[bool] = False
+    """Whether it is told captions."""
+    low_resolution: ClassVar[None] = None
+    """Height and width of small pictures that it enlarges: none."""
+
+    family: Literal["gan"] = "gan"
+    """What kind of model it is."""
+    width: int = Field(16, ge=8, multiple_of=8)
+    """Channels at the highest resolution."""
+    multipliers: tuple[int, ...] = (1, 2, 4, 8)
+    """Channels at each resolution, as multiples of ``width``, from the highest; each halves the one before."""
+    patch: Literal[1, 2, 4] = 1
+    """The highest resolution is of patch×patch pixels folded into channels: less work for the same width, and at first
+    pictures in which the squares can be seen."""
+    blocks: int = Field(1, ge=1)
+    """Residual blocks at each resolution of either network."""
+    latent: int = Field(64, ge=1, le=4096)
+    """Numbers of noise that a picture is made of."""
+    gamma: float = Field(0.3, gt=0)
+    """γ: half of it times the squared gradient of the opponent's answer, by real pictures (R1) and by drawn ones (R2),
+    is what keeps the two from running away from each other. Larger for larger pictures; with 1 the default learned more
+    slowly on grey ones of 32 pixels."""
+    conditional: bool = True
+    """Whether both networks are told each picture's class, where the data set has several."""
+
+    @model_validator(mode="after")
+    def _has_levels(self) -> "GANConfig":
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError("model.multipliers needs at least one positive number, for example [1, 2]")
+        return self
+
+    @property
+    def factor(self) -> int:
+        """Pixels to a position of the lowest resolution, along each side."""
+        return int(self.patch * 2 ** (len(self.multipliers) - 1))
+
+
+class AutoregressiveConfig(Kind):
+    """Pictures as sequences of pixels: each follows from those above it and to its left (arXiv 1606.05328).
+
+    How probable a picture is, it says exactly. It draws pixel by pixel, so that a picture of S pixels a side takes S²
+    steps one after the other: made for pictures of up to about 64 pixels.
+    """
+
+    passes_over: ClassVar[Mapping[str, Collection[str]]] = {"training": NOISE_LEVELS, "sampling": REVERSE_PROCESS}
+    likelihood: ClassVar[Literal["bound", "exact"] | None] = "exact"
+    text: ClassVar[bool] = False
+    """Whether it is told captions."""
+    low_resolution: ClassVar[None] = None
+    """Height and width of small pictures that it enlarges: none."""
+
+    family: Literal["autoregressive"] = "autoregressive"
+    """What kind of model it is."""
+    width: int = Field(32, ge=8, multiple_of=8)
+    """Channels of both stacks, of what lies above and of what lies to the left."""
+    layers: int = Field(8, ge=1, le=64)
+    """Layers; they look 1, 2, 4 and 8 pixels far by turns, so that eight of them see 30 rows."""
+    mixtures: int = Field(5, ge=1, le=100)
+    """Logistic distributions that each value is drawn from a mixture of (arXiv 1701.05517)."""
+    conditional: bool = True
+    """Whether the network is told each picture's class, where the data set has several."""
+
+
 def _family(given: Any) -> str:
     """The tag of what is to become a configuration; what is left out is ddpm, as it was before there were others."""
     if isinstance(given, BaseModel):
@@ -84,6 +150,12 @@ def meaningless(model: "FamilyConfig", section: str, given: Config) -> str | Non
         if getattr(given, name) != type(given).model_fields[name].get_default(call_default_factory=True):
             return f"{section}.{name} means nothing to model.family = {model.family}: leave it out"
     return None
+
+
+def meaning(model: "FamilyConfig", sampling: SamplingConfig) -> SamplingConfig:
+    """``sampling`` as far as it means anything to the family of ``model``: the rest has its defaults."""
+    left_out = model.passes_over.get("sampling", ())
+    return SamplingConfig.model_validate(sampling.model_dump(exclude=set(left_out)))
 
 
 class LatentSpace(Config):
@@ -105,14 +177,22 @@ class LatentSpace(Config):
 
 
 FamilyConfig: TypeAlias = Annotated[
-    Annotated[ModelConfig, Tag("ddpm")] | Annotated[VAEConfig, Tag("vae")],
+    Annotated[ModelConfig, Tag("ddpm")]
+    | Annotated[VAEConfig, Tag("vae")]
+    | Annotated[GANConfig, Tag("gan")]
+    | Annotated[AutoregressiveConfig, Tag("autoregressive")],
     Discriminator(
         _family,
         custom_error_type="unknown_family",
-        custom_error_message="family is ddpm, the default, or vae",
+        custom_error_message="family is ddpm, the default, vae, gan or autoregressive",
     ),
 ]
 """The section ``model`` of a configuration."""
 
-FAMILIES: Mapping[str, type[ModelConfig | VAEConfig]] = {"ddpm": ModelConfig, "vae": VAEConfig}
+FAMILIES: Mapping[str, type[Kind]] = {
+    "ddpm": ModelConfig,
+    "vae": VAEConfig,
+    "gan": GANConfig,
+    "autoregressive": AutoregressiveConfig,
+}
 """What configures each."""

@@ -1,6 +1,6 @@
 """The family ddpm: a U-Net learns to take noise away, from pictures (arXiv 2006.11239) or latents (2112.10752)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusion.config_sampling import SamplingConfig
+from diffusion.evaluation.cost import evaluations
+from diffusion.evaluation.terms import Terms, denoising_terms
 from diffusion.families.base import Batch, Data, Family, Learner
 from diffusion.model import DiffusionModel, ModelHeader, Told
 from diffusion.models.config import ModelConfig
@@ -28,7 +30,7 @@ LEVELS = 8
 
 
 @dataclass(frozen=True)
-class NoiseLearner:
+class NoiseLearner(Learner):
     """Draws a time and noise for each picture; the loss is how far the network is from telling them apart."""
 
     config: TrainingConfig
@@ -103,6 +105,17 @@ class NoiseFamily:
     def sample(self, model: DiffusionModel, batch: Batch, config: SamplingConfig, device: torch.device) -> Tensor:
         """The reverse process."""
         return reverse_process(model, batch, config, device)
+
+    def passes(self, model: DiffusionModel, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
+        """As many as the sampler asks for, and out of the latents."""
+        x = torch.zeros(1, *model.noise_shape)
+        asked = evaluations(config, model.schedule)
+        return [(1, lambda: model.decoded(x)), (asked, lambda: self.forward(model.network, model.noise_shape))]
+
+    def terms(self, model: DiffusionModel, x0: Tensor, told: Told, indices: Sequence[int]) -> Terms:
+        """Losses by noise level, and the bound that they add up to; of latents alone losses."""
+        pixels = model.latents is None
+        return denoising_terms(model.denoiser(told), model.encoded(x0), model.header.sigma_data, indices, pixels)
 
     def illustrations(self, model: DiffusionModel, told: Told | None) -> dict[str, Image.Image]:
         """A strip of the reverse process."""

@@ -1,7 +1,7 @@
 """The family vae: an encoder and a decoder learn to bring pictures through narrow latents (arXiv 1312.6114)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
+from diffusion.evaluation.terms import Terms
 from diffusion.families.base import Batch, Data, Family, Learner
 from diffusion.families.config import VAEConfig
 from diffusion.fingerprint import autocast
@@ -52,7 +53,7 @@ def latent_shape(config: VAEConfig, size: int) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True)
-class BoundLearner:
+class BoundLearner(Learner):
     """Draws the posterior's noise; the loss is the negative evidence lower bound, in bits a value.
 
     Those are of values rounded as stored pixels are, which keeps the loss above 0.
@@ -124,6 +125,18 @@ class VAEFamily:
         """Latents from N(0, I), decoded."""
         with torch.inference_mode(), autocast(config.precision, device):
             return to_uint8(model.network.decode(batch.noise())).cpu()
+
+    def passes(self, model: VAEModel, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
+        """One through the decoder."""
+        return [(1, lambda: model.network.decode(torch.zeros(1, *model.noise_shape)))]
+
+    def terms(self, model: VAEModel, x0: Tensor, told: Told, indices: Sequence[int]) -> Terms:
+        """The bound, which is its loss in training but for the weight of the divergence."""
+        assert isinstance(model.config, VAEConfig)
+        learner = BoundLearner(model.config.model_copy(update={"kl_weight": 1.0}), 0, model.header.size)
+        drawn = learner.probed(x0, "held_out", indices, told).on(x0.device)
+        bits = learner.losses(model.network, drawn).double()
+        return Terms.without_levels(bits, len(bits))
 
     def illustrations(self, model: VAEModel, told: Told | None) -> dict[str, Image.Image]:
         """None: it draws in one go."""

@@ -1,20 +1,20 @@
 """What the denoising network is, and what it is asked to predict: all one needs to use a trained model."""
 
-from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from diffusion.config import Config, unset
+from diffusion.config import unset
+from diffusion.models.kind import Kind
 
 Prediction = Literal["noise", "v", "x0", "edm"]
 
 
-class ModelConfig(Config):
+class ModelConfig(Kind):
     """The forward process, the quantity predicted, and the shape of the U-Net: the family ddpm."""
 
-    passes_over: ClassVar[Mapping[str, Collection[str]]] = {}
-    """Fields of other sections that mean nothing to this family: none."""
+    likelihood: ClassVar[Literal["bound", "exact"] | None] = "bound"
+    in_diffusers: ClassVar[bool] = True
 
     family: Literal["ddpm"] = Field("ddpm", exclude_if=lambda family: family == "ddpm")
     """What kind of model it is: a diffusion model, or see diffusion/families/config.py."""

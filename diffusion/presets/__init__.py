@@ -5,28 +5,32 @@ from typing import Any, Literal
 
 import yaml
 
+from diffusion.families.config import FAMILIES
+
 PresetName = Literal["fast", "ddpm", "large"]
 
 
-def preset(name: PresetName) -> dict[str, Any]:
-    """The sections and fields that the preset sets."""
-    sections: dict[str, Any] = yaml.safe_load(files(__name__).joinpath(f"{name}.yaml").read_text())
+def preset(name: str) -> dict[str, Any]:
+    """The sections and fields that the preset sets, or the file of a family other than ddpm."""
+    sections: dict[str, Any] = yaml.safe_load(files(__name__).joinpath(f"{name}.yaml").read_text()) or {}
     return sections
 
 
 def over(chosen: dict[str, Any], name: PresetName) -> dict[str, Any]:
     """``chosen``, sections of fields, with what it leaves out taken from the preset ``name``.
 
-    The presets are of diffusion models: one of another family takes nothing from the default, and to choose another
-    for it is a ValueError.
+    The presets are of diffusion models: another family has a file of its own instead, and to choose a preset for it
+    that is not the default is a ValueError.
     """
-    model = chosen.get("model")
+    model, source = chosen.get("model"), str(name)
     if isinstance(model, dict) and (family := model.get("family", "ddpm")) != "ddpm":
         if name != "fast":
             raise ValueError(f"preset {name} is of diffusion models: leave it out for model.family = {family}")
-        return chosen
+        if family not in FAMILIES:
+            return chosen
+        source = family
     merged = dict(chosen)
-    for section, fields in preset(name).items():
+    for section, fields in preset(source).items():
         given = chosen.get(section)
         if given is None:
             merged[section] = fields

@@ -21,9 +21,20 @@ from diffusion.training.uncertainty import Uncertainty
 NETWORK = "network."
 UNCERTAINTY = "uncertainty."
 OPTIMIZER = "optimizer."
+OPPONENT = "opponent."
+OPPONENT_OPTIMIZER = "opponent_optimizer."
 COUNTS = "counts"
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Opponent:
+    """What is trained against a network, and is no part of the model."""
+
+    network: nn.Module
+    optimizer: torch.optim.AdamW
+    """Of its parameters, in their order."""
 
 
 @dataclass
@@ -37,6 +48,8 @@ class TrainingState:
     """Of all ``parameters``, in their order."""
     uncertainty: Uncertainty | None = None
     """Where training learns one."""
+    opponent: Opponent | None = None
+    """Where the network learns against one."""
     frozen: dict[str, Tensor] = field(default_factory=dict)
     """What is not trained, and without which the model is not whole: see ``diffusion.model.AUTOENCODER``."""
     images: int = 0
@@ -56,8 +69,10 @@ class TrainingState:
         named |= averaged_tensors(self.averages) | self.frozen
         if self.uncertainty:
             named |= {UNCERTAINTY + name: value for name, value in self.uncertainty.state_dict().items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            named |= {f"{OPTIMIZER}{index}.{name}": value for name, value in moments.items()}
+        named |= _moments(OPTIMIZER, self.optimizer)
+        if self.opponent:
+            named |= {OPPONENT + name: value for name, value in self.opponent.network.state_dict().items()}
+            named |= _moments(OPPONENT_OPTIMIZER, self.opponent.optimizer)
         return named
 
     def counts(self) -> dict[str, int]:
@@ -75,19 +90,32 @@ class TrainingState:
         for name, value in self.frozen.items():
             # In place: whoever computes with it holds the same tensors.
             value.copy_(own[name])
-        moments: dict[int, dict[str, Tensor]] = {}
-        parameters = self.parameters()
-        for name, value in _under(OPTIMIZER, tensors).items():
-            index, moment = name.split(".", 1)
-            if value.ndim:
-                # Fused AdamW walks parameter and moments in step through memory: their strides must agree.
-                like = parameters[int(index)]
-                value = torch.empty_like(like).copy_(share_of(value, like))
-            moments.setdefault(int(index), {})[moment] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        _load_moments(self.optimizer, self.parameters(), _under(OPTIMIZER, tensors))
+        if self.opponent:
+            network = self.opponent.network
+            network.load_state_dict(_under(OPPONENT, own))
+            _load_moments(self.opponent.optimizer, list(network.parameters()), _under(OPPONENT_OPTIMIZER, tensors))
         self.images, self.skipped = counts["images"], counts["skipped"]
         self.skipped_in_a_row = counts["skipped_in_a_row"]
+
+
+def _moments(prefix: str, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """The moments of its parameters, by number and name."""
+    of_each = optimizer.state_dict()["state"].items()
+    return {f"{prefix}{index}.{name}": value for index, moments in of_each for name, value in moments.items()}
+
+
+def _load_moments(optimizer: torch.optim.AdamW, parameters: list[nn.Parameter], tensors: dict[str, Tensor]) -> None:
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, moment = name.split(".", 1)
+        if value.ndim:
+            # Fused AdamW walks parameter and moments in step through memory: their strides must agree.
+            like = parameters[int(index)]
+            value = torch.empty_like(like).copy_(share_of(value, like))
+        moments.setdefault(int(index), {})[moment] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

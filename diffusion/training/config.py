@@ -6,7 +6,8 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, model_validator
 
 from diffusion.config import Config, DeviceName
-from diffusion.families.config import FamilyConfig, VAEConfig, meaningless
+from diffusion.families.config import FamilyConfig, meaningless
+from diffusion.models.config import ModelConfig
 
 LONGEST = 0.28
 """Relative length of an average that weighs all of training alike."""
@@ -156,7 +157,7 @@ def disagreement(model: FamilyConfig, training: TrainingConfig) -> str | None:
     """Why there is no training ``model`` as ``training`` says, and what to change; None if there is."""
     if words := meaningless(model, "training", training):
         return words
-    if isinstance(model, VAEConfig) or not model.learned_variance:
+    if not isinstance(model, ModelConfig) or not model.learned_variance:
         return None
     if training.times != "uniform":
         return (

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from humanize import naturalsize, precisedelta
 from pydantic import Field
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.config import Config, unset
@@ -108,13 +109,18 @@ def count_flops(
     return int(counter.get_total_flops())
 
 
-def state_size(parameters: int, averages: int, lanes: int) -> tuple[int, int]:
+def state_size(parameters: int, averages: int, lanes: int, opponent: int = 0) -> tuple[int, int]:
     """Bytes of memory that a run takes but for a batch, and bytes of its checkpoint: weights, two moments, averages.
 
     In memory there are gradients besides, of each lane and of all, and while a checkpoint is written a copy of it.
+    ``opponent``: parameters of what is trained as well, and of which no average is taken.
     """
-    checkpoint = 3 + averages
-    return FLOAT * parameters * (2 * checkpoint + 1 + lanes), FLOAT * parameters * checkpoint
+    checkpoint = parameters * (3 + averages) + opponent * 3
+    return FLOAT * (2 * checkpoint + (parameters + opponent) * (1 + lanes)), FLOAT * checkpoint
+
+
+def _count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def kept_at_once(config: TrainingConfig) -> int:
@@ -132,8 +138,9 @@ def preflight_of(run: Run, pace: Pace | None, reading: float = 0) -> Preflight:
     """
     config, dataset = run.config, run.dataset
     images = images_in(config, pace)
-    parameters = sum(parameter.numel() for parameter in run.state.network.parameters())
-    memory, checkpoint = state_size(parameters, len(run.state.averages), config.lanes)
+    parameters, opponent = _count(run.state.network), run.state.opponent
+    against = _count(opponent.network) if opponent else 0
+    memory, checkpoint = state_size(parameters, len(run.state.averages), config.lanes, against)
     return Preflight(
         dataset=dataset.manifest.name,
         content_digest=dataset.manifest.content_digest,

@@ -5,6 +5,7 @@ import math
 from collections import deque
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from diffusion.training.identity import data_digest, identity_fields, train_key
 from diffusion.training.ranks import ALONE, Ranks
 from diffusion.training.sharding import gathered
 from diffusion.training.state import frozen_tensors, make_network, make_state, worked_on
+from diffusion.training.turn import Turn
 from diffusion.upscaling import noised, shown_small
 
 FINGERPRINT = "fingerprint"
@@ -116,15 +118,15 @@ class Run:
             torch.manual_seed(config.seed)
             classes = classes_of(model, dataset.manifest.class_histogram)
             network = make_network(model, dataset, classes, first_stage, config.recompute)
+            latents = first_stage.latents if first_stage else None
+            data = Data(dataset.shape, *worked_on(dataset, first_stage), latents, len(classes))
+            learner = family_of(model).learner(model, config, data)
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         frozen = frozen_tensors(first_stage, device)
-        state = make_state(network, config, ranks if config.shard else ALONE, device, frozen)
+        state = make_state(network, learner, config, ranks if config.shard else ALONE, device, frozen)
         compiled = config.compile if config.compile is not None else device.type == "cuda"
         if compiled:
             network.compile(dynamic=False)
-        latents = first_stage.latents if first_stage else None
-        data = Data(dataset.shape, *worked_on(dataset, first_stage), latents)
-        learner = family_of(model).learner(model, config, data)
         loader = make_loader(dataset, config, ranks)
         behind = 1 if device.type == "cuda" else 0
         return cls(
@@ -145,24 +147,23 @@ class Run:
         )
 
     def step(self) -> tuple[Tensor, Tensor]:
-        """One optimizer step; returns loss and gradient norm as 0-dimensional tensors, which may not be finite.
+        """One step; returns loss and largest gradient norm as 0-dimensional tensors, which may not be finite.
 
-        Then the step changes no weights, and is counted. Raises NotFinite if too many in a row did not.
+        Then nothing moves from there on in this step, and it is counted. Raises NotFinite if too many in a row were so.
         """
         config, state = self.config, self.state
         batch = self.loader.batch(state.images, self.total)
         x0 = to_float(batch.pictures).contiguous(memory_format=torch.channels_last)
         drawn = self.learner.drawn(x0, batch.indices, self._told(batch))
         t, drawn = drawn.t, drawn.on(self.device)
-        loss = self._sharded_gradients(drawn) if config.shard else self._gradients(drawn)
-        norm = gathered(torch.nn.utils.clip_grad_norm_(state.parameters(), config.clip_norm))
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(config, state.images, self.total)
-        finite = loss.isfinite() & norm.isfinite()
-        # The optimizer itself leaves the step out, on its device, without anyone waiting to know.
-        state.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
+        rate = learning_rate(config, state.images, self.total)
+        finite, norms = torch.ones((), dtype=torch.bool, device=self.device), []
+        for turn in self.turns():
+            loss, norm = turn.gradients(drawn, config, self.device, self.pool, self.ranks)
+            norms.append(norm)
+            finite = finite & loss.isfinite() & norm.isfinite()
+            turn.move(rate, finite)
+        norm = torch.stack(norms).amax()
         state.images += config.batch_size
         for average in state.averages:
             average.update(state.network, state.images // config.batch_size)
@@ -192,37 +193,18 @@ class Run:
             | ({} if step.t is None else {"t": step.t}),
         )
 
-    def _gradients(self, drawn: Drawn) -> Tensor:
-        """Give the parameters the batch's gradients, of all processes; returns its loss."""
-        state = self.state
-        parts = list(self.pool.map(self._lane, drawn.split(lanes_of(self.config, self.ranks))))
-        loss = torch.stack([part_loss for part_loss, _ in parts]).sum()
-        for parameter, *gradients in zip(state.parameters(), *(part for _, part in parts), strict=True):
-            # In the parameter's own memory format, which autograd.grad does not promise and the optimizer relies on.
-            parameter.grad = torch.zeros_like(parameter)
-            for gradient in gradients:
-                parameter.grad.add_(gradient)
-        self.ranks.sum([loss, *(parameter.grad for parameter in state.parameters() if parameter.grad is not None)])
-        return loss
+    def turns(self) -> list[Turn]:
+        """The parts of a step: what the network learns against moves before it."""
+        state, learner = self.state, self.learner
 
-    def _lane(self, drawn: Drawn) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """A part's share of the batch's loss, and its gradients."""
-        loss, minimised = self._share(drawn)
-        return loss, torch.autograd.grad(minimised, self.state.parameters())
+        def minimised(losses: Tensor, drawn: Drawn) -> Tensor:
+            return state.uncertainty(losses, drawn.t) if state.uncertainty else losses
 
-    def _sharded_gradients(self, drawn: Drawn) -> Tensor:
-        """As ``_gradients``; each process gets those of its share of the weights."""
-        loss, minimised = self._share(drawn)
-        minimised.backward()  # type: ignore[no-untyped-call]
-        self.ranks.sum([loss])
-        return loss
-
-    def _share(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
-        """What these pictures add to the loss of the batch, and to what is minimised."""
-        with autocast(self.config.precision, self.device):
-            losses = self.learner.losses(self.state.network, drawn)
-        minimised = self.state.uncertainty(losses, drawn.t) if self.state.uncertainty else losses
-        return losses.detach().sum() / self.config.batch_size, minimised.sum() / self.config.batch_size
+        own = Turn(state.optimizer, state.parameters(), partial(learner.losses, state.network), minimised)
+        if learner.contest is None or state.opponent is None:
+            return [own]
+        losses = partial(learner.contest.losses, state.network)
+        return [Turn(state.opponent.optimizer, list(state.opponent.network.parameters()), losses), own]
 
     def _told(self, batch: Batch) -> Told:
         """What the network is told of the pictures of a batch."""
@@ -268,7 +250,7 @@ class Run:
                 tensors[name] = of_all.cpu()
         if not self.ranks.leads:
             return self
-        state = make_state(self._network(), self.config, ALONE, CPU, self.state.frozen)
+        state = make_state(self._network(), self.learner, self.config, ALONE, CPU, self.state.frozen)
         state.load(tensors, self.state.counts())
         return replace(self, state=state)
 
@@ -297,6 +279,8 @@ class Run:
     def _probe(self, split: Split, batch: Batch, suffix: str, network: nn.Module) -> dict[str, float]:
         with torch.inference_mode(), autocast(self.config.precision, self.device):
             drawn = self.learner.probed(to_float(batch.pictures), split, batch.indices, self._known(batch))
+            if drawn is None:
+                return {}
             drawn = drawn.on(self.device)
             if next(network.parameters()).device != self.device:
                 network = copy.deepcopy(network).to(self.device)
@@ -354,16 +338,6 @@ class Run:
             "total": self.total,
         }
         return header if self.config.window is None else header | {"layout_digest": manifest.layout_digest}
-
-
-def lanes_of(config: TrainingConfig, ranks: Ranks) -> int:
-    """How many lanes each process has: as many as there would be in one process, shared out.
-
-    A GPU shares its work out by itself, and what is gathered for a block of a sharded network is there once.
-    """
-    if config.shard or resolve_device(config.device).type != "cpu":
-        return 1
-    return max(1, config.lanes // ranks.count)
 
 
 def make_loader(dataset: Dataset, config: TrainingConfig, ranks: Ranks) -> Loader:

@@ -5,19 +5,17 @@ from torch import Tensor, nn
 
 from diffusion.data.dataset import Dataset
 from diffusion.families import family_of
+from diffusion.families.base import Learner
 from diffusion.families.config import FamilyConfig
 from diffusion.model import AUTOENCODER
 from diffusion.models.unet import UNet
-from diffusion.training.checkpoint import TrainingState
+from diffusion.training.checkpoint import Opponent, TrainingState
 from diffusion.training.config import TrainingConfig
 from diffusion.training.ema import ExponentialAverage, PowerAverage, WeightAverage
 from diffusion.training.first_stage import FirstStage
 from diffusion.training.ranks import Ranks
 from diffusion.training.sharding import shard
 from diffusion.training.uncertainty import Uncertainty
-
-BETAS = (0.9, 0.99)
-"""Of AdamW. Its own 0.999 remembers more steps than a run of minutes has to give: measured worse."""
 
 
 def make_network(
@@ -43,9 +41,17 @@ def frozen_tensors(first_stage: FirstStage | None, device: torch.device) -> dict
 
 
 def make_state(
-    network: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.device, frozen: dict[str, Tensor]
+    network: nn.Module,
+    learner: Learner,
+    config: TrainingConfig,
+    ranks: Ranks,
+    device: torch.device,
+    frozen: dict[str, Tensor],
 ) -> TrainingState:
-    """The state of a run that has seen nothing; several ``ranks`` each have a share of it, and all of ``frozen``."""
+    """The state of a run that has seen nothing; several ``ranks`` each have a share of it, and all of ``frozen``.
+
+    The opponent of ``learner`` is brought to ``device`` as it is, and not copied.
+    """
     uncertainty = Uncertainty() if config.learned_uncertainty else None
     networks = [network, uncertainty] if uncertainty else [network]
     for each in networks:
@@ -53,8 +59,16 @@ def make_state(
             shard(each, device)
         each.to(device)
     trained = [parameter for each in networks for parameter in each.parameters()]
-    optimizer = torch.optim.AdamW(trained, config.learning_rate, BETAS, weight_decay=config.weight_decay, fused=True)
-    return TrainingState(network, make_averages(network, config), optimizer, uncertainty, frozen)
+    opponent = None
+    if learner.contest is not None:
+        against = learner.contest.opponent.to(device)
+        opponent = Opponent(against, _optimizer(list(against.parameters()), config, learner.betas))
+    averages, optimizer = make_averages(network, config), _optimizer(trained, config, learner.betas)
+    return TrainingState(network, averages, optimizer, uncertainty, opponent, frozen)
+
+
+def _optimizer(trained: list[nn.Parameter], config: TrainingConfig, betas: tuple[float, float]) -> torch.optim.AdamW:
+    return torch.optim.AdamW(trained, config.learning_rate, betas, weight_decay=config.weight_decay, fused=True)
 
 
 def make_averages(network: nn.Module, config: TrainingConfig) -> list[WeightAverage]:

@@ -43,9 +43,10 @@ from diffusion.training.post_hoc import AVERAGES
 from diffusion.training.preflight import PREFLIGHT, Preflight, measure, preflight_of, require_disk
 from diffusion.training.ranks import ALONE, Ranks, ranks
 from diffusion.training.record import GRID_PICTURES, Record
-from diffusion.training.run import FINGERPRINT, NotFinite, Run, lanes_of
+from diffusion.training.run import FINGERPRINT, NotFinite, Run
 from diffusion.training.sharding import gathered
 from diffusion.training.tracker import ANEW, SPOOL, NoTracker, Tracker
+from diffusion.training.turn import lanes_of
 
 LOGS_PER_CHECKPOINT = 20
 Restart = Literal["never", "if_different"]

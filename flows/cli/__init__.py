@@ -6,7 +6,7 @@ import sys
 import typer
 
 from diffusion.errors import DarkroomError, UserError
-from flows.cli import champion, data, export, pipeline, provenance, requests, stack, stages
+from flows.cli import champion, comparison, data, export, pipeline, provenance, requests, stack, stages
 
 app = typer.Typer(
     name="darkroom",
@@ -18,6 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 pipeline.add_to(app)
+comparison.add_to(app)
 champion.add_to(app)
 requests.add_to(app)
 provenance.add_to(app)

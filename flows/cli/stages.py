@@ -2,6 +2,7 @@
 
 import typer
 
+from flows.cli.comparison import ALL, Families
 from flows.cli.options import DEFAULT_PARAMS, Json, ParamsFile, Set, follows, load, show
 
 app = typer.Typer(
@@ -62,3 +63,25 @@ def evaluate(params: ParamsFile = DEFAULT_PARAMS, overrides: Set = [], as_json: 
             progress,
         )
     show(result.model_dump(mode="json"), as_json, [f"report: {config.report_folder / 'report.html'}"])
+
+
+@app.command()
+def compare(
+    family: Families = ALL,
+    params: ParamsFile = DEFAULT_PARAMS,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Train each family for as long on the same pictures, and judge what they draw."""
+    from diffusion.evaluation.comparison_page import PAGE, findings
+    from diffusion.training.train import train
+    from flows.console import console
+    from flows.families import contestants, judged, report_folder
+
+    entrants = contestants(load(params, overrides), family)
+    with console() as progress:
+        for each in entrants.values():
+            train(each.dataset_folder, each.run_folder, each.model, each.training, each.sampling, progress=progress)
+        result = judged(entrants, progress)
+    report = report_folder(entrants) / PAGE
+    show(result.model_dump(mode="json"), as_json, [*findings(result), f"report: {report}"])

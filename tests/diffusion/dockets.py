@@ -14,10 +14,11 @@ from diffusion.evaluation.duplicates import duplicates
 from diffusion.evaluation.estimate import Estimate, Interval
 from diffusion.evaluation.evidence import distance_headline, recall_difference
 from diffusion.evaluation.gate import Evidence, GateConfig, decide
-from diffusion.evaluation.held_out_loss import HeldOutLoss, LevelLoss, noise_levels
+from diffusion.evaluation.held_out_loss import HeldOutLoss, LevelLoss
 from diffusion.evaluation.memorisation import Memorisation, memorisation
 from diffusion.evaluation.per_class import Labelled, PerClass, per_class
 from diffusion.evaluation.reader import fit
+from diffusion.evaluation.terms import noise_levels
 from diffusion.evaluation.thumbnails import NAME, moved, thumbnails
 from diffusion.evaluation.trial_page import Docket, Side
 from tests.diffusion.degraded import with_copies, with_noise

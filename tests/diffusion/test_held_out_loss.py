@@ -13,16 +13,8 @@ from torch.distributions import Independent, Normal, kl_divergence
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.denoiser import Denoiser
-from diffusion.evaluation.held_out_loss import (
-    LEVELS,
-    HeldOutLoss,
-    Terms,
-    denoising_terms,
-    held_out_loss,
-    measure,
-    noise_levels,
-    told_of_rows,
-)
+from diffusion.evaluation.held_out_loss import HeldOutLoss, held_out_loss, measure, told_of_rows
+from diffusion.evaluation.terms import LEVELS, Terms, denoising_terms, noise_levels
 from diffusion.families.config import VAEConfig
 from diffusion.families.vae import VAEModel
 from diffusion.model import DiffusionModel, load_model, to_float

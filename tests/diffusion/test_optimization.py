@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from diffusion.data.dataset import Dataset
+from diffusion.families.base import BETAS
 from diffusion.lanes import lanes
 from diffusion.model import to_float
 from diffusion.models.config import ModelConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.run import Run, learning_rate
-from diffusion.training.state import BETAS
 
 MODEL = ModelConfig(width=16, multipliers=(1, 2), blocks=1, attention=(1,), patch=2)
 

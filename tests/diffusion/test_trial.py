@@ -16,13 +16,23 @@ from diffusion.evaluation.exhibits import Exhibits
 from diffusion.evaluation.gate import GateConfig, Verdict
 from diffusion.evaluation.trial import trial
 from diffusion.evaluation.trial_results import Trial
+from diffusion.families.config import GANConfig
 from diffusion.model import load_model
 from diffusion.sampling import labels_of, sample
 from tests.conftest import disc
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 from tests.diffusion.small_models import CONFIG as MODEL
 from tests.diffusion.small_models import write_model
-from tests.diffusion.trials import CONFIG, SAMPLING, Watcher, discs, let_draw, training_pictures, write_autoencoder
+from tests.diffusion.trials import (
+    CONFIG,
+    SAMPLING,
+    Watcher,
+    discs,
+    let_draw,
+    training_pictures,
+    write_autoencoder,
+    write_of_family,
+)
 
 GATE = GateConfig(recall_loss=None)
 """Recall of 48 pictures is not known well enough."""
@@ -300,3 +310,33 @@ def test_a_challenger_that_cannot_be_judged_is_the_users_mistake(data: Path, tmp
     )
     with pytest.raises(UserError, match=r"few has 20 of 24: hold more out with ingest\.held_out"):
         tried(small, None, few, tmp_path)
+
+
+def test_families_meet_only_if_asked_and_then_by_what_they_draw(data: Path, tmp_path: Path) -> None:
+    # Neither of the two has a reverse process, so that both draw by the same settings.
+    plain = SamplingConfig(compute_batch=16, precision="fp32")
+    autoencoder = write_autoencoder(tmp_path / "vae.safetensors", 1)
+    gan = write_of_family(tmp_path / "gan.safetensors", GANConfig(width=8, multipliers=(1,), latent=4), 2)
+    asked = GATE.model_copy(update={"across_families": True, "cost": None})
+    for path, pictures in ((gan, noisy(good(48), 5)), (autoencoder, noisy(good(48, first=6000), 60))):
+        let_draw(path, pictures, data, tmp_path, TRIED, plain)
+    held, _ = tried(gan, autoencoder, data, tmp_path, GATE, plain)
+    assert held.decision.verdict == Verdict.hold
+    assert "only with gate.across_families" in held.reason
+    promoted, _ = tried(gan, autoencoder, data, tmp_path, asked, plain)
+    assert promoted.decision.verdict == Verdict.promote
+    assert promoted.evidence.judged == "drawn"
+    rejected, _ = tried(autoencoder, gan, data, tmp_path, asked, plain)
+    assert rejected.decision.verdict == Verdict.reject
+
+
+def test_a_champion_of_another_family_draws_by_what_of_the_settings_means_something_to_it(
+    data: Path, tmp_path: Path
+) -> None:
+    gan = write_of_family(tmp_path / "gan.safetensors", GANConfig(width=8, multipliers=(1,), latent=4), 2)
+    new = write_model(tmp_path / "new.safetensors", 1, 1)
+    asked = GATE.model_copy(update={"across_families": True})
+    # To the reverse process of the challenger these settings mean something.
+    found, _ = tried(new, gan, data, tmp_path, asked, SAMPLING)
+    assert found.champion is not None
+    assert found.champion.portrait.family == "gan"

@@ -15,9 +15,9 @@ from diffusion.evaluation.portrait import Sitter
 from diffusion.evaluation.real import Real
 from diffusion.evaluation.results import Judged
 from diffusion.evaluation.sealed import recall
-from diffusion.families.config import VAEConfig
+from diffusion.families import family_of
+from diffusion.families.config import FamilyConfig, VAEConfig
 from diffusion.model import AVERAGED, save_tensors
-from diffusion.models.vae import VAE
 from diffusion.progress import Progress, silent
 from tests.conftest import disc
 from tests.diffusion.small_datasets import write_dataset
@@ -82,9 +82,16 @@ def real(data: Path, folder: Path, config: EvaluationConfig = CONFIG, progress: 
     return Real(Dataset.open(data), extractor, config.reference, config.samples, folder / "judged", progress=progress)
 
 
-def let_draw(path: Path, pictures: Tensor, data: Path, folder: Path, config: EvaluationConfig = CONFIG) -> None:
+def let_draw(
+    path: Path,
+    pictures: Tensor,
+    data: Path,
+    folder: Path,
+    config: EvaluationConfig = CONFIG,
+    sampling: SamplingConfig = SAMPLING,
+) -> None:
     """Let the model in the file ``path`` have drawn these ``pictures``, as trials in ``folder`` will remember."""
-    sitter = Sitter(path, real(data, folder, config), config, SAMPLING, folder / "judged", silent)
+    sitter = Sitter(path, real(data, folder, config), config, sampling, folder / "judged", silent)
     recall(folder / "judged", sitter.drawn_key, lambda: {"pictures": pictures})
 
 
@@ -96,8 +103,12 @@ def training_pictures(data: Path, count: int) -> Tensor:
 
 def write_autoencoder(path: Path, seed: int, spread: float = 0.1) -> Path:
     """An autoencoder of pictures of 8 pixels that was never trained."""
-    config = VAEConfig(width=16, multipliers=(1,), latent_channels=2)
-    network = VAE(config, 1, 8)
+    return write_of_family(path, VAEConfig(width=16, multipliers=(1,), latent_channels=2), seed, spread)
+
+
+def write_of_family(path: Path, config: FamilyConfig, seed: int, spread: float = 0.1) -> Path:
+    """A model of any family, of pictures of 8 pixels, that was never trained."""
+    network = family_of(config).network(config, (1, 8, 8), 0)
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=spread, generator=generator)

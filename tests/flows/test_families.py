@@ -1,7 +1,10 @@
-"""An autoencoder in the registry, and diffusion in the latents of its champion, against real servers."""
+"""Families in the registry, side by side, and diffusion in the latents of an autoencoder, against real servers."""
 
 import io
 import json
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,12 +29,21 @@ AUTOENCODER = {
     "evaluation": PARAMS["evaluation"],
 }
 URI = "models:/blobs-vae@champion"
+PIXELS = {
+    "ingest": PARAMS["ingest"],
+    "model": {"family": "autoregressive"},
+    "training": {"dataset": "blobs", "images": 480, "checkpoints": 2, "keep": 2},
+    "sampling": {"compute_batch": 8},
+    "evaluation": PARAMS["evaluation"],
+}
+"""As a comparison trains it beside the workspace's own configuration."""
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     with running(tmp_path_factory.mktemp("workspace"), PARAMS | {"training": SHORT}, 240) as space:
         (space.folder / "vae.yaml").write_text(yaml.safe_dump(AUTOENCODER))
+        (space.folder / "pixels.yaml").write_text(yaml.safe_dump(PIXELS))
         yield space
 
 
@@ -71,3 +83,40 @@ def test_an_autoencoder_that_nobody_registered_is_one_line(workspace: Workspace)
     error = workspace.run("train", "--set", "model.autoencoder=models:/nothing@champion", code=2)
     assert "models:/nothing@champion is not in the registry" in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_families_are_compared_after_a_kill_too_and_each_is_registered_under_its_own_name(
+    workspace: Workspace, server: MlflowClient
+) -> None:
+    workspace.json("ingest", "pictures")
+    command = ["compare", "--family", "gan", "--family", "autoregressive", "--set", "training.images=480"]
+    killed = workspace.start(*command)
+    first = workspace.folder / "runs" / "blobs-gan" / "final.safetensors"
+    while not first.exists():
+        assert killed.poll() is None, killed.communicate()[1][-3000:]
+        time.sleep(0.2)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    weights = first.read_bytes()
+    done = workspace.json(*command)
+    assert first.read_bytes() == weights
+    entrants = {each["name"]: each for each in done["comparison"]["entrants"]}
+    assert entrants["autoregressive"]["held_out_loss"]["bits_per_dim"] > 0
+    assert entrants["gan"]["held_out_loss"]["bits_per_dim"] is None
+    assert (workspace.folder / done["report"]).is_file()
+    for family, run_id in done["run_ids"].items():
+        experiment = server.get_experiment(server.get_run(run_id).info.experiment_id)
+        assert experiment.name == f"blobs-{family}"
+        assert len(server.search_runs([experiment.experiment_id])) == 1
+        shown = {item.path for item in server.list_artifacts(run_id, "evaluation")}
+        assert {"evaluation/comparison.html", "evaluation/comparison.json"} <= shown
+
+    # What was compared is a run like any other: judged, registered and printed by the same commands.
+    trained = workspace.json("train", "--params", "pixels.yaml")
+    assert trained["run_id"] == done["run_ids"]["autoregressive"]
+    workspace.json("evaluate", "--params", "pixels.yaml")
+    verdict = workspace.json("promote", "--params", "pixels.yaml", "--set", "gate.memorised=null")
+    assert verdict["version"]["model"] == "blobs-autoregressive"
+    assert verdict["promoted"]
+    prints = workspace.json("sample", "--params", "pixels.yaml", "--count", "8")
+    assert prints["model"] == "models:/blobs-autoregressive/1"

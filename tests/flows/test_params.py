@@ -14,6 +14,7 @@ from diffusion.presets import PresetName
 from diffusion.process import linear_schedule, make_schedule
 from diffusion.samplers import levels_of
 from diffusion.training.config import TrainingConfig
+from flows.families import contestants
 from flows.params import Params, dataset_folder, flattened, load_params, registered
 
 MINIMAL = "training:\n  images: 100\n"
@@ -180,8 +181,12 @@ def test_each_family_shows_its_own_fields_and_refuses_anothers(params: Path) -> 
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"model\.kl_weight is a field of model\.family = vae, and this is ddpm"):
         load_params(params, ["model.kl_weight=1"])
-    with pytest.raises(UserError, match=r"model: family is ddpm, the default, or vae"):
-        load_params(params, ["model.family=gan"])
+    with pytest.raises(UserError, match=r"model: family is ddpm, the default, vae, gan or autoregressive"):
+        load_params(params, ["model.family=flow"])
+    with pytest.raises(UserError, match=r"model\.gamma is a field of model\.family = gan, and this is autoregressive"):
+        load_params(params, ["model.family=autoregressive", "model.gamma=1"])
+    with pytest.raises(UserError, match=r"training\.keep_best means nothing to model\.family = gan"):
+        load_params(params, ["model.family=gan", "training.keep_best=1"])
     with pytest.raises(UserError, match=r"unknown key model\.widht: did you mean width\?"):
         load_params(params, ["model.widht=16"])
 
@@ -190,13 +195,15 @@ def test_each_family_has_its_own_runs_reports_and_champion(params: Path) -> None
     vae = load_params(params, ["training.dataset=faces", "model.family=vae"])
     assert (str(vae.run_folder), str(vae.report_folder)) == ("runs/faces-vae", "reports/faces-vae")
     assert vae.model_name == "faces-vae"
-    assert {str(folder) for folder in vae.report_folders} == {"reports/faces", "reports/faces-vae"}
+    others = {f"reports/faces-{family}" for family in ("vae", "gan", "autoregressive")}
+    assert {str(folder) for folder in vae.report_folders} == {"reports/faces"} | others
     named = load_params(params, ["model.family=vae", "training.output=elsewhere", "registry.model=mine"])
     assert (str(named.run_folder), named.model_name) == ("elsewhere", "mine")
 
 
 def test_a_configuration_of_any_family_survives_being_written_down(params: Path) -> None:
-    for overrides in (["model.family=vae"], ["model.autoencoder=models:/faces-vae@champion"], []):
+    families = [[f"model.family={family}"] for family in ("vae", "gan", "autoregressive")]
+    for overrides in (*families, ["model.autoencoder=models:/faces-vae@champion"], []):
         config = load_params(params, overrides)
         assert Params.model_validate(config.model_dump(mode="json")) == config
         assert Params.model_validate_json(config.model_dump_json()) == config
@@ -206,9 +213,49 @@ def test_a_configuration_of_any_family_survives_being_written_down(params: Path)
 def test_the_form_shows_what_each_family_takes() -> None:
     schema = Params.model_json_schema()
     shown = [schema["$defs"][option["$ref"].rpartition("/")[2]] for option in schema["properties"]["model"]["oneOf"]]
-    assert [each["properties"]["family"]["const"] for each in shown] == ["ddpm", "vae"]
+    assert [each["properties"]["family"]["const"] for each in shown] == ["ddpm", "vae", "gan", "autoregressive"]
     assert "kl_weight" in shown[1]["properties"]
     assert "schedule" not in shown[1]["properties"]
+
+
+def test_a_family_has_defaults_of_its_own_which_what_is_set_wins_over(params: Path) -> None:
+    gan = load_params(params, ["model.family=gan", "training.batch_size=16"])
+    assert (gan.training.batch_size, gan.training.weight_decay) == (16, 0)
+    assert load_params(params, ["model.family=vae"]).training.weight_decay == 0.01
+
+
+def test_families_that_are_compared_share_the_data_the_time_and_the_judge_and_nothing_else(params: Path) -> None:
+    chosen = ["training.dataset=faces", "training.images=500", "training.seed=3", "training.learning_rate=0.5"]
+    own = load_params(params, [*chosen, "model.width=16", "sampling.compute_batch=8", "evaluation.samples=50"])
+    found = contestants(own, ["gan", "ddpm", "autoregressive"])
+    assert list(found) == ["gan", "ddpm", "autoregressive"]
+    assert found["ddpm"] == own
+    default = load_params(params, ["model.family=gan"])
+    gan = found["gan"]
+    assert (gan.run_folder, gan.model_name) == (Path("runs/faces-gan"), "faces-gan")
+    assert (gan.training.images, gan.training.seed, gan.sampling.compute_batch) == (500, 3, 8)
+    assert gan.evaluation == own.evaluation
+    assert gan.ingest == own.ingest
+    assert gan.model == default.model
+    assert gan.training.learning_rate == default.training.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("overrides", "families", "words"),
+    [
+        ([], ["gan", "flow"], "there is no family 'flow'"),
+        ([], ["gan"], "name two families or more, each once"),
+        ([], ["gan", "gan"], "name two families or more, each once"),
+        (["training.output=elsewhere"], ["gan", "vae"], r"training\.output = elsewhere is one place"),
+        (["registry.model=mine"], ["gan", "vae"], r"registry\.model = mine is one place"),
+        (["model.low_resolution=4"], ["gan", "vae"], "families are compared by what they draw"),
+    ],
+)
+def test_what_cannot_be_the_same_for_all_families_is_refused(
+    params: Path, overrides: list[str], families: list[str], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        contestants(load_params(params, overrides), families)
 
 
 def test_what_came_later_is_written_down_only_where_it_is_set(params: Path) -> None:

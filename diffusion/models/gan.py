@@ -1,0 +1,165 @@
+"""The two networks of R3GAN (arXiv 2501.05441), small: one makes pictures of noise, one tells them from real ones.
+
+As there, residual blocks without normalisation: an inverted bottleneck around a grouped convolution, begun as the
+identity (Fixup, 1901.09321), smooth resampling between resolutions, and a class as a direction to look in (1802.05637).
+"""
+
+import math
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffusion.errors import UserError
+from diffusion.families.config import GANConfig
+
+SLOPE = 0.2
+"""Of what is below zero, in the activation."""
+GROUP = 8
+"""Channels that a 3×3 convolution looks at together."""
+EXPANSION = 2
+"""Times the channels inside a block."""
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+
+
+class Block(nn.Module):
+    """A bottleneck the other way round, around which a skip leads."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        inner = channels * EXPANSION
+        self.expand = _scaled(nn.Conv2d(channels, inner, 1))
+        self.mix = _scaled(nn.Conv2d(inner, inner, 3, padding=1, groups=inner // GROUP))
+        self.contract = nn.Conv2d(inner, channels, 1, bias=False)
+        nn.init.zeros_(self.contract.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        out: Tensor = x + self.contract(_active(self.mix(_active(self.expand(x)))))
+        return out
+
+
+class Grow(nn.Module):
+    """To twice the resolution."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = _scaled(nn.Conv2d(inputs, outputs, 1, bias=False), gain=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) to (N, outputs, 2H, 2W)."""
+        return functional.interpolate(self.conv(x), scale_factor=2.0, mode="bilinear")
+
+
+class Shrink(nn.Module):
+    """To half the resolution."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = _scaled(nn.Conv2d(inputs, outputs, 1, bias=False), gain=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) to (N, outputs, H/2, W/2)."""
+        out: Tensor = self.conv(functional.avg_pool2d(x, 2))
+        return out
+
+
+class Generator(nn.Module):
+    """Makes pictures of ``channels`` and ``size`` pixels of noise, and of one of ``classes`` (0: it is told none).
+
+    A size that patch and resolutions do not divide is made larger, and cut. Raises UserError if the lowest resolution
+    would be less than a pixel.
+    """
+
+    def __init__(self, config: GANConfig, channels: int, size: int, classes: int = 0) -> None:
+        super().__init__()
+        self.config, self.size, self.patch = config, size, config.patch
+        low = _lowest(config, size)
+        widths = _widths(config)[::-1]
+        self.no_class = classes
+        """The class that means none in particular."""
+        self.classes = nn.Embedding(classes + 1, config.latent) if classes else None
+        inputs = config.latent * (2 if classes else 1)
+        self.begin = _scaled(nn.Linear(inputs, widths[0] * low**2, bias=False), gain=1)
+        self.shape = (widths[0], low, low)
+        layers: list[nn.Module] = []
+        for number, width in enumerate(widths):
+            if number:
+                layers.append(Grow(widths[number - 1], width))
+            layers += [Block(width) for _ in range(config.blocks)]
+        self.layers = nn.Sequential(*layers)
+        self.end = _scaled(nn.Conv2d(widths[-1], channels * config.patch**2, 3, padding=1), gain=1)
+
+    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        """Noise (N, latent, 1, 1) to pictures (N, C, H, W), nominally in [−1, 1].
+
+        ``label`` (N,) are integers: a class, or ``no_class``, which is also what None means.
+        """
+        z = z.flatten(1)
+        if self.classes is not None:
+            z = torch.cat([z, self.classes(_labels(label, z, self.no_class))], dim=1)
+        h = self.begin(z).unflatten(1, self.shape).contiguous(memory_format=torch.channels_last)
+        out: Tensor = functional.pixel_shuffle(self.end(self.layers(h)), self.patch).float()
+        return out[..., : self.size, : self.size]
+
+
+class Opponent(nn.Module):
+    """Says of pictures of ``channels`` and ``size`` pixels how real they look, beside others of the same class."""
+
+    def __init__(self, config: GANConfig, channels: int, size: int, classes: int = 0) -> None:
+        super().__init__()
+        self.patch, low, widths = config.patch, _lowest(config, size), _widths(config)
+        self.padding = low * config.factor - size
+        self.no_class = classes
+        self.begin = _scaled(nn.Conv2d(channels * config.patch**2, widths[0], 3, padding=1), gain=1)
+        layers: list[nn.Module] = []
+        for number, width in enumerate(widths):
+            if number:
+                layers.append(Shrink(widths[number - 1], width))
+            layers += [Block(width) for _ in range(config.blocks)]
+        self.layers = nn.Sequential(*layers)
+        self.gather = _scaled(nn.Conv2d(widths[-1], widths[-1], low, groups=widths[-1], bias=False), gain=1)
+        self.judge = _scaled(nn.Linear(widths[-1], config.latent if classes else 1, bias=False), gain=1)
+        self.classes = nn.Embedding(classes + 1, config.latent) if classes else None
+
+    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        """Pictures (N, C, H, W) to (N,) float32: the higher, the more real; only differences mean anything."""
+        if self.padding:
+            x = functional.pad(x, (0, self.padding, 0, self.padding))
+        h = self.layers(self.begin(functional.pixel_unshuffle(x, self.patch)))
+        said: Tensor = self.judge(self.gather(h).flatten(1)).float()
+        if self.classes is None:
+            return said.squeeze(1)
+        towards: Tensor = self.classes(_labels(label, said, self.no_class))
+        return (said * towards).sum(1) / math.sqrt(towards.shape[1])
+
+
+def _labels(label: Tensor | None, like: Tensor, no_class: int) -> Tensor:
+    return torch.full((len(like),), no_class, device=like.device) if label is None else label
+
+
+def _widths(config: GANConfig) -> list[int]:
+    return [config.width * multiplier for multiplier in config.multipliers]
+
+
+def _lowest(config: GANConfig, size: int) -> int:
+    """Positions along a side at the lowest resolution."""
+    if config.factor > size:
+        raise UserError(
+            f"model.patch = {config.patch} and {len(config.multipliers)} resolutions fold {config.factor} pixels into "
+            f"one, and the pictures have {size}: take a number out of model.multipliers, or lower model.patch"
+        )
+    return math.ceil(size / config.factor)
+
+
+def _active(x: Tensor) -> Tensor:
+    return functional.leaky_relu(x, SLOPE)
+
+
+def _scaled(layer: Layer, gain: float = math.sqrt(2 / (1 + SLOPE**2))) -> Layer:
+    """``layer`` with weights that keep the deviation of values (1502.01852), ``gain`` times, and no bias yet."""
+    nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.weight[0].numel()))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer

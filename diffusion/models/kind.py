@@ -1,0 +1,35 @@
+"""What a family of models says of itself in its configuration, where nothing heavy need be loaded to know it."""
+
+from collections.abc import Collection, Mapping
+from typing import ClassVar, Literal
+
+from diffusion.config import Config
+from diffusion.config_sampling import SamplingConfig
+
+REVERSE_PROCESS = SamplingConfig.model_fields.keys() - {"compute_batch", "precision", "device"}
+"""Fields of the section ``sampling`` that mean nothing to who has no reverse process."""
+NOISE_LEVELS = (
+    "weighting",
+    "min_snr_gamma",
+    "learned_uncertainty",
+    "times",
+    "log_sigma_mean",
+    "log_sigma_std",
+    "stratified",
+    "recompute",
+    "shard",
+)
+"""Fields of the section ``training`` that mean nothing to who learns no noise, or are made for the U-Net."""
+
+
+class Kind(Config):
+    """The section ``model`` of one family; what of it is the same for all models of the family is not in the file."""
+
+    passes_over: ClassVar[Mapping[str, Collection[str]]] = {}
+    """Fields of other sections that mean nothing to it."""
+    judged: ClassVar[Literal["drawn", "reconstructed"]] = "drawn"
+    """By what it draws, or by how held-out pictures come back, which then are seen in the pictures kept of it."""
+    likelihood: ClassVar[Literal["bound", "exact"] | None] = None
+    """What it says of how probable a picture is: at least so much, or exactly; None: nothing."""
+    in_diffusers: ClassVar[bool] = False
+    """Whether diffusers has a counterpart to which it can be exported."""
