@@ -6,10 +6,11 @@ page, ``report.html``; its files lie on DVC's remote. What was taken down is tol
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
+from uuid import uuid4
 
 import yaml
 
@@ -22,6 +23,8 @@ from flows.dvc_files import NAME
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
 
+PUSHING = "pushing"
+"""Where those who push to the remote say so."""
 VERSION = re.compile(r"([0-9a-f]{64})/manifest\.json")
 
 
@@ -110,6 +113,12 @@ class Catalogue:
         for key in self.store.list_keys(self.place.bucket, self.place.key("removals/")):
             yield Removal.model_validate_json(self.store.get(self.place.bucket, key))
 
+    def withdraw(self, digest: str) -> None:
+        """Take a version out of the catalogue; its files stay on the remote, and nothing leads to them any more."""
+        # What names it goes first: without its manifest it is no version, whatever lies beside.
+        for name in ("manifest.json", "pointer.dvc", "report.html"):
+            self.store.delete_many(self.place.bucket, [self.place.key(f"{digest}/{name}")])
+
     def written(self, digest: str) -> datetime | None:
         """When a version was put into the catalogue; None if it never was."""
         found = self.store.stat(self.place.bucket, self.place.key(f"{digest}/manifest.json"))
@@ -117,6 +126,20 @@ class Catalogue:
 
     def _put(self, name: str, data: bytes, content_type: str = "application/octet-stream") -> None:
         self.store.put_once(self.place.bucket, self.place.key(name), data, content_type=content_type)
+
+
+@contextmanager
+def pushing(name: str, source: str) -> Iterator[None]:
+    """Inside, files of the data set ``name`` are pushed to ``source`` and its version published.
+
+    DVC passes over what lies there already, so meanwhile ``darkroom gc`` takes nothing away. Whoever is killed inside
+    holds it up no longer than ``retention.grace_hours``.
+    """
+    place, store = Location(Location.parse(source).bucket) / PUSHING, Store()
+    mark = place.key(f"{name}/{uuid4().hex}")
+    store.put_once(place.bucket, mark, b"")
+    yield
+    store.delete_many(place.bucket, [mark])
 
 
 def publish(folder: Path, dvc_digest: str, source: str) -> str:

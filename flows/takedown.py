@@ -80,7 +80,8 @@ def remove(params: Params, selection: Selection, reason: str) -> Removal:
 def record(params: Params, removal: Removal) -> DataVersion:
     """Commit and push the version, and let other machines know of it and of what was taken down."""
     source = environment.data_source()
-    with FileLock(work_folder(params.dataset_folder) / "lock"):
+    turn = FileLock(work_folder(params.dataset_folder) / "lock")
+    with turn, catalogue.pushing(params.training.dataset, source):
         version = lineage.record_data(params.dataset_folder, source)
         catalogue.publish(params.dataset_folder, version.digest, source)
     Catalogue.of(params.training.dataset, source).tell_removal(removal)
