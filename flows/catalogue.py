@@ -115,9 +115,10 @@ class Catalogue:
 
     def withdraw(self, digest: str) -> None:
         """Take a version out of the catalogue; its files stay on the remote, and nothing leads to them any more."""
-        # What names it goes first: without its manifest it is no version, whatever lies beside.
-        for name in ("manifest.json", "pointer.dvc", "report.html"):
-            self.store.delete_many(self.place.bucket, [self.place.key(f"{digest}/{name}")])
+        # Without its manifest it is no version, whatever lies beside.
+        self.store.delete_many(self.place.bucket, [self.place.key(f"{digest}/manifest.json")])
+        beside = list(self.store.list_keys(self.place.bucket, self.place.key(f"{digest}/")))
+        self.store.delete_many(self.place.bucket, beside)
 
     def written(self, digest: str) -> datetime | None:
         """When a version was put into the catalogue; None if it never was."""

@@ -166,7 +166,7 @@ def load_params(path: Path, overrides: list[str]) -> Params:
     try:
         return Params.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: {_in_words(error)}") from error
+        raise UserError(f"{path}: {in_words(error)}") from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -188,7 +188,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[name] = value
 
 
-def _in_words(error: ValidationError) -> str:
+def in_words(error: ValidationError) -> str:
+    """What is wrong with a configuration, and how to mend it."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     # After "model" stands the family by which its fields were read, which nobody wrote there.

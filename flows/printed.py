@@ -103,12 +103,12 @@ def find(where: str, store: Store, bucket: str) -> Printed:
         return _copy(where, path.read_bytes(), store, bucket)
     at = Location.parse(where)
     if not at.prefix.endswith(".png"):
-        if (batch := read_batch(store, at)) is None:
+        if (batch := _read_batch(store, at)) is None:
             raise UserError(f"{where} holds no {BATCH}: give the prefix of a batch of prints, or one of its pictures")
         return Printed(where, None, batch, at)
     folder, _, name = at.prefix.rpartition("/")
     place, png = Location(at.bucket, folder), store.get(at.bucket, at.prefix)
-    batch, number = read_batch(store, place), NUMBERED.fullmatch(name)
+    batch, number = _read_batch(store, place), NUMBERED.fullmatch(name)
     if batch is None or number is None or int(number[1]) >= batch.count:
         return _copy(where, png, store, bucket)
     index = int(number[1])
@@ -175,13 +175,12 @@ def _batches_of(origin: Origin, store: Store, bucket: str) -> Iterator[tuple[Bat
     usual = Location(bucket) / "prints" / origin.model / str(origin.version)
     for key in store.list_keys(usual.bucket, usual.key("")):
         folder, _, name = key.rpartition("/")
-        batch = read_batch(store, Location(bucket, folder)) if name == BATCH else None
+        batch = _read_batch(store, Location(bucket, folder)) if name == BATCH else None
         if batch is not None and batch.seed == origin.seed and batch.count > origin.index:
             yield batch, Location(bucket, folder)
 
 
-def read_batch(store: Store, place: Location) -> Batch | None:
-    """What was asked for of the batch at ``place``; None if there is none. Raises UserError if that cannot be read."""
+def _read_batch(store: Store, place: Location) -> Batch | None:
     try:
         data = store.get(place.bucket, place.key(BATCH))
     except Missing:

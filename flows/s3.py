@@ -77,7 +77,7 @@ class Location:
 
 
 class Listed(NamedTuple):
-    """An object in a listing: key, size in bytes, ETag, which differs when the bytes do, and when it was written."""
+    """An object in a listing: its key, its size in bytes, its ETag, which differs when the bytes do, and its age."""
 
     key: str
     size: int

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
-from flows.printed import read_batch
 from flows.prints import Batch
 from flows.retention.config import RetentionConfig
 from flows.retention.items import Fate, Item, Sweep, age, older
@@ -13,7 +12,7 @@ from flows.s3 import Listed, Location, Store
 
 BATCH = re.compile(r"(prints/[^/]+/\d+/[^/]+)/(.+)")
 """An object of a batch at its usual place."""
-FIRST, LAST = ("_SUCCESS", "manifest.parquet"), "batch.json"
+FIRST, LAST = ("_SUCCESS", "manifest.parquet"), ("requests.parquet", "batch.json")
 """What is deleted before and after everything else. Parts of the manifest go before pictures: whoever finds a part
 takes it that the pictures are there. So what a kill leaves is a batch that was never finished, which sampling again
 finishes, and which leads to its model as long as anything of it is there."""
@@ -36,12 +35,16 @@ class Found:
 
     def in_order(self) -> list[list[str]]:
         """Its keys in the order in which they may go."""
-        stages: list[list[str]] = [[], [], [], [], []]
-        for key in self.keys:
+
+        def stage(key: str) -> int:
             name = key.removeprefix(f"{self.place.prefix}/")
-            part = name.startswith("manifest/")
-            stages[FIRST.index(name) if name in FIRST else 4 if name == LAST else 2 if part else 3].append(key)
-        return stages
+            if name in FIRST:
+                return FIRST.index(name)
+            if name in LAST:
+                return 4 + LAST.index(name)
+            return 2 if name.startswith("manifest/") else 3
+
+        return [[key for key in self.keys if stage(key) == number] for number in range(6)]
 
 
 class Prints:
@@ -58,8 +61,9 @@ class Prints:
     def kept(self) -> Iterator[Batch]:
         """What was asked for in those that stay."""
         for batch, (fate, _) in zip(self.found, self.fates, strict=True):
-            if fate == "stays" and (asked := read_batch(self.store, batch.place)) is not None:
-                yield asked
+            about = batch.place.key("batch.json")
+            if fate == "stays" and about in batch.keys:
+                yield Batch.model_validate_json(self.store.get(self.bucket, about))
 
     def sweep(self) -> Sweep:
         """Batches and uploads."""

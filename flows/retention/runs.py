@@ -11,14 +11,14 @@ from flows.derived import pages
 from flows.retention.config import RetentionConfig
 from flows.retention.items import Fate, Item, Sweep, age, older
 from flows.retention.live import CONTENT, Live
-from flows.tracking import TRAIN_KEY
+from flows.tracking import SWEEP, TRAIN_KEY
 
 SET_ASIDE = "darkroom.set_aside"
 """Tag of a run that ``darkroom gc`` has marked as deleted: when, in ISO 8601."""
 
 
 class Runs:
-    """The trainings that MLflow has on record, also those marked as deleted; nobody else's runs."""
+    """Trainings and sweeps that MLflow has on record, also those marked as deleted; nobody else's runs."""
 
     def __init__(self, client: MlflowClient, live: Live, policy: RetentionConfig, now: datetime) -> None:
         self.client = client
@@ -27,7 +27,9 @@ class Runs:
         self.now = now
         experiments = [each.experiment_id for each in pages(client.search_experiments)]
         found = pages(client.search_runs, experiment_ids=experiments, run_view_type=ViewType.ALL)
-        self.runs: list[Run] = [run for run in found if TRAIN_KEY in run.data.tags] if experiments else []
+        self.runs: list[Run] = (
+            [run for run in found if {TRAIN_KEY, SWEEP} & run.data.tags.keys()] if experiments else []
+        )
         self.fates = {run.info.run_id: self._fate(run) for run in self.runs}
 
     def contents(self) -> dict[str, str]:
@@ -38,10 +40,10 @@ class Runs:
             if not self._goes(run)
         }
 
-    def gone(self) -> frozenset[str]:
+    def gone(self) -> frozenset[str | None]:
         """Train keys of runs that go, and of no other run."""
-        others = {run.data.tags[TRAIN_KEY] for run in self.runs if not self._goes(run)}
-        return frozenset(run.data.tags[TRAIN_KEY] for run in self.runs) - others
+        others = {run.data.tags.get(TRAIN_KEY) for run in self.runs if not self._goes(run)}
+        return frozenset(run.data.tags.get(TRAIN_KEY) for run in self.runs) - others
 
     def sweep(self) -> Sweep:
         """All of them; those that are deleted and hold nothing any more are no item."""
