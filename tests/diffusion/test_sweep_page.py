@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from diffusion.evaluation.sweep_page import Tried, finding, ranked, write_sweep_page
 from diffusion.grids import grid, png_bytes
@@ -47,7 +46,7 @@ def test_the_best_comes_first_and_each_has_its_settings_figures_and_pictures(tmp
     [
         ([0.2], "nothing to compare"),
         ([0.2, 0.9], "better than every other"),
-        ([0.2, 0.23, 0.9], "1 other cannot be told"),
+        ([0.2, 0.23, 0.9], "1 other cannot be"),
     ],
 )
 def test_it_says_no_more_than_the_errors_allow(kids: list[float], words: str, tmp_path: Path) -> None:
@@ -64,7 +63,6 @@ def test_settings_cannot_break_out_of_the_page(tmp_path: Path) -> None:
 
 
 def test_equal_sweeps_give_equal_pages(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     both = [write_sweep_page(tmp_path / name, "digits", [tried(0.2, 1e-3, tmp_path)]) for name in ("a", "b")]
     assert both[0] == both[1]
 
@@ -74,4 +72,6 @@ def test_equal_sweeps_give_equal_pages(tmp_path: Path) -> None:
 def test_the_page_is_whole_in_a_browser(width: int, tmp_path: Path) -> None:
     write_sweep_page(tmp_path / "sweep.html", "digits", [tried(0.2 + n / 9, n / 1000, tmp_path) for n in range(1, 7)])
     with chromium() as browser:
-        look(browser, tmp_path / "sweep.html", "light", width, tmp_path / "shot.png")
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.goto((tmp_path / "sweep.html").as_uri())
+        look(page, tmp_path / f"sweep-{width}.png")
