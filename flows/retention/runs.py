@@ -59,9 +59,10 @@ class Runs:
         for run in self.runs:
             run_id = run.info.run_id
             fate, _ = self.fates[run_id]
-            if fate == "stays" and self._deleted(run):
+            if fate == "stays" and self._deleted(run) and SET_ASIDE in run.data.tags:
                 # A version was made of it after all.
                 self.client.restore_run(run_id)
+                self.client.delete_tag(run_id, SET_ASIDE)
             if fate == "set aside" and not self._deleted(run):
                 self.client.set_tag(run_id, SET_ASIDE, datetime.now(UTC).isoformat(timespec="seconds"))
                 self.client.delete_run(run_id)

@@ -33,10 +33,10 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[object, object]]:
         "RAY_health_check_failure_threshold": "3",
     }.items():
         monkeypatch.setenv(name, value)
-    memory = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=memory)
+    node = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "node_ip_address": "127.0.0.1"}
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
     try:
-        second = cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        second = cluster.add_node(**node)
         cluster.wait_for_nodes()
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         yield cluster, second

@@ -1,4 +1,4 @@
-"""Backup and restore as a drill: a stack is copied while it works, destroyed, and made anew of the copy elsewhere."""
+"""Housekeeping on a real stack: a sweep, what gc takes of it, and a backup of which a destroyed stack comes back."""
 
 import os
 import shutil
@@ -41,6 +41,41 @@ def told(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
         "prints": {name: data for name, (_, data) in objects(space, "s3://darkroom/prints/").items()},
         "ledger": {name: data for name, (_, data) in objects(space, "s3://darkroom/ledger/").items()},
     }
+
+
+def test_a_sweep_compares_its_runs_and_gc_takes_those_that_nothing_came_of(
+    workspace: Workspace, server: MlflowClient
+) -> None:
+    asked = ("sweep", "--over", "training.seed=1,2", "--over", "model.width=16")
+    swept = workspace.json(*asked)
+    runs = [server.get_run(point["run_id"]) for point in swept["points"]]
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {swept["run_id"]}
+    assert {run.data.params["training.seed"] for run in runs} == {"1", "2"}
+    assert swept["points"][0]["value"] <= swept["points"][1]["value"]
+    page = (workspace.folder / swept["page"]).read_text()
+    assert all(run.info.run_id in page for run in runs)
+    assert [item.path for item in server.list_artifacts(swept["run_id"])] == ["sweep.html"]
+    finals = {path: path.stat().st_mtime_ns for path in workspace.folder.glob("runs/sweeps/blobs/*/final.safetensors")}
+    assert len(finals) == 2
+    assert workspace.json(*asked) == swept
+    assert {path: path.stat().st_mtime_ns for path in finals} == finals
+
+    looked = workspace.json("gc", "--dry-run")
+    assert {item["fate"] for item in looked["items"]} == {"stays"}
+    strict = ("--set", "retention.run_days=0", "--set", "retention.grace_hours=0", "--set", "retention.data_days=0")
+    experiment = runs[0].info.experiment_id
+    kept = server.get_model_version_by_alias("blobs", "champion").run_id
+    done = workspace.json("gc", *strict)
+    gone = {item["name"] for item in done["items"] if item["fate"] != "stays" and item["kind"] == "runs"}
+    assert gone == {f"runs:/{run_id}" for run_id in (swept["run_id"], *(run.info.run_id for run in runs))}
+    left = objects(workspace, f"s3://darkroom/mlflow/{experiment}/")
+    assert not any(run.info.run_id in name for name in left for run in runs)
+    assert any(kept in name for name in left)
+    assert not any(path.exists() for path in finals)
+    assert workspace.json("gc", *strict)["items"] != done["items"]
+    [picture] = [name for name in objects(workspace, "s3://darkroom/prints/") if name.endswith("00000002.png")]
+    assert workspace.json("trace", f"s3://darkroom/prints/{picture}")["broken"] == []
+    assert workspace.json("promote")["promoted"]
 
 
 def test_a_stack_that_was_destroyed_comes_back_of_a_backup_taken_while_it_worked(
