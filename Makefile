@@ -45,7 +45,8 @@ chaos: $(READY)  ## Kill things at random moments; KILLS=20 for the long drill
 	KILLS=$(KILLS) $(BIN)/pytest -m slow -k kill --timeout 3600
 
 drill-upgrade: $(READY)  ## Upgrade databases that an older MLflow and Prefect made (minutes)
-	test -x .drill/bin/prefect || { $(PYTHON) -m venv .drill && .drill/bin/pip install --quiet 'mlflow[auth]==3.4.0' 'prefect==3.6.0'; }
+	test -x .drill/bin/prefect || { $(PYTHON) -m venv .drill && .drill/bin/pip install --quiet 'mlflow[auth]==3.4.0' 'prefect==3.6.0' \
+		'sqlalchemy<2.1' 'fastapi<0.120'; }  # newer ones than these versions can use
 	OLD_BIN=$(CURDIR)/.drill/bin $(BIN)/pytest -s tests/drills/upgrade.py
 
 check: $(READY)  ## Lint, format, types, layers

@@ -26,10 +26,8 @@ from flows.ledger import Ledger
 from flows.parcel import MODEL, RUN, Parcel, unpack
 from flows.registry import WEIGHTS, Version
 from flows.staging import staging
-from flows.tracking import run_by_tag
+from flows.tracking import RELEASED_FROM, run_by_tag
 
-RELEASED_FROM = "darkroom.released_from"
-"""Tag of a version, and of its run: where it comes from, and what it is called there."""
 RELEASED_RUN = "darkroom.released_run"
 """Tag of a run here: the run that it is a copy of."""
 AT_ONCE = 100

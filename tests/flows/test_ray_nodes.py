@@ -80,7 +80,7 @@ def test_when_a_node_dies_in_the_middle_the_others_finish_with_the_same_bytes(
         return ingest(tmp_path / "set", config, fan_out=lambda _, chunks: run(slowly, chunks))
 
     killer = threading.Thread(target=kill, daemon=True)
-    with prefect_test_harness(server_startup_timeout=60):
+    with prefect_test_harness(server_startup_timeout=180):
         killer.start()
         make()
     killer.join(30)

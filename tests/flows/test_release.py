@@ -22,10 +22,10 @@ from flows import by_hand, registry
 from flows.history import Evidence
 from flows.ledger import Ledger
 from flows.parcel import MODEL, unpack
-from flows.release import RELEASED_FROM, fetch, release
+from flows.release import fetch, release
 from flows.s3 import Store
 from flows.staging import staging
-from flows.tracking import TRAIN_KEY
+from flows.tracking import RELEASED_FROM, TRAIN_KEY
 from tests.diffusion.test_train import run as train
 from tests.flows.conftest import copied_store
 from tests.flows.registered import add_version
