@@ -7,6 +7,7 @@ knows one set of keys per process.
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import mlflow
@@ -90,10 +91,10 @@ def pack(uri: str, folder: Path) -> Parcel:
     version = registry.resolve(client, uri)
     history = Ledger.of(version.model).read()
     entry = history.about(version.number)
-    mlflow.artifacts.download_artifacts(version.uri, dst_path=str(_made(folder / MODEL)))
+    _fetch(version.uri, folder / MODEL)
     for name in CARRIED:
         if _is_there(client, version.run_id, name):
-            client.download_artifacts(version.run_id, name, dst_path=str(_made(folder / RUN)))
+            _fetch(f"runs:/{version.run_id}/{name}", folder / RUN / name)
     if sha256_file(folder / MODEL / "artifacts" / "weights.safetensors") != version.weights_sha256:
         raise UserError(f"the weights of {version.uri} do not match their digest: register the model again")
     parcel = Parcel(
@@ -150,9 +151,11 @@ def _is_there(client: MlflowClient, run_id: str, path: str) -> bool:
     return path in {item.path for item in client.list_artifacts(run_id, folder or None)}
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _fetch(uri: str, target: Path) -> None:
+    """Fetch a file or folder to ``target``: where MLflow itself puts it depends on the store that it comes from."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent) as scratch:
+        Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch)).rename(target)
 
 
 def _files(folder: Path) -> Iterator[Packed]:

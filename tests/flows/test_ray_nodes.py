@@ -33,7 +33,8 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[object, object]]:
         "RAY_health_check_failure_threshold": "3",
     }.items():
         monkeypatch.setenv(name, value)
-    node = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "node_ip_address": "127.0.0.1"}
+    # Ray takes 127.0.0.1 for the machine's address to the outside.
+    node = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "node_ip_address": "127.0.0.2"}
     cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
     try:
         second = cluster.add_node(**node)

@@ -117,7 +117,7 @@ def test_a_champion_of_staging_becomes_champion_here_with_all_that_it_stands_on(
     assert stages.staging[0] in (entry.reason or "")
 
     again = release("models:/blobs@champion")
-    assert (again.already, again.version) == (True, done.version)
+    assert (again.already, again.version.uri) == (True, done.version.uri)
     assert len(here.search_model_versions("name='blobs'")) == 1
     assert len(here.search_runs([run.info.experiment_id])) == 1
 
