@@ -117,7 +117,7 @@ def _run(client: MlflowClient, parcel: Parcel, folder: Path, where: str) -> Mlfl
     entities = [RunTag(name, text) for name, text in (tags | {RELEASED_FROM: where}).items()]
     params = [Param(name, text) for name, text in packed.params.items()]
     points = [Metric(*point) for point in packed.metrics]
-    for first in range(0, max(map(len, (entities, params, points))), AT_ONCE):
+    for first in range(0, max(len(entities), len(params), len(points)), AT_ONCE):
         some = slice(first, first + AT_ONCE)
         client.log_batch(run_id, metrics=points[some], params=params[some], tags=entities[some])
     client.log_inputs(

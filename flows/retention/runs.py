@@ -40,10 +40,10 @@ class Runs:
             if not self._goes(run)
         }
 
-    def gone(self) -> frozenset[str | None]:
+    def gone(self) -> frozenset[str]:
         """Train keys of runs that go, and of no other run."""
-        others = {run.data.tags.get(TRAIN_KEY) for run in self.runs if not self._goes(run)}
-        return frozenset(run.data.tags.get(TRAIN_KEY) for run in self.runs) - others
+        others = {run.data.tags.get(TRAIN_KEY, "") for run in self.runs if not self._goes(run)}
+        return frozenset(run.data.tags.get(TRAIN_KEY, "") for run in self.runs) - others
 
     def sweep(self) -> Sweep:
         """All of them; those that are deleted and hold nothing any more are no item."""

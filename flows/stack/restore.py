@@ -121,7 +121,7 @@ def _set_password(database: Path, stack: LocalStack) -> None:
     """The backup has the old password's hash, and this stack a password of its own."""
     from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
-    store = SqlAlchemyStore()  # type: ignore[no-untyped-call]
+    store = SqlAlchemyStore()
     store.init_db(f"sqlite:///{database}")  # type: ignore[no-untyped-call]
     try:
         store.update_user(stack.credentials.mlflow_username, stack.credentials.mlflow_password)
