@@ -23,6 +23,8 @@ from flows.dvc_files import NAME
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
 
+RETIRED = "retired"
+"""Where manifests of versions wait that are out of the catalogue: see ``flows.retention.data``."""
 PUSHING = "pushing"
 """Where those who push to the remote say so."""
 VERSION = re.compile(r"([0-9a-f]{64})/manifest\.json")
@@ -112,6 +114,16 @@ class Catalogue:
         """Everything that was taken down from the data set."""
         for key in self.store.list_keys(self.place.bucket, self.place.key("removals/")):
             yield Removal.model_validate_json(self.store.get(self.place.bucket, key))
+
+    def retired(self) -> dict[str, Manifest]:
+        """Versions that ``darkroom gc`` took out of the catalogue, and whose files are on the remote yet, by digest."""
+        place = Location(self.place.bucket, f"{RETIRED}/{self.place.prefix.rpartition('/')[2]}")
+        found = {}
+        for key in self.store.list_keys(place.bucket, place.key("")):
+            found[PurePosixPath(key).stem] = parse_manifest(
+                self.store.get(place.bucket, key), f"s3://{place.bucket}/{key}"
+            )
+        return found
 
     def withdraw(self, digest: str) -> None:
         """Take a version out of the catalogue; its files stay on the remote, and nothing leads to them any more."""

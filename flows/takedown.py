@@ -92,7 +92,9 @@ def record(params: Params, removal: Removal) -> DataVersion:
 def look_up(params: Params, removal: Removal) -> tuple[dict[str, Manifest], Holders]:
     """All versions of the data set, and which of them held the pictures."""
     folder, source = params.dataset_folder, environment.data_source()
-    versions = known_versions(folder) | Catalogue.of(folder.name, source).versions()
+    recorded = Catalogue.of(folder.name, source)
+    # What gc took out of the catalogue has its files on the remote for a while yet.
+    versions = recorded.retired() | known_versions(folder) | recorded.versions()
     with TemporaryDirectory() as scratch:
         elsewhere = KeptFiles(folder.name, source).elsewhere(versions.values(), Path(scratch))
         return versions, holders(folder, removal, versions.values(), elsewhere)

@@ -13,15 +13,14 @@ from datetime import UTC, datetime
 from filelock import FileLock
 
 from diffusion.data.ingest import work_folder
-from diffusion.data.manifest import Manifest, manifest_bytes, parse_manifest, read_manifest
-from flows.catalogue import PUSHING, VERSION, Catalogue
+from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest
+from flows.catalogue import PUSHING, RETIRED, VERSION, Catalogue
 from flows.params import dataset_folder
 from flows.purge import doomed_objects
 from flows.retention.config import RetentionConfig
 from flows.retention.items import Fate, Item, Sweep, age, older
 from flows.s3 import Location, Store
 
-RETIRED = "retired"
 PUBLISHED = re.compile(r"datasets/([^/]+)/" + VERSION.pattern)
 MARK = re.compile(RETIRED + r"/([^/]+)/([0-9a-f]{64})\.json")
 
@@ -105,10 +104,11 @@ class DataSets:
         with ExitStack() as turn:
             if folder.is_dir():
                 turn.enter_context(FileLock(work_folder(folder) / "lock"))
+            kept = self._catalogue(name).retired()
             marks = {digest: since for (owner, digest), since in self._listed(f"{RETIRED}/{name}/", MARK).items()}
             versions = self._catalogue(name).versions()
             over = [digest for digest, since in marks.items() if self._over(name, digest, since)]
-            going = {digest: self._manifest(name, digest) for digest in over if digest not in versions}
+            going = {digest: kept[digest] for digest in over if digest in kept and digest not in versions}
             for digest in going:
                 # Whoever took it out may have been killed halfway.
                 self._catalogue(name).withdraw(digest)
@@ -132,10 +132,6 @@ class DataSets:
     def _bytes(self, name: str, digest: str) -> int | None:
         version = self.versions[name].get(digest)
         return None if version is None else sum(shard.bytes for shard in version.shards)
-
-    def _manifest(self, name: str, digest: str) -> Manifest:
-        key = f"{RETIRED}/{name}/{digest}.json"
-        return parse_manifest(self.store.get(self.bucket, key), f"s3://{self.bucket}/{key}")
 
     def _listed(self, prefix: str, pattern: re.Pattern[str]) -> dict[tuple[str, str], datetime]:
         """Of all objects named by ``pattern``, data set and digest with the time of writing."""

@@ -100,6 +100,7 @@ def test_an_old_version_is_set_aside_and_then_its_files_go_but_not_those_it_shar
     assert fates(aside) == fates(looked)
     assert fates(aside) == {f"blobs {first.digest[:12]}": "set aside", f"blobs {second.digest[:12]}": "stays"}
     assert set(place.catalogue.versions()) == {second.digest}
+    assert set(place.catalogue.retired()) == {first.digest}, "a takedown looks there, too"
     assert set(place.catalogue.store.list_keys(place.bucket, "dvc/")) == before
     assert fates(collected(0.5))[f"blobs {first.digest[:12]}"] == "set aside"
     assert fates(collected(100))[f"blobs {first.digest[:12]}"] == "goes"
