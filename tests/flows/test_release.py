@@ -122,6 +122,7 @@ def test_a_champion_of_staging_becomes_champion_here_with_all_that_it_stands_on(
     assert len(here.search_runs([run.info.experiment_id])) == 1
 
 
+@pytest.mark.slow
 def test_what_is_no_champion_there_or_was_taken_the_title_here_needs_a_reason(stages: Stages, tmp_path: Path) -> None:
     stages.version(b"first", tmp_path)
     by_hand.promote("blobs", 1)
