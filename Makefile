@@ -1,6 +1,6 @@
 # One target per thing a person does here. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo pictures test test-slow chaos check format clean
+.PHONY: help install demo pictures test test-slow chaos drill-upgrade check format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -44,6 +44,11 @@ test-slow: $(READY)  ## Run the long tests: servers, kills, browser (half an hou
 chaos: $(READY)  ## Kill things at random moments; KILLS=20 for the long drill
 	KILLS=$(KILLS) $(BIN)/pytest -m slow -k kill --timeout 3600
 
+drill-upgrade: $(READY)  ## Upgrade databases that an older MLflow and Prefect made (minutes)
+	test -x .drill/bin/prefect || { $(PYTHON) -m venv .drill && .drill/bin/pip install --quiet 'mlflow[auth]==3.4.0' 'prefect==3.6.0' \
+		'sqlalchemy<2.1' 'fastapi<0.120'; }  # newer ones than these versions can use
+	OLD_BIN=$(CURDIR)/.drill/bin $(BIN)/pytest -s tests/drills/upgrade.py
+
 check: $(READY)  ## Lint, format, types, layers
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -56,4 +61,4 @@ format: $(READY)  ## Format the code and mend what can be mended
 
 clean:  ## Stop the local stack and remove everything that was made, but not your pictures
 	-$(BIN)/darkroom down
-	rm -rf .darkroom data runs reports prints $(VENV)
+	rm -rf .darkroom .drill data runs reports prints $(VENV)

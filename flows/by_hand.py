@@ -13,7 +13,7 @@ from diffusion.errors import Held, UserError
 from flows import registry
 from flows.aliases import CHAMPION, adopted, aliases_of, project
 from flows.derived import takedowns
-from flows.history import Entry, History, What
+from flows.history import Entry, Evidence, History, What
 from flows.ledger import Ledger
 from flows.registry import WEIGHTS, Version
 
@@ -27,8 +27,12 @@ class Changed(Config):
     """Whether it was so before: nothing was added to the ledger."""
 
 
-def promote(model: str, number: int, reason: str | None = None, taken_down: bool = False) -> Changed:
+def promote(
+    model: str, number: int, reason: str | None = None, taken_down: bool = False, evidence: Evidence | None = None
+) -> Changed:
     """Make version ``number`` of ``model`` champion, whatever the gate said of it, which its entry tells.
+
+    ``evidence``: what the gate of another registry said, for a version that this one's has not judged.
 
     Raises UserError if it has no weights, or learned from pictures that were taken down since and ``taken_down`` does
     not say that it may be champion all the same; Held if somebody else changed the champion meanwhile.
@@ -38,7 +42,7 @@ def promote(model: str, number: int, reason: str | None = None, taken_down: bool
     version = _usable(client, history, number, taken_down)
     if history.standing.champion == number:
         return _done(client, ledger, version, already=True)
-    return _commit(client, ledger, history, "promote", version, reason)
+    return _commit(client, ledger, history, "promote", version, reason, evidence)
 
 
 def roll_back(model: str, reason: str | None = None) -> Changed:
@@ -61,16 +65,20 @@ def roll_back(model: str, reason: str | None = None) -> Changed:
 
 
 def _commit(
-    client: MlflowClient, ledger: Ledger, seen: History, what: What, version: Version, reason: str | None
+    client: MlflowClient,
+    ledger: Ledger,
+    seen: History,
+    what: What,
+    version: Version,
+    reason: str | None,
+    evidence: Evidence | None = None,
 ) -> Changed:
     def decide(history: History) -> Entry:
         if history.standing.champion != seen.standing.champion:
             raise Held(f"{history.faster()}: look at `darkroom history`, and give the command again if it still holds")
         last = history.about(version.number)
-        evidence = last.evidence if last else None
-        return history.then(
-            what, version.number, version.weights_sha256, by_hand=True, reason=reason, evidence=evidence
-        )
+        judged = last.evidence if last and last.evidence else evidence
+        return history.then(what, version.number, version.weights_sha256, by_hand=True, reason=reason, evidence=judged)
 
     ledger.append(decide)
     return _done(client, ledger, version, already=False)

@@ -6,10 +6,11 @@ page, ``report.html``; its files lie on DVC's remote. What was taken down is tol
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
+from uuid import uuid4
 
 import yaml
 
@@ -22,6 +23,10 @@ from flows.dvc_files import NAME
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
 
+RETIRED = "retired"
+"""Where manifests of versions wait that are out of the catalogue: see ``flows.retention.data``."""
+PUSHING = "pushing"
+"""Where those who push to the remote say so."""
 VERSION = re.compile(r"([0-9a-f]{64})/manifest\.json")
 
 
@@ -110,6 +115,23 @@ class Catalogue:
         for key in self.store.list_keys(self.place.bucket, self.place.key("removals/")):
             yield Removal.model_validate_json(self.store.get(self.place.bucket, key))
 
+    def retired(self) -> dict[str, Manifest]:
+        """Versions that ``darkroom gc`` took out of the catalogue, and whose files are on the remote yet, by digest."""
+        place = Location(self.place.bucket, f"{RETIRED}/{self.place.prefix.rpartition('/')[2]}")
+        found = {}
+        for key in self.store.list_keys(place.bucket, place.key("")):
+            found[PurePosixPath(key).stem] = parse_manifest(
+                self.store.get(place.bucket, key), f"s3://{place.bucket}/{key}"
+            )
+        return found
+
+    def withdraw(self, digest: str) -> None:
+        """Take a version out of the catalogue; its files stay on the remote, and nothing leads to them any more."""
+        # Without its manifest it is no version, whatever lies beside.
+        self.store.delete_many(self.place.bucket, [self.place.key(f"{digest}/manifest.json")])
+        beside = list(self.store.list_keys(self.place.bucket, self.place.key(f"{digest}/")))
+        self.store.delete_many(self.place.bucket, beside)
+
     def written(self, digest: str) -> datetime | None:
         """When a version was put into the catalogue; None if it never was."""
         found = self.store.stat(self.place.bucket, self.place.key(f"{digest}/manifest.json"))
@@ -117,6 +139,20 @@ class Catalogue:
 
     def _put(self, name: str, data: bytes, content_type: str = "application/octet-stream") -> None:
         self.store.put_once(self.place.bucket, self.place.key(name), data, content_type=content_type)
+
+
+@contextmanager
+def pushing(name: str, source: str) -> Iterator[None]:
+    """Inside, files of the data set ``name`` are pushed to ``source`` and its version published.
+
+    DVC passes over what lies there already, so meanwhile ``darkroom gc`` takes nothing away. Whoever is killed inside
+    holds it up no longer than ``retention.grace_hours``.
+    """
+    place, store = Location(Location.parse(source).bucket) / PUSHING, Store()
+    mark = place.key(f"{name}/{uuid4().hex}")
+    store.put_once(place.bucket, mark, b"")
+    yield
+    store.delete_many(place.bucket, [mark])
 
 
 def publish(folder: Path, dvc_digest: str, source: str) -> str:

@@ -133,16 +133,16 @@ def warn_of_takedown(version: Version) -> None:
 
 
 def _runs(client: MlflowClient, tag: str, value: str) -> Iterator[Run]:
-    experiments = [each.experiment_id for each in _pages(client.search_experiments)]
+    experiments = [each.experiment_id for each in pages(client.search_experiments)]
     quoted = value.replace("'", "\\'")
-    return _pages(client.search_runs, experiment_ids=experiments, filter_string=f"tags.`{tag}` = '{quoted}'")
+    return pages(client.search_runs, experiment_ids=experiments, filter_string=f"tags.`{tag}` = '{quoted}'")
 
 
 def _models(client: MlflowClient, query: str) -> Iterator[ModelVersion]:
-    return _pages(client.search_model_versions, filter_string=query)
+    return pages(client.search_model_versions, filter_string=query)
 
 
-def _pages(search: Any, **asked: Any) -> Iterator[Any]:
+def pages(search: Any, **asked: Any) -> Iterator[Any]:
     """Everything that one of MLflow's searches finds, page after page."""
     token = None
     while True:

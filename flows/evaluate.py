@@ -4,6 +4,8 @@ A flow of its own, so that a deployment can give it another work pool than train
 reads checkpoints, which are whole under their names, and writes the folder of reports alone.
 """
 
+from pathlib import Path
+
 from mlflow.client import MlflowClient
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
@@ -21,33 +23,36 @@ from flows.tracking import RunTracker, find_run
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{params.training.dataset}")
-def evaluate(params: Params) -> Evaluation:
-    """Judge every kept checkpoint against the held-out pictures and put the report on the run."""
-    evaluation = judge(params)
-    report(params, evaluation)
+def evaluate(params: Params, folder: Path | None = None) -> Evaluation:
+    """Judge every kept checkpoint against the held-out pictures and put the report on the run.
+
+    ``folder`` is where it is written to; None: the folder of reports of the data set.
+    """
+    folder = folder or params.report_folder
+    evaluation = judge(params, folder)
+    report(params, evaluation, folder)
     return evaluation
 
 
 @step
-def judge(params: Params) -> Evaluation:
+def judge(params: Params, folder: Path) -> Evaluation:
     """Score the checkpoints; what was judged before under the same conditions is remembered."""
     return judge_checkpoints(
         params.dataset_folder,
-        candidates(params.run_folder, params.report_folder, params.evaluation.ema_lengths),
+        candidates(params.run_folder, folder, params.evaluation.ema_lengths),
         params.evaluation,
         params.sampling,
-        params.report_folder,
+        folder,
         params.run_folder / "losses.csv",
         reporter(),
     )
 
 
 @step
-def report(params: Params, evaluation: Evaluation) -> None:
+def report(params: Params, evaluation: Evaluation, folder: Path) -> None:
     """Put judged checkpoints, the report page and its pictures on the MLflow run, and a summary on this one."""
     tracker = tracker_of(params)
     Scoreboard(tracker.client, tracker.run_id).show(evaluation)
-    folder = params.report_folder
     for path in (folder / "report.html", folder / "evaluation.json", *sorted(folder.glob("grids/*.png"))):
         tracker.log_file(path, "evaluation" if path.parent == folder else "evaluation/grids")
     lines = [f"| {name} | {value:.4g} |" for name, value in evaluation.metrics().items()]

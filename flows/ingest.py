@@ -72,7 +72,8 @@ def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResul
 def record(params: Params) -> DataVersion:
     """Commit the data set to DVC, push it to the bucket, and enter its version in the catalogue there."""
     # Otherwise another ingest could put its version in place while the files of this one are pushed.
-    with FileLock(work_folder(params.dataset_folder) / "lock"):
+    turn = FileLock(work_folder(params.dataset_folder) / "lock")
+    with turn, catalogue.pushing(params.training.dataset, data_source()):
         version = lineage.record_data(params.dataset_folder, data_source())
         catalogue.publish(params.dataset_folder, version.digest, data_source())
     return version

@@ -17,6 +17,7 @@ from diffusion.families.config import FAMILIES, FamilyConfig, meaningless
 from diffusion.models.config import ModelConfig
 from diffusion.presets import PresetName, over
 from diffusion.training.config import TrainingConfig, disagreement
+from flows.retention.config import RetentionConfig
 
 DEFAULT_PARAMS = Path("params.yaml")
 """The one file that may be missing: then everything has its default."""
@@ -45,6 +46,7 @@ class Params(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
     registry: RegistryConfig = RegistryConfig()
+    retention: RetentionConfig = RetentionConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -164,7 +166,7 @@ def load_params(path: Path, overrides: list[str]) -> Params:
     try:
         return Params.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: {_in_words(error)}") from error
+        raise UserError(f"{path}: {in_words(error)}") from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -186,7 +188,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[name] = value
 
 
-def _in_words(error: ValidationError) -> str:
+def in_words(error: ValidationError) -> str:
+    """What is wrong with a configuration, and how to mend it."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     # After "model" stands the family by which its fields were read, which nobody wrote there.

@@ -2,7 +2,8 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from dvc.exceptions import NotDvcRepoError
@@ -18,6 +19,7 @@ from diffusion.evaluation.comparison_page import PAGE
 from diffusion.evaluation.results import Evaluation
 from diffusion.model import read_model_header
 from flows.dvc_files import Cache, Depot, Listing, Remote
+from flows.s3 import DELETED_AT_ONCE
 
 MADE_ANEW = ("chunks", "scratch", "plan.sqlite", "index.sqlite", "index.sqlite-shm", "index.sqlite-wal", "captions")
 """What ingests and trainings keep in the work folder; the next one makes it anew."""
@@ -34,12 +36,40 @@ class Purged(Config):
     """Files on MLflow's runs in which pictures of the data set could be seen."""
 
 
-def purge_dvc(held: Iterable[Manifest], others: Iterable[Manifest], source: str) -> list[str]:
-    """Delete from DVC's cache and the remote ``source`` what belongs to the versions ``held`` and to nothing else.
+@dataclass(frozen=True)
+class Doomed:
+    """Objects of DVC that nothing needs any more, wherever they lie."""
+
+    depots: list[Depot]
+    files: list[str]
+    """Names of files, by MD5."""
+    listings: list[str]
+    """Names of the folders that held them."""
+
+    @property
+    def names(self) -> list[str]:
+        """All of them."""
+        return sorted({*self.files, *self.listings})
+
+    def delete(self, still: Callable[[], bool] = lambda: True) -> bool:
+        """Delete them as long as ``still`` says so, which is asked before each request; returns whether all are gone.
+
+        Listings go last, so that whoever finds this unfinished can finish it.
+        """
+        for names in (self.files, self.listings):
+            for first in range(0, len(names), DELETED_AT_ONCE):
+                for depot in self.depots:
+                    if not still():
+                        return False
+                    depot.delete(names[first : first + DELETED_AT_ONCE])
+        return True
+
+
+def doomed_objects(held: Iterable[Manifest], others: Iterable[Manifest], source: str) -> Doomed:
+    """What in DVC's cache and on the remote ``source`` belongs to the versions ``held`` and to nothing else.
 
     ``others`` are the data set's versions that stay. What any other folder that DVC knows here or there needs stays as
-    well, whatever data set it is of. Listings go last, so that whoever finds this unfinished can finish it. Returns the
-    names of what was deleted.
+    well, whatever data set it is of.
     """
     depots: list[Depot] = [Remote.at(source)]
     cache = Cache.here()
@@ -54,10 +84,14 @@ def purge_dvc(held: Iterable[Manifest], others: Iterable[Manifest], source: str)
     files = {
         md5 for listing in doomed.values() for path, md5 in listing.items() if md5 not in needed and path not in staying
     }
-    for names in (sorted(files), sorted(doomed)):
-        for depot in depots:
-            depot.delete(names)
-    return sorted(files | doomed.keys())
+    return Doomed(depots, sorted(files), sorted(doomed))
+
+
+def purge_dvc(held: Iterable[Manifest], others: Iterable[Manifest], source: str) -> list[str]:
+    """Delete what ``doomed_objects`` finds; returns the names of what was deleted."""
+    doomed = doomed_objects(held, others, source)
+    doomed.delete()
+    return doomed.names
 
 
 def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifest], reports: Path) -> list[str]:

@@ -16,12 +16,11 @@ import diffusion
 from diffusion.errors import UserError
 from diffusion.files import write_json
 from flows.registry import Version
+from flows.staging import SERVERS
 
 REDRAW = Path(__file__).with_name("redraw.py")
 INSTALLED = Path(diffusion.__file__).parent.parent
 """Where the code of this installation lies."""
-SERVERS = ("AWS_", "MLFLOW_", "PREFECT_", "DARKROOM_")
-"""Variables that lead to servers, with the keys to them."""
 
 
 def fetch_code(version: Version, folder: Path) -> Path:

@@ -80,7 +80,8 @@ def remove(params: Params, selection: Selection, reason: str) -> Removal:
 def record(params: Params, removal: Removal) -> DataVersion:
     """Commit and push the version, and let other machines know of it and of what was taken down."""
     source = environment.data_source()
-    with FileLock(work_folder(params.dataset_folder) / "lock"):
+    turn = FileLock(work_folder(params.dataset_folder) / "lock")
+    with turn, catalogue.pushing(params.training.dataset, source):
         version = lineage.record_data(params.dataset_folder, source)
         catalogue.publish(params.dataset_folder, version.digest, source)
     Catalogue.of(params.training.dataset, source).tell_removal(removal)
@@ -91,7 +92,9 @@ def record(params: Params, removal: Removal) -> DataVersion:
 def look_up(params: Params, removal: Removal) -> tuple[dict[str, Manifest], Holders]:
     """All versions of the data set, and which of them held the pictures."""
     folder, source = params.dataset_folder, environment.data_source()
-    versions = known_versions(folder) | Catalogue.of(folder.name, source).versions()
+    recorded = Catalogue.of(folder.name, source)
+    # What gc took out of the catalogue has its files on the remote for a while yet.
+    versions = recorded.retired() | known_versions(folder) | recorded.versions()
     with TemporaryDirectory() as scratch:
         elsewhere = KeptFiles(folder.name, source).elsewhere(versions.values(), Path(scratch))
         return versions, holders(folder, removal, versions.values(), elsewhere)

@@ -25,6 +25,7 @@ from flows.printed import Origin, Picture, Printed, find
 from flows.prints import Batch
 from flows.registry import WEIGHTS
 from flows.s3 import Store
+from flows.tracking import RELEASED_FROM
 
 MANIFEST = "dataset/manifest.json"
 """Among a run's artifacts, the manifest of the data set version that it saw."""
@@ -89,7 +90,7 @@ class TracedRun(Config):
 
 
 class TracedShard(FileEntry):
-    """A shard, and an address or a path where it lies; None if nowhere (any more)."""
+    """A shard, and an address, a path or words that say where it lies; None if nowhere (any more)."""
 
     where: str | None
 
@@ -160,7 +161,9 @@ class _Walk:
         model = self.model(origin.model, origin.version, origin.run_id, printed.batch)
         run = self.run(origin.run_id)
         tags = (model.tags if model else {}) | (run.data.tags if run else {})
-        source = _source(run)
+        released = tags.get(RELEASED_FROM)
+        # Staging's remote is staging's to read.
+        source = environment.data_source() if released else _source(run)
         manifest = self.manifest(run, tags.get("darkroom.dataset"), origin.content_digest, source)
         return Trace(
             picture=picture,
@@ -168,7 +171,7 @@ class _Walk:
             request=request,
             model=model,
             run=run and _traced(run),
-            data=manifest and self.data(manifest, tags.get("darkroom.dvc_digest"), source),
+            data=manifest and self.data(manifest, tags.get("darkroom.dvc_digest"), source, released),
             takedowns=self.takedowns(tags.get("darkroom.dataset"), model, run, manifest, source),
             broken=self.broken,
         )
@@ -270,10 +273,14 @@ class _Walk:
             self.broken.append(f"the run saw a data set of content {found.content_digest}, the picture names {content}")
         return found
 
-    def data(self, version: Manifest, dvc_digest: str | None, source: str) -> TracedData:
-        """The data set version with its shards, each where it can be had."""
+    def data(self, version: Manifest, dvc_digest: str | None, source: str, released: str | None) -> TracedData:
+        """The data set version with its shards, each where it can be had: of a released model where that comes from."""
         kept = KeptFiles(version.name, source, dvc_digest)
-        shards = _located(version, kept)
+        shards = (
+            [TracedShard(**dict(shard), where=f"where {released} has it") for shard in version.shards]
+            if released
+            else _located(version, kept)
+        )
         lost = [shard.name for shard in shards if shard.where is None]
         if lost:
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""

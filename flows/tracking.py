@@ -21,6 +21,10 @@ TRAIN_KEY = "darkroom.train_key"
 """Tag by which the run of a training is found again: the digest of all that decides its weights."""
 AUTOENCODER = "darkroom.autoencoder"
 """Tag of a run in the latents of a registered model: which version, models:/NAME/NUMBER."""
+SWEEP = "darkroom.sweep"
+"""Tag of the parent of runs that were compared, and by which it is found again: the digest of what was to be tried."""
+RELEASED_FROM = "darkroom.released_from"
+"""Tag of a released version, and of its run: where they come from, and what the version is called there."""
 DIGEST_LENGTH = 36
 """MLflow keeps this many characters of a data set's digest; the tags hold all of them."""
 
@@ -92,10 +96,15 @@ def picture_marker(name: str) -> str:
 
 def find_run(client: MlflowClient, experiment: str, train_key: str) -> MlflowRun | None:
     """The run of the training called ``train_key``, or None."""
+    return run_by_tag(client, experiment, TRAIN_KEY, train_key)
+
+
+def run_by_tag(client: MlflowClient, experiment: str, tag: str, value: str) -> MlflowRun | None:
+    """The first run of ``experiment`` whose ``tag`` is ``value``, or None."""
     found = client.get_experiment_by_name(experiment)
     if found is None:
         return None
-    filter_string = f"tags.`{TRAIN_KEY}` = '{train_key}'"
+    filter_string = f"tags.`{tag}` = '{value}'"
     runs = client.search_runs([found.experiment_id], filter_string, order_by=["attributes.start_time ASC"])
     return runs[0] if runs else None
 

@@ -54,7 +54,7 @@ def charts(evaluation: Evaluation, losses: Path | None) -> list[Chart]:
         several.append((title, lambda axes, paper: _fractions(axes, paper, evaluation, NEWER)))
     if losses is not None and (columns := read_losses(losses)):
         several.append(("Loss on fixed pictures", lambda axes, paper: _losses(axes, paper, columns)))
-    return [chart(title, _over_training(draw)) for title, draw in several]
+    return [chart(title, over_training(draw)) for title, draw in several]
 
 
 def chart(title: str, draw: Draw, size: tuple[float, float] = (5.6, 3.3)) -> Chart:
@@ -86,7 +86,9 @@ def _render(draw: Draw, paper: Paper, size: tuple[float, float]) -> bytes:
     return figure_png(figure)
 
 
-def _over_training(draw: Draw) -> Draw:
+def over_training(draw: Draw) -> Draw:
+    """``draw`` against pictures seen."""
+
     def drawn(axes: Axes, paper: Paper) -> None:
         draw(axes, paper)
         axes.set_xlabel("images seen")

@@ -6,7 +6,20 @@ import sys
 import typer
 
 from diffusion.errors import DarkroomError, UserError
-from flows.cli import champion, comparison, data, export, pipeline, provenance, requests, stack, stages
+from flows.cli import (
+    champion,
+    comparison,
+    data,
+    export,
+    housekeeping,
+    pipeline,
+    provenance,
+    release,
+    requests,
+    stack,
+    stages,
+    sweep,
+)
 
 app = typer.Typer(
     name="darkroom",
@@ -23,6 +36,9 @@ champion.add_to(app)
 requests.add_to(app)
 provenance.add_to(app)
 export.add_to(app)
+housekeeping.add_to(app)
+release.add_to(app)
+sweep.add_to(app)
 stack.add_to(app)
 app.add_typer(data.app, rich_help_panel="From pictures to prints")
 app.add_typer(stages.app)

@@ -1,6 +1,7 @@
 """Real servers for the tests of what speaks to them."""
 
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -92,13 +93,24 @@ def bucket(store: Store) -> str:
 
 
 @pytest.fixture(scope="session")
-def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The address of an MLflow of the session's own, without a server: to make one takes seconds."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    address = f"sqlite:///{folder}/mlflow.db"
+def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The database of an MLflow without anything in it, to be copied: to make one takes seconds."""
+    folder = tmp_path_factory.mktemp("mlflow-template")
     with chdir(folder):  # beside which it keeps artifacts
-        MlflowClient(address).search_registered_models()
-    return address
+        MlflowClient(f"sqlite:///{folder}/mlflow.db").search_registered_models()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def mlflow_store(mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of an MLflow of the session's own, without a server."""
+    return copied_store(mlflow_template, tmp_path_factory.mktemp("mlflow"))
+
+
+def copied_store(template: Path, folder: Path) -> str:
+    """The address of a new MLflow in ``folder``."""
+    shutil.copyfile(template, folder / "mlflow.db")
+    return f"sqlite:///{folder}/mlflow.db"
 
 
 @pytest.fixture

@@ -1,0 +1,142 @@
+"""Old versions of data sets: out of the catalogue first, and when the grace is over off DVC's remote.
+
+``s3://BUCKET/retired/NAME/<digest>.json`` keeps the manifest of a version that is out of the catalogue until its files
+are gone, so that whoever finds it finishes what was begun. Files that another version needs stay, as they are named by
+content and shared.
+"""
+
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from datetime import UTC, datetime
+
+from filelock import FileLock
+
+from diffusion.data.ingest import work_folder
+from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest
+from flows.catalogue import PUSHING, RETIRED, VERSION, Catalogue
+from flows.params import dataset_folder
+from flows.purge import doomed_objects
+from flows.retention.config import RetentionConfig
+from flows.retention.items import Fate, Item, Sweep, age, older
+from flows.s3 import Location, Store
+
+PUBLISHED = re.compile(r"datasets/([^/]+)/" + VERSION.pattern)
+MARK = re.compile(RETIRED + r"/([^/]+)/([0-9a-f]{64})\.json")
+
+
+class DataSets:
+    """All data sets in the catalogue of the DVC remote ``source``."""
+
+    def __init__(
+        self, store: Store, source: str, contents: Mapping[str, str], policy: RetentionConfig, now: datetime
+    ) -> None:
+        self.store = store
+        self.source = source
+        self.bucket = Location.parse(source).bucket
+        self.contents = contents
+        self.policy = policy
+        self.now = now
+        self.written = self._listed("datasets/", PUBLISHED)
+        self.retired = self._listed(f"{RETIRED}/", MARK)
+        names = {name for name, _ in (*self.written, *self.retired)}
+        self.versions = {name: self._catalogue(name).versions() for name in sorted(names)}
+
+    def sweep(self) -> Sweep:
+        """Versions in the catalogue, and those that are out of it already."""
+        fates = {name: self._fates(name) for name in self.versions}
+        items = [
+            Item(
+                kind="data versions", name=f"{name} {digest[:12]}", bytes=self._bytes(name, digest), fate=fate, why=why
+            )
+            for name, found in fates.items()
+            for digest, (fate, why) in found.items()
+        ]
+
+        def act() -> None:
+            for name, found in fates.items():
+                aside = [digest for digest, (fate, _) in found.items() if fate == "set aside"]
+                for digest in aside:
+                    if digest in self.versions[name]:
+                        self._retire(self.versions[name][digest])
+                self._purge(name)
+
+        return Sweep(items, act)
+
+    def _fates(self, name: str) -> dict[str, tuple[Fate, str]]:
+        versions, policy = self.versions[name], self.policy
+        here = dataset_folder(name) / "manifest.json"
+        current = read_manifest(dataset_folder(name)).digest if here.is_file() else None
+        # S3 tells times by the second: of two versions of one second the current one is the newer.
+        by_age = sorted(versions, key=lambda digest: (self.written[name, digest], digest == current), reverse=True)
+        newest = by_age[: policy.data_versions]
+        found: dict[str, tuple[Fate, str]] = {}
+        for digest, version in versions.items():
+            written = self.written[name, digest]
+            if why := self.contents.get(version.content_digest):
+                found[digest] = "stays", why
+            elif digest == current:
+                found[digest] = "stays", f"current in {here.parent}"
+            elif digest in newest:
+                found[digest] = "stays", f"among the newest {policy.data_versions}"
+            elif not older(written, policy.data_days, self.now):
+                found[digest] = "stays", f"recorded within {policy.data_days:g} days"
+            else:
+                found[digest] = "set aside", f"{age(written, self.now)}, and no run that stays learned from it"
+        for dataset, digest in self.retired:
+            if dataset == name and digest not in versions:
+                since = self.retired[name, digest]
+                over = self.now - since >= policy.grace
+                found[digest] = "goes" if over else "set aside", f"since {since:%Y-%m-%d %H:%M} UTC"
+        return found
+
+    def _retire(self, version: Manifest) -> None:
+        """Keep the manifest where the next one finds it, then let nothing lead to the version."""
+        key = f"{RETIRED}/{version.name}/{version.digest}.json"
+        # A mark from an earlier time says that the grace is over.
+        self.store.delete_many(self.bucket, [key])
+        self.store.put_once(self.bucket, key, manifest_bytes(version), content_type="application/json")
+        self._catalogue(version.name).withdraw(version.digest)
+
+    def _purge(self, name: str) -> None:
+        """Delete the files of what was retired before the grace began, and has not come back since."""
+        folder = dataset_folder(name)
+        with ExitStack() as turn:
+            if folder.is_dir():
+                turn.enter_context(FileLock(work_folder(folder) / "lock"))
+            kept = self._catalogue(name).retired()
+            marks = {digest: since for (owner, digest), since in self._listed(f"{RETIRED}/{name}/", MARK).items()}
+            versions = self._catalogue(name).versions()
+            over = [digest for digest, since in marks.items() if self._over(name, digest, since)]
+            going = {digest: kept[digest] for digest in over if digest in kept and digest not in versions}
+            for digest in going:
+                # Whoever took it out may have been killed halfway.
+                self._catalogue(name).withdraw(digest)
+            if going:
+                doomed = doomed_objects(going.values(), versions.values(), self.source)
+                if not doomed.delete(still=lambda: not self._somebody_pushes()):
+                    return
+            marked = [digest for digest in marks if digest in going or digest in versions]
+            self.store.delete_many(self.bucket, (f"{RETIRED}/{name}/{digest}.json" for digest in marked))
+
+    def _somebody_pushes(self) -> bool:
+        """Whether anybody said so within the grace: DVC passes over files that it finds on the remote."""
+        found = self.store.list_objects(self.bucket, f"{PUSHING}/")
+        return any(datetime.now(UTC) - each.written < self.policy.grace for each in found)
+
+    def _over(self, name: str, digest: str, since: datetime) -> bool:
+        """Whether the grace of a mark written ``since`` is over: where there is none, also of one written just now."""
+        seen = self.retired.get((name, digest)) == since
+        return not self.policy.grace or (seen and self.now - since >= self.policy.grace)
+
+    def _bytes(self, name: str, digest: str) -> int | None:
+        version = self.versions[name].get(digest)
+        return None if version is None else sum(shard.bytes for shard in version.shards)
+
+    def _listed(self, prefix: str, pattern: re.Pattern[str]) -> dict[tuple[str, str], datetime]:
+        """Of all objects named by ``pattern``, data set and digest with the time of writing."""
+        listed = self.store.list_objects(self.bucket, prefix)
+        return {(found[1], found[2]): each.written for each in listed if (found := pattern.fullmatch(each.key))}
+
+    def _catalogue(self, name: str) -> Catalogue:
+        return Catalogue.of(name, self.source, self.store)

@@ -1,0 +1,67 @@
+"""What was looked at, what becomes of it and why; and whether something is old."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal
+
+from diffusion.config import Config
+from diffusion.evaluation.pages import count, storage
+
+Fate = Literal["stays", "set aside", "goes"]
+"""``set aside``: nothing leads to it any more, and its content goes once ``retention.grace_hours`` have passed."""
+FATES: tuple[Fate, ...] = ("goes", "set aside", "stays")
+
+
+class Item(Config):
+    """Something that may go."""
+
+    kind: str
+    """In the plural, such as ``runs``."""
+    name: str
+    bytes: int | None
+    """None: not known, or not worth asking."""
+    fate: Fate
+    why: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What was looked at of one kind, and how what need not stay is taken away."""
+
+    items: list[Item]
+    act: Callable[[], None]
+    """Does with each item what its fate says, if that still holds; again, it goes on where it was cut off."""
+
+
+def older(moment: datetime, days: float | None, now: datetime) -> bool:
+    """Whether ``moment`` lies ``days`` or more before ``now``; None: nothing is ever old."""
+    return days is not None and now - moment >= timedelta(days=days)
+
+
+def age(moment: datetime, now: datetime) -> str:
+    """How long ago ``moment`` was, in words."""
+    days = max(0.0, (now - moment).total_seconds() / 86400)
+    return f"{days:.0f} days old" if days >= 2 else f"{days * 24:.0f} hours old"
+
+
+def table(items: Iterable[Item]) -> Iterator[str]:
+    """What goes and is set aside line by line, and how much stays for which reason."""
+    shown = sorted(items, key=lambda item: (FATES.index(item.fate), item.kind, item.name))
+    rows = [("fate", "what", "size", "name", "why")]
+    rows += [
+        (item.fate, item.kind, "" if item.bytes is None else storage(item.bytes), item.name, item.why)
+        for item in shown
+        if item.fate != "stays"
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows if len(rows) > 1 else ():
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    staying = Counter((item.kind, item.why) for item in shown if item.fate == "stays")
+    for (kind, why), number in sorted(staying.items()):
+        yield f"stays      {count(number)} {kind}: {why}"
+    going = [item for item in shown if item.fate == "goes"]
+    aside = sum(item.fate == "set aside" for item in shown)
+    freed = sum(item.bytes or 0 for item in going)
+    yield f"{count(len(going))} go, {storage(freed)}; {count(aside)} are set aside; {count(sum(staying.values()))} stay"

@@ -1,0 +1,49 @@
+"""What --over means: every combination, each in folders of its own, and nothing that would not compare."""
+
+import pytest
+
+from diffusion.errors import UserError
+from flows.combinations import combinations, parse_over
+from flows.params import Params
+
+PARAMS = Params.model_validate({"training": {"dataset": "faces", "images": 100}, "model": {"width": 16}})
+
+
+def test_every_combination_is_tried_in_folders_of_its_own_and_keeps_the_rest() -> None:
+    over = parse_over(["training.learning_rate=1e-3,4e-3", "model.multipliers=[1,2],[1, 2, 2]"])
+    found = combinations(PARAMS, over)
+    tried = [(each.params.training.learning_rate, each.params.model.multipliers) for each in found]
+    assert tried == [(0.001, (1, 2)), (0.001, (1, 2, 2)), (0.004, (1, 2)), (0.004, (1, 2, 2))]
+    assert all((each.params.model.width, each.params.training.images) == (16, 100) for each in found)
+    assert len({each.params.run_folder for each in found}) == len({each.folder for each in found}) == 4
+    assert all(each.params.run_folder.is_relative_to("runs/sweeps/faces") for each in found)
+    assert all(each.folder.is_relative_to("reports/faces/sweeps") for each in found)
+    assert found[0].params.sampling == PARAMS.sampling
+
+
+def test_the_same_settings_on_another_beginning_have_another_folder() -> None:
+    over = parse_over(["model.width=32,64"])
+    other = PARAMS.model_copy(update={"training": PARAMS.training.model_copy(update={"images": 200})})
+    folders = [{each.params.run_folder for each in combinations(params, over)} for params in (PARAMS, other, PARAMS)]
+    assert folders[0] == folders[2]
+    assert not folders[0] & folders[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["model.width"], "write it as key=value,value"),
+        (["model.width="], "write it as key=value,value"),
+        (["model.width=[1"], "write it as key=value,value"),
+        (["model.width=1", "model.width=2"], "given twice"),
+        ([], "nothing to vary"),
+        (["ingest.size=8,16"], "in common"),
+        (["training.dataset=a,b"], "in common"),
+        (["model.widht=8,16"], "did you mean width"),
+        (["model.width=32,32"], "the same value twice"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(words: list[str], error: str) -> None:
+    with pytest.raises(UserError, match=error) as raised:
+        combinations(PARAMS, parse_over(words))
+    assert "\n" not in str(raised.value)
