@@ -77,11 +77,12 @@ class Location:
 
 
 class Listed(NamedTuple):
-    """An object in a listing: its key, its size in bytes, and its ETag, which differs when the bytes do."""
+    """An object in a listing: its key, its size in bytes, its ETag, which differs when the bytes do, and its age."""
 
     key: str
     size: int
     etag: str
+    written: datetime
 
 
 class Stat(NamedTuple):
@@ -246,7 +247,7 @@ class Store:
         with self._in_words(bucket, prefix):
             for page in pages:
                 for entry in page.get("Contents", ()):
-                    yield Listed(entry["Key"], entry["Size"], entry["ETag"].strip('"'))
+                    yield Listed(entry["Key"], entry["Size"], entry["ETag"].strip('"'), entry["LastModified"])
 
     def delete_many(self, bucket: str, keys: Iterable[str]) -> None:
         """Delete the objects of these names; those that are not there are as good as deleted."""

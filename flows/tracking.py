@@ -21,6 +21,8 @@ TRAIN_KEY = "darkroom.train_key"
 """Tag by which the run of a training is found again: the digest of all that decides its weights."""
 AUTOENCODER = "darkroom.autoencoder"
 """Tag of a run in the latents of a registered model: which version, models:/NAME/NUMBER."""
+START = "darkroom.start"
+"""Tag of a run that began with the weights of a registered model: which version, models:/NAME/NUMBER."""
 DIGEST_LENGTH = 36
 """MLflow keeps this many characters of a data set's digest; the tags hold all of them."""
 

@@ -29,7 +29,7 @@ class WarmStart:
     digest: str
 
     def fill(self, network: nn.Module, model: FamilyConfig, dataset: Dataset, classes: list[str]) -> None:
-        """Give ``network``, one of ``model`` for ``dataset`` with ``classes``, the weights; UserError if they misfit."""
+        """Give ``network``, of ``model`` for ``dataset`` with ``classes``, the weights; raises UserError if they misfit."""
         if words := self._misfit(model, dataset, classes):
             raise UserError(
                 f"training.start {self.path} {words}: begin with a model of the same kind, or at random "
@@ -47,7 +47,9 @@ class WarmStart:
             return f"has model.{name} = {theirs.get(name)}, and this is {ours.get(name)}"
         if self.model.shape != dataset.shape:
             they, we = ("×".join(map(str, shape)) for shape in (self.model.shape, dataset.shape))
-            return f"draws pictures of {they} (channels × height × width), and data set {dataset.manifest.name} has {we}"
+            return (
+                f"draws pictures of {they} (channels × height × width), and data set {dataset.manifest.name} has {we}"
+            )
         if self.model.classes != classes:
             they, we = (", ".join(names) or "none" for names in (self.model.classes, classes))
             return f"knows the classes {they}, and data set {dataset.manifest.name} has {we}"
