@@ -1,8 +1,8 @@
 """The catalogue on S3: of every version of a data set its manifest and its DVC pointer, by the manifest's digest.
 
-``s3://BUCKET/datasets/NAME/<digest>/manifest.json`` and ``pointer.dvc`` beside it are written once, as are the version's
-page, ``report.html``, and ``announced``, when others were told of it; its files lie on DVC's remote. What was taken down
-is told under ``datasets/NAME/removals/``.
+``s3://BUCKET/datasets/NAME/<digest>/manifest.json`` and ``pointer.dvc`` beside it are written once, as are the page on
+the version, ``report.html``, and ``announced``, when others were told of it; its files lie on DVC's remote. What was
+taken down is told under ``datasets/NAME/removals/``.
 """
 
 import re

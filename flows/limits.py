@@ -11,8 +11,8 @@ from prefect.settings import get_current_settings
 
 from diffusion.errors import UserError
 
-MISSED = 3
-"""Heartbeats that a run may miss before it counts as dead."""
+MISSED = 4
+"""Heartbeats without which a run counts as dead: 240 s at ours, more than the 180 s of runs that have Prefect's own."""
 SHORTEST_LEASE = 60
 """Seconds; the server grants none for less."""
 

@@ -29,7 +29,7 @@ class WarmStart:
     digest: str
 
     def fill(self, network: nn.Module, model: FamilyConfig, dataset: Dataset, classes: list[str]) -> None:
-        """Give ``network``, of ``model`` for ``dataset`` with ``classes``, the weights; raises UserError if they misfit."""
+        """Give ``network``, of ``model`` for ``dataset`` with ``classes``, its weights; UserError if they misfit."""
         if words := self._misfit(model, dataset, classes):
             raise UserError(
                 f"training.start {self.path} {words}: begin with a model of the same kind, or at random "

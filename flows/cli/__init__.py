@@ -6,7 +6,7 @@ import sys
 import typer
 
 from diffusion.errors import DarkroomError, UserError
-from flows.cli import champion, data, export, pipeline, provenance, requests, stack, stages
+from flows.cli import champion, data, deploy, export, pipeline, provenance, requests, stack, stages
 
 app = typer.Typer(
     name="darkroom",
@@ -22,6 +22,7 @@ champion.add_to(app)
 requests.add_to(app)
 provenance.add_to(app)
 export.add_to(app)
+deploy.add_to(app)
 stack.add_to(app)
 app.add_typer(data.app, rich_help_panel="From pictures to prints")
 app.add_typer(stages.app)
