@@ -34,6 +34,8 @@ def turn(name: str) -> Iterator[None]:
         ):
             yield
     except ConcurrencySlotAcquisitionError as error:
+        if "must be created" not in str(error):
+            raise
         raise UserError(
             f"Prefect has no concurrency limit {name}, without which runs of deployments would get in each other's "
             "way: run `darkroom deploy`"

@@ -6,6 +6,7 @@ find its own run again, and a retraining that changes nothing would train foreve
 began. Other content or another configuration decides anew.
 """
 
+import logging
 from contextlib import suppress
 
 from mlflow.client import MlflowClient
@@ -22,6 +23,8 @@ from flows.params import Params
 from flows.registry import Version
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
+
+logger = logging.getLogger(__name__)
 
 
 class Start(Config):
@@ -44,6 +47,7 @@ def decided(params: Params, uri: str) -> Version | None:
         store.require_conditional_puts(place.bucket, "starts")
         version = named_now(params, uri)
         start = Start(version=version and version.uri)
+        logger.info("training begins with %s", start.version or "random weights, as there is no champion yet")
         with suppress(Held):  # another machine was faster, and decided for this one as well
             store.put_once(place.bucket, key, canonical_json(start.model_dump()).encode())
         noted = store.get(place.bucket, key)
