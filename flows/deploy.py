@@ -167,7 +167,9 @@ def _prefect_deploy(declared: Mapping[str, Any]) -> list[str]:
         path = Path(scratch, "prefect.yaml")
         path.write_text(yaml.safe_dump({name: declared[name] for name in ("name", "pull", "deployments")}))
         command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(path)]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        # Wide enough for what it says of each to stand on one line.
+        environment = os.environ | {"COLUMNS": "1000"}
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         raise DarkroomError(f"`prefect deploy` failed: {(ended.stderr or ended.stdout)[-500:]}")
     return re.findall(r"Deployment '([^']+)' successfully", " ".join(ended.stdout.split()))

@@ -1,11 +1,13 @@
 """Turns: what only so many runs may do at once, by Prefect's global concurrency limits."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from prefect.client.orchestration import get_client
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.settings import get_current_settings
 
@@ -16,6 +18,8 @@ MISSED = 4
 SHORTEST_LEASE = 60
 """Seconds; the server grants none for less."""
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def turn(name: str) -> Iterator[None]:
@@ -24,6 +28,7 @@ def turn(name: str) -> Iterator[None]:
     ``darkroom deploy`` makes the limits. A run of a deployment needs them: UserError if one is missing. A run by hand
     goes by those that there are. One that was killed gives its slot back after ``silence()`` seconds.
     """
+    _say_if_taken(name)
     try:
         # A server that is away for a moment is no reason to throw away hours of work.
         with concurrency(
@@ -51,3 +56,13 @@ def _deployed() -> bool:
     """Whether the run at hand is one of a deployment, or part of one."""
     with get_client(sync_client=True) as client:
         return client.read_flow_run(flow_run.root_flow_run_id).deployment_id is not None
+
+
+def _say_if_taken(name: str) -> None:
+    with get_client(sync_client=True) as client:
+        try:
+            limit = client.read_global_concurrency_limit_by_name(name)
+        except ObjectNotFound:
+            return
+    if limit.active and limit.active_slots >= limit.limit:
+        logger.info("waiting for its turn: %s is taken", name)

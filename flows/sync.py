@@ -18,9 +18,7 @@ def sync(params: Params, version: str | None = None) -> CheckedOut | None:
     wanted = version or newer(params, Catalogue.of(params.training.dataset, source))
     if wanted is None:
         return None
-    # Ingest looks into shards; training can fetch them by itself.
-    streamed = version is not None and params.training.stream_bytes is not None
-    return checkout(params.dataset_folder, wanted, lambda: source, without_shards=streamed)
+    return checkout(params.dataset_folder, wanted, lambda: source)
 
 
 def newer(params: Params, catalogue: Catalogue) -> str | None:
