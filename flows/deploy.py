@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from prefect.automations import Automation
 from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -176,14 +175,22 @@ def _prefect_deploy(declared: Mapping[str, Any]) -> list[str]:
 
 
 def _ensure_automation(declared: Mapping[str, Any]) -> None:
+    """Make the automation, or bring it up to date; one that is as ``declared`` is left alone.
+
+    An automation that is written anew forgets whom it waits to hear from: a run that is dead then would live for ever.
+    """
     try:
         wanted = AutomationCore.model_validate(declared)
     except ValidationError as error:
         raise UserError(f"the automation {declared.get('name')!r} cannot be: {error.errors()[0]['msg']}") from error
     with get_client(sync_client=True) as client:
         there = client.read_automations_by_name(wanted.name)
-    automation = Automation(**wanted.model_dump(), id=there[0].id if there else None)
-    if there:
-        automation.update()
-    else:
-        automation.create()
+        if not there:
+            client.create_automation(wanted)
+        elif _fields(there[0]) != _fields(wanted):
+            client.update_automation(there[0].id, wanted)
+
+
+def _fields(automation: AutomationCore) -> dict[str, Any]:
+    """What is declared of an automation, as the server would write it."""
+    return AutomationCore.model_validate(automation.model_dump(mode="json")).model_dump(mode="json")

@@ -36,6 +36,19 @@ HEARTBEAT = 30
 """Seconds; Prefect allows no less."""
 PATIENCE = 60_000
 """Milliseconds that a page may take on a busy machine."""
+NEVER = "0 0 1 1 *"
+"""A schedule that starts nothing while tests run."""
+DEPLOY = (
+    "deploy",
+    "--webhook-env",
+    "MAILBOX",
+    "--set",
+    "ingest.source=pictures",
+    "--cron",
+    NEVER,
+    "--watch-cron",
+    NEVER,
+)
 T = TypeVar("T")
 ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 HOLDER = """
@@ -69,8 +82,9 @@ class Prefect:
         return list(found["events"] if kind == "events" else found)
 
     def runs(self, flow: str) -> list[dict[str, Any]]:
-        """The runs of a flow, newest first."""
-        return self.filter("flow_runs", flows={"name": {"any_": [flow]}}, sort="START_TIME_DESC")
+        """The runs of a flow that no schedule made, newest first."""
+        found = self.filter("flow_runs", flows={"name": {"any_": [flow]}}, sort="START_TIME_DESC")
+        return [run for run in found if not run["auto_scheduled"]]
 
     def deployment(self, name: str) -> dict[str, Any]:
         return dict(self.client.get(f"/deployments/name/{name}").json())
@@ -133,7 +147,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, mailbox: Mailbox) -> Ite
     """A running stack on which everything is deployed."""
     with running(tmp_path_factory.mktemp("workspace"), PARAMS | QUICK, 120) as space:
         space.variables |= {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT), "MAILBOX": mailbox.url}
-        space.json("deploy", "--webhook-env", "MAILBOX", "--set", "ingest.source=pictures")
+        space.json(*DEPLOY)
         yield space
 
 
@@ -181,7 +195,7 @@ def test_deployed_twice_everything_is_there_once_and_the_address_to_notify_in_no
     assert before["automations"] == sorted([*done["automations"], "darkroom: retrain blobs on a new version"])
     assert before["work_pools"] == ["darkroom"]
     [schedule] = prefect.deployment("retrain/blobs")["schedules"]
-    assert schedule["schedule"]["cron"] == "5 1 * * *"
+    assert schedule["schedule"]["cron"] == "5 0 1 1 *"
     assert {name: prefect.limit(name)["limit"] for name in done["concurrency_limits"]} == done["concurrency_limits"]
     files = [path for path in workspace.folder.rglob("*") if path.is_file() and path.stat().st_size < 2**24]
     assert not [path for path in files if mailbox.url.encode() in path.read_bytes()]
@@ -254,7 +268,7 @@ def test_without_its_limit_a_deployed_run_fails_and_says_so_to_whom_it_may_conce
     try:
         done = prefect.ended(prefect.start("retrain/blobs"))
     finally:
-        workspace.json("deploy", "--webhook-env", "MAILBOX", "--set", "ingest.source=pictures")
+        workspace.json(*DEPLOY)
     assert done["state_type"] == "FAILED"
     assert "no concurrency limit retrain-blobs" in done["state"]["message"]
     [text] = eventually(lambda: [text for text in mailbox.texts if "Failed" in text])
@@ -278,21 +292,21 @@ def test_prints_by_the_form_in_prefects_ui(workspace: Workspace, prefect: Prefec
         page.keyboard.press("Enter")
         page.get_by_role("link", name="Deployments").first.click()
         expect(page.get_by_text("sample-on-demand").first).to_be_visible()
-        shot(page, "deployments")
         page.goto(f"{ui}/deployments/deployment/{deployment}/run")
         expect(page.get_by_text("Whose pictures, models:/NAME@champion").first).to_be_visible()
-        count = page.get_by_label("count", exact=True)
+        count = page.locator(".schema-form-property", has_text="How many.").locator("input")
         expect(count).to_have_value("64")
         count.fill("3")
-        shot(page, "form")
+        shot(page, "prefect_form")
         page.get_by_role("button", name="Submit").click()
         [run] = eventually(lambda: prefect.runs("sample-on-demand"))
         assert run["parameters"]["count"] == 3
         assert prefect.ended(run["id"])["state_type"] == "COMPLETED"
         page.goto(f"{ui}/runs/flow-run/{run['id']}")
-        expect(page.get_by_text("Completed").first).to_be_visible()
-        shot(page, "run")
-        [inner] = prefect.runs("sample")
-        page.goto(f"{ui}/runs/flow-run/{inner['id']}?tab=Artifacts")
+        expect(page.get_by_text("Completed", exact=True).first).to_be_visible()
+        inner = next(each for each in prefect.runs("sample") if each["parent_task_run_id"])
+        page.goto(f"{ui}/runs/flow-run/{inner['id']}")
+        expect(page.get_by_text("Completed", exact=True).first).to_be_visible()
+        shot(page, "prefect_run")
+        page.get_by_role("tab", name="Artifacts").or_(page.get_by_text("Artifacts", exact=True)).last.click()
         expect(page.get_by_text("prints", exact=True).first).to_be_visible()
-        shot(page, "artifacts")
