@@ -192,5 +192,5 @@ def _ensure_automation(declared: Mapping[str, Any]) -> None:
 
 
 def _fields(automation: AutomationCore) -> dict[str, Any]:
-    """What is declared of an automation, as the server would write it."""
-    return AutomationCore.model_validate(automation.model_dump(mode="json")).model_dump(mode="json")
+    """What is declared of an automation, without what only the server knows of it."""
+    return AutomationCore.model_validate(automation.model_dump(mode="json")).model_dump()

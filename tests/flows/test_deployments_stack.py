@@ -186,9 +186,7 @@ def test_deployed_twice_everything_is_there_once_and_the_address_to_notify_in_no
         return {kind: sorted(each["name"] for each in some) for kind, some in found.items()}
 
     before = there()
-    done = workspace.json(
-        "deploy", "--webhook-env", "MAILBOX", "--set", "ingest.source=pictures", "--cron", "5 1 * * *"
-    )
+    done = workspace.json(*DEPLOY, "--cron", "5 0 1 1 *")
     assert there() == before
     assert done["deployments"] == ["retrain/blobs", "sample-on-demand/blobs", "watch/blobs"]
     assert before["deployments"] == ["blobs"] * 3
