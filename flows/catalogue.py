@@ -1,7 +1,8 @@
 """The catalogue on S3: of every version of a data set its manifest and its DVC pointer, by the manifest's digest.
 
-``s3://BUCKET/datasets/NAME/<digest>/manifest.json`` and ``pointer.dvc`` beside it are written once, as is the version's
-page, ``report.html``; its files lie on DVC's remote. What was taken down is told under ``datasets/NAME/removals/``.
+``s3://BUCKET/datasets/NAME/<digest>/manifest.json`` and ``pointer.dvc`` beside it are written once, as are the page on
+the version, ``report.html``, and ``announced``, when others were told of it; its files lie on DVC's remote. What was
+taken down is told under ``datasets/NAME/removals/``.
 """
 
 import re
@@ -77,6 +78,21 @@ class Catalogue:
                     raise UserError(f"s3://{self.place.bucket}/{key} is damaged (its SHA-256 differs): delete it")
                 found[named[1]] = parse_manifest(data, f"s3://{self.place.bucket}/{key}")
         return found
+
+    def published(self) -> dict[str, datetime]:
+        """When each version was put here, by digest, at the price of a listing."""
+        prefix = self.place.key("")
+        objects = self.store.list_objects(self.place.bucket, prefix)
+        named = ((VERSION.fullmatch(found.key.removeprefix(prefix)), found.written) for found in objects)
+        return {match[1]: written for match, written in named if match}
+
+    def announced(self, digest: str) -> bool:
+        """Whether it was told that this version is there."""
+        return self.store.exists(self.place.bucket, self.place.key(f"{digest}/announced"))
+
+    def note_announced(self, digest: str) -> None:
+        """Keep in mind that it was told that this version is there."""
+        self._put(f"{digest}/announced", b"")
 
     def pointer(self, digest: str) -> str | None:
         """DVC's digest of a version; None if it is not in the catalogue. Raises UserError if it is damaged."""

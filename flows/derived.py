@@ -14,7 +14,7 @@ from diffusion.data.removals import Removal
 from diffusion.families.config import FAMILIES
 from flows.registry import Version
 from flows.s3 import Store
-from flows.tracking import AUTOENCODER
+from flows.tracking import AUTOENCODER, START
 
 TAKEDOWN = "darkroom.takedown"
 """Tag of runs and model versions that learned from pictures taken down since: the names of those removals."""
@@ -60,10 +60,20 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
     held = sorted(set(contents))
     runs = {run.info.run_id: run for digest in held for run in _runs(client, "darkroom.content_digest", digest)}
     models = _versions(client, runs, held)
-    # What draws in the latents of an autoencoder has all of it inside.
-    within = [run for name, number in models for run in _runs(client, AUTOENCODER, f"models:/{name}/{number}")]
-    runs |= {run.info.run_id: run for run in within}
-    models |= _versions(client, (run.info.run_id for run in within), ())
+    grown = models
+    while grown:
+        # What draws in the latents of an autoencoder has all of it inside, and what began with a model's weights has
+        # learned what that did; so has what began with those.
+        within = [
+            run
+            for name, number in grown
+            for tag in (AUTOENCODER, START)
+            for run in _runs(client, tag, f"models:/{name}/{number}")
+        ]
+        runs |= {run.info.run_id: run for run in within}
+        found = _versions(client, (run.info.run_id for run in within), ())
+        grown = {key: model for key, model in found.items() if key not in models}
+        models |= grown
     looked_at = {*held, *known}
     return Derived(
         runs=[

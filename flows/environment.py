@@ -41,6 +41,8 @@ DEFAULTS = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # Seconds. By these it is known which runs are alive: see flows/limits.py.
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60",
     "DVC_NO_ANALYTICS": "1",
     # Prefect's client sends its own besides the server's.
     "DO_NOT_TRACK": "true",

@@ -1,4 +1,7 @@
-"""The flow ``ingest``: pictures in, a data set recorded in DVC, pushed to S3 and described on a page out."""
+"""The flow ``ingest``: pictures in, a data set recorded in DVC, pushed to S3 and described on a page out.
+
+It loads no torch: most of the ingests that a schedule starts find nothing new.
+"""
 
 from pathlib import Path
 
@@ -11,14 +14,14 @@ from diffusion.config import Config
 from diffusion.data.ingest import IngestResult, Rebuild, work_folder
 from diffusion.data.ingest import ingest as ingest_pictures
 from flows import catalogue, lineage
-from flows.dataset_page import dataset_page
+from flows.announce import announce
 from flows.environment import data_source
 from flows.fan_out import prefect_fan_out, task_runner
 from flows.lineage import DataVersion
 from flows.params import Params
 from flows.progress import reporter
 from flows.s3 import S3Objects
-from flows.steps import step
+from flows.steps import ended, step
 
 
 class Ingested(Config):
@@ -31,12 +34,21 @@ class Ingested(Config):
 
 
 @flow(name="ingest", flow_run_name="ingest-{params.training.dataset}")
-def ingest(params: Params, requeue: bool = False, rebuild: Rebuild = "never") -> Ingested:
-    """Add what is new in ``ingest.source`` to the data set ``training.dataset``; record, push and describe it."""
+def ingest(params: Params, requeue: bool = False, rebuild: Rebuild = "never", to_retrain: bool = False) -> Ingested:
+    """Add what is new in ``ingest.source`` to the data set ``training.dataset``; record, push and describe it.
+
+    A new version is announced by an event, but not if whoever asks is ``to_retrain`` on it anyway.
+    """
     mend(params)
     result = make_dataset.with_options(task_runner=task_runner(params.ingest))(params, requeue, rebuild)
     version = record(params)
-    return Ingested(result=result, version=version, report=describe(params, version))
+    report = describe(params, version)
+    announce(params, to_retrain)
+    words = f"{result.added:,} new" if result.changed else "nothing new"
+    return ended(
+        Ingested(result=result, version=version, report=report),
+        f"{params.training.dataset}: {result.kept:,} pictures, {words}; version {result.digest[:12]}",
+    )
 
 
 @step
@@ -82,6 +94,8 @@ def record(params: Params) -> DataVersion:
 @step
 def describe(params: Params, version: DataVersion) -> Path:
     """Make the page on this version, and say on the run what is in it; returns where the page lies."""
+    from flows.dataset_page import dataset_page
+
     page = dataset_page(params)
     place = catalogue.publish_page(params.dataset_folder, page.html, data_source())
     create_markdown_artifact(

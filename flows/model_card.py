@@ -190,6 +190,8 @@ def _training(params: Params, evaluation: Evaluation, version: Version) -> str:
     ]
     if autoencoder := tags.get("darkroom.autoencoder"):
         rows.append(("in the latents of", autoencoder))
+    if start := tags.get("darkroom.start"):
+        rows.append(("began with the weights of", start))
     return _table(rows)
 
 

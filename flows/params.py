@@ -146,6 +146,14 @@ def registered(params: Params) -> str | None:
     return uri if uri is not None and uri.startswith("models:/") else None
 
 
+def registered_start(params: Params) -> str | None:
+    """The model URI that ``training.start`` means; None if it is a path, or there is none."""
+    start = params.training.start
+    if start == "champion":
+        return f"models:/{params.model_name}@champion"
+    return start if start is not None and start.startswith("models:/") else None
+
+
 def load_params(path: Path, overrides: list[str]) -> Params:
     """``path`` with ``key=value`` overrides (dotted keys, YAML values) applied and everything checked.
 

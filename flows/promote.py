@@ -41,7 +41,7 @@ from flows.params import Params
 from flows.progress import reporter
 from flows.registry import Version
 from flows.steps import step
-from flows.tracking import AUTOENCODER, RunTracker
+from flows.tracking import AUTOENCODER, START, RunTracker
 
 PAGE = "trial.html"
 """The trial as a page, beside the report."""
@@ -123,6 +123,7 @@ def register(params: Params, evaluation: Evaluation) -> Version:
             "darkroom.git_dirty",
             TAKEDOWN,
             AUTOENCODER,
+            START,
         )
     } | {
         "darkroom.run_id": tracker.run_id,

@@ -1,70 +1,110 @@
-"""The flow ``retrain``: from a folder of pictures to a judged model in the registry and its prints on S3."""
+"""The flow ``retrain``: from a folder of pictures to a judged model in the registry and its prints on S3.
 
-from pathlib import Path
+It loads no torch and no MLflow before there is something to do: most of the retrainings that a schedule starts find
+nothing new.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow
 
 from diffusion.config import Config
 from diffusion.config_sampling import ANYTHING, Asked
-from diffusion.data.manifest import read_manifest
+from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.errors import UserError
-from diffusion.evaluation.judge import require_enough
-from diffusion.model import classes_of
-from diffusion.sampling import require_effect, require_read_whole
-from flows.aliases import CHAMPION
-from flows.evaluate import evaluate
-from flows.explain import Explained, explain
+from flows.checkout import CheckedOut
 from flows.ingest import Ingested, ingest
+from flows.limits import turn
 from flows.params import Params
-from flows.promote import Verdict, promote
-from flows.sample import Prints, draws, sample
-from flows.train import train
+from flows.request import Printing, Request
+from flows.steps import ended
+from flows.sync import sync
+
+if TYPE_CHECKING:
+    from flows.retrained import Retrained
 
 PRINTS = 64
 """Pictures printed unless told."""
 
 
-class Retrained(Config):
-    """Everything one retraining left behind."""
+class Unchanged(Config):
+    """A retraining that had nothing to do."""
 
-    data: Ingested
-    run_id: str
-    report: Path
-    verdict: Verdict
-    prints: Prints | None
-    """None if the champion only enlarges pictures, or there is none."""
-    explained: Explained
+    skipped: str
+    """Why."""
+    data: Ingested | CheckedOut
+    before: dict[str, Any]
+    """What the retraining left behind that did the same."""
 
 
 @flow(name="retrain", flow_run_name="retrain-{params.training.dataset}")
 def retrain(
-    params: Params, count: int = PRINTS, seed: int = 0, to: str | None = None, asked: Asked = ANYTHING
-) -> Retrained:
-    """Ingest, train, evaluate, promote, print, explain: each step skips what is done for the same inputs."""
-    champion = f"models:/{params.model_name}@{CHAMPION}"
+    params: Params,
+    count: int = PRINTS,
+    seed: int = 0,
+    to: str | None = None,
+    asked: Asked = ANYTHING,
+    version: str | None = None,
+) -> "Retrained | Unchanged":
+    """Sync, ingest, train, evaluate, promote, print, explain: each step skips what is done for the same inputs.
+
+    Args:
+        params: The configuration, as params.yaml has it.
+        count: How many pictures the champion prints at the end.
+        seed: Of these prints.
+        to: Where they go, s3://BUCKET or s3://BUCKET/PREFIX; default: the usual place in the usual bucket.
+        asked: What they are to show.
+        version: Digest of the data set's version to train on, which is brought here; default: the newest, to which
+            is added what is new in ingest.source.
+    """
     if params.model.low_resolution is not None and (count, seed, to) != (PRINTS, 0, None):
         raise UserError(
             "a model with model.low_resolution enlarges pictures and prints none: leave --count, --seed and --to out"
         )
+    with turn(f"retrain-{params.training.dataset}"):
+        brought = sync(params, version)
+        data = brought if version and brought else ingest(params, to_retrain=True)
 
-    data = ingest(params)
-    require_enough(params.dataset_folder)
-    classes = classes_of(params.model, read_manifest(params.dataset_folder).class_histogram)
-    require_effect(classes, params.model.text, params.sampling, asked)
-    require_read_whole(asked)
-    training = train(params, restart="if_different")
-    evaluate(params)
-    verdict = promote(params)
-    # The champion may be an earlier model of another kind, and there may be none yet.
-    printing = verdict.champion is not None and draws(champion)
-    prints = sample(params, champion, count, seed, to, asked) if printing else None
-    explained = explain(params, verdict.version.uri, params.report_folder / "explain")
+        manifest = read_manifest(params.dataset_folder)
+        request = Request.of(params, manifest, Printing(count, seed, to, asked))
+        if (before := request.done()) is not None:
+            return unchanged(manifest, data, before)
 
-    return Retrained(
-        data=data,
-        run_id=training.run_id,
-        report=params.report_folder / "report.html",
-        verdict=verdict,
-        prints=prints,
-        explained=explained,
+        # Only now, as they load torch and MLflow: seconds that a run without anything to do does without.
+        from flows.evaluate import evaluate
+        from flows.explain import explain
+        from flows.promote import promote
+        from flows.retrained import Retrained, require_printable
+        from flows.sample import draws, sample
+        from flows.train import train
+
+        champion = f"models:/{params.model_name}@champion"
+        require_printable(params, manifest, asked)
+        training = train(params, restart="if_different")
+        evaluate(params)
+        verdict = promote(params)
+        # The champion may be an earlier model of another kind, and there may be none yet.
+        printing = verdict.champion is not None and draws(champion)
+        prints = sample(params, champion, count, seed, to, asked) if printing else None
+        explained = explain(params, verdict.version.uri, params.report_folder / "explain")
+
+        done = Retrained(
+            data=data,
+            run_id=training.run_id,
+            report=params.report_folder / "report.html",
+            verdict=verdict,
+            prints=prints,
+            explained=explained,
+        )
+        request.note(done)
+    return ended(done, done.told)
+
+
+def unchanged(manifest: Manifest, data: Ingested | CheckedOut, before: dict[str, Any]) -> Unchanged:
+    """The end of a retraining on the data set ``manifest`` that was done ``before``."""
+    verdict = before["verdict"]
+    why = (
+        f"version {manifest.digest[:12]} of {manifest.name} was trained on with this configuration before, which ended "
+        f"in models:/{verdict['version']['model']}/{verdict['version']['number']}: {verdict['reason']}"
     )
+    return ended(Unchanged(skipped=why, data=data, before=before), f"nothing to do: {why}", name="Skipped")

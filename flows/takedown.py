@@ -16,6 +16,7 @@ from diffusion.data.removals import Removal
 from diffusion.data.selection import Selection
 from diffusion.data.versions import known_versions
 from flows import catalogue, environment, lineage
+from flows.announce import announce
 from flows.catalogue import Catalogue
 from flows.derived import Derived, clear_pictures, find_derived
 from flows.derived import mark as mark_derived
@@ -53,6 +54,7 @@ def takedown(params: Params, selection: Selection, reason: str, purge: bool = Fa
     """
     removal = remove(params, selection, reason)
     version = record(params, removal)
+    announce(params, silently=False)
     versions, found = look_up(params, removal)
     derived = name_and_mark(params, removal, versions, found)
     purged = clear(params, versions, found, derived) if purge else None

@@ -25,6 +25,8 @@ SWEEP = "darkroom.sweep"
 """Tag of the parent of runs that were compared, and by which it is found again: the digest of what was to be tried."""
 RELEASED_FROM = "darkroom.released_from"
 """Tag of a released version, and of its run: where they come from, and what the version is called there."""
+START = "darkroom.start"
+"""Tag of a run that began with the weights of a registered model: which version, models:/NAME/NUMBER."""
 DIGEST_LENGTH = 36
 """MLflow keeps this many characters of a data set's digest; the tags hold all of them."""
 

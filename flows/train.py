@@ -8,6 +8,7 @@ from prefect.logging import get_run_logger
 
 from diffusion.config import Config
 from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.device import resolve_device
 from diffusion.training.first_stage import identified
 from diffusion.training.history import read_rows
 from diffusion.training.identity import data_digest, identity_fields, train_key
@@ -15,17 +16,19 @@ from diffusion.training.preflight import PREFLIGHT
 from diffusion.training.tracker import ANEW, SPOOL
 from diffusion.training.train import Restart, TrainResult, discard
 from diffusion.training.train import train as train_model
+from diffusion.training.warm_start import identified_start, open_start
 from flows import lineage
 from flows.dataset_page import page_at_hand
 from flows.derived import TAKEDOWN
 from flows.environment import data_source
-from flows.first_stage import Fetched, fetched
+from flows.fetched import Fetched, fetched
+from flows.limits import turn
 from flows.params import Params, flattened
 from flows.progress import reporter
 from flows.remote_shards import RemoteShards
 from flows.spool import UNANSWERED, SpooledTracker
 from flows.steps import step
-from flows.tracking import AUTOENCODER, RunTracker, find_run, open_run
+from flows.tracking import AUTOENCODER, START, RunTracker, find_run, open_run
 
 
 class TrainingRun(Config):
@@ -38,11 +41,12 @@ class TrainingRun(Config):
 @flow(name="train", flow_run_name="train-{params.training.dataset}")
 def train(params: Params, restart: Restart | Literal["always"] = "never") -> TrainingRun:
     """Train as ``params`` say and record it live in MLflow; goes on where it was stopped."""
-    if restart == "always":
-        # A step of its own: were it part of the next one, a retry would throw away finished work.
-        start_over(params)
-        restart = "never"
-    return train_and_track(params, restart)
+    with turn(f"training-{resolve_device(params.training.device).type}"):
+        if restart == "always":
+            # A step of its own: were it part of the next one, a retry would throw away finished work.
+            start_over(params)
+            restart = "never"
+        return train_and_track(params, restart)
 
 
 @step
@@ -123,10 +127,9 @@ def _recorded(ready: Fetched, manifest: Manifest, result: TrainResult) -> RunTra
 def _open(ready: Fetched, manifest: Manifest, anew: bool) -> RunTracker:
     params = ready.params
     model = identified(params.model)
-    key = train_key(data_digest(manifest, params.training), model, params.training)
-    parameters = flattened(
-        {"model": model.model_dump(mode="json"), "training": identity_fields(params.training, model)}
-    )
+    training = identified_start(params.training, open_start(params.training))
+    key = train_key(data_digest(manifest, training), model, training)
+    parameters = flattened({"model": model.model_dump(mode="json"), "training": identity_fields(training, model)})
     tracker = open_run(
         params.model_name,
         key,
@@ -138,7 +141,7 @@ def _open(ready: Fetched, manifest: Manifest, anew: bool) -> RunTracker:
         anew,
     )
     tracker.client.log_text(tracker.run_id, ready.asked.model_dump_json(indent=2), "params.json")
-    tracker.tag({AUTOENCODER: ready.autoencoder, TAKEDOWN: ready.takedown})
+    tracker.tag({AUTOENCODER: ready.autoencoder, START: ready.start, TAKEDOWN: ready.takedown})
     tracker.log_file(params.dataset_folder / "manifest.json", "dataset")
     if (preflight := params.run_folder / PREFLIGHT).is_file():
         tracker.log_file(preflight, "history")

@@ -113,6 +113,30 @@ def trial(
     return found, exhibits(ours, theirs, real)
 
 
+def look_again(
+    path: Path,
+    data: Path,
+    config: EvaluationConfig,
+    sampling: SamplingConfig,
+    output: Path,
+    progress: Progress = silent,
+) -> tuple[Portrait, str]:
+    """The portrait of the model file ``path`` beside the pictures that are held out in ``data`` now, and the feature
+    network that it goes by.
+
+    Drawn as for a trial with the same arguments, so that the figures compare, and kept in the same place. Raises
+    UserError as ``trial`` does.
+    """
+    require_enough(data)
+    header, config = read_model_header(path), config.model_copy(update={"seed": config.seed + 1})
+    folder, dataset = output / REMEMBERED, Dataset.open(data)
+    require_shape(path, header, dataset)
+    extractor = extractor_for(config, dataset, folder, progress)
+    low = header.model.low_resolution
+    real = Real(dataset, extractor, config.reference, config.samples, folder, low, progress)
+    return portray(path, real, config, sampling, folder, progress).portrait, extractor.name
+
+
 def require_shape(path: Path, header: ModelHeader, dataset: Dataset) -> None:
     """Raise UserError unless the model in the file ``path`` makes pictures of the shape of those in ``dataset``."""
     shape = header.channels, header.size, header.size

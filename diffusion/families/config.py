@@ -70,8 +70,9 @@ class GANConfig(Kind):
     """
 
     passes_over: ClassVar[Mapping[str, Collection[str]]] = {
-        # The loss is relative to an opponent that learns, too: it says nothing from one checkpoint to another.
-        "training": (*NOISE_LEVELS, "keep_best"),
+        # The loss is relative to an opponent that learns, too: it says nothing from one checkpoint to another. And as
+        # the opponent is not in a model, a trained generator has none that it could go on against.
+        "training": (*NOISE_LEVELS, "keep_best", "start"),
         "sampling": REVERSE_PROCESS,
     }
     text: ClassVar[bool] = False

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from diffusion.config import Config, DeviceName
+from diffusion.config import Config, DeviceName, unset
 from diffusion.families.config import FamilyConfig, meaningless
 from diffusion.models.config import ModelConfig
 
@@ -20,6 +20,10 @@ class TrainingConfig(Config):
     """Name of the data set, a folder in data/."""
     output: Path | None = None
     """The run's folder: checkpoints, history.csv, sample grids, at the end final.safetensors; null: runs/DATASET."""
+    start: str | None = Field(None, exclude_if=unset)
+    """Where the weights begin: null, at random; or with those of a model of the same kind, the path of its
+    final.safetensors, a registered one (models:/NAME@ALIAS, models:/NAME/NUMBER), or champion, the registered model's
+    champion, as it is when data and configuration are first trained on; while there is none, at random."""
     images: int | None = Field(None, ge=1)
     """How many pictures to see in all; or give minutes."""
     minutes: float | None = Field(None, gt=0)

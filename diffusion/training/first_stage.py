@@ -12,7 +12,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
 from diffusion.families.config import FamilyConfig, LatentSpace, VAEConfig
 from diffusion.families.vae import VAEModel, latent_shape
-from diffusion.model import load_model, to_float, unfilled
+from diffusion.model import Model, load_model, to_float, unfilled
 from diffusion.models.config import ModelConfig
 from diffusion.models.latents import Latents
 
@@ -21,7 +21,7 @@ MEASURED = 1024
 BATCH = 32
 """Of them at a time."""
 DIGEST = "sha256:"
-"""Before the digest of an autoencoder, where a configuration had its path."""
+"""Before the digest of a model, where a configuration had its path."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def measure(latents: Latents, pictures: Tensor) -> None:
         moment.copy_(value.float().view(1, -1, 1, 1))
 
 
-def weights_digest(model: VAEModel) -> str:
+def weights_digest(model: Model) -> str:
     """SHA-256 over configuration, names and weights: the same in a checkpoint, a final file and the registry."""
     digest = hashlib.sha256(model.header.model.model_dump_json().encode())
     for name, value in sorted(model.network.state_dict().items()):

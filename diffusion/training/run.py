@@ -36,6 +36,7 @@ from diffusion.training.ranks import ALONE, Ranks
 from diffusion.training.sharding import gathered
 from diffusion.training.state import frozen_tensors, make_network, make_state, worked_on
 from diffusion.training.turn import Turn
+from diffusion.training.warm_start import WarmStart, identified_start
 from diffusion.upscaling import noised, shown_small
 
 FINGERPRINT = "fingerprint"
@@ -74,6 +75,7 @@ class Run:
     model: FamilyConfig
     """Its autoencoder, if it has one, named by its digest."""
     config: TrainingConfig
+    """Its start, if it has one, named by its digest."""
     state: TrainingState
     learner: Learner
     """How its family learns."""
@@ -111,9 +113,12 @@ class Run:
         ranks: Ranks = ALONE,
         captions: Captions | None = None,
         first_stage: FirstStage | None = None,
+        start: WarmStart | None = None,
     ) -> "Run":
-        """A run that has seen nothing yet; its initial weights are a function of the seed."""
+        """A run that has seen nothing yet; its initial weights are a function of the seed, or those of ``start``."""
         device = resolve_device(config.device)
+        model = known_as(model, first_stage.space.digest) if first_stage else model
+        config = identified_start(config, start)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             classes = classes_of(model, dataset.manifest.class_histogram)
@@ -121,6 +126,8 @@ class Run:
             latents = first_stage.latents if first_stage else None
             data = Data(dataset.shape, *worked_on(dataset, first_stage), latents, len(classes))
             learner = family_of(model).learner(model, config, data)
+        if start:
+            start.fill(network, model, dataset, classes)
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         frozen = frozen_tensors(first_stage, device)
         state = make_state(network, learner, config, ranks if config.shard else ALONE, device, frozen)
@@ -131,7 +138,7 @@ class Run:
         behind = 1 if device.type == "cuda" else 0
         return cls(
             dataset,
-            known_as(model, first_stage.space.digest) if first_stage else model,
+            model,
             config,
             state,
             learner,

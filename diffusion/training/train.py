@@ -47,6 +47,7 @@ from diffusion.training.run import FINGERPRINT, NotFinite, Run
 from diffusion.training.sharding import gathered
 from diffusion.training.tracker import ANEW, SPOOL, NoTracker, Tracker
 from diffusion.training.turn import lanes_of
+from diffusion.training.warm_start import open_start
 
 LOGS_PER_CHECKPOINT = 20
 Restart = Literal["never", "if_different"]
@@ -97,7 +98,7 @@ def train(
             require_meaning(model, sampling)
             require_small(model, sampling)
             first_stage = _first_stage(dataset, model, config, together)
-            run = Run.new(dataset, model, config, pool, together, captions, first_stage)
+            run = Run.new(dataset, model, config, pool, together, captions, first_stage, open_start(config))
             require_effect(run.classes, model.text, sampling, run.shown(GRID_PICTURES))
             if together.leads and restart == "if_different" and _differences(output, run):
                 _discard(output)
@@ -331,7 +332,7 @@ def preflight(
         require_meaning(model, sampling)
         require_small(model, sampling)
         first_stage = _first_stage(dataset, model, config, ALONE)
-        run = Run.new(dataset, model, config, pool, ALONE, captions, first_stage)
+        run = Run.new(dataset, model, config, pool, ALONE, captions, first_stage, open_start(config))
         require_effect(run.classes, model.text, sampling, run.shown(GRID_PICTURES))
         reading = seconds_to_read(dataset, dataset.different_captions()[0], cores()) if captions else 0
         return preflight_of(run, measure(run, sampling), reading)

@@ -10,6 +10,7 @@ from flows.cli import (
     champion,
     comparison,
     data,
+    deploy,
     export,
     housekeeping,
     pipeline,
@@ -39,6 +40,7 @@ export.add_to(app)
 housekeeping.add_to(app)
 release.add_to(app)
 sweep.add_to(app)
+deploy.add_to(app)
 stack.add_to(app)
 app.add_typer(data.app, rich_help_panel="From pictures to prints")
 app.add_typer(stages.app)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -124,7 +124,7 @@ def train(
     if dry_run:
         from diffusion.training.train import preflight
 
-        config = _with_autoencoder(config)
+        config = _with_files(config, dry_run=True)
         with _shards(config) as store:
             about = preflight(config.dataset_folder, config.model, config.training, config.sampling, store)
         show(about.model_dump(mode="json"), as_json, [f"{name:10} {words}" for name, words in about.lines()])
@@ -132,7 +132,7 @@ def train(
     if follows():
         from diffusion.training.train import train as train_along
 
-        config = _with_autoencoder(config)
+        config = _with_files(config)
         parts = config.dataset_folder, config.run_folder, config.model, config.training, config.sampling
         with _shards(config) as store:
             train_along(*parts, store=store)
@@ -148,16 +148,16 @@ def train(
     )
 
 
-def _with_autoencoder(config: "Params") -> "Params":
-    """With the file of a registered autoencoder, if it names one."""
-    from flows.params import registered
+def _with_files(config: "Params", dry_run: bool = False) -> "Params":
+    """With files in place of registered models, if it names any."""
+    from flows.params import registered, registered_start
 
-    if registered(config) is None:
+    if registered(config) is None and registered_start(config) is None:
         return config
     with joined("mlflow", "s3"):
-        from flows.first_stage import fetched
+        from flows.fetched import fetched
 
-        return fetched(config).params
+        return fetched(config, dry_run).params
 
 
 @contextmanager
@@ -293,6 +293,10 @@ def sample(
 def retrain(
     source: Annotated[str | None, typer.Argument(help="A folder of pictures; default: ingest.source.")] = None,
     dataset: DatasetName = None,
+    version: Annotated[
+        str | None,
+        typer.Option("--version", metavar="DIGEST", help="Train on this version of the data set, and ingest nothing."),
+    ] = None,
     count: Count = 64,
     seed: Seed = 0,
     to: To = None,
@@ -307,35 +311,45 @@ def retrain(
 
     Example:  darkroom retrain ~/faces --dataset faces --set ingest.size=32
     """
+    if source is not None and version is not None:
+        raise UserError("--version trains on what was ingested before: leave SOURCE out")
     given = [f"ingest.source={json.dumps(source, ensure_ascii=False)}"] if source is not None else []
     config = load(params, [*overrides, *given], dataset)
     with joined("prefect", "mlflow", "s3"):
         from diffusion.config_sampling import Asked
-        from flows.retrain import retrain
+        from flows.retrain import Unchanged, retrain
 
         asked = Asked(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
-        done = retrain(config, count, seed, to, asked)
-    verdict = done.verdict
-    show(
-        done.model_dump(mode="json"),
-        as_json,
-        [
-            f"data set   {done.data.result.kept} pictures, content {done.data.result.content_digest[:12]}",
-            f"run        {done.run_id}",
-            f"report     {done.report}",
-            f"model      {verdict.version.uri}, {verdict.title}: {verdict.reason}",
-            *(
-                [f"prints     {done.prints.uri}", f"look at    {done.prints.contact_sheet}"]
-                if done.prints
-                else ["prints     none: this model draws small pictures large, see `darkroom upscale --help`"]
-                if verdict.champion is not None
-                else ["prints     none: there is no champion yet"]
-            ),
-            *(f"           {file}" for file in done.explained.files),
-        ],
-    )
-    if not verdict.promoted:
+        done = retrain(config, count, seed, to, asked, version)
+    found = done.model_dump(mode="json")
+    if isinstance(done, Unchanged):
+        # What a script looks for stands where it does after a retraining that had something to do.
+        found = found.pop("before") | found
+    show(found, as_json, list(_retrained(found)))
+    if not found["verdict"]["promoted"]:
         raise typer.Exit(3)
+
+
+def _retrained(found: dict[str, Any]) -> Iterator[str]:
+    """A retraining for people."""
+    data = found["data"].get("result", found["data"])
+    verdict, prints = found["verdict"], found["prints"]
+    version = verdict["version"]
+    title = "champion" if verdict["promoted"] else {"hold": "challenger", "reject": "rejected"}[verdict["verdict"]]
+    if found["skipped"]:
+        yield f"skipped    {found['skipped']}"
+    yield f"data set   {data['kept']} pictures, content {data['content_digest'][:12]}"
+    yield f"run        {found['run_id']}"
+    yield f"report     {found['report']}"
+    yield f"model      models:/{version['model']}/{version['number']}, {title}: {verdict['reason']}"
+    if prints is not None:
+        yield f"prints     {prints['uri']}"
+        yield f"look at    {prints['contact_sheet']}"
+    elif verdict["champion"] is not None:
+        yield "prints     none: this model draws small pictures large, see `darkroom upscale --help`"
+    else:
+        yield "prints     none: there is no champion yet"
+    yield from (f"           {file}" for file in found["explained"]["files"])
 
 
 def explain(

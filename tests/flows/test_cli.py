@@ -25,6 +25,8 @@ VERBS = (
     "trace",
     "reproduce",
     "export",
+    "deploy",
+    "watch",
     "data",
     "stage",
     "up",

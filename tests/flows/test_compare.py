@@ -15,7 +15,7 @@ from tests.diffusion.trials import discs
 PARAMS = {
     "training": {"dataset": "discs", "images": 64, "checkpoints": 1},
     "sampling": {"compute_batch": 16, "steps": 2},
-    "evaluation": {"samples": 16, "extractor_size": 32, "kid_subsets": 10},
+    "evaluation": {"samples": 16, "extractor_size": 32},
 }
 COMMAND = ["stage", "compare", "--family", "gan", "--family", "autoregressive", "--json"]
 

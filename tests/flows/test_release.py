@@ -80,7 +80,7 @@ def stages(
         monkeypatch.setenv(f"DARKROOM_STAGING_{name}", value)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     yield Stages(*made, monkeypatch)
-    mlflow.set_tracking_uri("")
+    mlflow.set_tracking_uri(None)
 
 
 def test_a_champion_of_staging_becomes_champion_here_with_all_that_it_stands_on(stages: Stages, tmp_path: Path) -> None:

@@ -235,6 +235,20 @@ def test_derived_are_the_runs_versions_and_prints_of_those_contents_and_nothing_
     assert "darkroom.takedown" not in mlflow.get_run(runs[2]).data.tags
 
 
+def test_what_began_with_the_weights_of_what_was_derived_is_derived_as_well_however_far_it_is(
+    bucket: str, mlflow: MlflowClient, s3_environment: dict[str, str]
+) -> None:
+    held, clean = "a" * 64, "b" * 64
+    runs = [run_on(mlflow, held), *(run_on(mlflow, clean) for _ in range(3))]
+    for run in runs:
+        version_of(mlflow, "blobs", run, None)
+    for run, start in zip(runs[1:3], ("models:/blobs/1", "models:/blobs/2"), strict=True):
+        mlflow.set_tag(run, "darkroom.start", start)
+    found = find_derived("blobs", {held}, {held, clean}, bucket)
+    assert {run.run_id for run in found.runs} == set(runs[:3])
+    assert [model.uri for model in found.models] == [f"models:/blobs/{number}" for number in (1, 2, 3)]
+
+
 def test_a_note_that_was_there_is_kept_and_real_pictures_on_the_run_are_cleared(
     bucket: str, mlflow: MlflowClient, s3_environment: dict[str, str]
 ) -> None:

@@ -1,0 +1,76 @@
+"""A warm start: training goes on from the weights of a model that was trained before, which are known by their digest.
+
+Only the averaged weights are taken over. Optimizer, averages and learning rate begin anew, as they do for new data.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from diffusion.data.dataset import Dataset
+from diffusion.errors import UserError
+from diffusion.families.config import FamilyConfig
+from diffusion.model import Model, load_model
+from diffusion.text import ENCODER
+from diffusion.training.config import TrainingConfig
+from diffusion.training.first_stage import DIGEST, weights_digest
+
+ELSEWHERE = ("champion", "models:/")
+"""How values of training.start begin that only a registry can make a file of."""
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """A model to begin with."""
+
+    path: str
+    model: Model
+    digest: str
+
+    def fill(self, network: nn.Module, model: FamilyConfig, dataset: Dataset, classes: list[str]) -> None:
+        """Give ``network``, of ``model`` for ``dataset`` with ``classes``, its weights; UserError if they misfit."""
+        if words := self._misfit(model, dataset, classes):
+            raise UserError(
+                f"training.start {self.path} {words}: begin with a model of the same kind, or at random "
+                "(training.start=null)"
+            )
+        network.load_state_dict(self.model.network.state_dict())
+
+    def _misfit(self, model: FamilyConfig, dataset: Dataset, classes: list[str]) -> str | None:
+        header = self.model.header
+        if header.model.family != model.family:
+            return f"is a model of the family {header.model.family}, and this is {model.family}"
+        theirs, ours = header.model.model_dump(), model.model_dump()
+        if different := [name for name in theirs | ours if theirs.get(name) != ours.get(name)]:
+            name = different[0]
+            return f"has model.{name} = {theirs.get(name)}, and this is {ours.get(name)}"
+        if self.model.shape != dataset.shape:
+            they, we = ("×".join(map(str, shape)) for shape in (self.model.shape, dataset.shape))
+            return (
+                f"draws pictures of {they} (channels × height × width), and data set {dataset.manifest.name} has {we}"
+            )
+        if self.model.classes != classes:
+            they, we = (", ".join(names) or "none" for names in (self.model.classes, classes))
+            return f"knows the classes {they}, and data set {dataset.manifest.name} has {we}"
+        if model.text and header.encoder != ENCODER:
+            return "was told captions as another text encoder reads them"
+        return None
+
+
+def open_start(config: TrainingConfig) -> WarmStart | None:
+    """The model that training begins with; None: at random. Raises UserError if there is none at its path."""
+    if config.start is None:
+        return None
+    if config.start.startswith(ELSEWHERE):
+        raise UserError(
+            f"training.start = {config.start} names a registered model, which is not fetched here: give the path of "
+            "its final.safetensors, or run `darkroom train`"
+        )
+    model = load_model(Path(config.start))
+    return WarmStart(config.start, model, weights_digest(model))
+
+
+def identified_start(config: TrainingConfig, start: WarmStart | None) -> TrainingConfig:
+    """``config`` with ``start`` named by what it is, instead of where it lies: the same run wherever that is."""
+    return config if start is None else config.model_copy(update={"start": DIGEST + start.digest})

@@ -1,0 +1,86 @@
+"""What a retraining is asked for, and the note on S3 that it was done: nobody does it again, on whatever machine.
+
+``s3://BUCKET/retrained/MODEL/<key>.json`` is written last. The key is the digest of the data set's content, the whole
+configuration but for where pictures come from, and what is printed. So these count as changed, and nothing else does:
+not the machine, the code, or who is champion, except of an autoencoder that is named by its alias.
+"""
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from diffusion.config import Config
+from diffusion.config_sampling import Asked
+from diffusion.data.manifest import Manifest
+from diffusion.errors import Held
+from diffusion.files import digest_of
+from flows.environment import settings
+from flows.ledger import Ledger
+from flows.params import Params, registered
+from flows.s3 import Location, Store
+from flows.s3_errors import Missing
+
+
+@dataclass(frozen=True)
+class Printing:
+    """The contact sheet that ends a retraining, as ``sample`` takes it."""
+
+    count: int
+    seed: int
+    to: str | None
+    asked: Asked
+
+
+@dataclass(frozen=True)
+class Request:
+    """A retraining, known by ``key``."""
+
+    model: str
+    key: str
+
+    @classmethod
+    def of(cls, params: Params, version: Manifest, printing: Printing) -> "Request":
+        """To retrain on ``version`` as ``params`` say."""
+        parts = {
+            "content": version.content_digest,
+            # The order of training goes by how shards lie if it goes window by window.
+            "layout": version.layout_digest if params.training.window is not None else None,
+            "params": params.model_dump(mode="json", exclude={"ingest"}),
+            "autoencoder": _champion(registered(params)),
+            "printing": [printing.count, printing.seed, printing.to, printing.asked.model_dump(mode="json")],
+        }
+        return cls(params.model_name, digest_of(parts))
+
+    @property
+    def place(self) -> Location:
+        """Where the note of it lies."""
+        return Location(settings().bucket) / "retrained" / self.model
+
+    def done(self) -> dict[str, Any] | None:
+        """What the retraining left behind that did this before; None if none did."""
+        try:
+            found: dict[str, Any] = json.loads(Store().get(self.place.bucket, self._name))
+        except Missing:
+            return None
+        return found
+
+    def note(self, result: Config) -> None:
+        """Write down that it is done."""
+        # Somebody else may have done the same, and have had it elsewhere.
+        with suppress(Held):
+            Store().put_once(
+                self.place.bucket, self._name, result.model_dump_json().encode(), content_type="application/json"
+            )
+
+    @property
+    def _name(self) -> str:
+        return self.place.key(f"{self.key}.json")
+
+
+def _champion(uri: str | None) -> int | None:
+    """Which version an alias ``champion`` means now; None: ``uri`` is something else."""
+    if uri is None or not uri.endswith("@champion"):
+        return None
+    head = Ledger.of(uri.removeprefix("models:/").removesuffix("@champion")).head()
+    return head.standing.champion if head else None

@@ -1,0 +1,109 @@
+"""The flow ``watch``: is the champion still as good, beside the pictures that a data set holds out now?"""
+
+import math
+import time
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+
+from diffusion.config import Config
+from diffusion.data.manifest import read_manifest
+from diffusion.files import digest_of
+from flows.params import Params
+from flows.progress import reporter
+from flows.steps import ended, step
+from flows.sync import sync
+
+WATCHED = "darkroom.watched"
+"""Tag of a version: the digest of the circumstances under which it was looked at last."""
+SURELY = 3
+"""Standard errors by which a figure must have changed to count as drift: chance does that once in 370 times."""
+
+
+class Watched(Config):
+    """A champion looked at again."""
+
+    model: str
+    """models:/NAME/NUMBER."""
+    content_digest: str
+    """Of the data set that it was compared with."""
+    figures: dict[str, float]
+    """What it has now; none if it was looked at before under the same circumstances."""
+    before: dict[str, float]
+    """What it had when the gate judged it."""
+    drifted: bool
+    """Whether it is surely worse than then."""
+    told: str
+    """It in a sentence."""
+    skipped: bool
+
+
+@flow(name="watch", flow_run_name="watch-{params.training.dataset}")
+def watch(params: Params) -> Watched:
+    """Judge the champion again on the newest held-out pictures, and say so on its MLflow run.
+
+    Args:
+        params: The configuration, as params.yaml has it.
+    """
+    sync(params, None)
+    found = look(params)
+    return ended(found, found.told, "Skipped" if found.skipped else "Drifted" if found.drifted else "Completed")
+
+
+@step
+def look(params: Params) -> Watched:
+    """Draw with the champion, unless that was done under these circumstances, and compare with when it was judged."""
+    # They take seconds to load, which a deployment that only looks at this module's forms does without.
+    from mlflow.client import MlflowClient
+
+    from diffusion.evaluation.trial import look_again
+    from flows import registry
+    from flows.environment import settings
+    from flows.ledger import Ledger
+    from flows.tracking import RunTracker
+
+    client, content = MlflowClient(), read_manifest(params.dataset_folder).content_digest
+    version = registry.resolve(client, f"models:/{params.model_name}@champion")
+    entry = Ledger.of(version.model).read().about(version.number)
+    before = entry.evidence.figures if entry and entry.evidence else {}
+    conditions = [params.evaluation.model_dump(mode="json"), params.sampling.model_dump(mode="json")]
+    key = digest_of([content, version.weights_sha256, *conditions])
+    about = {"model": version.uri, "content_digest": content, "before": before}
+    if version.tags.get(WATCHED) == key:
+        told = f"nothing to do: {version.uri} was compared with these pictures of {params.training.dataset} before"
+        return Watched(**about, figures={}, drifted=False, told=told, skipped=True)
+
+    weights = registry.fetch_weights(version, settings().folder / "models")
+    portrait, extractor = look_again(
+        weights, params.dataset_folder, params.evaluation, params.sampling, params.report_folder, reporter()
+    )
+    figures = {name: value for name, value in portrait.named().items() if math.isfinite(value)}
+    told, drifted = compared(f"kid_{extractor}", figures, before)
+    RunTracker(client, version.run_id).log_metrics(
+        {f"watch_{name}": each for name, each in figures.items()}, int(time.time())
+    )
+    rows = [f"| {name} | {value:.4g} | {_shown(before.get(name))} |" for name, value in sorted(figures.items())]
+    create_markdown_artifact(
+        "\n".join([f"**{version.uri}**: {told}", "", "| figure | now | when judged |", "|---|---|---|", *rows]),
+        key="watch",
+    )
+    client.set_model_version_tag(version.model, str(version.number), WATCHED, key)
+    return Watched(**about, figures=figures, drifted=drifted, told=f"{version.uri}: {told}", skipped=False)
+
+
+def compared(name: str, now: dict[str, float], before: dict[str, float]) -> tuple[str, bool]:
+    """The figure ``name``, of which less is better, ``now`` and ``before`` in words; whether it is surely worse.
+
+    Either holds its standard error under ``name`` and ``_se``.
+    """
+    words = f"{name} {now[name]:.4g} ± {now[f'{name}_se']:.2g}"
+    if name not in before:
+        return f"{words}; it was not judged by this before", False
+    error = math.hypot(now[f"{name}_se"], before.get(f"{name}_se", 0.0))
+    drifted = now[name] - before[name] > SURELY * error
+    then = f"{before[name]:.4g} when it was judged"
+    return f"{words}, {then}: " + ("surely worse" if drifted else "no worse than chance allows"), drifted
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
