@@ -47,7 +47,7 @@ def submitter(task: Task[P, R], config: Spread, gpu: bool) -> Callable[P, Begun[
     """What submits ``task`` to the task runner of ``config``; on Ray each has a core, and with ``gpu`` a GPU."""
     if config.runner != "ray":
         return task.submit
-    from prefect_ray import remote_options
+    from prefect_ray.context import remote_options
 
     def submit(*args: P.args, **kwargs: P.kwargs) -> Begun[R]:
         with remote_options(num_cpus=1, num_gpus=int(gpu)):
