@@ -37,6 +37,7 @@ def sample(
     progress: Progress = silent,
     asked: Asked = ANYTHING,
     edit: Edit | None = None,
+    at_once: int | None = None,
 ) -> Tensor:
     """Draw the pictures number ``indices`` of ``seed``, which show what is ``asked``: (len(indices), C, H, W) uint8.
 
@@ -44,7 +45,8 @@ def sample(
 
     Picture i is always computed as member i mod B of the compute batch i div B (B = ``config.compute_batch``),
     with its neighbours beside it, because floating-point sums change with a batch's shape. So asking for
-    whole multiples of B, starting at one, costs nothing extra.
+    whole multiples of B, starting at one, costs nothing extra. ``at_once``: how many of these are computed at the same
+    time on a processor, which changes no bits; None: one on each core.
 
     Raises UserError if something is asked that the model was not told of, or that would have no effect.
     """
@@ -57,7 +59,7 @@ def sample(
     def noise(members: range) -> Noise:
         return GaussianNoise(seed, "sampling", members, model.noise_shape)
 
-    return _drawn(model, indices, seed, config, progress, asked, noise, edit)
+    return _drawn(model, indices, seed, config, progress, asked, noise, edit, at_once)
 
 
 def interpolate(
@@ -103,6 +105,7 @@ def _drawn(
     asked: Asked,
     noise: Callable[[range], Noise],
     edit: Edit | None = None,
+    at_once: int | None = None,
 ) -> Tensor:
     require_drawing(model, config, asked)
     if edit is not None:
@@ -114,7 +117,7 @@ def _drawn(
     model = model.on(device)
 
     # A GPU shares its work out by itself.
-    with repeatable(device), lanes(None if device.type == "cpu" else 1) as pool:
+    with repeatable(device), lanes(at_once if device.type == "cpu" else 1) as pool:
         # In here as well: what a prompt means has bits that change with the threads that read it.
         meanings = meanings_of(model, asked)
 

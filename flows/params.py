@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -34,6 +34,22 @@ class RegistryConfig(Config):
     three days without an answer it does not."""
 
 
+class PrintsConfig(Config):
+    """How prints are written to S3, and how the work is spread."""
+
+    format: Literal["png", "tar"] = "png"
+    """png: a file for each picture. tar: WebDataset shards, one for each chunk, with KEY.png and KEY.json of each."""
+    chunk: int | None = Field(None, ge=1, le=2**14, exclude_if=unset)
+    """Pictures in a chunk, which is one task, and one tar: whole compute batches (sampling.compute_batch), the same for
+    all of a batch of prints. Null: four compute batches, and in larger batches as many as make 256 chunks, but no more
+    than 4096 pictures."""
+    runner: Literal["threads", "processes", "ray"] = "threads"
+    """What draws the chunks: threads or processes of this machine, which share its cores, or a Ray cluster, where each
+    has one core. That changes no bits."""
+    workers: int = Field(1, ge=1)
+    """How many chunks are drawn at the same time. One keeps four cores busy, or a GPU."""
+
+
 class Params(Config):
     """Everything that decides what comes out, and nothing about where servers are."""
 
@@ -46,6 +62,7 @@ class Params(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
     registry: RegistryConfig = RegistryConfig()
+    prints: PrintsConfig = PrintsConfig()
     retention: RetentionConfig = RetentionConfig()
 
     @model_validator(mode="before")
@@ -96,6 +113,16 @@ class Params(Config):
             raise ValueError(
                 f"model.learned_variance is what the sampler ddpm draws with, and sampling.sampler = "
                 f"{self.sampling.sampler} passes it over: use ddpm, or leave model.learned_variance out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _chunks_are_whole(self) -> "Params":
+        chunk, batch = self.prints.chunk, self.sampling.compute_batch
+        if chunk is not None and chunk % batch:
+            raise ValueError(
+                f"prints.chunk = {chunk} cuts compute batches of {batch} pictures (sampling.compute_batch) in two, "
+                f"which are drawn whole: use {-(-chunk // batch) * batch}, or leave it out"
             )
         return self
 

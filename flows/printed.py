@@ -19,15 +19,15 @@ from diffusion.errors import UserError
 from diffusion.files import sha256_bytes
 from diffusion.made import ABOUT, About
 from flows import prints
-from flows.prints import Batch
+from flows.prints import Batch, Row
 from flows.registry import parse_model_uri
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
 
 BATCH = "batch.json"
 NUMBERED = re.compile(r"(\d{8,})\.png")
-Row = dict[str, object]
-"""Of a batch's manifest: see ``flows.prints.MANIFEST``."""
+LARGEST_PICTURE = 64 * 2**20
+"""Bytes that a picture in a tar may have."""
 
 
 class Origin(Config):
@@ -107,6 +107,8 @@ def find(where: str, store: Store, bucket: str) -> Printed:
             raise UserError(f"{where} holds no {BATCH}: give the prefix of a batch of prints, or one of its pictures")
         return Printed(where, None, batch, at)
     folder, _, name = at.prefix.rpartition("/")
+    if folder.endswith(".tar"):
+        return _in_tar(where, Location(at.bucket, folder), name, store)
     place, png = Location(at.bucket, folder), store.get(at.bucket, at.prefix)
     batch, number = _read_batch(store, place), NUMBERED.fullmatch(name)
     if batch is None or number is None or int(number[1]) >= batch.count:
@@ -120,6 +122,19 @@ def read_rows(store: Store, place: Location, batch: Batch, chunk: int) -> list[R
     return prints.part_rows(store.get(place.bucket, place.key(prints.part_key(chunk))))
 
 
+def read_picture(store: Store, place: Location, batch: Batch, index: int, row: Row | None) -> bytes:
+    """The PNG of picture number ``index``, of a tar by what its ``row`` says; raises Missing if it is not there."""
+    key = place.key(prints.picture_key(index))
+    if batch.format == "png":
+        return store.get(place.bucket, key)
+    if row is None:
+        raise Missing(f"s3://{place.bucket}/{key} is not there, or not by what is written down of its batch")
+    if not 0 < row["size"] <= LARGEST_PICTURE:
+        raise UserError(f"{place}: its manifest gives picture {index} {row['size']} bytes, which none can have")
+    tar = place.key(prints.tar_key(index // batch.chunk_size))
+    return store.get_span(place.bucket, tar, row["offset"], row["size"])
+
+
 def read_pixels(png: bytes) -> np.ndarray | None:
     """The pixels of a PNG, (H, W) or (H, W, 3) uint8; None if it is none, or damaged."""
     opened = _opened(png)
@@ -129,6 +144,18 @@ def read_pixels(png: bytes) -> np.ndarray | None:
 def pixels_sha256(pixels: np.ndarray | None) -> str | None:
     """As the manifest has it; None of None."""
     return None if pixels is None else sha256_bytes(np.ascontiguousarray(pixels).tobytes())
+
+
+def _in_tar(where: str, tar: Location, name: str, store: Store) -> Printed:
+    """A picture in a tar of a batch: the manifest says where it lies there."""
+    place = Location(tar.bucket, tar.prefix.rpartition("/")[0])
+    batch, number = _read_batch(store, place), NUMBERED.fullmatch(name)
+    index = int(number[1]) if number else -1
+    if batch is None or not 0 <= index < batch.count or place.key(batch.key(index)) != f"{tar.prefix}/{name}":
+        raise UserError(f"{where} is no picture of a batch of prints: give one of the keys in its manifest")
+    row = _read_row(store, place, batch, index)
+    png = read_picture(store, place, batch, index, row)
+    return Printed(where, Picture(png, _origin(png), index, row), batch, place)
 
 
 def _copy(where: str, png: bytes, store: Store, bucket: str) -> Printed:
@@ -197,7 +224,7 @@ def _read_batch(store: Store, place: Location) -> Batch | None:
 
 def _read_row(store: Store, place: Location, batch: Batch, index: int) -> Row | None:
     try:
-        rows = read_rows(store, place, batch, index // (prints.CHUNK_BATCHES * batch.sampling.compute_batch))
+        rows = read_rows(store, place, batch, index // batch.chunk_size)
     except Missing:
         return None
     return next((row for row in rows if row["index"] == index), None)

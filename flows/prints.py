@@ -1,27 +1,43 @@
 """Prints: pictures of a model version on S3, written once, with a manifest that leads back to the data.
 
-A batch lies under one prefix: ``batch.json`` (what was asked for) first, then the pictures and a part of
-the manifest per chunk, then ``manifest.parquet``, and ``_SUCCESS`` last. Every object is a function of
-``batch.json`` alone, so whoever finds a batch unfinished can finish it.
+A batch lies under one prefix: ``batch.json`` (what was asked for) first, with ``requests.parquet`` if that is a
+table, then the pictures, as files or as a tar per chunk, and a part of the manifest per chunk, then
+``manifest.parquet``, and ``_SUCCESS`` last. Every object is a function of the first two alone, so whoever finds a batch
+unfinished can finish it.
 """
 
-import io
 import json
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 from torch import Tensor
 
-from diffusion.config import Config
-from diffusion.config_sampling import Asked, SamplingConfig
+from diffusion.config import Config, unset
+from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
+from diffusion.data.shards import BLOCK, Extent
 from diffusion.files import canonical_json, digest_of, sha256_bytes
 from diffusion.fingerprint import Fingerprint
 from diffusion.grids import image_of
 from diffusion.marked import marked_png
+from flows.request_table import Requests
 
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
+Row = dict[str, Any]
+"""What a manifest says of a picture: see MANIFEST."""
+
+PARQUET = "application/vnd.apache.parquet"
+"""Content type of tables."""
 CHUNK_BATCHES = 4
 """Compute batches per chunk: small enough to lose little to a kill, large enough to be worth a task."""
+MOST_CHUNKS = 256
+"""Larger batches have larger chunks, up to LARGEST_CHUNK: orchestration has a cost for each task."""
+LARGEST_CHUNK = 4096
+"""Pictures in a chunk, unless the configuration says otherwise: what a chunk's manifest holds is held in memory."""
 MANIFEST = pa.schema(
     [
         ("key", pa.string()),
@@ -41,7 +57,10 @@ MANIFEST = pa.schema(
         ("guidance", pa.float64()),
     ]
 )
-"""One row per picture; ``fingerprint`` is canonical JSON, ``label`` and ``prompt`` what the picture was to show."""
+"""One row per picture; ``key`` is its address inside the batch, ``fingerprint`` is canonical JSON, ``label`` and
+``prompt`` are what the picture was to show."""
+PLACES = pa.schema([("tar", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
+"""And in tars: where the PNG lies, so that a range request gets it."""
 
 
 class Batch(Config):
@@ -57,28 +76,57 @@ class Batch(Config):
     sampling: SamplingConfig
     fingerprint: Fingerprint
     asked: Asked | None = None
-    """What the pictures are to show; None: whatever comes."""
+    """What the pictures are to show; None: whatever comes. With ``requests`` only what is asked of all of them."""
+    requests: Requests | None = None
+    """What each is to show, by the table in ``requests.parquet``."""
+    chunk: int | None = Field(None, exclude_if=unset)
+    """Pictures in a chunk; None: CHUNK_BATCHES compute batches."""
+    format: Literal["png", "tar"] = Field("png", exclude_if=lambda name: name == "png")
+    """Whether the pictures are files, or lie in a tar for each chunk."""
 
     @property
     def name(self) -> str:
         """A name that differs for different requests to one model version."""
         how = self.sampling.model_dump(mode="json", exclude_none=True)
-        digest = digest_of(how if self.asked is None else how | {"asked": self.asked.model_dump(mode="json")})[:8]
+        wanted = self.model_dump(mode="json", include={"asked", "requests", "format"})
+        digest = digest_of(how | {name: value for name, value in wanted.items() if value is not None})[:8]
         return f"seed{self.seed}-count{self.count}-{self.sampling.sampler}{self.sampling.steps}-{digest}"
+
+    @property
+    def chunk_size(self) -> int:
+        """Pictures in each chunk but the last."""
+        return self.chunk or CHUNK_BATCHES * self.sampling.compute_batch
 
     def chunks(self) -> list[range]:
         """The picture numbers of each chunk: whole compute batches, but for the last."""
-        size = CHUNK_BATCHES * self.sampling.compute_batch
+        size = self.chunk_size
         return [range(start, min(start + size, self.count)) for start in range(0, self.count, size)]
+
+    def key(self, index: int) -> str:
+        """Address of picture number ``index`` inside the batch; that of one in a tar leads through the tar."""
+        name = picture_key(index)
+        return name if self.format == "png" else f"{tar_key(index // self.chunk_size)}/{name}"
 
     def json_bytes(self) -> bytes:
         """``batch.json``: what is not asked for is left out, so that later options change no earlier batch."""
         return canonical_json(self.model_dump(mode="json", exclude_none=True)).encode()
 
 
+def chunk_size(count: int, compute_batch: int) -> int:
+    """Pictures in a chunk of a batch of ``count``, unless the configuration says how many."""
+    batches = -(-count // compute_batch)
+    most = max(LARGEST_CHUNK // compute_batch, CHUNK_BATCHES)
+    return compute_batch * min(max(-(-batches // MOST_CHUNKS), CHUNK_BATCHES), most)
+
+
 def picture_key(index: int) -> str:
-    """Name of picture number ``index`` inside its batch."""
+    """Name of picture number ``index``, inside its batch or its tar."""
     return f"{index:08d}.png"
+
+
+def tar_key(chunk: int) -> str:
+    """Name of a chunk's tar inside its batch."""
+    return f"prints-{chunk:05d}.tar"
 
 
 def part_key(chunk: int) -> str:
@@ -86,12 +134,15 @@ def part_key(chunk: int) -> str:
     return f"manifest/part-{chunk:05d}.jsonl"
 
 
-def encode(batch: Batch, index: int, picture: Tensor, label: str | None) -> tuple[bytes, dict[str, object]]:
+def encode(
+    batch: Batch, index: int, picture: Tensor, label: str | None, asked: Asked | None = None
+) -> tuple[bytes, Row]:
     """Picture number ``index``, (C, H, W) uint8, as a PNG that says where it comes from, and its manifest row.
 
-    ``label``: the class that it was to show.
+    ``label``: the class that it was to show; ``asked``: what it was drawn by, None: what is asked of all.
     """
-    prompt = batch.asked.prompt(index) if batch.asked else None
+    asked = asked or batch.asked or ANYTHING
+    prompt = asked.prompt(index)
     image = image_of(picture)
     about: dict[str, str | None] = {
         "seed": str(batch.seed),
@@ -99,12 +150,12 @@ def encode(batch: Batch, index: int, picture: Tensor, label: str | None) -> tupl
         "model": f"models:/{batch.model}/{batch.version}",
         "run_id": batch.run_id,
         "content_digest": batch.content_digest,
-        "label": batch.asked.label(index) if batch.asked else None,
+        "label": asked.label(index),
         "prompt": prompt,
     }
     png = marked_png(image, about)
     row = {
-        "key": picture_key(index),
+        "key": batch.key(index),
         "index": index,
         "seed": batch.seed,
         "model": batch.model,
@@ -117,26 +168,37 @@ def encode(batch: Batch, index: int, picture: Tensor, label: str | None) -> tupl
         "fingerprint": canonical_json(batch.fingerprint.model_dump(mode="json")),
         "label": label,
         "prompt": prompt,
-        "negative_prompt": batch.asked and batch.asked.negative_prompt,
+        "negative_prompt": asked.negative_prompt,
         "guidance": batch.sampling.guidance,
     }
     return png, row
 
 
-def part_bytes(rows: Iterable[dict[str, object]]) -> bytes:
+def shard_json(row: Row) -> dict[str, Any]:
+    """What stands beside a picture in a tar; with ``label`` and ``caption``, as data sets are ingested with."""
+    names = ("label", "seed", "index", "run_id", "content_digest", "weights_sha256", "sha256")
+    model = f"models:/{row['model']}/{row['version']}"
+    return {name: row[name] for name in names} | {"caption": row["prompt"], "model": model}
+
+
+def placed(row: Row, tar: str, extent: Extent) -> Row:
+    """``row`` with the place of its picture in ``tar``."""
+    return row | {"tar": tar, "offset": extent.start + BLOCK, "size": extent.png}
+
+
+def part_bytes(rows: Iterable[Row]) -> bytes:
     """A chunk's part of the manifest: JSON lines."""
     return "".join(f"{canonical_json(row)}\n" for row in rows).encode()
 
 
-def part_rows(part: bytes) -> list[dict[str, object]]:
+def part_rows(part: bytes) -> list[Row]:
     """The rows of a part."""
     return [json.loads(line) for line in part.decode().splitlines()]
 
 
-def parquet_bytes(parts: Iterator[list[dict[str, object]]]) -> bytes:
-    """The manifest of the whole batch, a row group per part."""
-    sink = io.BytesIO()
-    with pq.ParquetWriter(sink, MANIFEST) as writer:
+def write_parquet(sink: "SupportsWrite[bytes]", parts: Iterator[list[Row]], batch: Batch) -> None:
+    """The manifest of the whole batch, a row group per part, of which one is held at a time."""
+    schema = MANIFEST if batch.format == "png" else pa.unify_schemas([MANIFEST, PLACES])
+    with pq.ParquetWriter(sink, schema) as writer:
         for rows in parts:
-            writer.write_table(pa.Table.from_pylist(rows, schema=MANIFEST))
-    return sink.getvalue()
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))

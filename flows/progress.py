@@ -1,12 +1,14 @@
 """How far long work is, for whoever watches a flow: the console it was started from, and the Prefect UI."""
 
 from contextvars import ContextVar
+from uuid import UUID
 
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging import get_run_logger
 
 from diffusion.progress import Progress
-from flows.console import Lines
+from flows.console import Lines, Pace
 
 CONSOLE: ContextVar[Progress | None] = ContextVar("console", default=None)
 """Where the command line shows progress; a flow that a worker runs has no console."""
@@ -31,3 +33,18 @@ def reporter() -> Progress:
             console(what, done, total, note)
 
     return report
+
+
+def bar(key: str) -> Progress:
+    """``reporter``, and a bar among the artifacts of the flow run at hand, with rate and time left."""
+    report, pace = reporter(), Pace()
+    artifact = create_progress_artifact(progress=0.0, key=key)
+    assert isinstance(artifact, UUID)  # and no promise of one, outside of async code
+
+    def show(what: str, done: int, total: int | None, note: str = "") -> None:
+        report(what, done, total, note)
+        if total and pace.due(done, total):
+            words = ", ".join(filter(None, (f"{done:,} of {total:,} {what}", pace.words(done, total), note)))
+            update_progress_artifact(artifact, progress=100 * done / total, description=words)
+
+    return show

@@ -25,18 +25,21 @@ from diffusion.sampling import sample
 
 
 def redraw(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """First the fingerprint of this process, then for each range of ``request["chunks"]`` the file it went to."""
+    """First the fingerprint of this process, then for each range of ``request["chunks"]`` the file it went to.
+
+    ``request["asked"]`` has what each of them is to show, if anything is asked.
+    """
     if Path(diffusion.__file__).resolve().parent != (Path(request["code"]) / "diffusion").resolve():
         raise DarkroomError(f"diffusion comes from {diffusion.__file__}, not from {request['code']}")
     config = conditions(request["sampling"], request["fingerprint"])
     yield {"fingerprint": fingerprint_of(config)}
     model = load_model(Path(request["weights"]))
-    draw = sample
-    if "asked" in request:
-        from diffusion.config_sampling import Asked
+    for number, (first, end) in enumerate(request["chunks"]):
+        draw = sample
+        if "asked" in request:
+            from diffusion.config_sampling import Asked
 
-        draw = partial(sample, asked=Asked.model_validate(request["asked"]))
-    for first, end in request["chunks"]:
+            draw = partial(sample, asked=Asked.model_validate(request["asked"][number]))
         file = Path(request["folder"]) / f"{first}.safetensors"
         pictures = draw(model, range(first, end), request["seed"], config)
         save_file({"pictures": pictures.contiguous()}, file)

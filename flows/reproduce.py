@@ -12,15 +12,18 @@ from mlflow.client import MlflowClient
 from safetensors.numpy import load_file
 
 from diffusion.config import Config
+from diffusion.config_sampling import Asked
 from diffusion.errors import UserError
 from diffusion.files import write_bytes
 from diffusion.fingerprint import Fingerprint
 from flows import environment, prints, registry, shipped
 from flows.derived import warn_of_takedown
-from flows.printed import Origin, Picture, Printed, Row, find, pixels_sha256, read_pixels, read_rows
-from flows.prints import Batch
+from flows.printed import Origin, Picture, Printed, find, pixels_sha256, read_picture, read_pixels, read_rows
+from flows.printing import asked_of, table_of
+from flows.prints import Batch, Row
 from flows.progress import reporter
 from flows.registry import Version
+from flows.request_table import RequestTable
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
 
@@ -106,10 +109,11 @@ def reproduce(where: str, count: int | None = None, out: Path | None = None, ins
     if version.weights_sha256 != batch.weights_sha256:
         raise UserError(f"{version.uri} has other weights than {where} was printed with: it was registered anew since")
     warn_of_takedown(version)
+    table = table_of(store, batch, place)
     cache = environment.settings().folder / "models"
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        request = _request(batch, registry.fetch_weights(version, cache), chunks, folder)
+        request = _request(batch, registry.fetch_weights(version, cache), chunks, table, folder)
         code = shipped.INSTALLED if installed else shipped.fetch_code(version, folder / "shipped")
         answers = _run(request, code, version, installed)
         made = Fingerprint.model_validate(next(answers)["fingerprint"])
@@ -118,10 +122,11 @@ def reproduce(where: str, count: int | None = None, out: Path | None = None, ins
         for chunk, answer in zip(chunks, answers, strict=True):
             again = _taken(Path(answer["file"]))
             originals = [printed.picture] if printed.picture else _originals(store, place, batch, chunk)
-            compared += [compare(*each) for each in zip(chunk, again, originals, strict=True)]
+            compared += [compare(*each) for each in zip(map(batch.key, chunk), again, originals, strict=True)]
             if out is not None:
+                asked = asked_of(batch, table, chunk)
                 for index, pixels, original in zip(chunk, again, originals, strict=True):
-                    _write(out, batch, index, pixels, original.row)
+                    _write(out, batch, index, pixels, original.row, asked)
             reporter()("pictures drawn again", len(compared), total)
     return _summary(where, version, installed, batch.fingerprint.differences(made), made, compared, out)
 
@@ -141,20 +146,29 @@ def _known(printed: Printed) -> tuple[Batch, Location]:
 
 
 def _chunks(batch: Batch, picture: Picture | None, count: int | None) -> list[range]:
-    """The picture numbers to draw, as many at a time as were printed at a time."""
+    """The picture numbers to draw, a few compute batches at a time."""
     if picture is not None:
         if count is not None:
             raise UserError("--count says how many pictures of a batch: leave it out, or give the batch's prefix")
         return [range(picture.index, picture.index + 1)]
     if count is not None and count > batch.count:
         raise UserError(f"--count {count}: the batch has {batch.count} pictures")
-    wanted = range(batch.count if count is None else count)
-    return [chunk for each in batch.chunks() if (chunk := wanted[each.start : each.stop])]
+    wanted, size = range(batch.count if count is None else count), prints.CHUNK_BATCHES * batch.sampling.compute_batch
+    return [
+        wanted[start : min(start + size, each.stop)]
+        for each in batch.chunks()
+        for start in range(each.start, min(each.stop, len(wanted)), size)
+    ]
 
 
-def _request(batch: Batch, weights: Path, chunks: list[range], folder: Path) -> dict[str, Any]:
+def _request(
+    batch: Batch, weights: Path, chunks: list[range], table: RequestTable | None, folder: Path
+) -> dict[str, Any]:
     """What ``flows.redraw`` is told: only what the batch has, as the version's code may know of nothing else."""
-    asked = {} if batch.asked is None else {"asked": batch.asked.model_dump(mode="json", exclude_none=True)}
+    asked = {}
+    if batch.asked is not None or table is not None:
+        each = (asked_of(batch, table, chunk) for chunk in chunks)
+        asked = {"asked": [one.model_dump(mode="json", exclude_none=True) for one in each]}
     return {
         "weights": str(weights.resolve()),
         "folder": str(folder),
@@ -188,15 +202,14 @@ def _taken(file: Path) -> np.ndarray:
 
 def _originals(store: Store, place: Location, batch: Batch, chunk: range) -> list[Picture]:
     """The pictures of a chunk as they lie there, with their rows of the manifest."""
-    size = prints.CHUNK_BATCHES * batch.sampling.compute_batch
     try:
-        rows = {row["index"]: row for row in read_rows(store, place, batch, chunk.start // size)}
+        rows = {row["index"]: row for row in read_rows(store, place, batch, chunk.start // batch.chunk_size)}
     except Missing as error:
         raise UserError(f"{place} is not finished: give the same `darkroom sample` again first") from error
 
     def get(index: int) -> Picture:
         try:
-            png = store.get(place.bucket, place.key(prints.picture_key(index)))
+            png = read_picture(store, place, batch, index, rows.get(index))
         except Missing:
             png = b""
         return Picture(png, None, index, rows.get(index))
@@ -205,8 +218,8 @@ def _originals(store: Store, place: Location, batch: Batch, chunk: range) -> lis
         return list(pool.map(get, chunk))
 
 
-def compare(index: int, again: np.ndarray, original: Picture) -> Compared:
-    """Picture number ``index`` drawn ``again``, (H, W) or (H, W, 3) uint8, beside the ``original``."""
+def compare(key: str, again: np.ndarray, original: Picture) -> Compared:
+    """The picture of that ``key`` drawn ``again``, (H, W) or (H, W, 3) uint8, beside the ``original``."""
     there = read_pixels(original.png)
     printed = original.row["pixels_sha256"] if original.row else pixels_sha256(there)
     altered = pixels_sha256(there) != printed
@@ -217,7 +230,7 @@ def compare(index: int, again: np.ndarray, original: Picture) -> Compared:
     elif not altered and there is not None and there.shape == again.shape:
         errors = np.abs(there.astype(int) - again).reshape(*again.shape[:2], -1)
     return Compared(
-        key=prints.picture_key(index),
+        key=key,
         exact=exact,
         altered=altered,
         largest_error=None if errors is None else int(errors.max()),
@@ -226,10 +239,10 @@ def compare(index: int, again: np.ndarray, original: Picture) -> Compared:
     )
 
 
-def _write(out: Path, batch: Batch, index: int, pixels: np.ndarray, row: Row | None) -> None:
+def _write(out: Path, batch: Batch, index: int, pixels: np.ndarray, row: Row | None, asked: Asked) -> None:
     channels = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy())
     label = row and row.get("label")
-    png, _ = prints.encode(batch, index, channels, None if label is None else str(label))
+    png, _ = prints.encode(batch, index, channels, None if label is None else str(label), asked)
     write_bytes(out / prints.picture_key(index), png)
 
 

@@ -173,19 +173,14 @@ class Store:
             except ClientError as error:
                 if status_of(error) != 412:
                     raise
-                return self._sha256_of(bucket, key)
+                return self._sha256(bucket, key)
             return None
 
         with self._in_words(bucket, key):
             there = _retrying(is_conflict)(put)
         if there is None:
             return "written"
-        if there != digest.hexdigest():
-            raise Held(
-                f"s3://{bucket}/{key} is taken by other bytes (sha256 {there[:12]}… there, "
-                f"{digest.hexdigest()[:12]}… here): write under another prefix, or remove what is there"
-            )
-        return "already there"
+        return same_bytes(bucket, key, there, digest.hexdigest())
 
     def put_many(self, bucket: str, objects: Sequence[Object], workers: int = 8) -> list[Put]:
         """``put_once`` of each of ``objects``, ``workers`` at a time; the first failure stops the rest."""
@@ -200,6 +195,19 @@ class Store:
         """The bytes of an object, checked against the server's checksum; raises Missing."""
         with self._in_words(bucket, key):
             return _retrying(is_broken_read)(lambda: self.client.get_object(Bucket=bucket, Key=key)["Body"].read())
+
+    def get_span(self, bucket: str, key: str, offset: int, size: int) -> bytes:
+        """``size`` bytes of an object from ``offset`` on, which no checksum of the server's covers; raises Missing."""
+        span = f"bytes={offset}-{offset + size - 1}"
+        with self._in_words(bucket, key):
+            return _retrying(is_broken_read)(
+                lambda: self.client.get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
+            )
+
+    def sha256(self, bucket: str, key: str) -> str:
+        """Hex SHA-256 of an object, by the server's own sum or ours of what it sends; raises Missing."""
+        with self._in_words(bucket, key):
+            return _retrying(is_broken_read)(lambda: self._sha256(bucket, key))
 
     def fetch(self, bucket: str, key: str, path: Path) -> None:
         """Write an object over what is at ``path``, a megabyte at a time, checked as by ``get``; raises Missing.
@@ -307,8 +315,7 @@ class Store:
                 return
         raise UserError(refusal.format("ignores"))
 
-    def _sha256_of(self, bucket: str, key: str) -> str:
-        """Hex SHA-256 of an object: the server's own sum of the whole, or else ours of what it sends."""
+    def _sha256(self, bucket: str, key: str) -> str:
         head = self.client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
         checksum = head.get("ChecksumSHA256", "")
         if checksum and "-" not in checksum and head.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT":
@@ -365,6 +372,16 @@ def _missing_as_file() -> Iterator[None]:
         yield
     except Missing as error:
         raise FileNotFoundError(str(error)) from error
+
+
+def same_bytes(bucket: str, key: str, there: str, here: str) -> Put:
+    """How a write ended that found an object of the SHA-256 ``there``: well if that is ``here``; else raises Held."""
+    if there != here:
+        raise Held(
+            f"s3://{bucket}/{key} is taken by other bytes (sha256 {there[:12]}… there, {here[:12]}… here): write "
+            "under another prefix, or remove what is there"
+        )
+    return "already there"
 
 
 def _found(request: Callable[[], object]) -> bool:

@@ -69,6 +69,8 @@ def _explained(error: ClientError, place: str, bucket: str, server: str) -> Dark
         return UserError(f"{place}: there is no bucket {bucket} at {server}: {hint}")
     if code in {"NoSuchKey", "404", "NotFound"}:
         return Missing(f"{place} does not exist at {server}")
+    if code == "InvalidRange":
+        return Missing(f"{place} is shorter at {server} than what was asked of it: it was cut, or replaced")
     if code in DENIED:
         hint = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what that key may do"
         return UserError(f"{place}: {server} denies access ({code}): {hint}")

@@ -1,7 +1,7 @@
 """The flow ``sample``: a registered model in, pictures with a manifest on S3 out."""
 
 import io
-from collections.abc import Iterator
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,32 +10,27 @@ from mlflow.client import MlflowClient
 from PIL import Image
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from diffusion.config import Config
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
-from diffusion.errors import Held, UserError
-from diffusion.fingerprint import fingerprint
+from diffusion.data.ahead import in_order
+from diffusion.device import resolve_device
 from diffusion.grids import grid, save_png
+from diffusion.lanes import cores
 from diffusion.model import load_model
-from diffusion.sampling import label_names, meanings_of, require_drawing, require_read_whole
-from diffusion.sampling import sample as draw
-from flows import environment, prints, registry
+from flows import batch_plan, environment, printing, registry
 from flows.derived import warn_of_takedown
-from flows.params import Params
+from flows.fan_out import submitter, task_runner
+from flows.params import Params, PrintsConfig
+from flows.printed import read_picture, read_rows
+from flows.printing import Cost, Work
 from flows.prints import Batch
-from flows.progress import reporter
+from flows.progress import bar
 from flows.registry import Version
-from flows.s3 import Location, Object, Store
+from flows.s3 import Location, Store
 from flows.steps import step
 
 SHOWN = 64
-JSON, JSON_LINES, PARQUET, PNG = (
-    "application/json",
-    "application/jsonl",
-    "application/vnd.apache.parquet",
-    "image/png",
-)
 
 
 class Prints(Config):
@@ -51,28 +46,30 @@ class Prints(Config):
     """Its manifest.parquet on S3."""
     contact_sheet: Path
     """Its first pictures on one sheet, on this machine."""
+    took: Cost
+    """What those of them took that were drawn now."""
 
 
-# One chunk at a time: a single one keeps every core busy, and its bits depend on the number of threads.
-@flow(
-    name="sample",
-    flow_run_name="sample-{count}-of-{model}",
-    task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type, unused-ignore]
-)
+@flow(name="sample", flow_run_name="sample-of-{model}")
 def sample(
-    params: Params, model: str, count: int, seed: int = 0, to: str | None = None, asked: Asked = ANYTHING
+    params: Params,
+    model: str,
+    count: int | None = None,
+    seed: int = 0,
+    to: str | None = None,
+    asked: Asked = ANYTHING,
+    requests: str | None = None,
 ) -> Prints:
     """Print ``count`` pictures of ``seed`` that show what is ``asked``, drawn by the version that ``model`` names now.
 
     ``model`` is models:/NAME@ALIAS or models:/NAME/NUMBER; ``to`` is s3://BUCKET for its usual place there
-    (prints/MODEL/VERSION/BATCH/), or s3://BUCKET/PREFIX for exactly that place.
+    (prints/MODEL/VERSION/BATCH/), or s3://BUCKET/PREFIX for exactly that place. ``requests``, instead of a count: a
+    table (.csv, .jsonl or .parquet; a path or s3://…) with a row for each picture, and a label or a prompt in it.
     """
     version, weights = fetch(model)
-    batch, place = begin(version, weights, params.sampling, count, seed, to, asked)
-    parts = [print_chunk.submit(batch, place, weights, chunk) for chunk in range(len(batch.chunks()))]
-    for part in parts:
-        part.result()
-    return finish(batch, place)
+    batch, place = begin(version, weights, params.sampling, params.prints, count, seed, to, asked, requests)
+    cost = print_chunks.with_options(task_runner=task_runner(params.prints))(params.prints, batch, place, version)
+    return finish(batch, place, cost)
 
 
 @step
@@ -91,91 +88,82 @@ def draws(model: str) -> bool:
 
 @step
 def begin(
-    version: Version, weights: Path, sampling: SamplingConfig, count: int, seed: int, to: str | None, asked: Asked
+    version: Version,
+    weights: Path,
+    sampling: SamplingConfig,
+    config: PrintsConfig,
+    count: int | None,
+    seed: int,
+    to: str | None,
+    asked: Asked,
+    requests: str | None = None,
 ) -> tuple[Batch, Location]:
     """Write down what is asked for; raises Held if the place holds a batch of something else."""
-    if count < 1:
-        raise UserError(f"count {count}: ask for at least one picture")
-    loaded = load_model(weights)
-    require_drawing(loaded, sampling, asked)
-    require_read_whole(asked)
-    meanings_of(loaded, asked)
-    batch = Batch(
-        model=version.model,
-        version=version.number,
-        run_id=version.run_id,
-        content_digest=loaded.header.content_digest,
-        weights_sha256=version.weights_sha256,
-        seed=seed,
-        count=count,
-        sampling=sampling,
-        fingerprint=fingerprint(sampling.compute_batch, sampling.precision, sampling.device),
-        asked=None if asked == ANYTHING else asked,
-    )
+    store = Store()
+    batch, table = batch_plan.plan(store, version, weights, sampling, config, count, seed, asked, requests)
     place = Location.parse(to or f"s3://{environment.settings().bucket}")
     if not place.prefix:
         place = place / "prints" / batch.model / str(batch.version) / batch.name
-    store = Store()
-    store.require_conditional_puts(place.bucket, "prints")
-    try:
-        store.put_once(place.bucket, place.key("batch.json"), batch.json_bytes(), content_type=JSON)
-    except Held as error:
-        found = Batch.model_validate_json(store.get(place.bucket, place.key("batch.json")))
-        other = found.fingerprint.differences(batch.fingerprint)
-        raise Held(
-            f"{place} holds a batch "
-            + (f"begun under another fingerprint ({other})" if other else "of another request")
-            + ": finish it where it was begun, or give --to another prefix"
-        ) from error
+    batch_plan.begin(store, batch, place, table)
     return batch, place
 
 
+@flow(name="print chunks")
+def print_chunks(config: PrintsConfig, batch: Batch, place: Location, version: Version) -> Cost:
+    """Draw what is not there yet; each chunk is a task of its own, and few of them are begun ahead."""
+    began, missing, chunks = time.monotonic(), printing.unfinished(Store(), batch, place), batch.chunks()
+    show, works = bar("printing"), list[Work]()
+    done = batch.count - sum(len(chunks[chunk]) for chunk in missing)
+    show("pictures printed", done, batch.count)
+    submit = submitter(print_chunk, config, gpu=resolve_device(batch.sampling.device).type == "cuda")
+    begun = (submit(batch, place, version, chunk, config) for chunk in missing)
+    for chunk, work in zip(missing, in_order(begun, 2 * config.workers), strict=True):
+        works.append(work)
+        done += len(chunks[chunk])
+        show("pictures printed", done, batch.count)
+    return printing.cost_of(works, time.monotonic() - began)
+
+
 @step
-def print_chunk(batch: Batch, place: Location, weights: Path, chunk: int) -> None:
+def print_chunk(batch: Batch, place: Location, version: Version, chunk: int, config: PrintsConfig) -> Work:
     """Draw a chunk's pictures and put them on S3, their part of the manifest last; a finished one is left."""
     store = Store()
-    part = place.key(prints.part_key(chunk))
-    report = reporter()
-    indices = batch.chunks()[chunk]
-    if not store.exists(place.bucket, part):
-        model, asked = load_model(weights), batch.asked or ANYTHING
-        pictures = draw(model, indices, batch.seed, batch.sampling, asked=asked)
-        labels = label_names(model, indices, batch.seed, asked)
-        encoded = [prints.encode(batch, *each) for each in zip(indices, pictures, labels, strict=True)]
-        objects = [Object(place.key(str(row["key"])), png, PNG, {"seed": str(batch.seed)}) for png, row in encoded]
-        store.put_many(place.bucket, objects)
-        rows = prints.part_bytes(row for _, row in encoded)
-        store.put_once(place.bucket, part, rows, content_type=JSON_LINES)
-    report("pictures printed", indices.stop, batch.count)
+    weights = registry.fetch_weights(version, environment.settings().folder / "models")
+    table = printing.table_of(store, batch, place)
+    # A task on Ray is given one core; here the chunks share what there is.
+    at_once = 1 if config.runner == "ray" else max(cores() // config.workers, 1)
+    return printing.print_chunk(store, batch, place, weights, chunk, table, at_once)
 
 
 @step
-def finish(batch: Batch, place: Location) -> Prints:
-    """Write the manifest of all parts, and ``_SUCCESS`` after everything else."""
+def finish(batch: Batch, place: Location, cost: Cost) -> Prints:
+    """Write the manifest of all parts, and ``_SUCCESS`` after everything else; say what it took."""
     store = Store()
-
-    def parts() -> Iterator[list[dict[str, object]]]:
-        for chunk in range(len(batch.chunks())):
-            yield prints.part_rows(store.get(place.bucket, place.key(prints.part_key(chunk))))
-
-    manifest = place.key("manifest.parquet")
-    store.put_once(place.bucket, manifest, prints.parquet_bytes(parts()), content_type=PARQUET)
-    store.put_once(place.bucket, place.key("_SUCCESS"), b"")
-    first = [store.get(place.bucket, place.key(prints.picture_key(i))) for i in range(min(SHOWN, batch.count))]
+    printing.finish(store, batch, place)
     sheet = Path("prints", batch.model, str(batch.version), f"{batch.name}.png")
-    save_png(sheet, grid(torch.stack([_pixels(png) for png in first])))
+    save_png(sheet, grid(torch.stack([_pixels(png) for png in _first(store, batch, place)])))
     done = Prints(
         uri=f"{place}/",
         model=f"models:/{batch.model}/{batch.version}",
         count=batch.count,
         seed=batch.seed,
-        manifest=f"s3://{place.bucket}/{manifest}",
+        manifest=f"{place}/{printing.MANIFEST}",
         contact_sheet=sheet,
+        took=cost,
     )
     create_markdown_artifact(
-        f"{batch.count} pictures of {done.model} in `{done.uri}`, manifest `{done.manifest}`", key="prints"
+        f"{batch.count:,} pictures of {done.model} in `{done.uri}`, manifest `{done.manifest}`\n\n{cost.words}",
+        key="prints",
     )
     return done
+
+
+def _first(store: Store, batch: Batch, place: Location) -> list[bytes]:
+    """The first pictures, as they lie there."""
+    shown = min(SHOWN, batch.count)
+    chunks = range(-(-shown // batch.chunk_size))
+    rows = [row for chunk in chunks for row in read_rows(store, place, batch, chunk)][:shown]
+    return [read_picture(store, place, batch, row["index"], row) for row in rows]
 
 
 def _pixels(png: bytes) -> torch.Tensor:

@@ -24,6 +24,7 @@ from flows.params import dataset_folder
 from flows.printed import Origin, Picture, Printed, find
 from flows.prints import Batch
 from flows.registry import WEIGHTS
+from flows.request_table import Requests
 from flows.s3 import Store
 from flows.tracking import RELEASED_FROM
 
@@ -54,6 +55,8 @@ class TracedBatch(Config):
     seed: int
     finished: bool
     asked: Asked | None
+    requests: Requests | None
+    """The table that said what each picture is to show; it lies beside the batch."""
     sampling: SamplingConfig
     fingerprint: Fingerprint
 
@@ -214,6 +217,7 @@ class _Walk:
             seed=batch.seed,
             finished=self.store.exists(place.bucket, place.key("_SUCCESS")),
             asked=batch.asked,
+            requests=batch.requests,
             sampling=batch.sampling,
             fingerprint=batch.fingerprint,
         )

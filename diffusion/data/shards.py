@@ -5,9 +5,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from diffusion.files import canonical_json
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 BLOCK = tarfile.BLOCKSIZE
 HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
@@ -31,7 +34,7 @@ class Extent:
 class TarWriter:
     """Writes samples of two members each, ``<key>.png`` and ``<key>.json``, as one USTAR archive."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: "SupportsWrite[bytes | bytearray]") -> None:
         self.file = file
         self.position = 0
 

@@ -57,6 +57,16 @@ NegativePrompt = Annotated[
 ]
 
 
+Requests = Annotated[
+    str | None,
+    typer.Option(
+        "--requests",
+        metavar="TABLE",
+        help="A .csv, .jsonl or .parquet, here or on s3://, with a label or a prompt for each picture.",
+    ),
+]
+
+
 def add_to(app: typer.Typer) -> None:
     """Register the verbs."""
     for verb in (ingest, train, evaluate, promote, sample, retrain, explain):
@@ -240,7 +250,10 @@ def promote(
 
 def sample(
     model: Model = None,
-    count: Count = 64,
+    count: Annotated[
+        int | None, typer.Option("--count", min=1, help="How many pictures; default: 64, or a table's rows.")
+    ] = None,
+    requests: Requests = None,
     seed: Seed = 0,
     to: To = None,
     output: Output = None,
@@ -259,6 +272,8 @@ def sample(
 
     Example:  darkroom sample --count 16 --prompt "a red bird" --set sampling.guidance=3
 
+    Example:  darkroom sample --requests birds.csv --set prints.format=tar --set prints.runner=processes
+
     Example:  darkroom sample --model runs/faces/final.safetensors --out faces
     """
     if model is not None and is_file(model):
@@ -266,7 +281,9 @@ def sample(
             raise UserError("--to is where prints of a registered model go, and this is a file: use --out FOLDER")
         if len(label) > 1 or len(prompt) > 1:
             raise UserError("several labels or prompts take turns in prints of a registered model: give a file one")
-        wanted = {"count": count, "seed": seed, "negative_prompt": negative_prompt}
+        if requests is not None:
+            raise UserError("--requests is for prints of a registered model, and this is a file: give it --prompt")
+        wanted = {"count": 64 if count is None else count, "seed": seed, "negative_prompt": negative_prompt}
         wanted |= {"label": next(iter(label), None), "prompt": next(iter(prompt), None)}
         show_made(made("sample", wanted, model, output, params, overrides), as_json)
         return
@@ -278,7 +295,7 @@ def sample(
         from flows.sample import sample
 
         asked = Asked(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
-        done = sample(config, model or f"models:/{config.model_name}@champion", count, seed, to, asked)
+        done = sample(config, model or f"models:/{config.model_name}@champion", count, seed, to, asked, requests)
     show(
         done.model_dump(mode="json"),
         as_json,
@@ -286,6 +303,7 @@ def sample(
             f"{done.count} pictures of {done.model} in {done.uri}",
             f"manifest: {done.manifest}",
             f"contact sheet: {done.contact_sheet}",
+            done.took.words,
         ],
     )
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 What = Annotated[
     str,
     typer.Argument(
-        metavar="PICTURE|BATCH", help="A print's address, s3://…/00000007.png, a copy of it, or its batch's address."
+        metavar="PICTURE|BATCH",
+        help="A print's address, s3://…/00000007.png or s3://…/prints-00000.tar/00000007.png, a copy of it, or its "
+        "batch's address.",
     ),
 ]
 
@@ -111,6 +113,8 @@ def _batch(batch: "TracedBatch") -> Iterator[str]:
     yield f"{batch.count:,} pictures of seed {batch.seed}: {_fields(batch.sampling.model_dump(exclude_none=True))}"
     if batch.asked is not None:
         yield f"asked for {_fields(batch.asked.model_dump(exclude_defaults=True))}"
+    if batch.requests is not None:
+        yield f"asked for by {batch.uri}requests.parquet, {_fields(batch.requests.model_dump())}"
     yield f"fingerprint {_fields(batch.fingerprint.model_dump())}"
 
 

@@ -13,7 +13,7 @@ from diffusion.files import sha256_bytes
 from diffusion.fingerprint import fingerprint
 from diffusion.model import load_model
 from diffusion.sampling import label_names, sample
-from flows.prints import Batch, encode, parquet_bytes, part_bytes, part_rows
+from flows.prints import Batch, chunk_size, encode, part_bytes, part_rows, write_parquet
 from tests.diffusion.test_train import run
 
 SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=3, compute_batch=8)
@@ -67,7 +67,9 @@ def test_what_is_written_makes_the_same_pictures_again_and_says_what_each_shows(
     labels = label_names(model, range(4), found.seed, found.asked or ANYTHING)
     encoded = [encode(made, *each) for each in zip(range(4), pictures, labels, strict=True)]
     rows = part_rows(part_bytes(row for _, row in encoded))
-    table = pq.read_table(io.BytesIO(parquet_bytes(iter([rows])))).to_pylist()
+    sink = io.BytesIO()
+    write_parquet(sink, iter([rows]), made)
+    table = pq.read_table(sink).to_pylist()
     assert [row["label"] for row in table] == (labels if asked is None else ["odd", None, "even", "odd"])
     assert all((row["guidance"], row["prompt"], row["negative_prompt"]) == (2.0, None, None) for row in table)
     again = sample(model, [2], found.seed, found.sampling, asked=found.asked or ANYTHING)[0]
@@ -83,3 +85,25 @@ def test_prompts_stand_in_picture_and_manifest_in_any_script() -> None:
     assert (row["prompt"], row["negative_prompt"], row["label"]) == ("красный дом", "fog", None)
     plain, _ = encode(batch(), 1, torch.zeros(1, 8, 8, dtype=torch.uint8), "even")
     assert "darkroom:label" not in Image.open(io.BytesIO(plain)).text
+
+
+@pytest.mark.parametrize("compute_batch", [1, 8, 64, 1000])
+@pytest.mark.parametrize("count", [1, 257, 40_000, 100_000, 1_000_000])
+def test_large_batches_have_hundreds_of_chunks_and_no_chunk_is_large(count: int, compute_batch: int) -> None:
+    size = chunk_size(count, compute_batch)
+    assert size % compute_batch == 0
+    assert size >= 4 * compute_batch
+    assert size <= max(4096, 4 * compute_batch)
+    assert -(-count // size) <= 256 or size > 4096 - compute_batch
+
+
+def test_a_batch_cut_otherwise_has_the_name_it_had_and_says_so_and_a_batch_in_tars_another_name() -> None:
+    plain = batch()
+    cut, tars = (plain.model_copy(update=change) for change in ({"chunk": 16, "count": 20}, {"format": "tar"}))
+    assert cut.name == plain.model_copy(update={"count": 20}).name
+    assert cut.chunks() == [range(16), range(16, 20)]
+    assert plain.model_copy(update={"count": 40}).chunks() == [range(32), range(32, 40)]
+    assert tars.name != plain.name
+    assert tars.key(33) == "prints-00001.tar/00000033.png"
+    for each in (cut, tars):
+        assert Batch.model_validate_json(each.json_bytes()) == each

@@ -11,6 +11,8 @@ from importlib.metadata import version as installed
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from dvc.repo import Repo
 from mlflow.client import MlflowClient
@@ -31,6 +33,7 @@ from flows import prints, registry, sample, shipped
 from flows.catalogue import Catalogue
 from flows.derived import TAKEDOWN
 from flows.lineage import CodeVersion, DataVersion, record_data
+from flows.params import PrintsConfig
 from flows.printed import Picture
 from flows.prints import Batch
 from flows.registry import Version
@@ -46,6 +49,7 @@ FOLDER = Path("data/blobs")
 SOURCE = "s3://provenance/dvc"
 SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=3, compute_batch=4)
 ASKED = Asked(labels=("even", "odd", None))
+PRINTS = PrintsConfig()
 
 
 @dataclass
@@ -115,9 +119,9 @@ def make(store: Store, client: MlflowClient) -> Made:
     tags = {"darkroom.dataset": "blobs", "darkroom.dvc_digest": data.digest}
     version = registry.register("blobs", tracker.run_id, weights, SAMPLING, tags, done.images)
     client.set_registered_model_alias("blobs", "champion", str(version.number))
-    batch, place = sample.begin.fn(version, weights, SAMPLING, 18, 5, None, ASKED)
+    batch, place = sample.begin.fn(version, weights, SAMPLING, PRINTS, 18, 5, None, ASKED)
     for chunk in range(len(batch.chunks())):
-        sample.print_chunk.fn(batch, place, weights, chunk)
+        sample.print_chunk.fn(batch, place, version, chunk, PRINTS)
     store.put_once(place.bucket, place.key("_SUCCESS"), b"")
     return Made(store, client, manifest, data, tracker.run_id, version, batch, place)
 
@@ -177,8 +181,8 @@ def test_a_copy_of_a_print_leads_to_the_batch_that_printed_it_among_several_of_i
     made: Made, tmp_path: Path
 ) -> None:
     other = SAMPLING.model_copy(update={"steps": 2})
-    batch, place = sample.begin.fn(made.version, Path("weights.safetensors"), other, 18, 5, None, ANYTHING)
-    sample.print_chunk.fn(batch, place, Path("weights.safetensors"), 1)
+    batch, place = sample.begin.fn(made.version, Path("weights.safetensors"), other, PRINTS, 18, 5, None, ANYTHING)
+    sample.print_chunk.fn(batch, place, made.version, 1, PRINTS)
     for at in (made.place, place):
         copy = tmp_path / "copy.png"
         copy.write_bytes(made.store.get(at.bucket, at.key("00000017.png")))
@@ -361,6 +365,50 @@ def test_what_the_versions_code_does_not_know_is_said_in_one_line_with_what_may_
     assert "\n" not in str(raised.value)
 
 
+def test_a_print_in_a_tar_is_traced_and_made_again_as_a_file_is(made: Made, tmp_path: Path) -> None:
+    tars, folder = PrintsConfig(format="tar", chunk=8), tmp_path / "again"
+    weights = Path("weights.safetensors")
+    batch, place = sample.begin.fn(made.version, weights, SAMPLING, tars, 18, 5, None, ASKED)
+    for chunk in range(len(batch.chunks())):
+        sample.print_chunk.fn(batch, place, made.version, chunk, tars)
+    picture = f"{place}/prints-00002.tar/00000017.png"
+    found, file = trace(picture), trace(made.picture)
+    assert (found.picture.as_printed, found.data) == (True, file.data)  # type: ignore[union-attr]
+    assert "no batch of" not in " ".join(found.broken)
+    done = reproduce(str(place), out=folder)
+    assert (done.pictures, done.exact, done.differences, done.failure) == (18, 18, "", None)
+    assert reproduce(picture).exact == 1
+    printed = (folder / "00000017.png").read_bytes()
+    assert pixels_of(printed) == pixels_of(made.png)
+    (tmp_path / "copy.png").write_bytes(printed)
+    assert trace(str(tmp_path / "copy.png")).picture.as_printed is True  # type: ignore[union-attr]
+    for nowhere in ("prints-00001.tar/00000017.png", "prints-00002.tar/00000018.png", "prints-00002.tar/x.png"):
+        with pytest.raises(UserError, match=r"is no picture of a batch"):
+            trace(f"{place}/{nowhere}")
+
+
+def test_prints_by_a_table_are_made_again_by_the_table_beside_them(made: Made, tmp_path: Path) -> None:
+    table, weights = tmp_path / "wanted.csv", Path("weights.safetensors")
+    labels = ["odd", "even", "", *["even"] * 8, "odd", "odd"]
+    table.write_text("\n".join(["label", *(label or '""' for label in labels)]))
+    batch, place = sample.begin.fn(made.version, weights, SAMPLING, PRINTS, None, 5, None, ANYTHING, str(table))
+    table.unlink()
+    sample.print_chunk.fn(batch, place, made.version, 0, PRINTS)
+    shutil.rmtree(".darkroom/requests")
+    done = reproduce(str(place))
+    assert (done.pictures, done.exact, done.failure) == (13, 13, None)
+    assert reproduce(f"{place}/00000011.png").exact == 1
+    found = trace(f"{place}/00000011.png")
+    assert (found.picture.label, found.batch.requests) == ("odd", batch.requests)  # type: ignore[union-attr]
+    made.store.delete_many(place.bucket, [place.key("requests.parquet")])
+    other = tmp_path / "other.parquet"
+    pq.write_table(pa.table({"label": labels[::-1], "prompt": pa.nulls(13, pa.string())}), other)
+    made.store.put_once(place.bucket, place.key("requests.parquet"), other.read_bytes())
+    shutil.rmtree(".darkroom/requests")
+    with pytest.raises(UserError, match="is not the table that the batch was begun with"):
+        reproduce(str(place))
+
+
 @pytest.mark.parametrize(
     ("what", "count", "words"), [("/00000017.png", 2, "leave it out"), ("", 19, "the batch has 18 pictures")]
 )
@@ -383,28 +431,28 @@ def test_errors_are_counted_in_levels_and_pixels(shape: tuple[int, ...]) -> None
     again = there.copy()
     again[1, 2] += 9
     again[4, 6] -= min(again[4, 6].min(), 2)
-    found = compare(0, again, original(there))
+    found = compare("x", again, original(there))
     errors = np.abs(again.astype(int) - there)
     assert (found.exact, found.altered, found.largest_error) == (False, False, 9)
     assert found.mean_error == pytest.approx(errors.mean())
     assert found.differing_pixels == errors.reshape(35, -1).any(1).sum()
-    same = compare(0, there, original(there))
+    same = compare("x", there, original(there))
     assert (same.exact, same.largest_error, same.differing_pixels) == (True, 0, 0)
 
 
 def test_an_altered_picture_is_compared_by_the_digest_of_what_was_printed() -> None:
     printed = np.zeros((4, 4), np.uint8)
     altered = original(printed + 9, printed)
-    assert compare(0, printed, altered).model_dump(exclude={"key"}) == {
+    assert compare("x", printed, altered).model_dump(exclude={"key"}) == {
         "exact": True,
         "altered": True,
         "largest_error": 0,
         "mean_error": 0,
         "differing_pixels": 0,
     }
-    assert compare(0, printed + 9, altered).largest_error is None
+    assert compare("x", printed + 9, altered).largest_error is None
     gone = Picture(b"", None, 0, altered.row)
-    assert (compare(0, printed, gone).exact, compare(0, printed, gone).altered) == (True, True)
+    assert (compare("x", printed, gone).exact, compare("x", printed, gone).altered) == (True, True)
 
 
 def outcome(made: Made, mean: float, differences: str, altered: bool = False, code: str = "shipped") -> str | None:

@@ -1,0 +1,130 @@
+"""What a batch of prints is to be, decided before anything is drawn, and written down where it will lie."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
+from diffusion.device import resolve_device
+from diffusion.errors import Held, UserError
+from diffusion.fingerprint import fingerprint
+from diffusion.model import Model, load_model
+from diffusion.sampling import meanings_of, require_drawing, require_read_whole
+from diffusion.text import require_same
+from flows import environment, prints
+from flows.params import PrintsConfig
+from flows.prints import Batch
+from flows.registry import Version
+from flows.request_table import KEPT, RequestTable
+from flows.s3 import Location, Store
+from flows.s3_multipart import ABANDONED, abort_uploads, require_conditional_completion, writing
+
+DEFAULT_COUNT = 64
+"""Pictures printed unless told."""
+COPIED_AT_ONCE = 2**20
+"""Bytes."""
+
+
+def plan(
+    store: Store,
+    version: Version,
+    weights: Path,
+    sampling: SamplingConfig,
+    config: PrintsConfig,
+    count: int | None,
+    seed: int,
+    asked: Asked,
+    requests: str | None,
+) -> tuple[Batch, RequestTable | None]:
+    """The batch that is asked for, and the table that it is asked by.
+
+    Raises UserError for what contradicts itself, would have no effect, or the model cannot do.
+    """
+    _require_sense(sampling, config, count, asked, requests)
+    model = load_model(weights)
+    table = _table(store, model, sampling, asked, requests)
+    if table is None:
+        require_drawing(model, sampling, asked)
+        require_read_whole(asked)
+    meanings_of(model, asked)
+    number = table.count if table else DEFAULT_COUNT if count is None else count
+    size = config.chunk or prints.chunk_size(number, sampling.compute_batch)
+    batch = Batch(
+        model=version.model,
+        version=version.number,
+        run_id=version.run_id,
+        content_digest=model.header.content_digest,
+        weights_sha256=version.weights_sha256,
+        seed=seed,
+        count=number,
+        sampling=sampling,
+        fingerprint=fingerprint(sampling.compute_batch, sampling.precision, sampling.device),
+        asked=None if asked == ANYTHING else asked,
+        requests=table.about if table else None,
+        chunk=None if size == prints.CHUNK_BATCHES * sampling.compute_batch else size,
+        format=config.format,
+    )
+    return batch, table
+
+
+def _require_sense(
+    sampling: SamplingConfig, config: PrintsConfig, count: int | None, asked: Asked, requests: str | None
+) -> None:
+    if count is not None and count < 1:
+        raise UserError(f"count {count}: ask for at least one picture")
+    if requests is not None and count is not None:
+        raise UserError(f"{requests} says how many pictures there are, one for each row: leave the count out")
+    if requests is not None and (asked.labels or asked.prompts):
+        raise UserError(f"{requests} says what each picture is to show: leave labels and prompts out, or the table")
+    if config.runner == "threads" and config.workers > 1 and resolve_device(sampling.device).type == "cuda":
+        raise UserError(
+            f"prints.workers = {config.workers} does nothing on a GPU with prints.runner = threads, as one chunk keeps "
+            "it busy: set it to 1, or use processes"
+        )
+
+
+def _table(
+    store: Store, model: Model, sampling: SamplingConfig, asked: Asked, requests: str | None
+) -> RequestTable | None:
+    if requests is None:
+        return None
+    folder = environment.settings().folder / "requests"
+    if requests.startswith("s3://"):
+        where = Location.parse(requests)
+        with TemporaryDirectory() as scratch:
+            source = Path(scratch, where.prefix.rpartition("/")[2])
+            store.fetch(where.bucket, where.prefix, source)
+            table = RequestTable.made(source, folder)
+    else:
+        table = RequestTable.made(Path(requests), folder)
+    # What guidance leads to stands in the rows.
+    require_drawing(model, sampling.unguided())
+    if "prompt" in table.about.columns:
+        require_same(model.header.encoder)
+    table.require_effect(model, sampling, asked.negative_prompt, requests)
+    return table
+
+
+def begin(store: Store, batch: Batch, place: Location, table: RequestTable | None) -> None:
+    """Write down ``batch`` at ``place``, for whoever draws it; raises Held if a batch of something else is there.
+
+    Raises UserError for a server that would let two jobs overwrite each other.
+    """
+    store.require_conditional_puts(place.bucket, "prints")
+    require_conditional_completion(store, place.bucket, "prints")
+    abort_uploads(store, Location(place.bucket, place.key("")), ABANDONED)
+    try:
+        store.put_once(place.bucket, place.key("batch.json"), batch.json_bytes(), content_type="application/json")
+    except Held as error:
+        found = Batch.model_validate_json(store.get(place.bucket, place.key("batch.json")))
+        how = "of another request"
+        if other := found.fingerprint.differences(batch.fingerprint):
+            how = f"begun under another fingerprint ({other})"
+        elif found.model_copy(update={"chunk": batch.chunk}) == batch:
+            how = f"cut into chunks of {found.chunk_size} pictures (prints.chunk), and this is into {batch.chunk_size}"
+        raise Held(
+            f"{place} holds a batch {how}: finish it where and as it was begun, or give --to another prefix"
+        ) from error
+    if table is not None and not store.exists(place.bucket, place.key(KEPT)):
+        with writing(store, place.bucket, place.key(KEPT), prints.PARQUET) as kept, table.path.open("rb") as rows:
+            while piece := rows.read(COPIED_AT_ONCE):
+                kept.write(piece)

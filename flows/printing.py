@@ -1,0 +1,195 @@
+"""Printing: a chunk drawn while the pictures before are uploaded, and the manifest of all chunks."""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from diffusion.config import Config
+from diffusion.config_sampling import ANYTHING, Asked
+from diffusion.data.ahead import ahead
+from diffusion.data.shards import TarWriter
+from diffusion.errors import Held
+from diffusion.fingerprint import Fingerprint, fingerprint
+from diffusion.model import load_model
+from diffusion.sampling import label_names, sample
+from flows import environment, prints
+from flows.printed import read_rows
+from flows.prints import Batch, Row
+from flows.request_table import RequestTable
+from flows.s3 import Location, Object, Store
+from flows.s3_multipart import PART_BYTES, abort_uploads, writing
+
+JSON_LINES, PNG, TAR = "application/jsonl", "image/png", "application/x-tar"
+MANIFEST, SUCCESS = "manifest.parquet", "_SUCCESS"
+
+
+class Drawn(NamedTuple):
+    """Pictures that lie beside each other in a batch."""
+
+    indices: range
+    pictures: Tensor
+    """(len(indices), C, H, W) uint8."""
+    labels: list[str | None]
+    asked: Asked
+
+
+class Work(Config):
+    """What a chunk took."""
+
+    pictures: int
+    """Drawn; none if the chunk was finished before."""
+    process: str
+    """In which process of which machine."""
+    began: float
+    """That process's clock, in seconds of all its cores together."""
+    ended: float
+
+
+class Cost(Config):
+    """What the chunks of a batch took that were drawn now."""
+
+    pictures: int = 0
+    seconds: float = 0.0
+    cpu_hours: float = 0.0
+    """Of all processes that drew, from their first chunk to their last."""
+    pictures_per_cpu_hour: float | None = None
+    """None if none was drawn."""
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        if self.pictures_per_cpu_hour is None:
+            return "all of them were there"
+        return (
+            f"{self.pictures:,} drawn in {self.seconds:,.1f} s and {self.cpu_hours:.3g} CPU-hours: "
+            f"{self.pictures_per_cpu_hour:,.0f} pictures per CPU-hour"
+        )
+
+
+Write = Callable[[Drawn], bytes]
+"""Puts pictures where they belong; returns their part of the manifest."""
+
+
+def print_chunk(
+    store: Store, batch: Batch, place: Location, weights: Path, chunk: int, table: RequestTable | None, at_once: int
+) -> Work:
+    """Draw a chunk's pictures and put them on S3, their part of the manifest last; a finished one is left.
+
+    ``at_once``: compute batches drawn at the same time, on as many cores; meanwhile those before are uploaded, and no
+    more than three times as many are held. Equal chunks give equal bytes; raises Held on a machine that would draw
+    others.
+    """
+    process, began = f"{socket.gethostname()}:{os.getpid()}", time.process_time()
+    indices, part = batch.chunks()[chunk], place.key(prints.part_key(chunk))
+    if store.exists(place.bucket, part):
+        return Work(pictures=0, process=process, began=began, ended=time.process_time())
+    require_fingerprint(batch)
+    groups = _drawn(batch, weights, indices, table, at_once)
+    with _output(store, batch, place, chunk) as write:
+        lines = b"".join(ahead(write, groups, 1))
+    store.put_once(place.bucket, part, lines, content_type=JSON_LINES)
+    return Work(pictures=len(indices), process=process, began=began, ended=time.process_time())
+
+
+def require_fingerprint(batch: Batch) -> None:
+    """Raise Held unless this process draws the bits that ``batch`` was begun with."""
+    if other := batch.fingerprint.differences(fingerprint_of(batch)):
+        raise Held(
+            f"this worker would draw other bits than the batch was begun with ({other}): let only machines like the "
+            "one that began it draw, or begin another batch where they are"
+        )
+
+
+def fingerprint_of(batch: Batch) -> Fingerprint:
+    """That of this process for ``batch``."""
+    sampling = batch.sampling
+    return fingerprint(sampling.compute_batch, sampling.precision, sampling.device)
+
+
+def _drawn(batch: Batch, weights: Path, indices: range, table: RequestTable | None, at_once: int) -> Iterator[Drawn]:
+    """The pictures, as many compute batches at a time as are computed ``at_once``."""
+    model, size = load_model(weights), at_once * batch.sampling.compute_batch
+    for start in range(indices.start, indices.stop, size):
+        group = range(start, min(start + size, indices.stop))
+        asked = asked_of(batch, table, group)
+        pictures = sample(model, group, batch.seed, batch.sampling, asked=asked, at_once=at_once)
+        yield Drawn(group, pictures, label_names(model, group, batch.seed, asked), asked)
+
+
+def table_of(store: Store, batch: Batch, place: Location) -> RequestTable | None:
+    """The table that ``batch`` is drawn by, as a file of this machine."""
+    folder = environment.settings().folder / "requests"
+    return RequestTable.fetched(batch.requests, store, place, folder) if batch.requests else None
+
+
+def asked_of(batch: Batch, table: RequestTable | None, indices: range) -> Asked:
+    """What pictures number ``indices``, and those computed beside them, are to show."""
+    asked = batch.asked or ANYTHING
+    return asked if table is None else table.asked(indices, batch.sampling.compute_batch, asked.negative_prompt)
+
+
+def _output(store: Store, batch: Batch, place: Location, chunk: int) -> AbstractContextManager[Write]:
+    if batch.format == "png":
+        return nullcontext(partial(_put_files, store, batch, place))
+    return _tar(store, batch, place, prints.tar_key(chunk))
+
+
+def _put_files(store: Store, batch: Batch, place: Location, drawn: Drawn) -> bytes:
+    encoded = list(_encoded(batch, drawn))
+    seed = {"seed": str(batch.seed)}
+    store.put_many(place.bucket, [Object(place.key(row["key"]), png, PNG, seed) for png, row in encoded])
+    return prints.part_bytes(row for _, row in encoded)
+
+
+@contextmanager
+def _tar(store: Store, batch: Batch, place: Location, name: str) -> Iterator[Write]:
+    with writing(store, place.bucket, place.key(name), TAR, PART_BYTES) as file:
+        tar = TarWriter(file)
+
+        def add(png: bytes, row: Row) -> Row:
+            return prints.placed(row, name, tar.add(f"{row['index']:08d}", png, prints.shard_json(row)))
+
+        yield lambda drawn: prints.part_bytes(add(*each) for each in _encoded(batch, drawn))
+        tar.close()
+
+
+def _encoded(batch: Batch, drawn: Drawn) -> Iterator[tuple[bytes, Row]]:
+    for index, picture, label in zip(drawn.indices, drawn.pictures, drawn.labels, strict=True):
+        yield prints.encode(batch, index, picture, label, drawn.asked)
+
+
+def unfinished(store: Store, batch: Batch, place: Location) -> list[int]:
+    """The chunks of which no part of the manifest is there yet."""
+    there = set(store.list_keys(place.bucket, place.key("manifest/")))
+    return [chunk for chunk in range(len(batch.chunks())) if place.key(prints.part_key(chunk)) not in there]
+
+
+def finish(store: Store, batch: Batch, place: Location) -> None:
+    """Write the manifest of all parts, and ``_SUCCESS`` after everything else; what is there is left."""
+    manifest = place.key(MANIFEST)
+    if not store.exists(place.bucket, manifest):
+        with writing(store, place.bucket, manifest, prints.PARQUET) as file:
+            prints.write_parquet(file, (read_rows(store, place, batch, c) for c in range(len(batch.chunks()))), batch)
+    # All is there: what killed processes, or slower ones, have begun to upload is needed by nobody.
+    abort_uploads(store, Location(place.bucket, place.key("")))
+    store.put_once(place.bucket, place.key(SUCCESS), b"")
+
+
+def cost_of(works: Iterable[Work], seconds: float) -> Cost:
+    """What ``works`` took together, in ``seconds``."""
+    pictures, clocks = 0, dict[str, tuple[float, float]]()
+    for work in works:
+        if work.pictures:
+            pictures += work.pictures
+            began, ended = clocks.get(work.process, (work.began, work.ended))
+            clocks[work.process] = min(began, work.began), max(ended, work.ended)
+    hours = sum(ended - began for began, ended in clocks.values()) / 3600
+    rate = pictures / hours if hours else None
+    return Cost(pictures=pictures, seconds=seconds, cpu_hours=hours, pictures_per_cpu_hour=rate)

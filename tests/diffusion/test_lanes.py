@@ -1,0 +1,34 @@
+"""Several who compute at once in one process: torch splits no operation while any of them is at it."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from diffusion.lanes import lanes
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_torch_splits_nothing_until_the_last_is_done(three_threads: None) -> None:
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(lanes(1))
+    pool = second.enter_context(lanes(2))
+    first.close()
+    assert torch.get_num_threads() == 1
+    assert list(pool.map(lambda _: torch.get_num_threads(), range(4))) == [1] * 4
+    second.close()
+    assert torch.get_num_threads() == 3
+
+
+def test_after_an_error_torch_is_as_it_was(three_threads: None) -> None:
+    with pytest.raises(ZeroDivisionError), lanes(1):
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == 3

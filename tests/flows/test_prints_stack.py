@@ -1,0 +1,117 @@
+"""Batches of prints on a real stack: killed, doubled and spread in every way, they end in the same bytes.
+
+Many more kills, without the orchestration, are in test_prints_faults.py.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import boto3
+import httpx
+import pytest
+from mlflow.client import MlflowClient
+
+from diffusion.config_sampling import SamplingConfig
+from flows import registry
+from tests.diffusion.small_models import write_model
+from tests.flows.workspace import Workspace, objects, running
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+SAMPLING = {"sampler": "dpmpp_2m", "steps": 2, "compute_batch": 64}
+COUNT = 7168
+"""In tars of which two are too large for one part."""
+ARGUMENTS = ["sample", "--model", "models:/blobs/1", "--count", str(COUNT), "--seed", "5"]
+ARGUMENTS += ["--set", "prints.format=tar", "--set", "prints.chunk=3072"]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    """A stack with a version of blobs that was never trained, as its pictures need not be good."""
+    folder = tmp_path_factory.mktemp("workspace")
+    weights = write_model(folder / "weights.safetensors", 1, 0, classes={"even": 2, "odd": 1})
+    with running(folder, {"sampling": SAMPLING}, 0) as space, pytest.MonkeyPatch.context() as patch:
+        for name, value in space.variables.items():
+            if name.startswith(("MLFLOW_", "AWS_")):
+                patch.setenv(name, value)
+        client = MlflowClient()
+        run = client.create_run(client.create_experiment("blobs"))
+        registry.register("blobs", run.info.run_id, weights, SamplingConfig.model_validate(SAMPLING), {}, 0)
+        yield space
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workspace: Workspace) -> tuple[dict[str, bytes], float]:
+    """The objects of the batch, by name, as two threads make them, and how many seconds that takes."""
+    began = time.monotonic()
+    done = workspace.json(*ARGUMENTS, "--to", "s3://darkroom/undisturbed", "--set", "prints.workers=2")
+    seconds = time.monotonic() - began
+    assert (done["took"]["pictures"], done["count"]) == (COUNT, COUNT)
+    assert done["took"]["pictures_per_cpu_hour"] > 1000
+    made = files(workspace, "undisturbed")
+    names = [name for n in range(3) for name in (f"prints-0000{n}.tar", f"manifest/part-0000{n}.jsonl")]
+    assert sorted(made) == sorted([*names, "batch.json", "manifest.parquet", "_SUCCESS"])
+    return made, seconds
+
+
+def files(workspace: Workspace, name: str) -> dict[str, bytes]:
+    return {key.strip("/"): data for key, (_, data) in objects(workspace, f"s3://darkroom/{name}/").items()}
+
+
+def uploads(workspace: Workspace, name: str) -> list[Any]:
+    """Those that are still under way."""
+    client = boto3.client(
+        "s3",
+        endpoint_url=workspace.variables["AWS_ENDPOINT_URL_S3"],
+        aws_access_key_id=workspace.variables["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=workspace.variables["AWS_SECRET_ACCESS_KEY"],
+        region_name="us-east-1",
+    )
+    return list(client.list_multipart_uploads(Bucket="darkroom", Prefix=f"{name}/").get("Uploads", ()))
+
+
+def test_killed_and_then_begun_twice_with_other_runners_it_ends_in_the_bytes_of_an_undisturbed_batch(
+    workspace: Workspace, undisturbed: tuple[dict[str, bytes], float]
+) -> None:
+    expected, seconds = undisturbed
+    command = [*ARGUMENTS, "--to", "s3://darkroom/killed"]
+    process = workspace.start(*command, "--set", "prints.runner=processes")
+    time.sleep(0.8 * seconds)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    jobs = [workspace.start(*command, "--set", f"prints.runner={runner}") for runner in ("ray", "processes")]
+    for job in jobs:
+        _, errors = job.communicate(timeout=900)
+        assert job.returncode == 0, errors[-3000:]
+    assert files(workspace, "killed") == expected
+    assert uploads(workspace, "killed") == []
+
+
+def test_a_finished_batch_is_left_and_its_run_says_how_far_it_is_and_what_it_took(
+    workspace: Workspace, undisturbed: tuple[dict[str, bytes], float]
+) -> None:
+    before = objects(workspace, "s3://darkroom/undisturbed/")
+    again = workspace.json(*ARGUMENTS, "--to", "s3://darkroom/undisturbed")
+    assert (again["took"]["pictures"], again["took"]["pictures_per_cpu_hour"]) == (0, None)
+    assert objects(workspace, "s3://darkroom/undisturbed/") == before
+    api, secret = (workspace.variables[f"PREFECT_API_{name}"] for name in ("URL", "AUTH_STRING"))
+    user, _, password = secret.partition(":")
+    wanted = {"artifacts": {"key": {"any_": ["printing", "prints"]}}, "sort": "CREATED_DESC"}
+    shown = httpx.post(f"{api}/artifacts/filter", json=wanted, auth=(user, password)).raise_for_status().json()
+    progress = [each for each in shown if each["key"] == "printing"]
+    assert {each["data"] for each in progress} == {100.0}
+    assert any(f"{COUNT:,} of {COUNT:,} pictures printed" in (each["description"] or "") for each in progress)
+    assert any("pictures per CPU-hour" in each["data"] for each in shown if each["key"] == "prints")
+
+
+def test_a_batch_cut_otherwise_is_kept_and_a_mistake_in_a_table_is_one_line(
+    workspace: Workspace, undisturbed: tuple[dict[str, bytes], float]
+) -> None:
+    workspace.run(*ARGUMENTS[:-1], "prints.chunk=1024", "--to", "s3://darkroom/undisturbed", code=3)
+    (workspace.folder / "wanted.csv").write_text("label\nodd\nodder\n")
+    error = workspace.run("sample", "--model", "models:/blobs/1", "--requests", "wanted.csv", code=2)
+    assert "record 2: the model knows no class 'odder'" in error
+    assert len(error.strip().splitlines()) == 1
