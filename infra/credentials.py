@@ -36,7 +36,13 @@ def s3_configuration(keys: dict[str, tuple[str, str]], bucket: str) -> str:
 def variables(bucket: str) -> dict[str, str]:
     """What compose.yaml asks of the environment, with new passwords."""
     keys = {role: (secrets.token_hex(10), secrets.token_hex(20)) for role in ROLES}
-    passwords = ("POSTGRES_PASSWORD", "MLFLOW_DB_PASSWORD", "PREFECT_DB_PASSWORD", "MLFLOW_PASSWORD", "MLFLOW_SECRET_KEY")
+    passwords = (
+        "POSTGRES_PASSWORD",
+        "MLFLOW_DB_PASSWORD",
+        "PREFECT_DB_PASSWORD",
+        "MLFLOW_PASSWORD",
+        "MLFLOW_SECRET_KEY",
+    )
     return (
         {"DARKROOM_BUCKET": bucket}
         | {name: secrets.token_urlsafe(24) for name in passwords}

@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 
 from diffusion.files import digest_of
+from flows.asking import NotServing, ask
 from flows.environment import DEFAULTS, SERVERS, Server, beside_proxies
-from flows.health import NotServing, ask
 from flows.s3 import Store, client
 from flows.stack import seaweedfs
 from flows.stack.local import LOOPBACK, LocalStack, ServiceName, write_private

@@ -22,7 +22,16 @@ def resolved(constraints: str) -> str:
     with TemporaryDirectory() as folder:
         limits = Path(folder, "constraints.txt")
         limits.write_text(constraints)
-        command = ["uv", "pip", "compile", "pyproject.toml", "--quiet", "--generate-hashes", "--no-annotate", "--no-header"]
+        command = [
+            "uv",
+            "pip",
+            "compile",
+            "pyproject.toml",
+            "--quiet",
+            "--generate-hashes",
+            "--no-annotate",
+            "--no-header",
+        ]
         command += ["--python-version", PYTHON, "--python-platform", PLATFORM, "--constraints", str(limits)]
         command += ["--only-binary", ":all:"]
         command += [f"--extra={extra}" for extra in EXTRAS]

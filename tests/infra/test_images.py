@@ -12,8 +12,9 @@ from packaging.version import Version
 from tests.infra.installation import INFRA, ROOT, program
 
 DOCKER = INFRA / "docker"
-PINNED = re.compile(r"^([a-z0-9][a-z0-9._-]*)==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE)
-BY_ADDRESS = re.compile(r"^([a-z]+) @ https://\S+/\1-([0-9.]+)%2Bcpu-\S+ \\\n    --hash=sha256:[0-9a-f]{64}\n", re.MULTILINE)
+HASH = r"    --hash=sha256:[0-9a-f]{64}"
+PINNED = re.compile(rf"^([a-z0-9][a-z0-9._-]*)==(\S+) \\\n((?:{HASH}(?: \\)?\n)+)", re.MULTILINE)
+BY_ADDRESS = re.compile(rf"^([a-z]+) @ https://\S+/\1-([0-9.]+)%2Bcpu-\S+ \\\n{HASH}\n", re.MULTILINE)
 
 
 def locked(name: str) -> dict[str, str]:
