@@ -7,23 +7,23 @@ their password; so neither is asked.
 from collections.abc import Callable, Mapping
 
 from diffusion.errors import UserError
-from flows.asking import ask, ask_mlflow, ask_prefect, fetch, named
+from flows.asking import ask_mlflow, ask_prefect, fetch, named
 from flows.environment import settings
-
-WORKER = "http://127.0.0.1:8080/health"
-"""Where ``prefect worker start --with-healthcheck`` says whether it still gets work from Prefect."""
-METRICS = "http://127.0.0.1:9464/metrics"
-"""Where ``darkroom metrics`` listens, unless told."""
 
 
 def check(name: str) -> None:
-    """Return if the server that the environment names does its work; raises NotServing or UserError that says why not.
+    """Return if the server does its work; raises NotServing or UserError that says why not.
 
-    ``worker`` and ``metrics`` are those in the same container.
+    ``name`` is one of ``CHECKS``, which the environment says where to find, or a URL that has to answer.
     """
-    if name not in CHECKS:
-        raise UserError(f"{name} is none of the servers whose health is known: {', '.join(CHECKS)}")
-    CHECKS[name]()
+    if name.startswith("http://"):
+        fetch(name)
+    elif name in CHECKS:
+        CHECKS[name]()
+    else:
+        raise UserError(
+            f"{name} is none of the servers whose health is known: {', '.join(CHECKS)}, or a http:// address"
+        )
 
 
 def _s3() -> None:
@@ -40,6 +40,4 @@ CHECKS: Mapping[str, Callable[[], object]] = {
     # That needs the password and the database, which a version number does not.
     "prefect": lambda: ask_prefect("flows/count", {}),
     "s3": _s3,
-    "worker": lambda: ask(WORKER),
-    "metrics": lambda: fetch(METRICS),
 }

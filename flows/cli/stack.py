@@ -70,7 +70,7 @@ def env() -> None:
 
 
 def health(
-    servers: Annotated[list[str], typer.Argument(help="mlflow, prefect, s3; worker and metrics in their containers.")],
+    servers: Annotated[list[str], typer.Argument(help="mlflow, prefect, s3, or a http:// address that has to answer.")],
 ) -> None:
     """Ask servers that the environment names as a client would; exit code 1 and a line that says what is wrong.
 
@@ -86,13 +86,13 @@ def metrics(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 9464,
 ) -> None:
-    """Serve what Prefect and MLflow know of queues, failures, champions and rates, for Prometheus to fetch.
+    """Serve what Prefect, MLflow and the ledger know of queues, failures, champions and rates, for Prometheus to fetch.
 
     Example:  darkroom metrics & curl localhost:9464/metrics
     """
     from flows.environment import join
 
-    join("prefect", "mlflow")
+    join("prefect", "mlflow", "s3")
     from flows.metrics import serve
 
     serve(host, port)

@@ -84,7 +84,7 @@ def test_databases_and_bare_storage_are_reached_by_those_alone_that_need_them(se
 
 def test_each_server_has_the_keys_of_its_role_and_no_other(services: Services, environment: Path) -> None:
     secret = dict(line.replace("'", "").split("=", 1) for line in environment.read_text().splitlines())
-    roles = {"mlflow": "MLFLOW", "worker-cpu": "WORKER", "worker-gpu": "WORKER", "s3": "READER"}
+    roles = {"mlflow": "MLFLOW", "worker-cpu": "WORKER", "worker-gpu": "WORKER", "s3": "READER", "metrics": "READER"}
     for name, service in services.items():
         keys = service["environment"].get("AWS_ACCESS_KEY_ID")
         assert keys == (secret[f"{roles[name]}_ACCESS_KEY_ID"] if name in roles else None), name
