@@ -59,8 +59,8 @@ def main() -> None:
     parser.add_argument("--bucket", default="darkroom")
     parser.add_argument("--out", type=Path, default=HERE / ".env")
     asked = parser.parse_args()
-    # Within single quotes compose takes everything as it stands.
-    text = "".join(f"{name}='{value}'\n" for name, value in variables(asked.bucket).items())
+    # Without quotes, which Compose would take off and `kubectl create secret --from-env-file` would not.
+    text = "".join(f"{name}={value}\n" for name, value in variables(asked.bucket).items())
     # Readable by its owner alone, and linked when it is whole: a kill leaves no half of it.
     with NamedTemporaryFile("w", dir=asked.out.parent, prefix=".env.") as partial:
         partial.write(text)

@@ -15,11 +15,11 @@ INFRA = ROOT / "infra"
 
 
 def new_environment(path: Path, *arguments: str) -> dict[str, str]:
-    """What ``infra/credentials.py`` writes to ``path``, as Compose reads it."""
+    """What ``infra/credentials.py`` writes to ``path``, as it stands there."""
     command = [sys.executable, str(INFRA / "credentials.py"), "--out", str(path), *arguments]
     subprocess.run(command, check=True)
     pairs = (line.partition("=") for line in path.read_text().splitlines())
-    return {name: value.removeprefix("'").removesuffix("'") for name, _, value in pairs}
+    return {name: value for name, _, value in pairs}
 
 
 def composed(environment: Path, *arguments: str) -> dict[str, Any]:

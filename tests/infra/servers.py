@@ -21,7 +21,7 @@ from tests.infra.installation import INFRA, ROOT, composed, new_environment
 
 PORTS = ("5432", "9333", "9340", "8888", "23646", "8333", "5000", "4200", "8080", "9464")
 """Those of compose.yaml; here each becomes one that is free."""
-PATIENCE = 150.0
+PATIENCE = 600.0
 """Seconds that a service has to become healthy: databases are made at the first start."""
 
 
@@ -84,7 +84,7 @@ class Servers:
                 while (checked := self.healthy(name)).returncode:
                     late = time.monotonic() > deadline or process.poll() is not None
                     assert not late, f"{name}: {checked.stderr}\n{(self.folder / f'{name}.log').read_text()[-3000:]}"
-                    time.sleep(0.2)
+                    time.sleep(1)
             yield
 
     @contextmanager

@@ -1,5 +1,6 @@
 """compose.yaml: what it lets in, what it holds back, and that nothing of it is secret."""
 
+import json
 import re
 import stat
 import subprocess
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.infra.installation import INFRA, composed, new_environment
+from tests.infra.installation import INFRA, compose, composed, new_environment
 
 Services = dict[str, dict[str, Any]]
 
@@ -58,6 +59,16 @@ def test_the_file_holds_no_secret_and_asks_for_each_one_that_is_made(environment
         assert value.startswith("${"), name
 
 
+def test_compose_reads_every_password_as_it_was_written(environment: Path, tmp_path: Path) -> None:
+    written = dict(line.split("=", 1) for line in environment.read_text().splitlines())
+    labels = {name.lower(): f"${{{name}}}" for name in written}
+    (tmp_path / "compose.yaml").write_text(json.dumps({"services": {"any": {"image": "any", "labels": labels}}}))
+    command = [*compose(), "--project-directory", str(tmp_path), "--file", str(tmp_path / "compose.yaml")]
+    command += ["--env-file", str(environment), "config", "--format", "json"]
+    read = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["services"]["any"]["labels"]
+    assert read == {name.lower(): value for name, value in written.items()}
+
+
 def test_ports_are_published_on_the_loopback_address_alone(services: Services) -> None:
     published = [port for service in services.values() for port in service.get("ports", [])]
     assert published
@@ -83,7 +94,7 @@ def test_databases_and_bare_storage_are_reached_by_those_alone_that_need_them(se
 
 
 def test_each_server_has_the_keys_of_its_role_and_no_other(services: Services, environment: Path) -> None:
-    secret = dict(line.replace("'", "").split("=", 1) for line in environment.read_text().splitlines())
+    secret = dict(line.split("=", 1) for line in environment.read_text().splitlines())
     roles = {"mlflow": "MLFLOW", "worker-cpu": "WORKER", "worker-gpu": "WORKER", "s3": "READER", "metrics": "READER"}
     for name, service in services.items():
         keys = service["environment"].get("AWS_ACCESS_KEY_ID")

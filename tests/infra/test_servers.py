@@ -17,7 +17,7 @@ from tests.conftest import disc
 from tests.flows.workspace import PARAMS
 from tests.infra.servers import Servers, darkroom, installed, query
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 BRIEF = PARAMS | {"training": PARAMS["training"] | {"images": 640, "checkpoints": 2, "keep": 1}}
 
