@@ -44,7 +44,7 @@ test-slow: $(READY)  ## Run the long tests: servers, kills, browser (half an hou
 chaos: $(READY)  ## Kill things at random moments; KILLS=20 for the long drill
 	KILLS=$(KILLS) $(BIN)/pytest -m slow -k kill --timeout 3600
 
-check: $(READY)  ## Lint, format, types, layers
+check: $(READY)  ## Lint, format, types, layers, no secrets
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy

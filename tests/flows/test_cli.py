@@ -31,6 +31,8 @@ VERBS = (
     "status",
     "down",
     "env",
+    "health",
+    "metrics",
 )
 
 

@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 BRIEF = PARAMS | {"training": PARAMS["training"] | {"images": 640, "checkpoints": 2, "keep": 1}}
 
+CHAMPION = ("--model", "models:/blobs@champion")
+
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
@@ -45,6 +47,7 @@ def retrained(servers: Servers) -> dict[str, Any]:
     (folder / "params.yaml").write_text(yaml.safe_dump(BRIEF))
     done = run(servers, "retrain", "pictures", "--count", "4", "--json")
     assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "log").write_text(done.stderr)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -80,13 +83,28 @@ def test_everything_is_in_postgresql_and_neither_server_sees_the_others(
     assert "permission denied" in query(servers, "mlflow", "prefect", "select 1")
 
 
+def test_its_log_is_json_that_names_flow_run_data_set_and_mlflow_run_and_says_things_once(
+    servers: Servers, retrained: dict[str, Any]
+) -> None:
+    log = (servers.folder / "person" / "log").read_text().splitlines()
+    # Libraries that warn by other ways than logging stay out of it.
+    lines = [json.loads(line) for line in log if line.startswith("{")]
+    assert all(line.keys() >= {"time", "level", "logger", "message"} for line in lines)
+    (printed,) = [line for line in lines if line["message"].startswith("pictures printed: 4 of 4")]
+    assert printed["dataset"] == "blobs"
+    assert {"flow_run_id", "task_run_id", "flow_name"} <= printed.keys()
+    assert any(line.get("run_id") == retrained["run_id"] and line["logger"] == "prefect.task_runs" for line in lines)
+    ended = [line for line in lines if line.get("flow_name") == "retrain" and "Finished in state" in line["message"]]
+    assert len(ended) == 1
+
+
 def test_who_prints_needs_no_more_than_a_samplers_keys_and_who_reads_cannot_print(
     servers: Servers, retrained: dict[str, Any]
 ) -> None:
-    printed = run(servers, "sample", "--dataset", "blobs", "--count", "2", "--seed", "5", "--json", role="sampler")
+    printed = run(servers, "sample", *CHAMPION, "--count", "2", "--seed", "5", "--json", role="sampler")
     assert printed.returncode == 0, printed.stderr[-3000:]
     assert json.loads(printed.stdout)["model"] == retrained["prints"]["model"]
-    refused = run(servers, "sample", "--dataset", "blobs", "--count", "2", "--seed", "6", role="reader")
+    refused = run(servers, "sample", *CHAMPION, "--count", "2", "--seed", "6", role="reader")
     assert refused.returncode in (1, 2)
     assert "Traceback" not in refused.stderr
 
