@@ -1,6 +1,6 @@
 # One target per thing a person does here. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo pictures test test-slow chaos drill-upgrade check format clean
+.PHONY: help install demo pictures test test-slow chaos drill-upgrade check audit lock format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -49,11 +49,17 @@ drill-upgrade: $(READY)  ## Upgrade databases that an older MLflow and Prefect m
 		'sqlalchemy<2.1' 'fastapi<0.120'; }  # newer ones than these versions can use
 	OLD_BIN=$(CURDIR)/.drill/bin $(BIN)/pytest -s tests/drills/upgrade.py
 
-check: $(READY)  ## Lint, format, types, layers
+check: $(READY)  ## Lint, format, types, layers, no secrets
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: $(READY)  ## Ask PyPI whether a package of the images has a known vulnerability
+	$(BIN)/pip-audit --no-deps --disable-pip --requirement infra/docker/requirements.lock --requirement infra/docker/torch-cuda.lock
+
+lock: $(READY)  ## Write the images' lock files anew, within the ranges of pyproject.toml
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python infra/docker/lock.py
 
 format: $(READY)  ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix

@@ -11,6 +11,10 @@ from typing import Protocol
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
+from flows.environment import settings
+
+logger = logging.getLogger(__name__)
+
 SECONDS_BETWEEN_LINES = 10.0
 OURS = ("diffusion", "flows")
 """The loggers of our packages."""
@@ -74,21 +78,36 @@ class Said(logging.Handler):
 
 @contextmanager
 def console() -> Iterator[Console]:
-    """Bars on a terminal, plain lines elsewhere; inside, what our packages log is shown as well."""
-    shown: Console = Bars() if sys.stderr.isatty() else Lines()
-    said, ours = Said(shown), [logging.getLogger(name) for name in OURS]
+    """Bars on a terminal, plain lines elsewhere, JSON if asked for; inside, what our packages log is shown as well."""
+    shown, said = _written() if settings().log == "json" else _shown()
+    ours = [logging.getLogger(name) for name in OURS]
+    before = [(each.level, each.propagate) for each in ours]
     for each in ours:
         each.addHandler(said)
-    levels = [each.level for each in ours]
-    for each in ours:
         each.setLevel(logging.INFO)
+        # Prefect's own console would write the same lines of JSON again.
+        each.propagate = each.propagate and not isinstance(shown, Logged)
     try:
         yield shown
     finally:
-        for each, level in zip(ours, levels, strict=True):
+        for each, (level, propagate) in zip(ours, before, strict=True):
             each.removeHandler(said)
             each.setLevel(level)
+            each.propagate = propagate
         shown.close()
+
+
+def _shown() -> tuple[Console, logging.Handler]:
+    shown: Console = Bars() if sys.stderr.isatty() else Lines()
+    return shown, Said(shown)
+
+
+def _written() -> tuple[Console, logging.Handler]:
+    from flows.logs import Formatter
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter())
+    return Logged(), handler
 
 
 class Lines:
@@ -110,6 +129,17 @@ class Lines:
     def write(self, line: str) -> None:
         """Put ``line`` where it is read."""
         print(line, file=sys.stderr, flush=True)
+
+
+class Logged(Lines):
+    """The same lines in the log, for programs to read."""
+
+    def write(self, line: str) -> None:
+        """Log ``line``, unless the log of a Prefect run has it already."""
+        from flows.logs import about
+
+        if "flow_run_id" not in about():
+            logger.info(line)
 
 
 class Bars:

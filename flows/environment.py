@@ -58,6 +58,8 @@ class Settings(BaseSettings):
     """Folder of the local stack: data, logs, passwords."""
     bucket: str = Field("darkroom", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
     """Bucket for everything large: the shards (DVC's remote), the local MLflow's artifacts, prints."""
+    log: Literal["text", "json"] = "text"
+    """What commands write while they work: lines for people, or JSON for programs."""
 
     @property
     def folder(self) -> Path:

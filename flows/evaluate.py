@@ -16,6 +16,7 @@ from diffusion.evaluation.results import Evaluation
 from diffusion.training.candidates import candidates
 from diffusion.training.checkpoint import Checkpoints
 from flows.judged_models import Scoreboard
+from flows.logs import RUN_ID
 from flows.params import Params
 from flows.progress import reporter
 from flows.steps import step
@@ -75,4 +76,5 @@ def tracker_of(params: Params) -> RunTracker:
             f"the run in {params.run_folder} is not in MLflow's experiment {params.model_name}: "
             "run `darkroom train` with the same configuration to record it"
         )
+    RUN_ID.set(run.info.run_id)
     return RunTracker(client, run.info.run_id)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from diffusion.data.manifest import Manifest
 from flows.lineage import CodeVersion, DataVersion
+from flows.logs import RUN_ID
 
 TRAIN_KEY = "darkroom.train_key"
 """Tag by which the run of a training is found again: the digest of all that decides its weights."""
@@ -133,6 +134,7 @@ def open_run(
     client.log_batch(run.info.run_id, params=[Param(name, str(value)) for name, value in parameters.items()])
     client.log_inputs(run.info.run_id, [_dataset_input(manifest, data, data_source)])
     tracker = RunTracker(client, run.info.run_id)
+    RUN_ID.set(tracker.run_id)
     client.update_run(run.info.run_id, status="RUNNING")
     tracker.tag(
         {

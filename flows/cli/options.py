@@ -64,10 +64,15 @@ def load(params: Path, overrides: list[str], dataset: str | None = None) -> "Par
 def joined(*needs: "Server") -> Iterator[None]:
     """Inside, this process uses the servers in ``needs`` and shows progress on the console."""
     from flows.console import OURS, console
-    from flows.environment import join
+    from flows.environment import join, settings
 
-    # The console shows our own progress; the Prefect UI still gets every line of the log.
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    if settings().log == "json":
+        from flows.logs import VARIABLES
+
+        os.environ.update(VARIABLES)
+    else:
+        # The console shows our own progress; the Prefect UI still gets every line of the log.
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")

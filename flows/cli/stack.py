@@ -1,7 +1,7 @@
 """``darkroom up | status | down | env``: the servers on this machine."""
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,8 @@ def add_to(app: typer.Typer) -> None:
     app.command(rich_help_panel=panel)(status)
     app.command(rich_help_panel=panel)(down)
     app.command(rich_help_panel=panel)(env)
+    app.command(rich_help_panel="On a team's servers")(health)
+    app.command(rich_help_panel="On a team's servers")(metrics)
 
 
 def _say(line: str) -> None:
@@ -65,3 +67,32 @@ def env() -> None:
 
     for line in exports():
         print(line)
+
+
+def health(
+    servers: Annotated[list[str], typer.Argument(help="mlflow, prefect, s3, or a http:// address that has to answer.")],
+) -> None:
+    """Ask servers that the environment names as a client would; exit code 1 and a line that says what is wrong.
+
+    Example:  darkroom health mlflow prefect s3
+    """
+    from flows.health import check
+
+    for server in servers:
+        check(server)
+
+
+def metrics(
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 9464,
+) -> None:
+    """Serve what Prefect, MLflow and the ledger know of queues, failures, champions and rates, for Prometheus to fetch.
+
+    Example:  darkroom metrics & curl localhost:9464/metrics
+    """
+    from flows.environment import join
+
+    join("prefect", "mlflow", "s3")
+    from flows.metrics import serve
+
+    serve(host, port)

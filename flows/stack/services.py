@@ -1,20 +1,15 @@
 """The services of the local stack: how each is started, and how one knows that it serves."""
 
-import base64
-import http.client
-import json
 import os
 import sys
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-from diffusion.errors import DarkroomError
 from diffusion.files import digest_of
+from flows.asking import NotServing, ask
 from flows.environment import DEFAULTS, SERVERS, Server, beside_proxies
 from flows.s3 import Store, client
 from flows.stack import seaweedfs
@@ -24,10 +19,6 @@ from flows.stack.process import Process, marks, start
 POOL = "darkroom"
 """The process work pool that the stack's worker serves."""
 FAMILY: dict[Server, str] = {"mlflow": "MLFLOW_", "prefect": "PREFECT_", "s3": "AWS_"}
-
-
-class NotServing(DarkroomError):
-    """The service does not answer as it should (yet)."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +84,7 @@ def _mlflow(stack: LocalStack) -> Service:
 
     def check(_: Process) -> None:
         url = f"{stack.url('mlflow')}/api/2.0/mlflow/experiments/search?max_results=1"
-        _ask(url, f"{own.mlflow_username}:{own.mlflow_password}")
+        ask(url, f"{own.mlflow_username}:{own.mlflow_password}")
 
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"),
@@ -133,9 +124,9 @@ def _prefect(stack: LocalStack) -> Service:
     port = str(stack.state.ports["prefect"])
 
     def check(_: Process) -> None:
-        _ask(f"{stack.url('prefect')}/api/health")
+        ask(f"{stack.url('prefect')}/api/health")
         # Health is told to anybody; this is not.
-        _ask(f"{stack.url('prefect')}/api/admin/version", stack.credentials.prefect_auth_string)
+        ask(f"{stack.url('prefect')}/api/admin/version", stack.credentials.prefect_auth_string)
 
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", LOOPBACK, "--port", port]
     environment = DEFAULTS | {
@@ -150,7 +141,7 @@ def _prefect(stack: LocalStack) -> Service:
 def _worker(stack: LocalStack) -> Service:
     def check(process: Process) -> None:
         url = f"{stack.url('prefect')}/api/work_pools/{POOL}/workers/filter"
-        found = _ask(url, stack.credentials.prefect_auth_string, {})
+        found = ask(url, stack.credentials.prefect_auth_string, {})
         # The server goes on calling a worker online for a while after its death.
         online = [worker["last_heartbeat_time"] for worker in found if worker["status"] == "ONLINE"]
         if not any(datetime.fromisoformat(beat).timestamp() > process.began() for beat in online):
@@ -171,19 +162,3 @@ def _client_environment(stack: LocalStack, server: Server) -> dict[str, str]:
     if stack.serves(server):
         return stack.variables(server)
     return {name: value for name, value in os.environ.items() if name.startswith(FAMILY[server])}
-
-
-def _ask(url: str, login: str = "", question: Any = None) -> Any:
-    """The JSON answer to a GET, or to a POST of ``question``; raises NotServing without one in 3 s."""
-    headers = {"Content-Type": "application/json"}
-    if login:
-        headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
-    data = None if question is None else json.dumps(question).encode()
-    request = urllib.request.Request(url, data, headers)
-    # The environment's proxy has no business on the loopback address.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=3) as answer:
-            return json.load(answer)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise NotServing(f"{url}: {error}") from error

@@ -33,6 +33,8 @@ VERBS = (
     "status",
     "down",
     "env",
+    "health",
+    "metrics",
 )
 
 

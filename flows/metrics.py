@@ -1,0 +1,241 @@
+"""What Prefect, MLflow and the ledger know, as Prometheus reads it: ``darkroom metrics``.
+
+Flow runs come and go, and nothing can fetch figures from a process that has ended. So one small process that stays asks
+the servers whenever it is asked itself. It holds nothing: after a restart it says the same.
+"""
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import quote
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from diffusion.errors import DarkroomError, UserError
+from flows.asking import ask_mlflow, ask_prefect
+from flows.environment import Server, settings
+from flows.history import History
+from flows.ledger import Ledger
+from flows.s3 import Location, Store, client
+
+GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "darkroom_up": ("whether the server answers", ("server",)),
+    "darkroom_flow_runs": ("flow runs that are not at their end", ("flow", "state")),
+    "darkroom_flow_runs_last_day": ("flow runs that ended within 24 hours", ("flow", "state")),
+    "darkroom_flow_last_success_timestamp_seconds": ("when a run of the flow last ended well", ("flow",)),
+    "darkroom_flow_last_success_seconds": ("how long that run took", ("flow",)),
+    "darkroom_prints_last_batch_pictures": ("pictures asked of the last batch that was finished", ()),
+    "darkroom_prints_last_batch_pictures_per_second": ("the same by the time that its flow run took", ()),
+    "darkroom_workers_online": ("workers that serve the work pool", ("pool",)),
+    "darkroom_concurrency_limit": ("how many may hold the limit at once", ("limit",)),
+    "darkroom_concurrency_active": ("how many hold it", ("limit",)),
+    "darkroom_training_images": ("pictures that a training under way has seen", ("model", "run_id")),
+    "darkroom_training_images_per_second": ("its rate", ("model", "run_id")),
+    "darkroom_training_last_word_timestamp_seconds": ("when it last logged a figure", ("model", "run_id")),
+    "darkroom_champion_version": ("number of the version that is champion", ("model",)),
+    "darkroom_champion_since_timestamp_seconds": ("since when it is", ("model",)),
+    "darkroom_champion_figure": ("what was measured of it", ("model", "figure")),
+    "darkroom_ledger_entries": ("verdicts and decisions in the ledger", ("model", "what")),
+    "darkroom_ledger_intact": ("whether each of its entries follows from the one before it", ("model",)),
+}
+"""Help and labels of every figure by its name."""
+
+RUNNING = {"PENDING": "pending", "RUNNING": "running", "PAUSED": "paused", "CANCELLING": "cancelling"}
+ENDED = {"COMPLETED": "completed", "FAILED": "failed", "CRASHED": "crashed", "CANCELLED": "cancelled"}
+PAGE = 200
+"""The most runs that Prefect gives at once."""
+
+Sample = tuple[str, tuple[str, ...], float]
+"""Name of a figure, its labels' values, and itself."""
+
+
+def serve(host: str, port: int) -> None:
+    """Answer on ``host`` and ``port`` until the process is ended; raises UserError if the port is taken."""
+    registry = CollectorRegistry()
+    registry.register(Servers())
+    try:
+        start_http_server(port, host, registry)
+    except OSError as error:
+        raise UserError(f"{host}:{port} cannot be listened on ({error}): give another --port") from error
+    threading.Event().wait()
+
+
+@dataclass
+class Servers(Collector):
+    """Asks the servers of the environment, anew each time."""
+
+    histories: dict[str, History] = field(default_factory=dict)
+    """By model, as last read: entries are never changed, so a ledger with the same end is read once."""
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: what there is depends on the servers, which are not asked before anybody asks."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """All figures of the servers that answer, and which ones do."""
+        sources: dict[Server, Callable[[], Iterator[Sample]]] = {
+            "prefect": of_prefect,
+            "s3": lambda: of_ledgers(self.histories),
+            "mlflow": lambda: of_mlflow(self.histories),
+        }
+        families = {name: GaugeMetricFamily(name, help_, labels=labels) for name, (help_, labels) in GAUGES.items()}
+        for server, source in sources.items():
+            try:
+                samples = [*source(), ("darkroom_up", (server,), 1.0)]
+            except DarkroomError:
+                samples = [("darkroom_up", (server,), 0.0)]
+            for name, labels, value in samples:
+                families[name].add_metric(labels, value)
+        yield from families.values()
+
+
+def of_prefect() -> Iterator[Sample]:
+    """Runs, workers and limits; raises NotServing."""
+    flows = {flow["id"]: flow["name"] for flow in _pages("flows/filter", {})}
+    now = datetime.now(UTC)
+    due = {"expected_start_time": {"before_": now.isoformat()}}
+    waiting = {"state": {"type": {"any_": ["SCHEDULED", *RUNNING]}}, **due}
+    ended = {"state": {"type": {"any_": list(ENDED)}}, "end_time": {"after_": (now - timedelta(days=1)).isoformat()}}
+    yield from counted("darkroom_flow_runs", ("late", *RUNNING.values()), flows, _pages("flow_runs/filter", waiting))
+    yield from counted("darkroom_flow_runs_last_day", ENDED.values(), flows, _pages("flow_runs/filter", ended))
+    for flow_id, flow in flows.items():
+        if run := _last_success(flow_id):
+            yield from succeeded(flow, run)
+    for pool in ask_prefect("work_pools/filter", {"limit": PAGE}):
+        workers = ask_prefect(f"work_pools/{quote(pool['name'], safe='')}/workers/filter", {"limit": PAGE})
+        yield "darkroom_workers_online", (pool["name"],), sum(worker["status"] == "ONLINE" for worker in workers)
+    for limit in ask_prefect("v2/concurrency_limits/filter", {"limit": PAGE}):
+        yield "darkroom_concurrency_limit", (limit["name"],), limit["limit"]
+        yield "darkroom_concurrency_active", (limit["name"],), limit["active_slots"]
+
+
+def counted(
+    name: str, states: Iterable[str], flows: Mapping[str, str], runs: Iterable[Mapping[str, Any]]
+) -> Iterator[Sample]:
+    """How many ``runs`` of each flow are in each of ``states``; ``flows`` are names by id. None is 0, not absent."""
+    found = Counter((flows.get(run["flow_id"], "unknown"), state_of(run)) for run in runs)
+    for flow in sorted({*flows.values(), *(flow for flow, _ in found)}):
+        for state in states:
+            yield name, (flow, state), found[flow, state]
+
+
+def state_of(run: Mapping[str, Any]) -> str:
+    """A run's state in a word; ``late`` if nobody took it up when it was due, and ``scheduled`` before."""
+    if run["state_name"] == "Late":
+        return "late"
+    return (RUNNING | ENDED).get(run["state_type"], "scheduled")
+
+
+def succeeded(flow: str, run: Mapping[str, Any]) -> Iterator[Sample]:
+    """What the last good run of a flow says; of prints also how fast they were."""
+    seconds = float(run["total_run_time"])
+    yield "darkroom_flow_last_success_timestamp_seconds", (flow,), datetime.fromisoformat(run["end_time"]).timestamp()
+    yield "darkroom_flow_last_success_seconds", (flow,), seconds
+    count = run.get("parameters", {}).get("count")
+    if flow == "sample" and isinstance(count, int) and seconds > 0:
+        yield "darkroom_prints_last_batch_pictures", (), count
+        yield "darkroom_prints_last_batch_pictures_per_second", (), count / seconds
+
+
+def of_ledgers(histories: dict[str, History]) -> Iterator[Sample]:
+    """What the ledger of each registered model says; raises DarkroomError.
+
+    ``histories`` are those read before, and are brought up to date.
+    """
+    place, store = Location(settings().bucket) / "ledger", Store(client(attempts=1, read_timeout=5))
+    keys = (key.removeprefix(place.key("")) for key in store.list_keys(place.bucket, place.key("")))
+    for model in sorted({key.partition("/")[0] for key in keys if "/" in key}):
+        try:
+            history = _history(Ledger(model, place / model, store), histories)
+        except UserError:
+            yield "darkroom_ledger_intact", (model,), 0
+            continue
+        yield "darkroom_ledger_intact", (model,), 1
+        for what, count in Counter(entry.what for entry in history.entries).items():
+            yield "darkroom_ledger_entries", (model, what), count
+        champion = history.standing.champion
+        since = [entry.when for entry in history.entries if entry.moves and entry.to_version == champion]
+        if champion is not None and since:
+            yield "darkroom_champion_version", (model,), champion
+            yield "darkroom_champion_since_timestamp_seconds", (model,), since[-1].timestamp()
+
+
+def of_mlflow(histories: Mapping[str, History]) -> Iterator[Sample]:
+    """Trainings that MLflow takes to be under way, and figures of the champions that ``histories`` name.
+
+    Raises NotServing.
+    """
+    found = ask_mlflow("experiments/search", {"max_results": 1000}).get("experiments", ())
+    experiments = {each["experiment_id"]: each["name"] for each in found}
+    if experiments:
+        trainings = "attributes.status = 'RUNNING' and tags.`darkroom.train_key` != ''"
+        question = {"experiment_ids": list(experiments), "filter": trainings, "max_results": 1000}
+        for run in ask_mlflow("runs/search", question).get("runs", ()):
+            yield from trained(experiments[run["info"]["experiment_id"]], run)
+    for model, history in histories.items():
+        if history.standing.champion is not None:
+            yield from figures_of(model, history.standing.champion)
+
+
+def trained(model: str, run: Mapping[str, Any]) -> Iterator[Sample]:
+    """How far a training is, once it has said so."""
+    labels = model, run["info"]["run_id"]
+    figures = {each["key"]: each for each in run["data"].get("metrics", ())}
+    if "loss" in figures:
+        yield "darkroom_training_images", labels, float(figures["loss"]["step"])
+        yield "darkroom_training_last_word_timestamp_seconds", labels, int(figures["loss"]["timestamp"]) / 1000
+    if "images_per_second" in figures:
+        yield "darkroom_training_images_per_second", labels, float(figures["images_per_second"]["value"])
+
+
+def figures_of(model: str, number: int) -> Iterator[Sample]:
+    """What was measured of a version: those of its tags that are numbers and not names that lead back."""
+    found = ask_mlflow(f"model-versions/get?name={quote(model, safe='')}&version={number}")
+    for tag in found["model_version"].get("tags", ()):
+        value = _number(tag["value"])
+        if "." not in tag["key"] and value is not None:
+            yield "darkroom_champion_figure", (model, tag["key"]), value
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _history(ledger: Ledger, histories: dict[str, History]) -> History:
+    known, head = histories.get(ledger.model), ledger.head()
+    if known is None or head is None or known.head is None or known.head.digest != head.digest:
+        histories[ledger.model] = known = ledger.read()
+    return known
+
+
+def _last_success(flow_id: str) -> Mapping[str, Any] | None:
+    question = {
+        "flows": {"id": {"any_": [flow_id]}},
+        "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}},
+        "sort": "END_TIME_DESC",
+        "limit": 1,
+    }
+    runs: list[Mapping[str, Any]] = ask_prefect("flow_runs/filter", question)
+    return runs[0] if runs else None
+
+
+def _pages(path: str, flow_runs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """All that Prefect finds, page by page."""
+    offset = 0
+    while True:
+        question = {"limit": PAGE, "offset": offset} | ({"flow_runs": flow_runs} if flow_runs else {})
+        page = ask_prefect(path, question)
+        yield from page
+        if len(page) < PAGE:
+            return
+        offset += PAGE

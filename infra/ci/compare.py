@@ -1,0 +1,110 @@
+"""A table for a change's review: what a small training under it scores, beside the champion.
+
+``python infra/ci/compare.py data faces`` names the version of the data that the champion learned from, and a training on
+that compares. ``python infra/ci/compare.py figures faces reports/faces`` is the table, after ``darkroom stage evaluate``:
+Markdown on standard output. The champion is asked of the MLflow server and the bucket of the environment.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffusion.errors import DarkroomError, UserError
+from flows.environment import data_source, join
+
+if TYPE_CHECKING:
+    from flows.registry import Version
+
+MARK = "<!-- darkroom compare -->"
+"""By which a forge finds the comment that it has to replace."""
+
+
+def table(ours: Mapping[str, float], theirs: Mapping[str, float]) -> str:
+    """Figures of the change and of the champion, in the order of ``ours``; real pictures' own are left out."""
+    lines = ["| figure | champion | this change | difference |", "|---|---:|---:|---:|"]
+    for name, value in ours.items():
+        if name.startswith("floor_"):
+            continue
+        other = theirs.get(name)
+        difference = "" if other is None else f"{value - other:+.4g}"
+        lines.append(f"| {name} | {'' if other is None else f'{other:.4g}'} | {value:.4g} | {difference} |")
+    return "\n".join(lines)
+
+
+def numbers(tags: Mapping[str, str]) -> dict[str, float]:
+    """Those of a version's tags that are figures."""
+    found = {}
+    for name, text in tags.items():
+        try:
+            value = float(text)
+        except ValueError:
+            continue
+        if "." not in name and math.isfinite(value):
+            found[name] = value
+    return found
+
+
+def comment(model: str, report: Path) -> str:
+    """The whole comment; raises UserError without an evaluation in ``report``."""
+    try:
+        ours = {name: float(value) for name, value in json.loads((report / "metrics.json").read_bytes()).items()}
+        conditions = json.loads((report / "evaluation.json").read_bytes())["eval_key"]
+    except FileNotFoundError as error:
+        raise UserError(f"no evaluation in {report}: run `darkroom stage evaluate` first") from error
+    try:
+        champion = champion_of(model)
+    except UserError as error:
+        return "\n\n".join([MARK, table(ours, {}), f"Nothing to compare with: {error}"])
+    said = (
+        "Judged under the same conditions: the figures compare."
+        if champion.tags.get("darkroom.eval_key") == conditions
+        else "Judged under other conditions (data, features, sampling): **the figures do not compare**."
+    )
+    return "\n\n".join([MARK, f"Beside `{champion.uri}`.", table(ours, numbers(champion.tags)), said])
+
+
+def data_version(model: str) -> str:
+    """Digest of the version of the data that the champion of ``model`` learned from; raises UserError if it is gone."""
+    from flows.catalogue import Catalogue
+
+    champion = champion_of(model)
+    dataset, content = (champion.tags.get(f"darkroom.{name}", "") for name in ("dataset", "content_digest"))
+    for digest, manifest in Catalogue.of(dataset, data_source()).versions().items():
+        if manifest.content_digest == content:
+            return digest
+    raise UserError(f"what {champion.uri} learned from is not in the catalogue of {dataset}: was it removed?")
+
+
+def champion_of(model: str) -> "Version":
+    """The champion of ``model``; raises UserError if there is none."""
+    # Not at the top: a mistake in what is asked should wait for no server.
+    from mlflow.client import MlflowClient
+
+    from flows.registry import resolve
+
+    return resolve(MlflowClient(), f"models:/{model}@champion")
+
+
+def main() -> None:
+    """Print what is asked for."""
+    parser = argparse.ArgumentParser(description="A small training beside the champion.")
+    verbs = parser.add_subparsers(required=True, dest="verb")
+    verbs.add_parser("data", help="the version of the data that the champion learned from").add_argument("model")
+    figures = verbs.add_parser("figures", help="a table of figures, in Markdown")
+    figures.add_argument("model")
+    figures.add_argument("report", type=Path, help="the folder of the evaluation, as reports/faces")
+    asked = parser.parse_args()
+    try:
+        join("mlflow", "s3")
+        print(data_version(asked.model) if asked.verb == "data" else comment(asked.model, asked.report))
+    except DarkroomError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""What a team's CI does: the scan for secrets, and that its files call what exists."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.infra.installation import INFRA, ROOT
+
+CI = INFRA / "ci"
+
+
+def test_the_workflow_calls_steps_that_exist_and_holds_no_password() -> None:
+    workflow = yaml.safe_load((CI / "github.yaml").read_text())
+    steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    called = {name for run in steps for name in re.findall(r"infra/ci/steps\.sh (\w+)", run)}
+    known = set(re.findall(r"^(\w+)\) ", (CI / "steps.sh").read_text(), re.MULTILINE))
+    assert called == {"check", "test", "compare"}
+    assert called <= known
+    assert workflow["permissions"] == {"contents": "read"}
+    for name, value in workflow["jobs"]["compare"]["env"].items():
+        assert value.startswith("${{ "), name
+    # A change from elsewhere must not run with the team's keys.
+    assert "head.repo.full_name == github.repository" in workflow["jobs"]["compare"]["if"]
+
+
+def test_steps_call_targets_and_verbs_that_exist() -> None:
+    text = (CI / "steps.sh").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"^ +make ([a-z-]+)", text, re.MULTILINE)) <= targets
+    unknown = subprocess.run([str(CI / "steps.sh"), "deploy"], capture_output=True, text=True, check=False)
+    assert (unknown.returncode, unknown.stderr.startswith("usage:")) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f'aws_secret_access_key = "{"wJalrXUtnFEMI" + "K7MDENGbPxRfiCYEXAMPLEKEY12"}"',
+        "-----BEGIN " + "RSA PRIVATE KEY-----",
+        f"https://mlflow:{'hunter2' + 'hunter2'}@mlflow.internal",
+        "token = '" + "ghp_" + "a1B2" * 9 + "'",
+    ],
+)
+def test_a_secret_in_a_file_is_found(tmp_path: Path, line: str) -> None:
+    (tmp_path / "settings.py").write_text(f"{line}\n")
+    assert scan(tmp_path / "settings.py").returncode == 1
+    (tmp_path / "settings.py").write_text(f'digest = "{"0123456789abcdef" * 4}"\n')
+    assert scan(tmp_path / "settings.py").returncode == 0
+
+
+def scan(path: Path) -> subprocess.CompletedProcess[bytes]:
+    variables = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run([str(CI / "secrets.sh"), str(path)], env=variables, capture_output=True, check=False)

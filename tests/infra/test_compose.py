@@ -1,0 +1,110 @@
+"""compose.yaml: what it lets in, what it holds back, and that nothing of it is secret."""
+
+import json
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.infra.installation import INFRA, compose, composed, new_environment
+
+Services = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("installation") / ".env"
+    new_environment(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def services(environment: Path) -> Services:
+    found: Services = composed(environment, "--profile", "gpu")["services"]
+    return found
+
+
+def test_passwords_are_new_each_time_private_and_never_overwritten(tmp_path: Path) -> None:
+    first, second = (new_environment(tmp_path / name) for name in ("a", "b"))
+    assert first.keys() == second.keys()
+    assert not {first[name] for name in first.keys() - {"DARKROOM_BUCKET"}} & set(second.values())
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600
+    kept = (tmp_path / "a").read_bytes()
+    again = [sys.executable, str(INFRA / "credentials.py"), "--out", str(tmp_path / "a")]
+    assert subprocess.run(again, stderr=subprocess.PIPE, check=False).returncode != 0
+    assert (tmp_path / "a").read_bytes() == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_without_passwords_nothing_is_started(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    with pytest.raises(AssertionError, match=r"run python infra/credentials\.py"):
+        composed(tmp_path / "empty")
+
+
+def test_the_file_holds_no_secret_and_asks_for_each_one_that_is_made(environment: Path) -> None:
+    text = (INFRA / "compose.yaml").read_text()
+    made = {line.partition("=")[0] for line in environment.read_text().splitlines()}
+    asked = set(re.findall(r"\$\{([A-Z0-9_]+):\?", text)) | set(re.findall(r"environment: (S3_CONFIG)\b", text))
+    assert asked <= made
+    # The others are for people and their machines: keys to look, to print elsewhere, to take pictures down.
+    assert made - asked == {"DARKROOM_BUCKET"} | {
+        f"{role}_{key}" for role in ("SAMPLER", "KEEPER") for key in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
+    }
+    for name, value in re.findall(r"(\w*(?:PASSWORD|SECRET|AUTH_STRING|ACCESS_KEY\w*)): (.*)", text):
+        assert value.startswith("${"), name
+
+
+def test_compose_reads_every_password_as_it_was_written(environment: Path, tmp_path: Path) -> None:
+    written = dict(line.split("=", 1) for line in environment.read_text().splitlines())
+    labels = {name.lower(): f"${{{name}}}" for name in written}
+    (tmp_path / "compose.yaml").write_text(json.dumps({"services": {"any": {"image": "any", "labels": labels}}}))
+    command = [*compose(), "--project-directory", str(tmp_path), "--file", str(tmp_path / "compose.yaml")]
+    command += ["--env-file", str(environment), "config", "--format", "json"]
+    read = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["services"]["any"]["labels"]
+    assert read == {name.lower(): value for name, value in written.items()}
+
+
+def test_ports_are_published_on_the_loopback_address_alone(services: Services) -> None:
+    published = [port for service in services.values() for port in service.get("ports", [])]
+    assert published
+    assert {port["host_ip"] for port in published} == {"127.0.0.1"}
+
+
+def test_every_service_has_limits_a_check_and_comes_back_after_a_crash(services: Services) -> None:
+    for name, service in services.items():
+        assert service["deploy"]["resources"]["limits"].keys() >= {"cpus", "memory"}, name
+        assert service["healthcheck"]["test"], name
+        assert service["restart"] == "unless-stopped", name
+        assert "no-new-privileges:true" in service["security_opt"], name
+        if name != "postgres":
+            assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"]), name
+
+
+def test_databases_and_bare_storage_are_reached_by_those_alone_that_need_them(services: Services) -> None:
+    def on(network: str) -> set[str]:
+        return {name for name, service in services.items() if network in service["networks"]}
+
+    assert on("databases") == {"postgres", "mlflow", "prefect"}
+    assert on("objects") == {"store", "s3"}
+
+
+def test_each_server_has_the_keys_of_its_role_and_no_other(services: Services, environment: Path) -> None:
+    secret = dict(line.split("=", 1) for line in environment.read_text().splitlines())
+    roles = {"mlflow": "MLFLOW", "worker-cpu": "WORKER", "worker-gpu": "WORKER", "s3": "READER", "metrics": "READER"}
+    for name, service in services.items():
+        keys = service["environment"].get("AWS_ACCESS_KEY_ID")
+        assert keys == (secret[f"{roles[name]}_ACCESS_KEY_ID"] if name in roles else None), name
+
+
+def test_health_is_asked_by_the_name_and_password_that_clients_use(services: Services) -> None:
+    worker = services["worker-cpu"]["environment"]
+    for name, variable in (("mlflow", "MLFLOW_TRACKING_URI"), ("prefect", "PREFECT_API_URL")):
+        assert services[name]["healthcheck"]["test"] == ["CMD", "darkroom", "health", name]
+        assert services[name]["environment"][variable] == worker[variable]
+    host = worker["MLFLOW_TRACKING_URI"].removeprefix("http://")
+    assert host in services["mlflow"]["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")

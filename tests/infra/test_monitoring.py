@@ -1,0 +1,149 @@
+"""Dashboard and alarms: what they ask for is what ``darkroom metrics`` has, and alarms go off when they should."""
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import promql_parser
+import pytest
+import yaml
+
+from flows.metrics import GAUGES, counted, state_of, succeeded, trained
+from tests.infra.installation import INFRA, ROOT, program
+
+ALERTS = [
+    rule
+    for group in yaml.safe_load((INFRA / "prometheus" / "alerts.yaml").read_text())["groups"]
+    for rule in group["rules"]
+]
+PANELS = json.loads((INFRA / "grafana" / "darkroom.json").read_text())["panels"]
+EXPRESSIONS = [rule["expr"] for rule in ALERTS] + [target["expr"] for panel in PANELS for target in panel["targets"]]
+
+
+def selected(expression: str) -> Iterator[tuple[str, set[str]]]:
+    """Names of the figures that a PromQL expression asks for, each with the labels it chooses by."""
+
+    def walk(node: Any) -> Iterator[Any]:
+        if isinstance(node, promql_parser.VectorSelector):
+            yield node
+        for name in ("expr", "lhs", "rhs", "vector_selector", "args", "param"):
+            below = getattr(node, name, None)
+            for each in below if isinstance(below, list) else [below] if below is not None else []:
+                yield from walk(each)
+
+    for selector in walk(promql_parser.parse(expression)):
+        yield selector.name, {matcher.name for matcher in selector.matchers.matchers}
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_what_is_asked_for_is_measured_under_that_name_and_with_those_labels(expression: str) -> None:
+    found = list(selected(expression))
+    assert found
+    for name, labels in found:
+        assert name in GAUGES
+        assert labels <= set(GAUGES[name][1])
+    grouped = {label.strip() for labels in re.findall(r"by \(([^)]*)\)", expression) for label in labels.split(",")}
+    assert grouped <= {label for name, _ in found for label in GAUGES[name][1]}
+
+
+def test_every_figure_is_shown() -> None:
+    shown = {name for panel in PANELS for target in panel["targets"] for name, _ in selected(target["expr"])}
+    # When a training last spoke is for the alarm alone.
+    assert GAUGES.keys() - shown == {"darkroom_training_last_word_timestamp_seconds"}
+
+
+def test_panels_have_their_own_place_and_name() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in PANELS:
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not taken & cells, panel["title"]
+        assert all(x < 24 for x, _ in cells)
+        taken |= cells
+    assert len({panel["id"] for panel in PANELS}) == len({panel["title"] for panel in PANELS}) == len(PANELS)
+
+
+def test_every_alarm_has_a_page_that_names_it_and_says_what_to_do() -> None:
+    for rule in ALERTS:
+        page = (ROOT / rule["annotations"]["runbook"]).read_text()
+        assert rule["alert"] in page
+        for heading in ("What it means", "Look", "Mend", "Afterwards"):
+            assert f"## {heading}" in page, f"{rule['annotations']['runbook']}: {heading}"
+
+
+def test_pages_name_commands_that_exist() -> None:
+    from typer.main import get_command
+
+    from flows.cli import app
+
+    verbs = get_command(app).commands  # type: ignore[attr-defined]
+    named = {
+        verb
+        for page in (ROOT / "docs" / "runbook").glob("*.md")
+        for verb in re.findall(
+            r"(?<!-n )\bdarkroom ([a-z]+)\b", "".join(re.findall(r"`[^`]+`|```.*?```", page.read_text(), re.DOTALL))
+        )
+    }
+    assert named
+    assert named <= verbs.keys()
+
+
+@pytest.mark.parametrize("check", [["check", "config", "prometheus.yaml"], ["test", "rules", "alerts_test.yaml"]])
+def test_prometheus_takes_the_rules_and_alarms_go_off_when_they_should(check: list[str]) -> None:
+    command = [program("promtool", "Debian's prometheus"), *check]
+    done = subprocess.run(command, cwd=INFRA / "prometheus", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_alarm_is_among_those_tried() -> None:
+    tried = (INFRA / "prometheus" / "alerts_test.yaml").read_text()
+    assert all(f"alertname: {rule['alert']}\n" in tried for rule in ALERTS)
+
+
+RUNS = [
+    {"flow_id": "1", "state_type": "SCHEDULED", "state_name": "Late"},
+    {"flow_id": "1", "state_type": "SCHEDULED", "state_name": "AwaitingRetry"},
+    {"flow_id": "1", "state_type": "RUNNING", "state_name": "Running"},
+    {"flow_id": "2", "state_type": "RUNNING", "state_name": "Running"},
+    {"flow_id": "gone", "state_type": "RUNNING", "state_name": "Running"},
+]
+
+
+def test_runs_are_counted_by_flow_and_state_and_none_is_zero() -> None:
+    found = {
+        labels: value for _, labels, value in counted("n", ("late", "running"), {"1": "train", "2": "sample"}, RUNS)
+    }
+    assert found == {
+        ("train", "late"): 1,
+        ("train", "running"): 1,
+        ("sample", "late"): 0,
+        ("sample", "running"): 1,
+        ("unknown", "late"): 0,
+        ("unknown", "running"): 1,
+    }
+    assert state_of(RUNS[1]) == "scheduled"
+
+
+def test_the_rate_of_prints_is_their_number_by_the_time_the_run_took() -> None:
+    run = {"total_run_time": 8.0, "end_time": "1970-01-01T00:01:40Z", "parameters": {"count": 40}}
+    assert list(succeeded("sample", run)) == [
+        ("darkroom_flow_last_success_timestamp_seconds", ("sample",), 100.0),
+        ("darkroom_flow_last_success_seconds", ("sample",), 8.0),
+        ("darkroom_prints_last_batch_pictures", (), 40),
+        ("darkroom_prints_last_batch_pictures_per_second", (), 5.0),
+    ]
+    assert len(list(succeeded("train", run))) == 2
+    assert len(list(succeeded("sample", run | {"parameters": {}}))) == 2
+
+
+def test_a_training_that_has_said_nothing_yet_has_no_figures() -> None:
+    info = {"run_id": "a1"}
+    assert list(trained("faces", {"info": info, "data": {}})) == []
+    logged = [{"key": "loss", "value": 0.5, "step": 640, "timestamp": 7000}, {"key": "images_per_second", "value": 9.5}]
+    assert list(trained("faces", {"info": info, "data": {"metrics": logged}})) == [
+        ("darkroom_training_images", ("faces", "a1"), 640.0),
+        ("darkroom_training_last_word_timestamp_seconds", ("faces", "a1"), 7.0),
+        ("darkroom_training_images_per_second", ("faces", "a1"), 9.5),
+    ]

@@ -1,0 +1,158 @@
+"""What each role's S3 keys open and what they do not, asked of a real server that enforces the policies."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import boto3
+import pytest
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from flows.stack import ports, seaweedfs
+from tests.infra.installation import INFRA, new_environment
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+BUCKET = "pictures-of-a-team"
+PREFIXES = ("dvc", "datasets", "ledger", "prints", "mlflow", "elsewhere")
+READS: dict[str, set[str]] = {
+    "worker": {"dvc", "datasets", "ledger", "prints"},
+    "sampler": {"ledger", "prints"},
+    "reader": {"dvc", "datasets", "ledger", "prints"},
+    "keeper": {"dvc", "datasets", "ledger", "prints"},
+    "mlflow": {"mlflow"},
+}
+WRITES: dict[str, set[str]] = {
+    "worker": {"dvc", "datasets", "ledger", "prints"},
+    "sampler": {"prints"},
+    "reader": set(),
+    "keeper": {"dvc", "datasets", "prints"},
+    "mlflow": {"mlflow"},
+}
+DELETES: dict[str, set[str]] = {
+    "worker": set(),
+    "sampler": set(),
+    "reader": set(),
+    "keeper": {"dvc", "datasets", "prints"},
+    "mlflow": {"mlflow"},
+}
+
+
+@pytest.fixture(scope="module")
+def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, "S3Client"]]:
+    """A client for each role, of a server that knows what ``infra/credentials.py`` made; some objects are there."""
+    folder = tmp_path_factory.mktemp("s3")
+    made = new_environment(folder / ".env", "--bucket", BUCKET)
+    (folder / "s3.json").write_text(made["S3_CONFIG"])
+    numbers = ports.choose(len(seaweedfs.PORTS), taken=())
+    command = [*seaweedfs.command(numbers), f"-bucket={BUCKET}"]
+    environment = os.environ | seaweedfs.ENVIRONMENT
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def client(role: str) -> "S3Client":
+        return boto3.client(
+            "s3",
+            endpoint_url=f"http://127.0.0.1:{numbers[0]}",
+            aws_access_key_id=made[f"{role.upper()}_ACCESS_KEY_ID"],
+            aws_secret_access_key=made[f"{role.upper()}_SECRET_ACCESS_KEY"],
+            region_name="us-east-1",
+            config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}),
+        )
+
+    try:
+        found = {role: client(role) for role in READS}
+        wait(lambda: found["reader"].list_objects_v2(Bucket=BUCKET), server, folder / "log")
+        yield found
+    finally:
+        server.kill()
+        server.wait()
+
+
+def wait(ready: Callable[[], object], server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            ready()
+        except (BotoCoreError, ClientError):
+            if time.monotonic() > deadline or server.poll() is not None:
+                raise AssertionError(log.read_text()) from None
+            time.sleep(0.1)
+        else:
+            return
+
+
+def may(act: Callable[[], object]) -> bool:
+    """Whether the server did it; False only for its word that it must not."""
+    try:
+        act()
+    except ClientError as error:
+        if error.response["Error"]["Code"] in ("NoSuchKey", "404"):
+            return True
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] == 403:
+            return False
+        raise
+    return True
+
+
+@pytest.mark.parametrize("role", READS)
+def test_a_role_may_do_what_its_work_needs_where_it_needs_it_and_nothing_else(
+    clients: dict[str, "S3Client"], role: str
+) -> None:
+    s3 = clients[role]
+    for prefix in PREFIXES:
+        place = {"Bucket": BUCKET, "Key": f"{prefix}/{role}"}
+        assert may(lambda: s3.put_object(**place, Body=b"x")) is (prefix in WRITES[role]), (role, "writes", prefix)  # noqa: B023
+        assert may(lambda: s3.get_object(**place)) is (prefix in READS[role]), (role, "reads", prefix)  # noqa: B023
+        assert may(lambda: s3.delete_object(**place)) is (prefix in DELETES[role]), (role, "deletes", prefix)  # noqa: B023
+
+
+@pytest.mark.parametrize("role", READS)
+def test_no_role_may_make_or_remove_a_bucket_or_change_who_may_what(clients: dict[str, "S3Client"], role: str) -> None:
+    s3 = clients[role]
+    everybody = {"Effect": "Allow", "Principal": "*", "Action": "s3:*", "Resource": f"arn:aws:s3:::{BUCKET}/*"}
+    opened = json.dumps({"Version": "2012-10-17", "Statement": [everybody]})
+    assert not may(lambda: s3.create_bucket(Bucket="another-bucket"))
+    assert not may(lambda: s3.delete_bucket(Bucket=BUCKET))
+    assert not may(lambda: s3.put_bucket_policy(Bucket=BUCKET, Policy=opened))
+
+
+def test_large_objects_go_up_in_parts_and_what_was_given_up_can_be_cleared(clients: dict[str, "S3Client"]) -> None:
+    for role in ("worker", "sampler"):
+        s3, place = clients[role], {"Bucket": BUCKET, "Key": f"prints/large-{role}"}
+        upload = s3.create_multipart_upload(**place)["UploadId"]
+        etag = s3.upload_part(**place, UploadId=upload, PartNumber=1, Body=b"x")["ETag"]
+        parts = {"Parts": [{"PartNumber": 1, "ETag": etag}]}
+        s3.complete_multipart_upload(**place, UploadId=upload, MultipartUpload=parts)  # type: ignore[arg-type]
+        given_up = s3.create_multipart_upload(**place)["UploadId"]
+        s3.abort_multipart_upload(**place, UploadId=given_up)
+    assert not may(lambda: clients["sampler"].create_multipart_upload(Bucket=BUCKET, Key="ledger/large"))
+
+
+def test_a_key_that_nobody_has_opens_nothing(clients: dict[str, "S3Client"]) -> None:
+    address = clients["reader"].meta.endpoint_url
+    config = Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1})
+    stranger = boto3.client(
+        "s3",
+        endpoint_url=address,
+        aws_access_key_id="a" * 20,
+        aws_secret_access_key="b" * 40,
+        region_name="us-east-1",
+        config=config,
+    )
+    assert not may(lambda: stranger.list_objects_v2(Bucket=BUCKET))
+
+
+def test_every_role_has_a_policy_that_names_no_bucket_but_the_one_that_is_given() -> None:
+    assert {path.stem for path in (INFRA / "policies").glob("*.json")} == READS.keys()
+    for path in (INFRA / "policies").glob("*.json"):
+        for statement in json.loads(path.read_text())["Statement"]:
+            assert statement["Effect"] == "Allow"
+            assert all(resource.startswith("arn:aws:s3:::${bucket}") for resource in statement["Resource"])
+            assert not any("*" in action for action in statement["Action"])

@@ -1,0 +1,174 @@
+"""A team's servers by the very commands of compose.yaml, on PostgreSQL and S3 with least privilege, put to work."""
+
+import http.client
+import json
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from flows.metrics import GAUGES
+from tests.conftest import disc
+from tests.flows.workspace import PARAMS
+from tests.infra.servers import Servers, darkroom, installed, query
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+BRIEF = PARAMS | {"training": PARAMS["training"] | {"images": 640, "checkpoints": 2, "keep": 1}}
+
+CHAMPION = ("--model", "models:/blobs@champion")
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """All of them but workers and metrics, healthy."""
+    with (
+        installed(tmp_path_factory.mktemp("installation")) as found,
+        found.running("store"),
+        found.running("s3"),
+        found.running("mlflow", "prefect"),
+    ):
+        yield found
+
+
+@pytest.fixture(scope="module")
+def retrained(servers: Servers) -> dict[str, Any]:
+    """What a first retraining with these servers leaves, by a worker's own environment."""
+    folder = servers.folder / "person"
+    for number in range(60):
+        path = folder / "pictures" / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        disc(number).save(path)
+    (folder / "params.yaml").write_text(yaml.safe_dump(BRIEF))
+    done = run(servers, "retrain", "pictures", "--count", "4", "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "log").write_text(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def run(servers: Servers, *arguments: str, role: str = "worker") -> subprocess.CompletedProcess[str]:
+    """A verb in a folder that has no servers of its own, with the S3 keys of ``role``."""
+    folder = servers.folder / "person"
+    variables = servers.client(role) | {"DARKROOM_HOME": str(folder / ".darkroom")}
+    return subprocess.run(
+        darkroom(*arguments), cwd=folder, env=variables, capture_output=True, text=True, check=False, timeout=900
+    )
+
+
+def test_a_retraining_leaves_champion_and_prints_with_a_workers_rights_alone(
+    servers: Servers, retrained: dict[str, Any]
+) -> None:
+    assert retrained["verdict"]["promoted"]
+    assert retrained["prints"]["uri"].startswith(f"s3://{servers.secrets['DARKROOM_BUCKET']}/prints/blobs/1/")
+    traced = run(servers, "trace", f"{retrained['prints']['uri']}00000003.png", "--json", role="reader")
+    assert traced.returncode == 0, traced.stderr
+    assert json.loads(traced.stdout)["run"]["run_id"] == retrained["run_id"]
+
+
+def test_everything_is_in_postgresql_and_neither_server_sees_the_others(
+    servers: Servers, retrained: dict[str, Any]
+) -> None:
+    assert (
+        query(servers, "mlflow", "mlflow", f"select count(*) from runs where run_uuid='{retrained['run_id']}'") == "1"
+    )
+    assert query(servers, "mlflow", "mlflow_auth", "select username from users") == "darkroom"
+    assert query(servers, "prefect", "prefect", "select count(*) from flow_run where name='retrain-blobs'") == "1"
+    assert "permission denied" in query(servers, "prefect", "mlflow", "select 1")
+    assert "permission denied" in query(servers, "mlflow", "prefect", "select 1")
+
+
+def test_its_log_is_json_that_names_flow_run_data_set_and_mlflow_run_and_says_things_once(
+    servers: Servers, retrained: dict[str, Any]
+) -> None:
+    log = (servers.folder / "person" / "log").read_text().splitlines()
+    # Libraries that warn by other ways than logging stay out of it.
+    lines = [json.loads(line) for line in log if line.startswith("{")]
+    assert all(line.keys() >= {"time", "level", "logger", "message"} for line in lines)
+    (printed,) = [line for line in lines if line["message"].startswith("pictures printed: 4 of 4")]
+    assert printed["dataset"] == "blobs"
+    assert {"flow_run_id", "task_run_id", "flow_name"} <= printed.keys()
+    assert any(line.get("run_id") == retrained["run_id"] and line["logger"] == "prefect.task_runs" for line in lines)
+    ended = [line for line in lines if line.get("flow_name") == "retrain" and "Finished in state" in line["message"]]
+    assert len(ended) == 1
+
+
+def test_who_prints_needs_no_more_than_a_samplers_keys_and_who_reads_cannot_print(
+    servers: Servers, retrained: dict[str, Any]
+) -> None:
+    printed = run(servers, "sample", *CHAMPION, "--count", "2", "--seed", "5", "--json", role="sampler")
+    assert printed.returncode == 0, printed.stderr[-3000:]
+    assert json.loads(printed.stdout)["model"] == retrained["prints"]["model"]
+    refused = run(servers, "sample", *CHAMPION, "--count", "2", "--seed", "6", role="reader")
+    assert refused.returncode in (1, 2)
+    assert "Traceback" not in refused.stderr
+
+
+def test_the_servers_let_nobody_in_without_password_or_by_another_name(servers: Servers) -> None:
+    mlflow, prefect, s3 = (servers.numbers[port] for port in ("5000", "4200", "8333"))
+    assert status(mlflow, "/api/2.0/mlflow/experiments/search?max_results=1") == 401
+    assert status(prefect, "/api/admin/version") == 401
+    assert status(s3, f"/{servers.secrets['DARKROOM_BUCKET']}") == 403
+    # Alive, and of no use to who calls it by a name that it does not know: the check has to tell them apart.
+    variables = servers.environment("mlflow") | {"MLFLOW_TRACKING_URI": f"http://0:{mlflow}"}
+    checked = subprocess.run(darkroom("health", "mlflow"), env=variables, capture_output=True, text=True, check=False)
+    assert status(mlflow, "/health", host=f"0:{mlflow}") == 200
+    assert checked.returncode == 1
+    assert "403" in checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("service", "variable"),
+    [
+        ("mlflow", "MLFLOW_TRACKING_PASSWORD"),
+        ("prefect", "PREFECT_API_AUTH_STRING"),
+        ("s3", "AWS_SECRET_ACCESS_KEY"),
+    ],
+)
+def test_health_fails_where_a_client_with_that_password_would(servers: Servers, service: str, variable: str) -> None:
+    variables = servers.environment(service) | {variable: "darkroom:revoked"}
+    checked = subprocess.run(darkroom("health", service), env=variables, capture_output=True, text=True, check=False)
+    assert checked.returncode in (1, 2)
+    assert checked.stderr.count("\n") == 1
+
+
+def test_the_worker_reports_and_metrics_say_what_was_done(servers: Servers, retrained: dict[str, Any]) -> None:
+    with servers.running("worker-cpu", "metrics"):
+        address = f"http://127.0.0.1:{servers.numbers['9464']}/metrics"
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            families = list(text_string_to_metric_families(answer.read().decode()))
+    found = {
+        (sample.name, *(sample.labels[label] for label in GAUGES[sample.name][1])): sample.value
+        for family in families
+        for sample in family.samples
+    }
+    for server in ("prefect", "mlflow", "s3"):
+        assert found["darkroom_up", server] == 1
+    assert found["darkroom_workers_online", "darkroom-cpu"] == 1
+    assert found["darkroom_flow_runs_last_day", "retrain", "completed"] == 1
+    assert found["darkroom_flow_runs", "retrain", "running"] == 0
+    assert found["darkroom_flow_last_success_seconds", "retrain"] > found["darkroom_flow_last_success_seconds", "train"]
+    assert found["darkroom_champion_version", "blobs"] == 1
+    assert found["darkroom_ledger_intact", "blobs"] == 1
+    assert found["darkroom_ledger_entries", "blobs", "promote"] == 1
+    assert found["darkroom_champion_figure", "blobs", "kid_efflite0"] == pytest.approx(kid(retrained), rel=1e-4)
+    assert found["darkroom_prints_last_batch_pictures",] >= 2
+    # Nothing trains now, and no limit was made.
+    silent = {name for name in GAUGES if name.startswith(("darkroom_training_", "darkroom_concurrency_"))}
+    assert {name for name, *_ in found} == GAUGES.keys() - silent
+
+
+def kid(retrained: dict[str, Any]) -> float:
+    evaluation = json.loads((Path(retrained["report"]).parent / "metrics.json").read_text())
+    return float(evaluation["kid_efflite0"])
+
+
+def status(port: str, path: str, host: str | None = None) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=10)
+    connection.request("GET", path, headers={"Host": host} if host else {})
+    return connection.getresponse().status
