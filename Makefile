@@ -35,11 +35,14 @@ demo: $(READY) $(if $(filter pictures/digits,$(DATA)),pictures)  ## The whole re
 pictures: $(READY)  ## Write the demo's pictures to pictures/digits
 	$(BIN)/python infra/demo_pictures.py pictures/digits
 
+# Files of tests are shared out among so many processes.
+WORKERS ?= 2
+
 test: $(READY)  ## Run the tests (minutes)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile -m "not slow"
 
 test-slow: $(READY)  ## Run the long tests: servers, kills, browser (half an hour)
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile -m slow
 
 chaos: $(READY)  ## Kill things at random moments; KILLS=20 for the long drill
 	KILLS=$(KILLS) $(BIN)/pytest -m slow -k kill --timeout 3600
