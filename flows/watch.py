@@ -78,7 +78,7 @@ def look(params: Params) -> Watched:
         weights, params.dataset_folder, params.evaluation, params.sampling, params.report_folder, reporter()
     )
     figures = {name: value for name, value in portrait.named().items() if math.isfinite(value)}
-    told, drifted = compared(f"kid_{extractor}", figures, before)
+    told, drifted = compared(extractor, figures, before)
     RunTracker(client, version.run_id).log_metrics(
         {f"watch_{name}": each for name, each in figures.items()}, int(time.time())
     )
@@ -91,18 +91,18 @@ def look(params: Params) -> Watched:
     return Watched(**about, figures=figures, drifted=drifted, told=f"{version.uri}: {told}", skipped=False)
 
 
-def compared(name: str, now: dict[str, float], before: dict[str, float]) -> tuple[str, bool]:
-    """The figure ``name``, of which less is better, ``now`` and ``before`` in words; whether it is surely worse.
-
-    Either holds its standard error under ``name`` and ``_se``.
-    """
-    words = f"{name} {now[name]:.4g} ± {now[f'{name}_se']:.2g}"
-    if name not in before:
+def compared(extractor: str, now: dict[str, float], before: dict[str, float]) -> tuple[str, bool]:
+    """KID on the features of ``extractor``, ``now`` and ``before``, in words; whether it is surely worse."""
+    kid, se = f"kid_{extractor}", f"kid_se_{extractor}"
+    words = f"{kid} {now[kid]:.4g} ± {now[se]:.2g}"
+    if kid not in before or se not in before:
         return f"{words}; it was not judged by this before", False
-    error = math.hypot(now[f"{name}_se"], before.get(f"{name}_se", 0.0))
-    drifted = now[name] - before[name] > SURELY * error
-    then = f"{before[name]:.4g} when it was judged"
-    return f"{words}, {then}: " + ("surely worse" if drifted else "no worse than chance allows"), drifted
+    drifted = now[kid] - before[kid] > SURELY * math.hypot(now[se], before[se])
+    return (
+        f"{words}, {before[kid]:.4g} ± {before[se]:.2g} when it was judged: "
+        + ("surely worse" if drifted else "no worse than chance allows"),
+        drifted,
+    )
 
 
 def _shown(value: float | None) -> str:

@@ -132,10 +132,11 @@ def test_a_schedule_that_is_none_is_refused() -> None:
 def test_a_champion_drifts_if_it_is_worse_by_more_than_chance_allows(now: float, drifted: bool) -> None:
     error = math.hypot(0.001, 0.0012)
     assert drifted == (now - 0.010 > 3 * error)
-    words, found = compared("kid", {"kid": now, "kid_se": 0.001}, {"kid": 0.010, "kid_se": 0.0012})
+    ours, theirs = {"kid_x": now, "kid_se_x": 0.001}, {"kid_x": 0.010, "kid_se_x": 0.0012}
+    words, found = compared("x", ours, theirs)
     assert found == drifted
-    assert f"kid {now:.4g} ± 0.001, 0.01 when it was judged" in words
-    assert compared("kid", {"kid": now, "kid_se": 0.001}, {})[1] is False
+    assert f"kid_x {now:.4g} ± 0.001, 0.01 ± 0.0012 when it was judged" in words
+    assert compared("x", ours, {})[1] is False
 
 
 def test_what_a_schedule_starts_loads_no_torch_and_no_mlflow_before_there_is_something_to_do() -> None:
