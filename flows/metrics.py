@@ -66,7 +66,7 @@ def serve(host: str, port: int) -> None:
     threading.Event().wait()
 
 
-@dataclass
+@dataclass(eq=False)  # a registry holds it by what it is
 class Servers(Collector):
     """Asks the servers of the environment, anew each time."""
 

@@ -1,8 +1,8 @@
 """A table for a change's review: what a small training under it scores, beside the champion.
 
-``python infra/ci/compare.py data faces`` names the version of the data that the champion learned from, and a training on
-that compares. ``python infra/ci/compare.py figures faces reports/faces`` is the table, after ``darkroom stage evaluate``:
-Markdown on standard output. The champion is asked of the MLflow server and the bucket of the environment.
+``python infra/ci/compare.py data faces`` names the version of the data that the champion learned from; a training
+on it compares. ``python infra/ci/compare.py figures faces reports/faces`` is the table, in Markdown, after ``darkroom
+stage evaluate``. The champion is asked of the MLflow server and the bucket of the environment.
 """
 
 import argparse

@@ -9,8 +9,10 @@ from typing import Any
 import promql_parser
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry, generate_latest
 
-from flows.metrics import GAUGES, counted, state_of, succeeded, trained
+from flows.metrics import GAUGES, Servers, counted, state_of, succeeded, trained
+from flows.stack import ports
 from tests.infra.installation import INFRA, ROOT, program
 
 ALERTS = [
@@ -109,6 +111,16 @@ RUNS = [
     {"flow_id": "2", "state_type": "RUNNING", "state_name": "Running"},
     {"flow_id": "gone", "state_type": "RUNNING", "state_name": "Running"},
 ]
+
+
+def test_servers_that_are_away_are_said_to_be_and_nothing_is_said_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    (port,) = ports.choose(1, taken=())
+    for variable in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{port}")
+    registry = CollectorRegistry()
+    registry.register(Servers())
+    shown = [line for line in generate_latest(registry).decode().splitlines() if not line.startswith("#")]
+    assert shown == [f'darkroom_up{{server="{server}"}} 0.0' for server in ("prefect", "s3", "mlflow")]
 
 
 def test_runs_are_counted_by_flow_and_state_and_none_is_zero() -> None:
