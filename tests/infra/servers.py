@@ -21,7 +21,7 @@ from tests.infra.installation import INFRA, ROOT, composed, new_environment
 
 PORTS = ("5432", "9333", "9340", "8888", "23646", "8333", "5000", "4200", "8080", "9464")
 """Those of compose.yaml; here each becomes one that is free."""
-PATIENCE = 600.0
+PATIENCE = 300.0
 """Seconds that a service has to become healthy: databases are made at the first start."""
 
 

@@ -17,7 +17,7 @@ from tests.conftest import disc
 from tests.flows.workspace import PARAMS
 from tests.infra.servers import Servers, darkroom, installed, query
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 BRIEF = PARAMS | {"training": PARAMS["training"] | {"images": 640, "checkpoints": 2, "keep": 1}}
 
@@ -57,7 +57,7 @@ def run(servers: Servers, *arguments: str, role: str = "worker") -> subprocess.C
     folder = servers.folder / "person"
     variables = servers.client(role) | {"DARKROOM_HOME": str(folder / ".darkroom")}
     return subprocess.run(
-        darkroom(*arguments), cwd=folder, env=variables, capture_output=True, text=True, check=False, timeout=900
+        darkroom(*arguments), cwd=folder, env=variables, capture_output=True, text=True, check=False, timeout=600
     )
 
 
@@ -106,7 +106,7 @@ def test_who_prints_needs_no_more_than_a_samplers_keys_and_who_reads_cannot_prin
     assert json.loads(printed.stdout)["model"] == retrained["prints"]["model"]
     refused = run(servers, "sample", *CHAMPION, "--count", "2", "--seed", "6", role="reader")
     assert refused.returncode in (1, 2)
-    assert "Traceback" not in refused.stderr
+    assert refused.stderr.splitlines()[-1].startswith("darkroom: ")
 
 
 def test_the_servers_let_nobody_in_without_password_or_by_another_name(servers: Servers) -> None:
@@ -156,15 +156,18 @@ def test_the_worker_reports_and_metrics_say_what_was_done(servers: Servers, retr
     assert found["darkroom_champion_version", "blobs"] == 1
     assert found["darkroom_ledger_intact", "blobs"] == 1
     assert found["darkroom_ledger_entries", "blobs", "promote"] == 1
-    assert found["darkroom_champion_figure", "blobs", "kid_efflite0"] == pytest.approx(kid(retrained), rel=1e-4)
+    assert found["darkroom_champion_figure", "blobs", "kid_efflite0"] == pytest.approx(
+        kid(servers, retrained), rel=1e-4
+    )
     assert found["darkroom_prints_last_batch_pictures",] >= 2
     # Nothing trains now, and no limit was made.
     silent = {name for name in GAUGES if name.startswith(("darkroom_training_", "darkroom_concurrency_"))}
     assert {name for name, *_ in found} == GAUGES.keys() - silent
 
 
-def kid(retrained: dict[str, Any]) -> float:
-    evaluation = json.loads((Path(retrained["report"]).parent / "metrics.json").read_text())
+def kid(servers: Servers, retrained: dict[str, Any]) -> float:
+    report = servers.folder / "person" / Path(retrained["report"]).parent
+    evaluation = json.loads((report / "metrics.json").read_text())
     return float(evaluation["kid_efflite0"])
 
 
