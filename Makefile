@@ -57,6 +57,7 @@ check: $(READY)  ## Lint, format, types, layers, no secrets
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	PATH="$(CURDIR)/$(BIN):$$PATH" infra/ci/secrets.sh
 
 audit: $(READY)  ## Ask PyPI whether a package of the images has a known vulnerability
 	$(BIN)/pip-audit --no-deps --disable-pip --requirement infra/docker/requirements.lock --requirement infra/docker/torch-cuda.lock

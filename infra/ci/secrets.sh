@@ -5,7 +5,7 @@ set -euo pipefail
 options=(
     --exclude-files '\.lock$'
     --exclude-lines '^def test_'
-    --exclude-secrets '^([0-9a-f]{64}|test-secret|wrong|darkroom)$'
+    --exclude-secrets '^([0-9a-f]{64}|test-secret|wrong|darkroom|ours|theirs)$'
 )
 if (($#)); then
     exec detect-secrets-hook "${options[@]}" "$@"

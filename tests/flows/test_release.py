@@ -217,7 +217,7 @@ def test_the_process_that_packs_gets_stagings_keys_and_none_of_ours(no_servers: 
         {
             "AWS_SECRET_ACCESS_KEY": "ours",
             "MLFLOW_TRACKING_PASSWORD": "ours",
-            "DARKROOM_STAGING_MLFLOW_TRACKING_URI": "https://user:secret@staging:5000/x",
+            "DARKROOM_STAGING_MLFLOW_TRACKING_URI": "https://user:theirs@staging:5000/x",
             "DARKROOM_STAGING_BUCKET": "theirs",
             "DARKROOM_STAGING_AWS_SECRET_ACCESS_KEY": "theirs",
         }
@@ -226,4 +226,4 @@ def test_the_process_that_packs_gets_stagings_keys_and_none_of_ours(no_servers: 
     variables = found.variables()
     assert "ours" not in variables.values()
     assert (variables["AWS_SECRET_ACCESS_KEY"], variables["DARKROOM_BUCKET"]) == ("theirs", "theirs")
-    assert (found.called, "secret" in repr(found.aws_secret_access_key)) == ("https://staging:5000/x", False)
+    assert (found.called, "theirs" in repr(found.aws_secret_access_key)) == ("https://staging:5000/x", False)
