@@ -5,7 +5,6 @@ docs/failure-drills.md has the table. Kills at random moments are in tests/flows
 
 import os
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -157,12 +156,4 @@ def test_the_clock_may_jump_and_one_that_is_far_wrong_is_named(
     clock.write_text("+86400")
     assert "clock" in site.run(*site.retraining, code=2)
     clock.write_text("+300")
-    assert site.end(site.json(*site.retraining)) == undisturbed.end
-
-
-def test_a_keyboard_interrupt_is_a_kill_like_any_other(site: Site, undisturbed: Undisturbed) -> None:
-    with site.paused(TRAINING) as process:
-        os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=120)
-    assert process.returncode != 0
     assert site.end(site.json(*site.retraining)) == undisturbed.end
