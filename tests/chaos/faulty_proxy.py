@@ -79,7 +79,7 @@ class FaultyProxy:
                 _reset(client)
                 return
             if fault in CODES:
-                _refuse(client, fault)
+                _refuse(client, fault, with_body=not line.startswith(b"HEAD"))
                 return
             with socket.create_connection(self.server) as server:
                 server.sendall(line + b"\r\nConnection: close\r\n" + rest)
@@ -107,8 +107,8 @@ def _last_answer(server: socket.socket, client: socket.socket) -> None:
             client.sendall(piece)
 
 
-def _refuse(client: socket.socket, fault: Fault) -> None:
-    body = f"<Error><Code>{CODES[fault]}</Code><Message>a drill</Message></Error>"
+def _refuse(client: socket.socket, fault: Fault, with_body: bool) -> None:
+    body = f"<Error><Code>{CODES[fault]}</Code><Message>a drill</Message></Error>" if with_body else ""
     client.sendall(ANSWER.format(status=fault.value, size=len(body), body=body).encode())
     client.shutdown(socket.SHUT_WR)
     client.settimeout(5)

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 from mlflow.client import MlflowClient
+from safetensors.torch import load_file
 
 from diffusion.errors import DarkroomError
 from diffusion.files import sha256_bytes
@@ -97,6 +98,18 @@ class House:
             time.sleep(0.2)
 
 
+def ended(process: subprocess.Popen[str], code: int) -> str:
+    """What is said by a command that ends with ``code``: all of it if that is 0, else the line that says why."""
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == code, errors[-3000:]
+    if code == 0:
+        return errors
+    assert "Traceback" not in errors
+    [line] = [line for line in errors.splitlines() if line.startswith("darkroom: ")]
+    assert errors.rstrip().endswith(line)
+    return line
+
+
 def _serves(service: Service, process: Process) -> bool:
     try:
         service.check(process)
@@ -113,6 +126,11 @@ class Site(Workspace):
         self.house, self.name = house, folder.name
         self.variables = dict(house.workspace.variables)
         self.retraining = ("retrain", str(house.pictures), "--dataset", self.name, "--count", str(COUNT))
+
+    @property
+    def final(self) -> Path:
+        """The trained model."""
+        return self.folder / "runs" / self.name / "final.safetensors"
 
     @contextmanager
     def paused(self, point: str, arguments: Sequence[str] | None = None) -> Iterator[subprocess.Popen[str]]:
@@ -159,9 +177,11 @@ class Site(Workspace):
             "runs": [(run.info.run_id == done["run_id"], run.info.status) for run in runs],
             "losses": [(point.step, point.value) for point in losses],
             "ledger": sorted(self.house.objects(f"ledger/{self.name}/")),
-            "data": sorted(self.house.objects(f"datasets/{self.name}/")),
+            # Of each version: its digest is also of the data set's name.
+            "data": sorted(key.partition("/")[2] for key in self.house.objects(f"datasets/{self.name}/")),
             "content": done["data"]["result"]["content_digest"],
-            "weights": sha256_bytes((self.folder / "runs" / self.name / "final.safetensors").read_bytes()),
+            # Of the tensors alone, as the header says of which data set they are.
+            "weights": {name: sha256_bytes(each.numpy().tobytes()) for name, each in load_file(self.final).items()},
             "printed": sorted(printed),
             "whole": all(sha256_bytes(printed[row["key"]]) == row["sha256"] for row in table),
             "pixels": [row["pixels_sha256"] for row in table],
