@@ -74,6 +74,8 @@ def _explained(error: ClientError, place: str, bucket: str, server: str) -> Dark
         return Missing(f"{place} is shorter at {server} than what was asked of it: it was cut, or replaced")
     if code in DENIED:
         hint = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what that key may do"
+        if code == "403":  # to a HEAD, whose answer has no body to say why
+            hint += ", and this machine's clock"
         return UserError(f"{place}: {server} denies access ({code}): {hint}")
     if code in SKEWED:
         hint = "set the clock of whichever of the two is wrong"
