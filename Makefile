@@ -44,8 +44,8 @@ test: $(READY)  ## Run the tests (minutes)
 test-slow: $(READY)  ## Run the long tests: servers, kills, browser (half an hour)
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile -m slow
 
-chaos: $(READY)  ## Kill things at random moments; KILLS=20 for the long drill
-	KILLS=$(KILLS) $(BIN)/pytest -m slow -k kill --timeout 3600
+chaos: $(READY)  ## The failure drills, and KILLS=20 kills at random moments of each kind of work
+	KILLS=$(KILLS) $(BIN)/pytest -m slow -k "chaos or kill" --timeout 3600
 
 drill-upgrade: $(READY)  ## Upgrade databases that an older MLflow and Prefect made (minutes)
 	test -x .drill/bin/prefect || { $(PYTHON) -m venv .drill && .drill/bin/pip install --quiet 'mlflow[auth]==3.4.0' 'prefect==3.6.0' \

@@ -1,5 +1,6 @@
 """Files that appear whole, under their final name, or not at all."""
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,14 @@ def sha256_file(path: Path) -> str:
     """Hex SHA-256 of the file at ``path``, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether ``error`` says that a disk, or somebody's share of it, is full."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # Libraries that are not written in Python raise types of their own, with the system's words in them.
+    return "No space left on device" in str(error) or "disk is full" in str(error)
 
 
 def canonical_json(value: Any) -> str:

@@ -187,7 +187,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any])
     """Write a safetensors file atomically, ``header`` in its metadata; returns the file's SHA-256."""
     metadata = {METADATA_KEY: canonical_json(header)}
     packed = {name: value.detach().contiguous() for name, value in tensors.items()}
-    return write_atomically(path, lambda partial: save_file(packed, partial, metadata))
+    try:
+        return write_atomically(path, lambda partial: save_file(packed, partial, metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def read_header(path: Path) -> dict[str, Any]:

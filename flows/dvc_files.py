@@ -124,11 +124,15 @@ class Remote:
 
     def listings(self) -> Iterator[tuple[str, Listing]]:
         """All folders that lie there, by the names of their listings."""
-        prefix = self._key("")
-        for key in self.store.list_keys(self.place.bucket, prefix):
-            if key.endswith(FOLDER):
-                name = key.removeprefix(prefix).replace("/", "")
+        for name in sorted(self.names()):
+            if name.endswith(FOLDER):
                 yield name, self.listing(name)
+
+    def names(self) -> set[str]:
+        """Those of all objects, at the price of a listing."""
+        prefix = self._key("")
+        keys = self.store.list_keys(self.place.bucket, prefix)
+        return {key.removeprefix(prefix).replace("/", "") for key in keys}
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects; those that are not there are as good as deleted."""

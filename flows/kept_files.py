@@ -104,8 +104,9 @@ class KeptFiles:
             if sha256_file(partial) != sha256:
                 partial.unlink()
                 raise UserError(
-                    f"{name} of data set {self.name} is damaged on {remote.place} (its SHA-256 differs): push it again "
-                    "from where it is whole, or make the data set anew with `darkroom ingest SOURCE --rebuild`"
+                    f"{name} of data set {self.name} is damaged on the remote (its SHA-256 differs): delete "
+                    f"{remote.uri(md5)}, and give `darkroom ingest SOURCE` where the data set is whole, or where its "
+                    "pictures are: it pushes what is missing"
                 )
 
         try:

@@ -13,8 +13,9 @@ from diffusion.config import Config
 from diffusion.data.ingest import work_folder
 from diffusion.data.manifest import read_manifest
 from diffusion.errors import DarkroomError
-from flows.dvc_files import Cache
+from flows.dvc_files import Cache, Remote
 from flows.kept_files import KeptFiles, is_whole, needed_files
+from flows.s3_errors import Missing
 
 INGEST_STAGE = "ingest"
 
@@ -78,10 +79,24 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
                 target, pointer = stage.addressing, Path(stage.path).relative_to(root).as_posix()
                 output = stage.outs[0]
             if push_to:
+                _distrust_if_incomplete(Remote.at(push_to), output.hash_info.value)
                 repo.push([target])
             return DataVersion(digest=output.hash_info.value, pointer=pointer, pushed=push_to is not None)
     except (DvcException, BotoCoreError, OSError) as error:
         raise DarkroomError(f"DVC could not record or push {folder}: {error}") from error
+
+
+def _distrust_if_incomplete(remote: Remote, digest: str) -> None:
+    """Withdraw the listing ``digest`` from ``remote`` if files that it names are not there.
+
+    Where DVC finds a folder's listing, it takes the folder's files for pushed.
+    """
+    try:
+        listing = remote.listing(digest)
+    except Missing:
+        return
+    if not remote.names().issuperset(listing.values()):
+        remote.delete([digest])
 
 
 def data_version(folder: Path) -> DataVersion | None:

@@ -30,6 +30,7 @@ DENIED = {
     "InvalidToken",
     "SignatureDoesNotMatch",
 }
+SKEWED = {"RequestExpired", "RequestTimeTooSkewed"}
 ELSEWHERE = {"301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
 DAMAGED_READS = (FlexibleChecksumError, IncompleteReadError, ResponseStreamingError)
 BROKEN_READS = (*DAMAGED_READS, ConnectionClosedError, ReadTimeoutError)
@@ -73,7 +74,12 @@ def _explained(error: ClientError, place: str, bucket: str, server: str) -> Dark
         return Missing(f"{place} is shorter at {server} than what was asked of it: it was cut, or replaced")
     if code in DENIED:
         hint = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what that key may do"
+        if code == "403":  # to a HEAD, whose answer has no body to say why
+            hint += ", and this machine's clock"
         return UserError(f"{place}: {server} denies access ({code}): {hint}")
+    if code in SKEWED:
+        hint = "set the clock of whichever of the two is wrong"
+        return UserError(f"{place}: the clocks of {server} and of this machine are too far apart ({code}): {hint}")
     if code in ELSEWHERE:
         return UserError(f"{place}: the bucket lies in another region ({code}): set AWS_DEFAULT_REGION to it")
     return DarkroomError(f"{place}: {server} answered {code}: {message}")

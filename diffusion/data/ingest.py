@@ -4,7 +4,6 @@ List the source, plan what is new, prepare it chunk by chunk wherever there is r
 manifest is written last; until then the version before is whole, and nothing names what was added.
 """
 
-import errno
 import shutil
 import sqlite3
 from collections import Counter
@@ -32,6 +31,7 @@ from diffusion.data.plan import make_plan, origin_of
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, ObjectStore
 from diffusion.errors import DarkroomError, UserError
+from diffusion.files import is_full_disk
 from diffusion.progress import Progress, silent
 
 QUARANTINED_SHOWN = 1000
@@ -144,8 +144,7 @@ def _full_disk_in_words(work: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT) if isinstance(error, OSError) else "full" in str(error)
-        if not full:
+        if not is_full_disk(error):
             raise
         raise DarkroomError(
             f"the disk that holds {work} is full: free some space and give the same command again, "

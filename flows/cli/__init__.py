@@ -6,6 +6,7 @@ import sys
 import typer
 
 from diffusion.errors import DarkroomError, UserError
+from diffusion.files import is_full_disk
 from flows.cli import (
     champion,
     comparison,
@@ -59,11 +60,11 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("DARKROOM_DEBUG"):
             raise
+        hint = "DARKROOM_DEBUG=1 in the environment shows where"
+        if is_full_disk(error):
+            hint = "a disk is full: free some space and give the same command again, which goes on from there"
         words = " ".join(str(error).split())[:500]
-        print(
-            f"darkroom: {type(error).__name__}: {words} (DARKROOM_DEBUG=1 in the environment shows where)",
-            file=sys.stderr,
-        )
+        print(f"darkroom: {type(error).__name__}: {words} ({hint})", file=sys.stderr)
         sys.exit(1)
 
 

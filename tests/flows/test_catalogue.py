@@ -19,6 +19,7 @@ from diffusion.data.shard_cache import ShardCache
 from diffusion.data.takedown import remove
 from diffusion.data.versions import history
 from diffusion.errors import UserError
+from diffusion.files import sha256_bytes
 from diffusion.training.config import TrainingConfig
 from flows import catalogue
 from flows.catalogue import Catalogue
@@ -221,10 +222,21 @@ def test_a_file_that_comes_damaged_from_the_remote_is_named_and_the_version_befo
     for key in store.list_keys(place.bucket, "dvc/files/"):
         if len(data := store.get(place.bucket, key)) == shard.bytes:
             store.client.put_object(Bucket=place.bucket, Key=key, Body=data[:-1])
-    with pytest.raises(UserError, match=f"{shard.name} of data set blobs is damaged on s3://"):
+    damaged = rf"{shard.name} of data set blobs is damaged on the remote .* delete s3://{place.bucket}/dvc/files/md5/"
+    with pytest.raises(UserError, match=damaged):
         checkout(FOLDER, second.digest, place.reach)
     assert read_manifest(FOLDER) == first
     assert there.items() <= files_of(FOLDER).items()
+
+
+def test_what_is_gone_from_the_remote_is_pushed_again_with_the_same_version(place: Place) -> None:
+    shard = place.version().shards[0]
+    store = Store()
+    before = {key: store.get(place.bucket, key) for key in store.list_keys(place.bucket, "dvc/files/")}
+    gone = [key for key, data in before.items() if sha256_bytes(data) == shard.sha256]
+    store.delete_many(place.bucket, gone)
+    place.publish()
+    assert {key: store.get(place.bucket, key) for key in store.list_keys(place.bucket, "dvc/files/")} == before
 
 
 def test_a_version_with_pictures_that_were_taken_down_comes_back_only_when_told_so(place: Place) -> None:

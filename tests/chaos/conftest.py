@@ -1,0 +1,52 @@
+"""The stack that the drills of a process share."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chaos.house import NIGHT, QUICK, House, Site
+from tests.chaos.poison import poison
+from tests.flows.workspace import running
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """A stack, and 120 pictures among which some are poisoned."""
+    folder = tmp_path_factory.mktemp("house")
+    with running(folder, QUICK, 120) as space, pytest.MonkeyPatch.context() as patch:
+        for name, value in space.variables.items():
+            if name.startswith(("MLFLOW_", "AWS_")):
+                patch.setenv(name, value)
+        poison(folder / "pictures" / "odd", folder / "unpickled")
+        found = House(space)
+        found.admit(NIGHT)
+        yield found
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A retraining that nothing happened to."""
+
+    site: Site
+    done: dict[str, Any]
+    """What it said."""
+    end: dict[str, Any]
+    """How every other is to end."""
+
+
+@pytest.fixture(scope="session")
+def undisturbed(house: House, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The same for all drills."""
+    site = house.site(Path(tmp_path_factory.mktemp("undisturbed")))
+    done = site.json(*site.retraining)
+    return Undisturbed(site, done, site.end(done))
+
+
+@pytest.fixture
+def site(house: House, tmp_path: Path, request: pytest.FixtureRequest) -> Site:
+    """A machine of the test's own."""
+    name = request.node.name.removeprefix("test_")[:32].strip("_").replace("_", "-")
+    return house.site(tmp_path / name)

@@ -1,0 +1,151 @@
+"""``retrain`` while its process, its disk, its clock and the servers beside it fail: the same command, the same end.
+
+docs/failure-drills.md has the table. Kills at random moments are in tests/flows/test_pipeline.py.
+"""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.chaos.conftest import Undisturbed
+from tests.chaos.house import House, Site, ended
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+STEPS = (
+    "flows.ingest:ingest_pictures",  # ingest: nothing is there
+    "flows.catalogue:publish",  # pushed, and in no catalogue
+    "flows.train:train_model",  # train: no run is there
+    "diffusion.training.checkpoint:Checkpoints.save@3",  # half way
+    "flows.tracking:RunTracker.finish",  # trained, and the run goes on
+    "flows.evaluate:judge_checkpoints",  # evaluate
+    "flows.judged_models:Scoreboard.show",  # judged, and MLflow knows nothing
+    "flows.promote:export",  # promote
+    "flows.promote:trial",  # a version, and no verdict
+    "flows.promote:project",  # in the ledger, and nowhere else
+    "flows.batch_plan:begin",  # sample
+    "flows.printing:_put_files@3",  # two pictures are there
+    "flows.printing:finish",  # all are, and no manifest
+    "flows.request:Request.note",  # all is done, and nothing says so
+)
+TRAINING = "diffusion.training.checkpoint:Checkpoints.save@3"
+"""In the middle of it."""
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+
+
+def test_killed_in_every_step_it_ends_as_if_nothing_had_happened(site: Site, undisturbed: Undisturbed) -> None:
+    for point in STEPS:
+        site.killed_at(point)
+    done = site.json(*site.retraining)
+    assert "skipped" not in done or not done["skipped"]
+    assert site.end(done) == undisturbed.end
+    assert site.json(*site.retraining)["skipped"]
+
+
+def test_prefects_server_may_be_started_anew_meanwhile(house: House, site: Site, undisturbed: Undisturbed) -> None:
+    with site.paused(TRAINING) as process:
+        house.kill("prefect")
+    # The training is done by now, and nobody was told.
+    time.sleep(5)
+    house.start("prefect")
+    ended(process, 0)
+    done = site.json(*site.retraining)
+    assert done["skipped"]
+    assert site.end(done) == undisturbed.end
+
+
+def test_mlflow_may_be_away_while_it_trains(house: House, site: Site, undisturbed: Undisturbed) -> None:
+    with site.paused(TRAINING) as process:
+        house.kill("mlflow")
+    deadline = time.monotonic() + 120
+    while not site.final.exists():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    house.start("mlflow")
+    ended(process, 0)
+    assert site.end(site.json(*site.retraining)) == undisturbed.end
+
+
+def test_of_two_at_once_one_waits_and_has_nothing_to_do(house: House, site: Site, undisturbed: Undisturbed) -> None:
+    url, secret = (house.workspace.variables[f"PREFECT_API_{name}"] for name in ("URL", "AUTH_STRING"))
+    user, _, password = secret.partition(":")
+    # As `darkroom deploy` makes it.
+    limit = {"name": f"retrain-{site.name}", "limit": 1}
+    httpx.post(f"{url}/v2/concurrency_limits/", json=limit, auth=(user, password)).raise_for_status()
+    with site.paused(TRAINING) as first:
+        second = site.start(*site.retraining, "--json")
+        time.sleep(5)
+    ended(first, 0)
+    ended(second, 0)
+    done = site.json(*site.retraining)
+    assert done["skipped"]
+    assert site.end(done) == undisturbed.end
+
+
+def test_of_two_at_once_that_nobody_deployed_one_is_refused(site: Site, undisturbed: Undisturbed) -> None:
+    with site.paused(TRAINING) as first:
+        assert "another process trains in" in site.run(*site.retraining, code=2)
+    ended(first, 0)
+    assert site.end(site.json(*site.retraining)) == undisturbed.end
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own of 64 MB; only root can make one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    mounted = subprocess.run(made, capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"no small file system to be had here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize("point", [TRAINING, "flows.evaluate:judge_checkpoints"])
+def test_a_full_disk_is_one_line_and_with_room_again_it_goes_on(
+    house: House, small_disk: Path, undisturbed: Undisturbed, point: str
+) -> None:
+    site = house.site(small_disk / f"full-{STEPS.index(point)}")
+    with site.paused(point) as process, (site.folder / "filler").open("wb") as filler:
+        room = shutil.disk_usage(small_disk).free
+        os.posix_fallocate(filler.fileno(), 0, room - 8192)
+    assert "is full: free some space and give the same command again" in ended(process, 1)
+    (site.folder / "filler").unlink()
+    assert site.end(site.json(*site.retraining)) == undisturbed.end
+
+
+@pytest.fixture
+def clock(site: Site) -> Path:
+    """A file that says by how much the clock of what ``site`` starts is wrong."""
+    if FAKETIME is None:
+        pytest.skip("libfaketime is not installed: apt-get install faketime")
+    file = site.folder / "clock"
+    file.write_text("+0")
+    site.variables |= {
+        "LD_PRELOAD": str(FAKETIME),
+        "FAKETIME_TIMESTAMP_FILE": str(file),
+        "FAKETIME_NO_CACHE": "1",
+        # Nothing sets the monotonic clock, and none but it is to be waited by.
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    return file
+
+
+def test_the_clock_may_jump_and_one_that_is_far_wrong_is_named(
+    site: Site, undisturbed: Undisturbed, clock: Path
+) -> None:
+    with site.paused(TRAINING) as process:
+        clock.write_text("-600")
+    ended(process, 0)
+    clock.write_text("+86400")
+    assert "clock" in site.run(*site.retraining, code=2)
+    clock.write_text("+300")
+    assert site.end(site.json(*site.retraining)) == undisturbed.end

@@ -1,0 +1,122 @@
+"""S3 fails, and what comes from outside is not to be trusted: ``retrain`` ends right, or says in a line why not.
+
+docs/failure-drills.md has the table.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import boto3
+import pytest
+
+from diffusion.data.manifest import read_manifest
+from diffusion.files import sha256_bytes
+from tests.chaos.conftest import Undisturbed
+from tests.chaos.faulty_proxy import Fault, FaultyProxy
+from tests.chaos.house import NIGHT, House, Site, ended
+from tests.chaos.poison import poison
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+TRAINING = "diffusion.training.checkpoint:Checkpoints.save@3"
+
+
+@contextmanager
+def through(site: Site, fault: Callable[[int, str], Fault | None]) -> Iterator[FaultyProxy]:
+    """Inside, what ``site`` starts reaches S3 through a proxy, with keys of its own."""
+    direct = site.variables
+    proxy = FaultyProxy(direct["AWS_ENDPOINT_URL_S3"], fault)
+    site.variables = direct | NIGHT | {"AWS_ENDPOINT_URL_S3": proxy.url}
+    try:
+        yield proxy
+    finally:
+        proxy.close()
+        site.variables = direct
+
+
+def test_a_server_that_is_busy_slow_and_breaks_off_is_asked_again(site: Site, undisturbed: Undisturbed) -> None:
+    course = [Fault.BUSY, None, Fault.RESET, None, None, Fault.UNANSWERED, None, Fault.SLOW, None]
+    with through(site, lambda number, _: course[number % len(course)]) as proxy:
+        done = site.json(*site.retraining)
+    assert min(Counter(proxy.met).values()) >= 5
+    assert site.end(done) == undisturbed.end
+
+
+@pytest.mark.parametrize("fault", [Fault.BUSY, Fault.DENIED])
+def test_a_server_that_takes_nothing_is_one_line_and_the_same_command_goes_on(
+    site: Site, undisturbed: Undisturbed, fault: Fault
+) -> None:
+    words = {Fault.BUSY: (1, "answered SlowDown"), Fault.DENIED: (2, "denies access")}
+    code, expected = words[fault]
+
+    def no_prints(_: int, line: str) -> Fault | None:
+        return fault if line.startswith("PUT") and f"/prints/{site.name}/" in line else None
+
+    with through(site, no_prints):
+        assert expected in ended(site.start(*site.retraining), code)
+    assert site.end(site.json(*site.retraining)) == undisturbed.end
+
+
+def test_keys_that_are_revoked_meanwhile_are_one_line_and_with_new_ones_it_goes_on(
+    house: House, site: Site, undisturbed: Undisturbed
+) -> None:
+    own = site.variables
+    site.variables = own | NIGHT
+    with site.paused(TRAINING) as process:
+        house.admit()
+    line = ended(process, 2)
+    assert "denies access" in line
+    assert "AWS_ACCESS_KEY_ID" in line
+    assert NIGHT["AWS_SECRET_ACCESS_KEY"] not in line
+    house.admit(NIGHT)
+    assert site.end(site.json(*site.retraining)) == undisturbed.end
+
+
+def test_what_is_no_picture_is_told_and_left_out(house: House, undisturbed: Undisturbed) -> None:
+    refused = undisturbed.done["data"]["result"]["quarantined"]
+    assert sorted(Path(each["source"]).name for each in refused) == [
+        "bomb.png", "cut.png", "empty.png", "page.jpg", "pickle.png",
+    ]  # fmt: skip
+    assert all(each["reason"] for each in refused)
+    assert undisturbed.done["data"]["result"]["kept"] == 120
+    assert undisturbed.end["whole"]
+    assert not (house.workspace.folder / "unpickled").exists()
+
+
+def test_a_folder_of_nothing_else_is_refused_and_nothing_is_left_of_it(house: House, site: Site) -> None:
+    poison(site.folder / "pictures", site.folder / "unpickled")
+    line = ended(site.start("retrain", "pictures", "--dataset", site.name), 2)
+    assert "no usable picture in pictures: all 5" in line
+    assert not (site.folder / "unpickled").exists()
+    assert not (site.folder / "data" / site.name).exists()
+    for place in ("datasets", "pushing", "ledger", "prints", "retrained"):
+        assert not house.objects(f"{place}/{site.name}/")
+
+
+def test_a_shard_that_is_damaged_on_the_remote_is_named_and_can_be_mended(
+    house: House, site: Site, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    # Others have the same shards, as they are named by content: these here are of another size.
+    ingest = ("ingest", str(house.pictures), "--dataset", site.name, "--set", "ingest.size=10")
+    version = site.json(*ingest)["digest"]
+    [shard] = read_manifest(site.folder / "data" / site.name).shards
+    remote = house.objects("dvc/files/md5/")
+    [key] = [key for key, data in remote.items() if sha256_bytes(data) == shard.sha256]
+    client = boto3.client("s3", endpoint_url=house.workspace.variables["AWS_ENDPOINT_URL_S3"])
+    place = {"Bucket": house.stack.bucket, "Key": f"dvc/files/md5/{key}"}
+    client.put_object(**place, Body=bytes(512) + remote[key][512:])
+
+    other = house.site(tmp_path / "elsewhere" / site.name)
+    checkout = ("data", "checkout", version, "--dataset", site.name)
+    line = ended(other.start(*checkout), 2)
+    assert shard.name in line
+    assert f"delete s3://{place['Bucket']}/{place['Key']}" in line
+    assert not (other.folder / "data" / site.name / "manifest.json").exists()
+
+    client.delete_object(**place)
+    site.json(*ingest)
+    assert house.objects("dvc/files/md5/")[key] == remote[key]
+    other.run(*checkout)
+    assert read_manifest(other.folder / "data" / site.name).digest == version
