@@ -102,14 +102,14 @@ PLATES = (
         ("sample", *SMALL, "--prompt", "red hair, purple background", *GUIDED, "--model", FACES.model),
     ),
     Plate(
-        "A red heart",
+        "A police officer",
         "A model of 3,472 emoji and their names, which draws in the latents of another.",
-        ("sample", *SMALL, "--prompt", "red heart", *GUIDED, "--model", EMOJI.model),
+        ("sample", *SMALL, "--prompt", "woman police officer", *GUIDED, "--model", EMOJI.model),
     ),
     Plate(
-        "A smiling cat",
-        "The same; guidance brings pictures closer to the words.",
-        ("sample", *SMALL, "--prompt", "smiling cat face", *GUIDED, "--model", EMOJI.model),
+        "A grinning face",
+        "The same. What it has seen often comes out best: a red heart does not yet.",
+        ("sample", *SMALL, "--prompt", "grinning face", *GUIDED, "--model", EMOJI.model),
     ),
     Plate(
         "Inpainting",
@@ -129,7 +129,7 @@ PLATES = (
     Plate(
         "The way between two seeds",
         "From picture 0 of seed 3 to that of seed 7, on the great circle through their noise.",
-        ("interpolate", "7", "--seed", "3", "--count", "9", "--model", FACES.model),
+        ("interpolate", "7", "--seed", "3", "--count", "9", "--prompt", "brown hair", *GUIDED, "--model", FACES.model),
     ),
     Plate(
         "Super-resolution",

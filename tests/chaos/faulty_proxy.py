@@ -65,7 +65,7 @@ class FaultyProxy:
 
     def _serve(self, client: socket.socket) -> None:
         # A peer that hangs up is nothing unusual here.
-        with client, contextlib.suppress(ConnectionError):
+        with client, contextlib.suppress(OSError):
             head = b""
             while b"\r\n\r\n" not in head:
                 if not (piece := client.recv(65536)):
@@ -92,6 +92,7 @@ class FaultyProxy:
                     time.sleep(SLOW)
                 while piece := server.recv(65536):
                     client.sendall(piece)
+                client.shutdown(socket.SHUT_RDWR)
 
 
 def _pump(source: socket.socket, target: socket.socket) -> None:
@@ -120,3 +121,5 @@ def _refuse(client: socket.socket, fault: Fault, with_body: bool) -> None:
 
 def _reset(client: socket.socket) -> None:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    # While another thread waits for more of it, a socket that is closed stays open.
+    client.shutdown(socket.SHUT_RD)
