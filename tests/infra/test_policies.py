@@ -20,23 +20,24 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 BUCKET = "pictures-of-a-team"
-PREFIXES = ("dvc", "datasets", "ledger", "prints", "mlflow", "elsewhere")
+PREFIXES = ("dvc", "datasets", "ledger", "prints", "pushing", "retrained", "starts", "mlflow", "elsewhere")
+WORK = {"dvc", "datasets", "ledger", "prints", "pushing", "retrained", "starts"}
 READS: dict[str, set[str]] = {
-    "worker": {"dvc", "datasets", "ledger", "prints"},
+    "worker": WORK,
     "sampler": {"ledger", "prints"},
     "reader": {"dvc", "datasets", "ledger", "prints"},
     "keeper": {"dvc", "datasets", "ledger", "prints"},
     "mlflow": {"mlflow"},
 }
 WRITES: dict[str, set[str]] = {
-    "worker": {"dvc", "datasets", "ledger", "prints"},
+    "worker": WORK,
     "sampler": {"prints"},
     "reader": set(),
     "keeper": {"dvc", "datasets", "prints"},
     "mlflow": {"mlflow"},
 }
 DELETES: dict[str, set[str]] = {
-    "worker": set(),
+    "worker": {"pushing"},
     "sampler": set(),
     "reader": set(),
     "keeper": {"dvc", "datasets", "prints"},
