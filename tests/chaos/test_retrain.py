@@ -124,11 +124,14 @@ def test_a_full_disk_is_one_line_and_with_room_again_it_goes_on(
 
 @pytest.fixture
 def clock(site: Site) -> Path:
-    """A file that says by how much the clock of what ``site`` starts is wrong."""
+    """A file that says by how many seconds the clock of what ``site`` starts is ahead, ten minutes at first.
+
+    Never behind: libfaketime takes a sleep until a monotonic time for one until a time of the day, and oversleeps.
+    """
     if FAKETIME is None:
         pytest.skip("libfaketime is not installed: apt-get install faketime")
     file = site.folder / "clock"
-    file.write_text("+0")
+    file.write_text("+600")
     site.variables |= {
         "LD_PRELOAD": str(FAKETIME),
         "FAKETIME_TIMESTAMP_FILE": str(file),
@@ -143,7 +146,7 @@ def test_the_clock_may_jump_and_one_that_is_far_wrong_is_named(
     site: Site, undisturbed: Undisturbed, clock: Path
 ) -> None:
     with site.paused(TRAINING) as process:
-        clock.write_text("-600")
+        clock.write_text("+0")
     ended(process, 0)
     clock.write_text("+86400")
     assert "clock" in site.run(*site.retraining, code=2)
