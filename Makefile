@@ -42,7 +42,7 @@ test: $(READY)  ## Run the tests (minutes)
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile -m "not slow"
 
 test-slow: $(READY)  ## Run the long tests: servers, kills, browser (half an hour)
-	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile -m slow
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile -m slow --ignore tests/chaos
 
 chaos: $(READY)  ## The failure drills, and KILLS=20 kills at random moments of each kind of work
 	KILLS=$(KILLS) $(BIN)/pytest -m slow -k "chaos or kill" --timeout 3600

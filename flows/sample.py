@@ -68,7 +68,7 @@ def sample(
     """
     version, weights = fetch(model)
     batch, place = begin(version, weights, params.sampling, params.prints, count, seed, to, asked, requests)
-    cost = print_chunks.with_options(task_runner=task_runner(params.prints))(params.prints, batch, place, version)
+    cost = print_chunks.with_options(task_runner=task_runner(params.prints))(params, batch, place, version)
     return finish(batch, place, cost)
 
 
@@ -109,8 +109,9 @@ def begin(
 
 
 @flow(name="print chunks")
-def print_chunks(config: PrintsConfig, batch: Batch, place: Location, version: Version) -> Cost:
+def print_chunks(params: Params, batch: Batch, place: Location, version: Version) -> Cost:
     """Draw what is not there yet; each chunk is a task of its own, and few of them are begun ahead."""
+    config = params.prints
     began, missing, chunks = time.monotonic(), printing.unfinished(Store(), batch, place), batch.chunks()
     show, works = bar("printing"), list[Work]()
     done = batch.count - sum(len(chunks[chunk]) for chunk in missing)

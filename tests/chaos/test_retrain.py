@@ -30,7 +30,7 @@ STEPS = (
     "flows.promote:trial",  # a version, and no verdict
     "flows.promote:project",  # in the ledger, and nowhere else
     "flows.batch_plan:begin",  # sample
-    "flows.printing:_put_files@3",  # two pictures are there
+    "flows.printing:_put_files@1",  # before the first pictures are there
     "flows.printing:finish",  # all are, and no manifest
     "flows.request:Request.note",  # all is done, and nothing says so
 )
