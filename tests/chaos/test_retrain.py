@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from diffusion.files import write_bytes
 from tests.chaos.conftest import Undisturbed
 from tests.chaos.house import House, Site, ended
 
@@ -126,12 +127,13 @@ def test_a_full_disk_is_one_line_and_with_room_again_it_goes_on(
 def clock(site: Site) -> Path:
     """A file that says by how many seconds the clock of what ``site`` starts is ahead, ten minutes at first.
 
-    Never behind: libfaketime takes a sleep until a monotonic time for one until a time of the day, and oversleeps.
+    Written whole, as it is read at every look at the clock. Never behind: libfaketime takes a sleep until a monotonic
+    time for one until a time of the day, and oversleeps.
     """
     if FAKETIME is None:
         pytest.skip("libfaketime is not installed: apt-get install faketime")
     file = site.folder / "clock"
-    file.write_text("+600")
+    write_bytes(file, b"+600")
     site.variables |= {
         "LD_PRELOAD": str(FAKETIME),
         "FAKETIME_TIMESTAMP_FILE": str(file),
@@ -146,9 +148,9 @@ def test_the_clock_may_jump_and_one_that_is_far_wrong_is_named(
     site: Site, undisturbed: Undisturbed, clock: Path
 ) -> None:
     with site.paused(TRAINING) as process:
-        clock.write_text("+0")
+        write_bytes(clock, b"+0")
     ended(process, 0)
-    clock.write_text("+86400")
+    write_bytes(clock, b"+86400")
     assert "clock" in site.run(*site.retraining, code=2)
-    clock.write_text("+300")
+    write_bytes(clock, b"+300")
     assert site.end(site.json(*site.retraining)) == undisturbed.end
