@@ -175,7 +175,8 @@ class Site(Workspace):
             "champion": client.get_model_version_by_alias(self.name, "champion").version,
             "versions": [version.version for version in client.search_model_versions(f"name='{self.name}'")],
             "runs": [(run.info.run_id == done["run_id"], run.info.status) for run in runs],
-            "losses": [(point.step, point.value) for point in losses],
+            # In the order of training: MLflow's is that of the clock.
+            "losses": sorted((point.step, point.value) for point in losses),
             "ledger": sorted(self.house.objects(f"ledger/{self.name}/")),
             # Of each version: its digest is also of the data set's name.
             "data": sorted(key.partition("/")[2] for key in self.house.objects(f"datasets/{self.name}/")),
