@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from diffusion.files import digest_of
 from tests.chaos.house import NIGHT, QUICK, House, Site
 from tests.chaos.poison import poison
 from tests.flows.workspace import running
@@ -47,6 +48,7 @@ def undisturbed(house: House, tmp_path_factory: pytest.TempPathFactory) -> Undis
 
 @pytest.fixture
 def site(house: House, tmp_path: Path, request: pytest.FixtureRequest) -> Site:
-    """A machine of the test's own."""
+    """A machine of the test's own, with a data set and a model that no other test on the stack has."""
     name = request.node.name.removeprefix("test_")[:32].strip("_").replace("_", "-")
-    return house.site(tmp_path / name)
+    # Cut off, the names of two tests may be the same, and what the first one did would be done for the second.
+    return house.site(tmp_path / f"{name}-{digest_of(request.node.nodeid)[:6]}")
