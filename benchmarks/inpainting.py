@@ -77,29 +77,15 @@ def main() -> None:
     kept = torch.ones(size, size, dtype=torch.bool)
     kept[hole, hole] = False
 
-    def painted(times: int = 1, agree: bool = False) -> Tensor:
-        """Each hole filled once, in batches."""
-        config, filled = SamplingConfig(), []
-        sampler, levels = make_sampler(config), levels_of(config, model.schedule)
-        for numbers in torch.arange(len(originals)).split(BATCH):
-            noise, known = GaussianNoise(0, "sampling", numbers.tolist(), model.shape), to_float(originals[numbers])
-            denoise = model.denoiser()
-            if agree:
-                denoise = clipped(agreeing(denoise, known, kept, model.header.sigma_data))
-            denoise = keeping(denoise, known, kept)
-            with torch.inference_mode(), autocast(config.precision, torch.device("cpu")):
-                filled.append(repaint(sampler, denoise, known + float(levels[0]) * noise(), levels, noise, times=times))
-        return to_uint8(torch.cat(filled))
-
     mean = training.float().mean(0).round().to(torch.uint8)
     ways = {
         "nothing cut out": lambda: originals,
         "mean": lambda: torch.where(kept, originals, mean),
         "nearest": lambda: torch.where(kept, originals, training[nearest(originals, training, kept)]),
-        "replacement": painted,
-        "`times` 5": lambda: painted(times=5),
-        "`agree`": lambda: painted(agree=True),
-        "`agree`, `times` 3": lambda: painted(times=3, agree=True),
+        "replacement": lambda: painted(model, originals, kept),
+        "`times` 5": lambda: painted(model, originals, kept, times=5),
+        "`agree`": lambda: painted(model, originals, kept, agree=True),
+        "`agree`, `times` 3": lambda: painted(model, originals, kept, times=3, agree=True),
     }
     around = slice(hole.start - BORDER, hole.stop + BORDER)
     whole, inside = Judge(real, originals), Judge(real[..., around, around], originals[..., around, around])
@@ -120,6 +106,21 @@ def main() -> None:
         shown.append(filled[:SHOWN])
     if args.picture:
         save_png(args.picture, grid(torch.cat(shown), columns=SHOWN))
+
+
+def painted(model: DiffusionModel, originals: Tensor, kept: Tensor, times: int = 1, agree: bool = False) -> Tensor:
+    """What is not ``kept`` (H, W) of each of ``originals`` (N, C, H, W) filled once, in batches."""
+    config, filled = SamplingConfig(), []
+    sampler, levels = make_sampler(config), levels_of(config, model.schedule)
+    for numbers in torch.arange(len(originals)).split(BATCH):
+        noise, known = GaussianNoise(0, "sampling", numbers.tolist(), model.shape), to_float(originals[numbers])
+        denoise = model.denoiser()
+        if agree:
+            denoise = clipped(agreeing(denoise, known, kept, model.header.sigma_data))
+        denoise = keeping(denoise, known, kept)
+        with torch.inference_mode(), autocast(config.precision, torch.device("cpu")):
+            filled.append(repaint(sampler, denoise, known + float(levels[0]) * noise(), levels, noise, times=times))
+    return to_uint8(torch.cat(filled))
 
 
 def nearest(pictures: Tensor, training: Tensor, kept: Tensor) -> Tensor:

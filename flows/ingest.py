@@ -20,7 +20,7 @@ from flows.fan_out import prefect_fan_out, task_runner
 from flows.lineage import DataVersion
 from flows.params import Params
 from flows.progress import reporter
-from flows.s3 import S3Objects
+from flows.s3_objects import S3Objects
 from flows.steps import ended, step
 
 

@@ -6,7 +6,7 @@ from prefect import flow
 from pydantic import Field
 
 from diffusion.config_sampling import Asked, SamplingConfig
-from flows.params import Params
+from flows.params import Params, PrintsConfig
 
 if TYPE_CHECKING:
     from flows.sample import Prints
@@ -22,6 +22,7 @@ def sample_on_demand(
     prompts: tuple[str, ...] = (),
     negative_prompt: str | None = None,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
+    prints: PrintsConfig = PrintsConfig(),  # noqa: B008
 ) -> "Prints":
     """Print pictures of a registered model to S3, with a manifest.
 
@@ -34,10 +35,11 @@ def sample_on_demand(
         prompts: What to show, in turns, for a model that was told captions.
         negative_prompt: What not to show; it needs guidance in sampling, say 3.
         sampling: How pictures are drawn.
+        prints: How they are written, and by how many workers.
     """
     from flows.sample import sample
     from flows.steps import ended
 
     asked = Asked(labels=labels, prompts=prompts, negative_prompt=negative_prompt)
-    done = sample(Params(sampling=sampling), model, count, seed, to, asked)
+    done = sample(Params(sampling=sampling, prints=prints), model, count, seed, to, asked)
     return ended(done, f"{done.count} pictures of {done.model} in {done.uri}")

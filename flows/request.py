@@ -46,7 +46,7 @@ class Request:
             "content": version.content_digest,
             # The order of training goes by how shards lie if it goes window by window.
             "layout": version.layout_digest if params.training.window is not None else None,
-            "params": params.model_dump(mode="json", exclude={"ingest"}),
+            "params": params.model_dump(mode="json", exclude={"ingest", "retention"}),
             "autoencoder": _champion(registered(params)),
             "printing": [printing.count, printing.seed, printing.to, printing.asked.model_dump(mode="json")],
         }

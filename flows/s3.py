@@ -7,10 +7,10 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -20,7 +20,6 @@ from botocore.config import Config as ClientConfig
 from botocore.exceptions import BotoCoreError, ClientError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from diffusion.data.sources.base import Found
 from diffusion.errors import DarkroomError, Held, UserError
 from diffusion.files import write_atomically
 from flows.s3_errors import Missing, in_words, is_broken_read, is_conflict, status_of
@@ -327,51 +326,6 @@ class Store:
 
     def _in_words(self, bucket: str, key: str = "") -> AbstractContextManager[None]:
         return in_words(self.client.meta.endpoint_url, bucket, key)
-
-
-@dataclass(frozen=True)
-class S3Objects:
-    """Objects by URI, as ``ObjectStore`` of ``diffusion.data.sources`` has it, on the S3 server of the environment.
-
-    That is the environment of the process or the machine that it is used in, wherever it has travelled.
-    """
-
-    @cached_property
-    def _store(self) -> Store:
-        return Store()
-
-    def __getstate__(self) -> None:
-        """Clients cannot travel."""
-
-    def find(self, uri: str) -> Iterator[Found]:
-        """All objects whose URI begins with ``uri``, in the server's order, a page at a time."""
-        bucket, prefix = _split(uri)
-        for found in self._store.list_objects(bucket, prefix):
-            yield Found(f"s3://{bucket}/{found.key}", found.size, found.etag)
-
-    def read(self, uri: str) -> bytes:
-        """The bytes of one object; raises FileNotFoundError if there is none."""
-        with _missing_as_file():
-            return self._store.get(*_split(uri))
-
-    def download(self, uri: str, path: Path) -> None:
-        """Write one object to ``path``, whole or not at all; raises FileNotFoundError if there is none."""
-        with _missing_as_file():
-            self._store.download(*_split(uri), path)
-
-
-def _split(uri: str) -> tuple[str, str]:
-    """Bucket and key, which others may have named in ways in which we never would."""
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    return Location.parse(f"s3://{bucket}").bucket, key
-
-
-@contextmanager
-def _missing_as_file() -> Iterator[None]:
-    try:
-        yield
-    except Missing as error:
-        raise FileNotFoundError(str(error)) from error
 
 
 def same_bytes(bucket: str, key: str, there: str, here: str) -> Put:

@@ -76,13 +76,9 @@ def trial(
     A champion that cannot be compared (of another family, shape or task, or one that cannot draw so), and sets too
     small for errors, hold the challenger with the reason. Raises UserError if the challenger cannot be judged.
     """
-    require_enough(data)
-    header, config = read_model_header(challenger), config.model_copy(update={"seed": config.seed + 1})
-    folder, dataset = output / REMEMBERED, Dataset.open(data)
-    require_shape(challenger, header, dataset)
-    extractor = extractor_for(config, dataset, folder, progress)
-    low = header.model.low_resolution
-    real = Real(dataset, extractor, config.reference, config.samples, folder, low, progress)
+    config, folder = config.model_copy(update={"seed": config.seed + 1}), output / REMEMBERED
+    header, real = _beside(challenger, data, config, folder, progress)
+    extractor = real.extractor
     ours = portray(challenger, real, config, sampling, folder, progress)
     theirs, unlike = _opponent(champion, header, real, config, sampling, gate.across_families, folder, progress)
     sides = [ours] if theirs is None else [ours, theirs]
@@ -90,13 +86,13 @@ def trial(
     if theirs is not None and not figures and _by_drawn(ours, theirs):
         unlike = _too_few(ours, real)
     circumstances = Circumstances(
-        content_digest=dataset.manifest.content_digest,
+        content_digest=real.dataset.manifest.content_digest,
         extractor=extractor.name,
         extractor_digest=extractor.digest,
         preprocessing=extractor.preprocessing,
         evaluation=config,
         sampling=sampling,
-        low_resolution=low,
+        low_resolution=real.low_resolution,
     )
     evidence = evidence_of(ours, theirs, figures, real, gate, champion is not None, unlike)
     found = Trial(
@@ -127,14 +123,21 @@ def look_again(
     Drawn as for a trial with the same arguments, so that the figures compare, and kept in the same place. Raises
     UserError as ``trial`` does.
     """
+    config, folder = config.model_copy(update={"seed": config.seed + 1}), output / REMEMBERED
+    _, real = _beside(path, data, config, folder, progress)
+    return portray(path, real, config, sampling, folder, progress).portrait, real.extractor.name
+
+
+def _beside(
+    path: Path, data: Path, config: EvaluationConfig, folder: Path, progress: Progress
+) -> tuple[ModelHeader, Real]:
+    """What the model file ``path`` says of itself, and the real pictures that it is to be judged beside."""
     require_enough(data)
-    header, config = read_model_header(path), config.model_copy(update={"seed": config.seed + 1})
-    folder, dataset = output / REMEMBERED, Dataset.open(data)
+    header, dataset = read_model_header(path), Dataset.open(data)
     require_shape(path, header, dataset)
     extractor = extractor_for(config, dataset, folder, progress)
     low = header.model.low_resolution
-    real = Real(dataset, extractor, config.reference, config.samples, folder, low, progress)
-    return portray(path, real, config, sampling, folder, progress).portrait, extractor.name
+    return header, Real(dataset, extractor, config.reference, config.samples, folder, low, progress)
 
 
 def require_shape(path: Path, header: ModelHeader, dataset: Dataset) -> None:

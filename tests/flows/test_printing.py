@@ -7,7 +7,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from flows import batch_plan, printing
 from flows.printing import Work, cost_of
 from flows.prints import Batch
 from flows.request_table import RequestTable
-from flows.s3 import Location, Object, S3Objects, Store, client
+from flows.s3 import Location, Object, Store, client
+from flows.s3_objects import S3Objects
 from tests.diffusion.small_models import write_model
+from tests.flows.http_server import serving
 from tests.flows.test_s3_multipart import begun, orphan
 
 SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=2, compute_batch=8, precision="fp32")
@@ -184,11 +186,8 @@ def holding(s3_environment: dict[str, str]) -> Iterator[tuple[str, Callable[[Cal
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", waits.append
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as url:
+        yield url, waits.append
 
 
 def test_the_next_pictures_are_drawn_while_those_before_are_uploaded_and_not_many_ahead(

@@ -3,7 +3,7 @@ import hashlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import boto3
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from diffusion.errors import Held, UserError
 from flows.s3 import Location, Missing, Object, Store, client
+from tests.flows.http_server import serving
 
 
 def stock(variables: dict[str, str]):
@@ -238,11 +239,8 @@ def old_server(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", request.param
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as url:
+        yield url, request.param
 
 
 def test_a_server_without_conditions_is_refused(old_server: tuple[str, str]) -> None:
@@ -267,11 +265,8 @@ def breaking_server() -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as url:
+        yield url
 
 
 def test_a_read_that_breaks_off_is_read_again(breaking_server: str) -> None:

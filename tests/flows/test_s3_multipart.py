@@ -6,13 +6,14 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
 from diffusion.errors import DarkroomError, Held, UserError
 from flows.s3 import Location, Store, client
 from flows.s3_multipart import ABANDONED, abort_uploads, require_conditional_completion, writing
+from tests.flows.http_server import serving
 
 PART = 5 * 2**20
 """The least that S3 takes."""
@@ -177,11 +178,8 @@ def careless_server() -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as url:
+        yield url
 
 
 def test_a_server_that_ignores_the_condition_on_completion_is_refused(careless_server: str) -> None:

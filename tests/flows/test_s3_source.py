@@ -19,7 +19,8 @@ from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import IngestResult, ingest
 from diffusion.data.sources import open_source
 from diffusion.errors import DarkroomError, UserError
-from flows.s3 import Object, S3Objects, Store
+from flows.s3 import Object, Store
+from flows.s3_objects import S3Objects
 from tests.diffusion.reading_sources import access, png, seen
 from tests.diffusion.test_ingest import files_of
 from tests.diffusion.test_sources_archives import tar_bytes
@@ -171,7 +172,7 @@ def test_processes_fetch_what_threads_do(store: Store, bucket: str, tmp_path: Pa
     # A process of its own, as the helpers of this one may know another environment.
     script = (
         "import sys; from pathlib import Path; from diffusion.data.config import IngestConfig; "
-        "from diffusion.data.ingest import ingest; from flows.s3 import S3Objects\n"
+        "from diffusion.data.ingest import ingest; from flows.s3_objects import S3Objects\n"
         "if __name__ == '__main__': print(ingest(Path(sys.argv[1]), IngestConfig(source=sys.argv[2], size=8, "
         "held_out=0.33, runner='processes'), objects=S3Objects()).model_dump_json())"
     )

@@ -39,15 +39,15 @@ class Servers:
         text = re.sub(r"\b(mlflow|prefect|s3|store)(?=:\d)", "127.0.0.1", text)
         text = re.sub(r"(?<=[:=])\d{4,5}\b", lambda found: self.numbers.get(found[0], found[0]), text)
         text = self.numbers.get(text, text).replace("0.0.0.0", "127.0.0.1").replace("-ip=store", "-ip=127.0.0.1")
-        for there, here in (
-            ("/run/secrets/s3.json", self.folder / "s3.json"),
-            ("/etc/darkroom", INFRA / "docker"),
-            ("/tmp/prefect", self.folder / f"prefect-{service}"),
-            ("-dir=/data", f"-dir={self.folder / 'objects'}"),
-            ("/work", self.folder / "work"),
-        ):
-            text = text.replace(there, str(here))
-        return text
+        places = {
+            "/run/secrets/s3.json": self.folder / "s3.json",
+            "/etc/darkroom": INFRA / "docker",
+            "/tmp/prefect": self.folder / f"prefect-{service}",
+            "-dir=/data": f"-dir={self.folder / 'objects'}",
+            "/work": self.folder / "work",
+        }
+        # In one pass: this checkout may itself lie in a folder of one of these names.
+        return re.sub("|".join(map(re.escape, places)), lambda found: str(places[found[0]]), text)
 
     def environment(self, service: str) -> dict[str, str]:
         """That of a service, on top of what any process here has."""
