@@ -3,6 +3,11 @@
 An upload becomes an object by the call that completes it, under the condition of a small object's PUT. Until then it
 is nowhere to be seen, but takes up room: whoever gives one up aborts it, and those of killed processes are aborted by
 whoever comes next.
+
+That condition is not enough: SeaweedFS looks at it first and writes then, so that of two uploads completed at once
+both may find nothing there, and the later overwrites the other. So whoever is about to complete one first writes the
+SHA-256 of its bytes beside it, under KEY.sha256, by a PUT, of which one alone ever wins; who finds another sum there is
+held. All who complete then bring the same bytes.
 """
 
 import base64
@@ -25,6 +30,8 @@ if TYPE_CHECKING:
 
 PART_BYTES = 8 * 2**20
 """Size of all parts but the last: S3 takes no less than 5 MiB, and 10,000 of them."""
+SUM = ".sha256"
+"""Ends the name of what lies beside a large object, in the format of sha256sum."""
 ABANDONED = timedelta(days=1)
 """Uploads that were begun longer ago are nobody's who is at work."""
 
@@ -62,18 +69,22 @@ class Upload(io.RawIOBase):
     def finish(self) -> Put:
         """Make the object appear unless its key is taken; the same bytes found there are as good.
 
-        Raises Held if other bytes lie there.
+        Raises Held if other bytes lie there, or are about to.
         """
         bucket, key = self._place.bucket, self._place.prefix
         if self._id is None:
             return self._store.put_once(bucket, key, bytes(self._buffer), content_type=self._type)
         if self._buffer:
             self._send(bytes(self._buffer))
-        if not self._taken_away and self._completed():
-            self._id = None
-            return "written"
+        digest = self._digest.hexdigest()
+        if not self._taken_away and not self._store.exists(bucket, key):
+            name = key.rpartition("/")[2]
+            self._store.put_once(bucket, key + SUM, f"{digest}  {name}\n".encode(), content_type="text/plain")
+            if self._completed():
+                self._id = None
+                return "written"
         try:
-            return same_bytes(bucket, key, self._store.sha256(bucket, key), self._digest.hexdigest())
+            return same_bytes(bucket, key, self._store.sha256(bucket, key), digest)
         except Missing as error:
             raise DarkroomError(
                 f"somebody aborted the upload of {self._place}, and nothing lies there: give the same command again"

@@ -76,22 +76,31 @@ def test_of_what_fails_in_the_middle_nothing_is_left(store: Store, bucket: str) 
     assert not store.exists(bucket, "a/big")
 
 
-def test_two_writers_at_once_both_end_well_or_one_is_held(store: Store, bucket: str) -> None:
-    start = threading.Barrier(2)
+def test_of_writers_at_once_all_end_well_with_the_same_bytes_and_with_others_one_alone(
+    store: Store, bucket: str
+) -> None:
+    ready = threading.Barrier(2)
 
     def attempt(key: str, data: bytes) -> str:
-        start.wait()
         try:
-            write(store, bucket, data, key)
+            with writing(store, bucket, key, part_bytes=len(data)) as file:
+                file.write(data)
+                ready.wait()
         except Held:
             return "held"
         return "done"
 
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(attempt, ["same", "same"], [DATA, DATA])) == ["done", "done"]
-        ends = list(pool.map(attempt, ["other", "other"], [DATA, OTHER]))
-    assert sorted(ends) == ["done", "held"]
-    assert store.get(bucket, "other") == (DATA if ends[0] == "done" else OTHER)
+        # Servers that look first and write then let both through about every other time.
+        for number in range(20):
+            key, one, other = f"other/{number}", b"one", b"two"
+            ends = list(pool.map(attempt, [f"same/{number}"] * 2, [one] * 2))
+            assert ends == ["done", "done"]
+            ends = list(pool.map(attempt, [key] * 2, [one, other]))
+            assert sorted(ends) == ["done", "held"]
+            kept = one if ends[0] == "done" else other
+            assert store.get(bucket, key) == kept
+            assert store.get(bucket, f"{key}.sha256").decode() == f"{hashlib.sha256(kept).hexdigest()}  {number}\n"
     assert begun(store, bucket) == []
 
 

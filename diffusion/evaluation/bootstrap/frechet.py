@@ -15,6 +15,8 @@ from diffusion.progress import Progress, silent
 
 CHUNK = 4096
 """Features made double at a time."""
+COLUMNS = 256
+"""Features whose products with those before them are summed at a time."""
 PER_FEATURE = 4
 """Pictures of each set per feature from which on the bias is near enough to c/n: of independent Gaussian features less
 than a tenth of it is left."""
@@ -75,6 +77,10 @@ class Gaussian:
         if self.sums is None:
             centred = self.features[self.rows].double() - self.mean
             return centred.div_(math.sqrt(len(self.rows) - 1))
+        lower, failed = torch.linalg.cholesky_ex(self.covariance)
+        if not failed:
+            return lower.T
+        # Features that say the same leave nothing to divide by. Eigenvectors are always there, and take longer.
         values, vectors = torch.linalg.eigh(self.covariance)
         root: Tensor = (vectors * values.clamp(min=0).sqrt()).T
         return root
@@ -160,5 +166,8 @@ def _sums(features: Tensor, rows: Tensor) -> Sums:
     for chunk in torch.split(rows, CHUNK):
         x = features[chunk].double()
         first += x.sum(0)
-        second.addmm_(x.T, x)
-    return Sums(len(rows), first, second)
+        # xᵀx is symmetric: of what lies below the diagonal only some is computed.
+        for start in range(0, width, COLUMNS):
+            columns = x[:, start : start + COLUMNS]
+            second[: start + COLUMNS, start : start + COLUMNS].addmm_(x[:, : start + COLUMNS].T, columns)
+    return Sums(len(rows), first, second.triu() + second.triu(1).T)
