@@ -23,6 +23,9 @@ class Denoiser:
     parametrization: Parametrization
     clip: bool = True
     learned_variance: bool = False
+    around: Tensor | None = None
+    """What is known of the clean pictures, (N, C, H, W): the network is asked about what they have beyond it. None:
+    about them."""
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Estimate x_0 (N, C, H, W) from ``x`` of the same shape; ``sigma`` is a number or (N,)."""
@@ -40,8 +43,12 @@ class Denoiser:
     def answer(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The estimate of x_0, and what there is besides: v (N, C, H, W) of a learned variance, or no channels."""
         sigma = sigma.to(x.device).double().expand(len(x))
+        if self.around is not None:
+            x = x - self.around
         scaled = self.parametrization.c_in(sigma).to(x.dtype)[:, None, None, None] * x
         output = self.network(scaled, self.schedule.time(sigma)).to(x.dtype)
         prediction, v = output.tensor_split([x.shape[1]], dim=1)
         x0 = self.parametrization.to_x0(prediction, x, sigma)
+        if self.around is not None:
+            x0 = x0 + self.around
         return x0.clamp(-1, 1) if self.clip else x0, v

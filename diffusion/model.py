@@ -42,7 +42,8 @@ as far as it is told any."""
 class ModelHeader(Config):
     """What is written beside the weights."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 2
+    """In the first, networks that enlarge drew whole pictures, and not what they have beyond the small ones."""
     model: FamilyConfig
     """Instead of the path of its autoencoder, if it has one, the digest of that one's weights."""
     channels: Literal[1, 3]
@@ -53,7 +54,8 @@ class ModelHeader(Config):
     content_digest: str
     """Digest of the data set."""
     sigma_data: float = 1.0
-    """Standard deviation of what the network works on: the data set's pictures in [−1, 1], or latents."""
+    """Standard deviation of what the network works on: the data set's pictures in [−1, 1], what they have beyond small
+    ones that it is shown, or latents."""
     class_histogram: dict[str, int]
     """The data set's classes, sorted, and how many pictures of each it has."""
     encoder: TextEncoder | None = None
@@ -165,6 +167,7 @@ class DiffusionModel(Model):
             # Latents have no range.
             clip=self.latents is None,
             learned_variance=self.config.learned_variance,
+            around=(told or {}).get("low"),
         )
 
 
@@ -218,9 +221,12 @@ def read_model_header(path: Path) -> ModelHeader:
     """What the model in a file says of itself; raises UserError as ``load_model`` does."""
     raw = read_header(path)
     try:
-        return ModelHeader.model_validate(raw["model_header"])
+        header = ModelHeader.model_validate(raw["model_header"])
     except (KeyError, ValidationError) as error:
         raise UserError(f"{path} has a header this version cannot read: use the version that wrote it") from error
+    if header.format_version == 1 and header.model.low_resolution is not None:
+        raise UserError(f"{path} enlarges in a way that is no more: use the version that wrote it, or train it again")
+    return header
 
 
 def load_model(path: Path) -> Model:

@@ -100,16 +100,25 @@ class Objective:
     parametrization: Parametrization
     weight: Weight
 
-    def loss(self, network: Callable[[Tensor, Tensor], Tensor], x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def loss(
+        self,
+        network: Callable[[Tensor, Tensor], Tensor],
+        x0: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        around: Tensor | None = None,
+    ) -> Tensor:
         """Weighted mean squared error of each picture, (N,) float32; noising and loss in float32 at any precision.
 
         ``x0`` and ``noise`` are (N, C, H, W), times ``t`` (N,) whole or not. If the network learns its variance, by
-        answering with 2C channels, the bound that teaches it is added and times are whole.
+        answering with 2C channels, the bound that teaches it is added and times are whole. With
+        ``around`` (N, C, H, W) it is asked about what pictures have beyond that, as in ``Denoiser``.
         """
         sigma = self.schedule.sigma(t)
-        output = network(self.parametrization.noisy(x0, noise, sigma), t.float()).float()
+        clean = x0 if around is None else x0 - around
+        output = network(self.parametrization.noisy(clean, noise, sigma), t.float()).float()
         prediction, v = output.tensor_split([x0.shape[1]], dim=1)
-        difference = prediction - self.parametrization.target(x0, noise, sigma)
+        difference = prediction - self.parametrization.target(clean, noise, sigma)
         error = difference.square().mean((1, 2, 3))
         # An error of the answer is one of the picture divided by c_out.
         loss = (self.weight(sigma) * self.parametrization.c_out(sigma) ** 2).to(error.dtype) * error

@@ -1,7 +1,8 @@
 """Upscaling: small pictures drawn large by a model that was trained to (SR3, arXiv 2104.07636).
 
-The network is shown the small picture, enlarged without it to full size, beside the noisy one. A picture that has more
-pixels than those of the training is covered with overlapping tiles, whose answers are blended at every step of one
+The network is shown the small picture, enlarged without it to full size, beside the noisy one, and asked about what the
+large one has beyond it (SRDiff, arXiv 2104.14951): what is known already is nothing to be learnt. A picture that has
+more pixels than those of the training is covered with overlapping tiles, whose answers are blended at every step of one
 reverse process over the whole (MultiDiffusion, arXiv 2302.08113), so that they agree and leave no seams.
 """
 
@@ -54,6 +55,15 @@ def shown_small(config: FamilyConfig, pictures: Tensor) -> Told:
         return {}
     low = enlarged(shrunk(pictures, config.low_resolution), pictures.shape[-1] // config.low_resolution)
     return {"low": low, "level": torch.zeros(len(low))}
+
+
+def detail(low_resolution: int, pictures: Tensor) -> float:
+    """Standard deviation of what ``pictures`` (N, C, H, W) uint8 have beyond their small versions, to four digits.
+
+    The rest depends on how many cores there are.
+    """
+    low = enlarged(shrunk(pictures, low_resolution), pictures.shape[-1] // low_resolution)
+    return float(f"{(to_float(pictures) - low).double().square().mean().sqrt().item():.4g}")
 
 
 def noised(told: Told, most: float, seed: int, indices: Sequence[int]) -> Told:
@@ -184,7 +194,8 @@ def upscale(
             draws = GaussianNoise(seed, "sampling", numbers, tuple(low.shape[1:]))
             callback = _step_by_step(progress, config.steps) if alone else None
             with torch.inference_mode():
-                sigmas, denoise = levels_of(config, model.schedule), replace(model.denoiser(), network=network)
+                sigmas = levels_of(config, model.schedule)
+                denoise = replace(model.denoiser(), network=network, around=low)
                 large = reversed_from_noise(denoise, sigmas, lambda: draws().to(device), config, callback)
                 return to_uint8(large).cpu()
 

@@ -27,13 +27,16 @@ class Pace:
     started: float = field(default_factory=time.monotonic)
     started_at: int | None = None
     """Units done when it was first heard of: what a resumed run had before it does not count as speed."""
+    reached: int = 0
     last_line: float = float("-inf")
 
     def due(self, done: int, total: int | None) -> bool:
         """Whether a line is due: first, last, and now and then between."""
         now = time.monotonic()
-        if self.started_at is None:
+        # Fewer than before are those of the next of several runs.
+        if self.started_at is None or done < self.reached:
             self.started, self.started_at = now, done
+        self.reached = done
         if done != total and now - self.last_line < SECONDS_BETWEEN_LINES:
             return False
         self.last_line = now

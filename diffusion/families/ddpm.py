@@ -65,7 +65,7 @@ class NoiseLearner(Learner):
                 # made twice for mirrored pictures, or to be cleared when pictures are taken down.
                 x0 = self.autoencoder.encode(x0)
         told = partial(network, draws=drawn.draws, **drawn.told)
-        return self.objective.loss(told, x0, drawn.t, drawn.noise)
+        return self.objective.loss(told, x0, drawn.t, drawn.noise, drawn.told.get("low"))
 
     def figures(self, network: nn.Module, drawn: Drawn, losses: Tensor) -> dict[str, float]:
         """The mean loss by how noisy the pictures were, in so many equal parts."""

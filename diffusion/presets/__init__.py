@@ -11,7 +11,7 @@ PresetName = Literal["fast", "ddpm", "large"]
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The sections and fields that the preset sets, or the file of a family other than ddpm."""
+    """The sections and fields of a file: of a preset, of a family other than ddpm, or of networks that enlarge."""
     sections: dict[str, Any] = yaml.safe_load(files(__name__).joinpath(f"{name}.yaml").read_text()) or {}
     return sections
 
@@ -20,7 +20,7 @@ def over(chosen: dict[str, Any], name: PresetName) -> dict[str, Any]:
     """``chosen``, sections of fields, with what it leaves out taken from the preset ``name``.
 
     The presets are of diffusion models: another family has a file of its own instead, and to choose a preset for it
-    that is not the default is a ValueError.
+    that is not the default is a ValueError. Of networks that enlarge there is a file that lies over the default one.
     """
     model, source = chosen.get("model"), str(name)
     if isinstance(model, dict) and (family := model.get("family", "ddpm")) != "ddpm":
@@ -29,15 +29,23 @@ def over(chosen: dict[str, Any], name: PresetName) -> dict[str, Any]:
         if family not in FAMILIES:
             return chosen
         source = family
-    merged = dict(chosen)
-    for section, fields in preset(source).items():
+    merged, sections = dict(chosen), preset(source)
+    if source == "fast" and isinstance(model, dict) and model.get("low_resolution") is not None:
+        sections = {section: fields | preset("enlarging").get(section, {}) for section, fields in sections.items()}
+    for section, fields in sections.items():
         given = chosen.get(section)
         if given is None:
             merged[section] = fields
         elif isinstance(given, dict):
-            # The two are alternatives: who chooses one means to do without the other.
-            left = {
-                name: value for name, value in fields.items() if name != "ema_decay" or not given.get("ema_lengths")
-            }
-            merged[section] = left | given
+            merged[section] = {name: value for name, value in fields.items() if not _replaced(name, given)} | given
     return merged
+
+
+def _replaced(name: str, given: dict[str, Any]) -> bool:
+    """Whether who has chosen ``given`` means to do without the field ``name`` of the same section."""
+    match name:
+        case "ema_decay":
+            return bool(given.get("ema_lengths"))
+        case "log_sigma_mean":
+            return bool(given.get("times", "lognormal") != "lognormal")
+    return False

@@ -34,7 +34,7 @@ from diffusion.training.first_stage import FirstStage, known_as
 from diffusion.training.identity import data_digest, identity_fields, train_key
 from diffusion.training.ranks import ALONE, Ranks
 from diffusion.training.sharding import gathered
-from diffusion.training.state import frozen_tensors, make_network, make_state, worked_on
+from diffusion.training.state import deviation, frozen_tensors, make_network, make_state, worked_on
 from diffusion.training.turn import Turn
 from diffusion.training.warm_start import WarmStart, identified_start
 from diffusion.upscaling import noised, shown_small
@@ -94,6 +94,8 @@ class Run:
     """Where the network is."""
     compiled: bool = False
     """Whether it was compiled."""
+    sigma_data: float = 1.0
+    """Standard deviation of what the network works on."""
     total: int = 0
     """Images to see in all, a whole number of batches."""
     behind: int = 0
@@ -124,7 +126,8 @@ class Run:
             classes = classes_of(model, dataset.manifest.class_histogram)
             network = make_network(model, dataset, classes, first_stage, config.recompute)
             latents = first_stage.latents if first_stage else None
-            data = Data(dataset.shape, *worked_on(dataset, first_stage), latents, len(classes))
+            sigma_data = deviation(dataset, model, first_stage)
+            data = Data(dataset.shape, worked_on(dataset, first_stage), sigma_data, latents, len(classes))
             learner = family_of(model).learner(model, config, data)
         if start:
             start.fill(network, model, dataset, classes)
@@ -150,6 +153,7 @@ class Run:
             first_stage,
             device,
             compiled,
+            sigma_data,
             behind=behind,
         )
 
@@ -313,7 +317,7 @@ class Run:
             size=manifest.size,
             dataset=manifest.name,
             content_digest=manifest.content_digest,
-            sigma_data=worked_on(self.dataset, self.first_stage)[1],
+            sigma_data=self.sigma_data,
             class_histogram=manifest.class_histogram,
             encoder=ENCODER if self.model.text else None,
             latents=self.first_stage.space if self.first_stage else None,

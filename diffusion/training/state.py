@@ -16,21 +16,35 @@ from diffusion.training.first_stage import FirstStage
 from diffusion.training.ranks import Ranks
 from diffusion.training.sharding import shard
 from diffusion.training.uncertainty import Uncertainty
+from diffusion.upscaling import detail
+
+LOOKED_AT = 1024
+"""Pictures, about, that say what there is beyond small ones."""
 
 
 def make_network(
     model: FamilyConfig, dataset: Dataset, classes: list[str], first_stage: FirstStage | None, recompute: bool = False
 ) -> nn.Module:
     """A network of ``model`` for ``dataset`` with random weights; ``recompute`` as in TrainingConfig."""
-    network: nn.Module = family_of(model).network(model, worked_on(dataset, first_stage)[0], len(classes))
+    network: nn.Module = family_of(model).network(model, worked_on(dataset, first_stage), len(classes))
     if isinstance(network, UNet):
         network.recompute = recompute
     return network
 
 
-def worked_on(dataset: Dataset, first_stage: FirstStage | None) -> tuple[tuple[int, int, int], float]:
-    """(C, H, W) of what the network works on, pictures or latents, and the standard deviation of its values."""
-    return (first_stage.space.shape, 1.0) if first_stage else (dataset.shape, dataset.manifest.sigma_data)
+def worked_on(dataset: Dataset, first_stage: FirstStage | None) -> tuple[int, int, int]:
+    """(C, H, W) of what the network works on, pictures or latents."""
+    return first_stage.space.shape if first_stage else dataset.shape
+
+
+def deviation(dataset: Dataset, model: FamilyConfig, first_stage: FirstStage | None) -> float:
+    """Standard deviation of the values that the network works on."""
+    if first_stage:
+        return 1.0
+    if model.low_resolution is None:
+        return dataset.manifest.sigma_data
+    rows = dataset.rows("train")
+    return detail(model.low_resolution, dataset.pictures(rows[:: max(1, len(rows) // LOOKED_AT)]))
 
 
 def frozen_tensors(first_stage: FirstStage | None, device: torch.device) -> dict[str, Tensor]:

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from diffusion.denoiser import Denoiser
 from diffusion.models.config import ModelConfig, Prediction
-from diffusion.objective import Objective, Parametrization, plain
+from diffusion.objective import Objective, Parametrization, edm, plain
 from diffusion.process import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule, sigmoid_schedule
 from diffusion.training.config import TrainingConfig
 from diffusion.training.objective import make_objective, make_weight
@@ -162,3 +163,24 @@ def test_noising_and_loss_are_float32_under_autocast(prediction: Prediction) -> 
     again = objective.loss(network, x0, t, noise)
     torch.testing.assert_close(seen[0], seen[1], atol=0, rtol=0)
     torch.testing.assert_close(loss, again, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_around_something_known_the_rest_is_learnt_as_a_picture_of_its_own(prediction: Prediction) -> None:
+    objective = Objective(edm_schedule(1000), Parametrization(prediction, 0.2), edm(0.2))
+    generator = torch.Generator().manual_seed(0)
+    x0, around, noise = (torch.randn(4, 1, 8, 8, generator=generator) for _ in range(3))
+    t = torch.tensor([1.0, 300.0, 600.0, 990.0])
+
+    def network(x: Tensor, time: Tensor) -> Tensor:
+        return 0.3 * x.flip(-1) + time[:, None, None, None] / 1000
+
+    loss = objective.loss(network, x0, t, noise, around)
+    assert torch.equal(loss, objective.loss(network, x0 - around, t, noise))
+    # And what a denoiser makes of it has the very error that was minimised.
+    sigma = objective.schedule.sigma(t)
+    denoiser = Denoiser(network, objective.schedule, objective.parametrization, clip=False, around=around)
+    error = denoiser(x0 + sigma.float()[:, None, None, None] * noise, sigma) - x0
+    torch.testing.assert_close(
+        (objective.weight(sigma) * error.double().square().mean((1, 2, 3))).float(), loss, rtol=1e-3, atol=1e-5
+    )

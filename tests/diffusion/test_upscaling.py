@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffusion.config_sampling import SamplingConfig
@@ -18,7 +19,7 @@ from diffusion.errors import UserError
 from diffusion.evaluation.enlargement import psnr
 from diffusion.explain import explain
 from diffusion.files import digest_of
-from diffusion.model import DiffusionModel, load_model, to_float, to_uint8
+from diffusion.model import DiffusionModel, load_model, read_header, save_tensors, to_float, to_uint8
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 from diffusion.process import make_schedule
@@ -26,9 +27,9 @@ from diffusion.sampling import interpolate, sample
 from diffusion.training.config import TrainingConfig
 from diffusion.training.history import read_rows
 from diffusion.training.train import preflight, train
-from diffusion.upscaling import enlarged, make_tiles, noised, shrunk, starts, upscale
+from diffusion.upscaling import detail, enlarged, make_tiles, noised, shrunk, starts, upscale
 from tests.diffusion.small_datasets import random_pictures, write_dataset
-from tests.diffusion.small_models import header
+from tests.diffusion.small_models import header, write_model
 from tests.diffusion.test_train import Stop, StopAt
 
 MODEL = ModelConfig.model_validate(
@@ -87,6 +88,40 @@ def test_pictures_are_made_small_and_large_as_pillow_does_it() -> None:
     assert (small.int() - pillow(pictures, 8, 8).int()).abs().max() <= 1
     large = to_uint8(enlarged(small[..., :5, :], 3))
     assert (large.int() - pillow(small[..., :5, :], 15, 24).int()).abs().max() <= 1
+
+
+def test_a_network_that_adds_nothing_leaves_the_picture_as_interpolation_enlarges_it() -> None:
+    model = untrained()
+    nn.init.zeros_(model.network.head.weight)
+    assert model.network.head.bias is not None
+    nn.init.zeros_(model.network.head.bias)
+    assert torch.equal(upscale(model, SMALL, 0, SAMPLING), to_uint8(enlarged(SMALL, 2)))
+    assert torch.equal(upscale(model, WIDE, 0, SAMPLING), to_uint8(enlarged(WIDE, 2)))
+
+
+def test_what_pictures_have_beyond_the_small_ones_is_measured_as_it_is() -> None:
+    pictures = torch.from_numpy(random_pictures(40, channels=3, size=24))
+    apart = (pictures.double() - pillow(pillow(pictures, 8, 8), 24, 24).double()).square().mean().sqrt()
+    # Between the two lies the clipping of Pillow's whole numbers.
+    assert detail(8, pictures) == pytest.approx(apart.item() / 127.5, rel=0.02)
+    # Nothing of flat blocks is lost but what bicubic interpolation smooths.
+    assert detail(4, torch.from_numpy(flat_blocks(40))) < detail(4, torch.from_numpy(random_pictures(40, size=8)))
+
+
+def test_a_file_of_a_network_that_drew_whole_pictures_is_refused(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "new.safetensors", 0, 0, config=MODEL)
+    assert load_model(path).header.format_version == 2
+    about = read_header(path)
+    about["model_header"]["format_version"] = 1
+    save_tensors(tmp_path / "old.safetensors", load_file(path), about)
+    with pytest.raises(UserError, match="enlarges in a way that is no more"):
+        load_model(tmp_path / "old.safetensors")
+    # Others are what they were.
+    path = write_model(tmp_path / "plain.safetensors", 0, 0)
+    about = read_header(path)
+    about["model_header"]["format_version"] = 1
+    save_tensors(path, load_file(path), about)
+    assert load_model(path).header.format_version == 1
 
 
 @pytest.mark.parametrize("patch", [1, 2, 4])

@@ -119,6 +119,23 @@ def test_what_is_set_wins_over_the_preset_and_the_rest_is_taken_from_it(params: 
     assert Params.model_validate(config.model_dump()) == config
 
 
+def test_where_the_network_enlarges_the_default_has_the_noise_levels_of_what_it_adds(params: Path) -> None:
+    config = load_params(params, ["model.low_resolution=16"])
+    plain = load_params(params, [])
+    levels = ("log_sigma_mean", "sigma_min", "sigma_max")
+    for section in ("training", "sampling"):
+        ours, theirs = getattr(config, section).model_dump(), getattr(plain, section).model_dump()
+        assert {name for name in ours if ours[name] != theirs[name]} <= set(levels)
+    assert config.training.log_sigma_mean == -2.5
+    assert (config.sampling.sigma_min, config.sampling.sigma_max) == (0.01, 4)
+    chosen = ["training.log_sigma_mean=-2", "sampling.sigma_max=9"]
+    config = load_params(params, ["model.low_resolution=16", *chosen])
+    assert (config.training.log_sigma_mean, config.sampling.sigma_max) == (-2, 9)
+    # Times that are not drawn from a distribution of σ have no use for its mean.
+    config = load_params(params, ["model.low_resolution=16", "training.times=uniform"])
+    assert config.training.log_sigma_mean is None
+
+
 def test_a_preset_that_does_not_exist_is_refused(params: Path) -> None:
     with pytest.raises(UserError, match="preset: Input should be 'fast', 'ddpm' or 'large'"):
         load_params(params, ["preset=quick"])

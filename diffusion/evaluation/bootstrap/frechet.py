@@ -79,7 +79,8 @@ class Gaussian:
             return centred.div_(math.sqrt(len(self.rows) - 1))
         lower, failed = torch.linalg.cholesky_ex(self.covariance)
         if not failed:
-            return lower.T
+            upper: Tensor = lower.T
+            return upper
         # Features that say the same leave nothing to divide by. Eigenvectors are always there, and take longer.
         values, vectors = torch.linalg.eigh(self.covariance)
         root: Tensor = (vectors * values.clamp(min=0).sqrt()).T
