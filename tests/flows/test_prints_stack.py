@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -17,6 +18,7 @@ from mlflow.client import MlflowClient
 from diffusion.config_sampling import SamplingConfig
 from flows import registry
 from tests.diffusion.small_models import write_model
+from tests.flows.ray_cluster import at_work, two_nodes
 from tests.flows.workspace import Workspace, objects, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -53,6 +55,8 @@ def undisturbed(workspace: Workspace) -> tuple[dict[str, bytes], float]:
     assert done["took"]["pictures_per_cpu_hour"] > 1000
     made = files(workspace, "undisturbed")
     names = [name for n in range(3) for name in (f"prints-0000{n}.tar", f"manifest/part-0000{n}.jsonl")]
+    # Beside each that is larger than one part lies its sum.
+    names += [f"prints-0000{n}.tar.sha256" for n in range(2)]
     assert sorted(made) == sorted([*names, "batch.json", "manifest.parquet", "_SUCCESS"])
     return made, seconds
 
@@ -88,6 +92,28 @@ def test_killed_and_then_begun_twice_with_other_runners_it_ends_in_the_bytes_of_
         assert job.returncode == 0, errors[-3000:]
     assert files(workspace, "killed") == expected
     assert uploads(workspace, "killed") == []
+
+
+def test_when_one_of_two_ray_nodes_dies_at_work_the_other_ends_in_the_same_bytes(
+    workspace: Workspace, undisturbed: tuple[dict[str, bytes], float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where a node's tasks keep the weights that they fetch.
+    monkeypatch.chdir(tmp_path)
+    with two_nodes(workspace.variables) as (cluster, second), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(workspace.variables, "RAY_ADDRESS", cluster.address)
+        spread = ("--set", "prints.runner=ray", "--set", "prints.workers=2")
+        job = workspace.start(*ARGUMENTS, "--to", "s3://darkroom/nodes", *spread)
+        deadline = time.monotonic() + 300
+        while not at_work(second):
+            assert job.poll() is None, job.communicate()[1][-3000:]
+            assert time.monotonic() < deadline, "no task came to the second node"
+            time.sleep(0.05)
+        cluster.remove_node(second, allow_graceful=False)
+        _, errors = job.communicate(timeout=900)
+        assert job.returncode == 0, errors[-3000:]
+    expected, _ = undisturbed
+    assert files(workspace, "nodes") == expected
+    assert uploads(workspace, "nodes") == []
 
 
 def test_a_finished_batch_is_left_and_its_run_says_how_far_it_is_and_what_it_took(

@@ -1,0 +1,95 @@
+"""The page docs/comparison.md: each family trained for as long on the same pictures, and all of them side by side.
+
+    python benchmarks/families.py                          # Fashion-MNIST, ten minutes each: about an hour on two cores
+    python benchmarks/families.py --source FOLDER --size 32 --minutes 30
+
+It is ``darkroom compare`` and nothing besides, on a page that can be read without running anything. Kill it, and go on.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from loading import FASHION
+from quality import darkroom
+
+from diffusion.data.dataset import Dataset
+from diffusion.evaluation.comparison import Comparison, Sheets, compare
+from diffusion.evaluation.comparison_page import Cell, figure_rows, findings, rows_of_each
+from diffusion.families.config import FAMILIES
+from diffusion.grids import grid, save_png
+from diffusion.lanes import cores
+from flows.families import contestants
+from flows.params import load_params
+
+PAGE = Path(__file__).parents[1] / "docs" / "comparison.md"
+PICTURES = PAGE.parent / "pictures" / "comparison"
+COLUMNS = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", default=f"idx:{FASHION}?split=train", help="of pictures; default: Fashion-MNIST")
+    parser.add_argument("--name", default="fashion", help="of the data set")
+    parser.add_argument("--size", type=int, default=28)
+    parser.add_argument("--minutes", type=float, default=10, help="that each is trained")
+    parser.add_argument("--scratch", type=Path, default=Path("/tmp/fashion"))
+    args = parser.parse_args()
+
+    args.scratch.mkdir(parents=True, exist_ok=True)
+    (args.scratch / "params.yaml").write_text("{}\n")
+    words = [f"training.dataset={args.name}", f"training.minutes={args.minutes:g}"]
+    ingested = [f"ingest.source={args.source}", f"ingest.size={args.size}", f"training.dataset={args.name}"]
+    darkroom(args.scratch, "stage", "ingest", words=ingested)
+    darkroom(args.scratch, "stage", "compare", words=words)
+    # What was drawn is remembered, and only looked up again.
+    entrants = contestants(load_params(args.scratch / "params.yaml", words), tuple(FAMILIES))
+    models = {
+        name: (args.scratch / each.run_folder / "final.safetensors", each.sampling) for name, each in entrants.items()
+    }
+    params, data = entrants["ddpm"], args.scratch / "data" / args.name
+    comparison, sheets = compare(data, models, params.evaluation, args.scratch / "reports" / args.name)
+    save(sheets)
+    PAGE.write_text(page(comparison, Dataset.open(data), args.minutes))
+
+
+def save(sheets: Sheets) -> None:
+    """Lay out what each drew, and real pictures."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    for name, pictures in {**sheets.drawn, "real": sheets.real}.items():
+        save_png(PICTURES / f"{name}.png", grid(pictures, COLUMNS))
+
+
+def page(comparison: Comparison, dataset: Dataset, minutes: float) -> str:
+    """The comparison in Markdown."""
+    names = [each.name for each in comparison.entrants]
+    rows = figure_rows(comparison) + rows_of_each(comparison.entrants)
+    machine = comparison.entrants[0].fingerprint
+    return "\n\n".join(
+        [
+            "# The families, side by side",
+            f"{len(dataset):,} pictures of {dataset.manifest.size}×{dataset.manifest.size}, each family trained for "
+            f"{minutes:g} minutes with the settings that it has by default, on {cores()} cores ({machine.device}, "
+            f"{machine.precision}), and judged by {comparison.entrants[0].scores.samples:,} pictures of the same seed "
+            "beside held-out ones, as it came out. `python benchmarks/families.py` makes this page, and `darkroom "
+            "compare` one of your own pictures.",
+            "\n".join(f"- {each}" for each in findings(comparison)),
+            _table(["", *names, "real"], rows),
+            "In brackets lies where 95 of 100 evaluations on as many other pictures would come out. A distance of real "
+            "pictures, training ones in the place of drawn ones, is as near as one can get.",
+            *(f"## {name}\n\n![Drawn by {name}](pictures/comparison/{name}.png)" for name in names),
+            "## Real\n\n![Held-out pictures](pictures/comparison/real.png)\n",
+        ]
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[tuple[str, str, Sequence[Cell]]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    for title, meaning, cells in rows:
+        figures = (f"{cell.value} ({cell.interval})" if cell.interval else cell.value for cell in cells)
+        lines.append(f"| {title}: {meaning} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
