@@ -50,7 +50,7 @@ def main() -> None:
     params, data = entrants["ddpm"], args.scratch / "data" / args.name
     comparison, sheets = compare(data, models, params.evaluation, args.scratch / "reports" / args.name)
     save(sheets)
-    PAGE.write_text(page(comparison, Dataset.open(data), args.minutes))
+    PAGE.write_text(page(comparison, Dataset.open(data), args.source, args.minutes))
 
 
 def save(sheets: Sheets) -> None:
@@ -60,7 +60,7 @@ def save(sheets: Sheets) -> None:
         save_png(PICTURES / f"{name}.png", grid(pictures, COLUMNS))
 
 
-def page(comparison: Comparison, dataset: Dataset, minutes: float) -> str:
+def page(comparison: Comparison, dataset: Dataset, source: str, minutes: float) -> str:
     """The comparison in Markdown."""
     names = [each.name for each in comparison.entrants]
     rows = figure_rows(comparison) + rows_of_each(comparison.entrants)
@@ -68,15 +68,17 @@ def page(comparison: Comparison, dataset: Dataset, minutes: float) -> str:
     return "\n\n".join(
         [
             "# The families, side by side",
-            f"{len(dataset):,} pictures of {dataset.manifest.size}×{dataset.manifest.size}, each family trained for "
-            f"{minutes:g} minutes with the settings that it has by default, on {cores()} cores ({machine.device}, "
-            f"{machine.precision}), and judged by {comparison.entrants[0].scores.samples:,} pictures of the same seed "
+            f"{len(dataset):,} pictures of {dataset.manifest.size}×{dataset.manifest.size} (`{source}`), each family "
+            f"trained for {minutes:g} minutes with the settings that it has by default, on {cores()} cores "
+            f"({machine.device}, {machine.precision}), and judged by {comparison.entrants[0].scores.samples:,} pictures of the same seed "
             "beside held-out ones, as it came out. `python benchmarks/families.py` makes this page, and `darkroom "
             "compare` one of your own pictures.",
             "\n".join(f"- {each}" for each in findings(comparison)),
             _table(["", *names, "real"], rows),
             "In brackets lies where 95 of 100 evaluations on as many other pictures would come out. A distance of real "
-            "pictures, training ones in the place of drawn ones, is as near as one can get.",
+            "pictures, training ones in the place of drawn ones, is as near as one can get. The VAE is by default the "
+            "autoencoder of latent diffusion, whose latents have a place for every 4×4 pixels: it brings pictures back "
+            "well, and drawn from a Gaussian it knows nothing of what lies apart.",
             *(f"## {name}\n\n![Drawn by {name}](pictures/comparison/{name}.png)" for name in names),
             "## Real\n\n![Held-out pictures](pictures/comparison/real.png)\n",
         ]
