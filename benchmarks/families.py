@@ -70,7 +70,7 @@ def page(comparison: Comparison, dataset: Dataset, source: str, minutes: float) 
             "# The families, side by side",
             f"{len(dataset):,} pictures of {dataset.manifest.size}×{dataset.manifest.size} (`{source}`), each family "
             f"trained for {minutes:g} minutes with the settings that it has by default, on {cores()} cores "
-            f"({machine.device}, {machine.precision}), and judged by {comparison.entrants[0].scores.samples:,} pictures "
+            f"({machine.device}, {machine.precision}), judged by {comparison.entrants[0].scores.samples:,} pictures "
             "of the same seed beside held-out ones, as it came out. `python benchmarks/families.py` makes this page, "
             "and `darkroom compare` one of your own pictures.",
             "\n".join(f"- {each}" for each in findings(comparison)),

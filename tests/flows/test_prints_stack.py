@@ -24,10 +24,10 @@ from tests.flows.workspace import Workspace, objects, running
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SAMPLING = {"sampler": "dpmpp_2m", "steps": 2, "compute_batch": 64}
-COUNT = 7168
+COUNT = 8192
 """In tars of which two are too large for one part."""
 ARGUMENTS = ["sample", "--model", "models:/blobs/1", "--count", str(COUNT), "--seed", "5"]
-ARGUMENTS += ["--set", "prints.format=tar", "--set", "prints.chunk=3072"]
+ARGUMENTS += ["--set", "prints.format=tar", "--set", "prints.chunk=3584"]
 
 
 @pytest.fixture(scope="module")
