@@ -86,7 +86,7 @@ EMOJI = Training(
         "training.lanes=1",
     ),
 )
-LARGE = Training("emoji-16-to-64", "emoji", 64, 60_000, ("model.low_resolution=16", "training.lanes=1"))
+LARGE = Training("emoji-16-to-64", "emoji", 64, 36_000, ("model.low_resolution=16", "training.lanes=1"))
 TRAININGS = (FACES, AUTOENCODER, EMOJI, LARGE)
 GUIDED = ("--set", "sampling.guidance=3")
 SMALL = ("--count", "8")
@@ -134,7 +134,7 @@ PLATES = (
     Plate(
         "Super-resolution",
         "First the small picture, 16 by 16, then four ways in which it may have been large: a model of the same emoji.",
-        ("upscale", "small.png", "--count", "4", "--model", LARGE.model),
+        ("upscale", "small.png", "--count", "4", "--set", "model.low_resolution=16", "--model", LARGE.model),
     ),
 )
 
