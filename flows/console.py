@@ -28,6 +28,7 @@ class Pace:
     started_at: int | None = None
     """Units done when it was first heard of: what a resumed run had before it does not count as speed."""
     reached: int = 0
+    """Units done when it was last heard of."""
     last_line: float = float("-inf")
 
     def due(self, done: int, total: int | None) -> bool:

@@ -19,7 +19,7 @@ from diffusion.training.uncertainty import Uncertainty
 from diffusion.upscaling import detail
 
 LOOKED_AT = 1024
-"""Pictures, about, that say what there is beyond small ones."""
+"""Pictures, at most, that say what there is beyond small ones."""
 
 
 def make_network(
@@ -43,8 +43,8 @@ def deviation(dataset: Dataset, model: FamilyConfig, first_stage: FirstStage | N
         return 1.0
     if model.low_resolution is None:
         return dataset.manifest.sigma_data
-    rows = dataset.rows("train")
-    return detail(model.low_resolution, dataset.pictures(rows[:: max(1, len(rows) // LOOKED_AT)]))
+    # Rows are in the order of their keys, and so the first are any.
+    return detail(model.low_resolution, dataset.pictures(dataset.rows("train")[:LOOKED_AT]))
 
 
 def frozen_tensors(first_stage: FirstStage | None, device: torch.device) -> dict[str, Tensor]:

@@ -66,6 +66,19 @@ def test_figures_of_all_and_of_every_half_are_those_of_the_definitions(
             assert value == pytest.approx(expected[figure], rel=1e-4, abs=1e-5), (figure, number)
 
 
+def test_the_frechet_distance_is_right_with_many_features_and_with_one_that_says_nothing() -> None:
+    samples, reference = drawn(700, 300, 1, shift=0.1, scale=0.9), drawn(800, 300, 2)
+    (found,) = frechet([samples], reference, splits=2)
+    moments = [fid_features_to_statistics(each) for each in (samples, reference)]
+    expected = fid_statistics_to_metric(*moments, verbose=False)["frechet_inception_distance"]
+    assert found.whole == pytest.approx(expected, rel=1e-4)
+    # A covariance that has no inverse, as the same features with one more that is always 0 have, has a root.
+    blank = [torch.cat([each, torch.zeros(len(each), 1)], dim=1) for each in (samples, reference)]
+    (again,) = frechet([blank[0]], blank[1], splits=2)
+    assert again.whole == pytest.approx(found.whole, rel=1e-6)
+    torch.testing.assert_close(again.halves, found.halves, rtol=1e-6, atol=1e-6)
+
+
 def test_halves_share_nothing_and_leave_out_nothing_but_the_last_of_an_odd_number() -> None:
     for count in (20, 21):
         members = halves(count, "samples", 30)

@@ -83,6 +83,10 @@ def test_what_is_done_is_done_for_equal_content_and_configuration(
     place: Place, versions: list[Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = Request.of(PARAMS, versions[0], PRINTING)
+    # What gc keeps is no matter.
+    assert request == Request.of(changed("retention", grace_hours=1), versions[0], PRINTING), (
+        "what gc keeps is no matter"
+    )
     assert request.done() is None
     request.note(Result(who="first"))
     Request.of(changed("ingest", source="elsewhere"), versions[0], PRINTING).note(Result(who="second"))
