@@ -76,7 +76,7 @@ EMOJI = Training(
     "emoji",
     "emoji",
     64,
-    420_000,
+    750_000,
     (
         f"model.autoencoder={AUTOENCODER.model}",
         "model.patch=1",
@@ -86,7 +86,7 @@ EMOJI = Training(
         "training.lanes=1",
     ),
 )
-LARGE = Training("emoji-16-to-64", "emoji", 64, 36_000, ("model.low_resolution=16", "training.lanes=1"))
+LARGE = Training("emoji-16-to-64", "emoji", 64, 150_000, ("model.low_resolution=16", "training.lanes=1"))
 TRAININGS = (FACES, AUTOENCODER, EMOJI, LARGE)
 GUIDED = ("--set", "sampling.guidance=3")
 SMALL = ("--count", "8")

@@ -1,13 +1,20 @@
 """Where the network computes: on the processor, or on a GPU."""
 
 import os
+import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from diffusion.config import DeviceName
 from diffusion.errors import UserError
+
+PROCESSORS = Path("/proc/cpuinfo")
+CHANGE_BITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
+"""Variables that give the libraries below torch other instructions than they would take."""
 
 
 def resolve_device(name: DeviceName) -> torch.device:
@@ -26,10 +33,18 @@ def resolve_device(name: DeviceName) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What decides the bits that ``device`` computes: a GPU's model, and the processor's vector instructions."""
-    processor = torch.backends.cpu.get_cpu_capability()
+    """What decides the bits that ``device`` computes: a GPU's model, and the processor's maker and instructions."""
     # Beside a GPU the processor reads prompts.
-    return f"{torch.cuda.get_device_name(device)}, {processor}" if device.type == "cuda" else processor
+    return f"{torch.cuda.get_device_name(device)}, {_processor()}" if device.type == "cuda" else _processor()
+
+
+def _processor() -> str:
+    """torch names its own vector instructions; oneDNN takes AMX by itself, and MKL asks who made the processor."""
+    found = re.search(r"^vendor_id\s*:\s*(\S+)", PROCESSORS.read_text() if PROCESSORS.is_file() else "", re.MULTILINE)
+    tiles = ["AMX"] if torch.cpu._is_amx_tile_supported() else []
+    asked = [f"{name}={os.environ[name]}" for name in CHANGE_BITS if name in os.environ]
+    maker = found[1] if found else platform.machine()
+    return ", ".join([maker, torch.backends.cpu.get_cpu_capability(), *tiles, *asked])
 
 
 @contextmanager

@@ -23,7 +23,7 @@ class Fingerprint(Config):
     threads: Literal[1] = 1
     """Threads per operation: see ``diffusion.lanes``."""
     device: str
-    """The processor's vector instructions as torch names them, or the GPU's model."""
+    """The processor's maker and instructions, and the GPU's model where there is one."""
     torch: str
     """Version of torch."""
     compile: bool = False

@@ -37,7 +37,7 @@ def test_a_gpu_that_is_not_there_is_an_error_and_auto_does_without() -> None:
     with pytest.raises(UserError, match="torch sees no GPU: use auto"):
         resolve_device("cuda")
     assert resolve_device("auto") == torch.device("cpu")
-    assert fingerprint(64, "fp32", "auto").device == torch.backends.cpu.get_cpu_capability()
+    assert torch.backends.cpu.get_cpu_capability() in fingerprint(64, "fp32", "auto").device
 
 
 @needs_gpu
