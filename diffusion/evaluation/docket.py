@@ -6,6 +6,7 @@ from diffusion.evaluation.exhibits import Exhibits
 from diffusion.evaluation.trial_page import Docket, Side
 from diffusion.evaluation.trial_results import Side as Found
 from diffusion.evaluation.trial_results import Trial
+from diffusion.families.config import FAMILIES
 
 
 def docket_of(
@@ -56,4 +57,5 @@ def _side(name: str, found: Found, drawn: Tensor) -> Side:
         drift=portrait.drift,
         per_class=portrait.per_class,
         held_out_loss=portrait.held_out_loss,
+        likelihood=FAMILIES[portrait.family].likelihood,
     )

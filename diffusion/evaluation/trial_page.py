@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,8 @@ class Side:
     drift: Drift | None = None
     per_class: PerClass | None = None
     held_out_loss: HeldOutLoss | None = None
+    likelihood: Literal["bound", "exact"] | None = None
+    """Whether its bits per dimension are at most so many, or just so many; None: it gives none."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,11 @@ def class_rows(challenger: PerClass | None, champion: PerClass | None) -> list[t
 def bits_row(sides: Sequence[Side]) -> list[tuple[str, str]]:
     """Per side that has them, bits per dimension of held-out pictures."""
     return [
-        (side.name, f"{with_error(found.bits_per_dim, found.bits_per_dim_se)} on {counted(found.pictures, 'picture')}")
+        (
+            side.name,
+            ("at most " if side.likelihood == "bound" else "")
+            + f"{with_error(found.bits_per_dim, found.bits_per_dim_se)} on {counted(found.pictures, 'picture')}",
+        )
         for side in sides
         if (found := side.held_out_loss) is not None
         and found.bits_per_dim is not None

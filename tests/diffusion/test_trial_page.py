@@ -126,6 +126,14 @@ def test_where_no_class_has_pictures_enough_the_page_says_so(tmp_path: Path) -> 
     assert "taken for" not in text
 
 
+def test_bits_are_a_bound_where_the_model_gives_one_and_just_so_many_where_it_gives_them_exactly(
+    tmp_path: Path,
+) -> None:
+    text = written(whole(), tmp_path).text
+    assert "version 3: 3.800 ± 0.020 on 240 pictures, in bits per dimension." in text
+    assert "version 2: at most 3.900 ± 0.020 on 240 pictures, in bits per dimension." in text
+
+
 def test_the_page_holds_everything_it_shows_and_is_the_same_twice(tmp_path: Path) -> None:
     page = written(whole(), tmp_path)
     html = (tmp_path / "trial.html").read_text()
