@@ -3,7 +3,7 @@
     python benchmarks/gallery.py --faces faces --emoji emoji
 
 Both sources have captions, such as a folder with a ``metadata.csv``. The models are trained in ``--scratch`` by the
-stages of ``darkroom`` unless they lie there already, about an hour and a half on two cores in all; kill it, and go on.
+stages of ``darkroom`` unless they lie there already, about two and a half hours in all; kill it, and go on.
 """
 
 import argparse
@@ -87,7 +87,8 @@ EMOJI = Training(
     ),
 )
 LARGE = Training("emoji-16-to-64", "emoji", 64, 150_000, ("model.low_resolution=16", "training.lanes=1"))
-TRAININGS = (FACES, AUTOENCODER, EMOJI, LARGE)
+LARGE_FROM_32 = Training("emoji-32-to-64", "emoji", 64, 100_000, ("model.low_resolution=32", "training.lanes=1"))
+TRAININGS = (FACES, AUTOENCODER, EMOJI, LARGE, LARGE_FROM_32)
 GUIDED = ("--set", "sampling.guidance=3")
 SMALL = ("--count", "8")
 PLATES = (
@@ -134,7 +135,12 @@ PLATES = (
     Plate(
         "Super-resolution",
         "First the small picture, 16 by 16, then four ways in which it may have been large: a model of the same emoji.",
-        ("upscale", "small.png", "--count", "4", "--set", "model.low_resolution=16", "--model", LARGE.model),
+        ("upscale", "16.png", "--count", "4", "--set", "model.low_resolution=16", "--model", LARGE.model),
+    ),
+    Plate(
+        "Super-resolution from 32 by 32",
+        "The same of another model, which is shown four times as many pixels.",
+        ("upscale", "32.png", "--count", "4", "--set", "model.low_resolution=32", "--model", LARGE_FROM_32.model),
     ),
 )
 
@@ -162,10 +168,11 @@ def main() -> None:
 
 
 def _beginnings(workspace: Path) -> None:
-    """The pictures that the plates begin with: a held-out face, a hole in its middle, and a small held-out emoji."""
+    """What the plates begin with: a held-out face, a hole in its middle, and a held-out emoji made small."""
     face, emoji = (_held_out(workspace / "data" / source) for source in (FACES.source, LARGE.source))
     image_of(face).save(workspace / "face.png")
-    image_of(shrunk(emoji[None], 16)[0]).save(workspace / "small.png")
+    for side in (16, 32):
+        image_of(shrunk(emoji[None], side)[0]).save(workspace / f"{side}.png")
     hole = np.zeros(face.shape[1:], np.uint8)
     quarter = hole.shape[0] // 4
     hole[quarter:-quarter, quarter:-quarter] = 255
