@@ -6,15 +6,17 @@ content and shared.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from hashlib import md5
 
 from filelock import FileLock
 
 from diffusion.data.ingest import work_folder
 from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest
 from flows.catalogue import PUSHING, RETIRED, VERSION, Catalogue
+from flows.dvc_files import Remote
 from flows.params import dataset_folder
 from flows.purge import doomed_objects
 from flows.retention.config import RetentionConfig
@@ -41,6 +43,7 @@ class DataSets:
         self.retired = self._listed(f"{RETIRED}/", MARK)
         names = {name for name, _ in (*self.written, *self.retired)}
         self.versions = {name: self._catalogue(name).versions() for name in sorted(names)}
+        self.aside = {name: self._aside(name) for name in sorted({name for name, _ in self.retired})}
 
     def sweep(self) -> Sweep:
         """Versions in the catalogue, and those that are out of it already."""
@@ -59,7 +62,9 @@ class DataSets:
                 for digest in aside:
                     if digest in self.versions[name]:
                         self._retire(self.versions[name][digest])
-                self._purge(name)
+                staying = {digest for digest, (fate, _) in found.items() if fate == "stays"}
+                self._bring_back([each for each in self._aside(name).values() if each.digest in staying])
+                self._purge(name, staying)
 
         return Sweep(items, act)
 
@@ -85,10 +90,18 @@ class DataSets:
                 found[digest] = "set aside", f"{age(written, self.now)}, and no run that stays learned from it"
         for dataset, digest in self.retired:
             if dataset == name and digest not in versions:
-                since = self.retired[name, digest]
-                over = self.now - since >= policy.grace
-                found[digest] = "goes" if over else "set aside", f"since {since:%Y-%m-%d %H:%M} UTC"
+                found[digest] = self._fate_aside(self.aside[name][digest], digest == current)
         return found
+
+    def _fate_aside(self, version: Manifest, current: bool) -> tuple[Fate, str]:
+        since = self.retired[version.name, version.digest]
+        # Whoever still had its files may have trained on it meanwhile.
+        if why := self.contents.get(version.content_digest):
+            return "stays", f"{why}: brought back"
+        if current:
+            return "stays", f"current in {dataset_folder(version.name)}: brought back"
+        over = self.now - since >= self.policy.grace
+        return "goes" if over else "set aside", f"since {since:%Y-%m-%d %H:%M} UTC"
 
     def _retire(self, version: Manifest) -> None:
         """Keep the manifest where the next one finds it, then let nothing lead to the version."""
@@ -98,16 +111,33 @@ class DataSets:
         self.store.put_once(self.bucket, key, manifest_bytes(version), content_type="application/json")
         self._catalogue(version.name).withdraw(version.digest)
 
-    def _purge(self, name: str) -> None:
-        """Delete the files of what was retired before the grace began, and has not come back since."""
+    def _bring_back(self, versions: Collection[Manifest]) -> None:
+        """Put versions into the catalogue again; what was never pushed, when it is."""
+        if not versions:
+            return
+        pushed = {listing.get("manifest.json", ""): name for name, listing in Remote.at(self.source).listings()}
+        for version in versions:
+            if pointer := pushed.get(md5(manifest_bytes(version), usedforsecurity=False).hexdigest()):
+                self._catalogue(version.name).publish(version, pointer)
+                self.store.delete_many(self.bucket, [f"{RETIRED}/{version.name}/{version.digest}.json"])
+
+    def _purge(self, name: str, staying: Collection[str]) -> None:
+        """Delete the files of what was retired before the grace began, and has not come back since.
+
+        Nothing of ``staying`` goes, and nothing at all while somebody pushes.
+        """
         folder = dataset_folder(name)
         with ExitStack() as turn:
             if folder.is_dir():
                 turn.enter_context(FileLock(work_folder(folder) / "lock"))
+            if self._somebody_pushes():
+                return
             kept = self._catalogue(name).retired()
             marks = {digest: since for (owner, digest), since in self._listed(f"{RETIRED}/{name}/", MARK).items()}
             versions = self._catalogue(name).versions()
-            over = [digest for digest, since in marks.items() if self._over(name, digest, since)]
+            over = [
+                digest for digest, since in marks.items() if digest not in staying and self._over(name, digest, since)
+            ]
             going = {digest: kept[digest] for digest in over if digest in kept and digest not in versions}
             for digest in going:
                 # Whoever took it out may have been killed halfway.
@@ -128,6 +158,11 @@ class DataSets:
         """Whether the grace of a mark written ``since`` is over: where there is none, also of one written just now."""
         seen = self.retired.get((name, digest)) == since
         return not self.policy.grace or (seen and self.now - since >= self.policy.grace)
+
+    def _aside(self, name: str) -> dict[str, Manifest]:
+        """Of all that is marked what is in the catalogue no longer."""
+        versions = self.versions[name]
+        return {digest: each for digest, each in self._catalogue(name).retired().items() if digest not in versions}
 
     def _bytes(self, name: str, digest: str) -> int | None:
         version = self.versions[name].get(digest)

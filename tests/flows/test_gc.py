@@ -123,6 +123,21 @@ def test_a_version_that_comes_back_within_the_grace_loses_nothing(place: Place) 
     assert restorable(place, first)
 
 
+def test_a_version_that_something_learned_from_while_it_was_set_aside_is_brought_back(
+    place: Place, mlflow: MlflowClient, tmp_path: Path
+) -> None:
+    first, _ = place.version(), place.version(*range(100, 104))
+    collected(100)
+    assert set(place.catalogue.retired()) == {first.digest}
+    run_id = training(mlflow, "a", first)
+    add_version(mlflow, tmp_path, "blobs", run_id=run_id, **{CONTENT: first.content_digest})
+
+    assert fates(collected(200))[f"blobs {first.digest[:12]}"] == "stays"
+    assert first.digest in place.catalogue.versions()
+    assert not place.catalogue.retired()
+    assert restorable(place, first)
+
+
 def place_digest(place: Place, version: Manifest) -> str:
     """DVC's digest of a version whose listing lies on the remote."""
     wanted = md5(manifest_bytes(version)).hexdigest()
