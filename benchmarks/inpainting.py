@@ -21,7 +21,7 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
-from diffusion.editing import agreeing, keeping, repaint
+from diffusion.editing import agreeing, blanked, keeping, repaint
 from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.fingerprint import autocast
 from diffusion.grids import grid, save_png
@@ -113,7 +113,8 @@ def painted(model: DiffusionModel, originals: Tensor, kept: Tensor, times: int =
     config, filled = SamplingConfig(), []
     sampler, levels = make_sampler(config), levels_of(config, model.schedule)
     for numbers in torch.arange(len(originals)).split(BATCH):
-        noise, known = GaussianNoise(0, "sampling", numbers.tolist(), model.shape), to_float(originals[numbers])
+        noise = GaussianNoise(0, "sampling", numbers.tolist(), model.shape)
+        known = to_float(blanked(originals[numbers], kept))
         denoise = model.denoiser()
         if agree:
             denoise = clipped(agreeing(denoise, known, kept, model.header.sigma_data))

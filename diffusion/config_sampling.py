@@ -1,10 +1,12 @@
 """How pictures are drawn from a trained model, and what they are to show."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from diffusion.config import Config, DeviceName, unset
+from diffusion.errors import UserError
 
 SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "deis", "unipc"]
 TAKEN_BY: dict[str, tuple[SamplerName, ...]] = {
@@ -18,6 +20,8 @@ TAKEN_BY: dict[str, tuple[SamplerName, ...]] = {
 
 class SamplingConfig(Config):
     """The sampler, its number of steps, how strongly pictures are guided, and how it is computed."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     sampler: SamplerName = "dpmpp_2m_sde"
     """ddpm (arXiv 2006.11239), ddim (2010.02502), euler or heun (2206.00364, heun with two evaluations a step),
@@ -50,7 +54,7 @@ class SamplingConfig(Config):
     """Standard deviation of it (S_noise), a little over 1 against pictures that come out too smooth; null: 1."""
     order: Literal[2, 3] | None = Field(None, exclude_if=unset)
     """Estimates that a step of deis or unipc goes by; null: 3 for deis and 2 for unipc."""
-    guidance: float | None = Field(None, ge=0, exclude_if=unset)
+    guidance: float | None = Field(None, ge=0, le=1000, exclude_if=unset)
     """How strongly pictures are drawn to what they are to show, class or prompt (arXiv 2207.12598): 1 is as the network
     was trained, 2 to 8 is clearer and less varied, 0 as if nothing were asked for. Twice the work. Null: 1."""
     guidance_interval: tuple[float, float] | None = Field(None, exclude_if=unset)
@@ -104,9 +108,27 @@ class SamplingConfig(Config):
         """Whether anything is done besides asking the network as it was trained."""
         return self.guidance not in (None, 1)
 
+    def changed(self, fields: Mapping[str, Any]) -> "SamplingConfig":
+        """The same with these ``fields``; raises UserError for what makes no sense by itself or together."""
+        return _valid({**self.model_dump(), **fields})
+
+    def with_sampler(self, sampler: SamplerName) -> "SamplingConfig":
+        """The same with another ``sampler``, whose options have their defaults."""
+        options = {name for name in type(self).model_fields if name.startswith(tuple(TAKEN_BY))}
+        return _valid(self.model_dump(exclude=options) | {"sampler": sampler})
+
     def unguided(self) -> "SamplingConfig":
         """The same without guidance."""
         return self.model_copy(update={"guidance": None, "guidance_interval": None, "guidance_rescale": None})
+
+
+def _valid(fields: Mapping[str, Any]) -> SamplingConfig:
+    try:
+        return SamplingConfig.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"sampling.{part}: " for part in first["loc"][:1])
+        raise UserError(where + first["msg"].removeprefix("Value error, ")) from error
 
 
 class Asked(Config):

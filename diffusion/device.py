@@ -4,8 +4,9 @@ import os
 import platform
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -47,24 +48,50 @@ def _processor() -> str:
     return ", ".join([maker, torch.backends.cpu.get_cpu_capability(), *tiles, *asked])
 
 
+class _Strict:
+    """Torch computes the same bits each time as long as anybody is inside, in whatever thread.
+
+    Its switches are the process's, which several at a time cannot each put back: the last one does.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+        self._before = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+                self._before.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+                torch.set_float32_matmul_precision("high")
+                torch.use_deterministic_algorithms(True)
+                # Kernels chosen by timing differ from run to run.
+                self._before.enter_context(
+                    torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True)
+                )
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._before.close()
+
+
+_STRICT = _Strict()
+
+
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
     """Inside, ``device`` computes the same bits each time, and products of float32 with the GPU's tensor cores (TF32).
 
-    A processor does so anyway.
+    A processor does so anyway. Any number of threads may be inside.
     """
     if device.type != "cuda":
         yield
         return
     # cuBLAS reads it when it is first used.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    products, strict = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    torch.set_float32_matmul_precision("high")
-    torch.use_deterministic_algorithms(True)
-    try:
-        # Kernels chosen by timing differ from run to run.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        torch.use_deterministic_algorithms(strict)
+    with _STRICT:
+        yield

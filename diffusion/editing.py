@@ -56,6 +56,20 @@ class Edit:
         if self.kept is not None and not self.kept.any():
             raise UserError("the mask keeps nothing of the picture: make it black where it is to stay")
 
+    @property
+    def seen(self) -> Tensor:
+        """What the reverse process may know of the picture: at full strength nothing that lies in the hole."""
+        return self.picture if self.kept is None or self.strength < 1 else blanked(self.picture, self.kept)
+
+
+def blanked(pictures: Tensor, kept: Tensor) -> Tensor:
+    """``pictures`` (..., C, H, W) uint8 with the mean of what is ``kept`` (H, W) of each channel everywhere else.
+
+    No noise level hides a hole's brightness altogether: what begins there would come out as it was.
+    """
+    mean = pictures[..., kept].float().mean(-1).round().to(pictures.dtype)
+    return torch.where(kept, pictures, mean[..., None, None])
+
 
 def keeping(denoise: Denoise, known: Tensor, kept: Tensor) -> Denoise:
     """``denoise`` as if it saw ``known`` (N, C, H, W) where the mask ``kept`` (N or 1, 1, H, W) says so.
@@ -118,7 +132,7 @@ def repaint(
 def levels_for(sigmas: Tensor, strength: float) -> Tensor:
     """The end of the grid ``sigmas`` (steps + 1,) at which a picture is changed with ``strength``, in (0, 1].
 
-    1 is all of it, and leaves nothing of the picture; a strength of 0.5 goes through the lower half of the steps
+    1 is all of it, and leaves nothing but what a mask keeps; a strength of 0.5 goes through the lower half of the steps
     (SDEdit, arXiv 2108.01073). At least one step is left.
     """
     steps = len(sigmas) - 1

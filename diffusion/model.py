@@ -1,7 +1,6 @@
 """A trained model: the averaged network with all one needs to know to use it, in one safetensors file."""
 
 import copy
-import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from diffusion.process import NoiseSchedule
 from diffusion.text import TextEncoder
 
 METADATA_KEY = "darkroom"
+HEADER = TypeAdapter(dict[str, Any])
 """The one metadata key of our safetensors files: several are written in random order, one is stable."""
 AVERAGED = "ema."
 """Prefix of the averaged weights' names, the same in checkpoints and in final models."""
@@ -201,10 +201,12 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        header: dict[str, Any] = json.loads(metadata[METADATA_KEY])
+        header = HEADER.validate_json(metadata[METADATA_KEY])
     except FileNotFoundError as error:
         raise UserError(f"no model at {path}: train one with `darkroom train`") from error
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): give the file of a model") from error
+    except (SafetensorError, KeyError, ValidationError) as error:
         raise UserError(f"{path} is not a model of ours, or is damaged: train or fetch it again") from error
     return header
 

@@ -4,6 +4,7 @@ The command line, the flow and the served model all ask in this way; a model say
 or would pass over, is refused.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -22,7 +23,15 @@ from diffusion.errors import UserError
 from diffusion.families import family_of
 from diffusion.model import DiffusionModel, Model
 from diffusion.progress import Progress, silent
-from diffusion.sampling import interpolate, require_drawing, require_editing, require_read_whole, sample
+from diffusion.samplers import levels_of
+from diffusion.sampling import (
+    interpolate,
+    require_between,
+    require_drawing,
+    require_editing,
+    require_read_whole,
+    sample,
+)
 from diffusion.upscaling import require_enlarging, upscale
 
 Task = Literal["sample", "inpaint", "vary", "interpolate", "upscale"]
@@ -44,23 +53,18 @@ NEEDS: Mapping[Task, tuple[str, ...]] = {
     "interpolate": ("to_seed",),
     "upscale": ("image",),
 }
-SAMPLERS_ALIKE = (
-    "steps",
-    "guidance",
-    "guidance_interval",
-    "guidance_rescale",
-    "low_resolution_noise",
-    "compute_batch",
-    "precision",
-    "device",
-)
-"""Fields of SamplingConfig that mean the same to every sampler."""
 HOLE = torch.tensor(128, dtype=torch.uint8)
 """What is shown where a picture is painted anew."""
 LARGEST = 2048
 """Above that in height or width no picture is enlarged."""
 MOST_PIXELS = 2**23
 """Of all pictures that are enlarged for one request: all their tiles are in memory together."""
+MOST_VALUES = 2**31
+"""Of all pictures that are drawn for requests which are answered together, as they are held together."""
+LONGEST_WORDS = 10_000
+"""Characters of a label or prompt, of which far fewer are read."""
+KEPT_BELOW = 32
+"""Of a grey mask, whose pixels may stand for several of it, where hardly any of them is painted anew."""
 LARGEST_NUMBER = 2**63 - 1
 """Of seeds and pictures, as manifests hold them."""
 STRENGTH = 0.6
@@ -82,15 +86,15 @@ class Wanted(Config):
     """Number of the first picture, the others follow; null: 0."""
     to_seed: int | None = Field(None, ge=0, le=LARGEST_NUMBER)
     """interpolate: where the way leads to, from picture 0 of ``seed`` to picture 0 of this one."""
-    label: str | None = None
+    label: str | None = Field(None, max_length=LONGEST_WORDS)
     """The class to show, by its name."""
-    prompt: str | None = None
+    prompt: str | None = Field(None, max_length=LONGEST_WORDS)
     """What to show, in the words of captions."""
-    negative_prompt: str | None = None
+    negative_prompt: str | None = Field(None, max_length=LONGEST_WORDS)
     """What guidance leads away from."""
     strength: float | None = Field(None, allow_inf_nan=False)
     """How much is changed, above 0 and at most 1; null: 0.6 for vary, where 1 would leave nothing, 1 for inpaint."""
-    times: int | None = Field(None, ge=1)
+    times: int | None = Field(None, ge=1, le=100)
     """inpaint: how often each stretch of the way is gone, so that what is filled in agrees with what lies around it
     (RePaint); so many times the work. Null: once."""
     agree: bool | None = None
@@ -120,25 +124,23 @@ class Wanted(Config):
 
     def sampling(self, configured: SamplingConfig) -> SamplingConfig:
         """How it is drawn; raises UserError if what it sets makes no sense together."""
-        chosen = {name: getattr(self, name) for name in ("sampler", "steps", "guidance")}
-        chosen = {name: value for name, value in chosen.items() if value is not None}
-        kept = configured.model_dump()
-        if chosen.get("sampler", configured.sampler) != configured.sampler:
-            # What is left is said of how pictures are computed and guided, and holds for every sampler.
-            kept = {name: value for name, value in kept.items() if name in SAMPLERS_ALIKE}
-        try:
-            return SamplingConfig.model_validate(kept | chosen)
-        except ValidationError as error:
-            raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+        if self.guidance == 1:
+            # How guidance is done means nothing where there is none.
+            configured = configured.unguided()
+        if self.sampler is not None and self.sampler != configured.sampler:
+            configured = configured.with_sampler(self.sampler)
+        chosen = {"steps": self.steps, "guidance": self.guidance}
+        return configured.changed({name: value for name, value in chosen.items() if value is not None})
 
 
 class Request(Wanted):
     """The same with the pictures that it begins with, each as the bytes of a file (PNG, JPEG, WebP …)."""
 
     image: bytes | None = None
-    """inpaint, vary: cut to a square and scaled as pictures are when they are ingested; upscale: as it is."""
+    """inpaint, vary: its middle, a square, scaled, and laid over black if it is transparent; upscale: as it is."""
     mask: bytes | None = None
-    """inpaint: a picture as large as the image, white where it is painted anew, black where it is kept."""
+    """inpaint: a picture as large as the image, white where it is painted anew, black where it is kept; scaled down, a
+    pixel is kept that stands for hardly any white."""
 
 
 def request_of(fields: Mapping[str, Any]) -> Request:
@@ -185,6 +187,11 @@ def answer(
     """
     rows = [f"row {number}: " if len(requests) > 1 else "" for number in range(len(requests))]
     asks = [_checked(model, request, sampling, row) for request, row in zip(requests, rows, strict=True)]
+    if (values := sum(ask.request.count * ask.values for ask in asks)) > MOST_VALUES:
+        raise UserError(
+            f"the pictures that are asked for have {values:,} values, and {MOST_VALUES:,} are held at once: ask for "
+            "fewer, or have a registered version print them in batches (darkroom sample --model models:/…)"
+        )
     answers: dict[int, Tensor] = {}
     together: dict[tuple[int, Asked, str], list[int]] = {}
     for number, ask in enumerate(asks):
@@ -232,8 +239,10 @@ def sampling_of(model: Model, request: Request, configured: SamplingConfig) -> S
     if request.task != "upscale":
         require_drawing(model, config, request.asked)
     require_read_whole(request.asked)
-    if request.task == "interpolate" and (request.count < 2 or request.seed == request.to_seed):
-        raise UserError("interpolate goes from one seed to another: give two, and a count of 2 or more")
+    if request.to_seed is not None:
+        require_between(model, request.seed, request.to_seed, request.count, request.asked)
+    if isinstance(model, DiffusionModel):
+        levels_of(config, model.schedule)  # says if there is no level between them
     return config
 
 
@@ -245,12 +254,16 @@ class _Checked:
     config: SamplingConfig
     edit: Edit | None
     small: Tensor | None
+    values: int
+    """Of each picture that is drawn: channels × height × width."""
 
 
 def _checked(model: Model, request: Request, configured: SamplingConfig, where: str) -> _Checked:
     try:
         config = sampling_of(model, request, configured)
-        return _Checked(request, config, _edit_of(model, request), _small_of(model, request))
+        edit, small = _edit_of(model, request), _small_of(model, request)
+        values = math.prod(model.shape) if small is None else _enlarged_values(model, small)
+        return _Checked(request, config, edit, small, values)
     except UserError as error:
         raise UserError(f"{where}{error}") from error
 
@@ -269,7 +282,7 @@ def _edit_of(model: Model, request: Request) -> Edit | None:
         theirs, ours = ("×".join(map(str, each.source_size)) for each in (mask, image))
         raise UserError(f"the mask has {theirs} pixels and the image {ours} (width × height): make them equal")
     strength = 1.0 if request.strength is None else request.strength
-    kept = torch.from_numpy(mask.pixels < 128)
+    kept = torch.from_numpy(mask.pixels < KEPT_BELOW)
     edit = Edit(picture, kept, strength, request.times or 1, agree=bool(request.agree))
     require_editing(model, edit)
     return edit
@@ -285,13 +298,17 @@ def _small_of(model: Model, request: Request) -> Tensor | None:
     except Refused as error:
         raise UserError(f"the image cannot be used: {error}") from error
     assert isinstance(model, DiffusionModel)
-    scale = model.header.size // require_enlarging(model, small[None])
-    if (pixels := request.count * small[0].numel() * scale**2) > MOST_PIXELS:
+    if (pixels := request.count * _enlarged_values(model, small) // len(small)) > MOST_PIXELS:
         raise UserError(
             f"{pixels / 1e6:.1f} million pixels in all would be drawn at once, and {MOST_PIXELS / 1e6:.1f} may be: "
             "give a smaller picture, or ask for fewer"
         )
     return small
+
+
+def _enlarged_values(model: Model, small: Tensor) -> int:
+    scale = model.header.size // require_enlarging(model, small[None])
+    return small.numel() * scale**2
 
 
 def _channels_first(pixels: np.ndarray) -> Tensor:

@@ -130,8 +130,8 @@ def ddim(
 class Churn:
     """Noise added before each step, which then takes it away with mistakes made earlier (2206.00364, algorithm 2)."""
 
-    amount: float = 0.0
-    """S_churn: the share of σ added, in all steps together."""
+    share: float = 0.0
+    """How much of σ is added before each step: S_churn over the number of steps, and at most √2 − 1."""
     low: float = 0.0
     """S_min: the lowest σ at which there is any."""
     high: float = math.inf
@@ -139,12 +139,11 @@ class Churn:
     scale: float = 1.0
     """S_noise: a little over 1 makes up for denoisers that take away too much."""
 
-    def __call__(self, x: Tensor, sigma: Tensor, steps: int, noise: Noise) -> tuple[Tensor, Tensor]:
-        """x at a higher σ̂, and σ̂, before one of so many ``steps``."""
-        share = min(self.amount / steps, MOST_CHURN) if self.low <= sigma <= self.high else 0.0
-        if not share:
+    def __call__(self, x: Tensor, sigma: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+        """x at a higher σ̂, and σ̂, before a step."""
+        if not self.share or not self.low <= sigma <= self.high:
             return x, sigma
-        raised = sigma * (1 + share)
+        raised = sigma * (1 + self.share)
         return x + self.scale * float((raised**2 - sigma**2).sqrt()) * noise(), raised
 
 
@@ -156,7 +155,7 @@ def euler(
 ) -> Tensor:
     """Euler's method in σ; without ``churn`` the same as ``ddim`` without η."""
     for i, sigma, following in _pairs(sigmas):
-        raised, level = churn(x, sigma, len(sigmas) - 1, noise)
+        raised, level = churn(x, sigma, noise)
         x0 = denoise(raised, level)
         if callback:
             callback(i, x, x0)
@@ -169,7 +168,7 @@ def heun(
 ) -> Tensor:
     """Heun's method, two evaluations a step but the last (arXiv 2206.00364, algorithms 1 and 2)."""
     for i, sigma, following in _pairs(sigmas):
-        raised, level = churn(x, sigma, len(sigmas) - 1, noise)
+        raised, level = churn(x, sigma, noise)
         x0 = denoise(raised, level)
         if callback:
             callback(i, x, x0)
@@ -285,7 +284,7 @@ def _integral(known: Known, step: float, moments: Sequence[float]) -> Tensor:
 def make_sampler(config: SamplingConfig) -> Sampler:
     """The sampler that ``config`` names, with its options."""
     churn = Churn(
-        config.churn or 0.0,
+        min((config.churn or 0.0) / config.steps, MOST_CHURN),
         config.churn_min or 0.0,
         math.inf if config.churn_max is None else config.churn_max,
         1.0 if config.churn_noise is None else config.churn_noise,

@@ -22,7 +22,7 @@ from diffusion.models.config import ModelConfig
 from diffusion.progress import Progress, silent
 from diffusion.random import GaussianNoise, uniform
 from diffusion.samplers import Callback, Denoise, Noise, ancestral, levels_of, make_sampler
-from diffusion.text import LONGEST, WIDTH, encoder, require_same
+from diffusion.text import ENDS, LONGEST, WIDTH, encoder, require_same
 
 Meanings = Mapping[str | None, Tensor]
 """The embedding of each prompt, (384,), and zeros for None."""
@@ -76,15 +76,7 @@ def interpolate(
     All their noise, fresh noise on the way included, lies between that of the two, so that what samplers add changes
     slowly as well. Raises UserError if there is no way between, and as ``sample`` does.
     """
-    if one == other or count < 2:
-        raise UserError(f"{count} pictures from seed {one} to seed {other}: give two seeds, and ask for two or more")
-    if model.classes and not asked.prompts and not asked.labels:
-        raise UserError(
-            "each end would be of a class of its own, and there is nothing between classes: give a label, "
-            f"one of {', '.join(model.classes)}"
-        )
-    if max(len(asked.labels), len(asked.prompts)) > 1:
-        raise UserError("several labels or prompts take turns, which is no way from one picture to another: give one")
+    require_between(model, one, other, count, asked)
     shares = torch.linspace(0, 1, count)
 
     def noise(members: range) -> Noise:
@@ -163,6 +155,19 @@ def require_editing(model: Model, edit: Edit) -> None:
         )
 
 
+def require_between(model: Model, one: int, other: int, count: int, asked: Asked) -> None:
+    """Raise UserError if there is no way of ``count`` pictures from seed ``one`` to seed ``other``."""
+    if one == other or count < 2:
+        raise UserError(f"{count} pictures from seed {one} to seed {other}: give two seeds, and ask for two or more")
+    if model.classes and not asked.prompts and not asked.labels:
+        raise UserError(
+            "each end would be of a class of its own, and there is nothing between classes: give a label, "
+            f"one of {', '.join(model.classes)}"
+        )
+    if max(len(asked.labels), len(asked.prompts)) > 1:
+        raise UserError("several labels or prompts take turns, which is no way from one picture to another: give one")
+
+
 def meanings_of(model: Model, asked: Asked) -> Meanings:
     """What the prompts mean to ``model``; raises UserError if the encoder that it was told by cannot be had."""
     prompts = {text for text in (*asked.prompts, asked.negative_prompt) if text is not None}
@@ -176,9 +181,14 @@ def meanings_of(model: Model, asked: Asked) -> Meanings:
 def require_read_whole(asked: Asked) -> None:
     """Raise UserError for a prompt of which nothing, or not all, would be read; captions of data sets may be so."""
     for text in (*asked.prompts, asked.negative_prompt):
-        if text is not None and not text.strip():
+        if text is None:
+            continue
+        if text.encode(errors="ignore").decode() != text:
+            raise UserError(f"the prompt {text[:40]!r} is no Unicode text: write it anew")
+        length = len(encoder().tokens(text)) if text.strip() else 0
+        if length <= ENDS:
             raise UserError("a prompt needs words: write what the pictures are to show, or leave it out")
-        if text is not None and (length := len(encoder().tokens(text))) > LONGEST:
+        if length > LONGEST:
             raise UserError(f"the prompt {text[:40]!r}… has {length} word pieces, and {LONGEST} are read: shorten it")
 
 
@@ -280,8 +290,7 @@ def edited(
     """
     levels = levels_for(sigmas, edit.strength)
     start = float(levels[0]) * noise()
-    picture = edit.picture.to(start.device)
-    known = model.encoded(to_float(picture)[None])
+    known = model.encoded(to_float(edit.seen.to(start.device))[None])
     if edit.kept is not None:
         kept = edit.kept.to(start.device)
         whole_of = whole(kept, known.shape[-1])
@@ -294,7 +303,7 @@ def edited(
         return reversed_from(x, denoise, sigmas, noise, config, callback)
 
     drawn = to_uint8(model.decoded(repaint(sampler, denoise, known + start, levels, noise, edit.jump, edit.times)))
-    return drawn if edit.kept is None else torch.where(kept, picture, drawn)
+    return drawn if edit.kept is None else torch.where(kept, edit.picture.to(drawn.device), drawn)
 
 
 def reconstructed(model: Model, pictures: Tensor, config: SamplingConfig) -> Tensor:

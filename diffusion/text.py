@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 WIDTH = 384
 """Numbers of an embedding."""
 LAYERS, HEADS = 6, 12
+ENDS = 2
+"""Tokens of a text of no words: [CLS] and [SEP]."""
 LONGEST = 256
 """Tokens that are read of a text, as its authors do; a caption's others are passed over."""
 FILES = {
@@ -69,7 +71,8 @@ class MiniLM:
 
     def tokens(self, text: str) -> Tensor:
         """The numbers of a text's word pieces between [CLS] and [SEP], (L,) int64."""
-        return torch.tensor(self.tokenizer.encode(text).ids)
+        # JSON may hold halves of characters, which are no text.
+        return torch.tensor(self.tokenizer.encode(text.encode(errors="ignore").decode()).ids)
 
     @torch.no_grad()
     def __call__(self, text: str) -> Tensor:
@@ -114,7 +117,7 @@ def encoder() -> MiniLM:
     except ModuleNotFoundError as error:
         raise UserError(
             f"captions and prompts are read by {ENCODER.name}, which is not installed: "
-            "run `pip install 'darkroom[text]'`"
+            "run `pip install -e '.[text]'` in Darkroom's checkout"
         ) from error
     for name, sha256 in FILES.items():
         if not (folder / name).is_file() or sha256_file(folder / name) != sha256:

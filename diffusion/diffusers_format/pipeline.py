@@ -61,8 +61,10 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         says. ``eta`` is DDIM's alone. With a ``generator`` all noise comes from it, as in stock pipelines, and the seed
         only says which classes. ``output_type`` is pil, np (N, H, W, C) or pt (N, C, H, W), both in [0, 1].
 
-        Raises UserError for what the model was not told of, or would have no effect.
+        Raises UserError for what the model was not told of, or would have no effect, and for no pictures.
         """
+        if batch_size < 1:
+            raise UserError(f"batch_size = {batch_size}: ask for one picture or more")
         model, indices = self.unet.model, range(batch_size)
         given = {
             "steps": num_inference_steps,
@@ -71,7 +73,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
             "guidance_rescale": guidance_rescale,
         }
         known = {name: value for name, value in given.items() if value is not None}
-        config = SamplingConfig.model_validate(self.unet.sampling.model_dump() | known)
+        config = self.unet.sampling.changed(known)
         asked = Asked(labels=_each(labels), prompts=_each(prompts), negative_prompt=negative_prompt)
         require_read_whole(asked)
         require_effect(model.classes, model.config.text, config, asked)

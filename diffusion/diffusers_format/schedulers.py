@@ -39,8 +39,18 @@ SUPPORTED = (*WHOLE, *IN_SIGMA, *OTHERS)
 def scheduler_of(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMixin:
     """The scheduler that takes the steps of ``sampling`` on the schedule of ``model``, whose network says x̂_0.
 
-    Raises UserError if diffusers has none.
+    In a pipeline of diffusers' own it visits the same noise levels, to the next whole time; DDPM's and DDIM's are
+    theirs. Raises UserError if diffusers has none.
     """
+    scheduler = _scheduler(model, sampling)
+    if not isinstance(scheduler, WHOLE):
+        levels = levels_of(sampling, model.schedule)
+        # Not among its arguments, but it looks there when it lays out levels as Karras et al. do.
+        scheduler.register_to_config(sigma_max=float(levels[0]), sigma_min=float(levels[-2]))
+    return scheduler
+
+
+def _scheduler(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMixin:
     shared: dict[str, Any] = {
         "num_train_timesteps": model.schedule.steps,
         "trained_betas": betas(model.schedule),

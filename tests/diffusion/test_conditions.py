@@ -242,6 +242,11 @@ def test_a_prompt_too_long_to_be_read_is_refused() -> None:
     require_read_whole(Asked(prompts=("word " * 254, None)))
     with pytest.raises(UserError, match="has 302 word pieces, and 256 are read: shorten it"):
         require_read_whole(Asked(prompts=("word " * 300,)))
+    with pytest.raises(UserError, match="is no Unicode text: write it anew"):
+        require_read_whole(Asked(prompts=("half a character: \ud800",)))
+    # A space that has no width.
+    with pytest.raises(UserError, match="a prompt needs words"):
+        require_read_whole(Asked(prompts=("\u200b",)))
     with pytest.raises(UserError, match="a prompt needs words"):
         require_read_whole(Asked(prompts=(" ",)))
 

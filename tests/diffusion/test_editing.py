@@ -140,6 +140,17 @@ def model(dataset: Path, tmp_path: Path) -> DiffusionModel:
     return load_model(run(dataset, tmp_path / "run").final)
 
 
+def test_at_full_strength_what_lies_in_a_hole_decides_nothing_and_below_it_does(model: DiffusionModel) -> None:
+    hidden = torch.where(LEFT, PICTURE, 255 - PICTURE)
+    assert not torch.equal(hidden, PICTURE)
+
+    def filled(picture: Tensor, strength: float) -> Tensor:
+        return sample(model, range(2), 0, CONFIG, edit=Edit(picture, LEFT, strength))
+
+    assert torch.equal(filled(PICTURE, 1), filled(hidden, 1))
+    assert not torch.equal(filled(PICTURE, 0.5), filled(hidden, 0.5))
+
+
 PICTURE = torch.randint(0, 256, (1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LEFT = torch.zeros(8, 8, dtype=torch.bool)
 LEFT[:, :4] = True

@@ -115,6 +115,21 @@ def test_our_pipeline_draws_the_pictures_of_a_seed_with_their_scheduler(
     assert_equal(theirs, ours(model, SamplingConfig(sampler=sampler, steps=8)))
 
 
+@pytest.mark.parametrize(
+    "bounds", [{}, {"sigma_max": None, "sigma_min": None}, {"sigma_max": 5, "sigma_min": 0.1}], ids=str
+)
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "deis", "unipc"])
+def test_in_a_stock_pipeline_their_scheduler_visits_our_noise_levels(
+    tmp_path: Path, sampler: Any, bounds: dict[str, Any]
+) -> None:
+    model, done = exported(write_model(tmp_path), sampler=sampler, **bounds)
+    scheduler = load(done, diffusers.DDPMPipeline).scheduler
+    scheduler.set_timesteps(8)
+    levels = levels_of(SamplingConfig(sampler=sampler, steps=8, **bounds), model.schedule)[:-1]
+    theirs = scheduler.sigmas.double().unique().flip(0)[:8]
+    torch.testing.assert_close(theirs[theirs > 0][: len(levels)], levels, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @predictions
 def test_a_stock_ddim_pipeline_draws_what_we_do_at_its_noise_levels(
@@ -312,7 +327,7 @@ def test_without_diffusers_one_line_says_how_to_get_it(tmp_path: Path, monkeypat
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(diffusion, "diffusers_format")
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(UserError, match=r"pip install 'darkroom\[diffusers\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[diffusers\]'"):
         exported(weights)
 
 
@@ -325,6 +340,12 @@ def test_the_pipeline_refuses_what_would_have_no_effect_or_another_one(tmp_path:
         pipe(prompts="a bird")
     with pytest.raises(UserError, match="eta means nothing to DPMSolver"):
         pipe(eta=0.5)
+    with pytest.raises(UserError, match=r"guidance_rescale mean nothing to guidance = null"):
+        pipe(guidance_rescale=0.7)
+    with pytest.raises(UserError, match=r"sampling\.steps: Input should be greater than or equal to 2"):
+        pipe(num_inference_steps=1)
+    with pytest.raises(UserError, match="batch_size = 0: ask for one picture or more"):
+        pipe(batch_size=0)
     config = pipe.scheduler.config
     for scheduler, words in (
         (diffusers.DDPMScheduler.from_config(config), "from a generator"),

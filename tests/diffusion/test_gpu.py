@@ -1,5 +1,6 @@
 """On a GPU, where there is one: the same training and the same pictures as on a processor, to float tolerance."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffusion.config_sampling import SamplingConfig
-from diffusion.device import resolve_device
+from diffusion.device import repeatable, resolve_device
 from diffusion.errors import UserError
 from diffusion.fingerprint import fingerprint
 from diffusion.model import load_model
@@ -38,6 +39,21 @@ def test_a_gpu_that_is_not_there_is_an_error_and_auto_does_without() -> None:
         resolve_device("cuda")
     assert resolve_device("auto") == torch.device("cpu")
     assert torch.backends.cpu.get_cpu_capability() in fingerprint(64, "fp32", "auto").device
+
+
+def test_of_two_that_compute_at_once_the_last_one_puts_back_what_was() -> None:
+    def switches() -> tuple[object, ...]:
+        cudnn = torch.backends.cudnn
+        return torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(), cudnn.deterministic
+
+    before, gpu = switches(), torch.device("cuda")
+    one, other = ExitStack(), ExitStack()
+    one.enter_context(repeatable(gpu))
+    other.enter_context(repeatable(gpu))
+    one.close()
+    assert switches() == ("high", True, True)
+    other.close()
+    assert switches() == before
 
 
 @needs_gpu

@@ -160,6 +160,28 @@ def test_another_sampler_is_not_given_the_options_of_the_configured_one(model: D
     assert asked("sample", steps=7).sampling(configured).churn == 2
 
 
+def test_another_sampler_visits_the_noise_levels_that_are_configured() -> None:
+    configured = SamplingConfig(sampler="ddpm", steps=1000, sigma_max=None, sigma_min=None, variance="larger")
+    drawn = asked("sample", sampler="ddim", steps=50).sampling(configured)
+    assert drawn == SamplingConfig(sampler="ddim", steps=50, sigma_max=None, sigma_min=None)
+
+
+def test_a_guidance_of_1_is_none_however_guidance_is_configured() -> None:
+    configured = SamplingConfig(guidance=3, guidance_interval=(0.2, 5), guidance_rescale=0.7)
+    assert not asked("sample", guidance=1).sampling(configured).guides
+    assert asked("sample").sampling(configured) == configured
+
+
+def test_a_pixel_that_stands_for_some_white_in_a_larger_mask_is_painted_anew(model: DiffusionModel) -> None:
+    large = np.kron(PIXELS, np.ones((8, 8), np.uint8))
+    mask = np.zeros_like(large)
+    # A bar of three pixels, less than half of what each of those drawn stands for.
+    mask[34:37] = 255
+    [bar] = original(model, asked("inpaint", image=png(large), mask=png(mask)))
+    assert (bar[0, 4] == 128).all()
+    assert not (bar[0, :3] == 128).all(1).any()
+
+
 @pytest.mark.parametrize("task", TAKES)
 def test_what_a_task_would_pass_over_is_refused(task: str) -> None:
     for name in Request.model_fields.keys() - TAKES[task] - {"task"}:  # type: ignore[index]
@@ -203,8 +225,9 @@ def test_what_is_no_request_is_told_so(fields: dict[str, Any], words: str) -> No
         ({"task": "inpaint", "image": png(PIXELS), "mask": png(np.full_like(HOLE, 255))}, "keeps nothing"),
         ({"task": "inpaint", "image": png(PIXELS), "mask": png(HOLE[:, :4])}, "mask has 4×8 pixels and the image 8×8"),
         ({"task": "upscale", "image": png(PIXELS)}, "not trained to upscale: it can sample, inpaint, vary, interpol"),
-        ({"task": "interpolate", "to_seed": 0, "count": 2}, "from one seed to another"),
-        ({"task": "interpolate", "to_seed": 1}, "a count of 2 or more"),
+        ({"task": "interpolate", "to_seed": 0, "count": 2}, "from seed 0 to seed 0: give two seeds"),
+        ({"task": "interpolate", "to_seed": 1}, "ask for two or more"),
+        ({"count": 10**12}, "64,000,000,000,064 values, and 2,147,483,648 are held at once: ask for fewer"),
     ],
 )
 def test_nothing_is_drawn_if_one_row_cannot_be(model: DiffusionModel, fields: dict[str, Any], words: str) -> None:
@@ -225,8 +248,11 @@ def test_of_several_rows_the_one_that_cannot_be_answered_is_named(model: Diffusi
 
 def test_there_is_no_way_between_classes(tmp_path: Path) -> None:
     model = load_model(write_model(tmp_path / "told.safetensors", 0, 0, size=SIZE, classes={"cat": 5, "dog": 5}))
-    with pytest.raises(UserError, match="nothing between classes: give a label, one of cat, dog"):
-        answer(model, [asked("interpolate", seed=1, to_seed=2, count=6)], SAMPLING)
+    drawn: list[str] = []
+    rows = [asked("vary"), asked("interpolate", seed=1, to_seed=2, count=6)]
+    with pytest.raises(UserError, match=r"row 1: .*nothing between classes: give a label, one of cat, dog"):
+        answer(model, rows, SAMPLING, lambda what, *_: drawn.append(what))
+    assert not drawn
     [way] = answer(model, [asked("interpolate", seed=1, to_seed=2, count=6, label="dog")], SAMPLING)
     ends = [answer(model, [asked("sample", seed=seed, label="dog")], SAMPLING)[0] for seed in (1, 2)]
     assert torch.equal(torch.cat([way[:1], way[-1:]]), torch.cat(ends))

@@ -120,7 +120,8 @@ def test_deterministic_samplers_converge_to_the_exact_solution_at_their_order(
 def test_fresh_noise_leaves_the_distribution_of_the_data_as_it_is(config: SamplingConfig) -> None:
     schedule = cosine_schedule(1000)
     noise, sigmas = noises(1, 4000, 1), sigma_grid(schedule, 500)
-    pictures = make_sampler(config)(gaussian_denoiser, sigmas[0].float() * noise(), sigmas, noise)
+    sampler = make_sampler(config.changed({"steps": 500}))
+    pictures = sampler(gaussian_denoiser, sigmas[0].float() * noise(), sigmas, noise)
     assert pictures.std().item() == pytest.approx(SPREAD, rel=0.06)
     assert pictures.mean().item() == pytest.approx(0, abs=0.05)
 
@@ -212,11 +213,25 @@ def as_in_algorithm_2(
     ids=str,
 )
 def test_churn_is_that_of_algorithm_2(sampler: str, churn: dict[str, float]) -> None:
-    config, sigmas = SamplingConfig.model_validate({"sampler": sampler} | churn), sigma_grid(linear_schedule(1000), 18)
+    config = SamplingConfig.model_validate({"sampler": sampler, "steps": 18} | churn)
+    sigmas = sigma_grid(linear_schedule(1000), 18)
     start = sigmas[0].float() * noises(0, 4)()
     ours = make_sampler(config)(gaussian_denoiser, start, sigmas, noises(1, 4))
     theirs = as_in_algorithm_2(start, sigmas, noises(1, 4), config, second=sampler == "heun")
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_each_step_of_a_part_of_the_way_is_churned_as_it_is_on_the_whole_way(sampler: SamplerName) -> None:
+    sigmas = sigma_grid(linear_schedule(1000), 18)
+    churned = make_sampler(SamplingConfig(sampler=sampler, steps=18, churn=3))
+    start = sigmas[0].float() * noises(0, 4)()
+    noise = noises(1, 4)
+    halfway = churned(gaussian_denoiser, start, sigmas[:10], noise)
+    torch.testing.assert_close(
+        churned(gaussian_denoiser, halfway, sigmas[9:], noise),
+        churned(gaussian_denoiser, start, sigmas, noises(1, 4)),
+    )
 
 
 def mixture_denoiser(x: Tensor, sigma: Tensor) -> Tensor:

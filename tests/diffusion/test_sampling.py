@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
@@ -61,6 +62,11 @@ def test_files_that_are_no_models_are_refused_in_one_line(tmp_path: Path) -> Non
     (tmp_path / "text.safetensors").write_text("hello")
     with pytest.raises(UserError, match="not a model of ours"):
         load_model(tmp_path / "text.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "list.safetensors", {"darkroom": "[1]"})
+    with pytest.raises(UserError, match="not a model of ours"):
+        load_model(tmp_path / "list.safetensors")
+    with pytest.raises(UserError, match=r"cannot be read \(.*\): give the file of a model"):
+        load_model(tmp_path)
     save_tensors(tmp_path / "other.safetensors", {"a": torch.zeros(1)}, {"something": "else"})
     with pytest.raises(UserError, match="header this version cannot read"):
         load_model(tmp_path / "other.safetensors")

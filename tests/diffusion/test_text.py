@@ -61,7 +61,7 @@ def test_files_that_are_not_the_ones_expected_are_refused(monkeypatch: pytest.Mo
 
 def test_an_encoder_that_is_not_installed_is_named_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match=r"all-MiniLM-L6-v2, which is not installed: run `pip install 'darkroom\[text"):
+    with pytest.raises(UserError, match=r"all-MiniLM-L6-v2, which is not installed: run `pip install -e '\.\[text"):
         encoder.__wrapped__()
 
 
