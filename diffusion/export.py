@@ -120,7 +120,8 @@ def _write(model: DiffusionModel, sampling: SamplingConfig, pipeline: str, folde
         from diffusion.diffusers_format.schedulers import scheduler_of
     except ModuleNotFoundError as error:
         raise UserError(
-            f"export to diffusers needs {error.name}, which is not installed: run `pip install 'darkroom[diffusers]'`"
+            f"export to diffusers needs {error.name}, which is not installed: run `pip install -e '.[diffusers]'` in "
+            "Darkroom's checkout"
         ) from error
     parts = diffusers_format.DarkroomUNet.of(model, sampling), scheduler_of(model, sampling)
     kind = diffusers_format.DarkroomPipeline if pipeline == "DarkroomPipeline" else getattr(diffusers, pipeline)
@@ -173,7 +174,7 @@ pipe(batch_size=4, num_inference_steps={sampling.steps}).images
     return f"""# {header.dataset}
 
 A diffusion model of {size}×{size} pictures ({"grey" if channels == 1 else "RGB"}{classes}), made with Darkroom.
-With `pip install 'darkroom[diffusers]'`:
+With Darkroom's package and its extra `diffusers`, from its repository (PyPI's package `darkroom` is another):
 
 ```python
 from diffusion.diffusers_format import DarkroomPipeline

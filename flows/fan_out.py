@@ -35,7 +35,9 @@ def task_runner(config: Spread) -> TaskRunner[Any]:
         try:
             from prefect_ray import RayTaskRunner
         except ImportError as error:
-            raise UserError("runner=ray needs Ray: pip install 'darkroom[ray]', or use processes") from error
+            raise UserError(
+                "runner=ray needs Ray: run `pip install -e '.[ray]'` in Darkroom's checkout, or use processes"
+            ) from error
         ray: TaskRunner[Any] = RayTaskRunner()
         return ray
     if config.runner == "processes":

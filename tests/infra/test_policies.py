@@ -20,27 +20,30 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 BUCKET = "pictures-of-a-team"
-PREFIXES = ("dvc", "datasets", "ledger", "prints", "pushing", "retired", "retrained", "starts", "mlflow", "elsewhere")
+PREFIXES = (
+    *("pictures", "dvc", "datasets", "ledger", "prints", "pushing", "retired", "retrained", "starts", "mlflow"),
+    "elsewhere",
+)
 WORK = {"dvc", "datasets", "ledger", "prints", "pushing", "retrained", "starts"}
 READS: dict[str, set[str]] = {
-    "worker": WORK,
+    "worker": {*WORK, "pictures"},
     "sampler": {"ledger", "prints"},
     "reader": {"dvc", "datasets", "ledger", "prints"},
-    "keeper": {"dvc", "datasets", "ledger", "prints", "retired"},
+    "keeper": {"pictures", "dvc", "datasets", "ledger", "prints", "retired"},
     "mlflow": {"mlflow"},
 }
 WRITES: dict[str, set[str]] = {
     "worker": WORK,
     "sampler": {"prints"},
     "reader": set(),
-    "keeper": {"dvc", "datasets", "prints", "pushing", "retired"},
+    "keeper": {"pictures", "dvc", "datasets", "prints", "pushing", "retired"},
     "mlflow": {"mlflow"},
 }
 DELETES: dict[str, set[str]] = {
     "worker": {"pushing"},
     "sampler": set(),
     "reader": set(),
-    "keeper": {"dvc", "datasets", "prints", "pushing", "retired"},
+    "keeper": {"pictures", "dvc", "datasets", "prints", "pushing", "retired"},
     "mlflow": {"mlflow"},
 }
 
