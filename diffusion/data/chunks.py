@@ -31,7 +31,7 @@ COLUMNS = (*RECORDS.names, "end", "stamp")
 is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null; ``end`` is that of the sample."""
 NOT_OF_A_CHUNK = {"source", "licence", "max_quarantined", "shard_bytes", "runner", "workers", "held_out"}
 """Fields of the configuration that cannot change what a chunk becomes."""
-FORMAT = 2
+FORMAT = 3
 """Goes up when the same pictures would become something else, so that what older code left is not taken up."""
 
 

@@ -15,7 +15,7 @@ class StorageConfig(Config):
     fit: Literal["crop", "pad", "squash"] = "crop"
     """How a picture that is not square becomes square: cut its longer side, fill up its shorter one, or distort."""
     mode: Literal["keep", "grey", "rgb"] = "keep"
-    """Channels: ``keep`` stores grey if every picture of the set is grey, and RGB otherwise."""
+    """Channels: ``keep`` stores grey if every picture of the set shows no colour, and RGB otherwise."""
     background: str = Field("#000000", pattern="^#[0-9a-fA-F]{6}$")
     """What shows through transparent pixels and fills up padded ones, as #rrggbb."""
     held_out: float = Field(0.1, gt=0, lt=1)

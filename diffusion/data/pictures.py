@@ -55,6 +55,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What undoes each EXIF orientation."""
+LEFT_WAS_LAST, TOP_WAS_LAST = {2, 3, 6, 7}, {3, 4, 7, 8}
+"""Orientations of which the left or upper side was the right or lower one of what is stored."""
 
 
 class Refused(Exception):
@@ -89,6 +91,8 @@ def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredPicture
     with _refusing(config):
         source = _decode(payload, config)
         picture = _square(source, _to_grey_or_rgb(source, config), config)
+        if config.mode == "keep":
+            picture = _grey_if_all_is(picture)
     pixels = np.asarray(picture)
     header = f"{picture.mode}:{picture.width}x{picture.height}:".encode()
     key = sha256_bytes(header + pixels.tobytes())
@@ -129,6 +133,8 @@ class _Source:
     """Width and height before ``scale``."""
     scale: int
     """The picture was decoded at this fraction of its size, rounded up."""
+    spare: tuple[float, float] = (0, 0)
+    """How much of that rounding lies at the left and at the top, as the picture was turned; else it is at the ends."""
 
 
 class _Timed(io.BytesIO):
@@ -202,10 +208,14 @@ def _require_usable(size: tuple[int, int], config: IngestConfig) -> None:
 
 def _upright(picture: Image.Image, size: tuple[int, int], scale: int) -> _Source:
     orientation = picture.getexif().get(Base.Orientation, 1)
-    if orientation in TURNS:
-        picture = picture.transpose(TURNS[orientation])
-        size = size[::-1] if orientation >= 5 else size
-    return _Source(picture, size, scale)
+    if orientation not in TURNS:
+        return _Source(picture, size, scale)
+    picture = picture.transpose(TURNS[orientation])
+    size = size[::-1] if orientation >= 5 else size
+    over = [decoded - side / scale for decoded, side in zip(picture.size, size, strict=True)]
+    left = over[0] if orientation in LEFT_WAS_LAST else 0
+    top = over[1] if orientation in TOP_WAS_LAST else 0
+    return _Source(picture, size, scale, (left, top))
 
 
 def _require_known_range(picture: ImageFile) -> None:
@@ -241,6 +251,12 @@ def _to_grey_or_rgb(source: _Source, config: IngestConfig) -> Image.Image:
     if alpha is None:
         return picture
     return Image.composite(picture, Image.new(picture.mode, picture.size, config.background), alpha)
+
+
+def _grey_if_all_is(picture: Image.Image) -> Image.Image:
+    """The same picture in ``L`` if it shows no colour, so that it has one key however it was saved."""
+    red, *others = picture.split()
+    return red if all(red.tobytes() == each.tobytes() for each in others) else picture
 
 
 def _from_integers(picture: Image.Image) -> Image.Image:
@@ -323,7 +339,7 @@ def _square(source: _Source, picture: Image.Image, config: IngestConfig) -> Imag
         left, top, width, height = (width - side) // 2, (height - side) // 2, side, side
     box = (left, top, left + width, top + height)
     # Not up to the last pixel: the sides of what was decoded at a fraction are rounded up.
-    scaled = (edge / source.scale for edge in box)
+    scaled = (edge / source.scale + spare for edge, spare in zip(box, source.spare * 2, strict=True))
     picture = picture.resize(_resized(source.size, config), Image.Resampling.BICUBIC, box=tuple(scaled))  # type: ignore[arg-type]
     if picture.size == (config.size, config.size):
         return picture

@@ -236,10 +236,10 @@ class Sitter:
 
     @cached_property
     def per_class(self) -> PerClass | None:
-        """How it does class by class; None: it was told none."""
-        if self.labels is None:
-            return None
+        """How it does class by class; None: it was told none, or none that the data set has pictures of."""
         classes, real = self.model.classes, self.real
+        if self.labels is None or not real.dataset.manifest.class_histogram.keys() & set(classes):
+            return None
         drawn = Labelled(self.features, self.labels)
         return per_class(drawn, real.labelled(classes), real.reader(classes), classes, real.extractor.name)
 

@@ -23,6 +23,7 @@ from diffusion.random import GaussianNoise
 from diffusion.sampling import reconstructed
 from diffusion.training.config import TrainingConfig, disagreement
 from diffusion.training.drawn import Drawn
+from diffusion.variance import log_likelihood
 from diffusion.variational import kl_divergence, negative_log_likelihood
 
 LEVELS_TO_ONE = 127.5
@@ -56,7 +57,7 @@ def latent_shape(config: VAEConfig, size: int) -> tuple[int, int, int]:
 class BoundLearner(Learner):
     """Draws the posterior's noise; the loss is the negative evidence lower bound, in bits a value.
 
-    Those are of values rounded as stored pixels are, which keeps the loss above 0.
+    Those are of values rounded as stored pixels are: the density times the width of a level.
     """
 
     config: VAEConfig
@@ -131,11 +132,15 @@ class VAEFamily:
         return [(1, lambda: model.network.decode(torch.zeros(1, *model.noise_shape)))]
 
     def terms(self, model: VAEModel, x0: Tensor, told: Told, indices: Sequence[int]) -> Terms:
-        """The bound, which is its loss in training but for the weight of the divergence."""
+        """The bound, which is its loss in training but for the weight of the divergence, and for values as they are."""
         assert isinstance(model.config, VAEConfig)
-        learner = BoundLearner(model.config.model_copy(update={"kl_weight": 1.0}), 0, model.header.size)
+        learner = BoundLearner(model.config, 0, model.header.size)
         drawn = learner.probed(x0, "held_out", indices, told).on(x0.device)
-        bits = learner.losses(model.network, drawn).double()
+        reconstruction, mean, log_variance = model.network(drawn.x0, drawn.noise)
+        # Not the density that it learns by, which near a value may say more than a level holds.
+        rounded = log_likelihood(drawn.x0.double(), reconstruction.double(), model.network.log_scale.double().exp())
+        nats = kl_divergence(mean, log_variance).double() - rounded.flatten(1).sum(1)
+        bits = nats / drawn.x0[0].numel() / math.log(2)
         return Terms.without_levels(bits, len(bits))
 
     def illustrations(self, model: VAEModel, told: Told | None) -> dict[str, Image.Image]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.data.dataset import Dataset
+from diffusion.errors import UserError
 from diffusion.families import family_of
 from diffusion.families.base import Learner
 from diffusion.families.config import FamilyConfig
@@ -18,6 +19,8 @@ from diffusion.training.sharding import shard
 from diffusion.training.uncertainty import Uncertainty
 from diffusion.upscaling import detail
 
+LEAST_DEVIATION = 1e-4
+"""Of values in [−1, 1], far below a level of 8 bits: what differs by less does not differ."""
 LOOKED_AT = 1024
 """Pictures, at most, that say what there is beyond small ones."""
 
@@ -38,13 +41,19 @@ def worked_on(dataset: Dataset, first_stage: FirstStage | None) -> tuple[int, in
 
 
 def deviation(dataset: Dataset, model: FamilyConfig, first_stage: FirstStage | None) -> float:
-    """Standard deviation of the values that the network works on."""
+    """Standard deviation of the values that the network works on; UserError if there is nothing to learn from them."""
     if first_stage:
         return 1.0
-    if model.low_resolution is None:
-        return dataset.manifest.sigma_data
-    # Rows are in the order of their keys, and so the first are any.
-    return detail(model.low_resolution, dataset.pictures(dataset.rows("train")[:LOOKED_AT]))
+    name, low = dataset.manifest.name, model.low_resolution
+    if low is None:
+        found, why = dataset.manifest.sigma_data, "are one flat tone"
+    else:
+        # Rows are in the order of their keys, and so the first are any.
+        found = detail(low, dataset.pictures(dataset.rows("train")[:LOOKED_AT]))
+        why = f"show all that they have at {low}×{low}"
+    if found < LEAST_DEVIATION:
+        raise UserError(f"the training pictures of {name} {why}, so there is nothing to learn: ingest others")
+    return found
 
 
 def frozen_tensors(first_stage: FirstStage | None, device: torch.device) -> dict[str, Tensor]:

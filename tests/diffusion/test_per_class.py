@@ -53,6 +53,12 @@ def test_pictures_of_no_class_teach_nothing_and_a_class_without_pictures_is_neve
     assert not (reader(strangers) == 3).any()
 
 
+def test_of_one_picture_of_each_class_the_nearest_is_the_answer() -> None:
+    known = features(1, 0)
+    reader = fit([(known.features, known.labels)], len(NAMES))
+    assert torch.equal(reader(known.features + 0.01), known.labels)
+
+
 def test_a_rare_class_is_not_passed_over() -> None:
     given = features(300, 0)
     kept = (given.labels != 2) | (torch.arange(900) % 30 == 0)

@@ -30,6 +30,17 @@ from tests.diffusion.picture_files import (
     tiff_file,
 )
 
+UNDONE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+"""How a picture is turned to be stored with each orientation."""
+
 # Sizes and modes.
 
 
@@ -92,8 +103,14 @@ def test_modes_keep_or_force_the_channels() -> None:
         stored = prepare(saved(picture, "PNG"), config(mode=mode))
         assert stored.mode == expected
         np.testing.assert_array_equal(stored.pixels, np.asarray(picture.convert(expected)))
-    # Of three channels, even if all are equal: by mode, not by content.
-    assert prepare(saved(grey.convert("RGB"), "PNG"), config()).mode == "RGB"
+
+
+def test_a_grey_picture_has_one_key_however_it_was_saved() -> None:
+    grey = blob(9, 8, "L")
+    stored = [prepare(saved(grey.convert(mode), "PNG"), config()) for mode in ("L", "LA", "RGB", "RGBA", "P")]
+    assert {each.key for each in stored} == {stored[0].key}
+    assert {each.mode for each in stored} == {"L"}
+    assert prepare(saved(grey.convert("RGB"), "PNG"), config(mode="rgb")).mode == "RGB"
 
 
 def test_reduced_decoding_of_jpegs_cannot_be_told_from_whole() -> None:
@@ -103,6 +120,17 @@ def test_reduced_decoding_of_jpegs_cannot_be_told_from_whole() -> None:
         file = saved(picture, "JPEG", quality=90)
         whole = ImageOps.fit(Image.open(io.BytesIO(file)).convert("RGB"), (64, 64), Image.Resampling.BICUBIC)
         assert psnr(pixels(file, size=64), np.asarray(whole)) > 42
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_jpeg_that_is_stored_turned_is_decoded_to_what_the_upright_one_is(orientation: int) -> None:
+    upright = blob(3, 24, "RGB").resize((1001, 803), Image.Resampling.BICUBIC)
+    turned = upright.transpose(UNDONE[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = saved(turned, "JPEG", quality=95, exif=exif)
+    whole = ImageOps.fit(upright, (64, 64), Image.Resampling.BICUBIC)
+    assert psnr(pixels(file, size=64), np.asarray(whole)) > 42
 
 
 def test_decoded_pictures_are_prepared_like_files() -> None:
@@ -127,8 +155,8 @@ def test_key_names_the_pixels_and_the_png_holds_them() -> None:
     assert {each.key for each in again} == {stored.key}
     assert prepare(saved(blob(2, 12, "RGB"), "PNG"), config()).key != stored.key
     black = [
-        prepare(saved(Image.new(mode, size), "PNG"), config(*size[:1]))
-        for mode, size in (("L", (16, 16)), ("RGB", (16, 16)), ("L", (8, 8)))
+        prepare(saved(Image.new("L", (size, size)), "PNG"), config(size, mode=mode))
+        for size, mode in ((16, "keep"), (16, "rgb"), (8, "keep"))
     ]
     assert len({each.key for each in black}) == 3
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -64,6 +65,18 @@ class StopAt:
 
 def run(dataset: Path, output: Path, config: TrainingConfig = CONFIG, **options: object) -> TrainResult:
     return train(dataset, output, MODEL, config, SAMPLING, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("low_resolution", "words"), [(None, "of plain are one flat tone"), (4, "show all that they have at 4×4")]
+)
+def test_pictures_of_which_there_is_nothing_to_learn_are_refused(
+    tmp_path: Path, low_resolution: int | None, words: str
+) -> None:
+    write_dataset(tmp_path / "plain", np.full((40, 1, 8, 8), 90, np.uint8), per_shard=40)
+    model = MODEL.model_copy(update={"low_resolution": low_resolution, "conditional": False})
+    with pytest.raises(UserError, match=words):
+        train(tmp_path / "plain", tmp_path / "run", model, CONFIG, SAMPLING)
 
 
 def test_same_inputs_give_the_same_bits(dataset: Path, tmp_path: Path) -> None:

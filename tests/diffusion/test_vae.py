@@ -1,5 +1,6 @@
 """Autoencoders: trained, resumed, judged and drawn from as diffusion models are, by their own measure."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -102,6 +103,21 @@ def test_the_bound_of_a_trained_network_lies_below_the_likelihood_of_its_data(tm
     assert max(bounds) < exact
     # And it found the factors, or it would do no better than any that takes pixels to be independent.
     assert bounds[-1] > independent.log_prob(held_out).mean().item()
+
+
+@pytest.mark.parametrize("log_scale", [-2.0, -5.0, -9.0])
+def test_bits_of_what_comes_back_exactly_are_those_of_whole_levels(model: VAEModel, log_scale: float) -> None:
+    flat = torch.full((2, *model.shape), 127, dtype=torch.uint8)
+    network = copy.deepcopy(model.network)
+    network.log_scale.data.fill_(log_scale)
+    # What the decoder says is the picture itself, and the latents say nothing.
+    network.forward = lambda x, noise: (x, torch.zeros(len(x), 1), torch.zeros(len(x), 1))  # type: ignore[method-assign]
+    terms = family_of(model.config).terms(VAEModel(model.header, network), to_float(flat), {}, [0, 1])
+    assert terms.bits is not None
+    scale = math.exp(log_scale)
+    share = math.erf(1 / 255 / scale / math.sqrt(2))
+    assert terms.bits.tolist() == pytest.approx([-math.log2(share)] * 2, abs=1e-9)
+    assert (terms.bits >= 0).all()
 
 
 def test_a_picture_is_the_decoded_noise_of_its_number_whatever_the_count(model: VAEModel) -> None:
