@@ -4,9 +4,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
+
+PARTIAL = re.compile(r"\.(.+\.)?[0-9a-f]{32}\.partial")
+"""What files are called until they are whole: each writer has a name of its own."""
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -41,18 +46,28 @@ def digest_of(value: Any) -> str:
 def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
     """Let ``write`` fill a temporary neighbour of ``path``, flush it to disk and rename it into place.
 
-    Returns the SHA-256 of what was written. A crash leaves either the old file or the new one,
-    and at most a ``.partial`` file that the next writer of the same path replaces.
+    Returns the SHA-256 of what was written; of several writers at once the last one's file stays. An exception leaves
+    what was there, a kill also a ``.partial`` file, for ``remove_partials`` or ``darkroom gc`` to take away.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    digest = sha256_file(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    # Not a fixed name: two who write the same path at once would tear each other's file.
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
+    try:
+        write(partial)
+        digest = sha256_file(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     sync_folder(path.parent)
     return digest
+
+
+def remove_partials(folder: Path) -> None:
+    """Take away what killed writers left anywhere in ``folder``, of which the caller is the only writer now."""
+    for path in folder.rglob(".*.partial"):
+        path.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> str:

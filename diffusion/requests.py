@@ -7,7 +7,7 @@ or would pass over, is refused.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -143,6 +143,9 @@ class Request(Wanted):
     pixel is kept that stands for hardly any white."""
 
 
+Kind = TypeVar("Kind", bound=Wanted)
+
+
 def request_of(fields: Mapping[str, Any]) -> Request:
     """A request from a row of a table, where None stands for what is left out.
 
@@ -159,13 +162,22 @@ def request_of(fields: Mapping[str, Any]) -> Request:
         raise UserError(f"{name} means nothing to {task}, only to {', '.join(tasks)}: leave it out")
     if missing := [name for name in NEEDS[task] if name not in given]:
         raise UserError(f"{task} needs {' and '.join(missing)}: give {'them' if missing[1:] else 'it'}")
+    return _valid(Request, given)
+
+
+def wanted_of(fields: Mapping[str, Any]) -> Wanted:
+    """What is wanted, still without the pictures that it begins with; raises UserError for a value out of range."""
+    return _valid(Wanted, fields)
+
+
+def _valid(kind: type[Kind], fields: Mapping[str, Any]) -> Kind:
     try:
-        return Request.model_validate(given)
+        return kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         name = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise UserError(f"there is no {name} to ask for; there is {', '.join(Request.model_fields)}") from error
+            raise UserError(f"there is no {name} to ask for; there is {', '.join(kind.model_fields)}") from error
         raise UserError(f"{name}: {first['msg'].lower()}") from error
 
 

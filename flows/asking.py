@@ -6,6 +6,7 @@ import json
 import os
 import urllib.request
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from diffusion.errors import DarkroomError, UserError
 
@@ -22,13 +23,13 @@ def ask(url: str, login: str = "", question: Any = None) -> Any:
     try:
         return json.loads(fetch(url, login, question))
     except ValueError as error:
-        raise NotServing(f"{url}: {error}") from error
+        raise NotServing(f"{without_login(url)[0]}: {error}") from error
 
 
 def ask_mlflow(path: str, question: Any = None) -> Any:
     """What the MLflow server of the environment answers, ``path`` being below ``/api/2.0/mlflow/``."""
     login = ":".join(os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
-    return ask(f"{named('MLFLOW_TRACKING_URI')}/api/2.0/mlflow/{path}", login.strip(":"), question)
+    return ask(f"{named('MLFLOW_TRACKING_URI')}/api/2.0/mlflow/{path}", "" if login == ":" else login, question)
 
 
 def ask_prefect(path: str, question: Any = None) -> Any:
@@ -45,7 +46,8 @@ def named(variable: str) -> str:
 
 def fetch(url: str, login: str = "", question: Any = None) -> bytes:
     """The answer to a GET, or to a POST of ``question``, as it comes; raises NotServing without one in 3 s."""
-    headers = {"Content-Type": "application/json"}
+    url, named = without_login(url)
+    login, headers = login or named, {"Content-Type": "application/json"}
     if login:
         headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
     data = None if question is None else json.dumps(question).encode()
@@ -61,3 +63,10 @@ def fetch(url: str, login: str = "", question: Any = None) -> bytes:
     if len(found) > LARGEST:
         raise NotServing(f"{url}: answers with more than {LARGEST} bytes")
     return found
+
+
+def without_login(url: str) -> tuple[str, str]:
+    """``url`` as it may be shown, and the login in it, ``USER:PASSWORD``; empty if it has none."""
+    parts = urlsplit(url)
+    login, at, host = parts.netloc.rpartition("@")
+    return parts._replace(netloc=host).geturl() if at else url, unquote(login)

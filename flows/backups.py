@@ -4,6 +4,7 @@
 ``TARGET/backups/20261126T035504Z.json`` says what a backup consists of. Passwords and keys are in none of them.
 """
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from diffusion.errors import UserError
 from diffusion.files import sha256_file, sync_folder, write_json
 
 STAMP = "%Y%m%dT%H%M%SZ"
+SMALL = 2**20
+"""Bytes of an object that is read as fast as it is found."""
 NAMED = re.compile(r"\d{8}T\d{6}Z")
 Digest = str
 """Hex SHA-256."""
@@ -89,18 +92,34 @@ class Backups:
         """Where bytes lie; raises UserError if they are damaged or missing."""
         path = self.path(sha256)
         if not path.is_file() or sha256_file(path) != sha256:
-            raise UserError(f"{path} is damaged or missing: take another backup, or another copy of this folder")
+            raise UserError(
+                f"{path} is damaged or missing: delete it and take another backup, or take another copy of this folder"
+            )
         return path
+
+    def has(self, saved: SavedObject) -> bool:
+        """Whether the bytes of an object need not be copied again."""
+        path = self.path(saved.sha256)
+        if not path.is_file() or path.stat().st_size != saved.size:
+            return False
+        # What a crash cuts has another size. To read all large ones each time would take as long as a first backup.
+        return saved.size > SMALL or sha256_file(path) == saved.sha256
 
     def keep(self, write: Callable[[Path], None]) -> Digest:
         """Keep the bytes that ``write`` writes to the path that it is given; returns their SHA-256."""
         partial = self.folder / "objects" / ".partial"
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
+        # Databases hold hashes of passwords, and objects people's pictures.
+        partial.touch(mode=0o600)
         write(partial)
         sha256 = sha256_file(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
         path = self.path(sha256)
-        path.parent.mkdir(exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir()
+            sync_folder(path.parent.parent)
         partial.replace(path)
         sync_folder(path.parent)
         return sha256

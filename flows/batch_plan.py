@@ -20,6 +20,7 @@ from flows.s3_multipart import ABANDONED, abort_uploads, require_conditional_com
 
 DEFAULT_COUNT = 64
 """Pictures printed unless told."""
+JSON = "application/json"
 COPIED_AT_ONCE = 2**20
 """Bytes."""
 
@@ -112,10 +113,11 @@ def begin(store: Store, batch: Batch, place: Location, table: RequestTable | Non
     store.require_conditional_puts(place.bucket, "prints")
     require_conditional_completion(store, place.bucket, "prints")
     abort_uploads(store, Location(place.bucket, place.key("")), ABANDONED)
+    about, data = place.key("batch.json"), batch.json_bytes()
     try:
-        store.put_once(place.bucket, place.key("batch.json"), batch.json_bytes(), content_type="application/json")
+        put = store.put_once(place.bucket, about, data, content_type=JSON)
     except Held as error:
-        found = Batch.model_validate_json(store.get(place.bucket, place.key("batch.json")))
+        found = prints.parse_batch(store.get(place.bucket, about), f"{place}/batch.json")
         how = "of another request"
         if other := found.fingerprint.differences(batch.fingerprint):
             how = f"begun under another fingerprint ({other})"
@@ -124,6 +126,10 @@ def begin(store: Store, batch: Batch, place: Location, table: RequestTable | Non
         raise Held(
             f"{place} holds a batch {how}: finish it where and as it was begun, or give --to another prefix"
         ) from error
+    if put == "already there":
+        # What is drawn at first may lie there as well, so that nothing else tells `darkroom gc` that somebody goes on
+        # with an old batch: it looks at the age of this object before each request by which it deletes.
+        store.renew(place.bucket, about, data, JSON)
     if table is not None and not store.exists(place.bucket, place.key(KEPT)):
         with writing(store, place.bucket, place.key(KEPT), prints.PARQUET) as kept, table.path.open("rb") as rows:
             while piece := rows.read(COPIED_AT_ONCE):

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from uuid import uuid4
 
 import yaml
+from pydantic import ValidationError
 
 from diffusion.data.ingest import work_folder
 from diffusion.data.manifest import Manifest, manifest_bytes, parse_manifest, read_manifest
@@ -124,12 +125,12 @@ class Catalogue:
         known = {removal.name for removal in removals(work)}
         for key in self.store.list_keys(self.place.bucket, self.place.key("removals/")):
             if PurePosixPath(key).stem not in known:
-                write_removal(work, Removal.model_validate_json(self.store.get(self.place.bucket, key)))
+                write_removal(work, self._removal(key))
 
     def removals(self) -> Iterator[Removal]:
         """Everything that was taken down from the data set."""
         for key in self.store.list_keys(self.place.bucket, self.place.key("removals/")):
-            yield Removal.model_validate_json(self.store.get(self.place.bucket, key))
+            yield self._removal(key)
 
     def retired(self) -> dict[str, Manifest]:
         """Versions that ``darkroom gc`` took out of the catalogue, and whose files are on the remote yet, by digest."""
@@ -152,6 +153,17 @@ class Catalogue:
         """When a version was put into the catalogue; None if it never was."""
         found = self.store.stat(self.place.bucket, self.place.key(f"{digest}/manifest.json"))
         return found and found.written
+
+    def _removal(self, key: str) -> Removal:
+        try:
+            return Removal.model_validate_json(self.store.get(self.place.bucket, key))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(
+                f"s3://{self.place.bucket}/{key} is no removal that this Darkroom understands "
+                f"({'.'.join(map(str, first['loc']))}: {first['msg']}): update, or if it is damaged delete it and give "
+                "that takedown again"
+            ) from error
 
     def _put(self, name: str, data: bytes, content_type: str = "application/octet-stream") -> None:
         self.store.put_once(self.place.bucket, self.place.key(name), data, content_type=content_type)

@@ -27,6 +27,8 @@ class Combination(Config):
     params: Params
     folder: Path
     """Where its evaluation is written to."""
+    digest: str
+    """Of what is compared, the same however its values were written."""
 
 
 def parse_over(words: Sequence[str]) -> dict[str, list[Any]]:
@@ -61,7 +63,8 @@ def combinations(params: Params, over: Mapping[str, Sequence[Any]]) -> list[Comb
             )
     chosen = (dict(zip(over, values, strict=True)) for values in itertools.product(*over.values()))
     found = [_with(params, settings) for settings in chosen]
-    if len({each.params.run_folder for each in found}) < len(found):
+    # By what they say, however it is written: 1e-3 is 0.001.
+    if len({each.digest for each in found}) < len(found):
         raise UserError("--over gives the same value twice: leave one of them out")
     return found
 
@@ -73,6 +76,8 @@ def _with(params: Params, settings: dict[str, Any]) -> Combination:
         node = tree
         for section in sections:
             node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--over {key}: {section} is a value, not a section")
         node[name] = value
     try:
         varied = Params.model_validate(tree)
@@ -84,7 +89,7 @@ def _with(params: Params, settings: dict[str, Any]) -> Combination:
     output = Path("runs", "sweeps", params.model_name, name)
     training = varied.training.model_copy(update={"output": output})
     varied = varied.model_copy(update={"training": training})
-    return Combination(settings=settings, params=varied, folder=params.report_folder / "sweeps" / name)
+    return Combination(settings=settings, params=varied, folder=params.report_folder / "sweeps" / name, digest=digest)
 
 
 def words_of(settings: Mapping[str, object]) -> str:

@@ -48,10 +48,11 @@ class Pace:
         rate = (done - (self.started_at or 0)) / max(time.monotonic() - self.started, 1e-9)
         if rate <= 0:
             return ""
+        per_second = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
         if total is None or done >= total:
-            return f"{rate:,.0f}/s"
+            return per_second
         minutes, seconds = divmod(round((total - done) / rate), 60)
-        return f"{rate:,.0f}/s, {minutes}:{seconds:02d} left"
+        return f"{per_second}, {minutes}:{seconds:02d} left"
 
 
 class Console(Protocol):

@@ -4,11 +4,14 @@ MLflow's ``/health`` says 200 while it refuses the name by which its clients cal
 their password; so neither is asked.
 """
 
+import os
 from collections.abc import Callable, Mapping
 
-from diffusion.errors import UserError
-from flows.asking import ask_mlflow, ask_prefect, fetch, named
-from flows.environment import settings
+from tenacity import Retrying, stop_after_delay, wait_fixed
+
+from diffusion.errors import DarkroomError, UserError
+from flows.asking import NotServing, ask_mlflow, ask_prefect, fetch, named
+from flows.environment import CALLED, NAMED_BY, Server, settings
 
 
 def check(name: str) -> None:
@@ -24,6 +27,26 @@ def check(name: str) -> None:
         raise UserError(
             f"{name} is none of the servers whose health is known: {', '.join(CHECKS)}, or a http:// address"
         )
+
+
+def require(*servers: Server) -> None:
+    """Return when each of ``servers`` does its work; raises DarkroomError that names one which does not in 10 s.
+
+    Clients of MLflow and Prefect would try for minutes, and say nothing meanwhile. A file in MLflow's place is not
+    asked, and neither is S3, whose client tries for seconds.
+    """
+    for server in servers:
+        variable = NAMED_BY[server][0]
+        if server == "s3" or not os.environ.get(variable, "").startswith("http"):
+            continue
+        try:
+            for attempt in Retrying(stop=stop_after_delay(10), wait=wait_fixed(1), reraise=True):
+                with attempt:
+                    CHECKS[server]()
+        except NotServing as error:
+            raise DarkroomError(
+                f"{CALLED[server]} does not answer ({error}): is it running, and is {variable} right?"
+            ) from error
 
 
 def _s3() -> None:

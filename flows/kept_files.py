@@ -1,6 +1,5 @@
 """Files of any version of a data set, wherever they can be had: in DVC's cache on this machine, or on its remote."""
 
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -11,8 +10,6 @@ from diffusion.files import sha256_file, write_atomically, write_bytes
 from flows.catalogue import Catalogue
 from flows.dvc_files import Cache, Listing, Remote
 from flows.s3_errors import Missing
-
-PART_OF = re.compile(r"(shards|records)/[^./\\][^/\\]*")
 
 
 class KeptFiles:
@@ -102,7 +99,6 @@ class KeptFiles:
         def fetch(partial: Path) -> None:
             remote.fetch(md5, partial)
             if sha256_file(partial) != sha256:
-                partial.unlink()
                 raise UserError(
                     f"{name} of data set {self.name} is damaged on the remote (its SHA-256 differs): delete "
                     f"{remote.uri(md5)}, and give `darkroom ingest SOURCE` where the data set is whole, or where its "
@@ -112,7 +108,6 @@ class KeptFiles:
         try:
             write_atomically(target, fetch)
         except Missing:
-            target.with_name(f".{target.name}.partial").unlink(missing_ok=True)
             return False
         return True
 
@@ -121,13 +116,9 @@ def needed_files(folder: Path, version: Manifest) -> Iterator[tuple[str, str]]:
     """Name and SHA-256 of all that belongs beside the manifest if ``version`` is the current one in ``folder``.
 
     The manifest of a parent is read after it was named, so that whoever asks can mend it in between; where it is not
-    whole then, its own parents stay unnamed. Raises UserError for a name that leads out of the folder.
+    whole then, its own parents stay unnamed.
     """
     for entry in version.files:
-        if not PART_OF.fullmatch(entry.name):
-            raise UserError(
-                f"the manifest of data set {version.name} names a file {entry.name!r}: it is not Darkroom's"
-            )
         yield entry.name, entry.sha256
     while version.parent is not None:
         path = version_path(folder, version.parent)

@@ -162,8 +162,11 @@ class Params(Config):
 
 def dataset_folder(name: str) -> Path:
     """Where the data set called ``name`` lies; raises UserError for a name that is no plain folder name."""
-    if not name or name.startswith(".") or "/" in name or "\\" in name:
-        raise UserError(f"data set name {name!r} must be a plain name: letters, digits, dashes, no slashes")
+    # MLflow takes no slash or colon, and no quote in what it is asked to search for.
+    if not name or name.startswith(".") or not name.isprintable() or set(name) & set("/\\:'\"`"):
+        raise UserError(
+            f"data set name {name!r} must be a plain name: letters, digits, dashes, no slash, colon or quote"
+        )
     return Path("data") / name
 
 
@@ -192,6 +195,8 @@ def load_params(path: Path, overrides: list[str]) -> Params:
         if path != DEFAULT_PARAMS:
             raise UserError(f"{path} not found: give the path of a configuration to --params") from error
         tree = {}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a configuration file to --params") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):

@@ -212,14 +212,7 @@ def _read_batch(store: Store, place: Location) -> Batch | None:
         data = store.get(place.bucket, place.key(BATCH))
     except Missing:
         return None
-    try:
-        return Batch.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"{place}/{BATCH} is damaged, or of a newer Darkroom than this one ({name}: {first['msg']}): update"
-        ) from error
+    return prints.parse_batch(data, f"{place}/{BATCH}")
 
 
 def _read_row(store: Store, place: Location, batch: Batch, index: int) -> Row | None:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from diffusion.config import Config, unset
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.data.shards import BLOCK, Extent
+from diffusion.errors import UserError
 from diffusion.files import canonical_json, digest_of, sha256_bytes
 from diffusion.fingerprint import Fingerprint
 from diffusion.grids import image_of
@@ -110,6 +111,18 @@ class Batch(Config):
     def json_bytes(self) -> bytes:
         """``batch.json``: what is not asked for is left out, so that later options change no earlier batch."""
         return canonical_json(self.model_dump(mode="json", exclude_none=True)).encode()
+
+
+def parse_batch(data: bytes, where: str) -> Batch:
+    """The batch that ``data`` holds; raises UserError, naming ``where`` it lies, if this Darkroom cannot read it."""
+    try:
+        return Batch.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{where} is damaged, or of a newer Darkroom than this one ({name}: {first['msg']}): update"
+        ) from error
 
 
 def chunk_size(count: int, compute_batch: int) -> int:

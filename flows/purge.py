@@ -9,6 +9,7 @@ from pathlib import Path
 from dvc.exceptions import NotDvcRepoError
 from dvc.repo import Repo
 from filelock import FileLock
+from pydantic import ValidationError
 
 from diffusion.config import Config
 from diffusion.data.ingest import work_folder
@@ -117,8 +118,11 @@ def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifes
             found += [reports / name for name in ("report.html", "trial.html", "grids")]
     compared = reports / COMPARISON
     if compared.is_file():
-        comparison = Comparison.model_validate_json(compared.read_bytes())
-        if comparison.content_digest in {each.content_digest for each in held}:
+        try:
+            shown = {Comparison.model_validate_json(compared.read_bytes()).content_digest}
+        except ValidationError:  # the same
+            shown = {each.content_digest for each in held}
+        if shown & {each.content_digest for each in held}:
             found.append(reports / PAGE)
     with FileLock(work_folder(folder) / "lock"):
         found += [work_folder(folder) / name for name in MADE_ANEW]

@@ -128,14 +128,29 @@ def register(
 ) -> Version:
     """Make the file ``weights.safetensors`` a version of ``model``, or find the version that it is already."""
     client = MlflowClient()
-    digest = sha256_file(weights)
-    found = client.search_model_versions(f"name='{model}' and tags.`{WEIGHTS}`='{digest}'")
-    if found:
-        return _version(client.get_model_version(model, found[0].version))
-    model_uri = _logged_model(run_id, digest) or _log_model(run_id, weights, digest, sampling, images)
-    entries = {WEIGHTS: digest, **{name: str(value) for name, value in tags.items() if value is not None}}
-    made = mlflow.register_model(model_uri, model, tags=entries)
-    return _version(client.get_model_version(model, made.version))
+    with FileLock(weights.with_name(f".{weights.name}.lock")):
+        digest = sha256_file(weights)
+        if found := find(client, model, digest):
+            return found
+        model_uri = _logged_model(run_id, digest) or _log_model(run_id, weights, digest, sampling, images)
+        entries = {WEIGHTS: digest, **{name: str(value) for name, value in tags.items() if value is not None}}
+        return register_once(client, model_uri, model, digest, entries)
+
+
+def register_once(client: MlflowClient, model_uri: str, model: str, digest: str, tags: Mapping[str, str]) -> Version:
+    """Make a logged model with these weights a version of ``model``; returns the first that has them."""
+    mlflow.register_model(model_uri, model, tags=dict(tags))
+    # Another machine may have done so since it was looked for: both go on with the same one.
+    found = find(client, model, digest)
+    assert found
+    return found
+
+
+def find(client: MlflowClient, model: str, digest: str) -> Version | None:
+    """The first version of ``model`` whose weights have the SHA-256 ``digest``; None if there is none."""
+    wanted = f"name='{model}' and tags.`{WEIGHTS}`='{digest}'"
+    found = client.search_model_versions(wanted, max_results=1, order_by=["version_number ASC"])
+    return version_of(client, model, int(found[0].version)) if found else None
 
 
 def _logged_model(run_id: str, digest: str) -> str | None:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import mlflow
+from filelock import FileLock
 from mlflow.client import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
@@ -85,17 +85,15 @@ def fetch(uri: str, folder: Path) -> str:
 def register(parcel: Parcel, folder: Path, where: str) -> Version:
     """Make what lies in ``folder`` a version here, or find the one that it is already."""
     client = MlflowClient()
-    found = client.search_model_versions(
-        f"name='{parcel.model}' and tags.`{WEIGHTS}`='{parcel.weights_sha256}'", order_by=["version_number ASC"]
-    )
-    if found:
-        version = registry.version_of(client, parcel.model, int(found[0].version))
-    else:
-        run = _run(client, parcel, folder, where)
-        model_uri = _logged_model(client, parcel, folder, run)
-        tags = {name: value for name, value in parcel.tags.items() if not name.startswith(COPY)}
-        made = mlflow.register_model(model_uri, parcel.model, tags=tags | {RELEASED_FROM: where})
-        version = registry.version_of(client, parcel.model, int(made.version))
+    # Others on this machine who release the same unpacked it elsewhere.
+    with FileLock(settings().folder / "release.lock"):
+        version = registry.find(client, parcel.model, parcel.weights_sha256)
+        if version is None:
+            run = _run(client, parcel, folder, where)
+            model_uri = _logged_model(client, parcel, folder, run)
+            tags = {name: value for name, value in parcel.tags.items() if not name.startswith(COPY)}
+            tags |= {RELEASED_FROM: where}
+            version = registry.register_once(client, model_uri, parcel.model, parcel.weights_sha256, tags)
     if not client.get_model_version(version.model, str(version.number)).description:
         card = f"{parcel.description}\n\nReleased from {where}: numbers and runs in this card are those of there."
         client.update_model_version(version.model, str(version.number), description=card)

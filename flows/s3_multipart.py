@@ -26,7 +26,7 @@ from flows.s3_errors import Missing, in_words, status_of
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
-    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, MultipartUploadTypeDef
 
 PART_BYTES = 8 * 2**20
 """Size of all parts but the last: S3 takes no less than 5 MiB, and 10,000 of them."""
@@ -93,7 +93,7 @@ class Upload(io.RawIOBase):
     def abort(self) -> None:
         """Have the server forget what was sent; what is finished, or was not begun, stays as it is."""
         if self._id is not None:
-            _abort(self._store, self._place.bucket, self._place.prefix, self._id)
+            abort_upload(self._store, self._place.bucket, self._place.prefix, self._id)
             self._id = None
 
     def _send(self, piece: bytes) -> None:
@@ -158,14 +158,28 @@ def writing(
 def abort_uploads(store: Store, place: Location, older_than: timedelta = timedelta(0)) -> int:
     """Abort the uploads under ``place`` that were begun that long ago; returns how many there were."""
     before = datetime.now(UTC) - older_than
+    # Begun by the server's clock, and old by ours: without an age neither is looked at.
+    old = [each for each in uploads(store, place) if not older_than or each["Initiated"] < before]
+    for each in old:
+        abort_upload(store, place.bucket, each["Key"], each["UploadId"])
+    return len(old)
+
+
+def uploads(store: Store, place: Location) -> "list[MultipartUploadTypeDef]":
+    """Every upload under ``place`` that has no end."""
     pages = store.client.get_paginator("list_multipart_uploads").paginate(Bucket=place.bucket, Prefix=place.prefix)
     with _in_words(store, place):
-        found = [each for page in pages for each in page.get("Uploads", ())]
-    # Begun by the server's clock, and old by ours: without an age neither is looked at.
-    old = [each for each in found if not older_than or each["Initiated"] < before]
-    for each in old:
-        _abort(store, place.bucket, each["Key"], each["UploadId"])
-    return len(old)
+        return [each for page in pages for each in page.get("Uploads", ())]
+
+
+def abort_upload(store: Store, bucket: str, key: str, upload: str) -> None:
+    """Have the server forget an upload; one that is gone, or was completed, is left."""
+    with _in_words(store, Location(bucket, key)):
+        try:
+            store.client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
+        except ClientError as error:
+            if status_of(error) != 404:
+                raise
 
 
 def require_conditional_completion(store: Store, bucket: str, prefix: str = "") -> None:
@@ -187,16 +201,6 @@ def require_conditional_completion(store: Store, bucket: str, prefix: str = "") 
             )
     finally:
         upload.abort()
-
-
-def _abort(store: Store, bucket: str, key: str, upload: str) -> None:
-    with _in_words(store, Location(bucket, key)):
-        try:
-            store.client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
-        except ClientError as error:
-            # It is gone, or was completed.
-            if status_of(error) != 404:
-                raise
 
 
 def _in_words(store: Store, place: Location) -> AbstractContextManager[None]:

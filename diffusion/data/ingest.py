@@ -31,7 +31,7 @@ from diffusion.data.plan import make_plan, origin_of
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, ObjectStore
 from diffusion.errors import DarkroomError, UserError
-from diffusion.files import is_full_disk
+from diffusion.files import is_full_disk, remove_partials
 from diffusion.progress import Progress, silent
 
 QUARANTINED_SHOWN = 1000
@@ -98,6 +98,8 @@ def ingest(
     Raises UserError if the source cannot be understood, no picture can be used, more than ``config.max_quarantined``
     of those read are refused, or the data set stores its pictures in another way and ``rebuild`` is ``never``.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is no folder, and a data set is one: move it away, or give another --dataset")
     fan_out = fan_out or local_fan_out(config)
     work = work_folder(folder)
     work.mkdir(parents=True, exist_ok=True)
@@ -289,8 +291,7 @@ def remove_strays(folder: Path) -> None:
         for path in (folder / kind).glob("*"):
             if path.relative_to(folder).as_posix() not in named:
                 path.unlink()
-    for path in folder.rglob(".*.partial"):
-        path.unlink()
+    remove_partials(folder)
     if not named:
         for path in (folder / "shards", folder / "records", folder):
             if path.is_dir() and not any(path.iterdir()):

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ from diffusion.data.config import StorageConfig
 from diffusion.errors import UserError
 from diffusion.files import digest_of, sha256_bytes, sha256_file, write_bytes
 
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Split = Literal["train", "held_out"]
 Outcome = Literal["kept", "duplicate", "quarantined", "removed"]
 
@@ -59,8 +60,9 @@ groups of near-copies that it joined) are null unless near-duplicates were asked
 class FileEntry(Config):
     """A file of the data set, relative to its folder."""
 
-    name: str
-    sha256: str
+    name: str = Field(pattern=r"^(shards|records)/[0-9A-Za-z_-][0-9A-Za-z._-]*$")
+    """Whoever finds a manifest on S3 writes files of these names."""
+    sha256: Sha256
     bytes: int
 
 
@@ -96,7 +98,7 @@ class Manifest(Config):
 
     format_version: Literal[2] = 2
     name: str
-    parent: str | None
+    parent: Sha256 | None
     """Digest of the manifest that this version was made from; None for the first."""
     change: str
     """What made this version of its parent: ``ingest``, ``rebuild``, or ``removal: `` and its reason."""

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from pydantic import Field
+
 from diffusion.data.selection import Chosen
 from diffusion.files import write_json
 
@@ -10,8 +12,8 @@ class Removal(Chosen):
     """A removal that is done."""
 
     dataset: str
-    asked: str
-    """Digest of the selection and the reason, by which the same words find what was done."""
+    asked: str = Field(pattern="^[0-9a-f]{16}$")
+    """Digest of the selection and the reason, by which the same words find what was done. Part of a file's name."""
     reason: str
     parent: str | None
     """The version that held the pictures last; None if that can no longer be told."""

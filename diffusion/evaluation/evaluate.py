@@ -80,13 +80,18 @@ def evaluate(
 
 
 def _write(evaluation: Evaluation, sheets: Sheets, output: Path) -> None:
-    for path in (output / "grids").glob("*.png"):
-        path.unlink()
-    save_png(output / "grids" / "held_out.png", grid(sheets.real))
-    for each in evaluation.checkpoints:
-        save_png(output / "grids" / f"{each.images:010d}-{each.sha256[:8]}.png", grid(sheets.drawn[each.sha256]))
+    grids = {"held_out.png": grid(sheets.real)}
+    grids |= {
+        f"{each.images:010d}-{each.sha256[:8]}.png": grid(sheets.drawn[each.sha256]) for each in evaluation.checkpoints
+    }
     if (back := sheets.reconstructed.get(evaluation.best.sha256)) is not None:
-        save_png(output / "grids" / "held_out_reconstructed.png", above(sheets.real, back))
+        grids["held_out_reconstructed.png"] = above(sheets.real, back)
+    for name, picture in grids.items():
+        save_png(output / "grids" / name, picture)
+    # Afterwards, and only others: somebody who judges the same at the same time has written these as well.
+    for path in (output / "grids").glob("*.png"):
+        if path.name not in grids:
+            path.unlink(missing_ok=True)
     _write_csv(output / "scores.csv", [{"images": each.images, **each.named()} for each in evaluation.checkpoints])
     # In a file of their own: on a curve nobody would see that they rest on fewer pictures.
     behind = output / "preliminary.csv"

@@ -81,8 +81,10 @@ def share(part: int, whole: int) -> str:
 
 
 def storage(size: int) -> str:
-    """``size`` bytes in the largest decimal unit that leaves at least 1."""
+    """``size`` bytes to three digits, in the largest decimal unit that leaves at least 1."""
     for unit, power in (("TB", 12), ("GB", 9), ("MB", 6), ("kB", 3)):
-        if size >= 10**power:
-            return f"{size / 10**power:.3g} {unit}"
+        # What would be rounded to a thousand is one of the next.
+        if size >= 0.9995 * 10**power:
+            found = size / 10**power
+            return f"{found:,.0f} {unit}" if found >= 999.5 else f"{found:.3g} {unit}"
     return f"{size} bytes"

@@ -1,6 +1,8 @@
 """Trainings that differ in a few settings side by side, as one HTML page that needs nothing but itself."""
 
+import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +73,7 @@ def write_sweep_page(path: Path, dataset: str, tried: Sequence[Tried]) -> str:
         "sweep.html",
         dataset=dataset,
         keys=list(best.settings),
+        command=shlex.join(["darkroom", "retrain", "--dataset", dataset, *_words(best.settings)]),
         best=best,
         order=order,
         rows=[_row(each, best) for each in order],
@@ -81,6 +84,10 @@ def write_sweep_page(path: Path, dataset: str, tried: Sequence[Tried]) -> str:
         comparable=len({each.evaluation.eval_key for each in tried}) == 1,
     )
     return write_bytes(path, page)
+
+
+def _words(settings: Mapping[str, object]) -> list[str]:
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
 
 
 def finding(order: Sequence[Tried]) -> str:

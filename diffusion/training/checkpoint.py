@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffusion.files import sha256_file, write_bytes
+from diffusion.files import remove_partials, sha256_file, write_bytes
 from diffusion.model import read_header, save_tensors
 from diffusion.training.ema import WeightAverage
 from diffusion.training.post_hoc import averaged_tensors, prefix
@@ -193,6 +193,8 @@ class Writer:
             self._under_way = None
 
     def __enter__(self) -> Self:
+        # Whoever was killed while it wrote one left a file as large as a checkpoint.
+        remove_partials(self.checkpoints.folder)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

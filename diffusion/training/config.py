@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
 from diffusion.config import Config, DeviceName, unset
 from diffusion.families.config import FamilyConfig, meaningless
@@ -15,6 +15,8 @@ LONGEST = 0.28
 
 class TrainingConfig(Config):
     """How long, how fast, on what, and what is kept."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     dataset: str = "digits"
     """Name of the data set, a folder in data/."""
@@ -29,7 +31,7 @@ class TrainingConfig(Config):
     minutes: float | None = Field(None, gt=0)
     """How long to train: measured once at the start, turned into images, and never measured again. Ten, if neither is
     given."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, le=2**20)
     """Pictures per optimizer step."""
     lanes: int = Field(2, ge=1)
     """Parts of a batch computed side by side, each on one core: as many as there are cores to spare.

@@ -65,6 +65,7 @@ def joined(*needs: "Server") -> Iterator[None]:
     """Inside, this process uses the servers in ``needs`` and shows progress on the console."""
     from flows.console import OURS, console
     from flows.environment import join, settings
+    from flows.health import require
 
     if settings().log == "json":
         from flows.logs import VARIABLES
@@ -80,6 +81,7 @@ def joined(*needs: "Server") -> Iterator[None]:
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", ",".join(OURS))
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     join(*needs)
+    require(*needs)
 
     from flows.progress import CONSOLE
 

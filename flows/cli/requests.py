@@ -49,7 +49,10 @@ def inpaint(
     times: Annotated[
         int | None,
         typer.Option(
-            "--times", min=1, help="Go each stretch so often, so that the new fits the old (RePaint); default: once."
+            "--times",
+            min=1,
+            max=100,
+            help="Go each stretch so often, so that the new fits the old (RePaint); default: once.",
         ),
     ] = None,
     agree: Annotated[
@@ -163,21 +166,22 @@ def made(
     mask: Path | None = None,
 ) -> "Made":
     """The pictures, drawn here with a model file, or by the flow with a registered one."""
+    from diffusion.requests import wanted_of
+
+    asked = wanted_of({"task": task, **wanted})
     config = load(params, overrides)
     if model is not None and is_file(model):
         from diffusion.made import make, read_request
-        from diffusion.requests import Wanted
         from flows.console import console
 
-        request = read_request(Wanted(task=task, **wanted), image, mask)
+        request = read_request(asked, image, mask)
         with console() as progress:
             return make(Path(model), request, config.sampling, output, progress=progress)
     with joined("prefect", "mlflow", "s3"):
-        from diffusion.requests import Wanted
         from flows.generate import generate
 
         uri = model or f"models:/{config.model_name}@champion"
-        return generate(config, uri, Wanted(task=task, **wanted), image, mask, output)
+        return generate(config, uri, asked, image, mask, output)
 
 
 def show_made(done: "Made", as_json: bool) -> None:

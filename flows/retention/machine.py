@@ -1,15 +1,20 @@
 """What lies on this machine: folders of runs that do not stay, and what was fetched and not used for long."""
 
 from collections.abc import Container, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock
 
+from diffusion.files import PARTIAL
 from diffusion.model import read_header
 from diffusion.training.train import discard
 from flows.retention.config import RetentionConfig
 from flows.retention.items import Item, Sweep, age, older
+
+ABANDONED_DAYS = 1.0
+"""Files that nobody has added to for longer are being written by nobody."""
 
 
 class Machine:
@@ -32,8 +37,8 @@ class Machine:
         self.now = now
 
     def sweep(self) -> Sweep:
-        """Run folders, fetched shards and fetched weights."""
-        items = [*self._runs(), *self._fetched()]
+        """Run folders, fetched shards, fetched weights, and what killed writers left."""
+        items = [*self._runs(), *self._fetched(), *self._partial()]
 
         def act() -> None:
             for item in items:
@@ -74,6 +79,22 @@ class Machine:
         for path in sorted(self.models.glob("*.safetensors")):
             going = path.stem not in self.weights and older(_touched(path), days, self.now)
             yield self._file("fetched weights", path, going, "used of late, or of registered versions")
+
+    def _partial(self) -> Iterator[Item]:
+        # Not whole data sets: their ingests sweep them, and pictures by the million may lie beside.
+        folders = [
+            Path("runs"),
+            Path("reports"),
+            *Path("data").glob(".*"),
+            self.models,
+            self.models.parent / "requests",
+        ]
+        for path in sorted(path for folder in folders for path in folder.rglob(".*.partial")):
+            # Those of writers at work come and go.
+            with suppress(FileNotFoundError):
+                if PARTIAL.fullmatch(path.name) and older(_touched(path), ABANDONED_DAYS, self.now):
+                    why = f"{age(_touched(path), self.now)}, and never finished"
+                    yield Item(kind="unfinished files", name=str(path), bytes=path.stat().st_size, fate="goes", why=why)
 
     def _file(self, kind: str, path: Path, going: bool, why: str) -> Item:
         if going:

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
-from flows.prints import Batch
+from flows.prints import Batch, parse_batch
 from flows.retention.config import RetentionConfig
 from flows.retention.items import Fate, Item, Sweep, age, older
-from flows.s3 import Listed, Location, Store
+from flows.s3 import DELETED_AT_ONCE, Location, Store
+from flows.s3_multipart import abort_upload, uploads
 
 BATCH = re.compile(r"(prints/[^/]+/\d+/[^/]+)/(.+)")
 """An object of a batch at its usual place."""
@@ -18,33 +19,32 @@ takes it that the pictures are there. So what a kill leaves is a batch that was 
 finishes, and which leads to its model as long as anything of it is there."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Found:
-    """A batch as it lies there."""
+    """A batch as it lies there, without its keys, which may be millions."""
 
     place: Location
-    keys: list[str]
-    bytes: int
     newest: datetime
     """When its newest object was written."""
+    bytes: int = 0
+    described: bool = False
+    """Whether ``batch.json`` is there."""
+    finished: bool = False
+    """Whether all of it is there."""
 
-    @property
-    def finished(self) -> bool:
-        """Whether all of it is there."""
-        return self.place.key("_SUCCESS") in self.keys
 
-    def in_order(self) -> list[list[str]]:
-        """Its keys in the order in which they may go."""
+def in_order(place: Location, keys: list[str]) -> list[list[str]]:
+    """The keys of the batch at ``place`` in the order in which they may go."""
 
-        def stage(key: str) -> int:
-            name = key.removeprefix(f"{self.place.prefix}/")
-            if name in FIRST:
-                return FIRST.index(name)
-            if name in LAST:
-                return 4 + LAST.index(name)
-            return 2 if name.startswith("manifest/") else 3
+    def stage(key: str) -> int:
+        name = key.removeprefix(place.key(""))
+        if name in FIRST:
+            return FIRST.index(name)
+        if name in LAST:
+            return 4 + LAST.index(name)
+        return 2 if name.startswith("manifest/") else 3
 
-        return [[key for key in self.keys if stage(key) == number] for number in range(6)]
+    return [[key for key in keys if stage(key) == number] for number in range(6)]
 
 
 class Prints:
@@ -55,34 +55,37 @@ class Prints:
         self.bucket = bucket
         self.policy = policy
         self.now = now
-        self.found = list(self._batches("prints/"))
+        self.found = self._batches()
         self.fates = [self._fate(batch) for batch in self.found]
 
     def kept(self) -> Iterator[Batch]:
         """What was asked for in those that stay."""
         for batch, (fate, _) in zip(self.found, self.fates, strict=True):
-            about = batch.place.key("batch.json")
-            if fate == "stays" and about in batch.keys:
-                yield Batch.model_validate_json(self.store.get(self.bucket, about))
+            if fate == "stays" and batch.described:
+                data = self.store.get(self.bucket, batch.place.key("batch.json"))
+                yield parse_batch(data, f"{batch.place}/batch.json")
 
     def sweep(self) -> Sweep:
         """Batches and uploads."""
-        uploads = [(key, upload, *self._fate_of_upload(begun)) for key, upload, begun in self._uploads()]
+        begun = [
+            (each["Key"], each["UploadId"], *self._fate_of_upload(each["Initiated"]))
+            for each in uploads(self.store, Location(self.bucket))
+        ]
         items = [
             Item(kind="batches of prints", name=str(batch.place), bytes=batch.bytes, fate=fate, why=why)
             for batch, (fate, why) in zip(self.found, self.fates, strict=True)
         ] + [
             Item(kind="unfinished uploads", name=f"s3://{self.bucket}/{key}", bytes=None, fate=fate, why=why)
-            for key, _, fate, why in uploads
+            for key, _, fate, why in begun
         ]
 
         def act() -> None:
             for batch, (fate, _) in zip(self.found, self.fates, strict=True):
                 if fate == "goes":
                     self._delete(batch)
-            for key, upload, fate, _ in uploads:
+            for key, upload, fate, _ in begun:
                 if fate == "goes":
-                    self.store.client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
+                    abort_upload(self.store, self.bucket, key, upload)
 
         return Sweep(items, act)
 
@@ -103,24 +106,28 @@ class Prints:
         return "stays", f"begun within {days:g} days"
 
     def _delete(self, batch: Found) -> None:
-        now = next(self._batches(f"{batch.place.prefix}/"), None)
-        # Somebody who finishes it after all adds to it.
-        if now is not None and now.newest <= batch.newest:
-            for keys in now.in_order():
-                self.store.delete_many(self.bucket, keys)
+        """Delete it as long as nobody goes on with it.
 
-    def _batches(self, prefix: str) -> Iterator[Found]:
-        objects: dict[str, list[Listed]] = {}
-        for each in self.store.list_objects(self.bucket, prefix):
+        Whoever does so writes ``batch.json`` anew before anything that lies there is taken for drawn. That is looked at
+        before each request, and a request takes less time than the other needs to draw what is put first.
+        """
+        listed = list(self.store.list_objects(self.bucket, batch.place.key("")))
+        if any(each.written > batch.newest for each in listed):
+            return
+        for keys in in_order(batch.place, [each.key for each in listed]):
+            for first in range(0, len(keys), DELETED_AT_ONCE):
+                about = self.store.stat(self.bucket, batch.place.key("batch.json"))
+                if about is not None and about.written > batch.newest:
+                    return
+                self.store.delete_many(self.bucket, keys[first : first + DELETED_AT_ONCE])
+
+    def _batches(self) -> list[Found]:
+        found: dict[str, Found] = {}
+        for each in self.store.list_objects(self.bucket, "prints/"):
             if named := BATCH.fullmatch(each.key):
-                objects.setdefault(named[1], []).append(each)
-        for folder, listed in objects.items():
-            newest = max(each.written for each in listed)
-            size = sum(each.size for each in listed)
-            yield Found(Location(self.bucket, folder), [each.key for each in listed], size, newest)
-
-    def _uploads(self) -> Iterator[tuple[str, str, datetime]]:
-        """Key, identifier and beginning of every upload in parts that has no end."""
-        for page in self.store.client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket):
-            for each in page.get("Uploads", ()):
-                yield each["Key"], each["UploadId"], each["Initiated"]
+                batch = found.setdefault(named[1], Found(Location(self.bucket, named[1]), each.written))
+                batch.bytes += each.size
+                batch.newest = max(batch.newest, each.written)
+                batch.described |= named[2] == "batch.json"
+                batch.finished |= named[2] == "_SUCCESS"
+        return list(found.values())

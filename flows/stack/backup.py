@@ -1,7 +1,7 @@
 """``darkroom backup``: what the local stack holds, copied while it runs."""
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
@@ -15,7 +15,7 @@ from diffusion.progress import Progress, silent
 from flows.backups import Backup, Backups, Digest, SavedObject, stamped
 from flows.environment import given, settings
 from flows.s3 import Listed, Store, client
-from flows.s3_errors import Missing
+from flows.s3_errors import Missing, in_words
 from flows.stack.local import LocalStack
 
 DATABASES = ("mlflow/mlflow.db", "mlflow/auth.db", "prefect/prefect.db")
@@ -51,23 +51,30 @@ def backup(target: Path, progress: Progress = silent) -> Backup:
             if each.key in ledgers or not each.key.startswith("ledger/")
             if each.written <= made or not each.key.startswith("prints/")
         ]
-        known = {(each.key, each.etag, each.size): each for each in _saved(backups)}
-        saved = []
-        for number, each in enumerate(objects, 1):
-            found = known.get((each.key, each.etag, each.size))
-            if found is None or not backups.path(found.sha256).is_file():
-                found = _save(store, stack.bucket, each, backups)
-            saved += [found] if found else []
-            progress("objects saved", number, len(objects))
         done = Backup(
             made=stamped(made),
             bucket=stack.bucket,
             versions={name: version(name) for name in PROGRAMS},
             databases=databases,
-            objects=saved,
+            objects=save(store, stack.bucket, objects, backups, progress),
         )
         backups.write(done)
     return done
+
+
+def save(
+    store: Store, bucket: str, objects: Sequence[Listed], backups: Backups, progress: Progress = silent
+) -> list[SavedObject]:
+    """Copy ``objects`` but for those that the newest backup has whole; those deleted meanwhile are left out."""
+    known = {(each.key, each.etag, each.size): each for each in _saved(backups)}
+    saved = []
+    for number, each in enumerate(objects, 1):
+        found = known.get((each.key, each.etag, each.size))
+        if found is None or not backups.has(found):
+            found = _save(store, bucket, each, backups)
+        saved += [found] if found else []
+        progress("objects saved", number, len(objects))
+    return saved
 
 
 def _at_rest(stack: LocalStack, store: Store, backups: Backups) -> tuple[set[str], dict[str, Digest]]:
@@ -98,9 +105,10 @@ def _save(store: Store, bucket: str, listed: Listed, backups: Backups) -> SavedO
     """Copy an object; None if it was deleted meanwhile."""
     try:
         sha256 = backups.keep(partial(store.fetch, bucket, listed.key))
+        with in_words(store.client.meta.endpoint_url, bucket, listed.key):
+            head = store.client.head_object(Bucket=bucket, Key=listed.key)
     except Missing:
         return None
-    head = store.client.head_object(Bucket=bucket, Key=listed.key)
     return SavedObject(
         key=listed.key,
         size=listed.size,

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from diffusion.config import Config
 from diffusion.errors import DarkroomError, UserError
+from diffusion.files import is_full_disk
 from flows.environment import CALLED, SERVERS, Server, beside_proxies, given, settings
 from flows.stack import ports, seaweedfs
 from flows.stack.local import SERVICES, SERVICES_OF, LocalStack, ServiceName
@@ -22,6 +23,8 @@ from flows.stack.services import Service, services
 
 Report = Callable[[str], None]
 
+RESTORING = "restoring.json"
+"""In the stack's folder while ``darkroom restore`` makes it of a backup: which one that is."""
 PATIENCE = 120.0
 """Seconds within which a service has to serve after its start."""
 HUNG = 15.0
@@ -52,14 +55,22 @@ class StackStatus(Config):
     """Servers that the environment names, each with the variable that does."""
 
 
-def up(report: Report) -> StackStatus:
+def up(report: Report, restoring: bool = False) -> StackStatus:
     """Start what the environment does not name and what does not run; returns when all of it serves.
 
-    Raises UserError or DarkroomError that names the log of what would not start.
+    Raises UserError or DarkroomError that names the log of what would not start; UserError if a restore did not end,
+    unless it is the one that is ``restoring``.
     """
     elsewhere = given()
     if len(elsewhere) < len(SERVERS):
-        with _turn(settings().folder, report):
+        folder = settings().folder
+        with _turn(folder, report):
+            # The servers would make empty databases of those that are not there yet.
+            if (folder / RESTORING).exists() and not restoring:
+                raise UserError(
+                    f"a restore into {folder} did not end: give `darkroom restore` of the same backup again, or set "
+                    "DARKROOM_HOME to another folder"
+                )
             stack = _with_ports(_with_servers(_opened(), elsewhere))
             _start_all(stack, services(stack), report)
     for server, variable in elsewhere.items():
@@ -128,11 +139,15 @@ def _turn(folder: Path, report: Report) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock.acquire(timeout=0.5)
-    except (FileExistsError, PermissionError) as error:
-        raise UserError(f"{folder} is no folder that can be written to: set DARKROOM_HOME to one") from error
-    except Timeout:
+    except Timeout:  # which is an OSError
         report(f"waiting for another `darkroom up` or `down` in {folder}")
         lock.acquire()
+    except OSError as error:
+        if is_full_disk(error):
+            raise
+        raise UserError(
+            f"{folder} is no folder that can be written to ({error.strerror}): set DARKROOM_HOME to one"
+        ) from error
     try:
         yield
     finally:

@@ -155,7 +155,6 @@ def write_private(path: Path, text: str) -> None:
     """Write ``text`` atomically to a file that only its owner can read."""
 
     def write(partial: Path) -> None:
-        partial.unlink(missing_ok=True)
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(text)
 

@@ -12,13 +12,11 @@ from diffusion.errors import DarkroomError, UserError
 from diffusion.files import write_atomically, write_json
 from diffusion.progress import Progress, silent
 from flows.backups import Backup, Backups, SavedObject
-from flows.environment import given, settings
+from flows.environment import SERVERS, given, settings
 from flows.s3 import Object, Store, client
-from flows.stack.control import StackStatus, status, up
+from flows.stack.control import RESTORING, StackStatus, status, up
 from flows.stack.local import LocalStack
 
-MARK = "restoring.json"
-"""In the stack's folder until all of the backup is there: which one that is."""
 AUTH = "mlflow/auth.db"
 AT_ONCE = 2**26
 """Bytes of objects held in memory, if they are smaller than that."""
@@ -30,6 +28,8 @@ class Mark(Config):
     """What is written down while a stack is made of a backup."""
 
     stamp: str
+    placed: bool = False
+    """Whether all databases are there: then they may be in use, and before nothing can be."""
 
 
 def restore(
@@ -44,15 +44,17 @@ def restore(
         raise UserError(f"{' and '.join(elsewhere.values())} name other servers: unset them to restore a local stack")
     folder, backups = settings().folder, Backups(target)
     backup = backups.read(stamp)
-    _begin(folder, backup)
+    mark = _begin(folder, backup)
     for each in {*backup.databases.values(), *(each.sha256 for each in backup.objects)}:
         backups.whole(each)
     stack = LocalStack.open(folder, backup.bucket)
-    for name, sha256 in backup.databases.items():
-        # One that is there may be in use already.
-        if not (folder / name).exists():
+    if not mark.placed:
+        if any(stack.runs(server) for server in SERVERS):
+            raise UserError(f"a stack runs in {folder}, where no restore ended: run `darkroom down`, then this again")
+        for name, sha256 in backup.databases.items():
             _place(folder / name, name, backups.whole(sha256), backup, stack)
-    up(report)
+        write_json(folder / RESTORING, mark.model_copy(update={"placed": True}).model_dump())
+    up(report, restoring=True)
     stack = LocalStack.open(folder, backup.bucket)
     store = Store(client(variables=stack.variables("s3")))
     done = 0
@@ -60,7 +62,7 @@ def restore(
         store.put_many(backup.bucket, [_object(saved, backups) for saved in some])
         done += len(some)
         progress("objects restored", done, len(backup.objects))
-    (folder / MARK).unlink()
+    (folder / RESTORING).unlink()
     return backup, status()
 
 
@@ -73,25 +75,31 @@ def _object(saved: SavedObject, backups: Backups) -> Object:
 def _handfuls(objects: Iterable[SavedObject]) -> Iterator[list[SavedObject]]:
     """``objects`` in groups that are held in memory together."""
     some: list[SavedObject] = []
+    size = 0
     for each in objects:
-        if some and sum(one.size for one in some) + each.size > AT_ONCE:
+        if some and size + each.size > AT_ONCE:
             yield some
-            some = []
+            some, size = [], 0
         some.append(each)
+        size += each.size
     if some:
         yield some
 
 
-def _begin(folder: Path, backup: Backup) -> None:
-    path = folder / MARK
+def _begin(folder: Path, backup: Backup) -> Mark:
+    """What is written down, now at the latest."""
+    path = folder / RESTORING
     if path.is_file():
-        if Mark.model_validate_json(path.read_bytes()).stamp != backup.stamp:
+        mark = Mark.model_validate_json(path.read_bytes())
+        if mark.stamp != backup.stamp:
             raise UserError(f"{folder} is being made of another backup: give that one's name, or another DARKROOM_HOME")
-        return
+        return mark
     if (folder / "stack.json").exists() or (folder / "credentials.json").exists():
         raise UserError(f"there is a stack in {folder}: set DARKROOM_HOME to a folder that is not there yet")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_json(path, Mark(stamp=backup.stamp).model_dump())
+    mark = Mark(stamp=backup.stamp)
+    write_json(path, mark.model_dump())
+    return mark
 
 
 def _place(path: Path, name: str, source: Path, backup: Backup, stack: LocalStack) -> None:
@@ -105,6 +113,9 @@ def _place(path: Path, name: str, source: Path, backup: Backup, stack: LocalStac
         if name == AUTH:
             _set_password(partial, stack)
 
+    # Of one that was made anew meanwhile, and would be taken for this one's.
+    for journal in ("-wal", "-shm", "-journal"):
+        path.with_name(f"{path.name}{journal}").unlink(missing_ok=True)
     write_atomically(path, write)
 
 

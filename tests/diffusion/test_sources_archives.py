@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
-from diffusion.data.sources import open_source
+from diffusion.data.sources import local, open_source
 from diffusion.data.sources.conventions import is_picture
 from diffusion.errors import UserError
 from tests.diffusion.reading_sources import access, payloads, png, seen
@@ -102,6 +103,28 @@ def test_an_archive_that_was_cut_short_or_is_none_is_an_error_of_one_line(tmp_pa
             seen(tmp_path / name, access(tmp_path / "scratch"))
         assert "\n" not in str(error.value)
     assert not list((tmp_path / "scratch").glob(".*.partial"))
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_what_would_fill_the_disk_when_unpacked_is_refused_and_leaves_nothing(
+    tmp_path: Path, pack: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bomb = tmp_path / {"gzip": "set.tar.gz", "bz2": "set.tar.bz2", "lzma": "set.tar.xz"}[pack.__module__]
+    bomb.write_bytes(pack(bytes(2**24)))
+    scratch, most = tmp_path / "scratch", []
+
+    def small_disk(folder: Path) -> SimpleNamespace:
+        most.append(sum(path.stat().st_size for path in folder.iterdir()))
+        return SimpleNamespace(total=100 * 2**20, free=10 * 2**20 - most[-1])
+
+    # A disk with ten megabytes left cannot be had here.
+    monkeypatch.setattr(local.shutil, "disk_usage", small_disk)
+    with pytest.raises(UserError, match="5242880 are to stay free: make room there"):
+        seen(bomb, access(scratch))
+    assert max(most) <= 5 * 2**20
+    assert [path.suffix for path in scratch.iterdir()] == [".lock"]
+    bomb.write_bytes(pack(tar_bytes({"a.png": b"1"})))
+    assert [each.payload for each in seen(bomb, access(scratch))] == [b"1"]
 
 
 def test_tars_that_were_glued_together_are_an_error(tmp_path: Path) -> None:

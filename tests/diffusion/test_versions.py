@@ -1,5 +1,6 @@
 """Versions of a data set: what there is, what is in one, what changed between two."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion.data.difference import diff
-from diffusion.data.manifest import read_manifest, write_manifest
+from diffusion.data.manifest import manifest_bytes, parse_manifest, read_manifest, write_manifest
 from diffusion.data.versions import history, known_versions, remember, resolve, show
 from diffusion.errors import UserError
 from tests.diffusion.built_datasets import BuiltDataset, duplicate, kept, quarantined
@@ -24,6 +25,24 @@ def built(tmp_path: Path) -> BuiltDataset:
 
 def picture(number: int, **told: object) -> dict[str, object]:
     return kept(PIXELS[number], f"{number}.png", **told)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", "../../outside"),
+        ("name", "shards/../../outside"),
+        ("name", "/etc/outside"),
+        ("name", "shards/a/b"),
+        ("name", "shards/.hidden"),
+        ("sha256", "../outside"),
+    ],
+)
+def test_a_manifest_whose_files_would_lie_elsewhere_is_refused(built: BuiltDataset, field: str, value: str) -> None:
+    told = json.loads(manifest_bytes(built.version([picture(0)])))
+    told["parts"][0]["shard"][field] = value
+    with pytest.raises(UserError, match="here is damaged"):
+        parse_manifest(json.dumps(told).encode(), "here")
 
 
 def test_history_counts_what_each_version_added_removed_and_refused(built: BuiltDataset) -> None:

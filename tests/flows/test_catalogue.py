@@ -1,5 +1,6 @@
 """Data set versions on S3: put there once, found, verified and brought back from there."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -285,6 +286,22 @@ def test_another_machine_learns_what_was_taken_down_and_whether_it_still_holds_i
     assert catalogue.learn_removals(FOLDER, place.source) == []
     again = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
     assert again == done.model_copy(update={"already": True})
+
+
+@pytest.mark.parametrize("asked", ["../../../outside", "0" * 15, "0" * 16 + "\n"])
+def test_a_removal_in_the_bucket_that_would_be_written_elsewhere_is_refused_by_its_key(
+    place: Place, asked: str
+) -> None:
+    place.version()
+    done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
+    told = done.model_dump(mode="json") | {"asked": asked, "digests": ["0" * 64]}
+    place.catalogue.store.put_once(place.bucket, "datasets/blobs/removals/x.json", json.dumps(told).encode())
+    before = files_of(Path())
+    with pytest.raises(UserError, match=r"datasets/blobs/removals/x\.json is no removal .*asked: "):
+        place.catalogue.learn_removals(FOLDER)
+    with pytest.raises(UserError, match=r"x\.json is no removal"):
+        list(place.catalogue.removals())
+    assert files_of(Path()) == before
 
 
 def test_training_streams_a_version_of_which_only_the_tables_are_here(place: Place, tmp_path: Path) -> None:

@@ -38,12 +38,12 @@ VERBS = (
 )
 
 
-def darkroom(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def darkroom(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     variables = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("DARKROOM_", "MLFLOW_", "PREFECT_", "AWS_"))
-    } | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    } | {"PYTHONPATH": str(Path(__file__).parents[2]), **more}
     command = [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
 
@@ -104,6 +104,9 @@ def test_help_loads_no_heavy_library() -> None:
         ["ingest"],
         ["stage", "train", "--params", "missing.yaml"],
         ["train", "--no-such-option"],
+        ["train", "--dry-run", "--params", "."],
+        ["vary", "x.png", "--strength", "nan", "--model", "m.safetensors"],
+        ["inpaint", "x.png", "--mask", "x.png", "--times", "1000", "--model", "m.safetensors"],
     ],
 )
 def test_mistakes_exit_2_without_a_traceback(tmp_path: Path, arguments: list[str]) -> None:
@@ -119,6 +122,17 @@ def test_a_verb_that_needs_servers_says_how_to_get_them(tmp_path: Path) -> None:
     done = darkroom(tmp_path, "train")
     assert "run `darkroom up`" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_answer_is_named_within_seconds_and_its_password_is_not(tmp_path: Path) -> None:
+    named = {"MLFLOW_TRACKING_URI": "http://someone:hunter2@127.0.0.1:9", "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"}
+    done = darkroom(tmp_path, "history", "--dataset", "digits", **named)
+    assert done.returncode == 1
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith("darkroom: MLflow does not answer (http://127.0.0.1:9/api/")
+    assert "is MLFLOW_TRACKING_URI right?" in line
+    assert "hunter2" not in line
 
 
 def test_a_dry_run_of_training_needs_no_server_and_stops_before_it(dataset: Path, tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def test_the_same_settings_on_another_beginning_have_another_folder() -> None:
         (["training.dataset=a,b"], "in common"),
         (["model.widht=8,16"], "did you mean width"),
         (["model.width=32,32"], "the same value twice"),
+        (["training.learning_rate=1e-3,0.001"], "the same value twice"),
+        (["training.images.x=1,2"], "images is a value, not a section"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(words: list[str], error: str) -> None:

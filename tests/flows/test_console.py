@@ -31,3 +31,10 @@ def test_rate_is_that_since_work_was_first_heard_of_and_of_the_next_run_its_own(
     assert pace.due(300, total)
     assert pace.words(300, total) == "20/s, 1:25 left"
     assert pace.due(total, total), "the last"
+
+
+def test_slow_work_has_a_rate_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, pace = Clock(monkeypatch), Pace()
+    assert pace.due(0, 100)
+    clock.now += 100
+    assert pace.words(30, 100) == "0.3/s, 3:53 left"

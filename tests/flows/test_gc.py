@@ -1,6 +1,7 @@
 """Housekeeping: what nothing needs goes in two steps, what anything needs stays, and a kill changes neither."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from hashlib import md5
 from pathlib import Path
@@ -14,6 +15,7 @@ from diffusion.data.manifest import Manifest, manifest_bytes
 from diffusion.errors import UserError
 from diffusion.fingerprint import Fingerprint
 from flows import catalogue
+from flows.batch_plan import begin
 from flows.by_hand import promote
 from flows.checkout import checkout
 from flows.dvc_files import Remote
@@ -23,8 +25,8 @@ from flows.purge import Doomed
 from flows.retention.config import RetentionConfig
 from flows.retention.items import table
 from flows.retention.live import CONTENT
-from flows.retention.prints import Prints
-from flows.s3 import Store
+from flows.retention.prints import Prints, in_order
+from flows.s3 import Location, Store
 from flows.tracking import TRAIN_KEY
 from tests.flows.conftest import copied_store
 from tests.flows.registered import add_version
@@ -277,7 +279,8 @@ def test_old_batches_go_and_what_a_kill_leaves_is_an_unfinished_one(place: Place
         "goes",
     )
     [found] = [each for each in Prints(store, place.bucket, STRICT, after(100)).found if each.finished]
-    order = [key.removeprefix(f"{folder}/") for keys in found.in_order() for key in keys]
+    keys = list(store.list_keys(place.bucket, f"{folder}/"))
+    order = [key.removeprefix(f"{folder}/") for keys in in_order(found.place, keys) for key in keys]
     assert order == names
     collected(100)
     assert list(store.list_keys(place.bucket, "prints/")) == []
@@ -290,6 +293,58 @@ def test_uploads_without_an_end_are_aborted_when_they_are_old(place: Place) -> N
     assert fates(collected(1)) == {f"s3://{place.bucket}/prints/blobs/1/x/big.tar": "stays"}
     assert fates(collected(8)) == {f"s3://{place.bucket}/prints/blobs/1/x/big.tar": "goes"}
     assert "Uploads" not in client.list_multipart_uploads(Bucket=place.bucket)
+
+
+def test_what_others_abort_delete_or_damage_meanwhile_is_passed_over_or_named(bucket: str, store: Store) -> None:
+    begun = store.client.create_multipart_upload(Bucket=bucket, Key="prints/blobs/1/x/big.tar")
+    sweep = Prints(store, bucket, STRICT, after(8)).sweep()
+    store.client.abort_multipart_upload(Bucket=bucket, Key=begun["Key"], UploadId=begun["UploadId"])
+    sweep.act()
+    with pytest.raises(UserError, match="there is no bucket nowhere"):
+        Prints(store, "nowhere", STRICT, after(8))
+    store.put_once(bucket, "prints/blobs/1/x/batch.json", b'{"of": "somebody else"}')
+    with pytest.raises(UserError, match=r"prints/blobs/1/x/batch\.json is damaged, or of a newer Darkroom"):
+        list(Prints(store, bucket, STRICT, after(1)).kept())
+
+
+def test_a_batch_that_a_job_has_just_gone_on_with_loses_nothing_from_then_on(bucket: str, store: Store) -> None:
+    about = Batch(
+        model="blobs",
+        version=1,
+        run_id="1" * 32,
+        content_digest="c",
+        weights_sha256="0" * 64,
+        seed=1,
+        count=2,
+        sampling=SamplingConfig(),
+        fingerprint=FINGERPRINT,
+    )
+    place = Location(bucket, "prints/blobs/1/half")
+    begin(store, about, place, None)
+    for name in ("manifest/part-00000.jsonl", "00000000.png", "00000001.png"):
+        store.put_once(bucket, place.key(name), name.encode())
+    time.sleep(1.1)  # servers tell ages by the second
+    before, resumed = set(store.list_keys(bucket, place.key(""))), []
+
+    class Meeting(Store):
+        """A job goes on with the batch while the first request that deletes is under way."""
+
+        def delete_many(self, bucket: str, keys: Iterable[str]) -> None:
+            super().delete_many(bucket, keys)
+            begin(store, about, place, None)
+            resumed.append(keys)
+
+    prints = Prints(Meeting(), bucket, STRICT, after(8))
+    [batch] = prints.found
+    assert prints.fates[0][0] == "goes"
+    prints.sweep().act()
+    assert (len(resumed), set(store.list_keys(bucket, place.key("")))) == (
+        1,
+        before - {place.key("manifest/part-00000.jsonl")},
+    )
+    assert Prints(store, bucket, STRICT, after(0)).found[0].newest > batch.newest
+    prints.sweep().act()
+    assert len(resumed) == 1, "nor does it begin with one that is new again"
 
 
 def test_fetched_shards_and_weights_go_when_not_used_but_those_of_registered_versions_stay(
@@ -305,6 +360,21 @@ def test_fetched_shards_and_weights_go_when_not_used_but_those_of_registered_ver
     assert all(path.exists() for path in files)
     collected(100)
     assert [path.exists() for path in files] == [False, False, True]
+
+
+def test_what_killed_writers_left_goes_but_nothing_that_was_added_to_of_late(place: Place) -> None:
+    left = [
+        Path("runs/blobs/checkpoints", f".0000000008.safetensors.{'a' * 32}.partial"),
+        Path("data/.blobs/chunks", f".{'c' * 64}.{'b' * 32}.partial"),
+        Path(".darkroom/requests", f".{'c' * 32}.partial").resolve(),
+    ]
+    others = [Path("runs/blobs/.mine.partial"), Path("data/pictures", f".x.{'a' * 32}.partial")]
+    for path in [*left, *others]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"begun")
+    assert not fates(collected(0.9))
+    assert fates(collected(1.1)) == {str(path): "goes" for path in left}
+    assert [path.exists() for path in [*left, *others]] == [False] * 3 + [True] * 2
 
 
 def test_a_broken_ledger_stops_it_before_anything_goes(place: Place) -> None:

@@ -57,6 +57,7 @@ def test_folders_and_model_follow_the_data_set_unless_named(params: Path) -> Non
         ("model.attention=[5]", r"model\.attention"),
         ("ingest.background=red", "ingest.background"),
         ("prints.chunk=100", r"cuts compute batches of 64 pictures .* use 128"),
+        ("training.minutes=.inf", r"training\.minutes: .*finite"),
         ("prints.runner=slurm", r"prints\.runner: .*got 'slurm'"),
         ("gate.delta=1", r"gate\.delta: .*less than 1"),
         ("gate.memorized=0.1", r"unknown key gate\.memorized: did you mean memorised\?"),
@@ -77,9 +78,11 @@ def test_a_missing_or_broken_file_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("- a\n- b\n")
     with pytest.raises(UserError, match="sections"):
         load_params(tmp_path / "params.yaml", [])
+    with pytest.raises(UserError, match=r"cannot be read .*: give a configuration file to --params"):
+        load_params(tmp_path, [])
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "", "a\\b"])
+@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "", "a\\b", "a:b", "bob's", 'say "a"', "a\nb"])
 def test_data_set_names_cannot_lead_elsewhere(name: str) -> None:
     with pytest.raises(UserError, match="plain name"):
         dataset_folder(name)

@@ -18,7 +18,7 @@ import webdataset as wds
 from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
-from diffusion.errors import Held
+from diffusion.errors import Held, UserError
 from diffusion.fingerprint import fingerprint
 from flows import batch_plan, printing
 from flows.printing import Work, cost_of
@@ -291,6 +291,12 @@ def test_the_place_of_another_batch_is_kept_and_the_reason_told(store: Store, bu
         with pytest.raises(Held, match=words):
             batch_plan.begin(store, other, place, None)
     assert Batch.model_validate_json(store.get(bucket, "here/batch.json")) == made
+
+
+def test_at_the_place_of_what_cannot_be_read_it_is_named(store: Store, bucket: str) -> None:
+    store.put_once(bucket, "here/batch.json", b"{}")
+    with pytest.raises(UserError, match=rf"s3://{bucket}/here/batch\.json is damaged, or of a newer Darkroom"):
+        batch_plan.begin(store, batch(20), Location(bucket, "here"), None)
 
 
 def test_processor_time_of_chunks_that_share_a_process_is_counted_once() -> None:

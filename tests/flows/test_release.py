@@ -1,9 +1,12 @@
 """Releases: a version of one registry becomes champion in another, once, whole, and on record there."""
 
 import os
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import mlflow
@@ -22,7 +25,7 @@ from flows import by_hand, registry
 from flows.history import Evidence
 from flows.ledger import Ledger
 from flows.parcel import MODEL, unpack
-from flows.release import fetch, release
+from flows.release import fetch, register, release
 from flows.s3 import Store
 from flows.staging import staging
 from flows.tracking import RELEASED_FROM, TRAIN_KEY
@@ -160,6 +163,26 @@ def test_killed_before_it_was_registered_it_goes_on_with_what_is_there(
     assert (model.source_run_id, str(model.status)) == (run.info.run_id, "READY")
     assert here.get_model_version("blobs", "1").description
     assert done.version.number == len(here.search_model_versions("name='blobs'")) == 1
+
+
+def test_two_releases_at_once_make_one_version_and_one_run(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages.version(b"weights", tmp_path)
+    (folder := tmp_path / "parcel").mkdir()
+    fetch("models:/blobs/1", folder)
+    parcel, here = unpack(folder), stages.at(stages.production)
+    original = mlflow.register_model
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.5)  # else they seldom meet
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(mlflow, "register_model", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda where: register(parcel, folder, where), ("one", "two")))
+    assert [each.number for each in found] == [1, 1]
+    assert len(here.search_model_versions("name='blobs'")) == len(here.search_runs([experiment_of(here)])) == 1
 
 
 def killed(*_: object, **__: object) -> None:

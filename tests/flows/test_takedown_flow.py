@@ -184,6 +184,18 @@ def test_purge_clears_work_files_fetched_shards_and_pages_of_those_versions_alon
     assert read_manifest(dataset) == after
 
 
+@pytest.mark.parametrize("name", ["evaluation.json", "comparison.json"])
+def test_pages_of_another_version_of_darkroom_are_taken_for_showing_the_pictures(
+    name: str, dataset: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "reports" / {"evaluation.json": "report.html", "comparison.json": "comparison.html"}[name]
+    page.parent.mkdir()
+    page.write_bytes(b"")
+    page.with_name(name).write_text('{"of": "another version"}')
+    assert str(page) in purge_files(dataset, [read_manifest(dataset)], [], page.parent)
+    assert not page.exists()
+
+
 def run_on(mlflow: MlflowClient, digest: str, dataset: str = "blobs", experiment: str = "blobs") -> str:
     found = mlflow.get_experiment_by_name(experiment)
     experiment_id = found.experiment_id if found else mlflow.create_experiment(experiment)

@@ -30,6 +30,11 @@ NEVER = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLON
 """Errors that another try will not mend."""
 MISSING = "named in the listing but missing"
 WILD = "*?["
+COPIED_AT_ONCE = 2**20
+"""Bytes."""
+RESERVE, RESERVED_SHARE = 2**30, 0.05
+"""Bytes of the disk that unpacking leaves free, and which share of a smaller one: what is packed does not say how large
+it is, and may be made to fill any disk."""
 PACKED: dict[str, Callable[[Path], object]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -179,7 +184,7 @@ def uncompressed(path: Path, before: str, access: Access) -> Path:
             raise changed(str(path))
         try:
             with cast(BinaryIO, opener(path)) as packed, partial.open("wb") as file:
-                shutil.copyfileobj(packed, file, 2**20)
+                _copy_with_room(packed, file, path, partial.parent)
         except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
             raise _damaged(path, error) from error
         except OSError as error:
@@ -189,6 +194,20 @@ def uncompressed(path: Path, before: str, access: Access) -> Path:
             raise _damaged(path, error) from error
 
     return once(access.scratch / f"unpacked-{name}", unpack)
+
+
+def _copy_with_room(packed: BinaryIO, file: BinaryIO, path: Path, folder: Path) -> None:
+    size = 0
+    while piece := packed.read(COPIED_AT_ONCE):
+        size += len(piece)
+        disk = shutil.disk_usage(folder)
+        reserve = min(RESERVE, int(RESERVED_SHARE * disk.total))
+        if disk.free - len(piece) < reserve:
+            raise UserError(
+                f"{path}, {path.stat().st_size} bytes, unpacks to {size} or more, and where {folder} lies {reserve} "
+                "are to stay free: make room there, or if you do not trust it, leave it"
+            )
+        file.write(piece)
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

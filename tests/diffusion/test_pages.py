@@ -1,0 +1,24 @@
+"""Numbers as pages and tables say them."""
+
+import pytest
+
+from diffusion.evaluation.pages import storage
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1 kB"),
+        (123_456, "123 kB"),
+        (999_499, "999 kB"),
+        (999_999, "1 MB"),
+        (999_600_000, "1 GB"),
+        (25_300_000_000, "25.3 GB"),
+        (10**15, "1,000 TB"),
+        (2_345 * 10**12, "2,345 TB"),
+    ],
+)
+def test_sizes_have_three_digits_and_the_largest_unit_that_leaves_one(size: int, words: str) -> None:
+    assert storage(size) == words
