@@ -146,7 +146,7 @@ def test_what_is_written_down_is_how_it_was_drawn(darkroom: Darkroom, folder: Pa
         (("vary", "nothing.png"), "the image nothing.png cannot be read (No such file or directory)"),
         (("vary", "face.png", "--label", "cat"), "told no classes"),
         (("inpaint", "face.png", "--mask", "model.safetensors"), "the mask cannot be used: not a picture"),
-        (("interpolate", "0"), "from one seed to another"),
+        (("interpolate", "0"), "from seed 0 to seed 0: give two seeds"),
         (("upscale", "face.png"), "not trained to upscale"),
         (("sample", "--to", "s3://bucket"), "use --out FOLDER"),
         (("sample", "--label", "cat", "--label", "dog"), "give a file one"),
