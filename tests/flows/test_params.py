@@ -130,7 +130,7 @@ def test_where_the_network_enlarges_the_default_has_the_noise_levels_of_what_it_
         ours, theirs = getattr(config, section).model_dump(), getattr(plain, section).model_dump()
         assert {name for name in ours if ours[name] != theirs[name]} <= set(levels)
     assert config.training.log_sigma_mean == -2.5
-    assert (config.sampling.sigma_min, config.sampling.sigma_max) == (0.01, 4)
+    assert (config.sampling.sigma_min, config.sampling.sigma_max) == (0.02, 4)
     chosen = ["training.log_sigma_mean=-2", "sampling.sigma_max=9"]
     config = load_params(params, ["model.low_resolution=16", *chosen])
     assert (config.training.log_sigma_mean, config.sampling.sigma_max) == (-2, 9)
