@@ -126,7 +126,7 @@ def begin(store: Store, batch: Batch, place: Location, table: RequestTable | Non
         raise Held(
             f"{place} holds a batch {how}: finish it where and as it was begun, or give --to another prefix"
         ) from error
-    if put == "already there":
+    if put == "already there" and not store.exists(place.bucket, place.key("_SUCCESS")):
         # What is drawn at first may lie there as well, so that nothing else tells `darkroom gc` that somebody goes on
         # with an old batch: it looks at the age of this object before each request by which it deletes.
         store.renew(place.bucket, about, data, JSON)

@@ -20,8 +20,7 @@ class RetentionConfig(Config):
     run_days: float | None = Field(90, ge=0)
     """Runs that MLflow has heard of within so many days stay, here and there; null: all."""
     prints_days: float | None = Field(None, ge=0)
-    """Finished batches of prints written, or asked for again, within so many days stay, with their version's run and
-    data; null: all."""
+    """Finished batches of prints written within so many days stay, with their version's run and data; null: all."""
     unfinished_days: float = Field(7, ge=0)
     """Batches of prints, and uploads in parts, that have no end and to which nothing was added for so many days go."""
     cache_days: float | None = Field(30, ge=0)
