@@ -31,8 +31,8 @@ def test_a_login_in_the_address_is_sent_unless_another_is_given() -> None:
 
 def test_an_address_is_told_without_its_login() -> None:
     with serving(Telling) as address, pytest.raises(NotServing) as caught:
-        ask(address.replace("//", "//someone:hunter2@"))
+        ask(address.replace("//", "//someone:test-secret@"))
     assert str(caught.value).startswith(f"{address}: ")
     with pytest.raises(NotServing) as caught:
-        fetch("http://someone:hunter2@127.0.0.1:9")
-    assert "hunter2" not in str(caught.value)
+        fetch("http://someone:test-secret@127.0.0.1:9")
+    assert "test-secret" not in str(caught.value)
