@@ -126,7 +126,10 @@ def test_a_verb_that_needs_servers_says_how_to_get_them(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_server_that_does_not_answer_is_named_within_seconds_and_its_password_is_not(tmp_path: Path) -> None:
-    named = {"MLFLOW_TRACKING_URI": "http://someone:test-secret@127.0.0.1:9", "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"}
+    named = {
+        "MLFLOW_TRACKING_URI": "http://someone:test-secret@127.0.0.1:9",
+        "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9",
+    }
     done = darkroom(tmp_path, "history", "--dataset", "digits", **named)
     assert done.returncode == 1
     [line] = done.stderr.strip().splitlines()
