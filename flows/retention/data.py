@@ -88,13 +88,13 @@ class DataSets:
                 found[digest] = "stays", f"recorded within {policy.data_days:g} days"
             else:
                 found[digest] = "set aside", f"{age(written, self.now)}, and no run that stays learned from it"
-        for dataset, digest in self.retired:
-            if dataset == name and digest not in versions:
-                found[digest] = self._fate_aside(self.aside[name][digest], digest == current)
+        for digest, version in self.aside.get(name, {}).items():
+            found[digest] = self._fate_aside(version, digest == current)
         return found
 
     def _fate_aside(self, version: Manifest, current: bool) -> tuple[Fate, str]:
-        since = self.retired[version.name, version.digest]
+        # Another gc may have set it aside since they were listed.
+        since = self.retired.get((version.name, version.digest), self.now)
         # Whoever still had its files may have trained on it meanwhile.
         if why := self.contents.get(version.content_digest):
             return "stays", f"{why}: brought back"
