@@ -1,0 +1,385 @@
+"""Golden values: what fixed small inputs and seeds give, from shards to the ledger, to hold a rewrite against.
+
+``python -m tests.golden write`` computes them all and puts them into ``tests/golden_values.json``; ``python -m
+tests.golden compare`` computes them again and prints what differs. Values in ``exact`` are the same on every machine
+whose codecs are of equal versions. Those in ``close`` are floating-point sums and are compared to within 1e-9. Those in
+``machine`` (weights, generated images, metrics of them) have equal bits within one fingerprint only, and are compared
+where the fingerprint in the file is that of this machine.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import pyarrow
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusion.config_sampling import Asked, SamplingConfig
+from diffusion.data.config import IngestConfig
+from diffusion.data.ingest import ingest
+from diffusion.data.manifest import read_manifest
+from diffusion.data.selection import Selection
+from diffusion.data.takedown import remove
+from diffusion.evaluation.bootstrap import replicates
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.evaluate import evaluate
+from diffusion.evaluation.evidence import distance_headline, recall_difference
+from diffusion.evaluation.gate import Copies, Cost, Evidence, GateConfig, decide
+from diffusion.evaluation.trial import trial
+from diffusion.families.config import AutoregressiveConfig, FamilyConfig, GANConfig, VAEConfig
+from diffusion.fingerprint import fingerprint
+from diffusion.model import load_model, read_header
+from diffusion.models.config import ModelConfig
+from diffusion.requests import answer, request_of
+from diffusion.sampling import sample
+from diffusion.training.config import TrainingConfig
+from diffusion.training.train import train
+from flows.history import Approval, Entry, History
+from flows.history import Evidence as GateEvidence
+
+VALUES = Path(__file__).with_name("golden_values.json")
+IMAGES = 2_000
+"""Seen by each network in training."""
+SIZE = 16
+TRAINING = {"images": IMAGES, "batch_size": 50, "warmup_images": 200, "checkpoints": 2, "precision": "fp32"}
+SHAPE: dict[str, Any] = {"width": 16, "multipliers": (1, 2), "blocks": 1, "attention": (1,), "patch": 2}
+SAMPLING = SamplingConfig(steps=6, compute_batch=8, precision="fp32")
+EVALUATION = EvaluationConfig(samples=48, extractor_size=32)
+Values = dict[str, Any]
+"""Nested by section, with digests, numbers and words at the leaves."""
+
+
+def main() -> None:
+    """Write or compare; exits with 1 if anything differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=("write", "compare"))
+    parser.add_argument("--file", type=Path, default=VALUES)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = compute(Path(scratch))
+    if given.verb == "write":
+        given.file.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        return
+    differing = differences(json.loads(given.file.read_text()), found)
+    print("\n".join(differing) or "equal")
+    sys.exit(bool(differing))
+
+
+def compute(scratch: Path) -> Values:
+    """All golden values; ``scratch`` is an empty folder."""
+    torch.set_num_threads(1)
+    data = data_sets(scratch)
+    models = trained_models(scratch)
+    return {
+        "codecs": codecs(),
+        "fingerprint": fingerprint(SAMPLING.compute_batch, "fp32", "cpu").model_dump(mode="json"),
+        "exact": {"data": data, "ledger": ledger_entries()},
+        "close": {"gate": gate_verdicts()},
+        "machine": {
+            "weights": {name: weights_digest(path) for name, path in models.items()},
+            "images": dict(generated_images(models)),
+            "metrics": metrics(scratch, models),
+        },
+    }
+
+
+def differences(before: Values, now: Values) -> list[str]:
+    """What differs, as ``path: before → now``; sections that depend on another machine or codec are left out."""
+    sections = ["exact"] if before["codecs"] == now["codecs"] else []
+    sections += ["close", *(["machine"] if before["fingerprint"] == now["fingerprint"] else [])]
+    return [line for section in sections for line in _differences(section, before[section], now[section])]
+
+
+def _differences(path: str, before: Any, now: Any) -> Iterator[str]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in sorted({*before, *now}):
+            yield from _differences(f"{path}/{name}", before.get(name), now.get(name))
+    elif isinstance(before, float) and isinstance(now, float):
+        if not math.isclose(before, now, rel_tol=1e-9, abs_tol=1e-9):
+            yield f"{path}: {before!r} → {now!r}"
+    elif before != now:
+        yield f"{path}: {before!r} → {now!r}"
+
+
+def codecs() -> dict[str, str]:
+    """Versions of the libraries whose output is part of stored bytes."""
+    return {"pillow": PIL.__version__, "pyarrow": pyarrow.__version__, "numpy": np.__version__}
+
+
+def image_of(number: int, size: int = 24) -> Image.Image:
+    """A disc in a colour of its class, (size, size, 3), somewhere on a dark ground; by number."""
+    random = np.random.default_rng(number)
+    x, y = random.uniform(size / 3, 2 * size / 3, 2)
+    rows, columns = np.mgrid[:size, :size]
+    inside = np.clip(size / 4 + 0.5 - np.hypot(rows - y, columns - x), 0, 1)[..., None]
+    colour = np.array([(230, 60, 40), (40, 90, 220)][number % 2]) + random.integers(-20, 21, 3)
+    ground = random.integers(0, 40, (size, size, 3))
+    return Image.fromarray((inside * colour.clip(0, 255) + (1 - inside) * ground).round().astype(np.uint8))
+
+
+def write_images(folder: Path, numbers: range) -> None:
+    """Images with classes and captions; two of them are the same, and one is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["file_name,label,text"]
+    for number in numbers:
+        image_of(number).save(folder / f"{number:03d}.png")
+        name = ("red", "blue")[number % 2]
+        lines.append(f"{number:03d}.png,{name},a {name} disc")
+    image_of(numbers.start).save(folder / "copy.png")
+    (folder / "broken.png").write_bytes(b"not an image")
+    (folder / "metadata.csv").write_text("\n".join([*lines, "copy.png,red,a copy", "broken.png,red,broken"]) + "\n")
+
+
+def data_sets(scratch: Path) -> Values:
+    """Digests of a data set ``scratch/data/discs`` as it grows and loses an image, and of a grey one made of it."""
+    folder, source = scratch / "data" / "discs", scratch / "source"
+    config = IngestConfig(source=str(source), size=SIZE, held_out=0.3, shard_bytes=2**16)
+    found: Values = {}
+    for step, last in (("first", 120), ("grown", 200)):
+        write_images(source, range(last))
+        done = ingest(folder, config)
+        found[step] = version(folder) | {"kept": done.kept, "duplicates": done.duplicates}
+        found[step]["quarantined"] = {each.source: each.reason for each in done.quarantined}
+    grey = scratch / "data" / "grey"
+    ingest(grey, config.model_copy(update={"mode": "grey"}))
+    found["grey"] = version(grey)
+    smaller = scratch / "data" / "smaller"
+    ingest(smaller, config)
+    remove(smaller, Selection(sources=["007.png"]), "a golden value")
+    found["taken down"] = version(smaller)
+    return found
+
+
+def version(folder: Path) -> Values:
+    """What the data set in ``folder`` is known by, and its files."""
+    manifest = read_manifest(folder)
+    return {
+        "content_digest": manifest.content_digest,
+        "layout_digest": manifest.layout_digest,
+        "manifest": manifest.digest,
+        "files": {entry.name: entry.sha256 for entry in manifest.files},
+    }
+
+
+def trained_models(scratch: Path) -> dict[str, Path]:
+    """The final model of a short training of each family and task."""
+    networks: dict[str, tuple[str, FamilyConfig, dict[str, Any]]] = {
+        "ddpm": ("discs", ModelConfig(**SHAPE), {}),
+        "ddpm learned variance": (
+            "grey",
+            ModelConfig(**SHAPE, schedule="cosine", prediction="noise", learned_variance=True),
+            {"times": "uniform", "weighting": "min_snr", "stratified": False},
+        ),
+        "ddpm v": (
+            "grey",
+            ModelConfig(**SHAPE, schedule="linear", prediction="v", zero_terminal=True, dropout=0.1),
+            {"weighting": "plain", "times": "uniform", "flip": True, "ema_lengths": (0.05, 0.1)},
+        ),
+        "text": ("discs", ModelConfig(**SHAPE, text=True), {"learned_uncertainty": True}),
+        "super-resolution": ("discs", ModelConfig(**SHAPE, low_resolution=8), {}),
+        "vae": ("discs", VAEConfig(width=16, multipliers=(1, 1), latent_channels=3), {}),
+        "gan": ("discs", GANConfig(width=8, multipliers=(1, 2, 4)), {}),
+        "autoregressive": ("grey", AutoregressiveConfig(width=8, layers=4), {}),
+    }
+    models: dict[str, Path] = {}
+    for name, (dataset, network, options) in networks.items():
+        models[name] = trained(scratch, name, dataset, network, options)
+    latent = ModelConfig(**SHAPE | {"patch": 1, "multipliers": (1,), "attention": ()}, autoencoder=str(models["vae"]))
+    models["latent"] = trained(scratch, "latent", "discs", latent, {})
+    models["warm start"] = trained(scratch, "warm start", "discs", ModelConfig(**SHAPE), {"start": str(models["ddpm"])})
+    return models
+
+
+def trained(scratch: Path, name: str, dataset: str, network: FamilyConfig, options: dict[str, Any]) -> Path:
+    """The final model of ``network`` trained on the data set of that name."""
+    config = TrainingConfig.model_validate(TRAINING | options | {"dataset": dataset})
+    sampling = SamplingConfig(steps=2, compute_batch=8, precision="fp32") if network.family == "ddpm" else SAMPLING
+    if network.family != "ddpm":
+        sampling = SamplingConfig(compute_batch=8, precision="fp32")
+    return train(scratch / "data" / dataset, scratch / "runs" / name, network, config, sampling).final
+
+
+def weights_digest(path: Path) -> str:
+    """SHA-256 of the tensors' names and bytes, free of the header."""
+    from safetensors.torch import load_file
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(path).items()):
+        digest.update(name.encode() + b"\0" + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def digest_of_images(images: Tensor) -> str:
+    """SHA-256 of the shape and the pixels, (N, C, H, W) uint8."""
+    return hashlib.sha256(str(tuple(images.shape)).encode() + images.numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Files:
+    """Images as files, as a request has them."""
+
+    image: bytes
+    mask: bytes
+    small: bytes
+
+
+def request_files() -> Files:
+    """An image, a mask with a hole in its middle, and a small image."""
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask[4:12, 4:12] = 255
+    images = image_of(900, SIZE), Image.fromarray(mask), image_of(901, SIZE).resize((12, 10))
+    files = []
+    for image in images:
+        image.save(buffer := BytesIO(), "PNG")
+        files.append(buffer.getvalue())
+    return Files(*files)
+
+
+def generated_images(models: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
+    """Digests of what each sampler, option, family and task gives, by a name for it."""
+    ddpm = load_model(models["ddpm"])
+    samplers: dict[str, dict[str, Any]] = {
+        "ddpm": {},
+        "ddpm larger variance": {"sampler": "ddpm", "variance": "larger"},
+        "ddim": {},
+        "ddim eta": {"sampler": "ddim", "eta": 0.5},
+        "euler": {},
+        "euler churn": {"sampler": "euler", "churn": 0.3, "churn_noise": 1.01},
+        "heun": {},
+        "dpmpp_2m": {},
+        "dpmpp_2m_sde": {},
+        "deis": {},
+        "unipc": {},
+        "guided": {"sampler": "dpmpp_2m", "guidance": 2.5, "guidance_interval": (0.2, 5.0), "guidance_rescale": 0.7},
+        "whole schedule": {"sampler": "ddim", "sigma_max": None, "sigma_min": None},
+    }
+    for name, options in samplers.items():
+        config = SamplingConfig.model_validate(SAMPLING.model_dump() | {"sampler": name} | options)
+        yield f"sampler/{name}", digest_of_images(sample(ddpm, range(3, 9), 7, config))
+    plain = SamplingConfig(compute_batch=8, precision="fp32")
+    asked = {
+        "ddpm learned variance": Asked(),
+        "ddpm v": Asked(labels=("blue",)),
+        "text": Asked(labels=("red",), prompts=("a blue disc", None)),
+        "latent": Asked(labels=("red", "blue")),
+        "vae": Asked(),
+        "gan": Asked(labels=("red",)),
+        "autoregressive": Asked(labels=("blue",)),
+    }
+    for name, what in asked.items():
+        config = plain if name in ("vae", "gan", "autoregressive") else SAMPLING
+        if name == "ddpm learned variance":
+            config = SAMPLING.with_sampler("ddpm")
+        yield f"family/{name}", digest_of_images(sample(load_model(models[name]), range(5), 1, config, asked=what))
+    files = request_files()
+    tasks: dict[str, dict[str, Any]] = {
+        "sample": {"task": "sample", "count": 3, "seed": 4, "label": "red"},
+        "inpaint": {"task": "inpaint", "count": 2, "image": files.image, "mask": files.mask},
+        "inpaint repaint": {"task": "inpaint", "image": files.image, "mask": files.mask, "times": 2},
+        "inpaint pigdm": {"task": "inpaint", "image": files.image, "mask": files.mask, "agree": True},
+        "img2img": {"task": "vary", "count": 2, "image": files.image, "strength": 0.5},
+        "interpolate": {"task": "interpolate", "count": 4, "seed": 2, "to_seed": 3, "label": "red"},
+    }
+    for name, fields in tasks.items():
+        yield f"task/{name}", digest_of_images(answer(ddpm, [request_of(fields)], SAMPLING)[0])
+    upscale = request_of({"task": "upscale", "image": files.small, "seed": 1})
+    images = answer(load_model(models["super-resolution"]), [upscale], SAMPLING)[0]
+    yield "task/upscale", digest_of_images(images)
+
+
+def metrics(scratch: Path, models: Mapping[str, Path]) -> Values:
+    """Every metric with its interval: of checkpoints, and of a candidate beside a champion."""
+    data, checkpoints = scratch / "data" / "discs", sorted((scratch / "runs" / "ddpm" / "checkpoints").glob("*"))
+    checkpoints = [path for path in checkpoints if path.suffix == ".safetensors"]
+    evaluation = evaluate(data, checkpoints, EVALUATION, SAMPLING, scratch / "reports" / "evaluation")
+    judged = {f"{each.images}": each.named() for each in evaluation.checkpoints}
+    compared, _ = trial(
+        models["warm start"], models["ddpm"], data, EVALUATION, SAMPLING, GateConfig(), scratch / "reports" / "trial"
+    )
+    autoencoder, _ = trial(
+        models["vae"], models["vae"], data, EVALUATION, SamplingConfig(compute_batch=8), GateConfig(), scratch / "vae"
+    )
+    enlarged = evaluate(data, [models["super-resolution"]], EVALUATION, SAMPLING, scratch / "reports" / "enlarged")
+    return {
+        "checkpoints": judged,
+        "real baseline": evaluation.floor.named(),
+        "intervals": json.loads(evaluation.estimates.model_dump_json()) if evaluation.estimates else None,
+        "comparison": compared.named(),
+        "decision": json.loads(compared.decision.model_dump_json()),
+        "autoencoder": autoencoder.named(),
+        "super-resolution": enlarged.checkpoints[0].named(),
+        "steps": read_header(checkpoints[0])["model_header"]["images"],
+    }
+
+
+def features(seed: int, count: int, shift: float) -> Tensor:
+    """Stand-ins for features, (count, 16) float32: Gaussian of a spread that falls by dimension."""
+    scales = 1 / np.arange(1, 17)
+    drawn = np.random.default_rng(seed).standard_normal((count, 16)) * scales + shift
+    return torch.from_numpy(drawn.astype(np.float32))
+
+
+def gate_verdicts() -> Values:
+    """Metrics with errors, and what the gate decides, of candidates that are better, equal, worse, and copies."""
+    reference, real, champion = features(0, 400, 0), features(1, 400, 0), features(2, 400, 0.3)
+    found: Values = {}
+    for name, shift, copies in (("better", 0.1, 0.0), ("equal", 0.3, 0.0), ("worse", 0.5, 0.0), ("copies", 0.1, 0.4)):
+        candidate = features(3, 400, shift)
+        ours, theirs, baseline = replicates([candidate, champion, real], reference, 20)
+        for config in (GateConfig(), GateConfig(headline="fd", delta=0.2, recall_loss=None)):
+            evidence = Evidence(
+                judged="drawn",
+                samples=400,
+                reference=400,
+                has_champion=True,
+                headline=distance_headline(ours, theirs, baseline, "stored", config),
+                recall=recall_difference(ours, theirs),
+                memorised=Copies(share=copies, p_value=1e-9 if copies else 0.7),
+                cost=Cost(challenger=1.0, champion=1.0, unit="GFLOP"),
+            )
+            decision = decide(evidence, config)
+            found[f"{name}/{config.headline}"] = json.loads(decision.model_dump_json()) | {
+                "metrics": {metric: each.estimate.model_dump() for metric, each in ours.items()}
+            }
+    return found
+
+
+def ledger_entries() -> Values:
+    """Digests of a short history: two promotions, a hold, a manual override, a rollback."""
+    when, history = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), History("discs")
+    figures, gate = {"kid": 0.25}, {"delta": 0.05}
+    promoted = GateEvidence(verdict="promote", reason="better", figures=figures, eval_key="e", gate=gate)
+    held = GateEvidence(verdict="hold", reason="perhaps", figures={"kid": 0.5})
+    approval = Approval(approved=True, by="somebody", note="looked at")
+    steps: list[tuple[Any, int, dict[str, Any]]] = [
+        ("promote", 1, {"evidence": promoted}),
+        ("promote", 2, {"evidence": promoted, "approval": approval}),
+        ("hold", 3, {"evidence": held}),
+        ("promote", 3, {"by_hand": True, "reason": "a person's", "evidence": held}),
+        ("rollback", 2, {"by_hand": True, "reason": "worse in use"}),
+    ]
+    found: Values = {}
+    for what, number, options in steps:
+        entry = history.then(what, number, f"{number:064x}", **options)
+        # Who wrote it and when differ between machines; a parent's digest follows from what was fixed before.
+        entry = Entry.model_validate(entry.model_dump() | {"who": "who@where", "when": when})
+        history = History("discs", (*history.entries, entry))
+        found[f"{entry.number}"] = {"sha256": entry.digest, "text": str(entry)}
+    return found
+
+
+if __name__ == "__main__":
+    main()
