@@ -65,7 +65,7 @@ class SamplingConfig(Config):
     low_resolution_noise: float | None = Field(None, ge=0, exclude_if=unset)
     """Standard deviation of the noise over a small picture, in [−1, 1], that is enlarged; at most what the model was
     trained with. The more there is, the less the model keeps to the small picture, its faults included. Null: 0."""
-    compute_batch: int = Field(64, ge=1)
+    compute_batch: int = Field(64, ge=1, le=2**16)
     """Pictures computed at once, always as many: it decides the last bits of each."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of matrix products; auto: bf16 where the device has it. On a GPU fp32 is TF32."""

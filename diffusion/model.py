@@ -12,8 +12,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from diffusion.config import Config, unset
+from diffusion.config import LARGEST_SIZE, Config, PlainName, unset
 from diffusion.denoiser import Denoiser
 from diffusion.errors import UserError
 from diffusion.families import family_of
@@ -34,6 +35,8 @@ AVERAGED = "ema."
 """Prefix of the averaged weights' names, the same in checkpoints and in final models."""
 AUTOENCODER = "autoencoder."
 """Prefix of the weights of a latent model's autoencoder, and of the moments of its latents."""
+LARGEST_HEADER = 16 * 2**20
+"""Bytes of a file's own header, with names and shapes of all tensors, that are read at most."""
 Told = dict[str, Tensor]
 """What a network is told of N pictures: ``label`` and ``text``, or ``low`` and ``level``, as ``UNet.forward`` has them,
 as far as it is told any."""
@@ -47,13 +50,13 @@ class ModelHeader(Config):
     model: FamilyConfig
     """Instead of the path of its autoencoder, if it has one, the digest of that one's weights."""
     channels: Literal[1, 3]
-    size: int
+    size: int = Field(ge=1, le=LARGEST_SIZE)
     """Height and width of the pictures, in pixels."""
-    dataset: str
+    dataset: PlainName
     """Name of the data set."""
     content_digest: str
     """Digest of the data set."""
-    sigma_data: float = 1.0
+    sigma_data: float = Field(1.0, gt=0, le=1e6)
     """Standard deviation of what the network works on: the data set's pictures in [−1, 1], what they have beyond small
     ones that it is shown, or latents."""
     class_histogram: dict[str, int]
@@ -62,7 +65,7 @@ class ModelHeader(Config):
     """What read the captions that the network was told; None: it was told none."""
     latents: LatentSpace | None = Field(None, exclude_if=unset)
     """What the network works on; None: the pictures themselves."""
-    images: int
+    images: int = Field(ge=0, lt=2**63)
     """Pictures seen in training."""
     training: dict[str, Any]
     """The training configuration as it was resolved."""
@@ -199,6 +202,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any])
 def read_header(path: Path) -> dict[str, Any]:
     """The header of a file written by ``save_tensors``; raises UserError if it is none."""
     try:
+        with path.open("rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+        if size > LARGEST_HEADER:
+            raise UserError(f"{path} has a header of {size} bytes, and no model of ours has one: it is damaged")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         header = HEADER.validate_json(metadata[METADATA_KEY])
@@ -225,7 +232,11 @@ def read_model_header(path: Path) -> ModelHeader:
     try:
         header = ModelHeader.model_validate(raw["model_header"])
     except (KeyError, ValidationError) as error:
-        raise UserError(f"{path} has a header this version cannot read: use the version that wrote it") from error
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ["model_header"], "msg": "missing"}
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{path} has a header this version cannot read ({where}: {first['msg']}): use the version that wrote it"
+        ) from error
     if header.format_version == 1 and header.model.low_resolution is not None:
         raise UserError(f"{path} enlarges in a way that is no more: use the version that wrote it, or train it again")
     return header
@@ -237,25 +248,62 @@ def load_model(path: Path) -> Model:
     Nothing is unpickled. Raises UserError if the file is missing, damaged or of another format.
     """
     header = read_model_header(path)
-    family, shape = family_of(header.model), (header.channels, header.size, header.size)
-    network = family.network(
-        header.model,
-        header.latents.shape if header.latents else shape,
-        len(classes_of(header.model, header.class_histogram)),
-    )
-    autoencoder = unfilled(header.latents, shape) if header.latents else None
+    family = family_of(header.model)
+    # What the header says of itself takes no memory before the file was seen to hold as much.
+    with torch.device("meta"), _ShapesAlone():
+        described = _networks(header)
+    _require_tensors(path, *described)
+    network, autoencoder = _networks(header)
     try:
         network.load_state_dict(_tensors(path, AVERAGED))
         if autoencoder is not None:
             autoencoder.load_state_dict(_tensors(path, AUTOENCODER))
     except RuntimeError as error:  # torch says it in a page; the cause is always the same
-        raise UserError(
-            f"{path} was written by another version of the network: load it with the code that its version ships"
-        ) from error
+        raise _of_another_version(path) from error
     for each in filter(None, (network, autoencoder)):
         each.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model: Model = family.model(header, network, autoencoder)
     return model
+
+
+class _ShapesAlone(TorchFunctionMode):
+    """Inside, what torch loads for seconds to do with tensors without memory leaves their shapes as they are."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ == "normal_":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _networks(header: ModelHeader) -> tuple[nn.Module, Latents | None]:
+    """What ``header`` describes, with random weights: the network, and the autoencoder around it if there is one."""
+    shape = header.channels, header.size, header.size
+    inner = header.latents.shape if header.latents else shape
+    network = family_of(header.model).network(
+        header.model, inner, len(classes_of(header.model, header.class_histogram))
+    )
+    return network, unfilled(header.latents, shape) if header.latents else None
+
+
+def _require_tensors(path: Path, network: nn.Module, autoencoder: Latents | None) -> None:
+    """Raise UserError unless the file holds the tensors of ``network`` and ``autoencoder``, in their shapes."""
+    expected = {AVERAGED + name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    if autoencoder is not None:
+        expected |= {AUTOENCODER + name: list(tensor.shape) for name, tensor in autoencoder.state_dict().items()}
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith((AVERAGED, AUTOENCODER))]  # noqa: SIM118 (no mapping)
+        if {name: file.get_slice(name).get_shape() for name in names} != expected:
+            raise _of_another_version(path)
+
+
+def _of_another_version(path: Path) -> UserError:
+    return UserError(
+        f"{path} was written by another version of the network, or is damaged: its tensors are not those that its "
+        "header describes; load it with the code that its version ships"
+    )
 
 
 def unfilled(space: LatentSpace, shape: tuple[int, int, int]) -> Latents:

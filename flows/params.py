@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from diffusion.config import Config, unset
+from diffusion.config import LONGEST_NAME, Config, plain_name, unset
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.config import IngestConfig
 from diffusion.errors import UserError
@@ -162,12 +162,10 @@ class Params(Config):
 
 def dataset_folder(name: str) -> Path:
     """Where the data set called ``name`` lies; raises UserError for a name that is no plain folder name."""
-    # MLflow takes no slash or colon, and no quote in what it is asked to search for.
-    if not name or name.startswith(".") or not name.isprintable() or set(name) & set("/\\:'\"`"):
-        raise UserError(
-            f"data set name {name!r} must be a plain name: letters, digits, dashes, no slash, colon or quote"
-        )
-    return Path("data") / name
+    try:
+        return Path("data") / plain_name(name)
+    except ValueError as error:
+        raise UserError(f"data set name {name[:LONGEST_NAME]!r} {error}") from error
 
 
 def registered(params: Params) -> str | None:

@@ -4,13 +4,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from diffusion.config import Config, unset
+from diffusion.config import LARGEST_SIZE, Config, unset
 
 
 class StorageConfig(Config):
     """How pictures become stored pixels: part of the data set's identity."""
 
-    size: int = Field(28, ge=8, le=1024)
+    size: int = Field(28, ge=8, le=LARGEST_SIZE)
     """Height and width of every stored picture, in pixels."""
     fit: Literal["crop", "pad", "squash"] = "crop"
     """How a picture that is not square becomes square: cut its longer side, fill up its shorter one, or distort."""

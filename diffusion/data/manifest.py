@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
-from diffusion.config import Config, unset
+from diffusion.config import Config, PlainName, unset
 from diffusion.data.config import StorageConfig
 from diffusion.errors import UserError
 from diffusion.files import digest_of, sha256_bytes, sha256_file, write_bytes
@@ -97,12 +97,12 @@ class Manifest(Config):
     """A version of a data set."""
 
     format_version: Literal[2] = 2
-    name: str
+    name: PlainName
     parent: Sha256 | None
     """Digest of the manifest that this version was made from; None for the first."""
     change: str
     """What made this version of its parent: ``ingest``, ``rebuild``, or ``removal: `` and its reason."""
-    content_digest: str
+    content_digest: Sha256 | Literal[""]
     """SHA-256 over the samples, sorted, and what decides how they are stored; free of history."""
     storage: StorageConfig
     licence: str | None = Field(None, exclude_if=unset)

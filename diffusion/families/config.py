@@ -5,10 +5,10 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
-from diffusion.config import Config
+from diffusion.config import LARGEST_SIZE, Config
 from diffusion.config_sampling import SamplingConfig
 from diffusion.models.config import ModelConfig
-from diffusion.models.kind import NOISE_LEVELS, REVERSE_PROCESS, Kind
+from diffusion.models.kind import DEEPEST, NOISE_LEVELS, REVERSE_PROCESS, WIDEST, Kind, Multipliers
 
 
 class VAEConfig(Kind):
@@ -32,14 +32,14 @@ class VAEConfig(Kind):
 
     family: Literal["vae"] = "vae"
     """What kind of model it is."""
-    width: int = Field(32, ge=16, multiple_of=16)
+    width: int = Field(32, ge=16, le=WIDEST, multiple_of=16)
     """Channels at the highest resolution; a multiple of 16, the channels normalised together."""
-    multipliers: tuple[int, ...] = (1, 2)
+    multipliers: Multipliers = (1, 2)
     """Channels at each resolution, as multiples of ``width``; each halves the one before."""
     patch: Literal[1, 2, 4] = 2
     """The highest resolution is of patch×patch pixels folded into channels: 2 is a quarter of the work. With two
     resolutions each latent position then stands for 4×4 pixels, with three for 8×8."""
-    blocks: int = Field(1, ge=1)
+    blocks: int = Field(1, ge=1, le=DEEPEST)
     """Residual blocks at each resolution of the encoder; the decoder, which draws, has one more."""
     latent_channels: int = Field(4, ge=1, le=64)
     """Numbers at each position of the latents."""
@@ -82,14 +82,14 @@ class GANConfig(Kind):
 
     family: Literal["gan"] = "gan"
     """What kind of model it is."""
-    width: int = Field(16, ge=8, multiple_of=8)
+    width: int = Field(16, ge=8, le=WIDEST, multiple_of=8)
     """Channels at the highest resolution."""
-    multipliers: tuple[int, ...] = (1, 2, 4, 8)
+    multipliers: Multipliers = (1, 2, 4, 8)
     """Channels at each resolution, as multiples of ``width``, from the highest; each halves the one before."""
     patch: Literal[1, 2, 4] = 1
     """The highest resolution is of patch×patch pixels folded into channels: less work for the same width, and at first
     pictures in which the squares can be seen."""
-    blocks: int = Field(1, ge=1)
+    blocks: int = Field(1, ge=1, le=DEEPEST)
     """Residual blocks at each resolution of either network."""
     latent: int = Field(64, ge=1, le=4096)
     """Numbers of noise that a picture is made of."""
@@ -128,7 +128,7 @@ class AutoregressiveConfig(Kind):
 
     family: Literal["autoregressive"] = "autoregressive"
     """What kind of model it is."""
-    width: int = Field(32, ge=8, multiple_of=8)
+    width: int = Field(32, ge=8, le=WIDEST, multiple_of=8)
     """Channels of both stacks, of what lies above and of what lies to the left."""
     layers: int = Field(8, ge=1, le=64)
     """Layers; they look 1, 2, 4 and 8 pixels far by turns, so that eight of them see 30 rows."""
@@ -166,9 +166,9 @@ class LatentSpace(Config):
     """What leads to pictures and back; its weights lie beside the model's own."""
     digest: str
     """SHA-256 of those weights, by which the autoencoder is known wherever it lies."""
-    channels: int
+    channels: int = Field(ge=1, le=64)
     """Numbers at each position."""
-    size: int
+    size: int = Field(ge=1, le=LARGEST_SIZE)
     """Height and width, in positions."""
 
     @property

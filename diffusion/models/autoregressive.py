@@ -180,6 +180,7 @@ def _begun_evenly(head: nn.Conv2d, channels: int, mixtures: int) -> None:
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     with torch.no_grad():
-        means = torch.linspace(-1, 1, mixtures + 2)[1:-1].repeat(channels)
+        # On the processor also where weights have no memory: see diffusion.model.
+        means = torch.linspace(-1, 1, mixtures + 2, device="cpu")[1:-1].repeat(channels)
         head.bias[mixtures : mixtures + len(means)] = means
         head.bias[mixtures + len(means) : mixtures + 2 * len(means)] = -1.0

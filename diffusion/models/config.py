@@ -4,8 +4,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from diffusion.config import unset
-from diffusion.models.kind import Kind
+from diffusion.config import LARGEST_SIZE, unset
+from diffusion.models.kind import DEEPEST, MOST_LEVELS, WIDEST, Kind, Multipliers
 
 Prediction = Literal["noise", "v", "x0", "edm"]
 
@@ -31,15 +31,15 @@ class ModelConfig(Kind):
     learned_variance: bool = Field(False, exclude_if=unset)
     """Whether the network also says how much noise each value of a reverse step gets, between what DDPM takes at least
     and at most: fewer steps of the sampler ddpm then draw from the right distribution (arXiv 2102.09672)."""
-    width: int = Field(32, ge=16, multiple_of=16)
+    width: int = Field(32, ge=16, le=WIDEST, multiple_of=16)
     """Channels at the highest resolution; a multiple of 16, the channels normalised together."""
-    multipliers: tuple[int, ...] = (1, 2)
+    multipliers: Multipliers = (1, 2)
     """Channels at each resolution, as multiples of ``width``; each halves the one before."""
-    blocks: int = Field(1, ge=1)
+    blocks: int = Field(1, ge=1, le=DEEPEST)
     """Residual blocks per resolution on the way down; one more on the way up."""
-    attention: tuple[int, ...] = (1,)
+    attention: tuple[int, ...] = Field((1,), max_length=MOST_LEVELS)
     """Which resolutions have self-attention, counted from 0, the highest."""
-    heads: int = Field(2, ge=1)
+    heads: int = Field(2, ge=1, le=WIDEST)
     """Attention heads; they share the channels."""
     patch: Literal[1, 2, 4] = 2
     """The network works on patch×patch pixels folded into channels: 2 means half resolution, a quarter of
@@ -50,7 +50,7 @@ class ModelConfig(Kind):
     """Whether the network is told each picture's class, where the data set has several."""
     text: bool = Field(False, exclude_if=unset)
     """Whether the network is told each picture's caption, as a sentence encoder reads it (the extra ``text``)."""
-    low_resolution: int | None = Field(None, ge=2, exclude_if=unset)
+    low_resolution: int | None = Field(None, ge=2, le=LARGEST_SIZE, exclude_if=unset)
     """Height and width, in pixels, of the small picture that the network is shown and learns to draw large (SR3, arXiv
     2104.07636); the data set's size is a multiple of it. It then draws nothing without one, and is told nothing else.
     Null: it is shown none."""

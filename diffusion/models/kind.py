@@ -1,11 +1,18 @@
 """What a family of models says of itself in its configuration, where nothing heavy need be loaded to know it."""
 
 from collections.abc import Collection, Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from diffusion.config import Config
 from diffusion.config_sampling import SamplingConfig
 
+WIDEST, DEEPEST, MOST_LEVELS = 4096, 64, 12
+"""Channels, blocks of a resolution, and resolutions at most: a file that says of itself more than that is refused
+before anything is built of it."""
+Multipliers = Annotated[tuple[Annotated[int, Field(le=64)], ...], Field(max_length=MOST_LEVELS)]
+"""Channels at each resolution, as multiples of the width."""
 REVERSE_PROCESS = SamplingConfig.model_fields.keys() - {"compute_batch", "precision", "device"}
 """Fields of the section ``sampling`` that mean nothing to who has no reverse process."""
 NOISE_LEVELS = (
