@@ -10,6 +10,7 @@ from mlflow.exceptions import MlflowException
 from diffusion.errors import UserError
 from flows.history import Entry, History, Standing
 from flows.ledger import Ledger
+from flows.tags import parse_tags
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 ALIASES = (CHAMPION, PREVIOUS, CHALLENGER)
@@ -75,7 +76,7 @@ def adopted(client: MlflowClient, ledger: Ledger) -> History:
             return None
         number = there[CHAMPION]
         tags = client.get_model_version(ledger.model, str(number)).tags
-        digest = tags.get("darkroom.weights_sha256", "")
+        digest = parse_tags(tags, f"models:/{ledger.model}/{number}").weights_sha256 or ""
         return history.then("adopt", number, digest, challenger=there.get(CHALLENGER))
 
     return ledger.append(adopt)

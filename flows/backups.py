@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import AwareDatetime, ValidationError
+from pydantic import AwareDatetime, StringConstraints, ValidationError
 
 from diffusion.config import Config
 from diffusion.errors import UserError
@@ -22,8 +22,10 @@ STAMP = "%Y%m%dT%H%M%SZ"
 SMALL = 2**20
 """Bytes of an object that is read as fast as it is found."""
 NAMED = re.compile(r"\d{8}T\d{6}Z")
-Digest = str
+Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 """Hex SHA-256."""
+DatabasePath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*\.db$")]
+"""Where a database lies in the stack's folder."""
 
 
 class SavedObject(Config):
@@ -45,7 +47,7 @@ class Backup(Config):
     bucket: str
     versions: dict[str, str]
     """Of the programs whose databases these are."""
-    databases: dict[str, Digest]
+    databases: dict[DatabasePath, Digest]
     """By their path in the stack's folder."""
     objects: list[SavedObject]
 

@@ -20,6 +20,7 @@ from diffusion.files import sha256_file, write_json
 from flows import environment, registry
 from flows.history import Evidence
 from flows.ledger import Ledger
+from flows.registry import digest_code
 from flows.trace import MANIFEST
 
 ABOUT = "parcel.json"
@@ -97,6 +98,8 @@ def pack(uri: str, folder: Path) -> Parcel:
             _fetch(f"runs:/{version.run_id}/{name}", folder / RUN / name)
     if sha256_file(folder / MODEL / "artifacts" / "weights.safetensors") != version.weights_sha256:
         raise UserError(f"the weights of {version.uri} do not match their digest: register the model again")
+    if version.code_sha256 is not None and digest_code(folder / MODEL) != version.code_sha256:
+        raise UserError(f"the code of {version.uri} was altered after it was registered: find out who did")
     parcel = Parcel(
         model=version.model,
         number=version.number,

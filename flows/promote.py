@@ -41,6 +41,7 @@ from flows.params import Params
 from flows.progress import reporter
 from flows.registry import Version
 from flows.steps import step
+from flows.tags import parse_tags
 from flows.tracking import AUTOENCODER, START, RunTracker
 
 PAGE = "trial.html"
@@ -114,6 +115,7 @@ def register(params: Params, evaluation: Evaluation) -> Version:
     weights = params.run_folder / "weights.safetensors"
     export(Path(evaluation.best.file), weights)
     run = tracker.client.get_run(tracker.run_id)
+    parse_tags(run.data.tags, f"run {tracker.run_id}")
     tags = {
         name: run.data.tags.get(name)
         for name in (

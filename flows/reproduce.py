@@ -22,7 +22,7 @@ from flows.printed import Origin, Picture, Printed, find, pixels_sha256, read_pi
 from flows.printing import asked_of, table_of
 from flows.prints import Batch, Row
 from flows.progress import reporter
-from flows.registry import Version
+from flows.registry import CODE, Version
 from flows.request_table import RequestTable
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
@@ -114,7 +114,7 @@ def reproduce(where: str, count: int | None = None, out: Path | None = None, ins
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         request = _request(batch, registry.fetch_weights(version, cache), chunks, table, folder)
-        code = shipped.INSTALLED if installed else shipped.fetch_code(version, folder / "shipped")
+        code = shipped.INSTALLED if installed else _fetch_code(version, batch, place, folder / "shipped")
         answers = _run(request, code, version, installed)
         made = Fingerprint.model_validate(next(answers)["fingerprint"])
         compared = []
@@ -129,6 +129,18 @@ def reproduce(where: str, count: int | None = None, out: Path | None = None, ins
                     _write(out, batch, index, pixels, original.row, asked)
             reporter()("pictures drawn again", len(compared), total)
     return _summary(where, version, installed, batch.fingerprint.differences(made), made, compared, out)
+
+
+def _fetch_code(version: Version, batch: Batch, place: Location, folder: Path) -> Path:
+    """The code of ``version``, if its tag, its batch and its bytes agree on what that is."""
+    code = shipped.fetch_code(version, folder)
+    if batch.code_sha256 != version.code_sha256:
+        said = "names none" if batch.code_sha256 is None else f"names other code, {batch.code_sha256[:12]}…"
+        raise UserError(
+            f"the code of {version.uri} is not run: its tag {CODE} and {place}/batch.json do not agree, which {said}: "
+            "one was altered, or an older Darkroom began the batch; --installed runs what is installed here"
+        )
+    return code
 
 
 def _known(printed: Printed) -> tuple[Batch, Location]:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from diffusion.config import Config
 from diffusion.config_sampling import Asked, SamplingConfig
+from diffusion.data.manifest import Sha256
 from diffusion.data.sources.conventions import as_text, records
 from diffusion.data.sources.local import open_text
 from diffusion.errors import UserError
@@ -41,7 +42,7 @@ Row = tuple[str | None, str | None]
 class Requests(Config):
     """What a batch is to show, picture i what row i of a table says."""
 
-    digest: str
+    digest: Sha256
     """SHA-256 of the rows as JSON lines, whatever wrote the file."""
     columns: tuple[Column, ...]
     """Those in which any row says something."""

@@ -19,7 +19,7 @@ from flows.request_table import RequestTable
 from flows.s3 import Location, Store
 from tests.diffusion.small_models import write_model
 
-VERSION = Version(model="blobs", number=3, run_id="r", weights_sha256="w", tags={})
+VERSION = Version(model="blobs", number=3, run_id="r", weights_sha256="d" * 64, tags={})
 SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=2, compute_batch=4)
 ROWS = [("even", 'a "red", bird'), (None, "grün"), ("odd", None), (None, None)]
 

@@ -281,7 +281,7 @@ def test_a_note_that_was_there_is_kept_and_real_pictures_on_the_run_are_cleared(
 
 
 def test_whoever_uses_a_marked_version_is_told() -> None:
-    version = Version(model="blobs", number=3, run_id="r", weights_sha256="w", tags={})
+    version = Version(model="blobs", number=3, run_id="r", weights_sha256="d" * 64, tags={})
     assert takedowns(version) is None
     told = takedowns(version.model_copy(update={"tags": {"darkroom.takedown": "0123abcd"}}))
     assert told is not None
