@@ -49,12 +49,18 @@ def plan(
     meanings_of(model, asked)
     number = table.count if table else DEFAULT_COUNT if count is None else count
     size = config.chunk or prints.chunk_size(number, sampling.compute_batch)
+    if number > min(prints.MOST_PICTURES, prints.CHUNKS_AT_MOST * size):
+        raise UserError(
+            f"{number} images are too many for one batch in chunks of {size}: ask for several batches of at most "
+            f"{min(prints.MOST_PICTURES, prints.CHUNKS_AT_MOST * size)}, each with a seed of its own"
+        )
     batch = Batch(
         model=version.model,
         version=version.number,
         run_id=version.run_id,
         content_digest=model.header.content_digest,
         weights_sha256=version.weights_sha256,
+        code_sha256=version.code_sha256,
         seed=seed,
         count=number,
         sampling=sampling,

@@ -4,17 +4,20 @@ And pictures made on request, which lie in a folder with ``request.json`` (``dif
 """
 
 import io
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from diffusion.config import Config
+from diffusion.config import Config, PlainName
+from diffusion.data.manifest import Sha256
 from diffusion.errors import UserError
 from diffusion.files import sha256_bytes
 from diffusion.made import ABOUT, About
@@ -23,23 +26,25 @@ from flows.prints import Batch, Row
 from flows.registry import parse_model_uri
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
+from flows.tags import RunId, VersionNumber
+
+logger = logging.getLogger(__name__)
 
 BATCH = "batch.json"
-NUMBERED = re.compile(r"(\d{8,})\.png")
-LARGEST_PICTURE = 64 * 2**20
-"""Bytes that a picture in a tar may have."""
+NUMBERED = re.compile(r"([0-9]{8})\.png")
+NUMBER = re.compile("[0-9]{1,19}")
 
 
 class Origin(Config):
     """Where a picture comes from, as its own PNG says."""
 
-    model: str
-    version: int
-    run_id: str
-    content_digest: str
-    seed: int
-    index: int
-    task: str | None = None
+    model: PlainName
+    version: VersionNumber
+    run_id: RunId
+    content_digest: Sha256
+    seed: prints.Seed
+    index: prints.Index
+    task: Annotated[str, Field(max_length=100)] | None = None
     """As what it was made on request; None: it was printed."""
 
 
@@ -109,7 +114,7 @@ def find(where: str, store: Store, bucket: str) -> Printed:
     folder, _, name = at.prefix.rpartition("/")
     if folder.endswith(".tar"):
         return _in_tar(where, Location(at.bucket, folder), name, store)
-    place, png = Location(at.bucket, folder), store.get(at.bucket, at.prefix)
+    place, png = Location(at.bucket, folder), store.get(at.bucket, at.prefix, prints.LARGEST_PICTURE)
     batch, number = _read_batch(store, place), NUMBERED.fullmatch(name)
     if batch is None or number is None or int(number[1]) >= batch.count:
         return _copy(where, png, store, bucket)
@@ -118,19 +123,18 @@ def find(where: str, store: Store, bucket: str) -> Printed:
 
 
 def read_rows(store: Store, place: Location, batch: Batch, chunk: int) -> list[Row]:
-    """A chunk's part of the manifest; raises Missing if it is not there."""
-    return prints.part_rows(store.get(place.bucket, place.key(prints.part_key(chunk))))
+    """A chunk's part of the manifest; raises Missing if it is not there, and UserError if it is damaged."""
+    name = prints.part_key(chunk)
+    return prints.part_rows(store.get(place.bucket, place.key(name), prints.LARGEST_PART), f"{place}/{name}")
 
 
 def read_picture(store: Store, place: Location, batch: Batch, index: int, row: Row | None) -> bytes:
     """The PNG of picture number ``index``, of a tar by what its ``row`` says; raises Missing if it is not there."""
     key = place.key(prints.picture_key(index))
     if batch.format == "png":
-        return store.get(place.bucket, key)
-    if row is None:
+        return store.get(place.bucket, key, prints.LARGEST_PICTURE)
+    if row is None or "size" not in row or "offset" not in row:
         raise Missing(f"s3://{place.bucket}/{key} is not there, or not by what is written down of its batch")
-    if not 0 < row["size"] <= LARGEST_PICTURE:
-        raise UserError(f"{place}: its manifest gives picture {index} {row['size']} bytes, which none can have")
     tar = place.key(prints.tar_key(index // batch.chunk_size))
     return store.get_span(place.bucket, tar, row["offset"], row["size"])
 
@@ -202,14 +206,18 @@ def _batches_of(origin: Origin, store: Store, bucket: str) -> Iterator[tuple[Bat
     usual = Location(bucket) / "prints" / origin.model / str(origin.version)
     for key in store.list_keys(usual.bucket, usual.key("")):
         folder, _, name = key.rpartition("/")
-        batch = _read_batch(store, Location(bucket, folder)) if name == BATCH else None
+        try:
+            batch = _read_batch(store, Location(bucket, folder)) if name == BATCH else None
+        except UserError as error:  # one that nobody can read stands in the way of no other
+            logger.warning("%s", error)
+            continue
         if batch is not None and batch.seed == origin.seed and batch.count > origin.index:
             yield batch, Location(bucket, folder)
 
 
 def _read_batch(store: Store, place: Location) -> Batch | None:
     try:
-        data = store.get(place.bucket, place.key(BATCH))
+        data = store.get(place.bucket, place.key(BATCH), prints.LARGEST_BATCH)
     except Missing:
         return None
     return prints.parse_batch(data, f"{place}/{BATCH}")
@@ -219,6 +227,9 @@ def _read_row(store: Store, place: Location, batch: Batch, index: int) -> Row | 
     try:
         rows = read_rows(store, place, batch, index // batch.chunk_size)
     except Missing:
+        return None
+    except UserError as error:
+        logger.warning("%s", error)
         return None
     return next((row for row in rows if row["index"] == index), None)
 
@@ -230,15 +241,18 @@ def _origin(png: bytes) -> Origin | None:
     told = {name.removeprefix("darkroom:"): text for name, text in opened.text.items() if name.startswith("darkroom:")}
     try:
         model, version = parse_model_uri(told["model"])
+        numbers = [NUMBER.fullmatch(text) for text in (version, told["seed"], told["index"])]
+        number, seed, index = (int(each[0]) for each in numbers if each)
         return Origin(
             model=model,
-            version=int(version),
+            version=number,
             run_id=told["run_id"],
             content_digest=told["content_digest"],
-            seed=int(told["seed"]),
-            index=int(told["index"]),
+            seed=seed,
+            index=index,
             task=told.get("task"),
         )
+    # What a number is that has too many digits, or a name that is none, nobody has to ask a server.
     except (KeyError, ValueError, UserError):
         return None
 

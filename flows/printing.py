@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -20,14 +21,13 @@ from diffusion.fingerprint import Fingerprint, fingerprint
 from diffusion.model import load_model
 from diffusion.sampling import label_names, sample
 from flows import environment, prints
-from flows.printed import read_rows
+from flows.batch_records import MANIFEST, SUCCESS, read_parts, success_of
 from flows.prints import Batch, Row
 from flows.request_table import RequestTable
 from flows.s3 import Location, Object, Store
 from flows.s3_multipart import PART_BYTES, abort_uploads, writing
 
-JSON_LINES, PNG, TAR = "application/jsonl", "image/png", "application/x-tar"
-MANIFEST, SUCCESS = "manifest.parquet", "_SUCCESS"
+JSON, JSON_LINES, PNG, TAR = "application/json", "application/jsonl", "image/png", "application/x-tar"
 
 
 class Drawn(NamedTuple):
@@ -172,14 +172,26 @@ def unfinished(store: Store, batch: Batch, place: Location) -> list[int]:
 
 
 def finish(store: Store, batch: Batch, place: Location) -> None:
-    """Write the manifest of all parts, and ``_SUCCESS`` after everything else; what is there is left."""
-    manifest = place.key(MANIFEST)
+    """Write the manifest of all parts, and ``_SUCCESS`` with the digests of all records; what is there is left.
+
+    Raises UserError if a part is not of this batch.
+    """
+    manifest, parts = place.key(MANIFEST), dict[str, str]()
+
+    def rows() -> Iterator[list[Row]]:
+        for name, digest, found in read_parts(store, batch, place):
+            parts[name] = digest
+            yield found
+
     if not store.exists(place.bucket, manifest):
         with writing(store, place.bucket, manifest, prints.PARQUET) as file:
-            prints.write_parquet(file, (read_rows(store, place, batch, c) for c in range(len(batch.chunks()))), batch)
+            prints.write_parquet(file, rows(), batch)
+    else:
+        deque(rows(), maxlen=0)
     # All is there: what killed processes, or slower ones, have begun to upload is needed by nobody.
     abort_uploads(store, Location(place.bucket, place.key("")))
-    store.put_once(place.bucket, place.key(SUCCESS), b"")
+    success = success_of(store, batch, place, parts)
+    store.put_once(place.bucket, place.key(SUCCESS), success.data, content_type=JSON)
 
 
 def cost_of(works: Iterable[Work], seconds: float) -> Cost:

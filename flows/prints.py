@@ -6,17 +6,17 @@ table, then the pictures, as files or as a tar per chunk, and a part of the mani
 unfinished can finish it.
 """
 
-import json
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
-from diffusion.config import Config, unset
+from diffusion.config import Config, PlainName, unset
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
+from diffusion.data.manifest import Sha256
 from diffusion.data.shards import BLOCK, Extent
 from diffusion.errors import UserError
 from diffusion.files import canonical_json, digest_of, sha256_bytes
@@ -24,6 +24,7 @@ from diffusion.fingerprint import Fingerprint
 from diffusion.grids import image_of
 from diffusion.marked import marked_png
 from flows.request_table import Requests
+from flows.tags import RunId, VersionNumber
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -64,26 +65,50 @@ PLACES = pa.schema([("tar", pa.string()), ("offset", pa.int64()), ("size", pa.in
 """And in tars: where the PNG lies, so that a range request gets it."""
 
 
+MOST_PICTURES = 10**8
+"""Images of a batch: their numbers have eight digits."""
+CHUNKS_AT_MOST = 10**5
+"""Chunks of a batch, whatever the configuration says: each is a task, and a part of the manifest."""
+LARGEST_BATCH = 64 * 2**20
+"""Bytes that ``batch.json`` may have."""
+LARGEST_PART = 512 * 2**20
+"""Bytes that a part of the manifest may have."""
+LARGEST_PICTURE = 64 * 2**20
+"""Bytes that an image may have."""
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Index = Annotated[int, Field(ge=0, lt=MOST_PICTURES)]
+
+
 class Batch(Config):
     """What was asked for, and all that decides the bits of the answer."""
 
-    model: str
-    version: int
-    run_id: str
-    content_digest: str
-    weights_sha256: str
-    seed: int
-    count: int
+    model: PlainName
+    version: VersionNumber
+    run_id: RunId
+    content_digest: Sha256
+    weights_sha256: Sha256
+    code_sha256: Sha256 | None = Field(None, exclude_if=unset)
+    """Digest of the code that the version ships (``flows.shipped``), as its tag had it when the batch was begun; None:
+    the version was registered before there were such tags."""
+    seed: Seed
+    count: int = Field(ge=1, le=MOST_PICTURES)
     sampling: SamplingConfig
     fingerprint: Fingerprint
     asked: Asked | None = None
     """What the pictures are to show; None: whatever comes. With ``requests`` only what is asked of all of them."""
     requests: Requests | None = None
     """What each is to show, by the table in ``requests.parquet``."""
-    chunk: int | None = Field(None, exclude_if=unset)
+    chunk: int | None = Field(None, ge=1, le=2**20, exclude_if=unset)
     """Pictures in a chunk; None: CHUNK_BATCHES compute batches."""
     format: Literal["png", "tar"] = Field("png", exclude_if=lambda name: name == "png")
     """Whether the pictures are files, or lie in a tar for each chunk."""
+
+    @model_validator(mode="after")
+    def _has_few_chunks(self) -> "Batch":
+        if self.count > CHUNKS_AT_MOST * self.chunk_size:
+            raise ValueError(f"{self.count} images in chunks of {self.chunk_size} are over {CHUNKS_AT_MOST} chunks")
+        return self
 
     @property
     def name(self) -> str:
@@ -118,11 +143,33 @@ def parse_batch(data: bytes, where: str) -> Batch:
     try:
         return Batch.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"{where} is damaged, or of a newer Darkroom than this one ({name}: {first['msg']}): update"
+            f"{where} is damaged, or of a newer Darkroom than this one ({_in_words(error)}): update, or if it is "
+            "damaged delete it and what lies beside it"
         ) from error
+
+
+class ManifestRow(Config):
+    """What a row of the manifest may say: see MANIFEST and PLACES."""
+
+    key: Annotated[str, Field(max_length=100)]
+    index: Index
+    seed: Seed
+    model: PlainName
+    version: VersionNumber
+    run_id: RunId
+    content_digest: Sha256
+    weights_sha256: Sha256
+    sha256: Sha256
+    pixels_sha256: Sha256
+    fingerprint: Annotated[str, Field(max_length=10_000)]
+    label: str | None
+    prompt: str | None
+    negative_prompt: str | None
+    guidance: float | None
+    tar: Annotated[str, Field(max_length=100)] | None = None
+    offset: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    size: Annotated[int, Field(ge=1, le=LARGEST_PICTURE)] | None = None
 
 
 def chunk_size(count: int, compute_batch: int) -> int:
@@ -204,14 +251,62 @@ def part_bytes(rows: Iterable[Row]) -> bytes:
     return "".join(f"{canonical_json(row)}\n" for row in rows).encode()
 
 
-def part_rows(part: bytes) -> list[Row]:
-    """The rows of a part."""
-    return [json.loads(line) for line in part.decode().splitlines()]
+def part_rows(part: bytes, where: str) -> list[Row]:
+    """The rows of a part; raises UserError, naming ``where`` it lies, if it is none."""
+    try:
+        # Not by splitlines(): texts may hold what Unicode takes for the end of a line.
+        lines = part.split(b"\n")[:-1]
+        return [ManifestRow.model_validate_json(line).model_dump(exclude_unset=True) for line in lines]
+    except ValidationError as error:
+        raise UserError(
+            f"{where} is no part of a manifest ({_in_words(error)}): delete it, and give the same `darkroom sample` "
+            "again, which makes its images anew"
+        ) from error
+
+
+def conflicts(batch: Batch, index: int, row: Row) -> list[str]:
+    """Fields of ``row`` that are not what ``batch`` says of image number ``index``, sorted."""
+    asked = batch.asked or ANYTHING
+    expected: dict[str, Any] = {
+        "key": batch.key(index),
+        "index": index,
+        "seed": batch.seed,
+        "model": batch.model,
+        "version": batch.version,
+        "run_id": batch.run_id,
+        "content_digest": batch.content_digest,
+        "weights_sha256": batch.weights_sha256,
+        "negative_prompt": asked.negative_prompt,
+        "guidance": batch.sampling.guidance,
+        "tar": tar_key(index // batch.chunk_size) if batch.format == "tar" else None,
+    }
+    if batch.requests is None:
+        expected["prompt"] = asked.prompt(index)
+        if (label := asked.label(index)) is not None:
+            expected["label"] = label
+    found = {name for name, value in expected.items() if row.get(name) != value}
+    try:
+        # Parsed: later versions may write more fields of it.
+        same = Fingerprint.model_validate_json(row["fingerprint"]) == batch.fingerprint
+    except ValidationError:
+        same = False
+    return sorted(found if same else found | {"fingerprint"})
+
+
+def _in_words(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else first["msg"]
+
+
+def schema_of(batch: Batch) -> pa.Schema:
+    """Columns of the manifest of ``batch``."""
+    return MANIFEST if batch.format == "png" else pa.unify_schemas([MANIFEST, PLACES])
 
 
 def write_parquet(sink: "SupportsWrite[bytes]", parts: Iterator[list[Row]], batch: Batch) -> None:
     """The manifest of the whole batch, a row group per part, of which one is held at a time."""
-    schema = MANIFEST if batch.format == "png" else pa.unify_schemas([MANIFEST, PLACES])
+    schema = schema_of(batch)
     with pq.ParquetWriter(sink, schema) as writer:
         for rows in parts:
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))

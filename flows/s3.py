@@ -203,10 +203,19 @@ class Store:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def get(self, bucket: str, key: str) -> bytes:
-        """The bytes of an object, checked against the server's checksum; raises Missing."""
+    def get(self, bucket: str, key: str, most: int | None = None) -> bytes:
+        """The bytes of an object, checked against the server's checksum; raises Missing.
+
+        Raises UserError, before any of it is read, if it has more than ``most`` bytes.
+        """
+
+        def get() -> bytes:
+            answer = self.client.get_object(Bucket=bucket, Key=key)
+            _require_size(answer["ContentLength"], most, bucket, key)
+            return answer["Body"].read()
+
         with self._in_words(bucket, key):
-            return _retrying(is_broken_read)(lambda: self.client.get_object(Bucket=bucket, Key=key)["Body"].read())
+            return _retrying(is_broken_read)(get)
 
     def get_span(self, bucket: str, key: str, offset: int, size: int) -> bytes:
         """``size`` bytes of an object from ``offset`` on, which no checksum of the server's covers; raises Missing."""
@@ -221,15 +230,17 @@ class Store:
         with self._in_words(bucket, key):
             return _retrying(is_broken_read)(lambda: self._sha256(bucket, key))
 
-    def fetch(self, bucket: str, key: str, path: Path) -> None:
+    def fetch(self, bucket: str, key: str, path: Path, most: int | None = None) -> None:
         """Write an object over what is at ``path``, a megabyte at a time, checked as by ``get``; raises Missing.
 
-        No part of it is left there after an error.
+        Raises UserError as ``get`` does. No part of it is left there after an error.
         """
 
         def fetch() -> None:
+            answer = self.client.get_object(Bucket=bucket, Key=key)
+            _require_size(answer["ContentLength"], most, bucket, key)
             with path.open("wb") as file:
-                shutil.copyfileobj(self.client.get_object(Bucket=bucket, Key=key)["Body"], file, 2**20)
+                shutil.copyfileobj(answer["Body"], file, 2**20)
 
         try:
             with self._in_words(bucket, key):
@@ -349,6 +360,11 @@ def same_bytes(bucket: str, key: str, there: str, here: str) -> Put:
             "under another prefix, or remove what is there"
         )
     return "already there"
+
+
+def _require_size(size: int, most: int | None, bucket: str, key: str) -> None:
+    if most is not None and size > most:
+        raise UserError(f"s3://{bucket}/{key} has {size} bytes, and none of its kind has over {most}: delete it")
 
 
 def _found(request: Callable[[], object]) -> bool:

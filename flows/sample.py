@@ -18,7 +18,7 @@ from diffusion.device import resolve_device
 from diffusion.grids import grid, save_png
 from diffusion.lanes import cores
 from diffusion.model import load_model
-from flows import batch_plan, environment, printing, registry
+from flows import batch_plan, batch_records, environment, printing, registry
 from flows.derived import warn_of_takedown
 from flows.fan_out import submitter, task_runner
 from flows.params import Params, PrintsConfig
@@ -148,7 +148,7 @@ def finish(batch: Batch, place: Location, cost: Cost) -> Prints:
         model=f"models:/{batch.model}/{batch.version}",
         count=batch.count,
         seed=batch.seed,
-        manifest=f"{place}/{printing.MANIFEST}",
+        manifest=f"{place}/{batch_records.MANIFEST}",
         contact_sheet=sheet,
         took=cost,
     )

@@ -4,6 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlflow
@@ -14,19 +15,22 @@ from mlflow.exceptions import MlflowException
 from diffusion.config import Config
 from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.data.manifest import FileEntry, Manifest, parse_manifest
+from diffusion.data.removals import Removal
+from diffusion.errors import UserError
 from diffusion.fingerprint import Fingerprint
 from diffusion.made import ABOUT
-from flows import environment
+from flows import batch_records, environment, registry
 from flows.catalogue import Catalogue
 from flows.derived import TAKEDOWN
 from flows.kept_files import KeptFiles, is_whole
 from flows.params import dataset_folder
 from flows.printed import Origin, Picture, Printed, find
 from flows.prints import Batch
-from flows.registry import WEIGHTS
+from flows.registry import CODE, WEIGHTS
 from flows.request_table import Requests
-from flows.s3 import Store
-from flows.tracking import RELEASED_FROM
+from flows.s3 import Location, Store
+from flows.shipped import fetch_code
+from flows.tags import Tags, parse_tags
 
 MANIFEST = "dataset/manifest.json"
 """Among a run's artifacts, the manifest of the data set version that it saw."""
@@ -77,6 +81,8 @@ class TracedModel(Config):
     uri: str
     aliases: list[str]
     registered: datetime
+    code_sha256: str | None
+    """Digest of the code that it ships, checked; None if it has no such tag, or ships other code now."""
     tags: dict[str, str]
 
 
@@ -158,24 +164,27 @@ class _Walk:
         """All links, from the picture on."""
         origin = printed.origin
         picture = printed.picture and self.picture(printed, printed.picture)
+        if printed.batch is not None and printed.place is not None:
+            index = picture.index if picture else None
+            self.broken += batch_records.disagreements(self.store, printed.batch, printed.place, index)
         task = origin.task if isinstance(origin, Origin) else None
         batch = self.batch(printed) if task is None else None
         request = self.request(printed) if task is not None else None
         model = self.model(origin.model, origin.version, origin.run_id, printed.batch)
         run = self.run(origin.run_id)
-        tags = (model.tags if model else {}) | (run.data.tags if run else {})
-        released = tags.get(RELEASED_FROM)
+        tags = self.tags(model, run)
+        released = tags.released_from
         # Staging's remote is staging's to read.
         source = environment.data_source() if released else _source(run)
-        manifest = self.manifest(run, tags.get("darkroom.dataset"), origin.content_digest, source)
+        manifest = self.manifest(run, tags.dataset, origin.content_digest, source)
         return Trace(
             picture=picture,
             batch=batch,
             request=request,
             model=model,
             run=run and _traced(run),
-            data=manifest and self.data(manifest, tags.get("darkroom.dvc_digest"), source, released),
-            takedowns=self.takedowns(tags.get("darkroom.dataset"), model, run, manifest, source),
+            data=manifest and self.data(manifest, tags.dvc_digest, source, released),
+            takedowns=self.takedowns(tags.dataset, model, run, manifest, source),
             broken=self.broken,
         )
 
@@ -204,6 +213,18 @@ class _Walk:
             prompt=_text(row and row.get("prompt")),
             as_printed=None if row is None else row["sha256"] == picture.sha256,
         )
+
+    def tags(self, model: TracedModel | None, run: Run | None) -> Tags:
+        """Those of the model version, or else of its run; of whichever has one that is not ours, none."""
+        found: dict[str, Any] = {}
+        sources = [(model.uri, model.tags)] if model else []
+        sources += [(f"run {run.info.run_id}", run.data.tags)] if run else []
+        for where, tags in sources:
+            try:
+                found |= parse_tags(tags, where).model_dump(exclude_none=True, by_alias=True)
+            except UserError as error:
+                self.broken.append(str(error))
+        return Tags.model_validate(found)
 
     def batch(self, printed: Printed) -> TracedBatch | None:
         """What was asked for."""
@@ -249,10 +270,29 @@ class _Walk:
             self.broken.append(f"{uri} has other weights now than those that drew the picture")
         return TracedModel(
             uri=uri,
+            code_sha256=self.code(name, number, batch),
             aliases=sorted(found.aliases),
             registered=_time(found.creation_timestamp),
             tags=dict(sorted(found.tags.items())),
         )
+
+    def code(self, name: str, number: int, batch: Batch | None) -> str | None:
+        """Digest of the code that the version ships, if its tag, the batch and what lies there agree on it."""
+        try:
+            version = registry.version_of(self.client, name, number)
+            if batch is not None and batch.code_sha256 != version.code_sha256:
+                tag, other = version.code_sha256 or "nothing", batch.code_sha256 or "nothing"
+                self.broken.append(
+                    f"the tag {CODE} of {version.uri} says {tag[:12]} of the code that it ships, and its batch "
+                    f"{other[:12]}"
+                )
+            if version.code_sha256 is not None:
+                with TemporaryDirectory() as scratch:
+                    fetch_code(version, Path(scratch))
+        except UserError as error:
+            self.broken.append(str(error))
+            return None
+        return version.code_sha256
 
     def run(self, run_id: str) -> Run | None:
         """The run in MLflow, even if it is marked as deleted."""
@@ -290,11 +330,16 @@ class _Walk:
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
             self.broken.append(f"shards that lie neither on {source} nor here: {', '.join(lost[:3])}{more}")
         catalogue = Catalogue.of(version.name, source, self.store)
+        if dvc_digest is None:
+            try:
+                dvc_digest = catalogue.pointer(version.digest)
+            except UserError as error:
+                self.broken.append(str(error))
         return TracedData(
             dataset=version.name,
             version=version.digest,
             content_digest=version.content_digest,
-            dvc_digest=dvc_digest or catalogue.pointer(version.digest),
+            dvc_digest=dvc_digest,
             recorded=catalogue.written(version.digest),
             pictures=version.kept,
             shards=shards,
@@ -306,7 +351,11 @@ class _Walk:
         """What the marks of model and run name, and what the catalogue says of the version's own tables."""
         marks = [tags.get(TAKEDOWN, "") for tags in (model.tags if model else {}, run.data.tags if run else {})]
         named = {name for mark in marks for name in mark.split(",") if name}
-        told = {each.name: each for each in Catalogue.of(dataset, source, self.store).removals()} if dataset else {}
+        told: dict[str, Removal] = {}
+        try:
+            told = {each.name: each for each in Catalogue.of(dataset, source, self.store).removals()} if dataset else {}
+        except UserError as error:
+            self.broken.append(str(error))
         tables = {part.records.sha256 for part in version.parts} if version else set()
         named |= {name for name, each in told.items() if tables.intersection(each.tables)}
         return [
@@ -323,7 +372,11 @@ class _Walk:
             self.broken.append(f"run {run_id} keeps no manifest of what it saw (any more)")
             return None
         where = f"runs:/{run_id}/{MANIFEST}"
-        return parse_manifest(mlflow.artifacts.load_text(where).encode(), where)
+        try:
+            return parse_manifest(mlflow.artifacts.load_text(where).encode(), where)
+        except UserError as error:
+            self.broken.append(str(error))
+            return None
 
     def _catalogued(self, dataset: str, content: str, source: str) -> Manifest | None:
         versions = Catalogue.of(dataset, source, self.store).versions().values()
@@ -339,8 +392,16 @@ class _Walk:
 def _source(run: Run | None) -> str:
     """The DVC remote that the run had its data set from, or else that of the environment."""
     inputs = run.inputs.dataset_inputs if run and run.inputs else []
-    uris = [json.loads(each.dataset.source).get("uri") for each in inputs]
-    return next((uri for uri in uris if uri and uri.startswith("s3://")), environment.data_source())
+    return next(filter(None, (_uri(each.dataset.source) for each in inputs)), environment.data_source())
+
+
+def _uri(source: str) -> str | None:
+    """The S3 address in what MLflow has of a data set's source; None if there is none."""
+    try:
+        uri = json.loads(source)["uri"]
+        return str(Location.parse(uri)) if isinstance(uri, str) else None
+    except (ValueError, LookupError, TypeError, UserError):
+        return None
 
 
 def _traced(run: Run) -> TracedRun:

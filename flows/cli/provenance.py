@@ -65,7 +65,8 @@ def reproduce(
     """Draw printed pictures again, in a process with the code that their model version ships, and compare every pixel.
 
     Under an equal fingerprint (compute batch, number format, processor, torch) they are the same bit for bit; under
-    another one the difference is named, with the largest error of a pixel.
+    another one the difference is named, with the largest error of a pixel. Code that is not what was registered is not
+    run: exit code 2.
 
     Example:  darkroom reproduce s3://darkroom/prints/faces/3/seed7-count64-dpmpp_2m_sde16-af14cd24/00000007.png
     """
@@ -126,6 +127,11 @@ def _request(request: "TracedRequest") -> Iterator[str]:
 
 def _model(model: "TracedModel") -> Iterator[str]:
     yield " ".join([model.uri, *(f"@{alias}" for alias in model.aliases)]) + f", registered {_minute(model.registered)}"
+    yield (
+        f"code {model.code_sha256}, as registered"
+        if model.code_sha256
+        else "code: not as registered, or no digest of it"
+    )
     ours = {name: value for name, value in model.tags.items() if name.startswith("darkroom.")}
     for name, value in ours.items():
         yield f"  {name} {value}"

@@ -22,7 +22,7 @@ from diffusion.errors import Held, UserError
 from diffusion.fingerprint import fingerprint
 from flows import batch_plan, printing
 from flows.printing import Work, cost_of
-from flows.prints import Batch
+from flows.prints import Batch, part_bytes, part_key, part_rows, picture_key
 from flows.request_table import RequestTable
 from flows.s3 import Location, Object, Store, client
 from flows.s3_objects import S3Objects
@@ -43,8 +43,8 @@ def batch(count: int, **changes: Any) -> Batch:
         model="blobs",
         version=3,
         run_id="r",
-        content_digest="c",
-        weights_sha256="w",
+        content_digest="c" * 64,
+        weights_sha256="d" * 64,
         seed=7,
         count=count,
         sampling=SAMPLING,
@@ -253,11 +253,12 @@ def test_of_all_rows_those_of_a_chunk_are_held_while_the_manifest_is_written(
 ) -> None:
     one = Location(bucket, "one")
     print_all(store, batch(16), one, weights)
-    rows = store.get(bucket, one.key("manifest/part-00000.jsonl")) * 8
+    row = part_rows(store.get(bucket, one.key("manifest/part-00000.jsonl")), "part")[0]
     peaks = []
     for chunks in (4, 24):
         made, place = batch(128 * chunks, chunk=128), Location(bucket, str(chunks))
-        objects = [Object(place.key(f"manifest/part-{n:05d}.jsonl"), rows) for n in range(chunks)]
+        rows = ([row | {"index": i, "key": picture_key(i)} for i in indices] for indices in made.chunks())
+        objects = [Object(place.key(part_key(n)), part_bytes(each)) for n, each in enumerate(rows)]
         store.put_many(bucket, objects)
         peaks.append(peak(lambda: printing.finish(store, made, place)))  # noqa: B023
     assert pq.read_metadata(io.BytesIO(store.get(bucket, "24/manifest.parquet"))).num_rows == 128 * 24
@@ -270,6 +271,7 @@ def test_by_a_table_each_picture_shows_its_row(store: Store, bucket: str, weight
     (tmp_path / "wanted.csv").write_text("\n".join(["label,prompt", *(f"{label or ''}," for label in labels)]))
     table = RequestTable.made(tmp_path / "wanted.csv", tmp_path)
     by_table, by_list = Location(bucket, "table"), Location(bucket, "list")
+    batch_plan.begin(store, batch(21, requests=table.about), by_table, table)
     print_all(store, batch(21, requests=table.about), by_table, weights, table)
     print_all(store, batch(21, asked=Asked(labels=tuple(labels))), by_list, weights)
     ours, theirs = rows_of(found(store, by_table)), rows_of(found(store, by_list))

@@ -24,8 +24,8 @@ def batch(asked: Asked | None = None, sampling: SamplingConfig = SAMPLING) -> Ba
         model="blobs",
         version=3,
         run_id="r",
-        content_digest="c",
-        weights_sha256="w",
+        content_digest="c" * 64,
+        weights_sha256="d" * 64,
         seed=7,
         count=4,
         sampling=sampling,
@@ -66,7 +66,7 @@ def test_what_is_written_makes_the_same_pictures_again_and_says_what_each_shows(
     pictures = sample(model, range(4), found.seed, found.sampling, asked=found.asked or ANYTHING)
     labels = label_names(model, range(4), found.seed, found.asked or ANYTHING)
     encoded = [encode(made, *each) for each in zip(range(4), pictures, labels, strict=True)]
-    rows = part_rows(part_bytes(row for _, row in encoded))
+    rows = part_rows(part_bytes(row for _, row in encoded), "part")
     sink = io.BytesIO()
     write_parquet(sink, iter([rows]), made)
     table = pq.read_table(sink).to_pylist()

@@ -29,7 +29,7 @@ from diffusion.made import make as make_pictures
 from diffusion.made import read_request
 from diffusion.model import export
 from diffusion.requests import Wanted
-from flows import prints, registry, sample, shipped
+from flows import printing, prints, registry, sample, shipped
 from flows.catalogue import Catalogue
 from flows.derived import TAKEDOWN
 from flows.lineage import CodeVersion, DataVersion, record_data
@@ -122,7 +122,7 @@ def make(store: Store, client: MlflowClient) -> Made:
     batch, place = sample.begin.fn(version, weights, SAMPLING, PRINTS, 18, 5, None, ASKED)
     for chunk in range(len(batch.chunks())):
         sample.print_chunk.fn(batch, place, version, chunk, PRINTS)
-    store.put_once(place.bucket, place.key("_SUCCESS"), b"")
+    printing.finish(store, batch, place)
     return Made(store, client, manifest, data, tracker.run_id, version, batch, place)
 
 
@@ -337,7 +337,7 @@ def test_under_another_fingerprint_the_difference_is_named_with_the_largest_erro
     """A print of another machine, which made one pixel of the second picture brighter."""
     other = made.batch.fingerprint.model_copy(update={"batch": 16, "device": "AVX9"})
     part = made.store.get(made.place.bucket, made.place.key("manifest/part-00001.jsonl"))
-    rows = prints.part_rows(part)
+    rows = prints.part_rows(part, "part")
     png = repainted(made.png, 3)
     rows[-1] |= {"sha256": sha256_bytes(png), "pixels_sha256": sha256_bytes(pixels_of(png))}
     place = made.beside(
