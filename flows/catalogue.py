@@ -5,6 +5,7 @@ the version, ``report.html``, and ``announced``, when others were told of it; it
 taken down is told under ``datasets/NAME/removals/``.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,11 +26,31 @@ from flows.dvc_files import NAME
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
 
+logger = logging.getLogger(__name__)
+
 RETIRED = "retired"
 """Where manifests of versions wait that are out of the catalogue: see ``flows.retention.data``."""
 PUSHING = "pushing"
 """Where those who push to the remote say so."""
-VERSION = re.compile(r"([0-9a-f]{64})/manifest\.json")
+VERSION, RETIRED_VERSION = re.compile(r"([0-9a-f]{64})/manifest\.json"), re.compile(r"([0-9a-f]{64})\.json")
+LARGEST_MANIFEST = 2**30
+"""Bytes that a manifest may have: a million parts."""
+
+
+@dataclass(frozen=True)
+class Readable:
+    """Versions whose manifests can be read, and what became of the others: none stands in the way of another."""
+
+    versions: dict[str, Manifest]
+    """By digest."""
+    damaged: dict[str, str]
+    """By the digest in its name, where a manifest lies that cannot be read, and how to mend that."""
+
+    def warned(self) -> dict[str, Manifest]:
+        """The versions, once the log says what cannot be read."""
+        for words in self.damaged.values():
+            logger.warning("%s", words)
+        return self.versions
 
 
 @dataclass(frozen=True)
@@ -69,16 +90,12 @@ class Catalogue:
         self.store.delete_many(self.place.bucket, (self.place.key(f"{digest}/report.html") for digest in digests))
 
     def versions(self) -> dict[str, Manifest]:
-        """All versions by digest; raises UserError if one is damaged."""
-        found = {}
-        prefix = self.place.key("")
-        for key in self.store.list_keys(self.place.bucket, prefix):
-            if named := VERSION.fullmatch(key.removeprefix(prefix)):
-                data = self.store.get(self.place.bucket, key)
-                if sha256_bytes(data) != named[1]:
-                    raise UserError(f"s3://{self.place.bucket}/{key} is damaged (its SHA-256 differs): delete it")
-                found[named[1]] = parse_manifest(data, f"s3://{self.place.bucket}/{key}")
-        return found
+        """All versions by digest; the log names those whose manifests are damaged."""
+        return self.read().warned()
+
+    def read(self) -> Readable:
+        """All versions, those that can be read and those that cannot."""
+        return self._readable(self.place, VERSION)
 
     def published(self) -> dict[str, datetime]:
         """When each version was put here, by digest, at the price of a listing."""
@@ -134,13 +151,12 @@ class Catalogue:
 
     def retired(self) -> dict[str, Manifest]:
         """Versions that ``darkroom gc`` took out of the catalogue, and whose files are on the remote yet, by digest."""
+        return self.read_retired().warned()
+
+    def read_retired(self) -> Readable:
+        """The same, those that can be read and those that cannot."""
         place = Location(self.place.bucket, f"{RETIRED}/{self.place.prefix.rpartition('/')[2]}")
-        found = {}
-        for key in self.store.list_keys(place.bucket, place.key("")):
-            found[PurePosixPath(key).stem] = parse_manifest(
-                self.store.get(place.bucket, key), f"s3://{place.bucket}/{key}"
-            )
-        return found
+        return self._readable(place, RETIRED_VERSION)
 
     def withdraw(self, digest: str) -> None:
         """Take a version out of the catalogue; its files stay on the remote, and nothing leads to them any more."""
@@ -153,6 +169,27 @@ class Catalogue:
         """When a version was put into the catalogue; None if it never was."""
         found = self.store.stat(self.place.bucket, self.place.key(f"{digest}/manifest.json"))
         return found and found.written
+
+    def _readable(self, place: Location, pattern: re.Pattern[str]) -> Readable:
+        """The manifests under ``place`` whose names, by ``pattern``, hold their digests."""
+        found, prefix = Readable({}, {}), place.key("")
+        for key in self.store.list_keys(place.bucket, prefix):
+            if (named := pattern.fullmatch(key.removeprefix(prefix))) is None:
+                continue
+            where = f"s3://{place.bucket}/{key}"
+            try:
+                data = self.store.get(place.bucket, key, LARGEST_MANIFEST)
+                if sha256_bytes(data) != named[1]:
+                    raise UserError(
+                        f"{where} is damaged (its SHA-256 differs): delete it; an ingest where the version is current "
+                        "writes it anew"
+                    )
+                found.versions[named[1]] = parse_manifest(data, where)
+            except Missing:  # gc took it away since it was listed
+                continue
+            except UserError as error:
+                found.damaged[named[1]] = str(error)
+        return found
 
     def _removal(self, key: str) -> Removal:
         try:

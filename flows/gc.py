@@ -68,9 +68,9 @@ def sweeps(policy: RetentionConfig, now: datetime) -> Iterator[Sweep]:
     store, client, source = Store(), MlflowClient(), environment.data_source()
     bucket = environment.settings().bucket
     prints = Prints(store, bucket, policy, now)
-    live = find_live(client, store, bucket, prints.kept())
+    live = find_live(client, store, bucket, *prints.kept())
     runs = Runs(client, live, policy, now)
     yield prints.sweep()
     yield runs.sweep()
-    yield DataSets(store, source, runs.contents() | live.contents, policy, now).sweep()
+    yield DataSets(store, source, runs.contents() | live.contents, live.unclear, policy, now).sweep()
     yield Machine(environment.settings().folder / "models", runs.gone(), live.weights, policy, now).sweep()

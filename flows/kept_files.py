@@ -1,5 +1,6 @@
 """Files of any version of a data set, wherever they can be had: in DVC's cache on this machine, or on its remote."""
 
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from diffusion.files import sha256_file, write_atomically, write_bytes
 from flows.catalogue import Catalogue
 from flows.dvc_files import Cache, Listing, Remote
 from flows.s3_errors import Missing
+
+logger = logging.getLogger(__name__)
 
 
 class KeptFiles:
@@ -72,7 +75,12 @@ class KeptFiles:
     def _ask(self, version: str) -> Iterator[tuple[str, Listing]]:
         if self.remote is None or self.catalogue is None:
             return
-        for digest in dict.fromkeys((self.catalogue.pointer(version), self.recorded)):
+        try:
+            pointer = self.catalogue.pointer(version)
+        except UserError as error:
+            logger.warning("%s", error)
+            pointer = None
+        for digest in dict.fromkeys((pointer, self.recorded)):
             if digest is not None:
                 try:
                     yield digest, self.remote.listing(digest)

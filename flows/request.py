@@ -5,21 +5,55 @@ configuration but for where pictures come from, and what is printed. So these co
 not the machine, the code, or who is champion, except of an autoencoder that is named by its alias.
 """
 
-import json
+import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from diffusion.config import Config
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from diffusion.config import Config, PlainName
 from diffusion.config_sampling import Asked
 from diffusion.data.manifest import Manifest
-from diffusion.errors import Held
+from diffusion.errors import Held, UserError
 from diffusion.files import digest_of
 from flows.environment import settings
 from flows.ledger import Ledger
 from flows.params import Params, registered
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
+from flows.tags import VersionNumber
+
+logger = logging.getLogger(__name__)
+
+LARGEST_NOTE = 2**24
+"""Bytes that the note of a retraining may have."""
+
+
+class NotedVersion(BaseModel):
+    """The registered version that a retraining ended in."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: PlainName
+    number: VersionNumber
+
+
+class NotedVerdict(BaseModel):
+    """What the gate said of it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    version: NotedVersion
+    reason: str
+
+
+class Note(BaseModel):
+    """What a retraining left behind, as far as it is read here; the rest of ``Retrained`` is passed on."""
+
+    model_config = ConfigDict(extra="allow")
+
+    verdict: NotedVerdict
 
 
 @dataclass(frozen=True)
@@ -60,10 +94,18 @@ class Request:
     def done(self) -> dict[str, Any] | None:
         """What the retraining left behind that did this before; None if none did."""
         try:
-            found: dict[str, Any] = json.loads(Store().get(self.place.bucket, self._name))
+            noted = Store().get(self.place.bucket, self._name, LARGEST_NOTE)
+            return Note.model_validate_json(noted).model_dump(mode="json")
         except Missing:
             return None
-        return found
+        except (ValidationError, UserError):
+            # Whatever was done before is found again by each step.
+            logger.warning(
+                "s3://%s/%s is no note of a retraining, so that this one is done again: delete it",
+                self.place.bucket,
+                self._name,
+            )
+            return None
 
     def note(self, result: Config) -> None:
         """Write down that it is done."""

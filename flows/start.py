@@ -10,10 +10,11 @@ import logging
 from contextlib import suppress
 
 from mlflow.client import MlflowClient
+from pydantic import ValidationError
 
 from diffusion.config import Config
 from diffusion.data.manifest import read_manifest
-from diffusion.errors import Held
+from diffusion.errors import Held, UserError
 from diffusion.files import canonical_json
 from diffusion.training.identity import data_digest, train_key
 from flows import registry
@@ -51,7 +52,13 @@ def decided(params: Params, uri: str) -> Version | None:
         with suppress(Held):  # another machine was faster, and decided for this one as well
             store.put_once(place.bucket, key, canonical_json(start.model_dump()).encode())
         noted = store.get(place.bucket, key)
-    begun = Start.model_validate_json(noted).version
+    try:
+        begun = Start.model_validate_json(noted).version
+    except ValidationError as error:
+        raise UserError(
+            f"s3://{place.bucket}/{key} does not say where this training began ({error.errors()[0]['msg']}): put back "
+            "what was there, or delete it, and the training begins anew with what training.start names now"
+        ) from error
     return registry.resolve(MlflowClient(), begun) if begun else None
 
 

@@ -3,6 +3,7 @@
 A version shares with its parent every part that it did not change, so that only the others are ever compared.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -29,6 +30,8 @@ from diffusion.data.manifest import (
 from diffusion.data.refusals import Quarantine, Reason, Refusal, standing
 from diffusion.errors import UserError
 from diffusion.files import sha256_bytes, sha256_file, write_bytes
+
+logger = logging.getLogger(__name__)
 
 SHORTEST = 4
 """Hex digits that a prefix of a digest must have."""
@@ -120,15 +123,18 @@ def known_versions(folder: Path) -> dict[str, Manifest]:
     """All versions of which this machine has the manifest, by digest: the current one of the data set in ``folder`` and
     its line, newest first, then those of other lines, which ``remember`` kept.
 
-    Raises UserError if a manifest is missing or damaged.
+    Raises UserError if a manifest of its line is missing or damaged; the log names others that are.
     """
     found = {manifest.digest: manifest for manifest in versions(folder)}
     for path in sorted(_remembered(folder).glob("*.json")):
         if path.stem not in found:
             data = path.read_bytes()
-            if sha256_bytes(data) != path.stem:
-                raise UserError(f"{path} is damaged: delete it")
-            found[path.stem] = parse_manifest(data, str(path))
+            try:
+                if sha256_bytes(data) != path.stem:
+                    raise UserError(f"{path} is damaged: delete it")
+                found[path.stem] = parse_manifest(data, str(path))
+            except UserError as error:
+                logger.warning("%s", error)
     return found
 
 

@@ -1,7 +1,7 @@
 """What must stay: what registered versions, the ledgers and kept prints lead to."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from mlflow.client import MlflowClient
@@ -24,19 +24,26 @@ class Live:
     contents: dict[str, str]
     weights: frozenset[str]
     """SHA-256 of those of registered versions."""
+    unclear: str | None
+    """Why nobody can tell what else is needed, so that no run and no version of a data set may go; None if all can."""
 
 
-def find_live(client: MlflowClient, store: Store, bucket: str, kept: Iterable[Batch]) -> Live:
+def find_live(
+    client: MlflowClient, store: Store, bucket: str, kept: Iterable[Batch], unread: Mapping[tuple[str, int], str]
+) -> Live:
     """What all registered versions, the ledgers in ``bucket`` and the ``kept`` batches lead to.
 
+    ``unread``: for batches that stay and cannot be read, the model versions that they lie under, and why.
     Every registered version counts, whatever its aliases: each has been judged, or is about to be. Raises UserError if
     a ledger is broken.
     """
     runs: dict[str, str] = {}
     contents: dict[str, str] = {}
     weights: set[str] = set()
+    registered: set[tuple[str, int]] = set()
     for version in pages(client.search_model_versions):
         where = f"models:/{version.name}/{version.version}"
+        registered.add((version.name, int(version.version)))
         weights.add(version.tags.get(WEIGHTS, ""))
         runs.setdefault(version.run_id or "", f"made {where}")
         contents.setdefault(version.tags.get(CONTENT, ""), f"{where} learned from it")
@@ -48,7 +55,9 @@ def find_live(client: MlflowClient, store: Store, bucket: str, kept: Iterable[Ba
         where = f"prints of models:/{batch.model}/{batch.version}"
         runs.setdefault(batch.run_id, f"made what drew {where}")
         contents.setdefault(batch.content_digest, f"{where} lead to it")
-    return Live(runs, contents, frozenset(weights))
+    # What a registered version leads to is known, whatever lies in its batches.
+    unclear = next((words for version, words in unread.items() if version not in registered), None)
+    return Live(runs, contents, frozenset(weights), unclear)
 
 
 def _named_by_ledgers(store: Store, bucket: str) -> Iterator[tuple[str, int, str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from diffusion.errors import UserError
 from diffusion.files import PARTIAL
 from diffusion.model import read_header
 from diffusion.training.train import discard
@@ -60,15 +61,17 @@ class Machine:
         for final in sorted(Path("runs").glob("**/final.safetensors")):
             files = [path for path in final.parent.rglob("*") if path.is_file()]
             used = max(map(_touched, files))
-            going = read_header(final).get("train_key") in self.gone and older(used, self.policy.run_days, self.now)
+            why = "finished, of runs that stay, or that MLflow does not know"
+            try:
+                going = read_header(final).get("train_key") in self.gone and older(used, self.policy.run_days, self.now)
+            except UserError as error:
+                going, why = False, str(error)
             yield Item(
                 kind="run folders",
                 name=str(final.parent),
                 bytes=sum(path.stat().st_size for path in files),
                 fate="goes" if going else "stays",
-                why=f"{age(used, self.now)}, and its run goes"
-                if going
-                else "finished, of runs that stay, or that MLflow does not know",
+                why=f"{age(used, self.now)}, and its run goes" if going else why,
             )
 
     def _fetched(self) -> Iterator[Item]:

@@ -1,17 +1,17 @@
 """Old batches of prints, and uploads in parts that were never finished."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
-from flows.prints import Batch, parse_batch
+from diffusion.errors import UserError
+from flows.prints import LARGEST_BATCH, Batch, parse_batch
 from flows.retention.config import RetentionConfig
 from flows.retention.items import Fate, Item, Sweep, age, older
 from flows.s3 import DELETED_AT_ONCE, Location, Store
 from flows.s3_multipart import abort_upload, uploads
 
-BATCH = re.compile(r"(prints/[^/]+/\d+/[^/]+)/(.+)")
+BATCH = re.compile(r"(prints/[^/]+/[0-9]{1,10}/[^/]+)/(.+)")
 """An object of a batch at its usual place."""
 FIRST, LAST = ("_SUCCESS", "manifest.parquet"), ("requests.parquet", "batch.json")
 """What is deleted before and after everything else. Parts of the manifest go before pictures: whoever finds a part
@@ -58,12 +58,18 @@ class Prints:
         self.found = self._batches()
         self.fates = [self._fate(batch) for batch in self.found]
 
-    def kept(self) -> Iterator[Batch]:
-        """What was asked for in those that stay."""
+    def kept(self) -> tuple[list[Batch], dict[tuple[str, int], str]]:
+        """What was asked for in those that stay; and of those that do not say so, model and version with the reason."""
+        found, unread = list[Batch](), dict[tuple[str, int], str]()
         for batch, (fate, _) in zip(self.found, self.fates, strict=True):
             if fate == "stays" and batch.described:
-                data = self.store.get(self.bucket, batch.place.key("batch.json"))
-                yield parse_batch(data, f"{batch.place}/batch.json")
+                try:
+                    data = self.store.get(self.bucket, batch.place.key("batch.json"), LARGEST_BATCH)
+                    found.append(parse_batch(data, f"{batch.place}/batch.json"))
+                except UserError as error:
+                    _, model, version, _ = batch.place.prefix.split("/")
+                    unread[model, int(version)] = str(error)
+        return found, unread
 
     def sweep(self) -> Sweep:
         """Batches and uploads."""

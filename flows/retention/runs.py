@@ -72,7 +72,7 @@ class Runs:
     def _goes(self, run: Run) -> bool:
         """Whether what it holds is to be deleted now: where there is no grace, also if it is only set aside."""
         fate, _ = self.fates[run.info.run_id]
-        return fate == "goes" or (fate == "set aside" and not self.policy.grace)
+        return fate == "goes" or (fate == "set aside" and not self.policy.grace and self.live.unclear is None)
 
     def _empty(self, run: Run) -> None:
         """Delete what ``run`` holds; its lines in the database are for ``mlflow gc``, on the server."""
@@ -89,7 +89,12 @@ class Runs:
                 return "stays", "a person deleted them: `mlflow gc` is theirs to run"
             if why is not None:
                 return "stays", f"{why}: brought back"
-            since = datetime.fromisoformat(aside)
+            try:
+                since = datetime.fromisoformat(aside).astimezone(UTC)
+            except (ValueError, OverflowError):
+                return "stays", f"the tag {SET_ASIDE} of runs:/{run.info.run_id} is no time: delete the tag, or the run"
+            if self.live.unclear is not None:
+                return "set aside", self.live.unclear
             if self.now - since >= policy.grace:
                 return "goes", f"set aside {since:%Y-%m-%d %H:%M} UTC"
             return "set aside", f"{since:%Y-%m-%d %H:%M} UTC"
@@ -98,6 +103,8 @@ class Runs:
         heard = _heard_of(run)
         if not older(heard, policy.run_days, self.now):
             return "stays", "all do" if policy.run_days is None else f"heard of within {policy.run_days:g} days"
+        if self.live.unclear is not None:
+            return "stays", self.live.unclear
         return "set aside", f"{age(heard, self.now)}, and no version was made of it"
 
     def _holds(self, run: Run) -> bool:

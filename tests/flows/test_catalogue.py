@@ -142,14 +142,17 @@ def test_the_page_on_a_version_lies_beside_it_is_written_once_and_can_be_deleted
     assert place.catalogue.versions() == {version.digest: version}
 
 
-def test_a_manifest_that_was_changed_on_s3_is_an_error_that_names_it(place: Place) -> None:
-    version = place.version()
+def test_a_manifest_that_was_changed_on_s3_is_named_and_hides_no_other(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    version, other = place.version(), place.version(100)
     key = f"datasets/blobs/{version.digest}/manifest.json"
     store = Store()
     data = store.get(place.bucket, key)
     store.client.put_object(Bucket=place.bucket, Key=key, Body=data.replace(b"ingest", b"jngest"))
-    with pytest.raises(UserError, match=f"{key} is damaged"):
-        place.catalogue.versions()
+    assert place.catalogue.versions() == {other.digest: other}
+    assert f"{key} is damaged" in caplog.text
+    assert list(place.catalogue.read().damaged) == [version.digest]
 
 
 def test_an_older_version_comes_back_bit_for_bit_from_s3_alone(place: Place) -> None:

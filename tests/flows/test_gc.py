@@ -303,8 +303,58 @@ def test_what_others_abort_delete_or_damage_meanwhile_is_passed_over_or_named(bu
     with pytest.raises(UserError, match="there is no bucket nowhere"):
         Prints(store, "nowhere", STRICT, after(8))
     store.put_once(bucket, "prints/blobs/1/x/batch.json", b'{"of": "somebody else"}')
-    with pytest.raises(UserError, match=r"prints/blobs/1/x/batch\.json is damaged, or of a newer Darkroom"):
-        list(Prints(store, bucket, STRICT, after(1)).kept())
+    found, unread = Prints(store, bucket, STRICT, after(1)).kept()
+    assert (found, list(unread)) == ([], [("blobs", 1)])
+    assert "prints/blobs/1/x/batch.json is damaged, or of a newer Darkroom" in unread["blobs", 1]
+
+
+def test_a_damaged_manifest_keeps_its_data_set_whole_and_stops_nothing_else(
+    place: Place, mlflow: MlflowClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = place.version(), place.version(*range(100, 104))
+    collected(100)
+    store, junk = place.catalogue.store, [f"datasets/blobs/{'0' * 64}/manifest.json", f"retired/blobs/{'1' * 64}.json"]
+    # Under another name than its own digest: a mark that leads to the files of a version that stays.
+    for key, data in zip(junk, (b"junk", manifest_bytes(second)), strict=True):
+        store.put_once(place.bucket, key, data)
+    store.put_once(place.bucket, f"datasets/.:/{'0' * 64}/manifest.json", b"junk")
+    run_id = training(mlflow, "a")
+    before = set(store.list_keys(place.bucket, "dvc/"))
+
+    done = collected(200)
+    why = {item.name: item.why for item in done.items}
+    for digest, key in zip("01", junk, strict=True):
+        assert (fates(done)[f"blobs {digest * 12}"], f"{key} is damaged" in why[f"blobs {digest * 12}"]) == (
+            "stays",
+            True,
+        )
+    assert fates(done)[f"blobs {first.digest[:12]}"] == "set aside", "which would have gone"
+    assert fates(done)[f"runs:/{run_id}"] == "set aside"
+    assert set(store.list_keys(place.bucket, "dvc/")) == before
+    assert set(place.catalogue.versions()) == {second.digest}
+    assert junk[0] in caplog.text
+
+    store.delete_many(place.bucket, junk)
+    assert fates(collected(300))[f"blobs {first.digest[:12]}"] == "goes"
+    assert restorable(place, second)
+
+
+def test_what_only_an_unreadable_batch_could_lead_to_stays_until_somebody_mends_it(
+    place: Place, mlflow: MlflowClient
+) -> None:
+    old, _ = place.version(), place.version(*range(100, 104))
+    run_id = training(mlflow, "a", old)
+    store, key = place.catalogue.store, "prints/gone/7/x/batch.json"
+    store.put_once(place.bucket, key, b"junk")
+    store.put_once(place.bucket, "prints/gone/7/x/_SUCCESS", b"")
+    policy = STRICT.model_copy(update={"prints_days": None})
+
+    done = collected(100, policy)
+    (run,) = (item for item in done.items if item.name == f"runs:/{run_id}")
+    assert (run.fate, key in run.why) == ("stays", True)
+    assert fates(done)[f"blobs {old.digest[:12]}"] == "stays"
+    store.delete_many(place.bucket, [key])
+    assert fates(collected(100, policy))[f"runs:/{run_id}"] == "set aside"
 
 
 def test_a_batch_that_a_job_has_just_gone_on_with_loses_nothing_from_then_on(bucket: str, store: Store) -> None:
@@ -312,7 +362,7 @@ def test_a_batch_that_a_job_has_just_gone_on_with_loses_nothing_from_then_on(buc
         model="blobs",
         version=1,
         run_id="1" * 32,
-        content_digest="c",
+        content_digest="c" * 64,
         weights_sha256="0" * 64,
         seed=1,
         count=2,
