@@ -146,6 +146,23 @@ def _prefect(stack: LocalStack) -> Service:
     return Service("prefect", "Prefect", command, environment, stack.folder / "prefect", check)
 
 
+PREFECT_LOOPS = {
+    f"PREFECT_SERVER_SERVICES_{service}_LOOP_SECONDS": str(seconds)
+    for service, seconds in {
+        "LATE_RUNS": 15,
+        "PAUSE_EXPIRATIONS": 60,
+        "SCHEDULER_RECENT_DEPLOYMENTS": 15,
+        "CLEANUP_RECONCILER": 60,
+        "CANCELLATION_CLEANUP": 60,
+        "FOREMAN": 30,
+    }.items()
+}
+"""Seconds between looks at a database that seldom changes on one machine; most are 5 by default.
+
+None of them delays a run that is due or triggered, nor the death of one: those come by the scheduler and by events.
+"""
+
+
 def _worker(stack: LocalStack) -> Service:
     def check(process: Process) -> None:
         url = f"{stack.url('prefect')}/api/work_pools/{POOL}/workers/filter"

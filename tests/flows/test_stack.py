@@ -281,6 +281,15 @@ def test_secrets_are_in_no_log_and_on_no_command_line_and_only_the_owner_reads_t
     assert {stat.S_IMODE(path.stat().st_mode) for path in holders} == {0o600}
 
 
+@pytest.mark.slow
+def test_the_s3_server_does_next_to_nothing_when_nobody_asks_it(up: LocalStack) -> None:
+    [server] = members(up.folder, "s3")
+    before, seconds = sum(server.cpu_times()[:2]), 10.0
+    time.sleep(seconds)
+    # Half a percent is what it takes; with its memory limit too low, the garbage collector alone took 11.
+    assert sum(server.cpu_times()[:2]) - before < 0.03 * seconds
+
+
 MARK = "seen by its owner alone"
 
 
