@@ -157,9 +157,10 @@ PREFECT_LOOPS = {
         "FOREMAN": 30,
     }.items()
 }
-"""Seconds between looks at a database that seldom changes on one machine; most are 5 by default.
+"""Seconds between looks at a database that seldom changes on one machine; four of them are 5 by default.
 
-None of them delays a run that is due or triggered, nor the death of one: those come by the scheduler and by events.
+They delay what may wait: a new schedule's first run by 15, the state "late" by 15, the end of what a cancelled or
+paused run leaves by 60. Runs that are due or triggered come by other services, and so does the end of killed ones.
 """
 
 
