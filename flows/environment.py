@@ -122,7 +122,7 @@ def forget_deleted() -> None:
 
     local = _local_stack()
     if local is not None and "s3" not in given() and local.runs("s3"):
-        seaweedfs.vacuum(local.state.ports["master"])
+        seaweedfs.vacuum(local.state.ports["master"], local.folder / "s3")
 
 
 def beside_proxies() -> dict[str, str]:

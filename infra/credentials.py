@@ -42,6 +42,7 @@ def variables(bucket: str) -> dict[str, str]:
         "PREFECT_DB_PASSWORD",
         "MLFLOW_PASSWORD",
         "MLFLOW_SECRET_KEY",
+        "STORE_KEY",
     )
     return (
         {"DARKROOM_BUCKET": bucket}

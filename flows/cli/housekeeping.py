@@ -74,9 +74,20 @@ def restore(
     stamp: Annotated[
         str | None, typer.Option("--backup", metavar="STAMP", help="Which one, by its name; default: the newest.")
     ] = None,
+    replaced: Annotated[
+        Path,
+        typer.Option(
+            "--replaces",
+            metavar="HOME",
+            help="DARKROOM_HOME of the stack that this one replaces, which runs if it is there: takedowns done since "
+            "the backup are kept.",
+        ),
+    ] = Path(".darkroom"),
     as_json: Json = False,
 ) -> None:
     """Make a local stack of a backup, in a DARKROOM_HOME that is not there yet, and start it; passwords are new.
+
+    Takedowns done since the backup are kept as far as newer backups and the stack that is replaced know of them.
 
     Example:  DARKROOM_HOME=.restored darkroom restore /mnt/backups/darkroom
     """
@@ -84,6 +95,27 @@ def restore(
     from flows.stack.restore import restore
 
     with console() as progress:
-        done, status = restore(target, stamp, lambda line: print(line, file=sys.stderr, flush=True), progress)
-    result = {"stamp": done.stamp, "folder": str(status.folder), "objects": len(done.objects)}
-    show(result, as_json, [f"{status.folder} holds what backup {done.stamp} has, and runs; its passwords are new"])
+        done = restore(target, stamp, replaced, lambda line: print(line, file=sys.stderr, flush=True), progress)
+    backup, folder, until = done.backup, done.status.folder, done.later.known_until
+    removals = list(done.later.removals())
+    result = {
+        "stamp": backup.stamp,
+        "folder": str(folder),
+        "objects": len(backup.objects),
+        "later_removals": [removal.model_dump(mode="json") for removal in removals],
+        "removals_known_until": until and until.isoformat(),
+    }
+    for removal in removals:
+        print(
+            f"darkroom: {removal.pictures} images of data set {removal.dataset} were taken down after this backup "
+            f"({removal.reason}), and its versions hold them again: no ingest takes them in; to be rid of them run "
+            f"`darkroom data remove {' '.join(key[:16] for key in removal.picture_keys[:3])}"
+            f"{' …' if len(removal.picture_keys) > 3 else ''} --dataset {removal.dataset} --reason … --purge`",
+            file=sys.stderr,
+        )
+    if until is not None:
+        print(
+            f"darkroom: takedowns done after {until:%Y-%m-%d %H:%M:%S} UTC are not known: give them again",
+            file=sys.stderr,
+        )
+    show(result, as_json, [f"{folder} holds what backup {backup.stamp} has, and runs; its passwords are new"])

@@ -1,5 +1,6 @@
 """What the local stack is on disk: its folder, its passwords, its ports and its processes."""
 
+import json
 import os
 import secrets
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from diffusion.errors import UserError
 from diffusion.files import write_atomically
 from flows.environment import Server
 from flows.stack.process import Process, is_member
+from flows.stack.tls import new_identity
 
 ServiceName = Literal["s3", "mlflow", "prefect", "worker"]
 SERVICES: tuple[ServiceName, ...] = get_args(ServiceName)
@@ -41,6 +43,8 @@ class Credentials(Config):
     """What Prefect's UI asks for, as a whole: user:password."""
     s3_access_key: str = Field(default_factory=lambda: secrets.token_hex(10))
     s3_secret_key: str = Field(default_factory=lambda: secrets.token_hex(20))
+    s3_tls_identity: str = Field(default_factory=lambda: new_identity(LOOPBACK))
+    """Certificate and private key with which the parts of the S3 server know each other, in PEM."""
 
 
 class State(Config):
@@ -83,10 +87,13 @@ class LocalStack:
         """The stack in ``folder``, made if there is none."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
+        path = folder / "credentials.json"
         found = cls.read(folder)
         if found is not None:
+            # Those of an older Darkroom lack some, which were made just now.
+            if Credentials.model_fields.keys() - json.loads(path.read_bytes()):
+                write_private(path, found.credentials.model_dump_json(indent=2))
             return found
-        path = folder / "credentials.json"
         # A first `up` that was killed may have got this far, and the servers know what it wrote.
         credentials = Credentials.model_validate_json(path.read_bytes()) if path.exists() else Credentials()
         write_private(path, credentials.model_dump_json(indent=2))

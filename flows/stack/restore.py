@@ -1,5 +1,10 @@
-"""``darkroom restore``: a local stack made anew of a backup, with passwords of its own."""
+"""``darkroom restore``: a local stack made anew of a backup, with passwords of its own.
 
+A takedown that was done after the backup must outlive it: what newer backups and the stack that is replaced know of
+takedowns goes into the restored bucket, too, from where every ingest learns of it.
+"""
+
+import re
 import shutil
 import subprocess
 import sys
@@ -7,7 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+from pydantic import AwareDatetime, Field, ValidationError
+
 from diffusion.config import Config
+from diffusion.data.removals import Removal
 from diffusion.errors import DarkroomError, UserError
 from diffusion.files import write_atomically, write_json
 from diffusion.progress import Progress, silent
@@ -24,27 +32,72 @@ UPGRADES = {"mlflow/mlflow.db": ("mlflow", "db", "upgrade"), AUTH: ("mlflow.serv
 """The programs by which databases of an older MLflow become ours; Prefect's server does that by itself."""
 
 
+REMOVAL = re.compile(r"datasets/[^/]+/removals/[^/]+\.json")
+"""Keys of the catalogue under which takedowns are recorded."""
+
+
+class LaterRemovals(Config):
+    """Takedowns that were done after a backup."""
+
+    records: dict[str, str] = Field(default_factory=dict)
+    """Their records in the catalogue, by key."""
+    known_until: AwareDatetime | None = None
+    """None if they are all there are; else those done after this moment are not among them."""
+
+    def removals(self) -> Iterator[Removal]:
+        """The takedowns; raises UserError for a record that is damaged."""
+        for key, text in self.records.items():
+            try:
+                yield Removal.model_validate_json(text)
+            except ValidationError as error:
+                raise UserError(
+                    f"{key} is no record of a takedown that this Darkroom understands ({error.errors()[0]['msg']}): "
+                    "update, or if it is damaged delete it and give that takedown again"
+                ) from error
+
+
+class Restored(Config):
+    """A restore that is done."""
+
+    backup: Backup
+    status: StackStatus
+    later: LaterRemovals
+
+
 class Mark(Config):
     """What is written down while a stack is made of a backup."""
 
     stamp: str
+    later: LaterRemovals
     placed: bool = False
     """Whether all databases are there: then they may be in use, and before nothing can be."""
 
 
 def restore(
-    target: Path, stamp: str | None, report: Callable[[str], None], progress: Progress = silent
-) -> tuple[Backup, StackStatus]:
-    """Make the stack in DARKROOM_HOME of a backup in the folder ``target``, by default the newest, and start it.
+    target: Path,
+    stamp: str | None,
+    replaced: Path,
+    report: Callable[[str], None],
+    progress: Progress = silent,
+) -> Restored:
+    """Make the stack in DARKROOM_HOME of a backup, and start it. Killed and given again, it goes on.
 
-    Killed and given again, it goes on. Raises UserError if there is a stack already, or anything of the backup is
-    damaged, before the stack is started.
+    Args:
+        target: Folder of the backups.
+        stamp: Which of them; by default the newest.
+        replaced: Folder of the stack that this one replaces, if there is one: its takedowns are kept.
+        report: Is told what happens.
+        progress: Is told how many objects are restored.
+
+    Raises:
+        UserError: There is a stack already, the stack that is replaced does not run, or anything of the backup is
+            damaged; all before the stack is started.
     """
     if elsewhere := given():
         raise UserError(f"{' and '.join(elsewhere.values())} name other servers: unset them to restore a local stack")
     folder, backups = settings().folder, Backups(target)
     backup = backups.read(stamp)
-    mark = _begin(folder, backup)
+    mark = _begin(folder, backup, lambda: _later_removals(backup, backups, replaced.resolve()))
     for each in {*backup.databases.values(), *(each.sha256 for each in backup.objects)}:
         backups.whole(each)
     stack = LocalStack.open(folder, backup.bucket)
@@ -53,7 +106,7 @@ def restore(
             raise UserError(f"a stack runs in {folder}, where no restore ended: run `darkroom down`, then this again")
         for name, sha256 in backup.databases.items():
             _place(folder / name, name, backups.whole(sha256), backup, stack)
-        write_json(folder / RESTORING, mark.model_copy(update={"placed": True}).model_dump())
+        write_json(folder / RESTORING, mark.model_copy(update={"placed": True}).model_dump(mode="json"))
     up(report, restoring=True)
     stack = LocalStack.open(folder, backup.bucket)
     store = Store(client(variables=stack.variables("s3")))
@@ -62,8 +115,37 @@ def restore(
         store.put_many(backup.bucket, [_object(saved, backups) for saved in some])
         done += len(some)
         progress("objects restored", done, len(backup.objects))
+    for key, text in mark.later.records.items():
+        store.put_once(backup.bucket, key, text.encode())
     (folder / RESTORING).unlink()
-    return backup, status()
+    return Restored(backup=backup, status=status(), later=mark.later)
+
+
+def _later_removals(backup: Backup, backups: Backups, replaced: Path) -> LaterRemovals:
+    """The takedowns that newer backups or the stack in ``replaced`` know of, and ``backup`` does not."""
+    known = {each.key for each in backup.objects}
+    found: dict[str, str] = {}
+    until: AwareDatetime | None = backup.made
+    for newer in (backups.read(stamp) for stamp in backups.stamps() if stamp > backup.stamp):
+        records = [each for each in newer.objects if REMOVAL.fullmatch(each.key)]
+        found |= {each.key: backups.whole(each.sha256).read_text() for each in records if each.key not in known}
+        until = newer.made
+    stack = None if replaced == settings().folder else LocalStack.read(replaced)
+    if stack is not None and stack.serves("s3") and stack.bucket == backup.bucket:
+        if not stack.runs("s3"):
+            raise UserError(
+                f"the stack in {replaced} does not run, and knows of takedowns that the backup may not know of: run "
+                f"`DARKROOM_HOME={replaced} darkroom up`, or move the folder away if it cannot be started"
+            )
+        store = Store(client(variables=stack.variables("s3")))
+        for key in store.list_keys(stack.bucket, "datasets/"):
+            if REMOVAL.fullmatch(key) and key not in known:
+                found[key] = store.get(stack.bucket, key).decode()
+        until = None
+    later = LaterRemovals(records=found, known_until=until)
+    # A record that nobody can read is better known of before anything is done.
+    list(later.removals())
+    return later
 
 
 def _object(saved: SavedObject, backups: Backups) -> Object:
@@ -86,7 +168,7 @@ def _handfuls(objects: Iterable[SavedObject]) -> Iterator[list[SavedObject]]:
         yield some
 
 
-def _begin(folder: Path, backup: Backup) -> Mark:
+def _begin(folder: Path, backup: Backup, later_removals: Callable[[], LaterRemovals]) -> Mark:
     """What is written down, now at the latest."""
     path = folder / RESTORING
     if path.is_file():
@@ -96,9 +178,9 @@ def _begin(folder: Path, backup: Backup) -> Mark:
         return mark
     if (folder / "stack.json").exists() or (folder / "credentials.json").exists():
         raise UserError(f"there is a stack in {folder}: set DARKROOM_HOME to a folder that is not there yet")
+    mark = Mark(stamp=backup.stamp, later=later_removals())
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    mark = Mark(stamp=backup.stamp)
-    write_json(path, mark.model_dump())
+    write_json(path, mark.model_dump(mode="json"))
     return mark
 
 

@@ -44,7 +44,7 @@ class Service:
 
     def start(self, stack: LocalStack) -> Process:
         """Start it, detached."""
-        families = (*FAMILY.values(), "DARKROOM_")
+        families = (*FAMILY.values(), "DARKROOM_", "WEED_")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(families)}
         environment = inherited | beside_proxies() | self.environment | marks(stack.folder, self.name)
         self.cwd.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def _s3(stack: LocalStack) -> Service:
         store().ensure_bucket(stack.bucket)
 
     command = seaweedfs.command([stack.state.ports[name] for name in seaweedfs.PORTS])
-    files = {"s3.json": seaweedfs.config(own.s3_access_key, own.s3_secret_key)}
+    files = seaweedfs.files(seaweedfs.config(own.s3_access_key, own.s3_secret_key), own.s3_tls_identity)
     environment = seaweedfs.ENVIRONMENT
     return Service("s3", "S3 (SeaweedFS)", command, environment, stack.folder / "s3", check, files)
 
@@ -101,6 +101,8 @@ def _mlflow(stack: LocalStack) -> Service:
             "MLFLOW_FLASK_SERVER_SECRET_KEY": own.mlflow_secret_key,
             # Jobs judge language models; each of their queues would be one more process.
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            # Its own list has 10.*, which names like 10.example.com fit: whoever owns one could point it here.
+            "MLFLOW_SERVER_ALLOWED_HOSTS": f"localhost,localhost:*,{LOOPBACK},{LOOPBACK}:*",
         }
     )
     if {"AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"} & environment.keys():
@@ -129,13 +131,37 @@ def _prefect(stack: LocalStack) -> Service:
         ask(f"{stack.url('prefect')}/api/admin/version", stack.credentials.prefect_auth_string)
 
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", LOOPBACK, "--port", port]
-    environment = DEFAULTS | {
-        "PREFECT_HOME": str(stack.folder / "prefect"),
-        "PREFECT_SERVER_API_AUTH_STRING": stack.credentials.prefect_auth_string,
-        "PREFECT_SERVER_UI_API_URL": f"{stack.url('prefect')}/api",
-        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-    }
+    environment = (
+        DEFAULTS
+        | {
+            "PREFECT_HOME": str(stack.folder / "prefect"),
+            "PREFECT_SERVER_API_AUTH_STRING": stack.credentials.prefect_auth_string,
+            # Else pages of any origin may read what it answers.
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": stack.url("prefect"),
+            "PREFECT_SERVER_UI_API_URL": f"{stack.url('prefect')}/api",
+            "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        }
+        | PREFECT_LOOPS
+    )
     return Service("prefect", "Prefect", command, environment, stack.folder / "prefect", check)
+
+
+PREFECT_LOOPS = {
+    f"PREFECT_SERVER_SERVICES_{service}_LOOP_SECONDS": str(seconds)
+    for service, seconds in {
+        "LATE_RUNS": 15,
+        "PAUSE_EXPIRATIONS": 60,
+        "SCHEDULER_RECENT_DEPLOYMENTS": 15,
+        "CLEANUP_RECONCILER": 60,
+        "CANCELLATION_CLEANUP": 60,
+        "FOREMAN": 30,
+    }.items()
+}
+"""Seconds between looks at a database that seldom changes on one machine; four of them are 5 by default.
+
+They delay what may wait: a new schedule's first run by 15, the state "late" by 15, the end of what a cancelled or
+paused run leaves by 60. Runs that are due or triggered come by other services, and so does the end of killed ones.
+"""
 
 
 def _worker(stack: LocalStack) -> Service:

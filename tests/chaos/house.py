@@ -78,7 +78,9 @@ class House:
         ]
         identities = [json.loads(config(*pair))["identities"][0] | {"name": pair[0]} for pair in pairs]
         stop(members(self.stack.folder, "s3"), 15)
-        self._start(replace(self._service("s3"), files={"s3.json": json.dumps({"identities": identities})}))
+        service = self._service("s3")
+        files = service.files | {"s3.json": json.dumps({"identities": identities})}
+        self._start(replace(service, files=files))
 
     def objects(self, prefix: str) -> dict[str, bytes]:
         """What lies below ``prefix`` in the stack's bucket, by key below it."""

@@ -15,6 +15,7 @@ from mlflow.client import MlflowClient
 from diffusion.errors import DarkroomError
 from flows.s3 import Store, client
 from flows.stack import ports, seaweedfs
+from flows.stack.tls import new_identity
 from tests.flows.workspace import Workspace
 
 
@@ -22,7 +23,10 @@ from tests.flows.workspace import Workspace
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A SeaweedFS of the session's own; gives the variables by which clients find it."""
     folder = tmp_path_factory.mktemp("s3")
-    (folder / "s3.json").write_text(seaweedfs.config("test-access", "test-secret"))
+    for name, text in seaweedfs.files(
+        seaweedfs.config("test-access", "test-secret"), new_identity("127.0.0.1")
+    ).items():
+        (folder / name).write_text(text)
     numbers = ports.choose(len(seaweedfs.PORTS), taken=())
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(

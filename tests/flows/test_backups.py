@@ -3,7 +3,7 @@
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
+from diffusion.data.removals import Removal
 from diffusion.errors import UserError
 from flows.backups import SMALL, Backup, Backups, SavedObject, stamped
 from flows.environment import settings
-from flows.s3 import Store
+from flows.s3 import Store, client
+from flows.stack import down, up
 from flows.stack import restore as restoring
-from flows.stack import up
 from flows.stack.backup import DATABASES, _copy, save
-from flows.stack.local import USER
-from flows.stack.restore import AT_ONCE, _handfuls, restore
+from flows.stack.local import USER, LocalStack
+from flows.stack.restore import AT_ONCE, _handfuls, _later_removals, restore
 
 
 def database(path: Path, text: str) -> None:
@@ -118,7 +119,7 @@ def test_a_restore_that_was_killed_is_not_started_over_and_given_again_places_al
     with monkeypatch.context() as killing:
         killing.setattr(restoring, "write_atomically", killed)
         with pytest.raises(KeyboardInterrupt):
-            restore(stored, None, print)
+            restore(stored, None, Path("nothing"), print)
     with pytest.raises(UserError, match=f"a restore into {folder} did not end: give `darkroom restore`"):
         up(print)
     assert not any((folder / name).exists() for name in DATABASES)
@@ -128,17 +129,104 @@ def test_a_restore_that_was_killed_is_not_started_over_and_given_again_places_al
     (folder / f"{DATABASES[-1]}-wal").write_bytes(b"fresh")
     monkeypatch.setattr(restoring, "up", killed)
     with pytest.raises(KeyboardInterrupt):
-        restore(stored, None, print)
+        restore(stored, None, Path("nothing"), print)
     assert [told(folder / name) for name in DATABASES] == [f"{name} of the backup" for name in DATABASES]
     assert not (folder / f"{DATABASES[-1]}-wal").exists()
 
     with closing(sqlite3.connect(folder / DATABASES[-1])) as used, used:
         used.execute("update told set text = 'used since'")
     with pytest.raises(KeyboardInterrupt):
-        restore(stored, None, print)
+        restore(stored, None, Path("nothing"), print)
     assert told(folder / DATABASES[-1]) == "used since"
     with pytest.raises(UserError, match="did not end"):
         up(print)
+
+
+REMOVAL = Removal(
+    picture_keys=["ab" * 32],
+    digests=[],
+    pictures=1,
+    duplicates=0,
+    refused=0,
+    near_copies=[],
+    parts=[0],
+    dataset="faces",
+    asked="0" * 16,
+    reason="asked to",
+    parent=None,
+    version="cd" * 32,
+    content_digest="ef" * 32,
+    tables=[],
+    already=False,
+)
+RECORD = f"datasets/faces/removals/{REMOVAL.name}.json"
+
+
+def later(backup: Backup) -> Backup:
+    return backup.model_copy(update={"made": backup.made + timedelta(hours=1)})
+
+
+def test_a_restore_of_an_older_backup_keeps_takedowns_that_newer_ones_know_of(
+    store: Store, bucket: str, tmp_path: Path
+) -> None:
+    backups = Backups(tmp_path / "backups")
+    store.put_once(bucket, "datasets/faces/removals-of-others.json", b"no record")
+    older = backed_up(store, bucket, backups)
+    found = _later_removals(older, backups, tmp_path / "nothing")
+    assert (list(found.removals()), found.known_until) == ([], older.made)
+
+    store.put_once(bucket, RECORD, REMOVAL.model_dump_json().encode())
+    newer = later(backed_up(store, bucket, backups))
+    backups.write(newer)
+    backups.write(older)
+    found = _later_removals(older, backups, tmp_path / "nothing")
+    assert (list(found.removals()), found.known_until) == ([REMOVAL], newer.made)
+    assert list(found.records) == [RECORD]
+    assert _later_removals(newer, backups, tmp_path / "nothing").records == {}
+
+
+def test_a_record_of_a_takedown_that_cannot_be_read_is_named_before_anything_is_restored(
+    store: Store, bucket: str, tmp_path: Path, s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backups = Backups(tmp_path / "backups")
+    older = backed_up(store, bucket, backups)
+    store.put_once(bucket, RECORD, b"{}")
+    backups.write(later(backed_up(store, bucket, backups)))
+    backups.write(older)
+    for name in s3_environment:
+        monkeypatch.delenv(name)
+    with pytest.raises(UserError, match=RECORD):
+        restore(backups.folder, older.stamp, tmp_path / "nothing", print)
+    assert not settings().folder.exists()
+
+
+@pytest.mark.slow
+def test_a_restore_keeps_the_takedowns_of_the_stack_that_it_replaces(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # Of the stack, S3 is enough.
+    old = tmp_path / ".darkroom"
+    backups = Backups(stored)
+    up(print)
+    try:
+        running = LocalStack.read(old)
+        assert running is not None
+        Store(client(variables=running.variables("s3"))).put_once(
+            "darkroom", RECORD, REMOVAL.model_dump_json().encode()
+        )
+        monkeypatch.setenv("DARKROOM_HOME", str(tmp_path / ".restored"))
+        found = _later_removals(backups.read(), backups, old)
+        assert (list(found.removals()), found.known_until) == ([REMOVAL], None)
+    finally:
+        monkeypatch.setenv("DARKROOM_HOME", str(old))
+        down(print)
+    monkeypatch.setenv("DARKROOM_HOME", str(tmp_path / ".restored"))
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+        monkeypatch.delenv(name)
+    with pytest.raises(UserError, match=f"DARKROOM_HOME={old} darkroom up"):
+        restore(stored, None, old, print)
+    assert not settings().folder.exists()
 
 
 def test_objects_are_restored_in_groups_that_fit_in_memory() -> None:

@@ -5,12 +5,14 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from mlflow.client import MlflowClient
 
 from diffusion.files import sha256_file
+from flows.backups import STAMP
 from tests.flows.test_champion_stack import QUICK
 from tests.flows.workspace import PARAMS, Workspace, objects, running
 
@@ -98,12 +100,19 @@ def test_a_stack_that_was_destroyed_comes_back_of_a_backup_taken_while_it_worked
     assert not any(secret.encode() in path.read_bytes() for path in files for secret in secrets)
     assert all(sha256_file(path) == path.name for path in (target / "objects").glob("??/*"))
 
+    # Somebody asks for a picture to be taken down; only the next backup knows of it.
+    [removed] = workspace.json("data", "remove", "*000.png", "--reason", "asked to", "--yes")["removal"]["picture_keys"]
+    last = workspace.json("backup", str(target))
+
     workspace.run("down")
     shutil.rmtree(workspace.folder / ".darkroom")
     elsewhere = Workspace(workspace.folder)
     elsewhere.variables["DARKROOM_HOME"] = str(workspace.folder / ".restored")
     try:
-        assert elsewhere.json("restore", str(target), "--backup", done["stamp"])["stamp"] == done["stamp"]
+        restored = elsewhere.json("restore", str(target), "--backup", done["stamp"])
+        assert restored["stamp"] == done["stamp"]
+        assert [removal["picture_keys"] for removal in restored["later_removals"]] == [[removed]]
+        assert datetime.fromisoformat(restored["removals_known_until"]).strftime(STAMP) == last["stamp"]
         assert "there is a stack" in elsewhere.run("restore", str(target), code=2)
         for line in elsewhere.run("env").splitlines():
             name, _, value = line.removeprefix("export ").partition("=")

@@ -14,7 +14,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import psutil
 import pytest
@@ -23,9 +26,14 @@ from playwright.sync_api import sync_playwright
 from diffusion.errors import DarkroomError, UserError
 from flows import stack
 from flows.environment import SERVERS, join
+from flows.s3 import Store
 from flows.stack import ports, seaweedfs
 from flows.stack.local import SERVICES, LocalStack
 from flows.stack.process import members
+from flows.stack.tls import new_identity
+from tests.browser import chromium
+from tests.flows import intruder
+from tests.flows.http_server import serving
 
 COMMAND = "import sys; from flows import stack; print(stack.{}(lambda line: print(line, file=sys.stderr)))"
 
@@ -257,7 +265,7 @@ def test_secrets_are_in_no_log_and_on_no_command_line_and_only_the_owner_reads_t
     own = up.credentials.model_dump()
     secrets = {value.split(":")[-1] for name, value in own.items() if name not in {"mlflow_username"}}
     secrets -= {up.credentials.s3_access_key}
-    assert len(secrets) == 4
+    assert len(secrets) == 5
     logs = "".join(path.read_text(errors="replace") for path in (up.folder / "logs").iterdir())
     lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     commands = "\n".join(" ".join(line) for line in lines)
@@ -271,6 +279,176 @@ def test_secrets_are_in_no_log_and_on_no_command_line_and_only_the_owner_reads_t
     ]
     assert up.folder / "credentials.json" in holders
     assert {stat.S_IMODE(path.stat().st_mode) for path in holders} == {0o600}
+
+
+@pytest.mark.slow
+def test_the_s3_server_does_next_to_nothing_when_nobody_asks_it(up: LocalStack) -> None:
+    [server] = members(up.folder, "s3")
+    before, seconds = sum(server.cpu_times()[:2]), 10.0
+    time.sleep(seconds)
+    # Half a percent is what it takes; with its memory limit too low, the garbage collector alone took 11.
+    assert sum(server.cpu_times()[:2]) - before < 0.03 * seconds
+
+
+MARK = "seen by its owner alone"
+
+
+@pytest.fixture
+def private(up: LocalStack, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], dict[str, bytes]]]:
+    """An object in the stack's bucket; gives a look at all that is in the bucket."""
+    for name, value in up.variables("s3").items():
+        monkeypatch.setenv(name, value)
+    store = Store()
+    store.put_once(up.bucket, "private", MARK.encode())
+
+    def look() -> dict[str, bytes]:
+        return {key: store.get(up.bucket, key) for key in store.list_keys(up.bucket)}
+
+    yield look
+    store.delete_many(up.bucket, ["private"])
+
+
+def listening(local: LocalStack) -> tuple[set[int], set[str]]:
+    """Ports and sockets in the file system on which anything of the stack listens."""
+    listeners, sockets = set(), set()
+    for process in members(local.folder, *SERVICES):
+        listeners |= {each.laddr.port for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+        here = {str(each.laddr) for each in process.net_connections("unix") if each.laddr}
+        sockets |= {str(Path(process.cwd(), path)) for path in here if not path.startswith("@")}
+    return listeners, sockets
+
+
+def assert_nothing_was_served(local: LocalStack, answers: list[dict[str, Any]]) -> None:
+    """Of SeaweedFS nothing answers but the S3 port, and nobody is told more than that he has no password."""
+    own = local.state.ports
+    open_to_all = {"/health", "/healthz", "/status"}
+    for each in answers:
+        path = each["asked"].partition(" ")[2].partition("?")[0]
+        assert MARK not in each["said"], each
+        if each["place"] == own["s3"]:
+            assert each["status"] in (400, 403, 404, 405) or path in open_to_all, each
+        elif each["place"] in (own["mlflow"], own["prefect"]):
+            pages = each["asked"].startswith("GET") and "<html" in each["said"].lower()  # those that ask for it
+            assert each["status"] in (400, 401, 403, 404, 405) or pages or path in open_to_all, each
+        else:
+            assert each["status"] == 400, each  # "Client sent an HTTP request to an HTTPS server."
+
+
+@pytest.mark.slow
+def test_another_user_of_the_machine_reads_changes_and_deletes_nothing(
+    up: LocalStack, private: Callable[[], dict[str, bytes]]
+) -> None:
+    before = private()
+    listeners, sockets = listening(up)
+    # What is known of SeaweedFS's ports is that gRPC is above them; any other would be news.
+    of_seaweedfs = {up.state.ports[name] + above for name in seaweedfs.PORTS for above in (0, ports.GRPC)}
+    assert listeners == of_seaweedfs | {up.state.ports["mlflow"], up.state.ports["prefect"]}
+    with TemporaryDirectory(prefix="darkroom-intruder-") as name:
+        folder = Path(name)
+        shutil.copy(seaweedfs.binary(), folder / "weed")
+        # One comes without anything, one with a certificate of his own making.
+        (folder / "bare").mkdir()
+        (folder / "forged").mkdir()
+        for file, text in seaweedfs.files("{}", new_identity("127.0.0.1")).items():
+            (folder / "forged" / file).write_text(text)
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o755)
+        asked = {
+            "places": [*sorted(listeners), *sorted(sockets)],
+            "ports": up.state.ports,
+            "bucket": up.bucket,
+            "key": "private",
+            "weed": str(folder / "weed"),
+            "folders": [str(folder / "bare"), str(folder / "forged")],
+            "paths": [str(path) for path in up.folder.rglob("*")],
+        }
+        found = run_intruder(asked)
+    assert found["answers"]  # He did reach them.
+    assert_nothing_was_served(up, found["answers"])
+    for said in found["programs"]:
+        assert MARK not in said
+        assert "private" not in said
+    if found["user"] != os.geteuid():
+        assert found["readable"] == []
+    assert private() == before
+    # The same programs do as their owner says.
+    assert MARK in owner_reads(up)
+
+
+def run_intruder(asked: dict[str, Any]) -> dict[str, Any]:
+    """What he found, who gives his rights away only when Python has loaded all that it needs."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "intruder.py")],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def owner_reads(local: LocalStack) -> str:
+    """The private object, as SeaweedFS's shell prints it to whoever may read the stack's folder."""
+    master, filer = (f"127.0.0.1:{local.state.ports[name]}" for name in ("master", "filer"))
+    return subprocess.run(
+        [seaweedfs.binary(), "shell", f"-master={master}", f"-filer={filer}"],
+        cwd=local.folder / "s3",
+        input=f"fs.cat /buckets/{local.bucket}/private\nexit\n",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    ).stdout
+
+
+FETCH = """
+async ([url, method, body, mode]) => {
+    try {
+        const options = {method, mode, credentials: "include", signal: AbortSignal.timeout(8000)};
+        const answer = await fetch(url, body ? {...options, body} : options);
+        return {status: answer.status, said: await answer.text(), type: answer.type};
+    } catch (error) { return null; }
+}
+"""
+
+
+class Blank(BaseHTTPRequestHandler):
+    """A page without anything, of an origin that is not the stack's."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<!doctype html><title>x</title>")
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.slow
+def test_a_page_in_a_browser_reads_changes_and_deletes_nothing(
+    up: LocalStack, private: Callable[[], dict[str, bytes]]
+) -> None:
+    before = private()
+    listeners, _ = listening(up)
+    own = up.state.ports
+    with chromium() as browser, serving(Blank) as address:
+        page = browser.new_page()
+        page.goto(address.replace("127.0.0.1", "localhost"))
+        answers = []
+        for port in sorted(listeners):
+            for method, path, body in intruder.requests(up.bucket, "private"):
+                # What may be sent without asking the server first, and what may not.
+                for mode in ("no-cors", "cors") if method in ("GET", "POST") else ("cors",):
+                    answer = page.evaluate(FETCH, [f"http://127.0.0.1:{port}{path}", method, body, mode])
+                    if answer is not None and answer["type"] != "opaque":
+                        answers.append(answer | {"place": port, "asked": f"{method} {path}"})
+    assert_nothing_was_served(up, answers)
+    # Of S3 alone may a page see what it is answered; without the keys, that is a refusal.
+    assert {each["place"] for each in answers} <= {own["s3"], own["mlflow"]}
+    assert private() == before
 
 
 @pytest.mark.slow

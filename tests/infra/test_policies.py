@@ -14,6 +14,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from flows.stack import ports, seaweedfs
+from flows.stack.tls import new_identity
 from tests.infra.installation import INFRA, new_environment
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, "S3C
     """A client for each role, of a server that knows what ``infra/credentials.py`` made; some objects are there."""
     folder = tmp_path_factory.mktemp("s3")
     made = new_environment(folder / ".env", "--bucket", BUCKET)
-    (folder / "s3.json").write_text(made["S3_CONFIG"])
+    for name, text in seaweedfs.files(made["S3_CONFIG"], new_identity("127.0.0.1")).items():
+        (folder / name).write_text(text)
     numbers = ports.choose(len(seaweedfs.PORTS), taken=())
     command = [*seaweedfs.command(numbers), f"-bucket={BUCKET}"]
     environment = os.environ | seaweedfs.ENVIRONMENT

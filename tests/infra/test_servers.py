@@ -112,10 +112,11 @@ def test_who_prints_needs_no_more_than_a_samplers_keys_and_who_reads_cannot_prin
 
 
 def test_the_servers_let_nobody_in_without_password_or_by_another_name(servers: Servers) -> None:
-    mlflow, prefect, s3 = (servers.numbers[port] for port in ("5000", "4200", "8333"))
+    mlflow, prefect, s3, filer = (servers.numbers[port] for port in ("5000", "4200", "8333", "8888"))
     assert status(mlflow, "/api/2.0/mlflow/experiments/search?max_results=1") == 401
     assert status(prefect, "/api/admin/version") == 401
     assert status(s3, f"/{servers.secrets['DARKROOM_BUCKET']}") == 403
+    assert status(filer, f"/buckets/{servers.secrets['DARKROOM_BUCKET']}/") == 401
     # Alive, and of no use to who calls it by a name that it does not know: the check has to tell them apart.
     variables = servers.environment("mlflow") | {"MLFLOW_TRACKING_URI": f"http://0:{mlflow}"}
     checked = subprocess.run(darkroom("health", "mlflow"), env=variables, capture_output=True, text=True, check=False)
