@@ -1,5 +1,7 @@
 """Pictures and small data sets that many tests start from."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,14 @@ from diffusion.data.ingest import ingest
 def _one_thread() -> None:
     """Networks this small gain nothing from a second thread, and lose much to waiting for it on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def kills(record_property: Callable[[str, object], None]) -> int:
+    """How many kills at random moments a drill tries: ``KILLS`` in the environment, 3 unless told."""
+    count = int(os.environ.get("KILLS", "3"))
+    record_property("kills", count)
+    return count
 
 
 def blob(seed: int, size: int = 12, mode: str = "L") -> Image.Image:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from diffusion.files import digest_of
+from tests.chaos.forked import Forks
 from tests.chaos.house import NIGHT, QUICK, House, Site
 from tests.chaos.poison import poison
 from tests.flows.workspace import running
@@ -25,6 +26,16 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         found = House(space)
         found.admit(NIGHT)
         yield found
+
+
+@pytest.fixture(scope="session")
+def forks(house: House, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Commands on the stack that need not import anything first."""
+    found = Forks(tmp_path_factory.mktemp("forks"), house.workspace.variables)
+    try:
+        yield found
+    finally:
+        found.close()
 
 
 @dataclass(frozen=True)

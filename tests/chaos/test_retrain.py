@@ -1,6 +1,6 @@
 """``retrain`` while its process, its disk, its clock and the servers beside it fail: the same command, the same end.
 
-docs/failure-drills.md has the table. Kills at random moments are in tests/flows/test_pipeline.py.
+Kills at random moments are in tests/flows/test_pipeline.py, signals in test_signals.py.
 """
 
 import os
@@ -40,6 +40,11 @@ TRAINING = "diffusion.training.checkpoint:Checkpoints.save@3"
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 
+@pytest.mark.drill(
+    "a process is killed at named points",
+    "SIGKILL at the beginning and in the middle of ingest, train, evaluate, promote and sample, one after the other",
+    "the same command: the same end",
+)
 def test_killed_in_every_step_it_ends_as_if_nothing_had_happened(site: Site, undisturbed: Undisturbed) -> None:
     for point in STEPS:
         site.killed_at(point)
@@ -49,6 +54,11 @@ def test_killed_in_every_step_it_ends_as_if_nothing_had_happened(site: Site, und
     assert site.json(*site.retraining)["skipped"]
 
 
+@pytest.mark.drill(
+    "Prefect's server is started anew",
+    "killed in the middle of a training, and away when it ends",
+    "the run waits, and ends by itself",
+)
 def test_prefects_server_may_be_started_anew_meanwhile(house: House, site: Site, undisturbed: Undisturbed) -> None:
     with site.paused(TRAINING) as process:
         house.kill("prefect")
@@ -61,6 +71,11 @@ def test_prefects_server_may_be_started_anew_meanwhile(house: House, site: Site,
     assert site.end(done) == undisturbed.end
 
 
+@pytest.mark.drill(
+    "MLflow is away",
+    "killed in the middle of a training, back when that is done",
+    "metrics wait in the buffered logger; the run ends by itself with each of them once",
+)
 def test_mlflow_may_be_away_while_it_trains(house: House, site: Site, undisturbed: Undisturbed) -> None:
     with site.paused(TRAINING) as process:
         house.kill("mlflow")
@@ -74,6 +89,11 @@ def test_mlflow_may_be_away_while_it_trains(house: House, site: Site, undisturbe
     assert site.end(site.json(*site.retraining)) == undisturbed.end
 
 
+@pytest.mark.drill(
+    "two at once, deployed",
+    "a second one while the first one trains",
+    "it waits for its slot, and has nothing to do",
+)
 def test_of_two_at_once_one_waits_and_has_nothing_to_do(house: House, site: Site, undisturbed: Undisturbed) -> None:
     url, secret = (house.workspace.variables[f"PREFECT_API_{name}"] for name in ("URL", "AUTH_STRING"))
     user, _, password = secret.partition(":")
@@ -90,6 +110,11 @@ def test_of_two_at_once_one_waits_and_has_nothing_to_do(house: House, site: Site
     assert site.end(done) == undisturbed.end
 
 
+@pytest.mark.drill(
+    "two at once, by hand",
+    "the same in one folder without the limit that `darkroom deploy` makes",
+    "refused in a line, exit 2; the first one ends",
+)
 def test_of_two_at_once_that_nobody_deployed_one_is_refused(site: Site, undisturbed: Undisturbed) -> None:
     with site.paused(TRAINING) as first:
         assert "another process trains in" in site.run(*site.retraining, code=2)
@@ -110,6 +135,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@pytest.mark.drill(
+    "the disk is full",
+    "filled up to the last pages during training, and before evaluation",
+    "a line that says so, exit 1; with room again the same command: the same end",
+)
 @pytest.mark.parametrize("point", [TRAINING, "flows.evaluate:judge_checkpoints"])
 def test_a_full_disk_is_one_line_and_with_room_again_it_goes_on(
     house: House, small_disk: Path, undisturbed: Undisturbed, point: str
@@ -144,6 +174,11 @@ def clock(site: Site) -> Path:
     return file
 
 
+@pytest.mark.drill(
+    "the clock jumps",
+    "ten minutes ahead, and set right during training; then wrong by a day",
+    "the jump changes only the order in which MLflow lists metrics; a clock that S3 refuses is named, exit 2",
+)
 def test_the_clock_may_jump_and_one_that_is_far_wrong_is_named(
     site: Site, undisturbed: Undisturbed, clock: Path
 ) -> None:

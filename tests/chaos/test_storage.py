@@ -1,7 +1,4 @@
-"""S3 fails, and what comes from outside is not to be trusted: ``retrain`` ends right, or says in a line why not.
-
-docs/failure-drills.md has the table.
-"""
+"""S3 fails, and what comes from outside is not to be trusted: ``retrain`` ends right, or says in a line why not."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -36,6 +33,11 @@ def through(site: Site, fault: Callable[[int, str], Fault | None]) -> Iterator[F
         site.variables = direct
 
 
+@pytest.mark.drill(
+    "S3 is busy, slow and breaks off",
+    "of nine requests one gets 503, one is reset, one is done and its answer lost, one is slow",
+    "ends by itself, nothing is there twice",
+)
 def test_a_server_that_is_busy_slow_and_breaks_off_is_asked_again(site: Site, undisturbed: Undisturbed) -> None:
     course = [Fault.BUSY, None, Fault.RESET, None, None, Fault.UNANSWERED, None, Fault.SLOW, None]
     with through(site, lambda number, _: course[number % len(course)]) as proxy:
@@ -44,6 +46,11 @@ def test_a_server_that_is_busy_slow_and_breaks_off_is_asked_again(site: Site, un
     assert site.end(done) == undisturbed.end
 
 
+@pytest.mark.drill(
+    "S3 takes nothing",
+    "each upload of samples gets 503, or 403",
+    "a line, exit 1 and 2; the same command goes on",
+)
 @pytest.mark.parametrize("fault", [Fault.BUSY, Fault.DENIED])
 def test_a_server_that_takes_nothing_is_one_line_and_the_same_command_goes_on(
     site: Site, undisturbed: Undisturbed, fault: Fault
@@ -59,6 +66,11 @@ def test_a_server_that_takes_nothing_is_one_line_and_the_same_command_goes_on(
     assert site.end(site.json(*site.retraining)) == undisturbed.end
 
 
+@pytest.mark.drill(
+    "a key is revoked",
+    "taken out of SeaweedFS's configuration during training",
+    "a line that names the variable and not the secret, exit 2; with the key back the same command goes on",
+)
 def test_keys_that_are_revoked_meanwhile_are_one_line_and_with_new_ones_it_goes_on(
     house: House, site: Site, undisturbed: Undisturbed
 ) -> None:
@@ -74,6 +86,11 @@ def test_keys_that_are_revoked_meanwhile_are_one_line_and_with_new_ones_it_goes_
     assert site.end(site.json(*site.retraining)) == undisturbed.end
 
 
+@pytest.mark.drill(
+    "poisoned images",
+    "a bomb, a cut PNG, an empty file, HTML and a pickle among 120 images",
+    "each is quarantined with its reason; nothing is unpickled",
+)
 def test_what_is_no_picture_is_told_and_left_out(house: House, undisturbed: Undisturbed) -> None:
     refused = undisturbed.done["data"]["result"]["quarantined"]
     assert sorted(Path(each["source"]).name for each in refused) == [
@@ -85,6 +102,11 @@ def test_what_is_no_picture_is_told_and_left_out(house: House, undisturbed: Undi
     assert not (house.workspace.folder / "unpickled").exists()
 
 
+@pytest.mark.drill(
+    "nothing but poison",
+    "a folder of these alone",
+    "refused in a line, exit 2; no version, run or model is left",
+)
 def test_a_folder_of_nothing_else_is_refused_and_nothing_is_left_of_it(house: House, site: Site) -> None:
     poison(site.folder / "pictures", site.folder / "unpickled")
     line = ended(site.start("retrain", "pictures", "--dataset", site.name), 2)
@@ -95,6 +117,11 @@ def test_a_folder_of_nothing_else_is_refused_and_nothing_is_left_of_it(house: Ho
         assert not house.objects(f"{place}/{site.name}/")
 
 
+@pytest.mark.drill(
+    "a shard decays on the remote",
+    "its first bytes are overwritten; another machine checks the version out",
+    "the shard and its object are named, exit 2; the object deleted and the same images ingested again, all is whole",
+)
 def test_a_shard_that_is_damaged_on_the_remote_is_named_and_can_be_mended(
     house: House, site: Site, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:

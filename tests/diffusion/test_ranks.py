@@ -77,6 +77,11 @@ def curve(output: Path) -> np.ndarray:
     return np.array([row["loss"] for row in read_rows(output / "history.csv")])
 
 
+@pytest.mark.drill(
+    "training on two ranks is killed",
+    "SIGKILL of all; then one process goes on",
+    "the losses of an undisturbed one",
+)
 def test_two_processes_have_the_losses_of_one_also_after_a_change_between(dataset: Path, tmp_path: Path) -> None:
     finish(start(dataset, tmp_path / "one", 1))
     finish(start(dataset, tmp_path / "two", 2))
@@ -91,6 +96,7 @@ def test_two_processes_have_the_losses_of_one_also_after_a_change_between(datase
     np.testing.assert_allclose(curve(tmp_path / "changed"), curve(tmp_path / "one"), rtol=0.3)
 
 
+@pytest.mark.drill("a rank is killed", "SIGKILL of one of two", "torchrun starts it again, the same weights")
 def test_a_worker_that_is_killed_is_started_again_and_the_end_is_the_same(dataset: Path, tmp_path: Path) -> None:
     finish(start(dataset, tmp_path / "whole", 2))
     process = start(dataset, tmp_path / "cut", 2, restarts=3)
@@ -103,6 +109,11 @@ def test_a_worker_that_is_killed_is_started_again_and_the_end_is_the_same(datase
     assert all(np.array_equal(value.numpy(), cut[name].numpy()) for name, value in whole.items())
 
 
+@pytest.mark.drill(
+    "sharded training is killed",
+    "SIGKILL of all, with the network in shares",
+    "the same weights; one process alone goes on, too",
+)
 def test_a_network_in_shares_has_the_losses_of_a_whole_one_and_its_checkpoints_fit_both(
     dataset: Path, tmp_path: Path
 ) -> None:

@@ -26,8 +26,6 @@ from diffusion.errors import UserError
 from tests.conftest import blob
 from tests.diffusion.test_ingest import files_of, records
 
-KILLS = int(os.environ.get("KILLS", "3"))
-
 
 def config(source: Path, **fields: object) -> IngestConfig:
     return IngestConfig.model_validate({"source": str(source), "size": 8, "held_out": 0.33, "workers": 1} | fields)
@@ -261,9 +259,14 @@ remove(Path(sys.argv[1]), Selection(sources=["a/00*.png", "b/*5.png"]), "asked t
 """
 
 
+@pytest.mark.drill(
+    "a removal is killed",
+    "SIGKILL at random moments of the rewriting of shards",
+    "the bytes of an undisturbed one",
+)
 @pytest.mark.slow
 def test_a_removal_killed_at_random_moments_ends_in_the_bytes_of_an_undisturbed_one(
-    large: Path, tmp_path: Path
+    large: Path, tmp_path: Path, kills: int
 ) -> None:
     def start(name: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", START, str(tmp_path / name / "set")]
@@ -281,7 +284,7 @@ def test_a_removal_killed_at_random_moments_ends_in_the_bytes_of_an_undisturbed_
     duration = time.monotonic() - began
     expected = files_of(tmp_path / "undisturbed" / "set")
     moments = random.Random(5)
-    for number in range(KILLS):
+    for number in range(kills):
         shutil.copytree(large / "data", tmp_path / f"killed{number}")
         process = start(f"killed{number}")
         await_ready(process)

@@ -3,7 +3,6 @@
 import copy
 import logging
 import math
-import os
 import random
 import shutil
 import signal
@@ -42,7 +41,6 @@ from tests.diffusion.small_datasets import random_pictures, write_dataset
 MODEL = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1)
 CONFIG = TrainingConfig(dataset="blobs", images=320, batch_size=16, warmup_images=32, checkpoints=4, keep=2, flip=True)
 SAMPLING = SamplingConfig(steps=2, compute_batch=36)
-KILLS = int(os.environ.get("KILLS", "3"))
 
 
 class Stop(Exception):
@@ -122,7 +120,12 @@ run(Path(sys.argv[1]), Path(sys.argv[2]), CONFIG.model_copy(update={{"images": 3
 
 
 @pytest.mark.slow
-def test_resume_is_bit_identical_after_kills(dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.drill(
+    "training is killed",
+    "SIGKILL at random moments, each time with other loader settings",
+    "the same bytes",
+)
+def test_resume_is_bit_identical_after_kills(dataset: Path, tmp_path: Path, kills: int) -> None:
     root = str(Path(__file__).parents[2])
 
     def start(output: Path, *loading: int) -> subprocess.Popen[bytes]:
@@ -134,7 +137,7 @@ def test_resume_is_bit_identical_after_kills(dataset: Path, tmp_path: Path) -> N
     assert start(tmp_path / "whole", 2, 4, 2**30).wait() == 0
     seconds = time.monotonic() - began
     moments = random.Random(0)
-    for _ in range(KILLS):
+    for _ in range(kills):
         workers = moments.randint(1, 4)
         prefetch, cache_bytes = moments.randint(workers, 8), moments.choice((0, 2**30))
         process = start(tmp_path / "killed", workers, prefetch, cache_bytes)

@@ -74,6 +74,11 @@ def test_aliases_and_copies_of_the_entries_follow_the_ledger(
     project(Mortal(0), ledger)
 
 
+@pytest.mark.drill(
+    "a promotion ends between two writes",
+    "after each write to MLflow, one after the other",
+    "the ledger decides; the next reader finds and mends the aliases",
+)
 def test_stopped_after_any_write_there_is_one_champion_whom_the_next_reader_finds_and_mends(
     client: MlflowClient, versions: list[Version], ledger: Ledger
 ) -> None:
@@ -172,6 +177,11 @@ def judged(version: Version, champion: int | None, evidence: Evidence | None) ->
     return lambda history: next_entry(history, version, judgement, None)
 
 
+@pytest.mark.drill(
+    "two promotions at once",
+    "a second one while the first one decides",
+    "one champion; the slower one is told who was faster, exit 3",
+)
 def test_of_two_promotions_at_once_one_wins_and_the_other_is_told_who_was_faster(
     client: MlflowClient, versions: list[Version], ledger: Ledger
 ) -> None:

@@ -18,7 +18,6 @@ from tests.flows.workspace import PARAMS, Workspace, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-KILLS = int(os.environ.get("KILLS", "3"))
 QUICK = {
     "training": {**PARAMS["training"], "images": 320, "checkpoints": 1, "warmup_images": 16},
     "evaluation": {"samples": 16, "extractor_size": 32},
@@ -83,8 +82,13 @@ def test_promotions_that_make_no_sense_are_refused(workspace: Workspace, words: 
     workspace.run("promote", *words, code=2)
 
 
+@pytest.mark.drill(
+    "a promotion by hand is killed",
+    "SIGKILL at random moments",
+    "one champion at each moment; the same command: one entry in the ledger",
+)
 def test_killed_at_random_moments_there_is_one_champion_and_the_same_command_ends_the_same(
-    workspace: Workspace, server: MlflowClient
+    workspace: Workspace, server: MlflowClient, kills: int
 ) -> None:
     moments = random.Random(6)
     began = time.monotonic()
@@ -92,7 +96,7 @@ def test_killed_at_random_moments_there_is_one_champion_and_the_same_command_end
     workspace.json("promote", "--to", "1")
     duration = (time.monotonic() - began) / 2
     champion = 1
-    for _ in range(KILLS):
+    for _ in range(kills):
         entries = workspace.json("history")["verified"]
         wanted = 3 - champion
         process = workspace.start("promote", "--to", str(wanted))

@@ -27,7 +27,6 @@ from tests.conftest import blob
 from tests.diffusion.test_ingest import files_of
 
 FOLDER = Path("data/blobs")
-KILLS = int(os.environ.get("KILLS", "3"))
 
 
 class CommandLine:
@@ -195,8 +194,13 @@ def test_checkout_gets_a_version_from_s3_on_a_machine_that_has_nothing(
     assert files_of(FOLDER) == expected
 
 
+@pytest.mark.drill(
+    "a checkout from this machine is killed",
+    "SIGKILL at random moments, to an older version and back",
+    "the same files",
+)
 @pytest.mark.slow
-def test_a_checkout_killed_at_random_moments_ends_the_same(commands: CommandLine) -> None:
+def test_a_checkout_killed_at_random_moments_ends_the_same(commands: CommandLine, kills: int) -> None:
     first = commands.json("log")["versions"][-1]["digest"]
     newest = read_manifest(FOLDER).digest
     expected = {}
@@ -206,7 +210,7 @@ def test_a_checkout_killed_at_random_moments_ends_the_same(commands: CommandLine
         expected[digest] = files_of(FOLDER), FOLDER.with_suffix(".dvc").read_bytes()
     duration = time.monotonic() - began
     moments = random.Random(2)
-    for digest in (first, newest) * KILLS:
+    for digest in (first, newest) * kills:
         process = commands.start("checkout", digest)
         time.sleep(moments.uniform(0.3, 1) * duration)
         process.send_signal(signal.SIGKILL)

@@ -252,6 +252,11 @@ def test_the_champion_is_looked_at_again_once_for_the_same_pictures(workspace: W
     assert again["model"] == "models:/blobs/1"
 
 
+@pytest.mark.drill(
+    "a run that holds a slot is killed",
+    "SIGKILL of a deployed retraining",
+    "marked as crashed, and its slot is free after four heartbeats",
+)
 def test_a_run_that_was_killed_is_crashed_and_its_slot_is_free(prefect: Prefect, killed: str) -> None:
     done = prefect.ended(killed)
     assert done["state_type"] == "CRASHED"

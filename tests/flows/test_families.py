@@ -85,6 +85,11 @@ def test_an_autoencoder_that_nobody_registered_is_one_line(workspace: Workspace)
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.drill(
+    "a comparison of families is killed",
+    "SIGKILL when one is trained",
+    "the same command: each is registered under its name",
+)
 def test_families_are_compared_after_a_kill_too_and_each_is_registered_under_its_own_name(
     workspace: Workspace, server: MlflowClient
 ) -> None:

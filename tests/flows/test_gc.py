@@ -161,6 +161,11 @@ def test_while_somebody_pushes_no_file_goes(place: Place) -> None:
     assert not restorable(place, first)
 
 
+@pytest.mark.drill(
+    "gc ends between two requests",
+    "before a request that deletes, one after the other",
+    "the next one ends the same",
+)
 @pytest.mark.parametrize("life", [2, *(pytest.param(life, marks=pytest.mark.slow) for life in (1, 5, 6))])
 def test_killed_between_any_two_requests_the_next_one_ends_the_same(
     place: Place, life: int, monkeypatch: pytest.MonkeyPatch

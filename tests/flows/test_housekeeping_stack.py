@@ -80,6 +80,11 @@ def test_a_sweep_compares_its_runs_and_gc_takes_those_that_nothing_came_of(
     assert workspace.json("promote")["promoted"]
 
 
+@pytest.mark.drill(
+    "the machine is lost",
+    "a backup while somebody samples, killed once; then the stack is destroyed and restored",
+    "the same champion, ledger and samples",
+)
 def test_a_stack_that_was_destroyed_comes_back_of_a_backup_taken_while_it_worked(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

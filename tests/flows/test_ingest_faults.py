@@ -18,7 +18,6 @@ from tests.diffusion.test_ingest import files_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-KILLS = int(os.environ.get("KILLS", "3"))
 PARAMS = {"ingest": {"source": "pictures", "size": 32, "workers": 2}, "training": {"dataset": "set", "images": 64}}
 
 
@@ -64,9 +63,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     return root
 
 
+@pytest.mark.drill(
+    "ingest is killed",
+    "SIGKILL at random moments, on threads and on processes",
+    "the bytes of an undisturbed one",
+)
 @pytest.mark.parametrize("runner", ["threads", "processes"])
 def test_ingest_killed_at_random_moments_ends_in_the_bytes_of_an_undisturbed_one(
-    source: Path, tmp_path: Path, runner: str
+    source: Path, tmp_path: Path, runner: str, kills: int
 ) -> None:
     setting = f"ingest.runner={runner}"
     undisturbed = workspace(tmp_path / "undisturbed", source)
@@ -75,7 +79,7 @@ def test_ingest_killed_at_random_moments_ends_in_the_bytes_of_an_undisturbed_one
     duration = time.monotonic() - began
     expected = files_of(undisturbed / "data" / "set")
     moments = random.Random(len(runner))
-    for number in range(KILLS):
+    for number in range(kills):
         folder = workspace(tmp_path / f"killed{number}", source)
         process = start(folder, setting)
         time.sleep(moments.uniform(0.3, 1.0) * duration)
@@ -87,7 +91,12 @@ def test_ingest_killed_at_random_moments_ends_in_the_bytes_of_an_undisturbed_one
         shutil.rmtree(folder)
 
 
-def test_an_ingest_that_adds_is_killed_and_ends_in_the_same_bytes(source: Path, tmp_path: Path) -> None:
+@pytest.mark.drill(
+    "ingest is killed while it adds",
+    "SIGKILL at random moments of one that adds a class",
+    "the bytes of an undisturbed one",
+)
+def test_an_ingest_that_adds_is_killed_and_ends_in_the_same_bytes(source: Path, tmp_path: Path, kills: int) -> None:
     growing = tmp_path / "growing"
     shutil.copytree(source / "even", growing / "even")
     folders = [workspace(tmp_path / name, growing) for name in ("undisturbed", "killed")]
@@ -98,7 +107,7 @@ def test_an_ingest_that_adds_is_killed_and_ends_in_the_same_bytes(source: Path, 
     finish(folders[0])
     duration = time.monotonic() - began
     moments = random.Random(7)
-    for _ in range(KILLS):
+    for _ in range(kills):
         process = start(folders[1])
         time.sleep(moments.uniform(0.2, 0.9) * duration)
         os.killpg(process.pid, signal.SIGKILL)
@@ -122,6 +131,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.drill(
+    "the disk is full during ingest",
+    "a file system with room for part of the data set",
+    "a line, exit 1; with room again the bytes of an undisturbed one",
+)
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on_when_there_is_room(
     source: Path, tmp_path: Path, small_disk: Path
 ) -> None:

@@ -24,8 +24,6 @@ from tests.flows.workspace import PARAMS, Workspace, objects, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-KILLS = int(os.environ.get("KILLS", "3"))
-
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
@@ -186,11 +184,12 @@ def test_a_worse_model_is_rejected_with_its_reason(workspace: Workspace, server:
     assert server.get_model_version_by_alias("blobs", "champion").version == champion
 
 
-def test_retrain_killed_at_random_moments_ends_the_same(workspace: Workspace, server: MlflowClient) -> None:
+@pytest.mark.drill("`retrain` is killed", "SIGKILL at random moments", "one version, one run, the same bytes")
+def test_retrain_killed_at_random_moments_ends_the_same(workspace: Workspace, server: MlflowClient, kills: int) -> None:
     settings = ["--set", "training.seed=1", "--set", "registry.model=killed", "--set", "training.output=runs/killed"]
     command = ["retrain", "pictures", "--count", "40", *settings]
     moments = random.Random(1)
-    for _ in range(KILLS):
+    for _ in range(kills):
         process = workspace.start(*command)
         time.sleep(moments.uniform(3, 25))
         os.killpg(process.pid, signal.SIGKILL)
@@ -234,6 +233,11 @@ def test_averages_of_other_lengths_are_judged_and_the_best_is_promoted_whatever_
     assert not list((workspace.folder / "runs" / "averages" / "averages").glob("length*"))
 
 
+@pytest.mark.drill(
+    "a shard is cut on this machine",
+    "to 1000 bytes, before a training",
+    "named, exit 2; `retrain` gets it from the remote",
+)
 def test_a_shard_cut_in_half_is_named_and_retrain_mends_it(workspace: Workspace) -> None:
     workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
     shard = next((workspace.folder / "data" / "blobs" / "shards").glob("*.tar"))

@@ -20,7 +20,6 @@ from tests.flows.test_s3_multipart import begun
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-KILLS = int(os.environ.get("KILLS", "3"))
 BATCH = batch(4096, format="tar", chunk=3584)
 """In tars of which one is too large for one part."""
 PRINT = """
@@ -47,8 +46,13 @@ def start(place: Location, weights: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.drill(
+    "sampling without orchestration is killed",
+    "SIGKILL at random moments; then two processes at one batch",
+    "the bytes of an undisturbed batch, no upload left",
+)
 def test_printing_killed_at_random_moments_and_doubled_ends_in_the_bytes_of_an_undisturbed_batch(
-    store: Store, bucket: str, tmp_path: Path
+    store: Store, bucket: str, tmp_path: Path, kills: int
 ) -> None:
     weights = write_model(tmp_path / "weights.safetensors", 1, 0, classes={"even": 3, "odd": 1})
     undisturbed, killed = Location(bucket, "undisturbed"), Location(bucket, "killed")
@@ -56,7 +60,7 @@ def test_printing_killed_at_random_moments_and_doubled_ends_in_the_bytes_of_an_u
     assert process.wait(600) == 0
     seconds = time.monotonic() - began
     moments = random.Random(1)
-    for _ in range(KILLS):
+    for _ in range(kills):
         process = start(killed, weights)
         time.sleep(moments.uniform(0.1, 0.9) * seconds)
         process.send_signal(signal.SIGKILL)

@@ -77,6 +77,11 @@ def uploads(workspace: Workspace, name: str) -> list[Any]:
     return list(client.list_multipart_uploads(Bucket="darkroom", Prefix=f"{name}/").get("Uploads", ()))
 
 
+@pytest.mark.drill(
+    "sampling is killed and doubled",
+    "SIGKILL late in a batch; then two commands at once, on Ray and on processes",
+    "the bytes of an undisturbed batch, no upload left",
+)
 def test_killed_and_then_begun_twice_with_other_runners_it_ends_in_the_bytes_of_an_undisturbed_batch(
     workspace: Workspace, undisturbed: tuple[dict[str, bytes], float]
 ) -> None:
@@ -94,6 +99,11 @@ def test_killed_and_then_begun_twice_with_other_runners_it_ends_in_the_bytes_of_
     assert uploads(workspace, "killed") == []
 
 
+@pytest.mark.drill(
+    "a Ray node dies while it samples",
+    "the second of two nodes is taken away at work",
+    "the other one finishes, the same bytes",
+)
 def test_when_one_of_two_ray_nodes_dies_at_work_the_other_ends_in_the_same_bytes(
     workspace: Workspace, undisturbed: tuple[dict[str, bytes], float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

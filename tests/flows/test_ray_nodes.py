@@ -20,6 +20,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ray = pytest.importorskip("ray")
 
 
+@pytest.mark.drill(
+    "a Ray node dies while it ingests",
+    "the second of two nodes is taken away at work",
+    "the other one finishes, the same bytes",
+)
 def test_when_a_node_dies_in_the_middle_the_others_finish_with_the_same_bytes(pictures: Path, tmp_path: Path) -> None:
     for number in range(100, 1700):
         blob(number).save(pictures / "odd" / f"{number}.png")

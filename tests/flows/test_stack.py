@@ -70,6 +70,10 @@ def up(no_servers: None, home: Path) -> LocalStack:
     stack.up(lambda _: None)
     local = LocalStack.read(home)
     assert local is not None
+    written = home.with_name("written")
+    if not written.exists():
+        joined(local, WRITE)
+        written.touch()
     return local
 
 
@@ -127,6 +131,7 @@ def test_the_stack_outlives_the_command_that_starts_it_and_stock_clients_join_it
     local = LocalStack.read(home)
     assert local is not None
     assert joined(local, WRITE) == "process"
+    home.with_name("written").touch()
     assert_all_is_kept(local)
 
 
@@ -137,6 +142,11 @@ def test_up_again_leaves_alone_what_runs(up: LocalStack) -> None:
     assert pids() == before
 
 
+@pytest.mark.drill(
+    "a server of the local stack is killed",
+    "SIGKILL of each, one after the other",
+    "`darkroom up` brings it back with all it held",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_killed_service_comes_back_with_all_it_held(up: LocalStack, service: str) -> None:
@@ -156,6 +166,11 @@ def test_a_killed_service_comes_back_with_all_it_held(up: LocalStack, service: s
     assert_all_is_kept(up)
 
 
+@pytest.mark.drill(
+    "all servers are killed",
+    "SIGKILL of all, then two `darkroom up` at once",
+    "one stack with all it held",
+)
 @pytest.mark.slow
 def test_after_the_death_of_everything_two_ups_at_once_make_one_stack(up: LocalStack) -> None:
     for process in members(up.folder, *SERVICES):
@@ -168,6 +183,7 @@ def test_after_the_death_of_everything_two_ups_at_once_make_one_stack(up: LocalS
     assert_all_is_kept(up)
 
 
+@pytest.mark.drill("a server hangs", "MLflow is suspended", "`darkroom up` starts it anew")
 @pytest.mark.slow
 def test_a_service_that_hangs_is_started_anew(up: LocalStack) -> None:
     for process in members(up.folder, "mlflow"):
@@ -178,6 +194,7 @@ def test_a_service_that_hangs_is_started_anew(up: LocalStack) -> None:
     assert_all_is_kept(up)
 
 
+@pytest.mark.drill("a port is taken", "that of the S3 server, while it is dead", "it moves, and the others follow")
 @pytest.mark.slow
 def test_a_service_whose_port_was_taken_moves_and_the_others_follow(up: LocalStack) -> None:
     kill(pids()["s3"])
@@ -196,6 +213,7 @@ def test_a_service_whose_port_was_taken_moves_and_the_others_follow(up: LocalSta
     assert_all_is_kept(moved)
 
 
+@pytest.mark.drill("`darkroom up` is killed", "SIGKILL when some servers run", "it can be stopped and started")
 @pytest.mark.slow
 def test_up_that_was_killed_half_way_can_be_stopped_and_started(up: LocalStack) -> None:
     stack.down(lambda _: None)

@@ -32,7 +32,6 @@ from tests.diffusion.test_ingest import files_of
 from tests.flows.test_catalogue import FOLDER, Place
 from tests.flows.workspace import PARAMS, Workspace, objects, running
 
-KILLS = int(os.environ.get("KILLS", "3"))
 REMOVAL = Removal(
     picture_keys=["0" * 64],
     digests=["1" * 64],
@@ -330,9 +329,16 @@ def test_a_takedown_names_and_marks_run_version_and_prints_and_a_retraining_is_c
     assert never["content_digest"] == anew["content_digest"]
 
 
+@pytest.mark.drill(
+    "a takedown is killed",
+    "SIGKILL at random moments of `data remove --purge`",
+    "the images are nowhere, all is marked once",
+)
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_takedown_killed_at_random_moments_ends_the_same(workspace: Workspace, server: MlflowClient) -> None:
+def test_a_takedown_killed_at_random_moments_ends_the_same(
+    workspace: Workspace, server: MlflowClient, kills: int
+) -> None:
     def named(name: str) -> list[str]:
         return ["--dataset", name, "--set", f"registry.model={name}", "--set", f"training.output=runs/{name}"]
 
@@ -342,7 +348,7 @@ def test_a_takedown_killed_at_random_moments_ends_the_same(workspace: Workspace,
         disc(number).save(pictures / "odd" / f"{number}.png")
     png = stored_png(pictures / "odd" / "200.png")
     moments, endings = random.Random(3), []
-    for name in ("undisturbed", *(f"killed{number}" for number in range(KILLS))):
+    for name in ("undisturbed", *(f"killed{number}" for number in range(kills))):
         workspace.json("ingest", "more", "--dataset", name)
         assert any(png in content for _, content in objects(workspace, "s3://darkroom/dvc/files/md5/").values())
         run = run_on(server, read_manifest(workspace.folder / "data" / name).content_digest, name, name)

@@ -86,8 +86,9 @@ def running(folder: Path, params: dict[str, Any], pictures: int) -> Iterator[Wor
         path.parent.mkdir(parents=True, exist_ok=True)
         disc(number).save(path)
     space = Workspace(folder)
-    space.run("up")
     try:
+        # Inside, as what did not come up in time runs all the same.
+        space.run("up")
         for line in space.run("env").splitlines():
             name, _, value = line.removeprefix("export ").partition("=")
             space.variables[name] = value.strip("'\"")

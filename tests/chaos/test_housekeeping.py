@@ -1,0 +1,281 @@
+"""``gc``, takedowns, checkouts, backups and restores that are struck at random moments, and given again."""
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from signal import SIGKILL, SIGTERM, Signals
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from mlflow.client import MlflowClient
+from mlflow.entities import ViewType
+
+from diffusion.data.manifest import read_manifest
+from diffusion.files import sha256_bytes, sha256_file
+from flows.backups import Backups
+from flows.s3 import Object, Store, client
+from flows.stack.local import SERVICES, LocalStack
+from flows.stack.process import members
+from tests.chaos.forked import Forks
+from tests.chaos.house import QUICK, House, Site
+from tests.chaos.test_signals import rounds
+from tests.diffusion.test_ingest import files_of
+from tests.flows.conftest import copied_store
+from tests.flows.workspace import running
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+STRICT = {
+    "data_versions": 1, "data_days": 0, "run_days": 0, "prints_days": 0, "cache_days": 0, "grace_hours": 0,
+}  # fmt: skip
+GC = ("gc", *(word for name, value in STRICT.items() for word in ("--set", f"retention.{name}={value}")))
+TAKEDOWN = ("data", "remove", "odd/00*.png", "--reason", "consent withdrawn", "--purge", "--yes")
+signals = pytest.mark.parametrize("number", [SIGKILL, SIGTERM], ids=lambda number: number.name)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A working folder with a bucket and an MLflow of its own, which can be set back to how they are now."""
+
+    site: Site
+    forks: Forks
+    store: Store
+    bucket: str
+    variables: dict[str, str | None]
+    saved: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.site.folder
+
+    def finish(self, *arguments: str) -> str:
+        return self.forks.finish(self.folder, *arguments, **self.variables)
+
+    def objects(self) -> dict[str, bytes]:
+        return {key: self.store.get(self.bucket, key) for key in self.store.list_keys(self.bucket)}
+
+    def save(self) -> dict[str, bytes]:
+        shutil.copytree(self.folder, self.saved, symlinks=True)
+        return self.objects()
+
+    def set_back(self, objects: dict[str, bytes]) -> None:
+        self.store.delete_many(self.bucket, list(self.store.list_keys(self.bucket)))
+        self.store.put_many(
+            self.bucket, [Object(key, data, "application/octet-stream") for key, data in objects.items()]
+        )
+        shutil.rmtree(self.folder)
+        shutil.copytree(self.saved, self.folder, symlinks=True)
+
+    def end(self) -> dict[str, Any]:
+        """All there is, but for times."""
+        mlflow = MlflowClient(self.variables["MLFLOW_TRACKING_URI"])
+        experiments = [each.experiment_id for each in mlflow.search_experiments()]
+        runs = mlflow.search_runs(experiments, run_view_type=ViewType.ALL)
+        objects = {
+            # Takedowns and their records are named by what they are about, and tell when they were done.
+            key: data if key.endswith((".png", ".tar")) or "/md5/" in key else b""
+            for key, data in self.objects().items()
+        }
+        return {
+            "objects": {key: sha256_bytes(data) for key, data in objects.items()},
+            "runs": {run.info.run_id: (run.info.lifecycle_stage, sorted(run.data.tags)) for run in runs},
+            "shards": {
+                name: sha256_bytes(data)
+                for name, data in files_of(self.folder / "data").items()
+                if name.endswith((".tar", ".parquet"))
+            },
+            "cache": sorted(path.name for path in (self.folder / ".dvc" / "cache").rglob("*") if path.is_file()),
+            "runs' folders": sorted(str(path.relative_to(self.folder)) for path in (self.folder / "runs").rglob("*")),
+        }
+
+
+@pytest.fixture(scope="module")
+def machine(
+    house: House, forks: Forks, mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Machine, dict[str, bytes]]:
+    """A champion with samples, and a run, a data version and a batch that gc takes away; and the bucket's objects."""
+    folder = tmp_path_factory.mktemp("machine")
+    site = house.site(folder / "machine")
+    bucket = f"test-{uuid4().hex}"
+    variables = {
+        "DARKROOM_BUCKET": bucket,
+        "MLFLOW_TRACKING_URI": copied_store(mlflow_template, site.folder),
+        "MLFLOW_TRACKING_USERNAME": None,
+        "MLFLOW_TRACKING_PASSWORD": None,
+    }
+    store = Store(client(variables=house.stack.variables("s3")))
+    store.ensure_bucket(bucket)
+    found = Machine(site, forks, store, bucket, variables, folder / "saved")
+    found.finish(*site.retraining)
+    found.finish("sample", "--count", "2", "--seed", "9")
+    found.finish("train", "--set", "training.seed=1", "--set", "training.output=runs/second")
+    for size in (10, 12):
+        found.finish("ingest", str(house.pictures), "--rebuild", "--dataset", "other", "--set", f"ingest.size={size}")
+    return found, found.save()
+
+
+def struck(
+    machine: tuple[Machine, dict[str, bytes]], number: Signals, kills: int, command: tuple[str, ...], times: int
+) -> None:
+    """Strike at ``command`` ``kills`` times; given ``times`` times again, it ends as an undisturbed one."""
+    on, objects = machine
+    on.set_back(objects)
+    began = time.monotonic()
+    on.finish(*command)
+    seconds = time.monotonic() - began
+    for _ in range(times - 1):
+        on.finish(*command)
+    expected = on.end()
+    moments = random.Random(number)
+    for strikes in rounds(kills):
+        on.set_back(objects)
+        for _ in range(strikes):
+            on.forks.strike(number, moments.uniform(0, seconds), on.folder, *command, **on.variables)
+        for _ in range(times):
+            on.finish(*command)
+        assert on.end() == expected
+
+
+@pytest.mark.drill(
+    "gc is killed, or told to end",
+    "SIGKILL, or SIGTERM, at random moments",
+    "given again until nothing goes: the same is left of bucket, runs and machine",
+)
+@signals
+def test_gc_that_is_struck_leaves_what_an_undisturbed_one_does(
+    machine: tuple[Machine, dict[str, bytes]], number: Signals, kills: int
+) -> None:
+    struck(machine, number, kills, GC, 3)
+
+
+@pytest.mark.drill(
+    "a takedown is killed, or told to end",
+    "SIGKILL, or SIGTERM, at random moments of `data remove --purge`",
+    "the same command: the same bucket, shards and marks",
+)
+@signals
+def test_a_takedown_that_is_struck_ends_as_an_undisturbed_one(
+    machine: tuple[Machine, dict[str, bytes]], number: Signals, kills: int
+) -> None:
+    struck(machine, number, kills, TAKEDOWN, 1)
+
+
+@pytest.mark.drill(
+    "a checkout from S3 is killed, or told to end",
+    "SIGKILL, or SIGTERM, at random moments, on a machine that has nothing",
+    "the same command: the same files",
+)
+@signals
+def test_a_checkout_that_is_struck_ends_in_the_same_files(
+    machine: tuple[Machine, dict[str, bytes]], house: House, tmp_path: Path, number: Signals, kills: int
+) -> None:
+    on, objects = machine
+    on.set_back(objects)
+    expected = files_of(on.folder / "data" / on.site.name)
+    command = ("data", "checkout", read_manifest(on.folder / "data" / on.site.name).digest)
+    moments, seconds = random.Random(number), 0.0
+    for index, strikes in enumerate([0, *rounds(kills)]):
+        site = house.site(tmp_path / str(index) / on.site.name)
+        for _ in range(strikes):
+            on.forks.strike(number, moments.uniform(0, seconds), site.folder, *command, **on.variables)
+        began = time.monotonic()
+        on.forks.finish(site.folder, *command, **on.variables)
+        seconds = seconds or time.monotonic() - began
+        assert files_of(site.folder / "data" / site.name) == expected
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
+    """A stack of its own with a run and 300 objects, two of them large."""
+    folder = tmp_path_factory.mktemp("stack")
+    with running(folder, QUICK, 0) as space, pytest.MonkeyPatch.context() as patch:
+        for name, value in space.variables.items():
+            if name.startswith(("MLFLOW_", "AWS_")):
+                patch.setenv(name, value)
+        mlflow = MlflowClient()
+        mlflow.log_text(mlflow.create_run("0").info.run_id, "kept", "kept.txt")
+        found = LocalStack.read(folder / ".darkroom")
+        assert found is not None
+        source = random.Random(1)
+        sizes = [*[2**10] * 298, 2**25, 2**25]
+        objects = [Object(f"kept/{number}", source.randbytes(size), "x/y") for number, size in enumerate(sizes)]
+        Store(client(variables=found.variables("s3"))).put_many(found.bucket, objects)
+        yield found
+
+
+def beside(folder: Path) -> dict[str, str | None]:
+    """Variables by which a command has to do with the local stack in ``folder``, and with no other server."""
+    names = ["MLFLOW_TRACKING_URI", "PREFECT_API_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "DARKROOM_BUCKET"]
+    return {"DARKROOM_HOME": str(folder), **dict.fromkeys(names)}
+
+
+def held(stack: LocalStack) -> dict[str, str]:
+    """The objects of a stack's bucket, by their SHA-256."""
+    store = Store(client(variables=stack.variables("s3")))
+    return {key: sha256_bytes(store.get(stack.bucket, key)) for key in store.list_keys(stack.bucket)}
+
+
+@pytest.mark.drill(
+    "a backup is killed, or told to end",
+    "SIGKILL, or SIGTERM, at random moments",
+    "the same command: a backup of all there is, each file of it whole",
+)
+@signals
+def test_a_backup_that_is_struck_is_whole_when_it_ends(
+    stack: LocalStack, forks: Forks, tmp_path: Path, number: Signals, kills: int
+) -> None:
+    variables, expected = beside(stack.folder), held(stack)
+    moments, seconds = random.Random(number), 0.0
+    for index, strikes in enumerate([0, *rounds(kills)]):
+        target = tmp_path / str(index)
+        command = ("backup", str(target), "--json")
+        for _ in range(strikes):
+            forks.strike(number, moments.uniform(0, seconds), tmp_path, *command, **variables)
+        began = time.monotonic()
+        stamp = json.loads(forks.finish(tmp_path, *command, **variables))["stamp"]
+        seconds = seconds or time.monotonic() - began
+        backup = Backups(target).read(stamp)
+        assert {each.key: each.sha256 for each in backup.objects} == expected
+        for sha256 in (*expected.values(), *backup.databases.values()):
+            assert sha256_file(Backups(target).path(sha256)) == sha256
+        assert not (target / "objects" / ".partial").exists()
+        shutil.rmtree(target)
+
+
+@pytest.mark.drill(
+    "a restore is killed, or told to end",
+    "SIGKILL, or SIGTERM, at random moments",
+    "the same command: a stack that runs and holds what the backup has",
+)
+@signals
+def test_a_restore_that_is_struck_ends_in_a_stack_with_all_of_the_backup(
+    stack: LocalStack, forks: Forks, tmp_path: Path, number: Signals, kills: int
+) -> None:
+    expected, target = held(stack), str(tmp_path / "backups")
+    forks.finish(tmp_path, "backup", target, **beside(stack.folder))
+    moments, seconds = random.Random(number), 0.0
+    for index, strikes in enumerate([0, *rounds(kills)]):
+        folder = tmp_path / f"restored{index}"
+        variables = beside(folder)
+        try:
+            for _ in range(strikes):
+                forks.strike(number, moments.uniform(0, seconds), tmp_path, "restore", target, **variables)
+            began = time.monotonic()
+            forks.finish(tmp_path, "restore", target, **variables)
+            seconds = seconds or time.monotonic() - began
+            restored = LocalStack.read(folder)
+            assert restored is not None
+            assert held(restored) == expected
+            with pytest.MonkeyPatch.context() as patch:
+                for name, value in restored.variables("mlflow").items():
+                    patch.setenv(name, value)
+                [run] = MlflowClient(restored.url("mlflow")).search_runs(["0"])
+                assert [item.path for item in MlflowClient().list_artifacts(run.info.run_id)] == ["kept.txt"]
+        finally:
+            for process in members(folder, *SERVICES):
+                process.kill()

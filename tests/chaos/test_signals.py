@@ -1,0 +1,111 @@
+"""Commands that are told to end at random moments, as by systemd, Kubernetes, Slurm and Ctrl-C.
+
+Each ends within a bounded time and without a traceback, leaves no process behind, and given again ends as if nothing
+had happened.
+"""
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from signal import SIGINT, SIGTERM, Signals
+
+import pytest
+
+from tests.chaos.conftest import Undisturbed
+from tests.chaos.forked import Forks
+from tests.chaos.house import COUNT, House, Site
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+ROUND = 5
+"""Strikes at one piece of work before it is ended: more of them would find it done."""
+
+
+def rounds(strikes: int) -> Iterator[int]:
+    """How often to strike at each of several pieces of work."""
+    while strikes > 0:
+        yield min(ROUND, strikes)
+        strikes -= ROUND
+
+
+def steps(site: Site) -> list[tuple[str, ...]]:
+    """What ``retrain`` consists of."""
+    return [
+        ("ingest", str(site.house.pictures)),
+        ("train",),
+        ("evaluate",),
+        ("promote",),
+        ("sample", "--count", str(COUNT)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def seconds(house: House, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """How long each command takes that nothing happens to."""
+    site, found = house.site(tmp_path_factory.mktemp("measured") / "measured"), {}
+    for arguments in steps(site):
+        began = time.monotonic()
+        forks.finish(site.folder, *arguments)
+        found[arguments[0]] = time.monotonic() - began
+    return found | {"retrain": sum(found.values())}
+
+
+@pytest.fixture
+def sites(house: House, tmp_path: Path) -> Callable[[Signals, int], Site]:
+    """Machines that nobody has used."""
+    # Of two runs of one test on one stack, too, none finds what the other did.
+    return lambda number, index: house.site(tmp_path / f"{tmp_path.name[:24]}-{number.name.lower()}-{index}")
+
+
+@pytest.mark.drill(
+    "each step is told to end",
+    "SIGTERM, or SIGINT, at random moments of ingest, train, evaluate, promote and sample",
+    "ends in time, with its signal's code, without traceback or children; the same command: the same end",
+)
+@pytest.mark.parametrize("number", [SIGTERM, SIGINT], ids=lambda number: number.name)
+def test_steps_that_are_told_to_end_go_on_as_if_nothing_had_happened(
+    forks: Forks,
+    sites: Callable[[Signals, int], Site],
+    seconds: dict[str, float],
+    undisturbed: Undisturbed,
+    number: Signals,
+    kills: int,
+    record_property: Callable[[str, object], None],
+) -> None:
+    moments = random.Random(number)
+    record_property("kills", kills * len(seconds))
+    for index, strikes in enumerate(rounds(kills)):
+        site = sites(number, index)
+        for arguments in steps(site):
+            for _ in range(strikes):
+                moment = moments.uniform(0, seconds[arguments[0]])
+                forks.strike(number, moment, site.folder, *arguments)
+            forks.finish(site.folder, *arguments)
+        done = json.loads(forks.finish(site.folder, *site.retraining, "--json"))
+        assert site.end(done) == undisturbed.end
+
+
+@pytest.mark.drill(
+    "`retrain` is told to end",
+    "SIGTERM, or SIGINT, at random moments",
+    "ends in time, with its signal's code, without traceback or children; the same command: the same end",
+)
+@pytest.mark.parametrize("number", [SIGTERM, SIGINT], ids=lambda number: number.name)
+def test_a_retraining_that_is_told_to_end_goes_on_as_if_nothing_had_happened(
+    forks: Forks,
+    sites: Callable[[Signals, int], Site],
+    seconds: dict[str, float],
+    undisturbed: Undisturbed,
+    number: Signals,
+    kills: int,
+) -> None:
+    moments = random.Random(number)
+    for index, strikes in enumerate(rounds(kills)):
+        site = sites(number, index)
+        for _ in range(strikes):
+            forks.strike(number, moments.uniform(0, seconds["retrain"] / 2), site.folder, *site.retraining)
+        done = json.loads(forks.finish(site.folder, *site.retraining, "--json"))
+        assert site.end(done) == undisturbed.end
+        assert json.loads(forks.finish(site.folder, *site.retraining, "--json"))["skipped"]
