@@ -78,11 +78,12 @@ def test_a_drill_that_passed_is_not_run_again_and_one_that_failed_is_until_it_pa
     page.write_text(f"{BEGIN}\n{END}\n")
     for folder in ("diffusion", "flows"):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {"KILLS": "2"}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    variables |= {"KILLS": "2", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    plugins = [word for name in ("xdist", "pytest_timeout", "tests.chaos.record") for word in ("-p", name)]
 
     def chaos(*arguments: str, code: int, workers: int = 0) -> str:
-        command = [sys.executable, "-m", "pytest", "-p", "tests.chaos.record", "-n", str(workers), "--dist", "loadfile"]
-        command += arguments
+        command = [sys.executable, "-m", "pytest", *plugins, "-n", str(workers), "--dist", "loadfile", *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
