@@ -2,18 +2,20 @@
 
 import base64
 import json
-import os
 import random
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from mlflow.client import MlflowClient
 
+from tests.chaos.forked import Forks
 from tests.flows.workspace import PARAMS, Workspace, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -88,29 +90,29 @@ def test_promotions_that_make_no_sense_are_refused(workspace: Workspace, words: 
     "one champion at each moment; the same command: one entry in the ledger",
 )
 def test_killed_at_random_moments_there_is_one_champion_and_the_same_command_ends_the_same(
-    workspace: Workspace, server: MlflowClient, kills: int
+    workspace: Workspace, server: MlflowClient, tmp_path: Path, kills: int
 ) -> None:
     moments = random.Random(6)
-    began = time.monotonic()
-    workspace.json("promote", "--to", "2")
-    workspace.json("promote", "--to", "1")
-    duration = (time.monotonic() - began) / 2
-    champion = 1
-    for _ in range(kills):
-        entries = workspace.json("history")["verified"]
-        wanted = 3 - champion
-        process = workspace.start("promote", "--to", str(wanted))
-        # What writes comes last.
-        time.sleep(moments.uniform(0.5, 1) * duration)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert aliases(server)["champion"] in (1, 2)
-        found = workspace.json("history")
-        assert found["verified"] - entries in (0, 1)
-        assert aliases(server)["champion"] == found["champion"] == found["entries"][-1]["to_version"]
-        assert workspace.json("promote", "--to", str(wanted))["version"]["number"] == wanted
-        assert workspace.json("history")["verified"] == entries + 1
-        champion = wanted
+    with closing(Forks(tmp_path, workspace.variables)) as forks:
+
+        def answer(*arguments: str) -> Any:
+            return json.loads(forks.finish(workspace.folder, *arguments, "--json"))
+
+        answer("promote", "--to", "2")
+        began = time.monotonic()
+        answer("promote", "--to", "1")
+        duration, champion, entries = time.monotonic() - began, 1, answer("history")["verified"]
+        for _ in range(kills):
+            wanted = 3 - champion
+            command = ("promote", "--to", str(wanted))
+            forks.strike(signal.SIGKILL, moments.uniform(0, duration), workspace.folder, *command)
+            assert aliases(server)["champion"] in (1, 2)
+            found = answer("history")
+            assert found["verified"] - entries in (0, 1)
+            assert aliases(server)["champion"] == found["champion"] == found["entries"][-1]["to_version"]
+            assert answer(*command)["version"]["number"] == wanted
+            assert answer("history")["verified"] == entries + 1
+            champion, entries = wanted, entries + 1
 
 
 class Prefect:

@@ -210,7 +210,8 @@ def test_a_checkout_killed_at_random_moments_ends_the_same(commands: CommandLine
         expected[digest] = files_of(FOLDER), FOLDER.with_suffix(".dvc").read_bytes()
     duration = time.monotonic() - began
     moments = random.Random(2)
-    for digest in (first, newest) * kills:
+    for number in range(kills):
+        digest = (first, newest)[number % 2]
         process = commands.start("checkout", digest)
         time.sleep(moments.uniform(0.3, 1) * duration)
         process.send_signal(signal.SIGKILL)

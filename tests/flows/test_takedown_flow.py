@@ -1,11 +1,11 @@
 """Takedown as a whole: what was made from the pictures is named and marked, and copies of them are cleared."""
 
-import os
 import random
 import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from hashlib import md5
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from flows.lineage import record_data
 from flows.purge import purge_dvc, purge_files
 from flows.registry import Version
 from flows.s3 import Store
+from tests.chaos.forked import Forks
 from tests.conftest import disc
 from tests.diffusion.test_ingest import files_of
 from tests.flows.test_catalogue import FOLDER, Place
@@ -337,7 +338,7 @@ def test_a_takedown_names_and_marks_run_version_and_prints_and_a_retraining_is_c
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_takedown_killed_at_random_moments_ends_the_same(
-    workspace: Workspace, server: MlflowClient, kills: int
+    workspace: Workspace, server: MlflowClient, tmp_path: Path, kills: int
 ) -> None:
     def named(name: str) -> list[str]:
         return ["--dataset", name, "--set", f"registry.model={name}", "--set", f"training.output=runs/{name}"]
@@ -347,26 +348,22 @@ def test_a_takedown_killed_at_random_moments_ends_the_same(
     for number in range(200, 220):
         disc(number).save(pictures / "odd" / f"{number}.png")
     png = stored_png(pictures / "odd" / "200.png")
-    moments, endings = random.Random(3), []
-    for name in ("undisturbed", *(f"killed{number}" for number in range(kills))):
-        workspace.json("ingest", "more", "--dataset", name)
-        assert any(png in content for _, content in objects(workspace, "s3://darkroom/dvc/files/md5/").values())
-        run = run_on(server, read_manifest(workspace.folder / "data" / name).content_digest, name, name)
-        command = ["data", "remove", "odd/2*.png", "--reason", "asked to", "--purge", "--yes", *named(name)]
-        began = time.monotonic()
-        if name == "undisturbed":
-            workspace.json(*command)
-            duration = time.monotonic() - began
-        else:
-            process = workspace.start(*command)
-            time.sleep(moments.uniform(0.2, 1) * duration)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            workspace.json(*command)
-        data = files_of(workspace.folder / "data" / name)
-        shards = {file: content for file, content in data.items() if file.startswith(("shards/", "records/"))}
-        tags = server.get_run(run).data.tags
-        endings.append((shards, tags["darkroom.takedown"], tags["mlflow.note.content"].count("Takedown")))
+    moments, endings, duration = random.Random(3), [], 0.0
+    with closing(Forks(tmp_path, workspace.variables)) as forks:
+        for name in ("undisturbed", *(f"killed{number}" for number in range(kills))):
+            forks.finish(workspace.folder, "ingest", "more", "--dataset", name)
+            assert any(png in content for _, content in objects(workspace, "s3://darkroom/dvc/files/md5/").values())
+            run = run_on(server, read_manifest(workspace.folder / "data" / name).content_digest, name, name)
+            command = ["data", "remove", "odd/2*.png", "--reason", "asked to", "--purge", "--yes", *named(name)]
+            if name != "undisturbed":
+                forks.strike(signal.SIGKILL, moments.uniform(0, duration), workspace.folder, *command)
+            began = time.monotonic()
+            forks.finish(workspace.folder, *command)
+            duration = duration or time.monotonic() - began
+            data = files_of(workspace.folder / "data" / name)
+            shards = {file: content for file, content in data.items() if file.startswith(("shards/", "records/"))}
+            tags = server.get_run(run).data.tags
+            endings.append((shards, tags["darkroom.takedown"], tags["mlflow.note.content"].count("Takedown")))
     assert all(ending == endings[0] for ending in endings)
     remote = objects(workspace, "s3://darkroom/dvc/files/md5/")
     assert not any(png in content for _, content in remote.values())
