@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -24,6 +24,17 @@ import psutil
 
 PATIENCE = 120
 """Seconds within which a command that was told to end has ended, on any machine."""
+
+
+ROUND = 5
+"""Strikes at one piece of work before it is ended: more of them would find it done."""
+
+
+def rounds(strikes: int) -> Iterator[int]:
+    """How often to strike at each of several pieces of work."""
+    while strikes > 0:
+        yield min(ROUND, strikes)
+        strikes -= ROUND
 
 
 def _session(pid: int) -> int | None:

@@ -21,9 +21,8 @@ from flows.backups import Backups
 from flows.s3 import Object, Store, client
 from flows.stack.local import SERVICES, LocalStack
 from flows.stack.process import members
-from tests.chaos.forked import Forks
+from tests.chaos.forked import Forks, rounds
 from tests.chaos.house import QUICK, House, Site
-from tests.chaos.test_signals import rounds
 from tests.diffusion.test_ingest import files_of
 from tests.flows.conftest import copied_store
 from tests.flows.workspace import running

@@ -7,27 +7,17 @@ had happened.
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from signal import SIGINT, SIGTERM, Signals
 
 import pytest
 
 from tests.chaos.conftest import Undisturbed
-from tests.chaos.forked import Forks
+from tests.chaos.forked import Forks, rounds
 from tests.chaos.house import COUNT, House, Site
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-ROUND = 5
-"""Strikes at one piece of work before it is ended: more of them would find it done."""
-
-
-def rounds(strikes: int) -> Iterator[int]:
-    """How often to strike at each of several pieces of work."""
-    while strikes > 0:
-        yield min(ROUND, strikes)
-        strikes -= ROUND
 
 
 def steps(site: Site) -> list[tuple[str, ...]]:

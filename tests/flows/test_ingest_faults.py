@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.chaos.forked import rounds
 from tests.conftest import blob
 from tests.diffusion.test_ingest import files_of
 
@@ -79,12 +80,13 @@ def test_ingest_killed_at_random_moments_ends_in_the_bytes_of_an_undisturbed_one
     duration = time.monotonic() - began
     expected = files_of(undisturbed / "data" / "set")
     moments = random.Random(len(runner))
-    for number in range(kills):
+    for number, strikes in enumerate(rounds(kills)):
         folder = workspace(tmp_path / f"killed{number}", source)
-        process = start(folder, setting)
-        time.sleep(moments.uniform(0.3, 1.0) * duration)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        for _ in range(strikes):
+            process = start(folder, setting)
+            time.sleep(moments.uniform(0.3, 1.0) * duration)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
         finish(folder, setting)
         assert files_of(folder / "data" / "set") == expected
         assert {path.name for path in (folder / "data" / ".set").iterdir()} == {"index.sqlite", "lock"}
