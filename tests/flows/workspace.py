@@ -87,8 +87,14 @@ def running(folder: Path, params: dict[str, Any], pictures: int) -> Iterator[Wor
         disc(number).save(path)
     space = Workspace(folder)
     try:
-        # Inside, as what did not come up in time runs all the same.
-        space.run("up")
+        # On a machine that does much else servers may take longer than it waits for them; they start all the same.
+        for _ in range(2):
+            process = space.start("up")
+            process.communicate()
+            if process.returncode == 0:
+                break
+        else:
+            space.run("up")
         for line in space.run("env").splitlines():
             name, _, value = line.removeprefix("export ").partition("=")
             space.variables[name] = value.strip("'\"")
