@@ -3,8 +3,10 @@
 import json
 import random
 import shutil
+import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGKILL, SIGTERM, Signals
@@ -13,7 +15,6 @@ from uuid import uuid4
 
 import pytest
 from mlflow.client import MlflowClient
-from mlflow.entities import ViewType
 
 from diffusion.data.manifest import read_manifest
 from diffusion.files import sha256_bytes, sha256_file
@@ -72,9 +73,10 @@ class Machine:
 
     def end(self) -> dict[str, Any]:
         """All there is, but for times."""
-        mlflow = MlflowClient(self.variables["MLFLOW_TRACKING_URI"])
-        experiments = [each.experiment_id for each in mlflow.search_experiments()]
-        runs = mlflow.search_runs(experiments, run_view_type=ViewType.ALL)
+        # Not by MLflow's client, which would keep the file open that is set back.
+        with closing(sqlite3.connect(self.folder / "mlflow.db")) as mlflow:
+            stages = dict(mlflow.execute("SELECT run_uuid, lifecycle_stage FROM runs"))
+            tags = sorted(mlflow.execute("SELECT run_uuid, key FROM tags"))
         objects = {
             # Takedowns and their records are named by what they are about, and tell when they were done.
             key: data if key.endswith((".png", ".tar")) or "/md5/" in key else b""
@@ -82,7 +84,7 @@ class Machine:
         }
         return {
             "objects": {key: sha256_bytes(data) for key, data in objects.items()},
-            "runs": {run.info.run_id: (run.info.lifecycle_stage, sorted(run.data.tags)) for run in runs},
+            "runs": (stages, tags),
             "shards": {
                 name: sha256_bytes(data)
                 for name, data in files_of(self.folder / "data").items()
