@@ -7,6 +7,7 @@ import typer
 
 from diffusion.errors import DarkroomError, UserError
 from diffusion.files import is_full_disk
+from diffusion.parent import end_with_parent
 from flows.cli import (
     champion,
     comparison,
@@ -70,8 +71,12 @@ def main() -> None:
 
 def _require_one_process(words: list[str]) -> None:
     """Raise UserError if torchrun started several processes for what only one must do."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    # A torchrun that is killed ends nobody: without it the processes would train on.
+    end_with_parent()
     shared = words[:1] == ["train"] or words[:2] == ["stage", "train"]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (not shared or "--dry-run" in words):
+    if not shared or "--dry-run" in words:
         raise UserError(
             f"torchrun started several processes, and `darkroom {' '.join(words[:2])}` is done by one: leave torchrun "
             "out, or use it for `darkroom train` alone"
