@@ -110,7 +110,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.parametrize("point", [TRAINING, "flows.evaluate:judge_checkpoints"])
+@pytest.mark.parametrize("point", [TRAINING, "flows.evaluate:judge_checkpoints", "flows.batch_plan:begin"])
 def test_a_full_disk_is_one_line_and_with_room_again_it_goes_on(
     house: House, small_disk: Path, undisturbed: Undisturbed, point: str
 ) -> None:
