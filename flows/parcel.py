@@ -16,6 +16,7 @@ from mlflow.entities import Metric, Run
 
 from diffusion.config import Config
 from diffusion.errors import DarkroomError, UserError
+from diffusion.escaping import escape_controls
 from diffusion.files import sha256_file, write_json
 from diffusion.parent import end_with_parent
 from flows import environment, registry
@@ -176,7 +177,7 @@ def main() -> None:
         environment.join("mlflow", "s3")
         pack(uri, Path(folder))
     except DarkroomError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print(escape_controls(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(error.exit_code)
 
 

@@ -6,6 +6,7 @@ import sys
 import typer
 
 from diffusion.errors import DarkroomError, UserError
+from diffusion.escaping import escape_controls
 from diffusion.files import is_full_disk
 from diffusion.parent import end_with_parent
 from flows.cli import (
@@ -56,7 +57,7 @@ def main() -> None:
         _require_one_process(sys.argv[1:])
         app()
     except DarkroomError as error:
-        print(f"darkroom: {' '.join(str(error).split())}", file=sys.stderr)
+        print(escape_controls(f"darkroom: {' '.join(str(error).split())}"), file=sys.stderr)
         sys.exit(error.exit_code)
     except Exception as error:
         if os.environ.get("DARKROOM_DEBUG"):
@@ -64,7 +65,7 @@ def main() -> None:
         hint = "DARKROOM_DEBUG=1 in the environment shows where"
         if is_full_disk(error):
             hint = "a disk is full: free some space and give the same command again, which goes on from there"
-        words = " ".join(str(error).split())[:500]
+        words = escape_controls(" ".join(str(error).split())[:500])
         print(f"darkroom: {type(error).__name__}: {words} ({hint})", file=sys.stderr)
         sys.exit(1)
 
