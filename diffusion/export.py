@@ -1,13 +1,13 @@
 """A trained model as a folder that other libraries load."""
 
-import os
 import shutil
 from pathlib import Path
 
 from diffusion.config import Config
 from diffusion.config_sampling import ANYTHING, SamplingConfig
 from diffusion.errors import UserError
-from diffusion.files import sha256_file, sync_folder
+from diffusion.escaping import escape_markdown, python_literal
+from diffusion.files import sha256_file, sync_file, sync_folder
 from diffusion.model import DiffusionModel, ModelHeader, load_model
 from diffusion.sampling import require_effect, require_small
 
@@ -141,8 +141,7 @@ def _move(partial: Path, folder: Path) -> dict[str, str]:
         if path.is_dir():
             sync_folder(path)
         else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_file(path)
     partial.rename(folder)
     sync_folder(folder.parent)
     return files
@@ -156,7 +155,13 @@ def _digests(folder: Path) -> dict[str, str]:
 def readme(model: DiffusionModel, sampling: SamplingConfig, about: Exported) -> str:
     """What a person finds in the folder: how to use it, where it comes from, and what it cannot do."""
     header, (channels, size, _) = model.header, model.shape
-    asked = f', labels=["{model.classes[0]}"]' if model.classes else ', prompts=["…"]' if model.config.text else ""
+    asked = (
+        f", labels=[{python_literal(model.classes[0])}]"
+        if model.classes
+        else ', prompts=["…"]'
+        if model.config.text
+        else ""
+    )
     stock = (
         ""
         if about.pipeline == "DarkroomPipeline"
@@ -165,20 +170,20 @@ Or with a pipeline of diffusers' own, once the class of the network is known (th
 
 ```python
 import diffusion.diffusers_format, diffusers
-pipe = diffusers.{about.pipeline}.from_pretrained("{about.folder.name}")
+pipe = diffusers.{about.pipeline}.from_pretrained({python_literal(about.folder.name)})
 pipe(batch_size=4, num_inference_steps={sampling.steps}).images
 ```
 """
     )
     classes = f", of {len(model.classes)} classes" if model.classes else ""
-    return f"""# {header.dataset}
+    return f"""# {escape_markdown(header.dataset)}
 
 A diffusion model of {size}×{size} pictures ({"grey" if channels == 1 else "RGB"}{classes}), made with Darkroom.
 With Darkroom's package and its extra `diffusers`, from its repository (PyPI's package `darkroom` is another):
 
 ```python
 from diffusion.diffusers_format import DarkroomPipeline
-pipe = DarkroomPipeline.from_pretrained("{about.folder.name}")
+pipe = DarkroomPipeline.from_pretrained({python_literal(about.folder.name)})
 pipe(batch_size=4, seed=0{asked}).images
 ```
 {stock}
@@ -186,7 +191,7 @@ pipe(batch_size=4, seed=0{asked}).images
 |---|---|
 | model | {about.version or "not registered"} |
 | MLflow run | {about.run_id or "unknown"} |
-| data set | {header.dataset}, content `{header.content_digest}` |
+| data set | {escape_markdown(header.dataset)}, content {escape_markdown(header.content_digest)} |
 | trained on | {header.images:,} pictures seen |
 | weights | SHA-256 of the model file `{about.weights_sha256}` |
 | predicts | {model.config.prediction}, on the schedule {model.config.schedule} of {model.config.steps} levels |

@@ -49,14 +49,13 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
     Returns the SHA-256 of what was written; of several writers at once the last one's file stays. An exception leaves
     what was there, a kill also a ``.partial`` file, for ``remove_partials`` or ``darkroom gc`` to take away.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # Not a fixed name: two who write the same path at once would tear each other's file.
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     try:
         write(partial)
         digest = sha256_file(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        sync_file(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -83,6 +82,23 @@ def write_json(path: Path, value: Any) -> str:
     """Write ``value`` to ``path`` atomically as indented, key-sorted JSON; returns its SHA-256."""
     text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     return write_bytes(path, f"{text}\n".encode())
+
+
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """Make ``folder`` and those above it, as far as they are missing, so that a power cut does not take them away.
+
+    ``mode``: who may do what with ``folder`` itself, if it is new.
+    """
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(mode, exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written to the file at ``path`` durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

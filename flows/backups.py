@@ -4,7 +4,6 @@
 ``TARGET/backups/20261126T035504Z.json`` says what a backup consists of. Passwords and keys are in none of them.
 """
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pydantic import AwareDatetime, StringConstraints, ValidationError
 
 from diffusion.config import Config
 from diffusion.errors import UserError
-from diffusion.files import sha256_file, sync_folder, write_json
+from diffusion.files import make_folder, sha256_file, sync_file, sync_folder, write_json
 
 STAMP = "%Y%m%dT%H%M%SZ"
 SMALL = 2**20
@@ -110,18 +109,15 @@ class Backups:
     def keep(self, write: Callable[[Path], None]) -> Digest:
         """Keep the bytes that ``write`` writes to the path that it is given; returns their SHA-256."""
         partial = self.folder / "objects" / ".partial"
-        partial.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(partial.parent)
         partial.unlink(missing_ok=True)
         # Databases hold hashes of passwords, and objects people's pictures.
         partial.touch(mode=0o600)
         write(partial)
         sha256 = sha256_file(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        sync_file(partial)
         path = self.path(sha256)
-        if not path.parent.is_dir():
-            path.parent.mkdir()
-            sync_folder(path.parent.parent)
+        make_folder(path.parent)
         partial.replace(path)
         sync_folder(path.parent)
         return sha256

@@ -11,6 +11,7 @@ from typing import Protocol
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
+from diffusion.escaping import escape_controls
 from flows.environment import settings
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ class Lines:
 
     def write(self, line: str) -> None:
         """Put ``line`` where it is read."""
-        print(line, file=sys.stderr, flush=True)
+        print(escape_controls(line), file=sys.stderr, flush=True)
 
 
 class Logged(Lines):
@@ -153,11 +154,11 @@ class Bars:
     def __init__(self) -> None:
         self.progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[pace]}"),
-            TextColumn("{task.fields[note]}", style="dim"),
+            TextColumn("{task.fields[pace]}", markup=False),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=rich.console.Console(stderr=True),
         )
         self.bars: dict[str, tuple[TaskID, Pace]] = {}
@@ -167,6 +168,7 @@ class Bars:
         if what not in self.bars:
             self.progress.start()
             self.bars[what] = self.progress.add_task(what, total=total, pace="", note=""), Pace()
+        note = escape_controls(note)
         bar, pace = self.bars[what]
         pace.due(done, total)
         self.progress.update(bar, completed=done, total=total, pace=pace.words(done, total), note=note)
@@ -175,7 +177,7 @@ class Bars:
 
     def write(self, line: str) -> None:
         """Put ``line`` above the bars."""
-        self.progress.console.print(line, markup=False, highlight=False)
+        self.progress.console.print(escape_controls(line), markup=False, highlight=False)
 
     def close(self) -> None:
         """Give the terminal back."""

@@ -11,6 +11,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 from diffusion.config import Config
 from diffusion.data.removals import Removal
+from diffusion.escaping import escape_controls, escape_markdown
 from diffusion.families.config import FAMILIES
 from flows.registry import Version
 from flows.s3 import Store
@@ -100,7 +101,7 @@ def mark(derived: Derived, removal: Removal) -> None:
     client = MlflowClient()
     note = (
         f"{NOTE_BEGINS}{removal.name}: made from pictures that were removed from data set {removal.dataset} since "
-        f"({removal.reason})."
+        f"({escape_markdown(removal.reason)})."
     )
     for run in derived.runs:
         tags = client.get_run(run.run_id).data.tags
@@ -139,7 +140,7 @@ def notes_in(description: str) -> list[str]:
 def warn_of_takedown(version: Version) -> None:
     """Say on standard error, in one line, if ``version`` learned from pictures that were taken down since."""
     if warning := takedowns(version):
-        print(f"darkroom: {warning}", file=sys.stderr, flush=True)
+        print(escape_controls(f"darkroom: {warning}"), file=sys.stderr, flush=True)
 
 
 def _runs(client: MlflowClient, tag: str, value: str) -> Iterator[Run]:

@@ -11,6 +11,7 @@ from diffusion.data.chunks import Chunk, PreparedChunk
 from diffusion.data.config import IngestConfig
 from diffusion.data.fan_out import FanOut
 from diffusion.errors import UserError
+from diffusion.parent import end_with_parent
 from flows.steps import step
 
 P = ParamSpec("P")
@@ -41,7 +42,7 @@ def task_runner(config: Spread) -> TaskRunner[Any]:
         ray: TaskRunner[Any] = RayTaskRunner()
         return ray
     if config.runner == "processes":
-        return ProcessPoolTaskRunner(max_workers=config.workers)
+        return ProcessPoolTaskRunner(max_workers=config.workers, initializer=end_with_parent)
     return ThreadPoolTaskRunner(max_workers=config.workers)
 
 

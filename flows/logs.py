@@ -13,6 +13,8 @@ from typing import Any
 
 from pythonjsonlogger.json import JsonFormatter
 
+from diffusion.escaping import escape_controls
+
 VARIABLES: Mapping[str, str] = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_FORMATTER": "json",
     "PREFECT_LOGGING_FORMATTERS_JSON_CLASS": "flows.logs.Formatter",
@@ -30,6 +32,10 @@ class Formatter(JsonFormatter):
     def __init__(self, *_: object, **__: object) -> None:
         # What Prefect's configuration says of the format is meant for its own class.
         super().__init__(json_ensure_ascii=False)
+
+    def format(self, record: LogRecord) -> str:
+        """The line of ``record``, which a terminal can show."""
+        return escape_controls(super().format(record))
 
     def add_fields(self, log_data: dict[str, Any], record: LogRecord, message_dict: dict[str, Any]) -> None:
         """Put the fields into ``log_data``."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from mlflow.client import MlflowClient
 
 from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.escaping import escape_markdown
 from diffusion.evaluation.pages import count, counted, share, signed, with_error
 from diffusion.evaluation.results import Evaluation
 from diffusion.evaluation.trial_results import CONFIDENCE, Trial
@@ -79,14 +80,14 @@ def _judged(entry: Entry | None, trial: Trial | None) -> str:
     outcome = (
         "champion" if entry.to_version == entry.version else f"not champion, which is {entry.to_version or 'none'}"
     )
-    rows = [("outcome", outcome), ("why", entry.why)]
+    rows = [("outcome", outcome), ("why", escape_markdown(entry.why))]
     if entry.evidence is not None and entry.evidence.eval_key is not None:
         rows.append(("evaluation", f"`{entry.evidence.eval_key}`"))
-    rows += [("when, by", f"{entry.when:%Y-%m-%d %H:%M} UTC, {entry.who}")]
+    rows += [("when, by", f"{entry.when:%Y-%m-%d %H:%M} UTC, {escape_markdown(entry.who)}")]
     rows += [("ledger", f"entry {entry.number}, `{entry.digest}`")]
     said = [_table(rows), "What happened to it since is in its tags `darkroom.ledger.*`."]
     if trial is not None:
-        findings = [(each.rule, each.verdict.value, each.reason) for each in trial.decision.findings]
+        findings = [(each.rule, each.verdict.value, escape_markdown(each.reason)) for each in trial.decision.findings]
         said.insert(1, _table(findings, ("rule of the gate", "verdict", "reason")))
     return "\n\n".join(said)
 
@@ -159,7 +160,7 @@ def _samples(evaluation: Evaluation, version: Version) -> str:
 
 
 def _data(data: Manifest, version: Version) -> str:
-    classes = [f"{name} ({count(number)})" for name, number in data.class_histogram.items()]
+    classes = [f"{escape_markdown(name)} ({count(number)})" for name, number in data.class_histogram.items()]
     more = len(classes) - CLASSES_SHOWN
     shown = ", ".join(classes[:CLASSES_SHOWN]) + (f" and {count(more)} more" if more > 0 else "")
     rows = [
@@ -172,7 +173,7 @@ def _data(data: Manifest, version: Version) -> str:
             "DVC",
             f"`{version.tags['darkroom.dvc_digest']}`" if "darkroom.dvc_digest" in version.tags else "not recorded",
         ),
-        ("licence", data.licence or LICENCE_UNKNOWN),
+        ("licence", escape_markdown(data.licence or LICENCE_UNKNOWN)),
     ]
     return _table(rows)
 
@@ -189,9 +190,9 @@ def _training(params: Params, evaluation: Evaluation, version: Version) -> str:
         ("weights", f"SHA-256 `{version.weights_sha256}`"),
     ]
     if autoencoder := tags.get("darkroom.autoencoder"):
-        rows.append(("in the latents of", autoencoder))
+        rows.append(("in the latents of", escape_markdown(autoencoder)))
     if start := tags.get("darkroom.start"):
-        rows.append(("began with the weights of", start))
+        rows.append(("began with the weights of", escape_markdown(start)))
     return _table(rows)
 
 
@@ -223,7 +224,10 @@ def _limits(data: Manifest, evaluation: Evaluation) -> Iterator[str]:
         and (least := min(classes, key=lambda name: classes[name]))
         and classes[least] * 10 < max(classes.values())
     ):
-        yield f"Of class {least} it saw {counted(classes[least], 'picture')}, of others more than ten times as many."
+        yield (
+            f"Of class {escape_markdown(least)} it saw {counted(classes[least], 'picture')}, of others more than ten "
+            "times as many."
+        )
 
 
 def _found(trial: Trial | None) -> Iterator[str]:
@@ -247,15 +251,16 @@ def _found(trial: Trial | None) -> Iterator[str]:
     if (classes := portrait.per_class) is None:
         return
     if (worst := classes.worst) is not None:
-        yield f"Its worst class is {worst.name}: KID {with_error(worst.kid, worst.kid_se)} on its pictures alone."
+        kid = with_error(worst.kid, worst.kid_se)
+        yield f"Its worst class is {escape_markdown(worst.name)}: KID {kid} on its pictures alone."
     if (least := classes.least_recognised) is not None and least.agreement_high < least.agreement_real:
-        taken = f", most others for {least.taken_for}" if least.taken_for else ""
+        taken = f", most others for {escape_markdown(least.taken_for)}" if least.taken_for else ""
         yield (
-            f"Of what it draws as {least.name} {least.agreement:.0%} is taken for that{taken}; of real pictures "
-            f"{least.agreement_real:.0%}."
+            f"Of what it draws as {escape_markdown(least.name)} {least.agreement:.0%} is taken for that{taken}; of "
+            f"real pictures {least.agreement_real:.0%}."
         )
     if classes.not_judged:
-        names = [each.name for each in classes.not_judged]
+        names = [escape_markdown(each.name) for each in classes.not_judged]
         more = [f"and {count(len(names) - CLASSES_SHOWN)} more"] if len(names) > CLASSES_SHOWN else []
         yield f"There were too few pictures to judge these classes: {', '.join([*names[:CLASSES_SHOWN], *more])}."
 
@@ -266,4 +271,4 @@ def _table(rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = ("", "")) ->
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return " ".join(text.split())

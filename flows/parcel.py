@@ -16,7 +16,9 @@ from mlflow.entities import Metric, Run
 
 from diffusion.config import Config
 from diffusion.errors import DarkroomError, UserError
+from diffusion.escaping import escape_controls
 from diffusion.files import sha256_file, write_json
+from diffusion.parent import end_with_parent
 from flows import environment, registry
 from flows.history import Evidence
 from flows.ledger import Ledger
@@ -170,11 +172,12 @@ def _files(folder: Path) -> Iterator[Packed]:
 def main() -> None:
     """Pack what the two arguments say; what goes wrong is the last line on standard error."""
     uri, folder = sys.argv[1:]
+    end_with_parent()
     try:
         environment.join("mlflow", "s3")
         pack(uri, Path(folder))
     except DarkroomError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print(escape_controls(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(error.exit_code)
 
 

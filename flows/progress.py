@@ -7,6 +7,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging import get_run_logger
 
+from diffusion.escaping import escape_controls
 from diffusion.progress import Progress
 from flows.console import Lines, Pace
 
@@ -20,7 +21,7 @@ class RunLog(Lines):
     def write(self, line: str) -> None:
         """Log ``line``, inside a run."""
         if TaskRunContext.get() or FlowRunContext.get():
-            get_run_logger().info(line)
+            get_run_logger().info(escape_controls(line))
 
 
 def reporter() -> Progress:

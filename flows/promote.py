@@ -22,6 +22,7 @@ from pydantic import Field, ValidationError
 from diffusion.config import Config
 from diffusion.data.manifest import read_manifest
 from diffusion.errors import Held, UserError
+from diffusion.escaping import escape_markdown
 from diffusion.evaluation.docket import docket_of
 from diffusion.evaluation.results import Evaluation
 from diffusion.evaluation.trial import TRIAL, trial
@@ -229,8 +230,8 @@ def ask(version: Version, judgement: Judgement) -> Approval | None:
         return None
     logging.getLogger(__name__).info("%s waits for approval: %s", version.uri, flow_run.ui_url)
     asked = (
-        f"**{version.uri}** would become champion instead of {judgement.champion or 'none'}.\n\n{evidence.reason}\n\n"
-        "Its card in MLflow says what it is made of."
+        f"**{version.uri}** would become champion instead of {judgement.champion or 'none'}.\n\n"
+        f"{escape_markdown(evidence.reason)}\n\nIts card in MLflow says what it is made of."
     )
     try:
         answer = pause_flow_run(
@@ -262,7 +263,7 @@ def record(
         champion=champion,
         entry=entry.number,
     )
-    create_markdown_artifact(f"**{version.uri}** is {verdict.title}: {verdict.reason}", key="verdict")
+    create_markdown_artifact(f"**{version.uri}** is {verdict.title}: {escape_markdown(verdict.reason)}", key="verdict")
     return verdict
 
 

@@ -6,7 +6,10 @@ into safetensors files. Of ``diffusion`` it uses what the first version had, and
 
 import inspect
 import json
+import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from functools import partial
@@ -64,12 +67,21 @@ def fingerprint_of(config: SamplingConfig) -> dict[str, Any]:
     return made.model_dump(mode="json")
 
 
+def end_with(parent: int) -> None:
+    """Wait for the end of the parent process, whose number is ``parent``, and end this one at once."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def main() -> None:
     """Answer the one request on standard input; what goes wrong is the last line on standard error."""
     answers = sys.stdout
     with redirect_stdout(sys.stderr):
         try:
-            for answer in redraw(json.load(sys.stdin)):
+            request = json.load(sys.stdin)
+            threading.Thread(target=end_with, args=(request["parent"],), daemon=True).start()
+            for answer in redraw(request):
                 print(json.dumps(answer), file=answers, flush=True)
         except ValidationError as error:
             wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())

@@ -82,7 +82,7 @@ def run(request: dict[str, Any], code: Path) -> Iterator[dict[str, Any]]:
     """
     folder = Path(request["folder"])
     asked, said = folder / "request.json", folder / "stderr"
-    write_json(asked, request | {"code": str(code)})
+    write_json(asked, request | {"code": str(code), "parent": os.getpid()})
     variables = {name: value for name, value in os.environ.items() if not name.startswith(SERVERS)}
     with asked.open() as words, said.open("w") as errors:
         process = subprocess.Popen(

@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from diffusion.errors import DarkroomError
-from diffusion.files import write_bytes, write_json
+from diffusion.files import make_folder, sync_file, sync_folder, write_bytes, write_json
 from diffusion.grids import save_png
 from flows.machine import Machine
 from flows.tracking import RunTracker, picture_marker
@@ -55,12 +55,13 @@ class Spool:
         """Go on with what lies in ``folder``, or ``anew``, with nothing; to another ``run_id`` nothing is delivered."""
         if anew:
             shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         spool = cls(folder, run_id)
         if spool._log.is_file():
             data = spool._log.read_bytes()
-            # A last line that a kill cut short was never said.
-            whole = data[: data.rfind(b"\n") + 1]
+            # A last line that a kill cut short was never said, nor were the zeros that a power cut may leave.
+            said = data.split(b"\0")[0]
+            whole = said[: said.rfind(b"\n") + 1]
             if whole != data:
                 write_bytes(spool._log, whole)
             spool.records = [json.loads(line) for line in whole.splitlines()]
@@ -77,6 +78,12 @@ class Spool:
         with self._log.open("a") as file:
             file.write("".join(f"{json.dumps(record)}\n" for record in fresh))
         self.records += fresh
+
+    def sync(self) -> None:
+        """Make all records so far durable."""
+        if self._log.is_file():
+            sync_file(self._log)
+            sync_folder(self.folder)
 
     def advance(self, count: int) -> None:
         """So many more are delivered."""
@@ -121,6 +128,11 @@ class SpooledTracker:
         path = self.spool.folder / f"{name}-{images:010d}.png"
         save_png(path, picture)
         self._add([{"name": picture_marker(name), "picture": name, "file": path.name, "step": images}])
+
+    def sync(self) -> None:
+        """Make what was kept so far durable."""
+        with self._change:
+            self.spool.sync()
 
     def close(self) -> None:
         """Deliver what is left; raises DarkroomError if MLflow does not take it within two minutes."""

@@ -10,6 +10,7 @@ from prefect.states import Completed
 from prefect.tasks import exponential_backoff
 
 from diffusion.errors import DarkroomError
+from diffusion.escaping import escape_controls
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,7 +36,7 @@ def ended(result: R, message: str, name: str = "Completed") -> R:
 
     Whoever called the flow gets ``result``: Prefect takes it out of the state.
     """
-    return cast(R, Completed(name=name, message=message, data=result))
+    return cast(R, Completed(name=name, message=escape_controls(message), data=result))
 
 
 def _may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:

@@ -15,6 +15,7 @@ from pydantic import JsonValue
 
 from diffusion.config import Config
 from diffusion.data.manifest import read_manifest
+from diffusion.escaping import escape_markdown
 from diffusion.evaluation.results import Evaluation
 from diffusion.evaluation.sweep_page import Tried, ranked, write_sweep_page
 from diffusion.files import digest_of
@@ -108,7 +109,9 @@ def compare(
     tracker.client.log_text(parent, page.read_text(), PAGE)
     tracker.finish()
     done = Swept(run_id=parent, page=page, points=[_point(each) for each in ranked(tried)])
-    lines = [f"| {words_of(each.settings)} | {each.value:.4g} ± {each.error:.2g} |" for each in done.points]
+    lines = [
+        f"| {escape_markdown(words_of(each.settings))} | {each.value:.4g} ± {each.error:.2g} |" for each in done.points
+    ]
     create_markdown_artifact("\n".join([f"| settings | {done.points[0].merit} |", "|---|---|", *lines]), key="sweep")
     return done
 

@@ -15,6 +15,7 @@ from diffusion.data.manifest import Manifest
 from diffusion.data.removals import Removal
 from diffusion.data.selection import Selection
 from diffusion.data.versions import known_versions
+from diffusion.escaping import escape_markdown
 from flows import catalogue, environment, lineage
 from flows.announce import announce
 from flows.catalogue import Catalogue
@@ -138,14 +139,15 @@ def report(done: TakenDown) -> None:
     """Say on the run what was done."""
     derived = done.derived
     named = [
-        *(f"| run | {run.run_id} | {run.name} |" for run in derived.runs),
-        *(f"| model | {model.uri} | {', '.join(model.aliases)} |" for model in derived.models),
-        *(f"| prints | {uri} | |" for uri in derived.prints),
+        *(f"| run | {run.run_id} | {escape_markdown(run.name)} |" for run in derived.runs),
+        *(f"| model | {model.uri} | {escape_markdown(', '.join(model.aliases))} |" for model in derived.models),
+        *(f"| prints | {escape_markdown(uri)} | |" for uri in derived.prints),
         *(f"| perhaps | run {run_id} | its version of the data set is not known |" for run_id in derived.unclear_runs),
         *(f"| perhaps | version {digest[:12]} | its tables are gone |" for digest in done.unknown),
     ]
+    reason = escape_markdown(done.removal.reason)
     create_markdown_artifact(
-        f"**{done.removal.dataset}**: {done.removal.pictures} pictures taken down ({done.removal.reason}), "
+        f"**{done.removal.dataset}**: {done.removal.pictures} pictures taken down ({reason}), "
         f"takedown `{done.name}`, version `{done.removal.version[:12]}`, DVC `{done.version.digest}`\n\n"
         + "\n".join(["| made from them | what | |", "|---|---|---|", *named]),
         key="takedown",

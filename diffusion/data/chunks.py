@@ -6,7 +6,6 @@ sees the work folder, and a chunk that was finished before a kill is not done ag
 
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from diffusion.data.plan import Planned, read_plan
 from diffusion.data.shards import TarWriter
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, ObjectStore, Payload
-from diffusion.files import canonical_json, digest_of, sha256_bytes, sha256_file
+from diffusion.files import canonical_json, digest_of, sha256_bytes, sha256_file, sync_file, sync_folder
 
 COLUMNS = (*RECORDS.names, "end", "stamp")
 """What is known of an entry: what will be its record, without verdicts on what only the whole set can tell. ``outcome``
@@ -91,9 +90,10 @@ def prepare_chunk(chunk: Chunk) -> PreparedChunk:
 
 
 def _finish(partial: Path, path: Path) -> None:
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    sync_file(partial)
     partial.replace(path)
+    # Before the next is written: a table tells that its shard is there.
+    sync_folder(path.parent)
 
 
 def _listed(planned: Planned) -> list[str | None]:

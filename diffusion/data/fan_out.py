@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from diffusion.data.ahead import in_order
 from diffusion.data.config import IngestConfig
 from diffusion.errors import UserError
+from diffusion.parent import end_with_parent
 
 if TYPE_CHECKING:
     from diffusion.data.chunks import Chunk, PreparedChunk
@@ -36,7 +37,7 @@ def local_fan_out(config: IngestConfig) -> FanOut:
     def fan_out(prepare: "Callable[[Chunk], PreparedChunk]", chunks: "Iterable[Chunk]") -> "Iterator[PreparedChunk]":
         pool: Executor
         if config.runner == "processes":
-            pool = ProcessPoolExecutor(config.workers, get_context("forkserver"))
+            pool = ProcessPoolExecutor(config.workers, get_context("forkserver"), end_with_parent)
         else:
             pool = ThreadPoolExecutor(config.workers)
         try:

@@ -31,7 +31,7 @@ from diffusion.data.plan import make_plan, origin_of
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, ObjectStore
 from diffusion.errors import DarkroomError, UserError
-from diffusion.files import is_full_disk, remove_partials
+from diffusion.files import is_full_disk, make_folder, remove_partials
 from diffusion.progress import Progress, silent
 
 QUARANTINED_SHOWN = 1000
@@ -102,7 +102,7 @@ def ingest(
         raise UserError(f"{folder} is no folder, and a data set is one: move it away, or give another --dataset")
     fan_out = fan_out or local_fan_out(config)
     work = work_folder(folder)
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(work)
     with FileLock(work / "lock"), _full_disk_in_words(work):
         before = read_manifest(folder) if (folder / "manifest.json").is_file() else None
         anew = _anew(before, config, rebuild, folder)

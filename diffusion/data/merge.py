@@ -17,7 +17,7 @@ from diffusion.data.digest import sample_digest
 from diffusion.data.index import Index
 from diffusion.data.manifest import RECORDS, FileEntry, Part, Totals
 from diffusion.data.shards import BLOCK, Extent, filtered
-from diffusion.files import sync_folder, write_atomically
+from diffusion.files import make_folder, sync_file, sync_folder, write_atomically
 
 
 def split_of(key: str, held_out: float) -> str:
@@ -108,7 +108,7 @@ class Merge:
             return None
         number = len(self.parts)
         staged = self.folder / "shards" / f".{number:05d}.tar"
-        staged.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(staged.parent)
         staged.unlink(missing_ok=True)
         if whole:
             _link(made, staged)
@@ -184,5 +184,4 @@ def _link(path: Path, target: Path) -> None:
         os.link(path, target)
     except OSError:
         shutil.copyfile(path, target)
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
+    sync_file(target)

@@ -2,7 +2,9 @@
 
 import base64
 import math
+from typing import Any
 
+from diffusion.escaping import escape_controls
 from diffusion.evaluation.estimate import Interval
 
 
@@ -14,6 +16,7 @@ def render(template: str, **content: object) -> bytes:
     environment = Environment(
         loader=PackageLoader("diffusion.evaluation"),
         autoescape=True,
+        finalize=_visible,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -29,6 +32,13 @@ def render(template: str, **content: object) -> bytes:
         "storage": storage,
     }
     return environment.get_template(template).render(**content).encode()
+
+
+def _visible(value: Any) -> Any:
+    """``value`` as it is put on a page: of text, no character that would reorder or hide what stands beside it."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return "\n".join(map(escape_controls, value.split("\n")))
 
 
 def data_uri(png: bytes) -> str:

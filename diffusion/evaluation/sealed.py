@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion.config import Config
-from diffusion.files import digest_of, sha256_file, write_bytes
+from diffusion.files import digest_of, make_folder, sha256_file, write_bytes
 from diffusion.model import read_header, save_tensors
 
 Tensors = dict[str, Tensor]
@@ -52,7 +52,7 @@ def _recalled(
 ) -> tuple[dict[str, Any], Tensors]:
     """What the header says, and the tensors."""
     named, path, pieces = key.model_dump(mode="json"), _path(folder, key), pieces_of(folder, key)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with FileLock(path.with_suffix(".lock")):
         if not _is_whole(path) or not _is_of(read_header(path), named):
             found, tensors = work()

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion.files import write_bytes
+from diffusion.files import sync_file, write_bytes
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class History:
         columns = ("images", *self.columns)
         kept = [",".join(columns)]
         if self.path.is_file():
-            complete = csv.DictReader(self.path.read_text().split("\n")[:-1], restval="nan")
+            # A power cut may leave zeros behind what was synced.
+            complete = csv.DictReader(self.path.read_text().split("\0")[0].split("\n")[:-1], restval="nan")
             kept += [
                 ",".join(row.get(name, "nan") for name in columns) for row in complete if int(row["images"]) <= images
             ]
@@ -33,6 +34,10 @@ class History:
         """Add a row."""
         with self.path.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow([images, *(figures[name] for name in self.columns)])
+
+    def sync(self) -> None:
+        """Make all rows so far durable."""
+        sync_file(self.path)
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:

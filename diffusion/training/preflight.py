@@ -17,6 +17,7 @@ from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.families import family_of
 from diffusion.families.config import FamilyConfig, LatentSpace
+from diffusion.files import make_folder
 from diffusion.models.vae import VAE
 from diffusion.training.config import TrainingConfig
 from diffusion.training.record import drawn_by
@@ -203,7 +204,7 @@ def images_in(config: TrainingConfig, pace: Pace | None) -> int:
 
 def require_disk(output: Path, needed: int) -> None:
     """Raise UserError if the disk that holds ``output`` has less than ``needed`` bytes free."""
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     free = shutil.disk_usage(output).free
     if free < needed:
         asked, there = (naturalsize(size, binary=True) for size in (needed, free))

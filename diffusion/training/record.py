@@ -98,6 +98,9 @@ class Record:
             keep_snapshot(
                 self.output / AVERAGES, state.averages, config.ema_lengths, images, run.header(), state.frozen
             )
+        for history in (self.history, self.probes):
+            history.sync()
+        self.tracker.sync()
         self.writer.save(state, run.checkpoint_header(), config.keep, spared(config, self.probes, save_every))
 
 

@@ -20,6 +20,9 @@ class Tracker(Protocol):
     def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
         """Keep ``picture`` under ``name`` as it was after ``images`` pictures."""
 
+    def sync(self) -> None:
+        """Make what was kept so far durable: a checkpoint follows, and what came before it never comes again."""
+
 
 class NoTracker:
     """Keeps nothing: the run's folder holds what training itself writes."""
@@ -32,3 +35,6 @@ class NoTracker:
 
     def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
         """Drop ``picture``."""
+
+    def sync(self) -> None:
+        """Nothing was kept."""

@@ -24,7 +24,7 @@ from diffusion.data.shard_cache import ShardCache, ShardStore
 from diffusion.device import repeatable, resolve_device
 from diffusion.errors import DarkroomError, UserError
 from diffusion.families.config import FamilyConfig
-from diffusion.files import write_bytes, write_json
+from diffusion.files import make_folder, write_bytes, write_json
 from diffusion.fingerprint import Fingerprint
 from diffusion.lanes import cores, lanes
 from diffusion.model import (
@@ -180,7 +180,7 @@ def discard(output: Path) -> None:
 @contextmanager
 def _held(output: Path) -> Iterator[None]:
     """The run's folder for this process alone; raises UserError if another has it."""
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     lock = FileLock(output.parent / f".{output.name}.lock")
     try:
         lock.acquire(blocking=False)

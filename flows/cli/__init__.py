@@ -6,7 +6,9 @@ import sys
 import typer
 
 from diffusion.errors import DarkroomError, UserError
+from diffusion.escaping import escape_controls
 from diffusion.files import is_full_disk
+from diffusion.parent import end_with_parent
 from flows.cli import (
     champion,
     comparison,
@@ -55,7 +57,7 @@ def main() -> None:
         _require_one_process(sys.argv[1:])
         app()
     except DarkroomError as error:
-        print(f"darkroom: {' '.join(str(error).split())}", file=sys.stderr)
+        print(escape_controls(f"darkroom: {' '.join(str(error).split())}"), file=sys.stderr)
         sys.exit(error.exit_code)
     except Exception as error:
         if os.environ.get("DARKROOM_DEBUG"):
@@ -63,15 +65,19 @@ def main() -> None:
         hint = "DARKROOM_DEBUG=1 in the environment shows where"
         if is_full_disk(error):
             hint = "a disk is full: free some space and give the same command again, which goes on from there"
-        words = " ".join(str(error).split())[:500]
+        words = escape_controls(" ".join(str(error).split())[:500])
         print(f"darkroom: {type(error).__name__}: {words} ({hint})", file=sys.stderr)
         sys.exit(1)
 
 
 def _require_one_process(words: list[str]) -> None:
     """Raise UserError if torchrun started several processes for what only one must do."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    # A torchrun that is killed ends nobody: without it the processes would train on.
+    end_with_parent()
     shared = words[:1] == ["train"] or words[:2] == ["stage", "train"]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (not shared or "--dry-run" in words):
+    if not shared or "--dry-run" in words:
         raise UserError(
             f"torchrun started several processes, and `darkroom {' '.join(words[:2])}` is done by one: leave torchrun "
             "out, or use it for `darkroom train` alone"

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusion.escaping import escape_controls
+
 if TYPE_CHECKING:
     from flows.environment import Server
     from flows.params import Params
@@ -97,9 +99,6 @@ def joined(*needs: "Server") -> Iterator[None]:
 
 def show(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
     """Print a verb's result: one JSON object, or ``lines`` for people."""
-    if as_json:
-        json.dump(result, sys.stdout, ensure_ascii=False)
-        print()
-    else:
-        for line in lines:
-            print(line)
+    # Labels, captions and names of files come from anybody, and a terminal obeys what stands in them.
+    for line in [json.dumps(result, ensure_ascii=False)] if as_json else lines:
+        print(escape_controls(line))

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from diffusion.escaping import escape_controls
+
 if TYPE_CHECKING:
     from flows.stack import StackStatus
 
@@ -23,7 +25,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(escape_controls(line), file=sys.stderr, flush=True)
 
 
 def _show_status(status: "StackStatus", as_json: bool) -> None:

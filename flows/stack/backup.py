@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from diffusion.errors import UserError
+from diffusion.files import make_folder
 from diffusion.progress import Progress, silent
 from flows.backups import Backup, Backups, Digest, SavedObject, stamped
 from flows.environment import given, settings
@@ -40,7 +41,7 @@ def backup(target: Path, progress: Progress = silent) -> Backup:
     if stack is None or not all(stack.runs(server) for server in ("s3", "mlflow", "prefect")):
         raise UserError(f"no local stack runs in {settings().folder}: run `darkroom up`, so that it can be copied")
     backups, store = Backups(target), Store(client(variables=stack.variables("s3")))
-    target.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(target, 0o700)
     with FileLock(target / ".lock"):
         ledgers, databases = _at_rest(stack, store, backups)
         made = datetime.now(UTC)

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from diffusion.config import Config
 from diffusion.errors import UserError
-from diffusion.files import write_atomically
+from diffusion.files import make_folder, write_atomically
 from flows.environment import Server
 from flows.stack.process import Process, is_member
 from flows.stack.tls import new_identity
@@ -85,7 +85,7 @@ class LocalStack:
     @classmethod
     def open(cls, folder: Path, bucket: str) -> "LocalStack":
         """The stack in ``folder``, made if there is none."""
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(folder, 0o700)
         folder.chmod(0o700)
         path = folder / "credentials.json"
         found = cls.read(folder)

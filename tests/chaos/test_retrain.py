@@ -137,10 +137,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.drill(
     "the disk is full",
-    "filled up to the last pages during training, and before evaluation",
+    "filled up to the last pages during training, before evaluation, and before sampling",
     "a line that says so, exit 1; with room again the same command: the same end",
 )
-@pytest.mark.parametrize("point", [TRAINING, "flows.evaluate:judge_checkpoints"])
+@pytest.mark.parametrize("point", [TRAINING, "flows.evaluate:judge_checkpoints", "flows.batch_plan:begin"])
 def test_a_full_disk_is_one_line_and_with_room_again_it_goes_on(
     house: House, small_disk: Path, undisturbed: Undisturbed, point: str
 ) -> None:

@@ -60,6 +60,9 @@ class StopAt:
     def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
         assert picture.width > 0
 
+    def sync(self) -> None:
+        pass
+
 
 def run(dataset: Path, output: Path, config: TrainingConfig = CONFIG, **options: object) -> TrainResult:
     return train(dataset, output, MODEL, config, SAMPLING, **options)  # type: ignore[arg-type]
@@ -576,6 +579,9 @@ def test_a_run_tells_losses_by_noise_level_how_colours_drift_and_shows_the_rever
 
         def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
             pictures.append((name, images))
+
+        def sync(self) -> None:
+            pass
 
     run(dataset, tmp_path / "run", track=lambda _: Record())
     levels = [figures[f"held_out_loss_ema_level_{number}"] for number in range(1, 9)]

@@ -3,8 +3,6 @@
 Many more kills, without the orchestration, are in test_prints_faults.py.
 """
 
-import os
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from flows import registry
 from tests.diffusion.small_models import write_model
 from tests.flows.ray_cluster import at_work, two_nodes
 from tests.flows.workspace import Workspace, objects, running
+from tests.left_behind import MARK, descendants, left_behind, new_mark
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -87,10 +86,16 @@ def test_killed_and_then_begun_twice_with_other_runners_it_ends_in_the_bytes_of_
 ) -> None:
     expected, seconds = undisturbed
     command = [*ARGUMENTS, "--to", "s3://darkroom/killed"]
-    process = workspace.start(*command, "--set", "prints.runner=processes")
+    mark = new_mark()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(workspace.variables, MARK, mark[MARK])
+        process = workspace.start(*command, "--set", "prints.runner=processes")
     time.sleep(0.8 * seconds)
-    os.killpg(process.pid, signal.SIGKILL)
+    assert len(descendants(mark)) > 1
+    # Alone: its processes are to notice by themselves.
+    process.kill()
     process.communicate()
+    assert left_behind(mark) == []
     jobs = [workspace.start(*command, "--set", f"prints.runner={runner}") for runner in ("ray", "processes")]
     for job in jobs:
         _, errors = job.communicate(timeout=900)

@@ -1,9 +1,8 @@
 """The key figures of a version of a data set."""
 
-import re
-
 from diffusion.config import Config
 from diffusion.data.config import StorageConfig
+from diffusion.escaping import escape_markdown
 from diffusion.evaluation.dataset_report.drift import Drift
 from diffusion.evaluation.pages import counted, plain, share, signed, storage
 
@@ -68,7 +67,7 @@ class DatasetSummary(Config):
         lines = [
             ("Version", f"`{self.digest}`"),
             ("Content", f"`{self.content_digest}`"),
-            ("Made", f"by {_escaped(self.change)} from " + (f"`{self.parent}`" if self.parent else "nothing")),
+            ("Made", f"by {escape_markdown(self.change)} from " + (f"`{self.parent}`" if self.parent else "nothing")),
             ("Pictures", f"{self.kept:,}: {self.train:,} to train on, {self.held_out:,} held out"),
         ]
         if self.added is not None:
@@ -94,9 +93,4 @@ class DatasetSummary(Config):
                 ("Told apart", f"{found.told_apart:.1%}, floor {found.told_apart_floor:.1%}"),
             ]
         table = "\n".join(f"| {name} | {value} |" for name, value in lines)
-        return f"# Data set {_escaped(self.name)}\n\n{self.verdict}\n\n| | |\n|---|---|\n{table}\n"
-
-
-def _escaped(text: str) -> str:
-    """``text`` on one line, with a backslash before each sign that Markdown or HTML could take for its own."""
-    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))
+        return f"# Data set {escape_markdown(self.name)}\n\n{self.verdict}\n\n| | |\n|---|---|\n{table}\n"

@@ -1,0 +1,158 @@
+"""Power is cut while a command works: the same command ends as if it had not been, and no finished file is torn."""
+
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from diffusion.config_sampling import SamplingConfig
+from diffusion.data.config import IngestConfig
+from diffusion.data.ingest import ingest
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.evaluate import evaluate
+from diffusion.made import make
+from diffusion.models.config import ModelConfig
+from diffusion.requests import request_of
+from diffusion.training.config import TrainingConfig
+from diffusion.training.history import read_rows
+from diffusion.training.train import train
+from tests.chaos.power_cut import Loss, Recording, library, record
+from tests.conftest import blob
+from tests.diffusion.small_models import write_model
+from tests.diffusion.test_ingest import files_of
+
+State = dict[str, object]
+SET, RUN, REPORT, MADE = Path("data", "set"), Path("runs", "set"), Path("report"), Path("made")
+SAMPLING = SamplingConfig(steps=2, compute_batch=18, precision="fp32")
+MODEL = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1)
+TRAINING = TrainingConfig(images=192, checkpoints=4, batch_size=16, warmup_images=32, keep=2, lanes=1)
+EVALUATION = EvaluationConfig(samples=16, extractor_size=32)
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.chaos import power_drills
+getattr(power_drills, sys.argv[1])(Path.cwd(), *map(Path, sys.argv[2:]))
+"""
+
+
+@dataclass(frozen=True)
+class Drill:
+    """What is recorded, and how it is known that all is well."""
+
+    recording: Recording
+    again: Callable[[Path], State]
+    """Does the same work in a folder, and says how that ended."""
+    durable: tuple[str, ...]
+    """Names that are there, whatever is lost, once the program has said that it is done."""
+
+    def run(self, folder: Path, cuts: int, seed: int) -> int:
+        """Cut the power ``cuts`` times, each with every kind of loss; returns how many states were gone on from."""
+        chance, number = random.Random(seed), 0
+        self.recording.start.write_to(folder / "start", Loss.ALL, chance)
+        expected = self.again(folder / "start")
+        for disk, ended in self.recording.cuts(cuts, chance):
+            for loss in Loss:
+                target = folder / f"cut-{number}"
+                disk.write_to(target, loss, chance)
+                assert disk.torn(target) == [], loss
+                assert not ended or [name for name in self.durable if not (target / name).exists()] == [], loss
+                assert self.again(target) == expected, (number, loss)
+                shutil.rmtree(target)
+                number += 1
+        return number
+
+
+def run_ingest(folder: Path, pictures: Path) -> State:
+    """Into data/set below ``folder``, in several chunks."""
+    ingest(folder / SET, IngestConfig(source=str(pictures), size=8, held_out=0.33, shard_bytes=2**16))
+    return {"files": files_of(folder / SET), "work": sorted(path.name for path in (folder / "data/.set").iterdir())}
+
+
+def run_train(folder: Path, dataset: Path) -> State:
+    """With a few checkpoints, into runs/set below ``folder``."""
+    train(dataset, folder / RUN, MODEL, TRAINING, SAMPLING)
+    output = folder / RUN
+    measured = {"images_per_second", "data_wait"}
+    return {
+        "final": (output / "final.safetensors").read_bytes(),
+        "checkpoints": {path.name for path in (output / "checkpoints").iterdir()},
+        "samples": files_of(output / "samples"),
+        "losses": (output / "losses.csv").read_bytes(),
+        "history": [
+            {name: value for name, value in row.items() if name not in measured}
+            for row in read_rows(output / "history.csv")
+        ],
+    }
+
+
+def run_evaluate(folder: Path, dataset: Path, checkpoints: Path) -> State:
+    """Of two checkpoints, into report below ``folder``."""
+    done = evaluate(dataset, sorted(checkpoints.iterdir()), EVALUATION, SAMPLING, folder / REPORT)
+    about = done.model_dump(mode="json", exclude={"best", "checkpoints"})
+    files = {name: data for name, data in files_of(folder / REPORT).items() if name.startswith("grids/")}
+    return {"about": about, "scores": [each.named() for each in done.checkpoints], "files": files}
+
+
+def run_sample(folder: Path, weights: Path) -> State:
+    """Of a model's file, into made below ``folder``."""
+    make(weights, request_of({"task": "sample", "count": 6, "seed": 1}), SAMPLING, folder / MADE)
+    return {"files": files_of(folder / MADE)}
+
+
+def ingest_drill(folder: Path) -> Drill:
+    """Of `ingest`, which begins a data set."""
+    write_pictures(folder / "pictures", range(120))
+    return _drill(folder, "run_ingest", run_ingest, (folder / "pictures",), (f"{SET}/manifest.json",))
+
+
+def adding_drill(folder: Path) -> Drill:
+    """Of `ingest`, which adds to a data set."""
+    write_pictures(folder / "pictures", range(60))
+    run_ingest(folder / "root", folder / "pictures")
+    write_pictures(folder / "pictures", range(60, 120))
+    return _drill(folder, "run_ingest", run_ingest, (folder / "pictures",), (f"{SET}/manifest.json",))
+
+
+def train_drill(folder: Path) -> Drill:
+    """Of `train`."""
+    write_pictures(folder / "pictures", range(60))
+    run_ingest(folder, folder / "pictures")
+    return _drill(folder, "run_train", run_train, (folder / SET,), (f"{RUN}/final.safetensors", f"{RUN}/history.csv"))
+
+
+def evaluate_drill(folder: Path) -> Drill:
+    """Of `evaluate`, which keeps what took long."""
+    write_pictures(folder / "pictures", range(60))
+    run_ingest(folder, folder / "pictures")
+    for images in (100, 200):
+        write_model(folder / "checkpoints" / f"{images}.safetensors", images, images)
+    durable = tuple(f"{REPORT}/{name}" for name in ("evaluation.json", "metrics.json", "report.html"))
+    return _drill(folder, "run_evaluate", run_evaluate, (folder / SET, folder / "checkpoints"), durable)
+
+
+def sample_drill(folder: Path) -> Drill:
+    """Of `sample` of a model's file."""
+    weights = write_model(folder / "weights.safetensors", 1, 0)
+    return _drill(folder, "run_sample", run_sample, (weights,), (f"{MADE}/request.json", f"{MADE}/00000005.png"))
+
+
+def write_pictures(folder: Path, numbers: range) -> None:
+    """One for each of ``numbers``, in two classes."""
+    for number in numbers:
+        path = folder / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        blob(number).save(path)
+
+
+def _drill(
+    folder: Path, name: str, work: Callable[..., State], given: tuple[Path, ...], durable: tuple[str, ...]
+) -> Drill:
+    root = folder / "root"
+    root.mkdir(exist_ok=True)
+    recording = record(library(folder), root, SCRIPT, name, *map(str, given))
+    # As in the program that was recorded.
+    torch.set_num_threads(1)
+    return Drill(recording, lambda target: work(target, *given), durable)

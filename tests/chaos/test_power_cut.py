@@ -1,0 +1,29 @@
+"""Power is cut while ``ingest``, ``train``, ``evaluate`` and ``sample`` work."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.chaos import power_drills as drills
+from tests.chaos.power_drills import Drill
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+CUTS = 2 * int(os.environ.get("KILLS", "3"))
+EVERY = [drills.ingest_drill, drills.adding_drill, drills.train_drill, drills.evaluate_drill, drills.sample_drill]
+
+
+@pytest.mark.drill(
+    "the power is cut",
+    "what was not synced is lost, at random moments of ingest, train, evaluate and sample",
+    "no finished file is torn; the same command ends the same",
+)
+@pytest.mark.parametrize("drill", EVERY, ids=lambda drill: drill.__name__)
+def test_a_power_cut_at_a_random_moment_tears_no_file_and_the_same_command_ends_the_same(
+    drill: Callable[[Path], Drill], tmp_path: Path
+) -> None:
+    """Power cut: all or some of what was not synced is lost, data and names. No finished file is torn; the same end."""
+    made = drill(tmp_path)
+    assert made.run(tmp_path, CUTS, seed=CUTS) >= CUTS
