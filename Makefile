@@ -1,6 +1,6 @@
 # One target per thing a person does here. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo pictures test test-slow chaos drill-upgrade check audit lock format clean
+.PHONY: help install demo pictures test test-slow chaos drill-upgrade drill-ceph check audit lock format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -53,6 +53,15 @@ drill-upgrade: $(READY)  ## Upgrade databases that an older MLflow and Prefect m
 	test -x .drill/bin/prefect || { $(PYTHON) -m venv .drill && .drill/bin/pip install --quiet 'mlflow[auth]==3.4.0' 'prefect==3.6.0' \
 		'sqlalchemy<2.1' 'fastapi<0.120'; }  # newer ones than these versions can use
 	OLD_BIN=$(CURDIR)/.drill/bin $(BIN)/pytest -s tests/drills/upgrade.py
+
+drill-ceph: $(READY)  ## Run S3 tests and the pipeline on a Ceph of one node (minutes)
+	trap 'tests/drills/ceph.sh stop .drill/ceph' EXIT; rm -rf .drill/ceph; tests/drills/ceph.sh start .drill/ceph > .drill/ceph.env \
+		&& eval "$$(sed 's/export /export TEST_/' .drill/ceph.env)" \
+		&& $(BIN)/pytest tests/drills/ceph.py tests/flows/test_s3.py tests/flows/test_s3_multipart.py tests/flows/test_s3_source.py \
+			tests/flows/test_printing.py tests/flows/test_gc_beside_sample.py tests/flows/test_catalogue.py tests/flows/test_ledger.py \
+			--deselect tests/flows/test_s3.py::test_a_multipart_object_is_compared_by_its_bytes \
+			--deselect tests/flows/test_s3_multipart.py::test_a_large_object_appears_whole_in_checked_parts_and_only_once \
+			--deselect tests/flows/test_s3_multipart.py::test_a_server_that_honours_the_condition_on_completion_passes_and_keeps_nothing
 
 check: $(READY)  ## Lint, format, types, layers, no secrets
 	$(BIN)/ruff check

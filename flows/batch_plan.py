@@ -1,7 +1,9 @@
 """What a batch of prints is to be, decided before anything is drawn, and written down where it will lie."""
 
+import itertools
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from uuid import uuid4
 
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.device import resolve_device
@@ -11,12 +13,14 @@ from diffusion.model import Model, load_model
 from diffusion.sampling import meanings_of, require_drawing, require_read_whole
 from diffusion.text import require_same
 from flows import environment, prints
+from flows.batch_records import SUCCESS
 from flows.params import PrintsConfig
-from flows.prints import Batch
+from flows.printing import is_deleted
+from flows.prints import RESUMED, Batch
 from flows.registry import Version
 from flows.request_table import KEPT, RequestTable
 from flows.s3 import Location, Store
-from flows.s3_multipart import ABANDONED, abort_uploads, require_conditional_completion, writing
+from flows.s3_multipart import ABANDONED, abort_uploads, writing
 
 DEFAULT_COUNT = 64
 """Pictures printed unless told."""
@@ -111,13 +115,19 @@ def _table(
     return table
 
 
+def usual_place(store: Store, batch: Batch, bucket: str) -> Location:
+    """Where ``batch`` lies in ``bucket`` unless told: the first of its prefixes that no deletion is marked in."""
+    folder = Location(bucket) / "prints" / batch.model / str(batch.version)
+    names = (batch.name if number == 1 else f"{batch.name}.{number}" for number in itertools.count(1))
+    return next(place for name in names if not is_deleted(store, place := folder / name))
+
+
 def begin(store: Store, batch: Batch, place: Location, table: RequestTable | None) -> None:
     """Write down ``batch`` at ``place``, for whoever draws it; raises Held if a batch of something else is there.
 
     Raises UserError for a server that would let two jobs overwrite each other.
     """
     store.require_conditional_puts(place.bucket, "prints")
-    require_conditional_completion(store, place.bucket, "prints")
     abort_uploads(store, Location(place.bucket, place.key("")), ABANDONED)
     about, data = place.key("batch.json"), batch.json_bytes()
     try:
@@ -132,10 +142,10 @@ def begin(store: Store, batch: Batch, place: Location, table: RequestTable | Non
         raise Held(
             f"{place} holds a batch {how}: finish it where and as it was begun, or give --to another prefix"
         ) from error
-    if put == "already there" and not store.exists(place.bucket, place.key("_SUCCESS")):
-        # What is drawn at first may lie there as well, so that nothing else tells `darkroom gc` that somebody goes on
-        # with an old batch: it looks at the age of this object before each request by which it deletes.
-        store.renew(place.bucket, about, data, JSON)
+    if put == "already there" and prints.is_usual(place) and not store.exists(place.bucket, place.key(SUCCESS)):
+        # What is drawn at first may lie there as well, so that nothing else tells `darkroom gc` that the batch is not
+        # abandoned.
+        store.put_once(place.bucket, f"{RESUMED}/{place.prefix}/{uuid4().hex}", b"")
     if table is not None and not store.exists(place.bucket, place.key(KEPT)):
         with writing(store, place.bucket, place.key(KEPT), prints.PARQUET) as kept, table.path.open("rb") as rows:
             while piece := rows.read(COPIED_AT_ONCE):

@@ -1,6 +1,8 @@
 """The files of data set versions as DVC keeps them: named by MD5, in its cache on this machine and on its remote."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +34,8 @@ class Listed(Config):
 Listing = dict[str, str]
 """A folder that DVC knows: the MD5 of each file by its path in it."""
 LISTING = TypeAdapter(list[Listed])
+UPLOADS = 4
+"""Files uploaded at the same time."""
 
 
 class Depot(Protocol):
@@ -133,6 +137,38 @@ class Remote:
         prefix = self._key("")
         keys = self.store.list_keys(self.place.bucket, prefix)
         return {key.removeprefix(prefix).replace("/", "") for key in keys}
+
+    def push(self, name: str, cache: Cache) -> None:
+        """Upload what is missing here of the folder ``name`` from ``cache``: its files, and its listing last.
+
+        DVC's own push is not used: it overwrites, so that bucket policies which demand If-None-Match would refuse it,
+        and it takes the files of a folder for pushed where it finds the folder's listing. Raises UserError if a file
+        of the cache is missing or damaged, Held if an object of its name holds other bytes.
+        """
+        listing = cache.listing(name)
+        if listing is None:
+            raise UserError(f"{cache.path(name)} is missing: ingest the data set again")
+        present = self.names()
+        with ThreadPoolExecutor(UPLOADS) as pool:
+            futures = [pool.submit(self._upload, each, cache) for each in sorted(set(listing.values()) - present)]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+        if name not in present:
+            self._upload(name, cache)
+
+    def _upload(self, name: str, cache: Cache) -> None:
+        path = cache.path(name)
+        try:
+            with path.open("rb") as file:
+                md5 = hashlib.file_digest(file, "md5").hexdigest()
+        except FileNotFoundError as error:
+            raise UserError(f"{path} is missing: ingest the data set again") from error
+        if md5 != name.removesuffix(FOLDER):
+            raise UserError(f"{path} is damaged: delete it, and ingest the data set again")
+        self.store.put_file_once(self.place.bucket, self._key(name), path)
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects; those that are not there are as good as deleted."""

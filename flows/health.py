@@ -14,19 +14,23 @@ from flows.asking import NotServing, ask_mlflow, ask_prefect, fetch, named
 from flows.environment import CALLED, NAMED_BY, Server, settings
 
 
-def check(name: str) -> None:
-    """Return if the server does its work; raises NotServing or UserError that says why not.
+def check(name: str) -> list[str]:
+    """Return if the server does its work, with what it lacks all the same, a line each.
 
-    ``name`` is one of ``CHECKS``, which the environment says where to find, or a URL that has to answer.
+    ``name`` is one of ``CHECKS``, which the environment says where to find, or a URL that has to answer. Raises
+    NotServing or UserError that says why the server does not do its work.
     """
     if name.startswith("http://"):
         fetch(name)
+    elif name == "s3":
+        return _s3()
     elif name in CHECKS:
         CHECKS[name]()
     else:
         raise UserError(
-            f"{name} is none of the servers whose health is known: {', '.join(CHECKS)}, or a http:// address"
+            f"{name} is none of the servers whose health is known: {', '.join(CHECKS)}, s3, or a http:// address"
         )
+    return []
 
 
 def require(*servers: Server) -> None:
@@ -49,18 +53,32 @@ def require(*servers: Server) -> None:
             ) from error
 
 
-def _s3() -> None:
+def _s3() -> list[str]:
+    """What the server lacks; raises UserError if it has no answer, or no conditional writes."""
     # boto3 takes half a second that the other questions do not need.
     from flows.s3 import PROBE, Store, client
+    from flows.s3_errors import Denied
+    from flows.s3_multipart import honours_conditional_completion
 
-    named("AWS_ENDPOINT_URL_S3")
+    server, bucket = named("AWS_ENDPOINT_URL_S3"), settings().bucket
+    store = Store(client(attempts=1, read_timeout=3))
     # One key, so that the answer is as small where a million lie beside it.
-    list(Store(client(attempts=1, read_timeout=3)).list_keys(settings().bucket, f"prints/{PROBE}"))
+    list(store.list_keys(bucket, f"prints/{PROBE}"))
+    try:
+        store.require_conditional_puts(bucket, "prints")
+        conditional = honours_conditional_completion(store, bucket, "prints")
+    except Denied:
+        return ["s3: these keys may not write to prints/, so it was not tried whether the server honours If-None-Match"]
+    if conditional:
+        return []
+    return [
+        f"s3: {server} ignores If-None-Match when an upload in parts is completed: sampling in tars stays safe by the "
+        "sums beside them (KEY.sha256); objects that others upload in parts can be overwritten"
+    ]
 
 
 CHECKS: Mapping[str, Callable[[], object]] = {
     "mlflow": lambda: ask_mlflow("experiments/search?max_results=1"),
     # That needs the password and the database, which a version number does not.
     "prefect": lambda: ask_prefect("flows/count", {}),
-    "s3": _s3,
 }

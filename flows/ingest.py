@@ -15,11 +15,12 @@ from diffusion.data.ingest import IngestResult, Rebuild, work_folder
 from diffusion.data.ingest import ingest as ingest_pictures
 from flows import catalogue, lineage
 from flows.announce import announce
-from flows.environment import data_source
+from flows.environment import data_source, settings
 from flows.fan_out import prefect_fan_out, task_runner
 from flows.lineage import DataVersion
 from flows.params import Params
 from flows.progress import reporter
+from flows.s3 import Store
 from flows.s3_objects import S3Objects
 from flows.steps import ended, step
 
@@ -53,7 +54,11 @@ def ingest(params: Params, requeue: bool = False, rebuild: Rebuild = "never", to
 
 @step
 def mend(params: Params) -> None:
-    """Get back from DVC what is missing or damaged of the data set that is there, and hear of takedowns elsewhere."""
+    """Get back from DVC what is missing or damaged of the data set that is there, and hear of takedowns elsewhere.
+
+    Raises UserError for a server on which two ingests could overwrite each other.
+    """
+    Store().require_conditional_puts(settings().bucket, "datasets")
     log = get_run_logger()
     for name in lineage.restore_data(params.dataset_folder, data_source()):
         log.warning("%s was missing or damaged, and is whole again", params.dataset_folder / name)

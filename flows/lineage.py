@@ -15,7 +15,6 @@ from diffusion.data.manifest import read_manifest
 from diffusion.errors import DarkroomError
 from flows.dvc_files import Cache, Remote
 from flows.kept_files import KeptFiles, is_whole, needed_files
-from flows.s3_errors import Missing
 
 INGEST_STAGE = "ingest"
 
@@ -67,36 +66,21 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
     except NotDvcRepoError:
         root = str(Path.cwd())
         Repo.init(root, no_scm=not (Path(root) / ".git").exists()).close()
-    config = {"core": {"remote": "darkroom"}, "remote": {"darkroom": {"url": push_to}}} if push_to else None
     try:
-        with Repo(root, config=config, _wait_for_lock=True) as repo:
+        with Repo(root, _wait_for_lock=True) as repo:
             if _is_stage_output(repo, folder):
                 repo.commit(INGEST_STAGE, force=True)
-                target, pointer = INGEST_STAGE, "dvc.lock"
+                pointer = "dvc.lock"
                 output = repo.find_outs_by_path(str(folder))[0]
             else:
                 stage = repo.add(str(folder))[0]
-                target, pointer = stage.addressing, Path(stage.path).relative_to(root).as_posix()
+                pointer = Path(stage.path).relative_to(root).as_posix()
                 output = stage.outs[0]
             if push_to:
-                _distrust_if_incomplete(Remote.at(push_to), output.hash_info.value)
-                repo.push([target])
+                Remote.at(push_to).push(output.hash_info.value, Cache(Path(repo.cache.local.path)))
             return DataVersion(digest=output.hash_info.value, pointer=pointer, pushed=push_to is not None)
     except (DvcException, BotoCoreError, OSError) as error:
         raise DarkroomError(f"DVC could not record or push {folder}: {error}") from error
-
-
-def _distrust_if_incomplete(remote: Remote, digest: str) -> None:
-    """Withdraw the listing ``digest`` from ``remote`` if files that it names are not there.
-
-    Where DVC finds a folder's listing, it takes the folder's files for pushed.
-    """
-    try:
-        listing = remote.listing(digest)
-    except Missing:
-        return
-    if not remote.names().issuperset(listing.values()):
-        remote.delete([digest])
 
 
 def data_version(folder: Path) -> DataVersion | None:

@@ -5,8 +5,9 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from flows.batch_records import MANIFEST, SUCCESS, read_parts, success_of
 from flows.prints import Batch, Row
 from flows.request_table import RequestTable
 from flows.s3 import Location, Object, Store
+from flows.s3_errors import Denied, Missing
 from flows.s3_multipart import PART_BYTES, abort_uploads, writing
 
 JSON, JSON_LINES, PNG, TAR = "application/json", "application/jsonl", "image/png", "application/x-tar"
@@ -80,7 +82,7 @@ Write = Callable[[Drawn], bytes]
 def print_chunk(
     store: Store, batch: Batch, place: Location, weights: Path, chunk: int, table: RequestTable | None, at_once: int
 ) -> Work:
-    """Draw a chunk's pictures and put them on S3, their part of the manifest last; a finished one is left.
+    """Draw a chunk's pictures and put them on S3, their part of the manifest last; a chunk that is whole is left.
 
     ``at_once``: compute batches drawn at the same time, on as many cores; meanwhile those before are uploaded, and no
     more than three times as many are held. Equal chunks give equal bytes; raises Held on a machine that would draw
@@ -88,7 +90,7 @@ def print_chunk(
     """
     process, began = f"{socket.gethostname()}:{os.getpid()}", time.process_time()
     indices, part = batch.chunks()[chunk], place.key(prints.part_key(chunk))
-    if store.exists(place.bucket, part):
+    if store.exists(place.bucket, part) and _has_images(store, batch, place, chunk):
         return Work(pictures=0, process=process, began=began, ended=time.process_time())
     require_fingerprint(batch)
     groups = _drawn(batch, weights, indices, table, at_once)
@@ -165,17 +167,56 @@ def _encoded(batch: Batch, drawn: Drawn) -> Iterator[tuple[bytes, Row]]:
         yield prints.encode(batch, index, picture, label, drawn.asked)
 
 
+def _has_images(store: Store, batch: Batch, place: Location, chunk: int) -> bool:
+    """Whether all images of a chunk are there."""
+    if batch.format == "tar":
+        return store.exists(place.bucket, place.key(prints.tar_key(chunk)))
+    expected = [place.key(prints.picture_key(index)) for index in batch.chunks()[chunk]]
+    # Without its last letter: what comes after it begins with it.
+    keys = store.list_keys(place.bucket, place.key(""), after=expected[0][:-1])
+    return list(islice(keys, len(expected))) == expected
+
+
 def unfinished(store: Store, batch: Batch, place: Location) -> list[int]:
-    """The chunks of which no part of the manifest is there yet."""
-    there = set(store.list_keys(place.bucket, place.key("manifest/")))
-    return [chunk for chunk in range(len(batch.chunks())) if place.key(prints.part_key(chunk)) not in there]
+    """The chunks of which something is missing: an image, the tar, or the part of the manifest."""
+    prefix = place.key("")
+    missing = [1 + (len(indices) if batch.format == "png" else 1) for indices in batch.chunks()]
+    for key in store.list_keys(place.bucket, prefix):
+        if (chunk := prints.chunk_of(batch, key.removeprefix(prefix))) is not None:
+            missing[chunk] -= 1
+    return [chunk for chunk, number in enumerate(missing) if number]
 
 
-def finish(store: Store, batch: Batch, place: Location) -> None:
+def is_deleted(store: Store, place: Location) -> bool:
+    """Whether ``darkroom gc`` deletes the batch at ``place``, or has deleted one there."""
+    return prints.is_usual(place) and store.exists(place.bucket, f"{prints.DELETED}/{place.prefix}")
+
+
+def finish(store: Store, batch: Batch, place: Location) -> bool:
     """Write the manifest of all parts, and ``_SUCCESS`` with the digests of all records; what is there is left.
 
-    Raises UserError if a part is not of this batch.
+    Returns False if something of the batch is missing, or ``darkroom gc`` deletes it. Raises UserError if a part is not
+    of this batch.
     """
+    try:
+        if is_deleted(store, place) or unfinished(store, batch, place):
+            return False
+        _finish(store, batch, place)
+    except Missing:
+        if is_deleted(store, place):
+            return False
+        raise
+    # gc writes its mark before it deletes anything, and takes it back only weeks later: where there is none, all was
+    # there when _SUCCESS was written.
+    if not is_deleted(store, place):
+        return True
+    # Whoever may not delete leaves it to the next gc.
+    with suppress(Denied):
+        store.delete_many(place.bucket, [place.key(SUCCESS)])
+    return False
+
+
+def _finish(store: Store, batch: Batch, place: Location) -> None:
     manifest, parts = place.key(MANIFEST), dict[str, str]()
 
     def rows() -> Iterator[list[Row]]:

@@ -4,8 +4,13 @@ A batch lies under one prefix: ``batch.json`` (what was asked for) first, with `
 table, then the pictures, as files or as a tar per chunk, and a part of the manifest per chunk, then
 ``manifest.parquet``, and ``_SUCCESS`` last. Every object is a function of the first two alone, so whoever finds a batch
 unfinished can finish it.
+
+Before ``darkroom gc`` deletes a batch it marks its prefix, by ``s3://BUCKET/deleted/PREFIX``. Nothing is sampled into a
+prefix that is marked: the same request then gets the next one, BATCH.2 and so on, which no deletion that is late can
+reach.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,6 +34,8 @@ from flows.tags import RunId, VersionNumber
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
+    from flows.s3 import Location
+
 Row = dict[str, Any]
 """What a manifest says of a picture: see MANIFEST."""
 
@@ -40,6 +47,14 @@ MOST_CHUNKS = 256
 """Larger batches have larger chunks, up to LARGEST_CHUNK: orchestration has a cost for each task."""
 LARGEST_CHUNK = 4096
 """Pictures in a chunk, unless the configuration says otherwise: what a chunk's manifest holds is held in memory."""
+DELETED = "deleted"
+"""Prefix of the marks of batches that are being deleted, or were: not beside them, where those who sample may write."""
+USUAL = re.compile(r"prints/[^/]+/[0-9]{1,10}/[^/]+")
+"""Prefix of a batch that was not sent elsewhere."""
+RESUMED = "resumed"
+"""Prefix of the marks by which jobs that go on with an unfinished batch show that it is not abandoned."""
+CHUNK_OBJECT = re.compile(r"(?P<image>\d{8,})\.png|prints-(?P<tar>\d{5,})\.tar|manifest/part-(?P<part>\d{5,})\.jsonl")
+"""Objects of a chunk, by their names inside a batch."""
 MANIFEST = pa.schema(
     [
         ("key", pa.string()),
@@ -192,6 +207,20 @@ def tar_key(chunk: int) -> str:
 def part_key(chunk: int) -> str:
     """Name of a chunk's part of the manifest inside its batch."""
     return f"manifest/part-{chunk:05d}.jsonl"
+
+
+def is_usual(place: "Location") -> bool:
+    """Whether ``place`` is one of those that ``darkroom gc`` looks after."""
+    return USUAL.fullmatch(place.prefix) is not None
+
+
+def chunk_of(batch: Batch, name: str) -> int | None:
+    """The chunk that the object ``name`` of ``batch`` belongs to; None if it belongs to none."""
+    found = CHUNK_OBJECT.fullmatch(name)
+    if found is None or (found["tar" if batch.format == "png" else "image"] is not None):
+        return None
+    chunk = int(found["image"]) // batch.chunk_size if found["image"] else int(found["tar"] or found["part"])
+    return chunk if chunk * batch.chunk_size < batch.count else None
 
 
 def encode(

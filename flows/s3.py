@@ -13,7 +13,7 @@ from datetime import datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple
 
 import boto3
 from botocore.config import Config as ClientConfig
@@ -21,7 +21,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from diffusion.errors import DarkroomError, Held, UserError
-from diffusion.files import write_atomically
+from diffusion.files import sha256_file, write_atomically
 from flows.s3_errors import Missing, in_words, is_broken_read, is_conflict, status_of
 
 if TYPE_CHECKING:
@@ -154,8 +154,30 @@ class Store:
 
         Raises Held if other bytes lie there. The SHA-256 is checked by the server, and kept as metadata.
         """
-        digest = hashlib.sha256(data)
-        tags = {"sha256": digest.hexdigest(), **(metadata or {})}
+        digest = hashlib.sha256(data).hexdigest()
+        return self._put_once(bucket, key, lambda: data, digest, metadata or {}, content_type)
+
+    def put_file_once(self, bucket: str, key: str, path: Path) -> Put:
+        """``put_once`` of the file at ``path``, of which little is held in memory."""
+        digest = sha256_file(path)
+        with path.open("rb") as file:
+
+            def rewound() -> BinaryIO:
+                file.seek(0)
+                return file
+
+            return self._put_once(bucket, key, rewound, digest, {}, "application/octet-stream")
+
+    def _put_once(
+        self,
+        bucket: str,
+        key: str,
+        body: Callable[[], bytes | BinaryIO],
+        digest: str,
+        metadata: Mapping[str, str],
+        content_type: str,
+    ) -> Put:
+        """Write ``body``, whose hex SHA-256 is ``digest``, as ``put_once`` does."""
 
         def put() -> str | None:
             """None if it was written, else the SHA-256 of what lies there."""
@@ -163,11 +185,11 @@ class Store:
                 self.client.put_object(
                     Bucket=bucket,
                     Key=key,
-                    Body=data,
+                    Body=body(),
                     IfNoneMatch="*",
-                    ChecksumSHA256=base64.b64encode(digest.digest()).decode(),
+                    ChecksumSHA256=base64.b64encode(bytes.fromhex(digest)).decode(),
                     ContentType=content_type,
-                    Metadata=tags,
+                    Metadata={"sha256": digest, **metadata},
                 )
             except ClientError as error:
                 if status_of(error) != 412:
@@ -179,20 +201,7 @@ class Store:
             there = _retrying(is_conflict)(put)
         if there is None:
             return "written"
-        return same_bytes(bucket, key, there, digest.hexdigest())
-
-    def renew(self, bucket: str, key: str, data: bytes, content_type: str) -> None:
-        """Write an object's own bytes again, so that it is as old as one written now."""
-        digest = hashlib.sha256(data)
-        with self._in_words(bucket, key):
-            self.client.put_object(
-                Bucket=bucket,
-                Key=key,
-                Body=data,
-                ChecksumSHA256=base64.b64encode(digest.digest()).decode(),
-                ContentType=content_type,
-                Metadata={"sha256": digest.hexdigest()},
-            )
+        return same_bytes(bucket, key, there, digest)
 
     def put_many(self, bucket: str, objects: Sequence[Object], workers: int = 8) -> list[Put]:
         """``put_once`` of each of ``objects``, ``workers`` at a time; the first failure stops the rest."""
@@ -267,14 +276,14 @@ class Store:
             return None
         return Stat(head["ContentLength"], head["LastModified"])
 
-    def list_keys(self, bucket: str, prefix: str = "") -> Iterator[str]:
-        """All keys that begin with ``prefix``, in the server's order, however many there are."""
-        return (found.key for found in self.list_objects(bucket, prefix))
+    def list_keys(self, bucket: str, prefix: str = "", after: str = "") -> Iterator[str]:
+        """All keys that begin with ``prefix`` and sort after ``after``, in order, however many there are."""
+        return (found.key for found in self.list_objects(bucket, prefix, after))
 
-    def list_objects(self, bucket: str, prefix: str = "") -> Iterator[Listed]:
+    def list_objects(self, bucket: str, prefix: str = "", after: str = "") -> Iterator[Listed]:
         """The same with size and ETag; a page of them is held at a time."""
         # No delimiter: some servers go on listing a "folder" for minutes after it was emptied.
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, StartAfter=after)
         with self._in_words(bucket, prefix):
             for page in pages:
                 for entry in page.get("Contents", ()):
@@ -320,7 +329,8 @@ class Store:
         key = place.key(PROBE)
         refusal = (
             f"{self.client.meta.endpoint_url} {{}} the condition If-None-Match on writes to {place}, so that "
-            "two jobs could overwrite each other: use a server that honours it, such as Amazon's or SeaweedFS"
+            "two jobs could overwrite each other, and ingest, train, promote and sample refuse to write there: use a "
+            "server that honours it, such as Amazon's, SeaweedFS or Ceph's"
         )
         for body in (
             b"Kept by Darkroom: a second write of this key must fail.\n",

@@ -40,6 +40,10 @@ class Missing(UserError):
     """There is no object of that name."""
 
 
+class Denied(UserError):
+    """The server lets nobody in with these keys, or not there."""
+
+
 @contextmanager
 def in_words(server: str, bucket: str, key: str = "") -> Iterator[None]:
     """Turn what boto3 raises inside into one line for people, with the original as its cause."""
@@ -76,7 +80,7 @@ def _explained(error: ClientError, place: str, bucket: str, server: str) -> Dark
         hint = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what that key may do"
         if code == "403":  # to a HEAD, whose answer has no body to say why
             hint += ", and this machine's clock"
-        return UserError(f"{place}: {server} denies access ({code}): {hint}")
+        return Denied(f"{place}: {server} denies access ({code}): {hint}")
     if code in SKEWED:
         hint = "set the clock of whichever of the two is wrong"
         return UserError(f"{place}: the clocks of {server} and of this machine are too far apart ({code}): {hint}")

@@ -5,9 +5,12 @@ is nowhere to be seen, but takes up room: whoever gives one up aborts it, and th
 whoever comes next.
 
 That condition is not enough: SeaweedFS looks at it first and writes then, so that of two uploads completed at once
-both may find nothing there, and the later overwrites the other. So whoever is about to complete one first writes the
-SHA-256 of its bytes beside it, under KEY.sha256, by a PUT, of which one alone ever wins; who finds another sum there is
-held. All who complete then bring the same bytes.
+both may find nothing there, and the later overwrites the other; Ceph's gateway ignores it. So whoever is about to
+complete one first writes the SHA-256 of its bytes beside it, under KEY.sha256, by a PUT, of which one alone ever wins;
+who finds another sum there is held. All who complete then bring the same bytes, whatever becomes of the condition.
+
+What fits in a part is written by a PUT, without a sum. Its writer looks for a sum afterwards, and a writer of parts
+looks for the object after writing the sum: of two who bring different bytes, one at least sees the other, and is held.
 """
 
 import base64
@@ -20,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from botocore.exceptions import ClientError
 
-from diffusion.errors import DarkroomError, UserError
+from diffusion.errors import DarkroomError
 from flows.s3 import PROBE, Location, Put, Store, same_bytes
 from flows.s3_errors import Missing, in_words, status_of
 
@@ -73,14 +76,16 @@ class Upload(io.RawIOBase):
         """
         bucket, key = self._place.bucket, self._place.prefix
         if self._id is None:
-            return self._store.put_once(bucket, key, bytes(self._buffer), content_type=self._type)
+            put = self._store.put_once(bucket, key, bytes(self._buffer), content_type=self._type)
+            self._require_own_sum()
+            return put
         if self._buffer:
             self._send(bytes(self._buffer))
         digest = self._digest.hexdigest()
         if not self._taken_away and not self._store.exists(bucket, key):
             name = key.rpartition("/")[2]
             self._store.put_once(bucket, key + SUM, f"{digest}  {name}\n".encode(), content_type="text/plain")
-            if self._completed():
+            if not self._store.exists(bucket, key) and self._completed():
                 self._id = None
                 return "written"
         try:
@@ -89,6 +94,14 @@ class Upload(io.RawIOBase):
             raise DarkroomError(
                 f"somebody aborted the upload of {self._place}, and nothing lies there: give the same command again"
             ) from error
+
+    def _require_own_sum(self) -> None:
+        """Raise Held if somebody is about to complete an upload of other bytes here."""
+        try:
+            data = self._store.get(self._place.bucket, self._place.prefix + SUM)
+        except Missing:
+            return
+        same_bytes(self._place.bucket, self._place.prefix, data[:64].decode(errors="replace"), self._digest.hexdigest())
 
     def abort(self) -> None:
         """Have the server forget what was sent; what is finished, or was not begun, stays as it is."""
@@ -182,8 +195,8 @@ def abort_upload(store: Store, bucket: str, key: str, upload: str) -> None:
                 raise
 
 
-def require_conditional_completion(store: Store, bucket: str, prefix: str = "") -> None:
-    """Raise UserError unless the server refuses to complete an upload over an object when asked to.
+def honours_conditional_completion(store: Store, bucket: str, prefix: str = "") -> bool:
+    """Whether the server refuses to complete an upload over an object when asked to.
 
     The object is the one that ``Store.require_conditional_puts`` has left under ``prefix``. Some servers honour the
     condition on a PUT and ignore it here.
@@ -193,12 +206,7 @@ def require_conditional_completion(store: Store, bucket: str, prefix: str = "") 
     upload = Upload(store, bucket, place.prefix, "application/octet-stream", 1)
     try:
         upload.write(b"!")
-        if upload._completed():
-            raise UserError(
-                f"{store.client.meta.endpoint_url} ignores the condition If-None-Match when an upload to {place} is "
-                "completed, so that two jobs could overwrite each other: use a server that honours it, such as "
-                "Amazon's or SeaweedFS"
-            )
+        return not upload._completed()
     finally:
         upload.abort()
 

@@ -1,6 +1,7 @@
 """The flow ``sample``: a registered model in, pictures with a manifest on S3 out."""
 
 import io
+import logging
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from diffusion.config import Config
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.data.ahead import in_order
 from diffusion.device import resolve_device
+from diffusion.errors import DarkroomError, Held
 from diffusion.grids import grid, save_png
 from diffusion.lanes import cores
 from diffusion.model import load_model
@@ -28,9 +30,14 @@ from flows.prints import Batch
 from flows.progress import bar
 from flows.registry import Version
 from flows.s3 import Location, Store
+from flows.s3_errors import Missing
 from flows.steps import step
 
+logger = logging.getLogger(__name__)
+
 SHOWN = 64
+ATTEMPTS = 3
+"""How often a batch that is deleted while it is generated is begun again."""
 
 
 class Prints(Config):
@@ -67,9 +74,21 @@ def sample(
     table (.csv, .jsonl or .parquet; a path or s3://…) with a row for each picture, and a label or a prompt in it.
     """
     version, weights = fetch(model)
-    batch, place = begin(version, weights, params.sampling, params.prints, count, seed, to, asked, requests)
-    cost = print_chunks.with_options(task_runner=task_runner(params.prints))(params, batch, place, version)
-    return finish(batch, place, cost)
+    for _ in range(ATTEMPTS):
+        batch, place = begin(version, weights, params.sampling, params.prints, count, seed, to, asked, requests)
+        try:
+            cost = print_chunks.with_options(task_runner=task_runner(params.prints))(params, batch, place, version)
+        except Missing:
+            if not printing.is_deleted(Store(), place):
+                raise
+            continue
+        if (done := finish(batch, place, cost)) is not None:
+            return done
+        logger.warning("images of %s were deleted meanwhile, and are generated again", place)
+    raise DarkroomError(
+        f"images of {place} were deleted {ATTEMPTS} times while they were generated: see that nobody but `darkroom gc` "
+        "deletes there, and that retention.unfinished_days is longer than a chunk takes"
+    )
 
 
 @step
@@ -103,7 +122,9 @@ def begin(
     batch, table = batch_plan.plan(store, version, weights, sampling, config, count, seed, asked, requests)
     place = Location.parse(to or f"s3://{environment.settings().bucket}")
     if not place.prefix:
-        place = place / "prints" / batch.model / str(batch.version) / batch.name
+        place = batch_plan.usual_place(store, batch, place.bucket)
+    elif printing.is_deleted(store, place):
+        raise Held(f"`darkroom gc` deletes what lies at {place}, or did so of late: give --to another prefix")
     batch_plan.begin(store, batch, place, table)
     return batch, place
 
@@ -137,10 +158,14 @@ def print_chunk(batch: Batch, place: Location, version: Version, chunk: int, con
 
 
 @step
-def finish(batch: Batch, place: Location, cost: Cost) -> Prints:
-    """Write the manifest of all parts, and ``_SUCCESS`` after everything else; say what it took."""
+def finish(batch: Batch, place: Location, cost: Cost) -> Prints | None:
+    """Write the manifest of all parts, and ``_SUCCESS`` after everything else; say what it took.
+
+    Returns None if images were deleted meanwhile.
+    """
     store = Store()
-    printing.finish(store, batch, place)
+    if not printing.finish(store, batch, place):
+        return None
     sheet = Path("prints", batch.model, str(batch.version), f"{batch.name}.png")
     save_png(sheet, grid(torch.stack([_pixels(png) for png in _first(store, batch, place)])))
     done = Prints(

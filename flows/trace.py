@@ -25,7 +25,7 @@ from flows.derived import TAKEDOWN
 from flows.kept_files import KeptFiles, is_whole
 from flows.params import dataset_folder
 from flows.printed import Origin, Picture, Printed, find
-from flows.prints import Batch
+from flows.prints import DELETED, Batch
 from flows.registry import CODE, WEIGHTS
 from flows.request_table import Requests
 from flows.s3 import Location, Store
@@ -236,7 +236,8 @@ class _Walk:
             uri=f"{place}/",
             count=batch.count,
             seed=batch.seed,
-            finished=self.store.exists(place.bucket, place.key("_SUCCESS")),
+            finished=self.store.exists(place.bucket, place.key("_SUCCESS"))
+            and not self.store.exists(place.bucket, f"{DELETED}/{place.prefix}"),
             asked=batch.asked,
             requests=batch.requests,
             sampling=batch.sampling,

@@ -20,12 +20,13 @@ from diffusion.training.warm_start import identified_start, open_start
 from flows import lineage
 from flows.dataset_page import page_at_hand
 from flows.derived import TAKEDOWN
-from flows.environment import data_source
+from flows.environment import data_source, settings
 from flows.fetched import Fetched, fetched
 from flows.limits import turn
 from flows.params import Params, flattened
 from flows.progress import reporter
 from flows.remote_shards import RemoteShards
+from flows.s3 import Store
 from flows.spool import UNANSWERED, SpooledTracker
 from flows.steps import step
 from flows.tracking import AUTOENCODER, START, RunTracker, find_run, open_run
@@ -41,6 +42,8 @@ class TrainingRun(Config):
 @flow(name="train", flow_run_name="train-{params.training.dataset}")
 def train(params: Params, restart: Restart | Literal["always"] = "never") -> TrainingRun:
     """Train as ``params`` say and record it live in MLflow; goes on where it was stopped."""
+    # What promotes the version that is trained demands it: better to hear of it now.
+    Store().require_conditional_puts(settings().bucket, "ledger")
     with turn(f"training-{resolve_device(params.training.device).type}"):
         if restart == "always":
             # A step of its own: were it part of the next one, a retry would throw away finished work.

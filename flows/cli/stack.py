@@ -76,12 +76,15 @@ def health(
 ) -> None:
     """Ask servers that the environment names as a client would; exit code 1 and a line that says what is wrong.
 
+    What an S3 server lacks that not everything needs is a line, too.
+
     Example:  darkroom health mlflow prefect s3
     """
     from flows.health import check
 
     for server in servers:
-        check(server)
+        for line in check(server):
+            print(line)
 
 
 def metrics(

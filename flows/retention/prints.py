@@ -1,22 +1,30 @@
-"""Old batches of prints, and uploads in parts that were never finished."""
+"""Old batches of prints, and uploads in parts that were never finished.
+
+A batch that goes is first marked, under ``deleted/``, and its objects go when the grace is over. The mark stays for
+``MARK_DAYS``: sampling looks for it when it begins and when it ends, and uses a prefix without one. So however long a
+gc or a request stands still meanwhile, what it deletes is nothing that was sampled anew.
+"""
 
 import re
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from diffusion.errors import UserError
-from flows.prints import LARGEST_BATCH, Batch, parse_batch
+from flows.prints import DELETED, LARGEST_BATCH, RESUMED, USUAL, Batch, parse_batch
 from flows.retention.config import RetentionConfig
 from flows.retention.items import Fate, Item, Sweep, age, older
-from flows.s3 import DELETED_AT_ONCE, Location, Store
+from flows.s3 import Location, Store
 from flows.s3_multipart import abort_upload, uploads
 
-BATCH = re.compile(r"(prints/[^/]+/[0-9]{1,10}/[^/]+)/(.+)")
+BATCH = re.compile(rf"({USUAL.pattern})/(.+)")
 """An object of a batch at its usual place."""
+RESUMPTION = re.compile(rf"{RESUMED}/({USUAL.pattern})/[^/]+")
+"""What a job leaves that goes on with an unfinished batch."""
+MARK_DAYS = timedelta(days=30)
+"""How long a mark outlives what was deleted: longer than any request or process that stands still."""
 FIRST, LAST = ("_SUCCESS", "manifest.parquet"), ("requests.parquet", "batch.json")
-"""What is deleted before and after everything else. Parts of the manifest go before pictures: whoever finds a part
-takes it that the pictures are there. So what a kill leaves is a batch that was never finished, which sampling again
-finishes, and which leads to its model as long as anything of it is there."""
+"""What is deleted before and after everything else: what a kill leaves is no finished batch, and leads to its model as
+long as anything of it is there."""
 
 
 @dataclass
@@ -25,12 +33,14 @@ class Found:
 
     place: Location
     newest: datetime
-    """When its newest object was written."""
+    """When its newest object was written, or somebody went on with it."""
     bytes: int = 0
     described: bool = False
     """Whether ``batch.json`` is there."""
     finished: bool = False
     """Whether all of it is there."""
+    deleted: datetime | None = None
+    """When it was marked as deleted."""
 
 
 def in_order(place: Location, keys: list[str]) -> list[list[str]]:
@@ -55,6 +65,8 @@ class Prints:
         self.bucket = bucket
         self.policy = policy
         self.now = now
+        self.resumptions = list(store.list_objects(bucket, f"{RESUMED}/"))
+        self.marks = {each.key: each.written for each in store.list_objects(bucket, f"{DELETED}/")}
         self.found = self._batches()
         self.fates = [self._fate(batch) for batch in self.found]
 
@@ -87,8 +99,11 @@ class Prints:
 
         def act() -> None:
             for batch, (fate, _) in zip(self.found, self.fates, strict=True):
-                if fate == "goes":
+                if fate == "set aside":
+                    self._set_aside(batch)
+                if fate == "goes" or (fate == "set aside" and not self.policy.grace):
                     self._delete(batch)
+            self.store.delete_many(self.bucket, self._spent())
             for key, upload, fate, _ in begun:
                 if fate == "goes":
                     abort_upload(self.store, self.bucket, key, upload)
@@ -97,12 +112,15 @@ class Prints:
 
     def _fate(self, batch: Found) -> tuple[Fate, str]:
         policy = self.policy
+        if batch.deleted is not None:
+            over = self.now - batch.deleted >= policy.grace
+            return "goes" if over else "set aside", f"since {batch.deleted:%Y-%m-%d %H:%M} UTC"
         if older(batch.newest, policy.prints_days, self.now):
-            return "goes", f"{age(batch.newest, self.now)}, retention.prints_days is {policy.prints_days:g}"
+            return "set aside", f"{age(batch.newest, self.now)}, retention.prints_days is {policy.prints_days:g}"
         if batch.finished:
             return "stays", "finished" if policy.prints_days is None else f"within {policy.prints_days:g} days"
         if older(batch.newest, policy.unfinished_days, self.now):
-            return "goes", f"unfinished, and nothing came for {age(batch.newest, self.now).removesuffix(' old')}"
+            return "set aside", f"unfinished, and nothing came for {age(batch.newest, self.now).removesuffix(' old')}"
         return "stays", f"unfinished, within {policy.unfinished_days:g} days"
 
     def _fate_of_upload(self, begun: datetime) -> tuple[Fate, str]:
@@ -111,21 +129,28 @@ class Prints:
             return "goes", f"{age(begun, self.now)}, without an end"
         return "stays", f"begun within {days:g} days"
 
-    def _delete(self, batch: Found) -> None:
-        """Delete it as long as nobody goes on with it.
+    def _set_aside(self, batch: Found) -> None:
+        """Mark it, unless somebody has gone on with it since it was looked at."""
+        prefixes = (batch.place.key(""), f"{RESUMED}/{batch.place.prefix}/")
+        written = (each.written for prefix in prefixes for each in self.store.list_objects(self.bucket, prefix))
+        if batch.deleted is None and not any(moment > batch.newest for moment in written):
+            self.store.put_once(self.bucket, f"{DELETED}/{batch.place.prefix}", b"")
 
-        Whoever does so writes ``batch.json`` anew before anything that lies there is taken for drawn. That is looked at
-        before each request, and a request takes less time than the other needs to draw what is put first.
-        """
-        listed = list(self.store.list_objects(self.bucket, batch.place.key("")))
-        if any(each.written > batch.newest for each in listed):
+    def _delete(self, batch: Found) -> None:
+        """Delete all that is there by now, if it is marked."""
+        if not self.store.exists(self.bucket, f"{DELETED}/{batch.place.prefix}"):
             return
-        for keys in in_order(batch.place, [each.key for each in listed]):
-            for first in range(0, len(keys), DELETED_AT_ONCE):
-                about = self.store.stat(self.bucket, batch.place.key("batch.json"))
-                if about is not None and about.written > batch.newest:
-                    return
-                self.store.delete_many(self.bucket, keys[first : first + DELETED_AT_ONCE])
+        # Again, for what a job wrote meanwhile that had not seen the mark; it is told by the mark before it ends.
+        for _ in range(2):
+            for stage in in_order(batch.place, list(self.store.list_keys(self.bucket, batch.place.key("")))):
+                self.store.delete_many(self.bucket, stage)
+
+    def _spent(self) -> list[str]:
+        """Marks and resumptions that mean nothing any more."""
+        there = {f"{DELETED}/{batch.place.prefix}" for batch in self.found}
+        marks = [key for key, since in self.marks.items() if key not in there and self.now - since >= MARK_DAYS]
+        days = self.policy.unfinished_days
+        return marks + [each.key for each in self.resumptions if older(each.written, days, self.now)]
 
     def _batches(self) -> list[Found]:
         found: dict[str, Found] = {}
@@ -136,4 +161,9 @@ class Prints:
                 batch.newest = max(batch.newest, each.written)
                 batch.described |= named[2] == "batch.json"
                 batch.finished |= named[2] == "_SUCCESS"
+        for each in self.resumptions:
+            if (named := RESUMPTION.fullmatch(each.key)) and named[1] in found:
+                found[named[1]].newest = max(found[named[1]].newest, each.written)
+        for prefix, batch in found.items():
+            batch.deleted = self.marks.get(f"{DELETED}/{prefix}")
         return list(found.values())

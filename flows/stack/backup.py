@@ -21,7 +21,7 @@ from flows.stack.local import LocalStack
 
 DATABASES = ("mlflow/mlflow.db", "mlflow/auth.db", "prefect/prefect.db")
 PROGRAMS = ("mlflow", "prefect")
-PASSING = ("pushing/",)
+PASSING = ("pushing/", "resumed/")
 """Prefixes of what means nothing later."""
 
 

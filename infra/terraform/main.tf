@@ -76,61 +76,11 @@ resource "aws_s3_bucket_lifecycle_configuration" "darkroom" {
   }
 }
 
-data "aws_iam_policy_document" "bucket" {
-  statement {
-    sid     = "EncryptedConnectionsAlone"
-    effect  = "Deny"
-    actions = ["s3:*"]
-
-    resources = [aws_s3_bucket.darkroom.arn, "${aws_s3_bucket.darkroom.arn}/*"]
-
-    principals {
-      type        = "*"
-      identifiers = ["*"]
-    }
-
-    condition {
-      test     = "Bool"
-      variable = "aws:SecureTransport"
-      values   = ["false"]
-    }
-  }
-
-  # An entry of the ledger is created or it is not: nobody's mistake can overwrite one.
-  statement {
-    sid       = "LedgerIsWrittenOnce"
-    effect    = "Deny"
-    actions   = ["s3:PutObject"]
-    resources = ["${aws_s3_bucket.darkroom.arn}/ledger/*"]
-
-    principals {
-      type        = "*"
-      identifiers = ["*"]
-    }
-
-    condition {
-      test     = "Null"
-      variable = "s3:if-none-match"
-      values   = ["true"]
-    }
-  }
-
-  statement {
-    sid       = "LedgerIsNeverDeleted"
-    effect    = "Deny"
-    actions   = ["s3:DeleteObject", "s3:DeleteObjectVersion"]
-    resources = ["${aws_s3_bucket.darkroom.arn}/ledger/*"]
-
-    principals {
-      type        = "*"
-      identifiers = ["*"]
-    }
-  }
-}
-
+# What nobody may do, whatever their role: come unencrypted, overwrite what is written once, delete from the ledger.
+# CreateMultipartUpload and UploadPart are s3:PutObject as well, and take no If-None-Match: they create nothing.
 resource "aws_s3_bucket_policy" "darkroom" {
   bucket     = aws_s3_bucket.darkroom.id
-  policy     = data.aws_iam_policy_document.bucket.json
+  policy     = templatefile("${path.module}/../policies/bucket.json", { bucket = var.bucket })
   depends_on = [aws_s3_bucket_public_access_block.darkroom]
 }
 

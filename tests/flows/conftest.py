@@ -21,7 +21,14 @@ from tests.flows.workspace import Workspace
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A SeaweedFS of the session's own; gives the variables by which clients find it."""
+    """A SeaweedFS of the session's own; gives the variables by which clients find it.
+
+    With ``TEST_AWS_ENDPOINT_URL_S3`` and its like set, it is the server that they name.
+    """
+    given = {name.removeprefix("TEST_"): value for name, value in os.environ.items() if name.startswith("TEST_AWS_")}
+    if given:
+        yield given
+        return
     folder = tmp_path_factory.mktemp("s3")
     for name, text in seaweedfs.files(
         seaweedfs.config("test-access", "test-secret"), new_identity("127.0.0.1")

@@ -19,6 +19,7 @@ from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
 from diffusion.errors import Held, UserError
+from diffusion.files import sha256_bytes
 from diffusion.fingerprint import fingerprint
 from flows import batch_plan, printing
 from flows.printing import Work, cost_of
@@ -28,6 +29,7 @@ from flows.s3 import Location, Object, Store, client
 from flows.s3_objects import S3Objects
 from tests.diffusion.small_models import write_model
 from tests.flows.http_server import serving
+from tests.flows.s3_proxy import ignoring_conditional_completion, proxied
 from tests.flows.test_s3_multipart import begun, orphan
 
 SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=2, compute_batch=8, precision="fp32")
@@ -249,11 +251,13 @@ def test_what_drawing_holds_does_not_grow_with_the_count(store: Store, bucket: s
 
 
 def test_of_all_rows_those_of_a_chunk_are_held_while_the_manifest_is_written(
-    store: Store, bucket: str, weights: Path
+    store: Store, bucket: str, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = Location(bucket, "one")
     print_all(store, batch(16), one, weights)
     row = part_rows(store.get(bucket, one.key("manifest/part-00000.jsonl")), "part")[0]
+    # Thousands of images would have to be there, which nothing is read of.
+    monkeypatch.setattr(printing, "unfinished", lambda *_: [])
     peaks = []
     for chunks in (4, 24):
         made, place = batch(128 * chunks, chunk=128), Location(bucket, str(chunks))
@@ -264,6 +268,48 @@ def test_of_all_rows_those_of_a_chunk_are_held_while_the_manifest_is_written(
     assert pq.read_metadata(io.BytesIO(store.get(bucket, "24/manifest.parquet"))).num_rows == 128 * 24
     # Beside the rows of a chunk, the manifest itself is held, and copied, as long as it is smaller than a part.
     assert peaks[1] - peaks[0] < 3 * len(store.get(bucket, "24/manifest.parquet"))
+
+
+@pytest.mark.slow
+def test_on_a_server_that_completes_uploads_over_objects_batches_end_whole_in_files_and_in_large_tars(
+    store: Store, s3_environment: dict[str, str], bucket: str, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(printing, "PART_BYTES", 5 * 2**20)
+    sampling = SAMPLING.model_copy(update={"compute_batch": 64})
+    traits = fingerprint(sampling.compute_batch, sampling.precision, sampling.device)
+    large = batch(2048, chunk=2048, format="tar", sampling=sampling, fingerprint=traits)
+    with proxied(s3_environment, ignoring_conditional_completion) as url:
+        careless = Store(client(attempts=1, variables=s3_environment | {"AWS_ENDPOINT_URL_S3": url}))
+        for made in (batch(32), large):
+            place = Location(bucket, made.format)
+            for _ in range(2):
+                batch_plan.begin(careless, made, place, None)
+                print_all(careless, made, place, weights)
+            files = found(store, place)
+            assert "_SUCCESS" in files
+            for row in rows_of(files):
+                png = files[row["key"]] if made is not large else files[row["tar"]][row["offset"] :][: row["size"]]
+                assert sha256_bytes(png) == row["sha256"]
+    assert store.client.head_object(Bucket=bucket, Key="tar/prints-00000.tar")["ETag"].strip('"').endswith("-2")
+    assert files["prints-00000.tar.sha256"].decode().split()[0] == sha256_bytes(files["prints-00000.tar"])
+
+
+def test_a_batch_of_which_an_image_is_missing_is_not_finished_and_what_is_missing_is_generated_again(
+    store: Store, bucket: str, weights: Path
+) -> None:
+    for made in (batch(5, chunk=2), batch(5, chunk=2, format="tar")):
+        place = Location(bucket, made.format)
+        for chunk in range(3):
+            printing.print_chunk(store, made, place, weights, chunk, None, 1)
+        before = found(store, place)
+        name = "00000003.png" if made.format == "png" else "prints-00001.tar"
+        store.delete_many(bucket, [place.key(name)])
+        assert not printing.finish(store, made, place)
+        assert set(found(store, place)) == set(before) - {name}
+        assert printing.unfinished(store, made, place) == [1]
+        assert printing.print_chunk(store, made, place, weights, 1, None, 1).pictures == 2
+        assert printing.finish(store, made, place)
+        assert before.items() < found(store, place).items()
 
 
 def test_by_a_table_each_picture_shows_its_row(store: Store, bucket: str, weights: Path, tmp_path: Path) -> None:

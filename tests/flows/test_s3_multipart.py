@@ -6,14 +6,14 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from http.server import BaseHTTPRequestHandler
+from typing import Any
 
 import pytest
 
-from diffusion.errors import DarkroomError, Held, UserError
+from diffusion.errors import DarkroomError, Held
 from flows.s3 import Location, Store, client
-from flows.s3_multipart import ABANDONED, abort_uploads, require_conditional_completion, writing
-from tests.flows.http_server import serving
+from flows.s3_multipart import ABANDONED, abort_uploads, honours_conditional_completion, writing
+from tests.flows.s3_proxy import ignoring_conditional_completion, proxied
 
 PART = 5 * 2**20
 """The least that S3 takes."""
@@ -142,57 +142,55 @@ def test_what_killed_processes_left_is_aborted_where_asked_and_if_old_enough(sto
 def test_a_server_that_honours_the_condition_on_completion_passes_and_keeps_nothing(store: Store, bucket: str) -> None:
     store.require_conditional_puts(bucket, "prints")
     for _ in range(2):
-        require_conditional_completion(store, bucket, "prints")
+        assert honours_conditional_completion(store, bucket, "prints")
     assert begun(store, bucket) == []
     assert len(list(store.list_keys(bucket))) == 1
 
 
 @pytest.fixture
-def careless_server() -> Iterator[str]:
-    """An S3 server that completes any upload whatever the condition: as much of one as the probe sees.
-
-    None can be had as a package.
-    """
-    answers = {
-        "GET": b"<ListMultipartUploadsResult><IsTruncated>false</IsTruncated></ListMultipartUploadsResult>",
-        "POST uploads": b"<InitiateMultipartUploadResult><UploadId>1</UploadId></InitiateMultipartUploadResult>",
-        "POST": b"<CompleteMultipartUploadResult><ETag>x</ETag></CompleteMultipartUploadResult>",
-    }
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def answer(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            name = "POST uploads" if self.command == "POST" and "uploads" in self.path else self.command
-            body = answers.get(name, b"")
-            self.send_response(200)
-            self.send_header("ETag", '"x"')
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def do_GET(self) -> None:
-            self.answer()
-
-        def do_POST(self) -> None:
-            self.answer()
-
-        def do_PUT(self) -> None:
-            self.answer()
-
-        def do_DELETE(self) -> None:
-            self.answer()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with serving(Handler) as url:
-        yield url
+def careless(s3_environment: dict[str, str]) -> Iterator[Store]:
+    """A store on a server that completes uploads in parts whatever the condition, as Ceph's gateway does."""
+    with proxied(s3_environment, ignoring_conditional_completion) as url:
+        yield Store(client(attempts=1, variables=s3_environment | {"AWS_ENDPOINT_URL_S3": url}))
 
 
-def test_a_server_that_ignores_the_condition_on_completion_is_refused(careless_server: str) -> None:
-    keys = {"AWS_ENDPOINT_URL_S3": careless_server, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
-    with pytest.raises(UserError, match=r"ignores the condition If-None-Match when an upload") as refusal:
-        require_conditional_completion(Store(client(attempts=1, variables=keys)), "prints")
-    assert "\n" not in str(refusal.value)
+def test_a_server_that_ignores_the_condition_on_completion_is_known(careless: Store, bucket: str) -> None:
+    careless.require_conditional_puts(bucket, "prints")
+    assert not honours_conditional_completion(careless, bucket, "prints")
+    careless.require_conditional_puts(bucket, "prints")
+    assert begun(careless, bucket) == []
+
+
+def test_a_server_that_ignores_it_overwrites_nothing_all_the_same(careless: Store, bucket: str) -> None:
+    write(careless, bucket, DATA)
+    write(careless, bucket, DATA)
+    with pytest.raises(Held):
+        write(careless, bucket, OTHER)
+    assert careless.get(bucket, "a/big") == DATA
+    # Whoever has given up has left a sum, by which others are held.
+    careless.put_once(bucket, "b/big.sha256", f"{'0' * 64}  big\n".encode())
+    with pytest.raises(Held):
+        write(careless, bucket, DATA, "b/big")
+    assert not careless.exists(bucket, "b/big")
+
+
+@pytest.mark.parametrize("late", ["the small one", "the large one"])
+def test_of_two_writers_of_other_bytes_one_of_which_needs_no_parts_one_at_least_is_held(
+    careless: Store, bucket: str, late: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, original = b"few bytes", Store.put_once
+
+    def put_once(self: Store, bucket: str, key: str, *rest: Any, **named: Any) -> Any:
+        """The other one begins and ends just before this one's write."""
+        if late == "the small one" and key == "a/big":
+            monkeypatch.setattr(Store, "put_once", original)
+            write(self, bucket, DATA)
+        elif late == "the large one" and key == "a/big.sha256":
+            monkeypatch.setattr(Store, "put_once", original)
+            write(self, bucket, small)
+        return original(self, bucket, key, *rest, **named)
+
+    monkeypatch.setattr(Store, "put_once", put_once)
+    with pytest.raises(Held):
+        write(careless, bucket, small if late == "the small one" else DATA)
+    assert careless.get(bucket, "a/big") == (DATA if late == "the small one" else small)

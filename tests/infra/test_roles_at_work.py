@@ -1,0 +1,186 @@
+"""Each role does its work through the policies of role and bucket, and a stolen key of it changes nothing that is old.
+
+``tests/infra/policy_evaluator.py`` judges the requests, SeaweedFS does what they ask.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+import boto3
+import pytest
+from botocore.config import Config
+from botocore.exceptions import ClientError
+from dvc.repo import Repo
+
+from flows import catalogue
+from flows.printed import find
+from flows.prints import Batch
+from flows.retention.config import RetentionConfig
+from flows.retention.data import DataSets
+from flows.retention.prints import Prints
+from flows.s3 import Location, Store
+from flows.s3_multipart import writing
+from tests.diffusion.small_models import write_model
+from tests.flows.conftest import bucket, no_servers, s3_environment, s3_server, store
+from tests.flows.s3_proxy import Request, proxied
+from tests.flows.test_catalogue import FOLDER, Place
+from tests.flows.test_gc_beside_sample import BATCHES, generate
+from tests.infra.installation import INFRA
+from tests.infra.policy_evaluator import Statement, is_allowed
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+__all__ = ["bucket", "no_servers", "s3_environment", "s3_server", "store"]
+
+ROLES = ("worker", "sampler", "reader", "keeper", "mlflow")
+ONCE = ("datasets", "dvc", "ledger", "prints", "pushing", "resumed", "retrained", "starts")
+OLD = datetime(2000, 1, 1, tzinfo=UTC)
+
+
+def statements(name: str, bucket: str) -> list[Statement]:
+    text = Template((INFRA / "policies" / f"{name}.json").read_text()).substitute(bucket=bucket)
+    return list(json.loads(text)["Statement"])
+
+
+@pytest.fixture
+def enforcing(s3_environment: dict[str, str], bucket: str) -> Iterator[str]:
+    """The address of a server that knows each role by its name as access key, and enforces the policies."""
+    of_bucket, of_roles = statements("bucket", bucket), {role: statements(role, bucket) for role in ROLES}
+
+    def judge(request: Request) -> str | None:
+        allowed = is_allowed(request, bucket, [of_roles[request.access_key], of_bucket])
+        return None if allowed else "AccessDenied"
+
+    with proxied(s3_environment, judge) as url:
+        yield url
+
+
+@pytest.fixture
+def role(enforcing: str, bucket: str) -> Callable[[str], Any]:
+    """Inside ``role(NAME)`` this process has the keys of that role."""
+
+    @contextmanager
+    def role(name: str) -> Iterator[Store]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL_S3", enforcing)
+            patch.setenv("AWS_ACCESS_KEY_ID", name)
+            patch.setenv("DARKROOM_BUCKET", bucket)
+            yield Store()
+
+    return role
+
+
+def stolen(url: str, role: str) -> "S3Client":
+    """Stock boto3 with the key of a role."""
+    config = Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1})
+    return boto3.client(
+        "s3",
+        endpoint_url=url,
+        aws_access_key_id=role,
+        aws_secret_access_key="x",
+        region_name="us-east-1",
+        config=config,
+    )
+
+
+def refused(act: Callable[[], object]) -> bool:
+    """Whether the server did not do it, as it must not, or as something is there."""
+    try:
+        act()
+    except ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] not in {403, 412}:
+            raise
+        return True
+    return False
+
+
+def ways_to_change(s3: "S3Client", bucket: str, key: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What somebody with a key could try to do to an object."""
+    at: dict[str, Any] = {"Bucket": bucket, "Key": key}
+
+    def in_parts(**condition: str) -> None:
+        upload = s3.create_multipart_upload(**at)["UploadId"]
+        etag = s3.upload_part(**at, UploadId=upload, PartNumber=1, Body=b"x")["ETag"]
+        parts = {"Parts": [{"PartNumber": 1, "ETag": etag}]}
+        s3.complete_multipart_upload(**at, UploadId=upload, MultipartUpload=parts, **condition)  # type: ignore[arg-type]
+
+    yield "overwrite", lambda: s3.put_object(**at, Body=b"x")
+    yield "overwrite by its ETag", lambda: s3.put_object(**at, Body=b"x", IfMatch=s3.head_object(**at)["ETag"])
+    yield "overwrite under the condition", lambda: s3.put_object(**at, Body=b"x", IfNoneMatch="*")
+    yield "copy over it", lambda: s3.copy_object(**at, CopySource={"Bucket": bucket, "Key": "dvc/old"})
+    yield "overwrite in parts", in_parts
+    yield "overwrite in parts under the condition", lambda: in_parts(IfNoneMatch="*")
+    yield "delete", lambda: s3.delete_object(**at)
+    yield "delete among others", lambda: s3.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": key}]})
+
+
+@pytest.mark.parametrize("name", ["worker", "sampler", "reader", "mlflow"])
+def test_a_stolen_key_changes_nothing_that_is_there(store: Store, bucket: str, enforcing: str, name: str) -> None:
+    prefixes = (*ONCE, "deleted", "retired", "pictures")
+    for prefix in prefixes:
+        store.put_once(bucket, f"{prefix}/old", b"old")
+    s3 = stolen(enforcing, name)
+    for prefix in prefixes:
+        for way, act in ways_to_change(s3, bucket, f"{prefix}/old"):
+            # Who pushes takes its own mark away, and an empty one stands for nothing that is old.
+            if (name, prefix, way.partition(" ")[0]) != ("worker", "pushing", "delete"):
+                assert refused(act), (prefix, way)
+    kept = [prefix for prefix in prefixes if (name, prefix) != ("worker", "pushing")]
+    assert all(store.get(bucket, f"{prefix}/old") == b"old" for prefix in kept)
+    # Nor does gc delete for a thief what a mark names.
+    assert refused(lambda: s3.put_object(Bucket=bucket, Key="deleted/prints/a/1/b", Body=b"", IfNoneMatch="*"))
+
+
+def test_nobody_overwrites_or_deletes_an_entry_of_the_ledger(store: Store, bucket: str, enforcing: str) -> None:
+    store.put_once(bucket, "ledger/old", b"old")
+    for name in ROLES:
+        for way, act in ways_to_change(stolen(enforcing, name), bucket, "ledger/old"):
+            assert refused(act), (name, way)
+    assert store.get(bucket, "ledger/old") == b"old"
+
+
+@pytest.mark.slow
+def test_each_role_does_its_work(
+    role: Callable[[str], Any], bucket: str, pictures: Path, tmp_path: Path, store: Store
+) -> None:
+    weights = write_model(tmp_path / "weights.safetensors", 1, 0, classes={"even": 3, "odd": 1})
+    policy = RetentionConfig(data_versions=1, data_days=0, prints_days=0, unfinished_days=0, grace_hours=0)
+    later = datetime.now(UTC) + timedelta(days=1)
+    with role("worker") as worker:
+        Repo.init(no_scm=True).close()
+        place = Place(bucket, pictures)
+        with catalogue.pushing("blobs", place.source):
+            first, second = place.version(), place.version(*range(100, 104))
+        # A shard that was lost comes back by the same key.
+        lost = next(key for key in store.list_keys(bucket, "dvc/files/md5/") if not key.endswith(".dir"))
+        store.delete_many(bucket, [lost])
+        place.publish()
+        assert store.exists(bucket, lost)
+        for prefix in ("ledger", "starts", "retrained"):
+            worker.require_conditional_puts(bucket, prefix)
+            worker.put_once(bucket, f"{prefix}/blobs/00000001.json", b"{}")
+        generate(worker, BATCHES[1], bucket, weights)
+    with role("sampler") as sampler:
+        with writing(sampler, bucket, "prints/large", part_bytes=4) as file:
+            file.write(b"four")
+        batches: list[Location] = [
+            generate(sampler, made.model_copy(update={"seed": 8}), bucket, weights) for made in BATCHES
+        ]
+        assert batches == [generate(sampler, made.model_copy(update={"seed": 8}), bucket, weights) for made in BATCHES]
+    with role("reader") as reader:
+        address = f"{batches[0]}/00000001.png"
+        assert isinstance(find(address, reader, bucket).batch, Batch)
+        assert set(catalogue.Catalogue.of("blobs", place.source, reader).versions()) == {first.digest, second.digest}
+    with role("keeper") as keeper:
+        Prints(keeper, bucket, policy, later).sweep().act()
+        assert not [key for key in keeper.list_keys(bucket, "prints/") if key.startswith("prints/blobs/")]
+        DataSets(keeper, place.source, {}, policy, later).sweep().act()
+        DataSets(keeper, place.source, {}, policy, later).sweep().act()
+        assert set(place.catalogue.versions()) == {second.digest}
+    assert FOLDER.is_dir()
