@@ -203,5 +203,9 @@ class SpooledTracker:
             if "picture" in record:
                 break
             figures.append(Metric(record["name"], record["value"], record["time"], record["step"]))
-        self.tracker.client.log_batch(self.tracker.run_id, metrics=figures)
+        # Another machine that trains the same writes to the same run.
+        last = self.tracker.last_steps()
+        fresh = [figure for figure in figures if figure.step > last.get(figure.key, -1)]
+        if fresh:
+            self.tracker.client.log_batch(self.tracker.run_id, metrics=fresh)
         return len(figures)

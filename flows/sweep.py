@@ -23,7 +23,7 @@ from flows.combinations import SECTIONS, Combination, combinations, words_of
 from flows.evaluate import evaluate
 from flows.params import Params
 from flows.steps import step
-from flows.tracking import SWEEP, RunTracker, run_by_tag
+from flows.tracking import SWEEP, RunTracker, one_run
 from flows.train import train
 
 PAGE = "sweep.html"
@@ -71,10 +71,7 @@ def begin(params: Params, over: dict[str, list[JsonValue]]) -> str:
     client, experiment = MlflowClient(), params.model_name
     same = {name: getattr(params, name).model_dump(mode="json") for name in SECTIONS}
     key = digest_of([same, over, read_manifest(params.dataset_folder).content_digest])
-    if (run := run_by_tag(client, experiment, SWEEP, key)) is None:
-        found = client.get_experiment_by_name(experiment)
-        experiment_id = found.experiment_id if found else client.create_experiment(experiment)
-        run = client.create_run(experiment_id, tags={SWEEP: key}, run_name=f"sweep-{key[:8]}")
+    run = one_run(client, experiment, SWEEP, key, f"sweep-{key[:8]}")
     for name, values in over.items():
         client.log_param(run.info.run_id, name, ", ".join(map(str, values)))
     client.update_run(run.info.run_id, status="RUNNING")

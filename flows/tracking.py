@@ -1,6 +1,7 @@
 """Runs in MLflow: one per training, found again by what went into it, written to live."""
 
 import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,11 +11,13 @@ from typing import Any
 from mlflow.client import MlflowClient
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import DatasetInput, InputTag, LifecycleStage, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from diffusion.data.manifest import Manifest
+from flows.claims import Claims
 from flows.lineage import CodeVersion, DataVersion
 from flows.logs import RUN_ID
 
@@ -28,6 +31,7 @@ RELEASED_FROM = "darkroom.released_from"
 """Tag of a released version, and of its run: where they come from, and what the version is called there."""
 START = "darkroom.start"
 """Tag of a run that began with the weights of a registered model: which version, models:/NAME/NUMBER."""
+RUN_NAME = re.compile(r"[0-9a-f]{32}")
 DIGEST_LENGTH = 36
 """MLflow keeps this many characters of a data set's digest; the tags hold all of them."""
 
@@ -56,9 +60,15 @@ class RunTracker:
             self.client.log_batch(self.run_id, metrics=fresh)
         self.seen |= {metric.key: images for metric in fresh}
 
+    def last_steps(self) -> dict[str, int]:
+        """The last position that the run has of each metric, whoever logged it."""
+        return {metric.key: metric.step for metric in self.client.get_run(self.run_id).data._metric_objs}
+
     def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
         """Keep ``picture`` as the image ``name`` at step ``images``."""
         marker = picture_marker(name)
+        # Another machine that trains the same may have logged it since this was looked up.
+        self.seen.pop(marker, None)
         if images > self._last_step(marker):
             self.client.log_image(self.run_id, picture, key=name, step=images)
             self.log_metrics({marker: images}, images)
@@ -103,13 +113,58 @@ def find_run(client: MlflowClient, experiment: str, train_key: str) -> MlflowRun
 
 
 def run_by_tag(client: MlflowClient, experiment: str, tag: str, value: str) -> MlflowRun | None:
-    """The first run of ``experiment`` whose ``tag`` is ``value``, or None."""
+    """The run of ``experiment`` whose ``tag`` is ``value``, of several the one that was claimed first; or None."""
     found = client.get_experiment_by_name(experiment)
     if found is None:
         return None
+    claimed = Claims.of(experiment, value).holder(lambda run_id: _is_of(client, run_id, tag, value))
+    if claimed is not None:
+        return client.get_run(claimed)
     filter_string = f"tags.`{tag}` = '{value}'"
     runs = client.search_runs([found.experiment_id], filter_string, order_by=["attributes.start_time ASC"])
     return runs[0] if runs else None
+
+
+def one_run(client: MlflowClient, experiment: str, tag: str, value: str, name: str) -> MlflowRun:
+    """The run of ``experiment`` whose ``tag`` is ``value``, made with this ``name`` if there is none.
+
+    Of several who make one at the same time, all go on with that of whoever claims it first. The others are marked as
+    deleted in MLflow, as far as nothing was logged to them.
+    """
+    run = run_by_tag(client, experiment, tag, value) or client.create_run(
+        experiment_id(client, experiment), tags={tag: value}, run_name=name
+    )
+    claimed = Claims.of(experiment, value).claim(run.info.run_id, lambda each: _is_of(client, each, tag, value))
+    for each in client.search_runs([run.info.experiment_id], f"tags.`{tag}` = '{value}'"):
+        if each.info.run_id != claimed and not each.data.metrics and not each.data.params:
+            client.delete_run(each.info.run_id)
+    return run if claimed == run.info.run_id else client.get_run(claimed)
+
+
+def experiment_id(client: MlflowClient, name: str) -> str:
+    """The experiment of that name, made if there is none."""
+    if (found := client.get_experiment_by_name(name)) is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)
+            assert found is not None, "somebody was faster"
+    return str(found.experiment_id)
+
+
+def _is_of(client: MlflowClient, run_id: str, tag: str, value: str) -> bool:
+    """Whether there is a run of this ID that was not deleted and has the tag."""
+    if not RUN_NAME.fullmatch(run_id):
+        return False
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    return bool(run.info.lifecycle_stage == LifecycleStage.ACTIVE and run.data.tags.get(tag) == value)
 
 
 def open_run(
@@ -124,12 +179,9 @@ def open_run(
 ) -> RunTracker:
     """Go on with the run of this training, or begin one; ``anew`` sets an earlier one aside."""
     client = MlflowClient()
-    run = find_run(client, experiment, train_key)
-    if run is not None and anew:
+    if anew and (run := find_run(client, experiment, train_key)) is not None:
         client.set_tag(run.info.run_id, TRAIN_KEY, f"{train_key} (restarted)")
-        run = None
-    if run is None:
-        run = _create_run(client, experiment, train_key)
+    run = one_run(client, experiment, TRAIN_KEY, train_key, f"train-{train_key[:8]}")
     # Also on a run that was there: whoever made it may have been killed before this.
     client.log_batch(run.info.run_id, params=[Param(name, str(value)) for name, value in parameters.items()])
     client.log_inputs(run.info.run_id, [_dataset_input(manifest, data, data_source)])
@@ -147,12 +199,6 @@ def open_run(
         }
     )
     return tracker
-
-
-def _create_run(client: MlflowClient, experiment: str, train_key: str) -> MlflowRun:
-    found = client.get_experiment_by_name(experiment)
-    experiment_id = found.experiment_id if found else client.create_experiment(experiment)
-    return client.create_run(experiment_id, tags={TRAIN_KEY: train_key}, run_name=f"train-{train_key[:8]}")
 
 
 def _dataset_input(manifest: Manifest, data: DataVersion | None, source: str) -> DatasetInput:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 from mlflow.client import MlflowClient
+from PIL import Image
 
 from diffusion.errors import DarkroomError
 from flows import machine, spool
@@ -169,3 +170,18 @@ def test_a_run_on_another_server_gets_all_that_was_said(client: MlflowClient, tm
     other = RunTracker(client, client.create_run("0").info.run_id)
     SpooledTracker(other, tmp_path / "spool").close()
     assert [point[:2] for point in points(other, "loss")] == [(16, 0.5)]
+
+
+def test_what_another_machine_that_trains_the_same_has_said_is_not_said_again(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    tracker = new_run(client)
+    image = Image.new("L", (4, 4))
+    for name, images in (("here", (16, 32)), ("there", (16, 32, 48)), ("elsewhere", (16,))):
+        spooled = SpooledTracker(RunTracker(client, tracker.run_id), tmp_path / name)
+        for step in images:
+            spooled.log_metrics({"loss": 1 / step}, step)
+            spooled.log_picture("samples", image, step)
+        spooled.close()
+    assert [point[:2] for point in points(tracker, "loss")] == [(16, 1 / 16), (32, 1 / 32), (48, 1 / 48)]
+    assert [point[0] for point in points(tracker, "samples_at_images")] == [16, 32, 48]

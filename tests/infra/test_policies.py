@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 BUCKET = "pictures-of-a-team"
 PREFIXES = (
     *("pictures", "dvc", "datasets", "ledger", "prints", "pushing", "resumed", "deleted", "retired", "retrained"),
-    *("starts", "mlflow", "elsewhere"),
+    *("starts", "claims", "mlflow", "elsewhere"),
 )
-WORK = {"dvc", "datasets", "ledger", "prints", "pushing", "retrained", "starts"}
+WORK = {"dvc", "datasets", "ledger", "prints", "pushing", "retrained", "starts", "claims"}
 READS: dict[str, set[str]] = {
     "worker": {*WORK, "pictures", "deleted"},
     "sampler": {"ledger", "prints", "deleted"},
