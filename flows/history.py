@@ -187,16 +187,41 @@ def titles_after(entries: Iterable[Entry]) -> Titles:
 
 
 @dataclass(frozen=True)
+class ForeignObject:
+    """Object below a ledger's prefix that is no entry of its chain: anybody with a key that may write can leave one."""
+
+    name: str
+    """Its key below the prefix of the ledger."""
+    reason: str
+    """Why it is no entry."""
+
+    def __str__(self) -> str:
+        return f"{self.name!a} {self.reason}"
+
+
+@dataclass(frozen=True)
 class History:
     """All entries of a model's ledger, in order."""
 
     model: str
     entries: tuple[Entry, ...] = ()
+    foreign: tuple[ForeignObject, ...] = ()
+    """What else lies there: it decides nothing and stops nothing."""
+    taken: frozenset[int] = frozenset()
+    """Numbers of foreign objects that are named like entries."""
 
     @property
     def head(self) -> Entry | None:
         """The newest entry."""
         return self.entries[-1] if self.entries else None
+
+    @property
+    def next_number(self) -> int:
+        """The number of the entry that would come next: the lowest one above the newest entry's that is free."""
+        number = self.head.number + 1 if self.head else 1
+        while number in self.taken:
+            number += 1
+        return number
 
     @property
     def standing(self) -> Standing:
@@ -248,7 +273,7 @@ class History:
         before, after = self.standing, titles_after(self.entries).after(what, version, challenger).standing
         return Entry(
             model=self.model,
-            number=len(self.entries) + 1,
+            number=self.next_number,
             what=what,
             by_hand=by_hand,
             who=who(),

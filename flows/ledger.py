@@ -3,23 +3,69 @@
 ``s3://BUCKET/ledger/NAME/00000001.json`` and so on are written once, each with the SHA-256 of the one before it. MLflow
 has no compare-and-swap, and its aliases are a write each; to create entry N + 1 with If-None-Match is one write, which
 one of several succeeds with. That is the commit. The aliases follow it (``flows.aliases``).
+
+MLflow keeps a record of the entries (``flows.ledger_record``). Those up to the newest one on record must all be here,
+byte for byte: the chain is followed back from it. Above it, what follows from the newest entry is an entry, whose
+writer may have been stopped before it told MLflow. Whatever else lies there is foreign: it is reported and passed over,
+and the next entry takes the next free number.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-
-from pydantic import ValidationError
+from types import MappingProxyType
+from typing import NamedTuple
 
 from diffusion.errors import Held, UserError
+from diffusion.files import sha256_bytes
 from flows.environment import settings
-from flows.history import Entry, History, Titles
-from flows.s3 import Location, Store
+from flows.history import Entry, ForeignObject, History, Titles, titles_after
+from flows.s3 import Listed, Location, Store
+from flows.s3_errors import Missing
 
-NAME = re.compile(r"\d{8}\.json")
+NAME = re.compile(r"[0-9]{8}\.json")
 READERS = 16
 """Entries fetched at the same time."""
+LARGEST = 2**16
+"""Bytes of an entry, at most: a larger object is none, and is not fetched."""
+
+Known = Mapping[int, str]
+"""SHA-256 by number of the entries that MLflow has on record."""
+NOTHING: Known = MappingProxyType({})
+
+NEWEST = "darkroom.ledger.newest"
+"""Tag of a registered model in MLflow: number and SHA-256 of the newest entry, and where its ledger lies."""
+NEWEST_TEXT = re.compile(r"([0-9]{8}) sha256 ([0-9a-f]{64}) in (s3://\S+)")
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The newest entry that MLflow has on record."""
+
+    number: int
+    sha256: str
+    place: str
+    """Where its ledger lies, s3://BUCKET/ledger/NAME."""
+
+    @classmethod
+    def of(cls, model: str, tags: Mapping[str, str]) -> "Newest | None":
+        """What the ``tags`` of a registered model say, None if nothing; raises UserError if that makes no sense."""
+        if (text := tags.get(NEWEST)) is None:
+            return None
+        if (found := NEWEST_TEXT.fullmatch(text)) is None or not int(found[1]):
+            raise UserError(f"the tag {NEWEST} of {model} in MLflow was altered: see docs/runbook/ledger-broken.md")
+        return cls(int(found[1]), found[2], found[3])
+
+    def __str__(self) -> str:
+        return f"{self.number:08d} sha256 {self.sha256} in {self.place}"
+
+
+class _Object(NamedTuple):
+    """Object that is named like an entry: the SHA-256 of its bytes, and the entry that it is, if it is one."""
+
+    sha256: str
+    entry: Entry | None
 
 
 @dataclass(frozen=True)
@@ -35,80 +81,193 @@ class Ledger:
         """That of ``model``, in the bucket of the environment."""
         return cls(model, Location(settings().bucket) / "ledger" / model, Store())
 
-    def head(self) -> Entry | None:
-        """The newest entry, at the price of two requests: the chain behind it is not looked at. None: there is none."""
-        names = self._names()
-        return self._parsed(names[-1], self._get(names[-1])) if names else None
+    def head(self, known: Known = NOTHING) -> Entry | None:
+        """The newest entry; None: there is none. Two requests if MLflow has it on record and nothing lies above it.
 
-    def read(self) -> History:
-        """All entries, each verified; raises UserError that names the first one that does not follow."""
-        names = self._names()
-        with ThreadPoolExecutor(READERS) as pool:
-            files = list(pool.map(self._get, names))
-        entries = [self._parsed(name, data) for name, data in zip(names, files, strict=True)]
-        return self._verified(entries)
+        Raises UserError as ``read`` does, without a look at what is behind the newest entry if that is on record.
+        """
+        listed, newest = self.listed(), max(known, default=0)
+        if known and max(map(self.number, listed), default=0) == newest:
+            found = self._get(newest)
+            if found is not None and found.sha256 == known[newest]:
+                return self._recorded(newest, found)
+        return self.read(known, listed).head
 
-    def append(self, decide: Callable[[History], Entry | None]) -> History:
+    def read(self, known: Known = NOTHING, listed: Sequence[Listed] | None = None) -> History:
+        """All entries, each verified; raises UserError that names one that is on record, and not here as it was.
+
+        Args:
+            known: What MLflow has on record, asked for before the objects were ``listed``.
+            listed: The objects of the ledger; None: they are listed now.
+        """
+        listed = self.listed() if listed is None else listed
+        objects = self._objects(listed)
+        entries = self._verified(objects, known)
+        reasons = dict(self._extend(entries, objects, sorted(filter(None, map(self.number, listed)))))
+        foreign = [
+            ForeignObject(self._name(each), reasons.get(self.number(each), "is not named like an entry"))
+            for each in listed
+            if not (number := self.number(each)) or number in reasons
+        ]
+        return History(self.model, tuple(entries), tuple(foreign), frozenset(reasons))
+
+    def append(
+        self,
+        decide: Callable[[History], Entry | None],
+        known: Callable[[], Known] = lambda: NOTHING,
+    ) -> History:
         """Commit the entry that ``decide`` makes of the history, or nothing if it makes none.
 
         If somebody else was faster, ``decide`` is asked again with what they wrote; it raises Held if that changes what
-        it stood on.
+        it stood on. What MLflow has on record is looked up by ``known`` each time before the ledger is read; raises
+        UserError, and writes nothing, if the ledger is not what is on record.
         """
         self.store.require_conditional_puts(self.place.bucket, "ledger")
-        while (entry := decide(history := self.read())) is not None:
+        while (entry := decide(history := self.read(known()))) is not None:
+            if len(entry.data) > LARGEST:
+                raise UserError(f"an entry of the ledger has at most {LARGEST} bytes: give a shorter --reason")
             try:
-                name = name_of(entry.number)
-                self.store.put_once(
-                    self.place.bucket, self.place.key(name), entry.data, content_type="application/json"
-                )
-                return History(self.model, (*history.entries, entry))
+                self._put(entry)
             except Held:
-                if len(self._names()) < entry.number:
+                if entry.number not in map(self.number, self.listed()):
                     raise
+                continue
+            # Whoever writes above the next free number can have an entry take its place.
+            history = self.read(known())
+            if entry not in history.entries:
+                raise Held(history.faster())
+            return history
         return history
 
-    def _names(self) -> list[str]:
-        prefix = self.place.key("")
-        keys = self.store.list_keys(self.place.bucket, prefix)
-        return sorted(name for key in keys if NAME.fullmatch(name := key.removeprefix(prefix)))
+    def listed(self) -> tuple[Listed, ...]:
+        """All objects below the ledger's prefix, whatever they are."""
+        return tuple(self.store.list_objects(self.place.bucket, self.place.key("")))
 
-    def _get(self, name: str) -> bytes:
-        return self.store.get(self.place.bucket, self.place.key(name))
+    def restore(self, copies: Mapping[int, bytes], known: Known) -> list[int]:
+        """Write the entries that are missing from ``copies``, by number; returns their numbers.
 
-    def _parsed(self, name: str, data: bytes) -> Entry:
+        Raises UserError, and writes nothing, unless all that is on record is here or among the copies.
+        """
+        listed = self.listed()
+        here = set(map(self.number, listed))
+        lost = {number: self._parsed(number, data) for number, data in copies.items() if number not in here}
+        entries = self._verified(self._objects(listed) | lost, known)
+        missing = [entry for entry in entries if entry.number in lost]
+        for entry in missing:
+            self._put(entry)
+        return [entry.number for entry in missing]
+
+    def _put(self, entry: Entry) -> None:
+        key = self.place.key(name_of(entry.number))
+        self.store.put_once(self.place.bucket, key, entry.data, content_type="application/json")
+
+    def _objects(self, listed: Sequence[Listed]) -> dict[int, _Object]:
+        """What is named like an entry, by number."""
+        small = sorted({self.number(each) for each in listed if each.size <= LARGEST} - {0})
+        with ThreadPoolExecutor(READERS) as pool:
+            found = zip(small, pool.map(self._get, small), strict=True)
+            return {number: each for number, each in found if each is not None}
+
+    def _verified(self, objects: Mapping[int, _Object], known: Known) -> list[Entry]:
+        """The entries up to the newest one on record, found back from it by the digests that they name."""
+        if not known:
+            return []
+        numbers = {each.sha256: number for number, each in objects.items()}
+        number, digest = max(known), known[max(known)]
+        entries: list[Entry] = []
+        while True:
+            name = name_of(number)
+            if number not in objects:
+                raise self._broken(name, f"is missing (sha256 {digest})")
+            if objects[number].sha256 != digest:
+                raise self._broken(name, f"was altered (it had sha256 {digest})")
+            entries.append(entry := self._recorded(number, objects[number]))
+            if entry.parent is None:
+                break
+            below = numbers.get(entry.parent, number)
+            if below >= number:
+                gone = next((each for each in known if known[each] == entry.parent), max(number - 1, 1))
+                raise self._broken(name_of(gone), f"is missing or was altered, and {name} stands on it")
+            number, digest = below, entry.parent
+        entries.reverse()
+        here = {entry.number: entry.digest for entry in entries}
+        for number in sorted(known):
+            if here.get(number) != known[number]:
+                raise self._broken(name_of(number), f"is not what it was (sha256 {known[number]})")
+        titles, before = Titles(), None
+        for entry in entries:
+            if (reason := self._contradiction(entry, before, titles)) is not None:
+                raise self._broken(name_of(entry.number), reason)
+            titles, before = titles.after(entry.what, entry.version, entry.challenger), entry
+        return entries
+
+    def _extend(
+        self, entries: list[Entry], objects: Mapping[int, _Object], numbers: Sequence[int]
+    ) -> Iterator[tuple[int, str]]:
+        """Add to ``entries`` what follows from the newest one; gives the other numbers, each with why it does not."""
+        here, titles = {entry.number for entry in entries}, titles_after(entries)
+        for number in numbers:
+            if number in here:
+                continue
+            before = entries[-1] if entries else None
+            if number not in objects:
+                yield number, f"is larger than {LARGEST} bytes, or was deleted just now"
+            elif before is not None and number < before.number:
+                yield number, "is no entry that another one stands on"
+            elif (entry := objects[number].entry) is None:
+                yield number, "is no entry of this ledger"
+            elif (reason := self._contradiction(entry, before, titles)) is not None:
+                yield number, reason
+            else:
+                entries.append(entry)
+                titles = titles.after(entry.what, entry.version, entry.challenger)
+
+    def _contradiction(self, entry: Entry, before: Entry | None, titles: Titles) -> str | None:
+        """Why ``entry`` does not follow ``before``, after which ``titles`` were held; None: it does."""
+        if entry.parent != (before.digest if before else None):
+            return "does not stand on the entry before it"
+        try:
+            after = titles.after(entry.what, entry.version, entry.challenger)
+        except UserError as error:
+            return f"cannot be: {error}"
+        if (entry.from_version, entry.standing) != (titles.standing.champion, after.standing):
+            return "names other versions than those that follow from what it says"
+        return None
+
+    def _recorded(self, number: int, found: _Object) -> Entry:
+        if found.entry is None:
+            raise self._broken(name_of(number), "is no entry of this ledger")
+        return found.entry
+
+    def _get(self, number: int) -> _Object | None:
+        """What lies under the name of an entry; None if nothing does."""
+        try:
+            data = self.store.get(self.place.bucket, self.place.key(name_of(number)))
+        except Missing:
+            return None
+        return self._parsed(number, data)
+
+    def _parsed(self, number: int, data: bytes) -> _Object:
         try:
             entry = Entry.model_validate_json(data)
-        except ValidationError as error:
-            raise self._broken(name, f"is no entry ({error.errors()[0]['msg']})") from error
-        if (entry.data, name_of(entry.number), entry.model) != (data, name, self.model):
-            raise self._broken(name, "is not as it was written, or not where it was")
-        return entry
+            # As it would be written today, under this name.
+            same = (entry.data, entry.number, entry.model) == (data, number, self.model)
+        except ValueError:
+            same = False
+        return _Object(sha256_bytes(data), entry if same else None)
 
-    def _verified(self, entries: Sequence[Entry]) -> History:
-        before, titles = None, Titles()
-        for number, entry in enumerate(entries, 1):
-            name = name_of(entry.number)
-            if entry.number != number:
-                raise self._broken(name_of(number), f"is missing, and {name} is there")
-            if entry.parent != (before.digest if before else None):
-                raise self._broken(name, "does not stand on the entry before it: one of the two was altered")
-            champion = titles.standing.champion
-            titles = self._after(titles, entry)
-            if (entry.from_version, entry.standing) != (champion, titles.standing):
-                raise self._broken(name, "names other versions than those that follow from what it says")
-            before = entry
-        return History(self.model, tuple(entries))
+    def _name(self, listed: Listed) -> str:
+        return listed.key.removeprefix(self.place.key(""))
 
-    def _after(self, titles: Titles, entry: Entry) -> Titles:
-        try:
-            return titles.after(entry.what, entry.version, entry.challenger)
-        except UserError as error:
-            raise self._broken(name_of(entry.number), f"cannot be: {error}") from error
+    def number(self, listed: Listed) -> int:
+        """The number of an object that is named like an entry; 0: it is not."""
+        return int(name[:8]) if NAME.fullmatch(name := self._name(listed)) else 0
 
     def _broken(self, name: str, words: str) -> UserError:
+        place = f"s3://{self.place.bucket}/{self.place.key(name)}"
         return UserError(
-            f"the ledger of {self.model} is broken: s3://{self.place.bucket}/{self.place.key(name)} {words}; put back "
-            "what was there (the bucket's versions or backup), which the tags darkroom.ledger.* in MLflow summarize"
+            f"the ledger of {self.model} is broken: {place} {words}, says MLflow's record of it; "
+            "docs/runbook/ledger-broken.md says what to do (`darkroom history --restore` writes back what is missing)"
         )
 
 

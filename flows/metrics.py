@@ -18,11 +18,11 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from diffusion.errors import DarkroomError, UserError
-from flows.asking import ask_mlflow, ask_prefect
+from flows.asking import NotServing, ask_mlflow, ask_prefect
 from flows.environment import Server, settings
 from flows.history import History
-from flows.ledger import Ledger
-from flows.s3 import Location, Store, client
+from flows.ledger import Known, Ledger, Newest
+from flows.s3 import Listed, Location, Store, client
 
 GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "darkroom_up": ("whether the server answers", ("server",)),
@@ -42,7 +42,7 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "darkroom_champion_since_timestamp_seconds": ("since when it is", ("model",)),
     "darkroom_champion_figure": ("what was measured of it", ("model", "figure")),
     "darkroom_ledger_entries": ("verdicts and decisions in the ledger", ("model", "what")),
-    "darkroom_ledger_intact": ("whether each of its entries follows from the one before it", ("model",)),
+    "darkroom_ledger_intact": ("whether it is all that MLflow has on record, and nothing foreign is there", ("model",)),
 }
 """Help and labels of every figure by its name."""
 
@@ -70,8 +70,8 @@ def serve(host: str, port: int) -> None:
 class Servers(Collector):
     """Asks the servers of the environment, anew each time."""
 
-    histories: dict[str, History] = field(default_factory=dict)
-    """By model, as last read: entries are never changed, so a ledger with the same end is read once."""
+    read: dict[str, "LedgerRead"] = field(default_factory=dict)
+    """By model, as last read: a ledger is read again when its listing, or MLflow's record of it, differs."""
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: what there is depends on the servers, which are not asked before anybody asks."""
@@ -81,8 +81,8 @@ class Servers(Collector):
         """All figures of the servers that answer, and which ones do."""
         sources: dict[Server, Callable[[], Iterator[Sample]]] = {
             "prefect": of_prefect,
-            "s3": lambda: of_ledgers(self.histories),
-            "mlflow": lambda: of_mlflow(self.histories),
+            "s3": lambda: of_ledgers(self.read),
+            "mlflow": lambda: of_mlflow({model: each.history for model, each in self.read.items()}),
         }
         families = {name: GaugeMetricFamily(name, help_, labels=labels) for name, (help_, labels) in GAUGES.items()}
         for server, source in sources.items():
@@ -143,20 +143,34 @@ def succeeded(flow: str, run: Mapping[str, Any]) -> Iterator[Sample]:
         yield "darkroom_prints_last_batch_pictures_per_second", (), count / seconds
 
 
-def of_ledgers(histories: dict[str, History]) -> Iterator[Sample]:
+@dataclass(frozen=True)
+class LedgerRead:
+    """A ledger as it was read, and what that was read from."""
+
+    listed: tuple[Listed, ...]
+    known: Known
+    history: History
+
+
+def of_ledgers(read: dict[str, LedgerRead]) -> Iterator[Sample]:
     """What the ledger of each registered model says; raises DarkroomError.
 
-    ``histories`` are those read before, and are brought up to date.
+    ``read`` are those read before, and are brought up to date. While MLflow does not answer, a ledger is compared with
+    what was on record the last time.
     """
     place, store = Location(settings().bucket) / "ledger", Store(client(attempts=1, read_timeout=5))
+    # Before the ledgers are listed: whoever adds an entry puts it on record afterwards.
+    known = _on_record(str(place), {model: each.known for model, each in read.items()})
     keys = (key.removeprefix(place.key("")) for key in store.list_keys(place.bucket, place.key("")))
-    for model in sorted({key.partition("/")[0] for key in keys if "/" in key}):
+    for model in sorted({key.partition("/")[0] for key in keys if "/" in key} | known.keys()):
         try:
-            history = _history(Ledger(model, place / model, store), histories)
+            if (on_record := known.get(model, {})) is None:
+                raise UserError(f"what MLflow has on record of the ledger of {model} makes no sense")
+            history = _history(Ledger(model, place / model, store), on_record, read)
         except UserError:
             yield "darkroom_ledger_intact", (model,), 0
             continue
-        yield "darkroom_ledger_intact", (model,), 1
+        yield "darkroom_ledger_intact", (model,), not history.foreign
         for what, count in Counter(entry.what for entry in history.entries).items():
             yield "darkroom_ledger_entries", (model, what), count
         champion = history.standing.champion
@@ -164,6 +178,28 @@ def of_ledgers(histories: dict[str, History]) -> Iterator[Sample]:
         if champion is not None and since:
             yield "darkroom_champion_version", (model,), champion
             yield "darkroom_champion_since_timestamp_seconds", (model,), since[-1].timestamp()
+
+
+def _on_record(place: str, before: Mapping[str, Known]) -> dict[str, Known | None]:
+    """What MLflow has on record of the ledgers below ``place``, by model; None: what it has makes no sense."""
+    found: dict[str, Known | None] = {}
+    token = ""
+    while True:
+        try:
+            answer = ask_mlflow(f"registered-models/search?max_results={PAGE}&page_token={quote(token, safe='')}")
+        except NotServing:
+            return {model: each for model, each in before.items() if each}
+        for model in answer.get("registered_models", ()):
+            name, tags = model["name"], {tag["key"]: tag["value"] for tag in model.get("tags", ())}
+            try:
+                newest = Newest.of(name, tags)
+            except UserError:
+                found[name] = None
+                continue
+            if newest is not None and newest.place == f"{place}/{name}":
+                found[name] = {newest.number: newest.sha256}
+        if not (token := answer.get("next_page_token", "")):
+            return found
 
 
 def of_mlflow(histories: Mapping[str, History]) -> Iterator[Sample]:
@@ -211,11 +247,11 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _history(ledger: Ledger, histories: dict[str, History]) -> History:
-    known, head = histories.get(ledger.model), ledger.head()
-    if known is None or head is None or known.head is None or known.head.digest != head.digest:
-        histories[ledger.model] = known = ledger.read()
-    return known
+def _history(ledger: Ledger, known: Known, read: dict[str, LedgerRead]) -> History:
+    before, listed = read.get(ledger.model), ledger.listed()
+    if before is None or (before.listed, before.known) != (listed, known):
+        read[ledger.model] = before = LedgerRead(listed, known, ledger.read(known, listed))
+    return before.history
 
 
 def _last_success(flow_id: str) -> Mapping[str, Any] | None:

@@ -22,6 +22,7 @@ from diffusion.parent import end_with_parent
 from flows import environment, registry
 from flows.history import Evidence
 from flows.ledger import Ledger
+from flows.ledger_record import verified
 from flows.registry import digest_code
 from flows.trace import MANIFEST
 
@@ -92,7 +93,7 @@ def pack(uri: str, folder: Path) -> Parcel:
     """
     client = MlflowClient()
     version = registry.resolve(client, uri)
-    history = Ledger.of(version.model).read()
+    history = verified(client, Ledger.of(version.model))
     entry = history.about(version.number)
     _fetch(version.uri, folder / MODEL)
     for name in CARRIED:

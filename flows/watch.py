@@ -60,11 +60,12 @@ def look(params: Params) -> Watched:
     from flows import registry
     from flows.environment import settings
     from flows.ledger import Ledger
+    from flows.ledger_record import verified
     from flows.tracking import RunTracker
 
     client, content = MlflowClient(), read_manifest(params.dataset_folder).content_digest
     version = registry.resolve(client, f"models:/{params.model_name}@champion")
-    entry = Ledger.of(version.model).read().about(version.number)
+    entry = verified(client, Ledger.of(version.model)).about(version.number)
     before = entry.evidence.figures if entry and entry.evidence else {}
     conditions = [params.evaluation.model_dump(mode="json"), params.sampling.model_dump(mode="json")]
     key = digest_of([content, version.weights_sha256, *conditions])

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from mlflow.client import MlflowClient
 
 from flows.derived import pages
-from flows.ledger import Ledger
+from flows.ledger import Ledger, Newest
+from flows.ledger_record import verified
 from flows.prints import Batch
 from flows.registry import WEIGHTS
 from flows.s3 import Location, Store
 
 CONTENT = "darkroom.content_digest"
-LEDGER = re.compile(r"ledger/([^/]+)/\d{8}\.json")
+LEDGER = re.compile(r"ledger/([A-Za-z0-9][A-Za-z0-9_.-]*)/[0-9]{8}\.json")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def find_live(
         weights.add(version.tags.get(WEIGHTS, ""))
         runs.setdefault(version.run_id or "", f"made {where}")
         contents.setdefault(version.tags.get(CONTENT, ""), f"{where} learned from it")
-    for model, number, digest in _named_by_ledgers(store, bucket):
+    for model, number, digest in _named_by_ledgers(client, store, bucket):
         if digest not in weights:
             # Somebody deleted the version; what the ledger says of it stands on the run all the same.
             runs |= dict.fromkeys(_logged_by(client, digest), f"the ledger names models:/{model}/{number}")
@@ -60,11 +61,17 @@ def find_live(
     return Live(runs, contents, frozenset(weights), unclear)
 
 
-def _named_by_ledgers(store: Store, bucket: str) -> Iterator[tuple[str, int, str]]:
+def _named_by_ledgers(client: MlflowClient, store: Store, bucket: str) -> Iterator[tuple[str, int, str]]:
     """Of every version that a ledger names: its model, its number and the SHA-256 of its weights."""
     keys = store.list_keys(bucket, "ledger/")
-    for model in sorted({found[1] for key in keys if (found := LEDGER.fullmatch(key))}):
-        for entry in Ledger(model, Location(bucket) / "ledger" / model, store).read().entries:
+    # Also those of which nothing is left but what MLflow has on record.
+    models = {
+        model.name
+        for model in pages(client.search_registered_models)
+        if (newest := Newest.of(model.name, model.tags)) and newest.place == f"s3://{bucket}/ledger/{model.name}"
+    }
+    for model in sorted(models | {found[1] for key in keys if (found := LEDGER.fullmatch(key))}):
+        for entry in verified(client, Ledger(model, Location(bucket) / "ledger" / model, store)).entries:
             yield model, entry.version, entry.weights_sha256
 
 

@@ -12,6 +12,7 @@ WRITES = (
     "set_registered_model_alias",
     "delete_registered_model_alias",
     "set_model_version_tag",
+    "set_registered_model_tag",
     "update_model_version",
 )
 

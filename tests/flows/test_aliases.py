@@ -1,5 +1,6 @@
 """MLflow's aliases follow the ledger, whenever a process is stopped; and a person decides who is champion."""
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -14,8 +15,10 @@ from flows import by_hand
 from flows.aliases import adopted, aliases_of, project
 from flows.history import Approval, Entry, Evidence, History, What
 from flows.ledger import Ledger
+from flows.ledger_record import append, restore
 from flows.promote import Judgement, next_entry
 from flows.registry import Version, resolve
+from flows.retention.live import find_live
 from tests.flows.registered import Killed, Mortal, add_version
 
 HOLD = Evidence(verdict="hold", reason="kid 0.02 ± 0.01, not lower")
@@ -51,7 +54,7 @@ def add(ledger: Ledger, what: What, version: Version, **told: object) -> Entry:
 
 def copies(client: MlflowClient, model: str, number: int) -> dict[str, str]:
     tags = client.get_model_version(model, str(number)).tags
-    return {name.removeprefix("darkroom.ledger."): text for name, text in tags.items() if "ledger" in name}
+    return {name[-8:]: text for name, text in tags.items() if re.fullmatch(r"darkroom\.ledger\.\d{8}", name)}
 
 
 def test_aliases_and_copies_of_the_entries_follow_the_ledger(
@@ -147,16 +150,116 @@ def test_a_registry_from_before_the_ledger_is_adopted(
     assert aliases_of(client, ledger.model) == {"champion": 2, "challenger": 3}
 
 
-def test_an_entry_that_mlflow_has_a_copy_of_cannot_vanish_unseen(
-    client: MlflowClient, versions: list[Version], ledger: Ledger
+def objects(ledger: Ledger) -> dict[str, bytes]:
+    bucket = ledger.place.bucket
+    keys = sorted(ledger.store.list_keys(bucket, ledger.place.key("")))
+    return {key.rpartition("/")[2]: ledger.store.get(bucket, key) for key in keys}
+
+
+def newest_on_record(client: MlflowClient, ledger: Ledger) -> str:
+    return str(client.get_registered_model(ledger.model).tags["darkroom.ledger.newest"])
+
+
+@pytest.fixture
+def refused(client: MlflowClient, ledger: Ledger) -> Callable[[str], None]:
+    """Whoever reads or writes the ledger is refused with these words, and neither server is changed."""
+
+    def all_refused(words: str) -> None:
+        before, tags = objects(ledger), client.get_registered_model(ledger.model).tags
+        for act in (
+            lambda: by_hand.promote(ledger.model, 3),
+            lambda: by_hand.roll_back(ledger.model),
+            lambda: resolve(client, f"models:/{ledger.model}@champion"),
+            lambda: project(client, ledger),
+            lambda: adopted(client, ledger),
+            lambda: append(client, ledger, lambda history: None),
+            lambda: find_live(client, ledger.store, ledger.place.bucket, ()),
+        ):
+            with pytest.raises(UserError, match=words) as caught:
+                act()
+            assert "\n" not in str(caught.value)
+        assert (objects(ledger), client.get_registered_model(ledger.model).tags) == (before, tags)
+
+    return all_refused
+
+
+def test_a_ledger_that_was_cut_or_emptied_is_noticed_by_all_and_comes_back_of_mlflows_copies(
+    client: MlflowClient, versions: list[Version], ledger: Ledger, refused: Callable[[str], None]
 ) -> None:
     add(ledger, "promote", versions[1], evidence=WIN)
+    add(ledger, "hold", versions[3], evidence=HOLD)
     add(ledger, "promote", versions[2], evidence=WIN)
+    history, whole = project(client, ledger), objects(ledger)
+    for gone in (["00000003.json"], list(whole)):
+        ledger.store.delete_many(ledger.place.bucket, map(ledger.place.key, gone))
+        refused(r"00000003\.json is missing")
+        assert restore(client, ledger) == [int(name[:8]) for name in gone]
+        assert objects(ledger) == whole
+        assert project(client, ledger) == history
+    # Copies that are no entries, and one too few.
+    client.set_model_version_tag(ledger.model, "4", "darkroom.ledger.00000002.json", "{}")
+    ledger.store.delete_many(ledger.place.bucket, map(ledger.place.key, whole))
+    with pytest.raises(UserError, match="two records of entry 2"):
+        restore(client, ledger)
+    client.delete_model_version_tag(ledger.model, "4", "darkroom.ledger.00000002.json")
+    client.delete_model_version_tag(ledger.model, "1", "darkroom.ledger.00000001.json")
+    with pytest.raises(UserError, match=r"00000001\.json is missing"):
+        restore(client, ledger)
+    assert objects(ledger) == {}
+
+
+def test_an_entry_that_was_replaced_is_noticed_by_all(
+    client: MlflowClient, versions: list[Version], ledger: Ledger, refused: Callable[[str], None]
+) -> None:
+    add(ledger, "promote", versions[1], evidence=WIN)
     project(client, ledger)
-    place = ledger.place
-    ledger.store.delete_many(place.bucket, [place.key("00000002.json")])
-    with pytest.raises(UserError, match=f"lost or changed an entry that models:/{ledger.model}/2 has a copy of"):
-        resolve(client, f"models:/{ledger.model}@champion")
+    first = ledger.place.key("00000001.json")
+    ledger.store.delete_many(ledger.place.bucket, [first])
+    add(ledger, "promote", versions[3], evidence=WIN)
+    refused(r"00000001\.json was altered")
+    with pytest.raises(UserError, match=r"00000001\.json was altered"):
+        restore(client, ledger)
+
+
+def test_what_is_on_record_is_behind_for_good_reasons_only(
+    client: MlflowClient, versions: list[Version], ledger: Ledger, refused: Callable[[str], None]
+) -> None:
+    add(ledger, "promote", versions[1], evidence=WIN)
+    project(client, ledger)
+    old = newest_on_record(client, ledger)
+    # Stopped before it could tell MLflow.
+    add(ledger, "promote", versions[2], evidence=WIN)
+    assert resolve(client, f"models:/{ledger.model}@champion").number == 2
+    new = newest_on_record(client, ledger)
+    assert (old[:8], new[:8]) == ("00000001", "00000002")
+    # MLflow came back of a backup.
+    client.set_registered_model_tag(ledger.model, "darkroom.ledger.newest", old)
+    for number, tag in ((1, "00000002"), (2, "00000002"), (2, "00000002.json")):
+        client.delete_model_version_tag(ledger.model, str(number), f"darkroom.ledger.{tag}")
+    assert resolve(client, f"models:/{ledger.model}@champion").number == 2
+    assert newest_on_record(client, ledger) == new
+    assert by_hand.promote(ledger.model, 3).entry.number == 3
+    client.set_registered_model_tag(ledger.model, "darkroom.ledger.newest", "00000009" + new[8:])
+    refused(r"00000009\.json is missing")
+    client.set_registered_model_tag(ledger.model, "darkroom.ledger.newest", "9")
+    refused(r"darkroom\.ledger\.newest of .* was altered")
+    client.delete_registered_model_tag(ledger.model, "darkroom.ledger.newest")
+    assert project(client, ledger).standing.champion == 3
+
+
+def test_foreign_objects_stop_neither_promotions_nor_rollbacks_nor_gc(
+    client: MlflowClient, versions: list[Version], ledger: Ledger
+) -> None:
+    for name in ("00000001.json", "00000003.json", "99999999.json", "foo"):
+        key = ledger.place.key(name)
+        ledger.store.put_once(ledger.place.bucket, key, b"{}")
+    assert by_hand.promote(ledger.model, 1).entry.number == 2
+    assert by_hand.promote(ledger.model, 2).entry.number == 4
+    assert by_hand.roll_back(ledger.model).version.number == 1
+    assert resolve(client, f"models:/{ledger.model}@champion").number == 1
+    assert newest_on_record(client, ledger).startswith("00000005 ")
+    assert len(project(client, ledger).foreign) == 4
+    find_live(client, ledger.store, ledger.place.bucket, ())
 
 
 def test_a_champion_that_was_deleted_is_said_to_be_gone(

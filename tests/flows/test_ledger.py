@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from diffusion.errors import Held, UserError
 from flows.history import Approval, Entry, Evidence, History, Standing, Titles, What
-from flows.ledger import Ledger
+from flows.ledger import Known, Ledger
 from flows.s3 import Location, Object, Store
 
 HOLD = Evidence(verdict="hold", reason="kid 0.02 ± 0.01, not lower", figures={"kid": 0.02}, eval_key="e" * 64)
@@ -40,7 +42,7 @@ def objects(ledger: Ledger) -> dict[str, bytes]:
     return {key: ledger.store.get(bucket, key) for key in sorted(ledger.store.list_keys(bucket, "ledger/faces/"))}
 
 
-def replace(ledger: Ledger, key: str, data: bytes | None) -> None:
+def write_over(ledger: Ledger, key: str, data: bytes | None) -> None:
     ledger.store.delete_many(ledger.place.bucket, [key])
     if data is not None:
         ledger.store.put_many(ledger.place.bucket, [Object(key, data)])
@@ -69,39 +71,154 @@ def test_an_empty_ledger_names_nobody(ledger: Ledger) -> None:
     assert ledger.read().standing == Standing()
 
 
-def test_an_altered_a_missing_and_a_forked_entry_are_named(ledger: Ledger) -> None:
+def on_record(ledger: Ledger, *numbers: int) -> Known:
+    """What MLflow would know of these entries, or of the newest one."""
+    entries = ledger.read().entries
+    return {each.number: each.digest for each in entries if each.number in (numbers or (len(entries),))}
+
+
+def written_again(data: bytes, **changes: object) -> bytes:
+    told = json.loads(data) | changes
+    return json.dumps(told, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+TAMPERING: list[tuple[str, Callable[[dict[int, bytes]], object]]] = [
+    ("00000004.json is missing", lambda files: files.clear()),
+    ("00000004.json is missing", lambda files: files.pop(4)),
+    ("00000001.json is missing", lambda files: files.pop(1)),
+    ("00000002.json is missing", lambda files: files.pop(2)),
+    ("00000004.json was altered", lambda files: files.update({4: written_again(files[4], reason="none")})),
+    ("00000004.json was altered", lambda files: files.update({4: files[4][:-7]})),
+    # Deleted, and others written of the same numbers, of which each follows from the one before it.
+    ("00000004.json was altered", lambda files: files.update(dict(zip((3, 4), forked(files), strict=True)))),
+    ("00000003.json is missing or was altered", lambda files: files.update({3: forked(files)[0]})),
+    ("00000002.json is missing or was altered", lambda files: files.update({2: written_again(files[2], number=7)})),
+    ("00000002.json is missing or was altered", lambda files: files.update({2: b"[" * 10_000})),
+    ("00000002.json is missing or was altered", lambda files: files.update({2: b""})),
+]
+"""By what it is noticed, and what is done to four entries."""
+
+
+def forked(files: dict[int, bytes]) -> list[bytes]:
+    history = History("faces", tuple(Entry.model_validate_json(files[number]) for number in (1, 2)))
+    for version in (8, 9):
+        history = replace(
+            history, entries=(*history.entries, history.then("promote", version, weights_of(version), evidence=WIN))
+        )
+    return [entry.data for entry in history.entries[2:]]
+
+
+def test_whatever_is_done_to_entries_that_are_on_record_is_noticed_before_anything_is_written(ledger: Ledger) -> None:
     for version in range(1, 5):
         add(ledger, "promote", version, evidence=WIN)
-    keys, whole = list(objects(ledger)), objects(ledger)
-
-    told = json.loads(whole[keys[1]])
-    for change, words in (
-        ({"reason": "none"}, "00000003.json does not stand on the entry before it"),
-        ({"to_version": 1}, "00000002.json names other versions"),
-        ({"what": "rollback"}, "00000002.json cannot be"),
-        ({"number": 5}, "00000002.json is not as it was written"),
-        ({"model": "other"}, "00000002.json is not as it was written"),
-        ({"format_version": 2}, r"00000002\.json is no entry"),
-    ):
-        data = json.dumps(told | change, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-        replace(ledger, keys[1], data)
+    known, keys = on_record(ledger), list(objects(ledger))
+    whole = dict(enumerate(objects(ledger).values(), 1))
+    for words, tamper in TAMPERING:
+        files = dict(whole)
+        tamper(files)
+        changed = [number for number in whole if files.get(number) != whole[number]]
+        for number in changed:
+            write_over(ledger, keys[number - 1], files.get(number))
         with pytest.raises(UserError, match=words) as caught:
-            ledger.read()
+            ledger.append(lambda history: history.then("promote", 7, weights_of(7)), lambda: known)
         assert "\n" not in str(caught.value)
-    replace(ledger, keys[1], whole[keys[1]][:-7])
-    with pytest.raises(UserError, match=r"00000002\.json is no entry"):
-        ledger.read()
-    replace(ledger, keys[1], None)
-    with pytest.raises(UserError, match=r"00000002\.json is missing, and 00000003\.json is there"):
-        ledger.read()
-    replace(ledger, keys[1], whole[keys[1]])
-    assert len(ledger.read().entries) == 4
+        if 4 in changed:
+            with pytest.raises(UserError, match=words):
+                ledger.head(known)
+        assert dict(zip(sorted(files), objects(ledger).values(), strict=True)) == files
+        for number in changed:
+            write_over(ledger, keys[number - 1], whole[number])
+    assert len(ledger.read(known).entries) == 4
 
-    fork = Ledger("faces", ledger.place, ledger.store).read()
-    other = History("faces", fork.entries[:2]).then("promote", 9, weights_of(9), evidence=WIN)
-    replace(ledger, keys[2], other.data)
-    with pytest.raises(UserError, match=r"00000004\.json does not stand on the entry before it"):
-        ledger.read()
+
+def test_a_copy_of_an_entry_that_is_another_one_by_now_is_noticed(ledger: Ledger) -> None:
+    for version in range(1, 4):
+        add(ledger, "promote", version, evidence=WIN)
+    known = on_record(ledger, 2, 3)
+    assert len(ledger.read(known).entries) == 3
+    with pytest.raises(UserError, match=r"00000002\.json is not what it was"):
+        ledger.read(known | {2: "0" * 64})
+
+
+def test_entries_that_are_not_on_record_yet_count(ledger: Ledger) -> None:
+    for version in range(1, 5):
+        add(ledger, "promote", version, evidence=WIN)
+    for known in ({}, on_record(ledger, 1), on_record(ledger, 3), on_record(ledger, 1, 2, 3, 4)):
+        assert [entry.number for entry in ledger.read(known).entries] == [1, 2, 3, 4]
+        head = ledger.head(known)
+        assert head is not None
+        assert head.number == 4
+
+
+def foreign(ledger: Ledger, history: History) -> dict[str, bytes]:
+    """What somebody with a key that may write leaves among two entries."""
+    skipped = history.then("promote", 9, weights_of(9))
+    return {
+        "00000003.json": b"no JSON",
+        "00000004.json": b"{}",
+        "00000005.json": written_again(skipped.data, number=5, parent="0" * 64),
+        "00000006.json": written_again(skipped.data, number=6, model="other"),
+        "00000007.json": written_again(skipped.data, number=7, to_version=1),
+        "00000008.json": written_again(skipped.data, number=8, what="rollback"),
+        "00000009.json": b"[" * 70_000,
+        "00000000.json": b"",
+        "99999999.json": written_again(skipped.data, number=9),
+        "٠٠٠٠٠٠٠٣.json": b"",
+        "foo": b"",
+        "foo/00000003.json": skipped.data,
+    }
+
+
+def test_objects_that_are_no_entries_are_told_and_stop_nothing(ledger: Ledger) -> None:
+    for version in (1, 2):
+        add(ledger, "promote", version, evidence=WIN)
+    known, left = on_record(ledger), foreign(ledger, ledger.read())
+    for name, data in left.items():
+        write_over(ledger, ledger.place.key(name), data)
+    for seen in (known, {}):
+        history = ledger.read(seen)
+        assert [entry.version for entry in history.entries] == [1, 2]
+        assert {each.name for each in history.foreign} == left.keys()
+        head = ledger.head(seen)
+        assert head is not None
+        assert head.number == 2
+    head = ledger.append(lambda history: history.then("promote", 3, weights_of(3)), lambda: known).head
+    assert head is not None
+    assert (head.number, head.from_version) == (10, 2)
+    assert {each.name for each in ledger.read().foreign} == left.keys()
+    known = on_record(ledger, 10)
+    # An administrator clears up.
+    for name in left:
+        write_over(ledger, ledger.place.key(name), None)
+    for seen in (known, {}):
+        assert ledger.read(seen) == History("faces", ledger.read(known).entries)
+    add(ledger, "promote", 4)
+    assert [entry.number for entry in ledger.read(known).entries] == [1, 2, 10, 11]
+
+
+def test_of_many_at_once_among_foreign_objects_each_gets_an_entry_of_its_own(ledger: Ledger) -> None:
+    for number in (1, 3, 4):
+        write_over(ledger, ledger.place.key(f"{number:08d}.json"), b"{}")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda version: add(ledger, "hold", version, evidence=HOLD), range(1, 5)))
+    history = ledger.read()
+    assert {entry.version for entry in history.entries} == set(range(1, 5))
+    assert [entry.number for entry in history.entries] == [2, 5, 6, 7]
+
+
+def test_whose_entry_lost_its_place_to_one_that_was_put_above_it_is_told(ledger: Ledger) -> None:
+    add(ledger, "promote", 1)
+    seen: list[Known] = [on_record(ledger)]
+
+    def decide(history: History) -> Entry:
+        above = written_again(history.then("promote", 9, weights_of(9)).data, number=3)
+        write_over(ledger, ledger.place.key("00000003.json"), above)
+        seen.append({3: hashlib.sha256(above).hexdigest()})
+        return history.then("promote", 2, weights_of(2))
+
+    with pytest.raises(Held, match="somebody was faster: promote 1 → 9"):
+        ledger.append(decide, lambda: seen[-1])
+    assert [entry.number for entry in ledger.read(seen[-1]).entries] == [1, 3]
 
 
 def test_of_many_at_once_each_gets_an_entry_of_its_own(ledger: Ledger) -> None:
