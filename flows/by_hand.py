@@ -4,17 +4,17 @@ Neither needs Prefect: taking back a bad model waits for no orchestrator. Killed
 ends the same.
 """
 
-import mlflow
 from mlflow.client import MlflowClient
-from mlflow.exceptions import MlflowException
 
 from diffusion.config import Config
 from diffusion.errors import Held, UserError
 from flows import registry
 from flows.aliases import CHAMPION, adopted, aliases_of, project
+from flows.champion import registered_version
 from flows.derived import takedowns
 from flows.history import Entry, Evidence, History, What
 from flows.ledger import Ledger
+from flows.ledger_record import append
 from flows.registry import WEIGHTS, Version
 
 
@@ -55,7 +55,9 @@ def roll_back(model: str, reason: str | None = None) -> Changed:
     history = adopted(client, ledger)
     now, before = history.standing.champion, history.standing.previous
     head = history.head
-    if head is not None and head.what == "rollback" and aliases_of(client, model).get(CHAMPION) != now:
+    killed = head is not None and head.what == "rollback" and aliases_of(client, model).get(CHAMPION) != now
+    # MLflow has no alias for a version that was deleted, which nothing could finish.
+    if head is not None and killed and registered_version(client, model, head.version):
         return _done(client, ledger, _registered(client, model, head.version), already=True)
     if before is None:
         known = f"champion {now} is the first" if now else "there is no champion"
@@ -80,7 +82,7 @@ def _commit(
         judged = last.evidence if last and last.evidence else evidence
         return history.then(what, version.number, version.weights_sha256, by_hand=True, reason=reason, evidence=judged)
 
-    ledger.append(decide)
+    append(client, ledger, decide)
     return _done(client, ledger, version, already=False)
 
 
@@ -95,7 +97,7 @@ def _usable(client: MlflowClient, history: History, number: int, taken_down: boo
     version = _registered(client, history.model, number)
     history.require_same(number, version.weights_sha256)
     # Without them nobody could draw with it, or judge the next one beside it.
-    if not version.weights_sha256 or not _has_weights(version):
+    if not version.weights_sha256 or registry.weights_size(version) is None:
         raise UserError(f"{version.uri} has no weights ({WEIGHTS}, artifacts/weights.safetensors): promote another one")
     words = takedowns(version)
     if words and not taken_down:
@@ -108,16 +110,9 @@ def _usable(client: MlflowClient, history: History, number: int, taken_down: boo
 
 
 def _registered(client: MlflowClient, model: str, number: int) -> Version:
-    try:
-        return registry.version_of(client, model, number)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
+    version = registered_version(client, model, number)
+    if version is None:
         raise UserError(
             f"models:/{model}/{number} is not in the registry: `darkroom promote --to NUMBER` takes one that is"
-        ) from error
-
-
-def _has_weights(version: Version) -> bool:
-    found = mlflow.artifacts.list_artifacts(artifact_uri=f"{version.uri}/artifacts")
-    return any(item.path.rpartition("/")[2] == "weights.safetensors" for item in found)
+        )
+    return version

@@ -15,6 +15,7 @@ from diffusion.evaluation.evaluate import evaluate as judge_checkpoints
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.candidates import candidates
 from diffusion.training.checkpoint import Checkpoints
+from flows.champion import require_champion
 from flows.judged_models import Scoreboard
 from flows.logs import RUN_ID
 from flows.params import Params
@@ -29,6 +30,7 @@ def evaluate(params: Params, folder: Path | None = None) -> Evaluation:
 
     ``folder`` is where it is written to; None: the folder of reports of the data set.
     """
+    require_champion(params)
     folder = folder or params.report_folder
     evaluation = judge(params, folder)
     report(params, evaluation, folder)

@@ -33,11 +33,13 @@ from diffusion.model import export, read_header
 from diffusion.training.post_hoc import AVERAGES
 from flows import model_card, registry
 from flows.aliases import adopted, project
+from flows.champion import champion_problem, require_champion
 from flows.derived import TAKEDOWN
 from flows.environment import settings
 from flows.evaluate import tracker_of
 from flows.history import Approval, Entry, Evidence, GateWord, History
 from flows.ledger import Ledger
+from flows.ledger_record import append
 from flows.params import Params
 from flows.progress import reporter
 from flows.registry import Version
@@ -94,6 +96,7 @@ class Answer(RunInput):
 def promote(params: Params) -> Verdict:
     """Register the best checkpoint and let the gate decide between it and the champion."""
     evaluation = read_evaluation(params.report_folder)
+    require_champion(params)
     version = register(params, evaluation)
     judgement = judge(params, evaluation, version)
     approval = ask(version, judgement) if params.registry.approval else None
@@ -169,6 +172,8 @@ def judge(params: Params, evaluation: Evaluation, version: Version) -> Judgement
     history = adopted(client, Ledger.of(version.model))
     history.require_same(version.number, version.weights_sha256)
     champion = history.standing.champion
+    if (problem := champion_problem(client, history)) is not None:
+        raise UserError(problem)
     if champion == version.number:
         return Judgement(champion=champion, evidence=None, trial=tried(params, version))
     if entry := history.withheld(version.number):
@@ -248,7 +253,7 @@ def record(
 ) -> Verdict:
     """Commit the verdict to the ledger, then let MLflow show it: scores, card, copies of the entry, aliases."""
     client, ledger = MlflowClient(), Ledger.of(version.model)
-    history = ledger.append(lambda history: next_entry(history, version, judgement, approval))
+    history = append(client, ledger, lambda history: next_entry(history, version, judgement, approval))
     entry = history.about(version.number)
     assert entry is not None, "what is champion has an entry that says so"
     _tag(client, version, evaluation, entry)

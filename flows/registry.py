@@ -14,10 +14,11 @@ import pandas as pd
 import torch
 from filelock import FileLock
 from mlflow.client import MlflowClient
-from mlflow.entities import LoggedModel
+from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import AnyType
 from pydantic import ValidationError
@@ -31,6 +32,8 @@ from diffusion.files import digest_of, sha256_file
 from diffusion.grids import image_of, png_bytes
 from diffusion.model import Model, load_model
 from flows.aliases import ALIASES, named
+from flows.ledger import Ledger
+from flows.ledger_record import verified
 from flows.tags import HIGHEST_NUMBER, RunId, VersionNumber, parse_tags
 
 WEIGHTS, CODE = "darkroom.weights_sha256", "darkroom.code_sha256"
@@ -109,6 +112,10 @@ def resolve(client: MlflowClient, uri: str) -> Version:
         number = int(which) if alias is None else named(client, name, alias)
         if number is None:
             raise missing
+        if alias is not None:
+            missing = UserError(
+                f"{uri} is not in the registry any more (version {number}): `darkroom history` says what to do"
+            )
         return version_of(client, name, number)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
@@ -135,12 +142,26 @@ def fetch_weights(version: Version, cache: Path) -> Path:
     with FileLock(folder.with_suffix(".lock")):
         if path.is_file() and sha256_file(path) == version.weights_sha256:
             return path
+        if weights_size(version) is None:
+            raise UserError(f"the weights of {version.uri} are gone from MLflow's artifacts: use another version")
         artifact = f"{version.uri}/artifacts/weights.safetensors"
         found = mlflow.artifacts.download_artifacts(artifact, dst_path=str(folder))
         if sha256_file(Path(found)) != version.weights_sha256:
             raise UserError(f"the weights of {version.uri} do not match their digest: register the model again")
         Path(found).replace(path)
     return path
+
+
+def weights_size(version: Version) -> int | None:
+    """Bytes of its weights, as MLflow lists them; None: they are not there."""
+    try:
+        found = mlflow.artifacts.list_artifacts(artifact_uri=f"{version.uri}/artifacts")
+    except MlflowException as error:
+        # The logged model behind the version was deleted.
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
+            raise
+        return None
+    return next((item.file_size for item in found if item.path.rpartition("/")[2] == "weights.safetensors"), None)
 
 
 def register(
@@ -150,22 +171,63 @@ def register(
     client = MlflowClient()
     with FileLock(weights.with_name(f".{weights.name}.lock")):
         digest = sha256_file(weights)
-        if found := find(client, model, digest):
-            return found
-        logged = _logged_model(run_id, digest) or _log_model(run_id, weights, digest, sampling, images)
-        # Of a model that an earlier process logged the tag says what it shipped: the code here may be newer.
-        ours = {name: logged.tags.get(name) for name in (WEIGHTS, CODE)}
-        entries = {name: str(value) for name, value in (ours | dict(tags)).items() if value is not None}
-        return register_once(client, logged.model_uri, model, digest, entries)
+        if find(client, model, digest):
+            version = only_version(client, model, digest)
+        else:
+            logged = _logged_model(run_id, digest) or _log_model(run_id, weights, digest, sampling, images)
+            # Of a model that an earlier process logged the tag says what it shipped: the code here may be newer.
+            ours = {name: logged.tags.get(name) for name in (WEIGHTS, CODE)}
+            entries = {name: str(value) for name, value in (ours | dict(tags)).items() if value is not None}
+            version = register_once(client, logged.model_uri, model, digest, entries)
+        _delete_others(client, run_id, version)
+        return version
 
 
 def register_once(client: MlflowClient, model_uri: str, model: str, digest: str, tags: Mapping[str, str]) -> Version:
     """Make a logged model with these weights a version of ``model``; returns the first that has them."""
     mlflow.register_model(model_uri, model, tags=dict(tags))
     # Another machine may have done so since it was looked for: both go on with the same one.
-    found = find(client, model, digest)
-    assert found
-    return found
+    return only_version(client, model, digest)
+
+
+def only_version(client: MlflowClient, model: str, digest: str) -> Version:
+    """The first version of ``model`` with these weights; later ones that nobody named since are deleted in MLflow.
+
+    MLflow gives numbers out one after the other, so whoever registered a later one finds the first.
+    """
+    found = client.search_model_versions(f"name='{model}' and tags.`{WEIGHTS}`='{digest}'")
+    first, *later = sorted(int(each.version) for each in found)
+    history = verified(client, Ledger.of(model)) if later else None
+    for number in later:
+        if history and history.about(number) is None:
+            _delete_version(client, model, number)
+    return version_of(client, model, first)
+
+
+def _delete_version(client: MlflowClient, model: str, number: int) -> None:
+    """Delete a version that has no alias, unless somebody else did."""
+    try:
+        if not client.get_model_version(model, str(number)).aliases:
+            client.delete_model_version(model, str(number))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+
+
+def _delete_others(client: MlflowClient, run_id: str, version: Version) -> None:
+    """Delete the models that the run logged with these weights, but for the one that ``version`` was made of.
+
+    A process that was killed never finished its own, and one that was slower has no use for it: should it be at it
+    still, it finds the version when it is tried again.
+    """
+    run, source = client.get_run(run_id), client.get_model_version(version.model, str(version.number)).source or ""
+    found = client.search_logged_models([run.info.experiment_id], f"tags.`{WEIGHTS}` = '{version.weights_sha256}'")
+    ours = [each for each in found if each.source_run_id == run_id]
+    used = [each for each in ours if source in (each.model_uri, each.artifact_location)]
+    for each in ours:
+        if each not in used and (used or each.status != LoggedModelStatus.READY):
+            get_artifact_repository(each.artifact_location).delete_artifacts()  # type: ignore[no-untyped-call]
+            client.delete_logged_model(each.model_id)
 
 
 def find(client: MlflowClient, model: str, digest: str) -> Version | None:

@@ -19,14 +19,15 @@ from mlflow.entities import Run as MlflowRun
 from diffusion.config import Config
 from diffusion.errors import DarkroomError, Held, UserError
 from flows import by_hand, registry
-from flows.aliases import COPY, adopted
+from flows.aliases import adopted
 from flows.environment import settings
 from flows.history import Entry
 from flows.ledger import Ledger
+from flows.ledger_record import COPY
 from flows.parcel import MODEL, RUN, Parcel, unpack
 from flows.registry import WEIGHTS, Version
 from flows.staging import staging
-from flows.tracking import RELEASED_FROM, run_by_tag
+from flows.tracking import RELEASED_FROM, one_run
 
 RELEASED_RUN = "darkroom.released_run"
 """Tag of a run here: the run that it is a copy of."""
@@ -103,11 +104,7 @@ def register(parcel: Parcel, folder: Path, where: str) -> Version:
 def _run(client: MlflowClient, parcel: Parcel, folder: Path, where: str) -> MlflowRun:
     """The copy of the version's run, which has all of it once it is marked as finished."""
     packed = parcel.run
-    run = run_by_tag(client, parcel.model, RELEASED_RUN, packed.run_id)
-    if run is None:
-        found = client.get_experiment_by_name(parcel.model)
-        experiment = found.experiment_id if found else client.create_experiment(parcel.model)
-        run = client.create_run(experiment, tags={RELEASED_RUN: packed.run_id}, run_name=packed.name)
+    run = one_run(client, parcel.model, RELEASED_RUN, packed.run_id, packed.name)
     run_id = run.info.run_id
     if run.info.status == "FINISHED":
         return run

@@ -19,6 +19,7 @@ from diffusion.files import canonical_json
 from diffusion.training.identity import data_digest, train_key
 from flows import registry
 from flows.aliases import CHAMPION, named
+from flows.champion import registered_version
 from flows.environment import settings
 from flows.params import Params
 from flows.registry import Version
@@ -59,7 +60,15 @@ def decided(params: Params, uri: str) -> Version | None:
             f"s3://{place.bucket}/{key} does not say where this training began ({error.errors()[0]['msg']}): put back "
             "what was there, or delete it, and the training begins anew with what training.start names now"
         ) from error
-    return registry.resolve(MlflowClient(), begun) if begun else None
+    if begun is None:
+        return None
+    name, number = registry.parse_model_uri(begun)
+    if (version := registered_version(MlflowClient(), name, int(number))) is None:
+        raise UserError(
+            f"this training begins with {begun}, which is not in the registry any more: set training.start to another "
+            "model, or training.seed to another number, and begin anew"
+        )
+    return version
 
 
 def named_now(params: Params, uri: str) -> Version | None:

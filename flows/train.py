@@ -18,6 +18,7 @@ from diffusion.training.train import Restart, TrainResult, discard
 from diffusion.training.train import train as train_model
 from diffusion.training.warm_start import identified_start, open_start
 from flows import lineage
+from flows.champion import require_champion
 from flows.dataset_page import page_at_hand
 from flows.derived import TAKEDOWN
 from flows.environment import data_source, settings
@@ -44,6 +45,7 @@ def train(params: Params, restart: Restart | Literal["always"] = "never") -> Tra
     """Train as ``params`` say and record it live in MLflow; goes on where it was stopped."""
     # What promotes the version that is trained demands it: better to hear of it now.
     Store().require_conditional_puts(settings().bucket, "ledger")
+    require_champion(params)
     with turn(f"training-{resolve_device(params.training.device).type}"):
         if restart == "always":
             # A step of its own: were it part of the next one, a retry would throw away finished work.

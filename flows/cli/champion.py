@@ -43,6 +43,9 @@ def rollback(
 
 def history(
     dataset: DatasetName = None,
+    restore: Annotated[
+        bool, typer.Option("--restore", help="First write entries that are missing on S3 back from MLflow's copies.")
+    ] = False,
     params: ParamsFile = DEFAULT_PARAMS,
     overrides: Set = [],  # noqa: B006
     as_json: Json = False,
@@ -56,16 +59,24 @@ def history(
         from mlflow.client import MlflowClient
 
         from flows.aliases import project
+        from flows.champion import champion_problem
         from flows.ledger import Ledger
+        from flows.ledger_record import restore as restore_ledger
 
-        found = project(MlflowClient(), Ledger.of(config.model_name))
+        client, ledger = MlflowClient(), Ledger.of(config.model_name)
+        restored = restore_ledger(client, ledger) if restore else []
+        found = project(client, ledger)
+        problem = champion_problem(client, found)
     result = {
         "model": found.model,
         **found.standing.model_dump(),
         "verified": len(found.entries),
+        "restored": restored,
+        "problem": problem,
+        "foreign": [{"name": each.name, "reason": each.reason} for each in found.foreign],
         "entries": [each.model_dump(mode="json") | {"why": each.why, "sha256": each.digest} for each in found.entries],
     }
-    show(result, as_json, list(_table(found)))
+    show(result, as_json, [*_table(found), *([problem] if problem else [])])
 
 
 def show_changed(done: "Changed", as_json: bool) -> None:
@@ -76,6 +87,8 @@ def show_changed(done: "Changed", as_json: bool) -> None:
 
 def _table(found: "History") -> Iterator[str]:
     """The ledger for people."""
+    for each in found.foreign:
+        yield f"foreign object among the entries, which decides nothing (docs/runbook/ledger-broken.md): {each}"
     if found.head is None:
         yield f"the ledger of {found.model} is empty: the first verdict of `darkroom promote` begins it"
         return

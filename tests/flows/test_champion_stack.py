@@ -15,8 +15,10 @@ import httpx
 import pytest
 from mlflow.client import MlflowClient
 
+from flows.ledger import Ledger
+from flows.metrics import LedgerRead, of_ledgers
 from tests.chaos.forked import Forks
-from tests.flows.workspace import PARAMS, Workspace, running
+from tests.flows.workspace import PARAMS, Workspace, objects, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -113,6 +115,96 @@ def test_killed_at_random_moments_there_is_one_champion_and_the_same_command_end
             assert answer(*command)["version"]["number"] == wanted
             assert answer("history")["verified"] == entries + 1
             champion, entries = wanted, entries + 1
+
+
+def intact(model: str = "blobs") -> float:
+    """What the metrics say of a ledger, asked for the first time and once more."""
+    [before, after] = [
+        {labels: value for name, labels, value in of_ledgers(read) if name == "darkroom_ledger_intact"}
+        for read in [dict[str, LedgerRead]()]
+        for _ in range(2)
+    ]
+    assert before == after
+    return before[(model,)]
+
+
+def test_whatever_is_done_to_the_ledger_is_said_by_metrics_and_history_and_nothing_is_written(
+    workspace: Workspace, server: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace.folder)
+    monkeypatch.setenv("DARKROOM_BUCKET", workspace.variables["DARKROOM_BUCKET"])
+    ledger = Ledger.of("blobs")
+    keys = sorted(ledger.store.list_keys(ledger.place.bucket, ledger.place.key("")))
+    whole = {key: ledger.store.get(ledger.place.bucket, key) for key in keys}
+    aliased, read = aliases(server), dict[str, LedgerRead]()
+    assert intact() == 1
+    list(of_ledgers(read))
+    edited = whole[keys[0]].replace(b'"by_hand":false', b'"by_hand":true')
+    assert edited != whole[keys[0]]
+    for changes in (
+        dict.fromkeys(keys),
+        {keys[-1]: None},
+        {keys[0]: None},
+        {keys[0]: edited},
+        {keys[-1]: whole[keys[-1]].replace(b'"reason":', b'"reason": ')},
+    ):
+        ledger.store.delete_many(ledger.place.bucket, changes)
+        for key, data in changes.items():
+            if data is not None:
+                ledger.store.put_once(ledger.place.bucket, key, data)
+        there = objects(workspace, f"{ledger.place}/")
+        assert intact() == 0
+        # Also by who has read it before.
+        assert ("darkroom_ledger_intact", ("blobs",), 0) in list(of_ledgers(read))
+        for verb in (("history",), ("promote", "--to", str(3 - aliased["champion"])), ("rollback",)):
+            assert "the ledger of blobs is broken" in workspace.run(*verb, code=2)
+        assert objects(workspace, f"{ledger.place}/") == there
+        ledger.store.delete_many(ledger.place.bucket, [key for key, data in changes.items() if data is not None])
+        restored = workspace.json("history", "--restore")
+        assert restored["restored"] == [int(key[-13:-5]) for key in keys if key in changes]
+        assert {key: ledger.store.get(ledger.place.bucket, key) for key in keys} == whole
+        assert intact() == 1
+    assert aliases(server) == aliased
+
+    junk = ledger.place.key(f"{len(keys) + 1:08d}.json")
+    ledger.store.put_once(ledger.place.bucket, junk, b"{}")
+    assert intact() == 0
+    assert workspace.json("history")["foreign"] == [{"name": junk[-13:], "reason": "is no entry of this ledger"}]
+    assert workspace.json("rollback")["entry"]["number"] == len(keys) + 2
+    ledger.store.delete_many(ledger.place.bucket, [junk])
+    assert intact() == 1
+
+
+def test_a_champion_that_was_deleted_stops_everything_before_it_begins_and_can_be_replaced(
+    workspace: Workspace, server: MlflowClient
+) -> None:
+    """One of a model of its own, which has two."""
+    named = ("--set", "registry.model=deleted")
+    second = (*named, "--set", "training.seed=1", "--set", "training.output=runs/second")
+    for sets in (named, second):
+        workspace.json("train", *sets)
+        workspace.json("evaluate", *sets)
+        workspace.start("promote", *sets).communicate(timeout=300)
+    workspace.json("promote", "--to", "2", *named)
+    assert workspace.json("history", *named)["problem"] is None
+    server.delete_model_version("deleted", "2")
+    runs = len(server.search_runs([server.get_experiment_by_name("deleted").experiment_id]))
+    other = (*named, "--set", "training.seed=2", "--set", "training.output=runs/third")
+    for words in (
+        ("train", *other),
+        ("retrain", "pictures", "--count", "1", *other),
+        ("evaluate", *second),
+        ("promote", *second),
+    ):
+        said = workspace.run(*words, code=2)
+        assert "version 2 of deleted is champion by the ledger" in said
+        assert "`darkroom rollback` makes version 1 champion" in said
+    assert len(server.search_runs([server.get_experiment_by_name("deleted").experiment_id])) == runs
+    assert not (workspace.folder / "runs" / "third").exists()
+    assert "`darkroom rollback`" in workspace.json("history", *named)["problem"]
+    assert "darkroom history" in workspace.run("sample", "--count", "1", *named, code=2)
+    assert workspace.json("rollback", *named)["version"]["number"] == 1
+    workspace.json("train", *other)
 
 
 class Prefect:

@@ -16,12 +16,20 @@ from mlflow.entities import LoggedModelStatus
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.files import sha256_file
-from flows import registry
+from flows import by_hand, registry
 from flows.registry import WEIGHTS, Version
+from tests.diffusion.small_models import write_model
+from tests.flows.registered import Killed
+
+
+def killed(*_: Any, **__: Any) -> None:
+    """What a process does that is killed here."""
+    raise Killed
 
 
 @pytest.fixture
-def name(mlflow_client: MlflowClient) -> Iterator[str]:
+def name(mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     yield f"m{uuid4().hex}"
     mlflow.set_tracking_uri(None)
 
@@ -32,14 +40,14 @@ def logged(client: MlflowClient, name: str, weights: Path) -> str:
     experiment = client.create_experiment(name)
     run_id = str(client.create_run(experiment).info.run_id)
     model = client.create_logged_model(experiment, "m", run_id, {WEIGHTS: sha256_file(weights)})
-    client.log_model_artifacts(model.model_id, str(weights.parent))
+    client.log_model_artifacts(model.model_id, str(weights.parents[1]))
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     return run_id
 
 
 def weights_in(folder: Path) -> Path:
-    folder.mkdir()
-    path = folder / "weights.safetensors"
+    path = folder / "artifacts" / "weights.safetensors"
+    path.parent.mkdir(parents=True)
     path.write_bytes(b"weights")
     return path
 
@@ -73,7 +81,11 @@ def test_two_who_register_what_lies_in_one_folder_make_one_version(
     assert register(2).number == 1
 
 
-def test_two_machines_that_register_the_same_go_on_with_the_same_version(
+def numbers(client: MlflowClient, name: str) -> list[int]:
+    return sorted(int(each.version) for each in client.search_model_versions(f"name = '{name}'"))
+
+
+def test_two_machines_that_register_the_same_leave_one_version(
     mlflow_client: MlflowClient, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies = [weights_in(tmp_path / machine) for machine in ("here", "there")]
@@ -85,5 +97,58 @@ def test_two_machines_that_register_the_same_go_on_with_the_same_version(
 
     with at_once(monkeypatch, Barrier(2, timeout=60).wait) as pool:
         assert [each.number for each in pool.map(register, copies)] == [1, 1]
-    assert len(mlflow_client.search_model_versions(f"name = '{name}'")) == 2
+    assert numbers(mlflow_client, name) == [1]
     assert register(copies[1]).number == 1
+    # A slower machine had logged a model of its own.
+    where = mlflow_client.get_run(run_id).info.experiment_id
+    for status in (LoggedModelStatus.READY, LoggedModelStatus.FAILED):
+        slower = mlflow_client.create_logged_model(where, "m", run_id, {WEIGHTS: sha256_file(copies[0])})
+        mlflow_client.finalize_logged_model(slower.model_id, status)
+    version = register(copies[1])
+    [left] = mlflow_client.search_logged_models([where])
+    assert mlflow_client.get_model_version(name, "1").source == left.model_uri
+    assert registry.fetch_weights(version, tmp_path / "cache").read_bytes() == b"weights"
+
+
+def test_a_version_of_a_machine_that_was_stopped_before_it_found_the_first_is_deleted_unless_somebody_named_it(
+    mlflow_client: MlflowClient, name: str, tmp_path: Path
+) -> None:
+    weights = weights_in(tmp_path / "run")
+    run_id = logged(mlflow_client, name, weights)
+    tags = {WEIGHTS: sha256_file(weights)}
+    source = mlflow_client.search_logged_models([mlflow_client.get_run(run_id).info.experiment_id])[0].model_uri
+    for _ in range(4):
+        mlflow.register_model(source, name, tags=tags)
+    mlflow_client.set_registered_model_alias(name, "favourite", "2")
+    by_hand.promote(name, 3)
+    for _ in range(2):
+        assert registry.register(name, run_id, weights, SamplingConfig(), {}, 8).number == 1
+        assert numbers(mlflow_client, name) == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_model_that_was_half_logged_when_its_process_was_killed_goes(
+    mlflow_client: MlflowClient, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow.set_tracking_uri(mlflow_client.tracking_uri)
+    weights = write_model(tmp_path / "run" / "weights.safetensors", seed=0, images=8)
+    experiment = mlflow_client.create_experiment(name, artifact_location=(tmp_path / "artifacts").as_uri())
+    run_id = mlflow_client.create_run(experiment).info.run_id
+
+    def register() -> Version:
+        return registry.register(name, run_id, weights, SamplingConfig(), {}, 8)
+
+    def statuses() -> list[str]:
+        return [str(each.status) for each in mlflow_client.search_logged_models([experiment])]
+
+    for point in ("log_model_artifacts", "finalize_logged_model"):
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, point, killed)
+            with pytest.raises(Killed):
+                register()
+    assert statuses() == [LoggedModelStatus.PENDING] * 2
+    version = register()
+    assert statuses() == [LoggedModelStatus.READY]
+    assert registry.fetch_weights(version, tmp_path / "cache").read_bytes() == weights.read_bytes()
+    assert mlflow.pyfunc.load_model(version.uri).metadata.model_id is not None
+    assert numbers(mlflow_client, name) == [1]

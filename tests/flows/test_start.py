@@ -83,6 +83,18 @@ def test_a_dry_run_decides_nothing(params: Params, mlflow_client: MlflowClient, 
     assert begun(params) == f"models:/{params.model_name}/2"
 
 
+def test_a_start_that_was_deleted_since_is_named_with_what_decides_anew(
+    params: Params, mlflow_client: MlflowClient, tmp_path: Path
+) -> None:
+    crown(mlflow_client, params, tmp_path)
+    assert begun(params) == f"models:/{params.model_name}/1"
+    crown(mlflow_client, params, tmp_path)
+    mlflow_client.delete_model_version(params.model_name, "1")
+    with pytest.raises(UserError, match=r"begins with models:/.*/1, which is not in the registry any more"):
+        begun(params)
+    assert begun(other(params, seed=1)) == f"models:/{params.model_name}/2"
+
+
 def test_a_version_that_is_not_there_is_named(params: Params) -> None:
     with pytest.raises(UserError, match="models:/nothing/3 is not in the registry"):
         fetched(other(params, start="models:/nothing/3"))
