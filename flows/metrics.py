@@ -170,7 +170,7 @@ def of_ledgers(read: dict[str, LedgerRead]) -> Iterator[Sample]:
         except UserError:
             yield "darkroom_ledger_intact", (model,), 0
             continue
-        yield "darkroom_ledger_intact", (model,), not history.foreign
+        yield "darkroom_ledger_intact", (model,), float(not history.foreign)
         for what, count in Counter(entry.what for entry in history.entries).items():
             yield "darkroom_ledger_entries", (model, what), count
         champion = history.standing.champion
