@@ -124,7 +124,7 @@ def test_a_full_disk_is_one_line_and_with_room_again_the_same_command_ends_the_s
     assert "is full: free some space and give the same command again" in line
     assert "Traceback" not in errors
     for name, data in finished(folder / output).items():
-        if name in expected and "checkpoints" not in name:
+        if name in expected and name != "losses.csv":  # which grows under its name
             assert data == expected[name], f"{name} is not whole"
     (folder / "filler").unlink()
     finish(start(folder, "", *command))

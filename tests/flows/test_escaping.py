@@ -25,7 +25,7 @@ from tests.conftest import blob
 from tests.diffusion.small_models import write_model
 
 CLEAR, TURNED, LINES, QUOTED = "\x1b[2J\x1b]0;pwned\x07", "safe\u202egnp.exe", "a\nb\x9b31m\x00c", '"]*6); boom("'
-HOSTILE = (CLEAR, TURNED, LINES, QUOTED, "[/red][bold]", "![x](https://example.org/x.png)|<b>")
+HOSTILE = (CLEAR, TURNED, LINES, QUOTED, "[/red][bold]", "![x](https://example.org/x.png)|<marquee>")
 ANY = st.text(st.characters(codec=None), max_size=40)
 """Also halves of surrogate pairs, as names of files that are no UTF-8 have them."""
 
@@ -119,24 +119,27 @@ def darkroom(no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         blob(number).save(folder / f"{number}.png")
         rows.append({"file_name": f"{number}.png", "label": text, "text": f"caption {text}"})
     (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    # Beside metadata, files that it does not name are not looked at.
+    others = tmp_path / "others" / TURNED
+    others.mkdir(parents=True)
+    for number in range(8):
+        blob(100 + number).save(others / f"{number}.png")
     for name in (CLEAR, TURNED, "line\nfeed", "\udcff\udc80"):
-        (folder / f"{name}.png").write_text("not a picture")
+        (others / f"{name}.png").write_text("not a picture")
     params = {"ingest": {"source": "pictures", "size": 8}, "training": {"dataset": "set"}}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     return CommandLine(monkeypatch)
 
 
-def test_commands_show_hostile_names_labels_and_captions_and_obey_none(darkroom: CommandLine, tmp_path: Path) -> None:
-    said = darkroom("stage", "ingest")
-    assert said.count("refused: ") == 4
-    assert json.loads(darkroom("stage", "ingest", "--json"))["quarantined_count"] == 4
+def test_commands_show_hostile_names_labels_and_captions_and_obey_none(darkroom: CommandLine) -> None:
+    first = json.loads(darkroom("stage", "ingest", "--json"))["digest"]
+    others = ("--set", "ingest.source=others")
+    assert darkroom("stage", "ingest", *others).count("refused: ") == 4
+    assert json.loads(darkroom("stage", "ingest", "--json", *others))["quarantined_count"] == 4
     shown = darkroom("data", "show", "--all")
     assert f"  {escape_controls(CLEAR)}: 8" in shown
     classes = json.loads(darkroom("data", "show", "--json"))["classes"]
-    assert classes == dict.fromkeys(HOSTILE, 8)
-    first = json.loads(darkroom("data", "log", "--json"))["versions"][0]["digest"]
-    blob(99).save(tmp_path / "pictures" / "new.png")
-    darkroom("stage", "ingest")
+    assert classes == dict.fromkeys(HOSTILE, 8) | {TURNED: 16}
     for command in (("log",), ("diff",), ("diff", "--json"), ("show", first[:12])):
         darkroom("data", *command)
     darkroom("data", "show", CLEAR, code=2)
@@ -152,7 +155,7 @@ def test_the_page_on_a_data_set_of_hostile_names_is_harmless(darkroom: CommandLi
     summary = write_dataset_report(tmp_path / "data" / "set", page)
     text = page.read_text()
     assert harmless(text)
-    assert "<b>" not in text.partition("</style>")[2]
+    assert "<marquee>" not in text
     assert harmless(summary.markdown())
 
 
