@@ -185,7 +185,7 @@ class _Walk:
             run=run and _traced(run),
             data=manifest and self.data(manifest, tags.dvc_digest, source, released),
             takedowns=self.takedowns(tags.dataset, model, run, manifest, source),
-            broken=self.broken,
+            broken=list(dict.fromkeys(self.broken)),
         )
 
     def picture(self, printed: Printed, picture: Picture) -> TracedPicture:
