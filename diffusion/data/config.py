@@ -42,8 +42,8 @@ class IngestConfig(StorageConfig):
     """Pictures that declare more pixels than this are refused undecoded; Pillow itself opens no larger ones."""
     max_bytes: int = Field(64 * 2**20, ge=1024)
     """Files larger than this are refused unread."""
-    max_page_bytes: int = Field(2**28, ge=2**20)
-    """Parquet files with a page that takes more memory than this to unpack, in bytes, are refused before that."""
+    max_page_bytes: int = Field(2**27, ge=2**20)
+    """Pages of Parquet files that take more memory than this, unpacked, in bytes, are refused before that."""
     max_seconds: float = Field(10.0, gt=0)
     """Pictures that take longer than this to decode are refused."""
 

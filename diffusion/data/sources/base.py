@@ -92,15 +92,15 @@ def _bounded(entry: Entry) -> Entry:
                 stamp="",  # what is wrong with it may be mended while its bytes stay
                 label=entry.label if len(texts["label"]) <= LONGEST["label"] else None,
                 caption=entry.caption if len(texts["caption"]) <= LONGEST["caption"] else None,
-                problem=too_long(kind, len(text)),
+                problem=too_long(kind),
             )
             break
     return entry
 
 
-def too_long(kind: str, characters: int) -> str:
-    """Why something is refused whose name, label or caption has so many ``characters``."""
-    return f"its {kind} has {characters} characters, over the limit of {LONGEST[kind]}"
+def too_long(kind: str) -> str:
+    """Why something is refused whose name, label or caption is longer than LONGEST."""
+    return f"its {kind} has more than {LONGEST[kind]} characters"
 
 
 def shortened(name: str) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffusion.data.pictures import Refused
-from diffusion.data.sources.base import Access, Entry, Payload
+from diffusion.data.sources.base import LONGEST, Access, Entry, Payload
 from diffusion.data.sources.conventions import as_text, sane, too_large
 from diffusion.data.sources.local import MISSING, changed, matching, stamp, stamp_of
 from diffusion.data.sources.parquet_pages import PageRefused, require_small_footer, rows_at_once
@@ -22,6 +23,8 @@ PICTURES = ("image", "img", "picture", "photo", "bytes", "image_bytes", "png", "
 OPTIONS = ("image", "label", "caption")
 TEXTS_AT_ONCE, PICTURES_AT_ONCE = 1024, 16
 """Rows held at a time, at most."""
+LARGEST_PAGE_OF_TEXTS = 2**26
+"""Bytes of memory that a page of labels or captions may take."""
 LONGEST_PATH = 200
 """Characters that are shown."""
 
@@ -65,8 +68,10 @@ class Parquet:
         """All rows; raises UserError for files that are missing, damaged or have no column of pictures."""
         for name, path in matching(self.pattern, ".parquet"):
             known = stamp_of(path)
-            with _opened(path) as file, _in_words(path):
+            with _opened(path) as file:
                 columns = find_columns(file.schema_arrow, self.options, str(path))
+            texts = [name for name in (columns.label, columns.caption) if name]
+            with _opened(path, texts) as file, _in_words(path):
                 if (rows := file.metadata.num_rows) > (size := path.stat().st_size):
                     raise UserError(f"{path} has {rows} rows in {size} bytes, and pictures take more: leave it out")
                 number = count()
@@ -101,10 +106,12 @@ class Parquet:
             yield from ((None, None) for _ in range(file.metadata.row_group(group).num_rows))
             return
         try:
-            batches = self._batches(file, group, named, TEXTS_AT_ONCE, path)
-            for row in (row for batch in batches for row in batch.to_pylist()):
-                label = _class(row[columns.label], columns.classes) if columns.label else None
-                yield label, as_text(row[columns.caption]) if columns.caption else None
+            for batch in self._batches(file, group, named, TEXTS_AT_ONCE, path, texts=True):
+                columns_of = {name: _values(batch.column(name)) for name in named}
+                for row in range(batch.num_rows):
+                    label = columns_of[columns.label][row] if columns.label else None
+                    caption = columns_of[columns.caption][row] if columns.caption else None
+                    yield _class(label, columns.classes), as_text(caption)
         except PageRefused as error:
             raise UserError(f"{path}, row group {group}, {' and '.join(named)}: {error}") from error
         except pa.ArrowException:  # some are ValueErrors, too
@@ -134,18 +141,20 @@ class Parquet:
             yield Refused(damage) if damage else _picture(values[row - start], self.access.config.max_bytes)
 
     def _batches(
-        self, file: pq.ParquetFile, group: int, leaves: Sequence[str], most: int, path: Path
+        self, file: pq.ParquetFile, group: int, leaves: Sequence[str], most: int, path: Path, texts: bool = False
     ) -> Iterator[pa.RecordBatch]:
         """Rows of a row group, with the columns at the paths ``leaves``, as many at a time as memory allows.
 
         Raises PageRefused if it allows not even one.
         """
         about, limit = file.metadata, self.access.config.max_page_bytes
+        if texts:
+            limit = min(limit, LARGEST_PAGE_OF_TEXTS)
         columns = [index for index in range(about.num_columns) if about.schema.column(index).path in leaves]
         if len(columns) != len(leaves):
             raise PageRefused(f"there is not one column {' and one '.join(leaves)}")
         with path.open("rb") as raw:
-            most = min(rows_at_once(raw, about, group, column, most, limit) for column in columns)
+            most = min(rows_at_once(raw, about, group, column, most, limit, not texts) for column in columns)
         return iter(file.iter_batches(most, row_groups=[group], columns=list(leaves), use_threads=False))
 
 
@@ -209,6 +218,18 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests)
 
 
+def _values(column: pa.Array) -> list[Any]:
+    """The values in a column of texts or numbers; of texts no more than it takes to see that they are too long."""
+    if pa.types.is_dictionary(column.type):
+        # Each only once: a large one may stand in every row.
+        used = column.indices.unique().drop_null()
+        values = dict(zip(used.to_pylist(), _values(column.dictionary.take(used)), strict=True))
+        return [values.get(index) for index in column.indices.to_pylist()]
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = pc.utf8_slice_codeunits(column, 0, max(LONGEST.values()) + 1)
+    return list(column.to_pylist())
+
+
 def _class(value: object, names: Sequence[str] | None) -> str | None:
     if names is None or not isinstance(value, int):
         return as_text(value)
@@ -239,10 +260,16 @@ def _in_words(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    """A file that is read page by page, so that row groups of any size fit."""
+def _opened(path: Path, dictionaries: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
+    """A file that is read page by page, so that row groups of any size fit; of ``dictionaries`` rows share values."""
     with _in_words(path):
         require_small_footer(path)
-        file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True)
+        file = pq.ParquetFile(
+            path,
+            buffer_size=2**20,
+            pre_buffer=False,
+            page_checksum_verification=True,
+            read_dictionary=list(dictionaries),
+        )
     with file:
         yield file

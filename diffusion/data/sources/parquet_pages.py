@@ -24,7 +24,7 @@ DEEPEST = 8
 """How many structs a page's header has inside each other; two, as of today."""
 BYTES_PER_VALUE = 16
 """What Arrow keeps for each value of a page besides its bytes."""
-DECODED_AT_ONCE = 2**26
+DECODED_AT_ONCE = 2**25
 """Bytes of the rows that are decoded at a time, if no single one is larger."""
 
 ENCODINGS = {0: "PLAIN", 2: "PLAIN_DICTIONARY", 3: "RLE", 5: "DELTA_BINARY_PACKED", 8: "RLE_DICTIONARY", 9: "SPLIT"}
@@ -57,7 +57,9 @@ def require_small_footer(path: Path) -> None:
         )
 
 
-def rows_at_once(file: BinaryIO, about: pq.FileMetaData, group: int, column: int, most: int, limit: int) -> int:
+def rows_at_once(
+    file: BinaryIO, about: pq.FileMetaData, group: int, column: int, most: int, limit: int, repeats: bool = True
+) -> int:
     """How many rows of a column of a row group may be decoded at a time, ``most`` or fewer, so that memory has a bound.
 
     Args:
@@ -67,6 +69,7 @@ def rows_at_once(file: BinaryIO, about: pq.FileMetaData, group: int, column: int
         column: Number of the column among all that hold values.
         most: Rows.
         limit: Bytes of memory that a page may take.
+        repeats: Whether each row gets a copy of its value in a dictionary.
 
     Raises PageRefused for what would take more however it is read, and pyarrow.ArrowInvalid for damaged headers.
     """
@@ -89,13 +92,13 @@ def rows_at_once(file: BinaryIO, about: pq.FileMetaData, group: int, column: int
                     f"its values are encoded in a way ({encoding}) that may unpack to any size: write it again with "
                     "data pages of version 1, as pyarrow.parquet.write_table does"
                 )
-            taken = size + (packed if chunk.compression != "UNCOMPRESSED" else 0) + BYTES_PER_VALUE * values
-            if taken > limit:
+            if (taken := max(size, packed) + BYTES_PER_VALUE * values) > limit:
                 raise PageRefused(
                     f"a page that takes {taken} bytes is over ingest.max_page_bytes = {limit}: raise it, or write the "
                     "file again with fewer rows in a row group"
                 )
-            largest = max(largest, size)
+            if repeats or kind != DICTIONARY_PAGE:
+                largest = max(largest, size)
         place = file.tell() + packed
     return max(1, min(most, DECODED_AT_ONCE // largest))
 

@@ -118,7 +118,7 @@ def _member(info: tarfile.TarInfo) -> Member:
     name, problem = sane(info.name.removeprefix("./")), _problem(info)
     if len(name) > LONGEST["name"]:
         # WebDataset holds all names of a key.
-        name, problem = shortened(name), too_long("name", len(name))
+        name, problem = shortened(name), too_long("name")
     return Member(name, info.offset_data, info.size, problem)
 
 
