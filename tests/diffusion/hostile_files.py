@@ -66,7 +66,7 @@ def with_a_list_beside_the_bytes(folder: Path) -> Path:
 
 
 def with_wide_rows(folder: Path) -> Path:
-    return parquet(folder / "a.parquet", {"image": pa.array([None] * 4, pa.binary(200_000_000))})
+    return parquet(folder / "a.parquet", {"image": pa.array([None] * 4, pa.binary(40_000_000))})
 
 
 def with_rows_of_nothing(folder: Path) -> Path:

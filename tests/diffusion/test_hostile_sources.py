@@ -2,19 +2,29 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
+import zlib
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from diffusion.data.chunks import TEXT_OF_A_CHUNK, chunks_of
 from diffusion.data.config import IngestConfig
+from diffusion.data.index import Index
 from diffusion.data.ingest import ingest
+from diffusion.data.pictures import prepare
+from diffusion.data.plan import make_plan
+from diffusion.data.sources import open_source
 from diffusion.data.sources.base import LONGEST
 from diffusion.errors import UserError
+from diffusion.progress import silent
 from tests.diffusion.hostile_files import HOSTILE, IMAGES, parquet
 from tests.diffusion.reading_sources import access, seen
+from tests.diffusion.test_sources_archives import peak
 
 GIGABYTE = 2**30
 INGEST = """
@@ -89,7 +99,7 @@ PARQUET = {
     "texts that share their beginning": ("UserError", "encoded in a way"),
     "lists for labels": ("UserError", "neither text nor a number"),
     "rows of nothing": ("UserError", "rows in .* bytes"),
-    "wide rows": ("reason", "each row has 200000000 bytes"),
+    "wide rows": ("reason", "each row has 40000000 bytes"),
 }
 
 
@@ -134,3 +144,25 @@ def test_what_common_writers_make_is_read(tmp_path: Path, version: str, settings
     assert [each.payload for each in found] == images
     assert [each.label for each in found] == [str(label) for label in labels]
     assert [each.caption for each in found] == texts
+
+
+def test_images_of_sixteen_bits_take_little_more_memory_than_others(tmp_path: Path) -> None:
+    rows = zlib.compress(bytes((1 + 2500 * 6) * 2500), 1)
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 2500, 2500, 16, 2, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b""))
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    assert peak(lambda: prepare(data, IngestConfig(size=8))) < 100_000_000
+
+
+def test_chunks_are_shorter_where_texts_are_long(tmp_path: Path) -> None:
+    source = tmp_path / "set"
+    source.mkdir()
+    rows = ({"file_name": f"{number}.png", "text": "x" * 10_000} for number in range(1000))
+    (source / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with closing(Index(tmp_path / "index.sqlite", tmp_path / "data", None, None)) as index:
+        listed = open_source(str(source), access(tmp_path / "scratch"))
+        make_plan(tmp_path / "plan.sqlite", listed, "", index.path, False, True, silent)
+    # As of a set so large that a chunk had a thousand.
+    first = next(chunks_of(tmp_path, IngestConfig(source=str(source)), None, 8000))
+    assert TEXT_OF_A_CHUNK <= first.last * 10_000 < 1.01 * TEXT_OF_A_CHUNK
