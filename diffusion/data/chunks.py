@@ -19,7 +19,7 @@ from PIL import Image
 from diffusion.data.config import IngestConfig
 from diffusion.data.manifest import RECORDS
 from diffusion.data.pictures import Refused, StoredPicture, prepare
-from diffusion.data.plan import Planned, read_plan
+from diffusion.data.plan import Planned, read_plan, text_lengths
 from diffusion.data.shards import TarWriter
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, ObjectStore, Payload
@@ -32,6 +32,8 @@ NOT_OF_A_CHUNK = {"source", "licence", "max_quarantined", "shard_bytes", "runner
 """Fields of the configuration that cannot change what a chunk becomes."""
 FORMAT = 3
 """Goes up when the same pictures would become something else, so that what older code left is not taken up."""
+TEXT_OF_A_CHUNK = 2**23
+"""Characters of names, labels and captions in a chunk, about; its memory grows with them."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def prepare_chunk(chunk: Chunk) -> PreparedChunk:
             rows = _prepare(chunk, planned, TarWriter(tar))
         shard_sha256 = sha256_file(partial)
         _finish(partial, shard)
-        partial.write_text("".join(f"{json.dumps(line)}\n" for line in (shard_sha256, *rows)))
+        with partial.open("w") as lines:
+            lines.writelines(f"{json.dumps(line)}\n" for line in (shard_sha256, *rows))
         _finish(partial, table)
     return PreparedChunk(table, shard)
 
@@ -171,7 +174,11 @@ def perceptual_hash(picture: Image.Image) -> int:
 
 
 def chunks_of(work: Path, config: IngestConfig, objects: ObjectStore | None, pictures: int) -> Iterator[Chunk]:
-    """The chunks into which a plan of ``pictures`` rows falls."""
+    """The chunks into which a plan of ``pictures`` rows falls: as many rows in each, or fewer where texts are long."""
     size = chunk_size(pictures, config)
-    for first in range(1, pictures + 1, size):
-        yield Chunk(work, config.source, config, objects, first, min(first + size - 1, pictures))
+    first, text = 1, 0
+    for number, length in text_lengths(work / "plan.sqlite"):
+        text += length
+        if number - first + 1 == size or text >= TEXT_OF_A_CHUNK or number == pictures:
+            yield Chunk(work, config.source, config, objects, first, number)
+            first, text = number + 1, 0

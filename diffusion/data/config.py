@@ -42,6 +42,8 @@ class IngestConfig(StorageConfig):
     """Pictures that declare more pixels than this are refused undecoded; Pillow itself opens no larger ones."""
     max_bytes: int = Field(64 * 2**20, ge=1024)
     """Files larger than this are refused unread."""
+    max_page_bytes: int = Field(2**27, ge=2**20)
+    """Pages of Parquet files that take more memory than this, unpacked, in bytes, are refused before that."""
     max_seconds: float = Field(10.0, gt=0)
     """Pictures that take longer than this to decode are refused."""
 
@@ -52,9 +54,15 @@ class IngestConfig(StorageConfig):
     workers: int = Field(2, ge=1)
     """How many shards are prepared at the same time."""
     download_seconds: float = Field(20.0, gt=0)
-    """How long a URL may take to answer."""
+    """How long one try of a URL may take, from the resolution of its host's name to the last byte, with redirects."""
     download_tries: int = Field(4, ge=1)
     """How often a URL is tried before its picture is quarantined."""
+    allow_private_addresses: bool = False
+    """Whether tables of URLs may name hosts on loopback, private, link-local or reserved addresses, also by a redirect:
+    whoever wrote the table then decides what this machine asks of its own network. Otherwise such rows are quarantined;
+    ``--requeue`` reads them again once this is true. Behind a proxy of the environment (``HTTPS_PROXY``) names are
+    checked as this machine resolves them, and rows whose names it cannot resolve fail; the proxy resolves them again,
+    so give it such a rule, too."""
 
     def storage(self) -> StorageConfig:
         """The fields that decide what is stored; the others say which pictures are taken, and how the work is done."""

@@ -19,6 +19,9 @@ from diffusion.data.manifest import RECORDS, FileEntry, Part, Totals
 from diffusion.data.shards import BLOCK, Extent, filtered
 from diffusion.files import make_folder, sync_file, sync_folder, write_atomically
 
+REASONS_COUNTED = 10_000
+"""Different ones: some hold sizes and what servers say, and may be as many as the pictures."""
+
 
 def split_of(key: str, held_out: float) -> str:
     """The split a picture falls into: a function of its content alone, so it never changes sides."""
@@ -76,7 +79,8 @@ class Merge:
         if row["outcome"] == "quarantined":
             if self.index.refusal(row["source"], row["source_sha256"]) == row["reason"]:
                 return False
-            self.reasons[row["reason"]] += 1
+            known = len(self.reasons) < REASONS_COUNTED or row["reason"] in self.reasons
+            self.reasons[row["reason"] if known else "other reasons"] += 1
         self.news[row["outcome"]] += 1
         return True
 

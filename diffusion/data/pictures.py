@@ -7,9 +7,10 @@ knows the machine.
 import io
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from time import monotonic, thread_time
 
 import numpy as np
@@ -40,6 +41,10 @@ DECODERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
 """By what the bytes of a file begin with."""
 JPEG_BLOCK = 4096
 """Bytes that the decoder of JPEGs is given at a time: a few of them may be a scan over the whole picture."""
+LARGE = 2**24
+"""Pixels; of such images, which take some twenty bytes for each pixel, one is decoded at a time in a process. JPEGs are
+decoded at a fraction of their size."""
+ONE_LARGE = Lock()
 LARGEST_PROFILE = 4 * 2**20
 """Bytes that a colour profile may have; those of presses have up to three million."""
 REDUCED = 2
@@ -88,8 +93,8 @@ def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredPicture
 
     Raises Refused, with the reason, and nothing else, whatever the bytes are.
     """
-    with _refusing(config):
-        source = _decode(payload, config)
+    with _refusing(config), ExitStack() as turns:
+        source = _decode(payload, config, turns)
         picture = _square(source, _to_grey_or_rgb(source, config), config)
         if config.mode == "keep":
             picture = _grey_if_all_is(picture)
@@ -104,8 +109,8 @@ def unscaled(payload: bytes, config: IngestConfig) -> np.ndarray:
 
     Both sides must have less than 2 · ``config.size`` pixels, as larger JPEGs are decoded at a fraction.
     """
-    with _refusing(config):
-        source = _decode(payload, config)
+    with _refusing(config), ExitStack() as turns:
+        source = _decode(payload, config, turns)
         if max(source.size) >= REDUCED * config.size:
             width, height = source.size
             raise Refused(f"{width}×{height} pixels: a side of more than {REDUCED * config.size - 1}")
@@ -156,7 +161,7 @@ class _Timed(io.BytesIO):
             raise Refused(f"takes more than {self.seconds:g} seconds to decode")
 
 
-def _decode(payload: bytes | Image.Image, config: IngestConfig) -> _Source:
+def _decode(payload: bytes | Image.Image, config: IngestConfig, turns: ExitStack) -> _Source:
     if isinstance(payload, Image.Image):
         _require_usable(payload.size, config)
         payload.load()
@@ -173,6 +178,8 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig) -> _Source:
         drafted = picture.draft(None, (REDUCED * width, REDUCED * height))
         scale = round(size[0] / drafted[1][2]) if drafted else 1
         picture.decodermaxblock = JPEG_BLOCK
+    elif size[0] * size[1] > LARGE:
+        turns.enter_context(ONE_LARGE)
     if has_sixteen_bits(picture):
         decoded: Image.Image = from_sixteen_bits(picture, lambda: _open(file))
     else:

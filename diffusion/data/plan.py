@@ -11,8 +11,9 @@ from diffusion.files import digest_of
 from diffusion.progress import Progress
 
 SCHEMA = """
-    CREATE TABLE listing (number INTEGER PRIMARY KEY, source TEXT UNIQUE, locator, stamp, label, caption, told);
-    CREATE TABLE plan (number INTEGER PRIMARY KEY, source, locator, stamp, label, caption, known);
+    CREATE TABLE listing
+        (number INTEGER PRIMARY KEY, source TEXT UNIQUE, locator, stamp, label, caption, problem, told);
+    CREATE TABLE plan (number INTEGER PRIMARY KEY, source, locator, stamp, label, caption, problem, known);
 """
 STAMPED = """
     SELECT 1 FROM stored.seen s
@@ -52,9 +53,10 @@ def make_plan(
         database.execute("ATTACH ? AS stored", (str(index),))
         database.execute("BEGIN")
         database.executemany(
-            "INSERT OR REPLACE INTO listing (source, locator, stamp, label, caption, told) VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO listing (source, locator, stamp, label, caption, problem, told) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
-                (e.source, e.locator, e.stamp, e.label, e.caption, told_of(e.label, e.caption))
+                (e.source, e.locator, e.stamp, e.label, e.caption, e.problem, told_of(e.label, e.caption))
                 for e in _told(source.entries(), progress)
             ),
         )
@@ -65,8 +67,8 @@ def make_plan(
             known, wanted = "NULL", "TRUE"
         order = "l.number" if source.in_order else "l.source"
         database.execute(
-            f"""INSERT INTO plan (source, locator, stamp, label, caption, known)
-                SELECT l.source, l.locator, l.stamp, l.label, l.caption,
+            f"""INSERT INTO plan (source, locator, stamp, label, caption, problem, known)
+                SELECT l.source, l.locator, l.stamp, l.label, l.caption, l.problem,
                     CASE WHEN EXISTS ({CORRECTED}) THEN NULL ELSE ({known}) END FROM listing l
                 WHERE {wanted} ORDER BY {order}""",
             {"origin": origin},
@@ -81,11 +83,20 @@ def read_plan(path: Path, first: int, last: int) -> list[Planned]:
     """Rows ``first`` … ``last`` of the plan, counted from 1."""
     with closing(sqlite3.connect(path)) as database:
         rows = database.execute(
-            "SELECT source, locator, stamp, label, caption, known FROM plan "
+            "SELECT source, locator, stamp, label, caption, problem, known FROM plan "
             "WHERE number BETWEEN ? AND ? ORDER BY number",
             (first, last),
         )
-        return [Planned(Entry(*row[:5]), frozenset((row[5] or "").lower().split(",")) - {""}) for row in rows]
+        return [Planned(Entry(*row[:6]), frozenset((row[6] or "").lower().split(",")) - {""}) for row in rows]
+
+
+def text_lengths(path: Path) -> Iterator[tuple[int, int]]:
+    """Number and characters of text of each row of the plan."""
+    with closing(sqlite3.connect(path)) as database:
+        yield from database.execute(
+            "SELECT number, length(source) + ifnull(length(label), 0) + ifnull(length(caption), 0) FROM plan "
+            "ORDER BY number"
+        )
 
 
 def told_of(label: str | None, caption: str | None) -> str:

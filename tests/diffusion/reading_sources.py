@@ -26,7 +26,7 @@ class Seen:
 
 def access(scratch: Path, objects: ObjectStore | None = None, **fields: object) -> Access:
     scratch.mkdir(exist_ok=True)
-    return Access(IngestConfig.model_validate({"size": 8} | fields), scratch, objects)
+    return Access(IngestConfig.model_validate({"size": 8, "allow_private_addresses": True} | fields), scratch, objects)
 
 
 def seen(uri: str | Path, given: Access) -> list[Seen]:

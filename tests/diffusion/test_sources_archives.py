@@ -5,6 +5,7 @@ import gzip
 import io
 import lzma
 import stat
+import struct
 import tarfile
 import tracemalloc
 import zipfile
@@ -185,7 +186,7 @@ def test_a_zip_holds_what_zipfile_finds_in_it(files: Files, method: int, before:
     assert listed("set.zip", before + buffer.getvalue()) == expected
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.sampled_from(["set.tar", "set.zip", "set.tar.gz", "set.tar.bz2", "set.tar.xz"]), st.data())
 def test_damage_anywhere_is_an_error_or_a_reason_and_nothing_else(name: str, data: st.DataObject) -> None:
     whole = bytearray(MAKERS[name]({f"dir/{number}.png": bytes([number]) * 700 for number in range(4)}))
@@ -283,6 +284,86 @@ def test_headers_that_follow_each_other_without_end_are_an_error(tmp_path: Path)
     (tmp_path / "set.tar").write_bytes((info.tobuf(tarfile.GNU_FORMAT) + b"a.png".ljust(512, b"\0")) * 5000)
     with pytest.raises(UserError, match=r"set.tar cannot be read as a tar"):
         seen(tmp_path / "set.tar", access(tmp_path / "scratch"))
+
+
+def overlapping(kind: str) -> bytes:
+    """A zip of two files that share bytes: all of them, or one lies inside the other (Fifield's ways to make bombs)."""
+    inner = zip_bytes({"b.png": b"2" * 100}, zipfile.ZIP_STORED)
+    local = inner[: inner.index(b"PK\1\2")]
+    whole = bytearray(zip_bytes({"a.png": b"1" * 50 + local, "b.png": b"2" * 100}, zipfile.ZIP_STORED))
+    first = whole.index(b"PK\1\2")
+    second = whole.index(b"PK\1\2", first + 1)
+    at = {"the same bytes": 0, "one inside another": whole.index(local)}.get(kind, -1)
+    if kind == "an extra field over the next header":
+        # The data of a.png begin behind the header of b.png, and are its data.
+        whole = bytearray(zip_bytes({"a.png": b"2" * 100, "b.png": b"2" * 100}, zipfile.ZIP_STORED))
+        first = whole.index(b"PK\1\2")
+        whole[28:30] = (135).to_bytes(2, "little")
+        return bytes(whole)
+    whole[second + 42 : second + 46] = at.to_bytes(4, "little")
+    return bytes(whole)
+
+
+@pytest.mark.parametrize("kind", ["the same bytes", "one inside another"])
+def test_a_zip_whose_files_share_bytes_is_refused(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "set.zip").write_bytes(overlapping(kind))
+    with pytest.raises(UserError, match="overlaps another one"):
+        seen(tmp_path / "set.zip", access(tmp_path / "scratch"))
+
+
+def test_a_file_in_a_zip_that_reaches_into_the_next_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "set.zip").write_bytes(overlapping("an extra field over the next header"))
+    found = payloads(tmp_path / "set.zip", access(tmp_path / "scratch"))
+    assert found == {
+        "set.zip/a.png": "damaged in the zip: it overlaps what is stored behind it",
+        "set.zip/b.png": b"2" * 100,
+    }
+
+
+def test_a_zip_whose_directory_is_one_of_its_files_is_refused(tmp_path: Path) -> None:
+    whole = bytearray(zip_bytes({"a.png": b"1"}, zipfile.ZIP_STORED))
+    entry = whole.index(b"PK\1\2")
+    whole[entry + 20 : entry + 28] = (50).to_bytes(4, "little") * 2
+    (tmp_path / "set.zip").write_bytes(whole)
+    with pytest.raises(UserError, match="overlaps another one or the directory"):
+        seen(tmp_path / "set.zip", access(tmp_path / "scratch"))
+
+
+def test_a_zip_with_its_directory_in_another_order_and_descriptors_is_read(tmp_path: Path) -> None:
+    class Unseekable(io.RawIOBase):
+        """Sizes come behind the data when zipfile cannot go back."""
+
+        def __init__(self) -> None:
+            self.data = bytearray()
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: object, /) -> int:
+            self.data += bytes(data)  # type: ignore[call-overload]
+            return len(bytes(data))  # type: ignore[call-overload]
+
+    stream = Unseekable()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(5):
+            archive.writestr(f"{number}.png", bytes([number]) * 99)
+        archive.filelist.reverse()
+    assert b"PK\7\10" in stream.data.replace(b"PK\x07\x08", b"PK\7\10")
+    (tmp_path / "set.zip").write_bytes(b"#!/bin/sh\n" * 20 + stream.data)
+    found = payloads(tmp_path / "set.zip", access(tmp_path / "scratch"))
+    assert found == {f"set.zip/{number}.png": bytes([number]) * 99 for number in reversed(range(5))}
+
+
+def test_a_zip_of_64_bits_behind_a_program_is_read(tmp_path: Path) -> None:
+    plain = zip_bytes({"a.png": b"1", "b.png": b"2"}, zipfile.ZIP_STORED)
+    start, end = plain.index(b"PK\1\2"), plain.index(b"PK\5\6")
+    wide = struct.pack("<4sQHHLLQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 2, 2, end - start, start)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, end, 1)
+    last = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 2**16 - 1, 2**16 - 1, 2**32 - 1, 2**32 - 1, 0)
+    for program in (b"", b"#!/bin/sh\n" * 50):
+        (tmp_path / "set.zip").write_bytes(program + plain[:end] + wide + locator + last)
+        found = payloads(tmp_path / "set.zip", access(tmp_path / "scratch"))
+        assert found == {"set.zip/a.png": b"1", "set.zip/b.png": b"2"}
 
 
 @pytest.mark.parametrize("name", ["set.tar", "set.zip"])

@@ -278,7 +278,7 @@ def test_a_table_that_cannot_be_understood_is_an_error_of_one_line(
 
 
 def test_known_urls_are_not_asked_again_and_refused_ones_on_request(server: Server, tmp_path: Path) -> None:
-    config = IngestConfig(source=str(tmp_path / "urls.jsonl"), size=8, held_out=0.33)
+    config = IngestConfig(source=str(tmp_path / "urls.jsonl"), size=8, held_out=0.33, allow_private_addresses=True)
     rows: list[dict[str, object]] = [{"url": f"{server.url}/png/{number}", "label": number % 2} for number in range(12)]
     table(tmp_path / "urls.jsonl", [*rows, {"url": f"{server.url}/status/404"}])
     first = ingest(tmp_path / "data", config)

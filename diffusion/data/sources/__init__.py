@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from diffusion.data.sources.base import Access, Source
+from diffusion.data.sources.base import Access, Bounded, Source
 from diffusion.errors import UserError
 
 UNDERSTOOD = (
@@ -16,13 +16,17 @@ IDX = re.compile(r".*-images[-.]idx3-ubyte(\.gz)?")
 
 
 def open_source(uri: str, access: Access) -> Source:
-    """The source that ``uri`` names; nothing is listed or fetched yet.
+    """The source that ``uri`` names; nothing is listed or fetched yet. What it tells of a picture is bounded.
 
     A path (or ``file://`` URL) is a folder, or a file whose name tells its kind. ``wds:``, ``parquet:``, ``idx:``
     and ``torchvision:`` say what the name alone does not, and the last three take options: ``?NAME=VALUE&…``.
 
     Raises UserError for what is not understood or not there, and for options that would have no effect.
     """
+    return Bounded(_open_source(uri, access))
+
+
+def _open_source(uri: str, access: Access) -> Source:
     scheme, colon, rest = uri.partition(":")
     if uri.startswith("s3://"):
         from diffusion.data.sources.objects import Objects

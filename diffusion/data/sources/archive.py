@@ -1,6 +1,7 @@
 """A tar, compressed or not, or a zip of pictures: read where it lies, by offset."""
 
 import json
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -127,5 +128,5 @@ class Zip(Archive):
         try:
             with self.path.open("rb") as file, zips.open_member(file, zips.Place(*place)) as member:
                 yield cast(BinaryIO, member)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, struct.error, EOFError) as error:
             raise UserError(f"the metadata in {self.path} cannot be read ({error}): pack it again") from error

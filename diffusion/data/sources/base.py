@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffusion.data.config import IngestConfig
 from diffusion.data.pictures import Refused
+from diffusion.files import sha256_bytes
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 """Names that may be pictures; what a file really is, its bytes decide."""
@@ -17,6 +18,10 @@ FOREIGN = frozenset(
     (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".tga", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2")
 )
 """Names of pictures in formats that cannot be read: these are refused, and not passed over as a text would be."""
+
+
+LONGEST = {"name": 4096, "label": 1000, "caption": 10_000}
+"""Characters of what a source tells of a picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,8 @@ class Entry:
     """Differs when the bytes may have changed (size and time, ETag); empty: they must be read to be known."""
     label: str | None = None
     caption: str | None = None
+    problem: str | None = None
+    """Why it is not read at all, if it is not."""
 
 
 Payload: TypeAlias = bytes | Image.Image | Refused
@@ -55,6 +62,50 @@ class Source(Protocol):
         What cannot be had although the source is there is Refused (a missing file, HTTP 404, too many bytes);
         errors that may pass (a full disk, a lost connection to S3) are raised, so that the whole chunk is retried.
         """
+
+
+class Bounded:
+    """``source`` with a bound on every text that it tells, whoever wrote it: what is longer is refused."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.in_order = source.in_order
+
+    def entries(self) -> Iterator[Entry]:
+        """Those of ``source``; what is too long is cut from them, and their ``problem``."""
+        return map(_bounded, self.source.entries())
+
+    def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
+        """What ``source`` reads, and why the others are not read."""
+        payloads = self.source.read([entry for entry in entries if entry.problem is None])
+        for entry in entries:
+            yield next(payloads) if entry.problem is None else Refused(entry.problem)
+
+
+def _bounded(entry: Entry) -> Entry:
+    texts = {"name": entry.source, "label": entry.label or "", "caption": entry.caption or ""}
+    for kind, text in texts.items():
+        if len(text) > LONGEST[kind]:
+            entry = replace(
+                entry,
+                source=entry.source if len(entry.source) <= LONGEST["name"] else shortened(entry.source),
+                stamp="",  # what is wrong with it may be mended while its bytes stay
+                label=entry.label if len(texts["label"]) <= LONGEST["label"] else None,
+                caption=entry.caption if len(texts["caption"]) <= LONGEST["caption"] else None,
+                problem=too_long(kind),
+            )
+            break
+    return entry
+
+
+def too_long(kind: str) -> str:
+    """Why something is refused whose name, label or caption is longer than LONGEST."""
+    return f"its {kind} has more than {LONGEST[kind]} characters"
+
+
+def shortened(name: str) -> str:
+    """The two ends of a name that is too long, and what tells it from others that begin and end so."""
+    return f"{name[:100]}…{sha256_bytes(name.encode())[:16]}…{name[-20:]}"
 
 
 @dataclass(frozen=True, slots=True)

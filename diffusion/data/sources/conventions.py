@@ -15,7 +15,10 @@ from diffusion.errors import UserError
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 LONGEST_LINE = 2**20
-"""Characters in a line of a table; so that a file that is none is not read into memory."""
+"""Characters in a line of a table, or of all lines that a record of a CSV goes over; so that a file that is no table is
+not read into memory."""
+MOST_COLUMNS = 1000
+"""Columns of a CSV; each takes memory and time in every record, also where its line is short."""
 
 _UNSAFE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
@@ -88,12 +91,35 @@ def records(lines: TextIO, name: str, where: str) -> Iterator[dict[str, Any]]:
                         raise ValueError(f"{line.strip()[:60]} is no JSON object")
                     yield record
             return
-        for number, row in enumerate(csv.DictReader(_short(lines)), start=1):
+        table = _Record(lines)
+        for number, row in enumerate(csv.DictReader(table), start=1):
+            table.characters = 0
+            if len(row) > MOST_COLUMNS:
+                raise ValueError(f"it has {len(row)} columns, over the limit of {MOST_COLUMNS}")
             if None in row:
                 raise ValueError(f"record {number} has more fields than the header: put quotes around commas")
             yield row
     except (ValueError, csv.Error, RecursionError) as error:
         raise UserError(f"{where} cannot be read ({error}): mend it or take it away") from error
+
+
+class _Record:
+    """The lines of a CSV, of which no record may have too many: quotes that are never closed hold all that follow."""
+
+    def __init__(self, lines: TextIO) -> None:
+        self._lines = _short(lines)
+        self.characters = 0
+        """Of the record that is being read."""
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self.characters += len(line)
+        if self.characters > LONGEST_LINE:
+            raise ValueError(f"a record is longer than {LONGEST_LINE} characters")
+        return line
 
 
 def _short(lines: TextIO) -> Iterator[str]:

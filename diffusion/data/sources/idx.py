@@ -88,6 +88,9 @@ class Idx:
                     continue
                 for entry in group:
                     number, height, width = json.loads(entry.locator)
+                    if width * height > (most := self.access.config.max_pixels):
+                        yield Refused(f"{width}×{height} pixels are over the limit of {most}")
+                        continue
                     file.seek(HEADER + number * height * width)
                     yield Image.frombytes("L", (width, height), file.read(height * width))
 

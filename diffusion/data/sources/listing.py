@@ -8,6 +8,10 @@ from contextlib import closing, contextmanager
 from diffusion.data.sources.base import Entry
 from diffusion.data.sources.conventions import Described, extension, folder_label, is_hidden, is_picture
 from diffusion.data.sources.local import MISSING, refusal
+from diffusion.errors import UserError
+
+RECORDS_PER_FILE = 10
+"""How many records a metadata file may have for each file that is there, on average."""
 
 
 class Listing:
@@ -44,9 +48,14 @@ class Listing:
     def described(self, found: Iterator[Described]) -> Iterator[Entry]:
         """Exactly those that a metadata file names."""
         self._database.execute("CREATE INDEX names ON files (name, number)")
+        (files,) = self._database.execute("SELECT count(*) FROM files").fetchone()
+        most = RECORDS_PER_FILE * files + 1000
         query = "SELECT locator, stamp FROM files WHERE name = ? ORDER BY number DESC LIMIT 1"
         missing = (refusal(MISSING), "")
-        for each in found:
+        for number, each in enumerate(found, start=1):
+            if number > most:
+                # Packed, they take next to nothing.
+                raise UserError(f"the metadata of {files} files has over {most} records: take those of others out")
             locator, stamp = self._database.execute(query, (each.name,)).fetchone() or missing
             yield Entry(each.name, locator, stamp, each.label, each.caption)
 

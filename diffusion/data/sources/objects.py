@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Self
+from uuid import uuid4
 
 from diffusion.data.ahead import ahead
 from diffusion.data.pictures import Refused
@@ -16,6 +17,8 @@ from diffusion.errors import UserError
 from diffusion.files import digest_of
 
 WORKERS = 16
+IN_MEMORY = 2**20
+"""Bytes; of what is fetched ahead, larger objects wait on disk."""
 
 
 def require(uri: str, access: Access) -> ObjectStore:
@@ -83,9 +86,15 @@ class Objects:
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Their bytes, several fetched at a time; what the object store raises passes through."""
-        return ahead(self._fetched, entries, WORKERS)
+        for payload in ahead(self._fetched, entries, WORKERS):
+            if isinstance(payload, Path):
+                yield payload.read_bytes()
+                payload.unlink()
+            else:
+                yield payload
 
-    def _fetched(self, entry: Entry) -> Payload:
+    def _fetched(self, entry: Entry) -> Payload | Path:
+        """Small objects, and where large ones lie: those that wait for their turn would fill the memory."""
         place, limit = json.loads(entry.locator), self.access.config.max_bytes
         if isinstance(place, str):
             return Refused(place)
@@ -93,9 +102,13 @@ class Objects:
         if size > limit:
             return too_large(size, limit)
         try:
-            return self.objects.read(self.prefix + name)
+            if size <= IN_MEMORY:
+                return self.objects.read(self.prefix + name)
+            path = self.access.scratch / f"object-{uuid4().hex}"
+            self.objects.download(self.prefix + name, path)
         except FileNotFoundError:
             return Refused(MISSING)
+        return path
 
     def _described(self, files: Listing, metadata: Found) -> Iterator[Entry]:
         with open_text(fetched(metadata.uri, metadata.etag, self.access)) as lines:

@@ -9,18 +9,24 @@ from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffusion.data.pictures import Refused
-from diffusion.data.sources.base import Access, Entry, Payload
+from diffusion.data.sources.base import LONGEST, Access, Entry, Payload
 from diffusion.data.sources.conventions import as_text, sane, too_large
 from diffusion.data.sources.local import MISSING, changed, matching, stamp, stamp_of
+from diffusion.data.sources.parquet_pages import PageRefused, require_small_footer, rows_at_once
 from diffusion.errors import UserError
 
 PICTURES = ("image", "img", "picture", "photo", "bytes", "image_bytes", "png", "jpg", "jpeg", "webp")
 OPTIONS = ("image", "label", "caption")
 TEXTS_AT_ONCE, PICTURES_AT_ONCE = 1024, 16
-"""Rows held at a time."""
+"""Rows held at a time, at most."""
+LARGEST_PAGE_OF_TEXTS = 2**26
+"""Bytes of memory that a page of labels or captions may take."""
+LONGEST_PATH = 200
+"""Characters that are shown."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,8 @@ class Columns:
     """Which columns of a file say what."""
 
     picture: str
+    leaves: tuple[str, ...]
+    """The paths of what must be read of ``picture``: itself, or its bytes and path."""
     label: str | None
     caption: str | None
     classes: Sequence[str] | None
@@ -60,11 +68,15 @@ class Parquet:
         """All rows; raises UserError for files that are missing, damaged or have no column of pictures."""
         for name, path in matching(self.pattern, ".parquet"):
             known = stamp_of(path)
-            with _opened(path) as file, _in_words(path):
+            with _opened(path) as file:
                 columns = find_columns(file.schema_arrow, self.options, str(path))
+            texts = [name for name in (columns.label, columns.caption) if name]
+            with _opened(path, texts) as file, _in_words(path):
+                if (rows := file.metadata.num_rows) > (size := path.stat().st_size):
+                    raise UserError(f"{path} has {rows} rows in {size} bytes, and pictures take more: leave it out")
                 number = count()
                 for group in range(file.num_row_groups):
-                    for row, (label, caption) in enumerate(_texts(file, group, columns, path)):
+                    for row, (label, caption) in enumerate(self._texts(file, group, columns, path)):
                         locator = json.dumps([str(path), group, row])
                         yield Entry(f"{sane(name)}/{next(number)}", locator, known, label, caption)
 
@@ -80,10 +92,70 @@ class Parquet:
             if stamp(path.stat()) != known:
                 raise changed(place)
             with _opened(path) as file:
-                picture = find_columns(file.schema_arrow, self.options, place).picture
+                columns = find_columns(file.schema_arrow, self.options, place)
                 for number, wanted in groupby(rows, key=lambda each: each[0]):
                     ascending = [row for _, row in wanted]
-                    yield from _pictures(file, number, ascending, picture, self.access.config.max_bytes)
+                    yield from self._pictures(file, number, ascending, columns, path)
+
+    def _texts(
+        self, file: pq.ParquetFile, group: int, columns: Columns, path: Path
+    ) -> Iterator[tuple[str | None, str | None]]:
+        """Label and caption of each row of a row group."""
+        named = [name for name in (columns.label, columns.caption) if name]
+        if not named:
+            yield from ((None, None) for _ in range(file.metadata.row_group(group).num_rows))
+            return
+        try:
+            for batch in self._batches(file, group, named, TEXTS_AT_ONCE, path, texts=True):
+                columns_of = {name: _values(batch.column(name)) for name in named}
+                for row in range(batch.num_rows):
+                    label = columns_of[columns.label][row] if columns.label else None
+                    caption = columns_of[columns.caption][row] if columns.caption else None
+                    yield _class(label, columns.classes), as_text(caption)
+        except PageRefused as error:
+            raise UserError(f"{path}, row group {group}, {' and '.join(named)}: {error}") from error
+        except pa.ArrowException:  # some are ValueErrors, too
+            raise
+        except ValueError as error:
+            raise UserError(f"{path}, row group {group}: {error}: choose other columns for them") from error
+
+    def _pictures(
+        self, file: pq.ParquetFile, group: int, rows: list[int], columns: Columns, path: Path
+    ) -> Iterator[Payload]:
+        """The pictures in ``rows``, ascending, of a row group; what comes before them is skipped."""
+        start, values, damage = 0, pa.array([]), None
+        batches = None
+        for row in rows:
+            while row >= start + len(values) and damage is None:
+                start += len(values)
+                try:
+                    batches = batches or self._batches(file, group, columns.leaves, PICTURES_AT_ONCE, path)
+                    values = next(batches).column(0)
+                except PageRefused as error:
+                    damage = f"not read from the Parquet file: {error}"
+                except (pa.ArrowException, OSError, StopIteration) as error:
+                    # Damage has no number; errors of the system have one, and may pass.
+                    if isinstance(error, OSError) and error.errno is not None:
+                        raise
+                    damage = f"damaged in the Parquet file: {error}"
+            yield Refused(damage) if damage else _picture(values[row - start], self.access.config.max_bytes)
+
+    def _batches(
+        self, file: pq.ParquetFile, group: int, leaves: Sequence[str], most: int, path: Path, texts: bool = False
+    ) -> Iterator[pa.RecordBatch]:
+        """Rows of a row group, with the columns at the paths ``leaves``, as many at a time as memory allows.
+
+        Raises PageRefused if it allows not even one.
+        """
+        about, limit = file.metadata, self.access.config.max_page_bytes
+        if texts:
+            limit = min(limit, LARGEST_PAGE_OF_TEXTS)
+        columns = [index for index in range(about.num_columns) if about.schema.column(index).path in leaves]
+        if len(columns) != len(leaves):
+            raise PageRefused(f"there is not one column {' and one '.join(leaves)}")
+        with path.open("rb") as raw:
+            most = min(rows_at_once(raw, about, group, column, most, limit, not texts) for column in columns)
+        return iter(file.iter_batches(most, row_groups=[group], columns=list(leaves), use_threads=False))
 
 
 def find_columns(schema: pa.Schema, options: dict[str, str], where: str) -> Columns:
@@ -105,11 +177,19 @@ def find_columns(schema: pa.Schema, options: dict[str, str], where: str) -> Colu
             f"{where} has {'no' if not found else 'more than one'} column of pictures (bytes, or a struct of bytes "
             f"and path) among {', '.join(schema.names)}: name it with parquet:…?image=COLUMN"
         )
+    picture = schema.field(found[0])
+    leaves: tuple[str, ...] = (found[0],)
+    if pa.types.is_struct(picture.type):
+        texts = [each.name for each in picture.type if each.name == "path" and _is_text(each.type)]
+        leaves = tuple(f"{found[0]}.{name}" for name in ("bytes", *texts))
     label = options.get("label") or names.get("label")
     about = features.get(label, {}) if label else {}
     classes = about.get("names") if about.get("_type") == "ClassLabel" else None
     caption = options.get("caption") or names.get("text") or names.get("caption")
-    return Columns(found[0], label, caption, classes)
+    for name in (label, caption):
+        if name and not _is_text(kind := schema.field(name).type):
+            raise UserError(f"{where}, column {name}, {kind}, is neither text nor a number: choose other columns")
+    return Columns(found[0], leaves, label, caption, classes)
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
@@ -121,27 +201,33 @@ def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
     return {name: each for name, each in about.items() if isinstance(each, dict)} if isinstance(about, dict) else {}
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether values of this type are texts, or numbers that can be written as such."""
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+    return any(test(kind) for test in (*tests, *numbers))
+
+
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         field = kind.get_field_index("bytes")
-        return field >= 0 and _holds_bytes(kind.field(field).type)
+        return field >= 0 and not pa.types.is_struct(inner := kind.field(field).type) and _holds_bytes(inner)
     tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
     return any(test(kind) for test in tests)
 
 
-def _texts(file: pq.ParquetFile, group: int, columns: Columns, path: Path) -> Iterator[tuple[str | None, str | None]]:
-    """Label and caption of each row of a row group."""
-    named = [name for name in (columns.label, columns.caption) if name]
-    if not named:
-        yield from ((None, None) for _ in range(file.metadata.row_group(group).num_rows))
-        return
-    for batch in file.iter_batches(TEXTS_AT_ONCE, row_groups=[group], columns=named, use_threads=False):
-        for row in batch.to_pylist():
-            try:
-                label = _class(row[columns.label], columns.classes) if columns.label else None
-                yield label, as_text(row[columns.caption]) if columns.caption else None
-            except ValueError as error:
-                raise UserError(f"{path}, row group {group}: {error}: choose other columns for them") from error
+def _values(column: pa.Array) -> list[Any]:
+    """The values in a column of texts or numbers; of texts no more than it takes to see that they are too long."""
+    if pa.types.is_dictionary(column.type):
+        # Each only once: a large one may stand in every row.
+        used = column.indices.unique().drop_null()
+        values = dict(zip(used.to_pylist(), _values(column.dictionary.take(used)), strict=True))
+        return [values.get(index) for index in column.indices.to_pylist()]
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = pc.utf8_slice_codeunits(column, 0, max(LONGEST.values()) + 1)
+    return list(column.to_pylist())
 
 
 def _class(value: object, names: Sequence[str] | None) -> str | None:
@@ -152,30 +238,13 @@ def _class(value: object, names: Sequence[str] | None) -> str | None:
     return as_text(names[value]) if value >= 0 else None
 
 
-def _pictures(file: pq.ParquetFile, group: int, rows: list[int], column: str, limit: int) -> Iterator[Payload]:
-    """The pictures in ``rows``, ascending, of a row group; what comes before them is skipped."""
-    batches = file.iter_batches(PICTURES_AT_ONCE, row_groups=[group], columns=[column], use_threads=False)
-    start, values, damage = 0, pa.array([]), None
-    for row in rows:
-        while row >= start + len(values) and damage is None:
-            start += len(values)
-            try:
-                values = next(batches).column(0)
-            except (pa.ArrowException, OSError, StopIteration) as error:
-                # Damage has no number; errors of the system have one, and may pass.
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise
-                damage = f"damaged in the Parquet file: {error}"
-        yield Refused(damage) if damage else _picture(values[row - start], limit)
-
-
 def _picture(value: Any, limit: int) -> Payload:
     """The bytes in a scalar of Arrow."""
     if isinstance(value, pa.StructScalar):
         path = value["path"].as_py() if "path" in value else None
         value = value["bytes"]
         if not value.is_valid and path:
-            return Refused(f"only its path is in the table, not its bytes: {sane(str(path))}")
+            return Refused(f"only its path is in the table, not its bytes: {sane(str(path)[:LONGEST_PATH])}")
     if not value.is_valid:
         return Refused("a row without a picture")
     data = value.as_buffer()
@@ -191,9 +260,16 @@ def _in_words(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    """A file that is read page by page, so that row groups of any size fit."""
+def _opened(path: Path, dictionaries: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
+    """A file that is read page by page, so that row groups of any size fit; of ``dictionaries`` rows share values."""
     with _in_words(path):
-        file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True)
+        require_small_footer(path)
+        file = pq.ParquetFile(
+            path,
+            buffer_size=2**20,
+            pre_buffer=False,
+            page_checksum_verification=True,
+            read_dictionary=list(dictionaries),
+        )
     with file:
         yield file

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 from diffusion.data.pictures import Refused
-from diffusion.data.sources.base import Access, Payload
+from diffusion.data.sources.base import LONGEST, Access, Payload, shortened, too_long
 from diffusion.data.sources.conventions import sane, too_large
 from diffusion.data.sources.local import MISSING, open_unchanged, uncompressed
 from diffusion.errors import UserError
 
 LONGEST_HEADER = 2**20
-"""Bytes; names and attributes that claim to be longer are not read into memory."""
+"""Bytes of all headers of a member; more is not read into memory."""
+LONGEST_GLOBAL_HEADER = 2**16
+"""Characters of attributes that hold for all members, each of which gets a copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +50,14 @@ def members(path: Path, where: str) -> Iterator[Member]:
     try:
         with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
             while (info := tar.next()) is not None:
+                file.left = LONGEST_HEADER
                 tar.members.clear()  # type: ignore[attr-defined] # typeshed leaves it out
+                if sum(len(name) + len(value) for name, value in tar.pax_headers.items()) > LONGEST_GLOBAL_HEADER:
+                    raise tarfile.ReadError("its headers for all members are too long")
                 if info.size < 0:
                     raise tarfile.ReadError("a member has a negative size")
                 if not info.isdir():
-                    yield Member(sane(info.name.removeprefix("./")), info.offset_data, info.size, _problem(info))
+                    yield _member(info)
             _check_end(file, tar.offset)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{where} cannot be read as a tar ({error}): it is damaged or was cut short") from error
@@ -97,11 +102,24 @@ def read_slice(file: BinaryIO, place: Sequence[int], limit: int) -> bytes | Refu
 class _Headers(io.BufferedReader):
     """A tar of which only the headers are read."""
 
+    left = LONGEST_HEADER
+    """Bytes that the headers of the next member may still have: a name may come in front of another without end, and a
+    map of holes may have any length."""
+
     def read(self, size: int | None = -1, /) -> bytes:
         """At most ``size`` bytes, if that is a size that a header has."""
-        if size is None or not 0 <= size <= LONGEST_HEADER:
+        if size is None or not 0 <= size <= self.left:
             raise tarfile.ReadError(f"a header of {size} bytes")
+        self.left -= size
         return super().read(size)
+
+
+def _member(info: tarfile.TarInfo) -> Member:
+    name, problem = sane(info.name.removeprefix("./")), _problem(info)
+    if len(name) > LONGEST["name"]:
+        # WebDataset holds all names of a key.
+        name, problem = shortened(name), too_long("name")
+    return Member(name, info.offset_data, info.size, problem)
 
 
 def _problem(info: tarfile.TarInfo) -> str | None:
@@ -110,11 +128,11 @@ def _problem(info: tarfile.TarInfo) -> str | None:
     return None if info.isreg() else "a link or a device inside an archive: only files are read"
 
 
-def _check_end(file: BinaryIO, offset: int) -> None:
+def _check_end(file: io.BufferedReader, offset: int) -> None:
     """``tarfile`` itself takes anything that is no header for the end."""
     file.seek(offset)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+    if io.BufferedReader.read(file, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(f"no end and no member at byte {offset}")
-    while piece := file.read(LONGEST_HEADER):
+    while piece := io.BufferedReader.read(file, LONGEST_HEADER):
         if piece.count(0) != len(piece):
             raise tarfile.ReadError("more follows after its end: was it glued to another tar?")

@@ -1,15 +1,18 @@
 """A table of URLs, CSV or JSON lines: pictures fetched over HTTP."""
 
 import random
+import re
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from typing import TypeAlias
 
+import httpcore
 import httpx
 from tenacity import (
     RetryCallState,
@@ -25,6 +28,7 @@ from diffusion.data.ahead import ahead
 from diffusion.data.pictures import Refused
 from diffusion.data.sources.base import Access, Entry, Payload
 from diffusion.data.sources.conventions import as_text, records, sane, too_large
+from diffusion.data.sources.http_client import AddressRefused, HttpClient
 from diffusion.data.sources.local import open_text
 from diffusion.errors import UserError
 
@@ -35,10 +39,16 @@ LONGEST_PAUSE = 60.0
 """Seconds; servers that ask for more are asked again after this."""
 BUSY = {408, 425, 429}
 """Answers, besides those of 500 and more, after which another try may help."""
-
+IN_MEMORY = 2**20
+"""Bytes; of what is fetched ahead, larger files wait on disk."""
+LONGEST_REASON = 150
+"""Characters of what a server or a library says about a failure."""
 
 STAMP = "url"
 """Of all entries: what was fetched once is not fetched again, as asking a server costs nearly as much."""
+
+
+_Fetched: TypeAlias = "SpooledTemporaryFile[bytes] | Refused"
 
 
 class _Again(Exception):
@@ -53,9 +63,9 @@ class _Again(Exception):
 class Urls:
     """The pictures that ``table`` names by ``url`` (or ``image_url``), with ``label`` and ``text`` or ``caption``.
 
-    Capitals in the names of columns do not matter. Only http and https are fetched, also after a redirect; proxies
-    are those of the environment (``HTTPS_PROXY``, ``NO_PROXY``). What fails for good, or ``download_tries`` times, is
-    quarantined.
+    Capitals in the names of columns do not matter. Only http and https are fetched, only from hosts with a public
+    address unless ``allow_private_addresses`` says otherwise, also after a redirect; proxies are those of the
+    environment (``HTTPS_PROXY``, ``NO_PROXY``). What fails for good, or ``download_tries`` times, is quarantined.
     """
 
     table: Path
@@ -83,21 +93,21 @@ class Urls:
         """Their bytes, several fetched at a time."""
         config = self.access.config
         stopped = threading.Event()
-        with httpx.Client(
-            follow_redirects=True,
-            timeout=config.download_seconds,
-            headers={"User-Agent": "Darkroom", "Accept": "image/*, */*;q=0.5", "Accept-Encoding": "identity"},
-            limits=httpx.Limits(max_connections=WORKERS),
-        ) as client:
-            payloads = ahead(partial(self._fetch, client, stopped), entries, WORKERS)
+        with HttpClient(config.download_seconds, config.allow_private_addresses, WORKERS, stopped) as client:
+            answers = ahead(partial(self._fetch, client, stopped), entries, WORKERS)
             try:
-                for payload in payloads:  # noqa: UP028 (it would close them before the waits are told to stop)
-                    yield payload
+                for answer in answers:
+                    if isinstance(answer, Refused):
+                        yield answer
+                        continue
+                    with answer:
+                        answer.seek(0)
+                        yield answer.read()
             finally:
                 stopped.set()
-                payloads.close()
+                answers.close()
 
-    def _fetch(self, client: httpx.Client, stopped: threading.Event, entry: Entry) -> Payload:
+    def _fetch(self, client: HttpClient, stopped: threading.Event, entry: Entry) -> _Fetched:
         url, config = entry.locator, self.access.config
         if not url:
             return Refused("a row without a URL")
@@ -111,43 +121,63 @@ class Urls:
             reraise=True,
         )
         try:
-            return retrying(_get, client, url, config.max_bytes, config.download_seconds)
+            return retrying(_get, client, url, config.max_bytes, self.access.scratch)
+        except Refused as refused:
+            return refused
         except _Again as error:
             return Refused(f"{error}, at each of {config.download_tries} tries")
 
 
-def _get(client: httpx.Client, url: str, limit: int, seconds: float) -> Payload:
-    """One try, at most about ``seconds`` long; raises _Again if another may do better."""
-    deadline = time.monotonic() + seconds
+def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTemporaryFile[bytes]":
+    """One try, at most ``client.seconds`` long.
+
+    Raises _Again if another may do better, else Refused, and nothing else for anything that a server can do.
+    """
     try:
-        with client.stream("GET", url) as response:
-            status = f"HTTP {response.status_code} {response.reason_phrase}".strip()
-            if response.status_code in BUSY or response.status_code >= 500:
-                raise _Again(status, _retry_after(response.headers.get("Retry-After", "")))
-            if not response.is_success:
-                return Refused(status)
-            declared = response.headers.get("Content-Length", "")
-            if declared.isdecimal() and int(declared) > limit:
-                return too_large(int(declared), limit)
-            if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
+        with client.get(url) as answer:
+            if answer.status in BUSY or answer.status >= 500:
+                raise _Again(answer.line, _retry_after(answer.headers.get("Retry-After", "")))
+            if not 200 <= answer.status < 300:
+                raise Refused(answer.line)
+            declared = answer.headers.get("Content-Length", "")
+            if re.fullmatch("[0-9]{1,18}", declared) and int(declared) > limit:
+                raise too_large(int(declared), limit)
+            if (encoding := answer.headers.get("Content-Encoding", "identity")) != "identity":
                 # A few bytes of it may unpack to any number.
-                return Refused(f"sent packed ({sane(encoding)}) although asked for as it is")
-            body = bytearray()
-            for piece in response.iter_raw():
-                body += piece
-                if len(body) > limit:
-                    return Refused(f"more than the limit of {limit} bytes")
-                if time.monotonic() > deadline:
-                    raise _Again(f"not all there after {seconds:g} s")
-            return bytes(body)
-    except httpx.UnsupportedProtocol:
-        return Refused("leads to something that is neither http nor https")
-    except (httpx.InvalidURL, UnicodeError, httpx.TooManyRedirects) as error:
-        return Refused(f"not to be had: {error}")
-    except httpx.TimeoutException as error:
-        raise _Again(f"no answer within {seconds:g} s") from error
-    except httpx.TransportError as error:
-        raise _Again(str(error) or type(error).__name__) from error
+                raise Refused(f"sent packed ({_short(encoding)}) although asked for as it is")
+            try:
+                return _body(answer.body, limit, scratch)
+            except httpcore.TimeoutException as error:
+                raise _Again(f"not all there after {client.seconds:g} s") from error
+    except (_Again, Refused):
+        raise
+    except AddressRefused as error:
+        raise Refused(str(error)) from error
+    except httpcore.UnsupportedProtocol as error:
+        raise Refused("leads to something that is neither http nor https") from error
+    except (httpx.InvalidURL, httpx.TooManyRedirects) as error:
+        raise Refused(f"not to be had: {_short(error)}") from error
+    except httpcore.TimeoutException as error:
+        raise _Again(f"no answer within {client.seconds:g} s") from error
+    except (httpcore.NetworkError, httpcore.RemoteProtocolError, httpcore.ProxyError) as error:
+        raise _Again(_short(error) or type(error).__name__) from error
+    except OSError:  # of the disk: httpcore has its own for the network
+        raise
+    except Exception as error:  # libraries raise whatever they like on answers that they did not expect
+        raise Refused(f"an answer that is not understood: {type(error).__name__}: {_short(error)}") from error
+
+
+def _body(pieces: Iterable[bytes], limit: int, scratch: Path) -> "SpooledTemporaryFile[bytes]":
+    file = SpooledTemporaryFile(IN_MEMORY, dir=str(scratch))  # noqa: SIM115 (whoever yields it closes it)
+    for piece in pieces:
+        file.write(piece)
+        if file.tell() > limit:
+            raise Refused(f"more than the limit of {limit} bytes")
+    return file
+
+
+def _short(said: object) -> str:
+    return sane(str(said)[:LONGEST_REASON])
 
 
 def _pause(state: RetryCallState) -> float:
@@ -160,10 +190,10 @@ def _pause(state: RetryCallState) -> float:
 
 def _retry_after(value: str) -> float | None:
     """Seconds that a Retry-After header asks for (RFC 9110, section 10.2.3); None if it does not."""
-    if value.isdecimal():
-        return float(value)
+    if re.fullmatch("[0-9]+", value):
+        return float(value[:9])  # any more digits are no less than the longest pause
     try:
-        when = parsedate_to_datetime(value)
-    except ValueError:
+        when = parsedate_to_datetime(value[:64])
+        return (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError, IndexError, OverflowError):
         return None
-    return (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds()

@@ -17,7 +17,8 @@ from diffusion.data.sources.objects import fetched, require
 from diffusion.errors import UserError
 
 SIDECARS = ("json", "txt", "cls")
-
+LONGEST_SIDECAR = 2**18
+"""Bytes of a text beside a picture; as JSON it may take a hundred times as many when it is read."""
 MOST_OF_A_KEY = 1000
 """Pictures; a tar with more was not made for WebDataset."""
 
@@ -112,7 +113,7 @@ class WebDataset:
             return
         label = caption = reason = None
         try:
-            label, caption = _about(sample, file, self.access.config.max_bytes)
+            label, caption = _about(sample, file)
         except ValueError as error:
             reason = f"what its shard says about it cannot be read ({error})"
         for member in sample.pictures:
@@ -145,12 +146,12 @@ def _samples(path: Path, where: str) -> Iterator[_Sample]:
     yield sample
 
 
-def _about(sample: _Sample, file: BinaryIO, limit: int) -> tuple[str | None, str | None]:
+def _about(sample: _Sample, file: BinaryIO) -> tuple[str | None, str | None]:
     """Label and caption of a sample; raises ValueError for what is not understood."""
     texts = {}
     for kind, member in sample.texts.items():
         place = member.place
-        data = Refused(place) if isinstance(place, str) else tars.read_slice(file, place, limit)
+        data = Refused(place) if isinstance(place, str) else tars.read_slice(file, place, LONGEST_SIDECAR)
         if isinstance(data, Refused):
             raise ValueError(f"{member.name}: {data}")
         texts[kind] = data.decode("utf-8-sig").strip()

@@ -4,12 +4,14 @@ Formats by PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.7 (local header), 4.3.12 (c
 4.3.14–16 (its end, also in 64 bits) and 4.5.3 (the extra field of 64 bits).
 """
 
+import sqlite3
 import stat
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -40,6 +42,8 @@ class Place(NamedTuple):
     size: int
     """Bytes unpacked."""
     crc: int
+    end: int
+    """Offset of what is stored behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +58,50 @@ class Member:
 
 
 def members(path: Path) -> Iterator[Member]:
-    """All files in the zip at ``path``, in the order of its directory; raises UserError if that is damaged."""
+    """All files in the zip at ``path``, in the order of its directory.
+
+    Raises UserError if that is damaged, or if files share bytes: such a zip unpacks to far more than it holds (Fifield,
+    A better zip bomb, 2019), and programs do not agree on what is in it.
+    """
     try:
-        with path.open("rb") as file:
-            start, size, shift = _directory(file)
-            file.seek(start)
-            # Not by the number of files that it gives: older programs let that run over at 65,536.
-            while file.tell() < start + size:
-                member = _member(file, shift)
+        with path.open("rb") as file, _ends(file) as ends:
+            for member, end in zip(_members(file), ends, strict=True):
                 if not member.name.endswith("/"):
-                    yield member
+                    yield replace(member, place=member.place._replace(end=end))
     except (zipfile.BadZipFile, struct.error, ValueError, OverflowError) as error:
         raise UserError(f"{path} cannot be read as a zip ({error}): it is damaged or was cut short") from error
+
+
+@contextmanager
+def _ends(file: BinaryIO) -> Iterator[Iterator[int]]:
+    """Where each file in the zip ends at the latest, in the order of its directory; raises BadZipFile if any overlap.
+
+    Kept on disk, as there may be any number of them, in any order.
+    """
+    start, _, _ = _directory(file)
+    # SQLite's name for a private file that it deletes by itself.
+    with closing(sqlite3.connect("", check_same_thread=False, isolation_level=None)) as database:
+        database.execute("PRAGMA journal_mode = OFF")
+        database.execute("CREATE TABLE files (number INTEGER PRIMARY KEY, header, end)")
+        database.execute("BEGIN")
+        # Local headers may be longer, which reading the file tells.
+        extents = ((m.place.header, m.place.header + LOCAL.size + m.place.packed) for m in _members(file))
+        database.executemany("INSERT INTO files (header, end) VALUES (?, ?)", extents)
+        behind = "coalesce(lead(header) OVER (ORDER BY header), ?) AS next"
+        overlaps = f"SELECT header FROM (SELECT header, end, {behind} FROM files) WHERE end > next LIMIT 1"
+        if found := database.execute(overlaps, (start,)).fetchone():
+            raise zipfile.BadZipFile(f"the file stored at byte {found[0]} overlaps another one or the directory")
+        rows = database.execute(f"SELECT number, {behind} FROM files ORDER BY number", (start,))
+        yield (end for _, end in rows)
+
+
+def _members(file: BinaryIO) -> Iterator[Member]:
+    """All that the directory names, folders included."""
+    start, size, shift = _directory(file)
+    file.seek(start)
+    # Not by the number of files that it gives: older programs let that run over at 65,536.
+    while file.tell() < start + size:
+        yield _member(file, shift)
 
 
 def open_member(file: BinaryIO, place: Place) -> zipfile.ZipExtFile:
@@ -74,9 +110,10 @@ def open_member(file: BinaryIO, place: Place) -> zipfile.ZipExtFile:
     signature, name, extra = LOCAL.unpack(file.read(LOCAL.size))
     if signature != b"PK\3\4":
         raise zipfile.BadZipFile("there is no file where the directory says")
-    file.seek(name + extra, 1)
+    if file.seek(name + extra, 1) + place.packed > place.end:
+        raise zipfile.BadZipFile("it overlaps what is stored behind it")
     info = zipfile.ZipInfo()
-    info.compress_type, info.compress_size, info.file_size, info.CRC = place[1:]
+    info.compress_type, info.compress_size, info.file_size, info.CRC = place[1:5]
     return zipfile.ZipExtFile(file, "r", info)
 
 
@@ -106,10 +143,15 @@ def _directory(file: BinaryIO) -> tuple[int, int, int]:
         signature, end64 = END64_LOCATOR.unpack(file.read(END64_LOCATOR.size))
         if signature == b"PK\6\7":
             file.seek(end64)
+            if file.read(4) == b"PK\6\6":
+                file.seek(end64)
+                _, size, start = END64.unpack(file.read(END64.size))
+                return start, size, 0
+            # Shifted, too: then it lies right before what says where it lies.
+            end = file.seek(max(0, end - END64_LOCATOR.size - END64.size))
             signature, size, start = END64.unpack(file.read(END64.size))
             if signature != b"PK\6\6":
                 raise zipfile.BadZipFile("its directory of 64 bits is not where it should be")
-            return start, size, 0
     # A program in front of the zip (it unpacks itself) shifts everything.
     shift = end - size - start
     if shift < 0:
@@ -135,7 +177,7 @@ def _member(file: BinaryIO, shift: int) -> Member:
         problem = f"compressed by method {method}, which is not read: pack it with deflate"
     elif system == UNIX and stat.S_IFMT(mode >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
         problem = "a link or a device inside an archive: only files are read"
-    return Member(name.removeprefix("./"), Place(header + shift, method, packed, size, crc), problem)
+    return Member(name.removeprefix("./"), Place(header + shift, method, packed, size, crc, 0), problem)
 
 
 def _wide(extra: bytes, numbers: list[int]) -> list[int]:

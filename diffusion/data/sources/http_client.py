@@ -1,0 +1,320 @@
+"""HTTP client for URLs that strangers wrote: which addresses it connects to, and for how long one exchange may last.
+
+A table of URLs decides what this machine asks for. So host names are resolved here, addresses that are not public are
+refused at every hop of a redirect, and the connection goes to exactly the address that was checked: a name server that
+gives another answer the second time (DNS rebinding) is never asked a second time. TLS certificates, SNI and ``Host``
+keep the name.
+"""
+
+import base64
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import Any, TypeVar
+from urllib.request import getproxies, proxy_bypass
+
+import httpcore
+import httpx
+import psutil
+
+from diffusion.errors import UserError
+
+Result = TypeVar("Result")
+
+MOST_REDIRECTS = 20
+REDIRECTS = {301, 302, 303, 307, 308}
+STEP_SECONDS = 0.25
+"""How long a wait may go on without a look at whether the client is being closed."""
+
+GLOBAL_UNICAST = ip_network("2000::/3")
+"""All that IANA gives to hosts in IPv6."""
+NAT64 = ip_network("64:ff9b::/96")
+"""Stands for the IPv4 address in its last 32 bits, in networks that have IPv6 alone (RFC 6052)."""
+ISATAP = {0x00005EFE, 0x02005EFE}
+"""Interface identifiers of tunnels to the IPv4 address in the last 32 bits (RFC 5214)."""
+NOT_PUBLIC = tuple(
+    ip_network(network)
+    for network in (
+        # IANA's registries of special-purpose addresses, multicast and what is reserved.
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
+        *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24"),
+        *("203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
+        # Of GLOBAL_UNICAST: protocol assignments with Teredo, documentation, 6to4.
+        *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
+        # The metadata service of Azure; those of other clouds are in the networks above.
+        "168.63.129.16/32",
+    )
+)
+
+
+class AddressRefused(Exception):
+    """The host has no address that may be connected to; the message is the reason kept in the quarantine."""
+
+
+def is_public(address: str) -> bool:
+    """Whether ``address`` (IPv4 or IPv6, as numbers) is that of a host on the public internet.
+
+    IPv4 addresses inside IPv6 ones count as themselves, or are refused where the way to them is a tunnel.
+    """
+    ip = ip_address(address)
+    if isinstance(ip, IPv6Address):
+        if ip.scope_id is not None or int(ip) >> 32 & 0xFFFFFFFF in ISATAP:
+            return False
+        if ip.ipv4_mapped is not None or ip in NAT64:
+            ip = IPv4Address(int(ip) & 0xFFFFFFFF)
+        elif ip not in GLOBAL_UNICAST:
+            return False
+    return not any(ip in network for network in NOT_PUBLIC)
+
+
+def is_own(address: str) -> bool:
+    """Whether ``address`` is one of this machine's: services that only a firewall hides would answer there."""
+    own = (each.address for interface in psutil.net_if_addrs().values() for each in interface)
+    return address in {each.partition("%")[0] for each in own}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back at the end of all redirects."""
+
+    status: int
+    headers: httpx.Headers
+    body: Iterable[bytes]
+    """As it was sent, whatever its encoding; can be read once."""
+
+    @property
+    def line(self) -> str:
+        """Status and its name, if it has one; what the server calls it may be anything."""
+        return f"HTTP {self.status} {httpx.codes.get_reason_phrase(self.status)}".strip()
+
+
+class HttpClient:
+    """Fetches URLs, several at a time from several threads, over connections that are kept open.
+
+    Proxies are those of the environment (``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``) and may have any
+    address. A proxy resolves names again, so it decides where requests end: here they are only checked before.
+
+    Args:
+        seconds: How long one exchange may take, from the name's resolution to the last byte, redirects included.
+        allow_private: Whether hosts may have any address.
+        connections: How many are open at a time, directly and through each proxy.
+        stopped: Ends all waits once it is set.
+    """
+
+    def __init__(self, seconds: float, allow_private: bool, connections: int, stopped: threading.Event) -> None:
+        self.seconds = seconds
+        self._network = _Network(allow_private, stopped)
+        self._pool_of = partial(
+            httpcore.ConnectionPool, ssl_context=httpx.create_ssl_context(), max_connections=connections
+        )
+        self._direct = self._pool_of(network_backend=self._network)
+        self._proxies = getproxies()
+        self._proxied = {
+            proxy: self._through(proxy) for scheme, proxy in self._proxies.items() if scheme in ("http", "https", "all")
+        }
+
+    def __enter__(self) -> "HttpClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in (self._direct, *self._proxied.values()):
+            pool.close()
+
+    @contextmanager
+    def get(self, url: str) -> Iterator[Answer]:
+        """The answer to a GET of ``url``, at the end of all redirects; its body must be read inside.
+
+        Raises AddressRefused, httpx.InvalidURL, httpcore.UnsupportedProtocol (anything but http and https),
+        httpx.TooManyRedirects, httpcore.TimeoutException, or another exception of httpcore.
+        """
+        self._network.begin(self.seconds)
+        place = httpx.URL(url)
+        for _ in range(MOST_REDIRECTS + 1):
+            if place.scheme not in ("http", "https") or not place.host:
+                raise httpcore.UnsupportedProtocol(place.scheme)
+            with self._sent(place) as response:
+                headers = httpx.Headers(response.headers)
+                location = headers.get("Location")
+                if response.status not in REDIRECTS or location is None:
+                    yield Answer(response.status, headers, response.iter_stream())
+                    return
+            # Its body is not read: nobody needs it, and it may have no end.
+            place = place.join(location)
+        raise httpx.TooManyRedirects(f"more than {MOST_REDIRECTS} redirects")
+
+    @contextmanager
+    def _sent(self, url: httpx.URL) -> Iterator[httpcore.Response]:
+        headers: dict[bytes | str, bytes | str] = {
+            "Host": url.netloc,
+            "User-Agent": "Darkroom",
+            "Accept": "image/*, */*;q=0.5",
+            "Accept-Encoding": "identity",
+        }
+        if url.username or url.password:
+            login = f"{url.username}:{url.password}".encode()
+            headers["Authorization"] = b"Basic " + base64.b64encode(login)
+        target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
+        extensions = {"timeout": {"pool": self._network.left()}}
+        with self._pool(url).stream("GET", target, headers=headers, extensions=extensions) as response:
+            yield response
+
+    def _pool(self, url: httpx.URL) -> httpcore.ConnectionPool:
+        port = url.port or (443 if url.scheme == "https" else 80)
+        proxy = self._proxies.get(url.scheme) or self._proxies.get("all")
+        if not proxy or proxy_bypass(f"{url.host}:{port}", self._proxies):
+            return self._direct
+        self._network.require_allowed(url.raw_host.decode(), port)
+        return self._proxied[proxy]
+
+    def _through(self, address: str) -> httpcore.ConnectionPool:
+        """Connections through the proxy at ``address``; raises UserError for one that cannot be used."""
+        try:
+            proxy = httpx.Proxy(address if "://" in address else f"http://{address}")
+        except (ValueError, httpx.InvalidURL) as error:
+            raise UserError(f"the proxy in the environment cannot be used ({error}): mend HTTPS_PROXY") from error
+        if proxy.url.scheme.startswith("socks") and find_spec("socksio") is None:
+            raise UserError(
+                f"the proxy in the environment speaks {proxy.url.scheme}, for which a package is missing: "
+                "pip install socksio"
+            )
+        url = httpcore.URL(
+            scheme=proxy.url.raw_scheme, host=proxy.url.raw_host, port=proxy.url.port, target=proxy.url.raw_path
+        )
+        return self._pool_of(
+            proxy=httpcore.Proxy(url, proxy.raw_auth, proxy.headers.raw, proxy.ssl_context),
+            network_backend=_ToProxy(self._network),
+        )
+
+
+class _Network(httpcore.NetworkBackend):
+    """Connections to allowed addresses alone, on which no wait outlasts the exchange that its thread has begun."""
+
+    def __init__(self, allow_private: bool, stopped: threading.Event) -> None:
+        self._allow_private = allow_private
+        self._stopped = stopped
+        self._exchange = threading.local()
+        self._backend = httpcore.SyncBackend()
+
+    def begin(self, seconds: float) -> None:
+        """Begin an exchange in this thread that may last so long."""
+        self._exchange.deadline = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds that are left to the exchange of this thread; raises httpcore.ReadTimeout if there are none."""
+        left: float = self._exchange.deadline - time.monotonic()
+        if left <= 0 or self._stopped.is_set():
+            raise httpcore.ReadTimeout
+        return left
+
+    def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore.NetworkStream:
+        """A connection to an allowed address of ``host``; raises AddressRefused if it has none."""
+        return self.connected(host, port, self._allow_private)
+
+    def connected(self, host: str, port: int, allow_private: bool) -> httpcore.NetworkStream:
+        """A connection to the first address of ``host`` that takes it, among all or only the public ones."""
+        deadline = self._exchange.deadline
+
+        def connect() -> httpcore.NetworkStream:
+            failure: Exception = httpcore.ConnectTimeout()
+            for address in _addresses(host, port, allow_private):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                try:
+                    return self._backend.connect_tcp(address, port, timeout=left)
+                except (httpcore.NetworkError, httpcore.TimeoutException) as error:
+                    failure = error
+            raise failure
+
+        return _Stream(self.waited(connect), self)
+
+    def require_allowed(self, host: str, port: int) -> None:
+        """Raise AddressRefused if ``host`` has no allowed address."""
+        if not self._allow_private:
+            self.waited(lambda: _addresses(host, port, allow_private=False))
+
+    def waited(self, work: Callable[[], Result]) -> Result:
+        """The result of ``work``, which may block for longer than this thread is to wait for it."""
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except Exception as error:  # noqa: BLE001 (handed on)
+                future.set_exception(error)
+
+        # Not of a pool: the interpreter would wait for it at its end, and nothing stops a resolver.
+        threading.Thread(target=run, daemon=True).start()
+        while True:
+            try:
+                return future.result(min(self.left(), STEP_SECONDS))
+            except TimeoutError:
+                if future.done():  # it is what ``work`` raised
+                    raise
+
+
+class _ToProxy(httpcore.NetworkBackend):
+    """Connections to the proxy, wherever it is: whoever set the environment chose it."""
+
+    def __init__(self, network: _Network) -> None:
+        self._network = network
+
+    def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore.NetworkStream:
+        """A connection to ``host``."""
+        return self._network.connected(host, port, allow_private=True)
+
+
+class _Stream(httpcore.NetworkStream):
+    """A connection on which whoever uses it waits no longer than until the end of his exchange."""
+
+    def __init__(self, stream: httpcore.NetworkStream, network: _Network) -> None:
+        self._stream = stream
+        self._network = network
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        while True:
+            try:
+                return self._stream.read(max_bytes, min(self._network.left(), STEP_SECONDS))
+            except httpcore.ReadTimeout:
+                self._network.left()
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, self._network.left())
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None
+    ) -> "_Stream":
+        left = self._network.left()
+        # The time is for the whole handshake, however slowly it comes.
+        stream = self._network.waited(lambda: self._stream.start_tls(ssl_context, server_hostname, left))
+        return _Stream(stream, self._network)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+def _addresses(host: str, port: int, allow_private: bool) -> list[str]:
+    """The addresses of ``host``; raises AddressRefused if only public ones are allowed and it has none."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a host's name"
+        raise httpcore.ConnectError(f"its host cannot be found: {reason}") from error
+    addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
+    allowed = [each for each in addresses if allow_private or (is_public(each) and not is_own(each))]
+    if addresses and not allowed:
+        raise AddressRefused(
+            f"leads to {addresses[0]}, an address that is private, reserved or this machine's: set "
+            "ingest.allow_private_addresses to true if what answers there may be asked"
+        )
+    return allowed
