@@ -16,6 +16,7 @@ from flows.history import Entry, Evidence, History, What
 from flows.ledger import Ledger
 from flows.ledger_record import append
 from flows.registry import WEIGHTS, Version
+from flows.taken_down import with_takedowns
 
 
 class Changed(Config):
@@ -99,6 +100,7 @@ def _usable(client: MlflowClient, history: History, number: int, taken_down: boo
     # Without them nobody could draw with it, or judge the next one beside it.
     if not version.weights_sha256 or registry.weights_size(version) is None:
         raise UserError(f"{version.uri} has no weights ({WEIGHTS}, artifacts/weights.safetensors): promote another one")
+    version = with_takedowns(version)
     words = takedowns(version)
     if words and not taken_down:
         raise UserError(

@@ -17,6 +17,7 @@ from uuid import uuid4
 import yaml
 from pydantic import ValidationError
 
+from diffusion.data.holders import still_held
 from diffusion.data.ingest import work_folder
 from diffusion.data.manifest import Manifest, manifest_bytes, parse_manifest, read_manifest
 from diffusion.data.removals import Removal, removals, write_removal
@@ -65,6 +66,11 @@ class Catalogue:
         """That of data set ``name``, in the bucket of the DVC remote with the URL ``source``."""
         return cls(Location(Location.parse(source).bucket) / "datasets" / name, store or Store())
 
+    @property
+    def name(self) -> str:
+        """The data set's."""
+        return self.place.prefix.rpartition("/")[2]
+
     def publish(self, manifest: Manifest, dvc_digest: str) -> str:
         """Put a version into the catalogue, unless it is there; returns where it lies."""
         place = self.place / manifest.digest
@@ -96,6 +102,15 @@ class Catalogue:
     def read(self) -> Readable:
         """All versions, those that can be read and those that cannot."""
         return self._readable(self.place, VERSION)
+
+    def version(self, digest: str) -> Manifest | None:
+        """The version of this digest; None if it is not in the catalogue. Raises UserError if it is damaged."""
+        key = self.place.key(f"{digest}/manifest.json")
+        try:
+            data = self.store.get(self.place.bucket, key, LARGEST_MANIFEST)
+        except Missing:
+            return None
+        return self._parsed(data, digest, f"s3://{self.place.bucket}/{key}")
 
     def published(self) -> dict[str, datetime]:
         """When each version was put here, by digest, at the price of a listing."""
@@ -155,8 +170,7 @@ class Catalogue:
 
     def read_retired(self) -> Readable:
         """The same, those that can be read and those that cannot."""
-        place = Location(self.place.bucket, f"{RETIRED}/{self.place.prefix.rpartition('/')[2]}")
-        return self._readable(place, RETIRED_VERSION)
+        return self._readable(Location(self.place.bucket, f"{RETIRED}/{self.name}"), RETIRED_VERSION)
 
     def withdraw(self, digest: str) -> None:
         """Take a version out of the catalogue; its files stay on the remote, and nothing leads to them any more."""
@@ -179,17 +193,20 @@ class Catalogue:
             where = f"s3://{place.bucket}/{key}"
             try:
                 data = self.store.get(place.bucket, key, LARGEST_MANIFEST)
-                if sha256_bytes(data) != named[1]:
-                    raise UserError(
-                        f"{where} is damaged (its SHA-256 differs): delete it; an ingest where the version is current "
-                        "writes it anew"
-                    )
-                found.versions[named[1]] = parse_manifest(data, where)
+                found.versions[named[1]] = self._parsed(data, named[1], where)
             except Missing:  # gc took it away since it was listed
                 continue
             except UserError as error:
                 found.damaged[named[1]] = str(error)
         return found
+
+    def _parsed(self, data: bytes, digest: str, where: str) -> Manifest:
+        if sha256_bytes(data) != digest:
+            raise UserError(
+                f"{where} is damaged (its SHA-256 differs): delete it; an ingest where the version is current writes "
+                "it anew"
+            )
+        return parse_manifest(data, where)
 
     def _removal(self, key: str) -> Removal:
         try:
@@ -207,25 +224,25 @@ class Catalogue:
 
 
 @contextmanager
-def pushing(name: str, source: str) -> Iterator[None]:
+def pushing(name: str, source: str, store: Store | None = None) -> Iterator[None]:
     """Inside, files of the data set ``name`` are pushed to ``source`` and its version published.
 
     DVC passes over what lies there already, so meanwhile ``darkroom gc`` takes nothing away. Whoever is killed inside
     holds it up no longer than ``retention.grace_hours``.
     """
-    place, store = Location(Location.parse(source).bucket) / PUSHING, Store()
+    place, store = Location(Location.parse(source).bucket) / PUSHING, store or Store()
     mark = place.key(f"{name}/{uuid4().hex}")
     store.put_once(place.bucket, mark, b"")
     yield
     store.delete_many(place.bucket, [mark])
 
 
-def publish(folder: Path, dvc_digest: str, source: str) -> str:
+def publish(folder: Path, dvc_digest: str, source: str, store: Store | None = None) -> str:
     """Put the current version of the data set in ``folder``, which DVC has pushed to ``source``, into the catalogue.
 
     Returns where it lies there. The same version again changes nothing.
     """
-    return Catalogue.of(folder.name, source).publish(read_manifest(folder), dvc_digest)
+    return Catalogue.of(folder.name, source, store).publish(read_manifest(folder), dvc_digest)
 
 
 def publish_page(folder: Path, page: Path, source: str) -> str:
@@ -239,10 +256,7 @@ def publish_page(folder: Path, page: Path, source: str) -> str:
 def learn_removals(folder: Path, source: str) -> list[Removal]:
     """Let this machine know of all that was taken down from the data set in ``folder``, wherever that was done.
 
-    Returns the removals of pictures that the version in ``folder`` still holds, because it is of before.
+    Returns the takedown records of images that the current version in ``folder`` still holds.
     """
     Catalogue.of(folder.name, source).learn_removals(folder)
-    if not (folder / "manifest.json").is_file():
-        return []
-    tables = {part.records.sha256 for part in read_manifest(folder).parts}
-    return [removal for removal in removals(work_folder(folder)) if tables.intersection(removal.tables)]
+    return still_held(folder, removals(work_folder(folder))) if (folder / "manifest.json").is_file() else []

@@ -1,6 +1,6 @@
 """Checkout: any version of a data set becomes the current one again, verified, without git."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock
@@ -8,11 +8,11 @@ from filelock import FileLock
 from diffusion.config import Config
 from diffusion.data.holders import holders
 from diffusion.data.ingest import forget_captions, remove_strays, work_folder
-from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest
+from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, versions
 from diffusion.data.removals import removals
 from diffusion.data.versions import choose, known_versions, remember
 from diffusion.errors import UserError
-from diffusion.files import write_bytes
+from diffusion.files import write_bytes, write_json
 from flows import lineage
 from flows.catalogue import Catalogue
 from flows.kept_files import KeptFiles, is_whole, needed_files
@@ -33,48 +33,59 @@ class CheckedOut(Config):
     """Files that had to be got back."""
 
 
+class Choice(Config):
+    """An older version that a person went back to, for the next ingest to build on."""
+
+    version: str
+    known: list[str]
+    """All versions of which this machine knew then: what they have and ``version`` lacks is left out on purpose."""
+
+
 def checkout(
-    folder: Path, prefix: str, reach: Reach, with_removed: bool = False, without_shards: bool = False
+    folder: Path,
+    prefix: str,
+    reach: Reach,
+    with_removed: bool = False,
+    without_shards: bool = False,
+    to_build_on: bool = False,
 ) -> CheckedOut:
     """Make the version whose digest begins with ``prefix`` the current one of the data set in ``folder``.
 
     Its files come from the folder, DVC's cache, or the remote, for which ``reach`` is called only if it is needed; each
     is verified by its SHA-256. ``without_shards`` leaves those away that are not here, for training that streams them.
-    All other versions stay known, what only the folder holds is put into DVC's cache first, and the next ingest adds to
-    the version checked out. Killed and given again, it ends the same.
+    All other versions stay known, and what only the folder holds is put into DVC's cache first. The next ingest goes on
+    from the newest version all the same, unless this one is ``to_build_on``. Killed and given again, it ends the same.
 
     Raises UserError if there is no such version, a file of it is to be had nowhere, or it holds pictures that were
     taken down since, unless ``with_removed``.
     """
     work_folder(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(work_folder(folder) / "lock"):
-        known = _known(folder) if (folder / "manifest.json").is_file() else {}
-        place = _Place(folder, known, reach)
+        place = Place.of(folder, reach)
         version = place.choose(prefix)
-        if not with_removed:
-            place.refuse_removed(version)
-        place.keep_current(version)
-        restored = place.fetch(version, without_shards)
-        if not with_removed:
-            place.refuse_removed(version)
-        write_bytes(folder / "manifest.json", manifest_bytes(version))
-        _remove_others(folder, version)
-        if without_shards:
-            place.kept.keep_listing(version.digest)
-        else:
-            lineage.record_data(folder, push_to=None)
-    return CheckedOut(
-        dataset=folder.name,
-        folder=folder,
-        digest=version.digest,
-        content_digest=version.content_digest,
-        kept=version.kept,
-        restored=restored,
-    )
+        return place.make_current(version, with_removed, without_shards, to_build_on)
 
 
-class _Place:
-    """A data set's folder, and where its other versions can be had."""
+def choice(folder: Path) -> Choice | None:
+    """The version that the current one in ``folder`` goes on from because a person checked it out; None: none."""
+    path = _choice(folder)
+    if not path.is_file():
+        return None
+    found = Choice.model_validate_json(path.read_bytes())
+    return found if any(version.digest == found.version for version in versions(folder)) else None
+
+
+def forget_choice(folder: Path) -> None:
+    """Let the next ingest go on from the newest version."""
+    _choice(folder).unlink(missing_ok=True)
+
+
+def _choice(folder: Path) -> Path:
+    return work_folder(folder) / "checked_out.json"
+
+
+class Place:
+    """A data set's folder, whose lock the caller holds, and where its other versions can be had."""
 
     def __init__(self, folder: Path, known: dict[str, Manifest], reach: Reach) -> None:
         self.folder = folder
@@ -83,13 +94,49 @@ class _Place:
         self.kept = KeptFiles(folder.name)
         self.source: str | None = None
 
+    @classmethod
+    def of(cls, folder: Path, reach: Reach) -> "Place":
+        """That of the data set in ``folder``."""
+        return cls(folder, _known(folder) if (folder / "manifest.json").is_file() else {}, reach)
+
+    def make_current(
+        self, version: Manifest, with_removed: bool = False, without_shards: bool = False, to_build_on: bool = False
+    ) -> CheckedOut:
+        """Make ``version`` the current one; see ``checkout``."""
+        folder = self.folder
+        if not with_removed:
+            self.refuse_removed(version)
+        self.keep_current(version)
+        restored = self.fetch(version, without_shards)
+        if not with_removed:
+            self.refuse_removed(version)
+        if to_build_on and self._goes_back(version):
+            chosen = Choice(version=version.digest, known=sorted(self.known))
+            write_json(_choice(folder), chosen.model_dump(mode="json"))
+        else:
+            forget_choice(folder)
+        write_bytes(folder / "manifest.json", manifest_bytes(version))
+        remove_others(folder, version)
+        if without_shards:
+            self.kept.keep_listing(version.digest)
+        else:
+            lineage.record_data(folder, push_to=None)
+        return CheckedOut(
+            dataset=folder.name,
+            folder=folder,
+            digest=version.digest,
+            content_digest=version.content_digest,
+            kept=version.kept,
+            restored=restored,
+        )
+
     def choose(self, prefix: str) -> Manifest:
         """The version that ``prefix`` names, of those known here or else in the catalogue."""
         try:
             return self.known[self._chosen(prefix)]
         except UserError as unknown:
             try:
-                catalogue = self._catalogue()
+                catalogue = self.catalogue()
             except UserError as error:
                 raise (unknown if self.known else error) from error
         self.known = self.known | catalogue.versions()
@@ -98,7 +145,7 @@ class _Place:
     def refuse_removed(self, version: Manifest) -> None:
         """Raise UserError if ``version`` holds pictures that were taken down, as far as its tables are to be had."""
         if self.source is not None:
-            self._catalogue().learn_removals(self.folder)
+            self.catalogue().learn_removals(self.folder)
         for removal in removals(work_folder(self.folder)):
             if holders(self.folder, removal, [version], self.kept.find).held:
                 remove_strays(self.folder)
@@ -129,7 +176,7 @@ class _Place:
                 continue
             if sha256 in self.known:
                 write_bytes(path, manifest_bytes(self.known[sha256]))
-            elif not self._write(version, name, sha256):
+            elif not self.write(version, name, sha256):
                 raise UserError(
                     f"{name} of version {version.digest[:12]} is neither in {self.folder}, nor in DVC's cache, nor on "
                     "its remote (any more): check out another one, or ingest again from a source that has all of it"
@@ -137,16 +184,22 @@ class _Place:
             restored.append(name)
         return restored
 
-    def _write(self, version: Manifest, name: str, sha256: str) -> bool:
+    def write(self, version: Manifest, name: str, sha256: str) -> bool:
+        """Write a file of ``version`` into the folder, whole; returns whether it could be had."""
         target = self.folder / name
         if self.kept.write(version.digest, name, sha256, target):
             return True
         if self.source is not None:
             return False
-        self._catalogue()
+        self.catalogue()
         return self.kept.write(version.digest, name, sha256, target)
 
-    def _catalogue(self) -> Catalogue:
+    def _goes_back(self, version: Manifest) -> bool:
+        """Whether a version is known that was made from this one."""
+        return any(version.digest in lineage_of(self.known, each.parent) for each in self.known.values())
+
+    def catalogue(self) -> Catalogue:
+        """The catalogue; from here on files are had from the remote as well."""
         if self.source is None:
             self.source = self.reach()
             recorded = lineage.data_version(self.folder)
@@ -159,6 +212,13 @@ class _Place:
         return choose(prefix, candidates, self.folder.name)
 
 
+def lineage_of(known: dict[str, Manifest], digest: str | None) -> Iterator[str]:
+    """``digest`` and the digests of what it was made from, as far as these versions are ``known``."""
+    while digest is not None:
+        yield digest
+        digest = known[digest].parent if digest in known else None
+
+
 def _known(folder: Path) -> dict[str, Manifest]:
     """The versions known here; only the current one where the manifest of an earlier one is broken, to be mended."""
     try:
@@ -168,7 +228,7 @@ def _known(folder: Path) -> dict[str, Manifest]:
         return {current.digest: current}
 
 
-def _remove_others(folder: Path, version: Manifest) -> None:
+def remove_others(folder: Path, version: Manifest) -> None:
     """Take away what belongs to other versions only."""
     line = {name for name, _ in needed_files(folder, version)}
     for path in (folder / "versions").glob("*.json"):

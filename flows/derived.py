@@ -105,12 +105,12 @@ def mark(derived: Derived, removal: Removal) -> None:
     )
     for run in derived.runs:
         tags = client.get_run(run.run_id).data.tags
-        marks = {TAKEDOWN: _with_name(tags.get(TAKEDOWN), removal.name), NOTE: _with_note(tags.get(NOTE), note)}
+        marks = {TAKEDOWN: joined_names(tags.get(TAKEDOWN), removal.name), NOTE: _with_note(tags.get(NOTE), note)}
         client.log_batch(run.run_id, tags=[RunTag(name, value) for name, value in marks.items()])
     for model in derived.models:
         name, number = model.uri.removeprefix("models:/").rsplit("/", 1)
         found = client.get_model_version(name, number)
-        client.set_model_version_tag(name, number, TAKEDOWN, _with_name(found.tags.get(TAKEDOWN), removal.name))
+        client.set_model_version_tag(name, number, TAKEDOWN, joined_names(found.tags.get(TAKEDOWN), removal.name))
         client.update_model_version(name, number, description=_with_note(found.description, note))
 
 
@@ -130,6 +130,16 @@ def takedowns(version: Version) -> str | None:
     """What to tell those who use ``version``: that it learned from pictures taken down since; None if it did not."""
     names = version.tags.get(TAKEDOWN)
     return names and f"{version.uri} was made from pictures that were taken down since (takedown {names}): train anew"
+
+
+def names_of(tag: str | None) -> list[str]:
+    """The names of takedowns that the value of a tag lists."""
+    return tag.split(",") if tag else []
+
+
+def joined_names(tag: str | None, *names: str) -> str:
+    """The value of a tag that lists ``names`` besides those in ``tag``."""
+    return ",".join(sorted({*names_of(tag), *names}))
 
 
 def notes_in(description: str) -> list[str]:
@@ -195,10 +205,6 @@ def _showing_pictures(client: MlflowClient, run_id: str) -> list[str]:
     else:
         found += [path for path in grids if path.rpartition("/")[2].startswith("held_out")]
     return [path for path in found if path != "dataset/manifest.json"]
-
-
-def _with_name(names: str | None, name: str) -> str:
-    return ",".join(sorted({*(names.split(",") if names else ()), name}))
 
 
 def _with_note(text: str | None, note: str) -> str:

@@ -21,6 +21,7 @@ from flows.logs import RUN_ID
 from flows.params import Params
 from flows.progress import reporter
 from flows.steps import step
+from flows.taken_down import require_current
 from flows.tracking import RunTracker, find_run
 
 
@@ -40,6 +41,7 @@ def evaluate(params: Params, folder: Path | None = None) -> Evaluation:
 @step
 def judge(params: Params, folder: Path) -> Evaluation:
     """Score the checkpoints; what was judged before under the same conditions is remembered."""
+    require_current(params.dataset_folder)
     return judge_checkpoints(
         params.dataset_folder,
         candidates(params.run_folder, folder, params.evaluation.ema_lengths),
@@ -55,6 +57,7 @@ def judge(params: Params, folder: Path) -> Evaluation:
 def report(params: Params, evaluation: Evaluation, folder: Path) -> None:
     """Put judged checkpoints, the report page and its pictures on the MLflow run, and a summary on this one."""
     tracker = tracker_of(params)
+    require_current(params.dataset_folder)
     Scoreboard(tracker.client, tracker.run_id).show(evaluation)
     for path in (folder / "report.html", folder / "evaluation.json", *sorted(folder.glob("grids/*.png"))):
         tracker.log_file(path, "evaluation" if path.parent == folder else "evaluation/grids")

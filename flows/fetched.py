@@ -4,12 +4,14 @@ from dataclasses import dataclass, replace
 
 from mlflow.client import MlflowClient
 
+from diffusion.errors import UserError
 from flows import registry
-from flows.derived import TAKEDOWN, warn_of_takedown
+from flows.derived import TAKEDOWN, joined_names, names_of, warn_of_takedown
 from flows.environment import settings
 from flows.params import Params, registered, registered_start
 from flows.registry import Version
 from flows.start import decided, named_now
+from flows.taken_down import with_takedowns
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,27 @@ def fetched(params: Params, dry_run: bool = False) -> Fetched:
     """
     ready = Fetched(params, params)
     if (uri := registered(params)) is not None:
-        version = registry.resolve(MlflowClient(), uri)
+        version = with_takedowns(registry.resolve(MlflowClient(), uri))
         model = params.model.model_copy(update={"autoencoder": _file(version)})
         ready = _with(ready, version, autoencoder=version.uri, params=params.model_copy(update={"model": model}))
     if (uri := registered_start(params)) is not None:
         begun = named_now(params, uri) if dry_run else decided(params, uri)
+        begun = begun and with_takedowns(begun)
         training = params.training.model_copy(update={"start": begun and _file(begun)})
         params = ready.params.model_copy(update={"training": training})
         ready = _with(ready, begun, start=begun and begun.uri, params=params)
     return ready
+
+
+def require_promotable(params: Params) -> None:
+    """Raise UserError, before hours of work, if what training would begin with must not be part of a champion."""
+    ready = fetched(params)
+    if ready.takedown is not None:
+        whose = " and ".join(filter(None, (ready.autoencoder, ready.start)))
+        raise UserError(
+            f"{whose} learned from images that were taken down since (takedown {ready.takedown}), so nothing made with "
+            "it becomes champion: give model.autoencoder or training.start another version, or train it anew"
+        )
 
 
 def _file(version: Version) -> str:
@@ -54,6 +68,5 @@ def _file(version: Version) -> str:
 
 def _with(ready: Fetched, version: Version | None, **changes: object) -> Fetched:
     """``ready`` changed by what ``version`` is for, whose takedowns are its own."""
-    names = {ready.takedown, version.tags.get(TAKEDOWN) if version else None}
-    apart = {name for each in names if each for name in each.split(",")}
-    return replace(ready, takedown=",".join(sorted(apart)) or None, **changes)  # type: ignore[arg-type]
+    names = names_of(version.tags.get(TAKEDOWN)) if version else []
+    return replace(ready, takedown=joined_names(ready.takedown, *names) or None, **changes)  # type: ignore[arg-type]

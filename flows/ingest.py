@@ -3,18 +3,18 @@
 It loads no torch: most of the ingests that a schedule starts find nothing new.
 """
 
+import logging
 from pathlib import Path
 
-from filelock import FileLock
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
-from prefect.logging import get_run_logger
 
 from diffusion.config import Config
-from diffusion.data.ingest import IngestResult, Rebuild, work_folder
+from diffusion.data.ingest import IngestResult, Rebuild
 from diffusion.data.ingest import ingest as ingest_pictures
 from flows import catalogue, lineage
 from flows.announce import announce
+from flows.checkout import forget_choice
 from flows.environment import data_source, settings
 from flows.fan_out import prefect_fan_out, task_runner
 from flows.lineage import DataVersion
@@ -23,6 +23,9 @@ from flows.progress import reporter
 from flows.s3 import Store
 from flows.s3_objects import S3Objects
 from flows.steps import ended, step
+from flows.up_to_date import bring_up_to_date, publish
+
+logger = logging.getLogger(__name__)
 
 
 class Ingested(Config):
@@ -40,9 +43,13 @@ def ingest(params: Params, requeue: bool = False, rebuild: Rebuild = "never", to
 
     A new version is announced by an event, but not if whoever asks is ``to_retrain`` on it anyway.
     """
-    mend(params)
-    result = make_dataset.with_options(task_runner=task_runner(params.ingest))(params, requeue, rebuild)
-    version = record(params)
+    mend(params, rebuild, to_retrain)
+    make = make_dataset.with_options(task_runner=task_runner(params.ingest))
+    result = make(params, requeue, rebuild)
+    while (version := record(params)) is None:
+        # Somebody was faster: what this ingest added is added to their version, which nothing has to be read for.
+        mend(params, "never", to_retrain)
+        result = told_anew(result, make(params, requeue=False, rebuild="never"))
     report = describe(params, version)
     announce(params, to_retrain)
     words = f"{result.added:,} new" if result.changed else "nothing new"
@@ -53,22 +60,27 @@ def ingest(params: Params, requeue: bool = False, rebuild: Rebuild = "never", to
 
 
 @step
-def mend(params: Params) -> None:
-    """Get back from DVC what is missing or damaged of the data set that is there, and hear of takedowns elsewhere.
+def mend(params: Params, rebuild: Rebuild, to_retrain: bool) -> None:
+    """Make the data set here whole, go on from the newest version anywhere, and apply takedowns of other machines.
 
     Raises UserError for a server on which two ingests could overwrite each other.
     """
     Store().require_conditional_puts(settings().bucket, "datasets")
-    log = get_run_logger()
-    for name in lineage.restore_data(params.dataset_folder, data_source()):
-        log.warning("%s was missing or damaged, and is whole again", params.dataset_folder / name)
-    for removal in catalogue.learn_removals(params.dataset_folder, data_source()):
-        log.warning(
-            "this version holds pictures taken down since (%s): darkroom data checkout %s --dataset %s",
-            removal.reason,
-            removal.version[:12],
-            params.training.dataset,
-        )
+    folder, source = params.dataset_folder, data_source()
+    for name in lineage.restore_data(folder, source):
+        logger.warning("%s was missing or damaged, and is whole again", folder / name)
+    if to_retrain:
+        # What a person went back to here is no matter of a schedule.
+        forget_choice(folder)
+    bring_up_to_date(folder, source, params.ingest, reporter(), anew=rebuild == "always")
+
+
+def told_anew(first: IngestResult, again: IngestResult) -> IngestResult:
+    """The data set as it stands after ``again``, with what the ``first`` ingest read and added."""
+    names = ("listed", "read", "added", "removed", "relabelled", "passed_over")
+    return again.model_copy(
+        update={name: getattr(first, name) for name in names} | {"changed": first.changed or again.changed}
+    )
 
 
 @flow(name="make dataset")
@@ -86,14 +98,9 @@ def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResul
 
 
 @step
-def record(params: Params) -> DataVersion:
-    """Commit the data set to DVC, push it to the bucket, and enter its version in the catalogue there."""
-    # Otherwise another ingest could put its version in place while the files of this one are pushed.
-    turn = FileLock(work_folder(params.dataset_folder) / "lock")
-    with turn, catalogue.pushing(params.training.dataset, data_source()):
-        version = lineage.record_data(params.dataset_folder, data_source())
-        catalogue.publish(params.dataset_folder, version.digest, data_source())
-    return version
+def record(params: Params) -> DataVersion | None:
+    """Commit the data set to DVC, push it, and make it the newest version in the catalogue; None: see ``publish``."""
+    return publish(params.dataset_folder, data_source())
 
 
 @step

@@ -34,7 +34,7 @@ from diffusion.training.post_hoc import AVERAGES
 from flows import model_card, registry
 from flows.aliases import adopted, project
 from flows.champion import champion_problem, require_champion
-from flows.derived import TAKEDOWN
+from flows.derived import TAKEDOWN, takedowns, warn_of_takedown
 from flows.environment import settings
 from flows.evaluate import tracker_of
 from flows.history import Approval, Entry, Evidence, GateWord, History
@@ -45,6 +45,7 @@ from flows.progress import reporter
 from flows.registry import Version
 from flows.steps import step
 from flows.tags import parse_tags
+from flows.taken_down import require_current, with_takedowns
 from flows.tracking import AUTOENCODER, START, RunTracker
 
 PAGE = "trial.html"
@@ -97,7 +98,7 @@ def promote(params: Params) -> Verdict:
     """Register the best checkpoint and let the gate decide between it and the champion."""
     evaluation = read_evaluation(params.report_folder)
     require_champion(params)
-    version = register(params, evaluation)
+    version = require_promotable(register(params, evaluation))
     judgement = judge(params, evaluation, version)
     approval = ask(version, judgement) if params.registry.approval else None
     return record(params, evaluation, version, judgement, approval)
@@ -114,7 +115,8 @@ def read_evaluation(folder: Path) -> Evaluation:
 @step
 def register(params: Params, evaluation: Evaluation) -> Version:
     """Make the best checkpoint's averaged weights a version, with everything that leads back as tags, and its card."""
-    _require_current(params, evaluation)
+    _require_same(params, evaluation)
+    require_current(params.dataset_folder)
     tracker = tracker_of(params)
     weights = params.run_folder / "weights.safetensors"
     export(Path(evaluation.best.file), weights)
@@ -144,7 +146,7 @@ def register(params: Params, evaluation: Evaluation) -> Version:
     return version
 
 
-def _require_current(params: Params, evaluation: Evaluation) -> None:
+def _require_same(params: Params, evaluation: Evaluation) -> None:
     """Raise UserError unless ``evaluation`` judged what lies there now, as it would be judged now."""
     best, conditions = Path(evaluation.best.file), evaluation.conditions
     same = (
@@ -160,6 +162,15 @@ def _require_current(params: Params, evaluation: Evaluation) -> None:
             f"{params.report_folder} judges another training, data set or configuration than {params.run_folder} "
             "has now: run `darkroom evaluate` again, with the same settings as promote"
         )
+
+
+@step
+def require_promotable(version: Version) -> Version:
+    """``version`` as MLflow has it now; raises UserError if images that it learned from were taken down."""
+    found = with_takedowns(version)
+    if (words := takedowns(found)) is not None:
+        raise UserError(words)
+    return found
 
 
 @step
@@ -253,13 +264,15 @@ def record(
 ) -> Verdict:
     """Commit the verdict to the ledger, then let MLflow show it: scores, card, copies of the entry, aliases."""
     client, ledger = MlflowClient(), Ledger.of(version.model)
-    history = append(client, ledger, lambda history: next_entry(history, version, judgement, approval))
+    history = commit(client, version, judgement, approval)
     entry = history.about(version.number)
     assert entry is not None, "what is champion has an entry that says so"
     _tag(client, version, evaluation, entry)
     model_card.write(client, params, evaluation, version, entry, judgement.trial)
     champion = project(client, ledger).standing.champion
     promoted = champion == version.number
+    if promoted:
+        warn_of_takedown(with_takedowns(version))
     verdict = Verdict(
         version=version,
         promoted=promoted,
@@ -270,6 +283,21 @@ def record(
     )
     create_markdown_artifact(f"**{version.uri}** is {verdict.title}: {escape_markdown(verdict.reason)}", key="verdict")
     return verdict
+
+
+def commit(client: MlflowClient, version: Version, judgement: Judgement, approval: Approval | None) -> History:
+    """Append the verdict on ``version`` to its model's ledger, unless it is there; returns the ledger.
+
+    Raises UserError if images that it learned from were taken down, and Held as ``next_entry`` does.
+    """
+
+    def decide(history: History) -> Entry | None:
+        # A takedown writes its record first and looks for versions then, and this one is registered: so either we see
+        # the record here, or the takedown finds the version and marks it, champion or not.
+        require_promotable.fn(version)
+        return next_entry(history, version, judgement, approval)
+
+    return append(client, Ledger.of(version.model), decide)
 
 
 def next_entry(history: History, version: Version, judgement: Judgement, approval: Approval | None) -> Entry | None:

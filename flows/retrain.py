@@ -46,7 +46,7 @@ def retrain(
     asked: Asked = ANYTHING,
     version: str | None = None,
 ) -> "Retrained | Unchanged":
-    """Sync, ingest, train, evaluate, promote, print, explain: each step skips what is done for the same inputs.
+    """Ingest, train, evaluate, promote, print, explain: each step skips what is done for the same inputs.
 
     Args:
         params: The configuration, as params.yaml has it.
@@ -62,8 +62,8 @@ def retrain(
             "a model with model.low_resolution enlarges pictures and prints none: leave --count, --seed and --to out"
         )
     with turn(f"retrain-{params.training.dataset}"):
-        brought = sync(params, version)
-        data = brought if version and brought else ingest(params, to_retrain=True)
+        brought = sync(params, version) if version else None
+        data = brought or ingest(params, to_retrain=True)
 
         manifest = read_manifest(params.dataset_folder)
         request = Request.of(params, manifest, Printing(count, seed, to, asked))
@@ -73,6 +73,7 @@ def retrain(
         # Only now, as they load torch and MLflow: seconds that a run without anything to do does without.
         from flows.evaluate import evaluate
         from flows.explain import explain
+        from flows.fetched import require_promotable
         from flows.promote import promote
         from flows.retrained import Retrained, require_printable
         from flows.sample import draws, sample
@@ -80,6 +81,7 @@ def retrain(
 
         champion = f"models:/{params.model_name}@champion"
         require_printable(params, manifest, asked)
+        require_promotable(params)
         training = train(params, restart="if_different")
         evaluate(params)
         verdict = promote(params)

@@ -20,11 +20,13 @@ from diffusion.training.identity import data_digest, train_key
 from flows import registry
 from flows.aliases import CHAMPION, named
 from flows.champion import registered_version
+from flows.derived import takedowns
 from flows.environment import settings
 from flows.params import Params
 from flows.registry import Version
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
+from flows.taken_down import with_takedowns
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ class Start(Config):
     """Where a training began."""
 
     version: str | None
-    """models:/NAME/NUMBER; None: at random, for want of a champion."""
+    """models:/NAME/NUMBER; None: at random, for want of a champion that may be begun with."""
 
 
 def decided(params: Params, uri: str) -> Version | None:
@@ -49,7 +51,7 @@ def decided(params: Params, uri: str) -> Version | None:
         store.require_conditional_puts(place.bucket, "starts")
         version = named_now(params, uri)
         start = Start(version=version and version.uri)
-        logger.info("training begins with %s", start.version or "random weights, as there is no champion yet")
+        logger.info("training begins with %s", start.version or "random weights, as there is no champion")
         with suppress(Held):  # another machine was faster, and decided for this one as well
             store.put_once(place.bucket, key, canonical_json(start.model_dump()).encode())
         noted = store.get(place.bucket, key)
@@ -72,11 +74,20 @@ def decided(params: Params, uri: str) -> Version | None:
 
 
 def named_now(params: Params, uri: str) -> Version | None:
-    """The version that ``uri`` names now; None: training.start is champion, and there is none yet."""
+    """The version that ``uri`` names now; None: training.start is champion, and there is none to begin with.
+
+    A champion that learned from images taken down since is none: what begins with it could not take its place.
+    """
     client = MlflowClient()
-    if params.training.start == CHAMPION and named(client, params.model_name, CHAMPION) is None:
+    if params.training.start != CHAMPION:
+        return registry.resolve(client, uri)
+    if named(client, params.model_name, CHAMPION) is None:
         return None
-    return registry.resolve(client, uri)
+    champion = with_takedowns(registry.resolve(client, uri))
+    if (words := takedowns(champion)) is not None:
+        logger.warning("%s; until there is another champion, training begins with random weights", words)
+        return None
+    return champion
 
 
 def _asked_for(params: Params) -> str:

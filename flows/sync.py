@@ -1,9 +1,10 @@
 """A data set's newest version, brought to this machine, so that one worker goes on where another ended."""
 
-from diffusion.data.manifest import read_manifest
+from diffusion.data.manifest import read_manifest, versions
 from flows.catalogue import Catalogue
 from flows.checkout import CheckedOut, checkout
 from flows.environment import data_source
+from flows.heads import Heads
 from flows.params import Params
 from flows.steps import step
 
@@ -15,19 +16,19 @@ def sync(params: Params, version: str | None = None) -> CheckedOut | None:
     Raises UserError as ``checkout`` does.
     """
     source = data_source()
-    wanted = version or newer(params, Catalogue.of(params.training.dataset, source))
+    catalogue = Catalogue.of(params.training.dataset, source)
+    wanted = version or newer(params, catalogue)
     if wanted is None:
         return None
+    catalogue.learn_removals(params.dataset_folder)
     return checkout(params.dataset_folder, wanted, lambda: source)
 
 
 def newer(params: Params, catalogue: Catalogue) -> str | None:
-    """The version that was put into the ``catalogue`` last; None if it lies here, or what does was never put there."""
-    published = catalogue.published()
-    if not published:
-        return None
-    newest = max(published, key=lambda digest: (published[digest], digest))
-    folder = params.dataset_folder
-    here = read_manifest(folder).digest if (folder / "manifest.json").is_file() else None
-    # What was never published is only here, and newer than all that others know.
-    return None if here is not None and published.get(here, published[newest]) >= published[newest] else newest
+    """The newest version in the ``catalogue``; None if the one here comes from it, or was never put there."""
+    newest, folder = Heads(catalogue).newest(), params.dataset_folder
+    if newest is None or not (folder / "manifest.json").is_file():
+        return newest
+    # What was never published is only here: the next ingest adds it to the newest.
+    unpublished = catalogue.written(read_manifest(folder).digest) is None
+    return None if unpublished or any(version.digest == newest for version in versions(folder)) else newest

@@ -3,22 +3,21 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from filelock import FileLock
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from diffusion.config import Config
 from diffusion.data import takedown as pictures
 from diffusion.data.holders import Holders, holders
-from diffusion.data.ingest import work_folder
 from diffusion.data.manifest import Manifest
 from diffusion.data.removals import Removal
 from diffusion.data.selection import Selection
 from diffusion.data.versions import known_versions
 from diffusion.escaping import escape_markdown
-from flows import catalogue, environment, lineage
+from flows import environment, lineage
 from flows.announce import announce
 from flows.catalogue import Catalogue
+from flows.checkout import choice, forget_choice
 from flows.derived import Derived, clear_pictures, find_derived
 from flows.derived import mark as mark_derived
 from flows.kept_files import KeptFiles
@@ -27,6 +26,7 @@ from flows.params import Params
 from flows.progress import reporter
 from flows.purge import Purged, purge_dvc, purge_files, purge_samples
 from flows.steps import step
+from flows.up_to_date import bring_up_to_date, publish
 
 
 class TakenDown(Config):
@@ -74,21 +74,27 @@ def takedown(params: Params, selection: Selection, reason: str, purge: bool = Fa
 
 @step
 def remove(params: Params, selection: Selection, reason: str) -> Removal:
-    """Make the version without the pictures."""
-    lineage.restore_data(params.dataset_folder, environment.data_source())
-    return pictures.remove(params.dataset_folder, selection, reason, reporter())
+    """Make the version without the pictures, of the newest there is unless a person went back to another one."""
+    folder, source = params.dataset_folder, environment.data_source()
+    lineage.restore_data(folder, source)
+    if choice(folder) is None:
+        bring_up_to_date(folder, source, params.ingest, reporter())
+    return pictures.remove(folder, selection, reason, reporter())
 
 
 @step
 def record(params: Params, removal: Removal) -> DataVersion:
-    """Commit and push the version, and let other machines know of it and of what was taken down."""
-    source = environment.data_source()
-    turn = FileLock(work_folder(params.dataset_folder) / "lock")
-    with turn, catalogue.pushing(params.training.dataset, source):
-        version = lineage.record_data(params.dataset_folder, source)
-        catalogue.publish(params.dataset_folder, version.digest, source)
+    """Let other machines know of what was taken down, then publish the newest version without it."""
+    folder, source = params.dataset_folder, environment.data_source()
+    # First, so that whatever is published or promoted from here on is checked against it, and what was before is there
+    # to be found: see ``flows.up_to_date.publish`` and ``flows.promote.record``.
     Catalogue.of(params.training.dataset, source).tell_removal(removal)
-    return version
+    # Pictures that leave an older version leave the newest one as well, which stays what it is otherwise.
+    forget_choice(folder)
+    while True:
+        bring_up_to_date(folder, source, params.ingest, reporter())
+        if (version := publish(folder, source)) is not None:
+            return version
 
 
 @step

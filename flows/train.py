@@ -9,6 +9,7 @@ from prefect.logging import get_run_logger
 from diffusion.config import Config
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.device import resolve_device
+from diffusion.errors import UserError
 from diffusion.training.first_stage import identified
 from diffusion.training.history import read_rows
 from diffusion.training.identity import data_digest, identity_fields, train_key
@@ -17,10 +18,10 @@ from diffusion.training.tracker import ANEW, SPOOL
 from diffusion.training.train import Restart, TrainResult, discard
 from diffusion.training.train import train as train_model
 from diffusion.training.warm_start import identified_start, open_start
-from flows import lineage
+from flows import lineage, registry
 from flows.champion import require_champion
 from flows.dataset_page import page_at_hand
-from flows.derived import TAKEDOWN
+from flows.derived import TAKEDOWN, joined_names, names_of
 from flows.environment import data_source, settings
 from flows.fetched import Fetched, fetched
 from flows.limits import turn
@@ -30,6 +31,7 @@ from flows.remote_shards import RemoteShards
 from flows.s3 import Store
 from flows.spool import UNANSWERED, SpooledTracker
 from flows.steps import step
+from flows.taken_down import require_current, with_takedowns
 from flows.tracking import AUTOENCODER, START, RunTracker, find_run, open_run
 
 
@@ -63,6 +65,7 @@ def start_over(params: Params) -> None:
 @step
 def train_and_track(params: Params, restart: Restart) -> TrainingRun:
     """Train in ``params.run_folder``; the MLflow run is found again by what goes into it."""
+    require_current(params.dataset_folder)
     ready = fetched(params)
     params = ready.params
     manifest = read_manifest(params.dataset_folder)
@@ -97,8 +100,26 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
     if not tracker.finished:
         for record in (result.output / "history.csv", result.output / "losses.csv"):
             tracker.log_file(record, "history")
-        tracker.finish()
+        _finish(ready, tracker)
     return TrainingRun(run_id=tracker.run_id, result=result)
+
+
+def _finish(ready: Fetched, tracker: RunTracker) -> None:
+    """End the run, unless images that it learned from were taken down meanwhile: then it fails, and says so.
+
+    A takedown writes its record first and looks for runs then. The run has named its data set since it began, so either
+    the takedown finds the run, or this finds the record.
+    """
+    try:
+        require_current(ready.params.dataset_folder, tracker)
+    except UserError:
+        tracker.fail()
+        raise
+    with_it = [registry.resolve(tracker.client, uri) for uri in (ready.autoencoder, ready.start) if uri is not None]
+    names = [name for each in with_it for name in names_of(with_takedowns(each).tags.get(TAKEDOWN))]
+    if names:
+        tracker.tag({TAKEDOWN: joined_names(ready.takedown, *names)})
+    tracker.finish()
 
 
 def _delivered(spooled: SpooledTracker) -> RunTracker:

@@ -1,10 +1,12 @@
 """Which versions of a data set held pictures that were taken down."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import pyarrow.compute as pc
+
 from diffusion.config import Config
-from diffusion.data.manifest import Manifest, Part
+from diffusion.data.manifest import Manifest, Part, read_manifest, read_records
 from diffusion.data.removals import Removal
 from diffusion.data.selection import Row
 from diffusion.data.versions import Elsewhere, find_records, kept_in, nowhere
@@ -45,3 +47,19 @@ def holders(folder: Path, removal: Removal, versions: Iterable[Manifest], elsewh
         elif None in answers:
             unknown.append(version.digest)
     return Holders(held=held, unknown=unknown)
+
+
+def still_held(folder: Path, removals: Sequence[Removal]) -> list[Removal]:
+    """Those of ``removals`` of which the current version of the data set in ``folder`` keeps images, in their order.
+
+    Every table is read once. Raises UserError if one is missing or damaged.
+    """
+    if not removals:
+        return []
+    held: set[str] = set()
+    for part in read_manifest(folder).parts:
+        if kept_in(part):
+            table = read_records(folder, part, ("outcome", "key", "source_sha256"))
+            kept = table.filter(pc.equal(table["outcome"], "kept"))
+            held.update(kept["key"].to_pylist(), kept["source_sha256"].to_pylist())
+    return [each for each in removals if not held.isdisjoint([*each.picture_keys, *each.digests])]

@@ -131,6 +131,10 @@ class Index:
             if digest
         )
 
+    def is_removed_by_all(self, *digests: str | None) -> bool:
+        """Whether each of these keys and digests, as far as there are any, is one that was taken down."""
+        return all(self.is_removed(digest) for digest in digests if digest)
+
     def refusal(self, source: str, sha256: str) -> str | None:
         """Why the bytes of this name were refused; None if they were not."""
         found = self.database.execute(
@@ -138,6 +142,14 @@ class Index:
             (source, bytes.fromhex(sha256)),
         ).fetchone()
         return None if found is None else str(found[0])
+
+    def has(self, source: str, sha256: str) -> bool:
+        """Whether the bytes of this name were taken in, as an image or as a copy of one."""
+        found = self.database.execute(
+            "SELECT 1 FROM records WHERE source = ? AND sha256 = ? AND outcome IN ('kept', 'duplicate')",
+            (source, bytes.fromhex(sha256)),
+        ).fetchone()
+        return found is not None
 
     def count(self, outcome: str) -> int:
         """How many names ended as ``outcome`` at last."""
@@ -164,7 +176,7 @@ class Index:
     def _read(self, folder: Path, part: Part) -> None:
         rows = read_records(folder, part).to_pylist()
         if self.near is not None and any(row["outcome"] == "kept" and row["phash"] is None for row in rows):
-            _add_hashes(folder, part, rows)
+            add_hashes(folder, part, rows)
         for row in rows:
             self.record(row)
 
@@ -177,7 +189,7 @@ def _open(path: Path) -> sqlite3.Connection:
     return database
 
 
-def _add_hashes(folder: Path, part: Part, rows: list[dict[str, Any]]) -> None:
+def add_hashes(folder: Path, part: Part, rows: list[dict[str, Any]]) -> None:
     """Hash the pictures of a part that was made before near-copies were asked for."""
     assert part.shard is not None
     with (folder / part.shard.name).open("rb") as shard:

@@ -101,7 +101,8 @@ class Manifest(Config):
     parent: Sha256 | None
     """Digest of the manifest that this version was made from; None for the first."""
     change: str
-    """What made this version of its parent: ``ingest``, ``rebuild``, or ``removal: `` and its reason."""
+    """What made this version of its parent: ``ingest``, ``rebuild``, ``removal: `` and its reason, or ``union with ``
+    and the beginning of the digest of another machine's version."""
     content_digest: Sha256 | Literal[""]
     """SHA-256 over the samples, sorted, and what decides how they are stored; free of history."""
     storage: StorageConfig

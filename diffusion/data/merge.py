@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from diffusion.data.chunks import PreparedChunk
 from diffusion.data.config import IngestConfig
 from diffusion.data.digest import sample_digest
-from diffusion.data.index import Index
-from diffusion.data.manifest import RECORDS, FileEntry, Part, Totals
-from diffusion.data.shards import BLOCK, Extent, filtered
+from diffusion.data.index import Index, add_hashes
+from diffusion.data.manifest import RECORDS, FileEntry, Part, Totals, read_records
+from diffusion.data.shards import BLOCK, Extent, extent_at, filtered
 from diffusion.files import make_folder, sync_file, sync_folder, write_atomically
 
 REASONS_COUNTED = 10_000
@@ -66,11 +66,48 @@ class Merge:
             shard = self._shard(chunk.shard, shard_sha256, records, whole)
             self.parts.append(write_part(self.folder, len(self.parts), shard, records, self.config.size))
 
+    def adopt(self, part: Part) -> int:
+        """Add what a part of another version, whose files lie in ``folder``, has and this one lacks.
+
+        Returns how many records could not be added: copies of images that neither this version nor the part holds.
+        """
+        rows = read_records(self.folder, part).to_pylist()
+        kept = [row for row in rows if row["outcome"] == "kept"]
+        if self.index.near is not None and any(row["phash"] is None for row in kept):
+            add_hashes(self.folder, part, rows)
+        if part.shard is not None:
+            with (self.folder / part.shard.name).open("rb") as file:
+                for row in kept:
+                    extent = extent_at(file, row["offset"], row["size"])
+                    row |= {"offset": extent.start, "end": extent.end}
+        records, lost = [], 0
+        for row in rows:
+            if row["outcome"] == "removed":
+                wanted = not self.index.is_removed_by_all(row["key"], row["source_sha256"])
+            elif self.index.has(row["source"], row["source_sha256"]):
+                wanted = False
+            elif row["outcome"] == "duplicate" and self.index.sample(row["key"]) is None:
+                # Its pixels lie in a part that this version gave up.
+                gone = self.index.is_removed(row["key"], row["source_sha256"])
+                wanted, lost = gone and self._judge(row), lost + (not gone)
+            else:
+                wanted = self._judge(row)
+            if wanted:
+                self.index.record(row)
+                records.append(row)
+        if records:
+            shard = None
+            if part.shard is not None:
+                whole = len(kept) == sum(row["outcome"] == "kept" for row in records)
+                shard = self._shard(self.folder / part.shard.name, part.shard.sha256, records, whole)
+            self.parts.append(write_part(self.folder, len(self.parts), shard, records, self.config.size))
+        return lost
+
     def _judge(self, row: dict[str, Any]) -> bool:
         """Decide what becomes of a picture; returns whether that is to be recorded."""
         if self.index.is_removed(row["key"], row["source_sha256"]):
             self.news["removed"] += 1
-            known = all(self.index.is_removed(each) for each in (row["key"], row["source_sha256"]) if each)
+            known = self.index.is_removed_by_all(row["key"], row["source_sha256"])
             # Other bytes of it are refused by their own digest, which holds however pictures are stored.
             row |= blanked(row, "came again after it was taken down")
             return not known
@@ -163,6 +200,8 @@ def named(folder: Path, staged: Path, name: str, digest: str) -> FileEntry:
     """Give a finished file of the data set its final name, which holds its digest."""
     path = folder / name
     staged.replace(path)
+    # Two names of one file stay two.
+    staged.unlink(missing_ok=True)
     sync_folder(path.parent)
     return FileEntry(name=name, sha256=digest, bytes=path.stat().st_size)
 

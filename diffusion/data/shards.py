@@ -81,6 +81,18 @@ def filtered(source: Path, target: Path, extents: Iterable[Extent]) -> list[Exte
     return places
 
 
+def extent_at(shard: BinaryIO, offset: int, size: int) -> Extent:
+    """The sample (PNG and JSON) of an open ``shard`` whose PNG has ``size`` bytes and begins at ``offset``."""
+    behind = offset + _padded(size)
+    shard.seek(behind)
+    about = tarfile.TarInfo.frombuf(shard.read(BLOCK), "utf-8", "strict")
+    return Extent(offset - BLOCK, behind + BLOCK + _padded(about.size), size)
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
 def _adjacent(extents: Iterable[Extent]) -> Iterator[list[Extent]]:
     """Runs of samples that lie one behind the other, so that each run is copied at once."""
     gap = previous = 0

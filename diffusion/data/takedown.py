@@ -3,14 +3,14 @@
 What stays of a picture is a row with its key and the digest of its file, by which every later ingest refuses it.
 """
 
-import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
 
 from filelock import FileLock
 
 from diffusion.data.digest import content_digest
+from diffusion.data.holders import still_held
 from diffusion.data.ingest import forget_captions, remove_strays, work_folder
 from diffusion.data.manifest import (
     FileEntry,
@@ -26,7 +26,7 @@ from diffusion.data.manifest import (
 from diffusion.data.merge import blanked, named, write_part
 from diffusion.data.removals import Removal, removals, write_removal
 from diffusion.data.selection import Chosen, Row, Selection, Selector, chosen_by, names_of, nothing
-from diffusion.data.shards import BLOCK, Extent, filtered
+from diffusion.data.shards import BLOCK, extent_at, filtered
 from diffusion.data.versions import kept_in
 from diffusion.errors import UserError
 from diffusion.files import digest_of, sha256_file, write_atomically
@@ -69,12 +69,10 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
             remove_strays(folder)
             return earlier or _known_as_removed(before, chosen, asked, reason)
         if chosen.pictures == before.kept:
-            raise UserError(
-                f"this would remove all {before.kept} pictures of data set {folder.name}: "
-                f"to be rid of the data set, delete {folder}"
-            )
+            raise nothing_left(folder, before)
         require_whole(folder, before)
-        after = _without(folder, before, selector, chosen, reason, progress)
+        keys = set(chosen.picture_keys)
+        after = _without(folder, before, lambda row: selector.takes(row, keys), chosen.parts, reason, progress)
         removal = Removal(
             **chosen.model_dump(),
             dataset=folder.name,
@@ -99,10 +97,17 @@ def _tables(before: Manifest, after: Manifest) -> list[str]:
 
 
 def _earlier(folder: Path, asked: str) -> Removal | None:
-    """The newest removal that was asked for in the same words, in this folder, and is part of its history."""
+    """The newest removal that was asked for in the same words, and is part of the history of this folder.
+
+    If none is: one of which nothing is held here. Another machine may have been faster, and its line been gone on from.
+    """
     found = {removal.version: removal for removal in removals(work_folder(folder), asked)}
-    version = next((version.digest for version in versions(folder) if version.digest in found), None) if found else None
-    return None if version is None else found[version].model_copy(update={"already": True})
+    if not found:
+        return None
+    in_line = (found[version.digest] for version in versions(folder) if version.digest in found)
+    beside = (removal for removal in found.values() if not still_held(folder, [removal]))
+    removal = next(chain(in_line, beside), None)
+    return removal and removal.model_copy(update={"already": True})
 
 
 def _known_as_removed(manifest: Manifest, chosen: Chosen, asked: str, reason: str) -> Removal:
@@ -121,14 +126,66 @@ def _known_as_removed(manifest: Manifest, chosen: Chosen, asked: str, reason: st
     )
 
 
+def remove_known(folder: Path, progress: Progress = silent) -> list[Removal]:
+    """Make a version of the data set in ``folder`` without images that takedown records on this machine name.
+
+    Each record of which the current version holds images makes a version of its own, equal to the one that its takedown
+    would have made here. The caller holds the data set's lock, and every file of the version is there.
+
+    Returns:
+        The records that were applied; empty if the version holds none of their images.
+
+    Raises:
+        UserError: If nothing would be left, or a file that is needed is missing or damaged.
+    """
+    applied = []
+    for removal in still_held(folder, removals(work_folder(folder))):
+        before = read_manifest(folder)
+        keys, digests = set(removal.picture_keys), set(removal.digests)
+        tables = [(part, read_records(folder, part, ("outcome", "key", "source_sha256"))) for part in before.parts]
+        rows = [(part.number, row) for part, table in tables for row in table.to_pylist()]
+        # Stored in another way than when they were taken down, images have other keys, and copies share these.
+        keys |= {row["key"] for _, row in rows if row["outcome"] == "kept" and row["source_sha256"] in digests}
+
+        def taken(row: Row, keys: set[str] = keys, digests: set[str] = digests) -> bool:
+            return row["outcome"] != "removed" and (
+                row["key"] in keys if row["key"] else row["source_sha256"] in digests
+            )
+
+        going = [(number, row) for number, row in rows if taken(row)]
+        if sum(row["outcome"] == "kept" for _, row in going) == before.kept:
+            raise nothing_left(folder, before)
+        if going:
+            require_whole(folder, before)
+            numbers = {number for number, _ in going}
+            write_manifest(folder, _without(folder, before, taken, numbers, removal.reason, progress))
+            applied.append(removal)
+    if applied:
+        forget_captions(folder)
+        remove_strays(folder)
+    return applied
+
+
+def nothing_left(folder: Path, manifest: Manifest) -> UserError:
+    """What to raise if a takedown would leave an empty data set."""
+    return UserError(
+        f"this would remove all {manifest.kept} pictures of data set {folder.name}: "
+        f"to be rid of the data set, delete {folder}"
+    )
+
+
 def _without(
-    folder: Path, before: Manifest, selector: Selector, chosen: Chosen, reason: str, progress: Progress
+    folder: Path,
+    before: Manifest,
+    taken: Callable[[Row], bool],
+    numbers: Collection[int],
+    reason: str,
+    progress: Progress,
 ) -> Manifest:
-    """The version without what was chosen, its new files written."""
-    keys, numbers = set(chosen.picture_keys), set(chosen.parts)
+    """The version without the rows that are ``taken``, all in parts of these ``numbers``; its new files are written."""
     parts = list(before.parts)
     for done, (place, part) in enumerate(((i, part) for i, part in enumerate(parts) if part.number in numbers), 1):
-        parts[place] = _rewrite(folder, part, lambda row: selector.takes(row, keys), reason, before.size)
+        parts[place] = _rewrite(folder, part, taken, reason, before.size)
         progress("parts written anew", done, len(numbers))
     return before.model_copy(
         update={
@@ -157,7 +214,7 @@ def _copy_shard(folder: Path, shard: FileEntry, number: int, kept: list[Row]) ->
         raise UserError(f"{path} is damaged (its SHA-256 differs): {mend(folder)}")
     kept.sort(key=lambda row: row["offset"])
     with path.open("rb") as file:
-        extents = [_extent(file, row) for row in kept]
+        extents = [extent_at(file, row["offset"], row["size"]) for row in kept]
 
     def write(partial: Path) -> None:
         for row, extent in zip(kept, filtered(path, partial, extents), strict=True):
@@ -166,15 +223,3 @@ def _copy_shard(folder: Path, shard: FileEntry, number: int, kept: list[Row]) ->
     staged = folder / "shards" / f".{number:05d}.tar"
     digest = write_atomically(staged, write)
     return named(folder, staged, f"shards/{number:05d}-{digest[:16]}.tar", digest)
-
-
-def _extent(file: BinaryIO, row: Row) -> Extent:
-    """Where the sample of ``row`` lies: its PNG, and the JSON behind it."""
-    behind = row["offset"] + _padded(row["size"])
-    file.seek(behind)
-    told = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "strict")
-    return Extent(row["offset"] - BLOCK, behind + BLOCK + _padded(told.size), row["size"])
-
-
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK

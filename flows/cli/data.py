@@ -145,7 +145,7 @@ def checkout(
     with redirect_stdout(sys.stderr):
         from flows.checkout import checkout as make_current
 
-        done = make_current(folder, version, _reach, with_removed, without_shards)
+        done = make_current(folder, version, _reach, with_removed, without_shards, to_build_on=True)
     lines = [
         f"{done.kept:,} pictures in {done.folder}: version {done.digest[:12]}, {len(done.restored):,} files restored",
         f"content {done.content_digest}",

@@ -20,6 +20,7 @@ from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest
 from diffusion.errors import UserError
 from flows.catalogue import PUSHING, RETIRED, VERSION, Catalogue, Readable
 from flows.dvc_files import Remote
+from flows.heads import Heads
 from flows.params import dataset_folder
 from flows.purge import doomed_objects
 from flows.retention.config import RetentionConfig
@@ -91,6 +92,7 @@ class DataSets:
         # S3 tells times by the second: of two versions of one second the current one is the newer.
         by_age = sorted(versions, key=lambda digest: (self.written[name, digest], digest == current), reverse=True)
         newest = by_age[: policy.data_versions]
+        head = Heads(self._catalogue(name)).newest()
         found: dict[str, tuple[Fate, str]] = {}
         for digest, version in versions.items():
             written = self.written[name, digest]
@@ -98,6 +100,8 @@ class DataSets:
                 found[digest] = "stays", why
             elif digest == current:
                 found[digest] = "stays", f"current in {dataset_folder(name)}"
+            elif digest == head:
+                found[digest] = "stays", "the next ingest goes on from it"
             elif digest in newest:
                 found[digest] = "stays", f"among the newest {policy.data_versions}"
             elif not older(written, policy.data_days, self.now):

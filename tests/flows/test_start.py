@@ -70,7 +70,7 @@ def test_the_weights_come_as_a_file_with_what_was_taken_down_of_their_pictures(
 ) -> None:
     crown(mlflow_client, params, tmp_path)
     mlflow_client.set_model_version_tag(params.model_name, "1", "darkroom.takedown", "b,a")
-    ready = fetched(params)
+    ready = fetched(other(params, start=f"models:/{params.model_name}/1"))
     assert ready.params.training.start is not None
     assert Path(ready.params.training.start).read_bytes() == (tmp_path / "0.safetensors").read_bytes()
     assert ready.takedown == "a,b"

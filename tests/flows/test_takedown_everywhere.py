@@ -1,0 +1,279 @@
+"""A takedown on one machine holds on all of them, whatever they do at the same time."""
+
+from collections.abc import Callable
+from contextlib import chdir
+
+import pytest
+from mlflow.client import MlflowClient
+
+from diffusion.data.ingest import work_folder
+from diffusion.errors import UserError
+from flows import by_hand, evaluate, promote, train
+from flows.checkout import checkout
+from flows.derived import find_derived, mark
+from flows.environment import data_source, settings
+from flows.history import Evidence
+from flows.ledger import Ledger
+from flows.params import Params
+from flows.registry import Version, version_of
+from flows.start import named_now
+from flows.taken_down import require_current
+from flows.tracking import AUTOENCODER, START
+from tests.flows.machines import (
+    BASE,
+    FOLDER,
+    NAME,
+    Killed,
+    Machine,
+    Machines,
+    before,
+    first_version,
+    killed,
+    machine,
+    two,
+)
+from tests.flows.registered import add_version
+from tests.flows.workspace import PARAMS
+
+__all__ = ["first_version", "machine", "two"]
+
+GONE = 3
+"""The image that is taken down."""
+
+
+def test_an_ingest_elsewhere_does_not_bring_the_images_back(two: tuple[Machine, Machine], machine: Machines) -> None:
+    one, other = two
+    one.take_down(GONE)
+    assert GONE not in one.images
+    # Its folder holds the version of before, and its source the image.
+    done = other.ingest(200)
+    assert other.images == {*BASE, 200} - {GONE}
+    assert (done.added, other.newest) == (1, other.version.digest)
+    fresh = machine("fresh")
+    fresh.ingest(*BASE)
+    assert fresh.images == other.images
+
+
+@pytest.mark.slow
+def test_a_machine_whose_records_of_it_were_lost_learns_them_again(two: tuple[Machine, Machine]) -> None:
+    one, other = two
+    other.take_down(GONE)
+    for path in (work_folder(one.folder / FOLDER), work_folder(other.folder / FOLDER)):
+        for record in path.glob("removals/*.json"):
+            record.unlink()
+    one.ingest()
+    other.ingest()
+    assert one.images == other.images == {*BASE} - {GONE}
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "flows.catalogue:publish",
+        pytest.param("flows.lineage:record_data", marks=pytest.mark.slow),
+        pytest.param("flows.heads:Heads.advance", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_taken_down_during_an_ingest_is_not_in_its_version(step: str, two: tuple[Machine, Machine]) -> None:
+    one, other = two
+    with before(step, lambda: one.take_down(GONE)):
+        other.ingest(200)
+    assert other.images == {*BASE, 200} - {GONE}
+    assert one.newest == other.version.digest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "step", ["flows.catalogue:Catalogue.tell_removal", "flows.lineage:record_data", "flows.heads:Heads.advance"]
+)
+def test_what_is_ingested_during_a_takedown_is_in_its_version(step: str, two: tuple[Machine, Machine]) -> None:
+    one, other = two
+    with before(step, lambda: other.ingest(200)):
+        removal = one.take_down(GONE)
+    assert one.images == {*BASE, 200} - {GONE}
+    assert one.newest == one.version.digest
+    assert one.take_down(GONE) == removal.model_copy(update={"already": True})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "step", ["flows.catalogue:Catalogue.tell_removal", "flows.lineage:record_data", "flows.heads:Heads.advance"]
+)
+def test_a_killed_takedown_is_finished_by_the_next_ingest_or_by_itself(step: str, two: tuple[Machine, Machine]) -> None:
+    one, other = two
+    with before(step, killed), pytest.raises(Killed):
+        one.take_down(GONE)
+    other.ingest(200)
+    assert (GONE in other.images) == step.endswith("tell_removal"), "from its record on, it holds everywhere"
+    one.take_down(GONE)
+    assert one.images == {*BASE, 200} - {GONE}
+    assert one.newest == one.version.digest
+
+
+@pytest.mark.slow
+def test_a_takedown_takes_images_out_of_the_newest_version_also_where_an_older_one_lies(
+    two: tuple[Machine, Machine],
+) -> None:
+    one, other = two
+    other.ingest(200)
+    one.take_down(200)
+    assert one.images == {*BASE}
+    assert one.newest == one.version.digest
+
+
+@pytest.mark.slow
+def test_a_takedown_from_an_older_version_that_was_checked_out_leaves_the_newest_one_otherwise_as_it_is(
+    two: tuple[Machine, Machine],
+) -> None:
+    one, _ = two
+    first = one.version.digest
+    one.ingest(200)
+    one.check_out(first)
+    one.take_down(GONE)
+    assert one.images == {*BASE, 200} - {GONE}
+    assert one.newest == one.version.digest
+
+
+# What learned from them
+
+
+class Shop:
+    """A machine with runs and versions that learned from its data set."""
+
+    def __init__(self, machine: Machine, client: MlflowClient) -> None:
+        self.machine, self.client = machine, client
+        self.model = f"m-{settings().bucket}"
+
+    def train(self, content: str, **tags: str) -> str:
+        """A run on a version of the data set with this content digest."""
+        found = self.client.get_experiment_by_name(self.model)
+        experiment = found.experiment_id if found else self.client.create_experiment(self.model)
+        named = {"darkroom.dataset": NAME, "darkroom.content_digest": content, **tags}
+        return str(self.client.create_run(experiment, tags=named, run_name="train").info.run_id)
+
+    def register(self, run_id: str) -> Version:
+        """A version that the run made, with the tags that ``promote`` gives it."""
+        tags = {
+            name: value for name, value in self.client.get_run(run_id).data.tags.items() if name.startswith("darkroom.")
+        }
+        return add_version(self.client, self.machine.folder, self.model, run_id=run_id, **tags)
+
+    def commit(self, version: Version) -> list[str]:
+        """What is in the ledger once the gate found ``version`` better."""
+        evidence = Evidence(verdict="promote", reason="better")
+        with chdir(self.machine.folder):
+            champion = Ledger.of(self.model).read().standing.champion
+            judgement = promote.Judgement(champion=champion, evidence=evidence)
+            return [entry.what for entry in promote.commit(MlflowClient(), version, judgement, None).entries]
+
+    def marks(self, version: Version) -> tuple[str | None, str | None]:
+        """Of the version and of its run."""
+        tags = version_of(self.client, version.model, version.number).tags
+        return tags.get("darkroom.takedown"), self.client.get_run(version.run_id).data.tags.get("darkroom.takedown")
+
+
+@pytest.fixture
+def shop(two: tuple[Machine, Machine], mlflow_client: MlflowClient) -> Shop:
+    return Shop(two[0], mlflow_client)
+
+
+def take_down_and_mark(shop: Shop, elsewhere: Machine) -> str:
+    """A whole takedown, on another machine."""
+    held = elsewhere.version.content_digest
+    removal = elsewhere.take_down(GONE)
+    with chdir(elsewhere.folder):
+        mark(find_derived(NAME, {held}, {held}, settings().bucket), removal)
+    return removal.name
+
+
+@pytest.fixture
+def elsewhere(two: tuple[Machine, Machine]) -> Machine:
+    """A machine with the same data set."""
+    return two[1]
+
+
+def test_the_gate_makes_no_champion_of_what_learned_from_them_though_no_takedown_marked_it(
+    shop: Shop, elsewhere: Machine
+) -> None:
+    held, others = shop.machine.version.content_digest, ("d" * 64, "e" * 64, "f" * 64)
+    version = shop.register(shop.train(held))
+    later = shop.register(shop.train(others[0], **{START: version.uri}))
+    inside = shop.register(shop.train(others[1], **{AUTOENCODER: later.uri}))
+    clean = shop.register(shop.train(others[2]))
+    # As if it were killed right after that: nothing is marked in MLflow.
+    removal = elsewhere.take_down(GONE)
+    for each in (inside, later, version):
+        with pytest.raises(UserError, match=rf"taken down since \(takedown {removal.name}\)"):
+            shop.commit(each)
+        assert shop.marks(each) == (removal.name, removal.name)
+    with pytest.raises(UserError, match="--taken-down"):
+        by_hand.promote(shop.model, inside.number)
+    assert shop.commit(clean) == ["promote"]
+    assert shop.marks(clean) == (None, None)
+
+
+def test_a_takedown_during_a_promotion_stops_it_or_marks_the_version(shop: Shop, elsewhere: Machine) -> None:
+    first, second = (shop.register(shop.train(shop.machine.version.content_digest)) for _ in range(2))
+    with before("flows.promote:next_entry", lambda: take_down_and_mark(shop, elsewhere)):
+        assert shop.commit(first) == ["promote"]
+    assert all(shop.marks(first)), "it was past the check: so the takedown found it"
+    with pytest.raises(UserError, match="train anew"):
+        shop.commit(second)
+
+
+@pytest.mark.slow
+def test_a_takedown_before_the_last_look_stops_the_promotion(shop: Shop, elsewhere: Machine) -> None:
+    version = shop.register(shop.train(shop.machine.version.content_digest))
+    takedown = before("flows.ledger:Ledger.append", lambda: take_down_and_mark(shop, elsewhere))
+    with takedown, pytest.raises(UserError, match="train anew"):
+        shop.commit(version)
+    assert Ledger.of(shop.model).read().entries == ()
+
+
+def test_nothing_begins_with_a_version_that_holds_them(shop: Shop, elsewhere: Machine) -> None:
+    removal = elsewhere.take_down(GONE)
+    params = shop.machine.params()
+    steps: list[Callable[[], object]] = [
+        lambda: train.train_and_track.fn(params, "never"),
+        lambda: evaluate.judge.fn(params, params.report_folder),
+    ]
+    with chdir(shop.machine.folder):
+        for step in steps:
+            with pytest.raises(UserError, match=rf"data checkout {removal.version[:12]} --dataset {NAME}"):
+                step()
+        checkout(FOLDER, removal.version, data_source)
+        require_current(FOLDER)
+
+
+@pytest.mark.slow
+def test_a_run_whose_images_are_taken_down_while_it_trains_fails_and_says_so(shop: Shop, elsewhere: Machine) -> None:
+    parts = {name: PARAMS[name] for name in ("model", "sampling")}
+    training = PARAMS["training"] | {"images": 64, "checkpoints": 1, "warmup_images": 16}
+    params = Params.model_validate(parts | {"training": training, "registry": {"model": shop.model}})
+    names = []
+    with chdir(shop.machine.folder):
+        takedown = before("flows.train:_finish", lambda: names.append(elsewhere.take_down(GONE).name))
+        with takedown, pytest.raises(UserError, match="data checkout"):
+            train.train_and_track.fn(params, "never")
+        (run,) = shop.client.search_runs([shop.client.get_experiment_by_name(shop.model).experiment_id])
+    assert (run.info.status, run.data.tags["darkroom.takedown"]) == ("FAILED", names[0])
+
+
+def test_a_champion_that_learned_from_them_is_none_to_begin_with(
+    shop: Shop, elsewhere: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    params = shop.machine.params()
+    training = params.training.model_copy(update={"start": "champion"})
+    params = params.model_copy(
+        update={"training": training, "registry": params.registry.model_copy(update={"model": shop.model})}
+    )
+    version = shop.register(shop.train(shop.machine.version.content_digest))
+    shop.commit(version)
+    with chdir(shop.machine.folder):
+        uri = f"models:/{shop.model}@champion"
+        begun = named_now(params, uri)
+        assert begun is not None
+        assert begun.uri == version.uri
+        elsewhere.take_down(GONE)
+        assert named_now(params, uri) is None
+    assert "random weights" in caplog.text
