@@ -105,7 +105,7 @@ def too_long(kind: str) -> str:
 
 def shortened(name: str) -> str:
     """The two ends of a name that is too long, and what tells it from others that begin and end so."""
-    return f"{name[:100]}…{sha256_bytes(name.encode())[:16]}…{name[-20:]}"
+    return f"{name[:100]}…{sha256_bytes(name.encode('utf-8', 'surrogatepass'))[:16]}…{name[-20:]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,11 +115,11 @@ class _Headers(io.BufferedReader):
 
 
 def _member(info: tarfile.TarInfo) -> Member:
-    name, problem = sane(info.name.removeprefix("./")), _problem(info)
+    name = info.name.removeprefix("./")
     if len(name) > LONGEST["name"]:
         # WebDataset holds all names of a key.
-        name, problem = shortened(name), too_long("name")
-    return Member(name, info.offset_data, info.size, problem)
+        return Member(sane(shortened(name)), info.offset_data, info.size, too_long("name"))
+    return Member(sane(name), info.offset_data, info.size, _problem(info))
 
 
 def _problem(info: tarfile.TarInfo) -> str | None:
