@@ -167,7 +167,8 @@ def test_a_data_set_that_is_begun_anew_while_another_machine_adds_to_it_is_asked
 @pytest.mark.slow
 def test_what_was_ingested_while_another_machine_began_anew_is_added_to_that(two: tuple[Machine, Machine]) -> None:
     one, other = two
-    (other.folder / "pictures" / "0.png").unlink()
+    for each in two:
+        (each.folder / "pictures" / "0.png").unlink()
     with before("flows.catalogue:publish", lambda: other.ingest(rebuild="always")):
         one.ingest(100)
     assert one.images == {*BASE, 100} - {0}
