@@ -71,7 +71,13 @@ def test_an_event_names_its_version_and_is_the_same_however_often_it_is_made(
 
 
 class Result(Config):
-    who: str
+    """What a retraining ends in, as far as its note is read."""
+
+    verdict: dict[str, object]
+
+
+def result(reason: str) -> Result:
+    return Result(verdict={"version": {"model": "blobs", "number": 1}, "reason": reason})
 
 
 def changed(section: str, **fields: object) -> Params:
@@ -88,9 +94,9 @@ def test_what_is_done_is_done_for_equal_content_and_configuration(
         "what gc keeps is no matter"
     )
     assert request.done() is None
-    request.note(Result(who="first"))
-    Request.of(changed("ingest", source="elsewhere"), versions[0], PRINTING).note(Result(who="second"))
-    assert request.done() == {"who": "first"}
+    request.note(result("first"))
+    Request.of(changed("ingest", source="elsewhere"), versions[0], PRINTING).note(result("second"))
+    assert request.done() == result("first").model_dump()
     others = [
         Request.of(PARAMS, versions[1], PRINTING),
         Request.of(changed("training", seed=1), versions[0], PRINTING),
