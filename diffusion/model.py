@@ -205,7 +205,9 @@ def read_header(path: Path) -> dict[str, Any]:
         with path.open("rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
         if size > LARGEST_HEADER:
-            raise UserError(f"{path} has a header of {size} bytes, and no model of ours has one: it is damaged")
+            raise UserError(
+                f"{path} is not a model of ours, or is damaged (a header of {size} bytes): train or fetch it again"
+            )
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         header = HEADER.validate_json(metadata[METADATA_KEY])
