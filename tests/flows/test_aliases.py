@@ -173,7 +173,7 @@ def refused(client: MlflowClient, ledger: Ledger) -> Callable[[str], None]:
             lambda: project(client, ledger),
             lambda: adopted(client, ledger),
             lambda: append(client, ledger, lambda history: None),
-            lambda: find_live(client, ledger.store, ledger.place.bucket, ()),
+            lambda: find_live(client, ledger.store, ledger.place.bucket, (), {}),
         ):
             with pytest.raises(UserError, match=words) as caught:
                 act()
@@ -259,7 +259,7 @@ def test_foreign_objects_stop_neither_promotions_nor_rollbacks_nor_gc(
     assert resolve(client, f"models:/{ledger.model}@champion").number == 1
     assert newest_on_record(client, ledger).startswith("00000005 ")
     assert len(project(client, ledger).foreign) == 4
-    find_live(client, ledger.store, ledger.place.bucket, ())
+    find_live(client, ledger.store, ledger.place.bucket, (), {})
 
 
 def test_a_champion_that_was_deleted_is_said_to_be_gone(

@@ -52,10 +52,20 @@ def before_it_claims(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], 
 
 
 def test_several_at_once_leave_one_run(
-    mlflow_client: MlflowClient, experiment: str, before_it_claims: Callable[[Callable[[], Any]], None]
+    mlflow_client: MlflowClient,
+    experiment: str,
+    before_it_claims: Callable[[Callable[[], Any]], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mlflow_client.create_experiment(experiment)
-    before_it_claims(Barrier(3, timeout=60).wait)
+    create, looked = MlflowClient.create_run, Barrier(3, timeout=240)
+
+    def create_when_all_have_looked(*arguments: Any, **named: Any) -> Any:
+        looked.wait()
+        return create(*arguments, **named)
+
+    monkeypatch.setattr(MlflowClient, "create_run", create_when_all_have_looked)
+    before_it_claims(Barrier(3, timeout=240).wait)
     with ThreadPoolExecutor(3) as pool:
         [run_id] = set(pool.map(partial(begun, mlflow_client), [experiment] * 3))
     assert runs(mlflow_client, experiment) == {run_id}
