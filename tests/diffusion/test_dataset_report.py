@@ -313,7 +313,7 @@ HOSTILE = "\"><script>alert('x')</script><img src=x onerror=y>&amp;`|[a](javascr
 
 
 def test_texts_from_outside_cannot_break_out_of_the_page_or_the_table(tmp_path: Path) -> None:
-    built = BuiltDataset(tmp_path / "built", size=8, name=HOSTILE)
+    built = BuiltDataset(tmp_path / "built", size=8)
     first = [kept(picture(1), HOSTILE, label=HOSTILE, caption=HOSTILE)]
     built.version([*first, *records([2, 3], label="plain"), duplicate(first[0], f"again {HOSTILE}")])
     built.version([quarantined(f"bad {HOSTILE}", HOSTILE), *records([4], label=f"new {HOSTILE}")], change=HOSTILE)
@@ -325,13 +325,13 @@ def test_texts_from_outside_cannot_break_out_of_the_page_or_the_table(tmp_path: 
     assert not any(name.startswith("on") for _, told in page.tags for name in told)
     assert all(each.startswith(("data:image/png;base64,", "#")) for each in page.addresses)
     seen = " ".join(HOSTILE.split())
-    for text in (f"{seen} 4 pictures of", f"again {seen}", f"bad {seen}", f"new class: new {seen}", f"Made by {seen}"):
+    for text in ("built 4 pictures of", f"again {seen}", f"bad {seen}", f"new class: new {seen}", f"Made by {seen}"):
         assert text in page.text
     assert page.image(HOSTILE).shape[2] == 3
     rendered = Page(MarkdownIt("commonmark", {"html": True}).enable("table").render(summary.markdown()))
     assert {tag for tag, _ in rendered.tags} == {"h1", "p", "table", "thead", "tbody", "tr", "th", "td", "code"}
     assert rendered.addresses == []
-    assert f"Data set {seen}" in rendered.text
+    assert "Data set built" in rendered.text
     assert f"by {seen} from" in rendered.text
 
 

@@ -16,8 +16,11 @@ from diffusion.evaluation.per_class import Labelled, PerClass, per_class
 from diffusion.evaluation.reader import fit
 from diffusion.evaluation.thumbnails import NAME, moved, thumbnails
 from tests.diffusion.degraded import blurred, compressed, with_copies, with_noise, without_classes
-from tests.diffusion.real_pictures import pictures
+from tests.diffusion.real_pictures import FASHION, clothes
 
+pytestmark = pytest.mark.skipif(
+    not FASHION.is_dir(), reason="Fashion-MNIST is not installed: apt-get install dataset-fashion-mnist"
+)
 COUNT = 300
 """Pictures judged, and pictures held out."""
 TRAINING = 900
@@ -27,7 +30,7 @@ CLASSES = [str(number) for number in range(10)]
 @cache
 def sets() -> dict[str, tuple[Tensor, Tensor]]:
     """Pictures and classes: of training, held out, and what a perfect model draws, with more to choose from."""
-    shown, classes = pictures(4000)
+    shown, classes = clothes(4000)
     parts = {"training": slice(TRAINING), "held_out": slice(TRAINING, TRAINING + COUNT), "drawn": slice(1200, 4000)}
     return {name: (shown[part], classes[part]) for name, part in parts.items()}
 

@@ -232,7 +232,7 @@ def test_a_restore_keeps_the_takedowns_of_the_stack_that_it_replaces(
 def test_objects_are_restored_in_groups_that_fit_in_memory() -> None:
     sizes = [AT_ONCE // 2, AT_ONCE // 2, 1, AT_ONCE + 1, 0, 1, 1]
     objects = [
-        SavedObject(key=str(n), size=size, etag="", sha256="", content_type="", metadata={})
+        SavedObject(key=str(n), size=size, etag="", sha256="0" * 64, content_type="", metadata={})
         for n, size in enumerate(sizes)
     ]
     assert [[each.size for each in some] for some in _handfuls(objects)] == [sizes[:2], [1], [AT_ONCE + 1], [0, 1, 1]]

@@ -54,7 +54,11 @@ def test_a_server_without_conditional_writes_is_refused_before_anything_is_inges
 ) -> None:
     with proxied(here, ignoring_all_conditions) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
-        for begin in (lambda: check("s3"), lambda: ingest.mend.fn(PARAMS), lambda: train.train.fn(PARAMS)):
+        for begin in (
+            lambda: check("s3"),
+            lambda: ingest.mend.fn(PARAMS, "never", False),
+            lambda: train.train.fn(PARAMS),
+        ):
             with pytest.raises(UserError, match="ignores the condition If-None-Match") as refusal:
                 begin()
             assert "\n" not in str(refusal.value)

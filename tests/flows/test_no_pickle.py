@@ -116,9 +116,9 @@ def test_instead_of_a_checkpoint_with_the_right_digest_beside_it(
         path = tmp_path / "0000000640.safetensors"
         path.write_bytes(data)
         Path(f"{path}.sha256").write_text(f"{sha256_bytes(data)}\n")
-        with pytest.raises(UserError, match="is not a model of ours, or is damaged"):
+        with pytest.raises(UserError, match=r"(not a|no) model of ours"):
             Checkpoints(tmp_path).newest()
-        with pytest.raises(UserError, match="is not a model of ours, or is damaged"):
+        with pytest.raises(UserError, match=r"(not a|no) model of ours"):
             load_model(path)
     assert not trace.exists()
 
@@ -136,7 +136,7 @@ def test_among_remembered_features_with_the_right_digest_beside_it(
     (path,) = tmp_path.glob("*.safetensors")
     path.write_bytes(planted_by_torch)
     path.with_suffix(".sha256").write_bytes(f"{sha256_file(path)}\n".encode())
-    with pytest.raises(UserError, match="is not a model of ours, or is damaged"):
+    with pytest.raises(UserError, match=r"(not a|no) model of ours"):
         recall(tmp_path, Key(number=1), lambda: {"features": torch.ones(2)})
     assert not trace.exists()
 
@@ -169,7 +169,7 @@ def test_in_a_registered_model(
         )
     mlflow.register_model(info.model_uri, name, tags={WEIGHTS: sha256_file(weights)})
     version = resolve(mlflow_client, f"models:/{name}/1")
-    with pytest.raises(UserError, match="is not a model of ours, or is damaged"):
+    with pytest.raises(UserError, match=r"(not a|no) model of ours"):
         load_model(fetch_weights(version, tmp_path / "models"))
     # As flows.environment sets it for every command, and infra/compose.yaml for every service.
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
