@@ -20,6 +20,7 @@ from flows.by_hand import promote
 from flows.checkout import checkout
 from flows.dvc_files import Remote
 from flows.gc import Collected, collect
+from flows.ledger import NEWEST, Newest
 from flows.prints import Batch
 from flows.purge import Doomed
 from flows.retention.config import RetentionConfig
@@ -432,6 +433,9 @@ def test_what_killed_writers_left_goes_but_nothing_that_was_added_to_of_late(pla
 def test_a_broken_ledger_stops_it_before_anything_goes(place: Place) -> None:
     place.version()
     place.version(*range(100, 104))
+    client, newest = MlflowClient(), Newest(1, "a" * 64, f"s3://{place.bucket}/ledger/blobs")
+    client.create_registered_model("blobs")
+    client.set_registered_model_tag("blobs", NEWEST, str(newest))
     place.catalogue.store.put_once(place.bucket, "ledger/blobs/00000001.json", b"{}")
     before = list(place.catalogue.store.list_objects(place.bucket))
     with pytest.raises(UserError, match="ledger of blobs is broken"):
