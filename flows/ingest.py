@@ -49,7 +49,7 @@ def ingest(params: Params, requeue: bool = False, rebuild: Rebuild = "never", to
     while (version := record(params)) is None:
         # Somebody was faster: what this ingest added is added to their version, which nothing has to be read for.
         mend(params, "never", to_retrain)
-        result = told_anew(result, make(params, requeue=False, rebuild="never"))
+        result = merge_results(result, make(params, requeue=False, rebuild="never"))
     report = describe(params, version)
     announce(params, to_retrain)
     words = f"{result.added:,} new" if result.changed else "nothing new"
@@ -75,7 +75,7 @@ def mend(params: Params, rebuild: Rebuild, to_retrain: bool) -> None:
     bring_up_to_date(folder, source, params.ingest, reporter(), anew=rebuild == "always")
 
 
-def told_anew(first: IngestResult, again: IngestResult) -> IngestResult:
+def merge_results(first: IngestResult, again: IngestResult) -> IngestResult:
     """The data set as it stands after ``again``, with what the ``first`` ingest read and added."""
     names = ("listed", "read", "added", "removed", "relabelled", "passed_over")
     return again.model_copy(
