@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-PARTIAL = re.compile(r"\.(.+\.)?[0-9a-f]{32}\.partial")
-"""What files are called until they are whole: each writer has a name of its own."""
+PARTIAL = re.compile(r"\.(.+\.)?[0-9a-f]{32}\.partial|\.tmp[A-Za-z0-9]{6}")
+"""What files are called until they are whole: each writer has a name of its own. Safetensors has the second kind."""
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -65,8 +65,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
 
 def remove_partials(folder: Path) -> None:
     """Take away what killed writers left anywhere in ``folder``, of which the caller is the only writer now."""
-    for path in folder.rglob(".*.partial"):
-        path.unlink()
+    for path in folder.rglob(".*"):
+        if PARTIAL.fullmatch(path.name):
+            path.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> str:

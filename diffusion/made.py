@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion.config import Config
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
-from diffusion.files import digest_of, sha256_bytes, sha256_file, write_bytes, write_json
+from diffusion.files import PARTIAL, digest_of, sha256_bytes, sha256_file, write_bytes, write_json
 from diffusion.fingerprint import Fingerprint, fingerprint
 from diffusion.grids import grid, image_of, save_png
 from diffusion.marked import marked_png
@@ -119,7 +119,9 @@ def _require_own(output: Path, about: About) -> None:
             theirs = About.model_validate_json(found.read_bytes())
             if theirs.model_copy(update={"pictures": ()}) != about:
                 raise UserError(f"{output} holds the answer to another request: give --out another folder")
-        elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        elif output.exists() and not (
+            output.is_dir() and all(PARTIAL.fullmatch(each.name) for each in output.iterdir())
+        ):
             raise UserError(f"{output} is there, and is no folder of pictures made on request: give --out another")
     except ValidationError as error:
         raise UserError(f"{found} says nothing of pictures made on request: give --out another folder") from error

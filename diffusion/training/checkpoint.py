@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffusion.files import remove_partials, sha256_file, write_bytes
+from diffusion.files import sha256_file, sync_folder, write_bytes
 from diffusion.model import read_header, save_tensors
 from diffusion.training.ema import WeightAverage
 from diffusion.training.post_hoc import averaged_tensors, prefix
@@ -159,10 +159,15 @@ class Checkpoints:
 
     def prune(self, keep: int, spared: Container[int] = ()) -> None:
         """Remove all but the ``keep`` newest and those after ``spared`` images: digest first, so none is half there."""
-        for path in self.paths()[:-keep]:
-            if int(path.stem) not in spared:
-                _digest_of(path).unlink()
-                path.unlink()
+        finished = self.paths()
+        kept = {path for path in finished if int(path.stem) in spared} | set(finished[-keep:])
+        # Also what is left of one whose removal a kill or a power cut ended half way.
+        there = {path.with_name(path.name.removesuffix(".sha256")) for path in self.folder.glob("[0-9]*.safetensors*")}
+        for path in there - kept:
+            _digest_of(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        # A power cut would bring it back, and nobody removes anything after the last checkpoint.
+        sync_folder(self.folder)
 
 
 class Writer:
@@ -193,8 +198,6 @@ class Writer:
             self._under_way = None
 
     def __enter__(self) -> Self:
-        # Whoever was killed while it wrote one left a file as large as a checkpoint.
-        remove_partials(self.checkpoints.folder)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

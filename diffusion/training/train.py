@@ -24,7 +24,7 @@ from diffusion.data.shard_cache import ShardCache, ShardStore
 from diffusion.device import repeatable, resolve_device
 from diffusion.errors import DarkroomError, UserError
 from diffusion.families.config import FamilyConfig
-from diffusion.files import make_folder, write_bytes, write_json
+from diffusion.files import make_folder, remove_partials, write_bytes, write_json
 from diffusion.fingerprint import Fingerprint
 from diffusion.lanes import cores, lanes
 from diffusion.model import (
@@ -189,6 +189,8 @@ def _held(output: Path) -> Iterator[None]:
             f"another process trains in {output}: wait for it, or set training.output to another folder"
         ) from error
     try:
+        # Whoever was killed while it wrote a checkpoint left a file as large as one.
+        remove_partials(output)
         yield
     finally:
         lock.release()

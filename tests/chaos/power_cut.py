@@ -110,6 +110,10 @@ class Disk:
     """What was ever whole under a name: there before, or renamed to it."""
     written_in_place: set[str] = field(default_factory=set)
     """Files that were made under their final names."""
+    renamed: dict[int, str] = field(default_factory=dict)
+    """Names by inode of files that were renamed to them."""
+    grown: set[str] = field(default_factory=set)
+    """Of these, those that were written to afterwards."""
 
     @classmethod
     def of(cls, root: Path) -> "Disk":
@@ -144,20 +148,28 @@ class Disk:
             self._change((*self._entry(place), self.numbers[int(number)]))
         elif operation == "WRITE":
             number, offset, _ = argument.split()
-            self.inodes[self.numbers[int(number)]].write(int(offset), data)
+            written = self.numbers[int(number)]
+            self.inodes[written].write(int(offset), data)
+            self.grown |= {self.renamed[written]} if written in self.renamed else set()
         elif operation == "TRUNCATE":
             number, size = argument.split()
             self.inodes[self.numbers[int(number)]].truncate(int(size))
         elif operation == "SYNC":
             self._sync(argument)
         elif operation == "RENAME":
-            before, after = argument.split("\t")
+            number, _, places = argument.partition(" ")
+            before, after = places.split("\t")
             folder, name = self._entry(before)
-            moved = self.names[folder][name]
+            moved = self.numbers[int(number)]
+            if self.names[folder].get(name) != moved:
+                # It was renamed before by a system call that is not seen.
+                [former] = [key for key, each in self.names[folder].items() if each == moved]
+                self._change((folder, former, None), (folder, name, moved))
             self._change((folder, name, None), (*self._entry(after), moved))
             if not self.inodes[moved].folder:
                 self.finished.setdefault(self._name(after), set()).add(bytes(self.inodes[moved].data))
                 self.written_in_place.discard(self._name(after))
+                self.renamed[moved] = self._name(after)
         elif operation == "UNLINK":
             self._change((*self._entry(argument), None))
         else:
@@ -190,13 +202,14 @@ class Disk:
                 path.write_bytes(inode.after(loss, chance))
 
     def torn(self, target: Path) -> list[str]:
-        """Names in ``target`` that look finished, and hold what was never whole under that name."""
+        """Names in ``target`` that look finished, and hold what was never whole under that name, nor begin with it."""
         found = []
         for path in target.rglob("*"):
             name = path.relative_to(target).as_posix()
             if path.is_file() and not GARBAGE.search(name) and name not in self.written_in_place:
-                whole = self.finished.get(name, set())
-                found += [name] if path.read_bytes() not in whole else []
+                whole, data = self.finished.get(name, set()), path.read_bytes()
+                grown = name in self.grown and any(data.startswith(each) for each in whole)
+                found += [name] if data not in whole and not grown else []
         return found
 
     def _new(self, inode: Inode) -> int:

@@ -13,6 +13,7 @@ from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
+from diffusion.files import PARTIAL, sha256_bytes
 from diffusion.made import make
 from diffusion.models.config import ModelConfig
 from diffusion.requests import request_of
@@ -57,9 +58,12 @@ class Drill:
             for loss in Loss:
                 target = folder / f"cut-{number}"
                 disk.write_to(target, loss, chance)
-                assert disk.torn(target) == [], loss
+                torn = disk.torn(target)
+                assert not torn, (number, loss, torn)
                 assert not ended or [name for name in self.durable if not (target / name).exists()] == [], loss
-                assert self.again(target) == expected, (number, loss)
+                found = self.again(target)
+                differs = {name: (found[name], expected[name]) for name in expected if found[name] != expected[name]}
+                assert not differs, (number, loss, differs)
                 shutil.rmtree(target)
                 number += 1
         return number
@@ -78,8 +82,9 @@ def run_train(folder: Path, dataset: Path) -> State:
     measured = {"images_per_second", "data_wait"}
     return {
         "final": (output / "final.safetensors").read_bytes(),
-        "checkpoints": {path.name for path in (output / "checkpoints").iterdir()},
-        "samples": files_of(output / "samples"),
+        # One more is left where the power was cut between the last one and the removal of an older one.
+        "checkpoints": sorted(path.name for path in (output / "checkpoints").iterdir())[-2 * TRAINING.keep :],
+        "samples": {name: sha256_bytes(data) for name, data in files_of(output / "samples").items()},
         "losses": (output / "losses.csv").read_bytes(),
         "history": [
             {name: value for name, value in row.items() if name not in measured}
@@ -92,14 +97,19 @@ def run_evaluate(folder: Path, dataset: Path, checkpoints: Path) -> State:
     """Of two checkpoints, into report below ``folder``."""
     done = evaluate(dataset, sorted(checkpoints.iterdir()), EVALUATION, SAMPLING, folder / REPORT)
     about = done.model_dump(mode="json", exclude={"best", "checkpoints"})
-    files = {name: data for name, data in files_of(folder / REPORT).items() if name.startswith("grids/")}
+    files = {name: sha256_bytes(data) for name, data in _finished(folder / REPORT).items() if name.startswith("grids/")}
     return {"about": about, "scores": [each.named() for each in done.checkpoints], "files": files}
 
 
 def run_sample(folder: Path, weights: Path) -> State:
     """Of a model's file, into made below ``folder``."""
     make(weights, request_of({"task": "sample", "count": 6, "seed": 1}), SAMPLING, folder / MADE)
-    return {"files": files_of(folder / MADE)}
+    return {"files": _finished(folder / MADE)}
+
+
+def _finished(folder: Path) -> dict[str, bytes]:
+    """The files in ``folder`` but for what a writer left who was stopped: who does not hold a folder leaves these."""
+    return {name: data for name, data in files_of(folder).items() if not PARTIAL.fullmatch(Path(name).name)}
 
 
 def ingest_drill(folder: Path) -> Drill:

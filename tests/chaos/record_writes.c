@@ -4,7 +4,8 @@
  *
  * An entry is one line of text, `OP ARGUMENTS`, and behind WRITE as many bytes as it says. Files are known by inode
  * number, places by absolute path. Call and entry are made under one lock of all processes, so that the order is right.
- * Changes through stdio and shared writable maps are not seen; the latter are noted as MAPPED.
+ * Changes through stdio, raw system calls (rustix in safetensors renames by one) and shared writable maps are not seen;
+ * the last are noted as MAPPED.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -337,7 +338,8 @@ static int renamed(int from, const char *old, int to, const char *new, unsigned 
     int recording = begin();
     int ours = recording && resolve(from, old, before) && resolve(to, new, after);
     int done = plain ? REAL(renameat)(from, old, to, new) : REAL(renameat2)(from, old, to, new, flags);
-    if (ours && done == 0) note("RENAME %s\t%s\n", before, after);
+    struct stat file;
+    if (ours && done == 0 && lstat(after, &file) == 0) note("RENAME %lu %s\t%s\n", file.st_ino, before, after);
     finish(recording);
     return done;
 }

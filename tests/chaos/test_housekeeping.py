@@ -26,7 +26,6 @@ from flows.stack.process import members
 from tests.chaos.forked import Forks, rounds
 from tests.chaos.house import QUICK, House, Site
 from tests.diffusion.test_ingest import files_of
-from tests.flows.conftest import copied_store
 from tests.flows.workspace import running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -103,16 +102,14 @@ class Machine:
 
 
 @pytest.fixture(scope="module")
-def machine(
-    house: House, forks: Forks, mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Machine, dict[str, bytes]]:
+def machine(house: House, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Machine, dict[str, bytes]]:
     """A champion with samples, and a run, a data version and a batch that gc takes away; and the bucket's objects."""
     folder = tmp_path_factory.mktemp("machine")
     site = house.site(folder / "machine")
     bucket = f"test-{uuid4().hex}"
     variables = {
         "DARKROOM_BUCKET": bucket,
-        "MLFLOW_TRACKING_URI": copied_store(mlflow_template, site.folder),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{site.folder}/mlflow.db",
         "MLFLOW_TRACKING_USERNAME": None,
         "MLFLOW_TRACKING_PASSWORD": None,
     }

@@ -10,7 +10,6 @@ from subprocess import PIPE, Popen
 import pytest
 
 from diffusion.files import PARTIAL, remove_partials, write_atomically, write_bytes
-from diffusion.training.checkpoint import Checkpoints, Writer
 
 WRITER = """
 import sys
@@ -64,10 +63,3 @@ def test_what_a_killed_writer_leaves_is_known_by_its_name_and_taken_away(tmp_pat
     write_atomically(tmp_path / "folder" / "file", looking)
     remove_partials(tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["file"]
-
-
-def test_a_training_that_goes_on_takes_away_the_checkpoint_that_a_killed_one_was_writing(tmp_path: Path) -> None:
-    left = tmp_path / f".0000000008.safetensors.{'0' * 32}.partial"
-    left.write_bytes(b"begun")
-    with Writer(Checkpoints(tmp_path)):
-        assert not left.exists()

@@ -170,6 +170,16 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
     assert newest.name in caplog.text
 
 
+def test_what_a_killed_training_was_writing_or_removing_goes_when_it_goes_on(dataset: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    begun = [f".0000000008.safetensors.{'0' * 32}.partial", ".tmpA1b2C3", "0000000003.safetensors"]
+    for name in (*begun, "0000000004.safetensors.sha256"):
+        (folder / name).write_bytes(b"half of it")
+    run(dataset, tmp_path / "run")
+    assert len(list(folder.iterdir())) == 2 * CONFIG.keep
+
+
 def test_old_checkpoints_are_pruned_and_the_newest_kept(dataset: Path, tmp_path: Path) -> None:
     run(dataset, tmp_path / "run")
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())

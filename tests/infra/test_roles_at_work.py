@@ -180,7 +180,7 @@ def test_each_role_does_its_work(
     with role("keeper") as keeper:
         Prints(keeper, bucket, policy, later).sweep().act()
         assert not [key for key in keeper.list_keys(bucket, "prints/") if key.startswith("prints/blobs/")]
-        DataSets(keeper, place.source, {}, policy, later).sweep().act()
-        DataSets(keeper, place.source, {}, policy, later).sweep().act()
+        DataSets(keeper, place.source, {}, None, policy, later).sweep().act()
+        DataSets(keeper, place.source, {}, None, policy, later).sweep().act()
         assert set(place.catalogue.versions()) == {second.digest}
     assert FOLDER.is_dir()
