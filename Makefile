@@ -47,7 +47,7 @@ test-slow: $(READY)  ## Run the long tests: servers, kills, browser (half an hou
 # What passed is not run again while the code is the same: .chaos/ remembers it. `make chaos ANEW=1` forgets it.
 chaos: $(READY)  ## All failure drills, with KILLS=20 kills each (two hours); goes on where it was stopped
 	KILLS=$(KILLS) $(BIN)/python -m pytest -p tests.chaos.record --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
-		--durations 0 --durations-min 60 --tb no --no-header $(if $(ANEW),--anew)
+		--durations 0 --durations-min 60 --tb short --no-header $(if $(ANEW),--anew)
 
 drill-upgrade: $(READY)  ## Upgrade databases that an older MLflow and Prefect made (minutes)
 	test -x .drill/bin/prefect || { $(PYTHON) -m venv .drill && .drill/bin/pip install --quiet 'mlflow[auth]==3.4.0' 'prefect==3.6.0' \

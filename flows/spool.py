@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from diffusion.errors import DarkroomError
-from diffusion.files import make_folder, sync_file, sync_folder, write_bytes, write_json
+from diffusion.files import is_full_disk, make_folder, sync_file, sync_folder, write_bytes, write_json
 from diffusion.grids import save_png
 from flows.machine import Machine
 from flows.tracking import RunTracker, picture_marker
@@ -189,7 +189,13 @@ class SpooledTracker:
                 # Else it would move a mark that belongs to the next try by now: what was sent is sent again, and equal.
                 if self._abandoned.is_set():
                     return
-                self.spool.advance(count)
+                try:
+                    self.spool.advance(count)
+                except OSError as error:
+                    if not is_full_disk(error):
+                        raise
+                    # The mark only saves sending again what MLflow has; training says that the disk is full.
+                    logger.debug("the mark of what MLflow has is not written: %s", error)
 
     def _send(self, left: list[dict[str, Any]]) -> int:
         """Deliver the first few of ``left``; returns how many."""

@@ -7,10 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
+
+# How long an example takes is a matter of the machine.
+settings.register_profile("darkroom", deadline=None)
+settings.load_profile("darkroom")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,12 +3,13 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,13 +101,22 @@ class House:
             time.sleep(0.2)
 
 
+def fill(folder: Path, filler: Path) -> None:
+    """Fill the file system of ``folder`` by the file ``filler``, but for two pages."""
+    with filler.open("wb") as file:
+        while (room := shutil.disk_usage(folder).free) > 8192:
+            # Others may write meanwhile.
+            with suppress(OSError):
+                os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), room - 8192)
+
+
 def ended(process: subprocess.Popen[str], code: int) -> str:
     """What is said by a command that ends with ``code``: all of it if that is 0, else the line that says why."""
     _, errors = process.communicate(timeout=300)
     assert process.returncode == code, errors[-3000:]
     if code == 0:
         return errors
-    assert "Traceback" not in errors
+    assert "Traceback" not in errors, errors[-6000:]
     [line] = [line for line in errors.splitlines() if line.startswith("darkroom: ")]
     assert errors.rstrip().endswith(line)
     return line

@@ -3,8 +3,6 @@
 Kills at random moments are in tests/flows/test_pipeline.py, signals in test_signals.py.
 """
 
-import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,7 +13,7 @@ import pytest
 
 from diffusion.files import write_bytes
 from tests.chaos.conftest import Undisturbed
-from tests.chaos.house import House, Site, ended
+from tests.chaos.house import House, Site, ended, fill
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -145,9 +143,8 @@ def test_a_full_disk_is_one_line_and_with_room_again_it_goes_on(
     house: House, small_disk: Path, undisturbed: Undisturbed, point: str
 ) -> None:
     site = house.site(small_disk / f"full-{STEPS.index(point)}")
-    with site.paused(point) as process, (site.folder / "filler").open("wb") as filler:
-        room = shutil.disk_usage(small_disk).free
-        os.posix_fallocate(filler.fileno(), 0, room - 8192)
+    with site.paused(point) as process:
+        fill(small_disk, site.folder / "filler")
     assert "is full: free some space and give the same command again" in ended(process, 1)
     (site.folder / "filler").unlink()
     assert site.end(site.json(*site.retraining)) == undisturbed.end

@@ -96,6 +96,7 @@ def test_a_drill_that_passed_is_not_run_again_and_one_that_failed_is_until_it_pa
     [log] = (tmp_path / ".chaos").glob("*/logs/*.log")
     assert str(log.relative_to(tmp_path)) in said
     assert "what it wrote" in log.read_text()
+    assert "as it should" in log.read_text()
     _, results = read(page.read_text())
     assert [(kills, result) for kills, _, result in results.values()] == [("4", "passed"), ("", "failed")]
 
