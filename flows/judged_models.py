@@ -13,7 +13,7 @@ from mlflow.client import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelStatus, Metric
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
 
-from diffusion.evaluation.results import Evaluation, Judged
+from diffusion.evaluation.results import CheckpointEvaluation, Evaluation
 from flows.tracking import DIGEST_LENGTH
 
 CHECKPOINT = "darkroom.checkpoint"
@@ -47,7 +47,12 @@ class Scoreboard:
             self._log(experiment, evaluation, each, "in full", each.named())
 
     def _log(
-        self, experiment: str, evaluation: Evaluation, judged: Judged, how: str, figures: Mapping[str, float]
+        self,
+        experiment: str,
+        evaluation: Evaluation,
+        judged: CheckpointEvaluation,
+        how: str,
+        figures: Mapping[str, float],
     ) -> None:
         tags = {
             CHECKPOINT: judged.file,
@@ -80,7 +85,7 @@ class Scoreboard:
         if fresh:
             self.client.log_batch(self.run_id, metrics=fresh)
 
-    def _model(self, experiment: str, judged: Judged, tags: dict[str, str]) -> LoggedModel:
+    def _model(self, experiment: str, judged: CheckpointEvaluation, tags: dict[str, str]) -> LoggedModel:
         """The logged model of a checkpoint; made if the run has none, and finished if whoever made it was killed."""
         found = self.client.search_logged_models([experiment], f"tags.`{CHECKPOINT_SHA256}` = '{judged.sha256}'")
         ours = [model for model in found if model.source_run_id == self.run_id]

@@ -7,8 +7,8 @@ from mlflow.client import MlflowClient
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.escaping import escape_markdown
 from diffusion.evaluation.pages import count, counted, share, signed, with_error
-from diffusion.evaluation.results import Evaluation
-from diffusion.evaluation.trial_results import CONFIDENCE, Trial
+from diffusion.evaluation.results import CONFIDENCE, Evaluation
+from diffusion.evaluation.trial_results import Trial
 from flows.derived import notes_in, takedowns
 from flows.history import Entry
 from flows.params import Params
@@ -131,7 +131,7 @@ def _tried(trial: Trial) -> str:
     ]
     rows += [(name, f"{ours[name]:.4g}", "") for name in ("class_agreement", "gflop_per_picture") if name in ours]
     others = [tuple(f"{side[name]:.4g}" if name in side else "" for side in (theirs, floor)) for name, *_ in rows]
-    scores = trial.challenger.portrait.scores
+    scores = trial.challenger.evaluation.scores
     return (
         f"On {counted(scores.reference, 'held-out picture')}, by {counted(scores.samples, 'sample')} of another seed "
         "than the checkpoint was chosen by; ± is a standard error, and the floor is what real pictures get.\n\n"
@@ -234,21 +234,21 @@ def _found(trial: Trial | None) -> Iterator[str]:
     """What the trial found that whoever uses the model should know."""
     if trial is None:
         return
-    portrait = trial.challenger.portrait
-    copied, twins = portrait.memorisation, portrait.duplicates
+    evaluated = trial.challenger.evaluation
+    copied, twins = evaluated.memorisation, evaluated.duplicates
     yield (
         f"Of {counted(copied.drawn, 'picture')} that it drew {share(copied.copies, copied.drawn)} look like copies of "
         f"training pictures; of pictures that no model has seen {copied.expected:.1%} do."
     )
     if twins.p_value < UNLIKELY:
         yield f"It draws some pictures again and again: {twins.share:.1%}, of real ones {twins.expected:.1%}."
-    for name, shift in portrait.drift.shifts.items():
+    for name, shift in evaluated.drift.shifts.items():
         if shift.spreads is not None and abs(shift.spreads) > SEEN and abs(shift.difference) > 3 * shift.standard_error:
             yield (
                 f"Its pictures have {'more' if shift.spreads > 0 else 'less'} {name.replace('_', ' against ')} than "
                 f"real ones, by {abs(shift.spreads):.1f} of their standard deviations."
             )
-    if (classes := portrait.per_class) is None:
+    if (classes := evaluated.per_class) is None:
         return
     if (worst := classes.worst) is not None:
         kid = with_error(worst.kid, worst.kid_se)

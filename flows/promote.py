@@ -226,7 +226,7 @@ def tried(params: Params, version: Version) -> Trial | None:
         found = Trial.model_validate_json(path.read_bytes())
     except ValidationError:  # of another version of Darkroom, whose figures are not the ones that cards show now
         return None
-    return found if found.challenger.portrait.sha256 == version.weights_sha256 else None
+    return found if found.challenger.evaluation.sha256 == version.weights_sha256 else None
 
 
 def weights_of(version: Version) -> Path:

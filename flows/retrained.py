@@ -5,7 +5,7 @@ from pathlib import Path
 from diffusion.config import Config
 from diffusion.config_sampling import Asked
 from diffusion.data.manifest import Manifest
-from diffusion.evaluation.judge import require_enough
+from diffusion.evaluation.evaluator import require_enough
 from diffusion.model import classes_of
 from diffusion.sampling import require_effect, require_read_whole
 from flows.checkout import CheckedOut

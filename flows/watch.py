@@ -75,10 +75,10 @@ def look(params: Params) -> Watched:
         return Watched(**about, figures={}, drifted=False, told=told, skipped=True)
 
     weights = registry.fetch_weights(version, settings().folder / "models")
-    portrait, extractor = look_again(
+    evaluated, extractor = look_again(
         weights, params.dataset_folder, params.evaluation, params.sampling, params.report_folder, reporter()
     )
-    figures = {name: value for name, value in portrait.named().items() if math.isfinite(value)}
+    figures = {name: value for name, value in evaluated.named().items() if math.isfinite(value)}
     told, drifted = compared(extractor, figures, before)
     RunTracker(client, version.run_id).log_metrics(
         {f"watch_{name}": each for name, each in figures.items()}, int(time.time())

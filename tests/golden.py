@@ -316,7 +316,7 @@ def metrics(scratch: Path, models: Mapping[str, Path]) -> Values:
     return {
         "checkpoints": judged,
         "real baseline": evaluation.floor.named(),
-        "intervals": json.loads(evaluation.estimates.model_dump_json()) if evaluation.estimates else None,
+        "intervals": {name: each.model_dump() for name, each in evaluation.figures.items()},
         "comparison": compared.named(),
         "decision": json.loads(compared.decision.model_dump_json()),
         "autoencoder": autoencoder.named(),

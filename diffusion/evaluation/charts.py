@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from diffusion.evaluation.results import Evaluation, Judged
+from diffusion.evaluation.results import CheckpointEvaluation, Evaluation
 from diffusion.grids import figure_png
 
 
@@ -48,10 +48,8 @@ def charts(evaluation: Evaluation, losses: Path | None) -> list[Chart]:
         ("KID, with 95 % intervals (lower is better)", lambda axes, paper: _kid(axes, paper, evaluation)),
         ("Fréchet distance (lower is better)", lambda axes, paper: _fd(axes, paper, evaluation)),
         ("Precision and recall (higher is better)", lambda axes, paper: _fractions(axes, paper, evaluation, OLDER)),
+        ("Density and coverage (higher is better)", lambda axes, paper: _fractions(axes, paper, evaluation, NEWER)),
     ]
-    if evaluation.best.scores.coverage is not None:
-        title = "Density and coverage (higher is better)"
-        several.append((title, lambda axes, paper: _fractions(axes, paper, evaluation, NEWER)))
     if losses is not None and (columns := read_losses(losses)):
         several.append(("Loss on fixed pictures", lambda axes, paper: _losses(axes, paper, columns)))
     return [chart(title, over_training(draw)) for title, draw in several]
@@ -99,7 +97,7 @@ def over_training(draw: Draw) -> Draw:
 
 
 def _kid(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
-    floor, scores = evaluation.floor, [each.scores for each in evaluation.checkpoints]
+    floor, scores = evaluation.floor.scores, [each.scores for each in evaluation.checkpoints]
     images = [each.images for each in evaluation.checkpoints]
     axes.axhspan(floor.kid - 1.96 * floor.kid_se, floor.kid + 1.96 * floor.kid_se, color=paper.muted, alpha=0.18, lw=0)
     _floor_line(axes, paper, floor.kid)
@@ -112,7 +110,7 @@ def _kid(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
     axes.plot(best.images, best.scores.kid, "o", markersize=11, mfc="none", mec=paper.series[0], mew=1.5)
 
 
-def _preliminary(axes: Axes, paper: Paper, judged: Sequence[Judged]) -> None:
+def _preliminary(axes: Axes, paper: Paper, judged: Sequence[CheckpointEvaluation]) -> None:
     """On fewer pictures, and none of the curve."""
     images, kids = [each.images for each in judged], [each.scores.kid for each in judged]
     errors = [1.96 * each.scores.kid_se for each in judged]
@@ -122,7 +120,7 @@ def _preliminary(axes: Axes, paper: Paper, judged: Sequence[Judged]) -> None:
 
 
 def _fd(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
-    _floor_line(axes, paper, evaluation.floor.fd)
+    _floor_line(axes, paper, evaluation.floor.scores.fd)
     points = [(each.images, each.scores.fd) for each in evaluation.checkpoints]
     axes.plot(*_transposed(points), color=paper.series[0], marker="o", markersize=5, linewidth=1.8)
     axes.set_ylim(bottom=0)
@@ -132,7 +130,7 @@ def _fractions(axes: Axes, paper: Paper, evaluation: Evaluation, names: Sequence
     for name, colour in zip(names, paper.series, strict=False):
         points = [(each.images, getattr(each.scores, name)) for each in evaluation.checkpoints]
         axes.plot(*_transposed(points), color=colour, marker="o", markersize=5, linewidth=1.8, label=name)
-        axes.axhline(getattr(evaluation.floor, name), color=colour, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.axhline(getattr(evaluation.floor.scores, name), color=colour, linewidth=1.2, linestyle=(0, (4, 3)))
     axes.set_ylim(0, max(1.02, axes.get_ylim()[1]))
     axes.plot([], [], color=paper.muted, linewidth=1.2, linestyle=(0, (4, 3)), label="their floors")
     legend(axes, paper)

@@ -17,27 +17,22 @@ from torch import Tensor
 
 from diffusion.config import Config
 from diffusion.config_sampling import SamplingConfig
-from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
 from diffusion.evaluation.bootstrap import difference
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.cost import gflop
 from diffusion.evaluation.estimate import Estimate
-from diffusion.evaluation.evidence import Figures
-from diffusion.evaluation.exhibits import SHOWN
-from diffusion.evaluation.features import extractor_for
+from diffusion.evaluation.evaluator import CACHE, Evaluator, Figures, GeneratedKey, ModelEvaluator
 from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.held_out_loss import HeldOutLoss
-from diffusion.evaluation.judge import require_enough
 from diffusion.evaluation.metrics import Scores
-from diffusion.evaluation.portrait import DrawnKey, Sitter
-from diffusion.evaluation.real import Real
+from diffusion.evaluation.real import SHOWN
+from diffusion.evaluation.results import Floor, Measured
 from diffusion.evaluation.sealed import recall
-from diffusion.evaluation.trial import REMEMBERED, floor_of, halves_of, measured, require_shape
-from diffusion.evaluation.trial_results import Floor, Measured
 from diffusion.files import write_json
 from diffusion.fingerprint import Fingerprint
 from diffusion.lanes import cores
+from diffusion.model import read_model_header
 from diffusion.progress import Progress, silent
 from diffusion.sampling import sample
 
@@ -122,7 +117,7 @@ class PaceKey(Config):
     kind: Literal["pace"] = "pace"
     format_version: Literal[1] = 1
     """Grows when it is measured another way."""
-    drawn: DrawnKey
+    generated: GeneratedKey
     cores: int
 
 
@@ -141,84 +136,68 @@ def compare(
     """
     if len(models) < 2:
         raise UserError(f"there is nothing to compare {', '.join(models) or 'nothing'} with: name two families or more")
-    require_enough(data)
-    folder, dataset = output / REMEMBERED, Dataset.open(data)
-    extractor = extractor_for(config, dataset, folder, progress)
-    real = Real(dataset, extractor, config.reference, config.samples, folder, None, progress)
-    sitters = {name: _sitter(name, *found, real, config, folder, progress) for name, found in models.items()}
-    pairs = [(each.features, each.features_key) for each in sitters.values()]
-    halves = halves_of(pairs, real, config.seed, folder, progress)
-    figures: dict[str, Figures] = dict(zip(sitters, halves, strict=False)) if halves else {}
-    entrants = [_entrant(name, each, figures.get(name, {})) for name, each in sitters.items()]
-    figure = GateConfig().figure(config.samples, len(real.compared))
-    entrants.sort(key=lambda each: float(getattr(each.scores, figure)))
-    found = Comparison(
-        dataset=dataset.manifest.name,
-        content_digest=dataset.manifest.content_digest,
-        extractor=extractor.name,
-        extractor_digest=extractor.digest,
+    evaluator = Evaluator(data, config, SamplingConfig(), output / CACHE, progress)
+    found = {name: _entering(name, path, how, evaluator) for name, (path, how) in models.items()}
+    halves = evaluator.halves(list(found.values()))
+    figures: dict[str, Figures] = dict(zip(found, halves, strict=False)) if halves else {}
+    entrants = [_entrant(name, each, figures.get(name, {})) for name, each in found.items()]
+    figure = GateConfig().figure(config.samples, len(evaluator.real.compared))
+    entrants.sort(key=lambda each: each.scores.of(figure))
+    conditions = evaluator.conditions
+    comparison = Comparison(
+        dataset=evaluator.real.dataset.manifest.name,
+        content_digest=conditions.content_digest,
+        extractor=conditions.extractor,
+        extractor_digest=conditions.extractor_digest,
         evaluation=config,
-        headline=f"{figure}_{extractor.name}",
+        headline=f"{figure}_{conditions.extractor}",
         entrants=entrants,
         leads=_leads([each.name for each in entrants], figures, figure) if figures else [],
-        floor=floor_of(real, config, halves[-1] if halves else {}),
+        floor=evaluator.floor(halves[-1] if halves else None),
     )
-    write_json(output / COMPARISON, json.loads(found.model_dump_json()))
-    drawn = {each.name: sitters[each.name].drawn[:SHOWN] for each in entrants}
-    return found, Sheets(dataset.pictures(real.compared[:SHOWN]), drawn)
+    write_json(output / COMPARISON, json.loads(comparison.model_dump_json()))
+    drawn = {each.name: found[each.name].images[:SHOWN] for each in entrants}
+    return comparison, Sheets(evaluator.real.shown_images, drawn)
 
 
-def _sitter(
-    name: str,
-    path: Path,
-    sampling: SamplingConfig,
-    real: Real,
-    config: EvaluationConfig,
-    folder: Path,
-    progress: Progress,
-) -> Sitter:
-    def named(what: str, done: int, total: int | None, note: str = "") -> None:
-        progress(f"{name}: {what}", done, total, note)
-
-    sitter = Sitter(path, real, config, sampling, folder, named)
-    require_shape(path, sitter.header, real.dataset)
-    if sitter.header.model.low_resolution is not None:
+def _entering(name: str, path: Path, sampling: SamplingConfig, evaluator: Evaluator) -> ModelEvaluator:
+    if read_model_header(path).model.low_resolution is not None:
         raise UserError(f"{path} enlarges small pictures, and what is compared draws from nothing: leave {name} out")
-    return sitter
+    return evaluator.model(path, sampling=sampling, name=name)
 
 
-def _entrant(name: str, sitter: Sitter, figures: Figures) -> Entrant:
-    header, real = sitter.header, sitter.real
+def _entrant(name: str, model: ModelEvaluator, figures: Figures) -> Entrant:
+    header = model.header
     return Entrant(
         name=name,
-        file=str(sitter.path),
-        sha256=sitter.sha256,
+        file=str(model.path),
+        sha256=model.sha256,
         family=header.model.family,
         images=header.images,
         minutes=header.training.get("minutes"),
-        parameters=sum(parameter.numel() for parameter in sitter.model.network.parameters()),
-        scores=real.scores(sitter.features_key, sitter.features),
-        figures=measured(figures, real.extractor.name),
-        held_out_loss=sitter.held_out_loss,
+        parameters=sum(parameter.numel() for parameter in model.model.network.parameters()),
+        scores=model.scores,
+        figures=model.evaluator.measured(figures),
+        held_out_loss=model.held_out_loss,
         likelihood=header.model.likelihood,
-        gflop=gflop(sitter.model, sitter.guided),
-        pictures_per_second=_pace(sitter),
-        sampling=sitter.guided,
-        fingerprint=sitter.fingerprint,
+        gflop=gflop(model.model, model.guided),
+        pictures_per_second=_pace(model),
+        sampling=model.guided,
+        fingerprint=model.fingerprint,
     )
 
 
-def _pace(sitter: Sitter) -> float:
-    """Pictures drawn in a second, by all cores; once measured, it is remembered."""
-    count = ROUNDS * cores() * sitter.sampling.compute_batch
+def _pace(model: ModelEvaluator) -> float:
+    """Images generated in a second, by all cores; once measured, it is cached."""
+    count = ROUNDS * cores() * model.sampling.compute_batch
 
     def work() -> dict[str, Tensor]:
         began = time.perf_counter()
-        sample(sitter.model, range(count), sitter.config.seed, sitter.guided, sitter.report, sitter.asked)
+        sample(model.model, range(count), model.config.seed, model.guided, model.progress, model.asked)
         return {"pictures_per_second": torch.tensor(count / (time.perf_counter() - began), dtype=torch.float64)}
 
-    key = PaceKey(drawn=sitter.drawn_key, cores=cores())
-    return float(recall(sitter.folder, key, work)["pictures_per_second"])
+    key = PaceKey(generated=model.generated_key, cores=cores())
+    return float(recall(model.folder, key, work)["pictures_per_second"])
 
 
 def _leads(names: Sequence[str], figures: Mapping[str, Figures], figure: Literal["kid", "fd"]) -> list[Lead]:

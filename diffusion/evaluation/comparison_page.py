@@ -11,7 +11,7 @@ from diffusion.evaluation.charts import Chart, Paper, chart
 from diffusion.evaluation.comparison import Comparison, Entrant, Sheets
 from diffusion.evaluation.metrics import Scores
 from diffusion.evaluation.pages import between, count, plain, render, signed, with_error
-from diffusion.evaluation.trial_results import CONFIDENCE, Floor, Measured
+from diffusion.evaluation.results import CONFIDENCE, Floor, Measured
 from diffusion.files import write_bytes
 from diffusion.grids import grid, png_bytes
 

@@ -14,9 +14,9 @@ def docket_of(
 ) -> Docket:
     """That of ``found`` for the registered ``model``; ``challenger`` and ``champion`` are what to call the two.
 
-    A champion that could not be portrayed beside the challenger is not shown.
+    A champion that could not be evaluated beside the challenger is not shown.
     """
-    circumstances, gate = found.circumstances, found.gate
+    conditions, gate = found.conditions, found.gate
     theirs = None
     if found.champion is not None and exhibits.champion is not None and champion is not None:
         theirs = _side(champion, found.champion, exhibits.champion)
@@ -37,25 +37,25 @@ def docket_of(
         groups=exhibits.groups,
         classes=exhibits.classes,
         conditions={
-            "data set version": circumstances.content_digest[:12],
-            "features": f"{circumstances.extractor}, {circumstances.preprocessing}",
-            "seed": str(circumstances.evaluation.seed),
-            "sampler": f"{circumstances.sampling.sampler}, {circumstances.sampling.steps} steps",
+            "data set version": conditions.content_digest[:12],
+            "features": f"{conditions.extractor}, {conditions.preprocessing}",
+            "seed": str(conditions.evaluation.seed),
+            "sampler": f"{conditions.sampling.sampler}, {conditions.sampling.steps} steps",
             "key": found.key,
         },
     )
 
 
 def _side(name: str, found: Found, drawn: Tensor) -> Side:
-    portrait = found.portrait
+    evaluation = found.evaluation
     return Side(
         name=name,
         drawn=drawn,
         figures=found.figures,
-        memorisation=portrait.memorisation,
-        duplicates=portrait.duplicates,
-        drift=portrait.drift,
-        per_class=portrait.per_class,
-        held_out_loss=portrait.held_out_loss,
-        likelihood=FAMILIES[portrait.family].likelihood,
+        memorisation=evaluation.memorisation,
+        duplicates=evaluation.duplicates,
+        drift=evaluation.drift,
+        per_class=evaluation.per_class,
+        held_out_loss=evaluation.held_out_loss,
+        likelihood=FAMILIES[evaluation.family].likelihood,
     )

@@ -1,5 +1,7 @@
 """How near enlarged pictures come to those that they were made small of, and what any of them must beat."""
 
+import math
+
 import numpy as np
 import torch
 from PIL import Image
@@ -26,8 +28,14 @@ class Likeness(Config):
 
     psnr: float
     """Peak signal-to-noise ratio in dB; more is nearer. Exact pictures count as rounded to whole numbers: 58.9."""
+    psnr_se: float
+    """Its standard error, over other images."""
     ssim: float
     """Structural similarity (Wang et al., IEEE Trans. Image Processing 13, 2004), at most 1; more is nearer."""
+
+    def named(self) -> dict[str, float]:
+        """The metrics by name."""
+        return {"psnr": self.psnr, "psnr_se": self.psnr_se, "ssim": self.ssim}
 
 
 class Enlarged(Config):
@@ -49,7 +57,12 @@ def resampled(small: Tensor, scale: int, name: str) -> Tensor:
 
 def likeness(pictures: Tensor, real: Tensor) -> Likeness:
     """Of ``pictures`` to the ``real`` ones of the same numbers, both (N, C, H, W) uint8."""
-    return Likeness(psnr=psnr(pictures, real).mean().item(), ssim=ssim(pictures, real).mean().item())
+    ratios = psnr(pictures, real)
+    return Likeness(
+        psnr=ratios.mean().item(),
+        psnr_se=ratios.std().item() / math.sqrt(len(ratios)),
+        ssim=ssim(pictures, real).mean().item(),
+    )
 
 
 def psnr(pictures: Tensor, real: Tensor) -> Tensor:

@@ -11,17 +11,15 @@ from torch import Tensor
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.judge import Judge
+from diffusion.evaluation.evaluator import CACHE, Evaluator
+from diffusion.evaluation.real import SHOWN
 from diffusion.evaluation.report import Sheets, write_report
-from diffusion.evaluation.results import Evaluation, Judged
+from diffusion.evaluation.results import CheckpointEvaluation, Evaluation
 from diffusion.evaluation.selection import finalists
 from diffusion.files import write_bytes, write_json
 from diffusion.grids import above, grid, save_png
 from diffusion.model import read_model_header
 from diffusion.progress import Progress, silent
-
-SHEETS = ("shown", "reconstructed")
-"""Pictures kept of a judged model."""
 
 
 def evaluate(
@@ -46,34 +44,38 @@ def evaluate(
     if not checkpoints:
         raise UserError("no checkpoint to evaluate: train first, with `darkroom train`")
     low_resolution = read_model_header(checkpoints[0]).model.low_resolution
-    jury = Judge(data, config, sampling, output, progress, low_resolution)
-    floor, real = jury.floor()
+    evaluator = Evaluator(data, config, sampling, output / CACHE, progress, low_resolution)
     seen: dict[str, Tensor] = {}
 
-    def briefly(path: Path, samples: int) -> Judged:
-        judged, kept = jury.preliminary(path, samples)
-        seen[judged.sha256] = kept["shown"]
-        return judged
+    def briefly(path: Path, samples: int) -> CheckpointEvaluation:
+        model = evaluator.model(path, samples)
+        seen[model.sha256] = model.images[:SHOWN]
+        return model.checkpoint()
 
     chosen, behind = finalists(checkpoints, config, briefly)
-    judged = sorted((jury.model(path) for path in chosen), key=lambda pair: pair[0].images)
-    kept = {each.sha256: tensors for each, tensors in judged}
-    models = [each for each, _ in judged]
-    best = max(models, key=lambda each: each.merit.rank)
+    models = {model.sha256: model for model in map(evaluator.model, chosen)}
+    evaluated = sorted((model.checkpoint() for model in models.values()), key=lambda each: each.images)
+    best = max(evaluated, key=lambda each: each.merit.rank)
+    halves = evaluator.halves([models[best.sha256]])
     evaluation = Evaluation(
-        dataset=jury.dataset.manifest.name,
-        conditions=jury.conditions,
-        eval_key=jury.conditions.key,
-        features=jury.extractor.about,
-        floor=floor,
+        dataset=evaluator.real.dataset.manifest.name,
+        conditions=evaluator.conditions,
+        eval_key=evaluator.conditions.key,
+        features=evaluator.real.extractor.about,
+        floor=evaluator.floor(halves[-1] if halves else None),
         best=best,
-        checkpoints=models,
+        checkpoints=evaluated,
         preliminary=behind,
-        estimates=jury.estimates(best, kept[best.sha256]["features"]),
-        baselines=jury.baselines(),
+        figures=evaluator.measured(halves[0]) if halves else {},
+        baselines=evaluator.baselines(),
     )
-    drawn, back = ({sha256: each[name] for sha256, each in kept.items() if name in each} for name in SHEETS)
-    sheets = Sheets(real=real, drawn=seen | drawn, reconstructed=back)
+    sheets = Sheets(
+        real=evaluator.real.shown_images,
+        drawn=seen | {sha256: model.images[:SHOWN] for sha256, model in models.items()},
+        reconstructed={
+            sha256: model.reconstructed for sha256, model in models.items() if model.reconstructed is not None
+        },
+    )
     _write(evaluation, sheets, output)
     write_report(output / "report.html", evaluation, sheets, losses)
     return evaluation

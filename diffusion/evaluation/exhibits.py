@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from diffusion.evaluation.portrait import Portrayed
-from diffusion.evaluation.real import Real
+from diffusion.evaluation.evaluator import ModelEvaluator
+from diffusion.evaluation.real import SHOWN
+from diffusion.evaluation.results import ModelEvaluation
+from diffusion.evaluation.trial_results import Trial
 
-SHOWN = 64
-"""Pictures of each set to be looked at."""
 WORST = 4
 """Classes of which pictures are shown."""
 OF_CLASS = 8
@@ -37,30 +37,31 @@ class Exhibits:
     """Of the challenger's worst classes, the worst first: held-out pictures, and as many that it drew."""
 
 
-def exhibits(ours: Portrayed, theirs: Portrayed | None, real: Real) -> Exhibits:
-    """Those of a trial of ``ours``, the challenger, beside the champion."""
-    portrait = ours.portrait
-    pairs = portrait.memorisation.pairs
+def exhibits(ours: ModelEvaluator, theirs: ModelEvaluator | None, found: Trial) -> Exhibits:
+    """Those of the trial ``found`` of ``ours``, the candidate, beside the champion."""
+    real, evaluation = ours.real, found.challenger.evaluation
+    pairs = evaluation.memorisation.pairs
     return Exhibits(
-        real=real.dataset.pictures((real.shown if len(real.shown) else real.held_out)[:SHOWN]),
-        challenger=ours.pictures[:SHOWN],
-        champion=None if theirs is None else theirs.pictures[:SHOWN],
-        drawn=ours.pictures[[pair.drawn for pair in pairs]],
+        real=real.shown_images,
+        challenger=ours.images[:SHOWN],
+        champion=None if theirs is None else theirs.images[:SHOWN],
+        drawn=ours.images[[pair.drawn for pair in pairs]],
         training=real.dataset.pictures(real.train[[pair.training for pair in pairs]]),
-        groups=[ours.pictures[group.members] for group in portrait.duplicates.groups],
-        classes=_worst_classes(ours, real),
+        groups=[ours.images[group.members] for group in evaluation.duplicates.groups],
+        classes=_worst_classes(ours, evaluation),
     )
 
 
-def _worst_classes(ours: Portrayed, real: Real) -> dict[str, tuple[Tensor, Tensor]]:
-    if ours.portrait.per_class is None or ours.labels is None:
+def _worst_classes(ours: ModelEvaluator, evaluation: ModelEvaluation) -> dict[str, tuple[Tensor, Tensor]]:
+    if evaluation.per_class is None or ours.labels is None:
         return {}
-    labels, names = real.labelled(ours.classes).labels, [each.name for each in ours.portrait.per_class.worst_first]
+    real, classes = ours.real, ours.model.classes
+    labels = real.labelled(classes).labels
     found = {}
-    for name in names[:WORST]:
-        number = ours.classes.index(name)
+    for name in [each.name for each in evaluation.per_class.worst_first][:WORST]:
+        number = classes.index(name)
         of_class = torch.nonzero(labels == number)[:OF_CLASS, 0], torch.nonzero(ours.labels == number)[:OF_CLASS, 0]
         count = min(map(len, of_class))
         held_out, drawn = (numbers[:count] for numbers in of_class)
-        found[name] = real.dataset.pictures(real.compared[held_out.numpy()]), ours.pictures[drawn]
+        found[name] = real.dataset.pictures(real.compared[held_out.numpy()]), ours.images[drawn]
     return found

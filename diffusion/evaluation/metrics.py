@@ -44,13 +44,17 @@ class Scores(Config):
     """Share of the judged pictures that lie among the reference (fidelity), 0 to 1 (arXiv 1904.06991, k = 3)."""
     recall: float
     """Share of the reference that lies among the judged pictures (variety), 0 to 1 (likewise)."""
-    density: float | None = Field(None, exclude_if=unset)
+    density: float
     """How many of the reference the judged pictures lie among (fidelity, and unlike precision not led astray by
-    outliers), 0 and more, of real pictures about 1 (arXiv 2002.09797, k = 5). None: not measured yet in those days."""
-    coverage: float | None = Field(None, exclude_if=unset)
-    """Share of the reference that has a judged picture near it (variety, likewise), 0 to 1. None: as above."""
+    outliers), 0 and more, of real pictures about 1 (arXiv 2002.09797, k = 5)."""
+    coverage: float
+    """Share of the reference that has a judged picture near it (variety, likewise), 0 to 1."""
     fd_infinity: float | None = Field(None, exclude_if=unset)
     """``fd`` as it would be of endlessly many pictures (arXiv 1911.07023). None: too few to say, see ``moments``."""
+
+    def of(self, figure: str) -> float:
+        """The metric of that name, one of those that every set of images has."""
+        return float(getattr(self, figure))
 
     def named(self) -> dict[str, float]:
         """The figures that there are, under names that say what they are, such as ``kid_efflite0``."""

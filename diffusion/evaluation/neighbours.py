@@ -97,8 +97,8 @@ def overlap(samples: Tensor, reference: Tensor, near_samples: Tensor, near_refer
         blocks = list(pool.map(of_block, range(0, len(reference), BLOCK)))
     lying, among, pairs, covered = zip(*blocks, strict=True)
     return Overlap(
-        precision=torch.stack(lying).any(0).float().mean().item(),
-        recall=torch.cat(among).float().mean().item(),
+        precision=torch.stack(lying).any(0).double().mean().item(),
+        recall=torch.cat(among).double().mean().item(),
         density=sum(pairs) / (DENSITY_NEIGHBOURS * len(samples)),
         coverage=sum(covered) / len(reference),
     )

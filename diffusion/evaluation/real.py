@@ -38,6 +38,8 @@ PIECE = 10_000
 """Training pictures whose features are made and kept together: 50 MB of them, lost at most if it is stopped."""
 CHUNK = 1000
 """Pictures in memory at a time."""
+SHOWN = 64
+"""Images of each set that are kept to be looked at."""
 Views = dict[str, Tensor]
 """Of N pictures, by the name of a space, what they look like there from V sides: (V, N, D) float32."""
 
@@ -123,9 +125,11 @@ class Real:
     def scores(self, key: Config, features: Tensor) -> Scores:
         """How far ``features`` (N, D), which ``key`` names, lie from the pictures compared with."""
         named = ScoresKey(judged=digest_of(key.model_dump(mode="json")), compared=self.compared_key)
-        return recall_found(
-            self.folder, named, Scores, lambda: (judge(features, self.reference, self.extractor.name), {})
-        )[0]
+        return recall_found(self.folder, named, Scores, lambda: (self.score(features), {}))[0]
+
+    def score(self, features: Tensor) -> Scores:
+        """How far ``features`` (N, D) lie from the images compared with."""
+        return judge(features, self.reference, self.extractor.name)
 
     def floor(self, seed: int) -> tuple[FeaturesKey, Tensor]:
         """Features of training pictures that stand for drawn ones, (N, D): as many as are drawn, or all there are."""
@@ -150,6 +154,12 @@ class Real:
     def thumbnails(self) -> Tensor:
         """Of the pictures compared with, as they are and moved, (9, N, D)."""
         return moved_in_pieces(self.pictures(self.compared))
+
+    @property
+    def shown_images(self) -> Tensor:
+        """Some held-out images to look at, (N, C, H, W) uint8; those that models enlarge, if they do."""
+        rows = self.held_out if self.low_resolution is None else self.shown
+        return self.dataset.pictures(rows[:SHOWN])
 
     @property
     def training_key(self) -> FeaturesKey:

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from diffusion.evaluation.charts import charts
 from diffusion.evaluation.enlargement import TITLES, Enlarged, resampled, verdict
-from diffusion.evaluation.estimate import Estimate
 from diffusion.evaluation.metrics import Scores
 from diffusion.evaluation.pages import between, counted, plain, render, signed, with_error
-from diffusion.evaluation.results import CONFIDENCE, Estimates, Evaluation, Reconstruction
+from diffusion.evaluation.results import Evaluation, Floor, Measured, Reconstruction
 from diffusion.files import write_bytes
 from diffusion.grids import above, beside, blocks, grid, png_bytes
 from diffusion.upscaling import shrunk
@@ -60,7 +59,7 @@ def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Pat
         "report.html",
         evaluation=evaluation,
         findings=findings(evaluation),
-        lines=score_lines(evaluation.best.scores, evaluation.floor, evaluation.estimates)
+        lines=score_lines(evaluation.best.scores, evaluation.figures, evaluation.floor)
         + reconstruction_lines(evaluation.best.reconstruction),
         drawn=png_bytes(grid(best)),
         real=png_bytes(grid(sheets.real)),
@@ -77,7 +76,7 @@ def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Pat
 
 def findings(evaluation: Evaluation) -> list[str]:
     """What the figures say, in words no stronger than their errors allow."""
-    best, floor = evaluation.best, evaluation.floor
+    best, floor = evaluation.best, evaluation.floor.scores
     gap = best.scores.kid - floor.kid
     error = math.hypot(best.scores.kid_se, floor.kid_se)
     if gap <= 2 * error:
@@ -138,35 +137,33 @@ MEANINGS = {
 """Of each score which is better, and how to read it."""
 
 
-def score_lines(scores: Scores, floor: Scores, estimates: Estimates | None = None) -> list[Line]:
-    """The table of scores that there are: each beside what real pictures get, both with intervals if there are any."""
+def score_lines(scores: Scores, figures: Mapping[str, Measured], floor: Floor) -> list[Line]:
+    """The table of scores that there are: each beside what real images get, both with intervals if there are any."""
     return [
         Line(
             f"{name}_{scores.extractor}",
-            _score(scores, name, estimates),
-            _score(floor, name, estimates),
+            _score(scores, name, figures),
+            _score(floor.scores, name, floor.figures),
             better,
             meaning,
-            interval_of(estimates.best, name) if estimates else "",
-            interval_of(estimates.floor, name) if estimates else "",
+            interval_of(figures, f"{name}_{scores.extractor}"),
+            interval_of(floor.figures, f"{name}_{scores.extractor}"),
         )
         for name, (better, meaning) in MEANINGS.items()
         if getattr(scores, name) is not None
     ]
 
 
-def interval_of(figures: Mapping[str, Estimate], name: str) -> str:
-    """Of one figure at 95 %, such as ``0.012 … 0.034``; empty if it is not among them."""
-    if name not in figures:
-        return ""
-    return between(figures[name].interval(CONFIDENCE))
+def interval_of(figures: Mapping[str, Measured], name: str) -> str:
+    """Of one metric at 95 %, such as ``0.012 … 0.034``; empty if it is not among them."""
+    return between(figures[name].interval) if name in figures else ""
 
 
-def _score(scores: Scores, name: str, estimates: Estimates | None) -> str:
+def _score(scores: Scores, name: str, figures: Mapping[str, Measured]) -> str:
     value: float | None = getattr(scores, name)
     if value is None:
         return ""
-    if name == "kid" and estimates is None:
+    if name == "kid" and not figures:
         return with_error(value, scores.kid_se)
     return f"{value:.3f}" if name in SHARES else signed(value)
 

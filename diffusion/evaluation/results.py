@@ -1,53 +1,92 @@
 """What an evaluation found, and under which conditions."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, FiniteFloat, ValidationError
 
 from diffusion.config import Config, unset
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.drift import Drift
+from diffusion.evaluation.duplicates import Duplicates
 from diffusion.evaluation.enlargement import Enlarged, Likeness
-from diffusion.evaluation.estimate import Estimate, Share
+from diffusion.evaluation.estimate import Estimate, Interval
+from diffusion.evaluation.held_out_loss import HeldOutLoss
+from diffusion.evaluation.memorisation import Memorisation
 from diffusion.evaluation.metrics import Scores
+from diffusion.evaluation.per_class import PerClass
 from diffusion.families.config import FAMILIES
 from diffusion.files import digest_of
 from diffusion.fingerprint import Fingerprint
 
 CONFIDENCE = 0.95
-"""Share of evaluations whose intervals hold the true figure."""
+"""Two-sided, of all intervals that are shown."""
 
 
 class Conditions(Config):
-    """All that two models must have in common for their scores to be compared."""
+    """All that two models must have in common for their metrics to be compared."""
 
-    format_version: Literal[2] = 2
-    """Grows when preprocessing, the choice of pictures or a formula changes."""
+    format_version: Literal[3] = 3
+    """Grows when preprocessing, the choice of images or a formula changes."""
     content_digest: str
-    """Digest of the data set whose held-out pictures are the reference."""
+    """Digest of the data set whose held-out images are the reference."""
+    extractor: str
+    """Name of the features."""
     extractor_digest: str
     """SHA-256 of the feature network's weights."""
-    preprocessing: str | None = Field(None, exclude_if=unset)
-    """What is done to pictures before the network sees them, and to features after. None: not said in those days."""
+    preprocessing: str
+    """What is done to images before the network sees them, and to features after."""
     evaluation: EvaluationConfig
+    """A comparison of candidate and champion has the seed by which checkpoints are chosen, plus 1."""
     sampling: SamplingConfig
     low_resolution: int | None = Field(None, exclude_if=unset)
-    """Height and width of the held-out pictures that models were shown, to enlarge them; None: they were shown none."""
+    """Height and width of the held-out images that models were shown, to enlarge them; None: they were shown none."""
 
     @property
     def key(self) -> str:
-        """Digest of the conditions; a model's scores depend on it, on the weights, and within floating-point
+        """Digest of the conditions; a model's metrics depend on it, on the weights, and within floating-point
         error on the fingerprint."""
-        # What is judged besides changes no score, and neither does an option that is not used.
+        # What is evaluated besides changes no metric, and neither does an option that is not used.
         exclude = {"evaluation": {"ema_lengths", "finalists", "first_samples"}}
         return digest_of(self.model_dump(mode="json", exclude=exclude, exclude_none=True))
 
-    def on(self, samples: int) -> "Conditions":
-        """The same with so many pictures of each model."""
-        return self.model_copy(update={"evaluation": self.evaluation.model_copy(update={"samples": samples})})
+
+class Measured(Config):
+    """A metric with its error and interval."""
+
+    value: FiniteFloat
+    error: FiniteFloat
+    """Its standard error, over other generated and held-out images."""
+    interval: Interval
+
+    @classmethod
+    def of(cls, estimate: Estimate) -> "Measured":
+        """What ``estimate`` says, with confidence CONFIDENCE."""
+        return cls(value=estimate.value, error=estimate.error, interval=estimate.interval(CONFIDENCE))
+
+
+def flat(figures: Mapping[str, Measured]) -> dict[str, float]:
+    """``figures`` with the ends of their intervals, under names that end in _low and _high."""
+    found: dict[str, float] = {}
+    for name, each in figures.items():
+        found |= {name: each.value, f"{name}_low": each.interval.low, f"{name}_high": each.interval.high}
+    return found
+
+
+class Floor(Config):
+    """What real training images get in the place of generated ones."""
+
+    scores: Scores
+    figures: dict[str, Measured]
+    """Distances and shares by name, such as kid_efflite0; empty if there are too few images for errors."""
+
+    def named(self) -> dict[str, float]:
+        """All metrics under names that say what they are."""
+        return self.scores.named() | flat(self.figures)
 
 
 class Reconstruction(Config):
@@ -100,33 +139,41 @@ class Merit:
         return {self.name: self.value, f"{self.name}_error": self.error, "samples": self.count}
 
 
-class Judged(Config):
-    """A model file with its scores."""
+class ModelScores(Config):
+    """What is measured of every model that is evaluated."""
+
+    sha256: str
+    """Of its file."""
+    family: str = Field("ddpm", exclude_if=lambda family: family == "ddpm")
+    """What kind of model it is."""
+    images: int
+    """Images it had seen in training."""
+    fingerprint: Fingerprint
+    """Of the machine that generated its images."""
+    scores: Scores
+    """How far its images lie from held-out ones."""
+    reconstruction: Reconstruction | None = Field(None, exclude_if=unset)
+    """Where the model is an autoencoder, or generates in the latents of one."""
+    likeness: Likeness | None = Field(None, exclude_if=unset)
+    """Of enlarged images to the real ones."""
+
+    def named(self) -> dict[str, float]:
+        """The metrics under names that say what they are."""
+        figures = self.scores.named()
+        for part in (self.reconstruction, self.likeness):
+            figures |= part.named() if part is not None else {}
+        return figures
+
+
+class CheckpointEvaluation(ModelScores):
+    """The metrics by which one of many checkpoints is chosen."""
 
     file: str
     """Where it lies."""
-    sha256: str
-    """Of the file."""
-    images: int
-    """Pictures it had seen in training."""
-    scores: Scores
-    reconstruction: Reconstruction | None = Field(None, exclude_if=unset)
-    """Where the model is an autoencoder, or draws in the latents of one."""
-    family: str = Field("ddpm", exclude_if=lambda family: family == "ddpm")
-    """What kind of model it is."""
-    fingerprint: Fingerprint
-    """Of the machine that drew its pictures."""
-    likeness: Likeness | None = Field(None, exclude_if=unset)
-    """Of enlarged pictures to the real ones."""
-
-    def named(self) -> dict[str, float]:
-        """The figures under names that say what they are."""
-        further = self.reconstruction.named() if self.reconstruction else {}
-        return self.scores.named() | further | (self.likeness.model_dump() if self.likeness else {})
 
     @property
     def merit(self) -> Merit:
-        """KID of what it draws; of an autoencoder, which is there to be built upon, how close pictures come back."""
+        """KID of its images; of an autoencoder, which is there to be built upon, how close images come back."""
         if FAMILIES[self.family].judged == "reconstructed" and self.reconstruction is not None:
             found = self.reconstruction
             return Merit("reconstruction_psnr", found.psnr, found.psnr_se, found.pictures, 1)
@@ -134,16 +181,28 @@ class Judged(Config):
         return Merit(f"kid_{scores.extractor}", scores.kid, scores.kid_se, scores.samples, -1)
 
 
-class Estimates(Config):
-    """Figures with their errors, over other pictures of the same model and other held-out ones: see ``bootstrap``.
+class ModelEvaluation(ModelScores):
+    """All metrics of a model."""
 
-    By name (fd, kid, precision, recall, density, coverage); for what as many pictures get on average.
-    """
+    memorisation: Memorisation
+    """Whether its images are copies of training images."""
+    duplicates: Duplicates
+    """Whether they are copies of one another."""
+    drift: Drift
+    """Their colours and brightness."""
+    per_class: PerClass | None = Field(None, exclude_if=unset)
+    """The same class by class; None: it has no classes."""
+    held_out_loss: HeldOutLoss
+    """Its loss on held-out images."""
+    gflop: float
+    """Floating-point operations to generate one image, in 10⁹."""
 
-    best: dict[str, Share | Estimate]
-    """Of the best checkpoint."""
-    floor: dict[str, Share | Estimate]
-    """Of the real pictures behind the floor."""
+    def named(self) -> dict[str, float]:
+        """The metrics under names that say what they are."""
+        figures = super().named()
+        for part in (self.memorisation, self.duplicates, self.drift, self.held_out_loss, self.per_class):
+            figures |= part.named() if part is not None else {}
+        return figures | {"gflop_per_picture": self.gflop}
 
 
 class Evaluation(Config):
@@ -154,20 +213,18 @@ class Evaluation(Config):
     conditions: Conditions
     eval_key: str
     """``conditions.key``: compare models only where it is equal."""
-    floor: Scores
-    """Real training pictures, judged as if a model had drawn them."""
-    features: str | None = Field(None, exclude_if=unset)
-    """What the feature network is, for people. None: not said in those days."""
-    best: Judged
+    floor: Floor
+    features: str
+    """What the feature network is, for people."""
+    best: CheckpointEvaluation
     """The best of ``checkpoints`` by its merit: the one with the lowest KID, or of autoencoders the highest PSNR."""
-    checkpoints: list[Judged]
+    checkpoints: list[CheckpointEvaluation]
     """Those judged in full, by images seen."""
-    preliminary: list[Judged] = Field([], exclude_if=lambda preliminary: not preliminary)
+    preliminary: list[CheckpointEvaluation] = Field([], exclude_if=lambda preliminary: not preliminary)
     """Those that fell behind before, by images seen, with the scores of the last round that they were in, which rest on
     fewer pictures: of these only merits compare. None of them is the best."""
-    estimates: Estimates | None = Field(None, exclude_if=unset)
-    """None: either side has too few pictures, or the models enlarge pictures that are among those they are compared
-    with, and the two sides are not independent."""
+    figures: dict[str, Measured]
+    """Of the best checkpoint, as the floor has them."""
     baselines: dict[str, Enlarged] | None = Field(None, exclude_if=unset)
     """For models that enlarge, by name: the same small pictures enlarged without one."""
 
@@ -190,16 +247,7 @@ class Evaluation(Config):
             for figure, value in {
                 f"fd_{each.scores.extractor}": each.scores.fd,
                 f"kid_{each.scores.extractor}": each.scores.kid,
-                **each.likeness.model_dump(),
+                **each.likeness.named(),
             }.items()
         }
-        return {"images": self.best.images, **self.best.named(), **self._intervals(), **floor, **baselines}
-
-    def _intervals(self) -> dict[str, float]:
-        """The ends of the best checkpoint's intervals, such as ``kid_low_efflite0``."""
-        found = {}
-        for figure, estimate in (self.estimates.best if self.estimates else {}).items():
-            interval = estimate.interval(CONFIDENCE)
-            found[f"{figure}_low_{self.best.scores.extractor}"] = interval.low
-            found[f"{figure}_high_{self.best.scores.extractor}"] = interval.high
-        return found
+        return {"images": self.best.images, **flat(self.figures), **self.best.named(), **floor, **baselines}

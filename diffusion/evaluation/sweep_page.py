@@ -111,12 +111,11 @@ def _deviations(other: Tried, best: Tried) -> float:
 
 
 def _row(each: Tried, best: Tried) -> Row:
-    judged, estimates = each.evaluation.best, each.evaluation.estimates
-    figures = estimates.best if estimates else {}
+    judged, figures = each.evaluation.best, each.evaluation.figures
     return Row(
         settings=[str(value) for value in each.settings.values()],
         merit=with_error(judged.merit.value, judged.merit.error),
-        merit_interval=interval_of(figures, "kid") if judged.merit.sign < 0 else "",
+        merit_interval=interval_of(figures, judged.merit.name),
         fd=plain(judged.scores.fd),
         fd_interval=interval_of(figures, "fd"),
         precision=f"{judged.scores.precision:.3f}",

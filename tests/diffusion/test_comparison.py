@@ -138,5 +138,5 @@ def test_what_cannot_be_compared_is_refused(
     with pytest.raises(UserError, match="enlarges small pictures"):
         compared(models | {"ddpm": (enlarger, SAMPLING)}, data, tmp_path)
     write_dataset(tmp_path / "other", random_pictures(60, size=12), per_shard=60)
-    with pytest.raises(UserError, match=r"draws pictures of 1×8×8 and .*other holds 1×12×12"):
+    with pytest.raises(UserError, match=r"generates images of 1×8×8 and .*other holds 1×12×12"):
         compared(models, tmp_path / "other", tmp_path)

@@ -14,7 +14,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.ingest import forget_captions
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.judge import Judge
+from diffusion.evaluation.evaluator import Evaluator
 from diffusion.model import DiffusionModel, load_model, read_header
 from diffusion.models.config import ModelConfig
 from diffusion.sampling import label_names, require_effect, require_read_whole, sample, told_of
@@ -25,6 +25,7 @@ from diffusion.training.identity import train_key
 from diffusion.training.train import TrainResult, preflight, train
 from tests.diffusion.captioned import COLOURS, MadeUp, colours, needs_encoder, squares
 from tests.diffusion.small_datasets import random_pictures, write_dataset
+from tests.diffusion.small_models import write_model
 from tests.diffusion.test_train import Away, Stop, StopAt
 
 SHAPE = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=2)
@@ -284,11 +285,11 @@ def test_pictures_show_the_colour_that_words_ask_for_and_without_captions_none_i
 def test_models_are_judged_by_pictures_that_are_to_show_what_held_out_ones_do(
     model: DiffusionModel, data: Path, tmp_path: Path
 ) -> None:
-    judge = Judge(data, EvaluationConfig(samples=10), SAMPLING, tmp_path / "report", lambda *_: None)
-    asked, dataset = judge.asked(model), Dataset.open(data)
+    evaluator = Evaluator(data, EvaluationConfig(samples=10), SAMPLING, tmp_path / "report")
+    asked, dataset = evaluator.model(tmp_path / "run" / "final.safetensors").asked, Dataset.open(data)
     held_out = dataset.rows("held_out")
     captions = [caption for caption in dataset.captions(held_out) if caption]
     assert asked.prompts == tuple(captions[:10])
     assert [f"{label} square" for label in asked.labels] == captions[:10]
-    header = model.header.model_copy(update={"model": SHAPE})
-    assert judge.asked(DiffusionModel(header, model.network, model.schedule)) == Asked()
+    untold = write_model(tmp_path / "untold.safetensors", 0, 1, channels=3)
+    assert evaluator.model(untold).asked == Asked()

@@ -68,11 +68,11 @@ def test_the_floor_is_that_of_training_pictures_and_says_how_many_there_were(
     data, extractor = Dataset.open(dataset), EfficientNetLite0(32)
     train, held_out = data.rows("train"), data.rows("held_out")
     config = CONFIG.model_copy(update={"samples": 100})
-    floor = evaluate(dataset, checkpoints[:1], config, SAMPLING, tmp_path).floor
+    floor = evaluate(dataset, checkpoints[:1], config, SAMPLING, tmp_path).floor.scores
     assert (floor.samples, floor.reference) == (len(train), len(held_out))
     expected = judge(extractor(data.pictures(train)), extractor(data.pictures(held_out)), "x")
     assert floor.fd == pytest.approx(expected.fd, rel=1e-3)
-    few = evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path).floor
+    few = evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path).floor.scores
     assert few.samples == 20
 
 
@@ -84,7 +84,7 @@ def test_what_is_written_says_the_same_as_what_is_returned(
     assert Evaluation.model_validate_json((output / "evaluation.json").read_bytes()) == evaluation
     metrics = json.loads((output / "metrics.json").read_bytes())
     assert metrics["kid_efflite0"] == evaluation.best.scores.kid
-    assert metrics["floor_fd_efflite0"] == evaluation.floor.fd
+    assert metrics["floor_fd_efflite0"] == evaluation.floor.scores.fd
     assert metrics["samples"] == 20
     assert all(isinstance(value, int | float) for value in metrics.values())
     with (output / "scores.csv").open(newline="") as file:
@@ -144,14 +144,20 @@ def test_another_condition_means_another_judgement(
     first = evaluate_one(checkpoints[0], dataset, CONFIG, SAMPLING, tmp_path / "report")
     watcher = Watcher()
     other = evaluate_one(checkpoints[0], dataset, *changed(change), tmp_path / "report", watcher)
-    assert watcher.drawn == {"300"}
+    # Images are generated again only for what decides them.
+    assert watcher.drawn == (set() if change.keys() <= {"extractor_size", "reference"} else {"300"})
     assert other.scores != first.scores
 
 
 def test_the_key_of_the_conditions_changes_with_each_of_them() -> None:
     def key(evaluation: EvaluationConfig, sampling: SamplingConfig, content: str = "a", weights: str = "b") -> str:
         return Conditions(
-            content_digest=content, extractor_digest=weights, evaluation=evaluation, sampling=sampling
+            content_digest=content,
+            extractor="efflite0",
+            extractor_digest=weights,
+            preprocessing="32 pixels",
+            evaluation=evaluation,
+            sampling=sampling,
         ).key
 
     keys = [key(CONFIG, SAMPLING), key(CONFIG, SAMPLING, content="c"), key(CONFIG, SAMPLING, weights="c")]
@@ -173,7 +179,7 @@ def test_other_weights_are_judged_anew_under_the_same_conditions(
     assert other.checkpoints[2].scores != first.checkpoints[2].scores
 
 
-def test_another_data_set_means_another_judgement(
+def test_another_data_set_means_other_scores_of_the_same_images(
     dataset: Path, checkpoints: list[Path], pictures: Path, tmp_path: Path
 ) -> None:
     first = evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path / "report")
@@ -181,7 +187,7 @@ def test_another_data_set_means_another_judgement(
     ingest(dataset, IngestConfig(source=str(pictures), size=8, held_out=0.33))
     watcher = Watcher()
     other = evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path / "report", progress=watcher)
-    assert watcher.drawn == {"300"}
+    assert watcher.drawn == set()
     assert other.eval_key != first.eval_key
 
 
@@ -234,12 +240,12 @@ def test_a_missing_model_is_refused(dataset: Path, tmp_path: Path) -> None:
 
 def test_a_model_of_other_pictures_is_refused(dataset: Path, tmp_path: Path) -> None:
     path = write_model(tmp_path / "rgb.safetensors", seed=0, images=1, channels=3, size=16)
-    with pytest.raises(UserError, match=r"rgb\.safetensors draws pictures of 3×16×16 and .* holds 1×8×8"):
+    with pytest.raises(UserError, match=r"rgb\.safetensors generates images of 3×16×16 and .* holds 1×8×8"):
         evaluate(dataset, [path], CONFIG, SAMPLING, tmp_path)
 
 
 def test_too_few_held_out_pictures_are_refused(pictures: Path, checkpoints: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "data" / "few"
     ingest(folder, IngestConfig(source=str(pictures), size=8, held_out=0.02))
-    with pytest.raises(UserError, match=r"few has \d held-out pictures, and evaluation needs 10"):
+    with pytest.raises(UserError, match=r"few has \d held-out images, and evaluation needs 10"):
         evaluate(folder, checkpoints, CONFIG, SAMPLING, tmp_path)

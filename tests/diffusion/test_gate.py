@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from scipy.optimize import brentq
 from scipy.stats import binom
 
-from diffusion.evaluation.bootstrap import Figure, Replicates, frechet, kid, neighbourhoods
+from diffusion.evaluation.bootstrap import Figure, Replicates
 from diffusion.evaluation.estimate import Estimate
 from diffusion.evaluation.evidence import distance_headline, recall_difference, reconstruction_headline
 from diffusion.evaluation.gate import (
@@ -27,6 +27,7 @@ from diffusion.evaluation.gate import (
     pictures_needed,
 )
 from tests.diffusion.gaussian_distances import drawn, true_frechet, true_kid
+from tests.diffusion.one_metric import frechet_replicates, kid_replicates, share_replicates
 from tests.diffusion.one_thread import one_thread
 
 SPLITS = 25
@@ -36,7 +37,7 @@ MOST = int(binom.ppf(0.99, TRIALS, 0.05))
 """Promotions of 200 that a gate which errs in 5 % of all cases exceeds in 1 % of all tests."""
 WIDTH = 12
 """Features of a picture."""
-MEASURES: dict[str, Callable[..., list[Replicates]]] = {"kid": kid, "fd": frechet}
+MEASURES: dict[str, Callable[..., list[Replicates]]] = {"kid": kid_replicates, "fd": frechet_replicates}
 TRUE: dict[str, Callable[[int, float, float], float]] = {"kid": true_kid, "fd": true_frechet}
 CHAMPION = 0.4
 """How far the champion's points lie from real ones, in each dimension."""
@@ -78,7 +79,9 @@ def test_a_model_that_draws_real_pictures_is_not_promoted_over_itself() -> None:
     for seed in range(TRIALS):
         challenger, champion, floor, reference = (drawn(60, WIDTH, 4 * seed + each) for each in range(4))
         with one_thread():
-            figures = [{each.figure: each} for each in kid([challenger, champion, floor], reference, splits=SPLITS)]
+            figures = [
+                {each.figure: each} for each in kid_replicates([challenger, champion, floor], reference, splits=SPLITS)
+            ]
         headline = distance_headline(*figures, "points", GateConfig())
         chances.append(Evidence(judged="drawn", samples=60, reference=60, has_champion=True, headline=headline))
     assert promotions(chances, delta=0) <= MOST
@@ -345,9 +348,9 @@ def test_kid_leads_under_five_thousand_pictures_of_either_side() -> None:
 
 def test_evidence_is_gathered_from_replicates_of_the_same_pictures() -> None:
     challenger, champion, floor = drawn(100, 4, 0, 0.2), drawn(100, 4, 1, 0.5), drawn(100, 4, 2)
-    figures = neighbourhoods([challenger, champion, floor], drawn(90, 4, 3), splits=10)
+    figures = share_replicates([challenger, champion, floor], drawn(90, 4, 3), splits=10)
     assert recall_difference(*figures[:2]).value == figures[0]["recall"].whole - figures[1]["recall"].whole
-    found = kid([challenger, champion, floor], drawn(90, 4, 3), splits=10)
+    found = kid_replicates([challenger, champion, floor], drawn(90, 4, 3), splits=10)
     gathered = distance_headline(*({"kid": each} for each in found), "efflite0", GateConfig())
     assert gathered.name == "kid_efflite0"
     assert gathered.floor == found[2].whole

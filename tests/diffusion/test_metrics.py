@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,7 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torchvision.transforms.functional import gaussian_blur
 
-from diffusion.evaluation.bootstrap import kid as kid_of_halves
+from diffusion.evaluation.bootstrap import replicates
 from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.evaluation.metrics import Scores, judge
 from diffusion.evaluation.moments import distance, distance_at_infinity, moments
@@ -158,10 +156,11 @@ def test_kid_is_what_the_mean_over_torch_fidelity_s_subsets_tends_to() -> None:
     assert found == pytest.approx(theirs["kernel_inception_distance_mean"], abs=4 * error)
 
 
-def test_kid_is_the_same_in_a_report_and_in_a_trial() -> None:
+def test_values_with_errors_are_those_of_the_scores() -> None:
     samples, reference = gaussian(60, 8, seed=1, shift=0.3), gaussian(90, 8, seed=2)
-    [of_trial] = kid_of_halves([samples], reference, splits=2)
-    assert judge(samples, reference, "x").kid == pytest.approx(of_trial.value, abs=1e-6)
+    scores = judge(samples, reference, "x")
+    [found] = replicates([samples], reference, splits=2)
+    assert {figure: each.whole for figure, each in found.items()} == {figure: scores.of(figure) for figure in found}
 
 
 def test_the_error_of_kid_is_the_jackknife_s_which_leaves_out_each_picture_in_turn() -> None:
@@ -327,11 +326,3 @@ def test_figures_are_named_after_their_features(floor: Scores) -> None:
 
 def test_scores_survive_json(floor: Scores) -> None:
     assert Scores.model_validate_json(floor.model_dump_json()) == floor
-
-
-def test_scores_from_before_density_and_coverage_were_measured_have_none_of_them(floor: Scores) -> None:
-    old = json.loads(floor.model_dump_json(exclude={"density", "coverage"}))
-    scores = Scores.model_validate(old)
-    assert (scores.density, scores.coverage, scores.fd_infinity) == (None, None, None)
-    assert set(floor.named()) - set(scores.named()) == {"density_efflite0", "coverage_efflite0"}
-    assert json.loads(scores.model_dump_json()) == old

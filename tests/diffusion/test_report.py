@@ -15,7 +15,7 @@ from diffusion.evaluation.estimate import Estimate, Share
 from diffusion.evaluation.metrics import Scores
 from diffusion.evaluation.pages import plain, with_error
 from diffusion.evaluation.report import Sheets, findings, write_report
-from diffusion.evaluation.results import Conditions, Estimates, Evaluation, Judged
+from diffusion.evaluation.results import CheckpointEvaluation, Conditions, Evaluation, Floor, Measured
 from diffusion.fingerprint import fingerprint
 from diffusion.grids import grid, png_bytes
 from tests.browser import chromium, look
@@ -32,32 +32,35 @@ def scores(kid: float, kid_se: float = 0.02, fd: float = 123.4, samples: int = 5
         kid_se=kid_se,
         precision=0.812,
         recall=0.745,
-        **further,
+        **{"density": 0.7, "coverage": 0.6} | further,
     )
 
 
-def estimates() -> Estimates:
-    """Some figures with their errors."""
-    return Estimates(
-        best={
-            "kid": Estimate(value=0.2, error=0.005, freedom=1000),
-            "fd": Estimate(value=123.4, error=2, freedom=1000),
-            "precision": Share(value=0.812, error=0.005, freedom=1000, count=500),
-            "coverage": Share(value=0.5, error=0.005, freedom=1000, count=480),
-        },
-        floor={"kid": Estimate(value=0.01, error=0.005, freedom=1000), "fd": Estimate(value=61.2, error=1)},
+def figures() -> dict[str, Measured]:
+    """Some metrics with their errors."""
+    return measured(
+        kid=Estimate(value=0.2, error=0.005, freedom=1000),
+        fd=Estimate(value=123.4, error=2, freedom=1000),
+        precision=Share(value=0.812, error=0.005, freedom=1000, count=500),
+        coverage=Share(value=0.5, error=0.005, freedom=1000, count=480),
     )
+
+
+def measured(**estimates: Estimate) -> dict[str, Measured]:
+    return {f"{name}_efflite0": Measured.of(each) for name, each in estimates.items()}
 
 
 def an_evaluation(kids: list[float], dataset: str = "digits", floor: Scores | None = None) -> Evaluation:
     conditions = Conditions(
         content_digest="c" * 64,
+        extractor="efflite0",
         extractor_digest="e" * 64,
+        preprocessing="64 pixels",
         evaluation=EvaluationConfig(),
         sampling=SamplingConfig(),
     )
     judged = [
-        Judged(
+        CheckpointEvaluation(
             file=f"runs/{number}.safetensors",
             sha256=f"{number}" * 64,
             images=1000 * (number + 1),
@@ -70,7 +73,9 @@ def an_evaluation(kids: list[float], dataset: str = "digits", floor: Scores | No
         dataset=dataset,
         conditions=conditions,
         eval_key=conditions.key,
-        floor=floor or scores(0.01, fd=61.2),
+        floor=Floor(scores=floor or scores(0.01, fd=61.2), figures={}),
+        features="a network",
+        figures={},
         best=min(judged, key=lambda each: each.scores.kid),
         checkpoints=judged,
     )
@@ -91,11 +96,14 @@ def with_more(evaluation: Evaluation) -> Evaluation:
     newer = {"density": 0.9, "coverage": 0.5, "fd_infinity": 100.4}
     judged = [each.model_copy(update={"scores": scores(each.scores.kid, **newer)}) for each in evaluation.checkpoints]
     update = {
-        "estimates": estimates(),
+        "figures": figures(),
         "preliminary": behind,
         "best": next(each for each in judged if each.sha256 == evaluation.best.sha256),
         "checkpoints": judged,
-        "floor": scores(0.01, fd=61.2, density=1.02, coverage=0.97, fd_infinity=0.3),
+        "floor": Floor(
+            scores=scores(0.01, fd=61.2, density=1.02, coverage=0.97, fd_infinity=0.3),
+            figures=measured(kid=Estimate(value=0.01, error=0.005, freedom=1000), fd=Estimate(value=61.2, error=1)),
+        ),
     }
     return evaluation.model_copy(update=update | {"features": "EfficientNet-Lite0 trained on ImageNet"})
 
@@ -153,7 +161,7 @@ def test_figures_have_intervals_where_they_are_known_and_so_have_their_floors(tm
     # 1.96 standard errors to either side.
     assert "kid_efflite0 0.200 0.190 … 0.210 0.0100 0.000 … 0.020 lower" in text
     assert "fd_efflite0 123 119.5 … 127.3 61.2" in text
-    ends = estimates().best["precision"].interval(0.95)
+    ends = figures()["precision_efflite0"].interval
     assert f"precision_efflite0 0.812 {ends.low:.3f} … {ends.high:.3f} 0.812 higher" in text
     assert "recall_efflite0 0.745 0.745 higher" in text
     assert "density_efflite0 0.900 1.020 higher" in text
@@ -220,9 +228,7 @@ def test_curves_appear_for_light_and_for_dark_and_losses_only_if_there_are_any(t
 
     empty = tmp_path / "empty.csv"
     empty.write_text("images,train_loss\n")
-    assert (charts_with(None), charts_with(empty), charts_with(losses)) == (3, 3, 4)
-    evaluation = with_more(evaluation)
-    assert charts_with(losses) == 5
+    assert (charts_with(None), charts_with(empty), charts_with(losses)) == (4, 4, 5)
 
 
 def test_losses_that_are_not_finite_are_left_out(losses: Path) -> None:

@@ -12,7 +12,7 @@ from diffusion.config_sampling import SamplingConfig
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.metrics import Scores
-from diffusion.evaluation.results import Judged
+from diffusion.evaluation.results import CheckpointEvaluation
 from diffusion.evaluation.selection import finalists
 from diffusion.fingerprint import fingerprint
 from tests.diffusion.small_models import write_model
@@ -31,7 +31,7 @@ class Rounds:
         self.kids = {Path(str(number)): kid for number, kid in enumerate(kids)}
         self.seen: dict[int, list[Path]] = {}
 
-    def __call__(self, path: Path, samples: int) -> Judged:
+    def __call__(self, path: Path, samples: int) -> CheckpointEvaluation:
         self.seen.setdefault(samples, []).append(path)
         scores = Scores(
             extractor="x",
@@ -42,8 +42,12 @@ class Rounds:
             kid_se=0,
             precision=0.5,
             recall=0.5,
+            density=0.5,
+            coverage=0.5,
         )
-        return Judged(file=str(path), sha256=str(path), images=int(str(path)), scores=scores, fingerprint=MACHINE)
+        return CheckpointEvaluation(
+            file=str(path), sha256=str(path), images=int(str(path)), scores=scores, fingerprint=MACHINE
+        )
 
 
 def rows_of(table: Path) -> dict[int, dict[str, float]]:

@@ -121,7 +121,7 @@ def test_a_model_that_copies_its_training_pictures_is_rejected_however_good_they
     found, exhibits = tried(new, None if first else old, data, tmp_path)
     assert found.decision.verdict == Verdict.reject
     assert "copies of training pictures: " in found.reason
-    shown = [each.is_copy for each in found.challenger.portrait.memorisation.pairs]
+    shown = [each.is_copy for each in found.challenger.evaluation.memorisation.pairs]
     assert sum(shown) >= 12
     assert torch.equal(exhibits.drawn[:8], exhibits.training[:8])
 
@@ -138,7 +138,7 @@ def test_a_first_version_needs_no_champion_and_has_its_intervals(
     seed = CONFIG.seed + 1
     expected = sample(load_model(models[0]), range(CONFIG.samples), seed, SAMPLING)
     assert torch.equal(exhibits.challenger, expected)
-    assert found.circumstances.evaluation.seed == seed
+    assert found.conditions.evaluation.seed == seed
 
 
 def test_what_is_written_is_what_is_returned(data: Path, models: list[Path], tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_nothing_is_drawn_twice_not_even_when_the_challenger_has_become_champion
     next_one, _ = tried(newest, champion, data, tmp_path, progress=watcher)
     assert watcher.drawn == {"newest"}
     assert next_one.champion is not None
-    assert next_one.champion.portrait == first.challenger.portrait
+    assert next_one.champion.evaluation == first.challenger.evaluation
     watcher = Watcher()
     more_steps = SAMPLING.model_copy(update={"steps": 5})
     other, _ = tried(newest, champion, data, tmp_path, sampling=more_steps, progress=watcher)
@@ -187,7 +187,7 @@ def test_a_trial_that_was_cut_short_goes_on_to_the_same_bytes(data: Path, models
 def test_drawing_that_was_cut_short_goes_on_after_the_last_whole_piece(
     data: Path, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffusion.evaluation.drawing.cores", lambda: 1)
+    monkeypatch.setattr("diffusion.evaluation.evaluator.cores", lambda: 1)
     small = SAMPLING.model_copy(update={"compute_batch": 8})  # 16 pictures to a piece
     tried(models[0], None, data, tmp_path / "whole", sampling=small)
     watcher = Watcher("new: pictures sampled", 2 * 16 + 8)
@@ -210,7 +210,7 @@ def test_the_worst_classes_and_what_was_drawn_twice_can_be_looked_at(data: Path,
     again[10:14] = again[10].clone()
     let_draw(path, again, data, tmp_path, config.model_copy(update={"seed": CONFIG.seed + 1}))
     found, exhibits = tried(path, None, data, tmp_path, config=config)
-    per_class, doubles = found.challenger.portrait.per_class, found.challenger.portrait.duplicates
+    per_class, doubles = found.challenger.evaluation.per_class, found.challenger.evaluation.duplicates
     assert per_class is not None
     assert list(exhibits.classes) == [each.name for each in per_class.worst_first]
     dataset = Dataset.open(data)
@@ -247,8 +247,8 @@ def test_models_that_enlarge_are_compared_on_the_same_small_pictures(data: Path,
     new, old = (write_model(tmp_path / f"{seed}.safetensors", seed, seed, config=config) for seed in (1, 2))
     found, exhibits = tried(new, old, data, tmp_path)
     assert (found.evidence.samples, found.evidence.reference) == (20, 20)
-    assert found.circumstances.low_resolution == 4
-    assert found.challenger.portrait.psnr is not None
+    assert found.conditions.low_resolution == 4
+    assert found.challenger.evaluation.likeness is not None
     assert len(exhibits.real) == len(exhibits.challenger) == 20
 
 
@@ -262,8 +262,8 @@ def test_a_champion_that_cannot_be_compared_holds_the_challenger_with_the_reason
     small = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
     champions = {
         "it is a vae and the challenger a ddpm": write_autoencoder(tmp_path / "vae.safetensors", 0),
-        "draws pictures of 3×16×16": plain(tmp_path / "rgb.safetensors", channels=3, size=16),
-        "it enlarges from 4 pixels and the challenger draws from nothing": plain(
+        "generates images of 3×16×16": plain(tmp_path / "rgb.safetensors", channels=3, size=16),
+        "it enlarges from 4 pixels and the challenger generates from noise": plain(
             tmp_path / "sr.safetensors", config=small
         ),
     }
@@ -284,7 +284,7 @@ def test_a_champion_that_was_told_less_is_drawn_without_guidance(data: Path, tmp
     assert exhibits.champion is not None
     drawn = sample(load_model(untold), range(CONFIG.samples), CONFIG.seed + 1, SAMPLING)
     assert torch.equal(exhibits.champion, drawn)
-    assert found.challenger.portrait.gflop == pytest.approx(2 * found.champion.portrait.gflop, rel=0.02)
+    assert found.challenger.evaluation.gflop == pytest.approx(2 * found.champion.evaluation.gflop, rel=0.02)
 
 
 def test_too_few_pictures_for_errors_hold_and_a_first_version_passes(models: list[Path], tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_too_few_pictures_for_errors_hold_and_a_first_version_passes(models: lis
 
 def test_a_challenger_that_cannot_be_judged_is_the_users_mistake(data: Path, tmp_path: Path) -> None:
     other = plain(tmp_path / "rgb.safetensors", channels=3, size=16)
-    with pytest.raises(UserError, match=r"rgb\.safetensors draws pictures of 3×16×16 and .* holds 1×8×8"):
+    with pytest.raises(UserError, match=r"rgb\.safetensors generates images of 3×16×16 and .* holds 1×8×8"):
         tried(other, None, data, tmp_path)
     with pytest.raises(UserError, match="no model at"):
         tried(tmp_path / "gone.safetensors", None, data, tmp_path)
@@ -339,4 +339,4 @@ def test_a_champion_of_another_family_draws_by_what_of_the_settings_means_someth
     # To the reverse process of the challenger these settings mean something.
     found, _ = tried(new, gan, data, tmp_path, asked, SAMPLING)
     assert found.champion is not None
-    assert found.champion.portrait.family == "gan"
+    assert found.champion.evaluation.family == "gan"

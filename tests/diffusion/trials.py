@@ -9,11 +9,8 @@ from torch import Tensor
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.features import make_extractor
-from diffusion.evaluation.judge import Judge
-from diffusion.evaluation.portrait import Sitter
-from diffusion.evaluation.real import Real
-from diffusion.evaluation.results import Judged
+from diffusion.evaluation.evaluator import Evaluator
+from diffusion.evaluation.results import CheckpointEvaluation
 from diffusion.evaluation.sealed import recall
 from diffusion.families import family_of
 from diffusion.families.config import FamilyConfig, VAEConfig
@@ -35,13 +32,13 @@ def evaluate_one(
     output: Path,
     progress: Progress = silent,
     low_resolution: int | None = None,
-) -> Judged:
+) -> CheckpointEvaluation:
     """What ``evaluate`` finds of one model file under equal conditions, remembered in ``output``.
 
     ``low_resolution``: that of the models that it is compared with; UserError if it has another.
     """
-    judged, _ = Judge(data, config, sampling, output, progress, low_resolution).model(model_file)
-    return judged
+    evaluator = Evaluator(data, config, sampling, output / "judged", progress, low_resolution)
+    return evaluator.model(model_file).checkpoint()
 
 
 class Watcher:
@@ -76,12 +73,6 @@ def discs(folder: Path, count: int = 160, first: int = 0) -> Path:
     return folder
 
 
-def real(data: Path, folder: Path, config: EvaluationConfig = CONFIG, progress: Progress = silent) -> Real:
-    """Its pictures, as trials in ``folder`` know them."""
-    extractor = make_extractor(config)
-    return Real(Dataset.open(data), extractor, config.reference, config.samples, folder / "judged", progress=progress)
-
-
 def let_draw(
     path: Path,
     pictures: Tensor,
@@ -91,8 +82,8 @@ def let_draw(
     sampling: SamplingConfig = SAMPLING,
 ) -> None:
     """Let the model in the file ``path`` have drawn these ``pictures``, as trials in ``folder`` will remember."""
-    sitter = Sitter(path, real(data, folder, config), config, sampling, folder / "judged", silent)
-    recall(folder / "judged", sitter.drawn_key, lambda: {"pictures": pictures})
+    model = Evaluator(data, config, sampling, folder / "judged").model(path)
+    recall(folder / "judged", model.generated_key, lambda: {"pictures": pictures})
 
 
 def training_pictures(data: Path, count: int) -> Tensor:

@@ -12,7 +12,7 @@ from mlflow.entities import LoggedModel
 from diffusion.config_sampling import SamplingConfig
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.metrics import Scores
-from diffusion.evaluation.results import Conditions, Evaluation, Judged
+from diffusion.evaluation.results import CheckpointEvaluation, Conditions, Evaluation, Floor
 from diffusion.fingerprint import fingerprint
 from flows.judged_models import CHECKPOINT, CHECKPOINT_SHA256, EVAL_KEY, JUDGED, Scoreboard
 
@@ -59,7 +59,7 @@ def run_id(client: MlflowClient, tmp_path: Path) -> str:
     return str(client.create_run(experiment).info.run_id)
 
 
-def judged(number: int, kid: float, samples: int = 500) -> Judged:
+def judged(number: int, kid: float, samples: int = 500) -> CheckpointEvaluation:
     scores = Scores(
         extractor="efflite0",
         samples=samples,
@@ -72,7 +72,7 @@ def judged(number: int, kid: float, samples: int = 500) -> Judged:
         density=0.9,
         coverage=0.6,
     )
-    return Judged(
+    return CheckpointEvaluation(
         file=f"runs/blobs/checkpoints/{number}.safetensors",
         sha256=f"{number:064x}",
         images=1000 * (number + 1),
@@ -85,7 +85,9 @@ def an_evaluation(kids: list[float], behind: list[float] | None = None, seed: in
     """Of checkpoints judged in full, and of such that were ``behind`` in a round."""
     conditions = Conditions(
         content_digest=CONTENT,
+        extractor="efflite0",
         extractor_digest="e" * 64,
+        preprocessing="64 pixels",
         evaluation=EvaluationConfig(seed=seed),
         sampling=SamplingConfig(),
     )
@@ -94,7 +96,9 @@ def an_evaluation(kids: list[float], behind: list[float] | None = None, seed: in
         dataset="blobs",
         conditions=conditions,
         eval_key=conditions.key,
-        floor=models[0].scores,
+        floor=Floor(scores=models[0].scores, figures={}),
+        features="a network",
+        figures={},
         best=min(models, key=lambda each: each.scores.kid),
         checkpoints=models,
         preliminary=[judged(len(kids) + number, kid, 125) for number, kid in enumerate(behind or [])],

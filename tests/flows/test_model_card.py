@@ -115,9 +115,9 @@ def test_a_card_shows_intervals_from_the_trial_and_the_limits_that_it_found(tmp_
     assert judged.keys() == {"headline", "memorised", "recall", "cost"}
     limits = section(card, "Limits")
     assert "look like copies of training pictures; of pictures that no model has seen" in limits
-    assert found.challenger.portrait.per_class is not None
-    assert found.challenger.portrait.per_class.worst is not None
-    assert f"Its worst class is {found.challenger.portrait.per_class.worst.name}: KID " in limits
+    assert found.challenger.evaluation.per_class is not None
+    assert found.challenger.evaluation.per_class.worst is not None
+    assert f"Its worst class is {found.challenger.evaluation.per_class.worst.name}: KID " in limits
     # Noise instead of discs.
     assert re.search(r"Its pictures have (more|less) contrast than real ones, by \d", limits)
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion.evaluation.bootstrap.halves import SPLITS, Replicates, halves
+from diffusion.evaluation.bootstrap.halves import SPLITS, halves
 from diffusion.lanes import lanes
 from diffusion.progress import Progress, silent
 
@@ -17,7 +17,6 @@ CHUNK = 4096
 """Features made double at a time."""
 COLUMNS = 256
 """Features whose products with those before them are summed at a time."""
-PER_FEATURE = 4
 """Pictures of each set per feature from which on the bias is near enough to c/n: of independent Gaussian features less
 than a tenth of it is left."""
 
@@ -89,11 +88,11 @@ class Gaussian:
 
 def frechet(
     sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = silent
-) -> list[Replicates]:
-    """Fréchet distance of Gaussians (arXiv 1706.08500) of each of the ``sets``, features (N, D), to ``reference``.
+) -> list[Tensor]:
+    """Fréchet distance of Gaussians (arXiv 1706.08500) of the halves of each of the ``sets`` to those of ``reference``.
 
-    That is (M, D); N and M at least 4. The sums of a second half are those of both less those of the first, and moments
-    of the reference are computed once for all sets.
+    Of features (N, D) to (M, D); N and M at least 4. Returns for each set (splits, 2) float64. The sums of a second
+    half are those of both less those of the first, and moments of the reference are computed once for all sets.
     """
     # Distances do not move with the origin, and near it less is lost to rounding.
     centre = reference.double().mean(0).to(reference.dtype)
@@ -112,14 +111,7 @@ def frechet(
             for so_far, pair in zip(values, found, strict=True):
                 so_far.extend(pair)
             progress("Fréchet distances of halves", done, splits)
-        whole = pool.map(lambda each: distance(each.whole, real.whole), drawn)
-        for so_far, last in zip(values, whole, strict=True):
-            so_far.append(last)
-    enough = PER_FEATURE * reference.shape[1]
-    return [
-        Replicates.of("fd", torch.stack(each), len(x), len(reference), min(len(x), len(reference)) >= enough)
-        for each, x in zip(values, sets, strict=True)
-    ]
+    return [torch.stack(each).view(-1, 2) for each in values]
 
 
 def distance(x: Gaussian, y: Gaussian) -> Tensor:
@@ -143,10 +135,8 @@ class _Halved:
     def __init__(self, features: Tensor, stream: Literal["samples", "reference"], splits: int) -> None:
         self.features = features
         self.members = halves(len(features), stream, splits)
-        everything = torch.arange(len(features))
-        self.whole = self._of(everything)
         half = len(features) // 2
-        self.both = None if half <= features.shape[1] else _sums(features, everything[: 2 * half])
+        self.both = None if half <= features.shape[1] else _sums(features, torch.arange(2 * half))
 
     def at(self, split: int) -> tuple[Gaussian, Gaussian]:
         """The Gaussians of both halves of a cut."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion.evaluation.estimate import Estimate, Share
+from diffusion.evaluation.moments import PER_FEATURE
 from diffusion.random import generator
 
 SPLITS = 100
@@ -16,19 +17,18 @@ SHARES = ("precision", "recall", "coverage")
 
 
 def halves(count: int, stream: Literal["samples", "reference"], splits: int) -> Tensor:
-    """Which of ``count`` pictures are in which half: (2·splits + 1, count) bool.
+    """Which of ``count`` images are in which half: (2·splits, count) bool.
 
-    Rows 2r and 2r+1 are the two halves of cut r, and the last row has all pictures. Of an odd number, the last picture
-    is in no half. The same for all sets of as many pictures, so that picture numbers stay together.
+    Rows 2r and 2r+1 are the two halves of cut r. Of an odd number, the last image is in no half. The same for all sets
+    of as many images, so that image numbers stay together.
     """
     half = count // 2
-    members = torch.zeros(2 * splits + 1, count, dtype=torch.bool)
+    members = torch.zeros(2 * splits, count, dtype=torch.bool)
     draws = generator(0, f"bootstrap/{stream}", 0)
     for split in range(splits):
         order = torch.from_numpy(draws.permutation(2 * half))
         members[2 * split, order[:half]] = True
         members[2 * split + 1, order[half:]] = True
-    members[-1] = True
     return members
 
 
@@ -38,7 +38,7 @@ class Replicates:
 
     figure: Figure
     whole: float
-    """On all pictures."""
+    """On all images, as ``Scores`` has it."""
     halves: Tensor
     """On the two halves of each cut, (splits, 2) float64."""
     samples: int
@@ -47,11 +47,10 @@ class Replicates:
     """Whether ``value`` is continued to endlessly many pictures of either set."""
 
     @classmethod
-    def of(
-        cls, figure: Figure, values: Tensor, samples: int, reference: int, extrapolated: bool = False
-    ) -> "Replicates":
-        """From ``values``, (2·splits + 1,), in the order of ``halves``."""
-        return cls(figure, float(values[-1]), values[:-1].double().view(-1, 2), samples, reference, extrapolated)
+    def of(cls, figure: Figure, whole: float, halves: Tensor, samples: Tensor, reference: Tensor) -> "Replicates":
+        """Of features (N, D) against (M, D): the Fréchet distance is extrapolated where both have enough for that."""
+        enough = min(len(samples), len(reference)) >= PER_FEATURE * samples.shape[1]
+        return cls(figure, whole, halves, len(samples), len(reference), figure == "fd" and enough)
 
     @property
     def value(self) -> float:

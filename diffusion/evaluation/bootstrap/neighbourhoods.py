@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 import torch
 from torch import Tensor
 
-from diffusion.evaluation.bootstrap.halves import SPLITS, Figure, Replicates, halves
+from diffusion.evaluation.bootstrap.halves import SPLITS, Figure, halves
 from diffusion.evaluation.neighbours import squared_distances
 from diffusion.lanes import lanes
 from diffusion.progress import Progress, silent
@@ -25,12 +25,13 @@ BLOCK = 128
 
 def neighbourhoods(
     sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = silent
-) -> list[dict[Figure, Replicates]]:
-    """Of each of the ``sets``, features (N, D), and the ``reference``, (M, D), N and M at least 12.
+) -> list[dict[Figure, Tensor]]:
+    """Of the halves of each of the ``sets``, features (N, D), and the ``reference``, (M, D), N and M at least 12.
 
     Precision: share of samples no farther from some reference than its 3rd nearest other; recall: the same the other
     way round; density: how many reference features have a sample nearer than their 5th nearest other, over 5; coverage:
-    share of the reference that has any sample so near. On halves, neighbours are those in the same half.
+    share of the reference that has any sample so near. Neighbours are those in the same half.
+    Returns for each set (splits, 2) float64 by metric.
     """
     centre = reference.mean(0)
     real, of_real = reference - centre, halves(len(reference), "reference", splits)
@@ -41,7 +42,7 @@ def neighbourhoods(
             drawn, of_drawn = features - centre, halves(len(features), "samples", splits)
             (around,) = _radii(drawn, of_drawn, (MANIFOLD,), pool, progress)
             values = _shares(drawn, real, of_drawn, of_real, (near, wide, around), pool, progress)
-            found.append({name: Replicates.of(name, each, len(drawn), len(real)) for name, each in values.items()})
+            found.append({name: each.view(-1, 2) for name, each in values.items()})
     return found
 
 

@@ -1,0 +1,562 @@
+"""The evaluator: generates images from model files, extracts features and computes metrics, under equal conditions.
+
+Selecting a checkpoint, comparing a candidate with the champion, monitoring a champion and comparing families all go
+through it. Images, features, neighbours, losses and halves are each cached in a file of their own when they are done,
+under a digest of the weights and of all else that they depend on: after a kill the work goes on, and what did not
+change is not done again.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from diffusion.config import Config, unset
+from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
+from diffusion.data.captions import like
+from diffusion.data.dataset import Dataset
+from diffusion.data.manifest import read_manifest
+from diffusion.device import resolve_device
+from diffusion.errors import UserError
+from diffusion.evaluation.bootstrap import SPLITS, Figure, Replicates, replicates
+from diffusion.evaluation.bootstrap.neighbourhoods import FEWEST as FEWEST_FOR_ERRORS
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.cost import gflop
+from diffusion.evaluation.drift import appearance, drift
+from diffusion.evaluation.duplicates import duplicates
+from diffusion.evaluation.enlargement import RESAMPLING, Enlarged, Likeness, likeness, psnr, resampled, ssim
+from diffusion.evaluation.features import BATCH, extractor_for
+from diffusion.evaluation.held_out_loss import HeldOutLoss, held_out_loss, measure, told_of_rows
+from diffusion.evaluation.memorisation import Memorisation, memorisation
+from diffusion.evaluation.metrics import Scores
+from diffusion.evaluation.moments import distance, moments
+from diffusion.evaluation.per_class import Labelled, PerClass, per_class
+from diffusion.evaluation.real import CHUNK, SHOWN, Real, moved_in_pieces, packed, unpacked
+from diffusion.evaluation.reference import FeaturesKey
+from diffusion.evaluation.results import (
+    CheckpointEvaluation,
+    Conditions,
+    Floor,
+    Measured,
+    ModelEvaluation,
+    Reconstruction,
+)
+from diffusion.evaluation.sealed import Tensors, pieces_of, recall, recall_found
+from diffusion.evaluation.terms import Terms
+from diffusion.files import sha256_file
+from diffusion.fingerprint import Fingerprint, fingerprint
+from diffusion.lanes import cores
+from diffusion.model import Model, ModelHeader, load_model, read_model_header
+from diffusion.progress import Progress, silent
+from diffusion.sampling import labels_of, leads_anywhere, reconstructed, sample
+from diffusion.upscaling import upscale
+
+CACHE = "judged"
+"""Folder of the cache, in that of an evaluation."""
+FEWEST = 10
+"""Images of either split without which no metric means anything."""
+BATCHES = 2
+"""Compute batches in a cached piece for each core: little is lost to a kill, and no core waits for long."""
+Figures = dict[Figure, Replicates]
+"""Metrics of one model with their values on halves; empty if there are too few images for errors."""
+
+
+class GeneratedKey(Config):
+    """All that a model's images depend on."""
+
+    kind: Literal["generated"] = "generated"
+    format_version: Literal[1] = 1
+    """Grows when the same model generates other images, or is given other conditions."""
+    model: str
+    """SHA-256 of its file."""
+    samples: int
+    seed: int
+    sampling: SamplingConfig
+    fingerprint: Fingerprint
+    content_digest: str | None
+    """Of the data set whose captions condition it, or whose small images it enlarges; None: neither, so that its images
+    are the same for every data set."""
+    reference: int | None
+    """Held-out images that these are of; None: likewise."""
+
+
+class PieceKey(Config):
+    """All that a piece of the generated images depends on, but for what its folder is of."""
+
+    kind: Literal["piece"] = "piece"
+    first: int
+    """Number of its first image."""
+    count: int
+
+
+class GeneratedFeaturesKey(Config):
+    """All that features of generated images depend on."""
+
+    kind: Literal["features of generated images"] = "features of generated images"
+    format_version: Literal[1] = 1
+    """Grows when features of the same name and preprocessing come out another way."""
+    generated: GeneratedKey
+    extractor: str
+    extractor_digest: str
+    preprocessing: str
+    fingerprint: Fingerprint
+
+
+class NeighboursKey(Config):
+    """All that the training images nearest to generated ones depend on."""
+
+    kind: Literal["neighbours of generated images"] = "neighbours of generated images"
+    format_version: Literal[1] = 1
+    """Grows when thumbnails or distances come out another way."""
+    generated: GeneratedFeaturesKey
+    training: FeaturesKey
+    mirrored: bool
+
+
+class HeldOutKey(Config):
+    """All that depends on what a model makes of the first held-out images."""
+
+    kind: Literal["losses", "reconstructions"]
+    format_version: Literal[2] = 2
+    """Grows when they are measured another way."""
+    model: str
+    """SHA-256 of its file."""
+    content_digest: str
+    count: int
+    fingerprint: Fingerprint
+    extractor_digest: str | None = Field(None, exclude_if=unset)
+    """Of the features in which reconstructions are compared; None: none are."""
+
+
+class HalvesKey(Config):
+    """All that metrics on halves depend on."""
+
+    kind: Literal["halves"] = "halves"
+    format_version: Literal[2] = 2
+    """Grows when metrics or halves come out another way."""
+    generated: tuple[GeneratedFeaturesKey, ...]
+    floor_seed: int
+    training: FeaturesKey
+    compared: FeaturesKey
+    splits: int
+
+
+class BaselineKey(Config):
+    """All that the scores of images enlarged without a model depend on."""
+
+    kind: Literal["baseline"] = "baseline"
+    format_version: Literal[1] = 1
+    """Grows when they come out another way."""
+    name: str
+    samples: int
+    low_resolution: int
+    compared: FeaturesKey
+
+
+def require_enough(data: Path) -> None:
+    """Raise UserError if a split of the data set in folder ``data`` is too small to evaluate by."""
+    for split, count in read_manifest(data).counts.items():
+        if count < FEWEST:
+            raise UserError(
+                f"data set {data} has {count} {split.replace('_', '-').replace('train', 'training')} images, "
+                f"and evaluation needs {FEWEST}: ingest more, or change ingest.held_out"
+            )
+
+
+def require_shape(path: Path, header: ModelHeader, dataset: Dataset) -> None:
+    """Raise UserError unless the model in the file ``path`` makes images of the shape of those in ``dataset``."""
+    shape = header.channels, header.size, header.size
+    if shape != dataset.shape:
+        theirs, ours = ("×".join(map(str, each)) for each in (shape, dataset.shape))
+        raise UserError(
+            f"{path} generates images of {theirs} and {dataset.folder} holds {ours} (channels × height × width): "
+            "evaluate it on the data set it was trained on"
+        )
+
+
+def task_of(low_resolution: int | None) -> str:
+    """What a model does that was shown images of that size, in words."""
+    return f"enlarges from {low_resolution} pixels" if low_resolution else "generates from noise"
+
+
+class Evaluator:
+    """Evaluates model files beside the held-out images of the data set in folder ``data``.
+
+    What it computes is cached in ``folder``, for all evaluators of the same data set. Models that enlarge images of
+    ``low_resolution`` are shown one part of the held-out images and compared with the others. Raises UserError for a
+    data set that is too small.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        config: EvaluationConfig,
+        sampling: SamplingConfig,
+        folder: Path,
+        progress: Progress = silent,
+        low_resolution: int | None = None,
+    ) -> None:
+        require_enough(data)
+        dataset = Dataset.open(data)
+        extractor = extractor_for(config, dataset, folder, progress)
+        self.real = Real(dataset, extractor, config.reference, config.samples, folder, low_resolution, progress)
+        self.config = config
+        self.sampling = sampling
+        self.folder = folder
+        self.progress = progress
+        self.conditions = Conditions(
+            content_digest=dataset.manifest.content_digest,
+            extractor=extractor.name,
+            extractor_digest=extractor.digest,
+            preprocessing=extractor.preprocessing,
+            evaluation=config,
+            sampling=sampling,
+            low_resolution=low_resolution,
+        )
+
+    def model(
+        self, path: Path, samples: int | None = None, sampling: SamplingConfig | None = None, name: str = ""
+    ) -> "ModelEvaluator":
+        """The evaluation of the model in the file ``path``, of which nothing is computed until it is asked for.
+
+        Args:
+            path: A checkpoint, or a final model.
+            samples: Images to generate; None: as many as are configured.
+            sampling: How to generate them; None: as configured.
+            name: What to call it where progress is shown; empty: by its file.
+
+        Raises:
+            UserError: There is no such file, it is no model, or of another image shape or task.
+        """
+        if not path.is_file():
+            raise UserError(f"no model at {path}: train one with `darkroom train`")
+        found = ModelEvaluator(path, self, samples or self.config.samples, sampling or self.sampling, name or path.stem)
+        require_shape(path, found.header, self.real.dataset)
+        theirs, ours = found.header.model.low_resolution, self.real.low_resolution
+        if theirs != ours:
+            raise UserError(
+                f"{path} {task_of(theirs)}, and what it would be compared with {task_of(ours)}: scores say nothing of "
+                "two tasks"
+            )
+        return found
+
+    def halves(self, models: Sequence["ModelEvaluator"]) -> list[Figures]:
+        """Metrics on halves of the features of each model, and last of the real baseline.
+
+        Empty if a set has too few images for errors.
+        """
+        real, seed = self.real, self.config.seed
+        _, floor = real.floor(seed)
+        sets, reference = [*(each.features for each in models), floor], real.reference.features
+        if min(map(len, (*sets, reference))) < FEWEST_FOR_ERRORS:
+            return []
+        points = [*(each.scores for each in models), self.floor().scores]
+
+        def work() -> Tensors:
+            found = replicates(sets, reference, SPLITS, self.progress, points)
+            return {
+                f"{number}/{figure}": some.halves for number, each in enumerate(found) for figure, some in each.items()
+            }
+
+        key = HalvesKey(
+            generated=tuple(each.features_key for each in models),
+            floor_seed=seed,
+            training=real.training_key,
+            compared=real.compared_key,
+            splits=SPLITS,
+        )
+        kept = recall(self.folder, key, work)
+        return [
+            {
+                figure: Replicates.of(figure, score.of(figure), kept[f"{number}/{figure}"], features, reference)
+                for figure in get_args(Figure)
+            }
+            for number, (features, score) in enumerate(zip(sets, points, strict=True))
+        ]
+
+    def floor(self, figures: Figures | None = None) -> Floor:
+        """What real training images get in the place of generated ones."""
+        return Floor(scores=self.real.scores(*self.real.floor(self.config.seed)), figures=self.measured(figures or {}))
+
+    def measured(self, figures: Figures) -> dict[str, Measured]:
+        """``figures`` by names that say of which features they are."""
+        return {f"{figure}_{self.conditions.extractor}": Measured.of(each.estimate) for figure, each in figures.items()}
+
+    def baselines(self) -> dict[str, Enlarged] | None:
+        """What models that enlarge must beat: the same small images resampled; None if they enlarge nothing."""
+        if self.real.low_resolution is None:
+            return None
+        return {name: self._baseline(name, self.real.low_resolution) for name in RESAMPLING}
+
+    def _baseline(self, name: str, low_resolution: int) -> Enlarged:
+        real = self.real
+
+        def work() -> tuple[Enlarged, Tensors]:
+            large = resampled(real.small, real.dataset.manifest.size // low_resolution, name)
+            alike = likeness(large, torch.cat(list(real.pictures(real.shown))))
+            return Enlarged(scores=real.score(real.extractor(large)), likeness=alike), {}
+
+        key = BaselineKey(name=name, samples=len(real.shown), low_resolution=low_resolution, compared=real.compared_key)
+        return recall_found(self.folder, key, Enlarged, work)[0]
+
+
+class ModelEvaluator:
+    """One model file under an evaluator's conditions; what takes long is done when first asked for, and cached.
+
+    It generates image numbers 0 … ``samples`` − 1 of the configured seed, or enlarges what it is shown.
+    """
+
+    def __init__(self, path: Path, evaluator: Evaluator, samples: int, sampling: SamplingConfig, name: str) -> None:
+        self.header = read_model_header(path)
+        self.sha256 = sha256_file(path)
+        self.path = path
+        self.evaluator = evaluator
+        self.real = evaluator.real
+        self.config = evaluator.config
+        self.samples = samples if evaluator.real.low_resolution is None else min(samples, len(evaluator.real.shown))
+        self.sampling = sampling
+        self.folder = evaluator.folder
+        self.name = name
+        self.fingerprint = fingerprint(sampling.compute_batch, sampling.precision, sampling.device)
+
+    def progress(self, what: str, done: int, total: int | None, note: str = "") -> None:
+        """Report progress under the model's name."""
+        self.evaluator.progress(f"{self.name}: {what}", done, total, note)
+
+    @cached_property
+    def model(self) -> Model:
+        """The model."""
+        return load_model(self.path)
+
+    @cached_property
+    def asked(self) -> Asked:
+        """Captions of held-out images if the model has any, else classes as often as the data set has them."""
+        if not self.header.model.text:
+            return ANYTHING
+        real = self.real
+        captioned = [caption is not None for caption in real.dataset.captions(real.held_out)]
+        return like(real.dataset, real.held_out[captioned][: self.config.samples], self.model.classes)
+
+    @cached_property
+    def guided(self) -> SamplingConfig:
+        """How it generates: a champion may be conditioned on less than what the configuration is for now."""
+        leads = leads_anywhere(self.model.classes, self.asked) and self.header.model.low_resolution is None
+        return self.sampling if leads else self.sampling.unguided()
+
+    @cached_property
+    def images(self) -> Tensor:
+        """What it generates, (samples, C, H, W) uint8."""
+        return recall(self.folder, self.generated_key, lambda: {"pictures": self._generate()})["pictures"]
+
+    def _generate(self) -> Tensor:
+        """All images, piece by piece, each cached until the whole is.
+
+        A piece is of whole compute batches, but for the last, and so has the bits that it has in the whole.
+        """
+        size = BATCHES * cores() * self.sampling.compute_batch
+        folder = pieces_of(self.folder, self.generated_key)
+
+        def piece(numbers: range) -> Tensor:
+            def counted(what: str, done: int, total: int | None, note: str = "") -> None:
+                of_images = total == len(numbers)
+                done, total = (numbers.start + done, self.samples) if of_images else (done, total)
+                self.progress(what, done, total, note)
+
+            def work() -> Tensors:
+                if self.header.model.low_resolution is None:
+                    seed = self.config.seed
+                    return {"pictures": sample(self.model, numbers, seed, self.guided, counted, self.asked)}
+                shown = self.real.small[numbers.start : numbers.stop]
+                return {"pictures": upscale(self.model, shown, self.config.seed, self.guided, counted, numbers.start)}
+
+            return recall(folder, PieceKey(first=numbers.start, count=len(numbers)), work)["pictures"]
+
+        starts = range(0, self.samples, size)
+        return torch.cat([piece(range(start, min(start + size, self.samples))) for start in starts])
+
+    @cached_property
+    def features(self) -> Tensor:
+        """Of what it generates, (samples, D) float32."""
+        return recall(self.folder, self.features_key, lambda: {"features": self.real.extractor(self.images)})[
+            "features"
+        ]
+
+    @cached_property
+    def scores(self) -> Scores:
+        """How far its images lie from held-out ones."""
+        return self.real.scores(self.features_key, self.features)
+
+    @cached_property
+    def memorisation(self) -> Memorisation:
+        """Whether it copies training images, mirrored ones as well if it learned from those."""
+        mirrored = bool(self.header.training.get("flip", False))
+
+        def work() -> Tensors:
+            views = self.real.views(torch.split(self.images, CHUNK), self.features, mirrored)
+            return unpacked(self.real.neighbours(views))
+
+        key = NeighboursKey(generated=self.features_key, training=self.real.training_key, mirrored=mirrored)
+        return memorisation(packed(recall(self.folder, key, work)), self.real.held_out_neighbours(mirrored))
+
+    @cached_property
+    def labels(self) -> Tensor | None:
+        """The class that conditions each image, (samples,), see ``labels_of``; None: it has no classes."""
+        if self.header.model.low_resolution:
+            return None
+        return labels_of(self.model, range(self.samples), self.config.seed, self.asked)
+
+    @cached_property
+    def per_class(self) -> PerClass | None:
+        """Metrics class by class; None: it has no classes, or none that the data set has images of."""
+        classes, real = self.model.classes, self.real
+        if self.labels is None or not real.dataset.manifest.class_histogram.keys() & set(classes):
+            return None
+        generated = Labelled(self.features, self.labels)
+        return per_class(generated, real.labelled(classes), real.reader(classes), classes, real.extractor.name)
+
+    @cached_property
+    def held_out_loss(self) -> HeldOutLoss:
+        """Its loss on held-out images, as many as it generates."""
+        rows = self.real.held_out[: self.config.samples]
+
+        def work() -> Tensors:
+            dataset = self.real.dataset
+            chunks = (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
+            pieces = ((dataset.pictures(some), told_of_rows(self.model, dataset, some)) for some in chunks)
+            terms = measure(self.model, pieces, self.sampling, self.progress)
+            bits = {} if terms.bits is None else {"bits": terms.bits}
+            return {"edges": terms.edges, "losses": terms.losses, **bits}
+
+        kept = recall(self.folder, self._held_out_key("losses", len(rows)), work)
+        return held_out_loss(Terms(kept["edges"], kept["losses"], kept.get("bits")))
+
+    @cached_property
+    def likeness(self) -> Likeness | None:
+        """How like the real images enlarged ones are; None: it enlarges nothing."""
+        if self.header.model.low_resolution is None:
+            return None
+        return likeness(self.images, torch.cat(list(self._originals())))
+
+    @property
+    def reconstruction(self) -> Reconstruction | None:
+        """How close held-out images come back from its autoencoder; None: it has none."""
+        return self._reconstructed[0] if self._reconstructed else None
+
+    @property
+    def reconstructed(self) -> Tensor | None:
+        """The first held-out images as they come back, (N, C, H, W) uint8; None: it has no autoencoder."""
+        return self._reconstructed[1]["shown"] if self._reconstructed else None
+
+    @cached_property
+    def psnr(self) -> Tensor | None:
+        """In dB, how close each held-out image comes back, or each enlarged one to the real one, (M,); else None."""
+        if self.header.model.low_resolution is not None:
+            pairs = zip(torch.split(self.images, CHUNK), self._originals(), strict=True)
+            return torch.cat([psnr(*pair) for pair in pairs])
+        return self._reconstructed[1]["psnr"] if self._reconstructed else None
+
+    @cached_property
+    def _reconstructed(self) -> tuple[Reconstruction, Tensors] | None:
+        if self.header.model.judged != "reconstructed" and self.header.latents is None:
+            return None
+        real = self.real
+        rows = real.held_out if self.samples == self.config.samples else real.held_out[: self.samples]
+
+        def work() -> tuple[Reconstruction, Tensors]:
+            model = self.model.on(resolve_device(self.sampling.device))
+            ratios, similar, features, back = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
+            for images in real.pictures(rows):
+                back.append(reconstructed(model, images, self.sampling))
+                ratios.append(psnr(back[-1], images))
+                similar.append(ssim(back[-1], images))
+                features.append(real.extractor(back[-1]))
+                self.progress("images reconstructed", sum(map(len, ratios)), len(rows))
+            of_each = torch.cat(ratios)
+            found = Reconstruction(
+                extractor=real.extractor.name,
+                pictures=len(of_each),
+                psnr=of_each.mean().item(),
+                psnr_se=of_each.std().item() / math.sqrt(len(of_each)),
+                ssim=torch.cat(similar).mean().item(),
+                fd=distance(moments(torch.cat(features)), real.reference.moments),
+            )
+            return found, {"psnr": of_each, "shown": back[0][:SHOWN]}
+
+        key = self._held_out_key("reconstructions", len(rows)).model_copy(
+            update={"extractor_digest": real.extractor.digest}
+        )
+        return recall_found(self.folder, key, Reconstruction, work)
+
+    def _originals(self) -> Iterator[Tensor]:
+        """The held-out images that it enlarges, chunk by chunk."""
+        return self.real.pictures(self.real.shown[: self.samples])
+
+    def checkpoint(self) -> CheckpointEvaluation:
+        """The metrics by which one of many checkpoints is chosen."""
+        return CheckpointEvaluation(file=str(self.path), **self._common())
+
+    def everything(self) -> ModelEvaluation:
+        """All metrics."""
+        appearances = [appearance(images) for images in torch.split(self.images, CHUNK)]
+        return ModelEvaluation(
+            **self._common(),
+            memorisation=self.memorisation,
+            duplicates=duplicates(moved_in_pieces(torch.split(self.images, CHUNK)), self.real.thumbnails),
+            drift=drift(
+                {name: torch.cat([each[name] for each in appearances]) for name in appearances[0]}, self.real.appearance
+            ),
+            per_class=self.per_class,
+            held_out_loss=self.held_out_loss,
+            gflop=gflop(self.model, self.guided),
+        )
+
+    def _common(self) -> dict[str, object]:
+        return {
+            "sha256": self.sha256,
+            "family": self.header.model.family,
+            "images": self.header.images,
+            "fingerprint": self.fingerprint,
+            "scores": self.scores,
+            "reconstruction": self.reconstruction,
+            "likeness": self.likeness,
+        }
+
+    @property
+    def generated_key(self) -> GeneratedKey:
+        """The cache key of what it generates."""
+        conditioned = self.header.model.text or self.header.model.low_resolution is not None
+        return GeneratedKey(
+            model=self.sha256,
+            samples=self.samples,
+            seed=self.config.seed,
+            sampling=self.sampling,
+            fingerprint=self.fingerprint,
+            content_digest=self.real.dataset.manifest.content_digest if conditioned else None,
+            reference=self.config.reference if conditioned else None,
+        )
+
+    @property
+    def features_key(self) -> GeneratedFeaturesKey:
+        """The cache key of the features of what it generates."""
+        extractor = self.real.extractor
+        return GeneratedFeaturesKey(
+            generated=self.generated_key,
+            extractor=extractor.name,
+            extractor_digest=extractor.digest,
+            preprocessing=extractor.preprocessing,
+            fingerprint=fingerprint(BATCH, "fp32", "cpu"),
+        )
+
+    def _held_out_key(self, kind: Literal["losses", "reconstructions"], count: int) -> HeldOutKey:
+        return HeldOutKey(
+            kind=kind,
+            model=self.sha256,
+            content_digest=self.real.dataset.manifest.content_digest,
+            count=count,
+            fingerprint=self.fingerprint,
+        )
