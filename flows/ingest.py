@@ -106,9 +106,9 @@ def record(params: Params) -> DataVersion | None:
 @step
 def describe(params: Params, version: DataVersion) -> Path:
     """Make the page on this version, and say on the run what is in it; returns where the page lies."""
-    from flows.dataset_page import dataset_page
+    from flows.dataset_page import make_dataset_page
 
-    page = dataset_page(params)
+    page = make_dataset_page(params)
     place = catalogue.publish_page(params.dataset_folder, page.html, data_source())
     create_markdown_artifact(
         f"{page.summary.markdown()}\nDVC `{version.digest}`, page `{place}`",

@@ -20,7 +20,7 @@ from diffusion.training.train import train as train_model
 from diffusion.training.warm_start import identified_start, open_start
 from flows import lineage, registry
 from flows.champion import require_champion
-from flows.dataset_page import page_at_hand
+from flows.dataset_page import find_dataset_page
 from flows.derived import TAKEDOWN, joined_names, names_of
 from flows.environment import data_source, settings
 from flows.fetched import Fetched, fetched
@@ -171,7 +171,7 @@ def _open(ready: Fetched, manifest: Manifest, anew: bool) -> RunTracker:
     tracker.log_file(params.dataset_folder / "manifest.json", "dataset")
     if (preflight := params.run_folder / PREFLIGHT).is_file():
         tracker.log_file(preflight, "history")
-    if page := page_at_hand(params):
+    if page := find_dataset_page(params):
         tracker.log_file(page.html, "dataset")
         tracker.log_metrics(page.summary.metrics(), images=0)
     return tracker

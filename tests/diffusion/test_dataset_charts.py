@@ -1,54 +1,93 @@
 """Charts of a data set: marks lie where the numbers are."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from diffusion.evaluation.dataset_report.charts import chance_chart, class_bars, shorter_sides, size_chart
+from diffusion.evaluation.charts import LIGHT
+from diffusion.evaluation.dataset_report import write_dataset_report
+from diffusion.evaluation.dataset_report.page import draw_permutation_test, draw_sizes
+from tests.diffusion.built_datasets import BuiltDataset, Record, kept
+from tests.diffusion.html_pages import Page
 
 
-def test_bars_are_as_long_as_classes_are_large() -> None:
-    found = class_bars({"a": 10, "b": 40, "c": 20, "d": 20}, {"b": 10, "d": 20})
-    assert [(bar.name, bar.count, bar.train, bar.held_out) for bar in found.shown] == [
-        ("b", 40, 75, 25),
-        ("c", 20, 50, 0),
-        ("d", 20, 0, 50),
-        ("a", 10, 25, 0),
+def grey_images(count: int, first: int, **told: object) -> list[Record]:
+    """``count`` different images of 8×8 pixels, numbered from ``first``."""
+    return [
+        kept(np.full((8, 8), number, np.uint8), f"{number}", **told)  # type: ignore[arg-type]
+        for number in range(first, first + count)
     ]
-    assert (found.largest, found.median, found.smallest, found.untrained, found.unheld) == (40, 20, 10, 1, 2)
+
+
+def test_bars_are_as_long_as_classes_are_large(tmp_path: Path) -> None:
+    built = BuiltDataset(tmp_path / "built", size=8)
+    trained, held_out = {"a": 10, "b": 30, "c": 20}, {"b": 10, "d": 20}
+    rows: list[Record] = []
+    for split, classes in (("train", trained), ("held_out", held_out)):
+        for name, count in classes.items():
+            rows += grey_images(count, len(rows), label=name, split=split)
+    built.version(rows)
+    write_dataset_report(built.folder, tmp_path / "page.html")
+    page = Page((tmp_path / "page.html").read_text())
+    names = [told["title"] for _, told in page.tags if told.get("class") == "name"]
+    lengths = [
+        float(found[1]) for _, told in page.tags if (found := re.match(r"width:([\d.]+)%", told.get("style", "")))
+    ]
+    assert names == ["b", "c", "d", "a"]
+    assert lengths[:8] == [75, 25, 50, 0, 0, 50, 25, 0]
+    assert "4 classes 40 images in the largest, 20 in the median one, 10 in the smallest" in page.text
+    assert "1 class has no image for training. 2 classes have no held-out image." in page.text
 
 
 def test_sizes_lie_where_their_widths_and_heights_are() -> None:
-    found = size_chart({(64, 64): 9, (512, 64): 1, (64, 512): 4})
-    places = {(cell.x, cell.y) for cell in found.cells}
-    (low, high) = sorted({x for x, _ in places})
-    top, bottom = (100 - found.side - x for x in (high, low))
-    assert places == {(low, bottom), (high, bottom), (low, top)}
-    ticks = {tick.label: tick.at for tick in found.ticks}
-    assert low <= ticks["64"] <= low + found.side
-    assert high <= ticks["512"] <= high + found.side
-    assert max(found.cells, key=lambda cell: cell.opacity).y == bottom
+    sizes = {(64, 64): 9, (512, 64): 1, (64, 512): 4}
+    axes = Figure().subplots()
+    draw_sizes(axes, LIGHT, sizes)
+    [mesh] = axes.collections
+    # (rows, columns, 2): corners of the cells, x and y.
+    corners, counts = mesh.get_coordinates(), np.ma.filled(mesh.get_array(), 0)
+    found = {}
+    for row, column in zip(*np.nonzero(counts), strict=True):
+        (left, bottom), (right, top) = corners[row, column], corners[row + 1, column + 1]
+        (size,) = (size for size in sizes if left <= size[0] < right and bottom <= size[1] < top)
+        found[size] = counts[row, column]
+    assert found == sizes
+    assert {"64", "512"} <= {label.get_text() for label in axes.get_xticklabels()}
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_half_of_the_shorter_sides_are_at_least_their_median(seed: int) -> None:
+@pytest.mark.parametrize("sizes", [{(500, 500): 1, (501, 500): 1}, {(1, 1): 1, (10_000, 3): 2}])
+def test_sizes_close_together_and_far_apart_have_a_chart(sizes: dict[tuple[int, int], int]) -> None:
+    axes = Figure().subplots()
+    draw_sizes(axes, LIGHT, sizes)
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]
+    low, high = axes.get_xlim()
+    assert 2 <= sum(low <= tick <= high for tick in axes.get_xticks()) <= 7
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_half_of_the_shorter_sides_are_at_least_their_median(seed: int, tmp_path: Path) -> None:
     sizes = np.random.default_rng(seed).integers(5, 40, (101, 2))
-    counted = {
-        (int(w), int(h)): int(n) for (w, h), n in zip(*np.unique(sizes, axis=0, return_counts=True), strict=True)
-    }
-    found = shorter_sides(counted, 12)
-    sides = sizes.min(1)
-    assert (found.least, found.median, found.most) == (sides.min(), np.median(sides), sides.max())
-    assert found.smaller == (sides < 12).sum()
+    rows = grey_images(101, 0)
+    built = BuiltDataset(tmp_path / "built", size=8)
+    built.version([row | {"width": int(w), "height": int(h)} for row, (w, h) in zip(rows, sizes, strict=True)])
+    write_dataset_report(built.folder, tmp_path / "page.html")
+    sides, text = sizes.min(1), Page((tmp_path / "page.html").read_text()).text
+    range_and_median = f"shorter sides of {sides.min()} to {sides.max()} pixels, half of them at least"
+    assert f"{range_and_median} {np.median(sides):.0f};" in text
 
 
 @pytest.mark.parametrize("kid", [-0.002, 0.0005, 0.02, 1.4])
-def test_the_mark_of_a_kid_lies_among_the_chances_as_it_does_in_fact(kid: float) -> None:
-    chances = np.random.default_rng(0).normal(0, 0.002, 499)
-    found = chance_chart(chances, kid)
-    edges = [float(edge) for edge in re.findall(r"[MH]([\d.]+)", found.outline)]
-    per_cent = (edges[-1] - edges[0]) / (chances.max() - chances.min())
-    assert 0 <= min(edges[0], found.found) < max(edges[-1], found.found) <= 100
-    assert found.found - edges[0] == pytest.approx((kid - chances.min()) * per_cent, abs=0.6)
-    assert found.ticks[0].at == found.found
+def test_the_kid_lies_beside_the_histogram_of_the_permutations(kid: float) -> None:
+    permuted_kids = np.random.default_rng(0).normal(0, 0.002, 499)
+    axes = Figure().subplots()
+    draw_permutation_test(axes, LIGHT, permuted_kids, kid)
+    [bars], [line] = axes.patches, axes.lines
+    found = bars.get_data()  # type: ignore[attr-defined]
+    assert (found.edges[0], found.edges[-1]) == (permuted_kids.min(), permuted_kids.max())
+    assert found.values.sum() == 499
+    assert list(line.get_xdata()) == [kid, kid]
+    low, high = axes.get_xlim()
+    assert low <= min(kid, found.edges[0]) < max(kid, found.edges[-1]) <= high

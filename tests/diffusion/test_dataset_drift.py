@@ -13,8 +13,7 @@ from torch_fidelity.metric_kid import kernel_mmd
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import Manifest, versions
 from diffusion.evaluation.dataset_report import write_dataset_report
-from diffusion.evaluation.dataset_report.comparison import compare, divide
-from diffusion.evaluation.dataset_report.drift import drift, frechet_distance
+from diffusion.evaluation.dataset_report.parent_comparison import compare_with_parent, measure_drift, split_by_parent
 from tests.diffusion.built_datasets import BuiltDataset, Record, kept
 
 
@@ -27,8 +26,8 @@ def features(count: int, seed: int, shift: float = 0.0, width: int = 40) -> Tens
 
 def test_kid_is_the_unbiased_estimate_over_all_pairs() -> None:
     added, parent, others = features(80, 1, shift=1.0), features(80, 2), features(80, 3)
-    found, _ = drift(added, parent, others, "some")
-    for kid, judged in ((found.kid, added), (found.kid_floor, others)):
+    found, _ = measure_drift(added, parent, others, "some")
+    for kid, judged in ((found.kid, added), (found.kid_baseline, others)):
         expected = kernel_mmd(judged.double().numpy(), parent.double().numpy(), kid_kernel="poly")
         assert kid == pytest.approx(expected, rel=1e-9)
     assert (found.extractor, found.compared) == ("some", 80)
@@ -36,18 +35,17 @@ def test_kid_is_the_unbiased_estimate_over_all_pairs() -> None:
 
 @pytest.mark.parametrize("count", [30, 200])
 def test_the_frechet_distance_is_that_of_full_matrices(count: int) -> None:
-    first, second = features(count, 1, shift=0.5), features(count + 20, 2)
-    moments = [fid_features_to_statistics(each) for each in (first, second)]
-    expected = fid_statistics_to_metric(*moments, verbose=False)["frechet_inception_distance"]
-    assert frechet_distance(first, second) == pytest.approx(expected, abs=1e-4)
-    found, _ = drift(features(count, 1), features(count, 2), features(count, 3), "some")
-    assert found.fd == frechet_distance(features(count, 1), features(count, 2))
-    assert found.fd_floor == frechet_distance(features(count, 3), features(count, 2))
+    added, parent, others = features(count, 1, shift=0.5), features(count, 2), features(count, 3)
+    found, _ = measure_drift(added, parent, others, "some")
+    for fd, compared in ((found.fd, added), (found.fd_baseline, others)):
+        statistics = [fid_features_to_statistics(each) for each in (compared, parent)]
+        expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+        assert fd == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_chances_are_the_kids_of_random_divisions() -> None:
     added, parent = features(60, 1, shift=0.6), features(60, 2)
-    found, chances = drift(added, parent, features(60, 3), "some")
+    found, chances = measure_drift(added, parent, features(60, 3), "some")
     both, random = torch.cat([added, parent]).double().numpy(), np.random.default_rng(0)
     theirs = []
     for _ in range(2000):
@@ -58,7 +56,7 @@ def test_the_chances_are_the_kids_of_random_divisions() -> None:
     assert (chances < found.kid_chance).mean() == pytest.approx(0.99, abs=0.002)
 
 
-def test_pictures_are_told_apart_by_their_nearest_neighbours() -> None:
+def test_pictures_are_neighbor_accuracy_by_their_nearest_neighbours() -> None:
     added, parent = features(40, 1, shift=2.0), features(40, 2)
     both = torch.cat([added, parent]).numpy()
     right = 0
@@ -66,15 +64,15 @@ def test_pictures_are_told_apart_by_their_nearest_neighbours() -> None:
         distances = ((both - point) ** 2).sum(1)
         distances[number] = np.inf
         right += (int(distances.argmin()) < 40) == (number < 40)
-    found, _ = drift(added, parent, features(40, 3), "some")
-    assert found.told_apart == right / 80
-    assert found.told_apart > 0.5
-    assert 0.25 < found.told_apart_floor < 0.75
+    found, _ = measure_drift(added, parent, features(40, 3), "some")
+    assert found.neighbor_accuracy == right / 80
+    assert found.neighbor_accuracy > 0.5
+    assert 0.25 < found.neighbor_accuracy_baseline < 0.75
 
 
 def test_chance_alone_seldom_makes_a_difference() -> None:
     alarms = [
-        drift(*(features(50, 3 * draw + side) for side in range(3)), "some")[0].differs  # type: ignore[arg-type]
+        measure_drift(*(features(50, 3 * draw + side) for side in range(3)), "some")[0].differs  # type: ignore[arg-type]
         for draw in range(60)
     ]
     # At 1 % each, more than 4 of 60 would come once in three thousand times.
@@ -83,9 +81,9 @@ def test_chance_alone_seldom_makes_a_difference() -> None:
 
 def test_a_real_difference_is_found() -> None:
     assert all(
-        drift(features(50, 3 * draw, shift=1.0), features(50, 3 * draw + 1), features(50, 3 * draw + 2), "some")[
-            0
-        ].differs
+        measure_drift(
+            features(50, 3 * draw, shift=1.0), features(50, 3 * draw + 1), features(50, 3 * draw + 2), "some"
+        )[0].differs
         for draw in range(5)
     )
 
@@ -112,10 +110,12 @@ def test_new_pictures_are_judged_against_those_of_the_parent(upright: bool, tmp_
     assert summary.drift is not None
     assert (summary.added, summary.lost, summary.drift.compared) == (60, 0, 60)
     assert summary.drift.differs == upright
-    assert summary.verdict.startswith(f"The new pictures {'differ' if upright else 'cannot be told'} from the parent's")
+    assert summary.verdict.startswith(
+        f"The new images {'differ' if upright else 'cannot be told apart'} from the parent's"
+    )
     metrics = summary.metrics()
     assert metrics["drift_kid_efflite0"] == summary.drift.kid
-    assert metrics["drift_fd_floor_efflite0"] == summary.drift.fd_floor
+    assert metrics["drift_fd_baseline_efflite0"] == summary.drift.fd_baseline
     assert "chance alone reaches" in summary.markdown()
 
 
@@ -140,7 +140,7 @@ def test_what_is_new_is_told_from_what_was_there_also_where_parts_were_written_a
     built.version(records(range(3, 8)), records(range(20, 23)), change="rebuild")
     assert not {part.records.sha256 for part in theirs} & {part.records.sha256 for part in built.parts}
     dataset = Dataset.open(built.folder)
-    newcomers, residents = divide(dataset, parent_of(built))
+    newcomers, residents = split_by_parent(dataset, parent_of(built))
     assert seeds_of(dataset, newcomers, range(23)) == [20, 21, 22]
     assert seeds_of(dataset, residents, range(23)) == [3, 4, 5, 6, 7]
 
@@ -148,10 +148,10 @@ def test_what_is_new_is_told_from_what_was_there_also_where_parts_were_written_a
 @pytest.mark.parametrize(
     ("first", "then", "verdict"),
     [
-        (range(200), range(300, 301), "Only 1 picture was added: too few"),
-        (range(200), range(300, 320), "Only 20 pictures were added: too few"),
-        (range(200), range(0), "No picture was added"),
-        (range(70), range(300, 360), "The parent had only 70 pictures: too few"),
+        (range(200), range(300, 301), "Only 1 image was added: too few"),
+        (range(200), range(300, 320), "Only 20 images were added: too few"),
+        (range(200), range(0), "No image was added"),
+        (range(70), range(300, 360), "The parent had only 70 images: too few"),
     ],
 )
 def test_where_pictures_are_too_few_nothing_is_said_of_them(
@@ -160,9 +160,9 @@ def test_where_pictures_are_too_few_nothing_is_said_of_them(
     built = BuiltDataset(tmp_path / "waves", size=16)
     built.version(records(first))
     built.version([*records(then), {"source": "x", "outcome": "quarantined", "reason": "damaged"}])
-    found = compare(Dataset.open(built.folder), parent_of(built))
+    found = compare_with_parent(Dataset.open(built.folder), parent_of(built))
     assert found.verdict.startswith(verdict)
-    assert (found.added, found.drift, found.strangers) == (len(then), None, None)
+    assert (found.added, found.drift, len(found.least_similar_rows)) == (len(then), None, 0)
     summary = write_dataset_report(built.folder, tmp_path / "page.html")
     assert (summary.added, summary.lost) == (len(then), 0)
 

@@ -149,7 +149,7 @@ def test_commands_show_hostile_names_labels_and_captions_and_obey_none(darkroom:
 
 
 def test_the_page_on_a_data_set_of_hostile_names_is_harmless(darkroom: CommandLine, tmp_path: Path) -> None:
-    from diffusion.evaluation.dataset_report.page import write_dataset_report
+    from diffusion.evaluation.dataset_report import write_dataset_report
 
     darkroom("stage", "ingest")
     page = tmp_path / "page.html"

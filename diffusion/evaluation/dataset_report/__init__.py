@@ -1,6 +1,5 @@
-"""A version of a data set as one HTML page: what is in it, and what it brings that its parent had not."""
+"""HTML report on a data set version: its contents, and how the images it adds compare with its parent's."""
 
-from diffusion.evaluation.dataset_report.page import write_dataset_report
-from diffusion.evaluation.dataset_report.summary import DatasetSummary
+from diffusion.evaluation.dataset_report.page import DatasetSummary, write_dataset_report
 
 __all__ = ["DatasetSummary", "write_dataset_report"]
