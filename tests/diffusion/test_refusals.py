@@ -70,7 +70,7 @@ def champion(house: House) -> Path:
 @pytest.fixture
 def few_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors from 20 cuts, right to a sixth, in a fifth of the time."""
-    monkeypatch.setattr("diffusion.evaluation.trial.SPLITS", 20)
+    monkeypatch.setattr("diffusion.evaluation.evaluator.SPLITS", 20)
 
 
 def tried(challenger: Path, champion: Path, house: House) -> Trial:
