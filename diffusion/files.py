@@ -66,7 +66,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
 def remove_partials(folder: Path) -> None:
     """Take away what killed writers left anywhere in ``folder``, of which the caller is the only writer now."""
     for path in folder.rglob(".*"):
-        if PARTIAL.fullmatch(path.name):
+        if PARTIAL.fullmatch(path.name) and path.is_file():
             path.unlink()
 
 

@@ -194,8 +194,8 @@ class SpooledTracker:
                 except OSError as error:
                     if not is_full_disk(error):
                         raise
-                    # The mark only saves sending again what MLflow has; training says that the disk is full.
-                    logger.debug("the mark of what MLflow has is not written: %s", error)
+                    # The mark only saves sending again what MLflow has; training itself ends with the line.
+                    logger.warning("how far MLflow has the metrics cannot be written: %s", error)
 
     def _send(self, left: list[dict[str, Any]]) -> int:
         """Deliver the first few of ``left``; returns how many."""

@@ -18,11 +18,6 @@ settings.register_profile("darkroom", deadline=None)
 settings.load_profile("darkroom")
 
 
-# How long an example takes is a matter of the machine.
-settings.register_profile("darkroom", deadline=None)
-settings.load_profile("darkroom")
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Networks this small gain nothing from a second thread, and lose much to waiting for it on a busy machine."""

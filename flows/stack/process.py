@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -45,8 +46,12 @@ def start(command: Sequence[str], environment: Mapping[str, str], cwd: Path, log
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    process = psutil.Process(child.pid)
     # Servers that poll beside a training make its threads wait for each other; they can wait instead.
-    psutil.Process(child.pid).nice(NICENESS)
+    process.nice(NICENESS)
+    # Linux shows no environment while a program is being loaded, and by it the process is known as ours.
+    while child.poll() is None and not process.environ():
+        time.sleep(0.001)
     # It is meant to live on: without this, Popen complains when the object goes.
     child.returncode = 0
     return Process(pid=child.pid, spec=spec)

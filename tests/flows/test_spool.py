@@ -1,5 +1,6 @@
 """Figures wait on disk until MLflow takes them, and each is there once."""
 
+import errno
 import json
 import os
 import socket
@@ -161,6 +162,26 @@ def test_what_an_abandoned_training_said_is_delivered_the_next_time(client: Mlfl
     assert points(tracker, "loss") == []
     SpooledTracker(tracker, tmp_path / "spool").close()
     assert [point[:2] for point in points(tracker, "loss")] == [(16, 0.5)]
+
+
+def test_metrics_are_delivered_though_the_disk_is_full_and_are_there_once(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = new_run(client)
+    first = SpooledTracker(tracker, tmp_path / "spool")
+
+    def fail(*_: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("flows.spool.write_json", fail)
+        first.log_metrics({"loss": 0.5}, 16)
+        while not points(tracker, "loss"):
+            time.sleep(0.01)
+        first.log_metrics({"loss": 0.25}, 32)
+        first.close()
+    SpooledTracker(tracker, tmp_path / "spool").close()
+    assert [point[:2] for point in points(tracker, "loss")] == [(16, 0.5), (32, 0.25)]
 
 
 def test_a_run_on_another_server_gets_all_that_was_said(client: MlflowClient, tmp_path: Path) -> None:
