@@ -55,7 +55,7 @@ drill-upgrade: $(READY)  ## Upgrade databases that an older MLflow and Prefect m
 	OLD_BIN=$(CURDIR)/.drill/bin $(BIN)/pytest -s tests/drills/upgrade.py
 
 drill-ceph: $(READY)  ## Run S3 tests and the pipeline on a Ceph of one node (minutes)
-	trap 'tests/drills/ceph.sh stop .drill/ceph' EXIT; rm -rf .drill/ceph; tests/drills/ceph.sh start .drill/ceph > .drill/ceph.env \
+	trap 'tests/drills/ceph.sh stop .drill/ceph' EXIT; trap 'exit 1' INT TERM; rm -rf .drill/ceph; mkdir -p .drill; tests/drills/ceph.sh start .drill/ceph > .drill/ceph.env \
 		&& eval "$$(sed 's/export /export TEST_/' .drill/ceph.env)" \
 		&& $(BIN)/pytest tests/drills/ceph.py tests/flows/test_s3.py tests/flows/test_s3_multipart.py tests/flows/test_s3_source.py \
 			tests/flows/test_printing.py tests/flows/test_gc_beside_sample.py tests/flows/test_catalogue.py tests/flows/test_ledger.py \

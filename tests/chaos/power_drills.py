@@ -4,6 +4,8 @@ import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,13 +15,17 @@ from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
-from diffusion.files import PARTIAL, sha256_bytes
+from diffusion.files import PARTIAL, make_folder, sha256_bytes
 from diffusion.made import make
 from diffusion.models.config import ModelConfig
 from diffusion.requests import request_of
 from diffusion.training.config import TrainingConfig
 from diffusion.training.history import read_rows
 from diffusion.training.train import train
+from flows.backups import Backup, Backups
+from flows.s3 import Store
+from flows.stack.backup import save
+from flows.stack.local import SERVICES, LocalStack
 from tests.chaos.power_cut import Loss, Recording, library, record
 from tests.conftest import blob
 from tests.diffusion.small_models import write_model
@@ -27,6 +33,7 @@ from tests.diffusion.test_ingest import files_of
 
 State = dict[str, object]
 SET, RUN, REPORT, MADE = Path("data", "set"), Path("runs", "set"), Path("report"), Path("made")
+STACK, BACKUPS = Path(".darkroom"), Path("backups")
 SAMPLING = SamplingConfig(steps=2, compute_batch=18, precision="fp32")
 MODEL = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1)
 TRAINING = TrainingConfig(images=192, checkpoints=4, batch_size=16, warmup_images=32, keep=2, lanes=1)
@@ -166,3 +173,43 @@ def _drill(
     # As in the program that was recorded.
     torch.set_num_threads(1)
     return Drill(recording, lambda target: work(target, *given), durable)
+
+
+def run_stack(folder: Path) -> State:
+    """What `up` writes of a stack, into .darkroom below ``folder``, as each of its servers gets a port."""
+    stack = LocalStack.open(folder / STACK, "bucket")
+    for number, service in enumerate(SERVICES, 1):
+        stack = stack.updated(servers=("s3", "mlflow", "prefect"), ports=stack.state.ports | {service: 10000 + number})
+    found = LocalStack.read(folder / STACK)
+    assert found is not None
+    return {
+        "state": found.state.model_dump(),
+        "passwords": found.credentials == stack.credentials,
+    }
+
+
+def stack_drill(folder: Path) -> Drill:
+    """Of the files of `up`."""
+    return _drill(folder, "run_stack", run_stack, (), (f"{STACK}/credentials.json", f"{STACK}/stack.json"))
+
+
+def run_backup(folder: Path, bucket: Path) -> State:
+    """Of all objects of the bucket called like ``bucket``, and of a database, into backups below ``folder``."""
+    backups, store = Backups(folder / BACKUPS), Store()
+    make_folder(folder / BACKUPS, 0o700)
+    saved = save(store, bucket.name, list(store.list_objects(bucket.name)), backups)
+    (folder / "mlflow.db").write_bytes(b"database" * 1000)
+    databases = {"mlflow/mlflow.db": backups.keep(partial(shutil.copyfile, folder / "mlflow.db"))}
+    made = datetime(2026, 1, 1, tzinfo=UTC)
+    backups.write(Backup(made=made, bucket=bucket.name, versions={}, databases=databases, objects=saved))
+    found = backups.read()
+    bytes_of = {each.key: sha256_bytes(backups.whole(each.sha256).read_bytes()) for each in found.objects}
+    return {
+        "objects": bytes_of,
+        "databases": [sha256_bytes(backups.whole(each).read_bytes()) for each in databases.values()],
+    }
+
+
+def backup_drill(folder: Path, bucket: str) -> Drill:
+    """Of `backup`, of a bucket on the server that the environment names."""
+    return _drill(folder, "run_backup", run_backup, (folder / bucket,), (f"{BACKUPS}/backups/20260101T000000Z.json",))

@@ -1,4 +1,4 @@
-"""Power is cut while ``ingest``, ``train``, ``evaluate`` and ``sample`` work."""
+"""Power is cut while ``ingest``, ``train``, ``evaluate``, ``sample`` and ``up`` work."""
 
 import os
 from collections.abc import Callable
@@ -12,12 +12,19 @@ from tests.chaos.power_drills import Drill
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 CUTS = 2 * int(os.environ.get("KILLS", "3"))
-EVERY = [drills.ingest_drill, drills.adding_drill, drills.train_drill, drills.evaluate_drill, drills.sample_drill]
+EVERY = [
+    drills.ingest_drill,
+    drills.adding_drill,
+    drills.train_drill,
+    drills.evaluate_drill,
+    drills.sample_drill,
+    drills.stack_drill,
+]
 
 
 @pytest.mark.drill(
     "the power is cut",
-    "what was not synced is lost, at random moments of ingest, train, evaluate and sample",
+    "what was not synced is lost, at random moments of ingest, train, evaluate, sample and up",
     "no finished file is torn; the same command ends the same",
 )
 @pytest.mark.parametrize("drill", EVERY, ids=lambda drill: drill.__name__)

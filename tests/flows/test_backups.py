@@ -22,6 +22,7 @@ from flows.stack import restore as restoring
 from flows.stack.backup import DATABASES, _copy, save
 from flows.stack.local import USER, LocalStack
 from flows.stack.restore import AT_ONCE, _handfuls, _later_removals, restore
+from tests.chaos.power_drills import backup_drill
 
 
 def database(path: Path, text: str) -> None:
@@ -63,6 +64,22 @@ def test_another_backup_mends_what_is_cut_or_damaged(
         backups.whole(saved.sha256)
     assert backed_up(store, bucket, backups).objects == [saved]
     assert backups.whole(saved.sha256).read_bytes() == b"x" * size
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.drill(
+    "the power is cut during a backup",
+    "what was not synced is lost, at random moments of `backup`",
+    "no finished copy is torn; the same command ends with all bytes",
+)
+def test_a_power_cut_at_a_random_moment_of_a_backup_tears_no_copy_and_another_one_is_whole(
+    store: Store, bucket: str, tmp_path: Path, kills: int
+) -> None:
+    for number in range(12):
+        store.put_once(bucket, f"object-{number}", bytes([number]) * (1000 + number))
+    store.put_once(bucket, "large", b"x" * (SMALL + 1))
+    assert backup_drill(tmp_path, bucket).run(tmp_path, 2 * kills, seed=2 * kills) >= 2 * kills
 
 
 def test_an_object_that_is_deleted_while_it_is_copied_is_left_out(store: Store, bucket: str, tmp_path: Path) -> None:

@@ -213,27 +213,47 @@ class Proxy:
                 while request := self._head(near):
                     far.sendall(request)
                     head = self._head(far)
-                    length = int(found[1]) if (found := re.search(rb"(?i)content-length: (\d+)", head)) else 0
+                    body = self._body(far, head)
                     if self.cuts(request):
-                        near.sendall(head + far.recv(max(1, length // 2)))
+                        near.sendall(head + body[: max(1, len(body) // 2)])
                         return
-                    near.sendall(head)
-                    while length > 0:
-                        piece = far.recv(min(length, 2**16))
-                        near.sendall(piece)
-                        length -= len(piece)
+                    near.sendall(head + body)
             except OSError:
                 return
 
+    @classmethod
+    def _body(cls, far: socket.socket, head: bytes) -> bytes:
+        """The body of an answer as it comes: of a length that its head names, or in chunks, as Ceph's listings are."""
+        if found := re.search(rb"(?i)content-length: (\d+)", head):
+            return cls._exactly(far, int(found[1]))
+        body = b""
+        while b"chunked" in head.lower():
+            size = cls._until(far, b"\r\n")
+            body += size + cls._exactly(far, int(size, 16) + 2)
+            if int(size, 16) == 0:
+                break
+        return body
+
+    @classmethod
+    def _head(cls, side: socket.socket) -> bytes:
+        return cls._until(side, b"\r\n\r\n")
+
     @staticmethod
-    def _head(side: socket.socket) -> bytes:
-        head = b""
-        while not head.endswith(b"\r\n\r\n"):
+    def _exactly(side: socket.socket, length: int) -> bytes:
+        read = bytearray()
+        while len(read) < length and (piece := side.recv(min(length - len(read), 2**16))):
+            read += piece
+        return bytes(read)
+
+    @staticmethod
+    def _until(side: socket.socket, end: bytes) -> bytes:
+        read = b""
+        while not read.endswith(end):
             byte = side.recv(1)
             if not byte:
                 return b""
-            head += byte
-        return head
+            read += byte
+        return read
 
 
 @pytest.fixture
