@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,28 @@ def test_retrain_again_does_nothing_twice(workspace: Workspace, server: MlflowCl
     assert again["run_id"] == first["run_id"]
     assert objects(workspace, first["prints"]["uri"]) == before
     assert len(server.search_model_versions("name='blobs'")) == 1
+
+
+def test_retrainings_of_the_same_from_other_folders_leave_one_run_and_one_version(
+    workspace: Workspace, server: MlflowClient, tmp_path: Path
+) -> None:
+    first = workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
+    others = [Workspace(tmp_path / name) for name in ("a", "b")]
+    for each in others:
+        shutil.copytree(workspace.folder / "pictures", each.folder / "pictures")
+        shutil.copy(workspace.folder / "params.yaml", each.folder)
+        each.variables = workspace.variables | {"DARKROOM_HOME": str(workspace.folder / ".darkroom")}
+    started = [each.start("retrain", "pictures", "--count", "40", "--seed", "5", "--json") for each in others]
+    for process in started:
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err[-3000:]
+        done = json.loads(out)
+        assert (done["run_id"], done["verdict"]["version"]) == (first["run_id"], first["verdict"]["version"])
+    assert len(server.search_model_versions("name='blobs'")) == 1
+    runs = server.search_runs([server.get_run(first["run_id"]).info.experiment_id])
+    assert [run.info.run_id for run in runs if "darkroom.train_key" in run.data.tags] == [first["run_id"]]
+    points = server.get_metric_history(first["run_id"], "loss")
+    assert len({point.step for point in points}) == len(points)
 
 
 def test_the_registered_model_loads_elsewhere_without_pickle_and_draws_the_printed_pictures(
