@@ -26,20 +26,20 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline
 from quality import Darkroom, Judge, measure_rates, rate_of, workspace_of
 
-from diffusion.config_sampling import SamplerName, SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.diffusers_format import DarkroomUNet
 from diffusion.diffusers_format.schedulers import scheduler_of
 from diffusion.files import digest_of, sha256_file, write_json
 from diffusion.model import DiffusionModel, load_model, to_uint8
+from diffusion.samplers import SamplingConfig, sampling_config
 from diffusion.sampling import sample
 
 BATCH = 64
 """Pictures that a pipeline draws at once, as many as Darkroom computes by default."""
-THEIR_BEST = SamplingConfig(sampler="ddim", steps=50)
-SAME = (SamplingConfig(), THEIR_BEST)
+THEIR_BEST = sampling_config(sampler="ddim", steps=50)
+SAME = (sampling_config(), THEIR_BEST)
 """How both sides draw alike: as we do by default, and as they do."""
-CANDIDATES: tuple[SamplerName, ...] = ("dpmpp_2m_sde", "dpmpp_2m", "deis", "unipc")
+CANDIDATES: tuple[str, ...] = ("dpmpp_2m_sde", "dpmpp_2m", "deis", "unipc")
 LEAST_STEPS, MOST_STEPS = 5, 16
 TYPES = {"diffusers": torch.float32, "diffusers, bf16": torch.bfloat16}
 
@@ -153,7 +153,7 @@ class Race:
         best: SamplingConfig | None = None
         for sampler in CANDIDATES:
             for steps in range(LEAST_STEPS, best.steps if best else MOST_STEPS + 1):
-                config = SamplingConfig(sampler=sampler, steps=steps)
+                config = sampling_config(sampler=sampler, steps=steps)
                 if self.distance("Darkroom", config, samples) <= bar:
                     best = config
                     break

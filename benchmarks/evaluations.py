@@ -14,16 +14,16 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from quality import Judge
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.files import digest_of, sha256_file, write_json
 from diffusion.grids import figure_png
 from diffusion.model import load_model
+from diffusion.samplers import SamplingConfig, sampling_config
 from diffusion.sampling import sample
 
 EVALUATIONS = (5, 8, 10, 12, 16, 20, 30, 50)
 SAMPLERS = ("dpmpp_2m_sde", "dpmpp_2m", "unipc", "deis", "heun", "ddim", "ddpm")
-BY_THE_BOOK = SamplingConfig(sampler="ddpm", steps=1000, sigma_max=None, sigma_min=None)
+BY_THE_BOOK = sampling_config(sampler="ddpm", steps=1000, sigma_max=None, sigma_min=None)
 
 
 def main() -> None:
@@ -51,7 +51,9 @@ def main() -> None:
 
     curves = {
         name: {
-            steps * (2 if name == "heun" else 1) - (name == "heun"): distance(SamplingConfig(sampler=name, steps=steps))
+            steps * (2 if name == "heun" else 1) - (name == "heun"): distance(
+                sampling_config(sampler=name, steps=steps)
+            )
             for steps in ((count + 1) // 2 if name == "heun" else count for count in EVALUATIONS)
         }
         for name in args.samplers

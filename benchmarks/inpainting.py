@@ -19,16 +19,15 @@ from quality import FEATURES_AT
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
-from diffusion.editing import agreeing, blanked, keeping, repaint
+from diffusion.editing import blanked, pigdm, repaint, replace_known
 from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.fingerprint import autocast
 from diffusion.grids import grid, save_png
 from diffusion.guidance import clipped
 from diffusion.model import DiffusionModel, load_model, to_float, to_uint8
 from diffusion.random import GaussianNoise
-from diffusion.samplers import levels_of, make_sampler
+from diffusion.samplers import sampling_config
 
 SHOWN = 8
 BATCH = 64
@@ -110,17 +109,19 @@ def main() -> None:
 
 def painted(model: DiffusionModel, originals: Tensor, kept: Tensor, times: int = 1, agree: bool = False) -> Tensor:
     """What is not ``kept`` (H, W) of each of ``originals`` (N, C, H, W) filled once, in batches."""
-    config, filled = SamplingConfig(), []
-    sampler, levels = make_sampler(config), levels_of(config, model.schedule)
+    config, filled = sampling_config(), []
+    sampler, levels = config.build_sampler(), config.sigma_grid(model.schedule)
     for numbers in torch.arange(len(originals)).split(BATCH):
         noise = GaussianNoise(0, "sampling", numbers.tolist(), model.shape)
         known = to_float(blanked(originals[numbers], kept))
         denoise = model.denoiser()
         if agree:
-            denoise = clipped(agreeing(denoise, known, kept, model.header.sigma_data))
-        denoise = keeping(denoise, known, kept)
+            denoise = clipped(pigdm(denoise, known, kept, model.header.sigma_data))
+        denoise = replace_known(denoise, known, kept)
         with torch.inference_mode(), autocast(config.precision, torch.device("cpu")):
-            filled.append(repaint(sampler, denoise, known + float(levels[0]) * noise(), levels, noise, times=times))
+            filled.append(
+                repaint(sampler, denoise, known + float(levels[0]) * noise(), levels, noise, resample_steps=times)
+            )
     return to_uint8(torch.cat(filled))
 
 

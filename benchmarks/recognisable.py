@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.model import load_model, to_float
+from diffusion.samplers import sampling_config
 from diffusion.sampling import sample
 
 CONFIDENCE = 0.9
@@ -69,7 +69,7 @@ def main() -> None:
     network = train_classifier(data, arguments.epochs)
     held_out = data.rows("held_out")
     real = data.pictures(held_out)
-    drawn = sample(load_model(arguments.model), range(arguments.count), arguments.seed, SamplingConfig())
+    drawn = sample(load_model(arguments.model), range(arguments.count), arguments.seed, sampling_config())
     accuracy = (verdict(network, real)[1] == data.classes(held_out, labels)).float().mean().item()
     print(f"classifier: {accuracy:.1%} of {len(real)} held-out pictures right")
     for name, pictures in (("held-out pictures", real), ("samples", drawn)):

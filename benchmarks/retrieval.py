@@ -20,7 +20,7 @@ from quality import darkroom, workspace_of
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from diffusion.config_sampling import Asked
+from diffusion.config_sampling import Conditions
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.grids import grid, save_png
@@ -120,18 +120,18 @@ def main() -> None:
     read = np.arange(len(train.rows)) % TOLD != 0
     reader = Reader.trained(features(train)[torch.from_numpy(read)], train.meanings()[torch.from_numpy(read)])
     for title, captioned in {"that training was told": told, "that training never saw": held_out}.items():
-        asked = tuple(captioned.texts)
-        drawn = extractor(sample(model, range(len(asked)), 0, sampling, asked=Asked(prompts=asked)))
-        shuffled = torch.from_numpy(np.random.default_rng(0).permutation(len(asked)))
+        prompts = tuple(captioned.texts)
+        drawn = extractor(sample(model, range(len(prompts)), 0, sampling, conditions=Conditions(prompts=prompts)))
+        shuffled = torch.from_numpy(np.random.default_rng(0).permutation(len(prompts)))
         pictures = {
             "real pictures": features(captioned),
             "drawn pictures": drawn,
             "drawn for another caption": drawn[shuffled],
         }
         found = {name: reader.ranks(each, captioned.meanings()) for name, each in pictures.items()}
-        print(table(f"{len(asked)} captions {title}", found))
+        print(table(f"{len(prompts)} captions {title}", found))
     if args.picture:
-        show(args.picture, sample(model, range(8 * len(SHOWN)), 0, sampling, asked=Asked(prompts=SHOWN)))
+        show(args.picture, sample(model, range(8 * len(SHOWN)), 0, sampling, conditions=Conditions(prompts=SHOWN)))
 
 
 def table(title: str, found: dict[str, Tensor]) -> str:

@@ -11,21 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.model import load_model
 from diffusion.random import GaussianNoise
-from diffusion.samplers import levels_of
-from diffusion.sampling import labels_of, reversed_from_noise
+from diffusion.samplers import SamplingConfig, sampling_config
+from diffusion.sampling import labels_of
 
 EVALUATIONS = (5, 8, 10, 15, 20, 30)
 CONTESTANTS = {
-    "ddim, euler": SamplingConfig(sampler="ddim"),
-    "heun": SamplingConfig(sampler="heun"),
-    "dpmpp_2m": SamplingConfig(sampler="dpmpp_2m"),
-    "deis, order 2": SamplingConfig(sampler="deis", order=2),
-    "deis": SamplingConfig(sampler="deis"),
-    "unipc": SamplingConfig(sampler="unipc"),
-    "unipc, order 3": SamplingConfig(sampler="unipc", order=3),
+    "ddim, euler": sampling_config(sampler="ddim"),
+    "heun": sampling_config(sampler="heun"),
+    "dpmpp_2m": sampling_config(sampler="dpmpp_2m"),
+    "deis, order 2": sampling_config(sampler="deis", order=2),
+    "deis": sampling_config(sampler="deis"),
+    "unipc": sampling_config(sampler="unipc"),
+    "unipc, order 3": sampling_config(sampler="unipc", order=3),
 }
 EXACT = 300
 """Steps of DPM-Solver++ after which its picture counts as exact."""
@@ -49,7 +48,7 @@ def main() -> None:
 
     def drawn(config: SamplingConfig, steps: int) -> Tensor:
         noise = GaussianNoise(arguments.seed, "sampling", numbers, model.shape)
-        return reversed_from_noise(denoiser, levels_of(config, model.schedule), noise, config)
+        return config.run(denoiser, config.sigma_grid(model.schedule), noise)
 
     exact = drawn(CONTESTANTS["dpmpp_2m"], EXACT)
     print("evaluations", *(f"{count:7}" for count in EVALUATIONS))

@@ -1,153 +1,252 @@
-"""How pictures are drawn from a trained model, and what they are to show."""
+"""What generated images are to show, and the requests for them: one pydantic model for each task.
+
+The command line, the flow and the served model all take these. An option that has no effect for a task is no field of
+its request. This module loads without torch.
+"""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
-from diffusion.config import Config, DeviceName, unset
+from diffusion.config import Config
 from diffusion.errors import UserError
+from diffusion.samplers import SAMPLERS, SamplingConfig
 
-SamplerName = Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "deis", "unipc"]
-TAKEN_BY: dict[str, tuple[SamplerName, ...]] = {
-    "variance": ("ddpm",),
-    "eta": ("ddim", "dpmpp_2m_sde"),
-    "churn": ("euler", "heun"),
-    "order": ("deis", "unipc"),
-}
-"""Options, and the samplers that have them."""
-
-
-class SamplingConfig(Config):
-    """The sampler, its number of steps, how strongly pictures are guided, and how it is computed."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-    sampler: SamplerName = "dpmpp_2m_sde"
-    """ddpm (arXiv 2006.11239), ddim (2010.02502), euler or heun (2206.00364, heun with two evaluations a step),
-    dpmpp_2m or its form with fresh noise, dpmpp_2m_sde (2211.01095), deis (2204.13902) or unipc (2302.04867). Fresh
-    noise, which only ddpm and dpmpp_2m_sde have unless asked to, undoes earlier mistakes, of which a briefly trained
-    network makes many; the others converge to one exact picture for each start, dpmpp_2m, deis and unipc in the
-    fewest steps."""
-    steps: int = Field(16, ge=2, le=10_000)
-    """Noise levels visited; as many as model.steps, with neither sigma_min nor sigma_max, visits each level of the
-    schedule, as ddpm by the book does."""
-    sigma_max: float | None = Field(20.0, gt=0)
-    """Noise level σ that drawing starts from, at most the schedule's highest. Where training with times: lognormal has
-    hardly been, above and below, steps are lost; null: the schedule's, at most 80."""
-    sigma_min: float | None = Field(0.04, gt=0)
-    """Lowest σ visited, from which the last step goes to 0, at least the schedule's lowest; null: that."""
-    variance: Literal["smaller", "larger"] | None = Field(None, exclude_if=unset)
-    """How much noise ddpm adds: the least that any data could need, or what data of noise would (arXiv 2006.11239,
-    section 3.2); null: what the network learned, if it was trained with model.learned_variance, or else smaller."""
-    eta: float | None = Field(None, ge=0, le=1, exclude_if=unset)
-    """How much of the noise is fresh in each step, from none (0) to as much as in ddpm (1); null: 0 for ddim and 1 for
-    dpmpp_2m_sde."""
-    churn: float | None = Field(None, gt=0, exclude_if=unset)
-    """Noise that euler and heun add to be taken away again, as a share of σ in all steps together, at most √2 − 1 in
-    each (S_churn of arXiv 2206.00364, algorithm 2); null: none."""
-    churn_min: float | None = Field(None, ge=0, exclude_if=unset)
-    """Lowest σ at which it is added (S_min); null: 0."""
-    churn_max: float | None = Field(None, gt=0, exclude_if=unset)
-    """Highest σ at which it is added (S_max); null: any."""
-    churn_noise: float | None = Field(None, gt=0, exclude_if=unset)
-    """Standard deviation of it (S_noise), a little over 1 against pictures that come out too smooth; null: 1."""
-    order: Literal[2, 3] | None = Field(None, exclude_if=unset)
-    """Estimates that a step of deis or unipc goes by; null: 3 for deis and 2 for unipc."""
-    guidance: float | None = Field(None, ge=0, le=1000, exclude_if=unset)
-    """How strongly pictures are drawn to what they are to show, class or prompt (arXiv 2207.12598): 1 is as the network
-    was trained, 2 to 8 is clearer and less varied, 0 as if nothing were asked for. Twice the work. Null: 1."""
-    guidance_interval: tuple[float, float] | None = Field(None, exclude_if=unset)
-    """Guide only at noise levels σ above the first number and up to the second (2404.07724), such as [0.2, 5]: at high
-    levels guidance takes away variety, at low ones it does nothing. Null: at all levels."""
-    guidance_rescale: float | None = Field(None, gt=0, le=1, exclude_if=unset)
-    """How far the contrast that guidance adds is taken back, 1 all of it (2305.08891, which takes 0.7). Null: not."""
-    low_resolution_noise: float | None = Field(None, ge=0, exclude_if=unset)
-    """Standard deviation of the noise over a small picture, in [−1, 1], that is enlarged; at most what the model was
-    trained with. The more there is, the less the model keeps to the small picture, its faults included. Null: 0."""
-    compute_batch: int = Field(64, ge=1, le=2**16)
-    """Pictures computed at once, always as many: it decides the last bits of each."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Number format of matrix products; auto: bf16 where the device has it. On a GPU fp32 is TF32."""
-    device: DeviceName = Field("auto", exclude_if=unset)
-    """What computes: cpu, cuda, or auto, a GPU where there is one."""
-
-    @model_validator(mode="after")
-    def _has_an_effect(self) -> "SamplingConfig":
-        for option, samplers in TAKEN_BY.items():
-            if getattr(self, option) is not None and self.sampler not in samplers:
-                raise ValueError(
-                    f"sampling.{option} means nothing to sampler = {self.sampler}: use {' or '.join(samplers)}, or "
-                    "leave it out"
-                )
-        if self.churn is None and (self.churn_min, self.churn_max, self.churn_noise) != (None, None, None):
-            raise ValueError("sampling.churn_* say how sampling.churn is added, and there is none: set it, too")
-        if self.churn_max is not None and self.churn_max <= (self.churn_min or 0):
-            raise ValueError("sampling.churn_max is above churn_min, or there is no level between them")
-        return self
-
-    @model_validator(mode="after")
-    def _falls(self) -> "SamplingConfig":
-        if self.sigma_max is not None and self.sigma_max <= (self.sigma_min or 0):
-            raise ValueError("sampling.sigma_max is above sigma_min, or there is no level between them")
-        return self
-
-    @model_validator(mode="after")
-    def _guides(self) -> "SamplingConfig":
-        if self.guidance in (None, 1) and (self.guidance_interval, self.guidance_rescale) != (None, None):
-            raise ValueError(
-                f"sampling.guidance_interval and guidance_rescale mean nothing to guidance = "
-                f"{'null' if self.guidance is None else 1}: set sampling.guidance, say to 3"
-            )
-        if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
-            raise ValueError("sampling.guidance_interval rises from a σ of 0 or more, such as [0.2, 5]")
-        return self
-
-    @property
-    def guides(self) -> bool:
-        """Whether anything is done besides asking the network as it was trained."""
-        return self.guidance not in (None, 1)
-
-    def changed(self, fields: Mapping[str, Any]) -> "SamplingConfig":
-        """The same with these ``fields``; raises UserError for what makes no sense by itself or together."""
-        return _valid({**self.model_dump(), **fields})
-
-    def with_sampler(self, sampler: SamplerName) -> "SamplingConfig":
-        """The same with another ``sampler``, whose options have their defaults."""
-        options = {name for name in type(self).model_fields if name.startswith(tuple(TAKEN_BY))}
-        return _valid(self.model_dump(exclude=options) | {"sampler": sampler})
-
-    def unguided(self) -> "SamplingConfig":
-        """The same without guidance."""
-        return self.model_copy(update={"guidance": None, "guidance_interval": None, "guidance_rescale": None})
+Task = Literal["sample", "inpaint", "img2img", "interpolate", "upscale"]
+MAX_TEXT_LENGTH = 10_000
+"""Characters of a label or prompt, of which far fewer are read."""
+MAX_INTEGER = 2**63 - 1
+"""Of seeds and indices, as manifests hold them."""
+MAX_FILE_BYTES = 64 * 2**20
+"""Size of an image file to begin with."""
 
 
-def _valid(fields: Mapping[str, Any]) -> SamplingConfig:
-    try:
-        return SamplingConfig.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"sampling.{part}: " for part in first["loc"][:1])
-        raise UserError(where + first["msg"].removeprefix("Value error, ")) from error
-
-
-class Asked(Config):
-    """What pictures are to show: number i the i-th label and the i-th prompt, from the front again after the last."""
+class Conditions(Config):
+    """Labels and prompts: image i shows the i-th label and the i-th prompt, from the front again after the last."""
 
     labels: tuple[str | None, ...] = ()
     """Names of classes, null: any. None at all: each as often as the data set has it, or with prompts any."""
     prompts: tuple[str | None, ...] = ()
-    """In the words of captions, null: whatever comes. None at all: whatever comes."""
+    """In the words of captions, null: unconditional. None at all: unconditional."""
     negative_prompt: str | None = None
-    """What guidance leads away from, instead of from whatever comes."""
+    """Prompt that guidance leads away from, instead of from the unconditional prediction."""
 
     def label(self, index: int) -> str | None:
-        """Of picture number ``index``."""
+        """The label of image number ``index``."""
         return self.labels[index % len(self.labels)] if self.labels else None
 
     def prompt(self, index: int) -> str | None:
-        """Of picture number ``index``."""
+        """The prompt of image number ``index``."""
         return self.prompts[index % len(self.prompts)] if self.prompts else None
 
+    @property
+    def texts(self) -> list[str]:
+        """All prompts, the negative one included."""
+        return [text for text in (*self.prompts, self.negative_prompt) if text is not None]
 
-ANYTHING = Asked()
+
+UNCONDITIONAL = Conditions()
+
+
+class BaseRequest(Config):
+    """Fields that requests of all tasks have; what is left out has its default."""
+
+    count: int = Field(1, ge=1)
+    """Number of images."""
+    seed: int = Field(0, ge=0, le=MAX_INTEGER)
+    """Image i of a seed is the same image everywhere."""
+    sampler: str | None = None
+    """As sampling.sampler, whose own options then have their defaults; null: as configured."""
+    steps: int | None = Field(None, ge=2, le=10_000)
+    """As sampling.steps; null: as configured."""
+
+    @property
+    def conditions(self) -> Conditions:
+        """What the images are to show."""
+        return UNCONDITIONAL
+
+    @property
+    def indices(self) -> range:
+        """The numbers of the images."""
+        first = getattr(self, "index", 0)
+        return range(first, first + self.count)
+
+    def sampling(self, configured: SamplingConfig) -> SamplingConfig:
+        """How the images are sampled; raises UserError if what the request sets makes no sense together."""
+        guidance = getattr(self, "guidance", None)
+        if guidance == 1:
+            # Its other options have no effect without guidance.
+            configured = configured.unguided()
+        if self.sampler is not None and self.sampler != configured.sampler:
+            names = [each.model_fields["sampler"].default for each in SAMPLERS]
+            if self.sampler not in names:
+                raise UserError(f"there is no sampler {self.sampler!r}: use {', '.join(names)}")
+            configured = configured.with_sampler(self.sampler)
+        chosen = {"steps": self.steps, "guidance": guidance}
+        return configured.changed({name: value for name, value in chosen.items() if value is not None})
+
+
+class ConditionalRequest(BaseRequest):
+    """Fields of tasks whose images may be told what to show."""
+
+    label: str | None = Field(None, max_length=MAX_TEXT_LENGTH)
+    """Class to show, by its name."""
+    prompt: str | None = Field(None, max_length=MAX_TEXT_LENGTH)
+    """What to show, in the words of captions."""
+    negative_prompt: str | None = Field(None, max_length=MAX_TEXT_LENGTH)
+    """What guidance leads away from."""
+    guidance: float | None = Field(None, ge=0, le=1000)
+    """As sampling.guidance; null: as configured, or none if there is no label or prompt."""
+
+    @property
+    def conditions(self) -> Conditions:
+        """What the images are to show."""
+        return Conditions(
+            labels=() if self.label is None else (self.label,),
+            prompts=() if self.prompt is None else (self.prompt,),
+            negative_prompt=self.negative_prompt,
+        )
+
+
+class SampleRequest(ConditionalRequest):
+    """Images from noise."""
+
+    task: Literal["sample"] = "sample"
+    index: int = Field(0, ge=0, le=MAX_INTEGER)
+    """Number of the first image; the others follow."""
+
+
+class InpaintRequest(ConditionalRequest):
+    """A hole in an image filled, with a step's estimate replaced where the image is known (the fast method)."""
+
+    task: Literal["inpaint"] = "inpaint"
+    index: int = Field(0, ge=0, le=MAX_INTEGER)
+    """Number of the first image; the others follow."""
+    image: bytes
+    """File (PNG, JPEG, WebP …): its middle, a square, scaled, and laid over black if it is transparent."""
+    mask: bytes
+    """File of an image as large as ``image``, white where it is filled, black where it is kept; scaled down, a pixel is
+    kept that stands for hardly any white."""
+    strength: float = Field(1.0, allow_inf_nan=False)
+    """How much is changed, above 0 and at most 1."""
+    method: Literal["replace", "pigdm"] = "replace"
+    """How the hole is made to fit: replace the known part at each step; pigdm, guide by a gradient at each step (ΠGDM),
+    for 2.5 times the work; repaint, repeat steps."""
+
+
+class RepaintRequest(InpaintRequest):
+    """A hole in an image filled with resampling (RePaint), so that it fits what lies around it."""
+
+    method: Literal["repaint"] = "repaint"  # type: ignore[assignment]
+    """Repeat steps."""
+    resample_steps: int = Field(5, ge=2, le=100)
+    """How often each stretch of steps is repeated; so many times the work."""
+
+
+class Img2ImgRequest(ConditionalRequest):
+    """An image made anew, more or less like it (SDEdit)."""
+
+    task: Literal["img2img"] = "img2img"
+    index: int = Field(0, ge=0, le=MAX_INTEGER)
+    """Number of the first image; the others follow."""
+    image: bytes
+    """File (PNG, JPEG, WebP …): its middle, a square, scaled, and laid over black if it is transparent."""
+    strength: float = Field(0.6, allow_inf_nan=False)
+    """How much is changed, above 0 and below 1: at 0.6 much is new, and the image is still recognised."""
+
+
+class InterpolateRequest(ConditionalRequest):
+    """Images between those of two seeds."""
+
+    task: Literal["interpolate"] = "interpolate"
+    to_seed: int = Field(ge=0, le=MAX_INTEGER)
+    """Seed of the last image: the path goes from image 0 of ``seed`` to image 0 of this one."""
+
+
+class UpscaleRequest(BaseRequest):
+    """A small image made large, several times if the count says so."""
+
+    task: Literal["upscale"] = "upscale"
+    index: int = Field(0, ge=0, le=MAX_INTEGER)
+    """Number of the first image; the others follow."""
+    image: bytes
+    """File (PNG, JPEG, WebP …), used as it is."""
+
+
+def _task_and_method(given: Any) -> str:
+    """The tag of a request: its task, or for inpainting the method that has options of its own."""
+    if isinstance(given, BaseModel):
+        given = {name: getattr(given, name, None) for name in ("task", "method")}
+    task = given.get("task", "sample")
+    return "repaint" if task == "inpaint" and given.get("method") == "repaint" else str(task)
+
+
+GenerationRequest: TypeAlias = Annotated[
+    Annotated[SampleRequest, Tag("sample")]
+    | Annotated[InpaintRequest, Tag("inpaint")]
+    | Annotated[RepaintRequest, Tag("repaint")]
+    | Annotated[Img2ImgRequest, Tag("img2img")]
+    | Annotated[InterpolateRequest, Tag("interpolate")]
+    | Annotated[UpscaleRequest, Tag("upscale")],
+    Discriminator(_task_and_method),
+]
+REQUEST_ADAPTER: TypeAdapter[GenerationRequest] = TypeAdapter(GenerationRequest)
+REQUESTS: Mapping[Task, type[BaseRequest]] = {
+    "sample": SampleRequest,
+    "inpaint": RepaintRequest,
+    "img2img": Img2ImgRequest,
+    "interpolate": InterpolateRequest,
+    "upscale": UpscaleRequest,
+}
+"""The request of each task, for inpainting the one with the most fields."""
+
+
+def make_request(fields: Mapping[str, Any]) -> GenerationRequest:
+    """The request with these ``fields``, as from a row of a table, where None stands for what is left out.
+
+    Raises UserError for an unknown field, a value out of range, one that has no effect for the task, and for one that
+    the task needs and does not get.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    task = given.get("task", "sample")
+    if task not in REQUESTS:
+        raise UserError(f"there is no task {task!r}: use {', '.join(REQUESTS)}")
+    try:
+        return REQUEST_ADAPTER.validate_python(given)
+    except ValidationError as error:
+        raise UserError(_describe_error(task, error)) from error
+
+
+def _describe_error(task: Task, error: ValidationError) -> str:
+    errors = error.errors(include_input=False)
+    for each in errors:
+        name = str(each["loc"][-1])
+        if each["type"] != "extra_forbidden":
+            continue
+        if name == "resample_steps" and task == "inpaint":
+            return "resample_steps means nothing to this method of inpainting: use method = repaint, or leave it out"
+        tasks = [other for other, request in REQUESTS.items() if name in request.model_fields]
+        if tasks:
+            return f"{name} means nothing to {task}, only to {', '.join(tasks)}: leave it out"
+        return f"there is no {name} to ask for; there is {', '.join(REQUESTS[task].model_fields)}"
+    if missing := [str(each["loc"][-1]) for each in errors if each["type"] == "missing"]:
+        return f"{task} needs {' and '.join(missing)}: give {'them' if missing[1:] else 'it'}"
+    name = ".".join(str(part) for part in errors[0]["loc"][1:])
+    return f"{name}: {errors[0]['msg'].lower()}"
+
+
+def read_request(fields: Mapping[str, Any], image: Path | None = None, mask: Path | None = None) -> GenerationRequest:
+    """``make_request`` with the images in those files; raises UserError also for a file that cannot be read."""
+    files = {name: _read(path, name) for name, path in (("image", image), ("mask", mask)) if path is not None}
+    return make_request({**fields, **files})
+
+
+def _read(path: Path, name: str) -> bytes:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise UserError(f"the {name} {path} has over {MAX_FILE_BYTES} bytes: give a smaller one")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"the {name} {path} cannot be read ({error.strerror}): give the path of an image") from error

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from diffusion.objective import Parametrization
 from diffusion.process import NoiseSchedule
-from diffusion.variance import deviation_between, larger, smaller
+from diffusion.samplers import fixed_large, fixed_small
+from diffusion.variance import deviation_between
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Denoiser:
         Both (N, C, H, W); ``sigma`` and the lower ``following`` are numbers.
         """
         x0, v = self.answer(x, sigma)
-        return x0, deviation_between(v, smaller(sigma, following), larger(sigma, following))
+        return x0, deviation_between(v, fixed_small(sigma, following), fixed_large(sigma, following))
 
     def answer(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The estimate of x_0, and what there is besides: v (N, C, H, W) of a learned variance, or no channels."""

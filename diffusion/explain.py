@@ -12,16 +12,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.files import write_bytes
 from diffusion.grids import figure_png
 from diffusion.model import DiffusionModel, Told, to_float, to_uint8
 from diffusion.process import NoiseSchedule
 from diffusion.random import GaussianNoise
-from diffusion.samplers import sigma_grid
-from diffusion.sampling import reversed_from_noise, told_of
-from diffusion.upscaling import shown_small
+from diffusion.samplers import sampling_config
+from diffusion.sampling import told_of
+from diffusion.upscaling import task_of
 
 FRAMES = 8
 """Pictures in a strip."""
@@ -105,7 +104,7 @@ def explain(model: DiffusionModel, picture: Tensor, output: Path, seed: int = 0)
             f"the picture is {theirs} and the model draws {ours} (channels × height × width): "
             "take one from the data set that the model was trained on"
         )
-    x0, told = model.encoded(to_float(picture)[None])[0], shown_small(model.config, picture[None]) or None
+    x0, told = model.encoded(to_float(picture)[None])[0], task_of(model.config).conditioning(picture[None]) or None
     noise = GaussianNoise(seed, "explain", [0], model.noise_shape)()[0]
     view = view_of(model)
     figures = {
@@ -164,13 +163,11 @@ def reverse(model: DiffusionModel, seed: int, told: Told | None = None, count: i
 
     ``told``: what the network is told of it; None: as when nothing is asked for.
     """
-    sigmas = sigma_grid(model.schedule, REVERSE_STEPS)
+    sigmas = model.schedule.sigma_grid(REVERSE_STEPS)
     denoiser = model.denoiser(told_of(model, [0], seed) if told is None else told)
     noise = GaussianNoise(seed, "sampling", [0], model.noise_shape)
     seen: list[tuple[Tensor, Tensor]] = []
-    result = reversed_from_noise(
-        denoiser, sigmas, noise, SamplingConfig(), lambda i, x, x0_hat: seen.append((x, x0_hat))
-    )
+    result = sampling_config().run(denoiser, sigmas, noise, lambda i, x, x0_hat: seen.append((x, x0_hat)))
     times = model.schedule.time(sigmas[:-1])
     wanted = torch.linspace(float(times[0]), float(times[-1]), count)
     chosen = torch.unique((times - wanted[:, None]).abs().argmin(1))

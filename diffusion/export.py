@@ -4,12 +4,13 @@ import shutil
 from pathlib import Path
 
 from diffusion.config import Config
-from diffusion.config_sampling import ANYTHING, SamplingConfig
+from diffusion.config_sampling import UNCONDITIONAL
 from diffusion.errors import UserError
 from diffusion.escaping import escape_markdown, python_literal
 from diffusion.files import sha256_file, sync_file, sync_folder
 from diffusion.model import DiffusionModel, ModelHeader, load_model
-from diffusion.sampling import require_effect, require_small
+from diffusion.samplers import SamplingConfig
+from diffusion.sampling import check_sampling, check_sampling_options
 
 MODEL_FIELDS = {
     "schedule",
@@ -76,9 +77,9 @@ def export_to_diffusers(
     model = load_model(weights)
     require_known(model.header)
     assert isinstance(model, DiffusionModel)
-    require_small(model.config, sampling)
-    if not model.config.text:  # one told of captions is asked later
-        require_effect(model.classes, model.config.text, sampling, ANYTHING)
+    check_sampling_options(model.config, sampling)
+    if not model.config.text:  # of a model of captions, guidance is told later what to lead to
+        check_sampling(model, sampling, UNCONDITIONAL)
     pipeline = pipeline_of(model, sampling)
     about = Exported(
         folder=folder,

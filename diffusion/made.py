@@ -1,4 +1,4 @@
-"""Pictures made on request, in a folder with what one needs to make them again."""
+"""Images generated for a request, in a folder with what one needs to generate them again."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from diffusion.config import Config
-from diffusion.config_sampling import SamplingConfig
+from diffusion.config_sampling import GenerationRequest, Task
 from diffusion.errors import UserError
 from diffusion.files import PARTIAL, digest_of, sha256_bytes, sha256_file, write_bytes, write_json
 from diffusion.fingerprint import Fingerprint, fingerprint
@@ -17,71 +17,64 @@ from diffusion.grids import grid, image_of, save_png
 from diffusion.marked import marked_png
 from diffusion.model import load_model
 from diffusion.progress import Progress, silent
-from diffusion.requests import Request, Task, Wanted, answer, original, request_of, sampling_of
+from diffusion.requests import answer, original, sampling_of
+from diffusion.samplers import SamplingConfig
 
 SHOWN = 64
-"""Pictures on the sheet."""
+"""Images on the sheet."""
 ABOUT = "request.json"
-LARGEST_FILE = 64 * 2**20
-"""Bytes that a picture to begin with may have."""
 
 
-class Made(Config):
-    """The answer to a request."""
+class GenerationResult(Config):
+    """The images that answer a request, and where they lie."""
 
     folder: Path
     model: str
-    """Which model drew: models:/NAME/NUMBER, or a file."""
+    """The model that generated them: models:/NAME/NUMBER, or a file."""
     task: Task
     count: int
     seed: int
     grid: Path
-    """All of them, or the first, on one sheet, after the picture that they began with if there is one."""
+    """All of them, or the first, on one sheet, after the image that they began with if there is one."""
     about: Path
-    """What was asked for, what drew it, and the digest of each picture."""
+    """``request.json``: the request, the model and the digest of each image."""
 
 
-class About(Config):
-    """What ``request.json`` says of the pictures beside it."""
+class RequestRecord(Config):
+    """Contents of ``request.json``, beside the images."""
 
     request: dict[str, Any]
-    """What was asked for; of pictures their SHA-256."""
+    """The fields of the request; of images their SHA-256."""
     sampling: SamplingConfig
-    """How they were drawn in the end."""
+    """How they were sampled."""
     model: dict[str, str]
     """Where it comes from, and the SHA-256 of its weights."""
     fingerprint: Fingerprint
-    pictures: tuple[dict[str, Any], ...] = ()
+    images: tuple[dict[str, Any], ...] = ()
     """File, index, SHA-256 and that of the pixels of each; none before all are written."""
 
 
-def read_request(wanted: Wanted, image: Path | None = None, mask: Path | None = None) -> Request:
-    """``wanted`` with the pictures in those files; raises UserError as ``request_of``, or for a file it cannot read."""
-    files = {name: _read(path, name) for name, path in (("image", image), ("mask", mask)) if path is not None}
-    return request_of(wanted.model_dump(exclude_none=True) | files)
-
-
-def make(
+def generate_to_folder(
     weights: Path,
-    request: Request,
+    request: GenerationRequest,
     sampling: SamplingConfig,
     output: Path | None = None,
     origin: Mapping[str, str] | None = None,
     progress: Progress = silent,
-) -> Made:
-    """Draw what ``request`` asks of the model in the file ``weights`` into the folder ``output``.
+) -> GenerationResult:
+    """Generate the images of ``request`` with the model in the file ``weights`` into the folder ``output``.
 
     The default folder lies in prints/ and is named for model and request. ``origin`` says where the model comes from,
-    and goes into each picture. Each file in the folder is whole; what ``request.json`` says of the pictures is written
+    and goes into each image. Each file in the folder is whole; what ``request.json`` says of the images is written
     last. Raises UserError as ``answer`` does, and if the folder holds the answer to another request.
     """
     model = load_model(weights)
     digest = sha256_file(weights)
-    drawn_by = origin["model"] if origin else str(weights)
-    # Pictures are passed on, and need not say where on whose machine a file lay.
+    generated_by = origin["model"] if origin else str(weights)
+    # Images are passed on, and need not say where on whose machine a file lay.
     origin = origin or {"model": f"sha256:{digest}"}
     how = sampling_of(model, request, sampling)
-    about = About(
+    about = RequestRecord(
         request=_described(request),
         sampling=how,
         model={**origin, "weights_sha256": digest, "content_digest": model.header.content_digest},
@@ -91,18 +84,18 @@ def make(
         name = f"{request.task}-{digest_of([about.request, how.model_dump(mode='json', exclude_none=True)])[:8]}"
         output = Path("prints", model.header.dataset, digest[:8], name)
     _require_own(output, about)
-    [pictures] = answer(model, [request], sampling, progress)
+    [images] = answer(model, [request], sampling, progress)
     write_json(output / ABOUT, about.model_dump(mode="json", exclude_none=True))
     texts = {**origin, "content_digest": model.header.content_digest, "task": request.task, "seed": str(request.seed)}
     rows = tuple(
-        _write(output / f"{index:08d}.png", picture, texts | {"index": str(index)})
-        for index, picture in zip(request.indices, pictures, strict=True)
+        _write(output / f"{index:08d}.png", image, texts | {"index": str(index)})
+        for index, image in zip(request.indices, images, strict=True)
     )
-    save_png(output / "grid.png", grid(torch.stack([*original(model, request), *pictures[:SHOWN]])))
-    write_json(output / ABOUT, about.model_copy(update={"pictures": rows}).model_dump(mode="json", exclude_none=True))
-    return Made(
+    save_png(output / "grid.png", grid(torch.stack([*original(model, request), *images[:SHOWN]])))
+    write_json(output / ABOUT, about.model_copy(update={"images": rows}).model_dump(mode="json", exclude_none=True))
+    return GenerationResult(
         folder=output,
-        model=drawn_by,
+        model=generated_by,
         task=request.task,
         count=request.count,
         seed=request.seed,
@@ -111,45 +104,36 @@ def make(
     )
 
 
-def _require_own(output: Path, about: About) -> None:
+def _require_own(output: Path, about: RequestRecord) -> None:
     """Raise UserError if ``output`` is anything but a new folder, or that of this request."""
     found = output / ABOUT
     try:
         if found.is_file():
-            theirs = About.model_validate_json(found.read_bytes())
-            if theirs.model_copy(update={"pictures": ()}) != about:
+            theirs = RequestRecord.model_validate_json(found.read_bytes())
+            if theirs.model_copy(update={"images": ()}) != about:
                 raise UserError(f"{output} holds the answer to another request: give --out another folder")
         elif output.exists() and not (
             output.is_dir() and all(PARTIAL.fullmatch(each.name) for each in output.iterdir())
         ):
-            raise UserError(f"{output} is there, and is no folder of pictures made on request: give --out another")
+            raise UserError(f"{output} is there, and is no folder of images made on request: give --out another")
     except ValidationError as error:
-        raise UserError(f"{found} says nothing of pictures made on request: give --out another folder") from error
+        raise UserError(f"{found} says nothing of images made on request: give --out another folder") from error
 
 
-def _described(request: Request) -> dict[str, Any]:
-    """The request as JSON has it: of pictures their digests."""
+def _described(request: GenerationRequest) -> dict[str, Any]:
+    """The request as JSON has it: of images their digests."""
     fields = request.model_dump(exclude_none=True)
     return {
         name: {"sha256": sha256_bytes(value)} if isinstance(value, bytes) else value for name, value in fields.items()
     }
 
 
-def _write(path: Path, picture: Tensor, about: Mapping[str, str]) -> dict[str, Any]:
-    image = image_of(picture)
-    digest = write_bytes(path, marked_png(image, about))
+def _write(path: Path, image: Tensor, about: Mapping[str, str]) -> dict[str, Any]:
+    pixels = image_of(image)
+    digest = write_bytes(path, marked_png(pixels, about))
     return {
         "file": path.name,
         "index": int(about["index"]),
         "sha256": digest,
-        "pixels_sha256": sha256_bytes(image.tobytes()),
+        "pixels_sha256": sha256_bytes(pixels.tobytes()),
     }
-
-
-def _read(path: Path, name: str) -> bytes:
-    try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise UserError(f"the {name} {path} has over {LARGEST_FILE} bytes: give a smaller one")
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"the {name} {path} cannot be read ({error.strerror}): give the path of a picture") from error

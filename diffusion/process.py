@@ -14,6 +14,13 @@ NOISIEST = 2**-24
 """ᾱ of a last step without signal, at most: less than float32 sees beside 1."""
 
 
+SIGMA_MAX = 80.0
+"""Noise level at which sampling starts at most: beyond it an image is lost in noise; cosine schedules go on to 20,000
+(arXiv 2206.00364, table 1)."""
+RHO = 7.0
+"""Exponent of EDM's grid of noise levels."""
+
+
 @dataclass(frozen=True)
 class NoiseSchedule:
     """q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I) for t = 0 … T−1, and between them, where ln σ is a straight line."""
@@ -61,6 +68,28 @@ class NoiseSchedule:
         high = torch.searchsorted(table, value).clamp(1, len(table) - 1)
         low = high - 1
         return (low + (value - table[low]) / (table[high] - table[low])).float()
+
+    def sigma_grid(self, steps: int, sigma_max: float | None = None, sigma_min: float | None = None) -> Tensor:
+        """Noise levels for a sampler to visit, (steps + 1,) float64, falling, the last 0.
+
+        All T levels of the schedule if ``steps`` is T and neither end is given; else the grid of EDM (Karras et al.)
+        with ρ = 7 (arXiv 2206.00364, equation 5), which spends most steps on the low levels, between the two ends as
+        far as the schedule goes. Raises UserError if none of it lies there.
+        """
+        if steps == self.steps and sigma_max is None and sigma_min is None:
+            levels = self.sigmas.flip(0)
+        else:
+            highest, lowest = self.sigmas[-1], self.sigmas[0]
+            first = highest.clamp(max=SIGMA_MAX if sigma_max is None else sigma_max)
+            last = lowest.clamp(min=sigma_min or 0.0)
+            if first <= last:
+                raise UserError(
+                    f"the noise schedule has σ from {lowest:g} to {highest:g}, none of which lies between "
+                    f"sampling.sigma_min = {sigma_min} and sampling.sigma_max = {sigma_max}: change them, or set null"
+                )
+            ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+            levels = (first ** (1 / RHO) + ramp * (last ** (1 / RHO) - first ** (1 / RHO))) ** RHO
+        return torch.cat([levels, levels.new_zeros(1)])
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t for pictures ``x0`` (N, C, H, W), integer steps ``t`` (N,) and standard Gaussian ``noise``."""

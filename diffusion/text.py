@@ -47,7 +47,7 @@ class TextEncoder(Config):
 ENCODER = TextEncoder(name="all-MiniLM-L6-v2", digest=digest_of(FILES))
 
 
-def require_same(encoder: TextEncoder | None) -> None:
+def check_encoder(encoder: TextEncoder | None) -> None:
     """Raise UserError if a model's captions were read by another ``encoder`` than this Darkroom's."""
     if encoder is not None and encoder != ENCODER:
         raise UserError(

@@ -1,7 +1,7 @@
-"""Upscaling: small pictures drawn large by a model that was trained to (SR3, arXiv 2104.07636).
+"""Super-resolution: small images made large by a model that was trained to (SR3, arXiv 2104.07636).
 
-The network is shown the small picture, enlarged without it to full size, beside the noisy one, and asked about what the
-large one has beyond it (SRDiff, arXiv 2104.14951): what is known already is nothing to be learnt. A picture that has
+The network is shown the small image, enlarged without it to full size, beside the noisy one, and asked about what the
+large one has beyond it (SRDiff, arXiv 2104.14951): what is known already is nothing to be learnt. A image that has
 more pixels than those of the training is covered with overlapping tiles, whose answers are blended at every step of one
 reverse process over the whole (MultiDiffusion, arXiv 2302.08113), so that they agree and leave no seams.
 """
@@ -9,36 +9,38 @@ reverse process over the whole (MultiDiffusion, arXiv 2302.08113), so that they 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from diffusion.config_sampling import ANYTHING, SamplingConfig
+from diffusion.config_sampling import UNCONDITIONAL, Conditions
 from diffusion.device import repeatable, resolve_device
 from diffusion.errors import UserError
 from diffusion.families.config import FamilyConfig
 from diffusion.fingerprint import autocast
 from diffusion.lanes import lanes
 from diffusion.model import DiffusionModel, Model, Told, to_float, to_uint8
+from diffusion.models.config import ModelConfig
 from diffusion.progress import Progress, silent
 from diffusion.random import GaussianNoise, uniform
-from diffusion.samplers import Callback, levels_of
-from diffusion.sampling import require_effect, require_small, reversed_from_noise
+from diffusion.samplers import Callback, SamplingConfig
+from diffusion.sampling import check_sampling, sample
 
 OVERLAP = 4
 """Neighbouring tiles share at least one in so many of their pixels in a direction."""
 Answer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""From noisy pictures, their times, and what they are shown, with its noise, to a network's answer."""
+"""From noisy images, their times, and what they are shown, with its noise, to a network's answer."""
 Each = Callable[[Callable[[Tensor], Tensor], Iterable[Tensor]], Iterable[Tensor]]
 """``map``, or that of an executor."""
 
 
-def shrunk(pictures: Tensor, size: int) -> Tensor:
-    """``pictures``, (N, C, H, W) uint8, made small: (N, C, size, size) uint8."""
-    # Bicubic with antialiasing, as in SR3 and in most of what small pictures are made by: the same as Pillow's, but for
+def shrunk(images: Tensor, size: int) -> Tensor:
+    """``images``, (N, C, H, W) uint8, made small: (N, C, size, size) uint8."""
+    # Bicubic with antialiasing, as in SR3 and in most of what small images are made by: the same as Pillow's, but for
     # rounding. In whole numbers, as files have them.
-    small = interpolate(pictures.float(), (size, size), mode="bicubic", antialias=True)
+    small = interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
     return small.round().clamp(0, 255).to(torch.uint8)
 
 
@@ -49,30 +51,150 @@ def enlarged(small: Tensor, scale: int) -> Tensor:
     return large.contiguous(memory_format=torch.channels_last)
 
 
-def shown_small(config: FamilyConfig, pictures: Tensor) -> Told:
-    """What a network is told of ``pictures`` (N, C, H, W) uint8 by their small versions, without noise; {}: nothing."""
-    if config.low_resolution is None:
+class GenerationTask(Protocol):
+    """What a model generates images from, and what its network is given beside the noisy image.
+
+    Training, evaluation and requests go through it and do not know which task they hold.
+    """
+
+    low_resolution: int | None
+    """Height and width of the small images that it starts from, in pixels; None: it starts from noise alone."""
+
+    @property
+    def description(self) -> str:
+        """The task as a verb phrase, such as "generates from noise"."""
+
+    def conditioning(self, images: Tensor) -> Told:
+        """What the network is given of real ``images`` (N, C, H, W) uint8 besides labels and captions."""
+
+    def inputs(self, images: Tensor) -> Tensor | None:
+        """What a model starts from to generate counterparts of ``images`` (N, C, H, W) uint8; None: noise alone."""
+
+    def sigma_data(self, images: Tensor) -> float | None:
+        """Standard deviation of what the network learns from ``images``; None: that of the images themselves."""
+
+    def generate(
+        self,
+        model: Model,
+        inputs: Tensor | None,
+        indices: range,
+        seed: int,
+        config: SamplingConfig,
+        progress: Progress = silent,
+        conditions: Conditions = UNCONDITIONAL,
+    ) -> Tensor:
+        """Images number ``indices`` of ``seed``, (N, C, H, W) uint8, one of each of the ``inputs`` if there are any."""
+
+
+@dataclass(frozen=True)
+class FromNoise:
+    """Unconditional generation, and generation under labels and captions: the network is given no other image."""
+
+    low_resolution: None = None
+    description: str = "generates from noise"
+
+    def conditioning(self, images: Tensor) -> Told:
+        """Nothing."""
         return {}
-    low = enlarged(shrunk(pictures, config.low_resolution), pictures.shape[-1] // config.low_resolution)
-    return {"low": low, "level": torch.zeros(len(low))}
+
+    def inputs(self, images: Tensor) -> None:
+        """Noise alone."""
+
+    def sigma_data(self, images: Tensor) -> None:
+        """That of the images."""
+
+    def generate(
+        self,
+        model: Model,
+        inputs: Tensor | None,
+        indices: range,
+        seed: int,
+        config: SamplingConfig,
+        progress: Progress = silent,
+        conditions: Conditions = UNCONDITIONAL,
+    ) -> Tensor:
+        """Sample from noise."""
+        return sample(model, indices, seed, config, progress, conditions)
 
 
-def detail(low_resolution: int, pictures: Tensor) -> float:
-    """Standard deviation of what ``pictures`` (N, C, H, W) uint8 have beyond their small versions, to four digits.
+@dataclass(frozen=True)
+class SuperResolution:
+    """Super-resolution: the network is given a small image, enlarged by interpolation, and the noise level over it."""
 
-    The rest depends on how many cores there are.
+    low_resolution: int
+    """Height and width of the small images, in pixels."""
+    max_noise: float
+    """Largest standard deviation of the noise that training adds to them."""
+
+    @property
+    def description(self) -> str:
+        """The task as a verb phrase."""
+        return f"enlarges from {self.low_resolution} pixels"
+
+    def conditioning(self, images: Tensor) -> Told:
+        """The small version of each image at full size, (N, C, H, W) float32, and a noise level of 0, (N,)."""
+        low = self._enlarged_again(images)
+        return {"low": low, "level": torch.zeros(len(low))}
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """The small version of each image, (N, C, h, w) uint8."""
+        return shrunk(images, self.low_resolution)
+
+    def sigma_data(self, images: Tensor) -> float:
+        """Standard deviation of what ``images`` have beyond their small versions, to four digits.
+
+        The rest depends on how many cores there are.
+        """
+        beyond = to_float(images) - self._enlarged_again(images)
+        return float(f"{beyond.double().square().mean().sqrt().item():.4g}")
+
+    def generate(
+        self,
+        model: Model,
+        inputs: Tensor | None,
+        indices: range,
+        seed: int,
+        config: SamplingConfig,
+        progress: Progress = silent,
+        conditions: Conditions = UNCONDITIONAL,
+    ) -> Tensor:
+        """Enlarge the small ``inputs`` (N, C, h, w) uint8."""
+        assert inputs is not None
+        return upscale(model, inputs, seed, config, progress, indices.start)
+
+    def check_images(self, model: Model, images: Tensor) -> None:
+        """Raise UserError for small ``images`` (N, C, h, w) that ``model`` cannot enlarge."""
+        _, channels, height, width = images.shape
+        if channels != model.header.channels:
+            raise UserError(
+                f"the image has {channels} channels and the model enlarges images of {model.header.channels}: "
+                f"make it {'grey' if model.header.channels == 1 else 'RGB'}"
+            )
+        if min(height, width) < self.low_resolution:
+            low = f"{self.low_resolution}×{self.low_resolution}"
+            raise UserError(
+                f"the image has {height}×{width} pixels (height × width) and the model was trained on {low}, so it "
+                "enlarges nothing lower or narrower: give it a larger one"
+            )
+
+    def _enlarged_again(self, images: Tensor) -> Tensor:
+        return enlarged(self.inputs(images), images.shape[-1] // self.low_resolution)
+
+
+def task_of(config: FamilyConfig) -> FromNoise | SuperResolution:
+    """The task of a model with this configuration."""
+    if isinstance(config, ModelConfig) and config.low_resolution is not None:
+        return SuperResolution(config.low_resolution, config.max_low_resolution_noise)
+    return FromNoise()
+
+
+def add_conditioning_noise(conditioning: Told, max_noise: float, seed: int, indices: Sequence[int]) -> Told:
+    """Noise conditioning augmentation of small images, of a standard deviation uniform in [0, ``max_noise``] for each.
+
+    Trained on clean images alone, a network takes each fault of a small image for a detail (arXiv 2106.15282, section
+    4.3).
     """
-    low = enlarged(shrunk(pictures, low_resolution), pictures.shape[-1] // low_resolution)
-    return float(f"{(to_float(pictures) - low).double().square().mean().sqrt().item():.4g}")
-
-
-def noised(told: Told, most: float, seed: int, indices: Sequence[int]) -> Told:
-    """``told`` with noise over the small pictures, the standard deviation of each uniform in [0, ``most``].
-
-    That is noise conditioning augmentation (arXiv 2106.15282, section 4.3): trained on clean pictures alone, a network
-    takes each fault of a small picture for a detail.
-    """
-    low, level = told["low"], most * uniform(seed, "low_resolution/level", indices).float()
+    low, level = conditioning["low"], max_noise * uniform(seed, "low_resolution/level", indices).float()
     noise = GaussianNoise(seed, "low_resolution/noise", indices, tuple(low.shape[1:]))()
     return {"low": low + level[:, None, None, None] * noise, "level": level}
 
@@ -93,7 +215,7 @@ class Tiles:
         return replace(self, weights=self.weights.to(device))
 
     def cut(self, canvas: Tensor) -> Tensor:
-        """``canvas`` (N, C, H, W) as tiles, those of the first picture first: (N K, C, size, size)."""
+        """``canvas`` (N, C, H, W) as tiles, those of the first image first: (N K, C, size, size)."""
         pieces = [canvas[:, :, top : top + self.size, left : left + self.size] for top, left in self.places]
         return torch.stack(pieces, dim=1).flatten(0, 1)
 
@@ -108,9 +230,9 @@ class Tiles:
 
 
 def make_tiles(height: int, width: int, size: int, scale: int) -> Tiles:
-    """Tiles of ``size`` small pixels for a small picture of ``height`` × ``width``, each ``scale`` pixels when large.
+    """Tiles of ``size`` small pixels for a small image of ``height`` × ``width``, each ``scale`` pixels when large.
 
-    They begin where small pixels do, as the pictures of the training. Each counts most in its middle and least at its
+    They begin where small pixels do, as the images of the training. Each counts most in its middle and least at its
     edges, where a network sees nothing of what lies beyond.
     """
     rows, columns = ([scale * start for start in starts(length, size)] for length in (height, width))
@@ -155,38 +277,43 @@ def tiled(
 
 def upscale(
     model: Model,
-    pictures: Tensor,
+    images: Tensor,
     seed: int,
     config: SamplingConfig,
     progress: Progress = silent,
     first: int = 0,
 ) -> Tensor:
-    """Small ``pictures``, (N, C, h, w) uint8, drawn large: (N, C, h·scale, w·scale) uint8.
+    """Small ``images``, (N, C, h, w) uint8, made large: (N, C, h·scale, w·scale) uint8.
 
-    The scale is the model's, the size of what it draws by that of what it is shown, below which no height or width may
-    be. Picture i has the noise of number ``first`` + i of ``seed``, and bits that depend on nothing asked for beside
-    it, as the network always computes ``config.compute_batch`` tiles at once, of one picture or of several.
+    The scale is the model's, the size of what it generates by that of what it is given, and no height or width may be
+    less than that. Image i has the noise of number ``first`` + i of ``seed``, and bits that depend on no other, as the
+    network always computes ``config.compute_batch`` tiles at once, of one image or of several.
 
-    Raises UserError if the model was not trained to enlarge, for a picture too small or of other channels, and for
+    Raises UserError if the model was not trained to enlarge, for a image too small or of other channels, and for
     options that would have no effect.
     """
-    low_resolution = require_enlarging(model, pictures)
+    task = task_of(model.config)
+    if not isinstance(task, SuperResolution):
+        raise UserError(
+            "the model generates images and was not trained to enlarge any: train one with model.low_resolution, the "
+            f"height and width of small images, say {model.header.size // 2}"
+        )
     assert isinstance(model, DiffusionModel)
-    require_small(model.config, config)
-    require_effect(model.classes, model.config.text, config, ANYTHING)
-    scale, batch = model.header.size // low_resolution, config.compute_batch
+    task.check_images(model, images)
+    check_sampling(model, config, UNCONDITIONAL)
+    scale, batch = model.header.size // task.low_resolution, config.compute_batch
     device = resolve_device(config.device)
     model = model.on(device)
-    tiles = make_tiles(pictures.shape[2], pictures.shape[3], low_resolution, scale).on(device)
+    tiles = make_tiles(images.shape[2], images.shape[3], task.low_resolution, scale).on(device)
     together = max(1, batch // len(tiles.places))
-    groups = [range(start, start + together) for start in range(0, len(pictures), together)]
+    groups = [range(start, start + together) for start in range(0, len(images), together)]
     alone = len(groups) == 1
 
     with repeatable(device), lanes(None if device.type == "cpu" else 1) as pool:
 
-        def draw(members: range) -> Tensor:
-            # Beyond the last picture comes the last once more, so that there are always as many.
-            small = pictures[torch.tensor(members).clamp(max=len(pictures) - 1)]
+        def generate(members: range) -> Tensor:
+            # Beyond the last image comes the last once more, so that there are always as many.
+            small = images[torch.tensor(members).clamp(max=len(images) - 1)]
             numbers = range(first + members.start, first + members.stop)
             low, level = (values.to(device) for values in _shown(small, scale, seed, numbers, config))
             # A group alone has its batches side by side. Several are so themselves, and must not wait for more lanes.
@@ -194,20 +321,20 @@ def upscale(
             draws = GaussianNoise(seed, "sampling", numbers, tuple(low.shape[1:]))
             callback = _step_by_step(progress, config.steps) if alone else None
             with torch.inference_mode():
-                sigmas = levels_of(config, model.schedule)
+                sigmas = config.sigma_grid(model.schedule)
                 denoise = replace(model.denoiser(), network=network, around=low)
-                large = reversed_from_noise(denoise, sigmas, lambda: draws().to(device), config, callback)
+                large = config.run(denoise, sigmas, lambda: draws().to(device), callback)
                 return to_uint8(large).cpu()
 
-        drawn = []
-        for members, large in zip(groups, (map if alone else pool.map)(draw, groups), strict=True):
-            drawn.append(large)
-            progress("pictures enlarged", min(members.stop, len(pictures)), len(pictures))
-    return torch.cat(drawn)[: len(pictures)]
+        finished = []
+        for members, large in zip(groups, (map if alone else pool.map)(generate, groups), strict=True):
+            finished.append(large)
+            progress("images enlarged", min(members.stop, len(images)), len(images))
+    return torch.cat(finished)[: len(images)]
 
 
 def _shown(small: Tensor, scale: int, seed: int, members: range, config: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """What the network is shown of ``small`` pictures number ``members``, and how much noise lies over it, (N,)."""
+    """What the network is shown of ``small`` images number ``members``, and how much noise lies over it, (N,)."""
     low, level = enlarged(small, scale), config.low_resolution_noise or 0.0
     if level:
         low = low + level * GaussianNoise(seed, "sampling/low_resolution", members, tuple(low.shape[1:]))()
@@ -226,25 +353,3 @@ def _answer(model: DiffusionModel, config: SamplingConfig, device: torch.device)
 
 def _step_by_step(progress: Progress, steps: int) -> Callback:
     return lambda step, *_: progress("steps of enlarging", step + 1, steps)
-
-
-def require_enlarging(model: Model, pictures: Tensor) -> int:
-    """The model's low resolution; raises UserError if it has none, or none for ``pictures`` (N, C, h, w)."""
-    low_resolution = model.config.low_resolution
-    if low_resolution is None:
-        raise UserError(
-            "the model draws pictures and was not trained to enlarge any: train one with model.low_resolution, the "
-            f"height and width of small pictures, say {model.header.size // 2}"
-        )
-    _, channels, height, width = pictures.shape
-    if channels != model.header.channels:
-        raise UserError(
-            f"the picture has {channels} channels and the model enlarges pictures of {model.header.channels}: "
-            f"make it {'grey' if model.header.channels == 1 else 'RGB'}"
-        )
-    if min(height, width) < low_resolution:
-        raise UserError(
-            f"the picture has {height}×{width} pixels (height × width) and the model was shown {low_resolution}×"
-            f"{low_resolution} in training, so it enlarges nothing lower or narrower: give it a larger one"
-        )
-    return low_resolution

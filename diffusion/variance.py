@@ -4,29 +4,16 @@ All for x = x_0 + σ ε, after Improved DDPM (arXiv 2102.09672, section 3.1).
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.special import log_ndtr
 
 from diffusion.process import NoiseSchedule
-
-Variance = Callable[[Tensor, Tensor], Tensor]
-"""Of x_s about its mean, as a function of σ and s, all float64 and of one shape."""
+from diffusion.samplers import fixed_large, fixed_small
 
 HALF_A_LEVEL = 1 / 255
 """From one of the 256 values of a pixel, in [−1, 1], to half the way to the next."""
-
-
-def smaller(sigma: Tensor, following: Tensor) -> Tensor:
-    """s² (1 − s²/σ²), right for data of a single picture: β̃ (arXiv 2006.11239, equation 7) over ᾱ_s."""
-    return following**2 * (1 - (following / sigma) ** 2)
-
-
-def larger(sigma: Tensor, following: Tensor) -> Tensor:
-    """(1 + s²)(σ² − s²)/(1 + σ²), right for data from N(0, I): β (arXiv 2006.11239, section 3.2) over ᾱ_s."""
-    return (1 + following**2) * (sigma**2 - following**2) / (1 + sigma**2)
 
 
 def deviation_between(v: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -48,8 +35,8 @@ def bound(schedule: NoiseSchedule, t: Tensor, x0: Tensor, missed: Tensor, v: Ten
     first = t == 0
     sigma, following = sigmas[t], sigmas[(t - 1).clamp(min=0)].masked_fill(first, 0)
     # The smaller variance of the last step to the picture is 0: there that of the step before it is taken, as ᾱ = 1.
-    least = smaller(sigmas[1], sigmas[0]) / (1 + sigmas[0] ** 2)
-    low, high = smaller(sigma, following).where(~first, least), larger(sigma, following)
+    least = fixed_small(sigmas[1], sigmas[0]) / (1 + sigmas[0] ** 2)
+    low, high = fixed_small(sigma, following).where(~first, least), fixed_large(sigma, following)
     deviation = deviation_between(v, _of_each(v, low), _of_each(v, high))
     missed_means = _of_each(v, 1 - (following / sigma) ** 2) * missed
     nats = torch.empty_like(v)

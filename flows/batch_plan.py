@@ -5,13 +5,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
 
-from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
+from diffusion.config_sampling import UNCONDITIONAL, Conditions
 from diffusion.device import resolve_device
 from diffusion.errors import Held, UserError
 from diffusion.fingerprint import fingerprint
 from diffusion.model import Model, load_model
-from diffusion.sampling import meanings_of, require_drawing, require_read_whole
-from diffusion.text import require_same
+from diffusion.samplers import SamplingConfig
+from diffusion.sampling import check_prompts, check_sampling, prompt_embeddings
+from diffusion.text import check_encoder
 from flows import environment, prints
 from flows.batch_records import SUCCESS
 from flows.params import PrintsConfig
@@ -37,20 +38,20 @@ def plan(
     config: PrintsConfig,
     count: int | None,
     seed: int,
-    asked: Asked,
+    conditions: Conditions,
     requests: str | None,
 ) -> tuple[Batch, RequestTable | None]:
     """The batch that is asked for, and the table that it is asked by.
 
     Raises UserError for what contradicts itself, would have no effect, or the model cannot do.
     """
-    _require_sense(sampling, config, count, asked, requests)
+    _require_sense(sampling, config, count, conditions, requests)
     model = load_model(weights)
-    table = _table(store, model, sampling, asked, requests)
+    table = _table(store, model, sampling, conditions, requests)
     if table is None:
-        require_drawing(model, sampling, asked)
-        require_read_whole(asked)
-    meanings_of(model, asked)
+        check_sampling(model, sampling, conditions)
+        check_prompts(conditions)
+    prompt_embeddings(model, conditions)
     number = table.count if table else DEFAULT_COUNT if count is None else count
     size = config.chunk or prints.chunk_size(number, sampling.compute_batch)
     if number > min(prints.MOST_PICTURES, prints.CHUNKS_AT_MOST * size):
@@ -69,7 +70,7 @@ def plan(
         count=number,
         sampling=sampling,
         fingerprint=fingerprint(sampling.compute_batch, sampling.precision, sampling.device),
-        asked=None if asked == ANYTHING else asked,
+        conditions=None if conditions == UNCONDITIONAL else conditions,
         requests=table.about if table else None,
         chunk=None if size == prints.CHUNK_BATCHES * sampling.compute_batch else size,
         format=config.format,
@@ -78,13 +79,13 @@ def plan(
 
 
 def _require_sense(
-    sampling: SamplingConfig, config: PrintsConfig, count: int | None, asked: Asked, requests: str | None
+    sampling: SamplingConfig, config: PrintsConfig, count: int | None, conditions: Conditions, requests: str | None
 ) -> None:
     if count is not None and count < 1:
         raise UserError(f"count {count}: ask for at least one picture")
     if requests is not None and count is not None:
         raise UserError(f"{requests} says how many pictures there are, one for each row: leave the count out")
-    if requests is not None and (asked.labels or asked.prompts):
+    if requests is not None and (conditions.labels or conditions.prompts):
         raise UserError(f"{requests} says what each picture is to show: leave labels and prompts out, or the table")
     if config.runner == "threads" and config.workers > 1 and resolve_device(sampling.device).type == "cuda":
         raise UserError(
@@ -94,7 +95,7 @@ def _require_sense(
 
 
 def _table(
-    store: Store, model: Model, sampling: SamplingConfig, asked: Asked, requests: str | None
+    store: Store, model: Model, sampling: SamplingConfig, conditions: Conditions, requests: str | None
 ) -> RequestTable | None:
     if requests is None:
         return None
@@ -108,10 +109,10 @@ def _table(
     else:
         table = RequestTable.made(Path(requests), folder)
     # What guidance leads to stands in the rows.
-    require_drawing(model, sampling.unguided())
+    check_sampling(model, sampling.unguided(), UNCONDITIONAL)
     if "prompt" in table.about.columns:
-        require_same(model.header.encoder)
-    table.require_effect(model, sampling, asked.negative_prompt, requests)
+        check_encoder(model.header.encoder)
+    table.check(model, sampling, conditions.negative_prompt, requests)
     return table
 
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 from prefect import flow
 from pydantic import Field
 
-from diffusion.config_sampling import Asked, SamplingConfig
+from diffusion.config_sampling import Conditions
+from diffusion.samplers import SamplingConfig, sampling_config
 from flows.params import Params, PrintsConfig
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def sample_on_demand(
     labels: tuple[str, ...] = (),
     prompts: tuple[str, ...] = (),
     negative_prompt: str | None = None,
-    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
+    sampling: SamplingConfig = sampling_config(),  # noqa: B008 (frozen)
     prints: PrintsConfig = PrintsConfig(),  # noqa: B008
 ) -> "Prints":
     """Print pictures of a registered model to S3, with a manifest.
@@ -40,6 +41,6 @@ def sample_on_demand(
     from flows.sample import sample
     from flows.steps import ended
 
-    asked = Asked(labels=labels, prompts=prompts, negative_prompt=negative_prompt)
-    done = sample(Params(sampling=sampling, prints=prints), model, count, seed, to, asked)
+    conditions = Conditions(labels=labels, prompts=prompts, negative_prompt=negative_prompt)
+    done = sample(Params(sampling=sampling, prints=prints), model, count, seed, to, conditions)
     return ended(done, f"{done.count} pictures of {done.model} in {done.uri}")

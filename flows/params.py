@@ -8,7 +8,6 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from diffusion.config import LONGEST_NAME, Config, plain_name, unset
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.config import IngestConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
@@ -16,6 +15,7 @@ from diffusion.evaluation.gate import GateConfig
 from diffusion.families.config import FAMILIES, FamilyConfig, meaningless
 from diffusion.models.config import ModelConfig
 from diffusion.presets import PresetName, over
+from diffusion.samplers import SamplingConfig, describe_error, sampling_config
 from diffusion.training.config import TrainingConfig, disagreement
 from flows.retention.config import RetentionConfig
 
@@ -58,7 +58,7 @@ class Params(Config):
     ingest: IngestConfig = IngestConfig()
     model: FamilyConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: SamplingConfig = sampling_config()
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
     registry: RegistryConfig = RegistryConfig()
@@ -230,6 +230,8 @@ def in_words(error: ValidationError) -> str:
     """What is wrong with a configuration, and how to mend it."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
+    if location[0] == "sampling":
+        return describe_error(first, first["loc"][1:])
     # After "model" stands the family by which its fields were read, which nobody wrote there.
     family = location.pop(1) if location[:1] == ["model"] and len(location) > 1 else None
     where = ".".join(location)

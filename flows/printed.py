@@ -20,7 +20,7 @@ from diffusion.config import Config, PlainName
 from diffusion.data.manifest import Sha256
 from diffusion.errors import UserError
 from diffusion.files import sha256_bytes
-from diffusion.made import ABOUT, About
+from diffusion.made import ABOUT, RequestRecord
 from flows import prints
 from flows.prints import Batch, Row
 from flows.registry import parse_model_uri
@@ -81,7 +81,7 @@ class Printed:
     """None: it is to be found nowhere (any more)."""
     place: Location | None
     """Where the batch lies."""
-    request: About | None = None
+    request: RequestRecord | None = None
     """``request.json`` beside a picture that was made on request."""
 
     @property
@@ -192,12 +192,12 @@ def _requested(where: str, png: bytes, origin: Origin) -> Printed:
     """A picture made on request, and what stands beside it, if it is still where it was made."""
     beside = Path(where).with_name(ABOUT)
     try:
-        request = About.model_validate_json(beside.read_bytes()) if beside.is_file() else None
+        request = RequestRecord.model_validate_json(beside.read_bytes()) if beside.is_file() else None
     except ValidationError:  # a file of somebody else's that has the same name
         request = None
     if request is not None and request.model["model"] != f"models:/{origin.model}/{origin.version}":
         request = None
-    rows: Sequence[Row] = request.pictures if request else ()
+    rows: Sequence[Row] = request.images if request else ()
     row = next((row for row in rows if row["index"] == origin.index), None)
     return Printed(where, Picture(png, origin, origin.index, row), None, None, request)
 

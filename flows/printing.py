@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from diffusion.config import Config
-from diffusion.config_sampling import ANYTHING, Asked
+from diffusion.config_sampling import UNCONDITIONAL, Conditions
 from diffusion.data.ahead import ahead
 from diffusion.data.shards import TarWriter
 from diffusion.errors import Held
@@ -39,7 +39,7 @@ class Drawn(NamedTuple):
     pictures: Tensor
     """(len(indices), C, H, W) uint8."""
     labels: list[str | None]
-    asked: Asked
+    conditions: Conditions
 
 
 class Work(Config):
@@ -120,9 +120,9 @@ def _drawn(batch: Batch, weights: Path, indices: range, table: RequestTable | No
     model, size = load_model(weights), at_once * batch.sampling.compute_batch
     for start in range(indices.start, indices.stop, size):
         group = range(start, min(start + size, indices.stop))
-        asked = asked_of(batch, table, group)
-        pictures = sample(model, group, batch.seed, batch.sampling, asked=asked, at_once=at_once)
-        yield Drawn(group, pictures, label_names(model, group, batch.seed, asked), asked)
+        conditions = conditions_of(batch, table, group)
+        pictures = sample(model, group, batch.seed, batch.sampling, conditions=conditions, at_once=at_once)
+        yield Drawn(group, pictures, label_names(model, group, batch.seed, conditions), conditions)
 
 
 def table_of(store: Store, batch: Batch, place: Location) -> RequestTable | None:
@@ -131,10 +131,12 @@ def table_of(store: Store, batch: Batch, place: Location) -> RequestTable | None
     return RequestTable.fetched(batch.requests, store, place, folder) if batch.requests else None
 
 
-def asked_of(batch: Batch, table: RequestTable | None, indices: range) -> Asked:
+def conditions_of(batch: Batch, table: RequestTable | None, indices: range) -> Conditions:
     """What pictures number ``indices``, and those computed beside them, are to show."""
-    asked = batch.asked or ANYTHING
-    return asked if table is None else table.asked(indices, batch.sampling.compute_batch, asked.negative_prompt)
+    conditions = batch.conditions or UNCONDITIONAL
+    if table is None:
+        return conditions
+    return table.conditions(indices, batch.sampling.compute_batch, conditions.negative_prompt)
 
 
 def _output(store: Store, batch: Batch, place: Location, chunk: int) -> AbstractContextManager[Write]:
@@ -164,7 +166,7 @@ def _tar(store: Store, batch: Batch, place: Location, name: str) -> Iterator[Wri
 
 def _encoded(batch: Batch, drawn: Drawn) -> Iterator[tuple[bytes, Row]]:
     for index, picture, label in zip(drawn.indices, drawn.pictures, drawn.labels, strict=True):
-        yield prints.encode(batch, index, picture, label, drawn.asked)
+        yield prints.encode(batch, index, picture, label, drawn.conditions)
 
 
 def _has_images(store: Store, batch: Batch, place: Location, chunk: int) -> bool:

@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from diffusion.config import Config, PlainName, unset
-from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
+from diffusion.config_sampling import UNCONDITIONAL, Conditions
 from diffusion.data.manifest import Sha256
 from diffusion.data.shards import BLOCK, Extent
 from diffusion.errors import UserError
@@ -28,6 +28,7 @@ from diffusion.files import canonical_json, digest_of, sha256_bytes
 from diffusion.fingerprint import Fingerprint
 from diffusion.grids import image_of
 from diffusion.marked import marked_png
+from diffusion.samplers import SamplingConfig
 from flows.request_table import Requests
 from flows.tags import RunId, VersionNumber
 
@@ -110,7 +111,7 @@ class Batch(Config):
     count: int = Field(ge=1, le=MOST_PICTURES)
     sampling: SamplingConfig
     fingerprint: Fingerprint
-    asked: Asked | None = None
+    conditions: Conditions | None = None
     """What the pictures are to show; None: whatever comes. With ``requests`` only what is asked of all of them."""
     requests: Requests | None = None
     """What each is to show, by the table in ``requests.parquet``."""
@@ -129,7 +130,7 @@ class Batch(Config):
     def name(self) -> str:
         """A name that differs for different requests to one model version."""
         how = self.sampling.model_dump(mode="json", exclude_none=True)
-        wanted = self.model_dump(mode="json", include={"asked", "requests", "format"})
+        wanted = self.model_dump(mode="json", include={"conditions", "requests", "format"})
         digest = digest_of(how | {name: value for name, value in wanted.items() if value is not None})[:8]
         return f"seed{self.seed}-count{self.count}-{self.sampling.sampler}{self.sampling.steps}-{digest}"
 
@@ -224,14 +225,14 @@ def chunk_of(batch: Batch, name: str) -> int | None:
 
 
 def encode(
-    batch: Batch, index: int, picture: Tensor, label: str | None, asked: Asked | None = None
+    batch: Batch, index: int, picture: Tensor, label: str | None, conditions: Conditions | None = None
 ) -> tuple[bytes, Row]:
     """Picture number ``index``, (C, H, W) uint8, as a PNG that says where it comes from, and its manifest row.
 
-    ``label``: the class that it was to show; ``asked``: what it was drawn by, None: what is asked of all.
+    ``label``: the class that it was to show; ``conditions``: what it was drawn by, None: what is asked of all.
     """
-    asked = asked or batch.asked or ANYTHING
-    prompt = asked.prompt(index)
+    conditions = conditions or batch.conditions or UNCONDITIONAL
+    prompt = conditions.prompt(index)
     image = image_of(picture)
     about: dict[str, str | None] = {
         "seed": str(batch.seed),
@@ -239,7 +240,7 @@ def encode(
         "model": f"models:/{batch.model}/{batch.version}",
         "run_id": batch.run_id,
         "content_digest": batch.content_digest,
-        "label": asked.label(index),
+        "label": conditions.label(index),
         "prompt": prompt,
     }
     png = marked_png(image, about)
@@ -257,7 +258,7 @@ def encode(
         "fingerprint": canonical_json(batch.fingerprint.model_dump(mode="json")),
         "label": label,
         "prompt": prompt,
-        "negative_prompt": asked.negative_prompt,
+        "negative_prompt": conditions.negative_prompt,
         "guidance": batch.sampling.guidance,
     }
     return png, row
@@ -295,7 +296,7 @@ def part_rows(part: bytes, where: str) -> list[Row]:
 
 def conflicts(batch: Batch, index: int, row: Row) -> list[str]:
     """Fields of ``row`` that are not what ``batch`` says of image number ``index``, sorted."""
-    asked = batch.asked or ANYTHING
+    conditions = batch.conditions or UNCONDITIONAL
     expected: dict[str, Any] = {
         "key": batch.key(index),
         "index": index,
@@ -305,13 +306,13 @@ def conflicts(batch: Batch, index: int, row: Row) -> list[str]:
         "run_id": batch.run_id,
         "content_digest": batch.content_digest,
         "weights_sha256": batch.weights_sha256,
-        "negative_prompt": asked.negative_prompt,
+        "negative_prompt": conditions.negative_prompt,
         "guidance": batch.sampling.guidance,
         "tar": tar_key(index // batch.chunk_size) if batch.format == "tar" else None,
     }
     if batch.requests is None:
-        expected["prompt"] = asked.prompt(index)
-        if (label := asked.label(index)) is not None:
+        expected["prompt"] = conditions.prompt(index)
+        if (label := conditions.label(index)) is not None:
             expected["label"] = label
     found = {name for name, value in expected.items() if row.get(name) != value}
     try:

@@ -4,7 +4,6 @@ It is told what in JSON on standard input, and says what it has done in lines of
 into safetensors files. Of ``diffusion`` it uses what the first version had, and besides only what is asked for.
 """
 
-import inspect
 import json
 import os
 import sys
@@ -20,17 +19,18 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 import diffusion
-from diffusion.config_sampling import SamplingConfig
+from diffusion.config_sampling import Conditions
 from diffusion.errors import DarkroomError
 from diffusion.fingerprint import fingerprint
 from diffusion.model import load_model
+from diffusion.samplers import SAMPLING_ADAPTER, SamplingConfig
 from diffusion.sampling import sample
 
 
 def redraw(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """First the fingerprint of this process, then for each range of ``request["chunks"]`` the file it went to.
 
-    ``request["asked"]`` has what each of them is to show, if anything is asked.
+    ``request["conditions"]`` has what each of them is to show, if anything is asked.
     """
     if Path(diffusion.__file__).resolve().parent != (Path(request["code"]) / "diffusion").resolve():
         raise DarkroomError(f"diffusion comes from {diffusion.__file__}, not from {request['code']}")
@@ -39,10 +39,8 @@ def redraw(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     model = load_model(Path(request["weights"]))
     for number, (first, end) in enumerate(request["chunks"]):
         draw = sample
-        if "asked" in request:
-            from diffusion.config_sampling import Asked
-
-            draw = partial(sample, asked=Asked.model_validate(request["asked"][number]))
+        if "conditions" in request:
+            draw = partial(sample, conditions=Conditions.model_validate(request["conditions"][number]))
         file = Path(request["folder"]) / f"{first}.safetensors"
         pictures = draw(model, range(first, end), request["seed"], config)
         save_file({"pictures": pictures.contiguous()}, file)
@@ -51,20 +49,15 @@ def redraw(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def conditions(sampling: dict[str, Any], recorded: dict[str, Any]) -> SamplingConfig:
     """``sampling`` with what it leaves to the machine set to what it was when the fingerprint was ``recorded``."""
-    chosen = {**sampling, "precision": recorded["precision"]}
-    if "device" in SamplingConfig.model_fields:
-        # A GPU's name is followed by the processor's: see diffusion.device.
-        chosen["device"] = "auto" if "," in recorded["device"] else "cpu"
-    return SamplingConfig.model_validate(chosen)
+    # A GPU's name is followed by the processor's: see diffusion.device.
+    device = "auto" if "," in recorded["device"] else "cpu"
+    chosen = {**sampling, "precision": recorded["precision"], "device": device}
+    return SAMPLING_ADAPTER.validate_python(chosen)
 
 
 def fingerprint_of(config: SamplingConfig) -> dict[str, Any]:
-    """Of this process; earlier versions knew nothing of devices."""
-    if "device" in inspect.signature(fingerprint).parameters:
-        made = fingerprint(config.compute_batch, config.precision, config.device)
-    else:
-        made = fingerprint(config.compute_batch, config.precision)  # type: ignore[call-arg]
-    return made.model_dump(mode="json")
+    """The fingerprint of this process."""
+    return fingerprint(config.compute_batch, config.precision, config.device).model_dump(mode="json")
 
 
 def end_with(parent: int) -> None:

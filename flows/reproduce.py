@@ -12,14 +12,14 @@ from mlflow.client import MlflowClient
 from safetensors.numpy import load_file
 
 from diffusion.config import Config
-from diffusion.config_sampling import Asked
+from diffusion.config_sampling import Conditions
 from diffusion.errors import UserError
 from diffusion.files import write_bytes
 from diffusion.fingerprint import Fingerprint
 from flows import environment, prints, registry, shipped
 from flows.derived import warn_of_takedown
 from flows.printed import Origin, Picture, Printed, find, pixels_sha256, read_picture, read_pixels, read_rows
-from flows.printing import asked_of, table_of
+from flows.printing import conditions_of, table_of
 from flows.prints import Batch, Row
 from flows.progress import reporter
 from flows.registry import CODE, Version
@@ -124,9 +124,9 @@ def reproduce(where: str, count: int | None = None, out: Path | None = None, ins
             originals = [printed.picture] if printed.picture else _originals(store, place, batch, chunk)
             compared += [compare(*each) for each in zip(map(batch.key, chunk), again, originals, strict=True)]
             if out is not None:
-                asked = asked_of(batch, table, chunk)
+                conditions = conditions_of(batch, table, chunk)
                 for index, pixels, original in zip(chunk, again, originals, strict=True):
-                    _write(out, batch, index, pixels, original.row, asked)
+                    _write(out, batch, index, pixels, original.row, conditions)
             reporter()("pictures drawn again", len(compared), total)
     return _summary(where, version, installed, batch.fingerprint.differences(made), made, compared, out)
 
@@ -177,10 +177,10 @@ def _request(
     batch: Batch, weights: Path, chunks: list[range], table: RequestTable | None, folder: Path
 ) -> dict[str, Any]:
     """What ``flows.redraw`` is told: only what the batch has, as the version's code may know of nothing else."""
-    asked = {}
-    if batch.asked is not None or table is not None:
-        each = (asked_of(batch, table, chunk) for chunk in chunks)
-        asked = {"asked": [one.model_dump(mode="json", exclude_none=True) for one in each]}
+    conditions = {}
+    if batch.conditions is not None or table is not None:
+        each = (conditions_of(batch, table, chunk) for chunk in chunks)
+        conditions = {"conditions": [one.model_dump(mode="json", exclude_none=True) for one in each]}
     return {
         "weights": str(weights.resolve()),
         "folder": str(folder),
@@ -188,7 +188,7 @@ def _request(
         "sampling": batch.sampling.model_dump(mode="json", exclude_none=True),
         "fingerprint": batch.fingerprint.model_dump(mode="json"),
         "chunks": [(chunk.start, chunk.stop) for chunk in chunks],
-        **asked,
+        **conditions,
     }
 
 
@@ -251,10 +251,10 @@ def compare(key: str, again: np.ndarray, original: Picture) -> Compared:
     )
 
 
-def _write(out: Path, batch: Batch, index: int, pixels: np.ndarray, row: Row | None, asked: Asked) -> None:
+def _write(out: Path, batch: Batch, index: int, pixels: np.ndarray, row: Row | None, conditions: Conditions) -> None:
     channels = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy())
     label = row and row.get("label")
-    png, _ = prints.encode(batch, index, channels, None if label is None else str(label), asked)
+    png, _ = prints.encode(batch, index, channels, None if label is None else str(label), conditions)
     write_bytes(out / prints.picture_key(index), png)
 
 

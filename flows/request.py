@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffusion.config import Config, PlainName
-from diffusion.config_sampling import Asked
+from diffusion.config_sampling import Conditions
 from diffusion.data.manifest import Manifest
 from diffusion.errors import Held, UserError
 from diffusion.files import digest_of
@@ -63,7 +63,7 @@ class Printing:
     count: int
     seed: int
     to: str | None
-    asked: Asked
+    conditions: Conditions
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Request:
             "layout": version.layout_digest if params.training.window is not None else None,
             "params": params.model_dump(mode="json", exclude={"ingest", "retention"}),
             "autoencoder": _champion(registered(params)),
-            "printing": [printing.count, printing.seed, printing.to, printing.asked.model_dump(mode="json")],
+            "printing": [printing.count, printing.seed, printing.to, printing.conditions.model_dump(mode="json")],
         }
         return cls(params.model_name, digest_of(parts))
 

@@ -14,13 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffusion.config import Config
-from diffusion.config_sampling import Asked, SamplingConfig
+from diffusion.config_sampling import Conditions
 from diffusion.data.manifest import Sha256
 from diffusion.data.sources.conventions import as_text, records
 from diffusion.data.sources.local import open_text
 from diffusion.errors import UserError
 from diffusion.model import Model
-from diffusion.sampling import require_effect, require_read_whole
+from diffusion.samplers import SamplingConfig
+from diffusion.sampling import check_conditions, check_prompts
 from flows.s3 import Location, Store
 
 Column = Literal["label", "prompt"]
@@ -115,32 +116,32 @@ class RequestTable:
         here = found.slice(wanted.start - groups.start * ROWS_AT_ONCE, len(wanted)).to_pylist()
         return [(row["label"], row["prompt"]) for row in here] + [(None, None)] * (len(wanted) - len(here))
 
-    def asked(self, indices: range, compute_batch: int, negative_prompt: str | None = None) -> Asked:
+    def conditions(self, indices: range, compute_batch: int, negative_prompt: str | None = None) -> Conditions:
         """What pictures number ``indices``, and those computed beside them, are to show.
 
-        After its last entry ``Asked`` begins from the front, so its entries are those of whole compute batches, turned
-        until each stands where its number leads.
+        After the last entry ``Conditions`` begins from the front, so its entries are those of whole compute batches,
+        turned until each stands where its number leads.
         """
         start = indices.start // compute_batch * compute_batch
         stop = -(-indices.stop // compute_batch) * compute_batch
         rows, turned = self.rows(range(start, stop)), -start % (stop - start)
-        return self._asked(rows[turned:] + rows[:turned], negative_prompt)
+        return self._conditions(rows[turned:] + rows[:turned], negative_prompt)
 
-    def require_effect(self, model: Model, sampling: SamplingConfig, negative_prompt: str | None, where: str) -> None:
+    def check(self, model: Model, sampling: SamplingConfig, negative_prompt: str | None, where: str) -> None:
         """Raise UserError, naming the row of the table ``where``, if ``model`` cannot be told what it asks."""
         for start in range(0, self.count, ROWS_AT_ONCE):
             rows = self.rows(range(start, min(start + ROWS_AT_ONCE, self.count)))
             for number, row in enumerate(rows, start=start + 1):
-                asked = self._asked([row], negative_prompt)
+                conditions = self._conditions([row], negative_prompt)
                 try:
-                    require_effect(model.classes, model.config.text, sampling, asked)
-                    require_read_whole(asked.model_copy(update={"negative_prompt": None}))
+                    check_conditions(model.classes, model.config.text, sampling, conditions)
+                    check_prompts(conditions.model_copy(update={"negative_prompt": None}))
                 except UserError as error:
                     raise UserError(f"{where}, record {number}: {error}") from error
 
-    def _asked(self, rows: list[Row], negative_prompt: str | None) -> Asked:
+    def _conditions(self, rows: list[Row], negative_prompt: str | None) -> Conditions:
         labels, prompts = zip(*rows, strict=True)
-        return Asked(
+        return Conditions(
             labels=labels if "label" in self.about.columns else (),
             prompts=prompts if "prompt" in self.about.columns else (),
             negative_prompt=negative_prompt,

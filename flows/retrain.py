@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from prefect import flow
 
 from diffusion.config import Config
-from diffusion.config_sampling import ANYTHING, Asked
+from diffusion.config_sampling import UNCONDITIONAL, Conditions
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.errors import UserError
 from flows.checkout import CheckedOut
@@ -43,7 +43,7 @@ def retrain(
     count: int = PRINTS,
     seed: int = 0,
     to: str | None = None,
-    asked: Asked = ANYTHING,
+    conditions: Conditions = UNCONDITIONAL,
     version: str | None = None,
 ) -> "Retrained | Unchanged":
     """Ingest, train, evaluate, promote, print, explain: each step skips what is done for the same inputs.
@@ -66,7 +66,7 @@ def retrain(
         data = brought or ingest(params, to_retrain=True)
 
         manifest = read_manifest(params.dataset_folder)
-        request = Request.of(params, manifest, Printing(count, seed, to, asked))
+        request = Request.of(params, manifest, Printing(count, seed, to, conditions))
         if (before := request.done()) is not None:
             return unchanged(manifest, data, before)
 
@@ -80,14 +80,14 @@ def retrain(
         from flows.train import train
 
         champion = f"models:/{params.model_name}@champion"
-        require_printable(params, manifest, asked)
+        require_printable(params, manifest, conditions)
         require_promotable(params)
         training = train(params, restart="if_different")
         evaluate(params)
         verdict = promote(params)
         # The champion may be an earlier model of another kind, and there may be none yet.
         printing = verdict.champion is not None and draws(champion)
-        prints = sample(params, champion, count, seed, to, asked) if printing else None
+        prints = sample(params, champion, count, seed, to, conditions) if printing else None
         explained = explain(params, verdict.version.uri, params.report_folder / "explain")
 
         done = Retrained(

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from diffusion.config import Config
-from diffusion.config_sampling import Asked
+from diffusion.config_sampling import Conditions
 from diffusion.data.manifest import Manifest
 from diffusion.evaluation.evaluator import require_enough
 from diffusion.model import classes_of
-from diffusion.sampling import require_effect, require_read_whole
+from diffusion.sampling import check_conditions, check_prompts
 from flows.checkout import CheckedOut
 from flows.explain import Explained
 from flows.ingest import Ingested
@@ -35,9 +35,9 @@ class Retrained(Config):
         return f"{self.verdict.version.uri} is {self.verdict.title}: {self.verdict.reason}"
 
 
-def require_printable(params: Params, manifest: Manifest, asked: Asked) -> None:
-    """Raise UserError, before hours of work, if the model could not be judged or could not print what is ``asked``."""
+def require_printable(params: Params, manifest: Manifest, conditions: Conditions) -> None:
+    """Raise UserError, before hours of work, if the model could not be evaluated or sampled under ``conditions``."""
     require_enough(params.dataset_folder)
     classes = classes_of(params.model, manifest.class_histogram)
-    require_effect(classes, params.model.text, params.sampling, asked)
-    require_read_whole(asked)
+    check_conditions(classes, params.model.text, params.sampling, conditions)
+    check_prompts(conditions)

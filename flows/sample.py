@@ -13,13 +13,15 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from diffusion.config import Config
-from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
+from diffusion.config_sampling import UNCONDITIONAL, Conditions
 from diffusion.data.ahead import in_order
 from diffusion.device import resolve_device
 from diffusion.errors import DarkroomError, Held
 from diffusion.grids import grid, save_png
 from diffusion.lanes import cores
 from diffusion.model import load_model
+from diffusion.samplers import SamplingConfig
+from diffusion.upscaling import task_of
 from flows import batch_plan, batch_records, environment, printing, registry
 from flows.derived import warn_of_takedown
 from flows.fan_out import submitter, task_runner
@@ -64,10 +66,10 @@ def sample(
     count: int | None = None,
     seed: int = 0,
     to: str | None = None,
-    asked: Asked = ANYTHING,
+    conditions: Conditions = UNCONDITIONAL,
     requests: str | None = None,
 ) -> Prints:
-    """Print ``count`` pictures of ``seed`` that show what is ``asked``, drawn by the version that ``model`` names now.
+    """Generate ``count`` images of ``seed`` under ``conditions`` with the version that ``model`` names now.
 
     ``model`` is models:/NAME@ALIAS or models:/NAME/NUMBER; ``to`` is s3://BUCKET for its usual place there
     (prints/MODEL/VERSION/BATCH/), or s3://BUCKET/PREFIX for exactly that place. ``requests``, instead of a count: a
@@ -75,7 +77,7 @@ def sample(
     """
     version, weights = fetch(model)
     for _ in range(ATTEMPTS):
-        batch, place = begin(version, weights, params.sampling, params.prints, count, seed, to, asked, requests)
+        batch, place = begin(version, weights, params.sampling, params.prints, count, seed, to, conditions, requests)
         try:
             cost = print_chunks.with_options(task_runner=task_runner(params.prints))(params, batch, place, version)
         except Missing:
@@ -102,7 +104,7 @@ def fetch(model: str) -> tuple[Version, Path]:
 def draws(model: str) -> bool:
     """Whether the version that ``model`` names now draws pictures of itself, and does not only enlarge them."""
     _, weights = fetch(model)
-    return load_model(weights).config.low_resolution is None
+    return task_of(load_model(weights).config).low_resolution is None
 
 
 @step
@@ -114,12 +116,12 @@ def begin(
     count: int | None,
     seed: int,
     to: str | None,
-    asked: Asked,
+    conditions: Conditions,
     requests: str | None = None,
 ) -> tuple[Batch, Location]:
     """Write down what is asked for; raises Held if the place holds a batch of something else."""
     store = Store()
-    batch, table = batch_plan.plan(store, version, weights, sampling, config, count, seed, asked, requests)
+    batch, table = batch_plan.plan(store, version, weights, sampling, config, count, seed, conditions, requests)
     place = Location.parse(to or f"s3://{environment.settings().bucket}")
     if not place.prefix:
         place = batch_plan.usual_place(store, batch, place.bucket)

@@ -1,10 +1,10 @@
 """The registered model: what MLflow loads and serves. Logged as code, so nothing is unpickled.
 
-A request is a table with a row for each task and the columns of ``diffusion.requests``, most of which may be left out:
-a ``seed`` alone is one picture, ``seed`` and ``index`` are the two numbers that stand in every print's manifest. Files
-(``image``, ``mask``) are given in base64. The answer is a table with a row per picture: ``request``, the number of the
-row that asked for it, ``index``, its own number, and ``png``. Equal requests give equal bits, within the fingerprint of
-the machine.
+A request is a table with a row for each task and the columns of ``diffusion.config_sampling``, most of which may be
+left out: a ``seed`` alone is one image, ``seed`` and ``index`` are the two numbers in the manifest of every sampling
+batch. Files (``image``, ``mask``) are given in base64. The answer is a table with a row per image: ``request``, the
+number of the row that asked for it, ``index``, its own number, and ``png``. Equal requests give equal bits, within the
+fingerprint of the machine.
 """
 
 import base64
@@ -19,11 +19,12 @@ from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from diffusion.config_sampling import SamplingConfig
+from diffusion.config_sampling import make_request
 from diffusion.errors import UserError
 from diffusion.grids import image_of, png_bytes
 from diffusion.model import Model, load_model
-from diffusion.requests import answer, request_of
+from diffusion.requests import answer
+from diffusion.samplers import SAMPLING_ADAPTER
 
 MOST_PICTURES = 4096
 FILES = ("image", "mask")
@@ -35,7 +36,7 @@ class ServedModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights from their safetensors file."""
         self.model: Model = load_model(Path(context.artifacts["weights"]))
-        self.sampling = SamplingConfig.model_validate(context.model_config)
+        self.sampling = SAMPLING_ADAPTER.validate_python(context.model_config)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -54,7 +55,7 @@ class ServedModel(PythonModel):
         requests = []
         for number, row in enumerate(table.to_dict("records")):
             try:
-                requests.append(request_of({str(name): _given(str(name), value) for name, value in row.items()}))
+                requests.append(make_request({str(name): _given(str(name), value) for name, value in row.items()}))
             except UserError as error:
                 raise UserError(f"row {number}: {error}") from error
         if (count := sum(request.count for request in requests)) > MOST_PICTURES:

@@ -13,12 +13,13 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from diffusion.config import Config
-from diffusion.config_sampling import Asked, SamplingConfig
+from diffusion.config_sampling import Conditions
 from diffusion.data.manifest import FileEntry, Manifest, parse_manifest
 from diffusion.data.removals import Removal
 from diffusion.errors import UserError
 from diffusion.fingerprint import Fingerprint
 from diffusion.made import ABOUT
+from diffusion.samplers import SamplingConfig
 from flows import batch_records, environment, registry
 from flows.catalogue import Catalogue
 from flows.derived import TAKEDOWN
@@ -58,7 +59,7 @@ class TracedBatch(Config):
     count: int
     seed: int
     finished: bool
-    asked: Asked | None
+    conditions: Conditions | None
     requests: Requests | None
     """The table that said what each picture is to show; it lies beside the batch."""
     sampling: SamplingConfig
@@ -69,7 +70,7 @@ class TracedRequest(Config):
     """What was asked for when the picture was made on request."""
 
     file: str
-    asked: dict[str, Any]
+    conditions: dict[str, Any]
     """The fields of ``diffusion.requests.Request``; of pictures their digests."""
     sampling: SamplingConfig
     fingerprint: Fingerprint
@@ -238,7 +239,7 @@ class _Walk:
             seed=batch.seed,
             finished=self.store.exists(place.bucket, place.key("_SUCCESS"))
             and not self.store.exists(place.bucket, f"{DELETED}/{place.prefix}"),
-            asked=batch.asked,
+            conditions=batch.conditions,
             requests=batch.requests,
             sampling=batch.sampling,
             fingerprint=batch.fingerprint,
@@ -252,7 +253,7 @@ class _Walk:
             return None
         return TracedRequest(
             file=str(Path(printed.where).with_name(ABOUT)),
-            asked=told.request,
+            conditions=told.request,
             sampling=told.sampling,
             fingerprint=told.fingerprint,
         )

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion.config_sampling import Asked, SamplingConfig
+from diffusion.config_sampling import Conditions, make_request
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
 from diffusion.data.manifest import read_manifest
@@ -43,7 +43,8 @@ from diffusion.families.config import AutoregressiveConfig, FamilyConfig, GANCon
 from diffusion.fingerprint import fingerprint
 from diffusion.model import load_model, read_header
 from diffusion.models.config import ModelConfig
-from diffusion.requests import answer, request_of
+from diffusion.requests import answer
+from diffusion.samplers import sampling_config
 from diffusion.sampling import sample
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import train
@@ -56,7 +57,7 @@ IMAGES = 2_000
 SIZE = 16
 TRAINING = {"images": IMAGES, "batch_size": 50, "warmup_images": 200, "checkpoints": 2, "precision": "fp32"}
 SHAPE: dict[str, Any] = {"width": 16, "multipliers": (1, 2), "blocks": 1, "attention": (1,), "patch": 2}
-SAMPLING = SamplingConfig(steps=6, compute_batch=8, precision="fp32")
+SAMPLING = sampling_config(steps=6, compute_batch=8, precision="fp32")
 EVALUATION = EvaluationConfig(samples=48, extractor_size=32)
 Values = dict[str, Any]
 """Nested by section, with digests, numbers and words at the leaves."""
@@ -206,9 +207,9 @@ def trained_models(scratch: Path) -> dict[str, Path]:
 def trained(scratch: Path, name: str, dataset: str, network: FamilyConfig, options: dict[str, Any]) -> Path:
     """The final model of ``network`` trained on the data set of that name."""
     config = TrainingConfig.model_validate(TRAINING | options | {"dataset": dataset})
-    sampling = SamplingConfig(steps=2, compute_batch=8, precision="fp32") if network.family == "ddpm" else SAMPLING
+    sampling = sampling_config(steps=2, compute_batch=8, precision="fp32") if network.family == "ddpm" else SAMPLING
     if network.family != "ddpm":
-        sampling = SamplingConfig(compute_batch=8, precision="fp32")
+        sampling = sampling_config(compute_batch=8, precision="fp32")
     return train(scratch / "data" / dataset, scratch / "runs" / name, network, config, sampling).final
 
 
@@ -253,11 +254,11 @@ def generated_images(models: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
     ddpm = load_model(models["ddpm"])
     samplers: dict[str, dict[str, Any]] = {
         "ddpm": {},
-        "ddpm larger variance": {"sampler": "ddpm", "variance": "larger"},
+        "ddpm larger variance": {"sampler": "ddpm", "variance": "fixed_large"},
         "ddim": {},
         "ddim eta": {"sampler": "ddim", "eta": 0.5},
         "euler": {},
-        "euler churn": {"sampler": "euler", "churn": 0.3, "churn_noise": 1.01},
+        "euler churn": {"sampler": "euler", "churn": {"amount": 0.3, "noise_std": 1.01}},
         "heun": {},
         "dpmpp_2m": {},
         "dpmpp_2m_sde": {},
@@ -267,35 +268,42 @@ def generated_images(models: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
         "whole schedule": {"sampler": "ddim", "sigma_max": None, "sigma_min": None},
     }
     for name, options in samplers.items():
-        config = SamplingConfig.model_validate(SAMPLING.model_dump() | {"sampler": name} | options)
+        config = SAMPLING.with_sampler(options.get("sampler", name)).changed(options)
         yield f"sampler/{name}", digest_of_images(sample(ddpm, range(3, 9), 7, config))
-    plain = SamplingConfig(compute_batch=8, precision="fp32")
-    asked = {
-        "ddpm learned variance": Asked(),
-        "ddpm v": Asked(labels=("blue",)),
-        "text": Asked(labels=("red",), prompts=("a blue disc", None)),
-        "latent": Asked(labels=("red", "blue")),
-        "vae": Asked(),
-        "gan": Asked(labels=("red",)),
-        "autoregressive": Asked(labels=("blue",)),
+    plain = sampling_config(compute_batch=8, precision="fp32")
+    conditions = {
+        "ddpm learned variance": Conditions(),
+        "ddpm v": Conditions(labels=("blue",)),
+        "text": Conditions(labels=("red",), prompts=("a blue disc", None)),
+        "latent": Conditions(labels=("red", "blue")),
+        "vae": Conditions(),
+        "gan": Conditions(labels=("red",)),
+        "autoregressive": Conditions(labels=("blue",)),
     }
-    for name, what in asked.items():
+    for name, what in conditions.items():
         config = plain if name in ("vae", "gan", "autoregressive") else SAMPLING
         if name == "ddpm learned variance":
             config = SAMPLING.with_sampler("ddpm")
-        yield f"family/{name}", digest_of_images(sample(load_model(models[name]), range(5), 1, config, asked=what))
+        yield f"family/{name}", digest_of_images(sample(load_model(models[name]), range(5), 1, config, conditions=what))
     files = request_files()
+    hole = {"task": "inpaint", "image": files.image, "mask": files.mask}
     tasks: dict[str, dict[str, Any]] = {
         "sample": {"task": "sample", "count": 3, "seed": 4, "label": "red"},
-        "inpaint": {"task": "inpaint", "count": 2, "image": files.image, "mask": files.mask},
-        "inpaint repaint": {"task": "inpaint", "image": files.image, "mask": files.mask, "times": 2},
-        "inpaint pigdm": {"task": "inpaint", "image": files.image, "mask": files.mask, "agree": True},
-        "img2img": {"task": "vary", "count": 2, "image": files.image, "strength": 0.5},
+        "inpaint": hole | {"count": 2},
+        "inpaint repaint": {
+            "task": "inpaint",
+            "image": files.image,
+            "mask": files.mask,
+            "method": "repaint",
+            "resample_steps": 2,
+        },
+        "inpaint pigdm": hole | {"method": "pigdm"},
+        "img2img": {"task": "img2img", "count": 2, "image": files.image, "strength": 0.5},
         "interpolate": {"task": "interpolate", "count": 4, "seed": 2, "to_seed": 3, "label": "red"},
     }
     for name, fields in tasks.items():
-        yield f"task/{name}", digest_of_images(answer(ddpm, [request_of(fields)], SAMPLING)[0])
-    upscale = request_of({"task": "upscale", "image": files.small, "seed": 1})
+        yield f"task/{name}", digest_of_images(answer(ddpm, [make_request(fields)], SAMPLING)[0])
+    upscale = make_request({"task": "upscale", "image": files.small, "seed": 1})
     images = answer(load_model(models["super-resolution"]), [upscale], SAMPLING)[0]
     yield "task/upscale", digest_of_images(images)
 
@@ -310,7 +318,7 @@ def metrics(scratch: Path, models: Mapping[str, Path]) -> Values:
         models["warm start"], models["ddpm"], data, EVALUATION, SAMPLING, GateConfig(), scratch / "reports" / "trial"
     )
     autoencoder, _ = trial(
-        models["vae"], models["vae"], data, EVALUATION, SamplingConfig(compute_batch=8), GateConfig(), scratch / "vae"
+        models["vae"], models["vae"], data, EVALUATION, sampling_config(compute_batch=8), GateConfig(), scratch / "vae"
     )
     enlarged = evaluate(data, [models["super-resolution"]], EVALUATION, SAMPLING, scratch / "reports" / "enlarged")
     return {

@@ -19,7 +19,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffusion.config_sampling import Asked
+from diffusion.config_sampling import Conditions
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.data.ingest import captions_folder, forget_captions
 from diffusion.data.manifest import read_manifest
@@ -49,10 +49,10 @@ class Captions:
         return self.embeddings[numbers].masked_fill((numbers < 0)[:, None], 0)
 
 
-def like(dataset: Dataset, rows: Rows, classes: Sequence[str]) -> Asked:
+def like(dataset: Dataset, rows: Rows, classes: Sequence[str]) -> Conditions:
     """To show what the pictures in ``rows`` do: their captions, and of their labels those that the model knows."""
     labels = tuple(label if label in classes else None for label in dataset.labels(rows)) if classes else ()
-    return Asked(labels=labels, prompts=tuple(dataset.captions(rows)))
+    return Conditions(labels=labels, prompts=tuple(dataset.captions(rows)))
 
 
 def embeddings_of(dataset: Dataset, texts: Sequence[str], pool: Executor, progress: Progress = silent) -> Tensor:

@@ -9,11 +9,11 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.model import DiffusionModel, ModelHeader, classes_of
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 from diffusion.process import NoiseSchedule, make_schedule
+from diffusion.samplers import SAMPLING_ADAPTER, DDPMSampling, SamplingConfig
 
 
 class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -70,7 +70,7 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     @property
     def sampling(self) -> SamplingConfig:
         """How it is drawn from, unless asked otherwise."""
-        return SamplingConfig.model_validate(self.config.sampling)
+        return SAMPLING_ADAPTER.validate_python(self.config.sampling)
 
     def forward(
         self,
@@ -99,4 +99,4 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 def draws_with_learned_variance(sampling: SamplingConfig) -> bool:
     """Whether a network's learned variance is asked for: what is guided is no one network's answer, and has none."""
-    return sampling.sampler == "ddpm" and sampling.variance is None and not sampling.guides
+    return isinstance(sampling, DDPMSampling) and sampling.variance is None and not sampling.guides

@@ -10,14 +10,14 @@ from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, Sch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from diffusion.config_sampling import Asked, SamplingConfig
+from diffusion.config_sampling import Conditions
 from diffusion.diffusers_format.network import DarkroomUNet
 from diffusion.diffusers_format.schedulers import IN_SIGMA, PRECONDITIONED, SDE, SUPPORTED, visited
 from diffusion.errors import UserError
 from diffusion.model import DiffusionModel, Told
 from diffusion.random import GaussianNoise
-from diffusion.samplers import Denoise
-from diffusion.sampling import denoiser_of, meanings_of, require_effect, require_read_whole, told_of
+from diffusion.samplers import DDIMSampling, Denoise, SamplingConfig
+from diffusion.sampling import check_prompts, check_sampling, denoiser_of, prompt_embeddings, told_of
 
 Answer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """From x = x_0 + σ ε and σ to the estimate of x_0, and to what the scheduler takes for the model's output."""
@@ -74,14 +74,14 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         }
         known = {name: value for name, value in given.items() if value is not None}
         config = self.unet.sampling.changed(known)
-        asked = Asked(labels=_each(labels), prompts=_each(prompts), negative_prompt=negative_prompt)
-        require_read_whole(asked)
-        require_effect(model.classes, model.config.text, config, asked)
-        require_fitting(self.scheduler, model)
+        conditions = Conditions(labels=_each(labels), prompts=_each(prompts), negative_prompt=negative_prompt)
+        check_prompts(conditions)
+        check_sampling(model, config, conditions)
+        _check_scheduler(self.scheduler, model)
         device = self._execution_device
-        meanings = meanings_of(model, asked)
-        told = {name: each.to(device) for name, each in told_of(model, indices, seed, asked, meanings).items()}
-        denoise = denoiser_of(model, told, config, meanings[asked.negative_prompt].to(device))
+        embeddings = prompt_embeddings(model, conditions)
+        told = {name: each.to(device) for name, each in told_of(model, indices, seed, conditions, embeddings).items()}
+        denoise = denoiser_of(model, told, config, embeddings[conditions.negative_prompt].to(device))
         told_variance = learns(self.scheduler)
         answer = learned(model, told, config) if told_variance else partial(as_output, self.scheduler, denoise)
         start, options = self._noise(model, batch_size, seed, generator, eta)
@@ -125,7 +125,8 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
             )
         own: dict[str, Any] = {}
         if "eta" in accepted:
-            own["eta"] = (self.unet.sampling.eta or 0.0) if eta is None else eta
+            configured = self.unet.sampling.eta if isinstance(self.unet.sampling, DDIMSampling) else 0.0
+            own["eta"] = configured if eta is None else eta
         if generator is not None:
             start = randn_tensor((count, *model.shape), generator=generator, device=device, dtype=torch.float32)
             return start, lambda: own | ({"generator": generator} if "generator" in accepted else {})
@@ -140,7 +141,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         return draws().to(device), lambda: own | {"variance_noise": draws().to(device)}
 
 
-def require_fitting(scheduler: SchedulerMixin, model: DiffusionModel) -> None:
+def _check_scheduler(scheduler: SchedulerMixin, model: DiffusionModel) -> None:
     """Raise UserError for a ``scheduler`` that takes steps which are none of ours, or on another noise schedule."""
     if not isinstance(scheduler, SUPPORTED):
         names = ", ".join(each.__name__ for each in SUPPORTED)

@@ -17,12 +17,21 @@ from diffusers import (
 )
 from torch import Tensor
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.diffusers_format.network import draws_with_learned_variance
 from diffusion.errors import UserError
 from diffusion.model import DiffusionModel
 from diffusion.process import NoiseSchedule
-from diffusion.samplers import levels_of
+from diffusion.samplers import (
+    DDIMSampling,
+    DDPMSampling,
+    DEISSampling,
+    DPMSolverSampling,
+    DPMSolverSDESampling,
+    EulerSampling,
+    HeunSampling,
+    SamplingConfig,
+    UniPCSampling,
+)
 
 WHOLE = (DDPMScheduler, DDIMScheduler)
 """Those that visit whole times alone."""
@@ -44,7 +53,7 @@ def scheduler_of(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMi
     """
     scheduler = _scheduler(model, sampling)
     if not isinstance(scheduler, WHOLE):
-        levels = levels_of(sampling, model.schedule)
+        levels = sampling.sigma_grid(model.schedule)
         # Not among its arguments, but it looks there when it lays out levels as Karras et al. do.
         scheduler.register_to_config(sigma_max=float(levels[0]), sigma_min=float(levels[-2]))
     return scheduler
@@ -60,36 +69,34 @@ def _scheduler(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMixi
     rho = {"use_karras_sigmas": True}
     to_zero = {"final_sigmas_type": "zero"}
     _require_counterpart(model, sampling)
-    match sampling.sampler:
-        case "ddpm":
-            variance = "fixed_large" if sampling.variance == "larger" else "fixed_small"
+    match sampling:
+        case DDPMSampling():
+            variance: str = sampling.variance or "fixed_small"
             if model.config.learned_variance and draws_with_learned_variance(sampling):
                 variance = "learned_range"
             return DDPMScheduler(**shared, variance_type=variance, clip_sample=False)
-        case "ddim":
+        case DDIMSampling():
             return DDIMScheduler(**shared, clip_sample=False)
-        case "euler":
+        case EulerSampling():
             return EulerDiscreteScheduler(**shared, **rho)
-        case "heun":
+        case HeunSampling():
             return HeunDiscreteScheduler(**shared, **rho)
-        case "dpmpp_2m":
+        case DPMSolverSampling():
             return DPMSolverMultistepScheduler(**shared, **rho, **to_zero)
-        case "dpmpp_2m_sde":
+        case DPMSolverSDESampling():
             return DPMSolverMultistepScheduler(**shared, **rho, **to_zero, algorithm_type="sde-dpmsolver++")
-        case "deis":
-            return DEISMultistepScheduler(**shared, **rho, solver_order=sampling.order or 3, lower_order_final=False)
-        case "unipc":
-            return UniPCMultistepScheduler(
-                **shared, **rho, **to_zero, solver_order=sampling.order or 2, solver_type="bh2"
-            )
+        case DEISSampling():
+            return DEISMultistepScheduler(**shared, **rho, solver_order=sampling.order, lower_order_final=False)
+        case UniPCSampling():
+            return UniPCMultistepScheduler(**shared, **rho, **to_zero, solver_order=sampling.order, solver_type="bh2")
 
 
 def _require_counterpart(model: DiffusionModel, sampling: SamplingConfig) -> None:
-    if sampling.churn is not None:
+    if isinstance(sampling, EulerSampling | HeunSampling) and sampling.churn is not None:
         raise UserError(
             "schedulers of diffusers keep no sampling.churn: leave it out, or use dpmpp_2m_sde, whose noise is fresh"
         )
-    if sampling.sampler == "dpmpp_2m_sde" and sampling.eta not in (None, 1):
+    if isinstance(sampling, DPMSolverSDESampling) and sampling.eta != 1:
         raise UserError(
             f"diffusers draws dpmpp_2m_sde with all noise fresh, not with sampling.eta = {sampling.eta:g}: leave it "
             "out, or use sampling.sampler=dpmpp_2m for none"
@@ -116,7 +123,7 @@ def visited(scheduler: SchedulerMixin, schedule: NoiseSchedule, config: Sampling
     scheduler.set_timesteps(config.steps)
     if isinstance(scheduler, WHOLE):
         return scheduler.timesteps, schedule.sigma(scheduler.timesteps)
-    sigmas = levels_of(config, schedule)
+    sigmas = config.sigma_grid(schedule)
     if isinstance(scheduler, DEISMultistepScheduler):
         sigmas[-1] = sigmas[-2]  # it cannot go to 0
     if isinstance(scheduler, HeunDiscreteScheduler):  # which asks twice at each level but the first

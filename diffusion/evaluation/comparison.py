@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from diffusion.config import Config
-from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.bootstrap import difference
 from diffusion.evaluation.config import EvaluationConfig
@@ -34,6 +33,7 @@ from diffusion.fingerprint import Fingerprint
 from diffusion.lanes import cores
 from diffusion.model import read_model_header
 from diffusion.progress import Progress, silent
+from diffusion.samplers import SamplingConfig, sampling_config
 from diffusion.sampling import sample
 
 COMPARISON = "comparison.json"
@@ -136,7 +136,7 @@ def compare(
     """
     if len(models) < 2:
         raise UserError(f"there is nothing to compare {', '.join(models) or 'nothing'} with: name two families or more")
-    evaluator = Evaluator(data, config, SamplingConfig(), output / CACHE, progress)
+    evaluator = Evaluator(data, config, sampling_config(), output / CACHE, progress)
     found = {name: _entering(name, path, how, evaluator) for name, (path, how) in models.items()}
     halves = evaluator.halves(list(found.values()))
     figures: dict[str, Figures] = dict(zip(found, halves, strict=False)) if halves else {}
@@ -193,7 +193,7 @@ def _pace(model: ModelEvaluator) -> float:
 
     def work() -> dict[str, Tensor]:
         began = time.perf_counter()
-        sample(model.model, range(count), model.config.seed, model.guided, model.progress, model.asked)
+        sample(model.model, range(count), model.config.seed, model.guided, model.progress, model.conditions)
         return {"pictures_per_second": torch.tensor(count / (time.perf_counter() - began), dtype=torch.float64)}
 
     key = PaceKey(generated=model.generated_key, cores=cores())

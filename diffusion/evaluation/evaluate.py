@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import CACHE, Evaluator
@@ -20,6 +19,7 @@ from diffusion.files import write_bytes, write_json
 from diffusion.grids import above, grid, save_png
 from diffusion.model import read_model_header
 from diffusion.progress import Progress, silent
+from diffusion.samplers import SamplingConfig
 
 
 def evaluate(

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion.config import Config, unset
-from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
+from diffusion.config_sampling import UNCONDITIONAL, Conditions
 from diffusion.data.captions import like
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import read_manifest
@@ -40,7 +40,7 @@ from diffusion.evaluation.real import CHUNK, SHOWN, Real, moved_in_pieces, packe
 from diffusion.evaluation.reference import FeaturesKey
 from diffusion.evaluation.results import (
     CheckpointEvaluation,
-    Conditions,
+    EvaluationConditions,
     Floor,
     Measured,
     ModelEvaluation,
@@ -53,7 +53,8 @@ from diffusion.fingerprint import Fingerprint, fingerprint
 from diffusion.lanes import cores
 from diffusion.model import Model, ModelHeader, load_model, read_model_header
 from diffusion.progress import Progress, silent
-from diffusion.sampling import labels_of, leads_anywhere, reconstructed, sample
+from diffusion.samplers import SamplingConfig
+from diffusion.sampling import is_conditional, labels_of, reconstructed, sample
 from diffusion.upscaling import upscale
 
 CACHE = "judged"
@@ -209,7 +210,7 @@ class Evaluator:
         self.sampling = sampling
         self.folder = folder
         self.progress = progress
-        self.conditions = Conditions(
+        self.conditions = EvaluationConditions(
             content_digest=dataset.manifest.content_digest,
             extractor=extractor.name,
             extractor_digest=extractor.digest,
@@ -334,10 +335,10 @@ class ModelEvaluator:
         return load_model(self.path)
 
     @cached_property
-    def asked(self) -> Asked:
+    def conditions(self) -> Conditions:
         """Captions of held-out images if the model has any, else classes as often as the data set has them."""
         if not self.header.model.text:
-            return ANYTHING
+            return UNCONDITIONAL
         real = self.real
         captioned = [caption is not None for caption in real.dataset.captions(real.held_out)]
         return like(real.dataset, real.held_out[captioned][: self.config.samples], self.model.classes)
@@ -345,7 +346,7 @@ class ModelEvaluator:
     @cached_property
     def guided(self) -> SamplingConfig:
         """How it generates: a champion may be conditioned on less than what the configuration is for now."""
-        leads = leads_anywhere(self.model.classes, self.asked) and self.header.model.low_resolution is None
+        leads = is_conditional(self.model.classes, self.conditions) and self.header.model.low_resolution is None
         return self.sampling if leads else self.sampling.unguided()
 
     @cached_property
@@ -370,7 +371,7 @@ class ModelEvaluator:
             def work() -> Tensors:
                 if self.header.model.low_resolution is None:
                     seed = self.config.seed
-                    return {"pictures": sample(self.model, numbers, seed, self.guided, counted, self.asked)}
+                    return {"pictures": sample(self.model, numbers, seed, self.guided, counted, self.conditions)}
                 shown = self.real.small[numbers.start : numbers.stop]
                 return {"pictures": upscale(self.model, shown, self.config.seed, self.guided, counted, numbers.start)}
 
@@ -408,7 +409,7 @@ class ModelEvaluator:
         """The class that conditions each image, (samples,), see ``labels_of``; None: it has no classes."""
         if self.header.model.low_resolution:
             return None
-        return labels_of(self.model, range(self.samples), self.config.seed, self.asked)
+        return labels_of(self.model, range(self.samples), self.config.seed, self.conditions)
 
     @cached_property
     def per_class(self) -> PerClass | None:

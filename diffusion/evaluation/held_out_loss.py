@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion.config import Config
-from diffusion.config_sampling import Asked, SamplingConfig
+from diffusion.config_sampling import Conditions
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.device import repeatable, resolve_device
 from diffusion.evaluation.terms import Terms
@@ -16,8 +16,9 @@ from diffusion.fingerprint import autocast
 from diffusion.lanes import lanes
 from diffusion.model import Model, Told, to_float
 from diffusion.progress import Progress, silent
-from diffusion.sampling import meanings_of
-from diffusion.upscaling import shown_small
+from diffusion.samplers import SamplingConfig
+from diffusion.sampling import prompt_embeddings
+from diffusion.upscaling import task_of
 
 
 class LevelLoss(Config):
@@ -123,12 +124,12 @@ def told_of_rows(model: Model, dataset: Dataset, rows: Rows) -> Told:
 
     Raises UserError if it knows captions, and the encoder that read them cannot be had.
     """
-    told = shown_small(model.config, dataset.pictures(rows))
+    told = task_of(model.config).conditioning(dataset.pictures(rows))
     if model.classes:
         told["label"] = dataset.classes(rows, model.classes)
     if model.config.text:
         captions = dataset.captions(rows)
-        meanings = meanings_of(model, Asked(prompts=tuple(captions)))
+        meanings = prompt_embeddings(model, Conditions(prompts=tuple(captions)))
         told["text"] = torch.stack([meanings[caption] for caption in captions])
     return told
 

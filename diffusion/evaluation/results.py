@@ -8,7 +8,6 @@ from typing import Literal
 from pydantic import Field, FiniteFloat, ValidationError
 
 from diffusion.config import Config, unset
-from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.drift import Drift
@@ -22,12 +21,13 @@ from diffusion.evaluation.per_class import PerClass
 from diffusion.families.config import FAMILIES
 from diffusion.files import digest_of
 from diffusion.fingerprint import Fingerprint
+from diffusion.samplers import SamplingConfig
 
 CONFIDENCE = 0.95
 """Two-sided, of all intervals that are shown."""
 
 
-class Conditions(Config):
+class EvaluationConditions(Config):
     """All that two models must have in common for their metrics to be compared."""
 
     format_version: Literal[3] = 3
@@ -210,7 +210,7 @@ class Evaluation(Config):
 
     dataset: str
     """Name of the data set."""
-    conditions: Conditions
+    conditions: EvaluationConditions
     eval_key: str
     """``conditions.key``: compare models only where it is equal."""
     floor: Floor

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from diffusion.objective import edm
+from diffusion.process import SIGMA_MAX
 from diffusion.random import GaussianNoise, uniform
-from diffusion.samplers import SIGMA_MAX
 from diffusion.variance import HALF_A_LEVEL, log_likelihood
 
 LEVELS = 16

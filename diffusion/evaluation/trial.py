@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.bootstrap.neighbourhoods import FEWEST as FEWEST_FOR_ERRORS
 from diffusion.evaluation.config import EvaluationConfig
@@ -26,6 +25,7 @@ from diffusion.families.config import FAMILIES, meaning
 from diffusion.files import write_json
 from diffusion.model import ModelHeader, read_model_header
 from diffusion.progress import Progress, silent
+from diffusion.samplers import SamplingConfig
 
 TRIAL = "trial.json"
 """What is written, in the folder of the evaluation."""

@@ -2,7 +2,7 @@
 
 from diffusion.config import Config
 from diffusion.evaluation.gate import Decision, Evidence, GateConfig
-from diffusion.evaluation.results import Conditions, Floor, Measured, ModelEvaluation, flat
+from diffusion.evaluation.results import EvaluationConditions, Floor, Measured, ModelEvaluation, flat
 
 
 class Side(Config):
@@ -20,7 +20,7 @@ class Side(Config):
 class Trial(Config):
     """Two models compared, and the verdict."""
 
-    conditions: Conditions
+    conditions: EvaluationConditions
     key: str
     """``conditions.key``: figures compare only where it is equal."""
     gate: GateConfig

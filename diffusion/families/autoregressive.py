@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.terms import Terms
 from diffusion.families.base import Batch, Data, Family, Learner
@@ -23,6 +22,7 @@ from diffusion.logistics import LEVELS, log_probability, mixtures_of
 from diffusion.model import Model, ModelHeader, Told, to_float, to_uint8
 from diffusion.models.autoregressive import PixelCNN, draw
 from diffusion.models.latents import Latents
+from diffusion.samplers import SamplingConfig
 from diffusion.training.config import TrainingConfig, disagreement
 from diffusion.training.drawn import Drawn
 

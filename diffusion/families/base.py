@@ -9,12 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.editing import Edit
 from diffusion.evaluation.terms import Terms
 from diffusion.model import Model, ModelHeader, Told
 from diffusion.models.latents import Latents
-from diffusion.samplers import Noise
+from diffusion.samplers import Noise, SamplingConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.drawn import Drawn
 

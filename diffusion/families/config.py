@@ -6,9 +6,12 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from diffusion.config import LARGEST_SIZE, Config
-from diffusion.config_sampling import SamplingConfig
 from diffusion.models.config import ModelConfig
-from diffusion.models.kind import DEEPEST, NOISE_LEVELS, REVERSE_PROCESS, WIDEST, Kind, Multipliers
+from diffusion.models.kind import DEEPEST, NOISE_LEVELS, WIDEST, Kind, Multipliers
+from diffusion.samplers import SamplingConfig, sampling_config
+
+COMPUTING = {"compute_batch", "precision", "device"}
+"""Fields of the section ``sampling`` that have an effect for all families."""
 
 
 class VAEConfig(Kind):
@@ -19,7 +22,6 @@ class VAEConfig(Kind):
 
     passes_over: ClassVar[Mapping[str, Collection[str]]] = {
         "training": (*NOISE_LEVELS, "condition_dropout"),
-        "sampling": REVERSE_PROCESS,
     }
     judged: ClassVar[Literal["drawn", "reconstructed"]] = "reconstructed"
     likelihood: ClassVar[Literal["bound", "exact"] | None] = "bound"
@@ -73,7 +75,6 @@ class GANConfig(Kind):
         # The loss is relative to an opponent that learns, too: it says nothing from one checkpoint to another. And as
         # the opponent is not in a model, a trained generator has none that it could go on against.
         "training": (*NOISE_LEVELS, "keep_best", "start"),
-        "sampling": REVERSE_PROCESS,
     }
     text: ClassVar[bool] = False
     """Whether it is told captions."""
@@ -119,7 +120,7 @@ class AutoregressiveConfig(Kind):
     steps one after the other: made for pictures of up to about 64 pixels.
     """
 
-    passes_over: ClassVar[Mapping[str, Collection[str]]] = {"training": NOISE_LEVELS, "sampling": REVERSE_PROCESS}
+    passes_over: ClassVar[Mapping[str, Collection[str]]] = {"training": NOISE_LEVELS}
     likelihood: ClassVar[Literal["bound", "exact"] | None] = "exact"
     text: ClassVar[bool] = False
     """Whether it is told captions."""
@@ -145,18 +146,24 @@ def _family(given: Any) -> str:
     return str(given.get("family", "ddpm")) if isinstance(given, dict) else "ddpm"
 
 
-def meaningless(model: "FamilyConfig", section: str, given: Config) -> str | None:
+def meaningless(model: "FamilyConfig", section: Literal["sampling", "training"], given: Config) -> str | None:
     """Which field of ``section`` is set and means nothing to the family of ``model``, in words; None if none does."""
-    for name in sorted(model.passes_over.get(section, ())):
-        if getattr(given, name) != type(given).model_fields[name].get_default(call_default_factory=True):
+    if section == "training":
+        names, default = set(model.passes_over.get(section, ())), type(given)()
+    else:
+        names, default = (
+            set() if model.samples_in_steps else type(given).model_fields.keys() - COMPUTING,
+            sampling_config(),
+        )
+    for name in sorted(names):
+        if getattr(given, name) != getattr(default, name, None):
             return f"{section}.{name} means nothing to model.family = {model.family}: leave it out"
     return None
 
 
 def meaning(model: "FamilyConfig", sampling: SamplingConfig) -> SamplingConfig:
     """``sampling`` as far as it means anything to the family of ``model``: the rest has its defaults."""
-    left_out = model.passes_over.get("sampling", ())
-    return SamplingConfig.model_validate(sampling.model_dump(exclude=set(left_out)))
+    return sampling if model.samples_in_steps else sampling_config(**sampling.model_dump(include=COMPUTING))
 
 
 class LatentSpace(Config):

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.evaluation.cost import evaluations
 from diffusion.evaluation.terms import Terms, denoising_terms
 from diffusion.families.base import Batch, Data, Family, Learner
@@ -20,6 +19,7 @@ from diffusion.models.unet import UNet
 from diffusion.objective import Objective
 from diffusion.process import make_schedule
 from diffusion.random import GaussianNoise, uniform
+from diffusion.samplers import SamplingConfig
 from diffusion.sampling import reverse_process
 from diffusion.training.config import TrainingConfig
 from diffusion.training.drawn import Drawn

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion.adversarial import penalties
-from diffusion.config_sampling import Asked, SamplingConfig
+from diffusion.config_sampling import Conditions
 from diffusion.errors import UserError
 from diffusion.evaluation.terms import Terms
 from diffusion.families.base import Batch, Contest, Data, Family, Learner
@@ -21,6 +21,7 @@ from diffusion.model import Model, ModelHeader, Told, to_uint8
 from diffusion.models.gan import Generator, Opponent
 from diffusion.models.latents import Latents
 from diffusion.random import GaussianNoise
+from diffusion.samplers import SamplingConfig, sampling_config
 from diffusion.sampling import interpolate
 from diffusion.training.config import TrainingConfig, disagreement
 from diffusion.training.drawn import Drawn
@@ -153,9 +154,9 @@ class GANFamily:
     def explain(self, model: GANModel, picture: Tensor, output: Path, seed: int) -> list[Path]:
         """The way from one picture to another through noise; of a model told classes, a row for each."""
         path = output / "way.png"
-        asks = [Asked(labels=(name,)) for name in model.classes] or [Asked()]
-        config = SamplingConfig(compute_batch=WAY)
-        ways = [interpolate(model, seed, seed + 1, WAY, config, asked=asked) for asked in asks]
+        asks = [Conditions(labels=(name,)) for name in model.classes] or [Conditions()]
+        config = sampling_config(compute_batch=WAY)
+        ways = [interpolate(model, seed, seed + 1, WAY, config, conditions=conditions) for conditions in asks]
         save_png(path, grid(torch.cat(ways), columns=WAY))
         return [path]
 

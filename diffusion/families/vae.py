@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.terms import Terms
 from diffusion.families.base import Batch, Data, Family, Learner
@@ -20,6 +19,7 @@ from diffusion.model import Model, ModelHeader, Told, to_uint8
 from diffusion.models.latents import Latents
 from diffusion.models.vae import VAE
 from diffusion.random import GaussianNoise
+from diffusion.samplers import SamplingConfig, sampling_config
 from diffusion.sampling import reconstructed
 from diffusion.training.config import TrainingConfig, disagreement
 from diffusion.training.drawn import Drawn
@@ -150,7 +150,7 @@ class VAEFamily:
     def explain(self, model: VAEModel, picture: Tensor, output: Path, seed: int) -> list[Path]:
         """The picture above its reconstruction."""
         path = output / "reconstruction.png"
-        save_png(path, above(picture[None], reconstructed(model, picture[None], SamplingConfig()), scale=4))
+        save_png(path, above(picture[None], reconstructed(model, picture[None], sampling_config()), scale=4))
         return [path]
 
 

@@ -15,6 +15,7 @@ class ModelConfig(Kind):
 
     likelihood: ClassVar[Literal["bound", "exact"] | None] = "bound"
     in_diffusers: ClassVar[bool] = True
+    samples_in_steps: ClassVar[bool] = True
 
     family: Literal["ddpm"] = Field("ddpm", exclude_if=lambda family: family == "ddpm")
     """What kind of model it is: a diffusion model, or see diffusion/families/config.py."""
@@ -127,6 +128,6 @@ class ModelConfig(Kind):
         return self
 
     @property
-    def most_low_resolution_noise(self) -> float:
+    def max_low_resolution_noise(self) -> float:
         """The largest standard deviation of noise over small pictures."""
         return 0.1 if self.low_resolution_noise is None else self.low_resolution_noise

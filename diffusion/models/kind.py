@@ -6,15 +6,12 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from diffusion.config import Config
-from diffusion.config_sampling import SamplingConfig
 
 WIDEST, DEEPEST, MOST_LEVELS = 4096, 64, 12
 """Channels, blocks of a resolution, and resolutions at most: a file that says of itself more than that is refused
 before anything is built of it."""
 Multipliers = Annotated[tuple[Annotated[int, Field(le=64)], ...], Field(max_length=MOST_LEVELS)]
 """Channels at each resolution, as multiples of the width."""
-REVERSE_PROCESS = SamplingConfig.model_fields.keys() - {"compute_batch", "precision", "device"}
-"""Fields of the section ``sampling`` that mean nothing to who has no reverse process."""
 NOISE_LEVELS = (
     "weighting",
     "min_snr_gamma",
@@ -34,6 +31,9 @@ class Kind(Config):
 
     passes_over: ClassVar[Mapping[str, Collection[str]]] = {}
     """Fields of other sections that mean nothing to it."""
+    samples_in_steps: ClassVar[bool] = False
+    """Whether it samples by a reverse process; otherwise of the section ``sampling`` only how work is computed counts.
+    """
     judged: ClassVar[Literal["drawn", "reconstructed"]] = "drawn"
     """By what it draws, or by how held-out pictures come back, which then are seen in the pictures kept of it."""
     likelihood: ClassVar[Literal["bound", "exact"] | None] = None

@@ -13,12 +13,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.config import Config, unset
-from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.families import family_of
 from diffusion.families.config import FamilyConfig, LatentSpace
 from diffusion.files import make_folder
 from diffusion.models.vae import VAE
+from diffusion.samplers import SamplingConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.record import drawn_by
 from diffusion.training.run import Run

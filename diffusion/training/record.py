@@ -8,14 +8,13 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.manifest import Manifest
 from diffusion.families import family_of
 from diffusion.fingerprint import CPU
 from diffusion.grids import beside, blocks, grid, save_png
 from diffusion.model import Model, to_float
 from diffusion.progress import Progress
-from diffusion.sampling import sample
+from diffusion.samplers import SamplingConfig
 from diffusion.training.checkpoint import Writer
 from diffusion.training.config import TrainingConfig
 from diffusion.training.guards import Guards
@@ -23,7 +22,7 @@ from diffusion.training.history import History, read_rows
 from diffusion.training.post_hoc import AVERAGES, keep_snapshot
 from diffusion.training.run import Run
 from diffusion.training.tracker import Tracker
-from diffusion.upscaling import shown_small, shrunk, upscale
+from diffusion.upscaling import task_of
 
 GRID_PICTURES = 36
 FIGURES = ("loss", "gradient_norm", "learning_rate", "images_per_second", "data_wait", "skipped")
@@ -89,7 +88,7 @@ class Record:
         save_png(self.output / "samples" / f"{images:010d}.png", picture)
         self.tracker.log_picture("samples", picture, images)
         if images == run.total:
-            told = shown_small(run.model, real(run)[:1]) or None
+            told = task_of(run.model).conditioning(real(run)[:1]) or None
             for name, shown in family_of(run.model).illustrations(averaged.on(CPU), told).items():
                 self.tracker.log_picture(name, shown, images)
         self.guards.probe(figures, images)
@@ -106,17 +105,17 @@ class Record:
 
 def drawn_by(model: Model, run: Run, sampling: SamplingConfig) -> Tensor:
     """The pictures of a grid by ``model``, the present one of ``run``: drawn, or held-out ones enlarged."""
-    if run.model.low_resolution is None:
-        return sample(model, range(GRID_PICTURES), 0, sampling, asked=run.shown(GRID_PICTURES))
-    return upscale(model, shrunk(real(run), run.model.low_resolution), 0, sampling)
+    task = task_of(run.model)
+    inputs, conditions = task.inputs(real(run)), run.shown(GRID_PICTURES)
+    indices = range(GRID_PICTURES if inputs is None else len(inputs))
+    return task.generate(model, inputs, indices, 0, sampling, conditions=conditions)
 
 
 def sheet(drawn: Tensor, run: Run) -> Image.Image:
     """The grid of ``drawn`` pictures; of enlarged ones between the small picture and the real one, each time."""
-    if run.model.low_resolution is None:
-        return grid(drawn)
-    pictures = real(run)
-    return grid(beside(blocks(shrunk(pictures, run.model.low_resolution), drawn.shape[-1]), drawn, pictures), 12)
+    images = real(run)
+    inputs = task_of(run.model).inputs(images)
+    return grid(drawn) if inputs is None else grid(beside(blocks(inputs, drawn.shape[-1]), drawn, images), 12)
 
 
 def real(run: Run) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion.config_sampling import ANYTHING, Asked
+from diffusion.config_sampling import UNCONDITIONAL, Conditions
 from diffusion.data.captions import Captions, like
 from diffusion.data.dataset import SPLITS, Dataset
 from diffusion.data.loader import Batch, Loader
@@ -37,7 +37,7 @@ from diffusion.training.sharding import gathered
 from diffusion.training.state import deviation, frozen_tensors, make_network, make_state, worked_on
 from diffusion.training.turn import Turn
 from diffusion.training.warm_start import WarmStart, identified_start
-from diffusion.upscaling import noised, shown_small
+from diffusion.upscaling import SuperResolution, add_conditioning_noise, task_of
 
 FINGERPRINT = "fingerprint"
 PROBES = 256
@@ -219,8 +219,9 @@ class Run:
 
     def _told(self, batch: Batch) -> Told:
         """What the network is told of the pictures of a batch."""
-        if self.model.low_resolution is not None:
-            return noised(self._known(batch), self.model.most_low_resolution_noise, self.config.seed, batch.indices)
+        task = task_of(self.model)
+        if isinstance(task, SuperResolution):
+            return add_conditioning_noise(self._known(batch), task.max_noise, self.config.seed, batch.indices)
         if not (told := self._known(batch)):
             return told
         u = uniform(self.config.seed, "class", batch.indices)
@@ -228,7 +229,7 @@ class Run:
 
     def _known(self, batch: Batch) -> Told:
         """Class, caption and small version of the pictures of a batch, as far as the network is told any."""
-        known = shown_small(self.model, batch.pictures)
+        known = task_of(self.model).conditioning(batch.pictures)
         if self.classes:
             known["label"] = self.dataset.classes(batch.rows, self.classes)
         if self.captions is not None:
@@ -301,10 +302,10 @@ class Run:
                 figures |= self.learner.figures(network, drawn, losses)
             return figures
 
-    def shown(self, count: int) -> Asked:
+    def shown(self, count: int) -> Conditions:
         """What ``count`` pictures drawn to be looked at are to show: as held-out ones, where there are captions."""
         if self.captions is None:
-            return ANYTHING
+            return UNCONDITIONAL
         rows = np.concatenate([self.dataset.rows("held_out"), self.dataset.rows("train")])
         return like(self.dataset, rows[self.captions.numbers[rows] >= 0][:count], self.classes)
 

@@ -17,7 +17,7 @@ from diffusion.training.first_stage import FirstStage
 from diffusion.training.ranks import Ranks
 from diffusion.training.sharding import shard
 from diffusion.training.uncertainty import Uncertainty
-from diffusion.upscaling import detail
+from diffusion.upscaling import task_of
 
 LEAST_DEVIATION = 1e-4
 """Of values in [−1, 1], far below a level of 8 bits: what differs by less does not differ."""
@@ -44,15 +44,16 @@ def deviation(dataset: Dataset, model: FamilyConfig, first_stage: FirstStage | N
     """Standard deviation of the values that the network works on; UserError if there is nothing to learn from them."""
     if first_stage:
         return 1.0
-    name, low = dataset.manifest.name, model.low_resolution
-    if low is None:
-        found, why = dataset.manifest.sigma_data, "are one flat tone"
-    else:
-        # Rows are in the order of their keys, and so the first are any.
-        found = detail(low, dataset.pictures(dataset.rows("train")[:LOOKED_AT]))
-        why = f"show all that they have at {low}×{low}"
+    task = task_of(model)
+    # Rows are in the order of their keys, and so the first are any.
+    found = task.sigma_data(dataset.pictures(dataset.rows("train")[:LOOKED_AT]))
+    found = dataset.manifest.sigma_data if found is None else found
     if found < LEAST_DEVIATION:
-        raise UserError(f"the training pictures of {name} {why}, so there is nothing to learn: ingest others")
+        low = task.low_resolution
+        why = "are one flat tone" if low is None else f"show all that they have at {low}×{low}"
+        raise UserError(
+            f"the training images of {dataset.manifest.name} {why}, so there is nothing to learn: ingest others"
+        )
     return found
 
 

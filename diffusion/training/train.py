@@ -16,7 +16,6 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from diffusion.config import Config
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.captions import Captions, embeddings_of, seconds_to_read
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import Manifest, read_manifest
@@ -34,7 +33,8 @@ from diffusion.model import (
 )
 from diffusion.models.config import ModelConfig
 from diffusion.progress import Progress, silent
-from diffusion.sampling import require_effect, require_meaning, require_small
+from diffusion.samplers import SamplingConfig
+from diffusion.sampling import check_conditions, check_sampling_options
 from diffusion.text import WIDTH
 from diffusion.training.checkpoint import COUNTS, Checkpoints, Writer
 from diffusion.training.config import TrainingConfig
@@ -95,11 +95,10 @@ def train(
         with holding, repeatable(resolve_device(config.device)), lanes(lanes_of(config, together)) as pool:
             with lanes() as readers:
                 captions = _captions(dataset, model, together, partial(embeddings_of, pool=readers, progress=progress))
-            require_meaning(model, sampling)
-            require_small(model, sampling)
+            check_sampling_options(model, sampling)
             first_stage = _first_stage(dataset, model, config, together)
             run = Run.new(dataset, model, config, pool, together, captions, first_stage, open_start(config))
-            require_effect(run.classes, model.text, sampling, run.shown(GRID_PICTURES))
+            check_conditions(run.classes, model.text, sampling, run.shown(GRID_PICTURES))
             if together.leads and restart == "if_different" and _differences(output, run):
                 _discard(output)
             with run.loader:
@@ -331,11 +330,10 @@ def preflight(
     with _opened(data, config, store) as dataset, device, lanes(lanes_of(config, ALONE)) as pool:
         # Captions without meaning cost a step the same, and need not be read.
         captions = _captions(dataset, model, ALONE, lambda _, texts: torch.zeros(len(texts), WIDTH))
-        require_meaning(model, sampling)
-        require_small(model, sampling)
+        check_sampling_options(model, sampling)
         first_stage = _first_stage(dataset, model, config, ALONE)
         run = Run.new(dataset, model, config, pool, ALONE, captions, first_stage, open_start(config))
-        require_effect(run.classes, model.text, sampling, run.shown(GRID_PICTURES))
+        check_conditions(run.classes, model.text, sampling, run.shown(GRID_PICTURES))
         reading = seconds_to_read(dataset, dataset.different_captions()[0], cores()) if captions else 0
         return preflight_of(run, measure(run, sampling), reading)
 

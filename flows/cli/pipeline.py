@@ -25,7 +25,7 @@ from flows.cli.options import (
     load,
     show,
 )
-from flows.cli.requests import is_file, made, show_made
+from flows.cli.requests import generated, is_file, show_generated
 
 if TYPE_CHECKING:
     from flows.params import Params
@@ -285,17 +285,17 @@ def sample(
             raise UserError("--requests is for prints of a registered model, and this is a file: give it --prompt")
         wanted = {"count": 64 if count is None else count, "seed": seed, "negative_prompt": negative_prompt}
         wanted |= {"label": next(iter(label), None), "prompt": next(iter(prompt), None)}
-        show_made(made("sample", wanted, model, output, params, overrides), as_json)
+        show_generated(generated("sample", wanted, model, output, params, overrides), as_json)
         return
     if output is not None:
         raise UserError("--out is where pictures of a model file go, and prints go to S3: use --to s3://BUCKET/PREFIX")
     config = load(params, overrides)
     with joined("prefect", "mlflow", "s3"):
-        from diffusion.config_sampling import Asked
+        from diffusion.config_sampling import Conditions
         from flows.sample import sample
 
-        asked = Asked(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
-        done = sample(config, model or f"models:/{config.model_name}@champion", count, seed, to, asked, requests)
+        conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
+        done = sample(config, model or f"models:/{config.model_name}@champion", count, seed, to, conditions, requests)
     show(
         done.model_dump(mode="json"),
         as_json,
@@ -334,11 +334,11 @@ def retrain(
     given = [f"ingest.source={json.dumps(source, ensure_ascii=False)}"] if source is not None else []
     config = load(params, [*overrides, *given], dataset)
     with joined("prefect", "mlflow", "s3"):
-        from diffusion.config_sampling import Asked
+        from diffusion.config_sampling import Conditions
         from flows.retrain import Unchanged, retrain
 
-        asked = Asked(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
-        done = retrain(config, count, seed, to, asked, version)
+        conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
+        done = retrain(config, count, seed, to, conditions, version)
     found = done.model_dump(mode="json")
     if isinstance(done, Unchanged):
         # What a script looks for stands where it does after a retraining that had something to do.

@@ -112,8 +112,8 @@ def _picture(picture: "TracedPicture") -> Iterator[str]:
 def _batch(batch: "TracedBatch") -> Iterator[str]:
     yield f"{batch.uri}, {'finished' if batch.finished else 'not finished'}"
     yield f"{batch.count:,} pictures of seed {batch.seed}: {_fields(batch.sampling.model_dump(exclude_none=True))}"
-    if batch.asked is not None:
-        yield f"asked for {_fields(batch.asked.model_dump(exclude_defaults=True))}"
+    if batch.conditions is not None:
+        yield f"asked for {_fields(batch.conditions.model_dump(exclude_defaults=True))}"
     if batch.requests is not None:
         yield f"asked for by {batch.uri}requests.parquet, {_fields(batch.requests.model_dump())}"
     yield f"fingerprint {_fields(batch.fingerprint.model_dump())}"
@@ -121,7 +121,7 @@ def _batch(batch: "TracedBatch") -> Iterator[str]:
 
 def _request(request: "TracedRequest") -> Iterator[str]:
     yield request.file
-    yield f"asked for {_fields(request.asked)}"
+    yield f"asked for {_fields(request.conditions)}"
     yield f"fingerprint {_fields(request.fingerprint.model_dump())}"
 
 

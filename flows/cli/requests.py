@@ -1,5 +1,6 @@
 """``darkroom inpaint | vary | interpolate | upscale``: pictures from pictures, in a folder of this machine."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,7 @@ from flows.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from diffusion.made import Made
+    from diffusion.made import GenerationResult
 
 Image = Annotated[Path, typer.Argument(help="A picture; it is cut to a square and scaled to the model's size.")]
 Label = Annotated[str | None, typer.Option("--label", metavar="NAME", help="The class to show.")]
@@ -35,6 +36,14 @@ NegativePrompt = Annotated[
 ]
 
 
+class InpaintMethod(StrEnum):
+    """How the hole is made to fit what lies around it."""
+
+    REPLACE = "replace"
+    PIGDM = "pigdm"
+    REPAINT = "repaint"
+
+
 def add_to(app: typer.Typer) -> None:
     """Register the verbs."""
     for verb in (inpaint, vary, interpolate, upscale):
@@ -46,19 +55,18 @@ def inpaint(
     mask: Annotated[
         Path, typer.Option("--mask", help="A picture as large as the image: white is painted anew, black is kept.")
     ],
-    times: Annotated[
-        int | None,
+    method: Annotated[
+        InpaintMethod,
         typer.Option(
-            "--times",
-            min=1,
-            max=100,
-            help="Go each stretch so often, so that the new fits the old (RePaint); default: once.",
+            "--method",
+            help="How the hole is made to fit: replace the known part at each step (fast); pigdm, guide each step by a "
+            "gradient, for 2.5 times the work; repaint, repeat steps.",
         ),
+    ] = InpaintMethod.REPLACE,
+    resample_steps: Annotated[
+        int | None,
+        typer.Option("--resample-steps", min=2, max=100, help="How often repaint repeats each stretch; default: 5."),
     ] = None,
-    agree: Annotated[
-        bool,
-        typer.Option("--agree", help="Make the new fit the old at each step, by a gradient; 2.5 times the work."),
-    ] = False,
     strength: Annotated[
         float | None, typer.Option("--strength", help="How much the hole is changed, up to 1, all of it; default: 1.")
     ] = None,
@@ -75,13 +83,13 @@ def inpaint(
 ) -> None:
     """Paint a part of a picture anew, in several ways; the rest keeps its pixels.
 
-    Example:  darkroom inpaint face.png --mask hole.png --agree --model models:/faces@champion
+    Example:  darkroom inpaint face.png --mask hole.png --method pigdm --model models:/faces@champion
     """
-    wanted: dict[str, Any] = {"count": count, "seed": seed, "times": times, "strength": strength}
-    wanted |= {"agree": agree or None}
+    wanted: dict[str, Any] = {"count": count, "seed": seed, "strength": strength}
+    wanted |= {"method": method.value, "resample_steps": resample_steps}
     wanted |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
-    done = made("inpaint", wanted, model, output, params, overrides, image, mask)
-    show_made(done, as_json)
+    done = generated("inpaint", wanted, model, output, params, overrides, image, mask)
+    show_generated(done, as_json)
 
 
 def vary(
@@ -106,8 +114,8 @@ def vary(
     """
     wanted: dict[str, Any] = {"count": count, "seed": seed, "strength": strength}
     wanted |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
-    done = made("vary", wanted, model, output, params, overrides, image)
-    show_made(done, as_json)
+    done = generated("img2img", wanted, model, output, params, overrides, image)
+    show_generated(done, as_json)
 
 
 def interpolate(
@@ -129,8 +137,8 @@ def interpolate(
     """
     wanted: dict[str, Any] = {"count": count, "seed": seed, "to_seed": to_seed}
     wanted |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
-    done = made("interpolate", wanted, model, output, params, overrides)
-    show_made(done, as_json)
+    done = generated("interpolate", wanted, model, output, params, overrides)
+    show_generated(done, as_json)
 
 
 def upscale(
@@ -147,7 +155,8 @@ def upscale(
 
     Example:  darkroom upscale small.png --model models:/faces-16-to-64@champion
     """
-    show_made(made("upscale", {"count": count, "seed": seed}, model, output, params, overrides, image), as_json)
+    done = generated("upscale", {"count": count, "seed": seed}, model, output, params, overrides, image)
+    show_generated(done, as_json)
 
 
 def is_file(model: str) -> bool:
@@ -155,7 +164,7 @@ def is_file(model: str) -> bool:
     return model.endswith(".safetensors")
 
 
-def made(
+def generated(
     task: str,
     wanted: dict[str, Any],
     model: str | None,
@@ -164,27 +173,27 @@ def made(
     overrides: list[str],
     image: Path | None = None,
     mask: Path | None = None,
-) -> "Made":
+) -> "GenerationResult":
     """The pictures, drawn here with a model file, or by the flow with a registered one."""
-    from diffusion.requests import wanted_of
+    from diffusion.config_sampling import read_request
 
-    asked = wanted_of({"task": task, **wanted})
+    fields = {"task": task, **{name: value for name, value in wanted.items() if value is not None}}
+    request = read_request(fields, image, mask)
     config = load(params, overrides)
     if model is not None and is_file(model):
-        from diffusion.made import make, read_request
+        from diffusion.made import generate_to_folder
         from flows.console import console
 
-        request = read_request(asked, image, mask)
         with console() as progress:
-            return make(Path(model), request, config.sampling, output, progress=progress)
+            return generate_to_folder(Path(model), request, config.sampling, output, progress=progress)
     with joined("prefect", "mlflow", "s3"):
         from flows.generate import generate
 
         uri = model or f"models:/{config.model_name}@champion"
-        return generate(config, uri, asked, image, mask, output)
+        return generate(config, uri, fields, image, mask, output)
 
 
-def show_made(done: "Made", as_json: bool) -> None:
+def show_generated(done: "GenerationResult", as_json: bool) -> None:
     """Print what was made, and where it lies."""
     show(
         done.model_dump(mode="json"),

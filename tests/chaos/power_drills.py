@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
 from diffusion.evaluation.config import EvaluationConfig
@@ -18,7 +17,8 @@ from diffusion.evaluation.evaluate import evaluate
 from diffusion.files import PARTIAL, make_folder, sha256_bytes
 from diffusion.made import make
 from diffusion.models.config import ModelConfig
-from diffusion.requests import request_of
+from diffusion.requests import make_request
+from diffusion.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.history import read_rows
 from diffusion.training.train import train
@@ -34,7 +34,7 @@ from tests.diffusion.test_ingest import files_of
 State = dict[str, object]
 SET, RUN, REPORT, MADE = Path("data", "set"), Path("runs", "set"), Path("report"), Path("made")
 STACK, BACKUPS = Path(".darkroom"), Path("backups")
-SAMPLING = SamplingConfig(steps=2, compute_batch=18, precision="fp32")
+SAMPLING = sampling_config(steps=2, compute_batch=18, precision="fp32")
 MODEL = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1)
 TRAINING = TrainingConfig(images=192, checkpoints=4, batch_size=16, warmup_images=32, keep=2, lanes=1)
 EVALUATION = EvaluationConfig(samples=16, extractor_size=32)
@@ -110,7 +110,7 @@ def run_evaluate(folder: Path, dataset: Path, checkpoints: Path) -> State:
 
 def run_sample(folder: Path, weights: Path) -> State:
     """Of a model's file, into made below ``folder``."""
-    make(weights, request_of({"task": "sample", "count": 6, "seed": 1}), SAMPLING, folder / MADE)
+    make(weights, make_request({"task": "sample", "count": 6, "seed": 1}), SAMPLING, folder / MADE)
     return {"files": _finished(folder / MADE)}
 
 

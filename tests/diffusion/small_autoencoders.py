@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.families.config import VAEConfig
 from diffusion.models.config import ModelConfig
+from diffusion.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import TrainResult, train
 from tests.conftest import blob
@@ -17,7 +17,7 @@ SIZE = 16
 VAE = VAEConfig(width=16, multipliers=(1, 1), latent_channels=3)
 """Latents of 3×4×4."""
 CONFIG = TrainingConfig(dataset="blobs", images=320, batch_size=16, warmup_images=32, checkpoints=4, keep=2, flip=True)
-SAMPLING = SamplingConfig(compute_batch=36, precision="fp32")
+SAMPLING = sampling_config(compute_batch=36, precision="fp32")
 STEPPED = SAMPLING.model_copy(update={"steps": 2})
 
 

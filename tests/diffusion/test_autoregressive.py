@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion.config_sampling import Asked, SamplingConfig
+from diffusion.config_sampling import Conditions
 from diffusion.data.dataset import Dataset
 from diffusion.editing import Edit
 from diffusion.errors import UserError
@@ -25,6 +25,7 @@ from diffusion.model import load_model, to_float, to_uint8
 from diffusion.models.autoregressive import PixelCNN, Walk, draw
 from diffusion.random import GaussianNoise
 from diffusion.requests import tasks_of
+from diffusion.samplers import sampling_config
 from diffusion.sampling import interpolate, sample
 from diffusion.training.history import read_rows
 from diffusion.training.train import TrainResult, train
@@ -147,7 +148,7 @@ def test_drawing_costs_one_pass_whatever_the_number_of_pixels(model: Autoregress
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         draw(model.network, torch.zeros(1, 2, SIZE, SIZE), torch.tensor([0]))
     # But for the first layer above, which a whole pass computes for one row more and leaves out.
-    assert counter.get_total_flops() / 1e9 == pytest.approx(gflop(model, SamplingConfig()), rel=0.1)
+    assert counter.get_total_flops() / 1e9 == pytest.approx(gflop(model, sampling_config()), rel=0.1)
 
 
 @pytest.mark.parametrize("stop", [16, 240])
@@ -174,8 +175,8 @@ def test_its_loss_is_exactly_the_bits_of_held_out_pictures(data: Path, run: Path
 
 
 def test_pictures_show_what_is_asked_whatever_the_count(model: AutoregressiveModel) -> None:
-    many = sample(model, range(40), 3, SAMPLING, asked=Asked(labels=("rows",)))
-    one = sample(model, [37], 3, SAMPLING, asked=Asked(labels=("rows",)))
+    many = sample(model, range(40), 3, SAMPLING, conditions=Conditions(labels=("rows",)))
+    one = sample(model, [37], 3, SAMPLING, conditions=Conditions(labels=("rows",)))
     assert torch.equal(many[37], one[0])
     noise = GaussianNoise(3, "sampling", range(36), (2, SIZE, SIZE))()
     with torch.inference_mode():
@@ -185,7 +186,7 @@ def test_pictures_show_what_is_asked_whatever_the_count(model: AutoregressiveMod
 
 def test_what_it_cannot_do_is_refused(model: AutoregressiveModel, data: Path, tmp_path: Path) -> None:
     assert tasks_of(model) == ("sample", "interpolate")
-    way = interpolate(model, 1, 2, 3, SAMPLING, asked=Asked(labels=("rows",)))
+    way = interpolate(model, 1, 2, 3, SAMPLING, conditions=Conditions(labels=("rows",)))
     assert way.shape == (3, 1, SIZE, SIZE)
     picture = torch.zeros(1, SIZE, SIZE, dtype=torch.uint8)
     with pytest.raises(UserError, match="no steps in which to edit a picture"):

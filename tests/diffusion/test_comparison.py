@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
 from diffusion.evaluation.comparison import COMPARISON, Comparison, Sheets, compare
@@ -19,13 +18,14 @@ from diffusion.families.config import AutoregressiveConfig, GANConfig
 from diffusion.grids import grid
 from diffusion.model import load_model
 from diffusion.models.config import ModelConfig
+from diffusion.samplers import SamplingConfig, sampling_config
 from tests.conftest import disc
 from tests.diffusion.html_pages import Page
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 from tests.diffusion.small_models import write_model
 from tests.diffusion.trials import CONFIG, SAMPLING, Watcher, discs, let_draw, write_autoencoder, write_of_family
 
-PLAIN = SamplingConfig(compute_batch=16, precision="fp32")
+PLAIN = sampling_config(compute_batch=16, precision="fp32")
 """Of families without a reverse process."""
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from diffusion.config_sampling import Asked, SamplingConfig
+from diffusion.config_sampling import Conditions
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest import forget_captions
 from diffusion.errors import UserError
@@ -17,7 +17,8 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.model import DiffusionModel, load_model, read_header
 from diffusion.models.config import ModelConfig
-from diffusion.sampling import label_names, require_effect, require_read_whole, sample, told_of
+from diffusion.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config
+from diffusion.sampling import check_conditions, check_prompts, label_names, sample, told_of
 from diffusion.text import ENCODER, TextEncoder
 from diffusion.training.config import TrainingConfig
 from diffusion.training.drawn import kept_back
@@ -31,7 +32,7 @@ from tests.diffusion.test_train import Away, Stop, StopAt
 SHAPE = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=2)
 MODEL = SHAPE.model_copy(update={"text": True})
 CONFIG = TrainingConfig(dataset="squares", images=320, batch_size=16, warmup_images=32, checkpoints=4, keep=2)
-SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=4, compute_batch=8)
+SAMPLING = sampling_config(sampler="dpmpp_2m", steps=4, compute_batch=8)
 GUIDED = SAMPLING.model_copy(update={"guidance": 3.0, "guidance_interval": (0.1, 20.0), "guidance_rescale": 0.7})
 
 
@@ -93,7 +94,7 @@ def test_another_encoder_is_another_run_and_named(
         run(data, tmp_path / "run")
     monkeypatch.setattr("diffusion.text.ENCODER", other)
     with pytest.raises(UserError, match="captions were read by all-MiniLM-L6-v2"):
-        sample(load_model(final), [0], 0, SAMPLING, asked=Asked(prompts=("red square",)))
+        sample(load_model(final), [0], 0, SAMPLING, conditions=Conditions(prompts=("red square",)))
     assert sample(load_model(final), [0], 0, SAMPLING).shape == (1, 3, 8, 8)
 
 
@@ -134,17 +135,19 @@ def test_class_and_caption_are_kept_back_by_one_draw(share: float, seed: int) ->
     assert both["text"][~unread].eq(1).all()
 
 
-ASKED = Asked(
+ASKED = Conditions(
     labels=("red", None, "blue"), prompts=("red square", "blue square", None, "green"), negative_prompt="green square"
 )
 
 
-@pytest.mark.parametrize("asked", [Asked(), Asked(labels=("blue",)), Asked(prompts=("red", "blue", "green")), ASKED])
-def test_a_picture_has_the_same_bits_whatever_is_drawn_beside_it(model: DiffusionModel, asked: Asked) -> None:
-    many = sample(model, range(20), 7, GUIDED, asked=asked)
-    shuffled = sample(model, [19, 0, 13], 7, GUIDED, asked=asked)
+@pytest.mark.parametrize(
+    "conditions", [Conditions(), Conditions(labels=("blue",)), Conditions(prompts=("red", "blue", "green")), ASKED]
+)
+def test_a_picture_has_the_same_bits_whatever_is_drawn_beside_it(model: DiffusionModel, conditions: Conditions) -> None:
+    many = sample(model, range(20), 7, GUIDED, conditions=conditions)
+    shuffled = sample(model, [19, 0, 13], 7, GUIDED, conditions=conditions)
     assert torch.equal(shuffled, many[[19, 0, 13]])
-    assert torch.equal(sample(model, [13], 7, GUIDED, asked=asked)[0], many[13])
+    assert torch.equal(sample(model, [13], 7, GUIDED, conditions=conditions)[0], many[13])
 
 
 def test_nothing_asked_is_drawn_as_before(model: DiffusionModel) -> None:
@@ -158,62 +161,70 @@ def test_nothing_asked_is_drawn_as_before(model: DiffusionModel) -> None:
 
 def test_what_is_asked_goes_round_and_of_what_is_not_any_will_do(model: DiffusionModel) -> None:
     assert label_names(model, range(4), 0, ASKED) == ["red", None, "blue", "red"]
-    assert label_names(model, [7, 0], 0, Asked(prompts=("a",))) == [None, None]
+    assert label_names(model, [7, 0], 0, Conditions(prompts=("a",))) == [None, None]
     assert [ASKED.prompt(index) for index in (0, 2, 5)] == ["red square", None, "blue square"]
 
 
 def test_what_is_asked_changes_the_picture_and_so_does_what_is_not_wanted(model: DiffusionModel) -> None:
     drawn = [
-        sample(model, range(8), 7, GUIDED, asked=asked).numpy().tobytes()
-        for asked in (
-            Asked(labels=("red",)),
-            Asked(labels=("blue",)),
-            Asked(prompts=("red square",)),
-            Asked(prompts=("blue square",)),
-            Asked(prompts=("red square",), negative_prompt="blue square"),
-            Asked(labels=("red",), prompts=("red square",)),
+        sample(model, range(8), 7, GUIDED, conditions=conditions).numpy().tobytes()
+        for conditions in (
+            Conditions(labels=("red",)),
+            Conditions(labels=("blue",)),
+            Conditions(prompts=("red square",)),
+            Conditions(prompts=("blue square",)),
+            Conditions(prompts=("red square",), negative_prompt="blue square"),
+            Conditions(labels=("red",), prompts=("red square",)),
         )
     ]
     assert len(set(drawn)) == len(drawn)
 
 
-PLAIN = SamplingConfig()
-THREE = SamplingConfig(guidance=3)
+PLAIN = sampling_config()
+THREE = sampling_config(guidance=3)
 
 
 @pytest.mark.parametrize(
-    ("classes", "text", "config", "asked", "words"),
+    ("classes", "text", "config", "conditions", "words"),
     [
-        (["cat", "dog"], False, PLAIN, Asked(labels=("bird",)), "knows no class 'bird'; it knows cat, dog"),
-        ([], True, PLAIN, Asked(labels=("cat",)), "told no classes"),
-        (["cat"], False, PLAIN, Asked(prompts=("a cat",)), r"told no captions.*model\.text=true"),
-        ([], True, PLAIN, Asked(prompts=("a",), negative_prompt="b"), "what sampling.guidance leads away from"),
-        ([], True, SamplingConfig(guidance=1), Asked(negative_prompt="b"), "what sampling.guidance leads away from"),
-        ([], True, THREE, Asked(), r"sampling\.guidance = 3 .* nothing is asked: give a prompt, or leave it out"),
-        ([], False, THREE, Asked(), "told neither classes nor captions, leave it out"),
-        (["cat"], True, THREE, Asked(labels=(None,)), "nothing is asked"),
+        (["cat", "dog"], False, PLAIN, Conditions(labels=("bird",)), "knows no class 'bird'; it knows cat, dog"),
+        ([], True, PLAIN, Conditions(labels=("cat",)), "told no classes"),
+        (["cat"], False, PLAIN, Conditions(prompts=("a cat",)), r"told no captions.*model\.text=true"),
+        ([], True, PLAIN, Conditions(prompts=("a",), negative_prompt="b"), "what sampling.guidance leads away from"),
+        (
+            [],
+            True,
+            sampling_config(guidance=1),
+            Conditions(negative_prompt="b"),
+            "what sampling.guidance leads away from",
+        ),
+        ([], True, THREE, Conditions(), r"sampling\.guidance = 3 .* nothing is asked: give a prompt, or leave it out"),
+        ([], False, THREE, Conditions(), "told neither classes nor captions, leave it out"),
+        (["cat"], True, THREE, Conditions(labels=(None,)), "nothing is asked"),
     ],
 )
 def test_what_would_have_no_effect_is_an_error(
-    classes: list[str], text: bool, config: SamplingConfig, asked: Asked, words: str
+    classes: list[str], text: bool, config: SamplingConfig, conditions: Conditions, words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        require_effect(classes, text, config, asked)
+        check_conditions(classes, text, config, conditions)
 
 
 @pytest.mark.parametrize(
-    ("classes", "text", "config", "asked"),
+    ("classes", "text", "config", "conditions"),
     [
-        ([], False, PLAIN, Asked()),
-        (["cat"], False, THREE, Asked()),
-        (["cat"], True, THREE, Asked()),
-        ([], True, THREE, Asked(negative_prompt="b")),
-        ([], True, THREE, Asked(prompts=("a", None))),
-        (["cat"], True, PLAIN, Asked(labels=("cat", None), prompts=("a",))),
+        ([], False, PLAIN, Conditions()),
+        (["cat"], False, THREE, Conditions()),
+        (["cat"], True, THREE, Conditions()),
+        ([], True, THREE, Conditions(negative_prompt="b")),
+        ([], True, THREE, Conditions(prompts=("a", None))),
+        (["cat"], True, PLAIN, Conditions(labels=("cat", None), prompts=("a",))),
     ],
 )
-def test_what_has_an_effect_is_none(classes: list[str], text: bool, config: SamplingConfig, asked: Asked) -> None:
-    require_effect(classes, text, config, asked)
+def test_what_has_an_effect_is_none(
+    classes: list[str], text: bool, config: SamplingConfig, conditions: Conditions
+) -> None:
+    check_conditions(classes, text, config, conditions)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +239,7 @@ def test_what_has_an_effect_is_none(classes: list[str], text: bool, config: Samp
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
-        SamplingConfig.model_validate(settings)
+        SAMPLING_ADAPTER.validate_python(settings)
 
 
 def test_guidance_for_a_model_that_is_told_nothing_is_refused_before_training(dataset: Path, tmp_path: Path) -> None:
@@ -240,16 +251,16 @@ def test_guidance_for_a_model_that_is_told_nothing_is_refused_before_training(da
 
 @needs_encoder
 def test_a_prompt_too_long_to_be_read_is_refused() -> None:
-    require_read_whole(Asked(prompts=("word " * 254, None)))
+    check_prompts(Conditions(prompts=("word " * 254, None)))
     with pytest.raises(UserError, match="has 302 word pieces, and 256 are read: shorten it"):
-        require_read_whole(Asked(prompts=("word " * 300,)))
+        check_prompts(Conditions(prompts=("word " * 300,)))
     with pytest.raises(UserError, match="is no Unicode text: write it anew"):
-        require_read_whole(Asked(prompts=("half a character: \ud800",)))
+        check_prompts(Conditions(prompts=("half a character: \ud800",)))
     # A space that has no width.
     with pytest.raises(UserError, match="a prompt needs words"):
-        require_read_whole(Asked(prompts=("\u200b",)))
+        check_prompts(Conditions(prompts=("\u200b",)))
     with pytest.raises(UserError, match="a prompt needs words"):
-        require_read_whole(Asked(prompts=(" ",)))
+        check_prompts(Conditions(prompts=(" ",)))
 
 
 @needs_encoder
@@ -271,25 +282,25 @@ def test_pictures_show_the_colour_that_words_ask_for_and_without_captions_none_i
     )
     names = list(COLOURS)
     for words in ("{} square", "a square that is {}"):
-        asked = Asked(prompts=tuple(words.format(name) for name in names))
-        drawn = colours(sample(told, range(36), 0, SAMPLING, asked=asked))
+        conditions = Conditions(prompts=tuple(words.format(name) for name in names))
+        drawn = colours(sample(told, range(36), 0, SAMPLING, conditions=conditions))
         assert sum(one == other for one, other in zip(drawn, names * 12, strict=True)) >= 34
     away = SAMPLING.model_copy(update={"guidance": 2.0})
-    assert "red" not in colours(sample(told, range(24), 0, away, asked=Asked(negative_prompt="red square")))
+    assert "red" not in colours(sample(told, range(24), 0, away, conditions=Conditions(negative_prompt="red square")))
     # Trained in the same way on the same pictures, but told nothing, it cannot be asked and draws all colours.
     assert max(Counter(colours(sample(untold, range(36), 0, SAMPLING))).values()) < 30
     with pytest.raises(UserError, match="told no captions"):
-        sample(untold, range(36), 0, SAMPLING, asked=Asked(prompts=("red square",)))
+        sample(untold, range(36), 0, SAMPLING, conditions=Conditions(prompts=("red square",)))
 
 
 def test_models_are_judged_by_pictures_that_are_to_show_what_held_out_ones_do(
     model: DiffusionModel, data: Path, tmp_path: Path
 ) -> None:
     evaluator = Evaluator(data, EvaluationConfig(samples=10), SAMPLING, tmp_path / "report")
-    asked, dataset = evaluator.model(tmp_path / "run" / "final.safetensors").asked, Dataset.open(data)
+    conditions, dataset = evaluator.model(tmp_path / "run" / "final.safetensors").conditions, Dataset.open(data)
     held_out = dataset.rows("held_out")
     captions = [caption for caption in dataset.captions(held_out) if caption]
-    assert asked.prompts == tuple(captions[:10])
-    assert [f"{label} square" for label in asked.labels] == captions[:10]
+    assert conditions.prompts == tuple(captions[:10])
+    assert [f"{label} square" for label in conditions.labels] == captions[:10]
     untold = write_model(tmp_path / "untold.safetensors", 0, 1, channels=3)
-    assert evaluator.model(untold).asked == Asked()
+    assert evaluator.model(untold).conditions == Conditions()

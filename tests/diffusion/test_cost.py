@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.evaluation.cost import evaluations, gflop
 from diffusion.families import family_of
 from diffusion.families.base import Batch
@@ -14,6 +13,7 @@ from diffusion.model import load_model
 from diffusion.models.config import ModelConfig
 from diffusion.process import make_schedule
 from diffusion.random import GaussianNoise
+from diffusion.samplers import SAMPLING_ADAPTER, sampling_config
 from diffusion.sampling import told_of
 from diffusion.text import WIDTH
 from tests.diffusion.small_models import CONFIG, write_model
@@ -37,7 +37,7 @@ SCHEDULE = make_schedule(ModelConfig())
     ids=str,
 )
 def test_the_network_is_asked_as_often_as_the_sampler_needs(sampling: dict[str, object], expected: int) -> None:
-    config = SamplingConfig.model_validate({"steps": 10, **sampling})
+    config = SAMPLING_ADAPTER.validate_python({"steps": 10, **sampling})
     assert evaluations(config, SCHEDULE) == expected
 
 
@@ -46,7 +46,7 @@ def test_a_picture_costs_what_its_drawing_takes(guidance: float | None, tmp_path
     config = CONFIG.model_copy(update={"attention": (0,), "heads": 2})
     path = write_model(tmp_path / "m.safetensors", 0, 1, size=16, config=config, classes={"a": 3, "b": 5})
     model = load_model(path)
-    sampling = SamplingConfig(sampler="heun", steps=3, guidance=guidance, precision="fp32")
+    sampling = sampling_config(sampler="heun", steps=3, guidance=guidance, precision="fp32")
     batch = Batch(
         told_of(model, [0], 0), GaussianNoise(0, "sampling", [0], model.noise_shape), torch.zeros(WIDTH), None
     )
@@ -58,5 +58,5 @@ def test_a_picture_costs_what_its_drawing_takes(guidance: float | None, tmp_path
 def test_a_wider_network_costs_more(tmp_path: Path) -> None:
     wide = CONFIG.model_copy(update={"width": 32})
     paths = [write_model(tmp_path / f"{c.width}.safetensors", 0, 1, config=c) for c in (CONFIG, wide)]
-    narrow_cost, wide_cost = (gflop(load_model(path), SamplingConfig()) for path in paths)
+    narrow_cost, wide_cost = (gflop(load_model(path), sampling_config()) for path in paths)
     assert 2 < wide_cost / narrow_cost < 4.5

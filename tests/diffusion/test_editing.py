@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusion.config_sampling import Asked, SamplingConfig
+from diffusion.config_sampling import Conditions
 from diffusion.editing import Edit, agreeing, between, keeping, levels_for, repaint
 from diffusion.errors import UserError
 from diffusion.model import DiffusionModel, load_model
 from diffusion.process import edm_schedule
-from diffusion.samplers import make_sampler, sigma_grid
+from diffusion.samplers import SamplingConfig, sampling_config
 from diffusion.sampling import interpolate, sample
 from tests.diffusion.ideal_denoiser import IdealDenoiser, two_tone_points
 from tests.diffusion.test_samplers import DETERMINISTIC, STOCHASTIC, noises, options
@@ -22,8 +22,8 @@ from tests.diffusion.test_train import run
 
 CORRELATION = 0.95
 COVARIANCE = torch.tensor([[1.0, CORRELATION], [CORRELATION, 1.0]], dtype=torch.float64)
-SIGMAS = sigma_grid(edm_schedule(1000), 20)
-DDPM = make_sampler(SamplingConfig(sampler="ddpm"))
+SIGMAS = edm_schedule(1000).sigma_grid(20)
+DDPM = sampling_config(sampler="ddpm").build_sampler()
 
 
 def of_two_pixels(x: Tensor, sigma: Tensor) -> Tensor:
@@ -46,9 +46,9 @@ def test_whatever_the_sampler_what_is_kept_is_kept_exactly_and_the_rest_is_of_th
     kept = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     kept[..., :2] = True
     noise = noises(0, 4)
-    grid = sigma_grid(edm_schedule(1000), 60)
+    grid = edm_schedule(1000).sigma_grid(60)
     denoise = keeping(IdealDenoiser(points), known, kept)
-    drawn = make_sampler(config)(denoise, grid[0].float() * noise(), grid, noise)
+    drawn = config.build_sampler()(denoise, grid[0].float() * noise(), grid, noise)
     assert torch.equal(drawn[..., :2], known[..., :2])
     nearest = torch.cdist(drawn.flatten(1), points.flatten(1)).min(1)
     assert (drawn[..., 2:] - points[nearest.indices][..., 2:]).abs().max() < 0.05
@@ -114,7 +114,7 @@ def test_gone_once_repainting_is_the_sampler_itself() -> None:
 
 @given(st.floats(0.01, 1), st.integers(2, 100))
 def test_the_stronger_the_change_the_more_steps_and_noise(strength: float, steps: int) -> None:
-    sigmas = sigma_grid(edm_schedule(1000), steps)
+    sigmas = edm_schedule(1000).sigma_grid(steps)
     levels = levels_for(sigmas, strength)
     assert levels[-1] == 0
     assert len(levels) >= 2
@@ -154,7 +154,7 @@ def test_at_full_strength_what_lies_in_a_hole_decides_nothing_and_below_it_does(
 PICTURE = torch.randint(0, 256, (1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LEFT = torch.zeros(8, 8, dtype=torch.bool)
 LEFT[:, :4] = True
-CONFIG = SamplingConfig(steps=6, compute_batch=8)
+CONFIG = sampling_config(steps=6, compute_batch=8)
 
 
 @pytest.mark.parametrize(("times", "agree"), [(1, False), (3, False), (1, True), (2, True)])
@@ -181,9 +181,9 @@ def test_the_stronger_the_change_the_less_is_left_of_the_picture(model: Diffusio
 
 
 def test_a_way_begins_and_ends_with_the_pictures_of_its_seeds(model: DiffusionModel) -> None:
-    even = Asked(labels=("even",))
-    way = interpolate(model, 3, 4, 9, CONFIG, asked=even).int()
-    ends = torch.stack([sample(model, [0], seed, CONFIG, asked=even)[0] for seed in (3, 4)]).int()
+    even = Conditions(labels=("even",))
+    way = interpolate(model, 3, 4, 9, CONFIG, conditions=even).int()
+    ends = torch.stack([sample(model, [0], seed, CONFIG, conditions=even)[0] for seed in (3, 4)]).int()
     # Beside others in its batch, the last bits of a picture are others.
     assert (way[[0, -1]] - ends).abs().max() <= 3
     steps = (way[1:] - way[:-1]).abs().float().mean((1, 2, 3))

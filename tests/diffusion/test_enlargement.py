@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
@@ -23,6 +22,7 @@ from diffusion.evaluation.results import Evaluation
 from diffusion.grids import beside, blocks, grid
 from diffusion.model import AVERAGED, load_model, save_tensors
 from diffusion.models.unet import UNet
+from diffusion.samplers import sampling_config
 from diffusion.upscaling import shrunk, upscale
 from tests.diffusion.html_pages import Page
 from tests.diffusion.small_datasets import random_pictures, write_dataset
@@ -33,7 +33,7 @@ from tests.diffusion.test_report import scores
 from tests.diffusion.trials import evaluate_one
 
 CONFIG = EvaluationConfig(samples=20, extractor_size=32)
-SAMPLING = SamplingConfig(steps=3, compute_batch=10, precision="fp32")
+SAMPLING = sampling_config(steps=3, compute_batch=10, precision="fp32")
 ENLARGING = SHAPE.model_copy(update={"low_resolution": 4, "conditional": False})
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.config import IngestConfig
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest import ingest
@@ -21,13 +20,14 @@ from diffusion.evaluation.metrics import judge
 from diffusion.evaluation.results import Conditions, Evaluation
 from diffusion.grids import grid
 from diffusion.model import load_model
+from diffusion.samplers import SamplingConfig, sampling_config
 from diffusion.sampling import sample
 from tests.conftest import blob
 from tests.diffusion.small_models import write_model
 from tests.diffusion.trials import Watcher, evaluate_one
 
 CONFIG = EvaluationConfig(samples=20, extractor_size=32)
-SAMPLING = SamplingConfig(steps=3, compute_batch=10, precision="fp32")
+SAMPLING = sampling_config(steps=3, compute_batch=10, precision="fp32")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.drift import appearance, drift
 from diffusion.evaluation.duplicates import duplicates
@@ -17,6 +16,7 @@ from diffusion.evaluation.metrics import judge
 from diffusion.evaluation.results import ModelEvaluation
 from diffusion.evaluation.thumbnails import moved
 from diffusion.model import load_model
+from diffusion.samplers import sampling_config
 from diffusion.sampling import sample
 from diffusion.upscaling import shrunk, upscale
 from tests.diffusion.small_models import CONFIG as MODEL
@@ -143,7 +143,7 @@ def test_an_evaluation_that_was_cut_short_goes_on_to_the_same_end(
 
 def test_an_autoencoder_is_judged_by_what_comes_back(data: Path, tmp_path: Path) -> None:
     path = write_autoencoder(tmp_path / "vae.safetensors", 0)
-    sampling = SamplingConfig(compute_batch=16, precision="fp32")
+    sampling = sampling_config(compute_batch=16, precision="fp32")
     found = Evaluator(data, CONFIG, sampling, tmp_path / "judged").model(path)
     evaluation = found.everything()
     assert found.psnr is not None

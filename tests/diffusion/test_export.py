@@ -14,7 +14,7 @@ from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 from torch import Tensor
 
 import diffusion.export
-from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
+from diffusion.config_sampling import UNCONDITIONAL, Conditions
 from diffusion.diffusers_format import DarkroomPipeline
 from diffusion.errors import UserError
 from diffusion.export import MODEL_FIELDS, Exported, export_to_diffusers
@@ -22,8 +22,8 @@ from diffusion.model import AVERAGED, DiffusionModel, load_model, save_tensors
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 from diffusion.random import GaussianNoise
-from diffusion.samplers import levels_of
-from diffusion.sampling import denoiser_of, meanings_of, reversed_from_noise, sample, told_of
+from diffusion.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config
+from diffusion.sampling import denoiser_of, prompt_embeddings, sample, told_of
 from diffusion.text import ENCODER
 from tests.diffusion import small_models
 from tests.diffusion.captioned import MadeUp
@@ -58,7 +58,7 @@ def write_model(folder: Path, channels: int = 1, classes: dict[str, int] | None 
 
 
 def exported(weights: Path, **sampling: Any) -> tuple[DiffusionModel, Exported]:
-    config = SamplingConfig.model_validate({"steps": 8} | sampling)
+    config = SAMPLING_ADAPTER.validate_python({"steps": 8} | sampling)
     return load_model(weights), export_to_diffusers(weights, weights.parent / "folder", config)
 
 
@@ -83,14 +83,14 @@ def ours(
     config: SamplingConfig,
     levels: Tensor | None = None,
     noise: Callable[[], Tensor] | None = None,
-    asked: Asked = ANYTHING,
+    conditions: Conditions = UNCONDITIONAL,
 ) -> Tensor:
     """In [0, 1], as diffusers gives pictures."""
-    levels = levels_of(config, model.schedule) if levels is None else levels
-    meanings = meanings_of(model, asked)
-    told = told_of(model, range(COUNT), SEED, asked, meanings)
-    denoise = denoiser_of(model, told, config, meanings[asked.negative_prompt])
-    return (reversed_from_noise(denoise, levels, noise or from_seed(model), config) / 2 + 0.5).clamp(0, 1)
+    levels = config.sigma_grid(model.schedule) if levels is None else levels
+    meanings = prompt_embeddings(model, conditions)
+    told = told_of(model, range(COUNT), SEED, conditions, meanings)
+    denoise = denoiser_of(model, told, config, meanings[conditions.negative_prompt])
+    return (config.run(denoise, levels, noise or from_seed(model)) / 2 + 0.5).clamp(0, 1)
 
 
 def whole(model: DiffusionModel, scheduler: Any, steps: int) -> Tensor:
@@ -112,7 +112,7 @@ def test_our_pipeline_draws_the_pictures_of_a_seed_with_their_scheduler(
 ) -> None:
     model, done = exported(write_model(tmp_path, channels=3, **settings), sampler=sampler)
     theirs = load(done)(batch_size=COUNT, seed=SEED, output_type="pt").images
-    assert_equal(theirs, ours(model, SamplingConfig(sampler=sampler, steps=8)))
+    assert_equal(theirs, ours(model, sampling_config(sampler=sampler, steps=8)))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_in_a_stock_pipeline_their_scheduler_visits_our_noise_levels(
     model, done = exported(write_model(tmp_path), sampler=sampler, **bounds)
     scheduler = load(done, diffusers.DDPMPipeline).scheduler
     scheduler.set_timesteps(8)
-    levels = levels_of(SamplingConfig(sampler=sampler, steps=8, **bounds), model.schedule)[:-1]
+    levels = sampling_config(sampler=sampler, steps=8, **bounds).sigma_grid(model.schedule)[:-1]
     theirs = scheduler.sigmas.double().unique().flip(0)[:8]
     torch.testing.assert_close(theirs[theirs > 0][: len(levels)], levels, rtol=1e-3, atol=0)
 
@@ -139,7 +139,7 @@ def test_a_stock_ddim_pipeline_draws_what_we_do_at_its_noise_levels(
     pipe = load(done, DDIMPipeline)
     generator = torch.Generator().manual_seed(SEED)
     theirs = pipe(COUNT, generator, eta, num_inference_steps=20, output_type="pt").images
-    config = SamplingConfig(sampler="ddim", steps=20, eta=eta)
+    config = sampling_config(sampler="ddim", steps=20, eta=eta)
     assert_equal(theirs, ours(model, config, whole(model, pipe.scheduler, 20), from_generator(model)))
 
 
@@ -153,7 +153,7 @@ def test_a_stock_ddpm_pipeline_draws_what_we_do_at_every_noise_level(tmp_path: P
     assert isinstance(pipe, DDPMPipeline)
     generator = torch.Generator().manual_seed(SEED)
     theirs = pipe(COUNT, generator, num_inference_steps=40, output_type="pt").images
-    expected = ours(model, SamplingConfig.model_validate(every_level), noise=from_generator(model))
+    expected = ours(model, SAMPLING_ADAPTER.validate_python(every_level), noise=from_generator(model))
     assert_equal(theirs, expected)
     again = torch.Generator().manual_seed(SEED)
     assert_equal(load(done)(batch_size=COUNT, generator=again, output_type="pt").images, expected)
@@ -162,7 +162,7 @@ def test_a_stock_ddpm_pipeline_draws_what_we_do_at_every_noise_level(tmp_path: P
 def test_a_learned_variance_is_left_out_where_another_sampler_draws(tmp_path: Path) -> None:
     model, done = exported(write_model(tmp_path, learned_variance=True), sampler="dpmpp_2m")
     theirs = load(done)(batch_size=COUNT, seed=SEED, output_type="pt").images
-    assert_equal(theirs, ours(model, SamplingConfig(sampler="dpmpp_2m", steps=8)))
+    assert_equal(theirs, ours(model, sampling_config(sampler="dpmpp_2m", steps=8)))
     assert load(done, DDIMPipeline)(num_inference_steps=5, output_type="pt").images.shape == (1, 1, 8, 8)
 
 
@@ -181,7 +181,7 @@ def test_schedulers_that_do_edms_preconditioning_draw_the_same(tmp_path: Path, s
     pipe.scheduler = scheduler
     generator = torch.Generator().manual_seed(SEED)
     theirs = pipe(batch_size=COUNT, generator=generator, output_type="pt").images
-    assert_equal(theirs, ours(model, SamplingConfig(sampler=sampler, steps=8), noise=from_generator(model)))
+    assert_equal(theirs, ours(model, sampling_config(sampler=sampler, steps=8), noise=from_generator(model)))
 
 
 def test_a_scheduler_made_of_the_one_there_is_draws_with_the_same_model(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_scheduler_made_of_the_one_there_is_draws_with_the_same_model(tmp_path
     pipe = load(done)
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     theirs = pipe(batch_size=COUNT, seed=SEED, num_inference_steps=20, eta=1.0, output_type="pt").images
-    config = SamplingConfig(sampler="ddim", steps=20, eta=1.0)
+    config = sampling_config(sampler="ddim", steps=20, eta=1.0)
     assert_equal(theirs, ours(model, config, whole(model, pipe.scheduler, 20)))
 
 
@@ -201,24 +201,24 @@ def test_classes_are_asked_for_by_name_and_guided_to(
     model, done = exported(write_model(tmp_path, classes=CLASSES))
     given = {"guidance_scale" if name == "guidance" else name: value for name, value in guidance.items()}
     theirs = load(done)(batch_size=COUNT, seed=SEED, labels=labels, output_type="pt", **given).images
-    config = SamplingConfig.model_validate({"steps": 8} | guidance)
-    assert_equal(theirs, ours(model, config, asked=Asked(labels=labels)))
-    none = ours(model, SamplingConfig(steps=8), asked=Asked(labels=(None,)))
+    config = SAMPLING_ADAPTER.validate_python({"steps": 8} | guidance)
+    assert_equal(theirs, ours(model, config, conditions=Conditions(labels=labels)))
+    none = ours(model, sampling_config(steps=8), conditions=Conditions(labels=(None,)))
     assert not torch.allclose(theirs, none, atol=1e-2)
 
 
 def test_captions_are_asked_for_in_words(tmp_path: Path, made_up: MadeUp) -> None:
     model, done = exported(write_model(tmp_path, channels=3, text=True), guidance=2.0)
     theirs = load(done)(COUNT, SEED, prompts="red square", negative_prompt="blue", output_type="pt").images
-    asked = Asked(prompts=("red square",), negative_prompt="blue")
-    assert_equal(theirs, ours(model, SamplingConfig(steps=8, guidance=2.0), asked=asked))
+    conditions = Conditions(prompts=("red square",), negative_prompt="blue")
+    assert_equal(theirs, ours(model, sampling_config(steps=8, guidance=2.0), conditions=conditions))
     assert set(made_up.read) == {"red square", "blue"}
 
 
 def test_pictures_are_those_of_sample_to_one_level_of_grey(tmp_path: Path) -> None:
     model, done = exported(write_model(tmp_path))
     pictures = load(done)(batch_size=COUNT, seed=SEED).images
-    config = SamplingConfig(steps=8, compute_batch=COUNT, precision="fp32")
+    config = sampling_config(steps=8, compute_batch=COUNT, precision="fp32")
     expected = sample(model, range(COUNT), SEED, config)[:, 0].int()
     theirs = torch.stack([torch.frombuffer(bytearray(each.tobytes()), dtype=torch.uint8) for each in pictures]).int()
     assert {each.mode for each in pictures} == {"L"}
@@ -229,7 +229,7 @@ def test_weights_in_half_precision_draw_about_the_same(tmp_path: Path) -> None:
     model, done = exported(write_model(tmp_path), sampler="dpmpp_2m")
     half = load(done).to(torch.bfloat16)
     theirs = half(batch_size=COUNT, seed=SEED, output_type="pt").images
-    torch.testing.assert_close(theirs, ours(model, SamplingConfig(sampler="dpmpp_2m", steps=8)), atol=0.1, rtol=0)
+    torch.testing.assert_close(theirs, ours(model, sampling_config(sampler="dpmpp_2m", steps=8)), atol=0.1, rtol=0)
     stock = load(done, DDIMPipeline).to(torch.bfloat16)
     assert stock(num_inference_steps=5, output_type="pt").images.dtype == torch.bfloat16
 
@@ -258,7 +258,7 @@ def test_the_folder_holds_nothing_that_is_unpickled_or_run(tmp_path: Path, monke
 
 def test_its_readme_runs_and_says_where_the_model_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = write_model(tmp_path)
-    done = export_to_diffusers(weights, tmp_path / "folder", SamplingConfig(steps=4), "models:/blobs/3", "run-0815")
+    done = export_to_diffusers(weights, tmp_path / "folder", sampling_config(steps=4), "models:/blobs/3", "run-0815")
     text = (done.folder / "README.md").read_text()
     for known in ("models:/blobs/3", "run-0815", load_model(weights).header.content_digest, done.weights_sha256):
         assert known in text

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion.adversarial import penalties
-from diffusion.config_sampling import Asked
+from diffusion.config_sampling import Conditions
 from diffusion.data.dataset import Dataset
 from diffusion.editing import Edit
 from diffusion.errors import UserError
@@ -200,18 +200,21 @@ def test_it_draws_all_that_there_is_and_nothing_else(data: Path, tmp_path: Path)
     assert torch.bincount(which, minlength=4).min() >= 6
     assert (bright.sort(1).values[:, -1] > 150).float().mean() > 0.8
     assert (bright.sort(1).values[:, -2] < 90).float().mean() > 0.8
-    upper = sample(drawer, range(36), 1, SAMPLING, asked=Asked(labels=("upper",))).float()
+    upper = sample(drawer, range(36), 1, SAMPLING, conditions=Conditions(labels=("upper",))).float()
     assert (functional.avg_pool2d(upper, half).flatten(1).argmax(1) < 2).float().mean() > 0.9
 
 
 def test_a_picture_is_made_of_the_noise_of_its_number_whatever_the_count(model: GANModel) -> None:
-    asked = Asked(labels=("lower",))
-    many, one = sample(model, range(40), 3, SAMPLING, asked=asked), sample(model, [37], 3, SAMPLING, asked=asked)
+    conditions = Conditions(labels=("lower",))
+    many, one = (
+        sample(model, range(40), 3, SAMPLING, conditions=conditions),
+        sample(model, [37], 3, SAMPLING, conditions=conditions),
+    )
     assert torch.equal(many[37], one[0])
     z = GaussianNoise(3, "sampling", range(36), (8, 1, 1))()
     with torch.inference_mode():
         assert torch.equal(many[:36], to_uint8(model.network(z, torch.full((36,), model.classes.index("lower")))))
-    way = interpolate(model, 3, 4, 36, SAMPLING, asked=asked)
+    way = interpolate(model, 3, 4, 36, SAMPLING, conditions=conditions)
     assert (way[0].int() - many[0].int()).abs().max() <= 1
 
 

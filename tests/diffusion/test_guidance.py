@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion.guidance import clipped, guided, rescaled
 from diffusion.process import linear_schedule
-from diffusion.samplers import heun, sigma_grid
+from diffusion.samplers import heun
 
 SHAPE = (1, 4, 4)
 
@@ -47,7 +47,7 @@ def test_two_gaussians_make_the_denoiser_of_their_powers_product(
 
 def test_of_equally_wide_gaussians_a_sampler_draws_one_whose_mean_is_further_out() -> None:
     denoise = guided(Gaussian(0.5, 0.3), Gaussian(0.1, 0.3), 3.0)
-    sigmas = sigma_grid(linear_schedule(1000), 40)
+    sigmas = linear_schedule(1000).sigma_grid(40)
     drawn = heun(denoise, sigmas[0] * noisy(1, count=4000), sigmas, noisy)
     assert drawn.mean().item() == pytest.approx(0.1 + 3 * 0.4, abs=0.01)
     assert drawn.std().item() == pytest.approx(0.3, abs=0.01)

@@ -10,7 +10,6 @@ from scipy.stats import norm
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.denoiser import Denoiser
 from diffusion.evaluation.held_out_loss import HeldOutLoss, held_out_loss, measure, told_of_rows
@@ -24,8 +23,9 @@ from diffusion.models.unet import UNet
 from diffusion.models.vae import VAE
 from diffusion.objective import Objective, Parametrization, edm
 from diffusion.process import edm_schedule
+from diffusion.samplers import sampling_config
 from diffusion.text import ENCODER
-from diffusion.upscaling import shown_small
+from diffusion.upscaling import task_of
 from diffusion.variance import HALF_A_LEVEL, bound
 from tests.diffusion.captioned import MadeUp
 from tests.diffusion.ideal_denoiser import IdealDenoiser, two_tone_points
@@ -35,7 +35,7 @@ from tests.diffusion.small_models import header, write_model
 SPREAD = 0.2
 SHAPE = (1, 4, 4)
 EDGES = noise_levels()
-SAMPLING = SamplingConfig(compute_batch=8, precision="fp32")
+SAMPLING = sampling_config(compute_batch=8, precision="fp32")
 
 
 def gaussian(count: int, seed: int = 0, spread: float = SPREAD) -> Tensor:
@@ -214,7 +214,7 @@ def test_models_are_told_captions_and_small_pictures_as_in_training(made_up: Mad
             known = [made_up(text) if text else torch.zeros(384) for text in dataset.captions(rows)]
             assert torch.equal(told["text"], torch.stack(known))
         else:
-            assert torch.equal(told["low"], shown_small(config, shown)["low"])
+            assert torch.equal(told["low"], task_of(config).conditioning(shown)["low"])
             assert not told["level"].any()
         assert measure(model, [(shown, told)], SAMPLING).losses.isfinite().all()
 

@@ -3,16 +3,16 @@
 import json
 from pathlib import Path
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.evaluation.bootstrap import replicates
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.evaluator import Evaluator
+from diffusion.samplers import sampling_config
 from tests.diffusion.small_models import write_model
 from tests.diffusion.trials import Watcher, evaluate_one
 
 CONFIG = EvaluationConfig(samples=20, extractor_size=32)
-SAMPLING = SamplingConfig(steps=3, compute_batch=10, precision="fp32")
+SAMPLING = sampling_config(steps=3, compute_batch=10, precision="fp32")
 
 
 def test_halves_are_cut_once_and_are_those_of_the_features(dataset: Path, tmp_path: Path) -> None:

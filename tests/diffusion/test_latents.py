@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.editing import Edit, whole
 from diffusion.errors import UserError
@@ -23,8 +22,8 @@ from diffusion.guidance import guided
 from diffusion.model import DiffusionModel, export, load_model, read_header, to_float, to_uint8
 from diffusion.models.config import ModelConfig
 from diffusion.random import GaussianNoise
-from diffusion.samplers import levels_of
-from diffusion.sampling import interpolate, reconstructed, reversed_from_noise, sample, told_of
+from diffusion.samplers import SAMPLING_ADAPTER
+from diffusion.sampling import interpolate, reconstructed, sample, told_of
 from diffusion.training.candidates import candidates
 from diffusion.training.config import TrainingConfig
 from diffusion.training.history import read_rows
@@ -156,7 +155,7 @@ def test_a_model_without_one_is_known_by_what_it_was_before_there_were_any() -> 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "ddpm", "heun"])
 def test_a_picture_has_the_same_bits_whatever_is_drawn_beside_it(model: DiffusionModel, sampler: str) -> None:
-    config = SamplingConfig.model_validate(STEPPED.model_dump() | {"sampler": sampler})
+    config = SAMPLING_ADAPTER.validate_python(STEPPED.model_dump() | {"sampler": sampler})
     many = sample(model, range(40), 5, config)
     assert many.shape == (40, 3, SIZE, SIZE)
     assert torch.equal(sample(model, [38, 2], 5, config), many[[38, 2]])
@@ -252,7 +251,7 @@ def test_estimates_are_not_clipped_to_the_range_of_pictures_with_or_without_guid
         told = told_of(model, range(36), 0)
         untold = {"label": torch.full_like(told["label"], 2)}
         mixture = guided(model.denoiser(told), model.denoiser(untold), 3.0)
-        expected = reversed_from_noise(mixture, levels_of(STEPPED, model.schedule), noise, STEPPED)
+        expected = STEPPED.run(mixture, STEPPED.sigma_grid(model.schedule), noise)
         assert torch.equal(drawn, to_uint8(model.decoded(expected)))
 
 

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SCRIPT = """
 import sys
 from pathlib import Path
-from diffusion.config_sampling import SamplingConfig
+from diffusion.samplers import sampling_config
 from diffusion.models.config import ModelConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import train
@@ -32,7 +32,7 @@ model = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1,
 length = {"images": int(sys.argv[3]), "checkpoints": 16} if sys.argv[3] != "0" else {"minutes": 0.3, "checkpoints": 2}
 config = TrainingConfig(**length, batch_size=16, warmup_images=32, keep=2, lanes=2,
     learned_uncertainty=True, shard=shard)
-train(Path(sys.argv[1]), Path(sys.argv[2]), model, config, SamplingConfig(steps=2, compute_batch=36))
+train(Path(sys.argv[1]), Path(sys.argv[2]), model, config, sampling_config(steps=2, compute_batch=36))
 """
 
 

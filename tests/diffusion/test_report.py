@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.evaluation.charts import read_losses
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import Estimate, Share
@@ -18,6 +17,7 @@ from diffusion.evaluation.report import Sheets, findings, write_report
 from diffusion.evaluation.results import CheckpointEvaluation, Conditions, Evaluation, Floor, Measured
 from diffusion.fingerprint import fingerprint
 from diffusion.grids import grid, png_bytes
+from diffusion.samplers import sampling_config
 from tests.browser import chromium, look
 from tests.diffusion.html_pages import Page
 
@@ -57,7 +57,7 @@ def an_evaluation(kids: list[float], dataset: str = "digits", floor: Scores | No
         extractor_digest="e" * 64,
         preprocessing="64 pixels",
         evaluation=EvaluationConfig(),
-        sampling=SamplingConfig(),
+        sampling=sampling_config(),
     )
     judged = [
         CheckpointEvaluation(

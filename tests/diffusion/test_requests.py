@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.model import DiffusionModel, load_model
-from diffusion.requests import NEEDS, TAKES, Request, answer, original, request_of, tasks_of
+from diffusion.requests import NEEDS, TAKES, Request, answer, make_request, original, tasks_of
+from diffusion.samplers import sampling_config
 from diffusion.sampling import interpolate, sample
 from diffusion.upscaling import upscale
 from tests.diffusion.small_models import CONFIG, write_model
 
-SAMPLING = SamplingConfig(steps=3, compute_batch=4)
+SAMPLING = sampling_config(steps=3, compute_batch=4)
 SIZE = 8
 
 
@@ -65,7 +65,7 @@ def enlarging(tmp_path: Path) -> DiffusionModel:
 
 def asked(task: str, **fields: Any) -> Request:
     needed = {name: EXAMPLES[name] for name in NEEDS[task]}  # type: ignore[index]
-    return request_of({"task": task} | needed | fields)
+    return make_request({"task": task} | needed | fields)
 
 
 def test_a_sample_is_the_picture_of_its_seed_and_number(model: DiffusionModel) -> None:
@@ -102,7 +102,7 @@ def test_a_picture_and_its_mask_are_cut_and_scaled_alike(model: DiffusionModel) 
 
 
 def test_the_less_a_picture_is_changed_the_nearer_it_stays(model: DiffusionModel) -> None:
-    sampling = SamplingConfig(steps=20, compute_batch=4, sampler="ddim")
+    sampling = sampling_config(steps=20, compute_batch=4, sampler="ddim")
     source = torch.from_numpy(PIXELS).float()
     distances = [
         (answer(model, [asked("vary", strength=strength)], sampling)[0].float() - source).abs().mean()
@@ -149,25 +149,25 @@ def test_what_cannot_be_enlarged_is_told_so(enlarging: DiffusionModel, pixels: n
 
 def test_a_request_says_how_it_is_drawn(model: DiffusionModel) -> None:
     [pictures] = answer(model, [asked("sample", sampler="heun", steps=5)], SAMPLING)
-    assert torch.equal(pictures, sample(model, [0], 0, SamplingConfig(sampler="heun", steps=5, compute_batch=4)))
+    assert torch.equal(pictures, sample(model, [0], 0, sampling_config(sampler="heun", steps=5, compute_batch=4)))
 
 
 def test_another_sampler_is_not_given_the_options_of_the_configured_one(model: DiffusionModel) -> None:
-    configured = SamplingConfig(sampler="heun", churn=2, steps=3, compute_batch=4)
-    assert asked("sample", sampler="ddim").sampling(configured) == SamplingConfig(
+    configured = sampling_config(sampler="heun", churn=2, steps=3, compute_batch=4)
+    assert asked("sample", sampler="ddim").sampling(configured) == sampling_config(
         sampler="ddim", steps=3, compute_batch=4
     )
     assert asked("sample", steps=7).sampling(configured).churn == 2
 
 
 def test_another_sampler_visits_the_noise_levels_that_are_configured() -> None:
-    configured = SamplingConfig(sampler="ddpm", steps=1000, sigma_max=None, sigma_min=None, variance="larger")
+    configured = sampling_config(sampler="ddpm", steps=1000, sigma_max=None, sigma_min=None, variance="larger")
     drawn = asked("sample", sampler="ddim", steps=50).sampling(configured)
-    assert drawn == SamplingConfig(sampler="ddim", steps=50, sigma_max=None, sigma_min=None)
+    assert drawn == sampling_config(sampler="ddim", steps=50, sigma_max=None, sigma_min=None)
 
 
 def test_a_guidance_of_1_is_none_however_guidance_is_configured() -> None:
-    configured = SamplingConfig(guidance=3, guidance_interval=(0.2, 5), guidance_rescale=0.7)
+    configured = sampling_config(guidance=3, guidance_interval=(0.2, 5), guidance_rescale=0.7)
     assert not asked("sample", guidance=1).sampling(configured).guides
     assert asked("sample").sampling(configured) == configured
 
@@ -209,7 +209,7 @@ def test_what_a_task_needs_is_named(task: str) -> None:
 )
 def test_what_is_no_request_is_told_so(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        request_of(fields)
+        make_request(fields)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_what_is_no_request_is_told_so(fields: dict[str, Any], words: str) -> No
 def test_nothing_is_drawn_if_one_row_cannot_be(model: DiffusionModel, fields: dict[str, Any], words: str) -> None:
     drawn: list[str] = []
     with pytest.raises(UserError, match=words):
-        answer(model, [asked("sample"), request_of(fields)], SAMPLING, lambda what, *_: drawn.append(what))
+        answer(model, [asked("sample"), make_request(fields)], SAMPLING, lambda what, *_: drawn.append(what))
     assert not drawn
 
 

@@ -19,12 +19,11 @@ from diffusers import (
 )
 from torch import Tensor
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.denoiser import Denoiser
 from diffusion.models.config import Prediction
 from diffusion.objective import Parametrization
 from diffusion.process import cosine_schedule, linear_schedule
-from diffusion.samplers import make_sampler
+from diffusion.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config
 
 THEIR_SCHEDULE = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 THEIR_PREDICTION: dict[Prediction, str] = {"noise": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -78,7 +77,7 @@ def ours(
     """x at each level in turn, and the picture; with the variance of the forward process."""
     seen: list[Tensor] = []
     noise = noises(5)
-    end = make_sampler(config)(
+    end = config.build_sampler()(
         denoiser_of(prediction, schedule, clip),
         sigmas[0] * noise(),
         sigmas,
@@ -138,14 +137,14 @@ def levels_of(theirs: Any, schedule: str) -> Tensor:
 @predictions
 def test_ddpm(prediction: Prediction, steps: int) -> None:
     theirs = scheduler(DDPMScheduler, "linear", prediction, steps, clip_sample=True)
-    compare(theirs, SamplingConfig(sampler="ddpm"), "linear", prediction, True, generator=after_the_start(5))
+    compare(theirs, sampling_config(sampler="ddpm"), "linear", prediction, True, generator=after_the_start(5))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @predictions
 def test_ddim(prediction: Prediction, eta: float) -> None:
     theirs = scheduler(DDIMScheduler, "cosine", prediction, 20, clip_sample=False)
-    config = SamplingConfig(sampler="ddim", eta=eta)
+    config = sampling_config(sampler="ddim", eta=eta)
     compare(theirs, config, "cosine", prediction, eta=eta, generator=after_the_start(5))
 
 
@@ -153,7 +152,7 @@ def test_ddim(prediction: Prediction, eta: float) -> None:
 @predictions
 def test_dpmpp_2m(prediction: Prediction, steps: int) -> None:
     theirs = scheduler(DPMSolverMultistepScheduler, "linear", prediction, steps, final_sigmas_type="zero")
-    compare(theirs, SamplingConfig(sampler="dpmpp_2m"), "linear", prediction)
+    compare(theirs, sampling_config(sampler="dpmpp_2m"), "linear", prediction)
 
 
 @pytest.mark.parametrize("steps", [5, 20])
@@ -169,7 +168,7 @@ def test_dpmpp_2m_with_all_noise_fresh(prediction: Prediction, steps: int) -> No
     )
     noise = noises(5)
     noise()
-    compare(theirs, SamplingConfig(sampler="dpmpp_2m_sde"), "linear", prediction, fresh=noise)
+    compare(theirs, sampling_config(sampler="dpmpp_2m_sde"), "linear", prediction, fresh=noise)
 
 
 @pytest.mark.parametrize("steps", [15, 40])
@@ -177,7 +176,7 @@ def test_dpmpp_2m_with_all_noise_fresh(prediction: Prediction, steps: int) -> No
 @predictions
 def test_deis(prediction: Prediction, order: int, steps: int) -> None:
     theirs = scheduler(DEISMultistepScheduler, "linear", prediction, steps, solver_order=order)
-    config = SamplingConfig.model_validate({"sampler": "deis", "order": order})
+    config = SAMPLING_ADAPTER.validate_python({"sampler": "deis", "order": order})
     compare(theirs, config, "linear", prediction)
 
 
@@ -194,7 +193,7 @@ def test_unipc(prediction: Prediction, order: int, steps: int) -> None:
         solver_type="bh2",
         final_sigmas_type="zero",
     )
-    config = SamplingConfig.model_validate({"sampler": "unipc", "order": order})
+    config = SAMPLING_ADAPTER.validate_python({"sampler": "unipc", "order": order})
     compare(theirs, config, "linear", prediction)
 
 
@@ -203,7 +202,7 @@ def test_euler(prediction: Prediction) -> None:
     # Its steps are in float32 whatever it is given.
     theirs = scheduler(EulerDiscreteScheduler, "linear", prediction, 20, timestep_spacing="leading")
     sigmas = theirs.sigmas
-    seen = ours(SamplingConfig(sampler="euler"), "linear", sigmas, prediction)
+    seen = ours(sampling_config(sampler="euler"), "linear", sigmas, prediction)
     x = seen[0] * (1 + sigmas[0] ** 2).sqrt()
     for i, t in enumerate(theirs.timesteps):
         as_seen = theirs.scale_model_input(x, t)
@@ -217,7 +216,7 @@ def test_euler_with_churn(prediction: Prediction) -> None:
     """Their scheduler asks the network before it adds noise: here it is told what the network says after it."""
     theirs = scheduler(EulerDiscreteScheduler, "linear", "x0", 20, timestep_spacing="leading")
     sigmas = theirs.sigmas
-    config = SamplingConfig(sampler="euler", steps=20, churn=6, churn_min=0.1, churn_max=100, churn_noise=1.003)
+    config = sampling_config(sampler="euler", steps=20, churn=6, churn_min=0.1, churn_max=100, churn_noise=1.003)
     seen = ours(config, "linear", sigmas, prediction)
     denoiser, generator = denoiser_of(prediction, "linear"), after_the_start(5)
     x, churned = seen[0] * (1 + sigmas[0] ** 2).sqrt(), 0
@@ -244,7 +243,7 @@ def test_heun(prediction: Prediction) -> None:
     theirs = scheduler(HeunDiscreteScheduler, "linear", prediction, 20, timestep_spacing="leading")
     # Each level but the first and the last stands there twice.
     sigmas = torch.cat([theirs.sigmas[:1], theirs.sigmas[1:-1:2], theirs.sigmas[-1:]])
-    seen = ours(SamplingConfig(sampler="heun"), "linear", sigmas, prediction)
+    seen = ours(sampling_config(sampler="heun"), "linear", sigmas, prediction)
     x = seen[0] * (1 + sigmas[0] ** 2).sqrt()
     for i, t in enumerate(theirs.timesteps):
         as_seen = theirs.scale_model_input(x, t)

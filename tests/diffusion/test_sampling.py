@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.model import DiffusionModel, export, load_model, save_tensors, to_float, to_uint8
+from diffusion.samplers import SAMPLING_ADAPTER, sampling_config
 from diffusion.sampling import sample
 from tests.diffusion.test_train import run
 
-CONFIG = SamplingConfig(steps=3, compute_batch=8)
+CONFIG = sampling_config(steps=3, compute_batch=8)
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def model(dataset: Path, tmp_path: Path) -> DiffusionModel:
 def test_a_picture_has_the_same_bits_whatever_is_drawn_beside_it(
     model: DiffusionModel, settings: dict[str, object]
 ) -> None:
-    config = SamplingConfig.model_validate({"steps": 3, "compute_batch": 8} | settings)
+    config = SAMPLING_ADAPTER.validate_python({"steps": 3, "compute_batch": 8} | settings)
     many = sample(model, range(20), 7, config)
     assert many.shape == (20, 1, 8, 8)
     assert many.dtype == torch.uint8

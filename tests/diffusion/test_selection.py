@@ -8,19 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.metrics import Scores
 from diffusion.evaluation.results import CheckpointEvaluation
 from diffusion.evaluation.selection import finalists
 from diffusion.fingerprint import fingerprint
+from diffusion.samplers import sampling_config
 from tests.diffusion.small_models import write_model
 from tests.diffusion.test_evaluate import Watcher
 from tests.diffusion.trials import evaluate_one
 
 CONFIG = EvaluationConfig(samples=24, first_samples=10, finalists=2, extractor_size=32)
-SAMPLING = SamplingConfig(steps=3, compute_batch=10, precision="fp32")
+SAMPLING = sampling_config(steps=3, compute_batch=10, precision="fp32")
 MACHINE = fingerprint(64, "fp32", "cpu")
 
 

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import FileEntry, read_manifest, write_manifest
 from diffusion.errors import DarkroomError, UserError
@@ -27,6 +26,7 @@ from diffusion.lanes import lanes
 from diffusion.model import load_model, read_header, to_float
 from diffusion.models.config import ModelConfig
 from diffusion.process import make_schedule
+from diffusion.samplers import sampling_config
 from diffusion.sampling import sample
 from diffusion.training.candidates import candidates
 from diffusion.training.checkpoint import Checkpoints, Writer
@@ -40,7 +40,7 @@ from tests.diffusion.small_datasets import random_pictures, write_dataset
 
 MODEL = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1)
 CONFIG = TrainingConfig(dataset="blobs", images=320, batch_size=16, warmup_images=32, checkpoints=4, keep=2, flip=True)
-SAMPLING = SamplingConfig(steps=2, compute_batch=36)
+SAMPLING = sampling_config(steps=2, compute_batch=36)
 
 
 class Stop(Exception):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
@@ -18,6 +17,7 @@ from diffusion.evaluation.trial import trial
 from diffusion.evaluation.trial_results import Trial
 from diffusion.families.config import GANConfig
 from diffusion.model import load_model
+from diffusion.samplers import SamplingConfig, sampling_config
 from diffusion.sampling import labels_of, sample
 from tests.conftest import disc
 from tests.diffusion.small_datasets import random_pictures, write_dataset
@@ -229,7 +229,7 @@ def test_the_worst_classes_and_what_was_drawn_twice_can_be_looked_at(data: Path,
 
 def test_autoencoders_are_compared_by_what_comes_back_of_each_held_out_picture(data: Path, tmp_path: Path) -> None:
     paths = [write_autoencoder(tmp_path / f"{spread}.safetensors", 1, spread) for spread in (0.02, 0.5)]
-    sampling = SamplingConfig(compute_batch=16, precision="fp32")
+    sampling = sampling_config(compute_batch=16, precision="fp32")
     verdicts = {}
     for challenger, champion in (paths, paths[::-1]):
         found, _ = tried(challenger, champion, data, tmp_path, sampling=sampling)
@@ -314,7 +314,7 @@ def test_a_challenger_that_cannot_be_judged_is_the_users_mistake(data: Path, tmp
 
 def test_families_meet_only_if_asked_and_then_by_what_they_draw(data: Path, tmp_path: Path) -> None:
     # Neither of the two has a reverse process, so that both draw by the same settings.
-    plain = SamplingConfig(compute_batch=16, precision="fp32")
+    plain = sampling_config(compute_batch=16, precision="fp32")
     autoencoder = write_autoencoder(tmp_path / "vae.safetensors", 1)
     gan = write_of_family(tmp_path / "gan.safetensors", GANConfig(width=8, multipliers=(1,), latent=4), 2)
     asked = GATE.model_copy(update={"across_families": True, "cost": None})

@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
 from diffusion.evaluation.enlargement import psnr
@@ -23,11 +22,12 @@ from diffusion.model import DiffusionModel, load_model, read_header, save_tensor
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 from diffusion.process import make_schedule
+from diffusion.samplers import SAMPLING_ADAPTER, sampling_config
 from diffusion.sampling import interpolate, sample
 from diffusion.training.config import TrainingConfig
 from diffusion.training.history import read_rows
 from diffusion.training.train import preflight, train
-from diffusion.upscaling import detail, enlarged, make_tiles, noised, shrunk, starts, upscale
+from diffusion.upscaling import SuperResolution, add_conditioning_noise, enlarged, make_tiles, shrunk, starts, upscale
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 from tests.diffusion.small_models import header, write_model
 from tests.diffusion.test_train import Stop, StopAt
@@ -47,7 +47,7 @@ CONFIG = TrainingConfig(
     weighting="plain",
     times="uniform",
 )
-SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=4, compute_batch=8, precision="fp32")
+SAMPLING = sampling_config(sampler="dpmpp_2m", steps=4, compute_batch=8, precision="fp32")
 SMALL = torch.from_numpy(random_pictures(5, size=4, seed=1))
 WIDE = torch.from_numpy(random_pictures(3, size=12, seed=2))[:, :, :7]
 
@@ -103,9 +103,12 @@ def test_what_pictures_have_beyond_the_small_ones_is_measured_as_it_is() -> None
     pictures = torch.from_numpy(random_pictures(40, channels=3, size=24))
     apart = (pictures.double() - pillow(pillow(pictures, 8, 8), 24, 24).double()).square().mean().sqrt()
     # Between the two lies the clipping of Pillow's whole numbers.
-    assert detail(8, pictures) == pytest.approx(apart.item() / 127.5, rel=0.02)
+    assert SuperResolution(8, 0.1).sigma_data(pictures) == pytest.approx(apart.item() / 127.5, rel=0.02)
     # Nothing of flat blocks is lost but what bicubic interpolation smooths.
-    assert detail(4, torch.from_numpy(flat_blocks(40))) < detail(4, torch.from_numpy(random_pictures(40, size=8)))
+    task = SuperResolution(4, 0.1)
+    assert task.sigma_data(torch.from_numpy(flat_blocks(40))) < task.sigma_data(
+        torch.from_numpy(random_pictures(40, size=8))
+    )
 
 
 def test_a_file_of_a_network_that_drew_whole_pictures_is_refused(tmp_path: Path) -> None:
@@ -144,20 +147,20 @@ def test_small_picture_and_noise_level_reach_every_answer(patch: int, size: int)
 def test_noise_over_small_pictures_is_a_function_of_seed_and_index() -> None:
     low = torch.zeros(200, 3, 4, 4)
     told = {"low": low, "level": torch.zeros(200)}
-    whole = noised(told, 0.4, 3, range(100, 300))
-    part = noised({name: values[50:60] for name, values in told.items()}, 0.4, 3, range(150, 160))
+    whole = add_conditioning_noise(told, 0.4, 3, range(100, 300))
+    part = add_conditioning_noise({name: values[50:60] for name, values in told.items()}, 0.4, 3, range(150, 160))
     assert all(torch.equal(part[name], whole[name][50:60]) for name in told)
     assert 0 <= whole["level"].min() < 0.02 < 0.38 < whole["level"].max() <= 0.4
     assert abs(whole["level"].mean() - 0.2) < 0.03
     spread = (whole["low"] / whole["level"][:, None, None, None]).std()
     assert abs(spread - 1) < 0.03
-    assert not torch.equal(noised(told, 0.4, 4, range(100, 300))["level"], whole["level"])
+    assert not torch.equal(add_conditioning_noise(told, 0.4, 4, range(100, 300))["level"], whole["level"])
 
 
 def test_configurations_without_it_keep_their_digests() -> None:
     assert not [name for name in ModelConfig().model_dump() if name.startswith("low_resolution")]
-    assert not [name for name in SamplingConfig().model_dump() if name.startswith("low_resolution")]
-    assert digest_of(SamplingConfig(low_resolution_noise=0).model_dump()) != digest_of(SamplingConfig().model_dump())
+    assert not [name for name in sampling_config().model_dump() if name.startswith("low_resolution")]
+    assert digest_of(sampling_config(low_resolution_noise=0).model_dump()) != digest_of(sampling_config().model_dump())
     assert ModelConfig().conditional
     assert not ModelConfig(low_resolution=4).conditional
     again = ModelConfig.model_validate(ModelConfig(low_resolution=4).model_dump(mode="json"))
@@ -305,7 +308,7 @@ def oracle(low_resolution: int, size: int) -> DiffusionModel:
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde"])
 def test_tiles_give_the_picture_that_the_whole_gives(sampler: str) -> None:
-    config = SamplingConfig.model_validate({"sampler": sampler, "steps": 12, "compute_batch": 4})
+    config = SAMPLING_ADAPTER.validate_python({"sampler": sampler, "steps": 12, "compute_batch": 4})
     square = torch.from_numpy(random_pictures(3, size=14, seed=2))
     whole, in_tiles = (upscale(oracle(low, 2 * low), square, 5, config) for low in (14, 4))
     assert (whole.int() - in_tiles.int()).abs().max() <= 1
@@ -346,7 +349,7 @@ def test_noise_over_the_small_picture_is_an_option_and_none_by_default() -> None
 def test_a_learned_variance_is_that_of_tiles_too() -> None:
     model = untrained(MODEL.model_copy(update={"learned_variance": True}))
     learned, fixed = (
-        upscale(model, WIDE, 0, SamplingConfig(sampler="ddpm", steps=4, compute_batch=8, variance=variance))
+        upscale(model, WIDE, 0, sampling_config(sampler="ddpm", steps=4, compute_batch=8, variance=variance))
         for variance in (None, "smaller")
     )
     assert not torch.equal(learned, fixed)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.distributions import MultivariateNormal
 
-from diffusion.config_sampling import Asked
+from diffusion.config_sampling import Conditions
 from diffusion.data.dataset import Dataset
 from diffusion.editing import Edit
 from diffusion.errors import UserError
@@ -28,7 +28,7 @@ from diffusion.model import export, load_model, to_float, to_uint8
 from diffusion.models import vae
 from diffusion.models.config import ModelConfig
 from diffusion.random import GaussianNoise
-from diffusion.requests import answer, request_of, tasks_of
+from diffusion.requests import answer, make_request, tasks_of
 from diffusion.sampling import interpolate, reconstructed, sample
 from diffusion.training.candidates import candidates
 from diffusion.training.history import read_rows
@@ -222,9 +222,9 @@ def test_settings_of_the_reverse_process_are_refused(model: VAEModel, setting: d
 
 def test_what_it_cannot_show_or_change_is_refused(model: VAEModel) -> None:
     with pytest.raises(UserError, match="told no classes"):
-        sample(model, [0], 0, SAMPLING, asked=Asked(labels=("cat",)))
+        sample(model, [0], 0, SAMPLING, conditions=Conditions(labels=("cat",)))
     with pytest.raises(UserError, match="told no captions"):
-        sample(model, [0], 0, SAMPLING, asked=Asked(prompts=("a cat",)))
+        sample(model, [0], 0, SAMPLING, conditions=Conditions(prompts=("a cat",)))
     picture = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
     with pytest.raises(UserError, match="no steps in which to edit a picture"):
         sample(model, [0], 0, SAMPLING, edit=Edit(picture, strength=0.5))
@@ -232,13 +232,13 @@ def test_what_it_cannot_show_or_change_is_refused(model: VAEModel) -> None:
 
 def test_it_answers_the_requests_that_begin_with_nothing(model: VAEModel) -> None:
     assert tasks_of(model) == ("sample", "interpolate")
-    drawn = answer(model, [request_of({"count": 2, "seed": 3, "index": 5})], SAMPLING)
+    drawn = answer(model, [make_request({"count": 2, "seed": 3, "index": 5})], SAMPLING)
     assert torch.equal(drawn[0], sample(model, [5, 6], 3, SAMPLING))
     image = png_bytes(Image.new("RGB", (SIZE, SIZE)))
     with pytest.raises(UserError, match="not trained to vary: it can sample, interpolate"):
-        answer(model, [request_of({"task": "vary", "image": image})], SAMPLING)
+        answer(model, [make_request({"task": "vary", "image": image})], SAMPLING)
     with pytest.raises(UserError, match=r"sampling\.steps means nothing to model\.family = vae"):
-        answer(model, [request_of({"steps": 50})], SAMPLING)
+        answer(model, [make_request({"steps": 50})], SAMPLING)
 
 
 @pytest.mark.parametrize("setting", [{"weighting": "plain"}, {"learned_uncertainty": True}, {"recompute": True}])

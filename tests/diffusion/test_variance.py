@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.denoiser import Denoiser
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
@@ -23,13 +22,13 @@ from diffusion.models.config import ModelConfig, Prediction
 from diffusion.models.unet import UNet
 from diffusion.objective import Objective, Parametrization, plain
 from diffusion.process import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule
-from diffusion.samplers import sigma_grid
-from diffusion.sampling import reversed_from_noise, sample
+from diffusion.samplers import SAMPLING_ADAPTER, DDPMSampling, SamplingConfig, fixed_large, fixed_small, sampling_config
+from diffusion.sampling import sample
 from diffusion.training.config import TrainingConfig
 from diffusion.training.objective import make_objective
 from diffusion.training.preflight import count_flops
 from diffusion.training.train import train
-from diffusion.variance import HALF_A_LEVEL, bound, deviation_between, larger, log_likelihood, smaller
+from diffusion.variance import HALF_A_LEVEL, bound, deviation_between, log_likelihood
 from tests.diffusion.test_train import CONFIG, MODEL, SAMPLING, Stop, StopAt
 from tests.diffusion.trials import evaluate_one
 
@@ -49,12 +48,12 @@ def ideal(x: Tensor, sigma: Tensor) -> Tensor:
 def true_variance(sigma: Tensor, following: Tensor) -> Tensor:
     """Var(x_s | x_σ) = Var(x_s | x_σ, x_0) + (1 − s²/σ²)² Var(x_0 | x_σ)."""
     of_x0 = SPREAD**2 * sigma**2 / (SPREAD**2 + sigma**2)
-    return smaller(sigma, following) + (1 - following**2 / sigma**2) ** 2 * of_x0
+    return fixed_small(sigma, following) + (1 - following**2 / sigma**2) ** 2 * of_x0
 
 
 def exact_v(sigma: Tensor, following: Tensor) -> Tensor:
     """What a network should say so that the variance is the true one."""
-    low, high = smaller(sigma, following), larger(sigma, following)
+    low, high = fixed_small(sigma, following), fixed_large(sigma, following)
     return 2 * (true_variance(sigma, following) / low).log() / (high / low).log() - 1
 
 
@@ -72,8 +71,8 @@ def test_both_bounds_are_those_of_the_paper_in_another_scale(schedule: NoiseSche
     alpha_bar, before = schedule.alphas_cumprod[t], schedule.alphas_cumprod[t - 1]
     beta = 1 - alpha_bar / before
     sigma, following = levels(schedule, torch.tensor(t))
-    torch.testing.assert_close(larger(sigma, following) * before, beta)
-    torch.testing.assert_close(smaller(sigma, following) * before, (1 - before) / (1 - alpha_bar) * beta)
+    torch.testing.assert_close(fixed_large(sigma, following) * before, beta)
+    torch.testing.assert_close(fixed_small(sigma, following) * before, (1 - before) / (1 - alpha_bar) * beta)
 
 
 @given(schedules, st.data())
@@ -85,7 +84,7 @@ def test_the_bounds_are_the_true_variances_of_a_single_picture_and_of_noise(
     # Var(x_s | x_σ) of data from N(0, c²) is Var(x_s) less Cov(x_s, x_σ)² / Var(x_σ).
     spread = data.draw(st.floats(0, 1))
     variance = (spread**2 + following**2) - (spread**2 + following**2) ** 2 / (spread**2 + sigma**2)
-    low, high = smaller(sigma, following), larger(sigma, following)
+    low, high = fixed_small(sigma, following), fixed_large(sigma, following)
     assert low * (1 - 1e-9) <= variance <= high * (1 + 1e-9)
     for c, limit in ((0, low), (1, high)):
         torch.testing.assert_close((c + following**2) - (c + following**2) ** 2 / (c + sigma**2), limit)
@@ -173,7 +172,7 @@ def test_the_bound_is_least_where_the_variance_is_the_true_one(schedule: NoiseSc
     assert (slopes[0] < 0).all()
     assert (slopes[2] > 0).all()
     assert (slopes[1].abs() < 1e-5 * slopes[2]).all()
-    low, high = (filled(each(sigma, following), v) for each in (smaller, larger))
+    low, high = (filled(each(sigma, following), v) for each in (fixed_small, fixed_large))
     found = deviation_between(true, low, high) ** 2
     torch.testing.assert_close(found[:, 0, 0, 0], true_variance(sigma, following), rtol=1e-9, atol=0)
 
@@ -271,7 +270,7 @@ def drawn(sigmas: Tensor, schedule: NoiseSchedule, prediction: Prediction, confi
     def noise() -> Tensor:
         return torch.randn(20_000, 1, 1, 1, generator=generator, dtype=torch.float64)
 
-    return reversed_from_noise(denoiser, sigmas, noise, config)
+    return config.run(denoiser, sigmas, noise)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -280,14 +279,14 @@ def test_few_steps_draw_gaussian_data_right_only_with_the_learned_variance(predi
     sigmas = torch.cat([schedule.sigmas[[999, 600, 300, 100, 0]], torch.zeros(1).double()])
     ratios = {
         variance: drawn(
-            sigmas, schedule, prediction, SamplingConfig.model_validate({"sampler": "ddpm", "variance": variance})
+            sigmas, schedule, prediction, SAMPLING_ADAPTER.validate_python({"sampler": "ddpm", "variance": variance})
         ).var()
         / SPREAD**2
-        for variance in (None, "smaller", "larger")
+        for variance in (None, "fixed_small", "fixed_large")
     }
     assert ratios[None].item() == pytest.approx(1, abs=0.03)
-    assert ratios["smaller"] < 0.85
-    assert ratios["larger"] > 1.1
+    assert ratios["fixed_small"] < 0.85
+    assert ratios["fixed_large"] > 1.1
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +306,7 @@ def network() -> UNet:
     [(None, "learned_range", 1000)]
     + [
         (ours, kind, steps)
-        for ours, kind in ((None, "learned_range"), ("smaller", "fixed_small"), ("larger", "fixed_large"))
+        for ours, kind in ((None, "learned_range"), ("fixed_small", "fixed_small"), ("fixed_large", "fixed_large"))
         for steps in (50, 7)
     ],
 )
@@ -320,11 +319,10 @@ def test_ddpm_of_every_variance_is_that_of_diffusers_step_for_step_on_any_grid(
     sigmas = torch.cat([schedule.sigmas[theirs.timesteps], torch.zeros(1).double()])
     generator = torch.Generator().manual_seed(5)
     denoiser = Denoiser(network, schedule, Parametrization("noise"), learned_variance=True)
-    reversed_from_noise(
+    DDPMSampling(variance=ours).run(
         denoiser,
         sigmas,
         lambda: torch.randn(2, 1, 4, 4, generator=generator),
-        SamplingConfig.model_validate({"sampler": "ddpm", "variance": ours}),
         lambda i, x, x0: seen.append(x / (1 + sigmas[i] ** 2).sqrt().float()),
     )
     generator = torch.Generator().manual_seed(5)
@@ -338,19 +336,19 @@ def test_ddpm_of_every_variance_is_that_of_diffusers_step_for_step_on_any_grid(
 
 
 def test_the_variance_asked_for_is_the_one_taken_whatever_the_network_learned(network: UNet) -> None:
-    schedule, sigmas = cosine_schedule(1000), sigma_grid(cosine_schedule(1000), 5)
+    schedule, sigmas = cosine_schedule(1000), cosine_schedule(1000).sigma_grid(5)
 
     def draw(denoiser: Denoiser, variance: str | None) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        config = SamplingConfig.model_validate({"sampler": "ddpm", "variance": variance})
-        return reversed_from_noise(denoiser, sigmas, lambda: torch.randn(2, 1, 4, 4, generator=generator), config)
+        config = SAMPLING_ADAPTER.validate_python({"sampler": "ddpm", "variance": variance})
+        return config.run(denoiser, sigmas, lambda: torch.randn(2, 1, 4, 4, generator=generator))
 
     learned = Denoiser(network, schedule, Parametrization("v"), learned_variance=True)
     plain = replace(learned, network=lambda x, time: network(x, time)[:, :1], learned_variance=False)
-    for variance in ("smaller", "larger"):
+    for variance in ("fixed_small", "fixed_large"):
         assert torch.equal(draw(learned, variance), draw(plain, variance))
-    assert torch.equal(draw(plain, None), draw(plain, "smaller"))
-    pictures = [draw(learned, None), draw(learned, "smaller"), draw(learned, "larger")]
+    assert torch.equal(draw(plain, None), draw(plain, "fixed_small"))
+    pictures = [draw(learned, None), draw(learned, "fixed_small"), draw(learned, "fixed_large")]
     assert not any(torch.equal(one, other) for i, one in enumerate(pictures) for other in pictures[:i])
 
 
@@ -372,9 +370,9 @@ def test_trainings_that_cannot_teach_a_variance_are_refused_with_the_reason(
 
 def test_configurations_that_leave_it_out_keep_their_digests() -> None:
     assert "learned_variance" not in ModelConfig().model_dump()
-    assert "variance" not in SamplingConfig(sampler="ddpm", steps=20).model_dump()
+    assert "variance" not in sampling_config(sampler="ddpm", steps=20).model_dump()
     assert ModelConfig.model_validate(LEARNED.model_dump()) == LEARNED
-    assert SamplingConfig(sampler="ddpm", variance="larger").model_dump()["variance"] == "larger"
+    assert sampling_config(sampler="ddpm", variance="fixed_large").model_dump()["variance"] == "fixed_large"
 
 
 def test_a_network_says_twice_as_much_and_learns_no_slower_to_say_the_first_half() -> None:
@@ -400,10 +398,10 @@ def test_a_short_training_learns_resumes_to_the_same_bits_and_draws(dataset: Pat
     assert resumed.final.read_bytes() == whole.final.read_bytes()
     model = load_model(whole.final)
     assert model.config.learned_variance
-    few = SamplingConfig(sampler="ddpm", steps=4, compute_batch=8)
+    few = sampling_config(sampler="ddpm", steps=4, compute_batch=8)
     pictures = sample(model, range(8), 0, few)
     assert pictures.shape == (8, 1, 8, 8)
-    assert not torch.equal(pictures, sample(model, range(8), 0, few.model_copy(update={"variance": "larger"})))
+    assert not torch.equal(pictures, sample(model, range(8), 0, few.model_copy(update={"variance": "fixed_large"})))
     assert len(explain(model, to_uint8(torch.zeros(1, 8, 8)), tmp_path / "explained")) == 3
     judged = evaluate_one(whole.final, dataset, EvaluationConfig(samples=10), SAMPLING, tmp_path / "report")
     assert judged.images == whole.images

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
+from diffusion.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import TrainResult, preflight, train
 from tests.diffusion.small_autoencoders import VAE
@@ -83,7 +83,7 @@ def test_a_model_of_another_kind_is_refused_in_one_line(
 def test_families_do_not_mix(dataset: Path, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"start": str(start(tmp_path))})
     with pytest.raises(UserError, match="is a model of the family ddpm, and this is vae"):
-        preflight(dataset, VAE, config, SamplingConfig(compute_batch=36))
+        preflight(dataset, VAE, config, sampling_config(compute_batch=36))
 
 
 @pytest.mark.parametrize("name", ["champion", "models:/blobs@champion"])

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
@@ -16,12 +15,13 @@ from diffusion.families import family_of
 from diffusion.families.config import FamilyConfig, VAEConfig
 from diffusion.model import AVERAGED, save_tensors
 from diffusion.progress import Progress, silent
+from diffusion.samplers import SamplingConfig, sampling_config
 from tests.conftest import disc
 from tests.diffusion.small_datasets import write_dataset
 from tests.diffusion.small_models import header
 
 CONFIG = EvaluationConfig(samples=48, extractor_size=32)
-SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=4, compute_batch=16, precision="fp32")
+SAMPLING = sampling_config(sampler="dpmpp_2m", steps=4, compute_batch=16, precision="fp32")
 
 
 def evaluate_one(

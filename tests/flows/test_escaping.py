@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.escaping import escape_controls, escape_markdown, python_literal
 from diffusion.export import export_to_diffusers
+from diffusion.samplers import sampling_config
 from flows.cli import main
 from flows.console import Bars, Lines
 from tests.conftest import blob
@@ -163,7 +163,7 @@ def test_the_page_on_a_data_set_of_hostile_names_is_harmless(darkroom: CommandLi
 @pytest.mark.parametrize("label", HOSTILE)
 def test_the_readme_of_an_export_has_a_python_literal(label: str, tmp_path: Path) -> None:
     weights = write_model(tmp_path / "w.safetensors", 1, 0, channels=1, size=8, classes={label: 3, "z": 2})
-    done = export_to_diffusers(weights, tmp_path / 'folder "x', SamplingConfig(steps=4))
+    done = export_to_diffusers(weights, tmp_path / 'folder "x', sampling_config(steps=4))
     text = (done.folder / "README.md").read_text()
     assert harmless(text)
     [example] = re.findall(r"```python\n(.*?)\n```", text, flags=re.DOTALL)

@@ -10,10 +10,10 @@ import pytest
 from dvc.repo import Repo
 from mlflow.client import MlflowClient
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.manifest import Manifest, manifest_bytes
 from diffusion.errors import UserError
 from diffusion.fingerprint import Fingerprint
+from diffusion.samplers import sampling_config
 from flows import catalogue
 from flows.batch_plan import begin
 from flows.by_hand import promote
@@ -263,7 +263,7 @@ def batch_of(model: str, seed: int, run_id: str, version: Manifest) -> tuple[str
         weights_sha256="0" * 64,
         seed=seed,
         count=2,
-        sampling=SamplingConfig(),
+        sampling=sampling_config(),
         fingerprint=FINGERPRINT,
     )
     return f"prints/{model}/1/{batch.name}/batch.json", batch.json_bytes()
@@ -382,7 +382,7 @@ def test_a_batch_that_a_job_has_just_gone_on_with_is_not_set_aside(bucket: str, 
         weights_sha256="0" * 64,
         seed=1,
         count=2,
-        sampling=SamplingConfig(),
+        sampling=sampling_config(),
         fingerprint=FINGERPRINT,
     )
     place = Location(bucket, "prints/blobs/1/half")

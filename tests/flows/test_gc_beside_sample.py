@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffusion.config_sampling import ANYTHING
+from diffusion.config_sampling import UNCONDITIONAL
 from flows import batch_plan, printing
 from flows.printing import Drawn
 from flows.prints import Batch
@@ -31,7 +31,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def generated(made: Batch, _: Path, indices: range, *__: object) -> Iterator[Drawn]:
         images = torch.arange(len(indices) * 64, dtype=torch.uint8).reshape(-1, 1, 8, 8)
-        yield Drawn(indices, images, [None] * len(indices), ANYTHING)
+        yield Drawn(indices, images, [None] * len(indices), UNCONDITIONAL)
 
     monkeypatch.setattr(printing, "_drawn", generated)
     return tmp_path / "weights.safetensors"

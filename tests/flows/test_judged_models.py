@@ -9,11 +9,11 @@ import pytest
 from mlflow.client import MlflowClient
 from mlflow.entities import LoggedModel
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.metrics import Scores
 from diffusion.evaluation.results import CheckpointEvaluation, Conditions, Evaluation, Floor
 from diffusion.fingerprint import fingerprint
+from diffusion.samplers import sampling_config
 from flows.judged_models import CHECKPOINT, CHECKPOINT_SHA256, EVAL_KEY, JUDGED, Scoreboard
 
 WRITES = ("create_logged_model", "finalize_logged_model", "set_logged_model_tags", "log_batch")
@@ -89,7 +89,7 @@ def an_evaluation(kids: list[float], behind: list[float] | None = None, seed: in
         extractor_digest="e" * 64,
         preprocessing="64 pixels",
         evaluation=EvaluationConfig(seed=seed),
-        sampling=SamplingConfig(),
+        sampling=sampling_config(),
     )
     models = [judged(number, kid) for number, kid in enumerate(kids)]
     return Evaluation(

@@ -6,13 +6,12 @@ from typing import get_args
 import pytest
 import torch
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.families.config import VAEConfig
 from diffusion.models.config import ModelConfig
 from diffusion.presets import PresetName
 from diffusion.process import linear_schedule, make_schedule
-from diffusion.samplers import levels_of
+from diffusion.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from flows.families import contestants
 from flows.params import Params, dataset_folder, flattened, load_params, registered
@@ -100,7 +99,7 @@ def test_flattened_keys_are_dotted() -> None:
 def test_the_default_preset_says_what_the_fields_have_by_default(params: Path) -> None:
     config = load_params(params, [])
     assert config.preset == "fast"
-    assert (config.model, config.sampling) == (ModelConfig(), SamplingConfig())
+    assert (config.model, config.sampling) == (ModelConfig(), sampling_config())
     assert config.training == TrainingConfig(images=100)
 
 
@@ -110,7 +109,7 @@ def test_the_preset_ddpm_is_the_book(params: Path) -> None:
     assert (model.steps, model.schedule, model.prediction) == (1000, "linear", "noise")
     assert (training.weighting, training.times, training.learning_rate) == ("plain", "uniform", 2e-4)
     assert (sampling.sampler, sampling.steps) == ("ddpm", 1000)
-    torch.testing.assert_close(levels_of(sampling, make_schedule(model))[:-1], linear_schedule(1000).sigmas.flip(0))
+    torch.testing.assert_close(sampling.sigma_grid(make_schedule(model))[:-1], linear_schedule(1000).sigmas.flip(0))
 
 
 @pytest.mark.parametrize("preset", get_args(PresetName))
@@ -189,7 +188,7 @@ def test_a_model_and_a_training_that_do_not_fit_are_refused_before_anything_is_r
 def test_each_family_shows_its_own_fields_and_refuses_anothers(params: Path) -> None:
     vae = load_params(params, ["model.family=vae", "model.kl_weight=0.5"])
     assert isinstance(vae.model, VAEConfig)
-    assert (vae.model.kl_weight, vae.sampling) == (0.5, SamplingConfig())
+    assert (vae.model.kl_weight, vae.sampling) == (0.5, sampling_config())
     assert load_params(params, ["model.family=ddpm"]) == load_params(params, [])
     for override, words in (
         ("model.schedule=edm", r"model\.schedule is a field of model\.family = ddpm, and this is vae"),

@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
-from diffusion.config_sampling import Asked, SamplingConfig
+from diffusion.config_sampling import Conditions
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
 from diffusion.errors import Held, UserError
 from diffusion.files import sha256_bytes
 from diffusion.fingerprint import fingerprint
+from diffusion.samplers import sampling_config
 from flows import batch_plan, printing
 from flows.printing import Work, cost_of
 from flows.prints import Batch, part_bytes, part_key, part_rows, picture_key
@@ -32,7 +33,7 @@ from tests.flows.http_server import serving
 from tests.flows.s3_proxy import ignoring_conditional_completion, proxied
 from tests.flows.test_s3_multipart import begun, orphan
 
-SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=2, compute_batch=8, precision="fp32")
+SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8, precision="fp32")
 
 
 @pytest.fixture
@@ -319,7 +320,7 @@ def test_by_a_table_each_picture_shows_its_row(store: Store, bucket: str, weight
     by_table, by_list = Location(bucket, "table"), Location(bucket, "list")
     batch_plan.begin(store, batch(21, requests=table.about), by_table, table)
     print_all(store, batch(21, requests=table.about), by_table, weights, table)
-    print_all(store, batch(21, asked=Asked(labels=tuple(labels))), by_list, weights)
+    print_all(store, batch(21, conditions=Conditions(labels=tuple(labels))), by_list, weights)
     ours, theirs = rows_of(found(store, by_table)), rows_of(found(store, by_list))
     assert [row["label"] for row in ours] == labels
     # The last compute batch is filled up with other neighbours, which no picture sees.

@@ -8,18 +8,19 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
+from diffusion.config_sampling import UNCONDITIONAL, Conditions
 from diffusion.files import sha256_bytes
 from diffusion.fingerprint import fingerprint
 from diffusion.model import load_model
+from diffusion.samplers import SamplingConfig, sampling_config
 from diffusion.sampling import label_names, sample
 from flows.prints import Batch, chunk_size, encode, part_bytes, part_rows, write_parquet
 from tests.diffusion.test_train import run
 
-SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=3, compute_batch=8)
+SAMPLING = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=8)
 
 
-def batch(asked: Asked | None = None, sampling: SamplingConfig = SAMPLING) -> Batch:
+def batch(conditions: Conditions | None = None, sampling: SamplingConfig = SAMPLING) -> Batch:
     return Batch(
         model="blobs",
         version=3,
@@ -30,56 +31,58 @@ def batch(asked: Asked | None = None, sampling: SamplingConfig = SAMPLING) -> Ba
         count=4,
         sampling=sampling,
         fingerprint=fingerprint(sampling.compute_batch, sampling.precision, "auto"),
-        asked=asked,
+        conditions=conditions,
     )
 
 
 def test_a_batch_of_which_nothing_is_asked_has_the_name_and_the_bytes_it_had_before_one_could() -> None:
-    plain = batch(sampling=SamplingConfig())
+    plain = batch(sampling=sampling_config())
     assert plain.name == "seed7-count4-dpmpp_2m_sde16-b16fafea"
     assert b"guidance" not in plain.json_bytes()
-    assert b"asked" not in plain.json_bytes()
+    assert b"conditions" not in plain.json_bytes()
     assert Batch.model_validate_json(plain.json_bytes()) == plain
 
 
 def test_batches_that_are_to_show_different_things_have_different_names() -> None:
     batches = [
         batch(),
-        batch(Asked(labels=("even",))),
-        batch(Asked(labels=("even", "odd"))),
-        batch(Asked(labels=("odd", "even"))),
-        batch(Asked(prompts=("even",))),
-        batch(Asked(labels=("even",)), SAMPLING.model_copy(update={"guidance": 3.0})),
-        batch(Asked(labels=("even",)), SAMPLING.model_copy(update={"guidance": 3.0, "guidance_interval": (0.1, 5)})),
+        batch(Conditions(labels=("even",))),
+        batch(Conditions(labels=("even", "odd"))),
+        batch(Conditions(labels=("odd", "even"))),
+        batch(Conditions(prompts=("even",))),
+        batch(Conditions(labels=("even",)), SAMPLING.model_copy(update={"guidance": 3.0})),
+        batch(
+            Conditions(labels=("even",)), SAMPLING.model_copy(update={"guidance": 3.0, "guidance_interval": (0.1, 5)})
+        ),
     ]
     assert len({each.name for each in batches}) == len(batches)
     assert all(Batch.model_validate_json(each.json_bytes()) == each for each in batches)
 
 
-@pytest.mark.parametrize("asked", [None, Asked(labels=("odd", None, "even"))])
+@pytest.mark.parametrize("conditions", [None, Conditions(labels=("odd", None, "even"))])
 def test_what_is_written_makes_the_same_pictures_again_and_says_what_each_shows(
-    dataset: Path, tmp_path: Path, asked: Asked | None
+    dataset: Path, tmp_path: Path, conditions: Conditions | None
 ) -> None:
     model = load_model(run(dataset, tmp_path / "run").final)
-    made = batch(asked, SAMPLING.model_copy(update={"guidance": 2.0}))
+    made = batch(conditions, SAMPLING.model_copy(update={"guidance": 2.0}))
     found = Batch.model_validate_json(made.json_bytes())
-    pictures = sample(model, range(4), found.seed, found.sampling, asked=found.asked or ANYTHING)
-    labels = label_names(model, range(4), found.seed, found.asked or ANYTHING)
+    pictures = sample(model, range(4), found.seed, found.sampling, conditions=found.conditions or UNCONDITIONAL)
+    labels = label_names(model, range(4), found.seed, found.conditions or UNCONDITIONAL)
     encoded = [encode(made, *each) for each in zip(range(4), pictures, labels, strict=True)]
     rows = part_rows(part_bytes(row for _, row in encoded), "part")
     sink = io.BytesIO()
     write_parquet(sink, iter([rows]), made)
     table = pq.read_table(sink).to_pylist()
-    assert [row["label"] for row in table] == (labels if asked is None else ["odd", None, "even", "odd"])
+    assert [row["label"] for row in table] == (labels if conditions is None else ["odd", None, "even", "odd"])
     assert all((row["guidance"], row["prompt"], row["negative_prompt"]) == (2.0, None, None) for row in table)
-    again = sample(model, [2], found.seed, found.sampling, asked=found.asked or ANYTHING)[0]
+    again = sample(model, [2], found.seed, found.sampling, conditions=found.conditions or UNCONDITIONAL)[0]
     assert sha256_bytes(again.permute(1, 2, 0).contiguous().numpy().tobytes()) == table[2]["pixels_sha256"]
     text = Image.open(io.BytesIO(encoded[0][0])).text
-    assert text.get("darkroom:label") == (None if asked is None else "odd")
+    assert text.get("darkroom:label") == (None if conditions is None else "odd")
 
 
 def test_prompts_stand_in_picture_and_manifest_in_any_script() -> None:
-    made = batch(Asked(prompts=("ein grünes Haus", "красный дом"), negative_prompt="fog"))
+    made = batch(Conditions(prompts=("ein grünes Haus", "красный дом"), negative_prompt="fog"))
     png, row = encode(made, 1, torch.zeros(1, 8, 8, dtype=torch.uint8), None)
     assert Image.open(io.BytesIO(png)).text["darkroom:prompt"] == "красный дом"
     assert (row["prompt"], row["negative_prompt"], row["label"]) == ("красный дом", "fog", None)

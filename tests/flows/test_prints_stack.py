@@ -13,7 +13,7 @@ import httpx
 import pytest
 from mlflow.client import MlflowClient
 
-from diffusion.config_sampling import SamplingConfig
+from diffusion.samplers import sampling_config
 from flows import registry
 from tests.diffusion.small_models import write_model
 from tests.flows.ray_cluster import at_work, two_nodes
@@ -40,7 +40,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
                 patch.setenv(name, value)
         client = MlflowClient()
         run = client.create_run(client.create_experiment("blobs"))
-        registry.register("blobs", run.info.run_id, weights, SamplingConfig.model_validate(SAMPLING), {}, 0)
+        registry.register("blobs", run.info.run_id, weights, sampling_config(**SAMPLING), {}, 0)
         yield space
 
 

@@ -19,7 +19,7 @@ from mlflow.client import MlflowClient
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
+from diffusion.config_sampling import UNCONDITIONAL, Conditions
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
 from diffusion.data.manifest import Manifest, read_manifest
@@ -29,6 +29,7 @@ from diffusion.made import make as make_pictures
 from diffusion.made import read_request
 from diffusion.model import export
 from diffusion.requests import Wanted
+from diffusion.samplers import sampling_config
 from flows import printing, prints, registry, sample, shipped
 from flows.catalogue import Catalogue
 from flows.derived import TAKEDOWN
@@ -47,8 +48,8 @@ from tests.flows.test_takedown_flow import REMOVAL
 
 FOLDER = Path("data/blobs")
 SOURCE = "s3://provenance/dvc"
-SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=3, compute_batch=4)
-ASKED = Asked(labels=("even", "odd", None))
+SAMPLING = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=4)
+ASKED = Conditions(labels=("even", "odd", None))
 PRINTS = PrintsConfig()
 
 
@@ -156,7 +157,7 @@ def test_a_print_leads_to_its_batch_model_run_and_data_set_and_to_shards_that_ar
     assert (found.picture.index, found.picture.seed, found.picture.label) == (17, 5, None)
     assert found.picture.sha256 == sha256_bytes(made.png)
     assert (found.batch.uri, found.batch.count, found.batch.finished) == (f"{made.place}/", 18, True)
-    assert (found.batch.asked, found.batch.sampling) == (ASKED, SAMPLING)
+    assert (found.batch.conditions, found.batch.sampling) == (ASKED, SAMPLING)
     assert (found.model.uri, found.model.aliases) == ("models:/blobs/1", ["champion"])
     assert found.model.tags["darkroom.weights_sha256"] == sha256_bytes(Path("weights.safetensors").read_bytes())
     assert (found.run.run_id, found.run.git_commit, found.run.git_dirty) == (made.run_id, "c0ffee", True)
@@ -181,7 +182,7 @@ def test_a_copy_of_a_print_leads_to_the_batch_that_printed_it_among_several_of_i
     made: Made, tmp_path: Path
 ) -> None:
     other = SAMPLING.model_copy(update={"steps": 2})
-    batch, place = sample.begin.fn(made.version, Path("weights.safetensors"), other, PRINTS, 18, 5, None, ANYTHING)
+    batch, place = sample.begin.fn(made.version, Path("weights.safetensors"), other, PRINTS, 18, 5, None, UNCONDITIONAL)
     sample.print_chunk.fn(batch, place, made.version, 1, PRINTS)
     for at in (made.place, place):
         copy = tmp_path / "copy.png"
@@ -210,7 +211,7 @@ def test_a_picture_made_on_request_leads_to_what_was_asked_and_to_its_model(made
     assert found.picture.as_printed is True
     assert found.batch is None
     assert found.request is not None
-    assert (found.request.asked["task"], found.request.asked["to_seed"]) == ("interpolate", 6)
+    assert (found.request.conditions["task"], found.request.conditions["to_seed"]) == ("interpolate", 6)
     assert found.data is not None
     assert found.data.version == made.manifest.digest
     with pytest.raises(UserError, match="the same command makes it again"):
@@ -357,7 +358,7 @@ def test_what_the_versions_code_does_not_know_is_said_in_one_line_with_what_may_
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = json.loads(made.batch.json_bytes())
-    raw["asked"]["labels"] = ["neither"]
+    raw["conditions"]["labels"] = ["neither"]
     place = made.beside("newer", {"batch.json": canonical_json(raw).encode()})
     monkeypatch.setattr(shipped, "fetch_requirements", lambda _: ["torch==1.0"])
     with pytest.raises(UserError, match=r"knows no class 'neither'.*; .*torch: 1.0 → .*--installed") as raised:
@@ -391,7 +392,7 @@ def test_prints_by_a_table_are_made_again_by_the_table_beside_them(made: Made, t
     table, weights = tmp_path / "wanted.csv", Path("weights.safetensors")
     labels = ["odd", "even", "", *["even"] * 8, "odd", "odd"]
     table.write_text("\n".join(["label", *(label or '""' for label in labels)]))
-    batch, place = sample.begin.fn(made.version, weights, SAMPLING, PRINTS, None, 5, None, ANYTHING, str(table))
+    batch, place = sample.begin.fn(made.version, weights, SAMPLING, PRINTS, None, 5, None, UNCONDITIONAL, str(table))
     table.unlink()
     sample.print_chunk.fn(batch, place, made.version, 0, PRINTS)
     shutil.rmtree(".darkroom/requests")

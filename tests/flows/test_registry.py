@@ -14,8 +14,8 @@ import pytest
 from mlflow.client import MlflowClient
 from mlflow.entities import LoggedModelStatus
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.files import sha256_file
+from diffusion.samplers import sampling_config
 from flows import by_hand, registry
 from flows.registry import WEIGHTS, Version
 from tests.diffusion.small_models import write_model
@@ -73,7 +73,7 @@ def test_two_who_register_what_lies_in_one_folder_make_one_version(
     run_id = logged(mlflow_client, name, weights)
 
     def register(_: int) -> Version:
-        return registry.register(name, run_id, weights, SamplingConfig(), {}, 8)
+        return registry.register(name, run_id, weights, sampling_config(), {}, 8)
 
     with at_once(monkeypatch, lambda: time.sleep(0.5)) as pool:
         assert [each.number for each in pool.map(register, range(2))] == [1, 1]
@@ -93,7 +93,7 @@ def test_two_machines_that_register_the_same_leave_one_version(
     mlflow_client.create_registered_model(name)
 
     def register(weights: Path) -> Version:
-        return registry.register(name, run_id, weights, SamplingConfig(), {}, 8)
+        return registry.register(name, run_id, weights, sampling_config(), {}, 8)
 
     with at_once(monkeypatch, Barrier(2, timeout=60).wait) as pool:
         assert [each.number for each in pool.map(register, copies)] == [1, 1]
@@ -122,7 +122,7 @@ def test_a_version_of_a_machine_that_was_stopped_before_it_found_the_first_is_de
     mlflow_client.set_registered_model_alias(name, "favourite", "2")
     by_hand.promote(name, 3)
     for _ in range(2):
-        assert registry.register(name, run_id, weights, SamplingConfig(), {}, 8).number == 1
+        assert registry.register(name, run_id, weights, sampling_config(), {}, 8).number == 1
         assert numbers(mlflow_client, name) == [1, 2, 3]
 
 
@@ -136,7 +136,7 @@ def test_a_model_that_was_half_logged_when_its_process_was_killed_goes(
     run_id = mlflow_client.create_run(experiment).info.run_id
 
     def register() -> Version:
-        return registry.register(name, run_id, weights, SamplingConfig(), {}, 8)
+        return registry.register(name, run_id, weights, sampling_config(), {}, 8)
 
     def statuses() -> list[str]:
         return [str(each.status) for each in mlflow_client.search_logged_models([experiment])]

@@ -17,10 +17,10 @@ from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, Metric, Param
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import Held, UserError
 from diffusion.files import sha256_file
 from diffusion.model import export
+from diffusion.samplers import sampling_config
 from flows import by_hand, registry
 from flows.history import Evidence
 from flows.ledger import Ledger
@@ -201,7 +201,7 @@ def test_a_released_model_draws_the_same_pictures(stages: Stages, tmp_path: Path
     done = train(dataset, tmp_path / "run")
     run_id = there.create_run(there.create_experiment("blobs"), tags={TRAIN_KEY: "key"}).info.run_id
     export(done.final, weights := tmp_path / "weights.safetensors")
-    sampling = SamplingConfig(sampler="dpmpp_2m", steps=3, compute_batch=4)
+    sampling = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=4)
     registry.register("blobs", run_id, weights, sampling, {}, done.images)
     asked = pd.DataFrame({"seed": [7], "count": [2]})
     drawn = mlflow.pyfunc.load_model("models:/blobs/1").predict(asked)

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
+from diffusion.config_sampling import UNCONDITIONAL, Conditions
 from diffusion.errors import UserError
+from diffusion.samplers import sampling_config
 from flows.batch_plan import plan
 from flows.params import PrintsConfig
 from flows.prints import Batch
@@ -20,7 +21,7 @@ from flows.s3 import Location, Store
 from tests.diffusion.small_models import write_model
 
 VERSION = Version(model="blobs", number=3, run_id="r", weights_sha256="d" * 64, tags={})
-SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=2, compute_batch=4)
+SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=4)
 ROWS = [("even", 'a "red", bird'), (None, "grün"), ("odd", None), (None, None)]
 
 
@@ -54,10 +55,10 @@ def test_what_is_asked_of_any_picture_is_its_row_whatever_pictures_it_is_drawn_w
     rows: list[tuple[str | None, str | None]] = [(f"label {n}" if n % 3 else None, None) for n in range(2500)]
     table = RequestTable.made(write(tmp_path / "table.csv", rows), tmp_path)
     for indices in (range(8), range(5, 6), range(1020, 1040), range(1023, 1025), range(2496, 2500)):
-        asked = table.asked(indices, 4, "fog")
-        assert [asked.label(index) for index in indices] == [rows[index][0] for index in indices]
-        assert (asked.prompts, asked.negative_prompt) == ((), "fog")
-        assert len(asked.labels) <= len(indices) + 6
+        conditions = table.conditions(indices, 4, "fog")
+        assert [conditions.label(index) for index in indices] == [rows[index][0] for index in indices]
+        assert (conditions.prompts, conditions.negative_prompt) == ((), "fog")
+        assert len(conditions.labels) <= len(indices) + 6
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
@@ -65,7 +66,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     for count in (3000, 12_000):
         source = write(tmp_path / f"{count}.csv", [(f"label {n}", None) for n in range(count)])
         tracemalloc.start()
-        RequestTable.made(source, tmp_path).asked(range(64), 64)
+        RequestTable.made(source, tmp_path).conditions(range(64), 64)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.3 * peaks[0]
@@ -87,9 +88,9 @@ def test_the_kept_table_comes_back_from_s3_and_another_in_its_place_is_refused(
 
 def planned(store: Store, tmp_path: Path, table: str, classes: dict[str, int], **changes: object) -> Batch:
     weights = write_model(tmp_path / "weights.safetensors", 1, 0, classes=classes)
-    given = {"sampling": SAMPLING, "count": None, "asked": ANYTHING} | changes
+    given = {"sampling": SAMPLING, "count": None, "conditions": UNCONDITIONAL} | changes
     batch, _ = plan(
-        store, VERSION, weights, given["sampling"], PrintsConfig(), given["count"], 0, given["asked"], table
+        store, VERSION, weights, given["sampling"], PrintsConfig(), given["count"], 0, given["conditions"], table
     )  # type: ignore[arg-type]
     return batch
 
@@ -141,8 +142,8 @@ def test_a_mistake_in_a_table_is_one_line_that_names_its_place(
     ("changes", "words"),
     [
         ({"count": 3}, "one for each row: leave the count out"),
-        ({"asked": Asked(labels=("odd",))}, "leave labels and prompts out, or the table"),
-        ({"asked": Asked(negative_prompt="fog")}, "record 1: .*negative|captions"),
+        ({"conditions": Conditions(labels=("odd",))}, "leave labels and prompts out, or the table"),
+        ({"conditions": Conditions(negative_prompt="fog")}, "record 1: .*negative|captions"),
         (
             {"sampling": SAMPLING.model_copy(update={"guidance": 3.0})},
             "record 2: sampling.guidance .* nothing is asked",

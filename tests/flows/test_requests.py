@@ -14,11 +14,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.models.utils import _enforce_schema
 from PIL import Image
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.files import sha256_bytes, sha256_file
 from diffusion.marked import SYNTHETIC
 from diffusion.model import load_model
 from diffusion.requests import Request
+from diffusion.samplers import sampling_config
 from diffusion.sampling import sample
 from flows.cli import main
 from flows.registry import SIGNATURE
@@ -170,7 +170,7 @@ def test_a_model_file_that_is_not_there_is_one_line(darkroom: Darkroom) -> None:
 @pytest.fixture
 def served(folder: Path) -> ServedModel:
     model = ServedModel()
-    config = SamplingConfig(steps=3, compute_batch=4).model_dump(mode="json")
+    config = sampling_config(steps=3, compute_batch=4).model_dump(mode="json")
     # What MLflow hands over: where the weights lie, and the configuration that was logged.
     context: Any = SimpleNamespace(artifacts={"weights": str(folder / "model.safetensors")}, model_config=config)
     model.load_context(context)
@@ -194,7 +194,7 @@ def test_the_served_model_answers_a_table_of_tasks_a_row_per_picture(folder: Pat
     out = served.predict(None, table)  # type: ignore[arg-type]
     assert out["request"].tolist() == [0, 0, 1, 2, 3, 3]
     assert out["index"].tolist() == [0, 1, 0, 0, 0, 1]
-    drawn = sample(load_model(folder / "model.safetensors"), [1], 3, SamplingConfig(steps=3, compute_batch=4))
+    drawn = sample(load_model(folder / "model.safetensors"), [1], 3, sampling_config(steps=3, compute_batch=4))
     (folder / "out.png").write_bytes(out["png"][1])
     assert np.array_equal(np.asarray(Image.open(folder / "out.png")), drawn[0, 0].numpy())
 

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from diffusion.config import Config
-from diffusion.config_sampling import ANYTHING
+from diffusion.config_sampling import UNCONDITIONAL
 from diffusion.data.manifest import Manifest, read_manifest
 from flows.announce import CREATED, created
 from flows.params import Params
@@ -16,7 +16,7 @@ from tests.flows.test_catalogue import FOLDER, Place, place
 __all__ = ["place"]
 
 PARAMS = Params.model_validate({"training": {"dataset": "blobs", "images": 320}})
-PRINTING = Printing(64, 0, None, ANYTHING)
+PRINTING = Printing(64, 0, None, UNCONDITIONAL)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_what_is_done_is_done_for_equal_content_and_configuration(
         Request.of(changed("training", seed=1), versions[0], PRINTING),
         Request.of(changed("gate", delta=0.2), versions[0], PRINTING),
         Request.of(changed("registry", model="other"), versions[0], PRINTING),
-        Request.of(PARAMS, versions[0], Printing(65, 0, None, ANYTHING)),
+        Request.of(PARAMS, versions[0], Printing(65, 0, None, UNCONDITIONAL)),
     ]
     assert len({each.key for each in others} | {request.key}) == 6
     assert [each.done() for each in others] == [None] * 5

@@ -19,9 +19,10 @@ from mlflow.client import MlflowClient
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffusion.config_sampling import Asked, SamplingConfig
+from diffusion.config_sampling import Conditions
 from diffusion.errors import UserError
 from diffusion.files import canonical_json, sha256_bytes
+from diffusion.samplers import sampling_config
 from flows import printing, prints, registry, sample, start
 from flows.batch_records import disagreements
 from flows.params import Params, PrintsConfig
@@ -36,8 +37,8 @@ from tests.diffusion.built_datasets import BuiltDataset, kept
 from tests.diffusion.small_models import write_model
 
 BUCKET = "tampering"
-SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=2, compute_batch=4)
-ASKED = Asked(labels=("even", "odd"))
+SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=4)
+ASKED = Conditions(labels=("even", "odd"))
 IMAGE, CHUNK = 5, 1
 """An image that is not in the first of the two chunks."""
 NAME, PART = f"0000000{IMAGE}.png", f"manifest/part-0000{CHUNK}.jsonl"
