@@ -131,18 +131,26 @@ class InpaintRequest(ConditionalRequest):
     kept that stands for hardly any white."""
     strength: float = Field(1.0, allow_inf_nan=False)
     """How much is changed, above 0 and at most 1."""
-    method: Literal["replace", "pigdm"] = "replace"
-    """How the hole is made to fit: replace the known part at each step; pigdm, guide by a gradient at each step (ΠGDM),
-    for 2.5 times the work; repaint, repeat steps."""
+    method: Literal["replace"] = "replace"
+    """Replace the known part of the image at each step."""
 
 
 class RepaintRequest(InpaintRequest):
     """A hole in an image filled with resampling (RePaint), so that it fits what lies around it."""
 
     method: Literal["repaint"] = "repaint"  # type: ignore[assignment]
-    """Repeat steps."""
+    """Repeat stretches of steps."""
     resample_steps: int = Field(5, ge=2, le=100)
     """How often each stretch of steps is repeated; so many times the work."""
+
+
+class PiGDMRequest(InpaintRequest):
+    """A hole in an image filled with each step guided by a gradient (ΠGDM), for 2.5 times the work."""
+
+    method: Literal["pigdm"] = "pigdm"  # type: ignore[assignment]
+    """Guide each step by a gradient."""
+    resample_steps: int = Field(1, ge=1, le=100)
+    """How often each stretch of steps is repeated besides, as in RePaint."""
 
 
 class Img2ImgRequest(ConditionalRequest):
@@ -180,13 +188,15 @@ def _task_and_method(given: Any) -> str:
     if isinstance(given, BaseModel):
         given = {name: getattr(given, name, None) for name in ("task", "method")}
     task = given.get("task", "sample")
-    return "repaint" if task == "inpaint" and given.get("method") == "repaint" else str(task)
+    method = given.get("method")
+    return str(method) if task == "inpaint" and method in ("repaint", "pigdm") else str(task)
 
 
 GenerationRequest: TypeAlias = Annotated[
     Annotated[SampleRequest, Tag("sample")]
     | Annotated[InpaintRequest, Tag("inpaint")]
     | Annotated[RepaintRequest, Tag("repaint")]
+    | Annotated[PiGDMRequest, Tag("pigdm")]
     | Annotated[Img2ImgRequest, Tag("img2img")]
     | Annotated[InterpolateRequest, Tag("interpolate")]
     | Annotated[UpscaleRequest, Tag("upscale")],
@@ -226,7 +236,7 @@ def _describe_error(task: Task, error: ValidationError) -> str:
         if each["type"] != "extra_forbidden":
             continue
         if name == "resample_steps" and task == "inpaint":
-            return "resample_steps means nothing to this method of inpainting: use method = repaint, or leave it out"
+            return "resample_steps means nothing to this method of inpainting: use repaint or pigdm, or leave it out"
         tasks = [other for other, request in REQUESTS.items() if name in request.model_fields]
         if tasks:
             return f"{name} means nothing to {task}, only to {', '.join(tasks)}: leave it out"
@@ -234,6 +244,8 @@ def _describe_error(task: Task, error: ValidationError) -> str:
     if missing := [str(each["loc"][-1]) for each in errors if each["type"] == "missing"]:
         return f"{task} needs {' and '.join(missing)}: give {'them' if missing[1:] else 'it'}"
     name = ".".join(str(part) for part in errors[0]["loc"][1:])
+    if name == "method":
+        return "method is replace, repaint or pigdm"
     return f"{name}: {errors[0]['msg'].lower()}"
 
 

@@ -45,8 +45,7 @@ as far as it is told any."""
 class ModelHeader(Config):
     """What is written beside the weights."""
 
-    format_version: Literal[1, 2] = 2
-    """In the first, networks that enlarge drew whole pictures, and not what they have beyond the small ones."""
+    format_version: Literal[2] = 2
     model: FamilyConfig
     """Instead of the path of its autoencoder, if it has one, the digest of that one's weights."""
     channels: Literal[1, 3]
@@ -239,8 +238,6 @@ def read_model_header(path: Path) -> ModelHeader:
         raise UserError(
             f"{path} has a header this version cannot read ({where}: {first['msg']}): use the version that wrote it"
         ) from error
-    if header.format_version == 1 and header.model.low_resolution is not None:
-        raise UserError(f"{path} enlarges in a way that is no more: use the version that wrote it, or train it again")
     return header
 
 

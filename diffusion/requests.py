@@ -20,6 +20,7 @@ from diffusion.config_sampling import (
     Img2ImgRequest,
     InpaintRequest,
     InterpolateRequest,
+    PiGDMRequest,
     RepaintRequest,
     SampleRequest,
     Task,
@@ -165,8 +166,8 @@ def _edit_of(model: Model, request: InpaintRequest | Img2ImgRequest) -> Edit:
             theirs, ours = ("×".join(map(str, each.source_size)) for each in (mask, prepared))
             raise UserError(f"the mask has {theirs} pixels and the image {ours} (width × height): make them equal")
         kept = torch.from_numpy(mask.pixels < KEPT_BELOW)
-        resample_steps = request.resample_steps if isinstance(request, RepaintRequest) else 1
-        edit = Edit(image, kept, request.strength, resample_steps, guided=request.method == "pigdm")
+        resample_steps = request.resample_steps if isinstance(request, RepaintRequest | PiGDMRequest) else 1
+        edit = Edit(image, kept, request.strength, resample_steps, guided=isinstance(request, PiGDMRequest))
     check_edit(model, edit)
     return edit
 

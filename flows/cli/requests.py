@@ -65,7 +65,12 @@ def inpaint(
     ] = InpaintMethod.REPLACE,
     resample_steps: Annotated[
         int | None,
-        typer.Option("--resample-steps", min=2, max=100, help="How often repaint repeats each stretch; default: 5."),
+        typer.Option(
+            "--resample-steps",
+            min=2,
+            max=100,
+            help="How often each stretch of steps is repeated; default: 5, with pigdm 1.",
+        ),
     ] = None,
     strength: Annotated[
         float | None, typer.Option("--strength", help="How much the hole is changed, up to 1, all of it; default: 1.")

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
+from diffusion.config_sampling import make_request
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.files import PARTIAL, make_folder, sha256_bytes
-from diffusion.made import make
+from diffusion.made import generate_to_folder
 from diffusion.models.config import ModelConfig
-from diffusion.requests import make_request
 from diffusion.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.history import read_rows
@@ -110,7 +110,7 @@ def run_evaluate(folder: Path, dataset: Path, checkpoints: Path) -> State:
 
 def run_sample(folder: Path, weights: Path) -> State:
     """Of a model's file, into made below ``folder``."""
-    make(weights, make_request({"task": "sample", "count": 6, "seed": 1}), SAMPLING, folder / MADE)
+    generate_to_folder(weights, make_request({"task": "sample", "count": 6, "seed": 1}), SAMPLING, folder / MADE)
     return {"files": _finished(folder / MADE)}
 
 

@@ -187,9 +187,9 @@ THREE = sampling_config(guidance=3)
 @pytest.mark.parametrize(
     ("classes", "text", "config", "conditions", "words"),
     [
-        (["cat", "dog"], False, PLAIN, Conditions(labels=("bird",)), "knows no class 'bird'; it knows cat, dog"),
-        ([], True, PLAIN, Conditions(labels=("cat",)), "told no classes"),
-        (["cat"], False, PLAIN, Conditions(prompts=("a cat",)), r"told no captions.*model\.text=true"),
+        (["cat", "dog"], False, PLAIN, Conditions(labels=("bird",)), "knows no class 'bird': use one of cat, dog"),
+        ([], True, PLAIN, Conditions(labels=("cat",)), "trained without classes"),
+        (["cat"], False, PLAIN, Conditions(prompts=("a cat",)), r"trained without captions.*model\.text=true"),
         ([], True, PLAIN, Conditions(prompts=("a",), negative_prompt="b"), "what sampling.guidance leads away from"),
         (
             [],
@@ -198,9 +198,9 @@ THREE = sampling_config(guidance=3)
             Conditions(negative_prompt="b"),
             "what sampling.guidance leads away from",
         ),
-        ([], True, THREE, Conditions(), r"sampling\.guidance = 3 .* nothing is asked: give a prompt, or leave it out"),
-        ([], False, THREE, Conditions(), "told neither classes nor captions, leave it out"),
-        (["cat"], True, THREE, Conditions(labels=(None,)), "nothing is asked"),
+        ([], True, THREE, Conditions(), r"sampling\.guidance = 3 .* there is none: give a prompt, or leave it out"),
+        ([], False, THREE, Conditions(), "trained without classes and captions, leave it out"),
+        (["cat"], True, THREE, Conditions(labels=(None,)), "there is none"),
     ],
 )
 def test_what_would_have_no_effect_is_an_error(
@@ -244,7 +244,7 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, obj
 
 def test_guidance_for_a_model_that_is_told_nothing_is_refused_before_training(dataset: Path, tmp_path: Path) -> None:
     untold = SHAPE.model_copy(update={"conditional": False})
-    with pytest.raises(UserError, match="told neither classes nor captions"):
+    with pytest.raises(UserError, match="trained without classes and captions"):
         run(dataset, tmp_path / "run", untold, sampling=GUIDED)
     assert not list(tmp_path.glob("run/checkpoints/*"))
 
@@ -289,7 +289,7 @@ def test_pictures_show_the_colour_that_words_ask_for_and_without_captions_none_i
     assert "red" not in colours(sample(told, range(24), 0, away, conditions=Conditions(negative_prompt="red square")))
     # Trained in the same way on the same pictures, but told nothing, it cannot be asked and draws all colours.
     assert max(Counter(colours(sample(untold, range(36), 0, SAMPLING))).values()) < 30
-    with pytest.raises(UserError, match="told no captions"):
+    with pytest.raises(UserError, match="trained without captions"):
         sample(untold, range(36), 0, SAMPLING, conditions=Conditions(prompts=("red square",)))
 
 

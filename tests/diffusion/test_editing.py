@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusion.config_sampling import Conditions
-from diffusion.editing import Edit, agreeing, between, keeping, levels_for, repaint
+from diffusion.editing import Edit, between, levels_for, pigdm, repaint, replace_known
 from diffusion.errors import UserError
 from diffusion.model import DiffusionModel, load_model
 from diffusion.process import edm_schedule
@@ -47,7 +47,7 @@ def test_whatever_the_sampler_what_is_kept_is_kept_exactly_and_the_rest_is_of_th
     kept[..., :2] = True
     noise = noises(0, 4)
     grid = edm_schedule(1000).sigma_grid(60)
-    denoise = keeping(IdealDenoiser(points), known, kept)
+    denoise = replace_known(IdealDenoiser(points), known, kept)
     drawn = config.build_sampler()(denoise, grid[0].float() * noise(), grid, noise)
     assert torch.equal(drawn[..., :2], known[..., :2])
     nearest = torch.cdist(drawn.flatten(1), points.flatten(1)).min(1)
@@ -62,9 +62,9 @@ def test_going_again_makes_a_hole_agree_with_what_lies_around_it() -> None:
     def noise() -> Tensor:
         return torch.randn(count, 1, 1, 2, generator=generator)
 
-    denoise = keeping(of_two_pixels, known, kept)
+    denoise = replace_known(of_two_pixels, known, kept)
     once = DDPM(denoise, start, SIGMAS, noise)[:, 0, 0, 1]
-    again = repaint(DDPM, denoise, start, SIGMAS, noise, jump=2, times=10)[:, 0, 0, 1]
+    again = repaint(DDPM, denoise, start, SIGMAS, noise, stretch=2, resample_steps=10)[:, 0, 0, 1]
     # Given that the first pixel is 1, the second has this mean and this variance.
     assert abs(again.mean() - CORRELATION) < 0.04
     assert abs(again.std() - (1 - CORRELATION**2) ** 0.5) < 0.06
@@ -78,9 +78,9 @@ def test_a_hole_agrees_with_what_lies_around_it_when_the_estimate_follows_the_gr
         torch.Generator().manual_seed(1)
     )
     with torch.inference_mode():
-        moved = keeping(agreeing(of_two_pixels, known, kept, sigma_data=1.0), known, kept)
+        moved = replace_known(pigdm(of_two_pixels, known, kept, sigma_data=1.0), known, kept)
         once = DDPM(moved, start, SIGMAS, noise)[:, 0, 0]
-        replaced = DDPM(keeping(of_two_pixels, known, kept), start, SIGMAS, noise)[:, 0, 0]
+        replaced = DDPM(replace_known(of_two_pixels, known, kept), start, SIGMAS, noise)[:, 0, 0]
     assert torch.equal(once[:, 0], torch.ones(count))
     # It takes each value to be as unsure as the others, which they are not, so that a little is missing.
     assert abs(once[:, 1].mean() - CORRELATION) < 0.06
@@ -98,17 +98,17 @@ def test_the_estimate_moves_as_gaussian_pictures_say_it_should(sigma: float, sig
     def exact(x: Tensor, sigma: Tensor) -> Tensor:
         return x * sigma_data**2 / (sigma_data**2 + sigma**2)
 
-    moved = agreeing(exact, known, kept, sigma_data)(x, level)
+    moved = pigdm(exact, known, kept, sigma_data)(x, level)
     torch.testing.assert_close(moved, torch.where(kept, known, exact(x, level)))
 
 
 def test_gone_once_repainting_is_the_sampler_itself() -> None:
     known, kept, start = two_pixels(0, 3)
-    denoise = keeping(of_two_pixels, known, kept)
+    denoise = replace_known(of_two_pixels, known, kept)
     noise = (lambda generator: lambda: torch.randn(3, 1, 1, 2, generator=generator))(torch.Generator().manual_seed(2))
     same = (lambda generator: lambda: torch.randn(3, 1, 1, 2, generator=generator))(torch.Generator().manual_seed(2))
     torch.testing.assert_close(
-        repaint(DDPM, denoise, start, SIGMAS, noise, jump=3, times=1), DDPM(denoise, start, SIGMAS, same)
+        repaint(DDPM, denoise, start, SIGMAS, noise, stretch=3, resample_steps=1), DDPM(denoise, start, SIGMAS, same)
     )
 
 
@@ -157,13 +157,13 @@ LEFT[:, :4] = True
 CONFIG = sampling_config(steps=6, compute_batch=8)
 
 
-@pytest.mark.parametrize(("times", "agree"), [(1, False), (3, False), (1, True), (2, True)])
+@pytest.mark.parametrize(("resample_steps", "guided"), [(1, False), (3, False), (1, True), (2, True)])
 @pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])
 def test_a_hole_is_filled_and_the_rest_keeps_its_bits_whatever_is_drawn_beside_it(
-    model: DiffusionModel, times: int, agree: bool, sampler: str
+    model: DiffusionModel, resample_steps: int, guided: bool, sampler: str
 ) -> None:
-    config = CONFIG.model_copy(update={"sampler": sampler})
-    edit = Edit(PICTURE, LEFT, times=times, jump=2, agree=agree)
+    config = CONFIG.with_sampler(sampler)
+    edit = Edit(PICTURE, LEFT, resample_steps=resample_steps, stretch=2, guided=guided)
     many = sample(model, range(12), 3, config, edit=edit)
     assert torch.equal(many[..., :4], PICTURE[..., :4].expand(12, -1, -1, -1))
     assert len({each.numpy().tobytes() for each in many[..., 4:]}) == 12
@@ -195,13 +195,13 @@ def test_a_way_begins_and_ends_with_the_pictures_of_its_seeds(model: DiffusionMo
     [
         (lambda: Edit(PICTURE, strength=0), "is not above 0 and at most 1"),
         (lambda: Edit(PICTURE), "give a mask, or a strength below 1"),
-        (lambda: Edit(PICTURE, strength=0.5, times=3), "give a mask, or a strength below 1"),
-        (lambda: Edit(PICTURE, strength=0.5, agree=True), "nothing for the picture to agree with"),
-        (lambda: Edit(PICTURE, LEFT, times=0), "each stretch is gone once or more"),
-        (lambda: Edit(PICTURE, LEFT, jump=0), "in a step or more"),
-        (lambda: Edit(PICTURE, LEFT[:, :4]), "the mask has 8×4 pixels and the picture 8×8"),
-        (lambda: Edit(PICTURE, torch.ones(8, 8, dtype=torch.bool)), "keeps all of the picture"),
-        (lambda: Edit(PICTURE, torch.zeros(8, 8, dtype=torch.bool)), "keeps nothing of the picture"),
+        (lambda: Edit(PICTURE, strength=0.5, resample_steps=3), "nothing for the image to fit"),
+        (lambda: Edit(PICTURE, strength=0.5, guided=True), "nothing for the image to fit"),
+        (lambda: Edit(PICTURE, LEFT, resample_steps=0), "use 1 or more of either"),
+        (lambda: Edit(PICTURE, LEFT, stretch=0), "use 1 or more of either"),
+        (lambda: Edit(PICTURE, LEFT[:, :4]), "the mask has 8×4 pixels and the image 8×8"),
+        (lambda: Edit(PICTURE, torch.ones(8, 8, dtype=torch.bool)), "keeps all of the image"),
+        (lambda: Edit(PICTURE, torch.zeros(8, 8, dtype=torch.bool)), "keeps nothing of the image"),
     ],
 )
 def test_what_would_do_nothing_is_refused(make: Callable[[], Edit], words: str) -> None:
@@ -217,5 +217,5 @@ def test_no_way_between_is_refused(model: DiffusionModel, one: int, other: int, 
 
 def test_a_picture_of_another_size_is_refused(model: DiffusionModel) -> None:
     edit = Edit(torch.zeros(1, 9, 9, dtype=torch.uint8), strength=0.5)
-    with pytest.raises(UserError, match=r"the picture has 1×9×9 .* and the model draws 1×8×8"):
+    with pytest.raises(UserError, match=r"the image has 1×9×9 .* and the model generates 1×8×8"):
         sample(model, [0], 0, CONFIG, edit=edit)

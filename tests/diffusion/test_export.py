@@ -143,7 +143,7 @@ def test_a_stock_ddim_pipeline_draws_what_we_do_at_its_noise_levels(
     assert_equal(theirs, ours(model, config, whole(model, pipe.scheduler, 20), from_generator(model)))
 
 
-@pytest.mark.parametrize("variance", ["smaller", "larger", None])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", None])
 def test_a_stock_ddpm_pipeline_draws_what_we_do_at_every_noise_level(tmp_path: Path, variance: Any) -> None:
     weights = write_model(tmp_path, channels=3, steps=40, learned_variance=variance is None, **SCHEDULES["noise"])
     every_level = {"sampler": "ddpm", "steps": 40, "sigma_max": None, "sigma_min": None, "variance": variance}
@@ -299,7 +299,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("sampling", "words"),
     [
-        ({"sampler": "euler", "churn": 5.0}, "keep no sampling.churn"),
+        ({"sampler": "euler", "churn": {"amount": 5.0}}, "keep no sampling.churn"),
         ({"eta": 0.5}, "not with sampling.eta = 0.5"),
         ({"sampler": "ddim", "steps": 1001}, "of which there are 1000"),
         ({"guidance": 3.0}, "told neither classes nor captions"),

@@ -22,7 +22,6 @@ from diffusion.guidance import guided
 from diffusion.model import DiffusionModel, export, load_model, read_header, to_float, to_uint8
 from diffusion.models.config import ModelConfig
 from diffusion.random import GaussianNoise
-from diffusion.samplers import SAMPLING_ADAPTER
 from diffusion.sampling import interpolate, reconstructed, sample, told_of
 from diffusion.training.candidates import candidates
 from diffusion.training.config import TrainingConfig
@@ -155,7 +154,7 @@ def test_a_model_without_one_is_known_by_what_it_was_before_there_were_any() -> 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "ddpm", "heun"])
 def test_a_picture_has_the_same_bits_whatever_is_drawn_beside_it(model: DiffusionModel, sampler: str) -> None:
-    config = SAMPLING_ADAPTER.validate_python(STEPPED.model_dump() | {"sampler": sampler})
+    config = STEPPED.with_sampler(sampler)
     many = sample(model, range(40), 5, config)
     assert many.shape == (40, 3, SIZE, SIZE)
     assert torch.equal(sample(model, [38, 2], 5, config), many[[38, 2]])
@@ -182,7 +181,7 @@ def test_what_an_edit_keeps_is_kept_to_the_bit_also_where_latents_are_cut(
     real = picture(data)
     kept = torch.zeros(SIZE, SIZE, dtype=torch.bool)
     kept[1:, :7] = True
-    drawn = sample(model, range(3), 0, STEPPED, edit=Edit(real, kept, times=times, jump=1))
+    drawn = sample(model, range(3), 0, STEPPED, edit=Edit(real, kept, resample_steps=times, stretch=1))
     assert torch.equal(drawn[:, :, kept], real[:, kept].expand(3, -1, -1))
     assert not torch.equal(drawn[0], drawn[1])
 

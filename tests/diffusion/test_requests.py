@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion.config_sampling import REQUESTS, GenerationRequest, make_request
 from diffusion.errors import UserError
 from diffusion.model import DiffusionModel, load_model
-from diffusion.requests import NEEDS, TAKES, Request, answer, make_request, original, tasks_of
+from diffusion.requests import answer, original, tasks_of
 from diffusion.samplers import sampling_config
 from diffusion.sampling import interpolate, sample
 from diffusion.upscaling import upscale
@@ -42,8 +43,8 @@ EXAMPLES: dict[str, Any] = {
     "image": png(PIXELS),
     "mask": png(HOLE),
     "strength": 0.5,
-    "times": 2,
-    "agree": True,
+    "method": "repaint",
+    "resample_steps": 2,
     "sampler": "ddim",
     "steps": 5,
     "guidance": 2.0,
@@ -63,8 +64,12 @@ def enlarging(tmp_path: Path) -> DiffusionModel:
     return load_model(write_model(tmp_path / "enlarging.safetensors", seed=0, images=0, size=SIZE, config=config))
 
 
-def asked(task: str, **fields: Any) -> Request:
-    needed = {name: EXAMPLES[name] for name in NEEDS[task]}  # type: ignore[index]
+def needs(task: str) -> list[str]:
+    return [name for name, field in REQUESTS[task].model_fields.items() if field.is_required()]  # type: ignore[index]
+
+
+def asked(task: str, **fields: Any) -> GenerationRequest:
+    needed = {name: EXAMPLES[name] for name in needs(task)}
     return make_request({"task": task} | needed | fields)
 
 
@@ -74,7 +79,11 @@ def test_a_sample_is_the_picture_of_its_seed_and_number(model: DiffusionModel) -
 
 
 def test_rows_of_one_seed_get_what_each_would_get_alone(model: DiffusionModel) -> None:
-    rows = [asked("sample", seed=1, index=6), asked("vary", seed=1, count=2), asked("sample", seed=1, index=0, count=2)]
+    rows = [
+        asked("sample", seed=1, index=6),
+        asked("img2img", seed=1, count=2),
+        asked("sample", seed=1, index=0, count=2),
+    ]
     together = answer(model, rows, SAMPLING)
     for row, pictures in zip(rows, together, strict=True):
         assert torch.equal(pictures, answer(model, [row], SAMPLING)[0])
@@ -94,7 +103,7 @@ def test_a_picture_and_its_mask_are_cut_and_scaled_alike(model: DiffusionModel) 
     mask = np.zeros_like(wide)
     mask[:, 12:] = 255
     [pictures] = answer(model, [asked("inpaint", image=png(wide), mask=png(mask))], SAMPLING)
-    [whole] = answer(model, [asked("vary", image=png(wide), strength=0.01)], SAMPLING)
+    [whole] = answer(model, [asked("img2img", image=png(wide), strength=0.01)], SAMPLING)
     assert pictures.shape == whole.shape == (1, 1, SIZE, SIZE)
     left = torch.from_numpy(wide[:, 4:20]).float().reshape(8, 2, 8, 2).mean((1, 3))[:, :4]
     # Bicubic, over a window twice as wide as a mean's.
@@ -105,7 +114,7 @@ def test_the_less_a_picture_is_changed_the_nearer_it_stays(model: DiffusionModel
     sampling = sampling_config(steps=20, compute_batch=4, sampler="ddim")
     source = torch.from_numpy(PIXELS).float()
     distances = [
-        (answer(model, [asked("vary", strength=strength)], sampling)[0].float() - source).abs().mean()
+        (answer(model, [asked("img2img", strength=strength)], sampling)[0].float() - source).abs().mean()
         for strength in (0.1, 0.4, 0.95)
     ]
     assert distances[0] < distances[1] < distances[2]
@@ -153,15 +162,15 @@ def test_a_request_says_how_it_is_drawn(model: DiffusionModel) -> None:
 
 
 def test_another_sampler_is_not_given_the_options_of_the_configured_one(model: DiffusionModel) -> None:
-    configured = sampling_config(sampler="heun", churn=2, steps=3, compute_batch=4)
+    configured = sampling_config(sampler="heun", churn={"amount": 2}, steps=3, compute_batch=4)
     assert asked("sample", sampler="ddim").sampling(configured) == sampling_config(
         sampler="ddim", steps=3, compute_batch=4
     )
-    assert asked("sample", steps=7).sampling(configured).churn == 2
+    assert asked("sample", steps=7).sampling(configured) == configured.changed({"steps": 7})
 
 
 def test_another_sampler_visits_the_noise_levels_that_are_configured() -> None:
-    configured = sampling_config(sampler="ddpm", steps=1000, sigma_max=None, sigma_min=None, variance="larger")
+    configured = sampling_config(sampler="ddpm", steps=1000, sigma_max=None, sigma_min=None, variance="fixed_large")
     drawn = asked("sample", sampler="ddim", steps=50).sampling(configured)
     assert drawn == sampling_config(sampler="ddim", steps=50, sigma_max=None, sigma_min=None)
 
@@ -182,16 +191,16 @@ def test_a_pixel_that_stands_for_some_white_in_a_larger_mask_is_painted_anew(mod
     assert not (bar[0, :3] == 128).all(1).any()
 
 
-@pytest.mark.parametrize("task", TAKES)
+@pytest.mark.parametrize("task", REQUESTS)
 def test_what_a_task_would_pass_over_is_refused(task: str) -> None:
-    for name in Request.model_fields.keys() - TAKES[task] - {"task"}:  # type: ignore[index]
+    for name in EXAMPLES.keys() - REQUESTS[task].model_fields.keys() - {"task"}:  # type: ignore[index]
         with pytest.raises(UserError, match=f"{name} means nothing to {task}"):
             asked(task, **{name: EXAMPLES[name]})
 
 
-@pytest.mark.parametrize("task", TAKES)
+@pytest.mark.parametrize("task", REQUESTS)
 def test_what_a_task_needs_is_named(task: str) -> None:
-    for name in NEEDS[task]:  # type: ignore[index]
+    for name in needs(task):
         with pytest.raises(UserError, match=f"{task} needs {name}"):
             asked(task, **{name: None})
 
@@ -199,12 +208,13 @@ def test_what_a_task_needs_is_named(task: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"task": "paint"}, "there is no task 'paint': ask for sample, inpaint"),
-        ({"colour": "red"}, "there is no colour to ask for; there is task, count"),
+        ({"task": "paint"}, "there is no task 'paint': use sample, inpaint"),
+        ({"colour": "red"}, "there is no colour to ask for; there is count, seed"),
         ({"count": 0}, "count: .*greater than or equal to 1"),
         ({"count": 1.5}, "count: .*integer"),
         ({"seed": -1}, "seed: .*greater than or equal to 0"),
-        ({"sampler": "magic"}, "sampler: .*ddpm"),
+        ({"task": "inpaint", "image": b"", "mask": b"", "method": "magic"}, "method is replace, repaint or pigdm"),
+        ({"task": "inpaint", "image": b"", "mask": b"", "resample_steps": 3}, "resample_steps .*use repaint or pigdm"),
     ],
 )
 def test_what_is_no_request_is_told_so(fields: dict[str, Any], words: str) -> None:
@@ -215,16 +225,20 @@ def test_what_is_no_request_is_told_so(fields: dict[str, Any], words: str) -> No
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"label": "cat"}, "told no classes"),
-        ({"prompt": "a cat"}, "told no captions"),
-        ({"guidance": 3.0}, "nothing is asked"),
-        ({"task": "vary", "image": b"hello"}, "the image cannot be used: not a picture"),
-        ({"task": "vary", "image": png(PIXELS), "strength": 1.0}, "nothing of the picture is left"),
-        ({"task": "vary", "image": png(PIXELS), "strength": 1.5}, "not above 0 and at most 1"),
-        ({"task": "inpaint", "image": png(PIXELS), "mask": png(np.zeros_like(HOLE))}, "keeps all of the picture"),
+        ({"label": "cat"}, "trained without classes"),
+        ({"prompt": "a cat"}, "trained without captions"),
+        ({"sampler": "magic"}, "there is no sampler 'magic': use ddpm"),
+        ({"guidance": 3.0}, "label or prompt, and there is none"),
+        ({"task": "img2img", "image": b"hello"}, "the image cannot be used: not a picture"),
+        ({"task": "img2img", "image": png(PIXELS), "strength": 1.0}, "nothing of the image is left"),
+        ({"task": "img2img", "image": png(PIXELS), "strength": 1.5}, "not above 0 and at most 1"),
+        ({"task": "inpaint", "image": png(PIXELS), "mask": png(np.zeros_like(HOLE))}, "keeps all of the image"),
         ({"task": "inpaint", "image": png(PIXELS), "mask": png(np.full_like(HOLE, 255))}, "keeps nothing"),
         ({"task": "inpaint", "image": png(PIXELS), "mask": png(HOLE[:, :4])}, "mask has 4×8 pixels and the image 8×8"),
-        ({"task": "upscale", "image": png(PIXELS)}, "not trained to upscale: it can sample, inpaint, vary, interpol"),
+        (
+            {"task": "upscale", "image": png(PIXELS)},
+            "not trained to upscale: it can sample, inpaint, img2img, inter",
+        ),
         ({"task": "interpolate", "to_seed": 0, "count": 2}, "from seed 0 to seed 0: give two seeds"),
         ({"task": "interpolate", "to_seed": 1}, "ask for two or more"),
         ({"count": 10**12}, "64,000,000,000,064 values, and 2,147,483,648 are held at once: ask for fewer"),
@@ -238,18 +252,18 @@ def test_nothing_is_drawn_if_one_row_cannot_be(model: DiffusionModel, fields: di
 
 
 def test_a_model_says_what_it_can_do(model: DiffusionModel) -> None:
-    assert tasks_of(model) == ("sample", "inpaint", "vary", "interpolate")
+    assert tasks_of(model) == ("sample", "inpaint", "img2img", "interpolate")
 
 
 def test_of_several_rows_the_one_that_cannot_be_answered_is_named(model: DiffusionModel) -> None:
-    with pytest.raises(UserError, match="row 1: the model was told no classes"):
+    with pytest.raises(UserError, match="row 1: the model was trained without classes"):
         answer(model, [asked("sample"), asked("sample", label="cat")], SAMPLING)
 
 
 def test_there_is_no_way_between_classes(tmp_path: Path) -> None:
     model = load_model(write_model(tmp_path / "told.safetensors", 0, 0, size=SIZE, classes={"cat": 5, "dog": 5}))
     drawn: list[str] = []
-    rows = [asked("vary"), asked("interpolate", seed=1, to_seed=2, count=6)]
+    rows = [asked("img2img"), asked("interpolate", seed=1, to_seed=2, count=6)]
     with pytest.raises(UserError, match=r"row 1: .*nothing between classes: give a label, one of cat, dog"):
         answer(model, rows, SAMPLING, lambda what, *_: drawn.append(what))
     assert not drawn
@@ -259,5 +273,5 @@ def test_there_is_no_way_between_classes(tmp_path: Path) -> None:
 
 
 def test_more_pixels_than_fit_into_memory_are_refused(enlarging: DiffusionModel) -> None:
-    with pytest.raises(UserError, match=r"16\.0 million pixels in all would be drawn at once"):
+    with pytest.raises(UserError, match=r"16\.0 million pixels in all would be generated at once"):
         answer(enlarging, [asked("upscale", image=png(np.zeros((2000, 2000), np.uint8)))], SAMPLING)

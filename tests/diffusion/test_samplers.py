@@ -279,7 +279,7 @@ def test_the_multistep_samplers_earn_their_place_by_how_near_they_come_in_as_man
         ),
         ({"sampler": "dpmpp_2m", "order": 3}, "sampling.order means nothing to sampler = dpmpp_2m: use deis or unipc"),
         ({"sampler": "heun", "variance": "fixed_large"}, "sampling.variance means nothing to sampler = heun: use ddpm"),
-        ({"sampler": "heun", "churn": {"sigma_min": 0.05}}, "sampling.churn.amount: field required"),
+        ({"sampler": "heun", "churn": {"sigma_min": 0.05}}, "sampling.churn.amount: Field required"),
         (
             {"sampler": "heun", "churn": {"amount": 4, "sigma_min": 1, "sigma_max": 0.5}},
             "sampling.churn.sigma_max is above its sigma_min",

@@ -22,7 +22,12 @@ def model(dataset: Path, tmp_path: Path) -> DiffusionModel:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"sampler": "dpmpp_2m"}, {"sampler": "ddpm"}, {"sampler": "unipc", "order": 3}, {"sampler": "heun", "churn": 2}],
+    [
+        {"sampler": "dpmpp_2m"},
+        {"sampler": "ddpm"},
+        {"sampler": "unipc", "order": 3},
+        {"sampler": "heun", "churn": {"amount": 2}},
+    ],
     ids=lambda settings: settings["sampler"],
 )
 def test_a_picture_has_the_same_bits_whatever_is_drawn_beside_it(

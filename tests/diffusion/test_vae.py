@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.distributions import MultivariateNormal
 
-from diffusion.config_sampling import Conditions
+from diffusion.config_sampling import Conditions, make_request
 from diffusion.data.dataset import Dataset
 from diffusion.editing import Edit
 from diffusion.errors import UserError
@@ -28,7 +28,7 @@ from diffusion.model import export, load_model, to_float, to_uint8
 from diffusion.models import vae
 from diffusion.models.config import ModelConfig
 from diffusion.random import GaussianNoise
-from diffusion.requests import answer, make_request, tasks_of
+from diffusion.requests import answer, tasks_of
 from diffusion.sampling import interpolate, reconstructed, sample
 from diffusion.training.candidates import candidates
 from diffusion.training.history import read_rows
@@ -235,8 +235,8 @@ def test_it_answers_the_requests_that_begin_with_nothing(model: VAEModel) -> Non
     drawn = answer(model, [make_request({"count": 2, "seed": 3, "index": 5})], SAMPLING)
     assert torch.equal(drawn[0], sample(model, [5, 6], 3, SAMPLING))
     image = png_bytes(Image.new("RGB", (SIZE, SIZE)))
-    with pytest.raises(UserError, match="not trained to vary: it can sample, interpolate"):
-        answer(model, [make_request({"task": "vary", "image": image})], SAMPLING)
+    with pytest.raises(UserError, match="not trained to img2img: it can sample, interpolate"):
+        answer(model, [make_request({"task": "img2img", "image": image})], SAMPLING)
     with pytest.raises(UserError, match=r"sampling\.steps means nothing to model\.family = vae"):
         answer(model, [make_request({"steps": 50})], SAMPLING)
 

@@ -160,7 +160,7 @@ def test_the_registered_model_answers_over_http(workspace: Workspace, tmp_path: 
                 time.sleep(0.5)
         rows = [
             {"seed": 5, "index": 2},
-            {"seed": 5, "task": "vary", "image": base64.b64encode(printed).decode(), "strength": 0.3, "count": 2},
+            {"seed": 5, "task": "img2img", "image": base64.b64encode(printed).decode(), "strength": 0.3, "count": 2},
         ]
         answer = client.post("/invocations", json={"dataframe_records": rows})
         assert answer.status_code == 200, answer.text

@@ -19,16 +19,14 @@ from mlflow.client import MlflowClient
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffusion.config_sampling import UNCONDITIONAL, Conditions
+from diffusion.config_sampling import UNCONDITIONAL, Conditions, make_request
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.errors import UserError
 from diffusion.files import canonical_json, sha256_bytes
-from diffusion.made import make as make_pictures
-from diffusion.made import read_request
+from diffusion.made import generate_to_folder
 from diffusion.model import export
-from diffusion.requests import Wanted
 from diffusion.samplers import sampling_config
 from flows import printing, prints, registry, sample, shipped
 from flows.catalogue import Catalogue
@@ -201,9 +199,9 @@ def test_a_copy_of_a_print_leads_to_the_batch_that_printed_it_among_several_of_i
 
 
 def test_a_picture_made_on_request_leads_to_what_was_asked_and_to_its_model(made: Made, tmp_path: Path) -> None:
-    wanted = Wanted(task="interpolate", count=3, seed=5, to_seed=6, label="even")
+    request = make_request({"task": "interpolate", "count": 3, "seed": 5, "to_seed": 6, "label": "even"})
     origin, folder = {"model": made.version.uri, "run_id": made.run_id}, tmp_path / "way"
-    make_pictures(Path("weights.safetensors"), read_request(wanted), SAMPLING, folder, origin)
+    generate_to_folder(Path("weights.safetensors"), request, SAMPLING, folder, origin)
     picture = folder / "00000001.png"
     found = trace(str(picture))
     assert found.broken == []

@@ -14,10 +14,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.models.utils import _enforce_schema
 from PIL import Image
 
+from diffusion.config_sampling import REQUESTS
 from diffusion.files import sha256_bytes, sha256_file
 from diffusion.marked import SYNTHETIC
 from diffusion.model import load_model
-from diffusion.requests import Request
 from diffusion.samplers import sampling_config
 from diffusion.sampling import sample
 from flows.cli import main
@@ -144,7 +144,7 @@ def test_what_is_written_down_is_how_it_was_drawn(darkroom: Darkroom, folder: Pa
     ("words", "message"),
     [
         (("vary", "nothing.png"), "the image nothing.png cannot be read (No such file or directory)"),
-        (("vary", "face.png", "--label", "cat"), "told no classes"),
+        (("vary", "face.png", "--label", "cat"), "trained without classes"),
         (("inpaint", "face.png", "--mask", "model.safetensors"), "the mask cannot be used: not a picture"),
         (("interpolate", "0"), "from seed 0 to seed 0: give two seeds"),
         (("upscale", "face.png"), "not trained to upscale"),
@@ -181,7 +181,7 @@ def test_the_served_model_answers_a_table_of_tasks_a_row_per_picture(folder: Pat
     image, mask = (base64.b64encode((folder / name).read_bytes()).decode() for name in ("face.png", "hole.png"))
     table = pd.DataFrame(
         {
-            "task": ["sample", "vary", "inpaint", "interpolate"],
+            "task": ["sample", "img2img", "inpaint", "interpolate"],
             "seed": [3, 3, 3, 3],
             "count": [2.0, np.nan, 1.0, 2.0],
             "to_seed": [np.nan, np.nan, np.nan, 4.0],
@@ -201,27 +201,35 @@ def test_the_served_model_answers_a_table_of_tasks_a_row_per_picture(folder: Pat
 
 def test_a_row_that_cannot_be_answered_is_named(served: ServedModel) -> None:
     table = pd.DataFrame({"seed": [0, 0], "strength": [np.nan, 0.5]})
-    with pytest.raises(MlflowException, match="row 1: strength means nothing to sample, only to inpaint, vary"):
+    with pytest.raises(MlflowException, match="row 1: strength means nothing to sample, only to inpaint, img2img"):
         served.predict(None, table)  # type: ignore[arg-type]
     with pytest.raises(MlflowException, match=r"row 0: count: .*integer"):
         served.predict(None, pd.DataFrame({"seed": [0], "count": [[1, 2]]}))  # type: ignore[arg-type]
-    with pytest.raises(MlflowException, match="row 1: the model was told no classes"):
+    with pytest.raises(MlflowException, match="row 1: the model was trained without classes"):
         served.predict(None, pd.DataFrame({"seed": [0, 0], "label": [None, "cat"]}))  # type: ignore[arg-type]
     with pytest.raises(MlflowException, match="row 0: image is not in base64"):
-        served.predict(None, pd.DataFrame({"task": ["vary"], "seed": [0], "image": ["å"]}))  # type: ignore[arg-type]
+        served.predict(None, pd.DataFrame({"task": ["img2img"], "seed": [0], "image": ["å"]}))  # type: ignore[arg-type]
     with pytest.raises(MlflowException, match="4097 pictures in one table"):
         served.predict(None, pd.DataFrame({"seed": [0], "count": [4097.0]}))  # type: ignore[arg-type]
 
 
 def test_the_signature_has_every_field_of_a_request() -> None:
-    assert {column.name for column in SIGNATURE.inputs} == Request.model_fields.keys()
+    assert {column.name for column in SIGNATURE.inputs} == {
+        name for request in REQUESTS.values() for name in request.model_fields
+    }
 
 
 @pytest.mark.parametrize(
     "table",
     [
         {"seed": [5, 6], "index": [39, 2], "guidance": [3, 2]},
-        {"seed": [5, 6], "index": [39, None], "strength": [None, 0.5], "task": [None, "vary"], "image": [None, "aa=="]},
+        {
+            "seed": [5, 6],
+            "index": [39, None],
+            "strength": [None, 0.5],
+            "task": [None, "img2img"],
+            "image": [None, "aa=="],
+        },
     ],
 )
 def test_whole_numbers_and_empty_cells_pass_the_signature(table: dict[str, list[Any]]) -> None:
