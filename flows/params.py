@@ -230,7 +230,7 @@ def in_words(error: ValidationError) -> str:
     """What is wrong with a configuration, and how to mend it."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
-    if location[0] == "sampling":
+    if location[:1] == ["sampling"]:
         return describe_error(first, first["loc"][1:])
     # After "model" stands the family by which its fields were read, which nobody wrote there.
     family = location.pop(1) if location[:1] == ["model"] and len(location) > 1 else None
@@ -243,7 +243,8 @@ def in_words(error: ValidationError) -> str:
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
         return f"unknown key {where}: {hint}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" + ("" if first["type"] == "value_error" else f" (got {first['input']!r})")
+    got = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
+    return f"{where}: {message}{got}" if where else message + got
 
 
 def _fields_at(location: list[str]) -> list[str]:
