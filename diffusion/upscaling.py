@@ -57,8 +57,9 @@ class GenerationTask(Protocol):
     Training, evaluation and requests go through it and do not know which task they hold.
     """
 
-    low_resolution: int | None
-    """Height and width of the small images that it starts from, in pixels; None: it starts from noise alone."""
+    @property
+    def low_resolution(self) -> int | None:
+        """Height and width of the small images that it starts from, in pixels; None: it starts from noise alone."""
 
     @property
     def description(self) -> str:

@@ -20,6 +20,7 @@ from diffusion.grids import above, grid, save_png
 from diffusion.model import read_model_header
 from diffusion.progress import Progress, silent
 from diffusion.samplers import SamplingConfig
+from diffusion.upscaling import task_of
 
 
 def evaluate(
@@ -43,8 +44,8 @@ def evaluate(
     """
     if not checkpoints:
         raise UserError("no checkpoint to evaluate: train first, with `darkroom train`")
-    low_resolution = read_model_header(checkpoints[0]).model.low_resolution
-    evaluator = Evaluator(data, config, sampling, output / CACHE, progress, low_resolution)
+    task = task_of(read_model_header(checkpoints[0]).model)
+    evaluator = Evaluator(data, config, sampling, output / CACHE, progress, task)
     seen: dict[str, Tensor] = {}
 
     def briefly(path: Path, samples: int) -> CheckpointEvaluation:

@@ -54,8 +54,8 @@ from diffusion.lanes import cores
 from diffusion.model import Model, ModelHeader, load_model, read_model_header
 from diffusion.progress import Progress, silent
 from diffusion.samplers import SamplingConfig
-from diffusion.sampling import is_conditional, labels_of, reconstructed, sample
-from diffusion.upscaling import upscale
+from diffusion.sampling import is_conditional, labels_of, reconstructed
+from diffusion.upscaling import FromNoise, GenerationTask, task_of
 
 CACHE = "judged"
 """Folder of the cache, in that of an evaluation."""
@@ -180,17 +180,12 @@ def require_shape(path: Path, header: ModelHeader, dataset: Dataset) -> None:
         )
 
 
-def task_of(low_resolution: int | None) -> str:
-    """What a model does that was shown images of that size, in words."""
-    return f"enlarges from {low_resolution} pixels" if low_resolution else "generates from noise"
-
-
 class Evaluator:
     """Evaluates model files beside the held-out images of the data set in folder ``data``.
 
-    What it computes is cached in ``folder``, for all evaluators of the same data set. Models that enlarge images of
-    ``low_resolution`` are shown one part of the held-out images and compared with the others. Raises UserError for a
-    data set that is too small.
+    What it computes is cached in ``folder``, for all evaluators of the same data set. Models of super-resolution are
+    given one part of the held-out images, small, and compared with the others. Raises UserError for a data set that is
+    too small.
     """
 
     def __init__(
@@ -200,12 +195,12 @@ class Evaluator:
         sampling: SamplingConfig,
         folder: Path,
         progress: Progress = silent,
-        low_resolution: int | None = None,
+        task: GenerationTask = FromNoise(),  # noqa: B008 (frozen)
     ) -> None:
         require_enough(data)
         dataset = Dataset.open(data)
         extractor = extractor_for(config, dataset, folder, progress)
-        self.real = Real(dataset, extractor, config.reference, config.samples, folder, low_resolution, progress)
+        self.real = Real(dataset, extractor, config.reference, config.samples, folder, task, progress)
         self.config = config
         self.sampling = sampling
         self.folder = folder
@@ -217,7 +212,7 @@ class Evaluator:
             preprocessing=extractor.preprocessing,
             evaluation=config,
             sampling=sampling,
-            low_resolution=low_resolution,
+            low_resolution=task.low_resolution,
         )
 
     def model(
@@ -238,11 +233,11 @@ class Evaluator:
             raise UserError(f"no model at {path}: train one with `darkroom train`")
         found = ModelEvaluator(path, self, samples or self.config.samples, sampling or self.sampling, name or path.stem)
         require_shape(path, found.header, self.real.dataset)
-        theirs, ours = found.header.model.low_resolution, self.real.low_resolution
-        if theirs != ours:
+        theirs, ours = task_of(found.header.model), self.real.task
+        if theirs.low_resolution != ours.low_resolution:
             raise UserError(
-                f"{path} {task_of(theirs)}, and what it would be compared with {task_of(ours)}: scores say nothing of "
-                "two tasks"
+                f"{path} {theirs.description}, and what it would be compared with {ours.description}: scores say "
+                "nothing of two tasks"
             )
         return found
 
@@ -290,14 +285,14 @@ class Evaluator:
 
     def baselines(self) -> dict[str, Enlarged] | None:
         """What models that enlarge must beat: the same small images resampled; None if they enlarge nothing."""
-        if self.real.low_resolution is None:
-            return None
-        return {name: self._baseline(name, self.real.low_resolution) for name in RESAMPLING}
+        low_resolution = self.real.task.low_resolution
+        return None if low_resolution is None else {name: self._baseline(name, low_resolution) for name in RESAMPLING}
 
     def _baseline(self, name: str, low_resolution: int) -> Enlarged:
         real = self.real
 
         def work() -> tuple[Enlarged, Tensors]:
+            assert real.small is not None
             large = resampled(real.small, real.dataset.manifest.size // low_resolution, name)
             alike = likeness(large, torch.cat(list(real.pictures(real.shown))))
             return Enlarged(scores=real.score(real.extractor(large)), likeness=alike), {}
@@ -319,7 +314,7 @@ class ModelEvaluator:
         self.evaluator = evaluator
         self.real = evaluator.real
         self.config = evaluator.config
-        self.samples = samples if evaluator.real.low_resolution is None else min(samples, len(evaluator.real.shown))
+        self.samples = samples if evaluator.real.small is None else min(samples, len(evaluator.real.shown))
         self.sampling = sampling
         self.folder = evaluator.folder
         self.name = name
@@ -369,11 +364,11 @@ class ModelEvaluator:
                 self.progress(what, done, total, note)
 
             def work() -> Tensors:
-                if self.header.model.low_resolution is None:
-                    seed = self.config.seed
-                    return {"pictures": sample(self.model, numbers, seed, self.guided, counted, self.conditions)}
-                shown = self.real.small[numbers.start : numbers.stop]
-                return {"pictures": upscale(self.model, shown, self.config.seed, self.guided, counted, numbers.start)}
+                small = self.real.small
+                inputs = None if small is None else small[numbers.start : numbers.stop]
+                seed, conditions = self.config.seed, self.conditions
+                images = self.real.task.generate(self.model, inputs, numbers, seed, self.guided, counted, conditions)
+                return {"pictures": images}
 
             return recall(folder, PieceKey(first=numbers.start, count=len(numbers)), work)["pictures"]
 

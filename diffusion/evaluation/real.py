@@ -32,7 +32,7 @@ from diffusion.evaluation.thumbnails import NAME, moved, thumbnails
 from diffusion.files import digest_of
 from diffusion.progress import Progress, silent
 from diffusion.random import permutation
-from diffusion.upscaling import shrunk
+from diffusion.upscaling import FromNoise, GenerationTask
 
 PIECE = 10_000
 """Training pictures whose features are made and kept together: 50 MB of them, lost at most if it is stopped."""
@@ -80,7 +80,7 @@ class Real:
     """The pictures of one data set in the eyes of one feature network.
 
     ``count``: held-out pictures used at most, the first by key. What models draw is compared with these; models that
-    enlarge, ``samples`` of them from ``low_resolution``, get one part shown and are compared with the others: shown
+    enlarge, ``samples`` of them, get one part shown and are compared with the others: shown
     what they are compared with, they would be nearer to it than real pictures are.
 
     Kept in ``folder``. Features of training pictures are many, so those of other versions of the data set go.
@@ -93,19 +93,19 @@ class Real:
         count: int,
         samples: int,
         folder: Path,
-        low_resolution: int | None = None,
+        task: GenerationTask = FromNoise(),  # noqa: B008 (frozen)
         progress: Progress = silent,
     ) -> None:
         self.dataset = dataset
         self.extractor = extractor
         self.samples = samples
         self.folder = folder
-        self.low_resolution = low_resolution
+        self.task = task
         self.progress = progress
         self.train = dataset.rows("train")
         self.held_out = dataset.rows("held_out")[:count]
         self.shown, self.compared = self.held_out[:0], self.held_out
-        if low_resolution is not None:
+        if task.low_resolution is not None:
             self.shown, self.compared = self._parts(self.held_out, samples)
 
     def _parts(self, held_out: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -139,10 +139,11 @@ class Real:
         return features_key(self.dataset, rows, self.extractor), features
 
     @cached_property
-    def small(self) -> Tensor:
-        """What models that enlarge are shown, (N, C, h, w) uint8."""
-        assert self.low_resolution is not None
-        return torch.cat([shrunk(pictures, self.low_resolution) for pictures in self.pictures(self.shown)])
+    def small(self) -> Tensor | None:
+        """What models of super-resolution start from, (N, C, h, w) uint8; None: the task starts from noise."""
+        pieces = [self.task.inputs(images) for images in self.pictures(self.shown)]
+        inputs = [piece for piece in pieces if piece is not None]
+        return torch.cat(inputs) if inputs else None
 
     @cached_property
     def appearance(self) -> dict[str, Tensor]:
@@ -158,7 +159,7 @@ class Real:
     @property
     def shown_images(self) -> Tensor:
         """Some held-out images to look at, (N, C, H, W) uint8; those that models enlarge, if they do."""
-        rows = self.held_out if self.low_resolution is None else self.shown
+        rows = self.shown if len(self.shown) else self.held_out
         return self.dataset.pictures(rows[:SHOWN])
 
     @property

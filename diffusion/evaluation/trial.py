@@ -14,7 +14,7 @@ from diffusion.errors import UserError
 from diffusion.evaluation.bootstrap.neighbourhoods import FEWEST as FEWEST_FOR_ERRORS
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import Estimate
-from diffusion.evaluation.evaluator import CACHE, Evaluator, Figures, ModelEvaluator, task_of
+from diffusion.evaluation.evaluator import CACHE, Evaluator, Figures, ModelEvaluator
 from diffusion.evaluation.evidence import distance_headline, recall_difference, reconstruction_headline
 from diffusion.evaluation.exhibits import Exhibits, exhibits
 from diffusion.evaluation.gate import Copies, Cost, Evidence, GateConfig, WorstClass, decide
@@ -26,6 +26,7 @@ from diffusion.files import write_json
 from diffusion.model import ModelHeader, read_model_header
 from diffusion.progress import Progress, silent
 from diffusion.samplers import SamplingConfig
+from diffusion.upscaling import GenerationTask, task_of
 
 TRIAL = "trial.json"
 """What is written, in the folder of the evaluation."""
@@ -50,8 +51,8 @@ def trial(
     A champion that cannot be compared (of another family, shape or task, or one that cannot draw so), and sets too
     small for errors, hold the challenger with the reason. Raises UserError if the challenger cannot be judged.
     """
-    low_resolution = read_model_header(challenger).model.low_resolution
-    evaluator = _evaluator(data, config, sampling, output, progress, low_resolution)
+    task = task_of(read_model_header(challenger).model)
+    evaluator = _evaluator(data, config, sampling, output, progress, task)
     ours = evaluator.model(challenger)
     evaluation = ours.everything()
     theirs, their_evaluation, unlike = _champion(champion, ours, gate.across_families)
@@ -88,7 +89,7 @@ def look_again(
     Generated as for a trial with the same arguments, so that the metrics compare, and cached in the same place. Raises
     UserError as ``trial`` does.
     """
-    evaluator = _evaluator(data, config, sampling, output, progress, read_model_header(path).model.low_resolution)
+    evaluator = _evaluator(data, config, sampling, output, progress, task_of(read_model_header(path).model))
     return evaluator.model(path).everything(), evaluator.conditions.extractor
 
 
@@ -98,11 +99,11 @@ def _evaluator(
     sampling: SamplingConfig,
     output: Path,
     progress: Progress,
-    low_resolution: int | None,
+    task: GenerationTask,
 ) -> Evaluator:
     """One that generates with another seed than that by which checkpoints are chosen."""
     config = config.model_copy(update={"seed": config.seed + 1})
-    return Evaluator(data, config, sampling, output / CACHE, progress, low_resolution)
+    return Evaluator(data, config, sampling, output / CACHE, progress, task)
 
 
 def require_alike(champion: ModelHeader, challenger: ModelHeader, across_families: bool = False) -> None:
@@ -113,9 +114,9 @@ def require_alike(champion: ModelHeader, challenger: ModelHeader, across_familie
             f"it is a {theirs.family} and the challenger a {ours.family}, which the gate compares only with "
             "gate.across_families"
         )
-    if theirs.low_resolution != ours.low_resolution:
-        they, we = task_of(theirs.low_resolution), task_of(ours.low_resolution)
-        raise UserError(f"it {they} and the challenger {we}: figures say nothing of two tasks")
+    they, we = task_of(theirs), task_of(ours)
+    if they.low_resolution != we.low_resolution:
+        raise UserError(f"it {they.description} and the challenger {we.description}: figures say nothing of two tasks")
 
 
 def _champion(

@@ -18,7 +18,7 @@ from diffusion.evaluation.thumbnails import moved
 from diffusion.model import load_model
 from diffusion.samplers import sampling_config
 from diffusion.sampling import sample
-from diffusion.upscaling import shrunk, upscale
+from diffusion.upscaling import SuperResolution, shrunk, upscale
 from tests.diffusion.small_models import CONFIG as MODEL
 from tests.diffusion.small_models import write_model
 from tests.diffusion.trials import (
@@ -159,7 +159,7 @@ def test_a_model_that_enlarges_is_shown_one_half_of_the_held_out_pictures_and_co
     config = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
     path = write_model(tmp_path / "sr.safetensors", 0, 1, config=config)
     dataset, extractor = Dataset.open(data), make_extractor(CONFIG)
-    found = Evaluator(data, CONFIG, SAMPLING, tmp_path / "judged", low_resolution=4).model(path)
+    found = Evaluator(data, CONFIG, SAMPLING, tmp_path / "judged", task=SuperResolution(4, 0.1)).model(path)
     held_out = dataset.rows("held_out")
     shown = dataset.pictures(held_out[:20])
     assert torch.equal(found.images, upscale(load_model(path), shrunk(shown, 4), CONFIG.seed, SAMPLING))

@@ -16,6 +16,7 @@ from diffusion.families.config import FamilyConfig, VAEConfig
 from diffusion.model import AVERAGED, save_tensors
 from diffusion.progress import Progress, silent
 from diffusion.samplers import SamplingConfig, sampling_config
+from diffusion.upscaling import FromNoise, GenerationTask
 from tests.conftest import disc
 from tests.diffusion.small_datasets import write_dataset
 from tests.diffusion.small_models import header
@@ -31,13 +32,13 @@ def evaluate_one(
     sampling: SamplingConfig,
     output: Path,
     progress: Progress = silent,
-    low_resolution: int | None = None,
+    task: GenerationTask = FromNoise(),  # noqa: B008 (frozen)
 ) -> CheckpointEvaluation:
     """What ``evaluate`` finds of one model file under equal conditions, remembered in ``output``.
 
-    ``low_resolution``: that of the models that it is compared with; UserError if it has another.
+    ``task``: that of the models that it is compared with; UserError if it has another.
     """
-    evaluator = Evaluator(data, config, sampling, output / "judged", progress, low_resolution)
+    evaluator = Evaluator(data, config, sampling, output / "judged", progress, task)
     return evaluator.model(model_file).checkpoint()
 
 
