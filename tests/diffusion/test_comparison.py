@@ -100,12 +100,12 @@ def test_stopped_anywhere_it_goes_on_and_what_was_drawn_is_not_drawn_again(
 ) -> None:
     two = {name: models[name] for name in ("gan", "autoregressive")}
     with pytest.raises(KeyboardInterrupt):
-        compared(two, data, tmp_path, Watcher("autoregressive: pictures sampled"))
+        compared(two, data, tmp_path, Watcher("autoregressive: images sampled"))
     assert not (tmp_path / COMPARISON).exists()
     second = Watcher()
     first, _ = compared(two, data, tmp_path, second)
     # What is timed is drawn once, by each, after all that is judged.
-    assert second.seen.count("gan: pictures sampled") == second.seen.count("autoregressive: pictures sampled") - 3
+    assert second.seen.count("gan: images sampled") == second.seen.count("autoregressive: images sampled") - 3
     third = Watcher()
     again, _ = compared(two, data, tmp_path, third)
     assert third.drawn == set()

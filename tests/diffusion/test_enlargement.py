@@ -23,7 +23,7 @@ from diffusion.grids import beside, blocks, grid
 from diffusion.model import AVERAGED, load_model, save_tensors
 from diffusion.models.unet import UNet
 from diffusion.samplers import sampling_config
-from diffusion.upscaling import shrunk, upscale
+from diffusion.upscaling import SuperResolution, shrunk, upscale
 from tests.diffusion.html_pages import Page
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 from tests.diffusion.small_models import CONFIG as SHAPE
@@ -187,7 +187,7 @@ def test_the_verdict_is_by_the_distance(bicubic: float, lanczos: float, words: s
 def test_models_of_two_tasks_are_not_compared(data: Path, checkpoints: list[Path], tmp_path: Path) -> None:
     plain = write_model(tmp_path / "plain.safetensors", 0, 100)
     with pytest.raises(UserError, match=r"plain\.safetensors generates from noise, and what .* enlarges from 4 pixels"):
-        evaluate_one(plain, data, CONFIG, SAMPLING, tmp_path / "report", low_resolution=4)
+        evaluate_one(plain, data, CONFIG, SAMPLING, tmp_path / "report", task=SuperResolution(4, 0.1))
     with pytest.raises(UserError, match=r"100\.safetensors enlarges from 4 pixels, and what .* generates from noise"):
         evaluate_one(checkpoints[0], data, CONFIG, SAMPLING, tmp_path / "report")
     with pytest.raises(UserError, match="scores say nothing of two tasks"):

@@ -196,7 +196,7 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_end(
 ) -> None:
     evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "cut", progress=Watcher("100: pictures sampled"))
+        evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "cut", progress=Watcher("100: images sampled"))
     assert not (tmp_path / "cut" / "report.html").exists()
     watcher = Watcher()
     evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "cut", progress=watcher)

@@ -128,7 +128,7 @@ def test_what_draws_from_nothing_is_not_drawn_again_because_the_data_set_grew(mo
 
 
 @pytest.mark.parametrize(
-    "stop_at", ["model: pictures sampled", "pictures compared with", "model: held-out pictures looked at"]
+    "stop_at", ["model: images sampled", "pictures compared with", "model: held-out pictures looked at"]
 )
 def test_an_evaluation_that_was_cut_short_goes_on_to_the_same_end(
     stop_at: str, data: Path, model: Path, tmp_path: Path

@@ -302,7 +302,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
         ({"sampler": "euler", "churn": {"amount": 5.0}}, "keep no sampling.churn"),
         ({"eta": 0.5}, "not with sampling.eta = 0.5"),
         ({"sampler": "ddim", "steps": 1001}, "of which there are 1000"),
-        ({"guidance": 3.0}, "told neither classes nor captions"),
+        ({"guidance": 3.0}, "trained without classes and captions"),
         ({"low_resolution_noise": 0.1}, "the model is shown none"),
     ],
 )

@@ -14,7 +14,7 @@ from diffusion.evaluation.estimate import Estimate, Share
 from diffusion.evaluation.metrics import Scores
 from diffusion.evaluation.pages import plain, with_error
 from diffusion.evaluation.report import Sheets, findings, write_report
-from diffusion.evaluation.results import CheckpointEvaluation, Conditions, Evaluation, Floor, Measured
+from diffusion.evaluation.results import CheckpointEvaluation, Evaluation, EvaluationConditions, Floor, Measured
 from diffusion.fingerprint import fingerprint
 from diffusion.grids import grid, png_bytes
 from diffusion.samplers import sampling_config
@@ -51,7 +51,7 @@ def measured(**estimates: Estimate) -> dict[str, Measured]:
 
 
 def an_evaluation(kids: list[float], dataset: str = "digits", floor: Scores | None = None) -> Evaluation:
-    conditions = Conditions(
+    conditions = EvaluationConditions(
         content_digest="c" * 64,
         extractor="efflite0",
         extractor_digest="e" * 64,

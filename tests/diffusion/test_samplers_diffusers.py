@@ -216,7 +216,8 @@ def test_euler_with_churn(prediction: Prediction) -> None:
     """Their scheduler asks the network before it adds noise: here it is told what the network says after it."""
     theirs = scheduler(EulerDiscreteScheduler, "linear", "x0", 20, timestep_spacing="leading")
     sigmas = theirs.sigmas
-    config = sampling_config(sampler="euler", steps=20, churn=6, churn_min=0.1, churn_max=100, churn_noise=1.003)
+    churn = {"amount": 6, "sigma_min": 0.1, "sigma_max": 100, "noise_std": 1.003}
+    config = sampling_config(sampler="euler", steps=20, churn=churn)
     seen = ours(config, "linear", sigmas, prediction)
     denoiser, generator = denoiser_of(prediction, "linear"), after_the_start(5)
     x, churned = seen[0] * (1 + sigmas[0] ** 2).sqrt(), 0

@@ -149,7 +149,7 @@ def test_cut_short_in_a_round_it_goes_on_to_the_same_end(
 ) -> None:
     whole = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "cut", progress=Watcher("500: pictures sampled"))
+        evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "cut", progress=Watcher("500: images sampled"))
     watcher = Watcher()
     assert evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "cut", progress=watcher) == whole
     assert not {"300", "100"} <= watcher.drawn

@@ -9,7 +9,7 @@ import torch
 
 from diffusion import text
 from diffusion.errors import UserError
-from diffusion.text import ENCODER, TextEncoder, encoder, require_same
+from diffusion.text import ENCODER, TextEncoder, check_encoder, encoder
 from tests.diffusion.captioned import needs_encoder
 
 
@@ -66,6 +66,6 @@ def test_an_encoder_that_is_not_installed_is_named_with_the_way_to_get_it(monkey
 
 
 def test_a_model_of_another_encoder_is_refused_by_its_name() -> None:
-    require_same(ENCODER)
+    check_encoder(ENCODER)
     with pytest.raises(UserError, match=r"read by older \(aaaaaaaaaaaa\), and this Darkroom reads by all-MiniLM"):
-        require_same(TextEncoder(name="older", digest="a" * 64))
+        check_encoder(TextEncoder(name="older", digest="a" * 64))

@@ -176,7 +176,7 @@ def test_nothing_is_drawn_twice_not_even_when_the_challenger_has_become_champion
 def test_a_trial_that_was_cut_short_goes_on_to_the_same_bytes(data: Path, models: list[Path], tmp_path: Path) -> None:
     tried(*models, data, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        tried(*models, data, tmp_path / "cut", progress=Watcher("old: pictures sampled"))
+        tried(*models, data, tmp_path / "cut", progress=Watcher("old: images sampled"))
     assert not (tmp_path / "cut" / "trial.json").exists()
     watcher = Watcher()
     tried(*models, data, tmp_path / "cut", progress=watcher)
@@ -190,14 +190,14 @@ def test_drawing_that_was_cut_short_goes_on_after_the_last_whole_piece(
     monkeypatch.setattr("diffusion.evaluation.evaluator.cores", lambda: 1)
     small = SAMPLING.model_copy(update={"compute_batch": 8})  # 16 pictures to a piece
     tried(models[0], None, data, tmp_path / "whole", sampling=small)
-    watcher = Watcher("new: pictures sampled", 2 * 16 + 8)
+    watcher = Watcher("new: images sampled", 2 * 16 + 8)
     with pytest.raises(KeyboardInterrupt):
         tried(models[0], None, data, tmp_path / "cut", sampling=small, progress=watcher)
     [pieces] = (tmp_path / "cut" / "judged").glob("*.pieces")
     assert len(list(pieces.glob("*.sha256"))) == 2
     watcher = Watcher()
     tried(models[0], None, data, tmp_path / "cut", sampling=small, progress=watcher)
-    assert [done for what, done in watcher.told if what == "new: pictures sampled"] == [40, 48]
+    assert [done for what, done in watcher.told if what == "new: images sampled"] == [40, 48]
     assert (tmp_path / "cut" / "trial.json").read_bytes() == (tmp_path / "whole" / "trial.json").read_bytes()
     assert not list(tmp_path.rglob("*.pieces"))
 

@@ -221,9 +221,9 @@ def test_settings_of_the_reverse_process_are_refused(model: VAEModel, setting: d
 
 
 def test_what_it_cannot_show_or_change_is_refused(model: VAEModel) -> None:
-    with pytest.raises(UserError, match="told no classes"):
+    with pytest.raises(UserError, match="trained without classes"):
         sample(model, [0], 0, SAMPLING, conditions=Conditions(labels=("cat",)))
-    with pytest.raises(UserError, match="told no captions"):
+    with pytest.raises(UserError, match="trained without captions"):
         sample(model, [0], 0, SAMPLING, conditions=Conditions(prompts=("a cat",)))
     picture = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
     with pytest.raises(UserError, match="no steps in which to edit a picture"):

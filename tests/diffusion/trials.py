@@ -63,7 +63,7 @@ class Watcher:
     @property
     def drawn(self) -> set[str]:
         """The model files from which pictures were drawn."""
-        return {what.split(":")[0] for what in self.seen if what.endswith(("pictures sampled", "pictures enlarged"))}
+        return {what.split(":")[0] for what in self.seen if what.endswith(("images sampled", "images enlarged"))}
 
 
 def discs(folder: Path, count: int = 160, first: int = 0) -> Path:

@@ -11,7 +11,7 @@ from mlflow.entities import LoggedModel
 
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.metrics import Scores
-from diffusion.evaluation.results import CheckpointEvaluation, Conditions, Evaluation, Floor
+from diffusion.evaluation.results import CheckpointEvaluation, Evaluation, EvaluationConditions, Floor
 from diffusion.fingerprint import fingerprint
 from diffusion.samplers import sampling_config
 from flows.judged_models import CHECKPOINT, CHECKPOINT_SHA256, EVAL_KEY, JUDGED, Scoreboard
@@ -83,7 +83,7 @@ def judged(number: int, kid: float, samples: int = 500) -> CheckpointEvaluation:
 
 def an_evaluation(kids: list[float], behind: list[float] | None = None, seed: int = 0) -> Evaluation:
     """Of checkpoints judged in full, and of such that were ``behind`` in a round."""
-    conditions = Conditions(
+    conditions = EvaluationConditions(
         content_digest=CONTENT,
         extractor="efflite0",
         extractor_digest="e" * 64,

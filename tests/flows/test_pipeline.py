@@ -172,7 +172,7 @@ def test_the_registered_model_answers_over_http(workspace: Workspace, tmp_path: 
         assert len({ours, *pictures}) == 3
         refused = client.post("/invocations", json={"dataframe_records": [{"seed": 5, "prompt": "a cat"}]})
         assert refused.status_code == 400
-        assert "the model was told no captions" in refused.json()["message"]
+        assert "the model was trained without captions" in refused.json()["message"]
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)

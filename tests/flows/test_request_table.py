@@ -116,8 +116,8 @@ def test_a_batch_has_a_picture_for_each_row_and_names_the_table(store: Store, bu
             r"record 1: .* not drawn by 'seed': the columns are label and prompt",
         ),
         ("t.jsonl", '{"label": "odd"}\n{"text": "x"}\n', r"record 2: a picture is not drawn by 'text'"),
-        ("t.csv", "label\nodd\nodder\n", r"record 2: the model knows no class 'odder'; it knows even, odd"),
-        ("t.csv", "prompt\na red bird\n", r"record 1: the model was told no captions"),
+        ("t.csv", "label\nodd\nodder\n", r"record 2: the model knows no class 'odder': use one of even, odd"),
+        ("t.csv", "prompt\na red bird\n", r"record 1: the model was trained without captions"),
         ("t.csv", "label\n", "asks for nothing"),
         ("t.csv", 'label\n""\n""\n', "asks for nothing"),
         ("t.csv", "label\nodd,even\n", "more fields than the header"),
@@ -146,7 +146,7 @@ def test_a_mistake_in_a_table_is_one_line_that_names_its_place(
         ({"conditions": Conditions(negative_prompt="fog")}, "record 1: .*negative|captions"),
         (
             {"sampling": SAMPLING.model_copy(update={"guidance": 3.0})},
-            "record 2: sampling.guidance .* nothing is asked",
+            "record 2: sampling.guidance .* there is none",
         ),
     ],
 )
