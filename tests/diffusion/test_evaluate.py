@@ -17,7 +17,7 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.evaluation.metrics import judge
-from diffusion.evaluation.results import Conditions, Evaluation
+from diffusion.evaluation.results import Evaluation, EvaluationConditions
 from diffusion.grids import grid
 from diffusion.model import load_model
 from diffusion.samplers import SamplingConfig, sampling_config
@@ -151,7 +151,7 @@ def test_another_condition_means_another_judgement(
 
 def test_the_key_of_the_conditions_changes_with_each_of_them() -> None:
     def key(evaluation: EvaluationConfig, sampling: SamplingConfig, content: str = "a", weights: str = "b") -> str:
-        return Conditions(
+        return EvaluationConditions(
             content_digest=content,
             extractor="efflite0",
             extractor_digest=weights,
