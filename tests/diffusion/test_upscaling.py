@@ -380,6 +380,6 @@ def test_what_a_model_cannot_do_is_said_with_what_it_can(ask: Callable[[], Tenso
 def test_noise_that_no_model_of_a_run_could_stand_is_refused_before_training(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="more than the model was trained with"):
         train(data, tmp_path / "run", MODEL, CONFIG, NOISY)
-    with pytest.raises(UserError, match="the model is shown none"):
+    with pytest.raises(UserError, match="the model is given none"):
         preflight(data, PLAIN, CONFIG, NOISY)
     assert not (tmp_path / "run").exists()
