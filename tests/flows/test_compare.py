@@ -1,4 +1,4 @@
-"""``darkroom stage compare``: families trained and judged side by side, without any server."""
+"""``darkroom compare --local``: families trained and judged side by side, without any server."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ PARAMS = {
     "sampling": {"compute_batch": 16, "steps": 2},
     "evaluation": {"samples": 16, "extractor_size": 32},
 }
-COMMAND = ["stage", "compare", "--family", "gan", "--family", "autoregressive", "--json"]
+COMMAND = ["compare", "--local", "--family", "gan", "--family", "autoregressive", "--json"]
 
 
 @pytest.fixture

@@ -1,24 +1,24 @@
-"""``darkroom data log | show | diff | checkout | remove``: the versions of a data set."""
+"""``darkroom data``: versions of a data set, what changed between them, and images that must go."""
 
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.options import DEFAULT_PARAMS, DatasetName, Json, ParamsFile, Set, joined, load, show
+from flows.cli.command import CommandOutput, command, connect
 
 if TYPE_CHECKING:
     from diffusion.data.difference import Difference
     from diffusion.data.manifest import FileEntry
     from diffusion.data.selection import Chosen, Selection
+    from flows.params import Params
     from flows.takedown import TakenDown
 
 app = typer.Typer(
     name="data",
-    help="Versions of a data set: what there is, what changed, and back again; pictures that must go.",
+    help="Versions of a data set: list, show, compare, check out; take images down.",
     no_args_is_help=True,
 )
 All = Annotated[bool, typer.Option("--all", help="Show whole lists, not just their first twenty lines.")]
@@ -26,20 +26,15 @@ FIRST = 20
 """Entries shown of a list."""
 
 
-@app.command()
-def log(
-    dataset: DatasetName = None,
-    params: ParamsFile = DEFAULT_PARAMS,
-    overrides: Set = [],  # noqa: B006
-    as_json: Json = False,
-) -> None:
+@command(app)
+def log(config: "Params") -> CommandOutput:
     """All versions known on this machine, each above the one it was made from; the one in data/NAME has a star.
 
     Example:  darkroom data log --dataset faces
     """
     from diffusion.data.versions import history
 
-    folder = load(params, overrides, dataset).dataset_folder
+    folder = config.dataset_folder
     entries = history(folder, _in_cache(folder))
     head = f"  {'version':<12}  {'made from':<12}  {'added':>9} {'removed':>9} {'kept':>9} {'refused':>9}  change"
     rows = [
@@ -49,20 +44,17 @@ def log(
         for each in entries
     ]
     versions = [each.model_dump(mode="json") for each in entries]
-    show({"dataset": folder.name, "versions": versions}, as_json, [head, *rows])
+    return CommandOutput({"dataset": folder.name, "versions": versions}, [head, *rows])
 
 
-@app.command("show")
+@command(app, "show")
 def show_version(
+    config: "Params",
     version: Annotated[
         str | None, typer.Argument(metavar="VERSION", help="First hex digits of its digest; default: the current.")
     ] = None,
     everything: All = False,
-    dataset: DatasetName = None,
-    params: ParamsFile = DEFAULT_PARAMS,
-    overrides: Set = [],  # noqa: B006
-    as_json: Json = False,
-) -> None:
+) -> CommandOutput:
     """What is in a version, and what was refused and why.
 
     Example:  darkroom data show 3f9c21d0 --dataset faces --all
@@ -70,7 +62,7 @@ def show_version(
     from diffusion.data.versions import resolve
     from diffusion.data.versions import show as contents_of
 
-    folder = load(params, overrides, dataset).dataset_folder
+    folder = config.dataset_folder
     limit = None if everything else FIRST
     found = contents_of(folder, resolve(folder, version), _in_cache(folder), limit)
     classes = [f"  {name}: {count:,}" for name, count in found.classes.items()][:limit]
@@ -87,21 +79,18 @@ def show_version(
         *refused,
         *_more(found.quarantined_count or 0, refused),
     ]
-    show(found.model_dump(mode="json"), as_json, lines)
+    return CommandOutput(found, lines)
 
 
-@app.command()
+@command(app)
 def diff(
+    config: "Params",
     before: Annotated[
         str | None, typer.Argument(metavar="A", help="A version; default: the other one's parent.")
     ] = None,
     after: Annotated[str | None, typer.Argument(metavar="B", help="A version; default: the current one.")] = None,
     everything: All = False,
-    dataset: DatasetName = None,
-    params: ParamsFile = DEFAULT_PARAMS,
-    overrides: Set = [],  # noqa: B006
-    as_json: Json = False,
-) -> None:
+) -> CommandOutput:
     """What changed from one version to another, picture by picture.
 
     Example:  darkroom data diff 3f9c21d0 --dataset faces
@@ -110,17 +99,18 @@ def diff(
     from diffusion.data.versions import resolve
     from diffusion.errors import UserError
 
-    folder = load(params, overrides, dataset).dataset_folder
+    folder = config.dataset_folder
     new = resolve(folder, after)
     if before is None and new.parent is None:
         raise UserError(f"{new.digest[:12]} is the first version of data set {folder.name}: give two versions")
     old = resolve(folder, before or new.parent)
     found = difference_of(folder, old, new, None if everything else FIRST, _in_cache(folder))
-    show({"dataset": folder.name, **found.model_dump(mode="json")}, as_json, _in_lines(found))
+    return CommandOutput({"dataset": folder.name, **found.model_dump(mode="json")}, _in_lines(found))
 
 
-@app.command()
+@command(app)
 def checkout(
+    config: "Params",
     version: Annotated[str, typer.Argument(metavar="VERSION", help="First hex digits of its digest.")],
     with_removed: Annotated[
         bool, typer.Option("--with-removed", help="Also if it holds pictures that were taken down since.")
@@ -129,32 +119,27 @@ def checkout(
         bool,
         typer.Option("--without-shards", help="Manifest and tables alone: training.stream_bytes fetches the shards."),
     ] = False,
-    dataset: DatasetName = None,
-    params: ParamsFile = DEFAULT_PARAMS,
-    overrides: Set = [],  # noqa: B006
-    as_json: Json = False,
-) -> None:
+) -> CommandOutput:
     """Make a version the one in data/NAME, verified file by file; the next ingest builds on it.
 
     Its files come from the folder, DVC's cache, or S3. All other versions stay known to `darkroom data log`.
 
     Example:  darkroom data checkout 3f9c21d0 --dataset faces
     """
-    folder = load(params, overrides, dataset).dataset_folder
-    # DVC talks on what was standard output when it was imported, and that belongs to the result.
-    with redirect_stdout(sys.stderr):
-        from flows.checkout import checkout as make_current
+    folder = config.dataset_folder
+    from flows.checkout import checkout as make_current
 
-        done = make_current(folder, version, _reach, with_removed, without_shards, to_build_on=True)
+    done = make_current(folder, version, _reach, with_removed, without_shards, to_build_on=True)
     lines = [
         f"{done.kept:,} pictures in {done.folder}: version {done.digest[:12]}, {len(done.restored):,} files restored",
         f"content {done.content_digest}",
     ]
-    show(done.model_dump(mode="json"), as_json, lines)
+    return CommandOutput(done, lines)
 
 
-@app.command()
+@command(app)
 def remove(
+    config: "Params",
     pictures: Annotated[
         list[str] | None,
         typer.Argument(
@@ -178,11 +163,7 @@ def remove(
         ),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    dataset: DatasetName = None,
-    params: ParamsFile = DEFAULT_PARAMS,
-    overrides: Set = [],  # noqa: B006
-    as_json: Json = False,
-) -> None:
+) -> CommandOutput:
     """Take pictures down: a new version without them, which no later ingest takes in again.
 
     Only the shards concerned are written anew. What was made from the pictures is named (runs, model versions, prints),
@@ -193,26 +174,24 @@ def remove(
     from diffusion.data.takedown import choose
     from diffusion.errors import UserError
 
-    config = load(params, overrides, dataset)
     selection = _selection(pictures or [], source, label)
     if dry_run and purge:
         raise UserError("--dry-run only says which pictures would go: leave --purge out")
     if dry_run:
         chosen, names = choose(config.dataset_folder, selection)
         about = {"dataset": config.training.dataset, "dry_run": True, "names": names}
-        show(about | chosen.model_dump(mode="json"), as_json, _would_go(chosen, names))
-        return
+        return CommandOutput(about | chosen.model_dump(mode="json"), _would_go(chosen, names))
     if not reason.strip():
         raise UserError("a removal needs a --reason: one line that is kept in the manifest")
     if not yes:
         _confirm(
             f"take down {', '.join([*selection.prefixes, *selection.sources])} from data set {config.training.dataset}"
         )
-    with joined("prefect", "mlflow", "s3"):
+    with connect("prefect", "mlflow", "s3"):
         from flows.takedown import takedown
 
         done = takedown(config, selection, reason, purge)
-    show({"dataset": config.training.dataset, **done.model_dump(mode="json")}, as_json, _what_went(done))
+    return CommandOutput({"dataset": config.training.dataset, **done.model_dump(mode="json")}, _what_went(done))
 
 
 def _in_cache(folder: Path) -> "Callable[[FileEntry], Path | None]":

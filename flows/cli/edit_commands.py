@@ -1,47 +1,42 @@
-"""``darkroom inpaint | vary | interpolate | upscale``: pictures from pictures, in a folder of this machine."""
+"""``darkroom edit``: images from images, written to a folder of this machine."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.options import (
-    DEFAULT_PARAMS,
+from flows.cli.command import (
     LARGEST_SEED,
+    CommandOutput,
     Count,
-    Json,
     Model,
-    Output,
-    ParamsFile,
+    NegativePrompt,
+    OutFolder,
     Seed,
-    Set,
-    joined,
-    load,
-    show,
+    command,
+    connect,
+    is_file,
 )
 
 if TYPE_CHECKING:
-    from diffusion.made import Made
+    from flows.params import Params
 
+app = typer.Typer(
+    name="edit",
+    help="Images from images: fill a hole, change one, go from one to another, enlarge.",
+    no_args_is_help=True,
+)
 Image = Annotated[Path, typer.Argument(help="A picture; it is cut to a square and scaled to the model's size.")]
 Label = Annotated[str | None, typer.Option("--label", metavar="NAME", help="The class to show.")]
 Prompt = Annotated[
     str | None,
     typer.Option("--prompt", metavar="TEXT", help="What to show, for a model told captions (model.text)."),
 ]
-NegativePrompt = Annotated[
-    str | None,
-    typer.Option("--negative-prompt", metavar="TEXT", help="What not to show; needs sampling.guidance, say 3."),
-]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the verbs."""
-    for verb in (inpaint, vary, interpolate, upscale):
-        app.command(rich_help_panel="Pictures from pictures")(verb)
-
-
+@command(app)
 def inpaint(
+    config: "Params",
     image: Image,
     mask: Annotated[
         Path, typer.Option("--mask", help="A picture as large as the image: white is painted anew, black is kept.")
@@ -68,23 +63,21 @@ def inpaint(
     prompt: Prompt = None,
     negative_prompt: NegativePrompt = None,
     model: Model = None,
-    output: Output = None,
-    params: ParamsFile = DEFAULT_PARAMS,
-    overrides: Set = [],  # noqa: B006
-    as_json: Json = False,
-) -> None:
+    output: OutFolder = None,
+) -> CommandOutput:
     """Paint a part of a picture anew, in several ways; the rest keeps its pixels.
 
-    Example:  darkroom inpaint face.png --mask hole.png --agree --model models:/faces@champion
+    Example:  darkroom edit inpaint face.png --mask hole.png --agree --model models:/faces@champion
     """
     wanted: dict[str, Any] = {"count": count, "seed": seed, "times": times, "strength": strength}
     wanted |= {"agree": agree or None}
     wanted |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
-    done = made("inpaint", wanted, model, output, params, overrides, image, mask)
-    show_made(done, as_json)
+    return generate_images(config, "inpaint", wanted, model, output, image, mask)
 
 
-def vary(
+@command(app)
+def img2img(
+    config: "Params",
     image: Image,
     strength: Annotated[
         float | None, typer.Option("--strength", help="How much is changed, between 0 and 1; default: 0.6.")
@@ -95,22 +88,20 @@ def vary(
     prompt: Prompt = None,
     negative_prompt: NegativePrompt = None,
     model: Model = None,
-    output: Output = None,
-    params: ParamsFile = DEFAULT_PARAMS,
-    overrides: Set = [],  # noqa: B006
-    as_json: Json = False,
-) -> None:
+    output: OutFolder = None,
+) -> CommandOutput:
     """Make a picture anew, more or less like it, and like what is asked for.
 
-    Example:  darkroom vary face.png --strength 0.5 --prompt "red hair" --set sampling.guidance=3
+    Example:  darkroom edit img2img face.png --strength 0.5 --prompt "red hair" --set sampling.guidance=3
     """
     wanted: dict[str, Any] = {"count": count, "seed": seed, "strength": strength}
     wanted |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
-    done = made("vary", wanted, model, output, params, overrides, image)
-    show_made(done, as_json)
+    return generate_images(config, "img2img", wanted, model, output, image)
 
 
+@command(app)
 def interpolate(
+    config: "Params",
     to_seed: Annotated[int, typer.Argument(min=0, max=LARGEST_SEED, metavar="TO_SEED", help="Where the way leads.")],
     seed: Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="The seed that it begins with.")] = 0,
     count: Annotated[int, typer.Option("--count", min=2, help="How many pictures, both ends included.")] = 8,
@@ -118,76 +109,57 @@ def interpolate(
     prompt: Prompt = None,
     negative_prompt: NegativePrompt = None,
     model: Model = None,
-    output: Output = None,
-    params: ParamsFile = DEFAULT_PARAMS,
-    overrides: Set = [],  # noqa: B006
-    as_json: Json = False,
-) -> None:
+    output: OutFolder = None,
+) -> CommandOutput:
     """Pictures on the way from picture 0 of one seed to picture 0 of another.
 
-    Example:  darkroom interpolate 7 --seed 3 --count 10 --label cat
+    Example:  darkroom edit interpolate 7 --seed 3 --count 10 --label cat
     """
     wanted: dict[str, Any] = {"count": count, "seed": seed, "to_seed": to_seed}
     wanted |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
-    done = made("interpolate", wanted, model, output, params, overrides)
-    show_made(done, as_json)
+    return generate_images(config, "interpolate", wanted, model, output)
 
 
+@command(app)
 def upscale(
+    config: "Params",
     image: Annotated[Path, typer.Argument(help="A picture, at least as large as those the model was shown.")],
     count: Annotated[int, typer.Option("--count", min=1, help="In how many ways.")] = 1,
     seed: Seed = 0,
     model: Model = None,
-    output: Output = None,
-    params: ParamsFile = DEFAULT_PARAMS,
-    overrides: Set = [],  # noqa: B006
-    as_json: Json = False,
-) -> None:
+    output: OutFolder = None,
+) -> CommandOutput:
     """Draw a small picture large, with a model trained to (model.low_resolution); larger ones in tiles that agree.
 
-    Example:  darkroom upscale small.png --model models:/faces-16-to-64@champion
+    Example:  darkroom edit upscale small.png --model models:/faces-16-to-64@champion
     """
-    show_made(made("upscale", {"count": count, "seed": seed}, model, output, params, overrides, image), as_json)
+    return generate_images(config, "upscale", {"count": count, "seed": seed}, model, output, image)
 
 
-def is_file(model: str) -> bool:
-    """Whether ``model`` is a file, for which no server is needed, and not the name of a registered version."""
-    return model.endswith(".safetensors")
-
-
-def made(
+def generate_images(
+    config: "Params",
     task: str,
     wanted: dict[str, Any],
     model: str | None,
     output: Path | None,
-    params: Path,
-    overrides: list[str],
     image: Path | None = None,
     mask: Path | None = None,
-) -> "Made":
-    """The pictures, drawn here with a model file, or by the flow with a registered one."""
+) -> CommandOutput:
+    """Generate images here with a model file, or by the flow with a registered model."""
     from diffusion.requests import wanted_of
 
     asked = wanted_of({"task": task, **wanted})
-    config = load(params, overrides)
-    if model is not None and is_file(model):
+    if is_file(model):
         from diffusion.made import make, read_request
         from flows.console import console
 
         request = read_request(asked, image, mask)
         with console() as progress:
-            return make(Path(model), request, config.sampling, output, progress=progress)
-    with joined("prefect", "mlflow", "s3"):
-        from flows.generate import generate
+            done = make(Path(model), request, config.sampling, output, progress=progress)
+    else:
+        with connect("prefect", "mlflow", "s3"):
+            from flows.sample import generate
 
-        uri = model or f"models:/{config.model_name}@champion"
-        return generate(config, uri, asked, image, mask, output)
-
-
-def show_made(done: "Made", as_json: bool) -> None:
-    """Print what was made, and where it lies."""
-    show(
-        done.model_dump(mode="json"),
-        as_json,
-        [f"{done.count} pictures of {done.model} in {done.folder}", f"look at {done.grid}"],
-    )
+            uri = model or f"models:/{config.model_name}@champion"
+            done = generate(config, uri, asked, image, mask, output)
+    return CommandOutput(done, [f"{done.count} images of {done.model} in {done.folder}", f"look at {done.grid}"])
