@@ -2,7 +2,7 @@
 
     python benchmarks/waiting.py
 
-The two sets of ``loading.py``, and ``darkroom train --local`` on them as it is configured by default, started fresh. What
+The two sets of ``loading.py``, and ``darkroom train --local`` on them as configured by default, started fresh. What
 counts is the share of the seconds in the loop, from the first step on, as ``history.csv`` has it in its ``data_wait``.
 """
 

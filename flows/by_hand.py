@@ -1,4 +1,4 @@
-"""A person decides who is champion: ``promote --to`` and ``rollback``.
+"""A person decides who is champion: ``promote --to`` and ``model rollback``.
 
 Neither needs Prefect: taking back a bad model waits for no orchestrator. Killed at any moment and given again, each
 ends the same.

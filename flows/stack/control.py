@@ -67,8 +67,8 @@ def up(report: Report, restoring: bool = False) -> StackStatus:
             # The servers would make empty databases of those that are not there yet.
             if (folder / RESTORING).exists() and not restoring:
                 raise UserError(
-                    f"a restore into {folder} did not end: give `darkroom server restore` of the same backup again, or set "
-                    "DARKROOM_HOME to another folder"
+                    f"a restore into {folder} did not end: give `darkroom server restore` of the same backup again, or "
+                    "set DARKROOM_HOME to another folder"
                 )
             stack = _with_ports(_with_servers(_opened(), elsewhere))
             _start_all(stack, services(stack), report)

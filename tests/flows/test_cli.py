@@ -75,7 +75,7 @@ def test_help_loads_no_heavy_library() -> None:
         ["train"],
         ["sample", "--count", "0"],
         ["nonsense"],
-        ["edit"],
+        ["ingest", "one", "another"],
         ["train", "--local", "--params", "missing.yaml"],
         ["train", "--no-such-option"],
         ["train", "--dry-run", "--params", "."],

@@ -1,4 +1,4 @@
-"""Dashboard and alarms: what they ask for is what ``darkroom server metrics`` has, and alarms go off when they should."""
+"""Dashboard and alarms: they use what ``darkroom server metrics`` exports, and alarms go off when they should."""
 
 import json
 import re
