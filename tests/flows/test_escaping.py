@@ -134,7 +134,7 @@ def darkroom(no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_commands_show_hostile_names_labels_and_captions_and_obey_none(darkroom: CommandLine) -> None:
     first = json.loads(darkroom("ingest", "--local", "--json"))["digest"]
     others = ("--set", "ingest.source=others")
-    assert darkroom("ingest", "--local", *others).count("refused: ") == 4
+    assert darkroom("ingest", "--local", *others).count("quarantined: ") == 4
     assert json.loads(darkroom("ingest", "--local", "--json", *others))["quarantined_count"] == 4
     shown = darkroom("data", "show", "--all")
     assert f"  {escape_controls(CLEAR)}: 8" in shown
