@@ -28,7 +28,7 @@ FIRST = 20
 
 @command(app)
 def log(config: "Params") -> CommandOutput:
-    """All versions known on this machine, each above the one it was made from; the one in data/NAME has a star.
+    """List all versions known on this machine, each above the one it was made from; the one in data/NAME has a star.
 
     Example:  darkroom data log --dataset faces
     """
@@ -36,11 +36,11 @@ def log(config: "Params") -> CommandOutput:
 
     folder = config.dataset_folder
     entries = history(folder, _in_cache(folder))
-    head = f"  {'version':<12}  {'made from':<12}  {'added':>9} {'removed':>9} {'kept':>9} {'refused':>9}  change"
+    head = f"  {'version':<12}  {'made from':<12}  {'added':>9} {'removed':>9} {'kept':>9} {'quarantined':>11}  change"
     rows = [
         f"{'*' if each.current else ' '} {each.digest[:12]}  {(each.parent or '')[:12]:<12}  "
         f"{each.added:>9,} {each.removed:>9,} {each.kept:>9,} "
-        f"{_count(each.quarantined):>9}  {each.change}"
+        f"{_count(each.quarantined):>11}  {each.change}"
         for each in entries
     ]
     versions = [each.model_dump(mode="json") for each in entries]
@@ -55,7 +55,7 @@ def show_version(
     ] = None,
     everything: All = False,
 ) -> CommandOutput:
-    """What is in a version, and what was refused and why.
+    """Show what is in a version, and what was quarantined and why.
 
     Example:  darkroom data show 3f9c21d0 --dataset faces --all
     """
@@ -66,18 +66,18 @@ def show_version(
     limit = None if everything else FIRST
     found = contents_of(folder, resolve(folder, version), _in_cache(folder), limit)
     classes = [f"  {name}: {count:,}" for name, count in found.classes.items()][:limit]
-    refused = [f"  {each.source}: {each.reason}" for each in found.quarantined or ()]
+    quarantined = [f"  {each.source}: {each.reason}" for each in found.quarantined or ()]
     lines = [
         f"version    {found.digest}, made by {found.change}" + (f" from {found.parent[:12]}" if found.parent else ""),
         f"content    {found.content_digest}",
-        f"pictures   {found.kept:,} of {found.storage.size}×{found.storage.size} in {found.channels} channel(s): "
+        f"images     {found.kept:,} of {found.storage.size}×{found.storage.size} in {found.channels} channel(s): "
         + ", ".join(f"{count:,} {split.replace('_', '-')}" for split, count in found.splits.items()),
         f"shards     {found.shards:,}, {found.shard_bytes:,} bytes",
         f"read       {', '.join(f'{count:,} {outcome}' for outcome, count in found.outcomes.items())}",
         *([f"classes    {len(found.classes):,}", *classes, *_more(len(found.classes), classes)] if classes else []),
-        f"refused    {_count(found.quarantined_count)}",
-        *refused,
-        *_more(found.quarantined_count or 0, refused),
+        f"quarantine {_count(found.quarantined_count)}",
+        *quarantined,
+        *_more(found.quarantined_count or 0, quarantined),
     ]
     return CommandOutput(found, lines)
 
@@ -91,7 +91,7 @@ def diff(
     after: Annotated[str | None, typer.Argument(metavar="B", help="A version; default: the current one.")] = None,
     everything: All = False,
 ) -> CommandOutput:
-    """What changed from one version to another, picture by picture.
+    """Show what changed from one version to another, image by image.
 
     Example:  darkroom data diff 3f9c21d0 --dataset faces
     """
@@ -113,7 +113,7 @@ def checkout(
     config: "Params",
     version: Annotated[str, typer.Argument(metavar="VERSION", help="First hex digits of its digest.")],
     with_removed: Annotated[
-        bool, typer.Option("--with-removed", help="Also if it holds pictures that were taken down since.")
+        bool, typer.Option("--with-removed", help="Also if it holds images that were taken down since.")
     ] = False,
     without_shards: Annotated[
         bool,
@@ -131,7 +131,7 @@ def checkout(
 
     done = make_current(folder, version, _reach, with_removed, without_shards, to_build_on=True)
     lines = [
-        f"{done.kept:,} pictures in {done.folder}: version {done.digest[:12]}, {len(done.restored):,} files restored",
+        f"{done.kept:,} images in {done.folder}: version {done.digest[:12]}, {len(done.restored):,} files restored",
         f"content {done.content_digest}",
     ]
     return CommandOutput(done, lines)
@@ -140,19 +140,19 @@ def checkout(
 @command(app)
 def remove(
     config: "Params",
-    pictures: Annotated[
+    images: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="KEY|PATTERN…", help="Keys (8 or more hex digits), or patterns of names (* for anything)."
         ),
     ] = None,
     source: Annotated[list[str], typer.Option("--source", metavar="PATTERN", help="A pattern of names.")] = [],  # noqa: B006
-    label: Annotated[str | None, typer.Option("--label", help="Only pictures of this class.")] = None,
+    label: Annotated[str | None, typer.Option("--label", help="Only images of this class.")] = None,
     reason: Annotated[
         str, typer.Option("--reason", help="Why, in one line, which is kept; needed for all but --dry-run.")
     ] = "",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say which pictures would go, under which names.")
+        bool, typer.Option("--dry-run", help="Only say which images would go, under which names.")
     ] = False,
     purge: Annotated[
         bool,
@@ -164,19 +164,19 @@ def remove(
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> CommandOutput:
-    """Take pictures down: a new version without them, which no later ingest takes in again.
+    """Take images down: a new version without them, which no later ingest takes in again.
 
-    Only the shards concerned are written anew. What was made from the pictures is named (runs, model versions, prints),
-    and marked in MLflow. Prints are never deleted: they are other pictures.
+    Only the shards concerned are written anew. What was made from the images is named (runs, model versions, sampling
+    batches), and marked in MLflow. Generated images are never deleted: they are other images.
 
     Example:  darkroom data remove 'alice/*' --dataset faces --reason 'consent withdrawn' --purge
     """
     from diffusion.data.takedown import choose
     from diffusion.errors import UserError
 
-    selection = _selection(pictures or [], source, label)
+    selection = _selection(images or [], source, label)
     if dry_run and purge:
-        raise UserError("--dry-run only says which pictures would go: leave --purge out")
+        raise UserError("--dry-run only says which images would go: leave --purge out")
     if dry_run:
         chosen, names = choose(config.dataset_folder, selection)
         about = {"dataset": config.training.dataset, "dry_run": True, "names": names}
@@ -217,12 +217,12 @@ def _reach() -> str:
     return data_source()
 
 
-def _selection(pictures: list[str], sources: list[str], label: str | None) -> "Selection":
+def _selection(images: list[str], sources: list[str], label: str | None) -> "Selection":
     """What the command line names; raises UserError if it says nothing or is misspelt."""
     from diffusion.data.selection import Selection, Selector, is_key
 
-    keys = [each for each in pictures if is_key(each)]
-    patterns = [each for each in pictures if not is_key(each)]
+    keys = [each for each in images if is_key(each)]
+    patterns = [each for each in images if not is_key(each)]
     selection = Selection(prefixes=keys, sources=[*patterns, *sources], label=label)
     Selector.of(selection)
     return selection
@@ -240,8 +240,8 @@ def _would_go(chosen: "Chosen", names: list[str]) -> list[str]:
     shown = [f"  {name}" for name in names[:FIRST]]
     near = [f"  {key}" for key in chosen.near_copies[:FIRST]]
     return [
-        f"{chosen.pictures:,} pictures would go under {len(names):,} names ({chosen.duplicates:,} copies, "
-        f"{chosen.refused:,} refused); {len(chosen.parts):,} shards would be written anew",
+        f"{chosen.pictures:,} images would go under {len(names):,} names ({chosen.duplicates:,} copies, "
+        f"{chosen.refused:,} quarantined); {len(chosen.parts):,} shards would be written anew",
         *shown,
         *([f"  … and {len(names) - len(shown):,} more: --json names all"] if len(names) > len(shown) else []),
         *([f"{len(chosen.near_copies):,} near-copies would stay:", *near] if near else []),
@@ -253,7 +253,7 @@ def _what_went(done: "TakenDown") -> list[str]:
     removal, derived = done.removal, done.derived
     purged = done.purged
     return [
-        f"{removal.pictures:,} pictures taken down from {removal.dataset} (takedown {done.name}"
+        f"{removal.pictures:,} images taken down from {removal.dataset} (takedown {done.name}"
         + (", done before)" if removal.already else ")"),
         f"version    {removal.version[:12]}, content {removal.content_digest}",
         f"held by    {', '.join(digest[:12] for digest in done.held) or 'no known version'}",
@@ -261,7 +261,7 @@ def _what_went(done: "TakenDown") -> list[str]:
         *(f"near-copy  {key} stays" for key in removal.near_copies),
         *(f"run        {run.run_id} ({run.name})" for run in derived.runs),
         *(f"model      {model.uri}" + "".join(f" @{alias}" for alias in model.aliases) for model in derived.models),
-        *(f"prints     {uri}" for uri in derived.prints),
+        *(f"samples    {uri}" for uri in derived.prints),
         *(f"unclear    run {run_id}: its version of the data set is not known" for run_id in derived.unclear_runs),
         *(
             [
@@ -275,13 +275,13 @@ def _what_went(done: "TakenDown") -> list[str]:
 
 
 def _in_lines(found: "Difference") -> list[str]:
-    lines = [f"{found.before[:12]} → {found.after[:12]}: {found.kept[0]:,} → {found.kept[1]:,} pictures"]
+    lines = [f"{found.before[:12]} → {found.after[:12]}: {found.kept[0]:,} → {found.kept[1]:,} images"]
     if found.same_content:
         lines.append("the same content")
     for what, group in (("added", found.added), ("removed", found.removed)):
         lines += _group(what, group, lambda each: f"{each.key[:16]} {each.source or ''} {each.label or ''}".rstrip())
     lines += _group("changed", found.changed, lambda each: f"{each.before.key[:16]} {_changes(each)}")
-    for what, refusals in (("refused now", found.quarantined), ("no longer refused", found.cleared)):
+    for what, refusals in (("quarantined now", found.quarantined), ("no longer quarantined", found.cleared)):
         lines += _group(what, refusals, lambda each: f"{each.source}: {each.reason}")
     lines += [f"setting    {name}: {old} → {new}" for name, (old, new) in found.storage.items()]
     lines += [f"class      {name}: {old:,} → {new:,}" for name, (old, new) in found.classes.items()]

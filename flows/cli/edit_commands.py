@@ -26,11 +26,11 @@ app = typer.Typer(
     help="Images from images: fill a hole, change one, go from one to another, enlarge.",
     no_args_is_help=True,
 )
-Image = Annotated[Path, typer.Argument(help="A picture; it is cut to a square and scaled to the model's size.")]
-Label = Annotated[str | None, typer.Option("--label", metavar="NAME", help="The class to show.")]
+Image = Annotated[Path, typer.Argument(help="Image file; cut to a square and scaled to the model's size.")]
+Label = Annotated[str | None, typer.Option("--label", metavar="NAME", help="Class to show.")]
 Prompt = Annotated[
     str | None,
-    typer.Option("--prompt", metavar="TEXT", help="What to show, for a model told captions (model.text)."),
+    typer.Option("--prompt", metavar="TEXT", help="What to show, for a model trained on captions (model.text)."),
 ]
 
 
@@ -39,7 +39,7 @@ def inpaint(
     config: "Params",
     image: Image,
     mask: Annotated[
-        Path, typer.Option("--mask", help="A picture as large as the image: white is painted anew, black is kept.")
+        Path, typer.Option("--mask", help="Image file as large as the image: white is filled, black is kept.")
     ],
     times: Annotated[
         int | None,
@@ -65,7 +65,7 @@ def inpaint(
     model: Model = None,
     output: OutFolder = None,
 ) -> CommandOutput:
-    """Paint a part of a picture anew, in several ways; the rest keeps its pixels.
+    """Fill a hole in an image, in several ways; the rest keeps its pixels.
 
     Example:  darkroom edit inpaint face.png --mask hole.png --agree --model models:/faces@champion
     """
@@ -90,7 +90,7 @@ def img2img(
     model: Model = None,
     output: OutFolder = None,
 ) -> CommandOutput:
-    """Make a picture anew, more or less like it, and like what is asked for.
+    """Generate images that are more or less like another one, and like a label or prompt.
 
     Example:  darkroom edit img2img face.png --strength 0.5 --prompt "red hair" --set sampling.guidance=3
     """
@@ -102,16 +102,16 @@ def img2img(
 @command(app)
 def interpolate(
     config: "Params",
-    to_seed: Annotated[int, typer.Argument(min=0, max=LARGEST_SEED, metavar="TO_SEED", help="Where the way leads.")],
-    seed: Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="The seed that it begins with.")] = 0,
-    count: Annotated[int, typer.Option("--count", min=2, help="How many pictures, both ends included.")] = 8,
+    to_seed: Annotated[int, typer.Argument(min=0, max=LARGEST_SEED, metavar="TO_SEED", help="Seed of the last image.")],
+    seed: Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed of the first image.")] = 0,
+    count: Annotated[int, typer.Option("--count", min=2, help="Number of images, both ends included.")] = 8,
     label: Label = None,
     prompt: Prompt = None,
     negative_prompt: NegativePrompt = None,
     model: Model = None,
     output: OutFolder = None,
 ) -> CommandOutput:
-    """Pictures on the way from picture 0 of one seed to picture 0 of another.
+    """Generate images between image 0 of one seed and image 0 of another.
 
     Example:  darkroom edit interpolate 7 --seed 3 --count 10 --label cat
     """
@@ -123,13 +123,15 @@ def interpolate(
 @command(app)
 def upscale(
     config: "Params",
-    image: Annotated[Path, typer.Argument(help="A picture, at least as large as those the model was shown.")],
-    count: Annotated[int, typer.Option("--count", min=1, help="In how many ways.")] = 1,
+    image: Annotated[
+        Path, typer.Argument(help="Image file, at least as large as the small images that the model was trained on.")
+    ],
+    count: Annotated[int, typer.Option("--count", min=1, help="Number of images.")] = 1,
     seed: Seed = 0,
     model: Model = None,
     output: OutFolder = None,
 ) -> CommandOutput:
-    """Draw a small picture large, with a model trained to (model.low_resolution); larger ones in tiles that agree.
+    """Enlarge an image with a super-resolution model (model.low_resolution); large ones in overlapping tiles.
 
     Example:  darkroom edit upscale small.png --model models:/faces-16-to-64@champion
     """
