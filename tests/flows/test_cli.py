@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 import flows.cli
+from flows.cli.command import CommandOutput, command
 
 COMMANDS = (
     *("ingest", "train", "evaluate", "promote", "sample", "retrain", "sweep", "compare"),
@@ -53,9 +55,23 @@ def test_help_of_a_command_shows_json_and_an_example() -> None:
     }
     commands = [app.commands[name] for name in COMMANDS]
     commands += [each for group in groups.values() for each in group.commands.values()]  # type: ignore[attr-defined]
-    for command in commands:
-        assert any("--json" in option.opts for option in command.params), command.name
-        assert command.name in WITHOUT_EXAMPLE or "Example:" in (command.help or ""), command.name
+    for each in commands:
+        assert any("--json" in option.opts for option in each.params), each.name
+        assert each.name in WITHOUT_EXAMPLE or "Example:" in (each.help or ""), each.name
+
+
+def test_standard_output_has_the_result_alone_and_errors_come_after_it() -> None:
+    app = typer.Typer()
+
+    @command(app)
+    def noisy(times: int = 1) -> CommandOutput:
+        print("said by a library")
+        return CommandOutput({"times": times}, ["a line"], typer.Exit(3) if times > 1 else None)
+
+    done = CliRunner().invoke(app, ["--json"])
+    assert (done.exit_code, done.stdout, done.stderr) == (0, '{"times": 1}\n', "said by a library\n")
+    done = CliRunner().invoke(app, ["--times", "2"])
+    assert (done.exit_code, done.stdout) == (3, "a line\n")
 
 
 def test_help_loads_no_heavy_library() -> None:

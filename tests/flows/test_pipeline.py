@@ -66,6 +66,13 @@ def test_retrain_ends_in_a_champion_with_its_lineage_and_prints(workspace: Works
     assert len(found) == 40 + 5
 
 
+def test_the_card_of_the_champion_is_printed(workspace: Workspace, server: MlflowClient) -> None:
+    version = server.get_model_version_by_alias("blobs", "champion")
+    card = workspace.json("model", "card")
+    assert card == {"model": f"models:/blobs/{version.version}", "card": version.description}
+    assert workspace.run("model", "card").splitlines() == version.description.splitlines()
+
+
 def test_the_champion_is_exported_with_its_names(workspace: Workspace, server: MlflowClient) -> None:
     version = server.get_model_version_by_alias("blobs", "champion")
     done = workspace.json("model", "export", "--to", "diffusers", "--out", "exports/blobs")
