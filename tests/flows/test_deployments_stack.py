@@ -188,7 +188,7 @@ def test_deployed_twice_everything_is_there_once_and_the_address_to_notify_in_no
     before = there()
     done = workspace.json(*DEPLOY, "--cron", "5 0 1 1 *")
     assert there() == before
-    assert done["deployments"] == ["monitor/blobs", "retrain/blobs", "sample-on-demand/blobs"]
+    assert done["deployments"] == ["retrain/blobs", "sample-on-demand/blobs", "monitor/blobs"]
     assert before["deployments"] == ["blobs"] * 3
     assert before["automations"] == sorted([*done["automations"], "darkroom: retrain blobs on a new version"])
     assert before["work_pools"] == ["darkroom"]
