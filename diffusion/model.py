@@ -18,9 +18,8 @@ from diffusion.config import LARGEST_SIZE, Config, PlainName, unset
 from diffusion.denoiser import Denoiser
 from diffusion.errors import UserError
 from diffusion.families import family_of
-from diffusion.families.config import FamilyConfig, LatentSpace
 from diffusion.files import canonical_json, write_atomically
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import FamilyConfig, LatentSpace, ModelConfig
 from diffusion.models.latents import Latents
 from diffusion.models.unet import UNet
 from diffusion.models.vae import VAE

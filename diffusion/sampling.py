@@ -13,12 +13,11 @@ from diffusion.editing import Edit, agreeing, between, keeping, levels_for, repa
 from diffusion.errors import UserError
 from diffusion.families import family_of
 from diffusion.families.base import Batch
-from diffusion.families.config import FamilyConfig, meaningless
 from diffusion.fingerprint import autocast
 from diffusion.guidance import clipped, guided
 from diffusion.lanes import lanes
 from diffusion.model import DiffusionModel, Model, Told, to_float, to_uint8
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import FamilyConfig, ModelConfig, meaningless
 from diffusion.progress import Progress, silent
 from diffusion.random import GaussianNoise, uniform
 from diffusion.samplers import Callback, Denoise, Noise, ancestral, levels_of, make_sampler

@@ -17,10 +17,10 @@ from torch.nn.functional import interpolate
 from diffusion.config_sampling import ANYTHING, SamplingConfig
 from diffusion.device import repeatable, resolve_device
 from diffusion.errors import UserError
-from diffusion.families.config import FamilyConfig
 from diffusion.fingerprint import autocast
 from diffusion.lanes import lanes
 from diffusion.model import DiffusionModel, Model, Told, to_float, to_uint8
+from diffusion.models.config import FamilyConfig
 from diffusion.progress import Progress, silent
 from diffusion.random import GaussianNoise, uniform
 from diffusion.samplers import Callback, levels_of

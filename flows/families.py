@@ -7,7 +7,7 @@ from typing import Any
 from diffusion.errors import UserError
 from diffusion.evaluation.comparison import Comparison, compare
 from diffusion.evaluation.comparison_page import PAGE, write_comparison_page
-from diffusion.families.config import FAMILIES
+from diffusion.models.config import FAMILIES
 from diffusion.progress import Progress
 from flows.params import Params
 

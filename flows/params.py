@@ -13,8 +13,7 @@ from diffusion.data.config import IngestConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.gate import GateConfig
-from diffusion.families.config import FAMILIES, FamilyConfig, meaningless
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import FAMILIES, FamilyConfig, ModelConfig, meaningless
 from diffusion.presets import PresetName, over
 from diffusion.training.config import TrainingConfig, disagreement
 from flows.retention.config import RetentionConfig

@@ -39,10 +39,9 @@ from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.evidence import distance_headline, recall_difference
 from diffusion.evaluation.gate import Copies, Cost, Evidence, GateConfig, decide
 from diffusion.evaluation.trial import trial
-from diffusion.families.config import AutoregressiveConfig, FamilyConfig, GANConfig, VAEConfig
 from diffusion.fingerprint import fingerprint
 from diffusion.model import load_model, read_header
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import AutoregressiveConfig, FamilyConfig, GANConfig, ModelConfig, VAEConfig
 from diffusion.requests import answer, request_of
 from diffusion.sampling import sample
 from diffusion.training.config import TrainingConfig

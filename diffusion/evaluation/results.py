@@ -19,9 +19,9 @@ from diffusion.evaluation.held_out_loss import HeldOutLoss
 from diffusion.evaluation.memorisation import Memorisation
 from diffusion.evaluation.metrics import Scores
 from diffusion.evaluation.per_class import PerClass
-from diffusion.families.config import FAMILIES
 from diffusion.files import digest_of
 from diffusion.fingerprint import Fingerprint
+from diffusion.models.config import FAMILIES
 
 CONFIDENCE = 0.95
 """Two-sided, of all intervals that are shown."""

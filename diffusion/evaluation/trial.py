@@ -22,9 +22,9 @@ from diffusion.evaluation.gate import Copies, Cost, Evidence, GateConfig, WorstC
 from diffusion.evaluation.per_class import ClassScores
 from diffusion.evaluation.results import ModelEvaluation
 from diffusion.evaluation.trial_results import Side, Trial
-from diffusion.families.config import FAMILIES, meaning
 from diffusion.files import write_json
 from diffusion.model import ModelHeader, read_model_header
+from diffusion.models.config import FAMILIES, meaning
 from diffusion.progress import Progress, silent
 
 TRIAL = "trial.json"

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from diffusion.families.config import FamilyConfig
+from diffusion.models.config import FamilyConfig
 
 if TYPE_CHECKING:
     from diffusion.families.base import Family

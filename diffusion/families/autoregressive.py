@@ -16,12 +16,12 @@ from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.terms import Terms
 from diffusion.families.base import Batch, Data, Family, Learner
-from diffusion.families.config import AutoregressiveConfig
 from diffusion.fingerprint import autocast
 from diffusion.grids import above, save_png
 from diffusion.logistics import LEVELS, log_probability, mixtures_of
 from diffusion.model import Model, ModelHeader, Told, to_float, to_uint8
 from diffusion.models.autoregressive import PixelCNN, draw
+from diffusion.models.config import AutoregressiveConfig
 from diffusion.models.latents import Latents
 from diffusion.training.config import TrainingConfig, disagreement
 from diffusion.training.drawn import Drawn

@@ -14,10 +14,10 @@ from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.terms import Terms
 from diffusion.families.base import Batch, Contest, Data, Family, Learner
-from diffusion.families.config import GANConfig
 from diffusion.fingerprint import autocast
 from diffusion.grids import grid, save_png
 from diffusion.model import Model, ModelHeader, Told, to_uint8
+from diffusion.models.config import GANConfig
 from diffusion.models.gan import Generator, Opponent
 from diffusion.models.latents import Latents
 from diffusion.random import GaussianNoise

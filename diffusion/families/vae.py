@@ -13,10 +13,10 @@ from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.terms import Terms
 from diffusion.families.base import Batch, Data, Family, Learner
-from diffusion.families.config import VAEConfig
 from diffusion.fingerprint import autocast
 from diffusion.grids import above, save_png
 from diffusion.model import Model, ModelHeader, Told, to_uint8
+from diffusion.models.config import VAEConfig
 from diffusion.models.latents import Latents
 from diffusion.models.vae import VAE
 from diffusion.random import GaussianNoise

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion.families.config import AutoregressiveConfig
 from diffusion.logistics import LEVELS, drawn, mixtures_of, width
+from diffusion.models.config import AutoregressiveConfig
 
 REACH = (1, 2, 4, 8)
 """How far layers look, by turns."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion.errors import UserError
-from diffusion.families.config import GANConfig
+from diffusion.models.config import GANConfig
 
 SLOPE = 0.2
 """Of what is below zero, in the activation."""

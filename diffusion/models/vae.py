@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion.errors import UserError
-from diffusion.families.config import VAEConfig
+from diffusion.models.config import VAEConfig
 from diffusion.models.unet import GROUP, Grow
 from diffusion.variational import LOG_VARIANCE, drawn_from
 

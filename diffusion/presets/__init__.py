@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import yaml
 
-from diffusion.families.config import FAMILIES
+from diffusion.models.config import FAMILIES
 
 PresetName = Literal["fast", "ddpm", "large"]
 

@@ -6,8 +6,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
 from diffusion.config import Config, DeviceName, unset
-from diffusion.families.config import FamilyConfig, meaningless
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import FamilyConfig, ModelConfig, meaningless
 
 LONGEST = 0.28
 """Relative length of an average that weighs all of training alike."""

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
-from diffusion.families.config import FamilyConfig, LatentSpace, VAEConfig
 from diffusion.families.vae import VAEModel, latent_shape
 from diffusion.model import Model, load_model, to_float, unfilled
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import FamilyConfig, LatentSpace, ModelConfig, VAEConfig
 from diffusion.models.latents import Latents
 
 MEASURED = 1024

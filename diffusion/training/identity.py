@@ -4,9 +4,9 @@ from typing import Any
 
 from diffusion.data.manifest import Manifest
 from diffusion.device import resolve_device
-from diffusion.families.config import FamilyConfig
 from diffusion.files import digest_of
 from diffusion.fingerprint import resolve_precision
+from diffusion.models.config import FamilyConfig
 from diffusion.text import ENCODER
 from diffusion.training.config import TrainingConfig
 

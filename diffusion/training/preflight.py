@@ -16,8 +16,8 @@ from diffusion.config import Config, unset
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.families import family_of
-from diffusion.families.config import FamilyConfig, LatentSpace
 from diffusion.files import make_folder
+from diffusion.models.config import FamilyConfig, LatentSpace
 from diffusion.models.vae import VAE
 from diffusion.training.config import TrainingConfig
 from diffusion.training.record import drawn_by

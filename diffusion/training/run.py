@@ -22,9 +22,9 @@ from diffusion.device import device_name, resolve_device
 from diffusion.errors import DarkroomError
 from diffusion.families import family_of
 from diffusion.families.base import Data, Learner
-from diffusion.families.config import FamilyConfig
 from diffusion.fingerprint import CPU, Fingerprint, autocast, resolve_precision
 from diffusion.model import Model, ModelHeader, Told, classes_of, to_float
+from diffusion.models.config import FamilyConfig
 from diffusion.random import uniform
 from diffusion.text import ENCODER
 from diffusion.training.checkpoint import TrainingState

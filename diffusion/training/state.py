@@ -7,8 +7,8 @@ from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
 from diffusion.families import family_of
 from diffusion.families.base import Learner
-from diffusion.families.config import FamilyConfig
 from diffusion.model import AUTOENCODER
+from diffusion.models.config import FamilyConfig
 from diffusion.models.unet import UNet
 from diffusion.training.checkpoint import Opponent, TrainingState
 from diffusion.training.config import TrainingConfig

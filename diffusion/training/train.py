@@ -23,7 +23,6 @@ from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.shard_cache import ShardCache, ShardStore
 from diffusion.device import repeatable, resolve_device
 from diffusion.errors import DarkroomError, UserError
-from diffusion.families.config import FamilyConfig
 from diffusion.files import make_folder, remove_partials, write_bytes, write_json
 from diffusion.fingerprint import Fingerprint
 from diffusion.lanes import cores, lanes
@@ -32,7 +31,7 @@ from diffusion.model import (
     read_header,
     save_tensors,
 )
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import FamilyConfig, ModelConfig
 from diffusion.progress import Progress, silent
 from diffusion.sampling import require_effect, require_meaning, require_small
 from diffusion.text import WIDTH

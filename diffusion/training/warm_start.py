@@ -10,8 +10,8 @@ from torch import nn
 
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
-from diffusion.families.config import FamilyConfig
 from diffusion.model import Model, load_model
+from diffusion.models.config import FamilyConfig
 from diffusion.text import ENCODER
 from diffusion.training.config import TrainingConfig
 from diffusion.training.first_stage import DIGEST, weights_digest

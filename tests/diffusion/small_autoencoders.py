@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from diffusion.config_sampling import SamplingConfig
-from diffusion.families.config import VAEConfig
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import ModelConfig, VAEConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import TrainResult, train
 from tests.conftest import blob

@@ -18,11 +18,11 @@ from diffusion.evaluation.cost import gflop
 from diffusion.evaluation.held_out_loss import measure
 from diffusion.families import family_of
 from diffusion.families.autoregressive import AutoregressiveModel, bits_of_pixels
-from diffusion.families.config import AutoregressiveConfig
 from diffusion.logistics import drawn as drawn_from
 from diffusion.logistics import log_probability, mixtures_of
 from diffusion.model import load_model, to_float, to_uint8
 from diffusion.models.autoregressive import PixelCNN, Walk, draw
+from diffusion.models.config import AutoregressiveConfig
 from diffusion.random import GaussianNoise
 from diffusion.requests import tasks_of
 from diffusion.sampling import interpolate, sample

@@ -15,10 +15,9 @@ from diffusion.evaluation.comparison import COMPARISON, Comparison, Sheets, comp
 from diffusion.evaluation.comparison_page import PAGE, findings, write_comparison_page
 from diffusion.evaluation.features import make_extractor
 from diffusion.evaluation.metrics import frechet_distance
-from diffusion.families.config import AutoregressiveConfig, GANConfig
 from diffusion.grids import grid
 from diffusion.model import load_model
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import AutoregressiveConfig, GANConfig, ModelConfig
 from tests.conftest import disc
 from tests.diffusion.html_pages import Page
 from tests.diffusion.small_datasets import random_pictures, write_dataset

@@ -17,10 +17,10 @@ from diffusion.editing import Edit
 from diffusion.errors import UserError
 from diffusion.evaluation.held_out_loss import held_out_loss, measure
 from diffusion.families import family_of
-from diffusion.families.config import GANConfig
 from diffusion.families.gan import GANModel, PairLearner
 from diffusion.lanes import lanes
 from diffusion.model import load_model, to_uint8
+from diffusion.models.config import GANConfig
 from diffusion.models.gan import Generator, Opponent
 from diffusion.random import GaussianNoise
 from diffusion.requests import tasks_of

@@ -15,10 +15,9 @@ from diffusion.data.dataset import Dataset
 from diffusion.denoiser import Denoiser
 from diffusion.evaluation.held_out_loss import HeldOutLoss, held_out_loss, measure, told_of_rows
 from diffusion.evaluation.terms import LEVELS, Terms, denoising_terms, noise_levels
-from diffusion.families.config import VAEConfig
 from diffusion.families.vae import VAEModel
 from diffusion.model import DiffusionModel, load_model, to_float
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import ModelConfig, VAEConfig
 from diffusion.models.latents import Latents
 from diffusion.models.unet import UNet
 from diffusion.models.vae import VAE

@@ -16,8 +16,8 @@ from diffusion.evaluation.exhibits import Exhibits
 from diffusion.evaluation.gate import GateConfig, Verdict
 from diffusion.evaluation.trial import trial
 from diffusion.evaluation.trial_results import Trial
-from diffusion.families.config import GANConfig
 from diffusion.model import load_model
+from diffusion.models.config import GANConfig
 from diffusion.sampling import labels_of, sample
 from tests.conftest import disc
 from tests.diffusion.small_datasets import random_pictures, write_dataset

@@ -21,12 +21,11 @@ from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.evaluation.metrics import frechet_distance
 from diffusion.families import family_of
-from diffusion.families.config import VAEConfig
 from diffusion.families.vae import VAEModel
 from diffusion.grids import above, png_bytes
 from diffusion.model import export, load_model, to_float, to_uint8
 from diffusion.models import vae
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import ModelConfig, VAEConfig
 from diffusion.random import GaussianNoise
 from diffusion.requests import answer, request_of, tasks_of
 from diffusion.sampling import interpolate, reconstructed, sample

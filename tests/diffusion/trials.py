@@ -13,8 +13,8 @@ from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.results import CheckpointEvaluation
 from diffusion.evaluation.sealed import recall
 from diffusion.families import family_of
-from diffusion.families.config import FamilyConfig, VAEConfig
 from diffusion.model import AVERAGED, save_tensors
+from diffusion.models.config import FamilyConfig, VAEConfig
 from diffusion.progress import Progress, silent
 from tests.conftest import disc
 from tests.diffusion.small_datasets import write_dataset

@@ -8,8 +8,7 @@ import torch
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
-from diffusion.families.config import VAEConfig
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import ModelConfig, VAEConfig
 from diffusion.presets import PresetName
 from diffusion.process import linear_schedule, make_schedule
 from diffusion.samplers import levels_of
