@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
-from diffusion.model import load_model
 from diffusion.random import GaussianNoise
 from diffusion.samplers import levels_of
 from diffusion.sampling import labels_of, reversed_from_noise

@@ -5,11 +5,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.device import resolve_device
 from diffusion.errors import Held, UserError
 from diffusion.fingerprint import fingerprint
-from diffusion.model import Model, load_model
+from diffusion.model import Model
 from diffusion.sampling import meanings_of, require_drawing, require_read_whole
 from diffusion.text import require_same
 from flows import environment, prints

@@ -5,10 +5,10 @@ from pathlib import Path
 from mlflow.client import MlflowClient
 from prefect import flow
 
+from diffusion.checkpoints import load_model
 from diffusion.config import Config
 from diffusion.data.dataset import Dataset
 from diffusion.families import family_of
-from diffusion.model import load_model
 from flows import registry
 from flows.environment import settings
 from flows.params import Params

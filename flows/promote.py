@@ -19,6 +19,7 @@ from prefect.input import RunInput
 from prefect.runtime import flow_run
 from pydantic import Field, ValidationError
 
+from diffusion.checkpoints import export, read_header
 from diffusion.config import Config
 from diffusion.data.manifest import read_manifest
 from diffusion.errors import Held, UserError
@@ -29,7 +30,6 @@ from diffusion.evaluation.trial import TRIAL, trial
 from diffusion.evaluation.trial_page import write_trial_page
 from diffusion.evaluation.trial_results import Trial
 from diffusion.files import sha256_file
-from diffusion.model import export, read_header
 from diffusion.training.post_hoc import AVERAGES
 from flows import model_card, registry
 from flows.aliases import adopted, project

@@ -12,6 +12,7 @@ from PIL import Image
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from diffusion.checkpoints import load_model
 from diffusion.config import Config
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.data.ahead import in_order
@@ -19,9 +20,6 @@ from diffusion.device import resolve_device
 from diffusion.errors import DarkroomError, Held
 from diffusion.grids import grid, save_png
 from diffusion.lanes import cores
-from diffusion.made import Made, make, read_request
-from diffusion.model import load_model
-from diffusion.requests import Wanted
 from flows import batch_plan, batch_records, environment, printing, registry
 from flows.derived import warn_of_takedown
 from flows.fan_out import submitter, task_runner

@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion.checkpoints import load_model, read_header
 from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
@@ -40,7 +41,6 @@ from diffusion.evaluation.evidence import distance_headline, recall_difference
 from diffusion.evaluation.gate import Copies, Cost, Evidence, GateConfig, decide
 from diffusion.evaluation.trial import trial
 from diffusion.fingerprint import fingerprint
-from diffusion.model import load_model, read_header
 from diffusion.models.config import AutoregressiveConfig, FamilyConfig, GANConfig, ModelConfig, VAEConfig
 from diffusion.requests import answer, request_of
 from diffusion.sampling import sample

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from diffusion.checkpoints import load_model, read_model_header
 from diffusion.config import Config, unset
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.data.captions import like
@@ -51,7 +52,7 @@ from diffusion.evaluation.terms import Terms
 from diffusion.files import sha256_file
 from diffusion.fingerprint import Fingerprint, fingerprint
 from diffusion.lanes import cores
-from diffusion.model import Model, ModelHeader, load_model, read_model_header
+from diffusion.model import Model, ModelHeader
 from diffusion.progress import Progress, silent
 from diffusion.sampling import labels_of, leads_anywhere, reconstructed, sample
 from diffusion.upscaling import upscale

@@ -22,7 +22,7 @@ from diffusion.logistics import LEVELS, log_probability, mixtures_of
 from diffusion.model import Model, ModelHeader, Told, to_float, to_uint8
 from diffusion.models.autoregressive import PixelCNN, draw
 from diffusion.models.config import AutoregressiveConfig
-from diffusion.models.latents import Latents
+from diffusion.models.vae import Latents
 from diffusion.training.config import TrainingConfig, disagreement
 from diffusion.training.drawn import Drawn
 

@@ -13,7 +13,7 @@ from diffusion.config_sampling import SamplingConfig
 from diffusion.editing import Edit
 from diffusion.evaluation.terms import Terms
 from diffusion.model import Model, ModelHeader, Told
-from diffusion.models.latents import Latents
+from diffusion.models.vae import Latents
 from diffusion.samplers import Noise
 from diffusion.training.config import TrainingConfig
 from diffusion.training.drawn import Drawn

@@ -15,8 +15,8 @@ from diffusion.evaluation.terms import Terms, denoising_terms
 from diffusion.families.base import Batch, Data, Family, Learner
 from diffusion.model import DiffusionModel, ModelHeader, Told
 from diffusion.models.config import ModelConfig
-from diffusion.models.latents import Latents
 from diffusion.models.unet import UNet
+from diffusion.models.vae import Latents
 from diffusion.objective import Objective
 from diffusion.process import make_schedule
 from diffusion.random import GaussianNoise, uniform

@@ -9,7 +9,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion.adversarial import penalties
 from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.terms import Terms
@@ -19,7 +18,7 @@ from diffusion.grids import grid, save_png
 from diffusion.model import Model, ModelHeader, Told, to_uint8
 from diffusion.models.config import GANConfig
 from diffusion.models.gan import Generator, Opponent
-from diffusion.models.latents import Latents
+from diffusion.models.vae import Latents
 from diffusion.random import GaussianNoise
 from diffusion.sampling import interpolate
 from diffusion.training.config import TrainingConfig, disagreement
@@ -45,6 +44,19 @@ class GANModel(Model):
         """(latent, 1, 1)."""
         assert isinstance(self.header.model, GANConfig)
         return self.header.model.latent, 1, 1
+
+
+def gradient_penalties(discriminator: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """``discriminator`` of ``x`` (N, …), (N,), and ‖∂discriminator/∂x‖² of each picture, (N,), of which weights have a gradient.
+
+    What it says of a picture must depend on no other. By real pictures this is R1, by drawn ones R2 (arXiv 1801.04406,
+    equation 9, and section 4.1).
+    """
+    x = x.detach().requires_grad_()
+    # As a view, since torch counts no operations of modules that are given a leaf.
+    said = discriminator(x.view_as(x))
+    (gradient,) = torch.autograd.grad(said.sum(), x, create_graph=True)
+    return said, gradient.float().square().flatten(1).sum(1)
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,7 @@ class PairLearner(Learner):
         with torch.no_grad():
             pictures = torch.cat([drawn.x0, network(drawn.noise[:, : self.config.latent], label)])
         both = None if label is None else label.repeat(2)
-        said, steepness = penalties(lambda x: self.opponent(x, both), pictures)
+        said, steepness = gradient_penalties(lambda x: self.opponent(x, both), pictures)
         real, made = said.chunk(2)
         return functional.softplus(made - real) + self.config.gamma / 2 * torch.stack(steepness.chunk(2)).sum(0)
 

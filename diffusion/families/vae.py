@@ -17,14 +17,12 @@ from diffusion.fingerprint import autocast
 from diffusion.grids import above, save_png
 from diffusion.model import Model, ModelHeader, Told, to_uint8
 from diffusion.models.config import VAEConfig
-from diffusion.models.latents import Latents
-from diffusion.models.vae import VAE
+from diffusion.models.vae import VAE, Latents
 from diffusion.random import GaussianNoise
 from diffusion.sampling import reconstructed
 from diffusion.training.config import TrainingConfig, disagreement
 from diffusion.training.drawn import Drawn
-from diffusion.variance import log_likelihood
-from diffusion.variational import kl_divergence, negative_log_likelihood
+from diffusion.variance import HALF_A_LEVEL, log_likelihood
 
 LEVELS_TO_ONE = 127.5
 """Levels of a stored pixel to one of the network's units: see ``diffusion.model.to_float``."""
@@ -51,6 +49,23 @@ class VAEModel(Model):
 def latent_shape(config: VAEConfig, size: int) -> tuple[int, int, int]:
     """(c, h, w) of the latents of pictures of ``size`` pixels."""
     return config.latent_channels, size // config.factor, size // config.factor
+
+
+def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(N(mean, exp(log_variance)) ‖ N(0, I)) of each picture, (N,), of (N, …) each (1312.6114, appendix B)."""
+    return 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
+
+
+def negative_log_likelihood(x: Tensor, reconstruction: Tensor, log_scale: Tensor) -> Tensor:
+    """−ln p(x | z) of each picture, (N,): every value Gaussian about its reconstruction, (N, …), with one deviation.
+
+    ``log_scale``, its logarithm, is learned with the rest: at its best it is the reconstruction's own error, so that
+    the weight of the divergence means the same whatever the contrast of the pictures (σ-VAE, arXiv 2006.13202). Half a
+    level is the least: pixels are no more exact, and what comes back exactly would drive it to 0.
+    """
+    log_scale = log_scale.clamp(min=math.log(HALF_A_LEVEL))
+    error = (x - reconstruction) * (-log_scale).exp()
+    return (0.5 * error**2 + log_scale + 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffusion.checkpoints import read_header, save_tensors
 from diffusion.files import sha256_file, sync_folder, write_bytes
-from diffusion.model import read_header, save_tensors
 from diffusion.training.ema import WeightAverage
 from diffusion.training.post_hoc import averaged_tensors, prefix
 from diffusion.training.sharding import share_of

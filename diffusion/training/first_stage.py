@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
 from diffusion.families.vae import VAEModel, latent_shape
-from diffusion.model import Model, load_model, to_float, unfilled
+from diffusion.model import Model, to_float
 from diffusion.models.config import FamilyConfig, LatentSpace, ModelConfig, VAEConfig
-from diffusion.models.latents import Latents
+from diffusion.models.vae import Latents
 
 MEASURED = 1024
 """Training pictures of whose latents the moments are taken: a per mille of error, and seconds."""
@@ -62,7 +63,7 @@ def open_first_stage(path: str, dataset: Dataset, window: int | None) -> FirstSt
         )
     inner = latent_shape(config, size)
     space = LatentSpace(autoencoder=config, digest=weights_digest(found), channels=inner[0], size=inner[1])
-    latents = unfilled(space, dataset.shape)
+    latents = Latents.with_random_weights(space, dataset.shape)
     latents.network.load_state_dict(found.network.state_dict())
     latents.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     rows = dataset.rows("train")

@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from diffusion.checkpoints import AUTOENCODER, AVERAGED, read_header, save_tensors
 from diffusion.errors import UserError
 from diffusion.files import sha256_file, write_bytes
-from diffusion.model import AUTOENCODER, AVERAGED, read_header, save_tensors
 from diffusion.training.ema import WeightAverage, mixture
 
 AVERAGES = "averages"

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from diffusion.checkpoints import AUTOENCODER
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
 from diffusion.families import family_of
 from diffusion.families.base import Learner
-from diffusion.model import AUTOENCODER
 from diffusion.models.config import FamilyConfig
 from diffusion.models.unet import UNet
 from diffusion.training.checkpoint import Opponent, TrainingState

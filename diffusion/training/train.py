@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from diffusion.checkpoints import AVERAGED, read_header, save_tensors
 from diffusion.config import Config
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.captions import Captions, embeddings_of, seconds_to_read
@@ -26,11 +27,6 @@ from diffusion.errors import DarkroomError, UserError
 from diffusion.files import make_folder, remove_partials, write_bytes, write_json
 from diffusion.fingerprint import Fingerprint
 from diffusion.lanes import cores, lanes
-from diffusion.model import (
-    AVERAGED,
-    read_header,
-    save_tensors,
-)
 from diffusion.models.config import FamilyConfig, ModelConfig
 from diffusion.progress import Progress, silent
 from diffusion.sampling import require_effect, require_meaning, require_small

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from torch import nn
 
+from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
-from diffusion.model import Model, load_model
+from diffusion.model import Model
 from diffusion.models.config import FamilyConfig
 from diffusion.text import ENCODER
 from diffusion.training.config import TrainingConfig

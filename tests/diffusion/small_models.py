@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from diffusion.model import AVERAGED, ModelHeader, save_tensors
+from diffusion.checkpoints import AVERAGED, save_tensors
+from diffusion.model import ModelHeader
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.editing import Edit
@@ -20,7 +21,7 @@ from diffusion.families import family_of
 from diffusion.families.autoregressive import AutoregressiveModel, bits_of_pixels
 from diffusion.logistics import drawn as drawn_from
 from diffusion.logistics import log_probability, mixtures_of
-from diffusion.model import load_model, to_float, to_uint8
+from diffusion.model import to_float, to_uint8
 from diffusion.models.autoregressive import PixelCNN, Walk, draw
 from diffusion.models.config import AutoregressiveConfig
 from diffusion.random import GaussianNoise

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
@@ -16,7 +17,6 @@ from diffusion.evaluation.comparison_page import PAGE, findings, write_compariso
 from diffusion.evaluation.features import make_extractor
 from diffusion.evaluation.metrics import frechet_distance
 from diffusion.grids import grid
-from diffusion.model import load_model
 from diffusion.models.config import AutoregressiveConfig, GANConfig, ModelConfig
 from tests.conftest import disc
 from tests.diffusion.html_pages import Page

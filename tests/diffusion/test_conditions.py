@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from diffusion.checkpoints import load_model, read_header
 from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest import forget_captions
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
-from diffusion.model import DiffusionModel, load_model, read_header
+from diffusion.model import DiffusionModel
 from diffusion.models.config import ModelConfig
 from diffusion.sampling import label_names, require_effect, require_read_whole, sample, told_of
 from diffusion.text import ENCODER, TextEncoder

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.evaluation.cost import evaluations, gflop
 from diffusion.families import family_of
 from diffusion.families.base import Batch
-from diffusion.model import load_model
 from diffusion.models.config import ModelConfig
 from diffusion.process import make_schedule
 from diffusion.random import GaussianNoise

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion.checkpoints import load_model
 from diffusion.errors import UserError
 from diffusion.explain import explain, forward, reverse, training_step
-from diffusion.model import DiffusionModel, load_model, to_uint8
+from diffusion.model import DiffusionModel, to_uint8
 from diffusion.models.config import ModelConfig
 from diffusion.process import NoiseSchedule, make_schedule
 from tests.diffusion.ideal_denoiser import IdealNetwork

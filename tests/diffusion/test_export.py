@@ -14,11 +14,12 @@ from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 from torch import Tensor
 
 import diffusion.export
+from diffusion.checkpoints import AVERAGED, load_model, save_tensors
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.diffusers_format import DarkroomPipeline
 from diffusion.errors import UserError
 from diffusion.export import MODEL_FIELDS, Exported, export_to_diffusers
-from diffusion.model import AVERAGED, DiffusionModel, load_model, save_tensors
+from diffusion.model import DiffusionModel
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 from diffusion.random import GaussianNoise

@@ -10,16 +10,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion.adversarial import penalties
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import Asked
 from diffusion.data.dataset import Dataset
 from diffusion.editing import Edit
 from diffusion.errors import UserError
 from diffusion.evaluation.held_out_loss import held_out_loss, measure
 from diffusion.families import family_of
-from diffusion.families.gan import GANModel, PairLearner
+from diffusion.families.gan import GANModel, PairLearner, gradient_penalties
 from diffusion.lanes import lanes
-from diffusion.model import load_model, to_uint8
+from diffusion.model import to_uint8
 from diffusion.models.config import GANConfig
 from diffusion.models.gan import Generator, Opponent
 from diffusion.random import GaussianNoise
@@ -99,7 +99,7 @@ class Constant(nn.Module):
 def test_the_penalty_of_a_linear_opponent_is_the_square_of_its_weights_with_their_gradient() -> None:
     opponent = Linear(torch.tensor([1.0, -2.0, 0.5, 3.0]))
     x = torch.randn(5, 1, 2, 2)
-    said, steepness = penalties(opponent, x)
+    said, steepness = gradient_penalties(opponent, x)
     assert torch.equal(said, opponent(x))
     assert torch.allclose(steepness, opponent.weights.square().sum().expand(5))
     (gradient,) = torch.autograd.grad(steepness.mean(), opponent.weights)
@@ -108,7 +108,7 @@ def test_the_penalty_of_a_linear_opponent_is_the_square_of_its_weights_with_thei
 
 def test_the_penalty_of_a_square_is_that_of_its_slope() -> None:
     x = torch.randn(6, 3, 4, 4)
-    _, steepness = penalties(lambda each: each.square().flatten(1).sum(1), x)
+    _, steepness = gradient_penalties(lambda each: each.square().flatten(1).sum(1), x)
     assert torch.allclose(steepness, 4 * x.square().flatten(1).sum(1))
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.device import repeatable, resolve_device
 from diffusion.errors import UserError
 from diffusion.fingerprint import fingerprint
-from diffusion.model import load_model
 from diffusion.models.config import ModelConfig
 from diffusion.sampling import sample
 from diffusion.training.config import TrainingConfig

@@ -10,17 +10,17 @@ from scipy.stats import norm
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.denoiser import Denoiser
 from diffusion.evaluation.held_out_loss import HeldOutLoss, held_out_loss, measure, told_of_rows
 from diffusion.evaluation.terms import LEVELS, Terms, denoising_terms, noise_levels
 from diffusion.families.vae import VAEModel
-from diffusion.model import DiffusionModel, load_model, to_float
+from diffusion.model import DiffusionModel, to_float
 from diffusion.models.config import ModelConfig, VAEConfig
-from diffusion.models.latents import Latents
 from diffusion.models.unet import UNet
-from diffusion.models.vae import VAE
+from diffusion.models.vae import VAE, Latents
 from diffusion.objective import Objective, Parametrization, edm
 from diffusion.process import edm_schedule
 from diffusion.text import ENCODER

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
+from diffusion.checkpoints import export, load_model, read_header
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.editing import Edit, whole
@@ -20,7 +21,7 @@ from diffusion.evaluation.evaluate import evaluate
 from diffusion.explain import explain
 from diffusion.export import export_to_diffusers
 from diffusion.guidance import guided
-from diffusion.model import DiffusionModel, export, load_model, read_header, to_float, to_uint8
+from diffusion.model import DiffusionModel, to_float, to_uint8
 from diffusion.models.config import ModelConfig
 from diffusion.random import GaussianNoise
 from diffusion.samplers import levels_of

@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffusion.checkpoints import load_model, read_header
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import FileEntry, read_manifest, write_manifest
 from diffusion.errors import DarkroomError, UserError
 from diffusion.lanes import lanes
-from diffusion.model import load_model, read_header, to_float
+from diffusion.model import to_float
 from diffusion.models.config import ModelConfig
 from diffusion.process import make_schedule
 from diffusion.sampling import sample

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
@@ -16,7 +17,6 @@ from diffusion.evaluation.exhibits import Exhibits
 from diffusion.evaluation.gate import GateConfig, Verdict
 from diffusion.evaluation.trial import trial
 from diffusion.evaluation.trial_results import Trial
-from diffusion.model import load_model
 from diffusion.models.config import GANConfig
 from diffusion.sampling import labels_of, sample
 from tests.conftest import disc

@@ -13,13 +13,14 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffusion.checkpoints import load_model, read_header, save_tensors
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
 from diffusion.evaluation.enlargement import psnr
 from diffusion.explain import explain
 from diffusion.files import digest_of
-from diffusion.model import DiffusionModel, load_model, read_header, save_tensors, to_float, to_uint8
+from diffusion.model import DiffusionModel, to_float, to_uint8
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 from diffusion.process import make_schedule

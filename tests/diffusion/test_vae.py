@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.distributions import MultivariateNormal
 
+from diffusion.checkpoints import export, load_model
 from diffusion.config_sampling import Asked
 from diffusion.data.dataset import Dataset
 from diffusion.editing import Edit
@@ -23,7 +24,7 @@ from diffusion.evaluation.metrics import frechet_distance
 from diffusion.families import family_of
 from diffusion.families.vae import VAEModel
 from diffusion.grids import above, png_bytes
-from diffusion.model import export, load_model, to_float, to_uint8
+from diffusion.model import to_float, to_uint8
 from diffusion.models import vae
 from diffusion.models.config import ModelConfig, VAEConfig
 from diffusion.random import GaussianNoise

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.denoiser import Denoiser
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.explain import explain
-from diffusion.model import load_model, to_uint8
+from diffusion.model import to_uint8
 from diffusion.models.config import ModelConfig, Prediction
 from diffusion.models.unet import UNet
 from diffusion.objective import Objective, Parametrization, plain

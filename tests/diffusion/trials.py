@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.checkpoints import AVERAGED, save_tensors
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.config import EvaluationConfig
@@ -13,7 +14,6 @@ from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.results import CheckpointEvaluation
 from diffusion.evaluation.sealed import recall
 from diffusion.families import family_of
-from diffusion.model import AVERAGED, save_tensors
 from diffusion.models.config import FamilyConfig, VAEConfig
 from diffusion.progress import Progress, silent
 from tests.conftest import disc
