@@ -102,7 +102,7 @@ def load_model(path: Path) -> Model:
         raise _of_another_version(path) from error
     for each in filter(None, (network, autoencoder)):
         each.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model: Model = family.model(header, network, autoencoder)
+    model: Model = family.make_model(header, network, autoencoder)
     return model
 
 
@@ -122,7 +122,7 @@ def _networks(header: ModelHeader) -> tuple[nn.Module, Latents | None]:
     """What ``header`` describes, with random weights: the network, and the autoencoder around it if there is one."""
     shape = header.channels, header.size, header.size
     inner = header.latents.shape if header.latents else shape
-    network = family_of(header.model).network(
+    network = family_of(header.model).make_network(
         header.model, inner, len(classes_of(header.model, header.class_histogram))
     )
     return network, Latents.with_random_weights(header.latents, shape) if header.latents else None

@@ -19,9 +19,9 @@ from diffusion.objective import Parametrization
 from diffusion.process import NoiseSchedule
 from diffusion.text import TextEncoder
 
-Told = dict[str, Tensor]
-"""What a network is told of N pictures: ``label`` and ``text``, or ``low`` and ``level``, as ``UNet.forward`` has them,
-as far as it is told any."""
+Conditioning = dict[str, Tensor]
+"""What the network is conditioned on, of N images: ``label`` and ``text``, or ``low`` and ``level``, as keywords of
+``UNet.forward``; empty: nothing."""
 
 
 class ModelHeader(Config):
@@ -44,7 +44,7 @@ class ModelHeader(Config):
     class_histogram: dict[str, int]
     """The data set's classes, sorted, and how many pictures of each it has."""
     encoder: TextEncoder | None = None
-    """What read the captions that the network was told; None: it was told none."""
+    """The text encoder of the captions that the network is conditioned on; None: on none."""
     latents: LatentSpace | None = Field(None, exclude_if=unset)
     """What the network works on; None: the pictures themselves."""
     images: int = Field(ge=0, lt=2**63)
@@ -83,7 +83,7 @@ class Model(ABC):
     @property
     @abstractmethod
     def noise_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the noise that a picture is drawn from."""
+        """(C, H, W) of the noise that an image is generated from."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -92,7 +92,7 @@ class Model(ABC):
 
     @property
     def classes(self) -> list[str]:
-        """The classes that it can be asked for; empty if it was not told of any."""
+        """The classes that it is conditioned on; empty: on none."""
         return classes_of(self.config, self.header.class_histogram)
 
     def on(self, device: torch.device) -> Self:
@@ -142,22 +142,22 @@ class DiffusionModel(Model):
         """Pictures (N, C, H, W) in [−1, 1] as the reverse process would hold them, (N, *noise_shape)."""
         return pictures if self.latents is None else self.latents.encode(pictures)
 
-    def denoiser(self, told: Told | None = None) -> Denoiser:
-        """The model as a function from a noisy picture and its σ to the clean one, ``told`` what they show."""
+    def denoiser(self, conditioning: Conditioning | None = None) -> Denoiser:
+        """The model as a function from a noisy picture and its σ to the clean one, ``conditioning`` as of one batch."""
         parametrization = Parametrization(self.config.prediction, self.header.sigma_data)
         return Denoiser(
-            partial(self.network, **(told or {})),
+            partial(self.network, **(conditioning or {})),
             self.schedule,
             parametrization,
             # Latents have no range.
             clip=self.latents is None,
             learned_variance=self.config.learned_variance,
-            around=(told or {}).get("low"),
+            around=(conditioning or {}).get("low"),
         )
 
 
 def classes_of(config: FamilyConfig, class_histogram: dict[str, int]) -> list[str]:
-    """The classes that a network of this configuration is told of: those of the data set, if there are several."""
+    """The classes that a network of this configuration is conditioned on: the data set's, if there are several."""
     return list(class_histogram) if config.conditional and len(class_histogram) > 1 else []
 
 

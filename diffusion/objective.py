@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion.models.config import Prediction
-from diffusion.process import NoiseSchedule
+from diffusion.config_objective import ObjectiveConfig
+from diffusion.models.config import ModelConfig, Prediction
+from diffusion.process import NoiseSchedule, make_schedule
+from diffusion.random import uniform
 from diffusion.variance import bound
 
 Weight = Callable[[Tensor], Tensor]
@@ -128,6 +130,44 @@ class Objective:
         # is drawn, and where it teaches nothing to the mean (arXiv 2102.09672, equation 16 and section 3.1).
         missed = _as(x0, self.parametrization.c_out(sigma)) * difference.detach()
         return loss + self.schedule.steps / 1000 * bound(self.schedule, t, x0, missed, v)
+
+
+def make_objective(model: ModelConfig, config: ObjectiveConfig, sigma_data: float) -> Objective:
+    """The objective for pictures whose values have the standard deviation ``sigma_data``."""
+    parametrization = Parametrization(model.prediction, sigma_data)
+    return Objective(make_schedule(model), parametrization, make_weight(config, parametrization))
+
+
+def make_weight(config: ObjectiveConfig, parametrization: Parametrization) -> Weight:
+    """The weight that ``config`` names."""
+    match config.weighting:
+        case "plain":
+            return plain(parametrization)
+        case "min_snr":
+            return min_snr(config.gamma)
+        case "soft_min_snr":
+            return soft_min_snr(parametrization.sigma_data)
+        case "edm":
+            return edm(parametrization.sigma_data)
+
+
+def sample_timesteps(config: ObjectiveConfig, schedule: NoiseSchedule, indices: range) -> Tensor:
+    """Times of the pictures number ``indices``, a rank's share of a batch, from 0 to T−1: (N,), whole if uniform."""
+    u = uniform(config.seed, "time", indices)
+    if config.stratified:
+        # One in each equal part of the distribution: free, and the loss varies less from batch to batch.
+        place = torch.tensor(indices) % config.batch_size
+        u = (place + u) / config.batch_size
+    return timesteps_at(config, schedule, u)
+
+
+def timesteps_at(config: ObjectiveConfig, schedule: NoiseSchedule, u: Tensor) -> Tensor:
+    """The times at the quantiles ``u`` (N,), in [0, 1), of the distribution that ``config`` names."""
+    if config.times == "uniform":
+        return (u * schedule.steps).long().clamp(max=schedule.steps - 1)
+    # ln σ is normal (arXiv 2206.00364, table 1).
+    mean, std = config.log_sigma
+    return schedule.time((mean + std * torch.special.ndtri(u)).exp())
 
 
 def _as(pictures: Tensor, coefficient: Tensor) -> Tensor:

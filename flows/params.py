@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from diffusion.config import LONGEST_NAME, Config, plain_name, unset
+from diffusion.config_objective import disagreement
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.config import IngestConfig
 from diffusion.errors import UserError
@@ -15,7 +16,7 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.gate import GateConfig
 from diffusion.models.config import FAMILIES, FamilyConfig, ModelConfig, meaningless
 from diffusion.presets import PresetName, over
-from diffusion.training.config import TrainingConfig, disagreement
+from diffusion.training.config import TrainingConfig
 from flows.retention.config import RetentionConfig
 
 DEFAULT_PARAMS = Path("params.yaml")

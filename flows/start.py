@@ -16,7 +16,7 @@ from diffusion.config import Config
 from diffusion.data.manifest import read_manifest
 from diffusion.errors import Held, UserError
 from diffusion.files import canonical_json
-from diffusion.training.identity import data_digest, train_key
+from diffusion.training.setup import data_digest, train_key
 from flows import registry
 from flows.aliases import CHAMPION, named
 from flows.champion import registered_version

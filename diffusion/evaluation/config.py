@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from diffusion.config import Config, unset
-from diffusion.training.config import LONGEST
+from diffusion.training.config import LARGEST_EMA_STD
 
 
 class EvaluationConfig(Config):
@@ -21,7 +21,7 @@ class EvaluationConfig(Config):
     first_samples: int | None = Field(None, ge=10, exclude_if=unset)
     """Pictures drawn from each checkpoint in the first of these rounds. The better quarter goes on to the next one,
     with four times as many, until finalists are left. Null: a quarter of samples, or 10 if that is less: one round."""
-    ema_lengths: tuple[Annotated[float, Field(gt=0, lt=LONGEST)], ...] = ()
+    ema_lengths: tuple[Annotated[float, Field(gt=0, lt=LARGEST_EMA_STD)], ...] = ()
     """Averages of the weights over these shares of training are judged, too: see training.ema_lengths."""
     reference: int = Field(10_000, ge=10)
     """Held-out pictures compared with: at most this many, the first by key."""

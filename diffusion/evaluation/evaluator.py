@@ -48,10 +48,10 @@ from diffusion.evaluation.results import (
     Reconstruction,
 )
 from diffusion.evaluation.sealed import Tensors, pieces_of, recall, recall_found
-from diffusion.evaluation.terms import Terms
 from diffusion.files import sha256_file
 from diffusion.fingerprint import Fingerprint, fingerprint
 from diffusion.lanes import cores
+from diffusion.likelihood import Terms
 from diffusion.model import Model, ModelHeader
 from diffusion.progress import Progress, silent
 from diffusion.sampling import labels_of, leads_anywhere, reconstructed, sample

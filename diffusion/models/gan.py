@@ -1,4 +1,4 @@
-"""The two networks of R3GAN (arXiv 2501.05441), small: one makes pictures of noise, one tells them from real ones.
+"""Generator and discriminator of R3GAN (arXiv 2501.05441), small.
 
 As there, residual blocks without normalisation: an inverted bottleneck around a grouped convolution, begun as the
 identity (Fixup, 1901.09321), smooth resampling between resolutions, and a class as a direction to look in (1802.05637).
@@ -104,7 +104,7 @@ class Generator(nn.Module):
         return out[..., : self.size, : self.size]
 
 
-class Opponent(nn.Module):
+class Discriminator(nn.Module):
     """Says of pictures of ``channels`` and ``size`` pixels how real they look, beside others of the same class."""
 
     def __init__(self, config: GANConfig, channels: int, size: int, classes: int = 0) -> None:
@@ -120,7 +120,7 @@ class Opponent(nn.Module):
             layers += [Block(width) for _ in range(config.blocks)]
         self.layers = nn.Sequential(*layers)
         self.gather = _scaled(nn.Conv2d(widths[-1], widths[-1], low, groups=widths[-1], bias=False), gain=1)
-        self.judge = _scaled(nn.Linear(widths[-1], config.latent if classes else 1, bias=False), gain=1)
+        self.head = _scaled(nn.Linear(widths[-1], config.latent if classes else 1, bias=False), gain=1)
         self.classes = nn.Embedding(classes + 1, config.latent) if classes else None
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
@@ -128,7 +128,7 @@ class Opponent(nn.Module):
         if self.padding:
             x = functional.pad(x, (0, self.padding, 0, self.padding))
         h = self.layers(self.begin(functional.pixel_unshuffle(x, self.patch)))
-        said: Tensor = self.judge(self.gather(h).flatten(1)).float()
+        said: Tensor = self.head(self.gather(h).flatten(1)).float()
         if self.classes is None:
             return said.squeeze(1)
         towards: Tensor = self.classes(_labels(label, said, self.no_class))

@@ -5,14 +5,14 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
-from diffusion.config import Config, DeviceName, unset
-from diffusion.models.config import FamilyConfig, ModelConfig, meaningless
+from diffusion.config import DeviceName, unset
+from diffusion.config_objective import ObjectiveConfig
 
-LONGEST = 0.28
-"""Relative length of an average that weighs all of training alike."""
+LARGEST_EMA_STD = 0.28
+"""Relative standard deviation of an average that weighs all of training alike."""
 
 
-class TrainingConfig(Config):
+class TrainingConfig(ObjectiveConfig):
     """How long, how fast, on what, and what is kept."""
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -30,8 +30,6 @@ class TrainingConfig(Config):
     minutes: float | None = Field(None, gt=0)
     """How long to train: measured once at the start, turned into images, and never measured again. Ten, if neither is
     given."""
-    batch_size: int = Field(64, ge=1, le=2**20)
-    """Pictures per optimizer step."""
     lanes: int = Field(2, ge=1)
     """Parts of a batch computed side by side, each on one core: as many as there are cores to spare.
     Decides the last bits of the weights, while the number of cores does not."""
@@ -51,22 +49,6 @@ class TrainingConfig(Config):
     """Null: one exponential average. Two numbers, such as [0.05, 0.1]: two averages that forget in proportion to how
     long training has gone on, over these shares of it (arXiv 2312.02696). The first is the model; from what is kept of
     both in averages/, evaluation.ema_lengths makes those of other lengths after the end."""
-    weighting: Literal["plain", "min_snr", "soft_min_snr", "edm"] = "edm"
-    """How much each noise level counts: the squared error of what is predicted, as it is (arXiv 2006.11239), min-SNR-γ
-    (2303.09556), its soft form (2401.11605) or EDM's (2206.00364). The last two know the data's deviation."""
-    min_snr_gamma: float | None = Field(None, gt=0)
-    """γ of min_snr; null: 5."""
-    learned_uncertainty: bool = False
-    """Whether a small network learns how large the error is at each level, and the loss is divided by that (2312.02696,
-    equation 21): then no level outweighs the others, however hard it is."""
-    times: Literal["uniform", "lognormal"] = "lognormal"
-    """How noise levels are drawn: each step of the schedule alike, or ln σ from a normal distribution (2206.00364)."""
-    log_sigma_mean: float | None = None
-    """Mean of ln σ for times = lognormal; null: −1.2, EDM's."""
-    log_sigma_std: float | None = Field(None, gt=0)
-    """Standard deviation of ln σ for times = lognormal; null: 1.2, EDM's."""
-    stratified: bool = True
-    """Whether each of a batch's N pictures has its time from another N-th of the distribution."""
     condition_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of the pictures of which the network is told neither class nor caption, so that it can also draw without.
     Where it is told both, it is told one alone of as many again (arXiv 2211.09800)."""
@@ -75,8 +57,6 @@ class TrainingConfig(Config):
     recompute: bool = False
     """Whether inner values are computed again in the backward pass instead of kept: a third more work, and a fraction
     of the memory. Changes no weights."""
-    seed: int = Field(0, ge=0)
-    """Decides initial weights, order, time steps and noise."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of matrix products; auto: bf16 where the device has it. On a GPU fp32 is TF32."""
     device: DeviceName = "auto"
@@ -125,28 +105,13 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "TrainingConfig":
-        if self.min_snr_gamma is not None and self.weighting != "min_snr":
-            raise ValueError(f"training.min_snr_gamma means nothing to weighting = {self.weighting}: use min_snr")
-        if self.times != "lognormal" and (self.log_sigma_mean, self.log_sigma_std) != (None, None):
-            raise ValueError(f"training.log_sigma_* mean nothing to times = {self.times}: use lognormal")
         if self.ema_lengths is not None and self.ema_decay is not None:
             raise ValueError("training.ema_decay means nothing to averages with training.ema_lengths: leave one out")
-        if self.ema_lengths is not None and not 0 < self.ema_lengths[0] < self.ema_lengths[1] < LONGEST:
-            raise ValueError(f"training.ema_lengths rise from the first to the second, which is below {LONGEST}")
+        if self.ema_lengths is not None and not 0 < self.ema_lengths[0] < self.ema_lengths[1] < LARGEST_EMA_STD:
+            raise ValueError(
+                f"training.ema_lengths rise from the first to the second, which is below {LARGEST_EMA_STD}"
+            )
         return self
-
-    @property
-    def gamma(self) -> float:
-        """γ of min-SNR."""
-        return 5.0 if self.min_snr_gamma is None else self.min_snr_gamma
-
-    @property
-    def log_sigma(self) -> tuple[float, float]:
-        """Mean and standard deviation of ln σ."""
-        return (
-            -1.2 if self.log_sigma_mean is None else self.log_sigma_mean,
-            1.2 if self.log_sigma_std is None else self.log_sigma_std,
-        )
 
     @model_validator(mode="after")
     def _loading(self) -> "TrainingConfig":
@@ -156,22 +121,3 @@ class TrainingConfig(Config):
                 "would have none: raise training.prefetch, or lower training.workers"
             )
         return self
-
-
-def disagreement(model: FamilyConfig, training: TrainingConfig) -> str | None:
-    """Why there is no training ``model`` as ``training`` says, and what to change; None if there is."""
-    if words := meaningless(model, "training", training):
-        return words
-    if not isinstance(model, ModelConfig) or not model.learned_variance:
-        return None
-    if training.times != "uniform":
-        return (
-            f"model.learned_variance is learned at whole steps of the schedule, and training.times = {training.times} "
-            "draws from between them: use uniform, or leave model.learned_variance out"
-        )
-    if training.learned_uncertainty:
-        return (
-            "model.learned_variance is learned from a sum over all levels, of which training.learned_uncertainty would "
-            "divide each by another number: leave one out"
-        )
-    return None

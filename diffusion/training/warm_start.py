@@ -1,6 +1,6 @@
-"""A warm start: training goes on from the weights of a model that was trained before, which are known by their digest.
+"""Warm start: initial weights from a trained model, identified by their digest.
 
-Only the averaged weights are taken over. Optimizer, averages and learning rate begin anew, as they do for new data.
+Only the averaged weights are taken over. Optimizer, averages and learning rate begin anew.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from diffusion.errors import UserError
 from diffusion.model import Model
 from diffusion.models.config import FamilyConfig
 from diffusion.text import ENCODER
+from diffusion.training.autoencoder import DIGEST, weights_digest
 from diffusion.training.config import TrainingConfig
-from diffusion.training.first_stage import DIGEST, weights_digest
 
 ELSEWHERE = ("champion", "models:/")
 """How values of training.start begin that only a registry can make a file of."""
@@ -23,14 +23,14 @@ ELSEWHERE = ("champion", "models:/")
 
 @dataclass(frozen=True)
 class WarmStart:
-    """A model to begin with."""
+    """A trained model whose weights a network begins with."""
 
     path: str
     model: Model
     digest: str
 
-    def fill(self, network: nn.Module, model: FamilyConfig, dataset: Dataset, classes: list[str]) -> None:
-        """Give ``network``, of ``model`` for ``dataset`` with ``classes``, its weights; UserError if they misfit."""
+    def initialize(self, network: nn.Module, model: FamilyConfig, dataset: Dataset, classes: list[str]) -> None:
+        """Load the weights into ``network``, of ``model`` for ``dataset``; UserError if they do not fit."""
         if words := self._misfit(model, dataset, classes):
             raise UserError(
                 f"training.start {self.path} {words}: begin with a model of the same kind, or at random "
@@ -49,18 +49,18 @@ class WarmStart:
         if self.model.shape != dataset.shape:
             they, we = ("×".join(map(str, shape)) for shape in (self.model.shape, dataset.shape))
             return (
-                f"draws pictures of {they} (channels × height × width), and data set {dataset.manifest.name} has {we}"
+                f"generates images of {they} (channels × height × width), and data set {dataset.manifest.name} has {we}"
             )
         if self.model.classes != classes:
             they, we = (", ".join(names) or "none" for names in (self.model.classes, classes))
             return f"knows the classes {they}, and data set {dataset.manifest.name} has {we}"
         if model.text and header.encoder != ENCODER:
-            return "was told captions as another text encoder reads them"
+            return "was trained with another text encoder"
         return None
 
 
-def open_start(config: TrainingConfig) -> WarmStart | None:
-    """The model that training begins with; None: at random. Raises UserError if there is none at its path."""
+def open_warm_start(config: TrainingConfig) -> WarmStart | None:
+    """Load the model that ``config`` begins with; None: random weights. Raises UserError if there is none."""
     if config.start is None:
         return None
     if config.start.startswith(ELSEWHERE):
@@ -72,6 +72,6 @@ def open_start(config: TrainingConfig) -> WarmStart | None:
     return WarmStart(config.start, model, weights_digest(model))
 
 
-def identified_start(config: TrainingConfig, start: WarmStart | None) -> TrainingConfig:
-    """``config`` with ``start`` named by what it is, instead of where it lies: the same run wherever that is."""
+def with_start_digest(config: TrainingConfig, start: WarmStart | None) -> TrainingConfig:
+    """Replace the path of the initial weights by their digest: the same run wherever the file is."""
     return config if start is None else config.model_copy(update={"start": DIGEST + start.digest})

@@ -20,7 +20,7 @@ from diffusion.made import make
 from diffusion.models.config import ModelConfig
 from diffusion.requests import request_of
 from diffusion.training.config import TrainingConfig
-from diffusion.training.history import read_rows
+from diffusion.training.logging import read_metrics
 from diffusion.training.train import train
 from flows.backups import Backup, Backups
 from flows.s3 import Store
@@ -95,7 +95,7 @@ def run_train(folder: Path, dataset: Path) -> State:
         "losses": (output / "losses.csv").read_bytes(),
         "history": [
             {name: value for name, value in row.items() if name not in measured}
-            for row in read_rows(output / "history.csv")
+            for row in read_metrics(output / "history.csv")
         ],
     }
 

@@ -21,8 +21,7 @@ from diffusion.models.config import ModelConfig
 from diffusion.sampling import label_names, require_effect, require_read_whole, sample, told_of
 from diffusion.text import ENCODER, TextEncoder
 from diffusion.training.config import TrainingConfig
-from diffusion.training.drawn import kept_back
-from diffusion.training.identity import train_key
+from diffusion.training.setup import drop_conditioning, train_key
 from diffusion.training.train import TrainResult, preflight, train
 from tests.diffusion.captioned import COLOURS, MadeUp, colours, needs_encoder, squares
 from tests.diffusion.small_datasets import random_pictures, write_dataset
@@ -120,7 +119,8 @@ def test_class_and_caption_are_kept_back_by_one_draw(share: float, seed: int) ->
     u = torch.rand(400, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     label, text = torch.arange(400) % 3, torch.ones(400, 384)
     both, classes, captions = (
-        kept_back(told, u, share, 3) for told in ({"label": label, "text": text}, {"label": label}, {"text": text})
+        drop_conditioning(told, u, share, 3)
+        for told in ({"label": label, "text": text}, {"label": label}, {"text": text})
     )
     unlabelled, unread = both["label"] == 3, ~both["text"].any(1)
     # Told nothing are the same pictures whatever there is to be told, and they are as many as was said.

@@ -19,12 +19,14 @@ from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.diffusers_format import DarkroomPipeline
 from diffusion.errors import UserError
 from diffusion.export import MODEL_FIELDS, Exported, export_to_diffusers
+from diffusion.families.ddpm import denoiser_of
 from diffusion.model import DiffusionModel
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 from diffusion.random import GaussianNoise
+from diffusion.reverse_process import reversed_from_noise
 from diffusion.samplers import levels_of
-from diffusion.sampling import denoiser_of, meanings_of, reversed_from_noise, sample, told_of
+from diffusion.sampling import meanings_of, sample, told_of
 from diffusion.text import ENCODER
 from tests.diffusion import small_models
 from tests.diffusion.captioned import MadeUp

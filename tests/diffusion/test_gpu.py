@@ -16,7 +16,7 @@ from diffusion.fingerprint import fingerprint
 from diffusion.models.config import ModelConfig
 from diffusion.sampling import sample
 from diffusion.training.config import TrainingConfig
-from diffusion.training.history import read_rows
+from diffusion.training.logging import read_metrics
 from diffusion.training.train import train
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -30,7 +30,7 @@ def losses(dataset: Path, output: Path, **changes: object) -> np.ndarray:
     config = CONFIG.model_copy(update=changes)
     sampling = SAMPLING.model_copy(update={"device": config.device})
     train(dataset, output, MODEL, config, sampling)
-    return np.array([row["loss"] for row in read_rows(output / "history.csv")])
+    return np.array([row["loss"] for row in read_metrics(output / "history.csv")])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")

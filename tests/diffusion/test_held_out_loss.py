@@ -15,8 +15,8 @@ from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.denoiser import Denoiser
 from diffusion.evaluation.held_out_loss import HeldOutLoss, held_out_loss, measure, told_of_rows
-from diffusion.evaluation.terms import LEVELS, Terms, denoising_terms, noise_levels
 from diffusion.families.vae import VAEModel
+from diffusion.likelihood import LEVELS, Terms, denoising_terms, noise_levels
 from diffusion.model import DiffusionModel, to_float
 from diffusion.models.config import ModelConfig, VAEConfig
 from diffusion.models.unet import UNet

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from diffusion.denoiser import Denoiser
 from diffusion.models.config import ModelConfig, Prediction
-from diffusion.objective import Objective, Parametrization, edm, plain
+from diffusion.objective import Objective, Parametrization, edm, make_objective, make_weight, plain
 from diffusion.process import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule, sigmoid_schedule
 from diffusion.training.config import TrainingConfig
-from diffusion.training.objective import make_objective, make_weight
 
 PREDICTIONS: tuple[Prediction, ...] = ("noise", "v", "x0", "edm")
 SIGMA_DATA = 0.5

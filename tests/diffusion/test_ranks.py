@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffusion.data.ingest import forget_captions
-from diffusion.training.history import read_rows
+from diffusion.training.logging import read_metrics
 from tests.diffusion.captioned import needs_encoder, squares
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -74,7 +74,7 @@ def kill_all(process: subprocess.Popen[bytes], output: Path) -> None:
 
 
 def curve(output: Path) -> np.ndarray:
-    return np.array([row["loss"] for row in read_rows(output / "history.csv")])
+    return np.array([row["loss"] for row in read_metrics(output / "history.csv")])
 
 
 @pytest.mark.drill(

@@ -26,7 +26,7 @@ from diffusion.models.unet import UNet
 from diffusion.process import make_schedule
 from diffusion.sampling import interpolate, sample
 from diffusion.training.config import TrainingConfig
-from diffusion.training.history import read_rows
+from diffusion.training.logging import read_metrics
 from diffusion.training.train import preflight, train
 from diffusion.upscaling import detail, enlarged, make_tiles, noised, shrunk, starts, upscale
 from tests.diffusion.small_datasets import random_pictures, write_dataset
@@ -237,7 +237,7 @@ def test_where_the_answer_is_determined_it_is_found_and_bicubic_interpolation_is
 ) -> None:
     config = CONFIG.model_copy(update={"images": 2560, "checkpoints": 1})
     model = load_model(train(data, tmp_path / "run", MODEL, config, SAMPLING).final)
-    rows = read_rows(tmp_path / "run" / "losses.csv")
+    rows = read_metrics(tmp_path / "run" / "losses.csv")
     assert rows[-1]["held_out_loss_ema"] < 0.02
     many = SAMPLING.model_copy(update={"compute_batch": 32})
     # Also of pictures larger than those of the training, whose blocks tiles would cut if they began elsewhere.

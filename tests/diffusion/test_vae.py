@@ -21,6 +21,7 @@ from diffusion.evaluation.enlargement import ssim
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.evaluation.metrics import frechet_distance
+from diffusion.explain import explain
 from diffusion.families import family_of
 from diffusion.families.vae import VAEModel
 from diffusion.grids import above, png_bytes
@@ -30,8 +31,8 @@ from diffusion.models.config import ModelConfig, VAEConfig
 from diffusion.random import GaussianNoise
 from diffusion.requests import answer, request_of, tasks_of
 from diffusion.sampling import interpolate, reconstructed, sample
-from diffusion.training.candidates import candidates
-from diffusion.training.history import read_rows
+from diffusion.training.logging import read_metrics
+from diffusion.training.post_hoc_ema import models_to_evaluate
 from diffusion.training.preflight import count_flops
 from diffusion.training.train import train
 from tests.diffusion.small_autoencoders import CONFIG, SAMPLING, SIZE, VAE, autoencoder, colours, mean_square
@@ -98,7 +99,7 @@ def test_the_bound_of_a_trained_network_lies_below_the_likelihood_of_its_data(tm
     exact = MultivariateNormal(torch.zeros(size * size).double(), covariance).log_prob(held_out).mean().item()
     independent = MultivariateNormal(torch.zeros(size * size).double(), covariance.diagonal().diag())
     # From bits a value, were values whole levels of 8 bits, to nats a picture of values in [−1, 1].
-    bits = [row["held_out_loss_ema"] for row in read_rows(run.output / "losses.csv")]
+    bits = [row["held_out_loss_ema"] for row in read_metrics(run.output / "losses.csv")]
     bounds = [-size * size * math.log(2) * (each - math.log2(127.5)) for each in bits]
     assert max(bounds) < exact
     # And it found the factors, or it would do no better than any that takes pixels to be independent.
@@ -158,7 +159,7 @@ def test_training_tells_how_close_pictures_come_back(data: Path, tmp_path: Path)
 
 
 def test_it_is_judged_by_how_close_held_out_pictures_come_back(data: Path, run: Path, tmp_path: Path) -> None:
-    evaluation = evaluate(data, candidates(run, tmp_path), EVALUATION, SAMPLING, tmp_path, run / "losses.csv")
+    evaluation = evaluate(data, models_to_evaluate(run, tmp_path), EVALUATION, SAMPLING, tmp_path, run / "losses.csv")
     dataset, extractor = Dataset.open(data), EfficientNetLite0(32)
     held_out = dataset.pictures(dataset.rows("held_out"))
     for judged in evaluation.checkpoints:
@@ -195,7 +196,7 @@ def test_originals_stand_above_what_comes_back() -> None:
 
 def test_how_it_works_is_drawn_with_a_real_picture(data: Path, model: VAEModel, tmp_path: Path) -> None:
     picture = Dataset.open(data).pictures([0])[0]
-    paths = family_of(model.config).explain(model, picture, tmp_path, 0)
+    paths = explain(model, picture, tmp_path, 0)
     assert [path.name for path in paths] == ["reconstruction.png"]
     assert Image.open(paths[0]).height > 2 * SIZE
 

@@ -22,12 +22,12 @@ from diffusion.explain import explain
 from diffusion.model import to_uint8
 from diffusion.models.config import ModelConfig, Prediction
 from diffusion.models.unet import UNet
-from diffusion.objective import Objective, Parametrization, plain
+from diffusion.objective import Objective, Parametrization, make_objective, plain
 from diffusion.process import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule
+from diffusion.reverse_process import reversed_from_noise
 from diffusion.samplers import sigma_grid
-from diffusion.sampling import reversed_from_noise, sample
+from diffusion.sampling import sample
 from diffusion.training.config import TrainingConfig
-from diffusion.training.objective import make_objective
 from diffusion.training.preflight import count_flops
 from diffusion.training.train import train
 from diffusion.variance import HALF_A_LEVEL, bound, deviation_between, larger, log_likelihood, smaller

@@ -1,4 +1,4 @@
-"""What can go wrong in a run without stopping it, seen while it can still be mended."""
+"""Warnings about a run that goes wrong without stopping: loss spikes, over-fitting, weights that do not move."""
 
 import logging
 import math
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
 
-from torch import Tensor, nn
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -21,18 +21,18 @@ RISING = 3
 
 
 @dataclass
-class Guards:
-    """Watches the figures of a run, and says in the log what looks wrong."""
+class TrainingMonitor:
+    """Looks at the metrics of a run and logs a warning for what looks wrong."""
 
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     """The last mean losses."""
-    probes: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RISING + 1))
-    """The last losses of the averaged weights, on training pictures and held-out ones."""
+    validation_losses: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RISING + 1))
+    """The last losses of the averaged weights, on training images and held-out ones."""
     sums: dict[str, list[float]] = field(default_factory=dict)
-    """Of the weights as they were the last time, by which one sees whether they moved."""
+    """Sums of the weights as they were the last time."""
 
-    def loss(self, loss: float, images: int) -> None:
-        """Look at the mean loss since the last time."""
+    def check_loss(self, loss: float, images: int) -> None:
+        """Warn of a spike of the mean loss since the last time."""
         if len(self.losses) >= REMEMBERED // 10 and loss > SPIKE * median(self.losses):
             logger.warning(
                 "the loss leapt to %.3g after %d images, from about %.3g: if it does not come back, lower "
@@ -44,31 +44,31 @@ class Guards:
         if math.isfinite(loss):
             self.losses.append(loss)
 
-    def probe(self, figures: Mapping[str, float], images: int) -> None:
-        """Look at the losses of the averaged weights on fixed pictures of both splits."""
-        train, held_out = (figures.get(f"{split}_loss_ema", math.nan) for split in ("train", "held_out"))
-        self.probes.append((train, held_out))
-        steps = list(pairwise(self.probes))
+    def check_validation(self, metrics: Mapping[str, float], images: int) -> None:
+        """Warn of over-fitting, by the losses of the averaged weights on fixed images of both splits."""
+        train, held_out = (metrics.get(f"{split}_loss_ema", math.nan) for split in ("train", "held_out"))
+        self.validation_losses.append((train, held_out))
+        steps = list(pairwise(self.validation_losses))
         if len(steps) == RISING and all(after[0] < before[0] and after[1] > before[1] for before, after in steps):
             logger.warning(
-                "after %d images the loss on held-out pictures has risen %d checkpoints in a row, while that on others "
-                "fell: the network learns its pictures by heart. Ingest more, train for less, or make it smaller",
+                "after %d images the loss on held-out images has risen %d checkpoints in a row, while that on others "
+                "fell: the network memorizes its images. Ingest more, train for less, or make it smaller",
                 images,
                 RISING,
             )
-            self.probes.clear()
+            self.validation_losses.clear()
 
-    def weights(self, network: nn.Module, average: Mapping[str, Tensor], images: int) -> None:
-        """Look at whether the network, and the average of its weights, differ from what they were the last time."""
+    def check_weights(self, network: Mapping[str, Tensor], average: Mapping[str, Tensor], images: int) -> None:
+        """Warn if the network, or the average of its weights, is the same as the last time."""
         sums = {
-            "network": [float(each.detach().double().sum()) for each in network.parameters()],
+            "network": [float(each.detach().double().sum()) for each in network.values()],
             "average of the weights": [float(each.double().sum()) for each in average.values()],
         }
         for what, now in sums.items():
             if self.sums.get(what) == now:
                 logger.warning(
                     "the %s has not moved since the checkpoint before image %d: look at training.learning_rate, "
-                    "training.ema_decay and the figure skipped",
+                    "training.ema_decay and the metric skipped",
                     what,
                     images,
                 )
