@@ -36,6 +36,7 @@ from diffusion.training.monitor import TrainingMonitor
 from diffusion.training.post_hoc_ema import models_to_evaluate
 from diffusion.training.preflight import count_flops
 from diffusion.training.train import TrainResult, discard, preflight, train
+from diffusion.training.trainer import scheduled_learning_rate
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 from tests.diffusion.small_trainers import make_trainer, take_step
 
