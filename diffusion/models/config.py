@@ -53,7 +53,7 @@ class ModelConfig(Kind):
     in_diffusers: ClassVar[bool] = True
 
     family: Literal["ddpm"] = Field("ddpm", exclude_if=lambda family: family == "ddpm")
-    """What kind of model it is: a diffusion model, or see diffusion/models/config.py."""
+    """The family of models: diffusion models; see the other classes of diffusion/models/config.py for others."""
     schedule: Literal["linear", "cosine", "sigmoid", "edm"] = "edm"
     """Noise schedule: linear β (arXiv 2006.11239), cosine ᾱ (2102.09672), sigmoid ᾱ (2212.11972), or EDM's σ from
     0.002 to 80, each step as many times that of the one before (2206.00364)."""

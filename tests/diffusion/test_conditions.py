@@ -100,7 +100,7 @@ def test_another_encoder_is_another_run_and_named(
 def test_a_data_set_without_captions_is_refused_before_anything_is_made(
     dataset: Path, tmp_path: Path, made_up: MadeUp
 ) -> None:
-    with pytest.raises(UserError, match=r"blobs has no captions, and model\.text tells the network of them"):
+    with pytest.raises(UserError, match=r"blobs has no captions, and model\.text conditions the network on them"):
         run(dataset, tmp_path / "run")
     with pytest.raises(UserError, match="has no captions"):
         preflight(dataset, MODEL, CONFIG, SAMPLING)

@@ -220,7 +220,7 @@ def test_averages_made_after_the_end_are_whole(data: Path, first: Path, tmp_path
     lengths = {"ema_lengths": (0.05, 0.1), "ema_decay": None}
     latent(data, tmp_path / "run", denoiser(first), config=lengths)
     made = models_to_evaluate(tmp_path / "run", tmp_path / "report", [0.2])[-1]
-    assert made.name == "length-0.2.safetensors"
+    assert made.name == "std-0.2.safetensors"
     assert sample(load_model(made), [0], 0, STEPPED).shape == (1, 3, SIZE, SIZE)
 
 

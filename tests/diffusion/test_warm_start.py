@@ -69,7 +69,7 @@ def test_another_start_is_another_training_and_none_is_the_one_it_always_was(dat
         ({"config": MODEL.model_copy(update={"width": 32})}, r"has model\.width = 32, and this is 16"),
         ({"config": MODEL.model_copy(update={"prediction": "noise"})}, r"has model\.prediction = noise"),
         ({"classes": {"even": 1, "odd": 1, "round": 1}}, "knows the classes even, odd, round, and .* has even, odd"),
-        ({"size": 16}, "draws pictures of 1×16×16 .*, and data set blobs has 1×8×8"),
+        ({"size": 16}, "generates images of 1×16×16 .*, and data set blobs has 1×8×8"),
     ],
 )
 def test_a_model_of_another_kind_is_refused_in_one_line(
