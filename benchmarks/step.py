@@ -39,7 +39,14 @@ from diffusion.training.setup import make_setup
 from diffusion.training.trainer import Trainer, thread_count
 
 MODEL = ModelConfig(
-    width=32, multipliers=(1, 2, 2), blocks=2, attention=(2,), heads=8, patch=1, conditional=False, prediction="noise"
+    width=32,
+    channel_mult=(1, 2, 2),
+    blocks=2,
+    attention=(2,),
+    heads=8,
+    patch=1,
+    conditional=False,
+    prediction="epsilon",
 )
 """The shape of the network in ``trainers.py``."""
 WARM_UP = 3
@@ -133,7 +140,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="step-") as temporary:
         dataset = Dataset.open(prepare((args.scratch or Path(temporary)).resolve(), "32 px grey"))
-        config = TrainingConfig(images=2**40, batch_size=args.batch, lanes=cores(), device=args.device)
+        config = TrainingConfig(images=2**40, batch_size=args.batch, cpu_threads=cores(), device=args.device)
         device = resolve_device(args.device)
         fp32, bf16 = peak(torch.float32, device), peak(torch.bfloat16, device)
         with lanes(thread_count(config, SINGLE_PROCESS)) as pool:

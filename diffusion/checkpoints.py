@@ -77,8 +77,6 @@ def read_model_header(path: Path) -> ModelHeader:
         raise UserError(
             f"{path} has a header this version cannot read ({where}: {first['msg']}): use the version that wrote it"
         ) from error
-    if header.format_version == 1 and header.model.low_resolution is not None:
-        raise UserError(f"{path} enlarges in a way that is no more: use the version that wrote it, or train it again")
     return header
 
 

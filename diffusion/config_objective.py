@@ -23,22 +23,24 @@ class ObjectiveConfig(Config):
     learned_uncertainty: bool = False
     """Whether a small network learns how large the error is at each level, and the loss is divided by that (2312.02696,
     equation 21): then no level outweighs the others, however hard it is."""
-    times: Literal["uniform", "lognormal"] = "lognormal"
+    timestep_sampling: Literal["uniform", "lognormal"] = "lognormal"
     """How noise levels are sampled: each step of the schedule alike, or ln σ from a normal distribution
     (2206.00364)."""
     log_sigma_mean: float | None = None
-    """Mean of ln σ for times = lognormal; null: −1.2, EDM's."""
+    """Mean of ln σ for timestep_sampling = lognormal; null: −1.2, EDM's."""
     log_sigma_std: float | None = Field(None, gt=0)
-    """Standard deviation of ln σ for times = lognormal; null: 1.2, EDM's."""
-    stratified: bool = True
+    """Standard deviation of ln σ for timestep_sampling = lognormal; null: 1.2, EDM's."""
+    stratified_timesteps: bool = True
     """Whether each of a batch's N images has its time from another N-th of the distribution."""
 
     @model_validator(mode="after")
     def _noise_levels_have_an_effect(self) -> "ObjectiveConfig":
         if self.min_snr_gamma is not None and self.weighting != "min_snr":
             raise ValueError(f"training.min_snr_gamma means nothing to weighting = {self.weighting}: use min_snr")
-        if self.times != "lognormal" and (self.log_sigma_mean, self.log_sigma_std) != (None, None):
-            raise ValueError(f"training.log_sigma_* mean nothing to times = {self.times}: use lognormal")
+        if self.timestep_sampling != "lognormal" and (self.log_sigma_mean, self.log_sigma_std) != (None, None):
+            raise ValueError(
+                f"training.log_sigma_* mean nothing to timestep_sampling = {self.timestep_sampling}: use lognormal"
+            )
         return self
 
     @property
@@ -61,10 +63,11 @@ def disagreement(model: FamilyConfig, training: ObjectiveConfig) -> str | None:
         return words
     if not isinstance(model, ModelConfig) or not model.learned_variance:
         return None
-    if training.times != "uniform":
+    if training.timestep_sampling != "uniform":
         return (
-            f"model.learned_variance is learned at whole steps of the schedule, and training.times = {training.times} "
-            "samples levels between them: use uniform, or leave model.learned_variance out"
+            "model.learned_variance is learned at whole steps of the schedule, and training.timestep_sampling = "
+            f"{training.timestep_sampling} samples levels between them: use uniform, or leave model.learned_variance "
+            "out"
         )
     if training.learned_uncertainty:
         return (

@@ -15,11 +15,11 @@ from diffusion.sampling import require_effect, require_small
 MODEL_FIELDS = {
     "schedule",
     "steps",
-    "zero_terminal",
+    "zero_terminal_snr",
     "prediction",
     "learned_variance",
     "width",
-    "multipliers",
+    "channel_mult",
     "blocks",
     "attention",
     "heads",

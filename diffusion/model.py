@@ -27,8 +27,7 @@ Conditioning = dict[str, Tensor]
 class ModelHeader(Config):
     """What is written beside the weights."""
 
-    format_version: Literal[1, 2] = 2
-    """In the first, networks that enlarge drew whole pictures, and not what they have beyond the small ones."""
+    format_version: Literal[3] = 3
     model: FamilyConfig
     """Instead of the path of its autoencoder, if it has one, the digest of that one's weights."""
     channels: Literal[1, 3]

@@ -38,11 +38,11 @@ class Parametrization:
     def c_skip(self, sigma: Tensor) -> Tensor:
         """How much of its noisy picture is in the clean one, whatever the network says."""
         match self.prediction:
-            case "noise":
+            case "epsilon":
                 return torch.ones_like(sigma)
-            case "x0":
+            case "sample":
                 return torch.zeros_like(sigma)
-            case "v":
+            case "v_prediction":
                 return 1 / (1 + sigma**2)
             case "edm":
                 return self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
@@ -50,11 +50,11 @@ class Parametrization:
     def c_out(self, sigma: Tensor) -> Tensor:
         """What the network's answer is multiplied with. v is √ᾱ ε − √(1 − ᾱ) x_0 (arXiv 2202.00512)."""
         match self.prediction:
-            case "noise":
+            case "epsilon":
                 return -sigma
-            case "x0":
+            case "sample":
                 return torch.ones_like(sigma)
-            case "v":
+            case "v_prediction":
                 return -sigma * self.c_in(sigma)
             case "edm":
                 return sigma * self.sigma_data * self.c_in(sigma)
@@ -154,7 +154,7 @@ def make_weight(config: ObjectiveConfig, parametrization: Parametrization) -> We
 def sample_timesteps(config: ObjectiveConfig, schedule: NoiseSchedule, indices: range) -> Tensor:
     """Times of the pictures number ``indices``, a rank's share of a batch, from 0 to T−1: (N,), whole if uniform."""
     u = uniform(config.seed, "time", indices)
-    if config.stratified:
+    if config.stratified_timesteps:
         # One in each equal part of the distribution: free, and the loss varies less from batch to batch.
         place = torch.tensor(indices) % config.batch_size
         u = (place + u) / config.batch_size
@@ -163,7 +163,7 @@ def sample_timesteps(config: ObjectiveConfig, schedule: NoiseSchedule, indices: 
 
 def timesteps_at(config: ObjectiveConfig, schedule: NoiseSchedule, u: Tensor) -> Tensor:
     """The times at the quantiles ``u`` (N,), in [0, 1), of the distribution that ``config`` names."""
-    if config.times == "uniform":
+    if config.timestep_sampling == "uniform":
         return (u * schedule.steps).long().clamp(max=schedule.steps - 1)
     # ln σ is normal (arXiv 2206.00364, table 1).
     mean, std = config.log_sigma

@@ -120,7 +120,7 @@ SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule, "sigmoid": si
 def make_schedule(config: ModelConfig) -> NoiseSchedule:
     """The schedule that ``config`` names; raises UserError if they do not all differ in noise."""
     schedule = SCHEDULES[config.schedule](config.steps)
-    if config.zero_terminal:
+    if config.zero_terminal_snr:
         schedule = without_signal_at_the_end(schedule)
     if not (schedule.alphas_cumprod.diff() < 0).all():
         raise UserError(f"model.schedule {config.schedule} has no {config.steps} different steps: lower model.steps")

@@ -44,7 +44,7 @@ def judge(params: Params, folder: Path) -> Evaluation:
     require_current(params.dataset_folder)
     return judge_checkpoints(
         params.dataset_folder,
-        models_to_evaluate(params.run_folder, folder, params.evaluation.ema_lengths),
+        models_to_evaluate(params.run_folder, folder, params.evaluation.ema_stds),
         params.evaluation,
         params.sampling,
         folder,

@@ -11,11 +11,11 @@ from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from diffusion.config import LARGEST_SIZE, Config, unset
 from diffusion.config_sampling import SamplingConfig
 
-Prediction = Literal["noise", "v", "x0", "edm"]
+Prediction = Literal["epsilon", "v_prediction", "sample", "edm"]
 WIDEST, DEEPEST, MOST_LEVELS = 4096, 64, 12
 """Channels, blocks of a resolution, and resolutions at most: a file that says of itself more than that is refused
 before anything is built of it."""
-Multipliers = Annotated[tuple[Annotated[int, Field(le=64)], ...], Field(max_length=MOST_LEVELS)]
+ChannelMult = Annotated[tuple[Annotated[int, Field(le=64)], ...], Field(max_length=MOST_LEVELS)]
 """Channels at each resolution, as multiples of the width."""
 REVERSE_PROCESS = SamplingConfig.model_fields.keys() - {"compute_batch", "precision", "device"}
 """Fields of the section ``sampling`` that mean nothing to who has no reverse process."""
@@ -23,11 +23,11 @@ NOISE_LEVELS = (
     "weighting",
     "min_snr_gamma",
     "learned_uncertainty",
-    "times",
+    "timestep_sampling",
     "log_sigma_mean",
     "log_sigma_std",
-    "stratified",
-    "recompute",
+    "stratified_timesteps",
+    "gradient_checkpointing",
     "shard",
 )
 """Fields of the section ``training`` that mean nothing to who learns no noise, or are made for the U-Net."""
@@ -59,7 +59,7 @@ class ModelConfig(Kind):
     0.002 to 80, each step as many times that of the one before (2206.00364)."""
     steps: int = Field(1000, ge=2, le=10_000)
     """T, the number of noise levels."""
-    zero_terminal: bool = False
+    zero_terminal_snr: bool = False
     """Whether the schedule is stretched until nothing is left of a picture at its end (arXiv 2305.08891)."""
     prediction: Prediction = "edm"
     """What the network predicts: the noise, v (arXiv 2202.00512), the clean picture, or EDM's mixture of both, which
@@ -69,7 +69,7 @@ class ModelConfig(Kind):
     and at most: fewer steps of the sampler ddpm then draw from the right distribution (arXiv 2102.09672)."""
     width: int = Field(32, ge=16, le=WIDEST, multiple_of=16)
     """Channels at the highest resolution; a multiple of 16, the channels normalised together."""
-    multipliers: Multipliers = (1, 2)
+    channel_mult: ChannelMult = (1, 2)
     """Channels at each resolution, as multiples of ``width``; each halves the one before."""
     blocks: int = Field(1, ge=1, le=DEEPEST)
     """Residual blocks per resolution on the way down; one more on the way up."""
@@ -122,12 +122,14 @@ class ModelConfig(Kind):
 
     @model_validator(mode="after")
     def _has_an_answer(self) -> "ModelConfig":
-        if self.zero_terminal and self.schedule == "edm":
-            raise ValueError("model.zero_terminal stretches the other schedules; edm has its own end: leave one out")
-        if self.zero_terminal and self.prediction == "noise":
+        if self.zero_terminal_snr and self.schedule == "edm":
             raise ValueError(
-                "model.prediction = noise says nothing of a picture of which nothing is left, as model.zero_terminal "
-                "makes them: use v, x0 or edm"
+                "model.zero_terminal_snr stretches the other schedules; edm has its own end: leave one out"
+            )
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise ValueError(
+                "model.prediction = epsilon says nothing of an image of which nothing is left, as "
+                "model.zero_terminal_snr makes them: use v_prediction, sample or edm"
             )
         return self
 
@@ -147,17 +149,17 @@ class ModelConfig(Kind):
 
     @model_validator(mode="after")
     def _levels_exist(self) -> "ModelConfig":
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError("model.multipliers needs at least one positive number, for example [1, 2]")
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise ValueError("model.channel_mult needs at least one positive number, for example [1, 2]")
         for level in self.attention:
-            if not 0 <= level < len(self.multipliers):
+            if not 0 <= level < len(self.channel_mult):
                 raise ValueError(
-                    f"model.attention names resolution {level}, and there are {len(self.multipliers)}: "
-                    f"use 0 to {len(self.multipliers) - 1}"
+                    f"model.attention names resolution {level}, and there are {len(self.channel_mult)}: "
+                    f"use 0 to {len(self.channel_mult) - 1}"
                 )
-            if self.width * self.multipliers[level] % self.heads:
+            if self.width * self.channel_mult[level] % self.heads:
                 raise ValueError(
-                    f"model.heads = {self.heads} does not divide the {self.width * self.multipliers[level]} "
+                    f"model.heads = {self.heads} does not divide the {self.width * self.channel_mult[level]} "
                     f"channels at resolution {level}: change model.heads or model.width"
                 )
         return self
@@ -191,7 +193,7 @@ class VAEConfig(Kind):
     """What kind of model it is."""
     width: int = Field(32, ge=16, le=WIDEST, multiple_of=16)
     """Channels at the highest resolution; a multiple of 16, the channels normalised together."""
-    multipliers: Multipliers = (1, 2)
+    channel_mult: ChannelMult = (1, 2)
     """Channels at each resolution, as multiples of ``width``; each halves the one before."""
     patch: Literal[1, 2, 4] = 2
     """The highest resolution is of patch×patch pixels folded into channels: 2 is a quarter of the work. With two
@@ -208,12 +210,12 @@ class VAEConfig(Kind):
     @property
     def factor(self) -> int:
         """Pixels to a latent position, along each side."""
-        return int(self.patch * 2 ** (len(self.multipliers) - 1))
+        return int(self.patch * 2 ** (len(self.channel_mult) - 1))
 
     @model_validator(mode="after")
     def _shrinks(self) -> "VAEConfig":
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError("model.multipliers needs at least one positive number, for example [1, 2]")
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise ValueError("model.channel_mult needs at least one positive number, for example [1, 2]")
         if self.factor == 1:
             raise ValueError("model.patch = 1 and one resolution make latents as large as pictures: add to either")
         return self
@@ -229,7 +231,7 @@ class GANConfig(Kind):
     passes_over: ClassVar[Mapping[str, Collection[str]]] = {
         # The loss is relative to an opponent that learns, too: it says nothing from one checkpoint to another. And as
         # the opponent is not in a model, a trained generator has none that it could go on against.
-        "training": (*NOISE_LEVELS, "keep_best", "start"),
+        "training": (*NOISE_LEVELS, "keep_best", "init_from"),
         "sampling": REVERSE_PROCESS,
     }
     text: ClassVar[bool] = False
@@ -241,7 +243,7 @@ class GANConfig(Kind):
     """What kind of model it is."""
     width: int = Field(16, ge=8, le=WIDEST, multiple_of=8)
     """Channels at the highest resolution."""
-    multipliers: Multipliers = (1, 2, 4, 8)
+    channel_mult: ChannelMult = (1, 2, 4, 8)
     """Channels at each resolution, as multiples of ``width``, from the highest; each halves the one before."""
     patch: Literal[1, 2, 4] = 1
     """The highest resolution is of patch×patch pixels folded into channels: less work for the same width, and at first
@@ -259,14 +261,14 @@ class GANConfig(Kind):
 
     @model_validator(mode="after")
     def _has_levels(self) -> "GANConfig":
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError("model.multipliers needs at least one positive number, for example [1, 2]")
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise ValueError("model.channel_mult needs at least one positive number, for example [1, 2]")
         return self
 
     @property
     def factor(self) -> int:
         """Pixels to a position of the lowest resolution, along each side."""
-        return int(self.patch * 2 ** (len(self.multipliers) - 1))
+        return int(self.patch * 2 ** (len(self.channel_mult) - 1))
 
 
 class AutoregressiveConfig(Kind):

@@ -140,15 +140,15 @@ def _labels(label: Tensor | None, like: Tensor, no_class: int) -> Tensor:
 
 
 def _widths(config: GANConfig) -> list[int]:
-    return [config.width * multiplier for multiplier in config.multipliers]
+    return [config.width * multiplier for multiplier in config.channel_mult]
 
 
 def _lowest(config: GANConfig, size: int) -> int:
     """Positions along a side at the lowest resolution."""
     if config.factor > size:
         raise UserError(
-            f"model.patch = {config.patch} and {len(config.multipliers)} resolutions fold {config.factor} pixels into "
-            f"one, and the pictures have {size}: take a number out of model.multipliers, or lower model.patch"
+            f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions fold {config.factor} pixels into "
+            f"one, and the pictures have {size}: take a number out of model.channel_mult, or lower model.patch"
         )
     return math.ceil(size / config.factor)
 

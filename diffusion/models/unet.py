@@ -108,15 +108,15 @@ class UNet(nn.Module):
 
     def __init__(self, config: ModelConfig, channels: int, size: int, classes: int = 0) -> None:
         super().__init__()
-        fold = config.patch * 2 ** (len(config.multipliers) - 1)
+        fold = config.patch * 2 ** (len(config.channel_mult) - 1)
         if fold > size:
             raise UserError(
-                f"model.patch = {config.patch} and {len(config.multipliers)} resolutions fold {fold} pixels into "
-                f"one, and the pictures have {size}: take a number out of model.multipliers, or lower model.patch"
+                f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions fold {fold} pixels into "
+                f"one, and the pictures have {size}: take a number out of model.channel_mult, or lower model.patch"
             )
         require_fitting(config.low_resolution, size)
         self.patch, self.width, self.padding = config.patch, config.width, -size % fold
-        self.dropout, self.recompute = config.dropout, False
+        self.dropout, self.gradient_checkpointing = config.dropout, False
         """Whether what is inside layers is computed again in the backward pass, instead of kept from the forward."""
         embedding = 4 * config.width
         self.time = nn.Sequential(
@@ -137,11 +137,11 @@ class UNet(nn.Module):
 
         def block(inputs: int, resolution: int, attention: bool = True) -> ResidualBlock:
             nonlocal current
-            current = config.width * config.multipliers[resolution]
+            current = config.width * config.channel_mult[resolution]
             heads = config.heads if attention and resolution in config.attention else 0
             return ResidualBlock(inputs, current, embedding, heads, config.dropout)
 
-        lowest = len(config.multipliers) - 1
+        lowest = len(config.channel_mult) - 1
         for resolution in range(lowest + 1):
             for _ in range(config.blocks):
                 self.down.append(block(current, resolution))
@@ -203,7 +203,7 @@ class UNet(nn.Module):
             own = None if draws is None else draws + depth * LAYER
             out: Tensor = (
                 checkpoint(layer, h, embedding, own, use_reentrant=False, preserve_rng_state=False)
-                if self.recompute and self.training
+                if self.gradient_checkpointing and self.training
                 else layer(h, embedding, own)
             )
             return out

@@ -47,11 +47,11 @@ class VAE(nn.Module):
         super().__init__()
         if size % config.factor:
             raise UserError(
-                f"model.patch = {config.patch} and {len(config.multipliers)} resolutions make a latent position of "
+                f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions make a latent position of "
                 f"{config.factor}×{config.factor} pixels, and {config.factor} does not divide the pictures' {size}: "
-                "ingest them at a multiple of it (ingest.size), or take a number out of model.multipliers"
+                "ingest them at a multiple of it (ingest.size), or take a number out of model.channel_mult"
             )
-        widths = [config.width * multiplier for multiplier in config.multipliers]
+        widths = [config.width * multiplier for multiplier in config.channel_mult]
         self.patch = config.patch
         folded = channels * config.patch**2
         self.encoder = _encoder(widths, config.blocks, folded, config.latent_channels)

@@ -169,9 +169,9 @@ class TrainingLog:
             self.tracker.log_picture("reverse", reverse_process_strip(averaged.on(CPU), conditioning), images)
         self.monitor.check_validation(metrics, images)
         self.monitor.check_weights(_under(NETWORK, tensors), _under(AVERAGED, tensors), images)
-        if setup.config.ema_lengths is not None:
+        if setup.config.ema_stds is not None:
             header = setup.header(images, self.total)
-            save_snapshot(self.output / SNAPSHOTS, tensors, setup.config.ema_lengths, header)
+            save_snapshot(self.output / SNAPSHOTS, tensors, setup.config.ema_stds, header)
         for file in (self.history, self.losses):
             file.sync()
         self.tracker.sync()

@@ -36,7 +36,7 @@ class TrainingMonitor:
         if len(self.losses) >= REMEMBERED // 10 and loss > SPIKE * median(self.losses):
             logger.warning(
                 "the loss leapt to %.3g after %d images, from about %.3g: if it does not come back, lower "
-                "training.learning_rate or training.clip_norm",
+                "training.learning_rate or training.max_grad_norm",
                 loss,
                 images,
                 median(self.losses),

@@ -59,11 +59,11 @@ def reconstruct_average(folder: Path, std: float, into: Path) -> Path:
     paths = sorted(path for path in folder.glob("[0-9]*.safetensors") if path.with_suffix(".sha256").is_file())
     if not paths:
         raise UserError(
-            f"evaluation.ema_lengths needs the snapshots of training.ema_lengths, and {folder} has none: train with it"
+            f"evaluation.ema_stds needs the snapshots of training.ema_stds, and {folder} has none: train with it"
         )
     for path in paths:
         if sha256_file(path) != path.with_suffix(".sha256").read_text().strip():
-            raise UserError(f"{path} is damaged: train again with --restart, or leave evaluation.ema_lengths out")
+            raise UserError(f"{path} is damaged: train again with --restart, or leave evaluation.ema_stds out")
     header = read_header(paths[-1])
     seen = [(int(path.stem), number, each) for path in paths for number, each in enumerate(header[STDS])]
     shares = mixture([(images, each) for images, _, each in seen], int(paths[-1].stem), std)

@@ -130,7 +130,7 @@ def _count(network: nn.Module) -> int:
 def kept_at_once(config: TrainingConfig) -> int:
     """How many files as large as a checkpoint a run has on disk at most: one is written before another goes."""
     # A snapshot has two averages, a checkpoint these and three more of the kind.
-    snapshots = math.ceil(config.checkpoints * 2 / 5) if config.ema_lengths is not None else 0
+    snapshots = math.ceil(config.checkpoints * 2 / 5) if config.ema_stds is not None else 0
     spared = config.keep_best + (config.checkpoints // config.keep_every if config.keep_every else 0)
     return min(config.keep + spared, config.checkpoints) + 2 + snapshots
 
@@ -144,7 +144,7 @@ def make_preflight(trainer: Trainer, pace: Pace | None, reading: float = 0) -> P
     dataset, images = setup.dataset, images_in(config, pace)
     parameters = _count(state.network)
     others = sum(_count(module) for step in state.steps for module in step.modules.values()) - parameters
-    memory, checkpoint = state_size(parameters, len(state.averages), config.lanes, others)
+    memory, checkpoint = state_size(parameters, len(state.averages), config.cpu_threads, others)
     latents = setup.autoencoder.space if setup.autoencoder else None
     return Preflight(
         dataset=dataset.manifest.name,

@@ -103,12 +103,12 @@ class TrainingSetup:
             raise UserError(f"the training images of {name} {why}, so there is nothing to learn: ingest others")
         return sigma_data
 
-    def make_network(self, recompute: bool = False) -> nn.Module:
-        """Build the network with random weights; ``recompute`` as in TrainingConfig."""
+    def make_network(self, gradient_checkpointing: bool = False) -> nn.Module:
+        """Build the network with random weights; ``gradient_checkpointing`` as in TrainingConfig."""
         shape = self.autoencoder.space.shape if self.autoencoder else self.dataset.shape
         network: nn.Module = family_of(self.model).make_network(self.model, shape, len(self.classes))
         if isinstance(network, UNet):
-            network.recompute = recompute
+            network.gradient_checkpointing = gradient_checkpointing
         return network
 
     def frozen_tensors(self) -> dict[str, Tensor]:
@@ -325,11 +325,11 @@ def drop_conditioning(conditioning: Conditioning, u: Tensor, share: float, no_cl
 def identity_fields(config: TrainingConfig, model: FamilyConfig) -> dict[str, Any]:
     """Resolve the configuration, without what cannot change the weights of ``model``."""
     harmless = {
-        "recompute",
+        "gradient_checkpointing",
         "device",
         "compile",
         "shard",
-        "most_skipped",
+        "max_nonfinite_steps",
         "output",
         "keep",
         "keep_best",

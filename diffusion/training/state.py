@@ -96,8 +96,8 @@ def make_state(
         for step in steps
     ]
     averages: list[WeightAverage]
-    if config.ema_lengths is not None:
-        averages = [PowerAverage(network, length) for length in config.ema_lengths]
+    if config.ema_stds is not None:
+        averages = [PowerAverage(network, length) for length in config.ema_stds]
     else:
         averages = [ExponentialAverage(network, 0.999 if config.ema_decay is None else config.ema_decay)]
     return TrainingState(network, averages, steps, optimizers, frozen)

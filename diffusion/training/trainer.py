@@ -62,7 +62,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             # Initial weights are a function of the seed.
             torch.manual_seed(self.config.seed)
-            network = setup.make_network(self.config.recompute)
+            network = setup.make_network(self.config.gradient_checkpointing)
             self.objective = family_of(setup.model).make_objective(setup.model, self.config, setup.data)
         if setup.warm_start:
             setup.warm_start.initialize(network, setup.model, setup.dataset, setup.classes)
@@ -128,7 +128,7 @@ class Trainer:
         finite, norms = torch.ones((), dtype=torch.bool, device=self.device), []
         for step, optimizer in zip(state.steps, state.optimizers, strict=True):
             loss = self.backward(step, noised)
-            norm = full_tensor(torch.nn.utils.clip_grad_norm_(step.parameters, config.clip_norm))
+            norm = full_tensor(torch.nn.utils.clip_grad_norm_(step.parameters, config.max_grad_norm))
             norms.append(norm)
             finite = finite & loss.isfinite() & norm.isfinite()
             for group in optimizer.param_groups:
@@ -184,9 +184,9 @@ class Trainer:
                 continue
             state.skipped += 1
             state.skipped_in_a_row += 1
-            if state.skipped_in_a_row >= config.most_skipped:
+            if state.skipped_in_a_row >= config.max_nonfinite_steps:
                 raise NotFiniteError(
-                    f"loss or gradient was not finite in {config.most_skipped} steps in a row, up to image "
+                    f"loss or gradient was not finite in {config.max_nonfinite_steps} steps in a row, up to image "
                     f"{step.images}: lower training.learning_rate and give --restart, or look at the last batch",
                     {"pictures": step.batch.pictures, "rows": torch.from_numpy(np.asarray(step.batch.rows))}
                     | ({} if step.t is None else {"t": step.t}),
@@ -214,4 +214,4 @@ def thread_count(config: TrainingConfig, ranks: Ranks) -> int:
     """
     if config.shard or resolve_device(config.device).type != "cpu":
         return 1
-    return max(1, config.lanes // ranks.count)
+    return max(1, config.cpu_threads // ranks.count)

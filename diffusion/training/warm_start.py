@@ -18,7 +18,7 @@ from diffusion.training.autoencoder import DIGEST, weights_digest
 from diffusion.training.config import TrainingConfig
 
 ELSEWHERE = ("champion", "models:/")
-"""How values of training.start begin that only a registry can make a file of."""
+"""How values of training.init_from begin that only a registry can make a file of."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class WarmStart:
         """Load the weights into ``network``, of ``model`` for ``dataset``; UserError if they do not fit."""
         if words := self._misfit(model, dataset, classes):
             raise UserError(
-                f"training.start {self.path} {words}: begin with a model of the same kind, or at random "
-                "(training.start=null)"
+                f"training.init_from {self.path} {words}: begin with a model of the same kind, or at random "
+                "(training.init_from=null)"
             )
         network.load_state_dict(self.model.network.state_dict())
 
@@ -61,17 +61,17 @@ class WarmStart:
 
 def open_warm_start(config: TrainingConfig) -> WarmStart | None:
     """Load the model that ``config`` begins with; None: random weights. Raises UserError if there is none."""
-    if config.start is None:
+    if config.init_from is None:
         return None
-    if config.start.startswith(ELSEWHERE):
+    if config.init_from.startswith(ELSEWHERE):
         raise UserError(
-            f"training.start = {config.start} names a registered model, which is not fetched here: give the path of "
-            "its final.safetensors, or run `darkroom train`"
+            f"training.init_from = {config.init_from} names a registered model, which is not fetched here: give the "
+            "path of its final.safetensors, or run `darkroom train`"
         )
-    model = load_model(Path(config.start))
-    return WarmStart(config.start, model, weights_digest(model))
+    model = load_model(Path(config.init_from))
+    return WarmStart(config.init_from, model, weights_digest(model))
 
 
 def with_start_digest(config: TrainingConfig, start: WarmStart | None) -> TrainingConfig:
     """Replace the path of the initial weights by their digest: the same run wherever the file is."""
-    return config if start is None else config.model_copy(update={"start": DIGEST + start.digest})
+    return config if start is None else config.model_copy(update={"init_from": DIGEST + start.digest})

@@ -35,8 +35,8 @@ State = dict[str, object]
 SET, RUN, REPORT, MADE = Path("data", "set"), Path("runs", "set"), Path("report"), Path("made")
 STACK, BACKUPS = Path(".darkroom"), Path("backups")
 SAMPLING = SamplingConfig(steps=2, compute_batch=18, precision="fp32")
-MODEL = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1)
-TRAINING = TrainingConfig(images=192, checkpoints=4, batch_size=16, warmup_images=32, keep=2, lanes=1)
+MODEL = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1)
+TRAINING = TrainingConfig(images=192, checkpoints=4, batch_size=16, warmup_images=32, keep=2, cpu_threads=1)
 EVALUATION = EvaluationConfig(samples=16, extractor_size=32)
 SCRIPT = """
 import sys

@@ -193,8 +193,8 @@ def test_what_it_cannot_do_is_refused(model: AutoregressiveModel, data: Path, tm
         sample(model, [0], 0, SAMPLING, edit=Edit(picture, strength=0.5))
     with pytest.raises(UserError, match=r"sampling\.steps means nothing to model\.family = autoregressive"):
         sample(model, [0], 0, SAMPLING.model_copy(update={"steps": 20}))
-    with pytest.raises(UserError, match=r"training\.times means nothing to model\.family = autoregressive"):
-        train(data, tmp_path / "run", MODEL, TRAINING.model_copy(update={"times": "uniform"}), SAMPLING)
+    with pytest.raises(UserError, match=r"training\.timestep_sampling means nothing to model\.family = autoregressive"):
+        train(data, tmp_path / "run", MODEL, TRAINING.model_copy(update={"timestep_sampling": "uniform"}), SAMPLING)
 
 
 def test_how_it_works_is_drawn_with_a_real_picture(data: Path, model: AutoregressiveModel, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from tests.diffusion.small_datasets import random_pictures, write_dataset
 from tests.diffusion.small_models import write_model
 from tests.diffusion.test_train import Away, Stop, StopAt
 
-SHAPE = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=2)
+SHAPE = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=2)
 MODEL = SHAPE.model_copy(update={"text": True})
 CONFIG = TrainingConfig(dataset="squares", images=320, batch_size=16, warmup_images=32, checkpoints=4, keep=2)
 SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=4, compute_batch=8)
@@ -263,9 +263,15 @@ def test_a_caption_too_long_to_be_read_whole_keeps_nothing_from_training(tmp_pat
 @needs_encoder
 def test_pictures_show_the_colour_that_words_ask_for_and_without_captions_none_in_particular(tmp_path: Path) -> None:
     squares(tmp_path / "squares")
-    settings = {"images": 1600, "learning_rate": 1e-2, "checkpoints": 1, "weighting": "plain", "times": "uniform"}
+    settings = {
+        "images": 1600,
+        "learning_rate": 1e-2,
+        "checkpoints": 1,
+        "weighting": "plain",
+        "timestep_sampling": "uniform",
+    }
     config = CONFIG.model_copy(update=settings)
-    shapes = [each.model_copy(update={"schedule": "cosine", "prediction": "v"}) for each in (MODEL, SHAPE)]
+    shapes = [each.model_copy(update={"schedule": "cosine", "prediction": "v_prediction"}) for each in (MODEL, SHAPE)]
     told, untold = (
         load_model(train(tmp_path / "squares", tmp_path / f"run{number}", each, config, SAMPLING).final)
         for number, each in enumerate(shapes)

@@ -56,7 +56,7 @@ def test_the_forward_strip_goes_from_the_picture_to_the_noise(schedule: NoiseSch
         torch.testing.assert_close(frame, alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * epsilon)
 
 
-@pytest.mark.parametrize("prediction", ["noise", "v", "x0"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_a_perfect_model_predicts_the_noise_of_the_training_step(prediction: str) -> None:
     x0, epsilon = noise(0).clamp(-1, 1), noise(1)
     step = training_step(perfect_model(x0[None], prediction), x0, epsilon)
@@ -69,7 +69,7 @@ def test_a_perfect_model_predicts_the_noise_of_the_training_step(prediction: str
 @pytest.mark.parametrize("level", [0.0, 1.5], ids=["grey", "brighter than white"])
 def test_what_a_model_gets_wrong_is_what_it_takes_for_the_picture(level: float) -> None:
     x0, epsilon = noise(0).clamp(-1, 1), noise(1)
-    step = training_step(perfect_model(torch.full((1, 1, 16, 16), level), "x0"), x0, epsilon)
+    step = training_step(perfect_model(torch.full((1, 1, 16, 16), level), "sample"), x0, epsilon)
     # x_0 + σ ε less its estimate is taken for noise, and σ is 1 there; nothing is clipped in training.
     torch.testing.assert_close(step.difference, x0 - level, atol=0.02, rtol=0)
     assert step.loss == pytest.approx((x0 - level).square().mean().item(), rel=0.02)

@@ -34,10 +34,10 @@ from tests.diffusion.captioned import MadeUp
 CLASSES = {"cat": 30, "dog": 10}
 SEED, COUNT = 7, 3
 SCHEDULES: dict[str, dict[str, Any]] = {
-    "noise": {"prediction": "noise", "schedule": "linear"},
-    "v": {"prediction": "v", "schedule": "cosine"},
-    "x0": {"prediction": "x0", "schedule": "sigmoid"},
-    "no signal left": {"prediction": "v", "schedule": "linear", "zero_terminal": True},
+    "noise": {"prediction": "epsilon", "schedule": "linear"},
+    "v": {"prediction": "v_prediction", "schedule": "cosine"},
+    "x0": {"prediction": "sample", "schedule": "sigmoid"},
+    "no signal left": {"prediction": "v_prediction", "schedule": "linear", "zero_terminal_snr": True},
     "edm": {"prediction": "edm", "schedule": "edm"},
 }
 predictions = pytest.mark.parametrize("settings", SCHEDULES.values(), ids=SCHEDULES)

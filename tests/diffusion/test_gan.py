@@ -36,7 +36,7 @@ from tests.diffusion.small_trainers import make_trainer, take_step
 from tests.diffusion.test_train import Stop, StopAt
 
 SIZE = 8
-MODEL = GANConfig(width=16, multipliers=(1, 2), patch=2, latent=8, gamma=0.5)
+MODEL = GANConfig(width=16, channel_mult=(1, 2), patch=2, latent=8, gamma=0.5)
 TRAINING = CONFIG.model_copy(update={"learning_rate": 2e-3, "weight_decay": 0.0, "flip": False, "precision": "fp32"})
 
 
@@ -164,7 +164,7 @@ def test_a_checkpoint_has_the_discriminator_with_its_moments_and_the_model_has_n
 def test_lanes_add_up_to_the_gradients_of_the_whole_batch(data: Path, step: int) -> None:
     found = []
     for count in (1, 4):
-        config = TRAINING.model_copy(update={"lanes": count})
+        config = TRAINING.model_copy(update={"cpu_threads": count})
         with lanes(count) as pool:
             trainer = make_trainer(data, MODEL, config, pool)
             x0 = torch.linspace(-1, 1, 16 * SIZE**2).view(16, 1, SIZE, SIZE)
@@ -178,7 +178,7 @@ def test_lanes_add_up_to_the_gradients_of_the_whole_batch(data: Path, step: int)
 
 def test_the_discriminator_moves_first_and_what_is_not_finite_moves_nothing_after_it(data: Path) -> None:
     with lanes(1) as pool:
-        trainer = make_trainer(data, MODEL, TRAINING.model_copy(update={"lanes": 1}), pool, 3200)
+        trainer = make_trainer(data, MODEL, TRAINING.model_copy(update={"cpu_threads": 1}), pool, 3200)
         state = trainer.state
         with trainer.loader:
             take_step(trainer)
@@ -224,7 +224,7 @@ def test_a_size_that_resolutions_do_not_divide_is_cut(size: int) -> None:
     assert made.shape == (2, 3, size, size)
     assert Discriminator(MODEL, 3, size)(made).shape == (2,)
     with pytest.raises(UserError, match="fold 16 pixels into one, and the pictures have 8"):
-        Generator(MODEL.model_copy(update={"multipliers": (1, 1, 1, 1)}), 1, 8)
+        Generator(MODEL.model_copy(update={"channel_mult": (1, 1, 1, 1)}), 1, 8)
 
 
 def test_what_the_discriminator_says_of_a_picture_depends_on_no_other() -> None:
@@ -241,7 +241,7 @@ def test_what_it_cannot_do_is_refused(model: GANModel, data: Path, tmp_path: Pat
         sample(model, [0], 0, SAMPLING, edit=Edit(torch.zeros(1, SIZE, SIZE, dtype=torch.uint8), strength=0.5))
     with pytest.raises(UserError, match=r"sampling\.steps means nothing to model\.family = gan"):
         sample(model, [0], 0, SAMPLING.model_copy(update={"steps": 20}))
-    for setting in ({"keep_best": 2}, {"weighting": "plain"}, {"recompute": True}):
+    for setting in ({"keep_best": 2}, {"weighting": "plain"}, {"gradient_checkpointing": True}):
         with pytest.raises(UserError, match=rf"training\.{next(iter(setting))} means nothing to model\.family = gan"):
             trained(data, tmp_path / "run", TRAINING.model_copy(update=setting))
 

@@ -20,7 +20,7 @@ from diffusion.training.logging import read_metrics
 from diffusion.training.train import train
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-MODEL = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(0,), heads=1, patch=1, dropout=0.1)
+MODEL = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(0,), heads=1, patch=1, dropout=0.1)
 CONFIG = TrainingConfig(images=640, batch_size=16, warmup_images=32, checkpoints=2, precision="fp32")
 SAMPLING = SamplingConfig(steps=4, compute_batch=36, precision="fp32")
 

@@ -217,7 +217,7 @@ def test_judging_it_says_what_its_autoencoder_loses_and_goes_by_what_it_draws(
 
 
 def test_averages_made_after_the_end_are_whole(data: Path, first: Path, tmp_path: Path) -> None:
-    lengths = {"ema_lengths": (0.05, 0.1), "ema_decay": None}
+    lengths = {"ema_stds": (0.05, 0.1), "ema_decay": None}
     latent(data, tmp_path / "run", denoiser(first), config=lengths)
     made = models_to_evaluate(tmp_path / "run", tmp_path / "report", [0.2])[-1]
     assert made.name == "std-0.2.safetensors"

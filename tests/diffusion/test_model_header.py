@@ -42,8 +42,8 @@ def rewritten(path: Path, change: dict[str, Any]) -> Path:
         {"model.width": 60_000},
         {"model.width": -16},
         {"model.blocks": 10**6},
-        {"model.multipliers": [1] * 1000},
-        {"model.multipliers": [10**6]},
+        {"model.channel_mult": [1] * 1000},
+        {"model.channel_mult": [10**6]},
         {"model.attention": [0] * 10**4},
         {"model.heads": 10**9},
         {"model.steps": 10**12},
@@ -74,15 +74,15 @@ def test_a_header_beyond_all_bounds_is_refused_in_one_line(weights: Path, change
 @pytest.mark.parametrize(
     "change",
     [
-        {"model.width": 1024, "model.multipliers": [4, 4]},
+        {"model.width": 1024, "model.channel_mult": [4, 4]},
         {"model.blocks": 8},
         {"class_histogram": {str(number): 1 for number in range(10_000)}},
-        {"model": VAEConfig(width=1024, multipliers=(4, 4)).model_dump(mode="json")},
-        {"model": GANConfig(width=1024, multipliers=(4, 4)).model_dump(mode="json")},
+        {"model": VAEConfig(width=1024, channel_mult=(4, 4)).model_dump(mode="json")},
+        {"model": GANConfig(width=1024, channel_mult=(4, 4)).model_dump(mode="json")},
         {"model": AutoregressiveConfig(width=4096).model_dump(mode="json")},
         {
             "latents": LatentSpace(
-                autoencoder=VAEConfig(width=1024, multipliers=(4, 4)), digest="0" * 64, channels=4, size=2
+                autoencoder=VAEConfig(width=1024, channel_mult=(4, 4)), digest="0" * 64, channels=4, size=2
             ).model_dump(mode="json")
         },
     ],
@@ -114,7 +114,7 @@ def test_deep_json_and_numbers_of_absurd_length_are_refused(weights: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "config", [VAEConfig(), GANConfig(width=8, multipliers=(1, 1)), AutoregressiveConfig(width=8, layers=1)]
+    "config", [VAEConfig(), GANConfig(width=8, channel_mult=(1, 1)), AutoregressiveConfig(width=8, layers=1)]
 )
 def test_families_are_described_without_memory_as_they_are_built(config: FamilyConfig) -> None:
     from diffusion.families import family_of

@@ -13,12 +13,14 @@ from diffusion.training.config import TrainingConfig
 from diffusion.training.trainer import scheduled_learning_rate
 from tests.diffusion.small_trainers import make_trainer, take_step
 
-MODEL = ModelConfig(width=16, multipliers=(1, 2), blocks=1, attention=(1,), patch=2)
+MODEL = ModelConfig(width=16, channel_mult=(1, 2), blocks=1, attention=(1,), patch=2)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_steps_in_lanes_equal_plain_adamw_on_the_whole_batch(dataset: Path, parts: int) -> None:
-    config = TrainingConfig(images=640, batch_size=16, lanes=parts, precision="fp32", warmup_images=0, clip_norm=1e9)
+    config = TrainingConfig(
+        images=640, batch_size=16, cpu_threads=parts, precision="fp32", warmup_images=0, max_grad_norm=1e9
+    )
     with lanes(parts) as pool:
         trainer = make_trainer(dataset, MODEL, config, pool, 640)
         plain = make_trainer(dataset, MODEL, config, pool, 640)

@@ -40,7 +40,7 @@ from diffusion.training.trainer import scheduled_learning_rate
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 from tests.diffusion.small_trainers import make_trainer, take_step
 
-MODEL = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1)
+MODEL = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1)
 CONFIG = TrainingConfig(dataset="blobs", images=320, batch_size=16, warmup_images=32, checkpoints=4, keep=2, flip=True)
 SAMPLING = SamplingConfig(steps=2, compute_batch=36)
 
@@ -221,15 +221,18 @@ def test_minutes_are_turned_into_images_once(dataset: Path, tmp_path: Path) -> N
     assert images % 16 == 0
 
 
-EDM = {"weighting": "edm", "learned_uncertainty": True, "times": "lognormal", "ema_lengths": [0.05, 0.1]}
+EDM = {"weighting": "edm", "learned_uncertainty": True, "timestep_sampling": "lognormal", "ema_stds": [0.05, 0.1]}
 
 
 @pytest.mark.parametrize(
     ("model", "settings"),
     [
         ({"schedule": "edm", "prediction": "edm"}, EDM),
-        ({"schedule": "sigmoid", "zero_terminal": True, "prediction": "x0"}, {"weighting": "soft_min_snr"}),
-        ({"prediction": "noise", "dropout": 0.1}, {"weighting": "min_snr", "stratified": False, "recompute": True}),
+        ({"schedule": "sigmoid", "zero_terminal_snr": True, "prediction": "sample"}, {"weighting": "soft_min_snr"}),
+        (
+            {"prediction": "epsilon", "dropout": 0.1},
+            {"weighting": "min_snr", "stratified_timesteps": False, "gradient_checkpointing": True},
+        ),
     ],
     ids=["edm", "sigmoid", "linear"],
 )
@@ -250,7 +253,7 @@ def test_whatever_is_chosen_from_the_menu_learns_and_resumes_to_the_same_bits(
 
 
 def test_averages_of_other_lengths_are_made_after_the_end_and_draw(dataset: Path, tmp_path: Path) -> None:
-    config = TrainingConfig.model_validate(CONFIG.model_dump() | {"ema_lengths": [0.05, 0.1], "checkpoints": 8})
+    config = TrainingConfig.model_validate(CONFIG.model_dump() | {"ema_stds": [0.05, 0.1], "checkpoints": 8})
     result = run(dataset, tmp_path / "run", config)
     *kept, shorter, same = models_to_evaluate(tmp_path / "run", tmp_path / "report", [0.04, 0.05])
     assert len(kept) == config.keep
@@ -274,8 +277,10 @@ def test_averaged_weights_move_and_differ_from_the_raw_ones(dataset: Path, tmp_p
 
 
 def test_training_beats_the_best_constant_prediction_by_far(dataset: Path, tmp_path: Path) -> None:
-    model = MODEL.model_copy(update={"schedule": "cosine", "prediction": "v"})
-    config = CONFIG.model_copy(update={"images": 4800, "learning_rate": 1e-2, "weighting": "plain", "times": "uniform"})
+    model = MODEL.model_copy(update={"schedule": "cosine", "prediction": "v_prediction"})
+    config = CONFIG.model_copy(
+        update={"images": 4800, "learning_rate": 1e-2, "weighting": "plain", "timestep_sampling": "uniform"}
+    )
     train(dataset, tmp_path / "run", model, config, SAMPLING)
     rows = (tmp_path / "run" / "losses.csv").read_text().splitlines()
     last = dict(zip(rows[0].split(","), map(float, rows[-1].split(",")), strict=True))
@@ -469,7 +474,7 @@ def test_steps_looked_at_later_leave_out_the_same(dataset: Path) -> None:
 
 
 def test_a_run_that_cannot_go_on_stops_and_keeps_the_batch(dataset: Path, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"learning_rate": 1e30, "most_skipped": 3})
+    config = CONFIG.model_copy(update={"learning_rate": 1e30, "max_nonfinite_steps": 3})
     with pytest.raises(DarkroomError, match=r"not finite in 3 steps in a row.*lower training\.learning_rate.*lies in"):
         run(dataset, tmp_path / "run", config)
     batch = load_file(tmp_path / "run" / "not_finite.safetensors")

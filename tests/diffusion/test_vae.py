@@ -91,7 +91,7 @@ def test_the_bound_of_a_trained_network_lies_below_the_likelihood_of_its_data(tm
     write_dataset(tmp_path / "factors", stored, per_shard=100)
     settings = {"images": 3200, "batch_size": 32, "learning_rate": 1e-2, "flip": False, "precision": "fp32"}
     options = CONFIG.model_copy(update=settings)
-    shape = VAEConfig(width=16, multipliers=(1,), patch=4, latent_channels=2, kl_weight=1)
+    shape = VAEConfig(width=16, channel_mult=(1,), patch=4, latent_channels=2, kl_weight=1)
     run = train(tmp_path / "factors", tmp_path / "run", shape, options, SAMPLING)
     dataset = Dataset.open(tmp_path / "factors")
     held_out = to_float(dataset.pictures(dataset.rows("held_out"))).flatten(1).double()
@@ -203,9 +203,9 @@ def test_how_it_works_is_drawn_with_a_real_picture(data: Path, model: VAEModel, 
 
 def test_a_size_that_its_factor_does_not_divide_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"latent position of 32×32 pixels, and 32 does not divide the pictures' 16"):
-        autoencoder(data, tmp_path / "run", VAE.model_copy(update={"multipliers": (1, 1, 1, 1, 1)}))
+        autoencoder(data, tmp_path / "run", VAE.model_copy(update={"channel_mult": (1, 1, 1, 1, 1)}))
     with pytest.raises(ValueError, match="latents as large as pictures"):
-        VAEConfig(patch=1, multipliers=(1,))
+        VAEConfig(patch=1, channel_mult=(1,))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,9 @@ def test_it_answers_the_requests_that_begin_with_nothing(model: VAEModel) -> Non
         answer(model, [request_of({"steps": 50})], SAMPLING)
 
 
-@pytest.mark.parametrize("setting", [{"weighting": "plain"}, {"learned_uncertainty": True}, {"recompute": True}])
+@pytest.mark.parametrize(
+    "setting", [{"weighting": "plain"}, {"learned_uncertainty": True}, {"gradient_checkpointing": True}]
+)
 def test_training_settings_of_diffusion_are_refused(data: Path, tmp_path: Path, setting: dict[str, object]) -> None:
     with pytest.raises(UserError, match=rf"training\.{next(iter(setting))} means nothing to model\.family = vae"):
         autoencoder(data, tmp_path / "run", config=setting)
@@ -250,7 +252,7 @@ def test_training_settings_of_diffusion_are_refused(data: Path, tmp_path: Path, 
 
 def test_a_run_of_another_family_in_the_folder_is_refused(data: Path, run: Path) -> None:
     with pytest.raises(UserError, match=r"differs in .*model\.kl_weight"):
-        train(data, run, ModelConfig(width=16, multipliers=(1,), attention=()), CONFIG, SAMPLING)
+        train(data, run, ModelConfig(width=16, channel_mult=(1,), attention=()), CONFIG, SAMPLING)
 
 
 def test_it_starts_from_pictures_of_the_same_deviation_whatever_the_depth() -> None:

@@ -38,7 +38,7 @@ from tests.diffusion.trials import evaluate_one
 MEAN, SPREAD = 0.1, 0.5
 """Of the Gaussian data of which everything is known."""
 SCHEDULES = [linear_schedule(1000), cosine_schedule(1000), cosine_schedule(50), edm_schedule(1000)]
-PREDICTIONS: tuple[Prediction, ...] = ("noise", "v", "x0", "edm")
+PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample", "edm")
 schedules = st.sampled_from(SCHEDULES)
 LEARNED = MODEL.model_copy(update={"learned_variance": True})
 
@@ -296,7 +296,7 @@ def test_few_steps_draw_gaussian_data_right_only_with_the_learned_variance(predi
 def network() -> UNet:
     """A small network of random weights, which says something of the variance, too."""
     torch.manual_seed(0)
-    config = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1, learned_variance=True)
+    config = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1, learned_variance=True)
     network = UNet(config, 1, 4).eval().requires_grad_(False)
     for parameter in network.parameters():
         if not parameter.any():
@@ -359,8 +359,8 @@ def test_the_variance_asked_for_is_the_one_taken_whatever_the_network_learned(ne
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"times": "lognormal"}, "samples levels between them: use uniform"),
-        ({"learned_uncertainty": True, "times": "uniform"}, "divide each by another number: leave one out"),
+        ({"timestep_sampling": "lognormal"}, "samples levels between them: use uniform"),
+        ({"learned_uncertainty": True, "timestep_sampling": "uniform"}, "divide each by another number: leave one out"),
     ],
 )
 def test_trainings_that_cannot_teach_a_variance_are_refused_with_the_reason(
@@ -391,7 +391,7 @@ def test_a_network_says_twice_as_much_and_learns_no_slower_to_say_the_first_half
 
 def test_a_short_training_learns_resumes_to_the_same_bits_and_draws(dataset: Path, tmp_path: Path) -> None:
     shape = LEARNED.model_copy(update={"patch": 2})
-    config = CONFIG.model_copy(update={"times": "uniform"})
+    config = CONFIG.model_copy(update={"timestep_sampling": "uniform"})
     whole = train(dataset, tmp_path / "whole", shape, config, SAMPLING)
     with pytest.raises(Stop):
         train(dataset, tmp_path / "cut", shape, config, SAMPLING, track=lambda _: StopAt(240))

@@ -94,7 +94,7 @@ def training_pictures(data: Path, count: int) -> Tensor:
 
 def write_autoencoder(path: Path, seed: int, spread: float = 0.1) -> Path:
     """An autoencoder of pictures of 8 pixels that was never trained."""
-    return write_of_family(path, VAEConfig(width=16, multipliers=(1,), latent_channels=2), seed, spread)
+    return write_of_family(path, VAEConfig(width=16, channel_mult=(1,), latent_channels=2), seed, spread)
 
 
 def write_of_family(path: Path, config: FamilyConfig, seed: int, spread: float = 0.1) -> Path:

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SHORT = PARAMS["training"] | {"images": 1600, "checkpoints": 2}
 AUTOENCODER = {
     "ingest": PARAMS["ingest"],
-    "model": {"family": "vae", "width": 16, "multipliers": [1], "latent_channels": 2},
+    "model": {"family": "vae", "width": 16, "channel_mult": [1], "latent_channels": 2},
     "training": SHORT,
     "sampling": {"compute_batch": 8},
     "evaluation": PARAMS["evaluation"],
