@@ -26,7 +26,9 @@ def test_a_perfect_network_is_the_ideal_denoiser_at_any_sigma(prediction: Predic
 
 
 def test_one_sigma_per_picture_is_the_same_as_one_at_a_time() -> None:
-    denoiser = Denoiser(IdealNetwork(POINTS, SCHEDULE.sigmas.numpy(), "v"), SCHEDULE, Parametrization("v"))
+    denoiser = Denoiser(
+        IdealNetwork(POINTS, SCHEDULE.sigmas.numpy(), "v_prediction"), SCHEDULE, Parametrization("v_prediction")
+    )
     x, sigmas = torch.randn(3, 1, 4, 4), torch.tensor([0.1, 1.0, 10.0])
     one_by_one = [denoiser(x[i : i + 1], sigmas[i]) for i in range(3)]
     torch.testing.assert_close(denoiser(x, sigmas), torch.cat(one_by_one))

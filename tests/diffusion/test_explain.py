@@ -77,7 +77,7 @@ def test_what_a_model_gets_wrong_is_what_it_takes_for_the_picture(level: float) 
 
 def test_the_reverse_process_of_a_perfect_model_ends_at_a_picture_it_knows() -> None:
     points = torch.stack([noise(seed).clamp(-1, 1) for seed in range(4)])
-    frames = reverse(perfect_model(points, "v"), seed=3)
+    frames = reverse(perfect_model(points, "v_prediction"), seed=3)
     distances = (points - frames.result).abs().amax((1, 2, 3))
     assert distances.min() < 0.01
     known = points[distances.argmin()]

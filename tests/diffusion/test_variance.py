@@ -240,7 +240,7 @@ def test_the_bound_teaches_the_variance_and_nothing_else(prediction: Prediction)
 
 
 def test_the_bound_is_float32_under_autocast() -> None:
-    parametrization = Parametrization("v")
+    parametrization = Parametrization("v_prediction")
     objective = Objective(cosine_schedule(1000), parametrization, plain(parametrization))
     x0, noise, t = torch.zeros(3, 1, 4, 4), torch.randn(3, 1, 4, 4), torch.tensor([0, 3, 700])
 
@@ -321,7 +321,7 @@ def test_ddpm_of_every_variance_is_that_of_diffusers_step_for_step_on_any_grid(
     schedule, seen = linear_schedule(1000), []
     sigmas = torch.cat([schedule.sigmas[theirs.timesteps], torch.zeros(1).double()])
     generator = torch.Generator().manual_seed(5)
-    denoiser = Denoiser(network, schedule, Parametrization("noise"), learned_variance=True)
+    denoiser = Denoiser(network, schedule, Parametrization("epsilon"), learned_variance=True)
     reversed_from_noise(
         denoiser,
         sigmas,
@@ -347,7 +347,7 @@ def test_the_variance_asked_for_is_the_one_taken_whatever_the_network_learned(ne
         config = SamplingConfig.model_validate({"sampler": "ddpm", "variance": variance})
         return reversed_from_noise(denoiser, sigmas, lambda: torch.randn(2, 1, 4, 4, generator=generator), config)
 
-    learned = Denoiser(network, schedule, Parametrization("v"), learned_variance=True)
+    learned = Denoiser(network, schedule, Parametrization("v_prediction"), learned_variance=True)
     plain = replace(learned, network=lambda x, time: network(x, time)[:, :1], learned_variance=False)
     for variance in ("smaller", "larger"):
         assert torch.equal(draw(learned, variance), draw(plain, variance))
