@@ -179,9 +179,6 @@ def measure_pace(setup: TrainingSetup, threads: Executor, sampling: SamplingConf
         trainer.check_finite()
     image = (time.perf_counter() - start) / (steps * setup.config.batch_size)
     validation = Validation(setup, trainer.objective, threads)
-    if setup.device.type != "cpu" and ranks.is_main and not setup.config.shard:
-        # The first time compiles for these images, and no checkpoint after it does.
-        validation.metrics({"": trainer.state.network})
     start = time.perf_counter()
     tensors = trainer.checkpoint_tensors()
     if ranks.is_main:
