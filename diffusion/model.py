@@ -32,34 +32,34 @@ class ModelHeader(Config):
     """Instead of the path of its autoencoder, if it has one, the digest of that one's weights."""
     channels: Literal[1, 3]
     size: int = Field(ge=1, le=LARGEST_SIZE)
-    """Height and width of the pictures, in pixels."""
+    """Height and width of the images, in pixels."""
     dataset: PlainName
     """Name of the data set."""
     content_digest: str
     """Digest of the data set."""
     sigma_data: float = Field(1.0, gt=0, le=1e6)
-    """Standard deviation of what the network works on: the data set's pictures in [−1, 1], what they have beyond small
+    """Standard deviation of what the network works on: the data set's images in [−1, 1], what they have beyond small
     ones that it is shown, or latents."""
     class_histogram: dict[str, int]
-    """The data set's classes, sorted, and how many pictures of each it has."""
+    """The data set's classes, sorted, and how many images of each it has."""
     encoder: TextEncoder | None = None
     """The text encoder of the captions that the network is conditioned on; None: on none."""
     latents: LatentSpace | None = Field(None, exclude_if=unset)
-    """What the network works on; None: the pictures themselves."""
+    """What the network works on; None: the images themselves."""
     images: int = Field(ge=0, lt=2**63)
-    """Pictures seen in training."""
+    """Images seen in training."""
     training: dict[str, Any]
     """The training configuration as it was resolved."""
 
 
 class Autoencoder(Protocol):
-    """Pictures (N, C, H, W), nominally in [−1, 1], to latents (N, c, h, w) and back."""
+    """Images (N, C, H, W), nominally in [−1, 1], to latents (N, c, h, w) and back."""
 
     def encode(self, x: Tensor, /) -> Tensor:
-        """Pictures to latents."""
+        """Images to latents."""
 
     def decode(self, z: Tensor, /) -> Tensor:
-        """Latents to pictures."""
+        """Latents to images."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Model(ABC):
     @property
     @abstractmethod
     def coder(self) -> Autoencoder | None:
-        """What it has between pictures and latents; None: it works on pictures."""
+        """What it has between images and latents; None: it works on images."""
 
     @property
     @abstractmethod
@@ -86,7 +86,7 @@ class Model(ABC):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the pictures."""
+        """(C, H, W) of the images."""
         return self.header.channels, self.header.size, self.header.size
 
     @property
@@ -103,7 +103,7 @@ class Model(ABC):
 
 @dataclass(frozen=True)
 class DiffusionModel(Model):
-    """A network that takes noise away, from pictures or from their latents."""
+    """A network that takes noise away, from images or from their latents."""
 
     network: UNet
     schedule: NoiseSchedule
@@ -123,7 +123,7 @@ class DiffusionModel(Model):
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of pictures, or of their latents."""
+        """(C, H, W) of images, or of their latents."""
         return self.header.latents.shape if self.header.latents else self.shape
 
     def on(self, device: torch.device) -> Self:
@@ -134,15 +134,15 @@ class DiffusionModel(Model):
         return replace(moved, latents=copy.deepcopy(self.latents).to(device))
 
     def decoded(self, x: Tensor) -> Tensor:
-        """What the reverse process holds, (N, *noise_shape), as pictures (N, C, H, W), nominally in [−1, 1]."""
+        """What the reverse process holds, (N, *noise_shape), as images (N, C, H, W), nominally in [−1, 1]."""
         return x if self.latents is None else self.latents.decode(x)
 
     def encoded(self, pictures: Tensor) -> Tensor:
-        """Pictures (N, C, H, W) in [−1, 1] as the reverse process would hold them, (N, *noise_shape)."""
+        """Images (N, C, H, W) in [−1, 1] as the reverse process would hold them, (N, *noise_shape)."""
         return pictures if self.latents is None else self.latents.encode(pictures)
 
     def denoiser(self, conditioning: Conditioning | None = None) -> Denoiser:
-        """The model as a function from a noisy picture and its σ to the clean one, ``conditioning`` as of one batch."""
+        """The model as a function from a noisy image and its σ to the clean one, ``conditioning`` as of one batch."""
         parametrization = Parametrization(self.config.prediction, self.header.sigma_data)
         return Denoiser(
             partial(self.network, **(conditioning or {})),
@@ -161,10 +161,10 @@ def classes_of(config: FamilyConfig, class_histogram: dict[str, int]) -> list[st
 
 
 def to_float(pictures: Tensor) -> Tensor:
-    """Stored pictures, uint8, as the network sees them: float32 in [−1, 1]."""
+    """Stored images, uint8, as the network sees them: float32 in [−1, 1]."""
     return pictures.float() / 127.5 - 1
 
 
 def to_uint8(pictures: Tensor) -> Tensor:
-    """The network's pictures, nominally in [−1, 1], as uint8; what lies outside is clipped."""
+    """The network's images, nominally in [−1, 1], as uint8; what lies outside is clipped."""
     return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

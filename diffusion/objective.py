@@ -1,7 +1,7 @@
-"""What the network predicts, the picture that its answer stands for, and how much each noise level counts in the loss.
+"""What the network predicts, the image that its answer stands for, and how much each noise level counts in the loss.
 
 Every prediction is a case of D(x; σ) = c_skip x + c_out F(c_in x, t), where x = x_0 + σ ε, F is the network, D the
-clean picture, and the coefficients are functions of σ (arXiv 2206.00364, equation 7).
+clean image, and the coefficients are functions of σ (arXiv 2206.00364, equation 7).
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from diffusion.random import uniform
 from diffusion.variance import bound
 
 Weight = Callable[[Tensor], Tensor]
-"""How much the squared error of the picture counts, as a function of σ (N,)."""
+"""How much the squared error of the image counts, as a function of σ (N,)."""
 
 
 @dataclass(frozen=True)
 class Parametrization:
-    """The coefficients of ``prediction``; ``sigma_data`` is the standard deviation of the pictures' values.
+    """The coefficients of ``prediction``; ``sigma_data`` is the standard deviation of the images' values.
 
     σ is (N,) float64, and so is what comes of it: at either end of a schedule float32 has lost what matters.
     """
@@ -36,7 +36,7 @@ class Parametrization:
         return (sigma**2 + spread**2).rsqrt()
 
     def c_skip(self, sigma: Tensor) -> Tensor:
-        """How much of its noisy picture is in the clean one, whatever the network says."""
+        """How much of its noisy image is in the clean one, whatever the network says."""
         match self.prediction:
             case "epsilon":
                 return torch.ones_like(sigma)
@@ -60,7 +60,7 @@ class Parametrization:
                 return sigma * self.sigma_data * self.c_in(sigma)
 
     def noisy(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """The network's input for pictures ``x0`` and standard Gaussian ``noise``, both (N, C, H, W)."""
+        """The network's input for images ``x0`` and standard Gaussian ``noise``, both (N, C, H, W)."""
         scale = self.c_in(sigma)
         return _as(x0, scale) * x0 + _as(x0, scale * sigma) * noise
 
@@ -70,7 +70,7 @@ class Parametrization:
         return _as(x0, (1 - c_skip) / c_out) * x0 - _as(x0, c_skip * sigma / c_out) * noise
 
     def to_x0(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """The clean picture that ``output`` at x = x_0 + σ ε stands for."""
+        """The clean image that ``output`` at x = x_0 + σ ε stands for."""
         return _as(x, self.c_skip(sigma)) * x + _as(x, self.c_out(sigma)) * output
 
 
@@ -110,11 +110,11 @@ class Objective:
         noise: Tensor,
         around: Tensor | None = None,
     ) -> Tensor:
-        """Weighted mean squared error of each picture, (N,) float32; noising and loss in float32 at any precision.
+        """Weighted mean squared error of each image, (N,) float32; noising and loss in float32 at any precision.
 
         ``x0`` and ``noise`` are (N, C, H, W), times ``t`` (N,) whole or not. If the network learns its variance, by
         answering with 2C channels, the bound that teaches it is added and times are whole. With
-        ``around`` (N, C, H, W) it is asked about what pictures have beyond that, as in ``Denoiser``.
+        ``around`` (N, C, H, W) it is asked about what images have beyond that, as in ``Denoiser``.
         """
         sigma = self.schedule.sigma(t)
         clean = x0 if around is None else x0 - around
@@ -122,7 +122,7 @@ class Objective:
         prediction, v = output.tensor_split([x0.shape[1]], dim=1)
         difference = prediction - self.parametrization.target(clean, noise, sigma)
         error = difference.square().mean((1, 2, 3))
-        # An error of the answer is one of the picture divided by c_out.
+        # An error of the answer is one of the image divided by c_out.
         loss = (self.weight(sigma) * self.parametrization.c_out(sigma) ** 2).to(error.dtype) * error
         if not v.shape[1]:
             return loss
@@ -133,7 +133,7 @@ class Objective:
 
 
 def make_objective(model: ModelConfig, config: ObjectiveConfig, sigma_data: float) -> Objective:
-    """The objective for pictures whose values have the standard deviation ``sigma_data``."""
+    """The objective for images whose values have the standard deviation ``sigma_data``."""
     parametrization = Parametrization(model.prediction, sigma_data)
     return Objective(make_schedule(model), parametrization, make_weight(config, parametrization))
 
@@ -152,7 +152,7 @@ def make_weight(config: ObjectiveConfig, parametrization: Parametrization) -> We
 
 
 def sample_timesteps(config: ObjectiveConfig, schedule: NoiseSchedule, indices: range) -> Tensor:
-    """Times of the pictures number ``indices``, a rank's share of a batch, from 0 to T−1: (N,), whole if uniform."""
+    """Times of the images number ``indices``, a rank's share of a batch, from 0 to T−1: (N,), whole if uniform."""
     u = uniform(config.seed, "time", indices)
     if config.stratified_timesteps:
         # One in each equal part of the distribution: free, and the loss varies less from batch to batch.
@@ -171,5 +171,5 @@ def timesteps_at(config: ObjectiveConfig, schedule: NoiseSchedule, u: Tensor) ->
 
 
 def _as(pictures: Tensor, coefficient: Tensor) -> Tensor:
-    """A coefficient of each picture, in the pictures' own type."""
+    """A coefficient of each image, in the images' own type."""
     return coefficient.to(pictures.dtype)[:, None, None, None]

@@ -24,7 +24,7 @@ from diffusion.models.vae import Latents
 
 @dataclass(frozen=True)
 class AutoregressiveModel(Model):
-    """A network that knows how probable every picture is."""
+    """A network that knows how probable every image is."""
 
     network: PixelCNN
 
@@ -48,7 +48,7 @@ def bits_of_pixels(network: nn.Module, x0: Tensor, conditioning: Conditioning, l
 
 @dataclass(frozen=True)
 class ExactLikelihoodObjective(TrainingObjective):
-    """The loss is −log₂ p of a picture over the number of its values: bits per dimension, exactly."""
+    """The loss is −log₂ p of an image over the number of its values: bits per dimension, exactly."""
 
     def make_batch(self, x0: Tensor, indices: range, conditioning: Conditioning) -> TrainingBatch:
         """Add nothing: there is nothing random in the loss."""

@@ -108,7 +108,7 @@ class DenoisingObjective(TrainingObjective):
 
 @torch.inference_mode()
 def reverse_process(model: DiffusionModel, batch: Batch, config: SamplingConfig, device: torch.device) -> Tensor:
-    """The pictures of a compute batch, (N, C, H, W) uint8, of a diffusion model on ``device``."""
+    """The images of a compute batch, (N, C, H, W) uint8, of a diffusion model on ``device``."""
     sigmas = levels_of(config, model.schedule)
     denoise = denoiser_of(model, batch.conditioning, config, batch.negative)
     with autocast(config.precision, device):
@@ -127,7 +127,7 @@ def denoiser_of(model: DiffusionModel, conditioning: Conditioning, config: Sampl
         name: torch.full_like(value, len(model.classes)) if name == "label" else negative.expand_as(value)
         for name, value in conditioning.items()
     }
-    # Only the mixture is clipped: clipped before, both would say the same where pictures are black or white.
+    # Only the mixture is clipped: clipped before, both would say the same where images are black or white.
     asked, unasked = (replace(model.denoiser(each), clip=False) for each in (conditioning, other))
     mixture = guided(asked, unasked, config.guidance, config.guidance_interval, config.guidance_rescale)
     return mixture if model.latents is not None else clipped(mixture)
@@ -136,7 +136,7 @@ def denoiser_of(model: DiffusionModel, conditioning: Conditioning, config: Sampl
 def edited(
     model: DiffusionModel, edit: Edit, denoise: Denoise, sigmas: Tensor, noise: Noise, config: SamplingConfig
 ) -> Tensor:
-    """The reverse process from the picture of ``edit`` under as much noise as its strength asks for, as uint8.
+    """The reverse process from the image of ``edit`` under as much noise as its strength asks for, as uint8.
 
     In latents those are kept of which all pixels are; the other pixels to be kept are put back at the end.
     """

@@ -41,20 +41,20 @@ class VAEModel(Model):
 
 
 def latent_shape(config: VAEConfig, size: int) -> tuple[int, int, int]:
-    """(c, h, w) of the latents of pictures of ``size`` pixels."""
+    """(c, h, w) of the latents of images of ``size`` pixels."""
     return config.latent_channels, size // config.factor, size // config.factor
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(mean, exp(log_variance)) ‖ N(0, I)) of each picture, (N,), of (N, …) each (1312.6114, appendix B)."""
+    """KL(N(mean, exp(log_variance)) ‖ N(0, I)) of each image, (N,), of (N, …) each (1312.6114, appendix B)."""
     return 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
 
 
 def negative_log_likelihood(x: Tensor, reconstruction: Tensor, log_scale: Tensor) -> Tensor:
-    """−ln p(x | z) of each picture, (N,): every value Gaussian about its reconstruction, (N, …), with one deviation.
+    """−ln p(x | z) of each image, (N,): every value Gaussian about its reconstruction, (N, …), with one deviation.
 
     ``log_scale``, its logarithm, is learned with the rest: at its best it is the reconstruction's own error, so that
-    the weight of the divergence means the same whatever the contrast of the pictures (σ-VAE, arXiv 2006.13202). Half a
+    the weight of the divergence means the same whatever the contrast of the images (σ-VAE, arXiv 2006.13202). Half a
     level is the least: pixels are no more exact, and what comes back exactly would drive it to 0.
     """
     log_scale = log_scale.clamp(min=math.log(HALF_A_LEVEL))
@@ -72,7 +72,7 @@ class EvidenceObjective(TrainingObjective):
     config: VAEConfig
     seed: int
     size: int
-    """Of the pictures, in pixels."""
+    """Of the images, in pixels."""
 
     def make_batch(self, x0: Tensor, indices: range, conditioning: Conditioning) -> TrainingBatch:
         """Sample the posterior's noise."""

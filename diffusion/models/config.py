@@ -34,14 +34,14 @@ NOISE_LEVELS = (
 
 
 class Kind(Config):
-    """The section ``model`` of one family; what of it is the same for all models of the family is not in the file."""
+    """The section ``model`` of one family; class variables are the same for all models of the family."""
 
     passes_over: ClassVar[Mapping[str, Collection[str]]] = {}
     """Fields of other sections that mean nothing to it."""
     judged: ClassVar[Literal["drawn", "reconstructed"]] = "drawn"
-    """By what it draws, or by how held-out pictures come back, which then are seen in the pictures kept of it."""
+    """Whether it is evaluated by generated images, or by reconstructions of held-out ones."""
     likelihood: ClassVar[Literal["bound", "exact"] | None] = None
-    """What it says of how probable a picture is: at least so much, or exactly; None: nothing."""
+    """Whether its likelihood is a lower bound or exact; None: it has none."""
     in_diffusers: ClassVar[bool] = False
     """Whether diffusers has a counterpart to which it can be exported."""
 
@@ -60,13 +60,13 @@ class ModelConfig(Kind):
     steps: int = Field(1000, ge=2, le=10_000)
     """T, the number of noise levels."""
     zero_terminal_snr: bool = False
-    """Whether the schedule is stretched until nothing is left of a picture at its end (arXiv 2305.08891)."""
+    """Whether the schedule is stretched until nothing is left of an image at its end (arXiv 2305.08891)."""
     prediction: Prediction = "edm"
-    """What the network predicts: the noise, v (arXiv 2202.00512), the clean picture, or EDM's mixture of both, which
-    depends on the standard deviation of the data set (2206.00364)."""
+    """What the network predicts: the noise (epsilon), v (arXiv 2202.00512), the clean image (sample), or EDM's mixture
+    of both, which depends on the standard deviation of the data set (2206.00364)."""
     learned_variance: bool = Field(False, exclude_if=unset)
-    """Whether the network also says how much noise each value of a reverse step gets, between what DDPM takes at least
-    and at most: fewer steps of the sampler ddpm then draw from the right distribution (arXiv 2102.09672)."""
+    """Whether the network also predicts the variance of each value in a reverse step, between the two bounds of DDPM:
+    fewer steps of the sampler ddpm then sample the right distribution (arXiv 2102.09672)."""
     width: int = Field(32, ge=16, le=WIDEST, multiple_of=16)
     """Channels at the highest resolution; a multiple of 16, the channels normalised together."""
     channel_mult: ChannelMult = (1, 2)
@@ -81,23 +81,22 @@ class ModelConfig(Kind):
     """The network works on patch×patch pixels folded into channels: 2 means half resolution, a quarter of
     the work."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of the values inside each residual block that training sets to 0, chosen by seed and picture."""
+    """Share of the values inside each residual block that training sets to 0, chosen by seed and image."""
     conditional: bool = True
-    """Whether the network is told each picture's class, where the data set has several."""
+    """Whether the network is conditioned on the class, where the data set has several."""
     text: bool = Field(False, exclude_if=unset)
-    """Whether the network is told each picture's caption, as a sentence encoder reads it (the extra ``text``)."""
+    """Whether the network is conditioned on the caption, as a sentence encoder embeds it (the extra ``text``)."""
     low_resolution: int | None = Field(None, ge=2, le=LARGEST_SIZE, exclude_if=unset)
-    """Height and width, in pixels, of the small picture that the network is shown and learns to draw large (SR3, arXiv
-    2104.07636); the data set's size is a multiple of it. It then draws nothing without one, and is told nothing else.
-    Null: it is shown none."""
+    """Super-resolution (SR3, arXiv 2104.07636): height and width, in pixels, of the small image that the network is
+    conditioned on, and on nothing else; the data set's size is a multiple of it. Null: no super-resolution."""
     low_resolution_noise: float | None = Field(None, ge=0, exclude_if=unset)
-    """Largest standard deviation of the noise that training adds to the small picture, which is in [−1, 1]; the network
-    is told how much of it each has (2106.15282, section 4.3). So it stands pictures that are not quite what it was
-    trained on. Null: 0.1; 0: none."""
+    """Largest standard deviation of the noise that training adds to the small image, which is in [−1, 1]; the network
+    is conditioned on how much each has (noise conditioning augmentation, 2106.15282, section 4.3), and copes with
+    images unlike those of training. Null: 0.1; 0: none."""
 
     autoencoder: str | None = Field(None, exclude_if=unset)
-    """Diffusion in the latents of this autoencoder (arXiv 2112.10752), for pictures of 128 pixels and more: the
-    final.safetensors of a training with model.family = vae, or models:/NAME@ALIAS. Null: in the pictures themselves."""
+    """Diffusion in the latents of this autoencoder (arXiv 2112.10752), for images of 128 pixels and more: the
+    final.safetensors of a training with model.family = vae, or models:/NAME@ALIAS. Null: in pixels."""
 
     @model_validator(mode="before")
     @classmethod
@@ -166,14 +165,14 @@ class ModelConfig(Kind):
 
     @property
     def most_low_resolution_noise(self) -> float:
-        """The largest standard deviation of noise over small pictures."""
+        """The largest standard deviation of noise over small images."""
         return 0.1 if self.low_resolution_noise is None else self.low_resolution_noise
 
 
 class VAEConfig(Kind):
-    """A variational autoencoder (arXiv 1312.6114): pictures squeezed into latents, and drawn from them.
+    """A variational autoencoder (arXiv 1312.6114): images encoded into latents, and generated from them.
 
-    It is also the first stage of latent diffusion (arXiv 2112.10752): see model.autoencoder.
+    It is also the autoencoder of latent diffusion (arXiv 2112.10752): see model.autoencoder.
     """
 
     passes_over: ClassVar[Mapping[str, Collection[str]]] = {
@@ -183,11 +182,11 @@ class VAEConfig(Kind):
     judged: ClassVar[Literal["drawn", "reconstructed"]] = "reconstructed"
     likelihood: ClassVar[Literal["bound", "exact"] | None] = "bound"
     conditional: ClassVar[bool] = False
-    """Whether the network is told classes."""
+    """Whether the network is conditioned on classes."""
     text: ClassVar[bool] = False
-    """Whether it is told captions."""
+    """Whether it is conditioned on captions."""
     low_resolution: ClassVar[None] = None
-    """Height and width of small pictures that it enlarges: none."""
+    """Height and width of the images that it upscales: none."""
 
     family: Literal["vae"] = "vae"
     """What kind of model it is."""
@@ -199,12 +198,12 @@ class VAEConfig(Kind):
     """The highest resolution is of patch×patch pixels folded into channels: 2 is a quarter of the work. With two
     resolutions each latent position then stands for 4×4 pixels, with three for 8×8."""
     blocks: int = Field(1, ge=1, le=DEEPEST)
-    """Residual blocks at each resolution of the encoder; the decoder, which draws, has one more."""
+    """Residual blocks at each resolution of the encoder; the decoder has one more."""
     latent_channels: int = Field(4, ge=1, le=64)
     """Numbers at each position of the latents."""
     kl_weight: float = Field(1.0, ge=0)
     """β, how much the divergence of the posterior from N(0, I) counts (β-VAE, Higgins et al., ICLR 2017). 1 is the
-    evidence lower bound; the less, the closer pictures come back, and the harder latents are to learn. Measured on
+    evidence lower bound; the less, the closer images come back, and the harder latents are to learn. Measured on
     emoji at 64 pixels: 0.01 gave 0.3 dB more, and diffusion in those latents, as long, a KID higher by 15 %."""
 
     @property
@@ -222,22 +221,22 @@ class VAEConfig(Kind):
 
 
 class GANConfig(Kind):
-    """Two networks pitted against each other (arXiv 1406.2661), as R3GAN has them (2501.05441).
+    """A generative adversarial network (arXiv 1406.2661) after R3GAN (2501.05441).
 
-    A picture is made of noise at few positions, of 32 pixels 4×4, and grows from there; what tells drawn pictures from
-    real ones shrinks them in the same steps. Nothing is normalised, and no trick is left but two penalties.
+    The generator grows an image from few positions, 4×4 for 32 pixels; the discriminator shrinks it in the same steps.
+    Nothing is normalised, and two gradient penalties are the only regularization.
     """
 
     passes_over: ClassVar[Mapping[str, Collection[str]]] = {
-        # The loss is relative to an opponent that learns, too: it says nothing from one checkpoint to another. And as
-        # the opponent is not in a model, a trained generator has none that it could go on against.
+        # The loss is relative to a discriminator that learns, too: it says nothing from one checkpoint to another. And
+        # as the discriminator is not in a model, a trained generator has none that it could go on against.
         "training": (*NOISE_LEVELS, "keep_best", "init_from"),
         "sampling": REVERSE_PROCESS,
     }
     text: ClassVar[bool] = False
-    """Whether it is told captions."""
+    """Whether it is conditioned on captions."""
     low_resolution: ClassVar[None] = None
-    """Height and width of small pictures that it enlarges: none."""
+    """Height and width of the images that it upscales: none."""
 
     family: Literal["gan"] = "gan"
     """What kind of model it is."""
@@ -247,17 +246,17 @@ class GANConfig(Kind):
     """Channels at each resolution, as multiples of ``width``, from the highest; each halves the one before."""
     patch: Literal[1, 2, 4] = 1
     """The highest resolution is of patch×patch pixels folded into channels: less work for the same width, and at first
-    pictures in which the squares can be seen."""
+    images in which the squares can be seen."""
     blocks: int = Field(1, ge=1, le=DEEPEST)
     """Residual blocks at each resolution of either network."""
     latent: int = Field(64, ge=1, le=4096)
-    """Numbers of noise that a picture is made of."""
+    """Numbers in a latent."""
     gamma: float = Field(0.3, gt=0)
-    """γ: half of it times the squared gradient of the opponent's answer, by real pictures (R1) and by drawn ones (R2),
-    is what keeps the two from running away from each other. Larger for larger pictures; with 1 the default learned more
+    """γ: half of it times the squared gradient of the discriminator, at real images (R1) and at generated ones (R2),
+    is what makes training converge. Larger for larger images; with 1 the default learned more
     slowly on grey ones of 32 pixels."""
     conditional: bool = True
-    """Whether both networks are told each picture's class, where the data set has several."""
+    """Whether both networks are conditioned on the class, where the data set has several."""
 
     @model_validator(mode="after")
     def _has_levels(self) -> "GANConfig":
@@ -272,18 +271,18 @@ class GANConfig(Kind):
 
 
 class AutoregressiveConfig(Kind):
-    """Pictures as sequences of pixels: each follows from those above it and to its left (arXiv 1606.05328).
+    """Images as sequences of pixels: each follows from those above it and to its left (arXiv 1606.05328).
 
-    How probable a picture is, it says exactly. It draws pixel by pixel, so that a picture of S pixels a side takes S²
-    steps one after the other: made for pictures of up to about 64 pixels.
+    The likelihood is exact. It generates pixel by pixel, so that an image of S pixels a side takes S²
+    steps one after the other: made for images of up to about 64 pixels.
     """
 
     passes_over: ClassVar[Mapping[str, Collection[str]]] = {"training": NOISE_LEVELS, "sampling": REVERSE_PROCESS}
     likelihood: ClassVar[Literal["bound", "exact"] | None] = "exact"
     text: ClassVar[bool] = False
-    """Whether it is told captions."""
+    """Whether it is conditioned on captions."""
     low_resolution: ClassVar[None] = None
-    """Height and width of small pictures that it enlarges: none."""
+    """Height and width of the images that it upscales: none."""
 
     family: Literal["autoregressive"] = "autoregressive"
     """What kind of model it is."""
@@ -292,9 +291,9 @@ class AutoregressiveConfig(Kind):
     layers: int = Field(8, ge=1, le=64)
     """Layers; they look 1, 2, 4 and 8 pixels far by turns, so that eight of them see 30 rows."""
     mixtures: int = Field(5, ge=1, le=100)
-    """Logistic distributions that each value is drawn from a mixture of (arXiv 1701.05517)."""
+    """Logistic distributions in the mixture of each value (arXiv 1701.05517)."""
     conditional: bool = True
-    """Whether the network is told each picture's class, where the data set has several."""
+    """Whether the network is conditioned on the class, where the data set has several."""
 
 
 def _family(given: Any) -> str:
@@ -319,10 +318,10 @@ def meaning(model: "FamilyConfig", sampling: SamplingConfig) -> SamplingConfig:
 
 
 class LatentSpace(Config):
-    """What a latent diffusion model draws in."""
+    """The latent space of a latent diffusion model."""
 
     autoencoder: VAEConfig
-    """What leads to pictures and back; its weights lie beside the model's own."""
+    """The autoencoder; its weights lie beside the model's own."""
     digest: str
     """SHA-256 of those weights, by which the autoencoder is known wherever it lies."""
     channels: int = Field(ge=1, le=64)

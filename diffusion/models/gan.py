@@ -66,7 +66,7 @@ class Shrink(nn.Module):
 
 
 class Generator(nn.Module):
-    """Makes pictures of ``channels`` and ``size`` pixels of noise, and of one of ``classes`` (0: it is told none).
+    """Makes images of ``channels`` and ``size`` pixels of noise, and of one of ``classes`` (0: it is told none).
 
     A size that patch and resolutions do not divide is made larger, and cut. Raises UserError if the lowest resolution
     would be less than a pixel.
@@ -92,7 +92,7 @@ class Generator(nn.Module):
         self.end = _scaled(nn.Conv2d(widths[-1], channels * config.patch**2, 3, padding=1), gain=1)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        """Noise (N, latent, 1, 1) to pictures (N, C, H, W), nominally in [−1, 1].
+        """Noise (N, latent, 1, 1) to images (N, C, H, W), nominally in [−1, 1].
 
         ``label`` (N,) are integers: a class, or ``no_class``, which is also what None means.
         """
@@ -105,7 +105,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Says of pictures of ``channels`` and ``size`` pixels how real they look, beside others of the same class."""
+    """Says of images of ``channels`` and ``size`` pixels how real they look, beside others of the same class."""
 
     def __init__(self, config: GANConfig, channels: int, size: int, classes: int = 0) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Discriminator(nn.Module):
         self.classes = nn.Embedding(classes + 1, config.latent) if classes else None
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """Pictures (N, C, H, W) to (N,) float32: the higher, the more real; only differences mean anything."""
+        """Images (N, C, H, W) to (N,) float32: the higher, the more real; only differences mean anything."""
         if self.padding:
             x = functional.pad(x, (0, self.padding, 0, self.padding))
         h = self.layers(self.begin(functional.pixel_unshuffle(x, self.patch)))

@@ -1,4 +1,4 @@
-"""The convolutional autoencoder of arXiv 2112.10752, small: pictures to latents of a lower resolution, and back."""
+"""The convolutional autoencoder of arXiv 2112.10752, small: images to latents of a lower resolution, and back."""
 
 import math
 
@@ -13,7 +13,7 @@ from diffusion.models.unet import GROUP, Grow
 LOG_VARIANCE = (-20.0, 10.0)
 """Range of a posterior's log-variance: beyond it float32 has no more to say."""
 SCALE = 0.1
-"""Deviation of the likelihood to begin with. Were it that of pictures that do not come back yet, latents would cost
+"""Deviation of the likelihood to begin with. Were it that of images that do not come back yet, latents would cost
 more than they give, and the network would learn to do without them (posterior collapse, arXiv 1511.06349)."""
 
 
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder and decoder for pictures of so many ``channels`` and ``size`` pixels.
+    """Encoder and decoder for images of so many ``channels`` and ``size`` pixels.
 
     Raises UserError if the factor by which it shrinks them does not divide the size.
     """
@@ -57,19 +57,19 @@ class VAE(nn.Module):
         self.encoder = _encoder(widths, config.blocks, folded, config.latent_channels)
         self.decoder = _decoder(widths[::-1], config.blocks + 1, folded, config.latent_channels)
         self.log_scale = nn.Parameter(torch.tensor(math.log(SCALE)))
-        """Logarithm of the deviation that pictures' values, in [−1, 1], have about their reconstructions."""
+        """Logarithm of the deviation that images' values, in [−1, 1], have about their reconstructions."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """Pictures (N, C, H, W) in [−1, 1] to the means of their posteriors, (N, c, H/f, W/f)."""
+        """Images (N, C, H, W) in [−1, 1] to the means of their posteriors, (N, c, H/f, W/f)."""
         return self.posterior(x)[0]
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (N, C, H, W) in [−1, 1] to their posteriors' mean and log-variance, (N, c, H/f, W/f) each."""
+        """Images (N, C, H, W) in [−1, 1] to their posteriors' mean and log-variance, (N, c, H/f, W/f) each."""
         mean, log_variance = self.encoder(functional.pixel_unshuffle(x, self.patch)).float().chunk(2, dim=1)
         return mean, log_variance.clamp(*LOG_VARIANCE)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (N, c, H/f, W/f) to pictures (N, C, H, W), nominally in [−1, 1]."""
+        """Latents (N, c, H/f, W/f) to images (N, C, H, W), nominally in [−1, 1]."""
         out: Tensor = functional.pixel_shuffle(self.decoder(z), self.patch).float()
         return out
 
@@ -101,14 +101,14 @@ class Latents(nn.Module):
         return cls(VAE(space.autoencoder, shape[0], shape[-1]), moments, moments.clone())
 
     def encode(self, x: Tensor) -> Tensor:
-        """Pictures (N, C, H, W) in [−1, 1] to latents (N, c, h, w).
+        """Images (N, C, H, W) in [−1, 1] to latents (N, c, h, w).
 
         The posterior's mean: its noise is nothing that a diffusion model need learn to draw.
         """
         return ((self.network.encode(x) - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (N, c, h, w) to pictures (N, C, H, W), nominally in [−1, 1]."""
+        """Latents (N, c, h, w) to images (N, C, H, W), nominally in [−1, 1]."""
         return self.network.decode(z * self.std + self.mean)
 
 

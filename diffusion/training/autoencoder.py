@@ -17,7 +17,7 @@ from diffusion.models.config import FamilyConfig, LatentSpace, ModelConfig, VAEC
 from diffusion.models.vae import Latents
 
 MEASURED = 1024
-"""Training pictures of whose latents the moments are taken: a per mille of error, and seconds."""
+"""Training images of whose latents the moments are taken: a per mille of error, and seconds."""
 BATCH = 32
 """Of them at a time."""
 DIGEST = "sha256:"
@@ -47,7 +47,7 @@ def open_autoencoder(path: str, dataset: Dataset, window: int | None) -> LatentA
     """Load the autoencoder in the file ``path`` and measure its latents' moments on training images of ``dataset``.
 
     These are the first by key; with a ``window`` of as few shards as possible. Raises UserError if the file is no
-    autoencoder, or one of pictures with other channels, or its factor does not divide the size of the pictures.
+    autoencoder, or one of images with other channels, or its factor does not divide the size of the images.
     """
     found = _load(path)
     config, (channels, _, size) = found.header.model, dataset.shape

@@ -17,7 +17,7 @@ SPIKE = 5.0
 REMEMBERED = 50
 """Losses a spike is compared with; fewer than a tenth of them say nothing."""
 RISING = 3
-"""Checkpoints in a row with a higher loss on held-out pictures and a lower one on trained ones: over-fitting."""
+"""Checkpoints in a row with a higher loss on held-out images and a lower one on trained ones: over-fitting."""
 
 
 @dataclass

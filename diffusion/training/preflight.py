@@ -52,7 +52,7 @@ class Preflight(Config):
     """Height and width of the small images that it upscales; None: none."""
     parameters: int
     flops: int
-    """Floating-point operations of a training step for each picture, forward and backward."""
+    """Floating-point operations of a training step for each image, forward and backward."""
     state_bytes: int
     """Memory for weights, gradients, moments and averages, without the activations of a batch."""
     disk_bytes: int
@@ -100,7 +100,7 @@ class Pace:
 def count_flops(
     config: FamilyConfig, shape: tuple[int, int, int], classes: int, latents: LatentSpace | None = None
 ) -> int:
-    """Floating-point operations of forward and backward pass of one picture, as torch counts them.
+    """Floating-point operations of forward and backward pass of one image, as torch counts them.
 
     With ``latents``, of those that bring it there as well.
     """
