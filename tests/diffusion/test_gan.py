@@ -264,6 +264,6 @@ def test_work_and_memory_are_counted_for_both_networks() -> None:
     # Nearly all of it is convolutions, whose work grows with the positions.
     small, large = (count_flops(MODEL, (3, size, size), 0) for size in (16, 32))
     assert large / small == pytest.approx(4, rel=0.1)
-    alone, both = state_size(1000, 1, 2), state_size(1000, 1, 2, discriminator=500)
+    alone, both = state_size(1000, 1, 2), state_size(1000, 1, 2, others=500)
     # Weights and two moments on disk; in memory twice, with gradients of two lanes and their sum.
     assert (both[0] - alone[0], both[1] - alone[1]) == (4 * 500 * (2 * 3 + 3), 4 * 500 * 3)
