@@ -212,7 +212,7 @@ def test_a_grid_shows_held_out_pictures_small_enlarged_and_real(data: Path, tmp_
 def test_a_dry_run_says_what_the_network_is_shown(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffusion.training.preflight.MEASURED_SECONDS", 0.0)
     about = preflight(data, MODEL, CONFIG, SAMPLING)
-    assert "8×8×1, shown at 4×4" in dict(about.lines())["pictures"]
+    assert "8×8×1, upscaled from 4×4" in dict(about.lines())["images"]
 
 
 def test_where_the_answer_is_determined_it_is_found_and_bicubic_interpolation_is_not(
