@@ -110,7 +110,7 @@ def test_a_dry_run_counts_captions_and_keeps_nothing(data: Path, made_up: MadeUp
     before = sorted(data.parent.rglob("*"))
     about = preflight(data, MODEL, CONFIG, SAMPLING)
     assert sorted(data.parent.rglob("*")) == before
-    assert "3 classes, 3 captions" in dict(about.lines())["pictures"]
+    assert "3 classes, 3 captions" in dict(about.lines())["images"]
 
 
 @given(st.floats(0, 0.5), st.integers(0, 2**32))
