@@ -122,7 +122,7 @@ def find(where: str, store: Store, bucket: str) -> Printed:
     return Printed(where, Picture(png, _origin(png), index, _read_row(store, place, batch, index)), batch, place)
 
 
-def read_metrics(store: Store, place: Location, batch: Batch, chunk: int) -> list[Row]:
+def read_rows(store: Store, place: Location, batch: Batch, chunk: int) -> list[Row]:
     """A chunk's part of the manifest; raises Missing if it is not there, and UserError if it is damaged."""
     name = prints.part_key(chunk)
     return prints.part_rows(store.get(place.bucket, place.key(name), prints.LARGEST_PART), f"{place}/{name}")
@@ -225,7 +225,7 @@ def _read_batch(store: Store, place: Location) -> Batch | None:
 
 def _read_row(store: Store, place: Location, batch: Batch, index: int) -> Row | None:
     try:
-        rows = read_metrics(store, place, batch, index // batch.chunk_size)
+        rows = read_rows(store, place, batch, index // batch.chunk_size)
     except Missing:
         return None
     except UserError as error:

@@ -18,7 +18,7 @@ from diffusion.files import write_bytes
 from diffusion.fingerprint import Fingerprint
 from flows import environment, prints, registry, shipped
 from flows.derived import warn_of_takedown
-from flows.printed import Origin, Picture, Printed, find, pixels_sha256, read_metrics, read_picture, read_pixels
+from flows.printed import Origin, Picture, Printed, find, pixels_sha256, read_picture, read_pixels, read_rows
 from flows.printing import asked_of, table_of
 from flows.prints import Batch, Row
 from flows.progress import reporter
@@ -215,7 +215,7 @@ def _taken(file: Path) -> np.ndarray:
 def _originals(store: Store, place: Location, batch: Batch, chunk: range) -> list[Picture]:
     """The pictures of a chunk as they lie there, with their rows of the manifest."""
     try:
-        rows = {row["index"]: row for row in read_metrics(store, place, batch, chunk.start // batch.chunk_size)}
+        rows = {row["index"]: row for row in read_rows(store, place, batch, chunk.start // batch.chunk_size)}
     except Missing as error:
         raise UserError(f"{place} is not finished: give the same `darkroom sample` again first") from error
 

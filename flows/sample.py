@@ -20,11 +20,13 @@ from diffusion.device import resolve_device
 from diffusion.errors import DarkroomError, Held
 from diffusion.grids import grid, save_png
 from diffusion.lanes import cores
+from diffusion.made import Made, make, read_request
+from diffusion.requests import Wanted
 from flows import batch_plan, batch_records, environment, printing, registry
 from flows.derived import warn_of_takedown
 from flows.fan_out import submitter, task_runner
 from flows.params import Params, PrintsConfig
-from flows.printed import read_metrics, read_picture
+from flows.printed import read_picture, read_rows
 from flows.printing import Cost, Work
 from flows.prints import Batch
 from flows.progress import bar, reporter
@@ -220,7 +222,7 @@ def _first(store: Store, batch: Batch, place: Location) -> list[bytes]:
     """The first pictures, as they lie there."""
     shown = min(SHOWN, batch.count)
     chunks = range(-(-shown // batch.chunk_size))
-    rows = [row for chunk in chunks for row in read_metrics(store, place, batch, chunk)][:shown]
+    rows = [row for chunk in chunks for row in read_rows(store, place, batch, chunk)][:shown]
     return [read_picture(store, place, batch, row["index"], row) for row in rows]
 
 
