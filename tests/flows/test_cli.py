@@ -134,7 +134,7 @@ def test_a_dry_run_of_training_needs_no_server_and_stops_before_it(dataset: Path
     shown = darkroom(tmp_path, "train", "--dataset", "blobs", "--dry-run", *settings)
     assert shown.returncode == 0, shown.stderr
     assert "of 8×8×1, 2 classes;" in shown.stdout
-    assert "640 pictures," in shown.stdout
+    assert "640 images," in shown.stdout
     about = json.loads(darkroom(tmp_path, "train", "--dataset", "blobs", "--dry-run", "--json", *settings).stdout)
     assert (about["dataset"], about["images"], about["shape"]) == ("blobs", 640, [1, 8, 8])
     assert not (tmp_path / "runs" / "blobs").exists()
