@@ -26,11 +26,12 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline
 from quality import Darkroom, Judge, measure_rates, rate_of, workspace_of
 
+from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
 from diffusion.diffusers_format import DarkroomUNet
 from diffusion.diffusers_format.schedulers import scheduler_of
 from diffusion.files import digest_of, sha256_file, write_json
-from diffusion.model import DiffusionModel, load_model, to_uint8
+from diffusion.model import DiffusionModel, to_uint8
 from diffusion.samplers import SamplingConfig, sampling_config
 from diffusion.sampling import sample
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from quality import Judge
 
+from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
 from diffusion.files import digest_of, sha256_file, write_json
 from diffusion.grids import figure_png
-from diffusion.model import load_model
 from diffusion.samplers import SamplingConfig, sampling_config
 from diffusion.sampling import sample
 

@@ -19,13 +19,14 @@ from quality import FEATURES_AT
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
+from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
 from diffusion.editing import blanked, pigdm, repaint, replace_known
 from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.fingerprint import autocast
 from diffusion.grids import grid, save_png
 from diffusion.guidance import clipped
-from diffusion.model import DiffusionModel, load_model, to_float, to_uint8
+from diffusion.model import DiffusionModel, to_float, to_uint8
 from diffusion.random import GaussianNoise
 from diffusion.samplers import sampling_config
 

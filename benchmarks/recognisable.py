@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
-from diffusion.model import load_model, to_float
+from diffusion.model import to_float
 from diffusion.samplers import sampling_config
 from diffusion.sampling import sample
 

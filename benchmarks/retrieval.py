@@ -20,11 +20,11 @@ from quality import darkroom, workspace_of
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import Conditions
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.grids import grid, save_png
-from diffusion.model import load_model
 from diffusion.sampling import sample
 from diffusion.text import encoder
 from flows.params import load_params
@@ -150,7 +150,9 @@ def table(title: str, found: dict[str, Tensor]) -> str:
 
 def trained(workspace: Path, settings: list[str]) -> Path:
     """A model with these settings: trained, or found."""
-    done = darkroom(workspace, "stage", "train", words=[*settings, "training.output=runs/told"])
+    done = darkroom(
+        workspace, "train", "--local", "--restart-if-different", words=[*settings, "training.output=runs/told"]
+    )
     print(json.dumps(done))
     return workspace / done["final"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusion.model import load_model
+from diffusion.checkpoints import load_model
 from diffusion.random import GaussianNoise
 from diffusion.samplers import SamplingConfig, sampling_config
 from diffusion.sampling import labels_of

@@ -3,23 +3,24 @@
 import shutil
 from pathlib import Path
 
+from diffusion.checkpoints import load_model
 from diffusion.config import Config
 from diffusion.config_sampling import UNCONDITIONAL
 from diffusion.errors import UserError
 from diffusion.escaping import escape_markdown, python_literal
 from diffusion.files import sha256_file, sync_file, sync_folder
-from diffusion.model import DiffusionModel, ModelHeader, load_model
+from diffusion.model import DiffusionModel, ModelHeader
 from diffusion.samplers import SamplingConfig
 from diffusion.sampling import check_sampling, check_sampling_options
 
 MODEL_FIELDS = {
     "schedule",
     "steps",
-    "zero_terminal",
+    "zero_terminal_snr",
     "prediction",
     "learned_variance",
     "width",
-    "multipliers",
+    "channel_mult",
     "blocks",
     "attention",
     "heads",

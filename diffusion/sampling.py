@@ -1,26 +1,23 @@
 """Generate images from a trained model: image i of seed s has the same bits whatever else is asked for."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from diffusion.config_sampling import UNCONDITIONAL, Conditions
 from diffusion.device import repeatable, resolve_device
-from diffusion.editing import Edit, between, levels_for, pigdm, repaint, replace_known, whole
+from diffusion.editing import Edit, between, whole
 from diffusion.errors import UserError
 from diffusion.families import family_of
 from diffusion.families.base import Batch
-from diffusion.families.config import FamilyConfig, meaningless
 from diffusion.fingerprint import autocast
-from diffusion.guidance import clipped, guided
 from diffusion.lanes import lanes
-from diffusion.model import DiffusionModel, Model, Told, to_float, to_uint8
-from diffusion.models.config import ModelConfig
+from diffusion.model import Conditioning, Model, to_float, to_uint8
+from diffusion.models.config import FamilyConfig, ModelConfig, meaningless
 from diffusion.progress import Progress, silent
 from diffusion.random import GaussianNoise, uniform
-from diffusion.samplers import Denoise, Noise, SamplingConfig
+from diffusion.samplers import Noise, SamplingConfig
 from diffusion.text import ENDS, LONGEST, WIDTH, check_encoder, encoder
 
 Embeddings = Mapping[str | None, Tensor]
@@ -245,30 +242,6 @@ def labels_of(model: Model, indices: Sequence[int], seed: int, conditions: Condi
     return torch.searchsorted(shares, uniform(seed, "label", indices), right=True)
 
 
-def edited(
-    model: DiffusionModel, edit: Edit, denoise: Denoise, sigmas: Tensor, noise: Noise, config: SamplingConfig
-) -> Tensor:
-    """The reverse process from the image of ``edit`` under as much noise as its strength asks for, as uint8.
-
-    In latents those are kept of which all pixels are; the other pixels to be kept are put back at the end.
-    """
-    levels = levels_for(sigmas, edit.strength)
-    start = float(levels[0]) * noise()
-    known = model.encoded(to_float(edit.seen.to(start.device))[None])
-    if edit.kept is not None:
-        kept = edit.kept.to(start.device)
-        whole_of = whole(kept, known.shape[-1])
-        if edit.guided:
-            moved = pigdm(denoise, known, whole_of, model.header.sigma_data)
-            denoise = moved if model.latents is not None else clipped(moved)
-        denoise = replace_known(denoise, known, whole_of)
-
-    sampler = config.build_sampler()
-    x = repaint(sampler, denoise, known + start, levels, noise, edit.stretch, edit.resample_steps)
-    images = to_uint8(model.decoded(x))
-    return images if edit.kept is None else torch.where(kept, edit.image.to(images.device), images)
-
-
 def reconstructed(model: Model, images: Tensor, config: SamplingConfig) -> Tensor:
     """``images``, (N, C, H, W) uint8, as the autoencoder of ``model`` gives them back, in compute batches."""
     coder, device = model.coder, next(model.network.parameters()).device
@@ -300,7 +273,7 @@ def told_of(
     seed: int,
     conditions: Conditions = UNCONDITIONAL,
     embeddings: Embeddings = NO_EMBEDDINGS,
-) -> Told:
+) -> Conditioning:
     """What the network is told of images number ``indices``."""
     told = {}
     if (labels := labels_of(model, indices, seed, conditions)) is not None:
@@ -308,29 +281,3 @@ def told_of(
     if model.config.text:
         told["text"] = torch.stack([embeddings[conditions.prompt(index)] for index in indices])
     return told
-
-
-@torch.inference_mode()
-def reverse_process(model: DiffusionModel, batch: Batch, config: SamplingConfig, device: torch.device) -> Tensor:
-    """The images of a compute batch, (N, C, H, W) uint8, of a diffusion model on ``device``."""
-    sigmas = config.sigma_grid(model.schedule)
-    denoise = denoiser_of(model, batch.told, config, batch.negative)
-    with autocast(config.precision, device):
-        if batch.edit is not None:
-            return edited(model, batch.edit, denoise, sigmas, batch.noise, config).cpu()
-        return to_uint8(model.decoded(config.run(denoise, sigmas, batch.noise))).cpu()
-
-
-def denoiser_of(model: DiffusionModel, told: Told, config: SamplingConfig, negative: Tensor) -> Denoise:
-    """The model as it is told, led away from what it does when told of no class, and no caption but ``negative``."""
-    if not config.guides:
-        return model.denoiser(told)
-    assert config.guidance is not None
-    other = {
-        name: torch.full_like(value, len(model.classes)) if name == "label" else negative.expand_as(value)
-        for name, value in told.items()
-    }
-    # Only the mixture is clipped: clipped before, both would say the same where images are black or white.
-    conditional, unconditional = (replace(model.denoiser(each), clip=False) for each in (told, other))
-    mixture = guided(conditional, unconditional, config.guidance, config.guidance_interval, config.guidance_rescale)
-    return mixture if model.latents is not None else clipped(mixture)

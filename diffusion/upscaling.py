@@ -9,7 +9,7 @@ reverse process over the whole (MultiDiffusion, arXiv 2302.08113), so that they 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,11 +18,10 @@ from torch.nn.functional import interpolate
 from diffusion.config_sampling import UNCONDITIONAL, Conditions
 from diffusion.device import repeatable, resolve_device
 from diffusion.errors import UserError
-from diffusion.families.config import FamilyConfig
 from diffusion.fingerprint import autocast
 from diffusion.lanes import lanes
-from diffusion.model import DiffusionModel, Model, Told, to_float, to_uint8
-from diffusion.models.config import ModelConfig
+from diffusion.model import Conditioning, DiffusionModel, Model, to_float, to_uint8
+from diffusion.models.config import FamilyConfig, ModelConfig
 from diffusion.progress import Progress, silent
 from diffusion.random import GaussianNoise, uniform
 from diffusion.samplers import Callback, SamplingConfig
@@ -51,42 +50,6 @@ def enlarged(small: Tensor, scale: int) -> Tensor:
     return large.contiguous(memory_format=torch.channels_last)
 
 
-class GenerationTask(Protocol):
-    """What a model generates images from, and what its network is given beside the noisy image.
-
-    Training, evaluation and requests go through it and do not know which task they hold.
-    """
-
-    @property
-    def low_resolution(self) -> int | None:
-        """Height and width of the small images that it starts from, in pixels; None: it starts from noise alone."""
-
-    @property
-    def description(self) -> str:
-        """The task as a verb phrase, such as "generates from noise"."""
-
-    def conditioning(self, images: Tensor) -> Told:
-        """What the network is given of real ``images`` (N, C, H, W) uint8 besides labels and captions."""
-
-    def inputs(self, images: Tensor) -> Tensor | None:
-        """What a model starts from to generate counterparts of ``images`` (N, C, H, W) uint8; None: noise alone."""
-
-    def sigma_data(self, images: Tensor) -> float | None:
-        """Standard deviation of what the network learns from ``images``; None: that of the images themselves."""
-
-    def generate(
-        self,
-        model: Model,
-        inputs: Tensor | None,
-        indices: range,
-        seed: int,
-        config: SamplingConfig,
-        progress: Progress = silent,
-        conditions: Conditions = UNCONDITIONAL,
-    ) -> Tensor:
-        """Images number ``indices`` of ``seed``, (N, C, H, W) uint8, one of each of the ``inputs`` if there are any."""
-
-
 @dataclass(frozen=True)
 class FromNoise:
     """Unconditional generation, and generation under labels and captions: the network is given no other image."""
@@ -94,15 +57,12 @@ class FromNoise:
     low_resolution: None = None
     description: str = "generates from noise"
 
-    def conditioning(self, images: Tensor) -> Told:
+    def conditioning(self, images: Tensor) -> Conditioning:
         """Nothing."""
         return {}
 
     def inputs(self, images: Tensor) -> None:
         """Noise alone."""
-
-    def sigma_data(self, images: Tensor) -> None:
-        """That of the images."""
 
     def generate(
         self,
@@ -132,7 +92,7 @@ class SuperResolution:
         """The task as a verb phrase."""
         return f"enlarges from {self.low_resolution} pixels"
 
-    def conditioning(self, images: Tensor) -> Told:
+    def conditioning(self, images: Tensor) -> Conditioning:
         """The small version of each image at full size, (N, C, H, W) float32, and a noise level of 0, (N,)."""
         low = self._enlarged_again(images)
         return {"low": low, "level": torch.zeros(len(low))}
@@ -182,14 +142,23 @@ class SuperResolution:
         return enlarged(self.inputs(images), images.shape[-1] // self.low_resolution)
 
 
-def task_of(config: FamilyConfig) -> FromNoise | SuperResolution:
+GenerationTask: TypeAlias = FromNoise | SuperResolution
+"""What a model generates images from, and what its network is given beside the noisy image.
+
+Training, evaluation and requests go through it.
+"""
+
+
+def task_of(config: FamilyConfig) -> GenerationTask:
     """The task of a model with this configuration."""
     if isinstance(config, ModelConfig) and config.low_resolution is not None:
         return SuperResolution(config.low_resolution, config.max_low_resolution_noise)
     return FromNoise()
 
 
-def add_conditioning_noise(conditioning: Told, max_noise: float, seed: int, indices: Sequence[int]) -> Told:
+def add_conditioning_noise(
+    conditioning: Conditioning, max_noise: float, seed: int, indices: Sequence[int]
+) -> Conditioning:
     """Noise conditioning augmentation of small images, of a standard deviation uniform in [0, ``max_noise``] for each.
 
     Trained on clean images alone, a network takes each fault of a small image for a detail (arXiv 2106.15282, section

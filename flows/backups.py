@@ -71,7 +71,9 @@ class Backups:
         """One of them, by default the newest; raises UserError if there is none, or it cannot be read."""
         stamps = self.stamps()
         if not stamps or (stamp is not None and stamp not in stamps):
-            there = f"there is {', '.join(stamps)}" if stamps else "there is none: make one with `darkroom backup`"
+            there = (
+                f"there is {', '.join(stamps)}" if stamps else "there is none: make one with `darkroom server backup`"
+            )
             raise UserError(f"no backup {stamp or ''} in {self.folder}: {there}")
         path = self.folder / "backups" / f"{stamp or stamps[-1]}.json"
         try:

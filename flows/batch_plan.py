@@ -5,11 +5,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import UNCONDITIONAL, Conditions
 from diffusion.device import resolve_device
 from diffusion.errors import Held, UserError
 from diffusion.fingerprint import fingerprint
-from diffusion.model import Model, load_model
+from diffusion.model import Model
 from diffusion.samplers import SamplingConfig
 from diffusion.sampling import check_prompts, check_sampling, prompt_embeddings
 from diffusion.text import check_encoder

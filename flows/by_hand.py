@@ -1,4 +1,4 @@
-"""A person decides who is champion: ``promote --to`` and ``rollback``.
+"""A person decides who is champion: ``promote --to`` and ``model rollback``.
 
 Neither needs Prefect: taking back a bad model waits for no orchestrator. Killed at any moment and given again, each
 ends the same.
@@ -78,7 +78,9 @@ def _commit(
 ) -> Changed:
     def decide(history: History) -> Entry:
         if history.standing.champion != seen.standing.champion:
-            raise Held(f"{history.faster()}: look at `darkroom history`, and give the command again if it still holds")
+            raise Held(
+                f"{history.faster()}: look at `darkroom model history`, and give the command again if it still holds"
+            )
         last = history.about(version.number)
         judged = last.evidence if last and last.evidence else evidence
         return history.then(what, version.number, version.weights_sha256, by_hand=True, reason=reason, evidence=judged)

@@ -74,7 +74,7 @@ def _ways_out(client: MlflowClient, history: History) -> str:
     ]
     ways = []
     if previous in usable:
-        ways.append(f"`darkroom rollback` makes version {previous} champion")
+        ways.append(f"`darkroom model rollback` makes version {previous} champion")
     if usable:
         ways.append(f"`darkroom promote --to {usable[0]}` makes version {usable[0]} champion")
     ways.append("--set registry.model=NAME begins a model of another name")

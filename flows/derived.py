@@ -12,7 +12,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from diffusion.config import Config
 from diffusion.data.removals import Removal
 from diffusion.escaping import escape_controls, escape_markdown
-from diffusion.families.config import FAMILIES
+from diffusion.models.config import FAMILIES
 from flows.registry import Version
 from flows.s3 import Store
 from flows.tracking import AUTOENCODER, START

@@ -31,7 +31,7 @@ class Fetched:
 
 
 def fetched(params: Params, dry_run: bool = False) -> Fetched:
-    """``params`` with the versions that model.autoencoder and training.start name, fetched once and checked.
+    """``params`` with the versions that model.autoencoder and training.init_from name, fetched once and checked.
 
     The start is the one that was decided on when this training was first asked for, and is decided now if it never was;
     a ``dry_run`` decides nothing. Raises UserError if the registry has no such version.
@@ -44,7 +44,7 @@ def fetched(params: Params, dry_run: bool = False) -> Fetched:
     if (uri := registered_start(params)) is not None:
         begun = named_now(params, uri) if dry_run else decided(params, uri)
         begun = begun and with_takedowns(begun)
-        training = params.training.model_copy(update={"start": begun and _file(begun)})
+        training = params.training.model_copy(update={"init_from": begun and _file(begun)})
         params = ready.params.model_copy(update={"training": training})
         ready = _with(ready, begun, start=begun and begun.uri, params=params)
     return ready
@@ -57,7 +57,7 @@ def require_promotable(params: Params) -> None:
         whose = " and ".join(filter(None, (ready.autoencoder, ready.start)))
         raise UserError(
             f"{whose} learned from images that were taken down since (takedown {ready.takedown}), so nothing made with "
-            "it becomes champion: give model.autoencoder or training.start another version, or train it anew"
+            "it becomes champion: give model.autoencoder or training.init_from another version, or train it anew"
         )
 
 

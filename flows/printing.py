@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from diffusion.checkpoints import load_model
 from diffusion.config import Config
 from diffusion.config_sampling import UNCONDITIONAL, Conditions
 from diffusion.data.ahead import ahead
 from diffusion.data.shards import TarWriter
 from diffusion.errors import Held
 from diffusion.fingerprint import Fingerprint, fingerprint
-from diffusion.model import load_model
 from diffusion.sampling import label_names, sample
 from flows import environment, prints
 from flows.batch_records import MANIFEST, SUCCESS, read_parts, success_of

@@ -19,10 +19,10 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 import diffusion
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import Conditions
 from diffusion.errors import DarkroomError
 from diffusion.fingerprint import fingerprint
-from diffusion.model import load_model
 from diffusion.samplers import SAMPLING_ADAPTER, SamplingConfig
 from diffusion.sampling import sample
 

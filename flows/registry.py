@@ -24,12 +24,13 @@ from mlflow.types.schema import AnyType
 from pydantic import ValidationError
 
 import diffusion
+from diffusion.checkpoints import load_model
 from diffusion.config import LONGEST_NAME, Config, PlainName, plain_name
 from diffusion.data.manifest import Sha256
 from diffusion.errors import UserError
 from diffusion.files import digest_of, sha256_file
 from diffusion.grids import image_of, png_bytes
-from diffusion.model import Model, load_model
+from diffusion.model import Model
 from diffusion.samplers import SamplingConfig
 from diffusion.upscaling import task_of
 from flows.aliases import ALIASES, named
@@ -118,7 +119,7 @@ def resolve(client: MlflowClient, uri: str) -> Version:
             raise missing
         if alias is not None:
             missing = UserError(
-                f"{uri} is not in the registry any more (version {number}): `darkroom history` says what to do"
+                f"{uri} is not in the registry any more (version {number}): `darkroom model history` says what to do"
             )
         return version_of(client, name, number)
     except MlflowException as error:

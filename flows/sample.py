@@ -1,9 +1,10 @@
-"""The flow ``sample``: a registered model in, pictures with a manifest on S3 out."""
+"""The flows ``sample`` and ``generate``: images of a registered model, on S3 with a manifest or in a local folder."""
 
 import io
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +13,15 @@ from PIL import Image
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from diffusion.checkpoints import load_model
 from diffusion.config import Config
-from diffusion.config_sampling import UNCONDITIONAL, Conditions
+from diffusion.config_sampling import UNCONDITIONAL, Conditions, read_request
 from diffusion.data.ahead import in_order
 from diffusion.device import resolve_device
 from diffusion.errors import DarkroomError, Held
 from diffusion.grids import grid, save_png
 from diffusion.lanes import cores
-from diffusion.model import load_model
+from diffusion.made import GenerationResult, generate_to_folder
 from diffusion.samplers import SamplingConfig
 from diffusion.upscaling import task_of
 from flows import batch_plan, batch_records, environment, printing, registry
@@ -29,7 +31,7 @@ from flows.params import Params, PrintsConfig
 from flows.printed import read_picture, read_rows
 from flows.printing import Cost, Work
 from flows.prints import Batch
-from flows.progress import bar
+from flows.progress import bar, reporter
 from flows.registry import Version
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
@@ -91,6 +93,24 @@ def sample(
         f"images of {place} were deleted {ATTEMPTS} times while they were generated: see that nobody but `darkroom gc` "
         "deletes there, and that retention.unfinished_days is longer than a chunk takes"
     )
+
+
+@flow(name="generate", flow_run_name="{fields[task]}-by-{model}")
+def generate(
+    params: Params,
+    model: str,
+    fields: dict[str, Any],
+    image: Path | None = None,
+    mask: Path | None = None,
+    output: Path | None = None,
+) -> GenerationResult:
+    """Generate the images of a request into a folder of this machine.
+
+    ``fields`` are those of a ``GenerationRequest``, without the images that lie in the files ``image`` and ``mask``.
+    ``model`` is models:/NAME@ALIAS or models:/NAME/NUMBER, and ``output`` the folder; None: a new one in prints/.
+    """
+    version, weights = fetch(model)
+    return answer(params, version, weights, fields, image, mask, output)
 
 
 @step
@@ -184,6 +204,22 @@ def finish(batch: Batch, place: Location, cost: Cost) -> Prints | None:
         key="prints",
     )
     return done
+
+
+@step
+def answer(
+    params: Params,
+    version: Version,
+    weights: Path,
+    fields: dict[str, Any],
+    image: Path | None,
+    mask: Path | None,
+    output: Path | None,
+) -> GenerationResult:
+    """Generate the images and write them with the model version and run that they come from."""
+    origin = {"model": version.uri, "run_id": version.run_id}
+    request = read_request(fields, image, mask)
+    return generate_to_folder(weights, request, params.sampling, output, origin, reporter())
 
 
 def _first(store: Store, batch: Batch, place: Location) -> list[bytes]:

@@ -100,7 +100,7 @@ class Spool:
 
 
 class SpooledTracker:
-    """Implements ``diffusion.training.tracker.Tracker``: writes into a spool, from which a thread delivers in order."""
+    """Implements ``diffusion.training.logging.Tracker``: writes into a spool, from which a thread delivers in order."""
 
     def __init__(self, tracker: RunTracker, folder: Path, anew: bool = False) -> None:
         self.tracker = tracker

@@ -16,7 +16,7 @@ from diffusion.config import Config
 from diffusion.data.manifest import read_manifest
 from diffusion.errors import Held, UserError
 from diffusion.files import canonical_json
-from diffusion.training.identity import data_digest, train_key
+from diffusion.training.setup import data_digest, train_key
 from flows import registry
 from flows.aliases import CHAMPION, named
 from flows.champion import registered_version
@@ -60,26 +60,26 @@ def decided(params: Params, uri: str) -> Version | None:
     except ValidationError as error:
         raise UserError(
             f"s3://{place.bucket}/{key} does not say where this training began ({error.errors()[0]['msg']}): put back "
-            "what was there, or delete it, and the training begins anew with what training.start names now"
+            "what was there, or delete it, and the training begins anew with what training.init_from names now"
         ) from error
     if begun is None:
         return None
     name, number = registry.parse_model_uri(begun)
     if (version := registered_version(MlflowClient(), name, int(number))) is None:
         raise UserError(
-            f"this training begins with {begun}, which is not in the registry any more: set training.start to another "
-            "model, or training.seed to another number, and begin anew"
+            f"this training begins with {begun}, which is not in the registry any more: set training.init_from to "
+            "another model, or training.seed to another number, and begin anew"
         )
     return version
 
 
 def named_now(params: Params, uri: str) -> Version | None:
-    """The version that ``uri`` names now; None: training.start is champion, and there is none to begin with.
+    """The version that ``uri`` names now; None: training.init_from is champion, and there is none to begin with.
 
     A champion that learned from images taken down since is none: what begins with it could not take its place.
     """
     client = MlflowClient()
-    if params.training.start != CHAMPION:
+    if params.training.init_from != CHAMPION:
         return registry.resolve(client, uri)
     if named(client, params.model_name, CHAMPION) is None:
         return None

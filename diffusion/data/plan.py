@@ -25,7 +25,7 @@ STAMPED = """
 REFUSED = "SELECT 1 FROM stored.records r WHERE r.source = l.source AND r.outcome = 'quarantined'"
 KNOWN = "SELECT group_concat(hex(r.sha256)) FROM stored.records r WHERE r.source = l.source"
 CORRECTED = "SELECT 1 FROM stored.seen s WHERE s.origin = :origin AND s.source = l.source AND s.told != l.told"
-"""Told of otherwise than before: then it is judged again, though its bytes be the same."""
+"""Conditioning of otherwise than before: then it is judged again, though its bytes be the same."""
 LISTED_AT_ONCE = 10_000
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from diffusion.checkpoints import read_model_header
 from diffusion.config import Config
 from diffusion.errors import UserError
 from diffusion.evaluation.bootstrap import difference
@@ -31,7 +32,6 @@ from diffusion.evaluation.sealed import recall
 from diffusion.files import write_json
 from diffusion.fingerprint import Fingerprint
 from diffusion.lanes import cores
-from diffusion.model import read_model_header
 from diffusion.progress import Progress, silent
 from diffusion.samplers import SamplingConfig, sampling_config
 from diffusion.sampling import sample

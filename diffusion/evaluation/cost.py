@@ -5,13 +5,10 @@ after the other would differ by the neighbours that each happened to have, and t
 """
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.families import family_of
-from diffusion.guidance import guided
 from diffusion.model import Model
-from diffusion.process import NoiseSchedule
 from diffusion.samplers import SamplingConfig
 
 
@@ -27,18 +24,3 @@ def gflop(model: Model, config: SamplingConfig) -> float:
             once()
         operations += times * counter.get_total_flops()
     return float(operations / 1e9)
-
-
-def evaluations(config: SamplingConfig, schedule: NoiseSchedule) -> int:
-    """How often the network is asked for one picture: the sampler is run on a network that only counts."""
-    evaluated = 0
-
-    def count(x: Tensor, sigma: Tensor) -> Tensor:
-        nonlocal evaluated
-        evaluated += 1
-        return x
-
-    guidance = 1.0 if config.guidance is None else config.guidance
-    denoise = guided(count, count, guidance, config.guidance_interval)
-    config.run(denoise, config.sigma_grid(schedule), lambda: torch.zeros(1, 1, 1, 1))
-    return evaluated

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from diffusion.checkpoints import read_model_header
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import CACHE, Evaluator
@@ -17,7 +18,6 @@ from diffusion.evaluation.results import CheckpointEvaluation, Evaluation
 from diffusion.evaluation.selection import finalists
 from diffusion.files import write_bytes, write_json
 from diffusion.grids import above, grid, save_png
-from diffusion.model import read_model_header
 from diffusion.progress import Progress, silent
 from diffusion.samplers import SamplingConfig
 from diffusion.upscaling import task_of

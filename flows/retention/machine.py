@@ -7,9 +7,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from diffusion.checkpoints import read_header
 from diffusion.errors import UserError
 from diffusion.files import PARTIAL
-from diffusion.model import read_header
 from diffusion.training.train import discard
 from flows.retention.config import RetentionConfig
 from flows.retention.items import Item, Sweep, age, older

@@ -1,4 +1,4 @@
-"""``darkroom backup``: what the local stack holds, copied while it runs."""
+"""``darkroom server backup``: what the local stack holds, copied while it runs."""
 
 import sqlite3
 from collections.abc import Iterator, Sequence

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion.checkpoints import load_model
 from diffusion.data.config import IngestConfig
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest import ingest
@@ -19,7 +20,6 @@ from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.evaluation.metrics import judge
 from diffusion.evaluation.results import Evaluation, EvaluationConditions
 from diffusion.grids import grid
-from diffusion.model import load_model
 from diffusion.samplers import SamplingConfig, sampling_config
 from diffusion.sampling import sample
 from tests.conftest import blob

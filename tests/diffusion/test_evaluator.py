@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.drift import appearance, drift
 from diffusion.evaluation.duplicates import duplicates
@@ -15,7 +16,6 @@ from diffusion.evaluation.held_out_loss import held_out_loss, measure
 from diffusion.evaluation.metrics import judge
 from diffusion.evaluation.results import ModelEvaluation
 from diffusion.evaluation.thumbnails import moved
-from diffusion.model import load_model
 from diffusion.samplers import sampling_config
 from diffusion.sampling import sample
 from diffusion.upscaling import SuperResolution, shrunk, upscale

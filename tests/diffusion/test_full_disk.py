@@ -17,7 +17,7 @@ from tests.diffusion.test_ingest import files_of
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PARAMS = {
-    "model": {"width": 16, "multipliers": [1], "blocks": 1, "attention": [], "patch": 1},
+    "model": {"width": 16, "channel_mult": [1], "blocks": 1, "attention": [], "patch": 1},
     "training": {"dataset": "blobs", "images": 320, "checkpoints": 4, "batch_size": 16, "warmup_images": 16, "keep": 2},
     "sampling": {"steps": 2, "compute_batch": 8, "precision": "fp32"},
     "evaluation": {"samples": 16, "extractor_size": 32},
@@ -35,9 +35,9 @@ main()
 """
 SAMPLE = ("sample", "--model", "weights.safetensors", "--count", "8", "--out", "made")
 DRILLS = [
-    (("stage", "train"), "diffusion.training.checkpoint:Checkpoints.save@3", "runs/blobs"),
-    (("stage", "evaluate"), "diffusion.evaluation.sealed:save_tensors", "reports/blobs"),
-    (("stage", "evaluate"), "diffusion.evaluation.evaluate:write_json", "reports/blobs"),
+    (("train", "--local"), "diffusion.training.checkpoint:Checkpoints.save@3", "runs/blobs"),
+    (("evaluate", "--local"), "diffusion.evaluation.sealed:save_tensors", "reports/blobs"),
+    (("evaluate", "--local"), "diffusion.evaluation.evaluate:write_json", "reports/blobs"),
     (
         ("sample", "--model", "weights.safetensors", "--count", "8", "--out", "made"),
         "diffusion.made:write_bytes@3",
@@ -88,7 +88,7 @@ def workspace(folder: Path, dataset: Path, command: tuple[str, ...]) -> Path:
     (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS))
     write_model(folder / "weights.safetensors", 1, 0)
     if "evaluate" in command:
-        finish(start(folder, "", "stage", "train"))
+        finish(start(folder, "", "train", "--local"))
     return folder
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import REQUESTS, GenerationRequest, make_request
 from diffusion.errors import UserError
-from diffusion.model import DiffusionModel, load_model
+from diffusion.model import DiffusionModel
 from diffusion.requests import answer, original, tasks_of
 from diffusion.samplers import sampling_config
 from diffusion.sampling import interpolate, sample

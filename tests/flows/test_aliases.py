@@ -438,6 +438,6 @@ def test_a_person_who_decides_on_what_is_past_is_told(
         return seen
 
     monkeypatch.setattr(by_hand, "adopted", meanwhile)
-    with pytest.raises(Held, match=r"somebody was faster: promote 2 → 3.*darkroom history"):
+    with pytest.raises(Held, match=r"somebody was faster: promote 2 → 3.*darkroom model history"):
         by_hand.roll_back(ledger.model)
     assert ledger.read().standing.champion == 3

@@ -66,9 +66,16 @@ def test_retrain_ends_in_a_champion_with_its_lineage_and_prints(workspace: Works
     assert len(found) == 40 + 5
 
 
+def test_the_card_of_the_champion_is_printed(workspace: Workspace, server: MlflowClient) -> None:
+    version = server.get_model_version_by_alias("blobs", "champion")
+    card = workspace.json("model", "card")
+    assert card == {"model": f"models:/blobs/{version.version}", "card": version.description}
+    assert workspace.run("model", "card").splitlines() == version.description.splitlines()
+
+
 def test_the_champion_is_exported_with_its_names(workspace: Workspace, server: MlflowClient) -> None:
     version = server.get_model_version_by_alias("blobs", "champion")
-    done = workspace.json("export", "--to", "diffusers", "--out", "exports/blobs")
+    done = workspace.json("model", "export", "--to", "diffusers", "--out", "exports/blobs")
     assert (done["version"], done["run_id"]) == (f"models:/blobs/{version.version}", version.run_id)
     assert done["weights_sha256"] == version.tags["darkroom.weights_sha256"]
     told = (workspace.folder / "exports" / "blobs" / "README.md").read_text()
@@ -182,12 +189,12 @@ def test_the_registered_model_answers_over_http(workspace: Workspace, tmp_path: 
 def test_pictures_from_pictures_by_the_champion(workspace: Workspace) -> None:
     workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
     source = str(next((workspace.folder / "pictures").rglob("*.png")))
-    varied = workspace.json("vary", source, "--count", "2", "--strength", "0.4")
+    varied = workspace.json("edit", "img2img", source, "--count", "2", "--strength", "0.4")
     assert varied["model"] == "models:/blobs/1"
     assert Image.open(workspace.folder / varied["grid"]).width > 64
     picture = Image.open(workspace.folder / varied["folder"] / "00000001.png")
     assert picture.text["darkroom:model"] == "models:/blobs/1"
-    assert "there is no" not in workspace.run("interpolate", "0", code=2)
+    assert "there is no" not in workspace.run("edit", "interpolate", "0", code=2)
 
 
 def test_a_worse_model_is_rejected_with_its_reason(workspace: Workspace, server: MlflowClient) -> None:
@@ -230,7 +237,7 @@ def test_retrain_killed_at_random_moments_ends_the_same(workspace: Workspace, se
     found = objects(workspace, done["prints"]["uri"])
     assert len([key for key in found if key.endswith(".png")]) == 40
     undisturbed = ["--set", "training.seed=1", "--set", "training.output=runs/undisturbed"]
-    workspace.run("stage", "train", *undisturbed)
+    workspace.run("train", "--local", *undisturbed)
     final = [workspace.folder / "runs" / name / "final.safetensors" for name in ("killed", "undisturbed")]
     assert final[0].read_bytes() == final[1].read_bytes()
 
@@ -239,10 +246,10 @@ def test_averages_of_other_lengths_are_judged_and_the_best_is_promoted_whatever_
     workspace: Workspace, server: MlflowClient
 ) -> None:
     settings = {
-        "training.ema_lengths": [0.05, 0.1],
+        "training.ema_stds": [0.05, 0.1],
         "training.keep": 1,
         "training.output": "runs/averages",
-        "evaluation.ema_lengths": [0.03, 0.12, 0.18, 0.24],
+        "evaluation.ema_stds": [0.03, 0.12, 0.18, 0.24],
         "evaluation.finalists": 5,
         "registry.model": "averages",
     }

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import UNCONDITIONAL, Conditions
 from diffusion.files import sha256_bytes
 from diffusion.fingerprint import fingerprint
-from diffusion.model import load_model
 from diffusion.samplers import SamplingConfig, sampling_config
 from diffusion.sampling import label_names, sample
 from flows.prints import Batch, chunk_size, encode, part_bytes, part_rows, write_parquet

@@ -19,6 +19,7 @@ from mlflow.client import MlflowClient
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from diffusion.checkpoints import export
 from diffusion.config_sampling import UNCONDITIONAL, Conditions, make_request
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
@@ -26,7 +27,6 @@ from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.errors import UserError
 from diffusion.files import canonical_json, sha256_bytes
 from diffusion.made import generate_to_folder
-from diffusion.model import export
 from diffusion.samplers import sampling_config
 from flows import printing, prints, registry, sample, shipped
 from flows.catalogue import Catalogue

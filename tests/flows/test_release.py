@@ -17,9 +17,9 @@ from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, Metric, Param
 
+from diffusion.checkpoints import export
 from diffusion.errors import Held, UserError
 from diffusion.files import sha256_file
-from diffusion.model import export
 from diffusion.samplers import sampling_config
 from flows import by_hand, registry
 from flows.history import Evidence
