@@ -3,27 +3,32 @@
 ``s3://BUCKET/datasets/NAME/<digest>/manifest.json`` and ``pointer.dvc`` beside it are written once, as are the page on
 the version, ``report.html``, and ``announced``, when others were told of it; its files lie on DVC's remote. What was
 taken down is told under ``datasets/NAME/removals/``.
+
+``datasets/NAME/heads/00000001.json`` and so on (``flows.numbered_objects``) say which version is the newest, for all
+machines that add to the data set. A version is put into the catalogue first and becomes the head then. So a process
+that is killed in between leaves nothing that another machine would wait for, and the same command again goes on.
 """
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
+from typing import Literal
 from uuid import uuid4
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from diffusion.data.holders import still_held
-from diffusion.data.ingest import work_folder
-from diffusion.data.manifest import Manifest, manifest_bytes, parse_manifest, read_manifest
-from diffusion.data.removals import Removal, removals, write_removal
+from diffusion.config import Config
+from diffusion.data.manifest import Manifest, Sha256, manifest_bytes, parse_manifest, read_manifest, work_folder
+from diffusion.data.takedown_records import Removal, removals, still_held, write_removal
 from diffusion.errors import Held, UserError
 from diffusion.files import canonical_json, sha256_bytes
 from flows.dvc_files import NAME
+from flows.numbered_objects import NumberedObjects, first_free, object_name
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
 
@@ -260,3 +265,93 @@ def learn_removals(folder: Path, source: str) -> list[Removal]:
     """
     Catalogue.of(folder.name, source).learn_removals(folder)
     return still_held(folder, removals(work_folder(folder))) if (folder / "manifest.json").is_file() else []
+
+
+class Head(Config):
+    """An entry of the chain."""
+
+    format_version: Literal[1] = 1
+    number: int = Field(ge=1)
+    version: Sha256
+    """The newest version from here on."""
+    before: Sha256 | None
+    """The head before it; None: there was none."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The chain of one data set."""
+
+    catalogue: Catalogue
+
+    def newest(self) -> str | None:
+        """Digest of the version that the next ingest adds to; None if the catalogue has no version.
+
+        A head that somebody deleted from the catalogue counts no more. A catalogue from before there were heads goes by
+        the time of writing.
+        """
+        number = self._count()
+        for each in range(number, 0, -1):
+            if (head := self._read(each)) is None:
+                continue
+            if self.catalogue.written(head.version) is not None:
+                return head.version
+            logger.warning(
+                "version %s of data set %s was its newest, and is not in the catalogue any more: the one before it is",
+                head.version[:12],
+                self.catalogue.name,
+            )
+        return self._last_written()
+
+    def adopt(self) -> str | None:
+        """``newest``, which becomes the first entry where there are versions and no chain yet."""
+        newest = self.newest()
+        if newest is not None and not self._count():
+            return self.advance(newest, ()) or newest
+        return newest
+
+    def advance(self, version: str, onto: Collection[str]) -> str | None:
+        """Make ``version``, which is in the catalogue, the head instead of one of ``onto``.
+
+        Returns the head that is in the way: somebody was faster. None: ``version`` is the head now.
+        """
+        self._objects.require_conditional_puts()
+        while True:
+            number = self._count()
+            head = self.newest() if number else None
+            if head == version:
+                return None
+            if head is not None and head not in onto:
+                return head
+            entry = Head(number=number + 1, version=version, before=head)
+            try:
+                self._objects.put(entry.number, canonical_json(entry.model_dump(mode="json")).encode())
+            except Held:
+                if self._count() < entry.number:
+                    raise
+
+    @property
+    def _objects(self) -> NumberedObjects:
+        return NumberedObjects(self.catalogue.place / "heads", self.catalogue.store)
+
+    def _count(self) -> int:
+        """How many entries there are, of numbers without a gap."""
+        return first_free(self._objects.numbers()) - 1
+
+    def _read(self, number: int) -> Head | None:
+        """An entry; None if it is none that this Darkroom understands, which then counts no more than a junk object."""
+        try:
+            found = Head.model_validate_json(self._objects.get(number) or b"")
+        except ValidationError:
+            place = self._objects.place / object_name(number)
+            logger.warning("%s is no head of a data set, and is passed over", place)
+            return None
+        return found if found.number == number else None
+
+    def _last_written(self) -> str | None:
+        """The version written last, of those that no other one was made from."""
+        published = self.catalogue.published()
+        if len(published) > 1:
+            parents = {each.parent for each in self.catalogue.versions().values()}
+            published = {digest: written for digest, written in published.items() if digest not in parents}
+        return max(published, key=lambda digest: (published[digest], digest), default=None)

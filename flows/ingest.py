@@ -13,16 +13,15 @@ from diffusion.config import Config
 from diffusion.data.ingest import IngestResult, Rebuild
 from diffusion.data.ingest import ingest as ingest_pictures
 from flows import catalogue, lineage
-from flows.announce import announce
 from flows.checkout import forget_choice
 from flows.environment import data_source, settings
-from flows.fan_out import prefect_fan_out, task_runner
 from flows.lineage import DataVersion
 from flows.params import Params
 from flows.progress import reporter
 from flows.s3 import Store
 from flows.s3_objects import S3Objects
-from flows.steps import ended, step
+from flows.steps import ended, prefect_fan_out, step, task_runner
+from flows.sync import announce
 from flows.up_to_date import bring_up_to_date, publish
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from diffusion.families.config import FAMILIES, FamilyConfig, meaningless
 from diffusion.models.config import ModelConfig
 from diffusion.presets import PresetName, over
 from diffusion.training.config import TrainingConfig, disagreement
-from flows.retention.config import RetentionConfig
+from flows.retention.policy import RetentionConfig
 
 DEFAULT_PARAMS = Path("params.yaml")
 """The one file that may be missing: then everything has its default."""

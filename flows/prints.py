@@ -104,8 +104,8 @@ class Batch(Config):
     content_digest: Sha256
     weights_sha256: Sha256
     code_sha256: Sha256 | None = Field(None, exclude_if=unset)
-    """Digest of the code that the version ships (``flows.shipped``), as its tag had it when the batch was begun; None:
-    the version was registered before there were such tags."""
+    """Digest of the code that the version ships (``registry.digest_code``), as its tag had it when the batch was begun;
+    None: the version was registered before there were such tags."""
     seed: Seed
     count: int = Field(ge=1, le=MOST_PICTURES)
     sampling: SamplingConfig

@@ -12,8 +12,7 @@ from filelock import FileLock
 from pydantic import ValidationError
 
 from diffusion.config import Config
-from diffusion.data.ingest import work_folder
-from diffusion.data.manifest import Manifest, manifest_bytes
+from diffusion.data.manifest import Manifest, manifest_bytes, work_folder
 from diffusion.errors import UserError
 from diffusion.evaluation.comparison import COMPARISON, Comparison
 from diffusion.evaluation.comparison_page import PAGE

@@ -31,9 +31,8 @@ from diffusion.errors import UserError
 from diffusion.files import digest_of, sha256_file
 from diffusion.grids import image_of, png_bytes
 from diffusion.model import Model, load_model
-from flows.aliases import ALIASES, named
+from flows.aliases import ALIASES, named, verified
 from flows.ledger import Ledger
-from flows.ledger_record import verified
 from flows.tags import HIGHEST_NUMBER, RunId, VersionNumber, parse_tags
 
 WEIGHTS, CODE = "darkroom.weights_sha256", "darkroom.code_sha256"

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from PIL import Image
 
 from diffusion.errors import DarkroomError
 from diffusion.files import is_full_disk, make_folder, sync_file, sync_folder, write_bytes, write_json
 from diffusion.grids import save_png
-from flows.machine import Machine
 from flows.tracking import RunTracker, picture_marker
 
 AT_ONCE = 500
@@ -215,3 +219,31 @@ class SpooledTracker:
         if fresh:
             self.tracker.client.log_batch(self.tracker.run_id, metrics=fresh)
         return len(figures)
+
+
+EVERY = 10.0
+"""Seconds between two looks."""
+
+
+class Machine:
+    """Processors, memory, disk and, where there are any, GPUs."""
+
+    def __init__(self) -> None:
+        self.monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor()]  # type: ignore[no-untyped-call]
+        # Without NVIDIA's library and driver there is no GPU to look at.
+        with suppress(ImportError, RuntimeError):
+            self.monitors.append(GPUMonitor())  # type: ignore[no-untyped-call]
+        self.looked = time.monotonic()
+
+    def figures(self) -> dict[str, float]:
+        """How it is, unless that was asked for a moment ago."""
+        if time.monotonic() - self.looked < EVERY:
+            return {}
+        self.looked = time.monotonic()
+        figures: dict[str, float] = {}
+        for monitor in self.monitors:
+            monitor.collect_metrics()  # type: ignore[no-untyped-call]
+            now = monitor.aggregate_metrics()  # type: ignore[no-untyped-call]
+            monitor.clear_metrics()  # type: ignore[no-untyped-call]
+            figures |= {f"system/{name}": float(value) for name, value in now.items()}
+        return figures

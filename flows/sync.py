@@ -1,10 +1,15 @@
-"""A data set's newest version, brought to this machine, so that one worker goes on where another ended."""
+"""Versions of a data set between machines: the newest is brought here, and the event says that one is there."""
 
-from diffusion.data.manifest import read_manifest, versions
-from flows.catalogue import Catalogue
+import asyncio
+from uuid import NAMESPACE_URL, uuid5
+
+from prefect.events import Event
+from prefect.events.clients import get_events_client
+
+from diffusion.data.manifest import Manifest, read_manifest, versions
+from flows.catalogue import Catalogue, Heads
 from flows.checkout import CheckedOut, checkout
 from flows.environment import data_source
-from flows.heads import Heads
 from flows.params import Params
 from flows.steps import step
 
@@ -32,3 +37,47 @@ def newer(params: Params, catalogue: Catalogue) -> str | None:
     # What was never published is only here: the next ingest adds it to the newest.
     unpublished = catalogue.written(read_manifest(folder).digest) is None
     return None if unpublished or any(version.digest == newest for version in versions(folder)) else newest
+
+
+CREATED = "darkroom.dataset.version.created"
+
+
+@step
+def announce(params: Params, silently: bool) -> None:
+    """Emit the event for the version that lies here, once it is in the catalogue; ``silently`` only notes it as told.
+
+    A version is announced once. Killed between the event and the note of it, the same step emits the same event again,
+    with the same id.
+    """
+    catalogue = Catalogue.of(params.training.dataset, data_source())
+    version = read_manifest(params.dataset_folder)
+    if catalogue.announced(version.digest):
+        return
+    if not silently:
+        asyncio.run(_emit(created(version, catalogue)))
+    catalogue.note_announced(version.digest)
+
+
+def created(version: Manifest, catalogue: Catalogue) -> Event:
+    """The event of ``version``."""
+    return Event(
+        event=CREATED,
+        id=uuid5(NAMESPACE_URL, f"{CREATED}:{catalogue.place}/{version.digest}"),
+        resource={
+            "prefect.resource.id": f"darkroom.dataset.{version.name}",
+            "prefect.resource.name": version.name,
+        },
+        payload={
+            "digest": version.digest,
+            "content_digest": version.content_digest,
+            "parent": version.parent,
+            "change": version.change,
+            "kept": version.kept,
+        },
+    )
+
+
+async def _emit(event: Event) -> None:
+    # Confirmed before it is noted: Prefect's own emitter sends in the background.
+    async with get_events_client(checkpoint_every=1) as client:
+        await client.emit(event)

@@ -41,7 +41,7 @@ class Tags(BaseModel):
     weights_sha256: Sha256 | None = None
     """SHA-256 of the version's weights."""
     code_sha256: Sha256 | None = None
-    """Digest of the code that the version ships: see ``flows.shipped``."""
+    """Digest of the code that the version ships: see ``flows.reproduce``."""
     content_digest: Sha256 | None = None
     """Content of the data set that was trained on."""
     dvc_digest: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}(\.dir)?$")] | None = None

@@ -8,24 +8,22 @@ from prefect.artifacts import create_markdown_artifact
 
 from diffusion.config import Config
 from diffusion.data import takedown as pictures
-from diffusion.data.holders import Holders, holders
 from diffusion.data.manifest import Manifest
-from diffusion.data.removals import Removal
-from diffusion.data.selection import Selection
+from diffusion.data.takedown_records import Holders, Removal, Selection, holders
 from diffusion.data.versions import known_versions
 from diffusion.escaping import escape_markdown
 from flows import environment, lineage
-from flows.announce import announce
 from flows.catalogue import Catalogue
 from flows.checkout import choice, forget_choice
 from flows.derived import Derived, clear_pictures, find_derived
 from flows.derived import mark as mark_derived
-from flows.kept_files import KeptFiles
+from flows.dvc_files import KeptFiles
 from flows.lineage import DataVersion
 from flows.params import Params
 from flows.progress import reporter
 from flows.purge import Purged, purge_dvc, purge_files, purge_samples
 from flows.steps import step
+from flows.sync import announce
 from flows.up_to_date import bring_up_to_date, publish
 
 

@@ -15,21 +15,21 @@ from mlflow.exceptions import MlflowException
 from diffusion.config import Config
 from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.data.manifest import FileEntry, Manifest, parse_manifest
-from diffusion.data.removals import Removal
+from diffusion.data.takedown_records import Removal
 from diffusion.errors import UserError
 from diffusion.fingerprint import Fingerprint
 from diffusion.made import ABOUT
-from flows import batch_records, environment, registry
+from flows import environment, registry
 from flows.catalogue import Catalogue
 from flows.derived import TAKEDOWN
-from flows.kept_files import KeptFiles, is_whole
+from flows.dvc_files import KeptFiles, is_whole
 from flows.params import dataset_folder
-from flows.printed import Origin, Picture, Printed, find
+from flows.printed import Origin, Picture, Printed, disagreements, find
 from flows.prints import DELETED, Batch
 from flows.registry import CODE, WEIGHTS
+from flows.reproduce import fetch_code
 from flows.request_table import Requests
 from flows.s3 import Location, Store
-from flows.shipped import fetch_code
 from flows.tags import Tags, parse_tags
 
 MANIFEST = "dataset/manifest.json"
@@ -166,7 +166,7 @@ class _Walk:
         picture = printed.picture and self.picture(printed, printed.picture)
         if printed.batch is not None and printed.place is not None:
             index = picture.index if picture else None
-            self.broken += batch_records.disagreements(self.store, printed.batch, printed.place, index)
+            self.broken += disagreements(self.store, printed.batch, printed.place, index)
         task = origin.task if isinstance(origin, Origin) else None
         batch = self.batch(printed) if task is None else None
         request = self.request(printed) if task is not None else None

@@ -1,7 +1,7 @@
 """A data set on this machine and on all others: brought up to date before it is added to, and published afterwards.
 
 Several machines may add to one data set. Before an ingest or a takedown the version here is made to go on from the
-newest one (``flows.heads``): an older version is replaced by it, and what only this machine has is added to it.
+newest one (``flows.catalogue``): an older version is replaced by it, and what only this machine has is added to it.
 Takedown records of the catalogue are applied at the same time, so that no image comes back that another machine took
 down.
 """
@@ -12,20 +12,17 @@ from pathlib import Path
 from filelock import FileLock
 
 from diffusion.data.config import IngestConfig
-from diffusion.data.holders import still_held
-from diffusion.data.ingest import work_folder
-from diffusion.data.manifest import Manifest, parse_manifest, read_manifest, version_path, versions
-from diffusion.data.removals import removals
+from diffusion.data.manifest import Manifest, parse_manifest, read_manifest, version_path, versions, work_folder
+from diffusion.data.merge import unite
 from diffusion.data.takedown import remove_known
-from diffusion.data.union import unite
+from diffusion.data.takedown_records import removals, still_held
 from diffusion.data.versions import remember
 from diffusion.errors import Held, UserError
 from diffusion.progress import Progress, silent
 from flows import catalogue, lineage
-from flows.catalogue import Catalogue
+from flows.catalogue import Catalogue, Heads
 from flows.checkout import Place, choice, forget_choice, remove_others
-from flows.heads import Heads
-from flows.kept_files import is_whole
+from flows.dvc_files import is_whole
 from flows.lineage import DataVersion
 
 logger = logging.getLogger(__name__)

@@ -2,9 +2,17 @@
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice
-from typing import Protocol, TypeVar
+from multiprocessing import forkserver, get_context
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from diffusion.data.config import IngestConfig
+from diffusion.errors import UserError
+from diffusion.parent import end_with_parent
+
+if TYPE_CHECKING:
+    from diffusion.data.chunks import Chunk, PreparedChunk
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,3 +41,37 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -
         yield from in_order((pool.submit(work, item) for item in items), 2 * workers)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+class FanOut(Protocol):
+    """Runs ``prepare_chunk`` on chunks, wherever; yields the results in the order of the chunks."""
+
+    def __call__(
+        self, prepare: "Callable[[Chunk], PreparedChunk]", chunks: "Iterable[Chunk]"
+    ) -> "Iterator[PreparedChunk]":
+        """Begin a few ahead; a chunk that fails raises here, after what retries there are."""
+
+
+def local_fan_out(config: IngestConfig) -> FanOut:
+    """Threads or processes of this machine, as ``config`` says; processes begin to start at once."""
+    if config.runner == "ray":
+        raise UserError(
+            "ingest.runner=ray needs `darkroom ingest` with a Prefect server: here use threads or processes"
+        )
+    if config.runner == "processes":
+        # What they are forked from loads what they need, once for all, while the caller plans.
+        forkserver.set_forkserver_preload(["diffusion.data.chunks"])
+        forkserver.ensure_running()
+
+    def fan_out(prepare: "Callable[[Chunk], PreparedChunk]", chunks: "Iterable[Chunk]") -> "Iterator[PreparedChunk]":
+        pool: Executor
+        if config.runner == "processes":
+            pool = ProcessPoolExecutor(config.workers, get_context("forkserver"), end_with_parent)
+        else:
+            pool = ThreadPoolExecutor(config.workers)
+        try:
+            yield from in_order((pool.submit(prepare, chunk) for chunk in chunks), 2 * config.workers)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    return fan_out

@@ -8,7 +8,7 @@ import typer
 from flows.cli.options import DEFAULT_PARAMS, DatasetName, Json, ParamsFile, Set, joined, load, show
 
 if TYPE_CHECKING:
-    from flows.by_hand import Changed
+    from flows.champion import Changed
     from flows.history import Entry, History
 
 Reason = Annotated[str | None, typer.Option("--reason", metavar="TEXT", help="Why: it goes into the ledger.")]
@@ -35,9 +35,9 @@ def rollback(
     """
     config = load(params, overrides, dataset)
     with joined("mlflow", "s3"):
-        from flows import by_hand
+        from flows import champion
 
-        done = by_hand.roll_back(config.model_name, reason)
+        done = champion.roll_back(config.model_name, reason)
     show_changed(done, as_json)
 
 
@@ -59,9 +59,9 @@ def history(
         from mlflow.client import MlflowClient
 
         from flows.aliases import project
+        from flows.aliases import restore as restore_ledger
         from flows.champion import champion_problem
         from flows.ledger import Ledger
-        from flows.ledger_record import restore as restore_ledger
 
         client, ledger = MlflowClient(), Ledger.of(config.model_name)
         restored = restore_ledger(client, ledger) if restore else []

@@ -11,9 +11,9 @@ import typer
 from flows.cli.options import DEFAULT_PARAMS, DatasetName, Json, ParamsFile, Set, joined, load, show
 
 if TYPE_CHECKING:
-    from diffusion.data.difference import Difference
     from diffusion.data.manifest import FileEntry
-    from diffusion.data.selection import Chosen, Selection
+    from diffusion.data.takedown_records import Chosen, Selection
+    from diffusion.data.versions import Difference
     from flows.takedown import TakenDown
 
 app = typer.Typer(
@@ -106,7 +106,7 @@ def diff(
 
     Example:  darkroom data diff 3f9c21d0 --dataset faces
     """
-    from diffusion.data.difference import diff as difference_of
+    from diffusion.data.versions import diff as difference_of
     from diffusion.data.versions import resolve
     from diffusion.errors import UserError
 
@@ -221,7 +221,7 @@ def _in_cache(folder: Path) -> "Callable[[FileEntry], Path | None]":
 
     def find(entry: "FileEntry") -> Path | None:
         if not found:
-            from flows.kept_files import KeptFiles
+            from flows.dvc_files import KeptFiles
 
             found.append(KeptFiles(folder.name))
         path: Path | None = found[0].find(entry)
@@ -240,7 +240,7 @@ def _reach() -> str:
 
 def _selection(pictures: list[str], sources: list[str], label: str | None) -> "Selection":
     """What the command line names; raises UserError if it says nothing or is misspelt."""
-    from diffusion.data.selection import Selection, Selector, is_key
+    from diffusion.data.takedown_records import Selection, Selector, is_key
 
     keys = [each for each in pictures if is_key(each)]
     patterns = [each for each in pictures if not is_key(each)]

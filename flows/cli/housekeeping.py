@@ -43,7 +43,7 @@ def gc(
             from flows.gc import gc
 
             done = gc(config)
-    from flows.retention.items import table
+    from flows.retention.policy import table
 
     show(done.model_dump(mode="json"), as_json, list(table(done.items)))
 

@@ -28,8 +28,8 @@ from flows.cli.options import (
 from flows.cli.requests import is_file, made, show_made
 
 if TYPE_CHECKING:
+    from flows.lineage import RemoteShards
     from flows.params import Params
-    from flows.remote_shards import RemoteShards
 
 ModelUri = Annotated[
     str | None,
@@ -165,7 +165,7 @@ def _with_files(config: "Params", dry_run: bool = False) -> "Params":
     if registered(config) is None and registered_start(config) is None:
         return config
     with joined("mlflow", "s3"):
-        from flows.fetched import fetched
+        from flows.dependencies import fetched
 
         return fetched(config, dry_run).params
 
@@ -178,7 +178,7 @@ def _shards(config: "Params") -> "Iterator[RemoteShards | None]":
         return
     with joined("s3"):
         from flows.environment import data_source
-        from flows.remote_shards import RemoteShards
+        from flows.lineage import RemoteShards
 
         yield RemoteShards(config.dataset_folder, data_source())
 
@@ -232,9 +232,9 @@ def promote(
     config = load(params, overrides, dataset)
     if version is not None:
         with joined("mlflow", "s3"):
-            from flows import by_hand
+            from flows import champion
 
-            changed = by_hand.promote(config.model_name, version, reason, taken_down)
+            changed = champion.promote(config.model_name, version, reason, taken_down)
         show_changed(changed, as_json)
         return
     if reason is not None or taken_down:

@@ -15,7 +15,7 @@ app = typer.Typer(
 @app.command()
 def ingest(params: ParamsFile = DEFAULT_PARAMS, overrides: Set = [], as_json: Json = False) -> None:  # noqa: B006
     """Add what is new in ingest.source to the data set training.dataset; begins anew if it is stored in another way."""
-    from diffusion.data.fan_out import local_fan_out
+    from diffusion.data.ahead import local_fan_out
     from flows.console import console
 
     config = load(params, overrides)

@@ -13,11 +13,11 @@ from dvc.repo import Repo
 from diffusion.data.chunks import Chunk, PreparedChunk
 from diffusion.data.config import IngestConfig
 from diffusion.data.dataset import Dataset
-from diffusion.data.ingest import captions_folder, ingest, work_folder
-from diffusion.data.manifest import FileEntry, Manifest, read_manifest
-from diffusion.data.selection import Selection
+from diffusion.data.ingest import captions_folder, ingest
+from diffusion.data.manifest import FileEntry, Manifest, read_manifest, work_folder
 from diffusion.data.shard_cache import ShardCache
 from diffusion.data.takedown import remove
+from diffusion.data.takedown_records import Selection
 from diffusion.data.versions import history
 from diffusion.errors import UserError
 from diffusion.files import sha256_bytes
@@ -26,9 +26,8 @@ from flows import catalogue
 from flows.catalogue import Catalogue
 from flows.checkout import checkout
 from flows.ingest import record
-from flows.lineage import data_version, record_data, restore_data
+from flows.lineage import RemoteShards, data_version, record_data, restore_data
 from flows.params import Params
-from flows.remote_shards import RemoteShards
 from flows.s3 import Store
 from tests.conftest import blob
 from tests.diffusion.test_ingest import files_of

@@ -29,7 +29,7 @@ from diffusion.made import make as make_pictures
 from diffusion.made import read_request
 from diffusion.model import export
 from diffusion.requests import Wanted
-from flows import printing, prints, registry, sample, shipped
+from flows import printing, prints, registry, sample
 from flows.catalogue import Catalogue
 from flows.derived import TAKEDOWN
 from flows.lineage import CodeVersion, DataVersion, record_data
@@ -359,7 +359,7 @@ def test_what_the_versions_code_does_not_know_is_said_in_one_line_with_what_may_
     raw = json.loads(made.batch.json_bytes())
     raw["asked"]["labels"] = ["neither"]
     place = made.beside("newer", {"batch.json": canonical_json(raw).encode()})
-    monkeypatch.setattr(shipped, "fetch_requirements", lambda _: ["torch==1.0"])
+    monkeypatch.setattr("flows.reproduce.fetch_requirements", lambda _: ["torch==1.0"])
     with pytest.raises(UserError, match=r"knows no class 'neither'.*; .*torch: 1.0 → .*--installed") as raised:
         reproduce(f"{place}/00000017.png")
     assert "\n" not in str(raised.value)
@@ -488,7 +488,7 @@ def test_only_other_arithmetic_excuses_an_error_and_only_a_small_one(made: Made)
 
 def test_libraries_that_moved_are_named() -> None:
     numpy = installed("numpy")
-    assert shipped.moved([f"numpy=={numpy}", "torch==1.0", "no-such-thing==2", "", "pandas"]) == [
+    assert reproduce.moved([f"numpy=={numpy}", "torch==1.0", "no-such-thing==2", "", "pandas"]) == [
         f"torch: 1.0 → {installed('torch').split('+')[0]}",
         "no-such-thing: 2 → not installed",
     ]

@@ -17,7 +17,7 @@ from mlflow.client import MlflowClient
 from PIL import Image
 
 from diffusion.errors import DarkroomError
-from flows import machine, spool
+from flows import spool
 from flows.spool import Spool, SpooledTracker
 from flows.tracking import RunTracker
 from tests.conftest import blob
@@ -141,7 +141,7 @@ def test_a_server_that_goes_away_and_comes_back_has_every_point_once_in_order(
 def test_the_machine_is_looked_at_now_and_then(
     client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "EVERY", 0.3)
+    monkeypatch.setattr(spool, "EVERY", 0.3)
     tracker = new_run(client)
     spooled = SpooledTracker(tracker, tmp_path / "spool")
     spooled.log_metrics({"loss": 0.5}, 16)

@@ -14,12 +14,11 @@ from dvc.repo import Repo
 from mlflow.client import MlflowClient
 
 from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import captions_folder, ingest, work_folder
-from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.data.ingest import captions_folder, ingest
+from diffusion.data.manifest import Manifest, read_manifest, work_folder
 from diffusion.data.pictures import prepare
-from diffusion.data.removals import Removal
-from diffusion.data.selection import Selection
 from diffusion.data.takedown import remove
+from diffusion.data.takedown_records import Removal, Selection
 from diffusion.errors import UserError
 from flows.checkout import checkout
 from flows.derived import clear_pictures, find_derived, mark, takedowns

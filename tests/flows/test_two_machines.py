@@ -12,7 +12,7 @@ __all__ = ["first_version", "machine", "two"]
 STEPS = (
     "flows.lineage:record_data",  # ingested, and not pushed
     "flows.catalogue:publish",  # pushed, and not in the catalogue
-    "flows.heads:Heads.advance",  # in the catalogue, and not the newest
+    "flows.catalogue:Heads.advance",  # in the catalogue, and not the newest
 )
 
 
@@ -61,7 +61,7 @@ def test_whoever_is_killed_holds_nobody_up_and_goes_on_with_the_same_command(
 @pytest.mark.slow
 def test_two_that_begin_one_data_set_at_the_same_time_make_one_of_it(machine: Machines) -> None:
     one, other = machine("one"), machine("other")
-    with before("flows.heads:Heads.advance", lambda: other.ingest(1, 2, 200)):
+    with before("flows.catalogue:Heads.advance", lambda: other.ingest(1, 2, 200)):
         one.ingest(1, 2, 100)
     assert one.images == {1, 2, 100, 200}
     assert one.newest == one.version.digest
@@ -70,9 +70,9 @@ def test_two_that_begin_one_data_set_at_the_same_time_make_one_of_it(machine: Ma
 @pytest.mark.slow
 def test_a_catalogue_from_before_there_were_heads_is_mended_where_one_lost_images(two: tuple[Machine, Machine]) -> None:
     one, other = two
-    with before("flows.heads:Heads.advance", killed), pytest.raises(Killed):
+    with before("flows.catalogue:Heads.advance", killed), pytest.raises(Killed):
         one.ingest(100)
-    with before("flows.heads:Heads.advance", killed), pytest.raises(Killed):
+    with before("flows.catalogue:Heads.advance", killed), pytest.raises(Killed):
         other.ingest(200)
     store = Store()
     bucket = settings().bucket
