@@ -20,17 +20,17 @@ from typing import Literal
 from uuid import uuid4
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from diffusion.config import Config
 from diffusion.data.manifest import Manifest, Sha256, manifest_bytes, parse_manifest, read_manifest, work_folder
 from diffusion.data.takedown_records import Removal, removals, still_held, write_removal
 from diffusion.errors import Held, UserError
 from diffusion.files import canonical_json, sha256_bytes
-from flows.dvc_files import NAME
 from flows.numbered_objects import NumberedObjects, first_free, object_name
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
+from flows.tags import DvcDigest
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ RETIRED = "retired"
 PUSHING = "pushing"
 """Where those who push to the remote say so."""
 VERSION, RETIRED_VERSION = re.compile(r"([0-9a-f]{64})/manifest\.json"), re.compile(r"([0-9a-f]{64})\.json")
+POINTER = TypeAdapter(DvcDigest)
 LARGEST_MANIFEST = 2**30
 """Bytes that a manifest may have: a million parts."""
 
@@ -140,14 +141,11 @@ class Catalogue:
         except Missing:
             return None
         try:
-            found = yaml.safe_load(data)["outs"][0]["md5"]
-        except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError):
-            found = ""
-        if not re.fullmatch(NAME, str(found)):
+            return POINTER.validate_python(yaml.safe_load(data)["outs"][0]["md5"])
+        except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
             raise UserError(
                 f"s3://{self.place.bucket}/{key} is no DVC pointer: delete it, and ingest the data set again"
-            )
-        return str(found)
+            ) from error
 
     def tell_removal(self, removal: Removal) -> None:
         """Let other machines know what was taken down."""

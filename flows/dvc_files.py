@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Protocol
 
 from dvc.exceptions import NotDvcRepoError
 from dvc.repo import Repo
-from pydantic import StringConstraints, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from diffusion.config import Config
 from diffusion.data.manifest import FileEntry, Manifest, parse_manifest, version_path
@@ -21,19 +21,16 @@ from diffusion.files import sha256_file, write_atomically, write_bytes
 from flows.catalogue import Catalogue
 from flows.s3 import Location, Stat, Store
 from flows.s3_errors import Missing
+from flows.tags import DvcDigest
 
 FOLDER = ".dir"
 """Ends the name of a folder's listing."""
-NAME = r"[0-9a-f]{32}(\.dir)?"
-
-Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
-"""Of an object: the MD5 of its bytes, of a listing with ``.dir`` behind it."""
 
 
 class Listed(Config):
     """A file of a folder."""
 
-    md5: Name
+    md5: DvcDigest
     relpath: str
 
 

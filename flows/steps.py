@@ -19,7 +19,6 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 from prefect.tasks import exponential_backoff
 
 from diffusion.data.ahead import Begun, FanOut, in_order
-from diffusion.data.chunks import Chunk, PreparedChunk
 from diffusion.data.config import IngestConfig
 from diffusion.errors import DarkroomError, UserError
 from diffusion.escaping import escape_controls
@@ -29,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 MISSED = 4
 """Heartbeats without which a run counts as dead: 240 s at ours, more than the 180 s of runs that have Prefect's own."""
 SHORTEST_LEASE = 60
@@ -107,9 +107,9 @@ def submitter(task: Task[P, R], config: Spread, gpu: bool) -> Callable[P, Begun[
 def prefect_fan_out(config: IngestConfig) -> FanOut:
     """One task for each chunk, on the task runner of the flow at hand."""
 
-    def fan_out(prepare: Callable[[Chunk], PreparedChunk], chunks: Iterable[Chunk]) -> Iterator[PreparedChunk]:
-        prepare_shard = step(prepare).with_options(name="prepare shard")
-        yield from in_order((prepare_shard.submit(chunk) for chunk in chunks), 2 * config.workers)
+    def fan_out(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        prepare_shard = step(work).with_options(name="prepare shard")
+        yield from in_order((prepare_shard.submit(item) for item in items), 2 * config.workers)
 
     return fan_out
 

@@ -26,6 +26,8 @@ VersionNumber = Annotated[int, Field(ge=1, le=HIGHEST_NUMBER)]
 """Number of a model version."""
 ModelUri = Annotated[str, StringConstraints(pattern=r"^models:/[^/@]{1,200}/[1-9][0-9]{0,9}$")]
 """Exact version of a registered model."""
+DvcDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}(\.dir)?$")]
+"""Name that DVC gives a file or, with ``.dir``, a folder: the MD5 of its bytes or of its listing."""
 
 
 class Tags(BaseModel):
@@ -44,7 +46,7 @@ class Tags(BaseModel):
     """Digest of the code that the version ships: see ``flows.reproduce``."""
     content_digest: Sha256 | None = None
     """Content of the data set that was trained on."""
-    dvc_digest: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}(\.dir)?$")] | None = None
+    dvc_digest: DvcDigest | None = None
     """The same data set version, as DVC names it."""
     dataset: PlainName | None = None
     """Name of the data set."""

@@ -1,18 +1,18 @@
-"""Many waits at once, results in order."""
+"""Work on threads and processes, a little ahead of whoever takes the results, which come in order.
+
+Loads little, so that processes can begin to start before their caller loads the rest.
+"""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice
 from multiprocessing import forkserver, get_context
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from diffusion.data.config import IngestConfig
 from diffusion.errors import UserError
 from diffusion.parent import end_with_parent
-
-if TYPE_CHECKING:
-    from diffusion.data.chunks import Chunk, PreparedChunk
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,12 +44,10 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -
 
 
 class FanOut(Protocol):
-    """Runs ``prepare_chunk`` on chunks, wherever; yields the results in the order of the chunks."""
+    """Runs a function on items, wherever; yields the results in the order of the items."""
 
-    def __call__(
-        self, prepare: "Callable[[Chunk], PreparedChunk]", chunks: "Iterable[Chunk]"
-    ) -> "Iterator[PreparedChunk]":
-        """Begin a few ahead; a chunk that fails raises here, after what retries there are."""
+    def __call__(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Begin a few ahead; an item that fails raises here, after what retries there are."""
 
 
 def local_fan_out(config: IngestConfig) -> FanOut:
@@ -63,14 +61,14 @@ def local_fan_out(config: IngestConfig) -> FanOut:
         forkserver.set_forkserver_preload(["diffusion.data.chunks"])
         forkserver.ensure_running()
 
-    def fan_out(prepare: "Callable[[Chunk], PreparedChunk]", chunks: "Iterable[Chunk]") -> "Iterator[PreparedChunk]":
+    def fan_out(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         pool: Executor
         if config.runner == "processes":
             pool = ProcessPoolExecutor(config.workers, get_context("forkserver"), end_with_parent)
         else:
             pool = ThreadPoolExecutor(config.workers)
         try:
-            yield from in_order((pool.submit(prepare, chunk) for chunk in chunks), 2 * config.workers)
+            yield from in_order((pool.submit(work, item) for item in items), 2 * config.workers)
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -155,7 +155,7 @@ def test_a_print_leads_to_its_batch_model_run_and_data_set_and_to_shards_that_ar
     assert found.picture.as_printed is True
     assert (found.picture.index, found.picture.seed, found.picture.label) == (17, 5, None)
     assert found.picture.sha256 == sha256_bytes(made.png)
-    assert (found.batch.uri, found.batch.count, found.batch.finished) == (f"{made.place}/", 18, True)
+    assert (found.place, found.batch, found.finished) == (f"{made.place}/", made.batch, True)
     assert (found.batch.asked, found.batch.sampling) == (ASKED, SAMPLING)
     assert (found.model.uri, found.model.aliases) == ("models:/blobs/1", ["champion"])
     assert found.model.tags["darkroom.weights_sha256"] == sha256_bytes(Path("weights.safetensors").read_bytes())
@@ -189,7 +189,7 @@ def test_a_copy_of_a_print_leads_to_the_batch_that_printed_it_among_several_of_i
         found = trace(str(copy))
         assert found.broken == []
         assert found.batch is not None
-        assert found.batch.uri == f"{at}/"
+        assert found.place == f"{at}/"
     copy.write_bytes(repainted(made.png, 90))
     found = trace(str(copy))
     assert found.batch is None
@@ -210,7 +210,7 @@ def test_a_picture_made_on_request_leads_to_what_was_asked_and_to_its_model(made
     assert found.picture.as_printed is True
     assert found.batch is None
     assert found.request is not None
-    assert (found.request.asked["task"], found.request.asked["to_seed"]) == ("interpolate", 6)
+    assert (found.request.request["task"], found.request.request["to_seed"]) == ("interpolate", 6)
     assert found.data is not None
     assert found.data.version == made.manifest.digest
     with pytest.raises(UserError, match="the same command makes it again"):
