@@ -21,8 +21,7 @@ from flows.progress import reporter
 from flows.s3 import Store
 from flows.s3_objects import S3Objects
 from flows.steps import ended, prefect_fan_out, step, task_runner
-from flows.sync import announce
-from flows.up_to_date import bring_up_to_date, publish
+from flows.sync import announce, bring_up_to_date, publish
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,7 @@ from flows.params import Params
 from flows.progress import reporter
 from flows.purge import Purged, purge_dvc, purge_files, purge_samples
 from flows.steps import step
-from flows.sync import announce
-from flows.up_to_date import bring_up_to_date, publish
+from flows.sync import announce, bring_up_to_date, publish
 
 
 class TakenDown(Config):
@@ -85,7 +84,7 @@ def record(params: Params, removal: Removal) -> DataVersion:
     """Let other machines know of what was taken down, then publish the newest version without it."""
     folder, source = params.dataset_folder, environment.data_source()
     # First, so that whatever is published or promoted from here on is checked against it, and what was before is there
-    # to be found: see ``flows.up_to_date.publish`` and ``flows.promote.record``.
+    # to be found: see ``flows.sync.publish`` and ``flows.promote.record``.
     Catalogue.of(params.training.dataset, source).tell_removal(removal)
     # Pictures that leave an older version leave the newest one as well, which stays what it is otherwise.
     forget_choice(folder)

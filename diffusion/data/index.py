@@ -1,7 +1,8 @@
-"""The index of a data set: its records by key and by source, on disk, for the ingest that adds to it.
+"""The index of a data set: its records by key and by source, and groups of near-duplicates, on disk.
 
 It is a cache. What the tables of the data set say can always be read from them again; what only this machine knows,
-the stamps by which unread files are recognised, costs no more than reading those files once more.
+the stamps by which unread files are recognised, costs no more than reading those files once more. Near-duplicates are
+images whose perceptual hashes differ in a few bits, found without comparing all pairs.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Which pictures of a data set are meant: by key, by patterns of their names, by class."""
+"""Takedown records: which images were meant, what was taken down, and which versions of a data set held it."""
 
 import fnmatch
 import re

@@ -8,10 +8,10 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,7 +31,7 @@ from diffusion.data.manifest import (
     versions,
     work_folder,
 )
-from diffusion.data.quarantine import Quarantine, Reason, Refusal, standing
+from diffusion.data.quarantine import QuarantineEntry, Reason, standing
 from diffusion.errors import UserError
 from diffusion.files import sha256_bytes, sha256_file, write_bytes
 
@@ -59,13 +59,6 @@ class Step(Config):
     removed: int
     """Pictures of its parent that it lacks."""
     kept: int
-
-
-class LogEntry(Step):
-    """A version in the line of its data set."""
-
-    quarantined: int
-    """Entries refused when they were read, even if a later ingest could use them."""
 
 
 class HistoryEntry(Step):
@@ -99,7 +92,7 @@ class Contents(Config):
     quarantined_count: int | None
     """Entries that stand refused: the last that was told of their name; None if a table that is needed is no longer
     here."""
-    quarantined: list[Refusal] | None
+    quarantined: list[QuarantineEntry] | None
     """The first of them, by name."""
     reasons: list[Reason] | None
     """The leading reasons."""
@@ -188,23 +181,10 @@ def choose(prefix: str, candidates: dict[str, str], name: str) -> str:
     raise UserError(f"{prefix} is no version of data set {name}: there is {listed}")
 
 
-def log(folder: Path) -> Iterator[LogEntry]:
+def log(folder: Path) -> Iterator[Step]:
     """The current version of the data set in ``folder`` and all it was made from, newest first."""
-    line = versions(folder)
-    version = next(line)
-    for parent in chain(line, (None,)):
-        added, removed = _moved(parent, version)
-        yield LogEntry(
-            digest=version.digest,
-            content_digest=version.content_digest,
-            change=version.change,
-            added=added,
-            removed=removed,
-            kept=version.kept,
-            quarantined=sum(part.outcomes.get("quarantined", 0) for part in version.parts),
-        )
-        if parent is not None:
-            version = parent
+    line: Iterator[Manifest | None] = chain(versions(folder), (None,))
+    return (_step(version, parent) for version, parent in pairwise(line) if version is not None)
 
 
 def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
@@ -218,11 +198,7 @@ def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
     quarantines = standing(ordered, lambda part, columns: find_records(folder, part, columns, elsewhere), limit=0)
     return [
         HistoryEntry(
-            digest=version.digest,
-            content_digest=version.content_digest,
-            change=version.change,
-            **dict(zip(("added", "removed"), _moved(known.get(version.parent or ""), version), strict=True)),
-            kept=version.kept,
+            **dict(_step(version, known.get(version.parent or ""))),
             parent=version.parent,
             current=version.digest == current,
             quarantined=quarantine and quarantine.count,
@@ -252,7 +228,7 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = nowhere, limit:
     outcomes: Counter[Outcome] = Counter()
     for part in version.parts:
         outcomes.update(part.outcomes)
-    quarantine = _quarantine(folder, version, elsewhere, limit)
+    (quarantine,) = standing([version], lambda part, columns: find_records(folder, part, columns, elsewhere), limit)
     return Contents(
         dataset=version.name,
         digest=version.digest,
@@ -285,23 +261,28 @@ def kept_in(part: Part) -> int:
     return sum(part.splits.values())
 
 
-def _moved(parent: Manifest | None, version: Manifest) -> tuple[int, int]:
-    """How many pictures came and went."""
+def _step(version: Manifest, parent: Manifest | None) -> Step:
+    """``version``, and how many images came and went since ``parent``."""
     if parent is None:
-        return version.kept, 0
-    if version.change == "rebuild":
-        return version.kept, parent.kept
-    before = {part.number: kept_in(part) for part in unshared(parent, version)}
-    after = {part.number: kept_in(part) for part in unshared(version, parent)}
-    grown = [after.get(number, 0) - before.get(number, 0) for number in {*before, *after}]
-    return sum(n for n in grown if n > 0), -sum(n for n in grown if n < 0)
+        added, removed = version.kept, 0
+    elif version.change == "rebuild":
+        added, removed = version.kept, parent.kept
+    else:
+        before = {part.number: kept_in(part) for part in unshared(parent, version)}
+        after = {part.number: kept_in(part) for part in unshared(version, parent)}
+        grown = [after.get(number, 0) - before.get(number, 0) for number in {*before, *after}]
+        added, removed = sum(n for n in grown if n > 0), -sum(n for n in grown if n < 0)
+    return Step(
+        digest=version.digest,
+        content_digest=version.content_digest,
+        change=version.change,
+        added=added,
+        removed=removed,
+        kept=version.kept,
+    )
 
 
-def _quarantine(folder: Path, version: Manifest, elsewhere: Elsewhere, limit: int | None) -> Quarantine | None:
-    (quarantine,) = standing([version], lambda part, columns: find_records(folder, part, columns, elsewhere), limit)
-    return quarantine
-
-
+T = TypeVar("T")
 Side: TypeAlias = Literal["before", "after"]
 
 
@@ -322,28 +303,12 @@ class Changed(Config):
     after: Sample
 
 
-class Samples(Config):
-    """Pictures that one version has and the other lacks."""
+class Group(Config, Generic[T]):
+    """What one version has and the other lacks, or has otherwise."""
 
     count: int
-    samples: list[Sample]
-    """The first of them, by key."""
-
-
-class Changes(Config):
-    """Pictures with another label, caption or split."""
-
-    count: int
-    samples: list[Changed]
-    """The first of them, by key."""
-
-
-class Refusals(Config):
-    """Entries that one version holds in quarantine and the other does not."""
-
-    count: int
-    samples: list[Refusal]
-    """The first of them, by name."""
+    samples: list[T]
+    """The first of them, by key or name."""
 
 
 class Difference(Config):
@@ -353,12 +318,12 @@ class Difference(Config):
     after: str
     same_content: bool
     kept: tuple[int, int]
-    added: Samples | None
-    removed: Samples | None
-    changed: Changes | None
-    quarantined: Refusals | None
+    added: Group[Sample] | None
+    removed: Group[Sample] | None
+    changed: Group[Changed] | None
+    quarantined: Group[QuarantineEntry] | None
     """In quarantine since."""
-    cleared: Refusals | None
+    cleared: Group[QuarantineEntry] | None
     """In quarantine no longer."""
     storage: dict[str, tuple[Any, Any]]
     """Settings that differ, each before and after."""
@@ -459,29 +424,29 @@ class _Comparison:
         own = {part.records.sha256 for part in sides["after"]}
         self._load_shared([part for part in after.parts if part.records.sha256 not in own])
 
-    def only_in(self, this: Side, other: Side) -> Samples | None:
+    def only_in(self, this: Side, other: Side) -> Group[Sample] | None:
         """Pictures that ``this`` version has and the ``other`` lacks."""
         if other in self.blind:
             return None
         sides = {"this": this, "other": other}
         query = f"{ONLY_IN} UNION ALL SELECT key, NULL, NULL, NULL, NULL FROM taken WHERE version = :this"
         rows = self._first(query, "key", sides)
-        return Samples(count=self._count(ONLY_IN, sides) + self.taken[this], samples=[_sample(row) for row in rows])
+        return Group(count=self._count(ONLY_IN, sides) + self.taken[this], samples=[_sample(row) for row in rows])
 
-    def changed(self) -> Changes | None:
+    def changed(self) -> Group[Changed] | None:
         """Pictures of both versions of which they tell different things."""
         if self.blind:
             return None
         samples = [Changed(before=_sample(row[:5]), after=_sample(row[5:])) for row in self._first(CHANGED, "1")]
-        return Changes(count=self._count(CHANGED), samples=samples)
+        return Group(count=self._count(CHANGED), samples=samples)
 
-    def refused_only_in(self, this: Side, other: Side) -> Refusals | None:
+    def refused_only_in(self, this: Side, other: Side) -> Group[QuarantineEntry] | None:
         """Entries that ``this`` version holds in quarantine and the ``other`` does not."""
         if self.blind or not self.remembers:
             return None
         query = REFUSED_ONLY_IN.format(this=LAST_WORD.format(this), other=LAST_WORD.format(other))
-        samples = [Refusal(source=source, reason=reason) for source, reason in self._first(query, "1")]
-        return Refusals(count=self._count(query), samples=samples)
+        samples = [QuarantineEntry(source=source, reason=reason) for source, reason in self._first(query, "1")]
+        return Group(count=self._count(query), samples=samples)
 
     def _count(self, query: str, values: Mapping[str, str] = NOTHING) -> int:
         (count,) = self.database.execute(f"SELECT count(*) FROM ({query})", dict(values)).fetchone()

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from diffusion.config_sampling import ANYTHING, Asked
 from diffusion.data.captions import Captions, like
 from diffusion.data.dataset import SPLITS, Dataset
-from diffusion.data.loader import Batch, Loader
+from diffusion.data.loader import Batch, Loader, Order, TrainingOrder, WindowedOrder
 from diffusion.data.manifest import Split
-from diffusion.data.order import Order, TrainingOrder, WindowedOrder
 from diffusion.device import device_name, resolve_device
 from diffusion.errors import DarkroomError
 from diffusion.families import family_of
