@@ -30,6 +30,9 @@ DATA = ".json"
 COPY_NAME = re.compile(re.escape(COPY) + r"([0-9]{8})")
 DATA_NAME = re.compile(COPY_NAME.pattern + re.escape(DATA))
 COPY_END = re.compile(r"\(sha256 ([0-9a-f]{64})\)\Z")
+CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+ALIASES = (CHAMPION, PREVIOUS, CHALLENGER)
+"""In the order in which they are written."""
 
 
 def registered_model(client: MlflowClient, model: str) -> RegisteredModel | None:
@@ -132,11 +135,6 @@ def _copied(versions: Iterable[ModelVersion]) -> Iterator[tuple[int, str]]:
                 yield int(name[1]), sha256_bytes(text.encode())
             elif (name := COPY_NAME.fullmatch(tag)) and (end := COPY_END.search(text)):
                 yield int(name[1]), end[1]
-
-
-CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
-ALIASES = (CHAMPION, PREVIOUS, CHALLENGER)
-"""In the order in which they are written."""
 
 
 def project(client: MlflowClient, ledger: Ledger) -> History:

@@ -25,6 +25,11 @@ from flows.tags import DvcDigest
 
 FOLDER = ".dir"
 """Ends the name of a folder's listing."""
+Listing = dict[str, str]
+"""A folder that DVC knows: the MD5 of each file by its path in it."""
+UPLOADS = 4
+"""Files uploaded at the same time."""
+logger = logging.getLogger(__name__)
 
 
 class Listed(Config):
@@ -34,11 +39,7 @@ class Listed(Config):
     relpath: str
 
 
-Listing = dict[str, str]
-"""A folder that DVC knows: the MD5 of each file by its path in it."""
 LISTING = TypeAdapter(list[Listed])
-UPLOADS = 4
-"""Files uploaded at the same time."""
 
 
 class Depot(Protocol):
@@ -186,9 +187,6 @@ def _parsed(data: bytes, where: str) -> Listing:
         return {listed.relpath: listed.md5 for listed in LISTING.validate_json(data)}
     except ValidationError as error:
         raise UserError(f"{where} is no listing of DVC: delete it, and push the data set again") from error
-
-
-logger = logging.getLogger(__name__)
 
 
 class KeptFiles:

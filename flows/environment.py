@@ -51,6 +51,9 @@ DEFAULTS = {
     # Prefect's client sends its own besides the server's.
     "DO_NOT_TRACK": "true",
 }
+PREFIX = "DARKROOM_STAGING_"
+SERVER_PREFIXES = ("AWS_", "MLFLOW_", "PREFECT_", "DARKROOM_")
+"""Variables that lead to servers, with the keys to them."""
 
 
 class Settings(BaseSettings):
@@ -149,11 +152,6 @@ def _came_from(local: "LocalStack", server: Server) -> bool:
     address = os.environ.get(NAMED_BY[server][0], "")
     secret = os.environ.get(SECRET[server])
     return secret == local.variables(server)[SECRET[server]] and address.startswith("http://127.0.0.1:")
-
-
-PREFIX = "DARKROOM_STAGING_"
-SERVER_PREFIXES = ("AWS_", "MLFLOW_", "PREFECT_", "DARKROOM_")
-"""Variables that lead to servers, with the keys to them."""
 
 
 class Staging(BaseSettings):

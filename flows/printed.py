@@ -27,7 +27,7 @@ from diffusion.errors import UserError
 from diffusion.files import canonical_json, sha256_bytes, sha256_file
 from diffusion.made import ABOUT, About
 from flows import prints
-from flows.prints import Batch, Row
+from flows.prints import BATCH, MANIFEST, SUCCESS, Batch, Row
 from flows.registry import parse_model_uri
 from flows.request_table import KEPT, LARGEST_GROUP
 from flows.s3 import Location, Store
@@ -36,9 +36,15 @@ from flows.tags import RunId, VersionNumber
 
 logger = logging.getLogger(__name__)
 
-BATCH = "batch.json"
 NUMBERED = re.compile(r"([0-9]{8})\.png")
 NUMBER = re.compile("[0-9]{1,19}")
+MOST_NAMED = 20
+LARGEST_SUCCESS = 16 * 2**20
+"""Bytes that ``_SUCCESS`` may have: a hundred for each chunk."""
+LARGEST_TABLE = 64 * 2**30
+"""Bytes that ``manifest.parquet`` and ``requests.parquet`` may have: a hundred million rows."""
+LARGEST_ABOUT = 2**18
+"""Bytes that the JSON beside an image in a tar may have."""
 
 
 class Origin(Config):
@@ -271,16 +277,6 @@ def _opened(png: bytes) -> PngImageFile | None:
         return None
     assert isinstance(opened, PngImageFile)
     return opened
-
-
-BATCH, MANIFEST, SUCCESS = "batch.json", "manifest.parquet", "_SUCCESS"
-MOST_NAMED = 20
-LARGEST_SUCCESS = 16 * 2**20
-"""Bytes that ``_SUCCESS`` may have: a hundred for each chunk."""
-LARGEST_TABLE = 64 * 2**30
-"""Bytes that ``manifest.parquet`` and ``requests.parquet`` may have: a hundred million rows."""
-LARGEST_ABOUT = 2**18
-"""Bytes that the JSON beside an image in a tar may have."""
 
 
 class Success(Config):

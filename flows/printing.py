@@ -28,8 +28,8 @@ from diffusion.sampling import label_names, meanings_of, require_drawing, requir
 from diffusion.text import require_same
 from flows import environment, prints
 from flows.params import PrintsConfig
-from flows.printed import MANIFEST, SUCCESS, read_parts, success_of
-from flows.prints import RESUMED, Batch, Row
+from flows.printed import read_parts, success_of
+from flows.prints import BATCH, MANIFEST, RESUMED, SUCCESS, Batch, Row
 from flows.registry import Version
 from flows.request_table import KEPT, RequestTable
 from flows.s3 import Location, Object, Store
@@ -37,6 +37,10 @@ from flows.s3_errors import Denied, Missing
 from flows.s3_multipart import ABANDONED, PART_BYTES, abort_uploads, writing
 
 JSON, JSON_LINES, PNG, TAR = "application/json", "application/jsonl", "image/png", "application/x-tar"
+DEFAULT_COUNT = 64
+"""Pictures printed unless told."""
+COPIED_AT_ONCE = 2**20
+"""Bytes."""
 
 
 class Drawn(NamedTuple):
@@ -255,13 +259,6 @@ def cost_of(works: Iterable[Work], seconds: float) -> Cost:
     return Cost(pictures=pictures, seconds=seconds, cpu_hours=hours, pictures_per_cpu_hour=rate)
 
 
-DEFAULT_COUNT = 64
-"""Pictures printed unless told."""
-JSON = "application/json"
-COPIED_AT_ONCE = 2**20
-"""Bytes."""
-
-
 def plan(
     store: Store,
     version: Version,
@@ -362,7 +359,7 @@ def begin(store: Store, batch: Batch, place: Location, table: RequestTable | Non
     """
     store.require_conditional_puts(place.bucket, "prints")
     abort_uploads(store, Location(place.bucket, place.key("")), ABANDONED)
-    about, data = place.key("batch.json"), batch.json_bytes()
+    about, data = place.key(BATCH), batch.json_bytes()
     try:
         put = store.put_once(place.bucket, about, data, content_type=JSON)
     except Held as error:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 """What a manifest says of a picture: see ``ManifestRow``."""
 
+BATCH, MANIFEST, SUCCESS = "batch.json", "manifest.parquet", "_SUCCESS"
+"""The first object of a batch, and the last two."""
 PARQUET = "application/vnd.apache.parquet"
 """Content type of tables."""
 CHUNK_BATCHES = 4

@@ -42,6 +42,15 @@ TOLERANCE = 2.0
 in bf16 and by 0.001 in fp32 between AVX-512 and AVX2, and pictures of two seeds by 15 or more."""
 NAMED = 20
 """Pictures named that are not what was printed."""
+BEGIN = (
+    "import runpy, sys; sys.path.insert(0, sys.argv[1]); script = sys.argv[2]; runpy.run_path(script, None, '__main__')"
+)
+"""Runs a script with a folder before all others on the import path, once Python itself has started without it."""
+REQUIREMENT = re.compile(r"[A-Za-z0-9._-]{1,100}==[A-Za-z0-9._+!-]{1,100}")
+LONGEST_REQUIREMENTS = 100_000
+"""Characters that are read of them."""
+INSTALLED = Path(diffusion.__file__).parent.parent
+"""Where the code of this installation lies."""
 
 
 class Compared(Config):
@@ -301,15 +310,6 @@ def _some(names: list[str]) -> str:
 
 
 REDRAW = Path(__file__).with_name("redraw.py")
-BEGIN = (
-    "import runpy, sys; sys.path.insert(0, sys.argv[1]); script = sys.argv[2]; runpy.run_path(script, None, '__main__')"
-)
-"""Runs a script with a folder before all others on the import path, once Python itself has started without it."""
-REQUIREMENT = re.compile(r"[A-Za-z0-9._-]{1,100}==[A-Za-z0-9._+!-]{1,100}")
-LONGEST_REQUIREMENTS = 100_000
-"""Characters that are read of them."""
-INSTALLED = Path(diffusion.__file__).parent.parent
-"""Where the code of this installation lies."""
 
 
 def fetch_code(version: Version, folder: Path) -> Path:

@@ -20,12 +20,12 @@ from diffusion.errors import DarkroomError, Held
 from diffusion.grids import grid, save_png
 from diffusion.lanes import cores
 from diffusion.model import load_model
-from flows import environment, printed, printing, registry
+from flows import environment, printing, registry
 from flows.derived import warn_of_takedown
 from flows.params import Params, PrintsConfig
 from flows.printed import read_picture, read_rows
 from flows.printing import Cost, Work
-from flows.prints import Batch
+from flows.prints import MANIFEST, Batch
 from flows.progress import bar
 from flows.registry import Version
 from flows.s3 import Location, Store
@@ -172,7 +172,7 @@ def finish(batch: Batch, place: Location, cost: Cost) -> Prints | None:
         model=f"models:/{batch.model}/{batch.version}",
         count=batch.count,
         seed=batch.seed,
-        manifest=f"{place}/{printed.MANIFEST}",
+        manifest=f"{place}/{MANIFEST}",
         contact_sheet=sheet,
         took=cost,
     )

@@ -32,6 +32,9 @@ from flows.lineage import DataVersion
 from flows.params import Params
 from flows.steps import step
 
+CREATED = "darkroom.dataset.version.created"
+logger = logging.getLogger(__name__)
+
 
 @step
 def sync(params: Params, version: str | None = None) -> CheckedOut | None:
@@ -56,9 +59,6 @@ def newer(params: Params, catalogue: Catalogue) -> str | None:
     # What was never published is only here: the next ingest adds it to the newest.
     unpublished = catalogue.written(read_manifest(folder).digest) is None
     return None if unpublished or any(version.digest == newest for version in versions(folder)) else newest
-
-
-CREATED = "darkroom.dataset.version.created"
 
 
 @step
@@ -100,9 +100,6 @@ async def _emit(event: Event) -> None:
     # Confirmed before it is noted: Prefect's own emitter sends in the background.
     async with get_events_client(checkpoint_every=1) as client:
         await client.emit(event)
-
-
-logger = logging.getLogger(__name__)
 
 
 def bring_up_to_date(

@@ -23,7 +23,7 @@ from flows.derived import TAKEDOWN
 from flows.dvc_files import KeptFiles, is_whole
 from flows.params import dataset_folder
 from flows.printed import Origin, Picture, Printed, disagreements, find
-from flows.prints import DELETED, Batch
+from flows.prints import DELETED, SUCCESS, Batch
 from flows.registry import CODE, WEIGHTS
 from flows.reproduce import fetch_code
 from flows.s3 import Location, Store
@@ -170,7 +170,7 @@ class _Walk:
 
     def finished(self, place: Location) -> bool:
         """Whether the batch at ``place`` is whole, and not being deleted."""
-        return self.store.exists(place.bucket, place.key("_SUCCESS")) and not self.store.exists(
+        return self.store.exists(place.bucket, place.key(SUCCESS)) and not self.store.exists(
             place.bucket, f"{DELETED}/{place.prefix}"
         )
 

@@ -45,6 +45,16 @@ START = "darkroom.start"
 RUN_NAME = re.compile(r"[0-9a-f]{32}")
 DIGEST_LENGTH = 36
 """MLflow keeps this many characters of a data set's digest; the tags hold all of them."""
+CHECKPOINT = "darkroom.checkpoint"
+"""Tag of a logged model: the checkpoint's file."""
+CHECKPOINT_SHA256 = "darkroom.checkpoint_sha256"
+"""Tag by which the logged model of a checkpoint is found again."""
+EVAL_KEY = "darkroom.eval_key"
+"""Tag: scores of two models compare where it is equal."""
+JUDGED = "darkroom.judged"
+"""Tag: ``in full`` or ``preliminary``."""
+PRELIMINARY = "preliminary_"
+"""Before the name of a figure that rests on fewer pictures, so that it does not rank among the others."""
 
 
 @dataclass
@@ -221,18 +231,6 @@ def _dataset_input(manifest: Manifest, data: DataVersion | None, source: str) ->
     if data is not None:
         tags.append(InputTag("dvc_digest", data.digest))
     return DatasetInput(dataset._to_mlflow_entity(), tags)
-
-
-CHECKPOINT = "darkroom.checkpoint"
-"""Tag of a logged model: the checkpoint's file."""
-CHECKPOINT_SHA256 = "darkroom.checkpoint_sha256"
-"""Tag by which the logged model of a checkpoint is found again."""
-EVAL_KEY = "darkroom.eval_key"
-"""Tag: scores of two models compare where it is equal."""
-JUDGED = "darkroom.judged"
-"""Tag: ``in full`` or ``preliminary``."""
-PRELIMINARY = "preliminary_"
-"""Before the name of a figure that rests on fewer pictures, so that it does not rank among the others."""
 
 
 @dataclass(frozen=True)

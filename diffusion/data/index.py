@@ -16,9 +16,8 @@ from typing import Any
 
 from PIL import Image
 
-from diffusion.data.chunks import perceptual_hash
+from diffusion.data.chunks import perceptual_hash, told_of
 from diffusion.data.manifest import Manifest, Part, digest_of_samples, read_records, sample_digest
-from diffusion.data.plan import told_of
 from diffusion.data.takedown_records import removals
 from diffusion.files import digest_of
 
@@ -42,6 +41,7 @@ FROM_THE_TABLES = ("records", "samples", "removed", "bands", "groups")
 CACHE_KIB = 16 * 1024
 """Of SQLite's pages, so that memory does not grow with the index."""
 FORMAT = 1
+BITS = 64
 
 
 class Index:
@@ -204,9 +204,6 @@ def add_hashes(folder: Path, part: Part, rows: list[dict[str, Any]]) -> None:
             if row["outcome"] == "kept" and row["phash"] is None:
                 shard.seek(row["offset"])
                 row["phash"] = perceptual_hash(Image.open(io.BytesIO(shard.read(row["size"])), formats=("PNG",)))
-
-
-BITS = 64
 
 
 @dataclass(frozen=True)

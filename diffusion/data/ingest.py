@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from diffusion.config import Config
 from diffusion.data.ahead import FanOut, local_fan_out
-from diffusion.data.chunks import PreparedChunk, chunks_of, prepare_chunk
+from diffusion.data.chunks import PreparedChunk, chunks_of, make_plan, origin_of, prepare_chunk
 from diffusion.data.config import IngestConfig
 from diffusion.data.index import Index
 from diffusion.data.manifest import (
@@ -28,7 +28,6 @@ from diffusion.data.manifest import (
     write_manifest,
 )
 from diffusion.data.merge import Merge, write_part
-from diffusion.data.plan import make_plan, origin_of
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, ObjectStore
 from diffusion.errors import DarkroomError, UserError

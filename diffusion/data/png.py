@@ -31,6 +31,7 @@ NONE, SUB, UP = range(3)
 """Filters: a byte as it is, less the one of the pixel to the left, less the one above."""
 TOGETHER = 2**19
 """About how many bytes of pixels are unfiltered at a time, so that they stay in the processor's cache."""
+PIXELS_AT_ONCE = 2**20
 
 
 def encode(pixels: np.ndarray) -> bytes:
@@ -172,9 +173,6 @@ def _decode(png: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     except (OSError, SyntaxError, EOFError, struct.error, zlib.error) as error:
         raise ValueError(f"not a whole PNG: {error}") from error
     return pixels.reshape(height, width, -1).transpose(2, 0, 1)
-
-
-PIXELS_AT_ONCE = 2**20
 
 
 def has_sixteen_bits(picture: ImageFile) -> bool:

@@ -29,6 +29,12 @@ HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 """Of a file without name and bytes, with modes and times that are always the same."""
 SIZE, CHECKSUM = slice(124, 136), slice(148, 156)
 """Where those lie in a header (POSIX.1-1988, ustar)."""
+VERIFIERS = 2
+"""Shards verified at the same time: SHA-256 works outside the interpreter lock."""
+OPEN_SHARDS = 256
+"""Shards held open: each costs a file descriptor, and systems commonly grant 1024."""
+Span = tuple[int, int]
+"""Offset and size in a shard, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +123,6 @@ def _adjacent(extents: Iterable[Extent]) -> Iterator[list[Extent]]:
 
     for _, run in groupby(extents, number):
         yield list(run)
-
-
-VERIFIERS = 2
-"""Shards verified at the same time: SHA-256 works outside the interpreter lock."""
-OPEN_SHARDS = 256
-"""Shards held open: each costs a file descriptor, and systems commonly grant 1024."""
-
-Span = tuple[int, int]
-"""Offset and size in a shard, in bytes."""
 
 
 class Shards(Protocol):

@@ -20,6 +20,7 @@ from diffusion.files import digest_of, write_json
 SHORTEST = 8
 """Hex digits that a prefix of a key must have."""
 Row = dict[str, Any]
+SELECTED_BY = ("key", "source", "label", "outcome", "source_sha256")
 
 
 class Selection(Config):
@@ -113,9 +114,6 @@ class Selector:
                 raise UserError(f"{asked} is the beginning of {len(keys)} keys ({listed} …): give more digits")
         asked_for = [*(key for keys in self.prefixes.values() for key in keys), *(name for name, _ in self.patterns)]
         return [each for each in asked_for if each not in self.fitted]
-
-
-SELECTED_BY = ("key", "source", "label", "outcome", "source_sha256")
 
 
 def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Chosen, list[str]]:

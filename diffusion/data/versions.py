@@ -46,6 +46,37 @@ LEADING = 5
 
 Elsewhere = Callable[[FileEntry], Path | None]
 """Finds a file that is no longer in the data set's folder, because only older versions name it."""
+T = TypeVar("T")
+Side: TypeAlias = Literal["before", "after"]
+SCHEMA = """
+    CREATE TABLE rows (version, place INTEGER, source, outcome, reason, key, split, label, caption);
+    CREATE TABLE taken (version, key, UNIQUE (version, key));
+    CREATE INDEX by_key ON rows (key, version);
+    CREATE INDEX by_source ON rows (source, version);
+"""
+COLUMNS = ("source", "outcome", "reason", "key", "split", "label", "caption")
+NOTHING: Mapping[str, str] = MappingProxyType({})
+PLACES = 2**32
+"""More rows than a part can have."""
+ONLY_IN = """
+    SELECT key, source, split, label, caption FROM rows r WHERE version = :this AND outcome = 'kept' AND NOT EXISTS
+        (SELECT 1 FROM rows WHERE version = :other AND outcome = 'kept' AND key = r.key)
+"""
+CHANGED = """
+    SELECT a.key, a.source, a.split, a.label, a.caption, b.key, b.source, b.split, b.label, b.caption
+    FROM rows a JOIN rows b USING (key)
+    WHERE a.version = 'before' AND b.version = 'after' AND a.outcome = 'kept' AND b.outcome = 'kept'
+        AND (a.split IS NOT b.split OR a.label IS NOT b.label OR a.caption IS NOT b.caption)
+"""
+# Of several columns beside max(), SQLite gives those of the row that has the maximum: the last word on a name.
+LAST_WORD = """
+    SELECT source, outcome, reason, max(place) FROM rows WHERE version IN ('{}', 'shared') AND source != ''
+    GROUP BY source
+"""
+REFUSED_ONLY_IN = """
+    SELECT this.source, this.reason FROM ({this}) this LEFT JOIN ({other}) other USING (source)
+    WHERE this.outcome = 'quarantined' AND other.outcome IS NOT 'quarantined'
+"""
 
 
 class Step(Config):
@@ -282,10 +313,6 @@ def _step(version: Manifest, parent: Manifest | None) -> Step:
     )
 
 
-T = TypeVar("T")
-Side: TypeAlias = Literal["before", "after"]
-
-
 class Sample(Config):
     """A picture as a version knows it; of one that was taken down little more than its key is known."""
 
@@ -362,37 +389,6 @@ def diff(
 def _differing(before: dict[str, Any], after: dict[str, Any], absent: Any = None) -> dict[str, tuple[Any, Any]]:
     pairs = {name: (before.get(name, absent), after.get(name, absent)) for name in sorted({*before, *after})}
     return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
-
-
-SCHEMA = """
-    CREATE TABLE rows (version, place INTEGER, source, outcome, reason, key, split, label, caption);
-    CREATE TABLE taken (version, key, UNIQUE (version, key));
-    CREATE INDEX by_key ON rows (key, version);
-    CREATE INDEX by_source ON rows (source, version);
-"""
-COLUMNS = ("source", "outcome", "reason", "key", "split", "label", "caption")
-NOTHING: Mapping[str, str] = MappingProxyType({})
-PLACES = 2**32
-"""More rows than a part can have."""
-ONLY_IN = """
-    SELECT key, source, split, label, caption FROM rows r WHERE version = :this AND outcome = 'kept' AND NOT EXISTS
-        (SELECT 1 FROM rows WHERE version = :other AND outcome = 'kept' AND key = r.key)
-"""
-CHANGED = """
-    SELECT a.key, a.source, a.split, a.label, a.caption, b.key, b.source, b.split, b.label, b.caption
-    FROM rows a JOIN rows b USING (key)
-    WHERE a.version = 'before' AND b.version = 'after' AND a.outcome = 'kept' AND b.outcome = 'kept'
-        AND (a.split IS NOT b.split OR a.label IS NOT b.label OR a.caption IS NOT b.caption)
-"""
-# Of several columns beside max(), SQLite gives those of the row that has the maximum: the last word on a name.
-LAST_WORD = """
-    SELECT source, outcome, reason, max(place) FROM rows WHERE version IN ('{}', 'shared') AND source != ''
-    GROUP BY source
-"""
-REFUSED_ONLY_IN = """
-    SELECT this.source, this.reason FROM ({this}) this LEFT JOIN ({other}) other USING (source)
-    WHERE this.outcome = 'quarantined' AND other.outcome IS NOT 'quarantined'
-"""
 
 
 class _Comparison:

@@ -11,6 +11,10 @@ from pydantic import Field
 from diffusion.config import Config
 from diffusion.evaluation.pages import count, storage
 
+Fate = Literal["stays", "set aside", "goes"]
+"""``set aside``: nothing leads to it any more, and its content goes once ``retention.grace_hours`` have passed."""
+FATES: tuple[Fate, ...] = ("goes", "set aside", "stays")
+
 
 class RetentionConfig(Config):
     """What ``darkroom gc`` leaves, besides all that a registered model version, the ledger or a kept batch leads to."""
@@ -35,11 +39,6 @@ class RetentionConfig(Config):
     def grace(self) -> timedelta:
         """``grace_hours`` as a span of time."""
         return timedelta(hours=self.grace_hours)
-
-
-Fate = Literal["stays", "set aside", "goes"]
-"""``set aside``: nothing leads to it any more, and its content goes once ``retention.grace_hours`` have passed."""
-FATES: tuple[Fate, ...] = ("goes", "set aside", "stays")
 
 
 class Item(Config):

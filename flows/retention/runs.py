@@ -31,6 +31,10 @@ from flows.tracking import SWEEP, TRAIN_KEY
 
 CONTENT = "darkroom.content_digest"
 LEDGER = re.compile(r"ledger/([A-Za-z0-9][A-Za-z0-9_.-]*)/[0-9]{8}\.json")
+SET_ASIDE = "darkroom.set_aside"
+"""Tag of a run that ``darkroom gc`` has marked as deleted: when, in ISO 8601."""
+ABANDONED_DAYS = 1.0
+"""Files that nobody has added to for longer are being written by nobody."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,6 @@ def _logged_by(client: MlflowClient, digest: str) -> set[str]:
     experiments = [each.experiment_id for each in pages(client.search_experiments)]
     found = client.search_logged_models(experiments, f"tags.`{WEIGHTS}` = '{digest}'") if experiments else []
     return {model.source_run_id for model in found if model.source_run_id}
-
-
-SET_ASIDE = "darkroom.set_aside"
-"""Tag of a run that ``darkroom gc`` has marked as deleted: when, in ISO 8601."""
 
 
 class Runs:
@@ -213,10 +213,6 @@ def _heard_of(run: Run) -> datetime:
     """When the run last said something: a training that was killed is never marked as ended."""
     moments = [run.info.start_time, run.info.end_time or 0, *(metric.timestamp for metric in run.data._metric_objs)]
     return datetime.fromtimestamp(max(moments) / 1000, UTC)
-
-
-ABANDONED_DAYS = 1.0
-"""Files that nobody has added to for longer are being written by nobody."""
 
 
 class Machine:
