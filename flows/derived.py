@@ -95,7 +95,9 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
         ],
         models=[
             DerivedModel(
-                uri=f"models:/{name}/{number}", run_id=model.run_id, aliases=_aliases(client, name, str(number))
+                uri=f"models:/{name}/{number}",
+                run_id=model.run_id,
+                aliases=sorted(client.get_model_version(name, str(number)).aliases),
             )
             for (name, number), model in sorted(models.items())
         ],
@@ -108,19 +110,27 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
     )
 
 
-def mark(derived: Derived, removal: Removal) -> None:
-    """Tag the runs and model versions and say in their descriptions what was taken down; once, however often called."""
+def mark(runs: Iterable[str], versions: Iterable[str], removal: Removal) -> None:
+    """Tag runs, by ID, and model versions, by URI, and describe there what was taken down; once, however often called.
+
+    Runs that MLflow does not have any more are passed over.
+    """
     client = MlflowClient()
     note = (
         f"{NOTE_BEGINS}{removal.name}: made from pictures that were removed from data set {removal.dataset} since "
         f"({escape_markdown(removal.reason)})."
     )
-    for run in derived.runs:
-        tags = client.get_run(run.run_id).data.tags
+    for run_id in runs:
+        try:
+            tags = client.get_run(run_id).data.tags
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            continue
         marks = {TAKEDOWN: joined_names(tags.get(TAKEDOWN), removal.name), NOTE: _with_note(tags.get(NOTE), note)}
-        client.log_batch(run.run_id, tags=[RunTag(name, value) for name, value in marks.items()])
-    for model in derived.models:
-        name, number = model.uri.removeprefix("models:/").rsplit("/", 1)
+        client.log_batch(run_id, tags=[RunTag(name, value) for name, value in marks.items()])
+    for uri in versions:
+        name, number = uri.removeprefix("models:/").rsplit("/", 1)
         found = client.get_model_version(name, number)
         client.set_model_version_tag(name, number, TAKEDOWN, joined_names(found.tags.get(TAKEDOWN), removal.name))
         client.update_model_version(name, number, description=_with_note(found.description, note))
@@ -171,10 +181,6 @@ def _runs(client: MlflowClient, tag: str, value: str) -> Iterator[Run]:
     return pages(client.search_runs, experiment_ids=experiments, filter_string=f"tags.`{tag}` = '{quoted}'")
 
 
-def _models(client: MlflowClient, query: str) -> Iterator[ModelVersion]:
-    return pages(client.search_model_versions, filter_string=query)
-
-
 def pages(search: Any, **asked: Any) -> Iterator[Any]:
     """Everything that one of MLflow's searches finds, page after page."""
     token = None
@@ -192,11 +198,8 @@ def _versions(
     """Model versions made by these ``runs``, or from data of these ``contents``."""
     queries = [*(f"tags.`darkroom.content_digest` = '{digest}'" for digest in contents)]
     queries += (f"run_id = '{run_id}'" for run_id in runs)
-    return {(model.name, int(model.version)): model for query in queries for model in _models(client, query)}
-
-
-def _aliases(client: MlflowClient, name: str, number: str) -> list[str]:
-    return sorted(client.get_model_version(name, number).aliases)
+    found = (model for query in queries for model in pages(client.search_model_versions, filter_string=query))
+    return {(model.name, int(model.version)): model for model in found}
 
 
 def _prints(bucket: str, model: str, number: int) -> list[str]:
@@ -262,7 +265,7 @@ def with_takedowns(version: Version) -> Version:
         records |= {removal.name: removal for removal in _removed_since(each)}
     here = set(names_of(version.tags.get(TAKEDOWN)))
     for name in sorted(records.keys() - here):
-        mark(_only(client, version), records[name])
+        mark([version.run_id], [version.uri], records[name])
     if inherited := names - records.keys() - here:
         value = joined_names(version.tags.get(TAKEDOWN), *records, *inherited)
         client.set_model_version_tag(version.model, str(version.number), TAKEDOWN, value)
@@ -309,17 +312,3 @@ def _removed_since(version: Version) -> list[Removal]:
 
 def _of_content(versions: dict[str, Manifest], content: str) -> list[Manifest]:
     return [each for each in versions.values() if each.content_digest == content]
-
-
-def _only(client: MlflowClient, version: Version) -> Derived:
-    """``version`` and its run, as a takedown finds them."""
-    runs = []
-    try:
-        run = client.get_run(version.run_id)
-        content = run.data.tags.get("darkroom.content_digest", "")
-        runs.append(DerivedRun(run_id=version.run_id, name=run.info.run_name, content_digest=content))
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-    model = DerivedModel(uri=version.uri, run_id=version.run_id, aliases=[])
-    return Derived(runs=runs, models=[model], prints=[], unclear_runs=[])

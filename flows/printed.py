@@ -320,84 +320,79 @@ class _Records:
         self.batch = batch
         self.place = place
         self.scratch = scratch
+        self.success: Success | None = None
+        """``_SUCCESS``; None if it is not there, or cannot be read."""
+        self.finished = False
+        """Whether ``_SUCCESS`` is there."""
+        self.table: pq.ParquetFile | None = None
+        """The manifest as Parquet; None if it is not there, or not of this batch."""
 
     def compare(self, chunks: Iterable[int], index: int | None) -> Iterator[str]:
         """Every disagreement of the records about ``chunks``; of rows, if ``index`` is one, that one alone."""
-        success, finished, words = self._success()
-        yield from filter(None, [words])
-        yield from self._file(BATCH, success)
-        if self.batch.requests is not None:
-            yield from self._file(KEPT, success)
-        if finished:
-            yield from self._file(MANIFEST, success)
-        table, words = self._table()
-        yield from filter(None, [words])
+        beside = [] if self.batch.requests is None else [KEPT]
+        yield from self._read_success({BATCH, MANIFEST, *beside})
+        for name in (BATCH, *beside, *([MANIFEST] if self.finished else [])):
+            yield from self._file(name)
+        yield from self._open_table()
         for chunk in chunks:
-            yield from self._chunk(chunk, success, finished, table, index)
+            yield from self._chunk(chunk, index)
 
-    def _success(self) -> tuple[Success | None, bool, str | None]:
-        """``_SUCCESS``, whether it is there, and what is wrong with it."""
+    def _read_success(self, beside: set[str]) -> Iterator[str]:
+        """Read ``_SUCCESS``, and look whether it names the parts of the manifest and what lies ``beside`` them."""
         try:
-            found = Success.model_validate_json(self._get(SUCCESS, LARGEST_SUCCESS))
+            data = self._get(SUCCESS, LARGEST_SUCCESS)
         except Missing:
-            return None, False, None
-        except (ValidationError, UserError):
+            return
+        except UserError:
+            data = b""
+        self.finished = True
+        try:
+            self.success = Success.model_validate_json(data)
+        except ValidationError:
             words = "holds no digests of the batch's records: it was altered, or an older Darkroom wrote it"
-            return None, True, f"{self._uri(SUCCESS)} {words}"
-        names = {BATCH, MANIFEST, *map(prints.part_key, range(len(self.batch.chunks())))}
-        if self.batch.requests is not None:
-            names.add(KEPT)
-        if odd := sorted(names ^ found.sha256.keys()):
+            yield f"{self._uri(SUCCESS)} {words}"
+            return
+        names = beside | set(map(prints.part_key, range(len(self.batch.chunks()))))
+        if odd := sorted(names ^ self.success.sha256.keys()):
             some = ", ".join(odd[:3]) + (" …" if len(odd) > 3 else "")
-            return (
-                found,
-                True,
-                f"{self._uri(SUCCESS)} and {self._uri(BATCH)} disagree on which records there are: {some}",
-            )
-        return found, True, None
+            yield f"{self._uri(SUCCESS)} and {self._uri(BATCH)} disagree on which records there are: {some}"
 
-    def _file(self, name: str, success: Success | None) -> Iterator[str]:
-        """Fetch a record, and compare it with ``success``."""
+    def _file(self, name: str) -> Iterator[str]:
+        """Fetch a record, and compare it with ``_SUCCESS``."""
         path = self.scratch / name
         try:
             self.store.fetch(self.place.bucket, self.place.key(name), path, LARGEST_TABLE)
+            yield from self._digest(name, sha256_file(path))
         except Missing:
             yield f"{self._uri(name)} is gone"
-            return
         except UserError as error:
             yield str(error)
-            return
-        yield from self._digest(name, sha256_file(path), success)
 
-    def _digest(self, name: str, digest: str, success: Success | None) -> Iterator[str]:
-        if success is not None and success.sha256.get(name, digest) != digest:
+    def _digest(self, name: str, digest: str) -> Iterator[str]:
+        if self.success is not None and self.success.sha256.get(name, digest) != digest:
             yield f"{self._uri(name)} is not what {self._uri(SUCCESS)} says: one of the two was altered"
 
-    def _table(self) -> tuple[pq.ParquetFile | None, str | None]:
-        """The manifest as Parquet, opened, and what is wrong with it."""
-        path = self.scratch / MANIFEST
-        if not path.is_file():
-            return None, None
+    def _open_table(self) -> Iterator[str]:
+        """Open the manifest as Parquet, if it was fetched."""
         names = prints.schema_of(self.batch).names
         try:
-            file = pq.ParquetFile(path, read_dictionary=names)
-            if file.schema_arrow.names != names or file.num_row_groups != len(self.batch.chunks()):
-                raise UserError("it has other columns or row groups")
+            if (path := self.scratch / MANIFEST).is_file():
+                file = pq.ParquetFile(path, read_dictionary=names)
+                if file.schema_arrow.names != names or file.num_row_groups != len(self.batch.chunks()):
+                    raise UserError("it has other columns or row groups")
+                self.table = file
         except (pa.ArrowException, OSError, UserError) as error:
-            return None, f"{self._uri(MANIFEST)} is not the manifest of this batch: {' '.join(str(error).split())}"
-        return file, None
+            yield f"{self._uri(MANIFEST)} is not the manifest of this batch: {' '.join(str(error).split())}"
 
-    def _chunk(
-        self, chunk: int, success: Success | None, finished: bool, table: pq.ParquetFile | None, index: int | None
-    ) -> Iterator[str]:
+    def _chunk(self, chunk: int, index: int | None) -> Iterator[str]:
         name, indices = prints.part_key(chunk), self.batch.chunks()[chunk]
         rows: list[Row] | None = None
         try:
             data = self._get(name, prints.LARGEST_PART)
-            yield from self._digest(name, sha256_bytes(data), success)
+            yield from self._digest(name, sha256_bytes(data))
             rows = prints.part_rows(data, self._uri(name))
         except Missing:
-            if finished:
+            if self.finished:
                 yield f"{self._uri(name)} is gone"
         except UserError as error:
             yield str(error)
@@ -405,9 +400,9 @@ class _Records:
             yield f"{self._uri(name)} has {len(rows)} rows, and {self._uri(BATCH)} {len(indices)} images for them"
             rows = None
         others: list[Row] | None = None
-        if table is not None:
+        if self.table is not None:
             try:
-                others = _row_group(table, chunk, len(indices))
+                others = _row_group(self.table, chunk, len(indices))
             except (pa.ArrowException, OSError, UserError) as error:
                 yield f"{self._uri(MANIFEST)} cannot be read: {' '.join(str(error).split())}"
         for number, image in enumerate(indices):

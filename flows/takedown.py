@@ -15,8 +15,7 @@ from diffusion.escaping import escape_markdown
 from flows import environment, lineage
 from flows.catalogue import Catalogue
 from flows.checkout import choice, forget_choice
-from flows.derived import Derived, clear_pictures, find_derived
-from flows.derived import mark as mark_derived
+from flows.derived import Derived, clear_pictures, find_derived, mark
 from flows.dvc_files import KeptFiles
 from flows.lineage import DataVersion
 from flows.params import Params
@@ -114,7 +113,7 @@ def name_and_mark(params: Params, removal: Removal, versions: dict[str, Manifest
     bucket = environment.settings().bucket
     # Versions of equal content hold the same pictures, whatever their tables tell besides.
     derived = find_derived(params.training.dataset, contents - others, contents | others, bucket)
-    mark_derived(derived, removal)
+    mark([run.run_id for run in derived.runs], [model.uri for model in derived.models], removal)
     return derived
 
 

@@ -181,7 +181,8 @@ def take_down_and_mark(shop: Shop, elsewhere: Machine) -> str:
     held = elsewhere.version.content_digest
     removal = elsewhere.take_down(GONE)
     with chdir(elsewhere.folder):
-        mark(find_derived(NAME, {held}, {held}, settings().bucket), removal)
+        found = find_derived(NAME, {held}, {held}, settings().bucket)
+        mark([run.run_id for run in found.runs], [model.uri for model in found.models], removal)
     return removal.name
 
 
