@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import mlflow
 from mlflow.client import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
-from mlflow.exceptions import MlflowException
 
 from diffusion.errors import UserError
 from diffusion.files import sha256_bytes
 from flows.history import Entry, History, Standing
 from flows.ledger import NEWEST, Known, Ledger, Newest
 from flows.tags import parse_tags
+from flows.tracking import none_if_missing
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +37,7 @@ ALIASES = (CHAMPION, PREVIOUS, CHALLENGER)
 
 def registered_model(client: MlflowClient, model: str) -> RegisteredModel | None:
     """What MLflow has of that name."""
-    try:
-        return client.get_registered_model(model)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None
+    return none_if_missing(client.get_registered_model, model)
 
 
 def known_newest(model: str, tags: Mapping[str, str]) -> Known:

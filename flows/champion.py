@@ -5,7 +5,6 @@ before: somebody may have deleted its version in MLflow, or its weights.
 """
 
 from mlflow.client import MlflowClient
-from mlflow.exceptions import MlflowException
 
 from diffusion.config import Config
 from diffusion.errors import Held, UserError
@@ -18,6 +17,7 @@ from flows.ledger import Ledger
 from flows.params import Params
 from flows.registry import WEIGHTS, Version
 from flows.steps import step
+from flows.tracking import none_if_missing
 
 
 @step
@@ -94,12 +94,7 @@ def _can_be_champion(client: MlflowClient, history: History, number: int) -> boo
 
 def registered_version(client: MlflowClient, model: str, number: int) -> Version | None:
     """Version ``number`` of ``model``; None if MLflow has none of that number."""
-    try:
-        return registry.version_of(client, model, number)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None
+    return none_if_missing(registry.version_of, client, model, number)
 
 
 class Changed(Config):

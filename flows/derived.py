@@ -9,7 +9,6 @@ from typing import Any
 from mlflow.client import MlflowClient
 from mlflow.entities import Run, RunTag
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from diffusion.config import Config
@@ -27,7 +26,7 @@ from flows.params import dataset_folder
 from flows.registry import Version
 from flows.s3 import Store
 from flows.tags import parse_tags
-from flows.tracking import AUTOENCODER, START, RunTracker
+from flows.tracking import AUTOENCODER, START, RunTracker, none_if_missing
 
 TAKEDOWN = "darkroom.takedown"
 """Tag of runs and model versions that learned from pictures taken down since: the names of those removals."""
@@ -121,12 +120,9 @@ def mark(runs: Iterable[str], versions: Iterable[str], removal: Removal) -> None
         f"({escape_markdown(removal.reason)})."
     )
     for run_id in runs:
-        try:
-            tags = client.get_run(run_id).data.tags
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
+        if (run := none_if_missing(client.get_run, run_id)) is None:
             continue
+        tags = run.data.tags
         marks = {TAKEDOWN: joined_names(tags.get(TAKEDOWN), removal.name), NOTE: _with_note(tags.get(NOTE), note)}
         client.log_batch(run_id, tags=[RunTag(name, value) for name, value in marks.items()])
     for uri in versions:
@@ -283,11 +279,8 @@ def _behind(client: MlflowClient, version: Version) -> Iterator[Version]:
             if uri not in seen:
                 seen.add(uri)
                 model, _, number = uri.removeprefix("models:/").rpartition("/")
-                try:
-                    left.append(registry.version_of(client, model, int(number)))
-                except MlflowException as error:
-                    if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                        raise
+                found = none_if_missing(registry.version_of, client, model, int(number))
+                left += [found] if found else []
 
 
 def _removed_since(version: Version) -> list[Removal]:

@@ -10,7 +10,6 @@ from typing import Any
 import mlflow
 from mlflow.client import MlflowClient
 from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
 
 from diffusion.config import Config
 from diffusion.data.manifest import FileEntry, Manifest, parse_manifest
@@ -28,6 +27,7 @@ from flows.registry import CODE, WEIGHTS
 from flows.reproduce import fetch_code
 from flows.s3 import Location, Store
 from flows.tags import Tags, parse_tags
+from flows.tracking import none_if_missing
 
 MANIFEST = "dataset/manifest.json"
 """Among a run's artifacts, the manifest of the data set version that it saw."""
@@ -215,10 +215,9 @@ class _Walk:
     def model(self, name: str, number: int, run_id: str, batch: Batch | None) -> TracedModel | None:
         """The version in the registry."""
         uri = f"models:/{name}/{number}"
-        try:
-            found = self.client.get_model_version(name, str(number))
-        except MlflowException as error:
-            self._missing(error, f"{uri} is not in the registry (any more)")
+        found = none_if_missing(self.client.get_model_version, name, str(number))
+        if found is None:
+            self.broken.append(f"{uri} is not in the registry (any more)")
             return None
         if found.run_id != run_id:
             self.broken.append(f"{uri} is of run {found.run_id} now, and the picture of run {run_id}")
@@ -252,10 +251,9 @@ class _Walk:
 
     def run(self, run_id: str) -> Run | None:
         """The run in MLflow, even if it is marked as deleted."""
-        try:
-            found = self.client.get_run(run_id)
-        except MlflowException as error:
-            self._missing(error, f"run {run_id} is not in MLflow (any more)")
+        found = none_if_missing(self.client.get_run, run_id)
+        if found is None:
+            self.broken.append(f"run {run_id} is not in MLflow (any more)")
             return None
         if found.info.lifecycle_stage == "deleted":
             self.broken.append(
@@ -337,12 +335,6 @@ class _Walk:
     def _catalogued(self, dataset: str, content: str, source: str) -> Manifest | None:
         versions = Catalogue.of(dataset, source, self.store).versions().values()
         return next((each for each in versions if each.content_digest == content), None)
-
-    def _missing(self, error: MlflowException, words: str) -> None:
-        """Note that something is not there; raises all other errors."""
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise error
-        self.broken.append(words)
 
 
 def _source(run: Run | None) -> str:

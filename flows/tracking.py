@@ -3,10 +3,10 @@
 import math
 import re
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from mlflow.client import MlflowClient
 from mlflow.data.dataset_source_registry import resolve_dataset_source
@@ -31,6 +31,9 @@ from diffusion.evaluation.results import CheckpointEvaluation, Evaluation
 from flows.lineage import CodeVersion, DataVersion
 from flows.logs import RUN_ID
 from flows.numbered_objects import Claims
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 TRAIN_KEY = "darkroom.train_key"
 """Tag by which the run of a training is found again: the digest of all that decides its weights."""
@@ -66,20 +69,21 @@ class RunTracker:
 
     client: MlflowClient
     run_id: str
-    seen: dict[str, int] = field(default_factory=dict)
-    """Last position known to the server, by metric or picture."""
+    seen: dict[str, int] | None = None
+    """Last position known to the server, by metric; None: it was not asked yet."""
 
     def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
         """Keep ``metrics`` at step ``images``."""
+        seen = self.last_steps() if self.seen is None else self.seen
         now = int(time.time() * 1000)
         fresh = [
             Metric(name, value, now, images)
             for name, value in metrics.items()
-            if math.isfinite(value) and images > self._last_step(name)
+            if math.isfinite(value) and images > seen.get(name, -1)
         ]
         if fresh:
             self.client.log_batch(self.run_id, metrics=fresh)
-        self.seen |= {metric.key: images for metric in fresh}
+        self.seen = seen | {metric.key: images for metric in fresh}
 
     def last_steps(self) -> dict[str, int]:
         """The last position that the run has of each metric, whoever logged it."""
@@ -89,8 +93,8 @@ class RunTracker:
         """Keep ``picture`` as the image ``name`` at step ``images``."""
         marker = picture_marker(name)
         # Another machine that trains the same may have logged it since this was looked up.
-        self.seen.pop(marker, None)
-        if images > self._last_step(marker):
+        self.seen = self.last_steps()
+        if images > self.seen.get(marker, -1):
             self.client.log_image(self.run_id, picture, key=name, step=images)
             self.log_metrics({marker: images}, images)
 
@@ -116,11 +120,15 @@ class RunTracker:
         """Mark the run as failed; the same command finds it again and goes on."""
         self.client.set_terminated(self.run_id, "FAILED")
 
-    def _last_step(self, name: str) -> int:
-        if name not in self.seen:
-            points = self.client.get_metric_history(self.run_id, name)
-            self.seen[name] = max((point.step for point in points), default=-1)
-        return self.seen[name]
+
+def none_if_missing(request: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
+    """What a request to MLflow answers; None if MLflow does not have (any more) what is asked for."""
+    try:
+        return request(*args, **kwargs)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
 
 
 def picture_marker(name: str) -> str:
@@ -179,13 +187,10 @@ def _is_of(client: MlflowClient, run_id: str, tag: str, value: str) -> bool:
     """Whether there is a run of this ID that was not deleted and has the tag."""
     if not RUN_NAME.fullmatch(run_id):
         return False
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return False
-    return bool(run.info.lifecycle_stage == LifecycleStage.ACTIVE and run.data.tags.get(tag) == value)
+    run = none_if_missing(client.get_run, run_id)
+    return run is not None and bool(
+        run.info.lifecycle_stage == LifecycleStage.ACTIVE and run.data.tags.get(tag) == value
+    )
 
 
 def open_run(
