@@ -23,7 +23,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from diffusion.config import Config
-from diffusion.data.manifest import Manifest, Sha256, manifest_bytes, parse_manifest, read_manifest, work_folder
+from diffusion.data.manifest import Manifest, Sha256, manifest_bytes, parse_manifest, work_folder
 from diffusion.data.takedown_records import Removal, removals, still_held, write_removal
 from diffusion.errors import Held, UserError
 from diffusion.files import canonical_json, sha256_bytes
@@ -162,6 +162,11 @@ class Catalogue:
             if PurePosixPath(key).stem not in known:
                 write_removal(work, self._removal(key))
 
+    def held_removals(self, folder: Path) -> list[Removal]:
+        """The takedown records, of whatever machine, of images that the current version in ``folder`` still holds."""
+        self.learn_removals(folder)
+        return still_held(folder, removals(work_folder(folder))) if (folder / "manifest.json").is_file() else []
+
     def removals(self) -> Iterator[Removal]:
         """Everything that was taken down from the data set."""
         for key in self.store.list_keys(self.place.bucket, self.place.key("removals/")):
@@ -238,31 +243,6 @@ def pushing(name: str, source: str, store: Store | None = None) -> Iterator[None
     store.put_once(place.bucket, mark, b"")
     yield
     store.delete_many(place.bucket, [mark])
-
-
-def publish(folder: Path, dvc_digest: str, source: str, store: Store | None = None) -> str:
-    """Put the current version of the data set in ``folder``, which DVC has pushed to ``source``, into the catalogue.
-
-    Returns where it lies there. The same version again changes nothing.
-    """
-    return Catalogue.of(folder.name, source, store).publish(read_manifest(folder), dvc_digest)
-
-
-def publish_page(folder: Path, page: Path, source: str) -> str:
-    """Put ``page``, the HTML page on the current version of the data set in ``folder``, beside it into the catalogue.
-
-    Returns where it lies there; a page that is there already is left.
-    """
-    return Catalogue.of(folder.name, source).publish_page(read_manifest(folder).digest, page.read_bytes())
-
-
-def learn_removals(folder: Path, source: str) -> list[Removal]:
-    """Let this machine know of all that was taken down from the data set in ``folder``, wherever that was done.
-
-    Returns the takedown records of images that the current version in ``folder`` still holds.
-    """
-    Catalogue.of(folder.name, source).learn_removals(folder)
-    return still_held(folder, removals(work_folder(folder))) if (folder / "manifest.json").is_file() else []
 
 
 class Head(Config):

@@ -18,7 +18,7 @@ from diffusion.data.versions import known_versions
 from diffusion.errors import UserError
 from diffusion.escaping import escape_controls, escape_markdown
 from diffusion.families.config import FAMILIES
-from flows import catalogue, registry
+from flows import registry
 from flows.catalogue import Catalogue, Heads
 from flows.dvc_files import KeptFiles
 from flows.environment import data_source
@@ -227,14 +227,14 @@ def require_current(folder: Path, tracker: RunTracker | None = None) -> None:
 
     The run that ``tracker`` writes to, if one is given, is marked first.
     """
-    source = data_source()
-    held = catalogue.learn_removals(folder, source)
+    recorded = Catalogue.of(folder.name, data_source())
+    held = recorded.held_removals(folder)
     if not held:
         return
     if tracker is not None:
         marked = tracker.client.get_run(tracker.run_id).data.tags.get(TAKEDOWN)
         tracker.tag({TAKEDOWN: joined_names(marked, *(removal.name for removal in held))})
-    here, newest = read_manifest(folder).digest, Heads(Catalogue.of(folder.name, source)).newest()
+    here, newest = read_manifest(folder).digest, Heads(recorded).newest()
     way = (
         f"`darkroom ingest SOURCE --dataset {folder.name}` makes a version without them"
         if newest in (None, here)

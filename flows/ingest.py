@@ -12,7 +12,9 @@ from prefect.artifacts import create_markdown_artifact
 from diffusion.config import Config
 from diffusion.data.ingest import IngestResult, Rebuild
 from diffusion.data.ingest import ingest as ingest_pictures
-from flows import catalogue, lineage
+from diffusion.data.manifest import read_manifest
+from flows import lineage
+from flows.catalogue import Catalogue
 from flows.checkout import forget_choice
 from flows.environment import data_source, settings
 from flows.lineage import DataVersion
@@ -107,7 +109,8 @@ def describe(params: Params, version: DataVersion) -> Path:
     from flows.dataset_page import make_dataset_page
 
     page = make_dataset_page(params)
-    place = catalogue.publish_page(params.dataset_folder, page.html, data_source())
+    recorded = Catalogue.of(params.training.dataset, data_source())
+    place = recorded.publish_page(read_manifest(params.dataset_folder).digest, page.html.read_bytes())
     create_markdown_artifact(
         f"{page.summary.markdown()}\nDVC `{version.digest}`, page `{place}`",
         key="dataset",

@@ -19,7 +19,6 @@ from diffusion.data.config import IngestConfig
 from diffusion.data.manifest import Manifest, parse_manifest, read_manifest, version_path, versions, work_folder
 from diffusion.data.merge import unite
 from diffusion.data.takedown import remove_known
-from diffusion.data.takedown_records import removals, still_held
 from diffusion.data.versions import remember
 from diffusion.errors import Held, UserError
 from diffusion.progress import Progress, silent
@@ -136,13 +135,13 @@ def publish(folder: Path, source: str) -> DataVersion | None:
     recorded = Catalogue.of(folder.name, source)
     turn = FileLock(work_folder(folder) / "lock")
     with turn, catalogue.pushing(folder.name, source, recorded.store):
-        if _holds_removed(folder, recorded):
+        if recorded.held_removals(folder):
             return None
         version = lineage.record_data(folder, source)
-        catalogue.publish(folder, version.digest, source, recorded.store)
+        recorded.publish(read_manifest(folder), version.digest)
         # A takedown writes its record first and lists the versions in the catalogue then. So of a takedown that began
         # meanwhile either we see the record, or it sees this version.
-        if _holds_removed(folder, recorded):
+        if recorded.held_removals(folder):
             return None
         current = read_manifest(folder)
         chosen = choice(folder)
@@ -154,11 +153,6 @@ def publish(folder: Path, source: str) -> DataVersion | None:
             _tell_of_choice(folder.name, current, chosen.version)
         forget_choice(folder)
         return version
-
-
-def _holds_removed(folder: Path, recorded: Catalogue) -> bool:
-    recorded.learn_removals(folder)
-    return bool(still_held(folder, removals(work_folder(folder))))
 
 
 def _goes_on_from(folder: Path, head: str) -> bool:

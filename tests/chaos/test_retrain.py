@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = (
     "flows.ingest:ingest_pictures",  # ingest: nothing is there
-    "flows.catalogue:publish",  # pushed, and in no catalogue
+    "flows.catalogue:Catalogue.publish",  # pushed, and in no catalogue
     "flows.train:train_model",  # train: no run is there
     "diffusion.training.checkpoint:Checkpoints.save@3",  # half way
     "flows.tracking:RunTracker.finish",  # trained, and the run goes on

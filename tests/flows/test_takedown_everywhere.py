@@ -68,7 +68,7 @@ def test_a_machine_whose_records_of_it_were_lost_learns_them_again(two: tuple[Ma
 @pytest.mark.parametrize(
     "step",
     [
-        "flows.catalogue:publish",
+        "flows.catalogue:Catalogue.publish",
         pytest.param("flows.lineage:record_data", marks=pytest.mark.slow),
         pytest.param("flows.catalogue:Heads.advance", marks=pytest.mark.slow),
     ],

@@ -11,7 +11,7 @@ __all__ = ["first_version", "machine", "two"]
 
 STEPS = (
     "flows.lineage:record_data",  # ingested, and not pushed
-    "flows.catalogue:publish",  # pushed, and not in the catalogue
+    "flows.catalogue:Catalogue.publish",  # pushed, and not in the catalogue
     "flows.catalogue:Heads.advance",  # in the catalogue, and not the newest
 )
 
@@ -154,7 +154,7 @@ def test_a_data_set_that_is_begun_anew_while_another_machine_adds_to_it_is_asked
     two: tuple[Machine, Machine],
 ) -> None:
     one, other = two
-    with before("flows.catalogue:publish", lambda: other.ingest(200)), pytest.raises(Held, match="--rebuild"):
+    with before("flows.catalogue:Catalogue.publish", lambda: other.ingest(200)), pytest.raises(Held, match="--rebuild"):
         one.ingest(100, rebuild="always")
     assert one.newest == other.version.digest
     one.ingest(rebuild="always")
@@ -169,6 +169,6 @@ def test_what_was_ingested_while_another_machine_began_anew_is_added_to_that(two
     one, other = two
     for each in two:
         (each.folder / "pictures" / "0.png").unlink()
-    with before("flows.catalogue:publish", lambda: other.ingest(rebuild="always")):
+    with before("flows.catalogue:Catalogue.publish", lambda: other.ingest(rebuild="always")):
         one.ingest(100)
     assert one.images == {*BASE, 100} - {0}
