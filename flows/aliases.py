@@ -9,19 +9,23 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import mlflow
 from mlflow.client import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+from mlflow.exceptions import MlflowException
 
 from diffusion.errors import UserError
 from diffusion.files import sha256_bytes
 from flows.history import Entry, History, Standing
 from flows.ledger import NEWEST, Known, Ledger, Newest
 from flows.tags import parse_tags
-from flows.tracking import none_if_missing
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 COPY = "darkroom.ledger."
 """Tags of versions: with an entry's number behind it, that entry for people, and its SHA-256."""
@@ -33,6 +37,16 @@ COPY_END = re.compile(r"\(sha256 ([0-9a-f]{64})\)\Z")
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 ALIASES = (CHAMPION, PREVIOUS, CHALLENGER)
 """In the order in which they are written."""
+
+
+def none_if_missing(request: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
+    """What a request to MLflow answers; None if MLflow does not have (any more) what is asked for."""
+    try:
+        return request(*args, **kwargs)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
 
 
 def registered_model(client: MlflowClient, model: str) -> RegisteredModel | None:

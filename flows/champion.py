@@ -9,7 +9,7 @@ from mlflow.client import MlflowClient
 from diffusion.config import Config
 from diffusion.errors import Held, UserError
 from flows import registry
-from flows.aliases import CHAMPION, Record, adopted, aliases_of, append, project, verified
+from flows.aliases import CHAMPION, Record, adopted, aliases_of, append, none_if_missing, project, verified
 from flows.derived import takedowns, with_takedowns
 from flows.environment import settings
 from flows.history import Entry, Evidence, History, What
@@ -17,7 +17,6 @@ from flows.ledger import Ledger
 from flows.params import Params
 from flows.registry import WEIGHTS, Version
 from flows.steps import step
-from flows.tracking import none_if_missing
 
 
 @step

@@ -19,6 +19,7 @@ from diffusion.errors import UserError
 from diffusion.escaping import escape_controls, escape_markdown
 from diffusion.families.config import FAMILIES
 from flows import registry
+from flows.aliases import none_if_missing
 from flows.catalogue import Catalogue, Heads
 from flows.dvc_files import KeptFiles
 from flows.environment import data_source
@@ -26,7 +27,7 @@ from flows.params import dataset_folder
 from flows.registry import Version
 from flows.s3 import Store
 from flows.tags import parse_tags
-from flows.tracking import AUTOENCODER, START, RunTracker, none_if_missing
+from flows.tracking import AUTOENCODER, START, RunTracker
 
 TAKEDOWN = "darkroom.takedown"
 """Tag of runs and model versions that learned from pictures taken down since: the names of those removals."""

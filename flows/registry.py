@@ -31,10 +31,9 @@ from diffusion.errors import UserError
 from diffusion.files import digest_of, sha256_file
 from diffusion.grids import image_of, png_bytes
 from diffusion.model import Model, load_model
-from flows.aliases import ALIASES, named, verified
+from flows.aliases import ALIASES, named, none_if_missing, verified
 from flows.ledger import Ledger
 from flows.tags import HIGHEST_NUMBER, RunId, VersionNumber, parse_tags
-from flows.tracking import none_if_missing
 
 WEIGHTS, CODE = "darkroom.weights_sha256", "darkroom.code_sha256"
 """Tags of versions and of logged models."""

@@ -4,8 +4,7 @@ It loads no torch and no MLflow before there is something to do: most of the ret
 nothing new.
 """
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow
 
@@ -13,18 +12,15 @@ from diffusion.config import Config
 from diffusion.config_sampling import ANYTHING, Asked
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.errors import UserError
-from diffusion.evaluation.evaluator import require_enough
-from diffusion.model import classes_of
-from diffusion.sampling import require_effect, require_read_whole
 from flows.checkout import CheckedOut
-from flows.explain import Explained
 from flows.ingest import Ingested, ingest
 from flows.params import Params
-from flows.promote import Verdict
 from flows.request import Printing, Request
-from flows.sample import Prints
 from flows.steps import ended, turn
 from flows.sync import sync
+
+if TYPE_CHECKING:
+    from flows.retrained import Retrained
 
 PRINTS = 64
 """Pictures printed unless told."""
@@ -78,7 +74,7 @@ def retrain(
         from flows.evaluate import evaluate
         from flows.explain import explain
         from flows.promote import promote
-        from flows.retrain import Retrained, require_printable
+        from flows.retrained import Retrained, require_printable
         from flows.sample import draws, sample
         from flows.train import train
 
@@ -113,30 +109,3 @@ def unchanged(manifest: Manifest, data: Ingested | CheckedOut, before: dict[str,
         f"in models:/{verdict['version']['model']}/{verdict['version']['number']}: {verdict['reason']}"
     )
     return ended(Unchanged(skipped=why, data=data, before=before), f"nothing to do: {why}", name="Skipped")
-
-
-class Retrained(Config):
-    """Everything one retraining left behind."""
-
-    data: Ingested | CheckedOut
-    run_id: str
-    report: Path
-    verdict: Verdict
-    prints: Prints | None
-    """None if the champion only enlarges pictures, or there is none."""
-    explained: Explained
-    skipped: None = None
-    """It was not: see ``Unchanged``."""
-
-    @property
-    def told(self) -> str:
-        """It in a sentence."""
-        return f"{self.verdict.version.uri} is {self.verdict.title}: {self.verdict.reason}"
-
-
-def require_printable(params: Params, manifest: Manifest, asked: Asked) -> None:
-    """Raise UserError, before hours of work, if the model could not be judged or could not print what is ``asked``."""
-    require_enough(params.dataset_folder)
-    classes = classes_of(params.model, manifest.class_histogram)
-    require_effect(classes, params.model.text, params.sampling, asked)
-    require_read_whole(asked)

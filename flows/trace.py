@@ -17,6 +17,7 @@ from diffusion.data.takedown_records import Removal
 from diffusion.errors import UserError
 from diffusion.made import ABOUT, About
 from flows import environment, registry
+from flows.aliases import none_if_missing
 from flows.catalogue import Catalogue
 from flows.derived import TAKEDOWN
 from flows.dvc_files import KeptFiles, is_whole
@@ -27,7 +28,6 @@ from flows.registry import CODE, WEIGHTS
 from flows.reproduce import fetch_code
 from flows.s3 import Location, Store
 from flows.tags import Tags, parse_tags
-from flows.tracking import none_if_missing
 
 MANIFEST = "dataset/manifest.json"
 """Among a run's artifacts, the manifest of the data set version that it saw."""

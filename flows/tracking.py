@@ -3,10 +3,10 @@
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from mlflow.client import MlflowClient
 from mlflow.data.dataset_source_registry import resolve_dataset_source
@@ -31,9 +31,6 @@ from diffusion.evaluation.results import CheckpointEvaluation, Evaluation
 from flows.lineage import CodeVersion, DataVersion
 from flows.logs import RUN_ID
 from flows.numbered_objects import Claims
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 TRAIN_KEY = "darkroom.train_key"
 """Tag by which the run of a training is found again: the digest of all that decides its weights."""
@@ -121,16 +118,6 @@ class RunTracker:
         self.client.set_terminated(self.run_id, "FAILED")
 
 
-def none_if_missing(request: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
-    """What a request to MLflow answers; None if MLflow does not have (any more) what is asked for."""
-    try:
-        return request(*args, **kwargs)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE"):
-            raise
-        return None
-
-
 def picture_marker(name: str) -> str:
     """The metric that says up to which position a run has pictures called ``name``."""
     return f"{name}_at_images"
@@ -187,10 +174,13 @@ def _is_of(client: MlflowClient, run_id: str, tag: str, value: str) -> bool:
     """Whether there is a run of this ID that was not deleted and has the tag."""
     if not RUN_NAME.fullmatch(run_id):
         return False
-    run = none_if_missing(client.get_run, run_id)
-    return run is not None and bool(
-        run.info.lifecycle_stage == LifecycleStage.ACTIVE and run.data.tags.get(tag) == value
-    )
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    return bool(run.info.lifecycle_stage == LifecycleStage.ACTIVE and run.data.tags.get(tag) == value)
 
 
 def open_run(
