@@ -1,7 +1,8 @@
-"""The champion of a registered model: whether it can still be used, and the ways out if it cannot.
+"""The champion of a registered model: whether it can still be used, and promotion and rollback by a person.
 
 A candidate is compared with the champion after hours of training. So whether there is one to compare with is looked at
-before: somebody may have deleted its version in MLflow, or its weights.
+before: somebody may have deleted its version in MLflow, or its weights. A person's decision needs no Prefect: taking
+back a bad model waits for no orchestrator. Killed at any moment and given again, it ends the same.
 """
 
 from mlflow.client import MlflowClient

@@ -1,4 +1,4 @@
-"""What a training needs of the registry, brought to this machine: an autoencoder, and the model that it begins with."""
+"""What a training needs of the registry: its autoencoder, and the version that it begins with, decided once and noted."""
 
 import logging
 from contextlib import suppress

@@ -1,4 +1,7 @@
-"""What was made from pictures that a data set gave up since: runs and model versions in MLflow, prints on S3."""
+"""What learned from images that were taken down: runs and model versions in MLflow, and batches of their images on S3.
+
+A takedown finds and marks them; before a data set or a version is used, the catalogue is asked for later takedowns.
+"""
 
 import sys
 from collections.abc import Iterable, Iterator

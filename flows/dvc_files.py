@@ -1,4 +1,7 @@
-"""The files of data set versions as DVC keeps them: named by MD5, in its cache on this machine and on its remote."""
+"""Files of data set versions as DVC keeps them: named by MD5, in its cache on this machine and on its remote.
+
+``KeptFiles`` gets a file of any version from wherever it can be had.
+"""
 
 import hashlib
 import logging

@@ -1,6 +1,7 @@
-"""Prints found again, by their address on S3 or by a copy: the picture, its batch, and its row in the manifest.
+"""Sampled images found again, by their address on S3 or by a copy, with their batch and its records compared.
 
-And pictures made on request, which lie in a folder with ``request.json`` (``diffusion.made``) instead.
+The records of a batch are ``batch.json``, the parts of the manifest, its Parquet table and ``_SUCCESS``. Images made on
+request lie in a folder with ``request.json`` (``diffusion.made``) instead.
 """
 
 import io

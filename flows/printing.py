@@ -1,4 +1,4 @@
-"""Printing: a chunk drawn while the pictures before are uploaded, and the manifest of all chunks."""
+"""Sampling batches: planned, their chunks sampled while earlier images are uploaded, and finished with a manifest."""
 
 import itertools
 import os

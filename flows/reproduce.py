@@ -1,4 +1,7 @@
-"""Reproduction: printed pictures drawn again with the code that their model version ships, and compared."""
+"""Sampled images generated again by the code that their model version ships, and compared pixel by pixel.
+
+The shipped code runs in a process of its own, with this machine's libraries and no way to the servers.
+"""
 
 import json
 import os

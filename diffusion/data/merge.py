@@ -1,4 +1,7 @@
-"""Merge: prepared chunks become parts of the data set, one after the other, now that each can see all before it."""
+"""Merge: prepared chunks become parts of the data set, one after the other, now that each can see all before it.
+
+``unite`` adds what one line of versions added to another line: two machines that ingest from the same version make two.
+"""
 
 import os
 import shutil

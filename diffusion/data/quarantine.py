@@ -1,4 +1,4 @@
-"""What stands refused in a version of a data set: of all that was ever told of a name, the last word counts."""
+"""Quarantined entries of a data set version: of all records of a name, the last one counts."""
 
 import sqlite3
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What was looked at, what becomes of it and why; and whether something is old."""
+"""The section ``retention``, and what becomes of each thing that ``darkroom gc`` looks at."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator

@@ -1,4 +1,4 @@
-"""``darkroom backup``: what the local stack holds, copied while it runs."""
+"""``darkroom backup``: the local stack copied while it runs, into a folder of bytes by SHA-256 and a list per backup."""
 
 import re
 import sqlite3
