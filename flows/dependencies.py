@@ -1,4 +1,4 @@
-"""What a training needs of the registry: its autoencoder, and the version that it begins with, decided once and noted."""
+"""What a training needs of the registry: its autoencoder, and the version that it begins with, decided once."""
 
 import logging
 from contextlib import suppress

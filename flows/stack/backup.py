@@ -1,4 +1,4 @@
-"""``darkroom backup``: the local stack copied while it runs, into a folder of bytes by SHA-256 and a list per backup."""
+"""``darkroom backup``: the local stack copied while it runs, into a folder of bytes by SHA-256 and a list each."""
 
 import re
 import sqlite3

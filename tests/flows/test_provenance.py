@@ -37,7 +37,7 @@ from flows.params import PrintsConfig
 from flows.printed import Picture
 from flows.prints import Batch
 from flows.registry import Version
-from flows.reproduce import Compared, Reproduced, compare, reproduce
+from flows.reproduce import Compared, Reproduced, changed_libraries, compare, reproduce
 from flows.s3 import Location, Object, Store
 from flows.trace import trace
 from flows.tracking import open_run
@@ -488,7 +488,7 @@ def test_only_other_arithmetic_excuses_an_error_and_only_a_small_one(made: Made)
 
 def test_libraries_that_moved_are_named() -> None:
     numpy = installed("numpy")
-    assert reproduce.moved([f"numpy=={numpy}", "torch==1.0", "no-such-thing==2", "", "pandas"]) == [
+    assert changed_libraries([f"numpy=={numpy}", "torch==1.0", "no-such-thing==2", "", "pandas"]) == [
         f"torch: 1.0 → {installed('torch').split('+')[0]}",
         "no-such-thing: 2 → not installed",
     ]
