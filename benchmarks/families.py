@@ -40,8 +40,8 @@ def main() -> None:
     (args.scratch / "params.yaml").write_text("{}\n")
     words = [f"training.dataset={args.name}", f"training.minutes={args.minutes:g}"]
     ingested = [f"ingest.source={args.source}", f"ingest.size={args.size}", f"training.dataset={args.name}"]
-    darkroom(args.scratch, "stage", "ingest", words=ingested)
-    darkroom(args.scratch, "stage", "compare", words=words)
+    darkroom(args.scratch, "ingest", "--local", words=ingested)
+    darkroom(args.scratch, "compare", "--local", words=words)
     # What was drawn is remembered, and only looked up again.
     entrants = contestants(load_params(args.scratch / "params.yaml", words), tuple(FAMILIES))
     models = {

@@ -127,32 +127,79 @@ PLATES = (
     Plate(
         "Inpainting",
         "First the picture with its hole, then what may have been there; the rest keeps its pixels.",
-        ("inpaint", "face.png", "--mask", "hole.png", "--agree", "--times", "3", *SMALL, "--model", FACES.model),
+        (
+            "edit",
+            "inpaint",
+            "face.png",
+            "--mask",
+            "hole.png",
+            "--agree",
+            "--times",
+            "3",
+            *SMALL,
+            "--model",
+            FACES.model,
+        ),
     ),
     Plate(
         "Variations",
         "First the picture, then others like it: under noise, and out of it again.",
-        ("vary", "face.png", "--strength", "0.6", *SMALL, "--model", FACES.model),
+        ("edit", "img2img", "face.png", "--strength", "0.6", *SMALL, "--model", FACES.model),
     ),
     Plate(
         "Text-guided image to image",
         "First the picture, then the same face as the words have it.",
-        ("vary", "face.png", "--strength", "0.75", "--prompt", "blonde hair", *GUIDED, *SMALL, "--model", FACES.model),
+        (
+            "edit",
+            "img2img",
+            "face.png",
+            "--strength",
+            "0.75",
+            "--prompt",
+            "blonde hair",
+            *GUIDED,
+            *SMALL,
+            "--model",
+            FACES.model,
+        ),
     ),
     Plate(
         "The way between two seeds",
         "From picture 0 of seed 3 to that of seed 7, on the great circle through their noise.",
-        ("interpolate", "7", "--seed", "3", "--count", "9", "--prompt", "brown hair", *GUIDED, "--model", FACES.model),
+        (
+            "edit",
+            "interpolate",
+            "7",
+            "--seed",
+            "3",
+            "--count",
+            "9",
+            "--prompt",
+            "brown hair",
+            *GUIDED,
+            "--model",
+            FACES.model,
+        ),
     ),
     Plate(
         "Super-resolution",
         "First the small picture, 16 by 16, then four ways in which it may have been large: a model of the same emoji.",
-        ("upscale", "16.png", "--count", "4", "--set", "model.low_resolution=16", "--model", LARGE.model),
+        ("edit", "upscale", "16.png", "--count", "4", "--set", "model.low_resolution=16", "--model", LARGE.model),
     ),
     Plate(
         "Super-resolution from 32 by 32",
         "The same of another model, which is shown four times as many pixels.",
-        ("upscale", "32.png", "--count", "4", "--set", "model.low_resolution=32", "--model", LARGE_FROM_32.model),
+        (
+            "edit",
+            "upscale",
+            "32.png",
+            "--count",
+            "4",
+            "--set",
+            "model.low_resolution=32",
+            "--model",
+            LARGE_FROM_32.model,
+        ),
     ),
 )
 
@@ -169,8 +216,8 @@ def main() -> None:
     for training in TRAININGS:
         source: Path = getattr(args, training.source)
         words = [f"ingest.source={source.resolve()}", f"ingest.size={training.size}"]
-        darkroom(args.scratch, "stage", "ingest", words=[*words, f"training.dataset={training.source}"])
-        print(json.dumps(darkroom(args.scratch, "stage", "train", words=training.words())), flush=True)
+        darkroom(args.scratch, "ingest", "--local", words=[*words, f"training.dataset={training.source}"])
+        print(json.dumps(darkroom(args.scratch, "train", "--local", words=training.words())), flush=True)
     _beginnings(args.scratch)
     PICTURES.mkdir(parents=True, exist_ok=True)
     for plate in PLATES:

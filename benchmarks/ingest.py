@@ -39,11 +39,11 @@ class Contestant:
 
 
 def darkroom(runner: str, photographs: Path, folder: Path) -> int:
-    """``darkroom stage ingest`` in a workspace of its own."""
+    """``darkroom ingest --local`` in a workspace of its own."""
     (folder / "params.yaml").write_text("training:\n  dataset: photographs\n  images: 1\n")
     settings = {"source": photographs, "size": SIZE, "runner": runner, "workers": WORKERS}
     overrides = [word for key, value in settings.items() for word in ("--set", f"ingest.{key}={value}")]
-    command = [str(Path(sys.executable).with_name("darkroom")), "stage", "ingest", "--json", *overrides]
+    command = [str(Path(sys.executable).with_name("darkroom")), "ingest", "--local", "--json", *overrides]
     result = json.loads(_run(command, folder))
     return int(result["kept"]) + int(result["duplicates"])
 

@@ -3,7 +3,7 @@
     python benchmarks/loading.py --peers-python /tmp/peers/bin/python
 
 Two sets of 60,000 pictures: Fashion-MNIST padded to 32×32 (grey), and 64×64 cuts of photographs (RGB). Both become
-PNG shards by ``darkroom stage ingest``; WebDataset reads those shards, and LitData chunks of its own with the very same
+PNG shards by ``darkroom ingest --local``; WebDataset reads those shards, and LitData chunks of its own with the same
 PNGs in them. What counts is a batch of 128 pictures, (128, C, H, W) uint8, with their labels, in the hands of the
 training process; every contestant has two workers. Each runs in a process started fresh, all in turn, so that a slow
 minute of the machine hits all of them; the median of the runs counts. The first epoch includes opening the set,
@@ -93,7 +93,7 @@ def prepare(scratch: Path, name: str) -> Path:
         (workspace / "params.yaml").write_text("training:\n  dataset: pictures\n  images: 1\n")
         settings = SETS[name](workspace)
         overrides = [word for key, value in settings.items() for word in ("--set", f"ingest.{key}={value}")]
-        run([str(Path(sys.executable).with_name("darkroom")), "stage", "ingest", "--json", *overrides], workspace)
+        run([str(Path(sys.executable).with_name("darkroom")), "ingest", "--local", "--json", *overrides], workspace)
     return data
 
 

@@ -79,7 +79,7 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True)
 class Darkroom:
-    """``darkroom stage train`` as it is configured by default, but for ``settings``, told of no classes."""
+    """``darkroom train --local`` as it is configured by default, but for ``settings``, told of no classes."""
 
     name: str
     workspace: Path
@@ -105,7 +105,7 @@ class Darkroom:
         chosen |= {"training.output": output, "model.conditional": "false"}
         chosen |= {"training.checkpoints": CHECKPOINTS, "training.keep": CHECKPOINTS}
         words = [*self.settings, *(f"{key}={value}" for key, value in chosen.items())]
-        done = darkroom(self.workspace, "stage", "train", words=words)
+        done = darkroom(self.workspace, "train", "--local", words=words)
         return self.workspace / str(done["final"])
 
     def work(self, seed: int, images: int, samples: int, curve: bool) -> Drawn:
@@ -173,7 +173,7 @@ def workspace_of(scratch: Path, source: Path | None, size: int) -> Path:
     if source and not (workspace / "data").exists():
         workspace.mkdir(parents=True, exist_ok=True)
         (workspace / "params.yaml").write_text("training:\n  dataset: pictures\n")
-        darkroom(workspace, "stage", "ingest", words=[f"ingest.source={source.resolve()}", f"ingest.size={size}"])
+        darkroom(workspace, "ingest", "--local", words=[f"ingest.source={source.resolve()}", f"ingest.size={size}"])
     if not (workspace / "pictures.npy").is_file():
         dataset = Dataset.open(workspace / "data" / "pictures")
         np.save(workspace / "pictures.npy", dataset.pictures(np.arange(len(dataset))).numpy())

@@ -150,7 +150,9 @@ def table(title: str, found: dict[str, Tensor]) -> str:
 
 def trained(workspace: Path, settings: list[str]) -> Path:
     """A model with these settings: trained, or found."""
-    done = darkroom(workspace, "stage", "train", words=[*settings, "training.output=runs/told"])
+    done = darkroom(
+        workspace, "train", "--local", "--restart-if-different", words=[*settings, "training.output=runs/told"]
+    )
     print(json.dumps(done))
     return workspace / done["final"]
 

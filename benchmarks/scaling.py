@@ -3,7 +3,7 @@
     python benchmarks/scaling.py --counts 10000 100000 1000000 --picture docs/pictures/ingest_scaling.png
 
 For each count, a tar of small random PNGs, all different, is written to a scratch folder and ingested by the command
-``darkroom stage ingest``, started fresh. Memory is the most that the command and all its processes held at once: the
+``darkroom ingest --local``, started fresh. Memory is the most that the command and all its processes held at once: the
 proportional set size (shared pages are split between those that share them), sampled ten times a second.
 """
 
@@ -64,7 +64,7 @@ def measure(count: int, runner: str, workers: int, scratch: Path) -> dict[str, A
             "shard_bytes": SHARD_BYTES,
         }
         overrides = [word for key, value in settings.items() for word in ("--set", f"ingest.{key}={value}")]
-        command = [str(Path(sys.executable).with_name("darkroom")), "stage", "ingest", "--json", *overrides]
+        command = [str(Path(sys.executable).with_name("darkroom")), "ingest", "--local", "--json", *overrides]
         with (folder / "out").open("wb") as out, (folder / "log").open("wb") as log:
             started = time.perf_counter()
             process = psutil.Popen(command, cwd=folder, stdout=out, stderr=log)

@@ -2,7 +2,7 @@
 
     python benchmarks/waiting.py
 
-The two sets of ``loading.py``, and ``darkroom stage train`` on them as it is configured by default, started fresh. What
+The two sets of ``loading.py``, and ``darkroom train --local`` on them as configured by default, started fresh. What
 counts is the share of the seconds in the loop, from the first step on, as ``history.csv`` has it in its ``data_wait``.
 """
 
@@ -22,7 +22,8 @@ def waited(data: Path, images: int, cache_bytes: int) -> tuple[float, float]:
     settings = {"images": images, "checkpoints": 1, "cache_bytes": cache_bytes, "output": f"runs/{cache_bytes}"}
     overrides = [word for key, value in settings.items() for word in ("--set", f"training.{key}={value}")]
     workspace = data.parents[1]
-    run([str(Path(sys.executable).with_name("darkroom")), "stage", "train", "--json", *overrides], workspace)
+    command = [str(Path(sys.executable).with_name("darkroom")), "train", "--local", "--restart-if-different", "--json"]
+    run([*command, *overrides], workspace)
     with (workspace / settings["output"] / "history.csv").open() as file:
         rows = [(float(row["images_per_second"]), float(row["data_wait"])) for row in csv.DictReader(file)]
     # Each row stands for as many pictures, and so for as many seconds as its rate says.

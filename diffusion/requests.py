@@ -34,14 +34,14 @@ from diffusion.sampling import (
 )
 from diffusion.upscaling import require_enlarging, upscale
 
-Task = Literal["sample", "inpaint", "vary", "interpolate", "upscale"]
+Task = Literal["sample", "inpaint", "img2img", "interpolate", "upscale"]
 
 SHOWN = frozenset({"label", "prompt", "negative_prompt"})
 DRAWN = frozenset({"count", "seed", "sampler", "steps", "guidance"})
 TAKES: Mapping[Task, frozenset[str]] = {
     "sample": DRAWN | SHOWN | {"index"},
     "inpaint": DRAWN | SHOWN | {"index", "image", "mask", "strength", "times", "agree"},
-    "vary": DRAWN | SHOWN | {"index", "image", "strength"},
+    "img2img": DRAWN | SHOWN | {"index", "image", "strength"},
     "interpolate": DRAWN | SHOWN | {"to_seed"},
     "upscale": DRAWN - {"guidance"} | {"index", "image"},
 }
@@ -49,7 +49,7 @@ TAKES: Mapping[Task, frozenset[str]] = {
 NEEDS: Mapping[Task, tuple[str, ...]] = {
     "sample": (),
     "inpaint": ("image", "mask"),
-    "vary": ("image",),
+    "img2img": ("image",),
     "interpolate": ("to_seed",),
     "upscale": ("image",),
 }
@@ -68,14 +68,14 @@ KEPT_BELOW = 32
 LARGEST_NUMBER = 2**63 - 1
 """Of seeds and pictures, as manifests hold them."""
 STRENGTH = 0.6
-"""How much ``vary`` changes unless told: much is new, and the picture is still recognised."""
+"""How much ``img2img`` changes unless told: much is new, and the picture is still recognised."""
 
 
 class Wanted(Config):
     """So many pictures of one kind; what is left out (null) has its default."""
 
     task: Task = "sample"
-    """sample: pictures of nothing in particular, or of what is asked; inpaint: a hole in a picture filled; vary: a
+    """sample: pictures of nothing in particular, or of what is asked; inpaint: a hole in a picture filled; img2img: a
     picture made anew, more or less like it; interpolate: pictures on the way between those of two seeds; upscale: a
     small picture drawn large, several times if the count says so."""
     count: int = Field(1, ge=1)
@@ -93,7 +93,7 @@ class Wanted(Config):
     negative_prompt: str | None = Field(None, max_length=LONGEST_WORDS)
     """What guidance leads away from."""
     strength: float | None = Field(None, allow_inf_nan=False)
-    """How much is changed, above 0 and at most 1; null: 0.6 for vary, where 1 would leave nothing, 1 for inpaint."""
+    """How much is changed, above 0 and at most 1; null: 0.6 for img2img, where 1 would leave nothing, 1 for inpaint."""
     times: int | None = Field(None, ge=1, le=100)
     """inpaint: how often each stretch of the way is gone, so that what is filled in agrees with what lies around it
     (RePaint); so many times the work. Null: once."""
@@ -137,7 +137,7 @@ class Request(Wanted):
     """The same with the pictures that it begins with, each as the bytes of a file (PNG, JPEG, WebP …)."""
 
     image: bytes | None = None
-    """inpaint, vary: its middle, a square, scaled, and laid over black if it is transparent; upscale: as it is."""
+    """inpaint, img2img: its middle, a square, scaled, and laid over black if it is transparent; upscale: as it is."""
     mask: bytes | None = None
     """inpaint: a picture as large as the image, white where it is painted anew, black where it is kept; scaled down, a
     pixel is kept that stands for hardly any white."""

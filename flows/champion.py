@@ -75,7 +75,7 @@ def _ways_out(client: MlflowClient, history: History) -> str:
     ]
     ways = []
     if previous in usable:
-        ways.append(f"`darkroom rollback` makes version {previous} champion")
+        ways.append(f"`darkroom model rollback` makes version {previous} champion")
     if usable:
         ways.append(f"`darkroom promote --to {usable[0]}` makes version {usable[0]} champion")
     ways.append("--set registry.model=NAME begins a model of another name")
@@ -156,7 +156,9 @@ def _commit(
 ) -> Changed:
     def decide(history: History) -> Entry:
         if history.standing.champion != seen.standing.champion:
-            raise Held(f"{history.faster()}: look at `darkroom history`, and give the command again if it still holds")
+            raise Held(
+                f"{history.faster()}: look at `darkroom model history`, and give the command again if it still holds"
+            )
         last = history.about(version.number)
         judged = last.evidence if last and last.evidence else evidence
         return history.then(what, version.number, version.weights_sha256, by_hand=True, reason=reason, evidence=judged)

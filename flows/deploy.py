@@ -50,14 +50,14 @@ class Deployed(Config):
 
 
 def deploy(
-    params: Params, workspace: Path, pool: str, training_pool: str, cron: str, watch_cron: str, webhook: str | None
+    params: Params, workspace: Path, pool: str, training_pool: str, cron: str, monitor_cron: str, webhook: str | None
 ) -> Deployed:
     """Apply what ``prefect.yaml`` in the working folder declares, or else the one that comes with Darkroom.
 
     ``workspace`` is where runs find their data on the workers' machines; ``webhook`` names the variable of the
     environment that holds the address to notify. Raises UserError that says what cannot be.
     """
-    for words in (cron, watch_cron):
+    for words in (cron, monitor_cron):
         _require_cron(words)
     definitions = DEFINITIONS if DEFINITIONS.is_file() else PACKAGED
     values: dict[str, Any] = {
@@ -70,7 +70,7 @@ def deploy(
         "POOL": pool,
         "TRAINING_POOL": training_pool,
         "CRON": cron,
-        "WATCH_CRON": watch_cron,
+        "MONITOR_CRON": monitor_cron,
         "HEARTBEAT": str(get_current_settings().flows.heartbeat_frequency or SHORTEST_LEASE),
         "SILENCE": silence(),
     }

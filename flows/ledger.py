@@ -251,5 +251,6 @@ class Ledger(NumberedObjects):
         place = f"s3://{self.place.bucket}/{self.place.key(name)}"
         return UserError(
             f"the ledger of {self.model} is broken: {place} {words}, says MLflow's record of it; "
-            "docs/runbook/ledger-broken.md says what to do (`darkroom history --restore` writes back what is missing)"
+            "docs/runbook/ledger-broken.md says what to do (`darkroom model history --restore` writes back what is "
+            "missing)"
         )

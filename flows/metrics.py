@@ -1,4 +1,4 @@
-"""What Prefect, MLflow and the ledger know, as Prometheus reads it: ``darkroom metrics``.
+"""What Prefect, MLflow and the ledger know, as Prometheus reads it: ``darkroom server metrics``.
 
 Flow runs come and go, and nothing can fetch figures from a process that has ended. So one small process that stays asks
 the servers whenever it is asked itself. It holds nothing: after a restart it says the same.

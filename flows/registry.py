@@ -113,7 +113,7 @@ def resolve(client: MlflowClient, uri: str) -> Version:
             raise missing
         if alias is not None:
             missing = UserError(
-                f"{uri} is not in the registry any more (version {number}): `darkroom history` says what to do"
+                f"{uri} is not in the registry any more (version {number}): `darkroom model history` says what to do"
             )
         return version_of(client, name, number)
     except MlflowException as error:

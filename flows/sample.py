@@ -1,4 +1,4 @@
-"""The flow ``sample``: a registered model in, pictures with a manifest on S3 out."""
+"""The flows ``sample`` and ``generate``: images of a registered model, on S3 with a manifest or in a local folder."""
 
 import io
 import logging
@@ -19,14 +19,16 @@ from diffusion.device import resolve_device
 from diffusion.errors import DarkroomError, Held
 from diffusion.grids import grid, save_png
 from diffusion.lanes import cores
+from diffusion.made import Made, make, read_request
 from diffusion.model import load_model
+from diffusion.requests import Wanted
 from flows import environment, printing, registry
 from flows.derived import warn_of_takedown
 from flows.params import Params, PrintsConfig
 from flows.printed import read_picture, read_rows
 from flows.printing import Cost, Work
 from flows.prints import MANIFEST, Batch
-from flows.progress import bar
+from flows.progress import bar, reporter
 from flows.registry import Version
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
@@ -88,6 +90,23 @@ def sample(
         f"images of {place} were deleted {ATTEMPTS} times while they were generated: see that nobody but `darkroom gc` "
         "deletes there, and that retention.unfinished_days is longer than a chunk takes"
     )
+
+
+@flow(name="generate", flow_run_name="{wanted.task}-{wanted.count}-by-{model}")
+def generate(
+    params: Params,
+    model: str,
+    wanted: Wanted,
+    image: Path | None = None,
+    mask: Path | None = None,
+    output: Path | None = None,
+) -> Made:
+    """Generate the images ``wanted``, from an ``image`` if there is one, into a folder of this machine.
+
+    ``model`` is models:/NAME@ALIAS or models:/NAME/NUMBER, and ``output`` the folder; None: a new one in prints/.
+    """
+    version, weights = fetch(model)
+    return answer(params, version, weights, wanted, image, mask, output)
 
 
 @step
@@ -181,6 +200,21 @@ def finish(batch: Batch, place: Location, cost: Cost) -> Prints | None:
         key="prints",
     )
     return done
+
+
+@step
+def answer(
+    params: Params,
+    version: Version,
+    weights: Path,
+    wanted: Wanted,
+    image: Path | None,
+    mask: Path | None,
+    output: Path | None,
+) -> Made:
+    """Generate the images and write them with the model version and run that they come from."""
+    origin = {"model": version.uri, "run_id": version.run_id}
+    return make(weights, read_request(wanted, image, mask), params.sampling, output, origin, reporter())
 
 
 def _first(store: Store, batch: Batch, place: Location) -> list[bytes]:

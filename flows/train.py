@@ -71,9 +71,9 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
 
     def track(anew: bool) -> SpooledTracker:
         spool = params.run_folder / SPOOL
-        # A run that was thrown away may have been so in a try before this one.
-        anew = anew or (spool / ANEW).exists()
-        opened.append(SpooledTracker(_open(ready, manifest, anew), spool, anew))
+        # Only a training that was thrown away gets another run: one that begins here may be at work elsewhere, too.
+        discarded = (spool / ANEW).exists()
+        opened.append(SpooledTracker(_open(ready, manifest, discarded), spool, anew or discarded))
         return opened[0]
 
     try:

@@ -1,4 +1,4 @@
-"""The flow ``watch``: is the champion still as good, beside the pictures that a data set holds out now?"""
+"""The flow ``monitor``: evaluate the champion again on the images that a data set holds out now."""
 
 import math
 import time
@@ -14,14 +14,14 @@ from flows.progress import reporter
 from flows.steps import ended, step
 from flows.sync import sync
 
-WATCHED = "darkroom.watched"
+MONITORED = "darkroom.monitored"
 """Tag of a version: the digest of the circumstances under which it was looked at last."""
 SURELY = 3
 """Standard errors by which a figure must have changed to count as drift: chance does that once in 370 times."""
 
 
-class Watched(Config):
-    """A champion looked at again."""
+class MonitorResult(Config):
+    """A champion evaluated again."""
 
     model: str
     """models:/NAME/NUMBER."""
@@ -33,25 +33,25 @@ class Watched(Config):
     """What it had when the gate judged it."""
     drifted: bool
     """Whether it is surely worse than then."""
-    told: str
-    """It in a sentence."""
+    summary: str
+    """The comparison in a sentence."""
     skipped: bool
 
 
-@flow(name="watch", flow_run_name="watch-{params.training.dataset}")
-def watch(params: Params) -> Watched:
-    """Judge the champion again on the newest held-out pictures, and say so on its MLflow run.
+@flow(name="monitor", flow_run_name="monitor-{params.training.dataset}")
+def monitor(params: Params) -> MonitorResult:
+    """Evaluate the champion again on the newest held-out images, and log its metrics on its MLflow run.
 
     Args:
         params: The configuration, as params.yaml has it.
     """
     sync(params, None)
-    found = look(params)
-    return ended(found, found.told, "Skipped" if found.skipped else "Drifted" if found.drifted else "Completed")
+    found = evaluate_champion(params)
+    return ended(found, found.summary, "Skipped" if found.skipped else "Drifted" if found.drifted else "Completed")
 
 
 @step
-def look(params: Params) -> Watched:
+def evaluate_champion(params: Params) -> MonitorResult:
     """Draw with the champion, unless that was done under these circumstances, and compare with when it was judged."""
     # They take seconds to load, which a deployment that only looks at this module's forms does without.
     from mlflow.client import MlflowClient
@@ -70,29 +70,29 @@ def look(params: Params) -> Watched:
     conditions = [params.evaluation.model_dump(mode="json"), params.sampling.model_dump(mode="json")]
     key = digest_of([content, version.weights_sha256, *conditions])
     about = {"model": version.uri, "content_digest": content, "before": before}
-    if version.tags.get(WATCHED) == key:
-        told = f"nothing to do: {version.uri} was compared with these pictures of {params.training.dataset} before"
-        return Watched(**about, figures={}, drifted=False, told=told, skipped=True)
+    if version.tags.get(MONITORED) == key:
+        summary = f"nothing to do: {version.uri} was compared with these pictures of {params.training.dataset} before"
+        return MonitorResult(**about, figures={}, drifted=False, summary=summary, skipped=True)
 
     weights = registry.fetch_weights(version, settings().folder / "models")
     evaluated, extractor = look_again(
         weights, params.dataset_folder, params.evaluation, params.sampling, params.report_folder, reporter()
     )
     figures = {name: value for name, value in evaluated.named().items() if math.isfinite(value)}
-    told, drifted = compared(extractor, figures, before)
+    summary, drifted = compare_kid(extractor, figures, before)
     RunTracker(client, version.run_id).log_metrics(
-        {f"watch_{name}": each for name, each in figures.items()}, int(time.time())
+        {f"monitor_{name}": each for name, each in figures.items()}, int(time.time())
     )
     rows = [f"| {name} | {value:.4g} | {_shown(before.get(name))} |" for name, value in sorted(figures.items())]
     create_markdown_artifact(
-        "\n".join([f"**{version.uri}**: {told}", "", "| figure | now | when judged |", "|---|---|---|", *rows]),
-        key="watch",
+        "\n".join([f"**{version.uri}**: {summary}", "", "| figure | now | when judged |", "|---|---|---|", *rows]),
+        key="monitor",
     )
-    client.set_model_version_tag(version.model, str(version.number), WATCHED, key)
-    return Watched(**about, figures=figures, drifted=drifted, told=f"{version.uri}: {told}", skipped=False)
+    client.set_model_version_tag(version.model, str(version.number), MONITORED, key)
+    return MonitorResult(**about, figures=figures, drifted=drifted, summary=f"{version.uri}: {summary}", skipped=False)
 
 
-def compared(extractor: str, now: dict[str, float], before: dict[str, float]) -> tuple[str, bool]:
+def compare_kid(extractor: str, now: dict[str, float], before: dict[str, float]) -> tuple[str, bool]:
     """KID on the features of ``extractor``, ``now`` and ``before``, in words; whether it is surely worse."""
     kid, se = f"kid_{extractor}", f"kid_se_{extractor}"
     words = f"{kid} {now[kid]:.4g} ± {now[se]:.2g}"

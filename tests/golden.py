@@ -290,7 +290,7 @@ def generated_images(models: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
         "inpaint": {"task": "inpaint", "count": 2, "image": files.image, "mask": files.mask},
         "inpaint repaint": {"task": "inpaint", "image": files.image, "mask": files.mask, "times": 2},
         "inpaint pigdm": {"task": "inpaint", "image": files.image, "mask": files.mask, "agree": True},
-        "img2img": {"task": "vary", "count": 2, "image": files.image, "strength": 0.5},
+        "img2img": {"task": "img2img", "count": 2, "image": files.image, "strength": 0.5},
         "interpolate": {"task": "interpolate", "count": 4, "seed": 2, "to_seed": 3, "label": "red"},
     }
     for name, fields in tasks.items():

@@ -1,4 +1,4 @@
-"""The command line: ``darkroom VERB``. Heavy libraries load only inside the verb that uses them."""
+"""The command line, ``darkroom COMMAND``. Heavy libraries load only inside the command that uses them."""
 
 import os
 import sys
@@ -10,43 +10,29 @@ from diffusion.escaping import escape_controls
 from diffusion.files import is_full_disk
 from diffusion.parent import end_with_parent
 from flows.cli import (
-    champion,
-    comparison,
-    data,
-    deploy,
-    export,
-    housekeeping,
-    pipeline,
-    provenance,
-    release,
-    requests,
-    stack,
-    stages,
-    sweep,
+    data_commands,
+    edit_commands,
+    model_commands,
+    operations_commands,
+    pipeline_commands,
+    provenance_commands,
+    server_commands,
 )
 
 app = typer.Typer(
     name="darkroom",
-    help="Turn a growing folder of pictures into a diffusion model that is promoted only when it is better.",
-    epilog="Start with:  darkroom up  &&  darkroom retrain PICTURES --dataset NAME",
+    help="Turn a growing folder of images into a diffusion model that is promoted only when it is better.",
+    epilog="Start with:  darkroom up  &&  darkroom retrain IMAGES --dataset NAME",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-pipeline.add_to(app)
-comparison.add_to(app)
-champion.add_to(app)
-requests.add_to(app)
-provenance.add_to(app)
-export.add_to(app)
-housekeeping.add_to(app)
-release.add_to(app)
-sweep.add_to(app)
-deploy.add_to(app)
-stack.add_to(app)
-app.add_typer(data.app, rich_help_panel="From pictures to prints")
-app.add_typer(stages.app)
+for commands in (pipeline_commands, provenance_commands, operations_commands):
+    app.add_typer(commands.app)
+app.add_typer(server_commands.top)
+for group in (data_commands, model_commands, edit_commands, server_commands):
+    app.add_typer(group.app, rich_help_panel="Groups of commands")
 
 
 def main() -> None:
@@ -76,8 +62,7 @@ def _require_one_process(words: list[str]) -> None:
         return
     # A torchrun that is killed ends nobody: without it the processes would train on.
     end_with_parent()
-    shared = words[:1] == ["train"] or words[:2] == ["stage", "train"]
-    if not shared or "--dry-run" in words:
+    if words[:1] != ["train"] or "--dry-run" in words:
         raise UserError(
             f"torchrun started several processes, and `darkroom {' '.join(words[:2])}` is done by one: leave torchrun "
             "out, or use it for `darkroom train` alone"

@@ -1,4 +1,4 @@
-"""``darkroom backup``: the local stack copied while it runs, into a folder of bytes by SHA-256 and a list each."""
+"""``darkroom server backup``: the local stack copied while it runs, into a folder of bytes by SHA-256 and a list."""
 
 import re
 import sqlite3
@@ -81,7 +81,9 @@ class Backups:
         """One of them, by default the newest; raises UserError if there is none, or it cannot be read."""
         stamps = self.stamps()
         if not stamps or (stamp is not None and stamp not in stamps):
-            there = f"there is {', '.join(stamps)}" if stamps else "there is none: make one with `darkroom backup`"
+            there = (
+                f"there is {', '.join(stamps)}" if stamps else "there is none: make one with `darkroom server backup`"
+            )
             raise UserError(f"no backup {stamp or ''} in {self.folder}: {there}")
         path = self.folder / "backups" / f"{stamp or stamps[-1]}.json"
         try:

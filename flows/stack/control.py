@@ -1,7 +1,6 @@
 """``up``, ``status``, ``down``, ``exports``: the local stack as the command line sees it."""
 
 import os
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from flows.stack.services import Service, services
 Report = Callable[[str], None]
 
 RESTORING = "restoring.json"
-"""In the stack's folder while ``darkroom restore`` makes it of a backup: which one that is."""
+"""In the stack's folder while ``darkroom server restore`` makes it of a backup: which one that is."""
 PATIENCE = 120.0
 """Seconds within which a service has to serve after its start."""
 HUNG = 15.0
@@ -68,8 +67,8 @@ def up(report: Report, restoring: bool = False) -> StackStatus:
             # The servers would make empty databases of those that are not there yet.
             if (folder / RESTORING).exists() and not restoring:
                 raise UserError(
-                    f"a restore into {folder} did not end: give `darkroom restore` of the same backup again, or set "
-                    "DARKROOM_HOME to another folder"
+                    f"a restore into {folder} did not end: give `darkroom server restore` of the same backup again, or "
+                    "set DARKROOM_HOME to another folder"
                 )
             stack = _with_ports(_with_servers(_opened(), elsewhere))
             _start_all(stack, services(stack), report)
@@ -114,8 +113,8 @@ def down(report: Report) -> None:
     report("the local stack is stopped; `darkroom up` starts it with all it holds")
 
 
-def exports() -> list[str]:
-    """Shell lines with which other clients on this machine join the local stack.
+def exports() -> dict[str, str]:
+    """Variables with which other clients on this machine join the local stack.
 
     Empty if the environment names every server already; raises UserError if the stack does not run.
     """
@@ -129,7 +128,7 @@ def exports() -> list[str]:
         variables |= stack.variables(server)
     if stack is not None and missing:
         variables |= {"DARKROOM_HOME": str(stack.folder), "DARKROOM_BUCKET": stack.bucket} | beside_proxies()
-    return [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    return variables
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``darkroom restore``: a local stack made anew of a backup, with passwords of its own.
+"""``darkroom server restore``: a local stack made anew of a backup, with passwords of its own.
 
 A takedown that was done after the backup must outlive it: what newer backups and the stack that is replaced know of
 takedowns goes into the restored bucket, too, from where every ingest learns of it.

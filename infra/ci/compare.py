@@ -2,7 +2,7 @@
 
 ``python infra/ci/compare.py data faces`` names the version of the data that the champion learned from; a training
 on it compares. ``python infra/ci/compare.py figures faces reports/faces`` is the table, in Markdown, after ``darkroom
-stage evaluate``. The champion is asked of the MLflow server and the bucket of the environment.
+evaluate --local``. The champion is asked of the MLflow server and the bucket of the environment.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def comment(model: str, report: Path) -> str:
         ours = {name: float(value) for name, value in json.loads((report / "metrics.json").read_bytes()).items()}
         conditions = json.loads((report / "evaluation.json").read_bytes())["eval_key"]
     except FileNotFoundError as error:
-        raise UserError(f"no evaluation in {report}: run `darkroom stage evaluate` first") from error
+        raise UserError(f"no evaluation in {report}: run `darkroom evaluate --local` first") from error
     try:
         champion = champion_of(model)
     except UserError as error:

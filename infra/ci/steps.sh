@@ -27,8 +27,8 @@ compare() { # a small training under this params.yaml, and its figures beside th
 print(load_params(Path("params.yaml"), []).training.dataset)')
     # On the data of the champion, so that it is the configuration that differs.
     .venv/bin/darkroom data checkout "$(.venv/bin/python infra/ci/compare.py data "${MODEL:-$name}")" --dataset "$name"
-    .venv/bin/darkroom stage train --set "training.minutes=${MINUTES:-10}"
-    .venv/bin/darkroom stage evaluate --set "training.minutes=${MINUTES:-10}"
+    .venv/bin/darkroom train --local --restart-if-different --set "training.minutes=${MINUTES:-10}"
+    .venv/bin/darkroom evaluate --local --set "training.minutes=${MINUTES:-10}"
     .venv/bin/python infra/ci/compare.py figures "${MODEL:-$name}" "reports/$name" >comparison.md
 }
 

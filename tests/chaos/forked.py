@@ -187,10 +187,10 @@ def main() -> None:
     listener = socket.socket(fileno=int(sys.argv[1]))
     listener.setblocking(True)
     from flows.cli import main as command_line
-    from flows.cli.options import joined
+    from flows.cli.command import connect
 
     began = time.monotonic()
-    with joined("prefect", "mlflow", "s3"):
+    with connect("prefect", "mlflow", "s3"):
         import flows.evaluate
         import flows.explain
         import flows.gc

@@ -248,7 +248,7 @@ def test_a_backup_that_is_struck_is_whole_when_it_ends(
     moments, seconds = random.Random(number), 0.0
     for index, strikes in enumerate([0, *rounds(kills)]):
         target = tmp_path / str(index)
-        command = ("backup", str(target), "--json")
+        command = ("server", "backup", str(target), "--json")
         for _ in range(strikes):
             forks.strike(number, moments.uniform(0, seconds), tmp_path, *command, **variables)
         began = time.monotonic()
@@ -277,7 +277,7 @@ def test_a_restore_that_is_struck_ends_in_a_stack_with_all_of_the_backup(
     stack: LocalStack, forks: Forks, tmp_path: Path, number: Signals, kills: int
 ) -> None:
     expected, target = held(stack), str(tmp_path / "backups")
-    forks.finish(tmp_path, "backup", target, **beside(stack.folder))
+    forks.finish(tmp_path, "server", "backup", target, **beside(stack.folder))
     moments, seconds = random.Random(number), 0.0
     for index, strikes in enumerate([0, *rounds(kills)]):
         folder = tmp_path / f"restored{index}"
@@ -285,10 +285,12 @@ def test_a_restore_that_is_struck_ends_in_a_stack_with_all_of_the_backup(
         try:
             for _ in range(strikes):
                 if not _is_restored(folder):
-                    forks.strike(number, moments.uniform(0, seconds), tmp_path, "restore", target, **variables)
+                    forks.strike(
+                        number, moments.uniform(0, seconds), tmp_path, "server", "restore", target, **variables
+                    )
             began = time.monotonic()
             if not _is_restored(folder):
-                forks.finish(tmp_path, "restore", target, **variables)
+                forks.finish(tmp_path, "server", "restore", target, **variables)
             seconds = seconds or time.monotonic() - began
             restored = LocalStack.read(folder)
             assert restored is not None

@@ -35,9 +35,9 @@ main()
 """
 SAMPLE = ("sample", "--model", "weights.safetensors", "--count", "8", "--out", "made")
 DRILLS = [
-    (("stage", "train"), "diffusion.training.checkpoint:Checkpoints.save@3", "runs/blobs"),
-    (("stage", "evaluate"), "diffusion.evaluation.sealed:save_tensors", "reports/blobs"),
-    (("stage", "evaluate"), "diffusion.evaluation.evaluate:write_json", "reports/blobs"),
+    (("train", "--local"), "diffusion.training.checkpoint:Checkpoints.save@3", "runs/blobs"),
+    (("evaluate", "--local"), "diffusion.evaluation.sealed:save_tensors", "reports/blobs"),
+    (("evaluate", "--local"), "diffusion.evaluation.evaluate:write_json", "reports/blobs"),
     (
         ("sample", "--model", "weights.safetensors", "--count", "8", "--out", "made"),
         "diffusion.made:write_bytes@3",
@@ -88,7 +88,7 @@ def workspace(folder: Path, dataset: Path, command: tuple[str, ...]) -> Path:
     (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS))
     write_model(folder / "weights.safetensors", 1, 0)
     if "evaluate" in command:
-        finish(start(folder, "", "stage", "train"))
+        finish(start(folder, "", "train", "--local"))
     return folder
 
 

@@ -52,9 +52,9 @@ def folder(tmp_path: Path) -> Path:
     "its children end within seconds",
 )
 def test_an_ingest_killed_alone_takes_its_processes_along(folder: Path) -> None:
-    """SIGKILL to `stage ingest` alone while its workers work: they, the fork server and the resource tracker end."""
+    """SIGKILL to `ingest --local` alone while its workers work: they, the fork server and the resource tracker end."""
     mark = new_mark()
-    process = start(folder, mark, sys.executable, "-c", DARKROOM, "stage", "ingest")
+    process = start(folder, mark, sys.executable, "-c", DARKROOM, "ingest", "--local")
     # The command, a resource tracker, a fork server and two workers.
     wait_for(5, mark, process, folder / "output")
     process.kill()
@@ -77,7 +77,7 @@ def test_ranks_end_when_torchrun_is_killed(dataset: Path, tmp_path: Path) -> Non
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     command = work / "command.py"
     command.write_text(DARKROOM)
-    process = start(work, mark, *torchrun, str(command), "stage", "train")
+    process = start(work, mark, *torchrun, str(command), "train", "--local")
     deadline = time.monotonic() + 120
     while not (work / "runs" / "set" / "history.csv").exists():
         assert process.poll() is None, (work / "output").read_text()[-2000:]

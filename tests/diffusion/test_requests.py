@@ -74,7 +74,11 @@ def test_a_sample_is_the_picture_of_its_seed_and_number(model: DiffusionModel) -
 
 
 def test_rows_of_one_seed_get_what_each_would_get_alone(model: DiffusionModel) -> None:
-    rows = [asked("sample", seed=1, index=6), asked("vary", seed=1, count=2), asked("sample", seed=1, index=0, count=2)]
+    rows = [
+        asked("sample", seed=1, index=6),
+        asked("img2img", seed=1, count=2),
+        asked("sample", seed=1, index=0, count=2),
+    ]
     together = answer(model, rows, SAMPLING)
     for row, pictures in zip(rows, together, strict=True):
         assert torch.equal(pictures, answer(model, [row], SAMPLING)[0])
@@ -94,7 +98,7 @@ def test_a_picture_and_its_mask_are_cut_and_scaled_alike(model: DiffusionModel) 
     mask = np.zeros_like(wide)
     mask[:, 12:] = 255
     [pictures] = answer(model, [asked("inpaint", image=png(wide), mask=png(mask))], SAMPLING)
-    [whole] = answer(model, [asked("vary", image=png(wide), strength=0.01)], SAMPLING)
+    [whole] = answer(model, [asked("img2img", image=png(wide), strength=0.01)], SAMPLING)
     assert pictures.shape == whole.shape == (1, 1, SIZE, SIZE)
     left = torch.from_numpy(wide[:, 4:20]).float().reshape(8, 2, 8, 2).mean((1, 3))[:, :4]
     # Bicubic, over a window twice as wide as a mean's.
@@ -105,7 +109,7 @@ def test_the_less_a_picture_is_changed_the_nearer_it_stays(model: DiffusionModel
     sampling = SamplingConfig(steps=20, compute_batch=4, sampler="ddim")
     source = torch.from_numpy(PIXELS).float()
     distances = [
-        (answer(model, [asked("vary", strength=strength)], sampling)[0].float() - source).abs().mean()
+        (answer(model, [asked("img2img", strength=strength)], sampling)[0].float() - source).abs().mean()
         for strength in (0.1, 0.4, 0.95)
     ]
     assert distances[0] < distances[1] < distances[2]
@@ -218,13 +222,13 @@ def test_what_is_no_request_is_told_so(fields: dict[str, Any], words: str) -> No
         ({"label": "cat"}, "told no classes"),
         ({"prompt": "a cat"}, "told no captions"),
         ({"guidance": 3.0}, "nothing is asked"),
-        ({"task": "vary", "image": b"hello"}, "the image cannot be used: not a picture"),
-        ({"task": "vary", "image": png(PIXELS), "strength": 1.0}, "nothing of the picture is left"),
-        ({"task": "vary", "image": png(PIXELS), "strength": 1.5}, "not above 0 and at most 1"),
+        ({"task": "img2img", "image": b"hello"}, "the image cannot be used: not a picture"),
+        ({"task": "img2img", "image": png(PIXELS), "strength": 1.0}, "nothing of the picture is left"),
+        ({"task": "img2img", "image": png(PIXELS), "strength": 1.5}, "not above 0 and at most 1"),
         ({"task": "inpaint", "image": png(PIXELS), "mask": png(np.zeros_like(HOLE))}, "keeps all of the picture"),
         ({"task": "inpaint", "image": png(PIXELS), "mask": png(np.full_like(HOLE, 255))}, "keeps nothing"),
         ({"task": "inpaint", "image": png(PIXELS), "mask": png(HOLE[:, :4])}, "mask has 4×8 pixels and the image 8×8"),
-        ({"task": "upscale", "image": png(PIXELS)}, "not trained to upscale: it can sample, inpaint, vary, interpol"),
+        ({"task": "upscale", "image": png(PIXELS)}, "not trained to upscale: it can sample, inpaint, img2img, inter"),
         ({"task": "interpolate", "to_seed": 0, "count": 2}, "from seed 0 to seed 0: give two seeds"),
         ({"task": "interpolate", "to_seed": 1}, "ask for two or more"),
         ({"count": 10**12}, "64,000,000,000,064 values, and 2,147,483,648 are held at once: ask for fewer"),
@@ -238,7 +242,7 @@ def test_nothing_is_drawn_if_one_row_cannot_be(model: DiffusionModel, fields: di
 
 
 def test_a_model_says_what_it_can_do(model: DiffusionModel) -> None:
-    assert tasks_of(model) == ("sample", "inpaint", "vary", "interpolate")
+    assert tasks_of(model) == ("sample", "inpaint", "img2img", "interpolate")
 
 
 def test_of_several_rows_the_one_that_cannot_be_answered_is_named(model: DiffusionModel) -> None:
@@ -249,7 +253,7 @@ def test_of_several_rows_the_one_that_cannot_be_answered_is_named(model: Diffusi
 def test_there_is_no_way_between_classes(tmp_path: Path) -> None:
     model = load_model(write_model(tmp_path / "told.safetensors", 0, 0, size=SIZE, classes={"cat": 5, "dog": 5}))
     drawn: list[str] = []
-    rows = [asked("vary"), asked("interpolate", seed=1, to_seed=2, count=6)]
+    rows = [asked("img2img"), asked("interpolate", seed=1, to_seed=2, count=6)]
     with pytest.raises(UserError, match=r"row 1: .*nothing between classes: give a label, one of cat, dog"):
         answer(model, rows, SAMPLING, lambda what, *_: drawn.append(what))
     assert not drawn

@@ -235,8 +235,8 @@ def test_it_answers_the_requests_that_begin_with_nothing(model: VAEModel) -> Non
     drawn = answer(model, [request_of({"count": 2, "seed": 3, "index": 5})], SAMPLING)
     assert torch.equal(drawn[0], sample(model, [5, 6], 3, SAMPLING))
     image = png_bytes(Image.new("RGB", (SIZE, SIZE)))
-    with pytest.raises(UserError, match="not trained to vary: it can sample, interpolate"):
-        answer(model, [request_of({"task": "vary", "image": image})], SAMPLING)
+    with pytest.raises(UserError, match="not trained to img2img: it can sample, interpolate"):
+        answer(model, [request_of({"task": "img2img", "image": image})], SAMPLING)
     with pytest.raises(UserError, match=r"sampling\.steps means nothing to model\.family = vae"):
         answer(model, [request_of({"steps": 50})], SAMPLING)
 

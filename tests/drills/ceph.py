@@ -43,7 +43,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 
 
 def test_a_retraining_its_ledger_and_batches_in_files_and_large_tars(workspace: Workspace) -> None:
-    assert "ignores If-None-Match when an upload in parts is completed" in workspace.run("health", "s3")
+    assert "ignores If-None-Match when an upload in parts is completed" in workspace.run("server", "health", "s3")
     assert "elsewhere" in workspace.run("status")
     done = workspace.json("retrain", "pictures", "--dataset", "blobs", "--count", "8")
     assert done["verdict"]["version"]["number"] == 1
@@ -61,7 +61,7 @@ def test_a_retraining_its_ledger_and_batches_in_files_and_large_tars(workspace: 
     again = workspace.json(*tars)
     assert (again["uri"], again["took"]["pictures"]) == (first["uri"], 0)
 
-    history = workspace.json("history", "--dataset", "blobs")
+    history = workspace.json("model", "history", "--dataset", "blobs")
     assert json.dumps(history)
     retention = ("--set", "retention.prints_days=0", "--set", "retention.grace_hours=0")
     assert workspace.json("gc", *retention)["items"]

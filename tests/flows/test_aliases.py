@@ -437,6 +437,6 @@ def test_a_person_who_decides_on_what_is_past_is_told(
         return seen
 
     monkeypatch.setattr(champion, "adopted", meanwhile)
-    with pytest.raises(Held, match=r"somebody was faster: promote 2 → 3.*darkroom history"):
+    with pytest.raises(Held, match=r"somebody was faster: promote 2 → 3.*darkroom model history"):
         champion.roll_back(ledger.model)
     assert ledger.read().standing.champion == 3

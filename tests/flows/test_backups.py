@@ -136,7 +136,7 @@ def test_a_restore_that_was_killed_is_not_started_over_and_given_again_places_al
         killing.setattr(restoring, "write_atomically", killed)
         with pytest.raises(KeyboardInterrupt):
             restore(stored, None, Path("nothing"), print)
-    with pytest.raises(UserError, match=f"a restore into {folder} did not end: give `darkroom restore`"):
+    with pytest.raises(UserError, match=f"a restore into {folder} did not end: give `darkroom server restore`"):
         up(print)
     assert not any((folder / name).exists() for name in DATABASES)
 

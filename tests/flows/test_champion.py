@@ -71,7 +71,7 @@ def test_both_ways_out_are_named_and_work(
     said = problem(params)
     history = verified(mlflow_client, Ledger.of(params.model_name))
     assert champion_problem(mlflow_client, history) == said
-    assert "`darkroom rollback` makes version 1 champion" in said
+    assert "`darkroom model rollback` makes version 1 champion" in said
     assert "`darkroom promote --to 4` makes version 4 champion" in said
     assert champion.roll_back(params.model_name).version.number == 1
     require_champion.fn(params)
@@ -91,7 +91,7 @@ def test_a_rollback_is_no_dead_end_when_its_champion_was_deleted(
     champion.promote(params.model_name, 3)
     assert champion.roll_back(params.model_name).version.number == 2
     delete_version(mlflow_client, versions[2])
-    assert "`darkroom rollback` makes version 1 champion" in problem(params)
+    assert "`darkroom model rollback` makes version 1 champion" in problem(params)
     assert champion.roll_back(params.model_name).version.number == 1
     require_champion.fn(params)
 

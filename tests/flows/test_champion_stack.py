@@ -43,22 +43,22 @@ def aliases(server: MlflowClient, model: str = "blobs") -> dict[str, int]:
 def test_history_tells_what_rollback_and_promotion_by_hand_do_and_versions_show_it(
     workspace: Workspace, server: MlflowClient
 ) -> None:
-    before = workspace.json("history")
+    before = workspace.json("model", "history")
     assert [entry["version"] for entry in before["entries"]] == [1, 2]
     assert (before["entries"][0]["what"], before["entries"][0]["to_version"]) == ("promote", 1)
     done = workspace.json("promote", "--to", "2", "--reason", "rounder")
     assert done["version"]["number"] == 2
     workspace.json("promote", "--to", "1", "--reason", "rounder still")
     assert aliases(server) == {"champion": 1, "previous": 2}
-    assert workspace.json("rollback", "--reason", "three eyes")["version"]["number"] == 2
+    assert workspace.json("model", "rollback", "--reason", "three eyes")["version"]["number"] == 2
     assert aliases(server) == {"champion": 2, "previous": 1}
     assert workspace.json("sample", "--count", "1")["model"] == "models:/blobs/2"
 
-    after = workspace.json("history")
+    after = workspace.json("model", "history")
     assert after["entries"][: len(before["entries"])] == before["entries"]
     assert after["verified"] == len(after["entries"])
     assert after["entries"][-1]["reason"] == "three eyes"
-    table = workspace.run("history")
+    table = workspace.run("model", "history")
     assert "by hand, three eyes" in table
     version = server.get_model_version("blobs", "1")
     assert any("three eyes" in text for name, text in version.tags.items() if name.startswith("darkroom.ledger."))
@@ -74,7 +74,7 @@ def test_the_gate_does_not_bring_back_what_a_person_took_the_title_from(
 ) -> None:
     workspace.json("promote", "--to", "1")
     workspace.json("promote", "--to", "2")
-    workspace.json("rollback", "--reason", "three eyes")
+    workspace.json("model", "rollback", "--reason", "three eyes")
     held = workspace.json("promote", "--set", "training.seed=1", "--set", "training.output=runs/second", code=3)
     assert (held["version"]["number"], held["verdict"]) == (2, "hold")
     assert "three eyes" in held["reason"]
@@ -103,17 +103,17 @@ def test_killed_at_random_moments_there_is_one_champion_and_the_same_command_end
         answer("promote", "--to", "2")
         began = time.monotonic()
         answer("promote", "--to", "1")
-        duration, champion, entries = time.monotonic() - began, 1, answer("history")["verified"]
+        duration, champion, entries = time.monotonic() - began, 1, answer("model", "history")["verified"]
         for _ in range(kills):
             wanted = 3 - champion
             command = ("promote", "--to", str(wanted))
             forks.strike(signal.SIGKILL, moments.uniform(0, duration), workspace.folder, *command)
             assert aliases(server)["champion"] in (1, 2)
-            found = answer("history")
+            found = answer("model", "history")
             assert found["verified"] - entries in (0, 1)
             assert aliases(server)["champion"] == found["champion"] == found["entries"][-1]["to_version"]
             assert answer(*command)["version"]["number"] == wanted
-            assert answer("history")["verified"] == entries + 1
+            assert answer("model", "history")["verified"] == entries + 1
             champion, entries = wanted, entries + 1
 
 
@@ -158,12 +158,12 @@ def test_whatever_is_done_to_the_ledger_is_said_by_metrics_and_history_and_nothi
         # Also by who has read it before.
         assert ("darkroom_ledger_intact", ("blobs",), 0) in list(of_ledgers(read))
         # That nobody writes is shown for each in test_aliases.py.
-        for verb in (("history",), ("promote", "--to", other)) if None not in changes.values() else ():
+        for verb in (("model", "history"), ("promote", "--to", other)) if None not in changes.values() else ():
             assert "the ledger of blobs is broken" in workspace.run(*verb, code=2)
         assert objects(workspace, f"{ledger.place}/") == there
         ledger.store.delete_many(ledger.place.bucket, [key for key, data in changes.items() if data is not None])
         if changes.keys() == whole.keys():
-            restored = workspace.json("history", "--restore")["restored"]
+            restored = workspace.json("model", "history", "--restore")["restored"]
             assert restored == [int(key[-13:-5]) for key in keys]
         else:
             for key in changes:
@@ -175,7 +175,9 @@ def test_whatever_is_done_to_the_ledger_is_said_by_metrics_and_history_and_nothi
     junk = ledger.place.key(f"{len(keys) + 1:08d}.json")
     ledger.store.put_once(ledger.place.bucket, junk, b"{}")
     assert intact() == 0
-    assert workspace.json("history")["foreign"] == [{"name": junk[-13:], "reason": "is no entry of this ledger"}]
+    assert workspace.json("model", "history")["foreign"] == [
+        {"name": junk[-13:], "reason": "is no entry of this ledger"}
+    ]
     assert workspace.json("promote", "--to", other)["entry"]["number"] == len(keys) + 2
     ledger.store.delete_many(ledger.place.bucket, [junk])
     assert intact() == 1
@@ -192,7 +194,7 @@ def test_a_champion_that_was_deleted_stops_everything_before_it_begins_and_can_b
         workspace.json("evaluate", *sets)
         workspace.start("promote", *sets).communicate(timeout=300)
     workspace.json("promote", "--to", "2", *named)
-    assert workspace.json("history", *named)["problem"] is None
+    assert workspace.json("model", "history", *named)["problem"] is None
     server.delete_model_version("deleted", "2")
     runs = len(server.search_runs([server.get_experiment_by_name("deleted").experiment_id]))
     other = (*named, "--set", "training.seed=2", "--set", "training.output=runs/third")
@@ -204,11 +206,11 @@ def test_a_champion_that_was_deleted_stops_everything_before_it_begins_and_can_b
     ):
         said = workspace.run(*words, code=2)
         assert "version 2 of deleted is champion by the ledger" in said
-        assert "`darkroom rollback` makes version 1 champion" in said
+        assert "`darkroom model rollback` makes version 1 champion" in said
     assert len(server.search_runs([server.get_experiment_by_name("deleted").experiment_id])) == runs
     assert not (workspace.folder / "runs" / "third").exists()
-    assert "`darkroom rollback`" in workspace.json("history", *named)["problem"]
-    assert workspace.json("rollback", *named)["version"]["number"] == 1
+    assert "`darkroom model rollback`" in workspace.json("model", "history", *named)["problem"]
+    assert workspace.json("model", "rollback", *named)["version"]["number"] == 1
     workspace.json("train", *other)
 
 
@@ -256,7 +258,7 @@ def test_a_person_approves_or_does_not_before_anything_becomes_champion(
         assert process.returncode == (0 if approved else 3), err[-3000:]
         assert "waits for approval: http" in err
         assert "by Ada (looked at it): first version" in out
-        [entry] = workspace.json("history", *named)["entries"]
+        [entry] = workspace.json("model", "history", *named)["entries"]
         assert entry["approval"] == {"approved": approved, "by": "Ada", "note": "looked at it"}
         assert aliases(server, model) == ({"champion": 1} if approved else {"challenger": 1})
     held = workspace.json("promote", *named, "--set", "registry.approval=true", code=3)
@@ -285,5 +287,5 @@ def test_a_retraining_waits_for_approval_and_without_it_leaves_the_champion(
         assert done["verdict"]["promoted"] is approved
         assert done["prints"]["model"] == "models:/asked/1"
     assert aliases(server, "asked") == {"champion": 1, "challenger": 2}
-    entries = workspace.json("history", "--set", "registry.model=asked")["entries"]
+    entries = workspace.json("model", "history", "--set", "registry.model=asked")["entries"]
     assert [(each["what"], each["approval"]["approved"]) for each in entries] == [("promote", True), ("hold", False)]

@@ -7,35 +7,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
-VERBS = (
-    "ingest",
-    "train",
-    "evaluate",
-    "promote",
-    "rollback",
-    "history",
-    "sample",
-    "retrain",
-    "explain",
-    "inpaint",
-    "vary",
-    "interpolate",
-    "upscale",
-    "trace",
-    "reproduce",
-    "export",
-    "deploy",
-    "watch",
-    "data",
-    "stage",
-    "up",
-    "status",
-    "down",
-    "env",
-    "health",
-    "metrics",
+import flows.cli
+from flows.cli.command import CommandOutput, command
+
+COMMANDS = (
+    *("ingest", "train", "evaluate", "promote", "sample", "retrain", "sweep", "compare"),
+    *("trace", "reproduce", "deploy", "monitor", "gc", "up", "down", "status", "env"),
 )
+GROUPS = {
+    "data": ("log", "show", "diff", "checkout", "remove"),
+    "model": ("history", "rollback", "explain", "export", "release", "card"),
+    "edit": ("inpaint", "img2img", "interpolate", "upscale"),
+    "server": ("up", "down", "status", "env", "health", "metrics", "backup", "restore"),
+}
+WITHOUT_EXAMPLE = {"status", "down"}
+"""Commands that take nothing but --json."""
 
 
 def darkroom(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -48,40 +37,41 @@ def darkroom(folder: Path, *arguments: str, **more: str) -> subprocess.Completed
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
 
 
-def test_help_lists_every_verb(tmp_path: Path) -> None:
+def test_help_lists_every_command(tmp_path: Path) -> None:
     shown = darkroom(tmp_path, "--help")
     assert shown.returncode == 0
-    for verb in VERBS:
-        assert f" {verb} " in shown.stdout
+    assert [name for name in (*COMMANDS, *GROUPS) if f"│ {name} " not in shown.stdout] == []
+    for group, commands in GROUPS.items():
+        shown = darkroom(tmp_path, group, "--help")
+        assert [name for name in commands if f"│ {name} " not in shown.stdout] == []
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [
-        "ingest",
-        "train",
-        "evaluate",
-        "promote",
-        "rollback",
-        "history",
-        "sample",
-        "retrain",
-        "explain",
-        "inpaint",
-        "vary",
-        "interpolate",
-        "upscale",
-        "trace",
-        "reproduce",
-        "export",
-        "up",
-        "env",
-    ],
-)
-def test_help_of_a_verb_shows_an_example(tmp_path: Path, verb: str) -> None:
-    shown = darkroom(tmp_path, verb, "--help")
-    assert shown.returncode == 0
-    assert "Example:" in shown.stdout
+def test_help_of_a_command_shows_json_and_an_example() -> None:
+    app = typer.main.get_command(flows.cli.app)
+    assert isinstance(app, typer.core.TyperGroup)
+    groups = {name: app.commands[name] for name in GROUPS}
+    assert {name: set(group.commands) for name, group in groups.items()} == {  # type: ignore[attr-defined]
+        name: set(commands) for name, commands in GROUPS.items()
+    }
+    commands = [app.commands[name] for name in COMMANDS]
+    commands += [each for group in groups.values() for each in group.commands.values()]  # type: ignore[attr-defined]
+    for each in commands:
+        assert any("--json" in option.opts for option in each.params), each.name
+        assert each.name in WITHOUT_EXAMPLE or "Example:" in (each.help or ""), each.name
+
+
+def test_standard_output_has_the_result_alone_and_errors_come_after_it() -> None:
+    app = typer.Typer()
+
+    @command(app)
+    def noisy(times: int = 1) -> CommandOutput:
+        print("said by a library")
+        return CommandOutput({"times": times}, ["a line"], typer.Exit(3) if times > 1 else None)
+
+    done = CliRunner().invoke(app, ["--json"])
+    assert (done.exit_code, done.stdout, done.stderr) == (0, '{"times": 1}\n', "said by a library\n")
+    done = CliRunner().invoke(app, ["--times", "2"])
+    assert (done.exit_code, done.stdout) == (3, "a line\n")
 
 
 def test_help_loads_no_heavy_library() -> None:
@@ -101,12 +91,12 @@ def test_help_loads_no_heavy_library() -> None:
         ["train"],
         ["sample", "--count", "0"],
         ["nonsense"],
-        ["ingest"],
-        ["stage", "train", "--params", "missing.yaml"],
+        ["ingest", "one", "another"],
+        ["train", "--local", "--params", "missing.yaml"],
         ["train", "--no-such-option"],
         ["train", "--dry-run", "--params", "."],
-        ["vary", "x.png", "--strength", "nan", "--model", "m.safetensors"],
-        ["inpaint", "x.png", "--mask", "x.png", "--times", "1000", "--model", "m.safetensors"],
+        ["edit", "img2img", "x.png", "--strength", "nan", "--model", "m.safetensors"],
+        ["edit", "inpaint", "x.png", "--mask", "x.png", "--times", "1000", "--model", "m.safetensors"],
     ],
 )
 def test_mistakes_exit_2_without_a_traceback(tmp_path: Path, arguments: list[str]) -> None:
@@ -130,7 +120,7 @@ def test_a_server_that_does_not_answer_is_named_within_seconds_and_its_password_
         "MLFLOW_TRACKING_URI": "http://someone:test-secret@127.0.0.1:9",
         "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9",
     }
-    done = darkroom(tmp_path, "history", "--dataset", "digits", **named)
+    done = darkroom(tmp_path, "model", "history", "--dataset", "digits", **named)
     assert done.returncode == 1
     [line] = done.stderr.strip().splitlines()
     assert line.startswith("darkroom: MLflow does not answer (http://127.0.0.1:9/api/")
@@ -152,7 +142,7 @@ def test_a_dry_run_of_training_needs_no_server_and_stops_before_it(dataset: Path
     assert (refused.returncode, "leave --restart out" in refused.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("words", [["retrain", "x"], ["stage", "ingest"], ["train", "--dry-run"], ["status"]])
+@pytest.mark.parametrize("words", [["retrain", "x"], ["ingest", "--local"], ["train", "--dry-run"], ["status"]])
 def test_what_one_process_does_is_not_done_by_several(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:

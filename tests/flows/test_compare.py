@@ -1,4 +1,4 @@
-"""``darkroom stage compare``: families trained and judged side by side, without any server."""
+"""``darkroom compare --local``: families trained and judged side by side, without any server."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ PARAMS = {
     "sampling": {"compute_batch": 16, "steps": 2},
     "evaluation": {"samples": 16, "extractor_size": 32},
 }
-COMMAND = ["stage", "compare", "--family", "gan", "--family", "autoregressive", "--json"]
+COMMAND = ["compare", "--local", "--family", "gan", "--family", "autoregressive", "--json"]
 
 
 @pytest.fixture
@@ -30,7 +30,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_families_are_trained_in_folders_of_their_own_and_judged_on_one_page(workspace: Path) -> None:
     done = CliRunner().invoke(app, COMMAND, catch_exceptions=False)
-    found = json.loads(done.stdout)
+    output = json.loads(done.stdout)
+    found = output["comparison"]
     assert {each["name"] for each in found["entrants"]} == {"gan", "autoregressive"}
     for each in found["entrants"]:
         assert each["file"] == f"runs/discs-{each['name']}/final.safetensors"
@@ -39,7 +40,7 @@ def test_families_are_trained_in_folders_of_their_own_and_judged_on_one_page(wor
     assert json.loads((workspace / "reports" / "discs" / "comparison.json").read_text()) == found
     assert "Pictures drawn by gan" in (workspace / "reports" / "discs" / "comparison.html").read_text()
     # Given again it finds all of it done.
-    assert json.loads(CliRunner().invoke(app, COMMAND, catch_exceptions=False).stdout) == found
+    assert json.loads(CliRunner().invoke(app, COMMAND, catch_exceptions=False).stdout) == output
 
 
 def test_a_run_of_other_settings_is_not_thrown_away(workspace: Path) -> None:

@@ -73,7 +73,7 @@ def test_a_first_model_has_nothing_beside_it_and_no_evaluation_is_a_mistake(
 ) -> None:
     missing = compare("figures", model, str(report), folder=tmp_path)
     assert (missing.returncode, missing.stdout) == (2, "")
-    assert "run `darkroom stage evaluate` first" in missing.stderr
+    assert "run `darkroom evaluate --local` first" in missing.stderr
     judged(report, "a" * 64)
     first = compare("figures", "another-model", str(report), folder=tmp_path)
     assert first.returncode == 0

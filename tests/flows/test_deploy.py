@@ -21,7 +21,7 @@ from flows.on_demand import sample_on_demand
 from flows.params import Params
 from flows.retrain import retrain
 from flows.sync import CREATED
-from flows.watch import compared, watch
+from flows.watch import compare_kid, monitor
 
 PARAMS = Params.model_validate({"training": {"dataset": "faces"}, "ingest": {"source": "pictures"}})
 VALUES: dict[str, Any] = {
@@ -34,14 +34,14 @@ VALUES: dict[str, Any] = {
     "POOL": "cpu",
     "TRAINING_POOL": "gpu",
     "CRON": "0 2 * * *",
-    "WATCH_CRON": "0 5 * * *",
+    "MONITOR_CRON": "0 5 * * *",
     "HEARTBEAT": "60",
     "SILENCE": 240,
 }
 FLOWS = {
     "flows.retrain.retrain": retrain,
     "flows.on_demand.sample_on_demand": sample_on_demand,
-    "flows.watch.watch": watch,
+    "flows.watch.monitor": monitor,
 }
 
 
@@ -134,10 +134,10 @@ def test_a_champion_drifts_if_it_is_worse_by_more_than_chance_allows(now: float,
     error = math.hypot(0.001, 0.0012)
     assert drifted == (now - 0.010 > 3 * error)
     ours, theirs = {"kid_x": now, "kid_se_x": 0.001}, {"kid_x": 0.010, "kid_se_x": 0.0012}
-    words, found = compared("x", ours, theirs)
+    words, found = compare_kid("x", ours, theirs)
     assert found == drifted
     assert f"kid_x {now:.4g} ± 0.001, 0.01 ± 0.0012 when it was judged" in words
-    assert compared("x", ours, {})[1] is False
+    assert compare_kid("x", ours, {})[1] is False
 
 
 def test_what_a_schedule_starts_loads_no_torch_and_no_mlflow_before_there_is_something_to_do() -> None:

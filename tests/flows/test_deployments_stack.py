@@ -46,7 +46,7 @@ DEPLOY = (
     "ingest.source=pictures",
     "--cron",
     NEVER,
-    "--watch-cron",
+    "--monitor-cron",
     NEVER,
 )
 T = TypeVar("T")
@@ -188,7 +188,7 @@ def test_deployed_twice_everything_is_there_once_and_the_address_to_notify_in_no
     before = there()
     done = workspace.json(*DEPLOY, "--cron", "5 0 1 1 *")
     assert there() == before
-    assert done["deployments"] == ["retrain/blobs", "sample-on-demand/blobs", "watch/blobs"]
+    assert done["deployments"] == ["retrain/blobs", "sample-on-demand/blobs", "monitor/blobs"]
     assert before["deployments"] == ["blobs"] * 3
     assert before["automations"] == sorted([*done["automations"], "darkroom: retrain blobs on a new version"])
     assert before["work_pools"] == ["darkroom"]
@@ -244,10 +244,10 @@ def test_a_fresh_machine_gets_the_data_and_does_nothing_again(workspace: Workspa
 
 
 def test_the_champion_is_looked_at_again_once_for_the_same_pictures(workspace: Workspace, prefect: Prefect) -> None:
-    first = prefect.ended(prefect.start("watch/blobs"))
+    first = prefect.ended(prefect.start("monitor/blobs"))
     assert first["state_type"] == "COMPLETED", first["state"]["message"]
     assert "kid_efflite0" in first["state"]["message"]
-    again = workspace.json("watch")
+    again = workspace.json("monitor")
     assert again["skipped"] is True
     assert again["model"] == "models:/blobs/1"
 

@@ -49,7 +49,7 @@ def test_repro_asks_for_no_section_that_params_may_leave_out(tmp_path: Path, par
     command = [sys.executable, "-m", "dvc", "repro", "--dry"]
     planned = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert planned.returncode == 0, planned.stderr
-    assert [f"darkroom stage {stage}" in planned.stdout for stage in ("ingest", "train", "evaluate")] == [True] * 3
+    assert [f"darkroom {stage} --local" in planned.stdout for stage in ("ingest", "train", "evaluate")] == [True] * 3
 
 
 @pytest.mark.slow

@@ -132,10 +132,10 @@ def darkroom(no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_commands_show_hostile_names_labels_and_captions_and_obey_none(darkroom: CommandLine) -> None:
-    first = json.loads(darkroom("stage", "ingest", "--json"))["digest"]
+    first = json.loads(darkroom("ingest", "--local", "--json"))["digest"]
     others = ("--set", "ingest.source=others")
-    assert darkroom("stage", "ingest", *others).count("refused: ") == 4
-    assert json.loads(darkroom("stage", "ingest", "--json", *others))["quarantined_count"] == 4
+    assert darkroom("ingest", "--local", *others).count("quarantined: ") == 4
+    assert json.loads(darkroom("ingest", "--local", "--json", *others))["quarantined_count"] == 4
     shown = darkroom("data", "show", "--all")
     assert f"  {escape_controls(CLEAR)}: 8" in shown
     classes = json.loads(darkroom("data", "show", "--json"))["classes"]
@@ -144,14 +144,14 @@ def test_commands_show_hostile_names_labels_and_captions_and_obey_none(darkroom:
     for command in (("log",), ("diff",), ("diff", "--json"), ("show", first[:12])):
         darkroom("data", *command)
     darkroom("data", "show", CLEAR, code=2)
-    darkroom("stage", "ingest", "--set", f"ingest.source={json.dumps(CLEAR)}", code=2)
-    darkroom("stage", "ingest", "--set", f"ingest.source={TURNED}\udcff", code=2)
+    darkroom("ingest", "--local", "--set", f"ingest.source={json.dumps(CLEAR)}", code=2)
+    darkroom("ingest", "--local", "--set", f"ingest.source={TURNED}\udcff", code=2)
 
 
 def test_the_page_on_a_data_set_of_hostile_names_is_harmless(darkroom: CommandLine, tmp_path: Path) -> None:
     from diffusion.evaluation.dataset_report import write_dataset_report
 
-    darkroom("stage", "ingest")
+    darkroom("ingest", "--local")
     page = tmp_path / "page.html"
     summary = write_dataset_report(tmp_path / "data" / "set", page)
     text = page.read_text()

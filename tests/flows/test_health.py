@@ -1,4 +1,4 @@
-"""What ``darkroom health`` finds of S3 servers that do not honour conditions, and what refuses to begin on them."""
+"""What ``darkroom server health`` finds of S3 servers that ignore conditions, and what refuses to begin on them."""
 
 from collections.abc import Callable
 

@@ -39,7 +39,7 @@ def told(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
         "version": (version.version, version.tags, version.description, version.source),
         "run": (run.data.params, run.data.metrics, run.data.tags),
         "artifacts": sorted(item.path for item in client.list_artifacts(version.run_id)),
-        "history": space.json("history"),
+        "history": space.json("model", "history"),
         "prints": {name: data for name, (_, data) in objects(space, "s3://darkroom/prints/").items()},
         "ledger": {name: data for name, (_, data) in objects(space, "s3://darkroom/ledger/").items()},
     }
@@ -92,13 +92,13 @@ def test_a_stack_that_was_destroyed_comes_back_of_a_backup_taken_while_it_worked
     target = workspace.folder / "backups"
     # Somebody prints meanwhile: what is half there is left out, or finished by the same command.
     printing = workspace.start("sample", "--count", "8", "--seed", "9")
-    killed = workspace.start("backup", str(target))
+    killed = workspace.start("server", "backup", str(target))
     time.sleep(6)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    done = workspace.json("backup", str(target))
+    done = workspace.json("server", "backup", str(target))
     printing.communicate(timeout=300)
-    again = workspace.json("backup", str(target))
+    again = workspace.json("server", "backup", str(target))
     assert again["objects"] >= done["objects"]
     secrets = [workspace.variables[name] for name in ("MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY")]
     files = [path for path in target.rglob("*") if path.is_file()]
@@ -107,18 +107,18 @@ def test_a_stack_that_was_destroyed_comes_back_of_a_backup_taken_while_it_worked
 
     # Somebody asks for a picture to be taken down; only the next backup knows of it.
     [removed] = workspace.json("data", "remove", "*000.png", "--reason", "asked to", "--yes")["removal"]["picture_keys"]
-    last = workspace.json("backup", str(target))
+    last = workspace.json("server", "backup", str(target))
 
     workspace.run("down")
     shutil.rmtree(workspace.folder / ".darkroom")
     elsewhere = Workspace(workspace.folder)
     elsewhere.variables["DARKROOM_HOME"] = str(workspace.folder / ".restored")
     try:
-        restored = elsewhere.json("restore", str(target), "--backup", done["stamp"])
+        restored = elsewhere.json("server", "restore", str(target), "--backup", done["stamp"])
         assert restored["stamp"] == done["stamp"]
         assert [removal["picture_keys"] for removal in restored["later_removals"]] == [[removed]]
         assert datetime.fromisoformat(restored["removals_known_until"]).strftime(STAMP) == last["stamp"]
-        assert "there is a stack" in elsewhere.run("restore", str(target), code=2)
+        assert "there is a stack" in elsewhere.run("server", "restore", str(target), code=2)
         for line in elsewhere.run("env").splitlines():
             name, _, value = line.removeprefix("export ").partition("=")
             elsewhere.variables[name] = value.strip("'\"")
@@ -136,8 +136,8 @@ def test_a_stack_that_was_destroyed_comes_back_of_a_backup_taken_while_it_worked
 
 def test_a_backup_of_what_does_not_run_and_a_restore_of_what_is_not_there_are_refused(tmp_path: Path) -> None:
     space = Workspace(tmp_path)
-    assert "run `darkroom up`" in space.run("backup", "backups", code=2)
-    assert "there is none" in space.run("restore", "backups", code=2)
+    assert "run `darkroom up`" in space.run("server", "backup", "backups", code=2)
+    assert "there is none" in space.run("server", "restore", "backups", code=2)
     space.variables["MLFLOW_TRACKING_URI"] = "http://elsewhere:5000"
-    assert "docs/operations.md" in space.run("backup", "backups", code=2)
-    assert "unset" in space.run("restore", "backups", code=2)
+    assert "docs/operations.md" in space.run("server", "backup", "backups", code=2)
+    assert "unset" in space.run("server", "restore", "backups", code=2)

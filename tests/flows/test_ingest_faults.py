@@ -24,7 +24,7 @@ PARAMS = {"ingest": {"source": "pictures", "size": 32, "workers": 2}, "training"
 
 def start(folder: Path, *settings: str) -> subprocess.Popen[str]:
     arguments = [argument for setting in settings for argument in ("--set", setting)]
-    command = [sys.executable, "-c", "from flows.cli import main; main()", "stage", "ingest", *arguments]
+    command = [sys.executable, "-c", "from flows.cli import main; main()", "ingest", "--local", *arguments]
     variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.Popen(
         command,

@@ -78,7 +78,7 @@ def test_judged_checkpoints_are_models_of_the_run_in_mlflows_ui(
 def test_the_trial_on_the_run_is_whole_in_a_browser(workspace: Workspace, server: MlflowClient, tmp_path: Path) -> None:
     run_id = server.get_model_version("blobs", "2").run_id
     trial = server.download_artifacts(run_id, "evaluation/trial.html", str(tmp_path))
-    [*_, entry] = workspace.json("history")["entries"]
+    [*_, entry] = workspace.json("model", "history")["entries"]
     with chromium() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.goto(Path(trial).as_uri())

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,9 +66,16 @@ def test_retrain_ends_in_a_champion_with_its_lineage_and_prints(workspace: Works
     assert len(found) == 40 + 5
 
 
+def test_the_card_of_the_champion_is_printed(workspace: Workspace, server: MlflowClient) -> None:
+    version = server.get_model_version_by_alias("blobs", "champion")
+    card = workspace.json("model", "card")
+    assert card == {"model": f"models:/blobs/{version.version}", "card": version.description}
+    assert workspace.run("model", "card").splitlines() == version.description.splitlines()
+
+
 def test_the_champion_is_exported_with_its_names(workspace: Workspace, server: MlflowClient) -> None:
     version = server.get_model_version_by_alias("blobs", "champion")
-    done = workspace.json("export", "--to", "diffusers", "--out", "exports/blobs")
+    done = workspace.json("model", "export", "--to", "diffusers", "--out", "exports/blobs")
     assert (done["version"], done["run_id"]) == (f"models:/blobs/{version.version}", version.run_id)
     assert done["weights_sha256"] == version.tags["darkroom.weights_sha256"]
     told = (workspace.folder / "exports" / "blobs" / "README.md").read_text()
@@ -83,6 +91,28 @@ def test_retrain_again_does_nothing_twice(workspace: Workspace, server: MlflowCl
     assert again["run_id"] == first["run_id"]
     assert objects(workspace, first["prints"]["uri"]) == before
     assert len(server.search_model_versions("name='blobs'")) == 1
+
+
+def test_retrainings_of_the_same_from_other_folders_leave_one_run_and_one_version(
+    workspace: Workspace, server: MlflowClient, tmp_path: Path
+) -> None:
+    first = workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
+    others = [Workspace(tmp_path / name) for name in ("a", "b")]
+    for each in others:
+        shutil.copytree(workspace.folder / "pictures", each.folder / "pictures")
+        shutil.copy(workspace.folder / "params.yaml", each.folder)
+        each.variables = workspace.variables | {"DARKROOM_HOME": str(workspace.folder / ".darkroom")}
+    started = [each.start("retrain", "pictures", "--count", "40", "--seed", "5", "--json") for each in others]
+    for process in started:
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err[-3000:]
+        done = json.loads(out)
+        assert (done["run_id"], done["verdict"]["version"]) == (first["run_id"], first["verdict"]["version"])
+    assert len(server.search_model_versions("name='blobs'")) == 1
+    runs = server.search_runs([server.get_run(first["run_id"]).info.experiment_id])
+    assert [run.info.run_id for run in runs if "darkroom.train_key" in run.data.tags] == [first["run_id"]]
+    points = server.get_metric_history(first["run_id"], "loss")
+    assert len({point.step for point in points}) == len(points)
 
 
 def test_the_registered_model_loads_elsewhere_without_pickle_and_draws_the_printed_pictures(
@@ -137,7 +167,7 @@ def test_the_registered_model_answers_over_http(workspace: Workspace, tmp_path: 
                 time.sleep(0.5)
         rows = [
             {"seed": 5, "index": 2},
-            {"seed": 5, "task": "vary", "image": base64.b64encode(printed).decode(), "strength": 0.3, "count": 2},
+            {"seed": 5, "task": "img2img", "image": base64.b64encode(printed).decode(), "strength": 0.3, "count": 2},
         ]
         answer = client.post("/invocations", json={"dataframe_records": rows})
         assert answer.status_code == 200, answer.text
@@ -159,12 +189,12 @@ def test_the_registered_model_answers_over_http(workspace: Workspace, tmp_path: 
 def test_pictures_from_pictures_by_the_champion(workspace: Workspace) -> None:
     workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
     source = str(next((workspace.folder / "pictures").rglob("*.png")))
-    varied = workspace.json("vary", source, "--count", "2", "--strength", "0.4")
+    varied = workspace.json("edit", "img2img", source, "--count", "2", "--strength", "0.4")
     assert varied["model"] == "models:/blobs/1"
     assert Image.open(workspace.folder / varied["grid"]).width > 64
     picture = Image.open(workspace.folder / varied["folder"] / "00000001.png")
     assert picture.text["darkroom:model"] == "models:/blobs/1"
-    assert "there is no" not in workspace.run("interpolate", "0", code=2)
+    assert "there is no" not in workspace.run("edit", "interpolate", "0", code=2)
 
 
 def test_a_worse_model_is_rejected_with_its_reason(workspace: Workspace, server: MlflowClient) -> None:
@@ -207,7 +237,7 @@ def test_retrain_killed_at_random_moments_ends_the_same(workspace: Workspace, se
     found = objects(workspace, done["prints"]["uri"])
     assert len([key for key in found if key.endswith(".png")]) == 40
     undisturbed = ["--set", "training.seed=1", "--set", "training.output=runs/undisturbed"]
-    workspace.run("stage", "train", *undisturbed)
+    workspace.run("train", "--local", *undisturbed)
     final = [workspace.folder / "runs" / name / "final.safetensors" for name in ("killed", "undisturbed")]
     assert final[0].read_bytes() == final[1].read_bytes()
 

@@ -75,28 +75,29 @@ def made(darkroom: Darkroom, *words: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "words",
     [
-        ("inpaint", "face.png", "--mask", "hole.png", "--count", "3"),
-        ("vary", "face.png", "--strength", "0.5", "--count", "3"),
-        ("interpolate", "5", "--count", "3"),
+        ("edit", "inpaint", "face.png", "--mask", "hole.png", "--count", "3"),
+        ("edit", "img2img", "face.png", "--strength", "0.5", "--count", "3"),
+        ("edit", "interpolate", "5", "--count", "3"),
         ("sample", "--count", "3"),
     ],
-    ids=lambda words: words[0],
+    ids=lambda words: next(word for word in words if word != "edit"),
 )
 def test_a_model_file_answers_without_servers_and_again_alike(
     darkroom: Darkroom, folder: Path, words: tuple[str, ...]
 ) -> None:
+    task = words[1] if words[0] == "edit" else words[0]
     done = made(darkroom, *words)
     place = folder / done["folder"]
     about = json.loads((place / "request.json").read_text())
     assert about["model"]["weights_sha256"] == sha256_file(folder / "model.safetensors")
-    assert about["request"]["task"] == words[0]
+    assert about["request"]["task"] == task
     assert [row["index"] for row in about["pictures"]] == [0, 1, 2]
     for row in about["pictures"]:
         assert sha256_file(place / row["file"]) == row["sha256"]
         picture = Image.open(place / row["file"])
         assert sha256_bytes(picture.tobytes()) == row["pixels_sha256"]
         assert SYNTHETIC in picture.text["XML:com.adobe.xmp"]
-        assert picture.text["darkroom:task"] == words[0]
+        assert picture.text["darkroom:task"] == task
     assert Image.open(folder / done["grid"]).size > (100, 100)
     before = {path.name: path.read_bytes() for path in place.iterdir()}
     assert made(darkroom, *words) == done
@@ -106,16 +107,16 @@ def test_a_model_file_answers_without_servers_and_again_alike(
 def test_a_small_picture_is_drawn_large_beside_what_it_was(darkroom: Darkroom, folder: Path) -> None:
     config = CONFIG.model_copy(update={"low_resolution": 4, "conditional": False})
     write_model(folder / "model.safetensors", seed=0, images=0, config=config)
-    done = made(darkroom, "upscale", "face.png", "--count", "2")
+    done = made(darkroom, "edit", "upscale", "face.png", "--count", "2")
     assert Image.open(folder / done["folder"] / "00000001.png").size == (16, 16)
     assert Image.open(folder / done["grid"]).size[0] > 2 * 16
 
 
 def test_requests_that_differ_lie_in_folders_of_their_own(darkroom: Darkroom) -> None:
-    one = made(darkroom, "vary", "face.png", "--count", "1")
-    other = made(darkroom, "vary", "face.png", "--count", "1", "--strength", "0.3")
+    one = made(darkroom, "edit", "img2img", "face.png", "--count", "1")
+    other = made(darkroom, "edit", "img2img", "face.png", "--count", "1", "--strength", "0.3")
     assert one["folder"] != other["folder"]
-    assert made(darkroom, "vary", "face.png", "--count", "1", "--out", "mine")["folder"] == "mine"
+    assert made(darkroom, "edit", "img2img", "face.png", "--count", "1", "--out", "mine")["folder"] == "mine"
 
 
 def test_a_folder_takes_the_answer_to_one_request_only(darkroom: Darkroom, folder: Path) -> None:
@@ -143,11 +144,11 @@ def test_what_is_written_down_is_how_it_was_drawn(darkroom: Darkroom, folder: Pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("vary", "nothing.png"), "the image nothing.png cannot be read (No such file or directory)"),
-        (("vary", "face.png", "--label", "cat"), "told no classes"),
-        (("inpaint", "face.png", "--mask", "model.safetensors"), "the mask cannot be used: not a picture"),
-        (("interpolate", "0"), "from seed 0 to seed 0: give two seeds"),
-        (("upscale", "face.png"), "not trained to upscale"),
+        (("edit", "img2img", "nothing.png"), "the image nothing.png cannot be read (No such file or directory)"),
+        (("edit", "img2img", "face.png", "--label", "cat"), "told no classes"),
+        (("edit", "inpaint", "face.png", "--mask", "model.safetensors"), "the mask cannot be used: not a picture"),
+        (("edit", "interpolate", "0"), "from seed 0 to seed 0: give two seeds"),
+        (("edit", "upscale", "face.png"), "not trained to upscale"),
         (("sample", "--to", "s3://bucket"), "use --out FOLDER"),
         (("sample", "--label", "cat", "--label", "dog"), "give a file one"),
     ],
@@ -162,7 +163,7 @@ def test_mistakes_are_one_line_and_exit_2(
 
 
 def test_a_model_file_that_is_not_there_is_one_line(darkroom: Darkroom) -> None:
-    done = darkroom("vary", "face.png", "--model", "nowhere.safetensors")
+    done = darkroom("edit", "img2img", "face.png", "--model", "nowhere.safetensors")
     assert (done.code, len(done.err.strip().splitlines())) == (2, 1), done.err
     assert "no model at nowhere.safetensors" in done.err
 
@@ -181,7 +182,7 @@ def test_the_served_model_answers_a_table_of_tasks_a_row_per_picture(folder: Pat
     image, mask = (base64.b64encode((folder / name).read_bytes()).decode() for name in ("face.png", "hole.png"))
     table = pd.DataFrame(
         {
-            "task": ["sample", "vary", "inpaint", "interpolate"],
+            "task": ["sample", "img2img", "inpaint", "interpolate"],
             "seed": [3, 3, 3, 3],
             "count": [2.0, np.nan, 1.0, 2.0],
             "to_seed": [np.nan, np.nan, np.nan, 4.0],
@@ -201,14 +202,14 @@ def test_the_served_model_answers_a_table_of_tasks_a_row_per_picture(folder: Pat
 
 def test_a_row_that_cannot_be_answered_is_named(served: ServedModel) -> None:
     table = pd.DataFrame({"seed": [0, 0], "strength": [np.nan, 0.5]})
-    with pytest.raises(MlflowException, match="row 1: strength means nothing to sample, only to inpaint, vary"):
+    with pytest.raises(MlflowException, match="row 1: strength means nothing to sample, only to inpaint, img2img"):
         served.predict(None, table)  # type: ignore[arg-type]
     with pytest.raises(MlflowException, match=r"row 0: count: .*integer"):
         served.predict(None, pd.DataFrame({"seed": [0], "count": [[1, 2]]}))  # type: ignore[arg-type]
     with pytest.raises(MlflowException, match="row 1: the model was told no classes"):
         served.predict(None, pd.DataFrame({"seed": [0, 0], "label": [None, "cat"]}))  # type: ignore[arg-type]
     with pytest.raises(MlflowException, match="row 0: image is not in base64"):
-        served.predict(None, pd.DataFrame({"task": ["vary"], "seed": [0], "image": ["å"]}))  # type: ignore[arg-type]
+        served.predict(None, pd.DataFrame({"task": ["img2img"], "seed": [0], "image": ["å"]}))  # type: ignore[arg-type]
     with pytest.raises(MlflowException, match="4097 pictures in one table"):
         served.predict(None, pd.DataFrame({"seed": [0], "count": [4097.0]}))  # type: ignore[arg-type]
 
@@ -221,7 +222,13 @@ def test_the_signature_has_every_field_of_a_request() -> None:
     "table",
     [
         {"seed": [5, 6], "index": [39, 2], "guidance": [3, 2]},
-        {"seed": [5, 6], "index": [39, None], "strength": [None, 0.5], "task": [None, "vary"], "image": [None, "aa=="]},
+        {
+            "seed": [5, 6],
+            "index": [39, None],
+            "strength": [None, 0.5],
+            "task": [None, "img2img"],
+            "image": [None, "aa=="],
+        },
     ],
 )
 def test_whole_numbers_and_empty_cells_pass_the_signature(table: dict[str, list[Any]]) -> None:

@@ -104,7 +104,7 @@ def test_each_server_has_the_keys_of_its_role_and_no_other(services: Services, e
 def test_health_is_asked_by_the_name_and_password_that_clients_use(services: Services) -> None:
     worker = services["worker-cpu"]["environment"]
     for name, variable in (("mlflow", "MLFLOW_TRACKING_URI"), ("prefect", "PREFECT_API_URL")):
-        assert services[name]["healthcheck"]["test"] == ["CMD", "darkroom", "health", name]
+        assert services[name]["healthcheck"]["test"] == ["CMD", "darkroom", "server", "health", name]
         assert services[name]["environment"][variable] == worker[variable]
     host = worker["MLFLOW_TRACKING_URI"].removeprefix("http://")
     assert host in services["mlflow"]["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")

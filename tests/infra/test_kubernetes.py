@@ -132,7 +132,7 @@ def reach(policies: dict[str, Object], server: str, port: int) -> list[Object]:
 def test_health_is_asked_as_clients_ask_before_a_server_gets_any(overlay: str) -> None:
     for server in ("mlflow", "prefect"):
         (container,) = pods(overlay)[server]["spec"]["containers"]
-        assert container["readinessProbe"]["exec"]["command"] == ["darkroom", "health", server]
+        assert container["readinessProbe"]["exec"]["command"] == ["darkroom", "server", "health", server]
         # A restart mends no database: what asks it must not lead to one.
         assert "exec" not in container["livenessProbe"]
 

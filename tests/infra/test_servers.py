@@ -119,7 +119,9 @@ def test_the_servers_let_nobody_in_without_password_or_by_another_name(servers: 
     assert status(filer, f"/buckets/{servers.secrets['DARKROOM_BUCKET']}/") == 401
     # Alive, and of no use to who calls it by a name that it does not know: the check has to tell them apart.
     variables = servers.environment("mlflow") | {"MLFLOW_TRACKING_URI": f"http://0:{mlflow}"}
-    checked = subprocess.run(darkroom("health", "mlflow"), env=variables, capture_output=True, text=True, check=False)
+    checked = subprocess.run(
+        darkroom("server", "health", "mlflow"), env=variables, capture_output=True, text=True, check=False
+    )
     assert status(mlflow, "/health", host=f"0:{mlflow}") == 200
     assert checked.returncode == 1
     assert "403" in checked.stderr
@@ -135,7 +137,9 @@ def test_the_servers_let_nobody_in_without_password_or_by_another_name(servers: 
 )
 def test_health_fails_where_a_client_with_that_password_would(servers: Servers, service: str, variable: str) -> None:
     variables = servers.environment(service) | {variable: "darkroom:revoked"}
-    checked = subprocess.run(darkroom("health", service), env=variables, capture_output=True, text=True, check=False)
+    checked = subprocess.run(
+        darkroom("server", "health", service), env=variables, capture_output=True, text=True, check=False
+    )
     assert checked.returncode in (1, 2)
     assert checked.stderr.count("\n") == 1
 
@@ -167,7 +171,7 @@ def test_the_worker_reports_and_metrics_say_what_was_done(servers: Servers, retr
 
 
 def told(address: str) -> dict[tuple[str, ...], float]:
-    """What ``darkroom metrics`` says, by name and the values of its labels."""
+    """What ``darkroom server metrics`` says, by name and the values of its labels."""
     with urllib.request.urlopen(address, timeout=30) as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
     return {

@@ -1,24 +1,24 @@
-"""``darkroom data log | show | diff | checkout | remove``: the versions of a data set."""
+"""``darkroom data``: versions of a data set, what changed between them, and images that must go."""
 
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.options import DEFAULT_PARAMS, DatasetName, Json, ParamsFile, Set, joined, load, show
+from flows.cli.command import CommandOutput, command, connect
 
 if TYPE_CHECKING:
     from diffusion.data.manifest import FileEntry
     from diffusion.data.takedown_records import Chosen, Selection
     from diffusion.data.versions import Difference
+    from flows.params import Params
     from flows.takedown import TakenDown
 
 app = typer.Typer(
     name="data",
-    help="Versions of a data set: what there is, what changed, and back again; pictures that must go.",
+    help="Versions of a data set: list, show, compare, check out; take images down.",
     no_args_is_help=True,
 )
 All = Annotated[bool, typer.Option("--all", help="Show whole lists, not just their first twenty lines.")]
@@ -26,83 +26,72 @@ FIRST = 20
 """Entries shown of a list."""
 
 
-@app.command()
-def log(
-    dataset: DatasetName = None,
-    params: ParamsFile = DEFAULT_PARAMS,
-    overrides: Set = [],  # noqa: B006
-    as_json: Json = False,
-) -> None:
-    """All versions known on this machine, each above the one it was made from; the one in data/NAME has a star.
+@command(app)
+def log(config: "Params") -> CommandOutput:
+    """List all versions known on this machine, each above the one it was made from; the one in data/NAME has a star.
 
     Example:  darkroom data log --dataset faces
     """
     from diffusion.data.versions import history
 
-    folder = load(params, overrides, dataset).dataset_folder
+    folder = config.dataset_folder
     entries = history(folder, _in_cache(folder))
-    head = f"  {'version':<12}  {'made from':<12}  {'added':>9} {'removed':>9} {'kept':>9} {'refused':>9}  change"
+    head = f"  {'version':<12}  {'made from':<12}  {'added':>9} {'removed':>9} {'kept':>9} {'quarantined':>11}  change"
     rows = [
         f"{'*' if each.current else ' '} {each.digest[:12]}  {(each.parent or '')[:12]:<12}  "
         f"{each.added:>9,} {each.removed:>9,} {each.kept:>9,} "
-        f"{_count(each.quarantined):>9}  {each.change}"
+        f"{_count(each.quarantined):>11}  {each.change}"
         for each in entries
     ]
     versions = [each.model_dump(mode="json") for each in entries]
-    show({"dataset": folder.name, "versions": versions}, as_json, [head, *rows])
+    return CommandOutput({"dataset": folder.name, "versions": versions}, [head, *rows])
 
 
-@app.command("show")
+@command(app, "show")
 def show_version(
+    config: "Params",
     version: Annotated[
         str | None, typer.Argument(metavar="VERSION", help="First hex digits of its digest; default: the current.")
     ] = None,
     everything: All = False,
-    dataset: DatasetName = None,
-    params: ParamsFile = DEFAULT_PARAMS,
-    overrides: Set = [],  # noqa: B006
-    as_json: Json = False,
-) -> None:
-    """What is in a version, and what was refused and why.
+) -> CommandOutput:
+    """Show what is in a version, and what was quarantined and why.
 
     Example:  darkroom data show 3f9c21d0 --dataset faces --all
     """
     from diffusion.data.versions import resolve
     from diffusion.data.versions import show as contents_of
 
-    folder = load(params, overrides, dataset).dataset_folder
+    folder = config.dataset_folder
     limit = None if everything else FIRST
     found = contents_of(folder, resolve(folder, version), _in_cache(folder), limit)
     classes = [f"  {name}: {count:,}" for name, count in found.classes.items()][:limit]
-    refused = [f"  {each.source}: {each.reason}" for each in found.quarantined or ()]
+    quarantined = [f"  {each.source}: {each.reason}" for each in found.quarantined or ()]
     lines = [
         f"version    {found.digest}, made by {found.change}" + (f" from {found.parent[:12]}" if found.parent else ""),
         f"content    {found.content_digest}",
-        f"pictures   {found.kept:,} of {found.storage.size}×{found.storage.size} in {found.channels} channel(s): "
+        f"images     {found.kept:,} of {found.storage.size}×{found.storage.size} in {found.channels} channel(s): "
         + ", ".join(f"{count:,} {split.replace('_', '-')}" for split, count in found.splits.items()),
         f"shards     {found.shards:,}, {found.shard_bytes:,} bytes",
         f"read       {', '.join(f'{count:,} {outcome}' for outcome, count in found.outcomes.items())}",
         *([f"classes    {len(found.classes):,}", *classes, *_more(len(found.classes), classes)] if classes else []),
-        f"refused    {_count(found.quarantined_count)}",
-        *refused,
-        *_more(found.quarantined_count or 0, refused),
+        f"quarantine {_count(found.quarantined_count)}",
+        *quarantined,
+        *_more(found.quarantined_count or 0, quarantined),
     ]
-    show(found.model_dump(mode="json"), as_json, lines)
+    return CommandOutput(found, lines)
 
 
-@app.command()
+@command(app)
 def diff(
+    config: "Params",
     before: Annotated[
         str | None, typer.Argument(metavar="A", help="A version; default: the other one's parent.")
     ] = None,
     after: Annotated[str | None, typer.Argument(metavar="B", help="A version; default: the current one.")] = None,
     everything: All = False,
-    dataset: DatasetName = None,
-    params: ParamsFile = DEFAULT_PARAMS,
-    overrides: Set = [],  # noqa: B006
-    as_json: Json = False,
-) -> None:
-    """What changed from one version to another, picture by picture.
+) -> CommandOutput:
+    """Show what changed from one version to another, image by image.
 
     Example:  darkroom data diff 3f9c21d0 --dataset faces
     """
@@ -110,64 +99,60 @@ def diff(
     from diffusion.data.versions import resolve
     from diffusion.errors import UserError
 
-    folder = load(params, overrides, dataset).dataset_folder
+    folder = config.dataset_folder
     new = resolve(folder, after)
     if before is None and new.parent is None:
         raise UserError(f"{new.digest[:12]} is the first version of data set {folder.name}: give two versions")
     old = resolve(folder, before or new.parent)
     found = difference_of(folder, old, new, None if everything else FIRST, _in_cache(folder))
-    show({"dataset": folder.name, **found.model_dump(mode="json")}, as_json, _in_lines(found))
+    return CommandOutput({"dataset": folder.name, **found.model_dump(mode="json")}, _in_lines(found))
 
 
-@app.command()
+@command(app)
 def checkout(
+    config: "Params",
     version: Annotated[str, typer.Argument(metavar="VERSION", help="First hex digits of its digest.")],
     with_removed: Annotated[
-        bool, typer.Option("--with-removed", help="Also if it holds pictures that were taken down since.")
+        bool, typer.Option("--with-removed", help="Also if it holds images that were taken down since.")
     ] = False,
     without_shards: Annotated[
         bool,
         typer.Option("--without-shards", help="Manifest and tables alone: training.stream_bytes fetches the shards."),
     ] = False,
-    dataset: DatasetName = None,
-    params: ParamsFile = DEFAULT_PARAMS,
-    overrides: Set = [],  # noqa: B006
-    as_json: Json = False,
-) -> None:
+) -> CommandOutput:
     """Make a version the one in data/NAME, verified file by file; the next ingest builds on it.
 
     Its files come from the folder, DVC's cache, or S3. All other versions stay known to `darkroom data log`.
 
     Example:  darkroom data checkout 3f9c21d0 --dataset faces
     """
-    folder = load(params, overrides, dataset).dataset_folder
-    # DVC talks on what was standard output when it was imported, and that belongs to the result.
-    with redirect_stdout(sys.stderr):
-        from flows.checkout import checkout as make_current
+    folder = config.dataset_folder
+    from flows.checkout import checkout as make_current
 
-        done = make_current(folder, version, _reach, with_removed, without_shards, to_build_on=True)
+    done = make_current(folder, version, _reach, with_removed, without_shards, to_build_on=True)
     lines = [
-        f"{done.kept:,} pictures in {done.folder}: version {done.digest[:12]}, {len(done.restored):,} files restored",
+        f"{done.kept:,} images in {done.folder}: version {done.digest[:12]}, {len(done.restored):,} files restored",
         f"content {done.content_digest}",
     ]
-    show(done.model_dump(mode="json"), as_json, lines)
+    return CommandOutput(done, lines)
 
 
-@app.command()
+@command(app)
 def remove(
-    pictures: Annotated[
+    config: "Params",
+    images: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="KEY|PATTERN…", help="Keys (8 or more hex digits), or patterns of names (* for anything)."
         ),
     ] = None,
     source: Annotated[list[str], typer.Option("--source", metavar="PATTERN", help="A pattern of names.")] = [],  # noqa: B006
-    label: Annotated[str | None, typer.Option("--label", help="Only pictures of this class.")] = None,
+    label: Annotated[str | None, typer.Option("--label", help="Only images of this class.")] = None,
     reason: Annotated[
         str, typer.Option("--reason", help="Why, in one line, which is kept; needed for all but --dry-run.")
     ] = "",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say which pictures would go, under which names.")
+        bool, typer.Option("--dry-run", help="Only say which images would go, under which names.")
     ] = False,
     purge: Annotated[
         bool,
@@ -178,41 +163,35 @@ def remove(
         ),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    dataset: DatasetName = None,
-    params: ParamsFile = DEFAULT_PARAMS,
-    overrides: Set = [],  # noqa: B006
-    as_json: Json = False,
-) -> None:
-    """Take pictures down: a new version without them, which no later ingest takes in again.
+) -> CommandOutput:
+    """Take images down: a new version without them, which no later ingest takes in again.
 
-    Only the shards concerned are written anew. What was made from the pictures is named (runs, model versions, prints),
-    and marked in MLflow. Prints are never deleted: they are other pictures.
+    Only the shards concerned are written anew. What was made from the images is named (runs, model versions, sampling
+    batches), and marked in MLflow. Generated images are never deleted: they are other images.
 
     Example:  darkroom data remove 'alice/*' --dataset faces --reason 'consent withdrawn' --purge
     """
     from diffusion.data.takedown import choose
     from diffusion.errors import UserError
 
-    config = load(params, overrides, dataset)
-    selection = _selection(pictures or [], source, label)
+    selection = _selection(images or [], source, label)
     if dry_run and purge:
-        raise UserError("--dry-run only says which pictures would go: leave --purge out")
+        raise UserError("--dry-run only says which images would go: leave --purge out")
     if dry_run:
         chosen, names = choose(config.dataset_folder, selection)
         about = {"dataset": config.training.dataset, "dry_run": True, "names": names}
-        show(about | chosen.model_dump(mode="json"), as_json, _would_go(chosen, names))
-        return
+        return CommandOutput(about | chosen.model_dump(mode="json"), _would_go(chosen, names))
     if not reason.strip():
         raise UserError("a removal needs a --reason: one line that is kept in the manifest")
     if not yes:
         _confirm(
             f"take down {', '.join([*selection.prefixes, *selection.sources])} from data set {config.training.dataset}"
         )
-    with joined("prefect", "mlflow", "s3"):
+    with connect("prefect", "mlflow", "s3"):
         from flows.takedown import takedown
 
         done = takedown(config, selection, reason, purge)
-    show({"dataset": config.training.dataset, **done.model_dump(mode="json")}, as_json, _what_went(done))
+    return CommandOutput({"dataset": config.training.dataset, **done.model_dump(mode="json")}, _what_went(done))
 
 
 def _in_cache(folder: Path) -> "Callable[[FileEntry], Path | None]":
@@ -238,12 +217,12 @@ def _reach() -> str:
     return data_source()
 
 
-def _selection(pictures: list[str], sources: list[str], label: str | None) -> "Selection":
+def _selection(images: list[str], sources: list[str], label: str | None) -> "Selection":
     """What the command line names; raises UserError if it says nothing or is misspelt."""
     from diffusion.data.takedown_records import Selection, Selector, is_key
 
-    keys = [each for each in pictures if is_key(each)]
-    patterns = [each for each in pictures if not is_key(each)]
+    keys = [each for each in images if is_key(each)]
+    patterns = [each for each in images if not is_key(each)]
     selection = Selection(prefixes=keys, sources=[*patterns, *sources], label=label)
     Selector.of(selection)
     return selection
@@ -261,8 +240,8 @@ def _would_go(chosen: "Chosen", names: list[str]) -> list[str]:
     shown = [f"  {name}" for name in names[:FIRST]]
     near = [f"  {key}" for key in chosen.near_copies[:FIRST]]
     return [
-        f"{chosen.pictures:,} pictures would go under {len(names):,} names ({chosen.duplicates:,} copies, "
-        f"{chosen.refused:,} refused); {len(chosen.parts):,} shards would be written anew",
+        f"{chosen.pictures:,} images would go under {len(names):,} names ({chosen.duplicates:,} copies, "
+        f"{chosen.refused:,} quarantined); {len(chosen.parts):,} shards would be written anew",
         *shown,
         *([f"  … and {len(names) - len(shown):,} more: --json names all"] if len(names) > len(shown) else []),
         *([f"{len(chosen.near_copies):,} near-copies would stay:", *near] if near else []),
@@ -274,7 +253,7 @@ def _what_went(done: "TakenDown") -> list[str]:
     removal, derived = done.removal, done.derived
     purged = done.purged
     return [
-        f"{removal.pictures:,} pictures taken down from {removal.dataset} (takedown {done.name}"
+        f"{removal.pictures:,} images taken down from {removal.dataset} (takedown {done.name}"
         + (", done before)" if removal.already else ")"),
         f"version    {removal.version[:12]}, content {removal.content_digest}",
         f"held by    {', '.join(digest[:12] for digest in done.held) or 'no known version'}",
@@ -282,7 +261,7 @@ def _what_went(done: "TakenDown") -> list[str]:
         *(f"near-copy  {key} stays" for key in removal.near_copies),
         *(f"run        {run.run_id} ({run.name})" for run in derived.runs),
         *(f"model      {model.uri}" + "".join(f" @{alias}" for alias in model.aliases) for model in derived.models),
-        *(f"prints     {uri}" for uri in derived.prints),
+        *(f"samples    {uri}" for uri in derived.prints),
         *(f"unclear    run {run_id}: its version of the data set is not known" for run_id in derived.unclear_runs),
         *(
             [
@@ -296,13 +275,13 @@ def _what_went(done: "TakenDown") -> list[str]:
 
 
 def _in_lines(found: "Difference") -> list[str]:
-    lines = [f"{found.before[:12]} → {found.after[:12]}: {found.kept[0]:,} → {found.kept[1]:,} pictures"]
+    lines = [f"{found.before[:12]} → {found.after[:12]}: {found.kept[0]:,} → {found.kept[1]:,} images"]
     if found.same_content:
         lines.append("the same content")
     for what, group in (("added", found.added), ("removed", found.removed)):
         lines += _group(what, group, lambda each: f"{each.key[:16]} {each.source or ''} {each.label or ''}".rstrip())
     lines += _group("changed", found.changed, lambda each: f"{each.before.key[:16]} {_changes(each)}")
-    for what, refusals in (("refused now", found.quarantined), ("no longer refused", found.cleared)):
+    for what, refusals in (("quarantined now", found.quarantined), ("no longer quarantined", found.cleared)):
         lines += _group(what, refusals, lambda each: f"{each.source}: {each.reason}")
     lines += [f"setting    {name}: {old} → {new}" for name, (old, new) in found.storage.items()]
     lines += [f"class      {name}: {old:,} → {new:,}" for name, (old, new) in found.classes.items()]

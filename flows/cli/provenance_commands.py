@@ -1,4 +1,4 @@
-"""``darkroom trace | reproduce``: where a picture comes from, and the same picture again."""
+"""``darkroom trace`` and ``reproduce``: where an image comes from, and the same image again."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffusion.errors import DarkroomError
-from flows.cli.options import Json, joined, show
+from flows.cli.command import CommandOutput, command, connect
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -25,30 +25,26 @@ What = Annotated[
         "batch's address.",
     ),
 ]
+app = typer.Typer()
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the verbs."""
-    for verb in (trace, reproduce):
-        app.command(rich_help_panel="From a print back to its pictures")(verb)
-
-
-def trace(what: What, as_json: Json = False) -> None:
+@command(app, panel="Provenance")
+def trace(what: What) -> CommandOutput:
     """Say where a printed picture comes from: batch, model version, run, data set version, and its exact shards.
 
     What does not hold (altered, deleted, lost) is named at the end, and the exit code is 1.
 
     Example:  darkroom trace s3://darkroom/prints/faces/3/seed7-count64-dpmpp_2m_sde16-af14cd24/00000007.png
     """
-    with joined("mlflow", "s3"):
+    with connect("mlflow", "s3"):
         from flows.trace import trace
 
         found = trace(what)
-    show(found.model_dump(mode="json"), as_json, list(_chain(found)))
-    if found.broken:
-        raise DarkroomError(f"the chain is broken: {'; '.join(found.broken)}")
+    error = DarkroomError(f"the chain is broken: {'; '.join(found.broken)}") if found.broken else None
+    return CommandOutput(found, _chain(found), error)
 
 
+@command(app, panel="Provenance")
 def reproduce(
     what: What,
     count: Annotated[int | None, typer.Option("--count", min=1, help="Of a batch, only as many; default: all.")] = None,
@@ -62,8 +58,7 @@ def reproduce(
             help="Draw with the code installed here, for batches that newer code than the model's printed.",
         ),
     ] = False,
-    as_json: Json = False,
-) -> None:
+) -> CommandOutput:
     """Draw printed pictures again, in a process with the code that their model version ships, and compare every pixel.
 
     Under an equal fingerprint (compute batch, number format, processor, torch) they are the same bit for bit; under
@@ -72,13 +67,11 @@ def reproduce(
 
     Example:  darkroom reproduce s3://darkroom/prints/faces/3/seed7-count64-dpmpp_2m_sde16-af14cd24/00000007.png
     """
-    with joined("mlflow", "s3"):
+    with connect("mlflow", "s3"):
         from flows.reproduce import reproduce
 
         done = reproduce(what, count, out, installed)
-    show(done.model_dump(mode="json"), as_json, list(_comparison(done)))
-    if done.failure:
-        raise DarkroomError(f"{what}: {done.failure}")
+    return CommandOutput(done, _comparison(done), DarkroomError(f"{what}: {done.failure}") if done.failure else None)
 
 
 def _chain(found: "Trace") -> Iterator[str]:

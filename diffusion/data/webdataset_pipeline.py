@@ -1,0 +1,69 @@
+"""A data set as a WebDataset pipeline, for training scripts other than Darkroom's.
+
+Any reader of WebDataset tars can open the shards. What such a reader lacks is in the manifest and its tables: which
+shards belong to this version, which images are held out, and the number of each class. Darkroom's own training reads
+by ``loader``, whose order is free of history and can be gone on with at any image.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import webdataset as wds
+from torch import Tensor
+
+from diffusion.data.dataset import Dataset
+from diffusion.data.manifest import Split, read_manifest, require_whole
+from diffusion.data.png import decode_many
+
+Sample = dict[str, Any]
+
+
+def open_webdataset(folder: Path, split: Split = "train", shuffle: int = 0, seed: int = 0) -> wds.WebDataset:
+    """Open one split of the data set in ``folder`` as an iterable of samples, each once per epoch.
+
+    A sample has ``key`` (hex SHA-256 of its pixels), ``image`` (uint8, (C, H, W)), ``label`` (number of its class in
+    the manifest's labels, −1 for none) and ``caption`` (str or None). ``torch.utils.data.DataLoader`` takes it with any
+    number of workers, which share out the shards. Nothing in the shards is unpickled.
+
+    Args:
+        folder: A data set as ``darkroom ingest`` writes it.
+        split: ``train`` or ``held_out``.
+        shuffle: Images that are shuffled among each other, and whether shards are shuffled; 0 for the stored order.
+        seed: Of the shuffling of shards.
+
+    Raises:
+        UserError: A shard or table is missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    require_whole(folder, manifest)
+    dataset = Dataset.open(folder, cache_bytes=0)
+    keys = frozenset(dataset.keys(dataset.rows(split)))
+    dataset.close()
+    pipeline = wds.WebDataset(
+        [str(folder / shard.name) for shard in manifest.shards],
+        shardshuffle=len(manifest.shards) if shuffle else False,
+        seed=seed,
+        empty_check=False,
+    ).select(partial(_is_one_of, keys))
+    if shuffle:
+        pipeline = pipeline.shuffle(shuffle)
+    numbers = {label: number for number, label in enumerate(manifest.labels)}
+    return pipeline.map(partial(_decoded, dataset.shape, numbers))
+
+
+def _is_one_of(keys: frozenset[str], sample: Sample) -> bool:
+    return sample["__key__"] in keys
+
+
+def _decoded(shape: tuple[int, int, int], numbers: dict[str, int], sample: Sample) -> Sample:
+    about = json.loads(sample["json"])
+    image: Tensor = torch.from_numpy(decode_many([sample["png"]], shape)[0].copy())
+    return {
+        "key": sample["__key__"],
+        "image": image,
+        "label": numbers.get(about.get("label"), -1),
+        "caption": about.get("caption"),
+    }

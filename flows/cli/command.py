@@ -1,0 +1,188 @@
+"""Decorator that makes a function a command, the options that commands share, and the connection to the servers."""
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeGuard, TypeVar
+
+import typer
+
+from diffusion.escaping import escape_controls
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from flows.environment import Server
+    from flows.params import Params
+
+Set = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a field of params.yaml, e.g. training.batch_size=64."),
+]
+ParamsFile = Annotated[Path, typer.Option("--params", help="Configuration file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
+DatasetName = Annotated[
+    str | None, typer.Option("--dataset", metavar="NAME", help="Name of the data set; default: training.dataset.")
+]
+Local = Annotated[
+    bool, typer.Option("--local", help="Work on files of this machine alone, without a server, as dvc.yaml does.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="URI|FILE",
+        help="models:/NAME@ALIAS or models:/NAME/NUMBER; default: champion. Or a final.safetensors, without servers.",
+    ),
+]
+OutFolder = Annotated[
+    Path | None, typer.Option("--out", metavar="FOLDER", help="Folder to write to; default: a new one in prints/.")
+]
+Count = Annotated[int, typer.Option("--count", min=1, help="Number of images.")]
+LARGEST_SEED = 2**63 - 1
+"""Largest seed that a manifest can hold."""
+Seed = Annotated[
+    int,
+    typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed; image i of a seed is the same image everywhere."),
+]
+NegativePrompt = Annotated[
+    str | None,
+    typer.Option("--negative-prompt", metavar="TEXT", help="What not to show; needs sampling.guidance, say 3."),
+]
+Reason = Annotated[str | None, typer.Option("--reason", metavar="TEXT", help="Reason, recorded in the ledger.")]
+
+
+class CommandOutput(NamedTuple):
+    """Result of a command: ``value`` for ``--json``, ``lines`` for people, and the ``error`` raised after printing."""
+
+    value: "BaseModel | Mapping[str, Any]"
+    lines: Iterable[str]
+    error: Exception | None = None
+
+
+Function = TypeVar("Function", bound=Callable[..., CommandOutput | None])
+
+
+def command(
+    app: typer.Typer,
+    name: str | None = None,
+    *,
+    panel: str | None = None,
+    dataset: bool = True,
+    overrides: Mapping[str, str] | None = None,
+) -> Callable[[Function], Function]:
+    """Register a function as a command of ``app``.
+
+    Every command has ``--json``. One with a parameter ``config`` gets the validated configuration in it, and has
+    ``--dataset``, ``--params`` and ``--set``. Standard output has the command's result and nothing else: what libraries
+    print goes to standard error.
+
+    Args:
+        app: Command group.
+        name: Name of the command; default: the function's.
+        panel: Heading in the help text.
+        dataset: Whether there is ``--dataset``.
+        overrides: Configuration keys by the parameters that set them, such as ``{"source": "ingest.source"}``.
+    """
+
+    def register(function: Function) -> Function:
+        parameters = dict(inspect.signature(function).parameters)
+        configured = parameters.pop("config", None) is not None
+        shared: list[tuple[str, Any, Any]] = [("as_json", Json, False)]
+        if configured:
+            shared = [("params_file", ParamsFile, Path("params.yaml")), ("settings", Set, []), *shared]
+        if configured and dataset:
+            shared = [("dataset", DatasetName, None), *shared]
+        for option, annotation, default in shared:
+            parameters[option] = inspect.Parameter(
+                option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+            )
+
+        def run(**given: Any) -> None:
+            as_json = given.pop("as_json")
+            # Libraries print to standard output, which belongs to the result.
+            with redirect_stdout(sys.stderr):
+                if configured:
+                    words = [*given.pop("settings")]
+                    for parameter, key in (overrides or {}).items():
+                        if given[parameter] is not None:
+                            words.append(f"{key}={json.dumps(given[parameter], ensure_ascii=False)}")
+                    given["config"] = _load(given.pop("params_file"), words, given.pop("dataset", None))
+                output = function(**given)
+                # Lines may still have to be computed.
+                lines = [] if output is None else list(output.lines)
+            if output is None:
+                return
+            if as_json:
+                value = output.value if isinstance(output.value, Mapping) else output.value.model_dump(mode="json")
+                lines = [json.dumps(value, ensure_ascii=False)]
+            # Labels, captions and file names come from anybody, and a terminal obeys control characters in them.
+            for line in lines:
+                print(escape_controls(line))
+            if output.error is not None:
+                raise output.error
+
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        ordered = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters.values()]
+        run.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in ordered}
+        app.command(name, rich_help_panel=panel)(run)
+        return function
+
+    return register
+
+
+def _load(path: Path, overrides: list[str], dataset: str | None) -> "Params":
+    from flows.params import dataset_folder, load_params
+
+    if dataset is not None:
+        dataset_folder(dataset)
+        overrides = [*overrides, f"training.dataset={json.dumps(dataset, ensure_ascii=False)}"]
+    return load_params(path, overrides)
+
+
+def is_follower() -> bool:
+    """Whether torchrun started this process beside the one of rank 0, which alone records and prints."""
+    return os.environ.get("RANK", "0") != "0"
+
+
+def is_file(model: str | None) -> TypeGuard[str]:
+    """Whether ``model`` is the path of a model file, which needs no server, and not a registry URI."""
+    return model is not None and model.endswith(".safetensors")
+
+
+@contextmanager
+def connect(*needs: "Server") -> Iterator[None]:
+    """Use the servers in ``needs`` in this process, and show progress on the console."""
+    from flows.console import OURS, console
+    from flows.environment import join, settings
+    from flows.health import require
+
+    if settings().log == "json":
+        from flows.logs import VARIABLES
+
+        os.environ.update(VARIABLES)
+    else:
+        # The console shows our own progress; the Prefect UI still gets every line of the log.
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    # Log records of our packages go to the Prefect run in which they are logged, and nowhere outside of one.
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", ",".join(OURS))
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
+    join(*needs)
+    require(*needs)
+
+    from flows.progress import CONSOLE
+
+    with console() as progress:
+        token = CONSOLE.set(progress)
+        try:
+            yield
+        finally:
+            CONSOLE.reset(token)

@@ -1,0 +1,188 @@
+"""``darkroom model``: who is champion and who was, going back, and registered models explained, exported, released."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from flows.cli.command import CommandOutput, Model, Reason, Seed, command, connect, is_file
+
+if TYPE_CHECKING:
+    from flows.champion import Changed
+    from flows.history import Entry, History
+    from flows.params import Params
+    from flows.release import Released
+
+app = typer.Typer(
+    name="model",
+    help="Registered models: history, rollback, release, model card, explanation, export.",
+    no_args_is_help=True,
+)
+ModelUri = Annotated[
+    str | None,
+    typer.Option("--model", metavar="URI", help="models:/NAME@ALIAS or models:/NAME/NUMBER; default: champion."),
+]
+
+
+@command(app)
+def history(
+    config: "Params",
+    restore: Annotated[
+        bool, typer.Option("--restore", help="First write entries that are missing on S3 back from MLflow's copies.")
+    ] = False,
+) -> CommandOutput:
+    """Show the ledger: when, who, from which champion to which, and why; verify its chain and mend aliases.
+
+    Example:  darkroom model history --dataset faces
+    """
+    with connect("mlflow", "s3"):
+        from mlflow.client import MlflowClient
+
+        from flows.aliases import project
+        from flows.aliases import restore as restore_ledger
+        from flows.champion import champion_problem
+        from flows.ledger import Ledger
+
+        client, ledger = MlflowClient(), Ledger.of(config.model_name)
+        restored = restore_ledger(client, ledger) if restore else []
+        found = project(client, ledger)
+        problem = champion_problem(client, found)
+    result = {
+        "model": found.model,
+        **found.standing.model_dump(),
+        "verified": len(found.entries),
+        "restored": restored,
+        "problem": problem,
+        "foreign": [{"name": each.name, "reason": each.reason} for each in found.foreign],
+        "entries": [each.model_dump(mode="json") | {"why": each.why, "sha256": each.digest} for each in found.entries],
+    }
+    return CommandOutput(result, [*_table(found), *([problem] if problem else [])])
+
+
+@command(app)
+def rollback(config: "Params", reason: Reason = None) -> CommandOutput:
+    """Make the champion before this one champion again; given twice, it goes back twice. It needs no Prefect.
+
+    The gate does not promote a version that was rolled back again: `darkroom promote --to` brings it back.
+
+    Example:  darkroom model rollback --dataset faces --reason "draws three eyes"
+    """
+    with connect("mlflow", "s3"):
+        from flows import champion
+
+        return new_champion(champion.roll_back(config.model_name, reason))
+
+
+@command(app)
+def release(
+    model: Annotated[
+        str, typer.Argument(metavar="URI", help="In staging: models:/NAME@champion or models:/NAME/NUMBER.")
+    ],
+    reason: Reason = None,
+) -> CommandOutput:
+    """Make a version of the staging registry champion in this one, with its run, its evaluation and its card.
+
+    DARKROOM_STAGING_* say where staging is: MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and _PASSWORD, BUCKET, AWS_*,
+    or HOME, the folder of a local stack. A version that is not champion there needs a reason. It needs no Prefect.
+
+    Example:  darkroom model release models:/faces@champion
+    """
+    with connect("mlflow", "s3"):
+        from flows.release import release
+
+        return new_champion(release(model, reason))
+
+
+@command(app)
+def card(config: "Params", model: ModelUri = None) -> CommandOutput:
+    """Print the model card of a registered version, in Markdown.
+
+    Example:  darkroom model card --model models:/faces@champion
+    """
+    with connect("mlflow", "s3"):
+        from mlflow.client import MlflowClient
+
+        from flows.registry import resolve
+
+        client = MlflowClient()
+        version = resolve(client, model or f"models:/{config.model_name}@champion")
+        text = client.get_model_version(version.model, str(version.number)).description or ""
+    return CommandOutput({"model": version.uri, "card": text}, text.splitlines())
+
+
+@command(app)
+def explain(
+    config: "Params",
+    model: ModelUri = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Folder to write to; default: reports/DATASET/explain."),
+    ] = None,
+    seed: Seed = 0,
+) -> CommandOutput:
+    """Draw the forward process, one training step and the reverse process of a registered model.
+
+    Example:  darkroom model explain --model models:/faces@champion --dataset faces
+    """
+    with connect("prefect", "mlflow", "s3"):
+        from flows.explain import explain
+
+        uri = model or f"models:/{config.model_name}@champion"
+        done = explain(config, uri, output or config.report_folder / "explain", seed)
+    return CommandOutput(done, map(str, done.files))
+
+
+@command(app)
+def export(
+    config: "Params",
+    to: Annotated[Literal["diffusers"], typer.Option("--to", help="Library that is to load the model.")],
+    folder: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write to, which must be new.")],
+    model: Model = None,
+) -> CommandOutput:
+    """Write a model as a folder that a pipeline of diffusers loads and samples from as sampling.* says.
+
+    Example:  darkroom model export --to diffusers --model models:/faces@champion --out exports/faces
+
+    Example:  darkroom model export --to diffusers --model runs/faces/final.safetensors --out exports/faces
+    """
+    if is_file(model):
+        from diffusion.export import export_to_diffusers
+
+        done = export_to_diffusers(Path(model), folder, config.sampling)
+    else:
+        with connect("mlflow", "s3"):
+            from diffusion.export import export_to_diffusers
+            from flows.sample import fetch
+
+            # The plain function: without Prefect.
+            version, weights = fetch.fn(model or f"models:/{config.model_name}@champion")
+            done = export_to_diffusers(weights, folder, config.sampling, version.uri, version.run_id)
+    lines = [f"{done.folder}: {done.pipeline}, {len(done.files)} files", f"how to use it: {done.folder / 'README.md'}"]
+    return CommandOutput(done.model_dump(mode="json") | {"to": to}, lines)
+
+
+def new_champion(done: "Changed | Released") -> CommandOutput:
+    """Say who is champion now."""
+    already = ", which was done already" if done.already else ""
+    return CommandOutput(done, [f"{done.version.uri} is champion{already}: {done.entry}"])
+
+
+def _table(found: "History") -> Iterator[str]:
+    """Format the ledger for people."""
+    for each in found.foreign:
+        yield f"foreign object among the entries, which decides nothing (docs/runbook/ledger-broken.md): {each}"
+    if found.head is None:
+        yield f"the ledger of {found.model} is empty: the first verdict of `darkroom promote` begins it"
+        return
+    rows = [_row(entry) for entry in found.entries]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield ", ".join(f"{title} {number or 'none'}" for title, number in found.standing.model_dump().items())
+    yield f"{len(found.entries)} entries, each verified against the one before; the last is sha256 {found.head.digest}"
+
+
+def _row(entry: "Entry") -> tuple[str, ...]:
+    move = f"{entry.from_version or '–'} → {entry.to_version}" if entry.moves else f"({entry.version})"
+    return str(entry.number), f"{entry.when:%Y-%m-%d %H:%M}", entry.who, entry.what, move, " ".join(entry.why.split())
