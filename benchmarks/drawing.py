@@ -26,12 +26,13 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline
 from quality import Darkroom, Judge, measure_rates, rate_of, workspace_of
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplerName, SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.diffusers_format import DarkroomUNet
 from diffusion.diffusers_format.schedulers import scheduler_of
 from diffusion.files import digest_of, sha256_file, write_json
-from diffusion.model import DiffusionModel, load_model, to_uint8
+from diffusion.model import DiffusionModel, to_uint8
 from diffusion.sampling import sample
 
 BATCH = 64

@@ -14,11 +14,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from quality import Judge
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.files import digest_of, sha256_file, write_json
 from diffusion.grids import figure_png
-from diffusion.model import load_model
 from diffusion.sampling import sample
 
 EVALUATIONS = (5, 8, 10, 12, 16, 20, 30, 50)

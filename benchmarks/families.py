@@ -16,9 +16,9 @@ from quality import darkroom
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.comparison import Comparison, Sheets, compare
 from diffusion.evaluation.comparison_page import Cell, figure_rows, findings, rows_of_each
-from diffusion.families.config import FAMILIES
 from diffusion.grids import grid, save_png
 from diffusion.lanes import cores
+from diffusion.models.config import FAMILIES
 from flows.families import contestants
 from flows.params import load_params
 

@@ -83,17 +83,17 @@ EMOJI = Training(
         "model.width=64",
         "model.text=true",
         "training.learning_rate=0.002",
-        "training.lanes=1",
+        "training.cpu_threads=1",
     ),
 )
-LARGE = Training("emoji-16-to-64", "emoji", 64, 150_000, ("model.low_resolution=16", "training.lanes=1"))
-FIRST_FROM_32 = Training("emoji-32-to-64", "emoji", 64, 100_000, ("model.low_resolution=32", "training.lanes=1"))
+LARGE = Training("emoji-16-to-64", "emoji", 64, 150_000, ("model.low_resolution=16", "training.cpu_threads=1"))
+FIRST_FROM_32 = Training("emoji-32-to-64", "emoji", 64, 100_000, ("model.low_resolution=32", "training.cpu_threads=1"))
 LARGE_FROM_32 = Training(
     "emoji-32-to-64-longer",
     "emoji",
     64,
     200_000,
-    ("model.low_resolution=32", f"training.start={FIRST_FROM_32.model}", "training.learning_rate=0.002"),
+    ("model.low_resolution=32", f"training.init_from={FIRST_FROM_32.model}", "training.learning_rate=0.002"),
 )
 TRAININGS = (FACES, AUTOENCODER, EMOJI, LARGE, FIRST_FROM_32, LARGE_FROM_32)
 GUIDED = ("--set", "sampling.guidance=3")

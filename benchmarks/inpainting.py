@@ -19,6 +19,7 @@ from quality import FEATURES_AT
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.editing import agreeing, blanked, keeping, repaint
@@ -26,7 +27,7 @@ from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.fingerprint import autocast
 from diffusion.grids import grid, save_png
 from diffusion.guidance import clipped
-from diffusion.model import DiffusionModel, load_model, to_float, to_uint8
+from diffusion.model import DiffusionModel, to_float, to_uint8
 from diffusion.random import GaussianNoise
 from diffusion.samplers import levels_of, make_sampler
 

@@ -28,11 +28,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
+from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.files import digest_of, write_json
 from diffusion.grids import figure_png, grid, save_png
-from diffusion.model import load_model
 from diffusion.sampling import sample
 from flows.params import load_params
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
-from diffusion.model import load_model, to_float
+from diffusion.model import to_float
 from diffusion.sampling import sample
 
 CONFIDENCE = 0.9

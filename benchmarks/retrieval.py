@@ -20,11 +20,11 @@ from quality import darkroom, workspace_of
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import Asked
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.grids import grid, save_png
-from diffusion.model import load_model
 from diffusion.sampling import sample
 from diffusion.text import encoder
 from flows.params import load_params

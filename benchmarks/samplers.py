@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
-from diffusion.model import load_model
 from diffusion.random import GaussianNoise
+from diffusion.reverse_process import reversed_from_noise
 from diffusion.samplers import levels_of
-from diffusion.sampling import labels_of, reversed_from_noise
+from diffusion.sampling import labels_of
 
 EVALUATIONS = (5, 8, 10, 15, 20, 30)
 CONTESTANTS = {

@@ -26,18 +26,27 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainers import diffusers
 
 from diffusion.config import DeviceName
+from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.device import device_name, repeatable, resolve_device
 from diffusion.fingerprint import autocast
 from diffusion.lanes import cores, lanes
 from diffusion.models.config import ModelConfig
+from diffusion.text import WIDTH
 from diffusion.training.config import TrainingConfig
-from diffusion.training.ranks import ALONE
-from diffusion.training.run import Run
-from diffusion.training.turn import lanes_of
+from diffusion.training.distributed import SINGLE_PROCESS
+from diffusion.training.setup import make_setup
+from diffusion.training.trainer import Trainer, thread_count
 
 MODEL = ModelConfig(
-    width=32, multipliers=(1, 2, 2), blocks=2, attention=(2,), heads=8, patch=1, conditional=False, prediction="noise"
+    width=32,
+    channel_mult=(1, 2, 2),
+    blocks=2,
+    attention=(2,),
+    heads=8,
+    patch=1,
+    conditional=False,
+    prediction="epsilon",
 )
 """The shape of the network in ``trainers.py``."""
 WARM_UP = 3
@@ -84,6 +93,11 @@ def peak(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 / min(seconds)
 
 
+def step_of(trainer: Trainer) -> Step:
+    """Darkroom's step, at the peak learning rate."""
+    return lambda: trainer.train_step(trainer.config.learning_rate)
+
+
 def theirs(batch: int, size: int, bf16: bool, device: torch.device) -> tuple[Step, int, int]:
     """diffusers' step, its parameters, and the operations of a picture."""
     with device:
@@ -126,21 +140,29 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="step-") as temporary:
         dataset = Dataset.open(prepare((args.scratch or Path(temporary)).resolve(), "32 px grey"))
-        config = TrainingConfig(images=2**40, batch_size=args.batch, lanes=cores(), device=args.device)
+        config = TrainingConfig(images=2**40, batch_size=args.batch, cpu_threads=cores(), device=args.device)
         device = resolve_device(args.device)
         fp32, bf16 = peak(torch.float32, device), peak(torch.bfloat16, device)
-        with lanes(lanes_of(config, ALONE)) as pool:
-            run = Run.new(dataset, MODEL, config, pool)
-            run.total = 2**40
+        with lanes(thread_count(config, SINGLE_PROCESS)) as pool:
+            setup = make_setup(
+                dataset,
+                MODEL,
+                config,
+                SamplingConfig(),
+                SINGLE_PROCESS,
+                lambda _, texts: torch.zeros(len(texts), WIDTH),
+            )
+            trainer = Trainer(setup, pool)
+            trainer.total = 2**40
             with FlopCounterMode(display=False) as counter:
                 x = torch.zeros(1, *dataset.shape, device=device)
-                run.state.network.forward(x, torch.zeros(1, device=device)).sum().backward()
-            ours = sum(p.numel() for p in run.state.network.parameters()), counter.get_total_flops()
+                trainer.state.network.forward(x, torch.zeros(1, device=device)).sum().backward()
+            ours = sum(p.numel() for p in trainer.state.network.parameters()), counter.get_total_flops()
         rates: dict[str, list[float]] = {}
         for _ in range(args.rounds):
-            with repeatable(device), lanes(lanes_of(config, ALONE)) as pool:
-                run.pool = pool
-                rates.setdefault("darkroom", []).append(rate(run.step, args.batch, args.seconds))
+            with repeatable(device), lanes(thread_count(config, SINGLE_PROCESS)) as pool:
+                trainer.threads = pool
+                rates.setdefault("darkroom", []).append(rate(step_of(trainer), args.batch, args.seconds))
             for name, flag in (("diffusers", False), ("diffusers, bf16, channels last", True)):
                 step, parameters, flops = theirs(args.batch, dataset.shape[1], flag, device)
                 rates.setdefault(name, []).append(rate(step, args.batch, args.seconds))
@@ -156,12 +178,12 @@ def main() -> None:
             )
         with repeatable(device), lanes(1):
             # In this thread, which alone is seen by the profiler.
-            run.pool = SimpleNamespace(map=map)  # type: ignore[assignment]
-            spent = kinds(run.step)
+            trainer.threads = SimpleNamespace(map=map)  # type: ignore[assignment]
+            spent = kinds(step_of(trainer))
         print("\nwhere a step's time goes")
         for kind, seconds in spent.most_common():
             print(f"  {kind:20} {seconds / spent.total():5.0%}")
-        run.loader.close()
+        trainer.loader.close()
 
 
 if __name__ == "__main__":

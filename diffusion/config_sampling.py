@@ -33,8 +33,8 @@ class SamplingConfig(Config):
     """Noise levels visited; as many as model.steps, with neither sigma_min nor sigma_max, visits each level of the
     schedule, as ddpm by the book does."""
     sigma_max: float | None = Field(20.0, gt=0)
-    """Noise level σ that drawing starts from, at most the schedule's highest. Where training with times: lognormal has
-    hardly been, above and below, steps are lost; null: the schedule's, at most 80."""
+    """Noise level σ that drawing starts from, at most the schedule's highest. Where training with timestep_sampling:
+    lognormal has hardly been, above and below, steps are lost; null: the schedule's, at most 80."""
     sigma_min: float | None = Field(0.04, gt=0)
     """Lowest σ visited, from which the last step goes to 0, at least the schedule's lowest; null: that."""
     variance: Literal["smaller", "larger"] | None = Field(None, exclude_if=unset)

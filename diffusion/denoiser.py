@@ -1,4 +1,4 @@
-"""A network as a denoiser: from a noisy picture and its σ to the clean one."""
+"""A network as a denoiser: from a noisy image and its σ to the clean one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from diffusion.variance import deviation_between, larger, smaller
 class Denoiser:
     """D(x; σ) for x = x_0 + σ ε, whatever the network predicts (the view of arXiv 2206.00364).
 
-    Samplers see nothing else of a model. ``clip`` keeps the estimate inside [−1, 1], the range of pictures;
+    Samplers see nothing else of a model. ``clip`` keeps the estimate inside [−1, 1], the range of images;
     ``learned_variance`` says that there is a ``posterior``.
     """
 
@@ -24,7 +24,7 @@ class Denoiser:
     clip: bool = True
     learned_variance: bool = False
     around: Tensor | None = None
-    """What is known of the clean pictures, (N, C, H, W): the network is asked about what they have beyond it. None:
+    """What is known of the clean images, (N, C, H, W): the network is asked about what they have beyond it. None:
     about them."""
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:

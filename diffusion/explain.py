@@ -12,17 +12,25 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from diffusion.config_sampling import SamplingConfig
+from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.errors import UserError
+from diffusion.families.autoregressive import AutoregressiveModel, bits_of_pixels
+from diffusion.families.gan import GANModel
+from diffusion.families.vae import VAEModel
 from diffusion.files import write_bytes
-from diffusion.grids import figure_png
-from diffusion.model import DiffusionModel, Told, to_float, to_uint8
+from diffusion.grids import above, figure_png, grid, save_png
+from diffusion.model import Conditioning, DiffusionModel, Model, to_float, to_uint8
 from diffusion.process import NoiseSchedule
 from diffusion.random import GaussianNoise
+from diffusion.reverse_process import reversed_from_noise
 from diffusion.samplers import sigma_grid
-from diffusion.sampling import reversed_from_noise, told_of
+from diffusion.sampling import interpolate, reconstructed, told_of
 from diffusion.upscaling import shown_small
 
+INTERPOLATED = 8
+"""Images of a GAN from one seed to another."""
+MOST_BITS = 8
+"""Bits per value that the figure of an autoregressive model shows as white."""
 FRAMES = 8
 """Pictures in a strip."""
 REVERSE_STEPS = 40
@@ -93,7 +101,33 @@ class Reverse:
     """(C, H, W) float32."""
 
 
-def explain(model: DiffusionModel, picture: Tensor, output: Path, seed: int = 0) -> list[Path]:
+def explain(model: Model, picture: Tensor, output: Path, seed: int = 0) -> list[Path]:
+    """Draw figures of how ``model`` works into folder ``output``; ``picture``: a real image, (C, H, W) uint8."""
+    match model:
+        case DiffusionModel():
+            return explain_diffusion(model, picture, output, seed)
+        case VAEModel():
+            path = output / "reconstruction.png"
+            sheet = above(picture[None], reconstructed(model, picture[None], SamplingConfig()), scale=4)
+        case GANModel():
+            path = output / "way.png"
+            conditions = [Asked(labels=(name,)) for name in model.classes] or [Asked()]
+            config = SamplingConfig(compute_batch=INTERPOLATED)
+            rows = [interpolate(model, seed, seed + 1, INTERPOLATED, config, asked=each) for each in conditions]
+            sheet = grid(torch.cat(rows), columns=INTERPOLATED)
+        case AutoregressiveModel():
+            path = output / "surprise.png"
+            with torch.inference_mode():
+                bits = bits_of_pixels(model.network, to_float(picture[None]), {}) / picture.shape[0]
+            shown = (bits / MOST_BITS * 255).clamp(0, 255).to(torch.uint8)[:, None].expand(-1, len(picture), -1, -1)
+            sheet = above(picture[None], shown, scale=8)
+        case _:
+            raise TypeError(type(model))
+    save_png(path, sheet)
+    return [path]
+
+
+def explain_diffusion(model: DiffusionModel, picture: Tensor, output: Path, seed: int = 0) -> list[Path]:
     """Draw ``forward.png``, ``training_step.png`` and ``reverse.png`` into folder ``output``.
 
     ``picture``: a real one, (C, H, W) uint8, of the model's shape; UserError if it is another. All noise
@@ -118,9 +152,9 @@ def explain(model: DiffusionModel, picture: Tensor, output: Path, seed: int = 0)
     return [output / name for name in figures]
 
 
-def strip(model: DiffusionModel, told: Told | None) -> Image.Image:
-    """The reverse process from picture 0 of seed 0, as ``explain`` draws it; ``told`` as in ``reverse``."""
-    return Image.open(io.BytesIO(figure_png(draw_reverse(reverse(model, 0, told), view_of(model)))))
+def reverse_process_strip(model: DiffusionModel, conditioning: Conditioning | None) -> Image.Image:
+    """The reverse process from picture 0 of seed 0, as ``explain`` draws it; ``conditioning`` as in ``reverse``."""
+    return Image.open(io.BytesIO(figure_png(draw_reverse(reverse(model, 0, conditioning), view_of(model)))))
 
 
 def view_of(model: DiffusionModel) -> View:
@@ -138,8 +172,10 @@ def forward(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, count: int = FRA
 
 
 @torch.inference_mode()
-def training_step(model: DiffusionModel, x0: Tensor, noise: Tensor, told: Told | None = None) -> TrainingStep:
-    """One step on ``x0``, (C, H, W) in [−1, 1], of which the network is ``told``.
+def training_step(
+    model: DiffusionModel, x0: Tensor, noise: Tensor, conditioning: Conditioning | None = None
+) -> TrainingStep:
+    """One step on ``x0``, (C, H, W) in [−1, 1].
 
     At the time where picture and noise weigh the same.
     """
@@ -147,7 +183,7 @@ def training_step(model: DiffusionModel, x0: Tensor, noise: Tensor, told: Told |
     t = (schedule.alphas_cumprod - 0.5).abs().argmin()
     sigma = schedule.sigmas[t].float()
     x = x0 + sigma * noise
-    estimate = replace(model.denoiser(told), clip=False)(x[None], sigma)[0]
+    estimate = replace(model.denoiser(conditioning), clip=False)(x[None], sigma)[0]
     return TrainingStep(
         step=int(t),
         alpha_bar=schedule.alphas_cumprod[t].item(),
@@ -159,13 +195,13 @@ def training_step(model: DiffusionModel, x0: Tensor, noise: Tensor, told: Told |
 
 
 @torch.inference_mode()
-def reverse(model: DiffusionModel, seed: int, told: Told | None = None, count: int = FRAMES) -> Reverse:
+def reverse(model: DiffusionModel, seed: int, conditioning: Conditioning | None = None, count: int = FRAMES) -> Reverse:
     """The default sampler drawing picture 0 of ``seed``, at up to ``count`` moments spread evenly in time t.
 
-    ``told``: what the network is told of it; None: as when nothing is asked for.
+    ``conditioning``: the network's; None: sampled as for any generated image.
     """
     sigmas = sigma_grid(model.schedule, REVERSE_STEPS)
-    denoiser = model.denoiser(told_of(model, [0], seed) if told is None else told)
+    denoiser = model.denoiser(told_of(model, [0], seed) if conditioning is None else conditioning)
     noise = GaussianNoise(seed, "sampling", [0], model.noise_shape)
     seen: list[tuple[Tensor, Tensor]] = []
     result = reversed_from_noise(

@@ -3,22 +3,23 @@
 import shutil
 from pathlib import Path
 
+from diffusion.checkpoints import load_model
 from diffusion.config import Config
 from diffusion.config_sampling import ANYTHING, SamplingConfig
 from diffusion.errors import UserError
 from diffusion.escaping import escape_markdown, python_literal
 from diffusion.files import sha256_file, sync_file, sync_folder
-from diffusion.model import DiffusionModel, ModelHeader, load_model
+from diffusion.model import DiffusionModel, ModelHeader
 from diffusion.sampling import require_effect, require_small
 
 MODEL_FIELDS = {
     "schedule",
     "steps",
-    "zero_terminal",
+    "zero_terminal_snr",
     "prediction",
     "learned_variance",
     "width",
-    "multipliers",
+    "channel_mult",
     "blocks",
     "attention",
     "heads",

@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from diffusion.checkpoints import load_model
 from diffusion.config import Config
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
@@ -15,7 +16,6 @@ from diffusion.files import PARTIAL, digest_of, sha256_bytes, sha256_file, write
 from diffusion.fingerprint import Fingerprint, fingerprint
 from diffusion.grids import grid, image_of, save_png
 from diffusion.marked import marked_png
-from diffusion.model import load_model
 from diffusion.progress import Progress, silent
 from diffusion.requests import Request, Task, Wanted, answer, original, request_of, sampling_of
 

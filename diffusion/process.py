@@ -1,4 +1,4 @@
-"""The forward process q: how a picture turns into noise, T steps long (arXiv 2006.11239)."""
+"""The forward process q: how an image turns into noise, T steps long (arXiv 2006.11239)."""
 
 import math
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ class NoiseSchedule:
         return (low + (value - table[low]) / (table[high] - table[low])).float()
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t for pictures ``x0`` (N, C, H, W), integer steps ``t`` (N,) and standard Gaussian ``noise``."""
+        """x_t for images ``x0`` (N, C, H, W), integer steps ``t`` (N,) and standard Gaussian ``noise``."""
         alpha_bar = self.alphas_cumprod.to(t.device)[t][:, None, None, None]
         # The roots are taken in float64: at either end float32 has lost 1 − ᾱ.
         return alpha_bar.sqrt().to(x0.dtype) * x0 + (1 - alpha_bar).sqrt().to(x0.dtype) * noise
@@ -120,7 +120,7 @@ SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule, "sigmoid": si
 def make_schedule(config: ModelConfig) -> NoiseSchedule:
     """The schedule that ``config`` names; raises UserError if they do not all differ in noise."""
     schedule = SCHEDULES[config.schedule](config.steps)
-    if config.zero_terminal:
+    if config.zero_terminal_snr:
         schedule = without_signal_at_the_end(schedule)
     if not (schedule.alphas_cumprod.diff() < 0).all():
         raise UserError(f"model.schedule {config.schedule} has no {config.steps} different steps: lower model.steps")

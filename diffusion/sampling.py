@@ -1,27 +1,23 @@
 """Pictures from a trained model, the same bits for picture i of seed s whatever else is asked for."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
-from diffusion.denoiser import Denoiser
 from diffusion.device import repeatable, resolve_device
-from diffusion.editing import Edit, agreeing, between, keeping, levels_for, repaint, whole
+from diffusion.editing import Edit, between, whole
 from diffusion.errors import UserError
 from diffusion.families import family_of
 from diffusion.families.base import Batch
-from diffusion.families.config import FamilyConfig, meaningless
 from diffusion.fingerprint import autocast
-from diffusion.guidance import clipped, guided
 from diffusion.lanes import lanes
-from diffusion.model import DiffusionModel, Model, Told, to_float, to_uint8
-from diffusion.models.config import ModelConfig
+from diffusion.model import Conditioning, Model, to_float, to_uint8
+from diffusion.models.config import FamilyConfig, ModelConfig, meaningless
 from diffusion.progress import Progress, silent
 from diffusion.random import GaussianNoise, uniform
-from diffusion.samplers import Callback, Denoise, Noise, ancestral, levels_of, make_sampler
+from diffusion.samplers import Noise
 from diffusion.text import ENDS, LONGEST, WIDTH, encoder, require_same
 
 Meanings = Mapping[str | None, Tensor]
@@ -256,56 +252,6 @@ def labels_of(model: Model, indices: Sequence[int], seed: int, asked: Asked = AN
     return torch.searchsorted(shares, uniform(seed, "label", indices), right=True)
 
 
-def reversed_from_noise(
-    denoise: Denoise, sigmas: Tensor, noise: Noise, config: SamplingConfig, callback: Callback | None = None
-) -> Tensor:
-    """The reverse process over ``sigmas``, from noise alone, with the sampler that ``config`` names."""
-    return reversed_from(float(sigmas[0]) * noise(), denoise, sigmas, noise, config, callback)
-
-
-def reversed_from(
-    x: Tensor,
-    denoise: Denoise,
-    sigmas: Tensor,
-    noise: Noise,
-    config: SamplingConfig,
-    callback: Callback | None = None,
-) -> Tensor:
-    """The reverse process over ``sigmas`` from ``x``, which is as noisy as the first of them.
-
-    What is guided, or edited, has no learned variance: it is no one network's answer.
-    """
-    plain = config.sampler == "ddpm" and config.variance is None
-    if plain and isinstance(denoise, Denoiser) and denoise.learned_variance:
-        return ancestral(denoise.posterior, x, sigmas, noise, callback)
-    return make_sampler(config)(denoise, x, sigmas, noise, callback)
-
-
-def edited(
-    model: DiffusionModel, edit: Edit, denoise: Denoise, sigmas: Tensor, noise: Noise, config: SamplingConfig
-) -> Tensor:
-    """The reverse process from the picture of ``edit`` under as much noise as its strength asks for, as uint8.
-
-    In latents those are kept of which all pixels are; the other pixels to be kept are put back at the end.
-    """
-    levels = levels_for(sigmas, edit.strength)
-    start = float(levels[0]) * noise()
-    known = model.encoded(to_float(edit.seen.to(start.device))[None])
-    if edit.kept is not None:
-        kept = edit.kept.to(start.device)
-        whole_of = whole(kept, known.shape[-1])
-        if edit.agree:
-            moved = agreeing(denoise, known, whole_of, model.header.sigma_data)
-            denoise = moved if model.latents is not None else clipped(moved)
-        denoise = keeping(denoise, known, whole_of)
-
-    def sampler(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None) -> Tensor:
-        return reversed_from(x, denoise, sigmas, noise, config, callback)
-
-    drawn = to_uint8(model.decoded(repaint(sampler, denoise, known + start, levels, noise, edit.jump, edit.times)))
-    return drawn if edit.kept is None else torch.where(kept, edit.picture.to(drawn.device), drawn)
-
-
 def reconstructed(model: Model, pictures: Tensor, config: SamplingConfig) -> Tensor:
     """``pictures``, (N, C, H, W) uint8, as the autoencoder of ``model`` gives them back, in compute batches."""
     coder, device = model.coder, next(model.network.parameters()).device
@@ -335,7 +281,7 @@ def told_of(
     seed: int,
     asked: Asked = ANYTHING,
     meanings: Meanings = NO_MEANINGS,
-) -> Told:
+) -> Conditioning:
     """What the network is told of pictures number ``indices``."""
     told = {}
     if (labels := labels_of(model, indices, seed, asked)) is not None:
@@ -343,30 +289,3 @@ def told_of(
     if model.config.text:
         told["text"] = torch.stack([meanings[asked.prompt(index)] for index in indices])
     return told
-
-
-@torch.inference_mode()
-def reverse_process(model: DiffusionModel, batch: Batch, config: SamplingConfig, device: torch.device) -> Tensor:
-    """The pictures of a compute batch, (N, C, H, W) uint8, of a diffusion model on ``device``."""
-    sigmas = levels_of(config, model.schedule)
-    denoise = denoiser_of(model, batch.told, config, batch.negative)
-    with autocast(config.precision, device):
-        if batch.edit is not None:
-            return edited(model, batch.edit, denoise, sigmas, batch.noise, config).cpu()
-        drawn = reversed_from_noise(denoise, sigmas, batch.noise, config)
-        return to_uint8(model.decoded(drawn)).cpu()
-
-
-def denoiser_of(model: DiffusionModel, told: Told, config: SamplingConfig, negative: Tensor) -> Denoise:
-    """The model as it is told, led away from what it does when told of no class, and no caption but ``negative``."""
-    if not config.guides:
-        return model.denoiser(told)
-    assert config.guidance is not None
-    other = {
-        name: torch.full_like(value, len(model.classes)) if name == "label" else negative.expand_as(value)
-        for name, value in told.items()
-    }
-    # Only the mixture is clipped: clipped before, both would say the same where pictures are black or white.
-    asked, unasked = (replace(model.denoiser(each), clip=False) for each in (told, other))
-    mixture = guided(asked, unasked, config.guidance, config.guidance_interval, config.guidance_rescale)
-    return mixture if model.latents is not None else clipped(mixture)

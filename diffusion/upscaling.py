@@ -17,14 +17,15 @@ from torch.nn.functional import interpolate
 from diffusion.config_sampling import ANYTHING, SamplingConfig
 from diffusion.device import repeatable, resolve_device
 from diffusion.errors import UserError
-from diffusion.families.config import FamilyConfig
 from diffusion.fingerprint import autocast
 from diffusion.lanes import lanes
-from diffusion.model import DiffusionModel, Model, Told, to_float, to_uint8
+from diffusion.model import Conditioning, DiffusionModel, Model, to_float, to_uint8
+from diffusion.models.config import FamilyConfig
 from diffusion.progress import Progress, silent
 from diffusion.random import GaussianNoise, uniform
+from diffusion.reverse_process import reversed_from_noise
 from diffusion.samplers import Callback, levels_of
-from diffusion.sampling import require_effect, require_small, reversed_from_noise
+from diffusion.sampling import require_effect, require_small
 
 OVERLAP = 4
 """Neighbouring tiles share at least one in so many of their pixels in a direction."""
@@ -49,7 +50,7 @@ def enlarged(small: Tensor, scale: int) -> Tensor:
     return large.contiguous(memory_format=torch.channels_last)
 
 
-def shown_small(config: FamilyConfig, pictures: Tensor) -> Told:
+def shown_small(config: FamilyConfig, pictures: Tensor) -> Conditioning:
     """What a network is told of ``pictures`` (N, C, H, W) uint8 by their small versions, without noise; {}: nothing."""
     if config.low_resolution is None:
         return {}
@@ -66,7 +67,7 @@ def detail(low_resolution: int, pictures: Tensor) -> float:
     return float(f"{(to_float(pictures) - low).double().square().mean().sqrt().item():.4g}")
 
 
-def noised(told: Told, most: float, seed: int, indices: Sequence[int]) -> Told:
+def noised(told: Conditioning, most: float, seed: int, indices: Sequence[int]) -> Conditioning:
     """``told`` with noise over the small pictures, the standard deviation of each uniform in [0, ``most``].
 
     That is noise conditioning augmentation (arXiv 2106.15282, section 4.3): trained on clean pictures alone, a network

@@ -20,7 +20,7 @@ HALF_A_LEVEL = 1 / 255
 
 
 def smaller(sigma: Tensor, following: Tensor) -> Tensor:
-    """s² (1 − s²/σ²), right for data of a single picture: β̃ (arXiv 2006.11239, equation 7) over ᾱ_s."""
+    """s² (1 − s²/σ²), right for data of a single image: β̃ (arXiv 2006.11239, equation 7) over ᾱ_s."""
     return following**2 * (1 - (following / sigma) ** 2)
 
 
@@ -39,21 +39,21 @@ def deviation_between(v: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def bound(schedule: NoiseSchedule, t: Tensor, x0: Tensor, missed: Tensor, v: Tensor) -> Tensor:
-    """The term of the variational bound at each picture's whole time ``t`` (N,): bits a value, (N,).
+    """The term of the variational bound at each image's whole time ``t`` (N,): bits a value, (N,).
 
-    ``missed`` is by how much the estimate of the pictures ``x0`` (N, C, H, W), with values as ``to_float`` gives them,
+    ``missed`` is by how much the estimate of the images ``x0`` (N, C, H, W), with values as ``to_float`` gives them,
     is wrong. At t > 0 it is KL(q(x_s | x_σ, x_0) ‖ p(x_s | x_σ)), at 0 −log p(x_0 | x_σ) (equations 4 to 6).
     """
     sigmas = schedule.sigmas.to(t.device)
     first = t == 0
     sigma, following = sigmas[t], sigmas[(t - 1).clamp(min=0)].masked_fill(first, 0)
-    # The smaller variance of the last step to the picture is 0: there that of the step before it is taken, as ᾱ = 1.
+    # The smaller variance of the last step to the image is 0: there that of the step before it is taken, as ᾱ = 1.
     least = smaller(sigmas[1], sigmas[0]) / (1 + sigmas[0] ** 2)
     low, high = smaller(sigma, following).where(~first, least), larger(sigma, following)
     deviation = deviation_between(v, _of_each(v, low), _of_each(v, high))
     missed_means = _of_each(v, 1 - (following / sigma) ** 2) * missed
     nats = torch.empty_like(v)
-    # Each on its own pictures: where one of them does not hold, its gradient may not even be a number.
+    # Each on its own images: where one of them does not hold, its gradient may not even be a number.
     nats[first] = -log_likelihood(x0[first], x0[first] + missed[first], deviation[first])
     nats[~first] = divergence(missed_means[~first], _of_each(v, low.sqrt())[~first], deviation[~first])
     return nats.mean((1, 2, 3)) / math.log(2)
@@ -78,5 +78,5 @@ def log_likelihood(x0: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
 
 
 def _of_each(pictures: Tensor, number: Tensor) -> Tensor:
-    """A number of each picture (N,) as (N, 1, 1, 1), in the pictures' own type."""
+    """A number of each image (N,) as (N, 1, 1, 1), in the images' own type."""
     return number.to(pictures.dtype)[:, None, None, None]

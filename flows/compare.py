@@ -9,7 +9,7 @@ from prefect.artifacts import create_markdown_artifact
 from diffusion.config import Config
 from diffusion.evaluation.comparison import COMPARISON, Comparison
 from diffusion.evaluation.comparison_page import PAGE, findings
-from diffusion.families.config import FAMILIES
+from diffusion.models.config import FAMILIES
 from flows.evaluate import tracker_of
 from flows.families import contestants, judged, report_folder
 from flows.params import Params

@@ -11,7 +11,7 @@ from diffusion.config import Config
 from diffusion.data.manifest import read_manifest
 from diffusion.errors import Held, UserError
 from diffusion.files import canonical_json
-from diffusion.training.identity import data_digest, train_key
+from diffusion.training.setup import data_digest, train_key
 from flows import registry
 from flows.aliases import CHAMPION, named
 from flows.champion import registered_version
@@ -54,26 +54,26 @@ def decided(params: Params, uri: str) -> Version | None:
     except ValidationError as error:
         raise UserError(
             f"s3://{place.bucket}/{key} does not say where this training began ({error.errors()[0]['msg']}): put back "
-            "what was there, or delete it, and the training begins anew with what training.start names now"
+            "what was there, or delete it, and the training begins anew with what training.init_from names now"
         ) from error
     if begun is None:
         return None
     name, number = registry.parse_model_uri(begun)
     if (version := registered_version(MlflowClient(), name, int(number))) is None:
         raise UserError(
-            f"this training begins with {begun}, which is not in the registry any more: set training.start to another "
-            "model, or training.seed to another number, and begin anew"
+            f"this training begins with {begun}, which is not in the registry any more: set training.init_from to "
+            "another model, or training.seed to another number, and begin anew"
         )
     return version
 
 
 def named_now(params: Params, uri: str) -> Version | None:
-    """The version that ``uri`` names now; None: training.start is champion, and there is none to begin with.
+    """The version that ``uri`` names now; None: training.init_from is champion, and there is none to begin with.
 
     A champion that learned from images taken down since is none: what begins with it could not take its place.
     """
     client = MlflowClient()
-    if params.training.start != CHAMPION:
+    if params.training.init_from != CHAMPION:
         return registry.resolve(client, uri)
     if named(client, params.model_name, CHAMPION) is None:
         return None
@@ -107,7 +107,7 @@ class Fetched:
 
 
 def fetched(params: Params, dry_run: bool = False) -> Fetched:
-    """``params`` with the versions that model.autoencoder and training.start name, fetched once and checked.
+    """``params`` with the versions that model.autoencoder and training.init_from name, fetched once and checked.
 
     The start is the one that was decided on when this training was first asked for, and is decided now if it never was;
     a ``dry_run`` decides nothing. Raises UserError if the registry has no such version.
@@ -120,7 +120,7 @@ def fetched(params: Params, dry_run: bool = False) -> Fetched:
     if (uri := registered_start(params)) is not None:
         begun = named_now(params, uri) if dry_run else decided(params, uri)
         begun = begun and with_takedowns(begun)
-        training = params.training.model_copy(update={"start": begun and _file(begun)})
+        training = params.training.model_copy(update={"init_from": begun and _file(begun)})
         params = ready.params.model_copy(update={"training": training})
         ready = _with(ready, begun, start=begun and begun.uri, params=params)
     return ready
@@ -133,7 +133,7 @@ def require_promotable(params: Params) -> None:
         whose = " and ".join(filter(None, (ready.autoencoder, ready.start)))
         raise UserError(
             f"{whose} learned from images that were taken down since (takedown {ready.takedown}), so nothing made with "
-            "it becomes champion: give model.autoencoder or training.start another version, or train it anew"
+            "it becomes champion: give model.autoencoder or training.init_from another version, or train it anew"
         )
 
 

@@ -20,7 +20,7 @@ from diffusion.data.takedown_records import Removal, holders
 from diffusion.data.versions import known_versions
 from diffusion.errors import UserError
 from diffusion.escaping import escape_controls, escape_markdown
-from diffusion.families.config import FAMILIES
+from diffusion.models.config import FAMILIES
 from flows import registry
 from flows.aliases import none_if_missing
 from flows.catalogue import Catalogue, Heads

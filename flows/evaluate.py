@@ -13,8 +13,8 @@ from prefect.artifacts import create_markdown_artifact
 from diffusion.errors import UserError
 from diffusion.evaluation.evaluate import evaluate as judge_checkpoints
 from diffusion.evaluation.results import Evaluation
-from diffusion.training.candidates import candidates
 from diffusion.training.checkpoint import Checkpoints
+from diffusion.training.post_hoc_ema import models_to_evaluate
 from flows.champion import require_champion
 from flows.derived import require_current
 from flows.logs import RUN_ID
@@ -43,7 +43,7 @@ def judge(params: Params, folder: Path) -> Evaluation:
     require_current(params.dataset_folder)
     return judge_checkpoints(
         params.dataset_folder,
-        candidates(params.run_folder, folder, params.evaluation.ema_lengths),
+        models_to_evaluate(params.run_folder, folder, params.evaluation.ema_stds),
         params.evaluation,
         params.sampling,
         folder,

@@ -5,10 +5,10 @@ from pathlib import Path
 from mlflow.client import MlflowClient
 from prefect import flow
 
+from diffusion.checkpoints import load_model
 from diffusion.config import Config
 from diffusion.data.dataset import Dataset
-from diffusion.families import family_of
-from diffusion.model import load_model
+from diffusion.explain import explain as explain_model
 from flows import registry
 from flows.environment import settings
 from flows.params import Params
@@ -40,7 +40,7 @@ def draw(params: Params, model: str, output: Path, seed: int) -> Explained:
     rows = held_out if len(held_out) else dataset.rows("train")
     picture = dataset.pictures([rows[seed % len(rows)]])[0]
     loaded = load_model(weights)
-    files: list[Path] = family_of(loaded.config).explain(loaded, picture, output, seed)
+    files = explain_model(loaded, picture, output, seed)
     tracker = RunTracker(client, version.run_id)
     for file in files:
         tracker.log_file(file, "explain")

@@ -7,7 +7,7 @@ from typing import Any
 from diffusion.errors import UserError
 from diffusion.evaluation.comparison import Comparison, compare
 from diffusion.evaluation.comparison_page import PAGE, write_comparison_page
-from diffusion.families.config import FAMILIES
+from diffusion.models.config import FAMILIES
 from diffusion.progress import Progress
 from flows.params import Params
 
@@ -17,7 +17,7 @@ SHARED: Mapping[str, frozenset[str]] = {
             "dataset",
             "images",
             "minutes",
-            "lanes",
+            "cpu_threads",
             "flip",
             "seed",
             "precision",
@@ -60,7 +60,7 @@ def _of(family: str, params: Params) -> Params:
     shared: dict[str, Any] = {
         section: getattr(params, section).model_dump(include=set(fields)) for section, fields in SHARED.items()
     }
-    whole = {"ingest": params.ingest.model_dump(), "evaluation": params.evaluation.model_dump(exclude={"ema_lengths"})}
+    whole = {"ingest": params.ingest.model_dump(), "evaluation": params.evaluation.model_dump(exclude={"ema_stds"})}
     return Params.model_validate(shared | whole | {"model": {"family": family}})
 
 

@@ -8,15 +8,15 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from diffusion.config import LONGEST_NAME, Config, plain_name, unset
+from diffusion.config_objective import disagreement
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.config import IngestConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.gate import GateConfig
-from diffusion.families.config import FAMILIES, FamilyConfig, meaningless
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import FAMILIES, FamilyConfig, ModelConfig, meaningless
 from diffusion.presets import PresetName, over
-from diffusion.training.config import TrainingConfig, disagreement
+from diffusion.training.config import TrainingConfig
 from flows.retention.policy import RetentionConfig
 
 DEFAULT_PARAMS = Path("params.yaml")
@@ -81,9 +81,9 @@ class Params(Config):
 
     @model_validator(mode="after")
     def _averages_are_kept(self) -> "Params":
-        if self.evaluation.ema_lengths and self.training.ema_lengths is None:
+        if self.evaluation.ema_stds and self.training.ema_stds is None:
             raise ValueError(
-                "evaluation.ema_lengths are made of what training.ema_lengths keeps: set that, too, say to [0.05, 0.1]"
+                "evaluation.ema_stds are made of what training.ema_stds keeps: set that, too, say to [0.05, 0.1]"
             )
         return self
 
@@ -175,8 +175,8 @@ def registered(params: Params) -> str | None:
 
 
 def registered_start(params: Params) -> str | None:
-    """The model URI that ``training.start`` means; None if it is a path, or there is none."""
-    start = params.training.start
+    """The model URI that ``training.init_from`` means; None if it is a path, or there is none."""
+    start = params.training.init_from
     if start == "champion":
         return f"models:/{params.model_name}@champion"
     return start if start is not None and start.startswith("models:/") else None

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 from torch import Tensor
 
+from diffusion.checkpoints import load_model
 from diffusion.config import Config
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.data.ahead import ahead
@@ -23,7 +24,7 @@ from diffusion.data.shards import TarWriter
 from diffusion.device import resolve_device
 from diffusion.errors import Held, UserError
 from diffusion.fingerprint import Fingerprint, fingerprint
-from diffusion.model import Model, load_model
+from diffusion.model import Model
 from diffusion.sampling import label_names, meanings_of, require_drawing, require_read_whole, sample
 from diffusion.text import require_same
 from flows import environment, prints

@@ -19,6 +19,7 @@ from prefect.input import RunInput
 from prefect.runtime import flow_run
 from pydantic import Field, ValidationError
 
+from diffusion.checkpoints import export, read_header
 from diffusion.config import Config
 from diffusion.data.manifest import read_manifest
 from diffusion.errors import Held, UserError
@@ -29,8 +30,7 @@ from diffusion.evaluation.trial import TRIAL, trial
 from diffusion.evaluation.trial_page import write_trial_page
 from diffusion.evaluation.trial_results import Trial
 from diffusion.files import sha256_file
-from diffusion.model import export, read_header
-from diffusion.training.post_hoc import AVERAGES
+from diffusion.training.post_hoc_ema import SNAPSHOTS
 from flows import model_card, registry
 from flows.aliases import adopted, append, project
 from flows.champion import champion_problem, require_champion
@@ -148,7 +148,7 @@ def _require_same(params: Params, evaluation: Evaluation) -> None:
     """Raise UserError unless ``evaluation`` judged what lies there now, as it would be judged now."""
     best, conditions = Path(evaluation.best.file), evaluation.conditions
     same = (
-        best.parent in (params.run_folder / "checkpoints", params.report_folder / AVERAGES)
+        best.parent in (params.run_folder / "checkpoints", params.report_folder / SNAPSHOTS)
         and best.is_file()
         and sha256_file(best) == evaluation.best.sha256
         and conditions.evaluation == params.evaluation

@@ -11,13 +11,13 @@ from dvc.repo import Repo
 from filelock import FileLock
 from pydantic import ValidationError
 
+from diffusion.checkpoints import read_model_header
 from diffusion.config import Config
 from diffusion.data.manifest import Manifest, manifest_bytes, work_folder
 from diffusion.errors import UserError
 from diffusion.evaluation.comparison import COMPARISON, Comparison
 from diffusion.evaluation.comparison_page import PAGE
 from diffusion.evaluation.results import Evaluation
-from diffusion.model import read_model_header
 from flows.dvc_files import Cache, Depot, Listing, Remote
 from flows.s3 import DELETED_AT_ONCE
 

@@ -20,10 +20,10 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 import diffusion
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import DarkroomError
 from diffusion.fingerprint import fingerprint
-from diffusion.model import load_model
 from diffusion.sampling import sample
 
 

@@ -24,13 +24,14 @@ from mlflow.types.schema import AnyType
 from pydantic import ValidationError
 
 import diffusion
+from diffusion.checkpoints import load_model
 from diffusion.config import LONGEST_NAME, Config, PlainName, plain_name
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.manifest import Sha256
 from diffusion.errors import UserError
 from diffusion.files import digest_of, sha256_file
 from diffusion.grids import image_of, png_bytes
-from diffusion.model import Model, load_model
+from diffusion.model import Model
 from flows.aliases import ALIASES, named, none_if_missing, verified
 from flows.ledger import Ledger
 from flows.tags import HIGHEST_NUMBER, RunId, VersionNumber, parse_tags

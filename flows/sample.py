@@ -12,6 +12,7 @@ from PIL import Image
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from diffusion.checkpoints import load_model
 from diffusion.config import Config
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.data.ahead import in_order
@@ -20,7 +21,6 @@ from diffusion.errors import DarkroomError, Held
 from diffusion.grids import grid, save_png
 from diffusion.lanes import cores
 from diffusion.made import Made, make, read_request
-from diffusion.model import load_model
 from diffusion.requests import Wanted
 from flows import environment, printing, registry
 from flows.derived import warn_of_takedown

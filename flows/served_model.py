@@ -19,10 +19,11 @@ from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.grids import image_of, png_bytes
-from diffusion.model import Model, load_model
+from diffusion.model import Model
 from diffusion.requests import answer, request_of
 
 MOST_PICTURES = 4096

@@ -45,7 +45,7 @@ Record = dict[str, Any]
 
 
 class SpooledTracker:
-    """Implements ``diffusion.training.tracker.Tracker``: appends to a file, from which a thread delivers in order.
+    """Implements ``diffusion.training.logging.Tracker``: appends to a file, from which a thread delivers in order.
 
     A training that was killed logs again what came after its last checkpoint: a figure counts once, with the time of
     its first record. Of the file all is delivered anew by each process, but what MLflow has already: so the file needs

@@ -10,14 +10,13 @@ from diffusion.config import Config
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.device import resolve_device
 from diffusion.errors import UserError
-from diffusion.training.first_stage import identified
-from diffusion.training.history import read_rows
-from diffusion.training.identity import data_digest, identity_fields, train_key
+from diffusion.training.autoencoder import with_autoencoder_digest
+from diffusion.training.logging import ANEW, SPOOL, read_metrics
 from diffusion.training.preflight import PREFLIGHT
-from diffusion.training.tracker import ANEW, SPOOL
+from diffusion.training.setup import data_digest, identity_fields, train_key
 from diffusion.training.train import Restart, TrainResult, discard
 from diffusion.training.train import train as train_model
-from diffusion.training.warm_start import identified_start, open_start
+from diffusion.training.warm_start import open_warm_start, with_start_digest
 from flows import lineage, registry
 from flows.champion import require_champion
 from flows.dataset_page import find_dataset_page
@@ -143,15 +142,15 @@ def _recorded(ready: Fetched, manifest: Manifest, result: TrainResult) -> RunTra
     if not tracker.finished:
         # All of it, as this may have been killed before: what the run has already is passed over.
         for name in ("history.csv", "losses.csv"):
-            for row in read_rows(result.output / name):
+            for row in read_metrics(result.output / name):
                 tracker.log_metrics(row, int(row.pop("images")))
     return tracker
 
 
 def _open(ready: Fetched, manifest: Manifest, anew: bool) -> RunTracker:
     params = ready.params
-    model = identified(params.model)
-    training = identified_start(params.training, open_start(params.training))
+    model = with_autoencoder_digest(params.model)
+    training = with_start_digest(params.training, open_warm_start(params.training))
     key = train_key(data_digest(manifest, training), model, training)
     parameters = flattened({"model": model.model_dump(mode="json"), "training": identity_fields(training, model)})
     tracker = open_run(

@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion.checkpoints import load_model, read_header
 from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
@@ -39,10 +40,8 @@ from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.evidence import distance_headline, recall_difference
 from diffusion.evaluation.gate import Copies, Cost, Evidence, GateConfig, decide
 from diffusion.evaluation.trial import trial
-from diffusion.families.config import AutoregressiveConfig, FamilyConfig, GANConfig, VAEConfig
 from diffusion.fingerprint import fingerprint
-from diffusion.model import load_model, read_header
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import AutoregressiveConfig, FamilyConfig, GANConfig, ModelConfig, VAEConfig
 from diffusion.requests import answer, request_of
 from diffusion.sampling import sample
 from diffusion.training.config import TrainingConfig
@@ -55,7 +54,7 @@ IMAGES = 2_000
 """Seen by each network in training."""
 SIZE = 16
 TRAINING = {"images": IMAGES, "batch_size": 50, "warmup_images": 200, "checkpoints": 2, "precision": "fp32"}
-SHAPE: dict[str, Any] = {"width": 16, "multipliers": (1, 2), "blocks": 1, "attention": (1,), "patch": 2}
+SHAPE: dict[str, Any] = {"width": 16, "channel_mult": (1, 2), "blocks": 1, "attention": (1,), "patch": 2}
 SAMPLING = SamplingConfig(steps=6, compute_batch=8, precision="fp32")
 EVALUATION = EvaluationConfig(samples=48, extractor_size=32)
 Values = dict[str, Any]
@@ -180,26 +179,28 @@ def trained_models(scratch: Path) -> dict[str, Path]:
         "ddpm": ("discs", ModelConfig(**SHAPE), {}),
         "ddpm learned variance": (
             "grey",
-            ModelConfig(**SHAPE, schedule="cosine", prediction="noise", learned_variance=True),
-            {"times": "uniform", "weighting": "min_snr", "stratified": False},
+            ModelConfig(**SHAPE, schedule="cosine", prediction="epsilon", learned_variance=True),
+            {"timestep_sampling": "uniform", "weighting": "min_snr", "stratified_timesteps": False},
         ),
         "ddpm v": (
             "grey",
-            ModelConfig(**SHAPE, schedule="linear", prediction="v", zero_terminal=True, dropout=0.1),
-            {"weighting": "plain", "times": "uniform", "flip": True, "ema_lengths": (0.05, 0.1)},
+            ModelConfig(**SHAPE, schedule="linear", prediction="v_prediction", zero_terminal_snr=True, dropout=0.1),
+            {"weighting": "plain", "timestep_sampling": "uniform", "flip": True, "ema_stds": (0.05, 0.1)},
         ),
         "text": ("discs", ModelConfig(**SHAPE, text=True), {"learned_uncertainty": True}),
         "super-resolution": ("discs", ModelConfig(**SHAPE, low_resolution=8), {}),
-        "vae": ("discs", VAEConfig(width=16, multipliers=(1, 1), latent_channels=3), {}),
-        "gan": ("discs", GANConfig(width=8, multipliers=(1, 2, 4)), {}),
+        "vae": ("discs", VAEConfig(width=16, channel_mult=(1, 1), latent_channels=3), {}),
+        "gan": ("discs", GANConfig(width=8, channel_mult=(1, 2, 4)), {}),
         "autoregressive": ("grey", AutoregressiveConfig(width=8, layers=4), {}),
     }
     models: dict[str, Path] = {}
     for name, (dataset, network, options) in networks.items():
         models[name] = trained(scratch, name, dataset, network, options)
-    latent = ModelConfig(**SHAPE | {"patch": 1, "multipliers": (1,), "attention": ()}, autoencoder=str(models["vae"]))
+    latent = ModelConfig(**SHAPE | {"patch": 1, "channel_mult": (1,), "attention": ()}, autoencoder=str(models["vae"]))
     models["latent"] = trained(scratch, "latent", "discs", latent, {})
-    models["warm start"] = trained(scratch, "warm start", "discs", ModelConfig(**SHAPE), {"start": str(models["ddpm"])})
+    models["warm start"] = trained(
+        scratch, "warm start", "discs", ModelConfig(**SHAPE), {"init_from": str(models["ddpm"])}
+    )
     return models
 
 

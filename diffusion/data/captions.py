@@ -19,12 +19,12 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diffusion.checkpoints import save_tensors
 from diffusion.config_sampling import Asked
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.data.ingest import captions_folder, forget_captions
 from diffusion.data.manifest import read_manifest
 from diffusion.files import sha256_file, write_bytes
-from diffusion.model import save_tensors
 from diffusion.progress import Progress, silent
 from diffusion.text import ENCODER, WIDTH, encoder
 

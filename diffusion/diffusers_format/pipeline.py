@@ -14,10 +14,11 @@ from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.diffusers_format.network import DarkroomUNet
 from diffusion.diffusers_format.schedulers import IN_SIGMA, PRECONDITIONED, SDE, SUPPORTED, visited
 from diffusion.errors import UserError
-from diffusion.model import DiffusionModel, Told
+from diffusion.families.ddpm import denoiser_of
+from diffusion.model import Conditioning, DiffusionModel
 from diffusion.random import GaussianNoise
 from diffusion.samplers import Denoise
-from diffusion.sampling import denoiser_of, meanings_of, require_effect, require_read_whole, told_of
+from diffusion.sampling import meanings_of, require_effect, require_read_whole, told_of
 
 Answer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """From x = x_0 + σ ε and σ to the estimate of x_0, and to what the scheduler takes for the model's output."""
@@ -168,7 +169,7 @@ def learns(scheduler: SchedulerMixin) -> bool:
     return isinstance(scheduler, DDPMScheduler) and str(scheduler.config.variance_type).startswith("learned")
 
 
-def learned(model: DiffusionModel, told: Told, config: SamplingConfig) -> Answer:
+def learned(model: DiffusionModel, told: Conditioning, config: SamplingConfig) -> Answer:
     """The answer with its variance; raises UserError if the network has none, or none that is guided."""
     if not model.config.learned_variance or config.guides:
         raise UserError(

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from diffusion.checkpoints import read_model_header
 from diffusion.config import Config
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
@@ -32,7 +33,6 @@ from diffusion.evaluation.sealed import recall
 from diffusion.files import write_json
 from diffusion.fingerprint import Fingerprint
 from diffusion.lanes import cores
-from diffusion.model import read_model_header
 from diffusion.progress import Progress, silent
 from diffusion.sampling import sample
 

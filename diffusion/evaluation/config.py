@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from diffusion.config import Config, unset
-from diffusion.training.config import LONGEST
+from diffusion.training.config import LARGEST_EMA_STD
 
 
 class EvaluationConfig(Config):
@@ -16,13 +16,13 @@ class EvaluationConfig(Config):
     samples: int = Field(500, ge=10)
     """Pictures drawn from each checkpoint, and real training pictures behind the floor."""
     finalists: int = Field(4, ge=1)
-    """Checkpoints that are judged in full, on all samples. If there are more (training.keep, ema_lengths), rounds with
+    """Checkpoints that are judged in full, on all samples. If there are more (training.keep, ema_stds), rounds with
     fewer pictures choose them by KID, of autoencoders by PSNR, which are unbiased however few the pictures are."""
     first_samples: int | None = Field(None, ge=10, exclude_if=unset)
     """Pictures drawn from each checkpoint in the first of these rounds. The better quarter goes on to the next one,
     with four times as many, until finalists are left. Null: a quarter of samples, or 10 if that is less: one round."""
-    ema_lengths: tuple[Annotated[float, Field(gt=0, lt=LONGEST)], ...] = ()
-    """Averages of the weights over these shares of training are judged, too: see training.ema_lengths."""
+    ema_stds: tuple[Annotated[float, Field(gt=0, lt=LARGEST_EMA_STD)], ...] = ()
+    """Averages of the weights over these shares of training are judged, too: see training.ema_stds."""
     reference: int = Field(10_000, ge=10)
     """Held-out pictures compared with: at most this many, the first by key."""
     extractor: Literal["efflite0", "inception", "labels", "file"] = "efflite0"

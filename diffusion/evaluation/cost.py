@@ -5,16 +5,11 @@ after the other would differ by the neighbours that each happened to have, and t
 """
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.families import family_of
-from diffusion.guidance import guided
 from diffusion.model import Model
-from diffusion.process import NoiseSchedule
-from diffusion.samplers import levels_of
-from diffusion.sampling import reversed_from_noise
 
 
 def gflop(model: Model, config: SamplingConfig) -> float:
@@ -29,18 +24,3 @@ def gflop(model: Model, config: SamplingConfig) -> float:
             once()
         operations += times * counter.get_total_flops()
     return float(operations / 1e9)
-
-
-def evaluations(config: SamplingConfig, schedule: NoiseSchedule) -> int:
-    """How often the network is asked for one picture: the sampler is run on a network that only counts."""
-    asked = 0
-
-    def count(x: Tensor, sigma: Tensor) -> Tensor:
-        nonlocal asked
-        asked += 1
-        return x
-
-    guidance = 1.0 if config.guidance is None else config.guidance
-    denoise = guided(count, count, guidance, config.guidance_interval)
-    reversed_from_noise(denoise, levels_of(config, schedule), lambda: torch.zeros(1, 1, 1, 1), config)
-    return asked

@@ -6,7 +6,7 @@ from diffusion.evaluation.exhibits import Exhibits
 from diffusion.evaluation.trial_page import Docket, Side
 from diffusion.evaluation.trial_results import Side as Found
 from diffusion.evaluation.trial_results import Trial
-from diffusion.families.config import FAMILIES
+from diffusion.models.config import FAMILIES
 
 
 def docket_of(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from diffusion.checkpoints import read_model_header
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
@@ -18,7 +19,6 @@ from diffusion.evaluation.results import CheckpointEvaluation, Evaluation
 from diffusion.evaluation.selection import finalists
 from diffusion.files import write_bytes, write_json
 from diffusion.grids import above, grid, save_png
-from diffusion.model import read_model_header
 from diffusion.progress import Progress, silent
 
 

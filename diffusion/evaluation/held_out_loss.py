@@ -10,11 +10,11 @@ from diffusion.config import Config
 from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.device import repeatable, resolve_device
-from diffusion.evaluation.terms import Terms
 from diffusion.families import family_of
 from diffusion.fingerprint import autocast
 from diffusion.lanes import lanes
-from diffusion.model import Model, Told, to_float
+from diffusion.likelihood import Terms
+from diffusion.model import Conditioning, Model, to_float
 from diffusion.progress import Progress, silent
 from diffusion.sampling import meanings_of
 from diffusion.upscaling import shown_small
@@ -83,7 +83,7 @@ def held_out_loss(terms: Terms) -> HeldOutLoss:
 
 
 def measure(
-    model: Model, pieces: Iterable[tuple[Tensor, Told]], config: SamplingConfig, progress: Progress = silent
+    model: Model, pieces: Iterable[tuple[Tensor, Conditioning]], config: SamplingConfig, progress: Progress = silent
 ) -> Terms:
     """What ``model`` makes of pictures, (N, C, H, W) uint8, which come in ``pieces`` with what it is told of them.
 
@@ -95,7 +95,7 @@ def measure(
     found: list[Terms] = []
     seen = 0
 
-    def batch(pictures: Tensor, told: Told, first: int) -> Terms:
+    def batch(pictures: Tensor, told: Conditioning, first: int) -> Terms:
         # The last one filled up with its last picture, so that all have one shape.
         places = torch.arange(config.compute_batch).clamp(max=len(pictures) - 1)
         known = {name: value[places].to(device) for name, value in told.items()}
@@ -118,7 +118,7 @@ def measure(
     return Terms(found[0].edges, torch.cat([each.losses for each in found]), torch.cat(bits) if bits else None)
 
 
-def told_of_rows(model: Model, dataset: Dataset, rows: Rows) -> Told:
+def told_of_rows(model: Model, dataset: Dataset, rows: Rows) -> Conditioning:
     """What ``model`` is to be told of the pictures in ``rows``.
 
     Raises UserError if it knows captions, and the encoder that read them cannot be had.

@@ -19,9 +19,9 @@ from diffusion.evaluation.held_out_loss import HeldOutLoss
 from diffusion.evaluation.memorisation import Memorisation
 from diffusion.evaluation.metrics import Scores
 from diffusion.evaluation.per_class import PerClass
-from diffusion.families.config import FAMILIES
 from diffusion.files import digest_of
 from diffusion.fingerprint import Fingerprint
+from diffusion.models.config import FAMILIES
 
 CONFIDENCE = 0.95
 """Two-sided, of all intervals that are shown."""
@@ -51,7 +51,7 @@ class Conditions(Config):
         """Digest of the conditions; a model's metrics depend on it, on the weights, and within floating-point
         error on the fingerprint."""
         # What is evaluated besides changes no metric, and neither does an option that is not used.
-        exclude = {"evaluation": {"ema_lengths", "finalists", "first_samples"}}
+        exclude = {"evaluation": {"ema_stds", "finalists", "first_samples"}}
         return digest_of(self.model_dump(mode="json", exclude=exclude, exclude_none=True))
 
 

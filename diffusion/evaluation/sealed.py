@@ -9,9 +9,9 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diffusion.checkpoints import read_header, save_tensors
 from diffusion.config import Config
 from diffusion.files import digest_of, make_folder, sha256_file, write_bytes
-from diffusion.model import read_header, save_tensors
 
 Tensors = dict[str, Tensor]
 Found = TypeVar("Found", bound=Config)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusion.checkpoints import read_model_header
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.evaluation.bootstrap.neighbourhoods import FEWEST as FEWEST_FOR_ERRORS
@@ -22,9 +23,9 @@ from diffusion.evaluation.gate import Copies, Cost, Evidence, GateConfig, WorstC
 from diffusion.evaluation.per_class import ClassScores
 from diffusion.evaluation.results import ModelEvaluation
 from diffusion.evaluation.trial_results import Side, Trial
-from diffusion.families.config import FAMILIES, meaning
 from diffusion.files import write_json
-from diffusion.model import ModelHeader, read_model_header
+from diffusion.model import ModelHeader
+from diffusion.models.config import FAMILIES, meaning
 from diffusion.progress import Progress, silent
 
 TRIAL = "trial.json"

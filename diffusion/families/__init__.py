@@ -1,15 +1,24 @@
-"""Families of models: each is one module that says how a model of its kind is built, trained and drawn from."""
+"""Families of models, in one table: each says how a model of its kind is built, trained and sampled from."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from diffusion.families.config import FamilyConfig
+from diffusion.families.autoregressive import AutoregressiveFamily
+from diffusion.families.base import Family
+from diffusion.families.ddpm import DiffusionFamily
+from diffusion.families.gan import GANFamily
+from diffusion.families.vae import VAEFamily
+from diffusion.models.config import FamilyConfig
 
-if TYPE_CHECKING:
-    from diffusion.families.base import Family
+FAMILIES: Mapping[str, Family[Any, Any]] = {
+    "ddpm": DiffusionFamily(),
+    "vae": VAEFamily(),
+    "gan": GANFamily(),
+    "autoregressive": AutoregressiveFamily(),
+}
+"""By ``model.family``."""
 
 
-def family_of(config: FamilyConfig) -> "Family[Any, Any]":
-    """The family that ``config`` configures: what the module of its name calls FAMILY, loaded when first asked for."""
-    found: Family[Any, Any] = import_module(f"{__name__}.{config.family}").FAMILY
-    return found
+def family_of(config: FamilyConfig) -> Family[Any, Any]:
+    """Find the family that ``config`` configures."""
+    return FAMILIES[config.family]

@@ -1,133 +1,203 @@
-"""The family ddpm: a U-Net learns to take noise away, from pictures (arXiv 2006.11239) or latents (2112.10752)."""
+"""The family ddpm: a U-Net that denoises images (arXiv 2006.11239) or latents (2112.10752)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
+from diffusion.config_objective import ObjectiveConfig
 from diffusion.config_sampling import SamplingConfig
-from diffusion.evaluation.cost import evaluations
-from diffusion.evaluation.terms import Terms, denoising_terms
-from diffusion.families.base import Batch, Data, Family, Learner
-from diffusion.model import DiffusionModel, ModelHeader, Told
+from diffusion.editing import Edit, agreeing, keeping, levels_for, repaint, whole
+from diffusion.families.base import Batch, OptimizerStep, TrainingBatch, TrainingData, TrainingObjective
+from diffusion.fingerprint import autocast
+from diffusion.guidance import clipped, guided
+from diffusion.likelihood import Terms, denoising_terms
+from diffusion.model import Conditioning, DiffusionModel, ModelHeader, to_float, to_uint8
 from diffusion.models.config import ModelConfig
-from diffusion.models.latents import Latents
-from diffusion.models.unet import UNet
-from diffusion.objective import Objective
+from diffusion.models.unet import UNet, sinusoidal
+from diffusion.models.vae import Latents
+from diffusion.objective import Objective, make_objective, sample_timesteps, timesteps_at
 from diffusion.process import make_schedule
 from diffusion.random import GaussianNoise, uniform
-from diffusion.sampling import reverse_process
-from diffusion.training.config import TrainingConfig
-from diffusion.training.drawn import Drawn
-from diffusion.training.objective import draw_times, make_objective, times_at
+from diffusion.reverse_process import count_evaluations, reversed_from, reversed_from_noise
+from diffusion.samplers import Callback, Denoise, Noise, levels_of
 
 LEVELS = 8
-"""Parts of the distribution of noise levels, from the least to the most, whose losses are told apart."""
+"""Equal parts of the distribution of noise levels, for each of which the held-out loss is logged."""
+UNCERTAINTY_FEATURES = 128
+
+
+class Uncertainty(nn.Module):
+    """u(t), with which a loss L becomes L / e^u + u: least where e^u = L (arXiv 2312.02696, equation 21).
+
+    Then the gradients of all noise levels have the same size, whatever their losses are. Starts as u = 0.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(UNCERTAINTY_FEATURES))
+
+    def forward(self, loss: Tensor, time: Tensor) -> Tensor:
+        """Weigh ``loss`` (N,) at time steps ``time`` (N,), in 0 … T−1; returns what is minimized, (N,)."""
+        u = sinusoidal(time, UNCERTAINTY_FEATURES) @ self.weight
+        return loss * (-u).exp() + u
 
 
 @dataclass(frozen=True)
-class NoiseLearner(Learner):
-    """Draws a time and noise for each picture; the loss is how far the network is from telling them apart."""
+class DenoisingObjective(TrainingObjective):
+    """Samples a noise level and noise for each image; the loss is the weighted squared error of the prediction."""
 
-    config: TrainingConfig
+    config: ObjectiveConfig
     objective: Objective
     shape: tuple[int, int, int]
-    """(C, H, W) of what is noised."""
+    """(C, H, W) of what noise is added to."""
     autoencoder: Latents | None
-    """What pictures are brought into first."""
+    """Encodes images into latents first; None: noise is added to pixels."""
 
-    def drawn(self, x0: Tensor, indices: range, told: Told) -> Drawn:
-        """Times, noise and what dropout goes by."""
-        t = draw_times(self.config, self.objective.schedule, indices)
+    def make_batch(self, x0: Tensor, indices: range, conditioning: Conditioning) -> TrainingBatch:
+        """Sample time steps, noise and dropout seeds."""
+        t = sample_timesteps(self.config, self.objective.schedule, indices)
         noise = GaussianNoise(self.config.seed, "noise", indices, self.shape)()
-        draws = (uniform(self.config.seed, "dropout", indices) * 2**62).long()
-        return Drawn(x0, t, noise, draws, told)
+        seeds = (uniform(self.config.seed, "dropout", indices) * 2**62).long()
+        return TrainingBatch(x0, t, noise, seeds, conditioning)
 
-    def probed(self, x0: Tensor, split: str, indices: Sequence[int], told: Told) -> Drawn:
-        """Times evenly over their distribution, and noise of a seed of its own."""
+    def make_validation_batch(
+        self, x0: Tensor, split: str, indices: Sequence[int], conditioning: Conditioning
+    ) -> TrainingBatch:
+        """Spread time steps evenly over their distribution, with noise of a fixed seed."""
         u = (torch.arange(len(x0)) + 0.5) / len(x0)
-        t = times_at(self.config, self.objective.schedule, u)
+        t = timesteps_at(self.config, self.objective.schedule, u)
         noise = GaussianNoise(0, f"probe/{split}", indices, self.shape)()
-        return Drawn(x0, t, noise, None, told)
+        return TrainingBatch(x0, t, noise, None, conditioning)
 
-    def losses(self, network: nn.Module, drawn: Drawn) -> Tensor:
-        """The objective of each picture."""
-        assert drawn.t is not None
-        assert drawn.noise is not None
-        x0 = drawn.x0
+    def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
+        """Compute the weighted error of each image."""
+        assert batch.t is not None
+        assert batch.noise is not None
+        x0 = batch.x0
         if self.autoencoder is not None:
             with torch.no_grad():
-                # Each time anew: measured to be 5 to 20 % of a step, and there are no kept latents to go stale, to be
-                # made twice for mirrored pictures, or to be cleared when pictures are taken down.
+                # Each time anew: measured to be 5 to 20 % of a step, and there are no cached latents to go stale, to
+                # be computed twice for mirrored images, or to be deleted when images are taken down.
                 x0 = self.autoencoder.encode(x0)
-        told = partial(network, draws=drawn.draws, **drawn.told)
-        return self.objective.loss(told, x0, drawn.t, drawn.noise, drawn.told.get("low"))
+        conditioned = partial(network, draws=batch.dropout_seeds, **batch.conditioning)
+        return self.objective.loss(conditioned, x0, batch.t, batch.noise, batch.conditioning.get("low"))
 
-    def figures(self, network: nn.Module, drawn: Drawn, losses: Tensor) -> dict[str, float]:
-        """The mean loss by how noisy the pictures were, in so many equal parts."""
+    def validation_metrics(self, network: nn.Module, batch: TrainingBatch, losses: Tensor) -> dict[str, float]:
+        """Compute the mean loss at each of ``LEVELS`` parts of the distribution of noise levels."""
         if len(losses) < LEVELS:
             return {}
         parts = losses.tensor_split(LEVELS)
         return {f"held_out_loss_ema_level_{number}": part.mean().item() for number, part in enumerate(parts, start=1)}
 
+    def optimizer_steps(self, network: nn.Module) -> list[OptimizerStep]:
+        """Train the network alone, or with it the uncertainty of each noise level."""
+        losses = partial(self.losses, network)
+        if not self.config.learned_uncertainty:
+            return [OptimizerStep({"network": network}, losses)]
+        uncertainty = Uncertainty()
 
-class NoiseFamily:
-    """Builds, trains and draws from denoising networks."""
+        def minimized(losses: Tensor, batch: TrainingBatch) -> Tensor:
+            weighted: Tensor = uncertainty(losses, batch.t)
+            return weighted
+
+        return [OptimizerStep({"network": network, "uncertainty": uncertainty}, losses, minimized)]
+
+
+@torch.inference_mode()
+def reverse_process(model: DiffusionModel, batch: Batch, config: SamplingConfig, device: torch.device) -> Tensor:
+    """The images of a compute batch, (N, C, H, W) uint8, of a diffusion model on ``device``."""
+    sigmas = levels_of(config, model.schedule)
+    denoise = denoiser_of(model, batch.conditioning, config, batch.negative)
+    with autocast(config.precision, device):
+        if batch.edit is not None:
+            return edited(model, batch.edit, denoise, sigmas, batch.noise, config).cpu()
+        drawn = reversed_from_noise(denoise, sigmas, batch.noise, config)
+        return to_uint8(model.decoded(drawn)).cpu()
+
+
+def denoiser_of(model: DiffusionModel, conditioning: Conditioning, config: SamplingConfig, negative: Tensor) -> Denoise:
+    """The model as it is told, led away from what it does when told of no class, and no caption but ``negative``."""
+    if not config.guides:
+        return model.denoiser(conditioning)
+    assert config.guidance is not None
+    other = {
+        name: torch.full_like(value, len(model.classes)) if name == "label" else negative.expand_as(value)
+        for name, value in conditioning.items()
+    }
+    # Only the mixture is clipped: clipped before, both would say the same where images are black or white.
+    asked, unasked = (replace(model.denoiser(each), clip=False) for each in (conditioning, other))
+    mixture = guided(asked, unasked, config.guidance, config.guidance_interval, config.guidance_rescale)
+    return mixture if model.latents is not None else clipped(mixture)
+
+
+def edited(
+    model: DiffusionModel, edit: Edit, denoise: Denoise, sigmas: Tensor, noise: Noise, config: SamplingConfig
+) -> Tensor:
+    """The reverse process from the image of ``edit`` under as much noise as its strength asks for, as uint8.
+
+    In latents those are kept of which all pixels are; the other pixels to be kept are put back at the end.
+    """
+    levels = levels_for(sigmas, edit.strength)
+    start = float(levels[0]) * noise()
+    known = model.encoded(to_float(edit.seen.to(start.device))[None])
+    if edit.kept is not None:
+        kept = edit.kept.to(start.device)
+        whole_of = whole(kept, known.shape[-1])
+        if edit.agree:
+            moved = agreeing(denoise, known, whole_of, model.header.sigma_data)
+            denoise = moved if model.latents is not None else clipped(moved)
+        denoise = keeping(denoise, known, whole_of)
+
+    def sampler(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None) -> Tensor:
+        return reversed_from(x, denoise, sigmas, noise, config, callback)
+
+    drawn = to_uint8(model.decoded(repaint(sampler, denoise, known + start, levels, noise, edit.jump, edit.times)))
+    return drawn if edit.kept is None else torch.where(kept, edit.picture.to(drawn.device), drawn)
+
+
+class DiffusionFamily:
+    """Denoising diffusion models."""
 
     edits = True
 
-    def network(self, config: ModelConfig, shape: tuple[int, int, int], classes: int) -> UNet:
-        """The U-Net."""
+    def make_network(self, config: ModelConfig, shape: tuple[int, int, int], classes: int) -> UNet:
+        """Build the U-Net."""
         return UNet(config, shape[0], shape[-1], classes)
 
     def forward(self, network: nn.Module, shape: tuple[int, int, int]) -> Tensor:
-        """At time 0."""
+        """Predict at time 0 and sum."""
         assert isinstance(network, UNet)
         x = torch.empty(1, *shape)
         out: Tensor = network(x, torch.zeros(1), low=None if network.level is None else x).sum()
         return out
 
-    def learner(self, config: ModelConfig, training: TrainingConfig, data: Data) -> Learner:
-        """Learns the noise of latents where there is an autoencoder."""
+    def make_objective(self, config: ModelConfig, training: ObjectiveConfig, data: TrainingData) -> DenoisingObjective:
+        """Build the denoising objective, in latents where there is an autoencoder."""
         objective = make_objective(config, training, data.sigma_data)
-        return NoiseLearner(training, objective, data.inner, data.autoencoder)
+        return DenoisingObjective(training, objective, data.network_shape, data.autoencoder)
 
-    def model(self, header: ModelHeader, network: nn.Module, autoencoder: Latents | None) -> DiffusionModel:
-        """With the schedule that it was trained on."""
+    def make_model(self, header: ModelHeader, network: nn.Module, autoencoder: Latents | None) -> DiffusionModel:
+        """Wrap the network with the schedule that it was trained on."""
         assert isinstance(network, UNet)
         assert isinstance(header.model, ModelConfig)
         return DiffusionModel(header, network, make_schedule(header.model), autoencoder)
 
     def sample(self, model: DiffusionModel, batch: Batch, config: SamplingConfig, device: torch.device) -> Tensor:
-        """The reverse process."""
+        """Run the reverse process."""
         return reverse_process(model, batch, config, device)
 
     def passes(self, model: DiffusionModel, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
-        """As many as the sampler asks for, and out of the latents."""
+        """Count the sampler's evaluations of the network, and one pass through the decoder."""
         x = torch.zeros(1, *model.noise_shape)
-        asked = evaluations(config, model.schedule)
-        return [(1, lambda: model.decoded(x)), (asked, lambda: self.forward(model.network, model.noise_shape))]
+        count = count_evaluations(config, model.schedule)
+        return [(1, lambda: model.decoded(x)), (count, lambda: self.forward(model.network, model.noise_shape))]
 
-    def terms(self, model: DiffusionModel, x0: Tensor, told: Told, indices: Sequence[int]) -> Terms:
-        """Losses by noise level, and the bound that they add up to; of latents alone losses."""
+    def terms(self, model: DiffusionModel, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]) -> Terms:
+        """Compute losses by noise level and the bound that they add up to; in latents losses alone."""
         pixels = model.latents is None
-        return denoising_terms(model.denoiser(told), model.encoded(x0), model.header.sigma_data, indices, pixels)
-
-    def illustrations(self, model: DiffusionModel, told: Told | None) -> dict[str, Image.Image]:
-        """A strip of the reverse process."""
-        from diffusion.explain import strip  # matplotlib, which the served model does not bring
-
-        return {"reverse": strip(model, told)}
-
-    def explain(self, model: DiffusionModel, picture: Tensor, output: Path, seed: int) -> list[Path]:
-        """The forward process, a step of training and the reverse process."""
-        from diffusion.explain import explain
-
-        return explain(model, picture, output, seed)
-
-
-FAMILY: Family[ModelConfig, DiffusionModel] = NoiseFamily()
+        return denoising_terms(
+            model.denoiser(conditioning), model.encoded(x0), model.header.sigma_data, indices, pixels
+        )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion.families.config import AutoregressiveConfig
 from diffusion.logistics import LEVELS, drawn, mixtures_of, width
+from diffusion.models.config import AutoregressiveConfig
 
 REACH = (1, 2, 4, 8)
 """How far layers look, by turns."""
@@ -50,7 +50,7 @@ class Layer(nn.Module):
 
 
 class PixelCNN(nn.Module):
-    """Says of each pixel of pictures with ``channels`` how it is distributed, given those before it row by row.
+    """Says of each pixel of images with ``channels`` how it is distributed, given those before it row by row.
 
     ``classes``: how many there are to be told of, 0: none.
     """
@@ -58,7 +58,7 @@ class PixelCNN(nn.Module):
     def __init__(self, config: AutoregressiveConfig, channels: int, classes: int = 0) -> None:
         super().__init__()
         self.channels, self.no_class = channels, classes
-        # A channel of ones besides, by which a picture's edge is told from a value of 0.
+        # A channel of ones besides, by which an image's edge is told from a value of 0.
         self.above = nn.Conv2d(channels + 1, config.width, (1, 3))
         self.beside = nn.Conv2d(channels + 1, config.width, 1)
         self.layers = nn.ModuleList(
@@ -69,7 +69,7 @@ class PixelCNN(nn.Module):
         _begun_evenly(self.head, channels, config.mixtures)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """Pictures (N, C, H, W) in [−1, 1] to the numbers (N, ``logistics.width``, H, W) that say each pixel's mixture.
+        """Images (N, C, H, W) in [−1, 1] to the numbers (N, ``logistics.width``, H, W) that say each pixel's mixture.
 
         ``label`` (N,) are integers: a class, or ``no_class``, which is also what None means.
         """
@@ -87,14 +87,14 @@ class PixelCNN(nn.Module):
         return out
 
     def labels(self, label: Tensor | None, x: Tensor) -> Tensor | None:
-        """What the layers are told of pictures ``x``; None: they know no classes."""
+        """What the layers are told of images ``x``; None: they know no classes."""
         if not self.no_class:
             return None
         return torch.full((len(x),), self.no_class, device=x.device) if label is None else label
 
 
 class Walk:
-    """Pictures of ``size`` pixels as they are drawn one pixel after the other, without looking at any twice.
+    """Images of ``size`` pixels as they are drawn one pixel after the other, without looking at any twice.
 
     Of both stacks everything is kept: the rows above are gone through once for each row, as a whole, and a pixel costs
     one column of the stack beside it. All columns together are one pass through the network.
@@ -152,7 +152,7 @@ class Walk:
 
 
 def draw(network: PixelCNN, noise: Tensor, label: Tensor | None = None, levels: int = LEVELS) -> Tensor:
-    """Pictures (N, C, S, S) from Gaussian ``noise`` (N, C + 1, S, S), every value on one of the ``levels``."""
+    """Images (N, C, S, S) from Gaussian ``noise`` (N, C + 1, S, S), every value on one of the ``levels``."""
     size = noise.shape[-1]
     walk = Walk(network, len(noise), size, label)
     for y in range(size):

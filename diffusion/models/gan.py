@@ -1,4 +1,4 @@
-"""The two networks of R3GAN (arXiv 2501.05441), small: one makes pictures of noise, one tells them from real ones.
+"""Generator and discriminator of R3GAN (arXiv 2501.05441), small.
 
 As there, residual blocks without normalisation: an inverted bottleneck around a grouped convolution, begun as the
 identity (Fixup, 1901.09321), smooth resampling between resolutions, and a class as a direction to look in (1802.05637).
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion.errors import UserError
-from diffusion.families.config import GANConfig
+from diffusion.models.config import GANConfig
 
 SLOPE = 0.2
 """Of what is below zero, in the activation."""
@@ -66,7 +66,7 @@ class Shrink(nn.Module):
 
 
 class Generator(nn.Module):
-    """Makes pictures of ``channels`` and ``size`` pixels of noise, and of one of ``classes`` (0: it is told none).
+    """Makes images of ``channels`` and ``size`` pixels of noise, and of one of ``classes`` (0: it is told none).
 
     A size that patch and resolutions do not divide is made larger, and cut. Raises UserError if the lowest resolution
     would be less than a pixel.
@@ -92,7 +92,7 @@ class Generator(nn.Module):
         self.end = _scaled(nn.Conv2d(widths[-1], channels * config.patch**2, 3, padding=1), gain=1)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        """Noise (N, latent, 1, 1) to pictures (N, C, H, W), nominally in [−1, 1].
+        """Noise (N, latent, 1, 1) to images (N, C, H, W), nominally in [−1, 1].
 
         ``label`` (N,) are integers: a class, or ``no_class``, which is also what None means.
         """
@@ -104,8 +104,8 @@ class Generator(nn.Module):
         return out[..., : self.size, : self.size]
 
 
-class Opponent(nn.Module):
-    """Says of pictures of ``channels`` and ``size`` pixels how real they look, beside others of the same class."""
+class Discriminator(nn.Module):
+    """Says of images of ``channels`` and ``size`` pixels how real they look, beside others of the same class."""
 
     def __init__(self, config: GANConfig, channels: int, size: int, classes: int = 0) -> None:
         super().__init__()
@@ -120,15 +120,15 @@ class Opponent(nn.Module):
             layers += [Block(width) for _ in range(config.blocks)]
         self.layers = nn.Sequential(*layers)
         self.gather = _scaled(nn.Conv2d(widths[-1], widths[-1], low, groups=widths[-1], bias=False), gain=1)
-        self.judge = _scaled(nn.Linear(widths[-1], config.latent if classes else 1, bias=False), gain=1)
+        self.head = _scaled(nn.Linear(widths[-1], config.latent if classes else 1, bias=False), gain=1)
         self.classes = nn.Embedding(classes + 1, config.latent) if classes else None
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """Pictures (N, C, H, W) to (N,) float32: the higher, the more real; only differences mean anything."""
+        """Images (N, C, H, W) to (N,) float32: the higher, the more real; only differences mean anything."""
         if self.padding:
             x = functional.pad(x, (0, self.padding, 0, self.padding))
         h = self.layers(self.begin(functional.pixel_unshuffle(x, self.patch)))
-        said: Tensor = self.judge(self.gather(h).flatten(1)).float()
+        said: Tensor = self.head(self.gather(h).flatten(1)).float()
         if self.classes is None:
             return said.squeeze(1)
         towards: Tensor = self.classes(_labels(label, said, self.no_class))
@@ -140,15 +140,15 @@ def _labels(label: Tensor | None, like: Tensor, no_class: int) -> Tensor:
 
 
 def _widths(config: GANConfig) -> list[int]:
-    return [config.width * multiplier for multiplier in config.multipliers]
+    return [config.width * multiplier for multiplier in config.channel_mult]
 
 
 def _lowest(config: GANConfig, size: int) -> int:
     """Positions along a side at the lowest resolution."""
     if config.factor > size:
         raise UserError(
-            f"model.patch = {config.patch} and {len(config.multipliers)} resolutions fold {config.factor} pixels into "
-            f"one, and the pictures have {size}: take a number out of model.multipliers, or lower model.patch"
+            f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions fold {config.factor} pixels into "
+            f"one, and the pictures have {size}: take a number out of model.channel_mult, or lower model.patch"
         )
     return math.ceil(size / config.factor)
 

@@ -1,4 +1,4 @@
-"""The U-Net that predicts the noise in a picture (after arXiv 2006.11239 and 2105.05233)."""
+"""The U-Net that predicts the noise in an image (after arXiv 2006.11239 and 2105.05233)."""
 
 import math
 
@@ -16,7 +16,7 @@ GROUP = 16
 LAYER, GOLDEN = 0x9E3779B97F4A7, -0x61C8864680B583EB
 """Odd numbers far from each other, by which layers and values differ in what they draw."""
 LEVEL_SCALE = 1000
-"""Brings noise over small pictures, a part of 1, into the range of times, for which the embedding is made."""
+"""Brings noise over small images, a part of 1, into the range of times, for which the embedding is made."""
 WRITTEN_OUT = 256
 """Up to so many positions attention is written out: there the fused kernel's backward pass takes up to five
 times as long on processors without a GPU."""
@@ -101,22 +101,22 @@ class Grow(nn.Module):
 class UNet(nn.Module):
     """Down through the resolutions and up again, with a skip from each layer on the way down.
 
-    ``channels`` and ``size`` are those of the pictures, ``classes`` how many classes there are to ask for
+    ``channels`` and ``size`` are those of the images, ``classes`` how many classes there are to ask for
     (0: none). A size that patch and resolutions do not divide is padded inside; raises UserError if the
     lowest resolution would be less than a pixel.
     """
 
     def __init__(self, config: ModelConfig, channels: int, size: int, classes: int = 0) -> None:
         super().__init__()
-        fold = config.patch * 2 ** (len(config.multipliers) - 1)
+        fold = config.patch * 2 ** (len(config.channel_mult) - 1)
         if fold > size:
             raise UserError(
-                f"model.patch = {config.patch} and {len(config.multipliers)} resolutions fold {fold} pixels into "
-                f"one, and the pictures have {size}: take a number out of model.multipliers, or lower model.patch"
+                f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions fold {fold} pixels into "
+                f"one, and the pictures have {size}: take a number out of model.channel_mult, or lower model.patch"
             )
         require_fitting(config.low_resolution, size)
         self.patch, self.width, self.padding = config.patch, config.width, -size % fold
-        self.dropout, self.recompute = config.dropout, False
+        self.dropout, self.gradient_checkpointing = config.dropout, False
         """Whether what is inside layers is computed again in the backward pass, instead of kept from the forward."""
         embedding = 4 * config.width
         self.time = nn.Sequential(
@@ -127,7 +127,7 @@ class UNet(nn.Module):
         self.classes = nn.Embedding(classes + 1, embedding) if classes else None
         self.text = nn.Linear(WIDTH, embedding) if config.text else None
         self.no_text = nn.Parameter(torch.zeros(embedding)) if config.text else None
-        """Stands for the caption of a picture that has none, or of which it is not told."""
+        """Stands for the caption of an image that has none, or of which it is not told."""
         self.level = nn.Linear(config.width, embedding) if config.low_resolution is not None else None
         shown = channels * (1 if config.low_resolution is None else 2)
         self.stem = nn.Conv2d(shown * config.patch**2, config.width, 3, padding=1)
@@ -137,11 +137,11 @@ class UNet(nn.Module):
 
         def block(inputs: int, resolution: int, attention: bool = True) -> ResidualBlock:
             nonlocal current
-            current = config.width * config.multipliers[resolution]
+            current = config.width * config.channel_mult[resolution]
             heads = config.heads if attention and resolution in config.attention else 0
             return ResidualBlock(inputs, current, embedding, heads, config.dropout)
 
-        lowest = len(config.multipliers) - 1
+        lowest = len(config.channel_mult) - 1
         for resolution in range(lowest + 1):
             for _ in range(config.blocks):
                 self.down.append(block(current, resolution))
@@ -171,14 +171,14 @@ class UNet(nn.Module):
         low: Tensor | None = None,
         level: Tensor | None = None,
     ) -> Tensor:
-        """Noisy pictures (N, C, H, W) at ``time`` (N,), in steps of 0 … T−1, to the prediction (N, C, H, W).
+        """Noisy images (N, C, H, W) at ``time`` (N,), in steps of 0 … T−1, to the prediction (N, C, H, W).
 
         With a learned variance to (N, 2C, H, W): the second half is v in ``diffusion.variance``.
         ``label`` (N,) are integers: a class, or ``no_class``, which is also what None means. ``text`` (N, 384) are
         embeddings of captions, zeros where there is none; None: nowhere is one. ``draws`` (N,) int64 below 2^62 decide
-        for each picture which values dropout sets to 0; None: none, as it should be but for training.
+        for each image which values dropout sets to 0; None: none, as it should be but for training.
 
-        A network that enlarges is shown ``low``, small pictures brought to (N, C, H, W), with noise over each, the
+        A network that enlarges is shown ``low``, small images brought to (N, C, H, W), with noise over each, the
         standard deviation of which is ``level`` (N,).
         """
         if not self.dropout:
@@ -203,7 +203,7 @@ class UNet(nn.Module):
             own = None if draws is None else draws + depth * LAYER
             out: Tensor = (
                 checkpoint(layer, h, embedding, own, use_reentrant=False, preserve_rng_state=False)
-                if self.recompute and self.training
+                if self.gradient_checkpointing and self.training
                 else layer(h, embedding, own)
             )
             return out
@@ -235,7 +235,7 @@ class UNet(nn.Module):
 
 
 def require_fitting(low_resolution: int | None, size: int) -> None:
-    """Raise UserError unless pictures of ``size`` pixels have a whole number of them for each of the small picture."""
+    """Raise UserError unless images of ``size`` pixels have a whole number of them for each of the small image."""
     if low_resolution is None or (low_resolution < size and size % low_resolution == 0):
         return
     fitting = [str(each) for each in range(2, size) if size % each == 0]
@@ -255,7 +255,7 @@ def dropped(h: Tensor, draws: Tensor, rate: float) -> Tensor:
     """``h`` (N, C, H, W) with a share ``rate`` of its values 0 and the others scaled up (arXiv 1207.0580).
 
     Which ones is a function of ``draws`` (N,) int64 alone, and not of a generator that the number of threads, ranks or
-    restarts could put elsewhere: each value's number is mixed with its picture's (the finalizer of SplitMix64).
+    restarts could put elsewhere: each value's number is mixed with its image's (the finalizer of SplitMix64).
     """
     numbers = torch.arange(h[0].numel(), device=h.device).view(1, *h.shape[1:])
     mixed = (numbers + 1) * GOLDEN + draws[:, None, None, None]

@@ -1,4 +1,4 @@
-"""The convolutional autoencoder of arXiv 2112.10752, small: pictures to latents of a lower resolution, and back."""
+"""The convolutional autoencoder of arXiv 2112.10752, small: images to latents of a lower resolution, and back."""
 
 import math
 
@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion.errors import UserError
-from diffusion.families.config import VAEConfig
+from diffusion.models.config import LatentSpace, VAEConfig
 from diffusion.models.unet import GROUP, Grow
-from diffusion.variational import LOG_VARIANCE, drawn_from
 
+LOG_VARIANCE = (-20.0, 10.0)
+"""Range of a posterior's log-variance: beyond it float32 has no more to say."""
 SCALE = 0.1
-"""Deviation of the likelihood to begin with. Were it that of pictures that do not come back yet, latents would cost
+"""Deviation of the likelihood to begin with. Were it that of images that do not come back yet, latents would cost
 more than they give, and the network would learn to do without them (posterior collapse, arXiv 1511.06349)."""
 
 
@@ -37,7 +38,7 @@ class Block(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder and decoder for pictures of so many ``channels`` and ``size`` pixels.
+    """Encoder and decoder for images of so many ``channels`` and ``size`` pixels.
 
     Raises UserError if the factor by which it shrinks them does not divide the size.
     """
@@ -46,36 +47,74 @@ class VAE(nn.Module):
         super().__init__()
         if size % config.factor:
             raise UserError(
-                f"model.patch = {config.patch} and {len(config.multipliers)} resolutions make a latent position of "
+                f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions make a latent position of "
                 f"{config.factor}×{config.factor} pixels, and {config.factor} does not divide the pictures' {size}: "
-                "ingest them at a multiple of it (ingest.size), or take a number out of model.multipliers"
+                "ingest them at a multiple of it (ingest.size), or take a number out of model.channel_mult"
             )
-        widths = [config.width * multiplier for multiplier in config.multipliers]
+        widths = [config.width * multiplier for multiplier in config.channel_mult]
         self.patch = config.patch
         folded = channels * config.patch**2
         self.encoder = _encoder(widths, config.blocks, folded, config.latent_channels)
         self.decoder = _decoder(widths[::-1], config.blocks + 1, folded, config.latent_channels)
         self.log_scale = nn.Parameter(torch.tensor(math.log(SCALE)))
-        """Logarithm of the deviation that pictures' values, in [−1, 1], have about their reconstructions."""
+        """Logarithm of the deviation that images' values, in [−1, 1], have about their reconstructions."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """Pictures (N, C, H, W) in [−1, 1] to the means of their posteriors, (N, c, H/f, W/f)."""
+        """Images (N, C, H, W) in [−1, 1] to the means of their posteriors, (N, c, H/f, W/f)."""
         return self.posterior(x)[0]
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (N, C, H, W) in [−1, 1] to their posteriors' mean and log-variance, (N, c, H/f, W/f) each."""
+        """Images (N, C, H, W) in [−1, 1] to their posteriors' mean and log-variance, (N, c, H/f, W/f) each."""
         mean, log_variance = self.encoder(functional.pixel_unshuffle(x, self.patch)).float().chunk(2, dim=1)
         return mean, log_variance.clamp(*LOG_VARIANCE)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (N, c, H/f, W/f) to pictures (N, C, H, W), nominally in [−1, 1]."""
+        """Latents (N, c, H/f, W/f) to images (N, C, H, W), nominally in [−1, 1]."""
         out: Tensor = functional.pixel_shuffle(self.decoder(z), self.patch).float()
         return out
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction of ``x`` through latents that ``noise`` draws; and the mean and log-variance of those."""
         mean, log_variance = self.posterior(x)
-        return self.decode(drawn_from(mean, log_variance, noise)), mean, log_variance
+        return self.decode(reparameterize(mean, log_variance, noise)), mean, log_variance
+
+
+class Latents(nn.Module):
+    """A trained autoencoder with the mean and standard deviation of its latents, each (1, c, 1, 1).
+
+    A diffusion model sees latents of mean 0 and standard deviation 1 (arXiv 2112.10752, appendix G).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: VAE, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    @classmethod
+    def with_random_weights(cls, space: LatentSpace, shape: tuple[int, int, int]) -> "Latents":
+        """The autoencoder that ``space`` describes for images of ``shape`` (C, H, W), to be loaded with weights."""
+        moments = torch.zeros(1, space.channels, 1, 1)
+        return cls(VAE(space.autoencoder, shape[0], shape[-1]), moments, moments.clone())
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [−1, 1] to latents (N, c, h, w).
+
+        The posterior's mean: its noise is nothing that a diffusion model need learn to draw.
+        """
+        return ((self.network.encode(x) - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (N, c, h, w) to images (N, C, H, W), nominally in [−1, 1]."""
+        return self.network.decode(z * self.std + self.mean)
+
+
+def reparameterize(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
+    """Latents of the posterior for standard Gaussian ``noise``, all (N, …) (arXiv 1312.6114, section 2.4)."""
+    return mean + (0.5 * log_variance).exp() * noise
 
 
 def _encoder(widths: list[int], blocks: int, channels: int, latent_channels: int) -> nn.Sequential:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import yaml
 
-from diffusion.families.config import FAMILIES
+from diffusion.models.config import FAMILIES
 
 PresetName = Literal["fast", "ddpm", "large"]
 
@@ -45,7 +45,7 @@ def _replaced(name: str, given: dict[str, Any]) -> bool:
     """Whether who has chosen ``given`` means to do without the field ``name`` of the same section."""
     match name:
         case "ema_decay":
-            return bool(given.get("ema_lengths"))
+            return bool(given.get("ema_stds"))
         case "log_sigma_mean":
-            return bool(given.get("times", "lognormal") != "lognormal")
+            return bool(given.get("timestep_sampling", "lognormal") != "lognormal")
     return False

@@ -1,19 +1,18 @@
-"""How a model is trained. Every schedule counts images seen, so batch size and resumption change none."""
+"""The section ``training``. Every schedule counts images seen, so batch size and resumption change none."""
 
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
-from diffusion.config import Config, DeviceName, unset
-from diffusion.families.config import FamilyConfig, meaningless
-from diffusion.models.config import ModelConfig
+from diffusion.config import DeviceName, unset
+from diffusion.config_objective import ObjectiveConfig
 
-LONGEST = 0.28
-"""Relative length of an average that weighs all of training alike."""
+LARGEST_EMA_STD = 0.28
+"""Relative standard deviation of an average that weighs all of training alike."""
 
 
-class TrainingConfig(Config):
+class TrainingConfig(ObjectiveConfig):
     """How long, how fast, on what, and what is kept."""
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -22,62 +21,42 @@ class TrainingConfig(Config):
     """Name of the data set, a folder in data/."""
     output: Path | None = None
     """The run's folder: checkpoints, history.csv, sample grids, at the end final.safetensors; null: runs/DATASET."""
-    start: str | None = Field(None, exclude_if=unset)
-    """Where the weights begin: null, at random; or with those of a model of the same kind, the path of its
-    final.safetensors, a registered one (models:/NAME@ALIAS, models:/NAME/NUMBER), or champion, the registered model's
-    champion, as it is when data and configuration are first trained on; while there is none, at random."""
+    init_from: str | None = Field(None, exclude_if=unset)
+    """Initial weights: null, random; or those of a model of the same kind, the path of its final.safetensors, a
+    registered one (models:/NAME@ALIAS, models:/NAME/NUMBER), or champion, the registered model's champion, as it is
+    when data and configuration are first trained on; while there is none, at random."""
     images: int | None = Field(None, ge=1)
-    """How many pictures to see in all; or give minutes."""
+    """How many images to see in all; or give minutes."""
     minutes: float | None = Field(None, gt=0)
     """How long to train: measured once at the start, turned into images, and never measured again. Ten, if neither is
     given."""
-    batch_size: int = Field(64, ge=1, le=2**20)
-    """Pictures per optimizer step."""
-    lanes: int = Field(2, ge=1)
-    """Parts of a batch computed side by side, each on one core: as many as there are cores to spare.
+    cpu_threads: int = Field(2, ge=1)
+    """Threads that each compute a part of a batch on a core of their own: as many as there are cores to spare.
     Decides the last bits of the weights, while the number of cores does not."""
     learning_rate: float = Field(4e-3, gt=0)
     """Peak learning rate of AdamW."""
     warmup_images: int = Field(4_000, ge=0)
-    """Pictures over which the learning rate rises from zero; it then falls to zero by a cosine."""
+    """Images over which the learning rate rises from zero; it then falls to zero by a cosine."""
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's decoupled weight decay."""
-    clip_norm: float = Field(1.0, gt=0)
-    """Gradients of a larger norm are scaled down to it."""
-    most_skipped: int = Field(20, ge=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients of a larger norm are clipped to it."""
+    max_nonfinite_steps: int = Field(20, ge=1)
     """Steps in a row without a finite loss and gradient, each of them left out, after which training gives up."""
     ema_decay: float | None = Field(None, ge=0, lt=1)
     """Largest decay of the averaged weights, reached after a warm-up; null: 0.999."""
-    ema_lengths: tuple[PositiveFloat, PositiveFloat] | None = None
-    """Null: one exponential average. Two numbers, such as [0.05, 0.1]: two averages that forget in proportion to how
-    long training has gone on, over these shares of it (arXiv 2312.02696). The first is the model; from what is kept of
-    both in averages/, evaluation.ema_lengths makes those of other lengths after the end."""
-    weighting: Literal["plain", "min_snr", "soft_min_snr", "edm"] = "edm"
-    """How much each noise level counts: the squared error of what is predicted, as it is (arXiv 2006.11239), min-SNR-γ
-    (2303.09556), its soft form (2401.11605) or EDM's (2206.00364). The last two know the data's deviation."""
-    min_snr_gamma: float | None = Field(None, gt=0)
-    """γ of min_snr; null: 5."""
-    learned_uncertainty: bool = False
-    """Whether a small network learns how large the error is at each level, and the loss is divided by that (2312.02696,
-    equation 21): then no level outweighs the others, however hard it is."""
-    times: Literal["uniform", "lognormal"] = "lognormal"
-    """How noise levels are drawn: each step of the schedule alike, or ln σ from a normal distribution (2206.00364)."""
-    log_sigma_mean: float | None = None
-    """Mean of ln σ for times = lognormal; null: −1.2, EDM's."""
-    log_sigma_std: float | None = Field(None, gt=0)
-    """Standard deviation of ln σ for times = lognormal; null: 1.2, EDM's."""
-    stratified: bool = True
-    """Whether each of a batch's N pictures has its time from another N-th of the distribution."""
+    ema_stds: tuple[PositiveFloat, PositiveFloat] | None = None
+    """Null: one exponential average. Two numbers, such as [0.05, 0.1]: two power-function averages with these relative
+    standard deviations, which forget in proportion to how long training has gone on (arXiv 2312.02696). The first is
+    the model; from snapshots of both, evaluation.ema_stds makes averages of other standard deviations after the end."""
     condition_dropout: float = Field(0.1, ge=0, lt=1)
-    """Share of the pictures of which the network is told neither class nor caption, so that it can also draw without.
-    Where it is told both, it is told one alone of as many again (arXiv 2211.09800)."""
+    """Conditioning dropout: share of the images for which class and caption are both dropped, so that the network can
+    be used without; with class and caption both, one of them is dropped for as many again (arXiv 2211.09800)."""
     flip: bool = False
-    """Mirror every second picture, chosen by seed. Wrong for digits and letters, right for most photographs."""
-    recompute: bool = False
+    """Mirror every second image, chosen by seed. Wrong for digits and letters, right for most photographs."""
+    gradient_checkpointing: bool = False
     """Whether inner values are computed again in the backward pass instead of kept: a third more work, and a fraction
     of the memory. Changes no weights."""
-    seed: int = Field(0, ge=0)
-    """Decides initial weights, order, time steps and noise."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of matrix products; auto: bf16 where the device has it. On a GPU fp32 is TF32."""
     device: DeviceName = "auto"
@@ -92,7 +71,7 @@ class TrainingConfig(Config):
     keep: int = Field(3, ge=1)
     """How many of them stay on disk, the newest; evaluation judges each that is there."""
     keep_best: int = Field(0, ge=0)
-    """How many more stay: those whose averaged weights had the lowest loss on held-out pictures."""
+    """How many more stay: those whose averaged weights had the lowest loss on held-out images."""
     keep_every: int | None = Field(None, ge=1)
     """Every so many checkpoints one stays for good; null: none."""
     workers: int = Field(2, ge=1)
@@ -100,12 +79,12 @@ class TrainingConfig(Config):
     prefetch: int = Field(4, ge=1)
     """How many batches they make ready ahead of the step."""
     cache_bytes: int = Field(2 * 2**30, ge=0)
-    """Decoded pictures stay in memory if those of the whole set take at most this many bytes."""
+    """Decoded images stay in memory if those of the whole set take at most this many bytes."""
     stream_bytes: int | None = Field(None, ge=1)
     """Null: the shards lie in data/DATASET. A number: they are fetched from the data set's remote as they are needed,
     into a cache on disk of at most this many bytes. Changes no weights."""
     window: int | None = Field(None, ge=1)
-    """Null: pictures are mixed among all shards. A number: among as many shards as this at a time, in a fresh order of
+    """Null: images are mixed among all shards. A number: among as many shards as this at a time, in a fresh order of
     the shards each epoch, so that few shards are in use at once: for sets larger than memory, or with stream_bytes
     larger than the cache, which must hold two such windows. Changes the weights."""
 
@@ -120,34 +99,19 @@ class TrainingConfig(Config):
     def _one_length(self) -> "TrainingConfig":
         if (self.images is None) == (self.minutes is None):
             raise ValueError("give either training.images or training.minutes, and leave the other out (null)")
-        if self.lanes > self.batch_size:
-            raise ValueError(f"training.lanes = {self.lanes} parts of {self.batch_size} pictures: use fewer lanes")
+        if self.cpu_threads > self.batch_size:
+            raise ValueError(
+                f"training.cpu_threads = {self.cpu_threads} parts of {self.batch_size} images: use fewer of them"
+            )
         return self
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "TrainingConfig":
-        if self.min_snr_gamma is not None and self.weighting != "min_snr":
-            raise ValueError(f"training.min_snr_gamma means nothing to weighting = {self.weighting}: use min_snr")
-        if self.times != "lognormal" and (self.log_sigma_mean, self.log_sigma_std) != (None, None):
-            raise ValueError(f"training.log_sigma_* mean nothing to times = {self.times}: use lognormal")
-        if self.ema_lengths is not None and self.ema_decay is not None:
-            raise ValueError("training.ema_decay means nothing to averages with training.ema_lengths: leave one out")
-        if self.ema_lengths is not None and not 0 < self.ema_lengths[0] < self.ema_lengths[1] < LONGEST:
-            raise ValueError(f"training.ema_lengths rise from the first to the second, which is below {LONGEST}")
+        if self.ema_stds is not None and self.ema_decay is not None:
+            raise ValueError("training.ema_decay means nothing to averages with training.ema_stds: leave one out")
+        if self.ema_stds is not None and not 0 < self.ema_stds[0] < self.ema_stds[1] < LARGEST_EMA_STD:
+            raise ValueError(f"training.ema_stds rise from the first to the second, which is below {LARGEST_EMA_STD}")
         return self
-
-    @property
-    def gamma(self) -> float:
-        """γ of min-SNR."""
-        return 5.0 if self.min_snr_gamma is None else self.min_snr_gamma
-
-    @property
-    def log_sigma(self) -> tuple[float, float]:
-        """Mean and standard deviation of ln σ."""
-        return (
-            -1.2 if self.log_sigma_mean is None else self.log_sigma_mean,
-            1.2 if self.log_sigma_std is None else self.log_sigma_std,
-        )
 
     @model_validator(mode="after")
     def _loading(self) -> "TrainingConfig":
@@ -157,22 +121,3 @@ class TrainingConfig(Config):
                 "would have none: raise training.prefetch, or lower training.workers"
             )
         return self
-
-
-def disagreement(model: FamilyConfig, training: TrainingConfig) -> str | None:
-    """Why there is no training ``model`` as ``training`` says, and what to change; None if there is."""
-    if words := meaningless(model, "training", training):
-        return words
-    if not isinstance(model, ModelConfig) or not model.learned_variance:
-        return None
-    if training.times != "uniform":
-        return (
-            f"model.learned_variance is learned at whole steps of the schedule, and training.times = {training.times} "
-            "draws from between them: use uniform, or leave model.learned_variance out"
-        )
-    if training.learned_uncertainty:
-        return (
-            "model.learned_variance is learned from a sum over all levels, of which training.learned_uncertainty would "
-            "divide each by another number: leave one out"
-        )
-    return None

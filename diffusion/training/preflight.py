@@ -1,8 +1,9 @@
-"""What a training run will do, and what it takes, before it begins."""
+"""Preflight: how large, how long and how costly a training run will be, measured before it begins."""
 
 import math
 import shutil
 import time
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +17,17 @@ from diffusion.config import Config, unset
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
 from diffusion.families import family_of
-from diffusion.families.config import FamilyConfig, LatentSpace
 from diffusion.files import make_folder
+from diffusion.models.config import FamilyConfig, LatentSpace
 from diffusion.models.vae import VAE
 from diffusion.training.config import TrainingConfig
-from diffusion.training.record import drawn_by
-from diffusion.training.run import Run
+from diffusion.training.setup import TrainingSetup
+from diffusion.training.state import NETWORK
+from diffusion.training.trainer import Trainer, scheduled_learning_rate
+from diffusion.training.validation import Validation
 
 PREFLIGHT = "preflight.json"
-"""What a run said of itself when it began, in its folder."""
+"""The preflight of a run, in its folder."""
 MEASURED_SECONDS = 4.0
 FLOAT = 4
 """Bytes of a weight, a gradient or a moment."""
@@ -36,50 +39,50 @@ class Preflight(Config):
     dataset: str
     content_digest: str
     train: int
-    """Pictures to train on."""
+    """Images to train on."""
     held_out: int
-    """Pictures that training never sees."""
+    """Images that training never sees."""
     shape: tuple[int, int, int]
     """(C, H, W) of each."""
     classes: int
-    """Classes that the network is told of."""
+    """Classes that the network is conditioned on."""
     captions: int
-    """Different captions that it is told."""
+    """Different captions that it is conditioned on."""
     low_resolution: int | None = Field(None, exclude_if=unset)
-    """Height and width of the small pictures that it is shown; None: none."""
+    """Height and width of the small images that it upscales; None: none."""
     parameters: int
     flops: int
-    """Floating-point operations of a training step for each picture, forward and backward."""
+    """Floating-point operations of a training step for each image, forward and backward."""
     state_bytes: int
     """Memory for weights, gradients, moments and averages, without the activations of a batch."""
     disk_bytes: int
     """What the checkpoints that are kept at the same time take."""
     images: int
-    """Pictures to see in all."""
+    """Images to see in all."""
     images_per_second: float | None
-    """As measured; None: as many pictures were asked for, nothing was."""
+    """As measured; None: training.images is given, and nothing was measured."""
     seconds: float | None
     """How long it will take here, with what happens at each checkpoint, and captions that must be read first."""
 
     def lines(self) -> list[tuple[str, str]]:
-        """What a person wants to know, by name."""
+        """Format the preflight for people, by name."""
         channels, height, width = self.shape
-        told = f", {self.classes} classes" if self.classes else ""
-        told += f", {self.captions:,} captions" if self.captions else ""
-        told += f", shown at {self.low_resolution}×{self.low_resolution}" if self.low_resolution else ""
+        conditioning = f", {self.classes} classes" if self.classes else ""
+        conditioning += f", {self.captions:,} captions" if self.captions else ""
+        conditioning += f", upscaled from {self.low_resolution}×{self.low_resolution}" if self.low_resolution else ""
         time = "seen as it goes: --dry-run measures it"
         if self.seconds is not None:
             unit = "seconds" if self.seconds < 60 else "minutes"
             length = precisedelta(self.seconds, minimum_unit=unit, format="%d")
-            time = f"{length} at {self.images_per_second:.0f} pictures/s, as measured"
+            time = f"{length} at {self.images_per_second:.0f} images/s, as measured"
         return [
             ("data", f"{self.dataset}, content {self.content_digest[:12]}"),
-            ("pictures", f"{self.train:,} of {width}×{height}×{channels}{told}; {self.held_out:,} held out"),
+            ("images", f"{self.train:,} of {width}×{height}×{channels}{conditioning}; {self.held_out:,} held out"),
             ("network", f"{self.parameters / 1e6:.2f} million parameters"),
-            ("work", f"{self.flops / 1e9:.2f} GFLOP for a picture, forward and backward"),
+            ("work", f"{self.flops / 1e9:.2f} GFLOP for an image, forward and backward"),
             ("memory", f"{naturalsize(self.state_bytes, binary=True)}, and what a batch takes on its way"),
             ("disk", f"{naturalsize(self.disk_bytes, binary=True)} of checkpoints"),
-            ("length", f"{self.images:,} pictures, {self.images / self.train:.1f} epochs"),
+            ("length", f"{self.images:,} images, {self.images / self.train:.1f} epochs"),
             ("time", time),
         ]
 
@@ -89,15 +92,15 @@ class Pace:
     """Seconds that things take here."""
 
     image: float
-    """To train on one picture."""
+    """To train on one image."""
     checkpoint: float
-    """To take stock at a checkpoint."""
+    """To validate at a checkpoint."""
 
 
 def count_flops(
     config: FamilyConfig, shape: tuple[int, int, int], classes: int, latents: LatentSpace | None = None
 ) -> int:
-    """Floating-point operations of forward and backward pass of one picture, as torch counts them.
+    """Floating-point operations of forward and backward pass of one image, as torch counts them.
 
     With ``latents``, of those that bring it there as well.
     """
@@ -106,18 +109,18 @@ def count_flops(
         if latents is not None:
             VAE(latents.autoencoder, shape[0], shape[-1]).requires_grad_(False).encode(torch.empty(1, *shape))
             shape = latents.shape
-        family.forward(family.network(config, shape, classes), shape).backward()  # type: ignore[no-untyped-call]
+        family.forward(family.make_network(config, shape, classes), shape).backward()  # type: ignore[no-untyped-call]
     return int(counter.get_total_flops())
 
 
-def state_size(parameters: int, averages: int, lanes: int, opponent: int = 0) -> tuple[int, int]:
+def state_size(parameters: int, averages: int, threads: int, others: int = 0) -> tuple[int, int]:
     """Bytes of memory that a run takes but for a batch, and bytes of its checkpoint: weights, two moments, averages.
 
-    In memory there are gradients besides, of each lane and of all, and while a checkpoint is written a copy of it.
-    ``opponent``: parameters of what is trained as well, and of which no average is taken.
+    In memory there are gradients besides, of each thread and of all, and while a checkpoint is written a copy of it.
+    ``others``: parameters of what is trained beside the network, and of which no average is taken.
     """
-    checkpoint = parameters * (3 + averages) + opponent * 3
-    return FLOAT * (2 * checkpoint + (parameters + opponent) * (1 + lanes)), FLOAT * checkpoint
+    checkpoint = parameters * (3 + averages) + others * 3
+    return FLOAT * (2 * checkpoint + (parameters + others) * (1 + threads)), FLOAT * checkpoint
 
 
 def _count(network: nn.Module) -> int:
@@ -127,34 +130,33 @@ def _count(network: nn.Module) -> int:
 def kept_at_once(config: TrainingConfig) -> int:
     """How many files as large as a checkpoint a run has on disk at most: one is written before another goes."""
     # A snapshot has two averages, a checkpoint these and three more of the kind.
-    snapshots = math.ceil(config.checkpoints * 2 / 5) if config.ema_lengths is not None else 0
+    snapshots = math.ceil(config.checkpoints * 2 / 5) if config.ema_stds is not None else 0
     spared = config.keep_best + (config.checkpoints // config.keep_every if config.keep_every else 0)
     return min(config.keep + spared, config.checkpoints) + 2 + snapshots
 
 
-def preflight_of(run: Run, pace: Pace | None, reading: float = 0) -> Preflight:
-    """What ``run`` will do at this ``pace``, which must have been measured if ``training.minutes`` is given.
+def make_preflight(trainer: Trainer, pace: Pace | None, reading: float = 0) -> Preflight:
+    """Compute the preflight of a run at this ``pace``, which must be measured if ``training.minutes`` is given.
 
-    ``reading`` is how many seconds the captions take first.
+    ``reading`` is how many seconds the embedding of captions takes first.
     """
-    config, dataset = run.config, run.dataset
-    images = images_in(config, pace)
-    parameters, opponent = _count(run.state.network), run.state.opponent
-    against = _count(opponent.network) if opponent else 0
-    memory, checkpoint = state_size(parameters, len(run.state.averages), config.lanes, against)
+    setup, config, state = trainer.setup, trainer.config, trainer.state
+    dataset, images = setup.dataset, images_in(config, pace)
+    parameters = _count(state.network)
+    others = sum(_count(module) for step in state.steps for module in step.modules.values()) - parameters
+    memory, checkpoint = state_size(parameters, len(state.averages), config.cpu_threads, others)
+    latents = setup.autoencoder.space if setup.autoencoder else None
     return Preflight(
         dataset=dataset.manifest.name,
         content_digest=dataset.manifest.content_digest,
         train=len(dataset.rows("train")),
         held_out=len(dataset.rows("held_out")),
         shape=dataset.shape,
-        classes=len(run.classes),
-        captions=len(run.captions.embeddings) if run.captions else 0,
-        low_resolution=run.model.low_resolution,
+        classes=len(setup.classes),
+        captions=len(setup.captions.embeddings) if setup.captions else 0,
+        low_resolution=setup.model.low_resolution,
         parameters=parameters,
-        flops=count_flops(
-            run.model, dataset.shape, len(run.classes), run.first_stage.space if run.first_stage else None
-        ),
+        flops=count_flops(setup.model, dataset.shape, len(setup.classes), latents),
         state_bytes=memory,
         disk_bytes=checkpoint * kept_at_once(config),
         images=images,
@@ -163,28 +165,27 @@ def preflight_of(run: Run, pace: Pace | None, reading: float = 0) -> Preflight:
     )
 
 
-def measure(run: Run, sampling: SamplingConfig) -> Pace:
-    """The pace of ``run`` here, by steps and one checkpoint's work on a copy."""
-    trial = Run.new(run.dataset, run.model, run.config, run.pool, run.ranks, run.captions, run.first_stage)
-    trial.total = 2**40
-    with trial.loader:
-        trial.step()
+def measure_pace(setup: TrainingSetup, threads: Executor, sampling: SamplingConfig) -> Pace:
+    """Measure the pace of a run here, by steps and one checkpoint's work of a trainer that is thrown away."""
+    trainer, ranks = Trainer(setup, threads), setup.ranks
+    trainer.total = 2**40
+    rate = scheduled_learning_rate(setup.config, 0, trainer.total)
+    with trainer.loader:
+        trainer.train_step(rate)
         start, steps = time.perf_counter(), 0
-        while run.ranks.agreed(steps < 3 or time.perf_counter() - start < MEASURED_SECONDS):
-            trial.step()
+        while ranks.broadcast(steps < 3 or time.perf_counter() - start < MEASURED_SECONDS):
+            trainer.train_step(rate)
             steps += 1
-        trial.settle()
-    image = (time.perf_counter() - start) / (steps * run.config.batch_size)
-    if trial.device.type != "cpu" and run.ranks.leads:
-        # The first time compiles for these pictures, and no checkpoint after it does.
-        trial.probe(trial.state.network)
+        trainer.check_finite()
+    image = (time.perf_counter() - start) / (steps * setup.config.batch_size)
+    validation = Validation(setup, trainer.objective, threads)
     start = time.perf_counter()
-    whole = trial.gathered()
-    if run.ranks.leads:
-        averaged = whole.averaged()
-        whole.probe(averaged.network)
-        drawn_by(averaged, run, sampling)
-    return run.ranks.agreed(Pace(image, time.perf_counter() - start))
+    tensors = trainer.checkpoint_tensors()
+    if ranks.is_main:
+        averaged = setup.model_from(tensors, trainer.state.images)
+        validation.metrics({"": setup.network_from(tensors, NETWORK), "_ema": averaged.network})
+        validation.generate(averaged, sampling)
+    return ranks.broadcast(Pace(image, time.perf_counter() - start))
 
 
 def images_in(config: TrainingConfig, pace: Pace | None) -> int:

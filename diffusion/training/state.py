@@ -1,101 +1,124 @@
-"""The state in which a run begins."""
+"""The training state: everything that changes from step to step, as the tensors of a checkpoint."""
+
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusion.data.dataset import Dataset
-from diffusion.errors import UserError
-from diffusion.families import family_of
-from diffusion.families.base import Learner
-from diffusion.families.config import FamilyConfig
-from diffusion.model import AUTOENCODER
-from diffusion.models.unet import UNet
-from diffusion.training.checkpoint import Opponent, TrainingState
+from diffusion.families.base import OptimizerStep, TrainingObjective
 from diffusion.training.config import TrainingConfig
+from diffusion.training.distributed import full_tensor, shard_like, shard_module
 from diffusion.training.ema import ExponentialAverage, PowerAverage, WeightAverage
-from diffusion.training.first_stage import FirstStage
-from diffusion.training.ranks import Ranks
-from diffusion.training.sharding import shard
-from diffusion.training.uncertainty import Uncertainty
-from diffusion.upscaling import detail
+from diffusion.training.post_hoc_ema import average_prefix, averaged_tensors
 
-LEAST_DEVIATION = 1e-4
-"""Of values in [−1, 1], far below a level of 8 bits: what differs by less does not differ."""
-LOOKED_AT = 1024
-"""Pictures, at most, that say what there is beyond small ones."""
+NETWORK = "network."
+"""Prefix of the raw weights' names in a checkpoint."""
 
 
-def make_network(
-    model: FamilyConfig, dataset: Dataset, classes: list[str], first_stage: FirstStage | None, recompute: bool = False
-) -> nn.Module:
-    """A network of ``model`` for ``dataset`` with random weights; ``recompute`` as in TrainingConfig."""
-    network: nn.Module = family_of(model).network(model, worked_on(dataset, first_stage), len(classes))
-    if isinstance(network, UNet):
-        network.recompute = recompute
-    return network
+@dataclass
+class TrainingState:
+    """Weights, averages, optimizer moments and counts. Random numbers are functions of ``images`` and need no state."""
 
+    network: nn.Module
+    averages: list[WeightAverage]
+    """Averages of the network's weights; the first is the model."""
+    steps: list[OptimizerStep]
+    optimizers: list[torch.optim.AdamW]
+    """The optimizer of each of ``steps``."""
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors that belong to the model and are not trained: those of ``diffusion.checkpoints.AUTOENCODER``."""
+    images: int = 0
+    """Images seen."""
+    skipped: int = 0
+    """Optimizer steps left out, as loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Of these, the last without another between them."""
 
-def worked_on(dataset: Dataset, first_stage: FirstStage | None) -> tuple[int, int, int]:
-    """(C, H, W) of what the network works on, pictures or latents."""
-    return first_stage.space.shape if first_stage else dataset.shape
+    def tensors(self) -> dict[str, Tensor]:
+        """Name all tensors by module or optimizer."""
+        named = averaged_tensors(self.averages) | self.frozen
+        for step, optimizer in zip(self.steps, self.optimizers, strict=True):
+            for name, module in step.modules.items():
+                named |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+            for index, moments in optimizer.state_dict()["state"].items():
+                named |= {f"{_optimizer_prefix(step)}{index}.{name}": value for name, value in moments.items()}
+        return named
 
+    def full_tensors(self, is_main: bool) -> dict[str, Tensor]:
+        """Gather the tensors of a sharded state on the main process' CPU; all processes must call this together."""
+        gathered: dict[str, Tensor] = {}
+        for name, value in self.tensors().items():
+            # One at a time, and kept outside the device: a network that is sharded does not fit on it.
+            full = full_tensor(value)
+            if is_main:
+                gathered[name] = full.cpu()
+        return gathered
 
-def deviation(dataset: Dataset, model: FamilyConfig, first_stage: FirstStage | None) -> float:
-    """Standard deviation of the values that the network works on; UserError if there is nothing to learn from them."""
-    if first_stage:
-        return 1.0
-    name, low = dataset.manifest.name, model.low_resolution
-    if low is None:
-        found, why = dataset.manifest.sigma_data, "are one flat tone"
-    else:
-        # Rows are in the order of their keys, and so the first are any.
-        found = detail(low, dataset.pictures(dataset.rows("train")[:LOOKED_AT]))
-        why = f"show all that they have at {low}×{low}"
-    if found < LEAST_DEVIATION:
-        raise UserError(f"the training pictures of {name} {why}, so there is nothing to learn: ingest others")
-    return found
+    def counts(self) -> dict[str, int]:
+        """The counts, for the header of a checkpoint."""
+        return {"images": self.images, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
 
-
-def frozen_tensors(first_stage: FirstStage | None, device: torch.device) -> dict[str, Tensor]:
-    """What belongs to the model besides and is not trained, brought to ``device``."""
-    if first_stage is None:
-        return {}
-    return {AUTOENCODER + name: value for name, value in first_stage.latents.to(device).state_dict().items()}
+    def load(self, tensors: dict[str, Tensor], counts: dict[str, int]) -> None:
+        """Restore the state that ``tensors`` and ``counts`` were taken from, or this process' share of it."""
+        own = {name: shard_like(tensors[name], like) for name, like in self.tensors().items() if name in tensors}
+        for number, average in enumerate(self.averages):
+            average.load_state_dict(_under(average_prefix(number), own))
+        for name, value in self.frozen.items():
+            # In place: whoever computes with it holds the same tensors.
+            value.copy_(own[name])
+        for step, optimizer in zip(self.steps, self.optimizers, strict=True):
+            for name, module in step.modules.items():
+                module.load_state_dict(_under(f"{name}.", own))
+            _load_moments(optimizer, step.parameters, _under(_optimizer_prefix(step), tensors))
+        self.images, self.skipped = counts["images"], counts["skipped"]
+        self.skipped_in_a_row = counts["skipped_in_a_row"]
 
 
 def make_state(
     network: nn.Module,
-    learner: Learner,
+    objective: TrainingObjective,
     config: TrainingConfig,
-    ranks: Ranks,
     device: torch.device,
     frozen: dict[str, Tensor],
+    shard: bool = False,
 ) -> TrainingState:
-    """The state of a run that has seen nothing; several ``ranks`` each have a share of it, and all of ``frozen``.
-
-    The opponent of ``learner`` is brought to ``device`` as it is, and not copied.
-    """
-    uncertainty = Uncertainty() if config.learned_uncertainty else None
-    networks = [network, uncertainty] if uncertainty else [network]
-    for each in networks:
-        if ranks.count > 1:
-            shard(each, device)
-        each.to(device)
-    trained = [parameter for each in networks for parameter in each.parameters()]
-    opponent = None
-    if learner.contest is not None:
-        against = learner.contest.opponent.to(device)
-        opponent = Opponent(against, _optimizer(list(against.parameters()), config, learner.betas))
-    averages, optimizer = make_averages(network, config), _optimizer(trained, config, learner.betas)
-    return TrainingState(network, averages, optimizer, uncertainty, opponent, frozen)
-
-
-def _optimizer(trained: list[nn.Parameter], config: TrainingConfig, betas: tuple[float, float]) -> torch.optim.AdamW:
-    return torch.optim.AdamW(trained, config.learning_rate, betas, weight_decay=config.weight_decay, fused=True)
+    """Build the state of a run that has seen nothing, on ``device``; with ``shard`` this process' share of it."""
+    steps = objective.optimizer_steps(network)
+    for module in [module for step in steps for module in step.modules.values()]:
+        if shard:
+            shard_module(module, device)
+        module.to(device)
+    optimizers = [
+        torch.optim.AdamW(
+            step.parameters, config.learning_rate, objective.betas, weight_decay=config.weight_decay, fused=True
+        )
+        for step in steps
+    ]
+    averages: list[WeightAverage]
+    if config.ema_stds is not None:
+        averages = [PowerAverage(network, length) for length in config.ema_stds]
+    else:
+        averages = [ExponentialAverage(network, 0.999 if config.ema_decay is None else config.ema_decay)]
+    return TrainingState(network, averages, steps, optimizers, frozen)
 
 
-def make_averages(network: nn.Module, config: TrainingConfig) -> list[WeightAverage]:
-    """The averages of the weights that ``config`` asks for; the first is the model."""
-    if config.ema_lengths is not None:
-        return [PowerAverage(network, length) for length in config.ema_lengths]
-    return [ExponentialAverage(network, 0.999 if config.ema_decay is None else config.ema_decay)]
+def _optimizer_prefix(step: OptimizerStep) -> str:
+    return f"optimizer.{next(iter(step.modules))}."
+
+
+def _load_moments(optimizer: torch.optim.AdamW, parameters: list[nn.Parameter], tensors: dict[str, Tensor]) -> None:
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, moment = name.split(".", 1)
+        if value.ndim:
+            # Fused AdamW walks parameter and moments in step through memory: their strides must agree.
+            like = parameters[int(index)]
+            value = torch.empty_like(like).copy_(shard_like(value, like))
+        moments.setdefault(int(index), {})[moment] = value
+    groups: Any = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

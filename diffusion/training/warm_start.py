@@ -1,6 +1,6 @@
-"""A warm start: training goes on from the weights of a model that was trained before, which are known by their digest.
+"""Warm start: initial weights from a trained model, identified by their digest.
 
-Only the averaged weights are taken over. Optimizer, averages and learning rate begin anew, as they do for new data.
+Only the averaged weights are taken over. Optimizer, averages and learning rate begin anew.
 """
 
 from dataclasses import dataclass
@@ -8,32 +8,33 @@ from pathlib import Path
 
 from torch import nn
 
+from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
-from diffusion.families.config import FamilyConfig
-from diffusion.model import Model, load_model
+from diffusion.model import Model
+from diffusion.models.config import FamilyConfig
 from diffusion.text import ENCODER
+from diffusion.training.autoencoder import DIGEST, weights_digest
 from diffusion.training.config import TrainingConfig
-from diffusion.training.first_stage import DIGEST, weights_digest
 
 ELSEWHERE = ("champion", "models:/")
-"""How values of training.start begin that only a registry can make a file of."""
+"""How values of training.init_from begin that only a registry can make a file of."""
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """A model to begin with."""
+    """A trained model whose weights a network begins with."""
 
     path: str
     model: Model
     digest: str
 
-    def fill(self, network: nn.Module, model: FamilyConfig, dataset: Dataset, classes: list[str]) -> None:
-        """Give ``network``, of ``model`` for ``dataset`` with ``classes``, its weights; UserError if they misfit."""
+    def initialize(self, network: nn.Module, model: FamilyConfig, dataset: Dataset, classes: list[str]) -> None:
+        """Load the weights into ``network``, of ``model`` for ``dataset``; UserError if they do not fit."""
         if words := self._misfit(model, dataset, classes):
             raise UserError(
-                f"training.start {self.path} {words}: begin with a model of the same kind, or at random "
-                "(training.start=null)"
+                f"training.init_from {self.path} {words}: begin with a model of the same kind, or at random "
+                "(training.init_from=null)"
             )
         network.load_state_dict(self.model.network.state_dict())
 
@@ -48,29 +49,29 @@ class WarmStart:
         if self.model.shape != dataset.shape:
             they, we = ("×".join(map(str, shape)) for shape in (self.model.shape, dataset.shape))
             return (
-                f"draws pictures of {they} (channels × height × width), and data set {dataset.manifest.name} has {we}"
+                f"generates images of {they} (channels × height × width), and data set {dataset.manifest.name} has {we}"
             )
         if self.model.classes != classes:
             they, we = (", ".join(names) or "none" for names in (self.model.classes, classes))
             return f"knows the classes {they}, and data set {dataset.manifest.name} has {we}"
         if model.text and header.encoder != ENCODER:
-            return "was told captions as another text encoder reads them"
+            return "was trained with another text encoder"
         return None
 
 
-def open_start(config: TrainingConfig) -> WarmStart | None:
-    """The model that training begins with; None: at random. Raises UserError if there is none at its path."""
-    if config.start is None:
+def open_warm_start(config: TrainingConfig) -> WarmStart | None:
+    """Load the model that ``config`` begins with; None: random weights. Raises UserError if there is none."""
+    if config.init_from is None:
         return None
-    if config.start.startswith(ELSEWHERE):
+    if config.init_from.startswith(ELSEWHERE):
         raise UserError(
-            f"training.start = {config.start} names a registered model, which is not fetched here: give the path of "
-            "its final.safetensors, or run `darkroom train`"
+            f"training.init_from = {config.init_from} names a registered model, which is not fetched here: give the "
+            "path of its final.safetensors, or run `darkroom train`"
         )
-    model = load_model(Path(config.start))
-    return WarmStart(config.start, model, weights_digest(model))
+    model = load_model(Path(config.init_from))
+    return WarmStart(config.init_from, model, weights_digest(model))
 
 
-def identified_start(config: TrainingConfig, start: WarmStart | None) -> TrainingConfig:
-    """``config`` with ``start`` named by what it is, instead of where it lies: the same run wherever that is."""
-    return config if start is None else config.model_copy(update={"start": DIGEST + start.digest})
+def with_start_digest(config: TrainingConfig, start: WarmStart | None) -> TrainingConfig:
+    """Replace the path of the initial weights by their digest: the same run wherever the file is."""
+    return config if start is None else config.model_copy(update={"init_from": DIGEST + start.digest})

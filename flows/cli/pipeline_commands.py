@@ -226,13 +226,13 @@ def evaluate(config: "Params", local: Local = False) -> CommandOutput:
     """
     if local:
         from diffusion.evaluation.evaluate import evaluate as evaluate_checkpoints
-        from diffusion.training.candidates import candidates
+        from diffusion.training.post_hoc_ema import models_to_evaluate
         from flows.console import console
 
         with console() as progress:
             done = evaluate_checkpoints(
                 config.dataset_folder,
-                candidates(config.run_folder, config.report_folder, config.evaluation.ema_lengths),
+                models_to_evaluate(config.run_folder, config.report_folder, config.evaluation.ema_stds),
                 config.evaluation,
                 config.sampling,
                 config.report_folder,

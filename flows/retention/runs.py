@@ -16,9 +16,9 @@ from mlflow.client import MlflowClient
 from mlflow.entities import LifecycleStage, LoggedModel, Run, ViewType
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from diffusion.checkpoints import read_header
 from diffusion.errors import UserError
 from diffusion.files import PARTIAL
-from diffusion.model import read_header
 from diffusion.training.train import discard
 from flows.aliases import verified
 from flows.derived import pages

@@ -20,7 +20,7 @@ from diffusion.made import make
 from diffusion.models.config import ModelConfig
 from diffusion.requests import request_of
 from diffusion.training.config import TrainingConfig
-from diffusion.training.history import read_rows
+from diffusion.training.logging import read_metrics
 from diffusion.training.train import train
 from flows.s3 import Store
 from flows.stack.backup import Backup, Backups, save
@@ -34,8 +34,8 @@ State = dict[str, object]
 SET, RUN, REPORT, MADE = Path("data", "set"), Path("runs", "set"), Path("report"), Path("made")
 STACK, BACKUPS = Path(".darkroom"), Path("backups")
 SAMPLING = SamplingConfig(steps=2, compute_batch=18, precision="fp32")
-MODEL = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1)
-TRAINING = TrainingConfig(images=192, checkpoints=4, batch_size=16, warmup_images=32, keep=2, lanes=1)
+MODEL = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1)
+TRAINING = TrainingConfig(images=192, checkpoints=4, batch_size=16, warmup_images=32, keep=2, cpu_threads=1)
 EVALUATION = EvaluationConfig(samples=16, extractor_size=32)
 SCRIPT = """
 import sys
@@ -94,7 +94,7 @@ def run_train(folder: Path, dataset: Path) -> State:
         "losses": (output / "losses.csv").read_bytes(),
         "history": [
             {name: value for name, value in row.items() if name not in measured}
-            for row in read_rows(output / "history.csv")
+            for row in read_metrics(output / "history.csv")
         ],
     }
 

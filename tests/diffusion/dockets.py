@@ -18,9 +18,9 @@ from diffusion.evaluation.held_out_loss import HeldOutLoss, LevelLoss
 from diffusion.evaluation.memorisation import Memorisation, memorisation
 from diffusion.evaluation.per_class import Labelled, PerClass, per_class
 from diffusion.evaluation.reader import fit
-from diffusion.evaluation.terms import noise_levels
 from diffusion.evaluation.thumbnails import NAME, moved, thumbnails
 from diffusion.evaluation.trial_page import Docket, Side
+from diffusion.likelihood import noise_levels
 from tests.diffusion.degraded import with_copies, with_noise
 from tests.diffusion.real_pictures import pictures
 

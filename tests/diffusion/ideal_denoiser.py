@@ -43,7 +43,7 @@ class IdealNetwork:
         if self.prediction == "edm":  # arXiv 2206.00364, equation 8, solved for the network
             return (x0 - self.sigma_data**2 / norm**2 * x) * norm / (level * self.sigma_data)
         v = (noise - level * x0) / norm
-        return {"noise": noise, "x0": x0, "v": v}[self.prediction]
+        return {"epsilon": noise, "sample": x0, "v_prediction": v}[self.prediction]
 
 
 def two_tone_points(count: int = 4, size: int = 4) -> Tensor:

@@ -6,15 +6,14 @@ import numpy as np
 import torch
 
 from diffusion.config_sampling import SamplingConfig
-from diffusion.families.config import VAEConfig
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import ModelConfig, VAEConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import TrainResult, train
 from tests.conftest import blob
 from tests.diffusion.small_datasets import write_dataset
 
 SIZE = 16
-VAE = VAEConfig(width=16, multipliers=(1, 1), latent_channels=3)
+VAE = VAEConfig(width=16, channel_mult=(1, 1), latent_channels=3)
 """Latents of 3×4×4."""
 CONFIG = TrainingConfig(dataset="blobs", images=320, batch_size=16, warmup_images=32, checkpoints=4, keep=2, flip=True)
 SAMPLING = SamplingConfig(compute_batch=36, precision="fp32")
@@ -35,7 +34,7 @@ def autoencoder(data: Path, output: Path, model: VAEConfig = VAE, **options: obj
 
 def denoiser(path: Path | str, **changes: object) -> ModelConfig:
     """Diffusion in the latents of the autoencoder in the file ``path``."""
-    shape = {"width": 16, "multipliers": (1,), "blocks": 1, "attention": (), "patch": 1}
+    shape = {"width": 16, "channel_mult": (1,), "blocks": 1, "attention": (), "patch": 1}
     return ModelConfig.model_validate(shape | {"autoencoder": str(path)} | changes)
 
 

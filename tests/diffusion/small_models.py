@@ -4,11 +4,12 @@ from pathlib import Path
 
 import torch
 
-from diffusion.model import AVERAGED, ModelHeader, save_tensors
+from diffusion.checkpoints import AVERAGED, save_tensors
+from diffusion.model import ModelHeader
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 
-CONFIG = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), heads=1, patch=2)
+CONFIG = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), heads=1, patch=2)
 
 
 def header(config: ModelConfig = CONFIG, channels: int = 1, size: int = 8, images: int = 0) -> ModelHeader:

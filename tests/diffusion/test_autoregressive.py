@@ -10,23 +10,24 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.editing import Edit
 from diffusion.errors import UserError
 from diffusion.evaluation.cost import gflop
 from diffusion.evaluation.held_out_loss import measure
-from diffusion.families import family_of
+from diffusion.explain import explain
 from diffusion.families.autoregressive import AutoregressiveModel, bits_of_pixels
-from diffusion.families.config import AutoregressiveConfig
 from diffusion.logistics import drawn as drawn_from
 from diffusion.logistics import log_probability, mixtures_of
-from diffusion.model import load_model, to_float, to_uint8
+from diffusion.model import to_float, to_uint8
 from diffusion.models.autoregressive import PixelCNN, Walk, draw
+from diffusion.models.config import AutoregressiveConfig
 from diffusion.random import GaussianNoise
 from diffusion.requests import tasks_of
 from diffusion.sampling import interpolate, sample
-from diffusion.training.history import read_rows
+from diffusion.training.logging import read_metrics
 from diffusion.training.train import TrainResult, train
 from tests.diffusion.small_autoencoders import CONFIG, SAMPLING
 from tests.diffusion.small_datasets import write_dataset
@@ -165,7 +166,7 @@ def test_its_loss_is_exactly_the_bits_of_held_out_pictures(data: Path, run: Path
     x, label = to_float(dataset.pictures(rows)), dataset.classes(rows, model.classes)
     found = mixtures_of(model.network(x, label).movedim(1, -1), 1)
     expected = -log_probability(found, x.movedim(1, -1)).flatten(1).sum(1) / math.log(2) / SIZE**2
-    last = read_rows(run / "losses.csv")[-1]["held_out_loss_ema"]
+    last = read_metrics(run / "losses.csv")[-1]["held_out_loss_ema"]
     assert last == pytest.approx(expected.mean().item(), rel=1e-4)
     terms = measure(model, [(dataset.pictures(rows), {"label": label})], SAMPLING)
     assert torch.allclose(terms.bits.float(), expected, rtol=1e-4)
@@ -192,10 +193,10 @@ def test_what_it_cannot_do_is_refused(model: AutoregressiveModel, data: Path, tm
         sample(model, [0], 0, SAMPLING, edit=Edit(picture, strength=0.5))
     with pytest.raises(UserError, match=r"sampling\.steps means nothing to model\.family = autoregressive"):
         sample(model, [0], 0, SAMPLING.model_copy(update={"steps": 20}))
-    with pytest.raises(UserError, match=r"training\.times means nothing to model\.family = autoregressive"):
-        train(data, tmp_path / "run", MODEL, TRAINING.model_copy(update={"times": "uniform"}), SAMPLING)
+    with pytest.raises(UserError, match=r"training\.timestep_sampling means nothing to model\.family = autoregressive"):
+        train(data, tmp_path / "run", MODEL, TRAINING.model_copy(update={"timestep_sampling": "uniform"}), SAMPLING)
 
 
 def test_how_it_works_is_drawn_with_a_real_picture(data: Path, model: AutoregressiveModel, tmp_path: Path) -> None:
-    paths = family_of(model.config).explain(model, Dataset.open(data).pictures([0])[0], tmp_path, 0)
+    paths = explain(model, Dataset.open(data).pictures([0])[0], tmp_path, 0)
     assert [path.name for path in paths] == ["surprise.png"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
@@ -15,10 +16,8 @@ from diffusion.evaluation.comparison import COMPARISON, Comparison, Sheets, comp
 from diffusion.evaluation.comparison_page import PAGE, findings, write_comparison_page
 from diffusion.evaluation.features import make_extractor
 from diffusion.evaluation.metrics import frechet_distance
-from diffusion.families.config import AutoregressiveConfig, GANConfig
 from diffusion.grids import grid
-from diffusion.model import load_model
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import AutoregressiveConfig, GANConfig, ModelConfig
 from tests.conftest import disc
 from tests.diffusion.html_pages import Page
 from tests.diffusion.small_datasets import random_pictures, write_dataset
@@ -36,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, tuple[Path, SamplingConfig]]:
-    gan, pixels = GANConfig(width=8, multipliers=(1,), latent=4), AutoregressiveConfig(width=8, layers=1, mixtures=1)
+    gan, pixels = GANConfig(width=8, channel_mult=(1,), latent=4), AutoregressiveConfig(width=8, layers=1, mixtures=1)
     return {
         "ddpm": (write_model(tmp_path / "ddpm.safetensors", 1, 100, training={"minutes": 2.0}), SAMPLING),
         "vae": (write_autoencoder(tmp_path / "vae.safetensors", 2), PLAIN),
@@ -133,7 +132,7 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     with pytest.raises(UserError, match="nothing to compare gan with"):
         compared({"gan": models["gan"]}, data, tmp_path)
-    small = ModelConfig(width=16, multipliers=(1,), attention=(), low_resolution=4, conditional=False)
+    small = ModelConfig(width=16, channel_mult=(1,), attention=(), low_resolution=4, conditional=False)
     enlarger = write_model(tmp_path / "enlarger.safetensors", 5, 1, config=small)
     with pytest.raises(UserError, match="enlarges small pictures"):
         compared(models | {"ddpm": (enlarger, SAMPLING)}, data, tmp_path)

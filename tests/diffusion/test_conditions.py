@@ -9,26 +9,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from diffusion.checkpoints import load_model, read_header
 from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest import forget_captions
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
-from diffusion.model import DiffusionModel, load_model, read_header
+from diffusion.model import DiffusionModel
 from diffusion.models.config import ModelConfig
 from diffusion.sampling import label_names, require_effect, require_read_whole, sample, told_of
 from diffusion.text import ENCODER, TextEncoder
 from diffusion.training.config import TrainingConfig
-from diffusion.training.drawn import kept_back
-from diffusion.training.identity import train_key
+from diffusion.training.setup import drop_conditioning, train_key
 from diffusion.training.train import TrainResult, preflight, train
 from tests.diffusion.captioned import COLOURS, MadeUp, colours, needs_encoder, squares
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 from tests.diffusion.small_models import write_model
 from tests.diffusion.test_train import Away, Stop, StopAt
 
-SHAPE = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=2)
+SHAPE = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=2)
 MODEL = SHAPE.model_copy(update={"text": True})
 CONFIG = TrainingConfig(dataset="squares", images=320, batch_size=16, warmup_images=32, checkpoints=4, keep=2)
 SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=4, compute_batch=8)
@@ -83,8 +83,7 @@ def test_another_encoder_is_another_run_and_named(
     final = run(data, tmp_path / "run").final
     other = TextEncoder(name="newer", digest="b" * 64)
     keys = [train_key("0" * 64, each, CONFIG) for each in (MODEL, SHAPE)]
-    for module in ("run", "identity"):
-        monkeypatch.setattr(f"diffusion.training.{module}.ENCODER", other)
+    monkeypatch.setattr("diffusion.training.setup.ENCODER", other)
     assert [train_key("0" * 64, each, CONFIG) == key for each, key in zip((MODEL, SHAPE), keys, strict=True)] == [
         False,
         True,
@@ -100,7 +99,7 @@ def test_another_encoder_is_another_run_and_named(
 def test_a_data_set_without_captions_is_refused_before_anything_is_made(
     dataset: Path, tmp_path: Path, made_up: MadeUp
 ) -> None:
-    with pytest.raises(UserError, match=r"blobs has no captions, and model\.text tells the network of them"):
+    with pytest.raises(UserError, match=r"blobs has no captions, and model\.text conditions the network on them"):
         run(dataset, tmp_path / "run")
     with pytest.raises(UserError, match="has no captions"):
         preflight(dataset, MODEL, CONFIG, SAMPLING)
@@ -111,7 +110,7 @@ def test_a_dry_run_counts_captions_and_keeps_nothing(data: Path, made_up: MadeUp
     before = sorted(data.parent.rglob("*"))
     about = preflight(data, MODEL, CONFIG, SAMPLING)
     assert sorted(data.parent.rglob("*")) == before
-    assert "3 classes, 3 captions" in dict(about.lines())["pictures"]
+    assert "3 classes, 3 captions" in dict(about.lines())["images"]
 
 
 @given(st.floats(0, 0.5), st.integers(0, 2**32))
@@ -119,7 +118,8 @@ def test_class_and_caption_are_kept_back_by_one_draw(share: float, seed: int) ->
     u = torch.rand(400, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     label, text = torch.arange(400) % 3, torch.ones(400, 384)
     both, classes, captions = (
-        kept_back(told, u, share, 3) for told in ({"label": label, "text": text}, {"label": label}, {"text": text})
+        drop_conditioning(told, u, share, 3)
+        for told in ({"label": label, "text": text}, {"label": label}, {"text": text})
     )
     unlabelled, unread = both["label"] == 3, ~both["text"].any(1)
     # Told nothing are the same pictures whatever there is to be told, and they are as many as was said.
@@ -262,9 +262,15 @@ def test_a_caption_too_long_to_be_read_whole_keeps_nothing_from_training(tmp_pat
 @needs_encoder
 def test_pictures_show_the_colour_that_words_ask_for_and_without_captions_none_in_particular(tmp_path: Path) -> None:
     squares(tmp_path / "squares")
-    settings = {"images": 1600, "learning_rate": 1e-2, "checkpoints": 1, "weighting": "plain", "times": "uniform"}
+    settings = {
+        "images": 1600,
+        "learning_rate": 1e-2,
+        "checkpoints": 1,
+        "weighting": "plain",
+        "timestep_sampling": "uniform",
+    }
     config = CONFIG.model_copy(update=settings)
-    shapes = [each.model_copy(update={"schedule": "cosine", "prediction": "v"}) for each in (MODEL, SHAPE)]
+    shapes = [each.model_copy(update={"schedule": "cosine", "prediction": "v_prediction"}) for each in (MODEL, SHAPE)]
     told, untold = (
         load_model(train(tmp_path / "squares", tmp_path / f"run{number}", each, config, SAMPLING).final)
         for number, each in enumerate(shapes)

@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
-from diffusion.evaluation.cost import evaluations, gflop
+from diffusion.evaluation.cost import gflop
 from diffusion.families import family_of
 from diffusion.families.base import Batch
-from diffusion.model import load_model
 from diffusion.models.config import ModelConfig
 from diffusion.process import make_schedule
 from diffusion.random import GaussianNoise
+from diffusion.reverse_process import count_evaluations
 from diffusion.sampling import told_of
 from diffusion.text import WIDTH
 from tests.diffusion.small_models import CONFIG, write_model
@@ -38,7 +39,7 @@ SCHEDULE = make_schedule(ModelConfig())
 )
 def test_the_network_is_asked_as_often_as_the_sampler_needs(sampling: dict[str, object], expected: int) -> None:
     config = SamplingConfig.model_validate({"steps": 10, **sampling})
-    assert evaluations(config, SCHEDULE) == expected
+    assert count_evaluations(config, SCHEDULE) == expected
 
 
 @pytest.mark.parametrize("guidance", [None, 3.0])

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.editing import Edit, agreeing, between, keeping, levels_for, repaint
 from diffusion.errors import UserError
-from diffusion.model import DiffusionModel, load_model
+from diffusion.model import DiffusionModel
 from diffusion.process import edm_schedule
 from diffusion.samplers import make_sampler, sigma_grid
 from diffusion.sampling import interpolate, sample

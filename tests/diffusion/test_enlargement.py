@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from diffusion.checkpoints import AVERAGED, load_model, save_tensors
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
@@ -21,7 +22,6 @@ from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.evaluation.metrics import judge
 from diffusion.evaluation.results import Evaluation
 from diffusion.grids import beside, blocks, grid
-from diffusion.model import AVERAGED, load_model, save_tensors
 from diffusion.models.unet import UNet
 from diffusion.upscaling import shrunk, upscale
 from tests.diffusion.html_pages import Page

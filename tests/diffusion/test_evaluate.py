@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.config import IngestConfig
 from diffusion.data.dataset import Dataset
@@ -20,7 +21,6 @@ from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.evaluation.metrics import judge
 from diffusion.evaluation.results import Conditions, Evaluation
 from diffusion.grids import grid
-from diffusion.model import load_model
 from diffusion.sampling import sample
 from tests.conftest import blob
 from tests.diffusion.small_models import write_model

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.drift import appearance, drift
@@ -16,7 +17,6 @@ from diffusion.evaluation.held_out_loss import held_out_loss, measure
 from diffusion.evaluation.metrics import judge
 from diffusion.evaluation.results import ModelEvaluation
 from diffusion.evaluation.thumbnails import moved
-from diffusion.model import load_model
 from diffusion.sampling import sample
 from diffusion.upscaling import shrunk, upscale
 from tests.diffusion.small_models import CONFIG as MODEL

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion.checkpoints import load_model
 from diffusion.errors import UserError
 from diffusion.explain import explain, forward, reverse, training_step
-from diffusion.model import DiffusionModel, load_model, to_uint8
+from diffusion.model import DiffusionModel, to_uint8
 from diffusion.models.config import ModelConfig
 from diffusion.process import NoiseSchedule, make_schedule
 from tests.diffusion.ideal_denoiser import IdealNetwork
@@ -55,7 +56,7 @@ def test_the_forward_strip_goes_from_the_picture_to_the_noise(schedule: NoiseSch
         torch.testing.assert_close(frame, alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * epsilon)
 
 
-@pytest.mark.parametrize("prediction", ["noise", "v", "x0"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_a_perfect_model_predicts_the_noise_of_the_training_step(prediction: str) -> None:
     x0, epsilon = noise(0).clamp(-1, 1), noise(1)
     step = training_step(perfect_model(x0[None], prediction), x0, epsilon)
@@ -68,7 +69,7 @@ def test_a_perfect_model_predicts_the_noise_of_the_training_step(prediction: str
 @pytest.mark.parametrize("level", [0.0, 1.5], ids=["grey", "brighter than white"])
 def test_what_a_model_gets_wrong_is_what_it_takes_for_the_picture(level: float) -> None:
     x0, epsilon = noise(0).clamp(-1, 1), noise(1)
-    step = training_step(perfect_model(torch.full((1, 1, 16, 16), level), "x0"), x0, epsilon)
+    step = training_step(perfect_model(torch.full((1, 1, 16, 16), level), "sample"), x0, epsilon)
     # x_0 + σ ε less its estimate is taken for noise, and σ is 1 there; nothing is clipped in training.
     torch.testing.assert_close(step.difference, x0 - level, atol=0.02, rtol=0)
     assert step.loss == pytest.approx((x0 - level).square().mean().item(), rel=0.02)
@@ -76,7 +77,7 @@ def test_what_a_model_gets_wrong_is_what_it_takes_for_the_picture(level: float) 
 
 def test_the_reverse_process_of_a_perfect_model_ends_at_a_picture_it_knows() -> None:
     points = torch.stack([noise(seed).clamp(-1, 1) for seed in range(4)])
-    frames = reverse(perfect_model(points, "v"), seed=3)
+    frames = reverse(perfect_model(points, "v_prediction"), seed=3)
     distances = (points - frames.result).abs().amax((1, 2, 3))
     assert distances.min() < 0.01
     known = points[distances.argmin()]

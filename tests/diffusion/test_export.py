@@ -14,16 +14,19 @@ from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 from torch import Tensor
 
 import diffusion.export
+from diffusion.checkpoints import AVERAGED, load_model, save_tensors
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.diffusers_format import DarkroomPipeline
 from diffusion.errors import UserError
 from diffusion.export import MODEL_FIELDS, Exported, export_to_diffusers
-from diffusion.model import AVERAGED, DiffusionModel, load_model, save_tensors
+from diffusion.families.ddpm import denoiser_of
+from diffusion.model import DiffusionModel
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 from diffusion.random import GaussianNoise
+from diffusion.reverse_process import reversed_from_noise
 from diffusion.samplers import levels_of
-from diffusion.sampling import denoiser_of, meanings_of, reversed_from_noise, sample, told_of
+from diffusion.sampling import meanings_of, sample, told_of
 from diffusion.text import ENCODER
 from tests.diffusion import small_models
 from tests.diffusion.captioned import MadeUp
@@ -31,10 +34,10 @@ from tests.diffusion.captioned import MadeUp
 CLASSES = {"cat": 30, "dog": 10}
 SEED, COUNT = 7, 3
 SCHEDULES: dict[str, dict[str, Any]] = {
-    "noise": {"prediction": "noise", "schedule": "linear"},
-    "v": {"prediction": "v", "schedule": "cosine"},
-    "x0": {"prediction": "x0", "schedule": "sigmoid"},
-    "no signal left": {"prediction": "v", "schedule": "linear", "zero_terminal": True},
+    "noise": {"prediction": "epsilon", "schedule": "linear"},
+    "v": {"prediction": "v_prediction", "schedule": "cosine"},
+    "x0": {"prediction": "sample", "schedule": "sigmoid"},
+    "no signal left": {"prediction": "v_prediction", "schedule": "linear", "zero_terminal_snr": True},
     "edm": {"prediction": "edm", "schedule": "edm"},
 }
 predictions = pytest.mark.parametrize("settings", SCHEDULES.values(), ids=SCHEDULES)

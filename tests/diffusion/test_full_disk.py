@@ -17,7 +17,7 @@ from tests.diffusion.test_ingest import files_of
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PARAMS = {
-    "model": {"width": 16, "multipliers": [1], "blocks": 1, "attention": [], "patch": 1},
+    "model": {"width": 16, "channel_mult": [1], "blocks": 1, "attention": [], "patch": 1},
     "training": {"dataset": "blobs", "images": 320, "checkpoints": 4, "batch_size": 16, "warmup_images": 16, "keep": 2},
     "sampling": {"steps": 2, "compute_batch": 8, "precision": "fp32"},
     "evaluation": {"samples": 16, "extractor_size": 32},

@@ -10,33 +10,33 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion.adversarial import penalties
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import Asked
 from diffusion.data.dataset import Dataset
 from diffusion.editing import Edit
 from diffusion.errors import UserError
 from diffusion.evaluation.held_out_loss import held_out_loss, measure
-from diffusion.families import family_of
-from diffusion.families.config import GANConfig
-from diffusion.families.gan import GANModel, PairLearner
+from diffusion.explain import explain
+from diffusion.families.base import TrainingBatch
+from diffusion.families.gan import GANModel, RelativisticObjective, gradient_penalties
 from diffusion.lanes import lanes
-from diffusion.model import load_model, to_uint8
-from diffusion.models.gan import Generator, Opponent
+from diffusion.model import to_uint8
+from diffusion.models.config import GANConfig
+from diffusion.models.gan import Discriminator, Generator
 from diffusion.random import GaussianNoise
 from diffusion.requests import tasks_of
 from diffusion.sampling import interpolate, sample
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.config import TrainingConfig
-from diffusion.training.drawn import Drawn
 from diffusion.training.preflight import count_flops, state_size
-from diffusion.training.run import Run
 from diffusion.training.train import TrainResult, train
 from tests.diffusion.small_autoencoders import CONFIG, SAMPLING
 from tests.diffusion.small_datasets import write_dataset
+from tests.diffusion.small_trainers import make_trainer, take_step
 from tests.diffusion.test_train import Stop, StopAt
 
 SIZE = 8
-MODEL = GANConfig(width=16, multipliers=(1, 2), patch=2, latent=8, gamma=0.5)
+MODEL = GANConfig(width=16, channel_mult=(1, 2), patch=2, latent=8, gamma=0.5)
 TRAINING = CONFIG.model_copy(update={"learning_rate": 2e-3, "weight_decay": 0.0, "flip": False, "precision": "fp32"})
 
 
@@ -75,7 +75,7 @@ def model(run: Path) -> GANModel:
 
 
 class Linear(nn.Module):
-    """An opponent whose every answer is known: w · x."""
+    """An discriminator whose every answer is known: w · x."""
 
     def __init__(self, weights: Tensor) -> None:
         super().__init__()
@@ -96,40 +96,40 @@ class Constant(nn.Module):
         return self.factor * z.reshape(len(z), 1, 2, 2)
 
 
-def test_the_penalty_of_a_linear_opponent_is_the_square_of_its_weights_with_their_gradient() -> None:
-    opponent = Linear(torch.tensor([1.0, -2.0, 0.5, 3.0]))
+def test_the_penalty_of_a_linear_discriminator_is_the_square_of_its_weights_with_their_gradient() -> None:
+    discriminator = Linear(torch.tensor([1.0, -2.0, 0.5, 3.0]))
     x = torch.randn(5, 1, 2, 2)
-    said, steepness = penalties(opponent, x)
-    assert torch.equal(said, opponent(x))
-    assert torch.allclose(steepness, opponent.weights.square().sum().expand(5))
-    (gradient,) = torch.autograd.grad(steepness.mean(), opponent.weights)
-    assert torch.allclose(gradient, 2 * opponent.weights)
+    said, steepness = gradient_penalties(discriminator, x)
+    assert torch.equal(said, discriminator(x))
+    assert torch.allclose(steepness, discriminator.weights.square().sum().expand(5))
+    (gradient,) = torch.autograd.grad(steepness.mean(), discriminator.weights)
+    assert torch.allclose(gradient, 2 * discriminator.weights)
 
 
 def test_the_penalty_of_a_square_is_that_of_its_slope() -> None:
     x = torch.randn(6, 3, 4, 4)
-    _, steepness = penalties(lambda each: each.square().flatten(1).sum(1), x)
+    _, steepness = gradient_penalties(lambda each: each.square().flatten(1).sum(1), x)
     assert torch.allclose(steepness, 4 * x.square().flatten(1).sum(1))
 
 
 def test_both_losses_and_their_gradients_are_those_worked_out_by_hand() -> None:
     weights, gamma = torch.tensor([0.3, -0.2, 0.5, 0.1]), 0.8
-    opponent, generator = Linear(weights), Constant()
-    learner = PairLearner(MODEL.model_copy(update={"latent": 4, "gamma": gamma}), 0, opponent)  # type: ignore[arg-type]
+    discriminator, generator = Linear(weights), Constant()
+    objective = RelativisticObjective(MODEL.model_copy(update={"latent": 4, "gamma": gamma}), 0, discriminator)  # type: ignore[arg-type]
     x, noise = torch.randn(5, 1, 2, 2), torch.randn(5, 8, 1, 1)
-    drawn = Drawn(x, None, noise, None, {})
+    batch = TrainingBatch(x, None, noise, None, {})
     mine, theirs = noise[:, 4:].flatten(1), noise[:, :4].flatten(1)
 
-    losses = learner.losses(generator, drawn)
+    losses = objective.losses(generator, batch)
     ahead = (x.flatten(1) - 0.7 * mine) @ weights
     assert torch.allclose(losses, functional.softplus(ahead))
     (gradient,) = torch.autograd.grad(losses.sum(), generator.factor)
     assert torch.allclose(gradient, -(ahead.sigmoid() * (mine @ weights)).sum())
 
-    opposing = learner.contest.losses(generator, drawn)
+    opposing = objective.discriminator_losses(generator, batch)
     behind = 0.7 * theirs - x.flatten(1)
     assert torch.allclose(opposing, functional.softplus(behind @ weights) + gamma * weights.square().sum())
-    (gradient,) = torch.autograd.grad(opposing.sum(), opponent.weights)
+    (gradient,) = torch.autograd.grad(opposing.sum(), discriminator.weights)
     expected = (behind * (behind @ weights).sigmoid()[:, None]).sum(0) + 5 * 2 * gamma * weights
     assert torch.allclose(gradient, expected)
 
@@ -146,47 +146,49 @@ def test_a_stopped_training_of_both_networks_goes_on_to_the_same_bits(
         assert (tmp_path / "cut" / name).read_bytes() == (run / name).read_bytes()
 
 
-def test_a_checkpoint_has_the_opponent_with_its_moments_and_the_model_has_not(run: Path) -> None:
+def test_a_checkpoint_has_the_discriminator_with_its_moments_and_the_model_has_not(run: Path) -> None:
     checkpoint = Checkpoints(run / "checkpoints").newest()
     assert checkpoint is not None
     names = set(checkpoint[0])
-    assert {"opponent.begin.weight", "opponent_optimizer.0.exp_avg_sq", "optimizer.0.exp_avg_sq"} <= names
+    assert {
+        "discriminator.begin.weight",
+        "optimizer.discriminator.0.exp_avg_sq",
+        "optimizer.network.0.exp_avg_sq",
+    } <= names
     with safe_open(run / "final.safetensors", framework="pt") as file:
         assert all(name.startswith("ema.") for name in file.keys())  # noqa: SIM118
         assert set(file.keys()) == {name for name in names if name.startswith("ema.")}
 
 
-@pytest.mark.parametrize("turn", [0, 1])
-def test_lanes_add_up_to_the_gradients_of_the_whole_batch(data: Path, turn: int) -> None:
+@pytest.mark.parametrize("step", [0, 1])
+def test_lanes_add_up_to_the_gradients_of_the_whole_batch(data: Path, step: int) -> None:
     found = []
     for count in (1, 4):
-        config = TRAINING.model_copy(update={"lanes": count})
+        config = TRAINING.model_copy(update={"cpu_threads": count})
         with lanes(count) as pool:
-            made = Run.new(Dataset.open(data), MODEL, config, pool)
+            trainer = make_trainer(data, MODEL, config, pool)
             x0 = torch.linspace(-1, 1, 16 * SIZE**2).view(16, 1, SIZE, SIZE)
-            drawn = made.learner.drawn(x0, range(16), {"label": torch.arange(16) % 3})
-            part = made.turns()[turn]
-            loss, norm = part.gradients(drawn, config, made.device, pool, made.ranks)
-            found.append([loss, norm, *(parameter.grad for parameter in part.parameters)])
+            batch = trainer.objective.make_batch(x0, range(16), {"label": torch.arange(16) % 3})
+            part = trainer.state.steps[step]
+            loss = trainer.backward(part, batch)
+            found.append([loss, *(parameter.grad for parameter in part.parameters)])
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, atol=1e-6, rtol=1e-4)
 
 
-def test_the_opponent_moves_first_and_what_is_not_finite_moves_nothing_after_it(data: Path) -> None:
+def test_the_discriminator_moves_first_and_what_is_not_finite_moves_nothing_after_it(data: Path) -> None:
     with lanes(1) as pool:
-        made = Run.new(Dataset.open(data), MODEL, TRAINING.model_copy(update={"lanes": 1}), pool)
-        assert made.state.opponent is not None
-        opponent = made.state.opponent.network
-        made.total = 3200
-        with made.loader:
-            made.step()
-            before = [each.clone() for each in made.state.network.parameters()]
+        trainer = make_trainer(data, MODEL, TRAINING.model_copy(update={"cpu_threads": 1}), pool, 3200)
+        state = trainer.state
+        with trainer.loader:
+            take_step(trainer)
+            before = [each.clone() for each in state.network.parameters()]
             with torch.no_grad():
-                next(opponent.parameters()).fill_(math.nan)
-            made.step()
-            made.settle()
-        assert made.state.skipped == 1
-        assert all(torch.equal(*pair) for pair in zip(before, made.state.network.parameters(), strict=True))
+                state.steps[0].parameters[0].fill_(math.nan)
+            take_step(trainer)
+            trainer.check_finite()
+        assert state.skipped == 1
+        assert all(torch.equal(*pair) for pair in zip(before, state.network.parameters(), strict=True))
 
 
 def test_it_draws_all_that_there_is_and_nothing_else(data: Path, tmp_path: Path) -> None:
@@ -220,17 +222,17 @@ def test_a_size_that_resolutions_do_not_divide_is_cut(size: int) -> None:
     torch.manual_seed(0)
     made = Generator(MODEL, 3, size)(torch.randn(2, 8, 1, 1))
     assert made.shape == (2, 3, size, size)
-    assert Opponent(MODEL, 3, size)(made).shape == (2,)
+    assert Discriminator(MODEL, 3, size)(made).shape == (2,)
     with pytest.raises(UserError, match="fold 16 pixels into one, and the pictures have 8"):
-        Generator(MODEL.model_copy(update={"multipliers": (1, 1, 1, 1)}), 1, 8)
+        Generator(MODEL.model_copy(update={"channel_mult": (1, 1, 1, 1)}), 1, 8)
 
 
-def test_what_the_opponent_says_of_a_picture_depends_on_no_other() -> None:
+def test_what_the_discriminator_says_of_a_picture_depends_on_no_other() -> None:
     torch.manual_seed(0)
-    opponent = Opponent(MODEL, 1, SIZE, 2)
+    discriminator = Discriminator(MODEL, 1, SIZE, 2)
     x, label = torch.randn(4, 1, SIZE, SIZE), torch.tensor([0, 1, 2, 0])
-    alone = torch.cat([opponent(x[[number]], label[[number]]) for number in range(4)])
-    assert torch.allclose(opponent(x, label), alone, atol=1e-6)
+    alone = torch.cat([discriminator(x[[number]], label[[number]]) for number in range(4)])
+    assert torch.allclose(discriminator(x, label), alone, atol=1e-6)
 
 
 def test_what_it_cannot_do_is_refused(model: GANModel, data: Path, tmp_path: Path) -> None:
@@ -239,7 +241,7 @@ def test_what_it_cannot_do_is_refused(model: GANModel, data: Path, tmp_path: Pat
         sample(model, [0], 0, SAMPLING, edit=Edit(torch.zeros(1, SIZE, SIZE, dtype=torch.uint8), strength=0.5))
     with pytest.raises(UserError, match=r"sampling\.steps means nothing to model\.family = gan"):
         sample(model, [0], 0, SAMPLING.model_copy(update={"steps": 20}))
-    for setting in ({"keep_best": 2}, {"weighting": "plain"}, {"recompute": True}):
+    for setting in ({"keep_best": 2}, {"weighting": "plain"}, {"gradient_checkpointing": True}):
         with pytest.raises(UserError, match=rf"training\.{next(iter(setting))} means nothing to model\.family = gan"):
             trained(data, tmp_path / "run", TRAINING.model_copy(update=setting))
 
@@ -254,7 +256,7 @@ def test_it_says_nothing_of_how_probable_pictures_are(data: Path, model: GANMode
 
 
 def test_how_it_works_is_drawn(data: Path, model: GANModel, tmp_path: Path) -> None:
-    paths = family_of(model.config).explain(model, Dataset.open(data).pictures([0])[0], tmp_path, 0)
+    paths = explain(model, Dataset.open(data).pictures([0])[0], tmp_path, 0)
     assert [path.name for path in paths] == ["way.png"]
 
 
@@ -262,6 +264,6 @@ def test_work_and_memory_are_counted_for_both_networks() -> None:
     # Nearly all of it is convolutions, whose work grows with the positions.
     small, large = (count_flops(MODEL, (3, size, size), 0) for size in (16, 32))
     assert large / small == pytest.approx(4, rel=0.1)
-    alone, both = state_size(1000, 1, 2), state_size(1000, 1, 2, opponent=500)
+    alone, both = state_size(1000, 1, 2), state_size(1000, 1, 2, others=500)
     # Weights and two moments on disk; in memory twice, with gradients of two lanes and their sum.
     assert (both[0] - alone[0], both[1] - alone[1]) == (4 * 500 * (2 * 3 + 3), 4 * 500 * 3)

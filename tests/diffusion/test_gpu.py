@@ -8,19 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.device import repeatable, resolve_device
 from diffusion.errors import UserError
 from diffusion.fingerprint import fingerprint
-from diffusion.model import load_model
 from diffusion.models.config import ModelConfig
 from diffusion.sampling import sample
 from diffusion.training.config import TrainingConfig
-from diffusion.training.history import read_rows
+from diffusion.training.logging import read_metrics
 from diffusion.training.train import train
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-MODEL = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(0,), heads=1, patch=1, dropout=0.1)
+MODEL = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(0,), heads=1, patch=1, dropout=0.1)
 CONFIG = TrainingConfig(images=640, batch_size=16, warmup_images=32, checkpoints=2, precision="fp32")
 SAMPLING = SamplingConfig(steps=4, compute_batch=36, precision="fp32")
 
@@ -30,7 +30,7 @@ def losses(dataset: Path, output: Path, **changes: object) -> np.ndarray:
     config = CONFIG.model_copy(update=changes)
     sampling = SAMPLING.model_copy(update={"device": config.device})
     train(dataset, output, MODEL, config, sampling)
-    return np.array([row["loss"] for row in read_rows(output / "history.csv")])
+    return np.array([row["loss"] for row in read_metrics(output / "history.csv")])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")

@@ -10,18 +10,17 @@ from scipy.stats import norm
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.denoiser import Denoiser
 from diffusion.evaluation.held_out_loss import HeldOutLoss, held_out_loss, measure, told_of_rows
-from diffusion.evaluation.terms import LEVELS, Terms, denoising_terms, noise_levels
-from diffusion.families.config import VAEConfig
 from diffusion.families.vae import VAEModel
-from diffusion.model import DiffusionModel, load_model, to_float
-from diffusion.models.config import ModelConfig
-from diffusion.models.latents import Latents
+from diffusion.likelihood import LEVELS, Terms, denoising_terms, noise_levels
+from diffusion.model import DiffusionModel, to_float
+from diffusion.models.config import ModelConfig, VAEConfig
 from diffusion.models.unet import UNet
-from diffusion.models.vae import VAE
+from diffusion.models.vae import VAE, Latents
 from diffusion.objective import Objective, Parametrization, edm
 from diffusion.process import edm_schedule
 from diffusion.text import ENCODER
@@ -168,7 +167,9 @@ def test_each_picture_has_its_noise_however_pictures_come(tmp_path: Path) -> Non
     assert whole.losses.shape == (21, LEVELS)
 
 
-@pytest.mark.parametrize("changes", [{"prediction": "v"}, {"prediction": "noise"}, {"learned_variance": True}])
+@pytest.mark.parametrize(
+    "changes", [{"prediction": "v_prediction"}, {"prediction": "epsilon"}, {"learned_variance": True}]
+)
 def test_any_network_can_be_measured(changes: dict[str, object], tmp_path: Path) -> None:
     config = ModelConfig.model_validate(header().model.model_dump() | changes)
     model = load_model(write_model(tmp_path / "model", 0, 0, config=config))
@@ -221,7 +222,7 @@ def test_models_are_told_captions_and_small_pictures_as_in_training(made_up: Mad
 
 def test_of_latents_there_is_a_loss_and_no_bits() -> None:
     torch.manual_seed(0)
-    vae = VAE(VAEConfig(width=16, multipliers=(1, 1), latent_channels=3), 1, 16).eval()
+    vae = VAE(VAEConfig(width=16, channel_mult=(1, 1), latent_channels=3), 1, 16).eval()
     about = header(size=16)
     assert isinstance(about.model, ModelConfig)
     network = UNet(about.model.model_copy(update={"patch": 1}), 3, 4).eval()
@@ -238,7 +239,7 @@ def test_of_an_autoencoder_there_are_bits_and_no_loss_and_they_know_no_weight() 
     x = torch.from_numpy(random_pictures(9, size=16))
     found = []
     for weight in (1.0, 0.01):
-        config = VAEConfig(width=16, multipliers=(1, 1), latent_channels=3, kl_weight=weight)
+        config = VAEConfig(width=16, channel_mult=(1, 1), latent_channels=3, kl_weight=weight)
         torch.manual_seed(0)
         network = VAE(config, 1, 16).eval()
         model = VAEModel(header(size=16).model_copy(update={"model": config}), network)

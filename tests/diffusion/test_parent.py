@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 DARKROOM = "import sys; sys.argv[0] = 'darkroom'; from flows.cli import main; main()"
 PARAMS = {
     "ingest": {"source": "pictures", "size": 32, "workers": 2, "runner": "processes"},
-    "model": {"width": 16, "multipliers": [1], "blocks": 1, "attention": [], "patch": 1},
+    "model": {"width": 16, "channel_mult": [1], "blocks": 1, "attention": [], "patch": 1},
     "training": {"dataset": "set", "images": 10_000_000, "batch_size": 16, "warmup_images": 32},
 }
 

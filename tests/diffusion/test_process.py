@@ -85,7 +85,7 @@ def test_a_shorter_linear_schedule_adds_as_much_noise_in_all() -> None:
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_a_schedule_without_signal_at_its_end_is_that_of_diffusers(name: str) -> None:
-    ours = make_schedule(ModelConfig.model_validate({"schedule": name, "zero_terminal": True}))
+    ours = make_schedule(ModelConfig.model_validate({"schedule": name, "zero_terminal_snr": True}))
     theirs = DDPMScheduler(1000, beta_schedule=THEIR_NAME[name], rescale_betas_zero_snr=True)
     torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, atol=1e-6, rtol=0)
     assert ours.q_sample(torch.ones(1, 1, 1, 1), torch.tensor([999]), torch.zeros(1, 1, 1, 1)).item() < 3e-4
@@ -132,8 +132,8 @@ def test_time_stays_at_the_ends_for_sigmas_beyond_the_schedule() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"zero_terminal": True, "schedule": "cosine", "prediction": "noise"}, "use v, x0 or edm"),
-        ({"zero_terminal": True, "schedule": "edm"}, "leave one out"),
+        ({"zero_terminal_snr": True, "schedule": "cosine", "prediction": "epsilon"}, "use v_prediction, sample or edm"),
+        ({"zero_terminal_snr": True, "schedule": "edm"}, "leave one out"),
     ],
 )
 def test_what_makes_no_sense_together_is_refused_with_the_reason(settings: dict[str, object], words: str) -> None:

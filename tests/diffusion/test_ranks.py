@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffusion.data.ingest import forget_captions
-from diffusion.training.history import read_rows
+from diffusion.training.logging import read_metrics
 from tests.diffusion.captioned import needs_encoder, squares
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -28,9 +28,9 @@ from diffusion.models.config import ModelConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import train
 told, shard = "text" in sys.argv, "shard" in sys.argv
-model = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1, dropout=0.1, text=told)
+model = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1, dropout=0.1, text=told)
 length = {"images": int(sys.argv[3]), "checkpoints": 16} if sys.argv[3] != "0" else {"minutes": 0.3, "checkpoints": 2}
-config = TrainingConfig(**length, batch_size=16, warmup_images=32, keep=2, lanes=2,
+config = TrainingConfig(**length, batch_size=16, warmup_images=32, keep=2, cpu_threads=2,
     learned_uncertainty=True, shard=shard)
 train(Path(sys.argv[1]), Path(sys.argv[2]), model, config, SamplingConfig(steps=2, compute_batch=36))
 """
@@ -74,7 +74,7 @@ def kill_all(process: subprocess.Popen[bytes], output: Path) -> None:
 
 
 def curve(output: Path) -> np.ndarray:
-    return np.array([row["loss"] for row in read_rows(output / "history.csv")])
+    return np.array([row["loss"] for row in read_metrics(output / "history.csv")])
 
 
 @pytest.mark.drill(

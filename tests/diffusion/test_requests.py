@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
-from diffusion.model import DiffusionModel, load_model
+from diffusion.model import DiffusionModel
 from diffusion.requests import NEEDS, TAKES, Request, answer, original, request_of, tasks_of
 from diffusion.sampling import interpolate, sample
 from diffusion.upscaling import upscale

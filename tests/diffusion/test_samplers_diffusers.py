@@ -27,9 +27,8 @@ from diffusion.process import cosine_schedule, linear_schedule
 from diffusion.samplers import make_sampler
 
 THEIR_SCHEDULE = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
-THEIR_PREDICTION: dict[Prediction, str] = {"noise": "epsilon", "v": "v_prediction", "x0": "sample"}
 SCHEDULES = {"linear": linear_schedule(1000), "cosine": cosine_schedule(1000)}
-PREDICTIONS: tuple[Prediction, ...] = ("noise", "v", "x0")
+PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample")
 SHAPE = (2, 1, 4, 4)
 WEIGHTS = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 3
 
@@ -51,7 +50,7 @@ def network_of(prediction: Prediction, schedule: str) -> Network:
         alpha_bar = 1 / (1 + SCHEDULES[schedule].sigma(time) ** 2)[:, None, None, None]
         noise = (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
         v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
-        return {"noise": noise, "v": v, "x0": x0}[prediction]
+        return {"epsilon": noise, "v_prediction": v, "sample": x0}[prediction]
 
     return answer
 
@@ -116,7 +115,7 @@ def scheduler(kind: Callable[..., Any], schedule: str, prediction: Prediction, s
         beta_start=1e-4,
         beta_end=0.02,
         beta_schedule=THEIR_SCHEDULE[schedule],
-        prediction_type=THEIR_PREDICTION[prediction],
+        prediction_type=prediction,
         **settings,
     )
     theirs.set_timesteps(steps)
@@ -215,7 +214,7 @@ def test_euler(prediction: Prediction) -> None:
 @predictions
 def test_euler_with_churn(prediction: Prediction) -> None:
     """Their scheduler asks the network before it adds noise: here it is told what the network says after it."""
-    theirs = scheduler(EulerDiscreteScheduler, "linear", "x0", 20, timestep_spacing="leading")
+    theirs = scheduler(EulerDiscreteScheduler, "linear", "sample", 20, timestep_spacing="leading")
     sigmas = theirs.sigmas
     config = SamplingConfig(sampler="euler", steps=20, churn=6, churn_min=0.1, churn_max=100, churn_noise=1.003)
     seen = ours(config, "linear", sigmas, prediction)

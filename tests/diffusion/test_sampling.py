@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from diffusion.checkpoints import export, load_model, save_tensors
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
-from diffusion.model import DiffusionModel, export, load_model, save_tensors, to_float, to_uint8
+from diffusion.model import DiffusionModel, to_float, to_uint8
 from diffusion.sampling import sample
 from tests.diffusion.test_train import run
 

@@ -19,26 +19,28 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffusion.checkpoints import load_model, read_header
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import FileEntry, read_manifest, write_manifest
 from diffusion.errors import DarkroomError, UserError
 from diffusion.lanes import lanes
-from diffusion.model import load_model, read_header, to_float
+from diffusion.model import to_float
 from diffusion.models.config import ModelConfig
 from diffusion.process import make_schedule
 from diffusion.sampling import sample
-from diffusion.training.candidates import candidates
-from diffusion.training.checkpoint import Checkpoints, Writer
+from diffusion.training.checkpoint import Checkpoints, CheckpointWriter
 from diffusion.training.config import TrainingConfig
-from diffusion.training.guards import Guards
-from diffusion.training.history import History, read_rows
+from diffusion.training.logging import MetricsFile, read_metrics
+from diffusion.training.monitor import TrainingMonitor
+from diffusion.training.post_hoc_ema import models_to_evaluate
 from diffusion.training.preflight import count_flops
-from diffusion.training.run import Run, learning_rate
 from diffusion.training.train import TrainResult, discard, preflight, train
+from diffusion.training.trainer import scheduled_learning_rate
 from tests.diffusion.small_datasets import random_pictures, write_dataset
+from tests.diffusion.small_trainers import make_trainer, take_step
 
-MODEL = ModelConfig(width=16, multipliers=(1,), blocks=1, attention=(), patch=1)
+MODEL = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1)
 CONFIG = TrainingConfig(dataset="blobs", images=320, batch_size=16, warmup_images=32, checkpoints=4, keep=2, flip=True)
 SAMPLING = SamplingConfig(steps=2, compute_batch=36)
 
@@ -219,15 +221,18 @@ def test_minutes_are_turned_into_images_once(dataset: Path, tmp_path: Path) -> N
     assert images % 16 == 0
 
 
-EDM = {"weighting": "edm", "learned_uncertainty": True, "times": "lognormal", "ema_lengths": [0.05, 0.1]}
+EDM = {"weighting": "edm", "learned_uncertainty": True, "timestep_sampling": "lognormal", "ema_stds": [0.05, 0.1]}
 
 
 @pytest.mark.parametrize(
     ("model", "settings"),
     [
         ({"schedule": "edm", "prediction": "edm"}, EDM),
-        ({"schedule": "sigmoid", "zero_terminal": True, "prediction": "x0"}, {"weighting": "soft_min_snr"}),
-        ({"prediction": "noise", "dropout": 0.1}, {"weighting": "min_snr", "stratified": False, "recompute": True}),
+        ({"schedule": "sigmoid", "zero_terminal_snr": True, "prediction": "sample"}, {"weighting": "soft_min_snr"}),
+        (
+            {"prediction": "epsilon", "dropout": 0.1},
+            {"weighting": "min_snr", "stratified_timesteps": False, "gradient_checkpointing": True},
+        ),
     ],
     ids=["edm", "sigmoid", "linear"],
 )
@@ -241,16 +246,16 @@ def test_whatever_is_chosen_from_the_menu_learns_and_resumes_to_the_same_bits(
         train(dataset, tmp_path / "cut", shape, config, SAMPLING, track=lambda _: StopAt(240))
     resumed = train(dataset, tmp_path / "cut", shape, config, SAMPLING)
     assert resumed.final.read_bytes() == whole.final.read_bytes()
-    losses = [row["held_out_loss"] for row in read_rows(tmp_path / "whole" / "losses.csv")]
+    losses = [row["held_out_loss"] for row in read_metrics(tmp_path / "whole" / "losses.csv")]
     assert losses[-1] < losses[0]
     for path in (tmp_path / "whole").glob("averages/*.safetensors"):
         assert path.read_bytes() == (tmp_path / "cut" / "averages" / path.name).read_bytes()
 
 
 def test_averages_of_other_lengths_are_made_after_the_end_and_draw(dataset: Path, tmp_path: Path) -> None:
-    config = TrainingConfig.model_validate(CONFIG.model_dump() | {"ema_lengths": [0.05, 0.1], "checkpoints": 8})
+    config = TrainingConfig.model_validate(CONFIG.model_dump() | {"ema_stds": [0.05, 0.1], "checkpoints": 8})
     result = run(dataset, tmp_path / "run", config)
-    *kept, shorter, same = candidates(tmp_path / "run", tmp_path / "report", [0.04, 0.05])
+    *kept, shorter, same = models_to_evaluate(tmp_path / "run", tmp_path / "report", [0.04, 0.05])
     assert len(kept) == config.keep
     final, made = (load_model(path).network.state_dict() for path in (result.final, same))
     for name, value in made.items():
@@ -259,7 +264,7 @@ def test_averages_of_other_lengths_are_made_after_the_end_and_draw(dataset: Path
     first = min((tmp_path / "run" / "averages").glob("[0-9]*.safetensors"))
     first.write_bytes(b"half of")
     with pytest.raises(UserError, match=f"{first.stem}.* is damaged"):
-        candidates(tmp_path / "run", tmp_path / "report", [0.04])
+        models_to_evaluate(tmp_path / "run", tmp_path / "report", [0.04])
 
 
 def test_averaged_weights_move_and_differ_from_the_raw_ones(dataset: Path, tmp_path: Path) -> None:
@@ -272,8 +277,10 @@ def test_averaged_weights_move_and_differ_from_the_raw_ones(dataset: Path, tmp_p
 
 
 def test_training_beats_the_best_constant_prediction_by_far(dataset: Path, tmp_path: Path) -> None:
-    model = MODEL.model_copy(update={"schedule": "cosine", "prediction": "v"})
-    config = CONFIG.model_copy(update={"images": 4800, "learning_rate": 1e-2, "weighting": "plain", "times": "uniform"})
+    model = MODEL.model_copy(update={"schedule": "cosine", "prediction": "v_prediction"})
+    config = CONFIG.model_copy(
+        update={"images": 4800, "learning_rate": 1e-2, "weighting": "plain", "timestep_sampling": "uniform"}
+    )
     train(dataset, tmp_path / "run", model, config, SAMPLING)
     rows = (tmp_path / "run" / "losses.csv").read_text().splitlines()
     last = dict(zip(rows[0].split(","), map(float, rows[-1].split(",")), strict=True))
@@ -297,12 +304,12 @@ def test_the_final_model_holds_the_last_checkpoints_averaged_weights(dataset: Pa
 
 def test_learning_rate_rises_and_falls_by_images_seen() -> None:
     config = CONFIG.model_copy(update={"warmup_images": 64, "learning_rate": 1.0})
-    rates = [learning_rate(config, images, 320) for images in range(0, 336, 16)]
+    rates = [scheduled_learning_rate(config, images, 320) for images in range(0, 336, 16)]
     assert rates.index(max(rates)) == 3
     assert rates[0] < rates[1] < rates[2]
     assert rates[-1] == pytest.approx(0, abs=1e-12)
     half = CONFIG.model_copy(update={"warmup_images": 64, "learning_rate": 1.0, "batch_size": 1})
-    assert learning_rate(half, 160, 320) == pytest.approx(rates[10])
+    assert scheduled_learning_rate(half, 160, 320) == pytest.approx(rates[10])
 
 
 def test_two_trainings_in_one_folder_are_refused(dataset: Path, tmp_path: Path) -> None:
@@ -331,7 +338,7 @@ def test_the_share_of_time_spent_waiting_for_pictures_is_recorded(dataset: Path,
             logged.extend(value for name, value in metrics.items() if name == "data_wait")
 
     run(dataset, tmp_path / "run", track=lambda _: Listener(0))
-    written = [row["data_wait"] for row in read_rows(tmp_path / "run" / "history.csv")]
+    written = [row["data_wait"] for row in read_metrics(tmp_path / "run" / "history.csv")]
     assert written == logged
     assert len(written) == 20
     assert all(0 < share < 1 for share in written)
@@ -339,7 +346,7 @@ def test_the_share_of_time_spent_waiting_for_pictures_is_recorded(dataset: Path,
 
 def test_a_history_from_before_a_column_was_there_goes_on(tmp_path: Path) -> None:
     (tmp_path / "history.csv").write_text("images,loss\n16,0.5\n32,0.4\n48,0.")
-    history = History(tmp_path / "history.csv", ("loss", "data_wait"))
+    history = MetricsFile(tmp_path / "history.csv", ("loss", "data_wait"))
     history.rewind(32)
     history.append(48, {"loss": 0.25, "data_wait": 0.125})
     assert (tmp_path / "history.csv").read_text() == "images,loss,data_wait\n16,0.5,nan\n32,0.4,nan\n48,0.25,0.125\n"
@@ -429,44 +436,45 @@ def test_workers_without_work_are_refused() -> None:
 
 def test_steps_whose_loss_is_not_finite_are_left_out_and_counted(dataset: Path) -> None:
     with lanes(1) as pool:
-        run = Run.new(Dataset.open(dataset), MODEL, CONFIG, pool)
-        run.total = 320
+        trainer = make_trainer(dataset, MODEL, CONFIG, pool, 320)
         broken = {16, 48, 64}
 
         def spoil(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
-            return output * (math.nan if run.state.images in broken else 1.0)
+            return output * (math.nan if trainer.state.images in broken else 1.0)
 
-        run.state.network.register_forward_hook(spoil)
+        trainer.state.network.register_forward_hook(spoil)
         for images in range(0, 96, 16):
-            before = copy.deepcopy(run.state.network.state_dict())
-            loss, _ = run.step()
-            moved = any(not torch.equal(value, before[name]) for name, value in run.state.network.state_dict().items())
+            before = copy.deepcopy(trainer.state.network.state_dict())
+            loss, _ = take_step(trainer)
+            moved = any(
+                not torch.equal(value, before[name]) for name, value in trainer.state.network.state_dict().items()
+            )
             assert bool(loss.isnan()) == (images in broken) == (not moved)
-        assert (run.state.images, run.state.skipped, run.state.skipped_in_a_row) == (96, 3, 0)
+        assert (trainer.state.images, trainer.state.skipped, trainer.state.skipped_in_a_row) == (96, 3, 0)
 
 
 def test_steps_looked_at_later_leave_out_the_same(dataset: Path) -> None:
     # As on a GPU, which nobody waits for after each step.
     counts, weights = [], []
-    for behind in (0, 1):
+    for lag in (0, 1):
         with lanes(1) as pool:
-            run = Run.new(Dataset.open(dataset), MODEL, CONFIG, pool)
-            run.total, run.behind = 320, behind
+            trainer = make_trainer(dataset, MODEL, CONFIG, pool, 320)
+            trainer.lag = lag
             # In the forward pass the number of images is that of the steps before.
-            run.state.network.register_forward_hook(
-                lambda _m, _i, output, run=run: output * (math.nan if run.state.images in {16, 48, 64} else 1.0)
+            trainer.state.network.register_forward_hook(
+                lambda _m, _i, output, state=trainer.state: output * (math.nan if state.images in {16, 48, 64} else 1.0)
             )
             for _ in range(6):
-                run.step()
-            run.settle()
-            counts.append((run.state.images, run.state.skipped, run.state.skipped_in_a_row))
-            weights.append(run.state.tensors())
+                take_step(trainer)
+            trainer.check_finite()
+            counts.append((trainer.state.images, trainer.state.skipped, trainer.state.skipped_in_a_row))
+            weights.append(trainer.state.tensors())
     assert counts == [(96, 3, 0)] * 2
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_a_run_that_cannot_go_on_stops_and_keeps_the_batch(dataset: Path, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"learning_rate": 1e30, "most_skipped": 3})
+    config = CONFIG.model_copy(update={"learning_rate": 1e30, "max_nonfinite_steps": 3})
     with pytest.raises(DarkroomError, match=r"not finite in 3 steps in a row.*lower training\.learning_rate.*lies in"):
         run(dataset, tmp_path / "run", config)
     batch = load_file(tmp_path / "run" / "not_finite.safetensors")
@@ -476,23 +484,23 @@ def test_a_run_that_cannot_go_on_stops_and_keeps_the_batch(dataset: Path, tmp_pa
 
 
 def test_what_looks_wrong_is_said_once_and_only_then(caplog: pytest.LogCaptureFixture) -> None:
-    guards = Guards()
+    monitor = TrainingMonitor()
     with caplog.at_level(logging.WARNING):
         for images in range(20):
-            guards.loss(0.1 + 0.01 * (images % 3), images)
+            monitor.check_loss(0.1 + 0.01 * (images % 3), images)
         for train_loss, held_out in ((0.3, 0.4), (0.2, 0.3), (0.1, 0.35), (0.09, 0.3)):
-            guards.probe({"train_loss_ema": train_loss, "held_out_loss_ema": held_out}, 0)
+            monitor.check_validation({"train_loss_ema": train_loss, "held_out_loss_ema": held_out}, 0)
         assert not caplog.messages
-        guards.loss(0.9, 20)
+        monitor.check_loss(0.9, 20)
         for train_loss, held_out in ((0.08, 0.31), (0.07, 0.32), (0.06, 0.33)):
-            guards.probe({"train_loss_ema": train_loss, "held_out_loss_ema": held_out}, 30)
+            monitor.check_validation({"train_loss_ema": train_loss, "held_out_loss_ema": held_out}, 30)
         network, average = torch.nn.Linear(2, 2), {"weight": torch.ones(2, 2)}
-        guards.weights(network, average, 40)
+        monitor.check_weights(dict(network.named_parameters()), average, 40)
         torch.nn.init.zeros_(network.weight)
-        guards.weights(network, average, 50)
+        monitor.check_weights(dict(network.named_parameters()), average, 50)
     words = [
         "leapt to 0.9 after 20",
-        "30 images the loss on held-out pictures has risen",
+        "30 images the loss on held-out images has risen",
         "average of the weights has not",
     ]
     assert len(caplog.messages) == len(words)
@@ -511,7 +519,7 @@ def test_a_dry_run_says_what_will_run_and_writes_nothing(dataset: Path, tmp_path
     assert about.disk_bytes / 3 < kept < about.disk_bytes * 1.5
     assert 0 < about.seconds < 600
     words = dict(about.lines())
-    assert words["length"] == f"320 pictures, {320 / about.train:.1f} epochs"
+    assert words["length"] == f"320 images, {320 / about.train:.1f} epochs"
 
 
 def test_work_grows_with_width_and_size_as_convolutions_do() -> None:
@@ -546,7 +554,7 @@ def test_the_policy_says_which_checkpoints_stay(
     run(dataset, tmp_path / "run", CONFIG.model_copy(update={"checkpoints": 8} | policy))
     there = [int(path.stem) for path in Checkpoints(tmp_path / "run" / "checkpoints").paths()]
     if kept is None:
-        rows = read_rows(tmp_path / "run" / "losses.csv")
+        rows = read_metrics(tmp_path / "run" / "losses.csv")
         best = sorted(rows, key=lambda row: row["held_out_loss_ema"])[:2]
         kept = sorted({int(row["images"]) for row in best} | {320})
     assert there == kept
@@ -554,24 +562,23 @@ def test_the_policy_says_which_checkpoints_stay(
 
 def test_what_goes_wrong_with_a_checkpoint_beside_training_stops_it(dataset: Path, tmp_path: Path) -> None:
     with lanes(1) as pool:
-        training = Run.new(Dataset.open(dataset), MODEL, CONFIG, pool)
+        trainer = make_trainer(dataset, MODEL, CONFIG, pool)
     (tmp_path / "file").write_text("no folder")
-    writer = Writer(Checkpoints(tmp_path / "file" / "checkpoints"))
-    writer.save(training.state, training.header(), 1)
+    writer = CheckpointWriter(Checkpoints(tmp_path / "file" / "checkpoints"))
+    writer.save(trainer.state.tensors(), trainer.checkpoint_header(), 1)
     with pytest.raises((FileExistsError, NotADirectoryError)):
-        writer.save(training.state, training.header(), 1)
+        writer.save(trainer.state.tensors(), trainer.checkpoint_header(), 1)
 
 
 def test_a_checkpoint_holds_the_state_as_it_was_though_training_goes_on(dataset: Path, tmp_path: Path) -> None:
     with lanes(1) as pool:
-        training = Run.new(Dataset.open(dataset), MODEL, CONFIG, pool)
-        training.total = 320
-        training.step()
-        expected = {name: value.clone() for name, value in training.state.tensors().items()}
-        with Writer(Checkpoints(tmp_path)) as writer:
-            writer.save(training.state, training.header(), 1)
+        trainer = make_trainer(dataset, MODEL, CONFIG, pool, 320)
+        take_step(trainer)
+        expected = {name: value.clone() for name, value in trainer.state.tensors().items()}
+        with CheckpointWriter(Checkpoints(tmp_path)) as writer:
+            writer.save(trainer.state.tensors(), trainer.checkpoint_header(), 1)
             for _ in range(5):
-                training.step()
+                take_step(trainer)
     written = load_file(tmp_path / "0000000016.safetensors")
     assert written.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in written.items())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
@@ -16,8 +17,7 @@ from diffusion.evaluation.exhibits import Exhibits
 from diffusion.evaluation.gate import GateConfig, Verdict
 from diffusion.evaluation.trial import trial
 from diffusion.evaluation.trial_results import Trial
-from diffusion.families.config import GANConfig
-from diffusion.model import load_model
+from diffusion.models.config import GANConfig
 from diffusion.sampling import labels_of, sample
 from tests.conftest import disc
 from tests.diffusion.small_datasets import random_pictures, write_dataset
@@ -316,7 +316,7 @@ def test_families_meet_only_if_asked_and_then_by_what_they_draw(data: Path, tmp_
     # Neither of the two has a reverse process, so that both draw by the same settings.
     plain = SamplingConfig(compute_batch=16, precision="fp32")
     autoencoder = write_autoencoder(tmp_path / "vae.safetensors", 1)
-    gan = write_of_family(tmp_path / "gan.safetensors", GANConfig(width=8, multipliers=(1,), latent=4), 2)
+    gan = write_of_family(tmp_path / "gan.safetensors", GANConfig(width=8, channel_mult=(1,), latent=4), 2)
     asked = GATE.model_copy(update={"across_families": True, "cost": None})
     for path, pictures in ((gan, noisy(good(48), 5)), (autoencoder, noisy(good(48, first=6000), 60))):
         let_draw(path, pictures, data, tmp_path, TRIED, plain)
@@ -333,7 +333,7 @@ def test_families_meet_only_if_asked_and_then_by_what_they_draw(data: Path, tmp_
 def test_a_champion_of_another_family_draws_by_what_of_the_settings_means_something_to_it(
     data: Path, tmp_path: Path
 ) -> None:
-    gan = write_of_family(tmp_path / "gan.safetensors", GANConfig(width=8, multipliers=(1,), latent=4), 2)
+    gan = write_of_family(tmp_path / "gan.safetensors", GANConfig(width=8, channel_mult=(1,), latent=4), 2)
     new = write_model(tmp_path / "new.safetensors", 1, 1)
     asked = GATE.model_copy(update={"across_families": True})
     # To the reverse process of the challenger these settings mean something.

@@ -1,6 +1,6 @@
 import torch
 
-from diffusion.training.uncertainty import Uncertainty
+from diffusion.families.ddpm import Uncertainty
 
 
 def test_it_settles_where_it_says_how_large_the_loss_is_at_each_time() -> None:

@@ -17,7 +17,7 @@ from diffusion.models.unet import UNet, attend, dropped, sinusoidal
 
 
 def small(**changes: object) -> ModelConfig:
-    return ModelConfig.model_validate({"width": 16, "blocks": 1, "multipliers": (1, 2), "attention": (1,)} | changes)
+    return ModelConfig.model_validate({"width": 16, "blocks": 1, "channel_mult": (1, 2), "attention": (1,)} | changes)
 
 
 def awake(network: UNet) -> UNet:
@@ -34,18 +34,18 @@ def noisy(count: int = 2, channels: int = 1, size: int = 28) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("size", "patch", "multipliers"),
+    ("size", "patch", "channel_mult"),
     [(28, 2, (1, 2)), (28, 2, (1, 2, 2)), (28, 1, (1, 2)), (28, 4, (1,)), (31, 2, (1, 2)), (8, 1, (1, 1, 1, 1))],
 )
 @pytest.mark.parametrize("channels", [1, 3])
-def test_any_size_comes_out_as_it_went_in(size: int, patch: int, multipliers: tuple[int, ...], channels: int) -> None:
-    network = UNet(small(patch=patch, multipliers=multipliers, attention=()), channels, size)
+def test_any_size_comes_out_as_it_went_in(size: int, patch: int, channel_mult: tuple[int, ...], channels: int) -> None:
+    network = UNet(small(patch=patch, channel_mult=channel_mult, attention=()), channels, size)
     assert awake(network)(noisy(2, channels, size), torch.tensor([0.0, 999.0])).shape == (2, channels, size, size)
 
 
 def test_resolutions_below_a_pixel_are_refused_with_the_way_out() -> None:
     with pytest.raises(UserError, match=r"fold 32 pixels into one, and the pictures have 28: take a number out of"):
-        UNet(small(patch=4, multipliers=(1, 1, 1, 1)), 1, 28)
+        UNet(small(patch=4, channel_mult=(1, 1, 1, 1)), 1, 28)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_resolutions_below_a_pixel_are_refused_with_the_way_out() -> None:
         ({"attention": (2,)}, "model.attention names resolution 2, and there are 2: use 0 to 1"),
         ({"attention": (-1,)}, "use 0 to 1"),
         ({"heads": 3}, "model.heads = 3 does not divide the 32 channels at resolution 1"),
-        ({"multipliers": ()}, "model.multipliers needs at least one positive number"),
-        ({"multipliers": (1, 0)}, "model.multipliers needs at least one positive number"),
+        ({"channel_mult": ()}, "model.channel_mult needs at least one positive number"),
+        ({"channel_mult": (1, 0)}, "model.channel_mult needs at least one positive number"),
         ({"width": 24}, "multiple of 16"),
         ({"patch": 3}, "1, 2 or 4"),
         ({"widht": 32}, "Extra inputs are not permitted"),
@@ -71,7 +71,7 @@ def test_a_new_network_says_nothing() -> None:
 
 
 def test_every_weight_learns() -> None:
-    network = awake(UNet(small(multipliers=(1, 2), attention=(0, 1)), 1, 12))
+    network = awake(UNet(small(channel_mult=(1, 2), attention=(0, 1)), 1, 12))
     network(noisy(2, 1, 12), torch.tensor([100.0, 800.0])).square().sum().backward()
     silent = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
     # A bias just before a normalisation over its own channel's group may shift nothing; none is here.
@@ -124,7 +124,7 @@ def test_pictures_of_a_batch_do_not_see_each_other() -> None:
 
 
 def test_each_corner_of_a_picture_can_reach_every_other() -> None:
-    network, x = awake(UNet(small(multipliers=(1, 1), attention=(1,)), 1, 28)).eval(), noisy(1)
+    network, x = awake(UNet(small(channel_mult=(1, 1), attention=(1,)), 1, 28)).eval(), noisy(1)
     x.requires_grad_()
     network(x, torch.tensor([500.0]))[0, 0, 0, 0].backward()
     assert x.grad is not None
@@ -191,7 +191,7 @@ def test_dropout_drops_the_share_it_is_told_everywhere_alike(draw: int, rate: fl
 
 
 def test_layers_drop_different_values_and_drawing_drops_none() -> None:
-    config = ModelConfig(width=16, multipliers=(1,), blocks=2, attention=(), patch=1, dropout=0.5)
+    config = ModelConfig(width=16, channel_mult=(1,), blocks=2, attention=(), patch=1, dropout=0.5)
     network = UNet(config, 1, 8)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -205,31 +205,31 @@ def test_layers_drop_different_values_and_drawing_drops_none() -> None:
 
 
 def test_computing_again_instead_of_keeping_changes_no_gradient() -> None:
-    config = ModelConfig(width=16, multipliers=(1, 2), blocks=1, attention=(1,), patch=1, dropout=0.1)
+    config = ModelConfig(width=16, channel_mult=(1, 2), blocks=1, attention=(1,), patch=1, dropout=0.1)
     network = UNet(config, 1, 8)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     x, time, draws = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 500.0]), torch.tensor([5, 6])
     gradients = []
-    for network.recompute in (False, True):
+    for network.gradient_checkpointing in (False, True):
         loss = network(x, time, draws=draws).square().sum()
         gradients.append(torch.autograd.grad(loss, list(network.parameters()), allow_unused=True))
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True) if one is not None)
 
 
-LARGE = {"width": 240, "multipliers": (1, 2, 3, 4), "blocks": 2, "attention": (3,), "heads": 8, "patch": 4}
+LARGE = {"width": 240, "channel_mult": (1, 2, 3, 4), "blocks": 2, "attention": (3,), "heads": 8, "patch": 4}
 
 
 @pytest.mark.parametrize(
     ("million", "channels", "size", "shape"),
     [
-        (0.19, 1, 8, {"width": 16, "multipliers": (1, 2), "patch": 2}),
+        (0.19, 1, 8, {"width": 16, "channel_mult": (1, 2), "patch": 2}),
         (0.76, 3, 64, {}),
         (
             313,
             3,
             256,
-            {"width": 240, "multipliers": (1, 2, 3, 4), "blocks": 2, "attention": (3,), "heads": 8, "patch": 4},
+            {"width": 240, "channel_mult": (1, 2, 3, 4), "blocks": 2, "attention": (3,), "heads": 8, "patch": 4},
         ),
     ],
 )

@@ -10,30 +10,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
 from diffusion.evaluation.enlargement import psnr
 from diffusion.explain import explain
 from diffusion.files import digest_of
-from diffusion.model import DiffusionModel, load_model, read_header, save_tensors, to_float, to_uint8
+from diffusion.model import DiffusionModel, to_float, to_uint8
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 from diffusion.process import make_schedule
 from diffusion.sampling import interpolate, sample
 from diffusion.training.config import TrainingConfig
-from diffusion.training.history import read_rows
+from diffusion.training.logging import read_metrics
 from diffusion.training.train import preflight, train
 from diffusion.upscaling import detail, enlarged, make_tiles, noised, shrunk, starts, upscale
 from tests.diffusion.small_datasets import random_pictures, write_dataset
-from tests.diffusion.small_models import header, write_model
+from tests.diffusion.small_models import header
 from tests.diffusion.test_train import Stop, StopAt
 
 MODEL = ModelConfig.model_validate(
-    {"width": 16, "multipliers": (1,), "attention": (), "patch": 2, "prediction": "x0", "schedule": "cosine"}
+    {"width": 16, "channel_mult": (1,), "attention": (), "patch": 2, "prediction": "sample", "schedule": "cosine"}
     | {"low_resolution": 4}
 )
 CONFIG = TrainingConfig(
@@ -45,7 +45,7 @@ CONFIG = TrainingConfig(
     keep=1,
     learning_rate=1e-2,
     weighting="plain",
-    times="uniform",
+    timestep_sampling="uniform",
 )
 SAMPLING = SamplingConfig(sampler="dpmpp_2m", steps=4, compute_batch=8, precision="fp32")
 SMALL = torch.from_numpy(random_pictures(5, size=4, seed=1))
@@ -106,22 +106,6 @@ def test_what_pictures_have_beyond_the_small_ones_is_measured_as_it_is() -> None
     assert detail(8, pictures) == pytest.approx(apart.item() / 127.5, rel=0.02)
     # Nothing of flat blocks is lost but what bicubic interpolation smooths.
     assert detail(4, torch.from_numpy(flat_blocks(40))) < detail(4, torch.from_numpy(random_pictures(40, size=8)))
-
-
-def test_a_file_of_a_network_that_drew_whole_pictures_is_refused(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "new.safetensors", 0, 0, config=MODEL)
-    assert load_model(path).header.format_version == 2
-    about = read_header(path)
-    about["model_header"]["format_version"] = 1
-    save_tensors(tmp_path / "old.safetensors", load_file(path), about)
-    with pytest.raises(UserError, match="enlarges in a way that is no more"):
-        load_model(tmp_path / "old.safetensors")
-    # Others are what they were.
-    path = write_model(tmp_path / "plain.safetensors", 0, 0)
-    about = read_header(path)
-    about["model_header"]["format_version"] = 1
-    save_tensors(path, load_file(path), about)
-    assert load_model(path).header.format_version == 1
 
 
 @pytest.mark.parametrize("patch", [1, 2, 4])
@@ -228,7 +212,7 @@ def test_a_grid_shows_held_out_pictures_small_enlarged_and_real(data: Path, tmp_
 def test_a_dry_run_says_what_the_network_is_shown(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffusion.training.preflight.MEASURED_SECONDS", 0.0)
     about = preflight(data, MODEL, CONFIG, SAMPLING)
-    assert "8×8×1, shown at 4×4" in dict(about.lines())["pictures"]
+    assert "8×8×1, upscaled from 4×4" in dict(about.lines())["images"]
 
 
 def test_where_the_answer_is_determined_it_is_found_and_bicubic_interpolation_is_not(
@@ -236,7 +220,7 @@ def test_where_the_answer_is_determined_it_is_found_and_bicubic_interpolation_is
 ) -> None:
     config = CONFIG.model_copy(update={"images": 2560, "checkpoints": 1})
     model = load_model(train(data, tmp_path / "run", MODEL, config, SAMPLING).final)
-    rows = read_rows(tmp_path / "run" / "losses.csv")
+    rows = read_metrics(tmp_path / "run" / "losses.csv")
     assert rows[-1]["held_out_loss_ema"] < 0.02
     many = SAMPLING.model_copy(update={"compute_batch": 32})
     # Also of pictures larger than those of the training, whose blocks tiles would cut if they began elsewhere.
@@ -361,7 +345,7 @@ def test_how_far_it_is_is_told_by_steps_for_one_picture_and_by_pictures_for_seve
     assert seen == [("pictures enlarged", number, 3) for number in (1, 2, 3)]
 
 
-PLAIN = ModelConfig(width=16, multipliers=(1,), attention=())
+PLAIN = ModelConfig(width=16, channel_mult=(1,), attention=())
 NOISY = SAMPLING.model_copy(update={"low_resolution_noise": 0.2})
 GUIDED = SAMPLING.model_copy(update={"guidance": 3.0})
 

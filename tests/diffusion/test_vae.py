@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.distributions import MultivariateNormal
 
+from diffusion.checkpoints import export, load_model
 from diffusion.config_sampling import Asked
 from diffusion.data.dataset import Dataset
 from diffusion.editing import Edit
@@ -20,18 +21,18 @@ from diffusion.evaluation.enlargement import ssim
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.features import EfficientNetLite0
 from diffusion.evaluation.metrics import frechet_distance
+from diffusion.explain import explain
 from diffusion.families import family_of
-from diffusion.families.config import VAEConfig
 from diffusion.families.vae import VAEModel
 from diffusion.grids import above, png_bytes
-from diffusion.model import export, load_model, to_float, to_uint8
+from diffusion.model import to_float, to_uint8
 from diffusion.models import vae
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import ModelConfig, VAEConfig
 from diffusion.random import GaussianNoise
 from diffusion.requests import answer, request_of, tasks_of
 from diffusion.sampling import interpolate, reconstructed, sample
-from diffusion.training.candidates import candidates
-from diffusion.training.history import read_rows
+from diffusion.training.logging import read_metrics
+from diffusion.training.post_hoc_ema import models_to_evaluate
 from diffusion.training.preflight import count_flops
 from diffusion.training.train import train
 from tests.diffusion.small_autoencoders import CONFIG, SAMPLING, SIZE, VAE, autoencoder, colours, mean_square
@@ -90,7 +91,7 @@ def test_the_bound_of_a_trained_network_lies_below_the_likelihood_of_its_data(tm
     write_dataset(tmp_path / "factors", stored, per_shard=100)
     settings = {"images": 3200, "batch_size": 32, "learning_rate": 1e-2, "flip": False, "precision": "fp32"}
     options = CONFIG.model_copy(update=settings)
-    shape = VAEConfig(width=16, multipliers=(1,), patch=4, latent_channels=2, kl_weight=1)
+    shape = VAEConfig(width=16, channel_mult=(1,), patch=4, latent_channels=2, kl_weight=1)
     run = train(tmp_path / "factors", tmp_path / "run", shape, options, SAMPLING)
     dataset = Dataset.open(tmp_path / "factors")
     held_out = to_float(dataset.pictures(dataset.rows("held_out"))).flatten(1).double()
@@ -98,7 +99,7 @@ def test_the_bound_of_a_trained_network_lies_below_the_likelihood_of_its_data(tm
     exact = MultivariateNormal(torch.zeros(size * size).double(), covariance).log_prob(held_out).mean().item()
     independent = MultivariateNormal(torch.zeros(size * size).double(), covariance.diagonal().diag())
     # From bits a value, were values whole levels of 8 bits, to nats a picture of values in [−1, 1].
-    bits = [row["held_out_loss_ema"] for row in read_rows(run.output / "losses.csv")]
+    bits = [row["held_out_loss_ema"] for row in read_metrics(run.output / "losses.csv")]
     bounds = [-size * size * math.log(2) * (each - math.log2(127.5)) for each in bits]
     assert max(bounds) < exact
     # And it found the factors, or it would do no better than any that takes pixels to be independent.
@@ -158,7 +159,7 @@ def test_training_tells_how_close_pictures_come_back(data: Path, tmp_path: Path)
 
 
 def test_it_is_judged_by_how_close_held_out_pictures_come_back(data: Path, run: Path, tmp_path: Path) -> None:
-    evaluation = evaluate(data, candidates(run, tmp_path), EVALUATION, SAMPLING, tmp_path, run / "losses.csv")
+    evaluation = evaluate(data, models_to_evaluate(run, tmp_path), EVALUATION, SAMPLING, tmp_path, run / "losses.csv")
     dataset, extractor = Dataset.open(data), EfficientNetLite0(32)
     held_out = dataset.pictures(dataset.rows("held_out"))
     for judged in evaluation.checkpoints:
@@ -195,16 +196,16 @@ def test_originals_stand_above_what_comes_back() -> None:
 
 def test_how_it_works_is_drawn_with_a_real_picture(data: Path, model: VAEModel, tmp_path: Path) -> None:
     picture = Dataset.open(data).pictures([0])[0]
-    paths = family_of(model.config).explain(model, picture, tmp_path, 0)
+    paths = explain(model, picture, tmp_path, 0)
     assert [path.name for path in paths] == ["reconstruction.png"]
     assert Image.open(paths[0]).height > 2 * SIZE
 
 
 def test_a_size_that_its_factor_does_not_divide_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"latent position of 32×32 pixels, and 32 does not divide the pictures' 16"):
-        autoencoder(data, tmp_path / "run", VAE.model_copy(update={"multipliers": (1, 1, 1, 1, 1)}))
+        autoencoder(data, tmp_path / "run", VAE.model_copy(update={"channel_mult": (1, 1, 1, 1, 1)}))
     with pytest.raises(ValueError, match="latents as large as pictures"):
-        VAEConfig(patch=1, multipliers=(1,))
+        VAEConfig(patch=1, channel_mult=(1,))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +242,9 @@ def test_it_answers_the_requests_that_begin_with_nothing(model: VAEModel) -> Non
         answer(model, [request_of({"steps": 50})], SAMPLING)
 
 
-@pytest.mark.parametrize("setting", [{"weighting": "plain"}, {"learned_uncertainty": True}, {"recompute": True}])
+@pytest.mark.parametrize(
+    "setting", [{"weighting": "plain"}, {"learned_uncertainty": True}, {"gradient_checkpointing": True}]
+)
 def test_training_settings_of_diffusion_are_refused(data: Path, tmp_path: Path, setting: dict[str, object]) -> None:
     with pytest.raises(UserError, match=rf"training\.{next(iter(setting))} means nothing to model\.family = vae"):
         autoencoder(data, tmp_path / "run", config=setting)
@@ -249,7 +252,7 @@ def test_training_settings_of_diffusion_are_refused(data: Path, tmp_path: Path, 
 
 def test_a_run_of_another_family_in_the_folder_is_refused(data: Path, run: Path) -> None:
     with pytest.raises(UserError, match=r"differs in .*model\.kl_weight"):
-        train(data, run, ModelConfig(width=16, multipliers=(1,), attention=()), CONFIG, SAMPLING)
+        train(data, run, ModelConfig(width=16, channel_mult=(1,), attention=()), CONFIG, SAMPLING)
 
 
 def test_it_starts_from_pictures_of_the_same_deviation_whatever_the_depth() -> None:

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 
-from diffusion.variational import drawn_from, negative_log_likelihood
-from diffusion.variational import kl_divergence as our_divergence
+from diffusion.families.vae import kl_divergence as our_divergence
+from diffusion.families.vae import negative_log_likelihood
+from diffusion.models.vae import reparameterize
 
 LATENTS, VALUES, SCALE = 3, 12, 0.4
 
@@ -39,7 +40,9 @@ def bound(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     log_scale = torch.tensor(math.log(SCALE), dtype=torch.float64)
     misfit = torch.stack(
         [
-            negative_log_likelihood(x, drawn_from(mean, log_variance, noise.expand_as(mean)) @ factors().T, log_scale)
+            negative_log_likelihood(
+                x, reparameterize(mean, log_variance, noise.expand_as(mean)) @ factors().T, log_scale
+            )
             for noise in points
         ]
     ).mean(0)
@@ -86,6 +89,6 @@ def test_the_likelihood_is_that_of_a_normal_distribution() -> None:
 
 def test_latents_are_drawn_with_the_posteriors_moments() -> None:
     noise = torch.randn(100_000, 1, generator=generator(0))
-    drawn = drawn_from(torch.tensor(2.0), torch.tensor(math.log(9.0)), noise)
+    drawn = reparameterize(torch.tensor(2.0), torch.tensor(math.log(9.0)), noise)
     assert drawn.mean().item() == pytest.approx(2, abs=0.05)
     assert drawn.std().item() == pytest.approx(3, rel=0.01)

@@ -26,7 +26,7 @@ def start(folder: Path, seed: int = 0, **options: object) -> Path:
 
 
 def run(dataset: Path, output: Path, begun: Path | str | None, **options: object) -> TrainResult:
-    config = TrainingConfig.model_validate(CONFIG.model_dump() | SHORT | {"start": begun and str(begun)})
+    config = TrainingConfig.model_validate(CONFIG.model_dump() | SHORT | {"init_from": begun and str(begun)})
     return train(dataset, output, MODEL, config, SAMPLING, **options)  # type: ignore[arg-type]
 
 
@@ -59,7 +59,7 @@ def test_another_start_is_another_training_and_none_is_the_one_it_always_was(dat
     other = run(dataset, tmp_path / "other", start(tmp_path, 2))
     assert len({cold.train_key, warm.train_key, other.train_key}) == 3
     assert len({each.final.read_bytes() for each in (cold, warm, other)}) == 3
-    with pytest.raises(UserError, match=r"differs in training\.start"):
+    with pytest.raises(UserError, match=r"differs in training\.init_from"):
         run(dataset, tmp_path / "warm", start(tmp_path, 2))
 
 
@@ -67,21 +67,23 @@ def test_another_start_is_another_training_and_none_is_the_one_it_always_was(dat
     ("options", "words"),
     [
         ({"config": MODEL.model_copy(update={"width": 32})}, r"has model\.width = 32, and this is 16"),
-        ({"config": MODEL.model_copy(update={"prediction": "noise"})}, r"has model\.prediction = noise"),
+        ({"config": MODEL.model_copy(update={"prediction": "epsilon"})}, r"has model\.prediction = epsilon"),
         ({"classes": {"even": 1, "odd": 1, "round": 1}}, "knows the classes even, odd, round, and .* has even, odd"),
-        ({"size": 16}, "draws pictures of 1×16×16 .*, and data set blobs has 1×8×8"),
+        ({"size": 16}, "generates images of 1×16×16 .*, and data set blobs has 1×8×8"),
     ],
 )
 def test_a_model_of_another_kind_is_refused_in_one_line(
     dataset: Path, tmp_path: Path, options: dict[str, object], words: str
 ) -> None:
     given = start(tmp_path, **options)
-    with pytest.raises(UserError, match=rf"training\.start .*start-0\.safetensors {words}.*training\.start=null"):
+    with pytest.raises(
+        UserError, match=rf"training\.init_from .*start-0\.safetensors {words}.*training\.init_from=null"
+    ):
         run(dataset, tmp_path / "warm", given)
 
 
 def test_families_do_not_mix(dataset: Path, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"start": str(start(tmp_path))})
+    config = CONFIG.model_copy(update={"init_from": str(start(tmp_path))})
     with pytest.raises(UserError, match="is a model of the family ddpm, and this is vae"):
         preflight(dataset, VAE, config, SamplingConfig(compute_batch=36))
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.checkpoints import AVERAGED, save_tensors
 from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.config import EvaluationConfig
@@ -13,8 +14,7 @@ from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.results import CheckpointEvaluation
 from diffusion.evaluation.sealed import recall
 from diffusion.families import family_of
-from diffusion.families.config import FamilyConfig, VAEConfig
-from diffusion.model import AVERAGED, save_tensors
+from diffusion.models.config import FamilyConfig, VAEConfig
 from diffusion.progress import Progress, silent
 from tests.conftest import disc
 from tests.diffusion.small_datasets import write_dataset
@@ -94,12 +94,12 @@ def training_pictures(data: Path, count: int) -> Tensor:
 
 def write_autoencoder(path: Path, seed: int, spread: float = 0.1) -> Path:
     """An autoencoder of pictures of 8 pixels that was never trained."""
-    return write_of_family(path, VAEConfig(width=16, multipliers=(1,), latent_channels=2), seed, spread)
+    return write_of_family(path, VAEConfig(width=16, channel_mult=(1,), latent_channels=2), seed, spread)
 
 
 def write_of_family(path: Path, config: FamilyConfig, seed: int, spread: float = 0.1) -> Path:
     """A model of any family, of pictures of 8 pixels, that was never trained."""
-    network = family_of(config).network(config, (1, 8, 8), 0)
+    network = family_of(config).make_network(config, (1, 8, 8), 0)
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=spread, generator=generator)

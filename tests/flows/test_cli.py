@@ -129,12 +129,12 @@ def test_a_server_that_does_not_answer_is_named_within_seconds_and_its_password_
 
 
 def test_a_dry_run_of_training_needs_no_server_and_stops_before_it(dataset: Path, tmp_path: Path) -> None:
-    small = ["model.width=16", "model.multipliers=[1]", "model.attention=[]", "sampling.steps=2"]
+    small = ["model.width=16", "model.channel_mult=[1]", "model.attention=[]", "sampling.steps=2"]
     settings = [word for setting in (*small, "training.images=640") for word in ("--set", setting)]
     shown = darkroom(tmp_path, "train", "--dataset", "blobs", "--dry-run", *settings)
     assert shown.returncode == 0, shown.stderr
     assert "of 8×8×1, 2 classes;" in shown.stdout
-    assert "640 pictures," in shown.stdout
+    assert "640 images," in shown.stdout
     about = json.loads(darkroom(tmp_path, "train", "--dataset", "blobs", "--dry-run", "--json", *settings).stdout)
     assert (about["dataset"], about["images"], about["shape"]) == ("blobs", 640, [1, 8, 8])
     assert not (tmp_path / "runs" / "blobs").exists()

@@ -10,9 +10,9 @@ PARAMS = Params.model_validate({"training": {"dataset": "faces", "images": 100},
 
 
 def test_every_combination_is_tried_in_folders_of_its_own_and_keeps_the_rest() -> None:
-    over = parse_over(["training.learning_rate=1e-3,4e-3", "model.multipliers=[1,2],[1, 2, 2]"])
+    over = parse_over(["training.learning_rate=1e-3,4e-3", "model.channel_mult=[1,2],[1, 2, 2]"])
     found = combinations(PARAMS, over)
-    tried = [(each.params.training.learning_rate, each.params.model.multipliers) for each in found]
+    tried = [(each.params.training.learning_rate, each.params.model.channel_mult) for each in found]
     assert tried == [(0.001, (1, 2)), (0.001, (1, 2, 2)), (0.004, (1, 2)), (0.004, (1, 2, 2))]
     assert all((each.params.model.width, each.params.training.images) == (16, 100) for each in found)
     assert len({each.params.run_folder for each in found}) == len({each.folder for each in found}) == 4

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from diffusion.checkpoints import read_model_header
 from diffusion.errors import UserError
-from diffusion.model import read_model_header
 from flows.cli import app
 from tests.diffusion.trials import discs
 

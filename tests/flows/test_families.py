@@ -15,7 +15,7 @@ import yaml
 from mlflow.client import MlflowClient
 from PIL import Image
 
-from diffusion.model import read_header
+from diffusion.checkpoints import read_header
 from tests.flows.workspace import PARAMS, Workspace, objects, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SHORT = PARAMS["training"] | {"images": 1600, "checkpoints": 2}
 AUTOENCODER = {
     "ingest": PARAMS["ingest"],
-    "model": {"family": "vae", "width": 16, "multipliers": [1], "latent_channels": 2},
+    "model": {"family": "vae", "width": 16, "channel_mult": [1], "latent_channels": 2},
     "training": SHORT,
     "sampling": {"compute_batch": 8},
     "evaluation": PARAMS["evaluation"],

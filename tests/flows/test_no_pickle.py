@@ -16,6 +16,7 @@ import torch
 from mlflow.client import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from diffusion.checkpoints import load_model
 from diffusion.config import Config
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
@@ -23,7 +24,6 @@ from diffusion.data.manifest import read_manifest
 from diffusion.errors import UserError
 from diffusion.evaluation.sealed import recall
 from diffusion.files import sha256_bytes, sha256_file
-from diffusion.model import load_model
 from diffusion.training.checkpoint import Checkpoints
 from flows.registry import WEIGHTS, fetch_weights, resolve
 from tests.conftest import blob

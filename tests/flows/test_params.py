@@ -8,8 +8,7 @@ import torch
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import UserError
-from diffusion.families.config import VAEConfig
-from diffusion.models.config import ModelConfig
+from diffusion.models.config import ModelConfig, VAEConfig
 from diffusion.presets import PresetName
 from diffusion.process import linear_schedule, make_schedule
 from diffusion.samplers import levels_of
@@ -28,8 +27,8 @@ def params(tmp_path: Path) -> Path:
 
 
 def test_overrides_reach_any_field_with_its_type(params: Path) -> None:
-    config = load_params(params, ["model.multipliers=[1, 2, 2]", "training.flip=true", "ingest.size=64"])
-    assert config.model.multipliers == (1, 2, 2)
+    config = load_params(params, ["model.channel_mult=[1, 2, 2]", "training.flip=true", "ingest.size=64"])
+    assert config.model.channel_mult == (1, 2, 2)
     assert config.training.flip is True
     assert config.ingest.size == 64
 
@@ -107,8 +106,8 @@ def test_the_default_preset_says_what_the_fields_have_by_default(params: Path) -
 def test_the_preset_ddpm_is_the_book(params: Path) -> None:
     config = load_params(params, ["preset=ddpm"])
     model, training, sampling = config.model, config.training, config.sampling
-    assert (model.steps, model.schedule, model.prediction) == (1000, "linear", "noise")
-    assert (training.weighting, training.times, training.learning_rate) == ("plain", "uniform", 2e-4)
+    assert (model.steps, model.schedule, model.prediction) == (1000, "linear", "epsilon")
+    assert (training.weighting, training.timestep_sampling, training.learning_rate) == ("plain", "uniform", 2e-4)
     assert (sampling.sampler, sampling.steps) == ("ddpm", 1000)
     torch.testing.assert_close(levels_of(sampling, make_schedule(model))[:-1], linear_schedule(1000).sigmas.flip(0))
 
@@ -135,7 +134,7 @@ def test_where_the_network_enlarges_the_default_has_the_noise_levels_of_what_it_
     config = load_params(params, ["model.low_resolution=16", *chosen])
     assert (config.training.log_sigma_mean, config.sampling.sigma_max) == (-2, 9)
     # Times that are not drawn from a distribution of σ have no use for its mean.
-    config = load_params(params, ["model.low_resolution=16", "training.times=uniform"])
+    config = load_params(params, ["model.low_resolution=16", "training.timestep_sampling=uniform"])
     assert config.training.log_sigma_mean is None
 
 
@@ -165,20 +164,22 @@ def test_the_gate_is_a_section_and_is_not_asked_about_classes_that_nobody_tells_
 
 
 def test_averages_of_a_length_replace_a_presets_own_and_must_be_kept_to_be_judged(params: Path) -> None:
-    config = load_params(params, ["preset=large", "training.ema_lengths=[0.05, 0.1]", "evaluation.ema_lengths=[0.08]"])
-    assert (config.training.ema_decay, config.training.ema_lengths) == (None, (0.05, 0.1))
-    with pytest.raises(UserError, match=r"what training\.ema_lengths keeps"):
-        load_params(params, ["evaluation.ema_lengths=[0.08]"])
+    config = load_params(params, ["preset=large", "training.ema_stds=[0.05, 0.1]", "evaluation.ema_stds=[0.08]"])
+    assert (config.training.ema_decay, config.training.ema_stds) == (None, (0.05, 0.1))
+    with pytest.raises(UserError, match=r"what training\.ema_stds keeps"):
+        load_params(params, ["evaluation.ema_stds=[0.08]"])
     with pytest.raises(UserError, match=r"less than 0\.28"):
-        load_params(params, ["training.ema_lengths=[0.05, 0.1]", "evaluation.ema_lengths=[0.5]"])
+        load_params(params, ["training.ema_stds=[0.05, 0.1]", "evaluation.ema_stds=[0.5]"])
 
 
 def test_a_model_and_a_training_that_do_not_fit_are_refused_before_anything_is_read(params: Path) -> None:
-    learned = ["model.learned_variance=true", "training.times=uniform"]
+    learned = ["model.learned_variance=true", "training.timestep_sampling=uniform"]
     assert load_params(params, [*learned, "sampling.sampler=ddpm"]).model.learned_variance
     with pytest.raises(UserError, match=r"sampling\.sampler = deis passes it over: use ddpm"):
         load_params(params, [*learned, "sampling.sampler=deis"])
-    with pytest.raises(UserError, match=r"training\.times = lognormal draws from between them: use uniform"):
+    with pytest.raises(
+        UserError, match=r"training\.timestep_sampling = lognormal samples levels between them: use uniform"
+    ):
         load_params(params, ["preset=large", "model.learned_variance=true"])
     with pytest.raises(UserError, match=r"never learns with training\.condition_dropout = 0: set that to 0\.1"):
         load_params(params, ["sampling.guidance=3", "training.condition_dropout=0"])

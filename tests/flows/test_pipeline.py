@@ -246,10 +246,10 @@ def test_averages_of_other_lengths_are_judged_and_the_best_is_promoted_whatever_
     workspace: Workspace, server: MlflowClient
 ) -> None:
     settings = {
-        "training.ema_lengths": [0.05, 0.1],
+        "training.ema_stds": [0.05, 0.1],
         "training.keep": 1,
         "training.output": "runs/averages",
-        "evaluation.ema_lengths": [0.03, 0.12, 0.18, 0.24],
+        "evaluation.ema_stds": [0.03, 0.12, 0.18, 0.24],
         "evaluation.finalists": 5,
         "registry.model": "averages",
     }

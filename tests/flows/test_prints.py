@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.files import sha256_bytes
 from diffusion.fingerprint import fingerprint
-from diffusion.model import load_model
 from diffusion.sampling import label_names, sample
 from flows.prints import Batch, chunk_size, encode, part_bytes, part_rows, write_parquet
 from tests.diffusion.test_train import run

@@ -19,6 +19,7 @@ from mlflow.client import MlflowClient
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from diffusion.checkpoints import export
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
@@ -27,7 +28,6 @@ from diffusion.errors import UserError
 from diffusion.files import canonical_json, sha256_bytes
 from diffusion.made import make as make_pictures
 from diffusion.made import read_request
-from diffusion.model import export
 from diffusion.requests import Wanted
 from flows import printing, prints, registry, sample
 from flows.catalogue import Catalogue

@@ -17,10 +17,10 @@ from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, Metric, Param
 
+from diffusion.checkpoints import export
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import Held, UserError
 from diffusion.files import sha256_file
-from diffusion.model import export
 from flows import champion, registry
 from flows.environment import staging
 from flows.history import Evidence

@@ -14,10 +14,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.models.utils import _enforce_schema
 from PIL import Image
 
+from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
 from diffusion.files import sha256_bytes, sha256_file
 from diffusion.marked import SYNTHETIC
-from diffusion.model import load_model
 from diffusion.requests import Request
 from diffusion.sampling import sample
 from flows.cli import main

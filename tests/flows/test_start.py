@@ -18,7 +18,12 @@ from tests.flows.registered import add_version
 def params(dataset: Path, mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Params:
     """A training of ``dataset`` that begins with the champion, of a model of its own."""
     monkeypatch.setenv("DARKROOM_BUCKET", bucket)
-    overrides = ["training.dataset=blobs", "training.images=320", "training.start=champion", f"registry.model={bucket}"]
+    overrides = [
+        "training.dataset=blobs",
+        "training.images=320",
+        "training.init_from=champion",
+        f"registry.model={bucket}",
+    ]
     return load_params(Path("params.yaml"), overrides)
 
 
@@ -58,7 +63,7 @@ def test_without_a_champion_it_is_decided_to_begin_at_random(
     params: Params, mlflow_client: MlflowClient, tmp_path: Path
 ) -> None:
     ready = fetched(params)
-    assert (ready.params.training.start, ready.start, ready.asked.training.start) == (None, None, "champion")
+    assert (ready.params.training.init_from, ready.start, ready.asked.training.init_from) == (None, None, "champion")
     crown(mlflow_client, params, tmp_path)
     assert fetched(params).start is None
     assert fetched(other(params, images=640)).start == f"models:/{params.model_name}/1"
@@ -69,9 +74,9 @@ def test_the_weights_come_as_a_file_with_what_was_taken_down_of_their_pictures(
 ) -> None:
     crown(mlflow_client, params, tmp_path)
     mlflow_client.set_model_version_tag(params.model_name, "1", "darkroom.takedown", "b,a")
-    ready = fetched(other(params, start=f"models:/{params.model_name}/1"))
-    assert ready.params.training.start is not None
-    assert Path(ready.params.training.start).read_bytes() == (tmp_path / "0.safetensors").read_bytes()
+    ready = fetched(other(params, init_from=f"models:/{params.model_name}/1"))
+    assert ready.params.training.init_from is not None
+    assert Path(ready.params.training.init_from).read_bytes() == (tmp_path / "0.safetensors").read_bytes()
     assert ready.takedown == "a,b"
 
 
@@ -96,4 +101,4 @@ def test_a_start_that_was_deleted_since_is_named_with_what_decides_anew(
 
 def test_a_version_that_is_not_there_is_named(params: Params) -> None:
     with pytest.raises(UserError, match="models:/nothing/3 is not in the registry"):
-        fetched(other(params, start="models:/nothing/3"))
+        fetched(other(params, init_from="models:/nothing/3"))

@@ -263,7 +263,7 @@ def test_a_champion_that_learned_from_them_is_none_to_begin_with(
     shop: Shop, elsewhere: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
     params = shop.machine.params()
-    training = params.training.model_copy(update={"start": "champion"})
+    training = params.training.model_copy(update={"init_from": "champion"})
     params = params.model_copy(
         update={"training": training, "registry": params.registry.model_copy(update={"model": shop.model})}
     )

@@ -481,7 +481,7 @@ def test_notes_that_cannot_be_read_are_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     manifest = BuiltDataset(tmp_path / "data" / "blobs", 8, "blobs").version([kept(np.zeros((8, 8), np.uint8), "a")])
-    params = Params.model_validate({"training": {"dataset": "blobs", "start": "models:/blobs/1"}})
+    params = Params.model_validate({"training": {"dataset": "blobs", "init_from": "models:/blobs/1"}})
     request = Request.of(params, manifest, Printing(1, 0, None, ASKED))
     note = request.place.key(f"{request.key}.json")
     for junk in (b"junk", b"[]", b'{"verdict": 1}'):

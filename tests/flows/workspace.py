@@ -18,7 +18,7 @@ from tests.conftest import disc
 
 PARAMS = {
     "ingest": {"size": 8, "held_out": 0.33},
-    "model": {"width": 16, "multipliers": [1], "blocks": 1, "attention": [], "patch": 1},
+    "model": {"width": 16, "channel_mult": [1], "blocks": 1, "attention": [], "patch": 1},
     "training": {
         "dataset": "blobs",
         "images": 4800,

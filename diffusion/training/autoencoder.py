@@ -1,4 +1,4 @@
-"""The first stage of latent diffusion: an autoencoder that was trained before, known by its weights."""
+"""The pretrained autoencoder of latent diffusion, identified by the digest of its weights."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
-from diffusion.families.config import FamilyConfig, LatentSpace, VAEConfig
 from diffusion.families.vae import VAEModel, latent_shape
-from diffusion.model import Model, load_model, to_float, unfilled
-from diffusion.models.config import ModelConfig
-from diffusion.models.latents import Latents
+from diffusion.model import Model, to_float
+from diffusion.models.config import FamilyConfig, LatentSpace, ModelConfig, VAEConfig
+from diffusion.models.vae import Latents
 
 MEASURED = 1024
-"""Training pictures of whose latents the moments are taken: a per mille of error, and seconds."""
+"""Training images of whose latents the moments are taken: a per mille of error, and seconds."""
 BATCH = 32
 """Of them at a time."""
 DIGEST = "sha256:"
@@ -25,35 +25,31 @@ DIGEST = "sha256:"
 
 
 @dataclass(frozen=True)
-class FirstStage:
-    """What leads from pictures to latents and back."""
+class LatentAutoencoder:
+    """A pretrained autoencoder and the space of its latents."""
 
     space: LatentSpace
     latents: Latents
 
 
-def identified(model: FamilyConfig) -> FamilyConfig:
-    """``model`` with its autoencoder named by what it is, instead of where it lies: the same run wherever that is.
+def with_autoencoder_digest(model: FamilyConfig) -> FamilyConfig:
+    """Replace the path of ``model``'s autoencoder by its digest: the same run wherever the file is.
 
     Raises UserError if there is none at its path.
     """
     if not isinstance(model, ModelConfig) or model.autoencoder is None or model.autoencoder.startswith(DIGEST):
         return model
-    return known_as(model, weights_digest(_autoencoder(model.autoencoder)))
-
-
-def known_as(model: FamilyConfig, digest: str) -> FamilyConfig:
-    """``model`` with the autoencoder whose weights have this ``digest``."""
+    digest = weights_digest(_load(model.autoencoder))
     return model.model_copy(update={"autoencoder": DIGEST + digest})
 
 
-def open_first_stage(path: str, dataset: Dataset, window: int | None) -> FirstStage:
-    """The autoencoder in the file ``path``, the moments of its latents measured on training pictures of ``dataset``.
+def open_autoencoder(path: str, dataset: Dataset, window: int | None) -> LatentAutoencoder:
+    """Load the autoencoder in the file ``path`` and measure its latents' moments on training images of ``dataset``.
 
     These are the first by key; with a ``window`` of as few shards as possible. Raises UserError if the file is no
-    autoencoder, or one of pictures with other channels, or its factor does not divide the size of the pictures.
+    autoencoder, or one of images with other channels, or its factor does not divide the size of the images.
     """
-    found = _autoencoder(path)
+    found = _load(path)
     config, (channels, _, size) = found.header.model, dataset.shape
     assert isinstance(config, VAEConfig)
     if found.header.channels != channels:
@@ -63,18 +59,18 @@ def open_first_stage(path: str, dataset: Dataset, window: int | None) -> FirstSt
         )
     inner = latent_shape(config, size)
     space = LatentSpace(autoencoder=config, digest=weights_digest(found), channels=inner[0], size=inner[1])
-    latents = unfilled(space, dataset.shape)
+    latents = Latents.with_random_weights(space, dataset.shape)
     latents.network.load_state_dict(found.network.state_dict())
     latents.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     rows = dataset.rows("train")
     if window is not None:
         rows = rows[np.argsort(dataset.shards(rows), kind="stable")]
-    measure(latents, dataset.pictures(rows[:MEASURED]))
-    return FirstStage(space, latents)
+    measure_moments(latents, dataset.pictures(rows[:MEASURED]))
+    return LatentAutoencoder(space, latents)
 
 
 @torch.inference_mode()
-def measure(latents: Latents, pictures: Tensor) -> None:
+def measure_moments(latents: Latents, pictures: Tensor) -> None:
     """Set the moments of ``latents`` to those of ``pictures``, (N, C, H, W) uint8, each channel's over all positions.
 
     In float32 on one thread, whatever trains: it is done once.
@@ -97,7 +93,7 @@ def weights_digest(model: Model) -> str:
     return digest.hexdigest()
 
 
-def _autoencoder(path: str) -> VAEModel:
+def _load(path: str) -> VAEModel:
     if path.startswith("models:/"):
         raise UserError(
             f"model.autoencoder = {path} names a registered model, which is not fetched here: give the path of its "

@@ -1,4 +1,4 @@
-"""How well a model foresees single pictures: its loss on each by noise level, and how many bits it says they are.
+"""How well a model foresees single images: its loss on each by noise level, and how many bits it says they are.
 
 Of the bounds on a diffusion model's likelihood this is that of infinitely many steps (arXiv 2107.00630, eq. 15):
 
@@ -24,7 +24,7 @@ from diffusion.samplers import SIGMA_MAX
 from diffusion.variance import HALF_A_LEVEL, log_likelihood
 
 LEVELS = 16
-"""Equal parts of ln σ, at each of which every picture is looked at once."""
+"""Equal parts of ln σ, at each of which every image is looked at once."""
 SIGMA_MIN = HALF_A_LEVEL
 """Where they begin: below it noise leaves nearly all pixels the values they have. Of Gaussian values the bound is then
 too high by 0.03 bits; of black ones, were it known for sure that they are, by 0.25."""
@@ -36,7 +36,7 @@ Estimate = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Terms:
-    """What a model makes of each of N pictures, which of two models can be compared one by one."""
+    """What a model makes of each of N images, which of two models can be compared one by one."""
 
     edges: Tensor
     """σ at the ends of the levels, (L + 1,) float64; none: (0,)."""
@@ -47,18 +47,18 @@ class Terms:
 
     @classmethod
     def without_levels(cls, bits: Tensor | None, count: int) -> "Terms":
-        """Of a model that takes no noise away; ``bits`` (N,) of ``count`` pictures, or None."""
+        """Of a model that takes no noise away; ``bits`` (N,) of ``count`` images, or None."""
         return cls(torch.zeros(0, dtype=torch.float64), torch.zeros(count, 0, dtype=torch.float64), bits)
 
 
 def denoising_terms(
     estimate: Estimate, x0: Tensor, sigma_data: float, indices: Sequence[int], pixels: bool = True
 ) -> Terms:
-    """Losses and bits of pictures ``x0``, (N, C, H, W) in [−1, 1], number ``indices``, under any denoiser.
+    """Losses and bits of images ``x0``, (N, C, H, W) in [−1, 1], number ``indices``, under any denoiser.
 
-    Each of the ``noise_levels`` is looked at in one place for each picture, which lies anywhere in it with equal
+    Each of the ``noise_levels`` is looked at in one place for each image, which lies anywhere in it with equal
     probability: so sums over levels are integrals without bias. ``pixels``: whether x_0 has the values of stored
-    pictures, of which alone bits are defined.
+    images, of which alone bits are defined.
     """
     edges = noise_levels()
     noise = GaussianNoise(0, f"{STREAM}/noise", indices, tuple(x0.shape[1:]))

@@ -1,0 +1,150 @@
+"""Models and checkpoints as safetensors files: written atomically, read without unpickling anything."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from diffusion.errors import UserError
+from diffusion.families import family_of
+from diffusion.files import canonical_json, write_atomically
+from diffusion.model import Model, ModelHeader, classes_of
+from diffusion.models.vae import Latents
+
+METADATA_KEY = "darkroom"
+HEADER = TypeAdapter(dict[str, Any])
+"""The one metadata key of our safetensors files: several are written in random order, one is stable."""
+AVERAGED = "ema."
+"""Prefix of the averaged weights' names, the same in checkpoints and in final models."""
+AUTOENCODER = "autoencoder."
+"""Prefix of the weights of a latent model's autoencoder, and of the moments of its latents."""
+LARGEST_HEADER = 16 * 2**20
+"""Bytes of a file's own header, with names and shapes of all tensors, that are read at most."""
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
+    """Write a safetensors file atomically, ``header`` in its metadata; returns the file's SHA-256."""
+    metadata = {METADATA_KEY: canonical_json(header)}
+    packed = {name: value.detach().contiguous() for name, value in tensors.items()}
+    try:
+        return write_atomically(path, lambda partial: save_file(packed, partial, metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a file written by ``save_tensors``; raises UserError if it is none."""
+    try:
+        with path.open("rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+        if size > LARGEST_HEADER:
+            raise UserError(
+                f"{path} is not a model of ours, or is damaged (a header of {size} bytes): train or fetch it again"
+            )
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        header = HEADER.validate_json(metadata[METADATA_KEY])
+    except FileNotFoundError as error:
+        raise UserError(f"no model at {path}: train one with `darkroom train`") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): give the file of a model") from error
+    except (SafetensorError, KeyError, ValidationError) as error:
+        raise UserError(f"{path} is not a model of ours, or is damaged: train or fetch it again") from error
+    return header
+
+
+def export(checkpoint: Path, path: Path) -> str:
+    """Write what ``load_model`` needs of a checkpoint to ``path``; returns the new file's SHA-256."""
+    with safe_open(checkpoint, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith((AVERAGED, AUTOENCODER))]  # noqa: SIM118 (no mapping)
+        tensors = {name: file.get_tensor(name) for name in names}
+    return save_tensors(path, tensors, read_header(checkpoint))
+
+
+def read_model_header(path: Path) -> ModelHeader:
+    """What the model in a file says of itself; raises UserError as ``load_model`` does."""
+    raw = read_header(path)
+    try:
+        header = ModelHeader.model_validate(raw["model_header"])
+    except (KeyError, ValidationError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ["model_header"], "msg": "missing"}
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{path} has a header this version cannot read ({where}: {first['msg']}): use the version that wrote it"
+        ) from error
+    return header
+
+
+def load_model(path: Path) -> Model:
+    """The averaged network of a final model or of a checkpoint, ready to draw from.
+
+    Nothing is unpickled. Raises UserError if the file is missing, damaged or of another format.
+    """
+    header = read_model_header(path)
+    family = family_of(header.model)
+    # What the header says of itself takes no memory before the file was seen to hold as much.
+    with torch.device("meta"), _ShapesAlone():
+        described = _networks(header)
+    _require_tensors(path, *described)
+    network, autoencoder = _networks(header)
+    try:
+        network.load_state_dict(_tensors(path, AVERAGED))
+        if autoencoder is not None:
+            autoencoder.load_state_dict(_tensors(path, AUTOENCODER))
+    except RuntimeError as error:  # torch says it in a page; the cause is always the same
+        raise _of_another_version(path) from error
+    for each in filter(None, (network, autoencoder)):
+        each.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model: Model = family.make_model(header, network, autoencoder)
+    return model
+
+
+class _ShapesAlone(TorchFunctionMode):
+    """Inside, what torch loads for seconds to do with tensors without memory leaves their shapes as they are."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ == "normal_":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _networks(header: ModelHeader) -> tuple[nn.Module, Latents | None]:
+    """What ``header`` describes, with random weights: the network, and the autoencoder around it if there is one."""
+    shape = header.channels, header.size, header.size
+    inner = header.latents.shape if header.latents else shape
+    network = family_of(header.model).make_network(
+        header.model, inner, len(classes_of(header.model, header.class_histogram))
+    )
+    return network, Latents.with_random_weights(header.latents, shape) if header.latents else None
+
+
+def _require_tensors(path: Path, network: nn.Module, autoencoder: Latents | None) -> None:
+    """Raise UserError unless the file holds the tensors of ``network`` and ``autoencoder``, in their shapes."""
+    expected = {AVERAGED + name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    if autoencoder is not None:
+        expected |= {AUTOENCODER + name: list(tensor.shape) for name, tensor in autoencoder.state_dict().items()}
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith((AVERAGED, AUTOENCODER))]  # noqa: SIM118 (no mapping)
+        if {name: file.get_slice(name).get_shape() for name in names} != expected:
+            raise _of_another_version(path)
+
+
+def _of_another_version(path: Path) -> UserError:
+    return UserError(
+        f"{path} was written by another version of the network, or is damaged: its tensors are not those that its "
+        "header describes; load it with the code that its version ships"
+    )
+
+
+def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}

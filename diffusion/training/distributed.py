@@ -1,0 +1,128 @@
+"""Training in several processes that torchrun starts: collectives, and networks sharded by FSDP2."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from diffusion.device import resolve_device
+from diffusion.models.unet import ResidualBlock
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process' rank among the ``count`` that share each batch."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes files and logs."""
+        return self.rank == 0
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all processes, the same bits in all of them."""
+        if self.count == 1:
+            return
+        # All at once: many small messages would wait for each other.
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+    def broadcast(self, value: Value) -> Value:
+        """Return the main process' ``value`` in all processes."""
+        if self.count == 1:
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0)
+        received: Value = values[0]
+        return received
+
+    def broadcast_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the main process' ``tensors`` in all processes; what others pass is ignored."""
+        if self.count == 1:
+            return tensors
+        kinds = self.broadcast({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+        mine = {
+            name: tensors[name].contiguous() if self.is_main else torch.empty(shape, dtype=dtype)
+            for name, (shape, dtype) in kinds.items()
+        }
+        for tensor in mine.values():
+            dist.broadcast(tensor, src=0)
+        return mine
+
+    def barrier(self) -> None:
+        """Wait until all processes have come this far."""
+        if self.count > 1:
+            dist.barrier()
+
+
+SINGLE_PROCESS = Ranks()
+TIMEOUT = timedelta(days=7)
+"""How long the others wait while one evaluates; the end of a process is seen at once, whatever this is."""
+
+
+@contextmanager
+def process_group() -> Iterator[Ranks]:
+    """Join the processes that torchrun started; inside, they can compute together."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield SINGLE_PROCESS
+        return
+    # What processes of before a restart left in torchrun's store would be taken for the addresses of the new ones.
+    store, rank, _ = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(resolve_device("auto"))
+    dist.init_process_group(
+        backends, store=PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=count, timeout=TIMEOUT
+    )
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def shard_module(network: nn.Module, device: torch.device) -> None:
+    """Keep this process' share of the weights on ``device``; those of a block are gathered while it computes.
+
+    Gradients are summed over the processes, and not averaged as they would be by default.
+    """
+    assert dist.group.WORLD is not None
+    mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
+    # It refuses weights that lie channels last.
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    for module in [*(module for module in network.modules() if isinstance(module, ResidualBlock)), network]:
+        fully_shard(module, mesh=mesh)
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)
+        # Gloo knows no sum with a factor in it.
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather all of ``tensor``, of which this process may have a share; all processes must call this together."""
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Take this process' share of ``tensor`` if it is to stand where ``like`` does."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

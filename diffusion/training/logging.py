@@ -1,0 +1,194 @@
+"""Logging of a run: metrics by images seen in CSV files, in a tracker and on the screen; samples as PNG files."""
+
+import csv
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+from torch import Tensor
+
+from diffusion.checkpoints import AVERAGED
+from diffusion.config_sampling import SamplingConfig
+from diffusion.files import sync_file, write_bytes
+from diffusion.fingerprint import CPU
+from diffusion.grids import save_png
+from diffusion.model import DiffusionModel
+from diffusion.progress import Progress
+from diffusion.training.checkpoint import CheckpointWriter
+from diffusion.training.monitor import TrainingMonitor
+from diffusion.training.post_hoc_ema import SNAPSHOTS, save_snapshot
+from diffusion.training.state import NETWORK
+from diffusion.training.validation import Validation
+from diffusion.upscaling import shown_small
+
+METRICS = ("loss", "gradient_norm", "learning_rate", "images_per_second", "data_wait", "skipped")
+"""Columns of history.csv; ``data_wait`` is the share of the time in which training waited for images, ``skipped``
+counts all steps left out so far, as their loss or gradient was not finite."""
+LOSSES = ("train_loss", "train_loss_ema", "held_out_loss", "held_out_loss_ema")
+"""Columns of losses.csv."""
+SPOOL = "spool"
+"""The folder of a run for what a tracker keeps; it goes with the run."""
+ANEW = "anew"
+"""A file in it that says that the run before was discarded, until a tracker has heard of it."""
+
+
+class Tracker(Protocol):
+    """Receives metrics and images while training runs; positions are counted in images seen."""
+
+    def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
+        """Log ``metrics`` as they were after ``images``."""
+
+    def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
+        """Log ``picture`` under ``name`` as it was after ``images``."""
+
+    def sync(self) -> None:
+        """Make what was logged so far durable: a checkpoint follows, and what came before it never comes again."""
+
+
+class NoTracker:
+    """Logs nothing: the run's folder holds what training itself writes."""
+
+    def __init__(self, anew: bool = True) -> None:
+        """Ignore whether a run begins ``anew``."""
+
+    def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
+        """Drop ``metrics``."""
+
+    def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
+        """Drop ``picture``."""
+
+    def sync(self) -> None:
+        """Do nothing: nothing was logged."""
+
+
+@dataclass(frozen=True)
+class MetricsFile:
+    """A CSV file whose first column, ``images``, only grows."""
+
+    path: Path
+    columns: tuple[str, ...]
+
+    def rewind(self, images: int) -> None:
+        """Drop the rows beyond ``images``, and a last line that a kill cut short.
+
+        Columns that an earlier version did not write become ``nan``.
+        """
+        columns = ("images", *self.columns)
+        kept = [",".join(columns)]
+        if self.path.is_file():
+            # A power cut may leave zeros behind what was synced.
+            complete = csv.DictReader(self.path.read_text().split("\0")[0].split("\n")[:-1], restval="nan")
+            kept += [
+                ",".join(row.get(name, "nan") for name in columns) for row in complete if int(row["images"]) <= images
+            ]
+        write_bytes(self.path, ("\n".join(kept) + "\n").encode())
+
+    def append(self, images: int, metrics: Mapping[str, float]) -> None:
+        """Add a row."""
+        with self.path.open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow([images, *(metrics[name] for name in self.columns)])
+
+    def sync(self) -> None:
+        """Make all rows so far durable."""
+        sync_file(self.path)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Read all rows of a ``MetricsFile``, oldest first."""
+    with path.open(newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+@dataclass
+class TrainingLog:
+    """Logs a run in the folder ``output``, with ``tracker`` and on the screen, and begins its checkpoints.
+
+    Only the main process has one.
+    """
+
+    validation: Validation
+    output: Path
+    sampling: SamplingConfig
+    writer: CheckpointWriter
+    tracker: Tracker
+    progress: Progress
+    images: int
+    """Images seen when the log is opened: what a kill left beyond is dropped, as it comes again."""
+    total: int
+    """Images to see in all."""
+    monitor: TrainingMonitor = field(default_factory=TrainingMonitor)
+
+    def __post_init__(self) -> None:
+        """Rewind the files, and show the monitor what it had seen before a kill."""
+        for file in (self.history, self.losses):
+            file.rewind(self.images)
+        self.monitor.losses.extend(row["loss"] for row in read_metrics(self.history.path) if math.isfinite(row["loss"]))
+        self.monitor.validation_losses.extend(
+            (row["train_loss_ema"], row["held_out_loss_ema"]) for row in read_metrics(self.losses.path)
+        )
+
+    @cached_property
+    def history(self) -> MetricsFile:
+        """Metrics of the steps."""
+        return MetricsFile(self.output / "history.csv", METRICS)
+
+    @cached_property
+    def losses(self) -> MetricsFile:
+        """Losses on the validation images."""
+        return MetricsFile(self.output / "losses.csv", LOSSES)
+
+    def log_metrics(self, metrics: dict[str, float], images: int) -> None:
+        """Log ``METRICS`` of the steps since the last time."""
+        self.monitor.check_loss(metrics["loss"], images)
+        self.history.append(images, metrics)
+        self.tracker.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, images)
+        self.progress("images trained on", images, self.total, f"loss {metrics['loss']:.4f}")
+
+    def checkpoint(self, tensors: dict[str, Tensor], counts: dict[str, int], save_every: int) -> None:
+        """Validate the averaged weights among a state's ``tensors``, log the results and begin a checkpoint.
+
+        The checkpoint comes last, so that a kill repeats the rest.
+        """
+        setup, images = self.validation.setup, counts["images"]
+        averaged = setup.model_from(tensors, images)
+        metrics = self.validation.metrics({"": setup.network_from(tensors, NETWORK), "_ema": averaged.network})
+        self.losses.append(images, {name: metrics.get(name, math.nan) for name in LOSSES})
+        generated = self.validation.generate(averaged, self.sampling)
+        self.tracker.log_metrics(metrics | self.validation.colour_drift(generated), images)
+        sample_grid = self.validation.sample_grid(generated)
+        save_png(self.output / "samples" / f"{images:010d}.png", sample_grid)
+        self.tracker.log_picture("samples", sample_grid, images)
+        if images == self.total and isinstance(averaged, DiffusionModel):
+            from diffusion.explain import reverse_process_strip  # matplotlib is slow to load
+
+            conditioning = shown_small(setup.model, self.validation.images[:1]) or None
+            self.tracker.log_picture("reverse", reverse_process_strip(averaged.on(CPU), conditioning), images)
+        self.monitor.check_validation(metrics, images)
+        self.monitor.check_weights(_under(NETWORK, tensors), _under(AVERAGED, tensors), images)
+        if setup.config.ema_stds is not None:
+            header = setup.header(images, self.total)
+            save_snapshot(self.output / SNAPSHOTS, tensors, setup.config.ema_stds, header)
+        for file in (self.history, self.losses):
+            file.sync()
+        self.tracker.sync()
+        header = setup.checkpoint_header(counts, self.total)
+        self.writer.save(tensors, header, setup.config.keep, self._spared(save_every))
+
+    def _spared(self, save_every: int) -> set[int]:
+        """After how many images the checkpoints were taken that stay, though newer ones come."""
+        config = self.validation.setup.config
+        rows = read_metrics(self.losses.path)
+        finite = [row for row in rows if math.isfinite(row["held_out_loss_ema"])]
+        best = sorted(finite, key=lambda row: row["held_out_loss_ema"])[: config.keep_best]
+        spared = {int(row["images"]) for row in best}
+        if config.keep_every is not None:
+            spared.update(int(row["images"]) for row in rows if row["images"] % (config.keep_every * save_every) == 0)
+        return spared
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,366 @@
+"""The setup of a training run: what is made of data set and configuration, and does not change in training."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffusion.checkpoints import AUTOENCODER, AVERAGED
+from diffusion.config_objective import disagreement
+from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
+from diffusion.data.captions import Captions, like
+from diffusion.data.dataset import Dataset
+from diffusion.data.loader import Batch, Loader, Order, TrainingOrder, WindowedOrder
+from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.data.shard_cache import ShardCache, ShardStore
+from diffusion.device import device_name, resolve_device
+from diffusion.errors import UserError
+from diffusion.families import family_of
+from diffusion.families.base import TrainingData
+from diffusion.files import digest_of
+from diffusion.fingerprint import Fingerprint, resolve_precision
+from diffusion.model import Conditioning, Model, ModelHeader, classes_of
+from diffusion.models.config import FamilyConfig, ModelConfig
+from diffusion.models.unet import UNet
+from diffusion.random import uniform
+from diffusion.sampling import require_effect, require_meaning, require_small
+from diffusion.text import ENCODER
+from diffusion.training.autoencoder import DIGEST, LatentAutoencoder, open_autoencoder
+from diffusion.training.checkpoint import COUNTS
+from diffusion.training.config import TrainingConfig
+from diffusion.training.distributed import Ranks
+from diffusion.training.warm_start import WarmStart, open_warm_start, with_start_digest
+from diffusion.upscaling import detail, noised, shown_small
+
+FORMAT_VERSION = 2
+"""Of checkpoints. In the first, a GAN's discriminator and all optimizers had other names."""
+FINGERPRINT = "fingerprint"
+SAMPLE_GRID = 36
+"""Images in a sample grid."""
+LEAST_DEVIATION = 1e-4
+"""Standard deviation of values in [−1, 1], far below a level of 8 bits, below which nothing is left to learn."""
+IMAGES_FOR_DEVIATION = 1024
+"""Images, at most, of which the standard deviation beyond small versions is computed."""
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """What a training run is made of, apart from its state."""
+
+    dataset: Dataset
+    model: FamilyConfig
+    """With the digest of its autoencoder, if it has one, in place of the path."""
+    config: TrainingConfig
+    """With the digest of its initial weights, if it has some, in place of the path."""
+    ranks: Ranks
+    captions: Captions | None
+    """Embeddings of the captions that the network is conditioned on; None: on none."""
+    autoencoder: LatentAutoencoder | None
+    """Of latent diffusion; None: the network works on pixels."""
+    warm_start: WarmStart | None
+    """Initial weights; None: random."""
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return resolve_device(self.config.device)
+
+    @cached_property
+    def compiled(self) -> bool:
+        """Whether the network is compiled."""
+        return self.config.compile if self.config.compile is not None else self.device.type == "cuda"
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """Classes that the network is conditioned on; empty: on none."""
+        return classes_of(self.model, self.dataset.manifest.class_histogram)
+
+    @cached_property
+    def data(self) -> TrainingData:
+        """What the family learns of the data; UserError if there is nothing to learn from them."""
+        network_shape = self.autoencoder.space.shape if self.autoencoder else self.dataset.shape
+        latents = self.autoencoder.latents if self.autoencoder else None
+        return TrainingData(self.dataset.shape, network_shape, self._sigma_data(), latents, len(self.classes))
+
+    def _sigma_data(self) -> float:
+        if self.autoencoder:
+            return 1.0
+        name, low = self.dataset.manifest.name, self.model.low_resolution
+        if low is None:
+            sigma_data, why = self.dataset.manifest.sigma_data, "are one flat tone"
+        else:
+            # Rows are in the order of their keys, and so the first are any.
+            rows = self.dataset.rows("train")[:IMAGES_FOR_DEVIATION]
+            sigma_data, why = detail(low, self.dataset.pictures(rows)), f"show all that they have at {low}×{low}"
+        if sigma_data < LEAST_DEVIATION:
+            raise UserError(f"the training images of {name} {why}, so there is nothing to learn: ingest others")
+        return sigma_data
+
+    def make_network(self, gradient_checkpointing: bool = False) -> nn.Module:
+        """Build the network with random weights; ``gradient_checkpointing`` as in TrainingConfig."""
+        shape = self.autoencoder.space.shape if self.autoencoder else self.dataset.shape
+        network: nn.Module = family_of(self.model).make_network(self.model, shape, len(self.classes))
+        if isinstance(network, UNet):
+            network.gradient_checkpointing = gradient_checkpointing
+        return network
+
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """Move the autoencoder, if there is one, to the device and name its tensors as a checkpoint does."""
+        if self.autoencoder is None:
+            return {}
+        tensors = self.autoencoder.latents.to(self.device).state_dict()
+        return {AUTOENCODER + name: value for name, value in tensors.items()}
+
+    def make_loader(self) -> Loader:
+        """Build the loader of training images, in the order and batches of the configuration."""
+        manifest, rows, config = self.dataset.manifest, self.dataset.rows("train"), self.config
+        order: Order
+        if config.window is None:
+            order = TrainingOrder(manifest.content_digest, config.seed, len(rows))
+        else:
+            order = WindowedOrder(manifest.layout_digest, config.seed, config.window, self.dataset.shards(rows))
+        return Loader(
+            self.dataset,
+            rows,
+            order,
+            config.batch_size,
+            rank=self.ranks.rank,
+            ranks=self.ranks.count,
+            flip_seed=config.seed if config.flip else None,
+            prefetch=config.prefetch,
+            workers=config.workers,
+        )
+
+    def conditioning(self, batch: Batch) -> Conditioning:
+        """Collect class, caption and small version of the images, as far as the network is conditioned on them."""
+        conditioning = shown_small(self.model, batch.pictures)
+        if self.classes:
+            conditioning["label"] = self.dataset.classes(batch.rows, self.classes)
+        if self.captions is not None:
+            conditioning["text"] = self.captions.of(batch.rows)
+        return conditioning
+
+    def training_conditioning(self, batch: Batch) -> Conditioning:
+        """Collect the conditioning of a training step, with conditioning dropout or noise augmentation."""
+        conditioning = self.conditioning(batch)
+        if isinstance(self.model, ModelConfig) and self.model.low_resolution is not None:
+            return noised(conditioning, self.model.most_low_resolution_noise, self.config.seed, batch.indices)
+        if not conditioning:
+            return conditioning
+        u = uniform(self.config.seed, "class", batch.indices)
+        return drop_conditioning(conditioning, u, self.config.condition_dropout, len(self.classes))
+
+    def sample_grid_conditions(self) -> Asked:
+        """What the images of a sample grid are to show: captions of held-out images, where there are captions."""
+        if self.captions is None:
+            return ANYTHING
+        rows = np.concatenate([self.dataset.rows("held_out"), self.dataset.rows("train")])
+        return like(self.dataset, rows[self.captions.numbers[rows] >= 0][:SAMPLE_GRID], self.classes)
+
+    def model_from(self, tensors: dict[str, Tensor], images: int) -> Model:
+        """Build the model of the averaged weights among the ``tensors`` of a state after ``images``."""
+        network = self.network_from(tensors, AVERAGED)
+        latents = self.autoencoder.latents if self.autoencoder else None
+        model: Model = family_of(self.model).make_model(self.model_header(images), network, latents)
+        return model
+
+    def network_from(self, tensors: dict[str, Tensor], prefix: str) -> nn.Module:
+        """Build a network for inference from copies of the ``tensors`` whose names begin with ``prefix``."""
+        with torch.device("meta"):
+            network = self.make_network()
+        weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        network.load_state_dict({name: value.detach().clone() for name, value in weights.items()}, assign=True)
+        network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return network
+
+    def model_header(self, images: int) -> ModelHeader:
+        """Build the header of a model that has seen ``images``."""
+        manifest = self.dataset.manifest
+        return ModelHeader(
+            model=self.model,
+            channels=manifest.channels,
+            size=manifest.size,
+            dataset=manifest.name,
+            content_digest=manifest.content_digest,
+            sigma_data=self.data.sigma_data,
+            class_histogram=manifest.class_histogram,
+            encoder=ENCODER if self.model.text else None,
+            latents=self.autoencoder.space if self.autoencoder else None,
+            images=images,
+            training=identity_fields(self.config, self.model),
+        )
+
+    def header(self, images: int, total: int) -> dict[str, Any]:
+        """Build the header of a final model after ``images`` of ``total``."""
+        header = {
+            "format_version": FORMAT_VERSION,
+            "model_header": self.model_header(images).model_dump(mode="json"),
+            "train_key": self.train_key,
+            "total": total,
+        }
+        return header if self.config.window is None else header | {"layout_digest": self.dataset.manifest.layout_digest}
+
+    def checkpoint_header(self, counts: dict[str, int], total: int) -> dict[str, Any]:
+        """Build the header of a checkpoint, which has the counts of the state and says where it was computed."""
+        fingerprint = self.fingerprint.model_dump(mode="json")
+        return self.header(counts["images"], total) | {COUNTS: counts, FINGERPRINT: fingerprint}
+
+    @cached_property
+    def train_key(self) -> str:
+        """Digest of all that decides the weights but the fingerprint."""
+        return train_key(data_digest(self.dataset.manifest, self.config), self.model, self.config)
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What the last bits of the weights depend on besides configuration, data and seed."""
+        return Fingerprint(
+            batch=self.config.batch_size,
+            precision=resolve_precision(self.config.precision, self.device),
+            device=device_name(self.device),
+            torch=torch.__version__,
+            compile=self.compiled,
+            ranks=self.ranks.count,
+        )
+
+
+def make_setup(
+    dataset: Dataset,
+    model: FamilyConfig,
+    config: TrainingConfig,
+    sampling: SamplingConfig,
+    ranks: Ranks,
+    embed: Callable[[Dataset, list[str]], Tensor],
+) -> TrainingSetup:
+    """Check that data set and configuration fit each other, and load what they name.
+
+    Args:
+        embed: Computes the embeddings of the captions of a data set, (captions, 384).
+
+    Raises:
+        UserError: An option has no effect or contradicts another, or what is named is missing or does not fit.
+    """
+    captions = None
+    if model.text:
+        texts, numbers = dataset.different_captions()
+        if not texts:
+            raise UserError(
+                f"data set {dataset.folder} has no captions, and model.text conditions the network on them: ingest it "
+                "with a column text beside file_name (metadata.csv), or leave model.text out"
+            )
+        # One process embeds them for all.
+        embeddings = ranks.broadcast_tensors({"embeddings": embed(dataset, texts)} if ranks.is_main else {})
+        captions = Captions(embeddings["embeddings"], numbers)
+    require_meaning(model, sampling)
+    require_small(model, sampling)
+    autoencoder = None
+    if isinstance(model, ModelConfig) and model.autoencoder is not None:
+        autoencoder = open_autoencoder(model.autoencoder, dataset, config.window)
+        for name, moment in ranks.broadcast_tensors(dict(autoencoder.latents.named_buffers())).items():
+            autoencoder.latents.get_buffer(name).copy_(moment)
+        model = model.model_copy(update={"autoencoder": DIGEST + autoencoder.space.digest})
+    if words := disagreement(model, config):
+        raise UserError(words)
+    warm_start = open_warm_start(config)
+    config = with_start_digest(config, warm_start)
+    setup = TrainingSetup(dataset, model, config, ranks, captions, autoencoder, warm_start)
+    require_effect(setup.classes, model.text, sampling, setup.sample_grid_conditions())
+    return setup
+
+
+@contextmanager
+def open_dataset(data: Path, config: TrainingConfig, store: ShardStore | None) -> Iterator[Dataset]:
+    """Open the data set in folder ``data``, or stream its shards from ``store``; UserError if it has no images."""
+    shards = None
+    if config.stream_bytes is not None:
+        if store is None:
+            raise UserError(
+                "training.stream_bytes is set, and there is no remote to fetch shards from: "
+                "leave it out (null) and get the data set with `dvc pull`"
+            )
+        _require_room(read_manifest(data), config.stream_bytes, config.window)
+        shards = ShardCache(data.parent / ".shards", store, config.stream_bytes)
+    with closing(Dataset.open(data, shards, config.cache_bytes)) as dataset:
+        if not len(dataset.rows("train")):
+            raise UserError(f"data set {data} has no training images: ingest more, or lower ingest.held_out")
+        yield dataset
+
+
+def _require_room(manifest: Manifest, stream_bytes: int, window: int | None) -> None:
+    sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
+    needed = sum(sizes if window is None else sizes[: 2 * window])
+    if needed <= stream_bytes:
+        return
+    fitting = sum(int(total) <= stream_bytes for total in np.cumsum(sizes)) // 2
+    less = f", or set training.window to {fitting}" + (" or less" if fitting > 1 else "") if fitting else ""
+    what = f"all {len(sizes)} shards" if window is None else f"two windows of training.window = {window} shards"
+    raise UserError(
+        f"{what} of data set {manifest.name} have up to {needed} bytes and the cache holds {stream_bytes}: "
+        f"raise training.stream_bytes to {needed}{less}"
+    )
+
+
+def drop_conditioning(conditioning: Conditioning, u: Tensor, share: float, no_class: int) -> Conditioning:
+    """Drop conditioning where the random numbers ``u`` (N,), in [0, 1), say so.
+
+    Below ``share`` that is everything (arXiv 2207.12598). With class and caption both, it is one of them in as many
+    images again, so that either can be given without the other (arXiv 2211.09800, section 3.2.1).
+    """
+    alone = share / 2 if len(conditioning) == 2 else 0
+    without_label = (u < share) | ((u >= share + alone) & (u < share + 2 * alone))
+    left = {}
+    if "label" in conditioning:
+        left["label"] = conditioning["label"].masked_fill(without_label, no_class)
+    if "text" in conditioning:
+        left["text"] = conditioning["text"].masked_fill((u < share + alone)[:, None], 0)
+    return left
+
+
+def identity_fields(config: TrainingConfig, model: FamilyConfig) -> dict[str, Any]:
+    """Resolve the configuration, without what cannot change the weights of ``model``."""
+    harmless = {
+        "gradient_checkpointing",
+        "device",
+        "compile",
+        "shard",
+        "max_nonfinite_steps",
+        "output",
+        "keep",
+        "keep_best",
+        "keep_every",
+        "checkpoints",
+        "workers",
+        "prefetch",
+        "cache_bytes",
+        "stream_bytes",
+    }
+    if config.window is None:
+        harmless.add("window")
+    harmless.update(model.passes_over.get("training", ()))
+    return config.model_dump(mode="json", exclude=harmless) | {
+        "precision": resolve_precision(config.precision, resolve_device(config.device))
+    }
+
+
+def data_digest(manifest: Manifest, config: TrainingConfig) -> str:
+    """Compute the digest of what decides the weights in a data set: content, and shards if these decide the order."""
+    if config.window is None:
+        return manifest.content_digest
+    return digest_of([manifest.content_digest, manifest.layout_digest])
+
+
+def train_key(data_digest: str, model: FamilyConfig, config: TrainingConfig) -> str:
+    """Compute the digest of all that decides the weights but the fingerprint; autoencoder and start by digest."""
+    return digest_of(
+        {
+            "content_digest": data_digest,
+            "model": model.model_dump(mode="json"),
+            "training": identity_fields(config, model),
+        }
+        | ({"encoder": ENCODER.digest} if model.text else {})
+    )

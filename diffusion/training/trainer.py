@@ -1,0 +1,217 @@
+"""The training loop: a batch of images, noise, forward, loss, backward, clip, step, EMA, log, checkpoint."""
+
+import math
+import time
+from collections import deque
+from concurrent.futures import Executor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.data.loader import Batch
+from diffusion.device import resolve_device
+from diffusion.errors import DarkroomError
+from diffusion.families import family_of
+from diffusion.families.base import OptimizerStep, TrainingBatch
+from diffusion.fingerprint import autocast
+from diffusion.model import to_float
+from diffusion.training.config import TrainingConfig
+from diffusion.training.distributed import Ranks, full_tensor
+from diffusion.training.logging import TrainingLog
+from diffusion.training.setup import TrainingSetup
+from diffusion.training.state import make_state
+
+LOGS_PER_CHECKPOINT = 20
+
+
+class NotFiniteError(DarkroomError):
+    """Too many steps in a row had no finite loss and gradient; ``batch`` is the last one."""
+
+    def __init__(self, message: str, batch: dict[str, Tensor]) -> None:
+        super().__init__(message)
+        self.batch = batch
+
+
+class PendingStep:
+    """A step that was begun; whether it changed the weights can be known without waiting for those after it."""
+
+    def __init__(self, images: int, finite: Tensor, batch: Batch, t: Tensor | None) -> None:
+        self.images, self.batch, self.t = images, batch, t
+        self._finite = finite.to("cpu", non_blocking=True)
+        self._event = torch.cuda.current_stream(finite.device).record_event() if finite.is_cuda else None
+
+    def was_finite(self) -> bool:
+        """Wait for the step, and return whether loss and gradient were finite."""
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._finite)
+
+
+class Trainer:
+    """Trains a network; several processes that share each batch have one each.
+
+    Args:
+        setup: Data, configuration and device.
+        threads: Compute the parts of a batch on a CPU.
+    """
+
+    def __init__(self, setup: TrainingSetup, threads: Executor) -> None:
+        self.setup, self.config, self.threads, self.device = setup, setup.config, threads, setup.device
+        with torch.random.fork_rng(devices=[]):
+            # Initial weights are a function of the seed.
+            torch.manual_seed(self.config.seed)
+            network = setup.make_network(self.config.gradient_checkpointing)
+            self.objective = family_of(setup.model).make_objective(setup.model, self.config, setup.data)
+        if setup.warm_start:
+            setup.warm_start.initialize(network, setup.model, setup.dataset, setup.classes)
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        shard = self.config.shard and setup.ranks.count > 1
+        frozen = setup.frozen_tensors()
+        self.state = make_state(network, self.objective, self.config, self.device, frozen, shard)
+        if setup.compiled:
+            network.compile(dynamic=False)
+        self.loader = setup.make_loader()
+        self.total = 0
+        """Images to see in all, a whole number of batches."""
+        self.pending: deque[PendingStep] = deque()
+        self.lag = 1 if self.device.type == "cuda" else 0
+        """After how many further steps it is checked that a step was finite: a GPU would else wait for it."""
+
+    def train(self, log: TrainingLog | None) -> None:
+        """Train until ``total`` images are seen; only the main process has a ``log``."""
+        state, config = self.state, self.config
+        steps = self.total // config.batch_size
+        log_every = max(1, steps // (config.checkpoints * LOGS_PER_CHECKPOINT)) * config.batch_size
+        save_every = math.ceil(self.total / config.checkpoints / log_every) * log_every
+        results: list[Tensor] = []
+        began, since, waited = state.images, time.perf_counter(), self.loader.waited
+        while state.images < self.total:
+            learning_rate = scheduled_learning_rate(config, state.images, self.total)
+            results.append(torch.stack(self.train_step(learning_rate)))
+            at_end = state.images == self.total
+            if state.images % log_every == 0 or at_end:
+                # The first thing in all these steps that waits for the device.
+                finite = torch.stack(results).cpu()
+                loss, norm = finite[finite.isfinite().all(1)].mean(0).tolist()
+                self.check_finite()
+                seconds = time.perf_counter() - since
+                metrics = {
+                    "loss": loss,
+                    "gradient_norm": norm,
+                    "learning_rate": learning_rate,
+                    "images_per_second": (state.images - began) / seconds,
+                    "data_wait": (self.loader.waited - waited) / seconds,
+                    "skipped": state.skipped,
+                }
+                if log:
+                    log.log_metrics(metrics, state.images)
+                results, began, since, waited = [], state.images, time.perf_counter(), self.loader.waited
+            if state.images % save_every == 0 or at_end:
+                tensors = self.checkpoint_tensors()
+                if log:
+                    log.checkpoint(tensors, state.counts(), save_every)
+                since = time.perf_counter()
+
+    def train_step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
+        """Take one training step; returns loss and gradient norm, both (), which may not be finite.
+
+        Then nothing moves from there on in this step, and it is counted. Raises NotFiniteError if too many in a row
+        were so.
+        """
+        config, state = self.config, self.state
+        batch = self.loader.batch(state.images, self.total)
+        x0 = to_float(batch.pictures).contiguous(memory_format=torch.channels_last)
+        noised = self.objective.make_batch(x0, batch.indices, self.setup.training_conditioning(batch))
+        t, noised = noised.t, noised.on(self.device)
+        finite, norms = torch.ones((), dtype=torch.bool, device=self.device), []
+        for step, optimizer in zip(state.steps, state.optimizers, strict=True):
+            loss = self.backward(step, noised)
+            norm = full_tensor(torch.nn.utils.clip_grad_norm_(step.parameters, config.max_grad_norm))
+            norms.append(norm)
+            finite = finite & loss.isfinite() & norm.isfinite()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            # The optimizer itself leaves the step out, on its device, without anyone waiting to know.
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        state.images += config.batch_size
+        for average in state.averages:
+            average.update(state.network, state.images // config.batch_size)
+        self.pending.append(PendingStep(state.images, finite, batch, t))
+        self.check_finite(self.lag)
+        return loss, torch.stack(norms).amax()
+
+    def backward(self, step: OptimizerStep, batch: TrainingBatch) -> Tensor:
+        """Compute the loss of the batch of all processes, (), and give the parameters of ``step`` its gradients."""
+        config = self.config
+
+        def forward(part: TrainingBatch) -> tuple[Tensor, Tensor]:
+            """Compute what these images add to the loss of the batch, and to what is minimized."""
+            with autocast(config.precision, self.device):
+                losses = step.losses(part)
+            return losses.detach().sum() / config.batch_size, step.minimized(losses, part).sum() / config.batch_size
+
+        def gradients(part: TrainingBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
+            loss, minimized = forward(part)
+            return loss, torch.autograd.grad(minimized, step.parameters)
+
+        if config.shard:
+            # Each process gets those of its share of the weights.
+            loss, minimized = forward(batch)
+            minimized.backward()  # type: ignore[no-untyped-call]
+            self.setup.ranks.sum([loss])
+            return loss
+        parts = list(self.threads.map(gradients, batch.split(thread_count(config, self.setup.ranks))))
+        loss = torch.stack([part_loss for part_loss, _ in parts]).sum()
+        for parameter, *each in zip(step.parameters, *(part for _, part in parts), strict=True):
+            # In the parameter's own memory format, which autograd.grad does not promise and the optimizer relies on.
+            parameter.grad = torch.zeros_like(parameter)
+            for gradient in each:
+                parameter.grad.add_(gradient)
+        self.setup.ranks.sum([loss, *(parameter.grad for parameter in step.parameters if parameter.grad is not None)])
+        return loss
+
+    def check_finite(self, left: int = 0) -> None:
+        """Count the steps that changed nothing, of all but the last ``left``; raises NotFiniteError if too many."""
+        state, config = self.state, self.config
+        while len(self.pending) > left:
+            step = self.pending.popleft()
+            if step.was_finite():
+                state.skipped_in_a_row = 0
+                continue
+            state.skipped += 1
+            state.skipped_in_a_row += 1
+            if state.skipped_in_a_row >= config.max_nonfinite_steps:
+                raise NotFiniteError(
+                    f"loss or gradient was not finite in {config.max_nonfinite_steps} steps in a row, up to image "
+                    f"{step.images}: lower training.learning_rate and give --restart, or look at the last batch",
+                    {"pictures": step.batch.pictures, "rows": torch.from_numpy(np.asarray(step.batch.rows))}
+                    | ({} if step.t is None else {"t": step.t}),
+                )
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Collect the tensors of a checkpoint in the main process; all processes must call this together."""
+        return self.state.full_tensors(self.setup.ranks.is_main) if self.config.shard else self.state.tensors()
+
+    def checkpoint_header(self) -> dict[str, Any]:
+        """Build the header of a checkpoint of the present state."""
+        return self.setup.checkpoint_header(self.state.counts(), self.total)
+
+
+def scheduled_learning_rate(config: TrainingConfig, images: int, total: int) -> float:
+    """Compute the learning rate after ``images`` of ``total``: a linear warm-up, then a cosine to zero."""
+    warmup = min(1.0, (images + config.batch_size) / max(config.warmup_images, 1))
+    return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(images / total, 1.0)))
+
+
+def thread_count(config: TrainingConfig, ranks: Ranks) -> int:
+    """Return how many threads compute parts of a batch in each process: those of one process, shared out.
+
+    A GPU shares its work out by itself, and what is gathered for a block of a sharded network is there once.
+    """
+    if config.shard or resolve_device(config.device).type != "cpu":
+        return 1
+    return max(1, config.cpu_threads // ranks.count)

@@ -1,0 +1,108 @@
+"""Validation at a checkpoint: losses on fixed images of both splits, and a grid of generated images."""
+
+import copy
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from diffusion.config_sampling import SamplingConfig
+from diffusion.data.dataset import SPLITS
+from diffusion.data.loader import Batch
+from diffusion.data.manifest import Split
+from diffusion.families.base import TrainingObjective
+from diffusion.fingerprint import autocast
+from diffusion.grids import beside, blocks, grid
+from diffusion.model import Model, to_float
+from diffusion.sampling import sample
+from diffusion.training.setup import SAMPLE_GRID, TrainingSetup
+from diffusion.upscaling import shrunk, upscale
+
+VALIDATION_IMAGES = 256
+"""Images of each split on which losses are compared over time."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The same images, noise levels and noise at each checkpoint of a run."""
+
+    setup: TrainingSetup
+    objective: TrainingObjective
+    threads: Executor
+
+    @cached_property
+    def batches(self) -> dict[Split, Batch]:
+        """Images of each split; kept, as they may have come from far away."""
+        batches: dict[Split, Batch] = {}
+        dataset = self.setup.dataset
+        for split in SPLITS:
+            rows = dataset.rows(split)
+            if self.setup.config.window is not None:  # from as few shards as possible
+                rows = rows[np.argsort(dataset.shards(rows), kind="stable")]
+            rows = rows[:VALIDATION_IMAGES]
+            if len(rows):
+                batches[split] = Batch(range(len(rows)), rows, dataset.pictures(rows))
+        return batches
+
+    @property
+    def images(self) -> Tensor:
+        """The images whose small versions a super-resolution model is shown, (N, C, H, W) uint8."""
+        return self.batches["held_out" if "held_out" in self.batches else "train"].pictures[:SAMPLE_GRID]
+
+    def metrics(self, networks: Mapping[str, nn.Module]) -> dict[str, float]:
+        """Compute the losses of ``networks`` on both splits, and further metrics of that with the suffix ``_ema``.
+
+        Args:
+            networks: By the suffix of their metrics' names.
+        """
+        pending = [
+            self.threads.submit(self._metrics, split, batch, suffix, network)
+            for split, batch in self.batches.items()
+            for suffix, network in networks.items()
+        ]
+        return {name: value for each in pending for name, value in each.result().items()}
+
+    def _metrics(self, split: Split, batch: Batch, suffix: str, network: nn.Module) -> dict[str, float]:
+        device = self.setup.device
+        with torch.inference_mode(), autocast(self.setup.config.precision, device):
+            conditioning = self.setup.conditioning(batch)
+            fixed = self.objective.make_validation_batch(to_float(batch.pictures), split, batch.indices, conditioning)
+            if fixed is None:
+                return {}
+            fixed = fixed.on(device)
+            if next(network.parameters()).device != device:
+                network = copy.deepcopy(network).to(device)
+            losses = self.objective.losses(network, fixed).cpu()
+            metrics = {f"{split}_loss{suffix}": losses.mean().item()}
+            if (split, suffix) == ("held_out", "_ema"):
+                metrics |= self.objective.validation_metrics(network, fixed, losses)
+            return metrics
+
+    def generate(self, model: Model, sampling: SamplingConfig) -> Tensor:
+        """Generate the images of a sample grid, or upscale held-out ones: (N, C, H, W) uint8."""
+        low_resolution = self.setup.model.low_resolution
+        if low_resolution is None:
+            return sample(model, range(SAMPLE_GRID), 0, sampling, asked=self.setup.sample_grid_conditions())
+        return upscale(model, shrunk(self.images, low_resolution), 0, sampling)
+
+    def sample_grid(self, generated: Tensor) -> Image.Image:
+        """Lay out ``generated`` images; upscaled ones between the small and the real image, each time."""
+        low_resolution = self.setup.model.low_resolution
+        if low_resolution is None:
+            return grid(generated)
+        images = self.images
+        return grid(beside(blocks(shrunk(images, low_resolution), generated.shape[-1]), generated, images), 12)
+
+    def colour_drift(self, generated: Tensor) -> dict[str, float]:
+        """Compute how far the mean of each channel is from the data set's, in standard deviations of it."""
+        manifest = self.setup.dataset.manifest
+        means = to_float(generated).mean((0, 2, 3)).tolist()
+        return {
+            f"sample_drift_{'grey' if len(means) == 1 else 'rgb'[channel]}": (mean - real) / max(spread, 1e-6)
+            for channel, (mean, real, spread) in enumerate(zip(means, manifest.mean, manifest.std, strict=True))
+        }

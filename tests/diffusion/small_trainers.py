@@ -1,0 +1,36 @@
+"""Trainers of small networks, to take single steps with."""
+
+from concurrent.futures import Executor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffusion.config_sampling import SamplingConfig
+from diffusion.data.dataset import Dataset
+from diffusion.models.config import FamilyConfig
+from diffusion.text import WIDTH
+from diffusion.training.config import TrainingConfig
+from diffusion.training.distributed import SINGLE_PROCESS
+from diffusion.training.setup import make_setup
+from diffusion.training.trainer import Trainer, scheduled_learning_rate
+
+
+def make_trainer(data: Path, model: FamilyConfig, config: TrainingConfig, pool: Executor, total: int = 0) -> Trainer:
+    """A trainer on the data set in folder ``data``, in this process, that has seen nothing of ``total`` images."""
+    setup = make_setup(
+        Dataset.open(data),
+        model,
+        config,
+        SamplingConfig(),
+        SINGLE_PROCESS,
+        lambda _, texts: torch.zeros(len(texts), WIDTH),
+    )
+    trainer = Trainer(setup, pool)
+    trainer.total = total
+    return trainer
+
+
+def take_step(trainer: Trainer) -> tuple[Tensor, Tensor]:
+    """One step at the scheduled learning rate: loss and gradient norm."""
+    return trainer.train_step(scheduled_learning_rate(trainer.config, trainer.state.images, trainer.total))
