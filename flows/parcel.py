@@ -20,9 +20,9 @@ from diffusion.escaping import escape_controls
 from diffusion.files import sha256_file, write_json
 from diffusion.parent import end_with_parent
 from flows import environment, registry
+from flows.aliases import verified
 from flows.history import Evidence
 from flows.ledger import Ledger
-from flows.ledger_record import verified
 from flows.registry import digest_code
 from flows.trace import MANIFEST
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from pydantic import AwareDatetime, Field, ValidationError
 
 from diffusion.config import Config
-from diffusion.data.removals import Removal
+from diffusion.data.takedown_records import Removal
 from diffusion.errors import DarkroomError, UserError
 from diffusion.files import write_atomically, write_json
 from diffusion.progress import Progress, silent
-from flows.backups import Backup, Backups, SavedObject
 from flows.environment import SERVERS, given, settings
 from flows.s3 import Object, Store, client
+from flows.stack.backup import Backup, Backups, SavedObject
 from flows.stack.control import RESTORING, StackStatus, status, up
 from flows.stack.local import LocalStack
 

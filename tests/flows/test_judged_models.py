@@ -14,7 +14,7 @@ from diffusion.evaluation.metrics import Scores
 from diffusion.evaluation.results import CheckpointEvaluation, Evaluation, EvaluationConditions, Floor
 from diffusion.fingerprint import fingerprint
 from diffusion.samplers import sampling_config
-from flows.judged_models import CHECKPOINT, CHECKPOINT_SHA256, EVAL_KEY, JUDGED, Scoreboard
+from flows.tracking import CHECKPOINT, CHECKPOINT_SHA256, EVAL_KEY, JUDGED, Scoreboard
 
 WRITES = ("create_logged_model", "finalize_logged_model", "set_logged_model_tags", "log_batch")
 CONTENT = "c" * 64

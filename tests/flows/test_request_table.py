@@ -12,8 +12,8 @@ import pytest
 from diffusion.config_sampling import UNCONDITIONAL, Conditions
 from diffusion.errors import UserError
 from diffusion.samplers import sampling_config
-from flows.batch_plan import plan
 from flows.params import PrintsConfig
+from flows.printing import plan
 from flows.prints import Batch
 from flows.registry import Version
 from flows.request_table import RequestTable

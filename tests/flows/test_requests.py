@@ -91,8 +91,8 @@ def test_a_model_file_answers_without_servers_and_again_alike(
     about = json.loads((place / "request.json").read_text())
     assert about["model"]["weights_sha256"] == sha256_file(folder / "model.safetensors")
     assert about["request"]["task"] == task
-    assert [row["index"] for row in about["pictures"]] == [0, 1, 2]
-    for row in about["pictures"]:
+    assert [row["index"] for row in about["images"]] == [0, 1, 2]
+    for row in about["images"]:
         assert sha256_file(place / row["file"]) == row["sha256"]
         picture = Image.open(place / row["file"])
         assert sha256_bytes(picture.tobytes()) == row["pixels_sha256"]
@@ -121,7 +121,7 @@ def test_requests_that_differ_lie_in_folders_of_their_own(darkroom: Darkroom) ->
 
 def test_a_folder_takes_the_answer_to_one_request_only(darkroom: Darkroom, folder: Path) -> None:
     made(darkroom, "sample", "--count", "3", "--out", "mine")
-    for out, words in (("mine", "holds the answer to another request"), ("face.png", "is no folder of pictures made")):
+    for out, words in (("mine", "holds the answer to another request"), ("face.png", "is no folder of images made")):
         done = darkroom("sample", "--count", "2", "--out", out, "--model", "model.safetensors", *QUICK)
         assert (done.code, len(done.err.strip().splitlines())) == (2, 1), done.err
         assert words in done.err

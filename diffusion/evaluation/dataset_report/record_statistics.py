@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 
 from diffusion.data.dataset import SPLITS
 from diffusion.data.manifest import Manifest, Split, read_records
-from diffusion.data.refusals import Quarantine, standing
+from diffusion.data.quarantine import Quarantine, standing
 from diffusion.progress import Progress, silent
 
 BINS = 32
