@@ -83,9 +83,9 @@ def main() -> None:
         "mean": lambda: torch.where(kept, originals, mean),
         "nearest": lambda: torch.where(kept, originals, training[nearest(originals, training, kept)]),
         "replacement": lambda: painted(model, originals, kept),
-        "`times` 5": lambda: painted(model, originals, kept, times=5),
-        "`agree`": lambda: painted(model, originals, kept, agree=True),
-        "`agree`, `times` 3": lambda: painted(model, originals, kept, times=3, agree=True),
+        "`repaint`": lambda: painted(model, originals, kept, resample_steps=5),
+        "`pigdm`": lambda: painted(model, originals, kept, guided=True),
+        "`pigdm`, `resample_steps` 3": lambda: painted(model, originals, kept, resample_steps=3, guided=True),
     }
     around = slice(hole.start - BORDER, hole.stop + BORDER)
     whole, inside = Judge(real, originals), Judge(real[..., around, around], originals[..., around, around])
@@ -108,7 +108,9 @@ def main() -> None:
         save_png(args.picture, grid(torch.cat(shown), columns=SHOWN))
 
 
-def painted(model: DiffusionModel, originals: Tensor, kept: Tensor, times: int = 1, agree: bool = False) -> Tensor:
+def painted(
+    model: DiffusionModel, originals: Tensor, kept: Tensor, resample_steps: int = 1, guided: bool = False
+) -> Tensor:
     """What is not ``kept`` (H, W) of each of ``originals`` (N, C, H, W) filled once, in batches."""
     config, filled = sampling_config(), []
     sampler, levels = config.build_sampler(), config.sigma_grid(model.schedule)
@@ -116,12 +118,14 @@ def painted(model: DiffusionModel, originals: Tensor, kept: Tensor, times: int =
         noise = GaussianNoise(0, "sampling", numbers.tolist(), model.shape)
         known = to_float(blanked(originals[numbers], kept))
         denoise = model.denoiser()
-        if agree:
+        if guided:
             denoise = clipped(pigdm(denoise, known, kept, model.header.sigma_data))
         denoise = replace_known(denoise, known, kept)
         with torch.inference_mode(), autocast(config.precision, torch.device("cpu")):
             filled.append(
-                repaint(sampler, denoise, known + float(levels[0]) * noise(), levels, noise, resample_steps=times)
+                repaint(
+                    sampler, denoise, known + float(levels[0]) * noise(), levels, noise, resample_steps=resample_steps
+                )
             )
     return to_uint8(torch.cat(filled))
 

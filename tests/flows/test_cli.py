@@ -96,7 +96,7 @@ def test_help_loads_no_heavy_library() -> None:
         ["train", "--no-such-option"],
         ["train", "--dry-run", "--params", "."],
         ["edit", "img2img", "x.png", "--strength", "nan", "--model", "m.safetensors"],
-        ["edit", "inpaint", "x.png", "--mask", "x.png", "--times", "1000", "--model", "m.safetensors"],
+        ["edit", "inpaint", "x.png", "--mask", "x.png", "--resample-steps", "1000", "--model", "m.safetensors"],
     ],
 )
 def test_mistakes_exit_2_without_a_traceback(tmp_path: Path, arguments: list[str]) -> None:
