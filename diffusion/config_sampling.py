@@ -110,22 +110,30 @@ class ConditionalRequest(BaseRequest):
         )
 
 
-class SampleRequest(ConditionalRequest):
+class IndexedRequest(BaseRequest):
+    """Fields of tasks whose images are numbered from where the request says."""
+
+    index: int = Field(0, ge=0, le=MAX_INTEGER)
+    """Number of the first image; the others follow."""
+
+
+class EditRequest(ConditionalRequest, IndexedRequest):
+    """Fields of tasks that change an image."""
+
+    image: bytes
+    """File (PNG, JPEG, WebP …): its middle, a square, scaled, and laid over black if it is transparent."""
+
+
+class SampleRequest(ConditionalRequest, IndexedRequest):
     """Images from noise."""
 
     task: Literal["sample"] = "sample"
-    index: int = Field(0, ge=0, le=MAX_INTEGER)
-    """Number of the first image; the others follow."""
 
 
-class InpaintRequest(ConditionalRequest):
+class InpaintRequest(EditRequest):
     """A hole in an image filled, with a step's estimate replaced where the image is known (the fast method)."""
 
     task: Literal["inpaint"] = "inpaint"
-    index: int = Field(0, ge=0, le=MAX_INTEGER)
-    """Number of the first image; the others follow."""
-    image: bytes
-    """File (PNG, JPEG, WebP …): its middle, a square, scaled, and laid over black if it is transparent."""
     mask: bytes
     """File of an image as large as ``image``, white where it is filled, black where it is kept; scaled down, a pixel is
     kept that stands for hardly any white."""
@@ -153,14 +161,10 @@ class PiGDMRequest(InpaintRequest):
     """How often each stretch of steps is repeated besides, as in RePaint."""
 
 
-class Img2ImgRequest(ConditionalRequest):
+class Img2ImgRequest(EditRequest):
     """An image made anew, more or less like it (SDEdit)."""
 
     task: Literal["img2img"] = "img2img"
-    index: int = Field(0, ge=0, le=MAX_INTEGER)
-    """Number of the first image; the others follow."""
-    image: bytes
-    """File (PNG, JPEG, WebP …): its middle, a square, scaled, and laid over black if it is transparent."""
     strength: float = Field(0.6, allow_inf_nan=False)
     """How much is changed, above 0 and below 1: at 0.6 much is new, and the image is still recognised."""
 
@@ -173,12 +177,10 @@ class InterpolateRequest(ConditionalRequest):
     """Seed of the last image: the path goes from image 0 of ``seed`` to image 0 of this one."""
 
 
-class UpscaleRequest(BaseRequest):
+class UpscaleRequest(IndexedRequest):
     """A small image made large, several times if the count says so."""
 
     task: Literal["upscale"] = "upscale"
-    index: int = Field(0, ge=0, le=MAX_INTEGER)
-    """Number of the first image; the others follow."""
     image: bytes
     """File (PNG, JPEG, WebP …), used as it is."""
 

@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
@@ -56,11 +55,13 @@ class Sampler(Protocol):
         """Generate images, nominally in [−1, 1], (N, C, H, W)."""
 
 
-class BaseSampling(Config, ABC):
+class BaseSampling(Config):
     """Options that all samplers share: noise levels, guidance, and how the work is computed."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
+    function: ClassVar[Callable[..., Tensor]]
+    """The sampler, which takes the configuration's own options by their names."""
     sampler: str
     """Name of the sampler, which decides what other options there are."""
     steps: int = Field(16, ge=2, le=10_000)
@@ -90,9 +91,10 @@ class BaseSampling(Config, ABC):
     device: DeviceName = Field("auto", exclude_if=unset)
     """Device that computes: cpu, cuda, or auto, a GPU where there is one."""
 
-    @abstractmethod
     def build_sampler(self) -> Sampler:
         """The sampler's function with the options of this configuration."""
+        own = type(self).model_fields.keys() - BaseSampling.model_fields.keys()
+        return partial(type(self).function, **{name: getattr(self, name) for name in own})
 
     def run(self, denoise: Denoise, sigmas: Tensor, noise: Noise, callback: Callback | None = None) -> Tensor:
         """Generate images from noise alone over the levels ``sigmas``, see ``sigma_grid``: (N, C, H, W)."""
@@ -188,6 +190,9 @@ def ddpm(
     return ancestral(posterior, x, sigmas, noise, callback)
 
 
+VARIANCES = {None: None, "fixed_small": fixed_small, "fixed_large": fixed_large}
+
+
 class DDPMSampling(BaseSampling):
     """Ancestral sampling of DDPM (arXiv 2006.11239): fresh noise in each step, best with many steps."""
 
@@ -199,12 +204,7 @@ class DDPMSampling(BaseSampling):
 
     def build_sampler(self) -> Sampler:
         """``ddpm`` with its variance."""
-        match self.variance:
-            case "fixed_small":
-                return partial(ddpm, variance=fixed_small)
-            case "fixed_large":
-                return partial(ddpm, variance=fixed_large)
-        return ddpm
+        return partial(ddpm, variance=VARIANCES[self.variance])
 
 
 def ddim(
@@ -228,14 +228,11 @@ def ddim(
 class DDIMSampling(BaseSampling):
     """DDIM (arXiv 2010.02502): deterministic steps of first order, or with a share of fresh noise."""
 
+    function = ddim
     sampler: Literal["ddim"] = "ddim"
     """Name of the sampler."""
     eta: float = Field(0.0, ge=0, le=1)
     """Share of the noise that is fresh in each step, from none (0) to as much as in ddpm (1)."""
-
-    def build_sampler(self) -> Sampler:
-        """``ddim`` with its options."""
-        return partial(ddim, eta=self.eta)
 
 
 class ChurnConfig(Config):
@@ -264,6 +261,17 @@ class ChurnConfig(Config):
         return x + self.noise_std * float((raised**2 - sigma**2).sqrt()) * noise(), raised
 
 
+class ChurnSampling(BaseSampling):
+    """Options of samplers with churn."""
+
+    churn: ChurnConfig | None = Field(None, exclude_if=unset)
+    """Noise added before each step to be taken away again; null: none."""
+
+    def build_sampler(self) -> Sampler:
+        """The sampler's function with churn spread over all steps of the process."""
+        return partial(type(self).function, churn=self.churn, churn_steps=self.steps)
+
+
 def euler(
     denoise: Denoise,
     x: Tensor,
@@ -286,17 +294,12 @@ def euler(
     return x
 
 
-class EulerSampling(BaseSampling):
+class EulerSampling(ChurnSampling):
     """Euler's method in σ (arXiv 2206.00364): one evaluation a step."""
 
+    function = euler
     sampler: Literal["euler"] = "euler"
     """Name of the sampler."""
-    churn: ChurnConfig | None = Field(None, exclude_if=unset)
-    """Noise added before each step to be taken away again; null: none."""
-
-    def build_sampler(self) -> Sampler:
-        """``euler`` with its options."""
-        return partial(euler, churn=self.churn, churn_steps=self.steps)
 
 
 def heun(
@@ -326,17 +329,12 @@ def heun(
     return x
 
 
-class HeunSampling(BaseSampling):
+class HeunSampling(ChurnSampling):
     """Heun's method in σ (arXiv 2206.00364): second order, with two evaluations a step."""
 
+    function = heun
     sampler: Literal["heun"] = "heun"
     """Name of the sampler."""
-    churn: ChurnConfig | None = Field(None, exclude_if=unset)
-    """Noise added before each step to be taken away again; null: none."""
-
-    def build_sampler(self) -> Sampler:
-        """``heun`` with its options."""
-        return partial(heun, churn=self.churn, churn_steps=self.steps)
 
 
 def dpmpp_2m(
@@ -369,12 +367,9 @@ def dpmpp_2m(
 class DPMSolverSampling(BaseSampling):
     """DPM-Solver++ (2M) (arXiv 2211.01095): deterministic, second order with one evaluation a step."""
 
+    function = dpmpp_2m
     sampler: Literal["dpmpp_2m"] = "dpmpp_2m"
     """Name of the sampler."""
-
-    def build_sampler(self) -> Sampler:
-        """``dpmpp_2m`` without fresh noise."""
-        return dpmpp_2m
 
 
 class DPMSolverSDESampling(BaseSampling):
@@ -383,14 +378,11 @@ class DPMSolverSDESampling(BaseSampling):
     Its fresh noise undoes earlier mistakes, of which a briefly trained network makes many.
     """
 
+    function = dpmpp_2m
     sampler: Literal["dpmpp_2m_sde"] = "dpmpp_2m_sde"
     """Name of the sampler."""
     eta: float = Field(1.0, ge=0, le=1)
     """Share of the noise that is fresh in each step, from none (0, which is dpmpp_2m) to as much as in ddpm (1)."""
-
-    def build_sampler(self) -> Sampler:
-        """``dpmpp_2m`` with fresh noise."""
-        return partial(dpmpp_2m, eta=self.eta)
 
 
 def deis(
@@ -419,14 +411,11 @@ def deis(
 class DEISSampling(BaseSampling):
     """DEIS (arXiv 2204.13902): deterministic multistep, good in few steps."""
 
+    function = deis
     sampler: Literal["deis"] = "deis"
     """Name of the sampler."""
     order: Literal[2, 3] = 3
     """Number of estimates that a step uses."""
-
-    def build_sampler(self) -> Sampler:
-        """``deis`` with its options."""
-        return partial(deis, order=self.order)
 
 
 def unipc(
@@ -453,14 +442,11 @@ def unipc(
 class UniPCSampling(BaseSampling):
     """UniPC (arXiv 2302.04867): deterministic multistep predictor and corrector, good in few steps."""
 
+    function = unipc
     sampler: Literal["unipc"] = "unipc"
     """Name of the sampler."""
     order: Literal[2, 3] = 2
     """Number of estimates that the predictor uses; the corrector uses one more."""
-
-    def build_sampler(self) -> Sampler:
-        """``unipc`` with its options."""
-        return partial(unipc, order=self.order)
 
 
 def _pairs(sigmas: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
