@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.checkpoints import load_model
 from diffusion.config_sampling import SamplingConfig
-from diffusion.evaluation.cost import gflop
+from diffusion.evaluation.evaluator import gflop
 from diffusion.families import family_of
 from diffusion.families.base import Batch
 from diffusion.models.config import ModelConfig

@@ -13,7 +13,7 @@ from mlflow.client import MlflowClient
 from torch import Tensor
 
 from diffusion.data.manifest import read_manifest
-from diffusion.evaluation.trial_results import Trial
+from diffusion.evaluation.comparison import ChampionComparison
 from flows import model_card
 from flows.history import History
 from flows.ledger import Ledger
@@ -92,19 +92,19 @@ def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_led
     assert (better.champion, better.evidence.verdict) == (1, "promote")
     assert "better by more than δ: kid_efflite0" in better.evidence.reason
     assert better.evidence.gate["delta"] == 0.1
-    assert better.trial is not None
-    assert better.evidence.eval_key == better.trial.key
+    assert better.comparison is not None
+    assert better.evidence.eval_key == better.comparison.key
     figures = better.evidence.figures
     assert figures["kid_efflite0"] < figures["champion_kid_efflite0"]
-    assert figures["champion_kid_efflite0"] == pytest.approx(first.evidence.figures["kid_efflite0"])
-    logged = load_text(f"runs:/{second.version.run_id}/evaluation/trial.json")
-    assert Trial.model_validate_json(logged) == better.trial
-    again = second.trained()
-    assert (again.champion, again.evidence, again.trial) == (2, None, better.trial)
-    path = params.report_folder / "trial.json"
+    assert figures["champion_kid_efflite0"] == pytest.approx(first.evidence.estimates["kid_efflite0"])
+    logged = load_text(f"runs:/{second.version.run_id}/evaluation/champion_comparison.json")
+    assert ChampionComparison.model_validate_json(logged) == better.comparison
+    again = second.judged()
+    assert (again.champion, again.evidence, again.comparison) == (2, None, better.comparison)
+    path = params.report_folder / "champion_comparison.json"
     written = path.read_bytes()
     path.write_bytes(written.replace(b'"key"', b'"name"'))
-    assert second.trained().trial is None
+    assert second.judged().comparison is None
     path.write_bytes(written)
 
     third = Candidate(mlflow_client, params, 3, training_pictures(params.dataset_folder, 48))
@@ -118,10 +118,10 @@ def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_led
     assert json.loads(history.entries[2].data)["evidence"]["gate"] == params.gate.model_dump()
 
     data, entry = read_manifest(params.dataset_folder), history.about(3)
-    card = model_card.card(params, third.evaluation, data, third.version, entry, copier.trial)
+    card = model_card.card(params, third.evaluation, data, third.version, entry, copier.comparison)
     assert rows(card, "How good it is")["copies_share"][0] == "100.00%"
     assert "copies of training pictures" in rows(card, "How it was judged")["why"][0]
-    assert rows(card, "How it was judged", 1)["memorised"][0] == "reject"
+    assert rows(card, "How it was judged", 1)["memorized"][0] == "reject"
     assert "100 % look like copies of training pictures" in section(card, "Limits")
 
 
@@ -133,5 +133,5 @@ def test_what_a_person_took_the_title_from_is_held_without_a_trial(mlflow_client
         ledger.append(partial(History.then, **told))
     held = new.trained()
     assert held.evidence is not None
-    assert (held.champion, held.evidence.verdict, held.trial) == (1, "hold", None)
+    assert (held.champion, held.evidence.verdict, held.comparison) == (1, "hold", None)
     assert "a person decided against it" in held.evidence.reason
