@@ -99,7 +99,7 @@ def write_autoencoder(path: Path, seed: int, spread: float = 0.1) -> Path:
 
 def write_of_family(path: Path, config: FamilyConfig, seed: int, spread: float = 0.1) -> Path:
     """A model of any family, of images of 8 pixels, that was never trained."""
-    network = family_of(config).network(config, (1, 8, 8), 0)
+    network = family_of(config).make_network(config, (1, 8, 8), 0)
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=spread, generator=generator)

@@ -60,11 +60,11 @@ class Candidate:
         self.version: Version = add_version(client, folder, params.model_name, data=weights.read_bytes(), run_id=run_id)
         self.evaluation = an_evaluation([0.02])
 
-    def judged(self) -> Judgement:
+    def decided(self) -> Judgement:
         return judge.fn(self.params, self.evaluation, self.version)
 
     def committed(self) -> Judgement:
-        judgement = self.trained()
+        judgement = self.decided()
         Ledger.of(self.version.model).append(lambda history: next_entry(history, self.version, judgement, None))
         return judgement
 
@@ -99,12 +99,12 @@ def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_led
     assert figures["champion_kid_efflite0"] == pytest.approx(first.evidence.estimates["kid_efflite0"])
     logged = load_text(f"runs:/{second.version.run_id}/evaluation/champion_comparison.json")
     assert ChampionComparison.model_validate_json(logged) == better.comparison
-    again = second.judged()
+    again = second.decided()
     assert (again.champion, again.evidence, again.comparison) == (2, None, better.comparison)
     path = params.report_folder / "champion_comparison.json"
     written = path.read_bytes()
     path.write_bytes(written.replace(b'"key"', b'"name"'))
-    assert second.judged().comparison is None
+    assert second.decided().comparison is None
     path.write_bytes(written)
 
     third = Candidate(mlflow_client, params, 3, training_pictures(params.dataset_folder, 48))
@@ -131,7 +131,7 @@ def test_what_a_person_took_the_title_from_is_held_without_a_trial(mlflow_client
     for what, version in (("promote", old.version), ("promote", new.version), ("rollback", old.version)):
         told = {"what": what, "version": version.number, "weights_sha256": version.weights_sha256, "by_hand": True}
         ledger.append(partial(History.then, **told))
-    held = new.trained()
+    held = new.decided()
     assert held.evidence is not None
     assert (held.champion, held.evidence.verdict, held.comparison) == (1, "hold", None)
     assert "a person decided against it" in held.evidence.reason
