@@ -113,7 +113,7 @@ def test_a_card_shows_intervals_from_the_trial_and_the_limits_that_it_found(tmp_
     assert judged["headline"] == [each_of(found, "headline").verdict, each_of(found, "headline").reason]
     assert judged.keys() == {"headline", "memorized", "recall", "cost"}
     limits = section(card, "Limits")
-    assert "look like copies of training pictures; of pictures that no model has seen" in limits
+    assert "look like copies of training images; of images that no model has seen" in limits
     assert found.candidate.per_class is not None
     assert found.candidate.per_class.worst is not None
     assert f"Its worst class is {found.candidate.per_class.worst.name}: KID " in limits

@@ -84,7 +84,7 @@ def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_led
     first = Candidate(mlflow_client, params, 1, spoiled(good(48, 5000), 60)).committed()
     assert first.evidence is not None
     assert (first.champion, first.evidence.verdict) == (None, "promote")
-    assert first.evidence.reason.startswith("first version: there was no champion; copies of training pictures: ")
+    assert first.evidence.reason.startswith("first version: there was no champion; copies of training images: ")
 
     second = Candidate(mlflow_client, params, 2, spoiled(good(48, 6000), 5))
     better = second.committed()
@@ -111,7 +111,7 @@ def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_led
     copier = third.committed()
     assert copier.evidence is not None
     assert copier.evidence.verdict == "reject"
-    assert "copies of training pictures: " in copier.evidence.reason
+    assert "copies of training images: " in copier.evidence.reason
     history = Ledger.of(params.model_name).read()
     assert [entry.what for entry in history.entries] == ["promote", "promote", "reject"]
     assert history.standing.champion == 2
@@ -120,9 +120,9 @@ def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_led
     data, entry = read_manifest(params.dataset_folder), history.about(3)
     card = model_card.card(params, third.evaluation, data, third.version, entry, copier.comparison)
     assert rows(card, "How good it is")["copies_share"][0] == "100.00%"
-    assert "copies of training pictures" in rows(card, "How it was judged")["why"][0]
+    assert "copies of training images" in rows(card, "How it was judged")["why"][0]
     assert rows(card, "How it was judged", 1)["memorized"][0] == "reject"
-    assert "100 % look like copies of training pictures" in section(card, "Limits")
+    assert "100 % look like copies of training images" in section(card, "Limits")
 
 
 def test_what_a_person_took_the_title_from_is_held_without_a_trial(mlflow_client: MlflowClient, params: Params) -> None:
