@@ -251,7 +251,7 @@ def test_it_says_nothing_of_how_probable_pictures_are(data: Path, model: GANMode
     rows = dataset.rows("held_out")
     told = {"label": dataset.classes(rows, model.classes)}
     found = summarize_losses(measure_losses(model, [(dataset.pictures(rows), told)], SAMPLING))
-    assert found.pictures == len(rows)
+    assert found.images == len(rows)
     assert found.named() == {}
 
 

@@ -176,7 +176,7 @@ def test_any_network_can_be_measured(changes: dict[str, object], tmp_path: Path)
     found = summarize_losses(measure_losses(model, [(pictures(10), {})], SAMPLING))
     assert found.bits_per_dim is not None
     assert found.bits_per_dim > 0
-    assert found.pictures == 10
+    assert found.images == 10
     assert HeldOutLoss.model_validate_json(found.model_dump_json()) == found
     assert found.metrics().keys() == {"held_out_loss", "held_out_loss_se", "bits_per_dim", "bits_per_dim_se"}
 
