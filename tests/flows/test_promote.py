@@ -96,7 +96,7 @@ def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_led
     assert better.evidence.eval_key == better.comparison.key
     figures = better.evidence.figures
     assert figures["kid_efflite0"] < figures["champion_kid_efflite0"]
-    assert figures["champion_kid_efflite0"] == pytest.approx(first.evidence.estimates["kid_efflite0"])
+    assert figures["champion_kid_efflite0"] == pytest.approx(first.evidence.figures["kid_efflite0"])
     logged = load_text(f"runs:/{second.version.run_id}/evaluation/champion_comparison.json")
     assert ChampionComparison.model_validate_json(logged) == better.comparison
     again = second.decided()
