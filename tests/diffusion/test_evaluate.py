@@ -116,7 +116,7 @@ def test_judging_again_draws_nothing_and_changes_no_byte(
     first, again = Watcher(), Watcher()
     evaluation = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report", progress=first)
     before = files_of(tmp_path / "report")
-    assert first.generated == {"100", "200", "300"}
+    assert first.drawn == {"100", "200", "300"}
     assert evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report", progress=again) == evaluation
     assert again.seen == []
     assert files_of(tmp_path / "report") == before
@@ -180,11 +180,11 @@ def test_other_weights_are_judged_anew_under_the_same_conditions(
 
 
 def test_another_data_set_means_other_scores_of_the_same_images(
-    dataset: Path, checkpoints: list[Path], images: Path, tmp_path: Path
+    dataset: Path, checkpoints: list[Path], pictures: Path, tmp_path: Path
 ) -> None:
     first = evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path / "report")
-    blob(1000).save(images / "odd" / "new.png")
-    ingest(dataset, IngestConfig(source=str(images), size=8, held_out=0.33))
+    blob(1000).save(pictures / "odd" / "new.png")
+    ingest(dataset, IngestConfig(source=str(pictures), size=8, held_out=0.33))
     watcher = Watcher()
     other = evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path / "report", progress=watcher)
     assert watcher.drawn == set()
@@ -244,8 +244,8 @@ def test_a_model_of_other_pictures_is_refused(dataset: Path, tmp_path: Path) -> 
         evaluate(dataset, [path], CONFIG, SAMPLING, tmp_path)
 
 
-def test_too_few_held_out_pictures_are_refused(images: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+def test_too_few_held_out_pictures_are_refused(pictures: Path, checkpoints: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "data" / "few"
-    ingest(folder, IngestConfig(source=str(images), size=8, held_out=0.02))
-    with pytest.raises(UserError, match=r"few has \d held-out images, and evaluation needs 10"):
+    ingest(folder, IngestConfig(source=str(pictures), size=8, held_out=0.02))
+    with pytest.raises(UserError, match=r"few has \d held-out pictures, and evaluation needs 10"):
         evaluate(folder, checkpoints, CONFIG, SAMPLING, tmp_path)

@@ -59,7 +59,7 @@ def test_another_run_on_the_same_data_set_looks_at_no_real_picture_again(dataset
     another = write_model(tmp_path / "200.safetensors", seed=2, images=200)
     sampling = SAMPLING.model_copy(update={"steps": 4})
     evaluate(dataset, [another], CONFIG, sampling, tmp_path / "report", progress=other)
-    assert other.generated == {"200"}
+    assert other.drawn == {"200"}
     assert not of_real & set(other.seen)
     third = Watcher()
     evaluate_one(another, dataset, CONFIG, SAMPLING, tmp_path / "report", third)

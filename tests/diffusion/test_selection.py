@@ -122,8 +122,8 @@ def test_those_that_fell_behind_are_marked_everywhere_and_never_the_best(
         assert behind[each.images] == each.selection_metric.metrics() | {"images": each.images}
         assert (each.selection_metric.name, each.selection_metric.count) == ("kid_efflite0", 10)
     page = (tmp_path / "report" / "report.html").read_text()
-    assert page.count("not judged in full</span>") == 3
-    assert "3 more checkpoints fell behind on fewer images, from 10 on, and were not judged in full." in page
+    assert page.count("not evaluated in full</span>") == 3
+    assert "3 more checkpoints fell behind on fewer images, from 10 on, and were not evaluated in full." in page
 
 
 def test_a_finalist_has_the_scores_that_it_has_without_rounds(
@@ -134,7 +134,7 @@ def test_a_finalist_has_the_scores_that_it_has_without_rounds(
     best = evaluate_one(Path(found.best.file), dataset, alone, SAMPLING, tmp_path / "other")
     assert best == found.best
     watcher = Watcher()
-    # Remembered, as rounds change no score: only those that were not judged in full are drawn from.
+    # Remembered, as rounds change no score: only those that were not evaluated in full are drawn from.
     again = evaluate(
         dataset, checkpoints, alone.model_copy(update={"finalists": 5}), SAMPLING, tmp_path / "report", progress=watcher
     )
