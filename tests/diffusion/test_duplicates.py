@@ -82,7 +82,7 @@ def test_chance_alone_seldom_raises_an_alarm() -> None:
 
 def test_as_many_are_judged_as_there_are_real_ones() -> None:
     found = detect_duplicates(shifted_thumbnails(scans()[0]), real()[:, :100])
-    assert found.pictures == 100
+    assert found.images == 100
     same = detect_duplicates(shifted_thumbnails(scans()[0][:100]), real()[:, :100])
     assert (found.duplicates, found.groups) == (same.duplicates, same.groups)
     assert found.threshold == pytest.approx(same.threshold, rel=1e-4)

@@ -247,5 +247,5 @@ def test_a_model_of_other_pictures_is_refused(dataset: Path, tmp_path: Path) -> 
 def test_too_few_held_out_pictures_are_refused(pictures: Path, checkpoints: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "data" / "few"
     ingest(folder, IngestConfig(source=str(pictures), size=8, held_out=0.02))
-    with pytest.raises(UserError, match=r"few has \d held-out pictures, and evaluation needs 10"):
+    with pytest.raises(UserError, match=r"few has \d held-out images, and evaluation needs 10"):
         evaluate(folder, checkpoints, CONFIG, SAMPLING, tmp_path)

@@ -47,7 +47,7 @@ def evaluated(
 ) -> tuple[ModelEvaluator, ModelEvaluation]:
     config = CONFIG.model_copy(update=changes)
     model = Evaluator(data, config, SAMPLING, folder / "judged", progress or Watcher()).model(path)
-    return model, model.everything()
+    return model, model.evaluate()
 
 
 def test_an_evaluation_has_each_metric_of_the_generated_images(data: Path, model: Path, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_what_draws_from_nothing_is_not_drawn_again_because_the_data_set_grew(mo
 
 
 @pytest.mark.parametrize(
-    "stop_at", ["model: pictures sampled", "pictures compared with", "model: held-out pictures looked at"]
+    "stop_at", ["model: pictures sampled", "images compared with", "model: held-out images looked at"]
 )
 def test_an_evaluation_that_was_cut_short_goes_on_to_the_same_end(
     stop_at: str, data: Path, model: Path, tmp_path: Path
@@ -143,7 +143,7 @@ def test_an_autoencoder_is_judged_by_what_comes_back(data: Path, tmp_path: Path)
     path = write_autoencoder(tmp_path / "vae.safetensors", 0)
     sampling = SamplingConfig(compute_batch=16, precision="fp32")
     found = Evaluator(data, CONFIG, sampling, tmp_path / "judged").model(path)
-    evaluation = found.everything()
+    evaluation = found.evaluate()
     assert found.psnr is not None
     assert len(found.psnr) == 40
     assert evaluation.metrics()["reconstruction_psnr"] == pytest.approx(found.psnr.mean().item())
