@@ -19,7 +19,7 @@ def test_halves_are_cut_once_and_are_those_of_the_features(dataset: Path, tmp_pa
     path = write_model(tmp_path / "100.safetensors", seed=1, images=100)
     evaluator = Evaluator(dataset, CONFIG, SAMPLING, tmp_path / "cache")
     model = evaluator.model(path)
-    found = evaluator.halves([model])
+    found = evaluator.replicates([model])
     _, floor = evaluator.real.real_baseline(CONFIG.seed)
     expected = compute_replicates([model.features, floor], evaluator.real.reference.features)
     for ours, theirs in zip(found, expected, strict=True):
@@ -29,7 +29,7 @@ def test_halves_are_cut_once_and_are_those_of_the_features(dataset: Path, tmp_pa
     watcher = Watcher()
     again = Evaluator(dataset, CONFIG, SAMPLING, tmp_path / "cache", watcher)
     assert [
-        {name: each.estimate for name, each in figures.items()} for figures in again.halves([again.model(path)])
+        {name: each.estimate for name, each in figures.items()} for figures in again.replicates([again.model(path)])
     ] == [{name: each.estimate for name, each in figures.items()} for figures in found]
     assert watcher.seen == []
 
