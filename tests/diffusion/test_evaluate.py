@@ -207,7 +207,7 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_end(
 def test_a_damaged_memory_is_replaced(dataset: Path, checkpoints: list[Path], tmp_path: Path) -> None:
     evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
     before = files_of(tmp_path / "report")
-    for path in (tmp_path / "report" / "judged").glob("*.safetensors"):
+    for path in (tmp_path / "report" / "evaluations").glob("*.safetensors"):
         damaged = bytearray(path.read_bytes())
         damaged[-1] ^= 1
         path.write_bytes(damaged)

@@ -46,7 +46,7 @@ def evaluated(
     path: Path, data: Path, folder: Path, progress: Watcher | None = None, **changes: object
 ) -> tuple[ModelEvaluator, ModelEvaluation]:
     config = CONFIG.model_copy(update=changes)
-    model = Evaluator(data, config, SAMPLING, folder / "judged", progress or Watcher()).model(path)
+    model = Evaluator(data, config, SAMPLING, folder / "evaluations", progress or Watcher()).model(path)
     return model, model.evaluate()
 
 
@@ -72,7 +72,7 @@ def test_an_evaluation_has_each_metric_of_the_generated_images(data: Path, model
 
 def test_scores_are_made_once(data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = evaluated(model, data, tmp_path)
-    monkeypatch.setattr("diffusion.evaluation.real_images.judge", None)
+    monkeypatch.setattr("diffusion.evaluation.real_images.compute_scores", None)
     assert evaluated(model, data, tmp_path)[1] == first[1]
     with pytest.raises(TypeError):
         evaluated(model, data, tmp_path, samples=40)
@@ -121,7 +121,7 @@ def test_what_draws_from_nothing_is_not_drawn_again_because_the_data_set_grew(mo
     assert watcher.drawn == set()
     assert torch.equal(grown.images, first.images)
     assert grown_evaluation.scores != first_evaluation.scores
-    kept = list((tmp_path / "judged" / "training").iterdir())
+    kept = list((tmp_path / "evaluations" / "training").iterdir())
     assert [folder.name for folder in kept] == [Dataset.open(tmp_path / "more").manifest.content_digest[:16]]
 
 
@@ -142,7 +142,7 @@ def test_an_evaluation_that_was_cut_short_goes_on_to_the_same_end(
 def test_an_autoencoder_is_judged_by_what_comes_back(data: Path, tmp_path: Path) -> None:
     path = write_autoencoder(tmp_path / "vae.safetensors", 0)
     sampling = SamplingConfig(compute_batch=16, precision="fp32")
-    found = Evaluator(data, CONFIG, sampling, tmp_path / "judged").model(path)
+    found = Evaluator(data, CONFIG, sampling, tmp_path / "evaluations").model(path)
     evaluation = found.evaluate()
     assert found.psnr is not None
     assert len(found.psnr) == 40
@@ -157,7 +157,7 @@ def test_a_model_that_enlarges_is_shown_one_half_of_the_held_out_pictures_and_co
     config = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
     path = write_model(tmp_path / "sr.safetensors", 0, 1, config=config)
     dataset, extractor = Dataset.open(data), make_extractor(CONFIG)
-    found = Evaluator(data, CONFIG, SAMPLING, tmp_path / "judged", low_resolution=4).model(path)
+    found = Evaluator(data, CONFIG, SAMPLING, tmp_path / "evaluations", low_resolution=4).model(path)
     held_out = dataset.rows("held_out")
     shown = dataset.pictures(held_out[:20])
     assert torch.equal(found.images, upscale(load_model(path), shrunk(shown, 4), CONFIG.seed, SAMPLING))
