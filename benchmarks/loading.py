@@ -126,8 +126,7 @@ def darkroom(data: Path) -> Callable[[], Epochs]:
     import pyarrow.dataset  # noqa: F401
 
     from diffusion.data.dataset import Dataset
-    from diffusion.data.loader import Loader
-    from diffusion.data.order import TrainingOrder
+    from diffusion.data.loader import Loader, TrainingOrder
 
     def start() -> Epochs:
         dataset = Dataset.open(data)

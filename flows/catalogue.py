@@ -3,29 +3,34 @@
 ``s3://BUCKET/datasets/NAME/<digest>/manifest.json`` and ``pointer.dvc`` beside it are written once, as are the page on
 the version, ``report.html``, and ``announced``, when others were told of it; its files lie on DVC's remote. What was
 taken down is told under ``datasets/NAME/removals/``.
+
+``datasets/NAME/heads/00000001.json`` and so on (``flows.numbered_objects``) say which version is the newest, for all
+machines that add to the data set. A version is put into the catalogue first and becomes the head then. So a process
+that is killed in between leaves nothing that another machine would wait for, and the same command again goes on.
 """
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
+from typing import Literal
 from uuid import uuid4
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-from diffusion.data.holders import still_held
-from diffusion.data.ingest import work_folder
-from diffusion.data.manifest import Manifest, manifest_bytes, parse_manifest, read_manifest
-from diffusion.data.removals import Removal, removals, write_removal
+from diffusion.config import Config
+from diffusion.data.manifest import Manifest, Sha256, manifest_bytes, parse_manifest, work_folder
+from diffusion.data.takedown_records import Removal, removals, still_held, write_removal
 from diffusion.errors import Held, UserError
 from diffusion.files import canonical_json, sha256_bytes
-from flows.dvc_files import NAME
+from flows.numbered_objects import NumberedObjects, first_free, object_name
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
+from flows.tags import DvcDigest
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +39,7 @@ RETIRED = "retired"
 PUSHING = "pushing"
 """Where those who push to the remote say so."""
 VERSION, RETIRED_VERSION = re.compile(r"([0-9a-f]{64})/manifest\.json"), re.compile(r"([0-9a-f]{64})\.json")
+POINTER = TypeAdapter(DvcDigest)
 LARGEST_MANIFEST = 2**30
 """Bytes that a manifest may have: a million parts."""
 
@@ -135,14 +141,11 @@ class Catalogue:
         except Missing:
             return None
         try:
-            found = yaml.safe_load(data)["outs"][0]["md5"]
-        except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError):
-            found = ""
-        if not re.fullmatch(NAME, str(found)):
+            return POINTER.validate_python(yaml.safe_load(data)["outs"][0]["md5"])
+        except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
             raise UserError(
                 f"s3://{self.place.bucket}/{key} is no DVC pointer: delete it, and ingest the data set again"
-            )
-        return str(found)
+            ) from error
 
     def tell_removal(self, removal: Removal) -> None:
         """Let other machines know what was taken down."""
@@ -158,6 +161,11 @@ class Catalogue:
         for key in self.store.list_keys(self.place.bucket, self.place.key("removals/")):
             if PurePosixPath(key).stem not in known:
                 write_removal(work, self._removal(key))
+
+    def held_removals(self, folder: Path) -> list[Removal]:
+        """The takedown records, of whatever machine, of images that the current version in ``folder`` still holds."""
+        self.learn_removals(folder)
+        return still_held(folder, removals(work_folder(folder))) if (folder / "manifest.json").is_file() else []
 
     def removals(self) -> Iterator[Removal]:
         """Everything that was taken down from the data set."""
@@ -237,26 +245,91 @@ def pushing(name: str, source: str, store: Store | None = None) -> Iterator[None
     store.delete_many(place.bucket, [mark])
 
 
-def publish(folder: Path, dvc_digest: str, source: str, store: Store | None = None) -> str:
-    """Put the current version of the data set in ``folder``, which DVC has pushed to ``source``, into the catalogue.
+class Head(Config):
+    """An entry of the chain."""
 
-    Returns where it lies there. The same version again changes nothing.
-    """
-    return Catalogue.of(folder.name, source, store).publish(read_manifest(folder), dvc_digest)
-
-
-def publish_page(folder: Path, page: Path, source: str) -> str:
-    """Put ``page``, the HTML page on the current version of the data set in ``folder``, beside it into the catalogue.
-
-    Returns where it lies there; a page that is there already is left.
-    """
-    return Catalogue.of(folder.name, source).publish_page(read_manifest(folder).digest, page.read_bytes())
+    format_version: Literal[1] = 1
+    number: int = Field(ge=1)
+    version: Sha256
+    """The newest version from here on."""
+    before: Sha256 | None
+    """The head before it; None: there was none."""
 
 
-def learn_removals(folder: Path, source: str) -> list[Removal]:
-    """Let this machine know of all that was taken down from the data set in ``folder``, wherever that was done.
+@dataclass(frozen=True)
+class Heads:
+    """The chain of one data set."""
 
-    Returns the takedown records of images that the current version in ``folder`` still holds.
-    """
-    Catalogue.of(folder.name, source).learn_removals(folder)
-    return still_held(folder, removals(work_folder(folder))) if (folder / "manifest.json").is_file() else []
+    catalogue: Catalogue
+
+    def newest(self) -> str | None:
+        """Digest of the version that the next ingest adds to; None if the catalogue has no version.
+
+        A head that somebody deleted from the catalogue counts no more. A catalogue from before there were heads goes by
+        the time of writing.
+        """
+        number = self._count()
+        for each in range(number, 0, -1):
+            if (head := self._read(each)) is None:
+                continue
+            if self.catalogue.written(head.version) is not None:
+                return head.version
+            logger.warning(
+                "version %s of data set %s was its newest, and is not in the catalogue any more: the one before it is",
+                head.version[:12],
+                self.catalogue.name,
+            )
+        return self._last_written()
+
+    def adopt(self) -> str | None:
+        """``newest``, which becomes the first entry where there are versions and no chain yet."""
+        newest = self.newest()
+        if newest is not None and not self._count():
+            return self.advance(newest, ()) or newest
+        return newest
+
+    def advance(self, version: str, onto: Collection[str]) -> str | None:
+        """Make ``version``, which is in the catalogue, the head instead of one of ``onto``.
+
+        Returns the head that is in the way: somebody was faster. None: ``version`` is the head now.
+        """
+        self._objects.require_conditional_puts()
+        while True:
+            number = self._count()
+            head = self.newest() if number else None
+            if head == version:
+                return None
+            if head is not None and head not in onto:
+                return head
+            entry = Head(number=number + 1, version=version, before=head)
+            try:
+                self._objects.put(entry.number, canonical_json(entry.model_dump(mode="json")).encode())
+            except Held:
+                if self._count() < entry.number:
+                    raise
+
+    @property
+    def _objects(self) -> NumberedObjects:
+        return NumberedObjects(self.catalogue.place / "heads", self.catalogue.store)
+
+    def _count(self) -> int:
+        """How many entries there are, of numbers without a gap."""
+        return first_free(self._objects.numbers()) - 1
+
+    def _read(self, number: int) -> Head | None:
+        """An entry; None if it is none that this Darkroom understands, which then counts no more than a junk object."""
+        try:
+            found = Head.model_validate_json(self._objects.get(number) or b"")
+        except ValidationError:
+            place = self._objects.place / object_name(number)
+            logger.warning("%s is no head of a data set, and is passed over", place)
+            return None
+        return found if found.number == number else None
+
+    def _last_written(self) -> str | None:
+        """The version written last, of those that no other one was made from."""
+        published = self.catalogue.published()
+        if len(published) > 1:
+            parents = {each.parent for each in self.catalogue.versions().values()}
+            published = {digest: written for digest, written in published.items() if digest not in parents}
+        return max(published, key=lambda digest: (published[digest], digest), default=None)

@@ -6,16 +6,15 @@ from pathlib import Path
 from filelock import FileLock
 
 from diffusion.config import Config
-from diffusion.data.holders import holders
-from diffusion.data.ingest import forget_captions, remove_strays, work_folder
-from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, versions
-from diffusion.data.removals import removals
+from diffusion.data.ingest import forget_captions, remove_strays
+from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, versions, work_folder
+from diffusion.data.takedown_records import holders, removals
 from diffusion.data.versions import choose, known_versions, remember
 from diffusion.errors import UserError
 from diffusion.files import write_bytes, write_json
 from flows import lineage
 from flows.catalogue import Catalogue
-from flows.kept_files import KeptFiles, is_whole, needed_files
+from flows.dvc_files import KeptFiles, is_whole, needed_files
 
 Reach = Callable[[], str]
 """Joins the S3 server and gives the URL of DVC's remote; raises UserError if no server is to be had."""

@@ -26,8 +26,8 @@ from pydantic import ValidationError
 
 from diffusion.config import Config
 from diffusion.errors import DarkroomError, UserError
-from flows.limits import SHORTEST_LEASE, silence
 from flows.params import Params
+from flows.steps import SHORTEST_LEASE, silence
 
 DEFINITIONS = Path("prefect.yaml")
 """The file that a folder may have of its own."""

@@ -1,7 +1,12 @@
-"""What was made from pictures that a data set gave up since: runs and model versions in MLflow, prints on S3."""
+"""What learned from images that were taken down: runs and model versions in MLflow, and batches of their images on S3.
+
+A takedown finds and marks them; before a data set or a version is used, the catalogue is asked for later takedowns.
+"""
 
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlflow.client import MlflowClient
@@ -10,12 +15,22 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from diffusion.config import Config
-from diffusion.data.removals import Removal
+from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.data.takedown_records import Removal, holders
+from diffusion.data.versions import known_versions
+from diffusion.errors import UserError
 from diffusion.escaping import escape_controls, escape_markdown
 from diffusion.models.config import FAMILIES
+from flows import registry
+from flows.aliases import none_if_missing
+from flows.catalogue import Catalogue, Heads
+from flows.dvc_files import KeptFiles
+from flows.environment import data_source
+from flows.params import dataset_folder
 from flows.registry import Version
 from flows.s3 import Store
-from flows.tracking import AUTOENCODER, START
+from flows.tags import parse_tags
+from flows.tracking import AUTOENCODER, START, RunTracker
 
 TAKEDOWN = "darkroom.takedown"
 """Tag of runs and model versions that learned from pictures taken down since: the names of those removals."""
@@ -83,7 +98,9 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
         ],
         models=[
             DerivedModel(
-                uri=f"models:/{name}/{number}", run_id=model.run_id, aliases=_aliases(client, name, str(number))
+                uri=f"models:/{name}/{number}",
+                run_id=model.run_id,
+                aliases=sorted(client.get_model_version(name, str(number)).aliases),
             )
             for (name, number), model in sorted(models.items())
         ],
@@ -96,19 +113,24 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
     )
 
 
-def mark(derived: Derived, removal: Removal) -> None:
-    """Tag the runs and model versions and say in their descriptions what was taken down; once, however often called."""
+def mark(runs: Iterable[str], versions: Iterable[str], removal: Removal) -> None:
+    """Tag runs, by ID, and model versions, by URI, and describe there what was taken down; once, however often called.
+
+    Runs that MLflow does not have any more are passed over.
+    """
     client = MlflowClient()
     note = (
         f"{NOTE_BEGINS}{removal.name}: made from pictures that were removed from data set {removal.dataset} since "
         f"({escape_markdown(removal.reason)})."
     )
-    for run in derived.runs:
-        tags = client.get_run(run.run_id).data.tags
+    for run_id in runs:
+        if (run := none_if_missing(client.get_run, run_id)) is None:
+            continue
+        tags = run.data.tags
         marks = {TAKEDOWN: joined_names(tags.get(TAKEDOWN), removal.name), NOTE: _with_note(tags.get(NOTE), note)}
-        client.log_batch(run.run_id, tags=[RunTag(name, value) for name, value in marks.items()])
-    for model in derived.models:
-        name, number = model.uri.removeprefix("models:/").rsplit("/", 1)
+        client.log_batch(run_id, tags=[RunTag(name, value) for name, value in marks.items()])
+    for uri in versions:
+        name, number = uri.removeprefix("models:/").rsplit("/", 1)
         found = client.get_model_version(name, number)
         client.set_model_version_tag(name, number, TAKEDOWN, joined_names(found.tags.get(TAKEDOWN), removal.name))
         client.update_model_version(name, number, description=_with_note(found.description, note))
@@ -159,10 +181,6 @@ def _runs(client: MlflowClient, tag: str, value: str) -> Iterator[Run]:
     return pages(client.search_runs, experiment_ids=experiments, filter_string=f"tags.`{tag}` = '{quoted}'")
 
 
-def _models(client: MlflowClient, query: str) -> Iterator[ModelVersion]:
-    return pages(client.search_model_versions, filter_string=query)
-
-
 def pages(search: Any, **asked: Any) -> Iterator[Any]:
     """Everything that one of MLflow's searches finds, page after page."""
     token = None
@@ -180,11 +198,8 @@ def _versions(
     """Model versions made by these ``runs``, or from data of these ``contents``."""
     queries = [*(f"tags.`darkroom.content_digest` = '{digest}'" for digest in contents)]
     queries += (f"run_id = '{run_id}'" for run_id in runs)
-    return {(model.name, int(model.version)): model for query in queries for model in _models(client, query)}
-
-
-def _aliases(client: MlflowClient, name: str, number: str) -> list[str]:
-    return sorted(client.get_model_version(name, number).aliases)
+    found = (model for query in queries for model in pages(client.search_model_versions, filter_string=query))
+    return {(model.name, int(model.version)): model for model in found}
 
 
 def _prints(bucket: str, model: str, number: int) -> list[str]:
@@ -209,3 +224,88 @@ def _showing_pictures(client: MlflowClient, run_id: str) -> list[str]:
 
 def _with_note(text: str | None, note: str) -> str:
     return text if text and note in text else "\n\n".join(filter(None, (text, note)))
+
+
+def require_current(folder: Path, tracker: RunTracker | None = None) -> None:
+    """Raise UserError if the data set in ``folder`` holds images that were taken down, on whatever machine.
+
+    The run that ``tracker`` writes to, if one is given, is marked first.
+    """
+    recorded = Catalogue.of(folder.name, data_source())
+    held = recorded.held_removals(folder)
+    if not held:
+        return
+    if tracker is not None:
+        marked = tracker.client.get_run(tracker.run_id).data.tags.get(TAKEDOWN)
+        tracker.tag({TAKEDOWN: joined_names(marked, *(removal.name for removal in held))})
+    here, newest = read_manifest(folder).digest, Heads(recorded).newest()
+    way = (
+        f"`darkroom ingest SOURCE --dataset {folder.name}` makes a version without them"
+        if newest in (None, here)
+        else f"go on with the newest, `darkroom data checkout {newest[:12]} --dataset {folder.name}`"
+    )
+    raise UserError(
+        f"version {here[:12]} of data set {folder.name} holds images that were taken down ({held[0].reason}; takedown "
+        f"{', '.join(removal.name for removal in held)}): {way}"
+    )
+
+
+def with_takedowns(version: Version) -> Version:
+    """``version`` as MLflow has it now, marked with every takedown of images that it learned from.
+
+    It learned from those of its data set, and from all that its autoencoder and the version that it began with learned
+    from, however far back. What no takedown has marked yet is marked here.
+    """
+    client = MlflowClient()
+    version = registry.version_of(client, version.model, version.number)
+    names: set[str] = set()
+    records: dict[str, Removal] = {}
+    for each in _behind(client, version):
+        names.update(names_of(parse_tags(each.tags, each.uri).takedown))
+        records |= {removal.name: removal for removal in _removed_since(each)}
+    here = set(names_of(version.tags.get(TAKEDOWN)))
+    for name in sorted(records.keys() - here):
+        mark([version.run_id], [version.uri], records[name])
+    if inherited := names - records.keys() - here:
+        value = joined_names(version.tags.get(TAKEDOWN), *records, *inherited)
+        client.set_model_version_tag(version.model, str(version.number), TAKEDOWN, value)
+    return registry.version_of(client, version.model, version.number) if {*records, *names} - here else version
+
+
+def _behind(client: MlflowClient, version: Version) -> Iterator[Version]:
+    """``version``, and every registered one that it was made with, as far as they are still registered."""
+    seen, left = {version.uri}, [version]
+    while left:
+        version = left.pop()
+        yield version
+        tags = parse_tags(version.tags, version.uri)
+        for uri in filter(None, (tags.autoencoder, tags.start)):
+            if uri not in seen:
+                seen.add(uri)
+                model, _, number = uri.removeprefix("models:/").rpartition("/")
+                found = none_if_missing(registry.version_of, client, model, int(number))
+                left += [found] if found else []
+
+
+def _removed_since(version: Version) -> list[Removal]:
+    """The takedown records of images that the data set of ``version`` held when it learned from it."""
+    tags = parse_tags(version.tags, version.uri)
+    dataset, content = tags.dataset, tags.content_digest
+    if dataset is None or content is None:
+        return []
+    source, folder = data_source(), dataset_folder(dataset)
+    recorded = Catalogue.of(dataset, source)
+    removals = list(recorded.removals())
+    if not removals:
+        return []
+    known = known_versions(folder) if (folder / "manifest.json").is_file() else {}
+    learned_from = _of_content(known, content) or _of_content(recorded.retired() | recorded.versions(), content)
+    with TemporaryDirectory() as scratch:
+        elsewhere = KeptFiles(dataset, source).elsewhere(learned_from, Path(scratch))
+        found = [(removal, holders(folder, removal, learned_from, elsewhere)) for removal in removals]
+    # As a takedown does: versions of equal content hold the same images, whatever their tables tell besides.
+    return [removal for removal, each in found if each.held and len(each.held) + len(each.unknown) == len(learned_from)]
+
+
+def _of_content(versions: dict[str, Manifest], content: str) -> list[Manifest]:
+    return [each for each in versions.values() if each.content_digest == content]

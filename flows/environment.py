@@ -1,17 +1,18 @@
-"""How a process finds its servers: the environment first, else the local stack, else an error that helps."""
+"""Environment variables: those of Darkroom itself, and those by which servers are named.
+
+``DARKROOM_STAGING_*`` name the servers of another stage, which releases come from.
+"""
 
 import os
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 from urllib.request import getproxies
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from diffusion.errors import UserError
-
-if TYPE_CHECKING:
-    from flows.stack.local import LocalStack
 
 Server = Literal["mlflow", "prefect", "s3"]
 SERVERS: tuple[Server, ...] = get_args(Server)
@@ -41,12 +42,15 @@ DEFAULTS = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    # Seconds. By these it is known which runs are alive: see flows/limits.py.
+    # Seconds. By these it is known which runs are alive: see flows/steps.py.
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60",
     "DVC_NO_ANALYTICS": "1",
     # Prefect's client sends its own besides the server's.
     "DO_NOT_TRACK": "true",
 }
+PREFIX = "DARKROOM_STAGING_"
+SERVER_PREFIXES = ("AWS_", "MLFLOW_", "PREFECT_", "DARKROOM_")
+"""Variables that lead to servers, with the keys to them."""
 
 
 class Settings(BaseSettings):
@@ -82,49 +86,6 @@ def data_source() -> str:
     return f"s3://{settings().bucket}/dvc"
 
 
-def given() -> dict[Server, str]:
-    """The servers that the environment names, each with the variable that does.
-
-    Variables that came out of ``darkroom env`` name the local stack, and do not count.
-    """
-    local = _local_stack()
-    found: dict[Server, str] = {}
-    for server in SERVERS:
-        named = [name for name in NAMED_BY[server] if os.environ.get(name)]
-        ours = local is not None and local.serves(server) and _came_from(local, server)
-        if named and not ours:
-            found[server] = named[0]
-    return found
-
-
-def join(*needs: Server) -> None:
-    """Let this process, and what it starts, use the servers in ``needs``; call it before they are imported.
-
-    Raises UserError if one is named neither by the environment nor by a running local stack.
-    """
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    missing = [server for server in needs if server not in given()]
-    local = _local_stack()
-    for server in missing:
-        if local is None or not local.runs(server):
-            raise UserError(
-                f"no {CALLED[server]} server: {NAMED_BY[server][0]} is not set and no local one runs "
-                f"(in {settings().home}): run `darkroom up`"
-            )
-        os.environ.update(local.variables(server) | beside_proxies())
-        os.environ.setdefault("DARKROOM_BUCKET", local.bucket)
-
-
-def forget_deleted() -> None:
-    """Have the local S3 server, if it is the one in use, keep nothing of what was deleted from it."""
-    from flows.stack import seaweedfs
-
-    local = _local_stack()
-    if local is not None and "s3" not in given() and local.runs("s3"):
-        seaweedfs.vacuum(local.state.ports["master"], local.folder / "s3")
-
-
 def beside_proxies() -> dict[str, str]:
     """Variables that keep the environment's proxies, if it has any, away from the loopback address."""
     if not getproxies():
@@ -133,15 +94,57 @@ def beside_proxies() -> dict[str, str]:
     return {name: ",".join(filter(None, [hosts, "127.0.0.1"])) for name, hosts in names.items()}
 
 
-def _local_stack() -> "LocalStack | None":
-    # Not at the top: the stack is built on this module.
-    from flows.stack.local import LocalStack
+class Staging(BaseSettings):
+    """The servers of another stage, or the folder of a local stack; each field is a variable ``DARKROOM_STAGING_…``."""
 
-    return LocalStack.read(settings().folder)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, use_attribute_docstrings=True)
+
+    home: Path | None = None
+    """Folder of a local stack that runs, instead of all the others."""
+    mlflow_tracking_uri: str | None = None
+    mlflow_tracking_username: str | None = None
+    mlflow_tracking_password: SecretStr | None = None
+    bucket: str | None = None
+    """Where its ledgers lie."""
+    aws_endpoint_url_s3: str | None = None
+    aws_access_key_id: str | None = None
+    aws_secret_access_key: SecretStr | None = None
+    aws_session_token: SecretStr | None = None
+    aws_default_region: str | None = None
+
+    @model_validator(mode="after")
+    def _leads_somewhere(self) -> "Staging":
+        if self.home is None and (self.mlflow_tracking_uri is None or self.bucket is None):
+            raise ValueError(
+                f"set {PREFIX}MLFLOW_TRACKING_URI and {PREFIX}BUCKET, with {PREFIX}AWS_* and {PREFIX}MLFLOW_* for the "
+                f"keys to them, or {PREFIX}HOME to the folder of a local stack"
+            )
+        others = self.model_dump(exclude={"home"}, exclude_none=True)
+        if self.home is not None and others:
+            raise ValueError(
+                f"{PREFIX}HOME names a local stack: unset {', '.join(f'{PREFIX}{n.upper()}' for n in others)}"
+            )
+        return self
+
+    @property
+    def called(self) -> str:
+        """Where that is, without keys, for people."""
+        if self.home is not None:
+            return str(self.home)
+        return re.sub(r"//[^/]*@", "//", self.mlflow_tracking_uri or "")
+
+    def variables(self) -> dict[str, str]:
+        """The environment of a process that finds these servers, and none of ours."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(SERVER_PREFIXES)}
+        for name, value in self.model_dump(exclude_none=True).items():
+            text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+            kept[f"DARKROOM_{name.upper()}" if name in ("home", "bucket") else name.upper()] = text
+        return kept
 
 
-def _came_from(local: "LocalStack", server: Server) -> bool:
-    """Whether the environment's variables for ``server`` are the local stack's, of now or of before."""
-    address = os.environ.get(NAMED_BY[server][0], "")
-    secret = os.environ.get(SECRET[server])
-    return secret == local.variables(server)[SECRET[server]] and address.startswith("http://127.0.0.1:")
+def staging() -> Staging:
+    """The variables ``DARKROOM_STAGING_*``; raises UserError that says what is missing."""
+    try:
+        return Staging()
+    except ValidationError as error:
+        raise UserError(f"no staging servers: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error

@@ -16,13 +16,12 @@ from diffusion.evaluation.results import Evaluation
 from diffusion.training.checkpoint import Checkpoints
 from diffusion.training.post_hoc_ema import models_to_evaluate
 from flows.champion import require_champion
-from flows.judged_models import Scoreboard
+from flows.derived import require_current
 from flows.logs import RUN_ID
 from flows.params import Params
 from flows.progress import reporter
 from flows.steps import step
-from flows.taken_down import require_current
-from flows.tracking import RunTracker, find_run
+from flows.tracking import RunTracker, Scoreboard, find_run
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{params.training.dataset}")

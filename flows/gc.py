@@ -15,14 +15,12 @@ from prefect.artifacts import create_table_artifact
 from diffusion.config import Config
 from flows import environment
 from flows.params import Params
-from flows.retention.config import RetentionConfig
 from flows.retention.data import DataSets
-from flows.retention.items import Item, Sweep
-from flows.retention.live import find_live
-from flows.retention.machine import Machine
+from flows.retention.policy import Item, RetentionConfig, Sweep
 from flows.retention.prints import Prints
-from flows.retention.runs import Runs
+from flows.retention.runs import Machine, Runs, find_live
 from flows.s3 import Store
+from flows.stack.discovery import vacuum_deleted_objects
 from flows.steps import step
 
 
@@ -59,7 +57,7 @@ def collect(policy: RetentionConfig, now: datetime, dry_run: bool = False) -> Co
         if not dry_run:
             sweep.act()
     if not dry_run and any(item.fate == "goes" for item in items):
-        environment.forget_deleted()
+        vacuum_deleted_objects()
     return Collected(dry_run=dry_run, items=items)
 
 

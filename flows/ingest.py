@@ -12,18 +12,18 @@ from prefect.artifacts import create_markdown_artifact
 from diffusion.config import Config
 from diffusion.data.ingest import IngestResult, Rebuild
 from diffusion.data.ingest import ingest as ingest_pictures
-from flows import catalogue, lineage
-from flows.announce import announce
+from diffusion.data.manifest import read_manifest
+from flows import lineage
+from flows.catalogue import Catalogue
 from flows.checkout import forget_choice
 from flows.environment import data_source, settings
-from flows.fan_out import prefect_fan_out, task_runner
 from flows.lineage import DataVersion
 from flows.params import Params
 from flows.progress import reporter
 from flows.s3 import Store
 from flows.s3_objects import S3Objects
-from flows.steps import ended, step
-from flows.up_to_date import bring_up_to_date, publish
+from flows.steps import ended, prefect_fan_out, step, task_runner
+from flows.sync import announce, bring_up_to_date, publish
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,8 @@ def describe(params: Params, version: DataVersion) -> Path:
     from flows.dataset_page import make_dataset_page
 
     page = make_dataset_page(params)
-    place = catalogue.publish_page(params.dataset_folder, page.html, data_source())
+    recorded = Catalogue.of(params.training.dataset, data_source())
+    place = recorded.publish_page(read_manifest(params.dataset_folder).digest, page.html.read_bytes())
     create_markdown_artifact(
         f"{page.summary.markdown()}\nDVC `{version.digest}`, page `{place}`",
         key="dataset",

@@ -4,7 +4,7 @@
 has no compare-and-swap, and its aliases are a write each; to create entry N + 1 with If-None-Match is one write, which
 one of several succeeds with. That is the commit. The aliases follow it (``flows.aliases``).
 
-MLflow keeps a record of the entries (``flows.ledger_record``). Those up to the newest one on record must all be here,
+MLflow keeps a record of the entries (``flows.aliases``). Those up to the newest one on record must all be here,
 byte for byte: the chain is followed back from it. Above it, what follows from the newest entry is an entry, whose
 writer may have been stopped before it told MLflow. Whatever else lies there is foreign: it is reported and passed over,
 and the next entry takes the next free number.
@@ -21,10 +21,9 @@ from diffusion.errors import Held, UserError
 from diffusion.files import sha256_bytes
 from flows.environment import settings
 from flows.history import Entry, ForeignObject, History, Titles, titles_after
+from flows.numbered_objects import NumberedObjects, object_name
 from flows.s3 import Listed, Location, Store
-from flows.s3_errors import Missing
 
-NAME = re.compile(r"[0-9]{8}\.json")
 READERS = 16
 """Entries fetched at the same time."""
 LARGEST = 2**16
@@ -69,17 +68,18 @@ class _Object(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Ledger:
+class Ledger(NumberedObjects):
     """That of one registered model."""
 
-    model: str
-    place: Location
-    store: Store
+    @property
+    def model(self) -> str:
+        """Name of the registered model."""
+        return self.place.prefix.rpartition("/")[2]
 
     @classmethod
     def of(cls, model: str) -> "Ledger":
         """That of ``model``, in the bucket of the environment."""
-        return cls(model, Location(settings().bucket) / "ledger" / model, Store())
+        return cls(Location(settings().bucket) / "ledger" / model, Store())
 
     def head(self, known: Known = NOTHING) -> Entry | None:
         """The newest entry; None: there is none. Two requests if MLflow has it on record and nothing lies above it.
@@ -105,7 +105,9 @@ class Ledger:
         entries = self._verified(objects, known)
         reasons = dict(self._extend(entries, objects, sorted(filter(None, map(self.number, listed)))))
         foreign = [
-            ForeignObject(self._name(each), reasons.get(self.number(each), "is not named like an entry"))
+            ForeignObject(
+                each.key.removeprefix(self.place.key("")), reasons.get(self.number(each), "is not named like an entry")
+            )
             for each in listed
             if not (number := self.number(each)) or number in reasons
         ]
@@ -122,14 +124,14 @@ class Ledger:
         it stood on. What MLflow has on record is looked up by ``known`` each time before the ledger is read; raises
         UserError, and writes nothing, if the ledger is not what is on record.
         """
-        self.store.require_conditional_puts(self.place.bucket, "ledger")
+        self.require_conditional_puts()
         while (entry := decide(history := self.read(known()))) is not None:
             if len(entry.data) > LARGEST:
                 raise UserError(f"an entry of the ledger has at most {LARGEST} bytes: give a shorter --reason")
             try:
-                self._put(entry)
+                self.put(entry.number, entry.data)
             except Held:
-                if entry.number not in map(self.number, self.listed()):
+                if entry.number not in self.numbers():
                     raise
                 continue
             # Whoever writes above the next free number can have an entry take its place.
@@ -138,10 +140,6 @@ class Ledger:
                 raise Held(history.faster())
             return history
         return history
-
-    def listed(self) -> tuple[Listed, ...]:
-        """All objects below the ledger's prefix, whatever they are."""
-        return tuple(self.store.list_objects(self.place.bucket, self.place.key("")))
 
     def restore(self, copies: Mapping[int, bytes], known: Known) -> list[int]:
         """Write the entries that are missing from ``copies``, by number; returns their numbers.
@@ -154,12 +152,8 @@ class Ledger:
         entries = self._verified(self._objects(listed) | lost, known)
         missing = [entry for entry in entries if entry.number in lost]
         for entry in missing:
-            self._put(entry)
+            self.put(entry.number, entry.data)
         return [entry.number for entry in missing]
-
-    def _put(self, entry: Entry) -> None:
-        key = self.place.key(name_of(entry.number))
-        self.store.put_once(self.place.bucket, key, entry.data, content_type="application/json")
 
     def _objects(self, listed: Sequence[Listed]) -> dict[int, _Object]:
         """What is named like an entry, by number."""
@@ -176,7 +170,7 @@ class Ledger:
         number, digest = max(known), known[max(known)]
         entries: list[Entry] = []
         while True:
-            name = name_of(number)
+            name = object_name(number)
             if number not in objects:
                 raise self._broken(name, f"is missing (sha256 {digest})")
             if objects[number].sha256 != digest:
@@ -187,17 +181,17 @@ class Ledger:
             below = numbers.get(entry.parent, number)
             if below >= number:
                 gone = next((each for each in known if known[each] == entry.parent), max(number - 1, 1))
-                raise self._broken(name_of(gone), f"is missing or was altered, and {name} stands on it")
+                raise self._broken(object_name(gone), f"is missing or was altered, and {name} stands on it")
             number, digest = below, entry.parent
         entries.reverse()
         here = {entry.number: entry.digest for entry in entries}
         for number in sorted(known):
             if here.get(number) != known[number]:
-                raise self._broken(name_of(number), f"is not what it was (sha256 {known[number]})")
+                raise self._broken(object_name(number), f"is not what it was (sha256 {known[number]})")
         titles, before = Titles(), None
         for entry in entries:
             if (reason := self._contradiction(entry, before, titles)) is not None:
-                raise self._broken(name_of(entry.number), reason)
+                raise self._broken(object_name(entry.number), reason)
             titles, before = titles.after(entry.what, entry.version, entry.challenger), entry
         return entries
 
@@ -236,16 +230,13 @@ class Ledger:
 
     def _recorded(self, number: int, found: _Object) -> Entry:
         if found.entry is None:
-            raise self._broken(name_of(number), "is no entry of this ledger")
+            raise self._broken(object_name(number), "is no entry of this ledger")
         return found.entry
 
     def _get(self, number: int) -> _Object | None:
         """What lies under the name of an entry; None if nothing does."""
-        try:
-            data = self.store.get(self.place.bucket, self.place.key(name_of(number)))
-        except Missing:
-            return None
-        return self._parsed(number, data)
+        data = self.get(number)
+        return None if data is None else self._parsed(number, data)
 
     def _parsed(self, number: int, data: bytes) -> _Object:
         try:
@@ -256,13 +247,6 @@ class Ledger:
             same = False
         return _Object(sha256_bytes(data), entry if same else None)
 
-    def _name(self, listed: Listed) -> str:
-        return listed.key.removeprefix(self.place.key(""))
-
-    def number(self, listed: Listed) -> int:
-        """The number of an object that is named like an entry; 0: it is not."""
-        return int(name[:8]) if NAME.fullmatch(name := self._name(listed)) else 0
-
     def _broken(self, name: str, words: str) -> UserError:
         place = f"s3://{self.place.bucket}/{self.place.key(name)}"
         return UserError(
@@ -270,8 +254,3 @@ class Ledger:
             "docs/runbook/ledger-broken.md says what to do (`darkroom model history --restore` writes back what is "
             "missing)"
         )
-
-
-def name_of(number: int) -> str:
-    """The file of an entry."""
-    return f"{number:08d}.json"

@@ -1,8 +1,10 @@
-"""Which code and which data version a run stands on: git's commit and DVC's digest."""
+"""Git commit and DVC digest of what a run stands on, and data set versions recorded, restored and streamed by DVC."""
 
 import subprocess
+from functools import cached_property
 from hashlib import md5
 from pathlib import Path
+from threading import Lock
 
 from botocore.exceptions import BotoCoreError
 from dvc.exceptions import DvcException, NotDvcRepoError
@@ -10,11 +12,11 @@ from dvc.repo import Repo
 from filelock import FileLock
 
 from diffusion.config import Config
-from diffusion.data.ingest import work_folder
-from diffusion.data.manifest import read_manifest
-from diffusion.errors import DarkroomError
-from flows.dvc_files import Cache, Remote
-from flows.kept_files import KeptFiles, is_whole, needed_files
+from diffusion.data.manifest import FileEntry, read_manifest, work_folder
+from diffusion.errors import DarkroomError, UserError
+from flows.catalogue import Catalogue
+from flows.dvc_files import Cache, KeptFiles, Listing, Remote, is_whole, needed_files
+from flows.s3_errors import Missing
 
 INGEST_STAGE = "ingest"
 
@@ -149,3 +151,45 @@ def _is_stage_output(repo: Repo, folder: Path) -> bool:
         Path(output.fs_path) == folder.resolve() and output.stage.addressing == INGEST_STAGE
         for output in repo.index.outs
     )
+
+
+class RemoteShards:
+    """Implements ``diffusion.data.shard_cache.ShardStore`` for the data set in ``folder``, pushed to ``source``.
+
+    What its version consists of is asked for once, when the first shard is.
+    """
+
+    def __init__(self, folder: Path, source: str) -> None:
+        self.folder = folder
+        self.source = source
+        self.remote = Remote.at(source)
+        self._lock = Lock()
+
+    def fetch(self, entry: FileEntry, path: Path) -> None:
+        """Write a shard over what is at ``path``; raises UserError if the remote does not have it."""
+        with self._lock:
+            listing = self._listing
+        try:
+            self.remote.fetch(listing[entry.name], path)
+        except (KeyError, Missing) as error:
+            raise UserError(
+                f"shard {entry.name} of data set {self.folder.name} is not on {self.source}: run `darkroom ingest` "
+                "where the data set is whole, which pushes it"
+            ) from error
+
+    @cached_property
+    def _listing(self) -> Listing:
+        name = self.folder.name
+        digest = read_manifest(self.folder).digest
+        recorded = Catalogue.of(name, self.source, self.remote.store).pointer(digest)
+        if recorded is None and (version := data_version(self.folder)) is not None:
+            recorded = version.digest
+        if recorded is None:
+            raise UserError(f"version {digest[:12]} of data set {name} was never pushed: run `darkroom ingest` first")
+        try:
+            return self.remote.listing(recorded)
+        except Missing as error:
+            raise UserError(
+                f"version {digest[:12]} of data set {name} is not on {self.source} (any more): run `darkroom ingest`, "
+                "or check out another one with `darkroom data checkout`"
+            ) from error

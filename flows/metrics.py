@@ -166,7 +166,7 @@ def of_ledgers(read: dict[str, LedgerRead]) -> Iterator[Sample]:
         try:
             if (on_record := known.get(model, {})) is None:
                 raise UserError(f"what MLflow has on record of the ledger of {model} makes no sense")
-            history = _history(Ledger(model, place / model, store), on_record, read)
+            history = _history(Ledger(place / model, store), on_record, read)
         except UserError:
             yield "darkroom_ledger_intact", (model,), 0
             continue

@@ -17,7 +17,7 @@ from diffusion.evaluation.gate import GateConfig
 from diffusion.models.config import FAMILIES, FamilyConfig, ModelConfig, meaningless
 from diffusion.presets import PresetName, over
 from diffusion.training.config import TrainingConfig
-from flows.retention.config import RetentionConfig
+from flows.retention.policy import RetentionConfig
 
 DEFAULT_PARAMS = Path("params.yaml")
 """The one file that may be missing: then everything has its default."""

@@ -1,38 +1,51 @@
-"""Prints found again, by their address on S3 or by a copy: the picture, its batch, and its row in the manifest.
+"""Sampled images found again, by their address on S3 or by a copy, with their batch and its records compared.
 
-And pictures made on request, which lie in a folder with ``request.json`` (``diffusion.made``) instead.
+The records of a batch are ``batch.json``, the parts of the manifest, its Parquet table and ``_SUCCESS``. Images made on
+request lie in a folder with ``request.json`` (``diffusion.made``) instead.
 """
 
 import io
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from pydantic import Field, ValidationError
 
 from diffusion.config import Config, PlainName
 from diffusion.data.manifest import Sha256
+from diffusion.data.shards import BLOCK
 from diffusion.errors import UserError
-from diffusion.files import sha256_bytes
+from diffusion.files import canonical_json, sha256_bytes, sha256_file
 from diffusion.made import ABOUT, About
 from flows import prints
-from flows.prints import Batch, Row
+from flows.prints import BATCH, MANIFEST, SUCCESS, Batch, Row
 from flows.registry import parse_model_uri
+from flows.request_table import KEPT, LARGEST_GROUP
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
 from flows.tags import RunId, VersionNumber
 
 logger = logging.getLogger(__name__)
 
-BATCH = "batch.json"
 NUMBERED = re.compile(r"([0-9]{8})\.png")
 NUMBER = re.compile("[0-9]{1,19}")
+MOST_NAMED = 20
+LARGEST_SUCCESS = 16 * 2**20
+"""Bytes that ``_SUCCESS`` may have: a hundred for each chunk."""
+LARGEST_TABLE = 64 * 2**30
+"""Bytes that ``manifest.parquet`` and ``requests.parquet`` may have: a hundred million rows."""
+LARGEST_ABOUT = 2**18
+"""Bytes that the JSON beside an image in a tar may have."""
 
 
 class Origin(Config):
@@ -265,3 +278,216 @@ def _opened(png: bytes) -> PngImageFile | None:
         return None
     assert isinstance(opened, PngImageFile)
     return opened
+
+
+class Success(Config):
+    """Content of ``_SUCCESS``."""
+
+    format_version: Literal[1] = 1
+    sha256: dict[str, Sha256]
+    """Of every other record of the batch, by its name there."""
+
+    @property
+    def data(self) -> bytes:
+        """Its bytes."""
+        return canonical_json(self.model_dump(mode="json")).encode()
+
+
+def success_of(store: Store, batch: Batch, place: Location, parts: dict[str, str]) -> Success:
+    """What ``_SUCCESS`` is to say of a batch whose other records are there; ``parts`` are the digests of its parts."""
+    names = [MANIFEST] if batch.requests is None else [MANIFEST, KEPT]
+    others = {name: store.sha256(place.bucket, place.key(name)) for name in names}
+    return Success(sha256={BATCH: sha256_bytes(batch.json_bytes()), **others, **parts})
+
+
+def disagreements(store: Store, batch: Batch, place: Location, index: int | None) -> list[str]:
+    """Where the records of a batch do not agree, in words: those about image number ``index``, or all of them.
+
+    The first MOST_NAMED are named, and the others counted.
+    """
+    chunks = range(len(batch.chunks())) if index is None else [index // batch.chunk_size]
+    with TemporaryDirectory() as scratch:
+        found = _Records(store, batch, place, Path(scratch)).compare(chunks, index)
+        named = list(islice(found, MOST_NAMED))
+        more = sum(1 for _ in found)
+    return [*named, *([f"and {more} more disagreements of the records in {place}"] if more else [])]
+
+
+class _Records:
+    """The records of one batch, each read once."""
+
+    def __init__(self, store: Store, batch: Batch, place: Location, scratch: Path) -> None:
+        self.store = store
+        self.batch = batch
+        self.place = place
+        self.scratch = scratch
+        self.success: Success | None = None
+        """``_SUCCESS``; None if it is not there, or cannot be read."""
+        self.finished = False
+        """Whether ``_SUCCESS`` is there."""
+        self.table: pq.ParquetFile | None = None
+        """The manifest as Parquet; None if it is not there, or not of this batch."""
+
+    def compare(self, chunks: Iterable[int], index: int | None) -> Iterator[str]:
+        """Every disagreement of the records about ``chunks``; of rows, if ``index`` is one, that one alone."""
+        beside = [] if self.batch.requests is None else [KEPT]
+        yield from self._read_success({BATCH, MANIFEST, *beside})
+        for name in (BATCH, *beside, *([MANIFEST] if self.finished else [])):
+            yield from self._file(name)
+        yield from self._open_table()
+        for chunk in chunks:
+            yield from self._chunk(chunk, index)
+
+    def _read_success(self, beside: set[str]) -> Iterator[str]:
+        """Read ``_SUCCESS``, and look whether it names the parts of the manifest and what lies ``beside`` them."""
+        try:
+            data = self._get(SUCCESS, LARGEST_SUCCESS)
+        except Missing:
+            return
+        except UserError:
+            data = b""
+        self.finished = True
+        try:
+            self.success = Success.model_validate_json(data)
+        except ValidationError:
+            words = "holds no digests of the batch's records: it was altered, or an older Darkroom wrote it"
+            yield f"{self._uri(SUCCESS)} {words}"
+            return
+        names = beside | set(map(prints.part_key, range(len(self.batch.chunks()))))
+        if odd := sorted(names ^ self.success.sha256.keys()):
+            some = ", ".join(odd[:3]) + (" …" if len(odd) > 3 else "")
+            yield f"{self._uri(SUCCESS)} and {self._uri(BATCH)} disagree on which records there are: {some}"
+
+    def _file(self, name: str) -> Iterator[str]:
+        """Fetch a record, and compare it with ``_SUCCESS``."""
+        path = self.scratch / name
+        try:
+            self.store.fetch(self.place.bucket, self.place.key(name), path, LARGEST_TABLE)
+            yield from self._digest(name, sha256_file(path))
+        except Missing:
+            yield f"{self._uri(name)} is gone"
+        except UserError as error:
+            yield str(error)
+
+    def _digest(self, name: str, digest: str) -> Iterator[str]:
+        if self.success is not None and self.success.sha256.get(name, digest) != digest:
+            yield f"{self._uri(name)} is not what {self._uri(SUCCESS)} says: one of the two was altered"
+
+    def _open_table(self) -> Iterator[str]:
+        """Open the manifest as Parquet, if it was fetched."""
+        names = prints.schema_of(self.batch).names
+        try:
+            if (path := self.scratch / MANIFEST).is_file():
+                file = pq.ParquetFile(path, read_dictionary=names)
+                if file.schema_arrow.names != names or file.num_row_groups != len(self.batch.chunks()):
+                    raise UserError("it has other columns or row groups")
+                self.table = file
+        except (pa.ArrowException, OSError, UserError) as error:
+            yield f"{self._uri(MANIFEST)} is not the manifest of this batch: {' '.join(str(error).split())}"
+
+    def _chunk(self, chunk: int, index: int | None) -> Iterator[str]:
+        name, indices = prints.part_key(chunk), self.batch.chunks()[chunk]
+        rows: list[Row] | None = None
+        try:
+            data = self._get(name, prints.LARGEST_PART)
+            yield from self._digest(name, sha256_bytes(data))
+            rows = prints.part_rows(data, self._uri(name))
+        except Missing:
+            if self.finished:
+                yield f"{self._uri(name)} is gone"
+        except UserError as error:
+            yield str(error)
+        if rows is not None and len(rows) != len(indices):
+            yield f"{self._uri(name)} has {len(rows)} rows, and {self._uri(BATCH)} {len(indices)} images for them"
+            rows = None
+        others: list[Row] | None = None
+        if self.table is not None:
+            try:
+                others = _row_group(self.table, chunk, len(indices))
+            except (pa.ArrowException, OSError, UserError) as error:
+                yield f"{self._uri(MANIFEST)} cannot be read: {' '.join(str(error).split())}"
+        for number, image in enumerate(indices):
+            if index is not None and index != image:
+                continue
+            row = None if rows is None else rows[number]
+            other = None if others is None else others[number]
+            if row is not None and (odd := prints.conflicts(self.batch, image, row)):
+                yield self._differ(name, BATCH, image, odd)
+            if row is not None and other is not None and (odd := _differences(row, other)):
+                yield self._differ(name, MANIFEST, image, odd)
+            if index is not None and row is not None and self.batch.format == "tar" and "tar" in row:
+                yield from self._about(row)
+            if row is None and other is not None and (odd := prints.conflicts(self.batch, image, other)):
+                yield self._differ(MANIFEST, BATCH, image, odd)
+
+    def _about(self, row: Row) -> Iterator[str]:
+        """Compare the JSON beside an image in a tar with its ``row``, and its place with that of the image."""
+        name = f"{row['tar']}/{row['index']:08d}.json"
+        try:
+            same = _read_about(self.store, self.place, row) == canonical_json(prints.shard_json(row)).encode()
+        except (KeyError, Missing, UserError):
+            same = False
+        if not same:
+            part = prints.part_key(row["index"] // self.batch.chunk_size)
+            yield self._differ(name, part, row["index"], ["what is said of it"])
+
+    def _differ(self, one: str, other: str, image: int, fields: list[str]) -> str:
+        return f"{self._uri(one)} and {self._uri(other)} disagree on image {image}: {', '.join(fields)}"
+
+    def _get(self, name: str, most: int) -> bytes:
+        return self.store.get(self.place.bucket, self.place.key(name), most)
+
+    def _uri(self, name: str) -> str:
+        return f"{self.place}/{name}"
+
+
+def _differences(row: Row, other: Row) -> list[str]:
+    return sorted(name for name in {*row, *other} if row.get(name) != other.get(name))
+
+
+def _row_group(file: pq.ParquetFile, number: int, rows: int) -> list[Row]:
+    """The rows of a row group; texts that repeat are held once, however often a hostile file repeats them."""
+    about = file.metadata.row_group(number)
+    if about.num_rows != rows or about.total_byte_size > LARGEST_GROUP:
+        raise UserError(f"row group {number} has {about.num_rows} rows and {about.total_byte_size} bytes")
+    table = file.read_row_group(number)
+    columns = [_values(column) for column in table.columns]
+    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    found: list[Any] = []
+    for array in column.chunks:
+        if isinstance(array, pa.DictionaryArray):
+            texts = array.dictionary.to_pylist()
+            found += [None if at is None else texts[at] for at in array.indices.to_pylist()]
+        else:
+            found += array.to_pylist()
+    return found
+
+
+def _read_about(store: Store, place: Location, row: Row) -> bytes:
+    """The JSON beside an image in a tar, at the place that ``row`` gives; raises UserError if there is none."""
+    start = row["offset"] + -(-row["size"] // BLOCK) * BLOCK
+    header = store.get_span(place.bucket, place.key(row["tar"]), start, BLOCK)
+    try:
+        size = int(header[124:135], 8)
+    except ValueError:
+        size = 0
+    if not 0 < size <= LARGEST_ABOUT:
+        raise UserError(f"{place}/{row['tar']} has no JSON beside image {row['index']}")
+    return store.get_span(place.bucket, place.key(row["tar"]), start + BLOCK, size)
+
+
+def read_parts(store: Store, batch: Batch, place: Location) -> Iterator[tuple[str, str, list[Row]]]:
+    """Name, SHA-256 and rows of each part of the manifest; raises UserError if one is not of ``batch``."""
+    for chunk, indices in enumerate(batch.chunks()):
+        name = prints.part_key(chunk)
+        data = store.get(place.bucket, place.key(name), prints.LARGEST_PART)
+        rows = prints.part_rows(data, f"{place}/{name}")
+        if len(rows) != len(indices) or any(prints.conflicts(batch, *each) for each in zip(indices, rows, strict=True)):
+            raise UserError(
+                f"{place}/{name} is not of this batch: delete it, and give the same `darkroom sample` again, which "
+                "makes its images anew"
+            )
+        yield name, sha256_bytes(data), rows

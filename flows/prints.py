@@ -37,8 +37,10 @@ if TYPE_CHECKING:
     from flows.s3 import Location
 
 Row = dict[str, Any]
-"""What a manifest says of a picture: see MANIFEST."""
+"""What a manifest says of a picture: see ``ManifestRow``."""
 
+BATCH, MANIFEST, SUCCESS = "batch.json", "manifest.parquet", "_SUCCESS"
+"""The first object of a batch, and the last two."""
 PARQUET = "application/vnd.apache.parquet"
 """Content type of tables."""
 CHUNK_BATCHES = 4
@@ -55,31 +57,6 @@ RESUMED = "resumed"
 """Prefix of the marks by which jobs that go on with an unfinished batch show that it is not abandoned."""
 CHUNK_OBJECT = re.compile(r"(?P<image>\d{8,})\.png|prints-(?P<tar>\d{5,})\.tar|manifest/part-(?P<part>\d{5,})\.jsonl")
 """Objects of a chunk, by their names inside a batch."""
-MANIFEST = pa.schema(
-    [
-        ("key", pa.string()),
-        ("index", pa.int64()),
-        ("seed", pa.int64()),
-        ("model", pa.string()),
-        ("version", pa.int64()),
-        ("run_id", pa.string()),
-        ("content_digest", pa.string()),
-        ("weights_sha256", pa.string()),
-        ("sha256", pa.string()),
-        ("pixels_sha256", pa.string()),
-        ("fingerprint", pa.string()),
-        ("label", pa.string()),
-        ("prompt", pa.string()),
-        ("negative_prompt", pa.string()),
-        ("guidance", pa.float64()),
-    ]
-)
-"""One row per picture; ``key`` is its address inside the batch, ``fingerprint`` is canonical JSON, ``label`` and
-``prompt`` are what the picture was to show."""
-PLACES = pa.schema([("tar", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
-"""And in tars: where the PNG lies, so that a range request gets it."""
-
-
 MOST_PICTURES = 10**8
 """Images of a batch: their numbers have eight digits."""
 CHUNKS_AT_MOST = 10**5
@@ -104,8 +81,8 @@ class Batch(Config):
     content_digest: Sha256
     weights_sha256: Sha256
     code_sha256: Sha256 | None = Field(None, exclude_if=unset)
-    """Digest of the code that the version ships (``flows.shipped``), as its tag had it when the batch was begun; None:
-    the version was registered before there were such tags."""
+    """Digest of the code that the version ships (``registry.digest_code``), as its tag had it when the batch was begun;
+    None: the version was registered before there were such tags."""
     seed: Seed
     count: int = Field(ge=1, le=MOST_PICTURES)
     sampling: SamplingConfig
@@ -148,6 +125,12 @@ class Batch(Config):
         name = picture_key(index)
         return name if self.format == "png" else f"{tar_key(index // self.chunk_size)}/{name}"
 
+    def row(self, index: int) -> Row:
+        """What the manifest says of picture number ``index`` because it is of this batch."""
+        fields = ("seed", "model", "version", "run_id", "content_digest", "weights_sha256")
+        own = {name: getattr(self, name) for name in fields}
+        return {"key": self.key(index), "index": index, **own, "guidance": self.sampling.guidance}
+
     def json_bytes(self) -> bytes:
         """``batch.json``: what is not asked for is left out, so that later options change no earlier batch."""
         return canonical_json(self.model_dump(mode="json", exclude_none=True)).encode()
@@ -165,9 +148,10 @@ def parse_batch(data: bytes, where: str) -> Batch:
 
 
 class ManifestRow(Config):
-    """What a row of the manifest may say: see MANIFEST and PLACES."""
+    """A row of the manifest: an image, where it comes from, and what it was to show."""
 
     key: Annotated[str, Field(max_length=100)]
+    """Address inside the batch."""
     index: Index
     seed: Seed
     model: PlainName
@@ -178,13 +162,21 @@ class ManifestRow(Config):
     sha256: Sha256
     pixels_sha256: Sha256
     fingerprint: Annotated[str, Field(max_length=10_000)]
+    """Canonical JSON."""
     label: str | None
     prompt: str | None
     negative_prompt: str | None
     guidance: float | None
     tar: Annotated[str, Field(max_length=100)] | None = None
     offset: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """Where the PNG lies in the tar, so that a range request gets it."""
     size: Annotated[int, Field(ge=1, le=LARGEST_PICTURE)] | None = None
+
+
+IN_TARS = ("tar", "offset", "size")
+"""Columns of batches of tars alone."""
+COLUMN_TYPES = dict.fromkeys(("index", "seed", "version", "offset", "size"), pa.int64()) | {"guidance": pa.float64()}
+"""Of the columns of the manifest that hold no text."""
 
 
 def chunk_size(count: int, compute_batch: int) -> int:
@@ -243,22 +235,13 @@ def encode(
         "prompt": prompt,
     }
     png = marked_png(image, about)
-    row = {
-        "key": batch.key(index),
-        "index": index,
-        "seed": batch.seed,
-        "model": batch.model,
-        "version": batch.version,
-        "run_id": batch.run_id,
-        "content_digest": batch.content_digest,
-        "weights_sha256": batch.weights_sha256,
+    row = batch.row(index) | {
         "sha256": sha256_bytes(png),
         "pixels_sha256": sha256_bytes(image.tobytes()),
         "fingerprint": canonical_json(batch.fingerprint.model_dump(mode="json")),
         "label": label,
         "prompt": prompt,
         "negative_prompt": asked.negative_prompt,
-        "guidance": batch.sampling.guidance,
     }
     return png, row
 
@@ -296,17 +279,8 @@ def part_rows(part: bytes, where: str) -> list[Row]:
 def conflicts(batch: Batch, index: int, row: Row) -> list[str]:
     """Fields of ``row`` that are not what ``batch`` says of image number ``index``, sorted."""
     asked = batch.asked or ANYTHING
-    expected: dict[str, Any] = {
-        "key": batch.key(index),
-        "index": index,
-        "seed": batch.seed,
-        "model": batch.model,
-        "version": batch.version,
-        "run_id": batch.run_id,
-        "content_digest": batch.content_digest,
-        "weights_sha256": batch.weights_sha256,
+    expected = batch.row(index) | {
         "negative_prompt": asked.negative_prompt,
-        "guidance": batch.sampling.guidance,
         "tar": tar_key(index // batch.chunk_size) if batch.format == "tar" else None,
     }
     if batch.requests is None:
@@ -330,7 +304,8 @@ def _in_words(error: ValidationError) -> str:
 
 def schema_of(batch: Batch) -> pa.Schema:
     """Columns of the manifest of ``batch``."""
-    return MANIFEST if batch.format == "png" else pa.unify_schemas([MANIFEST, PLACES])
+    names = [name for name in ManifestRow.model_fields if batch.format == "tar" or name not in IN_TARS]
+    return pa.schema([(name, COLUMN_TYPES.get(name, pa.string())) for name in names])
 
 
 def write_parquet(sink: "SupportsWrite[bytes]", parts: Iterator[list[Row]], batch: Batch) -> None:

@@ -30,20 +30,18 @@ from diffusion.evaluation.results import Evaluation
 from diffusion.files import sha256_file
 from diffusion.training.post_hoc_ema import SNAPSHOTS
 from flows import model_card, registry
-from flows.aliases import adopted, project
+from flows.aliases import adopted, append, project
 from flows.champion import champion_problem, require_champion
-from flows.derived import TAKEDOWN, takedowns, warn_of_takedown
+from flows.derived import TAKEDOWN, require_current, takedowns, warn_of_takedown, with_takedowns
 from flows.environment import settings
 from flows.evaluate import tracker_of
 from flows.history import Approval, Entry, Evidence, GateWord, History
 from flows.ledger import Ledger
-from flows.ledger_record import append
 from flows.params import Params
 from flows.progress import reporter
 from flows.registry import Version
 from flows.steps import step
 from flows.tags import parse_tags
-from flows.taken_down import require_current, with_takedowns
 from flows.tracking import AUTOENCODER, START, RunTracker
 
 ANSWER_WITHIN = 72 * 3600

@@ -13,8 +13,7 @@ from pydantic import ValidationError
 
 from diffusion.checkpoints import read_model_header
 from diffusion.config import Config
-from diffusion.data.ingest import work_folder
-from diffusion.data.manifest import Manifest, manifest_bytes
+from diffusion.data.manifest import Manifest, manifest_bytes, work_folder
 from diffusion.errors import UserError
 from diffusion.evaluation.comparison_report import PAGE as COMPARISON_PAGE
 from diffusion.evaluation.evaluator import CACHE

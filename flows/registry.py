@@ -32,9 +32,8 @@ from diffusion.errors import UserError
 from diffusion.files import digest_of, sha256_file
 from diffusion.grids import image_of, png_bytes
 from diffusion.model import Model
-from flows.aliases import ALIASES, named
+from flows.aliases import ALIASES, named, none_if_missing, verified
 from flows.ledger import Ledger
-from flows.ledger_record import verified
 from flows.tags import HIGHEST_NUMBER, RunId, VersionNumber, parse_tags
 
 WEIGHTS, CODE = "darkroom.weights_sha256", "darkroom.code_sha256"
@@ -155,13 +154,8 @@ def fetch_weights(version: Version, cache: Path) -> Path:
 
 def weights_size(version: Version) -> int | None:
     """Bytes of its weights, as MLflow lists them; None: they are not there."""
-    try:
-        found = mlflow.artifacts.list_artifacts(artifact_uri=f"{version.uri}/artifacts")
-    except MlflowException as error:
-        # The logged model behind the version was deleted.
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
-            raise
-        return None
+    # None if the logged model behind the version was deleted.
+    found = none_if_missing(mlflow.artifacts.list_artifacts, artifact_uri=f"{version.uri}/artifacts") or []
     return next((item.file_size for item in found if item.path.rpartition("/")[2] == "weights.safetensors"), None)
 
 

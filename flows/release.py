@@ -18,15 +18,13 @@ from mlflow.entities import Run as MlflowRun
 
 from diffusion.config import Config
 from diffusion.errors import DarkroomError, Held, UserError
-from flows import by_hand, registry
-from flows.aliases import adopted
-from flows.environment import settings
+from flows import champion, registry
+from flows.aliases import COPY, adopted
+from flows.environment import settings, staging
 from flows.history import Entry
 from flows.ledger import Ledger
-from flows.ledger_record import COPY
 from flows.parcel import MODEL, RUN, Parcel, unpack
 from flows.registry import WEIGHTS, Version
-from flows.staging import staging
 from flows.tracking import RELEASED_FROM, one_run
 
 RELEASED_RUN = "darkroom.released_run"
@@ -67,7 +65,7 @@ def release(uri: str, reason: str | None = None) -> Released:
             "champion all the same"
         )
     why = f"released from {where}" + (", champion there" if parcel.champion else "") + (f": {reason}" if reason else "")
-    done = by_hand.promote(version.model, version.number, why, evidence=parcel.evidence)
+    done = champion.promote(version.model, version.number, why, evidence=parcel.evidence)
     return Released(version=done.version, source=source, entry=done.entry, already=done.already)
 
 

@@ -1,28 +1,41 @@
-"""Reproduction: printed pictures drawn again with the code that their model version ships, and compared."""
+"""Sampled images generated again by the code that their model version ships, and compared pixel by pixel.
 
+The shipped code runs in a process of its own, with this machine's libraries and no way to the servers.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import mlflow
 import numpy as np
 import torch
 from mlflow.client import MlflowClient
 from safetensors.numpy import load_file
 
+import diffusion
 from diffusion.config import Config
 from diffusion.config_sampling import Asked
 from diffusion.errors import UserError
-from diffusion.files import write_bytes
+from diffusion.files import write_bytes, write_json
 from diffusion.fingerprint import Fingerprint
-from flows import environment, prints, registry, shipped
+from flows import environment, prints, registry
 from flows.derived import warn_of_takedown
+from flows.environment import SERVER_PREFIXES
 from flows.printed import Origin, Picture, Printed, find, pixels_sha256, read_picture, read_pixels, read_rows
 from flows.printing import asked_of, table_of
 from flows.prints import Batch, Row
 from flows.progress import reporter
-from flows.registry import CODE, Version
+from flows.registry import CODE, CODE_FOLDER, SERVED_MODEL, Version, digest_code
 from flows.request_table import RequestTable
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
@@ -32,6 +45,15 @@ TOLERANCE = 2.0
 in bf16 and by 0.001 in fp32 between AVX-512 and AVX2, and pictures of two seeds by 15 or more."""
 NAMED = 20
 """Pictures named that are not what was printed."""
+BEGIN = (
+    "import runpy, sys; sys.path.insert(0, sys.argv[1]); script = sys.argv[2]; runpy.run_path(script, None, '__main__')"
+)
+"""Runs a script with a folder before all others on the import path, once Python itself has started without it."""
+REQUIREMENT = re.compile(r"[A-Za-z0-9._-]{1,100}==[A-Za-z0-9._+!-]{1,100}")
+LONGEST_REQUIREMENTS = 100_000
+"""Characters that are read of them."""
+INSTALLED = Path(diffusion.__file__).parent.parent
+"""Where the code of this installation lies."""
 
 
 class Compared(Config):
@@ -114,7 +136,7 @@ def reproduce(where: str, count: int | None = None, out: Path | None = None, ins
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         request = _request(batch, registry.fetch_weights(version, cache), chunks, table, folder)
-        code = shipped.INSTALLED if installed else _fetch_code(version, batch, place, folder / "shipped")
+        code = INSTALLED if installed else _fetch_code(version, batch, place, folder / "shipped")
         answers = _run(request, code, version, installed)
         made = Fingerprint.model_validate(next(answers)["fingerprint"])
         compared = []
@@ -133,7 +155,7 @@ def reproduce(where: str, count: int | None = None, out: Path | None = None, ins
 
 def _fetch_code(version: Version, batch: Batch, place: Location, folder: Path) -> Path:
     """The code of ``version``, if its tag, its batch and its bytes agree on what that is."""
-    code = shipped.fetch_code(version, folder)
+    code = fetch_code(version, folder)
     if batch.code_sha256 != version.code_sha256:
         said = "names none" if batch.code_sha256 is None else f"names other code, {batch.code_sha256[:12]}…"
         raise UserError(
@@ -194,10 +216,10 @@ def _request(
 
 def _run(request: dict[str, Any], code: Path, version: Version, installed: bool) -> Iterator[dict[str, Any]]:
     try:
-        yield from shipped.run(request, code)
+        yield from run_code(request, code)
     except UserError as error:
         whose = "installed here" if installed else f"that {version.uri} ships"
-        there = shipped.moved(shipped.fetch_requirements(version))
+        there = changed_libraries(fetch_requirements(version))
         mend = f"it was registered with other libraries ({', '.join(there)}): install those" if there else ""
         other = "" if installed else "if newer code printed it, --installed draws it with what is installed here"
         raise UserError(
@@ -276,7 +298,7 @@ def _summary(
         exact=sum(each.exact for each in compared),
         fingerprint=made,
         differences=differences,
-        moved=shipped.moved(shipped.fetch_requirements(version)),
+        moved=changed_libraries(fetch_requirements(version)),
         largest_error=max((each.largest_error or 0 for each in compared), default=0),
         mean_error=max((each.mean_error or 0 for each in compared), default=0),
         differing_pixels=sum(each.differing_pixels or 0 for each in compared),
@@ -288,3 +310,91 @@ def _summary(
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+REDRAW = Path(__file__).with_name("redraw.py")
+
+
+def fetch_code(version: Version, folder: Path) -> Path:
+    """Fetch the code of ``version`` into ``folder``; returns where its package ``diffusion`` lies there.
+
+    Raises UserError if it ships none, or not that of which its tag has the digest: who can write to the bucket can
+    replace it there, and not the tag.
+    """
+    there = {item.path for item in mlflow.artifacts.list_artifacts(artifact_uri=version.uri)}
+    if not {CODE_FOLDER, SERVED_MODEL.name} <= there:
+        raise UserError(f"{version.uri} ships no code (any more): --installed runs what is installed here")
+    if version.code_sha256 is None:
+        raise UserError(
+            f"{version.uri} has no tag {CODE}, so that nobody can tell whether its code was replaced, and it is not "
+            "run: --installed runs what is installed here"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (CODE_FOLDER, SERVED_MODEL.name):
+        mlflow.artifacts.download_artifacts(f"{version.uri}/{name}", dst_path=str(folder))
+    if (found := digest_code(folder)) != version.code_sha256:
+        raise UserError(
+            f"the code of {version.uri} was altered after it was registered ({found[:12]}… there, "
+            f"{version.code_sha256[:12]}… in its tag {CODE}), and is not run: find out who writes to the bucket; "
+            "--installed runs what is installed here"
+        )
+    return folder / CODE_FOLDER
+
+
+def fetch_requirements(version: Version) -> list[str]:
+    """The libraries that ``version`` was registered with, as NAME==VERSION; lines that read otherwise are left out."""
+    lines = str(mlflow.artifacts.load_text(f"{version.uri}/requirements.txt"))[:LONGEST_REQUIREMENTS].splitlines()
+    return [line.strip() for line in lines if REQUIREMENT.fullmatch(line.strip())]
+
+
+def changed_libraries(requirements: list[str]) -> list[str]:
+    """Those of ``requirements`` that this machine has in another version, as ``NAME: theirs → ours``."""
+    pinned = (line.strip().partition("==") for line in requirements)
+    return [
+        f"{name}: {wanted} → {here or 'not installed'}"
+        for name, equal, wanted in pinned
+        if equal and (here := _installed(name)) != wanted
+    ]
+
+
+def run_code(request: dict[str, Any], code: Path) -> Iterator[dict[str, Any]]:
+    """The answers of ``flows.redraw`` to ``request``, drawn with the package ``diffusion`` in ``code``.
+
+    The process has this machine's libraries, and no way to our servers. Nothing in ``code`` is loaded but what it
+    imports: no ``sitecustomize``, no ``.pth``, and no bytecode is written there. Raises UserError, with its last words,
+    if it fails.
+    """
+    folder = Path(request["folder"])
+    asked, said = folder / "request.json", folder / "stderr"
+    write_json(asked, request | {"code": str(code), "parent": os.getpid()})
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(SERVER_PREFIXES)}
+    with asked.open() as words, said.open("w") as errors:
+        process = subprocess.Popen(
+            # Not -I, which implies -s: the libraries may be installed for this user alone.
+            [sys.executable, "-E", "-P", "-B", "-c", BEGIN, str(code), str(REDRAW)],
+            cwd=folder,
+            env=variables,
+            text=True,
+            stdin=words,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        )
+    assert process.stdout is not None
+    try:
+        yield from map(json.loads, process.stdout)
+        process.wait()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    if process.returncode:
+        last = said.read_text().strip().splitlines()[-1:]
+        raise UserError("".join(last) if process.returncode > 0 else f"killed by signal {-process.returncode}")
+
+
+def _installed(name: str) -> str | None:
+    try:
+        # As they were when it was registered: without what builds for one device add.
+        return installed(name).split("+")[0]
+    except PackageNotFoundError:
+        return None

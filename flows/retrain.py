@@ -14,10 +14,9 @@ from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.errors import UserError
 from flows.checkout import CheckedOut
 from flows.ingest import Ingested, ingest
-from flows.limits import turn
 from flows.params import Params
 from flows.request import Printing, Request
-from flows.steps import ended
+from flows.steps import ended, turn
 from flows.sync import sync
 
 if TYPE_CHECKING:
@@ -71,9 +70,9 @@ def retrain(
             return unchanged(manifest, data, before)
 
         # Only now, as they load torch and MLflow: seconds that a run without anything to do does without.
+        from flows.dependencies import require_promotable
         from flows.evaluate import evaluate
         from flows.explain import explain
-        from flows.fetched import require_promotable
         from flows.promote import promote
         from flows.retrained import Retrained, require_printable
         from flows.sample import draws, sample

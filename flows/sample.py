@@ -22,18 +22,17 @@ from diffusion.grids import grid, save_png
 from diffusion.lanes import cores
 from diffusion.made import Made, make, read_request
 from diffusion.requests import Wanted
-from flows import batch_plan, batch_records, environment, printing, registry
+from flows import environment, printing, registry
 from flows.derived import warn_of_takedown
-from flows.fan_out import submitter, task_runner
 from flows.params import Params, PrintsConfig
 from flows.printed import read_picture, read_rows
 from flows.printing import Cost, Work
-from flows.prints import Batch
+from flows.prints import MANIFEST, Batch
 from flows.progress import bar, reporter
 from flows.registry import Version
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
-from flows.steps import step
+from flows.steps import step, submitter, task_runner
 
 logger = logging.getLogger(__name__)
 
@@ -138,13 +137,13 @@ def begin(
 ) -> tuple[Batch, Location]:
     """Write down what is asked for; raises Held if the place holds a batch of something else."""
     store = Store()
-    batch, table = batch_plan.plan(store, version, weights, sampling, config, count, seed, asked, requests)
+    batch, table = printing.plan(store, version, weights, sampling, config, count, seed, asked, requests)
     place = Location.parse(to or f"s3://{environment.settings().bucket}")
     if not place.prefix:
-        place = batch_plan.usual_place(store, batch, place.bucket)
+        place = printing.usual_place(store, batch, place.bucket)
     elif printing.is_deleted(store, place):
         raise Held(f"`darkroom gc` deletes what lies at {place}, or did so of late: give --to another prefix")
-    batch_plan.begin(store, batch, place, table)
+    printing.begin(store, batch, place, table)
     return batch, place
 
 
@@ -192,7 +191,7 @@ def finish(batch: Batch, place: Location, cost: Cost) -> Prints | None:
         model=f"models:/{batch.model}/{batch.version}",
         count=batch.count,
         seed=batch.seed,
-        manifest=f"{place}/{batch_records.MANIFEST}",
+        manifest=f"{place}/{MANIFEST}",
         contact_sheet=sheet,
         took=cost,
     )

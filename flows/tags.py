@@ -26,6 +26,8 @@ VersionNumber = Annotated[int, Field(ge=1, le=HIGHEST_NUMBER)]
 """Number of a model version."""
 ModelUri = Annotated[str, StringConstraints(pattern=r"^models:/[^/@]{1,200}/[1-9][0-9]{0,9}$")]
 """Exact version of a registered model."""
+DvcDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}(\.dir)?$")]
+"""Name that DVC gives a file or, with ``.dir``, a folder: the MD5 of its bytes or of its listing."""
 
 
 class Tags(BaseModel):
@@ -41,10 +43,10 @@ class Tags(BaseModel):
     weights_sha256: Sha256 | None = None
     """SHA-256 of the version's weights."""
     code_sha256: Sha256 | None = None
-    """Digest of the code that the version ships: see ``flows.shipped``."""
+    """Digest of the code that the version ships: see ``flows.reproduce``."""
     content_digest: Sha256 | None = None
     """Content of the data set that was trained on."""
-    dvc_digest: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}(\.dir)?$")] | None = None
+    dvc_digest: DvcDigest | None = None
     """The same data set version, as DVC names it."""
     dataset: PlainName | None = None
     """Name of the data set."""

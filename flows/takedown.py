@@ -8,25 +8,22 @@ from prefect.artifacts import create_markdown_artifact
 
 from diffusion.config import Config
 from diffusion.data import takedown as pictures
-from diffusion.data.holders import Holders, holders
 from diffusion.data.manifest import Manifest
-from diffusion.data.removals import Removal
-from diffusion.data.selection import Selection
+from diffusion.data.takedown_records import Holders, Removal, Selection, holders
 from diffusion.data.versions import known_versions
 from diffusion.escaping import escape_markdown
 from flows import environment, lineage
-from flows.announce import announce
 from flows.catalogue import Catalogue
 from flows.checkout import choice, forget_choice
-from flows.derived import Derived, clear_pictures, find_derived
-from flows.derived import mark as mark_derived
-from flows.kept_files import KeptFiles
+from flows.derived import Derived, clear_pictures, find_derived, mark
+from flows.dvc_files import KeptFiles
 from flows.lineage import DataVersion
 from flows.params import Params
 from flows.progress import reporter
 from flows.purge import Purged, purge_dvc, purge_files, purge_samples
+from flows.stack.discovery import vacuum_deleted_objects
 from flows.steps import step
-from flows.up_to_date import bring_up_to_date, publish
+from flows.sync import announce, bring_up_to_date, publish
 
 
 class TakenDown(Config):
@@ -87,7 +84,7 @@ def record(params: Params, removal: Removal) -> DataVersion:
     """Let other machines know of what was taken down, then publish the newest version without it."""
     folder, source = params.dataset_folder, environment.data_source()
     # First, so that whatever is published or promoted from here on is checked against it, and what was before is there
-    # to be found: see ``flows.up_to_date.publish`` and ``flows.promote.record``.
+    # to be found: see ``flows.sync.publish`` and ``flows.promote.record``.
     Catalogue.of(params.training.dataset, source).tell_removal(removal)
     # Pictures that leave an older version leave the newest one as well, which stays what it is otherwise.
     forget_choice(folder)
@@ -117,7 +114,7 @@ def name_and_mark(params: Params, removal: Removal, versions: dict[str, Manifest
     bucket = environment.settings().bucket
     # Versions of equal content hold the same pictures, whatever their tables tell besides.
     derived = find_derived(params.training.dataset, contents - others, contents | others, bucket)
-    mark_derived(derived, removal)
+    mark([run.run_id for run in derived.runs], [model.uri for model in derived.models], removal)
     return derived
 
 
@@ -136,7 +133,7 @@ def clear(params: Params, versions: dict[str, Manifest], found: Holders, derived
         ],
         artifacts=clear_pictures(derived),
     )
-    environment.forget_deleted()
+    vacuum_deleted_objects()
     return purged
 
 

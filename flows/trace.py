@@ -10,34 +10,31 @@ from typing import Any
 import mlflow
 from mlflow.client import MlflowClient
 from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
 
 from diffusion.config import Config
-from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.data.manifest import FileEntry, Manifest, parse_manifest
-from diffusion.data.removals import Removal
+from diffusion.data.takedown_records import Removal
 from diffusion.errors import UserError
-from diffusion.fingerprint import Fingerprint
-from diffusion.made import ABOUT
-from flows import batch_records, environment, registry
+from diffusion.made import ABOUT, About
+from flows import environment, registry
+from flows.aliases import none_if_missing
 from flows.catalogue import Catalogue
 from flows.derived import TAKEDOWN
-from flows.kept_files import KeptFiles, is_whole
+from flows.dvc_files import KeptFiles, is_whole
 from flows.params import dataset_folder
-from flows.printed import Origin, Picture, Printed, find
-from flows.prints import DELETED, Batch
+from flows.printed import Origin, Picture, Printed, disagreements, find
+from flows.prints import DELETED, SUCCESS, Batch
 from flows.registry import CODE, WEIGHTS
-from flows.request_table import Requests
+from flows.reproduce import fetch_code
 from flows.s3 import Location, Store
-from flows.shipped import fetch_code
 from flows.tags import Tags, parse_tags
 
 MANIFEST = "dataset/manifest.json"
 """Among a run's artifacts, the manifest of the data set version that it saw."""
 
 
-class TracedPicture(Config):
-    """A picture as it is now."""
+class TracedImage(Config):
+    """An image as it is now."""
 
     where: str
     sha256: str
@@ -51,32 +48,8 @@ class TracedPicture(Config):
     """Whether it equals its row in the manifest; None if there is none."""
 
 
-class TracedBatch(Config):
-    """What was asked for when the picture was printed."""
-
-    uri: str
-    count: int
-    seed: int
-    finished: bool
-    asked: Asked | None
-    requests: Requests | None
-    """The table that said what each picture is to show; it lies beside the batch."""
-    sampling: SamplingConfig
-    fingerprint: Fingerprint
-
-
-class TracedRequest(Config):
-    """What was asked for when the picture was made on request."""
-
-    file: str
-    asked: dict[str, Any]
-    """The fields of ``diffusion.requests.Request``; of pictures their digests."""
-    sampling: SamplingConfig
-    fingerprint: Fingerprint
-
-
 class TracedModel(Config):
-    """The version of a registered model that drew it."""
+    """The registered version that made it."""
 
     uri: str
     aliases: list[str]
@@ -127,12 +100,17 @@ class Takedown(Config):
 
 
 class Trace(Config):
-    """The chain from a picture, or a batch, to shards; a link that is missing is None."""
+    """The chain of records from an image, or a batch, to shards; a link that is missing is None."""
 
-    picture: TracedPicture | None
-    batch: TracedBatch | None
-    request: TracedRequest | None
-    """Instead of a batch."""
+    picture: TracedImage | None
+    place: str | None
+    """Prefix of the batch."""
+    batch: Batch | None
+    """The batch's ``batch.json``."""
+    finished: bool | None
+    """Whether the batch is whole."""
+    request: About | None
+    """Instead of a batch, the ``request.json`` beside an image that was made on request."""
     model: TracedModel | None
     run: TracedRun | None
     data: TracedData | None
@@ -162,15 +140,15 @@ class _Walk:
 
     def along(self, printed: Printed) -> Trace:
         """All links, from the picture on."""
-        origin = printed.origin
+        origin, batch, place = printed.origin, printed.batch, printed.place
         picture = printed.picture and self.picture(printed, printed.picture)
-        if printed.batch is not None and printed.place is not None:
-            index = picture.index if picture else None
-            self.broken += batch_records.disagreements(self.store, printed.batch, printed.place, index)
-        task = origin.task if isinstance(origin, Origin) else None
-        batch = self.batch(printed) if task is None else None
-        request = self.request(printed) if task is not None else None
-        model = self.model(origin.model, origin.version, origin.run_id, printed.batch)
+        if batch is not None and place is not None:
+            self.broken += disagreements(self.store, batch, place, picture.index if picture else None)
+        elif not isinstance(origin, Origin) or origin.task is None:
+            self.broken.append(f"no batch of {printed.where} is to be found beside it, or at the usual place")
+        elif printed.request is None:
+            self.broken.append(f"{printed.where} was made on request, and no {ABOUT} beside it says of what")
+        model = self.model(origin.model, origin.version, origin.run_id, batch)
         run = self.run(origin.run_id)
         tags = self.tags(model, run)
         released = tags.released_from
@@ -179,8 +157,10 @@ class _Walk:
         manifest = self.manifest(run, tags.dataset, origin.content_digest, source)
         return Trace(
             picture=picture,
+            place=None if place is None else f"{place}/",
             batch=batch,
-            request=request,
+            finished=None if place is None else self.finished(place),
+            request=printed.request,
             model=model,
             run=run and _traced(run),
             data=manifest and self.data(manifest, tags.dvc_digest, source, released),
@@ -188,7 +168,13 @@ class _Walk:
             broken=list(dict.fromkeys(self.broken)),
         )
 
-    def picture(self, printed: Printed, picture: Picture) -> TracedPicture:
+    def finished(self, place: Location) -> bool:
+        """Whether the batch at ``place`` is whole, and not being deleted."""
+        return self.store.exists(place.bucket, place.key(SUCCESS)) and not self.store.exists(
+            place.bucket, f"{DELETED}/{place.prefix}"
+        )
+
+    def picture(self, printed: Printed, picture: Picture) -> TracedImage:
         """Whether it is what was printed, and what it was to show."""
         where, batch, row, origin = printed.where, printed.batch, picture.row, picture.origin
         if row is not None and row["sha256"] != picture.sha256:
@@ -203,7 +189,7 @@ class _Walk:
         theirs = origin and (origin.model, origin.version, origin.run_id, origin.seed, origin.index)
         if batch and origin and theirs != (batch.model, batch.version, batch.run_id, batch.seed, picture.index):
             self.broken.append(f"{where} says of itself that it is another picture than its batch has there")
-        return TracedPicture(
+        return TracedImage(
             where=where,
             sha256=picture.sha256,
             pixels_sha256=picture.pixels_sha256,
@@ -226,44 +212,12 @@ class _Walk:
                 self.broken.append(str(error))
         return Tags.model_validate(found)
 
-    def batch(self, printed: Printed) -> TracedBatch | None:
-        """What was asked for."""
-        batch, place = printed.batch, printed.place
-        if batch is None or place is None:
-            self.broken.append(f"no batch of {printed.where} is to be found beside it, or at the usual place")
-            return None
-        return TracedBatch(
-            uri=f"{place}/",
-            count=batch.count,
-            seed=batch.seed,
-            finished=self.store.exists(place.bucket, place.key("_SUCCESS"))
-            and not self.store.exists(place.bucket, f"{DELETED}/{place.prefix}"),
-            asked=batch.asked,
-            requests=batch.requests,
-            sampling=batch.sampling,
-            fingerprint=batch.fingerprint,
-        )
-
-    def request(self, printed: Printed) -> TracedRequest | None:
-        """What was asked for, of a picture that was made on request."""
-        told = printed.request
-        if told is None:
-            self.broken.append(f"{printed.where} was made on request, and no {ABOUT} beside it says of what")
-            return None
-        return TracedRequest(
-            file=str(Path(printed.where).with_name(ABOUT)),
-            asked=told.request,
-            sampling=told.sampling,
-            fingerprint=told.fingerprint,
-        )
-
     def model(self, name: str, number: int, run_id: str, batch: Batch | None) -> TracedModel | None:
         """The version in the registry."""
         uri = f"models:/{name}/{number}"
-        try:
-            found = self.client.get_model_version(name, str(number))
-        except MlflowException as error:
-            self._missing(error, f"{uri} is not in the registry (any more)")
+        found = none_if_missing(self.client.get_model_version, name, str(number))
+        if found is None:
+            self.broken.append(f"{uri} is not in the registry (any more)")
             return None
         if found.run_id != run_id:
             self.broken.append(f"{uri} is of run {found.run_id} now, and the picture of run {run_id}")
@@ -297,10 +251,9 @@ class _Walk:
 
     def run(self, run_id: str) -> Run | None:
         """The run in MLflow, even if it is marked as deleted."""
-        try:
-            found = self.client.get_run(run_id)
-        except MlflowException as error:
-            self._missing(error, f"run {run_id} is not in MLflow (any more)")
+        found = none_if_missing(self.client.get_run, run_id)
+        if found is None:
+            self.broken.append(f"run {run_id} is not in MLflow (any more)")
             return None
         if found.info.lifecycle_stage == "deleted":
             self.broken.append(
@@ -382,12 +335,6 @@ class _Walk:
     def _catalogued(self, dataset: str, content: str, source: str) -> Manifest | None:
         versions = Catalogue.of(dataset, source, self.store).versions().values()
         return next((each for each in versions if each.content_digest == content), None)
-
-    def _missing(self, error: MlflowException, words: str) -> None:
-        """Note that something is not there; raises all other errors."""
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise error
-        self.broken.append(words)
 
 
 def _source(run: Run | None) -> str:

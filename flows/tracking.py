@@ -1,25 +1,36 @@
-"""Runs in MLflow: one per training, found again by what went into it, written to live."""
+"""Runs in MLflow, one per training, found again by what went into it; judged checkpoints as logged models."""
 
 import math
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlflow.client import MlflowClient
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, LifecycleStage, Metric, Param, RunTag
+from mlflow.entities import (
+    DatasetInput,
+    InputTag,
+    LifecycleStage,
+    LoggedModel,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    RunTag,
+)
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
 from PIL import Image
 
 from diffusion.data.manifest import Manifest
-from flows.claims import Claims
+from diffusion.evaluation.results import CheckpointEvaluation, Evaluation
 from flows.lineage import CodeVersion, DataVersion
 from flows.logs import RUN_ID
+from flows.numbered_objects import Claims
 
 TRAIN_KEY = "darkroom.train_key"
 """Tag by which the run of a training is found again: the digest of all that decides its weights."""
@@ -34,6 +45,16 @@ START = "darkroom.start"
 RUN_NAME = re.compile(r"[0-9a-f]{32}")
 DIGEST_LENGTH = 36
 """MLflow keeps this many characters of a data set's digest; the tags hold all of them."""
+CHECKPOINT = "darkroom.checkpoint"
+"""Tag of a logged model: the checkpoint's file."""
+CHECKPOINT_SHA256 = "darkroom.checkpoint_sha256"
+"""Tag by which the logged model of a checkpoint is found again."""
+EVAL_KEY = "darkroom.eval_key"
+"""Tag: scores of two models compare where it is equal."""
+JUDGED = "darkroom.judged"
+"""Tag: ``in full`` or ``preliminary``."""
+PRELIMINARY = "preliminary_"
+"""Before the name of a figure that rests on fewer pictures, so that it does not rank among the others."""
 
 
 @dataclass
@@ -45,20 +66,21 @@ class RunTracker:
 
     client: MlflowClient
     run_id: str
-    seen: dict[str, int] = field(default_factory=dict)
-    """Last position known to the server, by metric or picture."""
+    seen: dict[str, int] | None = None
+    """Last position known to the server, by metric; None: it was not asked yet."""
 
     def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
         """Keep ``metrics`` at step ``images``."""
+        seen = self.last_steps() if self.seen is None else self.seen
         now = int(time.time() * 1000)
         fresh = [
             Metric(name, value, now, images)
             for name, value in metrics.items()
-            if math.isfinite(value) and images > self._last_step(name)
+            if math.isfinite(value) and images > seen.get(name, -1)
         ]
         if fresh:
             self.client.log_batch(self.run_id, metrics=fresh)
-        self.seen |= {metric.key: images for metric in fresh}
+        self.seen = seen | {metric.key: images for metric in fresh}
 
     def last_steps(self) -> dict[str, int]:
         """The last position that the run has of each metric, whoever logged it."""
@@ -68,8 +90,8 @@ class RunTracker:
         """Keep ``picture`` as the image ``name`` at step ``images``."""
         marker = picture_marker(name)
         # Another machine that trains the same may have logged it since this was looked up.
-        self.seen.pop(marker, None)
-        if images > self._last_step(marker):
+        self.seen = self.last_steps()
+        if images > self.seen.get(marker, -1):
             self.client.log_image(self.run_id, picture, key=name, step=images)
             self.log_metrics({marker: images}, images)
 
@@ -94,12 +116,6 @@ class RunTracker:
     def fail(self) -> None:
         """Mark the run as failed; the same command finds it again and goes on."""
         self.client.set_terminated(self.run_id, "FAILED")
-
-    def _last_step(self, name: str) -> int:
-        if name not in self.seen:
-            points = self.client.get_metric_history(self.run_id, name)
-            self.seen[name] = max((point.step for point in points), default=-1)
-        return self.seen[name]
 
 
 def picture_marker(name: str) -> str:
@@ -210,3 +226,81 @@ def _dataset_input(manifest: Manifest, data: DataVersion | None, source: str) ->
     if data is not None:
         tags.append(InputTag("dvc_digest", data.digest))
     return DatasetInput(dataset._to_mlflow_entity(), tags)
+
+
+@dataclass(frozen=True)
+class Scoreboard:
+    """The evaluated checkpoints of one MLflow run."""
+
+    client: MlflowClient
+    run_id: str
+
+    def show(self, evaluation: Evaluation) -> None:
+        """Log each evaluated checkpoint as a model with its scores; what is there already is not logged twice."""
+        experiment = self.client.get_run(self.run_id).info.experiment_id
+        for each in evaluation.preliminary:
+            metric = each.selection_metric
+            figures = {f"{PRELIMINARY}{metric.name}": metric.value, f"{PRELIMINARY}samples": float(metric.count)}
+            self._log(experiment, evaluation, each, "preliminary", figures)
+        # The best of several averages comes last, and so is the run's own point at its number of images.
+        for each in sorted(evaluation.checkpoints, key=lambda each: (each.images, each.selection_metric.rank)):
+            self._log(experiment, evaluation, each, "in full", each.metrics())
+
+    def _log(
+        self,
+        experiment: str,
+        evaluation: Evaluation,
+        evaluated: CheckpointEvaluation,
+        how: str,
+        figures: Mapping[str, float],
+    ) -> None:
+        tags = {
+            CHECKPOINT: evaluated.file,
+            CHECKPOINT_SHA256: evaluated.sha256,
+            EVAL_KEY: evaluation.eval_key,
+            JUDGED: how,
+            "darkroom.images": str(evaluated.images),
+            MLFLOW_MODEL_IS_EXTERNAL: "true",
+        }
+        model = self._model(experiment, evaluated, tags)
+        if changed := {name: value for name, value in tags.items() if model.tags.get(name) != value}:
+            self.client.set_logged_model_tags(model.model_id, changed)
+        content = evaluation.conditions.content_digest[:DIGEST_LENGTH]
+        newest = _newest(model, evaluation.dataset, content)
+        now = int(time.time() * 1000)
+        fresh = [
+            Metric(
+                name,
+                value,
+                now,
+                evaluated.images,
+                model_id=model.model_id,
+                dataset_name=evaluation.dataset,
+                dataset_digest=content,
+                run_id=self.run_id,
+            )
+            for name, value in figures.items()
+            if math.isfinite(value) and newest.get(name) != value
+        ]
+        if fresh:
+            self.client.log_batch(self.run_id, metrics=fresh)
+
+    def _model(self, experiment: str, evaluated: CheckpointEvaluation, tags: dict[str, str]) -> LoggedModel:
+        """The logged model of a checkpoint; made if the run has none, and finished if whoever made it was killed."""
+        found = self.client.search_logged_models([experiment], f"tags.`{CHECKPOINT_SHA256}` = '{evaluated.sha256}'")
+        ours = [model for model in found if model.source_run_id == self.run_id]
+        name = f"{evaluated.family}-{evaluated.images}-{evaluated.sha256[:8]}"
+        model = (
+            min(ours, key=lambda model: model.creation_timestamp)
+            if ours
+            else self.client.create_logged_model(experiment, name, self.run_id, tags, model_type=evaluated.family)
+        )
+        if model.status != LoggedModelStatus.READY:
+            model = self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        return model
+
+
+def _newest(model: LoggedModel, dataset: str, digest: str) -> dict[str, float]:
+    """The last value of each figure that ``model`` has for a data set."""
+    there = [point for point in model.metrics or [] if (point.dataset_name, point.dataset_digest) == (dataset, digest)]
+    return {point.key: point.value for point in sorted(there, key=lambda point: (point.timestamp, point.step))}

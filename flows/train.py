@@ -20,17 +20,15 @@ from diffusion.training.warm_start import open_warm_start, with_start_digest
 from flows import lineage, registry
 from flows.champion import require_champion
 from flows.dataset_page import find_dataset_page
-from flows.derived import TAKEDOWN, joined_names, names_of
+from flows.dependencies import Fetched, fetched
+from flows.derived import TAKEDOWN, joined_names, names_of, require_current, with_takedowns
 from flows.environment import data_source, settings
-from flows.fetched import Fetched, fetched
-from flows.limits import turn
+from flows.lineage import RemoteShards
 from flows.params import Params, flattened
 from flows.progress import reporter
-from flows.remote_shards import RemoteShards
 from flows.s3 import Store
 from flows.spool import UNANSWERED, SpooledTracker
-from flows.steps import step
-from flows.taken_down import require_current, with_takedowns
+from flows.steps import step, turn
 from flows.tracking import AUTOENCODER, START, RunTracker, find_run, open_run
 
 

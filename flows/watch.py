@@ -58,9 +58,9 @@ def evaluate_champion(params: Params) -> MonitorResult:
 
     from diffusion.evaluation.comparison import evaluate_model
     from flows import registry
+    from flows.aliases import verified
     from flows.environment import settings
     from flows.ledger import Ledger
-    from flows.ledger_record import verified
     from flows.tracking import RunTracker
 
     client, content = MlflowClient(), read_manifest(params.dataset_folder).content_digest

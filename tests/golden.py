@@ -32,8 +32,8 @@ from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
 from diffusion.data.manifest import read_manifest
-from diffusion.data.selection import Selection
 from diffusion.data.takedown import remove
+from diffusion.data.takedown_records import Selection
 from diffusion.evaluation.bootstrap import compute_replicates, difference
 from diffusion.evaluation.comparison import compare_with_champion, distance_headline
 from diffusion.evaluation.config import EvaluationConfig

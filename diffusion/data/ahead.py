@@ -1,10 +1,18 @@
-"""Many waits at once, results in order."""
+"""Work on threads and processes, a little ahead of whoever takes the results, which come in order.
+
+Loads little, so that processes can begin to start before their caller loads the rest.
+"""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice
+from multiprocessing import forkserver, get_context
 from typing import Protocol, TypeVar
+
+from diffusion.data.config import IngestConfig
+from diffusion.errors import UserError
+from diffusion.parent import end_with_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,3 +41,35 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -
         yield from in_order((pool.submit(work, item) for item in items), 2 * workers)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+class FanOut(Protocol):
+    """Runs a function on items, wherever; yields the results in the order of the items."""
+
+    def __call__(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Begin a few ahead; an item that fails raises here, after what retries there are."""
+
+
+def local_fan_out(config: IngestConfig) -> FanOut:
+    """Threads or processes of this machine, as ``config`` says; processes begin to start at once."""
+    if config.runner == "ray":
+        raise UserError(
+            "ingest.runner=ray needs `darkroom ingest` with a Prefect server: here use threads or processes"
+        )
+    if config.runner == "processes":
+        # What they are forked from loads what they need, once for all, while the caller plans.
+        forkserver.set_forkserver_preload(["diffusion.data.chunks"])
+        forkserver.ensure_running()
+
+    def fan_out(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        pool: Executor
+        if config.runner == "processes":
+            pool = ProcessPoolExecutor(config.workers, get_context("forkserver"), end_with_parent)
+        else:
+            pool = ThreadPoolExecutor(config.workers)
+        try:
+            yield from in_order((pool.submit(work, item) for item in items), 2 * config.workers)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    return fan_out

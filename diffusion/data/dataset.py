@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffusion.data.manifest import Manifest, Split, mend, read_manifest, read_records, require_whole
 from diffusion.data.png import decode_many
-from diffusion.data.shard_reader import LocalShards, Shards
+from diffusion.data.shards import LocalShards, Shards
 from diffusion.errors import UserError
 
 CACHE_BYTES = 2 * 2**30

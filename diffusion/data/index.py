@@ -1,25 +1,24 @@
-"""The index of a data set: its records by key and by source, on disk, for the ingest that adds to it.
+"""The index of a data set: its records by key and by source, and groups of near-duplicates, on disk.
 
 It is a cache. What the tables of the data set say can always be read from them again; what only this machine knows,
-the stamps by which unread files are recognised, costs no more than reading those files once more.
+the stamps by which unread files are recognised, costs no more than reading those files once more. Near-duplicates are
+images whose perceptual hashes differ in a few bits, found without comparing all pairs.
 """
 
 import io
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from diffusion.data.chunks import perceptual_hash
-from diffusion.data.digest import digest_of_samples, sample_digest
-from diffusion.data.manifest import Manifest, Part, read_records
-from diffusion.data.near import SCHEMA as NEAR_SCHEMA
-from diffusion.data.near import NearCopies
-from diffusion.data.plan import told_of
-from diffusion.data.removals import removals
+from diffusion.data.chunks import perceptual_hash, told_of
+from diffusion.data.manifest import Manifest, Part, digest_of_samples, read_records, sample_digest
+from diffusion.data.takedown_records import removals
 from diffusion.files import digest_of
 
 SCHEMA = """
@@ -31,10 +30,18 @@ SCHEMA = """
     CREATE TABLE IF NOT EXISTS samples (key BLOB PRIMARY KEY, split TEXT, digest BLOB) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS removed (digest BLOB PRIMARY KEY) WITHOUT ROWID;
 """
+NEAR_SCHEMA = """
+    CREATE TABLE IF NOT EXISTS bands (band INTEGER, value INTEGER, hash INTEGER, PRIMARY KEY (band, value, hash))
+        WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS groups (hash INTEGER, split TEXT, root BLOB NOT NULL, PRIMARY KEY (hash, split))
+        WITHOUT ROWID;
+    CREATE INDEX IF NOT EXISTS by_root ON groups (root);
+"""
 FROM_THE_TABLES = ("records", "samples", "removed", "bands", "groups")
 CACHE_KIB = 16 * 1024
 """Of SQLite's pages, so that memory does not grow with the index."""
 FORMAT = 1
+BITS = 64
 
 
 class Index:
@@ -197,3 +204,50 @@ def add_hashes(folder: Path, part: Part, rows: list[dict[str, Any]]) -> None:
             if row["outcome"] == "kept" and row["phash"] is None:
                 shard.seek(row["offset"])
                 row["phash"] = perceptual_hash(Image.open(io.BytesIO(shard.read(row["size"])), formats=("PNG",)))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Near-copies of one another, named after the least key that founded one of the groups it grew from."""
+
+    root: bytes
+    split: str
+
+
+class NearCopies:
+    """The groups, in the tables of the index ``database``; ``distance`` is the largest number of differing bits."""
+
+    def __init__(self, database: sqlite3.Connection, distance: int) -> None:
+        self.database = database
+        self.distance = distance
+        edges = [BITS * band // (distance + 1) for band in range(distance + 2)]
+        self._bands = [(low, (1 << high - low) - 1) for low, high in pairwise(edges)]
+
+    def around(self, phash: int) -> list[Group]:
+        """The groups that hold a near-copy of a picture with this hash, sorted by root."""
+        query = (
+            "SELECT g.hash, g.root, g.split FROM bands b JOIN groups g USING (hash) WHERE b.band = ? AND b.value = ?"
+        )
+        groups = {
+            Group(root, split)
+            for band_and_value in enumerate(self._values(phash))
+            for other, root, split in self.database.execute(query, band_and_value)
+            if ((phash ^ other) % 2**BITS).bit_count() <= self.distance
+        }
+        return sorted(groups, key=lambda group: group.root)
+
+    def add(self, phash: int, key: bytes, split: str, joined: Iterable[bytes]) -> None:
+        """Add a picture to the groups with the roots ``joined``, which become one; without any, to one of its own."""
+        roots = sorted(joined)
+        root = roots[0] if roots else key
+        self.database.executemany("UPDATE groups SET root = ? WHERE root = ?", ((root, other) for other in roots[1:]))
+        self.database.execute("INSERT OR IGNORE INTO groups VALUES (?, ?, ?)", (phash, split, root))
+        self.database.executemany(
+            "INSERT OR IGNORE INTO bands VALUES (?, ?, ?)",
+            ((band, value, phash) for band, value in enumerate(self._values(phash))),
+        )
+
+    def _values(self, phash: int) -> Iterator[int]:
+        unsigned = phash % 2**BITS
+        # SQLite's integers are signed.
+        return ((unsigned >> low & mask) - 2 ** (BITS - 1) for low, mask in self._bands)

@@ -15,19 +15,19 @@ from typing import Literal
 from filelock import FileLock
 
 from diffusion.config import Config
-from diffusion.data.chunks import PreparedChunk, chunks_of, prepare_chunk
+from diffusion.data.ahead import FanOut, local_fan_out
+from diffusion.data.chunks import PreparedChunk, chunks_of, make_plan, origin_of, prepare_chunk
 from diffusion.data.config import IngestConfig
-from diffusion.data.fan_out import FanOut, local_fan_out
 from diffusion.data.index import Index
 from diffusion.data.manifest import (
     Manifest,
     read_manifest,
     read_records,
     require_whole,
+    work_folder,
     write_manifest,
 )
 from diffusion.data.merge import Merge, write_part
-from diffusion.data.plan import make_plan, origin_of
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, ObjectStore
 from diffusion.errors import DarkroomError, UserError
@@ -157,11 +157,6 @@ def _full_disk_in_words(work: Path) -> Iterator[None]:
             f"{work / 'index.sqlite'} is damaged ({error}): delete it and give the same command again, "
             "which makes it anew"
         ) from error
-
-
-def work_folder(folder: Path) -> Path:
-    """Where an ingest into the data set in ``folder`` keeps its lock, its index, and what is not finished."""
-    return folder.parent / f".{folder.name}"
 
 
 def captions_folder(folder: Path) -> Path:

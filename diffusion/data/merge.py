@@ -1,9 +1,14 @@
-"""Merge: prepared chunks become parts of the data set, one after the other, now that each can see all before it."""
+"""Merge: prepared chunks become parts of the data set, one after the other, now that each can see all before it.
+
+``unite`` adds what one line of versions added to another line: two machines that ingest from the same version make two.
+"""
 
 import os
 import shutil
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +16,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffusion.config import Config
 from diffusion.data.chunks import PreparedChunk
 from diffusion.data.config import IngestConfig
-from diffusion.data.digest import sample_digest
 from diffusion.data.index import Index, add_hashes
-from diffusion.data.manifest import RECORDS, FileEntry, Part, Totals, read_records
+from diffusion.data.manifest import (
+    RECORDS,
+    FileEntry,
+    Manifest,
+    Part,
+    Totals,
+    manifest_bytes,
+    read_manifest,
+    read_records,
+    sample_digest,
+    version_path,
+    versions,
+    work_folder,
+)
 from diffusion.data.shards import BLOCK, Extent, extent_at, filtered
-from diffusion.files import make_folder, sync_file, sync_folder, write_atomically
+from diffusion.data.versions import remember
+from diffusion.errors import Held
+from diffusion.files import make_folder, sync_file, sync_folder, write_atomically, write_bytes
 
 REASONS_COUNTED = 10_000
 """Different ones: some hold sizes and what servers say, and may be as many as the pictures."""
@@ -228,3 +248,71 @@ def _link(path: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(path, target)
     sync_file(target)
+
+
+class Union(Config):
+    """A version with what two lines have."""
+
+    version: Manifest
+    added: int
+    """Images that the other line lacked."""
+    lost: int
+    """Records of copies whose image the other line gave up, which are in neither."""
+
+
+def unite(folder: Path, config: IngestConfig, theirs: Manifest, base: Manifest | None) -> Union:
+    """Make a version that goes on from ``theirs`` and has what the current version in ``folder`` added to ``base``.
+
+    ``base`` is the newest version that both come from; None if there is none. All files of ``theirs``, and the
+    manifests that it comes from, lie in ``folder``. The caller holds the data set's lock. Killed and given again, it
+    ends the same: the manifest is written last.
+
+    Raises:
+        Held: If the two store images in different ways, or ours began the data set anew.
+    """
+    ours = read_manifest(folder)
+    require_compatible(folder, ours, theirs, base)
+    shared = {part.records.sha256 for part in (*theirs.parts, *(base.parts if base else ()))}
+    config = config.model_copy(update=dict(theirs.storage))
+    with (
+        closing(Index(work_folder(folder) / "index.sqlite", folder, theirs, config.near_duplicates)) as index,
+        index.transaction(),
+    ):
+        merge = Merge(folder, config, index, "", list(theirs.parts))
+        lost = sum(merge.adopt(part) for part in ours.parts if part.records.sha256 not in shared)
+        after = theirs
+        if merge.parts != theirs.parts:
+            after = Manifest(
+                name=folder.name,
+                parent=theirs.digest,
+                change=f"union with {ours.digest[:12]}",
+                content_digest="",
+                storage=theirs.storage,
+                licence=theirs.licence or ours.licence,
+                parts=merge.parts,
+            )
+            after = after.model_copy(update={"content_digest": index.content_digest(after)})
+            write_bytes(version_path(folder, theirs.digest), manifest_bytes(theirs))
+        remember(folder, ours)
+        write_bytes(folder / "manifest.json", manifest_bytes(after))
+        index.stands_for(after)
+    return Union(version=after, added=merge.news["kept"], lost=lost)
+
+
+def require_compatible(folder: Path, ours: Manifest, theirs: Manifest, base: Manifest | None) -> None:
+    """Raise Held unless what ``ours`` added to ``base`` can be added to ``theirs``, and that is what was asked for."""
+    line = takewhile(lambda version: base is None or version.digest != base.digest, versions(folder))
+    faster = f"somebody was faster: the newest version of data set {folder.name} is {theirs.digest[:12]} by now, and"
+    go_on = f"`darkroom data checkout {theirs.digest[:12]} --dataset {folder.name}`, then ingest again"
+    if any(version.change == "rebuild" for version in line):
+        raise Held(
+            f"{faster} {ours.digest[:12]} here began it anew: give the command with --rebuild again to begin anew all "
+            f"the same, or to add to theirs {go_on}"
+        )
+    mine, other = ours.storage.model_dump(), theirs.storage.model_dump()
+    if different := [name for name in mine if mine[name] != other[name]]:
+        name = different[0]
+        raise Held(
+            f"{faster} stores images with ingest.{name}={other[name]}, while {ours.digest[:12]} here has {mine[name]}: "
+            f"give another --dataset, or to add to theirs {go_on} with that"
+        )

@@ -26,7 +26,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from diffusion.data import png
 from diffusion.data.config import IngestConfig
-from diffusion.data.sixteen_bits import eight_bits, from_sixteen_bits, has_sixteen_bits
+from diffusion.data.png import eight_bits, from_sixteen_bits, has_sixteen_bits
 from diffusion.files import sha256_bytes
 
 # Only these decoders are ever tried, so that a file cannot choose an exotic one.

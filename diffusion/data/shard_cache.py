@@ -15,7 +15,7 @@ from typing import Protocol
 from filelock import FileLock, Timeout
 
 from diffusion.data.manifest import FileEntry
-from diffusion.data.shard_reader import Span, damage, mapped
+from diffusion.data.shards import Span, damage, mapped
 from diffusion.errors import UserError
 
 FETCHERS = 2

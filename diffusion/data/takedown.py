@@ -9,24 +9,35 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from diffusion.data.digest import content_digest
-from diffusion.data.holders import still_held
-from diffusion.data.ingest import forget_captions, remove_strays, work_folder
+from diffusion.data.ingest import forget_captions, remove_strays
 from diffusion.data.manifest import (
     FileEntry,
     Manifest,
     Part,
+    content_digest,
     mend,
     read_manifest,
     read_records,
     require_whole,
     versions,
+    work_folder,
     write_manifest,
 )
 from diffusion.data.merge import blanked, named, write_part
-from diffusion.data.removals import Removal, removals, write_removal
-from diffusion.data.selection import Chosen, Row, Selection, Selector, chosen_by, names_of, nothing
 from diffusion.data.shards import BLOCK, extent_at, filtered
+from diffusion.data.takedown_records import (
+    Chosen,
+    Removal,
+    Row,
+    Selection,
+    Selector,
+    chosen_by,
+    names_of,
+    nothing,
+    removals,
+    still_held,
+    write_removal,
+)
 from diffusion.data.versions import kept_in
 from diffusion.errors import UserError
 from diffusion.files import digest_of, sha256_file, write_atomically

@@ -4,17 +4,20 @@ A version shares with its parent every part that it did not change, so that only
 """
 
 import logging
+import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import chain, pairwise
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffusion.config import Config
 from diffusion.data.config import StorageConfig
-from diffusion.data.ingest import work_folder
 from diffusion.data.manifest import (
     FileEntry,
     Manifest,
@@ -26,8 +29,9 @@ from diffusion.data.manifest import (
     read_manifest,
     read_records,
     versions,
+    work_folder,
 )
-from diffusion.data.refusals import Quarantine, Reason, Refusal, standing
+from diffusion.data.quarantine import QuarantineEntry, Reason, standing
 from diffusion.errors import UserError
 from diffusion.files import sha256_bytes, sha256_file, write_bytes
 
@@ -42,6 +46,37 @@ LEADING = 5
 
 Elsewhere = Callable[[FileEntry], Path | None]
 """Finds a file that is no longer in the data set's folder, because only older versions name it."""
+T = TypeVar("T")
+Side: TypeAlias = Literal["before", "after"]
+SCHEMA = """
+    CREATE TABLE rows (version, place INTEGER, source, outcome, reason, key, split, label, caption);
+    CREATE TABLE taken (version, key, UNIQUE (version, key));
+    CREATE INDEX by_key ON rows (key, version);
+    CREATE INDEX by_source ON rows (source, version);
+"""
+COLUMNS = ("source", "outcome", "reason", "key", "split", "label", "caption")
+NOTHING: Mapping[str, str] = MappingProxyType({})
+PLACES = 2**32
+"""More rows than a part can have."""
+ONLY_IN = """
+    SELECT key, source, split, label, caption FROM rows r WHERE version = :this AND outcome = 'kept' AND NOT EXISTS
+        (SELECT 1 FROM rows WHERE version = :other AND outcome = 'kept' AND key = r.key)
+"""
+CHANGED = """
+    SELECT a.key, a.source, a.split, a.label, a.caption, b.key, b.source, b.split, b.label, b.caption
+    FROM rows a JOIN rows b USING (key)
+    WHERE a.version = 'before' AND b.version = 'after' AND a.outcome = 'kept' AND b.outcome = 'kept'
+        AND (a.split IS NOT b.split OR a.label IS NOT b.label OR a.caption IS NOT b.caption)
+"""
+# Of several columns beside max(), SQLite gives those of the row that has the maximum: the last word on a name.
+LAST_WORD = """
+    SELECT source, outcome, reason, max(place) FROM rows WHERE version IN ('{}', 'shared') AND source != ''
+    GROUP BY source
+"""
+REFUSED_ONLY_IN = """
+    SELECT this.source, this.reason FROM ({this}) this LEFT JOIN ({other}) other USING (source)
+    WHERE this.outcome = 'quarantined' AND other.outcome IS NOT 'quarantined'
+"""
 
 
 class Step(Config):
@@ -55,13 +90,6 @@ class Step(Config):
     removed: int
     """Pictures of its parent that it lacks."""
     kept: int
-
-
-class LogEntry(Step):
-    """A version in the line of its data set."""
-
-    quarantined: int
-    """Entries refused when they were read, even if a later ingest could use them."""
 
 
 class HistoryEntry(Step):
@@ -95,7 +123,7 @@ class Contents(Config):
     quarantined_count: int | None
     """Entries that stand refused: the last that was told of their name; None if a table that is needed is no longer
     here."""
-    quarantined: list[Refusal] | None
+    quarantined: list[QuarantineEntry] | None
     """The first of them, by name."""
     reasons: list[Reason] | None
     """The leading reasons."""
@@ -184,23 +212,10 @@ def choose(prefix: str, candidates: dict[str, str], name: str) -> str:
     raise UserError(f"{prefix} is no version of data set {name}: there is {listed}")
 
 
-def log(folder: Path) -> Iterator[LogEntry]:
+def log(folder: Path) -> Iterator[Step]:
     """The current version of the data set in ``folder`` and all it was made from, newest first."""
-    line = versions(folder)
-    version = next(line)
-    for parent in chain(line, (None,)):
-        added, removed = _moved(parent, version)
-        yield LogEntry(
-            digest=version.digest,
-            content_digest=version.content_digest,
-            change=version.change,
-            added=added,
-            removed=removed,
-            kept=version.kept,
-            quarantined=sum(part.outcomes.get("quarantined", 0) for part in version.parts),
-        )
-        if parent is not None:
-            version = parent
+    line: Iterator[Manifest | None] = chain(versions(folder), (None,))
+    return (_step(version, parent) for version, parent in pairwise(line) if version is not None)
 
 
 def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
@@ -214,11 +229,7 @@ def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
     quarantines = standing(ordered, lambda part, columns: find_records(folder, part, columns, elsewhere), limit=0)
     return [
         HistoryEntry(
-            digest=version.digest,
-            content_digest=version.content_digest,
-            change=version.change,
-            **dict(zip(("added", "removed"), _moved(known.get(version.parent or ""), version), strict=True)),
-            kept=version.kept,
+            **dict(_step(version, known.get(version.parent or ""))),
             parent=version.parent,
             current=version.digest == current,
             quarantined=quarantine and quarantine.count,
@@ -248,7 +259,7 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = nowhere, limit:
     outcomes: Counter[Outcome] = Counter()
     for part in version.parts:
         outcomes.update(part.outcomes)
-    quarantine = _quarantine(folder, version, elsewhere, limit)
+    (quarantine,) = standing([version], lambda part, columns: find_records(folder, part, columns, elsewhere), limit)
     return Contents(
         dataset=version.name,
         digest=version.digest,
@@ -281,18 +292,222 @@ def kept_in(part: Part) -> int:
     return sum(part.splits.values())
 
 
-def _moved(parent: Manifest | None, version: Manifest) -> tuple[int, int]:
-    """How many pictures came and went."""
+def _step(version: Manifest, parent: Manifest | None) -> Step:
+    """``version``, and how many images came and went since ``parent``."""
     if parent is None:
-        return version.kept, 0
-    if version.change == "rebuild":
-        return version.kept, parent.kept
-    before = {part.number: kept_in(part) for part in unshared(parent, version)}
-    after = {part.number: kept_in(part) for part in unshared(version, parent)}
-    grown = [after.get(number, 0) - before.get(number, 0) for number in {*before, *after}]
-    return sum(n for n in grown if n > 0), -sum(n for n in grown if n < 0)
+        added, removed = version.kept, 0
+    elif version.change == "rebuild":
+        added, removed = version.kept, parent.kept
+    else:
+        before = {part.number: kept_in(part) for part in unshared(parent, version)}
+        after = {part.number: kept_in(part) for part in unshared(version, parent)}
+        grown = [after.get(number, 0) - before.get(number, 0) for number in {*before, *after}]
+        added, removed = sum(n for n in grown if n > 0), -sum(n for n in grown if n < 0)
+    return Step(
+        digest=version.digest,
+        content_digest=version.content_digest,
+        change=version.change,
+        added=added,
+        removed=removed,
+        kept=version.kept,
+    )
 
 
-def _quarantine(folder: Path, version: Manifest, elsewhere: Elsewhere, limit: int | None) -> Quarantine | None:
-    (quarantine,) = standing([version], lambda part, columns: find_records(folder, part, columns, elsewhere), limit)
-    return quarantine
+class Sample(Config):
+    """A picture as a version knows it; of one that was taken down little more than its key is known."""
+
+    key: str
+    source: str | None = None
+    split: str | None = None
+    label: str | None = None
+    caption: str | None = None
+
+
+class Changed(Config):
+    """A picture of which two versions tell different things."""
+
+    before: Sample
+    after: Sample
+
+
+class Group(Config, Generic[T]):
+    """What one version has and the other lacks, or has otherwise."""
+
+    count: int
+    samples: list[T]
+    """The first of them, by key or name."""
+
+
+class Difference(Config):
+    """What changed from version ``before`` to version ``after``; None stands for what cannot be told."""
+
+    before: str
+    after: str
+    same_content: bool
+    kept: tuple[int, int]
+    added: Group[Sample] | None
+    removed: Group[Sample] | None
+    changed: Group[Changed] | None
+    quarantined: Group[QuarantineEntry] | None
+    """In quarantine since."""
+    cleared: Group[QuarantineEntry] | None
+    """In quarantine no longer."""
+    storage: dict[str, tuple[Any, Any]]
+    """Settings that differ, each before and after."""
+    classes: dict[str, tuple[int, int]]
+    """Classes of another size, each before and after."""
+    unread: list[str]
+    """Tables that would be needed and are no longer here."""
+
+
+def diff(
+    folder: Path, before: Manifest, after: Manifest, limit: int | None = None, elsewhere: Elsewhere = nowhere
+) -> Difference:
+    """What changed between two versions of the data set in ``folder``, with the first ``limit`` samples of each kind.
+
+    Only parts that they do not share are compared, in a database on disk. Raises UserError if a table is damaged.
+    """
+    with closing(sqlite3.connect("")) as database:
+        compared = _Comparison(database, folder, elsewhere, limit)
+        compared.load(before, after)
+        return Difference(
+            before=before.digest,
+            after=after.digest,
+            same_content=before.content_digest == after.content_digest,
+            kept=(before.kept, after.kept),
+            added=compared.only_in("after", "before"),
+            removed=compared.only_in("before", "after"),
+            changed=compared.changed(),
+            quarantined=compared.refused_only_in("after", "before"),
+            cleared=compared.refused_only_in("before", "after"),
+            storage=_differing(before.storage.model_dump(), after.storage.model_dump()),
+            classes=_differing(before.class_histogram, after.class_histogram, 0),
+            unread=sorted(compared.unread),
+        )
+
+
+def _differing(before: dict[str, Any], after: dict[str, Any], absent: Any = None) -> dict[str, tuple[Any, Any]]:
+    pairs = {name: (before.get(name, absent), after.get(name, absent)) for name in sorted({*before, *after})}
+    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+
+
+class _Comparison:
+    """The records that two versions do not share, side by side in ``database``."""
+
+    def __init__(self, database: sqlite3.Connection, folder: Path, elsewhere: Elsewhere, limit: int | None) -> None:
+        self.database = database
+        self.folder = folder
+        self.elsewhere = elsewhere
+        self.limit = -1 if limit is None else limit
+        self.unread: set[str] = set()
+        self.blind: set[Side] = set()
+        """Versions that are not known in full."""
+        self.remembers = True
+        """Whether it is known what was refused before both versions."""
+        self.taken: dict[Side, int] = {"before": 0, "after": 0}
+        """Pictures that were taken down since, with their table; the keys that can be told are in the database."""
+
+    def load(self, before: Manifest, after: Manifest) -> None:
+        """Read what is needed of two versions."""
+        self.database.executescript(SCHEMA)
+        sides: dict[Side, list[Part]] = {"before": unshared(before, after), "after": unshared(after, before)}
+        rewritten = self._taken_down("before", sides) | self._taken_down("after", sides)
+        for side, parts in sides.items():
+            for part in parts:
+                if part.number not in rewritten and not self._insert(side, part):
+                    self.unread.add(part.records.name)
+                    self.blind.add(side)
+        own = {part.records.sha256 for part in sides["after"]}
+        self._load_shared([part for part in after.parts if part.records.sha256 not in own])
+
+    def only_in(self, this: Side, other: Side) -> Group[Sample] | None:
+        """Pictures that ``this`` version has and the ``other`` lacks."""
+        if other in self.blind:
+            return None
+        sides = {"this": this, "other": other}
+        query = f"{ONLY_IN} UNION ALL SELECT key, NULL, NULL, NULL, NULL FROM taken WHERE version = :this"
+        rows = self._first(query, "key", sides)
+        return Group(count=self._count(ONLY_IN, sides) + self.taken[this], samples=[_sample(row) for row in rows])
+
+    def changed(self) -> Group[Changed] | None:
+        """Pictures of both versions of which they tell different things."""
+        if self.blind:
+            return None
+        samples = [Changed(before=_sample(row[:5]), after=_sample(row[5:])) for row in self._first(CHANGED, "1")]
+        return Group(count=self._count(CHANGED), samples=samples)
+
+    def refused_only_in(self, this: Side, other: Side) -> Group[QuarantineEntry] | None:
+        """Entries that ``this`` version holds in quarantine and the ``other`` does not."""
+        if self.blind or not self.remembers:
+            return None
+        query = REFUSED_ONLY_IN.format(this=LAST_WORD.format(this), other=LAST_WORD.format(other))
+        samples = [QuarantineEntry(source=source, reason=reason) for source, reason in self._first(query, "1")]
+        return Group(count=self._count(query), samples=samples)
+
+    def _count(self, query: str, values: Mapping[str, str] = NOTHING) -> int:
+        (count,) = self.database.execute(f"SELECT count(*) FROM ({query})", dict(values)).fetchone()
+        return int(count)
+
+    def _first(self, query: str, order: str, values: Mapping[str, str] = NOTHING) -> Iterable[tuple[Any, ...]]:
+        return self.database.execute(f"{query} ORDER BY {order} LIMIT :limit", {**values, "limit": self.limit})
+
+    def _rows(self, part: Part) -> Iterator[dict[str, Any]] | None:
+        table = find_records(self.folder, part, COLUMNS, self.elsewhere)
+        return None if table is None else iter(table.to_pylist())
+
+    def _insert(self, version: Side | Literal["shared"], part: Part) -> bool:
+        """Take in the rows of a part, of a shared one only those whose names the others mention; False if its table
+        is not here."""
+        rows = self._rows(part)
+        if rows is None:
+            return False
+        mentioned = " WHERE EXISTS (SELECT 1 FROM rows WHERE source = :source)" if version == "shared" else ""
+        values = ", ".join(f":{name}" for name in COLUMNS)
+        self.database.executemany(
+            f"INSERT INTO rows SELECT :version, :place, {values}{mentioned}",
+            (row | {"version": version, "place": part.number * PLACES + number} for number, row in enumerate(rows)),
+        )
+        return True
+
+    def _load_shared(self, parts: list[Part]) -> None:
+        """What was told of the same names before, if any of them was refused then."""
+        refused_before = False
+        for part in parts:
+            if part.outcomes.get("quarantined"):
+                rows = self._rows(part)
+                if rows is None:
+                    self.unread.add(part.records.name)
+                    self.remembers = False
+                    return
+                refused_before |= any(row["outcome"] == "quarantined" and self._mentions(row["source"]) for row in rows)
+        if refused_before:
+            self.remembers = all(self._insert("shared", part) for part in parts)
+
+    def _mentions(self, source: str) -> bool:
+        found = self.database.execute("SELECT 1 FROM rows WHERE source = ? AND version != 'shared'", (source,))
+        return found.fetchone() is not None
+
+    def _taken_down(self, side: Side, sides: dict[Side, list[Part]]) -> set[int]:
+        """The parts of version ``side`` whose table is gone because the other version has it without what was taken
+        down from it; what was can be told by its key if nothing had been taken down from the part before."""
+        rewritten = set()
+        others = {part.number: part for part in sides["after" if side == "before" else "before"]}
+        for part in sides[side]:
+            other = others.get(part.number)
+            removed = part.outcomes.get("removed", 0)
+            if other is None or other.outcomes.get("removed", 0) <= removed or self._rows(part) is not None:
+                continue
+            rows = self._rows(other)
+            if rows is None:
+                continue
+            rewritten.add(part.number)
+            self.taken[side] += kept_in(part) - kept_in(other)
+            if not removed:
+                keys = ((side, row["key"]) for row in rows if row["outcome"] == "removed" and row["key"])
+                self.database.executemany("INSERT OR IGNORE INTO taken VALUES (?, ?)", keys)
+        return rewritten
+
+
+def _sample(row: tuple[Any, ...]) -> Sample:
+    key, source, split, label, caption = row
+    return Sample(key=key, source=source, split=split, label=label, caption=caption)

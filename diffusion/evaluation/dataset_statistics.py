@@ -19,7 +19,7 @@ from torch import Tensor
 from diffusion.config import Config
 from diffusion.data.dataset import SPLITS, Dataset, Rows
 from diffusion.data.manifest import Manifest, Split, read_records
-from diffusion.data.refusals import Quarantine, standing
+from diffusion.data.quarantine import Quarantine, standing
 from diffusion.data.versions import unshared
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.distances import compute_kid, compute_moments, frechet_distance, kid_kernel

@@ -16,9 +16,8 @@ from diffusion.config_objective import disagreement
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.data.captions import Captions, like
 from diffusion.data.dataset import Dataset
-from diffusion.data.loader import Batch, Loader
+from diffusion.data.loader import Batch, Loader, Order, TrainingOrder, WindowedOrder
 from diffusion.data.manifest import Manifest, read_manifest
-from diffusion.data.order import Order, TrainingOrder, WindowedOrder
 from diffusion.data.shard_cache import ShardCache, ShardStore
 from diffusion.device import device_name, resolve_device
 from diffusion.errors import UserError

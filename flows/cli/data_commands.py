@@ -10,9 +10,9 @@ import typer
 from flows.cli.command import CommandOutput, command, connect
 
 if TYPE_CHECKING:
-    from diffusion.data.difference import Difference
     from diffusion.data.manifest import FileEntry
-    from diffusion.data.selection import Chosen, Selection
+    from diffusion.data.takedown_records import Chosen, Selection
+    from diffusion.data.versions import Difference
     from flows.params import Params
     from flows.takedown import TakenDown
 
@@ -95,7 +95,7 @@ def diff(
 
     Example:  darkroom data diff 3f9c21d0 --dataset faces
     """
-    from diffusion.data.difference import diff as difference_of
+    from diffusion.data.versions import diff as difference_of
     from diffusion.data.versions import resolve
     from diffusion.errors import UserError
 
@@ -200,7 +200,7 @@ def _in_cache(folder: Path) -> "Callable[[FileEntry], Path | None]":
 
     def find(entry: "FileEntry") -> Path | None:
         if not found:
-            from flows.kept_files import KeptFiles
+            from flows.dvc_files import KeptFiles
 
             found.append(KeptFiles(folder.name))
         path: Path | None = found[0].find(entry)
@@ -211,15 +211,16 @@ def _in_cache(folder: Path) -> "Callable[[FileEntry], Path | None]":
 
 def _reach() -> str:
     """Join the S3 server; the URL of DVC's remote."""
-    from flows.environment import data_source, join
+    from flows.environment import data_source
+    from flows.stack.discovery import join_servers
 
-    join("s3")
+    join_servers("s3")
     return data_source()
 
 
 def _selection(images: list[str], sources: list[str], label: str | None) -> "Selection":
     """What the command line names; raises UserError if it says nothing or is misspelt."""
-    from diffusion.data.selection import Selection, Selector, is_key
+    from diffusion.data.takedown_records import Selection, Selector, is_key
 
     keys = [each for each in images if is_key(each)]
     patterns = [each for each in images if not is_key(each)]

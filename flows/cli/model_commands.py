@@ -9,7 +9,7 @@ import typer
 from flows.cli.command import CommandOutput, Model, Reason, Seed, command, connect, is_file
 
 if TYPE_CHECKING:
-    from flows.by_hand import Changed
+    from flows.champion import Changed
     from flows.history import Entry, History
     from flows.params import Params
     from flows.release import Released
@@ -40,9 +40,9 @@ def history(
         from mlflow.client import MlflowClient
 
         from flows.aliases import project
+        from flows.aliases import restore as restore_ledger
         from flows.champion import champion_problem
         from flows.ledger import Ledger
-        from flows.ledger_record import restore as restore_ledger
 
         client, ledger = MlflowClient(), Ledger.of(config.model_name)
         restored = restore_ledger(client, ledger) if restore else []
@@ -69,9 +69,9 @@ def rollback(config: "Params", reason: Reason = None) -> CommandOutput:
     Example:  darkroom model rollback --dataset faces --reason "draws three eyes"
     """
     with connect("mlflow", "s3"):
-        from flows import by_hand
+        from flows import champion
 
-        return new_champion(by_hand.roll_back(config.model_name, reason))
+        return new_champion(champion.roll_back(config.model_name, reason))
 
 
 @command(app)

@@ -101,6 +101,6 @@ def gc(
             from flows.gc import gc
 
             done = gc(config)
-    from flows.retention.items import table
+    from flows.retention.policy import table
 
     return CommandOutput(done, table(done.items))

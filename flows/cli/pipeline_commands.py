@@ -27,8 +27,8 @@ from flows.cli.model_commands import new_champion
 if TYPE_CHECKING:
     from diffusion.data.ingest import IngestResult
     from diffusion.training.train import Restart
+    from flows.lineage import RemoteShards
     from flows.params import Params
-    from flows.remote_shards import RemoteShards
 
 app = typer.Typer()
 To = Annotated[
@@ -89,7 +89,7 @@ def ingest(
     """
     when: Any = "always" if rebuild else "if_different" if rebuild_if_different else "never"
     if local:
-        from diffusion.data.fan_out import local_fan_out
+        from diffusion.data.ahead import local_fan_out
         from flows.console import console
 
         fan_out = local_fan_out(config.ingest)
@@ -200,7 +200,7 @@ def _with_files(config: "Params", dry_run: bool = False) -> "Params":
     if registered(config) is None and registered_start(config) is None:
         return config
     with connect("mlflow", "s3"):
-        from flows.fetched import fetched
+        from flows.dependencies import fetched
 
         return fetched(config, dry_run).params
 
@@ -213,7 +213,7 @@ def _shards(config: "Params") -> "Iterator[RemoteShards | None]":
         return
     with connect("s3"):
         from flows.environment import data_source
-        from flows.remote_shards import RemoteShards
+        from flows.lineage import RemoteShards
 
         yield RemoteShards(config.dataset_folder, data_source())
 
@@ -274,9 +274,9 @@ def promote(
     """
     if version is not None:
         with connect("mlflow", "s3"):
-            from flows import by_hand
+            from flows import champion
 
-            return new_champion(by_hand.promote(config.model_name, version, reason, taken_down))
+            return new_champion(champion.promote(config.model_name, version, reason, taken_down))
     if reason is not None or taken_down:
         raise UserError("--reason and --taken-down are for a manual override of the gate: give --to VERSION as well")
     with connect("prefect", "mlflow", "s3"):

@@ -12,8 +12,10 @@ from flows.cli.command import CommandOutput, command, connect
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from diffusion.made import About
+    from flows.prints import Batch
     from flows.reproduce import Reproduced
-    from flows.trace import Trace, TracedBatch, TracedData, TracedModel, TracedPicture, TracedRequest, TracedRun
+    from flows.trace import Trace, TracedData, TracedImage, TracedModel, TracedRun
 
 What = Annotated[
     str,
@@ -76,7 +78,7 @@ def _chain(found: "Trace") -> Iterator[str]:
     """A trace for people, a few lines to each link."""
     for name, lines in (
         ("picture", found.picture and _picture(found.picture)),
-        ("batch", found.batch and _batch(found.batch)),
+        ("batch", found.batch and _batch(found.batch, f"{found.place}", bool(found.finished))),
         ("request", found.request and _request(found.request)),
         ("model", found.model and _model(found.model)),
         ("run", found.run and _run(found.run)),
@@ -93,7 +95,7 @@ def _chain(found: "Trace") -> Iterator[str]:
         yield "takedown  none of its pictures was taken down since"
 
 
-def _picture(picture: "TracedPicture") -> Iterator[str]:
+def _picture(picture: "TracedImage") -> Iterator[str]:
     state = {True: "as it was printed", False: "no longer what was printed", None: "its printing is not on record"}
     yield f"{picture.where}, {state[picture.as_printed]}"
     yield f"number {picture.index} of seed {picture.seed}, sha256 {picture.sha256}"
@@ -102,19 +104,18 @@ def _picture(picture: "TracedPicture") -> Iterator[str]:
         yield f"to show {', '.join(shows)}"
 
 
-def _batch(batch: "TracedBatch") -> Iterator[str]:
-    yield f"{batch.uri}, {'finished' if batch.finished else 'not finished'}"
+def _batch(batch: "Batch", place: str, finished: bool) -> Iterator[str]:
+    yield f"{place}, {'finished' if finished else 'not finished'}"
     yield f"{batch.count:,} pictures of seed {batch.seed}: {_fields(batch.sampling.model_dump(exclude_none=True))}"
     if batch.asked is not None:
         yield f"asked for {_fields(batch.asked.model_dump(exclude_defaults=True))}"
     if batch.requests is not None:
-        yield f"asked for by {batch.uri}requests.parquet, {_fields(batch.requests.model_dump())}"
+        yield f"asked for by {place}requests.parquet, {_fields(batch.requests.model_dump())}"
     yield f"fingerprint {_fields(batch.fingerprint.model_dump())}"
 
 
-def _request(request: "TracedRequest") -> Iterator[str]:
-    yield request.file
-    yield f"asked for {_fields(request.asked)}"
+def _request(request: "About") -> Iterator[str]:
+    yield f"asked for {_fields(request.request)}"
     yield f"fingerprint {_fields(request.fingerprint.model_dump())}"
 
 

@@ -15,16 +15,13 @@ from hashlib import md5
 from filelock import FileLock
 
 from diffusion.config import plain_name
-from diffusion.data.ingest import work_folder
-from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest
+from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, work_folder
 from diffusion.errors import UserError
-from flows.catalogue import PUSHING, RETIRED, VERSION, Catalogue, Readable
+from flows.catalogue import PUSHING, RETIRED, VERSION, Catalogue, Heads, Readable
 from flows.dvc_files import Remote
-from flows.heads import Heads
 from flows.params import dataset_folder
 from flows.purge import doomed_objects
-from flows.retention.config import RetentionConfig
-from flows.retention.items import Fate, Item, Sweep, age, older
+from flows.retention.policy import Fate, Item, RetentionConfig, Sweep, age, older
 from flows.s3 import Location, Store
 
 logger = logging.getLogger(__name__)

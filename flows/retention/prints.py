@@ -11,8 +11,7 @@ from datetime import datetime, timedelta
 
 from diffusion.errors import UserError
 from flows.prints import DELETED, LARGEST_BATCH, RESUMED, USUAL, Batch, parse_batch
-from flows.retention.config import RetentionConfig
-from flows.retention.items import Fate, Item, Sweep, age, older
+from flows.retention.policy import Fate, Item, RetentionConfig, Sweep, age, older
 from flows.s3 import Location, Store
 from flows.s3_multipart import abort_upload, uploads
 

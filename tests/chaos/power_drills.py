@@ -22,9 +22,8 @@ from diffusion.requests import request_of
 from diffusion.training.config import TrainingConfig
 from diffusion.training.logging import read_metrics
 from diffusion.training.train import train
-from flows.backups import Backup, Backups
 from flows.s3 import Store
-from flows.stack.backup import save
+from flows.stack.backup import Backup, Backups, save
 from flows.stack.local import SERVICES, LocalStack
 from tests.chaos.power_cut import Loss, Recording, library, record
 from tests.conftest import blob

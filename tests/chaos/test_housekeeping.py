@@ -19,8 +19,8 @@ from mlflow.client import MlflowClient
 
 from diffusion.data.manifest import read_manifest
 from diffusion.files import sha256_bytes, sha256_file
-from flows.backups import Backups
 from flows.s3 import Object, Store, client
+from flows.stack.backup import Backups
 from flows.stack.control import RESTORING
 from flows.stack.local import SERVICES, LocalStack
 from flows.stack.process import members

@@ -19,16 +19,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = (
     "flows.ingest:ingest_pictures",  # ingest: nothing is there
-    "flows.catalogue:publish",  # pushed, and in no catalogue
+    "flows.catalogue:Catalogue.publish",  # pushed, and in no catalogue
     "flows.train:train_model",  # train: no run is there
     "diffusion.training.checkpoint:Checkpoints.save@3",  # half way
     "flows.tracking:RunTracker.finish",  # trained, and the run goes on
     "flows.evaluate:judge_checkpoints",  # evaluate
-    "flows.judged_models:Scoreboard.show",  # judged, and MLflow knows nothing
+    "flows.tracking:Scoreboard.show",  # judged, and MLflow knows nothing
     "flows.promote:export",  # promote
     "flows.promote:compare_with_champion",  # a version, and no verdict
     "flows.promote:project",  # in the ledger, and nowhere else
-    "flows.batch_plan:begin",  # sample
+    "flows.printing:begin",  # sample
     "flows.printing:_put_files@1",  # before the first pictures are there
     "flows.printing:finish",  # all are, and no manifest
     "flows.request:Request.note",  # all is done, and nothing says so
@@ -138,7 +138,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     "filled up to the last pages during training, before evaluation, and before sampling",
     "a line that says so, exit 1; with room again the same command: the same end",
 )
-@pytest.mark.parametrize("point", [TRAINING, "flows.evaluate:judge_checkpoints", "flows.batch_plan:begin"])
+@pytest.mark.parametrize("point", [TRAINING, "flows.evaluate:judge_checkpoints", "flows.printing:begin"])
 def test_a_full_disk_is_one_line_and_with_room_again_it_goes_on(
     house: House, small_disk: Path, undisturbed: Undisturbed, point: str
 ) -> None:

@@ -13,8 +13,8 @@ from diffusion.data.captions import Captions, embeddings_of, like, seconds_to_re
 from diffusion.data.config import IngestConfig
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest import captions_folder, ingest
-from diffusion.data.selection import Selection
 from diffusion.data.takedown import remove
+from diffusion.data.takedown_records import Selection
 from diffusion.progress import Progress, silent
 from tests.conftest import blob
 from tests.diffusion.captioned import MadeUp, squares

@@ -12,12 +12,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from diffusion.data.chunks import TEXT_OF_A_CHUNK, chunks_of
+from diffusion.data.chunks import TEXT_OF_A_CHUNK, chunks_of, make_plan
 from diffusion.data.config import IngestConfig
 from diffusion.data.index import Index
 from diffusion.data.ingest import ingest
 from diffusion.data.pictures import prepare
-from diffusion.data.plan import make_plan
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import LONGEST
 from diffusion.errors import UserError

@@ -14,13 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from diffusion.data.ahead import local_fan_out
 from diffusion.data.chunks import Chunk, PreparedChunk, chunk_size
 from diffusion.data.config import IngestConfig
 from diffusion.data.dataset import Dataset
-from diffusion.data.digest import content_digest
-from diffusion.data.fan_out import local_fan_out
-from diffusion.data.ingest import ingest, work_folder
-from diffusion.data.manifest import read_manifest, versions
+from diffusion.data.ingest import ingest
+from diffusion.data.manifest import content_digest, read_manifest, versions, work_folder
 from diffusion.data.merge import split_of
 from diffusion.errors import UserError
 from tests.conftest import blob

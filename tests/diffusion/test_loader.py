@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from diffusion.data.dataset import Dataset
-from diffusion.data.loader import Batch, Loader
+from diffusion.data.loader import Batch, Loader, Order, TrainingOrder, WindowedOrder
 from diffusion.data.manifest import FileEntry
-from diffusion.data.order import Order, TrainingOrder, WindowedOrder
-from diffusion.data.shard_reader import LocalShards, Span
+from diffusion.data.shards import LocalShards, Span
 from diffusion.errors import UserError
 from diffusion.random import generator
 from tests.diffusion.small_datasets import random_pictures, write_dataset

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.data.order import TrainingOrder, WindowedOrder
+from diffusion.data.loader import TrainingOrder, WindowedOrder
 
 
 @given(st.integers(1, 50), st.integers(0, 200), st.lists(st.integers(1, 40), min_size=1, max_size=8))

@@ -19,9 +19,8 @@ from filelock import FileLock
 
 from diffusion.data import shard_cache
 from diffusion.data.dataset import Dataset
-from diffusion.data.loader import Loader
+from diffusion.data.loader import Loader, WindowedOrder
 from diffusion.data.manifest import FileEntry
-from diffusion.data.order import WindowedOrder
 from diffusion.data.shard_cache import ShardCache
 from diffusion.errors import UserError
 from tests.diffusion.small_datasets import random_pictures, write_dataset

@@ -16,12 +16,10 @@ from PIL import Image
 
 from diffusion.data.config import IngestConfig
 from diffusion.data.dataset import Dataset
-from diffusion.data.holders import holders
-from diffusion.data.ingest import ingest, work_folder
-from diffusion.data.manifest import Manifest, read_manifest, versions
-from diffusion.data.removals import removals
-from diffusion.data.selection import Selection
+from diffusion.data.ingest import ingest
+from diffusion.data.manifest import Manifest, read_manifest, versions, work_folder
 from diffusion.data.takedown import choose, remove
+from diffusion.data.takedown_records import Selection, holders, removals
 from diffusion.errors import UserError
 from tests.conftest import blob
 from tests.diffusion.test_ingest import files_of, records
@@ -252,7 +250,7 @@ def test_holders_are_the_versions_that_kept_the_pictures(pictures: Path, tmp_pat
 START = """
 import sys
 from pathlib import Path
-from diffusion.data.selection import Selection
+from diffusion.data.takedown_records import Selection
 from diffusion.data.takedown import remove
 print("ready", flush=True)
 remove(Path(sys.argv[1]), Selection(sources=["a/00*.png", "b/*5.png"]), "asked to")

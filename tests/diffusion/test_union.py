@@ -7,11 +7,11 @@ import pytest
 
 from diffusion.data.config import IngestConfig
 from diffusion.data.dataset import Dataset
-from diffusion.data.ingest import ingest, work_folder
-from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, require_whole, version_path
-from diffusion.data.selection import Selection
+from diffusion.data.ingest import ingest
+from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, require_whole, version_path, work_folder
+from diffusion.data.merge import Union, unite
 from diffusion.data.takedown import remove, remove_known
-from diffusion.data.union import Union, unite
+from diffusion.data.takedown_records import Selection
 from diffusion.errors import Held
 from tests.conftest import blob
 from tests.diffusion.test_ingest import files_of
@@ -91,7 +91,7 @@ def test_killed_before_the_manifest_it_ends_the_same(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("diffusion.data.union.remember", killed)
+        patch.setattr("diffusion.data.merge.remember", killed)
         with pytest.raises(KeyboardInterrupt):
             united(ours, theirs, base)
     united(ours, theirs, base)

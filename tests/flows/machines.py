@@ -13,16 +13,14 @@ from botocore.loaders import JSONFileLoader
 from dvc.repo import Repo
 
 import flows.ingest
-from diffusion.data.fan_out import local_fan_out
+from diffusion.data.ahead import local_fan_out
 from diffusion.data.ingest import IngestResult, Rebuild
 from diffusion.data.manifest import Manifest, read_manifest, read_records
-from diffusion.data.removals import Removal
-from diffusion.data.selection import Selection
+from diffusion.data.takedown_records import Removal, Selection
 from flows import takedown
-from flows.catalogue import Catalogue
+from flows.catalogue import Catalogue, Heads
 from flows.checkout import checkout
 from flows.environment import data_source
-from flows.heads import Heads
 from flows.params import Params
 from flows.s3 import Store
 from tests.conftest import blob

@@ -11,14 +11,13 @@ import pytest
 from mlflow.client import MlflowClient
 
 from diffusion.errors import Held, UserError
-from flows import by_hand
-from flows.aliases import adopted, aliases_of, project
+from flows import champion
+from flows.aliases import adopted, aliases_of, append, project, restore
 from flows.history import Approval, Entry, Evidence, History, What
 from flows.ledger import Ledger
-from flows.ledger_record import append, restore
 from flows.promote import Judgement, next_entry
 from flows.registry import Version, resolve
-from flows.retention.live import find_live
+from flows.retention.runs import find_live
 from tests.flows.registered import Killed, Mortal, add_version
 
 HOLD = Evidence(verdict="hold", reason="kid 0.02 ± 0.01, not lower")
@@ -167,8 +166,8 @@ def refused(client: MlflowClient, ledger: Ledger) -> Callable[[str], None]:
     def all_refused(words: str) -> None:
         before, tags = objects(ledger), client.get_registered_model(ledger.model).tags
         for act in (
-            lambda: by_hand.promote(ledger.model, 3),
-            lambda: by_hand.roll_back(ledger.model),
+            lambda: champion.promote(ledger.model, 3),
+            lambda: champion.roll_back(ledger.model),
             lambda: resolve(client, f"models:/{ledger.model}@champion"),
             lambda: project(client, ledger),
             lambda: adopted(client, ledger),
@@ -238,7 +237,7 @@ def test_what_is_on_record_is_behind_for_good_reasons_only(
         client.delete_model_version_tag(ledger.model, str(number), f"darkroom.ledger.{tag}")
     assert resolve(client, f"models:/{ledger.model}@champion").number == 2
     assert newest_on_record(client, ledger) == new
-    assert by_hand.promote(ledger.model, 3).entry.number == 3
+    assert champion.promote(ledger.model, 3).entry.number == 3
     client.set_registered_model_tag(ledger.model, "darkroom.ledger.newest", "00000009" + new[8:])
     refused(r"00000009\.json is missing")
     client.set_registered_model_tag(ledger.model, "darkroom.ledger.newest", "9")
@@ -253,9 +252,9 @@ def test_foreign_objects_stop_neither_promotions_nor_rollbacks_nor_gc(
     for name in ("00000001.json", "00000003.json", "99999999.json", "foo"):
         key = ledger.place.key(name)
         ledger.store.put_once(ledger.place.bucket, key, b"{}")
-    assert by_hand.promote(ledger.model, 1).entry.number == 2
-    assert by_hand.promote(ledger.model, 2).entry.number == 4
-    assert by_hand.roll_back(ledger.model).version.number == 1
+    assert champion.promote(ledger.model, 1).entry.number == 2
+    assert champion.promote(ledger.model, 2).entry.number == 4
+    assert champion.roll_back(ledger.model).version.number == 1
     assert resolve(client, f"models:/{ledger.model}@champion").number == 1
     assert newest_on_record(client, ledger).startswith("00000005 ")
     assert len(project(client, ledger).foreign) == 4
@@ -271,7 +270,7 @@ def test_a_champion_that_was_deleted_is_said_to_be_gone(
     client.delete_model_version(ledger.model, "2")
     with pytest.raises(UserError, match=f"{ledger.model}@champion is not in the registry"):
         resolve(client, f"models:/{ledger.model}@champion")
-    assert by_hand.roll_back(ledger.model).version.number == 1
+    assert champion.roll_back(ledger.model).version.number == 1
     assert resolve(client, f"models:/{ledger.model}@champion").number == 1
 
 
@@ -344,16 +343,16 @@ def test_rolling_back_twice_goes_back_twice_and_says_when_nothing_is_left(
     client: MlflowClient, versions: list[Version], ledger: Ledger
 ) -> None:
     with pytest.raises(UserError, match="there is no champion of faces-"):
-        by_hand.roll_back(ledger.model)
+        champion.roll_back(ledger.model)
     for version in versions[1:4]:
         add(ledger, "promote", version, evidence=WIN)
-    first = by_hand.roll_back(ledger.model, "three eyes")
+    first = champion.roll_back(ledger.model, "three eyes")
     assert (first.version.number, first.already) == (2, False)
     assert aliases_of(client, ledger.model) == {"champion": 2, "previous": 1}
     assert "rollback 3 → 2" in copies(client, ledger.model, 3)["00000004"]
-    assert by_hand.roll_back(ledger.model).version.number == 1
+    assert champion.roll_back(ledger.model).version.number == 1
     with pytest.raises(UserError, match="champion 1 is the first of faces-"):
-        by_hand.roll_back(ledger.model)
+        champion.roll_back(ledger.model)
     assert aliases_of(client, ledger.model) == {"champion": 1}
     assert [entry.reason for entry in ledger.read().entries if entry.what == "rollback"] == ["three eyes", None]
 
@@ -361,7 +360,7 @@ def test_rolling_back_twice_goes_back_twice_and_says_when_nothing_is_left(
 @pytest.fixture
 def dying(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Has the next commands die instead of their write to MLflow of that number."""
-    return lambda life: monkeypatch.setattr(by_hand, "MlflowClient", lambda: Mortal(life))
+    return lambda life: monkeypatch.setattr(champion, "MlflowClient", lambda: Mortal(life))
 
 
 def test_a_rollback_that_was_killed_and_is_given_again_goes_back_once(
@@ -372,9 +371,9 @@ def test_a_rollback_that_was_killed_and_is_given_again_goes_back_once(
     project(client, ledger)
     dying(0)
     with pytest.raises(Killed):
-        by_hand.roll_back(ledger.model)
+        champion.roll_back(ledger.model)
     dying(1000)
-    again = by_hand.roll_back(ledger.model)
+    again = champion.roll_back(ledger.model)
     assert (again.version.number, again.already) == (2, True)
     assert aliases_of(client, ledger.model) == {"champion": 2, "previous": 1}
     assert len(ledger.read().entries) == 4
@@ -385,16 +384,16 @@ def test_a_promotion_by_hand_overrides_the_gate_and_says_so(
 ) -> None:
     add(ledger, "promote", versions[1], evidence=WIN)
     add(ledger, "hold", versions[2], evidence=HOLD)
-    done = by_hand.promote(ledger.model, 2, "better hands")
+    done = champion.promote(ledger.model, 2, "better hands")
     assert (done.version.number, done.entry.by_hand, done.already) == (2, True, False)
     assert done.entry.evidence == HOLD
     assert "by hand, better hands (overrides the gate: hold: kid 0.02" in str(done.entry)
     assert aliases_of(client, ledger.model) == {"champion": 2, "previous": 1}
-    again = by_hand.promote(ledger.model, 2, "better hands")
+    again = champion.promote(ledger.model, 2, "better hands")
     assert (again.already, again.entry) == (True, done.entry)
-    assert "never judged" in str(by_hand.promote(ledger.model, 3).entry)
+    assert "never judged" in str(champion.promote(ledger.model, 3).entry)
     with pytest.raises(UserError, match=f"models:/{ledger.model}/9 is not in the registry"):
-        by_hand.promote(ledger.model, 9)
+        champion.promote(ledger.model, 9)
 
 
 def test_what_was_taken_down_becomes_champion_only_if_somebody_says_so(
@@ -405,12 +404,12 @@ def test_what_was_taken_down_becomes_champion_only_if_somebody_says_so(
     client.set_model_version_tag(ledger.model, "1", "darkroom.takedown", "0123abcd")
     refused = r"taken down since \(takedown 0123abcd\).*--taken-down"
     with pytest.raises(UserError, match=refused):
-        by_hand.roll_back(ledger.model)
+        champion.roll_back(ledger.model)
     with pytest.raises(UserError, match=refused):
-        by_hand.promote(ledger.model, 1)
+        champion.promote(ledger.model, 1)
     with pytest.raises(UserError, match="leave --taken-down out"):
-        by_hand.promote(ledger.model, 3, taken_down=True)
-    assert by_hand.promote(ledger.model, 1, "asked legal", taken_down=True).version.number == 1
+        champion.promote(ledger.model, 3, taken_down=True)
+    assert champion.promote(ledger.model, 1, "asked legal", taken_down=True).version.number == 1
 
 
 def test_a_version_without_weights_is_no_champion(
@@ -422,7 +421,7 @@ def test_a_version_without_weights_is_no_champion(
     Path(gone.removeprefix("file://"), "artifacts", "weights.safetensors").unlink()
     for number in (int(empty.version), 3):
         with pytest.raises(UserError, match="has no weights"):
-            by_hand.promote(ledger.model, number)
+            champion.promote(ledger.model, number)
     assert len(ledger.read().entries) == 1
 
 
@@ -437,7 +436,7 @@ def test_a_person_who_decides_on_what_is_past_is_told(
         add(ledger, "promote", versions[3], evidence=WIN)
         return seen
 
-    monkeypatch.setattr(by_hand, "adopted", meanwhile)
+    monkeypatch.setattr(champion, "adopted", meanwhile)
     with pytest.raises(Held, match=r"somebody was faster: promote 2 → 3.*darkroom model history"):
-        by_hand.roll_back(ledger.model)
+        champion.roll_back(ledger.model)
     assert ledger.read().standing.champion == 3

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
-from diffusion.data.removals import Removal
+from diffusion.data.takedown_records import Removal
 from diffusion.errors import UserError
-from flows.backups import SMALL, Backup, Backups, SavedObject, stamped
 from flows.environment import settings
 from flows.s3 import Store, client
 from flows.stack import down, up
 from flows.stack import restore as restoring
-from flows.stack.backup import DATABASES, _copy, save
+from flows.stack.backup import DATABASES, SMALL, Backup, Backups, SavedObject, _copy, save, stamped
 from flows.stack.local import USER, LocalStack
 from flows.stack.restore import AT_ONCE, _handfuls, _later_removals, restore
 from tests.chaos.power_drills import backup_drill

@@ -13,22 +13,20 @@ from dvc.repo import Repo
 from diffusion.data.chunks import Chunk, PreparedChunk
 from diffusion.data.config import IngestConfig
 from diffusion.data.dataset import Dataset
-from diffusion.data.ingest import captions_folder, ingest, work_folder
-from diffusion.data.manifest import FileEntry, Manifest, read_manifest
-from diffusion.data.selection import Selection
+from diffusion.data.ingest import captions_folder, ingest
+from diffusion.data.manifest import FileEntry, Manifest, read_manifest, work_folder
 from diffusion.data.shard_cache import ShardCache
 from diffusion.data.takedown import remove
+from diffusion.data.takedown_records import Selection
 from diffusion.data.versions import history
 from diffusion.errors import UserError
 from diffusion.files import sha256_bytes
 from diffusion.training.config import TrainingConfig
-from flows import catalogue
 from flows.catalogue import Catalogue
 from flows.checkout import checkout
 from flows.ingest import record
-from flows.lineage import data_version, record_data, restore_data
+from flows.lineage import RemoteShards, data_version, record_data, restore_data
 from flows.params import Params
-from flows.remote_shards import RemoteShards
 from flows.s3 import Store
 from tests.conftest import blob
 from tests.diffusion.test_ingest import files_of
@@ -87,7 +85,7 @@ def test_a_version_is_published_once_with_a_pointer_that_dvc_itself_can_pull(pla
         f"datasets/blobs/{version.digest}/manifest.json",
         f"datasets/blobs/{version.digest}/pointer.dvc",
     ]
-    catalogue.publish(FOLDER, record_data(FOLDER, place.source).digest, place.source)
+    place.catalogue.publish(version, record_data(FOLDER, place.source).digest)
     assert list(store.list_objects(place.bucket, "datasets/")) == before
 
     place.forget()
@@ -130,10 +128,10 @@ def test_no_version_is_recorded_while_another_ingest_is_at_work(
 def test_the_page_on_a_version_lies_beside_it_is_written_once_and_can_be_deleted(place: Place, tmp_path: Path) -> None:
     version = place.version()
     (tmp_path / "page.html").write_text("first")
-    uri = catalogue.publish_page(FOLDER, tmp_path / "page.html", place.source)
+    uri = place.catalogue.publish_page(version.digest, (tmp_path / "page.html").read_bytes())
     assert uri == f"s3://{place.bucket}/datasets/blobs/{version.digest}/report.html"
     (tmp_path / "page.html").write_text("second")
-    assert catalogue.publish_page(FOLDER, tmp_path / "page.html", place.source) == uri
+    assert place.catalogue.publish_page(version.digest, (tmp_path / "page.html").read_bytes()) == uri
     store = Store()
     key = uri.removeprefix(f"s3://{place.bucket}/")
     assert store.get(place.bucket, key) == b"first"
@@ -276,17 +274,17 @@ def test_a_version_that_stored_them_in_another_way_is_refused_as_well_and_leaves
 @pytest.mark.slow
 def test_another_machine_learns_what_was_taken_down_and_whether_it_still_holds_it(place: Place) -> None:
     before = place.version()
-    assert catalogue.learn_removals(FOLDER, place.source) == []
+    assert place.catalogue.held_removals(FOLDER) == []
     done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
     place.publish()
     place.catalogue.tell_removal(done)
-    assert catalogue.learn_removals(FOLDER, place.source) == []
+    assert place.catalogue.held_removals(FOLDER) == []
     checkout(FOLDER, before.digest, place.reach, with_removed=True)
     shutil.rmtree(work_folder(FOLDER))
     for _ in range(2):
-        assert catalogue.learn_removals(FOLDER, place.source) == [done]
+        assert place.catalogue.held_removals(FOLDER) == [done]
     checkout(FOLDER, done.version, place.reach)
-    assert catalogue.learn_removals(FOLDER, place.source) == []
+    assert place.catalogue.held_removals(FOLDER) == []
     again = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
     assert again == done.model_copy(update={"already": True})
 

@@ -8,10 +8,10 @@ import pytest
 from mlflow.client import MlflowClient
 
 from diffusion.errors import UserError
-from flows import by_hand
+from flows import champion
+from flows.aliases import verified
 from flows.champion import champion_problem, require_champion
 from flows.ledger import Ledger
-from flows.ledger_record import verified
 from flows.params import Params
 from flows.registry import Version, resolve
 from tests.flows.registered import add_version
@@ -29,7 +29,7 @@ def versions(mlflow_client: MlflowClient, params: Params, tmp_path: Path) -> lis
     made = [add_version(mlflow_client, tmp_path / "registry", params.model_name) for _ in range(4)]
     require_champion.fn(params)
     for number in (1, 2):
-        by_hand.promote(params.model_name, number)
+        champion.promote(params.model_name, number)
     require_champion.fn(params)
     return [made[0], *made]
 
@@ -73,7 +73,7 @@ def test_both_ways_out_are_named_and_work(
     assert champion_problem(mlflow_client, history) == said
     assert "`darkroom model rollback` makes version 1 champion" in said
     assert "`darkroom promote --to 4` makes version 4 champion" in said
-    assert by_hand.roll_back(params.model_name).version.number == 1
+    assert champion.roll_back(params.model_name).version.number == 1
     require_champion.fn(params)
     if strike is delete_version:
         # That rollback's champion as well, so that it looks as if it had been killed.
@@ -81,18 +81,18 @@ def test_both_ways_out_are_named_and_work(
         assert "rollback" not in problem(params)
         with pytest.raises(UserError, match=r"models:/.*@champion is not in the registry any more \(version 1\)"):
             resolve(mlflow_client, f"models:/{params.model_name}@champion")
-    assert by_hand.promote(params.model_name, 4).version.number == 4
+    assert champion.promote(params.model_name, 4).version.number == 4
     require_champion.fn(params)
 
 
 def test_a_rollback_is_no_dead_end_when_its_champion_was_deleted(
     mlflow_client: MlflowClient, params: Params, versions: list[Version]
 ) -> None:
-    by_hand.promote(params.model_name, 3)
-    assert by_hand.roll_back(params.model_name).version.number == 2
+    champion.promote(params.model_name, 3)
+    assert champion.roll_back(params.model_name).version.number == 2
     delete_version(mlflow_client, versions[2])
     assert "`darkroom model rollback` makes version 1 champion" in problem(params)
-    assert by_hand.roll_back(params.model_name).version.number == 1
+    assert champion.roll_back(params.model_name).version.number == 1
     require_champion.fn(params)
 
 
@@ -121,5 +121,5 @@ def test_a_registered_model_that_was_deleted_or_made_anew_is_said_to_be(
     said = problem(params)
     assert "has other weights under that number" in said
     assert "`darkroom promote --to 3`" in said
-    assert by_hand.promote(params.model_name, 3).version.number == 3
+    assert champion.promote(params.model_name, 3).version.number == 3
     require_champion.fn(params)

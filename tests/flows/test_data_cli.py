@@ -20,7 +20,7 @@ from dvc.repo import Repo
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
 from diffusion.data.manifest import read_manifest
-from flows.catalogue import publish
+from flows.catalogue import Catalogue
 from flows.cli import main
 from flows.lineage import record_data
 from tests.conftest import blob
@@ -182,7 +182,7 @@ def test_checkout_gets_a_version_from_s3_on_a_machine_that_has_nothing(
 ) -> None:
     Repo.init(no_scm=True).close()
     source = f"s3://{bucket}/dvc"
-    publish(FOLDER, record_data(FOLDER, source).digest, source)
+    Catalogue.of(FOLDER.name, source).publish(read_manifest(FOLDER), record_data(FOLDER, source).digest)
     expected, digest = files_of(FOLDER), read_manifest(FOLDER).digest
     for folder in (FOLDER, FOLDER.with_name(".blobs"), Path(".dvc")):
         shutil.rmtree(folder)

@@ -16,11 +16,11 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import is_valid_schema, validate
 
 from diffusion.errors import UserError
-from flows.announce import CREATED
 from flows.deploy import PACKAGED, _require_cron, filled, read_definitions
 from flows.on_demand import sample_on_demand
 from flows.params import Params
 from flows.retrain import retrain
+from flows.sync import CREATED
 from flows.watch import compare_kid, monitor
 
 PARAMS = Params.model_validate({"training": {"dataset": "faces"}, "ingest": {"source": "pictures"}})

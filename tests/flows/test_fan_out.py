@@ -11,7 +11,7 @@ from prefect.testing.utilities import prefect_test_harness
 from diffusion.data.chunks import Chunk, PreparedChunk, prepare_chunk
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import IngestResult, ingest
-from flows.fan_out import prefect_fan_out, task_runner
+from flows.steps import prefect_fan_out, task_runner
 from tests.conftest import blob
 from tests.diffusion.test_ingest import files_of
 

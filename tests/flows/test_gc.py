@@ -15,18 +15,17 @@ from diffusion.data.manifest import Manifest, manifest_bytes
 from diffusion.errors import UserError
 from diffusion.fingerprint import Fingerprint
 from flows import catalogue
-from flows.batch_plan import begin
-from flows.by_hand import promote
+from flows.champion import promote
 from flows.checkout import checkout
 from flows.dvc_files import Remote
 from flows.gc import Collected, collect
 from flows.ledger import NEWEST, Newest
+from flows.printing import begin
 from flows.prints import Batch
 from flows.purge import Doomed
-from flows.retention.config import RetentionConfig
-from flows.retention.items import table
-from flows.retention.live import CONTENT
+from flows.retention.policy import RetentionConfig, table
 from flows.retention.prints import Prints, in_order
+from flows.retention.runs import CONTENT
 from flows.s3 import Location, Store
 from flows.tracking import TRAIN_KEY
 from tests.flows.conftest import copied_store

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from diffusion.config_sampling import ANYTHING
-from flows import batch_plan, printing
+from flows import printing
 from flows.printing import Drawn
 from flows.prints import Batch
-from flows.retention.config import RetentionConfig
+from flows.retention.policy import RetentionConfig
 from flows.retention.prints import Prints
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
@@ -40,8 +40,8 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def generate(store: Store, made: Batch, bucket: str, weights: Path) -> Location:
     """As the flow ``sample`` does, without Prefect; returns where the finished batch lies."""
     while True:
-        place = batch_plan.usual_place(store, made, bucket)
-        batch_plan.begin(store, made, place, None)
+        place = printing.usual_place(store, made, bucket)
+        printing.begin(store, made, place, None)
         try:
             for chunk in printing.unfinished(store, made, place):
                 printing.print_chunk(store, made, place, weights, chunk, None, 1)
@@ -89,8 +89,8 @@ def is_whole(store: Store, made: Batch, place: Location) -> bool:
 
 def half(store: Store, made: Batch, bucket: str, weights: Path) -> None:
     """What a killed job left: the first chunk."""
-    place = batch_plan.usual_place(store, made, bucket)
-    batch_plan.begin(store, made, place, None)
+    place = printing.usual_place(store, made, bucket)
+    printing.begin(store, made, place, None)
     printing.print_chunk(store, made, place, weights, 0, None, 1)
 
 

@@ -12,7 +12,7 @@ import pytest
 from mlflow.client import MlflowClient
 
 from diffusion.files import sha256_file
-from flows.backups import STAMP
+from flows.stack.backup import STAMP
 from tests.flows.test_champion_stack import QUICK
 from tests.flows.workspace import PARAMS, Workspace, objects, running
 

@@ -14,7 +14,7 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.distances import Scores
 from diffusion.evaluation.results import CheckpointEvaluation, Conditions, Evaluation, RealBaseline
 from diffusion.fingerprint import fingerprint
-from flows.judged_models import CHECKPOINT, CHECKPOINT_SHA256, EVAL_KEY, JUDGED, Scoreboard
+from flows.tracking import CHECKPOINT, CHECKPOINT_SHA256, EVAL_KEY, JUDGED, Scoreboard
 
 WRITES = ("create_logged_model", "finalize_logged_model", "set_logged_model_tags", "log_batch")
 CONTENT = "c" * 64

@@ -21,7 +21,7 @@ WIN = HOLD.model_copy(update={"verdict": "promote", "reason": "kid 0.01 ± 0.001
 
 @pytest.fixture
 def ledger(store: Store, bucket: str) -> Ledger:
-    return Ledger("faces", Location(bucket, "ledger/faces"), store)
+    return Ledger(Location(bucket, "ledger/faces"), store)
 
 
 def weights_of(version: int) -> str:

@@ -13,7 +13,7 @@ from diffusion.evaluation.comparison import ChampionComparison, compare_with_cha
 from diffusion.evaluation.gate import Finding, GateConfig
 from diffusion.evaluation.pages import signed, with_error
 from flows import model_card
-from flows.derived import Derived, DerivedModel, mark
+from flows.derived import mark
 from flows.history import Evidence, History
 from flows.params import Params
 from flows.registry import Version
@@ -154,7 +154,7 @@ def test_a_card_is_written_once_for_each_verdict_and_keeps_what_was_said_of_take
         return mlflow_client.get_model_version("carded", "1").description or ""
 
     assert "Not yet" in write(History("carded"))
-    mark(Derived(runs=[], models=[DerivedModel(uri=uri, run_id="", aliases=[])], prints=[], unclear_runs=[]), REMOVAL)
+    mark([], [uri], REMOVAL)
     one = History("carded").then("promote", 1, version.weights_sha256, evidence=EVIDENCE)
     card = write(History("carded", (one,)))
     assert "Not yet" not in card

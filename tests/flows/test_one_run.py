@@ -11,7 +11,7 @@ import pytest
 from mlflow.client import MlflowClient
 from mlflow.entities import ViewType
 
-from flows.claims import Claims
+from flows.numbered_objects import Claims
 from flows.s3 import Store
 from flows.tracking import TRAIN_KEY, find_run, one_run
 from tests.flows.registered import Killed

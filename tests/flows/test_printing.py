@@ -21,7 +21,7 @@ from diffusion.data.ingest import ingest
 from diffusion.errors import Held, UserError
 from diffusion.files import sha256_bytes
 from diffusion.fingerprint import fingerprint
-from flows import batch_plan, printing
+from flows import printing
 from flows.printing import Work, cost_of
 from flows.prints import Batch, part_bytes, part_key, part_rows, picture_key
 from flows.request_table import RequestTable
@@ -283,7 +283,7 @@ def test_on_a_server_that_completes_uploads_over_objects_batches_end_whole_in_fi
         for made in (batch(32), large):
             place = Location(bucket, made.format)
             for _ in range(2):
-                batch_plan.begin(careless, made, place, None)
+                printing.begin(careless, made, place, None)
                 print_all(careless, made, place, weights)
             files = found(store, place)
             assert "_SUCCESS" in files
@@ -317,7 +317,7 @@ def test_by_a_table_each_picture_shows_its_row(store: Store, bucket: str, weight
     (tmp_path / "wanted.csv").write_text("\n".join(["label,prompt", *(f"{label or ''}," for label in labels)]))
     table = RequestTable.made(tmp_path / "wanted.csv", tmp_path)
     by_table, by_list = Location(bucket, "table"), Location(bucket, "list")
-    batch_plan.begin(store, batch(21, requests=table.about), by_table, table)
+    printing.begin(store, batch(21, requests=table.about), by_table, table)
     print_all(store, batch(21, requests=table.about), by_table, weights, table)
     print_all(store, batch(21, asked=Asked(labels=tuple(labels))), by_list, weights)
     ours, theirs = rows_of(found(store, by_table)), rows_of(found(store, by_list))
@@ -328,8 +328,8 @@ def test_by_a_table_each_picture_shows_its_row(store: Store, bucket: str, weight
 
 def test_the_place_of_another_batch_is_kept_and_the_reason_told(store: Store, bucket: str, tmp_path: Path) -> None:
     place, made = Location(bucket, "here"), batch(40)
-    batch_plan.begin(store, made, place, None)
-    batch_plan.begin(store, made, place, None)
+    printing.begin(store, made, place, None)
+    printing.begin(store, made, place, None)
     moved = made.fingerprint.model_copy(update={"torch": "9"})
     for other, words in (
         (batch(41), "of another request"),
@@ -337,14 +337,14 @@ def test_the_place_of_another_batch_is_kept_and_the_reason_told(store: Store, bu
         (batch(40, fingerprint=moved), "another fingerprint .torch: .* → 9"),
     ):
         with pytest.raises(Held, match=words):
-            batch_plan.begin(store, other, place, None)
+            printing.begin(store, other, place, None)
     assert Batch.model_validate_json(store.get(bucket, "here/batch.json")) == made
 
 
 def test_at_the_place_of_what_cannot_be_read_it_is_named(store: Store, bucket: str) -> None:
     store.put_once(bucket, "here/batch.json", b"{}")
     with pytest.raises(UserError, match=rf"s3://{bucket}/here/batch\.json is damaged, or of a newer Darkroom"):
-        batch_plan.begin(store, batch(20), Location(bucket, "here"), None)
+        printing.begin(store, batch(20), Location(bucket, "here"), None)
 
 
 def test_processor_time_of_chunks_that_share_a_process_is_counted_once() -> None:

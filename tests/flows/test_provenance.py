@@ -29,7 +29,7 @@ from diffusion.files import canonical_json, sha256_bytes
 from diffusion.made import make as make_pictures
 from diffusion.made import read_request
 from diffusion.requests import Wanted
-from flows import printing, prints, registry, sample, shipped
+from flows import printing, prints, registry, sample
 from flows.catalogue import Catalogue
 from flows.derived import TAKEDOWN
 from flows.lineage import CodeVersion, DataVersion, record_data
@@ -37,7 +37,7 @@ from flows.params import PrintsConfig
 from flows.printed import Picture
 from flows.prints import Batch
 from flows.registry import Version
-from flows.reproduce import Compared, Reproduced, compare, reproduce
+from flows.reproduce import Compared, Reproduced, changed_libraries, compare, reproduce
 from flows.s3 import Location, Object, Store
 from flows.trace import trace
 from flows.tracking import open_run
@@ -155,7 +155,7 @@ def test_a_print_leads_to_its_batch_model_run_and_data_set_and_to_shards_that_ar
     assert found.picture.as_printed is True
     assert (found.picture.index, found.picture.seed, found.picture.label) == (17, 5, None)
     assert found.picture.sha256 == sha256_bytes(made.png)
-    assert (found.batch.uri, found.batch.count, found.batch.finished) == (f"{made.place}/", 18, True)
+    assert (found.place, found.batch, found.finished) == (f"{made.place}/", made.batch, True)
     assert (found.batch.asked, found.batch.sampling) == (ASKED, SAMPLING)
     assert (found.model.uri, found.model.aliases) == ("models:/blobs/1", ["champion"])
     assert found.model.tags["darkroom.weights_sha256"] == sha256_bytes(Path("weights.safetensors").read_bytes())
@@ -189,7 +189,7 @@ def test_a_copy_of_a_print_leads_to_the_batch_that_printed_it_among_several_of_i
         found = trace(str(copy))
         assert found.broken == []
         assert found.batch is not None
-        assert found.batch.uri == f"{at}/"
+        assert found.place == f"{at}/"
     copy.write_bytes(repainted(made.png, 90))
     found = trace(str(copy))
     assert found.batch is None
@@ -210,7 +210,7 @@ def test_a_picture_made_on_request_leads_to_what_was_asked_and_to_its_model(made
     assert found.picture.as_printed is True
     assert found.batch is None
     assert found.request is not None
-    assert (found.request.asked["task"], found.request.asked["to_seed"]) == ("interpolate", 6)
+    assert (found.request.request["task"], found.request.request["to_seed"]) == ("interpolate", 6)
     assert found.data is not None
     assert found.data.version == made.manifest.digest
     with pytest.raises(UserError, match="the same command makes it again"):
@@ -359,7 +359,7 @@ def test_what_the_versions_code_does_not_know_is_said_in_one_line_with_what_may_
     raw = json.loads(made.batch.json_bytes())
     raw["asked"]["labels"] = ["neither"]
     place = made.beside("newer", {"batch.json": canonical_json(raw).encode()})
-    monkeypatch.setattr(shipped, "fetch_requirements", lambda _: ["torch==1.0"])
+    monkeypatch.setattr("flows.reproduce.fetch_requirements", lambda _: ["torch==1.0"])
     with pytest.raises(UserError, match=r"knows no class 'neither'.*; .*torch: 1.0 → .*--installed") as raised:
         reproduce(f"{place}/00000017.png")
     assert "\n" not in str(raised.value)
@@ -488,7 +488,7 @@ def test_only_other_arithmetic_excuses_an_error_and_only_a_small_one(made: Made)
 
 def test_libraries_that_moved_are_named() -> None:
     numpy = installed("numpy")
-    assert shipped.moved([f"numpy=={numpy}", "torch==1.0", "no-such-thing==2", "", "pandas"]) == [
+    assert changed_libraries([f"numpy=={numpy}", "torch==1.0", "no-such-thing==2", "", "pandas"]) == [
         f"torch: 1.0 → {installed('torch').split('+')[0]}",
         "no-such-thing: 2 → not installed",
     ]

@@ -48,7 +48,7 @@ def test_a_print_is_traced_to_its_shards_and_made_again(workspace: Workspace, se
     manifest = read_manifest(workspace.folder / "data" / "blobs")
     assert (found["broken"], found["takedowns"]) == ([], [])
     assert (found["picture"]["sha256"], found["picture"]["as_printed"]) == (sha256_bytes(printed), True)
-    assert (found["batch"]["uri"], found["batch"]["count"], found["batch"]["finished"]) == (batch, 12, True)
+    assert (found["place"], found["batch"]["count"], found["finished"]) == (batch, 12, True)
     version = server.get_model_version_by_alias("blobs", "champion")
     assert (found["model"]["uri"], found["model"]["aliases"]) == (f"models:/blobs/{version.version}", ["champion"])
     assert found["model"]["tags"] == version.tags

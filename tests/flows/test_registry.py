@@ -16,7 +16,7 @@ from mlflow.entities import LoggedModelStatus
 
 from diffusion.config_sampling import SamplingConfig
 from diffusion.files import sha256_file
-from flows import by_hand, registry
+from flows import champion, registry
 from flows.registry import WEIGHTS, Version
 from tests.diffusion.small_models import write_model
 from tests.flows.registered import Killed
@@ -120,7 +120,7 @@ def test_a_version_of_a_machine_that_was_stopped_before_it_found_the_first_is_de
     for _ in range(4):
         mlflow.register_model(source, name, tags=tags)
     mlflow_client.set_registered_model_alias(name, "favourite", "2")
-    by_hand.promote(name, 3)
+    champion.promote(name, 3)
     for _ in range(2):
         assert registry.register(name, run_id, weights, SamplingConfig(), {}, 8).number == 1
         assert numbers(mlflow_client, name) == [1, 2, 3]

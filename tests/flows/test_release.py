@@ -21,13 +21,13 @@ from diffusion.checkpoints import export
 from diffusion.config_sampling import SamplingConfig
 from diffusion.errors import Held, UserError
 from diffusion.files import sha256_file
-from flows import by_hand, registry
+from flows import champion, registry
+from flows.environment import staging
 from flows.history import Evidence
 from flows.ledger import Ledger
 from flows.parcel import MODEL, unpack
 from flows.release import fetch, register, release
 from flows.s3 import Store
-from flows.staging import staging
 from flows.tracking import RELEASED_FROM, TRAIN_KEY
 from tests.diffusion.test_train import run as train
 from tests.flows.conftest import copied_store
@@ -89,7 +89,7 @@ def stages(
 def test_a_champion_of_staging_becomes_champion_here_with_all_that_it_stands_on(stages: Stages, tmp_path: Path) -> None:
     there = stages.at(stages.staging)
     number = stages.version(b"weights", tmp_path)
-    by_hand.promote("blobs", number, "rounder", evidence=EVIDENCE)
+    champion.promote("blobs", number, "rounder", evidence=EVIDENCE)
     theirs = there.get_run(there.get_model_version("blobs", str(number)).run_id)
 
     here = stages.at(stages.production)
@@ -128,7 +128,7 @@ def test_a_champion_of_staging_becomes_champion_here_with_all_that_it_stands_on(
 @pytest.mark.slow
 def test_what_is_no_champion_there_or_was_taken_the_title_here_needs_a_reason(stages: Stages, tmp_path: Path) -> None:
     stages.version(b"first", tmp_path)
-    by_hand.promote("blobs", 1)
+    champion.promote("blobs", 1)
     stages.version(b"second", tmp_path)
     stages.at(stages.production)
     with pytest.raises(UserError, match="is not champion there"):
@@ -136,9 +136,9 @@ def test_what_is_no_champion_there_or_was_taken_the_title_here_needs_a_reason(st
     assert Ledger.of("blobs").read().entries == ()
     release("models:/blobs/1")
     release("models:/blobs/2", "the customer wants it")
-    by_hand.roll_back("blobs", "three eyes")
+    champion.roll_back("blobs", "three eyes")
     stages.at(stages.staging)
-    by_hand.promote("blobs", 2)
+    champion.promote("blobs", 2)
     stages.at(stages.production)
     with pytest.raises(Held, match="three eyes"):
         release("models:/blobs@champion")
@@ -149,7 +149,7 @@ def test_killed_before_it_was_registered_it_goes_on_with_what_is_there(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages.version(b"first", tmp_path)
-    by_hand.promote("blobs", 1)
+    champion.promote("blobs", 1)
     here = stages.at(stages.production)
     for victim in ("set_terminated", "finalize_logged_model", "update_model_version"):
         with monkeypatch.context() as patch:

@@ -11,8 +11,8 @@ import pytest
 
 from diffusion.config_sampling import ANYTHING, Asked, SamplingConfig
 from diffusion.errors import UserError
-from flows.batch_plan import plan
 from flows.params import PrintsConfig
+from flows.printing import plan
 from flows.prints import Batch
 from flows.registry import Version
 from flows.request_table import RequestTable

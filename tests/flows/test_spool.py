@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import requests
@@ -17,8 +18,8 @@ from mlflow.client import MlflowClient
 from PIL import Image
 
 from diffusion.errors import DarkroomError
-from flows import machine, spool
-from flows.spool import Spool, SpooledTracker
+from flows import spool
+from flows.spool import SpooledTracker
 from flows.tracking import RunTracker
 from tests.conftest import blob
 
@@ -32,7 +33,8 @@ def client(no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def new_run(client: MlflowClient) -> RunTracker:
     return RunTracker(
-        client, client.create_run(client.create_experiment("e", str(Path.cwd() / "artifacts"))).info.run_id
+        client,
+        client.create_run(client.create_experiment(f"e{uuid4().hex}", str(Path.cwd() / "artifacts"))).info.run_id,
     )
 
 
@@ -63,8 +65,7 @@ def test_what_is_said_again_after_a_kill_is_there_once_with_its_first_time(
         first.log_metrics({"loss": images / 100}, images)
     first.close()
     before = points(tracker, "loss")
-    # As a kill leaves it: delivered, but not yet noted; and a line that was being written.
-    (folder / "delivered.json").write_text(json.dumps({"run_id": tracker.run_id, "delivered": 1}))
+    # As a kill leaves it: a line that was being written.
     with (folder / "records.jsonl").open("a") as file:
         file.write('{"name": "lo')
     time.sleep(0.01)
@@ -75,10 +76,15 @@ def test_what_is_said_again_after_a_kill_is_there_once_with_its_first_time(
     after = points(tracker, "loss")
     assert after[:3] == before
     assert [point[:2] for point in after] == [(n, n / 100) for n in (16, 32, 48, 64)]
-    # What the machine does is noted as well, every ten seconds.
-    kept = [each for each in Spool.open(folder, tracker.run_id, anew=False).records if each["name"] == "loss"]
-    assert len(kept) == 4
-    assert Spool.open(folder, tracker.run_id, anew=True).records == []
+    assert [each["step"] for each in map(json.loads, (folder / "records.jsonl").read_text().splitlines())] == [
+        16,
+        32,
+        48,
+        64,
+    ]
+    anew = SpooledTracker(new_run(client), folder, anew=True)
+    anew.close()
+    assert anew.records == []
 
 
 @contextmanager
@@ -119,7 +125,7 @@ def test_a_server_that_goes_away_and_comes_back_has_every_point_once_in_order(
         tracker = new_run(client)
         spooled = SpooledTracker(tracker, tmp_path / "spool")
         spooled.log_metrics({"loss": 0.5}, 16)
-        while spooled.spool.delivered == 0:
+        while spooled.delivered == 0:
             time.sleep(0.05)
     began = time.monotonic()
     for images in range(32, 64, 16):
@@ -141,7 +147,7 @@ def test_a_server_that_goes_away_and_comes_back_has_every_point_once_in_order(
 def test_the_machine_is_looked_at_now_and_then(
     client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "EVERY", 0.3)
+    monkeypatch.setattr(spool, "EVERY", 0.3)
     tracker = new_run(client)
     spooled = SpooledTracker(tracker, tmp_path / "spool")
     spooled.log_metrics({"loss": 0.5}, 16)
@@ -164,23 +170,22 @@ def test_what_an_abandoned_training_said_is_delivered_the_next_time(client: Mlfl
     assert [point[:2] for point in points(tracker, "loss")] == [(16, 0.5)]
 
 
-def test_metrics_are_delivered_though_the_disk_is_full_and_are_there_once(
+def test_a_full_disk_is_told_at_once_and_what_was_kept_is_delivered(
     client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = new_run(client)
-    first = SpooledTracker(tracker, tmp_path / "spool")
+    spooled = SpooledTracker(tracker, tmp_path / "spool")
+    spooled.log_metrics({"loss": 0.5}, 16)
 
-    def fail(*_: object) -> str:
+    def fail(*_: object, **__: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as full:
-        full.setattr("flows.spool.write_json", fail)
-        first.log_metrics({"loss": 0.5}, 16)
-        while not points(tracker, "loss"):
-            time.sleep(0.01)
-        first.log_metrics({"loss": 0.25}, 32)
-        first.close()
-    SpooledTracker(tracker, tmp_path / "spool").close()
+        full.setattr("pathlib.Path.open", fail)
+        with pytest.raises(OSError, match="No space left"):
+            spooled.log_metrics({"loss": 0.25}, 32)
+    spooled.log_metrics({"loss": 0.25}, 32)
+    spooled.close()
     assert [point[:2] for point in points(tracker, "loss")] == [(16, 0.5), (32, 0.25)]
 
 

@@ -7,10 +7,9 @@ from mlflow.client import MlflowClient
 
 from diffusion.data.manifest import read_manifest, write_manifest
 from diffusion.errors import UserError
-from flows import by_hand
-from flows.fetched import fetched
+from flows import champion
+from flows.dependencies import decided, fetched
 from flows.params import Params, load_params, registered_start
-from flows.start import decided
 from tests.diffusion.small_models import write_model
 from tests.flows.registered import add_version
 
@@ -33,7 +32,7 @@ def crown(client: MlflowClient, params: Params, folder: Path) -> int:
     number = len(client.search_model_versions(f"name = '{params.model_name}'"))
     path = write_model(folder / f"{number}.safetensors", number, images=1)
     version = add_version(client, folder, params.model_name, data=path.read_bytes())
-    by_hand.promote(params.model_name, version.number)
+    champion.promote(params.model_name, version.number)
     return version.number
 
 

@@ -7,10 +7,9 @@ import pytest
 from diffusion.config import Config
 from diffusion.config_sampling import ANYTHING
 from diffusion.data.manifest import Manifest, read_manifest
-from flows.announce import CREATED, created
 from flows.params import Params
 from flows.request import Printing, Request
-from flows.sync import newer, sync
+from flows.sync import CREATED, created, newer, sync
 from tests.flows.test_catalogue import FOLDER, Place, place
 
 __all__ = ["place"]

@@ -6,18 +6,17 @@ from contextlib import chdir
 import pytest
 from mlflow.client import MlflowClient
 
-from diffusion.data.ingest import work_folder
+from diffusion.data.manifest import work_folder
 from diffusion.errors import UserError
-from flows import by_hand, evaluate, promote, train
+from flows import champion, evaluate, promote, train
 from flows.checkout import checkout
-from flows.derived import find_derived, mark
+from flows.dependencies import named_now
+from flows.derived import find_derived, mark, require_current
 from flows.environment import data_source, settings
 from flows.history import Evidence
 from flows.ledger import Ledger
 from flows.params import Params
 from flows.registry import Version, version_of
-from flows.start import named_now
-from flows.taken_down import require_current
 from flows.tracking import AUTOENCODER, START
 from tests.flows.machines import (
     BASE,
@@ -69,9 +68,9 @@ def test_a_machine_whose_records_of_it_were_lost_learns_them_again(two: tuple[Ma
 @pytest.mark.parametrize(
     "step",
     [
-        "flows.catalogue:publish",
+        "flows.catalogue:Catalogue.publish",
         pytest.param("flows.lineage:record_data", marks=pytest.mark.slow),
-        pytest.param("flows.heads:Heads.advance", marks=pytest.mark.slow),
+        pytest.param("flows.catalogue:Heads.advance", marks=pytest.mark.slow),
     ],
 )
 def test_what_is_taken_down_during_an_ingest_is_not_in_its_version(step: str, two: tuple[Machine, Machine]) -> None:
@@ -84,7 +83,7 @@ def test_what_is_taken_down_during_an_ingest_is_not_in_its_version(step: str, tw
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "step", ["flows.catalogue:Catalogue.tell_removal", "flows.lineage:record_data", "flows.heads:Heads.advance"]
+    "step", ["flows.catalogue:Catalogue.tell_removal", "flows.lineage:record_data", "flows.catalogue:Heads.advance"]
 )
 def test_what_is_ingested_during_a_takedown_is_in_its_version(step: str, two: tuple[Machine, Machine]) -> None:
     one, other = two
@@ -97,7 +96,7 @@ def test_what_is_ingested_during_a_takedown_is_in_its_version(step: str, two: tu
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "step", ["flows.catalogue:Catalogue.tell_removal", "flows.lineage:record_data", "flows.heads:Heads.advance"]
+    "step", ["flows.catalogue:Catalogue.tell_removal", "flows.lineage:record_data", "flows.catalogue:Heads.advance"]
 )
 def test_a_killed_takedown_is_finished_by_the_next_ingest_or_by_itself(step: str, two: tuple[Machine, Machine]) -> None:
     one, other = two
@@ -182,7 +181,8 @@ def take_down_and_mark(shop: Shop, elsewhere: Machine) -> str:
     held = elsewhere.version.content_digest
     removal = elsewhere.take_down(GONE)
     with chdir(elsewhere.folder):
-        mark(find_derived(NAME, {held}, {held}, settings().bucket), removal)
+        found = find_derived(NAME, {held}, {held}, settings().bucket)
+        mark([run.run_id for run in found.runs], [model.uri for model in found.models], removal)
     return removal.name
 
 
@@ -207,7 +207,7 @@ def test_the_gate_makes_no_champion_of_what_learned_from_them_though_no_takedown
             shop.commit(each)
         assert shop.marks(each) == (removal.name, removal.name)
     with pytest.raises(UserError, match="--taken-down"):
-        by_hand.promote(shop.model, inside.number)
+        champion.promote(shop.model, inside.number)
     assert shop.commit(clean) == ["promote"]
     assert shop.marks(clean) == (None, None)
 

@@ -14,15 +14,14 @@ from dvc.repo import Repo
 from mlflow.client import MlflowClient
 
 from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import captions_folder, ingest, work_folder
-from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.data.ingest import captions_folder, ingest
+from diffusion.data.manifest import Manifest, read_manifest, work_folder
 from diffusion.data.pictures import prepare
-from diffusion.data.removals import Removal
-from diffusion.data.selection import Selection
 from diffusion.data.takedown import remove
+from diffusion.data.takedown_records import Removal, Selection
 from diffusion.errors import UserError
 from flows.checkout import checkout
-from flows.derived import clear_pictures, find_derived, mark, takedowns
+from flows.derived import Derived, clear_pictures, find_derived, mark, takedowns
 from flows.lineage import record_data
 from flows.purge import purge_dvc, purge_files
 from flows.registry import Version
@@ -210,6 +209,10 @@ def version_of(mlflow: MlflowClient, name: str, run_id: str, digest: str | None)
     return str(mlflow.create_model_version(name, "file:///nowhere", run_id, tags=tags).version)
 
 
+def named(found: Derived) -> tuple[list[str], list[str]]:
+    return [run.run_id for run in found.runs], [model.uri for model in found.models]
+
+
 def test_derived_are_the_runs_versions_and_prints_of_those_contents_and_nothing_else(
     bucket: str, mlflow: MlflowClient, s3_environment: dict[str, str]
 ) -> None:
@@ -233,8 +236,8 @@ def test_derived_are_the_runs_versions_and_prints_of_those_contents_and_nothing_
     assert found.unclear_runs == [runs[3]]
 
     for _ in range(2):
-        mark(found, REMOVAL)
-    mark(found, REMOVAL.model_copy(update={"picture_keys": ["5" * 64]}))
+        mark(*named(found), REMOVAL)
+    mark(*named(found), REMOVAL.model_copy(update={"picture_keys": ["5" * 64]}))
     names = {REMOVAL.name, REMOVAL.model_copy(update={"picture_keys": ["5" * 64]}).name}
     tags = mlflow.get_run(runs[0]).data.tags
     assert set(tags["darkroom.takedown"].split(",")) == names
@@ -271,7 +274,7 @@ def test_a_note_that_was_there_is_kept_and_real_pictures_on_the_run_are_cleared(
     for path in (*kept, *shown):
         mlflow.log_text(run, "x", path)
     found = find_derived("blobs", {"a" * 64}, {"a" * 64}, bucket)
-    mark(found, REMOVAL)
+    mark(*named(found), REMOVAL)
     assert mlflow.get_run(run).data.tags["mlflow.note.content"].startswith("our best\n\nTakedown")
     assert sorted(clear_pictures(found)) == [f"runs:/{run}/{path}" for path in sorted(shown)]
     folders = ("", "dataset", "evaluation", "evaluation/grids", "explain")

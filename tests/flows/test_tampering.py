@@ -22,10 +22,9 @@ from PIL.PngImagePlugin import PngInfo
 from diffusion.config_sampling import Asked, SamplingConfig
 from diffusion.errors import UserError
 from diffusion.files import canonical_json, sha256_bytes
-from flows import printing, prints, registry, sample, start
-from flows.batch_records import disagreements
+from flows import dependencies, printing, prints, registry, sample
 from flows.params import Params, PrintsConfig
-from flows.printed import find
+from flows.printed import disagreements, find
 from flows.prints import Batch
 from flows.registry import CODE, WEIGHTS, Version
 from flows.reproduce import reproduce
@@ -489,10 +488,10 @@ def test_notes_that_cannot_be_read_are_named(
         sampled.store.client.put_object(Bucket=BUCKET, Key=note, Body=junk)
         assert request.done() is None
         assert note in caplog.text
-    begun = start.decided(params, "models:/blobs/1")
+    begun = dependencies.decided(params, "models:/blobs/1")
     assert begun is not None
     (key,) = (key for key in sampled.store.list_keys(BUCKET, "starts/") if key.endswith(".json"))
     sampled.store.client.put_object(Bucket=BUCKET, Key=key, Body=b"junk")
     with pytest.raises(UserError, match=key):
-        start.decided(params, "models:/blobs/1")
+        dependencies.decided(params, "models:/blobs/1")
     assert sha256_bytes(sampled.store.get(BUCKET, key)) == sha256_bytes(b"junk")

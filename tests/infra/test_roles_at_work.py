@@ -20,8 +20,8 @@ from dvc.repo import Repo
 from flows import catalogue
 from flows.printed import find
 from flows.prints import Batch
-from flows.retention.config import RetentionConfig
 from flows.retention.data import DataSets
+from flows.retention.policy import RetentionConfig
 from flows.retention.prints import Prints
 from flows.s3 import Location, Store
 from flows.s3_multipart import writing

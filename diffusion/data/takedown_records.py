@@ -1,23 +1,26 @@
-"""Which pictures of a data set are meant: by key, by patterns of their names, by class."""
+"""Takedown records: which images were meant, what was taken down, and which versions of a data set held it."""
 
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from pydantic import Field
 
 from diffusion.config import Config
-from diffusion.data.manifest import Manifest, Part, read_records
+from diffusion.data.manifest import Manifest, Part, read_manifest, read_records
+from diffusion.data.versions import Elsewhere, find_records, kept_in, nowhere
 from diffusion.errors import UserError
-from diffusion.files import digest_of
+from diffusion.files import digest_of, write_json
 
 SHORTEST = 8
 """Hex digits that a prefix of a key must have."""
 Row = dict[str, Any]
+SELECTED_BY = ("key", "source", "label", "outcome", "source_sha256")
 
 
 class Selection(Config):
@@ -113,9 +116,6 @@ class Selector:
         return [each for each in asked_for if each not in self.fitted]
 
 
-SELECTED_BY = ("key", "source", "label", "outcome", "source_sha256")
-
-
 def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Chosen, list[str]]:
     """What ``selector`` comes to, and those of its keys and patterns that fit nothing."""
     keys: set[str] = set()
@@ -200,3 +200,88 @@ def nothing(unmatched: Sequence[str], folder: Path, manifest: Manifest) -> UserE
         f"data set {folder.name} has no picture of {listed}: its names are like {some}; all are in the tables in "
         f"{folder / 'records'}"
     )
+
+
+class Removal(Chosen):
+    """A removal that is done."""
+
+    dataset: str
+    asked: str = Field(pattern="^[0-9a-f]{16}$")
+    """Digest of the selection and the reason, by which the same words find what was done. Part of a file's name."""
+    reason: str
+    parent: str | None
+    """The version that held the pictures last; None if that can no longer be told."""
+    version: str
+    """The first without them."""
+    content_digest: str
+    tables: list[str]
+    """SHA-256 of the tables, gone since, that told of these pictures as kept, sorted; empty if that is not known."""
+    already: bool
+    """Whether it had been done before."""
+
+
+def removals(work: Path, asked: str = "") -> list[Removal]:
+    """The removals of which this machine knows, from the data set with the work folder ``work``.
+
+    ``asked``: only those that were asked for in the words with this digest.
+    """
+    paths = sorted((work / "removals").glob(f"{asked}*.json"))
+    return [Removal.model_validate_json(path.read_bytes()) for path in paths]
+
+
+def write_removal(work: Path, removal: Removal) -> None:
+    """Let this machine know of ``removal``."""
+    write_json(work / "removals" / f"{removal.asked}-{removal.name}.json", removal.model_dump(mode="json"))
+
+
+class Holders(Config):
+    """Which versions held pictures that were removed, by digest."""
+
+    held: list[str]
+    unknown: list[str]
+    """Those of which a table would have to be looked at that is no longer to be had."""
+
+
+def holders(folder: Path, removal: Removal, versions: Iterable[Manifest], elsewhere: Elsewhere = nowhere) -> Holders:
+    """Which of ``versions`` of the data set in ``folder`` kept pictures of ``removal``, in their order.
+
+    Another version may have stored the same files in another way and know them by other keys, so the digests of the
+    files are looked for as well.
+    """
+    keys, digests = set(removal.picture_keys), set(removal.digests)
+    told: dict[str, bool | None] = dict.fromkeys(removal.tables, True)
+
+    def is_one_of_them(row: Row) -> bool:
+        return row["outcome"] == "kept" and (row["key"] in keys or row["source_sha256"] in digests)
+
+    def kept_by(part: Part) -> bool | None:
+        sha256 = part.records.sha256
+        if sha256 not in told:
+            table = find_records(folder, part, ("outcome", "key", "source_sha256"), elsewhere)
+            told[sha256] = None if table is None else any(map(is_one_of_them, table.to_pylist()))
+        return told[sha256]
+
+    held, unknown = [], []
+    for version in versions:
+        answers = {kept_by(part) for part in version.parts if kept_in(part)}
+        if True in answers:
+            held.append(version.digest)
+        elif None in answers:
+            unknown.append(version.digest)
+    return Holders(held=held, unknown=unknown)
+
+
+def still_held(folder: Path, removals: Sequence[Removal]) -> list[Removal]:
+    """Those of ``removals`` of which the current version of the data set in ``folder`` keeps images, in their order.
+
+    Every table is read once. Raises UserError if one is missing or damaged.
+    """
+    if not removals:
+        return []
+    held: set[str] = set()
+    for part in read_manifest(folder).parts:
+        if kept_in(part):
+            table = read_records(folder, part, ("outcome", "key", "source_sha256"))
+            kept = table.filter(pc.equal(table["outcome"], "kept"))
+            held.update(kept["key"].to_pylist(), kept["source_sha256"].to_pylist())
+    return [each for each in removals if not held.isdisjoint([*each.picture_keys, *each.digests])]

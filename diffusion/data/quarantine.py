@@ -1,4 +1,4 @@
-"""What stands refused in a version of a data set: of all that was ever told of a name, the last word counts."""
+"""Quarantined entries of a data set version: of all records of a name, the last one counts."""
 
 import sqlite3
 from collections import Counter
@@ -12,7 +12,7 @@ from diffusion.config import Config
 from diffusion.data.manifest import Manifest, Part
 
 
-class Refusal(Config):
+class QuarantineEntry(Config):
     """An entry in quarantine."""
 
     source: str
@@ -30,7 +30,7 @@ class Quarantine(Config):
     """All that stands refused in a version."""
 
     count: int
-    samples: list[Refusal]
+    samples: list[QuarantineEntry]
     """The first of them, by name."""
     reasons: list[Reason]
     """The leading ones first."""
@@ -106,7 +106,7 @@ class _Told:
         samples = self.database.execute(f"{STANDING} ORDER BY source LIMIT ?", (limit,))
         return Quarantine(
             count=reasons.total(),
-            samples=[Refusal(source=source, reason=reason) for source, reason in samples],
+            samples=[QuarantineEntry(source=source, reason=reason) for source, reason in samples],
             reasons=[Reason(reason=reason, count=count) for reason, count in reasons.most_common()],
         )
 

@@ -1,13 +1,8 @@
-"""The version that a training begins with, decided once and noted on S3.
-
-A champion changes when the training that began with it wins. Were it looked up each time, the same command would never
-find its own run again, and a retraining that changes nothing would train forever, each time from its last result. So
-``s3://BUCKET/starts/MODEL/<key>.json``, written once, says for a data set's content and a configuration where training
-began. Other content or another configuration decides anew.
-"""
+"""What a training needs of the registry: its autoencoder, and the version that it begins with, decided once."""
 
 import logging
 from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from mlflow.client import MlflowClient
 from pydantic import ValidationError
@@ -20,13 +15,12 @@ from diffusion.training.setup import data_digest, train_key
 from flows import registry
 from flows.aliases import CHAMPION, named
 from flows.champion import registered_version
-from flows.derived import takedowns
+from flows.derived import TAKEDOWN, joined_names, names_of, takedowns, warn_of_takedown, with_takedowns
 from flows.environment import settings
-from flows.params import Params
+from flows.params import Params, registered, registered_start
 from flows.registry import Version
 from flows.s3 import Location, Store
 from flows.s3_errors import Missing
-from flows.taken_down import with_takedowns
 
 logger = logging.getLogger(__name__)
 
@@ -94,3 +88,61 @@ def _asked_for(params: Params) -> str:
     """Digest of a training as it is asked for, by the names of what it begins with."""
     digest = data_digest(read_manifest(params.dataset_folder), params.training)
     return train_key(digest, params.model, params.training)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A configuration that can be trained here."""
+
+    asked: Params
+    """As it was given."""
+    params: Params
+    """The same with files in place of registered models."""
+    autoencoder: str | None = None
+    """Exactly which version that is, models:/NAME/NUMBER; None: none that is registered."""
+    start: str | None = None
+    """Exactly which version training begins with; None: none that is registered."""
+    takedown: str | None = None
+    """What was taken down of the pictures that either learned from: the names of those removals."""
+
+
+def fetched(params: Params, dry_run: bool = False) -> Fetched:
+    """``params`` with the versions that model.autoencoder and training.init_from name, fetched once and checked.
+
+    The start is the one that was decided on when this training was first asked for, and is decided now if it never was;
+    a ``dry_run`` decides nothing. Raises UserError if the registry has no such version.
+    """
+    ready = Fetched(params, params)
+    if (uri := registered(params)) is not None:
+        version = with_takedowns(registry.resolve(MlflowClient(), uri))
+        model = params.model.model_copy(update={"autoencoder": _file(version)})
+        ready = _with(ready, version, autoencoder=version.uri, params=params.model_copy(update={"model": model}))
+    if (uri := registered_start(params)) is not None:
+        begun = named_now(params, uri) if dry_run else decided(params, uri)
+        begun = begun and with_takedowns(begun)
+        training = params.training.model_copy(update={"init_from": begun and _file(begun)})
+        params = ready.params.model_copy(update={"training": training})
+        ready = _with(ready, begun, start=begun and begun.uri, params=params)
+    return ready
+
+
+def require_promotable(params: Params) -> None:
+    """Raise UserError, before hours of work, if what training would begin with must not be part of a champion."""
+    ready = fetched(params)
+    if ready.takedown is not None:
+        whose = " and ".join(filter(None, (ready.autoencoder, ready.start)))
+        raise UserError(
+            f"{whose} learned from images that were taken down since (takedown {ready.takedown}), so nothing made with "
+            "it becomes champion: give model.autoencoder or training.init_from another version, or train it anew"
+        )
+
+
+def _file(version: Version) -> str:
+    warn_of_takedown(version)
+    return str(registry.fetch_weights(version, settings().folder / "models"))
+
+
+def _with(ready: Fetched, version: Version | None, **changes: object) -> Fetched:
+    """``ready`` changed by what ``version`` is for, whose takedowns are its own."""
+    names = names_of(version.tags.get(TAKEDOWN)) if version else []
+    return replace(ready, takedown=joined_names(ready.takedown, *names) or None, **changes)  # type: ignore[arg-type]
