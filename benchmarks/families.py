@@ -12,15 +12,16 @@ from pathlib import Path
 
 from loading import FASHION
 from quality import darkroom
+from torch import Tensor
 
 from diffusion.data.dataset import Dataset
-from diffusion.evaluation.comparison import Comparison, Sheets, compare
-from diffusion.evaluation.comparison_page import Cell, figure_rows, findings, rows_of_each
+from diffusion.evaluation.ranking import Ranking, rank_models
+from diffusion.evaluation.ranking_report import Column, cost_columns, findings, metric_columns
 from diffusion.grids import grid, save_png
 from diffusion.lanes import cores
 from diffusion.models.config import FAMILIES
-from flows.families import contestants
 from flows.params import load_params
+from flows.variants import family_variants
 
 PAGE = Path(__file__).parents[1] / "docs" / "comparison.md"
 PICTURES = PAGE.parent / "pictures" / "comparison"
@@ -43,37 +44,37 @@ def main() -> None:
     darkroom(args.scratch, "ingest", "--local", words=ingested)
     darkroom(args.scratch, "compare", "--local", words=words)
     # What was drawn is remembered, and only looked up again.
-    entrants = contestants(load_params(args.scratch / "params.yaml", words), tuple(FAMILIES))
+    variants = family_variants(load_params(args.scratch / "params.yaml", words), tuple(FAMILIES))
     models = {
-        name: (args.scratch / each.run_folder / "final.safetensors", each.sampling) for name, each in entrants.items()
+        name: (args.scratch / each.run_folder / "final.safetensors", each.sampling) for name, each in variants.items()
     }
-    params, data = entrants["ddpm"], args.scratch / "data" / args.name
-    comparison, sheets = compare(data, models, params.evaluation, args.scratch / "reports" / args.name)
-    save(sheets)
-    PAGE.write_text(page(comparison, Dataset.open(data), args.source, args.minutes))
+    params, data = variants["ddpm"], args.scratch / "data" / args.name
+    ranking, images = rank_models(data, models, params.evaluation, args.scratch / "reports" / args.name)
+    save(images)
+    PAGE.write_text(page(ranking, Dataset.open(data), args.source, args.minutes))
 
 
-def save(sheets: Sheets) -> None:
-    """Lay out what each drew, and real pictures."""
+def save(images: dict[str, Tensor]) -> None:
+    """Lay out the images of each model, and real ones."""
     PICTURES.mkdir(parents=True, exist_ok=True)
-    for name, pictures in {**sheets.drawn, "real": sheets.real}.items():
-        save_png(PICTURES / f"{name}.png", grid(pictures, COLUMNS))
+    for name, each in images.items():
+        save_png(PICTURES / f"{name}.png", grid(each, COLUMNS))
 
 
-def page(comparison: Comparison, dataset: Dataset, source: str, minutes: float) -> str:
+def page(ranking: Ranking, dataset: Dataset, source: str, minutes: float) -> str:
     """The comparison in Markdown."""
-    names = [each.name for each in comparison.entrants]
-    rows = figure_rows(comparison) + rows_of_each(comparison.entrants)
-    machine = comparison.entrants[0].fingerprint
+    names = [each.name for each in ranking.models]
+    rows = [*metric_columns(ranking), *cost_columns(ranking.models)]
+    machine = ranking.models[0].fingerprint
     return "\n\n".join(
         [
             "# The families, side by side",
             f"{len(dataset):,} pictures of {dataset.manifest.size}×{dataset.manifest.size} (`{source}`), each family "
             f"trained for {minutes:g} minutes with the settings that it has by default, on {cores()} cores "
-            f"({machine.device}, {machine.precision}), judged by {comparison.entrants[0].scores.samples:,} pictures "
+            f"({machine.device}, {machine.precision}), judged by {ranking.models[0].scores.samples:,} pictures "
             "of the same seed beside held-out ones, as it came out. `python benchmarks/families.py` makes this page, "
             "and `darkroom compare` one of your own pictures.",
-            "\n".join(f"- {each}" for each in findings(comparison)),
+            "\n".join(f"- {each}" for each in findings(ranking)),
             _table(["", *names, "real"], rows),
             "In brackets lies where 95 of 100 evaluations on as many other pictures would come out. A distance of real "
             "pictures, training ones in the place of drawn ones, is as near as one can get. The VAE is by default the "
@@ -85,11 +86,11 @@ def page(comparison: Comparison, dataset: Dataset, source: str, minutes: float) 
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[tuple[str, str, Sequence[Cell]]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Column]) -> str:
     lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     for title, meaning, cells in rows:
         figures = (f"{cell.value} ({cell.interval})" if cell.interval else cell.value for cell in cells)
-        lines.append(f"| {title}: {meaning} | {' | '.join(figures)} |")
+        lines.append(f"| {title}: {meaning} | {' | '.join(figures)} |{' |' * (len(head) - 1 - len(cells))}")
     return "\n".join(lines)
 
 

@@ -24,13 +24,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffusion.evaluation.bootstrap import SPLITS, frechet, neighbourhoods
-from diffusion.evaluation.bootstrap import kid as kid_of_halves
-from diffusion.evaluation.kid import kernel_sums, kid
-from diffusion.evaluation.metrics import judge
-from diffusion.evaluation.moments import Moments, distance, distance_at_infinity, moments
-from diffusion.evaluation.neighbours import nearest, overlap
-from diffusion.evaluation.reference import Reference
+from diffusion.evaluation.bootstrap import SPLITS, frechet_of_halves, shares_of_halves
+from diffusion.evaluation.bootstrap import kid_of_halves as kid_of_halves
+from diffusion.evaluation.distances import (
+    Moments,
+    Reference,
+    compute_kid,
+    compute_moments,
+    compute_scores,
+    distance_at_infinity,
+    frechet_distance,
+    kernel_sums,
+)
+from diffusion.evaluation.neighbours import compute_overlap, nearest_distances
 from diffusion.lanes import cores
 
 SAMPLES, REFERENCE, FEATURES = 10_000, 60_000, 1_280
@@ -103,8 +109,8 @@ class Clock:
 def once(scratch: Path) -> dict[str, Any]:
     """What is computed of a reference once, and kept."""
     clock, features = Clock(), load_file(scratch / "reference.safetensors")["features"]
-    found = clock("moments", lambda: moments(features))
-    near = clock("nearest neighbours", lambda: nearest(features))
+    found = clock("moments", lambda: compute_moments(features))
+    near = clock("nearest neighbours", lambda: nearest_distances(features))
     sums = clock("kernels", lambda: kernel_sums(features))
     kept = {"mean": found.mean, "root": found.root, "nearest": near, "kernel_sums": sums}
     save_file(kept, scratch / "statistics.safetensors")
@@ -112,17 +118,17 @@ def once(scratch: Path) -> dict[str, Any]:
 
 
 def each_time(scratch: Path) -> dict[str, Any]:
-    """What an evaluation computes: the point values together as ``judge`` does, and their parts."""
+    """What an evaluation computes: the point values together as ``compute_scores`` does, and their parts."""
     clock, samples = Clock(), load_file(scratch / "samples.safetensors")["features"]
     features = load_file(scratch / "reference.safetensors")["features"]
     kept = load_file(scratch / "statistics.safetensors")
     real = Reference(features, Moments(len(features), kept["mean"], kept["root"]), kept["nearest"], kept["kernel_sums"])
-    clock("all point values", lambda: judge(samples, real, "synthetic"))
-    clock("  Fréchet distance", lambda: distance(moments(samples), real.moments))
+    clock("all point values", lambda: compute_scores(samples, real, "synthetic"))
+    clock("  Fréchet distance", lambda: frechet_distance(compute_moments(samples), real.moments))
     clock("  and of endlessly many", lambda: distance_at_infinity(samples, real.moments))
-    clock("  KID", lambda: kid(samples, features, real.kernel_sums))
-    near = clock("  the samples' neighbours", lambda: nearest(samples))
-    clock("  precision, recall, density, coverage", lambda: overlap(samples, features, near, real.nearest))
+    clock("  KID", lambda: compute_kid(samples, features, real.kernel_sums))
+    near = clock("  the samples' neighbours", lambda: nearest_distances(samples))
+    clock("  precision, recall, density, coverage", lambda: compute_overlap(samples, features, near, real.nearest))
     return clock.figures()
 
 
@@ -133,9 +139,9 @@ def intervals(scratch: Path) -> dict[str, Any]:
     """
     clock, samples = Clock(), load_file(scratch / "samples.safetensors")["features"]
     features = load_file(scratch / "reference.safetensors")["features"]
-    clock("Fréchet distance of halves", lambda: frechet([samples], features))
+    clock("Fréchet distance of halves", lambda: frechet_of_halves([samples], features))
     clock("KID of halves", lambda: kid_of_halves([samples], features))
-    clock("precision, recall, density, coverage of halves", lambda: neighbourhoods([samples], features))
+    clock("precision, recall, density, coverage of halves", lambda: shares_of_halves([samples], features))
     clock.seconds[f"all intervals, {2 * SPLITS} replicates"] = sum(clock.seconds.values())
     return clock.figures()
 

@@ -26,12 +26,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainers import diffusers
 
 from diffusion.config import DeviceName
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.device import device_name, repeatable, resolve_device
 from diffusion.fingerprint import autocast
 from diffusion.lanes import cores, lanes
 from diffusion.models.config import ModelConfig
+from diffusion.samplers import sampling_config
 from diffusion.text import WIDTH
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS
@@ -148,7 +148,7 @@ def main() -> None:
                 dataset,
                 MODEL,
                 config,
-                SamplingConfig(),
+                sampling_config(),
                 SINGLE_PROCESS,
                 lambda _, texts: torch.zeros(len(texts), WIDTH),
             )

@@ -5,9 +5,9 @@ Of the bounds on a diffusion model's likelihood this is that of infinitely many 
     −ln p(x_0) ≤ KL(q(x_σmax | x_0) ‖ N(0, σ_max²)) + ∫ E‖x_0 − D(x; σ)‖² / σ² d ln σ − E ln p(x_0 | x_σmin)
 
 It is the limit of DDPM's sum (arXiv 2006.11239, equation 5) and lies below it, and depends neither on a number of steps
-nor on a choice of variances. It holds for any function D, so all models are asked between the same two levels, whatever
-their schedules; beyond its own a network is told the nearest time that it knows. Then models of different schedules
-compare, and the integrand is the very loss that is told by noise level.
+nor on a choice of variances. It holds for any function D, so all models are evaluated between the same two levels,
+whatever their schedules; beyond its own a network gets the nearest time that it knows. Then models of different
+schedules compare, and the integrand is the very loss that is reported by noise level.
 """
 
 import math

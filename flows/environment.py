@@ -1,4 +1,4 @@
-"""How a process finds its servers: the environment first, else the local stack, else an error that helps.
+"""Environment variables: those of Darkroom itself, and those by which servers are named.
 
 ``DARKROOM_STAGING_*`` name the servers of another stage, which releases come from.
 """
@@ -6,16 +6,13 @@
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 from urllib.request import getproxies
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from diffusion.errors import UserError
-
-if TYPE_CHECKING:
-    from flows.stack.local import LocalStack
 
 Server = Literal["mlflow", "prefect", "s3"]
 SERVERS: tuple[Server, ...] = get_args(Server)
@@ -89,69 +86,12 @@ def data_source() -> str:
     return f"s3://{settings().bucket}/dvc"
 
 
-def given() -> dict[Server, str]:
-    """The servers that the environment names, each with the variable that does.
-
-    Variables that came out of ``darkroom env`` name the local stack, and do not count.
-    """
-    local = _local_stack()
-    found: dict[Server, str] = {}
-    for server in SERVERS:
-        named = [name for name in NAMED_BY[server] if os.environ.get(name)]
-        ours = local is not None and local.serves(server) and _came_from(local, server)
-        if named and not ours:
-            found[server] = named[0]
-    return found
-
-
-def join(*needs: Server) -> None:
-    """Let this process, and what it starts, use the servers in ``needs``; call it before they are imported.
-
-    Raises UserError if one is named neither by the environment nor by a running local stack.
-    """
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    missing = [server for server in needs if server not in given()]
-    local = _local_stack()
-    for server in missing:
-        if local is None or not local.runs(server):
-            raise UserError(
-                f"no {CALLED[server]} server: {NAMED_BY[server][0]} is not set and no local one runs "
-                f"(in {settings().home}): run `darkroom up`"
-            )
-        os.environ.update(local.variables(server) | beside_proxies())
-        os.environ.setdefault("DARKROOM_BUCKET", local.bucket)
-
-
-def forget_deleted() -> None:
-    """Have the local S3 server, if it is the one in use, keep nothing of what was deleted from it."""
-    from flows.stack import seaweedfs
-
-    local = _local_stack()
-    if local is not None and "s3" not in given() and local.runs("s3"):
-        seaweedfs.vacuum(local.state.ports["master"], local.folder / "s3")
-
-
 def beside_proxies() -> dict[str, str]:
     """Variables that keep the environment's proxies, if it has any, away from the loopback address."""
     if not getproxies():
         return {}
     names = {name: os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY")}
     return {name: ",".join(filter(None, [hosts, "127.0.0.1"])) for name, hosts in names.items()}
-
-
-def _local_stack() -> "LocalStack | None":
-    # Not at the top: the stack is built on this module.
-    from flows.stack.local import LocalStack
-
-    return LocalStack.read(settings().folder)
-
-
-def _came_from(local: "LocalStack", server: Server) -> bool:
-    """Whether the environment's variables for ``server`` are the local stack's, of now or of before."""
-    address = os.environ.get(NAMED_BY[server][0], "")
-    secret = os.environ.get(SECRET[server])
-    return secret == local.variables(server)[SECRET[server]] and address.startswith("http://127.0.0.1:")
 
 
 class Staging(BaseSettings):

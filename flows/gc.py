@@ -20,6 +20,7 @@ from flows.retention.policy import Item, RetentionConfig, Sweep
 from flows.retention.prints import Prints
 from flows.retention.runs import Machine, Runs, find_live
 from flows.s3 import Store
+from flows.stack.discovery import vacuum_deleted_objects
 from flows.steps import step
 
 
@@ -56,7 +57,7 @@ def collect(policy: RetentionConfig, now: datetime, dry_run: bool = False) -> Co
         if not dry_run:
             sweep.act()
     if not dry_run and any(item.fate == "goes" for item in items):
-        environment.forget_deleted()
+        vacuum_deleted_objects()
     return Collected(dry_run=dry_run, items=items)
 
 

@@ -6,9 +6,9 @@ from mlflow.client import MlflowClient
 
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.escaping import escape_markdown
+from diffusion.evaluation.comparison import ChampionComparison
 from diffusion.evaluation.pages import count, counted, share, signed, with_error
 from diffusion.evaluation.results import CONFIDENCE, Evaluation
-from diffusion.evaluation.trial_results import Trial
 from flows.derived import notes_in, takedowns
 from flows.history import Entry
 from flows.params import Params
@@ -28,7 +28,7 @@ def write(
     evaluation: Evaluation,
     version: Version,
     entry: Entry | None,
-    trial: Trial | None = None,
+    comparison: ChampionComparison | None = None,
 ) -> None:
     """Make the card the description of ``version``; ``entry`` is of its verdict, None: it was not judged yet.
 
@@ -40,7 +40,7 @@ def write(
     if there if entry is None else entry.digest in there:
         return
     current = version.model_copy(update={"tags": dict(found.tags)})
-    text = card(params, evaluation, read_manifest(params.dataset_folder), current, entry, trial)
+    text = card(params, evaluation, read_manifest(params.dataset_folder), current, entry, comparison)
     client.update_model_version(version.model, str(version.number), description="\n\n".join([text, *notes_in(there)]))
 
 
@@ -50,18 +50,18 @@ def card(
     data: Manifest,
     version: Version,
     entry: Entry | None,
-    trial: Trial | None = None,
+    comparison: ChampionComparison | None = None,
 ) -> str:
-    """The card of ``version``, trained on ``data``, chosen by ``evaluation`` and judged by ``trial``, as Markdown."""
+    """The card of ``version``, trained on ``data`` and evaluated by ``evaluation`` and ``comparison``, as Markdown."""
     channels = "grey" if data.channels == 1 else "RGB"
     sections = {
-        "How it was judged": _judged(entry, trial),
-        "How good it is": _figures(evaluation) if trial is None else _tried(trial),
+        "How it was judged": _decision(entry, comparison),
+        "How good it is": _evaluation_metrics(evaluation) if comparison is None else _comparison_metrics(comparison),
         "Samples": _samples(evaluation, version),
         "Data": _data(data, version),
         "Training": _training(params, evaluation, version),
         "How to call it": _calls(version),
-        "Limits": "\n".join(f"- {each}" for each in (*_limits(data, evaluation), *_found(trial))),
+        "Limits": "\n".join(f"- {each}" for each in (*_limits(data, evaluation), *_limits_found(comparison))),
     }
     return "\n\n".join(
         [
@@ -74,7 +74,7 @@ def card(
     )
 
 
-def _judged(entry: Entry | None, trial: Trial | None) -> str:
+def _decision(entry: Entry | None, comparison: ChampionComparison | None) -> str:
     if entry is None:
         return "Not yet: the gate decides next."
     outcome = (
@@ -86,39 +86,42 @@ def _judged(entry: Entry | None, trial: Trial | None) -> str:
     rows += [("when, by", f"{entry.when:%Y-%m-%d %H:%M} UTC, {escape_markdown(entry.who)}")]
     rows += [("ledger", f"entry {entry.number}, `{entry.digest}`")]
     said = [_table(rows), "What happened to it since is in its tags `darkroom.ledger.*`."]
-    if trial is not None:
-        findings = [(each.rule, each.verdict.value, escape_markdown(each.reason)) for each in trial.decision.findings]
+    if comparison is not None:
+        findings = [
+            (each.rule, each.verdict.value, escape_markdown(each.reason)) for each in comparison.decision.findings
+        ]
         said.insert(1, _table(findings, ("rule of the gate", "verdict", "reason")))
     return "\n\n".join(said)
 
 
-def _figures(evaluation: Evaluation) -> str:
-    figures, floor = evaluation.best.named(), evaluation.floor.named()
-    errors = {name: _error_of(name, figures) for name in figures}
+def _evaluation_metrics(evaluation: Evaluation) -> str:
+    metrics, baseline = evaluation.best.metrics(), evaluation.real_baseline.metrics()
+    errors = {name: _error_of(name, metrics) for name in metrics}
     taken = set(errors.values())
     rows = [
         (
             name,
-            with_error(value, figures[error]) if (error := errors[name]) else f"{value:.4g}",
-            f"{floor[name]:.4g}" if name in floor else "",
+            with_error(value, metrics[error]) if (error := errors[name]) else f"{value:.4g}",
+            f"{baseline[name]:.4g}" if name in baseline else "",
         )
-        for name, value in figures.items()
+        for name, value in metrics.items()
         if name not in taken
     ]
     scores = evaluation.best.scores
     return (
         f"On {counted(scores.reference, 'held-out picture')}, by {counted(scores.samples, 'sample')}; ± is a standard "
-        "error, and the floor is what real pictures get.\n\n" + _table(rows, ("figure", "value", "floor"))
+        "error, and the real baseline is that of training images.\n\n"
+        + _table(rows, ("metric", "value", "real baseline"))
     )
 
 
-def _tried(trial: Trial) -> str:
-    champion, floor = trial.champion, trial.floor.named()
-    ours, theirs = trial.challenger.named(), champion.named() if champion else {}
-    measured = trial.challenger.figures
+def _comparison_metrics(comparison: ChampionComparison) -> str:
+    champion, baseline = comparison.champion, comparison.real_baseline.metrics()
+    ours, theirs = comparison.candidate.metrics(), champion.metrics() if champion else {}
+    estimates = comparison.candidate.estimates
     rows = [
         (name, with_error(each.value, each.error), _range(each.interval.low, each.interval.high))
-        for name, each in measured.items()
+        for name, each in estimates.items()
     ]
     rows += [
         (name, f"{ours[name]:.2%}", _range(ours[f"{name}_low"], ours[f"{name}_high"]))
@@ -129,15 +132,15 @@ def _tried(trial: Trial) -> str:
         for name in ("reconstruction_psnr", "psnr", "bits_per_dim", "held_out_loss")
         if name in ours
     ]
-    rows += [(name, f"{ours[name]:.4g}", "") for name in ("class_agreement", "gflop_per_picture") if name in ours]
-    others = [tuple(f"{side[name]:.4g}" if name in side else "" for side in (theirs, floor)) for name, *_ in rows]
-    scores = trial.challenger.evaluation.scores
+    rows += [(name, f"{ours[name]:.4g}", "") for name in ("class_agreement", "gflop_per_image") if name in ours]
+    others = [tuple(f"{side[name]:.4g}" if name in side else "" for side in (theirs, baseline)) for name, *_ in rows]
+    scores = comparison.candidate.scores
     return (
         f"On {counted(scores.reference, 'held-out picture')}, by {counted(scores.samples, 'sample')} of another seed "
-        "than the checkpoint was chosen by; ± is a standard error, and the floor is what real pictures get.\n\n"
+        "than it was selected by; ± is a standard error, and the real baseline is that of training images.\n\n"
         + _table(
             [(*row, *other) for row, other in zip(rows, others, strict=True)],
-            ("figure", "value", f"{CONFIDENCE:.0%} interval", "the champion's", "floor"),
+            ("metric", "value", f"{CONFIDENCE:.0%} interval", "the champion's", "real baseline"),
         )
     )
 
@@ -230,15 +233,15 @@ def _limits(data: Manifest, evaluation: Evaluation) -> Iterator[str]:
         )
 
 
-def _found(trial: Trial | None) -> Iterator[str]:
-    """What the trial found that whoever uses the model should know."""
-    if trial is None:
+def _limits_found(comparison: ChampionComparison | None) -> Iterator[str]:
+    """What the comparison found that whoever uses the model should know."""
+    if comparison is None:
         return
-    evaluated = trial.challenger.evaluation
-    copied, twins = evaluated.memorisation, evaluated.duplicates
+    evaluated = comparison.candidate
+    copied, twins = evaluated.memorization, evaluated.duplicates
     yield (
-        f"Of {counted(copied.drawn, 'picture')} that it drew {share(copied.copies, copied.drawn)} look like copies of "
-        f"training pictures; of pictures that no model has seen {copied.expected:.1%} do."
+        f"Of {counted(copied.generated, 'image')} that it generated {share(copied.copies, copied.generated)} look like "
+        f"copies of training images; of images that no model has seen {copied.expected:.1%} do."
     )
     if twins.p_value < UNLIKELY:
         yield f"It draws some pictures again and again: {twins.share:.1%}, of real ones {twins.expected:.1%}."
@@ -253,14 +256,14 @@ def _found(trial: Trial | None) -> Iterator[str]:
     if (worst := classes.worst) is not None:
         kid = with_error(worst.kid, worst.kid_se)
         yield f"Its worst class is {escape_markdown(worst.name)}: KID {kid} on its pictures alone."
-    if (least := classes.least_recognised) is not None and least.agreement_high < least.agreement_real:
+    if (least := classes.least_recognized) is not None and least.agreement_high < least.agreement_real:
         taken = f", most others for {escape_markdown(least.taken_for)}" if least.taken_for else ""
         yield (
             f"Of what it draws as {escape_markdown(least.name)} {least.agreement:.0%} is taken for that{taken}; of "
             f"real pictures {least.agreement_real:.0%}."
         )
-    if classes.not_judged:
-        names = [escape_markdown(each.name) for each in classes.not_judged]
+    if classes.skipped:
+        names = [escape_markdown(each.name) for each in classes.skipped]
         more = [f"and {count(len(names) - CLASSES_SHOWN)} more"] if len(names) > CLASSES_SHOWN else []
         yield f"There were too few pictures to judge these classes: {', '.join([*names[:CLASSES_SHOWN], *more])}."
 

@@ -19,11 +19,12 @@ from diffusion.errors import DarkroomError, UserError
 from diffusion.escaping import escape_controls
 from diffusion.files import sha256_file, write_json
 from diffusion.parent import end_with_parent
-from flows import environment, registry
+from flows import registry
 from flows.aliases import verified
 from flows.history import Evidence
 from flows.ledger import Ledger
 from flows.registry import digest_code
+from flows.stack.discovery import join_servers
 from flows.trace import MANIFEST
 
 ABOUT = "parcel.json"
@@ -175,7 +176,7 @@ def main() -> None:
     uri, folder = sys.argv[1:]
     end_with_parent()
     try:
-        environment.join("mlflow", "s3")
+        join_servers("mlflow", "s3")
         pack(uri, Path(folder))
     except DarkroomError as error:
         print(escape_controls(" ".join(str(error).split())), file=sys.stderr)

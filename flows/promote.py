@@ -1,8 +1,8 @@
 """The flow ``promote``: the best checkpoint becomes a registered version, and champion if it is surely better.
 
-Both are tried on the same held-out pictures (``diffusion.evaluation.trial``). The gate's verdict becomes an entry of
-the ledger, which is the commit; what MLflow shows follows it. Killed at any moment and given again, the command finds
-the entry, or goes on with the trial.
+Both are compared on the same held-out images (``diffusion.evaluation.comparison``). The gate's verdict becomes an
+entry of the ledger, which is the commit; what MLflow shows follows it. Killed at any moment and given again, the
+command finds the entry, or goes on with the comparison.
 """
 
 import logging
@@ -24,11 +24,9 @@ from diffusion.config import Config
 from diffusion.data.manifest import read_manifest
 from diffusion.errors import Held, UserError
 from diffusion.escaping import escape_markdown
-from diffusion.evaluation.docket import docket_of
+from diffusion.evaluation.comparison import COMPARISON, ChampionComparison, compare_with_champion
+from diffusion.evaluation.comparison_report import PAGE, write_comparison_report
 from diffusion.evaluation.results import Evaluation
-from diffusion.evaluation.trial import TRIAL, trial
-from diffusion.evaluation.trial_page import write_trial_page
-from diffusion.evaluation.trial_results import Trial
 from diffusion.files import sha256_file
 from diffusion.training.post_hoc_ema import SNAPSHOTS
 from flows import model_card, registry
@@ -46,8 +44,6 @@ from flows.steps import step
 from flows.tags import parse_tags
 from flows.tracking import AUTOENCODER, START, RunTracker
 
-PAGE = "trial.html"
-"""The trial as a page, beside the report."""
 ANSWER_WITHIN = 72 * 3600
 """Seconds that a person who is asked for approval has."""
 
@@ -59,8 +55,8 @@ class Judgement(Config):
     """Whom it was judged against; the version itself if it is champion already."""
     evidence: Evidence | None
     """None if it is champion already."""
-    trial: Trial | None = None
-    """What was measured of both; None: nothing had to be, as it is champion already or a person decided."""
+    comparison: ChampionComparison | None = None
+    """None: nothing had to be compared, as it is champion already or a person decided."""
 
 
 class Verdict(Config):
@@ -184,13 +180,13 @@ def judge(params: Params, evaluation: Evaluation, version: Version) -> Judgement
     if (problem := champion_problem(client, history)) is not None:
         raise UserError(problem)
     if champion == version.number:
-        return Judgement(champion=champion, evidence=None, trial=tried(params, version))
+        return Judgement(champion=champion, evidence=None, comparison=last_comparison(params, version))
     if entry := history.withheld(version.number):
         reason = f"a person decided against it: {entry}; `darkroom promote --to {version.number}` makes it champion"
         figures = finite(evaluation.metrics())
         evidence = Evidence(verdict="hold", reason=reason, figures=figures, eval_key=evaluation.eval_key)
-        return Judgement(champion=champion, evidence=evidence, trial=tried(params, version))
-    found, exhibits = trial(
+        return Judgement(champion=champion, evidence=evidence, comparison=last_comparison(params, version))
+    comparison, grids = compare_with_champion(
         params.run_folder / "weights.safetensors",
         None if champion is None else weights_of(registry.version_of(client, version.model, champion)),
         params.dataset_folder,
@@ -201,30 +197,30 @@ def judge(params: Params, evaluation: Evaluation, version: Version) -> Judgement
         reporter(),
     )
     names = f"version {version.number}", None if champion is None else f"version {champion}"
-    docket = docket_of(found, exhibits, version.model, params.training.dataset, *names)
-    write_trial_page(params.report_folder / PAGE, docket)
-    for name in (TRIAL, PAGE):
+    page = params.report_folder / PAGE
+    write_comparison_report(page, comparison, grids, version.model, params.training.dataset, *names)
+    for name in (COMPARISON, PAGE):
         RunTracker(client, version.run_id).log_file(params.report_folder / name, "evaluation")
     evidence = Evidence(
-        verdict=found.decision.verdict.value,
-        reason=found.reason,
-        figures=finite(found.named()),
-        eval_key=found.key,
+        verdict=comparison.decision.verdict.value,
+        reason=comparison.reason,
+        figures=finite(comparison.metrics()),
+        eval_key=comparison.key,
         gate=params.gate.model_dump(mode="json"),
     )
-    return Judgement(champion=champion, evidence=evidence, trial=found)
+    return Judgement(champion=champion, evidence=evidence, comparison=comparison)
 
 
-def tried(params: Params, version: Version) -> Trial | None:
-    """The last trial in the folder of reports if ``version`` was its challenger; None: it was another, or none."""
-    path = params.report_folder / TRIAL
+def last_comparison(params: Params, version: Version) -> ChampionComparison | None:
+    """The comparison in the folder of reports if ``version`` was its candidate; None: it was another, or none."""
+    path = params.report_folder / COMPARISON
     if not path.is_file():
         return None
     try:
-        found = Trial.model_validate_json(path.read_bytes())
-    except ValidationError:  # of another version of Darkroom, whose figures are not the ones that cards show now
+        found = ChampionComparison.model_validate_json(path.read_bytes())
+    except ValidationError:  # of another version of Darkroom, whose metrics are not the ones that cards show now
         return None
-    return found if found.challenger.evaluation.sha256 == version.weights_sha256 else None
+    return found if found.candidate.sha256 == version.weights_sha256 else None
 
 
 def weights_of(version: Version) -> Path:
@@ -266,7 +262,7 @@ def record(
     entry = history.about(version.number)
     assert entry is not None, "what is champion has an entry that says so"
     _tag(client, version, evaluation, entry)
-    model_card.write(client, params, evaluation, version, entry, judgement.trial)
+    model_card.write(client, params, evaluation, version, entry, judgement.comparison)
     champion = project(client, ledger).standing.champion
     promoted = champion == version.number
     if promoted:

@@ -15,8 +15,10 @@ from diffusion.checkpoints import read_model_header
 from diffusion.config import Config
 from diffusion.data.manifest import Manifest, manifest_bytes, work_folder
 from diffusion.errors import UserError
-from diffusion.evaluation.comparison import COMPARISON, Comparison
-from diffusion.evaluation.comparison_page import PAGE
+from diffusion.evaluation.comparison_report import PAGE as COMPARISON_PAGE
+from diffusion.evaluation.evaluator import CACHE
+from diffusion.evaluation.ranking import RANKING, Ranking
+from diffusion.evaluation.ranking_report import PAGE
 from diffusion.evaluation.results import Evaluation
 from flows.dvc_files import Cache, Depot, Listing, Remote
 from flows.s3 import DELETED_AT_ONCE
@@ -105,7 +107,7 @@ def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifes
     going = {shard.sha256 for each in held for shard in each.shards} - staying
     # Those that a killed training had half fetched, too.
     found = [path for sha256 in sorted(going) for path in sorted((folder.parent / ".shards").glob(f"{sha256}.*"))]
-    found += [reports / name for name in ("judged", "explain")]
+    found += [reports / name for name in (CACHE, "explain")]
     found += [path for each in held for path in sorted((reports / "dataset").glob(f"{each.digest[:16]}.*"))]
     judged = reports / "evaluation.json"
     if judged.is_file():
@@ -114,11 +116,11 @@ def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifes
         except UserError:  # of another version of Darkroom: what its pages show nobody can say
             shown = {each.content_digest for each in held}
         if shown & {each.content_digest for each in held}:
-            found += [reports / name for name in ("report.html", "trial.html", "grids")]
-    compared = reports / COMPARISON
+            found += [reports / name for name in ("report.html", COMPARISON_PAGE, "grids")]
+    compared = reports / RANKING
     if compared.is_file():
         try:
-            shown = {Comparison.model_validate_json(compared.read_bytes()).content_digest}
+            shown = {Ranking.model_validate_json(compared.read_bytes()).conditions.content_digest}
         except ValidationError:  # the same
             shown = {each.content_digest for each in held}
         if shown & {each.content_digest for each in held}:

@@ -21,6 +21,7 @@ from flows.lineage import DataVersion
 from flows.params import Params
 from flows.progress import reporter
 from flows.purge import Purged, purge_dvc, purge_files, purge_samples
+from flows.stack.discovery import vacuum_deleted_objects
 from flows.steps import step
 from flows.sync import announce, bring_up_to_date, publish
 
@@ -132,7 +133,7 @@ def clear(params: Params, versions: dict[str, Manifest], found: Holders, derived
         ],
         artifacts=clear_pictures(derived),
     )
-    environment.forget_deleted()
+    vacuum_deleted_objects()
     return purged
 
 

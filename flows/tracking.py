@@ -230,39 +230,39 @@ def _dataset_input(manifest: Manifest, data: DataVersion | None, source: str) ->
 
 @dataclass(frozen=True)
 class Scoreboard:
-    """The judged checkpoints of one MLflow run."""
+    """The evaluated checkpoints of one MLflow run."""
 
     client: MlflowClient
     run_id: str
 
     def show(self, evaluation: Evaluation) -> None:
-        """Log each checkpoint that was judged as a model with its scores; what is there already is not logged twice."""
+        """Log each evaluated checkpoint as a model with its scores; what is there already is not logged twice."""
         experiment = self.client.get_run(self.run_id).info.experiment_id
         for each in evaluation.preliminary:
-            merit = each.merit
-            figures = {f"{PRELIMINARY}{merit.name}": merit.value, f"{PRELIMINARY}samples": float(merit.count)}
+            metric = each.selection_metric
+            figures = {f"{PRELIMINARY}{metric.name}": metric.value, f"{PRELIMINARY}samples": float(metric.count)}
             self._log(experiment, evaluation, each, "preliminary", figures)
         # The best of several averages comes last, and so is the run's own point at its number of images.
-        for each in sorted(evaluation.checkpoints, key=lambda each: (each.images, each.merit.rank)):
-            self._log(experiment, evaluation, each, "in full", each.named())
+        for each in sorted(evaluation.checkpoints, key=lambda each: (each.images, each.selection_metric.rank)):
+            self._log(experiment, evaluation, each, "in full", each.metrics())
 
     def _log(
         self,
         experiment: str,
         evaluation: Evaluation,
-        judged: CheckpointEvaluation,
+        evaluated: CheckpointEvaluation,
         how: str,
         figures: Mapping[str, float],
     ) -> None:
         tags = {
-            CHECKPOINT: judged.file,
-            CHECKPOINT_SHA256: judged.sha256,
+            CHECKPOINT: evaluated.file,
+            CHECKPOINT_SHA256: evaluated.sha256,
             EVAL_KEY: evaluation.eval_key,
             JUDGED: how,
-            "darkroom.images": str(judged.images),
+            "darkroom.images": str(evaluated.images),
             MLFLOW_MODEL_IS_EXTERNAL: "true",
         }
-        model = self._model(experiment, judged, tags)
+        model = self._model(experiment, evaluated, tags)
         if changed := {name: value for name, value in tags.items() if model.tags.get(name) != value}:
             self.client.set_logged_model_tags(model.model_id, changed)
         content = evaluation.conditions.content_digest[:DIGEST_LENGTH]
@@ -273,7 +273,7 @@ class Scoreboard:
                 name,
                 value,
                 now,
-                judged.images,
+                evaluated.images,
                 model_id=model.model_id,
                 dataset_name=evaluation.dataset,
                 dataset_digest=content,
@@ -285,15 +285,15 @@ class Scoreboard:
         if fresh:
             self.client.log_batch(self.run_id, metrics=fresh)
 
-    def _model(self, experiment: str, judged: CheckpointEvaluation, tags: dict[str, str]) -> LoggedModel:
+    def _model(self, experiment: str, evaluated: CheckpointEvaluation, tags: dict[str, str]) -> LoggedModel:
         """The logged model of a checkpoint; made if the run has none, and finished if whoever made it was killed."""
-        found = self.client.search_logged_models([experiment], f"tags.`{CHECKPOINT_SHA256}` = '{judged.sha256}'")
+        found = self.client.search_logged_models([experiment], f"tags.`{CHECKPOINT_SHA256}` = '{evaluated.sha256}'")
         ours = [model for model in found if model.source_run_id == self.run_id]
-        name = f"{judged.family}-{judged.images}-{judged.sha256[:8]}"
+        name = f"{evaluated.family}-{evaluated.images}-{evaluated.sha256[:8]}"
         model = (
             min(ours, key=lambda model: model.creation_timestamp)
             if ours
-            else self.client.create_logged_model(experiment, name, self.run_id, tags, model_type=judged.family)
+            else self.client.create_logged_model(experiment, name, self.run_id, tags, model_type=evaluated.family)
         )
         if model.status != LoggedModelStatus.READY:
             model = self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)

@@ -56,7 +56,7 @@ def evaluate_champion(params: Params) -> MonitorResult:
     # They take seconds to load, which a deployment that only looks at this module's forms does without.
     from mlflow.client import MlflowClient
 
-    from diffusion.evaluation.trial import look_again
+    from diffusion.evaluation.comparison import evaluate_model
     from flows import registry
     from flows.aliases import verified
     from flows.environment import settings
@@ -75,10 +75,10 @@ def evaluate_champion(params: Params) -> MonitorResult:
         return MonitorResult(**about, figures={}, drifted=False, summary=summary, skipped=True)
 
     weights = registry.fetch_weights(version, settings().folder / "models")
-    evaluated, extractor = look_again(
+    evaluated, extractor = evaluate_model(
         weights, params.dataset_folder, params.evaluation, params.sampling, params.report_folder, reporter()
     )
-    figures = {name: value for name, value in evaluated.named().items() if math.isfinite(value)}
+    figures = {name: value for name, value in evaluated.metrics().items() if math.isfinite(value)}
     summary, drifted = compare_kid(extractor, figures, before)
     RunTracker(client, version.run_id).log_metrics(
         {f"monitor_{name}": each for name, each in figures.items()}, int(time.time())

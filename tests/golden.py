@@ -34,12 +34,11 @@ from diffusion.data.ingest import ingest
 from diffusion.data.manifest import read_manifest
 from diffusion.data.takedown import remove
 from diffusion.data.takedown_records import Selection
-from diffusion.evaluation.bootstrap import replicates
+from diffusion.evaluation.bootstrap import compute_replicates, difference
+from diffusion.evaluation.comparison import compare_with_champion, distance_headline
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
-from diffusion.evaluation.evidence import distance_headline, recall_difference
-from diffusion.evaluation.gate import Copies, Cost, Evidence, GateConfig, decide
-from diffusion.evaluation.trial import trial
+from diffusion.evaluation.gate import ComparisonMetrics, CopyShare, Cost, GateConfig, decide
 from diffusion.fingerprint import fingerprint
 from diffusion.models.config import AutoregressiveConfig, FamilyConfig, GANConfig, ModelConfig, VAEConfig
 from diffusion.requests import answer
@@ -47,8 +46,7 @@ from diffusion.samplers import sampling_config
 from diffusion.sampling import sample
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import train
-from flows.history import Approval, Entry, History
-from flows.history import Evidence as GateEvidence
+from flows.history import Approval, Entry, Evidence, History
 
 VALUES = Path(__file__).with_name("golden_values.json")
 IMAGES = 2_000
@@ -314,22 +312,22 @@ def metrics(scratch: Path, models: Mapping[str, Path]) -> Values:
     data, checkpoints = scratch / "data" / "discs", sorted((scratch / "runs" / "ddpm" / "checkpoints").glob("*"))
     checkpoints = [path for path in checkpoints if path.suffix == ".safetensors"]
     evaluation = evaluate(data, checkpoints, EVALUATION, SAMPLING, scratch / "reports" / "evaluation")
-    judged = {f"{each.images}": each.named() for each in evaluation.checkpoints}
-    compared, _ = trial(
+    checkpoint_metrics = {f"{each.images}": each.metrics() for each in evaluation.checkpoints}
+    compared, _ = compare_with_champion(
         models["warm start"], models["ddpm"], data, EVALUATION, SAMPLING, GateConfig(), scratch / "reports" / "trial"
     )
-    autoencoder, _ = trial(
+    autoencoder, _ = compare_with_champion(
         models["vae"], models["vae"], data, EVALUATION, sampling_config(compute_batch=8), GateConfig(), scratch / "vae"
     )
     enlarged = evaluate(data, [models["super-resolution"]], EVALUATION, SAMPLING, scratch / "reports" / "enlarged")
     return {
-        "checkpoints": judged,
-        "real baseline": evaluation.floor.named(),
-        "intervals": {name: each.model_dump() for name, each in evaluation.figures.items()},
-        "comparison": compared.named(),
+        "checkpoints": checkpoint_metrics,
+        "real baseline": evaluation.real_baseline.metrics(),
+        "intervals": {name: each.model_dump() for name, each in evaluation.estimates.items()},
+        "comparison": compared.metrics(),
         "decision": json.loads(compared.decision.model_dump_json()),
-        "autoencoder": autoencoder.named(),
-        "super-resolution": enlarged.checkpoints[0].named(),
+        "autoencoder": autoencoder.metrics(),
+        "super-resolution": enlarged.checkpoints[0].metrics(),
         "steps": read_header(checkpoints[0])["model_header"]["images"],
     }
 
@@ -347,19 +345,19 @@ def gate_verdicts() -> Values:
     found: Values = {}
     for name, shift, copies in (("better", 0.1, 0.0), ("equal", 0.3, 0.0), ("worse", 0.5, 0.0), ("copies", 0.1, 0.4)):
         candidate = features(3, 400, shift)
-        ours, theirs, baseline = replicates([candidate, champion, real], reference, 20)
+        ours, theirs, baseline = compute_replicates([candidate, champion, real], reference, 20)
         for config in (GateConfig(), GateConfig(headline="fd", delta=0.2, recall_loss=None)):
-            evidence = Evidence(
-                judged="drawn",
+            compared = ComparisonMetrics(
+                basis="generated",
                 samples=400,
                 reference=400,
                 has_champion=True,
                 headline=distance_headline(ours, theirs, baseline, "stored", config),
-                recall=recall_difference(ours, theirs),
-                memorised=Copies(share=copies, p_value=1e-9 if copies else 0.7),
-                cost=Cost(challenger=1.0, champion=1.0, unit="GFLOP"),
+                recall=difference(ours["recall"], theirs["recall"]),
+                memorized=CopyShare(share=copies, p_value=1e-9 if copies else 0.7),
+                cost=Cost(candidate=1.0, champion=1.0, unit="GFLOP"),
             )
-            decision = decide(evidence, config)
+            decision = decide(compared, config)
             found[f"{name}/{config.headline}"] = json.loads(decision.model_dump_json()) | {
                 "metrics": {metric: each.estimate.model_dump() for metric, each in ours.items()}
             }
@@ -370,8 +368,8 @@ def ledger_entries() -> Values:
     """Digests of a short history: two promotions, a hold, a manual override, a rollback."""
     when, history = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), History("discs")
     figures, gate = {"kid": 0.25}, {"delta": 0.05}
-    promoted = GateEvidence(verdict="promote", reason="better", figures=figures, eval_key="e", gate=gate)
-    held = GateEvidence(verdict="hold", reason="perhaps", figures={"kid": 0.5})
+    promoted = Evidence(verdict="promote", reason="better", figures=figures, eval_key="e", gate=gate)
+    held = Evidence(verdict="hold", reason="perhaps", figures={"kid": 0.5})
     approval = Approval(approved=True, by="somebody", note="looked at")
     steps: list[tuple[Any, int, dict[str, Any]]] = [
         ("promote", 1, {"evidence": promoted}),

@@ -1,1 +1,1 @@
-"""How good a model's pictures are: features, scores with their floor and error, and a page to look at."""
+"""Evaluation of models: features, metrics with errors and real baselines, comparisons, and HTML reports."""

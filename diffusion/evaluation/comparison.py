@@ -1,16 +1,14 @@
-"""Families side by side: what each draws after the same training, judged by the same pictures, seed and features.
+"""Comparison of a candidate with the champion under equal conditions, and the gate's decision.
 
-Judged is the model that a training ends with, and not the best of its checkpoints: nothing is chosen by the pictures
-that it is judged by.
+Both generate the same image numbers of one seed, and are compared with the same held-out images on the same features.
+The seed is another than that by which the checkpoint was selected: the best of many looks better than it is on the very
+images that it was selected by. What is left is that it was selected by the same held-out images, as was the champion.
 """
 
 import json
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,191 +16,322 @@ from torch import Tensor
 from diffusion.checkpoints import read_model_header
 from diffusion.config import Config
 from diffusion.errors import UserError
+from diffusion.evaluation.bootstrap import FEWEST as FEWEST_FOR_ERRORS
 from diffusion.evaluation.bootstrap import difference
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.cost import gflop
-from diffusion.evaluation.estimate import Estimate
-from diffusion.evaluation.evaluator import CACHE, Evaluator, Figures, GeneratedKey, ModelEvaluator
-from diffusion.evaluation.gate import GateConfig
-from diffusion.evaluation.held_out_loss import HeldOutLoss
-from diffusion.evaluation.metrics import Scores
-from diffusion.evaluation.real import SHOWN
-from diffusion.evaluation.results import Floor, Measured
-from diffusion.evaluation.sealed import recall
+from diffusion.evaluation.estimate import Estimate, paired_difference
+from diffusion.evaluation.evaluator import CACHE, Evaluator, MetricReplicates, ModelEvaluator
+from diffusion.evaluation.gate import (
+    ComparisonMetrics,
+    CopyShare,
+    Cost,
+    Decision,
+    GateConfig,
+    Headline,
+    WorstClass,
+    decide,
+)
+from diffusion.evaluation.per_class import ClassScores
+from diffusion.evaluation.real_images import SHOWN
+from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, RealBaseline
 from diffusion.files import write_json
-from diffusion.fingerprint import Fingerprint
-from diffusion.lanes import cores
+from diffusion.model import ModelHeader
+from diffusion.models.config import FAMILIES, meaning
 from diffusion.progress import Progress, silent
-from diffusion.samplers import SamplingConfig, sampling_config
-from diffusion.sampling import sample
+from diffusion.samplers import SamplingConfig
+from diffusion.upscaling import task_of
 
-COMPARISON = "comparison.json"
-"""What is written, in the folder of the reports."""
-ROUNDS = 2
-"""Compute batches for each core that are timed."""
-
-
-class Entrant(Config):
-    """One of the models."""
-
-    name: str
-    file: str
-    sha256: str
-    """Of the file."""
-    family: str
-    images: int
-    """Pictures seen in training."""
-    minutes: float | None
-    """For how long it was to be trained; None: as many pictures were asked for."""
-    parameters: int
-    """Numbers that the model consists of."""
-    scores: Scores
-    figures: dict[str, Measured]
-    """Distances and shares by name, such as kid_efflite0, with intervals; none: there are too few pictures."""
-    held_out_loss: HeldOutLoss
-    """What it makes of held-out pictures, as far as it says anything of them."""
-    likelihood: Literal["bound", "exact"] | None
-    """Whether its bits per dimension are at most so many, or just so many; None: it gives none."""
-    gflop: float
-    """Floating-point operations to draw one picture, in 10⁹."""
-    pictures_per_second: float
-    """Drawn on the machine that compared, by all its cores, as measured once: other work there slows it."""
-    sampling: SamplingConfig
-    fingerprint: Fingerprint
-    """Of the machine that drew."""
+COMPARISON = "champion_comparison.json"
+"""The result, in the folder of the evaluation."""
+WORST_CLASSES = 4
+"""Classes of which images are shown."""
+IMAGES_PER_CLASS = 8
+"""Images shown of each of these classes, real and generated."""
 
 
-class Lead(Config):
-    """How much better one is than the next, by the leading distance on the same picture numbers."""
+class ChampionComparison(Config):
+    """A candidate compared with the champion, and the gate's decision."""
 
-    better: str
-    worse: str
-    difference: Estimate
-    """By how much its distance is lower."""
+    conditions: EvaluationConditions
+    key: str
+    """``conditions.key``: metrics compare only where it is equal."""
+    gate: GateConfig
+    candidate: ModelEvaluation
+    champion: ModelEvaluation | None
+    """None: there was none, or it could not be evaluated."""
+    real_baseline: RealBaseline
+    compared: ComparisonMetrics
+    """What the gate decided by."""
+    decision: Decision
 
-    def sure(self, confidence: float) -> bool:
-        """Whether the true difference is above zero with this confidence, one-sided."""
-        return self.difference.at_least(confidence) > 0
+    @property
+    def reason(self) -> str:
+        """The reasons of the verdict as one text."""
+        return "; ".join(self.decision.reasons)
 
-
-class Comparison(Config):
-    """All of them, the nearest to real pictures first."""
-
-    dataset: str
-    content_digest: str
-    extractor: str
-    extractor_digest: str
-    evaluation: EvaluationConfig
-    headline: str
-    """The distance that they are in the order of, such as kid_efflite0."""
-    entrants: list[Entrant]
-    leads: list[Lead]
-    """Of each over the next; none: there are too few pictures to tell."""
-    floor: Floor
-    """What training pictures get in the place of drawn ones."""
+    def metrics(self) -> dict[str, float]:
+        """The candidate's metrics by name, and under prefixes the champion's and the real baseline's."""
+        found = self.candidate.metrics()
+        if self.champion is not None:
+            found |= {f"champion_{name}": value for name, value in self.champion.metrics().items()}
+        return found | {f"real_baseline_{name}": value for name, value in self.real_baseline.metrics().items()}
 
 
 @dataclass(frozen=True)
-class Sheets:
-    """Pictures to be looked at, (N, C, H, W) uint8."""
+class SampleGrids:
+    """Images that show what a comparison found, each (N, C, H, W) uint8."""
 
     real: Tensor
-    drawn: Mapping[str, Tensor]
-    """The first that each drew, by name."""
+    """Held-out images; of super-resolution models, those that they were given in small."""
+    candidate: Tensor
+    """The first images that the candidate generated."""
+    champion: Tensor | None
+    """The same image numbers of the champion."""
+    nearest_generated: Tensor
+    """The candidate's images that lie closest to training images, in the order of ``memorization.pairs``."""
+    nearest_training: Tensor
+    """The training images that they lie closest to."""
+    duplicates: list[Tensor] = field(default_factory=list)
+    """The candidate's images that are duplicates of one another, in the order of ``duplicates.groups``."""
+    classes: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Held-out images and as many generated ones of the candidate's worst classes by name, the worst first."""
 
 
-class PaceKey(Config):
-    """All that the time to draw depends on, but for the machine and what else it does."""
-
-    kind: Literal["pace"] = "pace"
-    format_version: Literal[1] = 1
-    """Grows when it is measured another way."""
-    generated: GeneratedKey
-    cores: int
-
-
-def compare(
+def compare_with_champion(
+    candidate: Path,
+    champion: Path | None,
     data: Path,
-    models: Mapping[str, tuple[Path, SamplingConfig]],
     config: EvaluationConfig,
+    sampling: SamplingConfig,
+    gate: GateConfig,
     output: Path,
     progress: Progress = silent,
-) -> tuple[Comparison, Sheets]:
-    """Compare ``models``, files by name with how each draws, by the data set in folder ``data``.
+) -> tuple[ChampionComparison, SampleGrids]:
+    """Compare two model files on the data set in ``data`` and let the gate decide.
 
-    All draw picture numbers 0 … ``config.samples`` − 1 of ``config.seed``. Written into ``output``, at last:
-    ``comparison.json``. What took long is remembered in ``judged`` there: the same call after a kill goes on. Raises
-    UserError for fewer than two models, one that enlarges or makes pictures of another shape, and a data set too small.
+    A champion that cannot be compared (of another family, shape or task, or one that cannot sample as configured), and
+    sets too small for errors, hold the candidate with the reason. Expensive parts are cached: the same call after a
+    kill goes on, and the champion generates nothing again unless something differs.
+
+    Args:
+        candidate: The candidate's model file.
+        champion: The champion's model file; None: there is none.
+        data: Folder of the data set.
+        config: How the candidate's checkpoint was selected; the comparison generates with ``config.seed`` + 1.
+        sampling: How both generate.
+        gate: The rules of the decision.
+        output: Folder of ``champion_comparison.json``, written last, and of the cache.
+        progress: Called as the work goes on.
+
+    Raises:
+        UserError: The candidate cannot be evaluated.
     """
-    if len(models) < 2:
-        raise UserError(f"there is nothing to compare {', '.join(models) or 'nothing'} with: name two families or more")
-    evaluator = Evaluator(data, config, sampling_config(), output / CACHE, progress)
-    found = {name: _entering(name, path, how, evaluator) for name, (path, how) in models.items()}
-    halves = evaluator.halves(list(found.values()))
-    figures: dict[str, Figures] = dict(zip(found, halves, strict=False)) if halves else {}
-    entrants = [_entrant(name, each, figures.get(name, {})) for name, each in found.items()]
-    figure = GateConfig().figure(config.samples, len(evaluator.real.compared))
-    entrants.sort(key=lambda each: each.scores.of(figure))
-    conditions = evaluator.conditions
-    comparison = Comparison(
-        dataset=evaluator.real.dataset.manifest.name,
-        content_digest=conditions.content_digest,
-        extractor=conditions.extractor,
-        extractor_digest=conditions.extractor_digest,
-        evaluation=config,
-        headline=f"{figure}_{conditions.extractor}",
-        entrants=entrants,
-        leads=_leads([each.name for each in entrants], figures, figure) if figures else [],
-        floor=evaluator.floor(halves[-1] if halves else None),
+    evaluator = _evaluator(candidate, data, config, sampling, output, progress)
+    ours = evaluator.model(candidate)
+    evaluation = ours.evaluate()
+    theirs, their_evaluation, incomparable = _evaluate_champion(champion, ours, gate.across_families)
+    replicates = evaluator.replicates([ours] if theirs is None else [ours, theirs])
+    if theirs is not None and not replicates and _by_generated(ours, theirs):
+        incomparable = (
+            f"too few images to tell the two apart: {len(ours.features)} generated and {len(ours.real.compared)} held "
+            f"out, and errors need {FEWEST_FOR_ERRORS} of either: generate more with evaluation.samples, or hold more "
+            "out with ingest.held_out"
+        )
+    compared = _compare(
+        ours, theirs, (evaluation, their_evaluation), replicates, gate, champion is not None, incomparable
     )
-    write_json(output / COMPARISON, json.loads(comparison.model_dump_json()))
-    drawn = {each.name: found[each.name].images[:SHOWN] for each in entrants}
-    return comparison, Sheets(evaluator.real.shown_images, drawn)
+    if replicates:
+        evaluation = evaluation.model_copy(update={"estimates": evaluator.estimates(replicates[0])})
+        if their_evaluation is not None:
+            their_evaluation = their_evaluation.model_copy(update={"estimates": evaluator.estimates(replicates[1])})
+    result = ChampionComparison(
+        conditions=evaluator.conditions,
+        key=evaluator.conditions.key,
+        gate=gate,
+        candidate=evaluation,
+        champion=their_evaluation,
+        real_baseline=evaluator.real_baseline(replicates[-1] if replicates else None),
+        compared=compared,
+        decision=decide(compared, gate),
+    )
+    write_json(output / COMPARISON, json.loads(result.model_dump_json()))
+    return result, _sample_grids(ours, theirs, evaluation)
 
 
-def _entering(name: str, path: Path, sampling: SamplingConfig, evaluator: Evaluator) -> ModelEvaluator:
-    if read_model_header(path).model.low_resolution is not None:
-        raise UserError(f"{path} enlarges small pictures, and what is compared draws from nothing: leave {name} out")
-    return evaluator.model(path, sampling=sampling, name=name)
+def evaluate_model(
+    path: Path,
+    data: Path,
+    config: EvaluationConfig,
+    sampling: SamplingConfig,
+    output: Path,
+    progress: Progress = silent,
+) -> tuple[ModelEvaluation, str]:
+    """Evaluate the model file ``path`` on the images that ``data`` holds out now.
+
+    It generates as for a comparison with the same arguments, so that metrics compare, and shares its cache. Returns the
+    evaluation and the name of the features.
+
+    Raises:
+        UserError: The model cannot be evaluated.
+    """
+    evaluator = _evaluator(path, data, config, sampling, output, progress)
+    return evaluator.model(path).evaluate(), evaluator.conditions.extractor
 
 
-def _entrant(name: str, model: ModelEvaluator, figures: Figures) -> Entrant:
-    header = model.header
-    return Entrant(
-        name=name,
-        file=str(model.path),
-        sha256=model.sha256,
-        family=header.model.family,
-        images=header.images,
-        minutes=header.training.get("minutes"),
-        parameters=sum(parameter.numel() for parameter in model.model.network.parameters()),
-        scores=model.scores,
-        figures=model.evaluator.measured(figures),
-        held_out_loss=model.held_out_loss,
-        likelihood=header.model.likelihood,
-        gflop=gflop(model.model, model.guided),
-        pictures_per_second=_pace(model),
-        sampling=model.guided,
-        fingerprint=model.fingerprint,
+def _evaluator(
+    path: Path, data: Path, config: EvaluationConfig, sampling: SamplingConfig, output: Path, progress: Progress
+) -> Evaluator:
+    """One that generates with another seed than that by which checkpoints are selected."""
+    config = config.model_copy(update={"seed": config.seed + 1})
+    return Evaluator(data, config, sampling, output / CACHE, progress, task_of(read_model_header(path).model))
+
+
+def _require_comparable(champion: ModelHeader, candidate: ModelHeader, across_families: bool) -> None:
+    """Raise UserError, with the reason, if the two models differ in task, or in family unless that is allowed."""
+    theirs, ours = champion.model, candidate.model
+    if theirs.family != ours.family and not across_families:
+        raise UserError(
+            f"it is a {theirs.family} and the candidate a {ours.family}, which the gate compares only with "
+            "gate.across_families"
+        )
+    they, we = task_of(theirs), task_of(ours)
+    if they.low_resolution != we.low_resolution:
+        raise UserError(
+            f"it {they.description} and the candidate {we.description}: metrics of two tasks do not compare"
+        )
+
+
+def _evaluate_champion(
+    path: Path | None, candidate: ModelEvaluator, across_families: bool
+) -> tuple[ModelEvaluator | None, ModelEvaluation | None, str | None]:
+    """The champion and its evaluation, or the reason why it cannot be compared; all None: there is none.
+
+    Where the configured sampling means nothing to a champion of another family, that one generates by the defaults.
+    """
+    if path is None:
+        return None, None, None
+    try:
+        header, sampling = read_model_header(path), candidate.sampling
+        _require_comparable(header, candidate.header, across_families)
+        if header.model.family != candidate.header.model.family:
+            sampling = meaning(header.model, sampling)
+        model = candidate.evaluator.model(path, sampling=sampling)
+        return model, model.evaluate(), None
+    except UserError as error:
+        return None, None, f"the champion cannot be evaluated beside it: {error}"
+
+
+def _by_generated(ours: ModelEvaluator, theirs: ModelEvaluator | None) -> bool:
+    """Whether the gate goes by generated images; if not, both are of one family that is compared by reconstructions."""
+    one, other = (each.header.model.family for each in (ours, theirs or ours))
+    return one != other or FAMILIES[one].judged == "drawn"
+
+
+def _compare(
+    ours: ModelEvaluator,
+    theirs: ModelEvaluator | None,
+    evaluations: tuple[ModelEvaluation, ModelEvaluation | None],
+    replicates: Sequence[MetricReplicates],
+    gate: GateConfig,
+    has_champion: bool,
+    incomparable: str | None,
+) -> ComparisonMetrics:
+    """What the gate decides by; ``replicates``: of the candidate, the champion and the real baseline."""
+    generated, real = _by_generated(ours, theirs), ours.real
+    copied = evaluations[0].memorization
+    compared = ComparisonMetrics(
+        basis="generated" if generated else "reconstructed",
+        samples=len(ours.features) if generated else len(real.held_out),
+        reference=len(real.compared),
+        has_champion=has_champion,
+        incomparable=incomparable,
+        memorized=CopyShare(share=copied.excess, p_value=copied.p_value) if generated else None,
+    )
+    if theirs is None or evaluations[1] is None or incomparable is not None:
+        return compared
+    if not generated:
+        assert ours.psnr is not None
+        assert theirs.psnr is not None
+        return compared.model_copy(update={"headline": psnr_headline(ours.psnr, theirs.psnr)})
+    candidate, champion, real_baseline = replicates
+    return compared.model_copy(
+        update={
+            "headline": distance_headline(candidate, champion, real_baseline, real.extractor.name, gate),
+            "recall": difference(candidate["recall"], champion["recall"]),
+            "worst_class": _worst_class(evaluations[0], evaluations[1]),
+            "cost": Cost(candidate=evaluations[0].gflop, champion=evaluations[1].gflop, unit="GFLOP"),
+        }
     )
 
 
-def _pace(model: ModelEvaluator) -> float:
-    """Images generated in a second, by all cores; once measured, it is cached."""
-    count = ROUNDS * cores() * model.sampling.compute_batch
+def distance_headline(
+    candidate: MetricReplicates,
+    champion: MetricReplicates,
+    real_baseline: MetricReplicates,
+    extractor: str,
+    gate: GateConfig,
+) -> Headline:
+    """The distance by which ``gate`` compares two models, on features called ``extractor``."""
+    some = next(iter(candidate.values()))
+    metric = gate.metric(some.samples, some.reference)
+    return Headline(
+        name=f"{metric}_{extractor}",
+        candidate=candidate[metric].estimate,
+        champion=champion[metric].estimate,
+        difference=difference(candidate[metric], champion[metric]),
+        real_baseline=real_baseline[metric].value,
+    )
 
-    def work() -> dict[str, Tensor]:
-        began = time.perf_counter()
-        sample(model.model, range(count), model.config.seed, model.guided, model.progress, model.conditions)
-        return {"pictures_per_second": torch.tensor(count / (time.perf_counter() - began), dtype=torch.float64)}
 
-    key = PaceKey(generated=model.generated_key, cores=cores())
-    return float(recall(model.folder, key, work)["pictures_per_second"])
+def psnr_headline(candidate: Tensor, champion: Tensor) -> Headline:
+    """PSNR in dB of the same M held-out images as two autoencoders reconstruct them, (M,) each; M at least 2."""
+    nothing = [0.0] * len(candidate)
+    ours, theirs = candidate.tolist(), champion.tolist()
+    return Headline(
+        name="reconstruction_psnr",
+        candidate=paired_difference(ours, nothing),
+        champion=paired_difference(theirs, nothing),
+        difference=paired_difference(ours, theirs),
+        real_baseline=None,
+    )
 
 
-def _leads(names: Sequence[str], figures: Mapping[str, Figures], figure: Literal["kid", "fd"]) -> list[Lead]:
-    """Of each of ``names`` over the next; lower distances are better."""
-    return [
-        Lead(better=one, worse=other, difference=difference(figures[other][figure], figures[one][figure]))
-        for one, other in pairwise(names)
-    ]
+def _worst_class(ours: ModelEvaluation, theirs: ModelEvaluation) -> WorstClass | None:
+    """None if either has no classes, or too few images of each."""
+    if ours.per_class is None or theirs.per_class is None:
+        return None
+    candidate, champion = ours.per_class.worst, theirs.per_class.worst
+    if candidate is None or champion is None:
+        return None
+
+    def estimate(scores: ClassScores) -> Estimate:
+        return Estimate(value=scores.kid, error=scores.kid_se, freedom=min(scores.samples, scores.reference) - 1)
+
+    return WorstClass(
+        candidate=estimate(candidate),
+        champion=estimate(champion),
+        candidate_class=candidate.name,
+        champion_class=champion.name,
+    )
+
+
+def _sample_grids(ours: ModelEvaluator, theirs: ModelEvaluator | None, evaluation: ModelEvaluation) -> SampleGrids:
+    real, pairs = ours.real, evaluation.memorization.pairs
+    classes = {}
+    if evaluation.per_class is not None and ours.labels is not None:
+        labels = real.labelled(ours.model.classes).labels
+        for name in [each.name for each in evaluation.per_class.worst_first][:WORST_CLASSES]:
+            number = ours.model.classes.index(name)
+            numbers = [torch.nonzero(each == number)[:IMAGES_PER_CLASS, 0] for each in (labels, ours.labels)]
+            count = min(map(len, numbers))
+            held_out, generated = (each[:count] for each in numbers)
+            classes[name] = real.dataset.pictures(real.compared[held_out.numpy()]), ours.images[generated]
+    return SampleGrids(
+        real=real.shown_images,
+        candidate=ours.images[:SHOWN],
+        champion=None if theirs is None else theirs.images[:SHOWN],
+        nearest_generated=ours.images[[pair.generated for pair in pairs]],
+        nearest_training=real.dataset.pictures(real.train[[pair.training for pair in pairs]]),
+        duplicates=[ours.images[group.members] for group in evaluation.duplicates.groups],
+        classes=classes,
+    )

@@ -1,4 +1,4 @@
-"""How checkpoints are judged."""
+"""How checkpoints are evaluated."""
 
 import math
 from pathlib import Path
@@ -11,35 +11,35 @@ from diffusion.training.config import LARGEST_EMA_STD
 
 
 class EvaluationConfig(Config):
-    """What is drawn, what it is compared with, and on which features."""
+    """What is generated, what it is compared with, and on which features."""
 
     samples: int = Field(500, ge=10)
-    """Pictures drawn from each checkpoint, and real training pictures behind the floor."""
+    """Images generated from each checkpoint, and real training images in the real baseline."""
     finalists: int = Field(4, ge=1)
-    """Checkpoints that are judged in full, on all samples. If there are more (training.keep, ema_stds), rounds with
-    fewer pictures choose them by KID, of autoencoders by PSNR, which are unbiased however few the pictures are."""
+    """Checkpoints evaluated in full, on all samples. If there are more (training.keep, ema_stds), rounds with fewer
+    images select them by KID, of autoencoders by PSNR, which are unbiased however few the images are."""
     first_samples: int | None = Field(None, ge=10, exclude_if=unset)
-    """Pictures drawn from each checkpoint in the first of these rounds. The better quarter goes on to the next one,
+    """Images generated from each checkpoint in the first of these rounds. The better quarter goes on to the next one,
     with four times as many, until finalists are left. Null: a quarter of samples, or 10 if that is less: one round."""
     ema_stds: tuple[Annotated[float, Field(gt=0, lt=LARGEST_EMA_STD)], ...] = ()
-    """Averages of the weights over these shares of training are judged, too: see training.ema_stds."""
+    """Averages of the weights over these shares of training are evaluated, too: see training.ema_stds."""
     reference: int = Field(10_000, ge=10)
-    """Held-out pictures compared with: at most this many, the first by key."""
+    """Held-out images compared with: at most this many, the first by key."""
     extractor: Literal["efflite0", "inception", "labels", "file"] = "efflite0"
     """The feature network: EfficientNet-Lite0 trained on ImageNet; Inception-v3, which "FID" without more means; a
     small classifier that learns the data set's own labels; or the network in the ONNX file at extractor_weights."""
     extractor_size: int | None = Field(None, ge=8, le=1024, exclude_if=unset)
-    """Height and width, in pixels, that pictures get for it: of efflite0 a multiple of 32. Scores of two sizes do not
-    compare. Null: of efflite0 64, of labels the pictures' own or 32 if that is less, of a file the one it takes."""
+    """Height and width, in pixels, that images get for it: of efflite0 a multiple of 32. Scores of two sizes do not
+    compare. Null: of efflite0 64, of labels the images' own or 32 if that is less, of a file the one it takes."""
     extractor_weights: Path | None = Field(None, exclude_if=unset)
     """Of file the network; of inception its weights, null: where torch-fidelity keeps them, or else fetched from where
     it publishes them."""
     seed: int = Field(0, ge=0)
-    """Seed of the drawn pictures and of the choice of training pictures."""
+    """Seed of the generated images and of the choice of training images."""
 
     @property
     def first_round(self) -> int:
-        """Pictures drawn from each checkpoint in the first round."""
+        """Images generated from each checkpoint in the first round."""
         return max(10, math.ceil(self.samples / 4)) if self.first_samples is None else self.first_samples
 
     @model_validator(mode="after")
@@ -54,10 +54,10 @@ class EvaluationConfig(Config):
     @model_validator(mode="after")
     def _means_something(self) -> "EvaluationConfig":
         if self.extractor == "inception" and self.extractor_size is not None:
-            raise ValueError("extractor = inception sees every picture at 299 pixels: leave extractor_size out")
+            raise ValueError("extractor = inception sees every image at 299 pixels: leave extractor_size out")
         if self.extractor == "efflite0" and self.extractor_size is not None and self.extractor_size % 32:
             raise ValueError(
-                f"extractor = efflite0 halves pictures five times, and extractor_size = {self.extractor_size} is no "
+                f"extractor = efflite0 halves images five times, and extractor_size = {self.extractor_size} is no "
                 "multiple of 32: use 32, 64, 96, …"
             )
         if self.extractor == "file" and self.extractor_weights is None:

@@ -7,6 +7,9 @@ from pydantic import Field, FiniteFloat
 
 from diffusion.config import Config
 
+DEVIATIONS = 1.959964
+"""Standard errors to either side that make an interval of 95 %."""
+
 
 class Interval(Config):
     """Where the true value lies, in a share ``confidence`` of all evaluations."""
@@ -17,7 +20,7 @@ class Interval(Config):
 
 
 class Estimate(Config):
-    """A figure measured on some pictures, for what it would be on average over other ones."""
+    """A figure measured on some images, for what it would be on average over other ones."""
 
     value: FiniteFloat
     error: FiniteFloat = Field(0.0, ge=0)
@@ -64,27 +67,34 @@ class Share(Estimate):
     """A figure between 0 and 1."""
 
     count: int = Field(ge=1)
-    """Pictures of which it is the share."""
+    """Images of which it is the share."""
 
     def interval(self, confidence: float) -> Interval:
-        """Two-sided, within 0 and 1, and wider than nothing where all pictures agree.
+        """Two-sided, within 0 and 1, and wider than nothing where all images agree.
 
-        Wilson's (J. Am. Stat. Assoc. 22, 1927) for as many independent pictures as would give the same error.
+        Wilson's (J. Am. Stat. Assoc. 22, 1927) for as many independent images as would give the same error.
         """
         p = self.value
         independent = min(p * (1 - p) / self.error**2, self.count) if self.error and 0 < p < 1 else self.count
-        squared = self.model_copy(update={"error": 1.0}).reach((1 + confidence) / 2) ** 2 / independent
-        middle = (p + squared / 2) / (1 + squared)
-        half = math.sqrt(squared * (p * (1 - p) + squared / 4)) / (1 + squared)
-        return Interval(low=max(middle - half, 0.0), high=min(middle + half, 1.0), confidence=confidence)
+        z = self.model_copy(update={"error": 1.0}).reach((1 + confidence) / 2)
+        low, high = wilson_interval(p, independent, z)
+        return Interval(low=low, high=high, confidence=confidence)
 
 
-def paired_difference(challenger: Sequence[float], champion: Sequence[float]) -> Estimate:
-    """Mean difference of a figure that each picture has, both on the same pictures in the same order; at least two.
+def wilson_interval(share: float, count: float, deviations: float = DEVIATIONS) -> tuple[float, float]:
+    """Wilson's interval of a share of ``count`` images, which holds for small shares, too (JASA 22, 1927)."""
+    squared = deviations**2 / count
+    middle = (share + squared / 2) / (1 + squared)
+    half = math.sqrt(squared * (share * (1 - share) + squared / 4)) / (1 + squared)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
-    What makes some pictures harder than others for both cancels, which an interval from two errors would count twice.
+
+def paired_difference(candidate: Sequence[float], champion: Sequence[float]) -> Estimate:
+    """Mean difference of a figure that each image has, both on the same images in the same order; at least two.
+
+    What makes some images harder than others for both cancels, which an interval from two errors would count twice.
     """
-    differences = [ours - theirs for ours, theirs in zip(challenger, champion, strict=True)]
+    differences = [ours - theirs for ours, theirs in zip(candidate, champion, strict=True)]
     count = len(differences)
     mean = math.fsum(differences) / count
     variance = math.fsum((each - mean) ** 2 for each in differences) / (count - 1)

@@ -1,9 +1,13 @@
-"""Evaluate: which of a run's checkpoints draws best, and how far that is from real."""
+"""Evaluation of a run's checkpoints: selects the best one, and writes how far its images are from real ones.
+
+Of many checkpoints all are evaluated briefly, and ever fewer on ever more images (successive halving).
+"""
 
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -12,15 +16,49 @@ from diffusion.checkpoints import read_model_header
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import CACHE, Evaluator
-from diffusion.evaluation.real import SHOWN
+from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.report import Sheets, write_report
 from diffusion.evaluation.results import CheckpointEvaluation, Evaluation
-from diffusion.evaluation.selection import finalists
 from diffusion.files import write_bytes, write_json
 from diffusion.grids import above, grid, save_png
 from diffusion.progress import Progress, silent
 from diffusion.samplers import SamplingConfig
 from diffusion.upscaling import task_of
+
+ETA = 4
+"""η of successive halving: the share of checkpoints that goes on falls by it as the number of images grows by it, so
+that every round generates about as many images as the one before."""
+
+
+def select_finalists(
+    checkpoints: Sequence[Path], config: EvaluationConfig, score: Callable[[Path, int], CheckpointEvaluation]
+) -> tuple[list[Path], list[CheckpointEvaluation]]:
+    """The checkpoints to be evaluated in full, in their order, and the last scores of those that fell behind.
+
+    Successive halving (arXiv 1502.07943): while there are more than ``config.finalists`` and images are fewer than
+    ``config.samples``, all are scored by ``score(checkpoint, images)``, and the better quarter by merit goes on; of
+    the last round only the finalists. KID and PSNR, which merit is, are unbiased however few the images are.
+    """
+    left, behind, samples = list(checkpoints), list[CheckpointEvaluation](), config.first_round
+    while len(left) > config.finalists and samples < config.samples:
+        scored = [(path, score(path, samples)) for path in left]
+        scored.sort(key=lambda pair: pair[1].selection_metric.rank, reverse=True)
+        is_last = samples * ETA >= config.samples
+        places = config.finalists if is_last else max(config.finalists, math.ceil(len(left) / ETA))
+        going_on = {path for path, _ in scored[:places]}
+        left = [path for path in left if path in going_on]
+        behind += [each for _, each in scored[places:]]
+        samples *= ETA
+    return left, sorted(behind, key=lambda each: each.images)
+
+
+REAL_GRID = "held_out.png"
+"""The grid of real images, among those of checkpoints."""
+
+
+def grid_name(checkpoint: CheckpointEvaluation) -> str:
+    """File name of the grid of images of a checkpoint, in the folder ``grids`` of an evaluation."""
+    return f"{checkpoint.images:010d}-{checkpoint.sha256[:8]}.png"
 
 
 def evaluate(
@@ -32,15 +70,24 @@ def evaluate(
     losses: Path | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Judge ``checkpoints`` against the held-out pictures of the data set in folder ``data``.
+    """Evaluate ``checkpoints`` on the held-out images of the data set in folder ``data``.
 
-    All draw the same picture numbers of the same seed, and the best is that of the highest merit. Of more than
-    ``config.finalists`` only the leading ones are judged in full, as shorter rounds choose them. ``losses``: the CSV
-    of losses by images seen that training left, for the report. Written into ``output``: ``evaluation.json``,
-    ``metrics.json``, ``scores.csv``, if there were rounds ``preliminary.csv`` of those that fell behind, grids as PNG,
-    and at last ``report.html``. What was judged before is remembered in ``judged`` there, so the same call after a
-    kill goes on, and after the end draws nothing.
-    Raises UserError for a data set too small, or a file that is no model or one of another picture size.
+    All generate the same image numbers of the same seed; the best one has the best selection metric. Of more than
+    ``config.finalists`` only the leading ones are evaluated in full, as shorter rounds select them. Expensive parts are
+    cached in ``output``, so the same call after a kill goes on, and after the end generates nothing.
+
+    Args:
+        data: Folder of the data set.
+        checkpoints: Model files.
+        config: What to generate and to compare with.
+        sampling: How to generate.
+        output: Folder of ``evaluation.json``, ``metrics.json``, ``scores.csv``, if there were rounds
+            ``preliminary.csv`` of those that fell behind, grids as PNG, and at last ``report.html``.
+        losses: The CSV of losses by images seen that training left, for the report.
+        progress: Called as the work goes on.
+
+    Raises:
+        UserError: For a data set too small, or a file that is no model or one of another image size.
     """
     if not checkpoints:
         raise UserError("no checkpoint to evaluate: train first, with `darkroom train`")
@@ -53,26 +100,26 @@ def evaluate(
         seen[model.sha256] = model.images[:SHOWN]
         return model.checkpoint()
 
-    chosen, behind = finalists(checkpoints, config, briefly)
+    chosen, behind = select_finalists(checkpoints, config, briefly)
     models = {model.sha256: model for model in map(evaluator.model, chosen)}
     evaluated = sorted((model.checkpoint() for model in models.values()), key=lambda each: each.images)
-    best = max(evaluated, key=lambda each: each.merit.rank)
-    halves = evaluator.halves([models[best.sha256]])
+    best = max(evaluated, key=lambda each: each.selection_metric.rank)
+    replicates = evaluator.replicates([models[best.sha256]])
     evaluation = Evaluation(
         dataset=evaluator.real.dataset.manifest.name,
         conditions=evaluator.conditions,
         eval_key=evaluator.conditions.key,
         features=evaluator.real.extractor.about,
-        floor=evaluator.floor(halves[-1] if halves else None),
+        real_baseline=evaluator.real_baseline(replicates[-1] if replicates else None),
         best=best,
         checkpoints=evaluated,
         preliminary=behind,
-        figures=evaluator.measured(halves[0]) if halves else {},
+        estimates=evaluator.estimates(replicates[0]) if replicates else {},
         baselines=evaluator.baselines(),
     )
     sheets = Sheets(
         real=evaluator.real.shown_images,
-        drawn=seen | {sha256: model.images[:SHOWN] for sha256, model in models.items()},
+        generated=seen | {sha256: model.images[:SHOWN] for sha256, model in models.items()},
         reconstructed={
             sha256: model.reconstructed for sha256, model in models.items() if model.reconstructed is not None
         },
@@ -83,23 +130,23 @@ def evaluate(
 
 
 def _write(evaluation: Evaluation, sheets: Sheets, output: Path) -> None:
-    grids = {"held_out.png": grid(sheets.real)}
-    grids |= {
-        f"{each.images:010d}-{each.sha256[:8]}.png": grid(sheets.drawn[each.sha256]) for each in evaluation.checkpoints
-    }
+    grids = {REAL_GRID: grid(sheets.real)}
+    grids |= {grid_name(each): grid(sheets.generated[each.sha256]) for each in evaluation.checkpoints}
     if (back := sheets.reconstructed.get(evaluation.best.sha256)) is not None:
         grids["held_out_reconstructed.png"] = above(sheets.real, back)
-    for name, picture in grids.items():
-        save_png(output / "grids" / name, picture)
+    for name, image in grids.items():
+        save_png(output / "grids" / name, image)
     # Afterwards, and only others: somebody who judges the same at the same time has written these as well.
     for path in (output / "grids").glob("*.png"):
         if path.name not in grids:
             path.unlink(missing_ok=True)
-    _write_csv(output / "scores.csv", [{"images": each.images, **each.named()} for each in evaluation.checkpoints])
-    # In a file of their own: on a curve nobody would see that they rest on fewer pictures.
+    _write_csv(output / "scores.csv", [{"images": each.images, **each.metrics()} for each in evaluation.checkpoints])
+    # In a file of their own: on a curve nobody would see that they rest on fewer images.
     behind = output / "preliminary.csv"
     if evaluation.preliminary:
-        _write_csv(behind, [{"images": each.images, **each.merit.named()} for each in evaluation.preliminary])
+        _write_csv(
+            behind, [{"images": each.images, **each.selection_metric.metrics()} for each in evaluation.preliminary]
+        )
     else:
         behind.unlink(missing_ok=True)
     write_json(output / "evaluation.json", json.loads(evaluation.model_dump_json()))

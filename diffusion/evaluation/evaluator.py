@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.checkpoints import load_model, read_model_header
 from diffusion.config import Config, unset
@@ -24,30 +25,45 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import read_manifest
 from diffusion.device import resolve_device
 from diffusion.errors import UserError
-from diffusion.evaluation.bootstrap import SPLITS, Figure, Replicates, replicates
-from diffusion.evaluation.bootstrap.neighbourhoods import FEWEST as FEWEST_FOR_ERRORS
+from diffusion.evaluation.bootstrap import FEWEST as FEWEST_FOR_ERRORS
+from diffusion.evaluation.bootstrap import SPLITS, Figure, Replicates, compute_replicates
+from diffusion.evaluation.cache import Tensors, cached, cached_result, pieces_folder
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.cost import gflop
-from diffusion.evaluation.drift import appearance, drift
-from diffusion.evaluation.duplicates import duplicates
-from diffusion.evaluation.enlargement import RESAMPLING, Enlarged, Likeness, likeness, psnr, resampled, ssim
+from diffusion.evaluation.copies import Memorization, detect_duplicates, detect_memorization
+from diffusion.evaluation.distances import Scores, compute_moments, frechet_distance
 from diffusion.evaluation.features import BATCH, extractor_for
-from diffusion.evaluation.held_out_loss import HeldOutLoss, held_out_loss, measure, told_of_rows
-from diffusion.evaluation.memorisation import Memorisation, memorisation
-from diffusion.evaluation.metrics import Scores
-from diffusion.evaluation.moments import distance, moments
-from diffusion.evaluation.per_class import Labelled, PerClass, per_class
-from diffusion.evaluation.real import CHUNK, SHOWN, Real, moved_in_pieces, packed, unpacked
-from diffusion.evaluation.reference import FeaturesKey
+from diffusion.evaluation.held_out_loss import HeldOutLoss, conditioning_of_rows, measure_losses, summarize_losses
+from diffusion.evaluation.per_class import Labelled, PerClass, evaluate_classes
+from diffusion.evaluation.pixel_metrics import (
+    RESAMPLING,
+    ImageSimilarity,
+    ResamplingBaseline,
+    compare_appearance,
+    compare_images,
+    measure_appearance,
+    psnr,
+    resample,
+    ssim,
+)
+from diffusion.evaluation.real_images import (
+    CHUNK,
+    SHOWN,
+    FeaturesKey,
+    RealImages,
+    packed,
+    thumbnails_of_pieces,
+    unpacked,
+)
 from diffusion.evaluation.results import (
     CheckpointEvaluation,
     EvaluationConditions,
-    Floor,
-    Measured,
+    MetricEstimate,
     ModelEvaluation,
+    ModelScores,
+    RealBaseline,
     Reconstruction,
 )
-from diffusion.evaluation.sealed import Tensors, pieces_of, recall, recall_found
+from diffusion.families import family_of
 from diffusion.files import sha256_file
 from diffusion.fingerprint import Fingerprint, fingerprint
 from diffusion.lanes import cores
@@ -58,13 +74,13 @@ from diffusion.samplers import SamplingConfig
 from diffusion.sampling import is_conditional, labels_of, reconstructed
 from diffusion.upscaling import FromNoise, GenerationTask, task_of
 
-CACHE = "judged"
+CACHE = "evaluations"
 """Folder of the cache, in that of an evaluation."""
 FEWEST = 10
 """Images of either split without which no metric means anything."""
 BATCHES = 2
 """Compute batches in a cached piece for each core: little is lost to a kill, and no core waits for long."""
-Figures = dict[Figure, Replicates]
+MetricReplicates = dict[Figure, Replicates]
 """Metrics of one model with their values on halves; empty if there are too few images for errors."""
 
 
@@ -72,7 +88,7 @@ class GeneratedKey(Config):
     """All that a model's images depend on."""
 
     kind: Literal["generated"] = "generated"
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     """Grows when the same model generates other images, or is given other conditions."""
     model: str
     """SHA-256 of its file."""
@@ -124,7 +140,7 @@ class HeldOutKey(Config):
     """All that depends on what a model makes of the first held-out images."""
 
     kind: Literal["losses", "reconstructions"]
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     """Grows when they are measured another way."""
     model: str
     """SHA-256 of its file."""
@@ -142,7 +158,7 @@ class HalvesKey(Config):
     format_version: Literal[2] = 2
     """Grows when metrics or halves come out another way."""
     generated: tuple[GeneratedFeaturesKey, ...]
-    floor_seed: int
+    real_baseline_seed: int
     training: FeaturesKey
     compared: FeaturesKey
     splits: int
@@ -152,7 +168,7 @@ class BaselineKey(Config):
     """All that the scores of images enlarged without a model depend on."""
 
     kind: Literal["baseline"] = "baseline"
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     """Grows when they come out another way."""
     name: str
     samples: int
@@ -201,7 +217,7 @@ class Evaluator:
         require_enough(data)
         dataset = Dataset.open(data)
         extractor = extractor_for(config, dataset, folder, progress)
-        self.real = Real(dataset, extractor, config.reference, config.samples, folder, task, progress)
+        self.real = RealImages(dataset, extractor, config.reference, config.samples, folder, task, progress)
         self.config = config
         self.sampling = sampling
         self.folder = folder
@@ -219,7 +235,7 @@ class Evaluator:
     def model(
         self, path: Path, samples: int | None = None, sampling: SamplingConfig | None = None, name: str = ""
     ) -> "ModelEvaluator":
-        """The evaluation of the model in the file ``path``, of which nothing is computed until it is asked for.
+        """The evaluation of the model in the file ``path``, of which everything is computed when it is first needed.
 
         Args:
             path: A checkpoint, or a final model.
@@ -242,32 +258,32 @@ class Evaluator:
             )
         return found
 
-    def halves(self, models: Sequence["ModelEvaluator"]) -> list[Figures]:
+    def replicates(self, models: Sequence["ModelEvaluator"]) -> list[MetricReplicates]:
         """Metrics on halves of the features of each model, and last of the real baseline.
 
         Empty if a set has too few images for errors.
         """
         real, seed = self.real, self.config.seed
-        _, floor = real.floor(seed)
-        sets, reference = [*(each.features for each in models), floor], real.reference.features
+        _, real_baseline = real.real_baseline(seed)
+        sets, reference = [*(each.features for each in models), real_baseline], real.reference.features
         if min(map(len, (*sets, reference))) < FEWEST_FOR_ERRORS:
             return []
-        points = [*(each.scores for each in models), self.floor().scores]
+        points = [*(each.scores for each in models), self.real_baseline().scores]
 
         def work() -> Tensors:
-            found = replicates(sets, reference, SPLITS, self.progress, points)
+            found = compute_replicates(sets, reference, SPLITS, self.progress, points)
             return {
                 f"{number}/{figure}": some.halves for number, each in enumerate(found) for figure, some in each.items()
             }
 
         key = HalvesKey(
             generated=tuple(each.features_key for each in models),
-            floor_seed=seed,
+            real_baseline_seed=seed,
             training=real.training_key,
             compared=real.compared_key,
             splits=SPLITS,
         )
-        kept = recall(self.folder, key, work)
+        kept = cached(self.folder, key, work)
         return [
             {
                 figure: Replicates.of(figure, score.of(figure), kept[f"{number}/{figure}"], features, reference)
@@ -276,34 +292,40 @@ class Evaluator:
             for number, (features, score) in enumerate(zip(sets, points, strict=True))
         ]
 
-    def floor(self, figures: Figures | None = None) -> Floor:
+    def real_baseline(self, replicates: MetricReplicates | None = None) -> RealBaseline:
         """What real training images get in the place of generated ones."""
-        return Floor(scores=self.real.scores(*self.real.floor(self.config.seed)), figures=self.measured(figures or {}))
+        return RealBaseline(
+            scores=self.real.scores(*self.real.real_baseline(self.config.seed)),
+            estimates=self.estimates(replicates or {}),
+        )
 
-    def measured(self, figures: Figures) -> dict[str, Measured]:
-        """``figures`` by names that say of which features they are."""
-        return {f"{figure}_{self.conditions.extractor}": Measured.of(each.estimate) for figure, each in figures.items()}
+    def estimates(self, replicates: MetricReplicates) -> dict[str, MetricEstimate]:
+        """Estimates of metrics by name, such as kid_efflite0."""
+        return {
+            f"{figure}_{self.conditions.extractor}": MetricEstimate.of(each.estimate)
+            for figure, each in replicates.items()
+        }
 
-    def baselines(self) -> dict[str, Enlarged] | None:
+    def baselines(self) -> dict[str, ResamplingBaseline] | None:
         """What models that enlarge must beat: the same small images resampled; None if they enlarge nothing."""
         low_resolution = self.real.task.low_resolution
         return None if low_resolution is None else {name: self._baseline(name, low_resolution) for name in RESAMPLING}
 
-    def _baseline(self, name: str, low_resolution: int) -> Enlarged:
+    def _baseline(self, name: str, low_resolution: int) -> ResamplingBaseline:
         real = self.real
 
-        def work() -> tuple[Enlarged, Tensors]:
+        def work() -> tuple[ResamplingBaseline, Tensors]:
             assert real.small is not None
-            large = resampled(real.small, real.dataset.manifest.size // low_resolution, name)
-            alike = likeness(large, torch.cat(list(real.pictures(real.shown))))
-            return Enlarged(scores=real.score(real.extractor(large)), likeness=alike), {}
+            large = resample(real.small, real.dataset.manifest.size // low_resolution, name)
+            alike = compare_images(large, torch.cat(list(real.pictures(real.shown))))
+            return ResamplingBaseline(scores=real.score(real.extractor(large)), similarity=alike), {}
 
         key = BaselineKey(name=name, samples=len(real.shown), low_resolution=low_resolution, compared=real.compared_key)
-        return recall_found(self.folder, key, Enlarged, work)[0]
+        return cached_result(self.folder, key, ResamplingBaseline, work)[0]
 
 
 class ModelEvaluator:
-    """One model file under an evaluator's conditions; what takes long is done when first asked for, and cached.
+    """One model file under an evaluator's conditions; expensive parts are computed when first needed, and cached.
 
     It generates image numbers 0 … ``samples`` − 1 of the configured seed, or enlarges what it is shown.
     """
@@ -348,7 +370,7 @@ class ModelEvaluator:
     @cached_property
     def images(self) -> Tensor:
         """What it generates, (samples, C, H, W) uint8."""
-        return recall(self.folder, self.generated_key, lambda: {"pictures": self._generate()})["pictures"]
+        return cached(self.folder, self.generated_key, lambda: {"images": self._generate()})["images"]
 
     def _generate(self) -> Tensor:
         """All images, piece by piece, each cached until the whole is.
@@ -356,7 +378,7 @@ class ModelEvaluator:
         A piece is of whole compute batches, but for the last, and so has the bits that it has in the whole.
         """
         size = BATCHES * cores() * self.sampling.compute_batch
-        folder = pieces_of(self.folder, self.generated_key)
+        folder = pieces_folder(self.folder, self.generated_key)
 
         def piece(numbers: range) -> Tensor:
             def counted(what: str, done: int, total: int | None, note: str = "") -> None:
@@ -369,9 +391,9 @@ class ModelEvaluator:
                 inputs = None if small is None else small[numbers.start : numbers.stop]
                 seed, conditions = self.config.seed, self.conditions
                 images = self.real.task.generate(self.model, inputs, numbers, seed, self.guided, counted, conditions)
-                return {"pictures": images}
+                return {"images": images}
 
-            return recall(folder, PieceKey(first=numbers.start, count=len(numbers)), work)["pictures"]
+            return cached(folder, PieceKey(first=numbers.start, count=len(numbers)), work)["images"]
 
         starts = range(0, self.samples, size)
         return torch.cat([piece(range(start, min(start + size, self.samples))) for start in starts])
@@ -379,7 +401,7 @@ class ModelEvaluator:
     @cached_property
     def features(self) -> Tensor:
         """Of what it generates, (samples, D) float32."""
-        return recall(self.folder, self.features_key, lambda: {"features": self.real.extractor(self.images)})[
+        return cached(self.folder, self.features_key, lambda: {"features": self.real.extractor(self.images)})[
             "features"
         ]
 
@@ -389,7 +411,7 @@ class ModelEvaluator:
         return self.real.scores(self.features_key, self.features)
 
     @cached_property
-    def memorisation(self) -> Memorisation:
+    def memorization(self) -> Memorization:
         """Whether it copies training images, mirrored ones as well if it learned from those."""
         mirrored = bool(self.header.training.get("flip", False))
 
@@ -398,7 +420,7 @@ class ModelEvaluator:
             return unpacked(self.real.neighbours(views))
 
         key = NeighboursKey(generated=self.features_key, training=self.real.training_key, mirrored=mirrored)
-        return memorisation(packed(recall(self.folder, key, work)), self.real.held_out_neighbours(mirrored))
+        return detect_memorization(packed(cached(self.folder, key, work)), self.real.held_out_neighbours(mirrored))
 
     @cached_property
     def labels(self) -> Tensor | None:
@@ -414,7 +436,7 @@ class ModelEvaluator:
         if self.labels is None or not real.dataset.manifest.class_histogram.keys() & set(classes):
             return None
         generated = Labelled(self.features, self.labels)
-        return per_class(generated, real.labelled(classes), real.reader(classes), classes, real.extractor.name)
+        return evaluate_classes(generated, real.labelled(classes), real.reader(classes), classes, real.extractor.name)
 
     @cached_property
     def held_out_loss(self) -> HeldOutLoss:
@@ -424,20 +446,20 @@ class ModelEvaluator:
         def work() -> Tensors:
             dataset = self.real.dataset
             chunks = (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
-            pieces = ((dataset.pictures(some), told_of_rows(self.model, dataset, some)) for some in chunks)
-            terms = measure(self.model, pieces, self.sampling, self.progress)
+            pieces = ((dataset.pictures(some), conditioning_of_rows(self.model, dataset, some)) for some in chunks)
+            terms = measure_losses(self.model, pieces, self.sampling, self.progress)
             bits = {} if terms.bits is None else {"bits": terms.bits}
             return {"edges": terms.edges, "losses": terms.losses, **bits}
 
-        kept = recall(self.folder, self._held_out_key("losses", len(rows)), work)
-        return held_out_loss(Terms(kept["edges"], kept["losses"], kept.get("bits")))
+        kept = cached(self.folder, self._held_out_key("losses", len(rows)), work)
+        return summarize_losses(Terms(kept["edges"], kept["losses"], kept.get("bits")))
 
     @cached_property
-    def likeness(self) -> Likeness | None:
+    def similarity(self) -> ImageSimilarity | None:
         """How like the real images enlarged ones are; None: it enlarges nothing."""
         if self.header.model.low_resolution is None:
             return None
-        return likeness(self.images, torch.cat(list(self._originals())))
+        return compare_images(self.images, torch.cat(list(self._originals())))
 
     @property
     def reconstruction(self) -> Reconstruction | None:
@@ -476,52 +498,53 @@ class ModelEvaluator:
             of_each = torch.cat(ratios)
             found = Reconstruction(
                 extractor=real.extractor.name,
-                pictures=len(of_each),
+                images=len(of_each),
                 psnr=of_each.mean().item(),
                 psnr_se=of_each.std().item() / math.sqrt(len(of_each)),
                 ssim=torch.cat(similar).mean().item(),
-                fd=distance(moments(torch.cat(features)), real.reference.moments),
+                fd=frechet_distance(compute_moments(torch.cat(features)), real.reference.moments),
             )
             return found, {"psnr": of_each, "shown": back[0][:SHOWN]}
 
         key = self._held_out_key("reconstructions", len(rows)).model_copy(
             update={"extractor_digest": real.extractor.digest}
         )
-        return recall_found(self.folder, key, Reconstruction, work)
+        return cached_result(self.folder, key, Reconstruction, work)
 
     def _originals(self) -> Iterator[Tensor]:
         """The held-out images that it enlarges, chunk by chunk."""
         return self.real.pictures(self.real.shown[: self.samples])
 
-    def checkpoint(self) -> CheckpointEvaluation:
-        """The metrics by which one of many checkpoints is chosen."""
-        return CheckpointEvaluation(file=str(self.path), **self._common())
+    def scored(self) -> ModelScores:
+        """What is measured of every model."""
+        return ModelScores(
+            sha256=self.sha256,
+            family=self.header.model.family,
+            images=self.header.images,
+            fingerprint=self.fingerprint,
+            scores=self.scores,
+            reconstruction=self.reconstruction,
+            similarity=self.similarity,
+        )
 
-    def everything(self) -> ModelEvaluation:
-        """All metrics."""
-        appearances = [appearance(images) for images in torch.split(self.images, CHUNK)]
+    def checkpoint(self) -> CheckpointEvaluation:
+        """The metrics by which one of many checkpoints is selected."""
+        return CheckpointEvaluation(**dict(self.scored()), file=str(self.path))
+
+    def evaluate(self) -> ModelEvaluation:
+        """All metrics, without estimates."""
+        appearances = [measure_appearance(images) for images in torch.split(self.images, CHUNK)]
         return ModelEvaluation(
-            **self._common(),
-            memorisation=self.memorisation,
-            duplicates=duplicates(moved_in_pieces(torch.split(self.images, CHUNK)), self.real.thumbnails),
-            drift=drift(
+            **dict(self.scored()),
+            memorization=self.memorization,
+            duplicates=detect_duplicates(thumbnails_of_pieces(torch.split(self.images, CHUNK)), self.real.thumbnails),
+            drift=compare_appearance(
                 {name: torch.cat([each[name] for each in appearances]) for name in appearances[0]}, self.real.appearance
             ),
             per_class=self.per_class,
             held_out_loss=self.held_out_loss,
             gflop=gflop(self.model, self.guided),
         )
-
-    def _common(self) -> dict[str, object]:
-        return {
-            "sha256": self.sha256,
-            "family": self.header.model.family,
-            "images": self.header.images,
-            "fingerprint": self.fingerprint,
-            "scores": self.scores,
-            "reconstruction": self.reconstruction,
-            "likeness": self.likeness,
-        }
 
     @property
     def generated_key(self) -> GeneratedKey:
@@ -557,3 +580,17 @@ class ModelEvaluator:
             count=count,
             fingerprint=self.fingerprint,
         )
+
+
+def gflop(model: Model, config: SamplingConfig) -> float:
+    """Floating-point operations, in 10⁹, of matrix products and convolutions to generate one image as ``config`` says.
+
+    They are the same on every machine, whatever else runs there. Seconds are not: two models timed one after the other
+    would differ by the neighbours that each happened to have, and the gate by luck.
+    """
+    operations = 0
+    for times, once in family_of(model.config).passes(model, config):
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            once()
+        operations += times * counter.get_total_flops()
+    return float(operations / 1e9)

@@ -1,4 +1,4 @@
-"""How well a model foresees pictures that it has never seen: means over them of what ``terms`` says of each."""
+"""How well a model foresees images that it has never seen: means over them of what ``terms`` says of each."""
 
 import math
 from collections.abc import Iterable
@@ -29,31 +29,31 @@ class LevelLoss(Config):
     sigma_high: float
     """The higher one."""
     loss: float
-    """Mean squared error of the clean picture, weighted by 1/σ² + 1/σ_data² (EDM's λ, arXiv 2206.00364): 1, at
-    every level, for the best denoiser of Gaussian values of that deviation, and less for what knows pictures."""
+    """Mean squared error of the clean image, weighted by 1/σ² + 1/σ_data² (EDM's λ, arXiv 2206.00364): 1, at
+    every level, for the best denoiser of Gaussian values of that deviation, and less for what knows images."""
     loss_se: float
-    """Its standard error over pictures."""
+    """Its standard error over images."""
 
 
 class HeldOutLoss(Config):
-    """What a model makes of held-out pictures."""
+    """What a model makes of held-out images."""
 
-    pictures: int
+    images: int
     levels: list[LevelLoss]
     """From the least noise to the most; none: the model takes no noise away."""
     loss: float | None
     """Mean over the levels; None: there are none."""
     loss_se: float | None
-    """Its standard error over pictures."""
+    """Its standard error over images."""
     bits_per_dim: float | None
-    """Upper bound on −log₂ p of a held-out picture, or that itself (``Kind.likelihood``), over the number of its
-    values; lower is better. Of a picture given its class, caption or small version, where the model is told those.
-    None: the model says nothing of it, or works on latents, of whose likelihood no bound on that of pictures
+    """Upper bound on −log₂ p of a held-out image, or that itself (``Kind.likelihood``), over the number of its
+    values; lower is better. Of an image given its class, caption or small version, where the model is conditioned on
+    those. None: the model says nothing of it, or works on latents, of whose likelihood no bound on that of images
     follows."""
     bits_per_dim_se: float | None
-    """Its standard error over pictures."""
+    """Its standard error over images."""
 
-    def named(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The figures under names that say what they are."""
         figures = {
             "held_out_loss": self.loss,
@@ -64,8 +64,8 @@ class HeldOutLoss(Config):
         return {name: value for name, value in figures.items() if value is not None}
 
 
-def held_out_loss(terms: Terms) -> HeldOutLoss:
-    """Means of ``terms`` of two or more pictures, and their errors."""
+def summarize_losses(terms: Terms) -> HeldOutLoss:
+    """Means of ``terms`` of two or more images, and their errors."""
     low, high = terms.edges[:-1].tolist(), terms.edges[1:].tolist()
     levels = [
         LevelLoss(sigma_low=low[n], sigma_high=high[n], loss=loss, loss_se=error)
@@ -74,7 +74,7 @@ def held_out_loss(terms: Terms) -> HeldOutLoss:
     loss, loss_se = _mean(terms.losses.mean(1)) if levels else (None, None)
     bits, bits_se = (None, None) if terms.bits is None else _mean(terms.bits)
     return HeldOutLoss(
-        pictures=len(terms.losses),
+        images=len(terms.losses),
         levels=levels,
         loss=loss,
         loss_se=loss_se,
@@ -83,44 +83,44 @@ def held_out_loss(terms: Terms) -> HeldOutLoss:
     )
 
 
-def measure(
+def measure_losses(
     model: Model, pieces: Iterable[tuple[Tensor, Conditioning]], config: SamplingConfig, progress: Progress = silent
 ) -> Terms:
-    """What ``model`` makes of pictures, (N, C, H, W) uint8, which come in ``pieces`` with what it is told of them.
+    """What ``model`` makes of images, (N, C, H, W) uint8, which come in ``pieces`` with their conditioning.
 
-    Computed in batches of ``config.compute_batch``, in its precision and on its device. Noise is drawn by the number of
-    the picture, so that two models shown the same pictures are shown the same noise.
+    Computed in batches of ``config.compute_batch``, in its precision and on its device. Noise depends on the number
+    of the image, so that two models are given the same noise for the same images.
     """
     device = resolve_device(config.device)
     model, family = model.on(device), family_of(model.config)
     found: list[Terms] = []
     seen = 0
 
-    def batch(pictures: Tensor, told: Conditioning, first: int) -> Terms:
-        # The last one filled up with its last picture, so that all have one shape.
-        places = torch.arange(config.compute_batch).clamp(max=len(pictures) - 1)
+    def batch(images: Tensor, told: Conditioning, first: int) -> Terms:
+        # The last one filled up with its last image, so that all have one shape.
+        places = torch.arange(config.compute_batch).clamp(max=len(images) - 1)
         known = {name: value[places].to(device) for name, value in told.items()}
-        x0 = to_float(pictures[places]).to(device)
+        x0 = to_float(images[places]).to(device)
         with torch.inference_mode(), autocast(config.precision, device):
             terms = family.terms(model, x0, known, [first + int(place) for place in places])
-        bits = None if terms.bits is None else terms.bits[: len(pictures)].cpu()
-        return Terms(terms.edges, terms.losses[: len(pictures)].cpu(), bits)
+        bits = None if terms.bits is None else terms.bits[: len(images)].cpu()
+        return Terms(terms.edges, terms.losses[: len(images)].cpu(), bits)
 
     with repeatable(device), lanes(None if device.type == "cpu" else 1) as pool:
-        for pictures, told in pieces:
-            starts = range(0, len(pictures), config.compute_batch)
+        for images, told in pieces:
+            starts = range(0, len(images), config.compute_batch)
             parts = [slice(start, start + config.compute_batch) for start in starts]
             given = [{name: value[part] for name, value in told.items()} for part in parts]
             firsts = [seen + start for start in starts]
-            found += pool.map(batch, [pictures[part] for part in parts], given, firsts)
-            seen += len(pictures)
-            progress("held-out pictures looked at", seen, None)
+            found += pool.map(batch, [images[part] for part in parts], given, firsts)
+            seen += len(images)
+            progress("held-out images looked at", seen, None)
     bits = [each.bits for each in found if each.bits is not None]
     return Terms(found[0].edges, torch.cat([each.losses for each in found]), torch.cat(bits) if bits else None)
 
 
-def told_of_rows(model: Model, dataset: Dataset, rows: Rows) -> Conditioning:
-    """What ``model`` is to be told of the pictures in ``rows``.
+def conditioning_of_rows(model: Model, dataset: Dataset, rows: Rows) -> Conditioning:
+    """The conditioning of ``model`` for the images in ``rows``.
 
     Raises UserError if it knows captions, and the encoder that read them cannot be had.
     """

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, interpolate, normalize
 from diffusion.config import Config
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
-from diffusion.evaluation.sealed import recall
+from diffusion.evaluation.cache import cached
 from diffusion.files import digest_of, sha256_bytes
 from diffusion.fingerprint import Fingerprint, fingerprint
 from diffusion.lanes import lanes
@@ -23,11 +23,11 @@ from diffusion.progress import Progress, silent
 from diffusion.random import permutation
 
 SIZE = 32
-"""Height and width, in pixels, that pictures get unless they are smaller or another size is asked for."""
+"""Height and width, in pixels, that images get unless they are smaller or another size is configured."""
 WIDTHS = (24, 48, 96)
 """Channels of the three stages; the last are the features."""
 BATCH = 128
-"""Pictures per step, and per pass."""
+"""Images per step, and per pass."""
 STEPS = 300
 """Of training: half a minute on one core at 32 pixels."""
 PEAK, DECAY = 2e-3, 0.05
@@ -35,7 +35,7 @@ PEAK, DECAY = 2e-3, 0.05
 SMOOTHING = 0.1
 """Of the labels: features of all that is surely known would otherwise collapse into a point per class."""
 SEED = 0
-"""Of the initial weights and of the order of the pictures."""
+"""Of the initial weights and of the order of the images."""
 
 
 class LabelsKey(Config):
@@ -47,12 +47,12 @@ class LabelsKey(Config):
     content_digest: str
     """Of the data set."""
     size: int
-    """Height and width that pictures get."""
+    """Height and width that images get."""
     fingerprint: Fingerprint
     """Of the machine: its arithmetic decides the last bits."""
 
 
-class Classifier(nn.Module):
+class ClassifierNetwork(nn.Module):
     """Three stages of two 3×3 convolutions, each stage at half the size of the one before; then the mean of all places.
 
     Features are these means scaled to the same length √96, after training: their own length rises and falls again with
@@ -69,11 +69,11 @@ class Classifier(nn.Module):
         self.head = nn.Linear(WIDTHS[-1], classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """(N, 96) of pictures (N, C, S, S) in [−1, 1]."""
+        """(N, 96) of images (N, C, S, S) in [−1, 1]."""
         return normalize(self._pooled(x)) * math.sqrt(WIDTHS[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, (N, classes), of pictures (N, C, S, S) in [−1, 1]."""
+        """Logits, (N, classes), of images (N, C, S, S) in [−1, 1]."""
         return self.head(self._pooled(x))  # type: ignore[no-any-return]
 
     def _pooled(self, x: Tensor) -> Tensor:
@@ -81,16 +81,16 @@ class Classifier(nn.Module):
 
 
 @dataclass(frozen=True)
-class LabelsReader:
+class LabelClassifier:
     """The classifier, once it has learned."""
 
-    network: Classifier
+    network: ClassifierNetwork
     channels: int
     """That it was shown."""
     size: int
     """Height and width that it was shown."""
     accuracy: float
-    """Share of the labelled held-out pictures that it reads rightly."""
+    """Share of the labelled held-out images that it reads rightly."""
     chance: float
     """What always saying their most common label would reach."""
     held_out: int
@@ -106,7 +106,7 @@ class LabelsReader:
 
     @property
     def preprocessing(self) -> str:
-        """What is done to pictures before."""
+        """What is done to images before."""
         return f"{self.channels} channels, {self.size} px, antialiased bilinear, [-1, 1]; length sqrt({WIDTHS[-1]})"
 
     @property
@@ -114,23 +114,25 @@ class LabelsReader:
         """What it is, and how well it reads."""
         return (
             f"a classifier of the data set's own labels at {self.size} pixels, right on {self.accuracy:.1%} of "
-            f"{self.held_out:,} held-out pictures (the most common label: {self.chance:.1%})"
+            f"{self.held_out:,} held-out images (the most common label: {self.chance:.1%})"
         )
 
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """Features, (N, 96) float32, of ``pictures``, (N, C, H, W) uint8 with as many channels as the data set."""
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features, (N, 96) float32, of ``images``, (N, C, H, W) uint8 with as many channels as the data set."""
         with lanes() as pool:
-            return torch.cat(list(pool.map(self._batch, torch.split(pictures, BATCH))))
+            return torch.cat(list(pool.map(self._batch, torch.split(images, BATCH))))
 
     @torch.inference_mode()
-    def _batch(self, pictures: Tensor) -> Tensor:
-        return self.network.features(_shown(pictures, self.size))
+    def _batch(self, images: Tensor) -> Tensor:
+        return self.network.features(_shown(images, self.size))
 
 
-def labels_reader(dataset: Dataset, size: int | None, cache: Path, progress: Progress = silent) -> LabelsReader:
-    """The classifier of the labels of ``dataset``, learned from its training pictures at ``size`` or read in ``cache``.
+def load_label_classifier(
+    dataset: Dataset, size: int | None, cache: Path, progress: Progress = silent
+) -> LabelClassifier:
+    """The classifier of the labels of ``dataset``, learned from its training images at ``size`` or read in ``cache``.
 
-    Raises UserError unless there are two labels among them, and labelled held-out pictures to say how well it reads.
+    Raises UserError unless there are two labels among them, and labelled held-out images to say how well it reads.
     """
     side = min(SIZE, dataset.manifest.size) if size is None else size
     rows, labels = _labelled(dataset, "train")
@@ -139,8 +141,8 @@ def labels_reader(dataset: Dataset, size: int | None, cache: Path, progress: Pro
     if len(classes) < 2 or not truth:
         raise UserError(
             f"evaluation.extractor = labels learns to tell labels apart, and data set {dataset.manifest.name} has "
-            f"{len(classes)} among its training pictures and {len(truth)} labelled held-out pictures: use efflite0, or "
-            "ingest pictures with labels"
+            f"{len(classes)} among its training images and {len(truth)} labelled held-out images: use efflite0, or "
+            "ingest images with labels"
         )
     key = LabelsKey(
         content_digest=dataset.manifest.content_digest, size=side, fingerprint=fingerprint(BATCH, "fp32", "cpu")
@@ -149,28 +151,28 @@ def labels_reader(dataset: Dataset, size: int | None, cache: Path, progress: Pro
     def work() -> dict[str, Tensor]:
         targets = dataset.classes(rows, classes)
         with lanes(1):
-            network = trained(dataset, rows, targets, len(classes), side, progress)
+            network = train_classifier(dataset, rows, targets, len(classes), side, progress)
             found = _read(network, dataset, held_out, side)
         right = (found == dataset.classes(held_out, classes)).double().mean()
         return network.state_dict() | {"accuracy": right}
 
-    kept = recall(cache, key, work)
+    kept = cached(cache, key, work)
     accuracy = kept.pop("accuracy").item()
     with torch.device("meta"):  # random weights would move the global random state
-        network = Classifier(dataset.shape[0], len(classes))
+        network = ClassifierNetwork(dataset.shape[0], len(classes))
     network.load_state_dict(kept, assign=True)
     chance = max(Counter(truth).values()) / len(truth)
     network.eval().requires_grad_(False)
-    return LabelsReader(network, dataset.shape[0], side, accuracy, chance, len(truth))
+    return LabelClassifier(network, dataset.shape[0], side, accuracy, chance, len(truth))
 
 
-def trained(
+def train_classifier(
     dataset: Dataset, rows: np.ndarray, targets: Tensor, classes: int, size: int, progress: Progress
-) -> Classifier:
-    """A classifier of pictures in ``rows``, whose numbers of ``classes`` are ``targets`` (len(rows),)."""
+) -> ClassifierNetwork:
+    """A classifier of images in ``rows``, whose numbers of ``classes`` are ``targets`` (len(rows),)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        network = Classifier(dataset.shape[0], classes)
+        network = ClassifierNetwork(dataset.shape[0], classes)
     optimizer = torch.optim.AdamW(network.parameters(), PEAK, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK, STEPS, pct_start=0.1)
     batch = min(BATCH, len(rows))
@@ -190,7 +192,7 @@ def trained(
 
 
 @torch.inference_mode()
-def _read(network: Classifier, dataset: Dataset, rows: np.ndarray, size: int) -> Tensor:
+def _read(network: ClassifierNetwork, dataset: Dataset, rows: np.ndarray, size: int) -> Tensor:
     """The number of the class that each of ``rows`` is taken for, (len(rows),)."""
     pieces = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
     return torch.cat([network(_shown(dataset.pictures(piece), size)).argmax(1) for piece in pieces])
@@ -204,9 +206,9 @@ def _labelled(dataset: Dataset, split: Literal["train", "held_out"]) -> tuple[np
     return rows[[label is not None for label in labels]], known
 
 
-def _shown(pictures: Tensor, size: int) -> Tensor:
-    """Pictures (N, C, H, W) uint8 as the network sees them: (N, C, size, size) in [−1, 1]."""
-    x = pictures.float()
+def _shown(images: Tensor, size: int) -> Tensor:
+    """Images (N, C, H, W) uint8 as the network sees them: (N, C, size, size) in [−1, 1]."""
+    x = images.float()
     if x.shape[-1] != size:
         x = interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
     return x / 127.5 - 1

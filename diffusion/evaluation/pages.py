@@ -1,11 +1,37 @@
-"""Pages that need nothing but themselves, and how figures and pictures are set in them."""
+"""Pages that need nothing but themselves, and how figures and images are set in them."""
 
 import base64
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from diffusion.escaping import escape_controls
 from diffusion.evaluation.estimate import Interval
+
+
+class Bounded(Protocol):
+    """A metric with its interval."""
+
+    @property
+    def value(self) -> float:
+        """The measured value."""
+
+    @property
+    def interval(self) -> Interval:
+        """The interval of 95 %."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table: a value and below it an interval, either of which may be empty."""
+
+    value: str = ""
+    interval: str = ""
+
+
+def metric_cell(metric: Bounded | None) -> Cell:
+    """The cell of a metric; empty if it was not measured."""
+    return Cell() if metric is None else Cell(signed(metric.value), between(metric.interval))
 
 
 def render(template: str, **content: object) -> bytes:

@@ -1,23 +1,73 @@
-"""How good a model's pictures are class by class, for one that is told classes."""
+"""Metrics class by class, and the linear discriminant that tells which class an image looks like."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diffusion.config import Config
-from diffusion.evaluation.calibration import interval
-from diffusion.evaluation.kid import kid
-from diffusion.evaluation.reader import Reader
+from diffusion.evaluation.distances import compute_kid
+from diffusion.evaluation.estimate import wilson_interval
+
+SMALLEST = 1e-12
+SHRINKAGE = 0.3
+"""Share of the covariance that a multiple of the identity replaces, as features may outnumber images. Measured on 300
+to 3,000 scans of digits: a third or a hundredth of it read fewer rightly."""
+
+
+@dataclass(frozen=True)
+class LinearDiscriminant:
+    """Tells K classes apart by what is linear in D features."""
+
+    weights: Tensor
+    """(D, K) float64."""
+    offsets: Tensor
+    """(K,) float64."""
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """The class that each of ``features``, (N, D), is taken for: (N,) int64."""
+        return (features.double() @ self.weights + self.offsets).argmax(1)
+
+
+def fit_discriminant(pieces: Iterable[tuple[Tensor, Tensor]], classes: int) -> LinearDiscriminant:
+    """Fit to features (B, D) and their classes (B,), which come in ``pieces``; images of other numbers than 0 … K − 1
+    are of no class and passed over.
+
+    Each class is Gaussian with a mean of its own and the covariance of all within classes, shrunk towards the identity;
+    none is more probable than another, for who asks for a rare class wants to see that one (Hastie, Tibshirani and
+    Friedman, The Elements of Statistical Learning, sections 4.3 and 18.3). A class without images is never answered.
+    """
+    counts, sums, squares = torch.zeros(classes, dtype=torch.float64), None, None
+    for features, numbers in pieces:
+        known = (numbers >= 0) & (numbers < classes)
+        x, labels = features[known].double(), numbers[known]
+        if sums is None or squares is None:
+            sums, squares = x.new_zeros(classes, x.shape[1]), x.new_zeros(x.shape[1], x.shape[1])
+        counts += torch.bincount(labels, minlength=classes)
+        sums.index_add_(0, labels, x)
+        squares.addmm_(x.T, x)
+    if sums is None or squares is None:
+        raise ValueError("no images to learn classes from")
+    means = sums / counts.clamp(min=1)[:, None]
+    covariance = (squares - (sums.T @ means)) / counts.sum()
+    dimensions = len(covariance)
+    # Of one image of each class the covariance is 0, and the nearest mean is the class.
+    variance = (covariance.trace() / dimensions).clamp(min=SMALLEST)
+    identity = torch.eye(dimensions, dtype=torch.float64) * variance
+    shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * identity
+    weights = torch.linalg.solve(shrunk, means.T)
+    offsets = -0.5 * (means * weights.T).sum(1)
+    return LinearDiscriminant(weights, offsets.masked_fill(counts == 0, -torch.inf))
+
 
 FEWEST = 20
-"""Pictures of a class, drawn and real, without which its distance means nothing."""
+"""Images of a class, generated and real, without which its distance means nothing."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Pictures of known classes."""
+    """Images of known classes."""
 
     features: Tensor
     """(N, D) float32."""
@@ -34,32 +84,32 @@ class ClassScores(Config):
 
     name: str
     samples: int
-    """Pictures that were drawn of it."""
+    """Images that were generated of it."""
     reference: int
-    """Real pictures of it that they were compared with."""
+    """Real images of it that they were compared with."""
     kid: float
-    """KID of the drawn against the real pictures of the class: 0 is best. Not to be compared with that of all classes,
-    as pictures of one class are more alike."""
+    """KID of generated against real images of the class: 0 is best. Not to be compared with that of all classes, as
+    images of one class are more alike."""
     kid_se: float
     """Its standard error."""
     agreement: float
-    """Share of the drawn pictures that a classifier takes for this class."""
+    """Share of the generated images that a classifier takes for this class."""
     agreement_low: float
     """Lower end of its interval of 95 %."""
     agreement_high: float
     """Upper end."""
     agreement_real: float
-    """The same share of the real pictures: what can be hoped for."""
+    """The same share of the real images: what can be hoped for."""
     taken_for: str | None
     """The class that most others are taken for; None: all are taken for this one."""
 
 
-class Unjudged(Config):
-    """A class of which there are too few pictures."""
+class SkippedClass(Config):
+    """A class of which there are too few images."""
 
     name: str
     samples: int
-    """Drawn."""
+    """Generated."""
     reference: int
     """Real."""
 
@@ -70,17 +120,17 @@ class PerClass(Config):
     extractor: str
     """Name of the features."""
     classes: list[ClassScores]
-    """Those with enough pictures, in the order of the model's classes."""
-    not_judged: list[Unjudged]
+    """Those with enough images, in the order of the model's classes."""
+    skipped: list[SkippedClass]
     """The others."""
     agreement: float | None
-    """Share of all drawn pictures of a class that are taken for it; None: none is of a class."""
+    """Share of all generated images of a class that are taken for it; None: none is of a class."""
     agreement_real: float | None
     """The same of real ones."""
 
     @property
     def worst(self) -> ClassScores | None:
-        """The class of the largest KID, which of many is large by chance too; None: none was judged."""
+        """The class of the largest KID, which of many is large by chance too; None: none was evaluated."""
         return max(self.classes, key=lambda each: each.kid, default=None)
 
     @property
@@ -89,11 +139,11 @@ class PerClass(Config):
         return sorted(self.classes, key=lambda each: -each.kid)
 
     @property
-    def least_recognised(self) -> ClassScores | None:
-        """The class whose agreement falls furthest behind that of its real pictures; None: none was judged."""
+    def least_recognized(self) -> ClassScores | None:
+        """The class whose agreement falls furthest behind that of its real images; None: none was evaluated."""
         return min(self.classes, key=lambda each: each.agreement - each.agreement_real, default=None)
 
-    def named(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The figures under names that say what they are."""
         figures = {"class_agreement": self.agreement, "class_agreement_real": self.agreement_real}
         if self.worst is not None:
@@ -102,24 +152,26 @@ class PerClass(Config):
         return {name: value for name, value in figures.items() if value is not None}
 
 
-def per_class(drawn: Labelled, real: Labelled, reader: Reader, names: Sequence[str], extractor: str) -> PerClass:
-    """Compare ``drawn`` with ``real`` pictures that nothing was fitted to, class by class.
+def evaluate_classes(
+    generated: Labelled, real: Labelled, reader: LinearDiscriminant, names: Sequence[str], extractor: str
+) -> PerClass:
+    """Compare ``generated`` with ``real`` images that nothing was fitted to, class by class.
 
-    ``reader`` was fitted to other real pictures; ``names`` are of the classes 0, 1 …
+    ``reader`` was fitted to other real images; ``names`` are of the classes 0, 1 …
     """
-    read, read_real = reader(drawn.features), reader(real.features)
-    judged, others = [], []
+    read, read_real = reader(generated.features), reader(real.features)
+    evaluated, others = [], []
     for label, name in enumerate(names):
-        ours, theirs = drawn.of(label), real.of(label)
+        ours, theirs = generated.of(label), real.of(label)
         if min(len(ours), len(theirs)) < FEWEST:
-            others.append(Unjudged(name=name, samples=len(ours), reference=len(theirs)))
+            others.append(SkippedClass(name=name, samples=len(ours), reference=len(theirs)))
             continue
-        distance = kid(ours, theirs)
-        counts = torch.bincount(read[drawn.labels == label], minlength=len(names))
+        distance = compute_kid(ours, theirs)
+        counts = torch.bincount(read[generated.labels == label], minlength=len(names))
         right = int(counts[label])
         counts[label] = 0
-        low, high = interval(right, len(ours))
-        judged.append(
+        low, high = wilson_interval(right / len(ours), len(ours))
+        evaluated.append(
             ClassScores(
                 name=name,
                 samples=len(ours),
@@ -135,9 +187,9 @@ def per_class(drawn: Labelled, real: Labelled, reader: Reader, names: Sequence[s
         )
     return PerClass(
         extractor=extractor,
-        classes=judged,
-        not_judged=others,
-        agreement=_agreement(read, drawn.labels, len(names)),
+        classes=evaluated,
+        skipped=others,
+        agreement=_agreement(read, generated.labels, len(names)),
         agreement_real=_agreement(read_real, real.labels, len(names)),
     )
 

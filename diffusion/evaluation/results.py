@@ -10,14 +10,12 @@ from pydantic import Field, FiniteFloat, ValidationError
 from diffusion.config import Config, unset
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.drift import Drift
-from diffusion.evaluation.duplicates import Duplicates
-from diffusion.evaluation.enlargement import Enlarged, Likeness
+from diffusion.evaluation.copies import Duplicates, Memorization
+from diffusion.evaluation.distances import Scores
 from diffusion.evaluation.estimate import Estimate, Interval
 from diffusion.evaluation.held_out_loss import HeldOutLoss
-from diffusion.evaluation.memorisation import Memorisation
-from diffusion.evaluation.metrics import Scores
 from diffusion.evaluation.per_class import PerClass
+from diffusion.evaluation.pixel_metrics import AppearanceDrift, ImageSimilarity, ResamplingBaseline
 from diffusion.files import digest_of
 from diffusion.fingerprint import Fingerprint
 from diffusion.models.config import FAMILIES
@@ -55,7 +53,7 @@ class EvaluationConditions(Config):
         return digest_of(self.model_dump(mode="json", exclude=exclude, exclude_none=True))
 
 
-class Measured(Config):
+class MetricEstimate(Config):
     """A metric with its error and interval."""
 
     value: FiniteFloat
@@ -64,12 +62,12 @@ class Measured(Config):
     interval: Interval
 
     @classmethod
-    def of(cls, estimate: Estimate) -> "Measured":
+    def of(cls, estimate: Estimate) -> "MetricEstimate":
         """What ``estimate`` says, with confidence CONFIDENCE."""
         return cls(value=estimate.value, error=estimate.error, interval=estimate.interval(CONFIDENCE))
 
 
-def flat(figures: Mapping[str, Measured]) -> dict[str, float]:
+def flatten(figures: Mapping[str, MetricEstimate]) -> dict[str, float]:
     """``figures`` with the ends of their intervals, under names that end in _low and _high."""
     found: dict[str, float] = {}
     for name, each in figures.items():
@@ -77,36 +75,36 @@ def flat(figures: Mapping[str, Measured]) -> dict[str, float]:
     return found
 
 
-class Floor(Config):
+class RealBaseline(Config):
     """What real training images get in the place of generated ones."""
 
     scores: Scores
-    figures: dict[str, Measured]
+    estimates: dict[str, MetricEstimate]
     """Distances and shares by name, such as kid_efflite0; empty if there are too few images for errors."""
 
-    def named(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """All metrics under names that say what they are."""
-        return self.scores.named() | flat(self.figures)
+        return self.scores.metrics() | flatten(self.estimates)
 
 
 class Reconstruction(Config):
-    """How close held-out pictures come back from an autoencoder."""
+    """How close held-out images come back from an autoencoder."""
 
     extractor: str
     """Name of the features."""
-    pictures: int
+    images: int
     """How many."""
     psnr: float
-    """Peak signal-to-noise ratio in dB, the mean over the pictures; higher is better."""
+    """Peak signal-to-noise ratio in dB, the mean over the images; higher is better."""
     psnr_se: float
-    """Its standard error, over other pictures."""
+    """Its standard error, over other images."""
     ssim: float
-    """Structural similarity, the mean over the pictures; higher is better."""
+    """Structural similarity, the mean over the images; higher is better."""
     fd: float
-    """Fréchet distance between the pictures and their reconstructions: of what an autoencoder loses of what is seen.
-    0 is best; lower than between other pictures, as these are the same."""
+    """Fréchet distance between the images and their reconstructions: of what an autoencoder loses of what is seen.
+    0 is best; lower than between other images, as these are the same."""
 
-    def named(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The figures under names that say what they are."""
         return {
             "reconstruction_psnr": self.psnr,
@@ -117,15 +115,15 @@ class Reconstruction(Config):
 
 
 @dataclass(frozen=True)
-class Merit:
-    """The figure by which models are told better from worse."""
+class SelectionMetric:
+    """The metric by which checkpoints are selected."""
 
     name: str
     value: float
     error: float
     """Its standard error."""
     count: int
-    """Pictures it rests on."""
+    """Images it rests on."""
     sign: Literal[1, -1]
     """1 if higher is better, −1 if lower."""
 
@@ -134,8 +132,8 @@ class Merit:
         """Higher is better, whatever the figure."""
         return self.sign * self.value
 
-    def named(self) -> dict[str, float]:
-        """The figure with its error, and the pictures it rests on."""
+    def metrics(self) -> dict[str, float]:
+        """The figure with its error, and the images it rests on."""
         return {self.name: self.value, f"{self.name}_error": self.error, "samples": self.count}
 
 
@@ -154,14 +152,14 @@ class ModelScores(Config):
     """How far its images lie from held-out ones."""
     reconstruction: Reconstruction | None = Field(None, exclude_if=unset)
     """Where the model is an autoencoder, or generates in the latents of one."""
-    likeness: Likeness | None = Field(None, exclude_if=unset)
+    similarity: ImageSimilarity | None = Field(None, exclude_if=unset)
     """Of enlarged images to the real ones."""
 
-    def named(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The metrics under names that say what they are."""
-        figures = self.scores.named()
-        for part in (self.reconstruction, self.likeness):
-            figures |= part.named() if part is not None else {}
+        figures = self.scores.metrics()
+        for part in (self.reconstruction, self.similarity):
+            figures |= part.metrics() if part is not None else {}
         return figures
 
 
@@ -172,23 +170,23 @@ class CheckpointEvaluation(ModelScores):
     """Where it lies."""
 
     @property
-    def merit(self) -> Merit:
+    def selection_metric(self) -> SelectionMetric:
         """KID of its images; of an autoencoder, which is there to be built upon, how close images come back."""
         if FAMILIES[self.family].judged == "reconstructed" and self.reconstruction is not None:
             found = self.reconstruction
-            return Merit("reconstruction_psnr", found.psnr, found.psnr_se, found.pictures, 1)
+            return SelectionMetric("reconstruction_psnr", found.psnr, found.psnr_se, found.images, 1)
         scores = self.scores
-        return Merit(f"kid_{scores.extractor}", scores.kid, scores.kid_se, scores.samples, -1)
+        return SelectionMetric(f"kid_{scores.extractor}", scores.kid, scores.kid_se, scores.samples, -1)
 
 
 class ModelEvaluation(ModelScores):
     """All metrics of a model."""
 
-    memorisation: Memorisation
+    memorization: Memorization
     """Whether its images are copies of training images."""
     duplicates: Duplicates
     """Whether they are copies of one another."""
-    drift: Drift
+    drift: AppearanceDrift
     """Their colours and brightness."""
     per_class: PerClass | None = Field(None, exclude_if=unset)
     """The same class by class; None: it has no classes."""
@@ -196,13 +194,15 @@ class ModelEvaluation(ModelScores):
     """Its loss on held-out images."""
     gflop: float
     """Floating-point operations to generate one image, in 10⁹."""
+    estimates: dict[str, MetricEstimate] = Field({})
+    """Distances and shares by name, such as kid_efflite0, with intervals; empty where there are too few images."""
 
-    def named(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The metrics under names that say what they are."""
-        figures = super().named()
-        for part in (self.memorisation, self.duplicates, self.drift, self.held_out_loss, self.per_class):
-            figures |= part.named() if part is not None else {}
-        return figures | {"gflop_per_picture": self.gflop}
+        figures = super().metrics()
+        for part in (self.memorization, self.duplicates, self.drift, self.held_out_loss, self.per_class):
+            figures |= part.metrics() if part is not None else {}
+        return figures | {"gflop_per_image": self.gflop} | flatten(self.estimates)
 
 
 class Evaluation(Config):
@@ -213,19 +213,19 @@ class Evaluation(Config):
     conditions: EvaluationConditions
     eval_key: str
     """``conditions.key``: compare models only where it is equal."""
-    floor: Floor
+    real_baseline: RealBaseline
     features: str
     """What the feature network is, for people."""
     best: CheckpointEvaluation
     """The best of ``checkpoints`` by its merit: the one with the lowest KID, or of autoencoders the highest PSNR."""
     checkpoints: list[CheckpointEvaluation]
-    """Those judged in full, by images seen."""
+    """Those evaluated in full, by images seen."""
     preliminary: list[CheckpointEvaluation] = Field([], exclude_if=lambda preliminary: not preliminary)
     """Those that fell behind before, by images seen, with the scores of the last round that they were in, which rest on
-    fewer pictures: of these only merits compare. None of them is the best."""
-    figures: dict[str, Measured]
-    """Of the best checkpoint, as the floor has them."""
-    baselines: dict[str, Enlarged] | None = Field(None, exclude_if=unset)
+    fewer images: of these only merits compare. None of them is the best."""
+    estimates: dict[str, MetricEstimate]
+    """Of the best checkpoint."""
+    baselines: dict[str, ResamplingBaseline] | None = Field(None, exclude_if=unset)
     """For models that enlarge, by name: the same small pictures enlarged without one."""
 
     @classmethod
@@ -239,15 +239,15 @@ class Evaluation(Config):
             ) from error
 
     def metrics(self) -> dict[str, float]:
-        """The best checkpoint's figures beside the floor's, flat and under names that say what they are."""
-        floor = {f"floor_{name}": value for name, value in self.floor.named().items()}
+        """The best checkpoint's metrics and those of the real baseline and of resampling, by name."""
+        baseline = {f"real_baseline_{name}": value for name, value in self.real_baseline.metrics().items()}
         baselines = {
             f"{name}_{figure}": value
             for name, each in (self.baselines or {}).items()
             for figure, value in {
                 f"fd_{each.scores.extractor}": each.scores.fd,
                 f"kid_{each.scores.extractor}": each.scores.kid,
-                **each.likeness.named(),
+                **each.similarity.metrics(),
             }.items()
         }
-        return {"images": self.best.images, **flat(self.figures), **self.best.named(), **floor, **baselines}
+        return {"images": self.best.images, **flatten(self.estimates), **self.best.metrics(), **baseline, **baselines}

@@ -159,8 +159,9 @@ def is_file(model: str | None) -> TypeGuard[str]:
 def connect(*needs: "Server") -> Iterator[None]:
     """Use the servers in ``needs`` in this process, and show progress on the console."""
     from flows.console import OURS, console
-    from flows.environment import join, settings
+    from flows.environment import settings
     from flows.health import require
+    from flows.stack.discovery import join_servers
 
     if settings().log == "json":
         from flows.logs import VARIABLES
@@ -175,7 +176,7 @@ def connect(*needs: "Server") -> Iterator[None]:
     # Log records of our packages go to the Prefect run in which they are logged, and nowhere outside of one.
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", ",".join(OURS))
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
-    join(*needs)
+    join_servers(*needs)
     require(*needs)
 
     from flows.progress import CONSOLE

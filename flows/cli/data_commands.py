@@ -211,9 +211,10 @@ def _in_cache(folder: Path) -> "Callable[[FileEntry], Path | None]":
 
 def _reach() -> str:
     """Join the S3 server; the URL of DVC's remote."""
-    from flows.environment import data_source, join
+    from flows.environment import data_source
+    from flows.stack.discovery import join_servers
 
-    join("s3")
+    join_servers("s3")
     return data_source()
 
 

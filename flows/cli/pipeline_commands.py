@@ -421,7 +421,7 @@ def sweep(
 
     Example:  darkroom sweep --dataset faces --over training.learning_rate=1e-3,4e-3 --over model.width=32,64
     """
-    from flows.combinations import combinations, parse_over
+    from flows.variants import combinations, parse_over
 
     varied = parse_over(over)
     combinations(config, varied)
@@ -430,11 +430,11 @@ def sweep(
 
         done = sweep(config, varied)
     lines = [
-        f"{each.merit} {each.value:.4g} ± {each.error:.2g}  "
+        f"{done.ranking.metric} {each.value:.4g} ± {each.error:.2g}  "
         + " ".join(f"{key}={value}" for key, value in each.settings.items())
-        for each in done.points
+        for each in done.ranking.models
     ]
-    return CommandOutput(done, [*lines, f"page: {done.page}", f"MLflow run {done.run_id}"])
+    return CommandOutput(done, [*lines, f"report: {done.report}", f"MLflow run {done.run_id}"])
 
 
 @pipeline
@@ -455,26 +455,24 @@ def compare(
 
     Example:  darkroom compare --dataset faces --set training.minutes=10
     """
-    from diffusion.evaluation.comparison_page import PAGE, findings
+    from diffusion.evaluation.ranking_report import findings
+    from flows.variants import RankingResult, family_variants, rank_variants
 
     otherwise: Restart = "if_different" if restart else "never"
     if local:
         from diffusion.training.train import train
         from flows.console import console
-        from flows.families import contestants, judged, report_folder
 
-        entrants = contestants(config, family)
+        variants = family_variants(config, family)
         with console() as progress:
-            for each in entrants.values():
+            for each in variants.values():
                 parts = each.dataset_folder, each.run_folder, each.model, each.training, each.sampling
                 train(*parts, progress=progress, restart=otherwise)
-            comparison = judged(entrants, progress)
-        report, run_ids = report_folder(entrants) / PAGE, dict[str, str]()
+            ranking, report = rank_variants(variants, progress)
+        done = RankingResult(ranking=ranking, report=report)
     else:
         with connect("prefect", "mlflow", "s3"):
             from flows.compare import compare
 
             done = compare(config, family, restart)
-        comparison, report, run_ids = done.comparison, done.report, done.run_ids
-    result = {"comparison": comparison.model_dump(mode="json"), "report": str(report), "run_ids": run_ids}
-    return CommandOutput(result, [*findings(comparison), f"report: {report}"])
+    return CommandOutput(done, [*findings(done.ranking), f"report: {done.report}"])

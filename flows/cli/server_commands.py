@@ -97,9 +97,9 @@ def metrics(
 
     Example:  darkroom server metrics & curl localhost:9464/metrics
     """
-    from flows.environment import join
+    from flows.stack.discovery import join_servers
 
-    join("prefect", "mlflow", "s3")
+    join_servers("prefect", "mlflow", "s3")
     from flows.metrics import serve
 
     serve(host, port)

@@ -18,9 +18,10 @@ from diffusion.config import Config
 from diffusion.errors import UserError
 from diffusion.files import make_folder, sha256_file, sync_file, sync_folder, write_json
 from diffusion.progress import Progress, silent
-from flows.environment import given, settings
+from flows.environment import settings
 from flows.s3 import Listed, Store, client
 from flows.s3_errors import Missing, in_words
+from flows.stack.discovery import servers_in_environment
 from flows.stack.local import LocalStack
 
 DATABASES = ("mlflow/mlflow.db", "mlflow/auth.db", "prefect/prefect.db")
@@ -147,7 +148,7 @@ def backup(target: Path, progress: Progress = silent) -> Backup:
     and no print whose model they do not know. Killed and given again, it goes on with what was copied. Raises UserError
     if no stack runs, or the environment names servers that are not its own.
     """
-    if elsewhere := given():
+    if elsewhere := servers_in_environment():
         raise UserError(
             f"{' and '.join(elsewhere.values())} name servers that are none of the local stack: back those up as "
             "docs/operations.md says, or unset the variables"

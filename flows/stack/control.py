@@ -14,8 +14,9 @@ from filelock import FileLock, Timeout
 from diffusion.config import Config
 from diffusion.errors import DarkroomError, UserError
 from diffusion.files import is_full_disk
-from flows.environment import CALLED, SERVERS, Server, beside_proxies, given, settings
+from flows.environment import CALLED, SERVERS, Server, beside_proxies, settings
 from flows.stack import ports, seaweedfs
+from flows.stack.discovery import servers_in_environment
 from flows.stack.local import SERVICES, SERVICES_OF, LocalStack, ServiceName
 from flows.stack.process import members, stop
 from flows.stack.services import Service, services
@@ -60,7 +61,7 @@ def up(report: Report, restoring: bool = False) -> StackStatus:
     Raises UserError or DarkroomError that names the log of what would not start; UserError if a restore did not end,
     unless it is the one that is ``restoring``.
     """
-    elsewhere = given()
+    elsewhere = servers_in_environment()
     if len(elsewhere) < len(SERVERS):
         folder = settings().folder
         with _turn(folder, report):
@@ -90,7 +91,7 @@ def status() -> StackStatus:
         folder=folder,
         credentials=folder / "credentials.json" if stack else None,
         services=tuple(found),
-        elsewhere=given(),
+        elsewhere=servers_in_environment(),
     )
 
 
@@ -118,7 +119,7 @@ def exports() -> dict[str, str]:
 
     Empty if the environment names every server already; raises UserError if the stack does not run.
     """
-    elsewhere = given()
+    elsewhere = servers_in_environment()
     missing = [server for server in SERVERS if server not in elsewhere]
     stack = LocalStack.read(settings().folder)
     variables: dict[str, str] = {}

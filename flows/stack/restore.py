@@ -19,10 +19,11 @@ from diffusion.data.takedown_records import Removal
 from diffusion.errors import DarkroomError, UserError
 from diffusion.files import write_atomically, write_json
 from diffusion.progress import Progress, silent
-from flows.environment import SERVERS, given, settings
+from flows.environment import SERVERS, settings
 from flows.s3 import Object, Store, client
 from flows.stack.backup import Backup, Backups, SavedObject
 from flows.stack.control import RESTORING, StackStatus, status, up
+from flows.stack.discovery import servers_in_environment
 from flows.stack.local import LocalStack
 
 AUTH = "mlflow/auth.db"
@@ -93,7 +94,7 @@ def restore(
         UserError: There is a stack already, the stack that is replaced does not run, or anything of the backup is
             damaged; all before the stack is started.
     """
-    if elsewhere := given():
+    if elsewhere := servers_in_environment():
         raise UserError(f"{' and '.join(elsewhere.values())} name other servers: unset them to restore a local stack")
     folder, backups = settings().folder, Backups(target)
     backup = backups.read(stamp)

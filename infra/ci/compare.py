@@ -27,7 +27,7 @@ def table(ours: Mapping[str, float], theirs: Mapping[str, float]) -> str:
     """Figures of the change and of the champion, in the order of ``ours``; real pictures' own are left out."""
     lines = ["| figure | champion | this change | difference |", "|---|---:|---:|---:|"]
     for name, value in ours.items():
-        if name.startswith("floor_"):
+        if name.startswith("real_baseline_"):
             continue
         other = theirs.get(name)
         difference = "" if other is None else f"{value - other:+.4g}"

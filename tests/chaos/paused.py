@@ -42,16 +42,17 @@ def main() -> None:
     """Run the command line with its arguments behind ``--``."""
     point, folder, separator, *arguments = sys.argv[1:]
     assert separator == "--"
-    from flows import environment
+    from flows.environment import Server
+    from flows.stack import discovery
 
-    join = environment.join
+    join = discovery.join_servers
 
-    def join_and_arm(*needs: environment.Server) -> None:
+    def join_and_arm(*needs: Server) -> None:
         join(*needs)
         # Not before: libraries read the environment that it makes when they are imported.
         arm(point, Path(folder))
 
-    environment.join = join_and_arm
+    discovery.join_servers = join_and_arm
     sys.argv = ["darkroom", *arguments]
     from flows.cli import main as command_line
 

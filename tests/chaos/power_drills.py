@@ -104,7 +104,7 @@ def run_evaluate(folder: Path, dataset: Path, checkpoints: Path) -> State:
     done = evaluate(dataset, sorted(checkpoints.iterdir()), EVALUATION, SAMPLING, folder / REPORT)
     about = done.model_dump(mode="json", exclude={"best", "checkpoints"})
     files = {name: sha256_bytes(data) for name, data in _finished(folder / REPORT).items() if name.startswith("grids/")}
-    return {"about": about, "scores": [each.named() for each in done.checkpoints], "files": files}
+    return {"about": about, "scores": [each.metrics() for each in done.checkpoints], "files": files}
 
 
 def run_sample(folder: Path, weights: Path) -> State:

@@ -26,7 +26,7 @@ STEPS = (
     "flows.evaluate:judge_checkpoints",  # evaluate
     "flows.tracking:Scoreboard.show",  # judged, and MLflow knows nothing
     "flows.promote:export",  # promote
-    "flows.promote:trial",  # a version, and no verdict
+    "flows.promote:compare_with_champion",  # a version, and no verdict
     "flows.promote:project",  # in the ledger, and nowhere else
     "flows.printing:begin",  # sample
     "flows.printing:_put_files@1",  # before the first pictures are there

@@ -1,4 +1,4 @@
-"""A trial as its page shows it: of real pictures, some of them noisy or copied, measured by the parts that measure."""
+"""A comparison with the champion as its report shows it: of real images, some of them noisy or copied."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -7,142 +7,169 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffusion.evaluation.bootstrap import Figure, Replicates, replicates
-from diffusion.evaluation.closest import closest
-from diffusion.evaluation.drift import appearance, drift
-from diffusion.evaluation.duplicates import duplicates
-from diffusion.evaluation.estimate import Estimate, Interval
-from diffusion.evaluation.evidence import distance_headline, recall_difference
-from diffusion.evaluation.gate import Evidence, GateConfig, decide
+from diffusion.evaluation.bootstrap import Figure, Replicates, compute_replicates, difference
+from diffusion.evaluation.comparison import ChampionComparison, SampleGrids, distance_headline
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.copies import (
+    PIXELS,
+    Memorization,
+    detect_duplicates,
+    detect_memorization,
+    make_thumbnails,
+    shifted_thumbnails,
+)
+from diffusion.evaluation.distances import compute_scores
+from diffusion.evaluation.gate import ComparisonMetrics, GateConfig, decide
 from diffusion.evaluation.held_out_loss import HeldOutLoss, LevelLoss
-from diffusion.evaluation.memorisation import Memorisation, memorisation
-from diffusion.evaluation.per_class import Labelled, PerClass, per_class
-from diffusion.evaluation.reader import fit
-from diffusion.evaluation.thumbnails import NAME, moved, thumbnails
-from diffusion.evaluation.trial_page import Docket, Side
+from diffusion.evaluation.neighbours import find_nearest
+from diffusion.evaluation.per_class import Labelled, PerClass, evaluate_classes, fit_discriminant
+from diffusion.evaluation.pixel_metrics import compare_appearance, measure_appearance
+from diffusion.evaluation.results import EvaluationConditions, MetricEstimate, ModelEvaluation, RealBaseline
+from diffusion.fingerprint import fingerprint
 from diffusion.likelihood import noise_levels
+from diffusion.samplers import sampling_config
 from tests.diffusion.degraded import with_copies, with_noise
 from tests.diffusion.real_pictures import pictures
 
 COUNT = 240
-"""Pictures of each set; of training there are three times as many."""
+"""Images of each set; of training there are three times as many."""
 CLASSES = ["T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
 TWICE = [20, 31, 42]
-"""Pictures of the challenger that are one."""
-GATE = GateConfig(memorised=None, cost=None)
+"""Images of the candidate that are one."""
+GATE = GateConfig(memorized=None, cost=None)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A figure with its interval."""
+class Shown:
+    """A comparison with the images and names that its report shows."""
 
-    value: float
-    interval: Interval
+    comparison: ChampionComparison
+    grids: SampleGrids
+    model: str = "clothes"
+    dataset: str = "fashion"
+    candidate: str = "version 3"
+    champion: str | None = "version 2"
 
-    @classmethod
-    def of(cls, estimate: Estimate) -> "Measured":
-        return cls(estimate.value, estimate.interval(0.95))
 
-
-def docket(with_champion: bool = True) -> Docket:
-    """A noisy champion, and a challenger that draws real pictures and a few of those that it learned from."""
+def docket(with_champion: bool = True) -> Shown:
+    """A noisy champion, and a candidate that generates real images and a few of those that it learned from."""
     sets, _ = _sets()
-    drawn = {"version 3": sets["challenger"], "version 2": sets["champion"]} if with_champion else {}
-    drawn = drawn or {"version 1": sets["challenger"]}
-    points = [thumbnails(each) for each in (*drawn.values(), sets["floor"])]
-    *found, floor = replicates(points, thumbnails(sets["held out"]), 20)
-    sides = [_side(name, each, figures) for (name, each), figures in zip(drawn.items(), found, strict=True)]
-    headline = distance_headline(*found, floor, NAME, GATE) if with_champion else None
-    evidence = Evidence(
-        judged="drawn",
+    generated = [sets["candidate"], *([sets["champion"]] if with_champion else [])]
+    points = [make_thumbnails(each) for each in (*generated, sets["real baseline"])]
+    reference = make_thumbnails(sets["held out"])
+    *found, baseline = compute_replicates(points, reference, 20)
+    sides = [
+        _side(images, point, reference, metrics)
+        for images, point, metrics in zip(generated, points, found, strict=False)
+    ]
+    compared = ComparisonMetrics(
+        basis="generated",
         samples=COUNT,
         reference=COUNT,
         has_champion=with_champion,
-        headline=headline,
-        recall=recall_difference(*found) if with_champion else None,
+        headline=distance_headline(*found, baseline, PIXELS, GATE) if with_champion else None,
+        recall=difference(found[0]["recall"], found[1]["recall"]) if with_champion else None,
     )
-    copies, doubles = sides[0].memorisation, sides[0].duplicates
-    assert copies is not None
-    assert doubles is not None
-    worst = sides[0].per_class
-    assert worst is not None
-    pairs = copies.pairs
-    return Docket(
-        model="clothes",
-        dataset="fashion",
-        decision=decide(evidence, GATE),
-        challenger=sides[0],
+    per_class, pairs = sides[0].per_class, sides[0].memorization.pairs
+    assert per_class is not None
+    conditions = EvaluationConditions(
+        content_digest="c" * 64,
+        extractor=PIXELS,
+        extractor_digest="e" * 64,
+        preprocessing="8 pixels",
+        evaluation=EvaluationConfig(seed=1),
+        sampling=sampling_config(),
+    )
+    comparison = ChampionComparison(
+        conditions=conditions,
+        key=conditions.key,
+        gate=GATE,
+        candidate=sides[0],
         champion=sides[1] if with_champion else None,
-        real=sets["held out"][:64],
-        samples=COUNT,
-        reference=COUNT,
-        floor={f"{name}_{NAME}": each.value for name, each in floor.items()},
-        headline=headline,
-        delta=GATE.delta,
-        confidence=GATE.confidence,
-        groups=[sets["challenger"][group.members] for group in doubles.groups],
-        classes=_pictured(worst),
-        nearest=(sets["challenger"][[p.drawn for p in pairs]], sets["training"][[p.training for p in pairs]]),
-        conditions={"seed": "1", "features": "thumbnails of 8×8 pixels", "key": "e" * 64},
+        real_baseline=RealBaseline(
+            scores=compute_scores(points[-1], reference, PIXELS), estimates=_estimates(baseline)
+        ),
+        compared=compared,
+        decision=decide(compared, GATE),
     )
+    grids = SampleGrids(
+        real=sets["held out"][:64],
+        candidate=sets["candidate"][:64],
+        champion=sets["champion"][:64] if with_champion else None,
+        nearest_generated=sets["candidate"][[p.generated for p in pairs]],
+        nearest_training=sets["training"][[p.training for p in pairs]],
+        duplicates=[sets["candidate"][group.members] for group in sides[0].duplicates.groups],
+        classes=_class_samples(per_class),
+    )
+    if with_champion:
+        return Shown(comparison, grids)
+    return Shown(comparison, grids, candidate="version 1", champion=None)
 
 
-def _side(name: str, drawn: Tensor, figures: dict[Figure, Replicates]) -> Side:
+def _estimates(metrics: dict[Figure, Replicates]) -> dict[str, MetricEstimate]:
+    return {f"{name}_{PIXELS}": MetricEstimate.of(each.estimate) for name, each in metrics.items()}
+
+
+def _side(images: Tensor, points: Tensor, reference: Tensor, metrics: dict[Figure, Replicates]) -> ModelEvaluation:
     sets, _ = _sets()
-    return Side(
-        name=name,
-        drawn=drawn[:64],
-        figures={f"{figure}_{NAME}": Measured.of(each.estimate) for figure, each in figures.items()},
-        memorisation=_copies(drawn),
-        duplicates=duplicates(moved(drawn), moved(sets["held out"])),
-        drift=drift(appearance(drawn), appearance(sets["held out"])),
-        per_class=_by_class(drawn),
-        held_out_loss=_losses(0.9 if name == "version 2" else 0.8),
-        likelihood="bound" if name == "version 2" else "exact",
+    is_champion = images is sets["champion"]
+    return ModelEvaluation(
+        sha256="a" * 64,
+        family="ddpm" if is_champion else "autoregressive",
+        images=1000,
+        fingerprint=fingerprint(8, "fp32", "cpu"),
+        scores=compute_scores(points, reference, PIXELS),
+        memorization=_copies(images),
+        duplicates=detect_duplicates(shifted_thumbnails(images), shifted_thumbnails(sets["held out"])),
+        drift=compare_appearance(measure_appearance(images), measure_appearance(sets["held out"])),
+        per_class=_by_class(images),
+        held_out_loss=_losses(0.9 if is_champion else 0.8),
+        gflop=1.0,
+        estimates=_estimates(metrics),
     )
 
 
 @cache
 def _sets() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Pictures, and their classes."""
+    """Images, and their classes."""
     shown, classes = pictures(6 * COUNT)
-    names = ("training", "held out", "champion", "challenger")
+    names = ("training", "held out", "champion", "candidate")
     parts = dict(zip(names, (slice(3 * COUNT), *(slice(n * COUNT, (n + 1) * COUNT) for n in (3, 4, 5))), strict=True))
     sets = {name: shown[part] for name, part in parts.items()}
-    sets["floor"] = sets["training"][:COUNT]
+    sets["real baseline"] = sets["training"][:COUNT]
     sets["champion"] = with_noise(sets["champion"], 0.3)
-    sets["challenger"] = with_copies(sets["challenger"], sets["training"][-12:])
-    sets["challenger"][TWICE] = sets["challenger"][TWICE[0]].clone()
+    sets["candidate"] = with_copies(sets["candidate"], sets["training"][-12:])
+    sets["candidate"][TWICE] = sets["candidate"][TWICE[0]].clone()
     labels = {name: classes[part] for name, part in parts.items()}
-    labels["challenger"] = torch.cat([labels["training"][-12:], labels["challenger"][12:]])
-    labels["challenger"][TWICE] = labels["challenger"][TWICE[0]].clone()
+    labels["candidate"] = torch.cat([labels["training"][-12:], labels["candidate"][12:]])
+    labels["candidate"][TWICE] = labels["candidate"][TWICE[0]].clone()
     return sets, labels
 
 
-def _copies(drawn: Tensor) -> Memorisation:
+def _copies(drawn: Tensor) -> Memorization:
     sets, _ = _sets()
-    training = thumbnails(sets["training"])
-    near, of_real = (closest(moved(each), [training]) for each in (drawn, sets["held out"]))
-    return memorisation({NAME: near}, {NAME: of_real})
+    training = make_thumbnails(sets["training"])
+    near, of_real = (find_nearest(shifted_thumbnails(each), [training]) for each in (drawn, sets["held out"]))
+    return detect_memorization({PIXELS: near}, {PIXELS: of_real})
 
 
 def _by_class(drawn: Tensor) -> PerClass:
     sets, labels = _sets()
-    reader = fit([(thumbnails(sets["training"]), labels["training"])], len(CLASSES))
-    whose = "challenger" if drawn is sets["challenger"] else "champion"
-    real = Labelled(thumbnails(sets["held out"]), labels["held out"])
-    return per_class(Labelled(thumbnails(drawn), labels[whose]), real, reader, CLASSES, NAME)
+    reader = fit_discriminant([(make_thumbnails(sets["training"]), labels["training"])], len(CLASSES))
+    whose = "candidate" if drawn is sets["candidate"] else "champion"
+    real = Labelled(make_thumbnails(sets["held out"]), labels["held out"])
+    return evaluate_classes(Labelled(make_thumbnails(drawn), labels[whose]), real, reader, CLASSES, PIXELS)
 
 
-def _pictured(found: PerClass) -> dict[str, tuple[Tensor, Tensor]]:
-    """The first four real and drawn pictures of the two worst classes."""
+def _class_samples(found: PerClass) -> dict[str, tuple[Tensor, Tensor]]:
+    """The first four real and drawn images of the two worst classes."""
     sets, labels = _sets()
     numbers = {each.name: CLASSES.index(each.name) for each in found.worst_first[:2]}
 
     def of(whose: str, number: int) -> Tensor:
         return sets[whose][labels[whose] == number][:4]
 
-    return {name: (of("held out", number), of("challenger", number)) for name, number in numbers.items()}
+    return {name: (of("held out", number), of("candidate", number)) for name, number in numbers.items()}
 
 
 def _losses(worst: float) -> HeldOutLoss:
@@ -152,5 +179,5 @@ def _losses(worst: float) -> HeldOutLoss:
         for n, (low, high) in enumerate(pairwise(edges))
     ]
     return HeldOutLoss(
-        pictures=COUNT, levels=levels, loss=0.5, loss_se=0.01, bits_per_dim=3 + worst, bits_per_dim_se=0.02
+        images=COUNT, levels=levels, loss=0.5, loss_se=0.01, bits_per_dim=3 + worst, bits_per_dim_se=0.02
     )

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from diffusion.evaluation.bootstrap import Figure, Replicates, frechet, kid, neighbourhoods
-from diffusion.evaluation.kid import kid as kid_of
-from diffusion.evaluation.metrics import frechet_distance
-from diffusion.evaluation.neighbours import nearest, overlap
+from diffusion.evaluation.bootstrap import Figure, Replicates, frechet_of_halves, kid_of_halves, shares_of_halves
+from diffusion.evaluation.distances import compute_kid as kid_of
+from diffusion.evaluation.distances import compute_moments, frechet_distance
+from diffusion.evaluation.neighbours import compute_overlap, nearest_distances
 
 
 def kid_replicates(sets: Sequence[Tensor], reference: Tensor, splits: int) -> list[Replicates]:
-    halves = kid(sets, reference, splits)
+    halves = kid_of_halves(sets, reference, splits)
     return [
         Replicates.of("kid", kid_of(x, reference).value, of_x, x, reference)
         for x, of_x in zip(sets, halves, strict=True)
@@ -19,17 +19,17 @@ def kid_replicates(sets: Sequence[Tensor], reference: Tensor, splits: int) -> li
 
 
 def frechet_replicates(sets: Sequence[Tensor], reference: Tensor, splits: int) -> list[Replicates]:
-    halves = frechet(sets, reference, splits)
+    halves = frechet_of_halves(sets, reference, splits)
     return [
-        Replicates.of("fd", frechet_distance(x, reference), of_x, x, reference)
+        Replicates.of("fd", frechet_distance(compute_moments(x), compute_moments(reference)), of_x, x, reference)
         for x, of_x in zip(sets, halves, strict=True)
     ]
 
 
 def share_replicates(sets: Sequence[Tensor], reference: Tensor, splits: int) -> list[dict[Figure, Replicates]]:
     found = []
-    for x, halves in zip(sets, neighbourhoods(sets, reference, splits), strict=True):
-        whole = overlap(x, reference, nearest(x), nearest(reference))
+    for x, halves in zip(sets, shares_of_halves(sets, reference, splits), strict=True):
+        whole = compute_overlap(x, reference, nearest_distances(x), nearest_distances(reference))
         found.append(
             {name: Replicates.of(name, getattr(whole, name), of_x, x, reference) for name, of_x in halves.items()}
         )

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusion.config_sampling import SamplingConfig
 from diffusion.data.dataset import Dataset
 from diffusion.models.config import FamilyConfig
+from diffusion.samplers import sampling_config
 from diffusion.text import WIDTH
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS
@@ -22,7 +22,7 @@ def make_trainer(data: Path, model: FamilyConfig, config: TrainingConfig, pool: 
         Dataset.open(data),
         model,
         config,
-        SamplingConfig(),
+        sampling_config(),
         SINGLE_PROCESS,
         lambda _, texts: torch.zeros(len(texts), WIDTH),
     )

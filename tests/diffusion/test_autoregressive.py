@@ -15,8 +15,8 @@ from diffusion.config_sampling import Conditions
 from diffusion.data.dataset import Dataset
 from diffusion.editing import Edit
 from diffusion.errors import UserError
-from diffusion.evaluation.cost import gflop
-from diffusion.evaluation.held_out_loss import measure
+from diffusion.evaluation.evaluator import gflop
+from diffusion.evaluation.held_out_loss import measure_losses
 from diffusion.explain import explain
 from diffusion.families.autoregressive import AutoregressiveModel, bits_of_pixels
 from diffusion.logistics import drawn as drawn_from
@@ -169,7 +169,7 @@ def test_its_loss_is_exactly_the_bits_of_held_out_pictures(data: Path, run: Path
     expected = -log_probability(found, x.movedim(1, -1)).flatten(1).sum(1) / math.log(2) / SIZE**2
     last = read_metrics(run / "losses.csv")[-1]["held_out_loss_ema"]
     assert last == pytest.approx(expected.mean().item(), rel=1e-4)
-    terms = measure(model, [(dataset.pictures(rows), {"label": label})], SAMPLING)
+    terms = measure_losses(model, [(dataset.pictures(rows), {"label": label})], SAMPLING)
     assert torch.allclose(terms.bits.float(), expected, rtol=1e-4)
     # Eight bits are what knows nothing takes.
     assert last < 7

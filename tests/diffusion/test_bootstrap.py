@@ -14,8 +14,8 @@ from torch_fidelity.metric_kid import kernel_mmd
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from diffusion.errors import UserError
-from diffusion.evaluation.bootstrap import Figure, Replicates, difference, replicates
-from diffusion.evaluation.bootstrap.halves import halves
+from diffusion.evaluation.bootstrap import Figure, Replicates, compute_replicates, difference
+from diffusion.evaluation.bootstrap.halves import draw_halves
 from diffusion.evaluation.estimate import Estimate
 from tests.diffusion.gaussian_distances import drawn, true_frechet, true_kid
 from tests.diffusion.one_metric import frechet_replicates, kid_replicates, share_replicates
@@ -58,8 +58,8 @@ def test_figures_of_all_and_of_every_half_are_those_of_the_definitions(
 ) -> None:
     samples, reference = drawn(count, dimensions, 1, shift=0.3, scale=0.9), drawn(references, dimensions, 2)
     other = drawn(count + 7, dimensions, 3)
-    found, _ = replicates([samples, other], reference, splits=4)
-    of_samples, of_reference = halves(count, "samples", 4), halves(references, "reference", 4)
+    found, _ = compute_replicates([samples, other], reference, splits=4)
+    of_samples, of_reference = draw_halves(count, "samples", 4), draw_halves(references, "reference", 4)
     for number in (0, 1, 5, 8):
         rows = [members[number] if number < 8 else slice(None) for members in (of_samples, of_reference)]
         expected = by_definition(samples[rows[0]], reference[rows[1]])
@@ -83,12 +83,12 @@ def test_the_frechet_distance_is_right_with_many_features_and_with_one_that_says
 
 def test_halves_share_nothing_and_leave_out_nothing_but_the_last_of_an_odd_number() -> None:
     for count in (20, 21):
-        members = halves(count, "samples", 30)
+        members = draw_halves(count, "samples", 30)
         for first, second in members.view(30, 2, count):
             assert not (first & second).any()
             assert first.sum() == second.sum() == count // 2
     assert len({tuple(row.tolist()) for row in members}) > 50
-    assert not torch.equal(halves(20, "samples", 5), halves(20, "reference", 5))
+    assert not torch.equal(draw_halves(20, "samples", 5), draw_halves(20, "reference", 5))
 
 
 def trials(
@@ -153,9 +153,9 @@ def test_the_error_of_a_difference_is_its_spread_and_what_both_have_in_common_ca
     for t in range(TRIALS):
         same_noise, reference = drawn(100, 6, 2 * t), drawn(100, 6, 2 * t + 1)
         with one_thread():
-            challenger, champion = kid_replicates([same_noise + 0.35, 1.1 * same_noise + 0.4], reference, splits=40)
-        found.append(difference(challenger, champion))
-        apart.append(challenger.estimate.less(champion.estimate).error)
+            candidate, champion = kid_replicates([same_noise + 0.35, 1.1 * same_noise + 0.4], reference, splits=40)
+        found.append(difference(candidate, champion))
+        apart.append(candidate.estimate.less(champion.estimate).error)
     spread = np.std([each.value for each in found])
     assert math.sqrt(np.mean([each.error**2 for each in found])) == pytest.approx(spread, rel=0.25)
     assert np.mean([each.error for each in found]) < np.mean(apart) / 2
@@ -171,9 +171,9 @@ def test_errors_fall_as_the_root_of_the_number_of_pictures() -> None:
 def test_as_many_cores_as_there_are_and_as_many_sets_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     samples, reference, other = drawn(300, 8, 1, 0.3), drawn(280, 8, 2), drawn(300, 8, 3)
     before = torch.get_rng_state()
-    alone = replicates([samples], reference, splits=5)[0]
+    alone = compute_replicates([samples], reference, splits=5)[0]
     monkeypatch.setattr("diffusion.lanes.cores", lambda: 5)
-    among_others = replicates([other, samples], reference, splits=5)[1]
+    among_others = compute_replicates([other, samples], reference, splits=5)[1]
     for figure, each in alone.items():
         assert torch.equal(each.halves, among_others[figure].halves), figure
         assert each.whole == among_others[figure].whole
@@ -188,7 +188,7 @@ def test_progress_tells_every_stage_to_its_end() -> None:
         assert total is not None
         assert done <= total
 
-    replicates([drawn(300, 4, 1)], drawn(260, 4, 2), splits=3, progress=progress)
+    compute_replicates([drawn(300, 4, 1)], drawn(260, 4, 2), splits=3, progress=progress)
     ends = {what: done[-1] for what, done in told.items()}
     assert ends == {
         "KID of halves": 300,
@@ -200,8 +200,8 @@ def test_progress_tells_every_stage_to_its_end() -> None:
 
 def test_sets_whose_halves_have_no_neighbourhoods_are_refused() -> None:
     with pytest.raises(UserError, match=r"need 12 images on either side, and there are 11.*evaluation\.samples"):
-        replicates([drawn(11, 4, 1)], drawn(100, 4, 2))
-    assert replicates([drawn(12, 4, 1)], drawn(12, 4, 2), splits=3)[0]["coverage"].estimate.freedom == 3
+        compute_replicates([drawn(11, 4, 1)], drawn(100, 4, 2))
+    assert compute_replicates([drawn(12, 4, 1)], drawn(12, 4, 2), splits=3)[0]["coverage"].estimate.freedom == 3
 
 
 def test_unlike_sets_have_no_paired_difference() -> None:

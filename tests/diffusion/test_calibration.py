@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import betabinom, binomtest
 
-from diffusion.evaluation.calibration import Threshold, calibrated, interval
+from diffusion.evaluation.copies import Threshold, calibrate, wilson_interval
 
 
 @given(st.integers(1, 300), st.data())
@@ -22,7 +22,7 @@ def test_real_pictures_fall_below_as_often_as_is_said_and_alarms_are_as_rare() -
     random = torch.Generator().manual_seed(0)
     shares, alarms = [], 0
     for _ in range(400):
-        threshold = calibrated(torch.rand(150, generator=random), 0.02)
+        threshold = calibrate(torch.rand(150, generator=random), 0.02)
         below = int((torch.rand(200, generator=random) < threshold.value).sum())
         shares.append(below / 200)
         alarms += threshold.chance(below, 200) < 0.05
@@ -34,13 +34,13 @@ def test_real_pictures_fall_below_as_often_as_is_said_and_alarms_are_as_rare() -
 
 
 def test_ties_raise_no_alarm() -> None:
-    threshold = calibrated(torch.zeros(100), 0.05)
+    threshold = calibrate(torch.zeros(100), 0.05)
     assert int((torch.zeros(500) < threshold.value).sum()) == 0
     assert threshold.chance(0, 500) == 1
 
 
 def test_of_few_real_pictures_the_least_is_the_threshold() -> None:
-    threshold = calibrated(torch.tensor([3.0, 1.0, 2.0]), 0.01)
+    threshold = calibrate(torch.tensor([3.0, 1.0, 2.0]), 0.01)
     assert threshold == Threshold(1.0, rank=1, count=3)
     assert threshold.level == 1 / 4
 
@@ -49,4 +49,4 @@ def test_of_few_real_pictures_the_least_is_the_threshold() -> None:
 def test_the_interval_is_wilsons(whole: int, data: st.DataObject) -> None:
     part = data.draw(st.integers(0, whole))
     theirs = binomtest(part, whole).proportion_ci(0.95, method="wilson")
-    assert interval(part, whole) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
+    assert wilson_interval(part, whole) == pytest.approx((theirs.low, theirs.high), abs=1e-6)

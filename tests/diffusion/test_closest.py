@@ -6,8 +6,8 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from diffusion.evaluation import closest as module
-from diffusion.evaluation.closest import Closest, closest
+from diffusion.evaluation import neighbours as module
+from diffusion.evaluation.neighbours import NearestNeighbours, find_nearest
 
 
 def points(count: int, seed: int, width: int = 6) -> Tensor:
@@ -19,18 +19,18 @@ def points(count: int, seed: int, width: int = 6) -> Tensor:
 def test_they_are_those_of_an_exhaustive_search_however_it_is_cut(
     piece: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "BLOCK_DISTANCES", block)
     ours, rows = points(70, 0), points(130, 1)
-    found = closest(ours, torch.split(rows, piece), count=5)
+    found = find_nearest(ours, torch.split(rows, piece), count=5)
     distances, numbers = NearestNeighbors(n_neighbors=5).fit(rows.numpy()).kneighbors(ours.numpy())
     assert np.array_equal(found.rows, numbers)
     np.testing.assert_allclose(found.distances, distances, atol=1e-3)
 
 
 def test_among_themselves_none_is_its_own_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BLOCK", 600)
+    monkeypatch.setattr(module, "BLOCK_DISTANCES", 600)
     ours = points(90, 0)
-    found = closest(ours, torch.split(ours, 40), count=4, themselves=True)
+    found = find_nearest(ours, torch.split(ours, 40), count=4, themselves=True)
     distances, numbers = NearestNeighbors(n_neighbors=4).fit(ours.numpy()).kneighbors()
     assert np.array_equal(found.rows, numbers)
     np.testing.assert_allclose(found.distances, distances, atol=1e-3)
@@ -38,17 +38,17 @@ def test_among_themselves_none_is_its_own_neighbour(monkeypatch: pytest.MonkeyPa
 
 def test_of_several_views_the_nearest_counts() -> None:
     rows, far = points(50, 1), points(10, 2) + 10
-    found = closest(torch.stack([far, rows[:10], far]), [rows], count=3)
+    found = find_nearest(torch.stack([far, rows[:10], far]), [rows], count=3)
     assert found.rows[:, 0].tolist() == list(range(10))
     assert found.distances[:, 0].max() < 0.05
     assert found.distances[:, 1].min() > 0.1
 
 
 def test_where_there_are_fewer_rows_all_are_neighbours() -> None:
-    assert closest(points(5, 0), [points(3, 1)]).rows.sort(1).values.tolist() == [[0, 1, 2]] * 5
-    assert closest(points(3, 0), [points(3, 0)], themselves=True).rows.shape == (3, 2)
+    assert find_nearest(points(5, 0), [points(3, 1)]).rows.sort(1).values.tolist() == [[0, 1, 2]] * 5
+    assert find_nearest(points(3, 0), [points(3, 0)], themselves=True).rows.shape == (3, 2)
 
 
 def test_the_nearest_is_measured_by_how_dense_it_is_there() -> None:
-    found = Closest(torch.tensor([[1.0, 2.0, 3.0], [0.0, 5.0, 5.0], [0.0, 0.0, 0.0]]), torch.zeros(3, 3))
+    found = NearestNeighbours(torch.tensor([[1.0, 2.0, 3.0], [0.0, 5.0, 5.0], [0.0, 0.0, 0.0]]), torch.zeros(3, 3))
     assert found.relative.tolist() == [0.5, 0.0, 0.0]

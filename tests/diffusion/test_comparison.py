@@ -1,4 +1,4 @@
-"""Families side by side: judged by the same pictures, in order, each once, on a page of their own."""
+"""Families side by side: judged by the same images, in order, each once, on a page of their own."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,11 @@ from torch import Tensor
 from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
-from diffusion.evaluation.comparison import COMPARISON, Comparison, Sheets, compare
-from diffusion.evaluation.comparison_page import PAGE, findings, write_comparison_page
+from diffusion.evaluation.distances import compute_moments, frechet_distance
 from diffusion.evaluation.features import make_extractor
-from diffusion.evaluation.metrics import frechet_distance
-from diffusion.grids import grid
+from diffusion.evaluation.ranking import RANKING, Ranking, rank_models
+from diffusion.evaluation.ranking_report import PAGE, findings, write_ranking_report
+from diffusion.grids import grid, png_bytes
 from diffusion.models.config import AutoregressiveConfig, GANConfig, ModelConfig
 from diffusion.samplers import SamplingConfig, sampling_config
 from tests.conftest import disc
@@ -46,51 +46,52 @@ def models(tmp_path: Path) -> dict[str, tuple[Path, SamplingConfig]]:
 
 def good(first: int, deviation: float) -> Tensor:
     """Discs under noise."""
-    pictures = np.stack([np.asarray(disc(number, 8))[None] for number in range(first, first + 48)])
-    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(first))
-    return (torch.from_numpy(pictures) + deviation * noise).round().clamp(0, 255).to(torch.uint8)
+    images = np.stack([np.asarray(disc(number, 8))[None] for number in range(first, first + 48)])
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(first))
+    return (torch.from_numpy(images) + deviation * noise).round().clamp(0, 255).to(torch.uint8)
 
 
 def compared(
     models: dict[str, tuple[Path, SamplingConfig]], data: Path, folder: Path, progress: Watcher | None = None
-) -> tuple[Comparison, Sheets]:
-    return compare(data, models, CONFIG, folder, progress or Watcher())
+) -> tuple[Ranking, dict[str, Tensor]]:
+    return rank_models(data, models, CONFIG, folder, progress or Watcher())
 
 
 def test_the_nearest_to_real_pictures_comes_first_with_figures_and_what_can_be_said_of_the_lead(
     data: Path, models: dict[str, tuple[Path, SamplingConfig]], tmp_path: Path
 ) -> None:
     drawn = {"gan": good(5000, 5), "autoregressive": good(6000, 5), "ddpm": good(7000, 40), "vae": good(8000, 90)}
-    for name, pictures in drawn.items():
-        let_draw(models[name][0], pictures, data, tmp_path, sampling=models[name][1])
+    for name, images in drawn.items():
+        let_draw(models[name][0], images, data, tmp_path, sampling=models[name][1])
     found, sheets = compared(models, data, tmp_path)
-    names = [each.name for each in found.entrants]
+    names = [each.name for each in found.models]
     assert set(names[:2]) == {"gan", "autoregressive"}
     assert names[2:] == ["ddpm", "vae"]
-    assert [lead.sure(0.95) for lead in found.leads] == [False, True, True]
+    assert [lead.is_sure for lead in found.leads] == [False, True, True]
     said = findings(found)
     assert "cannot be told apart" in said[0]
-    assert said[1].startswith(f"{names[1]} is nearer to real pictures than ddpm: by ")
+    assert said[1].startswith(f"{names[0]} is better than ddpm: by ")
     extractor, dataset = make_extractor(CONFIG), Dataset.open(data)
-    real = extractor(dataset.pictures(dataset.rows("held_out")))
-    for each in found.entrants:
-        expected = frechet_distance(extractor(drawn[each.name]), real)
+    real = compute_moments(extractor(dataset.pictures(dataset.rows("held_out"))))
+    for each in found.models:
+        expected = frechet_distance(compute_moments(extractor(drawn[each.name])), real)
         assert each.scores.fd == pytest.approx(expected, rel=1e-3)
-        interval = each.figures["kid_efflite0"].interval
-        assert interval.low < each.figures["kid_efflite0"].value < interval.high
-        assert each.pictures_per_second > 0
+        interval = each.estimates["kid_efflite0"].interval
+        assert interval.low < each.estimates["kid_efflite0"].value < interval.high
+        assert each.images_per_second > 0
         network = load_model(Path(each.file)).network
         assert each.parameters == sum(parameter.numel() for parameter in network.parameters())
-        assert torch.equal(sheets.drawn[each.name], drawn[each.name])
-    by_name = {each.name: each for each in found.entrants}
+        assert torch.equal(sheets[each.name], drawn[each.name])
+    by_name = {each.name: each for each in found.models}
     assert {name: each.likelihood for name, each in by_name.items()} == {
         "ddpm": "bound",
         "vae": "bound",
         "gan": None,
         "autoregressive": "exact",
     }
-    assert by_name["gan"].held_out_loss.bits_per_dim is None
-    assert all(by_name[name].held_out_loss.bits_per_dim for name in ("ddpm", "vae", "autoregressive"))
+    assert (losses := {name: each.held_out_loss for name, each in by_name.items()})["gan"] is not None
+    assert losses["gan"].bits_per_dim is None
+    assert all(getattr(losses[name], "bits_per_dim", None) for name in ("ddpm", "vae", "autoregressive"))
     assert by_name["ddpm"].minutes == 2
 
 
@@ -100,7 +101,7 @@ def test_stopped_anywhere_it_goes_on_and_what_was_drawn_is_not_drawn_again(
     two = {name: models[name] for name in ("gan", "autoregressive")}
     with pytest.raises(KeyboardInterrupt):
         compared(two, data, tmp_path, Watcher("autoregressive: images sampled"))
-    assert not (tmp_path / COMPARISON).exists()
+    assert not (tmp_path / RANKING).exists()
     second = Watcher()
     first, _ = compared(two, data, tmp_path, second)
     # What is timed is drawn once, by each, after all that is judged.
@@ -109,20 +110,21 @@ def test_stopped_anywhere_it_goes_on_and_what_was_drawn_is_not_drawn_again(
     again, _ = compared(two, data, tmp_path, third)
     assert third.drawn == set()
     assert again == first
-    assert json.loads((tmp_path / COMPARISON).read_text()) == json.loads(first.model_dump_json())
+    assert json.loads((tmp_path / RANKING).read_text()) == json.loads(first.model_dump_json())
 
 
 def test_the_page_shows_all_of_them_and_needs_nothing_else(
     data: Path, models: dict[str, tuple[Path, SamplingConfig]], tmp_path: Path
 ) -> None:
     found, sheets = compared(models, data, tmp_path)
-    write_comparison_page(tmp_path / PAGE, found, sheets)
+    sheet_files = {name: png_bytes(grid(images, 8)) for name, images in sheets.items()}
+    write_ranking_report(tmp_path / PAGE, found, sheet_files, sheet_files.pop("real"))
     page = Page((tmp_path / PAGE).read_text())
     assert all(address.startswith("data:") for address in page.addresses)
-    for name, drawn in sheets.drawn.items():
-        assert np.array_equal(page.image(f"Pictures drawn by {name}"), np.asarray(grid(drawn, 8)))
-    assert np.array_equal(page.image("Real held-out pictures"), np.asarray(grid(sheets.real, 8)))
-    for words in ("KID", "precision", "recall", "bits per dimension", "drawn in a second", "parameters", "≤", "none"):
+    for name in models:
+        assert np.array_equal(page.image(f"Images of {name}"), np.asarray(grid(sheets[name], 8)))
+    assert np.array_equal(page.image("Real held-out images"), np.asarray(grid(sheets["real"], 8)))
+    for words in ("KID", "precision", "recall", "bits per dimension", "images per second", "parameters", "≤", "none"):
         assert words in page.text
     assert all(words in page.text for words in findings(found))
 
@@ -134,7 +136,7 @@ def test_what_cannot_be_compared_is_refused(
         compared({"gan": models["gan"]}, data, tmp_path)
     small = ModelConfig(width=16, channel_mult=(1,), attention=(), low_resolution=4, conditional=False)
     enlarger = write_model(tmp_path / "enlarger.safetensors", 5, 1, config=small)
-    with pytest.raises(UserError, match="enlarges small pictures"):
+    with pytest.raises(UserError, match="is a super-resolution model"):
         compared(models | {"ddpm": (enlarger, SAMPLING)}, data, tmp_path)
     write_dataset(tmp_path / "other", random_pictures(60, size=12), per_shard=60)
     with pytest.raises(UserError, match=r"generates images of 1×8×8 and .*other holds 1×12×12"):

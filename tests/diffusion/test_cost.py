@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.checkpoints import load_model
-from diffusion.evaluation.cost import gflop
+from diffusion.evaluation.evaluator import gflop
 from diffusion.families import family_of
 from diffusion.families.base import Batch
 from diffusion.families.ddpm import count_evaluations

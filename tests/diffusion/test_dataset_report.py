@@ -15,10 +15,10 @@ from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
 from diffusion.data.takedown import Selection, remove
 from diffusion.errors import UserError
+from diffusion.evaluation import dataset_report as page_module
 from diffusion.evaluation.charts import LIGHT, Chart, Draw
 from diffusion.evaluation.dataset_report import DatasetSummary, write_dataset_report
-from diffusion.evaluation.dataset_report import page as page_module
-from diffusion.evaluation.dataset_report.record_statistics import simplify_reason
+from diffusion.evaluation.dataset_statistics import simplify_reason
 from tests.diffusion.built_datasets import BuiltDataset, Record, duplicate, kept, quarantined
 from tests.diffusion.html_pages import Page
 

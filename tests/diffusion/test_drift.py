@@ -1,4 +1,4 @@
-"""What pictures look like as a whole: against definitions written out, and changes of a known size."""
+"""What images look like as a whole: against definitions written out, and changes of a known size."""
 
 import colorsys
 import math
@@ -10,7 +10,7 @@ import torch
 from scipy.stats import ttest_ind
 from torch import Tensor
 
-from diffusion.evaluation.drift import Drift, appearance, drift
+from diffusion.evaluation.pixel_metrics import AppearanceDrift, compare_appearance, measure_appearance
 
 
 def pictures(count: int, seed: int, channels: int = 3) -> Tensor:
@@ -21,9 +21,9 @@ def pictures(count: int, seed: int, channels: int = 3) -> Tensor:
 
 
 def test_figures_are_what_their_names_say() -> None:
-    picture = pictures(1, 0)
-    found = {name: value.item() for name, value in appearance(picture).items()}
-    pixels = picture[0].permute(1, 2, 0).reshape(-1, 3).numpy() / 255
+    image = pictures(1, 0)
+    found = {name: value.item() for name, value in measure_appearance(image).items()}
+    pixels = image[0].permute(1, 2, 0).reshape(-1, 3).numpy() / 255
     lumas = [colorsys.rgb_to_yiq(*pixel)[0] for pixel in pixels]
     assert found["brightness"] == pytest.approx(np.mean(lumas), abs=0.005)
     assert found["contrast"] == pytest.approx(np.std(lumas), abs=0.005)
@@ -36,7 +36,7 @@ def test_figures_are_what_their_names_say() -> None:
 
 def test_grey_pictures_have_no_colours_and_those_of_the_same_grey_in_rgb_none_either() -> None:
     grey = pictures(5, 0, channels=1)
-    found, in_rgb = appearance(grey), appearance(grey.repeat(1, 3, 1, 1))
+    found, in_rgb = measure_appearance(grey), measure_appearance(grey.repeat(1, 3, 1, 1))
     assert found.keys() == {"brightness", "contrast"}
     for name, values in in_rgb.items():
         torch.testing.assert_close(values, found.get(name, torch.zeros(5).double()))
@@ -57,23 +57,26 @@ def test_a_change_is_seen_in_its_figure_with_its_size(
 ) -> None:
     real = pictures(400, 1)
     changed = change(pictures(400, 0).float()).round().to(torch.uint8)
-    shift = drift(appearance(changed), appearance(real)).shifts[name]
+    shift = compare_appearance(measure_appearance(changed), measure_appearance(real)).shifts[name]
     expected = -shift.real if size is None else size
     assert shift.difference == pytest.approx(expected, abs=4 * shift.standard_error + 0.01)
     assert abs(shift.difference) > 5 * shift.standard_error
-    assert shift.spreads == pytest.approx(shift.difference / appearance(real)[name].std().item())
+    assert shift.spreads == pytest.approx(shift.difference / measure_appearance(real)[name].std().item())
 
 
 def test_the_error_is_welchs() -> None:
-    first, second = appearance(pictures(30, 0)), appearance(pictures(70, 1))
-    for name, shift in drift(first, second).shifts.items():
+    first, second = measure_appearance(pictures(30, 0)), measure_appearance(pictures(70, 1))
+    for name, shift in compare_appearance(first, second).shifts.items():
         theirs = ttest_ind(first[name], second[name], equal_var=False).statistic
         assert shift.difference / shift.standard_error == pytest.approx(theirs)
-        assert shift.drawn_spread == pytest.approx(np.std(first[name].numpy(), ddof=1))
+        assert shift.generated_spread == pytest.approx(np.std(first[name].numpy(), ddof=1))
 
 
 def test_real_pictures_seldom_differ_by_three_errors() -> None:
-    found = [drift(appearance(pictures(50, n)), appearance(pictures(50, 1000 + n))) for n in range(60)]
+    found = [
+        compare_appearance(measure_appearance(pictures(50, n)), measure_appearance(pictures(50, 1000 + n)))
+        for n in range(60)
+    ]
     beyond = sum(abs(s.difference) > 3 * s.standard_error for each in found for s in each.shifts.values())
     # Of 300 at 0.4 % each (Student's t), more than 8 would come once in a hundred thousand times.
     assert beyond <= 8
@@ -81,15 +84,15 @@ def test_real_pictures_seldom_differ_by_three_errors() -> None:
 
 def test_where_real_pictures_do_not_differ_there_is_no_unit() -> None:
     same = torch.full((4, 1, 8, 8), 100, dtype=torch.uint8)
-    found = drift(appearance(pictures(4, 0, channels=1)), appearance(same))
+    found = compare_appearance(measure_appearance(pictures(4, 0, channels=1)), measure_appearance(same))
     assert found.shifts["brightness"].spreads is None
-    assert found.named() == {}
-    assert Drift.model_validate_json(found.model_dump_json()) == found
+    assert found.metrics() == {}
+    assert AppearanceDrift.model_validate_json(found.model_dump_json()) == found
 
 
 def test_differences_are_named_in_spreads() -> None:
-    found = drift(appearance(pictures(40, 0)), appearance(pictures(40, 1)))
-    assert found.named().keys() == {
+    found = compare_appearance(measure_appearance(pictures(40, 0)), measure_appearance(pictures(40, 1)))
+    assert found.metrics().keys() == {
         f"drift_{name}" for name in ("brightness", "contrast", "red_green", "yellow_blue", "saturation")
     }
-    assert all(math.isfinite(value) for value in found.named().values())
+    assert all(math.isfinite(value) for value in found.metrics().values())

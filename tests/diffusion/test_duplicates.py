@@ -1,4 +1,4 @@
-"""Duplicates among drawn pictures: of real ones as few as is said, of collapsed modes all."""
+"""Duplicates among drawn images: of real ones as few as is said, of collapsed modes all."""
 
 from functools import cache
 
@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.evaluation.duplicates import Duplicates, duplicates
-from diffusion.evaluation.thumbnails import moved
+from diffusion.evaluation.copies import Duplicates, detect_duplicates, shifted_thumbnails
 from tests.diffusion.degraded import blurred, with_noise
 from tests.diffusion.real_pictures import digits
 
@@ -23,16 +22,16 @@ def scans() -> tuple[Tensor, Tensor]:
 
 @cache
 def real() -> Tensor:
-    return moved(scans()[1])
+    return shifted_thumbnails(scans()[1])
 
 
 def judged(drawn: Tensor) -> Duplicates:
-    return duplicates(moved(drawn), real())
+    return detect_duplicates(shifted_thumbnails(drawn), real())
 
 
 def test_real_pictures_are_duplicates_no_more_often_than_is_said() -> None:
     halves = [torch.split(digits(600, seed)[0], 300) for seed in range(10)]
-    found = [duplicates(moved(one), moved(other)) for one, other in halves]
+    found = [detect_duplicates(shifted_thumbnails(one), shifted_thumbnails(other)) for one, other in halves]
     assert found[0].expected == pytest.approx(0.01, abs=0.001)
     # A share has a deviation of 1.5 %: this is three errors.
     assert np.mean([each.share for each in found]) == pytest.approx(0.01, abs=0.015)
@@ -61,8 +60,8 @@ def test_collapsed_modes_are_groups() -> None:
 
 
 def test_the_share_grows_as_modes_get_fewer() -> None:
-    pictures = scans()[0]
-    shares = [judged(pictures[:kept].repeat(2, 1, 1, 1)[:COUNT]).share for kept in (COUNT, 550, 450, 300)]
+    images = scans()[0]
+    shares = [judged(images[:kept].repeat(2, 1, 1, 1)[:COUNT]).share for kept in (COUNT, 550, 450, 300)]
     assert shares == pytest.approx([0, 1 / 6, 0.5, 1], abs=0.04)
 
 
@@ -75,16 +74,16 @@ def test_blurred_pictures_are_more_alike_and_yet_no_duplicates() -> None:
 
 def test_chance_alone_seldom_raises_an_alarm() -> None:
     random = torch.Generator().manual_seed(0)
-    found = [duplicates(*(torch.randn(1, 250, 3, generator=random) for _ in range(2))) for _ in range(150)]
+    found = [detect_duplicates(*(torch.randn(1, 250, 3, generator=random) for _ in range(2))) for _ in range(150)]
     assert np.mean([each.share for each in found]) == pytest.approx(0.01, abs=0.005)
     # Of 150 at 1 %, more than 7 would come once in six thousand times.
     assert sum(each.p_value < 0.01 for each in found) <= 7
 
 
 def test_as_many_are_judged_as_there_are_real_ones() -> None:
-    found = duplicates(moved(scans()[0]), real()[:, :100])
-    assert found.pictures == 100
-    same = duplicates(moved(scans()[0][:100]), real()[:, :100])
+    found = detect_duplicates(shifted_thumbnails(scans()[0]), real()[:, :100])
+    assert found.images == 100
+    same = detect_duplicates(shifted_thumbnails(scans()[0][:100]), real()[:, :100])
     assert (found.duplicates, found.groups) == (same.duplicates, same.groups)
     assert found.threshold == pytest.approx(same.threshold, rel=1e-4)
 
@@ -93,4 +92,4 @@ def test_they_survive_json_where_there_are_none_and_where_there_is_nothing_else(
     for drawn in (scans()[0][:1].repeat(COUNT, 1, 1, 1), scans()[0]):
         found = judged(drawn)
         assert Duplicates.model_validate_json(found.model_dump_json()) == found
-        assert found.named()["duplicates_largest_group"] == found.largest
+        assert found.metrics()["duplicates_largest_group"] == found.largest

@@ -1,4 +1,4 @@
-"""Enlarged pictures judged: likeness by the book, beside interpolation, and said in plain words."""
+"""ResamplingBaseline images judged: likeness by the book, beside interpolation, and said in plain words."""
 
 import json
 from pathlib import Path
@@ -15,10 +15,18 @@ from diffusion.checkpoints import AVERAGED, load_model, save_tensors
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.enlargement import Enlarged, Likeness, likeness, psnr, resampled, ssim, verdict
+from diffusion.evaluation.distances import compute_scores
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.features import EfficientNetLite0
-from diffusion.evaluation.metrics import judge
+from diffusion.evaluation.pixel_metrics import (
+    ImageSimilarity,
+    ResamplingBaseline,
+    compare_images,
+    describe_baselines,
+    psnr,
+    resample,
+    ssim,
+)
 from diffusion.evaluation.results import Evaluation
 from diffusion.grids import beside, blocks, grid
 from diffusion.models.unet import UNet
@@ -70,7 +78,7 @@ def test_psnr_and_ssim_are_those_of_scikit_image() -> None:
     # scikit-image 0.26: structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False).
     assert ssim(one, other).tolist() == pytest.approx([0.958206271706135, 0.9501173584172532], abs=1e-12)
     assert psnr(one, other).tolist() == pytest.approx([21.28342813548128, 20.87628731952565], abs=1e-9)
-    alike = likeness(one, other)
+    alike = compare_images(one, other)
     assert alike.ssim == pytest.approx((0.958206271706135 + 0.9501173584172532) / 2)
     assert alike.psnr == pytest.approx((21.28342813548128 + 20.87628731952565) / 2)
 
@@ -95,8 +103,8 @@ def test_the_likest_of_all_is_the_picture_itself(height: int, width: int, seed: 
 @pytest.mark.parametrize(("name", "method"), [("bicubic", Image.BICUBIC), ("lanczos", Image.LANCZOS)])
 def test_pictures_in_colour_are_enlarged_as_pillow_does_it(name: str, method: Image.Resampling) -> None:
     small = torch.from_numpy(random_pictures(2, channels=3, size=6))[..., :5]
-    for picture, large in zip(small, resampled(small, 3, name), strict=True):
-        expected = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((15, 18), method)
+    for image, large in zip(small, resample(small, 3, name), strict=True):
+        expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((15, 18), method)
         assert np.array_equal(large.permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
@@ -116,11 +124,11 @@ def test_scores_are_those_of_the_enlarged_held_out_pictures_beside_interpolation
     }
     assert evaluation.baselines is not None
     assert list(evaluation.baselines) == ["bicubic", "lanczos"]
-    sets |= {name: (resampled(small, 2, name), each) for name, each in evaluation.baselines.items()}
-    for pictures, found in sets.values():
-        expected = judge(extractor(pictures), extractor(others), "efflite0")
-        assert found.scores.named() == pytest.approx(expected.named(), rel=1e-4, abs=1e-4)
-        assert found.likeness == likeness(pictures, real)
+    sets |= {name: (resample(small, 2, name), each) for name, each in evaluation.baselines.items()}
+    for images, found in sets.values():
+        expected = compute_scores(extractor(images), extractor(others), "efflite0")
+        assert found.scores.metrics() == pytest.approx(expected.metrics(), rel=1e-4, abs=1e-4)
+        assert found.similarity == compare_images(images, real)
 
 
 def test_what_is_written_says_the_same_and_judging_again_draws_nothing(
@@ -134,10 +142,10 @@ def test_what_is_written_says_the_same_and_judging_again_draws_nothing(
     assert {path.name: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     assert Evaluation.model_validate_json((output / "evaluation.json").read_bytes()) == evaluation
     metrics = json.loads((output / "metrics.json").read_bytes())
-    assert evaluation.best.likeness is not None
+    assert evaluation.best.similarity is not None
     assert evaluation.baselines is not None
-    assert metrics["psnr"] == evaluation.best.likeness.psnr
-    assert metrics["lanczos_ssim"] == evaluation.baselines["lanczos"].likeness.ssim
+    assert metrics["psnr"] == evaluation.best.similarity.psnr
+    assert metrics["lanczos_ssim"] == evaluation.baselines["lanczos"].similarity.ssim
     assert metrics["bicubic_fd_efflite0"] == evaluation.baselines["bicubic"].scores.fd
     assert (output / "scores.csv").read_text().splitlines()[0].endswith(",psnr,psnr_se,ssim")
 
@@ -148,16 +156,16 @@ def test_the_page_says_whether_interpolation_is_beaten_and_shows_it(
     evaluation = evaluate(data, checkpoints, CONFIG, SAMPLING, tmp_path)
     page = Page((tmp_path / "report.html").read_text())
     assert evaluation.baselines is not None
-    assert verdict(evaluation.best.scores, evaluation.baselines) in page.text
+    assert describe_baselines(evaluation.best.scores, evaluation.baselines) in page.text
     assert "Enlargement from 4×4 pixels" in page.text
     bicubic = evaluation.baselines["bicubic"]
-    assert f"{bicubic.likeness.psnr:.2f} dB {bicubic.likeness.ssim:.3f}" in page.text
+    assert f"{bicubic.similarity.psnr:.2f} dB {bicubic.similarity.ssim:.3f}" in page.text
     dataset = Dataset.open(data)
     held_out = dataset.rows("held_out")
     real = dataset.pictures(held_out[: len(held_out) // 2])[:16]
     small = shrunk(real, 4)
     drawn = upscale(load_model(Path(evaluation.best.file)), small, CONFIG.seed, SAMPLING)
-    shown = grid(beside(blocks(small, 8), resampled(small, 2, "bicubic"), drawn, real), columns=8)
+    shown = grid(beside(blocks(small, 8), resample(small, 2, "bicubic"), drawn, real), columns=8)
     assert np.array_equal(page.image("Enlargements side by side"), np.asarray(shown))
 
 
@@ -178,10 +186,10 @@ def test_the_page_of_another_model_says_nothing_of_enlargement(data: Path, tmp_p
     ],
 )
 def test_the_verdict_is_by_the_distance(bicubic: float, lanczos: float, words: str) -> None:
-    alike = Likeness(psnr=20, psnr_se=1, ssim=0.5)
+    alike = ImageSimilarity(psnr=20, psnr_se=1, ssim=0.5)
     found = {"bicubic": bicubic, "lanczos": lanczos}
-    baselines = {name: Enlarged(scores=scores(0.1, fd=fd), likeness=alike) for name, fd in found.items()}
-    assert verdict(scores(0.1, fd=100), baselines) == f"On the Fréchet distance to real pictures {words}"
+    baselines = {name: ResamplingBaseline(scores=scores(0.1, fd=fd), similarity=alike) for name, fd in found.items()}
+    assert describe_baselines(scores(0.1, fd=100), baselines) == f"On the Fréchet distance to real images {words}"
 
 
 def test_models_of_two_tasks_are_not_compared(data: Path, checkpoints: list[Path], tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.ingest import ingest
 from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.distances import compute_scores
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.features import EfficientNetLite0
-from diffusion.evaluation.metrics import judge
 from diffusion.evaluation.results import Evaluation, EvaluationConditions
 from diffusion.grids import grid
 from diffusion.samplers import SamplingConfig, sampling_config
@@ -48,8 +48,8 @@ def test_scores_are_those_of_the_drawn_pictures_against_all_held_out_ones(
     reference = extractor(data.pictures(data.rows("held_out")))
     for judged in evaluation.checkpoints:
         drawn = sample(load_model(Path(judged.file)), range(20), CONFIG.seed, SAMPLING)
-        expected = judge(extractor(drawn), reference, "efflite0")
-        assert judged.scores.named() == pytest.approx(expected.named(), rel=1e-4, abs=1e-4)
+        expected = compute_scores(extractor(drawn), reference, "efflite0")
+        assert judged.scores.metrics() == pytest.approx(expected.metrics(), rel=1e-4, abs=1e-4)
 
 
 def test_checkpoints_come_in_order_and_the_best_has_the_lowest_kid(
@@ -68,11 +68,11 @@ def test_the_floor_is_that_of_training_pictures_and_says_how_many_there_were(
     data, extractor = Dataset.open(dataset), EfficientNetLite0(32)
     train, held_out = data.rows("train"), data.rows("held_out")
     config = CONFIG.model_copy(update={"samples": 100})
-    floor = evaluate(dataset, checkpoints[:1], config, SAMPLING, tmp_path).floor.scores
+    floor = evaluate(dataset, checkpoints[:1], config, SAMPLING, tmp_path).real_baseline.scores
     assert (floor.samples, floor.reference) == (len(train), len(held_out))
-    expected = judge(extractor(data.pictures(train)), extractor(data.pictures(held_out)), "x")
+    expected = compute_scores(extractor(data.pictures(train)), extractor(data.pictures(held_out)), "x")
     assert floor.fd == pytest.approx(expected.fd, rel=1e-3)
-    few = evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path).floor.scores
+    few = evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path).real_baseline.scores
     assert few.samples == 20
 
 
@@ -84,7 +84,7 @@ def test_what_is_written_says_the_same_as_what_is_returned(
     assert Evaluation.model_validate_json((output / "evaluation.json").read_bytes()) == evaluation
     metrics = json.loads((output / "metrics.json").read_bytes())
     assert metrics["kid_efflite0"] == evaluation.best.scores.kid
-    assert metrics["floor_fd_efflite0"] == evaluation.floor.scores.fd
+    assert metrics["real_baseline_fd_efflite0"] == evaluation.real_baseline.scores.fd
     assert metrics["samples"] == 20
     assert all(isinstance(value, int | float) for value in metrics.values())
     with (output / "scores.csv").open(newline="") as file:
@@ -207,7 +207,7 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_end(
 def test_a_damaged_memory_is_replaced(dataset: Path, checkpoints: list[Path], tmp_path: Path) -> None:
     evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
     before = files_of(tmp_path / "report")
-    for path in (tmp_path / "report" / "judged").glob("*.safetensors"):
+    for path in (tmp_path / "report" / "evaluations").glob("*.safetensors"):
         damaged = bytearray(path.read_bytes())
         damaged[-1] ^= 1
         path.write_bytes(damaged)

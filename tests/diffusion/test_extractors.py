@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from diffusion.errors import UserError
-from diffusion.evaluation import inception
+from diffusion.evaluation import features
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features import make_extractor
 
@@ -91,7 +91,7 @@ def test_inception_s_features_are_torch_fidelity_s_and_leave_the_random_state_al
 def test_the_name_inception_is_that_of_the_literature_s_weights_alone(weights: Path) -> None:
     extractor = make_extractor(with_weights(weights))
     assert extractor.name == f"inception_{extractor.digest[:8]}"
-    assert extractor.about == "Inception-v3 with the weights in weights.pth, pictures at 299 pixels"
+    assert extractor.about == "Inception-v3 with the weights in weights.pth, images at 299 pixels"
 
 
 class Harmful:
@@ -147,7 +147,7 @@ def site(tmp_path: Path) -> Iterator[str]:
 def test_weights_out_of_reach_are_one_error_that_says_what_to_do(
     hub: Path, site: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inception, "URL_INCEPTION_V3", f"{site}/gone.pth")
+    monkeypatch.setattr(features, "URL_INCEPTION_V3", f"{site}/gone.pth")
     with pytest.raises(UserError, match=r"gone\.pth .*cannot be fetched.*set evaluation\.extractor_weights"):
         make_extractor(EvaluationConfig(extractor="inception"))
 
@@ -156,7 +156,7 @@ def test_fetched_weights_of_another_digest_are_refused_and_leave_nothing(
     hub: Path, site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "site" / "weights.pth").write_bytes(b"others")
-    monkeypatch.setattr(inception, "URL_INCEPTION_V3", f"{site}/weights.pth")
+    monkeypatch.setattr(features, "URL_INCEPTION_V3", f"{site}/weights.pth")
     with pytest.raises(UserError, match="cannot be fetched"):
         make_extractor(EvaluationConfig(extractor="inception"))
     assert list(hub.iterdir()) == []
@@ -167,8 +167,8 @@ def test_fetched_weights_of_the_right_digest_are_kept_and_not_fetched_again(
 ) -> None:
     served = tmp_path / "site" / "weights.pth"
     served.write_bytes(weights.read_bytes())
-    monkeypatch.setattr(inception, "URL_INCEPTION_V3", f"{site}/weights.pth")
-    monkeypatch.setattr(inception, "DIGEST", make_extractor(with_weights(weights)).digest)
+    monkeypatch.setattr(features, "URL_INCEPTION_V3", f"{site}/weights.pth")
+    monkeypatch.setattr(features, "INCEPTION_DIGEST", make_extractor(with_weights(weights)).digest)
     for _ in range(2):
         assert make_extractor(EvaluationConfig(extractor="inception")).name == "inception"
         served.unlink(missing_ok=True)
@@ -176,7 +176,7 @@ def test_fetched_weights_of_the_right_digest_are_kept_and_not_fetched_again(
 
 def test_kept_weights_that_are_damaged_are_refused(hub: Path) -> None:
     hub.mkdir(parents=True)
-    (hub / inception.URL_INCEPTION_V3.rpartition("/")[2]).write_bytes(b"damaged")
+    (hub / features.URL_INCEPTION_V3.rpartition("/")[2]).write_bytes(b"damaged")
     with pytest.raises(UserError, match="not the weights that the literature's FID rests on: delete it"):
         make_extractor(EvaluationConfig(extractor="inception"))
 
@@ -195,12 +195,12 @@ def write_means(path: Path, shape: tuple[int | str, ...], kind: str = "float", *
     helper, kinds = onnx.helper, onnx.TensorProto
     flat = options.get("flat", True)
     nodes = [
-        helper.make_node("Cast", ["pictures"], ["x"], to=kinds.FLOAT),
+        helper.make_node("Cast", ["images"], ["x"], to=kinds.FLOAT),
         helper.make_node("GlobalAveragePool", ["x"], ["pooled"]),
         helper.make_node("Flatten" if flat else "Identity", ["pooled"], ["features"]),
     ]
     dtype = {"float": kinds.FLOAT, "uint8": kinds.UINT8, "double": kinds.DOUBLE}[kind]
-    inputs = [helper.make_tensor_value_info(name, dtype, shape) for name in ("pictures", *options.get("more", ()))]
+    inputs = [helper.make_tensor_value_info(name, dtype, shape) for name in ("images", *options.get("more", ()))]
     made = [shape[0], shape[1], *([] if flat else [1, 1])]
     outputs = [helper.make_tensor_value_info("features", kinds.FLOAT, made)]
     graph = helper.make_graph(nodes, "means", inputs, outputs)
@@ -238,13 +238,13 @@ def test_files_are_told_apart_by_their_digests(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shape", "options", "size", "words"),
     [
-        ((4, 3, 8, 8), {}, None, "takes 4 pictures at a time instead of any number"),
-        (("n", 3, 8, 4), {}, None, "pictures of 8×4 instead of square ones"),
-        (("n", 3, 8, 8), {}, 8, "takes pictures of 8 pixels alone: leave evaluation.extractor_size out"),
+        ((4, 3, 8, 8), {}, None, "takes 4 images at a time instead of any number"),
+        (("n", 3, 8, 4), {}, None, "images of 8×4 instead of square ones"),
+        (("n", 3, 8, 8), {}, 8, "takes images of 8 pixels alone: leave evaluation.extractor_size out"),
         (("n", 3, "h", "w"), {}, None, "any size: set evaluation.extractor_size"),
-        (("n", 4, 8, 8), {}, None, "instead of float or uint8 pictures"),
-        (("n", 3, 8, 8), {"kind": "double"}, None, "instead of float or uint8 pictures"),
-        (("n", 3, 8, 8), {"more": ["again"]}, None, "instead of float or uint8 pictures"),
+        (("n", 4, 8, 8), {}, None, "instead of float or uint8 images"),
+        (("n", 3, 8, 8), {"kind": "double"}, None, "instead of float or uint8 images"),
+        (("n", 3, 8, 8), {"more": ["again"]}, None, "instead of float or uint8 images"),
         (("n", 3, 8, 8), {"flat": False}, None, "instead of float features"),
     ],
 )
@@ -258,7 +258,7 @@ def test_a_network_of_something_else_is_refused(
 def test_a_network_of_grey_pictures_is_not_shown_colours(tmp_path: Path) -> None:
     extractor = make_extractor(from_file(write_means(tmp_path / "means.onnx", ("n", 1, 8, 8))))
     assert extractor(pictures(2, 1, 8)).shape == (2, 1)
-    with pytest.raises(UserError, match="takes grey pictures, and these have colours"):
+    with pytest.raises(UserError, match="takes grey images, and these have colours"):
         extractor(pictures(2, 3, 8))
 
 

@@ -21,7 +21,7 @@ def pictures(count: int, channels: int, size: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def pooled(rgb: np.ndarray) -> torch.Tensor:
-    """The package's own network on one picture (H, W, 3) as its authors feed it, scaled to length √1280."""
+    """The package's own network on one image (H, W, 3) as its authors feed it, scaled to length √1280."""
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(WEIGHTS, weights_only=True))
     x = torch.from_numpy((rgb.astype(np.float32) - 127.5) / 127.5).permute(2, 0, 1)[None]

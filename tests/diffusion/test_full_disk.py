@@ -36,7 +36,7 @@ main()
 SAMPLE = ("sample", "--model", "weights.safetensors", "--count", "8", "--out", "made")
 DRILLS = [
     (("train", "--local"), "diffusion.training.checkpoint:Checkpoints.save@3", "runs/blobs"),
-    (("evaluate", "--local"), "diffusion.evaluation.sealed:save_tensors", "reports/blobs"),
+    (("evaluate", "--local"), "diffusion.evaluation.cache:save_tensors", "reports/blobs"),
     (("evaluate", "--local"), "diffusion.evaluation.evaluate:write_json", "reports/blobs"),
     (
         ("sample", "--model", "weights.safetensors", "--count", "8", "--out", "made"),

@@ -15,7 +15,7 @@ from diffusion.config_sampling import Conditions
 from diffusion.data.dataset import Dataset
 from diffusion.editing import Edit
 from diffusion.errors import UserError
-from diffusion.evaluation.held_out_loss import held_out_loss, measure
+from diffusion.evaluation.held_out_loss import measure_losses, summarize_losses
 from diffusion.explain import explain
 from diffusion.families.base import TrainingBatch
 from diffusion.families.gan import GANModel, RelativisticObjective, gradient_penalties
@@ -253,8 +253,8 @@ def test_it_says_nothing_of_how_probable_pictures_are(data: Path, model: GANMode
     dataset = Dataset.open(data)
     rows = dataset.rows("held_out")
     told = {"label": dataset.classes(rows, model.classes)}
-    found = held_out_loss(measure(model, [(dataset.pictures(rows), told)], SAMPLING))
-    assert found.pictures == len(rows)
+    found = summarize_losses(measure_losses(model, [(dataset.pictures(rows), told)], SAMPLING))
+    assert found.images == len(rows)
     assert found.named() == {}
 
 

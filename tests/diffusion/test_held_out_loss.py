@@ -1,4 +1,4 @@
-"""Losses and bits of held-out pictures, against data of which all is known."""
+"""Losses and bits of held-out images, against data of which all is known."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
 from diffusion.denoiser import Denoiser
-from diffusion.evaluation.held_out_loss import HeldOutLoss, held_out_loss, measure, told_of_rows
+from diffusion.evaluation.held_out_loss import HeldOutLoss, conditioning_of_rows, measure_losses, summarize_losses
 from diffusion.families.vae import VAEModel
 from diffusion.likelihood import LEVELS, Terms, denoising_terms, noise_levels
 from diffusion.model import DiffusionModel, to_float
@@ -64,7 +64,7 @@ def pictures(count: int, seed: int = 0) -> Tensor:
 def test_of_gaussian_values_the_loss_is_one_at_every_level_and_the_bits_are_their_entropy() -> None:
     x0 = gaussian(600)
     variances = torch.full((16,), SPREAD**2, dtype=torch.float64)
-    found = held_out_loss(denoising_terms(lambda x, s: wiener(variances, x, s), x0, SPREAD, range(600)))
+    found = summarize_losses(denoising_terms(lambda x, s: wiener(variances, x, s), x0, SPREAD, range(600)))
     assert [level.loss for level in found.levels] == pytest.approx([1] * LEVELS, abs=0.06)
     assert all(abs(level.loss - 1) < 4 * level.loss_se for level in found.levels)
     # The differential entropy, in bits, of a value in units of the 256 levels.
@@ -80,7 +80,7 @@ def test_values_of_different_spread_cost_their_entropy() -> None:
     values = spreads * torch.randn(600, 16, generator=torch.Generator().manual_seed(1)).double()
     x0 = ((values.view(600, *SHAPE) + 1) * 127.5).round().clamp(0, 255).float() / 127.5 - 1
     overall = spreads.square().mean().sqrt().item()
-    found = held_out_loss(denoising_terms(lambda x, s: wiener(spreads**2, x, s), x0, overall, range(600)))
+    found = summarize_losses(denoising_terms(lambda x, s: wiener(spreads**2, x, s), x0, overall, range(600)))
     expected = (0.5 * torch.log2(2 * math.pi * math.e * spreads**2)).mean().item() + math.log2(127.5) + rounding()
     assert found.bits_per_dim is not None
     assert found.bits_per_dim_se is not None
@@ -91,7 +91,7 @@ def test_values_of_different_spread_cost_their_entropy() -> None:
 def test_who_knows_all_pictures_pays_for_which_it_is_and_nothing_else() -> None:
     points = two_tone_points(4)
     x0 = points.repeat(50, 1, 1, 1)
-    found = held_out_loss(denoising_terms(IdealDenoiser(points), x0, 1.0, range(200)))
+    found = summarize_losses(denoising_terms(IdealDenoiser(points), x0, 1.0, range(200)))
     # Besides, black and white are told from their neighbours at the least noise, as often as a Gaussian is.
     told = -torch.special.log_ndtr(torch.tensor(HALF_A_LEVEL) / EDGES[0]).item() / math.log(2)
     assert found.bits_per_dim is not None
@@ -106,7 +106,7 @@ def test_who_errs_pays_more() -> None:
     bits = []
     for wrong in (1.0, 1.5, 3.0):
         terms = denoising_terms(lambda x, s, w=wrong: wiener(w * variances, x, s), x0, SPREAD, range(200))  # type: ignore[misc]
-        bits.append(held_out_loss(terms).bits_per_dim)
+        bits.append(summarize_losses(terms).bits_per_dim)
     assert bits == sorted(bits)  # type: ignore[type-var]
 
 
@@ -114,7 +114,7 @@ def test_it_is_the_limit_of_the_sum_over_ever_more_steps_from_below() -> None:
     x0 = gaussian(64)
     variances = torch.full((16,), SPREAD**2, dtype=torch.float64)
     terms = denoising_terms(lambda x, s: wiener(variances, x, s), x0, SPREAD, range(64))
-    limit = held_out_loss(terms).bits_per_dim
+    limit = summarize_losses(terms).bits_per_dim
     random = torch.Generator().manual_seed(0)
     sums = []
     for steps in (60, 400):
@@ -158,8 +158,8 @@ def test_the_loss_is_that_of_training_with_edms_weight(tmp_path: Path) -> None:
 def test_each_picture_has_its_noise_however_pictures_come(tmp_path: Path) -> None:
     model = load_model(write_model(tmp_path / "model", 0, 0))
     x = pictures(21)
-    whole = measure(model, [(x, {})], SAMPLING)
-    parts = measure(model, [(x[:8], {}), (x[8:16], {}), (x[16:], {})], SAMPLING)
+    whole = measure_losses(model, [(x, {})], SAMPLING)
+    parts = measure_losses(model, [(x[:8], {}), (x[8:16], {}), (x[16:], {})], SAMPLING)
     assert whole.bits is not None
     assert parts.bits is not None
     assert torch.equal(whole.losses, parts.losses)
@@ -173,12 +173,12 @@ def test_each_picture_has_its_noise_however_pictures_come(tmp_path: Path) -> Non
 def test_any_network_can_be_measured(changes: dict[str, object], tmp_path: Path) -> None:
     config = ModelConfig.model_validate(header().model.model_dump() | changes)
     model = load_model(write_model(tmp_path / "model", 0, 0, config=config))
-    found = held_out_loss(measure(model, [(pictures(10), {})], SAMPLING))
+    found = summarize_losses(measure_losses(model, [(pictures(10), {})], SAMPLING))
     assert found.bits_per_dim is not None
     assert found.bits_per_dim > 0
-    assert found.pictures == 10
+    assert found.images == 10
     assert HeldOutLoss.model_validate_json(found.model_dump_json()) == found
-    assert found.named().keys() == {"held_out_loss", "held_out_loss_se", "bits_per_dim", "bits_per_dim_se"}
+    assert found.metrics().keys() == {"held_out_loss", "held_out_loss_se", "bits_per_dim", "bits_per_dim_se"}
 
 
 def test_models_are_told_what_pictures_show(tmp_path: Path) -> None:
@@ -187,17 +187,17 @@ def test_models_are_told_what_pictures_show(tmp_path: Path) -> None:
     dataset = Dataset.open(tmp_path / "set")
     rows = dataset.rows("held_out")
     model = load_model(write_model(tmp_path / "model", 0, 0, classes={"cat": 8, "dog": 8}))
-    told = told_of_rows(model, dataset, rows)
+    told = conditioning_of_rows(model, dataset, rows)
     names = ["cat", "dog", None]
     assert [names[number] for number in told["label"].tolist()] == dataset.labels(rows)
     x = dataset.pictures(rows)
-    as_told = measure(model, [(x, told)], SAMPLING).losses
-    otherwise = measure(model, [(x, {"label": torch.full_like(told["label"], 2)})], SAMPLING).losses
+    as_told = measure_losses(model, [(x, told)], SAMPLING).losses
+    otherwise = measure_losses(model, [(x, {"label": torch.full_like(told["label"], 2)})], SAMPLING).losses
     unlabelled = told["label"] == 2
     assert torch.equal(as_told[unlabelled], otherwise[unlabelled])
     assert not torch.equal(as_told[~unlabelled], otherwise[~unlabelled])
     plain = load_model(write_model(tmp_path / "plain", 0, 0))
-    assert told_of_rows(plain, dataset, rows) == {}
+    assert conditioning_of_rows(plain, dataset, rows) == {}
 
 
 def test_models_are_told_captions_and_small_pictures_as_in_training(made_up: MadeUp, tmp_path: Path) -> None:
@@ -210,14 +210,14 @@ def test_models_are_told_captions_and_small_pictures_as_in_training(made_up: Mad
         config = ModelConfig.model_validate(header().model.model_dump() | changes)
         about = header(config).model_copy(update={"encoder": ENCODER if name == "text" else None})
         model = DiffusionModel(about, UNet(config, 1, 8).eval(), edm_schedule(1000))
-        told = told_of_rows(model, dataset, rows)
+        told = conditioning_of_rows(model, dataset, rows)
         if name == "text":
             known = [made_up(text) if text else torch.zeros(384) for text in dataset.captions(rows)]
             assert torch.equal(told["text"], torch.stack(known))
         else:
             assert torch.equal(told["low"], task_of(config).conditioning(shown)["low"])
             assert not told["level"].any()
-        assert measure(model, [(shown, told)], SAMPLING).losses.isfinite().all()
+        assert measure_losses(model, [(shown, told)], SAMPLING).losses.isfinite().all()
 
 
 def test_of_latents_there_is_a_loss_and_no_bits() -> None:
@@ -228,11 +228,11 @@ def test_of_latents_there_is_a_loss_and_no_bits() -> None:
     network = UNet(about.model.model_copy(update={"patch": 1}), 3, 4).eval()
     latents = Latents(vae, torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1))
     model = DiffusionModel(about, network, edm_schedule(1000), latents)
-    found = held_out_loss(measure(model, [(torch.from_numpy(random_pictures(9, size=16)), {})], SAMPLING))
+    found = summarize_losses(measure_losses(model, [(torch.from_numpy(random_pictures(9, size=16)), {})], SAMPLING))
     assert found.bits_per_dim is None
     assert len(found.levels) == LEVELS
     assert found.loss is not None
-    assert found.named().keys() == {"held_out_loss", "held_out_loss_se"}
+    assert found.metrics().keys() == {"held_out_loss", "held_out_loss_se"}
 
 
 def test_of_an_autoencoder_there_are_bits_and_no_loss_and_they_know_no_weight() -> None:
@@ -243,11 +243,11 @@ def test_of_an_autoencoder_there_are_bits_and_no_loss_and_they_know_no_weight() 
         torch.manual_seed(0)
         network = VAE(config, 1, 16).eval()
         model = VAEModel(header(size=16).model_copy(update={"model": config}), network)
-        found.append(measure(model, [(x, {})], SAMPLING))
+        found.append(measure_losses(model, [(x, {})], SAMPLING))
     assert found[0].bits is not None
     assert found[1].bits is not None
     assert torch.equal(found[0].bits, found[1].bits)
-    summary = held_out_loss(found[0])
+    summary = summarize_losses(found[0])
     assert (summary.levels, summary.loss) == ([], None)
     # The divergence is exact, and the misfit is an expectation over noise of which one draw is taken.
     with torch.inference_mode():
@@ -268,7 +268,7 @@ def test_of_an_autoencoder_there_are_bits_and_no_loss_and_they_know_no_weight() 
 
 def test_errors_are_those_of_means_over_pictures() -> None:
     losses = torch.rand(50, 3, generator=torch.Generator().manual_seed(0)).double()
-    found = held_out_loss(Terms(torch.tensor([0.1, 1, 10, 80], dtype=torch.float64), losses, losses[:, 0]))
+    found = summarize_losses(Terms(torch.tensor([0.1, 1, 10, 80], dtype=torch.float64), losses, losses[:, 0]))
     assert [(level.sigma_low, level.sigma_high) for level in found.levels] == [(0.1, 1), (1, 10), (10, 80)]
     assert found.levels[1].loss == pytest.approx(losses[:, 1].mean().item())
     assert found.levels[1].loss_se == pytest.approx(losses[:, 1].std().item() / 50**0.5)

@@ -1,9 +1,9 @@
-"""Intervals in an evaluation, and real pictures that are looked at once for all runs."""
+"""Intervals in an evaluation, and real images that are looked at once for all runs."""
 
 import json
 from pathlib import Path
 
-from diffusion.evaluation.bootstrap import replicates
+from diffusion.evaluation.bootstrap import compute_replicates
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.evaluator import Evaluator
@@ -19,9 +19,9 @@ def test_halves_are_cut_once_and_are_those_of_the_features(dataset: Path, tmp_pa
     path = write_model(tmp_path / "100.safetensors", seed=1, images=100)
     evaluator = Evaluator(dataset, CONFIG, SAMPLING, tmp_path / "cache")
     model = evaluator.model(path)
-    found = evaluator.halves([model])
-    _, floor = evaluator.real.floor(CONFIG.seed)
-    expected = replicates([model.features, floor], evaluator.real.reference.features)
+    found = evaluator.replicates([model])
+    _, floor = evaluator.real.real_baseline(CONFIG.seed)
+    expected = compute_replicates([model.features, floor], evaluator.real.reference.features)
     for ours, theirs in zip(found, expected, strict=True):
         assert set(ours) == set(theirs) == {"fd", "kid", "precision", "recall", "density", "coverage"}
         for figure, each in theirs.items():
@@ -29,7 +29,7 @@ def test_halves_are_cut_once_and_are_those_of_the_features(dataset: Path, tmp_pa
     watcher = Watcher()
     again = Evaluator(dataset, CONFIG, SAMPLING, tmp_path / "cache", watcher)
     assert [
-        {name: each.estimate for name, each in figures.items()} for figures in again.halves([again.model(path)])
+        {name: each.estimate for name, each in figures.items()} for figures in again.replicates([again.model(path)])
     ] == [{name: each.estimate for name, each in figures.items()} for figures in found]
     assert watcher.seen == []
 
@@ -37,24 +37,24 @@ def test_halves_are_cut_once_and_are_those_of_the_features(dataset: Path, tmp_pa
 def test_an_evaluation_has_intervals_of_its_best_checkpoint_and_of_its_floor(dataset: Path, tmp_path: Path) -> None:
     path = write_model(tmp_path / "100.safetensors", seed=1, images=100)
     found = evaluate(dataset, [path], CONFIG, SAMPLING, tmp_path / "report")
-    assert found.figures["fd_efflite0"].value == found.best.scores.fd
-    assert found.floor.figures["recall_efflite0"].value == found.floor.scores.recall
+    assert found.estimates["fd_efflite0"].value == found.best.scores.fd
+    assert found.real_baseline.estimates["recall_efflite0"].value == found.real_baseline.scores.recall
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_bytes())
     for name in ("kid", "fd", "precision", "recall", "density", "coverage"):
-        interval = found.figures[f"{name}_efflite0"].interval
+        interval = found.estimates[f"{name}_efflite0"].interval
         assert metrics[f"{name}_efflite0"] == found.best.scores.of(name)
         assert metrics[f"{name}_efflite0_low"] == interval.low
         assert metrics[f"{name}_efflite0_high"] == interval.high
     # One below 12.
     few = evaluate(dataset, [path], CONFIG.model_copy(update={"samples": 11}), SAMPLING, tmp_path / "report")
-    assert (few.figures, few.floor.figures) == ({}, {})
+    assert (few.estimates, few.real_baseline.estimates) == ({}, {})
 
 
 def test_another_run_on_the_same_data_set_looks_at_no_real_picture_again(dataset: Path, tmp_path: Path) -> None:
     path = write_model(tmp_path / "100.safetensors", seed=1, images=100)
     first, other = Watcher(), Watcher()
     evaluate(dataset, [path], CONFIG, SAMPLING, tmp_path / "report", progress=first)
-    of_real = {"features of real pictures", "neighbours of real pictures"}
+    of_real = {"features of real images", "neighbours of real images"}
     assert of_real <= set(first.seen)
     another = write_model(tmp_path / "200.safetensors", seed=2, images=200)
     sampling = SAMPLING.model_copy(update={"steps": 4})

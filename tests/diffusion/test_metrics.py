@@ -11,11 +11,16 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torchvision.transforms.functional import gaussian_blur
 
-from diffusion.evaluation.bootstrap import replicates
+from diffusion.evaluation.bootstrap import compute_replicates
+from diffusion.evaluation.distances import (
+    Reference,
+    Scores,
+    compute_moments,
+    compute_scores,
+    distance_at_infinity,
+    frechet_distance,
+)
 from diffusion.evaluation.features import EfficientNetLite0
-from diffusion.evaluation.metrics import Scores, judge
-from diffusion.evaluation.moments import distance, distance_at_infinity, moments
-from diffusion.evaluation.reference import Reference
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +28,8 @@ def scans() -> tuple[Tensor, Tensor]:
     """5,000 real scans of digits, shuffled, as (N, 1, 28, 28) uint8, and their classes, (N,)."""
     pixels, classes = mnist_data()
     order = np.random.default_rng(0).permutation(len(pixels))
-    pictures = torch.from_numpy(pixels[order].reshape(-1, 1, 28, 28).astype(np.uint8))
-    return pictures, torch.from_numpy(classes[order])
+    images = torch.from_numpy(pixels[order].reshape(-1, 1, 28, 28).astype(np.uint8))
+    return images, torch.from_numpy(classes[order])
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +49,7 @@ def reference(digits: Tensor, extractor: EfficientNetLite0) -> Tensor:
 
 @pytest.fixture(scope="module")
 def floor(digits: Tensor, extractor: EfficientNetLite0, reference: Tensor) -> Scores:
-    return judge(extractor(digits[250:500]), reference, "efflite0")
+    return compute_scores(extractor(digits[250:500]), reference, "efflite0")
 
 
 def gaussian(count: int, dimensions: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -59,8 +64,8 @@ class FeaturesOfOurs(torch_fidelity.FeatureExtractorBase):
         super().__init__(name, features_list)
         self.extractor = EfficientNetLite0(64)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
-        return (self.extractor(pictures),)
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return (self.extractor(images),)
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
@@ -80,8 +85,8 @@ class FeaturesOfOurs(torch_fidelity.FeatureExtractorBase):
 
 
 class Pictures(torch.utils.data.Dataset[Tensor]):
-    def __init__(self, pictures: Tensor) -> None:
-        self.pictures = pictures.repeat(1, 3, 1, 1)
+    def __init__(self, images: Tensor) -> None:
+        self.pictures = images.repeat(1, 3, 1, 1)
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -108,25 +113,25 @@ def test_scores_equal_those_of_torch_fidelity_from_end_to_end(digits: Tensor, ex
         cache=False,
         verbose=False,
     )
-    ours = judge(extractor(judged), extractor(real), "efflite0")
+    ours = compute_scores(extractor(judged), extractor(real), "efflite0")
     assert ours.fd == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
     assert ours.kid == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
     assert ours.precision == pytest.approx(theirs["precision"], abs=1e-3)
     assert ours.recall == pytest.approx(theirs["recall"], abs=1e-3)
 
 
-@pytest.mark.parametrize("count", [20, 300], ids=["fewer pictures than features", "more"])
+@pytest.mark.parametrize("count", [20, 300], ids=["fewer images than features", "more"])
 def test_the_frechet_distance_of_a_shifted_set_is_the_square_of_the_shift(count: int) -> None:
     features = gaussian(count, 64, seed=0)
-    assert judge(features + 0.5, features, "x").fd == pytest.approx(64 * 0.25, rel=1e-4)
+    assert compute_scores(features + 0.5, features, "x").fd == pytest.approx(64 * 0.25, rel=1e-4)
 
 
-@pytest.mark.parametrize("count", [20, 300], ids=["fewer pictures than features", "more"])
+@pytest.mark.parametrize("count", [20, 300], ids=["fewer images than features", "more"])
 def test_the_frechet_distance_of_a_scaled_set_is_that_of_two_gaussians(count: int) -> None:
     features = gaussian(count, 64, seed=0)
     mean, variance = 0.5 * features.mean(0), 0.25 * features.var(0)  # √Σ differs by half of itself
     expected = (mean.square().sum() + variance.sum()).item()
-    assert judge(1.5 * features, features, "x").fd == pytest.approx(expected, rel=1e-3)
+    assert compute_scores(1.5 * features, features, "x").fd == pytest.approx(expected, rel=1e-3)
 
 
 def over_all_pairs(samples: Tensor, reference: Tensor) -> float:
@@ -145,21 +150,21 @@ def over_all_pairs(samples: Tensor, reference: Tensor) -> float:
 @pytest.mark.parametrize(("count", "references"), [(60, 90), (2100, 2200)], ids=["one block", "several"])
 def test_kid_is_the_unbiased_mean_over_pairs(count: int, references: int) -> None:
     samples, reference = gaussian(count, 8, seed=1, shift=0.3), gaussian(references, 8, seed=2)
-    assert judge(samples, reference, "x").kid == pytest.approx(over_all_pairs(samples, reference), rel=1e-5)
+    assert compute_scores(samples, reference, "x").kid == pytest.approx(over_all_pairs(samples, reference), rel=1e-5)
 
 
 def test_kid_is_what_the_mean_over_torch_fidelity_s_subsets_tends_to() -> None:
     samples, reference = gaussian(60, 8, seed=1, shift=0.3), gaussian(90, 8, seed=2)
     theirs = kid_features_to_metric(samples, reference, kid_subsets=2000, kid_subset_size=30, verbose=False)
     error = theirs["kernel_inception_distance_std"] / 2000**0.5
-    found = judge(samples, reference, "x").kid
+    found = compute_scores(samples, reference, "x").kid
     assert found == pytest.approx(theirs["kernel_inception_distance_mean"], abs=4 * error)
 
 
 def test_values_with_errors_are_those_of_the_scores() -> None:
     samples, reference = gaussian(60, 8, seed=1, shift=0.3), gaussian(90, 8, seed=2)
-    scores = judge(samples, reference, "x")
-    [found] = replicates([samples], reference, splits=2)
+    scores = compute_scores(samples, reference, "x")
+    [found] = compute_replicates([samples], reference, splits=2)
     assert {figure: each.whole for figure, each in found.items()} == {figure: scores.of(figure) for figure in found}
 
 
@@ -171,7 +176,7 @@ def test_the_error_of_kid_is_the_jackknife_s_which_leaves_out_each_picture_in_tu
         [over_all_pairs(samples, reference[some]) for some in rows[14:]],
     )
     variance = sum((len(each) - 1) * np.var(each) for each in without)
-    assert judge(samples, reference, "x").kid_se == pytest.approx(variance**0.5, rel=1e-4)
+    assert compute_scores(samples, reference, "x").kid_se == pytest.approx(variance**0.5, rel=1e-4)
 
 
 def test_precision_and_recall_are_shares_of_points_within_the_third_neighbours_radius() -> None:
@@ -182,7 +187,7 @@ def test_precision_and_recall_are_shares_of_points_within_the_third_neighbours_r
         hits = [(np.linalg.norm(manifold - point, axis=1) <= radii).any() for point in points]
         return float(np.mean(hits))
 
-    scores = judge(torch.from_numpy(samples), torch.from_numpy(reference), "x")
+    scores = compute_scores(torch.from_numpy(samples), torch.from_numpy(reference), "x")
     assert scores.precision == pytest.approx(inside(samples, reference), abs=1e-6)
     assert scores.recall == pytest.approx(inside(reference, samples), abs=1e-6)
 
@@ -197,7 +202,7 @@ def test_shares_are_those_of_exact_neighbours(samples: int, reference: int) -> N
 
     apart = pairwise_distances(real.astype(np.float64), drawn.astype(np.float64))
     inside = apart < radii(real, 5)[:, None]
-    found = judge(torch.from_numpy(drawn), torch.from_numpy(real), "x")
+    found = compute_scores(torch.from_numpy(drawn), torch.from_numpy(real), "x")
     assert found.precision == pytest.approx((apart <= radii(real, 3)[:, None]).any(0).mean(), abs=1e-3)
     assert found.recall == pytest.approx((apart <= radii(drawn, 3)).any(1).mean(), abs=1e-3)
     assert found.density == pytest.approx(inside.sum(0).mean() / 5, rel=1e-3)
@@ -207,7 +212,7 @@ def test_shares_are_those_of_exact_neighbours(samples: int, reference: int) -> N
 def test_what_all_features_have_in_common_costs_no_precision() -> None:
     """Distances through products of far-off features would drown in rounding; those of centred ones do not."""
     samples, reference = gaussian(400, 4, seed=0).double(), gaussian(400, 4, seed=1).double()
-    near, far = (judge((samples + by).float(), (reference + by).float(), "x") for by in (0, 300))
+    near, far = (compute_scores((samples + by).float(), (reference + by).float(), "x") for by in (0, 300))
     assert (far.precision, far.recall, far.density, far.coverage) == pytest.approx(
         (near.precision, near.recall, near.density, near.coverage), abs=5e-3
     )
@@ -215,38 +220,40 @@ def test_what_all_features_have_in_common_costs_no_precision() -> None:
 
 def test_copies_of_the_reference_lie_among_it_and_cover_it() -> None:
     reference = gaussian(200, 8, seed=0)
-    scores = judge(reference.flip(0), reference, "x")
+    scores = compute_scores(reference.flip(0), reference, "x")
     assert (scores.precision, scores.recall, scores.coverage) == (1, 1, 1)
     assert scores.density == pytest.approx((1 + 4) / 5, abs=0.02)  # in its own neighbourhood and those of four others
 
 
 def test_one_point_again_and_again_covers_next_to_nothing() -> None:
     reference = gaussian(300, 4, seed=0)
-    scores = judge(reference[:1].repeat(100, 1), reference, "x")
+    scores = compute_scores(reference[:1].repeat(100, 1), reference, "x")
     assert scores.precision == 1
     assert scores.recall < 0.02
     assert scores.coverage < 0.1
 
 
-@pytest.mark.parametrize("count", [40, 300], ids=["fewer pictures than features", "more"])
+@pytest.mark.parametrize("count", [40, 300], ids=["fewer images than features", "more"])
 def test_the_frechet_distance_equals_torch_fidelity_s(count: int) -> None:
     mixing = gaussian(64, 64, seed=9)
     samples, reference = gaussian(count, 64, seed=0, shift=0.2) @ mixing, gaussian(500, 64, seed=1) @ mixing
     statistics = [fid_features_to_statistics(each.double()) for each in (samples, reference)]
     expected = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
-    assert judge(samples, reference, "x").fd == pytest.approx(expected, rel=1e-5)
+    assert compute_scores(samples, reference, "x").fd == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_distance_of_endlessly_many_pictures_is_that_of_the_gaussian_they_come_from() -> None:
-    """To the Gaussian fitted to the reference, in closed form; a finite number of pictures is biased far from it."""
+    """To the Gaussian fitted to the reference, in closed form; a finite number of images is biased far from it."""
     spread = torch.linspace(0.5, 2, 16)
-    reference = moments(1.2 * gaussian(400, 16, seed=1))
+    reference = compute_moments(1.2 * gaussian(400, 16, seed=1))
     covariance = (reference.root.T @ reference.root).numpy()
     own = np.diag(spread.double().square().numpy())
     crossed = np.trace(sqrtm(own @ covariance).real)
     truth = np.square(0.3 - reference.mean.numpy()).sum() + np.trace(own + covariance) - 2 * crossed
     draws = [gaussian(128, 16, seed) * spread + 0.3 for seed in range(100, 300)]
-    measured = np.array([(distance(moments(x), reference), distance_at_infinity(x, reference)) for x in draws])
+    measured = np.array(
+        [(frechet_distance(compute_moments(x), reference), distance_at_infinity(x, reference)) for x in draws]
+    )
     bias, left = measured.mean(0) - truth
     error = measured[:, 1].std() / len(draws) ** 0.5
     assert bias > 20 * error
@@ -256,15 +263,15 @@ def test_the_distance_of_endlessly_many_pictures_is_that_of_the_gaussian_they_co
 
 def test_where_pictures_are_fewer_than_four_for_each_feature_no_endless_number_is_spoken_for() -> None:
     reference = gaussian(50, 8, seed=1)
-    assert judge(gaussian(31, 8, seed=0), reference, "x").fd_infinity is None
-    enough = judge(gaussian(32, 8, seed=0), reference, "x")
+    assert compute_scores(gaussian(31, 8, seed=0), reference, "x").fd_infinity is None
+    enough = compute_scores(gaussian(32, 8, seed=0), reference, "x")
     assert enough.fd_infinity is not None
-    assert enough.named()["fd_infinity_x"] == enough.fd_infinity
+    assert enough.metrics()["fd_infinity_x"] == enough.fd_infinity
 
 
 def test_moments_are_the_same_from_one_piece_and_from_several() -> None:
     features = gaussian(5000, 6, seed=0) * torch.arange(1, 7) + 10
-    found = moments(features)
+    found = compute_moments(features)
     assert (found.count, found.root.shape) == (5000, (6, 6))
     np.testing.assert_allclose(found.mean, features.double().mean(0), rtol=1e-9)
     np.testing.assert_allclose(found.root.T @ found.root, np.cov(features.numpy(), rowvar=False), rtol=1e-6, atol=1e-9)
@@ -272,12 +279,12 @@ def test_moments_are_the_same_from_one_piece_and_from_several() -> None:
 
 def test_a_reference_known_before_gives_the_same_scores() -> None:
     samples, reference = gaussian(60, 8, seed=0), gaussian(80, 8, seed=1)
-    assert judge(samples, Reference.of(reference), "x") == judge(samples, reference, "x")
+    assert compute_scores(samples, Reference.of(reference), "x") == compute_scores(samples, reference, "x")
 
 
 @pytest.mark.parametrize(("shift", "most"), [(0.4, 1.35), (0.0, 2.2)])
 def test_the_standard_error_is_that_of_kid_over_fresh_draws(shift: float, most: float) -> None:
-    draws = [judge(gaussian(100, 8, seed, shift), gaussian(100, 8, 10_000 + seed), "x") for seed in range(200)]
+    draws = [compute_scores(gaussian(100, 8, seed, shift), gaussian(100, 8, 10_000 + seed), "x") for seed in range(200)]
     spread = np.std([scores.kid for scores in draws])
     claimed = np.sqrt(np.mean([scores.kid_se**2 for scores in draws]))
     # Twenty per cent below is four standard deviations of an estimate from 200 draws.
@@ -287,7 +294,7 @@ def test_the_standard_error_is_that_of_kid_over_fresh_draws(shift: float, most: 
 def test_judging_leaves_the_global_random_state_alone_and_repeats_itself() -> None:
     samples, reference = gaussian(40, 8, seed=0), gaussian(40, 8, seed=1)
     before = np.random.get_state()[1].copy(), torch.get_rng_state()
-    scores = [judge(samples, reference, "x") for _ in range(2)]
+    scores = [compute_scores(samples, reference, "x") for _ in range(2)]
     assert scores[0] == scores[1]
     assert np.array_equal(before[0], np.random.get_state()[1])
     assert torch.equal(before[1], torch.get_rng_state())
@@ -302,16 +309,16 @@ def test_real_pictures_against_real_ones_score_nearly_perfectly(floor: Scores) -
 def test_a_single_class_loses_recall_rather_than_precision(
     scans: tuple[Tensor, Tensor], extractor: EfficientNetLite0, reference: Tensor, floor: Scores
 ) -> None:
-    pictures, classes = scans
-    ones = pictures[500:][classes[500:] == 1][:250]
-    scores = judge(extractor(ones), reference, "efflite0")
+    images, classes = scans
+    ones = images[500:][classes[500:] == 1][:250]
+    scores = compute_scores(extractor(ones), reference, "efflite0")
     assert scores.kid > floor.kid + 5 * floor.kid_se
     assert scores.precision > 0.8
     assert scores.recall < floor.recall / 2
 
 
 def test_figures_are_named_after_their_features(floor: Scores) -> None:
-    assert floor.named() == {
+    assert floor.metrics() == {
         "fd_efflite0": floor.fd,
         "kid_efflite0": floor.kid,
         "kid_se_efflite0": floor.kid_se,

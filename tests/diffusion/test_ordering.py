@@ -1,4 +1,4 @@
-"""Scores that order rightly: real pictures made worse in growing doses, by the score that is there to see it."""
+"""Scores that order rightly: real images made worse in growing doses, by the score that is there to see it."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -8,13 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.evaluation.closest import Closest, closest
+from diffusion.evaluation.copies import PIXELS, Memorization, detect_memorization, make_thumbnails, shifted_thumbnails
+from diffusion.evaluation.distances import Scores, compute_scores
 from diffusion.evaluation.features import EfficientNetLite0
-from diffusion.evaluation.memorisation import Memorisation, memorisation
-from diffusion.evaluation.metrics import Scores, judge
-from diffusion.evaluation.per_class import Labelled, PerClass, per_class
-from diffusion.evaluation.reader import fit
-from diffusion.evaluation.thumbnails import NAME, moved, thumbnails
+from diffusion.evaluation.neighbours import NearestNeighbours, find_nearest
+from diffusion.evaluation.per_class import Labelled, PerClass, evaluate_classes, fit_discriminant
 from tests.diffusion.degraded import blurred, compressed, with_copies, with_noise, without_classes
 from tests.diffusion.real_pictures import FASHION, clothes
 
@@ -22,14 +20,14 @@ pytestmark = pytest.mark.skipif(
     not FASHION.is_dir(), reason="Fashion-MNIST is not installed: apt-get install dataset-fashion-mnist"
 )
 COUNT = 300
-"""Pictures judged, and pictures held out."""
+"""Images judged, and images held out."""
 TRAINING = 900
 CLASSES = [str(number) for number in range(10)]
 
 
 @cache
 def sets() -> dict[str, tuple[Tensor, Tensor]]:
-    """Pictures and classes: of training, held out, and what a perfect model draws, with more to choose from."""
+    """Images and classes: of training, held out, and what a perfect model draws, with more to choose from."""
     shown, classes = clothes(4000)
     parts = {"training": slice(TRAINING), "held_out": slice(TRAINING, TRAINING + COUNT), "drawn": slice(1200, 4000)}
     return {name: (shown[part], classes[part]) for name, part in parts.items()}
@@ -50,7 +48,7 @@ def features(name: str) -> Tensor:
 
 
 def scores(judged: Tensor) -> Scores:
-    return judge(extractor()(judged), features("held_out"), "efflite0")
+    return compute_scores(extractor()(judged), features("held_out"), "efflite0")
 
 
 @cache
@@ -92,7 +90,7 @@ def test_the_distances_grow_with_classes_that_are_not_drawn_and_variety_falls_wh
 
 def test_agreement_falls_with_each_class_that_is_drawn_wrong_and_the_first_is_named() -> None:
     shown, classes = sets()["drawn"]
-    reader = fit([(features("training"), sets()["training"][1])], len(CLASSES))
+    reader = fit_discriminant([(features("training"), sets()["training"][1])], len(CLASSES))
     real = Labelled(features("held_out"), sets()["held_out"][1])
     seen = extractor()(shown[: 2 * COUNT])
     last = (classes[: 2 * COUNT] == 9).nonzero()[:, 0]
@@ -101,7 +99,7 @@ def test_agreement_falls_with_each_class_that_is_drawn_wrong_and_the_first_is_na
         """Asked for one of the first so many classes, the model draws the last."""
         asked = classes[: 2 * COUNT]
         instead = last[torch.arange(len(asked)) % len(last)]
-        return per_class(
+        return evaluate_classes(
             Labelled(seen[torch.where(asked < wrong, instead, torch.arange(len(asked)))], asked),
             real,
             reader,
@@ -113,18 +111,18 @@ def test_agreement_falls_with_each_class_that_is_drawn_wrong_and_the_first_is_na
     agreements = [each.agreement or 0 for each in found]
     assert grows([-each for each in agreements], by=0.05)
     assert agreements[0] == pytest.approx(found[0].agreement_real, abs=0.08)
-    assert found[1].worst == found[1].least_recognised
+    assert found[1].worst == found[1].least_recognized
     assert found[1].worst is not None
     assert (found[1].worst.name, found[1].worst.taken_for) == ("0", "9")
 
 
-def judged_for_copies(judged: Tensor) -> Memorisation:
-    def found(shown: Tensor) -> dict[str, Closest]:
-        seen = {NAME: thumbnails(sets()["training"][0]), "efflite0": features("training")}
-        points = {NAME: moved(shown), "efflite0": extractor()(shown)}
-        return {space: closest(points[space], [seen[space]]) for space in points}
+def judged_for_copies(judged: Tensor) -> Memorization:
+    def found(shown: Tensor) -> dict[str, NearestNeighbours]:
+        seen = {PIXELS: make_thumbnails(sets()["training"][0]), "efflite0": features("training")}
+        points = {PIXELS: shifted_thumbnails(shown), "efflite0": extractor()(shown)}
+        return {space: find_nearest(points[space], [seen[space]]) for space in points}
 
-    return memorisation(found(judged), found(sets()["held_out"][0]))
+    return detect_memorization(found(judged), found(sets()["held_out"][0]))
 
 
 def test_copies_of_training_pictures_are_counted_and_no_distance_sees_them() -> None:
@@ -134,5 +132,5 @@ def test_copies_of_training_pictures_are_counted_and_no_distance_sees_them() -> 
     assert grows([each.share for each in found], by=0.03)
     assert [each.excess for each in found] == pytest.approx([0, 0.05, 0.2, 0.8], abs=0.04)
     assert found[0].p_value > 0.01 > 1e-4 > found[1].p_value
-    # What copies all of its pictures is as good as real ones to any distance.
+    # What copies all of its images is as good as real ones to any distance.
     assert abs(scores(training[:COUNT]).kid) < 3 * scores(training[:COUNT]).kid_se

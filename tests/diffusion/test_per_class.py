@@ -7,8 +7,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 from torch_fidelity.metric_kid import kernel_mmd
 
-from diffusion.evaluation.per_class import Labelled, PerClass, per_class
-from diffusion.evaluation.reader import SHRINKAGE, fit
+from diffusion.evaluation.per_class import SHRINKAGE, Labelled, PerClass, evaluate_classes, fit_discriminant
 
 NAMES = ("boots", "coats", "hats")
 WIDTH = 12
@@ -24,17 +23,19 @@ def features(count: int, seed: int, wrong: int | None = None) -> Labelled:
     return Labelled(centres[labels] + torch.randn(len(labels), WIDTH, generator=random), labels)
 
 
-READER = fit([(features(200, 99).features, features(200, 99).labels)], len(NAMES))
+READER = fit_discriminant([(features(200, 99).features, features(200, 99).labels)], len(NAMES))
 
 
 def judged(drawn: Labelled, real: Labelled | None = None) -> PerClass:
-    return per_class(drawn, real or features(60, 1), READER, NAMES, "some")
+    return evaluate_classes(drawn, real or features(60, 1), READER, NAMES, "some")
 
 
 @pytest.mark.parametrize("piece", [7, 300])
 def test_the_reader_is_scikit_learns_discriminant_analysis(piece: int) -> None:
     given, asked = features(50, 0), features(80, 1)
-    reader = fit(zip(torch.split(given.features, piece), torch.split(given.labels, piece), strict=True), len(NAMES))
+    reader = fit_discriminant(
+        zip(torch.split(given.features, piece), torch.split(given.labels, piece), strict=True), len(NAMES)
+    )
     theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE, priors=[1 / 3] * 3)
     theirs.fit(given.features.double().numpy(), given.labels.numpy())
     assert np.array_equal(reader(asked.features), theirs.predict(asked.features.double().numpy()))
@@ -47,22 +48,22 @@ def test_pictures_of_no_class_teach_nothing_and_a_class_without_pictures_is_neve
     given = features(50, 0)
     strangers = torch.randn(40, WIDTH) * 100
     labels = torch.cat([given.labels, torch.full((40,), 4)])
-    reader = fit([(torch.cat([given.features, strangers]), labels)], 4)
-    plain = fit([(given.features, given.labels)], 3)
+    reader = fit_discriminant([(torch.cat([given.features, strangers]), labels)], 4)
+    plain = fit_discriminant([(given.features, given.labels)], 3)
     torch.testing.assert_close(reader.weights[:, :3], plain.weights)
     assert not (reader(strangers) == 3).any()
 
 
 def test_of_one_picture_of_each_class_the_nearest_is_the_answer() -> None:
     known = features(1, 0)
-    reader = fit([(known.features, known.labels)], len(NAMES))
+    reader = fit_discriminant([(known.features, known.labels)], len(NAMES))
     assert torch.equal(reader(known.features + 0.01), known.labels)
 
 
 def test_a_rare_class_is_not_passed_over() -> None:
     given = features(300, 0)
     kept = (given.labels != 2) | (torch.arange(900) % 30 == 0)
-    reader = fit([(given.features[kept], given.labels[kept])], 3)
+    reader = fit_discriminant([(given.features[kept], given.labels[kept])], 3)
     asked = features(200, 1)
     assert (reader(asked.of(2)) == 2).double().mean() > 0.85
 
@@ -79,8 +80,8 @@ def test_the_spoiled_class_is_the_worst_and_it_is_said_what_it_is_taken_for() ->
     for wrong in (1, 2):
         found = judged(features(60, 0, wrong=wrong))
         assert found.worst is not None
-        assert found.least_recognised is not None
-        assert found.worst.name == found.least_recognised.name == NAMES[wrong]
+        assert found.least_recognized is not None
+        assert found.worst.name == found.least_recognized.name == NAMES[wrong]
         assert found.worst.taken_for == NAMES[0]
         assert found.worst.agreement < 0.1
         assert found.worst.agreement_real > 0.9
@@ -102,7 +103,7 @@ def test_classes_with_too_few_pictures_are_named_as_not_judged() -> None:
     kept = (drawn.labels != 1) | (torch.arange(180) < 60 + 19)
     found = judged(Labelled(drawn.features[kept], drawn.labels[kept]), real)
     assert [each.name for each in found.classes] == ["boots", "hats"]
-    assert [(each.name, each.samples, each.reference) for each in found.not_judged] == [("coats", 19, 60)]
+    assert [(each.name, each.samples, each.reference) for each in found.skipped] == [("coats", 19, 60)]
 
 
 def test_pictures_of_any_class_belong_to_none() -> None:
@@ -110,14 +111,14 @@ def test_pictures_of_any_class_belong_to_none() -> None:
     nothing: Tensor = torch.full_like(drawn.labels, 3)
     found = judged(Labelled(drawn.features, nothing))
     assert (found.classes, found.worst, found.agreement) == ([], None, None)
-    assert found.named().keys() == {"class_agreement_real"}
+    assert found.metrics().keys() == {"class_agreement_real"}
     assert PerClass.model_validate_json(found.model_dump_json()) == found
 
 
 def test_figures_carry_the_name_of_their_features() -> None:
     found = judged(features(60, 0, wrong=1))
     assert found.worst is not None
-    assert found.named() == {
+    assert found.metrics() == {
         "class_agreement": found.agreement,
         "class_agreement_real": found.agreement_real,
         "kid_worst_class_some": found.worst.kid,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from diffusion.data.dataset import Dataset
-from diffusion.evaluation import reference as module
-from diffusion.evaluation.reference import Reference, StatisticsKey, cached_features, cached_reference, features_key
+from diffusion.evaluation import distances, real_images
+from diffusion.evaluation.distances import Reference
+from diffusion.evaluation.real_images import StatisticsKey, cached_features, cached_reference, features_key
 from diffusion.files import digest_of
 from diffusion.fingerprint import fingerprint
 from tests.diffusion.small_datasets import random_pictures, write_dataset
@@ -31,9 +32,9 @@ class Pixels:
     about: str = "pixels"
     calls: list[int] = field(default_factory=list)
 
-    def __call__(self, pictures: Tensor) -> Tensor:
-        self.calls.append(len(pictures))
-        return pictures.flatten(1).float() * self.factor
+    def __call__(self, images: Tensor) -> Tensor:
+        self.calls.append(len(images))
+        return images.flatten(1).float() * self.factor
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_nothing_is_computed_twice(dataset: Dataset, cache: Path, monkeypatch: p
     extractor = Pixels()
     cached_features(cache, dataset, ROWS, extractor)
     cached_reference(cache, dataset, ROWS, extractor)
-    monkeypatch.setattr(module, "nearest", None)
+    monkeypatch.setattr(distances, "nearest", None)
     cached_reference(cache, dataset, ROWS, extractor)
     assert extractor.calls == [30]
 
@@ -104,7 +105,7 @@ def test_another_machine_computes_its_own(dataset: Dataset, cache: Path, monkeyp
     here = fingerprint(100, "fp32", "cpu")
     for change in ({"torch": "99.0"}, {"device": "a 6502"}):
         there = here.model_copy(update=change)
-        monkeypatch.setattr(module, "fingerprint", lambda *_, there=there: there)
+        monkeypatch.setattr(real_images, "fingerprint", lambda *_, there=there: there)
         cached_features(cache, dataset, ROWS, extractor)
     assert extractor.calls == [30, 30, 30]
 

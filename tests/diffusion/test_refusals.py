@@ -1,4 +1,4 @@
-"""The gate refuses each: trials of real pictures made worse, beside a champion that draws them as they are."""
+"""The gate refuses each: trials of real images made worse, beside a champion that draws them as they are."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from diffusion.evaluation.comparison import ChampionComparison, compare_with_champion
 from diffusion.evaluation.gate import GateConfig, Verdict
-from diffusion.evaluation.trial import trial
-from diffusion.evaluation.trial_results import Trial
 from tests.diffusion.degraded import blurred, compressed, with_copies, with_noise, without_classes
 from tests.diffusion.real_pictures import pictures
 from tests.diffusion.small_datasets import write_dataset
@@ -17,9 +16,9 @@ from tests.diffusion.small_models import write_model
 from tests.diffusion.trials import CONFIG, SAMPLING, Watcher, let_draw, training_pictures
 
 COUNT = 160
-"""Pictures that a model draws."""
+"""Images that a model draws."""
 SET = 750
-"""Pictures of the data set, of which the first and every third one after it are held out."""
+"""Images of the data set, of which the first and every third one after it are held out."""
 JUDGED = CONFIG.model_copy(update={"samples": COUNT})
 TRIED = JUDGED.model_copy(update={"seed": JUDGED.seed + 1})
 DOSES = {
@@ -32,13 +31,13 @@ DOSES = {
 
 @dataclass
 class House:
-    """A data set of real pictures, models that were never trained, and what each of them is to have drawn."""
+    """A data set of real images, models that were never trained, and what each of them is to have drawn."""
 
     folder: Path
     classes: Tensor
     """Of ``spare``."""
     spare: Tensor
-    """Real pictures that are not in the data set, of which the first are what the champion draws."""
+    """Real images that are not in the data set, of which the first are what the champion draws."""
     models: int = 0
 
     @property
@@ -46,7 +45,7 @@ class House:
         return self.folder / "data" / "real"
 
     def drawing(self, drawn: Tensor) -> Path:
-        """A model that draws these pictures."""
+        """A model that draws these images."""
         self.models += 1
         path = write_model(self.folder / f"{self.models}.safetensors", self.models, self.models, size=28)
         let_draw(path, drawn, self.data, self.folder, TRIED)
@@ -63,7 +62,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
 
 @pytest.fixture(scope="module")
 def champion(house: House) -> Path:
-    """A model that draws real pictures."""
+    """A model that draws real images."""
     return house.drawing(house.spare[:COUNT])
 
 
@@ -73,8 +72,10 @@ def few_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffusion.evaluation.evaluator.SPLITS", 20)
 
 
-def tried(challenger: Path, champion: Path, house: House) -> Trial:
-    found, _ = trial(challenger, champion, house.data, JUDGED, SAMPLING, GateConfig(), house.folder, Watcher())
+def tried(candidate: Path, champion: Path, house: House) -> ChampionComparison:
+    found, _ = compare_with_champion(
+        candidate, champion, house.data, JUDGED, SAMPLING, GateConfig(), house.folder, Watcher()
+    )
     return found
 
 
@@ -83,7 +84,7 @@ def tried(challenger: Path, champion: Path, house: House) -> Trial:
 def test_what_makes_pictures_ugly_is_never_promoted_and_rejected_where_anybody_sees_it(
     kind: str, house: House, champion: Path
 ) -> None:
-    # Other real pictures than the champion's: those would be better or worse by chance alone.
+    # Other real images than the champion's: those would be better or worse by chance alone.
     mild, serious = (
         tried(house.drawing(spoil(house.spare[COUNT : 2 * COUNT])), champion, house) for spoil in DOSES[kind]
     )
@@ -99,7 +100,7 @@ def test_a_model_that_draws_two_of_ten_classes_is_rejected_and_covers_less(house
     assert found.decision.verdict == Verdict.reject
     assert found.reason.startswith("worse than the champion: kid_efflite0")
     assert found.champion is not None
-    ours, theirs = (side.figures["coverage_efflite0"] for side in (found.challenger, found.champion))
+    ours, theirs = (side.estimates["coverage_efflite0"] for side in (found.candidate, found.champion))
     assert ours.interval.high < theirs.interval.low
 
 
@@ -110,5 +111,5 @@ def test_a_model_that_copies_is_rejected_though_it_is_surely_better(house: House
     found = tried(house.drawing(with_copies(house.spare[COUNT : 2 * COUNT], learned)), worse, house)
     assert found.decision.verdict == Verdict.reject
     assert {each.rule: each.verdict for each in found.decision.findings}["headline"] == Verdict.promote
-    assert [each.rule for each in found.decision.findings if each.verdict == Verdict.reject] == ["memorised"]
-    assert found.reason.startswith("copies of training pictures: ")
+    assert [each.rule for each in found.decision.findings if each.verdict == Verdict.reject] == ["memorized"]
+    assert found.reason.startswith("copies of training images: ")

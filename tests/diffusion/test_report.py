@@ -10,11 +10,17 @@ from torch import Tensor
 
 from diffusion.evaluation.charts import read_losses
 from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.distances import Scores
 from diffusion.evaluation.estimate import Estimate, Share
-from diffusion.evaluation.metrics import Scores
 from diffusion.evaluation.pages import plain, with_error
 from diffusion.evaluation.report import Sheets, findings, write_report
-from diffusion.evaluation.results import CheckpointEvaluation, Evaluation, EvaluationConditions, Floor, Measured
+from diffusion.evaluation.results import (
+    CheckpointEvaluation,
+    Evaluation,
+    EvaluationConditions,
+    MetricEstimate,
+    RealBaseline,
+)
 from diffusion.fingerprint import fingerprint
 from diffusion.grids import grid, png_bytes
 from diffusion.samplers import sampling_config
@@ -36,7 +42,7 @@ def scores(kid: float, kid_se: float = 0.02, fd: float = 123.4, samples: int = 5
     )
 
 
-def figures() -> dict[str, Measured]:
+def figures() -> dict[str, MetricEstimate]:
     """Some metrics with their errors."""
     return measured(
         kid=Estimate(value=0.2, error=0.005, freedom=1000),
@@ -46,8 +52,8 @@ def figures() -> dict[str, Measured]:
     )
 
 
-def measured(**estimates: Estimate) -> dict[str, Measured]:
-    return {f"{name}_efflite0": Measured.of(each) for name, each in estimates.items()}
+def measured(**estimates: Estimate) -> dict[str, MetricEstimate]:
+    return {f"{name}_efflite0": MetricEstimate.of(each) for name, each in estimates.items()}
 
 
 def an_evaluation(kids: list[float], dataset: str = "digits", floor: Scores | None = None) -> Evaluation:
@@ -73,9 +79,9 @@ def an_evaluation(kids: list[float], dataset: str = "digits", floor: Scores | No
         dataset=dataset,
         conditions=conditions,
         eval_key=conditions.key,
-        floor=Floor(scores=floor or scores(0.01, fd=61.2), figures={}),
+        real_baseline=RealBaseline(scores=floor or scores(0.01, fd=61.2), estimates={}),
         features="a network",
-        figures={},
+        estimates={},
         best=min(judged, key=lambda each: each.scores.kid),
         checkpoints=judged,
     )
@@ -86,7 +92,7 @@ def pictures(seed: int) -> Tensor:
 
 
 def with_more(evaluation: Evaluation) -> Evaluation:
-    """The same with intervals, density and coverage, and with two that fell behind on fewer pictures."""
+    """The same with intervals, density and coverage, and with two that fell behind on fewer images."""
     behind = [
         evaluation.best.model_copy(
             update={"sha256": digit * 64, "images": images, "scores": scores(kid, samples=125, fd=987.6)}
@@ -96,13 +102,13 @@ def with_more(evaluation: Evaluation) -> Evaluation:
     newer = {"density": 0.9, "coverage": 0.5, "fd_infinity": 100.4}
     judged = [each.model_copy(update={"scores": scores(each.scores.kid, **newer)}) for each in evaluation.checkpoints]
     update = {
-        "figures": figures(),
+        "estimates": figures(),
         "preliminary": behind,
         "best": next(each for each in judged if each.sha256 == evaluation.best.sha256),
         "checkpoints": judged,
-        "floor": Floor(
+        "real_baseline": RealBaseline(
             scores=scores(0.01, fd=61.2, density=1.02, coverage=0.97, fd_infinity=0.3),
-            figures=measured(kid=Estimate(value=0.01, error=0.005, freedom=1000), fd=Estimate(value=61.2, error=1)),
+            estimates=measured(kid=Estimate(value=0.01, error=0.005, freedom=1000), fd=Estimate(value=61.2, error=1)),
         ),
     }
     return evaluation.model_copy(update=update | {"features": "EfficientNet-Lite0 trained on ImageNet"})
@@ -112,7 +118,7 @@ def sheets_for(evaluation: Evaluation) -> Sheets:
     drawn = {
         each.sha256: pictures(number) for number, each in enumerate(evaluation.checkpoints + evaluation.preliminary)
     }
-    return Sheets(real=pictures(99), drawn=drawn)
+    return Sheets(real=pictures(99), generated=drawn)
 
 
 @pytest.fixture
@@ -149,8 +155,8 @@ def test_each_score_stands_beside_its_floor_with_both_numbers_of_pictures(tmp_pa
     assert "kid_efflite0 0.200 ± 0.020 0.010 ± 0.020 lower" in text
     assert "fd_efflite0 123 61.2 lower" in text
     assert "precision_efflite0 0.812 0.812 higher" in text
-    assert "500 drawn floor: 500 real" in text
-    assert "the same 480 held-out pictures" in text
+    assert "500 generated real baseline: 500 real" in text
+    assert "the same 480 held-out images" in text
     assert "2,000 best" in text
 
 
@@ -175,7 +181,7 @@ def test_without_intervals_the_page_says_why(tmp_path: Path) -> None:
     evaluation = an_evaluation([0.5])
     write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
     text = Page((tmp_path / "report.html").read_text()).text
-    assert "For intervals there must be 12 pictures of each kind." in text
+    assert "For intervals there must be 12 images of each kind." in text
     assert "95 of 100" not in text
 
 
@@ -184,10 +190,10 @@ def test_checkpoints_that_fell_behind_are_marked_and_only_what_compares_is_shown
     write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
     text = Page((tmp_path / "report.html").read_text()).text
     assert "Best of 4: the checkpoint that has seen 2,000 images" in text
-    assert "2 more checkpoints fell behind on fewer pictures, from 125 on, and were not judged in full." in text
-    # However lucky it was on few pictures.
-    assert "2,500 not judged in full -0.400 ± 0.020 125 pictures" in text
-    assert "1,500 not judged in full 0.700 ± 0.020 125 pictures" in text
+    assert "2 more checkpoints fell behind on fewer images, from 125 on, and were not evaluated in full." in text
+    # However lucky it was on few images.
+    assert "2,500 not evaluated in full -0.400 ± 0.020 125 images" in text
+    assert "1,500 not evaluated in full 0.700 ± 0.020 125 images" in text
     assert "2,000 best" in text
     assert "1,500 best" not in text
     assert "2,500 best" not in text
@@ -204,7 +210,7 @@ def test_the_page_is_whole_in_a_browser(scheme: Literal["light", "dark"], width:
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         page.goto((tmp_path / "report.html").as_uri())
         look(page, tmp_path / f"report-{scheme}-{width}.png")
-        headings = ["Scores", "Pictures", "Over training", "All checkpoints", "Conditions"]
+        headings = ["Scores", "Images", "Over training", "All checkpoints", "Conditions"]
         assert page.locator("h2").all_inner_texts() == headings
 
 
@@ -214,7 +220,7 @@ def test_a_floor_of_fewer_pictures_is_admitted(few: bool, tmp_path: Path) -> Non
     evaluation = an_evaluation([0.5], floor=floor)
     write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
     text = Page((tmp_path / "report.html").read_text()).text
-    assert ("has only 300 training pictures, fewer than were drawn" in text) == few
+    assert ("has only 300 training images, fewer than were generated" in text) == few
 
 
 def test_curves_appear_for_light_and_for_dark_and_losses_only_if_there_are_any(tmp_path: Path, losses: Path) -> None:
@@ -252,8 +258,8 @@ def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kids", "expected"),
     [
-        ([0.03], ["On 500 pictures its KID cannot be told from that of real ones."]),
-        ([0.51], ["Its KID lies 0.500 above that of real pictures, 18 times the standard error."]),
+        ([0.03], ["On 500 images its KID cannot be told from that of real ones."]),
+        ([0.51], ["Its KID lies 0.500 above that of real images, 18 times the standard error."]),
     ],
 )
 def test_findings_say_no_more_than_the_errors_allow(kids: list[float], expected: list[str]) -> None:

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.evaluate import evaluate
-from diffusion.evaluation.metrics import Scores
+from diffusion.evaluation.distances import Scores
+from diffusion.evaluation.evaluate import evaluate, select_finalists
 from diffusion.evaluation.results import CheckpointEvaluation
-from diffusion.evaluation.selection import finalists
 from diffusion.fingerprint import fingerprint
 from diffusion.samplers import sampling_config
 from tests.diffusion.small_models import write_model
@@ -25,7 +24,7 @@ MACHINE = fingerprint(64, "fp32", "cpu")
 
 
 class Rounds:
-    """Scores checkpoints as they are, the same in each round, and notes who was scored on how many pictures."""
+    """Scores checkpoints as they are, the same in each round, and notes who was scored on how many images."""
 
     def __init__(self, kids: list[float]) -> None:
         self.kids = {Path(str(number)): kid for number, kid in enumerate(kids)}
@@ -74,30 +73,30 @@ def test_where_scores_tell_the_truth_the_best_come_through(
 ) -> None:
     rounds = Rounds(kids)
     config = EvaluationConfig(samples=samples, first_samples=first, finalists=count)
-    left, behind = finalists(list(rounds.kids), config, rounds)
+    left, behind = select_finalists(list(rounds.kids), config, rounds)
     best = sorted(rounds.kids, key=lambda path: rounds.kids[path])
     assert set(left) == set(best[: len(left)])
     assert left == sorted(left, key=list(rounds.kids).index)
     assert sorted([*map(str, left), *(each.file for each in behind)]) == sorted(map(str, rounds.kids))
     assert len(left) == min(count, len(kids))
-    # Fewer than the full number of pictures, four times as many each time, and none costs more than the first by more
+    # Fewer than the full number of images, four times as many each time, and none costs more than the first by more
     # than what is rounded up.
     assert list(rounds.seen) == [first * 4**number for number in range(len(rounds.seen))]
-    assert all(pictures < samples for pictures in rounds.seen)
-    for pictures, seen in rounds.seen.items():
-        assert len(seen) <= max(count, len(kids) * first / pictures + 2)
+    assert all(images < samples for images in rounds.seen)
+    for images, seen in rounds.seen.items():
+        assert len(seen) <= max(count, len(kids) * first / images + 2)
 
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_a_run_with_few_checkpoints_has_no_rounds(count: int) -> None:
     rounds = Rounds([0.1] * count)
-    assert finalists(list(rounds.kids), EvaluationConfig(), rounds) == (list(rounds.kids), [])
+    assert select_finalists(list(rounds.kids), EvaluationConfig(), rounds) == (list(rounds.kids), [])
     assert rounds.seen == {}
 
 
 def test_without_further_settings_there_is_one_round_of_a_quarter_of_the_pictures() -> None:
     rounds = Rounds([0.1 * number for number in range(40)])
-    left, behind = finalists(list(rounds.kids), EvaluationConfig(), rounds)
+    left, behind = select_finalists(list(rounds.kids), EvaluationConfig(), rounds)
     assert {samples: len(seen) for samples, seen in rounds.seen.items()} == {125: 40}
     assert (len(left), len(behind)) == (4, 36)
 
@@ -120,11 +119,11 @@ def test_those_that_fell_behind_are_marked_everywhere_and_never_the_best(
     assert list(in_full) == [each.images for each in found.checkpoints]
     assert list(behind) == [each.images for each in found.preliminary]
     for each in found.preliminary:
-        assert behind[each.images] == each.merit.named() | {"images": each.images}
-        assert (each.merit.name, each.merit.count) == ("kid_efflite0", 10)
+        assert behind[each.images] == each.selection_metric.metrics() | {"images": each.images}
+        assert (each.selection_metric.name, each.selection_metric.count) == ("kid_efflite0", 10)
     page = (tmp_path / "report" / "report.html").read_text()
-    assert page.count("not judged in full</span>") == 3
-    assert "3 more checkpoints fell behind on fewer pictures, from 10 on, and were not judged in full." in page
+    assert page.count("not evaluated in full</span>") == 3
+    assert "3 more checkpoints fell behind on fewer images, from 10 on, and were not evaluated in full." in page
 
 
 def test_a_finalist_has_the_scores_that_it_has_without_rounds(
@@ -135,7 +134,7 @@ def test_a_finalist_has_the_scores_that_it_has_without_rounds(
     best = evaluate_one(Path(found.best.file), dataset, alone, SAMPLING, tmp_path / "other")
     assert best == found.best
     watcher = Watcher()
-    # Remembered, as rounds change no score: only those that were not judged in full are drawn from.
+    # Remembered, as rounds change no score: only those that were not evaluated in full are drawn from.
     again = evaluate(
         dataset, checkpoints, alone.model_copy(update={"finalists": 5}), SAMPLING, tmp_path / "report", progress=watcher
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
-from diffusion.evaluation.enlargement import psnr
+from diffusion.evaluation.pixel_metrics import psnr
 from diffusion.explain import explain
 from diffusion.files import digest_of
 from diffusion.model import DiffusionModel, to_float, to_uint8

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from diffusion.checkpoints import AVERAGED, save_tensors
 from diffusion.data.dataset import Dataset
+from diffusion.evaluation.cache import cached
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.results import CheckpointEvaluation
-from diffusion.evaluation.sealed import recall
 from diffusion.families import family_of
 from diffusion.models.config import FamilyConfig, VAEConfig
 from diffusion.progress import Progress, silent
@@ -38,7 +38,7 @@ def evaluate_one(
 
     ``task``: that of the models that it is compared with; UserError if it has another.
     """
-    evaluator = Evaluator(data, config, sampling, output / "judged", progress, task)
+    evaluator = Evaluator(data, config, sampling, output / "evaluations", progress, task)
     return evaluator.model(model_file).checkpoint()
 
 
@@ -62,29 +62,29 @@ class Watcher:
 
     @property
     def drawn(self) -> set[str]:
-        """The model files from which pictures were drawn."""
+        """The model files from which images were drawn."""
         return {what.split(":")[0] for what in self.seen if what.endswith(("images sampled", "images enlarged"))}
 
 
 def discs(folder: Path, count: int = 160, first: int = 0) -> Path:
     """A data set of white discs at 8×8, of two classes, a quarter of it held out."""
-    pictures = np.stack([np.asarray(disc(number, 8))[None] for number in range(first, first + count)])
+    images = np.stack([np.asarray(disc(number, 8))[None] for number in range(first, first + count)])
     labels = ["left" if number // 4 % 2 else "right" for number in range(count)]
-    write_dataset(folder, pictures, per_shard=count, labels=labels)
+    write_dataset(folder, images, per_shard=count, labels=labels)
     return folder
 
 
 def let_draw(
     path: Path,
-    pictures: Tensor,
+    images: Tensor,
     data: Path,
     folder: Path,
     config: EvaluationConfig = CONFIG,
     sampling: SamplingConfig = SAMPLING,
 ) -> None:
-    """Let the model in the file ``path`` have drawn these ``pictures``, as trials in ``folder`` will remember."""
-    model = Evaluator(data, config, sampling, folder / "judged").model(path)
-    recall(folder / "judged", model.generated_key, lambda: {"pictures": pictures})
+    """Let the model in the file ``path`` have drawn these ``images``, as trials in ``folder`` will remember."""
+    model = Evaluator(data, config, sampling, folder / "evaluations").model(path)
+    cached(folder / "evaluations", model.generated_key, lambda: {"images": images})
 
 
 def training_pictures(data: Path, count: int) -> Tensor:
@@ -94,12 +94,12 @@ def training_pictures(data: Path, count: int) -> Tensor:
 
 
 def write_autoencoder(path: Path, seed: int, spread: float = 0.1) -> Path:
-    """An autoencoder of pictures of 8 pixels that was never trained."""
+    """An autoencoder of images of 8 pixels that was never trained."""
     return write_of_family(path, VAEConfig(width=16, channel_mult=(1,), latent_channels=2), seed, spread)
 
 
 def write_of_family(path: Path, config: FamilyConfig, seed: int, spread: float = 0.1) -> Path:
-    """A model of any family, of pictures of 8 pixels, that was never trained."""
+    """A model of any family, of images of 8 pixels, that was never trained."""
     network = family_of(config).make_network(config, (1, 8, 8), 0)
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():

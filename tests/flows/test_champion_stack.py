@@ -270,7 +270,7 @@ def test_a_retraining_waits_for_approval_and_without_it_leaves_the_champion(
     workspace: Workspace, server: MlflowClient
 ) -> None:
     prefect = Prefect(workspace)
-    always = ("registry.approval=true", "registry.model=asked", "gate.recall_loss=null", "gate.memorised=null")
+    always = ("registry.approval=true", "registry.model=asked", "gate.recall_loss=null", "gate.memorized=null")
     # One that has learned next to nothing, and one that is surely better.
     for version, images, approved in ((1, 16, True), (2, 4800, False)):
         sets = (*always, f"training.images={images}", f"training.output=runs/asked-{version}")

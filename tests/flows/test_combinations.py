@@ -3,8 +3,8 @@
 import pytest
 
 from diffusion.errors import UserError
-from flows.combinations import combinations, parse_over
 from flows.params import Params
+from flows.variants import combinations, parse_over
 
 PARAMS = Params.model_validate({"training": {"dataset": "faces", "images": 100}, "model": {"width": 16}})
 

@@ -31,14 +31,14 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_families_are_trained_in_folders_of_their_own_and_judged_on_one_page(workspace: Path) -> None:
     done = CliRunner().invoke(app, COMMAND, catch_exceptions=False)
     output = json.loads(done.stdout)
-    found = output["comparison"]
-    assert {each["name"] for each in found["entrants"]} == {"gan", "autoregressive"}
-    for each in found["entrants"]:
+    found = output["ranking"]
+    assert {each["name"] for each in found["models"]} == {"gan", "autoregressive"}
+    for each in found["models"]:
         assert each["file"] == f"runs/discs-{each['name']}/final.safetensors"
         assert (each["images"], each["sampling"]["compute_batch"]) == (64, 16)
         assert read_model_header(Path(each["file"])).training["batch_size"] == 32
     assert json.loads((workspace / "reports" / "discs" / "comparison.json").read_text()) == found
-    assert "Pictures drawn by gan" in (workspace / "reports" / "discs" / "comparison.html").read_text()
+    assert "Images of gan" in (workspace / "reports" / "discs" / "comparison.html").read_text()
     # Given again it finds all of it done.
     assert json.loads(CliRunner().invoke(app, COMMAND, catch_exceptions=False).stdout) == output
 

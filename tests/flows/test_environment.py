@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -9,8 +8,9 @@ import psutil
 import pytest
 
 from diffusion.errors import UserError
-from flows.environment import SERVERS, Server, given, join, settings
+from flows.environment import SERVERS, Server, settings
 from flows.stack import exports
+from flows.stack.discovery import join_servers, servers_in_environment
 from flows.stack.local import LocalStack
 from flows.stack.process import marks, members, start, stop
 
@@ -42,7 +42,7 @@ def local() -> Iterator[LocalStack]:
 )
 def test_without_a_server_the_user_is_told_to_start_one(server: Server, variable: str) -> None:
     with pytest.raises(UserError, match=rf"{variable} is not set .*\.darkroom.*run `darkroom up`") as refusal:
-        join(server)
+        join_servers(server)
     assert refusal.value.exit_code == 2
     assert not Path(".darkroom").exists()
 
@@ -50,19 +50,19 @@ def test_without_a_server_the_user_is_told_to_start_one(server: Server, variable
 def test_servers_that_the_environment_names_are_used_as_they_are(local: LocalStack) -> None:
     theirs = {name: value for server in SERVERS for name, value in THEIRS[server].items()}
     os.environ.update(theirs)
-    assert set(given()) == set(SERVERS)
+    assert set(servers_in_environment()) == set(SERVERS)
     before = dict(os.environ)
-    join(*SERVERS)
+    join_servers(*SERVERS)
     added = os.environ.keys() - before.keys()
     assert {name: os.environ[name] for name in before} == before
     assert not {name for name in added if name.startswith(("AWS_", "MLFLOW_TRACKING", "PREFECT_API"))}
-    assert exports() == []
+    assert exports() == {}
 
 
 @pytest.mark.parametrize("theirs", SERVERS)
 def test_what_the_environment_does_not_name_comes_from_the_local_stack(local: LocalStack, theirs: Server) -> None:
     os.environ.update(THEIRS[theirs])
-    join(*SERVERS)
+    join_servers(*SERVERS)
     for server in SERVERS:
         expected = THEIRS[theirs] if server == theirs else local.variables(server)
         assert expected.items() <= os.environ.items()
@@ -71,7 +71,7 @@ def test_what_the_environment_does_not_name_comes_from_the_local_stack(local: Lo
 
 
 def test_only_what_is_needed_is_joined(local: LocalStack) -> None:
-    join("s3")
+    join_servers("s3")
     assert os.environ["AWS_ENDPOINT_URL_S3"] == "http://127.0.0.1:20001"
     assert os.environ["DARKROOM_BUCKET"] == "darkroom"
     assert "MLFLOW_TRACKING_URI" not in os.environ
@@ -81,23 +81,23 @@ def test_only_what_is_needed_is_joined(local: LocalStack) -> None:
 @pytest.mark.parametrize("variable", ["AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ROLE_ARN"])
 def test_every_usual_way_to_name_an_s3_server_counts(local: LocalStack, variable: str) -> None:
     os.environ[variable] = "set"
-    assert given() == {"s3": variable}
+    assert servers_in_environment() == {"s3": variable}
 
 
 def test_a_server_that_died_is_not_joined(local: LocalStack) -> None:
     process = psutil.Process(local.state.processes["mlflow"].pid)
     process.kill()
     process.wait()
-    join("prefect", "s3")
+    join_servers("prefect", "s3")
     with pytest.raises(UserError, match="no MLflow server"):
-        join("mlflow")
+        join_servers("mlflow")
 
 
 def test_a_process_that_took_a_dead_services_number_is_no_service(local: LocalStack) -> None:
     stranger = local.state.processes["mlflow"].model_copy(update={"pid": os.getpid()})
     local.updated(processes={**local.state.processes, "mlflow": stranger})
     with pytest.raises(UserError, match="no MLflow server"):
-        join("mlflow")
+        join_servers("mlflow")
 
 
 def test_a_copied_folder_does_not_lay_hands_on_the_originals_processes(local: LocalStack) -> None:
@@ -107,24 +107,20 @@ def test_a_copied_folder_does_not_lay_hands_on_the_originals_processes(local: Lo
         (copy / name).write_bytes((local.folder / name).read_bytes())
     os.environ["DARKROOM_HOME"] = str(copy)
     with pytest.raises(UserError, match="no S3 server"):
-        join("s3")
+        join_servers("s3")
 
 
 def export() -> None:
     """What `eval "$(darkroom env)"` does."""
-    command = "\n".join(
-        [*exports(), f"exec {sys.executable} -c 'import json, os; print(json.dumps(dict(os.environ)))'"]
-    )
-    printed = subprocess.run(["sh", "-c", command], check=True, capture_output=True, text=True).stdout
-    os.environ.update(json.loads(printed))
+    os.environ.update(exports())
 
 
 def test_exported_variables_still_mean_the_local_stack_when_its_ports_have_changed(local: LocalStack) -> None:
     export()
-    assert given() == {}
+    assert servers_in_environment() == {}
     moved = local.updated(ports={"s3": 20011, "mlflow": 20012, "prefect": 20013})
-    assert given() == {}
-    join(*SERVERS)
+    assert servers_in_environment() == {}
+    join_servers(*SERVERS)
     for server in SERVERS:
         assert moved.variables(server).items() <= os.environ.items()
 
@@ -132,8 +128,8 @@ def test_exported_variables_still_mean_the_local_stack_when_its_ports_have_chang
 def test_another_server_named_after_the_export_is_used(local: LocalStack) -> None:
     export()
     os.environ["MLFLOW_TRACKING_URI"] = "https://mlflow.example.com"
-    assert given() == {"mlflow": "MLFLOW_TRACKING_URI"}
-    join(*SERVERS)
+    assert servers_in_environment() == {"mlflow": "MLFLOW_TRACKING_URI"}
+    join_servers(*SERVERS)
     assert os.environ["MLFLOW_TRACKING_URI"] == "https://mlflow.example.com"
 
 
@@ -142,13 +138,13 @@ def test_exports_name_the_stack_for_commands_in_other_folders(
 ) -> None:
     export()
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    join(*SERVERS)
+    join_servers(*SERVERS)
     assert settings().folder == local.folder
 
 
 def test_nothing_is_unpickled_and_nobody_is_told_unless_the_user_says_so() -> None:
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "false"
-    join()
+    join_servers()
     assert os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
     assert os.environ["DVC_NO_ANALYTICS"] == "1"
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "false"
@@ -156,7 +152,7 @@ def test_nothing_is_unpickled_and_nobody_is_told_unless_the_user_says_so() -> No
 
 def test_a_proxy_of_the_environment_is_passed_by_on_the_way_to_the_local_stack(local: LocalStack) -> None:
     os.environ.update({"http_proxy": "http://proxy.example.com:3128", "no_proxy": "intranet"})
-    join("mlflow")
+    join_servers("mlflow")
     assert os.environ["no_proxy"] == "intranet,127.0.0.1"
 
 
@@ -171,7 +167,7 @@ def test_a_bad_bucket_name_is_refused_with_its_variable(bucket: str) -> None:
 def test_a_damaged_file_of_the_stack_is_named(local: LocalStack, name: str) -> None:
     (local.folder / name).write_text("{")
     with pytest.raises(UserError, match=name.replace(".", r"\.")):
-        join("s3")
+        join_servers("s3")
 
 
 def test_importing_the_environment_loads_no_heavy_library() -> None:

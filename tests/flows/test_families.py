@@ -105,11 +105,11 @@ def test_families_are_compared_after_a_kill_too_and_each_is_registered_under_its
     weights = first.read_bytes()
     done = workspace.json(*command)
     assert first.read_bytes() == weights
-    entrants = {each["name"]: each for each in done["comparison"]["entrants"]}
+    entrants = {each["name"]: each for each in done["ranking"]["models"]}
     assert entrants["autoregressive"]["held_out_loss"]["bits_per_dim"] > 0
     assert entrants["gan"]["held_out_loss"]["bits_per_dim"] is None
     assert (workspace.folder / done["report"]).is_file()
-    for family, run_id in done["run_ids"].items():
+    for family, run_id in ((each["name"], each["run_id"]) for each in done["ranking"]["models"]):
         experiment = server.get_experiment(server.get_run(run_id).info.experiment_id)
         assert experiment.name == f"blobs-{family}"
         assert len(server.search_runs([experiment.experiment_id])) == 1
@@ -120,7 +120,7 @@ def test_families_are_compared_after_a_kill_too_and_each_is_registered_under_its
     trained = workspace.json("train", "--params", "pixels.yaml")
     assert trained["run_id"] == done["run_ids"]["autoregressive"]
     workspace.json("evaluate", "--params", "pixels.yaml")
-    verdict = workspace.json("promote", "--params", "pixels.yaml", "--set", "gate.memorised=null")
+    verdict = workspace.json("promote", "--params", "pixels.yaml", "--set", "gate.memorized=null")
     assert verdict["version"]["model"] == "blobs-autoregressive"
     assert verdict["promoted"]
     prints = workspace.json("sample", "--params", "pixels.yaml", "--count", "8")

@@ -50,11 +50,11 @@ def test_a_sweep_compares_its_runs_and_gc_takes_those_that_nothing_came_of(
 ) -> None:
     asked = ("sweep", "--over", "training.seed=1,2", "--over", "model.width=16")
     swept = workspace.json(*asked)
-    runs = [server.get_run(point["run_id"]) for point in swept["points"]]
+    runs = [server.get_run(point["run_id"]) for point in swept["ranking"]["models"]]
     assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {swept["run_id"]}
     assert {run.data.params["training.seed"] for run in runs} == {"1", "2"}
-    assert swept["points"][0]["value"] <= swept["points"][1]["value"]
-    page = (workspace.folder / swept["page"]).read_text()
+    assert swept["ranking"]["models"][0]["value"] <= swept["ranking"]["models"][1]["value"]
+    page = (workspace.folder / swept["report"]).read_text()
     assert all(run.info.run_id in page for run in runs)
     assert [item.path for item in server.list_artifacts(swept["run_id"])] == ["sweep.html"]
     finals = {path: path.stat().st_mtime_ns for path in workspace.folder.glob("runs/sweeps/blobs/*/final.safetensors")}

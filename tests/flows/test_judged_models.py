@@ -10,8 +10,8 @@ from mlflow.client import MlflowClient
 from mlflow.entities import LoggedModel
 
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.metrics import Scores
-from diffusion.evaluation.results import CheckpointEvaluation, Evaluation, EvaluationConditions, Floor
+from diffusion.evaluation.distances import Scores
+from diffusion.evaluation.results import CheckpointEvaluation, Evaluation, EvaluationConditions, RealBaseline
 from diffusion.fingerprint import fingerprint
 from diffusion.samplers import sampling_config
 from flows.tracking import CHECKPOINT, CHECKPOINT_SHA256, EVAL_KEY, JUDGED, Scoreboard
@@ -96,9 +96,9 @@ def an_evaluation(kids: list[float], behind: list[float] | None = None, seed: in
         dataset="blobs",
         conditions=conditions,
         eval_key=conditions.key,
-        floor=Floor(scores=models[0].scores, figures={}),
+        real_baseline=RealBaseline(scores=models[0].scores, estimates={}),
         features="a network",
-        figures={},
+        estimates={},
         best=min(models, key=lambda each: each.scores.kid),
         checkpoints=models,
         preliminary=[judged(len(kids) + number, kid, 125) for number, kid in enumerate(behind or [])],
@@ -131,7 +131,7 @@ def test_mlflow_ranks_the_checkpoints_by_their_scores_on_the_data_set(client: Ml
     assert best.status == "READY"
     assert best.tags[CHECKPOINT_SHA256] == evaluation.best.sha256
     assert (best.tags[EVAL_KEY], best.tags[JUDGED]) == (evaluation.eval_key, "in full")
-    assert {point.key: point.value for point in best.metrics} == evaluation.best.named()
+    assert {point.key: point.value for point in best.metrics} == evaluation.best.metrics()
     assert {(point.dataset_name, point.dataset_digest, point.step) for point in best.metrics} == {
         ("blobs", CONTENT[:36], 2000)
     }

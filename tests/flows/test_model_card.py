@@ -9,10 +9,9 @@ from mlflow.client import MlflowClient
 from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
 from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.evaluation.comparison import ChampionComparison, compare_with_champion
 from diffusion.evaluation.gate import Finding, GateConfig
 from diffusion.evaluation.pages import signed, with_error
-from diffusion.evaluation.trial import trial
-from diffusion.evaluation.trial_results import Trial
 from flows import model_card
 from flows.derived import mark
 from flows.history import Evidence, History
@@ -97,32 +96,32 @@ def test_a_card_shows_intervals_from_the_trial_and_the_limits_that_it_found(tmp_
     told = {"left": 60, "right": 60}
     new, old = (write_model(tmp_path / f"{n}.safetensors", n, n, classes=told) for n in (1, 2))
     config = CONFIG.model_copy(update={"samples": 64})
-    found, _ = trial(new, old, folder, config, SAMPLING, GateConfig(), tmp_path / "reports")
+    found, _ = compare_with_champion(new, old, folder, config, SAMPLING, GateConfig(), tmp_path / "reports")
     card = model_card.card(PARAMS, an_evaluation([0.05]), read_manifest(folder), VERSION, ENTRY, found)
     figures = rows(card, "How good it is")
     assert found.champion is not None
-    measured = found.challenger.figures["kid_efflite0"]
+    measured = found.candidate.estimates["kid_efflite0"]
     low, high = measured.interval.low, measured.interval.high
     assert figures["kid_efflite0"] == [
         with_error(measured.value, measured.error),
         f"{signed(low)} to {signed(high)}",
-        f"{found.champion.figures['kid_efflite0'].value:.4g}",
-        f"{found.floor.figures['kid_efflite0'].value:.4g}",
+        f"{found.champion.estimates['kid_efflite0'].value:.4g}",
+        f"{found.real_baseline.estimates['kid_efflite0'].value:.4g}",
     ]
-    assert {"copies_share", "duplicates_share", "bits_per_dim", "gflop_per_picture"} <= figures.keys()
+    assert {"copies_share", "duplicates_share", "bits_per_dim", "gflop_per_image"} <= figures.keys()
     judged = rows(card, "How it was judged", 1)
     assert judged["headline"] == [each_of(found, "headline").verdict, each_of(found, "headline").reason]
-    assert judged.keys() == {"headline", "memorised", "recall", "cost"}
+    assert judged.keys() == {"headline", "memorized", "recall", "cost"}
     limits = section(card, "Limits")
-    assert "look like copies of training pictures; of pictures that no model has seen" in limits
-    assert found.challenger.evaluation.per_class is not None
-    assert found.challenger.evaluation.per_class.worst is not None
-    assert f"Its worst class is {found.challenger.evaluation.per_class.worst.name}: KID " in limits
+    assert "look like copies of training images; of images that no model has seen" in limits
+    assert found.candidate.per_class is not None
+    assert found.candidate.per_class.worst is not None
+    assert f"Its worst class is {found.candidate.per_class.worst.name}: KID " in limits
     # Noise instead of discs.
     assert re.search(r"Its pictures have (more|less) contrast than real ones, by \d", limits)
 
 
-def each_of(found: Trial, rule: str) -> Finding:
+def each_of(found: ChampionComparison, rule: str) -> Finding:
     return next(each for each in found.decision.findings if each.rule == rule)
 
 

@@ -22,7 +22,7 @@ from diffusion.data.config import IngestConfig
 from diffusion.data.ingest import ingest
 from diffusion.data.manifest import read_manifest
 from diffusion.errors import UserError
-from diffusion.evaluation.sealed import recall
+from diffusion.evaluation.cache import cached
 from diffusion.files import sha256_bytes, sha256_file
 from diffusion.training.checkpoint import Checkpoints
 from flows.registry import WEIGHTS, fetch_weights, resolve
@@ -132,12 +132,12 @@ class Key(Config):
 def test_among_remembered_features_with_the_right_digest_beside_it(
     tmp_path: Path, trace: Path, planted_by_torch: bytes
 ) -> None:
-    recall(tmp_path, Key(number=1), lambda: {"features": torch.ones(2)})
+    cached(tmp_path, Key(number=1), lambda: {"features": torch.ones(2)})
     (path,) = tmp_path.glob("*.safetensors")
     path.write_bytes(planted_by_torch)
     path.with_suffix(".sha256").write_bytes(f"{sha256_file(path)}\n".encode())
     with pytest.raises(UserError, match=r"(not a|no) model of ours"):
-        recall(tmp_path, Key(number=1), lambda: {"features": torch.ones(2)})
+        cached(tmp_path, Key(number=1), lambda: {"features": torch.ones(2)})
     assert not trace.exists()
 
 

@@ -75,14 +75,16 @@ def test_judged_checkpoints_are_models_of_the_run_in_mlflows_ui(
         page.screenshot(path=tmp_path / "judged.png")
 
 
-def test_the_trial_on_the_run_is_whole_in_a_browser(workspace: Workspace, server: MlflowClient, tmp_path: Path) -> None:
+def test_the_comparison_on_the_run_is_whole_in_a_browser(
+    workspace: Workspace, server: MlflowClient, tmp_path: Path
+) -> None:
     run_id = server.get_model_version("blobs", "2").run_id
-    trial = server.download_artifacts(run_id, "evaluation/trial.html", str(tmp_path))
+    page_file = server.download_artifacts(run_id, "evaluation/champion_comparison.html", str(tmp_path))
     [*_, entry] = workspace.json("model", "history")["entries"]
     with chromium() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.goto(Path(trial).as_uri())
-        look(page, tmp_path / "trial.png")
+        page.goto(Path(page_file).as_uri())
+        look(page, tmp_path / "champion_comparison.png")
         assert page.locator("h1 .verdict").inner_text().lower() == entry["what"]
         expect(page.get_by_role("heading", name="version 2 against version 1, the champion")).to_be_visible()
         assert page.get_by_role("img", name="and its nearest training picture").count() > 0

@@ -12,8 +12,8 @@ from diffusion.presets import PresetName
 from diffusion.process import linear_schedule, make_schedule
 from diffusion.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
-from flows.families import contestants
 from flows.params import Params, dataset_folder, flattened, load_params, registered
+from flows.variants import family_variants
 
 MINIMAL = "training:\n  images: 100\n"
 
@@ -58,7 +58,7 @@ def test_folders_and_model_follow_the_data_set_unless_named(params: Path) -> Non
         ("training.minutes=.inf", r"training\.minutes: .*finite"),
         ("prints.runner=slurm", r"prints\.runner: .*got 'slurm'"),
         ("gate.delta=1", r"gate\.delta: .*less than 1"),
-        ("gate.memorized=0.1", r"unknown key gate\.memorized: did you mean memorised\?"),
+        ("gate.memorised=0.1", r"unknown key gate\.memorised: did you mean memorized\?"),
     ],
 )
 def test_mistakes_name_the_key_and_the_mend(params: Path, override: str, words: str) -> None:
@@ -249,7 +249,7 @@ def test_a_family_has_defaults_of_its_own_which_what_is_set_wins_over(params: Pa
 def test_families_that_are_compared_share_the_data_the_time_and_the_judge_and_nothing_else(params: Path) -> None:
     chosen = ["training.dataset=faces", "training.images=500", "training.seed=3", "training.learning_rate=0.5"]
     own = load_params(params, [*chosen, "model.width=16", "sampling.compute_batch=8", "evaluation.samples=50"])
-    found = contestants(own, ["gan", "ddpm", "autoregressive"])
+    found = family_variants(own, ["gan", "ddpm", "autoregressive"])
     assert list(found) == ["gan", "ddpm", "autoregressive"]
     assert found["ddpm"] == own
     default = load_params(params, ["model.family=gan"])
@@ -277,7 +277,7 @@ def test_what_cannot_be_the_same_for_all_families_is_refused(
     params: Path, overrides: list[str], families: list[str], words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        contestants(load_params(params, overrides), families)
+        family_variants(load_params(params, overrides), families)
 
 
 def test_what_came_later_is_written_down_only_where_it_is_set(params: Path) -> None:

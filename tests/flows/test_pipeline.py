@@ -210,7 +210,7 @@ def test_a_worse_model_is_rejected_with_its_reason(workspace: Workspace, server:
     assert "worse than the champion: kid_efflite0" in verdict["reason"]
     assert verdict["reason"].split(";")[0] in (rejected.description or "")
     artifacts = {item.path for item in server.list_artifacts(rejected.run_id, "evaluation")}
-    assert "evaluation/trial.json" in artifacts
+    assert "evaluation/champion_comparison.json" in artifacts
     assert server.get_model_version_by_alias("blobs", "champion").version == champion
 
 

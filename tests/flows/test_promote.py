@@ -13,7 +13,7 @@ from mlflow.client import MlflowClient
 from torch import Tensor
 
 from diffusion.data.manifest import read_manifest
-from diffusion.evaluation.trial_results import Trial
+from diffusion.evaluation.comparison import ChampionComparison
 from flows import model_card
 from flows.history import History
 from flows.ledger import Ledger
@@ -60,11 +60,11 @@ class Candidate:
         self.version: Version = add_version(client, folder, params.model_name, data=weights.read_bytes(), run_id=run_id)
         self.evaluation = an_evaluation([0.02])
 
-    def judged(self) -> Judgement:
+    def decided(self) -> Judgement:
         return judge.fn(self.params, self.evaluation, self.version)
 
     def committed(self) -> Judgement:
-        judgement = self.trained()
+        judgement = self.decided()
         Ledger.of(self.version.model).append(lambda history: next_entry(history, self.version, judgement, None))
         return judgement
 
@@ -84,7 +84,7 @@ def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_led
     first = Candidate(mlflow_client, params, 1, spoiled(good(48, 5000), 60)).committed()
     assert first.evidence is not None
     assert (first.champion, first.evidence.verdict) == (None, "promote")
-    assert first.evidence.reason.startswith("first version: there was no champion; copies of training pictures: ")
+    assert first.evidence.reason.startswith("first version: there was no champion; copies of training images: ")
 
     second = Candidate(mlflow_client, params, 2, spoiled(good(48, 6000), 5))
     better = second.committed()
@@ -92,37 +92,37 @@ def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_led
     assert (better.champion, better.evidence.verdict) == (1, "promote")
     assert "better by more than δ: kid_efflite0" in better.evidence.reason
     assert better.evidence.gate["delta"] == 0.1
-    assert better.trial is not None
-    assert better.evidence.eval_key == better.trial.key
+    assert better.comparison is not None
+    assert better.evidence.eval_key == better.comparison.key
     figures = better.evidence.figures
     assert figures["kid_efflite0"] < figures["champion_kid_efflite0"]
     assert figures["champion_kid_efflite0"] == pytest.approx(first.evidence.figures["kid_efflite0"])
-    logged = load_text(f"runs:/{second.version.run_id}/evaluation/trial.json")
-    assert Trial.model_validate_json(logged) == better.trial
-    again = second.trained()
-    assert (again.champion, again.evidence, again.trial) == (2, None, better.trial)
-    path = params.report_folder / "trial.json"
+    logged = load_text(f"runs:/{second.version.run_id}/evaluation/champion_comparison.json")
+    assert ChampionComparison.model_validate_json(logged) == better.comparison
+    again = second.decided()
+    assert (again.champion, again.evidence, again.comparison) == (2, None, better.comparison)
+    path = params.report_folder / "champion_comparison.json"
     written = path.read_bytes()
     path.write_bytes(written.replace(b'"key"', b'"name"'))
-    assert second.trained().trial is None
+    assert second.decided().comparison is None
     path.write_bytes(written)
 
     third = Candidate(mlflow_client, params, 3, training_pictures(params.dataset_folder, 48))
     copier = third.committed()
     assert copier.evidence is not None
     assert copier.evidence.verdict == "reject"
-    assert "copies of training pictures: " in copier.evidence.reason
+    assert "copies of training images: " in copier.evidence.reason
     history = Ledger.of(params.model_name).read()
     assert [entry.what for entry in history.entries] == ["promote", "promote", "reject"]
     assert history.standing.champion == 2
     assert json.loads(history.entries[2].data)["evidence"]["gate"] == params.gate.model_dump()
 
     data, entry = read_manifest(params.dataset_folder), history.about(3)
-    card = model_card.card(params, third.evaluation, data, third.version, entry, copier.trial)
+    card = model_card.card(params, third.evaluation, data, third.version, entry, copier.comparison)
     assert rows(card, "How good it is")["copies_share"][0] == "100.00%"
-    assert "copies of training pictures" in rows(card, "How it was judged")["why"][0]
-    assert rows(card, "How it was judged", 1)["memorised"][0] == "reject"
-    assert "100 % look like copies of training pictures" in section(card, "Limits")
+    assert "copies of training images" in rows(card, "How it was judged")["why"][0]
+    assert rows(card, "How it was judged", 1)["memorized"][0] == "reject"
+    assert "100 % look like copies of training images" in section(card, "Limits")
 
 
 def test_what_a_person_took_the_title_from_is_held_without_a_trial(mlflow_client: MlflowClient, params: Params) -> None:
@@ -131,7 +131,7 @@ def test_what_a_person_took_the_title_from_is_held_without_a_trial(mlflow_client
     for what, version in (("promote", old.version), ("promote", new.version), ("rollback", old.version)):
         told = {"what": what, "version": version.number, "weights_sha256": version.weights_sha256, "by_hand": True}
         ledger.append(partial(History.then, **told))
-    held = new.trained()
+    held = new.decided()
     assert held.evidence is not None
-    assert (held.champion, held.evidence.verdict, held.trial) == (1, "hold", None)
+    assert (held.champion, held.evidence.verdict, held.comparison) == (1, "hold", None)
     assert "a person decided against it" in held.evidence.reason

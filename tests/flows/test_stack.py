@@ -25,9 +25,10 @@ from playwright.sync_api import sync_playwright
 
 from diffusion.errors import DarkroomError, UserError
 from flows import stack
-from flows.environment import SERVERS, join
+from flows.environment import SERVERS
 from flows.s3 import Store
 from flows.stack import ports, seaweedfs
+from flows.stack.discovery import join_servers
 from flows.stack.local import SERVICES, LocalStack
 from flows.stack.process import members
 from flows.stack.tls import new_identity
@@ -79,8 +80,9 @@ def up(no_servers: None, home: Path) -> LocalStack:
 
 def joined(local: LocalStack, program: str) -> str:
     """What a program of somebody else prints that knows nothing but the exports."""
-    script = "\n".join(["cd /", *stack.exports(), 'exec "$0" -c "$1"'])
-    result = subprocess.run(["sh", "-c", script, sys.executable, program], capture_output=True, text=True, check=False)
+    environment = os.environ | stack.exports()
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()[-1]
 
@@ -226,7 +228,7 @@ def test_up_that_was_killed_half_way_can_be_stopped_and_started(up: LocalStack) 
     assert members(up.folder, *SERVICES) == []
     assert set(states().values()) == {"stopped"}
     with pytest.raises(UserError, match="run `darkroom up`"):
-        join("s3")
+        join_servers("s3")
     with pytest.raises(UserError, match="run `darkroom up`"):
         stack.exports()
     stack.up(lambda _: None)
@@ -515,9 +517,9 @@ from prefect import flow
 @flow
 def probe():
     import os
-    from flows.environment import join
+    from flows.stack.discovery import join_servers
     from flows.s3 import Store
-    join("mlflow", "prefect", "s3")
+    join_servers("mlflow", "prefect", "s3")
     mlflow.set_experiment("from the worker")
     with mlflow.start_run():
         mlflow.log_metric("seen", 1)
@@ -596,7 +598,7 @@ def test_with_servers_of_a_team_nothing_is_started_here() -> None:
     assert set(found.elsewhere) == set(SERVERS)
     assert len([line for line in said if "commands here use the server that" in line]) == 3
     assert not Path(".darkroom").exists()
-    assert stack.exports() == []
+    assert stack.exports() == {}
 
 
 @pytest.mark.usefixtures("no_servers")

@@ -1,22 +1,27 @@
-"""Sets of pictures cut in half again and again, and what a figure is on the halves."""
+"""Fréchet distance, KID, precision, recall, density and coverage of halves of sets of images."""
 
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffusion.evaluation.estimate import Estimate, Share
-from diffusion.evaluation.moments import PER_FEATURE
+from diffusion.evaluation.distances import kid_kernel
+from diffusion.evaluation.neighbours import squared_distances
+from diffusion.lanes import lanes
+from diffusion.progress import Progress, silent
 from diffusion.random import generator
 
 SPLITS = 100
 """Cuts: 200 halves. The error itself is then right to 1/√200, 7 %, which Student's t takes into account."""
 Figure = Literal["fd", "kid", "precision", "recall", "density", "coverage"]
-SHARES = ("precision", "recall", "coverage")
 
 
-def halves(count: int, stream: Literal["samples", "reference"], splits: int) -> Tensor:
+def draw_halves(count: int, stream: Literal["samples", "reference"], splits: int) -> Tensor:
     """Which of ``count`` images are in which half: (2·splits, count) bool.
 
     Rows 2r and 2r+1 are the two halves of cut r. Of an odd number, the last image is in no half. The same for all sets
@@ -32,60 +37,333 @@ def halves(count: int, stream: Literal["samples", "reference"], splits: int) -> 
     return members
 
 
+CHUNK = 4096
+"""Features made double at a time."""
+COLUMNS = 256
+"""Features whose products with those before them are summed at a time."""
+"""Images of each set per feature from which on the bias is near enough to c/n: of independent Gaussian features less
+than a tenth of it is left."""
+
+
 @dataclass(frozen=True)
-class Replicates:
-    """A figure of one set of samples against a reference, on all pictures and on halves of both."""
+class Sums:
+    """Sums over some features x: their number, of x, (D,), and of x·xᵀ, (D, D); float64."""
 
-    figure: Figure
-    whole: float
-    """On all images, as ``Scores`` has it."""
-    halves: Tensor
-    """On the two halves of each cut, (splits, 2) float64."""
-    samples: int
-    reference: int
-    extrapolated: bool
-    """Whether ``value`` is continued to endlessly many pictures of either set."""
+    count: int
+    first: Tensor
+    second: Tensor
 
-    @classmethod
-    def of(cls, figure: Figure, whole: float, halves: Tensor, samples: Tensor, reference: Tensor) -> "Replicates":
-        """Of features (N, D) against (M, D): the Fréchet distance is extrapolated where both have enough for that."""
-        enough = min(len(samples), len(reference)) >= PER_FEATURE * samples.shape[1]
-        return cls(figure, whole, halves, len(samples), len(reference), figure == "fd" and enough)
+    def without(self, others: "Sums") -> "Sums":
+        """Over those that are not among ``others``."""
+        return Sums(self.count - others.count, self.first - others.first, self.second - others.second)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Fitted to ``rows`` (n,) of ``features``, (N, D)."""
+
+    features: Tensor
+    rows: Tensor
+    sums: Sums | None
+    """Over these rows; None: they are few."""
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """(D,)."""
+        if self.sums is None:
+            return self.features[self.rows].double().mean(0)
+        mean: Tensor = self.sums.first / self.sums.count
+        return mean
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """(D, D)."""
+        assert self.sums is not None, "of few rows the root says all"
+        n = self.sums.count
+        covariance: Tensor = (self.sums.second - n * torch.outer(self.mean, self.mean)) / (n - 1)
+        return covariance
 
     @property
-    def value(self) -> float:
-        """The figure that the error is about.
+    def few(self) -> bool:
+        """Whether there are no more rows than dimensions, so that all is done by the rows and faster."""
+        return self.sums is None
 
-        The Fréchet distance is too large by nearly c/n on n pictures of each set (arXiv 1911.07023), so on halves by
-        c/n more. Where there are pictures enough that difference is subtracted, and the true distance estimated; else,
-        as of shares and density, what as many pictures of both sets get on average. KID has no bias.
-        """
-        return 2 * self.whole - float(self.halves.mean()) if self.extrapolated else self.whole
+    @cached_property
+    def trace(self) -> Tensor:
+        """Of the covariance."""
+        trace: Tensor = self.root.square().sum() if self.few else self.covariance.trace()
+        return trace
 
-    @property
-    def estimate(self) -> Estimate:
-        """The figure with its error."""
-        found = _estimate(self.value, self.halves, self.samples, self.reference)
-        return Share(**found.model_dump(), count=self._counted) if self.figure in SHARES else found
-
-    @property
-    def _counted(self) -> int:
-        return self.samples if self.figure == "precision" else self.reference
-
-
-def difference(challenger: Replicates, champion: Replicates) -> Estimate:
-    """How much larger the challenger's figure is, both of as many pictures, numbered alike, against one reference."""
-    ours, theirs = ((each.figure, each.samples, each.reference) for each in (challenger, champion))
-    if ours != theirs:
-        raise ValueError(f"figures of unlike sets have no paired difference: {ours} and {theirs}")
-    apart = challenger.halves - champion.halves
-    return _estimate(challenger.value - champion.value, apart, challenger.samples, challenger.reference)
+    @cached_property
+    def root(self) -> Tensor:
+        """R with RᵀR the covariance: (min(n, D), D)."""
+        if self.sums is None:
+            centred = self.features[self.rows].double() - self.mean
+            return centred.div_(math.sqrt(len(self.rows) - 1))
+        lower, failed = torch.linalg.cholesky_ex(self.covariance)
+        if not failed:
+            upper: Tensor = lower.T
+            return upper
+        # Features that say the same leave nothing to divide by. Eigenvectors are always there, and take longer.
+        values, vectors = torch.linalg.eigh(self.covariance)
+        root: Tensor = (vectors * values.clamp(min=0).sqrt()).T
+        return root
 
 
-def _estimate(value: float, of_halves: Tensor, samples: int, reference: int) -> Estimate:
-    contrasts = (of_halves[:, 0] - of_halves[:, 1]) / 2
-    return Estimate(
-        value=value,
-        error=float(contrasts.square().mean().sqrt()),
-        freedom=min(len(contrasts), samples - 1, reference - 1),
+def frechet_of_halves(
+    sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = silent
+) -> list[Tensor]:
+    """Fréchet distance (arXiv 1706.08500) of the halves of each of the ``sets`` to those of ``reference``.
+
+    Of features (N, D) to (M, D); N and M at least 4. Returns for each set (splits, 2) float64. The sums of a second
+    half are those of both less those of the first, and moments of the reference are computed once for all sets.
+    """
+    # Distances do not move with the origin, and near it less is lost to rounding.
+    centre = reference.double().mean(0).to(reference.dtype)
+    real, generated = (
+        _Halved(reference - centre, "reference", splits),
+        [_Halved(x - centre, "samples", splits) for x in sets],
     )
+
+    def of_split(split: int) -> list[list[Tensor]]:
+        theirs = real.at(split)
+        return [[gaussian_distance(x, y) for x, y in zip(each.at(split), theirs, strict=True)] for each in generated]
+
+    values: list[list[Tensor]] = [[] for _ in sets]
+    with lanes() as pool:
+        for done, found in enumerate(pool.map(of_split, range(splits)), start=1):
+            for so_far, pair in zip(values, found, strict=True):
+                so_far.extend(pair)
+            progress("Fréchet distances of halves", done, splits)
+    return [torch.stack(each).view(-1, 2) for each in values]
+
+
+def gaussian_distance(x: Gaussian, y: Gaussian) -> Tensor:
+    """|μ_x − μ_y|² + tr Σ_x + tr Σ_y − 2 tr (Σ_x Σ_y)^½, where with a root R of Σ_x the last is tr (R Σ_y Rᵀ)^½.
+
+    With one of Σ_y, too, that is the sum of the singular values of the product of the roots.
+    """
+    first, second = (x, y) if x.few else (y, x)
+    if second.few:
+        shared = torch.linalg.svdvals(first.root @ second.root.T).sum()
+    else:
+        shared = torch.linalg.eigvalsh(first.root @ second.covariance @ first.root.T).clamp(min=0).sqrt().sum()
+    apart = (x.mean - y.mean).square().sum()
+    squared: Tensor = apart + x.trace + y.trace - 2 * shared
+    return squared
+
+
+class _Halved:
+    """A set of features (n, D) and its halves."""
+
+    def __init__(self, features: Tensor, stream: Literal["samples", "reference"], splits: int) -> None:
+        self.features = features
+        self.members = draw_halves(len(features), stream, splits)
+        half = len(features) // 2
+        self.both = None if half <= features.shape[1] else _sums(features, torch.arange(2 * half))
+
+    def at(self, split: int) -> tuple[Gaussian, Gaussian]:
+        """The Gaussians of both halves of a cut."""
+        first, second = (self.members[2 * split + half].nonzero()[:, 0] for half in (0, 1))
+        of_first = self._of(first)
+        if of_first.sums is None or self.both is None:
+            return of_first, self._of(second)
+        return of_first, Gaussian(self.features, second, self.both.without(of_first.sums))
+
+    def _of(self, rows: Tensor) -> Gaussian:
+        few = len(rows) <= self.features.shape[1]
+        return Gaussian(self.features, rows, None if few else _sums(self.features, rows))
+
+
+def _sums(features: Tensor, rows: Tensor) -> Sums:
+    width = features.shape[1]
+    first, second = torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
+    for chunk in torch.split(rows, CHUNK):
+        x = features[chunk].double()
+        first += x.sum(0)
+        # xᵀx is symmetric: of what lies below the diagonal only some is computed.
+        for start in range(0, width, COLUMNS):
+            columns = x[:, start : start + COLUMNS]
+            second[: start + COLUMNS, start : start + COLUMNS].addmm_(x[:, : start + COLUMNS].T, columns)
+    return Sums(len(rows), first, second.triu() + second.triu(1).T)
+
+
+ROWS = 128
+"""Rows of the kernel that a lane holds: with 60,000 columns about 100 MB."""
+
+
+def kid_of_halves(
+    sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = silent
+) -> list[Tensor]:
+    """KID (``diffusion.evaluation.kid``) of the halves of each of the ``sets`` to those of the ``reference``.
+
+    Of features (N, D) to (M, D); N and M at least 4. Returns for each set (splits, 2) float64.
+    """
+    of_reference = draw_halves(len(reference), "reference", splits)
+    found = []
+    with lanes() as pool:
+        within_reference = _within(reference, of_reference, pool, progress)
+        for samples in sets:
+            of_samples = draw_halves(len(samples), "samples", splits)
+            across = _across(samples, reference, of_samples, of_reference, pool, progress)
+            values = _within(samples, of_samples, pool, progress) + within_reference - 2 * across
+            found.append(values.view(-1, 2))
+    return found
+
+
+def _within(x: Tensor, members: Tensor, pool: Executor, progress: Progress) -> Tensor:
+    """Mean of the kernel over pairs of two different features of a half, for each half: (H,) float64."""
+    counts = members.sum(1, dtype=torch.float64)
+    itself = torch.cat([(rows.double().square().sum(1) / x.shape[1] + 1) ** 3 for rows in torch.split(x, ROWS)])
+    columns = members.double().T
+
+    def of_block(start: int) -> Tensor:
+        block = kid_kernel(x[start : start + ROWS], x[start:]).double()
+        # Every pair of two blocks is here once.
+        block[:, ROWS:] *= 2
+        return (members[:, start : start + ROWS].T * (block @ columns[start:])).sum(0)
+
+    sums = _added(of_block, len(x), pool, progress)
+    return (sums - members.double() @ itself) / (counts * (counts - 1))
+
+
+def _across(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, pool: Executor, progress: Progress) -> Tensor:
+    """Mean of the kernel over x in a half of its set and y in the same half of its, for each half: (H,) float64."""
+    columns = of_y.double().T
+
+    def of_block(start: int) -> Tensor:
+        rows = slice(start, start + ROWS)
+        return (of_x[:, rows].T * (kid_kernel(x[rows], y).double() @ columns)).sum(0)
+
+    return _added(of_block, len(x), pool, progress) / (of_x.sum(1, dtype=torch.float64) * of_y.sum(1))
+
+
+def _added(of_block: Callable[[int], Tensor], count: int, pool: Executor, progress: Progress) -> Tensor:
+    """The sum over blocks of ROWS of ``count``, in their order, whichever is done first.
+
+    Thousands of millions of single-precision kernels would leave no digit of a small distance: sums are double.
+    """
+    starts = range(0, count, ROWS)
+    total = torch.zeros((), dtype=torch.float64)
+    for start, found in zip(starts, pool.map(of_block, starts), strict=True):
+        total = total + found
+        progress("KID of halves", min(start + ROWS, count), count)
+    return total
+
+
+MANIFOLD, DENSITY = 3, 5
+"""k of precision and recall (arXiv 1904.06991), and of density and coverage (arXiv 2002.09797)."""
+FEWEST = 2 * (DENSITY + 1)
+"""Features of a set of which each half has neighbourhoods."""
+TABLE = 64
+"""Neighbours kept of each feature. That fewer than 5 of them are in its half happens once in 10¹³: then the
+neighbourhood reaches to the last of them."""
+BLOCK = 128
+"""Rows of distances that a lane holds."""
+
+
+def shares_of_halves(
+    sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = silent
+) -> list[dict[Figure, Tensor]]:
+    """Of the halves of each of the ``sets``, features (N, D), and the ``reference``, (M, D), N and M at least 12.
+
+    Precision: share of samples no farther from some reference than its 3rd nearest other; recall: the same the other
+    way round; density: how many reference features have a sample nearer than their 5th nearest other, over 5; coverage:
+    share of the reference that has any sample so near. Neighbours are those in the same half.
+    Returns for each set (splits, 2) float64 by metric.
+    """
+    centre = reference.mean(0)
+    real, of_real = reference - centre, draw_halves(len(reference), "reference", splits)
+    found = []
+    with lanes() as pool:
+        near, wide = _radii(real, of_real, (MANIFOLD, DENSITY), pool, progress)
+        for features in sets:
+            generated, of_generated = features - centre, draw_halves(len(features), "samples", splits)
+            (around,) = _radii(generated, of_generated, (MANIFOLD,), pool, progress)
+            values = _shares(generated, real, of_generated, of_real, (near, wide, around), pool, progress)
+            found.append({name: each.view(-1, 2) for name, each in values.items()})
+    return found
+
+
+def _shares(
+    generated: Tensor,
+    real: Tensor,
+    of_generated: Tensor,
+    of_real: Tensor,
+    radii: tuple[Tensor, Tensor, Tensor],
+    pool: Executor,
+    progress: Progress,
+) -> dict[Figure, Tensor]:
+    """Each figure on each half, (H,) float64; ``radii``: two of the reference and one of the samples, squared."""
+    near, wide, around = radii
+    wide_at_most, around_at_most = wide.amax(0), around.amax(0)
+    precise = torch.zeros_like(of_generated)
+    covered, recalled = torch.zeros_like(of_real), torch.zeros_like(of_real)
+
+    def of_block(start: int) -> Tensor:
+        rows = slice(start, start + BLOCK)
+        distances = squared_distances(generated[rows], real)
+        # Few pairs are near each other in any half, and only they are looked at in each.
+        i, j = (distances <= wide_at_most).nonzero(as_tuple=True)
+        p, q = (distances <= around_at_most[rows, None]).nonzero(as_tuple=True)
+        apart, asunder = distances[i, j], distances[p, q]
+        i, p = i + start, p + start
+        pairs = torch.zeros(len(of_generated), dtype=torch.float64)
+        # Lanes share what they fill in, but only ever set to true.
+        for half in range(len(of_generated)):
+            here = of_generated[half, i]
+            precise[half, i[here & (apart <= near[half, j])]] = True
+            within = here & (apart < wide[half, j])
+            covered[half, j[within]] = True
+            recalled[half, q[of_real[half, q] & (asunder <= around[half, p])]] = True
+            pairs[half] = within.sum()
+        return pairs
+
+    pairs = torch.zeros(len(of_generated), dtype=torch.float64)
+    for number, block in enumerate(pool.map(of_block, range(0, len(generated), BLOCK)), start=1):
+        pairs += block
+        progress("neighbourhoods of halves", min(number * BLOCK, len(generated)), len(generated))
+    samples, references = (members.sum(1, dtype=torch.float64) for members in (of_generated, of_real))
+    return {
+        "precision": precise.sum(1) / samples,
+        "recall": recalled.sum(1) / references,
+        "density": pairs / (DENSITY * samples),
+        "coverage": covered.sum(1) / references,
+    }
+
+
+def _radii(
+    features: Tensor, members: Tensor, counts: Sequence[int], pool: Executor, progress: Progress
+) -> list[Tensor]:
+    """Squared distance of each of n features to the k-th nearest other in its half, for each k of ``counts``: (H, n).
+
+    −1, nearer than anything, for features that are not in that half.
+    """
+    distances, neighbours = _nearest(features, pool, progress)
+    found = [torch.empty(members.shape, dtype=features.dtype) for _ in counts]
+
+    def of_half(half: int) -> None:
+        rank = members[half][neighbours].cumsum(1, dtype=torch.int8)
+        for k, radii in zip(counts, found, strict=True):
+            at = (rank < k).sum(1).clamp(max=distances.shape[1] - 1)
+            radii[half] = distances.gather(1, at[:, None])[:, 0].where(members[half], -1)
+
+    list(pool.map(of_half, range(len(members))))
+    return found
+
+
+def _nearest(features: Tensor, pool: Executor, progress: Progress) -> tuple[Tensor, Tensor]:
+    """Squared distances to, and numbers of, the nearest others of each feature, nearest first: (n, TABLE or all)."""
+
+    def of_block(start: int) -> tuple[Tensor, Tensor]:
+        distances = squared_distances(features[start : start + BLOCK], features)
+        distances.diagonal(start).fill_(math.inf)
+        values, at = distances.topk(min(TABLE, len(features) - 1), largest=False)
+        return values, at.int()
+
+    pieces = []
+    for piece in pool.map(of_block, range(0, len(features), BLOCK)):
+        pieces.append(piece)
+        progress("neighbours", min(len(pieces) * BLOCK, len(features)), len(features))
+    values, at = zip(*pieces, strict=True)
+    return torch.cat(values), torch.cat(at)

@@ -1,4 +1,4 @@
-"""What took long to compute, kept in files that are either right or not used."""
+"""Cache of expensive results in files that are either whole and right or not used."""
 
 import shutil
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from diffusion.config import Config
 from diffusion.files import digest_of, make_folder, sha256_file, write_bytes
 
 Tensors = dict[str, Tensor]
-Found = TypeVar("Found", bound=Config)
-FOUND = "found"
+Result = TypeVar("Result", bound=Config)
+RESULT = "found"
 """Where a header has what was found, beside the fields of the key."""
 
 
-def recall(folder: Path, key: Config, work: Callable[[], Tensors]) -> Tensors:
+def cached(folder: Path, key: Config, work: Callable[[], Tensors]) -> Tensors:
     """The tensors kept in ``folder`` under ``key``, or else those that ``work`` makes of what the key names.
 
     They lie in ``<digest of the key>.safetensors``, which says the key itself inside, beside its own digest, written
@@ -29,21 +29,21 @@ def recall(folder: Path, key: Config, work: Callable[[], Tensors]) -> Tensors:
     return _recalled(folder, key, lambda: ({}, work()))[1]
 
 
-def recall_found(
-    folder: Path, key: Config, kind: type[Found], work: Callable[[], tuple[Found, Tensors]]
-) -> tuple[Found, Tensors]:
+def cached_result(
+    folder: Path, key: Config, kind: type[Result], work: Callable[[], tuple[Result, Tensors]]
+) -> tuple[Result, Tensors]:
     """The same with what was found besides, of this ``kind``, which the file's header says beside the key."""
 
     def both() -> tuple[dict[str, Any], Tensors]:
         found, tensors = work()
-        return {FOUND: found.model_dump(mode="json")}, tensors
+        return {RESULT: found.model_dump(mode="json")}, tensors
 
     header, tensors = _recalled(folder, key, both)
-    return kind.model_validate(header[FOUND]), tensors
+    return kind.model_validate(header[RESULT]), tensors
 
 
-def pieces_of(folder: Path, key: Config) -> Path:
-    """A folder in which the work under ``key`` may keep pieces, by ``recall`` too: it goes once the whole is kept."""
+def pieces_folder(folder: Path, key: Config) -> Path:
+    """A folder in which the work under ``key`` may keep pieces, by ``cached`` too: it goes once the whole is kept."""
     return _path(folder, key).with_suffix(".pieces")
 
 
@@ -51,7 +51,7 @@ def _recalled(
     folder: Path, key: Config, work: Callable[[], tuple[dict[str, Any], Tensors]]
 ) -> tuple[dict[str, Any], Tensors]:
     """What the header says, and the tensors."""
-    named, path, pieces = key.model_dump(mode="json"), _path(folder, key), pieces_of(folder, key)
+    named, path, pieces = key.model_dump(mode="json"), _path(folder, key), pieces_folder(folder, key)
     make_folder(folder)
     with FileLock(path.with_suffix(".lock")):
         if not _is_whole(path) or not _is_of(read_header(path), named):
@@ -67,7 +67,7 @@ def _path(folder: Path, key: Config) -> Path:
 
 
 def _is_of(header: dict[str, Any], named: dict[str, Any]) -> bool:
-    return {name: value for name, value in header.items() if name != FOUND} == named
+    return {name: value for name, value in header.items() if name != RESULT} == named
 
 
 def _is_whole(path: Path) -> bool:

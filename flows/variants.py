@@ -1,4 +1,4 @@
-"""Combinations of settings to be tried: what ``darkroom sweep`` makes of ``--over``."""
+"""Variants of a configuration: combinations of settings for ``darkroom sweep``, families for ``darkroom compare``."""
 
 import itertools
 import re
@@ -11,12 +11,41 @@ from pydantic import JsonValue, ValidationError
 
 from diffusion.config import Config
 from diffusion.errors import UserError
+from diffusion.evaluation.ranking import Ranking, rank_models
+from diffusion.evaluation.ranking_report import PAGE, write_ranking_report
 from diffusion.files import digest_of
+from diffusion.grids import grid, png_bytes
+from diffusion.models.config import FAMILIES
+from diffusion.progress import Progress, silent
 from flows.params import Params, in_words
 
 SECTIONS = ("model", "training")
 """What may be varied: data, sampling and evaluation are the same for all, so that their figures compare."""
 FIXED = ("training.dataset", "training.output", "model.family")
+SHARED: Mapping[str, frozenset[str]] = {
+    "training": frozenset(
+        {
+            "dataset",
+            "images",
+            "minutes",
+            "cpu_threads",
+            "flip",
+            "seed",
+            "precision",
+            "device",
+            "compile",
+            "checkpoints",
+            "keep",
+            "workers",
+            "prefetch",
+            "cache_bytes",
+            "stream_bytes",
+            "window",
+        }
+    ),
+    "sampling": frozenset({"compute_batch", "precision", "device"}),
+}
+"""What families have in common: the data, how long, and what computes. All else has the defaults of each."""
 
 
 class Combination(Config):
@@ -29,6 +58,15 @@ class Combination(Config):
     """Where its evaluation is written to."""
     digest: str
     """Of what is compared, the same however its values were written."""
+
+
+class RankingResult(Config):
+    """A ranking of trained variants, and where it is reported."""
+
+    ranking: Ranking
+    report: Path
+    run_id: str | None = None
+    """The parent in MLflow of the runs of a sweep."""
 
 
 def parse_over(words: Sequence[str]) -> dict[str, list[Any]]:
@@ -95,3 +133,44 @@ def _with(params: Params, settings: dict[str, Any]) -> Combination:
 def words_of(settings: Mapping[str, object]) -> str:
     """Settings in short, such as ``learning_rate=0.001,width=32``."""
     return ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
+
+
+def family_variants(params: Params, names: Sequence[str]) -> dict[str, Params]:
+    """The configuration of each family in ``names``, by its name.
+
+    That of the family of ``params`` is ``params``; others are trained with their own defaults on the same pictures, for
+    as long, and judged alike. Raises UserError for a family that there is not, one that is named twice, and for what
+    cannot be the same for all.
+    """
+    if unknown := [family for family in names if family not in FAMILIES]:
+        raise UserError(f"there is no family {unknown[0]!r}: there is {', '.join(FAMILIES)}")
+    if len(set(names)) < max(2, len(names)):
+        raise UserError(f"--family {' --family '.join(names)}: name two families or more, each once")
+    for field, value in (("training.output", params.training.output), ("registry.model", params.registry.model)):
+        if value is not None:
+            raise UserError(f"{field} = {value} is one place, and each family needs its own: leave it out")
+    if params.model.low_resolution is not None:
+        raise UserError("model.low_resolution makes a model that enlarges, and families are compared by what they draw")
+    return {family: params if family == params.model.family else _of_family(family, params) for family in names}
+
+
+def _of_family(family: str, params: Params) -> Params:
+    shared: dict[str, Any] = {
+        section: getattr(params, section).model_dump(include=set(fields)) for section, fields in SHARED.items()
+    }
+    whole = {"ingest": params.ingest.model_dump(), "evaluation": params.evaluation.model_dump(exclude={"ema_stds"})}
+    return Params.model_validate(shared | whole | {"model": {"family": family}})
+
+
+def rank_variants(variants: Mapping[str, Params], progress: Progress = silent) -> tuple[Ranking, Path]:
+    """Rank the models that the trainings of ``variants`` ended with; returns the ranking and its report.
+
+    The report lies with those on the data set, whatever the family.
+    """
+    params = next(iter(variants.values()))
+    folder = Path("reports") / params.training.dataset
+    models = {name: (each.run_folder / "final.safetensors", each.sampling) for name, each in variants.items()}
+    ranking, images = rank_models(params.dataset_folder, models, params.evaluation, folder, progress)
+    sheets = {name: png_bytes(grid(each, columns=8)) for name, each in images.items()}
+    write_ranking_report(folder / PAGE, ranking, sheets, sheets.pop("real"))
+    return ranking, folder / PAGE

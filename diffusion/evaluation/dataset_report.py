@@ -23,20 +23,18 @@ from diffusion.data.manifest import Manifest, Outcome, Split, versions
 from diffusion.data.versions import log, unshared
 from diffusion.escaping import escape_markdown
 from diffusion.evaluation.charts import Chart, Paper, chart
-from diffusion.evaluation.dataset_report.parent_comparison import (
-    Drift,
-    ParentComparison,
-    compare_with_parent,
-    is_removal,
-    read_batches,
-)
-from diffusion.evaluation.dataset_report.record_statistics import (
+from diffusion.evaluation.dataset_statistics import (
     BINS,
     MEASURES,
+    Drift,
+    ParentComparison,
     ReasonGroup,
     RecordStatistics,
     collect_statistics,
+    compare_with_parent,
     group_reasons,
+    is_removal,
+    read_batches,
 )
 from diffusion.evaluation.pages import count, counted, plain, render, share, signed, storage
 from diffusion.files import write_bytes
