@@ -255,7 +255,7 @@ def test_it_says_nothing_of_how_probable_pictures_are(data: Path, model: GANMode
     told = {"label": dataset.classes(rows, model.classes)}
     found = summarize_losses(measure_losses(model, [(dataset.pictures(rows), told)], SAMPLING))
     assert found.images == len(rows)
-    assert found.named() == {}
+    assert found.metrics() == {}
 
 
 def test_how_it_works_is_drawn(data: Path, model: GANModel, tmp_path: Path) -> None:

