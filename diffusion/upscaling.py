@@ -64,19 +64,6 @@ class FromNoise:
     def inputs(self, images: Tensor) -> None:
         """Noise alone."""
 
-    def generate(
-        self,
-        model: Model,
-        inputs: Tensor | None,
-        indices: range,
-        seed: int,
-        config: SamplingConfig,
-        progress: Progress = silent,
-        conditions: Conditions = UNCONDITIONAL,
-    ) -> Tensor:
-        """Sample from noise."""
-        return sample(model, indices, seed, config, progress, conditions)
-
 
 @dataclass(frozen=True)
 class SuperResolution:
@@ -109,20 +96,6 @@ class SuperResolution:
         beyond = to_float(images) - self._enlarged_again(images)
         return float(f"{beyond.double().square().mean().sqrt().item():.4g}")
 
-    def generate(
-        self,
-        model: Model,
-        inputs: Tensor | None,
-        indices: range,
-        seed: int,
-        config: SamplingConfig,
-        progress: Progress = silent,
-        conditions: Conditions = UNCONDITIONAL,
-    ) -> Tensor:
-        """Enlarge the small ``inputs`` (N, C, h, w) uint8."""
-        assert inputs is not None
-        return upscale(model, inputs, seed, config, progress, indices.start)
-
     def check_images(self, model: Model, images: Tensor) -> None:
         """Raise UserError for small ``images`` (N, C, h, w) that ``model`` cannot enlarge."""
         _, channels, height, width = images.shape
@@ -154,6 +127,21 @@ def task_of(config: FamilyConfig) -> GenerationTask:
     if isinstance(config, ModelConfig) and config.low_resolution is not None:
         return SuperResolution(config.low_resolution, config.max_low_resolution_noise)
     return FromNoise()
+
+
+def generate(
+    model: Model,
+    inputs: Tensor | None,
+    indices: range,
+    seed: int,
+    config: SamplingConfig,
+    progress: Progress = silent,
+    conditions: Conditions = UNCONDITIONAL,
+) -> Tensor:
+    """Images number ``indices`` of ``seed``, (N, C, H, W) uint8, from the ``inputs`` of the model's task."""
+    if inputs is None:
+        return sample(model, indices, seed, config, progress, conditions)
+    return upscale(model, inputs, seed, config, progress, indices.start)
 
 
 def add_conditioning_noise(

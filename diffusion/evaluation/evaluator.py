@@ -72,7 +72,7 @@ from diffusion.model import Model, ModelHeader
 from diffusion.progress import Progress, silent
 from diffusion.samplers import SamplingConfig
 from diffusion.sampling import is_conditional, labels_of, reconstructed
-from diffusion.upscaling import FromNoise, GenerationTask, task_of
+from diffusion.upscaling import FromNoise, GenerationTask, generate, task_of
 
 CACHE = "evaluations"
 """Folder of the cache, in that of an evaluation."""
@@ -390,7 +390,7 @@ class ModelEvaluator:
                 small = self.real.small
                 inputs = None if small is None else small[numbers.start : numbers.stop]
                 seed, conditions = self.config.seed, self.conditions
-                images = self.real.task.generate(self.model, inputs, numbers, seed, self.guided, counted, conditions)
+                images = generate(self.model, inputs, numbers, seed, self.guided, counted, conditions)
                 return {"images": images}
 
             return cached(folder, PieceKey(first=numbers.start, count=len(numbers)), work)["images"]

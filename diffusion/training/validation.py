@@ -20,7 +20,7 @@ from diffusion.grids import beside, blocks, grid
 from diffusion.model import Model, to_float
 from diffusion.samplers import SamplingConfig
 from diffusion.training.setup import SAMPLE_GRID, TrainingSetup
-from diffusion.upscaling import task_of
+from diffusion.upscaling import generate, task_of
 
 VALIDATION_IMAGES = 256
 """Images of each split on which losses are compared over time."""
@@ -84,10 +84,9 @@ class Validation:
 
     def generate(self, model: Model, sampling: SamplingConfig) -> Tensor:
         """Generate the images of a sample grid, or upscale held-out ones: (N, C, H, W) uint8."""
-        task = task_of(self.setup.model)
-        inputs, conditions = task.inputs(self.images), self.setup.sample_grid_conditions()
+        inputs, conditions = task_of(self.setup.model).inputs(self.images), self.setup.sample_grid_conditions()
         indices = range(SAMPLE_GRID if inputs is None else len(inputs))
-        return task.generate(model, inputs, indices, 0, sampling, conditions=conditions)
+        return generate(model, inputs, indices, 0, sampling, conditions=conditions)
 
     def sample_grid(self, generated: Tensor) -> Image.Image:
         """Lay out ``generated`` images; upscaled ones between the small and the real image, each time."""
