@@ -305,7 +305,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
         ({"eta": 0.5}, "not with sampling.eta = 0.5"),
         ({"sampler": "ddim", "steps": 1001}, "of which there are 1000"),
         ({"guidance": 3.0}, "trained without classes and captions"),
-        ({"low_resolution_noise": 0.1}, "the model is shown none"),
+        ({"low_resolution_noise": 0.1}, "the model is given none"),
     ],
 )
 def test_what_diffusers_cannot_draw_is_refused_and_leaves_nothing(
@@ -338,7 +338,7 @@ def test_the_pipeline_refuses_what_would_have_no_effect_or_another_one(tmp_path:
     pipe = load(done)
     with pytest.raises(UserError, match="no class 'bird'"):
         pipe(labels="bird")
-    with pytest.raises(UserError, match="no captions"):
+    with pytest.raises(UserError, match="without captions"):
         pipe(prompts="a bird")
     with pytest.raises(UserError, match="eta means nothing to DPMSolver"):
         pipe(eta=0.5)
