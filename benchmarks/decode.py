@@ -19,8 +19,8 @@ from statistics import median
 import numpy as np
 from PIL import Image, ImageOps
 
-from diffusion.data.config import IngestConfig
-from diffusion.data.pictures import prepare
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.decode import prepare
 from diffusion.data.png import decode_many, encode
 
 BATCH = 128

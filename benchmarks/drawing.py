@@ -27,13 +27,13 @@ from diffusers import DDIMPipeline, DDPMPipeline
 from quality import Darkroom, Judge, measure_rates, rate_of, workspace_of
 
 from diffusion.checkpoints import load_model
+from diffusion.common.files import digest_of, sha256_file, write_json
 from diffusion.data.dataset import Dataset
 from diffusion.diffusers_format import DarkroomUNet
 from diffusion.diffusers_format.schedulers import scheduler_of
-from diffusion.files import digest_of, sha256_file, write_json
-from diffusion.model import DiffusionModel, to_uint8
-from diffusion.samplers import SamplingConfig, sampling_config
-from diffusion.sampling import sample
+from diffusion.families.model import DiffusionModel, to_uint8
+from diffusion.generation.generate import sample
+from diffusion.process.samplers import SamplingConfig, sampling_config
 
 BATCH = 64
 """Pictures that a pipeline draws at once, as many as Darkroom computes by default."""

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from quality import Judge
 
 from diffusion.checkpoints import load_model
+from diffusion.common.files import digest_of, sha256_file, write_json
+from diffusion.common.image_grids import figure_png
 from diffusion.data.dataset import Dataset
-from diffusion.files import digest_of, sha256_file, write_json
-from diffusion.grids import figure_png
-from diffusion.samplers import SamplingConfig, sampling_config
-from diffusion.sampling import sample
+from diffusion.generation.generate import sample
+from diffusion.process.samplers import SamplingConfig, sampling_config
 
 EVALUATIONS = (5, 8, 10, 12, 16, 20, 30, 50)
 SAMPLERS = ("dpmpp_2m_sde", "dpmpp_2m", "unipc", "deis", "heun", "ddim", "ddpm")

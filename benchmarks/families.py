@@ -14,13 +14,13 @@ from loading import FASHION
 from quality import darkroom
 from torch import Tensor
 
+from diffusion.common.image_grids import grid, save_png
+from diffusion.common.threads import cores
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.ranking import Ranking, rank_models
-from diffusion.evaluation.ranking_report import Column, cost_columns, findings, metric_columns
-from diffusion.grids import grid, save_png
-from diffusion.lanes import cores
+from diffusion.evaluation.reports.ranking_report import Column, cost_columns, findings, metric_columns
 from diffusion.models.config import FAMILIES
-from flows.params import load_params
+from flows.config import load_params
 from flows.variants import family_variants
 
 PAGE = Path(__file__).parents[1] / "docs" / "comparison.md"

@@ -19,9 +19,9 @@ from PIL import Image
 from quality import darkroom
 from torch import Tensor
 
+from diffusion.common.image_grids import image_of
 from diffusion.data.dataset import Dataset
-from diffusion.grids import image_of
-from diffusion.upscaling import shrunk
+from diffusion.generation.super_resolution import shrunk
 
 PAGE = Path(__file__).parents[1] / "docs" / "gallery.md"
 PICTURES = PAGE.parent / "pictures" / "gallery"

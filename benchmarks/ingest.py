@@ -105,8 +105,8 @@ def _pillow(path: Path, draft: bool) -> int:
 
 
 def _ours(path: Path) -> int:
-    from diffusion.data.config import IngestConfig
-    from diffusion.data.pictures import prepare
+    from diffusion.data.ingest.config import IngestConfig
+    from diffusion.data.ingest.decode import prepare
 
     return len(prepare(path.read_bytes(), IngestConfig(size=SIZE)).png)
 

@@ -20,15 +20,15 @@ from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
 from diffusion.checkpoints import load_model
+from diffusion.common.fingerprint import autocast
+from diffusion.common.image_grids import grid, save_png
+from diffusion.common.random import GaussianNoise
 from diffusion.data.dataset import Dataset
-from diffusion.editing import blanked, pigdm, repaint, replace_known
-from diffusion.evaluation.features import EfficientNetLite0
-from diffusion.fingerprint import autocast
-from diffusion.grids import grid, save_png
-from diffusion.guidance import clipped
-from diffusion.model import DiffusionModel, to_float, to_uint8
-from diffusion.random import GaussianNoise
-from diffusion.samplers import sampling_config
+from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
+from diffusion.families.model import DiffusionModel, to_float, to_uint8
+from diffusion.process.editing import blanked, pigdm, repaint, replace_known
+from diffusion.process.guidance import clipped
+from diffusion.process.samplers import sampling_config
 
 SHOWN = 8
 BATCH = 64

@@ -24,9 +24,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffusion.common.threads import cores
 from diffusion.evaluation.bootstrap import SPLITS, frechet_of_halves, shares_of_halves
 from diffusion.evaluation.bootstrap import kid_of_halves as kid_of_halves
-from diffusion.evaluation.distances import (
+from diffusion.evaluation.metrics.distances import (
     Moments,
     Reference,
     compute_kid,
@@ -36,8 +37,7 @@ from diffusion.evaluation.distances import (
     frechet_distance,
     kernel_sums,
 )
-from diffusion.evaluation.neighbours import compute_overlap, nearest_distances
-from diffusion.lanes import cores
+from diffusion.evaluation.metrics.neighbours import compute_overlap, nearest_distances
 
 SAMPLES, REFERENCE, FEATURES = 10_000, 60_000, 1_280
 PIECE = 4096

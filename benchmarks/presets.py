@@ -9,8 +9,8 @@ from typing import get_args
 
 import torch
 
-from diffusion.fingerprint import autocast
-from diffusion.lanes import cores
+from diffusion.common.fingerprint import autocast
+from diffusion.common.threads import cores
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 from diffusion.presets import PresetName, preset

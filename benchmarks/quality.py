@@ -29,12 +29,12 @@ from PIL import Image
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
 from diffusion.checkpoints import load_model
+from diffusion.common.files import digest_of, write_json
+from diffusion.common.image_grids import figure_png, grid, save_png
 from diffusion.data.dataset import Dataset
-from diffusion.evaluation.features import EfficientNetLite0
-from diffusion.files import digest_of, write_json
-from diffusion.grids import figure_png, grid, save_png
-from diffusion.sampling import sample
-from flows.params import load_params
+from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
+from diffusion.generation.generate import sample
+from flows.config import load_params
 
 FEATURES_AT = 64
 PEERS = ("diffusers", "denoising-diffusion-pytorch")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
-from diffusion.model import to_float
-from diffusion.samplers import sampling_config
-from diffusion.sampling import sample
+from diffusion.families.model import to_float
+from diffusion.generation.generate import sample
+from diffusion.process.samplers import sampling_config
 
 CONFIDENCE = 0.9
 

@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from diffusion.checkpoints import load_model
-from diffusion.config_sampling import Conditions
+from diffusion.common.image_grids import grid, save_png
 from diffusion.data.dataset import Dataset
-from diffusion.evaluation.features import EfficientNetLite0
-from diffusion.grids import grid, save_png
-from diffusion.sampling import sample
-from diffusion.text import encoder
-from flows.params import load_params
+from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
+from diffusion.generation.config import Conditions
+from diffusion.generation.generate import sample
+from diffusion.models.text_encoder import encoder
+from flows.config import load_params
 
 FEATURES_AT = 128
 RANKS = (1, 5, 10)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from diffusion.checkpoints import load_model
-from diffusion.random import GaussianNoise
-from diffusion.samplers import SamplingConfig, sampling_config
-from diffusion.sampling import labels_of
+from diffusion.common.random import GaussianNoise
+from diffusion.generation.generate import labels_of
+from diffusion.process.samplers import SamplingConfig, sampling_config
 
 EVALUATIONS = (5, 8, 10, 15, 20, 30)
 CONTESTANTS = {

@@ -25,14 +25,14 @@ from torch.profiler import profile, supported_activities
 from torch.utils.flop_counter import FlopCounterMode
 from trainers import diffusers
 
-from diffusion.config import DeviceName
+from diffusion.common.config import DeviceName
+from diffusion.common.device import device_name, repeatable, resolve_device
+from diffusion.common.fingerprint import autocast
+from diffusion.common.threads import cores, lanes
 from diffusion.data.dataset import Dataset
-from diffusion.device import device_name, repeatable, resolve_device
-from diffusion.fingerprint import autocast
-from diffusion.lanes import cores, lanes
 from diffusion.models.config import ModelConfig
-from diffusion.samplers import sampling_config
-from diffusion.text import WIDTH
+from diffusion.models.text_encoder import WIDTH
+from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS
 from diffusion.training.setup import make_setup

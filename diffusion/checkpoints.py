@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
+from diffusion.common.files import canonical_json, write_atomically
 from diffusion.families import family_of
-from diffusion.files import canonical_json, write_atomically
-from diffusion.model import Model, ModelHeader, classes_of
+from diffusion.families.model import Model, ModelHeader, classes_of
 from diffusion.models.vae import Latents
 
 METADATA_KEY = "darkroom"

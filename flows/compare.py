@@ -7,12 +7,12 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from diffusion.evaluation.ranking import RANKING, Ranking
-from diffusion.evaluation.ranking_report import findings
+from diffusion.evaluation.reports.ranking_report import findings
 from diffusion.models.config import FAMILIES
+from flows.config import Params
+from flows.deployment.tasks import step
 from flows.evaluate import tracker_of
-from flows.params import Params
-from flows.progress import reporter
-from flows.steps import step
+from flows.tracking.progress_reporter import reporter
 from flows.train import train
 from flows.variants import RankingResult, family_variants, rank_variants
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from diffusion.common.files import write_json
 from diffusion.data.manifest import read_manifest
-from diffusion.evaluation.dataset_report import DatasetSummary, write_dataset_report
-from diffusion.files import write_json
-from flows.params import Params
-from flows.progress import reporter
+from diffusion.evaluation.reports.dataset_report import DatasetSummary, write_dataset_report
+from flows.config import Params
+from flows.tracking.progress_reporter import reporter
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from urllib.request import getproxies
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
 
 Server = Literal["mlflow", "prefect", "s3"]
 SERVERS: tuple[Server, ...] = get_args(Server)
@@ -42,7 +42,7 @@ DEFAULTS = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    # Seconds. By these it is known which runs are alive: see flows/steps.py.
+    # Seconds. By these it is known which runs are alive: see flows/deployment/tasks.py.
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60",
     "DVC_NO_ANALYTICS": "1",
     # Prefect's client sends its own besides the server's.

@@ -10,18 +10,18 @@ from mlflow.client import MlflowClient
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
 from diffusion.evaluation.evaluate import evaluate as judge_checkpoints
 from diffusion.evaluation.results import Evaluation
-from diffusion.training.checkpoint import Checkpoints
+from diffusion.training.checkpointing import Checkpoints
 from diffusion.training.post_hoc_ema import models_to_evaluate
-from flows.champion import require_champion
-from flows.derived import require_current
-from flows.logs import RUN_ID
-from flows.params import Params
-from flows.progress import reporter
-from flows.steps import step
-from flows.tracking import RunTracker, Scoreboard, find_run
+from flows.config import Params
+from flows.deployment.tasks import step
+from flows.registry.champion import require_champion
+from flows.registry.takedown_marks import require_current
+from flows.tracking.json_logs import RUN_ID
+from flows.tracking.progress_reporter import reporter
+from flows.tracking.runs import RunTracker, Scoreboard, find_run
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{params.training.dataset}")

@@ -6,14 +6,14 @@ from mlflow.client import MlflowClient
 from prefect import flow
 
 from diffusion.checkpoints import load_model
-from diffusion.config import Config
+from diffusion.common.config import Config
 from diffusion.data.dataset import Dataset
-from diffusion.explain import explain as explain_model
-from flows import registry
+from diffusion.generation.explain import explain as explain_model
+from flows.config import Params
+from flows.deployment.tasks import step
 from flows.environment import settings
-from flows.params import Params
-from flows.steps import step
-from flows.tracking import RunTracker
+from flows.registry import model_versions
+from flows.tracking.runs import RunTracker
 
 
 class Explained(Config):
@@ -33,8 +33,8 @@ def explain(params: Params, model: str, output: Path, seed: int = 0) -> Explaine
 def draw(params: Params, model: str, output: Path, seed: int) -> Explained:
     """Draw into folder ``output`` and put the pictures on the version's MLflow run."""
     client = MlflowClient()
-    version = registry.resolve(client, model)
-    weights = registry.fetch_weights(version, settings().folder / "models")
+    version = model_versions.resolve(client, model)
+    weights = model_versions.fetch_weights(version, settings().folder / "models")
     dataset = Dataset.open(params.dataset_folder)
     held_out = dataset.rows("held_out")
     rows = held_out if len(held_out) else dataset.rows("train")

@@ -12,16 +12,16 @@ from mlflow.client import MlflowClient
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
-from diffusion.config import Config
+from diffusion.common.config import Config
 from flows import environment
-from flows.params import Params
-from flows.retention.data import DataSets
-from flows.retention.policy import Item, RetentionConfig, Sweep
-from flows.retention.prints import Prints
-from flows.retention.runs import Machine, Runs, find_live
-from flows.s3 import Store
-from flows.stack.discovery import vacuum_deleted_objects
-from flows.steps import step
+from flows.config import Params, RetentionConfig
+from flows.deployment.tasks import step
+from flows.local_stack.discovery import vacuum_deleted_objects
+from flows.retention.batch_items import Prints
+from flows.retention.dataset_items import DataSets
+from flows.retention.policy import Item, Sweep
+from flows.retention.run_items import Machine, Runs, find_live
+from flows.storage.s3 import Store
 
 
 class Collected(Config):

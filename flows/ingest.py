@@ -9,21 +9,21 @@ from pathlib import Path
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from diffusion.config import Config
-from diffusion.data.ingest import IngestResult, Rebuild
-from diffusion.data.ingest import ingest as ingest_pictures
+from diffusion.common.config import Config
+from diffusion.data.ingest.ingest import IngestResult, Rebuild
+from diffusion.data.ingest.ingest import ingest as ingest_pictures
 from diffusion.data.manifest import read_manifest
-from flows import lineage
-from flows.catalogue import Catalogue
-from flows.checkout import forget_choice
+from flows.config import Params
+from flows.datasets import lineage
+from flows.datasets.catalog import Catalogue
+from flows.datasets.checkout import forget_choice
+from flows.datasets.lineage import DataVersion
+from flows.datasets.s3_source import S3Objects
+from flows.datasets.sync import announce, bring_up_to_date, publish
+from flows.deployment.tasks import ended, prefect_fan_out, step, task_runner
 from flows.environment import data_source, settings
-from flows.lineage import DataVersion
-from flows.params import Params
-from flows.progress import reporter
-from flows.s3 import Store
-from flows.s3_objects import S3Objects
-from flows.steps import ended, prefect_fan_out, step, task_runner
-from flows.sync import announce, bring_up_to_date, publish
+from flows.storage.s3 import Store
+from flows.tracking.progress_reporter import reporter
 
 logger = logging.getLogger(__name__)
 

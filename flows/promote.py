@@ -20,29 +20,29 @@ from prefect.runtime import flow_run
 from pydantic import Field, ValidationError
 
 from diffusion.checkpoints import export, read_header
-from diffusion.config import Config
+from diffusion.common.config import Config
+from diffusion.common.errors import Held, UserError
+from diffusion.common.escaping import escape_markdown
+from diffusion.common.files import sha256_file
 from diffusion.data.manifest import read_manifest
-from diffusion.errors import Held, UserError
-from diffusion.escaping import escape_markdown
 from diffusion.evaluation.comparison import COMPARISON, ChampionComparison, compare_with_champion
-from diffusion.evaluation.comparison_report import PAGE, write_comparison_report
+from diffusion.evaluation.reports.comparison_report import PAGE, write_comparison_report
 from diffusion.evaluation.results import Evaluation
-from diffusion.files import sha256_file
 from diffusion.training.post_hoc_ema import SNAPSHOTS
-from flows import model_card, registry
-from flows.aliases import adopted, append, project
-from flows.champion import champion_problem, require_champion
-from flows.derived import TAKEDOWN, require_current, takedowns, warn_of_takedown, with_takedowns
+from flows.config import Params
+from flows.deployment.tasks import step
 from flows.environment import settings
 from flows.evaluate import tracker_of
-from flows.history import Approval, Entry, Evidence, GateWord, History
-from flows.ledger import Ledger
-from flows.params import Params
-from flows.progress import reporter
-from flows.registry import Version
-from flows.steps import step
-from flows.tags import parse_tags
-from flows.tracking import AUTOENCODER, START, RunTracker
+from flows.registry import model_card, model_versions
+from flows.registry.aliases import adopted, append, project
+from flows.registry.champion import champion_problem, require_champion
+from flows.registry.ledger import Ledger
+from flows.registry.ledger_entries import Approval, Entry, Evidence, GateWord, History
+from flows.registry.model_versions import Version
+from flows.registry.takedown_marks import TAKEDOWN, require_current, takedowns, warn_of_takedown, with_takedowns
+from flows.storage.tags import parse_tags
+from flows.tracking.progress_reporter import reporter
+from flows.tracking.runs import AUTOENCODER, START, RunTracker
 
 ANSWER_WITHIN = 72 * 3600
 """Seconds that a person who is asked for approval has."""
@@ -133,7 +133,7 @@ def register(params: Params, evaluation: Evaluation) -> Version:
         "darkroom.images": evaluation.best.images,
         "darkroom.train_key": read_header(weights)["train_key"],
     }
-    version = registry.register(
+    version = model_versions.register(
         params.model_name, tracker.run_id, weights, params.sampling, tags, evaluation.best.images
     )
     model_card.write(tracker.client, params, evaluation, version, None)
@@ -188,7 +188,7 @@ def judge(params: Params, evaluation: Evaluation, version: Version) -> Judgement
         return Judgement(champion=champion, evidence=evidence, comparison=last_comparison(params, version))
     comparison, grids = compare_with_champion(
         params.run_folder / "weights.safetensors",
-        None if champion is None else weights_of(registry.version_of(client, version.model, champion)),
+        None if champion is None else weights_of(model_versions.version_of(client, version.model, champion)),
         params.dataset_folder,
         params.evaluation,
         params.sampling,
@@ -225,7 +225,7 @@ def last_comparison(params: Params, version: Version) -> ChampionComparison | No
 
 def weights_of(version: Version) -> Path:
     """Its weights on this machine."""
-    return registry.fetch_weights(version, settings().folder / "models")
+    return model_versions.fetch_weights(version, settings().folder / "models")
 
 
 def finite(figures: Mapping[str, float]) -> dict[str, float]:

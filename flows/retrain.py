@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from prefect import flow
 
-from diffusion.config import Config
-from diffusion.config_sampling import UNCONDITIONAL, Conditions
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError
 from diffusion.data.manifest import Manifest, read_manifest
-from diffusion.errors import UserError
-from flows.checkout import CheckedOut
+from diffusion.generation.config import UNCONDITIONAL, Conditions
+from flows.config import Params
+from flows.datasets.checkout import CheckedOut
+from flows.datasets.sync import sync
+from flows.deployment.tasks import ended, turn
 from flows.ingest import Ingested, ingest
-from flows.params import Params
-from flows.request import Printing, Request
-from flows.steps import ended, turn
-from flows.sync import sync
+from flows.registry.idempotency import Printing, Request
 
 if TYPE_CHECKING:
-    from flows.retrained import Retrained
+    from flows.retrain_result import Retrained
 
 PRINTS = 64
 """Pictures printed unless told."""
@@ -70,11 +70,11 @@ def retrain(
             return unchanged(manifest, data, before)
 
         # Only now, as they load torch and MLflow: seconds that a run without anything to do does without.
-        from flows.dependencies import require_promotable
         from flows.evaluate import evaluate
         from flows.explain import explain
         from flows.promote import promote
-        from flows.retrained import Retrained, require_printable
+        from flows.registry.dependencies import require_promotable
+        from flows.retrain_result import Retrained, require_printable
         from flows.sample import draws, sample
         from flows.train import train
 

@@ -14,27 +14,29 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from diffusion.checkpoints import load_model
-from diffusion.config import Config
-from diffusion.config_sampling import UNCONDITIONAL, Conditions, read_request
-from diffusion.data.ahead import in_order
-from diffusion.device import resolve_device
-from diffusion.errors import DarkroomError, Held
-from diffusion.grids import grid, save_png
-from diffusion.lanes import cores
-from diffusion.made import GenerationResult, generate_to_folder
-from diffusion.samplers import SamplingConfig
-from diffusion.upscaling import task_of
-from flows import environment, printing, registry
-from flows.derived import warn_of_takedown
-from flows.params import Params, PrintsConfig
-from flows.printed import read_picture, read_rows
-from flows.printing import Cost, Work
-from flows.prints import MANIFEST, Batch
-from flows.progress import bar, reporter
-from flows.registry import Version
-from flows.s3 import Location, Store
-from flows.s3_errors import Missing
-from flows.steps import step, submitter, task_runner
+from diffusion.common.config import Config
+from diffusion.common.device import resolve_device
+from diffusion.common.errors import DarkroomError, Held
+from diffusion.common.image_grids import grid, save_png
+from diffusion.common.threads import cores
+from diffusion.data.prefetch import in_order
+from diffusion.generation.config import UNCONDITIONAL, Conditions, read_request
+from diffusion.generation.generation_result import GenerationResult, generate_to_folder
+from diffusion.generation.super_resolution import task_of
+from diffusion.process.samplers import SamplingConfig
+from flows import environment
+from flows.config import Params, PrintsConfig
+from flows.deployment.tasks import step, submitter, task_runner
+from flows.registry import model_versions
+from flows.registry.model_versions import Version
+from flows.registry.takedown_marks import warn_of_takedown
+from flows.sampling import generate_batch
+from flows.sampling.generate_batch import Cost, Work
+from flows.sampling.lookup import read_picture, read_rows
+from flows.sampling.sampling_batch import MANIFEST, Batch
+from flows.storage.s3 import Location, Store
+from flows.storage.s3_errors import Missing
+from flows.tracking.progress_reporter import bar, reporter
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ def sample(
         try:
             cost = print_chunks.with_options(task_runner=task_runner(params.prints))(params, batch, place, version)
         except Missing:
-            if not printing.is_deleted(Store(), place):
+            if not generate_batch.is_deleted(Store(), place):
                 raise
             continue
         if (done := finish(batch, place, cost)) is not None:
@@ -115,9 +117,9 @@ def generate(
 @step
 def fetch(model: str) -> tuple[Version, Path]:
     """The version that ``model`` names now, and its weights as a local file."""
-    version = registry.resolve(MlflowClient(), model)
+    version = model_versions.resolve(MlflowClient(), model)
     warn_of_takedown(version)
-    return version, registry.fetch_weights(version, environment.settings().folder / "models")
+    return version, model_versions.fetch_weights(version, environment.settings().folder / "models")
 
 
 def draws(model: str) -> bool:
@@ -140,13 +142,13 @@ def begin(
 ) -> tuple[Batch, Location]:
     """Write down what is asked for; raises Held if the place holds a batch of something else."""
     store = Store()
-    batch, table = printing.plan(store, version, weights, sampling, config, count, seed, conditions, requests)
+    batch, table = generate_batch.plan(store, version, weights, sampling, config, count, seed, conditions, requests)
     place = Location.parse(to or f"s3://{environment.settings().bucket}")
     if not place.prefix:
-        place = printing.usual_place(store, batch, place.bucket)
-    elif printing.is_deleted(store, place):
+        place = generate_batch.usual_place(store, batch, place.bucket)
+    elif generate_batch.is_deleted(store, place):
         raise Held(f"`darkroom gc` deletes what lies at {place}, or did so of late: give --to another prefix")
-    printing.begin(store, batch, place, table)
+    generate_batch.begin(store, batch, place, table)
     return batch, place
 
 
@@ -154,7 +156,7 @@ def begin(
 def print_chunks(params: Params, batch: Batch, place: Location, version: Version) -> Cost:
     """Draw what is not there yet; each chunk is a task of its own, and few of them are begun ahead."""
     config = params.prints
-    began, missing, chunks = time.monotonic(), printing.unfinished(Store(), batch, place), batch.chunks()
+    began, missing, chunks = time.monotonic(), generate_batch.unfinished(Store(), batch, place), batch.chunks()
     show, works = bar("printing"), list[Work]()
     done = batch.count - sum(len(chunks[chunk]) for chunk in missing)
     show("pictures printed", done, batch.count)
@@ -164,18 +166,18 @@ def print_chunks(params: Params, batch: Batch, place: Location, version: Version
         works.append(work)
         done += len(chunks[chunk])
         show("pictures printed", done, batch.count)
-    return printing.cost_of(works, time.monotonic() - began)
+    return generate_batch.cost_of(works, time.monotonic() - began)
 
 
 @step
 def print_chunk(batch: Batch, place: Location, version: Version, chunk: int, config: PrintsConfig) -> Work:
     """Draw a chunk's pictures and put them on S3, their part of the manifest last; a finished one is left."""
     store = Store()
-    weights = registry.fetch_weights(version, environment.settings().folder / "models")
-    table = printing.table_of(store, batch, place)
+    weights = model_versions.fetch_weights(version, environment.settings().folder / "models")
+    table = generate_batch.table_of(store, batch, place)
     # A task on Ray is given one core; here the chunks share what there is.
     at_once = 1 if config.runner == "ray" else max(cores() // config.workers, 1)
-    return printing.print_chunk(store, batch, place, weights, chunk, table, at_once)
+    return generate_batch.print_chunk(store, batch, place, weights, chunk, table, at_once)
 
 
 @step
@@ -185,7 +187,7 @@ def finish(batch: Batch, place: Location, cost: Cost) -> Prints | None:
     Returns None if images were deleted meanwhile.
     """
     store = Store()
-    if not printing.finish(store, batch, place):
+    if not generate_batch.finish(store, batch, place):
         return None
     sheet = Path("prints", batch.model, str(batch.version), f"{batch.name}.png")
     save_png(sheet, grid(torch.stack([_pixels(png) for png in _first(store, batch, place)])))

@@ -11,17 +11,17 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import JsonValue
 
+from diffusion.common.escaping import escape_markdown
+from diffusion.common.files import digest_of
 from diffusion.data.manifest import read_manifest
-from diffusion.escaping import escape_markdown
 from diffusion.evaluation.evaluate import REAL_GRID, grid_name
 from diffusion.evaluation.ranking import rank_evaluations
-from diffusion.evaluation.ranking_report import training_charts, write_ranking_report
+from diffusion.evaluation.reports.ranking_report import training_charts, write_ranking_report
 from diffusion.evaluation.results import Evaluation
-from diffusion.files import digest_of
+from flows.config import Params
+from flows.deployment.tasks import step
 from flows.evaluate import evaluate
-from flows.params import Params
-from flows.steps import step
-from flows.tracking import SWEEP, RunTracker, one_run
+from flows.tracking.runs import SWEEP, RunTracker, one_run
 from flows.train import train
 from flows.variants import SECTIONS, Combination, RankingResult, combinations, words_of
 

@@ -6,24 +6,25 @@ from tempfile import TemporaryDirectory
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from diffusion.config import Config
-from diffusion.data import takedown as pictures
+from diffusion.common.config import Config
+from diffusion.common.escaping import escape_markdown
 from diffusion.data.manifest import Manifest
-from diffusion.data.takedown_records import Holders, Removal, Selection, holders
-from diffusion.data.versions import known_versions
-from diffusion.escaping import escape_markdown
-from flows import environment, lineage
-from flows.catalogue import Catalogue
-from flows.checkout import choice, forget_choice
-from flows.derived import Derived, clear_pictures, find_derived, mark
-from flows.dvc_files import KeptFiles
-from flows.lineage import DataVersion
-from flows.params import Params
-from flows.progress import reporter
-from flows.purge import Purged, purge_dvc, purge_files, purge_samples
-from flows.stack.discovery import vacuum_deleted_objects
-from flows.steps import step
-from flows.sync import announce, bring_up_to_date, publish
+from diffusion.data.versions import takedown as pictures
+from diffusion.data.versions.takedown_records import Holders, Removal, Selection, holders
+from diffusion.data.versions.versions import known_versions
+from flows import environment
+from flows.config import Params
+from flows.datasets import lineage
+from flows.datasets.catalog import Catalogue
+from flows.datasets.checkout import choice, forget_choice
+from flows.datasets.dvc import KeptFiles
+from flows.datasets.lineage import DataVersion
+from flows.datasets.purge import Purged, purge_dvc, purge_files, purge_samples
+from flows.datasets.sync import announce, bring_up_to_date, publish
+from flows.deployment.tasks import step
+from flows.local_stack.discovery import vacuum_deleted_objects
+from flows.registry.takedown_marks import Derived, clear_pictures, find_derived, mark
+from flows.tracking.progress_reporter import reporter
 
 
 class TakenDown(Config):
@@ -84,7 +85,7 @@ def record(params: Params, removal: Removal) -> DataVersion:
     """Let other machines know of what was taken down, then publish the newest version without it."""
     folder, source = params.dataset_folder, environment.data_source()
     # First, so that whatever is published or promoted from here on is checked against it, and what was before is there
-    # to be found: see ``flows.sync.publish`` and ``flows.promote.record``.
+    # to be found: see ``flows.datasets.sync.publish`` and ``flows.promote.record``.
     Catalogue.of(params.training.dataset, source).tell_removal(removal)
     # Pictures that leave an older version leave the newest one as well, which stays what it is otherwise.
     forget_choice(folder)

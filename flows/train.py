@@ -6,10 +6,10 @@ from mlflow.client import MlflowClient
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from diffusion.config import Config
+from diffusion.common.config import Config
+from diffusion.common.device import resolve_device
+from diffusion.common.errors import UserError
 from diffusion.data.manifest import Manifest, read_manifest
-from diffusion.device import resolve_device
-from diffusion.errors import UserError
 from diffusion.training.autoencoder import with_autoencoder_digest
 from diffusion.training.logging import ANEW, SPOOL, read_metrics
 from diffusion.training.preflight import PREFLIGHT
@@ -17,19 +17,20 @@ from diffusion.training.setup import data_digest, identity_fields, train_key
 from diffusion.training.train import Restart, TrainResult, discard
 from diffusion.training.train import train as train_model
 from diffusion.training.warm_start import open_warm_start, with_start_digest
-from flows import lineage, registry
-from flows.champion import require_champion
+from flows.config import Params, flattened
 from flows.dataset_page import find_dataset_page
-from flows.dependencies import Fetched, fetched
-from flows.derived import TAKEDOWN, joined_names, names_of, require_current, with_takedowns
+from flows.datasets import lineage
+from flows.datasets.lineage import RemoteShards
+from flows.deployment.tasks import step, turn
 from flows.environment import data_source, settings
-from flows.lineage import RemoteShards
-from flows.params import Params, flattened
-from flows.progress import reporter
-from flows.s3 import Store
-from flows.spool import UNANSWERED, SpooledTracker
-from flows.steps import step, turn
-from flows.tracking import AUTOENCODER, START, RunTracker, find_run, open_run
+from flows.registry import model_versions
+from flows.registry.champion import require_champion
+from flows.registry.dependencies import Fetched, fetched
+from flows.registry.takedown_marks import TAKEDOWN, joined_names, names_of, require_current, with_takedowns
+from flows.storage.s3 import Store
+from flows.tracking.buffered import UNANSWERED, SpooledTracker
+from flows.tracking.progress_reporter import reporter
+from flows.tracking.runs import AUTOENCODER, START, RunTracker, find_run, open_run
 
 
 class TrainingRun(Config):
@@ -112,7 +113,9 @@ def _finish(ready: Fetched, tracker: RunTracker) -> None:
     except UserError:
         tracker.fail()
         raise
-    with_it = [registry.resolve(tracker.client, uri) for uri in (ready.autoencoder, ready.start) if uri is not None]
+    with_it = [
+        model_versions.resolve(tracker.client, uri) for uri in (ready.autoencoder, ready.start) if uri is not None
+    ]
     names = [name for each in with_it for name in names_of(with_takedowns(each).tags.get(TAKEDOWN))]
     if names:
         tracker.tag({TAKEDOWN: joined_names(ready.takedown, *names)})

@@ -9,15 +9,15 @@ from typing import Any
 import yaml
 from pydantic import JsonValue, ValidationError
 
-from diffusion.config import Config
-from diffusion.errors import UserError
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError
+from diffusion.common.files import digest_of
+from diffusion.common.image_grids import grid, png_bytes
+from diffusion.common.progress import Progress, silent
 from diffusion.evaluation.ranking import Ranking, rank_models
-from diffusion.evaluation.ranking_report import PAGE, write_ranking_report
-from diffusion.files import digest_of
-from diffusion.grids import grid, png_bytes
+from diffusion.evaluation.reports.ranking_report import PAGE, write_ranking_report
 from diffusion.models.config import FAMILIES
-from diffusion.progress import Progress, silent
-from flows.params import Params, in_words
+from flows.config import Params, in_words
 
 SECTIONS = ("model", "training")
 """What may be varied: data, sampling and evaluation are the same for all, so that their figures compare."""

@@ -10,8 +10,8 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import ingest
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
 
 # How long an example takes is a matter of the machine.
 settings.register_profile("darkroom", deadline=None)

@@ -28,25 +28,25 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.checkpoints import load_model, read_header
-from diffusion.config_sampling import Conditions, make_request
-from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import ingest
+from diffusion.common.fingerprint import fingerprint
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest
-from diffusion.data.takedown import remove
-from diffusion.data.takedown_records import Selection
+from diffusion.data.versions.takedown import remove
+from diffusion.data.versions.takedown_records import Selection
 from diffusion.evaluation.bootstrap import compute_replicates, difference
 from diffusion.evaluation.comparison import compare_with_champion, distance_headline
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.gate import ComparisonMetrics, CopyShare, Cost, GateConfig, decide
-from diffusion.fingerprint import fingerprint
+from diffusion.generation.config import Conditions, make_request
+from diffusion.generation.generate import sample
+from diffusion.generation.requests import answer
 from diffusion.models.config import AutoregressiveConfig, FamilyConfig, GANConfig, ModelConfig, VAEConfig
-from diffusion.requests import answer
-from diffusion.samplers import sampling_config
-from diffusion.sampling import sample
+from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import train
-from flows.history import Approval, Entry, Evidence, History
+from flows.registry.ledger_entries import Approval, Entry, Evidence, History
 
 VALUES = Path(__file__).with_name("golden_values.json")
 IMAGES = 2_000

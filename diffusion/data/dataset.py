@@ -12,10 +12,10 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from diffusion.common.errors import UserError
 from diffusion.data.manifest import Manifest, Split, mend, read_manifest, read_records, require_whole
 from diffusion.data.png import decode_many
 from diffusion.data.shards import LocalShards, Shards
-from diffusion.errors import UserError
 
 CACHE_BYTES = 2 * 2**30
 """Decoded pictures are kept in memory if those of the whole set take no more than this."""

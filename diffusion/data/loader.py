@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.common.errors import UserError
+from diffusion.common.random import permutation, uniform
 from diffusion.data.dataset import Dataset, Rows
-from diffusion.errors import UserError
-from diffusion.random import permutation, uniform
 
 
 class Order(Protocol):

@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError
 
-from diffusion.config import Config, PlainName, unset
-from diffusion.data.config import StorageConfig
-from diffusion.errors import UserError
-from diffusion.files import canonical_json, digest_of, sha256_bytes, sha256_file, write_bytes
+from diffusion.common.config import Config, PlainName, unset
+from diffusion.common.errors import UserError
+from diffusion.common.files import canonical_json, digest_of, sha256_bytes, sha256_file, write_bytes
+from diffusion.data.ingest.config import StorageConfig
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Split = Literal["train", "held_out"]

@@ -14,9 +14,9 @@ from typing import Protocol
 
 from filelock import FileLock, Timeout
 
+from diffusion.common.errors import UserError
 from diffusion.data.manifest import FileEntry
 from diffusion.data.shards import Span, damage, mapped
-from diffusion.errors import UserError
 
 FETCHERS = 2
 """Shards fetched at the same time."""

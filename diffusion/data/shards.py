@@ -17,9 +17,9 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
+from diffusion.common.errors import UserError
+from diffusion.common.files import canonical_json
 from diffusion.data.manifest import FileEntry, mend
-from diffusion.errors import UserError
-from diffusion.files import canonical_json
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite

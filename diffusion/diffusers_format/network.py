@@ -9,11 +9,11 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
-from diffusion.model import DiffusionModel, ModelHeader, classes_of
+from diffusion.families.model import DiffusionModel, ModelHeader, classes_of
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
-from diffusion.process import NoiseSchedule, make_schedule
-from diffusion.samplers import SAMPLING_ADAPTER, DDPMSampling, SamplingConfig
+from diffusion.process.samplers import SAMPLING_ADAPTER, DDPMSampling, SamplingConfig
+from diffusion.process.schedules import NoiseSchedule, make_schedule
 
 
 class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -84,7 +84,7 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         ``sample`` is x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, (N, C, H, W), and ``timestep`` t, whole or not, of all or of each
         (N,). ``class_labels`` (N,) are numbers in the sorted classes, one more for any; ``text`` (N, 384) embeddings of
-        captions, zeros for none. With 2C ``out_channels`` the second half is v of ``diffusion.variance``, as a
+        captions, zeros for none. With 2C ``out_channels`` the second half is v of ``diffusion.process.variance``, as a
         DDPMScheduler with the variance ``learned_range`` takes it.
         """
         t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))

@@ -1,4 +1,4 @@
-"""A pipeline of diffusers that draws what ``diffusion.sampling`` does, with the steps of a scheduler of theirs."""
+"""Pipeline of diffusers that generates as ``diffusion.generation.generate`` does, stepped by one of its schedulers."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,15 +10,15 @@ from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, Sch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from diffusion.config_sampling import Conditions
+from diffusion.common.errors import UserError
+from diffusion.common.random import GaussianNoise
 from diffusion.diffusers_format.network import DarkroomUNet
 from diffusion.diffusers_format.schedulers import IN_SIGMA, PRECONDITIONED, SDE, SUPPORTED, visited
-from diffusion.errors import UserError
 from diffusion.families.ddpm import denoiser_of
-from diffusion.model import Conditioning, DiffusionModel
-from diffusion.random import GaussianNoise
-from diffusion.samplers import DDIMSampling, Denoise, SamplingConfig
-from diffusion.sampling import check_prompts, check_sampling, prompt_embeddings, told_of
+from diffusion.families.model import Conditioning, DiffusionModel
+from diffusion.generation.config import Conditions
+from diffusion.generation.generate import check_prompts, check_sampling, prompt_embeddings, told_of
+from diffusion.process.samplers import DDIMSampling, Denoise, SamplingConfig
 
 Answer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """From x = x_0 + σ ε and σ to the estimate of x_0, and to what the scheduler takes for the model's output."""

@@ -17,11 +17,10 @@ from diffusers import (
 )
 from torch import Tensor
 
+from diffusion.common.errors import UserError
 from diffusion.diffusers_format.network import draws_with_learned_variance
-from diffusion.errors import UserError
-from diffusion.model import DiffusionModel
-from diffusion.process import NoiseSchedule
-from diffusion.samplers import (
+from diffusion.families.model import DiffusionModel
+from diffusion.process.samplers import (
     DDIMSampling,
     DDPMSampling,
     DEISSampling,
@@ -32,6 +31,7 @@ from diffusion.samplers import (
     SamplingConfig,
     UniPCSampling,
 )
+from diffusion.process.schedules import NoiseSchedule
 
 WHOLE = (DDPMScheduler, DDIMScheduler)
 """Those that visit whole times alone."""

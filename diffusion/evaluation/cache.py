@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion.checkpoints import read_header, save_tensors
-from diffusion.config import Config
-from diffusion.files import digest_of, make_folder, sha256_file, write_bytes
+from diffusion.common.config import Config
+from diffusion.common.files import digest_of, make_folder, sha256_file, write_bytes
 
 Tensors = dict[str, Tensor]
 Result = TypeVar("Result", bound=Config)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from diffusion.checkpoints import read_model_header
-from diffusion.config import Config
-from diffusion.errors import UserError
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError
+from diffusion.common.files import write_json
+from diffusion.common.progress import Progress, silent
 from diffusion.evaluation.bootstrap import FEWEST as FEWEST_FOR_ERRORS
 from diffusion.evaluation.bootstrap import difference
 from diffusion.evaluation.config import EvaluationConfig
@@ -31,15 +33,14 @@ from diffusion.evaluation.gate import (
     WorstClass,
     decide,
 )
-from diffusion.evaluation.per_class import ClassScores
+from diffusion.evaluation.metrics.per_class import ClassScores
 from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, RealBaseline
-from diffusion.files import write_json
-from diffusion.model import ModelHeader
-from diffusion.models.config import FAMILIES, meaning
-from diffusion.progress import Progress, silent
-from diffusion.samplers import SamplingConfig
-from diffusion.upscaling import task_of
+from diffusion.families.model import ModelHeader
+from diffusion.families.options import effective_sampling
+from diffusion.generation.super_resolution import task_of
+from diffusion.models.config import FAMILIES
+from diffusion.process.samplers import SamplingConfig
 
 COMPARISON = "champion_comparison.json"
 """The result, in the folder of the evaluation."""
@@ -214,7 +215,7 @@ def _evaluate_champion(
         header, sampling = read_model_header(path), candidate.sampling
         _require_comparable(header, candidate.header, across_families)
         if header.model.family != candidate.header.model.family:
-            sampling = meaning(header.model, sampling)
+            sampling = effective_sampling(header.model, sampling)
         model = candidate.evaluator.model(path, sampling=sampling)
         return model, model.evaluate(), None
     except UserError as error:

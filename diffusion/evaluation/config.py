@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from diffusion.config import Config, unset
-from diffusion.training.config import LARGEST_EMA_STD
+from diffusion.common.config import LARGEST_EMA_STD, Config, unset
 
 
 class EvaluationConfig(Config):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from pydantic import Field, FiniteFloat
 
-from diffusion.config import Config
+from diffusion.common.config import Config
 
 DEVIATIONS = 1.959964
 """Standard errors to either side that make an interval of 95 %."""

@@ -13,17 +13,17 @@ from pathlib import Path
 from torch import Tensor
 
 from diffusion.checkpoints import read_model_header
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
+from diffusion.common.files import write_bytes, write_json
+from diffusion.common.image_grids import above, grid, save_png
+from diffusion.common.progress import Progress, silent
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import CACHE, Evaluator
 from diffusion.evaluation.real_images import SHOWN
-from diffusion.evaluation.report import Sheets, write_report
+from diffusion.evaluation.reports.evaluation_report import Sheets, write_report
 from diffusion.evaluation.results import CheckpointEvaluation, Evaluation
-from diffusion.files import write_bytes, write_json
-from diffusion.grids import above, grid, save_png
-from diffusion.progress import Progress, silent
-from diffusion.samplers import SamplingConfig
-from diffusion.upscaling import task_of
+from diffusion.generation.super_resolution import task_of
+from diffusion.process.samplers import SamplingConfig
 
 ETA = 4
 """η of successive halving: the share of checkpoints that goes on falls by it as the number of images grows by it, so

@@ -18,23 +18,30 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.checkpoints import load_model, read_model_header
-from diffusion.config import Config, unset
-from diffusion.config_sampling import UNCONDITIONAL, Conditions
-from diffusion.data.captions import like
+from diffusion.common.config import Config, unset
+from diffusion.common.device import resolve_device
+from diffusion.common.errors import UserError
+from diffusion.common.files import sha256_file
+from diffusion.common.fingerprint import Fingerprint, fingerprint
+from diffusion.common.progress import Progress, silent
+from diffusion.common.threads import cores
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import read_manifest
-from diffusion.device import resolve_device
-from diffusion.errors import UserError
 from diffusion.evaluation.bootstrap import FEWEST as FEWEST_FOR_ERRORS
 from diffusion.evaluation.bootstrap import SPLITS, Figure, Replicates, compute_replicates
 from diffusion.evaluation.cache import Tensors, cached, cached_result, pieces_folder
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.copies import Memorization, detect_duplicates, detect_memorization
-from diffusion.evaluation.distances import Scores, compute_moments, frechet_distance
-from diffusion.evaluation.features import BATCH, extractor_for
-from diffusion.evaluation.held_out_loss import HeldOutLoss, conditioning_of_rows, measure_losses, summarize_losses
-from diffusion.evaluation.per_class import Labelled, PerClass, evaluate_classes
-from diffusion.evaluation.pixel_metrics import (
+from diffusion.evaluation.features.feature_extractor import BATCH, extractor_for
+from diffusion.evaluation.metrics.copies import Memorization, detect_duplicates, detect_memorization
+from diffusion.evaluation.metrics.distances import Scores, compute_moments, frechet_distance
+from diffusion.evaluation.metrics.held_out_loss import (
+    HeldOutLoss,
+    conditioning_of_rows,
+    measure_losses,
+    summarize_losses,
+)
+from diffusion.evaluation.metrics.per_class import Labelled, PerClass, evaluate_classes
+from diffusion.evaluation.metrics.pixel_metrics import (
     RESAMPLING,
     ImageSimilarity,
     ResamplingBaseline,
@@ -64,15 +71,12 @@ from diffusion.evaluation.results import (
     Reconstruction,
 )
 from diffusion.families import family_of
-from diffusion.files import sha256_file
-from diffusion.fingerprint import Fingerprint, fingerprint
-from diffusion.lanes import cores
-from diffusion.likelihood import Terms
-from diffusion.model import Model, ModelHeader
-from diffusion.progress import Progress, silent
-from diffusion.samplers import SamplingConfig
-from diffusion.sampling import is_conditional, labels_of, reconstructed
-from diffusion.upscaling import FromNoise, GenerationTask, generate, task_of
+from diffusion.families.model import Model, ModelHeader
+from diffusion.generation.config import UNCONDITIONAL, Conditions
+from diffusion.generation.generate import conditions_of, is_conditional, labels_of, reconstructed
+from diffusion.generation.super_resolution import FromNoise, GenerationTask, generate, task_of
+from diffusion.process.likelihood import Terms
+from diffusion.process.samplers import SamplingConfig
 
 CACHE = "evaluations"
 """Folder of the cache, in that of an evaluation."""
@@ -359,7 +363,7 @@ class ModelEvaluator:
             return UNCONDITIONAL
         real = self.real
         captioned = [caption is not None for caption in real.dataset.captions(real.held_out)]
-        return like(real.dataset, real.held_out[captioned][: self.config.samples], self.model.classes)
+        return conditions_of(real.dataset, real.held_out[captioned][: self.config.samples], self.model.classes)
 
     @cached_property
     def guided(self) -> SamplingConfig:

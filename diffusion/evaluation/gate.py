@@ -12,9 +12,9 @@ from typing import Literal
 
 from pydantic import Field, FiniteFloat
 
-from diffusion.config import Config, unset
+from diffusion.common.config import Config, unset
 from diffusion.evaluation.estimate import Estimate
-from diffusion.evaluation.pages import count, counted, signed, with_error
+from diffusion.evaluation.reports.html import count, counted, signed, with_error
 
 ENOUGH = 5000
 """Images of each side from which on the Fréchet distance leads: below, its bias outweighs differences."""

@@ -15,15 +15,18 @@ from pydantic import Field, JsonValue
 from torch import Tensor
 
 from diffusion.checkpoints import read_model_header
-from diffusion.config import Config, unset
-from diffusion.errors import UserError
+from diffusion.common.config import Config, unset
+from diffusion.common.errors import UserError
+from diffusion.common.files import write_json
+from diffusion.common.progress import Progress, silent
+from diffusion.common.threads import cores
 from diffusion.evaluation.bootstrap import difference
 from diffusion.evaluation.cache import cached
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import Estimate
 from diffusion.evaluation.evaluator import CACHE, Evaluator, GeneratedKey, MetricReplicates, ModelEvaluator, gflop
 from diffusion.evaluation.gate import GateConfig
-from diffusion.evaluation.held_out_loss import HeldOutLoss
+from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss
 from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.results import (
     CONFIDENCE,
@@ -33,11 +36,8 @@ from diffusion.evaluation.results import (
     ModelScores,
     RealBaseline,
 )
-from diffusion.files import write_json
-from diffusion.lanes import cores
-from diffusion.progress import Progress, silent
-from diffusion.samplers import SamplingConfig, sampling_config
-from diffusion.sampling import sample
+from diffusion.generation.generate import sample
+from diffusion.process.samplers import SamplingConfig, sampling_config
 
 RANKING = "comparison.json"
 """The ranking of families, in the folder of the reports."""

@@ -14,22 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.config import Config
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError
+from diffusion.common.files import digest_of, sha256_bytes
+from diffusion.common.fingerprint import Fingerprint, fingerprint
+from diffusion.common.progress import Progress, silent
+from diffusion.common.random import permutation
 from diffusion.data.dataset import Dataset, Rows
-from diffusion.errors import UserError
 from diffusion.evaluation.bootstrap.halves import FEWEST
 from diffusion.evaluation.cache import cached, cached_result
-from diffusion.evaluation.copies import PIXELS, make_thumbnails, shifted_thumbnails
-from diffusion.evaluation.distances import Moments, Reference, Scores, compute_scores
-from diffusion.evaluation.features import BATCH, Extractor, extract_features
-from diffusion.evaluation.neighbours import NearestNeighbours, find_nearest
-from diffusion.evaluation.per_class import Labelled, LinearDiscriminant, fit_discriminant
-from diffusion.evaluation.pixel_metrics import measure_appearance
-from diffusion.files import digest_of, sha256_bytes
-from diffusion.fingerprint import Fingerprint, fingerprint
-from diffusion.progress import Progress, silent
-from diffusion.random import permutation
-from diffusion.upscaling import FromNoise, GenerationTask
+from diffusion.evaluation.features.feature_extractor import BATCH, Extractor, extract_features
+from diffusion.evaluation.metrics.copies import PIXELS, make_thumbnails, shifted_thumbnails
+from diffusion.evaluation.metrics.distances import Moments, Reference, Scores, compute_scores
+from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
+from diffusion.evaluation.metrics.per_class import Labelled, LinearDiscriminant, fit_discriminant
+from diffusion.evaluation.metrics.pixel_metrics import measure_appearance
+from diffusion.generation.super_resolution import FromNoise, GenerationTask
 
 
 class FeaturesKey(Config):

@@ -7,19 +7,19 @@ from typing import Literal
 
 from pydantic import Field, FiniteFloat, ValidationError
 
-from diffusion.config import Config, unset
-from diffusion.errors import UserError
+from diffusion.common.config import Config, unset
+from diffusion.common.errors import UserError
+from diffusion.common.files import digest_of
+from diffusion.common.fingerprint import Fingerprint
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.copies import Duplicates, Memorization
-from diffusion.evaluation.distances import Scores
 from diffusion.evaluation.estimate import Estimate, Interval
-from diffusion.evaluation.held_out_loss import HeldOutLoss
-from diffusion.evaluation.per_class import PerClass
-from diffusion.evaluation.pixel_metrics import AppearanceDrift, ImageSimilarity, ResamplingBaseline
-from diffusion.files import digest_of
-from diffusion.fingerprint import Fingerprint
+from diffusion.evaluation.metrics.copies import Duplicates, Memorization
+from diffusion.evaluation.metrics.distances import Scores
+from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss
+from diffusion.evaluation.metrics.per_class import PerClass
+from diffusion.evaluation.metrics.pixel_metrics import AppearanceDrift, ImageSimilarity, ResamplingBaseline
 from diffusion.models.config import FAMILIES
-from diffusion.samplers import SamplingConfig
+from diffusion.process.samplers import SamplingConfig
 
 CONFIDENCE = 0.95
 """Two-sided, of all intervals that are shown."""

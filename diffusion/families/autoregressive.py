@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffusion.config_objective import ObjectiveConfig
+from diffusion.common.fingerprint import autocast
 from diffusion.families.base import Batch, TrainingBatch, TrainingData, TrainingObjective
-from diffusion.fingerprint import autocast
-from diffusion.likelihood import Terms
-from diffusion.logistics import LEVELS, log_probability, mixtures_of
-from diffusion.model import Conditioning, Model, ModelHeader, to_uint8
+from diffusion.families.model import Conditioning, Model, ModelHeader, to_uint8
 from diffusion.models.autoregressive import PixelCNN, draw
 from diffusion.models.config import AutoregressiveConfig
+from diffusion.models.discretized_logistics import LEVELS, log_probability, mixtures_of
 from diffusion.models.vae import Latents
-from diffusion.samplers import SamplingConfig
+from diffusion.process.likelihood import Terms
+from diffusion.process.objective_config import ObjectiveConfig
+from diffusion.process.samplers import SamplingConfig
 
 
 @dataclass(frozen=True)

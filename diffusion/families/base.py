@@ -8,12 +8,12 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from diffusion.config_objective import ObjectiveConfig
-from diffusion.editing import Edit
-from diffusion.likelihood import Terms
-from diffusion.model import Conditioning, Model, ModelHeader
+from diffusion.families.model import Conditioning, Model, ModelHeader
 from diffusion.models.vae import Latents
-from diffusion.samplers import Noise, SamplingConfig
+from diffusion.process.editing import Edit
+from diffusion.process.likelihood import Terms
+from diffusion.process.objective_config import ObjectiveConfig
+from diffusion.process.samplers import Noise, SamplingConfig
 
 Config_contra = TypeVar("Config_contra", contravariant=True)
 ModelOf = TypeVar("ModelOf", bound=Model)

@@ -7,20 +7,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from diffusion.config_objective import ObjectiveConfig
-from diffusion.editing import Edit, levels_for, pigdm, repaint, replace_known, whole
+from diffusion.common.fingerprint import autocast
+from diffusion.common.random import GaussianNoise, uniform
 from diffusion.families.base import Batch, OptimizerStep, TrainingBatch, TrainingData, TrainingObjective
-from diffusion.fingerprint import autocast
-from diffusion.guidance import clipped, guided
-from diffusion.likelihood import Terms, denoising_terms
-from diffusion.model import Conditioning, DiffusionModel, ModelHeader, to_float, to_uint8
+from diffusion.families.model import Conditioning, DiffusionModel, ModelHeader, to_float, to_uint8
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet, sinusoidal
 from diffusion.models.vae import Latents
-from diffusion.objective import Objective, make_objective, sample_timesteps, timesteps_at
-from diffusion.process import NoiseSchedule, make_schedule
-from diffusion.random import GaussianNoise, uniform
-from diffusion.samplers import Denoise, Noise, SamplingConfig
+from diffusion.process.editing import Edit, levels_for, pigdm, repaint, replace_known, whole
+from diffusion.process.guidance import clipped, guided
+from diffusion.process.likelihood import Terms, denoising_terms
+from diffusion.process.objective_config import ObjectiveConfig
+from diffusion.process.parametrization import Objective, make_objective, sample_timesteps, timesteps_at
+from diffusion.process.samplers import Denoise, Noise, SamplingConfig
+from diffusion.process.schedules import NoiseSchedule, make_schedule
 
 LEVELS = 8
 """Equal parts of the distribution of noise levels, for each of which the held-out loss is logged."""

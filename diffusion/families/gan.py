@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion.config_objective import ObjectiveConfig
+from diffusion.common.fingerprint import autocast
+from diffusion.common.random import GaussianNoise
 from diffusion.families.base import Batch, OptimizerStep, TrainingBatch, TrainingData, TrainingObjective
-from diffusion.fingerprint import autocast
-from diffusion.likelihood import Terms
-from diffusion.model import Conditioning, Model, ModelHeader, to_uint8
+from diffusion.families.model import Conditioning, Model, ModelHeader, to_uint8
 from diffusion.models.config import GANConfig
 from diffusion.models.gan import Discriminator, Generator
 from diffusion.models.vae import Latents
-from diffusion.random import GaussianNoise
-from diffusion.samplers import SamplingConfig
+from diffusion.process.likelihood import Terms
+from diffusion.process.objective_config import ObjectiveConfig
+from diffusion.process.samplers import SamplingConfig
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffusion.config_objective import ObjectiveConfig
+from diffusion.common.fingerprint import autocast
+from diffusion.common.random import GaussianNoise
 from diffusion.families.base import Batch, TrainingBatch, TrainingData, TrainingObjective
-from diffusion.fingerprint import autocast
-from diffusion.likelihood import Terms
-from diffusion.model import Conditioning, Model, ModelHeader, to_uint8
+from diffusion.families.model import Conditioning, Model, ModelHeader, to_uint8
 from diffusion.models.config import VAEConfig
 from diffusion.models.vae import VAE, Latents
-from diffusion.random import GaussianNoise
-from diffusion.samplers import SamplingConfig
-from diffusion.variance import HALF_A_LEVEL, log_likelihood
+from diffusion.process.likelihood import Terms
+from diffusion.process.objective_config import ObjectiveConfig
+from diffusion.process.samplers import SamplingConfig
+from diffusion.process.variance import HALF_A_LEVEL, log_likelihood
 
 LEVELS_TO_ONE = 127.5
-"""Levels of a stored pixel to one of the network's units: see ``diffusion.model.to_float``."""
+"""Levels of a stored pixel to one of the network's units: see ``diffusion.families.model.to_float``."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion.logistics import LEVELS, drawn, mixtures_of, width
 from diffusion.models.config import AutoregressiveConfig
+from diffusion.models.discretized_logistics import LEVELS, drawn, mixtures_of, width
 
 REACH = (1, 2, 4, 8)
 """How far layers look, by turns."""
@@ -180,7 +180,7 @@ def _begun_evenly(head: nn.Conv2d, channels: int, mixtures: int) -> None:
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     with torch.no_grad():
-        # On the processor also where weights have no memory: see diffusion.model.
+        # On the processor also where weights have no memory: see diffusion.families.model.
         means = torch.linspace(-1, 1, mixtures + 2, device="cpu")[1:-1].repeat(channels)
         head.bias[mixtures : mixtures + len(means)] = means
         head.bias[mixtures + len(means) : mixtures + 2 * len(means)] = -1.0

@@ -8,8 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
-from diffusion.config import LARGEST_SIZE, Config, unset
-from diffusion.samplers import SamplingConfig, sampling_config
+from diffusion.common.config import LARGEST_SIZE, Config, unset
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "edm"]
 WIDEST, DEEPEST, MOST_LEVELS = 4096, 64, 12
@@ -17,8 +16,6 @@ WIDEST, DEEPEST, MOST_LEVELS = 4096, 64, 12
 before anything is built of it."""
 ChannelMult = Annotated[tuple[Annotated[int, Field(le=64)], ...], Field(max_length=MOST_LEVELS)]
 """Channels at each resolution, as multiples of the width."""
-COMPUTING = {"compute_batch", "precision", "device"}
-"""Fields of the section ``sampling`` that have an effect for all families."""
 NOISE_LEVELS = (
     "weighting",
     "min_snr_gamma",
@@ -303,26 +300,6 @@ def _family(given: Any) -> str:
     if isinstance(given, BaseModel):
         return str(getattr(given, "family", ""))
     return str(given.get("family", "ddpm")) if isinstance(given, dict) else "ddpm"
-
-
-def meaningless(model: "FamilyConfig", section: Literal["sampling", "training"], given: Config) -> str | None:
-    """Which field of ``section`` is set and means nothing to the family of ``model``, in words; None if none does."""
-    if section == "training":
-        names, default = set(model.passes_over.get(section, ())), type(given)()
-    else:
-        names, default = (
-            set() if model.samples_in_steps else type(given).model_fields.keys() - COMPUTING,
-            sampling_config(),
-        )
-    for name in sorted(names):
-        if getattr(given, name) != getattr(default, name, None):
-            return f"{section}.{name} means nothing to model.family = {model.family}: leave it out"
-    return None
-
-
-def meaning(model: "FamilyConfig", sampling: SamplingConfig) -> SamplingConfig:
-    """``sampling`` as far as it means anything to the family of ``model``: the rest has its defaults."""
-    return sampling if model.samples_in_steps else sampling_config(**sampling.model_dump(include=COMPUTING))
 
 
 class LatentSpace(Config):

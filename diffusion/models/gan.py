@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
 from diffusion.models.config import GANConfig
 
 SLOPE = 0.2

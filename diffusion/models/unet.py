@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
 from diffusion.models.config import ModelConfig
-from diffusion.text import WIDTH
+from diffusion.models.text_encoder import WIDTH
 
 GROUP = 16
 """Channels per group of the normalisations; with fewer, bfloat16 kernels fall back from vectors to scalars."""
@@ -173,7 +173,7 @@ class UNet(nn.Module):
     ) -> Tensor:
         """Noisy images (N, C, H, W) at ``time`` (N,), in steps of 0 … T−1, to the prediction (N, C, H, W).
 
-        With a learned variance to (N, 2C, H, W): the second half is v in ``diffusion.variance``.
+        With a learned variance to (N, 2C, H, W): the second half is v in ``diffusion.process.variance``.
         ``label`` (N,) are integers: a class, or ``no_class``, which is also what None means. ``text`` (N, 384) are
         embeddings of captions, zeros where there is none; None: nowhere is one. ``draws`` (N,) int64 below 2^62 decide
         for each image which values dropout sets to 0; None: none, as it should be but for training.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
 from diffusion.models.config import LatentSpace, VAEConfig
 from diffusion.models.unet import GROUP, Grow
 

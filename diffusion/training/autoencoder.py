@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from diffusion.checkpoints import load_model
+from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
-from diffusion.errors import UserError
+from diffusion.families.model import Model, to_float
 from diffusion.families.vae import VAEModel, latent_shape
-from diffusion.model import Model, to_float
 from diffusion.models.config import FamilyConfig, LatentSpace, ModelConfig, VAEConfig
 from diffusion.models.vae import Latents
 

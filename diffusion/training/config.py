@@ -5,11 +5,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
-from diffusion.config import DeviceName, unset
-from diffusion.config_objective import ObjectiveConfig
-
-LARGEST_EMA_STD = 0.28
-"""Relative standard deviation of an average that weighs all of training alike."""
+from diffusion.common.config import LARGEST_EMA_STD, DeviceName, unset
+from diffusion.process.objective_config import ObjectiveConfig
 
 
 class TrainingConfig(ObjectiveConfig):

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from diffusion.device import resolve_device
+from diffusion.common.device import resolve_device
 from diffusion.models.unet import ResidualBlock
 
 Value = TypeVar("Value")

@@ -12,18 +12,18 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.checkpoints import AVERAGED
-from diffusion.files import sync_file, write_bytes
-from diffusion.fingerprint import CPU
-from diffusion.grids import save_png
-from diffusion.model import DiffusionModel
-from diffusion.progress import Progress
-from diffusion.samplers import SamplingConfig
-from diffusion.training.checkpoint import CheckpointWriter
-from diffusion.training.monitor import TrainingMonitor
+from diffusion.common.files import sync_file, write_bytes
+from diffusion.common.fingerprint import CPU
+from diffusion.common.image_grids import save_png
+from diffusion.common.progress import Progress
+from diffusion.families.model import DiffusionModel
+from diffusion.generation.super_resolution import task_of
+from diffusion.process.samplers import SamplingConfig
+from diffusion.training.checkpointing import CheckpointWriter
 from diffusion.training.post_hoc_ema import SNAPSHOTS, save_snapshot
 from diffusion.training.state import NETWORK
+from diffusion.training.training_monitor import TrainingMonitor
 from diffusion.training.validation import Validation
-from diffusion.upscaling import task_of
 
 METRICS = ("loss", "gradient_norm", "learning_rate", "images_per_second", "data_wait", "skipped")
 """Columns of history.csv; ``data_wait`` is the share of the time in which training waited for images, ``skipped``
@@ -163,7 +163,7 @@ class TrainingLog:
         save_png(self.output / "samples" / f"{images:010d}.png", sample_grid)
         self.tracker.log_picture("samples", sample_grid, images)
         if images == self.total and isinstance(averaged, DiffusionModel):
-            from diffusion.explain import reverse_process_strip  # matplotlib is slow to load
+            from diffusion.generation.explain import reverse_process_strip  # matplotlib is slow to load
 
             conditioning = task_of(setup.model).conditioning(self.validation.images[:1]) or None
             self.tracker.log_picture("reverse", reverse_process_strip(averaged.on(CPU), conditioning), images)

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from diffusion.checkpoints import AUTOENCODER, AVERAGED, read_header, save_tensors
-from diffusion.errors import UserError
-from diffusion.files import sha256_file, write_bytes
-from diffusion.training.checkpoint import Checkpoints
+from diffusion.common.errors import UserError
+from diffusion.common.files import sha256_file, write_bytes
+from diffusion.training.checkpointing import Checkpoints
 from diffusion.training.ema import WeightAverage, mixture
 
 SNAPSHOTS = "averages"

@@ -13,13 +13,13 @@ from pydantic import Field
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion.config import Config, unset
-from diffusion.errors import UserError
+from diffusion.common.config import Config, unset
+from diffusion.common.errors import UserError
+from diffusion.common.files import make_folder
 from diffusion.families import family_of
-from diffusion.files import make_folder
 from diffusion.models.config import FamilyConfig, LatentSpace
 from diffusion.models.vae import VAE
-from diffusion.samplers import SamplingConfig
+from diffusion.process.samplers import SamplingConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.setup import TrainingSetup
 from diffusion.training.state import NETWORK

@@ -12,32 +12,32 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.checkpoints import AUTOENCODER, AVERAGED
-from diffusion.config_objective import disagreement
-from diffusion.config_sampling import UNCONDITIONAL, Conditions
-from diffusion.data.captions import Captions, like
+from diffusion.common.device import device_name, resolve_device
+from diffusion.common.errors import UserError
+from diffusion.common.files import digest_of
+from diffusion.common.fingerprint import Fingerprint, resolve_precision
+from diffusion.common.random import uniform
+from diffusion.data.caption_embeddings import Captions
 from diffusion.data.dataset import Dataset
 from diffusion.data.loader import Batch, Loader, Order, TrainingOrder, WindowedOrder
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.shard_cache import ShardCache, ShardStore
-from diffusion.device import device_name, resolve_device
-from diffusion.errors import UserError
 from diffusion.families import family_of
 from diffusion.families.base import TrainingData
-from diffusion.files import digest_of
-from diffusion.fingerprint import Fingerprint, resolve_precision
-from diffusion.model import Conditioning, Model, ModelHeader, classes_of
+from diffusion.families.model import Conditioning, Model, ModelHeader, classes_of
+from diffusion.families.options import training_conflict
+from diffusion.generation.config import UNCONDITIONAL, Conditions
+from diffusion.generation.generate import check_conditions, check_sampling_options, conditions_of
+from diffusion.generation.super_resolution import SuperResolution, add_conditioning_noise, task_of
 from diffusion.models.config import FamilyConfig, ModelConfig
+from diffusion.models.text_encoder import ENCODER
 from diffusion.models.unet import UNet
-from diffusion.random import uniform
-from diffusion.samplers import SamplingConfig
-from diffusion.sampling import check_conditions, check_sampling_options
-from diffusion.text import ENCODER
+from diffusion.process.samplers import SamplingConfig
 from diffusion.training.autoencoder import DIGEST, LatentAutoencoder, open_autoencoder
-from diffusion.training.checkpoint import COUNTS
+from diffusion.training.checkpointing import COUNTS
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import Ranks
 from diffusion.training.warm_start import WarmStart, open_warm_start, with_start_digest
-from diffusion.upscaling import SuperResolution, add_conditioning_noise, task_of
 
 FORMAT_VERSION = 2
 """Of checkpoints. In the first, a GAN's discriminator and all optimizers had other names."""
@@ -163,7 +163,7 @@ class TrainingSetup:
         if self.captions is None:
             return UNCONDITIONAL
         rows = np.concatenate([self.dataset.rows("held_out"), self.dataset.rows("train")])
-        return like(self.dataset, rows[self.captions.numbers[rows] >= 0][:SAMPLE_GRID], self.classes)
+        return conditions_of(self.dataset, rows[self.captions.numbers[rows] >= 0][:SAMPLE_GRID], self.classes)
 
     def model_from(self, tensors: dict[str, Tensor], images: int) -> Model:
         """Build the model of the averaged weights among the ``tensors`` of a state after ``images``."""
@@ -265,7 +265,7 @@ def make_setup(
         for name, moment in ranks.broadcast_tensors(dict(autoencoder.latents.named_buffers())).items():
             autoencoder.latents.get_buffer(name).copy_(moment)
         model = model.model_copy(update={"autoencoder": DIGEST + autoencoder.space.digest})
-    if words := disagreement(model, config):
+    if words := training_conflict(model, config):
         raise UserError(words)
     warm_start = open_warm_start(config)
     config = with_start_digest(config, warm_start)

@@ -14,19 +14,19 @@ import torch
 from filelock import FileLock, Timeout
 
 from diffusion.checkpoints import AUTOENCODER, AVERAGED, read_header, save_tensors
-from diffusion.config import Config
-from diffusion.data.captions import embeddings_of, seconds_to_read
+from diffusion.common.config import Config
+from diffusion.common.device import repeatable, resolve_device
+from diffusion.common.errors import DarkroomError, UserError
+from diffusion.common.files import make_folder, remove_partials, write_bytes, write_json
+from diffusion.common.fingerprint import Fingerprint
+from diffusion.common.progress import Progress, silent
+from diffusion.common.threads import cores, lanes
+from diffusion.data.caption_embeddings import embeddings_of, seconds_to_read
 from diffusion.data.shard_cache import ShardStore
-from diffusion.device import repeatable, resolve_device
-from diffusion.errors import DarkroomError, UserError
-from diffusion.files import make_folder, remove_partials, write_bytes, write_json
-from diffusion.fingerprint import Fingerprint
-from diffusion.lanes import cores, lanes
 from diffusion.models.config import FamilyConfig
-from diffusion.progress import Progress, silent
-from diffusion.samplers import SamplingConfig
-from diffusion.text import WIDTH
-from diffusion.training.checkpoint import COUNTS, Checkpoints, CheckpointWriter
+from diffusion.models.text_encoder import WIDTH
+from diffusion.process.samplers import SamplingConfig
+from diffusion.training.checkpointing import COUNTS, Checkpoints, CheckpointWriter
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS, process_group
 from diffusion.training.logging import ANEW, SPOOL, NoTracker, Tracker, TrainingLog

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.common.device import resolve_device
+from diffusion.common.errors import DarkroomError
+from diffusion.common.fingerprint import autocast
 from diffusion.data.loader import Batch
-from diffusion.device import resolve_device
-from diffusion.errors import DarkroomError
 from diffusion.families import family_of
 from diffusion.families.base import OptimizerStep, TrainingBatch
-from diffusion.fingerprint import autocast
-from diffusion.model import to_float
+from diffusion.families.model import to_float
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import Ranks, full_tensor
 from diffusion.training.logging import TrainingLog

@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from diffusion.common.fingerprint import autocast
+from diffusion.common.image_grids import beside, blocks, grid
 from diffusion.data.dataset import SPLITS
 from diffusion.data.loader import Batch
 from diffusion.data.manifest import Split
 from diffusion.families.base import TrainingObjective
-from diffusion.fingerprint import autocast
-from diffusion.grids import beside, blocks, grid
-from diffusion.model import Model, to_float
-from diffusion.samplers import SamplingConfig
+from diffusion.families.model import Model, to_float
+from diffusion.generation.super_resolution import generate, task_of
+from diffusion.process.samplers import SamplingConfig
 from diffusion.training.setup import SAMPLE_GRID, TrainingSetup
-from diffusion.upscaling import generate, task_of
 
 VALIDATION_IMAGES = 256
 """Images of each split on which losses are compared over time."""

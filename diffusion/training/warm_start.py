@@ -9,11 +9,11 @@ from pathlib import Path
 from torch import nn
 
 from diffusion.checkpoints import load_model
+from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
-from diffusion.errors import UserError
-from diffusion.model import Model
+from diffusion.families.model import Model
 from diffusion.models.config import FamilyConfig
-from diffusion.text import ENCODER
+from diffusion.models.text_encoder import ENCODER
 from diffusion.training.autoencoder import DIGEST, weights_digest
 from diffusion.training.config import TrainingConfig
 

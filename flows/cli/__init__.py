@@ -5,10 +5,10 @@ import sys
 
 import typer
 
-from diffusion.errors import DarkroomError, UserError
-from diffusion.escaping import escape_controls
-from diffusion.files import is_full_disk
-from diffusion.parent import end_with_parent
+from diffusion.common.child_processes import end_with_parent
+from diffusion.common.errors import DarkroomError, UserError
+from diffusion.common.escaping import escape_controls
+from diffusion.common.files import is_full_disk
 from flows.cli import (
     data_commands,
     edit_commands,

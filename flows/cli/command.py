@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeGuard, TypeVar
 
 import typer
 
-from diffusion.escaping import escape_controls
+from diffusion.common.escaping import escape_controls
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from flows.config import Params
     from flows.environment import Server
-    from flows.params import Params
 
 Set = Annotated[
     list[str],
@@ -137,7 +137,7 @@ def command(
 
 
 def _load(path: Path, overrides: list[str], dataset: str | None) -> "Params":
-    from flows.params import dataset_folder, load_params
+    from flows.config import dataset_folder, load_params
 
     if dataset is not None:
         dataset_folder(dataset)
@@ -158,13 +158,13 @@ def is_file(model: str | None) -> TypeGuard[str]:
 @contextmanager
 def connect(*needs: "Server") -> Iterator[None]:
     """Use the servers in ``needs`` in this process, and show progress on the console."""
-    from flows.console import OURS, console
     from flows.environment import settings
-    from flows.health import require
-    from flows.stack.discovery import join_servers
+    from flows.local_stack.discovery import join_servers
+    from flows.monitoring.health import require
+    from flows.tracking.console import OURS, console
 
     if settings().log == "json":
-        from flows.logs import VARIABLES
+        from flows.tracking.json_logs import VARIABLES
 
         os.environ.update(VARIABLES)
     else:
@@ -179,7 +179,7 @@ def connect(*needs: "Server") -> Iterator[None]:
     join_servers(*needs)
     require(*needs)
 
-    from flows.progress import CONSOLE
+    from flows.tracking.progress_reporter import CONSOLE
 
     with console() as progress:
         token = CONSOLE.set(progress)

@@ -11,9 +11,9 @@ from flows.cli.command import CommandOutput, command, connect
 
 if TYPE_CHECKING:
     from diffusion.data.manifest import FileEntry
-    from diffusion.data.takedown_records import Chosen, Selection
-    from diffusion.data.versions import Difference
-    from flows.params import Params
+    from diffusion.data.versions.takedown_records import Chosen, Selection
+    from diffusion.data.versions.versions import Difference
+    from flows.config import Params
     from flows.takedown import TakenDown
 
 app = typer.Typer(
@@ -32,7 +32,7 @@ def log(config: "Params") -> CommandOutput:
 
     Example:  darkroom data log --dataset faces
     """
-    from diffusion.data.versions import history
+    from diffusion.data.versions.versions import history
 
     folder = config.dataset_folder
     entries = history(folder, _in_cache(folder))
@@ -59,8 +59,8 @@ def show_version(
 
     Example:  darkroom data show 3f9c21d0 --dataset faces --all
     """
-    from diffusion.data.versions import resolve
-    from diffusion.data.versions import show as contents_of
+    from diffusion.data.versions.versions import resolve
+    from diffusion.data.versions.versions import show as contents_of
 
     folder = config.dataset_folder
     limit = None if everything else FIRST
@@ -95,9 +95,9 @@ def diff(
 
     Example:  darkroom data diff 3f9c21d0 --dataset faces
     """
-    from diffusion.data.versions import diff as difference_of
-    from diffusion.data.versions import resolve
-    from diffusion.errors import UserError
+    from diffusion.common.errors import UserError
+    from diffusion.data.versions.versions import diff as difference_of
+    from diffusion.data.versions.versions import resolve
 
     folder = config.dataset_folder
     new = resolve(folder, after)
@@ -127,7 +127,7 @@ def checkout(
     Example:  darkroom data checkout 3f9c21d0 --dataset faces
     """
     folder = config.dataset_folder
-    from flows.checkout import checkout as make_current
+    from flows.datasets.checkout import checkout as make_current
 
     done = make_current(folder, version, _reach, with_removed, without_shards, to_build_on=True)
     lines = [
@@ -171,8 +171,8 @@ def remove(
 
     Example:  darkroom data remove 'alice/*' --dataset faces --reason 'consent withdrawn' --purge
     """
-    from diffusion.data.takedown import choose
-    from diffusion.errors import UserError
+    from diffusion.common.errors import UserError
+    from diffusion.data.versions.takedown import choose
 
     selection = _selection(images or [], source, label)
     if dry_run and purge:
@@ -200,7 +200,7 @@ def _in_cache(folder: Path) -> "Callable[[FileEntry], Path | None]":
 
     def find(entry: "FileEntry") -> Path | None:
         if not found:
-            from flows.dvc_files import KeptFiles
+            from flows.datasets.dvc import KeptFiles
 
             found.append(KeptFiles(folder.name))
         path: Path | None = found[0].find(entry)
@@ -212,7 +212,7 @@ def _in_cache(folder: Path) -> "Callable[[FileEntry], Path | None]":
 def _reach() -> str:
     """Join the S3 server; the URL of DVC's remote."""
     from flows.environment import data_source
-    from flows.stack.discovery import join_servers
+    from flows.local_stack.discovery import join_servers
 
     join_servers("s3")
     return data_source()
@@ -220,7 +220,7 @@ def _reach() -> str:
 
 def _selection(images: list[str], sources: list[str], label: str | None) -> "Selection":
     """What the command line names; raises UserError if it says nothing or is misspelt."""
-    from diffusion.data.takedown_records import Selection, Selector, is_key
+    from diffusion.data.versions.takedown_records import Selection, Selector, is_key
 
     keys = [each for each in images if is_key(each)]
     patterns = [each for each in images if not is_key(each)]
@@ -230,7 +230,7 @@ def _selection(images: list[str], sources: list[str], label: str | None) -> "Sel
 
 
 def _confirm(what: str) -> None:
-    from diffusion.errors import UserError
+    from diffusion.common.errors import UserError
 
     if not sys.stdin.isatty():
         raise UserError(f"to {what}, give --yes (or --dry-run to see what would go)")

@@ -20,7 +20,7 @@ from flows.cli.command import (
 )
 
 if TYPE_CHECKING:
-    from flows.params import Params
+    from flows.config import Params
 
 app = typer.Typer(
     name="edit",
@@ -161,13 +161,13 @@ def generate_images(
     mask: Path | None = None,
 ) -> CommandOutput:
     """Generate images here with a model file, or by the flow with a registered model."""
-    from diffusion.config_sampling import read_request
+    from diffusion.generation.config import read_request
 
     fields = {"task": task, **{name: value for name, value in wanted.items() if value is not None}}
     request = read_request(fields, image, mask)
     if is_file(model):
-        from diffusion.made import generate_to_folder
-        from flows.console import console
+        from diffusion.generation.generation_result import generate_to_folder
+        from flows.tracking.console import console
 
         with console() as progress:
             done = generate_to_folder(Path(model), request, config.sampling, output, progress=progress)

@@ -9,10 +9,10 @@ import typer
 from flows.cli.command import CommandOutput, Model, Reason, Seed, command, connect, is_file
 
 if TYPE_CHECKING:
-    from flows.champion import Changed
-    from flows.history import Entry, History
-    from flows.params import Params
-    from flows.release import Released
+    from flows.config import Params
+    from flows.registry.champion import Changed
+    from flows.registry.ledger_entries import Entry, History
+    from flows.registry.release import Released
 
 app = typer.Typer(
     name="model",
@@ -39,10 +39,10 @@ def history(
     with connect("mlflow", "s3"):
         from mlflow.client import MlflowClient
 
-        from flows.aliases import project
-        from flows.aliases import restore as restore_ledger
-        from flows.champion import champion_problem
-        from flows.ledger import Ledger
+        from flows.registry.aliases import project
+        from flows.registry.aliases import restore as restore_ledger
+        from flows.registry.champion import champion_problem
+        from flows.registry.ledger import Ledger
 
         client, ledger = MlflowClient(), Ledger.of(config.model_name)
         restored = restore_ledger(client, ledger) if restore else []
@@ -69,7 +69,7 @@ def rollback(config: "Params", reason: Reason = None) -> CommandOutput:
     Example:  darkroom model rollback --dataset faces --reason "draws three eyes"
     """
     with connect("mlflow", "s3"):
-        from flows import champion
+        from flows.registry import champion
 
         return new_champion(champion.roll_back(config.model_name, reason))
 
@@ -89,7 +89,7 @@ def release(
     Example:  darkroom model release models:/faces@champion
     """
     with connect("mlflow", "s3"):
-        from flows.release import release
+        from flows.registry.release import release
 
         return new_champion(release(model, reason))
 
@@ -103,7 +103,7 @@ def card(config: "Params", model: ModelUri = None) -> CommandOutput:
     with connect("mlflow", "s3"):
         from mlflow.client import MlflowClient
 
-        from flows.registry import resolve
+        from flows.registry.model_versions import resolve
 
         client = MlflowClient()
         version = resolve(client, model or f"models:/{config.model_name}@champion")
@@ -147,12 +147,12 @@ def export(
     Example:  darkroom model export --to diffusers --model runs/faces/final.safetensors --out exports/faces
     """
     if is_file(model):
-        from diffusion.export import export_to_diffusers
+        from diffusion.diffusers_format.export import export_to_diffusers
 
         done = export_to_diffusers(Path(model), folder, config.sampling)
     else:
         with connect("mlflow", "s3"):
-            from diffusion.export import export_to_diffusers
+            from diffusion.diffusers_format.export import export_to_diffusers
             from flows.sample import fetch
 
             # The plain function: without Prefect.

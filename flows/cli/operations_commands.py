@@ -8,7 +8,7 @@ import typer
 from flows.cli.command import CommandOutput, command, connect
 
 if TYPE_CHECKING:
-    from flows.params import Params
+    from flows.config import Params
 
 app = typer.Typer()
 operations = command(app, panel="Operations")
@@ -45,7 +45,7 @@ def deploy(
     Example:  darkroom deploy --dataset faces --cron "0 2 * * *" --webhook-env SLACK_WEBHOOK_URL
     """
     with connect("prefect"):
-        from flows.deploy import deploy
+        from flows.deployment.deploy import deploy
 
         place = (workspace or Path.cwd()).absolute()
         done = deploy(config, place, pool, training_pool or pool, cron, monitor_cron, webhook)
@@ -69,7 +69,7 @@ def monitor(config: "Params") -> CommandOutput:
     Example:  darkroom monitor --dataset faces
     """
     with connect("prefect", "mlflow", "s3"):
-        from flows.watch import monitor
+        from flows.monitor import monitor
 
         done = monitor(config)
     return CommandOutput(done, [done.summary])

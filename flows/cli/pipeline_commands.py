@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
 from flows.cli.command import (
     CommandOutput,
     Count,
@@ -25,10 +25,10 @@ from flows.cli.edit_commands import generate_images
 from flows.cli.model_commands import new_champion
 
 if TYPE_CHECKING:
-    from diffusion.data.ingest import IngestResult
+    from diffusion.data.ingest.ingest import IngestResult
     from diffusion.training.train import Restart
-    from flows.lineage import RemoteShards
-    from flows.params import Params
+    from flows.config import Params
+    from flows.datasets.lineage import RemoteShards
 
 app = typer.Typer()
 To = Annotated[
@@ -89,12 +89,12 @@ def ingest(
     """
     when: Any = "always" if rebuild else "if_different" if rebuild_if_different else "never"
     if local:
-        from diffusion.data.ahead import local_fan_out
-        from flows.console import console
+        from diffusion.data.prefetch import local_fan_out
+        from flows.tracking.console import console
 
         fan_out = local_fan_out(config.ingest)
         # Takes as long as the start of worker processes, which goes on meanwhile.
-        from diffusion.data.ingest import ingest as ingest_images
+        from diffusion.data.ingest.ingest import ingest as ingest_images
 
         with console() as progress:
             result = ingest_images(
@@ -170,7 +170,7 @@ def train(
     if local:
         from diffusion.training.train import discard
         from diffusion.training.train import train as train_model
-        from flows.console import console
+        from flows.tracking.console import console
 
         if restart and not is_follower():
             discard(config.run_folder)
@@ -195,12 +195,12 @@ def train(
 
 def _with_files(config: "Params", dry_run: bool = False) -> "Params":
     """Replace registered models in ``config``, if it names any, by files."""
-    from flows.params import registered, registered_start
+    from flows.config import registered, registered_start
 
     if registered(config) is None and registered_start(config) is None:
         return config
     with connect("mlflow", "s3"):
-        from flows.dependencies import fetched
+        from flows.registry.dependencies import fetched
 
         return fetched(config, dry_run).params
 
@@ -212,8 +212,8 @@ def _shards(config: "Params") -> "Iterator[RemoteShards | None]":
         yield None
         return
     with connect("s3"):
+        from flows.datasets.lineage import RemoteShards
         from flows.environment import data_source
-        from flows.lineage import RemoteShards
 
         yield RemoteShards(config.dataset_folder, data_source())
 
@@ -227,7 +227,7 @@ def evaluate(config: "Params", local: Local = False) -> CommandOutput:
     if local:
         from diffusion.evaluation.evaluate import evaluate as evaluate_checkpoints
         from diffusion.training.post_hoc_ema import models_to_evaluate
-        from flows.console import console
+        from flows.tracking.console import console
 
         with console() as progress:
             done = evaluate_checkpoints(
@@ -274,7 +274,7 @@ def promote(
     """
     if version is not None:
         with connect("mlflow", "s3"):
-            from flows import champion
+            from flows.registry import champion
 
             return new_champion(champion.promote(config.model_name, version, reason, taken_down))
     if reason is not None or taken_down:
@@ -330,7 +330,7 @@ def sample(
             "--to s3://BUCKET/PREFIX"
         )
     with connect("prefect", "mlflow", "s3"):
-        from diffusion.config_sampling import Conditions
+        from diffusion.generation.config import Conditions
         from flows.sample import sample
 
         conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
@@ -372,7 +372,7 @@ def retrain(
     if source is not None and version is not None:
         raise UserError("--version trains on what was ingested before: leave SOURCE out")
     with connect("prefect", "mlflow", "s3"):
-        from diffusion.config_sampling import Conditions
+        from diffusion.generation.config import Conditions
         from flows.retrain import Unchanged, retrain
 
         conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
@@ -455,13 +455,13 @@ def compare(
 
     Example:  darkroom compare --dataset faces --set training.minutes=10
     """
-    from diffusion.evaluation.ranking_report import findings
+    from diffusion.evaluation.reports.ranking_report import findings
     from flows.variants import RankingResult, family_variants, rank_variants
 
     otherwise: Restart = "if_different" if restart else "never"
     if local:
         from diffusion.training.train import train
-        from flows.console import console
+        from flows.tracking.console import console
 
         variants = family_variants(config, family)
         with console() as progress:

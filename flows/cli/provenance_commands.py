@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffusion.errors import DarkroomError
+from diffusion.common.errors import DarkroomError
 from flows.cli.command import CommandOutput, command, connect
 
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from diffusion.made import RequestRecord
-    from flows.prints import Batch
-    from flows.reproduce import Reproduced
-    from flows.trace import Trace, TracedData, TracedImage, TracedModel, TracedRun
+    from diffusion.generation.generation_result import RequestRecord
+    from flows.provenance.reproduce import Reproduced
+    from flows.provenance.trace import Trace, TracedData, TracedImage, TracedModel, TracedRun
+    from flows.sampling.sampling_batch import Batch
 
 What = Annotated[
     str,
@@ -37,7 +37,7 @@ def trace(what: What) -> CommandOutput:
     Example:  darkroom trace s3://darkroom/prints/faces/3/seed7-count64-dpmpp_2m_sde16-af14cd24/00000007.png
     """
     with connect("mlflow", "s3"):
-        from flows.trace import trace
+        from flows.provenance.trace import trace
 
         found = trace(what)
     error = DarkroomError(f"the chain is broken: {'; '.join(found.broken)}") if found.broken else None
@@ -68,7 +68,7 @@ def reproduce(
     Example:  darkroom reproduce s3://darkroom/prints/faces/3/seed7-count64-dpmpp_2m_sde16-af14cd24/00000007.png
     """
     with connect("mlflow", "s3"):
-        from flows.reproduce import reproduce
+        from flows.provenance.reproduce import reproduce
 
         done = reproduce(what, count, out, installed)
     return CommandOutput(done, _comparison(done), DarkroomError(f"{what}: {done.failure}") if done.failure else None)

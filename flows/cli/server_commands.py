@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffusion.escaping import escape_controls
+from diffusion.common.escaping import escape_controls
 from flows.cli.command import CommandOutput, command
 
 if TYPE_CHECKING:
-    from flows.stack import StackStatus
+    from flows.local_stack import StackStatus
 
 app = typer.Typer(
     name="server",
@@ -35,7 +35,7 @@ def up() -> CommandOutput:
 
     Example:  darkroom up && eval "$(darkroom env)"
     """
-    from flows.stack import up
+    from flows.local_stack import up
 
     return _show(up(_say))
 
@@ -44,7 +44,7 @@ def up() -> CommandOutput:
 @command(app)
 def status() -> CommandOutput:
     """Show the local servers: where they are, whether they answer, where their logs and passwords lie."""
-    from flows.stack import status
+    from flows.local_stack import status
 
     return _show(status())
 
@@ -53,7 +53,7 @@ def status() -> CommandOutput:
 @command(app)
 def down() -> CommandOutput:
     """Stop the local servers; everything they hold is kept for the next `darkroom up`."""
-    from flows.stack import down, status
+    from flows.local_stack import down, status
 
     down(_say)
     return CommandOutput(status(), [])
@@ -66,7 +66,7 @@ def env() -> CommandOutput:
 
     Example:  eval "$(darkroom env)"
     """
-    from flows.stack import exports
+    from flows.local_stack import exports
 
     variables = exports()
     return CommandOutput(variables, [f"export {name}={shlex.quote(value)}" for name, value in variables.items()])
@@ -82,7 +82,7 @@ def health(
 
     Example:  darkroom server health mlflow prefect s3
     """
-    from flows.health import check
+    from flows.monitoring.health import check
 
     lacks = {server: check(server) for server in servers}
     return CommandOutput(lacks, [line for lines in lacks.values() for line in lines])
@@ -97,10 +97,10 @@ def metrics(
 
     Example:  darkroom server metrics & curl localhost:9464/metrics
     """
-    from flows.stack.discovery import join_servers
+    from flows.local_stack.discovery import join_servers
 
     join_servers("prefect", "mlflow", "s3")
-    from flows.metrics import serve
+    from flows.monitoring.prometheus import serve
 
     serve(host, port)
 
@@ -116,8 +116,8 @@ def backup(target: Target) -> CommandOutput:
 
     Example:  darkroom server backup /mnt/backups/darkroom
     """
-    from flows.console import console
-    from flows.stack.backup import backup
+    from flows.local_stack.backup import backup
+    from flows.tracking.console import console
 
     with console() as progress:
         done = backup(target, progress)
@@ -149,8 +149,8 @@ def restore(
 
     Example:  DARKROOM_HOME=.restored darkroom server restore /mnt/backups/darkroom
     """
-    from flows.console import console
-    from flows.stack.restore import restore
+    from flows.local_stack.restore import restore
+    from flows.tracking.console import console
 
     with console() as progress:
         done = restore(target, stamp, replaced, lambda line: print(line, file=sys.stderr, flush=True), progress)

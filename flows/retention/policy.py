@@ -1,4 +1,4 @@
-"""The section ``retention``, and what becomes of each thing that ``darkroom gc`` looks at."""
+"""What becomes of each thing that ``darkroom gc`` looks at."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -6,39 +6,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
 
-from pydantic import Field
-
-from diffusion.config import Config
-from diffusion.evaluation.pages import count, storage
+from diffusion.common.config import Config
+from diffusion.evaluation.reports.html import count, storage
 
 Fate = Literal["stays", "set aside", "goes"]
 """``set aside``: nothing leads to it any more, and its content goes once ``retention.grace_hours`` have passed."""
 FATES: tuple[Fate, ...] = ("goes", "set aside", "stays")
-
-
-class RetentionConfig(Config):
-    """What ``darkroom gc`` leaves, besides all that a registered model version, the ledger or a kept batch leads to."""
-
-    grace_hours: float = Field(24, ge=0)
-    """Hours between the step in which something is set aside and the one in which its content goes, and for which
-    whoever pushes a data set holds that up. More than the longest ingest takes; 0 only where nothing else runs."""
-    data_versions: int = Field(10, ge=1)
-    """The newest versions of each data set stay."""
-    data_days: float = Field(90, ge=0)
-    """Versions of a data set recorded within so many days stay."""
-    run_days: float | None = Field(90, ge=0)
-    """Runs that MLflow has heard of within so many days stay, here and there; null: all."""
-    prints_days: float | None = Field(None, ge=0)
-    """Finished batches of prints written within so many days stay, with their version's run and data; null: all."""
-    unfinished_days: float = Field(7, ge=0)
-    """Batches of prints, and uploads in parts, that have no end and to which nothing was added for so many days go."""
-    cache_days: float | None = Field(30, ge=0)
-    """Fetched shards and weights not used on this machine for so many days go; null: none."""
-
-    @property
-    def grace(self) -> timedelta:
-        """``grace_hours`` as a span of time."""
-        return timedelta(hours=self.grace_hours)
 
 
 class Item(Config):

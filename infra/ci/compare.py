@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusion.errors import DarkroomError, UserError
+from diffusion.common.errors import DarkroomError, UserError
 from flows.environment import data_source, join
 
 if TYPE_CHECKING:
-    from flows.registry import Version
+    from flows.registry.model_versions import Version
 
 MARK = "<!-- darkroom compare -->"
 """By which a forge finds the comment that it has to replace."""
@@ -69,7 +69,7 @@ def comment(model: str, report: Path) -> str:
 
 def data_version(model: str) -> str:
     """Digest of the version of the data that the champion of ``model`` learned from; raises UserError if it is gone."""
-    from flows.catalogue import Catalogue
+    from flows.datasets.catalog import Catalogue
 
     champion = champion_of(model)
     dataset, content = (champion.tags.get(f"darkroom.{name}", "") for name in ("dataset", "content_digest"))
@@ -84,7 +84,7 @@ def champion_of(model: str) -> "Version":
     # Not at the top: a mistake in what is asked should wait for no server.
     from mlflow.client import MlflowClient
 
-    from flows.registry import resolve
+    from flows.registry.model_versions import resolve
 
     return resolve(MlflowClient(), f"models:/{model}@champion")
 

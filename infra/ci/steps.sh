@@ -23,7 +23,7 @@ images() { # needs Docker; BASE with its digest is the team's to fill in
 compare() { # a small training under this params.yaml, and its figures beside the champion's, in comparison.md
     local name
     make install
-    name=$(.venv/bin/python -c 'from pathlib import Path; from flows.params import load_params
+    name=$(.venv/bin/python -c 'from pathlib import Path; from flows.config import load_params
 print(load_params(Path("params.yaml"), []).training.dataset)')
     # On the data of the champion, so that it is the configuration that differs.
     .venv/bin/darkroom data checkout "$(.venv/bin/python infra/ci/compare.py data "${MODEL:-$name}")" --dataset "$name"

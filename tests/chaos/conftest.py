@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from diffusion.files import digest_of
+from diffusion.common.files import digest_of
 from tests.chaos.forked import Forks
 from tests.chaos.house import NIGHT, QUICK, House, Site
 from tests.chaos.poison import poison

@@ -19,12 +19,12 @@ import yaml
 from mlflow.client import MlflowClient
 from safetensors.torch import load_file
 
-from diffusion.errors import DarkroomError
-from diffusion.files import sha256_bytes
-from flows.stack.local import LocalStack, ServiceName
-from flows.stack.process import Process, members, stop
-from flows.stack.seaweedfs import config
-from flows.stack.services import Service, services
+from diffusion.common.errors import DarkroomError
+from diffusion.common.files import sha256_bytes
+from flows.local_stack.seaweedfs import config
+from flows.local_stack.server_process import Process, members, stop
+from flows.local_stack.services import Service, services
+from flows.local_stack.stack_files import LocalStack, ServiceName
 from tests.flows.workspace import PARAMS, Workspace, objects
 
 QUICK = PARAMS | {

@@ -43,7 +43,7 @@ def main() -> None:
     point, folder, separator, *arguments = sys.argv[1:]
     assert separator == "--"
     from flows.environment import Server
-    from flows.stack import discovery
+    from flows.local_stack import discovery
 
     join = discovery.join_servers
 

@@ -10,21 +10,21 @@ from pathlib import Path
 
 import torch
 
-from diffusion.config_sampling import make_request
-from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import ingest
+from diffusion.common.files import PARTIAL, make_folder, sha256_bytes
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
-from diffusion.files import PARTIAL, make_folder, sha256_bytes
-from diffusion.made import generate_to_folder
+from diffusion.generation.config import make_request
+from diffusion.generation.generation_result import generate_to_folder
 from diffusion.models.config import ModelConfig
-from diffusion.samplers import sampling_config
+from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.logging import read_metrics
 from diffusion.training.train import train
-from flows.s3 import Store
-from flows.stack.backup import Backup, Backups, save
-from flows.stack.local import SERVICES, LocalStack
+from flows.local_stack.backup import Backup, Backups, save
+from flows.local_stack.stack_files import SERVICES, LocalStack
+from flows.storage.s3 import Store
 from tests.chaos.power_cut import Loss, Recording, library, record
 from tests.conftest import blob
 from tests.diffusion.small_models import write_model

@@ -17,13 +17,13 @@ from uuid import uuid4
 import pytest
 from mlflow.client import MlflowClient
 
+from diffusion.common.files import sha256_bytes, sha256_file
 from diffusion.data.manifest import read_manifest
-from diffusion.files import sha256_bytes, sha256_file
-from flows.s3 import Object, Store, client
-from flows.stack.backup import Backups
-from flows.stack.control import RESTORING
-from flows.stack.local import SERVICES, LocalStack
-from flows.stack.process import members
+from flows.local_stack.backup import Backups
+from flows.local_stack.control import RESTORING
+from flows.local_stack.server_process import members
+from flows.local_stack.stack_files import SERVICES, LocalStack
+from flows.storage.s3 import Object, Store, client
 from tests.chaos.forked import Forks, rounds
 from tests.chaos.house import QUICK, House, Site
 from tests.diffusion.test_ingest import files_of

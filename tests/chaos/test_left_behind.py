@@ -49,7 +49,7 @@ def test_a_training_and_a_sampling_killed_alone_leave_no_process(site: Site) -> 
     """SIGKILL to `retrain` in training and to `sample` with processes and on Ray: all of their processes end."""
     mark = new_mark()
     site.variables |= mark
-    with site.paused("diffusion.training.checkpoint:Checkpoints.save@3", (*site.retraining, *SPREAD)) as process:
+    with site.paused("diffusion.training.checkpointing:Checkpoints.save@3", (*site.retraining, *SPREAD)) as process:
         process.kill()
         process.communicate()
     assert left_behind(mark) == []

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from diffusion.files import write_bytes
+from diffusion.common.files import write_bytes
 from tests.chaos.conftest import Undisturbed
 from tests.chaos.house import House, Site, ended, fill
 
@@ -19,21 +19,21 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = (
     "flows.ingest:ingest_pictures",  # ingest: nothing is there
-    "flows.catalogue:Catalogue.publish",  # pushed, and in no catalogue
+    "flows.datasets.catalog:Catalogue.publish",  # pushed, and in no catalogue
     "flows.train:train_model",  # train: no run is there
-    "diffusion.training.checkpoint:Checkpoints.save@3",  # half way
-    "flows.tracking:RunTracker.finish",  # trained, and the run goes on
+    "diffusion.training.checkpointing:Checkpoints.save@3",  # half way
+    "flows.tracking.runs:RunTracker.finish",  # trained, and the run goes on
     "flows.evaluate:judge_checkpoints",  # evaluate
-    "flows.tracking:Scoreboard.show",  # judged, and MLflow knows nothing
+    "flows.tracking.runs:Scoreboard.show",  # judged, and MLflow knows nothing
     "flows.promote:export",  # promote
     "flows.promote:compare_with_champion",  # a version, and no verdict
     "flows.promote:project",  # in the ledger, and nowhere else
-    "flows.printing:begin",  # sample
-    "flows.printing:_put_files@1",  # before the first pictures are there
-    "flows.printing:finish",  # all are, and no manifest
-    "flows.request:Request.note",  # all is done, and nothing says so
+    "flows.sampling.generate_batch:begin",  # sample
+    "flows.sampling.generate_batch:_put_files@1",  # before the first pictures are there
+    "flows.sampling.generate_batch:finish",  # all are, and no manifest
+    "flows.registry.idempotency:Request.note",  # all is done, and nothing says so
 )
-TRAINING = "diffusion.training.checkpoint:Checkpoints.save@3"
+TRAINING = "diffusion.training.checkpointing:Checkpoints.save@3"
 """In the middle of it."""
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
@@ -138,7 +138,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     "filled up to the last pages during training, before evaluation, and before sampling",
     "a line that says so, exit 1; with room again the same command: the same end",
 )
-@pytest.mark.parametrize("point", [TRAINING, "flows.evaluate:judge_checkpoints", "flows.printing:begin"])
+@pytest.mark.parametrize("point", [TRAINING, "flows.evaluate:judge_checkpoints", "flows.sampling.generate_batch:begin"])
 def test_a_full_disk_is_one_line_and_with_room_again_it_goes_on(
     house: House, small_disk: Path, undisturbed: Undisturbed, point: str
 ) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import boto3
 import pytest
 
+from diffusion.common.files import sha256_bytes
 from diffusion.data.manifest import read_manifest
-from diffusion.files import sha256_bytes
 from tests.chaos.conftest import Undisturbed
 from tests.chaos.faulty_proxy import Fault, FaultyProxy
 from tests.chaos.house import NIGHT, House, Site, ended
@@ -17,7 +17,7 @@ from tests.chaos.poison import poison
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-TRAINING = "diffusion.training.checkpoint:Checkpoints.save@3"
+TRAINING = "diffusion.training.checkpointing:Checkpoints.save@3"
 
 
 @contextmanager

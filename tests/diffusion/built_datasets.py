@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from diffusion.data.config import StorageConfig
+from diffusion.data.ingest.config import StorageConfig
 from diffusion.data.manifest import RECORDS, FileEntry, Manifest, Part, Totals, write_manifest
 
 Record: TypeAlias = dict[str, Any]

@@ -9,6 +9,6 @@ from tests.diffusion.captioned import MadeUp
 def made_up(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
     """Reads captions and prompts instead of the real encoder."""
     encoder = MadeUp()
-    for module in ("diffusion.data.captions", "diffusion.sampling"):
+    for module in ("diffusion.data.caption_embeddings", "diffusion.generation.generate"):
         monkeypatch.setattr(f"{module}.encoder", lambda: encoder)
     return encoder

@@ -7,10 +7,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from diffusion.common.fingerprint import fingerprint
 from diffusion.evaluation.bootstrap import Figure, Replicates, compute_replicates, difference
 from diffusion.evaluation.comparison import ChampionComparison, SampleGrids, distance_headline
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.copies import (
+from diffusion.evaluation.gate import ComparisonMetrics, GateConfig, decide
+from diffusion.evaluation.metrics.copies import (
     PIXELS,
     Memorization,
     detect_duplicates,
@@ -18,16 +20,14 @@ from diffusion.evaluation.copies import (
     make_thumbnails,
     shifted_thumbnails,
 )
-from diffusion.evaluation.distances import compute_scores
-from diffusion.evaluation.gate import ComparisonMetrics, GateConfig, decide
-from diffusion.evaluation.held_out_loss import HeldOutLoss, LevelLoss
-from diffusion.evaluation.neighbours import find_nearest
-from diffusion.evaluation.per_class import Labelled, PerClass, evaluate_classes, fit_discriminant
-from diffusion.evaluation.pixel_metrics import compare_appearance, measure_appearance
+from diffusion.evaluation.metrics.distances import compute_scores
+from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss, LevelLoss
+from diffusion.evaluation.metrics.neighbours import find_nearest
+from diffusion.evaluation.metrics.per_class import Labelled, PerClass, evaluate_classes, fit_discriminant
+from diffusion.evaluation.metrics.pixel_metrics import compare_appearance, measure_appearance
 from diffusion.evaluation.results import EvaluationConditions, MetricEstimate, ModelEvaluation, RealBaseline
-from diffusion.fingerprint import fingerprint
-from diffusion.likelihood import noise_levels
-from diffusion.samplers import sampling_config
+from diffusion.process.likelihood import noise_levels
+from diffusion.process.samplers import sampling_config
 from tests.diffusion.degraded import with_copies, with_noise
 from tests.diffusion.real_pictures import pictures
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from diffusion.evaluation.bootstrap import Figure, Replicates, frechet_of_halves, kid_of_halves, shares_of_halves
-from diffusion.evaluation.distances import compute_kid as kid_of
-from diffusion.evaluation.distances import compute_moments, frechet_distance
-from diffusion.evaluation.neighbours import compute_overlap, nearest_distances
+from diffusion.evaluation.metrics.distances import compute_kid as kid_of
+from diffusion.evaluation.metrics.distances import compute_moments, frechet_distance
+from diffusion.evaluation.metrics.neighbours import compute_overlap, nearest_distances
 
 
 def kid_replicates(sets: Sequence[Tensor], reference: Tensor, splits: int) -> list[Replicates]:

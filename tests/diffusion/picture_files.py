@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from diffusion.data.config import IngestConfig
-from diffusion.data.pictures import Refused, prepare
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.decode import Refused, prepare
 
 PNG_COLOURS = {"L": 0, "RGB": 2, "P": 3, "LA": 4, "RGBA": 6}
 ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from diffusion.data.config import IngestConfig
-from diffusion.data.pictures import Refused
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.decode import Refused
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, ObjectStore, Payload
 from tests.conftest import blob

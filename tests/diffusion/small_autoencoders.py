@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from diffusion.models.config import ModelConfig, VAEConfig
-from diffusion.samplers import sampling_config
+from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import TrainResult, train
 from tests.conftest import blob

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from diffusion.checkpoints import AVERAGED, save_tensors
-from diffusion.model import ModelHeader
+from diffusion.families.model import ModelHeader
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from diffusion.data.dataset import Dataset
 from diffusion.models.config import FamilyConfig
-from diffusion.samplers import sampling_config
-from diffusion.text import WIDTH
+from diffusion.models.text_encoder import WIDTH
+from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS
 from diffusion.training.setup import make_setup

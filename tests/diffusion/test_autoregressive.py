@@ -11,23 +11,23 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.checkpoints import load_model
-from diffusion.config_sampling import Conditions
+from diffusion.common.errors import UserError
+from diffusion.common.random import GaussianNoise
 from diffusion.data.dataset import Dataset
-from diffusion.editing import Edit
-from diffusion.errors import UserError
 from diffusion.evaluation.evaluator import gflop
-from diffusion.evaluation.held_out_loss import measure_losses
-from diffusion.explain import explain
+from diffusion.evaluation.metrics.held_out_loss import measure_losses
 from diffusion.families.autoregressive import AutoregressiveModel, bits_of_pixels
-from diffusion.logistics import drawn as drawn_from
-from diffusion.logistics import log_probability, mixtures_of
-from diffusion.model import to_float, to_uint8
+from diffusion.families.model import to_float, to_uint8
+from diffusion.generation.config import Conditions
+from diffusion.generation.explain import explain
+from diffusion.generation.generate import interpolate, sample
+from diffusion.generation.requests import tasks_of
 from diffusion.models.autoregressive import PixelCNN, Walk, draw
 from diffusion.models.config import AutoregressiveConfig
-from diffusion.random import GaussianNoise
-from diffusion.requests import tasks_of
-from diffusion.samplers import sampling_config
-from diffusion.sampling import interpolate, sample
+from diffusion.models.discretized_logistics import drawn as drawn_from
+from diffusion.models.discretized_logistics import log_probability, mixtures_of
+from diffusion.process.editing import Edit
+from diffusion.process.samplers import sampling_config
 from diffusion.training.logging import read_metrics
 from diffusion.training.train import TrainResult, train
 from tests.diffusion.small_autoencoders import CONFIG, SAMPLING

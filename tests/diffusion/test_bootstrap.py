@@ -13,7 +13,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_kid import kernel_mmd
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
 from diffusion.evaluation.bootstrap import Figure, Replicates, compute_replicates, difference
 from diffusion.evaluation.bootstrap.halves import draw_halves
 from diffusion.evaluation.estimate import Estimate
@@ -172,7 +172,7 @@ def test_as_many_cores_as_there_are_and_as_many_sets_give_the_same_bits(monkeypa
     samples, reference, other = drawn(300, 8, 1, 0.3), drawn(280, 8, 2), drawn(300, 8, 3)
     before = torch.get_rng_state()
     alone = compute_replicates([samples], reference, splits=5)[0]
-    monkeypatch.setattr("diffusion.lanes.cores", lambda: 5)
+    monkeypatch.setattr("diffusion.common.threads.cores", lambda: 5)
     among_others = compute_replicates([other, samples], reference, splits=5)[1]
     for figure, each in alone.items():
         assert torch.equal(each.halves, among_others[figure].halves), figure

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import betabinom, binomtest
 
-from diffusion.evaluation.copies import Threshold, calibrate, wilson_interval
+from diffusion.evaluation.metrics.copies import Threshold, calibrate, wilson_interval
 
 
 @given(st.integers(1, 300), st.data())

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.data.captions import Captions, embeddings_of, like, seconds_to_read
-from diffusion.data.config import IngestConfig
+from diffusion.common.progress import Progress, silent
+from diffusion.data.caption_embeddings import Captions, embeddings_of, seconds_to_read
 from diffusion.data.dataset import Dataset
-from diffusion.data.ingest import captions_folder, ingest
-from diffusion.data.takedown import remove
-from diffusion.data.takedown_records import Selection
-from diffusion.progress import Progress, silent
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import captions_folder, ingest
+from diffusion.data.versions.takedown import remove
+from diffusion.data.versions.takedown_records import Selection
+from diffusion.generation.generate import conditions_of
 from tests.conftest import blob
 from tests.diffusion.captioned import MadeUp, squares
 
@@ -173,7 +174,7 @@ def test_pictures_taken_down_while_captions_are_read_leave_nothing_either(
 def test_pictures_like_others_have_their_captions_and_labels(tmp_path: Path) -> None:
     squares(tmp_path / "squares", 12, labelled=True)
     dataset = Dataset.open(tmp_path / "squares")
-    asked = like(dataset, [5, 2], ["blue", "green", "red"])
+    asked = conditions_of(dataset, [5, 2], ["blue", "green", "red"])
     assert [asked.prompt(index) for index in range(3)] == [*dataset.captions([5, 2]), *dataset.captions([5])]
     assert [asked.label(index) for index in range(2)] == dataset.labels([5, 2])
-    assert like(dataset, [5, 2], []).labels == ()
+    assert conditions_of(dataset, [5, 2], []).labels == ()

@@ -6,8 +6,8 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from diffusion.evaluation import neighbours as module
-from diffusion.evaluation.neighbours import NearestNeighbours, find_nearest
+from diffusion.evaluation.metrics import neighbours as module
+from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
 
 
 def points(count: int, seed: int, width: int = 6) -> Tensor:

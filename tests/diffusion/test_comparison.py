@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from diffusion.checkpoints import load_model
+from diffusion.common.errors import UserError
+from diffusion.common.image_grids import grid, png_bytes
 from diffusion.data.dataset import Dataset
-from diffusion.errors import UserError
-from diffusion.evaluation.distances import compute_moments, frechet_distance
-from diffusion.evaluation.features import make_extractor
+from diffusion.evaluation.features.feature_extractor import make_extractor
+from diffusion.evaluation.metrics.distances import compute_moments, frechet_distance
 from diffusion.evaluation.ranking import RANKING, Ranking, rank_models
-from diffusion.evaluation.ranking_report import PAGE, findings, write_ranking_report
-from diffusion.grids import grid, png_bytes
+from diffusion.evaluation.reports.ranking_report import PAGE, findings, write_ranking_report
 from diffusion.models.config import AutoregressiveConfig, GANConfig, ModelConfig
-from diffusion.samplers import SamplingConfig, sampling_config
+from diffusion.process.samplers import SamplingConfig, sampling_config
 from tests.conftest import disc
 from tests.diffusion.html_pages import Page
 from tests.diffusion.small_datasets import random_pictures, write_dataset

@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from diffusion.checkpoints import load_model, read_header
-from diffusion.config_sampling import Conditions
+from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
-from diffusion.data.ingest import forget_captions
-from diffusion.errors import UserError
+from diffusion.data.ingest.ingest import forget_captions
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
-from diffusion.model import DiffusionModel
+from diffusion.families.model import DiffusionModel
+from diffusion.generation.config import Conditions
+from diffusion.generation.generate import check_conditions, check_prompts, label_names, sample, told_of
 from diffusion.models.config import ModelConfig
-from diffusion.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config
-from diffusion.sampling import check_conditions, check_prompts, label_names, sample, told_of
-from diffusion.text import ENCODER, TextEncoder
+from diffusion.models.text_encoder import ENCODER, TextEncoder
+from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.setup import drop_conditioning, train_key
 from diffusion.training.train import TrainResult, preflight, train
@@ -91,7 +91,7 @@ def test_another_encoder_is_another_run_and_named(
     ]
     with pytest.raises(UserError, match=rf"differs in the text encoder \(all-MiniLM-L6-v2 {ENCODER.digest[:12]}\)"):
         run(data, tmp_path / "run")
-    monkeypatch.setattr("diffusion.text.ENCODER", other)
+    monkeypatch.setattr("diffusion.models.text_encoder.ENCODER", other)
     with pytest.raises(UserError, match="captions were read by all-MiniLM-L6-v2"):
         sample(load_model(final), [0], 0, SAMPLING, conditions=Conditions(prompts=("red square",)))
     assert sample(load_model(final), [0], 0, SAMPLING).shape == (1, 3, 8, 8)

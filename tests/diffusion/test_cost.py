@@ -7,16 +7,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.checkpoints import load_model
+from diffusion.common.random import GaussianNoise
 from diffusion.evaluation.evaluator import gflop
 from diffusion.families import family_of
 from diffusion.families.base import Batch
 from diffusion.families.ddpm import count_evaluations
+from diffusion.generation.generate import told_of
 from diffusion.models.config import ModelConfig
-from diffusion.process import make_schedule
-from diffusion.random import GaussianNoise
-from diffusion.samplers import SAMPLING_ADAPTER, sampling_config
-from diffusion.sampling import told_of
-from diffusion.text import WIDTH
+from diffusion.models.text_encoder import WIDTH
+from diffusion.process.samplers import SAMPLING_ADAPTER, sampling_config
+from diffusion.process.schedules import make_schedule
 from tests.diffusion.small_models import CONFIG, write_model
 
 SCHEDULE = make_schedule(ModelConfig())

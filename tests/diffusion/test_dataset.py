@@ -9,11 +9,11 @@ import pytest
 import torch
 import webdataset
 
-from diffusion.data.config import IngestConfig
+from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
-from diffusion.data.ingest import ingest
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest
-from diffusion.errors import UserError
 from tests.diffusion.built_datasets import BuiltDataset, kept, key_of
 from tests.diffusion.small_datasets import as_stored, random_pictures, write_dataset
 

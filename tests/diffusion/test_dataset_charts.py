@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from diffusion.evaluation.charts import LIGHT
-from diffusion.evaluation.dataset_report import draw_permutation_test, draw_sizes, write_dataset_report
+from diffusion.evaluation.reports.charts import LIGHT
+from diffusion.evaluation.reports.dataset_report import draw_permutation_test, draw_sizes, write_dataset_report
 from tests.diffusion.built_datasets import BuiltDataset, Record, kept
 from tests.diffusion.html_pages import Page
 

@@ -11,14 +11,14 @@ from markdown_it import MarkdownIt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import ingest
-from diffusion.data.takedown import Selection, remove
-from diffusion.errors import UserError
-from diffusion.evaluation import dataset_report as page_module
-from diffusion.evaluation.charts import LIGHT, Chart, Draw
-from diffusion.evaluation.dataset_report import DatasetSummary, write_dataset_report
-from diffusion.evaluation.dataset_statistics import simplify_reason
+from diffusion.common.errors import UserError
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
+from diffusion.data.versions.takedown import Selection, remove
+from diffusion.evaluation.reports import dataset_report as page_module
+from diffusion.evaluation.reports.charts import LIGHT, Chart, Draw
+from diffusion.evaluation.reports.dataset_report import DatasetSummary, write_dataset_report
+from diffusion.evaluation.reports.dataset_statistics import simplify_reason
 from tests.diffusion.built_datasets import BuiltDataset, Record, duplicate, kept, quarantined
 from tests.diffusion.html_pages import Page
 

@@ -4,10 +4,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.denoiser import Denoiser
 from diffusion.models.config import Prediction
-from diffusion.objective import Parametrization
-from diffusion.process import linear_schedule
+from diffusion.process.denoiser import Denoiser
+from diffusion.process.parametrization import Parametrization
+from diffusion.process.schedules import linear_schedule
 from tests.diffusion.ideal_denoiser import IdealDenoiser, IdealNetwork, two_tone_points
 
 SCHEDULE = linear_schedule(1000)

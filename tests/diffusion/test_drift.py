@@ -10,7 +10,7 @@ import torch
 from scipy.stats import ttest_ind
 from torch import Tensor
 
-from diffusion.evaluation.pixel_metrics import AppearanceDrift, compare_appearance, measure_appearance
+from diffusion.evaluation.metrics.pixel_metrics import AppearanceDrift, compare_appearance, measure_appearance
 
 
 def pictures(count: int, seed: int, channels: int = 3) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.evaluation.copies import Duplicates, detect_duplicates, shifted_thumbnails
+from diffusion.evaluation.metrics.copies import Duplicates, detect_duplicates, shifted_thumbnails
 from tests.diffusion.degraded import blurred, with_noise
 from tests.diffusion.real_pictures import digits
 

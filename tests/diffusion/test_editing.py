@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusion.checkpoints import load_model
-from diffusion.config_sampling import Conditions
-from diffusion.editing import Edit, between, levels_for, pigdm, repaint, replace_known
-from diffusion.errors import UserError
-from diffusion.model import DiffusionModel
-from diffusion.process import edm_schedule
-from diffusion.samplers import SamplingConfig, sampling_config
-from diffusion.sampling import interpolate, sample
+from diffusion.common.errors import UserError
+from diffusion.families.model import DiffusionModel
+from diffusion.generation.config import Conditions
+from diffusion.generation.generate import interpolate, sample
+from diffusion.process.editing import Edit, between, levels_for, pigdm, repaint, replace_known
+from diffusion.process.samplers import SamplingConfig, sampling_config
+from diffusion.process.schedules import edm_schedule
 from tests.diffusion.ideal_denoiser import IdealDenoiser, two_tone_points
 from tests.diffusion.test_samplers import DETERMINISTIC, STOCHASTIC, noises, options
 from tests.diffusion.test_train import run

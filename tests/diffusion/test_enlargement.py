@@ -12,13 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.checkpoints import AVERAGED, load_model, save_tensors
+from diffusion.common.errors import UserError
+from diffusion.common.image_grids import beside, blocks, grid
 from diffusion.data.dataset import Dataset
-from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.distances import compute_scores
 from diffusion.evaluation.evaluate import evaluate
-from diffusion.evaluation.features import EfficientNetLite0
-from diffusion.evaluation.pixel_metrics import (
+from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
+from diffusion.evaluation.metrics.distances import compute_scores
+from diffusion.evaluation.metrics.pixel_metrics import (
     ImageSimilarity,
     ResamplingBaseline,
     compare_images,
@@ -28,10 +29,9 @@ from diffusion.evaluation.pixel_metrics import (
     ssim,
 )
 from diffusion.evaluation.results import Evaluation
-from diffusion.grids import beside, blocks, grid
+from diffusion.generation.super_resolution import SuperResolution, shrunk, upscale
 from diffusion.models.unet import UNet
-from diffusion.samplers import sampling_config
-from diffusion.upscaling import SuperResolution, shrunk, upscale
+from diffusion.process.samplers import sampling_config
 from tests.diffusion.html_pages import Page
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 from tests.diffusion.small_models import CONFIG as SHAPE

@@ -10,18 +10,18 @@ import pytest
 from PIL import Image
 
 from diffusion.checkpoints import load_model
-from diffusion.data.config import IngestConfig
+from diffusion.common.errors import UserError
+from diffusion.common.image_grids import grid
 from diffusion.data.dataset import Dataset
-from diffusion.data.ingest import ingest
-from diffusion.errors import UserError
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.distances import compute_scores
 from diffusion.evaluation.evaluate import evaluate
-from diffusion.evaluation.features import EfficientNetLite0
+from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
+from diffusion.evaluation.metrics.distances import compute_scores
 from diffusion.evaluation.results import Evaluation, EvaluationConditions
-from diffusion.grids import grid
-from diffusion.samplers import SamplingConfig, sampling_config
-from diffusion.sampling import sample
+from diffusion.generation.generate import sample
+from diffusion.process.samplers import SamplingConfig, sampling_config
 from tests.conftest import blob
 from tests.diffusion.small_models import write_model
 from tests.diffusion.trials import Watcher, evaluate_one

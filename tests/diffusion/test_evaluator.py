@@ -7,16 +7,16 @@ import torch
 
 from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
-from diffusion.evaluation.copies import detect_duplicates, shifted_thumbnails
-from diffusion.evaluation.distances import compute_scores
 from diffusion.evaluation.evaluator import Evaluator, ModelEvaluator
-from diffusion.evaluation.features import EfficientNetLite0, make_extractor
-from diffusion.evaluation.held_out_loss import measure_losses, summarize_losses
-from diffusion.evaluation.pixel_metrics import compare_appearance, measure_appearance, psnr
+from diffusion.evaluation.features.feature_extractor import EfficientNetLite0, make_extractor
+from diffusion.evaluation.metrics.copies import detect_duplicates, shifted_thumbnails
+from diffusion.evaluation.metrics.distances import compute_scores
+from diffusion.evaluation.metrics.held_out_loss import measure_losses, summarize_losses
+from diffusion.evaluation.metrics.pixel_metrics import compare_appearance, measure_appearance, psnr
 from diffusion.evaluation.results import ModelEvaluation
-from diffusion.samplers import sampling_config
-from diffusion.sampling import sample
-from diffusion.upscaling import SuperResolution, shrunk, upscale
+from diffusion.generation.generate import sample
+from diffusion.generation.super_resolution import SuperResolution, shrunk, upscale
+from diffusion.process.samplers import sampling_config
 from tests.diffusion.small_models import CONFIG as MODEL
 from tests.diffusion.small_models import write_model
 from tests.diffusion.trials import (

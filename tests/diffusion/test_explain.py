@@ -9,11 +9,11 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.checkpoints import load_model
-from diffusion.errors import UserError
-from diffusion.explain import explain, forward, reverse, training_step
-from diffusion.model import DiffusionModel, to_uint8
+from diffusion.common.errors import UserError
+from diffusion.families.model import DiffusionModel, to_uint8
+from diffusion.generation.explain import explain, forward, reverse, training_step
 from diffusion.models.config import ModelConfig
-from diffusion.process import NoiseSchedule, make_schedule
+from diffusion.process.schedules import NoiseSchedule, make_schedule
 from tests.diffusion.ideal_denoiser import IdealNetwork
 from tests.diffusion.small_models import header, write_model
 

@@ -13,20 +13,20 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 from torch import Tensor
 
-import diffusion.export
+import diffusion.diffusers_format.export
 from diffusion.checkpoints import AVERAGED, load_model, save_tensors
-from diffusion.config_sampling import UNCONDITIONAL, Conditions
+from diffusion.common.errors import UserError
+from diffusion.common.random import GaussianNoise
 from diffusion.diffusers_format import DarkroomPipeline
-from diffusion.errors import UserError
-from diffusion.export import MODEL_FIELDS, Exported, export_to_diffusers
+from diffusion.diffusers_format.export import MODEL_FIELDS, Exported, export_to_diffusers
 from diffusion.families.ddpm import denoiser_of
-from diffusion.model import DiffusionModel
+from diffusion.families.model import DiffusionModel
+from diffusion.generation.config import UNCONDITIONAL, Conditions
+from diffusion.generation.generate import prompt_embeddings, sample, told_of
 from diffusion.models.config import ModelConfig
+from diffusion.models.text_encoder import ENCODER
 from diffusion.models.unet import UNet
-from diffusion.random import GaussianNoise
-from diffusion.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config
-from diffusion.sampling import prompt_embeddings, sample, told_of
-from diffusion.text import ENCODER
+from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config
 from tests.diffusion import small_models
 from tests.diffusion.captioned import MadeUp
 
@@ -291,7 +291,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(diffusion.export, "sync_folder", full)
+        patch.setattr(diffusion.diffusers_format.export, "sync_folder", full)
         with pytest.raises(OSError, match="no space"):
             exported(weights)
     assert not (tmp_path / "folder").exists()

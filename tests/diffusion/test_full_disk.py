@@ -35,12 +35,12 @@ main()
 """
 SAMPLE = ("sample", "--model", "weights.safetensors", "--count", "8", "--out", "made")
 DRILLS = [
-    (("train", "--local"), "diffusion.training.checkpoint:Checkpoints.save@3", "runs/blobs"),
+    (("train", "--local"), "diffusion.training.checkpointing:Checkpoints.save@3", "runs/blobs"),
     (("evaluate", "--local"), "diffusion.evaluation.cache:save_tensors", "reports/blobs"),
     (("evaluate", "--local"), "diffusion.evaluation.evaluate:write_json", "reports/blobs"),
     (
         ("sample", "--model", "weights.safetensors", "--count", "8", "--out", "made"),
-        "diffusion.made:write_bytes@3",
+        "diffusion.generation.generation_result:write_bytes@3",
         "made",
     ),
 ]

@@ -11,22 +11,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion.checkpoints import load_model
-from diffusion.config_sampling import Conditions
+from diffusion.common.errors import UserError
+from diffusion.common.random import GaussianNoise
+from diffusion.common.threads import lanes
 from diffusion.data.dataset import Dataset
-from diffusion.editing import Edit
-from diffusion.errors import UserError
-from diffusion.evaluation.held_out_loss import measure_losses, summarize_losses
-from diffusion.explain import explain
+from diffusion.evaluation.metrics.held_out_loss import measure_losses, summarize_losses
 from diffusion.families.base import TrainingBatch
 from diffusion.families.gan import GANModel, RelativisticObjective, gradient_penalties
-from diffusion.lanes import lanes
-from diffusion.model import to_uint8
+from diffusion.families.model import to_uint8
+from diffusion.generation.config import Conditions
+from diffusion.generation.explain import explain
+from diffusion.generation.generate import interpolate, sample
+from diffusion.generation.requests import tasks_of
 from diffusion.models.config import GANConfig
 from diffusion.models.gan import Discriminator, Generator
-from diffusion.random import GaussianNoise
-from diffusion.requests import tasks_of
-from diffusion.sampling import interpolate, sample
-from diffusion.training.checkpoint import Checkpoints
+from diffusion.process.editing import Edit
+from diffusion.training.checkpointing import Checkpoints
 from diffusion.training.config import TrainingConfig
 from diffusion.training.preflight import count_flops, state_size
 from diffusion.training.train import TrainResult, train

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from diffusion.checkpoints import load_model
-from diffusion.device import repeatable, resolve_device
-from diffusion.errors import UserError
-from diffusion.fingerprint import fingerprint
+from diffusion.common.device import repeatable, resolve_device
+from diffusion.common.errors import UserError
+from diffusion.common.fingerprint import fingerprint
+from diffusion.generation.generate import sample
 from diffusion.models.config import ModelConfig
-from diffusion.samplers import sampling_config
-from diffusion.sampling import sample
+from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.logging import read_metrics
 from diffusion.training.train import train

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffusion.grids import grid, png_bytes
+from diffusion.common.image_grids import grid, png_bytes
 
 
 @given(

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusion.guidance import clipped, guided, rescaled
-from diffusion.process import linear_schedule
-from diffusion.samplers import heun
+from diffusion.process.guidance import clipped, guided, rescaled
+from diffusion.process.samplers import heun
+from diffusion.process.schedules import linear_schedule
 
 SHAPE = (1, 4, 4)
 

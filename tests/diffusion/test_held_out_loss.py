@@ -12,20 +12,25 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
-from diffusion.denoiser import Denoiser
-from diffusion.evaluation.held_out_loss import HeldOutLoss, conditioning_of_rows, measure_losses, summarize_losses
+from diffusion.evaluation.metrics.held_out_loss import (
+    HeldOutLoss,
+    conditioning_of_rows,
+    measure_losses,
+    summarize_losses,
+)
+from diffusion.families.model import DiffusionModel, to_float
 from diffusion.families.vae import VAEModel
-from diffusion.likelihood import LEVELS, Terms, denoising_terms, noise_levels
-from diffusion.model import DiffusionModel, to_float
+from diffusion.generation.super_resolution import task_of
 from diffusion.models.config import ModelConfig, VAEConfig
+from diffusion.models.text_encoder import ENCODER
 from diffusion.models.unet import UNet
 from diffusion.models.vae import VAE, Latents
-from diffusion.objective import Objective, Parametrization, edm
-from diffusion.process import edm_schedule
-from diffusion.samplers import sampling_config
-from diffusion.text import ENCODER
-from diffusion.upscaling import task_of
-from diffusion.variance import HALF_A_LEVEL, bound
+from diffusion.process.denoiser import Denoiser
+from diffusion.process.likelihood import LEVELS, Terms, denoising_terms, noise_levels
+from diffusion.process.parametrization import Objective, Parametrization, edm
+from diffusion.process.samplers import sampling_config
+from diffusion.process.schedules import edm_schedule
+from diffusion.process.variance import HALF_A_LEVEL, bound
 from tests.diffusion.captioned import MadeUp
 from tests.diffusion.ideal_denoiser import IdealDenoiser, two_tone_points
 from tests.diffusion.small_datasets import random_pictures, write_dataset

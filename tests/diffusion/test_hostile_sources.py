@@ -12,15 +12,15 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from diffusion.data.chunks import TEXT_OF_A_CHUNK, chunks_of, make_plan
-from diffusion.data.config import IngestConfig
-from diffusion.data.index import Index
-from diffusion.data.ingest import ingest
-from diffusion.data.pictures import prepare
+from diffusion.common.errors import UserError
+from diffusion.common.progress import silent
+from diffusion.data.ingest.chunks import TEXT_OF_A_CHUNK, chunks_of, make_plan
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.decode import prepare
+from diffusion.data.ingest.index import Index
+from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import LONGEST
-from diffusion.errors import UserError
-from diffusion.progress import silent
 from tests.diffusion.hostile_files import HOSTILE, IMAGES, parquet
 from tests.diffusion.reading_sources import access, seen
 from tests.diffusion.test_sources_archives import peak
@@ -30,9 +30,9 @@ INGEST = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))  # the machine outlives a failure
 from pathlib import Path
-from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import ingest
-from diffusion.errors import UserError
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
+from diffusion.common.errors import UserError
 for source in sys.argv[2:]:
     folder = Path(sys.argv[1], Path(source).name if Path(source).is_dir() else Path(source).parent.name)
     try:

@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffusion.data.ahead import local_fan_out
-from diffusion.data.chunks import Chunk, PreparedChunk, chunk_size
-from diffusion.data.config import IngestConfig
+from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
-from diffusion.data.ingest import ingest
+from diffusion.data.ingest.chunks import Chunk, PreparedChunk, chunk_size
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
+from diffusion.data.ingest.merge import split_of
 from diffusion.data.manifest import content_digest, read_manifest, versions, work_folder
-from diffusion.data.merge import split_of
-from diffusion.errors import UserError
+from diffusion.data.prefetch import local_fan_out
 from tests.conftest import blob
 
 

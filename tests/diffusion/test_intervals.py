@@ -7,7 +7,7 @@ from diffusion.evaluation.bootstrap import compute_replicates
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.evaluator import Evaluator
-from diffusion.samplers import sampling_config
+from diffusion.process.samplers import sampling_config
 from tests.diffusion.small_models import write_model
 from tests.diffusion.trials import Watcher, evaluate_one
 

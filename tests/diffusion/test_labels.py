@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
-from diffusion.errors import UserError
-from diffusion.evaluation import labels
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.features import extractor_for
-from diffusion.evaluation.labels import LabelClassifier, load_label_classifier
+from diffusion.evaluation.features import label_classifier
+from diffusion.evaluation.features.feature_extractor import extractor_for
+from diffusion.evaluation.features.label_classifier import LabelClassifier, load_label_classifier
 from tests.diffusion.small_datasets import write_dataset
 
 COUNT = 120
@@ -21,7 +21,7 @@ COUNT = 120
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is learned here is easy."""
-    monkeypatch.setattr(labels, "STEPS", 25)
+    monkeypatch.setattr(label_classifier, "STEPS", 25)
 
 
 def stripes(count: int = COUNT, seed: int = 0) -> tuple[np.ndarray, list[str]]:

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from diffusion.lanes import lanes
+from diffusion.common.threads import lanes
 
 
 @pytest.fixture

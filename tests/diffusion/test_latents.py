@@ -12,18 +12,18 @@ from PIL import Image
 from safetensors import safe_open
 
 from diffusion.checkpoints import export, load_model, read_header
+from diffusion.common.errors import UserError
+from diffusion.common.random import GaussianNoise
 from diffusion.data.dataset import Dataset
-from diffusion.editing import Edit, whole
-from diffusion.errors import UserError
+from diffusion.diffusers_format.export import export_to_diffusers
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
-from diffusion.explain import explain
-from diffusion.export import export_to_diffusers
-from diffusion.guidance import guided
-from diffusion.model import DiffusionModel, to_float, to_uint8
+from diffusion.families.model import DiffusionModel, to_float, to_uint8
+from diffusion.generation.explain import explain
+from diffusion.generation.generate import interpolate, reconstructed, sample, told_of
 from diffusion.models.config import ModelConfig
-from diffusion.random import GaussianNoise
-from diffusion.sampling import interpolate, reconstructed, sample, told_of
+from diffusion.process.editing import Edit, whole
+from diffusion.process.guidance import guided
 from diffusion.training.config import TrainingConfig
 from diffusion.training.logging import read_metrics
 from diffusion.training.post_hoc_ema import models_to_evaluate

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion.common.errors import UserError
+from diffusion.common.random import generator
 from diffusion.data.dataset import Dataset
 from diffusion.data.loader import Batch, Loader, Order, TrainingOrder, WindowedOrder
 from diffusion.data.manifest import FileEntry
 from diffusion.data.shards import LocalShards, Span
-from diffusion.errors import UserError
-from diffusion.random import generator
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 
 COUNT = 90

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, logistic
 from torch import Tensor
 
-from diffusion.logistics import drawn, log_probability, mixtures_of, width
+from diffusion.models.discretized_logistics import drawn, log_probability, mixtures_of, width
 
 
 def numbers(seed: int, channels: int, mixtures: int, scale: float = 1.0) -> Tensor:

@@ -7,9 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.evaluation.copies import PIXELS, Memorization, detect_memorization, make_thumbnails, shifted_thumbnails
-from diffusion.evaluation.features import EfficientNetLite0
-from diffusion.evaluation.neighbours import NearestNeighbours, find_nearest
+from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
+from diffusion.evaluation.metrics.copies import (
+    PIXELS,
+    Memorization,
+    detect_memorization,
+    make_thumbnails,
+    shifted_thumbnails,
+)
+from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
 from tests.diffusion.degraded import averaged, blurred, compressed, shifted, with_copies, with_noise
 from tests.diffusion.real_pictures import digits
 

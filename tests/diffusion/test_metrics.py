@@ -12,7 +12,8 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torchvision.transforms.functional import gaussian_blur
 
 from diffusion.evaluation.bootstrap import compute_replicates
-from diffusion.evaluation.distances import (
+from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
+from diffusion.evaluation.metrics.distances import (
     Reference,
     Scores,
     compute_moments,
@@ -20,7 +21,6 @@ from diffusion.evaluation.distances import (
     distance_at_infinity,
     frechet_distance,
 )
-from diffusion.evaluation.features import EfficientNetLite0
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from diffusion.checkpoints import LARGEST_HEADER, METADATA_KEY, load_model, read_model_header
-from diffusion.errors import UserError
-from diffusion.files import canonical_json
+from diffusion.common.errors import UserError
+from diffusion.common.files import canonical_json
 from diffusion.models.config import AutoregressiveConfig, FamilyConfig, GANConfig, LatentSpace, VAEConfig
 from tests.diffusion.small_models import write_model
 

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusion.denoiser import Denoiser
 from diffusion.models.config import ModelConfig, Prediction
-from diffusion.objective import Objective, Parametrization, edm, make_objective, make_weight, plain
-from diffusion.process import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule, sigmoid_schedule
+from diffusion.process.denoiser import Denoiser
+from diffusion.process.parametrization import Objective, Parametrization, edm, make_objective, make_weight, plain
+from diffusion.process.schedules import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule, sigmoid_schedule
 from diffusion.training.config import TrainingConfig
 
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample", "edm")

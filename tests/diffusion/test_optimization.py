@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusion.common.threads import lanes
 from diffusion.families.base import BETAS
-from diffusion.lanes import lanes
-from diffusion.model import to_float
+from diffusion.families.model import to_float
 from diffusion.models.config import ModelConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.trainer import scheduled_learning_rate

@@ -8,11 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.evaluation.copies import PIXELS, Memorization, detect_memorization, make_thumbnails, shifted_thumbnails
-from diffusion.evaluation.distances import Scores, compute_scores
-from diffusion.evaluation.features import EfficientNetLite0
-from diffusion.evaluation.neighbours import NearestNeighbours, find_nearest
-from diffusion.evaluation.per_class import Labelled, PerClass, evaluate_classes, fit_discriminant
+from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
+from diffusion.evaluation.metrics.copies import (
+    PIXELS,
+    Memorization,
+    detect_memorization,
+    make_thumbnails,
+    shifted_thumbnails,
+)
+from diffusion.evaluation.metrics.distances import Scores, compute_scores
+from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
+from diffusion.evaluation.metrics.per_class import Labelled, PerClass, evaluate_classes, fit_discriminant
 from tests.diffusion.degraded import blurred, compressed, with_copies, with_noise, without_classes
 from tests.diffusion.real_pictures import FASHION, clothes
 

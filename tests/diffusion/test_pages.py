@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusion.evaluation.pages import storage
+from diffusion.evaluation.reports.html import storage
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 from torch_fidelity.metric_kid import kernel_mmd
 
-from diffusion.evaluation.per_class import SHRINKAGE, Labelled, PerClass, evaluate_classes, fit_discriminant
+from diffusion.evaluation.metrics.per_class import SHRINKAGE, Labelled, PerClass, evaluate_classes, fit_discriminant
 
 NAMES = ("boots", "coats", "hats")
 WIDTH = 12

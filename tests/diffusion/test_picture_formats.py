@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from diffusion.data.pictures import prepare
+from diffusion.data.ingest.decode import prepare
 from tests.conftest import blob
 from tests.diffusion.picture_files import (
     config,

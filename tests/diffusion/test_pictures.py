@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageOps
 
-from diffusion.data.pictures import Refused, StoredPicture, prepare
+from diffusion.data.ingest.decode import Refused, StoredPicture, prepare
 from diffusion.data.png import decode_many
 from tests.conftest import blob
 from tests.diffusion.picture_files import (

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from diffusion.models.config import ModelConfig
-from diffusion.process import (
+from diffusion.process.schedules import (
     NoiseSchedule,
     cosine_schedule,
     edm_schedule,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusion.data.ingest import forget_captions
+from diffusion.data.ingest.ingest import forget_captions
 from diffusion.training.logging import read_metrics
 from tests.diffusion.captioned import needs_encoder, squares
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SCRIPT = """
 import sys
 from pathlib import Path
-from diffusion.samplers import sampling_config
+from diffusion.process.samplers import sampling_config
 from diffusion.models.config import ModelConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import train

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion.common.files import digest_of
+from diffusion.common.fingerprint import fingerprint
 from diffusion.data.dataset import Dataset
-from diffusion.evaluation import distances, real_images
-from diffusion.evaluation.distances import Reference
+from diffusion.evaluation import real_images
+from diffusion.evaluation.metrics import distances
+from diffusion.evaluation.metrics.distances import Reference
 from diffusion.evaluation.real_images import StatisticsKey, cached_features, cached_reference, features_key
-from diffusion.files import digest_of
-from diffusion.fingerprint import fingerprint
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 
 ROWS = np.arange(30)

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.evaluation.charts import read_losses
+from diffusion.common.fingerprint import fingerprint
+from diffusion.common.image_grids import grid, png_bytes
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.distances import Scores
 from diffusion.evaluation.estimate import Estimate, Share
-from diffusion.evaluation.pages import plain, with_error
-from diffusion.evaluation.report import Sheets, findings, write_report
+from diffusion.evaluation.metrics.distances import Scores
+from diffusion.evaluation.reports.charts import read_losses
+from diffusion.evaluation.reports.evaluation_report import Sheets, findings, write_report
+from diffusion.evaluation.reports.html import plain, with_error
 from diffusion.evaluation.results import (
     CheckpointEvaluation,
     Evaluation,
@@ -21,9 +23,7 @@ from diffusion.evaluation.results import (
     MetricEstimate,
     RealBaseline,
 )
-from diffusion.fingerprint import fingerprint
-from diffusion.grids import grid, png_bytes
-from diffusion.samplers import sampling_config
+from diffusion.process.samplers import sampling_config
 from tests.browser import chromium, look
 from tests.diffusion.html_pages import Page
 

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from diffusion.checkpoints import load_model
-from diffusion.config_sampling import REQUESTS, GenerationRequest, make_request
-from diffusion.errors import UserError
-from diffusion.model import DiffusionModel
-from diffusion.requests import answer, original, tasks_of
-from diffusion.samplers import sampling_config
-from diffusion.sampling import interpolate, sample
-from diffusion.upscaling import upscale
+from diffusion.common.errors import UserError
+from diffusion.families.model import DiffusionModel
+from diffusion.generation.config import REQUESTS, GenerationRequest, make_request
+from diffusion.generation.generate import interpolate, sample
+from diffusion.generation.requests import answer, original, tasks_of
+from diffusion.generation.super_resolution import upscale
+from diffusion.process.samplers import sampling_config
 from tests.diffusion.small_models import CONFIG, write_model
 
 SAMPLING = sampling_config(steps=3, compute_batch=4)

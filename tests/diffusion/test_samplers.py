@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.errors import UserError
-from diffusion.process import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule
-from diffusion.samplers import SAMPLING_ADAPTER, EulerSampling, HeunSampling, SamplingConfig, sampling_config
+from diffusion.common.errors import UserError
+from diffusion.process.samplers import SAMPLING_ADAPTER, EulerSampling, HeunSampling, SamplingConfig, sampling_config
+from diffusion.process.schedules import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule
 from tests.diffusion.ideal_denoiser import IdealDenoiser, two_tone_points
 
 DETERMINISTIC = (

@@ -19,11 +19,11 @@ from diffusers import (
 )
 from torch import Tensor
 
-from diffusion.denoiser import Denoiser
 from diffusion.models.config import Prediction
-from diffusion.objective import Parametrization
-from diffusion.process import cosine_schedule, linear_schedule
-from diffusion.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config
+from diffusion.process.denoiser import Denoiser
+from diffusion.process.parametrization import Parametrization
+from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config
+from diffusion.process.schedules import cosine_schedule, linear_schedule
 
 THEIR_SCHEDULE = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 SCHEDULES = {"linear": linear_schedule(1000), "cosine": cosine_schedule(1000)}

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from diffusion.checkpoints import export, load_model, save_tensors
-from diffusion.errors import UserError
-from diffusion.model import DiffusionModel, to_float, to_uint8
-from diffusion.samplers import SAMPLING_ADAPTER, sampling_config
-from diffusion.sampling import sample
+from diffusion.common.errors import UserError
+from diffusion.families.model import DiffusionModel, to_float, to_uint8
+from diffusion.generation.generate import sample
+from diffusion.process.samplers import SAMPLING_ADAPTER, sampling_config
 from tests.diffusion.test_train import run
 
 CONFIG = sampling_config(steps=3, compute_batch=8)

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from diffusion.common.fingerprint import fingerprint
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.distances import Scores
 from diffusion.evaluation.evaluate import evaluate, select_finalists
+from diffusion.evaluation.metrics.distances import Scores
 from diffusion.evaluation.results import CheckpointEvaluation
-from diffusion.fingerprint import fingerprint
-from diffusion.samplers import sampling_config
+from diffusion.process.samplers import sampling_config
 from tests.diffusion.small_models import write_model
 from tests.diffusion.test_evaluate import Watcher
 from tests.diffusion.trials import evaluate_one

@@ -17,12 +17,12 @@ import pytest
 import torch
 from filelock import FileLock
 
+from diffusion.common.errors import UserError
 from diffusion.data import shard_cache
 from diffusion.data.dataset import Dataset
 from diffusion.data.loader import Loader, WindowedOrder
 from diffusion.data.manifest import FileEntry
 from diffusion.data.shard_cache import ShardCache
-from diffusion.errors import UserError
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 
 SIZE = 1000

@@ -19,11 +19,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import ingest
-from diffusion.data.sources import local, open_source
+from diffusion.common.errors import UserError
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
+from diffusion.data.sources import local_files, open_source
 from diffusion.data.sources.conventions import is_picture
-from diffusion.errors import UserError
 from tests.diffusion.reading_sources import access, payloads, png, seen
 
 Files = Mapping[str, bytes]
@@ -119,7 +119,7 @@ def test_what_would_fill_the_disk_when_unpacked_is_refused_and_leaves_nothing(
         return SimpleNamespace(total=100 * 2**20, free=10 * 2**20 - most[-1])
 
     # A disk with ten megabytes left cannot be had here.
-    monkeypatch.setattr(local.shutil, "disk_usage", small_disk)
+    monkeypatch.setattr(local_files.shutil, "disk_usage", small_disk)
     with pytest.raises(UserError, match="5242880 are to stay free: make room there"):
         seen(bomb, access(scratch))
     assert max(most) <= 5 * 2**20

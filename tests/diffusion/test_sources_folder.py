@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import ingest
+from diffusion.common.errors import UserError
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import open_source
-from diffusion.errors import UserError
 from tests.diffusion.reading_sources import access, payloads, png, seen, write_files
 
 

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from torchvision import datasets
 
-from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import ingest
+from diffusion.common.errors import UserError
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import open_source
 from diffusion.data.sources.torchvision_set import ARRAYS, IDX_FILES, PICKLED, PICTURE_FILES
-from diffusion.errors import UserError
 from tests.diffusion.reading_sources import access, payloads, png, seen, write_files
 
 

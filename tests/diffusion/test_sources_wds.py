@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import webdataset as wds
 
-from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import ingest
+from diffusion.common.errors import UserError
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest, read_records
-from diffusion.errors import UserError
 from tests.diffusion.reading_sources import access, payloads, png, seen
 from tests.diffusion.test_sources_archives import tar_bytes
 

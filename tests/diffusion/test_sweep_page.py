@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from pydantic import JsonValue
 
+from diffusion.common.image_grids import grid, png_bytes
 from diffusion.evaluation.ranking import Ranking, rank_evaluations
-from diffusion.evaluation.ranking_report import findings, training_charts, write_ranking_report
-from diffusion.grids import grid, png_bytes
+from diffusion.evaluation.reports.ranking_report import findings, training_charts, write_ranking_report
 from tests.browser import chromium, look
 from tests.diffusion.html_pages import Page
 from tests.diffusion.test_report import an_evaluation, pictures

@@ -14,13 +14,13 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from diffusion.data.config import IngestConfig
+from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
-from diffusion.data.ingest import ingest
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import Manifest, read_manifest, versions, work_folder
-from diffusion.data.takedown import choose, remove
-from diffusion.data.takedown_records import Selection, holders, removals
-from diffusion.errors import UserError
+from diffusion.data.versions.takedown import choose, remove
+from diffusion.data.versions.takedown_records import Selection, holders, removals
 from tests.conftest import blob
 from tests.diffusion.test_ingest import files_of, records
 
@@ -250,8 +250,8 @@ def test_holders_are_the_versions_that_kept_the_pictures(pictures: Path, tmp_pat
 START = """
 import sys
 from pathlib import Path
-from diffusion.data.takedown_records import Selection
-from diffusion.data.takedown import remove
+from diffusion.data.versions.takedown_records import Selection
+from diffusion.data.versions.takedown import remove
 print("ready", flush=True)
 remove(Path(sys.argv[1]), Selection(sources=["a/00*.png", "b/*5.png"]), "asked to")
 """

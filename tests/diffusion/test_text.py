@@ -7,9 +7,9 @@ from importlib.resources import files
 import pytest
 import torch
 
-from diffusion import text
-from diffusion.errors import UserError
-from diffusion.text import ENCODER, TextEncoder, check_encoder, encoder
+from diffusion.common.errors import UserError
+from diffusion.models import text_encoder
+from diffusion.models.text_encoder import ENCODER, TextEncoder, check_encoder, encoder
 from tests.diffusion.captioned import needs_encoder
 
 
@@ -54,7 +54,7 @@ def test_a_text_has_the_same_bits_whatever_is_read_beside_it() -> None:
 
 @needs_encoder
 def test_files_that_are_not_the_ones_expected_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(text.FILES, "tokenizer.json", "0" * 64)
+    monkeypatch.setitem(text_encoder.FILES, "tokenizer.json", "0" * 64)
     with pytest.raises(UserError, match=r"tokenizer\.json is not that of all-MiniLM-L6-v2: reinstall it with `pip"):
         encoder.__wrapped__()
 

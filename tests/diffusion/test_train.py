@@ -20,23 +20,23 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusion.checkpoints import load_model, read_header
+from diffusion.common.errors import DarkroomError, UserError
+from diffusion.common.threads import lanes
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import FileEntry, read_manifest, write_manifest
-from diffusion.errors import DarkroomError, UserError
-from diffusion.lanes import lanes
-from diffusion.model import to_float
+from diffusion.families.model import to_float
+from diffusion.generation.generate import sample
 from diffusion.models.config import ModelConfig
-from diffusion.process import make_schedule
-from diffusion.samplers import sampling_config
-from diffusion.sampling import sample
-from diffusion.training.checkpoint import Checkpoints, CheckpointWriter
+from diffusion.process.samplers import sampling_config
+from diffusion.process.schedules import make_schedule
+from diffusion.training.checkpointing import Checkpoints, CheckpointWriter
 from diffusion.training.config import TrainingConfig
 from diffusion.training.logging import MetricsFile, read_metrics
-from diffusion.training.monitor import TrainingMonitor
 from diffusion.training.post_hoc_ema import models_to_evaluate
 from diffusion.training.preflight import count_flops
 from diffusion.training.train import TrainResult, discard, preflight, train
 from diffusion.training.trainer import scheduled_learning_rate
+from diffusion.training.training_monitor import TrainingMonitor
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 from tests.diffusion.small_trainers import make_trainer, take_step
 

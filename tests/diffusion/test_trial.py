@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from diffusion.checkpoints import load_model
+from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
-from diffusion.errors import UserError
 from diffusion.evaluation.comparison import ChampionComparison, SampleGrids, compare_with_champion
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.gate import GateConfig, Verdict
+from diffusion.generation.generate import labels_of, sample
 from diffusion.models.config import GANConfig
-from diffusion.samplers import SamplingConfig, sampling_config
-from diffusion.sampling import labels_of, sample
+from diffusion.process.samplers import SamplingConfig, sampling_config
 from tests.conftest import disc
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 from tests.diffusion.small_models import CONFIG as MODEL

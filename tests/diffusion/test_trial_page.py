@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.evaluation.comparison_report import probability, write_comparison_report
-from diffusion.grids import grid
+from diffusion.common.image_grids import grid
+from diffusion.evaluation.reports.comparison_report import probability, write_comparison_report
 from tests.browser import chromium, look
 from tests.diffusion.dockets import Shown, docket
 from tests.diffusion.html_pages import Page

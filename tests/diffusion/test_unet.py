@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet, attend, dropped, sinusoidal
 
@@ -165,7 +165,7 @@ def test_time_embeddings_of_all_steps_differ() -> None:
 
 
 def test_configurations_load_without_torch() -> None:
-    code = "import sys, diffusion.models.config, diffusion.config_sampling; sys.exit('torch' in sys.modules)"
+    code = "import sys, diffusion.models.config, diffusion.generation.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.data.config import IngestConfig
+from diffusion.common.errors import Held
 from diffusion.data.dataset import Dataset
-from diffusion.data.ingest import ingest
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
+from diffusion.data.ingest.merge import Union, unite
 from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, require_whole, version_path, work_folder
-from diffusion.data.merge import Union, unite
-from diffusion.data.takedown import remove, remove_known
-from diffusion.data.takedown_records import Selection
-from diffusion.errors import Held
+from diffusion.data.versions.takedown import remove, remove_known
+from diffusion.data.versions.takedown_records import Selection
 from tests.conftest import blob
 from tests.diffusion.test_ingest import files_of
 
@@ -91,7 +91,7 @@ def test_killed_before_the_manifest_it_ends_the_same(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("diffusion.data.merge.remember", killed)
+        patch.setattr("diffusion.data.ingest.merge.remember", killed)
         with pytest.raises(KeyboardInterrupt):
             united(ours, theirs, base)
     united(ours, theirs, base)

@@ -13,21 +13,29 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from diffusion.checkpoints import load_model
+from diffusion.common.errors import UserError
+from diffusion.common.files import digest_of
 from diffusion.data.dataset import Dataset
-from diffusion.errors import UserError
-from diffusion.evaluation.pixel_metrics import psnr
-from diffusion.explain import explain
-from diffusion.files import digest_of
-from diffusion.model import DiffusionModel, to_float, to_uint8
+from diffusion.evaluation.metrics.pixel_metrics import psnr
+from diffusion.families.model import DiffusionModel, to_float, to_uint8
+from diffusion.generation.explain import explain
+from diffusion.generation.generate import interpolate, sample
+from diffusion.generation.super_resolution import (
+    SuperResolution,
+    add_conditioning_noise,
+    enlarged,
+    make_tiles,
+    shrunk,
+    starts,
+    upscale,
+)
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
-from diffusion.process import make_schedule
-from diffusion.samplers import SAMPLING_ADAPTER, sampling_config
-from diffusion.sampling import interpolate, sample
+from diffusion.process.samplers import SAMPLING_ADAPTER, sampling_config
+from diffusion.process.schedules import make_schedule
 from diffusion.training.config import TrainingConfig
 from diffusion.training.logging import read_metrics
 from diffusion.training.train import preflight, train
-from diffusion.upscaling import SuperResolution, add_conditioning_noise, enlarged, make_tiles, shrunk, starts, upscale
 from tests.diffusion.small_datasets import random_pictures, write_dataset
 from tests.diffusion.small_models import header
 from tests.diffusion.test_train import Stop, StopAt

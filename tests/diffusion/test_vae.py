@@ -12,25 +12,25 @@ from PIL import Image
 from torch.distributions import MultivariateNormal
 
 from diffusion.checkpoints import export, load_model
-from diffusion.config_sampling import Conditions, make_request
+from diffusion.common.errors import UserError
+from diffusion.common.image_grids import above, png_bytes
+from diffusion.common.random import GaussianNoise
 from diffusion.data.dataset import Dataset
-from diffusion.editing import Edit
-from diffusion.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.distances import compute_moments, frechet_distance
 from diffusion.evaluation.evaluate import evaluate
-from diffusion.evaluation.features import EfficientNetLite0
-from diffusion.evaluation.pixel_metrics import ssim
-from diffusion.explain import explain
+from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
+from diffusion.evaluation.metrics.distances import compute_moments, frechet_distance
+from diffusion.evaluation.metrics.pixel_metrics import ssim
 from diffusion.families import family_of
+from diffusion.families.model import to_float, to_uint8
 from diffusion.families.vae import VAEModel
-from diffusion.grids import above, png_bytes
-from diffusion.model import to_float, to_uint8
+from diffusion.generation.config import Conditions, make_request
+from diffusion.generation.explain import explain
+from diffusion.generation.generate import interpolate, reconstructed, sample
+from diffusion.generation.requests import answer, tasks_of
 from diffusion.models import vae
 from diffusion.models.config import ModelConfig, VAEConfig
-from diffusion.random import GaussianNoise
-from diffusion.requests import answer, tasks_of
-from diffusion.sampling import interpolate, reconstructed, sample
+from diffusion.process.editing import Edit
 from diffusion.training.logging import read_metrics
 from diffusion.training.post_hoc_ema import models_to_evaluate
 from diffusion.training.preflight import count_flops

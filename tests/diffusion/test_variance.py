@@ -14,22 +14,29 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from diffusion.checkpoints import load_model
-from diffusion.config_objective import disagreement
-from diffusion.denoiser import Denoiser
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.explain import explain
-from diffusion.model import to_uint8
+from diffusion.families.model import to_uint8
+from diffusion.families.options import training_conflict
+from diffusion.generation.explain import explain
+from diffusion.generation.generate import sample
 from diffusion.models.config import ModelConfig, Prediction
 from diffusion.models.unet import UNet
-from diffusion.objective import Objective, Parametrization, plain
-from diffusion.process import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule
-from diffusion.samplers import SAMPLING_ADAPTER, DDPMSampling, SamplingConfig, fixed_large, fixed_small, sampling_config
-from diffusion.sampling import sample
+from diffusion.process.denoiser import Denoiser
+from diffusion.process.parametrization import Objective, Parametrization, plain
+from diffusion.process.samplers import (
+    SAMPLING_ADAPTER,
+    DDPMSampling,
+    SamplingConfig,
+    fixed_large,
+    fixed_small,
+    sampling_config,
+)
+from diffusion.process.schedules import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule
+from diffusion.process.variance import HALF_A_LEVEL, bound, deviation_between, log_likelihood
 from diffusion.training.config import TrainingConfig
 from diffusion.training.preflight import count_flops
 from diffusion.training.train import train
-from diffusion.variance import HALF_A_LEVEL, bound, deviation_between, log_likelihood
 from tests.diffusion.test_train import CONFIG, MODEL, SAMPLING, Stop, StopAt
 from tests.diffusion.trials import evaluate_one
 
@@ -364,8 +371,8 @@ def test_trainings_that_cannot_teach_a_variance_are_refused_with_the_reason(
     settings: dict[str, object], words: str
 ) -> None:
     config = TrainingConfig.model_validate({"images": 1} | settings)
-    assert words in (disagreement(LEARNED, config) or "")
-    assert disagreement(MODEL, config) is None
+    assert words in (training_conflict(LEARNED, config) or "")
+    assert training_conflict(MODEL, config) is None
 
 
 def test_configurations_that_leave_it_out_keep_their_digests() -> None:

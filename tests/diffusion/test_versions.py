@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffusion.common.errors import UserError
 from diffusion.data.manifest import manifest_bytes, parse_manifest, read_manifest, write_manifest
-from diffusion.data.versions import diff, history, known_versions, remember, resolve, show
-from diffusion.errors import UserError
+from diffusion.data.versions.versions import diff, history, known_versions, remember, resolve, show
 from tests.diffusion.built_datasets import BuiltDataset, duplicate, kept, quarantined
 from tests.diffusion.small_datasets import random_pictures
 

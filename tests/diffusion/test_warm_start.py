@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusion.errors import UserError
-from diffusion.samplers import sampling_config
+from diffusion.common.errors import UserError
+from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import TrainResult, preflight, train
 from tests.diffusion.small_autoencoders import VAE

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from diffusion.common.errors import UserError
 from diffusion.data.dataset import SPLITS, Dataset
 from diffusion.data.manifest import Split
 from diffusion.data.webdataset_pipeline import open_webdataset
-from diffusion.errors import UserError
 
 
 @pytest.mark.parametrize("split", SPLITS)

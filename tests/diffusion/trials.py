@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from diffusion.checkpoints import AVERAGED, save_tensors
+from diffusion.common.progress import Progress, silent
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.cache import cached
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.results import CheckpointEvaluation
 from diffusion.families import family_of
+from diffusion.generation.super_resolution import FromNoise, GenerationTask
 from diffusion.models.config import FamilyConfig, VAEConfig
-from diffusion.progress import Progress, silent
-from diffusion.samplers import SamplingConfig, sampling_config
-from diffusion.upscaling import FromNoise, GenerationTask
+from diffusion.process.samplers import SamplingConfig, sampling_config
 from tests.conftest import disc
 from tests.diffusion.small_datasets import write_dataset
 from tests.diffusion.small_models import header

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
-from flows.s3 import Store, client
+from flows.storage.s3 import Store, client
 from tests.conftest import disc
 from tests.flows.workspace import PARAMS, Workspace, objects
 

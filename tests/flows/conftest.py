@@ -12,10 +12,10 @@ from uuid import uuid4
 import pytest
 from mlflow.client import MlflowClient
 
-from diffusion.errors import DarkroomError
-from flows.s3 import Store, client
-from flows.stack import ports, seaweedfs
-from flows.stack.tls import new_identity
+from diffusion.common.errors import DarkroomError
+from flows.local_stack import ports, seaweedfs
+from flows.local_stack.tls import new_identity
+from flows.storage.s3 import Store, client
 from tests.flows.workspace import Workspace
 
 

@@ -13,16 +13,16 @@ from botocore.loaders import JSONFileLoader
 from dvc.repo import Repo
 
 import flows.ingest
-from diffusion.data.ahead import local_fan_out
-from diffusion.data.ingest import IngestResult, Rebuild
+from diffusion.data.ingest.ingest import IngestResult, Rebuild
 from diffusion.data.manifest import Manifest, read_manifest, read_records
-from diffusion.data.takedown_records import Removal, Selection
+from diffusion.data.prefetch import local_fan_out
+from diffusion.data.versions.takedown_records import Removal, Selection
 from flows import takedown
-from flows.catalogue import Catalogue, Heads
-from flows.checkout import checkout
+from flows.config import Params
+from flows.datasets.catalog import Catalogue, Heads
+from flows.datasets.checkout import checkout
 from flows.environment import data_source
-from flows.params import Params
-from flows.s3 import Store
+from flows.storage.s3 import Store
 from tests.conftest import blob
 
 NAME = "blobs"

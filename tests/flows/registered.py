@@ -5,8 +5,8 @@ from typing import Any
 
 from mlflow.client import MlflowClient
 
-from diffusion.files import sha256_bytes
-from flows.registry import WEIGHTS, Version, version_of
+from diffusion.common.files import sha256_bytes
+from flows.registry.model_versions import WEIGHTS, Version, version_of
 
 WRITES = (
     "set_registered_model_alias",

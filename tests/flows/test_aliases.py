@@ -10,14 +10,14 @@ from uuid import uuid4
 import pytest
 from mlflow.client import MlflowClient
 
-from diffusion.errors import Held, UserError
-from flows import champion
-from flows.aliases import adopted, aliases_of, append, project, restore
-from flows.history import Approval, Entry, Evidence, History, What
-from flows.ledger import Ledger
+from diffusion.common.errors import Held, UserError
 from flows.promote import Judgement, next_entry
-from flows.registry import Version, resolve
-from flows.retention.runs import find_live
+from flows.registry import champion
+from flows.registry.aliases import adopted, aliases_of, append, project, restore
+from flows.registry.ledger import Ledger
+from flows.registry.ledger_entries import Approval, Entry, Evidence, History, What
+from flows.registry.model_versions import Version, resolve
+from flows.retention.run_items import find_live
 from tests.flows.registered import Killed, Mortal, add_version
 
 HOLD = Evidence(verdict="hold", reason="kid 0.02 ± 0.01, not lower")

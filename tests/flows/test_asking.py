@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler
 
 import pytest
 
-from flows.asking import NotServing, ask, fetch
+from flows.local_stack.http_api import NotServing, ask, fetch
 from tests.flows.http_server import serving
 
 

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
-from diffusion.data.takedown_records import Removal
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
+from diffusion.data.versions.takedown_records import Removal
 from flows.environment import settings
-from flows.s3 import Store, client
-from flows.stack import down, up
-from flows.stack import restore as restoring
-from flows.stack.backup import DATABASES, SMALL, Backup, Backups, SavedObject, _copy, save, stamped
-from flows.stack.local import USER, LocalStack
-from flows.stack.restore import AT_ONCE, _handfuls, _later_removals, restore
+from flows.local_stack import down, up
+from flows.local_stack import restore as restoring
+from flows.local_stack.backup import DATABASES, SMALL, Backup, Backups, SavedObject, _copy, save, stamped
+from flows.local_stack.restore import AT_ONCE, _handfuls, _later_removals, restore
+from flows.local_stack.stack_files import USER, LocalStack
+from flows.storage.s3 import Store, client
 from tests.chaos.power_drills import backup_drill
 
 

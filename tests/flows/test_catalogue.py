@@ -10,24 +10,24 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
-from diffusion.data.chunks import Chunk, PreparedChunk
-from diffusion.data.config import IngestConfig
+from diffusion.common.errors import UserError
+from diffusion.common.files import sha256_bytes
 from diffusion.data.dataset import Dataset
-from diffusion.data.ingest import captions_folder, ingest
+from diffusion.data.ingest.chunks import Chunk, PreparedChunk
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import captions_folder, ingest
 from diffusion.data.manifest import FileEntry, Manifest, read_manifest, work_folder
 from diffusion.data.shard_cache import ShardCache
-from diffusion.data.takedown import remove
-from diffusion.data.takedown_records import Selection
-from diffusion.data.versions import history
-from diffusion.errors import UserError
-from diffusion.files import sha256_bytes
+from diffusion.data.versions.takedown import remove
+from diffusion.data.versions.takedown_records import Selection
+from diffusion.data.versions.versions import history
 from diffusion.training.config import TrainingConfig
-from flows.catalogue import Catalogue
-from flows.checkout import checkout
+from flows.config import Params
+from flows.datasets.catalog import Catalogue
+from flows.datasets.checkout import checkout
+from flows.datasets.lineage import RemoteShards, data_version, record_data, restore_data
 from flows.ingest import record
-from flows.lineage import RemoteShards, data_version, record_data, restore_data
-from flows.params import Params
-from flows.s3 import Store
+from flows.storage.s3 import Store
 from tests.conftest import blob
 from tests.diffusion.test_ingest import files_of
 

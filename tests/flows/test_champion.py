@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from mlflow.client import MlflowClient
 
-from diffusion.errors import UserError
-from flows import champion
-from flows.aliases import verified
-from flows.champion import champion_problem, require_champion
-from flows.ledger import Ledger
-from flows.params import Params
-from flows.registry import Version, resolve
+from diffusion.common.errors import UserError
+from flows.config import Params
+from flows.registry import champion
+from flows.registry.aliases import verified
+from flows.registry.champion import champion_problem, require_champion
+from flows.registry.ledger import Ledger
+from flows.registry.model_versions import Version, resolve
 from tests.flows.registered import add_version
 
 

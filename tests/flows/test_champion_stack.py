@@ -15,8 +15,8 @@ import httpx
 import pytest
 from mlflow.client import MlflowClient
 
-from flows.ledger import Ledger
-from flows.metrics import LedgerRead, of_ledgers
+from flows.monitoring.prometheus import LedgerRead, of_ledgers
+from flows.registry.ledger import Ledger
 from tests.chaos.forked import Forks
 from tests.flows.workspace import PARAMS, Workspace, objects, running
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from diffusion.errors import UserError
-from flows.params import Params
+from diffusion.common.errors import UserError
+from flows.config import Params
 from flows.variants import combinations, parse_over
 
 PARAMS = Params.model_validate({"training": {"dataset": "faces", "images": 100}, "model": {"width": 16}})

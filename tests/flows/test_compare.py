@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from diffusion.checkpoints import read_model_header
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
 from flows.cli import app
 from tests.diffusion.trials import discs
 

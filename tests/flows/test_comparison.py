@@ -10,8 +10,8 @@ import pytest
 from mlflow.client import MlflowClient
 
 from diffusion.data.manifest import read_manifest
-from flows.catalogue import Catalogue
-from flows.s3 import Location, Store
+from flows.datasets.catalog import Catalogue
+from flows.storage.s3 import Location, Store
 
 ROOT = Path(__file__).parents[2]
 FIGURES = {"images": 640, "kid_efflite0": 0.25, "real_baseline_kid_efflite0": 0.01, "precision_efflite0": 0.5}

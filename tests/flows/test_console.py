@@ -2,7 +2,7 @@
 
 import pytest
 
-from flows.console import Pace
+from flows.tracking.console import Pace
 
 
 class Clock:

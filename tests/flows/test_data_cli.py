@@ -17,12 +17,12 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
-from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import ingest
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest
-from flows.catalogue import Catalogue
 from flows.cli import main
-from flows.lineage import record_data
+from flows.datasets.catalog import Catalogue
+from flows.datasets.lineage import record_data
 from tests.conftest import blob
 from tests.diffusion.test_ingest import files_of
 

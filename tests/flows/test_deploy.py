@@ -15,13 +15,13 @@ from prefect.server.utilities.user_templates import render_user_template_sync
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import is_valid_schema, validate
 
-from diffusion.errors import UserError
-from flows.deploy import PACKAGED, _require_cron, filled, read_definitions
-from flows.on_demand import sample_on_demand
-from flows.params import Params
+from diffusion.common.errors import UserError
+from flows.config import Params
+from flows.datasets.sync import CREATED
+from flows.deployment.deploy import PACKAGED, _require_cron, filled, read_definitions
+from flows.monitor import compare_kid, monitor
 from flows.retrain import retrain
-from flows.sync import CREATED
-from flows.watch import compare_kid, monitor
+from flows.sample_on_demand import sample_on_demand
 
 PARAMS = Params.model_validate({"training": {"dataset": "faces"}, "ingest": {"source": "pictures"}})
 VALUES: dict[str, Any] = {
@@ -40,8 +40,8 @@ VALUES: dict[str, Any] = {
 }
 FLOWS = {
     "flows.retrain.retrain": retrain,
-    "flows.on_demand.sample_on_demand": sample_on_demand,
-    "flows.watch.monitor": monitor,
+    "flows.sample_on_demand.sample_on_demand": sample_on_demand,
+    "flows.monitor.monitor": monitor,
 }
 
 
@@ -142,7 +142,7 @@ def test_a_champion_drifts_if_it_is_worse_by_more_than_chance_allows(now: float,
 
 def test_what_a_schedule_starts_loads_no_torch_and_no_mlflow_before_there_is_something_to_do() -> None:
     script = (
-        "import sys, flows.retrain, flows.on_demand, flows.watch, flows.deploy\n"
+        "import sys, flows.retrain, flows.sample_on_demand, flows.monitor, flows.deployment.deploy\n"
         "print(*sorted({'torch', 'mlflow', 'matplotlib', 'pandas'} & set(sys.modules)))"
     )
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -22,7 +22,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
-from flows.sync import CREATED
+from flows.datasets.sync import CREATED
 from tests.browser import chromium
 from tests.flows.workspace import PARAMS, Workspace, running
 
@@ -54,7 +54,7 @@ ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 HOLDER = """
 import time
 from prefect import flow
-from flows.steps import turn
+from flows.deployment.tasks import turn
 
 @flow(name="holder")
 def holder():

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
-from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import ingest
-from flows.lineage import data_version, record_data
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
+from flows.datasets.lineage import data_version, record_data
 from tests.conftest import blob
 from tests.flows.workspace import PARAMS
 

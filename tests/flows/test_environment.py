@@ -7,12 +7,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
 from flows.environment import SERVERS, Server, settings
-from flows.stack import exports
-from flows.stack.discovery import join_servers, servers_in_environment
-from flows.stack.local import LocalStack
-from flows.stack.process import marks, members, start, stop
+from flows.local_stack import exports
+from flows.local_stack.discovery import join_servers, servers_in_environment
+from flows.local_stack.server_process import marks, members, start, stop
+from flows.local_stack.stack_files import LocalStack
 
 pytestmark = pytest.mark.usefixtures("no_servers")
 

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from diffusion.escaping import escape_controls, escape_markdown, python_literal
-from diffusion.export import export_to_diffusers
-from diffusion.samplers import sampling_config
+from diffusion.common.escaping import escape_controls, escape_markdown, python_literal
+from diffusion.diffusers_format.export import export_to_diffusers
+from diffusion.process.samplers import sampling_config
 from flows.cli import main
-from flows.console import Bars, Lines
+from flows.tracking.console import Bars, Lines
 from tests.conftest import blob
 from tests.diffusion.small_models import write_model
 
@@ -149,7 +149,7 @@ def test_commands_show_hostile_names_labels_and_captions_and_obey_none(darkroom:
 
 
 def test_the_page_on_a_data_set_of_hostile_names_is_harmless(darkroom: CommandLine, tmp_path: Path) -> None:
-    from diffusion.evaluation.dataset_report import write_dataset_report
+    from diffusion.evaluation.reports.dataset_report import write_dataset_report
 
     darkroom("ingest", "--local")
     page = tmp_path / "page.html"

@@ -36,6 +36,8 @@ def test_mistakes_are_named_before_anything_is_written(tmp_path: Path) -> None:
 
 
 def test_only_the_export_itself_imports_diffusers() -> None:
-    script = "import sys, diffusion.export, flows.cli.model_commands; print('diffusers' in sys.modules)"
+    script = (
+        "import sys, diffusion.diffusers_format.export, flows.cli.model_commands; print('diffusers' in sys.modules)"
+    )
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert loaded.stdout.split() == ["False"]

@@ -8,10 +8,10 @@ import pytest
 from prefect import flow
 from prefect.testing.utilities import prefect_test_harness
 
-from diffusion.data.chunks import Chunk, PreparedChunk, prepare_chunk
-from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import IngestResult, ingest
-from flows.steps import prefect_fan_out, task_runner
+from diffusion.data.ingest.chunks import Chunk, PreparedChunk, prepare_chunk
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import IngestResult, ingest
+from flows.deployment.tasks import prefect_fan_out, task_runner
 from tests.conftest import blob
 from tests.diffusion.test_ingest import files_of
 

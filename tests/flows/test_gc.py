@@ -10,24 +10,24 @@ import pytest
 from dvc.repo import Repo
 from mlflow.client import MlflowClient
 
+from diffusion.common.errors import UserError
+from diffusion.common.fingerprint import Fingerprint
 from diffusion.data.manifest import Manifest, manifest_bytes
-from diffusion.errors import UserError
-from diffusion.fingerprint import Fingerprint
-from diffusion.samplers import sampling_config
-from flows import catalogue
-from flows.champion import promote
-from flows.checkout import checkout
-from flows.dvc_files import Remote
+from diffusion.process.samplers import sampling_config
+from flows.datasets import catalog
+from flows.datasets.checkout import checkout
+from flows.datasets.dvc import Remote
+from flows.datasets.purge import Doomed
 from flows.gc import Collected, collect
-from flows.ledger import NEWEST, Newest
-from flows.printing import begin
-from flows.prints import Batch
-from flows.purge import Doomed
+from flows.registry.champion import promote
+from flows.registry.ledger import NEWEST, Newest
+from flows.retention.batch_items import Prints, in_order
 from flows.retention.policy import RetentionConfig, table
-from flows.retention.prints import Prints, in_order
-from flows.retention.runs import CONTENT
-from flows.s3 import Location, Store
-from flows.tracking import TRAIN_KEY
+from flows.retention.run_items import CONTENT
+from flows.sampling.generate_batch import begin
+from flows.sampling.sampling_batch import Batch
+from flows.storage.s3 import Location, Store
+from flows.tracking.runs import TRAIN_KEY
 from tests.flows.conftest import copied_store
 from tests.flows.registered import add_version
 from tests.flows.test_catalogue import FOLDER, Place
@@ -153,7 +153,7 @@ def test_while_somebody_pushes_no_file_goes(place: Place) -> None:
     place.version(*range(100, 104))
     collected(100)
     before = set(place.catalogue.store.list_keys(place.bucket, "dvc/"))
-    with catalogue.pushing("blobs", place.source):
+    with catalog.pushing("blobs", place.source):
         collected(100)
         assert set(place.catalogue.store.list_keys(place.bucket, "dvc/")) == before
     collected(100)

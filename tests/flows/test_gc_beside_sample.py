@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from diffusion.config_sampling import UNCONDITIONAL
-from flows import printing
-from flows.printing import Drawn
-from flows.prints import Batch
+from diffusion.generation.config import UNCONDITIONAL
+from flows.retention.batch_items import Prints
 from flows.retention.policy import RetentionConfig
-from flows.retention.prints import Prints
-from flows.s3 import Location, Store
-from flows.s3_errors import Missing
+from flows.sampling import generate_batch
+from flows.sampling.generate_batch import Drawn
+from flows.sampling.sampling_batch import Batch
+from flows.storage.s3 import Location, Store
+from flows.storage.s3_errors import Missing
 from tests.flows.test_printing import batch, found, rows_of
 
 AT_ONCE = RetentionConfig(unfinished_days=0, prints_days=0, grace_hours=0)
@@ -33,22 +33,22 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         images = torch.arange(len(indices) * 64, dtype=torch.uint8).reshape(-1, 1, 8, 8)
         yield Drawn(indices, images, [None] * len(indices), UNCONDITIONAL)
 
-    monkeypatch.setattr(printing, "_drawn", generated)
+    monkeypatch.setattr(generate_batch, "_drawn", generated)
     return tmp_path / "weights.safetensors"
 
 
 def generate(store: Store, made: Batch, bucket: str, weights: Path) -> Location:
     """As the flow ``sample`` does, without Prefect; returns where the finished batch lies."""
     while True:
-        place = printing.usual_place(store, made, bucket)
-        printing.begin(store, made, place, None)
+        place = generate_batch.usual_place(store, made, bucket)
+        generate_batch.begin(store, made, place, None)
         try:
-            for chunk in printing.unfinished(store, made, place):
-                printing.print_chunk(store, made, place, weights, chunk, None, 1)
+            for chunk in generate_batch.unfinished(store, made, place):
+                generate_batch.print_chunk(store, made, place, weights, chunk, None, 1)
         except Missing:
-            assert printing.is_deleted(store, place)
+            assert generate_batch.is_deleted(store, place)
             continue
-        if printing.finish(store, made, place):
+        if generate_batch.finish(store, made, place):
             return place
 
 
@@ -84,14 +84,14 @@ def is_whole(store: Store, made: Batch, place: Location) -> bool:
     if "manifest.parquet" not in files:
         return False
     names = {row["tar"] if made.format == "tar" else row["key"] for row in rows_of(files)}
-    return names <= set(files) and not printing.unfinished(store, made, place)
+    return names <= set(files) and not generate_batch.unfinished(store, made, place)
 
 
 def half(store: Store, made: Batch, bucket: str, weights: Path) -> None:
     """What a killed job left: the first chunk."""
-    place = printing.usual_place(store, made, bucket)
-    printing.begin(store, made, place, None)
-    printing.print_chunk(store, made, place, weights, 0, None, 1)
+    place = generate_batch.usual_place(store, made, bucket)
+    generate_batch.begin(store, made, place, None)
+    generate_batch.print_chunk(store, made, place, weights, 0, None, 1)
 
 
 def requests_of(act: Callable[[Store], object]) -> int:
@@ -167,7 +167,7 @@ def test_a_job_runs_before_any_request_of_gc_and_keeps_what_it_finished(
         for place in finished(store, bucket):
             assert is_whole(store, made, place), number
         # Where everything is old, also what was just finished; but never a part of it.
-        assert places[-1] in finished(store, bucket) or printing.is_deleted(store, places[-1]), number
+        assert places[-1] in finished(store, bucket) or generate_batch.is_deleted(store, places[-1]), number
     assert len(places) == last
 
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
 from flows import ingest, train
-from flows.health import check
-from flows.params import Params
-from flows.s3 import Store
+from flows.config import Params
+from flows.monitoring.health import check
+from flows.storage.s3 import Store
 from tests.flows.s3_proxy import Request, ignoring_conditional_completion, proxied
 
 PARAMS = Params.model_validate({"training": {"dataset": "blobs", "images": 320}})

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from mlflow.client import MlflowClient
 
-from diffusion.files import sha256_file
-from flows.stack.backup import STAMP
+from diffusion.common.files import sha256_file
+from flows.local_stack.backup import STAMP
 from tests.flows.test_champion_stack import QUICK
 from tests.flows.workspace import PARAMS, Workspace, objects, running
 

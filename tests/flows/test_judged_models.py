@@ -9,12 +9,12 @@ import pytest
 from mlflow.client import MlflowClient
 from mlflow.entities import LoggedModel
 
+from diffusion.common.fingerprint import fingerprint
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.distances import Scores
+from diffusion.evaluation.metrics.distances import Scores
 from diffusion.evaluation.results import CheckpointEvaluation, Evaluation, EvaluationConditions, RealBaseline
-from diffusion.fingerprint import fingerprint
-from diffusion.samplers import sampling_config
-from flows.tracking import CHECKPOINT, CHECKPOINT_SHA256, EVAL_KEY, JUDGED, Scoreboard
+from diffusion.process.samplers import sampling_config
+from flows.tracking.runs import CHECKPOINT, CHECKPOINT_SHA256, EVAL_KEY, JUDGED, Scoreboard
 
 WRITES = ("create_logged_model", "finalize_logged_model", "set_logged_model_tags", "log_batch")
 CONTENT = "c" * 64

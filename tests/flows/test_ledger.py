@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.errors import Held, UserError
-from flows.history import Approval, Entry, Evidence, History, Standing, Titles, What
-from flows.ledger import Known, Ledger
-from flows.s3 import Location, Object, Store
+from diffusion.common.errors import Held, UserError
+from flows.registry.ledger import Known, Ledger
+from flows.registry.ledger_entries import Approval, Entry, Evidence, History, Standing, Titles, What
+from flows.storage.s3 import Location, Object, Store
 
 HOLD = Evidence(verdict="hold", reason="kid 0.02 ± 0.01, not lower", figures={"kid": 0.02}, eval_key="e" * 64)
 WIN = HOLD.model_copy(update={"verdict": "promote", "reason": "kid 0.01 ± 0.001, lower"})

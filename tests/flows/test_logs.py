@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flows.logs import VARIABLES
+from flows.tracking.json_logs import VARIABLES
 
 
 def lines(folder: Path, program: str, variables: dict[str, str]) -> list[dict[str, Any]]:
@@ -26,14 +26,14 @@ def lines(folder: Path, program: str, variables: dict[str, str]) -> list[dict[st
 
 
 def test_a_command_without_servers_writes_json_too(tmp_path: Path) -> None:
-    program = "from flows.console import console\nwith console() as show: show('pictures', 1, 10)"
+    program = "from flows.tracking.console import console\nwith console() as show: show('pictures', 1, 10)"
     (line,) = lines(tmp_path, program, {"DARKROOM_LOG": "json"})
     assert (line["level"], line["message"]) == ("info", "pictures: 1 of 10")
 
 
 def test_no_other_format_is_taken_for_one(tmp_path: Path) -> None:
     program = """
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
 from flows.environment import settings
 try:
     settings()

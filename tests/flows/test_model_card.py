@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 from mlflow.client import MlflowClient
 
-from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import ingest
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.evaluation.comparison import ChampionComparison, compare_with_champion
 from diffusion.evaluation.gate import Finding, GateConfig
-from diffusion.evaluation.pages import signed, with_error
-from flows import model_card
-from flows.derived import mark
-from flows.history import Evidence, History
-from flows.params import Params
-from flows.registry import Version
+from diffusion.evaluation.reports.html import signed, with_error
+from flows.config import Params
+from flows.registry import model_card
+from flows.registry.ledger_entries import Evidence, History
+from flows.registry.model_versions import Version
+from flows.registry.takedown_marks import mark
 from tests.diffusion.small_models import write_model
 from tests.diffusion.test_report import an_evaluation
 from tests.diffusion.trials import CONFIG, SAMPLING, discs

@@ -17,15 +17,15 @@ from mlflow.client import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from diffusion.checkpoints import load_model
-from diffusion.config import Config
-from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import ingest
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError
+from diffusion.common.files import sha256_bytes, sha256_file
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest
-from diffusion.errors import UserError
 from diffusion.evaluation.cache import cached
-from diffusion.files import sha256_bytes, sha256_file
-from diffusion.training.checkpoint import Checkpoints
-from flows.registry import WEIGHTS, fetch_weights, resolve
+from diffusion.training.checkpointing import Checkpoints
+from flows.registry.model_versions import WEIGHTS, fetch_weights, resolve
 from tests.conftest import blob
 
 ROOT = Path(__file__).parents[2]

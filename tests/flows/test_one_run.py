@@ -11,9 +11,9 @@ import pytest
 from mlflow.client import MlflowClient
 from mlflow.entities import ViewType
 
-from flows.numbered_objects import Claims
-from flows.s3 import Store
-from flows.tracking import TRAIN_KEY, find_run, one_run
+from flows.storage.numbered_objects import Claims
+from flows.storage.s3 import Store
+from flows.tracking.runs import TRAIN_KEY, find_run, one_run
 from tests.flows.registered import Killed
 
 KEY = "0123" * 16

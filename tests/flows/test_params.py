@@ -6,13 +6,13 @@ from typing import get_args
 import pytest
 import torch
 
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
 from diffusion.models.config import ModelConfig, VAEConfig
 from diffusion.presets import PresetName
-from diffusion.process import linear_schedule, make_schedule
-from diffusion.samplers import sampling_config
+from diffusion.process.samplers import sampling_config
+from diffusion.process.schedules import linear_schedule, make_schedule
 from diffusion.training.config import TrainingConfig
-from flows.params import Params, dataset_folder, flattened, load_params, registered
+from flows.config import Params, dataset_folder, flattened, load_params, registered
 from flows.variants import family_variants
 
 MINIMAL = "training:\n  images: 100\n"

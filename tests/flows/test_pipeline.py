@@ -19,8 +19,8 @@ import pytest
 from mlflow.client import MlflowClient
 from PIL import Image
 
-from diffusion.files import sha256_bytes
-from flows.stack.ports import choose
+from diffusion.common.files import sha256_bytes
+from flows.local_stack.ports import choose
 from tests.flows.workspace import PARAMS, Workspace, objects, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

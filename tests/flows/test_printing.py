@@ -15,19 +15,19 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
-from diffusion.config_sampling import Conditions
-from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import ingest
-from diffusion.errors import Held, UserError
-from diffusion.files import sha256_bytes
-from diffusion.fingerprint import fingerprint
-from diffusion.samplers import sampling_config
-from flows import printing
-from flows.printing import Work, cost_of
-from flows.prints import Batch, part_bytes, part_key, part_rows, picture_key
-from flows.request_table import RequestTable
-from flows.s3 import Location, Object, Store, client
-from flows.s3_objects import S3Objects
+from diffusion.common.errors import Held, UserError
+from diffusion.common.files import sha256_bytes
+from diffusion.common.fingerprint import fingerprint
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
+from diffusion.generation.config import Conditions
+from diffusion.process.samplers import sampling_config
+from flows.datasets.s3_source import S3Objects
+from flows.sampling import generate_batch
+from flows.sampling.generate_batch import Work, cost_of
+from flows.sampling.request_table import RequestTable
+from flows.sampling.sampling_batch import Batch, part_bytes, part_key, part_rows, picture_key
+from flows.storage.s3 import Location, Object, Store, client
 from tests.diffusion.small_models import write_model
 from tests.flows.http_server import serving
 from tests.flows.s3_proxy import ignoring_conditional_completion, proxied
@@ -58,8 +58,8 @@ def batch(count: int, **changes: Any) -> Batch:
 
 def print_all(store: Store, made: Batch, place: Location, weights: Path, table: RequestTable | None = None) -> None:
     for chunk in range(len(made.chunks())):
-        printing.print_chunk(store, made, place, weights, chunk, table, 1)
-    printing.finish(store, made, place)
+        generate_batch.print_chunk(store, made, place, weights, chunk, table, 1)
+    generate_batch.finish(store, made, place)
 
 
 def found(store: Store, place: Location) -> dict[str, bytes]:
@@ -119,25 +119,27 @@ def test_chunks_drawn_side_by_side_have_the_bytes_of_those_drawn_alone(
     alone, beside = Location(bucket, "alone"), Location(bucket, "beside")
     print_all(store, batch(64), alone, weights)
     with ThreadPoolExecutor(4) as pool:
-        works = [pool.submit(printing.print_chunk, store, batch(64), beside, weights, n, None, 1 + n) for n in range(4)]
+        works = [
+            pool.submit(generate_batch.print_chunk, store, batch(64), beside, weights, n, None, 1 + n) for n in range(4)
+        ]
         assert [work.result().pictures for work in works] == [16] * 4
-    printing.finish(store, batch(64), beside)
+    generate_batch.finish(store, batch(64), beside)
     assert found(store, beside) == found(store, alone)
 
 
 def test_a_finished_chunk_is_left_and_what_is_unfinished_is_named(store: Store, bucket: str, weights: Path) -> None:
     made, place = batch(40, format="tar"), Location(bucket, "half")
-    assert printing.unfinished(store, made, place) == [0, 1, 2]
-    assert printing.print_chunk(store, made, place, weights, 1, None, 1).pictures == 16
-    assert printing.unfinished(store, made, place) == [0, 2]
-    assert printing.print_chunk(store, made, place, weights, 1, None, 1).pictures == 0
+    assert generate_batch.unfinished(store, made, place) == [0, 1, 2]
+    assert generate_batch.print_chunk(store, made, place, weights, 1, None, 1).pictures == 16
+    assert generate_batch.unfinished(store, made, place) == [0, 2]
+    assert generate_batch.print_chunk(store, made, place, weights, 1, None, 1).pictures == 0
 
 
 def test_a_machine_that_draws_other_bits_draws_nothing(store: Store, bucket: str, weights: Path) -> None:
     made = batch(8)
     elsewhere = made.model_copy(update={"fingerprint": made.fingerprint.model_copy(update={"device": "AVX9"})})
     with pytest.raises(Held, match=r"would draw other bits .*device: AVX9 → "):
-        printing.print_chunk(store, elsewhere, Location(bucket, "x"), weights, 0, None, 1)
+        generate_batch.print_chunk(store, elsewhere, Location(bucket, "x"), weights, 0, None, 1)
     assert list(store.list_keys(bucket)) == []
 
 
@@ -219,11 +221,11 @@ def test_the_next_pictures_are_drawn_while_those_before_are_uploaded_and_not_man
 
     ahead: list[int] = []
     # It draws as ever, and only tells when.
-    really = printing.sample
-    monkeypatch.setattr(printing, "sample", counted)
+    really = generate_batch.sample
+    monkeypatch.setattr(generate_batch, "sample", counted)
     hold_by(hold)
     slow = Store(client(variables={**s3_environment, "AWS_ENDPOINT_URL_S3": url}))
-    printing.print_chunk(slow, batch(64, chunk=64), Location(bucket, "x"), weights, 0, None, 1)
+    generate_batch.print_chunk(slow, batch(64, chunk=64), Location(bucket, "x"), weights, 0, None, 1)
     assert ahead in ([0, 8], [0, 8, 16])
     assert drawn == list(range(0, 64, 8))
 
@@ -245,7 +247,12 @@ def test_what_drawing_holds_does_not_grow_with_the_count(store: Store, bucket: s
     for count in (16, 32, 192):
         made, place = batch(count), Location(bucket, str(count))
         chunks = range(len(made.chunks()))
-        peaks.append(peak(lambda: [printing.print_chunk(store, made, place, weights, n, None, 1) for n in chunks]))  # noqa: B023
+
+        def generate(made: Batch = made, place: Location = place, chunks: range = chunks) -> None:
+            for number in chunks:
+                generate_batch.print_chunk(store, made, place, weights, number, None, 1)
+
+        peaks.append(peak(generate))
     sizes = [each.size for each in store.list_objects(bucket, "192/")]
     # What is on its way at the same time differs by chance.
     assert peaks[2] - peaks[1] < sum(sizes) / 2
@@ -258,14 +265,14 @@ def test_of_all_rows_those_of_a_chunk_are_held_while_the_manifest_is_written(
     print_all(store, batch(16), one, weights)
     row = part_rows(store.get(bucket, one.key("manifest/part-00000.jsonl")), "part")[0]
     # Thousands of images would have to be there, which nothing is read of.
-    monkeypatch.setattr(printing, "unfinished", lambda *_: [])
+    monkeypatch.setattr(generate_batch, "unfinished", lambda *_: [])
     peaks = []
     for chunks in (4, 24):
         made, place = batch(128 * chunks, chunk=128), Location(bucket, str(chunks))
         rows = ([row | {"index": i, "key": picture_key(i)} for i in indices] for indices in made.chunks())
         objects = [Object(place.key(part_key(n)), part_bytes(each)) for n, each in enumerate(rows)]
         store.put_many(bucket, objects)
-        peaks.append(peak(lambda: printing.finish(store, made, place)))  # noqa: B023
+        peaks.append(peak(lambda: generate_batch.finish(store, made, place)))  # noqa: B023
     assert pq.read_metadata(io.BytesIO(store.get(bucket, "24/manifest.parquet"))).num_rows == 128 * 24
     # Beside the rows of a chunk, the manifest itself is held, and copied, as long as it is smaller than a part.
     assert peaks[1] - peaks[0] < 3 * len(store.get(bucket, "24/manifest.parquet"))
@@ -275,7 +282,7 @@ def test_of_all_rows_those_of_a_chunk_are_held_while_the_manifest_is_written(
 def test_on_a_server_that_completes_uploads_over_objects_batches_end_whole_in_files_and_in_large_tars(
     store: Store, s3_environment: dict[str, str], bucket: str, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(printing, "PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(generate_batch, "PART_BYTES", 5 * 2**20)
     sampling = SAMPLING.model_copy(update={"compute_batch": 64})
     traits = fingerprint(sampling.compute_batch, sampling.precision, sampling.device)
     large = batch(2048, chunk=2048, format="tar", sampling=sampling, fingerprint=traits)
@@ -284,7 +291,7 @@ def test_on_a_server_that_completes_uploads_over_objects_batches_end_whole_in_fi
         for made in (batch(32), large):
             place = Location(bucket, made.format)
             for _ in range(2):
-                printing.begin(careless, made, place, None)
+                generate_batch.begin(careless, made, place, None)
                 print_all(careless, made, place, weights)
             files = found(store, place)
             assert "_SUCCESS" in files
@@ -301,15 +308,15 @@ def test_a_batch_of_which_an_image_is_missing_is_not_finished_and_what_is_missin
     for made in (batch(5, chunk=2), batch(5, chunk=2, format="tar")):
         place = Location(bucket, made.format)
         for chunk in range(3):
-            printing.print_chunk(store, made, place, weights, chunk, None, 1)
+            generate_batch.print_chunk(store, made, place, weights, chunk, None, 1)
         before = found(store, place)
         name = "00000003.png" if made.format == "png" else "prints-00001.tar"
         store.delete_many(bucket, [place.key(name)])
-        assert not printing.finish(store, made, place)
+        assert not generate_batch.finish(store, made, place)
         assert set(found(store, place)) == set(before) - {name}
-        assert printing.unfinished(store, made, place) == [1]
-        assert printing.print_chunk(store, made, place, weights, 1, None, 1).pictures == 2
-        assert printing.finish(store, made, place)
+        assert generate_batch.unfinished(store, made, place) == [1]
+        assert generate_batch.print_chunk(store, made, place, weights, 1, None, 1).pictures == 2
+        assert generate_batch.finish(store, made, place)
         assert before.items() < found(store, place).items()
 
 
@@ -318,7 +325,7 @@ def test_by_a_table_each_picture_shows_its_row(store: Store, bucket: str, weight
     (tmp_path / "wanted.csv").write_text("\n".join(["label,prompt", *(f"{label or ''}," for label in labels)]))
     table = RequestTable.made(tmp_path / "wanted.csv", tmp_path)
     by_table, by_list = Location(bucket, "table"), Location(bucket, "list")
-    printing.begin(store, batch(21, requests=table.about), by_table, table)
+    generate_batch.begin(store, batch(21, requests=table.about), by_table, table)
     print_all(store, batch(21, requests=table.about), by_table, weights, table)
     print_all(store, batch(21, conditions=Conditions(labels=tuple(labels))), by_list, weights)
     ours, theirs = rows_of(found(store, by_table)), rows_of(found(store, by_list))
@@ -329,8 +336,8 @@ def test_by_a_table_each_picture_shows_its_row(store: Store, bucket: str, weight
 
 def test_the_place_of_another_batch_is_kept_and_the_reason_told(store: Store, bucket: str, tmp_path: Path) -> None:
     place, made = Location(bucket, "here"), batch(40)
-    printing.begin(store, made, place, None)
-    printing.begin(store, made, place, None)
+    generate_batch.begin(store, made, place, None)
+    generate_batch.begin(store, made, place, None)
     moved = made.fingerprint.model_copy(update={"torch": "9"})
     for other, words in (
         (batch(41), "of another request"),
@@ -338,14 +345,14 @@ def test_the_place_of_another_batch_is_kept_and_the_reason_told(store: Store, bu
         (batch(40, fingerprint=moved), "another fingerprint .torch: .* → 9"),
     ):
         with pytest.raises(Held, match=words):
-            printing.begin(store, other, place, None)
+            generate_batch.begin(store, other, place, None)
     assert Batch.model_validate_json(store.get(bucket, "here/batch.json")) == made
 
 
 def test_at_the_place_of_what_cannot_be_read_it_is_named(store: Store, bucket: str) -> None:
     store.put_once(bucket, "here/batch.json", b"{}")
     with pytest.raises(UserError, match=rf"s3://{bucket}/here/batch\.json is damaged, or of a newer Darkroom"):
-        printing.begin(store, batch(20), Location(bucket, "here"), None)
+        generate_batch.begin(store, batch(20), Location(bucket, "here"), None)
 
 
 def test_processor_time_of_chunks_that_share_a_process_is_counted_once() -> None:

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from diffusion.checkpoints import load_model
-from diffusion.config_sampling import UNCONDITIONAL, Conditions
-from diffusion.files import sha256_bytes
-from diffusion.fingerprint import fingerprint
-from diffusion.samplers import SamplingConfig, sampling_config
-from diffusion.sampling import label_names, sample
-from flows.prints import Batch, chunk_size, encode, part_bytes, part_rows, write_parquet
+from diffusion.common.files import sha256_bytes
+from diffusion.common.fingerprint import fingerprint
+from diffusion.generation.config import UNCONDITIONAL, Conditions
+from diffusion.generation.generate import label_names, sample
+from diffusion.process.samplers import SamplingConfig, sampling_config
+from flows.sampling.sampling_batch import Batch, chunk_size, encode, part_bytes, part_rows, write_parquet
 from tests.diffusion.test_train import run
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=8)

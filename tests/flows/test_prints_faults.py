@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.s3 import Location, Store
+from flows.storage.s3 import Location, Store
 from tests.diffusion.small_models import write_model
 from tests.flows.test_printing import batch, found
 from tests.flows.test_s3_multipart import begun
@@ -26,8 +26,8 @@ PRINT = """
 import sys
 from pathlib import Path
 from flows import printing
-from flows.prints import Batch
-from flows.s3 import Location, Store
+from flows.sampling.sampling_batch import Batch
+from flows.storage.s3 import Location, Store
 store, batch, place = Store(), Batch.model_validate_json(sys.argv[1]), Location.parse(sys.argv[2])
 print("begins", flush=True)
 for chunk in printing.unfinished(store, batch, place):

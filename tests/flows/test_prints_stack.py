@@ -13,8 +13,8 @@ import httpx
 import pytest
 from mlflow.client import MlflowClient
 
-from diffusion.samplers import sampling_config
-from flows import registry
+from diffusion.process.samplers import sampling_config
+from flows.registry import model_versions
 from tests.diffusion.small_models import write_model
 from tests.flows.ray_cluster import at_work, two_nodes
 from tests.flows.workspace import Workspace, objects, running
@@ -40,7 +40,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
                 patch.setenv(name, value)
         client = MlflowClient()
         run = client.create_run(client.create_experiment("blobs"))
-        registry.register("blobs", run.info.run_id, weights, sampling_config(**SAMPLING), {}, 0)
+        model_versions.register("blobs", run.info.run_id, weights, sampling_config(**SAMPLING), {}, 0)
         yield space
 
 

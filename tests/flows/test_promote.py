@@ -14,12 +14,12 @@ from torch import Tensor
 
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.comparison import ChampionComparison
-from flows import model_card
-from flows.history import History
-from flows.ledger import Ledger
-from flows.params import Params
+from flows.config import Params
 from flows.promote import Judgement, judge, next_entry
-from flows.registry import Version
+from flows.registry import model_card
+from flows.registry.ledger import Ledger
+from flows.registry.ledger_entries import History
+from flows.registry.model_versions import Version
 from tests.conftest import disc
 from tests.diffusion.small_models import write_model
 from tests.diffusion.test_report import an_evaluation

@@ -20,26 +20,28 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffusion.checkpoints import export
-from diffusion.config_sampling import UNCONDITIONAL, Conditions, make_request
-from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import ingest
+from diffusion.common.errors import UserError
+from diffusion.common.files import canonical_json, sha256_bytes
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import Manifest, read_manifest
-from diffusion.errors import UserError
-from diffusion.files import canonical_json, sha256_bytes
-from diffusion.made import generate_to_folder
-from diffusion.samplers import sampling_config
-from flows import printing, prints, registry, sample
-from flows.catalogue import Catalogue
-from flows.derived import TAKEDOWN
-from flows.lineage import CodeVersion, DataVersion, record_data
-from flows.params import PrintsConfig
-from flows.printed import Picture
-from flows.prints import Batch
-from flows.registry import Version
-from flows.reproduce import Compared, Reproduced, changed_libraries, compare, reproduce
-from flows.s3 import Location, Object, Store
-from flows.trace import trace
-from flows.tracking import open_run
+from diffusion.generation.config import UNCONDITIONAL, Conditions, make_request
+from diffusion.generation.generation_result import generate_to_folder
+from diffusion.process.samplers import sampling_config
+from flows import sample
+from flows.config import PrintsConfig
+from flows.datasets.catalog import Catalogue
+from flows.datasets.lineage import CodeVersion, DataVersion, record_data
+from flows.provenance.reproduce import Compared, Reproduced, changed_libraries, compare, reproduce
+from flows.provenance.trace import trace
+from flows.registry import model_versions
+from flows.registry.model_versions import Version
+from flows.registry.takedown_marks import TAKEDOWN
+from flows.sampling import generate_batch, sampling_batch
+from flows.sampling.lookup import Picture
+from flows.sampling.sampling_batch import Batch
+from flows.storage.s3 import Location, Object, Store
+from flows.tracking.runs import open_run
 from tests.conftest import disc
 from tests.diffusion.test_train import run as train
 from tests.flows.test_takedown_flow import REMOVAL
@@ -116,12 +118,12 @@ def make(store: Store, client: MlflowClient) -> Made:
     tracker.finish()
     export(done.final, weights := Path("weights.safetensors"))
     tags = {"darkroom.dataset": "blobs", "darkroom.dvc_digest": data.digest}
-    version = registry.register("blobs", tracker.run_id, weights, SAMPLING, tags, done.images)
+    version = model_versions.register("blobs", tracker.run_id, weights, SAMPLING, tags, done.images)
     client.set_registered_model_alias("blobs", "champion", str(version.number))
     batch, place = sample.begin.fn(version, weights, SAMPLING, PRINTS, 18, 5, None, ASKED)
     for chunk in range(len(batch.chunks())):
         sample.print_chunk.fn(batch, place, version, chunk, PRINTS)
-    printing.finish(store, batch, place)
+    generate_batch.finish(store, batch, place)
     return Made(store, client, manifest, data, tracker.run_id, version, batch, place)
 
 
@@ -327,7 +329,7 @@ def test_prints_are_made_again_bit_for_bit_by_the_code_that_the_version_ships(ma
     assert (done.pictures, done.exact, done.differences, done.failure) == (17, 17, "", None)
     assert (done.code, done.largest_error, done.differing_pixels, done.moved) == ("shipped", 0, 0, [])
     for index in range(17):
-        name = prints.picture_key(index)
+        name = sampling_batch.picture_key(index)
         printed = made.store.get(made.place.bucket, made.place.key(name))
         assert (tmp_path / name).read_bytes() == printed
 
@@ -336,14 +338,14 @@ def test_under_another_fingerprint_the_difference_is_named_with_the_largest_erro
     """A print of another machine, which made one pixel of the second picture brighter."""
     other = made.batch.fingerprint.model_copy(update={"batch": 16, "device": "AVX9"})
     part = made.store.get(made.place.bucket, made.place.key("manifest/part-00001.jsonl"))
-    rows = prints.part_rows(part, "part")
+    rows = sampling_batch.part_rows(part, "part")
     png = repainted(made.png, 3)
     rows[-1] |= {"sha256": sha256_bytes(png), "pixels_sha256": sha256_bytes(pixels_of(png))}
     place = made.beside(
         "elsewhere",
         {
             "batch.json": made.batch.model_copy(update={"fingerprint": other}).json_bytes(),
-            "manifest/part-00001.jsonl": prints.part_bytes(rows),
+            "manifest/part-00001.jsonl": sampling_batch.part_bytes(rows),
             "00000017.png": png,
         },
     )
@@ -358,7 +360,7 @@ def test_what_the_versions_code_does_not_know_is_said_in_one_line_with_what_may_
     raw = json.loads(made.batch.json_bytes())
     raw["conditions"]["labels"] = ["neither"]
     place = made.beside("newer", {"batch.json": canonical_json(raw).encode()})
-    monkeypatch.setattr("flows.reproduce.fetch_requirements", lambda _: ["torch==1.0"])
+    monkeypatch.setattr("flows.provenance.reproduce.fetch_requirements", lambda _: ["torch==1.0"])
     with pytest.raises(UserError, match=r"knows no class 'neither'.*torch: 1.0 → .*--installed") as raised:
         reproduce(f"{place}/00000017.png")
     assert "\n" not in str(raised.value)

@@ -11,9 +11,9 @@ import torch
 from mlflow.client import MlflowClient
 from PIL import Image, ImageOps
 
+from diffusion.common.device import device_name
+from diffusion.common.files import sha256_bytes
 from diffusion.data.manifest import read_manifest
-from diffusion.device import device_name
-from diffusion.files import sha256_bytes
 from tests.flows.workspace import PARAMS, Workspace, objects, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

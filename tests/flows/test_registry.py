@@ -14,10 +14,10 @@ import pytest
 from mlflow.client import MlflowClient
 from mlflow.entities import LoggedModelStatus
 
-from diffusion.files import sha256_file
-from diffusion.samplers import sampling_config
-from flows import champion, registry
-from flows.registry import WEIGHTS, Version
+from diffusion.common.files import sha256_file
+from diffusion.process.samplers import sampling_config
+from flows.registry import champion, model_versions
+from flows.registry.model_versions import WEIGHTS, Version
 from tests.diffusion.small_models import write_model
 from tests.flows.registered import Killed
 
@@ -73,7 +73,7 @@ def test_two_who_register_what_lies_in_one_folder_make_one_version(
     run_id = logged(mlflow_client, name, weights)
 
     def register(_: int) -> Version:
-        return registry.register(name, run_id, weights, sampling_config(), {}, 8)
+        return model_versions.register(name, run_id, weights, sampling_config(), {}, 8)
 
     with at_once(monkeypatch, lambda: time.sleep(0.5)) as pool:
         assert [each.number for each in pool.map(register, range(2))] == [1, 1]
@@ -93,7 +93,7 @@ def test_two_machines_that_register_the_same_leave_one_version(
     mlflow_client.create_registered_model(name)
 
     def register(weights: Path) -> Version:
-        return registry.register(name, run_id, weights, sampling_config(), {}, 8)
+        return model_versions.register(name, run_id, weights, sampling_config(), {}, 8)
 
     with at_once(monkeypatch, Barrier(2, timeout=60).wait) as pool:
         assert [each.number for each in pool.map(register, copies)] == [1, 1]
@@ -107,7 +107,7 @@ def test_two_machines_that_register_the_same_leave_one_version(
     version = register(copies[1])
     [left] = mlflow_client.search_logged_models([where])
     assert mlflow_client.get_model_version(name, "1").source == left.model_uri
-    assert registry.fetch_weights(version, tmp_path / "cache").read_bytes() == b"weights"
+    assert model_versions.fetch_weights(version, tmp_path / "cache").read_bytes() == b"weights"
 
 
 def test_a_version_of_a_machine_that_was_stopped_before_it_found_the_first_is_deleted_unless_somebody_named_it(
@@ -122,7 +122,7 @@ def test_a_version_of_a_machine_that_was_stopped_before_it_found_the_first_is_de
     mlflow_client.set_registered_model_alias(name, "favourite", "2")
     champion.promote(name, 3)
     for _ in range(2):
-        assert registry.register(name, run_id, weights, sampling_config(), {}, 8).number == 1
+        assert model_versions.register(name, run_id, weights, sampling_config(), {}, 8).number == 1
         assert numbers(mlflow_client, name) == [1, 2, 3]
 
 
@@ -136,7 +136,7 @@ def test_a_model_that_was_half_logged_when_its_process_was_killed_goes(
     run_id = mlflow_client.create_run(experiment).info.run_id
 
     def register() -> Version:
-        return registry.register(name, run_id, weights, sampling_config(), {}, 8)
+        return model_versions.register(name, run_id, weights, sampling_config(), {}, 8)
 
     def statuses() -> list[str]:
         return [str(each.status) for each in mlflow_client.search_logged_models([experiment])]
@@ -149,6 +149,6 @@ def test_a_model_that_was_half_logged_when_its_process_was_killed_goes(
     assert statuses() == [LoggedModelStatus.PENDING] * 2
     version = register()
     assert statuses() == [LoggedModelStatus.READY]
-    assert registry.fetch_weights(version, tmp_path / "cache").read_bytes() == weights.read_bytes()
+    assert model_versions.fetch_weights(version, tmp_path / "cache").read_bytes() == weights.read_bytes()
     assert mlflow.pyfunc.load_model(version.uri).metadata.model_id is not None
     assert numbers(mlflow_client, name) == [1]

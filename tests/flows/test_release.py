@@ -18,17 +18,17 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, Metric, Param
 
 from diffusion.checkpoints import export
-from diffusion.errors import Held, UserError
-from diffusion.files import sha256_file
-from diffusion.samplers import sampling_config
-from flows import champion, registry
+from diffusion.common.errors import Held, UserError
+from diffusion.common.files import sha256_file
+from diffusion.process.samplers import sampling_config
 from flows.environment import staging
-from flows.history import Evidence
-from flows.ledger import Ledger
-from flows.parcel import MODEL, unpack
-from flows.release import fetch, register, release
-from flows.s3 import Store
-from flows.tracking import RELEASED_FROM, TRAIN_KEY
+from flows.registry import champion, model_versions
+from flows.registry.bundle import MODEL, unpack
+from flows.registry.ledger import Ledger
+from flows.registry.ledger_entries import Evidence
+from flows.registry.release import fetch, register, release
+from flows.storage.s3 import Store
+from flows.tracking.runs import RELEASED_FROM, TRAIN_KEY
 from tests.diffusion.test_train import run as train
 from tests.flows.conftest import copied_store
 from tests.flows.registered import add_version
@@ -96,11 +96,11 @@ def test_a_champion_of_staging_becomes_champion_here_with_all_that_it_stands_on(
     done = release("models:/blobs@champion")
     assert (done.version.uri, done.already) == ("models:/blobs/1", False)
     version = here.get_model_version_by_alias("blobs", "champion")
-    assert version.tags[registry.WEIGHTS] == done.version.weights_sha256
+    assert version.tags[model_versions.WEIGHTS] == done.version.weights_sha256
     assert version.tags["darkroom.images"] == "480"
     assert version.tags[RELEASED_FROM] == f"models:/blobs/{number} in {stages.staging[0]}"
     assert (version.description or "").startswith("# blobs\n\nA card.")
-    assert registry.fetch_weights(done.version, tmp_path / "cache").read_bytes() == b"weights"
+    assert model_versions.fetch_weights(done.version, tmp_path / "cache").read_bytes() == b"weights"
 
     run = here.get_run(version.run_id)
     assert run.info.run_id != theirs.info.run_id
@@ -202,7 +202,7 @@ def test_a_released_model_draws_the_same_pictures(stages: Stages, tmp_path: Path
     run_id = there.create_run(there.create_experiment("blobs"), tags={TRAIN_KEY: "key"}).info.run_id
     export(done.final, weights := tmp_path / "weights.safetensors")
     sampling = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=4)
-    registry.register("blobs", run_id, weights, sampling, {}, done.images)
+    model_versions.register("blobs", run_id, weights, sampling, {}, done.images)
     asked = pd.DataFrame({"seed": [7], "count": [2]})
     drawn = mlflow.pyfunc.load_model("models:/blobs/1").predict(asked)
     stages.at(stages.production)

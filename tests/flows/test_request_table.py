@@ -9,15 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diffusion.config_sampling import UNCONDITIONAL, Conditions
-from diffusion.errors import UserError
-from diffusion.samplers import sampling_config
-from flows.params import PrintsConfig
-from flows.printing import plan
-from flows.prints import Batch
-from flows.registry import Version
-from flows.request_table import RequestTable
-from flows.s3 import Location, Store
+from diffusion.common.errors import UserError
+from diffusion.generation.config import UNCONDITIONAL, Conditions
+from diffusion.process.samplers import sampling_config
+from flows.config import PrintsConfig
+from flows.registry.model_versions import Version
+from flows.sampling.generate_batch import plan
+from flows.sampling.request_table import RequestTable
+from flows.sampling.sampling_batch import Batch
+from flows.storage.s3 import Location, Store
 from tests.diffusion.small_models import write_model
 
 VERSION = Version(model="blobs", number=3, run_id="r", weights_sha256="d" * 64, tags={})

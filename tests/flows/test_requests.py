@@ -15,14 +15,14 @@ from mlflow.models.utils import _enforce_schema
 from PIL import Image
 
 from diffusion.checkpoints import load_model
-from diffusion.config_sampling import REQUESTS
-from diffusion.files import sha256_bytes, sha256_file
-from diffusion.marked import SYNTHETIC
-from diffusion.samplers import sampling_config
-from diffusion.sampling import sample
+from diffusion.common.files import sha256_bytes, sha256_file
+from diffusion.common.png_metadata import SYNTHETIC
+from diffusion.generation.config import REQUESTS
+from diffusion.generation.generate import sample
+from diffusion.process.samplers import sampling_config
 from flows.cli import main
-from flows.registry import SIGNATURE
-from flows.served_model import ServedModel
+from flows.registry.model_versions import SIGNATURE
+from flows.registry.pyfunc_model import ServedModel
 from tests.diffusion.small_models import CONFIG, write_model
 
 QUICK = ["--set", "sampling.steps=3", "--set", "sampling.compute_batch=4"]

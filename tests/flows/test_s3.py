@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.errors import Held, UserError
-from flows.s3 import Location, Missing, Object, Store, client
+from diffusion.common.errors import Held, UserError
+from flows.storage.s3 import Location, Missing, Object, Store, client
 from tests.flows.http_server import serving
 
 

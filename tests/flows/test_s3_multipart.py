@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from diffusion.errors import DarkroomError, Held
-from flows.s3 import Location, Store, client
-from flows.s3_multipart import ABANDONED, abort_uploads, honours_conditional_completion, writing
+from diffusion.common.errors import DarkroomError, Held
+from flows.storage.multipart import ABANDONED, abort_uploads, honours_conditional_completion, writing
+from flows.storage.s3 import Location, Store, client
 from tests.flows.s3_proxy import ignoring_conditional_completion, proxied
 
 PART = 5 * 2**20

@@ -15,12 +15,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import IngestResult, ingest
+from diffusion.common.errors import DarkroomError, UserError
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import IngestResult, ingest
 from diffusion.data.sources import open_source
-from diffusion.errors import DarkroomError, UserError
-from flows.s3 import Object, Store
-from flows.s3_objects import S3Objects
+from flows.datasets.s3_source import S3Objects
+from flows.storage.s3 import Object, Store
 from tests.diffusion.reading_sources import access, png, seen
 from tests.diffusion.test_ingest import files_of
 from tests.diffusion.test_sources_archives import tar_bytes
@@ -171,8 +171,8 @@ def test_processes_fetch_what_threads_do(store: Store, bucket: str, tmp_path: Pa
     threads = make(tmp_path / "a" / "set", f"s3://{bucket}")
     # A process of its own, as the helpers of this one may know another environment.
     script = (
-        "import sys; from pathlib import Path; from diffusion.data.config import IngestConfig; "
-        "from diffusion.data.ingest import ingest; from flows.s3_objects import S3Objects\n"
+        "import sys; from pathlib import Path; from diffusion.data.ingest.config import IngestConfig; "
+        "from diffusion.data.ingest.ingest import ingest; from flows.datasets.s3_source import S3Objects\n"
         "if __name__ == '__main__': print(ingest(Path(sys.argv[1]), IngestConfig(source=sys.argv[2], size=8, "
         "held_out=0.33, runner='processes'), objects=S3Objects()).model_dump_json())"
     )

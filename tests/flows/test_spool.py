@@ -17,10 +17,10 @@ import requests
 from mlflow.client import MlflowClient
 from PIL import Image
 
-from diffusion.errors import DarkroomError
-from flows import spool
-from flows.spool import SpooledTracker
-from flows.tracking import RunTracker
+from diffusion.common.errors import DarkroomError
+from flows.tracking import buffered
+from flows.tracking.buffered import SpooledTracker
+from flows.tracking.runs import RunTracker
 from tests.conftest import blob
 
 
@@ -119,7 +119,7 @@ def test_a_server_that_goes_away_and_comes_back_has_every_point_once_in_order(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     # Otherwise the client itself tries again for minutes before it says that nobody answers.
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    monkeypatch.setattr(spool, "PAUSE", 0.2)
+    monkeypatch.setattr(buffered, "PAUSE", 0.2)
     with mlflow_server(tmp_path, port):
         client = MlflowClient()
         tracker = new_run(client)
@@ -132,11 +132,11 @@ def test_a_server_that_goes_away_and_comes_back_has_every_point_once_in_order(
         spooled.log_metrics({"loss": 1 / images}, images)
         spooled.log_picture("samples", blob(images), images)
     assert time.monotonic() - began < 2  # nobody waited for the server
-    monkeypatch.setattr(spool, "PATIENCE", 3.0)
+    monkeypatch.setattr(buffered, "PATIENCE", 3.0)
     with pytest.raises(DarkroomError, match=r"4 figures in .*spool.*give the same command again when MLflow is back"):
         spooled.close()
     with mlflow_server(tmp_path, port):
-        monkeypatch.setattr(spool, "PATIENCE", 60.0)
+        monkeypatch.setattr(buffered, "PATIENCE", 60.0)
         spooled.close()
         assert [point[:2] for point in points(tracker, "loss")] == [(16, 0.5), (32, 1 / 32), (48, 1 / 48)]
         lines = (tmp_path / "spool" / "records.jsonl").read_text().splitlines()
@@ -147,7 +147,7 @@ def test_a_server_that_goes_away_and_comes_back_has_every_point_once_in_order(
 def test_the_machine_is_looked_at_now_and_then(
     client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool, "EVERY", 0.3)
+    monkeypatch.setattr(buffered, "EVERY", 0.3)
     tracker = new_run(client)
     spooled = SpooledTracker(tracker, tmp_path / "spool")
     spooled.log_metrics({"loss": 0.5}, 16)

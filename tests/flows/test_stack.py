@@ -23,15 +23,15 @@ import psutil
 import pytest
 from playwright.sync_api import sync_playwright
 
-from diffusion.errors import DarkroomError, UserError
-from flows import stack
+from diffusion.common.errors import DarkroomError, UserError
+from flows import local_stack
 from flows.environment import SERVERS
-from flows.s3 import Store
-from flows.stack import ports, seaweedfs
-from flows.stack.discovery import join_servers
-from flows.stack.local import SERVICES, LocalStack
-from flows.stack.process import members
-from flows.stack.tls import new_identity
+from flows.local_stack import ports, seaweedfs
+from flows.local_stack.discovery import join_servers
+from flows.local_stack.server_process import members
+from flows.local_stack.stack_files import SERVICES, LocalStack
+from flows.local_stack.tls import new_identity
+from flows.storage.s3 import Store
 from tests.browser import chromium
 from tests.flows import intruder
 from tests.flows.http_server import serving
@@ -45,11 +45,11 @@ def command(verb: str) -> subprocess.Popen[bytes]:
 
 
 def pids() -> dict[str, int | None]:
-    return {service.name: service.pid for service in stack.status().services}
+    return {service.name: service.pid for service in local_stack.status().services}
 
 
 def states() -> dict[str, str]:
-    return {service.name: service.state for service in stack.status().services}
+    return {service.name: service.state for service in local_stack.status().services}
 
 
 RUNNING = dict.fromkeys(SERVICES, "running")
@@ -68,7 +68,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def up(no_servers: None, home: Path) -> LocalStack:
     """The shared stack, up."""
     os.environ["DARKROOM_HOME"] = str(home)
-    stack.up(lambda _: None)
+    local_stack.up(lambda _: None)
     local = LocalStack.read(home)
     assert local is not None
     written = home.with_name("written")
@@ -80,7 +80,7 @@ def up(no_servers: None, home: Path) -> LocalStack:
 
 def joined(local: LocalStack, program: str) -> str:
     """What a program of somebody else prints that knows nothing but the exports."""
-    environment = os.environ | stack.exports()
+    environment = os.environ | local_stack.exports()
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -129,7 +129,7 @@ def test_the_stack_outlives_the_command_that_starts_it_and_stock_clients_join_it
     os.environ["DARKROOM_HOME"] = str(home)
     assert command("up").wait(120) == 0
     assert states() == RUNNING
-    assert all(service.url.startswith("http://127.0.0.1:") for service in stack.status().services)
+    assert all(service.url.startswith("http://127.0.0.1:") for service in local_stack.status().services)
     local = LocalStack.read(home)
     assert local is not None
     assert joined(local, WRITE) == "process"
@@ -140,7 +140,7 @@ def test_the_stack_outlives_the_command_that_starts_it_and_stock_clients_join_it
 @pytest.mark.slow
 def test_up_again_leaves_alone_what_runs(up: LocalStack) -> None:
     before = pids()
-    stack.up(lambda _: None)
+    local_stack.up(lambda _: None)
     assert pids() == before
 
 
@@ -158,7 +158,7 @@ def test_a_killed_service_comes_back_with_all_it_held(up: LocalStack, service: s
         # Its reports to the dead server are lost, so nobody can say that it works.
         {"worker": "not answering"} if service == "prefect" else {}
     )
-    stack.up(lambda _: None)
+    local_stack.up(lambda _: None)
     assert states() == RUNNING
     after = pids()
     assert after[service] != before[service]
@@ -191,7 +191,7 @@ def test_a_service_that_hangs_is_started_anew(up: LocalStack) -> None:
     for process in members(up.folder, "mlflow"):
         process.suspend()
     assert states() == {**RUNNING, "mlflow": "not answering"}
-    stack.up(lambda _: None)
+    local_stack.up(lambda _: None)
     assert states() == RUNNING
     assert_all_is_kept(up)
 
@@ -207,7 +207,7 @@ def test_a_service_whose_port_was_taken_moves_and_the_others_follow(up: LocalSta
             squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             squatter.bind(("127.0.0.1", taken[name]))
             squatter.listen()
-        stack.up(lambda _: None)
+        local_stack.up(lambda _: None)
     assert states() == RUNNING
     moved = LocalStack.read(up.folder)
     assert moved is not None
@@ -218,20 +218,20 @@ def test_a_service_whose_port_was_taken_moves_and_the_others_follow(up: LocalSta
 @pytest.mark.drill("`darkroom up` is killed", "SIGKILL when some servers run", "it can be stopped and started")
 @pytest.mark.slow
 def test_up_that_was_killed_half_way_can_be_stopped_and_started(up: LocalStack) -> None:
-    stack.down(lambda _: None)
+    local_stack.down(lambda _: None)
     half = command("up")
     while len(members(up.folder, *SERVICES)) < 3:
         time.sleep(0.05)
     half.kill()
     half.wait()
-    stack.down(lambda _: None)
+    local_stack.down(lambda _: None)
     assert members(up.folder, *SERVICES) == []
     assert set(states().values()) == {"stopped"}
     with pytest.raises(UserError, match="run `darkroom up`"):
         join_servers("s3")
     with pytest.raises(UserError, match="run `darkroom up`"):
-        stack.exports()
-    stack.up(lambda _: None)
+        local_stack.exports()
+    local_stack.up(lambda _: None)
     assert_all_is_kept(up)
 
 
@@ -240,12 +240,12 @@ def test_down_finds_what_runs_even_if_the_folder_was_removed(up: LocalStack, tmp
     moved = tmp_path / "moved"
     up.folder.rename(moved)
     try:
-        stack.down(lambda _: None)
+        local_stack.down(lambda _: None)
         assert members(up.folder, *SERVICES) == []
     finally:
         shutil.rmtree(up.folder, ignore_errors=True)
         moved.rename(up.folder)
-    stack.up(lambda _: None)
+    local_stack.up(lambda _: None)
     assert_all_is_kept(up)
 
 
@@ -517,8 +517,8 @@ from prefect import flow
 @flow
 def probe():
     import os
-    from flows.stack.discovery import join_servers
-    from flows.s3 import Store
+    from flows.local_stack.discovery import join_servers
+    from flows.storage.s3 import Store
     join_servers("mlflow", "prefect", "s3")
     mlflow.set_experiment("from the worker")
     with mlflow.start_run():
@@ -549,14 +549,14 @@ print(run.data.metrics["seen"], body.read().decode())
 
 @pytest.mark.slow
 def test_down_stops_everything_and_up_finds_everything(up: LocalStack) -> None:
-    stack.down(lambda _: None)
+    local_stack.down(lambda _: None)
     assert members(up.folder, *SERVICES) == []
     assert all(ports.is_free(up.state.ports[name]) for name in ("s3", "mlflow", "prefect"))
-    again = stack.up(lambda _: None)
+    again = local_stack.up(lambda _: None)
     assert {service.state for service in again.services} == {"running"}
     assert_all_is_kept(up)
-    stack.down(lambda _: None)
-    stack.down(lambda _: None)
+    local_stack.down(lambda _: None)
+    local_stack.down(lambda _: None)
 
 
 @pytest.mark.slow
@@ -564,24 +564,24 @@ def test_with_servers_of_a_team_only_the_missing_ones_are_started(no_servers: No
     os.environ.update(s3_server)
     os.environ.update({"PREFECT_API_URL": "http://127.0.0.1:9/api", "DARKROOM_BUCKET": "team-bucket"})
     subprocess.run(
-        [sys.executable, "-c", "from flows.s3 import Store; Store().ensure_bucket('team-bucket')"], check=True
+        [sys.executable, "-c", "from flows.storage.s3 import Store; Store().ensure_bucket('team-bucket')"], check=True
     )
     try:
-        started = stack.up(lambda _: None)
+        started = local_stack.up(lambda _: None)
         assert states() == {"mlflow": "running"}
         assert set(started.elsewhere) == {"prefect", "s3"}
         local = LocalStack.read(started.folder)
         assert local is not None
         log = "import mlflow; mlflow.start_run(); mlflow.log_text('x', 'a.txt'); print(mlflow.end_run())"
         joined(local, log)
-        keys = "from flows.s3 import Store; print(len(list(Store().list_keys('team-bucket', 'mlflow/'))))"
+        keys = "from flows.storage.s3 import Store; print(len(list(Store().list_keys('team-bucket', 'mlflow/'))))"
         assert joined(local, keys) == "1"
         for name in s3_server:
             del os.environ[name]
         with pytest.raises(UserError, match="set the AWS_\\* variables again"):
-            stack.up(lambda _: None)
+            local_stack.up(lambda _: None)
     finally:
-        stack.down(lambda _: None)
+        local_stack.down(lambda _: None)
 
 
 @pytest.mark.usefixtures("no_servers")
@@ -593,19 +593,19 @@ def test_with_servers_of_a_team_nothing_is_started_here() -> None:
     }
     os.environ.update(theirs)
     said: list[str] = []
-    found = stack.up(said.append)
+    found = local_stack.up(said.append)
     assert found.services == ()
     assert set(found.elsewhere) == set(SERVERS)
     assert len([line for line in said if "commands here use the server that" in line]) == 3
     assert not Path(".darkroom").exists()
-    assert stack.exports() == {}
+    assert local_stack.exports() == {}
 
 
 @pytest.mark.usefixtures("no_servers")
 def test_without_a_stack_status_is_empty_and_down_does_nothing() -> None:
-    assert stack.status().services == ()
-    assert stack.status().credentials is None
-    stack.down(lambda _: None)
+    assert local_stack.status().services == ()
+    assert local_stack.status().credentials is None
+    local_stack.down(lambda _: None)
     assert not Path(".darkroom").exists()
 
 
@@ -614,7 +614,7 @@ def test_another_bucket_than_the_stacks_is_refused() -> None:
     LocalStack.open(Path(".darkroom").resolve(), "first")
     os.environ["DARKROOM_BUCKET"] = "second"
     with pytest.raises(UserError, match=r"DARKROOM_BUCKET is second, .* bucket first"):
-        stack.up(lambda _: None)
+        local_stack.up(lambda _: None)
 
 
 @pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="this Python environment has no other below it")
@@ -636,7 +636,7 @@ def test_a_home_that_cannot_be_written_to_is_named() -> None:
     Path("file").write_text("")
     os.environ["DARKROOM_HOME"] = "file"
     with pytest.raises(UserError, match="DARKROOM_HOME"):
-        stack.up(lambda _: None)
+        local_stack.up(lambda _: None)
 
 
 @pytest.mark.usefixtures("no_servers")
@@ -648,9 +648,9 @@ def test_a_service_that_does_not_come_up_is_named_with_its_log() -> None:
     (data / "filerldb2").write_text("not a folder")
     try:
         with pytest.raises(DarkroomError, match=r"S3 \(SeaweedFS\) ended at once.*logs/s3\.log is: \S+"):
-            stack.up(lambda _: None)
+            local_stack.up(lambda _: None)
     finally:
-        stack.down(lambda _: None)
+        local_stack.down(lambda _: None)
 
 
 @pytest.mark.parametrize("which", [lambda port: port, lambda port: port + ports.GRPC])

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from mlflow.client import MlflowClient
 
+from diffusion.common.errors import UserError
 from diffusion.data.manifest import read_manifest, write_manifest
-from diffusion.errors import UserError
-from flows import champion
-from flows.dependencies import decided, fetched
-from flows.params import Params, load_params, registered_start
+from flows.config import Params, load_params, registered_start
+from flows.registry import champion
+from flows.registry.dependencies import decided, fetched
 from tests.diffusion.small_models import write_model
 from tests.flows.registered import add_version
 

@@ -4,12 +4,12 @@ import time
 
 import pytest
 
-from diffusion.config import Config
-from diffusion.config_sampling import UNCONDITIONAL
+from diffusion.common.config import Config
 from diffusion.data.manifest import Manifest, read_manifest
-from flows.params import Params
-from flows.request import Printing, Request
-from flows.sync import CREATED, created, newer, sync
+from diffusion.generation.config import UNCONDITIONAL
+from flows.config import Params
+from flows.datasets.sync import CREATED, created, newer, sync
+from flows.registry.idempotency import Printing, Request
 from tests.flows.test_catalogue import FOLDER, Place, place
 
 __all__ = ["place"]

@@ -6,18 +6,19 @@ from contextlib import chdir
 import pytest
 from mlflow.client import MlflowClient
 
+from diffusion.common.errors import UserError
 from diffusion.data.manifest import work_folder
-from diffusion.errors import UserError
-from flows import champion, evaluate, promote, train
-from flows.checkout import checkout
-from flows.dependencies import named_now
-from flows.derived import find_derived, mark, require_current
+from flows import evaluate, promote, train
+from flows.config import Params
+from flows.datasets.checkout import checkout
 from flows.environment import data_source, settings
-from flows.history import Evidence
-from flows.ledger import Ledger
-from flows.params import Params
-from flows.registry import Version, version_of
-from flows.tracking import AUTOENCODER, START
+from flows.registry import champion
+from flows.registry.dependencies import named_now
+from flows.registry.ledger import Ledger
+from flows.registry.ledger_entries import Evidence
+from flows.registry.model_versions import Version, version_of
+from flows.registry.takedown_marks import find_derived, mark, require_current
+from flows.tracking.runs import AUTOENCODER, START
 from tests.flows.machines import (
     BASE,
     FOLDER,
@@ -68,9 +69,9 @@ def test_a_machine_whose_records_of_it_were_lost_learns_them_again(two: tuple[Ma
 @pytest.mark.parametrize(
     "step",
     [
-        "flows.catalogue:Catalogue.publish",
-        pytest.param("flows.lineage:record_data", marks=pytest.mark.slow),
-        pytest.param("flows.catalogue:Heads.advance", marks=pytest.mark.slow),
+        "flows.datasets.catalog:Catalogue.publish",
+        pytest.param("flows.datasets.lineage:record_data", marks=pytest.mark.slow),
+        pytest.param("flows.datasets.catalog:Heads.advance", marks=pytest.mark.slow),
     ],
 )
 def test_what_is_taken_down_during_an_ingest_is_not_in_its_version(step: str, two: tuple[Machine, Machine]) -> None:
@@ -83,7 +84,12 @@ def test_what_is_taken_down_during_an_ingest_is_not_in_its_version(step: str, tw
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "step", ["flows.catalogue:Catalogue.tell_removal", "flows.lineage:record_data", "flows.catalogue:Heads.advance"]
+    "step",
+    [
+        "flows.datasets.catalog:Catalogue.tell_removal",
+        "flows.datasets.lineage:record_data",
+        "flows.datasets.catalog:Heads.advance",
+    ],
 )
 def test_what_is_ingested_during_a_takedown_is_in_its_version(step: str, two: tuple[Machine, Machine]) -> None:
     one, other = two
@@ -96,7 +102,12 @@ def test_what_is_ingested_during_a_takedown_is_in_its_version(step: str, two: tu
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "step", ["flows.catalogue:Catalogue.tell_removal", "flows.lineage:record_data", "flows.catalogue:Heads.advance"]
+    "step",
+    [
+        "flows.datasets.catalog:Catalogue.tell_removal",
+        "flows.datasets.lineage:record_data",
+        "flows.datasets.catalog:Heads.advance",
+    ],
 )
 def test_a_killed_takedown_is_finished_by_the_next_ingest_or_by_itself(step: str, two: tuple[Machine, Machine]) -> None:
     one, other = two
@@ -224,7 +235,7 @@ def test_a_takedown_during_a_promotion_stops_it_or_marks_the_version(shop: Shop,
 @pytest.mark.slow
 def test_a_takedown_before_the_last_look_stops_the_promotion(shop: Shop, elsewhere: Machine) -> None:
     version = shop.register(shop.train(shop.machine.version.content_digest))
-    takedown = before("flows.ledger:Ledger.append", lambda: take_down_and_mark(shop, elsewhere))
+    takedown = before("flows.registry.ledger:Ledger.append", lambda: take_down_and_mark(shop, elsewhere))
     with takedown, pytest.raises(UserError, match="train anew"):
         shop.commit(version)
     assert Ledger.of(shop.model).read().entries == ()

@@ -13,19 +13,19 @@ import pytest
 from dvc.repo import Repo
 from mlflow.client import MlflowClient
 
-from diffusion.data.config import IngestConfig
-from diffusion.data.ingest import captions_folder, ingest
+from diffusion.common.errors import UserError
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.decode import prepare
+from diffusion.data.ingest.ingest import captions_folder, ingest
 from diffusion.data.manifest import Manifest, read_manifest, work_folder
-from diffusion.data.pictures import prepare
-from diffusion.data.takedown import remove
-from diffusion.data.takedown_records import Removal, Selection
-from diffusion.errors import UserError
-from flows.checkout import checkout
-from flows.derived import Derived, clear_pictures, find_derived, mark, takedowns
-from flows.lineage import record_data
-from flows.purge import purge_dvc, purge_files
-from flows.registry import Version
-from flows.s3 import Store
+from diffusion.data.versions.takedown import remove
+from diffusion.data.versions.takedown_records import Removal, Selection
+from flows.datasets.checkout import checkout
+from flows.datasets.lineage import record_data
+from flows.datasets.purge import purge_dvc, purge_files
+from flows.registry.model_versions import Version
+from flows.registry.takedown_marks import Derived, clear_pictures, find_derived, mark, takedowns
+from flows.storage.s3 import Store
 from tests.chaos.forked import Forks
 from tests.conftest import disc
 from tests.diffusion.test_ingest import files_of

@@ -19,19 +19,21 @@ from mlflow.client import MlflowClient
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffusion.config_sampling import Conditions
-from diffusion.errors import UserError
-from diffusion.files import canonical_json, sha256_bytes
-from diffusion.samplers import sampling_config
-from flows import dependencies, printing, prints, registry, sample
-from flows.params import Params, PrintsConfig
-from flows.printed import disagreements, find
-from flows.prints import Batch
-from flows.registry import CODE, WEIGHTS, Version
-from flows.reproduce import reproduce
-from flows.request import Printing, Request
-from flows.s3 import Location, Object, Store
-from flows.trace import Trace, trace
+from diffusion.common.errors import UserError
+from diffusion.common.files import canonical_json, sha256_bytes
+from diffusion.generation.config import Conditions
+from diffusion.process.samplers import sampling_config
+from flows import sample
+from flows.config import Params, PrintsConfig
+from flows.provenance.reproduce import reproduce
+from flows.provenance.trace import Trace, trace
+from flows.registry import dependencies, model_versions
+from flows.registry.idempotency import Printing, Request
+from flows.registry.model_versions import CODE, WEIGHTS, Version
+from flows.sampling import generate_batch, sampling_batch
+from flows.sampling.lookup import disagreements, find
+from flows.sampling.sampling_batch import Batch
+from flows.storage.s3 import Location, Object, Store
 from tests.diffusion.built_datasets import BuiltDataset, kept
 from tests.diffusion.small_models import write_model
 
@@ -101,14 +103,14 @@ def _sampled(store: Store, client: MlflowClient) -> Sampled:
     store.ensure_bucket(BUCKET)
     weights = write_model(Path("weights.safetensors"), 1, 0, classes={"even": 3, "odd": 1})
     run = client.create_run(client.create_experiment("blobs"))
-    version = registry.register("blobs", run.info.run_id, weights, SAMPLING, {}, 0)
+    version = model_versions.register("blobs", run.info.run_id, weights, SAMPLING, {}, 0)
     places = {}
     for kind in ("png", "tar"):
         config = PrintsConfig(format=kind, chunk=4)  # type: ignore[arg-type]
         batch, place = sample.begin.fn(version, weights, SAMPLING, config, 8, 5, None, ASKED)
         for chunk in range(len(batch.chunks())):
             sample.print_chunk.fn(batch, place, version, chunk, config)
-        printing.finish(store, batch, place)
+        generate_batch.finish(store, batch, place)
         places[kind] = place
     return Sampled(store, client, version, places)
 
@@ -124,8 +126,8 @@ def brightened(png: bytes) -> bytes:
 
 
 def relabelled_part(data: bytes) -> bytes:
-    rows = prints.part_rows(data, "part")
-    return prints.part_bytes(row | {"label": "even"} for row in rows)
+    rows = sampling_batch.part_rows(data, "part")
+    return sampling_batch.part_bytes(row | {"label": "even"} for row in rows)
 
 
 def relabelled_table(data: bytes) -> bytes:
@@ -209,18 +211,18 @@ def test_a_batch_with_a_part_of_another_is_not_finished(sampled: Sampled) -> Non
     files = {name: data for name, data in sampled.files("png").items() if name not in ("manifest.parquet", "_SUCCESS")}
     files[PART] = files["manifest/part-00000.jsonl"]
     place = sampled.beside("mixed", files)
-    batch = prints.parse_batch(files["batch.json"], "batch.json")
+    batch = sampling_batch.parse_batch(files["batch.json"], "batch.json")
     with pytest.raises(UserError, match=f"{PART} is not of this batch"):
-        printing.finish(sampled.store, batch, place)
+        generate_batch.finish(sampled.store, batch, place)
     assert not sampled.store.exists(BUCKET, place.key("_SUCCESS"))
 
 
 def test_texts_with_unicodes_ends_of_lines_stay_in_their_row() -> None:
-    rows = prints.part_rows(prints.part_bytes([row_with("a\u2028b\x85c"), row_with("d")]), "part")
+    rows = sampling_batch.part_rows(sampling_batch.part_bytes([row_with("a\u2028b\x85c"), row_with("d")]), "part")
     assert [row["prompt"] for row in rows] == ["a\u2028b\x85c", "d"]
 
 
-def row_with(prompt: str) -> prints.Row:
+def row_with(prompt: str) -> sampling_batch.Row:
     return {
         **dict.fromkeys(("content_digest", "weights_sha256", "sha256", "pixels_sha256"), "0" * 64),
         **dict.fromkeys(("label", "negative_prompt", "guidance")),
@@ -234,7 +236,7 @@ def touches(path: Path) -> str:
 
 
 def changed_module(code: Path, mark: Path) -> None:
-    with (code / "diffusion" / "sampling.py").open("a") as file:
+    with (code / "diffusion" / "generation" / "generate.py").open("a") as file:
         file.write(touches(mark))
 
 
@@ -248,7 +250,7 @@ def planted_library(code: Path, mark: Path) -> None:
 
 def planted_bytecode(code: Path, mark: Path) -> None:
     """Bytecode that Python takes for current without looking at the source."""
-    source = code / "diffusion" / "sampling.py"
+    source = code / "diffusion" / "generation" / "generate.py"
     evil = mark.with_name("evil.py")
     evil.write_text(source.read_text() + touches(mark))
     target = Path(cache_from_source(str(source)))
@@ -256,16 +258,16 @@ def planted_bytecode(code: Path, mark: Path) -> None:
 
 
 def missing_module(code: Path, mark: Path) -> None:
-    (code / "diffusion" / "explain.py").unlink()
+    (code / "diffusion" / "generation" / "explain.py").unlink()
 
 
 def changed_script(code: Path, mark: Path) -> None:
-    with (code.parent / "served_model.py").open("a") as file:
+    with (code.parent / "pyfunc_model.py").open("a") as file:
         file.write(touches(mark))
 
 
 def link(code: Path, mark: Path) -> None:
-    (code / "diffusion" / "beside.py").symlink_to(code / "diffusion" / "errors.py")
+    (code / "diffusion" / "beside.py").symlink_to(code / "diffusion" / "common" / "errors.py")
 
 
 def no_code(code: Path, mark: Path) -> None:
@@ -277,7 +279,7 @@ def no_code(code: Path, mark: Path) -> None:
 def code(sampled: Sampled) -> Iterator[Path]:
     """The folder of the code that the version ships, put back afterwards."""
     folder = sampled.model_folder / "code"
-    script = folder.parent / "served_model.py"
+    script = folder.parent / "pyfunc_model.py"
     before = {path: path.read_bytes() for path in (*folder.rglob("*"), script) if path.is_file()}
     yield folder
     for path in (*folder.rglob("*"), script):
@@ -374,7 +376,7 @@ def test_weights_are_fetched_only_by_a_digest(sampled: Sampled, tmp_path: Path) 
     with pytest.raises(ValueError, match="weights_sha256"):
         Version(model="blobs", number=1, run_id="r", weights_sha256="../x", tags={})
     with pytest.raises(UserError, match=f"has no tag {WEIGHTS}"):
-        registry.fetch_weights(sampled.version.model_copy(update={"weights_sha256": ""}), tmp_path / "cache")
+        model_versions.fetch_weights(sampled.version.model_copy(update={"weights_sha256": ""}), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
@@ -396,7 +398,7 @@ def test_weights_are_fetched_only_by_a_digest(sampled: Sampled, tmp_path: Path) 
 )
 def test_an_address_that_no_version_can_have_is_refused_without_asking_anybody(uri: str) -> None:
     with pytest.raises(UserError, match="names no model version") as raised:
-        registry.parse_model_uri(uri)
+        model_versions.parse_model_uri(uri)
     assert len(str(raised.value)) < 400
 
 
@@ -450,8 +452,8 @@ def test_a_batch_that_cannot_be_is_refused_before_anything_is_made_of_it(
 ) -> None:
     about = json.loads(sampled.files("png")["batch.json"])
     with pytest.raises(UserError, match="somewhere is damaged"):
-        prints.parse_batch(canonical_json(about | change).encode(), "somewhere")
-    assert isinstance(prints.parse_batch(canonical_json(about).encode(), "somewhere"), Batch)
+        sampling_batch.parse_batch(canonical_json(about | change).encode(), "somewhere")
+    assert isinstance(sampling_batch.parse_batch(canonical_json(about).encode(), "somewhere"), Batch)
 
 
 def test_a_batch_that_cannot_be_read_hides_no_other(

@@ -2,17 +2,17 @@
 
 import pytest
 
-from diffusion.errors import Held
+from diffusion.common.errors import Held
 from flows.environment import settings
-from flows.s3 import Store
+from flows.storage.s3 import Store
 from tests.flows.machines import BASE, NAME, Killed, Machine, Machines, before, first_version, killed, machine, two
 
 __all__ = ["first_version", "machine", "two"]
 
 STEPS = (
-    "flows.lineage:record_data",  # ingested, and not pushed
-    "flows.catalogue:Catalogue.publish",  # pushed, and not in the catalogue
-    "flows.catalogue:Heads.advance",  # in the catalogue, and not the newest
+    "flows.datasets.lineage:record_data",  # ingested, and not pushed
+    "flows.datasets.catalog:Catalogue.publish",  # pushed, and not in the catalogue
+    "flows.datasets.catalog:Heads.advance",  # in the catalogue, and not the newest
 )
 
 
@@ -61,7 +61,7 @@ def test_whoever_is_killed_holds_nobody_up_and_goes_on_with_the_same_command(
 @pytest.mark.slow
 def test_two_that_begin_one_data_set_at_the_same_time_make_one_of_it(machine: Machines) -> None:
     one, other = machine("one"), machine("other")
-    with before("flows.catalogue:Heads.advance", lambda: other.ingest(1, 2, 200)):
+    with before("flows.datasets.catalog:Heads.advance", lambda: other.ingest(1, 2, 200)):
         one.ingest(1, 2, 100)
     assert one.images == {1, 2, 100, 200}
     assert one.newest == one.version.digest
@@ -70,9 +70,9 @@ def test_two_that_begin_one_data_set_at_the_same_time_make_one_of_it(machine: Ma
 @pytest.mark.slow
 def test_a_catalogue_from_before_there_were_heads_is_mended_where_one_lost_images(two: tuple[Machine, Machine]) -> None:
     one, other = two
-    with before("flows.catalogue:Heads.advance", killed), pytest.raises(Killed):
+    with before("flows.datasets.catalog:Heads.advance", killed), pytest.raises(Killed):
         one.ingest(100)
-    with before("flows.catalogue:Heads.advance", killed), pytest.raises(Killed):
+    with before("flows.datasets.catalog:Heads.advance", killed), pytest.raises(Killed):
         other.ingest(200)
     store = Store()
     bucket = settings().bucket
@@ -154,7 +154,10 @@ def test_a_data_set_that_is_begun_anew_while_another_machine_adds_to_it_is_asked
     two: tuple[Machine, Machine],
 ) -> None:
     one, other = two
-    with before("flows.catalogue:Catalogue.publish", lambda: other.ingest(200)), pytest.raises(Held, match="--rebuild"):
+    with (
+        before("flows.datasets.catalog:Catalogue.publish", lambda: other.ingest(200)),
+        pytest.raises(Held, match="--rebuild"),
+    ):
         one.ingest(100, rebuild="always")
     assert one.newest == other.version.digest
     one.ingest(rebuild="always")
@@ -169,6 +172,6 @@ def test_what_was_ingested_while_another_machine_began_anew_is_added_to_that(two
     one, other = two
     for each in two:
         (each.folder / "pictures" / "0.png").unlink()
-    with before("flows.catalogue:Catalogue.publish", lambda: other.ingest(rebuild="always")):
+    with before("flows.datasets.catalog:Catalogue.publish", lambda: other.ingest(rebuild="always")):
         one.ingest(100)
     assert one.images == {*BASE, 100} - {0}

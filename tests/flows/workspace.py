@@ -12,8 +12,8 @@ from typing import Any
 import boto3
 import yaml
 
-from flows.stack.local import SERVICES
-from flows.stack.process import members
+from flows.local_stack.server_process import members
+from flows.local_stack.stack_files import SERVICES
 from tests.conftest import disc
 
 PARAMS = {

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from flows.stack import ports
+from flows.local_stack import ports
 from tests.infra.installation import INFRA, ROOT, composed, new_environment
 
 PORTS = ("5432", "9333", "9340", "8888", "23646", "8333", "5000", "4200", "8080", "9464")

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
-from flows.metrics import GAUGES, Servers, counted, state_of, succeeded, trained
-from flows.stack import ports
+from flows.local_stack import ports
+from flows.monitoring.prometheus import GAUGES, Servers, counted, state_of, succeeded, trained
 from tests.infra.installation import INFRA, ROOT, program
 
 ALERTS = [

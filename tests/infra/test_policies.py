@@ -13,8 +13,8 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from flows.stack import ports, seaweedfs
-from flows.stack.tls import new_identity
+from flows.local_stack import ports, seaweedfs
+from flows.local_stack.tls import new_identity
 from tests.infra.installation import INFRA, new_environment
 
 if TYPE_CHECKING:

@@ -17,14 +17,14 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 from dvc.repo import Repo
 
-from flows import catalogue
-from flows.printed import find
-from flows.prints import Batch
-from flows.retention.data import DataSets
+from flows.datasets import catalog
+from flows.retention.batch_items import Prints
+from flows.retention.dataset_items import DataSets
 from flows.retention.policy import RetentionConfig
-from flows.retention.prints import Prints
-from flows.s3 import Location, Store
-from flows.s3_multipart import writing
+from flows.sampling.lookup import find
+from flows.sampling.sampling_batch import Batch
+from flows.storage.multipart import writing
+from flows.storage.s3 import Location, Store
 from tests.diffusion.small_models import write_model
 from tests.flows.conftest import bucket, no_servers, s3_environment, s3_server, store
 from tests.flows.s3_proxy import Request, proxied
@@ -155,7 +155,7 @@ def test_each_role_does_its_work(
     with role("worker") as worker:
         Repo.init(no_scm=True).close()
         place = Place(bucket, pictures)
-        with catalogue.pushing("blobs", place.source):
+        with catalog.pushing("blobs", place.source):
             first, second = place.version(), place.version(*range(100, 104))
         # A shard that was lost comes back by the same key.
         lost = next(key for key in store.list_keys(bucket, "dvc/files/md5/") if not key.endswith(".dir"))
@@ -176,7 +176,7 @@ def test_each_role_does_its_work(
     with role("reader") as reader:
         address = f"{batches[0]}/00000001.png"
         assert isinstance(find(address, reader, bucket).batch, Batch)
-        assert set(catalogue.Catalogue.of("blobs", place.source, reader).versions()) == {first.digest, second.digest}
+        assert set(catalog.Catalogue.of("blobs", place.source, reader).versions()) == {first.digest, second.digest}
     with role("keeper") as keeper:
         Prints(keeper, bucket, policy, later).sweep().act()
         assert not [key for key in keeper.list_keys(bucket, "prints/") if key.startswith("prints/blobs/")]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from flows.metrics import GAUGES
+from flows.monitoring.prometheus import GAUGES
 from tests.conftest import disc
 from tests.flows.workspace import PARAMS
 from tests.infra.servers import Servers, darkroom, installed, query

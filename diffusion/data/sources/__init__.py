@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from diffusion.common.errors import UserError
 from diffusion.data.sources.base import Access, Bounded, Source
-from diffusion.errors import UserError
 
 UNDERSTOOD = (
     "a folder; a .tar (.tar.gz, .tar.bz2, .tar.xz) or .zip; wds:SHARDS of WebDataset; a .parquet file or "
@@ -29,7 +29,7 @@ def open_source(uri: str, access: Access) -> Source:
 def _open_source(uri: str, access: Access) -> Source:
     scheme, colon, rest = uri.partition(":")
     if uri.startswith("s3://"):
-        from diffusion.data.sources.objects import Objects
+        from diffusion.data.sources.object_store import Objects
 
         return Objects.open(uri, access)
     if scheme == "wds" and colon:
@@ -59,7 +59,7 @@ def _with_options(scheme: str, place: str, options: dict[str, str], access: Acce
 
 
 def _at_path(uri: str, path: Path, access: Access) -> Source:
-    from diffusion.data.sources.local import TARS
+    from diffusion.data.sources.local_files import TARS
 
     name = path.name.lower()
     if path.is_dir():

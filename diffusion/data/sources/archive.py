@@ -13,13 +13,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from diffusion.data.pictures import Refused
+from diffusion.common.errors import UserError
+from diffusion.data.ingest.decode import Refused
 from diffusion.data.sources import tars, zips
 from diffusion.data.sources.base import Access, Entry, Payload
 from diffusion.data.sources.conventions import METADATA_FILES, described, records, too_large
 from diffusion.data.sources.listing import Listing, listing
-from diffusion.data.sources.local import MISSING, as_lines, open_unchanged, refusal, stamp_of, uncompressed
-from diffusion.errors import UserError
+from diffusion.data.sources.local_files import MISSING, as_lines, open_unchanged, refusal, stamp_of, uncompressed
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Protocol, TypeAlias
 
 from PIL import Image
 
-from diffusion.data.config import IngestConfig
-from diffusion.data.pictures import Refused
-from diffusion.files import sha256_bytes
+from diffusion.common.files import sha256_bytes
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.decode import Refused
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 """Names that may be pictures; what a file really is, its bytes decide."""

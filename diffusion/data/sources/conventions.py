@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, TextIO
 
-from diffusion.data.pictures import Refused
+from diffusion.common.errors import UserError
+from diffusion.data.ingest.decode import Refused
 from diffusion.data.sources.base import EXTENSIONS, FOREIGN
-from diffusion.errors import UserError
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 LONGEST_LINE = 2**20

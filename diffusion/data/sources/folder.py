@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusion.common.errors import UserError
 from diffusion.data.sources.base import Access, Entry, Payload
 from diffusion.data.sources.conventions import (
     METADATA_FILES,
@@ -18,8 +19,7 @@ from diffusion.data.sources.conventions import (
     records,
     sane,
 )
-from diffusion.data.sources.local import open_text, read_file, stamp, stamp_if_there
-from diffusion.errors import UserError
+from diffusion.data.sources.local_files import open_text, read_file, stamp, stamp_if_there
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import httpcore
 import httpx
 import psutil
 
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
 
 Result = TypeVar("Result")
 

@@ -12,11 +12,11 @@ from typing import BinaryIO, Self
 
 from PIL import Image
 
-from diffusion.data.pictures import Refused
+from diffusion.common.errors import UserError
+from diffusion.data.ingest.decode import Refused
 from diffusion.data.sources.base import Access, Entry, Payload
 from diffusion.data.sources.conventions import sane
-from diffusion.data.sources.local import MISSING, changed, stamp, stamp_of, uncompressed
-from diffusion.errors import UserError
+from diffusion.data.sources.local_files import MISSING, changed, stamp, stamp_of, uncompressed
 
 SPLITS = {"train": "train", "test": "t10k"}
 UNSIGNED_BYTE = 8

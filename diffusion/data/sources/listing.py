@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
+from diffusion.common.errors import UserError
 from diffusion.data.sources.base import Entry
 from diffusion.data.sources.conventions import Described, extension, folder_label, is_hidden, is_picture
-from diffusion.data.sources.local import MISSING, refusal
-from diffusion.errors import UserError
+from diffusion.data.sources.local_files import MISSING, refusal
 
 RECORDS_PER_FILE = 10
 """How many records a metadata file may have for each file that is there, on average."""

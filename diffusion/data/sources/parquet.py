@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from diffusion.data.pictures import Refused
+from diffusion.common.errors import UserError
+from diffusion.data.ingest.decode import Refused
 from diffusion.data.sources.base import LONGEST, Access, Entry, Payload
 from diffusion.data.sources.conventions import as_text, sane, too_large
-from diffusion.data.sources.local import MISSING, changed, matching, stamp, stamp_of
+from diffusion.data.sources.local_files import MISSING, changed, matching, stamp, stamp_of
 from diffusion.data.sources.parquet_pages import PageRefused, require_small_footer, rows_at_once
-from diffusion.errors import UserError
 
 PICTURES = ("image", "img", "picture", "photo", "bytes", "image_bytes", "png", "jpg", "jpeg", "webp")
 OPTIONS = ("image", "label", "caption")

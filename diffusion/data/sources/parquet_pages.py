@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
 
 FOOTER_END = struct.Struct("<I4s")
 """How a file ends: the size of its footer, and PAR1."""

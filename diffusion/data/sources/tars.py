@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
-from diffusion.data.pictures import Refused
+from diffusion.common.errors import UserError
+from diffusion.data.ingest.decode import Refused
 from diffusion.data.sources.base import LONGEST, Access, Payload, shortened, too_long
 from diffusion.data.sources.conventions import sane, too_large
-from diffusion.data.sources.local import MISSING, open_unchanged, uncompressed
-from diffusion.errors import UserError
+from diffusion.data.sources.local_files import MISSING, open_unchanged, uncompressed
 
 LONGEST_HEADER = 2**20
 """Bytes of all headers of a member; more is not read into memory."""

@@ -10,11 +10,11 @@ from urllib.error import URLError
 
 from PIL import Image
 
+from diffusion.common.errors import UserError
 from diffusion.data.sources.base import Access, Entry, Payload
 from diffusion.data.sources.conventions import sane
 from diffusion.data.sources.idx import Idx
-from diffusion.data.sources.local import read_file, stamp_if_there
-from diffusion.errors import UserError
+from diffusion.data.sources.local_files import read_file, stamp_if_there
 
 OPTIONS = ("root", "split", "download")
 IDX_FILES = ("MNIST", "FashionMNIST", "KMNIST")

@@ -24,13 +24,13 @@ from tenacity import (
 )
 from tenacity.nap import sleep_using_event
 
-from diffusion.data.ahead import ahead
-from diffusion.data.pictures import Refused
+from diffusion.common.errors import UserError
+from diffusion.data.ingest.decode import Refused
+from diffusion.data.prefetch import ahead
 from diffusion.data.sources.base import Access, Entry, Payload
 from diffusion.data.sources.conventions import as_text, records, sane, too_large
 from diffusion.data.sources.http_client import AddressRefused, HttpClient
-from diffusion.data.sources.local import open_text
-from diffusion.errors import UserError
+from diffusion.data.sources.local_files import open_text
 
 WORKERS = 16
 PAUSE = wait_random_exponential(multiplier=0.5, max=20)

@@ -8,13 +8,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
-from diffusion.data.pictures import Refused
+from diffusion.common.errors import UserError
+from diffusion.data.ingest.decode import Refused
 from diffusion.data.sources import tars
 from diffusion.data.sources.base import Access, Entry, Payload
 from diffusion.data.sources.conventions import as_text, is_picture, sane
-from diffusion.data.sources.local import MISSING, WILD, expanded, matching, stamp_of, uncompressed
-from diffusion.data.sources.objects import fetched, require
-from diffusion.errors import UserError
+from diffusion.data.sources.local_files import MISSING, WILD, expanded, matching, stamp_of, uncompressed
+from diffusion.data.sources.object_store import fetched, require
 
 SIDECARS = ("json", "txt", "cls")
 LONGEST_SIDECAR = 2**18

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from diffusion.data.pictures import Refused
+from diffusion.common.errors import UserError
+from diffusion.data.ingest.decode import Refused
 from diffusion.data.sources.conventions import sane
-from diffusion.errors import UserError
 
 LOCAL = struct.Struct("<4s22xHH")
 DIRECTORY = struct.Struct("<4sBB2xHH4xLLLHHH4xLL")

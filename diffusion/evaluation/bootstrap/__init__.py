@@ -26,7 +26,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from diffusion.errors import UserError
+from diffusion.common.errors import UserError
+from diffusion.common.progress import Progress, silent
 from diffusion.evaluation.bootstrap.halves import (
     FEWEST,
     SPLITS,
@@ -35,9 +36,8 @@ from diffusion.evaluation.bootstrap.halves import (
     kid_of_halves,
     shares_of_halves,
 )
-from diffusion.evaluation.distances import PER_FEATURE, Reference, Scores, compute_scores
 from diffusion.evaluation.estimate import Estimate, Share
-from diffusion.progress import Progress, silent
+from diffusion.evaluation.metrics.distances import PER_FEATURE, Reference, Scores, compute_scores
 
 __all__ = [
     "FEWEST",

@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion.evaluation.distances import kid_kernel
-from diffusion.evaluation.neighbours import squared_distances
-from diffusion.lanes import lanes
-from diffusion.progress import Progress, silent
-from diffusion.random import generator
+from diffusion.common.progress import Progress, silent
+from diffusion.common.random import generator
+from diffusion.common.threads import lanes
+from diffusion.evaluation.metrics.distances import kid_kernel
+from diffusion.evaluation.metrics.neighbours import squared_distances
 
 SPLITS = 100
 """Cuts: 200 halves. The error itself is then right to 1/√200, 7 %, which Student's t takes into account."""
@@ -195,7 +195,7 @@ ROWS = 128
 def kid_of_halves(
     sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = silent
 ) -> list[Tensor]:
-    """KID (``diffusion.evaluation.kid``) of the halves of each of the ``sets`` to those of the ``reference``.
+    """KID (``metrics.distances``) of the halves of each of the ``sets`` to those of the ``reference``.
 
     Of features (N, D) to (M, D); N and M at least 4. Returns for each set (splits, 2) float64.
     """

@@ -1,0 +1,1 @@
+"""Foundations that every other package stands on: files, errors, randomness, devices, threads."""

@@ -1,0 +1,64 @@
+"""What the bits of a result depend on besides configuration, data and seed."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from diffusion.common.config import Config, DeviceName
+from diffusion.common.device import device_name, resolve_device
+
+Precision = Literal["auto", "bf16", "fp32"]
+CPU = torch.device("cpu")
+
+
+class Fingerprint(Config):
+    """Within an equal fingerprint equal inputs give equal bits; floating-point sums change with each field."""
+
+    batch: int
+    """Pictures per compute batch."""
+    precision: Literal["bf16", "fp32"]
+    """Number format of the network's matrix products."""
+    threads: Literal[1] = 1
+    """Threads per operation: see ``diffusion.common.threads``."""
+    device: str
+    """The processor's maker and instructions, and the GPU's model where there is one."""
+    torch: str
+    """Version of torch."""
+    compile: bool = False
+    """Whether the network was compiled."""
+    ranks: int = Field(1, exclude_if=lambda count: count == 1)
+    """Processes that shared each batch, in training."""
+
+    def differences(self, other: "Fingerprint") -> str:
+        """What differs, as ``field: this → that``; empty if nothing does."""
+        mine, theirs = dict(self), dict(other)
+        return ", ".join(f"{name}: {mine[name]} → {theirs[name]}" for name in mine if mine[name] != theirs[name])
+
+
+def resolve_precision(precision: Precision, device: torch.device = CPU) -> Literal["bf16", "fp32"]:
+    """``auto`` is bf16 where ``device`` multiplies it natively, and fp32 elsewhere."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def autocast(precision: Precision, device: torch.device = CPU) -> AbstractContextManager[object]:
+    """The context in which a network on ``device`` computes in ``precision``."""
+    if resolve_precision(precision, device) == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def fingerprint(batch: int, precision: Precision, device: DeviceName) -> Fingerprint:
+    """The fingerprint of this process for compute batches of ``batch`` pictures."""
+    where = resolve_device(device)
+    return Fingerprint(
+        batch=batch,
+        precision=resolve_precision(precision, where),
+        device=device_name(where),
+        torch=torch.__version__,
+    )

@@ -1,0 +1,129 @@
+"""What the captions of a data set mean: read once, at the first training that is told of them, and kept beside it.
+
+Not at ingest: most data sets are never trained on their captions, and where they are brought together there need be no
+encoder. What is kept lies in the work folder, as all that was made from a data set and is no part of it. It holds one
+embedding for each different caption, by the SHA-256 of its text, and goes as soon as pictures are taken down.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffusion.checkpoints import save_tensors
+from diffusion.common.files import sha256_file, write_bytes
+from diffusion.common.progress import Progress, silent
+from diffusion.data.dataset import Dataset, Rows
+from diffusion.data.ingest.ingest import captions_folder, forget_captions
+from diffusion.data.manifest import read_manifest
+from diffusion.models.text_encoder import ENCODER, WIDTH, encoder
+
+CHUNK = 256
+"""Captions read between two words on how far it is."""
+TRIED = 8
+"""Captions read to find out how long all will take."""
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The captions of a data set's pictures as a network is told them."""
+
+    embeddings: Tensor
+    """(K, 384) float32, of each different caption."""
+    numbers: np.ndarray
+    """(N,) int32, for each row of the data set which of them it has; −1: none."""
+
+    def of(self, rows: Rows) -> Tensor:
+        """The embedding of each row's caption, zeros where there is none: (len(rows), 384)."""
+        numbers = torch.from_numpy(self.numbers[np.asarray(rows, np.int64)]).long()
+        return self.embeddings[numbers].masked_fill((numbers < 0)[:, None], 0)
+
+
+def embeddings_of(dataset: Dataset, texts: Sequence[str], pool: Executor, progress: Progress = silent) -> Tensor:
+    """The embeddings of ``texts``, all the captions of ``dataset`` in their order: (len(texts), 384) float32.
+
+    Kept under its content digest and the encoder's, whole or not at all. A damaged file is made anew, and what one of
+    an earlier version knows is taken over from it before it goes. Trainings that begin together take turns.
+
+    Raises UserError if the encoder cannot be had.
+    """
+    # Asked for even if all is known: who trains on captions reads some again for the pictures of each checkpoint.
+    read = encoder()
+    folder = captions_folder(dataset.folder)
+    path = folder / f"{dataset.manifest.content_digest[:16]}-{ENCODER.digest[:16]}.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        digests = [_digest(text) for text in texts]
+        embeddings, missing = _known(folder, digests)
+        if not missing and _files(folder) == [path]:
+            return embeddings
+        for start in range(0, len(missing), CHUNK):
+            chunk = missing[start : start + CHUNK]
+            embeddings[chunk] = torch.stack(list(pool.map(read, [texts[number] for number in chunk])))
+            progress("captions read", start + len(chunk), len(missing))
+        # What earlier files knew goes when the new one is whole.
+        _keep(path, digests, embeddings)
+        for other in _files(folder):
+            if other != path:
+                other.with_suffix(".sha256").unlink(missing_ok=True)
+                other.unlink(missing_ok=True)
+        if read_manifest(dataset.folder).content_digest != dataset.manifest.content_digest:
+            # Pictures may have been taken down meanwhile. A takedown puts the manifest in place and then looks here;
+            # we look in the other order, so that one of the two finds the file.
+            forget_captions(dataset.folder)
+    return embeddings
+
+
+def seconds_to_read(dataset: Dataset, texts: Sequence[str], lanes: int) -> float:
+    """About how long ``embeddings_of`` would take in so many ``lanes``, by a few of the texts that it would read."""
+    _, missing = _known(captions_folder(dataset.folder), [_digest(text) for text in texts])
+    tried = [texts[number] for number in missing[:TRIED]]
+    read, began = encoder(), time.perf_counter()
+    for text in tried:
+        read(text)
+    return (time.perf_counter() - began) / max(len(tried), 1) * len(missing) / lanes
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _files(folder: Path) -> list[Path]:
+    """What is kept in ``folder`` of what this encoder read."""
+    return sorted(folder.glob(f"*-{ENCODER.digest[:16]}.safetensors"))
+
+
+def _known(folder: Path, digests: Sequence[bytes]) -> tuple[Tensor, list[int]]:
+    """The embeddings of the texts with these ``digests``, and the numbers of those that no file in ``folder`` knows."""
+    embeddings = torch.empty(len(digests), WIDTH)
+    missing = dict(zip(digests, range(len(digests)), strict=True))
+    for path in _files(folder):
+        for digest, embedding in zip(*(_recalled(path) or ((), ())), strict=True):
+            if (number := missing.pop(digest, None)) is not None:
+                embeddings[number] = embedding
+    return embeddings, list(missing.values())
+
+
+def _keep(path: Path, digests: Sequence[bytes], embeddings: Tensor) -> None:
+    texts = torch.from_numpy(np.frombuffer(b"".join(digests), np.uint8).copy()).view(-1, 32)
+    header = {"encoder": ENCODER.model_dump()}
+    digest = save_tensors(path, {"texts": texts, "embeddings": embeddings}, header)
+    write_bytes(path.with_suffix(".sha256"), f"{digest}\n".encode())
+
+
+def _recalled(path: Path) -> tuple[list[bytes], Tensor] | None:
+    """What a file keeps: SHA-256 and embedding of each text; None if it is not whole, or went meanwhile."""
+    with suppress(FileNotFoundError):
+        if sha256_file(path) == path.with_suffix(".sha256").read_text().strip():
+            tensors = load_file(path)
+            return [row.tobytes() for row in tensors["texts"].numpy()], tensors["embeddings"]
+    return None

@@ -1,0 +1,291 @@
+"""The plan of an ingest and its chunks: images read, decoded and written into a shard per chunk, whoever runs it.
+
+The plan, which says what entries of a source have to be read, lies on disk, however long it is. A chunk is a pure
+function of its entries and the configuration, so it may run in any thread, process or machine that sees the work
+folder, and a chunk that was finished before a kill is not done again.
+"""
+
+import hashlib
+import json
+import sqlite3
+import uuid
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imagehash
+import numpy as np
+from PIL import Image
+
+from diffusion.common.files import canonical_json, digest_of, sha256_bytes, sha256_file, sync_file, sync_folder
+from diffusion.common.progress import Progress
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.decode import Refused, StoredPicture, prepare
+from diffusion.data.manifest import RECORDS
+from diffusion.data.shards import TarWriter
+from diffusion.data.sources import open_source
+from diffusion.data.sources.base import Access, Entry, ObjectStore, Payload, Source
+
+SCHEMA = """
+    CREATE TABLE listing
+        (number INTEGER PRIMARY KEY, source TEXT UNIQUE, locator, stamp, label, caption, problem, told);
+    CREATE TABLE plan (number INTEGER PRIMARY KEY, source, locator, stamp, label, caption, problem, known);
+"""
+STAMPED = """
+    SELECT 1 FROM stored.seen s
+    WHERE s.origin = :origin AND s.source = l.source AND s.stamp = l.stamp AND s.stamp != '' AND s.told = l.told
+        AND (EXISTS (SELECT 1 FROM stored.records r WHERE r.source = s.source AND r.sha256 = s.sha256)
+            OR EXISTS (SELECT 1 FROM stored.removed d WHERE d.digest = s.sha256))
+"""
+"""Seen before with the same face, and what it was then is on record: the index may stand for another version."""
+REFUSED = "SELECT 1 FROM stored.records r WHERE r.source = l.source AND r.outcome = 'quarantined'"
+KNOWN = "SELECT group_concat(hex(r.sha256)) FROM stored.records r WHERE r.source = l.source"
+CORRECTED = "SELECT 1 FROM stored.seen s WHERE s.origin = :origin AND s.source = l.source AND s.told != l.told"
+"""Told of otherwise than before: then it is judged again, though its bytes be the same."""
+LISTED_AT_ONCE = 10_000
+COLUMNS = (*RECORDS.names, "end", "stamp")
+"""What is known of an entry: what will be its record, without verdicts on what only the whole set can tell. ``outcome``
+is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null; ``end`` is that of the sample."""
+NOT_OF_A_CHUNK = {"source", "licence", "max_quarantined", "shard_bytes", "runner", "workers", "held_out"}
+"""Fields of the configuration that cannot change what a chunk becomes."""
+FORMAT = 3
+"""Goes up when the same pictures would become something else, so that what older code left is not taken up."""
+TEXT_OF_A_CHUNK = 2**23
+"""Characters of names, labels and captions in a chunk, about; its memory grows with them."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """An entry to be read."""
+
+    entry: Entry
+    known: frozenset[str]
+    """SHA-256 of what came under its name before: if it is one of these, nothing is new."""
+
+
+def make_plan(
+    path: Path, source: Source, origin: str, index: Path, requeue: bool, anew: bool, progress: Progress
+) -> tuple[int, int]:
+    """Write the plan to ``path``; returns how many entries ``source`` lists, and how many of them must be read.
+
+    Left out is what lies in the index database at ``index`` with an unchanged stamp under the same ``origin``, but
+    not what was refused if ``requeue``; nothing is left out if the data set begins ``anew``.
+    """
+    path.unlink(missing_ok=True)
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        # Nobody needs half a plan: after a crash it is made anew.
+        database.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {SCHEMA}")
+        database.execute("ATTACH ? AS stored", (str(index),))
+        database.execute("BEGIN")
+        database.executemany(
+            "INSERT OR REPLACE INTO listing (source, locator, stamp, label, caption, problem, told) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                (e.source, e.locator, e.stamp, e.label, e.caption, e.problem, told_of(e.label, e.caption))
+                for e in _told(source.entries(), progress)
+            ),
+        )
+        known, wanted = KNOWN, f"NOT EXISTS ({STAMPED})"
+        if requeue:
+            known, wanted = f"{KNOWN} AND r.outcome != 'quarantined'", f"{wanted} OR EXISTS ({REFUSED})"
+        if anew:
+            known, wanted = "NULL", "TRUE"
+        order = "l.number" if source.in_order else "l.source"
+        database.execute(
+            f"""INSERT INTO plan (source, locator, stamp, label, caption, problem, known)
+                SELECT l.source, l.locator, l.stamp, l.label, l.caption, l.problem,
+                    CASE WHEN EXISTS ({CORRECTED}) THEN NULL ELSE ({known}) END FROM listing l
+                WHERE {wanted} ORDER BY {order}""",
+            {"origin": origin},
+        )
+        (listed,) = database.execute("SELECT count(*) FROM listing").fetchone()
+        (planned,) = database.execute("SELECT count(*) FROM plan").fetchone()
+        database.execute("COMMIT")
+        return listed, planned
+
+
+def read_plan(path: Path, first: int, last: int) -> list[Planned]:
+    """Rows ``first`` … ``last`` of the plan, counted from 1."""
+    with closing(sqlite3.connect(path)) as database:
+        rows = database.execute(
+            "SELECT source, locator, stamp, label, caption, problem, known FROM plan "
+            "WHERE number BETWEEN ? AND ? ORDER BY number",
+            (first, last),
+        )
+        return [Planned(Entry(*row[:6]), frozenset((row[6] or "").lower().split(",")) - {""}) for row in rows]
+
+
+def text_lengths(path: Path) -> Iterator[tuple[int, int]]:
+    """Number and characters of text of each row of the plan."""
+    with closing(sqlite3.connect(path)) as database:
+        yield from database.execute(
+            "SELECT number, length(source) + ifnull(length(label), 0) + ifnull(length(caption), 0) FROM plan "
+            "ORDER BY number"
+        )
+
+
+def told_of(label: str | None, caption: str | None) -> str:
+    """What a source says about a picture, in as many letters as it takes to see that it says something else."""
+    return digest_of([label, caption])[:16]
+
+
+def origin_of(uri: str) -> str:
+    """What tells a source from others that use the same names: its URI, with local paths made absolute."""
+    return uri if ":" in uri else str(Path(uri).resolve())
+
+
+def _told(entries: Iterator[Entry], progress: Progress) -> Iterator[Entry]:
+    for number, entry in enumerate(entries, start=1):
+        if number % LISTED_AT_ONCE == 0:
+            progress("pictures listed", number, None)
+        yield entry
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows ``first`` … ``last`` of the plan in the folder ``work``."""
+
+    work: Path
+    uri: str
+    config: IngestConfig
+    objects: ObjectStore | None
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class PreparedChunk:
+    """A finished chunk: a shard of its own, and a table, in which each line is JSON."""
+
+    table: Path
+    shard: Path
+
+    def read(self) -> tuple[str, list[dict[str, Any]]]:
+        """The SHA-256 of the shard, and a row of COLUMNS for each entry, in the order of the plan."""
+        with self.table.open() as lines:
+            shard_sha256, *rows = map(json.loads, lines)
+        return shard_sha256, rows
+
+
+def chunk_size(pictures: int, config: IngestConfig) -> int:
+    """How many of ``pictures`` make a chunk: about ``config.shard_bytes``, but small sets get at least eight."""
+    # Photographs as PNG take about two thirds of their pixels; headers and JSON about 2 KiB.
+    about = 2 * config.size**2 + 2048
+    most = min(max(config.shard_bytes // about, 1), 8192)
+    return min(most, max(-(-pictures // 8), 512))
+
+
+def prepare_chunk(chunk: Chunk) -> PreparedChunk:
+    """Read and prepare the pictures of ``chunk``, unless that is done; raises what may pass, such as a full disk."""
+    planned = read_plan(chunk.work / "plan.sqlite", chunk.first, chunk.last)
+    settings = chunk.config.model_dump(mode="json", exclude=NOT_OF_A_CHUNK)
+    listing = [[*_listed(each), sorted(each.known)] for each in planned]
+    name = digest_of({"format": FORMAT, "uri": chunk.uri, "config": settings, "entries": listing})
+    folder = chunk.work / "chunks"
+    table, shard = folder / f"{name}.jsonl", folder / f"{name}.tar"
+    if not table.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not a fixed name: a worker whose parent was killed may still be at it.
+        partial = folder / f".{name}.{uuid.uuid4().hex}.partial"
+        with partial.open("wb") as tar:
+            rows = _prepare(chunk, planned, TarWriter(tar))
+        shard_sha256 = sha256_file(partial)
+        _finish(partial, shard)
+        with partial.open("w") as lines:
+            lines.writelines(f"{json.dumps(line)}\n" for line in (shard_sha256, *rows))
+        _finish(partial, table)
+    return PreparedChunk(table, shard)
+
+
+def _finish(partial: Path, path: Path) -> None:
+    sync_file(partial)
+    partial.replace(path)
+    # Before the next is written: a table tells that its shard is there.
+    sync_folder(path.parent)
+
+
+def _listed(planned: Planned) -> list[str | None]:
+    entry = planned.entry
+    return [entry.source, entry.stamp, entry.label, entry.caption]
+
+
+def _prepare(chunk: Chunk, planned: list[Planned], writer: TarWriter) -> list[dict[str, Any]]:
+    """Write what can be used with ``writer``; returns a row of COLUMNS for each of ``planned``."""
+    source = open_source(chunk.uri, Access(chunk.config, chunk.work / "scratch", chunk.objects))
+    payloads = source.read([each.entry for each in planned])
+    seen: set[str] = set()
+    rows = []
+    for each, payload in zip(planned, payloads, strict=True):
+        row = dict.fromkeys(COLUMNS) | _about(each, payload)
+        rows.append(row)
+        if isinstance(payload, Refused) or row["outcome"] == "known":
+            continue
+        try:
+            picture = prepare(payload, chunk.config)
+        except Refused as refused:
+            row |= {"outcome": "quarantined", "reason": str(refused)}
+            continue
+        row |= _described(picture, chunk.config)
+        if picture.key in seen:
+            row["outcome"] = "duplicate"
+            continue
+        seen.add(picture.key)
+        told = {name: row[name] for name in ("label", "caption", "source")} | {"sha256": row["source_sha256"]}
+        extent = writer.add(picture.key, picture.png, told)
+        row |= {"offset": extent.start, "size": extent.png, "end": extent.end}
+    writer.close()
+    return rows
+
+
+def _about(planned: Planned, payload: Payload) -> dict[str, Any]:
+    entry = planned.entry
+    about: dict[str, Any] = {"source": entry.source, "stamp": entry.stamp, "source_sha256": ""}
+    if isinstance(payload, Refused):
+        about |= {"outcome": "quarantined", "reason": str(payload)}
+    else:
+        about["source_sha256"] = _digest(payload)
+        if about["source_sha256"] in planned.known:
+            about["outcome"] = "known"
+    return about | {"label": entry.label, "caption": entry.caption}
+
+
+def _digest(payload: bytes | Image.Image) -> str:
+    if isinstance(payload, bytes):
+        return sha256_bytes(payload)
+    header = canonical_json([payload.mode, *payload.size])
+    return hashlib.sha256(header.encode() + payload.tobytes()).hexdigest()
+
+
+def _described(picture: StoredPicture, config: IngestConfig) -> dict[str, Any]:
+    pixels = picture.pixels.reshape(-1, picture.pixels.shape[2] if picture.pixels.ndim == 3 else 1)
+    # Exact, as these are integers below 2**53, and six times as fast as numpy is on integers.
+    values = np.ascontiguousarray(pixels.T).astype(np.float64)
+    described = {
+        "key": picture.key,
+        "mode": picture.mode,
+        "width": picture.source_size[0],
+        "height": picture.source_size[1],
+        "total": [int(total) for total in values.sum(1)],
+        "squares": [int(squares) for squares in np.einsum("cn,cn->c", values, values)],
+    }
+    if config.near_duplicates is not None:
+        described["phash"] = perceptual_hash(Image.fromarray(picture.pixels))
+    return described
+
+
+def perceptual_hash(picture: Image.Image) -> int:
+    """The 64-bit perceptual hash (DCT of a 32×32 reduction, signs against the median) as a signed integer."""
+    return int.from_bytes(np.packbits(imagehash.phash(picture).hash).tobytes(), "big", signed=True)
+
+
+def chunks_of(work: Path, config: IngestConfig, objects: ObjectStore | None, pictures: int) -> Iterator[Chunk]:
+    """The chunks into which a plan of ``pictures`` rows falls: as many rows in each, or fewer where texts are long."""
+    size = chunk_size(pictures, config)
+    first, text = 1, 0
+    for number, length in text_lengths(work / "plan.sqlite"):
+        text += length
+        if number - first + 1 == size or text >= TEXT_OF_A_CHUNK or number == pictures:
+            yield Chunk(work, config.source, config, objects, first, number)
+            first, text = number + 1, 0

@@ -1,0 +1,318 @@
+"""Merge: prepared chunks become parts of the data set, one after the other, now that each can see all before it.
+
+``unite`` adds what one line of versions added to another line: two machines that ingest from the same version make two.
+"""
+
+import os
+import shutil
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffusion.common.config import Config
+from diffusion.common.errors import Held
+from diffusion.common.files import make_folder, sync_file, sync_folder, write_atomically, write_bytes
+from diffusion.data.ingest.chunks import PreparedChunk
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.index import Index, add_hashes
+from diffusion.data.manifest import (
+    RECORDS,
+    FileEntry,
+    Manifest,
+    Part,
+    Totals,
+    manifest_bytes,
+    read_manifest,
+    read_records,
+    sample_digest,
+    version_path,
+    versions,
+    work_folder,
+)
+from diffusion.data.shards import BLOCK, Extent, extent_at, filtered
+from diffusion.data.versions.versions import remember
+
+REASONS_COUNTED = 10_000
+"""Different ones: some hold sizes and what servers say, and may be as many as the pictures."""
+
+
+def split_of(key: str, held_out: float) -> str:
+    """The split a picture falls into: a function of its content alone, so it never changes sides."""
+    return "held_out" if int(key[:16], 16) < held_out * 2**64 else "train"
+
+
+@dataclass
+class Merge:
+    """Adds chunks to the data set in ``folder``; ``index`` must stand for ``parts`` and is inside a transaction."""
+
+    folder: Path
+    config: IngestConfig
+    index: Index
+    origin: str
+    parts: list[Part]
+    read: int = 0
+    """Entries read so far, whatever became of them."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Why entries were refused, without those that had been refused for the same reason before."""
+    news: Counter[str] = field(default_factory=Counter)
+    """What became of the entries that were not known, by outcome."""
+    relabelled: int = 0
+    """Of the duplicates among them, those that came with another label or caption."""
+
+    def add(self, chunk: PreparedChunk) -> None:
+        """Judge the pictures of a chunk; what is new becomes a part."""
+        shard_sha256, rows = chunk.read()
+        in_shard = [row for row in rows if row["offset"] is not None]
+        records = []
+        for row in rows:
+            # Its copies, whatever their bytes, may come before it.
+            if row["key"] is not None and self.index.is_removed(row["source_sha256"]):
+                self.index.refuse(row["key"])
+        for row in rows:
+            self.index.stamp(self.origin, row)
+            if row["outcome"] != "known" and self._judge(row):
+                self.index.record(row)
+                records.append(row)
+        self.read += len(rows)
+        if records:
+            whole = all(row["outcome"] == "kept" for row in in_shard)
+            shard = self._shard(chunk.shard, shard_sha256, records, whole)
+            self.parts.append(write_part(self.folder, len(self.parts), shard, records, self.config.size))
+
+    def adopt(self, part: Part) -> int:
+        """Add what a part of another version, whose files lie in ``folder``, has and this one lacks.
+
+        Returns how many records could not be added: copies of images that neither this version nor the part holds.
+        """
+        rows = read_records(self.folder, part).to_pylist()
+        kept = [row for row in rows if row["outcome"] == "kept"]
+        if self.index.near is not None and any(row["phash"] is None for row in kept):
+            add_hashes(self.folder, part, rows)
+        if part.shard is not None:
+            with (self.folder / part.shard.name).open("rb") as file:
+                for row in kept:
+                    extent = extent_at(file, row["offset"], row["size"])
+                    row |= {"offset": extent.start, "end": extent.end}
+        records, lost = [], 0
+        for row in rows:
+            if row["outcome"] == "removed":
+                wanted = not self.index.is_removed_by_all(row["key"], row["source_sha256"])
+            elif self.index.has(row["source"], row["source_sha256"]):
+                wanted = False
+            elif row["outcome"] == "duplicate" and self.index.sample(row["key"]) is None:
+                # Its pixels lie in a part that this version gave up.
+                gone = self.index.is_removed(row["key"], row["source_sha256"])
+                wanted, lost = gone and self._judge(row), lost + (not gone)
+            else:
+                wanted = self._judge(row)
+            if wanted:
+                self.index.record(row)
+                records.append(row)
+        if records:
+            shard = None
+            if part.shard is not None:
+                whole = len(kept) == sum(row["outcome"] == "kept" for row in records)
+                shard = self._shard(self.folder / part.shard.name, part.shard.sha256, records, whole)
+            self.parts.append(write_part(self.folder, len(self.parts), shard, records, self.config.size))
+        return lost
+
+    def _judge(self, row: dict[str, Any]) -> bool:
+        """Decide what becomes of a picture; returns whether that is to be recorded."""
+        if self.index.is_removed(row["key"], row["source_sha256"]):
+            self.news["removed"] += 1
+            known = self.index.is_removed_by_all(row["key"], row["source_sha256"])
+            # Other bytes of it are refused by their own digest, which holds however pictures are stored.
+            row |= blanked(row, "came again after it was taken down")
+            return not known
+        if row["key"] is not None:
+            self._judge_picture(row)
+        if row["outcome"] == "quarantined":
+            if self.index.refusal(row["source"], row["source_sha256"]) == row["reason"]:
+                return False
+            known = len(self.reasons) < REASONS_COUNTED or row["reason"] in self.reasons
+            self.reasons[row["reason"] if known else "other reasons"] += 1
+        self.news[row["outcome"]] += 1
+        return True
+
+    def _judge_picture(self, row: dict[str, Any]) -> None:
+        there = self.index.sample(row["key"])
+        if there is not None:
+            split, digest = there
+            same = sample_digest(row["key"], split, row["label"], row["caption"]) == digest
+            row |= {"outcome": "duplicate", "reason": None if same else "came again with another label or caption"}
+            self.relabelled += not same
+        else:
+            row |= {"outcome": "kept", "split": split_of(row["key"], self.config.held_out)}
+            if self.index.near is not None:
+                self._join_group(row)
+
+    def _join_group(self, row: dict[str, Any]) -> None:
+        assert self.index.near is not None
+        groups = self.index.near.around(row["phash"])
+        splits = {group.split for group in groups}
+        if len(splits) > 1:
+            row |= {"outcome": "quarantined", "reason": "a near-copy of pictures in both splits", "split": None}
+        elif splits:
+            row |= {"split": splits.pop(), "near": [group.root.hex() for group in groups]}
+
+    def _shard(self, made: Path, digest: str, records: list[dict[str, Any]], whole: bool) -> FileEntry | None:
+        """The shard of the next part: ``made``, whose SHA-256 is ``digest``, or what is kept of it."""
+        kept = [row for row in records if row["outcome"] == "kept"]
+        if not kept:
+            return None
+        number = len(self.parts)
+        staged = self.folder / "shards" / f".{number:05d}.tar"
+        make_folder(staged.parent)
+        staged.unlink(missing_ok=True)
+        if whole:
+            _link(made, staged)
+        else:
+            extents = [Extent(row["offset"], row["end"], row["size"]) for row in kept]
+            digest = write_atomically(staged, lambda partial: _filter(made, partial, extents, kept))
+        for row in kept:
+            # From where the sample begins to where its PNG does.
+            row["offset"] += BLOCK
+        return named(self.folder, staged, f"shards/{number:05d}-{digest[:16]}.tar", digest)
+
+
+def write_part(folder: Path, number: int, shard: FileEntry | None, records: list[dict[str, Any]], size: int) -> Part:
+    """Write the table of part ``number``, rows of RECORDS whose pictures have ``size`` pixels a side; its shard is."""
+    staged = folder / "records" / f".{number:05d}.parquet"
+    table = pa.Table.from_pylist(records, RECORDS)
+    digest = write_atomically(staged, lambda partial: pq.write_table(table, partial, compression="zstd"))
+    kept = [row for row in records if row["outcome"] == "kept"]
+    return Part(
+        number=number,
+        records=named(folder, staged, f"records/{number:05d}-{digest[:16]}.parquet", digest),
+        shard=shard,
+        outcomes=_counts(records, "outcome"),
+        splits=_counts(kept, "split"),
+        classes=_counts(kept, "label"),
+        modes=_counts(kept, "mode"),
+        totals=_totals(kept, size),
+    )
+
+
+def blanked(row: dict[str, Any], reason: str) -> dict[str, Any]:
+    """What is left of a row of RECORDS whose picture was taken down: the digests by which it is refused."""
+    left = {
+        "outcome": "removed",
+        "reason": reason,
+        "source": "",
+        "key": row["key"] or "",
+        "source_sha256": row["source_sha256"],
+    }
+    return dict.fromkeys(RECORDS.names) | left
+
+
+def _counts(rows: list[dict[str, Any]], column: str) -> dict[str, int]:
+    return dict(sorted(Counter(row[column] for row in rows if row[column] is not None).items()))
+
+
+def named(folder: Path, staged: Path, name: str, digest: str) -> FileEntry:
+    """Give a finished file of the data set its final name, which holds its digest."""
+    path = folder / name
+    staged.replace(path)
+    # Two names of one file stay two.
+    staged.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return FileEntry(name=name, sha256=digest, bytes=path.stat().st_size)
+
+
+def _totals(kept: list[dict[str, Any]], size: int) -> Totals:
+    """The sums of the training pictures among ``kept`` rows."""
+    rows = [row for row in kept if row["split"] == "train"]
+    sums = {
+        name: sum((np.broadcast_to(np.array(row[name], np.int64), 3) for row in rows), np.zeros(3, np.int64)).tolist()
+        for name in ("total", "squares")
+    }
+    return Totals(pixels=len(rows) * size * size, **sums)
+
+
+def _filter(source: Path, target: Path, extents: list[Extent], kept: list[dict[str, Any]]) -> None:
+    for row, extent in zip(kept, filtered(source, target, extents), strict=True):
+        row["offset"] = extent.start
+
+
+def _link(path: Path, target: Path) -> None:
+    """The same file under a second name, or a copy where the file system has no such thing."""
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
+    sync_file(target)
+
+
+class Union(Config):
+    """A version with what two lines have."""
+
+    version: Manifest
+    added: int
+    """Images that the other line lacked."""
+    lost: int
+    """Records of copies whose image the other line gave up, which are in neither."""
+
+
+def unite(folder: Path, config: IngestConfig, theirs: Manifest, base: Manifest | None) -> Union:
+    """Make a version that goes on from ``theirs`` and has what the current version in ``folder`` added to ``base``.
+
+    ``base`` is the newest version that both come from; None if there is none. All files of ``theirs``, and the
+    manifests that it comes from, lie in ``folder``. The caller holds the data set's lock. Killed and given again, it
+    ends the same: the manifest is written last.
+
+    Raises:
+        Held: If the two store images in different ways, or ours began the data set anew.
+    """
+    ours = read_manifest(folder)
+    require_compatible(folder, ours, theirs, base)
+    shared = {part.records.sha256 for part in (*theirs.parts, *(base.parts if base else ()))}
+    config = config.model_copy(update=dict(theirs.storage))
+    with (
+        closing(Index(work_folder(folder) / "index.sqlite", folder, theirs, config.near_duplicates)) as index,
+        index.transaction(),
+    ):
+        merge = Merge(folder, config, index, "", list(theirs.parts))
+        lost = sum(merge.adopt(part) for part in ours.parts if part.records.sha256 not in shared)
+        after = theirs
+        if merge.parts != theirs.parts:
+            after = Manifest(
+                name=folder.name,
+                parent=theirs.digest,
+                change=f"union with {ours.digest[:12]}",
+                content_digest="",
+                storage=theirs.storage,
+                licence=theirs.licence or ours.licence,
+                parts=merge.parts,
+            )
+            after = after.model_copy(update={"content_digest": index.content_digest(after)})
+            write_bytes(version_path(folder, theirs.digest), manifest_bytes(theirs))
+        remember(folder, ours)
+        write_bytes(folder / "manifest.json", manifest_bytes(after))
+        index.stands_for(after)
+    return Union(version=after, added=merge.news["kept"], lost=lost)
+
+
+def require_compatible(folder: Path, ours: Manifest, theirs: Manifest, base: Manifest | None) -> None:
+    """Raise Held unless what ``ours`` added to ``base`` can be added to ``theirs``, and that is what was asked for."""
+    line = takewhile(lambda version: base is None or version.digest != base.digest, versions(folder))
+    faster = f"somebody was faster: the newest version of data set {folder.name} is {theirs.digest[:12]} by now, and"
+    go_on = f"`darkroom data checkout {theirs.digest[:12]} --dataset {folder.name}`, then ingest again"
+    if any(version.change == "rebuild" for version in line):
+        raise Held(
+            f"{faster} {ours.digest[:12]} here began it anew: give the command with --rebuild again to begin anew all "
+            f"the same, or to add to theirs {go_on}"
+        )
+    mine, other = ours.storage.model_dump(), theirs.storage.model_dump()
+    if different := [name for name in mine if mine[name] != other[name]]:
+        name = different[0]
+        raise Held(
+            f"{faster} stores images with ingest.{name}={other[name]}, while {ours.digest[:12]} here has {mine[name]}: "
+            f"give another --dataset, or to add to theirs {go_on} with that"
+        )

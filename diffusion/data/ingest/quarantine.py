@@ -1,0 +1,124 @@
+"""Quarantined entries of a data set version: of all records of a name, the last one counts."""
+
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import pyarrow as pa
+
+from diffusion.common.config import Config
+from diffusion.data.manifest import Manifest, Part
+
+
+class QuarantineEntry(Config):
+    """An entry in quarantine."""
+
+    source: str
+    reason: str
+
+
+class Reason(Config):
+    """Why pictures were refused, and how many."""
+
+    reason: str
+    count: int
+
+
+class Quarantine(Config):
+    """All that stands refused in a version."""
+
+    count: int
+    samples: list[QuarantineEntry]
+    """The first of them, by name."""
+    reasons: list[Reason]
+    """The leading ones first."""
+
+
+ReadTable = Callable[[Part, Sequence[str]], pa.Table | None]
+"""The records of a part, some columns of them; None if its table is no longer to be had."""
+
+COLUMNS = ("source", "outcome", "reason")
+SCHEMA = """
+    CREATE TABLE refused (source TEXT PRIMARY KEY) WITHOUT ROWID;
+    CREATE TABLE told (part TEXT, place INTEGER, source TEXT, outcome TEXT, reason TEXT);
+    CREATE INDEX by_part ON told (part);
+    CREATE TABLE ranks (part TEXT PRIMARY KEY, rank INTEGER) WITHOUT ROWID;
+"""
+# Of several columns beside max(), SQLite gives those of the row that has the maximum: the last word on a name.
+STANDING = """
+    SELECT source, reason FROM (
+        SELECT source, outcome, reason, max(rank * 4294967296 + place)
+        FROM ranks CROSS JOIN told ON told.part = ranks.part GROUP BY source
+    ) WHERE outcome = 'quarantined'
+"""
+
+
+def standing(versions: Sequence[Manifest], read: ReadTable, limit: int | None = None) -> list[Quarantine | None]:
+    """What stands refused in each of ``versions`` of a data set, with the first ``limit`` samples.
+
+    None for a version of which a table is needed and cannot be had. Nothing is read where nothing was ever refused;
+    else the names that were are kept in a database on disk.
+    """
+    with closing(sqlite3.connect("")) as database:
+        database.executescript(SCHEMA)
+        return list(_Told(database, read).of(versions, -1 if limit is None else limit))
+
+
+class _Told:
+    """What the tables tell of the names that were ever refused."""
+
+    def __init__(self, database: sqlite3.Connection, read: ReadTable) -> None:
+        self.database = database
+        self.read = read
+        self.unread: set[str] = set()
+        """SHA-256 of tables that cannot be had."""
+
+    def of(self, versions: Sequence[Manifest], limit: int) -> Iterator[Quarantine | None]:
+        for part in _needed(versions, only_refusing=True):
+            names = ((row["source"],) for row in self._rows(part) if row["outcome"] == "quarantined")
+            self.database.executemany("INSERT OR IGNORE INTO refused VALUES (?)", names)
+        for part in _needed(versions, only_refusing=False):
+            self.database.executemany(
+                "INSERT INTO told SELECT :part, :place, :source, :outcome, :reason "
+                "WHERE EXISTS (SELECT 1 FROM refused WHERE source = :source)",
+                (row | {"part": part.records.sha256, "place": n} for n, row in enumerate(self._rows(part))),
+            )
+        for version in versions:
+            known = not any(part.records.sha256 in self.unread for part in _needed([version], only_refusing=False))
+            yield self._standing(version, limit) if known else None
+
+    def _rows(self, part: Part) -> list[dict[str, Any]]:
+        table = self.read(part, COLUMNS)
+        if table is None:
+            self.unread.add(part.records.sha256)
+            return []
+        return table.to_pylist()  # type: ignore[no-any-return]
+
+    def _standing(self, version: Manifest, limit: int) -> Quarantine:
+        self.database.execute("DELETE FROM ranks")
+        ranks = ((part.records.sha256, rank) for rank, part in enumerate(version.parts))
+        self.database.executemany("INSERT OR IGNORE INTO ranks VALUES (?, ?)", ranks)
+        reasons: Counter[str] = Counter(
+            dict(self.database.execute(f"SELECT reason, count(*) FROM ({STANDING}) GROUP BY reason ORDER BY reason"))
+        )
+        samples = self.database.execute(f"{STANDING} ORDER BY source LIMIT ?", (limit,))
+        return Quarantine(
+            count=reasons.total(),
+            samples=[QuarantineEntry(source=source, reason=reason) for source, reason in samples],
+            reasons=[Reason(reason=reason, count=count) for reason, count in reasons.most_common()],
+        )
+
+
+def _needed(versions: Sequence[Manifest], only_refusing: bool) -> list[Part]:
+    """The parts that refused something, or also those behind one that did, which may know better."""
+    found: dict[str, Part] = {}
+    for version in versions:
+        refused = False
+        for part in version.parts:
+            refusing = bool(part.outcomes.get("quarantined"))
+            refused |= refusing
+            if refusing or (refused and not only_refusing):
+                found[part.records.sha256] = part
+    return list(found.values())

@@ -1,0 +1,214 @@
+"""Files of this machine: read within limits, matched by patterns, unpacked once for all workers."""
+
+import bz2
+import errno
+import glob
+import gzip
+import io
+import json
+import lzma
+import os
+import shutil
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TextIO, cast
+
+from braceexpand import braceexpand
+from filelock import FileLock
+
+from diffusion.common.errors import UserError
+from diffusion.common.files import digest_of
+from diffusion.data.ingest.decode import Refused
+from diffusion.data.sources.base import Access, Payload
+from diffusion.data.sources.conventions import too_large
+
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+NEVER = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+"""Errors that another try will not mend."""
+MISSING = "named in the listing but missing"
+WILD = "*?["
+COPIED_AT_ONCE = 2**20
+"""Bytes."""
+RESERVE, RESERVED_SHARE = 2**30, 0.05
+"""Bytes of the disk that unpacking leaves free, and which share of a smaller one: what is packed does not say how large
+it is, and may be made to fill any disk."""
+PACKED: dict[str, Callable[[Path], object]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def refusal(reason: str) -> str:
+    """The locator, in an archive or a prefix, of what cannot be read, and why; all others there are JSON lists."""
+    return json.dumps(reason)
+
+
+def stamp(status: os.stat_result) -> str:
+    """Differs when a file may have changed: its size and time."""
+    return f"{status.st_size}:{status.st_mtime_ns}"
+
+
+def stamp_of(path: Path) -> str:
+    """The stamp of a file that must be there; raises UserError otherwise."""
+    try:
+        return stamp(path.stat())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the path and its permissions") from error
+
+
+def stamp_if_there(path: Path) -> str:
+    """The stamp of a file, or none if it is not there: reading it tells why."""
+    try:
+        return stamp(path.stat())
+    except OSError:
+        return ""
+
+
+def read_file(path: Path, limit: int) -> Payload:
+    """The bytes of a file, unless it is missing, no plain file, forbidden, or larger than ``limit`` bytes."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return Refused("not a plain file")
+        if status.st_size > limit:
+            return too_large(status.st_size, limit)
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return Refused(MISSING)
+    except OSError as error:
+        if error.errno not in NEVER:
+            raise
+        return Refused(f"cannot be read: {error.strerror}")
+
+
+def open_unchanged(path: Path, before: str) -> BinaryIO | None:
+    """``path`` for reading, or None if it is gone; raises UserError if its stamp is no longer that of ``before``."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return None
+    if stamp(os.fstat(file.fileno())) != before:
+        file.close()
+        raise changed(str(path))
+    return file
+
+
+def changed(where: str) -> UserError:
+    """What to say when places in a file that was listed no longer hold."""
+    return UserError(f"{where} has changed since it was listed: run the ingest again")
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """A table of text, line by line."""
+    try:
+        file = path.open(newline="", encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the path and its permissions") from error
+    with file:
+        yield file
+
+
+def as_lines(file: BinaryIO) -> TextIO:
+    """The text of an open file."""
+    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+
+
+def matching(pattern: str, suffix: str) -> list[tuple[str, Path]]:
+    """Names and paths of the files that ``pattern`` means, in the order of their names.
+
+    It is a file, a folder (all files below it that end in ``suffix``), a glob, or has ``{00..42}`` or ``{a,b}`` in
+    it. Names are relative to what comes before its first wildcard, so more matches do not change them.
+    Raises UserError if anything that was named is not there.
+    """
+    path = Path(pattern)
+    if path.is_file():
+        return [(path.name, path)]
+    if path.is_dir():
+        base, found = path, _globbed(f"{glob.escape(pattern)}/**/*{suffix}")
+    else:
+        first = min((pattern.index(sign) for sign in f"{WILD}{{" if sign in pattern), default=len(pattern))
+        base = Path(pattern[:first].rpartition("/")[0] or ("/" if pattern.startswith("/") else "."))
+        found = [match for piece in expanded(pattern) for match in _globbed(piece)]
+    paths = sorted({Path(match) for match in found}, key=lambda path: os.fsencode(path.relative_to(base).as_posix()))
+    return [(path.relative_to(base).as_posix(), path) for path in paths]
+
+
+def expanded(pattern: str) -> list[str]:
+    """``pattern`` with its braces written out."""
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"{pattern} has unbalanced braces: write them as {{000..123}} or {{a,b}}") from error
+
+
+def _globbed(piece: str) -> list[str]:
+    wild = any(sign in piece for sign in WILD)
+    found = glob.glob(piece, recursive=True) if wild else [piece]  # noqa: PTH207 (that of Path finds hidden files)
+    found = [match for match in found if Path(match).is_file()]
+    if not found:
+        raise UserError(f"there is no file {piece}: check the path")
+    return found
+
+
+def once(path: Path, write: Callable[[Path], object]) -> Path:
+    """``path``, filled by ``write`` unless that was done before; other workers wait meanwhile. Never seen half done."""
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if not path.exists():
+            try:
+                write(partial)
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+    return path
+
+
+def uncompressed(path: Path, before: str, access: Access) -> Path:
+    """``path`` itself, or what it unpacks to, kept in the scratch folder under a name by path and stamp ``before``.
+
+    Raises FileNotFoundError if ``path`` is needed but gone, and UserError if it is damaged or has another stamp now.
+    """
+    opener = PACKED.get(path.suffix.lower())
+    if opener is None:
+        return path
+    name = digest_of([os.fsencode(path.resolve()).hex(), before])[:32]
+
+    def unpack(partial: Path) -> None:
+        if stamp(path.stat()) != before:
+            raise changed(str(path))
+        try:
+            with cast(BinaryIO, opener(path)) as packed, partial.open("wb") as file:
+                _copy_with_room(packed, file, path, partial.parent)
+        except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+            raise _damaged(path, error) from error
+        except OSError as error:
+            # bz2 raises a bare OSError for damage; those of the system have a number.
+            if error.errno is not None:
+                raise
+            raise _damaged(path, error) from error
+
+    return once(access.scratch / f"unpacked-{name}", unpack)
+
+
+def _copy_with_room(packed: BinaryIO, file: BinaryIO, path: Path, folder: Path) -> None:
+    size = 0
+    while piece := packed.read(COPIED_AT_ONCE):
+        size += len(piece)
+        disk = shutil.disk_usage(folder)
+        reserve = min(RESERVE, int(RESERVED_SHARE * disk.total))
+        if disk.free - len(piece) < reserve:
+            raise UserError(
+                f"{path}, {path.stat().st_size} bytes, unpacks to {size} or more, and where {folder} lies {reserve} "
+                "are to stay free: make room there, or if you do not trust it, leave it"
+            )
+        file.write(piece)
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} cannot be unpacked ({error}): it is damaged or was cut short")

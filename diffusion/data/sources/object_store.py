@@ -1,0 +1,115 @@
+"""Pictures under a prefix of an object store (``s3://``)."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Self
+from uuid import uuid4
+
+from diffusion.common.errors import UserError
+from diffusion.common.files import digest_of
+from diffusion.data.ingest.decode import Refused
+from diffusion.data.prefetch import ahead
+from diffusion.data.sources.base import Access, Entry, Found, ObjectStore, Payload
+from diffusion.data.sources.conventions import METADATA_FILES, described, records, sane, too_large
+from diffusion.data.sources.listing import Listing, listing
+from diffusion.data.sources.local_files import MISSING, TARS, changed, once, open_text
+
+WORKERS = 16
+IN_MEMORY = 2**20
+"""Bytes; of what is fetched ahead, larger objects wait on disk."""
+
+
+def require(uri: str, access: Access) -> ObjectStore:
+    """The object store; raises UserError if there is none."""
+    if access.objects is None:
+        raise UserError(f"{uri} needs an S3 client, and there is none here: use `darkroom ingest`, or copy it to disk")
+    return access.objects
+
+
+def fetched(uri: str, etag: str, access: Access) -> Path:
+    """A copy of an object in the scratch folder, made once.
+
+    Raises FileNotFoundError if the object is gone, and UserError if it is no longer that of ``etag``.
+    """
+    objects = require(uri, access)
+
+    def download(partial: Path) -> None:
+        now = next(objects.find(uri), None)
+        if now is None or now.uri != uri:
+            raise FileNotFoundError(uri)
+        if now.etag != etag:
+            raise changed(uri)
+        objects.download(uri, partial)
+
+    suffix = PurePosixPath(uri).suffix
+    return once(access.scratch / f"fetched-{digest_of([uri, etag])[:32]}{suffix}", download)
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The pictures under ``prefix``, by extension.
+
+    ``metadata.csv`` or ``metadata.jsonl`` right under it, folders and hidden files mean what they mean in a folder.
+    """
+
+    prefix: str
+    """A URI that ends in a slash."""
+    objects: ObjectStore
+    access: Access
+    in_order = False
+
+    @classmethod
+    def open(cls, uri: str, access: Access) -> Self:
+        """The source that ``uri`` names; raises UserError for what is no prefix of pictures."""
+        if uri.endswith((*TARS, ".zip", ".parquet", ".csv", ".jsonl")):
+            raise UserError(
+                f"{uri} is one file: write wds:{uri} for a tar of WebDataset, and copy others to disk first"
+            )
+        return cls(f"{uri.rstrip('/')}/", require(uri, access), access)
+
+    def entries(self) -> Iterator[Entry]:
+        """All pictures, in the store's order; raises UserError for metadata it cannot read."""
+        metadata: dict[str, Found] = {}
+        with listing() as files:
+            for found in self.objects.find(self.prefix):
+                name = found.uri.removeprefix(self.prefix)
+                files.add(sane(name), json.dumps([name, found.size]), found.etag)
+                if name in METADATA_FILES:
+                    metadata[name] = found
+            if len(metadata) > 1:
+                raise UserError(f"{self.prefix} has both {' and '.join(METADATA_FILES)}: keep one of them")
+            yield from (
+                self._described(files, *metadata.values()) if metadata else files.pictures(self.access.passed_over)
+            )
+
+    def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
+        """Their bytes, several fetched at a time; what the object store raises passes through."""
+        for payload in ahead(self._fetched, entries, WORKERS):
+            if isinstance(payload, Path):
+                yield payload.read_bytes()
+                payload.unlink()
+            else:
+                yield payload
+
+    def _fetched(self, entry: Entry) -> Payload | Path:
+        """Small objects, and where large ones lie: those that wait for their turn would fill the memory."""
+        place, limit = json.loads(entry.locator), self.access.config.max_bytes
+        if isinstance(place, str):
+            return Refused(place)
+        name, size = place
+        if size > limit:
+            return too_large(size, limit)
+        try:
+            if size <= IN_MEMORY:
+                return self.objects.read(self.prefix + name)
+            path = self.access.scratch / f"object-{uuid4().hex}"
+            self.objects.download(self.prefix + name, path)
+        except FileNotFoundError:
+            return Refused(MISSING)
+        return path
+
+    def _described(self, files: Listing, metadata: Found) -> Iterator[Entry]:
+        with open_text(fetched(metadata.uri, metadata.etag, self.access)) as lines:
+            yield from files.described(described(records(lines, metadata.uri, metadata.uri), metadata.uri))

@@ -1,0 +1,236 @@
+"""Takedown: pictures leave a data set for good, and only the parts that held them are written anew.
+
+What stays of a picture is a row with its key and the digest of its file, by which every later ingest refuses it.
+"""
+
+from collections.abc import Callable, Collection
+from itertools import chain
+from pathlib import Path
+
+from filelock import FileLock
+
+from diffusion.common.errors import UserError
+from diffusion.common.files import digest_of, sha256_file, write_atomically
+from diffusion.common.progress import Progress, silent
+from diffusion.data.ingest.ingest import forget_captions, remove_strays
+from diffusion.data.ingest.merge import blanked, named, write_part
+from diffusion.data.manifest import (
+    FileEntry,
+    Manifest,
+    Part,
+    content_digest,
+    mend,
+    read_manifest,
+    read_records,
+    require_whole,
+    versions,
+    work_folder,
+    write_manifest,
+)
+from diffusion.data.shards import BLOCK, extent_at, filtered
+from diffusion.data.versions.takedown_records import (
+    Chosen,
+    Removal,
+    Row,
+    Selection,
+    Selector,
+    chosen_by,
+    names_of,
+    nothing,
+    removals,
+    still_held,
+    write_removal,
+)
+from diffusion.data.versions.versions import kept_in
+
+
+def choose(folder: Path, selection: Selection) -> tuple[Chosen, list[str]]:
+    """The pictures of the data set in ``folder`` that ``selection`` means, and their names; nothing is changed.
+
+    Raises UserError if a key or pattern fits no picture, or a prefix of a key several.
+    """
+    manifest = read_manifest(folder)
+    chosen, unmatched = chosen_by(folder, manifest, Selector.of(selection))
+    if unmatched:
+        raise nothing(unmatched, folder, manifest)
+    return chosen, names_of(folder, manifest, chosen)
+
+
+def remove(folder: Path, selection: Selection, reason: str, progress: Progress = silent) -> Removal:
+    """Make a version of the data set in ``folder`` without the pictures that ``selection`` means.
+
+    Its content digest is that of a set which never held them. Parts that held none are shared; the files of the
+    others are deleted at last, and so is what was made of captions. Takes turns with ingests; killed and given again,
+    it ends the same, and once it is done it only says so.
+
+    Raises UserError as ``choose`` does, if nothing would be left, or if a file that is needed is damaged.
+    """
+    if not reason.strip() or len(reason) > 500 or not reason.isprintable():
+        raise UserError("a removal needs a reason: one line of at most 500 characters")
+    selector = Selector.of(selection)
+    with FileLock(work_folder(folder) / "lock"):
+        before = read_manifest(folder)
+        chosen, unmatched = chosen_by(folder, before, selector)
+        asked = digest_of([selection.model_dump(), reason])[:16]
+        earlier = _earlier(folder, asked)
+        if unmatched and earlier is None:
+            raise nothing(unmatched, folder, before)
+        if not chosen.parts:
+            forget_captions(folder)
+            remove_strays(folder)
+            return earlier or _known_as_removed(before, chosen, asked, reason)
+        if chosen.pictures == before.kept:
+            raise nothing_left(folder, before)
+        require_whole(folder, before)
+        keys = set(chosen.picture_keys)
+        after = _without(folder, before, lambda row: selector.takes(row, keys), chosen.parts, reason, progress)
+        removal = Removal(
+            **chosen.model_dump(),
+            dataset=folder.name,
+            asked=asked,
+            reason=reason,
+            parent=before.digest,
+            version=after.digest,
+            content_digest=after.content_digest,
+            tables=_tables(before, after),
+            already=False,
+        )
+        write_removal(work_folder(folder), removal)
+        write_manifest(folder, after)
+        forget_captions(folder)
+        remove_strays(folder)
+        return removal
+
+
+def _tables(before: Manifest, after: Manifest) -> list[str]:
+    fewer = (old for old, new in zip(before.parts, after.parts, strict=True) if kept_in(new) < kept_in(old))
+    return sorted(part.records.sha256 for part in fewer)
+
+
+def _earlier(folder: Path, asked: str) -> Removal | None:
+    """The newest removal that was asked for in the same words, and is part of the history of this folder.
+
+    If none is: one of which nothing is held here. Another machine may have been faster, and its line been gone on from.
+    """
+    found = {removal.version: removal for removal in removals(work_folder(folder), asked)}
+    if not found:
+        return None
+    in_line = (found[version.digest] for version in versions(folder) if version.digest in found)
+    beside = (removal for removal in found.values() if not still_held(folder, [removal]))
+    removal = next(chain(in_line, beside), None)
+    return removal and removal.model_copy(update={"already": True})
+
+
+def _known_as_removed(manifest: Manifest, chosen: Chosen, asked: str, reason: str) -> Removal:
+    """A removal that was done elsewhere, as far as the records tell of it."""
+    return Removal(
+        **chosen.model_dump(exclude={"pictures"}),
+        pictures=len(chosen.picture_keys),
+        dataset=manifest.name,
+        asked=asked,
+        reason=reason,
+        parent=None,
+        version=manifest.digest,
+        content_digest=manifest.content_digest,
+        tables=[],
+        already=True,
+    )
+
+
+def remove_known(folder: Path, progress: Progress = silent) -> list[Removal]:
+    """Make a version of the data set in ``folder`` without images that takedown records on this machine name.
+
+    Each record of which the current version holds images makes a version of its own, equal to the one that its takedown
+    would have made here. The caller holds the data set's lock, and every file of the version is there.
+
+    Returns:
+        The records that were applied; empty if the version holds none of their images.
+
+    Raises:
+        UserError: If nothing would be left, or a file that is needed is missing or damaged.
+    """
+    applied = []
+    for removal in still_held(folder, removals(work_folder(folder))):
+        before = read_manifest(folder)
+        keys, digests = set(removal.picture_keys), set(removal.digests)
+        tables = [(part, read_records(folder, part, ("outcome", "key", "source_sha256"))) for part in before.parts]
+        rows = [(part.number, row) for part, table in tables for row in table.to_pylist()]
+        # Stored in another way than when they were taken down, images have other keys, and copies share these.
+        keys |= {row["key"] for _, row in rows if row["outcome"] == "kept" and row["source_sha256"] in digests}
+
+        def taken(row: Row, keys: set[str] = keys, digests: set[str] = digests) -> bool:
+            return row["outcome"] != "removed" and (
+                row["key"] in keys if row["key"] else row["source_sha256"] in digests
+            )
+
+        going = [(number, row) for number, row in rows if taken(row)]
+        if sum(row["outcome"] == "kept" for _, row in going) == before.kept:
+            raise nothing_left(folder, before)
+        if going:
+            require_whole(folder, before)
+            numbers = {number for number, _ in going}
+            write_manifest(folder, _without(folder, before, taken, numbers, removal.reason, progress))
+            applied.append(removal)
+    if applied:
+        forget_captions(folder)
+        remove_strays(folder)
+    return applied
+
+
+def nothing_left(folder: Path, manifest: Manifest) -> UserError:
+    """What to raise if a takedown would leave an empty data set."""
+    return UserError(
+        f"this would remove all {manifest.kept} pictures of data set {folder.name}: "
+        f"to be rid of the data set, delete {folder}"
+    )
+
+
+def _without(
+    folder: Path,
+    before: Manifest,
+    taken: Callable[[Row], bool],
+    numbers: Collection[int],
+    reason: str,
+    progress: Progress,
+) -> Manifest:
+    """The version without the rows that are ``taken``, all in parts of these ``numbers``; its new files are written."""
+    parts = list(before.parts)
+    for done, (place, part) in enumerate(((i, part) for i, part in enumerate(parts) if part.number in numbers), 1):
+        parts[place] = _rewrite(folder, part, taken, reason, before.size)
+        progress("parts written anew", done, len(numbers))
+    return before.model_copy(
+        update={
+            "parent": before.digest,
+            "change": f"removal: {reason}",
+            "content_digest": content_digest(folder, parts, before.storage),
+            "parts": parts,
+        }
+    )
+
+
+def _rewrite(folder: Path, part: Part, taken: Callable[[Row], bool], reason: str, size: int) -> Part:
+    rows = read_records(folder, part).to_pylist()
+    rows = [blanked(row, reason) if taken(row) else row for row in rows]
+    kept = [row for row in rows if row["outcome"] == "kept"]
+    shard = part.shard
+    if shard is not None and len(kept) < part.outcomes["kept"]:
+        shard = _copy_shard(folder, shard, part.number, kept) if kept else None
+    return write_part(folder, part.number, shard, rows, size)
+
+
+def _copy_shard(folder: Path, shard: FileEntry, number: int, kept: list[Row]) -> FileEntry:
+    """A shard of the ``kept`` rows alone, whose offsets are brought up to date."""
+    path = folder / shard.name
+    if sha256_file(path) != shard.sha256:
+        raise UserError(f"{path} is damaged (its SHA-256 differs): {mend(folder)}")
+    kept.sort(key=lambda row: row["offset"])
+    with path.open("rb") as file:
+        extents = [extent_at(file, row["offset"], row["size"]) for row in kept]
+
+    def write(partial: Path) -> None:
+        for row, extent in zip(kept, filtered(path, partial, extents), strict=True):
+            row["offset"] = extent.start + BLOCK
+
+    staged = folder / "shards" / f".{number:05d}.tar"
+    digest = write_atomically(staged, write)
+    return named(folder, staged, f"shards/{number:05d}-{digest[:16]}.tar", digest)

@@ -1,0 +1,287 @@
+"""Takedown records: which images were meant, what was taken down, and which versions of a data set held it."""
+
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+from pydantic import Field
+
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError
+from diffusion.common.files import digest_of, write_json
+from diffusion.data.manifest import Manifest, Part, read_manifest, read_records
+from diffusion.data.versions.versions import Elsewhere, find_records, kept_in, nowhere
+
+SHORTEST = 8
+"""Hex digits that a prefix of a key must have."""
+Row = dict[str, Any]
+SELECTED_BY = ("key", "source", "label", "outcome", "source_sha256")
+
+
+class Selection(Config):
+    """Which pictures are meant."""
+
+    # Not called keys: what has an attribute of that name is a mapping to Python, and Prefect looks into it so.
+    prefixes: list[str] = Field(default_factory=list)
+    """Keys, or beginnings of keys that no two pictures share."""
+    sources: list[str] = Field(default_factory=list)
+    """Patterns of names as in a shell: ``*`` stands for anything, slashes too."""
+    label: str | None = None
+    """Only those of this class."""
+
+
+class Chosen(Config):
+    """What a selection comes to. A picture is meant under all its names, so its duplicates are, too."""
+
+    picture_keys: list[str]
+    """Of the pictures to be removed, sorted."""
+    digests: list[str]
+    """SHA-256 of the files they came from, sorted."""
+    pictures: int
+    duplicates: int
+    """Records of the same pictures under other names."""
+    refused: int
+    """Records of entries that were refused when they were read."""
+    near_copies: list[str]
+    """Keys of pictures that look much like them and stay, sorted; empty if the ingest was not asked to group them."""
+    parts: list[int]
+    """Numbers of the parts to be written anew; empty if everything selected was removed before."""
+
+    @property
+    def name(self) -> str:
+        """What this removal is called wherever it is recorded: a digest of what was removed."""
+        return digest_of([self.picture_keys, self.digests])[:12]
+
+
+def is_key(text: str) -> bool:
+    """Whether ``text`` reads like a key or the beginning of one."""
+    return SHORTEST <= len(text) <= 64 and not text.lower().strip("0123456789abcdef")
+
+
+@dataclass
+class Selector:
+    """A selection made ready to be asked about many rows; remembers what fitted."""
+
+    prefixes: dict[str, list[str]]
+    """Key prefixes by their first digits."""
+    patterns: list[tuple[str, re.Pattern[str]]]
+    label: str | None
+    fitted: dict[str, set[str]] = field(default_factory=dict)
+    """Keys that each prefix was found to fit; patterns that fitted are there with none."""
+
+    @classmethod
+    def of(cls, selection: Selection) -> "Selector":
+        """Check and prepare ``selection``; raises UserError for one that says nothing or is misspelt."""
+        if not selection.prefixes and not selection.sources:
+            raise UserError("nothing is selected: give keys, or patterns of names ('*' for all)")
+        prefixes: dict[str, list[str]] = {}
+        for key in (key.lower() for key in selection.prefixes):
+            if not is_key(key):
+                raise UserError(f"{key!r} is no key: give its first {SHORTEST} to 64 hex digits")
+            prefixes.setdefault(key[:SHORTEST], []).append(key)
+        patterns = [(pattern, re.compile(fnmatch.translate(pattern))) for pattern in selection.sources]
+        return cls(prefixes, patterns, selection.label)
+
+    def means(self, row: Row) -> bool:
+        """Whether ``row`` is selected by itself."""
+        if self.label is not None and row["label"] != self.label and row["outcome"] != "removed":
+            return False
+        key = row["key"] or ""
+        named = [prefix for prefix in self.prefixes.get(key[:SHORTEST], ()) if key.startswith(prefix)]
+        for prefix in named:
+            self.fitted.setdefault(prefix, set()).add(key)
+        like = [name for name, pattern in self.patterns if row["source"] and pattern.match(row["source"])]
+        for name in like:
+            self.fitted.setdefault(name, set())
+        return bool(named or like)
+
+    def takes(self, row: Row, keys: set[str]) -> bool:
+        """Whether ``row`` goes if the pictures of ``keys`` go."""
+        if row["outcome"] == "removed":
+            return False
+        return row["key"] in keys if row["key"] else self.means(row)
+
+    def unmatched(self) -> list[str]:
+        """What fitted nothing; raises UserError for a prefix that fitted more than one picture."""
+        for asked, keys in self.fitted.items():
+            if len(keys) > 1:
+                listed = ", ".join(key[:16] for key in sorted(keys)[:5])
+                raise UserError(f"{asked} is the beginning of {len(keys)} keys ({listed} …): give more digits")
+        asked_for = [*(key for keys in self.prefixes.values() for key in keys), *(name for name, _ in self.patterns)]
+        return [each for each in asked_for if each not in self.fitted]
+
+
+def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Chosen, list[str]]:
+    """What ``selector`` comes to, and those of its keys and patterns that fit nothing."""
+    keys: set[str] = set()
+    gone: dict[str, str] = {}
+    for _, row in _rows(folder, manifest, SELECTED_BY):
+        if selector.means(row) and row["key"]:
+            if row["outcome"] == "removed":
+                gone[row["key"]] = row["source_sha256"]
+            else:
+                keys.add(row["key"])
+    unmatched = selector.unmatched()
+    outcomes: Counter[str] = Counter()
+    digests: set[str] = set()
+    parts: set[int] = set()
+    for part, row in _rows(folder, manifest, SELECTED_BY):
+        if selector.takes(row, keys):
+            outcomes[row["outcome"]] += 1
+            digests.add(row["source_sha256"])
+            parts.add(part.number)
+    if not parts:
+        keys, digests = set(gone), set(gone.values())
+    chosen = Chosen(
+        picture_keys=sorted(keys),
+        digests=sorted(digests - {""}),
+        pictures=outcomes["kept"],
+        duplicates=outcomes["duplicate"],
+        refused=outcomes["quarantined"],
+        near_copies=_near_copies(folder, manifest, keys) if parts else [],
+        parts=sorted(parts),
+    )
+    return chosen, unmatched
+
+
+def _near_copies(folder: Path, manifest: Manifest, keys: set[str]) -> list[str]:
+    """Pictures in the same groups as those of ``keys``."""
+    groups = set(keys)
+    bridges = []
+    for _, row in _rows(folder, manifest, ("key", "near")):
+        near = set(row["near"] or ())
+        if row["key"] in keys:
+            groups |= near
+        if len(near) > 1:
+            bridges.append(near)
+    # A picture that joined several groups made them one.
+    while any(near & groups and not near <= groups for near in bridges):
+        groups |= {root for near in bridges if near & groups for root in near}
+    return sorted(
+        row["key"]
+        for _, row in _rows(folder, manifest, ("key", "near", "outcome"))
+        if row["outcome"] == "kept" and row["key"] not in keys and groups & {row["key"], *(row["near"] or ())}
+    )
+
+
+def _rows(folder: Path, manifest: Manifest, columns: Sequence[str]) -> Iterator[tuple[Part, Row]]:
+    for part in manifest.parts:
+        yield from ((part, row) for row in read_records(folder, part, columns).to_pylist())
+
+
+def names_of(folder: Path, manifest: Manifest, chosen: Chosen) -> list[str]:
+    """What the ``chosen`` pictures, and refused files, are called in their sources, sorted."""
+    keys, digests = set(chosen.picture_keys), set(chosen.digests)
+    rows = (row for _, row in _rows(folder, manifest, ("key", "source", "source_sha256", "outcome")))
+    return sorted(
+        {
+            row["source"]
+            for row in rows
+            if row["outcome"] != "removed" and (row["key"] in keys if row["key"] else row["source_sha256"] in digests)
+        }
+    )
+
+
+def nothing(unmatched: Sequence[str], folder: Path, manifest: Manifest) -> UserError:
+    """What to raise if nothing fits some keys and patterns."""
+    listed = ", ".join(unmatched[:5]) + (f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else "")
+    names = [row["source"] for _, row in _rows(folder, manifest, ("source", "outcome")) if row["outcome"] != "removed"]
+    inside = [f"*/{pattern}" for pattern in unmatched if fnmatch.filter(names, f"*/{pattern}")]
+    if inside:
+        meant = " ".join(f"'{pattern}'" for pattern in inside[:5])
+        return UserError(f"data set {folder.name} has no picture of {listed}: did you mean {meant}?")
+    some = ", ".join(f"{name!r}" for name in names[:: max(len(names) // 3, 1)][:3])
+    return UserError(
+        f"data set {folder.name} has no picture of {listed}: its names are like {some}; all are in the tables in "
+        f"{folder / 'records'}"
+    )
+
+
+class Removal(Chosen):
+    """A removal that is done."""
+
+    dataset: str
+    asked: str = Field(pattern="^[0-9a-f]{16}$")
+    """Digest of the selection and the reason, by which the same words find what was done. Part of a file's name."""
+    reason: str
+    parent: str | None
+    """The version that held the pictures last; None if that can no longer be told."""
+    version: str
+    """The first without them."""
+    content_digest: str
+    tables: list[str]
+    """SHA-256 of the tables, gone since, that told of these pictures as kept, sorted; empty if that is not known."""
+    already: bool
+    """Whether it had been done before."""
+
+
+def removals(work: Path, asked: str = "") -> list[Removal]:
+    """The removals of which this machine knows, from the data set with the work folder ``work``.
+
+    ``asked``: only those that were asked for in the words with this digest.
+    """
+    paths = sorted((work / "removals").glob(f"{asked}*.json"))
+    return [Removal.model_validate_json(path.read_bytes()) for path in paths]
+
+
+def write_removal(work: Path, removal: Removal) -> None:
+    """Let this machine know of ``removal``."""
+    write_json(work / "removals" / f"{removal.asked}-{removal.name}.json", removal.model_dump(mode="json"))
+
+
+class Holders(Config):
+    """Which versions held pictures that were removed, by digest."""
+
+    held: list[str]
+    unknown: list[str]
+    """Those of which a table would have to be looked at that is no longer to be had."""
+
+
+def holders(folder: Path, removal: Removal, versions: Iterable[Manifest], elsewhere: Elsewhere = nowhere) -> Holders:
+    """Which of ``versions`` of the data set in ``folder`` kept pictures of ``removal``, in their order.
+
+    Another version may have stored the same files in another way and know them by other keys, so the digests of the
+    files are looked for as well.
+    """
+    keys, digests = set(removal.picture_keys), set(removal.digests)
+    told: dict[str, bool | None] = dict.fromkeys(removal.tables, True)
+
+    def is_one_of_them(row: Row) -> bool:
+        return row["outcome"] == "kept" and (row["key"] in keys or row["source_sha256"] in digests)
+
+    def kept_by(part: Part) -> bool | None:
+        sha256 = part.records.sha256
+        if sha256 not in told:
+            table = find_records(folder, part, ("outcome", "key", "source_sha256"), elsewhere)
+            told[sha256] = None if table is None else any(map(is_one_of_them, table.to_pylist()))
+        return told[sha256]
+
+    held, unknown = [], []
+    for version in versions:
+        answers = {kept_by(part) for part in version.parts if kept_in(part)}
+        if True in answers:
+            held.append(version.digest)
+        elif None in answers:
+            unknown.append(version.digest)
+    return Holders(held=held, unknown=unknown)
+
+
+def still_held(folder: Path, removals: Sequence[Removal]) -> list[Removal]:
+    """Those of ``removals`` of which the current version of the data set in ``folder`` keeps images, in their order.
+
+    Every table is read once. Raises UserError if one is missing or damaged.
+    """
+    if not removals:
+        return []
+    held: set[str] = set()
+    for part in read_manifest(folder).parts:
+        if kept_in(part):
+            table = read_records(folder, part, ("outcome", "key", "source_sha256"))
+            kept = table.filter(pc.equal(table["outcome"], "kept"))
+            held.update(kept["key"].to_pylist(), kept["source_sha256"].to_pylist())
+    return [each for each in removals if not held.isdisjoint([*each.picture_keys, *each.digests])]

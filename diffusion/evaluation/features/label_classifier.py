@@ -1,0 +1,214 @@
+"""Features of a classifier that learns a data set's own labels: they see what matters there, and ImageNet's may not."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate, normalize
+
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError
+from diffusion.common.files import digest_of, sha256_bytes
+from diffusion.common.fingerprint import Fingerprint, fingerprint
+from diffusion.common.progress import Progress, silent
+from diffusion.common.random import permutation
+from diffusion.common.threads import lanes
+from diffusion.data.dataset import Dataset
+from diffusion.evaluation.cache import cached
+
+SIZE = 32
+"""Height and width, in pixels, that images get unless they are smaller or another size is configured."""
+WIDTHS = (24, 48, 96)
+"""Channels of the three stages; the last are the features."""
+BATCH = 128
+"""Images per step, and per pass."""
+STEPS = 300
+"""Of training: half a minute on one core at 32 pixels."""
+PEAK, DECAY = 2e-3, 0.05
+"""Learning rate after a warm-up of a tenth of the steps, falling by a cosine; and AdamW's weight decay."""
+SMOOTHING = 0.1
+"""Of the labels: features of all that is surely known would otherwise collapse into a point per class."""
+SEED = 0
+"""Of the initial weights and of the order of the images."""
+
+
+class LabelsKey(Config):
+    """All that the classifier's weights depend on."""
+
+    kind: Literal["labels"] = "labels"
+    format_version: Literal[1] = 1
+    """Grows when the network or its training changes."""
+    content_digest: str
+    """Of the data set."""
+    size: int
+    """Height and width that images get."""
+    fingerprint: Fingerprint
+    """Of the machine: its arithmetic decides the last bits."""
+
+
+class ClassifierNetwork(nn.Module):
+    """Three stages of two 3×3 convolutions, each stage at half the size of the one before; then the mean of all places.
+
+    Features are these means scaled to the same length √96, after training: their own length rises and falls again with
+    growing noise, and scores of them as they are put much noise before little.
+    """
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = []
+        for number, (before, width) in enumerate(zip((channels, *WIDTHS[:-1]), WIDTHS, strict=True)):
+            for inner, stride in ((before, 1 if number == 0 else 2), (width, 1)):
+                blocks += [nn.Conv2d(inner, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.SiLU()]
+        self.body = nn.Sequential(*blocks)
+        self.head = nn.Linear(WIDTHS[-1], classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N, 96) of images (N, C, S, S) in [−1, 1]."""
+        return normalize(self._pooled(x)) * math.sqrt(WIDTHS[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, (N, classes), of images (N, C, S, S) in [−1, 1]."""
+        return self.head(self._pooled(x))  # type: ignore[no-any-return]
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        return self.body(x).mean((2, 3))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class LabelClassifier:
+    """The classifier, once it has learned."""
+
+    network: ClassifierNetwork
+    channels: int
+    """That it was shown."""
+    size: int
+    """Height and width that it was shown."""
+    accuracy: float
+    """Share of the labelled held-out images that it reads rightly."""
+    chance: float
+    """What always saying their most common label would reach."""
+    held_out: int
+    """How many these are."""
+
+    name = "labels"
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over names and weights."""
+        weights = self.network.state_dict()
+        return digest_of({name: sha256_bytes(value.numpy().tobytes()) for name, value in weights.items()})
+
+    @property
+    def preprocessing(self) -> str:
+        """What is done to images before."""
+        return f"{self.channels} channels, {self.size} px, antialiased bilinear, [-1, 1]; length sqrt({WIDTHS[-1]})"
+
+    @property
+    def about(self) -> str:
+        """What it is, and how well it reads."""
+        return (
+            f"a classifier of the data set's own labels at {self.size} pixels, right on {self.accuracy:.1%} of "
+            f"{self.held_out:,} held-out images (the most common label: {self.chance:.1%})"
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features, (N, 96) float32, of ``images``, (N, C, H, W) uint8 with as many channels as the data set."""
+        with lanes() as pool:
+            return torch.cat(list(pool.map(self._batch, torch.split(images, BATCH))))
+
+    @torch.inference_mode()
+    def _batch(self, images: Tensor) -> Tensor:
+        return self.network.features(_shown(images, self.size))
+
+
+def load_label_classifier(
+    dataset: Dataset, size: int | None, cache: Path, progress: Progress = silent
+) -> LabelClassifier:
+    """The classifier of the labels of ``dataset``, learned from its training images at ``size`` or read in ``cache``.
+
+    Raises UserError unless there are two labels among them, and labelled held-out images to say how well it reads.
+    """
+    side = min(SIZE, dataset.manifest.size) if size is None else size
+    rows, labels = _labelled(dataset, "train")
+    classes = sorted(set(labels))
+    held_out, truth = _labelled(dataset, "held_out")
+    if len(classes) < 2 or not truth:
+        raise UserError(
+            f"evaluation.extractor = labels learns to tell labels apart, and data set {dataset.manifest.name} has "
+            f"{len(classes)} among its training images and {len(truth)} labelled held-out images: use efflite0, or "
+            "ingest images with labels"
+        )
+    key = LabelsKey(
+        content_digest=dataset.manifest.content_digest, size=side, fingerprint=fingerprint(BATCH, "fp32", "cpu")
+    )
+
+    def work() -> dict[str, Tensor]:
+        targets = dataset.classes(rows, classes)
+        with lanes(1):
+            network = train_classifier(dataset, rows, targets, len(classes), side, progress)
+            found = _read(network, dataset, held_out, side)
+        right = (found == dataset.classes(held_out, classes)).double().mean()
+        return network.state_dict() | {"accuracy": right}
+
+    kept = cached(cache, key, work)
+    accuracy = kept.pop("accuracy").item()
+    with torch.device("meta"):  # random weights would move the global random state
+        network = ClassifierNetwork(dataset.shape[0], len(classes))
+    network.load_state_dict(kept, assign=True)
+    chance = max(Counter(truth).values()) / len(truth)
+    network.eval().requires_grad_(False)
+    return LabelClassifier(network, dataset.shape[0], side, accuracy, chance, len(truth))
+
+
+def train_classifier(
+    dataset: Dataset, rows: np.ndarray, targets: Tensor, classes: int, size: int, progress: Progress
+) -> ClassifierNetwork:
+    """A classifier of images in ``rows``, whose numbers of ``classes`` are ``targets`` (len(rows),)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        network = ClassifierNetwork(dataset.shape[0], classes)
+    optimizer = torch.optim.AdamW(network.parameters(), PEAK, weight_decay=DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK, STEPS, pct_start=0.1)
+    batch = min(BATCH, len(rows))
+    per_epoch = len(rows) // batch
+    for step in range(STEPS):
+        epoch, place = divmod(step, per_epoch)
+        order = permutation(SEED, "evaluation/labels", epoch, len(rows))
+        chosen = order[place * batch : (place + 1) * batch]
+        logits = network(_shown(dataset.pictures(rows[chosen]), size))
+        loss = cross_entropy(logits, targets[torch.from_numpy(chosen)], label_smoothing=SMOOTHING)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        progress("steps of learning the labels", step + 1, STEPS)
+    return network.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def _read(network: ClassifierNetwork, dataset: Dataset, rows: np.ndarray, size: int) -> Tensor:
+    """The number of the class that each of ``rows`` is taken for, (len(rows),)."""
+    pieces = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+    return torch.cat([network(_shown(dataset.pictures(piece), size)).argmax(1) for piece in pieces])
+
+
+def _labelled(dataset: Dataset, split: Literal["train", "held_out"]) -> tuple[np.ndarray, list[str]]:
+    """The rows of a split that have a label, and their labels."""
+    rows = dataset.rows(split)
+    labels = dataset.labels(rows)
+    known = [label for label in labels if label is not None]
+    return rows[[label is not None for label in labels]], known
+
+
+def _shown(images: Tensor, size: int) -> Tensor:
+    """Images (N, C, H, W) uint8 as the network sees them: (N, C, size, size) in [−1, 1]."""
+    x = images.float()
+    if x.shape[-1] != size:
+        x = interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return x / 127.5 - 1

@@ -1,0 +1,1 @@
+"""Metrics of generated images, each with its definition and source."""

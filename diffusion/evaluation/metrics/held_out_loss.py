@@ -1,0 +1,139 @@
+"""How well a model foresees images that it has never seen: means over them of what ``terms`` says of each."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from diffusion.common.config import Config
+from diffusion.common.device import repeatable, resolve_device
+from diffusion.common.fingerprint import autocast
+from diffusion.common.progress import Progress, silent
+from diffusion.common.threads import lanes
+from diffusion.data.dataset import Dataset, Rows
+from diffusion.families import family_of
+from diffusion.families.model import Conditioning, Model, to_float
+from diffusion.generation.config import Conditions
+from diffusion.generation.generate import prompt_embeddings
+from diffusion.generation.super_resolution import task_of
+from diffusion.process.likelihood import Terms
+from diffusion.process.samplers import SamplingConfig
+
+
+class LevelLoss(Config):
+    """The loss of noise levels between two."""
+
+    sigma_low: float
+    """The lower one: noise over signal."""
+    sigma_high: float
+    """The higher one."""
+    loss: float
+    """Mean squared error of the clean image, weighted by 1/σ² + 1/σ_data² (EDM's λ, arXiv 2206.00364): 1, at
+    every level, for the best denoiser of Gaussian values of that deviation, and less for what knows images."""
+    loss_se: float
+    """Its standard error over images."""
+
+
+class HeldOutLoss(Config):
+    """What a model makes of held-out images."""
+
+    images: int
+    levels: list[LevelLoss]
+    """From the least noise to the most; none: the model takes no noise away."""
+    loss: float | None
+    """Mean over the levels; None: there are none."""
+    loss_se: float | None
+    """Its standard error over images."""
+    bits_per_dim: float | None
+    """Upper bound on −log₂ p of a held-out image, or that itself (``Kind.likelihood``), over the number of its
+    values; lower is better. Of an image given its class, caption or small version, where the model is conditioned on
+    those. None: the model says nothing of it, or works on latents, of whose likelihood no bound on that of images
+    follows."""
+    bits_per_dim_se: float | None
+    """Its standard error over images."""
+
+    def metrics(self) -> dict[str, float]:
+        """The figures under names that say what they are."""
+        figures = {
+            "held_out_loss": self.loss,
+            "held_out_loss_se": self.loss_se,
+            "bits_per_dim": self.bits_per_dim,
+            "bits_per_dim_se": self.bits_per_dim_se,
+        }
+        return {name: value for name, value in figures.items() if value is not None}
+
+
+def summarize_losses(terms: Terms) -> HeldOutLoss:
+    """Means of ``terms`` of two or more images, and their errors."""
+    low, high = terms.edges[:-1].tolist(), terms.edges[1:].tolist()
+    levels = [
+        LevelLoss(sigma_low=low[n], sigma_high=high[n], loss=loss, loss_se=error)
+        for n, (loss, error) in enumerate(map(_mean, terms.losses.unbind(1)))
+    ]
+    loss, loss_se = _mean(terms.losses.mean(1)) if levels else (None, None)
+    bits, bits_se = (None, None) if terms.bits is None else _mean(terms.bits)
+    return HeldOutLoss(
+        images=len(terms.losses),
+        levels=levels,
+        loss=loss,
+        loss_se=loss_se,
+        bits_per_dim=bits,
+        bits_per_dim_se=bits_se,
+    )
+
+
+def measure_losses(
+    model: Model, pieces: Iterable[tuple[Tensor, Conditioning]], config: SamplingConfig, progress: Progress = silent
+) -> Terms:
+    """What ``model`` makes of images, (N, C, H, W) uint8, which come in ``pieces`` with their conditioning.
+
+    Computed in batches of ``config.compute_batch``, in its precision and on its device. Noise depends on the number
+    of the image, so that two models are given the same noise for the same images.
+    """
+    device = resolve_device(config.device)
+    model, family = model.on(device), family_of(model.config)
+    found: list[Terms] = []
+    seen = 0
+
+    def batch(images: Tensor, told: Conditioning, first: int) -> Terms:
+        # The last one filled up with its last image, so that all have one shape.
+        places = torch.arange(config.compute_batch).clamp(max=len(images) - 1)
+        known = {name: value[places].to(device) for name, value in told.items()}
+        x0 = to_float(images[places]).to(device)
+        with torch.inference_mode(), autocast(config.precision, device):
+            terms = family.terms(model, x0, known, [first + int(place) for place in places])
+        bits = None if terms.bits is None else terms.bits[: len(images)].cpu()
+        return Terms(terms.edges, terms.losses[: len(images)].cpu(), bits)
+
+    with repeatable(device), lanes(None if device.type == "cpu" else 1) as pool:
+        for images, told in pieces:
+            starts = range(0, len(images), config.compute_batch)
+            parts = [slice(start, start + config.compute_batch) for start in starts]
+            given = [{name: value[part] for name, value in told.items()} for part in parts]
+            firsts = [seen + start for start in starts]
+            found += pool.map(batch, [images[part] for part in parts], given, firsts)
+            seen += len(images)
+            progress("held-out images looked at", seen, None)
+    bits = [each.bits for each in found if each.bits is not None]
+    return Terms(found[0].edges, torch.cat([each.losses for each in found]), torch.cat(bits) if bits else None)
+
+
+def conditioning_of_rows(model: Model, dataset: Dataset, rows: Rows) -> Conditioning:
+    """The conditioning of ``model`` for the images in ``rows``.
+
+    Raises UserError if it knows captions, and the encoder that read them cannot be had.
+    """
+    told = task_of(model.config).conditioning(dataset.pictures(rows))
+    if model.classes:
+        told["label"] = dataset.classes(rows, model.classes)
+    if model.config.text:
+        captions = dataset.captions(rows)
+        meanings = prompt_embeddings(model, Conditions(prompts=tuple(captions)))
+        told["text"] = torch.stack([meanings[caption] for caption in captions])
+    return told
+
+
+def _mean(values: Tensor) -> tuple[float, float]:
+    """Mean and standard error of ``values`` (N,)."""
+    return values.mean().item(), values.std().item() / math.sqrt(len(values))

@@ -1,0 +1,200 @@
+"""Metrics of pixels: PSNR and SSIM, resampling baselines, and drift of colours and brightness."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from diffusion.common.config import Config
+from diffusion.evaluation.metrics.distances import Scores
+
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
+"""Enlargement without a model, by name."""
+TITLES = {"bicubic": "bicubic", "lanczos": "Lanczos"}
+"""How they are written."""
+RANGE = 255
+"""From the least to the most that a pixel can be."""
+ROUNDING = 1 / 12
+"""Mean squared error of rounding to whole numbers."""
+WINDOW, SIGMA = 11, 1.5
+"""Size and standard deviation, in pixels, of the window of SSIM."""
+
+
+class ImageSimilarity(Config):
+    """Mean likeness of images, each to the real one that it stands for."""
+
+    psnr: float
+    """Peak signal-to-noise ratio in dB; more is nearer. Exact images count as rounded to whole numbers: 58.9."""
+    psnr_se: float
+    """Its standard error, over other images."""
+    ssim: float
+    """Structural similarity (Wang et al., IEEE Trans. Image Processing 13, 2004), at most 1; more is nearer."""
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics by name."""
+        return {"psnr": self.psnr, "psnr_se": self.psnr_se, "ssim": self.ssim}
+
+
+class ResamplingBaseline(Config):
+    """Scores of small images enlarged by interpolation instead of a model."""
+
+    scores: Scores
+    similarity: ImageSimilarity
+
+
+def resample(small: Tensor, scale: int, name: str) -> Tensor:
+    """``small``, (N, C, h, w) uint8, enlarged as Pillow does by RESAMPLING ``name``: (N, C, h·scale, w·scale) uint8."""
+    _, _, height, width = small.shape
+    planes = [
+        np.asarray(Image.fromarray(plane).resize((width * scale, height * scale), RESAMPLING[name]))
+        for plane in small.flatten(0, 1).numpy()
+    ]
+    return torch.from_numpy(np.stack(planes)).view(*small.shape[:2], height * scale, width * scale)
+
+
+def compare_images(images: Tensor, real: Tensor) -> ImageSimilarity:
+    """Of ``images`` to the ``real`` ones of the same numbers, both (N, C, H, W) uint8."""
+    ratios = psnr(images, real)
+    return ImageSimilarity(
+        psnr=ratios.mean().item(),
+        psnr_se=ratios.std().item() / math.sqrt(len(ratios)),
+        ssim=ssim(images, real).mean().item(),
+    )
+
+
+def psnr(images: Tensor, real: Tensor) -> Tensor:
+    """10 log₁₀(255² / mean squared error) of each image, in dB: (N,) float64."""
+    error = (images.double() - real.double()).square().mean((1, 2, 3))
+    return 10 * torch.log10(RANGE**2 / error.clamp(min=ROUNDING))
+
+
+def ssim(images: Tensor, real: Tensor) -> Tensor:
+    """Structural similarity of each image, the mean over its channels: (N,) float64.
+
+    As its authors have it: a Gaussian window with σ = 1.5 of 11 pixels, or as many as the image has, everywhere that
+    it lies within the image; K₁ = 0.01, K₂ = 0.03, and variances divided by n.
+    """
+    x, y = (each.double().flatten(0, 1)[:, None] for each in (images, real))
+    window = gaussian(min(WINDOW, *x.shape[-2:]))
+
+    def local(values: Tensor) -> Tensor:
+        return conv2d(conv2d(values, window[None, None, :, None]), window[None, None, None, :])
+
+    mean_x, mean_y = local(x), local(y)
+    variance_x, variance_y = local(x * x) - mean_x**2, local(y * y) - mean_y**2
+    covariance = local(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * RANGE) ** 2, (0.03 * RANGE) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    return (luminance * structure).mean((1, 2, 3)).view(len(images), -1).mean(1)
+
+
+def gaussian(size: int) -> Tensor:
+    """``size`` weights of a Gaussian with σ = 1.5, which sum to 1: (size,) float64."""
+    offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    weights = torch.exp(-(offsets**2) / (2 * SIGMA**2))
+    return weights / weights.sum()
+
+
+def describe_baselines(ours: Scores, baselines: dict[str, ResamplingBaseline]) -> str:
+    """Whether ``ours`` beats the ``baselines`` on the Fréchet distance, in a sentence."""
+    beaten = [TITLES[name] for name, each in baselines.items() if ours.fd < each.scores.fd]
+    others = [TITLES[name] for name, each in baselines.items() if ours.fd >= each.scores.fd]
+    said = [f"beats {' and '.join(beaten)} enlargement"] if beaten else []
+    said += [f"does not beat {' or '.join(others)} enlargement"] if others else []
+    return f"On the Fréchet distance to real images it {', and '.join(said)}."
+
+
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in brightness (ITU-R BT.601)."""
+Appearance = Mapping[str, Tensor]
+"""Per figure its value for each of N images, (N,) float64."""
+
+
+class AppearanceShift(Config):
+    """How one figure of the generated images differs from the same of real ones."""
+
+    generated: float
+    """Mean over the generated images."""
+    real: float
+    """Mean over the real ones."""
+    difference: float
+    """Generated less real."""
+    standard_error: float
+    """Of the difference, over new samples of both (Welch, Biometrika 34, 1947)."""
+    generated_spread: float
+    """Standard deviation from one generated image to another: less than the real one is variety that is missing."""
+    real_spread: float
+    """The same of real ones."""
+
+    @property
+    def spreads(self) -> float | None:
+        """The difference in units of the real spread; None: real images do not differ in this."""
+        return self.difference / self.real_spread if self.real_spread > 0 else None
+
+
+class AppearanceDrift(Config):
+    """What generated images look like as a whole, against real ones."""
+
+    generated: int
+    """Generated images."""
+    real: int
+    """Real ones."""
+    shifts: dict[str, AppearanceShift]
+    """By figure: see ``measure_appearance``."""
+
+    def metrics(self) -> dict[str, float]:
+        """The differences in units of the real spread, under names that say what they are."""
+        found = {f"drift_{name}": shift.spreads for name, shift in self.shifts.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def measure_appearance(images: Tensor) -> dict[str, Tensor]:
+    """Of each of ``images``, (N, C, H, W) uint8 with C 1 or 3: what it looks like as a whole, all (N,) float64.
+
+    ``brightness``: mean luma, 0 to 1. ``contrast``: its standard deviation over the image. Of images with colours
+    besides ``red_green``, the mean of red less green, and ``yellow_blue``, that of yellow less blue, −1 to 1 (the
+    opponent colours of Hasler and Süsstrunk, SPIE 5007, 2003), and ``saturation``, the mean of the largest less the
+    smallest channel, 0 to 1.
+    """
+    values = images.double() / 255
+    if values.shape[1] == 1:
+        return _of_luma(values[:, 0])
+    red, green, blue = values.unbind(1)
+    luma = torch.einsum("c,nchw->nhw", torch.tensor(LUMA, dtype=torch.float64), values)
+    colours = {
+        "red_green": red - green,
+        "yellow_blue": (red + green) / 2 - blue,
+        "saturation": values.amax(1) - values.amin(1),
+    }
+    return _of_luma(luma) | {name: value.mean((1, 2)) for name, value in colours.items()}
+
+
+def compare_appearance(generated: Appearance, real: Appearance) -> AppearanceDrift:
+    """Compare the ``measure_appearance`` of ``generated`` images with that of ``real`` ones, two or more of each."""
+    return AppearanceDrift(
+        generated=len(generated["brightness"]),
+        real=len(real["brightness"]),
+        shifts={name: _shift(generated[name], real[name]) for name in generated},
+    )
+
+
+def _of_luma(luma: Tensor) -> dict[str, Tensor]:
+    return {"brightness": luma.mean((1, 2)), "contrast": luma.std((1, 2), correction=0)}
+
+
+def _shift(generated: Tensor, real: Tensor) -> AppearanceShift:
+    difference = generated.mean() - real.mean()
+    error = (generated.var() / len(generated) + real.var() / len(real)).sqrt()
+    return AppearanceShift(
+        generated=generated.mean().item(),
+        real=real.mean().item(),
+        difference=difference.item(),
+        standard_error=error.item(),
+        generated_spread=generated.std().item(),
+        real_spread=real.std().item(),
+    )

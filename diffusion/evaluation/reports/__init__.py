@@ -1,0 +1,1 @@
+"""Pages and charts that show an evaluation or a data set."""

@@ -1,0 +1,199 @@
+"""HTML report on a ranking of models, self-contained: a sweep's runs, or families after the same training."""
+
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from humanize import metric as si
+from matplotlib.axes import Axes
+
+from diffusion.common.files import write_bytes
+from diffusion.evaluation.estimate import Estimate
+from diffusion.evaluation.ranking import RankedModel, Ranking
+from diffusion.evaluation.reports.charts import Chart, Paper, Points, chart, curves, over_training, read_losses
+from diffusion.evaluation.reports.evaluation_report import SHARES
+from diffusion.evaluation.reports.html import (
+    Cell,
+    between,
+    count,
+    counted,
+    metric_cell,
+    plain,
+    render,
+    signed,
+    with_error,
+)
+from diffusion.evaluation.results import CONFIDENCE, Evaluation, RealBaseline
+
+PAGE = "comparison.html"
+"""The report on families, beside ``comparison.json``."""
+NAMED = 5
+"""Models beside the best one of which each has a sentence; of more there is a summary."""
+LOSS = "held_out_loss_ema"
+"""Column of the losses that is shown: held-out images, averaged weights."""
+METRICS = {
+    "kid": ("KID", "lower is better; unbiased at any number of images"),
+    "fd": ("Fréchet distance", "lower is better; grows as images get fewer"),
+    "precision": ("precision", "share of generated images among real ones"),
+    "recall": ("recall", "share of real images among generated ones"),
+    "density": ("density", "how many real ones a generated one lies among"),
+    "coverage": ("coverage", "share of real images with a generated one near"),
+}
+"""Title of each metric, and how to read it."""
+Column = tuple[str, str, list[Cell]]
+"""Title, how to read it, and a cell for each model; of metrics one more for real images."""
+
+
+def write_ranking_report(
+    path: Path, ranking: Ranking, images: Mapping[str, bytes], real: bytes, charts: Sequence[Chart] = ()
+) -> str:
+    """Write the report to ``path``, whole; returns its SHA-256.
+
+    Args:
+        path: The file.
+        ranking: The ranking.
+        images: PNG of the first images of each model by name.
+        real: PNG of held-out images.
+        charts: Further charts, such as ``training_charts``.
+    """
+    best, overview = ranking.models[0], metrics_chart(ranking)
+    words = [word for key, value in best.settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    page = render(
+        "ranking.html",
+        ranking=ranking,
+        best=best,
+        findings=findings(ranking),
+        keys=list(best.settings),
+        tables=[metric_columns(ranking), cost_columns(ranking.models)],
+        overview=overview,
+        charts=charts,
+        images=images,
+        real=real,
+        command=words and shlex.join(["darkroom", "retrain", "--dataset", ranking.dataset, *words]),
+    )
+    return write_bytes(path, page)
+
+
+def findings(ranking: Ranking) -> list[str]:
+    """What the ranking says, in words no stronger than its errors allow."""
+    best, figure = ranking.models[0].name, ranking.metric.split("_")[0]
+    if len(ranking.models) == 1:
+        return ["There is nothing to compare it with."]
+    if not ranking.leads:
+        return ["There are too few images to tell one from another."]
+    if len(ranking.leads) > NAMED:
+        alike = [lead for lead in ranking.leads if not lead.is_sure]
+        if not alike:
+            return ["It is better than every other, with 95 % confidence."]
+        return [f"{counted(len(alike), 'other')} cannot be told from it with 95 % confidence."]
+    title = METRICS[figure][0] if figure in METRICS else ranking.metric
+    said = []
+    for lead in ranking.leads:
+        distance = between(lead.difference.interval(CONFIDENCE))
+        if lead.is_sure:
+            said.append(f"{best} is better than {lead.worse}: by {distance} in {title}.")
+        else:
+            said.append(f"{best} and {lead.worse} cannot be told apart: {distance} in {title} lie between them.")
+    return said
+
+
+def metric_columns(ranking: Ranking) -> list[Column]:
+    """The metric of the ranking, how far each model is behind the best, and the other metrics."""
+    models, extractor = ranking.models, ranking.conditions.extractor
+    sides: list[RankedModel | RealBaseline] = [*models, ranking.real_baseline]
+    others = {name: said for name, said in METRICS.items() if f"{name}_{extractor}" != ranking.metric}
+    leading = ranking.metric.removesuffix(f"_{extractor}")
+    behind = [Cell("best"), *(metric_of_lead(lead.difference) for lead in ranking.leads)]
+    if leading in METRICS:
+        first = (*METRICS[leading], [_metric(leading, side) for side in sides])
+    else:
+        first = (
+            ranking.metric,
+            "higher is better",
+            [*(Cell(with_error(each.value, each.error)) for each in models), Cell()],
+        )
+    return [
+        first,
+        ("behind the best", ranking.metric, [*behind, *(Cell() for _ in range(len(sides) - len(behind)))]),
+        *((title, meaning, [_metric(name, side) for side in sides]) for name, (title, meaning) in others.items()),
+    ]
+
+
+def metric_of_lead(difference: Estimate) -> Cell:
+    """A difference from the best model with its interval."""
+    return Cell(signed(difference.value), between(difference.interval(CONFIDENCE)))
+
+
+def cost_columns(models: Sequence[RankedModel]) -> list[Column]:
+    """What is known of models besides metrics: training, size and cost."""
+    columns: dict[tuple[str, str], Callable[[RankedModel], str | None]] = {
+        ("bits per dimension", "of held-out images, lower is better; ≤ marks an upper bound"): _bits,
+        ("images per second", "generated on the machine that compared"): lambda each: _or_none(
+            plain, each.images_per_second
+        ),
+        ("work", "GFLOP to generate an image"): lambda each: _or_none(plain, each.gflop),
+        ("parameters", "of the model"): lambda each: _or_none(lambda value: si(value, precision=3), each.parameters),
+        ("images seen", "in training"): lambda each: count(each.images),
+        ("run", "in MLflow"): lambda each: each.run_id,
+    }
+    found = [(*title, [Cell(of(each) or "") for each in models]) for title, of in columns.items()]
+    return [column for column in found if any(cell.value for cell in column[2])]
+
+
+def metrics_chart(ranking: Ranking) -> Chart | None:
+    """The metric of the ranking of each model with its interval, beside the real baseline; None: no intervals."""
+    name, models = ranking.metric, list(reversed(ranking.models))
+    if not ranking.leads:
+        return None
+
+    def draw(axes: Axes, paper: Paper) -> None:
+        baseline = ranking.real_baseline.metrics().get(name)
+        if baseline is not None:
+            axes.axvline(baseline, color=paper.muted, linewidth=1.2)
+        for row, each in enumerate(models):
+            low, high = each.value - 1.96 * each.error, each.value + 1.96 * each.error
+            if (estimate := each.estimates.get(name)) is not None:
+                low, high = estimate.interval.low, estimate.interval.high
+            reach = [[max(each.value - low, 0)], [max(high - each.value, 0)]]
+            axes.errorbar([each.value], [row], xerr=reach, color=paper.series[0], marker="o", linewidth=2, capsize=5)
+        axes.set_yticks(range(len(models)), [each.name for each in models])
+        axes.set_xlabel(name + ("; the line is the real baseline" if baseline is not None else ""))
+
+    better = "higher" if ranking.higher_is_better else "lower"
+    return chart(f"{name} with 95 % intervals ({better} is better)", draw, (7.4, 0.9 + 0.4 * len(models)))
+
+
+def training_charts(names: Sequence[str], evaluations: Sequence[Evaluation], losses: Sequence[Path]) -> list[Chart]:
+    """The selection metric of each checkpoint, and held-out losses, against images seen: a line for each run.
+
+    ``losses``: a CSV of losses by images seen of each run, which may be missing.
+    """
+    metrics = [[(each.images, each.selection_metric.value) for each in one.checkpoints] for one in evaluations]
+    found = [
+        chart(evaluations[0].best.selection_metric.name, over_training(curves(dict(zip(names, metrics, strict=True)))))
+    ]
+    columns: list[Points] = [read_losses(path).get(LOSS, []) if path.is_file() else [] for path in losses]
+    if any(columns):
+        found.append(chart("Loss on held-out images", over_training(curves(dict(zip(names, columns, strict=True))))))
+    return found
+
+
+def _or_none(write: Callable[[float], str], value: float | None) -> str | None:
+    return None if value is None else write(value)
+
+
+def _metric(name: str, side: RankedModel | RealBaseline) -> Cell:
+    scores = side.scores
+    if (found := side.estimates.get(f"{name}_{scores.extractor}")) is not None:
+        return Cell(f"{found.value:.3f}", between(found.interval)) if name in SHARES else metric_cell(found)
+    return Cell(with_error(scores.kid, scores.kid_se) if name == "kid" else signed(scores.of(name)))
+
+
+def _bits(model: RankedModel) -> str | None:
+    loss = model.held_out_loss
+    if loss is None:
+        return None
+    if loss.bits_per_dim is None or loss.bits_per_dim_se is None:
+        return "none"
+    return ("≤ " if model.likelihood == "bound" else "") + with_error(loss.bits_per_dim, loss.bits_per_dim_se)

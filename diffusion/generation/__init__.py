@@ -1,0 +1,1 @@
+"""Generation: a model and a request in, images out."""

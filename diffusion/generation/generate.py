@@ -1,0 +1,291 @@
+"""Generate images from a trained model: image i of seed s has the same bits whatever else is asked for."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from diffusion.common.device import repeatable, resolve_device
+from diffusion.common.errors import UserError
+from diffusion.common.fingerprint import autocast
+from diffusion.common.progress import Progress, silent
+from diffusion.common.random import GaussianNoise, uniform
+from diffusion.common.threads import lanes
+from diffusion.data.dataset import Dataset, Rows
+from diffusion.families import family_of
+from diffusion.families.base import Batch
+from diffusion.families.model import Conditioning, Model, to_float, to_uint8
+from diffusion.families.options import ineffective_option
+from diffusion.generation.config import UNCONDITIONAL, Conditions
+from diffusion.models.config import FamilyConfig, ModelConfig
+from diffusion.models.text_encoder import ENDS, LONGEST, WIDTH, check_encoder, encoder
+from diffusion.process.editing import Edit, between, whole
+from diffusion.process.samplers import Noise, SamplingConfig
+
+Embeddings = Mapping[str | None, Tensor]
+"""The embedding of each prompt, (384,), and zeros for None."""
+NO_EMBEDDINGS: Embeddings = {None: torch.zeros(WIDTH)}
+
+
+def sample(
+    model: Model,
+    indices: Sequence[int],
+    seed: int,
+    config: SamplingConfig,
+    progress: Progress = silent,
+    conditions: Conditions = UNCONDITIONAL,
+    edit: Edit | None = None,
+    at_once: int | None = None,
+) -> Tensor:
+    """Generate images number ``indices`` of ``seed`` under ``conditions``: (len(indices), C, H, W) uint8.
+
+    With an ``edit`` they are versions of its image, which must have the model's shape.
+
+    Picture i is always computed as member i mod B of the compute batch i div B (B = ``config.compute_batch``),
+    with its neighbours beside it, because floating-point sums change with a batch's shape. So asking for
+    whole multiples of B, starting at one, costs nothing extra. ``at_once``: how many of these are computed at the same
+    time on a processor, which changes no bits; None: one on each core.
+
+    Raises UserError for conditions that the model was not trained with, or options that have no effect.
+    """
+    if edit is not None and edit.image.shape != model.shape:
+        theirs, ours = ("×".join(map(str, shape)) for shape in (edit.image.shape, model.shape))
+        raise UserError(
+            f"the image has {theirs} (channels × height × width) and the model generates {ours}: bring it there"
+        )
+
+    def noise(members: range) -> Noise:
+        return GaussianNoise(seed, "sampling", members, model.noise_shape)
+
+    return _generate(model, indices, seed, config, progress, conditions, noise, edit, at_once)
+
+
+def interpolate(
+    model: Model,
+    one: int,
+    other: int,
+    count: int,
+    config: SamplingConfig,
+    progress: Progress = silent,
+    conditions: Conditions = UNCONDITIONAL,
+) -> Tensor:
+    """``count`` images from image 0 of seed ``one`` to that of seed ``other``: (count, C, H, W) uint8.
+
+    All their noise, fresh noise of the sampler included, lies between that of the two, so that it changes slowly as
+    well. Raises UserError if there is no path between, and as ``sample`` does.
+    """
+    check_interpolation(model, one, other, count, conditions)
+    shares = torch.linspace(0, 1, count)
+
+    def noise(members: range) -> Noise:
+        # Those beyond the last are there to fill the batch.
+        places = shares[torch.tensor(members).clamp(max=count - 1)]
+        ends = [GaussianNoise(seed, "sampling", [0], model.noise_shape) for seed in (one, other)]
+        return lambda: between(ends[0]()[0], ends[1]()[0], places)
+
+    return _generate(model, range(count), one, config, progress, conditions, noise)
+
+
+def _generate(
+    model: Model,
+    indices: Sequence[int],
+    seed: int,
+    config: SamplingConfig,
+    progress: Progress,
+    conditions: Conditions,
+    noise: Callable[[range], Noise],
+    edit: Edit | None = None,
+    at_once: int | None = None,
+) -> Tensor:
+    if isinstance(model.config, ModelConfig) and model.config.low_resolution is not None:
+        raise UserError(
+            "the model enlarges images and generates nothing from noise alone (model.low_resolution): give it a small "
+            "image to upscale"
+        )
+    check_sampling(model, config, conditions)
+    if edit is not None:
+        check_edit(model, edit)
+    family, size = family_of(model.config), config.compute_batch
+    batches = [range(b * size, (b + 1) * size) for b in sorted({index // size for index in indices})]
+    generated: dict[int, Tensor] = {}
+    device = resolve_device(config.device)
+    model = model.on(device)
+
+    # A GPU shares its work out by itself.
+    with repeatable(device), lanes(at_once if device.type == "cpu" else 1) as pool:
+        # In here as well: what a prompt means has bits that change with the threads that read it.
+        embeddings = prompt_embeddings(model, conditions)
+
+        def generate(members: range) -> Tensor:
+            fresh = noise(members)
+            told = told_of(model, members, seed, conditions, embeddings)
+            told = {name: value.to(device) for name, value in told.items()}
+            negative = embeddings[conditions.negative_prompt].to(device)
+            return family.sample(model, Batch(told, lambda: fresh().to(device), negative, edit), config, device)
+
+        finished = pool.map(generate, batches)
+        for number, (members, images) in enumerate(zip(batches, finished, strict=True), start=1):
+            generated |= zip(members, images, strict=True)
+            progress("images sampled", min(number * size, len(indices)), len(indices))
+    return torch.stack([generated[index] for index in indices])
+
+
+def check_sampling(model: Model, config: SamplingConfig, conditions: Conditions) -> None:
+    """Raise UserError for ``conditions`` that ``model`` was not trained with, or options that have no effect."""
+    check_sampling_options(model.config, config)
+    check_conditions(model.classes, model.config.text, config, conditions)
+
+
+def check_sampling_options(model: FamilyConfig, config: SamplingConfig) -> None:
+    """Raise UserError for a setting that has no effect for the family or the task of ``model``."""
+    if words := ineffective_option(model, "sampling", config):
+        raise UserError(words)
+    noise = config.low_resolution_noise
+    if noise is None:
+        return
+    if not isinstance(model, ModelConfig) or model.low_resolution is None:
+        raise UserError(
+            "sampling.low_resolution_noise is added to small images, and the model is given none "
+            "(model.low_resolution): leave it out"
+        )
+    if noise > model.max_low_resolution_noise:
+        raise UserError(
+            f"sampling.low_resolution_noise = {noise:g} is more than the model was trained with, "
+            f"{model.max_low_resolution_noise:g} (model.low_resolution_noise): lower it"
+        )
+
+
+def check_conditions(classes: Sequence[str], text: bool, config: SamplingConfig, conditions: Conditions) -> None:
+    """Raise UserError if ``conditions`` mean nothing to a model of ``classes``, and of captions if ``text``."""
+    labels = [label for label in conditions.labels if label is not None]
+    if labels and not classes:
+        raise UserError("the model was trained without classes (model.conditional): leave labels out")
+    if unknown := sorted(set(labels) - set(classes)):
+        raise UserError(f"the model knows no class {unknown[0]!r}: use one of {', '.join(classes)}")
+    if conditions.texts and not text:
+        raise UserError("the model was trained without captions: leave prompts out, or train one with model.text=true")
+    if conditions.negative_prompt is not None and not config.guides:
+        raise UserError("a negative prompt is what sampling.guidance leads away from: set that, say to 3")
+    if config.guides and not is_conditional(classes, conditions):
+        raise UserError(
+            f"sampling.guidance = {config.guidance:g} leads towards a label or prompt, and there is none: "
+            + ("give a prompt, or " if text else "the model was trained without classes and captions, ")
+            + "leave it out (null)"
+        )
+
+
+def check_prompts(conditions: Conditions) -> None:
+    """Raise UserError for a prompt of which nothing, or not all, would be read; captions of data sets may be so."""
+    for text in conditions.texts:
+        if text.encode(errors="ignore").decode() != text:
+            raise UserError(f"the prompt {text[:40]!r} is no Unicode text: write it anew")
+        length = len(encoder().tokens(text)) if text.strip() else 0
+        if length <= ENDS:
+            raise UserError("a prompt needs words: write what the images are to show, or leave it out")
+        if length > LONGEST:
+            raise UserError(f"the prompt {text[:40]!r}… has {length} word pieces, and {LONGEST} are read: shorten it")
+
+
+def check_edit(model: Model, edit: Edit) -> None:
+    """Raise UserError if ``model`` has no steps to edit in, or would see nothing of the image that is edited."""
+    if not family_of(model.config).edits:
+        raise UserError(
+            f"a model of the family {model.config.family} has no steps in which to edit an image: use a diffusion model"
+        )
+    inner = model.noise_shape[-1]
+    if edit.kept is not None and edit.strength == 1 and not whole(edit.kept, inner).any():
+        factor = len(edit.kept) // inner
+        raise UserError(
+            f"the mask keeps no square of {factor}×{factor} pixels whole, which is what one position of the model's "
+            "latents stands for, so nothing of the image would be seen: keep more, or give a strength below 1"
+        )
+
+
+def check_interpolation(model: Model, one: int, other: int, count: int, conditions: Conditions) -> None:
+    """Raise UserError if there is no path of ``count`` images from seed ``one`` to seed ``other``."""
+    if one == other or count < 2:
+        raise UserError(f"{count} images from seed {one} to seed {other}: give two seeds, and ask for two or more")
+    if model.classes and not conditions.prompts and not conditions.labels:
+        raise UserError(
+            "each end would be of a class of its own, and there is nothing between classes: give a label, "
+            f"one of {', '.join(model.classes)}"
+        )
+    if max(len(conditions.labels), len(conditions.prompts)) > 1:
+        raise UserError("several labels or prompts alternate, which is no path from one image to another: give one")
+
+
+def prompt_embeddings(model: Model, conditions: Conditions) -> Embeddings:
+    """The embedding of each prompt; raises UserError if the encoder that ``model`` was trained with is not this one."""
+    if not conditions.texts:
+        return NO_EMBEDDINGS
+    check_encoder(model.header.encoder)
+    read = encoder()
+    return {**NO_EMBEDDINGS, **{text: read(text) for text in sorted(set(conditions.texts))}}
+
+
+def is_conditional(classes: Sequence[str], conditions: Conditions) -> bool:
+    """Whether ``conditions`` give a model of ``classes`` a label or prompt for guidance to lead to."""
+    named = any(each is not None for each in (*conditions.labels, *conditions.prompts, conditions.negative_prompt))
+    return named or bool(classes and not conditions.prompts and not conditions.labels)
+
+
+def labels_of(model: Model, indices: Sequence[int], seed: int, conditions: Conditions = UNCONDITIONAL) -> Tensor | None:
+    """The class of each image, its number in ``model.classes`` or one more for any: (N,).
+
+    Without labels and prompts they are drawn as often as the data set has them. None for a model without classes.
+    """
+    if not model.classes:
+        return None
+    if conditions.labels or conditions.prompts:
+        names: list[str | None] = [*model.classes, None]
+        return torch.tensor([names.index(conditions.label(index)) for index in indices])
+    counts = torch.tensor([model.header.class_histogram[label] for label in model.classes])
+    shares = counts.cumsum(0).double() / counts.sum()
+    return torch.searchsorted(shares, uniform(seed, "label", indices), right=True)
+
+
+def reconstructed(model: Model, images: Tensor, config: SamplingConfig) -> Tensor:
+    """``images``, (N, C, H, W) uint8, as the autoencoder of ``model`` gives them back, in compute batches."""
+    coder, device = model.coder, next(model.network.parameters()).device
+    assert coder is not None
+
+    @torch.inference_mode()
+    def through(batch: Tensor) -> Tensor:
+        # The last one filled up with its last image, so that all have one shape.
+        filled = batch[torch.arange(config.compute_batch).clamp(max=len(batch) - 1)]
+        with autocast(config.precision, device):
+            return to_uint8(coder.decode(coder.encode(to_float(filled).to(device))))[: len(batch)].cpu()
+
+    with repeatable(device), lanes(None if device.type == "cpu" else 1) as pool:
+        return torch.cat(list(pool.map(through, torch.split(images, config.compute_batch))))
+
+
+def label_names(
+    model: Model, indices: Sequence[int], seed: int, conditions: Conditions = UNCONDITIONAL
+) -> list[str | None]:
+    """The name of the class that conditions each image; None: of any."""
+    labels = labels_of(model, indices, seed, conditions)
+    names: list[str | None] = [*model.classes, None]
+    return [None] * len(indices) if labels is None else [names[number] for number in labels.tolist()]
+
+
+def told_of(
+    model: Model,
+    indices: Sequence[int],
+    seed: int,
+    conditions: Conditions = UNCONDITIONAL,
+    embeddings: Embeddings = NO_EMBEDDINGS,
+) -> Conditioning:
+    """What the network is told of images number ``indices``."""
+    told = {}
+    if (labels := labels_of(model, indices, seed, conditions)) is not None:
+        told["label"] = labels
+    if model.config.text:
+        told["text"] = torch.stack([embeddings[conditions.prompt(index)] for index in indices])
+    return told
+
+
+def conditions_of(dataset: Dataset, rows: Rows, classes: Sequence[str]) -> Conditions:
+    """The captions of the images in ``rows``, and of their labels those that the model knows."""
+    labels = tuple(label if label in classes else None for label in dataset.labels(rows)) if classes else ()
+    return Conditions(labels=labels, prompts=tuple(dataset.captions(rows)))

@@ -1,0 +1,313 @@
+"""Super-resolution: small images made large by a model that was trained to (SR3, arXiv 2104.07636).
+
+The network is shown the small image, enlarged without it to full size, beside the noisy one, and asked about what the
+large one has beyond it (SRDiff, arXiv 2104.14951): what is known already is nothing to be learnt. A image that has
+more pixels than those of the training is covered with overlapping tiles, whose answers are blended at every step of one
+reverse process over the whole (MultiDiffusion, arXiv 2302.08113), so that they agree and leave no seams.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from diffusion.common.device import repeatable, resolve_device
+from diffusion.common.errors import UserError
+from diffusion.common.fingerprint import autocast
+from diffusion.common.progress import Progress, silent
+from diffusion.common.random import GaussianNoise, uniform
+from diffusion.common.threads import lanes
+from diffusion.families.model import Conditioning, DiffusionModel, Model, to_float, to_uint8
+from diffusion.generation.config import UNCONDITIONAL, Conditions
+from diffusion.generation.generate import check_sampling, sample
+from diffusion.models.config import FamilyConfig, ModelConfig
+from diffusion.process.samplers import Callback, SamplingConfig
+
+OVERLAP = 4
+"""Neighbouring tiles share at least one in so many of their pixels in a direction."""
+Answer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""From noisy images, their times, and what they are shown, with its noise, to a network's answer."""
+Each = Callable[[Callable[[Tensor], Tensor], Iterable[Tensor]], Iterable[Tensor]]
+"""``map``, or that of an executor."""
+
+
+def shrunk(images: Tensor, size: int) -> Tensor:
+    """``images``, (N, C, H, W) uint8, made small: (N, C, size, size) uint8."""
+    # Bicubic with antialiasing, as in SR3 and in most of what small images are made by: the same as Pillow's, but for
+    # rounding. In whole numbers, as files have them.
+    small = interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+    return small.round().clamp(0, 255).to(torch.uint8)
+
+
+def enlarged(small: Tensor, scale: int) -> Tensor:
+    """``small``, (N, C, h, w) uint8, by bicubic interpolation: (N, C, h·scale, w·scale) float32, about in [−1, 1]."""
+    # Enlarging needs no antialiasing; with it, torch's kernel is that of ``shrunk``, and of Pillow.
+    large = interpolate(to_float(small), scale_factor=scale, mode="bicubic", antialias=True)
+    return large.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class FromNoise:
+    """Unconditional generation, and generation under labels and captions: the network is given no other image."""
+
+    low_resolution: None = None
+    description: str = "generates from noise"
+
+    def conditioning(self, images: Tensor) -> Conditioning:
+        """Nothing."""
+        return {}
+
+    def inputs(self, images: Tensor) -> None:
+        """Noise alone."""
+
+
+@dataclass(frozen=True)
+class SuperResolution:
+    """Super-resolution: the network is given a small image, enlarged by interpolation, and the noise level over it."""
+
+    low_resolution: int
+    """Height and width of the small images, in pixels."""
+    max_noise: float
+    """Largest standard deviation of the noise that training adds to them."""
+
+    @property
+    def description(self) -> str:
+        """The task as a verb phrase."""
+        return f"enlarges from {self.low_resolution} pixels"
+
+    def conditioning(self, images: Tensor) -> Conditioning:
+        """The small version of each image at full size, (N, C, H, W) float32, and a noise level of 0, (N,)."""
+        low = self._enlarged_again(images)
+        return {"low": low, "level": torch.zeros(len(low))}
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """The small version of each image, (N, C, h, w) uint8."""
+        return shrunk(images, self.low_resolution)
+
+    def sigma_data(self, images: Tensor) -> float:
+        """Standard deviation of what ``images`` have beyond their small versions, to four digits.
+
+        The rest depends on how many cores there are.
+        """
+        beyond = to_float(images) - self._enlarged_again(images)
+        return float(f"{beyond.double().square().mean().sqrt().item():.4g}")
+
+    def check_images(self, model: Model, images: Tensor) -> None:
+        """Raise UserError for small ``images`` (N, C, h, w) that ``model`` cannot enlarge."""
+        _, channels, height, width = images.shape
+        if channels != model.header.channels:
+            raise UserError(
+                f"the image has {channels} channels and the model enlarges images of {model.header.channels}: "
+                f"make it {'grey' if model.header.channels == 1 else 'RGB'}"
+            )
+        if min(height, width) < self.low_resolution:
+            low = f"{self.low_resolution}×{self.low_resolution}"
+            raise UserError(
+                f"the image has {height}×{width} pixels (height × width) and the model was trained on {low}, so it "
+                "enlarges nothing lower or narrower: give it a larger one"
+            )
+
+    def _enlarged_again(self, images: Tensor) -> Tensor:
+        return enlarged(self.inputs(images), images.shape[-1] // self.low_resolution)
+
+
+GenerationTask: TypeAlias = FromNoise | SuperResolution
+"""What a model generates images from, and what its network is given beside the noisy image.
+
+Training, evaluation and requests go through it.
+"""
+
+
+def task_of(config: FamilyConfig) -> GenerationTask:
+    """The task of a model with this configuration."""
+    if isinstance(config, ModelConfig) and config.low_resolution is not None:
+        return SuperResolution(config.low_resolution, config.max_low_resolution_noise)
+    return FromNoise()
+
+
+def generate(
+    model: Model,
+    inputs: Tensor | None,
+    indices: range,
+    seed: int,
+    config: SamplingConfig,
+    progress: Progress = silent,
+    conditions: Conditions = UNCONDITIONAL,
+) -> Tensor:
+    """Images number ``indices`` of ``seed``, (N, C, H, W) uint8, from the ``inputs`` of the model's task."""
+    if inputs is None:
+        return sample(model, indices, seed, config, progress, conditions)
+    return upscale(model, inputs, seed, config, progress, indices.start)
+
+
+def add_conditioning_noise(
+    conditioning: Conditioning, max_noise: float, seed: int, indices: Sequence[int]
+) -> Conditioning:
+    """Noise conditioning augmentation of small images, of a standard deviation uniform in [0, ``max_noise``] for each.
+
+    Trained on clean images alone, a network takes each fault of a small image for a detail (arXiv 2106.15282, section
+    4.3).
+    """
+    low, level = conditioning["low"], max_noise * uniform(seed, "low_resolution/level", indices).float()
+    noise = GaussianNoise(seed, "low_resolution/noise", indices, tuple(low.shape[1:]))()
+    return {"low": low + level[:, None, None, None] * noise, "level": level}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Overlapping squares that cover a canvas, K of them, all of one size."""
+
+    size: int
+    """Height and width, in pixels."""
+    places: list[tuple[int, int]]
+    """The first row and column of each."""
+    weights: Tensor
+    """(K, 1, size, size): how much each counts where it lies; those of a pixel of the canvas sum to 1."""
+
+    def on(self, device: torch.device) -> "Tiles":
+        """The same for canvases on ``device``."""
+        return replace(self, weights=self.weights.to(device))
+
+    def cut(self, canvas: Tensor) -> Tensor:
+        """``canvas`` (N, C, H, W) as tiles, those of the first image first: (N K, C, size, size)."""
+        pieces = [canvas[:, :, top : top + self.size, left : left + self.size] for top, left in self.places]
+        return torch.stack(pieces, dim=1).flatten(0, 1)
+
+    def blended(self, pieces: Tensor, height: int, width: int) -> Tensor:
+        """Tiles as ``cut`` gives them, put together again: (N, C, height, width) float32."""
+        pieces = pieces.reshape(-1, len(self.places), *pieces.shape[1:])
+        canvas = torch.zeros(len(pieces), pieces.shape[2], height, width, device=pieces.device)
+        for number, (top, left) in enumerate(self.places):
+            place = canvas[:, :, top : top + self.size, left : left + self.size]
+            place += self.weights[number] * pieces[:, number]
+        return canvas
+
+
+def make_tiles(height: int, width: int, size: int, scale: int) -> Tiles:
+    """Tiles of ``size`` small pixels for a small image of ``height`` × ``width``, each ``scale`` pixels when large.
+
+    They begin where small pixels do, as the images of the training. Each counts most in its middle and least at its
+    edges, where a network sees nothing of what lies beyond.
+    """
+    rows, columns = ([scale * start for start in starts(length, size)] for length in (height, width))
+    places = [(top, left) for top in rows for left in columns]
+    full = size * scale
+    ramp = torch.minimum(torch.arange(1, full + 1), torch.arange(full, 0, -1)).float()
+    tent = ramp[:, None] * ramp
+    total = torch.zeros(height * scale, width * scale)
+    for top, left in places:
+        total[top : top + full, left : left + full] += tent
+    weights = [tent / total[top : top + full, left : left + full] for top, left in places]
+    return Tiles(full, places, torch.stack(weights)[:, None])
+
+
+def starts(length: int, size: int) -> list[int]:
+    """Where tiles of ``size`` begin that cover ``length``, evenly spread; neighbours overlap by ``OVERLAP`` or more."""
+    stride = size - max(1, size // OVERLAP)
+    count = 1 + math.ceil((length - size) / stride)
+    return [round(number * (length - size) / max(count - 1, 1)) for number in range(count)]
+
+
+def tiled(
+    answer: Answer, tiles: Tiles, low: Tensor, level: Tensor, batch: int, each: Each = map
+) -> Callable[..., Tensor]:
+    """A network for tiles as one for the canvas on which it is shown ``low`` (N, C, H, W) with noise of ``level`` (N,).
+
+    It is asked about ``batch`` tiles at once, always as many. Its answers are blended, and so are the estimates that
+    they stand for, as these are linear in them.
+    """
+    count = len(low) * len(tiles.places)
+    # The last batch is filled up with the last tile.
+    numbers = torch.arange(math.ceil(count / batch) * batch).clamp(max=count - 1).view(-1, batch)
+    shown = tiles.cut(low)
+
+    def network(x: Tensor, time: Tensor) -> Tensor:
+        pieces, times, levels = tiles.cut(x), *(values.repeat_interleave(len(tiles.places)) for values in (time, level))
+        answers = each(lambda some: answer(pieces[some], times[some], shown[some], levels[some]), numbers)
+        return tiles.blended(torch.cat(list(answers))[:count], *x.shape[-2:])
+
+    return network
+
+
+def upscale(
+    model: Model,
+    images: Tensor,
+    seed: int,
+    config: SamplingConfig,
+    progress: Progress = silent,
+    first: int = 0,
+) -> Tensor:
+    """Small ``images``, (N, C, h, w) uint8, made large: (N, C, h·scale, w·scale) uint8.
+
+    The scale is the model's, the size of what it generates by that of what it is given, and no height or width may be
+    less than that. Image i has the noise of number ``first`` + i of ``seed``, and bits that depend on no other, as the
+    network always computes ``config.compute_batch`` tiles at once, of one image or of several.
+
+    Raises UserError if the model was not trained to enlarge, for a image too small or of other channels, and for
+    options that would have no effect.
+    """
+    task = task_of(model.config)
+    if not isinstance(task, SuperResolution):
+        raise UserError(
+            "the model generates images and was not trained to enlarge any: train one with model.low_resolution, the "
+            f"height and width of small images, say {model.header.size // 2}"
+        )
+    assert isinstance(model, DiffusionModel)
+    task.check_images(model, images)
+    check_sampling(model, config, UNCONDITIONAL)
+    scale, batch = model.header.size // task.low_resolution, config.compute_batch
+    device = resolve_device(config.device)
+    model = model.on(device)
+    tiles = make_tiles(images.shape[2], images.shape[3], task.low_resolution, scale).on(device)
+    together = max(1, batch // len(tiles.places))
+    groups = [range(start, start + together) for start in range(0, len(images), together)]
+    alone = len(groups) == 1
+
+    with repeatable(device), lanes(None if device.type == "cpu" else 1) as pool:
+
+        def generate(members: range) -> Tensor:
+            # Beyond the last image comes the last once more, so that there are always as many.
+            small = images[torch.tensor(members).clamp(max=len(images) - 1)]
+            numbers = range(first + members.start, first + members.stop)
+            low, level = (values.to(device) for values in _shown(small, scale, seed, numbers, config))
+            # A group alone has its batches side by side. Several are so themselves, and must not wait for more lanes.
+            network = tiled(_answer(model, config, device), tiles, low, level, batch, pool.map if alone else map)
+            draws = GaussianNoise(seed, "sampling", numbers, tuple(low.shape[1:]))
+            callback = _step_by_step(progress, config.steps) if alone else None
+            with torch.inference_mode():
+                sigmas = config.sigma_grid(model.schedule)
+                denoise = replace(model.denoiser(), network=network, around=low)
+                large = config.run(denoise, sigmas, lambda: draws().to(device), callback)
+                return to_uint8(large).cpu()
+
+        finished = []
+        for members, large in zip(groups, (map if alone else pool.map)(generate, groups), strict=True):
+            finished.append(large)
+            progress("images enlarged", min(members.stop, len(images)), len(images))
+    return torch.cat(finished)[: len(images)]
+
+
+def _shown(small: Tensor, scale: int, seed: int, members: range, config: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """What the network is shown of ``small`` images number ``members``, and how much noise lies over it, (N,)."""
+    low, level = enlarged(small, scale), config.low_resolution_noise or 0.0
+    if level:
+        low = low + level * GaussianNoise(seed, "sampling/low_resolution", members, tuple(low.shape[1:]))()
+    return low, torch.full((len(low),), level)
+
+
+def _answer(model: DiffusionModel, config: SamplingConfig, device: torch.device) -> Answer:
+    def answer(x: Tensor, time: Tensor, low: Tensor, level: Tensor) -> Tensor:
+        # Both contexts are of one thread alone: that of the lane which computes.
+        with torch.inference_mode(), autocast(config.precision, device):
+            out: Tensor = model.network(x, time, low=low, level=level)
+        return out
+
+    return answer
+
+
+def _step_by_step(progress: Progress, steps: int) -> Callback:
+    return lambda step, *_: progress("steps of enlarging", step + 1, steps)

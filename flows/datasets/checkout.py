@@ -1,0 +1,237 @@
+"""Checkout: any version of a data set becomes the current one again, verified, without git."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from filelock import FileLock
+
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError
+from diffusion.common.files import write_bytes, write_json
+from diffusion.data.ingest.ingest import forget_captions, remove_strays
+from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, versions, work_folder
+from diffusion.data.versions.takedown_records import holders, removals
+from diffusion.data.versions.versions import choose, known_versions, remember
+from flows.datasets import lineage
+from flows.datasets.catalog import Catalogue
+from flows.datasets.dvc import KeptFiles, is_whole, needed_files
+
+Reach = Callable[[], str]
+"""Joins the S3 server and gives the URL of DVC's remote; raises UserError if no server is to be had."""
+
+
+class CheckedOut(Config):
+    """A version that is the current one now."""
+
+    dataset: str
+    folder: Path
+    digest: str
+    content_digest: str
+    kept: int
+    restored: list[str]
+    """Files that had to be got back."""
+
+
+class Choice(Config):
+    """An older version that a person went back to, for the next ingest to build on."""
+
+    version: str
+    known: list[str]
+    """All versions of which this machine knew then: what they have and ``version`` lacks is left out on purpose."""
+
+
+def checkout(
+    folder: Path,
+    prefix: str,
+    reach: Reach,
+    with_removed: bool = False,
+    without_shards: bool = False,
+    to_build_on: bool = False,
+) -> CheckedOut:
+    """Make the version whose digest begins with ``prefix`` the current one of the data set in ``folder``.
+
+    Its files come from the folder, DVC's cache, or the remote, for which ``reach`` is called only if it is needed; each
+    is verified by its SHA-256. ``without_shards`` leaves those away that are not here, for training that streams them.
+    All other versions stay known, and what only the folder holds is put into DVC's cache first. The next ingest goes on
+    from the newest version all the same, unless this one is ``to_build_on``. Killed and given again, it ends the same.
+
+    Raises UserError if there is no such version, a file of it is to be had nowhere, or it holds pictures that were
+    taken down since, unless ``with_removed``.
+    """
+    work_folder(folder).mkdir(parents=True, exist_ok=True)
+    with FileLock(work_folder(folder) / "lock"):
+        place = Place.of(folder, reach)
+        version = place.choose(prefix)
+        return place.make_current(version, with_removed, without_shards, to_build_on)
+
+
+def choice(folder: Path) -> Choice | None:
+    """The version that the current one in ``folder`` goes on from because a person checked it out; None: none."""
+    path = _choice(folder)
+    if not path.is_file():
+        return None
+    found = Choice.model_validate_json(path.read_bytes())
+    return found if any(version.digest == found.version for version in versions(folder)) else None
+
+
+def forget_choice(folder: Path) -> None:
+    """Let the next ingest go on from the newest version."""
+    _choice(folder).unlink(missing_ok=True)
+
+
+def _choice(folder: Path) -> Path:
+    return work_folder(folder) / "checked_out.json"
+
+
+class Place:
+    """A data set's folder, whose lock the caller holds, and where its other versions can be had."""
+
+    def __init__(self, folder: Path, known: dict[str, Manifest], reach: Reach) -> None:
+        self.folder = folder
+        self.known = known
+        self.reach = reach
+        self.kept = KeptFiles(folder.name)
+        self.source: str | None = None
+
+    @classmethod
+    def of(cls, folder: Path, reach: Reach) -> "Place":
+        """That of the data set in ``folder``."""
+        return cls(folder, _known(folder) if (folder / "manifest.json").is_file() else {}, reach)
+
+    def make_current(
+        self, version: Manifest, with_removed: bool = False, without_shards: bool = False, to_build_on: bool = False
+    ) -> CheckedOut:
+        """Make ``version`` the current one; see ``checkout``."""
+        folder = self.folder
+        if not with_removed:
+            self.refuse_removed(version)
+        self.keep_current(version)
+        restored = self.fetch(version, without_shards)
+        if not with_removed:
+            self.refuse_removed(version)
+        if to_build_on and self._goes_back(version):
+            chosen = Choice(version=version.digest, known=sorted(self.known))
+            write_json(_choice(folder), chosen.model_dump(mode="json"))
+        else:
+            forget_choice(folder)
+        write_bytes(folder / "manifest.json", manifest_bytes(version))
+        remove_others(folder, version)
+        if without_shards:
+            self.kept.keep_listing(version.digest)
+        else:
+            lineage.record_data(folder, push_to=None)
+        return CheckedOut(
+            dataset=folder.name,
+            folder=folder,
+            digest=version.digest,
+            content_digest=version.content_digest,
+            kept=version.kept,
+            restored=restored,
+        )
+
+    def choose(self, prefix: str) -> Manifest:
+        """The version that ``prefix`` names, of those known here or else in the catalogue."""
+        try:
+            return self.known[self._chosen(prefix)]
+        except UserError as unknown:
+            try:
+                catalogue = self.catalogue()
+            except UserError as error:
+                raise (unknown if self.known else error) from error
+        self.known = self.known | catalogue.versions()
+        return self.known[self._chosen(prefix)]
+
+    def refuse_removed(self, version: Manifest) -> None:
+        """Raise UserError if ``version`` holds pictures that were taken down, as far as its tables are to be had."""
+        if self.source is not None:
+            self.catalogue().learn_removals(self.folder)
+        for removal in removals(work_folder(self.folder)):
+            if holders(self.folder, removal, [version], self.kept.find).held:
+                remove_strays(self.folder)
+                raise UserError(
+                    f"version {version.digest[:12]} of data set {self.folder.name} holds pictures that were taken down "
+                    f"since ({removal.reason}): check out another one, or give --with-removed to have them back"
+                )
+
+    def keep_current(self, version: Manifest) -> None:
+        """Let nothing be lost when ``version`` takes the folder over."""
+        if not (self.folder / "manifest.json").is_file():
+            return
+        for each in self.known.values():
+            remember(self.folder, each)
+        ours = read_manifest(self.folder).files
+        theirs = {entry.name for entry in version.files}
+        going = [entry for entry in ours if entry.name not in theirs and (self.folder / entry.name).is_file()]
+        if any(self.kept.find(entry) is None for entry in going):
+            lineage.record_data(self.folder, push_to=None)
+
+    def fetch(self, version: Manifest, without_shards: bool) -> list[str]:
+        """Get back what is missing or damaged of ``version``, and tell what that was."""
+        restored = []
+        shards = {entry.name for entry in version.shards}
+        for name, sha256 in needed_files(self.folder, version):
+            path = self.folder / name
+            if (without_shards and name in shards) or is_whole(path, sha256):
+                continue
+            if sha256 in self.known:
+                write_bytes(path, manifest_bytes(self.known[sha256]))
+            elif not self.write(version, name, sha256):
+                raise UserError(
+                    f"{name} of version {version.digest[:12]} is neither in {self.folder}, nor in DVC's cache, nor on "
+                    "its remote (any more): check out another one, or ingest again from a source that has all of it"
+                )
+            restored.append(name)
+        return restored
+
+    def write(self, version: Manifest, name: str, sha256: str) -> bool:
+        """Write a file of ``version`` into the folder, whole; returns whether it could be had."""
+        target = self.folder / name
+        if self.kept.write(version.digest, name, sha256, target):
+            return True
+        if self.source is not None:
+            return False
+        self.catalogue()
+        return self.kept.write(version.digest, name, sha256, target)
+
+    def _goes_back(self, version: Manifest) -> bool:
+        """Whether a version is known that was made from this one."""
+        return any(version.digest in lineage_of(self.known, each.parent) for each in self.known.values())
+
+    def catalogue(self) -> Catalogue:
+        """The catalogue; from here on files are had from the remote as well."""
+        if self.source is None:
+            self.source = self.reach()
+            recorded = lineage.data_version(self.folder)
+            self.kept = KeptFiles(self.folder.name, self.source, recorded.digest if recorded else None)
+        assert self.kept.catalogue is not None
+        return self.kept.catalogue
+
+    def _chosen(self, prefix: str) -> str:
+        candidates = {digest: each.content_digest for digest, each in self.known.items()}
+        return choose(prefix, candidates, self.folder.name)
+
+
+def lineage_of(known: dict[str, Manifest], digest: str | None) -> Iterator[str]:
+    """``digest`` and the digests of what it was made from, as far as these versions are ``known``."""
+    while digest is not None:
+        yield digest
+        digest = known[digest].parent if digest in known else None
+
+
+def _known(folder: Path) -> dict[str, Manifest]:
+    """The versions known here; only the current one where the manifest of an earlier one is broken, to be mended."""
+    try:
+        return known_versions(folder)
+    except UserError:
+        current = read_manifest(folder)
+        return {current.digest: current}
+
+
+def remove_others(folder: Path, version: Manifest) -> None:
+    """Take away what belongs to other versions only."""
+    line = {name for name, _ in needed_files(folder, version)}
+    for path in (folder / "versions").glob("*.json"):
+        if path.relative_to(folder).as_posix() not in line:
+            path.unlink()
+    forget_captions(folder)
+    remove_strays(folder)

@@ -1,0 +1,318 @@
+"""Files of data set versions as DVC keeps them: named by MD5, in its cache on this machine and on its remote.
+
+``KeptFiles`` gets a file of any version from wherever it can be had.
+"""
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from dvc.exceptions import NotDvcRepoError
+from dvc.repo import Repo
+from pydantic import TypeAdapter, ValidationError
+
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError
+from diffusion.common.files import sha256_file, write_atomically, write_bytes
+from diffusion.data.manifest import FileEntry, Manifest, parse_manifest, version_path
+from flows.datasets.catalog import Catalogue
+from flows.storage.s3 import Location, Stat, Store
+from flows.storage.s3_errors import Missing
+from flows.storage.tags import DvcDigest
+
+FOLDER = ".dir"
+"""Ends the name of a folder's listing."""
+Listing = dict[str, str]
+"""A folder that DVC knows: the MD5 of each file by its path in it."""
+UPLOADS = 4
+"""Files uploaded at the same time."""
+logger = logging.getLogger(__name__)
+
+
+class Listed(Config):
+    """A file of a folder."""
+
+    md5: DvcDigest
+    relpath: str
+
+
+LISTING = TypeAdapter(list[Listed])
+
+
+class Depot(Protocol):
+    """A place where DVC keeps objects."""
+
+    def listings(self) -> Iterator[tuple[str, Listing]]:
+        """All folders that lie there, by the names of their listings."""
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects; those that are not there are as good as deleted."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """DVC's cache on this machine."""
+
+    folder: Path
+
+    @classmethod
+    def here(cls) -> "Cache | None":
+        """That of the DVC repository around the working folder; None outside of one."""
+        try:
+            with Repo() as repo:
+                return cls(Path(repo.cache.local.path))
+        except NotDvcRepoError:
+            return None
+
+    def path(self, name: str) -> Path:
+        """Where an object lies, if it is there."""
+        return self.folder / name[:2] / name[2:]
+
+    def listing(self, name: str) -> Listing | None:
+        """The folder of this name; None if it is not there."""
+        path = self.path(name)
+        return _parsed(path.read_bytes(), str(path)) if path.is_file() else None
+
+    def listings(self) -> Iterator[tuple[str, Listing]]:
+        """All folders that lie there, by the names of their listings."""
+        for path in sorted(self.folder.glob(f"??/*{FOLDER}")):
+            yield path.parent.name + path.name, _parsed(path.read_bytes(), str(path))
+
+    @cached_property
+    def places(self) -> dict[str, list[str]]:
+        """For the path of a file in any folder, the MD5s that it has in them."""
+        found: dict[str, list[str]] = {}
+        for _, listing in self.listings():
+            for path, md5 in listing.items():
+                names = found.setdefault(path, [])
+                if md5 not in names:
+                    names.append(md5)
+        return found
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects; those that are not there are as good as deleted."""
+        for name in names:
+            self.path(name).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """DVC's remote on S3."""
+
+    place: Location
+    store: Store
+
+    @classmethod
+    def at(cls, source: str) -> "Remote":
+        """The remote with the URL ``source``."""
+        return cls(Location.parse(source), Store())
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Write an object over what is at ``path``; raises Missing."""
+        self.store.fetch(self.place.bucket, self._key(name), path)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of an object; raises Missing."""
+        return self.store.get(self.place.bucket, self._key(name))
+
+    def stat(self, name: str) -> Stat | None:
+        """Size and age of an object; None if it is not there."""
+        return self.store.stat(self.place.bucket, self._key(name))
+
+    def uri(self, name: str) -> str:
+        """Where an object lies, if it is there."""
+        return f"s3://{self.place.bucket}/{self._key(name)}"
+
+    def listing(self, name: str) -> Listing:
+        """The folder of this name; raises Missing."""
+        return _parsed(self.read(name), f"{self.place}/{self._key(name)}")
+
+    def listings(self) -> Iterator[tuple[str, Listing]]:
+        """All folders that lie there, by the names of their listings."""
+        for name in sorted(self.names()):
+            if name.endswith(FOLDER):
+                yield name, self.listing(name)
+
+    def names(self) -> set[str]:
+        """Those of all objects, at the price of a listing."""
+        prefix = self._key("")
+        keys = self.store.list_keys(self.place.bucket, prefix)
+        return {key.removeprefix(prefix).replace("/", "") for key in keys}
+
+    def push(self, name: str, cache: Cache) -> None:
+        """Upload what is missing here of the folder ``name`` from ``cache``: its files, and its listing last.
+
+        DVC's own push is not used: it overwrites, so that bucket policies which demand If-None-Match would refuse it,
+        and it takes the files of a folder for pushed where it finds the folder's listing. Raises UserError if a file
+        of the cache is missing or damaged, Held if an object of its name holds other bytes.
+        """
+        listing = cache.listing(name)
+        if listing is None:
+            raise UserError(f"{cache.path(name)} is missing: ingest the data set again")
+        present = self.names()
+        with ThreadPoolExecutor(UPLOADS) as pool:
+            futures = [pool.submit(self._upload, each, cache) for each in sorted(set(listing.values()) - present)]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+        if name not in present:
+            self._upload(name, cache)
+
+    def _upload(self, name: str, cache: Cache) -> None:
+        path = cache.path(name)
+        try:
+            with path.open("rb") as file:
+                md5 = hashlib.file_digest(file, "md5").hexdigest()
+        except FileNotFoundError as error:
+            raise UserError(f"{path} is missing: ingest the data set again") from error
+        if md5 != name.removesuffix(FOLDER):
+            raise UserError(f"{path} is damaged: delete it, and ingest the data set again")
+        self.store.put_file_once(self.place.bucket, self._key(name), path)
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects; those that are not there are as good as deleted."""
+        self.store.delete_many(self.place.bucket, map(self._key, names))
+
+    def _key(self, name: str) -> str:
+        return self.place.key(f"files/md5/{name[:2]}/{name[2:]}" if name else "files/md5/")
+
+
+def _parsed(data: bytes, where: str) -> Listing:
+    try:
+        return {listed.relpath: listed.md5 for listed in LISTING.validate_json(data)}
+    except ValidationError as error:
+        raise UserError(f"{where} is no listing of DVC: delete it, and push the data set again") from error
+
+
+class KeptFiles:
+    """The files of data set ``name``: in the cache, and on the remote with the URL ``source`` if one is given.
+
+    ``recorded`` is DVC's digest of a version that may not be in the catalogue.
+    """
+
+    def __init__(self, name: str, source: str | None = None, recorded: str | None = None) -> None:
+        self.name = name
+        self.cache = Cache.here()
+        self.remote = Remote.at(source) if source else None
+        self.catalogue = Catalogue.of(name, source, self.remote.store) if source and self.remote else None
+        self.recorded = recorded
+        self._pushed: dict[str, dict[str, Listing]] = {}
+
+    def find(self, entry: FileEntry) -> Path | None:
+        """Where a file lies whole in the cache; None if it does not."""
+        return self._cached(entry.name, entry.sha256)
+
+    def write(self, version: str, name: str, sha256: str, target: Path) -> bool:
+        """Write the file ``name`` of the version with the digest ``version`` to ``target``, whole.
+
+        Returns whether it could be had; raises UserError if it came damaged.
+        """
+        cached = self._cached(name, sha256)
+        if cached is None:
+            return any(self._download(md5, name, sha256, target) for md5 in self._places(version, name))
+
+        def copy(partial: Path) -> None:
+            shutil.copyfile(cached, partial)
+
+        write_atomically(target, copy)
+        return True
+
+    def elsewhere(self, versions: Iterable[Manifest], scratch: Path) -> Callable[[FileEntry], Path | None]:
+        """Finds files of ``versions``, fetched into the folder ``scratch`` if need be."""
+        holder = {entry.sha256: version.digest for version in versions for entry in version.files}
+
+        def find(entry: FileEntry) -> Path | None:
+            target = scratch / entry.sha256
+            if target.is_file() or self.write(holder[entry.sha256], entry.name, entry.sha256, target):
+                return target
+            return None
+
+        return find
+
+    def listings(self, version: str) -> dict[str, Listing]:
+        """What the remote says the version with the digest ``version`` consists of, by DVC's digest of it."""
+        if version not in self._pushed:
+            self._pushed[version] = dict(self._ask(version))
+        return self._pushed[version]
+
+    def keep_listing(self, version: str) -> None:
+        """Let DVC's cache know what the version with the digest ``version`` consists of, as far as the remote does."""
+        for digest in self.listings(version):
+            if self.cache is not None and self.remote is not None and not self.cache.path(digest).is_file():
+                write_bytes(self.cache.path(digest), self.remote.read(digest))
+
+    def _ask(self, version: str) -> Iterator[tuple[str, Listing]]:
+        if self.remote is None or self.catalogue is None:
+            return
+        try:
+            pointer = self.catalogue.pointer(version)
+        except UserError as error:
+            logger.warning("%s", error)
+            pointer = None
+        for digest in dict.fromkeys((pointer, self.recorded)):
+            if digest is not None:
+                try:
+                    yield digest, self.remote.listing(digest)
+                except Missing:
+                    # Never pushed, or cleared away: then others may have the file.
+                    continue
+
+    def _cached(self, name: str, sha256: str) -> Path | None:
+        if self.cache is None:
+            return None
+        paths = map(self.cache.path, self.cache.places.get(name, ()))
+        return next((path for path in paths if is_whole(path, sha256)), None)
+
+    def _places(self, version: str, name: str) -> list[str]:
+        """The MD5s that the file may have on the remote."""
+        pushed = [listing[name] for listing in self.listings(version).values() if name in listing]
+        return list(dict.fromkeys([*pushed, *(self.cache.places.get(name, ()) if self.cache else ())]))
+
+    def _download(self, md5: str, name: str, sha256: str, target: Path) -> bool:
+        if self.remote is None:
+            return False
+        remote = self.remote
+
+        def fetch(partial: Path) -> None:
+            remote.fetch(md5, partial)
+            if sha256_file(partial) != sha256:
+                raise UserError(
+                    f"{name} of data set {self.name} is damaged on the remote (its SHA-256 differs): delete "
+                    f"{remote.uri(md5)}, and give `darkroom ingest SOURCE` where the data set is whole, or where its "
+                    "pictures are: it pushes what is missing"
+                )
+
+        try:
+            write_atomically(target, fetch)
+        except Missing:
+            return False
+        return True
+
+
+def needed_files(folder: Path, version: Manifest) -> Iterator[tuple[str, str]]:
+    """Name and SHA-256 of all that belongs beside the manifest if ``version`` is the current one in ``folder``.
+
+    The manifest of a parent is read after it was named, so that whoever asks can mend it in between; where it is not
+    whole then, its own parents stay unnamed.
+    """
+    for entry in version.files:
+        yield entry.name, entry.sha256
+    while version.parent is not None:
+        path = version_path(folder, version.parent)
+        yield path.relative_to(folder).as_posix(), version.parent
+        if not is_whole(path, version.parent):
+            return
+        version = parse_manifest(path.read_bytes(), str(path))
+
+
+def is_whole(path: Path, sha256: str) -> bool:
+    """Whether there is a file at ``path`` with these bytes."""
+    return path.is_file() and sha256_file(path) == sha256

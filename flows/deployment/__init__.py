@@ -1,0 +1,1 @@
+"""What Prefect runs by itself: deployments, tasks, concurrency slots."""

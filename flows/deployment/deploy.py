@@ -1,0 +1,197 @@
+"""``darkroom deploy``: what ``prefect.yaml`` declares, applied to the Prefect server; again, it changes nothing.
+
+Deployments go through Prefect's own ``prefect deploy``. Work pools, concurrency limits and automations, of which that
+knows nothing, are found by their names here, and made or brought up to date.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+from prefect.blocks.webhook import Webhook
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.events.schemas.automations import AutomationCore
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
+from prefect.workers.process import ProcessWorker
+from pydantic import ValidationError
+
+from diffusion.common.config import Config
+from diffusion.common.errors import DarkroomError, UserError
+from flows.config import Params
+from flows.deployment.tasks import SHORTEST_LEASE, silence
+
+DEFINITIONS = Path("prefect.yaml")
+"""The file that a folder may have of its own."""
+PACKAGED = Path(__file__).with_name("prefect.yaml")
+PLACEHOLDER = re.compile(r"\{\{ \$(\w+) \}\}")
+WEBHOOK = "darkroom"
+"""Name of the block that holds the address of notifications."""
+
+
+class Deployed(Config):
+    """What is there now."""
+
+    definitions: Path
+    """Where it is declared."""
+    deployments: list[str]
+    """FLOW/NAME."""
+    work_pools: list[str]
+    concurrency_limits: dict[str, int]
+    automations: list[str]
+
+
+def deploy(
+    params: Params, workspace: Path, pool: str, training_pool: str, cron: str, monitor_cron: str, webhook: str | None
+) -> Deployed:
+    """Apply what ``prefect.yaml`` in the working folder declares, or else the one that comes with Darkroom.
+
+    ``workspace`` is where runs find their data on the workers' machines; ``webhook`` names the variable of the
+    environment that holds the address to notify. Raises UserError that says what cannot be.
+    """
+    for words in (cron, monitor_cron):
+        _require_cron(words)
+    definitions = DEFINITIONS if DEFINITIONS.is_file() else PACKAGED
+    values: dict[str, Any] = {
+        "DATASET": params.training.dataset,
+        "MODEL": params.model_name,
+        "PARAMS": params.model_dump(mode="json"),
+        "SAMPLING": params.sampling.model_dump(mode="json"),
+        "PRINTS": params.prints.model_dump(mode="json"),
+        "WORKSPACE": str(workspace),
+        "POOL": pool,
+        "TRAINING_POOL": training_pool,
+        "CRON": cron,
+        "MONITOR_CRON": monitor_cron,
+        "HEARTBEAT": str(get_current_settings().flows.heartbeat_frequency or SHORTEST_LEASE),
+        "SILENCE": silence(),
+    }
+    if webhook is not None:
+        values["WEBHOOK"] = _webhook(webhook)
+    declared = read_definitions(definitions, values)
+    with get_client(sync_client=True) as client:
+        for found in declared["work_pools"]:
+            _ensure_pool(client, found["name"], found["type"])
+        for found in declared["concurrency_limits"]:
+            client.upsert_global_concurrency_limit_by_name(found["name"], found["limit"])
+    deployments = _prefect_deploy(declared)
+    for found in declared["automations"]:
+        _ensure_automation(found)
+    return Deployed(
+        definitions=definitions,
+        deployments=deployments,
+        work_pools=sorted({found["name"] for found in declared["work_pools"]}),
+        concurrency_limits={found["name"]: found["limit"] for found in declared["concurrency_limits"]},
+        automations=[found["name"] for found in declared["automations"]],
+    )
+
+
+def read_definitions(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The file ``path`` with ``values`` in place of its placeholders; ``notifications`` join the other automations.
+
+    Without a value for WEBHOOK there are none of them. Raises UserError for what is not YAML, lacks a section, or asks
+    for a value that there is not.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    sections = ("work_pools", "concurrency_limits", "deployments", "automations", "notifications")
+    if lacking := [name for name in sections if not isinstance(tree, dict) or name not in tree]:
+        raise UserError(f"{path} lacks {', '.join(lacking)}: begin with a copy of {PACKAGED}")
+    if "WEBHOOK" not in values:
+        tree["notifications"] = []
+    declared: dict[str, Any] = filled(tree, values, path)
+    declared["automations"] += declared.pop("notifications")
+    return declared
+
+
+def filled(node: Any, values: Mapping[str, Any], path: Path) -> Any:
+    """``node`` with ``values`` for ``{{ $NAME }}``: as they are where one stands alone, else as text."""
+    if isinstance(node, dict):
+        return {name: filled(value, values, path) for name, value in node.items()}
+    if isinstance(node, list):
+        return [filled(value, values, path) for value in node]
+    if not isinstance(node, str):
+        return node
+    if unknown := [name for name in PLACEHOLDER.findall(node) if name not in values]:
+        raise UserError(f"{path}: nothing is called ${unknown[0]}; there is {', '.join(sorted(values))}")
+    if alone := PLACEHOLDER.fullmatch(node):
+        return values[alone[1]]
+    return PLACEHOLDER.sub(lambda found: str(values[found[1]]), node)
+
+
+def _require_cron(words: str) -> None:
+    try:
+        CronSchedule(cron=words)
+    except ValidationError as error:
+        raise UserError(
+            f"{words!r} is no cron schedule: write it like '0 2 * * *', every night at two (UTC)"
+        ) from error
+
+
+def _webhook(variable: str) -> str:
+    """The id of the block that holds the address in the environment's ``variable``, brought up to date."""
+    url = os.environ.get(variable)
+    if not url:
+        raise UserError(
+            f"the environment has no {variable}, which --webhook-env names: set it to the address to notify"
+        )
+    return str(Webhook(url=url).save(WEBHOOK, overwrite=True))
+
+
+def _ensure_pool(client: SyncPrefectClient, name: str, kind: str) -> None:
+    try:
+        client.read_work_pool(name)
+    except ObjectNotFound as error:
+        if kind != ProcessWorker.type:
+            raise UserError(
+                f"there is no work pool {name}, and one of type {kind} needs a job template of yours: make it with "
+                f"`prefect work-pool create {name} --type {kind}`"
+            ) from error
+        template = ProcessWorker.get_default_base_job_template()
+        client.create_work_pool(WorkPoolCreate(name=name, type=kind, base_job_template=template))
+
+
+def _prefect_deploy(declared: Mapping[str, Any]) -> list[str]:
+    """Have ``prefect deploy`` apply the deployments that are ``declared``; returns their names."""
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch, "prefect.yaml")
+        path.write_text(yaml.safe_dump({name: declared[name] for name in ("name", "pull", "deployments")}))
+        command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(path)]
+        # Wide enough for what it says of each to stand on one line.
+        environment = os.environ | {"COLUMNS": "1000"}
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if ended.returncode != 0:
+        raise DarkroomError(f"`prefect deploy` failed: {(ended.stderr or ended.stdout)[-500:]}")
+    return re.findall(r"Deployment '([^']+)' successfully", " ".join(ended.stdout.split()))
+
+
+def _ensure_automation(declared: Mapping[str, Any]) -> None:
+    """Make the automation, or bring it up to date; one that is as ``declared`` is left alone.
+
+    An automation that is written anew forgets whom it waits to hear from: a run that is dead then would live for ever.
+    """
+    try:
+        wanted = AutomationCore.model_validate(declared)
+    except ValidationError as error:
+        raise UserError(f"the automation {declared.get('name')!r} cannot be: {error.errors()[0]['msg']}") from error
+    with get_client(sync_client=True) as client:
+        there = client.read_automations_by_name(wanted.name)
+        if not there:
+            client.create_automation(wanted)
+        elif _fields(there[0]) != _fields(wanted):
+            client.update_automation(there[0].id, wanted)
+
+
+def _fields(automation: AutomationCore) -> dict[str, Any]:
+    """What is declared of an automation, without what only the server knows of it."""
+    return AutomationCore.model_validate(automation.model_dump(mode="json")).model_dump()

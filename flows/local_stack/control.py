@@ -1,0 +1,273 @@
+"""``up``, ``status``, ``down``, ``exports``: the local stack as the command line sees it."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from filelock import FileLock, Timeout
+
+from diffusion.common.config import Config
+from diffusion.common.errors import DarkroomError, UserError
+from diffusion.common.files import is_full_disk
+from flows.environment import CALLED, SERVERS, Server, beside_proxies, settings
+from flows.local_stack import ports, seaweedfs
+from flows.local_stack.discovery import servers_in_environment
+from flows.local_stack.server_process import members, stop
+from flows.local_stack.services import Service, services
+from flows.local_stack.stack_files import SERVICES, SERVICES_OF, LocalStack, ServiceName
+
+Report = Callable[[str], None]
+
+RESTORING = "restoring.json"
+"""In the stack's folder while ``darkroom server restore`` makes it of a backup: which one that is."""
+PATIENCE = 120.0
+"""Seconds within which a service has to serve after its start."""
+HUNG = 15.0
+"""Seconds after which a process that was there before, but does not serve, is started anew."""
+GRACE = 15.0
+"""Seconds that a service gets to end by itself."""
+
+
+class ServiceStatus(Config):
+    """One service, as it is now."""
+
+    name: ServiceName
+    title: str
+    state: Literal["running", "not answering", "stopped"]
+    url: str
+    pid: int | None
+    log: Path
+
+
+class StackStatus(Config):
+    """All services of the local stack, as they are now."""
+
+    folder: Path
+    credentials: Path | None
+    """The file that holds the passwords; None without a local stack."""
+    services: tuple[ServiceStatus, ...]
+    elsewhere: dict[Server, str]
+    """Servers that the environment names, each with the variable that does."""
+
+
+def up(report: Report, restoring: bool = False) -> StackStatus:
+    """Start what the environment does not name and what does not run; returns when all of it serves.
+
+    Raises UserError or DarkroomError that names the log of what would not start; UserError if a restore did not end,
+    unless it is the one that is ``restoring``.
+    """
+    elsewhere = servers_in_environment()
+    if len(elsewhere) < len(SERVERS):
+        folder = settings().folder
+        with _turn(folder, report):
+            # The servers would make empty databases of those that are not there yet.
+            if (folder / RESTORING).exists() and not restoring:
+                raise UserError(
+                    f"a restore into {folder} did not end: give `darkroom server restore` of the same backup again, or "
+                    "set DARKROOM_HOME to another folder"
+                )
+            stack = _with_ports(_with_servers(_opened(), elsewhere))
+            _start_all(stack, services(stack), report)
+    for server, variable in elsewhere.items():
+        report(f"{CALLED[server]}: commands here use the server that {variable} names, none of the local stack")
+    return status()
+
+
+def status() -> StackStatus:
+    """How the services of the local stack are now; each is asked as a client would."""
+    folder = settings().folder
+    stack = LocalStack.read(folder)
+    found: list[ServiceStatus] = []
+    if stack is not None:
+        known = services(stack)
+        with ThreadPoolExecutor(len(SERVICES)) as pool:
+            found = list(pool.map(lambda service: _status(stack, service), known))
+    return StackStatus(
+        folder=folder,
+        credentials=folder / "credentials.json" if stack else None,
+        services=tuple(found),
+        elsewhere=servers_in_environment(),
+    )
+
+
+def down(report: Report) -> None:
+    """Stop all that the local stack started, whoever started it last; what it holds stays on disk."""
+    folder = settings().folder
+    if not folder.exists() and not members(folder, *SERVICES):
+        report(f"no local stack in {folder}")
+        return
+    with _turn(folder, report):
+        # The worker first, so that it can tell Prefect; then those that nobody needs any more.
+        for names in (("worker",), ("mlflow", "prefect"), ("s3",)):
+            running = members(folder, *names)
+            if running:
+                report(f"stopping {', '.join(names)}")
+                stop(running, GRACE)
+        stack = LocalStack.read(folder)
+        if stack is not None:
+            stack.updated(processes={})
+    report("the local stack is stopped; `darkroom up` starts it with all it holds")
+
+
+def exports() -> dict[str, str]:
+    """Variables with which other clients on this machine join the local stack.
+
+    Empty if the environment names every server already; raises UserError if the stack does not run.
+    """
+    elsewhere = servers_in_environment()
+    missing = [server for server in SERVERS if server not in elsewhere]
+    stack = LocalStack.read(settings().folder)
+    variables: dict[str, str] = {}
+    for server in missing:
+        if stack is None or not stack.runs(server):
+            raise UserError(f"no local {CALLED[server]} server runs in {settings().folder}: run `darkroom up`")
+        variables |= stack.variables(server)
+    if stack is not None and missing:
+        variables |= {"DARKROOM_HOME": str(stack.folder), "DARKROOM_BUCKET": stack.bucket} | beside_proxies()
+    return variables
+
+
+@contextmanager
+def _turn(folder: Path, report: Report) -> Iterator[None]:
+    """One command at a time may change the stack."""
+    lock = FileLock(folder / "lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock.acquire(timeout=0.5)
+    except Timeout:  # which is an OSError
+        report(f"waiting for another `darkroom up` or `down` in {folder}")
+        lock.acquire()
+    except OSError as error:
+        if is_full_disk(error):
+            raise
+        raise UserError(
+            f"{folder} is no folder that can be written to ({error.strerror}): set DARKROOM_HOME to one"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _opened() -> LocalStack:
+    """The stack in DARKROOM_HOME, made if there is none."""
+    wanted = settings()
+    stack = LocalStack.open(wanted.folder, wanted.bucket)
+    if os.environ.get("DARKROOM_BUCKET", stack.bucket) != stack.bucket:
+        raise UserError(
+            f"DARKROOM_BUCKET is {wanted.bucket}, but what the stack in {stack.folder} holds lies in its bucket "
+            f"{stack.bucket}: unset it, or begin a new stack in another DARKROOM_HOME"
+        )
+    return stack
+
+
+def _with_servers(stack: LocalStack, elsewhere: dict[Server, str]) -> LocalStack:
+    """Take on the servers that the environment does not name; those that were ours before stay ours."""
+    ours = [server for server in SERVERS if server not in elsewhere or stack.serves(server)]
+    if "s3" in ours:
+        seaweedfs.binary()
+        if stack.serves("mlflow") and not stack.serves("s3"):
+            raise UserError(
+                f"the MLflow server in {stack.folder} keeps its artifacts on an S3 server that the environment used "
+                "to name: set the AWS_* variables again, or begin a new stack in another DARKROOM_HOME"
+            )
+    return stack.updated(servers=tuple(ours))
+
+
+def _with_ports(stack: LocalStack) -> LocalStack:
+    """Give every service its port: the one it had, if nobody took it meanwhile."""
+    numbers = dict(stack.state.ports)
+    for server in stack.state.servers:
+        service = SERVICES_OF[server][0]
+        names = seaweedfs.PORTS if service == "s3" else (service,)
+        if stack.process(service) is None:
+            # A server process that was killed may have left children that hold its port.
+            _halt(stack, service)
+            if not ports.are_free(numbers[name] for name in names if name in numbers):
+                numbers = {name: port for name, port in numbers.items() if name not in names}
+        lacking = [name for name in names if name not in numbers]
+        numbers |= zip(lacking, ports.choose(len(lacking), numbers.values()), strict=True)
+    return stack.updated(ports=numbers)
+
+
+def _start_all(stack: LocalStack, wanted: Sequence[Service], report: Report) -> None:
+    """Start what does not run as ``wanted``, all at once, and wait until everything serves."""
+    begun = time.monotonic()
+    fresh: set[ServiceName] = set()
+    for service in wanted:
+        running = stack.process(service.name)
+        if running is not None and running.spec != service.spec:
+            report(f"{service.title}: started anew, for its settings changed")
+            _halt(stack, service.name)
+    waiting = list(wanted)
+    while waiting:
+        for service in list(waiting):
+            if any(other.name == service.after for other in waiting):
+                continue
+            if stack.process(service.name) is None:
+                if service.name in fresh:
+                    raise _failure(stack, service, "ended at once")
+                _halt(stack, service.name)
+                stack = _started(stack, service)
+                fresh.add(service.name)
+            if _serves(stack, service):
+                waiting.remove(service)
+                report(f"{service.title}: {stack.url(service.name)} ({time.monotonic() - begun:.0f} s)")
+            elif service.name not in fresh and time.monotonic() - begun > HUNG:
+                report(f"{service.title}: does not answer, started anew")
+                _halt(stack, service.name, grace=2)
+            elif time.monotonic() - begun > PATIENCE:
+                raise _failure(stack, service, f"did not answer within {PATIENCE:.0f} s")
+        time.sleep(0.1)
+
+
+def _halt(stack: LocalStack, service: ServiceName, grace: float = GRACE) -> None:
+    """Make way for a new start: end the service, and what a killed one left behind."""
+    left = members(stack.folder, service)
+    if service == "worker":
+        # Flow runs that outlive their worker come to their own end, and tell Prefect themselves.
+        left = [process for process in left if "worker" in (process.info["cmdline"] or ())]
+    stop(left, grace)
+
+
+def _started(stack: LocalStack, service: Service) -> LocalStack:
+    process = service.start(stack)
+    return stack.updated(processes={**stack.state.processes, service.name: process})
+
+
+def _serves(stack: LocalStack, service: Service) -> bool:
+    process = stack.process(service.name)
+    if process is None:
+        return False
+    try:
+        service.check(process)
+    except (DarkroomError, psutil.NoSuchProcess):
+        return False
+    return True
+
+
+def _status(stack: LocalStack, service: Service) -> ServiceStatus:
+    process = stack.process(service.name)
+    state: Literal["running", "not answering", "stopped"] = "stopped"
+    if process is not None:
+        state = "running" if _serves(stack, service) else "not answering"
+    return ServiceStatus(
+        name=service.name,
+        title=service.title,
+        state=state,
+        url=stack.url(service.name),
+        pid=process and process.pid,
+        log=stack.log(service.name),
+    )
+
+
+def _failure(stack: LocalStack, service: Service, what: str) -> DarkroomError:
+    log = stack.log(service.name)
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    last = lines[-1] if lines else "nothing"
+    return DarkroomError(f"{service.title} {what}; the last line of {log} is: {last[:300]}")

@@ -1,0 +1,56 @@
+"""Which servers this process uses: those that the environment names, else those of the local stack."""
+
+import os
+
+from diffusion.common.errors import UserError
+from flows.environment import CALLED, DEFAULTS, NAMED_BY, SECRET, SERVERS, Server, beside_proxies, settings
+from flows.local_stack import seaweedfs
+from flows.local_stack.stack_files import LocalStack
+
+
+def servers_in_environment() -> dict[Server, str]:
+    """The servers that the environment names, each with the variable that does.
+
+    Variables that came out of ``darkroom env`` name the local stack, and do not count.
+    """
+    local = LocalStack.read(settings().folder)
+    found: dict[Server, str] = {}
+    for server in SERVERS:
+        named = [name for name in NAMED_BY[server] if os.environ.get(name)]
+        ours = local is not None and local.serves(server) and _came_from(local, server)
+        if named and not ours:
+            found[server] = named[0]
+    return found
+
+
+def join_servers(*needs: Server) -> None:
+    """Let this process, and what it starts, use the servers in ``needs``; call it before they are imported.
+
+    Raises UserError if one is named neither by the environment nor by a running local stack.
+    """
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    missing = [server for server in needs if server not in servers_in_environment()]
+    local = LocalStack.read(settings().folder)
+    for server in missing:
+        if local is None or not local.runs(server):
+            raise UserError(
+                f"no {CALLED[server]} server: {NAMED_BY[server][0]} is not set and no local one runs "
+                f"(in {settings().home}): run `darkroom up`"
+            )
+        os.environ.update(local.variables(server) | beside_proxies())
+        os.environ.setdefault("DARKROOM_BUCKET", local.bucket)
+
+
+def vacuum_deleted_objects() -> None:
+    """Have the local S3 server, if it is the one in use, keep nothing of what was deleted from it."""
+    local = LocalStack.read(settings().folder)
+    if local is not None and "s3" not in servers_in_environment() and local.runs("s3"):
+        seaweedfs.vacuum(local.state.ports["master"], local.folder / "s3")
+
+
+def _came_from(local: LocalStack, server: Server) -> bool:
+    """Whether the environment's variables for ``server`` are the local stack's, of now or of before."""
+    address = os.environ.get(NAMED_BY[server][0], "")
+    secret = os.environ.get(SECRET[server])
+    return secret == local.variables(server)[SECRET[server]] and address.startswith("http://127.0.0.1:")

@@ -1,0 +1,223 @@
+"""``darkroom server restore``: a local stack made anew of a backup, with passwords of its own.
+
+A takedown that was done after the backup must outlive it: what newer backups and the stack that is replaced know of
+takedowns goes into the restored bucket, too, from where every ingest learns of it.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from pydantic import AwareDatetime, Field, ValidationError
+
+from diffusion.common.config import Config
+from diffusion.common.errors import DarkroomError, UserError
+from diffusion.common.files import write_atomically, write_json
+from diffusion.common.progress import Progress, silent
+from diffusion.data.versions.takedown_records import Removal
+from flows.environment import SERVERS, settings
+from flows.local_stack.backup import Backup, Backups, SavedObject
+from flows.local_stack.control import RESTORING, StackStatus, status, up
+from flows.local_stack.discovery import servers_in_environment
+from flows.local_stack.stack_files import LocalStack
+from flows.storage.s3 import Object, Store, client
+
+AUTH = "mlflow/auth.db"
+AT_ONCE = 2**26
+"""Bytes of objects held in memory, if they are smaller than that."""
+UPGRADES = {"mlflow/mlflow.db": ("mlflow", "db", "upgrade"), AUTH: ("mlflow.server.auth", "db", "upgrade", "--url")}
+"""The programs by which databases of an older MLflow become ours; Prefect's server does that by itself."""
+
+
+REMOVAL = re.compile(r"datasets/[^/]+/removals/[^/]+\.json")
+"""Keys of the catalogue under which takedowns are recorded."""
+
+
+class LaterRemovals(Config):
+    """Takedowns that were done after a backup."""
+
+    records: dict[str, str] = Field(default_factory=dict)
+    """Their records in the catalogue, by key."""
+    known_until: AwareDatetime | None = None
+    """None if they are all there are; else those done after this moment are not among them."""
+
+    def removals(self) -> Iterator[Removal]:
+        """The takedowns; raises UserError for a record that is damaged."""
+        for key, text in self.records.items():
+            try:
+                yield Removal.model_validate_json(text)
+            except ValidationError as error:
+                raise UserError(
+                    f"{key} is no record of a takedown that this Darkroom understands ({error.errors()[0]['msg']}): "
+                    "update, or if it is damaged delete it and give that takedown again"
+                ) from error
+
+
+class Restored(Config):
+    """A restore that is done."""
+
+    backup: Backup
+    status: StackStatus
+    later: LaterRemovals
+
+
+class Mark(Config):
+    """What is written down while a stack is made of a backup."""
+
+    stamp: str
+    later: LaterRemovals
+    placed: bool = False
+    """Whether all databases are there: then they may be in use, and before nothing can be."""
+
+
+def restore(
+    target: Path,
+    stamp: str | None,
+    replaced: Path,
+    report: Callable[[str], None],
+    progress: Progress = silent,
+) -> Restored:
+    """Make the stack in DARKROOM_HOME of a backup, and start it. Killed and given again, it goes on.
+
+    Args:
+        target: Folder of the backups.
+        stamp: Which of them; by default the newest.
+        replaced: Folder of the stack that this one replaces, if there is one: its takedowns are kept.
+        report: Is told what happens.
+        progress: Is told how many objects are restored.
+
+    Raises:
+        UserError: There is a stack already, the stack that is replaced does not run, or anything of the backup is
+            damaged; all before the stack is started.
+    """
+    if elsewhere := servers_in_environment():
+        raise UserError(f"{' and '.join(elsewhere.values())} name other servers: unset them to restore a local stack")
+    folder, backups = settings().folder, Backups(target)
+    backup = backups.read(stamp)
+    mark = _begin(folder, backup, lambda: _later_removals(backup, backups, replaced.resolve()))
+    for each in {*backup.databases.values(), *(each.sha256 for each in backup.objects)}:
+        backups.whole(each)
+    stack = LocalStack.open(folder, backup.bucket)
+    if not mark.placed:
+        if any(stack.runs(server) for server in SERVERS):
+            raise UserError(f"a stack runs in {folder}, where no restore ended: run `darkroom down`, then this again")
+        for name, sha256 in backup.databases.items():
+            _place(folder / name, name, backups.whole(sha256), backup, stack)
+        write_json(folder / RESTORING, mark.model_copy(update={"placed": True}).model_dump(mode="json"))
+    up(report, restoring=True)
+    stack = LocalStack.open(folder, backup.bucket)
+    store = Store(client(variables=stack.variables("s3")))
+    done = 0
+    for some in _handfuls(backup.objects):
+        store.put_many(backup.bucket, [_object(saved, backups) for saved in some])
+        done += len(some)
+        progress("objects restored", done, len(backup.objects))
+    for key, text in mark.later.records.items():
+        store.put_once(backup.bucket, key, text.encode())
+    (folder / RESTORING).unlink()
+    return Restored(backup=backup, status=status(), later=mark.later)
+
+
+def _later_removals(backup: Backup, backups: Backups, replaced: Path) -> LaterRemovals:
+    """The takedowns that newer backups or the stack in ``replaced`` know of, and ``backup`` does not."""
+    known = {each.key for each in backup.objects}
+    found: dict[str, str] = {}
+    until: AwareDatetime | None = backup.made
+    for newer in (backups.read(stamp) for stamp in backups.stamps() if stamp > backup.stamp):
+        records = [each for each in newer.objects if REMOVAL.fullmatch(each.key)]
+        found |= {each.key: backups.whole(each.sha256).read_text() for each in records if each.key not in known}
+        until = newer.made
+    stack = None if replaced == settings().folder else LocalStack.read(replaced)
+    if stack is not None and stack.serves("s3") and stack.bucket == backup.bucket:
+        if not stack.runs("s3"):
+            raise UserError(
+                f"the stack in {replaced} does not run, and knows of takedowns that the backup may not know of: run "
+                f"`DARKROOM_HOME={replaced} darkroom up`, or move the folder away if it cannot be started"
+            )
+        store = Store(client(variables=stack.variables("s3")))
+        for key in store.list_keys(stack.bucket, "datasets/"):
+            if REMOVAL.fullmatch(key) and key not in known:
+                found[key] = store.get(stack.bucket, key).decode()
+        until = None
+    later = LaterRemovals(records=found, known_until=until)
+    # A record that nobody can read is better known of before anything is done.
+    list(later.removals())
+    return later
+
+
+def _object(saved: SavedObject, backups: Backups) -> Object:
+    # The digest is written by whoever puts it.
+    metadata = {name: text for name, text in saved.metadata.items() if name != "sha256"}
+    return Object(saved.key, backups.whole(saved.sha256).read_bytes(), saved.content_type, metadata)
+
+
+def _handfuls(objects: Iterable[SavedObject]) -> Iterator[list[SavedObject]]:
+    """``objects`` in groups that are held in memory together."""
+    some: list[SavedObject] = []
+    size = 0
+    for each in objects:
+        if some and size + each.size > AT_ONCE:
+            yield some
+            some, size = [], 0
+        some.append(each)
+        size += each.size
+    if some:
+        yield some
+
+
+def _begin(folder: Path, backup: Backup, later_removals: Callable[[], LaterRemovals]) -> Mark:
+    """What is written down, now at the latest."""
+    path = folder / RESTORING
+    if path.is_file():
+        mark = Mark.model_validate_json(path.read_bytes())
+        if mark.stamp != backup.stamp:
+            raise UserError(f"{folder} is being made of another backup: give that one's name, or another DARKROOM_HOME")
+        return mark
+    if (folder / "stack.json").exists() or (folder / "credentials.json").exists():
+        raise UserError(f"there is a stack in {folder}: set DARKROOM_HOME to a folder that is not there yet")
+    mark = Mark(stamp=backup.stamp, later=later_removals())
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_json(path, mark.model_dump(mode="json"))
+    return mark
+
+
+def _place(path: Path, name: str, source: Path, backup: Backup, stack: LocalStack) -> None:
+    """Put a database in place, as this installation's programs and this stack's password need it."""
+
+    def write(partial: Path) -> None:
+        shutil.copyfile(source, partial)
+        partial.chmod(0o600)
+        if name in UPGRADES and backup.versions.get("mlflow") != version("mlflow"):
+            _upgrade(name, partial)
+        if name == AUTH:
+            _set_password(partial, stack)
+
+    # Of one that was made anew meanwhile, and would be taken for this one's.
+    for journal in ("-wal", "-shm", "-journal"):
+        path.with_name(f"{path.name}{journal}").unlink(missing_ok=True)
+    write_atomically(path, write)
+
+
+def _upgrade(name: str, database: Path) -> None:
+    command = [sys.executable, "-m", *UPGRADES[name], f"sqlite:///{database}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise DarkroomError(
+            f"{name} cannot be brought to this MLflow: {''.join(done.stderr.strip().splitlines()[-1:])}"
+        )
+
+
+def _set_password(database: Path, stack: LocalStack) -> None:
+    """The backup has the old password's hash, and this stack a password of its own."""
+    from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
+
+    store = SqlAlchemyStore()
+    store.init_db(f"sqlite:///{database}")  # type: ignore[no-untyped-call]
+    try:
+        store.update_user(stack.credentials.mlflow_username, stack.credentials.mlflow_password)
+    finally:
+        store.engine.dispose()

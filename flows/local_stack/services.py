@@ -1,0 +1,190 @@
+"""The services of the local stack: how each is started, and how one knows that it serves."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+
+from diffusion.common.files import digest_of
+from flows.environment import DEFAULTS, SERVERS, Server, beside_proxies
+from flows.local_stack import seaweedfs
+from flows.local_stack.http_api import NotServing, ask
+from flows.local_stack.server_process import Process, marks, start
+from flows.local_stack.stack_files import LOOPBACK, LocalStack, ServiceName, write_private
+from flows.storage.s3 import Store, client
+
+POOL = "darkroom"
+"""The process work pool that the stack's worker serves."""
+FAMILY: dict[Server, str] = {"mlflow": "MLFLOW_", "prefect": "PREFECT_", "s3": "AWS_"}
+
+
+@dataclass(frozen=True)
+class Service:
+    """One long-lived process of the stack."""
+
+    name: ServiceName
+    title: str
+    command: list[str]
+    environment: dict[str, str]
+    cwd: Path
+    check: Callable[[Process], None]
+    """Returns if the service, being that process, does its work as a client sees it; else raises DarkroomError."""
+    files: dict[str, str] = field(default_factory=dict)
+    """What has to lie in ``cwd`` at its start, by name; only the owner can read it."""
+    after: ServiceName | None = None
+    """The service that has to serve before this one is started."""
+
+    @property
+    def spec(self) -> str:
+        """Digest of how it is started: a live process with another one is out of date."""
+        return digest_of([self.command, self.environment, str(self.cwd), self.files])
+
+    def start(self, stack: LocalStack) -> Process:
+        """Start it, detached."""
+        families = (*FAMILY.values(), "DARKROOM_", "WEED_")
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(families)}
+        environment = inherited | beside_proxies() | self.environment | marks(stack.folder, self.name)
+        self.cwd.mkdir(parents=True, exist_ok=True)
+        for name, text in self.files.items():
+            write_private(self.cwd / name, text)
+        return start(self.command, environment, self.cwd, stack.log(self.name), self.spec)
+
+
+def services(stack: LocalStack) -> list[Service]:
+    """The services of ``stack``, with the ports that it has now."""
+    builders: dict[Server, list[Callable[[], Service]]] = {
+        "s3": [lambda: _s3(stack)],
+        "mlflow": [lambda: _mlflow(stack)],
+        "prefect": [lambda: _prefect(stack), lambda: _worker(stack)],
+    }
+    return [build() for server, builds in builders.items() if stack.serves(server) for build in builds]
+
+
+def _s3(stack: LocalStack) -> Service:
+    own = stack.credentials
+
+    @cache  # boto3 takes half a second to make one.
+    def store() -> Store:
+        return Store(client(attempts=1, read_timeout=5, variables=stack.variables("s3")))
+
+    def check(_: Process) -> None:
+        store().ensure_bucket(stack.bucket)
+
+    command = seaweedfs.command([stack.state.ports[name] for name in seaweedfs.PORTS])
+    files = seaweedfs.files(seaweedfs.config(own.s3_access_key, own.s3_secret_key), own.s3_tls_identity)
+    environment = seaweedfs.ENVIRONMENT
+    return Service("s3", "S3 (SeaweedFS)", command, environment, stack.folder / "s3", check, files)
+
+
+def _mlflow(stack: LocalStack) -> Service:
+    own = stack.credentials
+
+    def check(_: Process) -> None:
+        url = f"{stack.url('mlflow')}/api/2.0/mlflow/experiments/search?max_results=1"
+        ask(url, f"{own.mlflow_username}:{own.mlflow_password}")
+
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"),
+        *("--host", LOOPBACK, "--port", str(stack.state.ports["mlflow"]), "--workers", "1"),
+        *("--backend-store-uri", "sqlite:///mlflow.db"),
+        *("--artifacts-destination", f"s3://{stack.bucket}/mlflow"),
+    ]
+    environment = (
+        DEFAULTS
+        | _client_environment(stack, "s3")
+        | {
+            "MLFLOW_AUTH_CONFIG_PATH": "auth.ini",
+            "MLFLOW_AUTH_ADMIN_PASSWORD": own.mlflow_password,
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": own.mlflow_secret_key,
+            # Jobs judge language models; each of their queues would be one more process.
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            # Its own list has 10.*, which names like 10.example.com fit: whoever owns one could point it here.
+            "MLFLOW_SERVER_ALLOWED_HOSTS": f"localhost,localhost:*,{LOOPBACK},{LOOPBACK}:*",
+        }
+    )
+    if {"AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"} & environment.keys():
+        environment["MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE"] = "path"
+    files = {"auth.ini": MLFLOW_AUTH.format(user=own.mlflow_username)}
+    return Service("mlflow", "MLflow", command, environment, stack.folder / "mlflow", check, files)
+
+
+MLFLOW_AUTH = """\
+[mlflow]
+default_permission = READ
+database_uri = sqlite:///auth.db
+admin_username = {user}
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+# Passwords are hashed slowly on purpose; with one server process there is no other to fall out of step with.
+auth_cache_ttl_seconds = 3600
+"""
+
+
+def _prefect(stack: LocalStack) -> Service:
+    port = str(stack.state.ports["prefect"])
+
+    def check(_: Process) -> None:
+        ask(f"{stack.url('prefect')}/api/health")
+        # Health is told to anybody; this is not.
+        ask(f"{stack.url('prefect')}/api/admin/version", stack.credentials.prefect_auth_string)
+
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", LOOPBACK, "--port", port]
+    environment = (
+        DEFAULTS
+        | {
+            "PREFECT_HOME": str(stack.folder / "prefect"),
+            "PREFECT_SERVER_API_AUTH_STRING": stack.credentials.prefect_auth_string,
+            # Else pages of any origin may read what it answers.
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": stack.url("prefect"),
+            "PREFECT_SERVER_UI_API_URL": f"{stack.url('prefect')}/api",
+            "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        }
+        | PREFECT_LOOPS
+    )
+    return Service("prefect", "Prefect", command, environment, stack.folder / "prefect", check)
+
+
+PREFECT_LOOPS = {
+    f"PREFECT_SERVER_SERVICES_{service}_LOOP_SECONDS": str(seconds)
+    for service, seconds in {
+        "LATE_RUNS": 15,
+        "PAUSE_EXPIRATIONS": 60,
+        "SCHEDULER_RECENT_DEPLOYMENTS": 15,
+        "CLEANUP_RECONCILER": 60,
+        "CANCELLATION_CLEANUP": 60,
+        "FOREMAN": 30,
+    }.items()
+}
+"""Seconds between looks at a database that seldom changes on one machine; four of them are 5 by default.
+
+They delay what may wait: a new schedule's first run by 15, the state "late" by 15, the end of what a cancelled or
+paused run leaves by 60. Runs that are due or triggered come by other services, and so does the end of killed ones.
+"""
+
+
+def _worker(stack: LocalStack) -> Service:
+    def check(process: Process) -> None:
+        url = f"{stack.url('prefect')}/api/work_pools/{POOL}/workers/filter"
+        found = ask(url, stack.credentials.prefect_auth_string, {})
+        # The server goes on calling a worker online for a while after its death.
+        online = [worker["last_heartbeat_time"] for worker in found if worker["status"] == "ONLINE"]
+        if not any(datetime.fromisoformat(beat).timestamp() > process.began() for beat in online):
+            raise NotServing(f"the worker has not reported to the work pool {POOL}")
+
+    command = [
+        *(sys.executable, "-m", "prefect", "worker", "start"),
+        *("--pool", POOL, "--type", "process", "--name", "local"),
+    ]
+    environment = DEFAULTS | {"DARKROOM_HOME": str(stack.folder), "DARKROOM_BUCKET": stack.bucket}
+    for server in SERVERS:
+        environment |= _client_environment(stack, server)
+    return Service("worker", "Prefect worker", command, environment, stack.folder.parent, check, after="prefect")
+
+
+def _client_environment(stack: LocalStack, server: Server) -> dict[str, str]:
+    """How a service finds ``server``: ours, or the one that the environment names."""
+    if stack.serves(server):
+        return stack.variables(server)
+    return {name: value for name, value in os.environ.items() if name.startswith(FAMILY[server])}

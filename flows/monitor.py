@@ -1,0 +1,110 @@
+"""The flow ``monitor``: evaluate the champion again on the images that a data set holds out now."""
+
+import math
+import time
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+
+from diffusion.common.config import Config
+from diffusion.common.files import digest_of
+from diffusion.data.manifest import read_manifest
+from flows.config import Params
+from flows.datasets.sync import sync
+from flows.deployment.tasks import ended, step
+from flows.tracking.progress_reporter import reporter
+
+MONITORED = "darkroom.monitored"
+"""Tag of a version: the digest of the circumstances under which it was looked at last."""
+SURELY = 3
+"""Standard errors by which a figure must have changed to count as drift: chance does that once in 370 times."""
+
+
+class MonitorResult(Config):
+    """A champion evaluated again."""
+
+    model: str
+    """models:/NAME/NUMBER."""
+    content_digest: str
+    """Of the data set that it was compared with."""
+    figures: dict[str, float]
+    """What it has now; none if it was looked at before under the same circumstances."""
+    before: dict[str, float]
+    """What it had when the gate judged it."""
+    drifted: bool
+    """Whether it is surely worse than then."""
+    summary: str
+    """The comparison in a sentence."""
+    skipped: bool
+
+
+@flow(name="monitor", flow_run_name="monitor-{params.training.dataset}")
+def monitor(params: Params) -> MonitorResult:
+    """Evaluate the champion again on the newest held-out images, and log its metrics on its MLflow run.
+
+    Args:
+        params: The configuration, as params.yaml has it.
+    """
+    sync(params, None)
+    found = evaluate_champion(params)
+    return ended(found, found.summary, "Skipped" if found.skipped else "Drifted" if found.drifted else "Completed")
+
+
+@step
+def evaluate_champion(params: Params) -> MonitorResult:
+    """Draw with the champion, unless that was done under these circumstances, and compare with when it was judged."""
+    # They take seconds to load, which a deployment that only looks at this module's forms does without.
+    from mlflow.client import MlflowClient
+
+    from diffusion.evaluation.comparison import evaluate_model
+    from flows.environment import settings
+    from flows.registry import model_versions
+    from flows.registry.aliases import verified
+    from flows.registry.ledger import Ledger
+    from flows.tracking.runs import RunTracker
+
+    client, content = MlflowClient(), read_manifest(params.dataset_folder).content_digest
+    version = model_versions.resolve(client, f"models:/{params.model_name}@champion")
+    entry = verified(client, Ledger.of(version.model)).about(version.number)
+    before = entry.evidence.figures if entry and entry.evidence else {}
+    conditions = [params.evaluation.model_dump(mode="json"), params.sampling.model_dump(mode="json")]
+    key = digest_of([content, version.weights_sha256, *conditions])
+    about = {"model": version.uri, "content_digest": content, "before": before}
+    if version.tags.get(MONITORED) == key:
+        summary = f"nothing to do: {version.uri} was compared with these pictures of {params.training.dataset} before"
+        return MonitorResult(**about, figures={}, drifted=False, summary=summary, skipped=True)
+
+    weights = model_versions.fetch_weights(version, settings().folder / "models")
+    evaluated, extractor = evaluate_model(
+        weights, params.dataset_folder, params.evaluation, params.sampling, params.report_folder, reporter()
+    )
+    figures = {name: value for name, value in evaluated.metrics().items() if math.isfinite(value)}
+    summary, drifted = compare_kid(extractor, figures, before)
+    RunTracker(client, version.run_id).log_metrics(
+        {f"monitor_{name}": each for name, each in figures.items()}, int(time.time())
+    )
+    rows = [f"| {name} | {value:.4g} | {_shown(before.get(name))} |" for name, value in sorted(figures.items())]
+    create_markdown_artifact(
+        "\n".join([f"**{version.uri}**: {summary}", "", "| figure | now | when judged |", "|---|---|---|", *rows]),
+        key="monitor",
+    )
+    client.set_model_version_tag(version.model, str(version.number), MONITORED, key)
+    return MonitorResult(**about, figures=figures, drifted=drifted, summary=f"{version.uri}: {summary}", skipped=False)
+
+
+def compare_kid(extractor: str, now: dict[str, float], before: dict[str, float]) -> tuple[str, bool]:
+    """KID on the features of ``extractor``, ``now`` and ``before``, in words; whether it is surely worse."""
+    kid, se = f"kid_{extractor}", f"kid_se_{extractor}"
+    words = f"{kid} {now[kid]:.4g} ± {now[se]:.2g}"
+    if kid not in before or se not in before:
+        return f"{words}; it was not judged by this before", False
+    drifted = now[kid] - before[kid] > SURELY * math.hypot(now[se], before[se])
+    return (
+        f"{words}, {before[kid]:.4g} ± {before[se]:.2g} when it was judged: "
+        + ("surely worse" if drifted else "no worse than chance allows"),
+        drifted,
+    )
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

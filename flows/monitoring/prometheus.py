@@ -1,0 +1,277 @@
+"""What Prefect, MLflow and the ledger know, as Prometheus reads it: ``darkroom server metrics``.
+
+Flow runs come and go, and nothing can fetch figures from a process that has ended. So one small process that stays asks
+the servers whenever it is asked itself. It holds nothing: after a restart it says the same.
+"""
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import quote
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from diffusion.common.errors import DarkroomError, UserError
+from flows.environment import Server, settings
+from flows.local_stack.http_api import NotServing, ask_mlflow, ask_prefect
+from flows.registry.ledger import Known, Ledger, Newest
+from flows.registry.ledger_entries import History
+from flows.storage.s3 import Listed, Location, Store, client
+
+GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "darkroom_up": ("whether the server answers", ("server",)),
+    "darkroom_flow_runs": ("flow runs that are not at their end", ("flow", "state")),
+    "darkroom_flow_runs_last_day": ("flow runs that ended within 24 hours", ("flow", "state")),
+    "darkroom_flow_last_success_timestamp_seconds": ("when a run of the flow last ended well", ("flow",)),
+    "darkroom_flow_last_success_seconds": ("how long that run took", ("flow",)),
+    "darkroom_prints_last_batch_pictures": ("pictures asked of the last batch that was finished", ()),
+    "darkroom_prints_last_batch_pictures_per_second": ("the same by the time that its flow run took", ()),
+    "darkroom_workers_online": ("workers that serve the work pool", ("pool",)),
+    "darkroom_concurrency_limit": ("how many may hold the limit at once", ("limit",)),
+    "darkroom_concurrency_active": ("how many hold it", ("limit",)),
+    "darkroom_training_images": ("pictures that a training under way has seen", ("model", "run_id")),
+    "darkroom_training_images_per_second": ("its rate", ("model", "run_id")),
+    "darkroom_training_last_word_timestamp_seconds": ("when it last logged a figure", ("model", "run_id")),
+    "darkroom_champion_version": ("number of the version that is champion", ("model",)),
+    "darkroom_champion_since_timestamp_seconds": ("since when it is", ("model",)),
+    "darkroom_champion_figure": ("what was measured of it", ("model", "figure")),
+    "darkroom_ledger_entries": ("verdicts and decisions in the ledger", ("model", "what")),
+    "darkroom_ledger_intact": ("whether it is all that MLflow has on record, and nothing foreign is there", ("model",)),
+}
+"""Help and labels of every figure by its name."""
+
+RUNNING = {"PENDING": "pending", "RUNNING": "running", "PAUSED": "paused", "CANCELLING": "cancelling"}
+ENDED = {"COMPLETED": "completed", "FAILED": "failed", "CRASHED": "crashed", "CANCELLED": "cancelled"}
+PAGE = 200
+"""The most runs that Prefect gives at once."""
+
+Sample = tuple[str, tuple[str, ...], float]
+"""Name of a figure, its labels' values, and itself."""
+
+
+def serve(host: str, port: int) -> None:
+    """Answer on ``host`` and ``port`` until the process is ended; raises UserError if the port is taken."""
+    registry = CollectorRegistry()
+    registry.register(Servers())
+    try:
+        start_http_server(port, host, registry)
+    except OSError as error:
+        raise UserError(f"{host}:{port} cannot be listened on ({error}): give another --port") from error
+    threading.Event().wait()
+
+
+@dataclass(eq=False)  # a registry holds it by what it is
+class Servers(Collector):
+    """Asks the servers of the environment, anew each time."""
+
+    read: dict[str, "LedgerRead"] = field(default_factory=dict)
+    """By model, as last read: a ledger is read again when its listing, or MLflow's record of it, differs."""
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: what there is depends on the servers, which are not asked before anybody asks."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """All figures of the servers that answer, and which ones do."""
+        sources: dict[Server, Callable[[], Iterator[Sample]]] = {
+            "prefect": of_prefect,
+            "s3": lambda: of_ledgers(self.read),
+            "mlflow": lambda: of_mlflow({model: each.history for model, each in self.read.items()}),
+        }
+        families = {name: GaugeMetricFamily(name, help_, labels=labels) for name, (help_, labels) in GAUGES.items()}
+        for server, source in sources.items():
+            try:
+                samples = [*source(), ("darkroom_up", (server,), 1.0)]
+            except DarkroomError:
+                samples = [("darkroom_up", (server,), 0.0)]
+            for name, labels, value in samples:
+                families[name].add_metric(labels, value)
+        yield from families.values()
+
+
+def of_prefect() -> Iterator[Sample]:
+    """Runs, workers and limits; raises NotServing."""
+    flows = {flow["id"]: flow["name"] for flow in _pages("flows/filter", {})}
+    now = datetime.now(UTC)
+    due = {"expected_start_time": {"before_": now.isoformat()}}
+    waiting = {"state": {"type": {"any_": ["SCHEDULED", *RUNNING]}}, **due}
+    ended = {"state": {"type": {"any_": list(ENDED)}}, "end_time": {"after_": (now - timedelta(days=1)).isoformat()}}
+    yield from counted("darkroom_flow_runs", ("late", *RUNNING.values()), flows, _pages("flow_runs/filter", waiting))
+    yield from counted("darkroom_flow_runs_last_day", ENDED.values(), flows, _pages("flow_runs/filter", ended))
+    for flow_id, flow in flows.items():
+        if run := _last_success(flow_id):
+            yield from succeeded(flow, run)
+    for pool in ask_prefect("work_pools/filter", {"limit": PAGE}):
+        workers = ask_prefect(f"work_pools/{quote(pool['name'], safe='')}/workers/filter", {"limit": PAGE})
+        yield "darkroom_workers_online", (pool["name"],), sum(worker["status"] == "ONLINE" for worker in workers)
+    for limit in ask_prefect("v2/concurrency_limits/filter", {"limit": PAGE}):
+        yield "darkroom_concurrency_limit", (limit["name"],), limit["limit"]
+        yield "darkroom_concurrency_active", (limit["name"],), limit["active_slots"]
+
+
+def counted(
+    name: str, states: Iterable[str], flows: Mapping[str, str], runs: Iterable[Mapping[str, Any]]
+) -> Iterator[Sample]:
+    """How many ``runs`` of each flow are in each of ``states``; ``flows`` are names by id. None is 0, not absent."""
+    found = Counter((flows.get(run["flow_id"], "unknown"), state_of(run)) for run in runs)
+    for flow in sorted({*flows.values(), *(flow for flow, _ in found)}):
+        for state in states:
+            yield name, (flow, state), found[flow, state]
+
+
+def state_of(run: Mapping[str, Any]) -> str:
+    """A run's state in a word; ``late`` if nobody took it up when it was due, and ``scheduled`` before."""
+    if run["state_name"] == "Late":
+        return "late"
+    return (RUNNING | ENDED).get(run["state_type"], "scheduled")
+
+
+def succeeded(flow: str, run: Mapping[str, Any]) -> Iterator[Sample]:
+    """What the last good run of a flow says; of prints also how fast they were."""
+    seconds = float(run["total_run_time"])
+    yield "darkroom_flow_last_success_timestamp_seconds", (flow,), datetime.fromisoformat(run["end_time"]).timestamp()
+    yield "darkroom_flow_last_success_seconds", (flow,), seconds
+    count = run.get("parameters", {}).get("count")
+    if flow == "sample" and isinstance(count, int) and seconds > 0:
+        yield "darkroom_prints_last_batch_pictures", (), count
+        yield "darkroom_prints_last_batch_pictures_per_second", (), count / seconds
+
+
+@dataclass(frozen=True)
+class LedgerRead:
+    """A ledger as it was read, and what that was read from."""
+
+    listed: tuple[Listed, ...]
+    known: Known
+    history: History
+
+
+def of_ledgers(read: dict[str, LedgerRead]) -> Iterator[Sample]:
+    """What the ledger of each registered model says; raises DarkroomError.
+
+    ``read`` are those read before, and are brought up to date. While MLflow does not answer, a ledger is compared with
+    what was on record the last time.
+    """
+    place, store = Location(settings().bucket) / "ledger", Store(client(attempts=1, read_timeout=5))
+    # Before the ledgers are listed: whoever adds an entry puts it on record afterwards.
+    known = _on_record(str(place), {model: each.known for model, each in read.items()})
+    keys = (key.removeprefix(place.key("")) for key in store.list_keys(place.bucket, place.key("")))
+    for model in sorted({key.partition("/")[0] for key in keys if "/" in key} | known.keys()):
+        try:
+            if (on_record := known.get(model, {})) is None:
+                raise UserError(f"what MLflow has on record of the ledger of {model} makes no sense")
+            history = _history(Ledger(place / model, store), on_record, read)
+        except UserError:
+            yield "darkroom_ledger_intact", (model,), 0
+            continue
+        yield "darkroom_ledger_intact", (model,), float(not history.foreign)
+        for what, count in Counter(entry.what for entry in history.entries).items():
+            yield "darkroom_ledger_entries", (model, what), count
+        champion = history.standing.champion
+        since = [entry.when for entry in history.entries if entry.moves and entry.to_version == champion]
+        if champion is not None and since:
+            yield "darkroom_champion_version", (model,), champion
+            yield "darkroom_champion_since_timestamp_seconds", (model,), since[-1].timestamp()
+
+
+def _on_record(place: str, before: Mapping[str, Known]) -> dict[str, Known | None]:
+    """What MLflow has on record of the ledgers below ``place``, by model; None: what it has makes no sense."""
+    found: dict[str, Known | None] = {}
+    token = ""
+    while True:
+        try:
+            answer = ask_mlflow(f"registered-models/search?max_results={PAGE}&page_token={quote(token, safe='')}")
+        except NotServing:
+            return {model: each for model, each in before.items() if each}
+        for model in answer.get("registered_models", ()):
+            name, tags = model["name"], {tag["key"]: tag["value"] for tag in model.get("tags", ())}
+            try:
+                newest = Newest.of(name, tags)
+            except UserError:
+                found[name] = None
+                continue
+            if newest is not None and newest.place == f"{place}/{name}":
+                found[name] = {newest.number: newest.sha256}
+        if not (token := answer.get("next_page_token", "")):
+            return found
+
+
+def of_mlflow(histories: Mapping[str, History]) -> Iterator[Sample]:
+    """Trainings that MLflow takes to be under way, and figures of the champions that ``histories`` name.
+
+    Raises NotServing.
+    """
+    found = ask_mlflow("experiments/search", {"max_results": 1000}).get("experiments", ())
+    experiments = {each["experiment_id"]: each["name"] for each in found}
+    if experiments:
+        trainings = "attributes.status = 'RUNNING' and tags.`darkroom.train_key` != ''"
+        question = {"experiment_ids": list(experiments), "filter": trainings, "max_results": 1000}
+        for run in ask_mlflow("runs/search", question).get("runs", ()):
+            yield from trained(experiments[run["info"]["experiment_id"]], run)
+    for model, history in histories.items():
+        if history.standing.champion is not None:
+            yield from figures_of(model, history.standing.champion)
+
+
+def trained(model: str, run: Mapping[str, Any]) -> Iterator[Sample]:
+    """How far a training is, once it has said so."""
+    labels = model, run["info"]["run_id"]
+    figures = {each["key"]: each for each in run["data"].get("metrics", ())}
+    if "loss" in figures:
+        yield "darkroom_training_images", labels, float(figures["loss"]["step"])
+        yield "darkroom_training_last_word_timestamp_seconds", labels, int(figures["loss"]["timestamp"]) / 1000
+    if "images_per_second" in figures:
+        yield "darkroom_training_images_per_second", labels, float(figures["images_per_second"]["value"])
+
+
+def figures_of(model: str, number: int) -> Iterator[Sample]:
+    """What was measured of a version: those of its tags that are numbers and not names that lead back."""
+    found = ask_mlflow(f"model-versions/get?name={quote(model, safe='')}&version={number}")
+    for tag in found["model_version"].get("tags", ()):
+        value = _number(tag["value"])
+        if "." not in tag["key"] and value is not None:
+            yield "darkroom_champion_figure", (model, tag["key"]), value
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _history(ledger: Ledger, known: Known, read: dict[str, LedgerRead]) -> History:
+    before, listed = read.get(ledger.model), ledger.listed()
+    if before is None or (before.listed, before.known) != (listed, known):
+        read[ledger.model] = before = LedgerRead(listed, known, ledger.read(known, listed))
+    return before.history
+
+
+def _last_success(flow_id: str) -> Mapping[str, Any] | None:
+    question = {
+        "flows": {"id": {"any_": [flow_id]}},
+        "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}},
+        "sort": "END_TIME_DESC",
+        "limit": 1,
+    }
+    runs: list[Mapping[str, Any]] = ask_prefect("flow_runs/filter", question)
+    return runs[0] if runs else None
+
+
+def _pages(path: str, flow_runs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """All that Prefect finds, page by page."""
+    offset = 0
+    while True:
+        question = {"limit": PAGE, "offset": offset} | ({"flow_runs": flow_runs} if flow_runs else {})
+        page = ask_prefect(path, question)
+        yield from page
+        if len(page) < PAGE:
+            return
+        offset += PAGE

@@ -1,0 +1,1 @@
+"""From a generated image back to its data, and the same image again."""

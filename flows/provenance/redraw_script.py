@@ -1,0 +1,87 @@
+"""A script that draws a batch's pictures again with the ``diffusion`` that is first on its path: a version's own.
+
+It is told what in JSON on standard input, and says what it has done in lines of JSON on standard output; pictures go
+into safetensors files. Of ``diffusion`` it uses what the first version had, and besides only what is asked for.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors.torch import save_file
+
+import diffusion
+from diffusion.checkpoints import load_model
+from diffusion.common.errors import DarkroomError
+from diffusion.common.fingerprint import fingerprint
+from diffusion.generation.config import Conditions
+from diffusion.generation.generate import sample
+from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig
+
+
+def redraw(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """First the fingerprint of this process, then for each range of ``request["chunks"]`` the file it went to.
+
+    ``request["conditions"]`` has what each of them is to show, if anything is asked.
+    """
+    if Path(diffusion.__file__).resolve().parent != (Path(request["code"]) / "diffusion").resolve():
+        raise DarkroomError(f"diffusion comes from {diffusion.__file__}, not from {request['code']}")
+    config = recorded_sampling(request["sampling"], request["fingerprint"])
+    yield {"fingerprint": fingerprint_of(config)}
+    model = load_model(Path(request["weights"]))
+    for number, (first, end) in enumerate(request["chunks"]):
+        draw = sample
+        if "conditions" in request:
+            draw = partial(sample, conditions=Conditions.model_validate(request["conditions"][number]))
+        file = Path(request["folder"]) / f"{first}.safetensors"
+        pictures = draw(model, range(first, end), request["seed"], config)
+        save_file({"pictures": pictures.contiguous()}, file)
+        yield {"first": first, "file": str(file)}
+
+
+def recorded_sampling(sampling: dict[str, Any], recorded: dict[str, Any]) -> SamplingConfig:
+    """``sampling`` with what it leaves to the machine set to what it was when the fingerprint was ``recorded``."""
+    # A GPU's name is followed by the processor's: see diffusion.common.device.
+    device = "auto" if "," in recorded["device"] else "cpu"
+    chosen = {**sampling, "precision": recorded["precision"], "device": device}
+    return SAMPLING_ADAPTER.validate_python(chosen)
+
+
+def fingerprint_of(config: SamplingConfig) -> dict[str, Any]:
+    """The fingerprint of this process."""
+    return fingerprint(config.compute_batch, config.precision, config.device).model_dump(mode="json")
+
+
+def end_with(parent: int) -> None:
+    """Wait for the end of the parent process, whose number is ``parent``, and end this one at once."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def main() -> None:
+    """Answer the one request on standard input; what goes wrong is the last line on standard error."""
+    answers = sys.stdout
+    with redirect_stdout(sys.stderr):
+        try:
+            request = json.load(sys.stdin)
+            threading.Thread(target=end_with, args=(request["parent"],), daemon=True).start()
+            for answer in redraw(request):
+                print(json.dumps(answer), file=answers, flush=True)
+        except ValidationError as error:
+            wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+            sys.exit(f"{error.title}: {'; '.join(wrong)}")
+        except DarkroomError as error:
+            sys.exit(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    main()

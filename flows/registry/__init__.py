@@ -1,0 +1,1 @@
+"""The model registry: versions, the ledger of champions, aliases, model card, releases."""

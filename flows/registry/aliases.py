@@ -1,0 +1,240 @@
+"""MLflow's side of a ledger: a record of the newest entry, a copy of each, and the aliases, mended by whoever comes by.
+
+Two servers would have to be altered together. The record is asked for before the ledger is read, and written after it:
+so it is never ahead of the ledger unless something was taken from there. It may be behind, when a process was stopped
+between the two or MLflow came back of a backup; whoever comes by brings it up to date.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+import mlflow
+from mlflow.client import MlflowClient
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+from mlflow.exceptions import MlflowException
+
+from diffusion.common.errors import UserError
+from diffusion.common.files import sha256_bytes
+from flows.registry.ledger import NEWEST, Known, Ledger, Newest
+from flows.registry.ledger_entries import Entry, History, Standing
+from flows.storage.tags import parse_tags
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+COPY = "darkroom.ledger."
+"""Tags of versions: with an entry's number behind it, that entry for people, and its SHA-256."""
+DATA = ".json"
+"""Behind such a tag's name, on the version that the entry is about: the bytes of the entry."""
+COPY_NAME = re.compile(re.escape(COPY) + r"([0-9]{8})")
+DATA_NAME = re.compile(COPY_NAME.pattern + re.escape(DATA))
+COPY_END = re.compile(r"\(sha256 ([0-9a-f]{64})\)\Z")
+CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+ALIASES = (CHAMPION, PREVIOUS, CHALLENGER)
+"""In the order in which they are written."""
+
+
+def none_if_missing(request: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
+    """What a request to MLflow answers; None if MLflow does not have (any more) what is asked for."""
+    try:
+        return request(*args, **kwargs)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
+
+
+def registered_model(client: MlflowClient, model: str) -> RegisteredModel | None:
+    """What MLflow has of that name."""
+    return none_if_missing(client.get_registered_model, model)
+
+
+def known_newest(model: str, tags: Mapping[str, str]) -> Known:
+    """The same as what is on record; raises UserError as ``Newest.of`` does."""
+    newest = Newest.of(model, tags)
+    return {newest.number: newest.sha256} if newest else {}
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that MLflow has on record of the ledger of a model."""
+
+    known: Known
+    versions: Mapping[int, ModelVersion]
+    """Those registered, by number."""
+
+    @classmethod
+    def of(cls, client: MlflowClient, model: str) -> "Record":
+        """That of ``model``; raises UserError if MLflow's copies contradict each other."""
+        registered = registered_model(client, model)
+        if registered is None:
+            return cls({}, {})
+        found = mlflow.search_model_versions(filter_string=f"name='{model}'")
+        versions = {int(each.version): each for each in found}
+        known = dict(known_newest(model, registered.tags))
+        for number, digest in _copied(versions.values()):
+            if known.setdefault(number, digest) != digest:
+                raise UserError(
+                    f"MLflow has two records of entry {number} of the ledger of {model} (sha256 {known[number][:12]}… "
+                    f"and {digest[:12]}…): one of the tags {COPY}* was altered: see docs/runbook/ledger-broken.md"
+                )
+        return cls(known, versions)
+
+
+def verified(client: MlflowClient, ledger: Ledger) -> History:
+    """All entries of the ledger; raises UserError if it is not what MLflow has on record."""
+    return ledger.read(Record.of(client, ledger.model).known)
+
+
+def append(client: MlflowClient, ledger: Ledger, decide: Callable[[History], Entry | None]) -> History:
+    """``Ledger.append``, with MLflow's record asked before the entry is written, and brought up to date after it."""
+    history = ledger.append(decide, lambda: Record.of(client, ledger.model).known)
+    for each in history.foreign:
+        logger.warning("foreign object in %s, which decides nothing: %s", ledger.place, each)
+    remember(client, ledger, history)
+    return history
+
+
+def remember(client: MlflowClient, ledger: Ledger, history: History) -> None:
+    """Put the newest entry on record, unless a newer one is."""
+    registered = registered_model(client, history.model)
+    if registered is None or history.head is None:
+        return
+    there, ours = (
+        Newest.of(history.model, registered.tags),
+        Newest(history.head.number, history.head.digest, str(ledger.place)),
+    )
+    if there is None or (there.number <= ours.number and there != ours):
+        client.set_registered_model_tag(history.model, NEWEST, str(ours))
+
+
+def copies(history: History) -> dict[int, dict[str, str]]:
+    """The tags that each version has of the entries, by its number."""
+    found: dict[int, dict[str, str]] = {}
+    for entry in history.entries:
+        tag = f"{COPY}{entry.number:08d}"
+        for number in {entry.version, entry.to_version, entry.from_version} if entry.moves else {entry.version}:
+            if number is not None:
+                found.setdefault(number, {})[tag] = f"{entry} (sha256 {entry.digest})"
+        found[entry.version][tag + DATA] = entry.data.decode()
+    return found
+
+
+def restore(client: MlflowClient, ledger: Ledger) -> list[int]:
+    """Write the entries that are on record and missing on S3 from MLflow's copies; returns their numbers.
+
+    What lies there is left, altered or not. Raises UserError, and writes nothing, if something would be missing still.
+    """
+    record = Record.of(client, ledger.model)
+    tags = [tag for version in record.versions.values() for tag in version.tags.items()]
+    data = {int(name[1]): text.encode() for tag, text in tags if (name := DATA_NAME.fullmatch(tag))}
+    return ledger.restore(data, record.known)
+
+
+def _copied(versions: Iterable[ModelVersion]) -> Iterator[tuple[int, str]]:
+    """Number and SHA-256 of each copy of an entry."""
+    for version in versions:
+        for tag, text in version.tags.items():
+            if name := DATA_NAME.fullmatch(tag):
+                yield int(name[1]), sha256_bytes(text.encode())
+            elif (name := COPY_NAME.fullmatch(tag)) and (end := COPY_END.search(text)):
+                yield int(name[1]), end[1]
+
+
+def project(client: MlflowClient, ledger: Ledger) -> History:
+    """Make tags and aliases in MLflow say what the ledger says; writes only what differs, and returns the ledger.
+
+    Raises UserError, and writes nothing, if the ledger is not what MLflow has on record.
+    """
+    while True:
+        # First, so that no copy is there of an entry that came after the ledger was read.
+        record = Record.of(client, ledger.model)
+        history = ledger.read(record.known)
+        if history.head is None:
+            return history
+        _copy(client, history, record.versions)
+        _point(client, history, record.versions)
+        remember(client, ledger, history)
+        # Somebody may have added an entry and been done with its aliases before we wrote ours.
+        newest = ledger.head({history.head.number: history.head.digest})
+        if newest is None or newest.number <= history.head.number:
+            return history
+
+
+def named(client: MlflowClient, model: str, alias: str) -> int | None:
+    """The number of the version that has one of ALIASES, by the ledger; None if none has.
+
+    Costs one request to MLflow and two to S3 while they agree, and mends MLflow if they do not. A registry from before
+    the ledger goes by its aliases. Raises UserError if the ledger has lost what MLflow has on record.
+    """
+    registered = registered_model(client, model)
+    on_record = known_newest(model, registered.tags) if registered else {}
+    there = _ours(registered.aliases) if registered else {}
+    ledger = Ledger.of(model)
+    head = ledger.head(on_record)
+    if head is not None and (there != wanted(head.standing) or head.number not in on_record):
+        head = project(client, ledger).head
+    return wanted(head.standing).get(alias) if head is not None else there.get(alias)
+
+
+def wanted(standing: Standing) -> dict[str, int]:
+    """Version numbers by alias."""
+    found = {CHAMPION: standing.champion, PREVIOUS: standing.previous, CHALLENGER: standing.challenger}
+    return {alias: number for alias, number in found.items() if number is not None}
+
+
+def aliases_of(client: MlflowClient, model: str) -> dict[str, int]:
+    """Those of ALIASES that MLflow has for ``model``; empty if it has no such model."""
+    registered = registered_model(client, model)
+    return _ours(registered.aliases) if registered else {}
+
+
+def adopted(client: MlflowClient, ledger: Ledger) -> History:
+    """The ledger, which begins with the champion that MLflow has if there was one before the ledger."""
+    there = aliases_of(client, ledger.model)
+
+    def adopt(history: History) -> Entry | None:
+        if history.head is not None or CHAMPION not in there:
+            return None
+        number = there[CHAMPION]
+        tags = client.get_model_version(ledger.model, str(number)).tags
+        digest = parse_tags(tags, f"models:/{ledger.model}/{number}").weights_sha256 or ""
+        return history.then("adopt", number, digest, challenger=there.get(CHALLENGER))
+
+    return append(client, ledger, adopt)
+
+
+def _copy(client: MlflowClient, history: History, versions: Mapping[int, ModelVersion]) -> None:
+    """Tag the versions that each entry is about, or whose title it took, with what it says."""
+    right = copies(history)
+    for number, version in versions.items():
+        for tag, text in version.tags.items():
+            if tag.startswith(COPY) and right.get(number, {}).get(tag) != text:
+                raise UserError(
+                    f"the ledger of {history.model} has lost or changed an entry that models:/{history.model}/"
+                    f"{number} has a copy of ({tag}: {text}): put it back, or delete that tag"
+                )
+    for number in sorted(versions.keys() & right.keys()):
+        for tag, text in right[number].items():
+            if tag not in versions[number].tags:
+                client.set_model_version_tag(history.model, str(number), tag, text)
+
+
+def _point(client: MlflowClient, history: History, versions: Mapping[int, ModelVersion]) -> None:
+    """Point the aliases at whom the ledger names, as far as they are still registered."""
+    there, right = aliases_of(client, history.model), wanted(history.standing)
+    for alias in ALIASES:
+        number = right.get(alias)
+        if number is None and alias in there:
+            client.delete_registered_model_alias(history.model, alias)
+        elif number is not None and number in versions and number != there.get(alias):
+            client.set_registered_model_alias(history.model, alias, str(number))
+
+
+def _ours(aliases: Mapping[str, str]) -> dict[str, int]:
+    return {alias: int(number) for alias, number in aliases.items() if alias in ALIASES}

@@ -1,0 +1,256 @@
+"""The ledger on S3: who is champion of a registered model, by whose decision, and on what evidence.
+
+``s3://BUCKET/ledger/NAME/00000001.json`` and so on are written once, each with the SHA-256 of the one before it. MLflow
+has no compare-and-swap, and its aliases are a write each; to create entry N + 1 with If-None-Match is one write, which
+one of several succeeds with. That is the commit. The aliases follow it (``flows.registry.aliases``).
+
+MLflow keeps a record of the entries (``flows.registry.aliases``). Those up to the newest one on record must all be
+here, byte for byte: the chain is followed back from it. Above it, what follows from the newest entry is an entry, whose
+writer may have been stopped before it told MLflow. Whatever else lies there is foreign: it is reported and passed over,
+and the next entry takes the next free number.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+from diffusion.common.errors import Held, UserError
+from diffusion.common.files import sha256_bytes
+from flows.environment import settings
+from flows.registry.ledger_entries import Entry, ForeignObject, History, Titles, titles_after
+from flows.storage.numbered_objects import NumberedObjects, object_name
+from flows.storage.s3 import Listed, Location, Store
+
+READERS = 16
+"""Entries fetched at the same time."""
+LARGEST = 2**16
+"""Bytes of an entry, at most: a larger object is none, and is not fetched."""
+
+Known = Mapping[int, str]
+"""SHA-256 by number of the entries that MLflow has on record."""
+NOTHING: Known = MappingProxyType({})
+
+NEWEST = "darkroom.ledger.newest"
+"""Tag of a registered model in MLflow: number and SHA-256 of the newest entry, and where its ledger lies."""
+NEWEST_TEXT = re.compile(r"([0-9]{8}) sha256 ([0-9a-f]{64}) in (s3://\S+)")
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The newest entry that MLflow has on record."""
+
+    number: int
+    sha256: str
+    place: str
+    """Where its ledger lies, s3://BUCKET/ledger/NAME."""
+
+    @classmethod
+    def of(cls, model: str, tags: Mapping[str, str]) -> "Newest | None":
+        """What the ``tags`` of a registered model say, None if nothing; raises UserError if that makes no sense."""
+        if (text := tags.get(NEWEST)) is None:
+            return None
+        if (found := NEWEST_TEXT.fullmatch(text)) is None or not int(found[1]):
+            raise UserError(f"the tag {NEWEST} of {model} in MLflow was altered: see docs/runbook/ledger-broken.md")
+        return cls(int(found[1]), found[2], found[3])
+
+    def __str__(self) -> str:
+        return f"{self.number:08d} sha256 {self.sha256} in {self.place}"
+
+
+class _Object(NamedTuple):
+    """Object that is named like an entry: the SHA-256 of its bytes, and the entry that it is, if it is one."""
+
+    sha256: str
+    entry: Entry | None
+
+
+@dataclass(frozen=True)
+class Ledger(NumberedObjects):
+    """That of one registered model."""
+
+    @property
+    def model(self) -> str:
+        """Name of the registered model."""
+        return self.place.prefix.rpartition("/")[2]
+
+    @classmethod
+    def of(cls, model: str) -> "Ledger":
+        """That of ``model``, in the bucket of the environment."""
+        return cls(Location(settings().bucket) / "ledger" / model, Store())
+
+    def head(self, known: Known = NOTHING) -> Entry | None:
+        """The newest entry; None: there is none. Two requests if MLflow has it on record and nothing lies above it.
+
+        Raises UserError as ``read`` does, without a look at what is behind the newest entry if that is on record.
+        """
+        listed, newest = self.listed(), max(known, default=0)
+        if known and max(map(self.number, listed), default=0) == newest:
+            found = self._get(newest)
+            if found is not None and found.sha256 == known[newest]:
+                return self._recorded(newest, found)
+        return self.read(known, listed).head
+
+    def read(self, known: Known = NOTHING, listed: Sequence[Listed] | None = None) -> History:
+        """All entries, each verified; raises UserError that names one that is on record, and not here as it was.
+
+        Args:
+            known: What MLflow has on record, asked for before the objects were ``listed``.
+            listed: The objects of the ledger; None: they are listed now.
+        """
+        listed = self.listed() if listed is None else listed
+        objects = self._objects(listed)
+        entries = self._verified(objects, known)
+        reasons = dict(self._extend(entries, objects, sorted(filter(None, map(self.number, listed)))))
+        foreign = [
+            ForeignObject(
+                each.key.removeprefix(self.place.key("")), reasons.get(self.number(each), "is not named like an entry")
+            )
+            for each in listed
+            if not (number := self.number(each)) or number in reasons
+        ]
+        return History(self.model, tuple(entries), tuple(foreign), frozenset(reasons))
+
+    def append(
+        self,
+        decide: Callable[[History], Entry | None],
+        known: Callable[[], Known] = lambda: NOTHING,
+    ) -> History:
+        """Commit the entry that ``decide`` makes of the history, or nothing if it makes none.
+
+        If somebody else was faster, ``decide`` is asked again with what they wrote; it raises Held if that changes what
+        it stood on. What MLflow has on record is looked up by ``known`` each time before the ledger is read; raises
+        UserError, and writes nothing, if the ledger is not what is on record.
+        """
+        self.require_conditional_puts()
+        while (entry := decide(history := self.read(known()))) is not None:
+            if len(entry.data) > LARGEST:
+                raise UserError(f"an entry of the ledger has at most {LARGEST} bytes: give a shorter --reason")
+            try:
+                self.put(entry.number, entry.data)
+            except Held:
+                if entry.number not in self.numbers():
+                    raise
+                continue
+            # Whoever writes above the next free number can have an entry take its place.
+            history = self.read(known())
+            if entry not in history.entries:
+                raise Held(history.faster())
+            return history
+        return history
+
+    def restore(self, copies: Mapping[int, bytes], known: Known) -> list[int]:
+        """Write the entries that are missing from ``copies``, by number; returns their numbers.
+
+        Raises UserError, and writes nothing, unless all that is on record is here or among the copies.
+        """
+        listed = self.listed()
+        here = set(map(self.number, listed))
+        lost = {number: self._parsed(number, data) for number, data in copies.items() if number not in here}
+        entries = self._verified(self._objects(listed) | lost, known)
+        missing = [entry for entry in entries if entry.number in lost]
+        for entry in missing:
+            self.put(entry.number, entry.data)
+        return [entry.number for entry in missing]
+
+    def _objects(self, listed: Sequence[Listed]) -> dict[int, _Object]:
+        """What is named like an entry, by number."""
+        small = sorted({self.number(each) for each in listed if each.size <= LARGEST} - {0})
+        with ThreadPoolExecutor(READERS) as pool:
+            found = zip(small, pool.map(self._get, small), strict=True)
+            return {number: each for number, each in found if each is not None}
+
+    def _verified(self, objects: Mapping[int, _Object], known: Known) -> list[Entry]:
+        """The entries up to the newest one on record, found back from it by the digests that they name."""
+        if not known:
+            return []
+        numbers = {each.sha256: number for number, each in objects.items()}
+        number, digest = max(known), known[max(known)]
+        entries: list[Entry] = []
+        while True:
+            name = object_name(number)
+            if number not in objects:
+                raise self._broken(name, f"is missing (sha256 {digest})")
+            if objects[number].sha256 != digest:
+                raise self._broken(name, f"was altered (it had sha256 {digest})")
+            entries.append(entry := self._recorded(number, objects[number]))
+            if entry.parent is None:
+                break
+            below = numbers.get(entry.parent, number)
+            if below >= number:
+                gone = next((each for each in known if known[each] == entry.parent), max(number - 1, 1))
+                raise self._broken(object_name(gone), f"is missing or was altered, and {name} stands on it")
+            number, digest = below, entry.parent
+        entries.reverse()
+        here = {entry.number: entry.digest for entry in entries}
+        for number in sorted(known):
+            if here.get(number) != known[number]:
+                raise self._broken(object_name(number), f"is not what it was (sha256 {known[number]})")
+        titles, before = Titles(), None
+        for entry in entries:
+            if (reason := self._contradiction(entry, before, titles)) is not None:
+                raise self._broken(object_name(entry.number), reason)
+            titles, before = titles.after(entry.what, entry.version, entry.challenger), entry
+        return entries
+
+    def _extend(
+        self, entries: list[Entry], objects: Mapping[int, _Object], numbers: Sequence[int]
+    ) -> Iterator[tuple[int, str]]:
+        """Add to ``entries`` what follows from the newest one; gives the other numbers, each with why it does not."""
+        here, titles = {entry.number for entry in entries}, titles_after(entries)
+        for number in numbers:
+            if number in here:
+                continue
+            before = entries[-1] if entries else None
+            if number not in objects:
+                yield number, f"is larger than {LARGEST} bytes, or was deleted just now"
+            elif before is not None and number < before.number:
+                yield number, "is no entry that another one stands on"
+            elif (entry := objects[number].entry) is None:
+                yield number, "is no entry of this ledger"
+            elif (reason := self._contradiction(entry, before, titles)) is not None:
+                yield number, reason
+            else:
+                entries.append(entry)
+                titles = titles.after(entry.what, entry.version, entry.challenger)
+
+    def _contradiction(self, entry: Entry, before: Entry | None, titles: Titles) -> str | None:
+        """Why ``entry`` does not follow ``before``, after which ``titles`` were held; None: it does."""
+        if entry.parent != (before.digest if before else None):
+            return "does not stand on the entry before it"
+        try:
+            after = titles.after(entry.what, entry.version, entry.challenger)
+        except UserError as error:
+            return f"cannot be: {error}"
+        if (entry.from_version, entry.standing) != (titles.standing.champion, after.standing):
+            return "names other versions than those that follow from what it says"
+        return None
+
+    def _recorded(self, number: int, found: _Object) -> Entry:
+        if found.entry is None:
+            raise self._broken(object_name(number), "is no entry of this ledger")
+        return found.entry
+
+    def _get(self, number: int) -> _Object | None:
+        """What lies under the name of an entry; None if nothing does."""
+        data = self.get(number)
+        return None if data is None else self._parsed(number, data)
+
+    def _parsed(self, number: int, data: bytes) -> _Object:
+        try:
+            entry = Entry.model_validate_json(data)
+            # As it would be written today, under this name.
+            same = (entry.data, entry.number, entry.model) == (data, number, self.model)
+        except ValueError:
+            same = False
+        return _Object(sha256_bytes(data), entry if same else None)
+
+    def _broken(self, name: str, words: str) -> UserError:
+        place = f"s3://{self.place.bucket}/{self.place.key(name)}"
+        return UserError(
+            f"the ledger of {self.model} is broken: {place} {words}, says MLflow's record of it; "
+            "docs/runbook/ledger-broken.md says what to do (`darkroom model history --restore` writes back what is "
+            "missing)"
+        )

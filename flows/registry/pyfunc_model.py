@@ -1,0 +1,85 @@
+"""The registered model: what MLflow loads and serves. Logged as code, so nothing is unpickled.
+
+A request is a table with a row for each task and the columns of ``diffusion.generation.config``, most of which may be
+left out: a ``seed`` alone is one image, ``seed`` and ``index`` are the two numbers in the manifest of every sampling
+batch. Files (``image``, ``mask``) are given in base64. The answer is a table with a row per image: ``request``, the
+number of the row that asked for it, ``index``, its own number, and ``png``. Equal requests give equal bits, within the
+fingerprint of the machine.
+"""
+
+import base64
+import binascii
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
+
+from diffusion.checkpoints import load_model
+from diffusion.common.errors import UserError
+from diffusion.common.image_grids import image_of, png_bytes
+from diffusion.families.model import Model
+from diffusion.generation.config import make_request
+from diffusion.generation.requests import answer
+from diffusion.process.samplers import SAMPLING_ADAPTER
+
+MOST_PICTURES = 4096
+FILES = ("image", "mask")
+
+
+class ServedModel(PythonModel):
+    """A trained model behind MLflow's pyfunc interface."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the weights from their safetensors file."""
+        self.model: Model = load_model(Path(context.artifacts["weights"]))
+        self.sampling = SAMPLING_ADAPTER.validate_python(context.model_config)
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """The pictures of each row, in their order; an empty cell is as good as no column.
+
+        Raises MlflowException, which clients over HTTP are told, for what the model cannot do or would pass over, and
+        for more than MOST_PICTURES pictures.
+        """
+        try:
+            return self._answered(model_input)
+        except UserError as error:
+            raise MlflowException(str(error), INVALID_PARAMETER_VALUE) from error
+
+    def _answered(self, table: pd.DataFrame) -> pd.DataFrame:
+        requests = []
+        for number, row in enumerate(table.to_dict("records")):
+            try:
+                requests.append(make_request({str(name): _given(str(name), value) for name, value in row.items()}))
+            except UserError as error:
+                raise UserError(f"row {number}: {error}") from error
+        if (count := sum(request.count for request in requests)) > MOST_PICTURES:
+            raise UserError(f"{count} pictures in one table: ask for at most {MOST_PICTURES}")
+        answers = answer(self.model, requests, self.sampling)
+        rows = [
+            {"request": number, "index": index, "png": png_bytes(image_of(picture))}
+            for number, (request, pictures) in enumerate(zip(requests, answers, strict=True))
+            for index, picture in zip(request.indices, pictures, strict=True)
+        ]
+        return pd.DataFrame(rows, columns=["request", "index", "png"])
+
+
+def _given(name: str, value: Any) -> Any:
+    """What a cell of column ``name`` says, as Python has it; None if it is empty."""
+    if value is None or (pd.api.types.is_scalar(value) and pd.isna(value)):
+        return None
+    if name in FILES:
+        try:
+            return base64.b64decode(value, validate=True)
+        except (binascii.Error, TypeError, ValueError) as error:
+            raise UserError(f"{name} is not in base64: encode the bytes of the file so") from error
+    return value.item() if isinstance(value, np.generic) else value
+
+
+set_model(ServedModel())

@@ -1,0 +1,311 @@
+"""What learned from images that were taken down: runs and model versions in MLflow, and batches of their images on S3.
+
+A takedown finds and marks them; before a data set or a version is used, the catalogue is asked for later takedowns.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mlflow.client import MlflowClient
+from mlflow.entities import Run, RunTag
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError
+from diffusion.common.escaping import escape_controls, escape_markdown
+from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.data.versions.takedown_records import Removal, holders
+from diffusion.data.versions.versions import known_versions
+from diffusion.models.config import FAMILIES
+from flows.config import dataset_folder
+from flows.datasets.catalog import Catalogue, Heads
+from flows.datasets.dvc import KeptFiles
+from flows.environment import data_source
+from flows.registry import model_versions
+from flows.registry.aliases import none_if_missing
+from flows.registry.model_versions import Version
+from flows.storage.s3 import Store
+from flows.storage.tags import parse_tags
+from flows.tracking.runs import AUTOENCODER, START, RunTracker
+
+TAKEDOWN = "darkroom.takedown"
+"""Tag of runs and model versions that learned from pictures taken down since: the names of those removals."""
+NOTE = "mlflow.note.content"
+"""MLflow's tag for what its UI shows as the description of a run."""
+NOTE_BEGINS = "Takedown "
+BATCH = "/batch.json"
+
+
+class DerivedRun(Config):
+    """A training."""
+
+    run_id: str
+    name: str
+    content_digest: str
+
+
+class DerivedModel(Config):
+    """A version of a registered model."""
+
+    uri: str
+    run_id: str
+    aliases: list[str]
+
+
+class Derived(Config):
+    """What was made from versions of a data set that held the pictures."""
+
+    runs: list[DerivedRun]
+    models: list[DerivedModel]
+    prints: list[str]
+    """Batches at their usual place on S3, which are named and not deleted: they are other pictures."""
+    unclear_runs: list[str]
+    """Runs on versions of the data set that are known neither here nor in the catalogue."""
+
+
+def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bucket: str) -> Derived:
+    """What was made from the versions of ``dataset`` with the content digests ``contents``, all servers asked.
+
+    ``known``: the content digests of all versions that could be looked at.
+    """
+    client = MlflowClient()
+    held = sorted(set(contents))
+    runs = {run.info.run_id: run for digest in held for run in _runs(client, "darkroom.content_digest", digest)}
+    models = _versions(client, runs, held)
+    grown = models
+    while grown:
+        # What draws in the latents of an autoencoder has all of it inside, and what began with a model's weights has
+        # learned what that did; so has what began with those.
+        within = [
+            run
+            for name, number in grown
+            for tag in (AUTOENCODER, START)
+            for run in _runs(client, tag, f"models:/{name}/{number}")
+        ]
+        runs |= {run.info.run_id: run for run in within}
+        found = _versions(client, (run.info.run_id for run in within), ())
+        grown = {key: model for key, model in found.items() if key not in models}
+        models |= grown
+    looked_at = {*held, *known}
+    return Derived(
+        runs=[
+            DerivedRun(run_id=run_id, name=run.info.run_name, content_digest=run.data.tags["darkroom.content_digest"])
+            for run_id, run in sorted(runs.items())
+        ],
+        models=[
+            DerivedModel(
+                uri=f"models:/{name}/{number}",
+                run_id=model.run_id,
+                aliases=sorted(client.get_model_version(name, str(number)).aliases),
+            )
+            for (name, number), model in sorted(models.items())
+        ],
+        prints=[uri for name, number in sorted(models) for uri in _prints(bucket, name, number)],
+        unclear_runs=sorted(
+            run.info.run_id
+            for run in _runs(client, "darkroom.dataset", dataset)
+            if run.data.tags.get("darkroom.content_digest") not in looked_at
+        ),
+    )
+
+
+def mark(runs: Iterable[str], versions: Iterable[str], removal: Removal) -> None:
+    """Tag runs, by ID, and model versions, by URI, and describe there what was taken down; once, however often called.
+
+    Runs that MLflow does not have any more are passed over.
+    """
+    client = MlflowClient()
+    note = (
+        f"{NOTE_BEGINS}{removal.name}: made from pictures that were removed from data set {removal.dataset} since "
+        f"({escape_markdown(removal.reason)})."
+    )
+    for run_id in runs:
+        if (run := none_if_missing(client.get_run, run_id)) is None:
+            continue
+        tags = run.data.tags
+        marks = {TAKEDOWN: joined_names(tags.get(TAKEDOWN), removal.name), NOTE: _with_note(tags.get(NOTE), note)}
+        client.log_batch(run_id, tags=[RunTag(name, value) for name, value in marks.items()])
+    for uri in versions:
+        name, number = uri.removeprefix("models:/").rsplit("/", 1)
+        found = client.get_model_version(name, number)
+        client.set_model_version_tag(name, number, TAKEDOWN, joined_names(found.tags.get(TAKEDOWN), removal.name))
+        client.update_model_version(name, number, description=_with_note(found.description, note))
+
+
+def clear_pictures(derived: Derived) -> list[str]:
+    """Delete from the runs what shows real pictures of their data set; returns what that was, as runs:/ID/PATH."""
+    client = MlflowClient()
+    cleared = []
+    for run in derived.runs:
+        artifacts = get_artifact_repository(client.get_run(run.run_id).info.artifact_uri)
+        for path in _showing_pictures(client, run.run_id):
+            artifacts.delete_artifacts(path)  # type: ignore[no-untyped-call]
+            cleared.append(f"runs:/{run.run_id}/{path}")
+    return cleared
+
+
+def takedowns(version: Version) -> str | None:
+    """What to tell those who use ``version``: that it learned from pictures taken down since; None if it did not."""
+    names = version.tags.get(TAKEDOWN)
+    return names and f"{version.uri} was made from pictures that were taken down since (takedown {names}): train anew"
+
+
+def names_of(tag: str | None) -> list[str]:
+    """The names of takedowns that the value of a tag lists."""
+    return tag.split(",") if tag else []
+
+
+def joined_names(tag: str | None, *names: str) -> str:
+    """The value of a tag that lists ``names`` besides those in ``tag``."""
+    return ",".join(sorted({*names_of(tag), *names}))
+
+
+def notes_in(description: str) -> list[str]:
+    """The notes on takedowns that ``mark`` left in the description of a run or a version."""
+    return [each for each in description.split("\n\n") if each.startswith(NOTE_BEGINS)]
+
+
+def warn_of_takedown(version: Version) -> None:
+    """Say on standard error, in one line, if ``version`` learned from pictures that were taken down since."""
+    if warning := takedowns(version):
+        print(escape_controls(f"darkroom: {warning}"), file=sys.stderr, flush=True)
+
+
+def _runs(client: MlflowClient, tag: str, value: str) -> Iterator[Run]:
+    experiments = [each.experiment_id for each in pages(client.search_experiments)]
+    quoted = value.replace("'", "\\'")
+    return pages(client.search_runs, experiment_ids=experiments, filter_string=f"tags.`{tag}` = '{quoted}'")
+
+
+def pages(search: Any, **asked: Any) -> Iterator[Any]:
+    """Everything that one of MLflow's searches finds, page after page."""
+    token = None
+    while True:
+        page = search(**asked, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _versions(
+    client: MlflowClient, runs: Iterable[str], contents: Iterable[str]
+) -> dict[tuple[str, int], ModelVersion]:
+    """Model versions made by these ``runs``, or from data of these ``contents``."""
+    queries = [*(f"tags.`darkroom.content_digest` = '{digest}'" for digest in contents)]
+    queries += (f"run_id = '{run_id}'" for run_id in runs)
+    found = (model for query in queries for model in pages(client.search_model_versions, filter_string=query))
+    return {(model.name, int(model.version)): model for model in found}
+
+
+def _prints(bucket: str, model: str, number: int) -> list[str]:
+    keys = Store().list_keys(bucket, f"prints/{model}/{number}/")
+    return [f"s3://{bucket}/{key.removesuffix(BATCH)}/" for key in keys if key.endswith(BATCH)]
+
+
+def _showing_pictures(client: MlflowClient, run_id: str) -> list[str]:
+    """Artifacts of a run in which pictures of its data set can be seen."""
+    found = [item.path for folder in ("dataset", "explain") for item in client.list_artifacts(run_id, folder)]
+    found += [item.path for item in client.list_artifacts(run_id, "evaluation") if item.path.endswith(".html")]
+    grids = [item.path for item in client.list_artifacts(run_id, "evaluation/grids")]
+    params = client.get_run(run_id).data.params
+    judged = FAMILIES[params.get("model.family", "ddpm")].judged
+    if params.get("model.low_resolution", "None") != "None" or judged == "reconstructed":
+        # What these draw are real pictures, enlarged or come back.
+        found += [*grids, *(item.path for item in client.list_artifacts(run_id, "images"))]
+    else:
+        found += [path for path in grids if path.rpartition("/")[2].startswith("held_out")]
+    return [path for path in found if path != "dataset/manifest.json"]
+
+
+def _with_note(text: str | None, note: str) -> str:
+    return text if text and note in text else "\n\n".join(filter(None, (text, note)))
+
+
+def require_current(folder: Path, tracker: RunTracker | None = None) -> None:
+    """Raise UserError if the data set in ``folder`` holds images that were taken down, on whatever machine.
+
+    The run that ``tracker`` writes to, if one is given, is marked first.
+    """
+    recorded = Catalogue.of(folder.name, data_source())
+    held = recorded.held_removals(folder)
+    if not held:
+        return
+    if tracker is not None:
+        marked = tracker.client.get_run(tracker.run_id).data.tags.get(TAKEDOWN)
+        tracker.tag({TAKEDOWN: joined_names(marked, *(removal.name for removal in held))})
+    here, newest = read_manifest(folder).digest, Heads(recorded).newest()
+    way = (
+        f"`darkroom ingest SOURCE --dataset {folder.name}` makes a version without them"
+        if newest in (None, here)
+        else f"go on with the newest, `darkroom data checkout {newest[:12]} --dataset {folder.name}`"
+    )
+    raise UserError(
+        f"version {here[:12]} of data set {folder.name} holds images that were taken down ({held[0].reason}; takedown "
+        f"{', '.join(removal.name for removal in held)}): {way}"
+    )
+
+
+def with_takedowns(version: Version) -> Version:
+    """``version`` as MLflow has it now, marked with every takedown of images that it learned from.
+
+    It learned from those of its data set, and from all that its autoencoder and the version that it began with learned
+    from, however far back. What no takedown has marked yet is marked here.
+    """
+    client = MlflowClient()
+    version = model_versions.version_of(client, version.model, version.number)
+    names: set[str] = set()
+    records: dict[str, Removal] = {}
+    for each in _behind(client, version):
+        names.update(names_of(parse_tags(each.tags, each.uri).takedown))
+        records |= {removal.name: removal for removal in _removed_since(each)}
+    here = set(names_of(version.tags.get(TAKEDOWN)))
+    for name in sorted(records.keys() - here):
+        mark([version.run_id], [version.uri], records[name])
+    if inherited := names - records.keys() - here:
+        value = joined_names(version.tags.get(TAKEDOWN), *records, *inherited)
+        client.set_model_version_tag(version.model, str(version.number), TAKEDOWN, value)
+    return model_versions.version_of(client, version.model, version.number) if {*records, *names} - here else version
+
+
+def _behind(client: MlflowClient, version: Version) -> Iterator[Version]:
+    """``version``, and every registered one that it was made with, as far as they are still registered."""
+    seen, left = {version.uri}, [version]
+    while left:
+        version = left.pop()
+        yield version
+        tags = parse_tags(version.tags, version.uri)
+        for uri in filter(None, (tags.autoencoder, tags.start)):
+            if uri not in seen:
+                seen.add(uri)
+                model, _, number = uri.removeprefix("models:/").rpartition("/")
+                found = none_if_missing(model_versions.version_of, client, model, int(number))
+                left += [found] if found else []
+
+
+def _removed_since(version: Version) -> list[Removal]:
+    """The takedown records of images that the data set of ``version`` held when it learned from it."""
+    tags = parse_tags(version.tags, version.uri)
+    dataset, content = tags.dataset, tags.content_digest
+    if dataset is None or content is None:
+        return []
+    source, folder = data_source(), dataset_folder(dataset)
+    recorded = Catalogue.of(dataset, source)
+    removals = list(recorded.removals())
+    if not removals:
+        return []
+    known = known_versions(folder) if (folder / "manifest.json").is_file() else {}
+    learned_from = _of_content(known, content) or _of_content(recorded.retired() | recorded.versions(), content)
+    with TemporaryDirectory() as scratch:
+        elsewhere = KeptFiles(dataset, source).elsewhere(learned_from, Path(scratch))
+        found = [(removal, holders(folder, removal, learned_from, elsewhere)) for removal in removals]
+    # As a takedown does: versions of equal content hold the same images, whatever their tables tell besides.
+    return [removal for removal, each in found if each.held and len(each.held) + len(each.unknown) == len(learned_from)]
+
+
+def _of_content(versions: dict[str, Manifest], content: str) -> list[Manifest]:
+    return [each for each in versions.values() if each.content_digest == content]

@@ -1,0 +1,169 @@
+"""Old batches of prints, and uploads in parts that were never finished.
+
+A batch that goes is first marked, under ``deleted/``, and its objects go when the grace is over. The mark stays for
+``MARK_DAYS``: sampling looks for it when it begins and when it ends, and uses a prefix without one. So however long a
+gc or a request stands still meanwhile, what it deletes is nothing that was sampled anew.
+"""
+
+import re
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from diffusion.common.errors import UserError
+from flows.config import RetentionConfig
+from flows.retention.policy import Fate, Item, Sweep, age, older
+from flows.sampling.sampling_batch import DELETED, LARGEST_BATCH, RESUMED, USUAL, Batch, parse_batch
+from flows.storage.multipart import abort_upload, uploads
+from flows.storage.s3 import Location, Store
+
+BATCH = re.compile(rf"({USUAL.pattern})/(.+)")
+"""An object of a batch at its usual place."""
+RESUMPTION = re.compile(rf"{RESUMED}/({USUAL.pattern})/[^/]+")
+"""What a job leaves that goes on with an unfinished batch."""
+MARK_DAYS = timedelta(days=30)
+"""How long a mark outlives what was deleted: longer than any request or process that stands still."""
+FIRST, LAST = ("_SUCCESS", "manifest.parquet"), ("requests.parquet", "batch.json")
+"""What is deleted before and after everything else: what a kill leaves is no finished batch, and leads to its model as
+long as anything of it is there."""
+
+
+@dataclass
+class Found:
+    """A batch as it lies there, without its keys, which may be millions."""
+
+    place: Location
+    newest: datetime
+    """When its newest object was written, or somebody went on with it."""
+    bytes: int = 0
+    described: bool = False
+    """Whether ``batch.json`` is there."""
+    finished: bool = False
+    """Whether all of it is there."""
+    deleted: datetime | None = None
+    """When it was marked as deleted."""
+
+
+def in_order(place: Location, keys: list[str]) -> list[list[str]]:
+    """The keys of the batch at ``place`` in the order in which they may go."""
+
+    def stage(key: str) -> int:
+        name = key.removeprefix(place.key(""))
+        if name in FIRST:
+            return FIRST.index(name)
+        if name in LAST:
+            return 4 + LAST.index(name)
+        return 2 if name.startswith("manifest/") else 3
+
+    return [[key for key in keys if stage(key) == number] for number in range(6)]
+
+
+class Prints:
+    """The batches in ``bucket`` at their usual place; what was printed elsewhere is its owner's business."""
+
+    def __init__(self, store: Store, bucket: str, policy: RetentionConfig, now: datetime) -> None:
+        self.store = store
+        self.bucket = bucket
+        self.policy = policy
+        self.now = now
+        self.resumptions = list(store.list_objects(bucket, f"{RESUMED}/"))
+        self.marks = {each.key: each.written for each in store.list_objects(bucket, f"{DELETED}/")}
+        self.found = self._batches()
+        self.fates = [self._fate(batch) for batch in self.found]
+
+    def kept(self) -> tuple[list[Batch], dict[tuple[str, int], str]]:
+        """What was asked for in those that stay; and of those that do not say so, model and version with the reason."""
+        found, unread = list[Batch](), dict[tuple[str, int], str]()
+        for batch, (fate, _) in zip(self.found, self.fates, strict=True):
+            if fate == "stays" and batch.described:
+                try:
+                    data = self.store.get(self.bucket, batch.place.key("batch.json"), LARGEST_BATCH)
+                    found.append(parse_batch(data, f"{batch.place}/batch.json"))
+                except UserError as error:
+                    _, model, version, _ = batch.place.prefix.split("/")
+                    unread[model, int(version)] = str(error)
+        return found, unread
+
+    def sweep(self) -> Sweep:
+        """Batches and uploads."""
+        begun = [
+            (each["Key"], each["UploadId"], *self._fate_of_upload(each["Initiated"]))
+            for each in uploads(self.store, Location(self.bucket))
+        ]
+        items = [
+            Item(kind="batches of prints", name=str(batch.place), bytes=batch.bytes, fate=fate, why=why)
+            for batch, (fate, why) in zip(self.found, self.fates, strict=True)
+        ] + [
+            Item(kind="unfinished uploads", name=f"s3://{self.bucket}/{key}", bytes=None, fate=fate, why=why)
+            for key, _, fate, why in begun
+        ]
+
+        def act() -> None:
+            for batch, (fate, _) in zip(self.found, self.fates, strict=True):
+                if fate == "set aside":
+                    self._set_aside(batch)
+                if fate == "goes" or (fate == "set aside" and not self.policy.grace):
+                    self._delete(batch)
+            self.store.delete_many(self.bucket, self._spent())
+            for key, upload, fate, _ in begun:
+                if fate == "goes":
+                    abort_upload(self.store, self.bucket, key, upload)
+
+        return Sweep(items, act)
+
+    def _fate(self, batch: Found) -> tuple[Fate, str]:
+        policy = self.policy
+        if batch.deleted is not None:
+            over = self.now - batch.deleted >= policy.grace
+            return "goes" if over else "set aside", f"since {batch.deleted:%Y-%m-%d %H:%M} UTC"
+        if older(batch.newest, policy.prints_days, self.now):
+            return "set aside", f"{age(batch.newest, self.now)}, retention.prints_days is {policy.prints_days:g}"
+        if batch.finished:
+            return "stays", "finished" if policy.prints_days is None else f"within {policy.prints_days:g} days"
+        if older(batch.newest, policy.unfinished_days, self.now):
+            return "set aside", f"unfinished, and nothing came for {age(batch.newest, self.now).removesuffix(' old')}"
+        return "stays", f"unfinished, within {policy.unfinished_days:g} days"
+
+    def _fate_of_upload(self, begun: datetime) -> tuple[Fate, str]:
+        days = self.policy.unfinished_days
+        if older(begun, days, self.now):
+            return "goes", f"{age(begun, self.now)}, without an end"
+        return "stays", f"begun within {days:g} days"
+
+    def _set_aside(self, batch: Found) -> None:
+        """Mark it, unless somebody has gone on with it since it was looked at."""
+        prefixes = (batch.place.key(""), f"{RESUMED}/{batch.place.prefix}/")
+        written = (each.written for prefix in prefixes for each in self.store.list_objects(self.bucket, prefix))
+        if batch.deleted is None and not any(moment > batch.newest for moment in written):
+            self.store.put_once(self.bucket, f"{DELETED}/{batch.place.prefix}", b"")
+
+    def _delete(self, batch: Found) -> None:
+        """Delete all that is there by now, if it is marked."""
+        if not self.store.exists(self.bucket, f"{DELETED}/{batch.place.prefix}"):
+            return
+        # Again, for what a job wrote meanwhile that had not seen the mark; it is told by the mark before it ends.
+        for _ in range(2):
+            for stage in in_order(batch.place, list(self.store.list_keys(self.bucket, batch.place.key("")))):
+                self.store.delete_many(self.bucket, stage)
+
+    def _spent(self) -> list[str]:
+        """Marks and resumptions that mean nothing any more."""
+        there = {f"{DELETED}/{batch.place.prefix}" for batch in self.found}
+        marks = [key for key, since in self.marks.items() if key not in there and self.now - since >= MARK_DAYS]
+        days = self.policy.unfinished_days
+        return marks + [each.key for each in self.resumptions if older(each.written, days, self.now)]
+
+    def _batches(self) -> list[Found]:
+        found: dict[str, Found] = {}
+        for each in self.store.list_objects(self.bucket, "prints/"):
+            if named := BATCH.fullmatch(each.key):
+                batch = found.setdefault(named[1], Found(Location(self.bucket, named[1]), each.written))
+                batch.bytes += each.size
+                batch.newest = max(batch.newest, each.written)
+                batch.described |= named[2] == "batch.json"
+                batch.finished |= named[2] == "_SUCCESS"
+        for each in self.resumptions:
+            if (named := RESUMPTION.fullmatch(each.key)) and named[1] in found:
+                found[named[1]].newest = max(found[named[1]].newest, each.written)
+        for prefix, batch in found.items():
+            batch.deleted = self.marks.get(f"{DELETED}/{prefix}")
+        return list(found.values())

@@ -1,0 +1,236 @@
+"""Old versions of data sets: out of the catalogue first, and when the grace is over off DVC's remote.
+
+``s3://BUCKET/retired/NAME/<digest>.json`` keeps the manifest of a version that is out of the catalogue until its files
+are gone, so that whoever finds it finishes what was begun. Files that another version needs stay, as they are named by
+content and shared.
+"""
+
+import logging
+import re
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from hashlib import md5
+
+from filelock import FileLock
+
+from diffusion.common.config import plain_name
+from diffusion.common.errors import UserError
+from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, work_folder
+from flows.config import RetentionConfig, dataset_folder
+from flows.datasets.catalog import PUSHING, RETIRED, VERSION, Catalogue, Heads, Readable
+from flows.datasets.dvc import Remote
+from flows.datasets.purge import doomed_objects
+from flows.retention.policy import Fate, Item, Sweep, age, older
+from flows.storage.s3 import Location, Store
+
+logger = logging.getLogger(__name__)
+
+PUBLISHED = re.compile(r"datasets/([^/]+)/" + VERSION.pattern)
+MARK = re.compile(RETIRED + r"/([^/]+)/([0-9a-f]{64})\.json")
+
+
+class DataSets:
+    """All data sets in the catalogue of the DVC remote ``source``."""
+
+    def __init__(
+        self,
+        store: Store,
+        source: str,
+        contents: Mapping[str, str],
+        unclear: str | None,
+        policy: RetentionConfig,
+        now: datetime,
+    ) -> None:
+        self.store = store
+        self.source = source
+        self.bucket = Location.parse(source).bucket
+        self.contents = contents
+        self.unclear = unclear
+        """Why it is not known what else leads to versions; None if it is."""
+        self.policy = policy
+        self.now = now
+        self.written = self._listed("datasets/", PUBLISHED)
+        self.retired = self._listed(f"{RETIRED}/", MARK)
+        names = {name for name, _ in (*self.written, *self.retired)}
+        self.read = {name: self._catalogue(name).read() for name in sorted(names)}
+        self.versions = {name: found.versions for name, found in self.read.items()}
+        self.read_aside = {name: self._catalogue(name).read_retired() for name in {name for name, _ in self.retired}}
+        self.aside = {name: self._aside(name, found) for name, found in self.read_aside.items()}
+        self.current = {name: self._current(name) for name in self.read}
+
+    def sweep(self) -> Sweep:
+        """Versions in the catalogue, and those that are out of it already."""
+        fates = {name: self._fates(name) for name in self.versions}
+        items = [
+            Item(
+                kind="data versions", name=f"{name} {digest[:12]}", bytes=self._bytes(name, digest), fate=fate, why=why
+            )
+            for name, found in fates.items()
+            for digest, (fate, why) in found.items()
+        ]
+
+        def act() -> None:
+            for name, found in fates.items():
+                aside = [digest for digest, (fate, _) in found.items() if fate == "set aside"]
+                for digest in aside:
+                    if digest in self.versions[name]:
+                        self._retire(self.versions[name][digest])
+                staying = {digest for digest, (fate, _) in found.items() if fate == "stays"}
+                aside_now = self._aside(name, self._catalogue(name).read_retired())
+                self._bring_back([each for each in aside_now.values() if each.digest in staying])
+                self._purge(name, staying)
+
+        return Sweep(items, act)
+
+    def _fates(self, name: str) -> dict[str, tuple[Fate, str]]:
+        versions, policy = self.versions[name], self.policy
+        current, doubt = self.current[name]
+        # S3 tells times by the second: of two versions of one second the current one is the newer.
+        by_age = sorted(versions, key=lambda digest: (self.written[name, digest], digest == current), reverse=True)
+        newest = by_age[: policy.data_versions]
+        head = Heads(self._catalogue(name)).newest()
+        found: dict[str, tuple[Fate, str]] = {}
+        for digest, version in versions.items():
+            written = self.written[name, digest]
+            if why := self.contents.get(version.content_digest):
+                found[digest] = "stays", why
+            elif digest == current:
+                found[digest] = "stays", f"current in {dataset_folder(name)}"
+            elif digest == head:
+                found[digest] = "stays", "the next ingest goes on from it"
+            elif digest in newest:
+                found[digest] = "stays", f"among the newest {policy.data_versions}"
+            elif not older(written, policy.data_days, self.now):
+                found[digest] = "stays", f"recorded within {policy.data_days:g} days"
+            elif doubt := self.unclear or doubt:
+                found[digest] = "stays", doubt
+            else:
+                found[digest] = "set aside", f"{age(written, self.now)}, and no run that stays learned from it"
+        for digest, version in self.aside.get(name, {}).items():
+            found[digest] = self._fate_aside(version, digest == current, self._doubt(name))
+        aside = self.read_aside.get(name)
+        # What a manifest says that cannot be read may be that the version needs what would go otherwise.
+        for unread in (self.read[name].damaged, aside.damaged if aside else {}):
+            found |= {digest: ("stays", words) for digest, words in unread.items()}
+        return found
+
+    def _current(self, name: str) -> tuple[str | None, str | None]:
+        """Digest of the version in the data set's folder, if there is one; and why it cannot be told, if it cannot."""
+        if not (dataset_folder(name) / "manifest.json").is_file():
+            return None, None
+        try:
+            return read_manifest(dataset_folder(name)).digest, None
+        except UserError as error:
+            return None, str(error)
+
+    def _doubt(self, name: str) -> str | None:
+        """Why no file of the data set may go now; None if nothing is against it."""
+        found = [self.read[name], *filter(None, [self.read_aside.get(name)])]
+        damaged = (words for each in found for words in each.damaged.values())
+        return self.unclear or self.current[name][1] or next(damaged, None)
+
+    def _fate_aside(self, version: Manifest, current: bool, doubt: str | None) -> tuple[Fate, str]:
+        # Another gc may have set it aside since they were listed.
+        since = self.retired.get((version.name, version.digest), self.now)
+        # Whoever still had its files may have trained on it meanwhile.
+        if why := self.contents.get(version.content_digest):
+            return "stays", f"{why}: brought back"
+        if current:
+            return "stays", f"current in {dataset_folder(version.name)}: brought back"
+        over = self.now - since >= self.policy.grace
+        if over and doubt is not None:
+            return "set aside", doubt
+        return "goes" if over else "set aside", f"since {since:%Y-%m-%d %H:%M} UTC"
+
+    def _retire(self, version: Manifest) -> None:
+        """Keep the manifest where the next one finds it, then let nothing lead to the version."""
+        key = f"{RETIRED}/{version.name}/{version.digest}.json"
+        # A mark from an earlier time says that the grace is over.
+        self.store.delete_many(self.bucket, [key])
+        self.store.put_once(self.bucket, key, manifest_bytes(version), content_type="application/json")
+        self._catalogue(version.name).withdraw(version.digest)
+
+    def _bring_back(self, versions: Collection[Manifest]) -> None:
+        """Put versions into the catalogue again; what was never pushed, when it is."""
+        if not versions:
+            return
+        try:
+            pushed = {listing.get("manifest.json", ""): name for name, listing in Remote.at(self.source).listings()}
+        except UserError as error:
+            logger.warning("versions set aside that are needed again wait: %s", error)
+            return
+        for version in versions:
+            if pointer := pushed.get(md5(manifest_bytes(version), usedforsecurity=False).hexdigest()):
+                self._catalogue(version.name).publish(version, pointer)
+                self.store.delete_many(self.bucket, [f"{RETIRED}/{version.name}/{version.digest}.json"])
+
+    def _purge(self, name: str, staying: Collection[str]) -> None:
+        """Delete the files of what was retired before the grace began, and has not come back since.
+
+        Nothing of ``staying`` goes, and nothing at all while somebody pushes.
+        """
+        folder = dataset_folder(name)
+        with ExitStack() as turn:
+            if folder.is_dir():
+                turn.enter_context(FileLock(work_folder(folder) / "lock"))
+            if self._somebody_pushes() or self.unclear is not None or self._current(name)[1] is not None:
+                return
+            aside, catalogued = self._catalogue(name).read_retired(), self._catalogue(name).read()
+            if aside.damaged or catalogued.damaged:
+                return
+            kept, versions = aside.versions, catalogued.versions
+            marks = {digest: since for (owner, digest), since in self._listed(f"{RETIRED}/{name}/", MARK).items()}
+            over = [
+                digest for digest, since in marks.items() if digest not in staying and self._over(name, digest, since)
+            ]
+            going = {digest: kept[digest] for digest in over if digest in kept and digest not in versions}
+            for digest in going:
+                # Whoever took it out may have been killed halfway.
+                self._catalogue(name).withdraw(digest)
+            if going:
+                try:
+                    doomed = doomed_objects(going.values(), versions.values(), self.source)
+                except UserError as error:
+                    logger.warning("no file of data set %s is deleted: %s", name, error)
+                    return
+                if not doomed.delete(still=lambda: not self._somebody_pushes()):
+                    return
+            marked = [digest for digest in marks if digest in going or digest in versions]
+            self.store.delete_many(self.bucket, (f"{RETIRED}/{name}/{digest}.json" for digest in marked))
+
+    def _somebody_pushes(self) -> bool:
+        """Whether anybody said so within the grace: DVC passes over files that it finds on the remote."""
+        found = self.store.list_objects(self.bucket, f"{PUSHING}/")
+        return any(datetime.now(UTC) - each.written < self.policy.grace for each in found)
+
+    def _over(self, name: str, digest: str, since: datetime) -> bool:
+        """Whether the grace of a mark written ``since`` is over: where there is none, also of one written just now."""
+        seen = self.retired.get((name, digest)) == since
+        return not self.policy.grace or (seen and self.now - since >= self.policy.grace)
+
+    def _aside(self, name: str, retired: Readable) -> dict[str, Manifest]:
+        """Of all that is marked what is in the catalogue no longer."""
+        return {digest: each for digest, each in retired.versions.items() if digest not in self.versions[name]}
+
+    def _bytes(self, name: str, digest: str) -> int | None:
+        version = self.versions[name].get(digest)
+        return None if version is None else sum(shard.bytes for shard in version.shards)
+
+    def _listed(self, prefix: str, pattern: re.Pattern[str]) -> dict[tuple[str, str], datetime]:
+        """Of all objects named by ``pattern``, data set and digest with the time of writing."""
+        listed = self.store.list_objects(self.bucket, prefix)
+        named = ((pattern.fullmatch(each.key), each.written) for each in listed)
+        return {(found[1], found[2]): written for found, written in named if found and _is_name(found[1])}
+
+    def _catalogue(self, name: str) -> Catalogue:
+        return Catalogue.of(name, self.source, self.store)
+
+
+def _is_name(name: str) -> bool:
+    """Whether a data set can be called so; what lies under other names is no version of any."""
+    try:
+        plain_name(name)
+    except ValueError:
+        return False
+    return True

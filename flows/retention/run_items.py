@@ -1,0 +1,307 @@
+"""Garbage collection of runs, in MLflow and on this machine, and what must stay because something leads to it.
+
+Runs in MLflow are marked as deleted first, and rid of all they hold when the grace is over.
+"""
+
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+
+from filelock import FileLock
+from mlflow.client import MlflowClient
+from mlflow.entities import LifecycleStage, LoggedModel, Run, ViewType
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+from diffusion.checkpoints import read_header
+from diffusion.common.errors import UserError
+from diffusion.common.files import PARTIAL
+from diffusion.training.train import discard
+from flows.config import RetentionConfig
+from flows.registry.aliases import verified
+from flows.registry.ledger import Ledger, Newest
+from flows.registry.model_versions import WEIGHTS
+from flows.registry.takedown_marks import pages
+from flows.retention.policy import Fate, Item, Sweep, age, older
+from flows.sampling.sampling_batch import Batch
+from flows.storage.s3 import Location, Store
+from flows.tracking.runs import SWEEP, TRAIN_KEY
+
+CONTENT = "darkroom.content_digest"
+LEDGER = re.compile(r"ledger/([A-Za-z0-9][A-Za-z0-9_.-]*)/[0-9]{8}\.json")
+SET_ASIDE = "darkroom.set_aside"
+"""Tag of a run that ``darkroom gc`` has marked as deleted: when, in ISO 8601."""
+ABANDONED_DAYS = 1.0
+"""Files that nobody has added to for longer are being written by nobody."""
+
+
+@dataclass(frozen=True)
+class Live:
+    """Runs by id and contents of data sets by digest, each with what leads to it; and weights that are in use."""
+
+    runs: dict[str, str]
+    contents: dict[str, str]
+    weights: frozenset[str]
+    """SHA-256 of those of registered versions."""
+    unclear: str | None
+    """Why nobody can tell what else is needed, so that no run and no version of a data set may go; None if all can."""
+
+
+def find_live(
+    client: MlflowClient, store: Store, bucket: str, kept: Iterable[Batch], unread: Mapping[tuple[str, int], str]
+) -> Live:
+    """What all registered versions, the ledgers in ``bucket`` and the ``kept`` batches lead to.
+
+    ``unread``: for batches that stay and cannot be read, the model versions that they lie under, and why.
+    Every registered version counts, whatever its aliases: each has been judged, or is about to be. Raises UserError if
+    a ledger is broken.
+    """
+    runs: dict[str, str] = {}
+    contents: dict[str, str] = {}
+    weights: set[str] = set()
+    registered: set[tuple[str, int]] = set()
+    for version in pages(client.search_model_versions):
+        where = f"models:/{version.name}/{version.version}"
+        registered.add((version.name, int(version.version)))
+        weights.add(version.tags.get(WEIGHTS, ""))
+        runs.setdefault(version.run_id or "", f"made {where}")
+        contents.setdefault(version.tags.get(CONTENT, ""), f"{where} learned from it")
+    for model, number, digest in _named_by_ledgers(client, store, bucket):
+        if digest not in weights:
+            # Somebody deleted the version; what the ledger says of it stands on the run all the same.
+            runs |= dict.fromkeys(_logged_by(client, digest), f"the ledger names models:/{model}/{number}")
+    for batch in kept:
+        where = f"prints of models:/{batch.model}/{batch.version}"
+        runs.setdefault(batch.run_id, f"made what drew {where}")
+        contents.setdefault(batch.content_digest, f"{where} lead to it")
+    # What a registered version leads to is known, whatever lies in its batches.
+    unclear = next((words for version, words in unread.items() if version not in registered), None)
+    return Live(runs, contents, frozenset(weights), unclear)
+
+
+def _named_by_ledgers(client: MlflowClient, store: Store, bucket: str) -> Iterator[tuple[str, int, str]]:
+    """Of every version that a ledger names: its model, its number and the SHA-256 of its weights."""
+    keys = store.list_keys(bucket, "ledger/")
+    # Also those of which nothing is left but what MLflow has on record.
+    models = {
+        model.name
+        for model in pages(client.search_registered_models)
+        if (newest := Newest.of(model.name, model.tags)) and newest.place == f"s3://{bucket}/ledger/{model.name}"
+    }
+    for model in sorted(models | {found[1] for key in keys if (found := LEDGER.fullmatch(key))}):
+        for entry in verified(client, Ledger(Location(bucket) / "ledger" / model, store)).entries:
+            yield model, entry.version, entry.weights_sha256
+
+
+def _logged_by(client: MlflowClient, digest: str) -> set[str]:
+    """The runs that logged a model with these weights."""
+    experiments = [each.experiment_id for each in pages(client.search_experiments)]
+    found = client.search_logged_models(experiments, f"tags.`{WEIGHTS}` = '{digest}'") if experiments else []
+    return {model.source_run_id for model in found if model.source_run_id}
+
+
+class Runs:
+    """Trainings and sweeps that MLflow has on record, also those marked as deleted; nobody else's runs."""
+
+    def __init__(self, client: MlflowClient, live: Live, policy: RetentionConfig, now: datetime) -> None:
+        self.client = client
+        self.live = live
+        self.policy = policy
+        self.now = now
+        experiments = [each.experiment_id for each in pages(client.search_experiments)]
+        found = pages(client.search_runs, experiment_ids=experiments, run_view_type=ViewType.ALL)
+        self.runs: list[Run] = (
+            [run for run in found if {TRAIN_KEY, SWEEP} & run.data.tags.keys()] if experiments else []
+        )
+        self.fates = {run.info.run_id: self._fate(run) for run in self.runs}
+
+    def contents(self) -> dict[str, str]:
+        """The contents of data sets that runs learned from which do not go yet, each with one of them."""
+        return {
+            run.data.tags.get(CONTENT, ""): f"run {run.info.run_id} learned from it"
+            for run in self.runs
+            if not self._goes(run)
+        }
+
+    def gone(self) -> frozenset[str]:
+        """Train keys of runs that go, and of no other run."""
+        others = {run.data.tags.get(TRAIN_KEY, "") for run in self.runs if not self._goes(run)}
+        return frozenset(run.data.tags.get(TRAIN_KEY, "") for run in self.runs) - others
+
+    def sweep(self) -> Sweep:
+        """All of them; those that are deleted and hold nothing any more are no item."""
+        items = [
+            Item(kind="runs", name=f"runs:/{run.info.run_id}", bytes=None, fate=fate, why=why)
+            for run in self.runs
+            for fate, why in [self.fates[run.info.run_id]]
+            if fate != "goes" or self._holds(run)
+        ]
+        return Sweep(items, self._act)
+
+    def _act(self) -> None:
+        for run in self.runs:
+            run_id = run.info.run_id
+            fate, _ = self.fates[run_id]
+            if fate == "stays" and self._deleted(run) and SET_ASIDE in run.data.tags:
+                # A version was made of it after all.
+                self.client.restore_run(run_id)
+                self.client.delete_tag(run_id, SET_ASIDE)
+            if fate == "set aside" and not self._deleted(run):
+                self.client.set_tag(run_id, SET_ASIDE, datetime.now(UTC).isoformat(timespec="seconds"))
+                self.client.delete_run(run_id)
+            if self._goes(run):
+                self._empty(run)
+
+    def _goes(self, run: Run) -> bool:
+        """Whether what it holds is to be deleted now: where there is no grace, also if it is only set aside."""
+        fate, _ = self.fates[run.info.run_id]
+        return fate == "goes" or (fate == "set aside" and not self.policy.grace and self.live.unclear is None)
+
+    def _empty(self, run: Run) -> None:
+        """Delete what ``run`` holds; its lines in the database are for ``mlflow gc``, on the server."""
+        for model in self._models.get(run.info.run_id, ()):
+            get_artifact_repository(model.artifact_location).delete_artifacts()  # type: ignore[no-untyped-call]
+            self.client.delete_logged_model(model.model_id)
+        get_artifact_repository(run.info.artifact_uri).delete_artifacts()  # type: ignore[no-untyped-call]
+
+    def _fate(self, run: Run) -> tuple[Fate, str]:
+        policy, why = self.policy, self.live.runs.get(run.info.run_id)
+        if self._deleted(run):
+            aside = run.data.tags.get(SET_ASIDE)
+            if aside is None:
+                return "stays", "a person deleted them: `mlflow gc` is theirs to run"
+            if why is not None:
+                return "stays", f"{why}: brought back"
+            try:
+                since = datetime.fromisoformat(aside).astimezone(UTC)
+            except (ValueError, OverflowError):
+                return "stays", f"the tag {SET_ASIDE} of runs:/{run.info.run_id} is no time: delete the tag, or the run"
+            if self.live.unclear is not None:
+                return "set aside", self.live.unclear
+            if self.now - since >= policy.grace:
+                return "goes", f"set aside {since:%Y-%m-%d %H:%M} UTC"
+            return "set aside", f"{since:%Y-%m-%d %H:%M} UTC"
+        if why is not None:
+            return "stays", why
+        heard = _heard_of(run)
+        if not older(heard, policy.run_days, self.now):
+            return "stays", "all do" if policy.run_days is None else f"heard of within {policy.run_days:g} days"
+        if self.live.unclear is not None:
+            return "stays", self.live.unclear
+        return "set aside", f"{age(heard, self.now)}, and no version was made of it"
+
+    def _holds(self, run: Run) -> bool:
+        return run.info.run_id in self._models or bool(self.client.list_artifacts(run.info.run_id))
+
+    @cached_property
+    def _models(self) -> dict[str, list[LoggedModel]]:
+        """The models that each run has logged."""
+        experiments = sorted({run.info.experiment_id for run in self.runs})
+        found: dict[str, list[LoggedModel]] = {}
+        for model in pages(self.client.search_logged_models, experiment_ids=experiments) if experiments else ():
+            found.setdefault(model.source_run_id or "", []).append(model)
+        return found
+
+    @staticmethod
+    def _deleted(run: Run) -> bool:
+        return bool(run.info.lifecycle_stage == LifecycleStage.DELETED)
+
+
+def _heard_of(run: Run) -> datetime:
+    """When the run last said something: a training that was killed is never marked as ended."""
+    moments = [run.info.start_time, run.info.end_time or 0, *(metric.timestamp for metric in run.data._metric_objs)]
+    return datetime.fromtimestamp(max(moments) / 1000, UTC)
+
+
+class Machine:
+    """The working folder, and the weights fetched into ``models``."""
+
+    def __init__(
+        self,
+        models: Path,
+        gone: Container[str],
+        weights: Container[str],
+        policy: RetentionConfig,
+        now: datetime,
+    ) -> None:
+        self.models = models
+        self.gone = gone
+        """Train keys of runs that go in MLflow."""
+        self.weights = weights
+        """SHA-256 of what registered versions hold: a batch under way may be reading them."""
+        self.policy = policy
+        self.now = now
+
+    def sweep(self) -> Sweep:
+        """Run folders, fetched shards, fetched weights, and what killed writers left."""
+        items = [*self._runs(), *self._fetched(), *self._partial()]
+
+        def act() -> None:
+            for item in items:
+                if item.fate != "goes":
+                    continue
+                path = Path(item.name)
+                if item.kind == "run folders":
+                    discard(path)
+                elif item.kind == "fetched shards":
+                    # Whoever fetches shards into the folder counts what lies there under this lock.
+                    with FileLock(path.parent / ".lock"):
+                        path.unlink(missing_ok=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+        return Sweep(items, act)
+
+    def _runs(self) -> Iterator[Item]:
+        for final in sorted(Path("runs").glob("**/final.safetensors")):
+            files = [path for path in final.parent.rglob("*") if path.is_file()]
+            used = max(map(_touched, files))
+            why = "finished, of runs that stay, or that MLflow does not know"
+            try:
+                going = read_header(final).get("train_key") in self.gone and older(used, self.policy.run_days, self.now)
+            except UserError as error:
+                going, why = False, str(error)
+            yield Item(
+                kind="run folders",
+                name=str(final.parent),
+                bytes=sum(path.stat().st_size for path in files),
+                fate="goes" if going else "stays",
+                why=f"{age(used, self.now)}, and its run goes" if going else why,
+            )
+
+    def _fetched(self) -> Iterator[Item]:
+        days = self.policy.cache_days
+        for path in sorted(Path("data", ".shards").glob("*.tar")):
+            going = older(_touched(path), days, self.now)
+            yield self._file("fetched shards", path, going, "used of late")
+        for path in sorted(self.models.glob("*.safetensors")):
+            going = path.stem not in self.weights and older(_touched(path), days, self.now)
+            yield self._file("fetched weights", path, going, "used of late, or of registered versions")
+
+    def _partial(self) -> Iterator[Item]:
+        # Not whole data sets: their ingests sweep them, and pictures by the million may lie beside.
+        folders = [
+            Path("runs"),
+            Path("reports"),
+            *Path("data").glob(".*"),
+            self.models,
+            self.models.parent / "requests",
+        ]
+        for path in sorted(path for folder in folders for path in folder.rglob(".*.partial")):
+            # Those of writers at work come and go.
+            with suppress(FileNotFoundError):
+                if PARTIAL.fullmatch(path.name) and older(_touched(path), ABANDONED_DAYS, self.now):
+                    why = f"{age(_touched(path), self.now)}, and never finished"
+                    yield Item(kind="unfinished files", name=str(path), bytes=path.stat().st_size, fate="goes", why=why)
+
+    def _file(self, kind: str, path: Path, going: bool, why: str) -> Item:
+        if going:
+            why = f"{age(_touched(path), self.now)}, and can be fetched again"
+        return Item(kind=kind, name=str(path), bytes=path.stat().st_size, fate="goes" if going else "stays", why=why)
+
+
+def _touched(path: Path) -> datetime:
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC)

@@ -1,0 +1,43 @@
+"""What a retraining leaves behind, and whether it could be made at all."""
+
+from pathlib import Path
+
+from diffusion.common.config import Config
+from diffusion.data.manifest import Manifest
+from diffusion.evaluation.evaluator import require_enough
+from diffusion.families.model import classes_of
+from diffusion.generation.config import Conditions
+from diffusion.generation.generate import check_conditions, check_prompts
+from flows.config import Params
+from flows.datasets.checkout import CheckedOut
+from flows.explain import Explained
+from flows.ingest import Ingested
+from flows.promote import Verdict
+from flows.sample import Prints
+
+
+class Retrained(Config):
+    """Everything one retraining left behind."""
+
+    data: Ingested | CheckedOut
+    run_id: str
+    report: Path
+    verdict: Verdict
+    prints: Prints | None
+    """None if the champion only enlarges pictures, or there is none."""
+    explained: Explained
+    skipped: None = None
+    """It was not: see ``Unchanged``."""
+
+    @property
+    def told(self) -> str:
+        """It in a sentence."""
+        return f"{self.verdict.version.uri} is {self.verdict.title}: {self.verdict.reason}"
+
+
+def require_printable(params: Params, manifest: Manifest, conditions: Conditions) -> None:
+    """Raise UserError, before hours of work, if the model could not be evaluated or sampled under ``conditions``."""
+    require_enough(params.dataset_folder)
+    classes = classes_of(params.model, manifest.class_histogram)
+    check_conditions(classes, params.model.text, params.sampling, conditions)
+    check_prompts(conditions)

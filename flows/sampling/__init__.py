@@ -1,0 +1,1 @@
+"""Sampling batches: planned, generated, written to S3 and found again."""

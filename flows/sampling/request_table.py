@@ -1,0 +1,200 @@
+"""Tables of requests: what each picture of a batch is to show, a row for each, kept as Parquet beside the batch."""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError
+from diffusion.data.manifest import Sha256
+from diffusion.data.sources.conventions import as_text, records
+from diffusion.data.sources.local_files import open_text
+from diffusion.families.model import Model
+from diffusion.generation.config import Conditions
+from diffusion.generation.generate import check_conditions, check_prompts
+from diffusion.process.samplers import SamplingConfig
+from flows.storage.s3 import Location, Store
+
+Column = Literal["label", "prompt"]
+COLUMNS: tuple[Column, ...] = get_args(Column)
+SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
+KEPT = "requests.parquet"
+"""Name of the table inside its batch."""
+ROWS_AT_ONCE = 1024
+"""Rows of a row group, and rows held at a time."""
+LONGEST_TEXT = 10_000
+"""Characters in a cell."""
+LARGEST_GROUP = 256 * 2**20
+"""Bytes that a row group of somebody else's Parquet may unfold to."""
+
+Row = tuple[str | None, str | None]
+"""Label and prompt; None: any."""
+
+
+class Requests(Config):
+    """What a batch is to show, picture i what row i of a table says."""
+
+    digest: Sha256
+    """SHA-256 of the rows as JSON lines, whatever wrote the file."""
+    columns: tuple[Column, ...]
+    """Those in which any row says something."""
+
+
+@dataclass(frozen=True)
+class RequestTable:
+    """A table in the form in which it is kept, as a file of this machine."""
+
+    path: Path
+    about: Requests
+
+    @classmethod
+    def made(cls, source: Path, folder: Path) -> "RequestTable":
+        """The table in the file ``source`` (.csv, .jsonl, .parquet), kept in ``folder`` under its digest.
+
+        Its columns are label and prompt, or one of them; an empty cell leaves open what it would say. Raises UserError
+        for a file that is no such table.
+        """
+        return cls._kept(rows_of(source, source.suffix.lower().removeprefix(".")), folder)
+
+    @classmethod
+    def fetched(cls, about: Requests, store: Store, place: Location, folder: Path) -> "RequestTable":
+        """That table from ``folder``, or else from the batch at ``place``; raises UserError if it is not the one."""
+        path = folder / f"{about.digest}.parquet"
+        if path.is_file():
+            return cls(path, about)
+        folder.mkdir(parents=True, exist_ok=True)
+        arrived = folder / f".{uuid.uuid4().hex}.arrived"
+        try:
+            store.fetch(place.bucket, place.key(KEPT), arrived)
+            found = cls._kept(rows_of(arrived, "parquet"), folder)
+        finally:
+            arrived.unlink(missing_ok=True)
+        if found.about != about:
+            raise UserError(f"{place}/{KEPT} is not the table that the batch was begun with: put that back")
+        return found
+
+    @classmethod
+    def _kept(cls, rows: Iterable[Row], folder: Path) -> "RequestTable":
+        folder.mkdir(parents=True, exist_ok=True)
+        partial, digest, used = folder / f".{uuid.uuid4().hex}.partial", hashlib.sha256(), [False] * len(COLUMNS)
+        left = iter(rows)
+        try:
+            with pq.ParquetWriter(partial, SCHEMA) as writer:
+                while group := list(islice(left, ROWS_AT_ONCE)):
+                    cells = [dict(zip(COLUMNS, row, strict=True)) for row in group]
+                    writer.write_table(pa.Table.from_pylist(cells, SCHEMA))
+                    digest.update("".join(f"{json.dumps(row)}\n" for row in group).encode())
+                    used = [was or any(column) for was, column in zip(used, zip(*group, strict=True), strict=True)]
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            path = folder / f"{digest.hexdigest()}.parquet"
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        columns = tuple(name for name, says in zip(COLUMNS, used, strict=True) if says)
+        return cls(path, Requests(digest=digest.hexdigest(), columns=columns))
+
+    @property
+    def count(self) -> int:
+        """How many rows it has."""
+        return int(pq.read_metadata(self.path).num_rows)
+
+    def rows(self, wanted: range) -> list[Row]:
+        """Those of these numbers; beyond the last one nothing is asked."""
+        with pq.ParquetFile(self.path) as file:
+            groups = range(wanted.start // ROWS_AT_ONCE, min(-(-wanted.stop // ROWS_AT_ONCE), file.num_row_groups))
+            found = file.read_row_groups(list(groups), columns=list(COLUMNS))
+        here = found.slice(wanted.start - groups.start * ROWS_AT_ONCE, len(wanted)).to_pylist()
+        return [(row["label"], row["prompt"]) for row in here] + [(None, None)] * (len(wanted) - len(here))
+
+    def conditions(self, indices: range, compute_batch: int, negative_prompt: str | None = None) -> Conditions:
+        """What pictures number ``indices``, and those computed beside them, are to show.
+
+        After the last entry ``Conditions`` begins from the front, so its entries are those of whole compute batches,
+        turned until each stands where its number leads.
+        """
+        start = indices.start // compute_batch * compute_batch
+        stop = -(-indices.stop // compute_batch) * compute_batch
+        rows, turned = self.rows(range(start, stop)), -start % (stop - start)
+        return self._conditions(rows[turned:] + rows[:turned], negative_prompt)
+
+    def check(self, model: Model, sampling: SamplingConfig, negative_prompt: str | None, where: str) -> None:
+        """Raise UserError, naming the row of the table ``where``, if ``model`` cannot be told what it asks."""
+        for start in range(0, self.count, ROWS_AT_ONCE):
+            rows = self.rows(range(start, min(start + ROWS_AT_ONCE, self.count)))
+            for number, row in enumerate(rows, start=start + 1):
+                conditions = self._conditions([row], negative_prompt)
+                try:
+                    check_conditions(model.classes, model.config.text, sampling, conditions)
+                    check_prompts(conditions.model_copy(update={"negative_prompt": None}))
+                except UserError as error:
+                    raise UserError(f"{where}, record {number}: {error}") from error
+
+    def _conditions(self, rows: list[Row], negative_prompt: str | None) -> Conditions:
+        labels, prompts = zip(*rows, strict=True)
+        return Conditions(
+            labels=labels if "label" in self.about.columns else (),
+            prompts=prompts if "prompt" in self.about.columns else (),
+            negative_prompt=negative_prompt,
+        )
+
+
+def rows_of(source: Path, kind: str) -> Iterator[Row]:
+    """The rows of a table of that ``kind``, csv, jsonl or parquet, a few of them held at a time."""
+    if kind not in ("csv", "jsonl", "parquet"):
+        raise UserError(f"{source} is no table of requests: give one that ends in .csv, .jsonl or .parquet")
+    if not source.is_file():
+        raise UserError(f"{source} is no file: give a table of requests, with a row for each picture")
+    asks = False
+    for number, record in enumerate(_parquet(source) if kind == "parquet" else _text(source), start=1):
+        _require_known(record, f"{source}, record {number}")
+        row = _cell(record, "label", source, number), _cell(record, "prompt", source, number)
+        asks = asks or any(row)
+        yield row
+    if not asks:
+        raise UserError(f"{source} asks for nothing, in no row: use --count, or fill in {' or '.join(COLUMNS)}")
+
+
+def _require_known(names: Iterable[str], where: str) -> None:
+    if unknown := sorted(set(map(str, names)) - set(COLUMNS)):
+        raise UserError(
+            f"{where}: a picture is not drawn by {unknown[0]!r}: the columns are {' and '.join(COLUMNS)}, or one of "
+            "these"
+        )
+
+
+def _cell(record: dict[str, Any], name: Column, source: Path, number: int) -> str | None:
+    try:
+        text = as_text(record.get(name))
+    except ValueError as error:
+        raise UserError(f"{source}, record {number}: {error}: give one text for {name}") from error
+    if text is not None and len(text) > LONGEST_TEXT:
+        raise UserError(f"{source}, record {number}: its {name} has over {LONGEST_TEXT:,} characters: shorten it")
+    return text
+
+
+def _text(source: Path) -> Iterator[dict[str, Any]]:
+    with open_text(source) as lines:
+        yield from records(lines, source.name, str(source))
+
+
+def _parquet(source: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with pq.ParquetFile(source) as file:
+            _require_known(file.schema_arrow.names, str(source))
+            groups = range(file.num_row_groups)
+            if any(file.metadata.row_group(group).total_byte_size > LARGEST_GROUP for group in groups):
+                raise UserError(f"{source} has row groups of over {LARGEST_GROUP} bytes: write it with smaller ones")
+            for batch in file.iter_batches(ROWS_AT_ONCE):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{source} cannot be read as Parquet ({' '.join(str(error).split())}): mend it") from error

@@ -1,5 +1,0 @@
-"""The servers on this machine: MLflow, Prefect with a worker, and a real S3 server."""
-
-from flows.stack.control import ServiceStatus, StackStatus, down, exports, status, up
-
-__all__ = ["ServiceStatus", "StackStatus", "down", "exports", "status", "up"]

@@ -1,0 +1,215 @@
+"""Large objects on any S3 server, written piece by piece: whole under their final name, once, or not at all.
+
+An upload becomes an object by the call that completes it, under the condition of a small object's PUT. Until then it
+is nowhere to be seen, but takes up room: whoever gives one up aborts it, and those of killed processes are aborted by
+whoever comes next.
+
+That condition is not enough: SeaweedFS looks at it first and writes then, so that of two uploads completed at once
+both may find nothing there, and the later overwrites the other; Ceph's gateway ignores it. So whoever is about to
+complete one first writes the SHA-256 of its bytes beside it, under KEY.sha256, by a PUT, of which one alone ever wins;
+who finds another sum there is held. All who complete then bring the same bytes, whatever becomes of the condition.
+
+What fits in a part is written by a PUT, without a sum. Its writer looks for a sum afterwards, and a writer of parts
+looks for the object after writing the sum: of two who bring different bytes, one at least sees the other, and is held.
+"""
+
+import base64
+import hashlib
+import io
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from botocore.exceptions import ClientError
+
+from diffusion.common.errors import DarkroomError
+from flows.storage.s3 import PROBE, Location, Put, Store, same_bytes
+from flows.storage.s3_errors import Missing, in_words, status_of
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, MultipartUploadTypeDef
+
+PART_BYTES = 8 * 2**20
+"""Size of all parts but the last: S3 takes no less than 5 MiB, and 10,000 of them."""
+SUM = ".sha256"
+"""Ends the name of what lies beside a large object, in the format of sha256sum."""
+ABANDONED = timedelta(days=1)
+"""Uploads that were begun longer ago are nobody's who is at work."""
+
+
+class Upload(io.RawIOBase):
+    """An object that is being written; ``finish`` makes it appear, and ``abort`` leaves nothing of it.
+
+    What is smaller than a part is an ordinary object. Never more than a part and what is written at once is held.
+    """
+
+    def __init__(self, store: Store, bucket: str, key: str, content_type: str, part_bytes: int) -> None:
+        super().__init__()
+        self._store, self._place, self._type = store, Location(bucket, key), content_type
+        self._part_bytes = part_bytes
+        self._buffer = bytearray()
+        self._digest = hashlib.sha256()
+        self._id: str | None = None
+        self._parts: list[CompletedPartTypeDef] = []
+        self._taken_away = False
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def write(self, data: "ReadableBuffer") -> int:
+        """Append ``data``; full parts are sent at once, each checked by the server against its SHA-256."""
+        view = memoryview(data).cast("B")
+        self._digest.update(view)
+        self._buffer += view
+        while len(self._buffer) >= self._part_bytes:
+            self._send(bytes(self._buffer[: self._part_bytes]))
+            del self._buffer[: self._part_bytes]
+        return len(view)
+
+    def finish(self) -> Put:
+        """Make the object appear unless its key is taken; the same bytes found there are as good.
+
+        Raises Held if other bytes lie there, or are about to.
+        """
+        bucket, key = self._place.bucket, self._place.prefix
+        if self._id is None:
+            put = self._store.put_once(bucket, key, bytes(self._buffer), content_type=self._type)
+            self._require_own_sum()
+            return put
+        if self._buffer:
+            self._send(bytes(self._buffer))
+        digest = self._digest.hexdigest()
+        if not self._taken_away and not self._store.exists(bucket, key):
+            name = key.rpartition("/")[2]
+            self._store.put_once(bucket, key + SUM, f"{digest}  {name}\n".encode(), content_type="text/plain")
+            if not self._store.exists(bucket, key) and self._completed():
+                self._id = None
+                return "written"
+        try:
+            return same_bytes(bucket, key, self._store.sha256(bucket, key), digest)
+        except Missing as error:
+            raise DarkroomError(
+                f"somebody aborted the upload of {self._place}, and nothing lies there: give the same command again"
+            ) from error
+
+    def _require_own_sum(self) -> None:
+        """Raise Held if somebody is about to complete an upload of other bytes here."""
+        try:
+            data = self._store.get(self._place.bucket, self._place.prefix + SUM)
+        except Missing:
+            return
+        same_bytes(self._place.bucket, self._place.prefix, data[:64].decode(errors="replace"), self._digest.hexdigest())
+
+    def abort(self) -> None:
+        """Have the server forget what was sent; what is finished, or was not begun, stays as it is."""
+        if self._id is not None:
+            abort_upload(self._store, self._place.bucket, self._place.prefix, self._id)
+            self._id = None
+
+    def _send(self, piece: bytes) -> None:
+        client, bucket, key = self._store.client, self._place.bucket, self._place.prefix
+        # Whoever aborts an upload that is not old has found the object there: all that is left is to compare.
+        if self._taken_away:
+            return
+        with _in_words(self._store, self._place):
+            if self._id is None:
+                begun = client.create_multipart_upload(
+                    Bucket=bucket, Key=key, ContentType=self._type, ChecksumAlgorithm="SHA256"
+                )
+                self._id = begun["UploadId"]
+            number, checksum = len(self._parts) + 1, base64.b64encode(hashlib.sha256(piece).digest()).decode()
+            try:
+                sent = client.upload_part(
+                    Bucket=bucket, Key=key, UploadId=self._id, PartNumber=number, Body=piece, ChecksumSHA256=checksum
+                )
+            except ClientError as error:
+                if error.response["Error"]["Code"] != "NoSuchUpload":
+                    raise
+                self._taken_away = True
+                return
+        self._parts.append({"PartNumber": number, "ETag": sent["ETag"], "ChecksumSHA256": checksum})
+
+    def _completed(self) -> bool:
+        """Whether the object is ours; False if another one may be there."""
+        assert self._id is not None
+        with _in_words(self._store, self._place):
+            try:
+                self._store.client.complete_multipart_upload(
+                    Bucket=self._place.bucket,
+                    Key=self._place.prefix,
+                    UploadId=self._id,
+                    MultipartUpload={"Parts": self._parts},
+                    IfNoneMatch="*",
+                )
+            except ClientError as error:
+                # Besides the condition: the upload is gone, maybe as an answer was lost, or two were completed at once.
+                if status_of(error) not in {404, 409, 412}:
+                    raise
+                return False
+        return True
+
+
+@contextmanager
+def writing(
+    store: Store, bucket: str, key: str, content_type: str = "application/octet-stream", part_bytes: int = PART_BYTES
+) -> Iterator[Upload]:
+    """A file to write an object of any size to, which appears when the block ends, as by ``Store.put_once``.
+
+    After an exception it does not, and nothing of it is left.
+    """
+    upload = Upload(store, bucket, key, content_type, part_bytes)
+    try:
+        yield upload
+        upload.finish()
+    finally:
+        upload.abort()
+
+
+def abort_uploads(store: Store, place: Location, older_than: timedelta = timedelta(0)) -> int:
+    """Abort the uploads under ``place`` that were begun that long ago; returns how many there were."""
+    before = datetime.now(UTC) - older_than
+    # Begun by the server's clock, and old by ours: without an age neither is looked at.
+    old = [each for each in uploads(store, place) if not older_than or each["Initiated"] < before]
+    for each in old:
+        abort_upload(store, place.bucket, each["Key"], each["UploadId"])
+    return len(old)
+
+
+def uploads(store: Store, place: Location) -> "list[MultipartUploadTypeDef]":
+    """Every upload under ``place`` that has no end."""
+    pages = store.client.get_paginator("list_multipart_uploads").paginate(Bucket=place.bucket, Prefix=place.prefix)
+    with _in_words(store, place):
+        return [each for page in pages for each in page.get("Uploads", ())]
+
+
+def abort_upload(store: Store, bucket: str, key: str, upload: str) -> None:
+    """Have the server forget an upload; one that is gone, or was completed, is left."""
+    with _in_words(store, Location(bucket, key)):
+        try:
+            store.client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
+        except ClientError as error:
+            if status_of(error) != 404:
+                raise
+
+
+def honours_conditional_completion(store: Store, bucket: str, prefix: str = "") -> bool:
+    """Whether the server refuses to complete an upload over an object when asked to.
+
+    The object is the one that ``Store.require_conditional_puts`` has left under ``prefix``. Some servers honour the
+    condition on a PUT and ignore it here.
+    """
+    place = Location(bucket, prefix.strip("/")) / PROBE
+    abort_uploads(store, place, ABANDONED)
+    upload = Upload(store, bucket, place.prefix, "application/octet-stream", 1)
+    try:
+        upload.write(b"!")
+        return not upload._completed()
+    finally:
+        upload.abort()
+
+
+def _in_words(store: Store, place: Location) -> AbstractContextManager[None]:
+    return in_words(store.client.meta.endpoint_url, place.bucket, place.prefix)

@@ -1,0 +1,398 @@
+"""Objects on any S3 server: written once, whole, under their final name, and checked by SHA-256."""
+
+import base64
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple
+
+import boto3
+from botocore.config import Config as ClientConfig
+from botocore.exceptions import BotoCoreError, ClientError
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from diffusion.common.errors import DarkroomError, Held, UserError
+from diffusion.common.files import sha256_file, write_atomically
+from flows.storage.s3_errors import Missing, in_words, is_broken_read, is_conflict, status_of
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import ObjectIdentifierTypeDef
+
+Put = Literal["written", "already there"]
+"""How a write ended: by us, or with the very same bytes by somebody before us."""
+
+BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+PROBE = ".darkroom-conditional-put"
+"""Name of the object by which ``require_conditional_puts`` knows a server that honours conditions."""
+DELETED_AT_ONCE = 1000
+"""The most that S3 takes in one request."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """A place on S3: a bucket, and a prefix without slashes at its ends (empty: the whole bucket)."""
+
+    bucket: str
+    prefix: str = ""
+
+    @classmethod
+    def parse(cls, uri: str) -> "Location":
+        """The place that ``uri``, s3://BUCKET or s3://BUCKET/PREFIX, names; raises UserError otherwise."""
+        scheme, separator, path = uri.partition("://")
+        if scheme != "s3" or not separator:
+            raise UserError(f"{uri!r} is not an S3 URI: write it as s3://BUCKET/PREFIX")
+        bucket, _, prefix = path.partition("/")
+        if not BUCKET_NAME.fullmatch(bucket):
+            raise UserError(
+                f"{uri!r}: {bucket!r} is no bucket name: 3 to 63 lower-case letters, digits, dots and dashes"
+            )
+        prefix = prefix.rstrip("/")
+        # Servers and clients disagree on what such names mean: some fold them, some keep them.
+        if prefix and any(part in {"", ".", ".."} for part in prefix.split("/")):
+            raise UserError(f"{uri!r}: a prefix must not hold empty parts, '.' or '..'")
+        if not prefix.isprintable() or len(prefix.encode()) > 900:
+            raise UserError(f"{uri!r}: a prefix must be printable and at most 900 bytes long")
+        return cls(bucket, prefix)
+
+    def key(self, name: str) -> str:
+        """The full key of the object ``name`` under this place."""
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def __truediv__(self, name: str) -> "Location":
+        return Location(self.bucket, self.key(name.strip("/")))
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}" if self.prefix else f"s3://{self.bucket}"
+
+
+class Listed(NamedTuple):
+    """An object in a listing: its key, its size in bytes, its ETag, which differs when the bytes do, and its age."""
+
+    key: str
+    size: int
+    etag: str
+    written: datetime
+
+
+class Stat(NamedTuple):
+    """What a server says of an object: its size in bytes, and when it was written."""
+
+    size: int
+    written: datetime
+
+
+@dataclass(frozen=True)
+class Object:
+    """Bytes to be written under ``key``."""
+
+    key: str
+    data: bytes
+    content_type: str = "application/octet-stream"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def client(attempts: int = 5, read_timeout: float = 60, variables: Mapping[str, str] = os.environ) -> "S3Client":
+    """A client as the standard ``AWS_*`` variables and files describe it; safe to share among threads.
+
+    ``attempts`` is how often a request is tried in all, over about 8 s for the default; ``read_timeout``
+    is in seconds; what ``variables`` lacks is looked up where boto3 does. Raises UserError if the settings
+    make no sense.
+    """
+    pair = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    access_key, secret_key = (variables.get(name) or None for name in pair)
+    if (access_key is None) != (secret_key is None):
+        raise UserError(f"of {pair[0]} and {pair[1]} only one is set: set both, or neither")
+    endpoint = variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL")
+    config = ClientConfig(
+        # BUCKET.host resolves at Amazon and few other places.
+        s3={"addressing_style": "path"} if endpoint else None,
+        retries={"mode": "standard", "total_max_attempts": attempts},
+        connect_timeout=5,
+        read_timeout=read_timeout,
+        max_pool_connections=32,
+        tcp_keepalive=True,
+        # Every write here brings its SHA-256; boto3's own CRC trailers break older servers.
+        request_checksum_calculation="when_required",
+    )
+    try:
+        session = boto3.session.Session(
+            aws_access_key_id=access_key,
+            aws_secret_access_key=secret_key,
+            aws_session_token=variables.get("AWS_SESSION_TOKEN") or None,
+            region_name=variables.get("AWS_DEFAULT_REGION") or None,
+        )
+        return session.client("s3", endpoint_url=endpoint, config=config)
+    except (BotoCoreError, ValueError) as error:
+        raise UserError(f"the AWS_* settings make no S3 client: {error}") from error
+
+
+@dataclass(frozen=True)
+class Store:
+    """What Darkroom needs of S3. Every method raises UserError for what the user can mend, in one line."""
+
+    client: "S3Client" = field(default_factory=client)
+
+    def put_once(
+        self,
+        bucket: str,
+        key: str,
+        data: bytes,
+        metadata: Mapping[str, str] | None = None,
+        content_type: str = "application/octet-stream",
+    ) -> Put:
+        """Write ``data`` (at most 5 GiB) unless the key is taken; the same bytes found there are as good.
+
+        Raises Held if other bytes lie there. The SHA-256 is checked by the server, and kept as metadata.
+        """
+        digest = hashlib.sha256(data).hexdigest()
+        return self._put_once(bucket, key, lambda: data, digest, metadata or {}, content_type)
+
+    def put_file_once(self, bucket: str, key: str, path: Path) -> Put:
+        """``put_once`` of the file at ``path``, of which little is held in memory."""
+        digest = sha256_file(path)
+        with path.open("rb") as file:
+
+            def rewound() -> BinaryIO:
+                file.seek(0)
+                return file
+
+            return self._put_once(bucket, key, rewound, digest, {}, "application/octet-stream")
+
+    def _put_once(
+        self,
+        bucket: str,
+        key: str,
+        body: Callable[[], bytes | BinaryIO],
+        digest: str,
+        metadata: Mapping[str, str],
+        content_type: str,
+    ) -> Put:
+        """Write ``body``, whose hex SHA-256 is ``digest``, as ``put_once`` does."""
+
+        def put() -> str | None:
+            """None if it was written, else the SHA-256 of what lies there."""
+            try:
+                self.client.put_object(
+                    Bucket=bucket,
+                    Key=key,
+                    Body=body(),
+                    IfNoneMatch="*",
+                    ChecksumSHA256=base64.b64encode(bytes.fromhex(digest)).decode(),
+                    ContentType=content_type,
+                    Metadata={"sha256": digest, **metadata},
+                )
+            except ClientError as error:
+                if status_of(error) != 412:
+                    raise
+                return self._sha256(bucket, key)
+            return None
+
+        with self._in_words(bucket, key):
+            there = _retrying(is_conflict)(put)
+        if there is None:
+            return "written"
+        return same_bytes(bucket, key, there, digest)
+
+    def put_many(self, bucket: str, objects: Sequence[Object], workers: int = 8) -> list[Put]:
+        """``put_once`` of each of ``objects``, ``workers`` at a time; the first failure stops the rest."""
+        with ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(self.put_once, bucket, o.key, o.data, o.metadata, o.content_type) for o in objects]
+            try:
+                return [future.result() for future in futures]
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def get(self, bucket: str, key: str, most: int | None = None) -> bytes:
+        """The bytes of an object, checked against the server's checksum; raises Missing.
+
+        Raises UserError, before any of it is read, if it has more than ``most`` bytes.
+        """
+
+        def get() -> bytes:
+            answer = self.client.get_object(Bucket=bucket, Key=key)
+            _require_size(answer["ContentLength"], most, bucket, key)
+            return answer["Body"].read()
+
+        with self._in_words(bucket, key):
+            return _retrying(is_broken_read)(get)
+
+    def get_span(self, bucket: str, key: str, offset: int, size: int) -> bytes:
+        """``size`` bytes of an object from ``offset`` on, which no checksum of the server's covers; raises Missing."""
+        span = f"bytes={offset}-{offset + size - 1}"
+        with self._in_words(bucket, key):
+            return _retrying(is_broken_read)(
+                lambda: self.client.get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
+            )
+
+    def sha256(self, bucket: str, key: str) -> str:
+        """Hex SHA-256 of an object, by the server's own sum or ours of what it sends; raises Missing."""
+        with self._in_words(bucket, key):
+            return _retrying(is_broken_read)(lambda: self._sha256(bucket, key))
+
+    def fetch(self, bucket: str, key: str, path: Path, most: int | None = None) -> None:
+        """Write an object over what is at ``path``, a megabyte at a time, checked as by ``get``; raises Missing.
+
+        Raises UserError as ``get`` does. No part of it is left there after an error.
+        """
+
+        def fetch() -> None:
+            answer = self.client.get_object(Bucket=bucket, Key=key)
+            _require_size(answer["ContentLength"], most, bucket, key)
+            with path.open("wb") as file:
+                shutil.copyfileobj(answer["Body"], file, 2**20)
+
+        try:
+            with self._in_words(bucket, key):
+                _retrying(is_broken_read)(fetch)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+    def download(self, bucket: str, key: str, path: Path) -> str:
+        """``fetch`` it, whole or not at all; returns the SHA-256 of what came."""
+        return write_atomically(path, partial(self.fetch, bucket, key))
+
+    def exists(self, bucket: str, key: str) -> bool:
+        """Whether there is an object of that name."""
+        with self._in_words(bucket, key):
+            return _found(lambda: self.client.head_object(Bucket=bucket, Key=key))
+
+    def stat(self, bucket: str, key: str) -> Stat | None:
+        """Size and age of an object; None if there is none of that name."""
+        try:
+            with self._in_words(bucket, key):
+                head = self.client.head_object(Bucket=bucket, Key=key)
+        except Missing:
+            return None
+        return Stat(head["ContentLength"], head["LastModified"])
+
+    def list_keys(self, bucket: str, prefix: str = "", after: str = "") -> Iterator[str]:
+        """All keys that begin with ``prefix`` and sort after ``after``, in order, however many there are."""
+        return (found.key for found in self.list_objects(bucket, prefix, after))
+
+    def list_objects(self, bucket: str, prefix: str = "", after: str = "") -> Iterator[Listed]:
+        """The same with size and ETag; a page of them is held at a time."""
+        # No delimiter: some servers go on listing a "folder" for minutes after it was emptied.
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, StartAfter=after)
+        with self._in_words(bucket, prefix):
+            for page in pages:
+                for entry in page.get("Contents", ()):
+                    yield Listed(entry["Key"], entry["Size"], entry["ETag"].strip('"'), entry["LastModified"])
+
+    def delete_many(self, bucket: str, keys: Iterable[str]) -> None:
+        """Delete the objects of these names; those that are not there are as good as deleted."""
+        left = iter(keys)
+        while batch := list(islice(left, DELETED_AT_ONCE)):
+            with self._in_words(bucket, batch[0]):
+                objects: list[ObjectIdentifierTypeDef] = [{"Key": key} for key in batch]
+                answer = self.client.delete_objects(Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+            for error in answer.get("Errors", ()):
+                place = f"s3://{bucket}/{error.get('Key')}"
+                raise DarkroomError(f"{place} was not deleted: {error.get('Code')}: {error.get('Message')}")
+
+    def ensure_bucket(self, bucket: str) -> None:
+        """Create ``bucket`` if it is not there."""
+        with self._in_words(bucket):
+            if _found(lambda: self.client.head_bucket(Bucket=bucket)):
+                return
+            region = self.client.meta.region_name
+            try:
+                if region in {None, "us-east-1", "aws-global"}:
+                    self.client.create_bucket(Bucket=bucket)
+                else:
+                    self.client.create_bucket(
+                        Bucket=bucket,
+                        CreateBucketConfiguration={"LocationConstraint": region},  # type: ignore[typeddict-item]
+                    )
+            except ClientError as error:
+                # Somebody created it at the same moment.
+                if error.response["Error"]["Code"] not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
+                    raise
+                self.client.head_bucket(Bucket=bucket)
+
+    def require_conditional_puts(self, bucket: str, prefix: str = "") -> None:
+        """Raise UserError unless the server refuses to overwrite when asked to; else nothing is written once.
+
+        Leaves a small object under ``prefix`` for the next probe, so that no right to delete is needed.
+        """
+        place = Location(bucket, prefix.strip("/"))
+        key = place.key(PROBE)
+        refusal = (
+            f"{self.client.meta.endpoint_url} {{}} the condition If-None-Match on writes to {place}, so that "
+            "two jobs could overwrite each other, and ingest, train, promote and sample refuse to write there: use a "
+            "server that honours it, such as Amazon's, SeaweedFS or Ceph's"
+        )
+        for body in (
+            b"Kept by Darkroom: a second write of this key must fail.\n",
+            b"This must never be seen.\n",
+        ):
+            try:
+                with self._in_words(bucket, key):
+                    self.client.put_object(Bucket=bucket, Key=key, Body=body, IfNoneMatch="*")
+            except DarkroomError as error:
+                cause = error.__cause__
+                if not isinstance(cause, ClientError) or status_of(cause) not in {409, 412, 501}:
+                    raise
+                if status_of(cause) == 501:
+                    raise UserError(refusal.format("does not know")) from error
+                return
+        raise UserError(refusal.format("ignores"))
+
+    def _sha256(self, bucket: str, key: str) -> str:
+        head = self.client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+        checksum = head.get("ChecksumSHA256", "")
+        if checksum and "-" not in checksum and head.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT":
+            return base64.b64decode(checksum).hex()
+        digest = hashlib.sha256()
+        for piece in self.client.get_object(Bucket=bucket, Key=key)["Body"].iter_chunks(2**20):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def _in_words(self, bucket: str, key: str = "") -> AbstractContextManager[None]:
+        return in_words(self.client.meta.endpoint_url, bucket, key)
+
+
+def same_bytes(bucket: str, key: str, there: str, here: str) -> Put:
+    """How a write ended that found an object of the SHA-256 ``there``: well if that is ``here``; else raises Held."""
+    if there != here:
+        raise Held(
+            f"s3://{bucket}/{key} is taken by other bytes (sha256 {there[:12]}… there, {here[:12]}… here): write "
+            "under another prefix, or remove what is there"
+        )
+    return "already there"
+
+
+def _require_size(size: int, most: int | None, bucket: str, key: str) -> None:
+    if most is not None and size > most:
+        raise UserError(f"s3://{bucket}/{key} has {size} bytes, and none of its kind has over {most}: delete it")
+
+
+def _found(request: Callable[[], object]) -> bool:
+    """Whether ``request``, a HEAD, finds its object."""
+    try:
+        request()
+    except ClientError as error:
+        if status_of(error) != 404:
+            raise
+        return False
+    return True
+
+
+def _retrying(worth_it: Callable[[BaseException], bool]) -> Retrying:
+    """Tries again what botocore itself does not, and in the end raises the last error."""
+    return Retrying(
+        retry=retry_if_exception(worth_it),
+        stop=stop_after_attempt(6),
+        wait=wait_random_exponential(0.1, 5),
+        reraise=True,
+    )

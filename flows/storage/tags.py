@@ -1,0 +1,74 @@
+"""Tags that Darkroom wrote into model versions and runs, parsed and bounded before any of them is used.
+
+MLflow keeps tags as text that everybody with an account can change. They become file names, S3 keys and search
+expressions here, so each is checked once, in ``parse_tags``, and what it says is read from ``Tags`` alone.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from diffusion.common.config import PlainName
+from diffusion.common.errors import UserError
+from diffusion.data.manifest import Sha256
+
+PREFIX = "darkroom."
+"""Begins the name of every tag that is ours."""
+HIGHEST_NUMBER = 2**31 - 1
+"""Largest number of a model version that MLflow's database can hold."""
+SHOWN = 60
+"""Characters of a bad value that an error repeats."""
+
+RunId = Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z_-]{1,64}$")]
+"""ID of an MLflow run."""
+VersionNumber = Annotated[int, Field(ge=1, le=HIGHEST_NUMBER)]
+"""Number of a model version."""
+ModelUri = Annotated[str, StringConstraints(pattern=r"^models:/[^/@]{1,200}/[1-9][0-9]{0,9}$")]
+"""Exact version of a registered model."""
+DvcDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}(\.dir)?$")]
+"""Name that DVC gives a file or, with ``.dir``, a folder: the MD5 of its bytes or of its listing."""
+
+
+class Tags(BaseModel):
+    """Tags of a model version or of a run; None where there is no such tag. Others are left out."""
+
+    model_config = ConfigDict(
+        extra="ignore",
+        frozen=True,
+        use_attribute_docstrings=True,
+        alias_generator=lambda name: f"{PREFIX}{name}",
+    )
+
+    weights_sha256: Sha256 | None = None
+    """SHA-256 of the version's weights."""
+    code_sha256: Sha256 | None = None
+    """Digest of the code that the version ships: see ``flows.provenance.reproduce``."""
+    content_digest: Sha256 | None = None
+    """Content of the data set that was trained on."""
+    dvc_digest: DvcDigest | None = None
+    """The same data set version, as DVC names it."""
+    dataset: PlainName | None = None
+    """Name of the data set."""
+    autoencoder: ModelUri | None = None
+    """Version whose latents the model works in."""
+    start: ModelUri | None = None
+    """Version whose weights training began with."""
+    takedown: Annotated[str, StringConstraints(pattern=r"^[0-9a-z]+(,[0-9a-z]+)*$")] | None = None
+    """Takedowns of images that it learned from, separated by commas."""
+    released_from: Annotated[str, StringConstraints(min_length=1, max_length=2000)] | None = None
+    """Where a released version comes from, in words."""
+
+
+def parse_tags(tags: Mapping[str, str], where: str) -> Tags:
+    """Parse the tags of ``where``, a model version or a run; raises UserError that names it and the first bad tag."""
+    try:
+        return Tags.model_validate(dict(tags))
+    except ValidationError as error:
+        first = error.errors()[0]
+        given = str(first["input"])
+        shown = ascii(given[:SHOWN]) + (" …" if len(given) > SHOWN else "")
+        raise UserError(
+            f"{where} has the tag {first['loc'][0]} = {shown}, which is not what Darkroom writes there: correct it in "
+            "MLflow, or delete it"
+        ) from error

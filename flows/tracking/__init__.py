@@ -1,0 +1,1 @@
+"""MLflow runs, the buffered logger, progress and logs."""

@@ -1,0 +1,308 @@
+"""Runs in MLflow, one per training, found again by what went into it; judged checkpoints as logged models."""
+
+import math
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow.client import MlflowClient
+from mlflow.data.dataset_source_registry import resolve_dataset_source
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import (
+    DatasetInput,
+    InputTag,
+    LifecycleStage,
+    LoggedModel,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    RunTag,
+)
+from mlflow.entities import Run as MlflowRun
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
+from PIL import Image
+
+from diffusion.data.manifest import Manifest
+from diffusion.evaluation.results import CheckpointEvaluation, Evaluation
+from flows.datasets.lineage import CodeVersion, DataVersion
+from flows.storage.numbered_objects import Claims
+from flows.tracking.json_logs import RUN_ID
+
+MANIFEST_ARTIFACT = "dataset/manifest.json"
+"""Path of the data set's manifest among the artifacts of a run."""
+TRAIN_KEY = "darkroom.train_key"
+"""Tag by which the run of a training is found again: the digest of all that decides its weights."""
+AUTOENCODER = "darkroom.autoencoder"
+"""Tag of a run in the latents of a registered model: which version, models:/NAME/NUMBER."""
+SWEEP = "darkroom.sweep"
+"""Tag of the parent of runs that were compared, and by which it is found again: the digest of what was to be tried."""
+RELEASED_FROM = "darkroom.released_from"
+"""Tag of a released version, and of its run: where they come from, and what the version is called there."""
+START = "darkroom.start"
+"""Tag of a run that began with the weights of a registered model: which version, models:/NAME/NUMBER."""
+RUN_NAME = re.compile(r"[0-9a-f]{32}")
+DIGEST_LENGTH = 36
+"""MLflow keeps this many characters of a data set's digest; the tags hold all of them."""
+CHECKPOINT = "darkroom.checkpoint"
+"""Tag of a logged model: the checkpoint's file."""
+CHECKPOINT_SHA256 = "darkroom.checkpoint_sha256"
+"""Tag by which the logged model of a checkpoint is found again."""
+EVAL_KEY = "darkroom.eval_key"
+"""Tag: scores of two models compare where it is equal."""
+JUDGED = "darkroom.judged"
+"""Tag: ``in full`` or ``preliminary``."""
+PRELIMINARY = "preliminary_"
+"""Before the name of a figure that rests on fewer pictures, so that it does not rank among the others."""
+
+
+@dataclass
+class RunTracker:
+    """A run on an MLflow server, written to at once.
+
+    Positions up to those that the run has already are passed over, so that each is there once.
+    """
+
+    client: MlflowClient
+    run_id: str
+    seen: dict[str, int] | None = None
+    """Last position known to the server, by metric; None: it was not asked yet."""
+
+    def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
+        """Keep ``metrics`` at step ``images``."""
+        seen = self.last_steps() if self.seen is None else self.seen
+        now = int(time.time() * 1000)
+        fresh = [
+            Metric(name, value, now, images)
+            for name, value in metrics.items()
+            if math.isfinite(value) and images > seen.get(name, -1)
+        ]
+        if fresh:
+            self.client.log_batch(self.run_id, metrics=fresh)
+        self.seen = seen | {metric.key: images for metric in fresh}
+
+    def last_steps(self) -> dict[str, int]:
+        """The last position that the run has of each metric, whoever logged it."""
+        return {metric.key: metric.step for metric in self.client.get_run(self.run_id).data._metric_objs}
+
+    def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
+        """Keep ``picture`` as the image ``name`` at step ``images``."""
+        marker = picture_marker(name)
+        # Another machine that trains the same may have logged it since this was looked up.
+        self.seen = self.last_steps()
+        if images > self.seen.get(marker, -1):
+            self.client.log_image(self.run_id, picture, key=name, step=images)
+            self.log_metrics({marker: images}, images)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has been marked as finished."""
+        return bool(self.client.get_run(self.run_id).info.status == "FINISHED")
+
+    def log_file(self, path: Path, folder: str) -> None:
+        """Keep a file among the run's artifacts."""
+        self.client.log_artifact(self.run_id, str(path), folder)
+
+    def tag(self, tags: Mapping[str, Any]) -> None:
+        """Set tags; a value of None is left out."""
+        entities = [RunTag(name, str(value)) for name, value in tags.items() if value is not None]
+        self.client.log_batch(self.run_id, tags=entities)
+
+    def finish(self) -> None:
+        """Mark the run as finished."""
+        self.client.set_terminated(self.run_id)
+
+    def fail(self) -> None:
+        """Mark the run as failed; the same command finds it again and goes on."""
+        self.client.set_terminated(self.run_id, "FAILED")
+
+
+def picture_marker(name: str) -> str:
+    """The metric that says up to which position a run has pictures called ``name``."""
+    return f"{name}_at_images"
+
+
+def find_run(client: MlflowClient, experiment: str, train_key: str) -> MlflowRun | None:
+    """The run of the training called ``train_key``, or None."""
+    return run_by_tag(client, experiment, TRAIN_KEY, train_key)
+
+
+def run_by_tag(client: MlflowClient, experiment: str, tag: str, value: str) -> MlflowRun | None:
+    """The run of ``experiment`` whose ``tag`` is ``value``, of several the one that was claimed first; or None."""
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return None
+    claimed = Claims.of(experiment, value).holder(lambda run_id: _is_of(client, run_id, tag, value))
+    if claimed is not None:
+        return client.get_run(claimed)
+    filter_string = f"tags.`{tag}` = '{value}'"
+    runs = client.search_runs([found.experiment_id], filter_string, order_by=["attributes.start_time ASC"])
+    return runs[0] if runs else None
+
+
+def one_run(client: MlflowClient, experiment: str, tag: str, value: str, name: str) -> MlflowRun:
+    """The run of ``experiment`` whose ``tag`` is ``value``, made with this ``name`` if there is none.
+
+    Of several who make one at the same time, all go on with that of whoever claims it first. The others are marked as
+    deleted in MLflow, as far as nothing was logged to them.
+    """
+    run = run_by_tag(client, experiment, tag, value) or client.create_run(
+        experiment_id(client, experiment), tags={tag: value}, run_name=name
+    )
+    claimed = Claims.of(experiment, value).claim(run.info.run_id, lambda each: _is_of(client, each, tag, value))
+    for each in client.search_runs([run.info.experiment_id], f"tags.`{tag}` = '{value}'"):
+        if each.info.run_id != claimed and not each.data.metrics and not each.data.params:
+            client.delete_run(each.info.run_id)
+    return run if claimed == run.info.run_id else client.get_run(claimed)
+
+
+def experiment_id(client: MlflowClient, name: str) -> str:
+    """The experiment of that name, made if there is none."""
+    if (found := client.get_experiment_by_name(name)) is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)
+            assert found is not None, "somebody was faster"
+    return str(found.experiment_id)
+
+
+def _is_of(client: MlflowClient, run_id: str, tag: str, value: str) -> bool:
+    """Whether there is a run of this ID that was not deleted and has the tag."""
+    if not RUN_NAME.fullmatch(run_id):
+        return False
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    return bool(run.info.lifecycle_stage == LifecycleStage.ACTIVE and run.data.tags.get(tag) == value)
+
+
+def open_run(
+    experiment: str,
+    train_key: str,
+    parameters: Mapping[str, Any],
+    manifest: Manifest,
+    code: CodeVersion,
+    data: DataVersion | None,
+    data_source: str,
+    anew: bool,
+) -> RunTracker:
+    """Go on with the run of this training, or begin one; ``anew`` sets an earlier one aside."""
+    client = MlflowClient()
+    if anew and (run := find_run(client, experiment, train_key)) is not None:
+        client.set_tag(run.info.run_id, TRAIN_KEY, f"{train_key} (restarted)")
+    run = one_run(client, experiment, TRAIN_KEY, train_key, f"train-{train_key[:8]}")
+    # Also on a run that was there: whoever made it may have been killed before this.
+    client.log_batch(run.info.run_id, params=[Param(name, str(value)) for name, value in parameters.items()])
+    client.log_inputs(run.info.run_id, [_dataset_input(manifest, data, data_source)])
+    tracker = RunTracker(client, run.info.run_id)
+    RUN_ID.set(tracker.run_id)
+    client.update_run(run.info.run_id, status="RUNNING")
+    tracker.tag(
+        {
+            "darkroom.dataset": manifest.name,
+            "darkroom.content_digest": manifest.content_digest,
+            "darkroom.dvc_digest": data and data.digest,
+            "darkroom.dvc_pointer": data and data.pointer,
+            "mlflow.source.git.commit": code.commit,
+            "darkroom.git_dirty": code.dirty,
+        }
+    )
+    return tracker
+
+
+def _dataset_input(manifest: Manifest, data: DataVersion | None, source: str) -> DatasetInput:
+    digest = manifest.content_digest[:DIGEST_LENGTH]
+    dataset = MetaDataset(  # type: ignore[abstract]
+        resolve_dataset_source(source), manifest.name, digest
+    )
+    tags = [InputTag("mlflow.data.context", "training")]
+    if data is not None:
+        tags.append(InputTag("dvc_digest", data.digest))
+    return DatasetInput(dataset._to_mlflow_entity(), tags)
+
+
+@dataclass(frozen=True)
+class Scoreboard:
+    """The evaluated checkpoints of one MLflow run."""
+
+    client: MlflowClient
+    run_id: str
+
+    def show(self, evaluation: Evaluation) -> None:
+        """Log each evaluated checkpoint as a model with its scores; what is there already is not logged twice."""
+        experiment = self.client.get_run(self.run_id).info.experiment_id
+        for each in evaluation.preliminary:
+            metric = each.selection_metric
+            figures = {f"{PRELIMINARY}{metric.name}": metric.value, f"{PRELIMINARY}samples": float(metric.count)}
+            self._log(experiment, evaluation, each, "preliminary", figures)
+        # The best of several averages comes last, and so is the run's own point at its number of images.
+        for each in sorted(evaluation.checkpoints, key=lambda each: (each.images, each.selection_metric.rank)):
+            self._log(experiment, evaluation, each, "in full", each.metrics())
+
+    def _log(
+        self,
+        experiment: str,
+        evaluation: Evaluation,
+        evaluated: CheckpointEvaluation,
+        how: str,
+        figures: Mapping[str, float],
+    ) -> None:
+        tags = {
+            CHECKPOINT: evaluated.file,
+            CHECKPOINT_SHA256: evaluated.sha256,
+            EVAL_KEY: evaluation.eval_key,
+            JUDGED: how,
+            "darkroom.images": str(evaluated.images),
+            MLFLOW_MODEL_IS_EXTERNAL: "true",
+        }
+        model = self._model(experiment, evaluated, tags)
+        if changed := {name: value for name, value in tags.items() if model.tags.get(name) != value}:
+            self.client.set_logged_model_tags(model.model_id, changed)
+        content = evaluation.conditions.content_digest[:DIGEST_LENGTH]
+        newest = _newest(model, evaluation.dataset, content)
+        now = int(time.time() * 1000)
+        fresh = [
+            Metric(
+                name,
+                value,
+                now,
+                evaluated.images,
+                model_id=model.model_id,
+                dataset_name=evaluation.dataset,
+                dataset_digest=content,
+                run_id=self.run_id,
+            )
+            for name, value in figures.items()
+            if math.isfinite(value) and newest.get(name) != value
+        ]
+        if fresh:
+            self.client.log_batch(self.run_id, metrics=fresh)
+
+    def _model(self, experiment: str, evaluated: CheckpointEvaluation, tags: dict[str, str]) -> LoggedModel:
+        """The logged model of a checkpoint; made if the run has none, and finished if whoever made it was killed."""
+        found = self.client.search_logged_models([experiment], f"tags.`{CHECKPOINT_SHA256}` = '{evaluated.sha256}'")
+        ours = [model for model in found if model.source_run_id == self.run_id]
+        name = f"{evaluated.family}-{evaluated.images}-{evaluated.sha256[:8]}"
+        model = (
+            min(ours, key=lambda model: model.creation_timestamp)
+            if ours
+            else self.client.create_logged_model(experiment, name, self.run_id, tags, model_type=evaluated.family)
+        )
+        if model.status != LoggedModelStatus.READY:
+            model = self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        return model
+
+
+def _newest(model: LoggedModel, dataset: str, digest: str) -> dict[str, float]:
+    """The last value of each figure that ``model`` has for a data set."""
+    there = [point for point in model.metrics or [] if (point.dataset_name, point.dataset_digest) == (dataset, digest)]
+    return {point.key: point.value for point in sorted(there, key=lambda point: (point.timestamp, point.step))}
