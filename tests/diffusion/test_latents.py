@@ -297,5 +297,5 @@ def test_a_mask_that_keeps_no_latent_whole_is_refused(run: Path) -> None:
     picture = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
     striped = torch.ones(SIZE, SIZE, dtype=torch.bool)
     striped[::2] = False
-    with pytest.raises(UserError, match="nothing of the picture would be seen"):
+    with pytest.raises(UserError, match="nothing of the image would be seen"):
         sample(model, [0], 0, STEPPED, edit=Edit(picture, striped))
