@@ -13,9 +13,9 @@ from diffusion.common.errors import UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.gate import GateConfig
-from diffusion.families.options import ineffective_option, training_conflict
 from diffusion.models.config import FAMILIES, FamilyConfig, ModelConfig
 from diffusion.presets import PresetName, over
+from diffusion.process.family_options import ineffective_option, training_conflict
 from diffusion.process.samplers import SamplingConfig, describe_error, sampling_config
 from diffusion.training.config import TrainingConfig
 

@@ -37,9 +37,9 @@ from diffusion.evaluation.metrics.per_class import ClassScores
 from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, RealBaseline
 from diffusion.families.model import ModelHeader
-from diffusion.families.options import effective_sampling
 from diffusion.generation.super_resolution import task_of
 from diffusion.models.config import FAMILIES
+from diffusion.process.family_options import effective_sampling
 from diffusion.process.samplers import SamplingConfig
 
 COMPARISON = "champion_comparison.json"

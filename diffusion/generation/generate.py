@@ -15,11 +15,11 @@ from diffusion.data.dataset import Dataset, Rows
 from diffusion.families import family_of
 from diffusion.families.base import Batch
 from diffusion.families.model import Conditioning, Model, to_float, to_uint8
-from diffusion.families.options import ineffective_option
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.models.config import FamilyConfig, ModelConfig
 from diffusion.models.text_encoder import ENDS, LONGEST, WIDTH, check_encoder, encoder
 from diffusion.process.editing import Edit, between, whole
+from diffusion.process.family_options import ineffective_option
 from diffusion.process.samplers import Noise, SamplingConfig
 
 Embeddings = Mapping[str | None, Tensor]

@@ -25,13 +25,13 @@ from diffusion.data.shard_cache import ShardCache, ShardStore
 from diffusion.families import family_of
 from diffusion.families.base import TrainingData
 from diffusion.families.model import Conditioning, Model, ModelHeader, classes_of
-from diffusion.families.options import training_conflict
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import check_conditions, check_sampling_options, conditions_of
 from diffusion.generation.super_resolution import SuperResolution, add_conditioning_noise, task_of
 from diffusion.models.config import FamilyConfig, ModelConfig
 from diffusion.models.text_encoder import ENCODER
 from diffusion.models.unet import UNet
+from diffusion.process.family_options import training_conflict
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.autoencoder import DIGEST, LatentAutoencoder, open_autoencoder
 from diffusion.training.checkpointing import COUNTS

@@ -17,12 +17,12 @@ from diffusion.checkpoints import load_model
 from diffusion.common.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.families.model import to_uint8
-from diffusion.families.options import training_conflict
 from diffusion.generation.explain import explain
 from diffusion.generation.generate import sample
 from diffusion.models.config import ModelConfig, Prediction
 from diffusion.models.unet import UNet
 from diffusion.process.denoiser import Denoiser
+from diffusion.process.family_options import training_conflict
 from diffusion.process.parametrization import Objective, Parametrization, plain
 from diffusion.process.samplers import (
     SAMPLING_ADAPTER,

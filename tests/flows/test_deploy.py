@@ -16,6 +16,7 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import is_valid_schema, validate
 
 from diffusion.common.errors import UserError
+from diffusion.process.samplers import SAMPLERS
 from flows.config import Params
 from flows.datasets.sync import CREATED
 from flows.deployment.deploy import PACKAGED, _require_cron, filled, read_definitions
@@ -78,8 +79,10 @@ def test_every_field_of_the_form_says_what_it_is() -> None:
     schema = parameter_schema(sample_on_demand).model_dump()
     for name, field in schema["properties"].items():
         assert field.get("description"), name
-    sampling = schema["definitions"]["SamplingConfig"]["properties"]
-    assert all(field.get("description") for field in sampling.values())
+    samplers = [each for name, each in schema["definitions"].items() if name.endswith("Sampling")]
+    assert len(samplers) == len(SAMPLERS)
+    for name, field in [item for each in samplers for item in each["properties"].items()]:
+        assert field.get("description") or "const" in field, name
     assert schema["properties"]["count"]["default"] == 64
     assert schema["required"] == ["model"]
 
