@@ -1,6 +1,6 @@
 # One target per thing a person does here. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo pictures test test-slow chaos drill-upgrade drill-ceph check audit lock format clean
+.PHONY: help install demo images test test-slow chaos drill-upgrade drill-ceph check audit lock format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,20 +20,20 @@ $(READY): pyproject.toml
 	touch $@
 
 # make demo                         digits, recognisable in a few minutes
-# make demo DATA=path/to/folder     your own pictures, as a data set named after the folder
+# make demo DATA=path/to/folder     your own images, as a data set named after the folder
 KILLS ?= 20
 
-DATA ?= pictures/digits
+DATA ?= images/digits
 NAME := $(notdir $(patsubst %/,%,$(DATA)))
-SETTINGS := $(if $(filter pictures/digits,$(DATA)),,--set ingest.size=32)
+SETTINGS := $(if $(filter images/digits,$(DATA)),,--set ingest.size=32)
 
-demo: $(READY) $(if $(filter pictures/digits,$(DATA)),pictures)  ## The whole retraining on real pictures, on this machine
+demo: $(READY) $(if $(filter images/digits,$(DATA)),images)  ## The whole retraining on real images, on this machine
 	$(BIN)/darkroom up
 	$(BIN)/darkroom retrain "$(DATA)" --dataset "$(NAME)" $(SETTINGS)
 	@$(BIN)/darkroom status
 
-pictures: $(READY)  ## Write the demo's pictures to pictures/digits
-	$(BIN)/python infra/demo_pictures.py pictures/digits
+images: $(READY)  ## Write the demo's images to images/digits
+	$(BIN)/python infra/demo_images.py images/digits
 
 # Files of tests are shared out among so many processes.
 WORKERS ?= 2
@@ -80,6 +80,6 @@ format: $(READY)  ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-clean:  ## Stop the local stack and remove everything that was made, but not your pictures
+clean:  ## Stop the local stack and remove everything that was made, but not your images
 	-$(BIN)/darkroom down
 	rm -rf .darkroom .drill .chaos data runs reports prints $(VENV)

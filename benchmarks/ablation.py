@@ -2,7 +2,7 @@
 
     python benchmarks/ablation.py --seconds 180
 
-Each has as many pictures as it can see in that time on an otherwise idle machine; that is measured first, for all of
+Each has as many images as it can see in that time on an otherwise idle machine; that is measured first, for all of
 them in turns. Then each trains and draws as in ``quality.py``. What was measured lies in ``--scratch`` and is not
 measured again.
 """
@@ -60,14 +60,14 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/quality"))
     args = parser.parse_args()
     workspace = workspace_of(args.scratch, None, 0)
-    judge = Judge(Dataset.open(workspace / "data" / "pictures"), workspace)
+    judge = Judge(Dataset.open(workspace / "data" / "images"), workspace)
     contestants = [Darkroom(name, workspace, tuple(settings)) for name, settings in CHOICES.items()]
     measure_rates(contestants, args.seconds)
     for seed in range(args.seeds):
         for contestant in contestants:
             race(contestant, seed, judge, args.seconds, args.samples)
-    print(f"\nreal pictures: {judge.floor(args.samples):.0f}\n")
-    print("| | Fréchet distance | pictures/s | parameters |")
+    print(f"\nreal images: {judge.floor(args.samples):.0f}\n")
+    print("| | Fréchet distance | images/s | parameters |")
     print("|---|---:|---:|---:|")
     for contestant in contestants:
         found = [

@@ -1,4 +1,4 @@
-"""How fast one core makes 64 px pictures of photographs, and writes and reads PNGs: Darkroom beside Pillow.
+"""How fast one core makes 64 px images of photographs, and writes and reads PNGs: Darkroom beside Pillow.
 
     python benchmarks/decode.py /tmp/photographs
 
@@ -32,7 +32,7 @@ class Task:
     """What several contestants do; the first is Darkroom. Each returns how many bytes it made, for the table."""
 
     name: str
-    pictures: int
+    images: int
     contestants: Mapping[str, Callable[[], int]]
 
 
@@ -44,26 +44,26 @@ def prepare_ours(files: list[bytes], size: int) -> int:
 def prepare_pillow(files: list[bytes], size: int, draft: bool) -> int:
     made = 0
     for file in files:
-        picture: Image.Image = Image.open(BytesIO(file))
+        image: Image.Image = Image.open(BytesIO(file))
         if draft:  # libjpeg decodes at a half, a quarter or an eighth, never below what is asked for
-            picture.draft("RGB", (size, size))
-        picture = ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-        made += len(saved(picture))
+            image.draft("RGB", (size, size))
+        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+        made += len(saved(image))
     return made
 
 
-def saved(picture: Image.Image, **options: int) -> bytes:
+def saved(image: Image.Image, **options: int) -> bytes:
     out = BytesIO()
-    picture.save(out, "PNG", **options)
+    image.save(out, "PNG", **options)
     return out.getvalue()
 
 
-def encode_ours(pictures: Sequence[np.ndarray]) -> int:
-    return sum(len(encode(pixels)) for pixels in pictures)
+def encode_ours(images: Sequence[np.ndarray]) -> int:
+    return sum(len(encode(pixels)) for pixels in images)
 
 
-def encode_pillow(pictures: Sequence[np.ndarray], **options: int) -> int:
-    return sum(len(saved(Image.fromarray(pixels), **options)) for pixels in pictures)
+def encode_pillow(images: Sequence[np.ndarray], **options: int) -> int:
+    return sum(len(saved(Image.fromarray(pixels), **options)) for pixels in images)
 
 
 def decode_ours(pngs: list[bytes], shape: tuple[int, int, int]) -> int:
@@ -92,13 +92,13 @@ def tasks(files: list[bytes]) -> list[Task]:
     ]
     for size, mode in SMALL:
         square = (size, size)
-        pictures = [np.asarray(ImageOps.fit(Image.open(BytesIO(file)).convert(mode), square)) for file in files]
-        pngs, shape = [encode(pixels) for pixels in pictures], (len(mode), *square)
+        images = [np.asarray(ImageOps.fit(Image.open(BytesIO(file)).convert(mode), square)) for file in files]
+        pngs, shape = [encode(pixels) for pixels in images], (len(mode), *square)
         named = f"{size} px {mode}"
         encoders = {
-            "darkroom": partial(encode_ours, pictures),
-            "pillow": partial(encode_pillow, pictures),
-            "pillow, level 1": partial(encode_pillow, pictures, compress_level=1),
+            "darkroom": partial(encode_ours, images),
+            "pillow": partial(encode_pillow, images),
+            "pillow, level 1": partial(encode_pillow, images, compress_level=1),
         }
         decoders = {"darkroom": partial(decode_ours, pngs, shape), "pillow": partial(decode_pillow, pngs, shape)}
         found += [
@@ -109,15 +109,15 @@ def tasks(files: list[bytes]) -> list[Task]:
 
 
 def race(task: Task, rounds: int) -> dict[str, tuple[float, float]]:
-    """Pictures per second of one core, and bytes made per picture, of each contestant."""
+    """Images per second of one core, and bytes made per image, of each contestant."""
     seconds: dict[str, list[float]] = {name: [] for name in task.contestants}
     made = {}
     for _ in range(rounds):
         for name, run in task.contestants.items():
             began = time.thread_time()
-            made[name] = run() / task.pictures
+            made[name] = run() / task.images
             seconds[name].append(time.thread_time() - began)
-    return {name: (task.pictures / median(taken), made[name]) for name, taken in seconds.items()}
+    return {name: (task.images / median(taken), made[name]) for name, taken in seconds.items()}
 
 
 def main() -> None:
@@ -132,7 +132,7 @@ def main() -> None:
     if not files:
         raise SystemExit(f"no *.jpg in {args.photographs}: make some with benchmarks/photographs.py {args.photographs}")
     print(f"{len(files)} photographs, one core, median of {args.rounds}\n")
-    print(f"{'':30}{'':18}{'pictures/s':>12}{'bytes each':>12}{'darkroom is':>13}")
+    print(f"{'':30}{'':18}{'images/s':>12}{'bytes each':>12}{'darkroom is':>13}")
     table = {}
     for task in tasks(files):
         table[task.name] = rates = race(task, args.rounds)

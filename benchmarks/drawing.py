@@ -1,12 +1,12 @@
-"""How fast pictures are drawn: Darkroom, and pipelines of diffusers with the same weights, exported.
+"""How fast images are drawn: Darkroom, and pipelines of diffusers with the same weights, exported.
 
     python benchmarks/drawing.py --model runs/faces/final.safetensors
     python benchmarks/drawing.py --seconds 600
 
-Without a model, the default one is trained first, on Fashion-MNIST in 32×32, as ``quality.py`` does. First, pictures
-per second with the same network, sampler and steps. Then, with samplers of our own, the fewest steps whose pictures are
-no further from the real ones than those of DDIM with 50 steps in diffusers, and pictures per second of both. Distances
-are Fréchet distances on EfficientNet-Lite0's features at 64 px to all the real pictures; the floor is that of as many
+Without a model, the default one is trained first, on Fashion-MNIST in 32×32, as ``quality.py`` does. First, images
+per second with the same network, sampler and steps. Then, with samplers of our own, the fewest steps whose images are
+no further from the real ones than those of DDIM with 50 steps in diffusers, and images per second of both. Distances
+are Fréchet distances on EfficientNet-Lite0's features at 64 px to all the real images; the floor is that of as many
 real ones. Rates are measured in turns, on an otherwise idle machine, and the median counts. diffusers' pipelines run as
 they are loaded, and with weights loaded in bfloat16. What was measured lies in ``--scratch`` and is not measured again.
 """
@@ -36,7 +36,7 @@ from diffusion.generation.generate import sample
 from diffusion.process.samplers import SamplingConfig, sampling_config
 
 BATCH = 64
-"""Pictures that a pipeline draws at once, as many as Darkroom computes by default."""
+"""Images that a pipeline draws at once, as many as Darkroom computes by default."""
 THEIR_BEST = sampling_config(sampler="ddim", steps=50)
 SAME = (sampling_config(), THEIR_BEST)
 """How both sides draw alike: as we do by default, and as they do."""
@@ -49,7 +49,7 @@ class Contestant(Protocol):
     """Who draws."""
 
     def draw(self, count: int) -> np.ndarray:
-        """So many pictures, (N, C, H, W) uint8."""
+        """So many images, (N, C, H, W) uint8."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Kept:
 
 
 def rates(contestants: Mapping[str, Contestant], count: int, rounds: int) -> dict[str, list[float]]:
-    """Pictures per second of each, in so many turns, none of which is its first."""
+    """Images per second of each, in so many turns, none of which is its first."""
     for each in contestants.values():
         each.draw(BATCH)
     found: dict[str, list[float]] = {name: [] for name in contestants}
@@ -111,7 +111,7 @@ def rates(contestants: Mapping[str, Contestant], count: int, rounds: int) -> dic
 
 
 def trained(workspace: Path, seconds: float) -> Path:
-    """The default network after so many seconds, or as many pictures as an idle machine sees in them."""
+    """The default network after so many seconds, or as many images as an idle machine sees in them."""
     darkroom = Darkroom("darkroom", workspace, ())
     measure_rates([darkroom], seconds)
     return darkroom.train(0, round(rate_of(darkroom, seconds) * seconds))
@@ -131,7 +131,7 @@ class Race:
         return Theirs(self.model, config, TYPES[name], self.kept.folder)
 
     def rates(self, ours: SamplingConfig, theirs: SamplingConfig, count: int, rounds: int) -> dict[str, float]:
-        """Pictures per second of all, with so many pictures a turn."""
+        """Images per second of all, with so many images a turn."""
 
         def measure() -> dict[str, list[float]]:
             others = {name: self.theirs(theirs, name) for name in TYPES}
@@ -141,7 +141,7 @@ class Race:
         return {name: median(each) for name, each in self.kept(self.which | what, measure).items()}
 
     def distance(self, name: str, config: SamplingConfig, samples: int) -> float:
-        """Of so many pictures of the contestant called ``name``."""
+        """Of so many images of the contestant called ``name``."""
 
         def measure() -> float:
             contestant = Ours(self.model, config) if name == "Darkroom" else self.theirs(config, name)
@@ -168,15 +168,15 @@ def short(config: SamplingConfig) -> str:
 def tell(found: Mapping[str, float], words: Mapping[str, str]) -> None:
     for name, rate in found.items():
         ratio = "" if name == "Darkroom" else f"{found['Darkroom'] / rate:6.2f}×"
-        print(f"{name:16} {words[name]:36} {rate:8.1f} pictures/s {ratio}")
+        print(f"{name:16} {words[name]:36} {rate:8.1f} images/s {ratio}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="final.safetensors of Fashion-MNIST; default: one is trained")
     parser.add_argument("--seconds", type=float, default=600, help="of that training")
-    parser.add_argument("--samples", type=int, default=2048, help="pictures of which a distance is measured")
-    parser.add_argument("--count", type=int, default=256, help="pictures drawn in each turn; 64 for each core")
+    parser.add_argument("--samples", type=int, default=2048, help="images of which a distance is measured")
+    parser.add_argument("--count", type=int, default=256, help="images drawn in each turn; 64 for each core")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/quality"))
     args = parser.parse_args()
@@ -184,7 +184,7 @@ def main() -> None:
     workspace = workspace_of(args.scratch, None, 32)
     weights = args.model or trained(workspace, args.seconds)
     which = {"weights": sha256_file(weights), "threads": torch.get_num_threads()}
-    judge = Judge(Dataset.open(workspace / "data" / "pictures"), workspace)
+    judge = Judge(Dataset.open(workspace / "data" / "images"), workspace)
     race = Race(load_model(weights), judge, Kept(workspace / "drawing"), which)
     measured = partial(race.rates, count=args.count, rounds=args.rounds)
     for config in SAME:
@@ -194,7 +194,7 @@ def main() -> None:
 
     distances = {name: race.distance(name, THEIR_BEST, args.samples) for name in TYPES}
     best = race.fewest(distances["diffusers"], args.samples)
-    print(f"\n{args.samples} pictures, Fréchet distance; real ones have {judge.floor(args.samples):.0f}")
+    print(f"\n{args.samples} images, Fréchet distance; real ones have {judge.floor(args.samples):.0f}")
     if best is None:
         print(f"no sampler of ours comes to {distances['diffusers']:.0f} in {MOST_STEPS} steps")
         return

@@ -1,8 +1,8 @@
-"""How good pictures are for how many evaluations of the network: each sampler, and DDPM in a thousand steps.
+"""How good images are for how many evaluations of the network: each sampler, and DDPM in a thousand steps.
 
-    python benchmarks/evaluations.py runs/digits/final.safetensors data/digits --picture docs/pictures/evaluations.png
+    python benchmarks/evaluations.py runs/digits/final.safetensors data/digits --image docs/images/evaluations.png
 
-What counts is the Fréchet distance of the drawn pictures to all the real ones, as in ``quality.py``; the floor is that
+What counts is the Fréchet distance of the drawn images to all the real ones, as in ``quality.py``; the floor is that
 of as many real ones. The aim is ten evaluations within a tenth of a thousand steps of DDPM. What was measured lies in
 ``--scratch`` and is not measured again.
 """
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/quality/evaluations"))
-    parser.add_argument("--picture", type=Path, help="where to draw the curves (PNG)")
+    parser.add_argument("--image", type=Path, help="where to draw the curves (PNG)")
     args = parser.parse_args()
 
     model, dataset = load_model(args.model), Dataset.open(args.dataset)
@@ -45,8 +45,8 @@ def main() -> None:
         how = digest_of([config.model_dump(mode="json"), args.samples])[:8]
         kept = args.scratch / f"{drawn_by}-{config.sampler}{config.steps}-{how}.json"
         if not kept.is_file():
-            pictures = sample(model, range(args.samples), 0, config)
-            write_json(kept, {"fd": judge.distance(pictures.numpy())})
+            images = sample(model, range(args.samples), 0, config)
+            write_json(kept, {"fd": judge.distance(images.numpy())})
         return float(json.loads(kept.read_text())["fd"])
 
     curves = {
@@ -59,12 +59,12 @@ def main() -> None:
         for name in args.samplers
     }
     book, floor = distance(BY_THE_BOOK), judge.floor(args.samples)
-    print(f"{args.samples} pictures, Fréchet distance; DDPM in 1,000 steps {book:.0f}; real pictures {floor:.0f}\n")
+    print(f"{args.samples} images, Fréchet distance; DDPM in 1,000 steps {book:.0f}; real images {floor:.0f}\n")
     print("| evaluations |" + "".join(f" {count} |" for count in EVALUATIONS) + "\n|---|" + "---:|" * len(EVALUATIONS))
     for name, curve in curves.items():
         print(f"| {name} |" + "".join(f" {fd:.0f} |" for fd in curve.values()))
-    if args.picture:
-        args.picture.write_bytes(figure_png(drawn(curves, book, floor)))
+    if args.image:
+        args.image.write_bytes(figure_png(drawn(curves, book, floor)))
 
 
 def drawn(curves: dict[str, dict[int, float]], book: float, floor: float) -> Figure:
@@ -74,7 +74,7 @@ def drawn(curves: dict[str, dict[int, float]], book: float, floor: float) -> Fig
     for name, curve in curves.items():
         axes.plot(list(curve), list(curve.values()), marker="o", markersize=3, label=name)
     axes.axhline(book, color="black", linestyle="--", label="DDPM, 1,000 steps")
-    axes.axhline(floor, color="grey", linestyle=":", label="real pictures")
+    axes.axhline(floor, color="grey", linestyle=":", label="real images")
     axes.set(xlabel="evaluations of the network", ylabel="Fréchet distance", xscale="log", yscale="log")
     axes.set_xticks(EVALUATIONS, [str(count) for count in EVALUATIONS])
     axes.minorticks_off()

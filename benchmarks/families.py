@@ -1,4 +1,4 @@
-"""The page docs/comparison.md: each family trained for as long on the same pictures, and all of them side by side.
+"""The page docs/comparison.md: each family trained for as long on the same images, and all of them side by side.
 
     python benchmarks/families.py                          # Fashion-MNIST, ten minutes each: about an hour on two cores
     python benchmarks/families.py --source FOLDER --size 32 --minutes 30
@@ -24,13 +24,13 @@ from flows.config import load_params
 from flows.variants import family_variants
 
 PAGE = Path(__file__).parents[1] / "docs" / "comparison.md"
-PICTURES = PAGE.parent / "pictures" / "comparison"
+IMAGES = PAGE.parent / "images" / "comparison"
 COLUMNS = 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", default=f"idx:{FASHION}?split=train", help="of pictures; default: Fashion-MNIST")
+    parser.add_argument("--source", default=f"idx:{FASHION}?split=train", help="of images; default: Fashion-MNIST")
     parser.add_argument("--name", default="fashion", help="of the data set")
     parser.add_argument("--size", type=int, default=28)
     parser.add_argument("--minutes", type=float, default=10, help="that each is trained")
@@ -56,9 +56,9 @@ def main() -> None:
 
 def save(images: dict[str, Tensor]) -> None:
     """Lay out the images of each model, and real ones."""
-    PICTURES.mkdir(parents=True, exist_ok=True)
+    IMAGES.mkdir(parents=True, exist_ok=True)
     for name, each in images.items():
-        save_png(PICTURES / f"{name}.png", grid(each, COLUMNS))
+        save_png(IMAGES / f"{name}.png", grid(each, COLUMNS))
 
 
 def page(ranking: Ranking, dataset: Dataset, source: str, minutes: float) -> str:
@@ -69,19 +69,19 @@ def page(ranking: Ranking, dataset: Dataset, source: str, minutes: float) -> str
     return "\n\n".join(
         [
             "# The families, side by side",
-            f"{len(dataset):,} pictures of {dataset.manifest.size}×{dataset.manifest.size} (`{source}`), each family "
+            f"{len(dataset):,} images of {dataset.manifest.size}×{dataset.manifest.size} (`{source}`), each family "
             f"trained for {minutes:g} minutes with the settings that it has by default, on {cores()} cores "
-            f"({machine.device}, {machine.precision}), judged by {ranking.models[0].scores.samples:,} pictures "
+            f"({machine.device}, {machine.precision}), judged by {ranking.models[0].scores.samples:,} images "
             "of the same seed beside held-out ones, as it came out. `python benchmarks/families.py` makes this page, "
-            "and `darkroom compare` one of your own pictures.",
+            "and `darkroom compare` one of your own images.",
             "\n".join(f"- {each}" for each in findings(ranking)),
             _table(["", *names, "real"], rows),
-            "In brackets lies where 95 of 100 evaluations on as many other pictures would come out. A distance of real "
-            "pictures, training ones in the place of drawn ones, is as near as one can get. The VAE is by default the "
-            "autoencoder of latent diffusion, whose latents have a place for every 4×4 pixels: it brings pictures back "
+            "In brackets lies where 95 of 100 evaluations on as many other images would come out. A distance of real "
+            "images, training ones in the place of drawn ones, is as near as one can get. The VAE is by default the "
+            "autoencoder of latent diffusion, whose latents have a place for every 4×4 pixels: it brings images back "
             "well, and drawn from a Gaussian it knows nothing of what lies apart.",
-            *(f"## {name}\n\n![Drawn by {name}](pictures/comparison/{name}.png)" for name in names),
-            "## Real\n\n![Held-out pictures](pictures/comparison/real.png)\n",
+            *(f"## {name}\n\n![Drawn by {name}](images/comparison/{name}.png)" for name in names),
+            "## Real\n\n![Held-out images](images/comparison/real.png)\n",
         ]
     )
 

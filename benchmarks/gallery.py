@@ -1,4 +1,4 @@
-"""The gallery, docs/gallery.md: each task with its command and the picture it made, all by models trained here.
+"""The gallery, docs/gallery.md: each task with its command and the image it made, all by models trained here.
 
     python benchmarks/gallery.py --faces faces --emoji emoji
 
@@ -24,7 +24,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.generation.super_resolution import shrunk
 
 PAGE = Path(__file__).parents[1] / "docs" / "gallery.md"
-PICTURES = PAGE.parent / "pictures" / "gallery"
+IMAGES = PAGE.parent / "images" / "gallery"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Training:
     """Which of the sources."""
     size: int
     images: int
-    """Pictures to see."""
+    """Images to see."""
     settings: tuple[str, ...] = ()
 
     @property
@@ -56,13 +56,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Plate:
-    """A picture of the gallery."""
+    """An image of the gallery."""
 
     title: str
     words: str
     """What one sees, and which model made it."""
     command: Sequence[str]
-    """After ``darkroom``; its grid is the picture."""
+    """After ``darkroom``; its grid is the image."""
 
     @property
     def name(self) -> str:
@@ -126,7 +126,7 @@ PLATES = (
     ),
     Plate(
         "Inpainting",
-        "First the picture with its hole, then what may have been there; the rest keeps its pixels.",
+        "First the image with its hole, then what may have been there; the rest keeps its pixels.",
         (
             "edit",
             "inpaint",
@@ -144,12 +144,12 @@ PLATES = (
     ),
     Plate(
         "Variations",
-        "First the picture, then others like it: under noise, and out of it again.",
+        "First the image, then others like it: under noise, and out of it again.",
         ("edit", "img2img", "face.png", "--strength", "0.6", *SMALL, "--model", FACES.model),
     ),
     Plate(
         "Text-guided image to image",
-        "First the picture, then the same face as the words have it.",
+        "First the image, then the same face as the words have it.",
         (
             "edit",
             "img2img",
@@ -166,7 +166,7 @@ PLATES = (
     ),
     Plate(
         "The way between two seeds",
-        "From picture 0 of seed 3 to that of seed 7, on the great circle through their noise.",
+        "From image 0 of seed 3 to that of seed 7, on the great circle through their noise.",
         (
             "edit",
             "interpolate",
@@ -184,7 +184,7 @@ PLATES = (
     ),
     Plate(
         "Super-resolution",
-        "First the small picture, 16 by 16, then four ways in which it may have been large: a model of the same emoji.",
+        "First the small image, 16 by 16, then four ways in which it may have been large: a model of the same emoji.",
         ("edit", "upscale", "16.png", "--count", "4", "--set", "model.low_resolution=16", "--model", LARGE.model),
     ),
     Plate(
@@ -207,7 +207,7 @@ PLATES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faces", type=Path, required=True, help="a source of pictures with captions, 32 px or more")
+    parser.add_argument("--faces", type=Path, required=True, help="a source of images with captions, 32 px or more")
     parser.add_argument("--emoji", type=Path, required=True, help="another, 64 px or more")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/gallery"))
     args = parser.parse_args()
@@ -220,10 +220,10 @@ def main() -> None:
         darkroom(args.scratch, "ingest", "--local", words=[*words, f"training.dataset={training.source}"])
         print(json.dumps(darkroom(args.scratch, "train", "--local", words=training.words())), flush=True)
     _beginnings(args.scratch)
-    PICTURES.mkdir(parents=True, exist_ok=True)
+    IMAGES.mkdir(parents=True, exist_ok=True)
     for plate in PLATES:
         done = darkroom(args.scratch, *plate.command)
-        shutil.copyfile(args.scratch / done["grid"], PICTURES / f"{plate.name}.png")
+        shutil.copyfile(args.scratch / done["grid"], IMAGES / f"{plate.name}.png")
     PAGE.write_text(page())
 
 
@@ -241,8 +241,8 @@ def _beginnings(workspace: Path) -> None:
 
 def _held_out(data: Path) -> Tensor:
     dataset = Dataset.open(data)
-    [picture] = dataset.pictures(dataset.rows("held_out")[:1])
-    return picture
+    [image] = dataset.images(dataset.rows("held_out")[:1])
+    return image
 
 
 def page() -> str:
@@ -251,7 +251,7 @@ def page() -> str:
         "# Gallery\n\n"
         "Every task, its command, and what came of it, on two CPU cores. `python benchmarks/gallery.py --faces … "
         "--emoji …` trains the models and makes this page.\n\n"
-        "| model | pictures seen | settings |\n|---|---:|---|\n"
+        "| model | images seen | settings |\n|---|---:|---|\n"
     )
     models = "".join(
         f"| `{training.name}` | {training.images:,} of {training.size}×{training.size} | "
@@ -260,7 +260,7 @@ def page() -> str:
     )
     plates = (
         f"\n## {plate.title}\n\n{plate.words}\n\n```sh\ndarkroom {shlex.join(plate.command)}\n```\n\n"
-        f"![{plate.title}](pictures/gallery/{plate.name}.png)\n"
+        f"![{plate.title}](images/gallery/{plate.name}.png)\n"
         for plate in PLATES
     )
     return head + models + "".join(plates)

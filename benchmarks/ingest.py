@@ -1,4 +1,4 @@
-"""How fast pictures become shards of 64 px: Darkroom, img2dataset, and decoding alone, on the same pictures.
+"""How fast images become shards of 64 px: Darkroom, img2dataset, and decoding alone, on the same images.
 
     python benchmarks/ingest.py /tmp/photographs --peers-python /tmp/peers/bin/python
 
@@ -32,7 +32,7 @@ BARE = ("pillow", "draft", "ours")
 
 @dataclass(frozen=True)
 class Contestant:
-    """A command to be timed: ``start`` runs it in an empty folder and returns how many pictures came out."""
+    """A command to be timed: ``start`` runs it in an empty folder and returns how many images came out."""
 
     name: str
     start: Callable[[Path], int]
@@ -96,11 +96,11 @@ def decode_all(how: str, photographs: Path) -> int:
 
 
 def _pillow(path: Path, draft: bool) -> int:
-    picture = Image.open(BytesIO(path.read_bytes()))
+    image = Image.open(BytesIO(path.read_bytes()))
     if draft:  # lets libjpeg decode at a half, a quarter or an eighth, never below what is asked for
-        picture.draft("RGB", (SIZE, SIZE))
+        image.draft("RGB", (SIZE, SIZE))
     out = BytesIO()
-    ImageOps.fit(picture.convert("RGB"), (SIZE, SIZE), Image.Resampling.BICUBIC).save(out, "PNG")
+    ImageOps.fit(image.convert("RGB"), (SIZE, SIZE), Image.Resampling.BICUBIC).save(out, "PNG")
     return len(out.getbuffer())
 
 
@@ -112,7 +112,7 @@ def _ours(path: Path) -> int:
 
 
 def race(contestants: list[Contestant], count: int, runs: int) -> dict[str, float]:
-    """Pictures per second of each: ``count`` over the median of ``runs`` rounds in which all take turns."""
+    """Images per second of each: ``count`` over the median of ``runs`` rounds in which all take turns."""
     seconds: dict[str, list[float]] = {each.name: [] for each in contestants}
     for turn in range(runs):
         for each in contestants:
@@ -122,7 +122,7 @@ def race(contestants: list[Contestant], count: int, runs: int) -> dict[str, floa
             seconds[each.name].append(time.perf_counter() - started)
             shutil.rmtree(folder)
             if done != count:
-                raise SystemExit(f"{each.name} made {done} of {count} pictures")
+                raise SystemExit(f"{each.name} made {done} of {count} images")
             print(f"run {turn + 1}/{runs}  {each.name:24} {count / seconds[each.name][-1]:7.0f}/s", file=sys.stderr)
     return {name: count / median(taken) for name, taken in seconds.items()}
 
@@ -150,12 +150,12 @@ def main() -> None:
     rates = race(contestants, count, args.runs)
 
     fastest = max(rate for name, rate in rates.items() if name.startswith("darkroom"))
-    print(f"{count} pictures to {SIZE} px, median of {args.runs}, start included\n")
-    print(f"{'':24}{'pictures/s':>12}{'darkroom is':>14}")
+    print(f"{count} images to {SIZE} px, median of {args.runs}, start included\n")
+    print(f"{'':24}{'images/s':>12}{'darkroom is':>14}")
     for name, rate in rates.items():
         print(f"{name:24}{rate:12.0f}{fastest / rate:13.2f}×")
     if args.json:
-        table = {"pictures": count, "size": SIZE, "runs": args.runs, "per_second": rates}
+        table = {"images": count, "size": SIZE, "runs": args.runs, "per_second": rates}
         args.json.write_text(json.dumps(table, indent=2))
 
 

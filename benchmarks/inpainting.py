@@ -1,12 +1,12 @@
-"""How well holes are filled: Darkroom with a model trained for none of it, the mean picture, the nearest picture.
+"""How well holes are filled: Darkroom with a model trained for none of it, the mean image, the nearest image.
 
     python benchmarks/inpainting.py data/photographs runs/photographs/final.safetensors --of data/others
 
-A square of half the width is cut out of the middle of pictures: held-out ones, or with ``--of`` those of another data
-set, which neither the model nor the nearest picture can know. ``mean`` fills it with the mean of the training pictures,
-``nearest`` with that of the training picture most alike around it; the others are Darkroom's ways. What counts is the
-Fréchet distance to real pictures on EfficientNet-Lite0's features at 64 px, of whole pictures and of the hole with a
-border of two pixels. ``missed`` is how far the features of a filled picture lie from those of its own original, on
+A square of half the width is cut out of the middle of images: held-out ones, or with ``--of`` those of another data
+set, which neither the model nor the nearest image can know. ``mean`` fills it with the mean of the training images,
+``nearest`` with that of the training image most alike around it; the others are Darkroom's ways. What counts is the
+Fréchet distance to real images on EfficientNet-Lite0's features at 64 px, of whole images and of the hole with a
+border of two pixels. ``missed`` is how far the features of a filled image lie from those of its own original, on
 average.
 """
 
@@ -33,13 +33,13 @@ from diffusion.process.samplers import sampling_config
 SHOWN = 8
 BATCH = 64
 MOST_COMPARED = 20_000
-"""Training pictures among which the nearest is sought, and real ones that distances are to."""
+"""Training images among which the nearest is sought, and real ones that distances are to."""
 BORDER = 2
 """Pixels around the hole that are judged with it."""
 
 
 class Judge:
-    """Knows ``real`` pictures, (N, C, H, W) uint8, and the ``originals`` that were filled."""
+    """Knows ``real`` images, (N, C, H, W) uint8, and the ``originals`` that were filled."""
 
     def __init__(self, real: Tensor, originals: Tensor) -> None:
         self.extractor = EfficientNetLite0(FEATURES_AT)
@@ -58,20 +58,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--of", type=Path, help="a data set whose pictures get the holes")
+    parser.add_argument("--of", type=Path, help="a data set whose images get the holes")
     parser.add_argument("--count", type=int, default=512)
-    parser.add_argument("--picture", type=Path, help="where to draw some of the pictures, a row for each way (PNG)")
+    parser.add_argument("--image", type=Path, help="where to draw some of the images, a row for each way (PNG)")
     args = parser.parse_args()
 
     dataset, model = Dataset.open(args.dataset), load_model(args.model)
     assert isinstance(model, DiffusionModel)
-    training = dataset.pictures(dataset.rows("train")[:MOST_COMPARED])
+    training = dataset.images(dataset.rows("train")[:MOST_COMPARED])
     if args.of:
         others = Dataset.open(args.of)
-        real = others.pictures(others.rows("train")[:MOST_COMPARED])
+        real = others.images(others.rows("train")[:MOST_COMPARED])
         originals = real[: args.count]
     else:
-        real, originals = training, dataset.pictures(dataset.rows("held_out")[: args.count])
+        real, originals = training, dataset.images(dataset.rows("held_out")[: args.count])
     size = originals.shape[-1]
     hole = slice(size // 4, size - size // 4)
     kept = torch.ones(size, size, dtype=torch.bool)
@@ -90,10 +90,8 @@ def main() -> None:
     around = slice(hole.start - BORDER, hole.stop + BORDER)
     whole, inside = Judge(real, originals), Judge(real[..., around, around], originals[..., around, around])
     shown = [torch.where(kept, originals, torch.tensor(128, dtype=torch.uint8))[:SHOWN]]
-    print(f"{len(originals)} pictures")
-    print(
-        "| | whole: distance | missed | hole: distance | missed | seconds a picture |\n|---|---:|---:|---:|---:|---:|"
-    )
+    print(f"{len(originals)} images")
+    print("| | whole: distance | missed | hole: distance | missed | seconds an image |\n|---|---:|---:|---:|---:|---:|")
     for name, way in ways.items():
         began = time.perf_counter()
         filled = way()
@@ -104,8 +102,8 @@ def main() -> None:
             flush=True,
         )
         shown.append(filled[:SHOWN])
-    if args.picture:
-        save_png(args.picture, grid(torch.cat(shown), columns=SHOWN))
+    if args.image:
+        save_png(args.image, grid(torch.cat(shown), columns=SHOWN))
 
 
 def painted(
@@ -130,9 +128,9 @@ def painted(
     return to_uint8(torch.cat(filled))
 
 
-def nearest(pictures: Tensor, training: Tensor, kept: Tensor) -> Tensor:
-    """The number of the training picture that is nearest to each picture where it is ``kept``: (len(pictures),)."""
-    ours, theirs = (each[..., kept].flatten(1).float() for each in (pictures, training))
+def nearest(images: Tensor, training: Tensor, kept: Tensor) -> Tensor:
+    """The number of the training image that is nearest to each image where it is ``kept``: (len(images),)."""
+    ours, theirs = (each[..., kept].flatten(1).float() for each in (images, training))
     return torch.cat([torch.cdist(part, theirs).argmin(1) for part in ours.split(64)])
 
 

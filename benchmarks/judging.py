@@ -1,4 +1,4 @@
-"""What it takes to judge pictures once their features are known: seconds of each step, and the most memory.
+"""What it takes to judge images once their features are known: seconds of each step, and the most memory.
 
     python benchmarks/judging.py                # 10,000 samples against 60,000 references of 1,280 features
     python benchmarks/judging.py --scale 0.1    # a tenth of either, to see that it works
@@ -45,7 +45,7 @@ PIECE = 4096
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", type=float, default=1.0, help="of both numbers of pictures")
+    parser.add_argument("--scale", type=float, default=1.0, help="of both numbers of images")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--step", choices=("reference", "evaluation", "intervals"), help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)

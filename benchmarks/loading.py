@@ -1,10 +1,10 @@
-"""How fast pictures come out of PNG shards in random order: Darkroom, WebDataset and LitData, on the same pictures.
+"""How fast images come out of PNG shards in random order: Darkroom, WebDataset and LitData, on the same images.
 
     python benchmarks/loading.py --peers-python /tmp/peers/bin/python
 
-Two sets of 60,000 pictures: Fashion-MNIST padded to 32×32 (grey), and 64×64 cuts of photographs (RGB). Both become
+Two sets of 60,000 images: Fashion-MNIST padded to 32×32 (grey), and 64×64 cuts of photographs (RGB). Both become
 PNG shards by ``darkroom ingest --local``; WebDataset reads those shards, and LitData chunks of its own with the same
-PNGs in them. What counts is a batch of 128 pictures, (128, C, H, W) uint8, with their labels, in the hands of the
+PNGs in them. What counts is a batch of 128 images, (128, C, H, W) uint8, with their labels, in the hands of the
 training process; every contestant has two workers. Each runs in a process started fresh, all in turn, so that a slow
 minute of the machine hits all of them; the median of the runs counts. The first epoch includes opening the set,
 starting the workers and, for Darkroom, verifying the shards; not importing the libraries. A gigabyte of memory is
@@ -37,18 +37,18 @@ FLAT = 8.0
 """Cuts with a smaller deviation of brightness are sky or night, and many of them look the same: others are taken."""
 
 Epochs = Callable[[], Iterable[tuple[Any, Any]]]
-"""Called once for each epoch: its batches of pictures and labels."""
+"""Called once for each epoch: its batches of images and labels."""
 
 
 def fashion(folder: Path) -> dict[str, Any]:
-    """Write Fashion-MNIST's training pictures, padded to 32×32, as IDX files; returns how to ingest them."""
+    """Write Fashion-MNIST's training images, padded to 32×32, as IDX files; returns how to ingest them."""
     import numpy as np
 
     if not FASHION.is_dir():
         raise SystemExit(f"no Fashion-MNIST in {FASHION}: apt-get install dataset-fashion-mnist")
     with gzip.open(FASHION / "train-images-idx3-ubyte.gz") as packed:
-        pictures = np.frombuffer(packed.read()[16:], np.uint8).reshape(-1, 28, 28)[:COUNT]
-    padded = np.pad(pictures, ((0, 0), (2, 2), (2, 2)))
+        images = np.frombuffer(packed.read()[16:], np.uint8).reshape(-1, 28, 28)[:COUNT]
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))
     path = folder / "train-images-idx3-ubyte"
     path.write_bytes(struct.pack(">4I", 0x803, *padded.shape) + padded.tobytes())
     with gzip.open(FASHION / "train-labels-idx1-ubyte.gz") as packed:
@@ -87,10 +87,10 @@ SETS = {"32 px grey": fashion, "64 px RGB": cuts}
 def prepare(scratch: Path, name: str) -> Path:
     """The data set ``name``, ingested in a workspace of its own under ``scratch`` unless it is there already."""
     workspace = scratch / name.replace(" ", "-")
-    data = workspace / "data" / "pictures"
+    data = workspace / "data" / "images"
     if not (data / "manifest.json").is_file():
         workspace.mkdir(parents=True, exist_ok=True)
-        (workspace / "params.yaml").write_text("training:\n  dataset: pictures\n  images: 1\n")
+        (workspace / "params.yaml").write_text("training:\n  dataset: images\n  images: 1\n")
         settings = SETS[name](workspace)
         overrides = [word for key, value in settings.items() for word in ("--set", f"ingest.{key}={value}")]
         run([str(Path(sys.executable).with_name("darkroom")), "ingest", "--local", "--json", *overrides], workspace)
@@ -106,10 +106,10 @@ def samples(shard: str) -> Iterator[dict[str, Any]]:
     with tarfile.open(shard) as tar:
         members = iter(tar)
         for png, about in zip(members, members, strict=True):
-            picture, told = (tar.extractfile(member) for member in (png, about))
-            assert picture is not None
+            image, told = (tar.extractfile(member) for member in (png, about))
+            assert image is not None
             assert told is not None
-            yield {"picture": picture.read(), "label": int(json.load(told)["label"] or 0)}
+            yield {"image": image.read(), "label": int(json.load(told)["label"] or 0)}
 
 
 def optimize(data: Path) -> None:
@@ -138,7 +138,7 @@ def darkroom(data: Path) -> Callable[[], Epochs]:
         def epoch() -> Iterator[tuple[Any, Any]]:
             for _ in range(len(dataset) // BATCH):
                 batch = loader.batch(next(positions))
-                yield batch.pictures, dataset.classes(batch.rows, classes)
+                yield batch.images, dataset.classes(batch.rows, classes)
 
         return epoch
 
@@ -186,13 +186,13 @@ def litdata(data: Path) -> Callable[[], Epochs]:
     from litdata import StreamingDataLoader, StreamingDataset
     from torchvision.io import decode_image
 
-    class Pictures(StreamingDataset):  # type: ignore[misc]
+    class Images(StreamingDataset):  # type: ignore[misc]
         def __getitem__(self, index: Any) -> tuple[Any, int]:
             sample = super().__getitem__(index)
-            return decode_image(torch.frombuffer(bytearray(sample["picture"]), dtype=torch.uint8)), sample["label"]
+            return decode_image(torch.frombuffer(bytearray(sample["image"]), dtype=torch.uint8)), sample["label"]
 
     def start() -> Epochs:
-        dataset = Pictures(str(data.parent / "litdata"), shuffle=True, seed=0)
+        dataset = Images(str(data.parent / "litdata"), shuffle=True, seed=0)
         loader = StreamingDataLoader(dataset, batch_size=BATCH, num_workers=WORKERS, persistent_workers=True)
         return lambda: loader
 
@@ -203,16 +203,16 @@ CONTESTANTS = {"darkroom": darkroom, "webdataset": webdataset, "litdata": litdat
 
 
 def measure(start: Callable[[], Epochs]) -> list[float]:
-    """Pictures per second of each epoch."""
+    """Images per second of each epoch."""
     rates = []
     began = time.perf_counter()
     epoch = start()
     for _ in range(EPOCHS):
         count = 0
-        for pictures, labels in epoch():
-            assert len(pictures) == len(labels)
-            assert pictures.ndim == 4
-            count += len(pictures)
+        for images, labels in epoch():
+            assert len(images) == len(labels)
+            assert images.ndim == 4
+            count += len(images)
         now = time.perf_counter()
         rates.append(count / (now - began))
         began = now
@@ -227,7 +227,7 @@ def run(command: list[str], folder: Path | None = None) -> bytes:
 
 
 def race(data: Path, pythons: dict[str, str], runs: int) -> dict[str, list[float]]:
-    """Pictures per second of each contestant by epoch: medians of ``runs`` rounds in which all take turns."""
+    """Images per second of each contestant by epoch: medians of ``runs`` rounds in which all take turns."""
     rates: dict[str, list[list[float]]] = {name: [] for name in pythons}
     for turn in range(runs):
         for name, python in pythons.items():
@@ -271,7 +271,7 @@ def report(args: argparse.Namespace, scratch: Path) -> None:
         if args.peers_python and not (data.parent / "litdata" / "index.json").is_file():
             run([pythons["litdata"], __file__, "--optimize", str(data)])
         table[name] = rates = race(data, pythons, args.runs)
-        print(f"\n{name}, pictures/s, median of {args.runs}")
+        print(f"\n{name}, images/s, median of {args.runs}")
         print(f"{'':12}{'first epoch':>14}{'darkroom is':>14}{'second epoch':>14}{'darkroom is':>14}")
         for each, found in rates.items():
             columns = zip(found, rates["darkroom"], strict=True)

@@ -1,4 +1,4 @@
-"""Cut many pictures of about 500 pixels out of the large photographs that Debian packages.
+"""Cut many images of about 500 pixels out of the large photographs that Debian packages.
 
     python benchmarks/photographs.py /tmp/photographs --count 4000 --side 500
 
@@ -35,7 +35,7 @@ def photographs(folders: list[Path]) -> list[Path]:
 
 
 def default_folders() -> list[Path]:
-    """Those of the Debian packages, and scikit-image's own pictures if it is installed."""
+    """Those of the Debian packages, and scikit-image's own images if it is installed."""
     skimage = find_spec("skimage")
     bundled = [Path(skimage.origin).parent / "data"] if skimage and skimage.origin else []
     return [*FOLDERS, *bundled]
@@ -71,7 +71,7 @@ def main() -> None:
         for number in numbers[index :: len(sources)]:
             cut(photograph, args.side, rng).save(args.out / f"{number:06d}.jpg", quality=QUALITY)
     size = sum(path.stat().st_size for path in args.out.glob("*.jpg"))
-    print(f"{args.count} pictures, {size / 2**20:.0f} MiB, of {len(sources)} photographs in {args.out}")
+    print(f"{args.count} images, {size / 2**20:.0f} MiB, of {len(sources)} photographs in {args.out}")
 
 
 if __name__ == "__main__":

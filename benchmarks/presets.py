@@ -1,4 +1,4 @@
-"""What the presets take: parameters, work, and pictures per second of training on this machine.
+"""What the presets take: parameters, work, and images per second of training on this machine.
 
 python benchmarks/presets.py
 """
@@ -20,7 +20,7 @@ SHAPES = ((1, 32, 32), (3, 64, 64))
 
 
 def rate(config: ModelConfig, shape: tuple[int, int, int], batch: int, seconds: float) -> float:
-    """Pictures per second, forward and backward, on all cores."""
+    """Images per second, forward and backward, on all cores."""
     torch.set_num_threads(cores())
     network = UNet(config, shape[0], shape[1]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(batch, *shape).contiguous(memory_format=torch.channels_last)
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=10)
     args = parser.parse_args()
-    print("| preset | pictures | parameters | GFLOP a picture, forward and backward | pictures/s |")
+    print("| preset | images | parameters | GFLOP an image, forward and backward | images/s |")
     print("|---|---|---:|---:|---:|")
     for name in get_args(PresetName):
         config = ModelConfig.model_validate(preset(name)["model"])
@@ -49,8 +49,8 @@ def main() -> None:
                 count = sum(p.numel() for p in UNet(config, shape[0], shape[1]).parameters())
             work = count_flops(config, shape, 0) / 1e9
             speed = rate(config, shape, args.batch, args.seconds)
-            picture = f"{shape[2]}×{shape[1]}×{shape[0]}"
-            print(f"| {name} | {picture} | {count / 1e6:.2f} M | {work:.2f} | {speed:.1f} |", flush=True)
+            image = f"{shape[2]}×{shape[1]}×{shape[0]}"
+            print(f"| {name} | {image} | {count / 1e6:.2f} M | {work:.2f} | {speed:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""How good pictures are after ten minutes of training: Darkroom, diffusers and denoising-diffusion-pytorch.
+"""How good images are after ten minutes of training: Darkroom, diffusers and denoising-diffusion-pytorch.
 
     python benchmarks/quality.py --trainers-python /tmp/trainers/bin/python
-    python benchmarks/quality.py --trainers-python … --pictures FOLDER --samples 1024 --seeds 1
+    python benchmarks/quality.py --trainers-python … --images FOLDER --samples 1024 --seeds 1
 
-First, on an otherwise idle machine, it measures how many pictures each trains on per second, each alone, taking turns;
-from then on ten minutes are that many pictures, and what else the machine does makes no difference. Then each trains
-on the same pictures and draws as many. What counts is the Fréchet distance to all the real pictures, on
+First, on an otherwise idle machine, it measures how many images each trains on per second, each alone, taking turns;
+from then on ten minutes are that many images, and what else the machine does makes no difference. Then each trains
+on the same images and draws as many. What counts is the Fréchet distance to all the real images, on
 EfficientNet-Lite0's features at 64 px; the floor is that of as many real ones. What was measured lies in ``--scratch``
 under a name of its own and is not measured again: kill it, and go on.
 """
@@ -44,7 +44,7 @@ GAP = 20
 ROUNDS = 3
 """Times that each rate is measured."""
 ON_THE_WAY = 512
-"""Pictures drawn of the first seed before its end, for the curve."""
+"""Images drawn of the first seed before its end, for the curve."""
 CHECKPOINTS = 6
 """The default: the curve has a point at each second one."""
 
@@ -53,11 +53,11 @@ CHECKPOINTS = 6
 class Drawn:
     """What a contestant made of its time."""
 
-    pictures: np.ndarray
+    images: np.ndarray
     """(N, C, H, W) uint8."""
     figures: dict[str, Any]
     on_the_way: dict[int, np.ndarray]
-    """Pictures drawn after so many images, before the end."""
+    """Images drawn after so many images, before the end."""
 
 
 class Contestant(Protocol):
@@ -71,7 +71,7 @@ class Contestant(Protocol):
         """What the files of its results begin with."""
 
     def rate(self, seconds: float) -> float:
-        """Pictures per second of training that takes ``seconds``, with all that belongs to it."""
+        """Images per second of training that takes ``seconds``, with all that belongs to it."""
 
     def work(self, seed: int, images: int, samples: int, curve: bool) -> Drawn:
         """Train on so many ``images`` and draw ``samples``; for a ``curve`` also on the way."""
@@ -118,12 +118,12 @@ class Darkroom:
 
         checkpoints = sorted((final.parent / "checkpoints").glob("*.safetensors"))[1:-1:2] if curve else []
         began = time.perf_counter()
-        pictures = drawn(final, samples)
+        generated = drawn(final, samples)
         figures = {
             "parameters": sum(each.numel() for each in load_model(final).network.parameters()),
             "drawing_seconds": time.perf_counter() - began,
         }
-        return Drawn(pictures, figures, {int(path.stem): drawn(path, ON_THE_WAY) for path in checkpoints})
+        return Drawn(generated, figures, {int(path.stem): drawn(path, ON_THE_WAY) for path in checkpoints})
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Peer:
 
     def rate(self, seconds: float) -> float:
         """Of its steps alone: nothing belongs to it but steps."""
-        return float(self._trainers("--rate", 12)["pictures_per_second"])
+        return float(self._trainers("--rate", 12)["images_per_second"])
 
     def work(self, seed: int, images: int, samples: int, curve: bool) -> Drawn:
         """Train, and draw with its own sampler."""
@@ -150,12 +150,12 @@ class Peer:
         if curve:
             options += ["--on-the-way", ON_THE_WAY]
         figures = self._trainers(*options)
-        pictures = {int(path.stem): np.load(path) for path in folder.glob("*.npy")}
-        return Drawn(pictures.pop(images), figures, pictures)
+        generated = {int(path.stem): np.load(path) for path in folder.glob("*.npy")}
+        return Drawn(generated.pop(images), figures, generated)
 
     def _trainers(self, *options: object) -> dict[str, Any]:
         script = Path(__file__).with_name("trainers.py")
-        command = [self.python, script, self.name, self.workspace / "pictures.npy", *map(str, options)]
+        command = [self.python, script, self.name, self.workspace / "images.npy", *map(str, options)]
         done: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
         return done
 
@@ -168,41 +168,41 @@ def darkroom(workspace: Path, *verb: str, words: Sequence[str] = ()) -> dict[str
 
 
 def workspace_of(scratch: Path, source: Path | None, size: int) -> Path:
-    """A workspace with the pictures of ``source``, and all of them in one array for the peers; None: Fashion-MNIST."""
+    """A workspace with the images of ``source``, and all of them in one array for the peers; None: Fashion-MNIST."""
     workspace = scratch / f"{source.stem}-{size}" if source else prepare(scratch, "32 px grey").parents[1]
     if source and not (workspace / "data").exists():
         workspace.mkdir(parents=True, exist_ok=True)
-        (workspace / "params.yaml").write_text("training:\n  dataset: pictures\n")
+        (workspace / "params.yaml").write_text("training:\n  dataset: images\n")
         darkroom(workspace, "ingest", "--local", words=[f"ingest.source={source.resolve()}", f"ingest.size={size}"])
-    if not (workspace / "pictures.npy").is_file():
-        dataset = Dataset.open(workspace / "data" / "pictures")
-        np.save(workspace / "pictures.npy", dataset.pictures(np.arange(len(dataset))).numpy())
+    if not (workspace / "images.npy").is_file():
+        dataset = Dataset.open(workspace / "data" / "images")
+        np.save(workspace / "images.npy", dataset.images(np.arange(len(dataset))).numpy())
     return workspace
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainers-python", type=Path, help="Python of the peers' venv (trainers.txt); none: no peers")
-    parser.add_argument("--pictures", type=Path, help="a source to train on; default: Fashion-MNIST, padded to 32×32")
-    parser.add_argument("--size", type=int, default=64, help="of its pictures")
+    parser.add_argument("--images", type=Path, help="a source to train on; default: Fashion-MNIST, padded to 32×32")
+    parser.add_argument("--size", type=int, default=64, help="of its images")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/quality"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of Darkroom's")
     parser.add_argument("--name", default="darkroom", help="what to call Darkroom with those settings")
-    parser.add_argument("--picture", type=Path, help="where to draw the curve over minutes (PNG), and NAME_grids")
+    parser.add_argument("--image", type=Path, help="where to draw the curve over minutes (PNG), and NAME_grids")
     args = parser.parse_args()
 
-    workspace = workspace_of(args.scratch, args.pictures, args.size)
+    workspace = workspace_of(args.scratch, args.images, args.size)
     contestants: list[Contestant] = [Darkroom(args.name, workspace, tuple(args.set))]
     if args.trainers_python:
         contestants += [Peer(name, workspace, args.trainers_python) for name in PEERS]
-    judge = Judge(Dataset.open(workspace / "data" / "pictures"), workspace)
+    judge = Judge(Dataset.open(workspace / "data" / "images"), workspace)
     measure_rates(contestants, args.seconds)
     for seed in range(args.seeds):
         for contestant in contestants:
-            race(contestant, seed, judge, args.seconds, args.samples, curve=seed == 0 and args.picture is not None)
+            race(contestant, seed, judge, args.seconds, args.samples, curve=seed == 0 and args.image is not None)
     tell(contestants, judge, args)
 
 
@@ -211,24 +211,24 @@ def measure_rates(contestants: Sequence[Contestant], seconds: float) -> None:
     missing = [each for each in contestants if not _rate_file(each, seconds).is_file()]
     rounds = [[each.rate(seconds) for each in missing] for _ in range(ROUNDS)]
     for contestant, rates in zip(missing, zip(*rounds, strict=True), strict=True):
-        write_json(_rate_file(contestant, seconds), {"pictures_per_second": median(rates), "measured": rates})
-        print(f"{contestant.name}: {median(rates):.1f} pictures/s", flush=True)
+        write_json(_rate_file(contestant, seconds), {"images_per_second": median(rates), "measured": rates})
+        print(f"{contestant.name}: {median(rates):.1f} images/s", flush=True)
 
 
 def race(contestant: Contestant, seed: int, judge: "Judge", seconds: float, samples: int, curve: bool = False) -> None:
-    """Let ``contestant`` train and draw, and write down how far its pictures are from real ones."""
+    """Let ``contestant`` train and draw, and write down how far its images are from real ones."""
     measured = result_of(contestant, seconds, samples, seed)
     if measured.is_file():
         return
     images = round(rate_of(contestant, seconds) * seconds)
     drawn = contestant.work(seed, images, samples, curve)
-    on_the_way = drawn.on_the_way | ({images: drawn.pictures[:ON_THE_WAY]} if curve else {})
+    on_the_way = drawn.on_the_way | ({images: drawn.images[:ON_THE_WAY]} if curve else {})
     figures = drawn.figures | {
         "images": images,
-        "fd": judge.distance(drawn.pictures),
+        "fd": judge.distance(drawn.images),
         "curve": {at / images * seconds / 60: judge.distance(each) for at, each in sorted(on_the_way.items())},
     }
-    save_png(measured.with_suffix(".png"), grid(torch.from_numpy(drawn.pictures[:SHOWN])))
+    save_png(measured.with_suffix(".png"), grid(torch.from_numpy(drawn.images[:SHOWN])))
     write_json(measured, figures)
     print(measured.stem, json.dumps(figures), flush=True)
 
@@ -236,7 +236,7 @@ def race(contestant: Contestant, seed: int, judge: "Judge", seconds: float, samp
 def tell(contestants: list[Contestant], judge: "Judge", args: argparse.Namespace) -> None:
     """Print the table, and draw the curve if there is to be one."""
     floor = judge.floor(args.samples)
-    print(f"\n{args.seconds:g} s of training, {args.samples} pictures, Fréchet distance; real ones have {floor:.0f}\n")
+    print(f"\n{args.seconds:g} s of training, {args.samples} images, Fréchet distance; real ones have {floor:.0f}\n")
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for contestant in contestants:
@@ -247,17 +247,17 @@ def tell(contestants: list[Contestant], judge: "Judge", args: argparse.Namespace
         fds = [each["fd"] for each in found]
         spread = f"± {stdev(fds):.0f}" if len(fds) > 1 else ""
         rate, parameters = rate_of(contestant, args.seconds), found[0]["parameters"] / 1e6
-        print(f"{contestant.name:32} {mean(fds):7.0f} {spread:7} {rate:6.0f} pictures/s {parameters:6.2f} M")
+        print(f"{contestant.name:32} {mean(fds):7.0f} {spread:7} {rate:6.0f} images/s {parameters:6.2f} M")
         curve = {float(minutes): fd for minutes, fd in found[0]["curve"].items()}
         axes.plot(list(curve), list(curve.values()), marker="o", label=contestant.name)
-    axes.axhline(judge.floor(ON_THE_WAY), color="grey", linestyle=":", label="real pictures")
-    axes.set(xlabel="minutes of training", ylabel=f"Fréchet distance, {ON_THE_WAY} pictures", yscale="log")
+    axes.axhline(judge.floor(ON_THE_WAY), color="grey", linestyle=":", label="real images")
+    axes.set(xlabel="minutes of training", ylabel=f"Fréchet distance, {ON_THE_WAY} images", yscale="log")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    if args.picture:
-        args.picture.write_bytes(figure_png(figure))
+    if args.image:
+        args.image.write_bytes(figure_png(figure))
         grids = [result_of(each, args.seconds, args.samples, 0).with_suffix(".png") for each in contestants]
-        side_by_side(grids).save(args.picture.with_stem(f"{args.picture.stem}_grids"))
+        side_by_side(grids).save(args.image.with_stem(f"{args.image.stem}_grids"))
 
 
 def side_by_side(paths: Sequence[Path]) -> Image.Image:
@@ -271,20 +271,20 @@ def side_by_side(paths: Sequence[Path]) -> Image.Image:
 
 
 class Judge:
-    """Knows the real pictures of ``dataset``, and keeps their features in ``folder``."""
+    """Knows the real images of ``dataset``, and keeps their features in ``folder``."""
 
     def __init__(self, dataset: Dataset, folder: Path) -> None:
         self.extractor = EfficientNetLite0(FEATURES_AT)
         kept = folder / f"features-{dataset.manifest.content_digest[:16]}.npy"
         if not kept.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            np.save(kept, self.extractor(dataset.pictures(np.arange(len(dataset)))).numpy())
+            np.save(kept, self.extractor(dataset.images(np.arange(len(dataset)))).numpy())
         self.real = np.load(kept)
         self.moments = fid_features_to_statistics(torch.from_numpy(self.real))
 
-    def distance(self, pictures: np.ndarray) -> float:
-        """Fréchet distance of ``pictures`` (N, C, H, W) from the real ones."""
-        return self._distance(self.extractor(torch.from_numpy(pictures)))
+    def distance(self, images: np.ndarray) -> float:
+        """Fréchet distance of ``images`` (N, C, H, W) from the real ones."""
+        return self._distance(self.extractor(torch.from_numpy(images)))
 
     def floor(self, count: int) -> float:
         """That of so many real ones."""
@@ -297,8 +297,8 @@ class Judge:
 
 
 def rate_of(contestant: Contestant, seconds: float) -> float:
-    """Pictures per second, as it was measured."""
-    return float(json.loads(_rate_file(contestant, seconds).read_text())["pictures_per_second"])
+    """Images per second, as it was measured."""
+    return float(json.loads(_rate_file(contestant, seconds).read_text())["images_per_second"])
 
 
 def _rate_file(contestant: Contestant, seconds: float) -> Path:

@@ -1,4 +1,4 @@
-"""How recognisable a model's pictures are to a classifier trained on the real ones, class by class.
+"""How recognisable a model's images are to a classifier trained on the real ones, class by class.
 
     python benchmarks/recognisable.py data/digits runs/digits/final.safetensors
 
@@ -34,7 +34,7 @@ def classifier(channels: int, size: int, classes: int) -> nn.Sequential:
 def train_classifier(data: Dataset, epochs: int) -> nn.Sequential:
     torch.manual_seed(0)
     rows = data.rows("train")
-    x, y = to_float(data.pictures(rows)), data.classes(rows, data.manifest.labels)
+    x, y = to_float(data.images(rows)), data.classes(rows, data.manifest.labels)
     network = classifier(*data.shape[:2], len(data.manifest.labels))
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * (len(rows) // 64))
@@ -49,9 +49,9 @@ def train_classifier(data: Dataset, epochs: int) -> nn.Sequential:
 
 
 @torch.inference_mode()
-def verdict(network: nn.Sequential, pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Confidence and class of each picture."""
-    probabilities = torch.cat([network(part).softmax(1) for part in to_float(pictures).split(100)])
+def verdict(network: nn.Sequential, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence and class of each image."""
+    probabilities = torch.cat([network(part).softmax(1) for part in to_float(images).split(100)])
     confidence, label = probabilities.max(1)
     return confidence, label
 
@@ -69,12 +69,12 @@ def main() -> None:
     labels = data.manifest.labels
     network = train_classifier(data, arguments.epochs)
     held_out = data.rows("held_out")
-    real = data.pictures(held_out)
+    real = data.images(held_out)
     drawn = sample(load_model(arguments.model), range(arguments.count), arguments.seed, sampling_config())
     accuracy = (verdict(network, real)[1] == data.classes(held_out, labels)).float().mean().item()
-    print(f"classifier: {accuracy:.1%} of {len(real)} held-out pictures right")
-    for name, pictures in (("held-out pictures", real), ("samples", drawn)):
-        confidence, label = verdict(network, pictures)
+    print(f"classifier: {accuracy:.1%} of {len(real)} held-out images right")
+    for name, images in (("held-out images", real), ("samples", drawn)):
+        confidence, label = verdict(network, images)
         shares = torch.bincount(label, minlength=len(labels)) / len(label)
         sure = (confidence >= CONFIDENCE).float().mean().item()
         classes = ", ".join(f"{k} {share:.1%}" for k, share in zip(labels, shares.tolist(), strict=True))

@@ -1,12 +1,12 @@
-"""Whether pictures drawn for a caption show what it says: how often the caption is found by the picture.
+"""Whether images drawn for a caption show what it says: how often the caption is found by the image.
 
-    python benchmarks/retrieval.py --pictures emoji --minutes 30
+    python benchmarks/retrieval.py --images emoji --minutes 30
 
-Trains a network that is told captions, and draws one picture for each of two lists of them: every eighth that it was
-trained on, and those of the held-out pictures, which it never saw. A reader of pictures, which was trained on real
-pictures of neither, then says for each drawn picture which caption of the list is likeliest, and the same for the real
-picture of each. It is a ridge regression from EfficientNet-Lite0's features to the captions' embeddings, by cosine. The
-aim is half of what real pictures reach.
+Trains a network that is told captions, and draws one image for each of two lists of them: every eighth that it was
+trained on, and those of the held-out images, which it never saw. A reader of images, which was trained on real
+images of neither, then says for each drawn image which caption of the list is likeliest, and the same for the real
+image of each. It is a ridge regression from EfficientNet-Lite0's features to the captions' embeddings, by cosine. The
+aim is half of what real images reach.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from flows.config import load_params
 FEATURES_AT = 128
 RANKS = (1, 5, 10)
 PENALTIES = tuple(10.0**power for power in range(-2, 5))
-"""Of the ridge regression; that counts which serves best the tenth of the training pictures kept back for it."""
+"""Of the ridge regression; that counts which serves best the tenth of the training images kept back for it."""
 TOLD = 8
 """Of so many captions that the network is trained on, one is asked for again, and kept from the reader."""
 SHOWN = (
@@ -44,12 +44,12 @@ SHOWN = (
     "crying face",
     "yellow flower",
 )
-"""Prompts whose pictures are laid out to be looked at, a row each."""
+"""Prompts whose images are laid out to be looked at, a row each."""
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """Pictures and what they show."""
+    """Images and what they show."""
 
     rows: np.ndarray
     """Of the data set."""
@@ -62,7 +62,7 @@ class Captioned:
 
 @dataclass(frozen=True)
 class Reader:
-    """From features of pictures to what a caption of them would mean."""
+    """From features of images to what a caption of them would mean."""
 
     mean: Tensor
     weights: Tensor
@@ -86,7 +86,7 @@ class Reader:
         return cls(mean, torch.linalg.solve(gram, x.T @ (meanings - meanings.mean(0)).double() / len(x)).float())
 
     def ranks(self, features: Tensor, meanings: Tensor) -> Tensor:
-        """How many of ``meanings`` are likelier than its own for each of the pictures with ``features``: (N,)."""
+        """How many of ``meanings`` are likelier than its own for each of the images with ``features``: (N,)."""
         said = normalize((features - self.mean) @ self.weights, dim=1)
         likeness = said @ normalize(meanings - meanings.mean(0), dim=1).T
         return (likeness > likeness.diagonal()[:, None]).sum(1)
@@ -94,28 +94,28 @@ class Reader:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=Path, required=True, help="a source with captions")
+    parser.add_argument("--images", type=Path, required=True, help="a source with captions")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=30, help="of training")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting")
-    parser.add_argument("--model", type=Path, help="a model trained on the same pictures, instead of training one")
+    parser.add_argument("--model", type=Path, help="a model trained on the same images, instead of training one")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/quality"))
-    parser.add_argument("--picture", type=Path, help="where to draw a row of pictures for some prompts (PNG)")
+    parser.add_argument("--image", type=Path, help="where to draw a row of images for some prompts (PNG)")
     args = parser.parse_args()
 
-    workspace = workspace_of(args.scratch, args.pictures, args.size)
+    workspace = workspace_of(args.scratch, args.images, args.size)
     settings = ["model.text=true", f"sampling.guidance={args.guidance}", *args.set]
     path = args.model or trained(workspace, [*settings, f"training.minutes={args.minutes}"])
     sampling = load_params(workspace / "params.yaml", settings).sampling
-    model, dataset = load_model(path), Dataset.open(workspace / "data" / "pictures")
+    model, dataset = load_model(path), Dataset.open(workspace / "data" / "images")
 
     train, held_out = (_captioned(dataset, split) for split in ("train", "held_out"))
     told = Captioned(train.rows[::TOLD], train.texts[::TOLD])
     extractor = EfficientNetLite0(FEATURES_AT)
 
     def features(captioned: Captioned) -> Tensor:
-        return extractor(dataset.pictures(captioned.rows))
+        return extractor(dataset.images(captioned.rows))
 
     read = np.arange(len(train.rows)) % TOLD != 0
     reader = Reader.trained(features(train)[torch.from_numpy(read)], train.meanings()[torch.from_numpy(read)])
@@ -123,19 +123,19 @@ def main() -> None:
         prompts = tuple(captioned.texts)
         drawn = extractor(sample(model, range(len(prompts)), 0, sampling, conditions=Conditions(prompts=prompts)))
         shuffled = torch.from_numpy(np.random.default_rng(0).permutation(len(prompts)))
-        pictures = {
-            "real pictures": features(captioned),
-            "drawn pictures": drawn,
+        images = {
+            "real images": features(captioned),
+            "drawn images": drawn,
             "drawn for another caption": drawn[shuffled],
         }
-        found = {name: reader.ranks(each, captioned.meanings()) for name, each in pictures.items()}
+        found = {name: reader.ranks(each, captioned.meanings()) for name, each in images.items()}
         print(table(f"{len(prompts)} captions {title}", found))
-    if args.picture:
-        show(args.picture, sample(model, range(8 * len(SHOWN)), 0, sampling, conditions=Conditions(prompts=SHOWN)))
+    if args.image:
+        show(args.image, sample(model, range(8 * len(SHOWN)), 0, sampling, conditions=Conditions(prompts=SHOWN)))
 
 
 def table(title: str, found: dict[str, Tensor]) -> str:
-    """How often the right caption is among the first, of the ranks ``found`` (N,) of each kind of pictures."""
+    """How often the right caption is among the first, of the ranks ``found`` (N,) of each kind of images."""
     lines = [
         f"\n| {title}; the right one is among the first |" + "".join(f" {rank} |" for rank in RANKS) + " median rank |"
     ]
@@ -167,10 +167,10 @@ def _captioned(dataset: Dataset, split: str) -> Captioned:
     return Captioned(np.array(list(first.values())), list(first))
 
 
-def show(path: Path, pictures: Tensor) -> None:
-    """Lay out ``pictures``, which show SHOWN in turns, a row for each of those."""
-    order = torch.arange(len(pictures)).view(-1, len(SHOWN)).T.flatten()
-    save_png(path, grid(pictures[order], columns=len(pictures) // len(SHOWN)))
+def show(path: Path, images: Tensor) -> None:
+    """Lay out ``images``, which show SHOWN in turns, a row for each of those."""
+    order = torch.arange(len(images)).view(-1, len(SHOWN)).T.flatten()
+    save_png(path, grid(images[order], columns=len(images) // len(SHOWN)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How near each sampler comes to the exact picture of each start, in how many evaluations of the network.
+"""How near each sampler comes to the exact image of each start, in how many evaluations of the network.
 
     python benchmarks/samplers.py runs/digits/final.safetensors
 
-Prints the root of the mean squared distance (pictures reach from −1 to 1), averaged over pictures.
+Prints the root of the mean squared distance (images reach from −1 to 1), averaged over images.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CONTESTANTS = {
     "unipc, order 3": sampling_config(sampler="unipc", order=3),
 }
 EXACT = 300
-"""Steps of DPM-Solver++ after which its picture counts as exact."""
+"""Steps of DPM-Solver++ after which its image counts as exact."""
 
 
 def distance(one: Tensor, other: Tensor) -> float:

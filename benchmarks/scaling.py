@@ -1,6 +1,6 @@
-"""Does an ingest of ten times the pictures take ten times as long, and no more memory?
+"""Does an ingest of ten times the images take ten times as long, and no more memory?
 
-    python benchmarks/scaling.py --counts 10000 100000 1000000 --picture docs/pictures/ingest_scaling.png
+    python benchmarks/scaling.py --counts 10000 100000 1000000 --image docs/images/ingest_scaling.png
 
 For each count, a tar of small random PNGs, all different, is written to a scratch folder and ingested by the command
 ``darkroom ingest --local``, started fresh. Memory is the most that the command and all its processes held at once: the
@@ -51,13 +51,13 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def measure(count: int, runner: str, workers: int, scratch: Path) -> dict[str, Any]:
-    """Ingest ``count`` pictures in a workspace under ``scratch``; returns seconds and MiB."""
+    """Ingest ``count`` images in a workspace under ``scratch``; returns seconds and MiB."""
     folder = Path(tempfile.mkdtemp(prefix=f"scaling-{count}-", dir=scratch))
     try:
-        write_tar(folder / "pictures.tar", count)
-        (folder / "params.yaml").write_text("training:\n  dataset: pictures\n  images: 1\n")
+        write_tar(folder / "images.tar", count)
+        (folder / "params.yaml").write_text("training:\n  dataset: images\n  images: 1\n")
         settings = {
-            "source": "pictures.tar",
+            "source": "images.tar",
             "size": SIDE,
             "runner": runner,
             "workers": workers,
@@ -74,8 +74,8 @@ def measure(count: int, runner: str, workers: int, scratch: Path) -> dict[str, A
             raise SystemExit(f"{' '.join(command)} failed:\n{(folder / 'log').read_text()[-2000:]}")
         kept = json.loads((folder / "out").read_text())["kept"]
         if kept != count:
-            raise SystemExit(f"{kept} of {count} pictures were kept")
-        return {"pictures": count, "seconds": round(seconds, 2), "peak_mib": round(peak / 2**20, 1)}
+            raise SystemExit(f"{kept} of {count} images were kept")
+        return {"images": count, "seconds": round(seconds, 2), "peak_mib": round(peak / 2**20, 1)}
     finally:
         shutil.rmtree(folder)
 
@@ -97,21 +97,21 @@ def peak_memory(process: psutil.Popen) -> int:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time and memory over the number of pictures, with what is asked of them."""
+    """Time and memory over the number of images, with what is asked of them."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    counts, seconds, memory = ([row[key] for row in rows] for key in ("pictures", "seconds", "peak_mib"))
+    counts, seconds, memory = ([row[key] for row in rows] for key in ("images", "seconds", "peak_mib"))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    per_picture = seconds[-1] / counts[-1]
-    left.loglog(counts, [per_picture * count for count in counts], ":", color="grey", label="in proportion")
+    per_image = seconds[-1] / counts[-1]
+    left.loglog(counts, [per_image * count for count in counts], ":", color="grey", label="in proportion")
     left.loglog(counts, seconds, "o-", label="ingest, start included")
-    left.set(xlabel="pictures", ylabel="seconds")
+    left.set(xlabel="images", ylabel="seconds")
     left.legend(frameon=False)
     right.semilogx(counts, memory, "o-")
-    right.set(xlabel="pictures", ylabel="peak memory of all processes, MiB", ylim=(0, 1.25 * max(memory)))
+    right.set(xlabel="images", ylabel="peak memory of all processes, MiB", ylim=(0, 1.25 * max(memory)))
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -123,22 +123,22 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--runner", choices=("processes", "threads"), default="processes")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="about 4 KiB per picture")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="about 4 KiB per image")
     parser.add_argument("--json", type=Path, help="write the table here")
-    parser.add_argument("--picture", type=Path, help="draw the curve here")
+    parser.add_argument("--image", type=Path, help="draw the curve here")
     args = parser.parse_args()
 
     rows = []
     for count in sorted(args.counts):
         rows.append(row := measure(count, args.runner, args.workers, args.scratch))
-        print(f"{count:10,} pictures {row['seconds']:9.1f} s {row['peak_mib']:8.1f} MiB", flush=True)
+        print(f"{count:10,} images {row['seconds']:9.1f} s {row['peak_mib']:8.1f} MiB", flush=True)
     for before, after in pairwise(rows):
-        more, longer, larger = (after[key] / before[key] for key in ("pictures", "seconds", "peak_mib"))
-        print(f"{more:5.1f}× the pictures: {longer:5.1f}× the time, {larger:5.2f}× the memory")
+        more, longer, larger = (after[key] / before[key] for key in ("images", "seconds", "peak_mib"))
+        print(f"{more:5.1f}× the images: {longer:5.1f}× the time, {larger:5.2f}× the memory")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2))
-    if args.picture:
-        draw(rows, args.picture)
+    if args.image:
+        draw(rows, args.image)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ Step = Callable[[], object]
 
 
 def rate(step: Step, batch: int, seconds: float) -> float:
-    """Pictures per second over about so many seconds."""
+    """Images per second over about so many seconds."""
     for _ in range(WARM_UP):
         step()
     done()
@@ -99,18 +99,18 @@ def step_of(trainer: Trainer) -> Step:
 
 
 def theirs(batch: int, size: int, bf16: bool, device: torch.device) -> tuple[Step, int, int]:
-    """diffusers' step, its parameters, and the operations of a picture."""
+    """diffusers' step, its parameters, and the operations of an image."""
     with device:
         network, step, _ = diffusers(1, size)
         if bf16:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        pictures = torch.rand(batch, 1, size, size)
+        images = torch.rand(batch, 1, size, size)
         with FlopCounterMode(display=False) as counter:
-            network(pictures[:1], torch.tensor([5])).sample.sum().backward()
+            network(images[:1], torch.tensor([5])).sample.sum().backward()
 
     def whole() -> None:
         with device, autocast("bf16" if bf16 else "fp32", device):
-            step(pictures, 0.0)
+            step(images, 0.0)
 
     return whole, sum(p.numel() for p in network.parameters()), counter.get_total_flops()
 
@@ -173,7 +173,7 @@ def main() -> None:
             count, work = ours if name == "darkroom" else (parameters, flops)
             done = value * work
             print(
-                f"{name:32} {value:7.1f} pictures/s {medians['darkroom'] / value:5.2f}×  {count / 1e6:5.2f} M  "
+                f"{name:32} {value:7.1f} images/s {medians['darkroom'] / value:5.2f}×  {count / 1e6:5.2f} M  "
                 f"{work / 1e9:6.2f} GFLOP each, {done / 1e9:5.0f} GFLOP/s, {done / fp32:4.0%} of the fp32 product"
             )
         with repeatable(device), lanes(1):

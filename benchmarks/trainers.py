@@ -1,10 +1,10 @@
 """The recipes of other trainers: ``quality.py`` runs it in the environment of those.
 
-    python benchmarks/trainers.py diffusers pictures.npy --rate 20
-    python benchmarks/trainers.py diffusers pictures.npy --folder drawn --images 30000 --samples 2048 --seed 0
+    python benchmarks/trainers.py diffusers images.npy --rate 20
+    python benchmarks/trainers.py diffusers images.npy --folder drawn --images 30000 --samples 2048 --seed 0
 
 Networks, optimizers, averages and samplers are the libraries' own, with the values that their training scripts have by
-default, but for those named in ``benchmarks/README.md``. Pictures lie in memory, decoded: nothing is waited for. They
+default, but for those named in ``benchmarks/README.md``. Images lie in memory, decoded: nothing is waited for. They
 are drawn in bfloat16, which takes half as long; how much that changes is told.
 """
 
@@ -25,13 +25,13 @@ STEPS = 50
 WARM_UP = 10
 """Steps before a rate is measured."""
 SHARES = (1 / 3, 2 / 3)
-"""Of the training, after which pictures are drawn on the way."""
+"""Of the training, after which images are drawn on the way."""
 DRAWN_AT_ONCE = 64
 
 Step = Callable[[Tensor, float], None]
-"""One optimizer step on pictures in [0, 1], (N, C, H, W), at this share of the whole training."""
+"""One optimizer step on images in [0, 1], (N, C, H, W), at this share of the whole training."""
 Draw = Callable[[int], Tensor]
-"""So many pictures in [0, 1], drawn from the average of the weights."""
+"""So many images in [0, 1], drawn from the average of the weights."""
 
 
 def diffusers(channels: int, size: int) -> tuple[nn.Module, Step, Draw]:
@@ -56,9 +56,9 @@ def diffusers(channels: int, size: int) -> tuple[nn.Module, Step, Draw]:
     )
     steps = 0
 
-    def step(pictures: Tensor, share: float) -> None:
+    def step(images: Tensor, share: float) -> None:
         nonlocal steps
-        clean = pictures * 2 - 1
+        clean = images * 2 - 1
         noise, t = torch.randn_like(clean), torch.randint(0, 1000, (len(clean),))
         loss = nn.functional.mse_loss(network(schedule.add_noise(clean, noise, t), t).sample, noise)
         loss.backward()
@@ -94,8 +94,8 @@ def denoising_diffusion_pytorch(channels: int, size: int) -> tuple[nn.Module, St
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
     average = EMA(diffusion, beta=0.995, update_every=10)
 
-    def step(pictures: Tensor, share: float) -> None:
-        diffusion(pictures).backward()
+    def step(images: Tensor, share: float) -> None:
+        diffusion(images).backward()
         nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -113,17 +113,17 @@ RECIPES: dict[str, Callable[[int, int], tuple[nn.Module, Step, Draw]]] = {
 }
 
 
-def batches(pictures: Tensor) -> Iterator[Tensor]:
+def batches(images: Tensor) -> Iterator[Tensor]:
     """Batches in one random order, over and over, in [0, 1]."""
-    order, at = torch.randperm(len(pictures)), 0
+    order, at = torch.randperm(len(images)), 0
     while True:
-        yield pictures[order[at : at + BATCH]].float() / 255
-        at = at + BATCH if at + 2 * BATCH <= len(pictures) else 0
+        yield images[order[at : at + BATCH]].float() / 255
+        at = at + BATCH if at + 2 * BATCH <= len(images) else 0
 
 
-def rate(step: Step, pictures: Tensor, seconds: float) -> float:
-    """Pictures per second over so many seconds."""
-    shown = batches(pictures)
+def rate(step: Step, images: Tensor, seconds: float) -> float:
+    """Images per second over so many seconds."""
+    shown = batches(images)
     for _ in range(WARM_UP):
         step(next(shown), 0.0)
     began, seen = time.perf_counter(), 0
@@ -133,15 +133,15 @@ def rate(step: Step, pictures: Tensor, seconds: float) -> float:
     return seen / (time.perf_counter() - began)
 
 
-def train(step: Step, draw: Draw, pictures: Tensor, args: argparse.Namespace) -> float:
-    """Steps on random batches, and pictures drawn at the end and on the way; returns as ``keep``."""
+def train(step: Step, draw: Draw, images: Tensor, args: argparse.Namespace) -> float:
+    """Steps on random batches, and images drawn at the end and on the way; returns as ``keep``."""
     stops = {round(share * args.images / BATCH) * BATCH: args.on_the_way for share in SHARES if args.on_the_way}
-    shown, began = batches(pictures), time.perf_counter()
+    shown, began = batches(images), time.perf_counter()
     for seen in range(BATCH, args.images + 1, BATCH):
         step(next(shown), seen / args.images)
         if seen % (50 * BATCH) == 0:
             pace = seen / (time.perf_counter() - began)
-            print(f"\r{seen} of {args.images} pictures, {pace:5.1f}/s", end="", file=sys.stderr)
+            print(f"\r{seen} of {args.images} images, {pace:5.1f}/s", end="", file=sys.stderr)
         if seen in stops:
             keep(draw, stops[seen], args.folder / f"{seen}.npy")
     return keep(draw, args.samples, args.folder / f"{args.images}.npy")
@@ -149,7 +149,7 @@ def train(step: Step, draw: Draw, pictures: Tensor, args: argparse.Namespace) ->
 
 @torch.inference_mode()
 def keep(draw: Draw, count: int, path: Path) -> float:
-    """Draw so many pictures into a file; returns the mean difference of the first to those in float32, of 255."""
+    """Draw so many images into a file; returns the mean difference of the first to those in float32, of 255."""
     state = torch.random.get_rng_state()
     exact = stored(draw(DRAWN_AT_ONCE))
     torch.random.set_rng_state(state)
@@ -159,32 +159,32 @@ def keep(draw: Draw, count: int, path: Path) -> float:
     return (drawn[:DRAWN_AT_ONCE].float() - exact[:count].float()).abs().mean().item()
 
 
-def stored(pictures: Tensor) -> Tensor:
-    """Pictures in [0, 1] as uint8."""
-    return (pictures.float().clamp(0, 1) * 255).round().byte()
+def stored(images: Tensor) -> Tensor:
+    """Images in [0, 1] as uint8."""
+    return (images.float().clamp(0, 1) * 255).round().byte()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=RECIPES)
-    parser.add_argument("pictures", type=Path, help="(N, C, H, W) uint8, as .npy")
+    parser.add_argument("images", type=Path, help="(N, C, H, W) uint8, as .npy")
     parser.add_argument("--rate", type=float, metavar="SECONDS", help="only measure how fast it trains, for so long")
-    parser.add_argument("--folder", type=Path, help="where the drawn pictures go, each file named for the images seen")
-    parser.add_argument("--images", type=int, help="pictures to train on")
-    parser.add_argument("--samples", type=int, default=2048, help="pictures to draw at the end")
-    parser.add_argument("--on-the-way", type=int, default=0, help="pictures to draw before the end")
+    parser.add_argument("--folder", type=Path, help="where the drawn images go, each file named for the images seen")
+    parser.add_argument("--images", type=int, help="images to train on")
+    parser.add_argument("--samples", type=int, default=2048, help="images to draw at the end")
+    parser.add_argument("--on-the-way", type=int, default=0, help="images to draw before the end")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    pictures = torch.from_numpy(np.load(args.pictures))
-    network, step, draw = RECIPES[args.recipe](pictures.shape[1], pictures.shape[2])
+    images = torch.from_numpy(np.load(args.images))
+    network, step, draw = RECIPES[args.recipe](images.shape[1], images.shape[2])
     if args.rate:
-        print(json.dumps({"pictures_per_second": rate(step, pictures, args.rate)}))
+        print(json.dumps({"images_per_second": rate(step, images, args.rate)}))
         return
     shutil.rmtree(args.folder, ignore_errors=True)
     args.folder.mkdir()
-    changed = train(step, draw, pictures, args)
+    changed = train(step, draw, images, args)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     print(json.dumps({"parameters": parameters, "changed_by_bfloat16": changed}))
 

@@ -1,4 +1,4 @@
-"""How much of the time training waits for pictures, with the pictures kept in memory and decoded anew each time.
+"""How much of the time training waits for images, with the images kept in memory and decoded anew each time.
 
     python benchmarks/waiting.py
 
@@ -18,7 +18,7 @@ CACHES = {"kept": 2**31, "decoded each time": 0}
 
 
 def waited(data: Path, images: int, cache_bytes: int) -> tuple[float, float]:
-    """Train; returns pictures per second, and the share of the time in which training waited for them."""
+    """Train; returns images per second, and the share of the time in which training waited for them."""
     settings = {"images": images, "checkpoints": 1, "cache_bytes": cache_bytes, "output": f"runs/{cache_bytes}"}
     overrides = [word for key, value in settings.items() for word in ("--set", f"training.{key}={value}")]
     workspace = data.parents[1]
@@ -26,14 +26,14 @@ def waited(data: Path, images: int, cache_bytes: int) -> tuple[float, float]:
     run([*command, *overrides], workspace)
     with (workspace / settings["output"] / "history.csv").open() as file:
         rows = [(float(row["images_per_second"]), float(row["data_wait"])) for row in csv.DictReader(file)]
-    # Each row stands for as many pictures, and so for as many seconds as its rate says.
+    # Each row stands for as many images, and so for as many seconds as its rate says.
     seconds = [1 / rate for rate, _ in rows]
     return len(rows) / sum(seconds), sum(s * wait for s, (_, wait) in zip(seconds, rows, strict=True)) / sum(seconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=30_000, help="how many pictures to train on")
+    parser.add_argument("--images", type=int, default=30_000, help="how many images to train on")
     parser.add_argument("--scratch", type=Path, help="where sets lie or are made; default: a temporary folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="waiting-") as temporary:
@@ -41,7 +41,7 @@ def main() -> None:
             data = prepare((args.scratch or Path(temporary)).resolve(), name)
             for how, cache_bytes in CACHES.items():
                 rate, share = waited(data, args.images, cache_bytes)
-                print(f"{name:12} {how:18} {rate:8.0f} pictures/s  waits {share:8.3%}", flush=True)
+                print(f"{name:12} {how:18} {rate:8.0f} images/s  waits {share:8.3%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -38,11 +38,11 @@ class PrintsConfig(Config):
     """How prints are written to S3, and how the work is spread."""
 
     format: Literal["png", "tar"] = "png"
-    """png: a file for each picture. tar: WebDataset shards, one for each chunk, with KEY.png and KEY.json of each."""
+    """png: a file for each image. tar: WebDataset shards, one for each chunk, with KEY.png and KEY.json of each."""
     chunk: int | None = Field(None, ge=1, le=2**14, exclude_if=unset)
-    """Pictures in a chunk, which is one task, and one tar: whole compute batches (sampling.compute_batch), the same for
+    """Images in a chunk, which is one task, and one tar: whole compute batches (sampling.compute_batch), the same for
     all of a batch of prints. Null: four compute batches, and in larger batches as many as make 256 chunks, but no more
-    than 4096 pictures."""
+    than 4096 images."""
     runner: Literal["threads", "processes", "ray"] = "threads"
     """What draws the chunks: threads or processes of this machine, which share its cores, or a Ray cluster, where each
     has one core. That changes no bits."""
@@ -146,7 +146,7 @@ class Params(Config):
         chunk, batch = self.prints.chunk, self.sampling.compute_batch
         if chunk is not None and chunk % batch:
             raise ValueError(
-                f"prints.chunk = {chunk} cuts compute batches of {batch} pictures (sampling.compute_batch) in two, "
+                f"prints.chunk = {chunk} cuts compute batches of {batch} images (sampling.compute_batch) in two, "
                 f"which are drawn whole: use {-(-chunk // batch) * batch}, or leave it out"
             )
         return self

@@ -26,7 +26,7 @@ from flows.tracking.runs import RunTracker, Scoreboard, find_run
 
 @flow(name="evaluate", flow_run_name="evaluate-{params.training.dataset}")
 def evaluate(params: Params, folder: Path | None = None) -> Evaluation:
-    """Judge every kept checkpoint against the held-out pictures and put the report on the run.
+    """Judge every kept checkpoint against the held-out images and put the report on the run.
 
     ``folder`` is where it is written to; None: the folder of reports of the data set.
     """
@@ -54,7 +54,7 @@ def judge(params: Params, folder: Path) -> Evaluation:
 
 @step
 def report(params: Params, evaluation: Evaluation, folder: Path) -> None:
-    """Put judged checkpoints, the report page and its pictures on the MLflow run, and a summary on this one."""
+    """Put judged checkpoints, the report page and its images on the MLflow run, and a summary on this one."""
     tracker = tracker_of(params)
     require_current(params.dataset_folder)
     Scoreboard(tracker.client, tracker.run_id).show(evaluation)

@@ -1,4 +1,4 @@
-"""The flow ``explain``: the forward process, one training step and the reverse process, as pictures."""
+"""The flow ``explain``: the forward process, one training step and the reverse process, as images."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from flows.tracking.runs import RunTracker
 
 
 class Explained(Config):
-    """The pictures drawn."""
+    """The images drawn."""
 
     model: str
     files: list[Path]
@@ -25,22 +25,22 @@ class Explained(Config):
 
 @flow(name="explain", flow_run_name="explain-{model}")
 def explain(params: Params, model: str, output: Path, seed: int = 0) -> Explained:
-    """Draw how the version that ``model`` names works, with a held-out picture; also on its run."""
+    """Draw how the version that ``model`` names works, with a held-out image; also on its run."""
     return draw(params, model, output, seed)
 
 
 @step
 def draw(params: Params, model: str, output: Path, seed: int) -> Explained:
-    """Draw into folder ``output`` and put the pictures on the version's MLflow run."""
+    """Draw into folder ``output`` and put the images on the version's MLflow run."""
     client = MlflowClient()
     version = model_versions.resolve(client, model)
     weights = model_versions.fetch_weights(version, settings().folder / "models")
     dataset = Dataset.open(params.dataset_folder)
     held_out = dataset.rows("held_out")
     rows = held_out if len(held_out) else dataset.rows("train")
-    picture = dataset.pictures([rows[seed % len(rows)]])[0]
+    image = dataset.images([rows[seed % len(rows)]])[0]
     loaded = load_model(weights)
-    files = explain_model(loaded, picture, output, seed)
+    files = explain_model(loaded, image, output, seed)
     tracker = RunTracker(client, version.run_id)
     for file in files:
         tracker.log_file(file, "explain")

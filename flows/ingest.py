@@ -1,4 +1,4 @@
-"""The flow ``ingest``: pictures in, a data set recorded in DVC, pushed to S3 and described on a page out.
+"""The flow ``ingest``: images in, a data set recorded in DVC, pushed to S3 and described on a page out.
 
 It loads no torch: most of the ingests that a schedule starts find nothing new.
 """
@@ -11,7 +11,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from diffusion.common.config import Config
 from diffusion.data.ingest.ingest import IngestResult, Rebuild
-from diffusion.data.ingest.ingest import ingest as ingest_pictures
+from diffusion.data.ingest.ingest import ingest as ingest_images
 from diffusion.data.manifest import read_manifest
 from flows.config import Params
 from flows.datasets import lineage
@@ -55,7 +55,7 @@ def ingest(params: Params, requeue: bool = False, rebuild: Rebuild = "never", to
     words = f"{result.added:,} new" if result.changed else "nothing new"
     return ended(
         Ingested(result=result, version=version, report=report),
-        f"{params.training.dataset}: {result.kept:,} pictures, {words}; version {result.digest[:12]}",
+        f"{params.training.dataset}: {result.kept:,} images, {words}; version {result.digest[:12]}",
     )
 
 
@@ -85,8 +85,8 @@ def merge_results(first: IngestResult, again: IngestResult) -> IngestResult:
 
 @flow(name="make dataset")
 def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResult:
-    """Pictures to shards and manifest; each shard is a task of its own."""
-    return ingest_pictures(
+    """Images to shards and manifest; each shard is a task of its own."""
+    return ingest_images(
         params.dataset_folder,
         params.ingest,
         reporter(),

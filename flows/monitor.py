@@ -71,7 +71,7 @@ def evaluate_champion(params: Params) -> MonitorResult:
     key = digest_of([content, version.weights_sha256, *conditions])
     about = {"model": version.uri, "content_digest": content, "before": before}
     if version.tags.get(MONITORED) == key:
-        summary = f"nothing to do: {version.uri} was compared with these pictures of {params.training.dataset} before"
+        summary = f"nothing to do: {version.uri} was compared with these images of {params.training.dataset} before"
         return MonitorResult(**about, figures={}, drifted=False, summary=summary, skipped=True)
 
     weights = model_versions.fetch_weights(version, settings().folder / "models")

@@ -171,7 +171,7 @@ def require_promotable(version: Version) -> Version:
 def judge(params: Params, evaluation: Evaluation, version: Version) -> Judgement:
     """Let the gate say whether ``version`` should be champion instead of the one that the ledger names.
 
-    A first version has no champion to beat, and must not copy its training pictures all the same.
+    A first version has no champion to beat, and must not copy its training images all the same.
     """
     client = MlflowClient()
     history = adopted(client, Ledger.of(version.model))

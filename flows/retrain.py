@@ -1,4 +1,4 @@
-"""The flow ``retrain``: from a folder of pictures to a judged model in the registry and its prints on S3.
+"""The flow ``retrain``: from a folder of images to a judged model in the registry and its prints on S3.
 
 It loads no torch and no MLflow before there is something to do: most of the retrainings that a schedule starts find
 nothing new.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from flows.retrain_result import Retrained
 
 PRINTS = 64
-"""Pictures printed unless told."""
+"""Images printed unless told."""
 
 
 class Unchanged(Config):
@@ -49,7 +49,7 @@ def retrain(
 
     Args:
         params: The configuration, as params.yaml has it.
-        count: How many pictures the champion prints at the end.
+        count: How many images the champion prints at the end.
         seed: Of these prints.
         to: Where they go, s3://BUCKET or s3://BUCKET/PREFIX; default: the usual place in the usual bucket.
         conditions: What they are to show.
@@ -58,7 +58,7 @@ def retrain(
     """
     if params.model.low_resolution is not None and (count, seed, to) != (PRINTS, 0, None):
         raise UserError(
-            "a model with model.low_resolution enlarges pictures and prints none: leave --count, --seed and --to out"
+            "a model with model.low_resolution enlarges images and prints none: leave --count, --seed and --to out"
         )
     with turn(f"retrain-{params.training.dataset}"):
         brought = sync(params, version) if version else None

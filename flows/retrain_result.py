@@ -24,7 +24,7 @@ class Retrained(Config):
     report: Path
     verdict: Verdict
     prints: Prints | None
-    """None if the champion only enlarges pictures, or there is none."""
+    """None if the champion only enlarges images, or there is none."""
     explained: Explained
     skipped: None = None
     """It was not: see ``Unchanged``."""

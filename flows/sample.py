@@ -32,7 +32,7 @@ from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import warn_of_takedown
 from flows.sampling import generate_batch
 from flows.sampling.generate_batch import Cost, Work
-from flows.sampling.lookup import read_picture, read_rows
+from flows.sampling.lookup import read_image, read_rows
 from flows.sampling.sampling_batch import MANIFEST, Batch
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import Missing
@@ -57,7 +57,7 @@ class Prints(Config):
     manifest: str
     """Its manifest.parquet on S3."""
     contact_sheet: Path
-    """Its first pictures on one sheet, on this machine."""
+    """Its first images on one sheet, on this machine."""
     took: Cost
     """What those of them took that were drawn now."""
 
@@ -76,7 +76,7 @@ def sample(
 
     ``model`` is models:/NAME@ALIAS or models:/NAME/NUMBER; ``to`` is s3://BUCKET for its usual place there
     (prints/MODEL/VERSION/BATCH/), or s3://BUCKET/PREFIX for exactly that place. ``requests``, instead of a count: a
-    table (.csv, .jsonl or .parquet; a path or s3://…) with a row for each picture, and a label or a prompt in it.
+    table (.csv, .jsonl or .parquet; a path or s3://…) with a row for each image, and a label or a prompt in it.
     """
     version, weights = fetch(model)
     for _ in range(ATTEMPTS):
@@ -123,7 +123,7 @@ def fetch(model: str) -> tuple[Version, Path]:
 
 
 def draws(model: str) -> bool:
-    """Whether the version that ``model`` names now draws pictures of itself, and does not only enlarge them."""
+    """Whether the version that ``model`` names now draws images of itself, and does not only enlarge them."""
     _, weights = fetch(model)
     return task_of(load_model(weights).config).low_resolution is None
 
@@ -159,19 +159,19 @@ def print_chunks(params: Params, batch: Batch, place: Location, version: Version
     began, missing, chunks = time.monotonic(), generate_batch.unfinished(Store(), batch, place), batch.chunks()
     show, works = bar("printing"), list[Work]()
     done = batch.count - sum(len(chunks[chunk]) for chunk in missing)
-    show("pictures printed", done, batch.count)
+    show("images printed", done, batch.count)
     submit = submitter(print_chunk, config, gpu=resolve_device(batch.sampling.device).type == "cuda")
     begun = (submit(batch, place, version, chunk, config) for chunk in missing)
     for chunk, work in zip(missing, in_order(begun, 2 * config.workers), strict=True):
         works.append(work)
         done += len(chunks[chunk])
-        show("pictures printed", done, batch.count)
+        show("images printed", done, batch.count)
     return generate_batch.cost_of(works, time.monotonic() - began)
 
 
 @step
 def print_chunk(batch: Batch, place: Location, version: Version, chunk: int, config: PrintsConfig) -> Work:
-    """Draw a chunk's pictures and put them on S3, their part of the manifest last; a finished one is left."""
+    """Draw a chunk's images and put them on S3, their part of the manifest last; a finished one is left."""
     store = Store()
     weights = model_versions.fetch_weights(version, environment.settings().folder / "models")
     table = generate_batch.table_of(store, batch, place)
@@ -201,7 +201,7 @@ def finish(batch: Batch, place: Location, cost: Cost) -> Prints | None:
         took=cost,
     )
     create_markdown_artifact(
-        f"{batch.count:,} pictures of {done.model} in `{done.uri}`, manifest `{done.manifest}`\n\n{cost.words}",
+        f"{batch.count:,} images of {done.model} in `{done.uri}`, manifest `{done.manifest}`\n\n{cost.words}",
         key="prints",
     )
     return done
@@ -224,11 +224,11 @@ def answer(
 
 
 def _first(store: Store, batch: Batch, place: Location) -> list[bytes]:
-    """The first pictures, as they lie there."""
+    """The first images, as they lie there."""
     shown = min(SHOWN, batch.count)
     chunks = range(-(-shown // batch.chunk_size))
     rows = [row for chunk in chunks for row in read_rows(store, place, batch, chunk)][:shown]
-    return [read_picture(store, place, batch, row["index"], row) for row in rows]
+    return [read_image(store, place, batch, row["index"], row) for row in rows]
 
 
 def _pixels(png: bytes) -> torch.Tensor:

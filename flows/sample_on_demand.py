@@ -25,17 +25,17 @@ def sample_on_demand(
     sampling: SamplingConfig = sampling_config(),  # noqa: B008 (frozen)
     prints: PrintsConfig = PrintsConfig(),  # noqa: B008
 ) -> "Prints":
-    """Print pictures of a registered model to S3, with a manifest.
+    """Print images of a registered model to S3, with a manifest.
 
     Args:
-        model: Whose pictures, models:/NAME@champion or models:/NAME/NUMBER.
+        model: Whose images, models:/NAME@champion or models:/NAME/NUMBER.
         count: How many.
-        seed: Picture i of a seed is the same picture everywhere.
+        seed: Image i of a seed is the same image everywhere.
         to: Where to, s3://BUCKET or s3://BUCKET/PREFIX; left out, to its usual place in the usual bucket.
         labels: Classes to show, in turns; none means as often as the data set has them.
         prompts: What to show, in turns, for a model that was told captions.
         negative_prompt: What not to show; it needs guidance in sampling, say 3.
-        sampling: How pictures are drawn.
+        sampling: How images are drawn.
         prints: How they are written, and by how many workers.
     """
     from flows.deployment.tasks import ended
@@ -43,4 +43,4 @@ def sample_on_demand(
 
     conditions = Conditions(labels=labels, prompts=prompts, negative_prompt=negative_prompt)
     done = sample(Params(sampling=sampling, prints=prints), model, count, seed, to, conditions)
-    return ended(done, f"{done.count} pictures of {done.model} in {done.uri}")
+    return ended(done, f"{done.count} images of {done.model} in {done.uri}")

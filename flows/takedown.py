@@ -1,4 +1,4 @@
-"""The flow ``takedown``: pictures leave a data set for good, and what was made from them is named and marked."""
+"""The flow ``takedown``: images leave a data set for good, and what was made from them is named and marked."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +9,7 @@ from prefect.artifacts import create_markdown_artifact
 from diffusion.common.config import Config
 from diffusion.common.escaping import escape_markdown
 from diffusion.data.manifest import Manifest
-from diffusion.data.versions import takedown as pictures
+from diffusion.data.versions import takedown as images
 from diffusion.data.versions.takedown_records import Holders, Removal, Selection, holders
 from diffusion.data.versions.versions import known_versions
 from flows import environment
@@ -23,7 +23,7 @@ from flows.datasets.purge import Purged, purge_dvc, purge_files, purge_samples
 from flows.datasets.sync import announce, bring_up_to_date, publish
 from flows.deployment.tasks import step
 from flows.local_stack.discovery import vacuum_deleted_objects
-from flows.registry.takedown_marks import Derived, clear_pictures, find_derived, mark
+from flows.registry.takedown_marks import Derived, clear_images, find_derived, mark
 from flows.tracking.progress_reporter import reporter
 
 
@@ -36,7 +36,7 @@ class TakenDown(Config):
     version: DataVersion
     """The data set as DVC knows it now."""
     held: list[str]
-    """Digests of the versions that held the pictures."""
+    """Digests of the versions that held the images."""
     unknown: list[str]
     """Those of which that can no longer be told."""
     derived: Derived
@@ -48,7 +48,7 @@ def takedown(params: Params, selection: Selection, reason: str, purge: bool = Fa
     """Remove what ``selection`` means from the data set ``training.dataset``; name and mark what was made from it.
 
     Runs and model versions get the tag ``darkroom.takedown`` and a note. Prints are named, and stay: they are other
-    pictures. ``purge`` clears caches, remote copies and pages that show pictures of the versions that held them.
+    images. ``purge`` clears caches, remote copies and pages that show images of the versions that held them.
     Killed at any moment and given again, it ends the same.
     """
     removal = remove(params, selection, reason)
@@ -72,12 +72,12 @@ def takedown(params: Params, selection: Selection, reason: str, purge: bool = Fa
 
 @step
 def remove(params: Params, selection: Selection, reason: str) -> Removal:
-    """Make the version without the pictures, of the newest there is unless a person went back to another one."""
+    """Make the version without the images, of the newest there is unless a person went back to another one."""
     folder, source = params.dataset_folder, environment.data_source()
     lineage.restore_data(folder, source)
     if choice(folder) is None:
         bring_up_to_date(folder, source, params.ingest, reporter())
-    return pictures.remove(folder, selection, reason, reporter())
+    return images.remove(folder, selection, reason, reporter())
 
 
 @step
@@ -87,7 +87,7 @@ def record(params: Params, removal: Removal) -> DataVersion:
     # First, so that whatever is published or promoted from here on is checked against it, and what was before is there
     # to be found: see ``flows.datasets.sync.publish`` and ``flows.promote.record``.
     Catalogue.of(params.training.dataset, source).tell_removal(removal)
-    # Pictures that leave an older version leave the newest one as well, which stays what it is otherwise.
+    # Images that leave an older version leave the newest one as well, which stays what it is otherwise.
     forget_choice(folder)
     while True:
         bring_up_to_date(folder, source, params.ingest, reporter())
@@ -97,7 +97,7 @@ def record(params: Params, removal: Removal) -> DataVersion:
 
 @step
 def look_up(params: Params, removal: Removal) -> tuple[dict[str, Manifest], Holders]:
-    """All versions of the data set, and which of them held the pictures."""
+    """All versions of the data set, and which of them held the images."""
     folder, source = params.dataset_folder, environment.data_source()
     recorded = Catalogue.of(folder.name, source)
     # What gc took out of the catalogue has its files on the remote for a while yet.
@@ -109,11 +109,11 @@ def look_up(params: Params, removal: Removal) -> tuple[dict[str, Manifest], Hold
 
 @step
 def name_and_mark(params: Params, removal: Removal, versions: dict[str, Manifest], found: Holders) -> Derived:
-    """Find what was made from the versions that held the pictures, and mark it in MLflow."""
+    """Find what was made from the versions that held the images, and mark it in MLflow."""
     contents = {versions[digest].content_digest for digest in found.held}
     others = {each.content_digest for digest, each in versions.items() if digest not in {*found.held, *found.unknown}}
     bucket = environment.settings().bucket
-    # Versions of equal content hold the same pictures, whatever their tables tell besides.
+    # Versions of equal content hold the same images, whatever their tables tell besides.
     derived = find_derived(params.training.dataset, contents - others, contents | others, bucket)
     mark([run.run_id for run in derived.runs], [model.uri for model in derived.models], removal)
     return derived
@@ -121,7 +121,7 @@ def name_and_mark(params: Params, removal: Removal, versions: dict[str, Manifest
 
 @step
 def clear(params: Params, versions: dict[str, Manifest], found: Holders, derived: Derived) -> Purged:
-    """Clear what only the versions that held the pictures need, and what shows pictures of them."""
+    """Clear what only the versions that held the images need, and what shows images of them."""
     folder = params.dataset_folder
     held = [versions[digest] for digest in found.held]
     others = [each for digest, each in versions.items() if digest not in found.held]
@@ -132,7 +132,7 @@ def clear(params: Params, versions: dict[str, Manifest], found: Holders, derived
             *(path for reports in params.report_folders for path in purge_files(folder, held, others, reports)),
             *(path for reports in params.report_folders for path in purge_samples(Path("runs", reports.name), held)),
         ],
-        artifacts=clear_pictures(derived),
+        artifacts=clear_images(derived),
     )
     vacuum_deleted_objects()
     return purged
@@ -151,7 +151,7 @@ def report(done: TakenDown) -> None:
     ]
     reason = escape_markdown(done.removal.reason)
     create_markdown_artifact(
-        f"**{done.removal.dataset}**: {done.removal.pictures} pictures taken down ({reason}), "
+        f"**{done.removal.dataset}**: {done.removal.images} images taken down ({reason}), "
         f"takedown `{done.name}`, version `{done.removal.version[:12]}`, DVC `{done.version.digest}`\n\n"
         + "\n".join(["| made from them | what | |", "|---|---|---|", *named]),
         key="takedown",

@@ -138,7 +138,7 @@ def words_of(settings: Mapping[str, object]) -> str:
 def family_variants(params: Params, names: Sequence[str]) -> dict[str, Params]:
     """The configuration of each family in ``names``, by its name.
 
-    That of the family of ``params`` is ``params``; others are trained with their own defaults on the same pictures, for
+    That of the family of ``params`` is ``params``; others are trained with their own defaults on the same images, for
     as long, and judged alike. Raises UserError for a family that there is not, one that is named twice, and for what
     cannot be the same for all.
     """

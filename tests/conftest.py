@@ -1,4 +1,4 @@
-"""Pictures and small data sets that many tests start from."""
+"""Images and small data sets that many tests start from."""
 
 import os
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def kills(record_property: Callable[[str, object], None]) -> int:
 
 
 def blob(seed: int, size: int = 12, mode: str = "L") -> Image.Image:
-    """A picture unlike all others: smooth noise, by seed."""
+    """An image unlike all others: smooth noise, by seed."""
     random = np.random.default_rng(seed)
     small = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC).convert(mode)
@@ -48,9 +48,9 @@ def disc(seed: int, size: int = 12) -> Image.Image:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A folder with 2 classes of 24 grey pictures each, 12×12."""
-    root = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    """A folder with 2 classes of 24 grey images each, 12×12."""
+    root = tmp_path / "images"
     for number in range(48):
         path = root / ("even" if number % 2 == 0 else "odd") / f"{number:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,8 +59,8 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def dataset(pictures: Path, tmp_path: Path) -> Path:
-    """The data set made of ``pictures`` at 8×8, about a third of it held out."""
+def dataset(images: Path, tmp_path: Path) -> Path:
+    """The data set made of ``images`` at 8×8, about a third of it held out."""
     folder = tmp_path / "data" / "blobs"
-    ingest(folder, IngestConfig(source=str(pictures), size=8, held_out=0.33))
+    ingest(folder, IngestConfig(source=str(images), size=8, held_out=0.33))
     return folder

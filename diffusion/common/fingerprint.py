@@ -17,7 +17,7 @@ class Fingerprint(Config):
     """Within an equal fingerprint equal inputs give equal bits; floating-point sums change with each field."""
 
     batch: int
-    """Pictures per compute batch."""
+    """Images per compute batch."""
     precision: Literal["bf16", "fp32"]
     """Number format of the network's matrix products."""
     threads: Literal[1] = 1
@@ -54,7 +54,7 @@ def autocast(precision: Precision, device: torch.device = CPU) -> AbstractContex
 
 
 def fingerprint(batch: int, precision: Precision, device: DeviceName) -> Fingerprint:
-    """The fingerprint of this process for compute batches of ``batch`` pictures."""
+    """The fingerprint of this process for compute batches of ``batch`` images."""
     where = resolve_device(device)
     return Fingerprint(
         batch=batch,

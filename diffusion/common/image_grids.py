@@ -1,4 +1,4 @@
-"""Contact sheets, many small pictures as one that can be looked at, and how pictures become PNG files."""
+"""Contact sheets, many small images as one that can be looked at, and how images become PNG files."""
 
 import io
 import math
@@ -16,32 +16,32 @@ if TYPE_CHECKING:  # matplotlib is slow to load, and training draws only grids
     from matplotlib.figure import Figure
 
 
-def grid(pictures: Tensor, columns: int | None = None, pad: int = 2, scale: int | None = None) -> Image.Image:
-    """Lay out ``pictures``, (N, C, H, W) uint8 with C 1 or 3, row by row on a white sheet.
+def grid(images: Tensor, columns: int | None = None, pad: int = 2, scale: int | None = None) -> Image.Image:
+    """Lay out ``images``, (N, C, H, W) uint8 with C 1 or 3, row by row on a white sheet.
 
-    ``columns``: default as square as possible. ``pad``: white pixels between and around the pictures.
-    ``scale``: whole-number enlargement without smoothing; default: pictures of some 64 pixels.
+    ``columns``: default as square as possible. ``pad``: white pixels between and around the images.
+    ``scale``: whole-number enlargement without smoothing; default: images of some 64 pixels.
     """
-    count, channels, height, width = pictures.shape
+    count, channels, height, width = images.shape
     columns = columns or max(1, math.ceil(math.sqrt(count)))
     scale = scale or max(1, round(64 / max(height, width)))
     rows = math.ceil(count / columns)
     high, wide = height * scale + pad, width * scale + pad
     sheet = np.full((rows * high + pad, columns * wide + pad, channels), 255, dtype=np.uint8)
-    enlarged = pictures.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    enlarged = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     for number, pixels in enumerate(enlarged.permute(0, 2, 3, 1).cpu().numpy()):
         top, left = number // columns * high + pad, number % columns * wide + pad
         sheet[top : top + height * scale, left : left + width * scale] = pixels
     return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
 
 
-def image_of(picture: Tensor) -> Image.Image:
-    """``picture``, (C, H, W) uint8 with C 1 or 3."""
-    return Image.fromarray(picture.permute(1, 2, 0).squeeze(-1).contiguous().cpu().numpy())
+def image_of(image: Tensor) -> Image.Image:
+    """``image``, (C, H, W) uint8 with C 1 or 3."""
+    return Image.fromarray(image.permute(1, 2, 0).squeeze(-1).contiguous().cpu().numpy())
 
 
 def beside(*sets: Tensor) -> Tensor:
-    """Sets of as many pictures, each (N, C, H, W), as one in which those of a number stand together."""
+    """Sets of as many images, each (N, C, H, W), as one in which those of a number stand together."""
     return torch.stack(sets, dim=1).flatten(0, 1)
 
 
@@ -51,24 +51,24 @@ def blocks(small: Tensor, size: int) -> Tensor:
     return small.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
 
 
-def above(pictures: Tensor, others: Tensor, columns: int = 8, scale: int | None = None) -> Image.Image:
-    """``pictures``, each above its counterpart in ``others``, both (N, C, H, W) uint8, as far as rows are full."""
-    columns = min(columns, len(pictures))
-    full = len(pictures) // columns * columns
-    rows = zip(torch.split(pictures[:full], columns), torch.split(others[:full], columns), strict=True)
+def above(images: Tensor, others: Tensor, columns: int = 8, scale: int | None = None) -> Image.Image:
+    """``images``, each above its counterpart in ``others``, both (N, C, H, W) uint8, as far as rows are full."""
+    columns = min(columns, len(images))
+    full = len(images) // columns * columns
+    rows = zip(torch.split(images[:full], columns), torch.split(others[:full], columns), strict=True)
     return grid(torch.cat([half for pair in rows for half in pair]), columns, scale=scale)
 
 
-def png_bytes(picture: Image.Image) -> bytes:
-    """``picture`` as the bytes of a PNG file; equal pictures give equal bytes."""
+def png_bytes(image: Image.Image) -> bytes:
+    """``image`` as the bytes of a PNG file; equal images give equal bytes."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def save_png(path: Path, picture: Image.Image) -> str:
-    """Write ``picture`` to ``path`` atomically; returns the file's SHA-256."""
-    return write_bytes(path, png_bytes(picture))
+def save_png(path: Path, image: Image.Image) -> str:
+    """Write ``image`` to ``path`` atomically; returns the file's SHA-256."""
+    return write_bytes(path, png_bytes(image))
 
 
 def figure_png(figure: "Figure", dpi: int = 160) -> bytes:

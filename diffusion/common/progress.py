@@ -7,7 +7,7 @@ class Progress(Protocol):
     """Called now and then by long work; whoever watches derives rate and time left."""
 
     def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
-        """``done`` of ``total`` units (pictures, steps; None: unknown) of ``what`` are finished."""
+        """``done`` of ``total`` units (images, steps; None: unknown) of ``what`` are finished."""
 
 
 def silent(what: str, done: int, total: int | None, note: str = "") -> None:

@@ -1,7 +1,7 @@
 """Random numbers that depend on what they are for, and on nothing else.
 
-Every draw is a pure function of (seed, stream, index), where the index counts pictures: the global
-sample index in training, the picture's number in sampling. So neither workers, ranks, chunks nor a
+Every draw is a pure function of (seed, stream, index), where the index counts images: the global
+sample index in training, the image's number in sampling. So neither workers, ranks, chunks nor a
 restart can change it. The generator is the counter-based Philox (Salmon et al., SC 2011).
 """
 
@@ -34,7 +34,7 @@ def uniform(seed: int, stream: str, indices: Sequence[int]) -> Tensor:
 
 
 class GaussianNoise:
-    """Standard Gaussian noise with an independent, endless sequence for each picture.
+    """Standard Gaussian noise with an independent, endless sequence for each image.
 
     Call it for the next tensor of the sequence: (len(indices), *shape) float32.
     """
@@ -44,6 +44,6 @@ class GaussianNoise:
         self.shape = shape
 
     def __call__(self) -> Tensor:
-        """The next noise of every picture."""
+        """The next noise of every image."""
         draws = [each.standard_normal(self.shape, dtype=np.float32) for each in self.generators]
         return torch.from_numpy(np.stack(draws))

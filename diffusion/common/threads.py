@@ -3,7 +3,7 @@
 Torch would rather split each operation over the cores. Networks as small as ours then spend their time
 waiting for each other thousands of times a second, and if anything else runs on the machine, each wait
 may take a time slice: measured on two cores with one busy neighbour, training fell from 420 to under
-10 pictures a second, and with two lanes from 430 to 150. And because an operation on one thread always
+10 images a second, and with two lanes from 430 to 150. And because an operation on one thread always
 adds in the same order, the number of cores changes no bits.
 """
 

@@ -2,7 +2,7 @@
 
 Not at ingest: most data sets are never trained on their captions, and where they are brought together there need be no
 encoder. What is kept lies in the work folder, as all that was made from a data set and is no part of it. It holds one
-embedding for each different caption, by the SHA-256 of its text, and goes as soon as pictures are taken down.
+embedding for each different caption, by the SHA-256 of its text, and goes as soon as images are taken down.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ TRIED = 8
 
 @dataclass(frozen=True)
 class Captions:
-    """The captions of a data set's pictures as a network is told them."""
+    """The captions of a data set's images as a network is told them."""
 
     embeddings: Tensor
     """(K, 384) float32, of each different caption."""
@@ -56,7 +56,7 @@ def embeddings_of(dataset: Dataset, texts: Sequence[str], pool: Executor, progre
 
     Raises UserError if the encoder cannot be had.
     """
-    # Asked for even if all is known: who trains on captions reads some again for the pictures of each checkpoint.
+    # Asked for even if all is known: who trains on captions reads some again for the images of each checkpoint.
     read = encoder()
     folder = captions_folder(dataset.folder)
     path = folder / f"{dataset.manifest.content_digest[:16]}-{ENCODER.digest[:16]}.safetensors"
@@ -77,7 +77,7 @@ def embeddings_of(dataset: Dataset, texts: Sequence[str], pool: Executor, progre
                 other.with_suffix(".sha256").unlink(missing_ok=True)
                 other.unlink(missing_ok=True)
         if read_manifest(dataset.folder).content_digest != dataset.manifest.content_digest:
-            # Pictures may have been taken down meanwhile. A takedown puts the manifest in place and then looks here;
+            # Images may have been taken down meanwhile. A takedown puts the manifest in place and then looks here;
             # we look in the other order, so that one of the two finds the file.
             forget_captions(dataset.folder)
     return embeddings

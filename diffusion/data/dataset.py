@@ -1,4 +1,4 @@
-"""A data set as training and evaluation see it: rows in an order free of history, pictures as tensors."""
+"""A data set as training and evaluation see it: rows in an order free of history, images as tensors."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from diffusion.data.png import decode_many
 from diffusion.data.shards import LocalShards, Shards
 
 CACHE_BYTES = 2 * 2**30
-"""Decoded pictures are kept in memory if those of the whole set take no more than this."""
+"""Decoded images are kept in memory if those of the whole set take no more than this."""
 CHUNK = 1024
-"""Pictures decoded at a time."""
+"""Images decoded at a time."""
 KEY = np.dtype("S32")
 """Strings of bytes, which sort as their hex digits do."""
 SPLITS: tuple[Split, ...] = ("train", "held_out")
@@ -31,7 +31,7 @@ Rows: TypeAlias = Sequence[int] | np.ndarray
 
 @dataclass(frozen=True)
 class _Table:
-    """What is known of the kept pictures, sorted by key: 57 bytes for each."""
+    """What is known of the kept images, sorted by key: 57 bytes for each."""
 
     keys: np.ndarray
     """(N,) of 32 bytes."""
@@ -46,13 +46,13 @@ class _Table:
     sizes: np.ndarray
     """(N,) int32."""
     read: np.ndarray
-    """(N,) int32, how many kept pictures come before this one in the records."""
+    """(N,) int32, how many kept images come before this one in the records."""
 
 
 class Dataset:
-    """The data set in a folder: pictures read from shards that are verified before their first use.
+    """The data set in a folder: images read from shards that are verified before their first use.
 
-    Decoded pictures are kept in memory from their first use on if the whole set fits into ``cache_bytes``.
+    Decoded images are kept in memory from their first use on if the whole set fits into ``cache_bytes``.
     Any thread may read.
     """
 
@@ -64,7 +64,7 @@ class Dataset:
         self._table = _read_table(folder, manifest)
         channels, height, width = self.shape
         fits = len(self) * channels * height * width <= cache_bytes
-        # The system gives memory to what is written only, so that pictures never read cost nothing.
+        # The system gives memory to what is written only, so that images never read cost nothing.
         self._cache = np.empty((len(self), height, width, channels), np.uint8) if fits else None
         self._cached = np.zeros(len(self), bool)
 
@@ -73,7 +73,7 @@ class Dataset:
         """Open the data set in ``folder``, its shards read from there or from ``shards``.
 
         Raises UserError, naming the file, for whatever is missing or damaged; what is wrong inside a shard of
-        the right length shows when pictures are first read from it.
+        the right length shows when images are first read from it.
         """
         manifest = read_manifest(folder)
         if shards is None:
@@ -89,7 +89,7 @@ class Dataset:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every picture."""
+        """(C, H, W) of every image."""
         return self.manifest.channels, self.manifest.size, self.manifest.size
 
     def rows(self, split: Split) -> np.ndarray:
@@ -124,7 +124,7 @@ class Dataset:
     def classes(self, rows: Rows, classes: Sequence[str]) -> Tensor:
         """The class of each row as its number in ``classes``, len(classes) where it is none: (len(rows),) int64."""
         numbers = {label: number for number, label in enumerate(classes)}
-        # The last is that of pictures without a label, whose number −1 finds it.
+        # The last is that of images without a label, whose number −1 finds it.
         table = np.array([*(numbers.get(label, len(classes)) for label in self.manifest.labels), len(classes)])
         return torch.from_numpy(table[self._table.labels[_numbers(rows)]])
 
@@ -136,15 +136,15 @@ class Dataset:
         """Make ``shards`` (None: all) ready in the background, soonest needed first."""
         self._shards.ahead(self._entries if shards is None else [self._entries[number] for number in shards])
 
-    def pictures(self, rows: Rows) -> Tensor:
-        """The pictures in ``rows`` as (len(rows), C, H, W) uint8.
+    def images(self, rows: Rows) -> Tensor:
+        """The images in ``rows`` as (len(rows), C, H, W) uint8.
 
         Raises UserError, naming it, for a shard that is damaged or cannot be had.
         """
         return torch.from_numpy(np.ascontiguousarray(self.pixels(rows).transpose(0, 3, 1, 2)))
 
     def pixels(self, rows: Rows) -> np.ndarray:
-        """As ``pictures``, but (len(rows), H, W, C): the way they are stored, so that nothing is moved about."""
+        """As ``images``, but (len(rows), H, W, C): the way they are stored, so that nothing is moved about."""
         rows = _numbers(rows)
         if self._cache is None:
             return self._decoded(rows)
@@ -159,7 +159,7 @@ class Dataset:
         return self._cache[rows]
 
     def _decoded(self, rows: np.ndarray) -> np.ndarray:
-        """The pictures in ``rows``, (len(rows), H, W, C), read piece by piece and shard after shard."""
+        """The images in ``rows``, (len(rows), H, W, C), read piece by piece and shard after shard."""
         if 0 < len(rows) <= CHUNK:
             return self._read(rows)
         channels, height, width = self.shape
@@ -184,7 +184,7 @@ class Dataset:
             return decode_many(pngs, self.shape).transpose(0, 2, 3, 1)
         except ValueError as error:
             raise UserError(
-                f"a picture in {self.folder} is not what its record says ({error}): {mend(self.folder)}"
+                f"an image in {self.folder} is not what its record says ({error}): {mend(self.folder)}"
             ) from error
 
 
@@ -193,7 +193,7 @@ def _numbers(rows: Rows) -> np.ndarray:
 
 
 def _kept(folder: Path, manifest: Manifest, *columns: str) -> Iterator[tuple[int, pa.Table]]:
-    """For each shard its number and what the records say of the pictures in it."""
+    """For each shard its number and what the records say of the images in it."""
     parts = (part for part in manifest.parts if part.shard is not None)
     for number, part in enumerate(parts):
         table = read_records(folder, part, ["outcome", *columns])

@@ -19,7 +19,7 @@ class Order(Protocol):
     """An endless sequence of sample indices in which each epoch shows every sample once.
 
     It is a pure function of what it was made with; a position in it is a single integer, the number of
-    pictures seen so far, so going on from anywhere costs nothing.
+    images seen so far, so going on from anywhere costs nothing.
     """
 
     def rows(self, start: int, count: int) -> np.ndarray:
@@ -112,10 +112,10 @@ class Batch:
     """What one rank trains on in one step; B is the batch size divided by the number of ranks."""
 
     indices: range
-    """The global sample indices, B of them: all that is random about a picture is drawn by its own."""
+    """The global sample indices, B of them: all that is random about an image is drawn by its own."""
     rows: np.ndarray
     """The data set's rows, (B,) int64."""
-    pictures: Tensor
+    images: Tensor
     """(B, C, H, W) uint8, in memory channels last, as networks want them."""
 
 
@@ -126,8 +126,8 @@ class Loader:
     nor where one began to read changes a bit. All ranks get equally large shares, which make up the batch
     that one rank alone would get. Batches asked for one after the other were made ready in the background.
 
-    ``rows``: the data set's rows that ``order`` orders. ``flip_seed``: every second picture is mirrored, chosen
-    by this seed and the picture's global index; None: none is. ``prefetch``: batches made ready ahead, by
+    ``rows``: the data set's rows that ``order`` orders. ``flip_seed``: every second image is mirrored, chosen
+    by this seed and the image's global index; None: none is. ``prefetch``: batches made ready ahead, by
     ``workers`` threads. Raises UserError if ``ranks`` does not divide ``batch_size``.
     """
 

@@ -1,6 +1,6 @@
 """What a data set is: the one file that is read first and written last.
 
-``manifest.json`` lists the *parts* of the data set, one for each chunk of pictures that an ingest read: a
+``manifest.json`` lists the *parts* of the data set, one for each chunk of images that an ingest read: a
 shard of what was kept and a Parquet table of all that was read. Both are named by content and never change,
 so a new version adds parts and shares the old ones, and a version is whole from the moment its manifest is.
 """
@@ -49,11 +49,11 @@ RECORDS = pa.schema(
         ("near", pa.list_(pa.string())),
     ]
 )
-"""One row per picture that was read, in the order of reading.
+"""One row per image that was read, in the order of reading.
 
 ``source_sha256`` is that of the bytes as they came, empty if there were none. ``outcome`` is ``kept``, ``duplicate``
 (its pixels were there already), ``quarantined`` (``reason`` says why) or ``removed`` (taken down; only key and digest
-are left). ``width`` and ``height`` are those of the picture as it came. For kept rows ``offset`` and ``size`` are those
+are left). ``width`` and ``height`` are those of the image as it came. For kept rows ``offset`` and ``size`` are those
 of the PNG in the part's shard; ``total`` and ``squares`` are the sums of its stored 8-bit values and of their squares
 over the pixels, per channel (1 or 3 by ``mode``). ``phash`` (64 bits as a signed integer) and ``near`` (keys of the
 groups of near-copies that it joined) are null unless near-duplicates were asked for.
@@ -70,11 +70,11 @@ class FileEntry(Config):
 
 
 class Totals(Config):
-    """Exact sums over the stored training pictures; those of several parts add up."""
+    """Exact sums over the stored training images; those of several parts add up."""
 
     pixels: int = 0
     total: tuple[int, int, int] = (0, 0, 0)
-    """Of 8-bit values, per channel; a grey picture counts for all three."""
+    """Of 8-bit values, per channel; a grey image counts for all three."""
     squares: tuple[int, int, int] = (0, 0, 0)
 
 
@@ -88,11 +88,11 @@ class Part(Config):
     """WebDataset tar of what was kept; None if nothing was."""
     outcomes: dict[Outcome, int]
     splits: dict[Split, int]
-    """Kept pictures by split."""
+    """Kept images by split."""
     classes: dict[str, int]
-    """Kept pictures by label."""
+    """Kept images by label."""
     modes: dict[str, int]
-    """Kept pictures by stored mode, ``L`` or ``RGB``."""
+    """Kept images by stored mode, ``L`` or ``RGB``."""
     totals: Totals
 
 
@@ -110,7 +110,7 @@ class Manifest(Config):
     """SHA-256 over the samples, sorted, and what decides how they are stored; free of history."""
     storage: StorageConfig
     licence: str | None = Field(None, exclude_if=unset)
-    """What the pictures may be used for, if anybody said."""
+    """What the images may be used for, if anybody said."""
     parts: list[Part]
 
     @property
@@ -135,28 +135,28 @@ class Manifest(Config):
 
     @property
     def size(self) -> int:
-        """Height and width of every picture, in pixels."""
+        """Height and width of every image, in pixels."""
         return self.storage.size
 
     @property
     def channels(self) -> Literal[1, 3]:
-        """3 as soon as one picture has colours."""
+        """3 as soon as one image has colours."""
         return 3 if any(part.modes.get("RGB") for part in self.parts) else 1
 
     @property
     def kept(self) -> int:
-        """Pictures in all."""
+        """Images in all."""
         return sum(self.counts.values())
 
     @property
     def counts(self) -> dict[Split, int]:
-        """Pictures by split."""
+        """Images by split."""
         found = _summed(part.splits for part in self.parts)
         return {"train": found["train"], "held_out": found["held_out"]}
 
     @property
     def class_histogram(self) -> dict[str, int]:
-        """Pictures by class, sorted; empty if the set has none."""
+        """Images by class, sorted; empty if the set has none."""
         return dict(sorted(_summed(part.classes for part in self.parts).items()))
 
     @property
@@ -166,12 +166,12 @@ class Manifest(Config):
 
     @property
     def mean(self) -> list[float]:
-        """Of the training pictures, per channel, in [−1, 1]."""
+        """Of the training images, per channel, in [−1, 1]."""
         return list((self._moments()[0] / 127.5 - 1)[: self.channels])
 
     @property
     def std(self) -> list[float]:
-        """Of the training pictures, per channel, in [−1, 1]."""
+        """Of the training images, per channel, in [−1, 1]."""
         mean, squares = self._moments()
         return list((np.sqrt(np.maximum(squares - mean**2, 0)) / 127.5)[: self.channels])
 
@@ -295,12 +295,12 @@ def versions(folder: Path) -> Iterator[Manifest]:
 
 
 def sample_digest(key: str, split: str, label: str | None, caption: str | None) -> bytes:
-    """SHA-256 of one kept picture and of all that training is told of it, as canonical JSON."""
+    """SHA-256 of one kept image and of all that training is told of it, as canonical JSON."""
     return hashlib.sha256(canonical_json([key, split, label, caption]).encode()).digest()
 
 
 def digest_of_samples(storage: StorageConfig, samples: Iterable[bytes]) -> str:
-    """The content digest of the pictures whose ``sample_digest``s come in the order of their keys.
+    """The content digest of the images whose ``sample_digest``s come in the order of their keys.
 
     Hex SHA-256 over the canonical JSON of ``storage`` and the digests behind it.
     """
@@ -313,7 +313,7 @@ def digest_of_samples(storage: StorageConfig, samples: Iterable[bytes]) -> str:
 def content_digest(folder: Path, parts: Iterable[Part], storage: StorageConfig) -> str:
     """The content digest of what ``parts`` of the data set in ``folder`` keep.
 
-    Sets that keep the same pictures have the same digest, however many ingests, chunks and removals made them.
+    Sets that keep the same images have the same digest, however many ingests, chunks and removals made them.
     Memory does not grow with the set: it is sorted on disk.
 
     Raises UserError if a records table is missing or damaged.

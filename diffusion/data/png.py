@@ -135,7 +135,7 @@ def _unfiltered(rows: bytes, channels: int, height: int, width: int) -> np.ndarr
     """The pixels of filtered rows, (N, H, 1 + W·C) bytes, as (N, H, W, C)."""
     filtered = np.frombuffer(rows, np.uint8).reshape(-1, height, 1 + width * channels).swapaxes(0, 1)
     filters = filtered[:, :, 0]
-    # Rows first, then pictures: what is done to a row is done to those of all the pictures at once.
+    # Rows first, then images: what is done to a row is done to those of all the images at once.
     values = filtered[:, :, 1:].copy()
     lines = values.reshape(-1, width * channels)
     left = np.flatnonzero(filters == SUB)
@@ -158,16 +158,16 @@ def _decode(png: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     if not png.startswith(SIGNATURE):
         raise ValueError("not a PNG")
     try:
-        # Not by Image.open, which warns of large pictures, where the shape is the limit.
-        picture: Image.Image = PngImageFile(io.BytesIO(png))
-        if picture.size != (width, height):
-            raise ValueError(f"{picture.width}×{picture.height} pixels instead of {width}×{height}")
-        grey = picture.mode in ("1", "L", "LA", "I;16")
+        # Not by Image.open, which warns of large images, where the shape is the limit.
+        image: Image.Image = PngImageFile(io.BytesIO(png))
+        if image.size != (width, height):
+            raise ValueError(f"{image.width}×{image.height} pixels instead of {width}×{height}")
+        grey = image.mode in ("1", "L", "LA", "I;16")
         if channels == 1 and not grey:
-            raise ValueError(f"colours ({picture.mode}) instead of grey")
-        if picture.mode == "I;16":  # Pillow would cut off what is over 255
-            picture = Image.fromarray(((np.asarray(picture).astype(np.uint32) + 128) // 257).astype(np.uint8))
-        pixels = np.asarray(picture.convert("L" if grey else "RGB"))
+            raise ValueError(f"colours ({image.mode}) instead of grey")
+        if image.mode == "I;16":  # Pillow would cut off what is over 255
+            image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+        pixels = np.asarray(image.convert("L" if grey else "RGB"))
         # Decoding looks at no checksum.
         PngImageFile(io.BytesIO(png)).verify()
     except (OSError, SyntaxError, EOFError, struct.error, zlib.error) as error:
@@ -175,11 +175,11 @@ def _decode(png: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     return pixels.reshape(height, width, -1).transpose(2, 0, 1)
 
 
-def has_sixteen_bits(picture: ImageFile) -> bool:
-    """Whether the samples in the file of ``picture``, which is not loaded yet, have 12 or 16 bits."""
+def has_sixteen_bits(image: ImageFile) -> bool:
+    """Whether the samples in the file of ``image``, which is not loaded yet, have 12 or 16 bits."""
     deep = (";16", ";12")
-    return isinstance(picture, PngImageFile | TiffImageFile) and any(
-        mark in _layout(tile.args) for tile in picture.tile for mark in deep
+    return isinstance(image, PngImageFile | TiffImageFile) and any(
+        mark in _layout(tile.args) for tile in image.tile for mark in deep
     )
 
 
@@ -188,23 +188,23 @@ def _layout(args: Any) -> str:
     return str(args[0] if isinstance(args, tuple) else args)
 
 
-def from_sixteen_bits(picture: ImageFile, open_again: Callable[[], ImageFile]) -> Image.Image:
-    """``picture``, not loaded yet, whose samples have 12 or 16 bits, with 8."""
-    if _layout(picture.tile[0].args).startswith("RGBa"):
-        return picture  # what is lost in dividing by alpha is more than what Pillow cuts off
+def from_sixteen_bits(image: ImageFile, open_again: Callable[[], ImageFile]) -> Image.Image:
+    """``image``, not loaded yet, whose samples have 12 or 16 bits, with 8."""
+    if _layout(image.tile[0].args).startswith("RGBa"):
+        return image  # what is lost in dividing by alpha is more than what Pillow cuts off
     made = None
-    for top, samples in _bands(picture, open_again):
-        transparent = picture.info.get("transparency")
+    for top, samples in _bands(image, open_again):
+        transparent = image.info.get("transparency")
         if transparent is not None:
             opaque = (samples != transparent).any(-1, keepdims=True)
             samples = np.concatenate([samples, opaque * 65535], axis=-1)
         height, width, channels = samples.shape
-        mode = picture.mode if picture.mode == "CMYK" else {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels]
-        made = made or Image.new(mode, picture.size)
+        mode = image.mode if image.mode == "CMYK" else {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels]
+        made = made or Image.new(mode, image.size)
         made.paste(Image.frombytes(mode, (width, height), eight_bits(samples).tobytes()), (0, top))
     if made is None:
         raise ValueError("it has no rows")
-    made.info = {key: value for key, value in picture.info.items() if key != "transparency"}
+    made.info = {key: value for key, value in image.info.items() if key != "transparency"}
     return made
 
 
@@ -213,43 +213,42 @@ def eight_bits(samples: np.ndarray) -> np.ndarray:
     return ((samples + 128) // 257).astype(np.uint8)
 
 
-def _bands(picture: ImageFile, open_again: Callable[[], ImageFile]) -> Iterator[tuple[int, np.ndarray]]:
-    """The first row and the samples of some rows at a time, as all would take ten times the memory of the picture.
+def _bands(image: ImageFile, open_again: Callable[[], ImageFile]) -> Iterator[tuple[int, np.ndarray]]:
+    """The first row and the samples of some rows at a time, as all would take ten times the memory of the image.
 
     Samples are 0…65535, (H, W, C) int32. Where there is more than one channel Pillow cuts off the lower bytes; they are
     had by decoding once more with the two bytes of a sample taken for each other.
     """
-    layout = _layout(picture.tile[0].args)
-    if picture.mode.startswith("I;16"):
-        white_is_zero = isinstance(picture, TiffImageFile) and picture.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
-        for top, band in _cut(picture):
+    layout = _layout(image.tile[0].args)
+    if image.mode.startswith("I;16"):
+        white_is_zero = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
+        for top, band in _cut(image):
             samples = band[..., None]
             if layout == "I;12":
                 samples = samples << 4 | samples >> 8
             yield top, 65535 - samples if white_is_zero else samples
     elif layout == "LA;16B":
-        for top, both in _cut(_laid_out(picture, "RGBA")):
+        for top, both in _cut(_laid_out(image, "RGBA")):
             yield top, both[..., ::2] << 8 | both[..., 1::2]
     else:
         native = "L" if sys.byteorder == "little" else "B"
         order = layout[-1].replace("N", native)
         swapped = _laid_out(open_again(), layout[:-1] + ("B" if order == "L" else "L"))
-        for (top, upper), (_, lower) in zip(_cut(picture), _cut(swapped), strict=True):
+        for (top, upper), (_, lower) in zip(_cut(image), _cut(swapped), strict=True):
             yield top, upper << 8 | lower
 
 
-def _cut(picture: ImageFile) -> Iterator[tuple[int, np.ndarray]]:
+def _cut(image: ImageFile) -> Iterator[tuple[int, np.ndarray]]:
     """The first row and the values of some rows at a time, as int32."""
-    width, height = picture.size
+    width, height = image.size
     rows = max(1, PIXELS_AT_ONCE // width)
     for top in range(0, height, rows):
-        yield top, np.asarray(picture.crop((0, top, width, min(top + rows, height)))).astype(np.int32)
+        yield top, np.asarray(image.crop((0, top, width, min(top + rows, height)))).astype(np.int32)
 
 
-def _laid_out(picture: ImageFile, layout: str) -> ImageFile:
-    """``picture``, before it is loaded, with the samples in its file taken for laid out like ``layout``."""
-    picture.tile = [
-        tile._replace(args=(layout, *tile.args[1:]) if isinstance(tile.args, tuple) else layout)
-        for tile in picture.tile
+def _laid_out(image: ImageFile, layout: str) -> ImageFile:
+    """``image``, before it is loaded, with the samples in its file taken for laid out like ``layout``."""
+    image.tile = [
+        tile._replace(args=(layout, *tile.args[1:]) if isinstance(tile.args, tuple) else layout) for tile in image.tile
     ]
-    return picture
+    return image

@@ -160,7 +160,7 @@ class LocalShards:
             self._verify(entry)
 
     def close(self) -> None:
-        """Stop verifying; files close when the last picture read from them is gone."""
+        """Stop verifying; files close when the last image read from them is gone."""
         self._pool.shutdown(cancel_futures=True)
         self._mapped.cache_clear()
 

@@ -180,7 +180,7 @@ pipe(batch_size=4, num_inference_steps={sampling.steps}).images
     classes = f", of {len(model.classes)} classes" if model.classes else ""
     return f"""# {escape_markdown(header.dataset)}
 
-A diffusion model of {size}×{size} pictures ({"grey" if channels == 1 else "RGB"}{classes}), made with Darkroom.
+A diffusion model of {size}×{size} images ({"grey" if channels == 1 else "RGB"}{classes}), made with Darkroom.
 With Darkroom's package and its extra `diffusers`, from its repository (PyPI's package `darkroom` is another):
 
 ```python
@@ -194,12 +194,12 @@ pipe(batch_size=4, seed=0{asked}).images
 | model | {about.version or "not registered"} |
 | MLflow run | {about.run_id or "unknown"} |
 | data set | {escape_markdown(header.dataset)}, content {escape_markdown(header.content_digest)} |
-| trained on | {header.images:,} pictures seen |
+| trained on | {header.images:,} images seen |
 | weights | SHA-256 of the model file `{about.weights_sha256}` |
 | predicts | {model.config.prediction}, on the schedule {model.config.schedule} of {model.config.steps} levels |
 | drawn with | {sampling.sampler}, {sampling.steps} steps |
 
-The weights come under no licence but what the rights in the pictures of that data set allow. The model draws what it
-was shown, at this size, with its gaps and biases, and may come close to single pictures: mark what it draws as made by
+The weights come under no licence but what the rights in the images of that data set allow. The model draws what it
+was shown, at this size, with its gaps and biases, and may come close to single images: mark what it draws as made by
 a model.
 """

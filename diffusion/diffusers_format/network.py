@@ -17,7 +17,7 @@ from diffusion.process.schedules import NoiseSchedule, make_schedule
 
 
 class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """Our U-Net as a denoiser: x_t in, the clean picture out, whatever the network itself predicts.
+    """Our U-Net as a denoiser: x_t in, the clean image out, whatever the network itself predicts.
 
     Its own shape is none of UNet2DModel's, whose normalisations have a fixed number of groups where ours have a fixed
     number of channels. ``header`` and ``sampling`` are a ``ModelHeader`` and a ``SamplingConfig`` as JSON; the other
@@ -80,7 +80,7 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         text: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
-        """The clean pictures in [−1, 1], which diffusers calls a prediction of the ``sample``: (N, C, H, W).
+        """The clean images in [−1, 1], which diffusers calls a prediction of the ``sample``: (N, C, H, W).
 
         ``sample`` is x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, (N, C, H, W), and ``timestep`` t, whole or not, of all or of each
         (N,). ``class_labels`` (N,) are numbers in the sorted classes, one more for any; ``text`` (N, 384) embeddings of

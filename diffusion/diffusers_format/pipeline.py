@@ -55,17 +55,17 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw pictures number 0 to ``batch_size`` − 1 of ``seed``: those of ``darkroom sample``, to 1e-3 in [−1, 1].
+        """Draw images number 0 to ``batch_size`` − 1 of ``seed``: those of ``darkroom sample``, to 1e-3 in [−1, 1].
 
-        ``labels`` and ``prompts`` are what they show, one for all, or the i-th picture the i-th, from the front again
+        ``labels`` and ``prompts`` are what they show, one for all, or the i-th image the i-th, from the front again
         after the last; without either, classes come as often as the data set has them. What is None is as the folder
         says. ``eta`` is DDIM's alone. With a ``generator`` all noise comes from it, as in stock pipelines, and the seed
         only says which classes. ``output_type`` is pil, np (N, H, W, C) or pt (N, C, H, W), both in [0, 1].
 
-        Raises UserError for what the model was not told of, or would have no effect, and for no pictures.
+        Raises UserError for what the model was not told of, or would have no effect, and for no images.
         """
         if batch_size < 1:
-            raise UserError(f"batch_size = {batch_size}: ask for one picture or more")
+            raise UserError(f"batch_size = {batch_size}: ask for one image or more")
         model, indices = self.unet.model, range(batch_size)
         given = {
             "steps": num_inference_steps,
@@ -96,7 +96,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _reversed(
         self, model: DiffusionModel, config: SamplingConfig, start: Tensor, answer: Answer, options: Options
     ) -> Tensor:
-        """The reverse process from standard Gaussian noise ``start`` to the last estimate of the pictures.
+        """The reverse process from standard Gaussian noise ``start`` to the last estimate of the images.
 
         The last step of our samplers goes there; schedulers end there too, or not quite.
         """

@@ -36,7 +36,7 @@ from diffusion.process.schedules import NoiseSchedule
 WHOLE = (DDPMScheduler, DDIMScheduler)
 """Those that visit whole times alone."""
 PRECONDITIONED = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
-"""Those that make the clean picture out of EDM's answer F themselves."""
+"""Those that make the clean image out of EDM's answer F themselves."""
 IN_SIGMA = (EulerDiscreteScheduler, HeunDiscreteScheduler, *PRECONDITIONED)
 """Those whose state is x_0 + σ ε, as with us; that of the others is x_t."""
 SDE = (DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler)

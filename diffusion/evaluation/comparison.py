@@ -326,13 +326,13 @@ def _sample_grids(ours: ModelEvaluator, theirs: ModelEvaluator | None, evaluatio
             numbers = [torch.nonzero(each == number)[:IMAGES_PER_CLASS, 0] for each in (labels, ours.labels)]
             count = min(map(len, numbers))
             held_out, generated = (each[:count] for each in numbers)
-            classes[name] = real.dataset.pictures(real.compared[held_out.numpy()]), ours.images[generated]
+            classes[name] = real.dataset.images(real.compared[held_out.numpy()]), ours.images[generated]
     return SampleGrids(
         real=real.shown_images,
         candidate=ours.images[:SHOWN],
         champion=None if theirs is None else theirs.images[:SHOWN],
         nearest_generated=ours.images[[pair.generated for pair in pairs]],
-        nearest_training=real.dataset.pictures(real.train[[pair.training for pair in pairs]]),
+        nearest_training=real.dataset.images(real.train[[pair.training for pair in pairs]]),
         duplicates=[ours.images[group.members] for group in evaluation.duplicates.groups],
         classes=classes,
     )

@@ -321,7 +321,7 @@ class Evaluator:
         def work() -> tuple[ResamplingBaseline, Tensors]:
             assert real.small is not None
             large = resample(real.small, real.dataset.manifest.size // low_resolution, name)
-            alike = compare_images(large, torch.cat(list(real.pictures(real.shown))))
+            alike = compare_images(large, torch.cat(list(real.images(real.shown))))
             return ResamplingBaseline(scores=real.score(real.extractor(large)), similarity=alike), {}
 
         key = BaselineKey(name=name, samples=len(real.shown), low_resolution=low_resolution, compared=real.compared_key)
@@ -450,7 +450,7 @@ class ModelEvaluator:
         def work() -> Tensors:
             dataset = self.real.dataset
             chunks = (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
-            pieces = ((dataset.pictures(some), conditioning_of_rows(self.model, dataset, some)) for some in chunks)
+            pieces = ((dataset.images(some), conditioning_of_rows(self.model, dataset, some)) for some in chunks)
             terms = measure_losses(self.model, pieces, self.sampling, self.progress)
             bits = {} if terms.bits is None else {"bits": terms.bits}
             return {"edges": terms.edges, "losses": terms.losses, **bits}
@@ -493,7 +493,7 @@ class ModelEvaluator:
         def work() -> tuple[Reconstruction, Tensors]:
             model = self.model.on(resolve_device(self.sampling.device))
             ratios, similar, features, back = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
-            for images in real.pictures(rows):
+            for images in real.images(rows):
                 back.append(reconstructed(model, images, self.sampling))
                 ratios.append(psnr(back[-1], images))
                 similar.append(ssim(back[-1], images))
@@ -517,7 +517,7 @@ class ModelEvaluator:
 
     def _originals(self) -> Iterator[Tensor]:
         """The held-out images that it enlarges, chunk by chunk."""
-        return self.real.pictures(self.real.shown[: self.samples])
+        return self.real.images(self.real.shown[: self.samples])
 
     def scored(self) -> ModelScores:
         """What is measured of every model."""

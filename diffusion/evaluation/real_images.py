@@ -211,26 +211,26 @@ class RealImages:
     @cached_property
     def small(self) -> Tensor | None:
         """What models of super-resolution start from, (N, C, h, w) uint8; None: the task starts from noise."""
-        pieces = [self.task.inputs(images) for images in self.pictures(self.shown)]
+        pieces = [self.task.inputs(images) for images in self.images(self.shown)]
         inputs = [piece for piece in pieces if piece is not None]
         return torch.cat(inputs) if inputs else None
 
     @cached_property
     def appearance(self) -> dict[str, Tensor]:
         """What the images compared with look like as a whole."""
-        pieces = [measure_appearance(images) for images in self.pictures(self.compared)]
+        pieces = [measure_appearance(images) for images in self.images(self.compared)]
         return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
     @cached_property
     def thumbnails(self) -> Tensor:
         """Of the images compared with, as they are and moved, (9, N, D)."""
-        return thumbnails_of_pieces(self.pictures(self.compared))
+        return thumbnails_of_pieces(self.images(self.compared))
 
     @property
     def shown_images(self) -> Tensor:
         """Some held-out images to look at, (N, C, H, W) uint8; those that models enlarge, if they do."""
         rows = self.shown if len(self.shown) else self.held_out
-        return self.dataset.pictures(rows[:SHOWN])
+        return self.dataset.images(rows[:SHOWN])
 
     @property
     def training_key(self) -> FeaturesKey:
@@ -246,10 +246,10 @@ class RealImages:
         """The images compared with, as far as they are of ``classes``."""
         return Labelled(self.reference.features, self.dataset.classes(self.compared, classes))
 
-    def pictures(self, rows: Rows) -> Iterator[Tensor]:
+    def images(self, rows: Rows) -> Iterator[Tensor]:
         """Those in ``rows``, (n, C, H, W) uint8, piece by piece."""
         for start in range(0, len(rows), CHUNK):
-            yield self.dataset.pictures(rows[start : start + CHUNK])
+            yield self.dataset.images(rows[start : start + CHUNK])
 
     def views(self, pieces: Iterable[Tensor], features: Tensor, mirrored: bool) -> Views:
         """Of images (N, C, H, W) uint8 that come in ``pieces``, with ``features`` (N, D), in both spaces."""
@@ -263,7 +263,7 @@ class RealImages:
 
     def neighbours(self, views: Views) -> dict[str, NearestNeighbours]:
         """The training images nearest to each of others, by space; rows count from the first by key."""
-        small = (make_thumbnails(images) for images in self.pictures(self.train))
+        small = (make_thumbnails(images) for images in self.images(self.train))
         pieces = {PIXELS: small, self.extractor.name: self._training()}
         return {space: find_nearest(points, pieces[space], progress=self.progress) for space, points in views.items()}
 
@@ -272,7 +272,7 @@ class RealImages:
 
         def work() -> dict[str, Tensor]:
             features = cached_features(self.folder, self.dataset, self.held_out, self.extractor, self.progress)
-            views = self.views(self.pictures(self.held_out), features, mirrored)
+            views = self.views(self.images(self.held_out), features, mirrored)
             return unpacked(self.neighbours(views))
 
         held_out = features_key(self.dataset, self.held_out, self.extractor)

@@ -226,7 +226,7 @@ class Evaluation(Config):
     estimates: dict[str, MetricEstimate]
     """Of the best checkpoint."""
     baselines: dict[str, ResamplingBaseline] | None = Field(None, exclude_if=unset)
-    """For models that enlarge, by name: the same small pictures enlarged without one."""
+    """For models that enlarge, by name: the same small images enlarged without one."""
 
     @classmethod
     def read(cls, path: Path) -> "Evaluation":

@@ -91,9 +91,9 @@ class RelativisticObjective(TrainingObjective):
         assert batch.noise is not None
         label = batch.conditioning.get("label")
         with torch.no_grad():
-            pictures = torch.cat([batch.x0, network(batch.noise[:, : self.config.latent], label)])
+            images = torch.cat([batch.x0, network(batch.noise[:, : self.config.latent], label)])
         both = None if label is None else label.repeat(2)
-        said, steepness = gradient_penalties(lambda x: self.discriminator(x, both), pictures)
+        said, steepness = gradient_penalties(lambda x: self.discriminator(x, both), images)
         real, made = said.chunk(2)
         return functional.softplus(made - real) + self.config.gamma / 2 * torch.stack(steepness.chunk(2)).sum(0)
 

@@ -137,9 +137,9 @@ class DiffusionModel(Model):
         """What the reverse process holds, (N, *noise_shape), as images (N, C, H, W), nominally in [−1, 1]."""
         return x if self.latents is None else self.latents.decode(x)
 
-    def encoded(self, pictures: Tensor) -> Tensor:
+    def encoded(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) in [−1, 1] as the reverse process would hold them, (N, *noise_shape)."""
-        return pictures if self.latents is None else self.latents.encode(pictures)
+        return images if self.latents is None else self.latents.encode(images)
 
     def denoiser(self, conditioning: Conditioning | None = None) -> Denoiser:
         """The model as a function from a noisy image and its σ to the clean one, ``conditioning`` as of one batch."""
@@ -160,11 +160,11 @@ def classes_of(config: FamilyConfig, class_histogram: dict[str, int]) -> list[st
     return list(class_histogram) if config.conditional and len(class_histogram) > 1 else []
 
 
-def to_float(pictures: Tensor) -> Tensor:
+def to_float(images: Tensor) -> Tensor:
     """Stored images, uint8, as the network sees them: float32 in [−1, 1]."""
-    return pictures.float() / 127.5 - 1
+    return images.float() / 127.5 - 1
 
 
-def to_uint8(pictures: Tensor) -> Tensor:
+def to_uint8(images: Tensor) -> Tensor:
     """The network's images, nominally in [−1, 1], as uint8; what lies outside is clipped."""
-    return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Explain: pictures of what diffusion does, from a real picture and a trained model."""
+"""Explain: images of what diffusion does, from a real image and a trained model."""
 
 import io
 from collections.abc import Callable
@@ -31,9 +31,9 @@ INTERPOLATED = 8
 MOST_BITS = 8
 """Bits per value that the figure of an autoregressive model shows as white."""
 FRAMES = 8
-"""Pictures in a strip."""
+"""Images in a strip."""
 REVERSE_STEPS = 40
-"""Steps of the sampler shown: more than it needs, so that its way from noise to picture is seen evenly."""
+"""Steps of the sampler shown: more than it needs, so that its way from noise to image is seen evenly."""
 NOISE_RANGE = 3.0
 """Noise is shown from minus this, black, to this, white."""
 INK, MUTED, SIGNAL, NOISE = "#1c1f23", "#5c6570", "#2563eb", "#b9c0c8"
@@ -43,29 +43,29 @@ INK, MUTED, SIGNAL, NOISE = "#1c1f23", "#5c6570", "#2563eb", "#b9c0c8"
 class View:
     """How what a model works on is shown."""
 
-    picture: Callable[[Tensor], Tensor] = to_uint8
-    """(C, H, W) float32 to a picture, uint8."""
+    image: Callable[[Tensor], Tensor] = to_uint8
+    """(C, H, W) float32 to an image, uint8."""
     words: str = ""
     """What to say of that."""
 
 
 @dataclass(frozen=True)
 class Forward:
-    """A picture at growing time steps; K of them."""
+    """An image at growing time steps; K of them."""
 
     steps: list[int]
     alpha_bars: list[float]
-    pictures: Tensor
+    images: Tensor
     """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε with one ε for all: (K, C, H, W) float32."""
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """What happens to one picture in one step of training; all tensors are (C, H, W) float32."""
+    """What happens to one image in one step of training; all tensors are (C, H, W) float32."""
 
     step: int
     alpha_bar: float
-    picture: Tensor
+    image: Tensor
     noise: Tensor
     mixture: Tensor
     predicted: Tensor
@@ -84,7 +84,7 @@ class TrainingStep:
 
 @dataclass(frozen=True)
 class Reverse:
-    """A sampler on its way from noise to a picture; K of its moments."""
+    """A sampler on its way from noise to an image; K of its moments."""
 
     numbers: list[int]
     """Which of the sampler's steps, from 1."""
@@ -92,22 +92,22 @@ class Reverse:
     """Steps the sampler takes."""
     steps: list[float]
     """Time steps t, falling."""
-    pictures: Tensor
+    images: Tensor
     """x_t: (K, C, H, W) float32."""
     estimates: Tensor
-    """What the model takes the picture to be: (K, C, H, W) float32."""
+    """What the model takes the image to be: (K, C, H, W) float32."""
     result: Tensor
     """(C, H, W) float32."""
 
 
-def explain(model: Model, picture: Tensor, output: Path, seed: int = 0) -> list[Path]:
-    """Draw figures of how ``model`` works into folder ``output``; ``picture``: a real image, (C, H, W) uint8."""
+def explain(model: Model, image: Tensor, output: Path, seed: int = 0) -> list[Path]:
+    """Draw figures of how ``model`` works into folder ``output``; ``image``: a real image, (C, H, W) uint8."""
     match model:
         case DiffusionModel():
-            return explain_diffusion(model, picture, output, seed)
+            return explain_diffusion(model, image, output, seed)
         case VAEModel():
             path = output / "reconstruction.png"
-            sheet = above(picture[None], reconstructed(model, picture[None], sampling_config()), scale=4)
+            sheet = above(image[None], reconstructed(model, image[None], sampling_config()), scale=4)
         case GANModel():
             path = output / "way.png"
             asks = [Conditions(labels=(name,)) for name in model.classes] or [Conditions()]
@@ -117,28 +117,28 @@ def explain(model: Model, picture: Tensor, output: Path, seed: int = 0) -> list[
         case AutoregressiveModel():
             path = output / "surprise.png"
             with torch.inference_mode():
-                bits = bits_of_pixels(model.network, to_float(picture[None]), {}) / picture.shape[0]
-            shown = (bits / MOST_BITS * 255).clamp(0, 255).to(torch.uint8)[:, None].expand(-1, len(picture), -1, -1)
-            sheet = above(picture[None], shown, scale=8)
+                bits = bits_of_pixels(model.network, to_float(image[None]), {}) / image.shape[0]
+            shown = (bits / MOST_BITS * 255).clamp(0, 255).to(torch.uint8)[:, None].expand(-1, len(image), -1, -1)
+            sheet = above(image[None], shown, scale=8)
         case _:
             raise TypeError(type(model))
     save_png(path, sheet)
     return [path]
 
 
-def explain_diffusion(model: DiffusionModel, picture: Tensor, output: Path, seed: int = 0) -> list[Path]:
+def explain_diffusion(model: DiffusionModel, image: Tensor, output: Path, seed: int = 0) -> list[Path]:
     """Draw ``forward.png``, ``training_step.png`` and ``reverse.png`` into folder ``output``.
 
-    ``picture``: a real one, (C, H, W) uint8, of the model's shape; UserError if it is another. All noise
+    ``image``: a real one, (C, H, W) uint8, of the model's shape; UserError if it is another. All noise
     comes from ``seed``.
     """
-    if tuple(picture.shape) != model.shape:
-        theirs, ours = ("×".join(map(str, shape)) for shape in (picture.shape, model.shape))
+    if tuple(image.shape) != model.shape:
+        theirs, ours = ("×".join(map(str, shape)) for shape in (image.shape, model.shape))
         raise UserError(
-            f"the picture is {theirs} and the model draws {ours} (channels × height × width): "
+            f"the image is {theirs} and the model draws {ours} (channels × height × width): "
             "take one from the data set that the model was trained on"
         )
-    x0, told = model.encoded(to_float(picture)[None])[0], task_of(model.config).conditioning(picture[None]) or None
+    x0, told = model.encoded(to_float(image)[None])[0], task_of(model.config).conditioning(image[None]) or None
     noise = GaussianNoise(seed, "explain", [0], model.noise_shape)()[0]
     view = view_of(model)
     figures = {
@@ -152,12 +152,12 @@ def explain_diffusion(model: DiffusionModel, picture: Tensor, output: Path, seed
 
 
 def reverse_process_strip(model: DiffusionModel, conditioning: Conditioning | None) -> Image.Image:
-    """The reverse process from picture 0 of seed 0, as ``explain`` draws it; ``conditioning`` as in ``reverse``."""
+    """The reverse process from image 0 of seed 0, as ``explain`` draws it; ``conditioning`` as in ``reverse``."""
     return Image.open(io.BytesIO(figure_png(draw_reverse(reverse(model, 0, conditioning), view_of(model)))))
 
 
 def view_of(model: DiffusionModel) -> View:
-    """Pictures as they are; latents as the autoencoder decodes them, however noisy."""
+    """Images as they are; latents as the autoencoder decodes them, however noisy."""
     if model.latents is None:
         return View()
     return View(lambda x: to_uint8(model.decoded(x[None]))[0], " (in latents: shown decoded)")
@@ -166,8 +166,8 @@ def view_of(model: DiffusionModel) -> View:
 def forward(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, count: int = FRAMES) -> Forward:
     """``x0``, (C, H, W) in [−1, 1], mixed with ``noise`` at ``count`` time steps spread evenly from 0 to T−1."""
     t = torch.linspace(0, schedule.steps - 1, count).round().long()
-    pictures = schedule.q_sample(x0.expand(count, -1, -1, -1), t, noise.expand(count, -1, -1, -1))
-    return Forward(t.tolist(), schedule.alphas_cumprod[t].tolist(), pictures)
+    images = schedule.q_sample(x0.expand(count, -1, -1, -1), t, noise.expand(count, -1, -1, -1))
+    return Forward(t.tolist(), schedule.alphas_cumprod[t].tolist(), images)
 
 
 @torch.inference_mode()
@@ -176,7 +176,7 @@ def training_step(
 ) -> TrainingStep:
     """One step on ``x0``, (C, H, W) in [−1, 1].
 
-    At the time where picture and noise weigh the same.
+    At the time where image and noise weigh the same.
     """
     schedule = model.schedule
     t = (schedule.alphas_cumprod - 0.5).abs().argmin()
@@ -186,7 +186,7 @@ def training_step(
     return TrainingStep(
         step=int(t),
         alpha_bar=schedule.alphas_cumprod[t].item(),
-        picture=x0,
+        image=x0,
         noise=noise,
         mixture=schedule.q_sample(x0[None], t[None], noise[None])[0],
         predicted=(x - estimate) / sigma,
@@ -195,7 +195,7 @@ def training_step(
 
 @torch.inference_mode()
 def reverse(model: DiffusionModel, seed: int, conditioning: Conditioning | None = None, count: int = FRAMES) -> Reverse:
-    """The default sampler drawing picture 0 of ``seed``, at up to ``count`` moments spread evenly in time t.
+    """The default sampler drawing image 0 of ``seed``, at up to ``count`` moments spread evenly in time t.
 
     ``conditioning``: the network's; None: sampled as for any generated image.
     """
@@ -213,23 +213,23 @@ def reverse(model: DiffusionModel, seed: int, conditioning: Conditioning | None 
         numbers=(chosen + 1).tolist(),
         total=len(seen),
         steps=times[chosen].tolist(),
-        pictures=torch.cat([seen[i][0] for i in chosen]) / scale,
+        images=torch.cat([seen[i][0] for i in chosen]) / scale,
         estimates=torch.cat([seen[i][1] for i in chosen]),
         result=result[0],
     )
 
 
 def draw_forward(frames: Forward, schedule: NoiseSchedule, view: View) -> Figure:
-    """The strip, and below it ᾱ over time: each picture stands above its own time step."""
+    """The strip, and below it ᾱ over time: each image stands above its own time step."""
     figure = Figure(figsize=(12.0, 4.9), facecolor="#ffffff")
     formula = r"$x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\varepsilon$"
-    _title(figure, f"The forward process: a picture turns into noise{view.words}", formula)
+    _title(figure, f"The forward process: an image turns into noise{view.words}", formula)
     count, last = len(frames.steps), schedule.steps - 1
     left, width = 0.055, 0.103
     pitch = (0.985 - left - width) / (count - 1)
     for number, (step, alpha_bar) in enumerate(zip(frames.steps, frames.alpha_bars, strict=True)):
         axes = figure.add_axes((left + number * pitch, 0.56, width, 0.26))
-        _show(axes, view.picture(frames.pictures[number]))
+        _show(axes, view.image(frames.images[number]))
         _caption(axes, f"$t$ = {step}", rf"$\bar\alpha$ {_share(alpha_bar)}")
     curve = figure.add_axes((left, 0.13, (count - 1) * pitch + width, 0.27))
     _alpha_bar_curve(curve, frames, schedule)
@@ -253,22 +253,22 @@ def _alpha_bar_curve(axes: Axes, frames: Forward, schedule: NoiseSchedule) -> No
     axes.set_xlabel("time step $t$", color=MUTED, fontsize=10.5)
     axes.set_ylabel(r"$\bar\alpha$", color=MUTED, fontsize=13, rotation=0, labelpad=10)
     half = int(np.abs(alpha_bars - 0.5).argmin())
-    axes.text(half / 2, 0.18, r"picture: $\bar\alpha$ of the variance", color=SIGNAL, fontsize=10.5, ha="center")
+    axes.text(half / 2, 0.18, r"image: $\bar\alpha$ of the variance", color=SIGNAL, fontsize=10.5, ha="center")
     axes.text((half + schedule.steps) / 2, 0.74, r"noise: $1 - \bar\alpha$", color=MUTED, fontsize=10.5, ha="center")
 
 
 def draw_training_step(step: TrainingStep, view: View) -> Figure:
     """Five panels that read like an equation."""
     figure = Figure(figsize=(12.0, 4.0), facecolor="#ffffff")
-    about = rf"at $t$ = {step.step}, where $\bar\alpha$ = {step.alpha_bar:.3f}: picture and noise weigh the same"
-    _title(figure, f"One step of training: tell the noise from the picture{view.words}", about)
+    about = rf"at $t$ = {step.step}, where $\bar\alpha$ = {step.alpha_bar:.3f}: image and noise weigh the same"
+    _title(figure, f"One step of training: tell the noise from the image{view.words}", about)
     signal, spread = step.alpha_bar**0.5, (1 - step.alpha_bar) ** 0.5
     panels = [
-        (view.picture(step.picture), "picture $x_0$", f"from the data set, × {signal:.3f}", ""),
-        (_noise_picture(step.noise), r"noise $\varepsilon$", f"drawn at random, × {spread:.3f}", "+"),
-        (view.picture(step.mixture), "mixture $x_t$", "all that the network sees", "="),
-        (_noise_picture(step.predicted), r"predicted noise $\hat\varepsilon$", "the network's answer", "→"),
-        (_noise_picture(step.difference), r"$\hat\varepsilon - \varepsilon$", "what it got wrong", "−ε ="),
+        (view.image(step.image), "image $x_0$", f"from the data set, × {signal:.3f}", ""),
+        (_noise_image(step.noise), r"noise $\varepsilon$", f"drawn at random, × {spread:.3f}", "+"),
+        (view.image(step.mixture), "mixture $x_t$", "all that the network sees", "="),
+        (_noise_image(step.predicted), r"predicted noise $\hat\varepsilon$", "the network's answer", "→"),
+        (_noise_image(step.difference), r"$\hat\varepsilon - \varepsilon$", "what it got wrong", "−ε ="),
     ]
     width, gap = 0.15, 0.05
     left = (1 - 5 * width - 4 * gap) / 2
@@ -287,22 +287,22 @@ def draw_training_step(step: TrainingStep, view: View) -> Figure:
 
 
 def draw_reverse(frames: Reverse, view: View) -> Figure:
-    """Above, what the sampler holds; below, what the model takes it to be; at the end, the picture."""
+    """Above, what the sampler holds; below, what the model takes it to be; at the end, the image."""
     figure = Figure(figsize=(12.0, 4.3), facecolor="#ffffff")
-    about = f"{frames.total} steps; each moves towards the model's estimate of the picture, then asks again"
-    _title(figure, f"The reverse process: noise turns into a picture{view.words}", about)
+    about = f"{frames.total} steps; each moves towards the model's estimate of the image, then asks again"
+    _title(figure, f"The reverse process: noise turns into an image{view.words}", about)
     count = len(frames.numbers) + 1
     left, width = 0.085, 0.092
     pitch = (0.985 - left - width) / (count - 1)
     for number, (step, t) in enumerate(zip(frames.numbers, frames.steps, strict=True)):
         start = left + number * pitch
-        _show(figure.add_axes((start, 0.5, width, 0.29)), view.picture(frames.pictures[number]))
+        _show(figure.add_axes((start, 0.5, width, 0.29)), view.image(frames.images[number]))
         below = figure.add_axes((start, 0.17, width, 0.29))
-        _show(below, view.picture(frames.estimates[number]))
+        _show(below, view.image(frames.estimates[number]))
         _caption(below, f"step {step}", f"$t$ = {t:.0f}")
     end = figure.add_axes((left + (count - 1) * pitch, 0.335, width, 0.29))
-    _show(end, view.picture(frames.result))
-    _caption(end, "picture", "")
+    _show(end, view.image(frames.result))
+    _caption(end, "image", "")
     for height, name in (0.645, "$x_t$"), (0.315, "estimate\nof $x_0$"):
         figure.text(left - 0.012, height, name, color=INK, fontsize=11, ha="right", va="center")
     return figure
@@ -336,8 +336,8 @@ def _caption(axes: Axes, first: str, second: str) -> None:
         )
 
 
-def _noise_picture(noise: Tensor) -> Tensor:
-    # Of latents as many channels as a picture can show.
+def _noise_image(noise: Tensor) -> Tensor:
+    # Of latents as many channels as an image can show.
     return to_uint8(noise[: 3 if len(noise) >= 3 else 1] / NOISE_RANGE)
 
 

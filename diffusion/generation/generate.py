@@ -41,7 +41,7 @@ def sample(
 
     With an ``edit`` they are versions of its image, which must have the model's shape.
 
-    Picture i is always computed as member i mod B of the compute batch i div B (B = ``config.compute_batch``),
+    Image i is always computed as member i mod B of the compute batch i div B (B = ``config.compute_batch``),
     with its neighbours beside it, because floating-point sums change with a batch's shape. So asking for
     whole multiples of B, starting at one, costs nothing extra. ``at_once``: how many of these are computed at the same
     time on a processor, which changes no bits; None: one on each core.

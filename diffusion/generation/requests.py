@@ -16,7 +16,7 @@ from torch import Tensor
 from diffusion.common.errors import UserError
 from diffusion.common.progress import Progress, silent
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.decode import Refused, StoredPicture, prepare, unscaled
+from diffusion.data.ingest.decode import Refused, StoredImage, prepare, unscaled
 from diffusion.families import family_of
 from diffusion.families.model import DiffusionModel, Model
 from diffusion.generation.config import (
@@ -206,7 +206,7 @@ def _channels_first(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
 
 
-def _prepared(model: Model, payload: bytes, name: str, grey: bool = False) -> StoredPicture:
+def _prepared(model: Model, payload: bytes, name: str, grey: bool = False) -> StoredImage:
     channels, size, _ = model.shape
     mode: Literal["grey", "rgb"] = "grey" if grey or channels == 1 else "rgb"
     try:

@@ -1,7 +1,7 @@
 """Super-resolution: small images made large by a model that was trained to (SR3, arXiv 2104.07636).
 
 The network is shown the small image, enlarged without it to full size, beside the noisy one, and asked about what the
-large one has beyond it (SRDiff, arXiv 2104.14951): what is known already is nothing to be learnt. A image that has
+large one has beyond it (SRDiff, arXiv 2104.14951): what is known already is nothing to be learnt. An image that has
 more pixels than those of the training is covered with overlapping tiles, whose answers are blended at every step of one
 reverse process over the whole (MultiDiffusion, arXiv 2302.08113), so that they agree and leave no seams.
 """
@@ -247,7 +247,7 @@ def upscale(
     less than that. Image i has the noise of number ``first`` + i of ``seed``, and bits that depend on no other, as the
     network always computes ``config.compute_batch`` tiles at once, of one image or of several.
 
-    Raises UserError if the model was not trained to enlarge, for a image too small or of other channels, and for
+    Raises UserError if the model was not trained to enlarge, for an image too small or of other channels, and for
     options that would have no effect.
     """
     task = task_of(model.config)

@@ -103,10 +103,10 @@ class Walk:
     def __init__(self, network: PixelCNN, count: int, size: int, label: Tensor | None) -> None:
         weight = network.head.weight
         self.network, self.size = network, size
-        self.pictures = weight.new_zeros(count, network.channels, size, size)
+        self.images = weight.new_zeros(count, network.channels, size, size)
         self.layers = [layer for layer in network.layers if isinstance(layer, Layer)]
         channels = network.above.out_channels
-        label = network.labels(label, self.pictures)
+        label = network.labels(label, self.images)
         self.told = [layer.told(label) for layer in self.layers]
         # What goes into each layer: of the stack above in all rows, of the stack beside in the present row.
         self.above = [weight.new_zeros(count, channels, size, size) for _ in self.layers]
@@ -117,8 +117,8 @@ class Walk:
 
     def begin_row(self, y: int) -> None:
         """Go through the stack above for row ``y``; all rows above it are drawn."""
-        edge = self.pictures.new_zeros(len(self.pictures), self.network.channels + 1, 1, self.size)
-        last = edge if y == 0 else with_ones(self.pictures[:, :, y - 1 : y])
+        edge = self.images.new_zeros(len(self.images), self.network.channels + 1, 1, self.size)
+        last = edge if y == 0 else with_ones(self.images[:, :, y - 1 : y])
         row = self.network.above(functional.pad(last, (1, 1, 0, 0)))
         self.linked = []
         for layer, told, kept in zip(self.layers, self.told, self.above, strict=True):
@@ -139,9 +139,9 @@ class Walk:
 
     def numbers(self, y: int, x: int) -> Tensor:
         """Those (N, ``logistics.width``) that say the mixture of pixel ``x`` in row ``y``, which was begun."""
-        left = self.pictures[:, :, y, x - 1] if x else None
-        count, channels = len(self.pictures), self.network.channels
-        marked = self.pictures.new_zeros(count, channels + 1) if left is None else with_ones(left)
+        left = self.images[:, :, y, x - 1] if x else None
+        count, channels = len(self.images), self.network.channels
+        marked = self.images.new_zeros(count, channels + 1) if left is None else with_ones(left)
         h = functional.linear(marked, self.network.beside.weight.flatten(1), self.network.beside.bias)
         for layer, taps, kept, linked in zip(self.layers, self.taps, self.beside, self.linked, strict=True):
             kept[x] = h
@@ -159,8 +159,8 @@ def draw(network: PixelCNN, noise: Tensor, label: Tensor | None = None, levels: 
         walk.begin_row(y)
         for x in range(size):
             found = mixtures_of(walk.numbers(y, x), network.channels)
-            walk.pictures[:, :, y, x] = drawn(found, noise[:, :, y, x], levels)
-    return walk.pictures
+            walk.images[:, :, y, x] = drawn(found, noise[:, :, y, x], levels)
+    return walk.images
 
 
 def gated(x: Tensor) -> Tensor:

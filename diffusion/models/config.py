@@ -115,7 +115,7 @@ class ModelConfig(Kind):
             )
         if self.low_resolution is None and self.low_resolution_noise is not None:
             raise ValueError(
-                "model.low_resolution_noise lies over the small picture, and there is none: set "
+                "model.low_resolution_noise lies over the small image, and there is none: set "
                 "model.low_resolution, or leave it out"
             )
         return self
@@ -134,7 +134,7 @@ class ModelConfig(Kind):
         return self
 
     @model_validator(mode="after")
-    def _works_on_pictures(self) -> "ModelConfig":
+    def _works_on_images(self) -> "ModelConfig":
         if self.autoencoder is not None and self.learned_variance:
             raise ValueError(
                 "model.learned_variance is learned from the likelihood of 8-bit pixels, which the latents of "
@@ -142,7 +142,7 @@ class ModelConfig(Kind):
             )
         if self.autoencoder is not None and self.low_resolution is not None:
             raise ValueError(
-                "model.low_resolution shows the network small pictures beside large ones, and model.autoencoder has it "
+                "model.low_resolution shows the network small images beside large ones, and model.autoencoder has it "
                 "work on latents: leave one out"
             )
         return self
@@ -216,7 +216,7 @@ class VAEConfig(Kind):
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise ValueError("model.channel_mult needs at least one positive number, for example [1, 2]")
         if self.factor == 1:
-            raise ValueError("model.patch = 1 and one resolution make latents as large as pictures: add to either")
+            raise ValueError("model.patch = 1 and one resolution make latents as large as images: add to either")
         return self
 
 

@@ -148,7 +148,7 @@ def _lowest(config: GANConfig, size: int) -> int:
     if config.factor > size:
         raise UserError(
             f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions fold {config.factor} pixels into "
-            f"one, and the pictures have {size}: take a number out of model.channel_mult, or lower model.patch"
+            f"one, and the images have {size}: take a number out of model.channel_mult, or lower model.patch"
         )
     return math.ceil(size / config.factor)
 

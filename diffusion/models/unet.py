@@ -112,7 +112,7 @@ class UNet(nn.Module):
         if fold > size:
             raise UserError(
                 f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions fold {fold} pixels into "
-                f"one, and the pictures have {size}: take a number out of model.channel_mult, or lower model.patch"
+                f"one, and the images have {size}: take a number out of model.channel_mult, or lower model.patch"
             )
         require_fitting(config.low_resolution, size)
         self.patch, self.width, self.padding = config.patch, config.width, -size % fold
@@ -240,7 +240,7 @@ def require_fitting(low_resolution: int | None, size: int) -> None:
         return
     fitting = [str(each) for each in range(2, size) if size % each == 0]
     raise UserError(
-        f"model.low_resolution = {low_resolution} and the pictures have {size} pixels, which is no multiple of it: "
+        f"model.low_resolution = {low_resolution} and the images have {size} pixels, which is no multiple of it: "
         + (f"use {' or '.join(fitting)}" if fitting else "ingest them at another size")
     )
 

@@ -48,7 +48,7 @@ class VAE(nn.Module):
         if size % config.factor:
             raise UserError(
                 f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions make a latent position of "
-                f"{config.factor}×{config.factor} pixels, and {config.factor} does not divide the pictures' {size}: "
+                f"{config.factor}×{config.factor} pixels, and {config.factor} does not divide the images' {size}: "
                 "ingest them at a multiple of it (ingest.size), or take a number out of model.channel_mult"
             )
         widths = [config.width * multiplier for multiplier in config.channel_mult]

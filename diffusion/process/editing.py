@@ -1,6 +1,6 @@
 """Editing with models that were not trained for it: inpainting, img2img, and interpolation between noises.
 
-Everything is made of a denoiser and a sampler, in x = x_0 + σ ε; masks are bool, True where a image is kept.
+Everything is made of a denoiser and a sampler, in x = x_0 + σ ε; masks are bool, True where an image is kept.
 """
 
 import math
@@ -136,7 +136,7 @@ def repaint(
 
 
 def levels_for(sigmas: Tensor, strength: float) -> Tensor:
-    """The end of the grid ``sigmas`` (steps + 1,) at which a image is changed with ``strength``, in (0, 1].
+    """The end of the grid ``sigmas`` (steps + 1,) at which an image is changed with ``strength``, in (0, 1].
 
     1 is all of it, and leaves nothing but what a mask keeps; a strength of 0.5 goes through the lower half of the steps
     (SDEdit, arXiv 2108.01073). At least one step is left.

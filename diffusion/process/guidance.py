@@ -1,4 +1,4 @@
-"""Guidance: pictures that show more clearly what they are asked to, and differ less from each other.
+"""Guidance: images that show more clearly what they are asked to, and differ less from each other.
 
 Pure functions over two denoisers, one that is told what to show and one that is not, or is told what not to. They are
 asked one after the other: on a processor, one batch of both took as long at 28 pixels and a tenth longer at 64.
@@ -43,7 +43,7 @@ def guided(
 
 
 def rescaled(estimate: Tensor, told: Tensor, share: float) -> Tensor:
-    """``estimate`` with the standard deviation of each picture in ``told``, mixed by ``share`` with itself.
+    """``estimate`` with the standard deviation of each image in ``told``, mixed by ``share`` with itself.
 
     Both are (N, C, H, W). Strong guidance raises contrast, and this takes it back (arXiv 2305.08891, equations 15, 16).
     """
@@ -52,5 +52,5 @@ def rescaled(estimate: Tensor, told: Tensor, share: float) -> Tensor:
 
 
 def clipped(denoise: Denoise) -> Denoise:
-    """The same with its estimates inside [−1, 1], the range of pictures."""
+    """The same with its estimates inside [−1, 1], the range of images."""
     return lambda x, sigma: denoise(x, sigma).clamp(-1, 1)

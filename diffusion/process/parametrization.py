@@ -170,6 +170,6 @@ def timesteps_at(config: ObjectiveConfig, schedule: NoiseSchedule, u: Tensor) ->
     return schedule.time((mean + std * torch.special.ndtri(u)).exp())
 
 
-def _as(pictures: Tensor, coefficient: Tensor) -> Tensor:
+def _as(images: Tensor, coefficient: Tensor) -> Tensor:
     """A coefficient of each image, in the images' own type."""
-    return coefficient.to(pictures.dtype)[:, None, None, None]
+    return coefficient.to(images.dtype)[:, None, None, None]

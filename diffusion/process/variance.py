@@ -64,6 +64,6 @@ def log_likelihood(x0: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
     return below + torch.log1p(-gap)
 
 
-def _of_each(pictures: Tensor, number: Tensor) -> Tensor:
+def _of_each(images: Tensor, number: Tensor) -> Tensor:
     """A number of each image (N,) as (N, 1, 1, 1), in the images' own type."""
-    return number.to(pictures.dtype)[:, None, None, None]
+    return number.to(images.dtype)[:, None, None, None]

@@ -54,8 +54,8 @@ def open_autoencoder(path: str, dataset: Dataset, window: int | None) -> LatentA
     assert isinstance(config, VAEConfig)
     if found.header.channels != channels:
         raise UserError(
-            f"model.autoencoder {path} was trained on pictures of {found.header.channels} channels and data set "
-            f"{dataset.manifest.name} has {channels}: train an autoencoder on pictures like these"
+            f"model.autoencoder {path} was trained on images of {found.header.channels} channels and data set "
+            f"{dataset.manifest.name} has {channels}: train an autoencoder on images like these"
         )
     inner = latent_shape(config, size)
     space = LatentSpace(autoencoder=config, digest=weights_digest(found), channels=inner[0], size=inner[1])
@@ -65,17 +65,17 @@ def open_autoencoder(path: str, dataset: Dataset, window: int | None) -> LatentA
     rows = dataset.rows("train")
     if window is not None:
         rows = rows[np.argsort(dataset.shards(rows), kind="stable")]
-    measure_moments(latents, dataset.pictures(rows[:MEASURED]))
+    measure_moments(latents, dataset.images(rows[:MEASURED]))
     return LatentAutoencoder(space, latents)
 
 
 @torch.inference_mode()
-def measure_moments(latents: Latents, pictures: Tensor) -> None:
-    """Set the moments of ``latents`` to those of ``pictures``, (N, C, H, W) uint8, each channel's over all positions.
+def measure_moments(latents: Latents, images: Tensor) -> None:
+    """Set the moments of ``latents`` to those of ``images``, (N, C, H, W) uint8, each channel's over all positions.
 
     In float32 on one thread, whatever trains: it is done once.
     """
-    means = [latents.network.encode(to_float(batch)).double() for batch in torch.split(pictures, BATCH)]
+    means = [latents.network.encode(to_float(batch)).double() for batch in torch.split(images, BATCH)]
     channels = torch.cat(means).transpose(0, 1).flatten(1)
     spread, centre = torch.std_mean(channels, dim=1, correction=0)
     # A channel that says nothing stays where it is, instead of being blown up.

@@ -42,8 +42,8 @@ class Tracker(Protocol):
     def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
         """Log ``metrics`` as they were after ``images``."""
 
-    def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
-        """Log ``picture`` under ``name`` as it was after ``images``."""
+    def log_image(self, name: str, image: Image.Image, images: int) -> None:
+        """Log ``image`` under ``name`` as it was after ``images``."""
 
     def sync(self) -> None:
         """Make what was logged so far durable: a checkpoint follows, and what came before it never comes again."""
@@ -58,8 +58,8 @@ class NoTracker:
     def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
         """Drop ``metrics``."""
 
-    def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
-        """Drop ``picture``."""
+    def log_image(self, name: str, image: Image.Image, images: int) -> None:
+        """Drop ``image``."""
 
     def sync(self) -> None:
         """Do nothing: nothing was logged."""
@@ -161,12 +161,12 @@ class TrainingLog:
         self.tracker.log_metrics(metrics | self.validation.colour_drift(generated), images)
         sample_grid = self.validation.sample_grid(generated)
         save_png(self.output / "samples" / f"{images:010d}.png", sample_grid)
-        self.tracker.log_picture("samples", sample_grid, images)
+        self.tracker.log_image("samples", sample_grid, images)
         if images == self.total and isinstance(averaged, DiffusionModel):
             from diffusion.generation.explain import reverse_process_strip  # matplotlib is slow to load
 
             conditioning = task_of(setup.model).conditioning(self.validation.images[:1]) or None
-            self.tracker.log_picture("reverse", reverse_process_strip(averaged.on(CPU), conditioning), images)
+            self.tracker.log_image("reverse", reverse_process_strip(averaged.on(CPU), conditioning), images)
         self.monitor.check_validation(metrics, images)
         self.monitor.check_weights(_under(NETWORK, tensors), _under(AVERAGED, tensors), images)
         if setup.config.ema_stds is not None:

@@ -95,7 +95,7 @@ class TrainingSetup:
         name, task = self.dataset.manifest.name, task_of(self.model)
         if isinstance(task, SuperResolution):
             # Rows are in the order of their keys, and so the first are any.
-            sigma_data = task.sigma_data(self.dataset.pictures(self.dataset.rows("train")[:IMAGES_FOR_DEVIATION]))
+            sigma_data = task.sigma_data(self.dataset.images(self.dataset.rows("train")[:IMAGES_FOR_DEVIATION]))
             why = f"show all that they have at {task.low_resolution}×{task.low_resolution}"
         else:
             sigma_data, why = self.dataset.manifest.sigma_data, "are one flat tone"
@@ -140,7 +140,7 @@ class TrainingSetup:
 
     def conditioning(self, batch: Batch) -> Conditioning:
         """Collect class, caption and small version of the images, as far as the network is conditioned on them."""
-        conditioning = task_of(self.model).conditioning(batch.pictures)
+        conditioning = task_of(self.model).conditioning(batch.images)
         if self.classes:
             conditioning["label"] = self.dataset.classes(batch.rows, self.classes)
         if self.captions is not None:

@@ -122,7 +122,7 @@ class Trainer:
         """
         config, state = self.config, self.state
         batch = self.loader.batch(state.images, self.total)
-        x0 = to_float(batch.pictures).contiguous(memory_format=torch.channels_last)
+        x0 = to_float(batch.images).contiguous(memory_format=torch.channels_last)
         noised = self.objective.make_batch(x0, batch.indices, self.setup.training_conditioning(batch))
         t, noised = noised.t, noised.on(self.device)
         finite, norms = torch.ones((), dtype=torch.bool, device=self.device), []
@@ -188,7 +188,7 @@ class Trainer:
                 raise NotFiniteError(
                     f"loss or gradient was not finite in {config.max_nonfinite_steps} steps in a row, up to image "
                     f"{step.images}: lower training.learning_rate and give --restart, or look at the last batch",
-                    {"pictures": step.batch.pictures, "rows": torch.from_numpy(np.asarray(step.batch.rows))}
+                    {"images": step.batch.images, "rows": torch.from_numpy(np.asarray(step.batch.rows))}
                     | ({} if step.t is None else {"t": step.t}),
                 )
 

@@ -45,13 +45,13 @@ class Validation:
                 rows = rows[np.argsort(dataset.shards(rows), kind="stable")]
             rows = rows[:VALIDATION_IMAGES]
             if len(rows):
-                batches[split] = Batch(range(len(rows)), rows, dataset.pictures(rows))
+                batches[split] = Batch(range(len(rows)), rows, dataset.images(rows))
         return batches
 
     @property
     def images(self) -> Tensor:
         """The images whose small versions a super-resolution model is shown, (N, C, H, W) uint8."""
-        return self.batches["held_out" if "held_out" in self.batches else "train"].pictures[:SAMPLE_GRID]
+        return self.batches["held_out" if "held_out" in self.batches else "train"].images[:SAMPLE_GRID]
 
     def metrics(self, networks: Mapping[str, nn.Module]) -> dict[str, float]:
         """Compute the losses of ``networks`` on both splits, and further metrics of that with the suffix ``_ema``.
@@ -70,7 +70,7 @@ class Validation:
         device = self.setup.device
         with torch.inference_mode(), autocast(self.setup.config.precision, device):
             conditioning = self.setup.conditioning(batch)
-            fixed = self.objective.make_validation_batch(to_float(batch.pictures), split, batch.indices, conditioning)
+            fixed = self.objective.make_validation_batch(to_float(batch.images), split, batch.indices, conditioning)
             if fixed is None:
                 return {}
             fixed = fixed.on(device)

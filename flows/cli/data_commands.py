@@ -241,7 +241,7 @@ def _would_go(chosen: "Chosen", names: list[str]) -> list[str]:
     shown = [f"  {name}" for name in names[:FIRST]]
     near = [f"  {key}" for key in chosen.near_copies[:FIRST]]
     return [
-        f"{chosen.pictures:,} images would go under {len(names):,} names ({chosen.duplicates:,} copies, "
+        f"{chosen.images:,} images would go under {len(names):,} names ({chosen.duplicates:,} copies, "
         f"{chosen.refused:,} quarantined); {len(chosen.parts):,} shards would be written anew",
         *shown,
         *([f"  … and {len(names) - len(shown):,} more: --json names all"] if len(names) > len(shown) else []),
@@ -254,7 +254,7 @@ def _what_went(done: "TakenDown") -> list[str]:
     removal, derived = done.removal, done.derived
     purged = done.purged
     return [
-        f"{removal.pictures:,} images taken down from {removal.dataset} (takedown {done.name}"
+        f"{removal.images:,} images taken down from {removal.dataset} (takedown {done.name}"
         + (", done before)" if removal.already else ")"),
         f"version    {removal.version[:12]}, content {removal.content_digest}",
         f"held by    {', '.join(digest[:12] for digest in done.held) or 'no known version'}",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 What = Annotated[
     str,
     typer.Argument(
-        metavar="PICTURE|BATCH",
+        metavar="IMAGE|BATCH",
         help="A print's address, s3://…/00000007.png or s3://…/prints-00000.tar/00000007.png, a copy of it, or its "
         "batch's address.",
     ),
@@ -30,7 +30,7 @@ app = typer.Typer()
 
 @command(app, panel="Provenance")
 def trace(what: What) -> CommandOutput:
-    """Say where a printed picture comes from: batch, model version, run, data set version, and its exact shards.
+    """Say where a printed image comes from: batch, model version, run, data set version, and its exact shards.
 
     What does not hold (altered, deleted, lost) is named at the end, and the exit code is 1.
 
@@ -49,7 +49,7 @@ def reproduce(
     what: What,
     count: Annotated[int | None, typer.Option("--count", min=1, help="Of a batch, only as many; default: all.")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FOLDER", help="Where to write the pictures; default: nowhere.")
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Where to write the images; default: nowhere.")
     ] = None,
     installed: Annotated[
         bool,
@@ -59,7 +59,7 @@ def reproduce(
         ),
     ] = False,
 ) -> CommandOutput:
-    """Draw printed pictures again, in a process with the code that their model version ships, and compare every pixel.
+    """Draw printed images again, in a process with the code that their model version ships, and compare every pixel.
 
     Under an equal fingerprint (compute batch, number format, processor, torch) they are the same bit for bit; under
     another one the difference is named, with the largest error of a pixel. Code that is not what was registered is not
@@ -77,7 +77,7 @@ def reproduce(
 def _chain(found: "Trace") -> Iterator[str]:
     """A trace for people, a few lines to each link."""
     for name, lines in (
-        ("picture", found.picture and _picture(found.picture)),
+        ("image", found.image and _image(found.image)),
         ("batch", found.batch and _batch(found.batch, f"{found.place}", bool(found.finished))),
         ("request", found.request and _request(found.request)),
         ("model", found.model and _model(found.model)),
@@ -89,24 +89,24 @@ def _chain(found: "Trace") -> Iterator[str]:
     for shard in found.data.shards if found.data else ():
         yield f"shard     {shard.sha256}  {shard.bytes:,} bytes  {shard.name}  {shard.where or 'lost'}"
     for each in found.takedowns:
-        why = "" if each.reason is None else f": {each.pictures:,} pictures, {each.reason}"
+        why = "" if each.reason is None else f": {each.images:,} images, {each.reason}"
         yield f"takedown  {each.name}{why}"
     if found.data and not found.takedowns:
-        yield "takedown  none of its pictures was taken down since"
+        yield "takedown  none of its images was taken down since"
 
 
-def _picture(picture: "TracedImage") -> Iterator[str]:
+def _image(image: "TracedImage") -> Iterator[str]:
     state = {True: "as it was printed", False: "no longer what was printed", None: "its printing is not on record"}
-    yield f"{picture.where}, {state[picture.as_printed]}"
-    yield f"number {picture.index} of seed {picture.seed}, sha256 {picture.sha256}"
-    shows = [f"{name} {text!r}" for name, text in (("class", picture.label), ("prompt", picture.prompt)) if text]
+    yield f"{image.where}, {state[image.as_printed]}"
+    yield f"number {image.index} of seed {image.seed}, sha256 {image.sha256}"
+    shows = [f"{name} {text!r}" for name, text in (("class", image.label), ("prompt", image.prompt)) if text]
     if shows:
         yield f"to show {', '.join(shows)}"
 
 
 def _batch(batch: "Batch", place: str, finished: bool) -> Iterator[str]:
     yield f"{place}, {'finished' if finished else 'not finished'}"
-    yield f"{batch.count:,} pictures of seed {batch.seed}: {_fields(batch.sampling.model_dump(exclude_none=True))}"
+    yield f"{batch.count:,} images of seed {batch.seed}: {_fields(batch.sampling.model_dump(exclude_none=True))}"
     if batch.conditions is not None:
         yield f"asked for {_fields(batch.conditions.model_dump(exclude_defaults=True))}"
     if batch.requests is not None:
@@ -144,22 +144,22 @@ def _data(data: "TracedData") -> Iterator[str]:
     yield f"{data.dataset}, version {data.version}, {recorded}"
     yield f"content {data.content_digest}"
     yield f"DVC {data.dvc_digest or 'knows nothing of it'}"
-    yield f"{data.pictures:,} pictures in {len(data.shards):,} shards"
+    yield f"{data.images:,} images in {len(data.shards):,} shards"
 
 
 def _comparison(done: "Reproduced") -> Iterator[str]:
-    """How pictures drawn again compare, for people."""
+    """How images drawn again compare, for people."""
     code = f"the code that {done.model} ships" if done.code == "shipped" else "the code installed here"
-    yield f"{done.exact:,} of {done.pictures:,} the same bit for bit, drawn again with {code}"
+    yield f"{done.exact:,} of {done.images:,} the same bit for bit, drawn again with {code}"
     if done.differences:
         yield f"the fingerprint differs: {done.differences} (printed → now)"
     if done.moved:
         yield f"libraries differ from those of its registration: {', '.join(done.moved)}"
-    if done.exact < done.pictures:
+    if done.exact < done.images:
         within = " (within what other arithmetic explains)" if done.differences and not done.failure else ""
         yield (
             f"largest error of a pixel {done.largest_error} of 255, {done.differing_pixels:,} pixels differ, "
-            f"mean error of the picture that is off most {done.mean_error:.3g} of 255{within}"
+            f"mean error of the image that is off most {done.mean_error:.3g} of 255{within}"
         )
     for each in done.other:
         error = "cannot be compared" if each.largest_error is None else f"off by {each.largest_error} of 255 at most"

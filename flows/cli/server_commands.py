@@ -165,10 +165,10 @@ def restore(
     }
     for removal in removals:
         print(
-            f"darkroom: {removal.pictures} images of data set {removal.dataset} were taken down after this backup "
+            f"darkroom: {removal.images} images of data set {removal.dataset} were taken down after this backup "
             f"({removal.reason}), and its versions hold them again: no ingest takes them in; to be rid of them run "
-            f"`darkroom data remove {' '.join(key[:16] for key in removal.picture_keys[:3])}"
-            f"{' …' if len(removal.picture_keys) > 3 else ''} --dataset {removal.dataset} --reason … --purge`",
+            f"`darkroom data remove {' '.join(key[:16] for key in removal.image_keys[:3])}"
+            f"{' …' if len(removal.image_keys) > 3 else ''} --dataset {removal.dataset} --reason … --purge`",
             file=sys.stderr,
         )
     if until is not None:

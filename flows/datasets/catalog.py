@@ -151,7 +151,7 @@ class Catalogue:
     def tell_removal(self, removal: Removal) -> None:
         """Let other machines know what was taken down."""
         removal = removal.model_copy(update={"already": False})
-        # The same pictures may have been taken down before, for another reason or from another version.
+        # The same images may have been taken down before, for another reason or from another version.
         with suppress(Held):
             self._put(f"removals/{removal.name}.json", canonical_json(removal.model_dump(mode="json")).encode())
 

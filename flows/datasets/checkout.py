@@ -55,7 +55,7 @@ def checkout(
     All other versions stay known, and what only the folder holds is put into DVC's cache first. The next ingest goes on
     from the newest version all the same, unless this one is ``to_build_on``. Killed and given again, it ends the same.
 
-    Raises UserError if there is no such version, a file of it is to be had nowhere, or it holds pictures that were
+    Raises UserError if there is no such version, a file of it is to be had nowhere, or it holds images that were
     taken down since, unless ``with_removed``.
     """
     work_folder(folder).mkdir(parents=True, exist_ok=True)
@@ -142,14 +142,14 @@ class Place:
         return self.known[self._chosen(prefix)]
 
     def refuse_removed(self, version: Manifest) -> None:
-        """Raise UserError if ``version`` holds pictures that were taken down, as far as its tables are to be had."""
+        """Raise UserError if ``version`` holds images that were taken down, as far as its tables are to be had."""
         if self.source is not None:
             self.catalogue().learn_removals(self.folder)
         for removal in removals(work_folder(self.folder)):
             if holders(self.folder, removal, [version], self.kept.find).held:
                 remove_strays(self.folder)
                 raise UserError(
-                    f"version {version.digest[:12]} of data set {self.folder.name} holds pictures that were taken down "
+                    f"version {version.digest[:12]} of data set {self.folder.name} holds images that were taken down "
                     f"since ({removal.reason}): check out another one, or give --with-removed to have them back"
                 )
 

@@ -287,7 +287,7 @@ class KeptFiles:
                 raise UserError(
                     f"{name} of data set {self.name} is damaged on the remote (its SHA-256 differs): delete "
                     f"{remote.uri(md5)}, and give `darkroom ingest SOURCE` where the data set is whole, or where its "
-                    "pictures are: it pushes what is missing"
+                    "images are: it pushes what is missing"
                 )
 
         try:

@@ -1,4 +1,4 @@
-"""Purge: copies of pictures that were taken down, cleared from caches and remotes."""
+"""Purge: copies of images that were taken down, cleared from caches and remotes."""
 
 import hashlib
 import shutil
@@ -35,7 +35,7 @@ class Purged(Config):
     files: list[str]
     """Files and folders on this machine."""
     artifacts: list[str]
-    """Files on MLflow's runs in which pictures of the data set could be seen."""
+    """Files on MLflow's runs in which images of the data set could be seen."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifes
     """Delete what this machine keeps of the versions ``held`` beside the data set in ``folder``.
 
     That is what ingests and trainings keep in the work folder, shards fetched for training, remembered judgements, and
-    pages and grids in the folder ``reports`` in which pictures of those versions can be seen. Takes turns with ingests.
+    pages and grids in the folder ``reports`` in which images of those versions can be seen. Takes turns with ingests.
     """
     held = list(held)
     staying = {shard.sha256 for each in others for shard in each.shards}
@@ -137,9 +137,9 @@ def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifes
 
 
 def purge_samples(run: Path, held: Iterable[Manifest]) -> list[str]:
-    """Delete the sample grids in the folder ``run`` of a training if real pictures of the versions ``held`` show there.
+    """Delete the sample grids in the folder ``run`` of a training if real images of the versions ``held`` show there.
 
-    That is so where a model draws pictures large that it is shown small, or gives back what it is shown.
+    That is so where a model draws images large that it is shown small, or gives back what it is shown.
     """
     final, samples = run / "final.safetensors", run / "samples"
     if not (final.is_file() and samples.is_dir()):

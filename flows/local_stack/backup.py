@@ -124,7 +124,7 @@ class Backups:
         partial = self.folder / "objects" / ".partial"
         make_folder(partial.parent)
         partial.unlink(missing_ok=True)
-        # Databases hold hashes of passwords, and objects people's pictures.
+        # Databases hold hashes of passwords, and objects people's images.
         partial.touch(mode=0o600)
         write(partial)
         sha256 = sha256_file(partial)

@@ -30,12 +30,12 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "darkroom_flow_runs_last_day": ("flow runs that ended within 24 hours", ("flow", "state")),
     "darkroom_flow_last_success_timestamp_seconds": ("when a run of the flow last ended well", ("flow",)),
     "darkroom_flow_last_success_seconds": ("how long that run took", ("flow",)),
-    "darkroom_prints_last_batch_pictures": ("pictures asked of the last batch that was finished", ()),
-    "darkroom_prints_last_batch_pictures_per_second": ("the same by the time that its flow run took", ()),
+    "darkroom_prints_last_batch_images": ("images asked of the last batch that was finished", ()),
+    "darkroom_prints_last_batch_images_per_second": ("the same by the time that its flow run took", ()),
     "darkroom_workers_online": ("workers that serve the work pool", ("pool",)),
     "darkroom_concurrency_limit": ("how many may hold the limit at once", ("limit",)),
     "darkroom_concurrency_active": ("how many hold it", ("limit",)),
-    "darkroom_training_images": ("pictures that a training under way has seen", ("model", "run_id")),
+    "darkroom_training_images": ("images that a training under way has seen", ("model", "run_id")),
     "darkroom_training_images_per_second": ("its rate", ("model", "run_id")),
     "darkroom_training_last_word_timestamp_seconds": ("when it last logged a figure", ("model", "run_id")),
     "darkroom_champion_version": ("number of the version that is champion", ("model",)),
@@ -139,8 +139,8 @@ def succeeded(flow: str, run: Mapping[str, Any]) -> Iterator[Sample]:
     yield "darkroom_flow_last_success_seconds", (flow,), seconds
     count = run.get("parameters", {}).get("count")
     if flow == "sample" and isinstance(count, int) and seconds > 0:
-        yield "darkroom_prints_last_batch_pictures", (), count
-        yield "darkroom_prints_last_batch_pictures_per_second", (), count / seconds
+        yield "darkroom_prints_last_batch_images", (), count
+        yield "darkroom_prints_last_batch_images_per_second", (), count / seconds
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""A script that draws a batch's pictures again with the ``diffusion`` that is first on its path: a version's own.
+"""A script that draws a batch's images again with the ``diffusion`` that is first on its path: a version's own.
 
-It is told what in JSON on standard input, and says what it has done in lines of JSON on standard output; pictures go
+It is told what in JSON on standard input, and says what it has done in lines of JSON on standard output; images go
 into safetensors files. Of ``diffusion`` it uses what the first version had, and besides only what is asked for.
 """
 
@@ -42,8 +42,8 @@ def redraw(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if "conditions" in request:
             draw = partial(sample, conditions=Conditions.model_validate(request["conditions"][number]))
         file = Path(request["folder"]) / f"{first}.safetensors"
-        pictures = draw(model, range(first, end), request["seed"], config)
-        save_file({"pictures": pictures.contiguous()}, file)
+        images = draw(model, range(first, end), request["seed"], config)
+        save_file({"images": images.contiguous()}, file)
         yield {"first": first, "file": str(file)}
 
 

@@ -35,7 +35,16 @@ from flows.registry.model_versions import CODE, CODE_FOLDER, SERVED_MODEL, Versi
 from flows.registry.takedown_marks import warn_of_takedown
 from flows.sampling import sampling_batch
 from flows.sampling.generate_batch import conditions_of, table_of
-from flows.sampling.lookup import Origin, Picture, Printed, find, pixels_sha256, read_picture, read_pixels, read_rows
+from flows.sampling.lookup import (
+    Origin,
+    Printed,
+    StoredImage,
+    find,
+    pixels_sha256,
+    read_image,
+    read_pixels,
+    read_rows,
+)
 from flows.sampling.request_table import RequestTable
 from flows.sampling.sampling_batch import Batch, Row
 from flows.storage.s3 import Location, Store
@@ -43,10 +52,10 @@ from flows.storage.s3_errors import Missing
 from flows.tracking.progress_reporter import reporter
 
 TOLERANCE = 2.0
-"""Mean error of a picture, in levels of 255, that other arithmetic may make: a model of 32×32 pictures was off by 0.3
-in bf16 and by 0.001 in fp32 between AVX-512 and AVX2, and pictures of two seeds by 15 or more."""
+"""Mean error of an image, in levels of 255, that other arithmetic may make: a model of 32×32 images was off by 0.3
+in bf16 and by 0.001 in fp32 between AVX-512 and AVX2, and images of two seeds by 15 or more."""
 NAMED = 20
-"""Pictures named that are not what was printed."""
+"""Images named that are not what was printed."""
 BEGIN = (
     "import runpy, sys; sys.path.insert(0, sys.argv[1]); script = sys.argv[2]; runpy.run_path(script, None, '__main__')"
 )
@@ -59,7 +68,7 @@ INSTALLED = Path(diffusion.__file__).parent.parent
 
 
 class Compared(Config):
-    """A picture drawn again, beside what was printed."""
+    """An image drawn again, beside what was printed."""
 
     key: str
     exact: bool
@@ -67,22 +76,22 @@ class Compared(Config):
     altered: bool
     """What lies there, if anything does, is no longer what was printed, as the manifest tells."""
     largest_error: int | None
-    """In levels of 255; None if the printed picture is gone."""
+    """In levels of 255; None if the printed image is gone."""
     mean_error: float | None
     differing_pixels: int | None
 
 
 class Reproduced(Config):
-    """How printed pictures drawn again compare with what was printed."""
+    """How printed images drawn again compare with what was printed."""
 
     where: str
     model: str
     """The exact version, models:/NAME/NUMBER."""
     code: str
     """Whose code drew them: that shipped with the version, or that installed here."""
-    pictures: int
+    images: int
     exact: int
-    """Pictures that are the same bit for bit."""
+    """Images that are the same bit for bit."""
     fingerprint: Fingerprint
     """Of the process that drew them."""
     differences: str
@@ -90,16 +99,16 @@ class Reproduced(Config):
     moved: list[str]
     """Libraries of other versions than the model was registered with."""
     largest_error: int
-    """In levels of 255, of all pictures that can be compared."""
+    """In levels of 255, of all images that can be compared."""
     mean_error: float
-    """Of the picture that is off most."""
+    """Of the image that is off most."""
     differing_pixels: int
     other: list[Compared]
     """The first of those that are not the same, or were altered."""
     altered: list[str]
-    """Pictures that were changed since they were printed, or are gone."""
+    """Images that were changed since they were printed, or are gone."""
     folder: Path | None
-    """Where the pictures were written to."""
+    """Where the images were written to."""
 
     @property
     def failure(self) -> str | None:
@@ -114,21 +123,21 @@ class Reproduced(Config):
                 + ("drawn by other code than printed them? Try --installed" if self.code == "shipped" else "report it")
             )
         elif self.mean_error > TOLERANCE:
-            wrong.append(f"further off than other arithmetic explains, a mean of {TOLERANCE:g} of 255 in a picture")
+            wrong.append(f"further off than other arithmetic explains, a mean of {TOLERANCE:g} of 255 in an image")
         return "; ".join(wrong) or None
 
 
 def reproduce(where: str, count: int | None = None, out: Path | None = None, installed: bool = False) -> Reproduced:
-    """Draw a printed picture, or the first ``count`` of a batch, again in a process of its own, and compare the pixels.
+    """Draw a printed image, or the first ``count`` of a batch, again in a process of its own, and compare the pixels.
 
     That process has the code that the model version ships, or with ``installed`` what is installed here, and this
-    machine's libraries. ``out``: a folder that the pictures are written to. Raises UserError if there is nothing that
+    machine's libraries. ``out``: a folder that the images are written to. Raises UserError if there is nothing that
     could be drawn again, or the code cannot run here.
     """
     store = Store()
     printed = find(where, store, environment.settings().bucket)
     batch, place = _known(printed)
-    chunks = _chunks(batch, printed.picture, count)
+    chunks = _chunks(batch, printed.image, count)
     version = model_versions.resolve(MlflowClient(), f"models:/{batch.model}/{batch.version}")
     if version.weights_sha256 != batch.weights_sha256:
         raise UserError(f"{version.uri} has other weights than {where} was printed with: it was registered anew since")
@@ -145,13 +154,13 @@ def reproduce(where: str, count: int | None = None, out: Path | None = None, ins
         total = sum(map(len, chunks))
         for chunk, answer in zip(chunks, answers, strict=True):
             again = _taken(Path(answer["file"]))
-            originals = [printed.picture] if printed.picture else _originals(store, place, batch, chunk)
+            originals = [printed.image] if printed.image else _originals(store, place, batch, chunk)
             compared += [compare(*each) for each in zip(map(batch.key, chunk), again, originals, strict=True)]
             if out is not None:
                 conditions = conditions_of(batch, table, chunk)
                 for index, pixels, original in zip(chunk, again, originals, strict=True):
                     _write(out, batch, index, pixels, original.row, conditions)
-            reporter()("pictures drawn again", len(compared), total)
+            reporter()("images drawn again", len(compared), total)
     return _summary(where, version, installed, batch.fingerprint.differences(made), made, compared, out)
 
 
@@ -181,14 +190,14 @@ def _known(printed: Printed) -> tuple[Batch, Location]:
     return printed.batch, printed.place
 
 
-def _chunks(batch: Batch, picture: Picture | None, count: int | None) -> list[range]:
-    """The picture numbers to draw, a few compute batches at a time."""
-    if picture is not None:
+def _chunks(batch: Batch, image: StoredImage | None, count: int | None) -> list[range]:
+    """The image numbers to draw, a few compute batches at a time."""
+    if image is not None:
         if count is not None:
-            raise UserError("--count says how many pictures of a batch: leave it out, or give the batch's prefix")
-        return [range(picture.index, picture.index + 1)]
+            raise UserError("--count says how many images of a batch: leave it out, or give the batch's prefix")
+        return [range(image.index, image.index + 1)]
     if count is not None and count > batch.count:
-        raise UserError(f"--count {count}: the batch has {batch.count} pictures")
+        raise UserError(f"--count {count}: the batch has {batch.count} images")
     wanted, size = (
         range(batch.count if count is None else count),
         sampling_batch.CHUNK_BATCHES * batch.sampling.compute_batch,
@@ -233,32 +242,32 @@ def _run(request: dict[str, Any], code: Path, version: Version, installed: bool)
 
 
 def _taken(file: Path) -> np.ndarray:
-    """The pictures in ``file``, (N, H, W) or (N, H, W, 3) uint8, which is deleted."""
-    pictures: np.ndarray = load_file(file)["pictures"].transpose(0, 2, 3, 1)
+    """The images in ``file``, (N, H, W) or (N, H, W, 3) uint8, which is deleted."""
+    images: np.ndarray = load_file(file)["images"].transpose(0, 2, 3, 1)
     file.unlink()
-    return pictures[..., 0] if pictures.shape[-1] == 1 else pictures
+    return images[..., 0] if images.shape[-1] == 1 else images
 
 
-def _originals(store: Store, place: Location, batch: Batch, chunk: range) -> list[Picture]:
-    """The pictures of a chunk as they lie there, with their rows of the manifest."""
+def _originals(store: Store, place: Location, batch: Batch, chunk: range) -> list[StoredImage]:
+    """The images of a chunk as they lie there, with their rows of the manifest."""
     try:
         rows = {row["index"]: row for row in read_rows(store, place, batch, chunk.start // batch.chunk_size)}
     except Missing as error:
         raise UserError(f"{place} is not finished: give the same `darkroom sample` again first") from error
 
-    def get(index: int) -> Picture:
+    def get(index: int) -> StoredImage:
         try:
-            png = read_picture(store, place, batch, index, rows.get(index))
+            png = read_image(store, place, batch, index, rows.get(index))
         except Missing:
             png = b""
-        return Picture(png, None, index, rows.get(index))
+        return StoredImage(png, None, index, rows.get(index))
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(get, chunk))
 
 
-def compare(key: str, again: np.ndarray, original: Picture) -> Compared:
-    """The picture of that ``key`` drawn ``again``, (H, W) or (H, W, 3) uint8, beside the ``original``."""
+def compare(key: str, again: np.ndarray, original: StoredImage) -> Compared:
+    """The image of that ``key`` drawn ``again``, (H, W) or (H, W, 3) uint8, beside the ``original``."""
     there = read_pixels(original.png)
     printed = original.row["pixels_sha256"] if original.row else pixels_sha256(there)
     altered = pixels_sha256(there) != printed
@@ -282,7 +291,7 @@ def _write(out: Path, batch: Batch, index: int, pixels: np.ndarray, row: Row | N
     channels = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy())
     label = row and row.get("label")
     png, _ = sampling_batch.encode(batch, index, channels, None if label is None else str(label), conditions)
-    write_bytes(out / sampling_batch.picture_key(index), png)
+    write_bytes(out / sampling_batch.image_key(index), png)
 
 
 def _summary(
@@ -299,7 +308,7 @@ def _summary(
         where=where,
         model=version.uri,
         code="installed" if installed else "shipped",
-        pictures=len(compared),
+        images=len(compared),
         exact=sum(each.exact for each in compared),
         fingerprint=made,
         differences=differences,

@@ -1,4 +1,4 @@
-"""Trace: from a printed picture back to the shards that its model learned from, link by link."""
+"""Trace: from a printed image back to the shards that its model learned from, link by link."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ from flows.registry import model_versions
 from flows.registry.aliases import none_if_missing
 from flows.registry.model_versions import CODE, WEIGHTS
 from flows.registry.takedown_marks import TAKEDOWN
-from flows.sampling.lookup import Origin, Picture, Printed, disagreements, find
+from flows.sampling.lookup import Origin, Printed, StoredImage, disagreements, find
 from flows.sampling.sampling_batch import DELETED, SUCCESS, Batch
 from flows.storage.s3 import Location, Store
 from flows.storage.tags import Tags, parse_tags
@@ -85,23 +85,23 @@ class TracedData(Config):
     dvc_digest: str | None
     recorded: datetime | None
     """When it was put into the catalogue; None if it is not there."""
-    pictures: int
+    images: int
     shards: list[TracedShard]
 
 
 class Takedown(Config):
-    """A removal of pictures that the version of the data set held."""
+    """A removal of images that the version of the data set held."""
 
     name: str
     reason: str | None
     """None: it is only known by its name."""
-    pictures: int | None
+    images: int | None
 
 
 class Trace(Config):
     """The chain of records from an image, or a batch, to shards; a link that is missing is None."""
 
-    picture: TracedImage | None
+    image: TracedImage | None
     place: str | None
     """Prefix of the batch."""
     batch: Batch | None
@@ -114,13 +114,13 @@ class Trace(Config):
     run: TracedRun | None
     data: TracedData | None
     takedowns: list[Takedown]
-    """What was taken down since of the pictures that the model learned from."""
+    """What was taken down since of the images that the model learned from."""
     broken: list[str]
     """Where the chain does not hold."""
 
 
 def trace(where: str) -> Trace:
-    """The chain behind a picture of ours, or behind a whole batch: an address on S3, or a file.
+    """The chain behind an image of ours, or behind a whole batch: an address on S3, or a file.
 
     Raises UserError if there is nothing there, or nothing of ours.
     """
@@ -138,11 +138,11 @@ class _Walk:
         self.broken: list[str] = []
 
     def along(self, printed: Printed) -> Trace:
-        """All links, from the picture on."""
+        """All links, from the image on."""
         origin, batch, place = printed.origin, printed.batch, printed.place
-        picture = printed.picture and self.picture(printed, printed.picture)
+        image = printed.image and self.image(printed, printed.image)
         if batch is not None and place is not None:
-            self.broken += disagreements(self.store, batch, place, picture.index if picture else None)
+            self.broken += disagreements(self.store, batch, place, image.index if image else None)
         elif not isinstance(origin, Origin) or origin.task is None:
             self.broken.append(f"no batch of {printed.where} is to be found beside it, or at the usual place")
         elif printed.request is None:
@@ -155,7 +155,7 @@ class _Walk:
         source = environment.data_source() if released else _source(run)
         manifest = self.manifest(run, tags.dataset, origin.content_digest, source)
         return Trace(
-            picture=picture,
+            image=image,
             place=None if place is None else f"{place}/",
             batch=batch,
             finished=None if place is None else self.finished(place),
@@ -173,11 +173,11 @@ class _Walk:
             place.bucket, f"{DELETED}/{place.prefix}"
         )
 
-    def picture(self, printed: Printed, picture: Picture) -> TracedImage:
+    def image(self, printed: Printed, image: StoredImage) -> TracedImage:
         """Whether it is what was printed, and what it was to show."""
-        where, batch, row, origin = printed.where, printed.batch, picture.row, picture.origin
-        if row is not None and row["sha256"] != picture.sha256:
-            same = row["pixels_sha256"] == picture.pixels_sha256
+        where, batch, row, origin = printed.where, printed.batch, image.row, image.origin
+        if row is not None and row["sha256"] != image.sha256:
+            same = row["pixels_sha256"] == image.pixels_sha256
             self.broken.append(
                 f"{where} was saved anew: its pixels are what was printed, its bytes are not"
                 if same
@@ -186,17 +186,17 @@ class _Walk:
         elif row is None and (batch is not None or printed.request is not None):
             self.broken.append(f"what was written down of its batch or request has no row of {where}")
         theirs = origin and (origin.model, origin.version, origin.run_id, origin.seed, origin.index)
-        if batch and origin and theirs != (batch.model, batch.version, batch.run_id, batch.seed, picture.index):
-            self.broken.append(f"{where} says of itself that it is another picture than its batch has there")
+        if batch and origin and theirs != (batch.model, batch.version, batch.run_id, batch.seed, image.index):
+            self.broken.append(f"{where} says of itself that it is another image than its batch has there")
         return TracedImage(
             where=where,
-            sha256=picture.sha256,
-            pixels_sha256=picture.pixels_sha256,
-            index=picture.index,
+            sha256=image.sha256,
+            pixels_sha256=image.pixels_sha256,
+            index=image.index,
             seed=printed.origin.seed,
             label=_text(row and row.get("label")),
             prompt=_text(row and row.get("prompt")),
-            as_printed=None if row is None else row["sha256"] == picture.sha256,
+            as_printed=None if row is None else row["sha256"] == image.sha256,
         )
 
     def tags(self, model: TracedModel | None, run: Run | None) -> Tags:
@@ -219,9 +219,9 @@ class _Walk:
             self.broken.append(f"{uri} is not in the registry (any more)")
             return None
         if found.run_id != run_id:
-            self.broken.append(f"{uri} is of run {found.run_id} now, and the picture of run {run_id}")
+            self.broken.append(f"{uri} is of run {found.run_id} now, and the image of run {run_id}")
         if batch is not None and found.tags.get(WEIGHTS) != batch.weights_sha256:
-            self.broken.append(f"{uri} has other weights now than those that drew the picture")
+            self.broken.append(f"{uri} has other weights now than those that drew the image")
         return TracedModel(
             uri=uri,
             code_sha256=self.code(name, number, batch),
@@ -267,7 +267,7 @@ class _Walk:
             self.broken.append(f"no manifest of the data set version with the content {content} is to be found")
             return None
         if found.content_digest != content:
-            self.broken.append(f"the run saw a data set of content {found.content_digest}, the picture names {content}")
+            self.broken.append(f"the run saw a data set of content {found.content_digest}, the image names {content}")
         return found
 
     def data(self, version: Manifest, dvc_digest: str | None, source: str, released: str | None) -> TracedData:
@@ -294,7 +294,7 @@ class _Walk:
             content_digest=version.content_digest,
             dvc_digest=dvc_digest,
             recorded=catalogue.written(version.digest),
-            pictures=version.kept,
+            images=version.kept,
             shards=shards,
         )
 
@@ -315,7 +315,7 @@ class _Walk:
             Takedown(
                 name=name,
                 reason=told[name].reason if name in told else None,
-                pictures=told[name].pictures if name in told else None,
+                images=told[name].images if name in told else None,
             )
             for name in sorted(named)
         ]

@@ -115,7 +115,7 @@ def promote(
 
     ``evidence``: what the gate of another registry said, for a version that this one's has not judged.
 
-    Raises UserError if it has no weights, or learned from pictures that were taken down since and ``taken_down`` does
+    Raises UserError if it has no weights, or learned from images that were taken down since and ``taken_down`` does
     not say that it may be champion all the same; Held if somebody else changed the champion meanwhile.
     """
     client, ledger = MlflowClient(), Ledger.of(model)

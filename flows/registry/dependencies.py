@@ -103,7 +103,7 @@ class Fetched:
     start: str | None = None
     """Exactly which version training begins with; None: none that is registered."""
     takedown: str | None = None
-    """What was taken down of the pictures that either learned from: the names of those removals."""
+    """What was taken down of the images that either learned from: the names of those removals."""
 
 
 def fetched(params: Params, dry_run: bool = False) -> Fetched:

@@ -1,7 +1,7 @@
 """What a retraining is asked for, and the note on S3 that it was done: nobody does it again, on whatever machine.
 
 ``s3://BUCKET/retrained/MODEL/<key>.json`` is written last. The key is the digest of the data set's content, the whole
-configuration but for where pictures come from, and what is printed. So these count as changed, and nothing else does:
+configuration but for where images come from, and what is printed. So these count as changed, and nothing else does:
 not the machine, the code, or who is champion, except of an autoencoder that is named by its alias.
 """
 

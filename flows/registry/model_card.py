@@ -19,7 +19,7 @@ UNLIKELY = 0.01
 """How probable by chance a fault is at most that is told."""
 SEEN = 0.2
 """Standard deviations from which on a shift of colours or brightness is told: less is hardly seen."""
-LICENCE_UNKNOWN = "nobody said: set ingest.licence, and until then take it that the pictures' owners allow nothing"
+LICENCE_UNKNOWN = "nobody said: set ingest.licence, and until then take it that the images' owners allow nothing"
 
 
 def write(
@@ -66,7 +66,7 @@ def card(
     return "\n\n".join(
         [
             f"# {version.model}, version {version.number}",
-            f"A model of {data.size}×{data.size} pictures ({channels}), made with Darkroom from the data set "
+            f"A model of {data.size}×{data.size} images ({channels}), made with Darkroom from the data set "
             f"{data.name}.",
             *filter(None, [takedowns(version)]),
             *(f"## {title}\n\n{text}" for title, text in sections.items()),
@@ -109,7 +109,7 @@ def _evaluation_metrics(evaluation: Evaluation) -> str:
     ]
     scores = evaluation.best.scores
     return (
-        f"On {counted(scores.reference, 'held-out picture')}, by {counted(scores.samples, 'sample')}; ± is a standard "
+        f"On {counted(scores.reference, 'held-out image')}, by {counted(scores.samples, 'sample')}; ± is a standard "
         "error, and the real baseline is that of training images.\n\n"
         + _table(rows, ("metric", "value", "real baseline"))
     )
@@ -136,7 +136,7 @@ def _comparison_metrics(comparison: ChampionComparison) -> str:
     others = [tuple(f"{side[name]:.4g}" if name in side else "" for side in (theirs, baseline)) for name, *_ in rows]
     scores = comparison.candidate.scores
     return (
-        f"On {counted(scores.reference, 'held-out picture')}, by {counted(scores.samples, 'sample')} of another seed "
+        f"On {counted(scores.reference, 'held-out image')}, by {counted(scores.samples, 'sample')} of another seed "
         "than it was selected by; ± is a standard error, and the real baseline is that of training images.\n\n"
         + _table(
             [(*row, *other) for row, other in zip(rows, others, strict=True)],
@@ -168,7 +168,7 @@ def _data(data: Manifest, version: Version) -> str:
     shown = ", ".join(classes[:CLASSES_SHOWN]) + (f" and {count(more)} more" if more > 0 else "")
     rows = [
         ("data set", data.name),
-        ("pictures", f"{count(data.counts['train'])} to learn from, {count(data.counts['held_out'])} held out"),
+        ("images", f"{count(data.counts['train'])} to learn from, {count(data.counts['held_out'])} held out"),
         ("classes", shown or "none"),
         ("content", f"`{data.content_digest}`"),
         ("version", f"`{data.digest}`"),
@@ -186,7 +186,7 @@ def _training(params: Params, evaluation: Evaluation, version: Version) -> str:
     dirty = ", with changes that were not committed" if tags.get("darkroom.git_dirty") == "True" else ""
     rows = [
         ("family", params.model.family),
-        ("pictures seen", count(evaluation.best.images)),
+        ("images seen", count(evaluation.best.images)),
         ("batch, learning rate", f"{training.batch_size}, {training.learning_rate:g}"),
         ("run", f"`{version.run_id}`: its `params.json` has the whole configuration"),
         ("code", f"git `{tags['darkroom.git_commit']}`{dirty}" if "darkroom.git_commit" in tags else "outside of git"),
@@ -215,8 +215,8 @@ png = model.predict(pd.DataFrame({{"seed": [0], "index": [0]}}))["png"][0]
 
 def _limits(data: Manifest, evaluation: Evaluation) -> Iterator[str]:
     scores = evaluation.best.scores
-    yield f"It draws what it was shown, at {data.size}×{data.size}, with the gaps and biases of those pictures."
-    yield "It may come close to single pictures that it learned from: mark what it draws as made by a model."
+    yield f"It draws what it was shown, at {data.size}×{data.size}, with the gaps and biases of those images."
+    yield "It may come close to single images that it learned from: mark what it draws as made by a model."
     yield (
         f"Its figures rest on features of {scores.extractor}: compare them only under equal conditions "
         f"(`{evaluation.eval_key}`)."
@@ -228,7 +228,7 @@ def _limits(data: Manifest, evaluation: Evaluation) -> Iterator[str]:
         and classes[least] * 10 < max(classes.values())
     ):
         yield (
-            f"Of class {escape_markdown(least)} it saw {counted(classes[least], 'picture')}, of others more than ten "
+            f"Of class {escape_markdown(least)} it saw {counted(classes[least], 'image')}, of others more than ten "
             "times as many."
         )
 
@@ -244,28 +244,28 @@ def _limits_found(comparison: ChampionComparison | None) -> Iterator[str]:
         f"copies of training images; of images that no model has seen {copied.expected:.1%} do."
     )
     if twins.p_value < UNLIKELY:
-        yield f"It draws some pictures again and again: {twins.share:.1%}, of real ones {twins.expected:.1%}."
+        yield f"It draws some images again and again: {twins.share:.1%}, of real ones {twins.expected:.1%}."
     for name, shift in evaluated.drift.shifts.items():
         if shift.spreads is not None and abs(shift.spreads) > SEEN and abs(shift.difference) > 3 * shift.standard_error:
             yield (
-                f"Its pictures have {'more' if shift.spreads > 0 else 'less'} {name.replace('_', ' against ')} than "
+                f"Its images have {'more' if shift.spreads > 0 else 'less'} {name.replace('_', ' against ')} than "
                 f"real ones, by {abs(shift.spreads):.1f} of their standard deviations."
             )
     if (classes := evaluated.per_class) is None:
         return
     if (worst := classes.worst) is not None:
         kid = with_error(worst.kid, worst.kid_se)
-        yield f"Its worst class is {escape_markdown(worst.name)}: KID {kid} on its pictures alone."
+        yield f"Its worst class is {escape_markdown(worst.name)}: KID {kid} on its images alone."
     if (least := classes.least_recognized) is not None and least.agreement_high < least.agreement_real:
         taken = f", most others for {escape_markdown(least.taken_for)}" if least.taken_for else ""
         yield (
             f"Of what it draws as {escape_markdown(least.name)} {least.agreement:.0%} is taken for that{taken}; of "
-            f"real pictures {least.agreement_real:.0%}."
+            f"real images {least.agreement_real:.0%}."
         )
     if classes.skipped:
         names = [escape_markdown(each.name) for each in classes.skipped]
         more = [f"and {count(len(names) - CLASSES_SHOWN)} more"] if len(names) > CLASSES_SHOWN else []
-        yield f"There were too few pictures to judge these classes: {', '.join([*names[:CLASSES_SHOWN], *more])}."
+        yield f"There were too few images to judge these classes: {', '.join([*names[:CLASSES_SHOWN], *more])}."
 
 
 def _table(rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = ("", "")) -> str:

@@ -27,7 +27,7 @@ from diffusion.generation.config import make_request
 from diffusion.generation.requests import answer
 from diffusion.process.samplers import SAMPLING_ADAPTER
 
-MOST_PICTURES = 4096
+MOST_IMAGES = 4096
 FILES = ("image", "mask")
 
 
@@ -42,10 +42,10 @@ class ServedModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """The pictures of each row, in their order; an empty cell is as good as no column.
+        """The images of each row, in their order; an empty cell is as good as no column.
 
         Raises MlflowException, which clients over HTTP are told, for what the model cannot do or would pass over, and
-        for more than MOST_PICTURES pictures.
+        for more than MOST_IMAGES images.
         """
         try:
             return self._answered(model_input)
@@ -59,13 +59,13 @@ class ServedModel(PythonModel):
                 requests.append(make_request({str(name): _given(str(name), value) for name, value in row.items()}))
             except UserError as error:
                 raise UserError(f"row {number}: {error}") from error
-        if (count := sum(request.count for request in requests)) > MOST_PICTURES:
-            raise UserError(f"{count} pictures in one table: ask for at most {MOST_PICTURES}")
+        if (count := sum(request.count for request in requests)) > MOST_IMAGES:
+            raise UserError(f"{count} images in one table: ask for at most {MOST_IMAGES}")
         answers = answer(self.model, requests, self.sampling)
         rows = [
-            {"request": number, "index": index, "png": png_bytes(image_of(picture))}
-            for number, (request, pictures) in enumerate(zip(requests, answers, strict=True))
-            for index, picture in zip(request.indices, pictures, strict=True)
+            {"request": number, "index": index, "png": png_bytes(image_of(image))}
+            for number, (request, images) in enumerate(zip(requests, answers, strict=True))
+            for index, image in zip(request.indices, images, strict=True)
         ]
         return pd.DataFrame(rows, columns=["request", "index", "png"])
 

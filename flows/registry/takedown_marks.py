@@ -33,7 +33,7 @@ from flows.storage.tags import parse_tags
 from flows.tracking.runs import AUTOENCODER, START, RunTracker
 
 TAKEDOWN = "darkroom.takedown"
-"""Tag of runs and model versions that learned from pictures taken down since: the names of those removals."""
+"""Tag of runs and model versions that learned from images taken down since: the names of those removals."""
 NOTE = "mlflow.note.content"
 """MLflow's tag for what its UI shows as the description of a run."""
 NOTE_BEGINS = "Takedown "
@@ -57,12 +57,12 @@ class DerivedModel(Config):
 
 
 class Derived(Config):
-    """What was made from versions of a data set that held the pictures."""
+    """What was made from versions of a data set that held the images."""
 
     runs: list[DerivedRun]
     models: list[DerivedModel]
     prints: list[str]
-    """Batches at their usual place on S3, which are named and not deleted: they are other pictures."""
+    """Batches at their usual place on S3, which are named and not deleted: they are other images."""
     unclear_runs: list[str]
     """Runs on versions of the data set that are known neither here nor in the catalogue."""
 
@@ -120,7 +120,7 @@ def mark(runs: Iterable[str], versions: Iterable[str], removal: Removal) -> None
     """
     client = MlflowClient()
     note = (
-        f"{NOTE_BEGINS}{removal.name}: made from pictures that were removed from data set {removal.dataset} since "
+        f"{NOTE_BEGINS}{removal.name}: made from images that were removed from data set {removal.dataset} since "
         f"({escape_markdown(removal.reason)})."
     )
     for run_id in runs:
@@ -136,22 +136,22 @@ def mark(runs: Iterable[str], versions: Iterable[str], removal: Removal) -> None
         client.update_model_version(name, number, description=_with_note(found.description, note))
 
 
-def clear_pictures(derived: Derived) -> list[str]:
-    """Delete from the runs what shows real pictures of their data set; returns what that was, as runs:/ID/PATH."""
+def clear_images(derived: Derived) -> list[str]:
+    """Delete from the runs what shows real images of their data set; returns what that was, as runs:/ID/PATH."""
     client = MlflowClient()
     cleared = []
     for run in derived.runs:
         artifacts = get_artifact_repository(client.get_run(run.run_id).info.artifact_uri)
-        for path in _showing_pictures(client, run.run_id):
+        for path in _showing_images(client, run.run_id):
             artifacts.delete_artifacts(path)  # type: ignore[no-untyped-call]
             cleared.append(f"runs:/{run.run_id}/{path}")
     return cleared
 
 
 def takedowns(version: Version) -> str | None:
-    """What to tell those who use ``version``: that it learned from pictures taken down since; None if it did not."""
+    """What to tell those who use ``version``: that it learned from images taken down since; None if it did not."""
     names = version.tags.get(TAKEDOWN)
-    return names and f"{version.uri} was made from pictures that were taken down since (takedown {names}): train anew"
+    return names and f"{version.uri} was made from images that were taken down since (takedown {names}): train anew"
 
 
 def names_of(tag: str | None) -> list[str]:
@@ -170,7 +170,7 @@ def notes_in(description: str) -> list[str]:
 
 
 def warn_of_takedown(version: Version) -> None:
-    """Say on standard error, in one line, if ``version`` learned from pictures that were taken down since."""
+    """Say on standard error, in one line, if ``version`` learned from images that were taken down since."""
     if warning := takedowns(version):
         print(escape_controls(f"darkroom: {warning}"), file=sys.stderr, flush=True)
 
@@ -207,15 +207,15 @@ def _prints(bucket: str, model: str, number: int) -> list[str]:
     return [f"s3://{bucket}/{key.removesuffix(BATCH)}/" for key in keys if key.endswith(BATCH)]
 
 
-def _showing_pictures(client: MlflowClient, run_id: str) -> list[str]:
-    """Artifacts of a run in which pictures of its data set can be seen."""
+def _showing_images(client: MlflowClient, run_id: str) -> list[str]:
+    """Artifacts of a run in which images of its data set can be seen."""
     found = [item.path for folder in ("dataset", "explain") for item in client.list_artifacts(run_id, folder)]
     found += [item.path for item in client.list_artifacts(run_id, "evaluation") if item.path.endswith(".html")]
     grids = [item.path for item in client.list_artifacts(run_id, "evaluation/grids")]
     params = client.get_run(run_id).data.params
     judged = FAMILIES[params.get("model.family", "ddpm")].judged
     if params.get("model.low_resolution", "None") != "None" or judged == "reconstructed":
-        # What these draw are real pictures, enlarged or come back.
+        # What these draw are real images, enlarged or come back.
         found += [*grids, *(item.path for item in client.list_artifacts(run_id, "images"))]
     else:
         found += [path for path in grids if path.rpartition("/")[2].startswith("held_out")]

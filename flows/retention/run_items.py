@@ -282,7 +282,7 @@ class Machine:
             yield self._file("fetched weights", path, going, "used of late, or of registered versions")
 
     def _partial(self) -> Iterator[Item]:
-        # Not whole data sets: their ingests sweep them, and pictures by the million may lie beside.
+        # Not whole data sets: their ingests sweep them, and images by the million may lie beside.
         folders = [
             Path("runs"),
             Path("reports"),

@@ -41,16 +41,16 @@ from flows.storage.s3_errors import Denied, Missing
 
 JSON, JSON_LINES, PNG, TAR = "application/json", "application/jsonl", "image/png", "application/x-tar"
 DEFAULT_COUNT = 64
-"""Pictures printed unless told."""
+"""Images printed unless told."""
 COPIED_AT_ONCE = 2**20
 """Bytes."""
 
 
 class Drawn(NamedTuple):
-    """Pictures that lie beside each other in a batch."""
+    """Images that lie beside each other in a batch."""
 
     indices: range
-    pictures: Tensor
+    images: Tensor
     """(len(indices), C, H, W) uint8."""
     labels: list[str | None]
     conditions: Conditions
@@ -59,7 +59,7 @@ class Drawn(NamedTuple):
 class Work(Config):
     """What a chunk took."""
 
-    pictures: int
+    images: int
     """Drawn; none if the chunk was finished before."""
     process: str
     """In which process of which machine."""
@@ -71,32 +71,32 @@ class Work(Config):
 class Cost(Config):
     """What the chunks of a batch took that were drawn now."""
 
-    pictures: int = 0
+    images: int = 0
     seconds: float = 0.0
     cpu_hours: float = 0.0
     """Of all processes that drew, from their first chunk to their last."""
-    pictures_per_cpu_hour: float | None = None
+    images_per_cpu_hour: float | None = None
     """None if none was drawn."""
 
     @property
     def words(self) -> str:
         """For people."""
-        if self.pictures_per_cpu_hour is None:
+        if self.images_per_cpu_hour is None:
             return "all of them were there"
         return (
-            f"{self.pictures:,} drawn in {self.seconds:,.1f} s and {self.cpu_hours:.3g} CPU-hours: "
-            f"{self.pictures_per_cpu_hour:,.0f} pictures per CPU-hour"
+            f"{self.images:,} drawn in {self.seconds:,.1f} s and {self.cpu_hours:.3g} CPU-hours: "
+            f"{self.images_per_cpu_hour:,.0f} images per CPU-hour"
         )
 
 
 Write = Callable[[Drawn], bytes]
-"""Puts pictures where they belong; returns their part of the manifest."""
+"""Puts images where they belong; returns their part of the manifest."""
 
 
 def print_chunk(
     store: Store, batch: Batch, place: Location, weights: Path, chunk: int, table: RequestTable | None, at_once: int
 ) -> Work:
-    """Draw a chunk's pictures and put them on S3, their part of the manifest last; a chunk that is whole is left.
+    """Draw a chunk's images and put them on S3, their part of the manifest last; a chunk that is whole is left.
 
     ``at_once``: compute batches drawn at the same time, on as many cores; meanwhile those before are uploaded, and no
     more than three times as many are held. Equal chunks give equal bytes; raises Held on a machine that would draw
@@ -105,13 +105,13 @@ def print_chunk(
     process, began = f"{socket.gethostname()}:{os.getpid()}", time.process_time()
     indices, part = batch.chunks()[chunk], place.key(sampling_batch.part_key(chunk))
     if store.exists(place.bucket, part) and _has_images(store, batch, place, chunk):
-        return Work(pictures=0, process=process, began=began, ended=time.process_time())
+        return Work(images=0, process=process, began=began, ended=time.process_time())
     require_fingerprint(batch)
     groups = _drawn(batch, weights, indices, table, at_once)
     with _output(store, batch, place, chunk) as write:
         lines = b"".join(ahead(write, groups, 1))
     store.put_once(place.bucket, part, lines, content_type=JSON_LINES)
-    return Work(pictures=len(indices), process=process, began=began, ended=time.process_time())
+    return Work(images=len(indices), process=process, began=began, ended=time.process_time())
 
 
 def require_fingerprint(batch: Batch) -> None:
@@ -130,13 +130,13 @@ def fingerprint_of(batch: Batch) -> Fingerprint:
 
 
 def _drawn(batch: Batch, weights: Path, indices: range, table: RequestTable | None, at_once: int) -> Iterator[Drawn]:
-    """The pictures, as many compute batches at a time as are computed ``at_once``."""
+    """The images, as many compute batches at a time as are computed ``at_once``."""
     model, size = load_model(weights), at_once * batch.sampling.compute_batch
     for start in range(indices.start, indices.stop, size):
         group = range(start, min(start + size, indices.stop))
         conditions = conditions_of(batch, table, group)
-        pictures = sample(model, group, batch.seed, batch.sampling, conditions=conditions, at_once=at_once)
-        yield Drawn(group, pictures, label_names(model, group, batch.seed, conditions), conditions)
+        images = sample(model, group, batch.seed, batch.sampling, conditions=conditions, at_once=at_once)
+        yield Drawn(group, images, label_names(model, group, batch.seed, conditions), conditions)
 
 
 def table_of(store: Store, batch: Batch, place: Location) -> RequestTable | None:
@@ -146,7 +146,7 @@ def table_of(store: Store, batch: Batch, place: Location) -> RequestTable | None
 
 
 def conditions_of(batch: Batch, table: RequestTable | None, indices: range) -> Conditions:
-    """What pictures number ``indices``, and those computed beside them, are to show."""
+    """What images number ``indices``, and those computed beside them, are to show."""
     conditions = batch.conditions or UNCONDITIONAL
     if table is None:
         return conditions
@@ -179,15 +179,15 @@ def _tar(store: Store, batch: Batch, place: Location, name: str) -> Iterator[Wri
 
 
 def _encoded(batch: Batch, drawn: Drawn) -> Iterator[tuple[bytes, Row]]:
-    for index, picture, label in zip(drawn.indices, drawn.pictures, drawn.labels, strict=True):
-        yield sampling_batch.encode(batch, index, picture, label, drawn.conditions)
+    for index, image, label in zip(drawn.indices, drawn.images, drawn.labels, strict=True):
+        yield sampling_batch.encode(batch, index, image, label, drawn.conditions)
 
 
 def _has_images(store: Store, batch: Batch, place: Location, chunk: int) -> bool:
     """Whether all images of a chunk are there."""
     if batch.format == "tar":
         return store.exists(place.bucket, place.key(sampling_batch.tar_key(chunk)))
-    expected = [place.key(sampling_batch.picture_key(index)) for index in batch.chunks()[chunk]]
+    expected = [place.key(sampling_batch.image_key(index)) for index in batch.chunks()[chunk]]
     # Without its last letter: what comes after it begins with it.
     keys = store.list_keys(place.bucket, place.key(""), after=expected[0][:-1])
     return list(islice(keys, len(expected))) == expected
@@ -253,15 +253,15 @@ def _finish(store: Store, batch: Batch, place: Location) -> None:
 
 def cost_of(works: Iterable[Work], seconds: float) -> Cost:
     """What ``works`` took together, in ``seconds``."""
-    pictures, clocks = 0, dict[str, tuple[float, float]]()
+    images, clocks = 0, dict[str, tuple[float, float]]()
     for work in works:
-        if work.pictures:
-            pictures += work.pictures
+        if work.images:
+            images += work.images
             began, ended = clocks.get(work.process, (work.began, work.ended))
             clocks[work.process] = min(began, work.began), max(ended, work.ended)
     hours = sum(ended - began for began, ended in clocks.values()) / 3600
-    rate = pictures / hours if hours else None
-    return Cost(pictures=pictures, seconds=seconds, cpu_hours=hours, pictures_per_cpu_hour=rate)
+    rate = images / hours if hours else None
+    return Cost(images=images, seconds=seconds, cpu_hours=hours, images_per_cpu_hour=rate)
 
 
 def plan(
@@ -288,10 +288,10 @@ def plan(
     prompt_embeddings(model, conditions)
     number = table.count if table else DEFAULT_COUNT if count is None else count
     size = config.chunk or sampling_batch.chunk_size(number, sampling.compute_batch)
-    if number > min(sampling_batch.MOST_PICTURES, sampling_batch.CHUNKS_AT_MOST * size):
+    if number > min(sampling_batch.MOST_IMAGES, sampling_batch.CHUNKS_AT_MOST * size):
         raise UserError(
             f"{number} images are too many for one batch in chunks of {size}: ask for several batches of at most "
-            f"{min(sampling_batch.MOST_PICTURES, sampling_batch.CHUNKS_AT_MOST * size)}, each with a seed of its own"
+            f"{min(sampling_batch.MOST_IMAGES, sampling_batch.CHUNKS_AT_MOST * size)}, each with a seed of its own"
         )
     batch = Batch(
         model=version.model,
@@ -316,11 +316,11 @@ def _require_sense(
     sampling: SamplingConfig, config: PrintsConfig, count: int | None, conditions: Conditions, requests: str | None
 ) -> None:
     if count is not None and count < 1:
-        raise UserError(f"count {count}: ask for at least one picture")
+        raise UserError(f"count {count}: ask for at least one image")
     if requests is not None and count is not None:
-        raise UserError(f"{requests} says how many pictures there are, one for each row: leave the count out")
+        raise UserError(f"{requests} says how many images there are, one for each row: leave the count out")
     if requests is not None and (conditions.labels or conditions.prompts):
-        raise UserError(f"{requests} says what each picture is to show: leave labels and prompts out, or the table")
+        raise UserError(f"{requests} says what each image is to show: leave labels and prompts out, or the table")
     if config.runner == "threads" and config.workers > 1 and resolve_device(sampling.device).type == "cuda":
         raise UserError(
             f"prints.workers = {config.workers} does nothing on a GPU with prints.runner = threads, as one chunk keeps "
@@ -373,7 +373,7 @@ def begin(store: Store, batch: Batch, place: Location, table: RequestTable | Non
         if other := found.fingerprint.differences(batch.fingerprint):
             how = f"begun under another fingerprint ({other})"
         elif found.model_copy(update={"chunk": batch.chunk}) == batch:
-            how = f"cut into chunks of {found.chunk_size} pictures (prints.chunk), and this is into {batch.chunk_size}"
+            how = f"cut into chunks of {found.chunk_size} images (prints.chunk), and this is into {batch.chunk_size}"
         raise Held(
             f"{place} holds a batch {how}: finish it where and as it was begun, or give --to another prefix"
         ) from error

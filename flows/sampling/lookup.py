@@ -49,7 +49,7 @@ LARGEST_ABOUT = 2**18
 
 
 class Origin(Config):
-    """Where a picture comes from, as its own PNG says."""
+    """Where an image comes from, as its own PNG says."""
 
     model: PlainName
     version: VersionNumber
@@ -62,8 +62,8 @@ class Origin(Config):
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture that somebody asks about."""
+class StoredImage:
+    """An image that somebody asks about."""
 
     png: bytes
     origin: Origin | None
@@ -86,28 +86,28 @@ class Picture:
 
 @dataclass(frozen=True)
 class Printed:
-    """What an address or a file turned out to be: a picture, or a whole batch, of which ``picture`` is None."""
+    """What an address or a file turned out to be: an image, or a whole batch, of which ``image`` is None."""
 
     where: str
-    picture: Picture | None
+    image: StoredImage | None
     batch: Batch | None
     """None: it is to be found nowhere (any more)."""
     place: Location | None
     """Where the batch lies."""
     request: RequestRecord | None = None
-    """``request.json`` beside a picture that was made on request."""
+    """``request.json`` beside an image that was made on request."""
 
     @property
     def origin(self) -> Batch | Origin:
-        """Model version, run and data set of it: as its batch says, or else the picture itself."""
-        origin = self.batch or (self.picture and self.picture.origin)
+        """Model version, run and data set of it: as its batch says, or else the image itself."""
+        origin = self.batch or (self.image and self.image.origin)
         # What names neither is not taken for ours.
         assert origin
         return origin
 
 
 def find(where: str, store: Store, bucket: str) -> Printed:
-    """What ``where``, an address on S3 or a file, is: a picture of ours, or a batch.
+    """What ``where``, an address on S3 or a file, is: an image of ours, or a batch.
 
     The batch of a copy is looked for at the usual place in ``bucket``. Raises UserError if there is nothing there, or
     nothing of ours.
@@ -115,24 +115,22 @@ def find(where: str, store: Store, bucket: str) -> Printed:
     if not where.startswith("s3://"):
         path = Path(where)
         if not path.is_file():
-            raise UserError(
-                f"{where} is no file: give a picture of a batch, or its address, s3://BUCKET/…/00000007.png"
-            )
+            raise UserError(f"{where} is no file: give an image of a batch, or its address, s3://BUCKET/…/00000007.png")
         return _copy(where, path.read_bytes(), store, bucket)
     at = Location.parse(where)
     if not at.prefix.endswith(".png"):
         if (batch := _read_batch(store, at)) is None:
-            raise UserError(f"{where} holds no {BATCH}: give the prefix of a batch of prints, or one of its pictures")
+            raise UserError(f"{where} holds no {BATCH}: give the prefix of a batch of prints, or one of its images")
         return Printed(where, None, batch, at)
     folder, _, name = at.prefix.rpartition("/")
     if folder.endswith(".tar"):
         return _in_tar(where, Location(at.bucket, folder), name, store)
-    place, png = Location(at.bucket, folder), store.get(at.bucket, at.prefix, sampling_batch.LARGEST_PICTURE)
+    place, png = Location(at.bucket, folder), store.get(at.bucket, at.prefix, sampling_batch.LARGEST_IMAGE)
     batch, number = _read_batch(store, place), NUMBERED.fullmatch(name)
     if batch is None or number is None or int(number[1]) >= batch.count:
         return _copy(where, png, store, bucket)
     index = int(number[1])
-    return Printed(where, Picture(png, _origin(png), index, _read_row(store, place, batch, index)), batch, place)
+    return Printed(where, StoredImage(png, _origin(png), index, _read_row(store, place, batch, index)), batch, place)
 
 
 def read_rows(store: Store, place: Location, batch: Batch, chunk: int) -> list[Row]:
@@ -143,11 +141,11 @@ def read_rows(store: Store, place: Location, batch: Batch, chunk: int) -> list[R
     )
 
 
-def read_picture(store: Store, place: Location, batch: Batch, index: int, row: Row | None) -> bytes:
-    """The PNG of picture number ``index``, of a tar by what its ``row`` says; raises Missing if it is not there."""
-    key = place.key(sampling_batch.picture_key(index))
+def read_image(store: Store, place: Location, batch: Batch, index: int, row: Row | None) -> bytes:
+    """The PNG of image number ``index``, of a tar by what its ``row`` says; raises Missing if it is not there."""
+    key = place.key(sampling_batch.image_key(index))
     if batch.format == "png":
-        return store.get(place.bucket, key, sampling_batch.LARGEST_PICTURE)
+        return store.get(place.bucket, key, sampling_batch.LARGEST_IMAGE)
     if row is None or "size" not in row or "offset" not in row:
         raise Missing(f"s3://{place.bucket}/{key} is not there, or not by what is written down of its batch")
     tar = place.key(sampling_batch.tar_key(index // batch.chunk_size))
@@ -166,45 +164,45 @@ def pixels_sha256(pixels: np.ndarray | None) -> str | None:
 
 
 def _in_tar(where: str, tar: Location, name: str, store: Store) -> Printed:
-    """A picture in a tar of a batch: the manifest says where it lies there."""
+    """An image in a tar of a batch: the manifest says where it lies there."""
     place = Location(tar.bucket, tar.prefix.rpartition("/")[0])
     batch, number = _read_batch(store, place), NUMBERED.fullmatch(name)
     index = int(number[1]) if number else -1
     if batch is None or not 0 <= index < batch.count or place.key(batch.key(index)) != f"{tar.prefix}/{name}":
-        raise UserError(f"{where} is no picture of a batch of prints: give one of the keys in its manifest")
+        raise UserError(f"{where} is no image of a batch of prints: give one of the keys in its manifest")
     row = _read_row(store, place, batch, index)
-    png = read_picture(store, place, batch, index, row)
-    return Printed(where, Picture(png, _origin(png), index, row), batch, place)
+    png = read_image(store, place, batch, index, row)
+    return Printed(where, StoredImage(png, _origin(png), index, row), batch, place)
 
 
 def _copy(where: str, png: bytes, store: Store, bucket: str) -> Printed:
-    """A picture that lies apart from its batch, which what its PNG says leads to."""
+    """An image that lies apart from its batch, which what its PNG says leads to."""
     origin = _origin(png)
     if origin is None:
         raise UserError(
-            f"{where} names no registered model that made it: it is no picture of ours, is of a model in a file, or "
+            f"{where} names no registered model that made it: it is no image of ours, is of a model in a file, or "
             "was saved anew without the texts that came with it; give the address that it was printed to"
         )
     if origin.task is not None:
         return _requested(where, png, origin)
     index = origin.index
     found = list(_batches_of(origin, store, bucket))
-    pictures = [Picture(png, origin, index, _read_row(store, place, batch, index)) for batch, place in found]
+    images = [StoredImage(png, origin, index, _read_row(store, place, batch, index)) for batch, place in found]
     same = [
         number
         for theirs in ("sha256", "pixels_sha256")
-        for number, each in enumerate(pictures)
+        for number, each in enumerate(images)
         if each.row is not None and each.row[theirs] == getattr(each, theirs)
     ]
-    # Of an altered picture the batch is known only if there is but one that it can be of.
+    # Of an altered image the batch is known only if there is but one that it can be of.
     chosen = same or ([0] if len(found) == 1 else [])
     if not chosen:
-        return Printed(where, Picture(png, origin, index, None), None, None)
-    return Printed(where, pictures[chosen[0]], *found[chosen[0]])
+        return Printed(where, StoredImage(png, origin, index, None), None, None)
+    return Printed(where, images[chosen[0]], *found[chosen[0]])
 
 
 def _requested(where: str, png: bytes, origin: Origin) -> Printed:
-    """A picture made on request, and what stands beside it, if it is still where it was made."""
+    """An image made on request, and what stands beside it, if it is still where it was made."""
     beside = Path(where).with_name(ABOUT)
     try:
         request = RequestRecord.model_validate_json(beside.read_bytes()) if beside.is_file() else None
@@ -214,7 +212,7 @@ def _requested(where: str, png: bytes, origin: Origin) -> Printed:
         request = None
     rows: Sequence[Row] = request.images if request else ()
     row = next((row for row in rows if row["index"] == origin.index), None)
-    return Printed(where, Picture(png, origin, origin.index, row), None, None, request)
+    return Printed(where, StoredImage(png, origin, origin.index, row), None, None, request)
 
 
 def _batches_of(origin: Origin, store: Store, bucket: str) -> Iterator[tuple[Batch, Location]]:

@@ -1,4 +1,4 @@
-"""Tables of requests: what each picture of a batch is to show, a row for each, kept as Parquet beside the batch."""
+"""Tables of requests: what each image of a batch is to show, a row for each, kept as Parquet beside the batch."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ Row = tuple[str | None, str | None]
 
 
 class Requests(Config):
-    """What a batch is to show, picture i what row i of a table says."""
+    """What a batch is to show, image i what row i of a table says."""
 
     digest: Sha256
     """SHA-256 of the rows as JSON lines, whatever wrote the file."""
@@ -117,7 +117,7 @@ class RequestTable:
         return [(row["label"], row["prompt"]) for row in here] + [(None, None)] * (len(wanted) - len(here))
 
     def conditions(self, indices: range, compute_batch: int, negative_prompt: str | None = None) -> Conditions:
-        """What pictures number ``indices``, and those computed beside them, are to show.
+        """What images number ``indices``, and those computed beside them, are to show.
 
         After the last entry ``Conditions`` begins from the front, so its entries are those of whole compute batches,
         turned until each stands where its number leads.
@@ -153,7 +153,7 @@ def rows_of(source: Path, kind: str) -> Iterator[Row]:
     if kind not in ("csv", "jsonl", "parquet"):
         raise UserError(f"{source} is no table of requests: give one that ends in .csv, .jsonl or .parquet")
     if not source.is_file():
-        raise UserError(f"{source} is no file: give a table of requests, with a row for each picture")
+        raise UserError(f"{source} is no file: give a table of requests, with a row for each image")
     asks = False
     for number, record in enumerate(_parquet(source) if kind == "parquet" else _text(source), start=1):
         _require_known(record, f"{source}, record {number}")
@@ -167,7 +167,7 @@ def rows_of(source: Path, kind: str) -> Iterator[Row]:
 def _require_known(names: Iterable[str], where: str) -> None:
     if unknown := sorted(set(map(str, names)) - set(COLUMNS)):
         raise UserError(
-            f"{where}: a picture is not drawn by {unknown[0]!r}: the columns are {' and '.join(COLUMNS)}, or one of "
+            f"{where}: an image is not drawn by {unknown[0]!r}: the columns are {' and '.join(COLUMNS)}, or one of "
             "these"
         )
 

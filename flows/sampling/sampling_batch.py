@@ -1,7 +1,7 @@
-"""Prints: pictures of a model version on S3, written once, with a manifest that leads back to the data.
+"""Prints: images of a model version on S3, written once, with a manifest that leads back to the data.
 
 A batch lies under one prefix: ``batch.json`` (what was asked for) first, with ``requests.parquet`` if that is a
-table, then the pictures, as files or as a tar per chunk, and a part of the manifest per chunk, then
+table, then the images, as files or as a tar per chunk, and a part of the manifest per chunk, then
 ``manifest.parquet``, and ``_SUCCESS`` last. Every object is a function of the first two alone, so whoever finds a batch
 unfinished can finish it.
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from flows.storage.s3 import Location
 
 Row = dict[str, Any]
-"""What a manifest says of a picture: see ``ManifestRow``."""
+"""What a manifest says of an image: see ``ManifestRow``."""
 
 BATCH, MANIFEST, SUCCESS = "batch.json", "manifest.parquet", "_SUCCESS"
 """The first object of a batch, and the last two."""
@@ -49,7 +49,7 @@ CHUNK_BATCHES = 4
 MOST_CHUNKS = 256
 """Larger batches have larger chunks, up to LARGEST_CHUNK: orchestration has a cost for each task."""
 LARGEST_CHUNK = 4096
-"""Pictures in a chunk, unless the configuration says otherwise: what a chunk's manifest holds is held in memory."""
+"""Images in a chunk, unless the configuration says otherwise: what a chunk's manifest holds is held in memory."""
 DELETED = "deleted"
 """Prefix of the marks of batches that are being deleted, or were: not beside them, where those who sample may write."""
 USUAL = re.compile(r"prints/[^/]+/[0-9]{1,10}/[^/]+")
@@ -58,7 +58,7 @@ RESUMED = "resumed"
 """Prefix of the marks by which jobs that go on with an unfinished batch show that it is not abandoned."""
 CHUNK_OBJECT = re.compile(r"(?P<image>\d{8,})\.png|prints-(?P<tar>\d{5,})\.tar|manifest/part-(?P<part>\d{5,})\.jsonl")
 """Objects of a chunk, by their names inside a batch."""
-MOST_PICTURES = 10**8
+MOST_IMAGES = 10**8
 """Images of a batch: their numbers have eight digits."""
 CHUNKS_AT_MOST = 10**5
 """Chunks of a batch, whatever the configuration says: each is a task, and a part of the manifest."""
@@ -66,11 +66,11 @@ LARGEST_BATCH = 64 * 2**20
 """Bytes that ``batch.json`` may have."""
 LARGEST_PART = 512 * 2**20
 """Bytes that a part of the manifest may have."""
-LARGEST_PICTURE = 64 * 2**20
+LARGEST_IMAGE = 64 * 2**20
 """Bytes that an image may have."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Index = Annotated[int, Field(ge=0, lt=MOST_PICTURES)]
+Index = Annotated[int, Field(ge=0, lt=MOST_IMAGES)]
 
 
 class Batch(Config):
@@ -85,17 +85,17 @@ class Batch(Config):
     """Digest of the code that the version ships (``registry.digest_code``), as its tag had it when the batch was begun;
     None: the version was registered before there were such tags."""
     seed: Seed
-    count: int = Field(ge=1, le=MOST_PICTURES)
+    count: int = Field(ge=1, le=MOST_IMAGES)
     sampling: SamplingConfig
     fingerprint: Fingerprint
     conditions: Conditions | None = None
-    """What the pictures are to show; None: whatever comes. With ``requests`` only what is asked of all of them."""
+    """What the images are to show; None: whatever comes. With ``requests`` only what is asked of all of them."""
     requests: Requests | None = None
     """What each is to show, by the table in ``requests.parquet``."""
     chunk: int | None = Field(None, ge=1, le=2**20, exclude_if=unset)
-    """Pictures in a chunk; None: CHUNK_BATCHES compute batches."""
+    """Images in a chunk; None: CHUNK_BATCHES compute batches."""
     format: Literal["png", "tar"] = Field("png", exclude_if=lambda name: name == "png")
-    """Whether the pictures are files, or lie in a tar for each chunk."""
+    """Whether the images are files, or lie in a tar for each chunk."""
 
     @model_validator(mode="after")
     def _has_few_chunks(self) -> "Batch":
@@ -113,21 +113,21 @@ class Batch(Config):
 
     @property
     def chunk_size(self) -> int:
-        """Pictures in each chunk but the last."""
+        """Images in each chunk but the last."""
         return self.chunk or CHUNK_BATCHES * self.sampling.compute_batch
 
     def chunks(self) -> list[range]:
-        """The picture numbers of each chunk: whole compute batches, but for the last."""
+        """The image numbers of each chunk: whole compute batches, but for the last."""
         size = self.chunk_size
         return [range(start, min(start + size, self.count)) for start in range(0, self.count, size)]
 
     def key(self, index: int) -> str:
-        """Address of picture number ``index`` inside the batch; that of one in a tar leads through the tar."""
-        name = picture_key(index)
+        """Address of image number ``index`` inside the batch; that of one in a tar leads through the tar."""
+        name = image_key(index)
         return name if self.format == "png" else f"{tar_key(index // self.chunk_size)}/{name}"
 
     def row(self, index: int) -> Row:
-        """What the manifest says of picture number ``index`` because it is of this batch."""
+        """What the manifest says of image number ``index`` because it is of this batch."""
         fields = ("seed", "model", "version", "run_id", "content_digest", "weights_sha256")
         own = {name: getattr(self, name) for name in fields}
         return {"key": self.key(index), "index": index, **own, "guidance": self.sampling.guidance}
@@ -171,7 +171,7 @@ class ManifestRow(Config):
     tar: Annotated[str, Field(max_length=100)] | None = None
     offset: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """Where the PNG lies in the tar, so that a range request gets it."""
-    size: Annotated[int, Field(ge=1, le=LARGEST_PICTURE)] | None = None
+    size: Annotated[int, Field(ge=1, le=LARGEST_IMAGE)] | None = None
 
 
 IN_TARS = ("tar", "offset", "size")
@@ -181,14 +181,14 @@ COLUMN_TYPES = dict.fromkeys(("index", "seed", "version", "offset", "size"), pa.
 
 
 def chunk_size(count: int, compute_batch: int) -> int:
-    """Pictures in a chunk of a batch of ``count``, unless the configuration says how many."""
+    """Images in a chunk of a batch of ``count``, unless the configuration says how many."""
     batches = -(-count // compute_batch)
     most = max(LARGEST_CHUNK // compute_batch, CHUNK_BATCHES)
     return compute_batch * min(max(-(-batches // MOST_CHUNKS), CHUNK_BATCHES), most)
 
 
-def picture_key(index: int) -> str:
-    """Name of picture number ``index``, inside its batch or its tar."""
+def image_key(index: int) -> str:
+    """Name of image number ``index``, inside its batch or its tar."""
     return f"{index:08d}.png"
 
 
@@ -217,15 +217,15 @@ def chunk_of(batch: Batch, name: str) -> int | None:
 
 
 def encode(
-    batch: Batch, index: int, picture: Tensor, label: str | None, conditions: Conditions | None = None
+    batch: Batch, index: int, image: Tensor, label: str | None, conditions: Conditions | None = None
 ) -> tuple[bytes, Row]:
-    """Picture number ``index``, (C, H, W) uint8, as a PNG that says where it comes from, and its manifest row.
+    """Image number ``index``, (C, H, W) uint8, as a PNG that says where it comes from, and its manifest row.
 
     ``label``: the class that it was to show; ``conditions``: what it was drawn by, None: what is asked of all.
     """
     conditions = conditions or batch.conditions or UNCONDITIONAL
     prompt = conditions.prompt(index)
-    image = image_of(picture)
+    png_image = image_of(image)
     about: dict[str, str | None] = {
         "seed": str(batch.seed),
         "index": str(index),
@@ -235,10 +235,10 @@ def encode(
         "label": conditions.label(index),
         "prompt": prompt,
     }
-    png = marked_png(image, about)
+    png = marked_png(png_image, about)
     row = batch.row(index) | {
         "sha256": sha256_bytes(png),
-        "pixels_sha256": sha256_bytes(image.tobytes()),
+        "pixels_sha256": sha256_bytes(png_image.tobytes()),
         "fingerprint": canonical_json(batch.fingerprint.model_dump(mode="json")),
         "label": label,
         "prompt": prompt,
@@ -248,14 +248,14 @@ def encode(
 
 
 def shard_json(row: Row) -> dict[str, Any]:
-    """What stands beside a picture in a tar; with ``label`` and ``caption``, as data sets are ingested with."""
+    """What stands beside an image in a tar; with ``label`` and ``caption``, as data sets are ingested with."""
     names = ("label", "seed", "index", "run_id", "content_digest", "weights_sha256", "sha256")
     model = f"models:/{row['model']}/{row['version']}"
     return {name: row[name] for name in names} | {"caption": row["prompt"], "model": model}
 
 
 def placed(row: Row, tar: str, extent: Extent) -> Row:
-    """``row`` with the place of its picture in ``tar``."""
+    """``row`` with the place of its image in ``tar``."""
     return row | {"tar": tar, "offset": extent.start + BLOCK, "size": extent.png}
 
 

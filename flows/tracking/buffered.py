@@ -24,7 +24,7 @@ from PIL import Image
 from diffusion.common.errors import DarkroomError
 from diffusion.common.files import make_folder, sync_file, sync_folder, write_bytes
 from diffusion.common.image_grids import save_png
-from flows.tracking.runs import RunTracker, picture_marker
+from flows.tracking.runs import RunTracker, image_marker
 
 AT_ONCE = 500
 """Figures that are delivered together: MLflow takes a thousand."""
@@ -36,12 +36,12 @@ EVERY = 10.0
 """Seconds between two measurements of the machine."""
 
 UNANSWERED = (MlflowException, OSError, BotoCoreError, Boto3Error, ClientError)
-"""What is raised while MLflow, or the store of its pictures, does not answer as it should."""
+"""What is raised while MLflow, or the store of its images, does not answer as it should."""
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-"""A figure (``name``, ``value``, ``time``, ``step``) or an image (``name``, ``picture``, ``file``, ``step``)."""
+"""A figure (``name``, ``value``, ``time``, ``step``) or an image (``name``, ``image``, ``file``, ``step``)."""
 
 
 class SpooledTracker:
@@ -82,11 +82,11 @@ class SpooledTracker:
             ]
         )
 
-    def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
-        """Keep ``picture`` as the image ``name`` at step ``images``."""
+    def log_image(self, name: str, image: Image.Image, images: int) -> None:
+        """Keep ``image`` as the image ``name`` at step ``images``."""
         path = self.folder / f"{name}-{images:010d}.png"
-        save_png(path, picture)
-        self._add([{"name": picture_marker(name), "picture": name, "file": path.name, "step": images}])
+        save_png(path, image)
+        self._add([{"name": image_marker(name), "image": name, "file": path.name, "step": images}])
 
     def sync(self) -> None:
         """Make what was kept so far durable."""
@@ -153,13 +153,13 @@ class SpooledTracker:
     def _send(self, left: list[Record]) -> int:
         """Deliver the first few of ``left``; returns how many."""
         first = left[0]
-        if "picture" in first:
-            with Image.open(self.folder / first["file"]) as picture:
-                self.tracker.log_picture(first["picture"], picture, first["step"])
+        if "image" in first:
+            with Image.open(self.folder / first["file"]) as image:
+                self.tracker.log_image(first["image"], image, first["step"])
             return 1
         figures = []
         for record in left[:AT_ONCE]:
-            if "picture" in record:
+            if "image" in record:
                 break
             figures.append(Metric(record["name"], record["value"], record["time"], record["step"]))
         # Another machine that trains the same writes to the same run.

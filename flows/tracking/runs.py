@@ -56,7 +56,7 @@ EVAL_KEY = "darkroom.eval_key"
 JUDGED = "darkroom.judged"
 """Tag: ``in full`` or ``preliminary``."""
 PRELIMINARY = "preliminary_"
-"""Before the name of a figure that rests on fewer pictures, so that it does not rank among the others."""
+"""Before the name of a figure that rests on fewer images, so that it does not rank among the others."""
 
 
 @dataclass
@@ -88,13 +88,13 @@ class RunTracker:
         """The last position that the run has of each metric, whoever logged it."""
         return {metric.key: metric.step for metric in self.client.get_run(self.run_id).data._metric_objs}
 
-    def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
-        """Keep ``picture`` as the image ``name`` at step ``images``."""
-        marker = picture_marker(name)
+    def log_image(self, name: str, image: Image.Image, images: int) -> None:
+        """Keep ``image`` as the image ``name`` at step ``images``."""
+        marker = image_marker(name)
         # Another machine that trains the same may have logged it since this was looked up.
         self.seen = self.last_steps()
         if images > self.seen.get(marker, -1):
-            self.client.log_image(self.run_id, picture, key=name, step=images)
+            self.client.log_image(self.run_id, image, key=name, step=images)
             self.log_metrics({marker: images}, images)
 
     @property
@@ -120,8 +120,8 @@ class RunTracker:
         self.client.set_terminated(self.run_id, "FAILED")
 
 
-def picture_marker(name: str) -> str:
-    """The metric that says up to which position a run has pictures called ``name``."""
+def image_marker(name: str) -> str:
+    """The metric that says up to which position a run has images called ``name``."""
     return f"{name}_at_images"
 
 

@@ -24,7 +24,7 @@ MARK = "<!-- darkroom compare -->"
 
 
 def table(ours: Mapping[str, float], theirs: Mapping[str, float]) -> str:
-    """Figures of the change and of the champion, in the order of ``ours``; real pictures' own are left out."""
+    """Figures of the change and of the champion, in the order of ``ours``; real images' own are left out."""
     lines = ["| figure | champion | this change | difference |", "|---|---:|---:|---:|"]
     for name, value in ours.items():
         if name.startswith("real_baseline_"):

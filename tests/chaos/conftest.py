@@ -16,13 +16,13 @@ from tests.flows.workspace import running
 
 @pytest.fixture(scope="session")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    """A stack, and 120 pictures among which some are poisoned."""
+    """A stack, and 120 images among which some are poisoned."""
     folder = tmp_path_factory.mktemp("house")
     with running(folder, QUICK, 120) as space, pytest.MonkeyPatch.context() as patch:
         for name, value in space.variables.items():
             if name.startswith(("MLFLOW_", "AWS_")):
                 patch.setenv(name, value)
-        poison(folder / "pictures" / "odd", folder / "unpickled")
+        poison(folder / "images" / "odd", folder / "unpickled")
         found = House(space)
         found.admit(NIGHT)
         yield found

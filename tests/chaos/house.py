@@ -32,20 +32,20 @@ QUICK = PARAMS | {
     "evaluation": {"samples": 16, "extractor_size": 32},
 }
 COUNT = 8
-"""Pictures printed at the end."""
+"""Images printed at the end."""
 NIGHT = {"AWS_ACCESS_KEY_ID": "night", "AWS_SECRET_ACCESS_KEY": "night-secret"}
 """Keys that retrainings have to themselves where a drill takes them away."""
 
 
 @dataclass(frozen=True)
 class House:
-    """A stack with pictures to train on."""
+    """A stack with images to train on."""
 
     workspace: Workspace
 
     @property
-    def pictures(self) -> Path:
-        return self.workspace.folder / "pictures"
+    def images(self) -> Path:
+        return self.workspace.folder / "images"
 
     @property
     def stack(self) -> LocalStack:
@@ -137,7 +137,7 @@ class Site(Workspace):
         super().__init__(folder)
         self.house, self.name = house, folder.name
         self.variables = dict(house.workspace.variables)
-        self.retraining = ("retrain", str(house.pictures), "--dataset", self.name, "--count", str(COUNT))
+        self.retraining = ("retrain", str(house.images), "--dataset", self.name, "--count", str(COUNT))
 
     @property
     def final(self) -> Path:

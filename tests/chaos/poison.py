@@ -1,4 +1,4 @@
-"""Files that call themselves pictures and are not, or not such as anybody should open."""
+"""Files that call themselves images and are not, or not such as anybody should open."""
 
 import os
 import pickle

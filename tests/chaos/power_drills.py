@@ -75,9 +75,9 @@ class Drill:
         return number
 
 
-def run_ingest(folder: Path, pictures: Path) -> State:
+def run_ingest(folder: Path, images: Path) -> State:
     """Into data/set below ``folder``, in several chunks."""
-    ingest(folder / SET, IngestConfig(source=str(pictures), size=8, held_out=0.33, shard_bytes=2**16))
+    ingest(folder / SET, IngestConfig(source=str(images), size=8, held_out=0.33, shard_bytes=2**16))
     return {"files": files_of(folder / SET), "work": sorted(path.name for path in (folder / "data/.set").iterdir())}
 
 
@@ -120,29 +120,29 @@ def _finished(folder: Path) -> dict[str, bytes]:
 
 def ingest_drill(folder: Path) -> Drill:
     """Of `ingest`, which begins a data set."""
-    write_pictures(folder / "pictures", range(120))
-    return _drill(folder, "run_ingest", run_ingest, (folder / "pictures",), (f"{SET}/manifest.json",))
+    write_images(folder / "images", range(120))
+    return _drill(folder, "run_ingest", run_ingest, (folder / "images",), (f"{SET}/manifest.json",))
 
 
 def adding_drill(folder: Path) -> Drill:
     """Of `ingest`, which adds to a data set."""
-    write_pictures(folder / "pictures", range(60))
-    run_ingest(folder / "root", folder / "pictures")
-    write_pictures(folder / "pictures", range(60, 120))
-    return _drill(folder, "run_ingest", run_ingest, (folder / "pictures",), (f"{SET}/manifest.json",))
+    write_images(folder / "images", range(60))
+    run_ingest(folder / "root", folder / "images")
+    write_images(folder / "images", range(60, 120))
+    return _drill(folder, "run_ingest", run_ingest, (folder / "images",), (f"{SET}/manifest.json",))
 
 
 def train_drill(folder: Path) -> Drill:
     """Of `train`."""
-    write_pictures(folder / "pictures", range(60))
-    run_ingest(folder, folder / "pictures")
+    write_images(folder / "images", range(60))
+    run_ingest(folder, folder / "images")
     return _drill(folder, "run_train", run_train, (folder / SET,), (f"{RUN}/final.safetensors", f"{RUN}/history.csv"))
 
 
 def evaluate_drill(folder: Path) -> Drill:
     """Of `evaluate`, which keeps what took long."""
-    write_pictures(folder / "pictures", range(60))
-    run_ingest(folder, folder / "pictures")
+    write_images(folder / "images", range(60))
+    run_ingest(folder, folder / "images")
     for images in (100, 200):
         write_model(folder / "checkpoints" / f"{images}.safetensors", images, images)
     durable = tuple(f"{REPORT}/{name}" for name in ("evaluation.json", "metrics.json", "report.html"))
@@ -155,7 +155,7 @@ def sample_drill(folder: Path) -> Drill:
     return _drill(folder, "run_sample", run_sample, (weights,), (f"{MADE}/request.json", f"{MADE}/00000005.png"))
 
 
-def write_pictures(folder: Path, numbers: range) -> None:
+def write_images(folder: Path, numbers: range) -> None:
     """One for each of ``numbers``, in two classes."""
     for number in numbers:
         path = folder / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"

@@ -121,7 +121,7 @@ def machine(house: House, forks: Forks, tmp_path_factory: pytest.TempPathFactory
     found.finish("sample", "--count", "2", "--seed", "9")
     found.finish("train", "--set", "training.seed=1", "--set", "training.output=runs/second")
     for size in (10, 12):
-        found.finish("ingest", str(house.pictures), "--rebuild", "--dataset", "other", "--set", f"ingest.size={size}")
+        found.finish("ingest", str(house.images), "--rebuild", "--dataset", "other", "--set", f"ingest.size={size}")
     return found, found.save()
 
 

@@ -37,7 +37,7 @@ def killed_alone(site: Site, *command: str, running: int) -> list[str]:
 )
 def test_an_ingest_killed_alone_leaves_no_process(site: Site) -> None:
     """SIGKILL to `ingest` with a pool of processes under Prefect: all of its processes end within seconds."""
-    assert killed_alone(site, "ingest", str(site.house.pictures), "--dataset", site.name, *SPREAD, running=3) == []
+    assert killed_alone(site, "ingest", str(site.house.images), "--dataset", site.name, *SPREAD, running=3) == []
 
 
 @pytest.mark.drill(

@@ -18,7 +18,7 @@ from tests.chaos.house import House, Site, ended, fill
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = (
-    "flows.ingest:ingest_pictures",  # ingest: nothing is there
+    "flows.ingest:ingest_images",  # ingest: nothing is there
     "flows.datasets.catalog:Catalogue.publish",  # pushed, and in no catalogue
     "flows.train:train_model",  # train: no run is there
     "diffusion.training.checkpointing:Checkpoints.save@3",  # half way
@@ -29,7 +29,7 @@ STEPS = (
     "flows.promote:compare_with_champion",  # a version, and no verdict
     "flows.promote:project",  # in the ledger, and nowhere else
     "flows.sampling.generate_batch:begin",  # sample
-    "flows.sampling.generate_batch:_put_files@1",  # before the first pictures are there
+    "flows.sampling.generate_batch:_put_files@1",  # before the first images are there
     "flows.sampling.generate_batch:finish",  # all are, and no manifest
     "flows.registry.idempotency:Request.note",  # all is done, and nothing says so
 )

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 def steps(site: Site) -> list[tuple[str, ...]]:
     """What ``retrain`` consists of."""
     return [
-        ("ingest", str(site.house.pictures)),
+        ("ingest", str(site.house.images)),
         ("train",),
         ("evaluate",),
         ("promote",),

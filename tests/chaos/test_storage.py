@@ -91,7 +91,7 @@ def test_keys_that_are_revoked_meanwhile_are_one_line_and_with_new_ones_it_goes_
     "a bomb, a cut PNG, an empty file, HTML and a pickle among 120 images",
     "each is quarantined with its reason; nothing is unpickled",
 )
-def test_what_is_no_picture_is_told_and_left_out(house: House, undisturbed: Undisturbed) -> None:
+def test_what_is_no_image_is_told_and_left_out(house: House, undisturbed: Undisturbed) -> None:
     refused = undisturbed.done["data"]["result"]["quarantined"]
     assert sorted(Path(each["source"]).name for each in refused) == [
         "bomb.png", "cut.png", "empty.png", "page.jpg", "pickle.png",
@@ -108,9 +108,9 @@ def test_what_is_no_picture_is_told_and_left_out(house: House, undisturbed: Undi
     "refused in a line, exit 2; no version, run or model is left",
 )
 def test_a_folder_of_nothing_else_is_refused_and_nothing_is_left_of_it(house: House, site: Site) -> None:
-    poison(site.folder / "pictures", site.folder / "unpickled")
-    line = ended(site.start("retrain", "pictures", "--dataset", site.name), 2)
-    assert "no usable picture in pictures: all 5" in line
+    poison(site.folder / "images", site.folder / "unpickled")
+    line = ended(site.start("retrain", "images", "--dataset", site.name), 2)
+    assert "no usable image in images: all 5" in line
     assert not (site.folder / "unpickled").exists()
     assert not (site.folder / "data" / site.name).exists()
     for place in ("datasets", "pushing", "ledger", "prints", "retrained"):
@@ -126,7 +126,7 @@ def test_a_shard_that_is_damaged_on_the_remote_is_named_and_can_be_mended(
     house: House, site: Site, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     # Others have the same shards, as they are named by content: these here are of another size.
-    ingest = ("ingest", str(house.pictures), "--dataset", site.name, "--set", "ingest.size=10")
+    ingest = ("ingest", str(house.images), "--dataset", site.name, "--set", "ingest.size=10")
     version = site.json(*ingest)["digest"]
     [shard] = read_manifest(site.folder / "data" / site.name).shards
     remote = house.objects("dvc/files/md5/")

@@ -19,18 +19,18 @@ from diffusion.data.ingest.config import StorageConfig
 from diffusion.data.manifest import RECORDS, FileEntry, Manifest, Part, Totals, write_manifest
 
 Record: TypeAlias = dict[str, Any]
-"""A row of RECORDS; those of kept pictures have them under ``pixels``."""
+"""A row of RECORDS; those of kept images have them under ``pixels``."""
 
 
 def key_of(pixels: np.ndarray) -> str:
-    """The key of a picture, (H, W) or (H, W, 3) uint8."""
+    """The key of an image, (H, W) or (H, W, 3) uint8."""
     mode = "L" if pixels.ndim == 2 else "RGB"
     header = f"{mode}:{pixels.shape[1]}x{pixels.shape[0]}:".encode()
     return hashlib.sha256(header + pixels.tobytes()).hexdigest()
 
 
 def kept(pixels: np.ndarray, source: str, split: str = "train", **told: Any) -> Record:
-    """A record of a kept picture, with its pixels under ``pixels``."""
+    """A record of a kept image, with its pixels under ``pixels``."""
     values = pixels.reshape(-1, 1 if pixels.ndim == 2 else 3).astype(np.int64)
     height, width = pixels.shape[:2]
     return {
@@ -49,7 +49,7 @@ def kept(pixels: np.ndarray, source: str, split: str = "train", **told: Any) -> 
 
 
 def duplicate(of: Record, source: str) -> Record:
-    """A record of a file with the pixels of a kept picture."""
+    """A record of a file with the pixels of a kept image."""
     return {"source": source, "source_sha256": "1" * 64, "outcome": "duplicate", "key": of["key"]}
 
 
@@ -98,10 +98,10 @@ class BuiltDataset:
         return manifest
 
     def _part(self, number: int, rows: Sequence[Record]) -> Part:
-        pictures = [row for row in rows if row["outcome"] == "kept"]
+        images = [row for row in rows if row["outcome"] == "kept"]
         shard = io.BytesIO()
         with tarfile.open(fileobj=shard, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for row in pictures:
+            for row in images:
                 png = io.BytesIO()
                 Image.fromarray(row["pixels"]).save(png, "PNG")
                 row["offset"], row["size"] = shard.tell() + tarfile.BLOCKSIZE, len(png.getvalue())
@@ -111,7 +111,7 @@ class BuiltDataset:
                     tar.addfile(member, io.BytesIO(data))
         table = io.BytesIO()
         pq.write_table(pa.Table.from_pylist([dict.fromkeys(RECORDS.names) | row for row in rows], RECORDS), table)
-        train = [row for row in pictures if row["split"] == "train"]
+        train = [row for row in images if row["split"] == "train"]
         total, squares = (
             tuple(sum(np.broadcast_to(row[name], 3)[channel].item() for row in train) for channel in range(3))
             for name in ("total", "squares")
@@ -119,11 +119,11 @@ class BuiltDataset:
         return Part(
             number=number,
             records=self._file("records", number, "parquet", table.getvalue()),
-            shard=self._file("shards", number, "tar", shard.getvalue()) if pictures else None,
+            shard=self._file("shards", number, "tar", shard.getvalue()) if images else None,
             outcomes=Counter(row["outcome"] for row in rows),
-            splits=Counter(row["split"] for row in pictures),
-            classes=Counter(row["label"] for row in pictures if row.get("label") is not None),
-            modes=Counter(row["mode"] for row in pictures),
+            splits=Counter(row["split"] for row in images),
+            classes=Counter(row["label"] for row in images if row.get("label") is not None),
+            modes=Counter(row["mode"] for row in images),
             totals=Totals(pixels=len(train) * self.size**2, total=total, squares=squares),
         )
 

@@ -41,11 +41,11 @@ def squares(folder: Path, count: int = 96, labelled: bool = False, every: int = 
     random = np.random.default_rng(0)
     names = [list(COLOURS)[number % 3] for number in range(count)]
     flat = np.array([COLOURS[name] for name in names])[:, :, None, None]
-    pictures = np.clip(flat + random.integers(-20, 20, (count, 3, 8, 8)), 0, 255).astype(np.uint8)
+    images = np.clip(flat + random.integers(-20, 20, (count, 3, 8, 8)), 0, 255).astype(np.uint8)
     captions = [f"{name} square" if number % every == 0 else None for number, name in enumerate(names)]
-    return write_dataset(folder, pictures, 32, labels=names if labelled else None, captions=captions)
+    return write_dataset(folder, images, 32, labels=names if labelled else None, captions=captions)
 
 
-def colours(pictures: Tensor) -> list[str]:
-    """Which colour each of ``pictures``, (N, 3, H, W), is nearest to."""
-    return [list(COLOURS)[number] for number in pictures.double().mean((2, 3)).argmax(1).tolist()]
+def colours(images: Tensor) -> list[str]:
+    """Which colour each of ``images``, (N, 3, H, W), is nearest to."""
+    return [list(COLOURS)[number] for number in images.double().mean((2, 3)).argmax(1).tolist()]

@@ -29,7 +29,7 @@ from diffusion.evaluation.results import EvaluationConditions, MetricEstimate, M
 from diffusion.process.likelihood import noise_levels
 from diffusion.process.samplers import sampling_config
 from tests.diffusion.degraded import with_copies, with_noise
-from tests.diffusion.real_pictures import pictures
+from tests.diffusion.real_images import images
 
 COUNT = 240
 """Images of each set; of training there are three times as many."""
@@ -132,7 +132,7 @@ def _side(images: Tensor, points: Tensor, reference: Tensor, metrics: dict[Figur
 @cache
 def _sets() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Images, and their classes."""
-    shown, classes = pictures(6 * COUNT)
+    shown, classes = images(6 * COUNT)
     names = ("training", "held out", "champion", "candidate")
     parts = dict(zip(names, (slice(3 * COUNT), *(slice(n * COUNT, (n + 1) * COUNT) for n in (3, 4, 5))), strict=True))
     sets = {name: shown[part] for name, part in parts.items()}

@@ -37,7 +37,7 @@ def with_repeated_text(column: str) -> Callable[[Path], Path]:
 def with_repeated_image(folder: Path) -> Path:
     schema = pa.table({"image": pa.array([b""])}).schema
     writer = pq.ParquetWriter(folder / "a.parquet", schema, compression="zstd")
-    # Arrow's own type says dictionary, which would be passed over as no picture.
+    # Arrow's own type says dictionary, which would be passed over as no image.
     table = pa.table({"image": pa.array([bytes(LARGE)] * 20)})
     writer.write_table(table, row_group_size=20)
     writer.close()

@@ -9,7 +9,7 @@ from PIL import Image
 
 
 class Page(HTMLParser):
-    """Addresses, pictures and text of a page; fails on tags that do not close in order."""
+    """Addresses, images and text of a page; fails on tags that do not close in order."""
 
     VOID = ("meta", "img", "source", "br", "wbr", "link", "rect", "line", "path")
     WITHIN_WORDS = ("code", "wbr", "span", "i", "b")
@@ -18,7 +18,7 @@ class Page(HTMLParser):
         super().__init__()
         self.addresses: list[str] = []
         self.images: list[tuple[str, np.ndarray]] = []
-        """What each picture stands for, and its pixels."""
+        """What each image stands for, and its pixels."""
         self.tags: list[tuple[str, dict[str, str]]] = []
         self.words: list[str] = []
         self.open: list[str] = []
@@ -53,6 +53,6 @@ class Page(HTMLParser):
         return " ".join("".join(self.words).split())
 
     def image(self, name: str) -> np.ndarray:
-        """The pixels of the picture that stands for ``name``."""
+        """The pixels of the image that stands for ``name``."""
         (pixels,) = (pixels for alt, pixels in self.images if alt == name)
         return pixels

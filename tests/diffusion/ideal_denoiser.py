@@ -47,6 +47,6 @@ class IdealNetwork:
 
 
 def two_tone_points(count: int = 4, size: int = 4) -> Tensor:
-    """Distinct pictures of −1 and 1, (count, 1, size, size)."""
+    """Distinct images of −1 and 1, (count, 1, size, size)."""
     generator = torch.Generator().manual_seed(3)
     return torch.randint(0, 2, (count, 1, size, size), generator=generator) * 2.0 - 1.0

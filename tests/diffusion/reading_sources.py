@@ -16,7 +16,7 @@ from tests.conftest import blob
 
 @dataclass(frozen=True)
 class Seen:
-    """An entry, its locator and stamp aside, and its payload: bytes, a picture, or why there is none as text."""
+    """An entry, its locator and stamp aside, and its payload: bytes, an image, or why there is none as text."""
 
     name: str
     label: str | None
@@ -45,7 +45,7 @@ def _plain(payload: Payload) -> bytes | Image.Image | str:
 
 
 def png(number: int, size: int = 12) -> bytes:
-    """A picture unlike all others."""
+    """An image unlike all others."""
     buffer = io.BytesIO()
     blob(number, size).save(buffer, "PNG")
     return buffer.getvalue()

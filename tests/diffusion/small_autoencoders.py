@@ -1,4 +1,4 @@
-"""Autoencoders and latent models that are trained in seconds, on pictures of 16 pixels."""
+"""Autoencoders and latent models that are trained in seconds, on images of 16 pixels."""
 
 from pathlib import Path
 
@@ -22,8 +22,8 @@ STEPPED = SAMPLING.model_copy(update={"steps": 2})
 
 def colours(folder: Path, count: int = 64) -> Path:
     """A data set of smooth colours, a quarter of it held out."""
-    pictures = np.stack([np.asarray(blob(number, SIZE, "RGB")).transpose(2, 0, 1) for number in range(count)])
-    write_dataset(folder, pictures, per_shard=16)
+    images = np.stack([np.asarray(blob(number, SIZE, "RGB")).transpose(2, 0, 1) for number in range(count)])
+    write_dataset(folder, images, per_shard=16)
     return folder
 
 
@@ -43,5 +43,5 @@ def latent(data: Path, output: Path, model: ModelConfig, **options: object) -> T
     return train(data, output, model, config, STEPPED, **options)  # type: ignore[arg-type]
 
 
-def mean_square(pictures: torch.Tensor, others: torch.Tensor) -> float:
-    return (pictures.double() - others.double()).square().mean().item()
+def mean_square(images: torch.Tensor, others: torch.Tensor) -> float:
+    return (images.double() - others.double()).square().mean().item()

@@ -1,4 +1,4 @@
-"""Pictures pixel by pixel: later pixels leak nothing, likelihoods add up, and what is drawn in columns is right."""
+"""Images pixel by pixel: later pixels leak nothing, likelihoods add up, and what is drawn in columns is right."""
 
 import itertools
 import math
@@ -48,13 +48,13 @@ def network(channels: int, classes: int = 0, layers: int = 5, seed: int = 0) -> 
     return made
 
 
-def pictures(count: int, channels: int, size: int, levels: int = 256, seed: int = 1) -> Tensor:
+def images(count: int, channels: int, size: int, levels: int = 256, seed: int = 1) -> Tensor:
     places = torch.randint(0, levels, (count, channels, size, size), generator=torch.Generator().manual_seed(seed))
     return places.double() / ((levels - 1) / 2) - 1
 
 
 def stripes(folder: Path, count: int = 96) -> Path:
-    """Pictures of two classes, in which each row, or each column, is of one of two shades."""
+    """Images of two classes, in which each row, or each column, is of one of two shades."""
     random = np.random.default_rng(0)
     lines = random.choice([40, 200], (count, 1, SIZE, 1)).astype(np.uint8).repeat(SIZE, 3)
     lines[1::2] = lines[1::2].transpose(0, 1, 3, 2)
@@ -86,9 +86,9 @@ def model(run: Path) -> AutoregressiveModel:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_what_is_said_of_a_pixel_has_no_gradient_by_it_or_any_after_it_and_some_by_all_in_reach(channels: int) -> None:
     size = 6
-    # Reaches of 1, 2, 4, 8 and 1: all of so small a picture.
+    # Reaches of 1, 2, 4, 8 and 1: all of so small an image.
     made = network(channels)
-    x = pictures(1, channels, size).requires_grad_()
+    x = images(1, channels, size).requires_grad_()
     said = made(x)
     for place in range(size * size):
         (gradient,) = torch.autograd.grad(said[..., place // size, place % size].sum(), x, retain_graph=True)
@@ -98,7 +98,7 @@ def test_what_is_said_of_a_pixel_has_no_gradient_by_it_or_any_after_it_and_some_
 
 
 def test_the_probability_of_a_value_has_no_gradient_by_later_values_of_its_pixel() -> None:
-    x = pictures(1, 3, 4).float().requires_grad_()
+    x = images(1, 3, 4).float().requires_grad_()
     found = mixtures_of(network(3).float()(x).movedim(1, -1), 3)
     pixel = x.movedim(1, -1)
     means = found.means + (found.slopes * pixel[..., None, :, None]).sum(-2)
@@ -109,7 +109,7 @@ def test_the_probability_of_a_value_has_no_gradient_by_later_values_of_its_pixel
 
 
 @pytest.mark.parametrize(("channels", "size", "levels"), [(1, 2, 4), (1, 3, 2), (3, 2, 2)])
-def test_the_likelihoods_of_all_pictures_add_up_to_one(channels: int, size: int, levels: int) -> None:
+def test_the_likelihoods_of_all_images_add_up_to_one(channels: int, size: int, levels: int) -> None:
     steps = (np.arange(levels) / ((levels - 1) / 2) - 1).tolist()
     every = torch.tensor(list(itertools.product(steps, repeat=channels * size**2)), dtype=torch.float64)
     x = every.view(-1, channels, size, size)
@@ -120,7 +120,7 @@ def test_the_likelihoods_of_all_pictures_add_up_to_one(channels: int, size: int,
 @pytest.mark.parametrize(("channels", "classes"), [(1, 0), (3, 2)])
 def test_what_is_said_column_by_column_is_what_one_pass_says(channels: int, classes: int) -> None:
     size, made = 9, network(channels, classes)
-    x = pictures(3, channels, size)
+    x = images(3, channels, size)
     label = torch.tensor([0, 1, 2]) if classes else None
     whole = made(x, label)
     walk = Walk(made, 3, size, label)
@@ -130,11 +130,11 @@ def test_what_is_said_column_by_column_is_what_one_pass_says(channels: int, clas
             for place in range(size):
                 said = walk.numbers(y, place)
                 assert torch.allclose(said, whole[:, :, y, place], atol=1e-5)
-                walk.pictures[:, :, y, place] = x[:, :, y, place]
+                walk.images[:, :, y, place] = x[:, :, y, place]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pictures_drawn_by_columns_are_those_drawn_by_whole_passes(channels: int) -> None:
+def test_images_drawn_by_columns_are_those_drawn_by_whole_passes(channels: int) -> None:
     size, made = 6, network(channels).float()
     noise = torch.randn(2, channels + 1, size, size, generator=torch.Generator().manual_seed(0))
     x = torch.zeros(2, channels, size, size)
@@ -161,21 +161,21 @@ def test_a_stopped_training_goes_on_to_the_same_bits(data: Path, run: Path, tmp_
         assert (tmp_path / "cut" / name).read_bytes() == (run / name).read_bytes()
 
 
-def test_its_loss_is_exactly_the_bits_of_held_out_pictures(data: Path, run: Path, model: AutoregressiveModel) -> None:
+def test_its_loss_is_exactly_the_bits_of_held_out_images(data: Path, run: Path, model: AutoregressiveModel) -> None:
     dataset = Dataset.open(data)
     rows = dataset.rows("held_out")
-    x, label = to_float(dataset.pictures(rows)), dataset.classes(rows, model.classes)
+    x, label = to_float(dataset.images(rows)), dataset.classes(rows, model.classes)
     found = mixtures_of(model.network(x, label).movedim(1, -1), 1)
     expected = -log_probability(found, x.movedim(1, -1)).flatten(1).sum(1) / math.log(2) / SIZE**2
     last = read_metrics(run / "losses.csv")[-1]["held_out_loss_ema"]
     assert last == pytest.approx(expected.mean().item(), rel=1e-4)
-    terms = measure_losses(model, [(dataset.pictures(rows), {"label": label})], SAMPLING)
+    terms = measure_losses(model, [(dataset.images(rows), {"label": label})], SAMPLING)
     assert torch.allclose(terms.bits.float(), expected, rtol=1e-4)
     # Eight bits are what knows nothing takes.
     assert last < 7
 
 
-def test_pictures_show_what_is_asked_whatever_the_count(model: AutoregressiveModel) -> None:
+def test_images_show_what_is_asked_whatever_the_count(model: AutoregressiveModel) -> None:
     many = sample(model, range(40), 3, SAMPLING, conditions=Conditions(labels=("rows",)))
     one = sample(model, [37], 3, SAMPLING, conditions=Conditions(labels=("rows",)))
     assert torch.equal(many[37], one[0])
@@ -189,15 +189,15 @@ def test_what_it_cannot_do_is_refused(model: AutoregressiveModel, data: Path, tm
     assert tasks_of(model) == ("sample", "interpolate")
     way = interpolate(model, 1, 2, 3, SAMPLING, conditions=Conditions(labels=("rows",)))
     assert way.shape == (3, 1, SIZE, SIZE)
-    picture = torch.zeros(1, SIZE, SIZE, dtype=torch.uint8)
-    with pytest.raises(UserError, match="no steps in which to edit a picture"):
-        sample(model, [0], 0, SAMPLING, edit=Edit(picture, strength=0.5))
+    image = torch.zeros(1, SIZE, SIZE, dtype=torch.uint8)
+    with pytest.raises(UserError, match="no steps in which to edit an image"):
+        sample(model, [0], 0, SAMPLING, edit=Edit(image, strength=0.5))
     with pytest.raises(UserError, match=r"sampling\.steps means nothing to model\.family = autoregressive"):
         sample(model, [0], 0, SAMPLING.model_copy(update={"steps": 20}))
     with pytest.raises(UserError, match=r"training\.timestep_sampling means nothing to model\.family = autoregressive"):
         train(data, tmp_path / "run", MODEL, TRAINING.model_copy(update={"timestep_sampling": "uniform"}), SAMPLING)
 
 
-def test_how_it_works_is_drawn_with_a_real_picture(data: Path, model: AutoregressiveModel, tmp_path: Path) -> None:
-    paths = explain(model, Dataset.open(data).pictures([0])[0], tmp_path, 0)
+def test_how_it_works_is_drawn_with_a_real_image(data: Path, model: AutoregressiveModel, tmp_path: Path) -> None:
+    paths = explain(model, Dataset.open(data).images([0])[0], tmp_path, 0)
     assert [path.name for path in paths] == ["surprise.png"]

@@ -123,7 +123,7 @@ def test_intervals_of_the_frechet_distance_cover_the_true_one_and_without_its_bi
     assert covering(as_measured, truth) < 50
 
 
-def test_with_fewer_pictures_intervals_of_the_frechet_distance_cover_what_as_many_get_on_average() -> None:
+def test_with_fewer_images_intervals_of_the_frechet_distance_cover_what_as_many_get_on_average() -> None:
     found = trials(frechet_replicates, 30, 40, 12, 0.5, 0.8)
     wholes = [each.whole for each in found]
     assert [each.value for each in found] == wholes
@@ -131,7 +131,7 @@ def test_with_fewer_pictures_intervals_of_the_frechet_distance_cover_what_as_man
 
 
 @pytest.mark.parametrize(("shift", "scale"), [(0.5, 1.0), (0.0, 0.7)])
-def test_intervals_of_shares_cover_what_as_many_pictures_get_on_average(shift: float, scale: float) -> None:
+def test_intervals_of_shares_cover_what_as_many_images_get_on_average(shift: float, scale: float) -> None:
     sets = [(drawn(100, 4, 2 * t, shift, scale), drawn(120, 4, 2 * t + 1)) for t in range(TRIALS)]
     with one_thread():
         found = [share_replicates([samples], reference, splits=20)[0] for samples, reference in sets]
@@ -162,7 +162,7 @@ def test_the_error_of_a_difference_is_its_spread_and_what_both_have_in_common_ca
     assert covering(found, true_kid(6, 0.35, 1.0) - true_kid(6, 0.4, 1.1)) >= LEAST
 
 
-def test_errors_fall_as_the_root_of_the_number_of_pictures() -> None:
+def test_errors_fall_as_the_root_of_the_number_of_images() -> None:
     errors = [kid_replicates([drawn(n, 6, 1, 0.5)], drawn(n, 6, 2), 100)[0].estimate.error for n in (100, 400, 1600)]
     for larger, smaller in pairwise(errors):
         assert larger / smaller == pytest.approx(2, rel=0.35)

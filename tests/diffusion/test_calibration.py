@@ -18,7 +18,7 @@ def test_the_chance_is_that_of_the_beta_binomial_distribution(count: int, data: 
     assert Threshold(0.0, rank, count).chance(below, others) == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
-def test_real_pictures_fall_below_as_often_as_is_said_and_alarms_are_as_rare() -> None:
+def test_real_images_fall_below_as_often_as_is_said_and_alarms_are_as_rare() -> None:
     random = torch.Generator().manual_seed(0)
     shares, alarms = [], 0
     for _ in range(400):
@@ -39,7 +39,7 @@ def test_ties_raise_no_alarm() -> None:
     assert threshold.chance(0, 500) == 1
 
 
-def test_of_few_real_pictures_the_least_is_the_threshold() -> None:
+def test_of_few_real_images_the_least_is_the_threshold() -> None:
     threshold = calibrate(torch.tensor([3.0, 1.0, 2.0]), 0.01)
     assert threshold == Threshold(1.0, rank=1, count=3)
     assert threshold.level == 1 / 4

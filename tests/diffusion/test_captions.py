@@ -1,4 +1,4 @@
-"""What captions mean is read once, kept whole or not at all, and goes with the pictures."""
+"""What captions mean is read once, kept whole or not at all, and goes with the images."""
 
 import hashlib
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A folder of twelve pictures with captions: the last two have one of their own."""
+    """A folder of twelve images with captions: the last two have one of their own."""
     folder = tmp_path / "source"
     folder.mkdir()
     describe(folder, range(12))
@@ -72,7 +72,7 @@ def test_each_row_has_the_embedding_of_its_caption_and_zeros_without(
     assert torch.equal(captions.of(rows[::-1]), captions.of(rows).flip(0))
 
 
-def test_each_caption_is_read_once_however_many_pictures_and_trainings_have_it(
+def test_each_caption_is_read_once_however_many_images_and_trainings_have_it(
     source: Path, tmp_path: Path, pool: ThreadPoolExecutor, made_up: MadeUp
 ) -> None:
     dataset = ingested(source, tmp_path / "data" / "blobs")
@@ -139,7 +139,7 @@ def traces(folder: Path, caption: str, embedding: Tensor) -> list[Path]:
     return [path for path in beside.rglob("*") if path.is_file() and any(mark in path.read_bytes() for mark in marks)]
 
 
-def test_what_a_removed_pictures_caption_means_goes_with_it(
+def test_what_a_removed_images_caption_means_goes_with_it(
     source: Path, tmp_path: Path, pool: ThreadPoolExecutor, made_up: MadeUp
 ) -> None:
     dataset = ingested(source, tmp_path / "data" / "blobs")
@@ -159,7 +159,7 @@ def test_what_a_removed_pictures_caption_means_goes_with_it(
     assert not traces(dataset.folder, *about)
 
 
-def test_pictures_taken_down_while_captions_are_read_leave_nothing_either(
+def test_images_taken_down_while_captions_are_read_leave_nothing_either(
     source: Path, tmp_path: Path, pool: ThreadPoolExecutor, made_up: MadeUp
 ) -> None:
     dataset = ingested(source, tmp_path / "data" / "blobs")
@@ -171,7 +171,7 @@ def test_pictures_taken_down_while_captions_are_read_leave_nothing_either(
     assert not kept(dataset.folder)
 
 
-def test_pictures_like_others_have_their_captions_and_labels(tmp_path: Path) -> None:
+def test_images_like_others_have_their_captions_and_labels(tmp_path: Path) -> None:
     squares(tmp_path / "squares", 12, labelled=True)
     dataset = Dataset.open(tmp_path / "squares")
     asked = conditions_of(dataset, [5, 2], ["blue", "green", "red"])

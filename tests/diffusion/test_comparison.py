@@ -20,7 +20,7 @@ from diffusion.models.config import AutoregressiveConfig, GANConfig, ModelConfig
 from diffusion.process.samplers import SamplingConfig, sampling_config
 from tests.conftest import disc
 from tests.diffusion.html_pages import Page
-from tests.diffusion.small_datasets import random_pictures, write_dataset
+from tests.diffusion.small_datasets import random_images, write_dataset
 from tests.diffusion.small_models import write_model
 from tests.diffusion.trials import CONFIG, SAMPLING, Watcher, discs, let_draw, write_autoencoder, write_of_family
 
@@ -57,7 +57,7 @@ def compared(
     return rank_models(data, models, CONFIG, folder, progress or Watcher())
 
 
-def test_the_nearest_to_real_pictures_comes_first_with_figures_and_what_can_be_said_of_the_lead(
+def test_the_nearest_to_real_images_comes_first_with_figures_and_what_can_be_said_of_the_lead(
     data: Path, models: dict[str, tuple[Path, SamplingConfig]], tmp_path: Path
 ) -> None:
     drawn = {"gan": good(5000, 5), "autoregressive": good(6000, 5), "ddpm": good(7000, 40), "vae": good(8000, 90)}
@@ -72,7 +72,7 @@ def test_the_nearest_to_real_pictures_comes_first_with_figures_and_what_can_be_s
     assert "cannot be told apart" in said[0]
     assert said[1].startswith(f"{names[0]} is better than ddpm: by ")
     extractor, dataset = make_extractor(CONFIG), Dataset.open(data)
-    real = compute_moments(extractor(dataset.pictures(dataset.rows("held_out"))))
+    real = compute_moments(extractor(dataset.images(dataset.rows("held_out"))))
     for each in found.models:
         expected = frechet_distance(compute_moments(extractor(drawn[each.name])), real)
         assert each.scores.fd == pytest.approx(expected, rel=1e-3)
@@ -138,6 +138,6 @@ def test_what_cannot_be_compared_is_refused(
     enlarger = write_model(tmp_path / "enlarger.safetensors", 5, 1, config=small)
     with pytest.raises(UserError, match="is a super-resolution model"):
         compared(models | {"ddpm": (enlarger, SAMPLING)}, data, tmp_path)
-    write_dataset(tmp_path / "other", random_pictures(60, size=12), per_shard=60)
+    write_dataset(tmp_path / "other", random_images(60, size=12), per_shard=60)
     with pytest.raises(UserError, match=r"generates images of 1×8×8 and .*other holds 1×12×12"):
         compared(models, tmp_path / "other", tmp_path)

@@ -1,4 +1,4 @@
-"""Models that are told classes and captions, from training to pictures that show what is asked."""
+"""Models that are told classes and captions, from training to images that show what is asked."""
 
 from collections import Counter
 from pathlib import Path
@@ -25,7 +25,7 @@ from diffusion.training.config import TrainingConfig
 from diffusion.training.setup import drop_conditioning, train_key
 from diffusion.training.train import TrainResult, preflight, train
 from tests.diffusion.captioned import COLOURS, MadeUp, colours, needs_encoder, squares
-from tests.diffusion.small_datasets import random_pictures, write_dataset
+from tests.diffusion.small_datasets import random_images, write_dataset
 from tests.diffusion.small_models import write_model
 from tests.diffusion.test_train import Away, Stop, StopAt
 
@@ -123,7 +123,7 @@ def test_class_and_caption_are_kept_back_by_one_draw(share: float, seed: int) ->
         for told in ({"label": label, "text": text}, {"label": label}, {"text": text})
     )
     unlabelled, unread = both["label"] == 3, ~both["text"].any(1)
-    # Told nothing are the same pictures whatever there is to be told, and they are as many as was said.
+    # Told nothing are the same images whatever there is to be told, and they are as many as was said.
     assert torch.equal(unlabelled & unread, u < share)
     assert torch.equal(classes["label"] == 3, u < share)
     assert torch.equal(~captions["text"].any(1), u < share)
@@ -143,7 +143,7 @@ ASKED = Conditions(
 @pytest.mark.parametrize(
     "conditions", [Conditions(), Conditions(labels=("blue",)), Conditions(prompts=("red", "blue", "green")), ASKED]
 )
-def test_a_picture_has_the_same_bits_whatever_is_drawn_beside_it(model: DiffusionModel, conditions: Conditions) -> None:
+def test_a_image_has_the_same_bits_whatever_is_drawn_beside_it(model: DiffusionModel, conditions: Conditions) -> None:
     many = sample(model, range(20), 7, GUIDED, conditions=conditions)
     shuffled = sample(model, [19, 0, 13], 7, GUIDED, conditions=conditions)
     assert torch.equal(shuffled, many[[19, 0, 13]])
@@ -165,7 +165,7 @@ def test_what_is_asked_goes_round_and_of_what_is_not_any_will_do(model: Diffusio
     assert [ASKED.prompt(index) for index in (0, 2, 5)] == ["red square", None, "blue square"]
 
 
-def test_what_is_asked_changes_the_picture_and_so_does_what_is_not_wanted(model: DiffusionModel) -> None:
+def test_what_is_asked_changes_the_image_and_so_does_what_is_not_wanted(model: DiffusionModel) -> None:
     drawn = [
         sample(model, range(8), 7, GUIDED, conditions=conditions).numpy().tobytes()
         for conditions in (
@@ -266,12 +266,12 @@ def test_a_prompt_too_long_to_be_read_is_refused() -> None:
 @needs_encoder
 def test_a_caption_too_long_to_be_read_whole_keeps_nothing_from_training(tmp_path: Path) -> None:
     captions = ["word " * number for number in range(290, 298)]
-    write_dataset(tmp_path / "long", random_pictures(8, channels=3), 8, captions=captions)
+    write_dataset(tmp_path / "long", random_images(8, channels=3), 8, captions=captions)
     assert run(tmp_path / "long", tmp_path / "run").images == CONFIG.images
 
 
 @needs_encoder
-def test_pictures_show_the_colour_that_words_ask_for_and_without_captions_none_in_particular(tmp_path: Path) -> None:
+def test_images_show_the_colour_that_words_ask_for_and_without_captions_none_in_particular(tmp_path: Path) -> None:
     squares(tmp_path / "squares")
     settings = {
         "images": 1600,
@@ -293,13 +293,13 @@ def test_pictures_show_the_colour_that_words_ask_for_and_without_captions_none_i
         assert sum(one == other for one, other in zip(drawn, names * 12, strict=True)) >= 34
     away = SAMPLING.model_copy(update={"guidance": 2.0})
     assert "red" not in colours(sample(told, range(24), 0, away, conditions=Conditions(negative_prompt="red square")))
-    # Trained in the same way on the same pictures, but told nothing, it cannot be asked and draws all colours.
+    # Trained in the same way on the same images, but told nothing, it cannot be asked and draws all colours.
     assert max(Counter(colours(sample(untold, range(36), 0, SAMPLING))).values()) < 30
     with pytest.raises(UserError, match="trained without captions"):
         sample(untold, range(36), 0, SAMPLING, conditions=Conditions(prompts=("red square",)))
 
 
-def test_models_are_judged_by_pictures_that_are_to_show_what_held_out_ones_do(
+def test_models_are_judged_by_images_that_are_to_show_what_held_out_ones_do(
     model: DiffusionModel, data: Path, tmp_path: Path
 ) -> None:
     evaluator = Evaluator(data, EvaluationConfig(samples=10), SAMPLING, tmp_path / "report")

@@ -56,7 +56,7 @@ def test_the_chances_are_the_kids_of_random_divisions() -> None:
     assert (chances < found.kid_chance).mean() == pytest.approx(0.99, abs=0.002)
 
 
-def test_pictures_are_neighbor_accuracy_by_their_nearest_neighbours() -> None:
+def test_images_are_neighbor_accuracy_by_their_nearest_neighbours() -> None:
     added, parent = features(40, 1, shift=2.0), features(40, 2)
     both = torch.cat([added, parent]).numpy()
     right = 0
@@ -89,7 +89,7 @@ def test_a_real_difference_is_found() -> None:
 
 
 def stripes(seed: int, upright: bool = False) -> np.ndarray:
-    """Waves from left to right, or upright ones, (16, 16, 3): two worlds of pictures."""
+    """Waves from left to right, or upright ones, (16, 16, 3): two worlds of images."""
     random = np.random.default_rng(seed)
     phase, wavelength = random.uniform(0, 6), random.uniform(3, 9)
     wave = np.sin(2 * np.pi * np.arange(16) / wavelength + phase)
@@ -102,7 +102,7 @@ def records(seeds: range, upright: bool = False) -> list[Record]:
 
 
 @pytest.mark.parametrize("upright", [False, True])
-def test_new_pictures_are_judged_against_those_of_the_parent(upright: bool, tmp_path: Path) -> None:
+def test_new_images_are_judged_against_those_of_the_parent(upright: bool, tmp_path: Path) -> None:
     built = BuiltDataset(tmp_path / "waves", size=16)
     built.version(records(range(130)))
     built.version(records(range(200, 260), upright))
@@ -126,7 +126,7 @@ def parent_of(built: BuiltDataset) -> Manifest:
 
 
 def seeds_of(dataset: Dataset, rows: np.ndarray, seeds: range) -> list[int]:
-    """Which of the pictures of ``seeds`` lie in ``rows``."""
+    """Which of the images of ``seeds`` lie in ``rows``."""
     known = {kept(stripes(seed), "")["key"]: seed for seed in seeds}
     return sorted(known[key] for key in dataset.keys(rows))
 
@@ -134,7 +134,7 @@ def seeds_of(dataset: Dataset, rows: np.ndarray, seeds: range) -> list[int]:
 def test_what_is_new_is_told_from_what_was_there_also_where_parts_were_written_anew(tmp_path: Path) -> None:
     built = BuiltDataset(tmp_path / "waves", size=16)
     built.version(records(range(6)), records(range(6, 10)))
-    # As a rebuild from a source that has some of the same pictures would leave it, in another order.
+    # As a rebuild from a source that has some of the same images would leave it, in another order.
     theirs = built.parts[:]
     built.parts = []
     built.version(records(range(3, 8)), records(range(20, 23)), change="rebuild")
@@ -154,7 +154,7 @@ def test_what_is_new_is_told_from_what_was_there_also_where_parts_were_written_a
         (range(70), range(300, 360), "The parent had only 70 images: too few"),
     ],
 )
-def test_where_pictures_are_too_few_nothing_is_said_of_them(
+def test_where_images_are_too_few_nothing_is_said_of_them(
     first: range, then: range, verdict: str, tmp_path: Path
 ) -> None:
     built = BuiltDataset(tmp_path / "waves", size=16)

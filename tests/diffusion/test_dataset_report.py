@@ -23,7 +23,7 @@ from tests.diffusion.built_datasets import BuiltDataset, Record, duplicate, kept
 from tests.diffusion.html_pages import Page
 
 
-def picture(seed: int, channels: int = 3, size: int = 8) -> np.ndarray:
+def image(seed: int, channels: int = 3, size: int = 8) -> np.ndarray:
     """Noise of its own brightness: (size, size) or (size, size, 3) uint8."""
     random = np.random.default_rng(seed)
     shape = (size, size, 3) if channels == 3 else (size, size)
@@ -31,7 +31,7 @@ def picture(seed: int, channels: int = 3, size: int = 8) -> np.ndarray:
 
 
 def records(seeds: Sequence[int], split: str = "train", channels: int = 3, **told: object) -> list[Record]:
-    return [kept(picture(seed, channels), f"{seed}.png", split, **told) for seed in seeds]
+    return [kept(image(seed, channels), f"{seed}.png", split, **told) for seed in seeds]
 
 
 def report(built: BuiltDataset, name: str = "page.html") -> tuple[DatasetSummary, Page]:
@@ -42,12 +42,12 @@ def report(built: BuiltDataset, name: str = "page.html") -> tuple[DatasetSummary
 
 @pytest.fixture
 def built(tmp_path: Path) -> BuiltDataset:
-    """A data set of 8×8 pictures with nothing in it yet."""
+    """A data set of 8×8 images with nothing in it yet."""
     return BuiltDataset(tmp_path / "built", size=8)
 
 
 def blocks(sheet: np.ndarray, count: int, columns: int, scale: int = 8, size: int = 8) -> list[np.ndarray]:
-    """The pictures of a contact sheet at their own size."""
+    """The images of a contact sheet at their own size."""
     step = size * scale + 2
     corners = [(2 + number // columns * step, 2 + number % columns * step) for number in range(count)]
     return [sheet[y : y + size * scale : scale, x : x + size * scale : scale] for y, x in corners]
@@ -88,11 +88,11 @@ def test_what_stands_refused_is_decided_by_the_last_record_of_a_name(built: Buil
             quarantined("mended.png", "damaged: cut after 12 bytes"),
             quarantined("still.png", "damaged: cut after 13 bytes"),
             quarantined("other.png", "damaged: cut after 15 bytes"),
-            kept(picture(2), "spoilt.png"),
+            kept(image(2), "spoilt.png"),
         ]
     )
     built.version(
-        [kept(picture(3), "mended.png"), quarantined("still.png", "too small"), quarantined("spoilt.png", "too small")]
+        [kept(image(3), "mended.png"), quarantined("still.png", "too small"), quarantined("spoilt.png", "too small")]
     )
     summary, page = report(built)
     assert summary.quarantined == 3
@@ -116,25 +116,25 @@ def test_reasons_are_one_kind_where_only_paths_and_numbers_differ(one: str, othe
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_mean_pictures_are_the_means_of_all_and_of_each_class(channels: int, built: BuiltDataset) -> None:
+def test_mean_images_are_the_means_of_all_and_of_each_class(channels: int, built: BuiltDataset) -> None:
     built.version(records(range(9), channels=channels, label="dark") + records(range(20, 24), "held_out", channels))
     _, page = report(built)
     for name, seeds in (("Mean image", [*range(9), *range(20, 24)]), ("Mean of dark", range(9))):
-        expected = np.mean([picture(seed, channels) for seed in seeds], axis=0)
+        expected = np.mean([image(seed, channels) for seed in seeds], axis=0)
         found = page.image(name)[::8, ::8]
         assert found.shape == expected.shape
         assert np.abs(found - expected).max() <= 0.5
     assert "all n = 13 dark n = 9" in page.text
 
 
-def test_grey_pictures_among_coloured_ones_count_for_all_three_channels(built: BuiltDataset) -> None:
+def test_grey_images_among_coloured_ones_count_for_all_three_channels(built: BuiltDataset) -> None:
     built.version(records([1], channels=3) + records([2, 3], channels=1))
     summary, page = report(built)
     assert summary.channels == 3
-    greys = [np.repeat(picture(seed, 1)[..., None], 3, axis=2) for seed in (2, 3)]
-    pictures = np.array([picture(1), *greys]).astype(float)
-    assert np.abs(page.image("Mean image")[::8, ::8] - pictures.mean(0)).max() <= 0.5
-    red, green, blue = pictures.mean((0, 1, 2))
+    greys = [np.repeat(image(seed, 1)[..., None], 3, axis=2) for seed in (2, 3)]
+    images = np.array([image(1), *greys]).astype(float)
+    assert np.abs(page.image("Mean image")[::8, ::8] - images.mean(0)).max() <= 0.5
+    red, green, blue = images.mean((0, 1, 2))
     assert f"Red mean {red:.1f} training" in page.text
     assert f"Green mean {green:.1f} training" in page.text
     assert f"Blue mean {blue:.1f} training" in page.text
@@ -156,31 +156,31 @@ def test_histograms_count_images_by_brightness_and_contrast(
     for name, measure, high in (("brightness", np.mean, 256), ("contrast", np.std, 128)):
         train, _, held_out = (patch.get_data() for patch in drawn[f"Histogram of {name}"].patches)
         for found, seeds in ((train, range(40)), (held_out, range(40, 60))):
-            counts, edges = np.histogram([measure(picture(seed, 1)) for seed in seeds], 32, (0, high))
+            counts, edges = np.histogram([measure(image(seed, 1)) for seed in seeds], 32, (0, high))
             assert found.values == pytest.approx(counts / len(seeds))
             assert found.edges == pytest.approx(edges)
     assert "Histogram of red" not in drawn
 
 
-def test_samples_of_a_class_are_pictures_of_that_class(built: BuiltDataset) -> None:
+def test_samples_of_a_class_are_images_of_that_class(built: BuiltDataset) -> None:
     seeds = {"cat": range(12), "dog": range(20, 24), "eel": range(30, 40), "fox": range(50, 60), "gnu": range(70, 80)}
     built.version([row for label, each in seeds.items() for row in records(each, label=label)])
     _, page = report(built)
     for label, each in seeds.items():
         shown = blocks(page.image(label), min(8, len(each)), 8)
-        assert {pixels.tobytes() for pixels in shown} <= {picture(seed).tobytes() for seed in each}
+        assert {pixels.tobytes() for pixels in shown} <= {image(seed).tobytes() for seed in each}
         assert len({pixels.tobytes() for pixels in shown}) == min(8, len(each))
         assert f"{label} {len(each)} images" in page.text
     assert "A sample" not in page.text
 
 
-def test_one_class_and_pictures_without_any_are_all_shown(built: BuiltDataset) -> None:
+def test_one_class_and_images_without_any_are_all_shown(built: BuiltDataset) -> None:
     built.version(records(range(20), label="only") + records(range(30, 33)))
     _, page = report(built)
     labelled = blocks(page.image("only"), 20, 8)
-    assert {each.tobytes() for each in labelled} == {picture(seed).tobytes() for seed in range(20)}
+    assert {each.tobytes() for each in labelled} == {image(seed).tobytes() for seed in range(20)}
     everything = blocks(page.image("A sample"), 23, 16)
-    assert {each.tobytes() for each in everything} == {picture(n).tobytes() for n in (*range(20), *range(30, 33))}
+    assert {each.tobytes() for each in everything} == {image(n).tobytes() for n in (*range(20), *range(30, 33))}
     assert "1 class 20 images" in page.text
     assert "3 images have no label" in page.text
 
@@ -201,7 +201,7 @@ def test_a_thousand_classes_are_summed_up(built: BuiltDataset) -> None:
     assert page.text.index("class 999") < page.text.index("class 000")
 
 
-def test_duplicates_are_listed_with_the_picture_that_was_kept(built: BuiltDataset) -> None:
+def test_duplicates_are_listed_with_the_image_that_was_kept(built: BuiltDataset) -> None:
     first = records([1, 2, 3])
     twice = [duplicate(first[1], f"copy-{n}.png") for n in range(3)]
     other = duplicate(first[2], "third.png") | {"reason": "came again with another label or caption"}
@@ -215,7 +215,7 @@ def test_duplicates_are_listed_with_the_picture_that_was_kept(built: BuiltDatase
         r"kept from duplicates 3 2\.png \w{16} copy-0\.png copy-1\.png and 1 more 1 3\.png \w{16} third\.png", listed
     )
     shown = [pixels[::8, ::8].tobytes() for name, pixels in page.images if name == "The image"]
-    assert shown == [picture(2).tobytes(), picture(3).tobytes()]
+    assert shown == [image(2).tobytes(), image(3).tobytes()]
 
 
 def test_groups_of_near_copies_are_connected_through_all_that_they_joined(built: BuiltDataset) -> None:
@@ -229,7 +229,7 @@ def test_groups_of_near_copies_are_connected_through_all_that_they_joined(built:
     shown = [
         set(map(bytes, blocks(pixels, int(name[0]), 8))) for name, pixels in page.images if name.endswith(" images")
     ]
-    assert shown == [{picture(n).tobytes() for n in group} for group in ((3, 4, 5, 6), (0, 1, 2))]
+    assert shown == [{image(n).tobytes() for n in group} for group in ((3, 4, 5, 6), (0, 1, 2))]
     assert "7 images in 2 groups" in page.text
 
 
@@ -266,7 +266,7 @@ def test_classes_that_came_and_went_are_named(built: BuiltDataset) -> None:
     assert "1 class gone: old." in page.text
 
 
-def test_pictures_that_were_taken_down_are_nowhere_on_the_page(dataset: Path, tmp_path: Path) -> None:
+def test_images_that_were_taken_down_are_nowhere_on_the_page(dataset: Path, tmp_path: Path) -> None:
     before = write_dataset_report(dataset, tmp_path / "before.html")
     remove(dataset, Selection(sources=["even/00.png", "odd/01.png"]), "they asked for it")
     after = write_dataset_report(dataset, tmp_path / "after.html")
@@ -283,11 +283,11 @@ def test_pictures_that_were_taken_down_are_nowhere_on_the_page(dataset: Path, tm
     assert "This version only removed images" in page.text
 
 
-def test_a_data_set_fresh_from_the_ingest_is_reported(pictures: Path, tmp_path: Path) -> None:
-    (pictures / "even" / "broken.png").write_bytes(b"no picture")
-    (pictures / "odd" / "again.png").write_bytes((pictures / "odd" / "01.png").read_bytes())
+def test_a_data_set_fresh_from_the_ingest_is_reported(images: Path, tmp_path: Path) -> None:
+    (images / "even" / "broken.png").write_bytes(b"no image")
+    (images / "odd" / "again.png").write_bytes((images / "odd" / "01.png").read_bytes())
     folder = tmp_path / "data" / "blobs"
-    result = ingest(folder, IngestConfig(source=str(pictures), size=8, held_out=0.33, near_duplicates=0))
+    result = ingest(folder, IngestConfig(source=str(images), size=8, held_out=0.33, near_duplicates=0))
     summary = write_dataset_report(folder, tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text())
     assert (summary.name, summary.digest, summary.kept) == ("blobs", result.digest, 48)
@@ -297,18 +297,18 @@ def test_a_data_set_fresh_from_the_ingest_is_reported(pictures: Path, tmp_path: 
     assert "odd/again.png" in page.text
 
 
-def test_a_single_picture_makes_a_page(built: BuiltDataset) -> None:
+def test_a_single_image_makes_a_page(built: BuiltDataset) -> None:
     built.version(records([1], "held_out"))
     summary, page = report(built)
     assert (summary.kept, summary.train) == (1, 0)
     assert "1 image of 8×8 pixels" in page.text
     (shown,) = blocks(page.image("A sample"), 1, 16)
-    assert shown.tobytes() == picture(1).tobytes()
+    assert shown.tobytes() == image(1).tobytes()
 
 
-def test_pictures_larger_than_a_page_needs_are_reduced(tmp_path: Path) -> None:
+def test_images_larger_than_a_page_needs_are_reduced(tmp_path: Path) -> None:
     built = BuiltDataset(tmp_path / "large", size=256)
-    pixels = picture(1, size=256)
+    pixels = image(1, size=256)
     built.version([kept(pixels, "1.png")])
     _, page = report(built)
     expected = pixels.reshape(64, 4, 64, 4, 3).mean((1, 3))
@@ -320,7 +320,7 @@ HOSTILE = "\"><script>alert('x')</script><img src=x onerror=y>&amp;`|[a](javascr
 
 def test_texts_from_outside_cannot_break_out_of_the_page_or_the_table(tmp_path: Path) -> None:
     built = BuiltDataset(tmp_path / "built", size=8)
-    first = [kept(picture(1), HOSTILE, label=HOSTILE, caption=HOSTILE)]
+    first = [kept(image(1), HOSTILE, label=HOSTILE, caption=HOSTILE)]
     built.version([*first, *records([2, 3], label="plain"), duplicate(first[0], f"again {HOSTILE}")])
     built.version([quarantined(f"bad {HOSTILE}", HOSTILE), *records([4], label=f"new {HOSTILE}")], change=HOSTILE)
     summary, page = report(built)
@@ -332,7 +332,7 @@ def test_texts_from_outside_cannot_break_out_of_the_page_or_the_table(tmp_path: 
         "figure",
         "figcaption",
         "img",
-        "picture",
+        "image",
         "source",
         "ul",
         "li",
@@ -397,7 +397,7 @@ def test_what_is_missing_or_damaged_is_named(kind: str, built: BuiltDataset, tmp
 
 def test_the_sizes_that_came_are_summed_up(built: BuiltDataset) -> None:
     sizes = [(4, 9), (30, 20), (30, 20), (7, 7), (500, 8)]
-    built.version([kept(picture(n), f"{n}", width=w, height=h) for n, (w, h) in enumerate(sizes)])
+    built.version([kept(image(n), f"{n}", width=w, height=h) for n, (w, h) in enumerate(sizes)])
     _, page = report(built)
     assert (
         "4 sizes shorter sides of 4 to 20 pixels, half of them at least 8; 40.0 % are below the stored 8" in page.text

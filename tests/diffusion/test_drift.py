@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusion.evaluation.metrics.pixel_metrics import AppearanceDrift, compare_appearance, measure_appearance
 
 
-def pictures(count: int, seed: int, channels: int = 3) -> Tensor:
+def images(count: int, seed: int, channels: int = 3) -> Tensor:
     """Smooth colours of many brightnesses, (count, channels, 8, 8) uint8."""
     random = torch.Generator().manual_seed(seed)
     tint = torch.rand(count, channels, 1, 1, generator=random) * 120 + 40
@@ -21,7 +21,7 @@ def pictures(count: int, seed: int, channels: int = 3) -> Tensor:
 
 
 def test_figures_are_what_their_names_say() -> None:
-    image = pictures(1, 0)
+    image = images(1, 0)
     found = {name: value.item() for name, value in measure_appearance(image).items()}
     pixels = image[0].permute(1, 2, 0).reshape(-1, 3).numpy() / 255
     lumas = [colorsys.rgb_to_yiq(*pixel)[0] for pixel in pixels]
@@ -34,8 +34,8 @@ def test_figures_are_what_their_names_say() -> None:
     assert found["yellow_blue"] == pytest.approx((red + green) / 2 - blue)
 
 
-def test_grey_pictures_have_no_colours_and_those_of_the_same_grey_in_rgb_none_either() -> None:
-    grey = pictures(5, 0, channels=1)
+def test_grey_images_have_no_colours_and_those_of_the_same_grey_in_rgb_none_either() -> None:
+    grey = images(5, 0, channels=1)
     found, in_rgb = measure_appearance(grey), measure_appearance(grey.repeat(1, 3, 1, 1))
     assert found.keys() == {"brightness", "contrast"}
     for name, values in in_rgb.items():
@@ -55,8 +55,8 @@ def test_grey_pictures_have_no_colours_and_those_of_the_same_grey_in_rgb_none_ei
 def test_a_change_is_seen_in_its_figure_with_its_size(
     change: Callable[[Tensor], Tensor], name: str, size: float | None
 ) -> None:
-    real = pictures(400, 1)
-    changed = change(pictures(400, 0).float()).round().to(torch.uint8)
+    real = images(400, 1)
+    changed = change(images(400, 0).float()).round().to(torch.uint8)
     shift = compare_appearance(measure_appearance(changed), measure_appearance(real)).shifts[name]
     expected = -shift.real if size is None else size
     assert shift.difference == pytest.approx(expected, abs=4 * shift.standard_error + 0.01)
@@ -65,16 +65,16 @@ def test_a_change_is_seen_in_its_figure_with_its_size(
 
 
 def test_the_error_is_welchs() -> None:
-    first, second = measure_appearance(pictures(30, 0)), measure_appearance(pictures(70, 1))
+    first, second = measure_appearance(images(30, 0)), measure_appearance(images(70, 1))
     for name, shift in compare_appearance(first, second).shifts.items():
         theirs = ttest_ind(first[name], second[name], equal_var=False).statistic
         assert shift.difference / shift.standard_error == pytest.approx(theirs)
         assert shift.generated_spread == pytest.approx(np.std(first[name].numpy(), ddof=1))
 
 
-def test_real_pictures_seldom_differ_by_three_errors() -> None:
+def test_real_images_seldom_differ_by_three_errors() -> None:
     found = [
-        compare_appearance(measure_appearance(pictures(50, n)), measure_appearance(pictures(50, 1000 + n)))
+        compare_appearance(measure_appearance(images(50, n)), measure_appearance(images(50, 1000 + n)))
         for n in range(60)
     ]
     beyond = sum(abs(s.difference) > 3 * s.standard_error for each in found for s in each.shifts.values())
@@ -82,16 +82,16 @@ def test_real_pictures_seldom_differ_by_three_errors() -> None:
     assert beyond <= 8
 
 
-def test_where_real_pictures_do_not_differ_there_is_no_unit() -> None:
+def test_where_real_images_do_not_differ_there_is_no_unit() -> None:
     same = torch.full((4, 1, 8, 8), 100, dtype=torch.uint8)
-    found = compare_appearance(measure_appearance(pictures(4, 0, channels=1)), measure_appearance(same))
+    found = compare_appearance(measure_appearance(images(4, 0, channels=1)), measure_appearance(same))
     assert found.shifts["brightness"].spreads is None
     assert found.metrics() == {}
     assert AppearanceDrift.model_validate_json(found.model_dump_json()) == found
 
 
 def test_differences_are_named_in_spreads() -> None:
-    found = compare_appearance(measure_appearance(pictures(40, 0)), measure_appearance(pictures(40, 1)))
+    found = compare_appearance(measure_appearance(images(40, 0)), measure_appearance(images(40, 1)))
     assert found.metrics().keys() == {
         f"drift_{name}" for name in ("brightness", "contrast", "red_green", "yellow_blue", "saturation")
     }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion.evaluation.metrics.copies import Duplicates, detect_duplicates, shifted_thumbnails
 from tests.diffusion.degraded import blurred, with_noise
-from tests.diffusion.real_pictures import digits
+from tests.diffusion.real_images import digits
 
 COUNT = 600
 
@@ -29,7 +29,7 @@ def judged(drawn: Tensor) -> Duplicates:
     return detect_duplicates(shifted_thumbnails(drawn), real())
 
 
-def test_real_pictures_are_duplicates_no_more_often_than_is_said() -> None:
+def test_real_images_are_duplicates_no_more_often_than_is_said() -> None:
     halves = [torch.split(digits(600, seed)[0], 300) for seed in range(10)]
     found = [detect_duplicates(shifted_thumbnails(one), shifted_thumbnails(other)) for one, other in halves]
     assert found[0].expected == pytest.approx(0.01, abs=0.001)
@@ -39,7 +39,7 @@ def test_real_pictures_are_duplicates_no_more_often_than_is_said() -> None:
     assert [each.closeness for each in found] == pytest.approx([1] * 10, abs=0.1)
 
 
-def test_pictures_drawn_twice_are_found_in_pairs() -> None:
+def test_images_drawn_twice_are_found_in_pairs() -> None:
     drawn = scans()[0].clone()
     drawn[:20] = with_noise(drawn[100:120], 0.02)
     found = judged(drawn)
@@ -65,7 +65,7 @@ def test_the_share_grows_as_modes_get_fewer() -> None:
     assert shares == pytest.approx([0, 1 / 6, 0.5, 1], abs=0.04)
 
 
-def test_blurred_pictures_are_more_alike_and_yet_no_duplicates() -> None:
+def test_blurred_images_are_more_alike_and_yet_no_duplicates() -> None:
     for sigma in (0.7, 1.0):
         found = judged(blurred(scans()[0], sigma))
         assert found.closeness < 0.95

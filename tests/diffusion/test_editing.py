@@ -28,13 +28,13 @@ DDPM = sampling_config(sampler="ddpm").build_sampler()
 
 
 def of_two_pixels(x: Tensor, sigma: Tensor) -> Tensor:
-    """The exact denoiser of pictures of two correlated Gaussian pixels, (N, 1, 1, 2)."""
+    """The exact denoiser of images of two correlated Gaussian pixels, (N, 1, 1, 2)."""
     gain = COVARIANCE @ torch.linalg.inv(COVARIANCE + sigma**2 * torch.eye(2, dtype=torch.float64))
     return (x.double() @ gain.T).to(x.dtype)
 
 
 def two_pixels(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Known pictures, a mask that keeps the first pixel, and a start; the second pixel's mean is then CORRELATION."""
+    """Known images, a mask that keeps the first pixel, and a start; the second pixel's mean is then CORRELATION."""
     known = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2).expand(count, 1, 1, 2)
     kept = torch.tensor([True, False]).view(1, 1, 1, 2)
     return known, kept, SIGMAS[0].float() * torch.randn(count, 1, 1, 2, generator=torch.Generator().manual_seed(seed))
@@ -90,7 +90,7 @@ def test_a_hole_agrees_with_what_lies_around_it_when_the_estimate_follows_the_gr
 
 
 @given(st.floats(0.01, 80), st.floats(0.2, 2))
-def test_the_estimate_moves_as_gaussian_pictures_say_it_should(sigma: float, sigma_data: float) -> None:
+def test_the_estimate_moves_as_gaussian_images_say_it_should(sigma: float, sigma_data: float) -> None:
     """With pixels that know nothing of each other the posterior mean is known: where one is kept, it is what it is."""
     x = torch.tensor([0.3, -1.2]).view(1, 1, 1, 2)
     known, kept = torch.tensor([0.7, 0.0]).view(1, 1, 1, 2), torch.tensor([True, False]).view(1, 1, 1, 2)
@@ -142,17 +142,17 @@ def model(dataset: Path, tmp_path: Path) -> DiffusionModel:
 
 
 def test_at_full_strength_what_lies_in_a_hole_decides_nothing_and_below_it_does(model: DiffusionModel) -> None:
-    hidden = torch.where(LEFT, PICTURE, 255 - PICTURE)
-    assert not torch.equal(hidden, PICTURE)
+    hidden = torch.where(LEFT, IMAGE, 255 - IMAGE)
+    assert not torch.equal(hidden, IMAGE)
 
-    def filled(picture: Tensor, strength: float) -> Tensor:
-        return sample(model, range(2), 0, CONFIG, edit=Edit(picture, LEFT, strength))
+    def filled(image: Tensor, strength: float) -> Tensor:
+        return sample(model, range(2), 0, CONFIG, edit=Edit(image, LEFT, strength))
 
-    assert torch.equal(filled(PICTURE, 1), filled(hidden, 1))
-    assert not torch.equal(filled(PICTURE, 0.5), filled(hidden, 0.5))
+    assert torch.equal(filled(IMAGE, 1), filled(hidden, 1))
+    assert not torch.equal(filled(IMAGE, 0.5), filled(hidden, 0.5))
 
 
-PICTURE = torch.randint(0, 256, (1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IMAGE = torch.randint(0, 256, (1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LEFT = torch.zeros(8, 8, dtype=torch.bool)
 LEFT[:, :4] = True
 CONFIG = sampling_config(steps=6, compute_batch=8)
@@ -164,28 +164,28 @@ def test_a_hole_is_filled_and_the_rest_keeps_its_bits_whatever_is_drawn_beside_i
     model: DiffusionModel, resample_steps: int, guided: bool, sampler: str
 ) -> None:
     config = CONFIG.with_sampler(sampler)
-    edit = Edit(PICTURE, LEFT, resample_steps=resample_steps, stretch=2, guided=guided)
+    edit = Edit(IMAGE, LEFT, resample_steps=resample_steps, stretch=2, guided=guided)
     many = sample(model, range(12), 3, config, edit=edit)
-    assert torch.equal(many[..., :4], PICTURE[..., :4].expand(12, -1, -1, -1))
+    assert torch.equal(many[..., :4], IMAGE[..., :4].expand(12, -1, -1, -1))
     assert len({each.numpy().tobytes() for each in many[..., 4:]}) == 12
     assert torch.equal(sample(model, [9], 3, config, edit=edit)[0], many[9])
 
 
-def test_the_stronger_the_change_the_less_is_left_of_the_picture(model: DiffusionModel) -> None:
+def test_the_stronger_the_change_the_less_is_left_of_the_image(model: DiffusionModel) -> None:
     finer = CONFIG.model_copy(update={"steps": 20})
     changes = [
-        (sample(model, range(8), 0, finer, edit=Edit(PICTURE, strength=strength)).float() - PICTURE).abs().mean()
+        (sample(model, range(8), 0, finer, edit=Edit(IMAGE, strength=strength)).float() - IMAGE).abs().mean()
         for strength in (0.05, 0.15, 0.25, 0.4)
     ]
     assert changes == sorted(changes)
     assert changes[0] < changes[3] / 5
 
 
-def test_a_way_begins_and_ends_with_the_pictures_of_its_seeds(model: DiffusionModel) -> None:
+def test_a_way_begins_and_ends_with_the_images_of_its_seeds(model: DiffusionModel) -> None:
     even = Conditions(labels=("even",))
     way = interpolate(model, 3, 4, 9, CONFIG, conditions=even).int()
     ends = torch.stack([sample(model, [0], seed, CONFIG, conditions=even)[0] for seed in (3, 4)]).int()
-    # Beside others in its batch, the last bits of a picture are others.
+    # Beside others in its batch, the last bits of an image are others.
     assert (way[[0, -1]] - ends).abs().max() <= 3
     steps = (way[1:] - way[:-1]).abs().float().mean((1, 2, 3))
     assert steps.max() < (ends[1] - ends[0]).abs().float().mean()
@@ -194,15 +194,15 @@ def test_a_way_begins_and_ends_with_the_pictures_of_its_seeds(model: DiffusionMo
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Edit(PICTURE, strength=0), "is not above 0 and at most 1"),
-        (lambda: Edit(PICTURE), "give a mask, or a strength below 1"),
-        (lambda: Edit(PICTURE, strength=0.5, resample_steps=3), "nothing for the image to fit"),
-        (lambda: Edit(PICTURE, strength=0.5, guided=True), "nothing for the image to fit"),
-        (lambda: Edit(PICTURE, LEFT, resample_steps=0), "use 1 or more of either"),
-        (lambda: Edit(PICTURE, LEFT, stretch=0), "use 1 or more of either"),
-        (lambda: Edit(PICTURE, LEFT[:, :4]), "the mask has 8×4 pixels and the image 8×8"),
-        (lambda: Edit(PICTURE, torch.ones(8, 8, dtype=torch.bool)), "keeps all of the image"),
-        (lambda: Edit(PICTURE, torch.zeros(8, 8, dtype=torch.bool)), "keeps nothing of the image"),
+        (lambda: Edit(IMAGE, strength=0), "is not above 0 and at most 1"),
+        (lambda: Edit(IMAGE), "give a mask, or a strength below 1"),
+        (lambda: Edit(IMAGE, strength=0.5, resample_steps=3), "nothing for the image to fit"),
+        (lambda: Edit(IMAGE, strength=0.5, guided=True), "nothing for the image to fit"),
+        (lambda: Edit(IMAGE, LEFT, resample_steps=0), "use 1 or more of either"),
+        (lambda: Edit(IMAGE, LEFT, stretch=0), "use 1 or more of either"),
+        (lambda: Edit(IMAGE, LEFT[:, :4]), "the mask has 8×4 pixels and the image 8×8"),
+        (lambda: Edit(IMAGE, torch.ones(8, 8, dtype=torch.bool)), "keeps all of the image"),
+        (lambda: Edit(IMAGE, torch.zeros(8, 8, dtype=torch.bool)), "keeps nothing of the image"),
     ],
 )
 def test_what_would_do_nothing_is_refused(make: Callable[[], Edit], words: str) -> None:
@@ -216,7 +216,7 @@ def test_no_way_between_is_refused(model: DiffusionModel, one: int, other: int, 
         interpolate(model, one, other, count, CONFIG)
 
 
-def test_a_picture_of_another_size_is_refused(model: DiffusionModel) -> None:
+def test_a_image_of_another_size_is_refused(model: DiffusionModel) -> None:
     edit = Edit(torch.zeros(1, 9, 9, dtype=torch.uint8), strength=0.5)
     with pytest.raises(UserError, match=r"the image has 1×9×9 .* and the model generates 1×8×8"):
         sample(model, [0], 0, CONFIG, edit=edit)

@@ -33,7 +33,7 @@ from diffusion.generation.super_resolution import SuperResolution, shrunk, upsca
 from diffusion.models.unet import UNet
 from diffusion.process.samplers import sampling_config
 from tests.diffusion.html_pages import Page
-from tests.diffusion.small_datasets import random_pictures, write_dataset
+from tests.diffusion.small_datasets import random_images, write_dataset
 from tests.diffusion.small_models import CONFIG as SHAPE
 from tests.diffusion.small_models import header, write_model
 from tests.diffusion.test_evaluate import Watcher
@@ -57,7 +57,7 @@ def enlarging(path: Path, seed: int, images: int) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    write_dataset(tmp_path / "data" / "small", random_pictures(128), 128)
+    write_dataset(tmp_path / "data" / "small", random_images(128), 128)
     return tmp_path / "data" / "small"
 
 
@@ -83,7 +83,7 @@ def test_psnr_and_ssim_are_those_of_scikit_image() -> None:
     assert alike.psnr == pytest.approx((21.28342813548128 + 20.87628731952565) / 2)
 
 
-def test_likeness_of_flat_pictures_is_what_it_is_by_hand() -> None:
+def test_likeness_of_flat_images_is_what_it_is_by_hand() -> None:
     black, grey = torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.full((1, 1, 8, 8), 51, dtype=torch.uint8)
     assert psnr(black, grey).item() == pytest.approx(20 * np.log10(5))
     constant = 2.55**2
@@ -91,7 +91,7 @@ def test_likeness_of_flat_pictures_is_what_it_is_by_hand() -> None:
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**32 - 1))
-def test_the_likest_of_all_is_the_picture_itself(height: int, width: int, seed: int) -> None:
+def test_the_likest_of_all_is_the_image_itself(height: int, width: int, seed: int) -> None:
     one, other = np.random.default_rng(seed).integers(0, 256, (2, 2, 3, height, width), np.uint8)
     first, second = torch.from_numpy(one), torch.from_numpy(other)
     assert ssim(first, first).tolist() == pytest.approx([1, 1])
@@ -101,14 +101,14 @@ def test_the_likest_of_all_is_the_picture_itself(height: int, width: int, seed: 
 
 
 @pytest.mark.parametrize(("name", "method"), [("bicubic", Image.BICUBIC), ("lanczos", Image.LANCZOS)])
-def test_pictures_in_colour_are_enlarged_as_pillow_does_it(name: str, method: Image.Resampling) -> None:
-    small = torch.from_numpy(random_pictures(2, channels=3, size=6))[..., :5]
+def test_images_in_colour_are_enlarged_as_pillow_does_it(name: str, method: Image.Resampling) -> None:
+    small = torch.from_numpy(random_images(2, channels=3, size=6))[..., :5]
     for image, large in zip(small, resample(small, 3, name), strict=True):
         expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((15, 18), method)
         assert np.array_equal(large.permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
-def test_scores_are_those_of_the_enlarged_held_out_pictures_beside_interpolation(
+def test_scores_are_those_of_the_enlarged_held_out_images_beside_interpolation(
     data: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     evaluation = evaluate(data, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
@@ -116,7 +116,7 @@ def test_scores_are_those_of_the_enlarged_held_out_pictures_beside_interpolation
     held_out = dataset.rows("held_out")
     half = len(held_out) // 2
     assert half < CONFIG.samples
-    real, others = dataset.pictures(held_out[:half]), dataset.pictures(held_out[half:])
+    real, others = dataset.images(held_out[:half]), dataset.images(held_out[half:])
     small = shrunk(real, 4)
     sets = {
         path.stem: (upscale(load_model(path), small, CONFIG.seed, SAMPLING), judged)
@@ -162,7 +162,7 @@ def test_the_page_says_whether_interpolation_is_beaten_and_shows_it(
     assert f"{bicubic.similarity.psnr:.2f} dB {bicubic.similarity.ssim:.3f}" in page.text
     dataset = Dataset.open(data)
     held_out = dataset.rows("held_out")
-    real = dataset.pictures(held_out[: len(held_out) // 2])[:16]
+    real = dataset.images(held_out[: len(held_out) // 2])[:16]
     small = shrunk(real, 4)
     drawn = upscale(load_model(Path(evaluation.best.file)), small, CONFIG.seed, SAMPLING)
     shown = grid(beside(blocks(small, 8), resample(small, 2, "bicubic"), drawn, real), columns=8)

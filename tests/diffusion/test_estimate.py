@@ -22,7 +22,7 @@ def test_intervals_are_students() -> None:
 
 
 @given(st.integers(1, 500), st.data())
-def test_intervals_of_shares_are_wilsons_for_independent_pictures(count: int, data: st.DataObject) -> None:
+def test_intervals_of_shares_are_wilsons_for_independent_images(count: int, data: st.DataObject) -> None:
     hits = data.draw(st.integers(0, count))
     share = hits / count
     error = math.sqrt(share * (1 - share) / count)
@@ -31,7 +31,7 @@ def test_intervals_of_shares_are_wilsons_for_independent_pictures(count: int, da
     assert (found.low, found.high) == (pytest.approx(theirs.low, abs=1e-6), pytest.approx(theirs.high, abs=1e-6))
 
 
-def test_shares_whose_pictures_hang_together_have_wider_intervals() -> None:
+def test_shares_whose_images_hang_together_have_wider_intervals() -> None:
     independent, together = (Share(value=0.9, error=error, freedom=100, count=900) for error in (0.01, 0.03))
     narrow, wide = independent.interval(0.95), together.interval(0.95)
     assert wide.low < narrow.low < 0.9 < narrow.high < wide.high < 1
@@ -47,7 +47,7 @@ def test_the_paired_difference_is_that_of_the_t_test(pairs: list[tuple[float, fl
     assert found.freedom == len(pairs) - 1
 
 
-def test_what_pictures_have_in_common_does_not_blur_their_difference() -> None:
+def test_what_images_have_in_common_does_not_blur_their_difference() -> None:
     random = np.random.default_rng(0)
     difficulty = random.normal(30, 5, 200)
     ours, theirs = difficulty + random.normal(0.2, 0.1, 200), difficulty
@@ -57,7 +57,7 @@ def test_what_pictures_have_in_common_does_not_blur_their_difference() -> None:
     assert found.at_least(0.99) > 0
 
 
-def test_pictures_of_unlike_number_are_not_paired() -> None:
+def test_images_of_unlike_number_are_not_paired() -> None:
     with pytest.raises(ValueError, match="shorter"):
         paired_difference([1.0, 2.0, 3.0], [1.0, 2.0])
 

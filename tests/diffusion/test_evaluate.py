@@ -40,12 +40,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_scores_are_those_of_the_drawn_pictures_against_all_held_out_ones(
+def test_scores_are_those_of_the_drawn_images_against_all_held_out_ones(
     dataset: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     evaluation = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
     extractor, data = EfficientNetLite0(32), Dataset.open(dataset)
-    reference = extractor(data.pictures(data.rows("held_out")))
+    reference = extractor(data.images(data.rows("held_out")))
     for judged in evaluation.checkpoints:
         drawn = sample(load_model(Path(judged.file)), range(20), CONFIG.seed, SAMPLING)
         expected = compute_scores(extractor(drawn), reference, "efflite0")
@@ -62,7 +62,7 @@ def test_checkpoints_come_in_order_and_the_best_has_the_lowest_kid(
     assert evaluation.best.scores.kid == min(kids)
 
 
-def test_the_floor_is_that_of_training_pictures_and_says_how_many_there_were(
+def test_the_floor_is_that_of_training_images_and_says_how_many_there_were(
     dataset: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     data, extractor = Dataset.open(dataset), EfficientNetLite0(32)
@@ -70,7 +70,7 @@ def test_the_floor_is_that_of_training_pictures_and_says_how_many_there_were(
     config = CONFIG.model_copy(update={"samples": 100})
     floor = evaluate(dataset, checkpoints[:1], config, SAMPLING, tmp_path).real_baseline.scores
     assert (floor.samples, floor.reference) == (len(train), len(held_out))
-    expected = compute_scores(extractor(data.pictures(train)), extractor(data.pictures(held_out)), "x")
+    expected = compute_scores(extractor(data.images(train)), extractor(data.images(held_out)), "x")
     assert floor.fd == pytest.approx(expected.fd, rel=1e-3)
     few = evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path).real_baseline.scores
     assert few.samples == 20
@@ -94,7 +94,7 @@ def test_what_is_written_says_the_same_as_what_is_returned(
     assert [float(row["kid_efflite0"]) for row in rows] == kids
 
 
-def test_the_grids_show_the_first_drawn_and_the_first_held_out_pictures(
+def test_the_grids_show_the_first_drawn_and_the_first_held_out_images(
     dataset: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "report"
@@ -103,7 +103,7 @@ def test_the_grids_show_the_first_drawn_and_the_first_held_out_pictures(
     evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, output)
     drawn = grid(sample(load_model(checkpoints[0]), range(20), CONFIG.seed, SAMPLING))
     data = Dataset.open(dataset)
-    real = grid(data.pictures(data.rows("held_out")[:64]))
+    real = grid(data.images(data.rows("held_out")[:64]))
     paths = sorted((output / "grids").iterdir())
     assert [path.name[:10] for path in paths] == ["0000000300", "held_out.p"]
     for path, expected in zip(paths, (drawn, real), strict=True):
@@ -180,11 +180,11 @@ def test_other_weights_are_judged_anew_under_the_same_conditions(
 
 
 def test_another_data_set_means_other_scores_of_the_same_images(
-    dataset: Path, checkpoints: list[Path], pictures: Path, tmp_path: Path
+    dataset: Path, checkpoints: list[Path], images: Path, tmp_path: Path
 ) -> None:
     first = evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path / "report")
-    blob(1000).save(pictures / "odd" / "new.png")
-    ingest(dataset, IngestConfig(source=str(pictures), size=8, held_out=0.33))
+    blob(1000).save(images / "odd" / "new.png")
+    ingest(dataset, IngestConfig(source=str(images), size=8, held_out=0.33))
     watcher = Watcher()
     other = evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path / "report", progress=watcher)
     assert watcher.drawn == set()
@@ -238,14 +238,14 @@ def test_a_missing_model_is_refused(dataset: Path, tmp_path: Path) -> None:
         evaluate(dataset, [tmp_path / "gone.safetensors"], CONFIG, SAMPLING, tmp_path)
 
 
-def test_a_model_of_other_pictures_is_refused(dataset: Path, tmp_path: Path) -> None:
+def test_a_model_of_other_images_is_refused(dataset: Path, tmp_path: Path) -> None:
     path = write_model(tmp_path / "rgb.safetensors", seed=0, images=1, channels=3, size=16)
     with pytest.raises(UserError, match=r"rgb\.safetensors generates images of 3×16×16 and .* holds 1×8×8"):
         evaluate(dataset, [path], CONFIG, SAMPLING, tmp_path)
 
 
-def test_too_few_held_out_pictures_are_refused(pictures: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+def test_too_few_held_out_images_are_refused(images: Path, checkpoints: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "data" / "few"
-    ingest(folder, IngestConfig(source=str(pictures), size=8, held_out=0.02))
+    ingest(folder, IngestConfig(source=str(images), size=8, held_out=0.02))
     with pytest.raises(UserError, match=r"few has \d held-out images, and evaluation needs 10"):
         evaluate(folder, checkpoints, CONFIG, SAMPLING, tmp_path)

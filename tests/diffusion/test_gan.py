@@ -41,15 +41,15 @@ TRAINING = CONFIG.model_copy(update={"learning_rate": 2e-3, "weight_decay": 0.0,
 
 
 def quarters(folder: Path, count: int = 96) -> Path:
-    """Dark pictures of which one quarter is bright: the upper ones are of one class, the lower ones of another."""
+    """Dark images of which one quarter is bright: the upper ones are of one class, the lower ones of another."""
     random = np.random.default_rng(0)
-    pictures = random.integers(20, 40, (count, 1, SIZE, SIZE)).astype(np.uint8)
+    images = random.integers(20, 40, (count, 1, SIZE, SIZE)).astype(np.uint8)
     half, labels = SIZE // 2, []
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         row, column = number % 4 // 2, number % 2
-        picture[0, row * half : (row + 1) * half, column * half : (column + 1) * half] += 180
+        image[0, row * half : (row + 1) * half, column * half : (column + 1) * half] += 180
         labels.append(["upper", "lower"][row])
-    write_dataset(folder, pictures, per_shard=32, labels=labels, held_out_every=5)
+    write_dataset(folder, images, per_shard=32, labels=labels, held_out_every=5)
     return folder
 
 
@@ -206,7 +206,7 @@ def test_it_draws_all_that_there_is_and_nothing_else(data: Path, tmp_path: Path)
     assert (functional.avg_pool2d(upper, half).flatten(1).argmax(1) < 2).float().mean() > 0.9
 
 
-def test_a_picture_is_made_of_the_noise_of_its_number_whatever_the_count(model: GANModel) -> None:
+def test_a_image_is_made_of_the_noise_of_its_number_whatever_the_count(model: GANModel) -> None:
     conditions = Conditions(labels=("lower",))
     many, one = (
         sample(model, range(40), 3, SAMPLING, conditions=conditions),
@@ -226,11 +226,11 @@ def test_a_size_that_resolutions_do_not_divide_is_cut(size: int) -> None:
     made = Generator(MODEL, 3, size)(torch.randn(2, 8, 1, 1))
     assert made.shape == (2, 3, size, size)
     assert Discriminator(MODEL, 3, size)(made).shape == (2,)
-    with pytest.raises(UserError, match="fold 16 pixels into one, and the pictures have 8"):
+    with pytest.raises(UserError, match="fold 16 pixels into one, and the images have 8"):
         Generator(MODEL.model_copy(update={"channel_mult": (1, 1, 1, 1)}), 1, 8)
 
 
-def test_what_the_discriminator_says_of_a_picture_depends_on_no_other() -> None:
+def test_what_the_discriminator_says_of_a_image_depends_on_no_other() -> None:
     torch.manual_seed(0)
     discriminator = Discriminator(MODEL, 1, SIZE, 2)
     x, label = torch.randn(4, 1, SIZE, SIZE), torch.tensor([0, 1, 2, 0])
@@ -240,7 +240,7 @@ def test_what_the_discriminator_says_of_a_picture_depends_on_no_other() -> None:
 
 def test_what_it_cannot_do_is_refused(model: GANModel, data: Path, tmp_path: Path) -> None:
     assert tasks_of(model) == ("sample", "interpolate")
-    with pytest.raises(UserError, match="no steps in which to edit a picture"):
+    with pytest.raises(UserError, match="no steps in which to edit an image"):
         sample(model, [0], 0, SAMPLING, edit=Edit(torch.zeros(1, SIZE, SIZE, dtype=torch.uint8), strength=0.5))
     with pytest.raises(UserError, match=r"sampling\.steps means nothing to model\.family = gan"):
         sample(model, [0], 0, SAMPLING.model_copy(update={"steps": 20}))
@@ -249,17 +249,17 @@ def test_what_it_cannot_do_is_refused(model: GANModel, data: Path, tmp_path: Pat
             trained(data, tmp_path / "run", TRAINING.model_copy(update=setting))
 
 
-def test_it_says_nothing_of_how_probable_pictures_are(data: Path, model: GANModel) -> None:
+def test_it_says_nothing_of_how_probable_images_are(data: Path, model: GANModel) -> None:
     dataset = Dataset.open(data)
     rows = dataset.rows("held_out")
     told = {"label": dataset.classes(rows, model.classes)}
-    found = summarize_losses(measure_losses(model, [(dataset.pictures(rows), told)], SAMPLING))
+    found = summarize_losses(measure_losses(model, [(dataset.images(rows), told)], SAMPLING))
     assert found.images == len(rows)
     assert found.metrics() == {}
 
 
 def test_how_it_works_is_drawn(data: Path, model: GANModel, tmp_path: Path) -> None:
-    paths = explain(model, Dataset.open(data).pictures([0])[0], tmp_path, 0)
+    paths = explain(model, Dataset.open(data).images([0])[0], tmp_path, 0)
     assert [path.name for path in paths] == ["way.png"]
 
 

@@ -36,7 +36,7 @@ TRIALS = 200
 MOST = int(binom.ppf(0.99, TRIALS, 0.05))
 """Promotions of 200 that a gate which errs in 5 % of all cases exceeds in 1 % of all tests."""
 WIDTH = 12
-"""Features of a image."""
+"""Features of an image."""
 MEASURES: dict[str, Callable[..., list[Replicates]]] = {"kid": kid_replicates, "fd": frechet_replicates}
 TRUE: dict[str, Callable[[int, float, float], float]] = {"kid": true_kid, "fd": true_frechet}
 CHAMPION = 0.4
@@ -74,7 +74,7 @@ def test_the_same_model_with_other_seeds_is_promoted_no_more_often_than_the_conf
     assert sum(lead.value > lead.error for lead in leads) > MOST
 
 
-def test_a_model_that_draws_real_pictures_is_not_promoted_over_itself() -> None:
+def test_a_model_that_draws_real_images_is_not_promoted_over_itself() -> None:
     chances = []
     for seed in range(TRIALS):
         candidate, champion, floor, reference = (drawn(60, WIDTH, 4 * seed + each) for each in range(4))
@@ -124,7 +124,7 @@ def test_a_model_that_is_surely_worse_is_rejected() -> None:
     assert all(decide(each, GateConfig(**HEADLINE_ALONE)).verdict == Verdict.reject for each in evidence)
 
 
-def test_the_pictures_that_it_asks_for_suffice_in_four_of_five_cases() -> None:
+def test_the_images_that_it_asks_for_suffice_in_four_of_five_cases() -> None:
     shift, config = better_by("kid", 0.5), GateConfig(delta=0.2, **HEADLINE_ALONE)
     truth = TRUE["kid"](WIDTH, CHAMPION, 1.0)
     few = [comparison("kid", seed, 120, shift) for seed in range(20)]
@@ -195,14 +195,14 @@ def test_the_verdict_on_the_headline_goes_by_its_bounds(difference: float, verdi
     assert decision.reasons[0].startswith(f"{begins}: kid_efflite0")
 
 
-def test_what_is_surely_better_by_less_than_delta_is_held_whatever_the_number_of_pictures() -> None:
+def test_what_is_surely_better_by_less_than_delta_is_held_whatever_the_number_of_images() -> None:
     decision = decided(headline=headline(-0.0005, error=0.0001))
     assert decision.verdict == Verdict.hold
     assert decision.reasons[0].startswith("not better by δ, as more images would only confirm")
     assert decision.findings[0].images is None
 
 
-def test_a_held_model_is_told_how_many_pictures_would_tell() -> None:
+def test_a_held_model_is_told_how_many_images_would_tell() -> None:
     finding = decided(headline=headline(-0.002)).findings[0]
     # n ((t₀.₉₅ + t₀.₈) · 0.001 / (0.002 − 0.001))², with Student's quantiles at 100 degrees of freedom.
     exact = 500 * (1.6602 + 0.8452) ** 2
@@ -216,7 +216,7 @@ def test_a_held_model_is_told_how_many_pictures_would_tell() -> None:
     assert worse.images == 3200
 
 
-def test_the_very_same_pictures_are_no_improvement() -> None:
+def test_the_very_same_images_are_no_improvement() -> None:
     decision = decided({"delta": 0}, headline=headline(0.0, error=0.0))
     assert decision.verdict == Verdict.hold
     assert decision.findings[0].images is None
@@ -346,13 +346,13 @@ def test_a_better_model_over_the_limit_of_copies_is_never_promoted() -> None:
     assert decision.reasons == ("copies of training images: 6.00% of 500 generated, allowed are 5.00%",)
 
 
-def test_kid_leads_under_five_thousand_pictures_of_either_side() -> None:
+def test_kid_leads_under_five_thousand_images_of_either_side() -> None:
     figures = {(4999, 60_000): "kid", (10_000, 4999): "kid", (5000, 5000): "fd"}
     assert {counts: GateConfig().metric(*counts) for counts in figures} == figures
     assert GateConfig(headline="fd").metric(100, 100) == "fd"
 
 
-def test_evidence_is_gathered_from_replicates_of_the_same_pictures() -> None:
+def test_evidence_is_gathered_from_replicates_of_the_same_images() -> None:
     candidate, champion, floor = drawn(100, 4, 0, 0.2), drawn(100, 4, 1, 0.5), drawn(100, 4, 2)
     figures = share_replicates([candidate, champion, floor], drawn(90, 4, 3), splits=10)
     assert (
@@ -366,7 +366,7 @@ def test_evidence_is_gathered_from_replicates_of_the_same_pictures() -> None:
     assert gathered.lead.value == pytest.approx(found[1].whole - found[0].whole)
 
 
-def test_autoencoders_are_judged_by_the_decibels_that_each_held_out_picture_gains() -> None:
+def test_autoencoders_are_judged_by_the_decibels_that_each_held_out_image_gains() -> None:
     champion = 25 + 4 * torch.randn(300, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(300, generator=torch.Generator().manual_seed(1))
     config = {"delta": 0.05}

@@ -1,4 +1,4 @@
-"""On a GPU, where there is one: the same training and the same pictures as on a processor, to float tolerance."""
+"""On a GPU, where there is one: the same training and the same images as on a processor, to float tolerance."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_a_gpu_trains_to_the_same_bits_twice_and_when_it_goes_on_from_a_checkpoi
 
 
 @needs_gpu
-def test_a_gpu_draws_the_pictures_of_a_processor(dataset: Path, tmp_path: Path) -> None:
+def test_a_gpu_draws_the_images_of_a_processor(dataset: Path, tmp_path: Path) -> None:
     losses(dataset, tmp_path / "run", device="cpu")
     model = load_model(tmp_path / "run" / "final.safetensors")
     for guidance in (None, 2.0):

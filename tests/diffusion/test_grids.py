@@ -18,19 +18,19 @@ from diffusion.common.image_grids import grid, png_bytes
     scale=st.integers(1, 3),
 )
 def test_every_pixel_is_found_again_in_the_grid(count: int, channels: int, columns: int, pad: int, scale: int) -> None:
-    pictures = torch.randint(0, 256, (count, channels, 4, 6), generator=torch.Generator().manual_seed(count))
-    pictures = pictures.to(torch.uint8)
-    sheet = np.asarray(grid(pictures, columns, pad, scale))
+    images = torch.randint(0, 256, (count, channels, 4, 6), generator=torch.Generator().manual_seed(count))
+    images = images.to(torch.uint8)
+    sheet = np.asarray(grid(images, columns, pad, scale))
     for number in range(count):
         row, column = divmod(number, columns)
         for y, x in [(0, 0), (3, 5), (2, 1)]:
             top = pad + row * (4 * scale + pad) + y * scale
             left = pad + column * (6 * scale + pad) + x * scale
             block = sheet[top : top + scale, left : left + scale].reshape(scale, scale, channels)
-            assert (block == pictures[number, :, y, x].numpy()).all()
+            assert (block == images[number, :, y, x].numpy()).all()
 
 
-def test_what_no_picture_covers_is_white() -> None:
+def test_what_no_image_covers_is_white() -> None:
     sheet = np.asarray(grid(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), columns=2, pad=2, scale=1))
     assert sheet.shape == (14, 14)
     assert (sheet[8:12, 8:12] == 255).all()
@@ -39,12 +39,12 @@ def test_what_no_picture_covers_is_white() -> None:
 
 
 @pytest.mark.parametrize(("size", "expected"), [(8, 8), (28, 2), (64, 1), (256, 1)])
-def test_small_pictures_are_enlarged_until_they_can_be_seen(size: int, expected: int) -> None:
+def test_small_images_are_enlarged_until_they_can_be_seen(size: int, expected: int) -> None:
     assert grid(torch.zeros(1, 1, size, size, dtype=torch.uint8), pad=0).size == (size * expected,) * 2
 
 
 def test_png_bytes_are_lossless_and_the_same_each_time() -> None:
-    pictures = torch.randint(0, 256, (5, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    picture = grid(pictures)
-    assert png_bytes(picture) == png_bytes(grid(pictures))
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png_bytes(picture)))), np.asarray(picture))
+    images = torch.randint(0, 256, (5, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    image = grid(images)
+    assert png_bytes(image) == png_bytes(grid(images))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png_bytes(image)))), np.asarray(image))

@@ -68,7 +68,7 @@ def test_outside_its_interval_guidance_leaves_the_conditional_alone(level: float
     assert untold.calls == inside
 
 
-def test_each_picture_has_its_own_level() -> None:
+def test_each_image_has_its_own_level() -> None:
     told, untold, x = Gaussian(0.5, 0.3), Gaussian(-0.5, 0.6), noisy(count=3)
     denoise, sigmas = guided(told, untold, 3.0, interval=(0.2, 5.0)), torch.tensor([0.1, 1.0, 10.0])
     one_by_one = [denoise(x[i : i + 1], sigmas[i]) for i in range(3)]

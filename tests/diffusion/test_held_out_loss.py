@@ -33,7 +33,7 @@ from diffusion.process.schedules import edm_schedule
 from diffusion.process.variance import HALF_A_LEVEL, bound
 from tests.diffusion.captioned import MadeUp
 from tests.diffusion.ideal_denoiser import IdealDenoiser, two_tone_points
-from tests.diffusion.small_datasets import random_pictures, write_dataset
+from tests.diffusion.small_datasets import random_images, write_dataset
 from tests.diffusion.small_models import header, write_model
 
 SPREAD = 0.2
@@ -62,8 +62,8 @@ def rounding() -> float:
     return float(nats - 0.5 - 0.5 * math.log(2 * math.pi) + math.log(2 * half)) / math.log(2)
 
 
-def pictures(count: int, seed: int = 0) -> Tensor:
-    return torch.from_numpy(random_pictures(count, seed=seed))
+def images(count: int, seed: int = 0) -> Tensor:
+    return torch.from_numpy(random_images(count, seed=seed))
 
 
 def test_of_gaussian_values_the_loss_is_one_at_every_level_and_the_bits_are_their_entropy() -> None:
@@ -93,7 +93,7 @@ def test_values_of_different_spread_cost_their_entropy() -> None:
     assert -4 * found.bits_per_dim_se < found.bits_per_dim - expected < 4 * found.bits_per_dim_se + 0.01
 
 
-def test_who_knows_all_pictures_pays_for_which_it_is_and_nothing_else() -> None:
+def test_who_knows_all_images_pays_for_which_it_is_and_nothing_else() -> None:
     points = two_tone_points(4)
     x0 = points.repeat(50, 1, 1, 1)
     found = summarize_losses(denoising_terms(IdealDenoiser(points), x0, 1.0, range(200)))
@@ -142,7 +142,7 @@ def test_it_is_the_limit_of_the_sum_over_ever_more_steps_from_below() -> None:
 def test_the_loss_is_that_of_training_with_edms_weight(tmp_path: Path) -> None:
     model = load_model(write_model(tmp_path / "model", 0, 0))
     assert isinstance(model, DiffusionModel)
-    x0 = to_float(pictures(6))
+    x0 = to_float(images(6))
     parametrization = Parametrization(model.config.prediction, 0.5)
     denoiser = Denoiser(model.network, model.schedule, parametrization, clip=False)
     seen: list[tuple[Tensor, Tensor]] = []
@@ -160,9 +160,9 @@ def test_the_loss_is_that_of_training_with_edms_weight(tmp_path: Path) -> None:
     assert all(((EDGES[n] <= s) & (s <= EDGES[n + 1])).all() for n, (_, s) in enumerate(seen[:-1]))
 
 
-def test_each_picture_has_its_noise_however_pictures_come(tmp_path: Path) -> None:
+def test_each_image_has_its_noise_however_images_come(tmp_path: Path) -> None:
     model = load_model(write_model(tmp_path / "model", 0, 0))
-    x = pictures(21)
+    x = images(21)
     whole = measure_losses(model, [(x, {})], SAMPLING)
     parts = measure_losses(model, [(x[:8], {}), (x[8:16], {}), (x[16:], {})], SAMPLING)
     assert whole.bits is not None
@@ -178,7 +178,7 @@ def test_each_picture_has_its_noise_however_pictures_come(tmp_path: Path) -> Non
 def test_any_network_can_be_measured(changes: dict[str, object], tmp_path: Path) -> None:
     config = ModelConfig.model_validate(header().model.model_dump() | changes)
     model = load_model(write_model(tmp_path / "model", 0, 0, config=config))
-    found = summarize_losses(measure_losses(model, [(pictures(10), {})], SAMPLING))
+    found = summarize_losses(measure_losses(model, [(images(10), {})], SAMPLING))
     assert found.bits_per_dim is not None
     assert found.bits_per_dim > 0
     assert found.images == 10
@@ -186,16 +186,16 @@ def test_any_network_can_be_measured(changes: dict[str, object], tmp_path: Path)
     assert found.metrics().keys() == {"held_out_loss", "held_out_loss_se", "bits_per_dim", "bits_per_dim_se"}
 
 
-def test_models_are_told_what_pictures_show(tmp_path: Path) -> None:
+def test_models_are_told_what_images_show(tmp_path: Path) -> None:
     labels = [("cat", "dog", None)[number % 3] for number in range(24)]
-    write_dataset(tmp_path / "set", random_pictures(24), 8, labels)
+    write_dataset(tmp_path / "set", random_images(24), 8, labels)
     dataset = Dataset.open(tmp_path / "set")
     rows = dataset.rows("held_out")
     model = load_model(write_model(tmp_path / "model", 0, 0, classes={"cat": 8, "dog": 8}))
     told = conditioning_of_rows(model, dataset, rows)
     names = ["cat", "dog", None]
     assert [names[number] for number in told["label"].tolist()] == dataset.labels(rows)
-    x = dataset.pictures(rows)
+    x = dataset.images(rows)
     as_told = measure_losses(model, [(x, told)], SAMPLING).losses
     otherwise = measure_losses(model, [(x, {"label": torch.full_like(told["label"], 2)})], SAMPLING).losses
     unlabelled = told["label"] == 2
@@ -205,12 +205,12 @@ def test_models_are_told_what_pictures_show(tmp_path: Path) -> None:
     assert conditioning_of_rows(plain, dataset, rows) == {}
 
 
-def test_models_are_told_captions_and_small_pictures_as_in_training(made_up: MadeUp, tmp_path: Path) -> None:
+def test_models_are_told_captions_and_small_images_as_in_training(made_up: MadeUp, tmp_path: Path) -> None:
     captions = ["a red square" if number % 8 == 0 else None for number in range(24)]
-    write_dataset(tmp_path / "set", random_pictures(24), 8, captions=captions)
+    write_dataset(tmp_path / "set", random_images(24), 8, captions=captions)
     dataset = Dataset.open(tmp_path / "set")
     rows = dataset.rows("held_out")
-    shown = dataset.pictures(rows)
+    shown = dataset.images(rows)
     for changes, name in (({"text": True}, "text"), ({"low_resolution": 4, "conditional": False}, "low")):
         config = ModelConfig.model_validate(header().model.model_dump() | changes)
         about = header(config).model_copy(update={"encoder": ENCODER if name == "text" else None})
@@ -233,7 +233,7 @@ def test_of_latents_there_is_a_loss_and_no_bits() -> None:
     network = UNet(about.model.model_copy(update={"patch": 1}), 3, 4).eval()
     latents = Latents(vae, torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1))
     model = DiffusionModel(about, network, edm_schedule(1000), latents)
-    found = summarize_losses(measure_losses(model, [(torch.from_numpy(random_pictures(9, size=16)), {})], SAMPLING))
+    found = summarize_losses(measure_losses(model, [(torch.from_numpy(random_images(9, size=16)), {})], SAMPLING))
     assert found.bits_per_dim is None
     assert len(found.levels) == LEVELS
     assert found.loss is not None
@@ -241,7 +241,7 @@ def test_of_latents_there_is_a_loss_and_no_bits() -> None:
 
 
 def test_of_an_autoencoder_there_are_bits_and_no_loss_and_they_know_no_weight() -> None:
-    x = torch.from_numpy(random_pictures(9, size=16))
+    x = torch.from_numpy(random_images(9, size=16))
     found = []
     for weight in (1.0, 0.01):
         config = VAEConfig(width=16, channel_mult=(1, 1), latent_channels=3, kl_weight=weight)
@@ -271,7 +271,7 @@ def test_of_an_autoencoder_there_are_bits_and_no_loss_and_they_know_no_weight() 
     assert summary.bits_per_dim == pytest.approx(expected, rel=0.02)
 
 
-def test_errors_are_those_of_means_over_pictures() -> None:
+def test_errors_are_those_of_means_over_images() -> None:
     losses = torch.rand(50, 3, generator=torch.Generator().manual_seed(0)).double()
     found = summarize_losses(Terms(torch.tensor([0.1, 1, 10, 80], dtype=torch.float64), losses, losses[:, 0]))
     assert [(level.sigma_low, level.sigma_high) for level in found.levels] == [(0.1, 1), (1, 10), (10, 80)]

@@ -1,4 +1,4 @@
-"""Ingest: pictures in, exact shards and a manifest out; again, and only what is new is read."""
+"""Ingest: images in, exact shards and a manifest out; again, and only what is new is read."""
 
 import json
 import os
@@ -39,34 +39,32 @@ def records(folder: Path) -> list[dict[str, object]]:
     ]
 
 
-def add_pictures(root: Path, numbers: Iterable[int]) -> None:
+def add_images(root: Path, numbers: Iterable[int]) -> None:
     for number in numbers:
         blob(number).save(root / "odd" / f"{number}.png")
 
 
-def test_same_pictures_give_the_same_bytes_on_threads_and_processes(pictures: Path, tmp_path: Path) -> None:
-    add_pictures(pictures, range(100, 700))
+def test_same_images_give_the_same_bytes_on_threads_and_processes(images: Path, tmp_path: Path) -> None:
+    add_images(images, range(100, 700))
     made = []
     for name, runner, workers in (("a", "threads", 1), ("b", "threads", 4), ("c", "processes", 2)):
-        ingest(tmp_path / name / "set", config(pictures, runner=runner, workers=workers))
+        ingest(tmp_path / name / "set", config(images, runner=runner, workers=workers))
         made.append(files_of(tmp_path / name / "set"))
     assert made[0] == made[1] == made[2]
     assert len([name for name in made[0] if name.endswith(".tar")]) == 2
 
 
-def test_content_digest_is_free_of_names_and_history_but_not_of_pixels_or_storage(
-    pictures: Path, tmp_path: Path
-) -> None:
-    digest = ingest(tmp_path / "a", config(pictures)).content_digest
-    (pictures / "odd" / "01.png").rename(pictures / "odd" / "zz.png")
-    assert ingest(tmp_path / "b", config(pictures)).content_digest == digest
-    shutil.move(pictures / "odd" / "zz.png", tmp_path / "zz.png")
-    assert ingest(tmp_path / "c", config(pictures)).content_digest != digest
-    shutil.move(tmp_path / "zz.png", pictures / "odd" / "zz.png")
-    assert ingest(tmp_path / "c", config(pictures)).content_digest == digest
-    assert ingest(tmp_path / "d", config(pictures, size=9)).content_digest != digest
-    blob(999).save(pictures / "odd" / "zz.png")
-    assert ingest(tmp_path / "e", config(pictures)).content_digest != digest
+def test_content_digest_is_free_of_names_and_history_but_not_of_pixels_or_storage(images: Path, tmp_path: Path) -> None:
+    digest = ingest(tmp_path / "a", config(images)).content_digest
+    (images / "odd" / "01.png").rename(images / "odd" / "zz.png")
+    assert ingest(tmp_path / "b", config(images)).content_digest == digest
+    shutil.move(images / "odd" / "zz.png", tmp_path / "zz.png")
+    assert ingest(tmp_path / "c", config(images)).content_digest != digest
+    shutil.move(tmp_path / "zz.png", images / "odd" / "zz.png")
+    assert ingest(tmp_path / "c", config(images)).content_digest == digest
+    assert ingest(tmp_path / "d", config(images, size=9)).content_digest != digest
+    blob(999).save(images / "odd" / "zz.png")
+    assert ingest(tmp_path / "e", config(images)).content_digest != digest
 
 
 def test_content_digest_is_that_of_the_tables(dataset: Path) -> None:
@@ -100,13 +98,13 @@ def test_table_offsets_point_at_the_pngs(dataset: Path, tmp_path: Path) -> None:
             assert places[f"{row['key']}.png"] == (row["offset"], row["size"])
 
 
-def test_a_second_ingest_reads_only_what_is_new_and_touches_no_old_file(pictures: Path, tmp_path: Path) -> None:
+def test_a_second_ingest_reads_only_what_is_new_and_touches_no_old_file(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "set"
-    first = ingest(folder, config(pictures))
+    first = ingest(folder, config(images))
     before = files_of(folder)
-    add_pictures(pictures, range(100, 107))
-    blob(3).save(pictures / "odd" / "copy.png")
-    second = ingest(folder, config(pictures))
+    add_images(images, range(100, 107))
+    blob(3).save(images / "odd" / "copy.png")
+    second = ingest(folder, config(images))
     assert (second.listed, second.read, second.added, second.kept) == (56, 8, 7, 55)
     assert second.duplicates == 1
     after = files_of(folder)
@@ -116,150 +114,150 @@ def test_a_second_ingest_reads_only_what_is_new_and_touches_no_old_file(pictures
     assert [version.digest for version in versions(folder)] == [second.digest, first.digest]
 
 
-def test_the_same_again_changes_nothing_and_reads_nothing(pictures: Path, dataset: Path) -> None:
+def test_the_same_again_changes_nothing_and_reads_nothing(images: Path, dataset: Path) -> None:
     before = files_of(dataset)
-    again = ingest(dataset, config(pictures))
+    again = ingest(dataset, config(images))
     assert (again.changed, again.read, again.added) == (False, 0, 0)
     assert files_of(dataset) == before
 
 
-def test_touched_files_are_read_and_recognised_by_their_bytes(pictures: Path, dataset: Path) -> None:
+def test_touched_files_are_read_and_recognised_by_their_bytes(images: Path, dataset: Path) -> None:
     before = files_of(dataset)
-    for path in (pictures / "odd").iterdir():
+    for path in (images / "odd").iterdir():
         os.utime(path, ns=(1, 1))
-    again = ingest(dataset, config(pictures))
+    again = ingest(dataset, config(images))
     assert (again.changed, again.read) == (False, 24)
     assert files_of(dataset) == before
-    assert ingest(dataset, config(pictures)).read == 0
+    assert ingest(dataset, config(images)).read == 0
 
 
-def test_the_same_names_from_another_folder_are_other_pictures(pictures: Path, dataset: Path, tmp_path: Path) -> None:
+def test_the_same_names_from_another_folder_are_other_images(images: Path, dataset: Path, tmp_path: Path) -> None:
     other = tmp_path / "tomorrow"
     for number in range(24):
         path = other / "odd" / f"{2 * number + 1:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         blob(500 + number).save(path)
     assert ingest(dataset, config(other)).added == 24
-    assert [ingest(dataset, config(each)).changed for each in (pictures, other)] == [False, False]
-    assert [ingest(dataset, config(each)).read for each in (pictures, other)] == [0, 0]
+    assert [ingest(dataset, config(each)).changed for each in (images, other)] == [False, False]
+    assert [ingest(dataset, config(each)).read for each in (images, other)] == [0, 0]
 
 
-def test_a_lost_index_costs_reading_but_changes_nothing(pictures: Path, dataset: Path) -> None:
-    add_pictures(pictures, range(100, 110))
-    ingest(dataset, config(pictures))
+def test_a_lost_index_costs_reading_but_changes_nothing(images: Path, dataset: Path) -> None:
+    add_images(images, range(100, 110))
+    ingest(dataset, config(images))
     before = files_of(dataset)
     shutil.rmtree(work_folder(dataset))
-    again = ingest(dataset, config(pictures))
+    again = ingest(dataset, config(images))
     assert (again.changed, again.read) == (False, 58)
     assert files_of(dataset) == before
 
 
-def test_a_damaged_index_is_made_anew(pictures: Path, dataset: Path) -> None:
+def test_a_damaged_index_is_made_anew(images: Path, dataset: Path) -> None:
     before = files_of(dataset)
     (work_folder(dataset) / "index.sqlite").write_bytes(b"junk" * 4096)
-    assert not ingest(dataset, config(pictures)).changed
+    assert not ingest(dataset, config(images)).changed
     assert files_of(dataset) == before
 
 
-def test_an_older_version_put_back_gets_the_missing_pictures_again(pictures: Path, dataset: Path) -> None:
+def test_an_older_version_put_back_gets_the_missing_images_again(images: Path, dataset: Path) -> None:
     old = files_of(dataset)
-    add_pictures(pictures, range(100, 110))
-    newest = ingest(dataset, config(pictures))
+    add_images(images, range(100, 110))
+    newest = ingest(dataset, config(images))
     shutil.rmtree(dataset)
     for name, data in old.items():
         path = dataset / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    again = ingest(dataset, config(pictures))
+    again = ingest(dataset, config(images))
     assert (again.added, again.content_digest) == (10, newest.content_digest)
 
 
-def test_bad_pictures_are_quarantined_and_tried_again_when_asked(pictures: Path, tmp_path: Path) -> None:
-    bad = [pictures / "odd" / f"bad{number}.png" for number in range(3)]
+def test_bad_images_are_quarantined_and_tried_again_when_asked(images: Path, tmp_path: Path) -> None:
+    bad = [images / "odd" / f"bad{number}.png" for number in range(3)]
     for path in bad:
-        path.write_text(f"not a picture: {path.name}")
+        path.write_text(f"not an image: {path.name}")
     folder = tmp_path / "set"
-    first = ingest(folder, config(pictures))
+    first = ingest(folder, config(images))
     assert {each.source for each in first.quarantined} == {f"odd/bad{number}.png" for number in range(3)}
-    assert all("not a picture" in each.reason and len(each.sha256) == 64 for each in first.quarantined)
+    assert all("not an image" in each.reason and len(each.sha256) == 64 for each in first.quarantined)
     refused = [row for row in records(folder) if row["outcome"] == "quarantined"]
     assert [row["source"] for row in refused] == [each.source for each in first.quarantined]
 
-    assert ingest(folder, config(pictures)).read == 0
-    again = ingest(folder, config(pictures), requeue=True)
+    assert ingest(folder, config(images)).read == 0
+    again = ingest(folder, config(images), requeue=True)
     assert (again.read, again.changed) == (3, False)
 
-    small = pictures / "odd" / "small.png"
+    small = images / "odd" / "small.png"
     blob(800, 4).save(small)
-    assert "enlarge" in ingest(folder, config(pictures, max_quarantined=1)).quarantined[-1].reason
-    mended = ingest(folder, config(pictures, enlarge=True), requeue=True)
+    assert "enlarge" in ingest(folder, config(images, max_quarantined=1)).quarantined[-1].reason
+    mended = ingest(folder, config(images, enlarge=True), requeue=True)
     assert (mended.added, mended.quarantined_count) == (1, 3)
     blob(801).save(bad[0])
-    assert ingest(folder, config(pictures)).quarantined_count == 2
+    assert ingest(folder, config(images)).quarantined_count == 2
 
 
-def test_too_large_a_share_of_bad_pictures_names_the_reasons_and_leaves_the_old_version(
-    pictures: Path, dataset: Path
+def test_too_large_a_share_of_bad_images_names_the_reasons_and_leaves_the_old_version(
+    images: Path, dataset: Path
 ) -> None:
     before = files_of(dataset)
     for number in range(60):
-        (pictures / "odd" / f"bad{number}.png").write_text("x")
-    add_pictures(pictures, range(100, 110))
-    with pytest.raises(UserError, match=r"60 of 70.*60 × not a picture"):
-        ingest(dataset, config(pictures))
+        (images / "odd" / f"bad{number}.png").write_text("x")
+    add_images(images, range(100, 110))
+    with pytest.raises(UserError, match=r"60 of 70.*60 × not an image"):
+        ingest(dataset, config(images))
     assert files_of(dataset) == before
-    assert ingest(dataset, config(pictures, max_quarantined=0.9)).added == 10
+    assert ingest(dataset, config(images, max_quarantined=0.9)).added == 10
 
 
-def test_an_ingest_that_failed_for_its_refusals_reads_them_again(pictures: Path, dataset: Path) -> None:
-    add_pictures(pictures, [100])
-    path = next(iter(pictures.rglob("*100*.png")))
+def test_an_ingest_that_failed_for_its_refusals_reads_them_again(images: Path, dataset: Path) -> None:
+    add_images(images, [100])
+    path = next(iter(images.rglob("*100*.png")))
     good, stat = path.read_bytes(), path.stat()
     path.write_bytes(bytes(len(good)))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with pytest.raises(UserError, match="1 of 1"):
-        ingest(dataset, config(pictures, max_quarantined=0.5))
+        ingest(dataset, config(images, max_quarantined=0.5))
     path.write_bytes(good)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert ingest(dataset, config(pictures, max_quarantined=0.5)).added == 1
+    assert ingest(dataset, config(images, max_quarantined=0.5)).added == 1
 
 
-def test_a_source_without_a_usable_picture_is_an_error(tmp_path: Path) -> None:
+def test_a_source_without_a_usable_image_is_an_error(tmp_path: Path) -> None:
     root = tmp_path / "empty"
     root.mkdir()
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         ingest(tmp_path / "set", config(root))
     (root / "a.png").write_text("x")
-    with pytest.raises(UserError, match="no usable picture"):
+    with pytest.raises(UserError, match="no usable image"):
         ingest(tmp_path / "set", config(root))
     assert not (tmp_path / "set" / "manifest.json").exists()
 
 
-def test_other_storage_is_refused_unless_the_set_is_to_be_made_anew(pictures: Path, dataset: Path) -> None:
+def test_other_storage_is_refused_unless_the_set_is_to_be_made_anew(images: Path, dataset: Path) -> None:
     first = read_manifest(dataset)
     with pytest.raises(UserError, match=r"ingest.size=8 and this is 9.*--rebuild"):
-        ingest(dataset, config(pictures, size=9))
-    shutil.rmtree(pictures / "odd")
-    made = ingest(dataset, config(pictures, size=9), rebuild="if_different")
+        ingest(dataset, config(images, size=9))
+    shutil.rmtree(images / "odd")
+    made = ingest(dataset, config(images, size=9), rebuild="if_different")
     manifest = read_manifest(dataset)
     assert (made.kept, manifest.size, manifest.parent, manifest.change) == (24, 9, first.digest, "rebuild")
     assert len(list(dataset.glob("shards/*.tar"))) == 1
     before = files_of(dataset)
-    assert not ingest(dataset, config(pictures, size=9), rebuild="if_different").changed
-    assert not ingest(dataset, config(pictures, size=9), rebuild="always").changed
+    assert not ingest(dataset, config(images, size=9), rebuild="if_different").changed
+    assert not ingest(dataset, config(images, size=9), rebuild="always").changed
     assert files_of(dataset) == before
 
 
-def test_the_same_pixels_with_another_caption_are_a_duplicate_with_a_note(pictures: Path, dataset: Path) -> None:
-    shutil.copy(pictures / "odd" / "01.png", pictures / "even" / "x.png")
-    shutil.copy(pictures / "odd" / "01.png", pictures / "odd" / "x.png")
-    ingest(dataset, config(pictures))
+def test_the_same_pixels_with_another_caption_are_a_duplicate_with_a_note(images: Path, dataset: Path) -> None:
+    shutil.copy(images / "odd" / "01.png", images / "even" / "x.png")
+    shutil.copy(images / "odd" / "01.png", images / "odd" / "x.png")
+    ingest(dataset, config(images))
     notes = {row["source"]: row["reason"] for row in records(dataset) if row["outcome"] == "duplicate"}
     assert notes == {"even/x.png": "came again with another label or caption", "odd/x.png": None}
 
 
 def test_a_label_corrected_in_the_source_is_noted_once_and_taken_over_by_a_rebuild(tmp_path: Path) -> None:
-    root, folder = tmp_path / "pictures", tmp_path / "set"
+    root, folder = tmp_path / "images", tmp_path / "set"
     root.mkdir()
     for number in range(10):
         blob(number).save(root / f"{number}.png")
@@ -280,12 +278,12 @@ def test_a_label_corrected_in_the_source_is_noted_once_and_taken_over_by_a_rebui
     assert read_manifest(folder).labels == ["cat", "dog"]
 
 
-def test_duplicates_across_shards_leave_the_first_alone(pictures: Path, tmp_path: Path) -> None:
-    add_pictures(pictures, range(100, 700))
+def test_duplicates_across_shards_leave_the_first_alone(images: Path, tmp_path: Path) -> None:
+    add_images(images, range(100, 700))
     for number in range(0, 48, 2):
-        shutil.copy(pictures / "even" / f"{number:02d}.png", pictures / "odd" / f"zz{number}.png")
+        shutil.copy(images / "even" / f"{number:02d}.png", images / "odd" / f"zz{number}.png")
     folder = tmp_path / "set"
-    result = ingest(folder, config(pictures))
+    result = ingest(folder, config(images))
     assert (result.kept, result.duplicates) == (648, 24)
     names = []
     for part in read_manifest(folder).parts:
@@ -293,7 +291,7 @@ def test_duplicates_across_shards_leave_the_first_alone(pictures: Path, tmp_path
         with tarfile.open(folder / part.shard.name) as tar:
             names += tar.getnames()
     assert len(names) == len(set(names)) == 2 * 648
-    assert len(Dataset.open(folder).pictures(range(648))) == 648
+    assert len(Dataset.open(folder).images(range(648))) == 648
 
 
 def noisy(number: int, strength: float) -> Image.Image:
@@ -302,7 +300,7 @@ def noisy(number: int, strength: float) -> Image.Image:
 
 
 def test_near_copies_share_a_split_and_would_be_bridges_are_quarantined(tmp_path: Path) -> None:
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     root.mkdir()
     folder = tmp_path / "set"
     for number in range(20):
@@ -325,7 +323,7 @@ def test_near_copies_share_a_split_and_would_be_bridges_are_quarantined(tmp_path
 
 
 def test_a_near_copy_of_both_splits_is_quarantined(tmp_path: Path) -> None:
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     root.mkdir()
     folder = tmp_path / "set"
     # Asked for only later, near-copies lie in both splits.
@@ -335,7 +333,7 @@ def test_a_near_copy_of_both_splits_is_quarantined(tmp_path: Path) -> None:
     assert {row["split"] for row in records(folder)} == {"train", "held_out"}
     noisy(5, 13).save(root / "bridge.png")
     result = ingest(folder, config(root, size=24, held_out=0.5, near_duplicates=4, max_quarantined=1))
-    assert [each.reason for each in result.quarantined] == ["a near-copy of pictures in both splits"]
+    assert [each.reason for each in result.quarantined] == ["a near-copy of images in both splits"]
 
 
 def failing_after(count: int, seen: dict[str, int]) -> Callable[..., Iterator[PreparedChunk]]:
@@ -352,86 +350,84 @@ def failing_after(count: int, seen: dict[str, int]) -> Callable[..., Iterator[Pr
     return fan_out
 
 
-def test_finished_chunks_are_taken_up_after_a_failure(pictures: Path, tmp_path: Path) -> None:
-    add_pictures(pictures, range(100, 1800))
+def test_finished_chunks_are_taken_up_after_a_failure(images: Path, tmp_path: Path) -> None:
+    add_images(images, range(100, 1800))
     undisturbed, folder = tmp_path / "a" / "set", tmp_path / "b" / "set"
-    ingest(undisturbed, config(pictures))
+    ingest(undisturbed, config(images))
     before: dict[str, int] = {}
     with pytest.raises(ConnectionError):
-        ingest(folder, config(pictures), fan_out=failing_after(2, before))
+        ingest(folder, config(images), fan_out=failing_after(2, before))
     assert files_of(folder) == {}
     after: dict[str, int] = {}
-    ingest(folder, config(pictures), fan_out=failing_after(99, after))
+    ingest(folder, config(images), fan_out=failing_after(99, after))
     assert len(before) == 3 < len(after)
     assert before.items() <= after.items()
     assert files_of(folder) == files_of(undisturbed)
 
 
-def test_a_damaged_shard_is_named_and_made_again_when_asked(pictures: Path, dataset: Path) -> None:
+def test_a_damaged_shard_is_named_and_made_again_when_asked(images: Path, dataset: Path) -> None:
     before = files_of(dataset)
     shard = next(dataset.glob("shards/*.tar"))
     shard.write_bytes(before[f"shards/{shard.name}"][:1000])
     with pytest.raises(UserError, match=rf"{shard.name} is 1000 bytes long.*data checkout.*--rebuild"):
-        ingest(dataset, config(pictures))
-    assert not ingest(dataset, config(pictures), rebuild="always").changed
+        ingest(dataset, config(images))
+    assert not ingest(dataset, config(images), rebuild="always").changed
     assert files_of(dataset) == before
 
 
-def test_grey_sets_have_one_channel_and_one_colour_picture_makes_it_three(pictures: Path, dataset: Path) -> None:
+def test_grey_sets_have_one_channel_and_one_colour_image_makes_it_three(images: Path, dataset: Path) -> None:
     assert Dataset.open(dataset).shape == (1, 8, 8)
-    blob(77, 12, "RGB").save(pictures / "odd" / "colour.png")
-    ingest(dataset, config(pictures))
+    blob(77, 12, "RGB").save(images / "odd" / "colour.png")
+    ingest(dataset, config(images))
     data = Dataset.open(dataset)
     assert data.shape == (3, 8, 8)
-    assert data.pictures([0]).shape == (1, 3, 8, 8)
+    assert data.images([0]).shape == (1, 3, 8, 8)
 
 
-def test_manifest_statistics_are_those_of_the_training_pictures_over_all_parts(pictures: Path, dataset: Path) -> None:
-    add_pictures(pictures, range(100, 130))
-    ingest(dataset, config(pictures))
+def test_manifest_statistics_are_those_of_the_training_images_over_all_parts(images: Path, dataset: Path) -> None:
+    add_images(images, range(100, 130))
+    ingest(dataset, config(images))
     data = Dataset.open(dataset)
     assert len(data.manifest.parts) == 2
-    x = data.pictures(data.rows("train")).double() / 127.5 - 1
+    x = data.images(data.rows("train")).double() / 127.5 - 1
     assert data.manifest.mean[0] == pytest.approx(x.mean().item())
     assert data.manifest.std[0] == pytest.approx(x.std(correction=0).item())
     assert data.manifest.sigma_data == pytest.approx(data.manifest.std[0])
 
 
 @given(st.binary(min_size=32, max_size=32), st.floats(0.05, 0.95), st.floats(0, 0.5))
-def test_a_picture_never_leaves_the_held_out_split_when_its_share_grows(
-    digest: bytes, share: float, more: float
-) -> None:
+def test_a_image_never_leaves_the_held_out_split_when_its_share_grows(digest: bytes, share: float, more: float) -> None:
     key = digest.hex()
     if split_of(key, share) == "held_out":
         assert split_of(key, share + more) == "held_out"
 
 
 @given(st.integers(1, 3_000_000), st.sampled_from([8, 28, 32, 64, 256, 1024]), st.integers(2**16, 2**30))
-def test_chunks_are_never_larger_than_a_shard_and_small_sets_get_several(pictures: int, size: int, most: int) -> None:
-    count = chunk_size(pictures, IngestConfig(size=size, shard_bytes=most))
+def test_chunks_are_never_larger_than_a_shard_and_small_sets_get_several(images: int, size: int, most: int) -> None:
+    count = chunk_size(images, IngestConfig(size=size, shard_bytes=most))
     assert 1 <= count <= 8192
     assert count == 1 or count * size**2 <= most
-    if pictures > 8 * 512 and most >= 2**26 and size <= 64:
-        assert -(-pictures // count) >= 8
+    if images > 8 * 512 and most >= 2**26 and size <= 64:
+        assert -(-images // count) >= 8
 
 
-def test_ray_without_a_flow_is_refused(pictures: Path, tmp_path: Path) -> None:
+def test_ray_without_a_flow_is_refused(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ray"):
-        ingest(tmp_path / "set", config(pictures, runner="ray"))
+        ingest(tmp_path / "set", config(images, runner="ray"))
 
 
 def test_a_first_ingest_that_fails_leaves_no_data_set(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for number in range(4):
         (tmp_path / "set" / f"{number}.heic").write_bytes(b"ftypheic")
-    with pytest.raises(UserError, match=r"no usable picture .*4 × not a picture in a known format"):
+    with pytest.raises(UserError, match=r"no usable image .*4 × not an image in a known format"):
         ingest(tmp_path / "data" / "photos", config(tmp_path / "set"))
     assert not (tmp_path / "data" / "photos").exists()
 
 
-def test_what_is_passed_over_and_labelled_anew_is_told(pictures: Path, tmp_path: Path) -> None:
-    (pictures / "odd" / "notes.txt").write_text("of a walk")
-    shutil.copy(pictures / "even" / "00.png", pictures / "odd" / "00.png")
-    done = ingest(tmp_path / "data", config(pictures))
+def test_what_is_passed_over_and_labelled_anew_is_told(images: Path, tmp_path: Path) -> None:
+    (images / "odd" / "notes.txt").write_text("of a walk")
+    shutil.copy(images / "even" / "00.png", images / "odd" / "00.png")
+    done = ingest(tmp_path / "data", config(images))
     assert (done.passed_over, done.relabelled, done.duplicates) == ({".txt": 1}, 1, 1)
-    assert ingest(tmp_path / "data", config(pictures)).relabelled == 0
+    assert ingest(tmp_path / "data", config(images)).relabelled == 0

@@ -89,7 +89,7 @@ def test_it_learns_once(tmp_path: Path) -> None:
     assert torch.equal(again(image), first(image))
 
 
-def test_held_out_pictures_teach_it_nothing(tmp_path: Path) -> None:
+def test_held_out_images_teach_it_nothing(tmp_path: Path) -> None:
     _, truth = stripes()
     swapped = {"lying": "standing", "standing": "lying"}
     lied = [swapped[name] if number % 3 == 0 else name for number, name in enumerate(truth)]
@@ -110,7 +110,7 @@ def test_other_labels_or_another_size_make_another_network(tmp_path: Path) -> No
     assert found[0].preprocessing != found[1].preprocessing
 
 
-def test_pictures_without_a_label_are_passed_over(tmp_path: Path) -> None:
+def test_images_without_a_label_are_passed_over(tmp_path: Path) -> None:
     _, truth = stripes()
     some = [name if number % 6 else None for number, name in enumerate(truth)]
     assert load_label_classifier(a_dataset(tmp_path / "set", some), None, tmp_path / "c").held_out == 20

@@ -42,7 +42,7 @@ from tests.diffusion.small_autoencoders import (
     latent,
     mean_square,
 )
-from tests.diffusion.small_datasets import random_pictures, write_dataset
+from tests.diffusion.small_datasets import random_images, write_dataset
 from tests.diffusion.test_train import Stop, StopAt
 
 
@@ -70,13 +70,13 @@ def model(run: Path) -> DiffusionModel:
     return loaded
 
 
-def picture(data: Path) -> torch.Tensor:
-    return Dataset.open(data).pictures([0])[0]
+def image(data: Path) -> torch.Tensor:
+    return Dataset.open(data).images([0])[0]
 
 
-def test_latents_of_training_pictures_have_mean_0_and_deviation_1(data: Path, model: DiffusionModel) -> None:
+def test_latents_of_training_images_have_mean_0_and_deviation_1(data: Path, model: DiffusionModel) -> None:
     dataset = Dataset.open(data)
-    z = model.encoded(to_float(dataset.pictures(dataset.rows("train"))))
+    z = model.encoded(to_float(dataset.images(dataset.rows("train"))))
     assert z.shape[1:] == model.noise_shape == (3, 4, 4)
     spread, mean = torch.std_mean(z.double(), (0, 2, 3), correction=0)
     assert torch.allclose(mean, torch.zeros(3).double(), atol=1e-4)
@@ -87,8 +87,8 @@ def test_latents_of_training_pictures_have_mean_0_and_deviation_1(data: Path, mo
 
 
 def test_its_autoencoder_is_the_one_it_was_given(data: Path, first: Path, model: DiffusionModel) -> None:
-    pictures = Dataset.open(data).pictures(range(20))
-    ours, theirs = (reconstructed(each, pictures, SAMPLING) for each in (model, load_model(first)))
+    images = Dataset.open(data).images(range(20))
+    ours, theirs = (reconstructed(each, images, SAMPLING) for each in (model, load_model(first)))
     # Scaled to deviation 1 on the way and back.
     assert (ours.int() - theirs.int()).abs().max() <= 1
 
@@ -97,7 +97,7 @@ def test_it_denoises_as_well_as_training_said(data: Path, run: Path, model: Diff
     dataset = Dataset.open(data)
     held_out = dataset.rows("held_out")
     with torch.inference_mode():
-        z = model.encoded(to_float(dataset.pictures(held_out)))
+        z = model.encoded(to_float(dataset.images(held_out)))
         # EDM's noise levels and weights for a deviation of 1, whose loss is 1 for a network that answers 0.
         levels = torch.special.ndtri((torch.arange(len(z)).double() + 0.5) / len(z))
         sigma = (-1.2 + 1.2 * levels).exp()
@@ -154,7 +154,7 @@ def test_the_key_of_a_training_without_one_stays_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "ddpm", "heun"])
-def test_a_picture_has_the_same_bits_whatever_is_drawn_beside_it(model: DiffusionModel, sampler: str) -> None:
+def test_a_image_has_the_same_bits_whatever_is_drawn_beside_it(model: DiffusionModel, sampler: str) -> None:
     config = STEPPED.with_sampler(sampler)
     many = sample(model, range(40), 5, config)
     assert many.shape == (40, 3, SIZE, SIZE)
@@ -162,7 +162,7 @@ def test_a_picture_has_the_same_bits_whatever_is_drawn_beside_it(model: Diffusio
     assert not torch.equal(many[0], many[1])
 
 
-def test_a_way_between_two_seeds_begins_and_ends_with_their_pictures(model: DiffusionModel) -> None:
+def test_a_way_between_two_seeds_begins_and_ends_with_their_images(model: DiffusionModel) -> None:
     way = interpolate(model, 1, 2, 3, STEPPED)
     for place, seed in ((0, 1), (-1, 2)):
         assert (way[place].int() - sample(model, [0], seed, STEPPED)[0].int()).abs().max() <= 2
@@ -179,7 +179,7 @@ def test_a_latent_is_kept_only_if_all_its_pixels_are(seed: int, factor: int) -> 
 def test_what_an_edit_keeps_is_kept_to_the_bit_also_where_latents_are_cut(
     data: Path, model: DiffusionModel, times: int
 ) -> None:
-    real = picture(data)
+    real = image(data)
     kept = torch.zeros(SIZE, SIZE, dtype=torch.bool)
     kept[1:, :7] = True
     drawn = sample(model, range(3), 0, STEPPED, edit=Edit(real, kept, resample_steps=times, stretch=1))
@@ -190,7 +190,7 @@ def test_what_an_edit_keeps_is_kept_to_the_bit_also_where_latents_are_cut(
 def test_the_weaker_the_change_the_more_is_left_of_what_the_autoencoder_makes_of_it(
     data: Path, model: DiffusionModel
 ) -> None:
-    real, config = picture(data), STEPPED.model_copy(update={"steps": 20})
+    real, config = image(data), STEPPED.model_copy(update={"steps": 20})
     back = reconstructed(model, real[None], SAMPLING)[0]
     strengths = (0.05, 0.4, 0.95)
     weak, middle, strong = (
@@ -221,8 +221,8 @@ def test_averages_made_after_the_end_are_whole(data: Path, first: Path, tmp_path
     assert sample(load_model(made), [0], 0, STEPPED).shape == (1, 3, SIZE, SIZE)
 
 
-def test_the_process_is_drawn_as_pictures(data: Path, model: DiffusionModel, tmp_path: Path) -> None:
-    paths = explain(model, picture(data), tmp_path)
+def test_the_process_is_drawn_as_images(data: Path, model: DiffusionModel, tmp_path: Path) -> None:
+    paths = explain(model, image(data), tmp_path)
     assert [path.name for path in paths] == ["forward.png", "training_step.png", "reverse.png"]
     assert all(Image.open(path).width == 1920 for path in paths)
 
@@ -235,9 +235,7 @@ def test_a_dry_run_counts_the_work_of_the_encoder(data: Path, first: Path) -> No
     assert on_latents < about.flops < count_flops(shape, (3, SIZE, SIZE), 0)
 
 
-def test_estimates_are_not_clipped_to_the_range_of_pictures_with_or_without_guidance(
-    tmp_path: Path, first: Path
-) -> None:
+def test_estimates_are_not_clipped_to_the_range_of_images_with_or_without_guidance(tmp_path: Path, first: Path) -> None:
     shown = np.stack([np.full((3, SIZE, SIZE), 40 + 5 * number, np.uint8) for number in range(40)])
     labels = ["dark" if number < 20 else "light" for number in range(40)]
     write_dataset(tmp_path / "shades", shown, per_shard=20, labels=labels)
@@ -255,7 +253,7 @@ def test_estimates_are_not_clipped_to_the_range_of_pictures_with_or_without_guid
         assert torch.equal(drawn, to_uint8(model.decoded(expected)))
 
 
-def test_what_is_no_autoencoder_or_one_of_other_pictures_is_refused(
+def test_what_is_no_autoencoder_or_one_of_other_images_is_refused(
     data: Path, first: Path, run: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"is a model of the family ddpm, and no autoencoder"):
@@ -264,15 +262,15 @@ def test_what_is_no_autoencoder_or_one_of_other_pictures_is_refused(
         latent(data, tmp_path / "run", denoiser(tmp_path / "gone.safetensors"))
     with pytest.raises(UserError, match=r"names a registered model, which is not fetched here"):
         latent(data, tmp_path / "run", denoiser("models:/blobs-vae@champion"))
-    write_dataset(tmp_path / "grey", random_pictures(20, 1, SIZE), per_shard=20)
-    with pytest.raises(UserError, match=r"trained on pictures of 3 channels and data set grey has 1"):
+    write_dataset(tmp_path / "grey", random_images(20, 1, SIZE), per_shard=20)
+    with pytest.raises(UserError, match=r"trained on images of 3 channels and data set grey has 1"):
         latent(tmp_path / "grey", tmp_path / "run", denoiser(first))
-    write_dataset(tmp_path / "odd", random_pictures(20, 3, 18), per_shard=20)
-    with pytest.raises(UserError, match=r"4×4 pixels, and 4 does not divide the pictures' 18"):
+    write_dataset(tmp_path / "odd", random_images(20, 3, 18), per_shard=20)
+    with pytest.raises(UserError, match=r"4×4 pixels, and 4 does not divide the images' 18"):
         latent(tmp_path / "odd", tmp_path / "run", denoiser(first))
     with pytest.raises(ValueError, match="likelihood of 8-bit pixels"):
         denoiser(first, learned_variance=True)
-    with pytest.raises(ValueError, match=r"model\.low_resolution shows the network small pictures"):
+    with pytest.raises(ValueError, match=r"model\.low_resolution shows the network small images"):
         denoiser(first, low_resolution=8)
 
 
@@ -294,8 +292,8 @@ def test_headers_say_what_the_network_works_on(run: Path) -> None:
 
 def test_a_mask_that_keeps_no_latent_whole_is_refused(run: Path) -> None:
     model = load_model(run / "final.safetensors")
-    picture = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
+    image = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
     striped = torch.ones(SIZE, SIZE, dtype=torch.bool)
     striped[::2] = False
     with pytest.raises(UserError, match="nothing of the image would be seen"):
-        sample(model, [0], 0, STEPPED, edit=Edit(picture, striped))
+        sample(model, [0], 0, STEPPED, edit=Edit(image, striped))

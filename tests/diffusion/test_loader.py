@@ -17,7 +17,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.loader import Batch, Loader, Order, TrainingOrder, WindowedOrder
 from diffusion.data.manifest import FileEntry
 from diffusion.data.shards import LocalShards, Span
-from tests.diffusion.small_datasets import random_pictures, write_dataset
+from tests.diffusion.small_datasets import random_images, write_dataset
 
 COUNT = 90
 BATCH = 12
@@ -25,8 +25,8 @@ BATCH = 12
 
 @pytest.fixture
 def data(tmp_path: Path) -> Iterator[Dataset]:
-    """90 random pictures in 9 shards, none held out."""
-    write_dataset(tmp_path / "set", random_pictures(COUNT), per_shard=10, held_out_every=0)
+    """90 random images in 9 shards, none held out."""
+    write_dataset(tmp_path / "set", random_images(COUNT), per_shard=10, held_out_every=0)
     with closing(Dataset.open(tmp_path / "set")) as found:
         yield found
 
@@ -42,10 +42,10 @@ def batches(data: Dataset, positions: Sequence[int], window: int | None = None, 
         return [loader.batch(at) for at in positions]
 
 
-def flipped(pictures: Tensor, indices: Sequence[int], seed: int) -> Tensor:
-    """Picture by picture, what a loader with ``flip_seed`` is to give."""
+def flipped(images: Tensor, indices: Sequence[int], seed: int) -> Tensor:
+    """Image by image, what a loader with ``flip_seed`` is to give."""
     mirrored = [generator(seed, "flip", index).random() < 0.5 for index in indices]
-    return torch.stack([each.flip(-1) if flip else each for each, flip in zip(pictures, mirrored, strict=True)])
+    return torch.stack([each.flip(-1) if flip else each for each, flip in zip(images, mirrored, strict=True)])
 
 
 @pytest.mark.parametrize("window", [None, 2])
@@ -58,7 +58,7 @@ def test_batches_are_those_of_the_order_whatever_makes_them_ready(
         rows = order_of(data, window).rows(position, BATCH)
         assert batch.indices == range(position, position + BATCH)
         np.testing.assert_array_equal(batch.rows, rows)
-        assert torch.equal(batch.pictures, flipped(data.pictures(rows), batch.indices, seed=5))
+        assert torch.equal(batch.images, flipped(data.images(rows), batch.indices, seed=5))
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -71,7 +71,7 @@ def test_ranks_get_equal_shares_that_make_up_the_batch_of_one(data: Dataset, win
         assert {len(part.indices) for part in parts} == {BATCH // ranks}
         assert [index for part in parts for index in part.indices] == list(batch.indices)
         np.testing.assert_array_equal(np.concatenate([part.rows for part in parts]), batch.rows)
-        assert torch.equal(torch.cat([part.pictures for part in parts]), batch.pictures)
+        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused(data: Dataset) -> None:
@@ -84,13 +84,13 @@ def test_one_may_begin_and_jump_anywhere(data: Dataset) -> None:
     alone = [batches(data, [at])[0] for at in positions]
     for jumped, fresh in zip(batches(data, positions), alone, strict=True):
         np.testing.assert_array_equal(jumped.rows, fresh.rows)
-        assert torch.equal(jumped.pictures, fresh.pictures)
+        assert torch.equal(jumped.images, fresh.images)
 
 
-def test_without_a_flip_seed_no_picture_is_mirrored(data: Dataset) -> None:
+def test_without_a_flip_seed_no_image_is_mirrored(data: Dataset) -> None:
     with Loader(data, range(COUNT), order_of(data), BATCH) as loader:
         batch = loader.batch(0)
-    assert torch.equal(batch.pictures, data.pictures(batch.rows))
+    assert torch.equal(batch.images, data.images(batch.rows))
 
 
 class Spy(LocalShards):
@@ -114,7 +114,7 @@ class Spy(LocalShards):
 
 @pytest.fixture
 def spied(data: Dataset) -> Iterator[tuple[Dataset, Spy]]:
-    """The same pictures, never remembered."""
+    """The same images, never remembered."""
     spy = Spy(data.folder)
     with closing(Dataset.open(data.folder, spy, cache_bytes=0)) as found:
         yield found, spy

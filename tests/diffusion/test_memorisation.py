@@ -17,7 +17,7 @@ from diffusion.evaluation.metrics.copies import (
 )
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
 from tests.diffusion.degraded import averaged, blurred, compressed, shifted, with_copies, with_noise
-from tests.diffusion.real_pictures import digits
+from tests.diffusion.real_images import digits
 
 TRAINING, HELD_OUT, DRAWN = 2000, 800, 800
 PLANTED = 40
@@ -49,7 +49,7 @@ def judged(drawn: Tensor) -> Memorization:
     return detect_memorization(in_pixels(drawn), of_held_out())
 
 
-def test_pictures_that_were_never_seen_are_copies_no_more_often_than_is_said() -> None:
+def test_images_that_were_never_seen_are_copies_no_more_often_than_is_said() -> None:
     found = judged(scans()[2])
     assert found.expected == pytest.approx(0.01, abs=1e-4)
     assert found.share_low < found.expected < found.share_high
@@ -95,7 +95,7 @@ def test_the_share_grows_with_the_copies() -> None:
         pytest.param(lambda: with_noise(scans()[2], 0.2), id="noisy"),
     ],
 )
-def test_bad_pictures_are_no_copies(images: Callable[[], Tensor]) -> None:
+def test_bad_images_are_no_copies(images: Callable[[], Tensor]) -> None:
     assert judged(images()).share < 0.015
 
 
@@ -138,7 +138,7 @@ def test_the_threshold_is_exact_in_any_space() -> None:
     assert shares == pytest.approx(0.01, abs=0.0035)  # four errors: each share has a deviation of 1.4 %
 
 
-def test_nothing_is_nearer_than_real_pictures_that_repeat_those_of_training() -> None:
+def test_nothing_is_nearer_than_real_images_that_repeat_those_of_training() -> None:
     points = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     same = {"x": find_nearest(points, [points])}
     found = detect_memorization(same, same)

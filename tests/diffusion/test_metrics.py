@@ -84,15 +84,15 @@ class FeaturesOfOurs(torch_fidelity.FeatureExtractorBase):
         return torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
 
 
-class Pictures(torch.utils.data.Dataset[Tensor]):
+class Images(torch.utils.data.Dataset[Tensor]):
     def __init__(self, images: Tensor) -> None:
-        self.pictures = images.repeat(1, 3, 1, 1)
+        self.images = images.repeat(1, 3, 1, 1)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.pictures[index]
+        return self.images[index]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -100,8 +100,8 @@ def test_scores_equal_those_of_torch_fidelity_from_end_to_end(digits: Tensor, ex
     torch_fidelity.register_feature_extractor("ours", FeaturesOfOurs)
     judged, real = gaussian_blur(digits[:200], [5, 5], [0.7]), digits[200:400]
     theirs = torch_fidelity.calculate_metrics(
-        input1=Pictures(judged),
-        input2=Pictures(real),
+        input1=Images(judged),
+        input2=Images(real),
         feature_extractor="ours",
         fid=True,
         kid=True,
@@ -168,7 +168,7 @@ def test_values_with_errors_are_those_of_the_scores() -> None:
     assert {figure: each.whole for figure, each in found.items()} == {figure: scores.of(figure) for figure in found}
 
 
-def test_the_error_of_kid_is_the_jackknife_s_which_leaves_out_each_picture_in_turn() -> None:
+def test_the_error_of_kid_is_the_jackknife_s_which_leaves_out_each_image_in_turn() -> None:
     samples, reference = gaussian(14, 5, seed=1, shift=0.3), gaussian(11, 5, seed=2)
     rows = [[each for each in range(count) if each != gone] for count in (14, 11) for gone in range(count)]
     without = (
@@ -242,7 +242,7 @@ def test_the_frechet_distance_equals_torch_fidelity_s(count: int) -> None:
     assert compute_scores(samples, reference, "x").fd == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_distance_of_endlessly_many_pictures_is_that_of_the_gaussian_they_come_from() -> None:
+def test_the_distance_of_endlessly_many_images_is_that_of_the_gaussian_they_come_from() -> None:
     """To the Gaussian fitted to the reference, in closed form; a finite number of images is biased far from it."""
     spread = torch.linspace(0.5, 2, 16)
     reference = compute_moments(1.2 * gaussian(400, 16, seed=1))
@@ -261,7 +261,7 @@ def test_the_distance_of_endlessly_many_pictures_is_that_of_the_gaussian_they_co
     assert measured[:, 1].std() < 1.2 * measured[:, 0].std()
 
 
-def test_where_pictures_are_fewer_than_four_for_each_feature_no_endless_number_is_spoken_for() -> None:
+def test_where_images_are_fewer_than_four_for_each_feature_no_endless_number_is_spoken_for() -> None:
     reference = gaussian(50, 8, seed=1)
     assert compute_scores(gaussian(31, 8, seed=0), reference, "x").fd_infinity is None
     enough = compute_scores(gaussian(32, 8, seed=0), reference, "x")
@@ -300,7 +300,7 @@ def test_judging_leaves_the_global_random_state_alone_and_repeats_itself() -> No
     assert torch.equal(before[1], torch.get_rng_state())
 
 
-def test_real_pictures_against_real_ones_score_nearly_perfectly(floor: Scores) -> None:
+def test_real_images_against_real_ones_score_nearly_perfectly(floor: Scores) -> None:
     assert abs(floor.kid) < 3 * floor.kid_se
     assert floor.precision > 0.75
     assert floor.recall > 0.75

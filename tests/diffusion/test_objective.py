@@ -23,7 +23,7 @@ schedules = st.sampled_from([linear_schedule(1000), cosine_schedule(1000), sigmo
 sigmas = st.floats(0.002, 80)
 
 
-def pictures(seed: int, count: int = 2) -> Tensor:
+def images(seed: int, count: int = 2) -> Tensor:
     return torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -32,8 +32,8 @@ def level(sigma: float, count: int = 2) -> Tensor:
 
 
 @given(predictions, sigmas)
-def test_a_perfect_prediction_gives_back_the_picture(prediction: Prediction, sigma: float) -> None:
-    x0, noise, ours = pictures(0), pictures(1), Parametrization(prediction, SIGMA_DATA)
+def test_a_perfect_prediction_gives_back_the_image(prediction: Prediction, sigma: float) -> None:
+    x0, noise, ours = images(0), images(1), Parametrization(prediction, SIGMA_DATA)
     recovered = ours.to_x0(ours.target(x0, noise, level(sigma)), x0 + sigma * noise, level(sigma))
     # Of x_0 + σ ε float32 keeps seven digits.
     torch.testing.assert_close(recovered, x0, atol=2e-6 * (1 + sigma), rtol=0)
@@ -41,7 +41,7 @@ def test_a_perfect_prediction_gives_back_the_picture(prediction: Prediction, sig
 
 @given(st.sampled_from(["epsilon", "v_prediction", "sample"]), st.integers(0, 999))
 def test_what_is_predicted_and_from_what_is_as_in_diffusers(prediction: Prediction, t: int) -> None:
-    schedule, x0, noise, at = cosine_schedule(1000), pictures(0), pictures(1), torch.tensor([t, t])
+    schedule, x0, noise, at = cosine_schedule(1000), images(0), images(1), torch.tensor([t, t])
     theirs = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2")
     ours, sigma = Parametrization(prediction), schedule.sigma(at)
     expected = {"epsilon": noise, "sample": x0, "v_prediction": theirs.get_velocity(x0, noise, at)}[prediction]
@@ -53,7 +53,7 @@ def test_what_is_predicted_and_from_what_is_as_in_diffusers(prediction: Predicti
 @given(sigmas)
 def test_edms_preconditioning_is_that_of_diffusers(sigma: float) -> None:
     theirs, ours = EDMEulerScheduler(sigma_data=SIGMA_DATA), Parametrization("edm", SIGMA_DATA)
-    x0, noise, output = pictures(0), pictures(1), pictures(2)
+    x0, noise, output = images(0), images(1), images(2)
     x = x0 + sigma * noise
     torch.testing.assert_close(
         ours.noisy(x0, noise, level(sigma)), theirs.precondition_inputs(x, torch.tensor(sigma)), atol=1e-5, rtol=1e-5
@@ -75,7 +75,7 @@ def test_edms_time_is_its_c_noise_in_another_unit() -> None:
 def network_wrong_by(
     error: float, prediction: Prediction, schedule: NoiseSchedule, x0: Tensor
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A network whose answers stand for the picture ``x0 + error``, by the definitions in the papers."""
+    """A network whose answers stand for the image ``x0 + error``, by the definitions in the papers."""
 
     def answer(seen: Tensor, time: Tensor) -> Tensor:
         sigma = schedule.sigmas[time.long()][:, None, None, None]
@@ -104,7 +104,7 @@ def as_tabled(weighting: str, prediction: Prediction, snr: float, gamma: float) 
 
 
 @given(predictions, weightings, schedules, st.integers(0, 998), st.floats(0.5, 20))
-def test_an_error_of_the_picture_weighs_what_the_papers_say(
+def test_an_error_of_the_image_weighs_what_the_papers_say(
     prediction: Prediction, weighting: str, schedule: NoiseSchedule, t: int, gamma: float
 ) -> None:
     config = TrainingConfig.model_validate(
@@ -112,7 +112,7 @@ def test_an_error_of_the_picture_weighs_what_the_papers_say(
     )
     parametrization = Parametrization(prediction, SIGMA_DATA)
     objective = Objective(schedule, parametrization, make_weight(config, parametrization))
-    x0, noise = pictures(0), pictures(1)
+    x0, noise = images(0), images(1)
     loss = objective.loss(network_wrong_by(0.5, prediction, schedule, x0), x0, torch.tensor([t, t]), noise)
     expected = 0.25 * as_tabled(weighting, prediction, schedule.snr[t].item(), gamma)
     # At the noisiest levels float32 can hardly show an error of x_0 in what is predicted.
@@ -120,8 +120,8 @@ def test_an_error_of_the_picture_weighs_what_the_papers_say(
 
 
 @given(weightings.filter(lambda weighting: weighting != "plain"), st.integers(0, 990))
-def test_a_weighting_weighs_an_error_of_the_picture_the_same_whatever_is_predicted(weighting: str, t: int) -> None:
-    schedule, x0, noise = cosine_schedule(1000), pictures(0), pictures(1)
+def test_a_weighting_weighs_an_error_of_the_image_the_same_whatever_is_predicted(weighting: str, t: int) -> None:
+    schedule, x0, noise = cosine_schedule(1000), images(0), images(1)
     losses = []
     for prediction in PREDICTIONS:
         model = ModelConfig(prediction=prediction, schedule="cosine")
@@ -133,9 +133,9 @@ def test_a_weighting_weighs_an_error_of_the_picture_the_same_whatever_is_predict
         torch.testing.assert_close(loss, losses[0], rtol=5e-3, atol=1e-9)
 
 
-def test_each_picture_has_its_own_step_and_its_own_loss() -> None:
+def test_each_image_has_its_own_step_and_its_own_loss() -> None:
     objective = make_objective(ModelConfig(), TrainingConfig(images=1, weighting="min_snr"), SIGMA_DATA)
-    x0, noise, t = pictures(0, 3), pictures(1, 3), torch.tensor([10, 500, 900])
+    x0, noise, t = images(0, 3), images(1, 3), torch.tensor([10, 500, 900])
 
     def network(x: Tensor, time: Tensor) -> Tensor:
         return x * time[:, None, None, None] / 1000
@@ -149,7 +149,7 @@ def test_each_picture_has_its_own_step_and_its_own_loss() -> None:
 def test_noising_and_loss_are_float32_under_autocast(prediction: Prediction) -> None:
     parametrization = Parametrization(prediction, SIGMA_DATA)
     objective = Objective(cosine_schedule(1000), parametrization, plain(parametrization))
-    x0, noise, t = pictures(0), pictures(1), torch.tensor([3, 700])
+    x0, noise, t = images(0), images(1), torch.tensor([3, 700])
     seen: list[Tensor] = []
 
     def network(x: Tensor, time: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def test_noising_and_loss_are_float32_under_autocast(prediction: Prediction) -> 
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_around_something_known_the_rest_is_learnt_as_a_picture_of_its_own(prediction: Prediction) -> None:
+def test_around_something_known_the_rest_is_learnt_as_a_image_of_its_own(prediction: Prediction) -> None:
     objective = Objective(edm_schedule(1000), Parametrization(prediction, 0.2), edm(0.2))
     generator = torch.Generator().manual_seed(0)
     x0, around, noise = (torch.randn(4, 1, 8, 8, generator=generator) for _ in range(3))

@@ -32,7 +32,7 @@ def test_steps_in_lanes_equal_plain_adamw_on_the_whole_batch(dataset: Path, part
             batch = plain.loader.batch(images)
             indices = range(images, images + 16)
             conditioning = plain.setup.training_conditioning(batch)
-            noised = plain.objective.make_batch(to_float(batch.pictures), indices, conditioning)
+            noised = plain.objective.make_batch(to_float(batch.images), indices, conditioning)
             loss = plain.objective.losses(network, noised).mean()
             reference.param_groups[0]["lr"] = scheduled_learning_rate(config, images, 640)
             reference.zero_grad()

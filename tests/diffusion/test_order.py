@@ -82,7 +82,7 @@ def test_samples_and_shards_come_in_another_order_each_epoch_and_by_seed_and_lay
     assert starts == {0, 1, 2, 4, 5}
 
 
-def test_in_windows_pictures_of_several_shards_are_mixed() -> None:
+def test_in_windows_images_of_several_shards_are_mixed() -> None:
     shards = LAYOUT[windowed(5).rows(0, 28)]
     assert np.count_nonzero(np.diff(shards)) > 10
 

@@ -20,7 +20,7 @@ from diffusion.evaluation.metrics.distances import Scores, compute_scores
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
 from diffusion.evaluation.metrics.per_class import Labelled, PerClass, evaluate_classes, fit_discriminant
 from tests.diffusion.degraded import blurred, compressed, with_copies, with_noise, without_classes
-from tests.diffusion.real_pictures import FASHION, clothes
+from tests.diffusion.real_images import FASHION, clothes
 
 pytestmark = pytest.mark.skipif(
     not FASHION.is_dir(), reason="Fashion-MNIST is not installed: apt-get install dataset-fashion-mnist"
@@ -74,7 +74,7 @@ def grows(values: Sequence[float], by: float = 0.0) -> bool:
         pytest.param(compressed, [80, 20, 3], id="JPEG artefacts"),
     ],
 )
-def test_the_distances_grow_with_what_makes_pictures_ugly(
+def test_the_distances_grow_with_what_makes_images_ugly(
     spoil: Callable[[Tensor, float], Tensor], doses: list[float]
 ) -> None:
     found = [floor(), *(scores(spoil(drawn(), dose)) for dose in doses)]
@@ -131,7 +131,7 @@ def judged_for_copies(judged: Tensor) -> Memorization:
     return detect_memorization(found(judged), found(sets()["held_out"][0]))
 
 
-def test_copies_of_training_pictures_are_counted_and_no_distance_sees_them() -> None:
+def test_copies_of_training_images_are_counted_and_no_distance_sees_them() -> None:
     training = sets()["training"][0]
     several = [with_copies(drawn(), training[:count]) for count in (0, 15, 60, 240)]
     found = [judged_for_copies(each) for each in several]

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 DARKROOM = "import sys; sys.argv[0] = 'darkroom'; from flows.cli import main; main()"
 PARAMS = {
-    "ingest": {"source": "pictures", "size": 32, "workers": 2, "runner": "processes"},
+    "ingest": {"source": "images", "size": 32, "workers": 2, "runner": "processes"},
     "model": {"width": 16, "channel_mult": [1], "blocks": 1, "attention": [], "patch": 1},
     "training": {"dataset": "set", "images": 10_000_000, "batch_size": 16, "warmup_images": 32},
 }
@@ -38,11 +38,11 @@ def wait_for(count: int, mark: dict[str, str], process: subprocess.Popen[bytes],
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A working folder with a configuration, and pictures for a few seconds of work."""
+    """A working folder with a configuration, and images for a few seconds of work."""
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(PARAMS))
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for number in range(600):
-        blob(number, 120, "RGB").save(tmp_path / "pictures" / f"{number:04d}.png", compress_level=1)
+        blob(number, 120, "RGB").save(tmp_path / "images" / f"{number:04d}.png", compress_level=1)
     return tmp_path
 
 

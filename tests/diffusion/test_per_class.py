@@ -44,7 +44,7 @@ def test_the_reader_is_scikit_learns_discriminant_analysis(piece: int) -> None:
     np.testing.assert_allclose(scores - scores[:, :1], expected - expected[:, :1], atol=1e-8)
 
 
-def test_pictures_of_no_class_teach_nothing_and_a_class_without_pictures_is_never_answered() -> None:
+def test_images_of_no_class_teach_nothing_and_a_class_without_images_is_never_answered() -> None:
     given = features(50, 0)
     strangers = torch.randn(40, WIDTH) * 100
     labels = torch.cat([given.labels, torch.full((40,), 4)])
@@ -54,7 +54,7 @@ def test_pictures_of_no_class_teach_nothing_and_a_class_without_pictures_is_neve
     assert not (reader(strangers) == 3).any()
 
 
-def test_of_one_picture_of_each_class_the_nearest_is_the_answer() -> None:
+def test_of_one_image_of_each_class_the_nearest_is_the_answer() -> None:
     known = features(1, 0)
     reader = fit_discriminant([(known.features, known.labels)], len(NAMES))
     assert torch.equal(reader(known.features + 0.01), known.labels)
@@ -90,7 +90,7 @@ def test_the_spoiled_class_is_the_worst_and_it_is_said_what_it_is_taken_for() ->
         assert found.agreement == pytest.approx(2 / 3, abs=0.1)
 
 
-def test_real_pictures_are_recognised_as_often_as_real_ones() -> None:
+def test_real_images_are_recognised_as_often_as_real_ones() -> None:
     found = judged(features(60, 0))
     assert found.agreement == pytest.approx(found.agreement_real, abs=0.06)
     for each in found.classes:
@@ -98,7 +98,7 @@ def test_real_pictures_are_recognised_as_often_as_real_ones() -> None:
         assert each.agreement_low <= each.agreement_real <= each.agreement_high
 
 
-def test_classes_with_too_few_pictures_are_named_as_not_judged() -> None:
+def test_classes_with_too_few_images_are_named_as_not_judged() -> None:
     drawn, real = features(60, 0), features(60, 1)
     kept = (drawn.labels != 1) | (torch.arange(180) < 60 + 19)
     found = judged(Labelled(drawn.features[kept], drawn.labels[kept]), real)
@@ -106,7 +106,7 @@ def test_classes_with_too_few_pictures_are_named_as_not_judged() -> None:
     assert [(each.name, each.samples, each.reference) for each in found.skipped] == [("coats", 19, 60)]
 
 
-def test_pictures_of_any_class_belong_to_none() -> None:
+def test_images_of_any_class_belong_to_none() -> None:
     drawn = features(60, 0)
     nothing: Tensor = torch.full_like(drawn.labels, 3)
     found = judged(Labelled(drawn.features, nothing))

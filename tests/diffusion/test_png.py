@@ -1,4 +1,4 @@
-"""PNGs of stored pictures: written once, read by everybody, decoded many at a time."""
+"""PNGs of stored images: written once, read by everybody, decoded many at a time."""
 
 import io
 import struct
@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 
 from diffusion.data.png import decode_many, encode
-from tests.diffusion.picture_files import noise, png_file, png_of_chunks, saved
+from tests.diffusion.image_files import noise, png_file, png_of_chunks, saved
 
 SIDES = st.integers(1, 9)
 PIXELS = st.one_of(
@@ -40,7 +40,7 @@ def planes(pixels: np.ndarray) -> np.ndarray:
 
 @given(PIXELS)
 @settings(deadline=None)
-def test_every_picture_comes_back_as_it_was(pixels: np.ndarray) -> None:
+def test_every_image_comes_back_as_it_was(pixels: np.ndarray) -> None:
     np.testing.assert_array_equal(decode_many([encode(pixels)], planes(pixels).shape)[0], planes(pixels))
 
 
@@ -56,7 +56,7 @@ def test_pillow_torchvision_and_webdataset_read_what_we_write(pixels: np.ndarray
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_rows_are_filtered_each_in_its_own_way_so_that_smooth_pictures_become_small(mode: str) -> None:
+def test_rows_are_filtered_each_in_its_own_way_so_that_smooth_images_become_small(mode: str) -> None:
     pixels = smooth(32, mode)
     png = encode(pixels)
     rows = zlib.decompress(png[41:-16])
@@ -123,7 +123,7 @@ def test_another_shape_is_an_error_that_names_both() -> None:
         decode_many([encode(smooth(16, "RGB"))], (1, 16, 16))
 
 
-def test_damage_is_an_error_wherever_it_is_and_never_another_picture() -> None:
+def test_damage_is_an_error_wherever_it_is_and_never_another_image() -> None:
     pixels = smooth(16, "L")
     png = encode(pixels)
     with pytest.raises(ValueError, match="not a PNG"):
@@ -140,7 +140,7 @@ def test_damage_is_an_error_wherever_it_is_and_never_another_picture() -> None:
 
 @given(st.binary(max_size=200))
 @settings(deadline=None)
-def test_any_bytes_are_a_picture_or_a_value_error(data: bytes) -> None:
+def test_any_bytes_are_a_image_or_a_value_error(data: bytes) -> None:
     head = struct.pack(">IIBBBBB", 4, 4, 8, 0, 0, 0, 0)
     for png in (
         data,

@@ -53,5 +53,5 @@ def test_a_program_that_syncs_nothing_loses_names_and_tears_files(tmp_path: Path
     "the bytes of an undisturbed one",
 )
 def test_an_ingest_whose_power_is_cut_ends_in_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
-    """Power cut while `ingest` adds pictures: whatever was not synced is lost, no file is torn, the same end."""
+    """Power cut while `ingest` adds images: whatever was not synced is lost, no file is torn, the same end."""
     assert adding_drill(tmp_path).run(tmp_path, cuts=3, seed=7) == 16

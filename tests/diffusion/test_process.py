@@ -61,7 +61,7 @@ def test_sigma_and_snr_are_two_views_of_the_same_levels(schedule: NoiseSchedule)
 
 
 @given(schedules, st.data())
-def test_shares_of_picture_and_noise_keep_float32_precision_at_every_step(
+def test_shares_of_image_and_noise_keep_float32_precision_at_every_step(
     schedule: NoiseSchedule, data: st.DataObject
 ) -> None:
     t = data.draw(st.integers(0, schedule.steps - 1))
@@ -71,7 +71,7 @@ def test_shares_of_picture_and_noise_keep_float32_precision_at_every_step(
     assert schedule.q_sample(zero, at, one).item() == pytest.approx(math.sqrt(1 - alpha_bar), rel=1e-6)
 
 
-def test_each_picture_is_noised_at_its_own_step() -> None:
+def test_each_image_is_noised_at_its_own_step() -> None:
     schedule = cosine_schedule(1000)
     x0, noise, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([0, 500, 999])
     one_by_one = [schedule.q_sample(x0[i : i + 1], t[i : i + 1], noise[i : i + 1]) for i in range(3)]

@@ -17,7 +17,7 @@ from diffusion.evaluation import real_images
 from diffusion.evaluation.metrics import distances
 from diffusion.evaluation.metrics.distances import Reference
 from diffusion.evaluation.real_images import StatisticsKey, cached_features, cached_reference, features_key
-from tests.diffusion.small_datasets import random_pictures, write_dataset
+from tests.diffusion.small_datasets import random_images, write_dataset
 
 ROWS = np.arange(30)
 
@@ -40,7 +40,7 @@ class Pixels:
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
-    write_dataset(tmp_path / "set", random_pictures(40, size=8), per_shard=20)
+    write_dataset(tmp_path / "set", random_images(40, size=8), per_shard=20)
     return Dataset.open(tmp_path / "set")
 
 
@@ -57,7 +57,7 @@ def same(first: Reference, second: Reference) -> bool:
 
 
 def pixels_of(dataset: Dataset, rows: np.ndarray = ROWS, factor: float = 1.0) -> Reference:
-    return Reference.of(dataset.pictures(rows).flatten(1).float() * factor)
+    return Reference.of(dataset.images(rows).flatten(1).float() * factor)
 
 
 def test_what_is_kept_is_bit_for_bit_what_would_be_computed(dataset: Dataset, cache: Path) -> None:
@@ -95,7 +95,7 @@ def test_other_rows_or_another_extractor_have_another_reference(
 
 def test_another_data_set_has_another_reference(dataset: Dataset, cache: Path, tmp_path: Path) -> None:
     cached_reference(cache, dataset, ROWS, Pixels())
-    write_dataset(tmp_path / "other", random_pictures(40, size=8, seed=1), per_shard=20)
+    write_dataset(tmp_path / "other", random_images(40, size=8, seed=1), per_shard=20)
     other = Dataset.open(tmp_path / "other")
     assert same(cached_reference(cache, other, ROWS, Pixels()), pixels_of(other))
 

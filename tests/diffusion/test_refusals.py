@@ -10,10 +10,10 @@ from torch import Tensor
 from diffusion.evaluation.comparison import ChampionComparison, compare_with_champion
 from diffusion.evaluation.gate import GateConfig, Verdict
 from tests.diffusion.degraded import blurred, compressed, with_copies, with_noise, without_classes
-from tests.diffusion.real_pictures import pictures
+from tests.diffusion.real_images import images
 from tests.diffusion.small_datasets import write_dataset
 from tests.diffusion.small_models import write_model
-from tests.diffusion.trials import CONFIG, SAMPLING, Watcher, let_draw, training_pictures
+from tests.diffusion.trials import CONFIG, SAMPLING, Watcher, let_draw, training_images
 
 COUNT = 160
 """Images that a model draws."""
@@ -54,7 +54,7 @@ class House:
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> House:
-    shown, classes = pictures(4000)
+    shown, classes = images(4000)
     folder = tmp_path_factory.mktemp("house")
     write_dataset(folder / "data" / "real", shown[:SET].numpy(), per_shard=SET, held_out_every=3)
     return House(folder, classes[SET:], shown[SET:])
@@ -81,7 +81,7 @@ def tried(candidate: Path, champion: Path, house: House) -> ChampionComparison:
 
 @pytest.mark.usefixtures("few_cuts")
 @pytest.mark.parametrize("kind", DOSES)
-def test_what_makes_pictures_ugly_is_never_promoted_and_rejected_where_anybody_sees_it(
+def test_what_makes_images_ugly_is_never_promoted_and_rejected_where_anybody_sees_it(
     kind: str, house: House, champion: Path
 ) -> None:
     # Other real images than the champion's: those would be better or worse by chance alone.
@@ -107,7 +107,7 @@ def test_a_model_that_draws_two_of_ten_classes_is_rejected_and_covers_less(house
 @pytest.mark.usefixtures("few_cuts")
 def test_a_model_that_copies_is_rejected_though_it_is_surely_better(house: House) -> None:
     worse = house.drawing(with_noise(house.spare[:COUNT], 0.2))
-    learned = training_pictures(house.data, 40)
+    learned = training_images(house.data, 40)
     found = tried(house.drawing(with_copies(house.spare[COUNT : 2 * COUNT], learned)), worse, house)
     assert found.decision.verdict == Verdict.reject
     assert {each.rule: each.verdict for each in found.decision.findings}["headline"] == Verdict.promote

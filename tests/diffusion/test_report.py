@@ -87,7 +87,7 @@ def an_evaluation(kids: list[float], dataset: str = "digits", floor: Scores | No
     )
 
 
-def pictures(seed: int) -> Tensor:
+def images(seed: int) -> Tensor:
     return torch.randint(0, 256, (64, 1, 8, 8), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
 
 
@@ -115,10 +115,8 @@ def with_more(evaluation: Evaluation) -> Evaluation:
 
 
 def sheets_for(evaluation: Evaluation) -> Sheets:
-    drawn = {
-        each.sha256: pictures(number) for number, each in enumerate(evaluation.checkpoints + evaluation.preliminary)
-    }
-    return Sheets(real=pictures(99), generated=drawn)
+    drawn = {each.sha256: images(number) for number, each in enumerate(evaluation.checkpoints + evaluation.preliminary)}
+    return Sheets(real=images(99), generated=drawn)
 
 
 @pytest.fixture
@@ -140,15 +138,15 @@ def test_the_page_holds_everything_it_shows(tmp_path: Path, losses: Path) -> Non
     assert "<script" not in html
 
 
-def test_the_best_checkpoints_pictures_stand_beside_real_ones(tmp_path: Path) -> None:
+def test_the_best_checkpoints_images_stand_beside_real_ones(tmp_path: Path) -> None:
     evaluation = an_evaluation([0.5, 0.2, 0.9])
     write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
     shown = [base64.b64decode(each.split(",")[1]) for each in Page((tmp_path / "report.html").read_text()).addresses]
-    assert shown[:2] == [png_bytes(grid(pictures(1))), png_bytes(grid(pictures(99)))]
+    assert shown[:2] == [png_bytes(grid(images(1))), png_bytes(grid(images(99)))]
     assert all(png.startswith(b"\x89PNG") for png in shown)
 
 
-def test_each_score_stands_beside_its_floor_with_both_numbers_of_pictures(tmp_path: Path) -> None:
+def test_each_score_stands_beside_its_floor_with_both_numbers_of_images(tmp_path: Path) -> None:
     evaluation = an_evaluation([0.5, 0.2])
     write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
     text = Page((tmp_path / "report.html").read_text()).text
@@ -215,7 +213,7 @@ def test_the_page_is_whole_in_a_browser(scheme: Literal["light", "dark"], width:
 
 
 @pytest.mark.parametrize("few", [False, True])
-def test_a_floor_of_fewer_pictures_is_admitted(few: bool, tmp_path: Path) -> None:
+def test_a_floor_of_fewer_images_is_admitted(few: bool, tmp_path: Path) -> None:
     floor = scores(0.01, samples=300 if few else 500)
     evaluation = an_evaluation([0.5], floor=floor)
     write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))

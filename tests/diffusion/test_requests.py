@@ -60,7 +60,7 @@ def model(tmp_path: Path) -> DiffusionModel:
 
 @pytest.fixture
 def enlarging(tmp_path: Path) -> DiffusionModel:
-    """A model that draws pictures of 4×4 as 8×8."""
+    """A model that draws images of 4×4 as 8×8."""
     config = CONFIG.model_copy(update={"low_resolution": 4, "conditional": False})
     return load_model(write_model(tmp_path / "enlarging.safetensors", seed=0, images=0, size=SIZE, config=config))
 
@@ -74,9 +74,9 @@ def asked(task: str, **fields: Any) -> GenerationRequest:
     return make_request({"task": task} | needed | fields)
 
 
-def test_a_sample_is_the_picture_of_its_seed_and_number(model: DiffusionModel) -> None:
-    [pictures] = answer(model, [asked("sample", seed=7, index=5, count=3)], SAMPLING)
-    assert torch.equal(pictures, sample(model, [5, 6, 7], 7, SAMPLING))
+def test_a_sample_is_the_image_of_its_seed_and_number(model: DiffusionModel) -> None:
+    [images] = answer(model, [asked("sample", seed=7, index=5, count=3)], SAMPLING)
+    assert torch.equal(images, sample(model, [5, 6, 7], 7, SAMPLING))
 
 
 def test_rows_of_one_seed_get_what_each_would_get_alone(model: DiffusionModel) -> None:
@@ -86,32 +86,32 @@ def test_rows_of_one_seed_get_what_each_would_get_alone(model: DiffusionModel) -
         asked("sample", seed=1, index=0, count=2),
     ]
     together = answer(model, rows, SAMPLING)
-    for row, pictures in zip(rows, together, strict=True):
-        assert torch.equal(pictures, answer(model, [row], SAMPLING)[0])
+    for row, images in zip(rows, together, strict=True):
+        assert torch.equal(images, answer(model, [row], SAMPLING)[0])
 
 
 def test_inpainting_keeps_what_is_black_in_the_mask_and_paints_what_is_white(model: DiffusionModel) -> None:
-    [pictures] = answer(model, [asked("inpaint", count=3)], SAMPLING)
+    [images] = answer(model, [asked("inpaint", count=3)], SAMPLING)
     kept = torch.from_numpy(PIXELS)[:, :4].expand(3, 1, -1, -1)
-    assert torch.equal(pictures[..., :4], kept)
-    assert not torch.equal(pictures[0, ..., 4:], pictures[1, ..., 4:])
+    assert torch.equal(images[..., :4], kept)
+    assert not torch.equal(images[0, ..., 4:], images[1, ..., 4:])
 
 
-def test_a_picture_and_its_mask_are_cut_and_scaled_alike(model: DiffusionModel) -> None:
-    """Twice as large and wider than high: what is kept is what ingesting the picture would have made of it."""
+def test_a_image_and_its_mask_are_cut_and_scaled_alike(model: DiffusionModel) -> None:
+    """Twice as large and wider than high: what is kept is what ingesting the image would have made of it."""
     wide = np.zeros((16, 24), np.uint8)
     wide[:, 4:20] = np.kron(PIXELS, np.ones((2, 2), np.uint8))
     mask = np.zeros_like(wide)
     mask[:, 12:] = 255
-    [pictures] = answer(model, [asked("inpaint", image=png(wide), mask=png(mask))], SAMPLING)
+    [images] = answer(model, [asked("inpaint", image=png(wide), mask=png(mask))], SAMPLING)
     [whole] = answer(model, [asked("img2img", image=png(wide), strength=0.01)], SAMPLING)
-    assert pictures.shape == whole.shape == (1, 1, SIZE, SIZE)
+    assert images.shape == whole.shape == (1, 1, SIZE, SIZE)
     left = torch.from_numpy(wide[:, 4:20]).float().reshape(8, 2, 8, 2).mean((1, 3))[:, :4]
     # Bicubic, over a window twice as wide as a mean's.
-    assert (pictures[0, 0, :, :4].float() - left).abs().mean() < 20
+    assert (images[0, 0, :, :4].float() - left).abs().mean() < 20
 
 
-def test_the_less_a_picture_is_changed_the_nearer_it_stays(model: DiffusionModel) -> None:
+def test_the_less_a_image_is_changed_the_nearer_it_stays(model: DiffusionModel) -> None:
     sampling = sampling_config(steps=20, compute_batch=4, sampler="ddim")
     source = torch.from_numpy(PIXELS).float()
     distances = [
@@ -121,20 +121,20 @@ def test_the_less_a_picture_is_changed_the_nearer_it_stays(model: DiffusionModel
     assert distances[0] < distances[1] < distances[2]
 
 
-def test_the_way_between_seeds_begins_and_ends_at_their_pictures(model: DiffusionModel) -> None:
-    [pictures] = answer(model, [asked("interpolate", seed=3, to_seed=9, count=5)], SAMPLING)
-    assert torch.equal(pictures, interpolate(model, 3, 9, 5, SAMPLING))
+def test_the_way_between_seeds_begins_and_ends_at_their_images(model: DiffusionModel) -> None:
+    [images] = answer(model, [asked("interpolate", seed=3, to_seed=9, count=5)], SAMPLING)
+    assert torch.equal(images, interpolate(model, 3, 9, 5, SAMPLING))
 
 
-def test_a_picture_is_enlarged_as_it_is_in_as_many_ways_as_asked_for(enlarging: DiffusionModel) -> None:
+def test_a_image_is_enlarged_as_it_is_in_as_many_ways_as_asked_for(enlarging: DiffusionModel) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (6, 9), dtype=np.uint8)
     row = asked("upscale", image=png(pixels), seed=2, count=3)
-    [pictures] = answer(enlarging, [row], SAMPLING)
+    [images] = answer(enlarging, [row], SAMPLING)
     small = torch.from_numpy(pixels)[None, None].expand(3, -1, -1, -1)
-    assert torch.equal(pictures, upscale(enlarging, small, 2, SAMPLING))
-    assert not torch.equal(pictures[0], pictures[1])
+    assert torch.equal(images, upscale(enlarging, small, 2, SAMPLING))
+    assert not torch.equal(images[0], images[1])
     [third] = answer(enlarging, [asked("upscale", image=png(pixels), seed=2, index=2)], SAMPLING)
-    assert torch.equal(third[0], pictures[2])
+    assert torch.equal(third[0], images[2])
     [begun_with] = original(enlarging, row)
     assert torch.equal(begun_with, torch.from_numpy(np.kron(pixels, np.ones((2, 2), np.uint8)))[None])
 
@@ -158,8 +158,8 @@ def test_what_cannot_be_enlarged_is_told_so(enlarging: DiffusionModel, pixels: n
 
 
 def test_a_request_says_how_it_is_drawn(model: DiffusionModel) -> None:
-    [pictures] = answer(model, [asked("sample", sampler="heun", steps=5)], SAMPLING)
-    assert torch.equal(pictures, sample(model, [0], 0, sampling_config(sampler="heun", steps=5, compute_batch=4)))
+    [images] = answer(model, [asked("sample", sampler="heun", steps=5)], SAMPLING)
+    assert torch.equal(images, sample(model, [0], 0, sampling_config(sampler="heun", steps=5, compute_batch=4)))
 
 
 def test_another_sampler_is_not_given_the_options_of_the_configured_one(model: DiffusionModel) -> None:
@@ -230,7 +230,7 @@ def test_what_is_no_request_is_told_so(fields: dict[str, Any], words: str) -> No
         ({"prompt": "a cat"}, "trained without captions"),
         ({"sampler": "magic"}, "there is no sampler 'magic': use ddpm"),
         ({"guidance": 3.0}, "label or prompt, and there is none"),
-        ({"task": "img2img", "image": b"hello"}, "the image cannot be used: not a picture"),
+        ({"task": "img2img", "image": b"hello"}, "the image cannot be used: not an image"),
         ({"task": "img2img", "image": png(PIXELS), "strength": 1.0}, "nothing of the image is left"),
         ({"task": "img2img", "image": png(PIXELS), "strength": 1.5}, "not above 0 and at most 1"),
         ({"task": "inpaint", "image": png(PIXELS), "mask": png(np.zeros_like(HOLE))}, "keeps all of the image"),

@@ -63,10 +63,10 @@ def test_every_sampler_lands_on_the_points_of_a_finite_set_and_reaches_all(
     config: SamplingConfig, schedule: NoiseSchedule
 ) -> None:
     noise, sigmas = noises(0, 256), schedule.sigma_grid(50)
-    pictures = config.build_sampler()(IdealDenoiser(POINTS), sigmas[0].float() * noise(), sigmas, noise)
-    distances = (pictures[:, None] - POINTS).flatten(2).abs().amax(-1)
+    images = config.build_sampler()(IdealDenoiser(POINTS), sigmas[0].float() * noise(), sigmas, noise)
+    distances = (images[:, None] - POINTS).flatten(2).abs().amax(-1)
     assert (distances.min(1).values < 0.02).float().mean() > 0.98
-    shares = torch.bincount(distances.argmin(1), minlength=len(POINTS)) / len(pictures)
+    shares = torch.bincount(distances.argmin(1), minlength=len(POINTS)) / len(images)
     assert shares.min() > 0.5 / len(POINTS)
 
 
@@ -77,7 +77,7 @@ def test_what_needs_no_noise_asks_for_none(config: SamplingConfig) -> None:
 
 
 @stochastic
-def test_fresh_noise_makes_another_picture_of_the_same_start(config: SamplingConfig) -> None:
+def test_fresh_noise_makes_another_image_of_the_same_start(config: SamplingConfig) -> None:
     sigmas, start = linear_schedule(1000).sigma_grid(20), noises(0, 64)()
     ends = [
         config.build_sampler()(IdealDenoiser(POINTS), sigmas[0].float() * start, sigmas, noises(seed, 64))
@@ -120,13 +120,13 @@ def test_fresh_noise_leaves_the_distribution_of_the_data_as_it_is(config: Sampli
     schedule = cosine_schedule(1000)
     noise, sigmas = noises(1, 4000, 1), schedule.sigma_grid(500)
     sampler = config.changed({"steps": 500}).build_sampler()
-    pictures = sampler(gaussian_denoiser, sigmas[0].float() * noise(), sigmas, noise)
-    assert pictures.std().item() == pytest.approx(SPREAD, rel=0.06)
-    assert pictures.mean().item() == pytest.approx(0, abs=0.05)
+    images = sampler(gaussian_denoiser, sigmas[0].float() * noise(), sigmas, noise)
+    assert images.std().item() == pytest.approx(SPREAD, rel=0.06)
+    assert images.mean().item() == pytest.approx(0, abs=0.05)
 
 
 @every
-def test_callback_sees_every_level_in_turn_with_picture_and_estimate(config: SamplingConfig) -> None:
+def test_callback_sees_every_level_in_turn_with_image_and_estimate(config: SamplingConfig) -> None:
     seen: list[tuple[int, Tensor, Tensor]] = []
     denoiser, sigmas = IdealDenoiser(POINTS), linear_schedule(1000).sigma_grid(7)
     noise = noises(0, 3)

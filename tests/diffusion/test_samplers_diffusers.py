@@ -38,7 +38,7 @@ Network = Callable[[Tensor, Tensor], Tensor]
 
 
 def network_of(prediction: Prediction, schedule: str) -> Network:
-    """Answers that stand for a picture which is a random function of x_t and time, by the definitions in the papers.
+    """Answers that stand for an image which is a random function of x_t and time, by the definitions in the papers.
 
     It is nonlinear, which is all that is asked of it, and bounded, so that no digits are lost.
     """
@@ -60,7 +60,7 @@ def noises(seed: int) -> Callable[[], Tensor]:
 
 
 def after_the_start(seed: int) -> torch.Generator:
-    """A generator that has given the noise from which pictures start, and gives the rest of ``noises(seed)``."""
+    """A generator that has given the noise from which images start, and gives the rest of ``noises(seed)``."""
     generator = torch.Generator().manual_seed(seed)
     torch.randn(SHAPE, generator=generator, dtype=torch.float64)
     return generator
@@ -73,7 +73,7 @@ def denoiser_of(prediction: Prediction, schedule: str, clip: bool = False) -> De
 def ours(
     config: SamplingConfig, schedule: str, sigmas: Tensor, prediction: Prediction, clip: bool = False
 ) -> list[Tensor]:
-    """x at each level in turn, and the picture; with the variance of the forward process."""
+    """x at each level in turn, and the image; with the variance of the forward process."""
     seen: list[Tensor] = []
     noise = noises(5)
     end = config.build_sampler()(

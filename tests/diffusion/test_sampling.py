@@ -1,4 +1,4 @@
-"""Sampling: picture i of seed s is the same everywhere."""
+"""Sampling: image i of seed s is the same everywhere."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def model(dataset: Path, tmp_path: Path) -> DiffusionModel:
     ],
     ids=lambda settings: settings["sampler"],
 )
-def test_a_picture_has_the_same_bits_whatever_is_drawn_beside_it(
+def test_a_image_has_the_same_bits_whatever_is_drawn_beside_it(
     model: DiffusionModel, settings: dict[str, object]
 ) -> None:
     config = SAMPLING_ADAPTER.validate_python({"steps": 3, "compute_batch": 8} | settings)
@@ -43,12 +43,12 @@ def test_a_picture_has_the_same_bits_whatever_is_drawn_beside_it(
     torch.testing.assert_close(shuffled, many[[19, 0, 13]], rtol=0, atol=0)
 
 
-def test_seeds_and_indices_give_different_pictures(model: DiffusionModel) -> None:
-    pictures = torch.cat([sample(model, range(8), seed, CONFIG) for seed in (0, 1)])
-    assert len({picture.numpy().tobytes() for picture in pictures}) == 16
+def test_seeds_and_indices_give_different_images(model: DiffusionModel) -> None:
+    images = torch.cat([sample(model, range(8), seed, CONFIG) for seed in (0, 1)])
+    assert len({image.numpy().tobytes() for image in images}) == 16
 
 
-def test_an_exported_checkpoint_draws_the_same_pictures(model: DiffusionModel, tmp_path: Path) -> None:
+def test_an_exported_checkpoint_draws_the_same_images(model: DiffusionModel, tmp_path: Path) -> None:
     checkpoint = tmp_path / "run" / "checkpoints" / "0000000320.safetensors"
     first = export(checkpoint, tmp_path / "weights.safetensors")
     assert export(checkpoint, tmp_path / "again.safetensors") == first

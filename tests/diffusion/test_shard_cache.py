@@ -23,7 +23,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.loader import Loader, WindowedOrder
 from diffusion.data.manifest import FileEntry
 from diffusion.data.shard_cache import ShardCache
-from tests.diffusion.small_datasets import random_pictures, write_dataset
+from tests.diffusion.small_datasets import random_images, write_dataset
 
 SIZE = 1000
 
@@ -313,9 +313,9 @@ def bytes_in(folder: Path) -> int:
 
 
 def test_a_data_set_far_larger_than_the_cache_is_seen_whole_each_epoch(tmp_path: Path) -> None:
-    manifest = write_dataset(tmp_path / "set", random_pictures(120), per_shard=10, held_out_every=0)
+    manifest = write_dataset(tmp_path / "set", random_images(120), per_shard=10, held_out_every=0)
     with closing(Dataset.open(tmp_path / "set")) as local:
-        whole = local.pictures(range(120))
+        whole = local.images(range(120))
     store = Away(tmp_path / "set", tmp_path / "remote")
     room = 4 * max(shard.bytes for shard in manifest.shards)
     cache = ShardCache(tmp_path / "cache", store, room)
@@ -327,7 +327,7 @@ def test_a_data_set_far_larger_than_the_cache_is_seen_whole_each_epoch(tmp_path:
                 seen = []
                 for at in range(0, 120, 10):
                     batch = loader.batch(120 * epoch + at)
-                    assert torch.equal(batch.pictures, whole[batch.rows])
+                    assert torch.equal(batch.images, whole[batch.rows])
                     seen += batch.rows.tolist()
                     assert bytes_in(tmp_path / "cache") <= room
                 assert sorted(seen) == list(range(120))

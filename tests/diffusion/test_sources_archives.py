@@ -23,7 +23,7 @@ from diffusion.common.errors import UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import local_files, open_source
-from diffusion.data.sources.conventions import is_picture
+from diffusion.data.sources.conventions import is_image
 from tests.diffusion.reading_sources import access, payloads, png, seen
 
 Files = Mapping[str, bytes]
@@ -82,7 +82,7 @@ def test_an_archive_is_a_folder_in_its_own_order(tmp_path: Path, name: str) -> N
 
 
 @each_kind
-def test_metadata_in_an_archive_names_its_pictures(tmp_path: Path, name: str) -> None:
+def test_metadata_in_an_archive_names_its_images(tmp_path: Path, name: str) -> None:
     metadata = b'{"file_name": "b.png", "label": "x", "text": "B"}\n{"file_name": "c.png"}\n'
     (tmp_path / name).write_bytes(MAKERS[name]({"a.png": b"1", "b.png": b"2", "metadata.jsonl": metadata}))
     found = seen(tmp_path / name, access(tmp_path / "scratch"))
@@ -169,7 +169,7 @@ def test_a_tar_holds_what_tarfile_finds_in_it(files: Files, format_: int) -> Non
     data = tar_bytes(files, format_)
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         found = {info.name: tar.extractfile(info) for info in tar}
-    expected = {name.removeprefix("./"): file.read() for name, file in found.items() if file and is_picture(name)}
+    expected = {name.removeprefix("./"): file.read() for name, file in found.items() if file and is_image(name)}
     assert listed("set.tar", data) == expected
 
 
@@ -182,7 +182,7 @@ def test_a_zip_holds_what_zipfile_finds_in_it(files: Files, method: int, before:
                 file.write(data)
         archive.comment = before
     with zipfile.ZipFile(buffer) as archive:
-        expected = {name.removeprefix("./"): archive.read(name) for name in archive.namelist() if is_picture(name)}
+        expected = {name.removeprefix("./"): archive.read(name) for name in archive.namelist() if is_image(name)}
     assert listed("set.zip", before + buffer.getvalue()) == expected
 
 
@@ -404,12 +404,12 @@ def test_a_zip_of_more_files_than_fit_into_sixteen_bits_is_read_whole(tmp_path: 
 @each_kind
 def test_a_grown_archive_adds_what_is_new(tmp_path: Path, name: str) -> None:
     config = IngestConfig(source=str(tmp_path / name), size=8, held_out=0.33)
-    pictures = {f"{number % 2}/{number}.png": png(number) for number in range(12)}
-    (tmp_path / name).write_bytes(MAKERS[name](pictures))
+    images = {f"{number % 2}/{number}.png": png(number) for number in range(12)}
+    (tmp_path / name).write_bytes(MAKERS[name](images))
     assert ingest(tmp_path / "data", config).kept == 12
     assert (again := ingest(tmp_path / "data", config)).read == 0
     assert not again.changed
-    (tmp_path / name).write_bytes(MAKERS[name](pictures | {"0/new.png": png(99), "0/3.png": png(98)}))
+    (tmp_path / name).write_bytes(MAKERS[name](images | {"0/new.png": png(99), "0/3.png": png(98)}))
     grown = ingest(tmp_path / "data", config)
     assert (grown.added, grown.kept) == (2, 14)
     # A zip has a checksum of each file; a tar has none, so that all of it is looked at.
@@ -418,7 +418,7 @@ def test_a_grown_archive_adds_what_is_new(tmp_path: Path, name: str) -> None:
 
 
 def test_a_folder_and_archives_in_any_order_make_the_same_data_set(tmp_path: Path) -> None:
-    # The picture that lies in two classes has that of its first name.
+    # The image that lies in two classes has that of its first name.
     files = {f"{number % 2}/{number:02d}.png": png(number) for number in range(12)} | {"1/00.png": png(0)}
     shuffled = dict(reversed(files.items()))
     for name, data in files.items():

@@ -29,12 +29,12 @@ def test_a_folder_of_folders_is_a_set_of_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("files", [["a.png", "cat/b.png", "dog/c.png"], ["cat/a.png", "cat/b.png"], ["a.png", "b.png"]])
-def test_pictures_in_the_root_or_in_one_folder_only_have_no_class(tmp_path: Path, files: list[str]) -> None:
+def test_images_in_the_root_or_in_one_folder_only_have_no_class(tmp_path: Path, files: list[str]) -> None:
     root = write_files(tmp_path / "set", dict.fromkeys(files, b"1"))
     assert by_name(root, tmp_path / "scratch") == dict.fromkeys(files, (None, None, b"1"))
 
 
-def test_hidden_files_and_files_that_are_no_pictures_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_files_and_files_that_are_no_images_are_passed_over(tmp_path: Path) -> None:
     names = ["a.png", ".b.png", ".git/c.png", "notes.txt", "x/.d/e.png", "png", "x/more.TXT"]
     root = write_files(tmp_path / "set", dict.fromkeys(names, b"1"))
     assert list(by_name(root, tmp_path / "scratch")) == ["a.png"]
@@ -43,7 +43,7 @@ def test_hidden_files_and_files_that_are_no_pictures_are_passed_over(tmp_path: P
     assert given.passed_over == {".txt": 2, "": 1}
 
 
-def test_pictures_in_formats_that_cannot_be_read_are_not_passed_over(tmp_path: Path) -> None:
+def test_images_in_formats_that_cannot_be_read_are_not_passed_over(tmp_path: Path) -> None:
     root = write_files(tmp_path / "set", dict.fromkeys(["a.png", "b.HEIC", "c/d.avif"], b"1"))
     assert sorted(by_name(root, tmp_path / "scratch")) == ["a.png", "b.HEIC", "c/d.avif"]
 
@@ -60,7 +60,7 @@ def test_pictures_in_formats_that_cannot_be_read_are_not_passed_over(tmp_path: P
         ),
     ],
 )
-def test_metadata_names_the_pictures_their_labels_and_captions(tmp_path: Path, name: str, text: str) -> None:
+def test_metadata_names_the_images_their_labels_and_captions(tmp_path: Path, name: str, text: str) -> None:
     root = write_files(tmp_path / "set", {"cat/a.png": b"1", "b.png": b"2", "dog/c.png": b"3", name: text.encode()})
     assert by_name(root, tmp_path / "scratch") == {
         "cat/a.png": ("tabby", "a cat, lying", b"1"),
@@ -162,12 +162,12 @@ def test_a_file_url_is_a_path(tmp_path: Path) -> None:
         ("nowhere", "nowhere is not a folder"),
         ("nowhere.tar", "nowhere.tar does not exist"),
         ("nowhere.zip", "nowhere.zip does not exist"),
-        ("picture.png", "is not a folder, nor anything else"),
+        ("image.png", "is not a folder, nor anything else"),
         ("https://example.org/set", "is not a folder, nor anything else"),
         ("wds:nowhere-{000..003}.tar", "there is no file nowhere-000.tar"),
         ("wds:nowhere-{000..", "unbalanced braces"),
         ("parquet:nowhere*.parquet", "there is no file"),
-        ("parquet:picture.png?colour=red", "has no option colour"),
+        ("parquet:image.png?colour=red", "has no option colour"),
         ("idx:nowhere", "neither an IDX file nor a folder"),
         ("idx:nowhere?split=all", "has no split all"),
         ("idx:nowhere?color=red", "has no option color"),
@@ -187,7 +187,7 @@ def test_a_source_that_is_not_there_or_not_understood_is_an_error_of_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("picture.png").write_bytes(png(1))
+    Path("image.png").write_bytes(png(1))
     with pytest.raises(UserError, match=said) as error:
         seen(uri, access(tmp_path / "scratch"))
     assert "\n" not in str(error.value)
@@ -195,5 +195,5 @@ def test_a_source_that_is_not_there_or_not_understood_is_an_error_of_one_line(
 
 def test_an_empty_source_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
-    with pytest.raises(UserError, match="no pictures in"):
+    with pytest.raises(UserError, match="no images in"):
         ingest(tmp_path / "data", IngestConfig(source=str(tmp_path / "set"), size=8))

@@ -14,7 +14,7 @@ from diffusion.common.errors import UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import open_source
-from diffusion.data.sources.torchvision_set import ARRAYS, IDX_FILES, PICKLED, PICTURE_FILES
+from diffusion.data.sources.torchvision_set import ARRAYS, IDX_FILES, IMAGE_FILES, PICKLED
 from tests.diffusion.reading_sources import access, payloads, png, seen, write_files
 
 
@@ -23,7 +23,7 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def mnist(folder: Path, counts: dict[str, int], packed: bool = False) -> dict[str, np.ndarray]:
-    """Files as MNIST's; returns the pictures."""
+    """Files as MNIST's; returns the images."""
     random, made = np.random.default_rng(0), {}
     for name, count in counts.items():
         made[name] = random.integers(0, 256, (count, 9, 11), np.uint8)
@@ -56,23 +56,23 @@ def test_the_files_of_mnist_are_read_by_split(tmp_path: Path, packed: bool) -> N
 
 def test_idx_files_without_labels_or_of_another_length_are_told(tmp_path: Path) -> None:
     mnist(tmp_path / "set", {"train": 3})
-    labels, pictures = tmp_path / "set" / "train-labels-idx1-ubyte", tmp_path / "set" / "train-images-idx3-ubyte"
+    labels, images = tmp_path / "set" / "train-labels-idx1-ubyte", tmp_path / "set" / "train-images-idx3-ubyte"
     given = access(tmp_path / "scratch")
     for damage, said in (
-        (idx(np.zeros(2, np.uint8)), "has 2 labels for 3 pictures"),
+        (idx(np.zeros(2, np.uint8)), "has 2 labels for 3 images"),
         (idx(np.zeros((3, 1), np.uint8)), "is no IDX file of 1 dimensions"),
         (labels.read_bytes()[:-1], "has not the length that its header says"),
     ):
         labels.write_bytes(damage)
         with pytest.raises(UserError, match=said):
-            seen(pictures, given)
+            seen(images, given)
     labels.unlink()
-    assert [each.label for each in seen(pictures, given)] == [None] * 3
-    whole = pictures.read_bytes()
+    assert [each.label for each in seen(images, given)] == [None] * 3
+    whole = images.read_bytes()
     for damaged in (whole[:-1], whole[:7], b"", whole + b"x", b"\0\0\x0d\3" + whole[4:]):
-        pictures.write_bytes(damaged)
+        images.write_bytes(damaged)
         with pytest.raises(UserError, match=r"train-images-idx3-ubyte (is no IDX file|has not the length)"):
-            seen(pictures, given)
+            seen(images, given)
 
 
 def test_a_known_idx_file_is_not_read_again_and_a_changed_one_is_an_error(tmp_path: Path) -> None:
@@ -115,12 +115,12 @@ def test_a_set_of_files_is_read_as_the_files_are(tmp_path: Path) -> None:
 
 def test_splits_and_lists_are_those_of_torchvision_and_a_missing_file_is_refused_alone(tmp_path: Path) -> None:
     lists = {"dtd/dtd/labels/val1.txt": b"dots/b.jpg\nbands/a.jpg\ndots/gone.jpg\n"}
-    pictures = {
+    images = {
         "dtd/dtd/images/dots/b.jpg": b"1",
         "dtd/dtd/images/bands/a.jpg": b"2",
         "dtd/dtd/images/dots/c.jpg": b"3",
     }
-    root = write_files(tmp_path / "sets", lists | pictures)
+    root = write_files(tmp_path / "sets", lists | images)
     found = seen(f"torchvision:DTD?root={root}&split=val", access(tmp_path / "scratch"))
     assert [(each.name, each.label, each.payload) for each in found] == [
         ("dtd/dtd/images/dots/b.jpg", "dots", b"1"),
@@ -136,13 +136,13 @@ def test_a_set_of_one_array_is_read_by_number(tmp_path: Path) -> None:
     uri = f"torchvision:USPS?root={tmp_path}"
     found, theirs = seen(uri, access(tmp_path / "scratch")), datasets.USPS(tmp_path)
     assert [(each.name, each.label) for each in found] == [(f"USPS/{n}", str(n % 10)) for n in range(12)]
-    assert all(np.array_equal(each.payload, picture) for each, (picture, _) in zip(found, theirs, strict=True))
+    assert all(np.array_equal(each.payload, image) for each, (image, _) in zip(found, theirs, strict=True))
     config = IngestConfig(source=uri, size=8, held_out=0.33)
     assert ingest(tmp_path / "data", config).kept == 12
     assert ingest(tmp_path / "data", config).read == 0
 
 
-@pytest.mark.parametrize("name", [*IDX_FILES, *PICTURE_FILES, *ARRAYS])
+@pytest.mark.parametrize("name", [*IDX_FILES, *IMAGE_FILES, *ARRAYS])
 def test_a_set_that_is_not_there_is_an_error_of_one_line_and_never_downloaded_unasked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -156,12 +156,12 @@ def test_a_set_that_is_not_there_is_an_error_of_one_line_and_never_downloaded_un
 
 
 def test_no_known_set_unpickles_anything(tmp_path: Path) -> None:
-    for name in (*PICTURE_FILES, *ARRAYS):
+    for name in (*IMAGE_FILES, *ARRAYS):
         for class_ in getattr(datasets, name).__mro__:
             if class_.__module__.startswith("torchvision.datasets"):
                 source = Path(__import__("sys").modules[class_.__module__].__file__).read_text()
                 assert not [word for word in ("pickle", "torch.load", "lmdb") if f"{word}" in source], class_
-    assert not {*PICTURE_FILES, *ARRAYS, *IDX_FILES} & set(PICKLED)
+    assert not {*IMAGE_FILES, *ARRAYS, *IDX_FILES} & set(PICKLED)
     # torchvision itself would hand these to torch.load; ours never looks at them.
     mnist(tmp_path / "MNIST" / "raw", {"train": 3, "t10k": 3})
     write_files(tmp_path / "MNIST" / "processed", {"training.pt": b"no pickle", "test.pt": b"no pickle"})

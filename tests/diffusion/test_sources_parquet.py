@@ -18,7 +18,7 @@ from tests.diffusion.test_sources_archives import peak
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def hugging_face(path: Path, pictures: list[bytes | None], labels: list[int], **settings: Any) -> None:
+def hugging_face(path: Path, images: list[bytes | None], labels: list[int], **settings: Any) -> None:
     """A file as ``Dataset.to_parquet`` of Hugging Face's ``datasets`` makes it."""
     features = {
         "image": {"_type": "Image"},
@@ -27,9 +27,9 @@ def hugging_face(path: Path, pictures: list[bytes | None], labels: list[int], **
     }
     table = pa.table(
         {
-            "image": pa.array([{"bytes": data, "path": f"{n}.png"} for n, data in enumerate(pictures)], IMAGE),
+            "image": pa.array([{"bytes": data, "path": f"{n}.png"} for n, data in enumerate(images)], IMAGE),
             "label": pa.array(labels, pa.int64()),
-            "text": pa.array([f"number {n}" if n else "" for n in range(len(pictures))]),
+            "text": pa.array([f"number {n}" if n else "" for n in range(len(images))]),
         }
     ).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     path.parent.mkdir(exist_ok=True)
@@ -53,14 +53,14 @@ def test_what_hugging_face_wrote_is_read_with_its_classes_and_captions(tmp_path:
 @pytest.mark.parametrize(
     "kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(4), pa.struct([("bytes", pa.binary())])]
 )
-def test_bytes_in_a_column_of_any_kind_are_pictures(tmp_path: Path, kind: pa.DataType) -> None:
+def test_bytes_in_a_column_of_any_kind_are_images(tmp_path: Path, kind: pa.DataType) -> None:
     values: list[Any] = [b"1234", None, b"5678"]
     if pa.types.is_struct(kind):
         values = [{"bytes": value} for value in values]
     pq.write_table(pa.table({"id": [7, 8, 9], "Image": pa.array(values, kind)}), tmp_path / "a.parquet")
     assert told(tmp_path / "a.parquet", tmp_path / "scratch") == [
         ("a.parquet/0", None, None, b"1234"),
-        ("a.parquet/1", None, None, "a row without a picture"),
+        ("a.parquet/1", None, None, "a row without an image"),
         ("a.parquet/2", None, None, b"5678"),
     ]
 
@@ -83,10 +83,10 @@ def test_options_name_the_columns_and_a_pattern_the_files(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("columns", "options", "said"),
     [
-        ({"a": [b"1"], "b": [b"2"]}, "", "has more than one column of pictures .* among a, b: name it with"),
-        ({"a": ["text"]}, "", "has no column of pictures"),
-        ({"image": ["text"]}, "?image=image", "has no column of pictures"),
-        ({"image": [b"1"]}, "?image=picture", "has no column picture for image: it has image"),
+        ({"a": [b"1"], "b": [b"2"]}, "", "has more than one column of images .* among a, b: name it with"),
+        ({"a": ["text"]}, "", "has no column of images"),
+        ({"image": ["text"]}, "?image=image", "has no column of images"),
+        ({"image": [b"1"]}, "?image=image", "has no column image for image: it has image"),
         ({"image": [b"1"]}, "?label=kind", "has no column kind for label"),
         ({"image": [b"1"], "label": [["a", "b"]]}, "", "neither text nor a number: choose other columns"),
     ],
@@ -102,17 +102,17 @@ def test_a_table_that_is_not_clear_is_an_error_of_one_line(
 
 def test_a_file_that_is_damaged_is_an_error_and_a_damaged_page_a_reason(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    pictures = [bytes([number]) * 3000 for number in range(40)]
+    images = [bytes([number]) * 3000 for number in range(40)]
     settings = {"row_group_size": 10, "compression": "none", "use_dictionary": False, "write_page_checksum": True}
-    hugging_face(path, pictures, [0] * 40, **settings)
+    hugging_face(path, images, [0] * 40, **settings)
     whole = path.read_bytes()
-    path.write_bytes(whole.replace(pictures[15], b"X" * 3000))
+    path.write_bytes(whole.replace(images[15], b"X" * 3000))
     found = [each.payload for each in seen(path, access(tmp_path / "scratch"))]
-    assert found[:10] + found[20:] == pictures[:10] + pictures[20:]
+    assert found[:10] + found[20:] == images[:10] + images[20:]
     assert "damaged in the Parquet file" in str(found[15])
     path.write_bytes(whole[:3000] + b"\0" * 3000 + whole[6000:])
     found = [each.payload for each in seen(path, access(tmp_path / "scratch"))]
-    assert found[10:] == pictures[10:]
+    assert found[10:] == images[10:]
     assert "damaged in the Parquet file" in str(found[2])
     for damaged in (whole[:-100], whole[100:], b"", b"PAR1" * 100):
         path.write_bytes(damaged)
@@ -132,12 +132,12 @@ def test_rows_over_the_limit_are_refused(tmp_path: Path) -> None:
 
 def test_any_part_of_the_rows_can_be_read_and_a_changed_file_is_an_error(tmp_path: Path) -> None:
     path, given = tmp_path / "a.parquet", access(tmp_path / "scratch")
-    pictures: list[bytes | None] = [bytes([number]) for number in range(100)]
-    hugging_face(path, pictures, [0] * 100, row_group_size=37)
+    images: list[bytes | None] = [bytes([number]) for number in range(100)]
+    hugging_face(path, images, [0] * 100, row_group_size=37)
     entries = list(open_source(str(path), given).entries())
     wanted = [3, 20, 36, 37, 60, 74, 99]
     assert list(open_source(str(path), given).read([entries[n] for n in wanted])) == [bytes([n]) for n in wanted]
-    hugging_face(path, pictures[1:], [0] * 99)
+    hugging_face(path, images[1:], [0] * 99)
     with pytest.raises(UserError, match="has changed since it was listed"):
         list(open_source(str(path), given).read(entries))
 

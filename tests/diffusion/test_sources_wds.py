@@ -43,7 +43,7 @@ def test_shards_of_the_library_are_read_as_it_reads_them(tmp_path: Path) -> None
         assert told(uri, tmp_path / "scratch") == expected
 
 
-def test_our_own_shards_come_back_with_all_that_they_say(pictures: Path, dataset: Path, tmp_path: Path) -> None:
+def test_our_own_shards_come_back_with_all_that_they_say(images: Path, dataset: Path, tmp_path: Path) -> None:
     rows = [row for part in read_manifest(dataset).parts for row in read_records(dataset, part).to_pylist()]
     found = {
         name.rpartition("/")[2]: (label, caption)
@@ -54,7 +54,7 @@ def test_our_own_shards_come_back_with_all_that_they_say(pictures: Path, dataset
     assert again.content_digest == read_manifest(dataset).content_digest
 
 
-def test_what_the_members_of_a_key_say_is_said_of_its_pictures(tmp_path: Path) -> None:
+def test_what_the_members_of_a_key_say_is_said_of_its_images(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(
         tar_bytes(
             {
@@ -66,7 +66,7 @@ def test_what_the_members_of_a_key_say_is_said_of_its_pictures(tmp_path: Path) -
                 "x/2.txt": "\ufeffein Stück\n".encode(),
                 "x/2.cls": b"7\n",
                 "y/2.PNG": b"4",
-                "y/3.json": b'{"text": "no picture"}',
+                "y/3.json": b'{"text": "no image"}',
                 "y/4.json": b"[1, 2]",
                 "y/4.png": b"5",
             }
@@ -84,7 +84,7 @@ def test_what_the_members_of_a_key_say_is_said_of_its_pictures(tmp_path: Path) -
 @pytest.mark.parametrize(
     "about", [b"{", b"\xff", b"[" * 100_000, b'{"label": ["a"]}', b'{"caption": {"a": 1}}', b"x" * 2000]
 )
-def test_a_picture_about_which_its_shard_says_nonsense_is_refused_alone(tmp_path: Path, about: bytes) -> None:
+def test_a_image_about_which_its_shard_says_nonsense_is_refused_alone(tmp_path: Path, about: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(tar_bytes({"1.png": b"1", "1.json": about, "2.png": b"2", "2.json": b"{}"}))
     found = payloads(f"wds:{tmp_path}/a.tar", access(tmp_path / "scratch", max_bytes=1024))
     assert str(found["a.tar/1.png"]).startswith("what its shard says about it cannot be read")
@@ -112,7 +112,7 @@ def test_a_shard_that_is_missing_or_damaged_or_of_another_kind_is_an_error_that_
     with pytest.raises(UserError, match=r"there is no file .*set-0002.tar"):
         told(f"{tmp_path}/set/set-{{0000..0002}}.tar", tmp_path / "scratch")
     second.write_bytes(tar_bytes({f"img.{n}.png": b"" for n in range(1100)}))
-    with pytest.raises(UserError, match=r"set-0001.tar has over 1000 pictures of key img"):
+    with pytest.raises(UserError, match=r"set-0001.tar has over 1000 images of key img"):
         told(f"{tmp_path}/set", tmp_path / "scratch")
 
 

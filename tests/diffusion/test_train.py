@@ -37,7 +37,7 @@ from diffusion.training.preflight import count_flops
 from diffusion.training.train import TrainResult, discard, preflight, train
 from diffusion.training.trainer import scheduled_learning_rate
 from diffusion.training.training_monitor import TrainingMonitor
-from tests.diffusion.small_datasets import random_pictures, write_dataset
+from tests.diffusion.small_datasets import random_images, write_dataset
 from tests.diffusion.small_trainers import make_trainer, take_step
 
 MODEL = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1)
@@ -59,8 +59,8 @@ class StopAt:
         if images >= self.images:
             raise Stop
 
-    def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
-        assert picture.width > 0
+    def log_image(self, name: str, image: Image.Image, images: int) -> None:
+        assert image.width > 0
 
     def sync(self) -> None:
         pass
@@ -73,7 +73,7 @@ def run(dataset: Path, output: Path, config: TrainingConfig = CONFIG, **options:
 @pytest.mark.parametrize(
     ("low_resolution", "words"), [(None, "of plain are one flat tone"), (4, "show all that they have at 4×4")]
 )
-def test_pictures_of_which_there_is_nothing_to_learn_are_refused(
+def test_images_of_which_there_is_nothing_to_learn_are_refused(
     tmp_path: Path, low_resolution: int | None, words: str
 ) -> None:
     write_dataset(tmp_path / "plain", np.full((40, 1, 8, 8), 90, np.uint8), per_shard=40)
@@ -97,7 +97,7 @@ def test_same_inputs_give_the_same_bits(dataset: Path, tmp_path: Path) -> None:
         (320, {"prefetch": 30}),
     ],
 )
-def test_a_stopped_run_goes_on_to_the_same_bits_however_pictures_are_loaded(
+def test_a_stopped_run_goes_on_to_the_same_bits_however_images_are_loaded(
     dataset: Path, tmp_path: Path, stop: int, loading: dict[str, int]
 ) -> None:
     whole = run(dataset, tmp_path / "whole")
@@ -285,7 +285,7 @@ def test_training_beats_the_best_constant_prediction_by_far(dataset: Path, tmp_p
     rows = (tmp_path / "run" / "losses.csv").read_text().splitlines()
     last = dict(zip(rows[0].split(","), map(float, rows[-1].split(",")), strict=True))
     data = Dataset.open(dataset)
-    x0 = to_float(data.pictures(data.rows("held_out")))
+    x0 = to_float(data.images(data.rows("held_out")))
     # v = √ᾱ ε − √(1−ᾱ) x_0 has mean 0 over the noise, so a constant 0 costs E[ᾱ + (1−ᾱ) x_0²].
     alpha_bar = make_schedule(model).alphas_cumprod
     constant = (alpha_bar + (1 - alpha_bar) * x0.square().mean()).mean().item()
@@ -330,7 +330,7 @@ def test_exactly_one_length_is_asked_for_and_ten_minutes_if_none_is() -> None:
     assert TrainingConfig(images=10).minutes is None
 
 
-def test_the_share_of_time_spent_waiting_for_pictures_is_recorded(dataset: Path, tmp_path: Path) -> None:
+def test_the_share_of_time_spent_waiting_for_images_is_recorded(dataset: Path, tmp_path: Path) -> None:
     logged: list[float] = []
 
     class Listener(StopAt):
@@ -365,8 +365,8 @@ class Away:
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """A data set of 64 pictures in 8 shards, a quarter of it held out."""
-    write_dataset(tmp_path / "data" / "sharded", random_pictures(64), per_shard=8)
+    """A data set of 64 images in 8 shards, a quarter of it held out."""
+    write_dataset(tmp_path / "data" / "sharded", random_images(64), per_shard=8)
     return tmp_path / "data" / "sharded"
 
 
@@ -393,11 +393,11 @@ def test_a_window_makes_another_order_and_so_another_run(sharded: Path, tmp_path
     assert run(sharded, tmp_path / "run", windowed, restart="if_different").final.read_bytes() != whole
 
 
-def test_in_windows_other_shards_of_the_same_pictures_are_another_run(tmp_path: Path) -> None:
+def test_in_windows_other_shards_of_the_same_images_are_another_run(tmp_path: Path) -> None:
     made = {}
     for per_shard in (8, 16):
         folder = tmp_path / str(per_shard) / "sharded"
-        manifest = write_dataset(folder, random_pictures(64), per_shard)
+        manifest = write_dataset(folder, random_images(64), per_shard)
         made[per_shard] = folder
         write_manifest(folder, manifest.model_copy(update={"content_digest": "0" * 64}))
     whole = run(made[8], tmp_path / "plain").final.read_bytes()
@@ -478,8 +478,8 @@ def test_a_run_that_cannot_go_on_stops_and_keeps_the_batch(dataset: Path, tmp_pa
     with pytest.raises(DarkroomError, match=r"not finite in 3 steps in a row.*lower training\.learning_rate.*lies in"):
         run(dataset, tmp_path / "run", config)
     batch = load_file(tmp_path / "run" / "not_finite.safetensors")
-    pictures = Dataset.open(dataset).pictures(batch["rows"].numpy())
-    assert batch["pictures"].shape == pictures.shape
+    images = Dataset.open(dataset).images(batch["rows"].numpy())
+    assert batch["images"].shape == images.shape
     assert len(batch["t"]) == CONFIG.batch_size
 
 
@@ -588,14 +588,14 @@ def test_a_run_tells_losses_by_noise_level_how_colours_drift_and_shows_the_rever
     dataset: Path, tmp_path: Path
 ) -> None:
     figures: dict[str, float] = {}
-    pictures: list[tuple[str, int]] = []
+    logged: list[tuple[str, int]] = []
 
     class Record:
         def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
             figures.update(metrics)
 
-        def log_picture(self, name: str, picture: Image.Image, images: int) -> None:
-            pictures.append((name, images))
+        def log_image(self, name: str, image: Image.Image, images: int) -> None:
+            logged.append((name, images))
 
         def sync(self) -> None:
             pass
@@ -607,5 +607,5 @@ def test_a_run_tells_losses_by_noise_level_how_colours_drift_and_shows_the_rever
     manifest = read_manifest(dataset)
     expected = (drawn.mean().item() - manifest.mean[0]) / manifest.std[0]
     assert figures["sample_drift_grey"] == pytest.approx(expected, abs=1e-4)
-    assert pictures[-2:] == [("samples", 320), ("reverse", 320)]
-    assert [name for name, _ in pictures].count("reverse") == 1
+    assert logged[-2:] == [("samples", 320), ("reverse", 320)]
+    assert [name for name, _ in logged].count("reverse") == 1

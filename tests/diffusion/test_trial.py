@@ -18,7 +18,7 @@ from diffusion.generation.generate import labels_of, sample
 from diffusion.models.config import GANConfig
 from diffusion.process.samplers import SamplingConfig, sampling_config
 from tests.conftest import disc
-from tests.diffusion.small_datasets import random_pictures, write_dataset
+from tests.diffusion.small_datasets import random_images, write_dataset
 from tests.diffusion.small_models import CONFIG as MODEL
 from tests.diffusion.small_models import write_model
 from tests.diffusion.trials import (
@@ -27,7 +27,7 @@ from tests.diffusion.trials import (
     Watcher,
     discs,
     let_draw,
-    training_pictures,
+    training_images,
     write_autoencoder,
     write_of_family,
 )
@@ -110,11 +110,11 @@ def test_a_model_is_not_promoted_over_itself(delta: float, data: Path, models: l
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_model_that_copies_its_training_pictures_is_rejected_however_good_they_are(
+def test_a_model_that_copies_its_training_images_is_rejected_however_good_they_are(
     first: bool, data: Path, models: list[Path], tmp_path: Path
 ) -> None:
     new, old = models
-    copies = torch.cat([training_pictures(data, 12), good(36)])
+    copies = torch.cat([training_images(data, 12), good(36)])
     let_draw(new, copies, data, tmp_path, TRIED)
     found, exhibits = tried(new, None if first else old, data, tmp_path)
     assert found.decision.verdict == Verdict.reject
@@ -222,14 +222,14 @@ def test_the_worst_classes_and_what_was_drawn_twice_can_be_looked_at(data: Path,
     for name, (real, drawn) in exhibits.classes.items():
         number = sorted(classes).index(name)
         of_class = (dataset.classes(held_out, sorted(classes)) == number).numpy()
-        assert torch.equal(real, dataset.pictures(held_out[of_class][:8]))
+        assert torch.equal(real, dataset.images(held_out[of_class][:8]))
         assert torch.equal(drawn, again[labels == number][:8])
     assert any({10, 11, 12, 13} <= set(group.members) for group in doubles.groups)
     for group, shown in zip(doubles.groups, exhibits.duplicates, strict=True):
         assert torch.equal(shown, again[group.members])
 
 
-def test_autoencoders_are_compared_by_what_comes_back_of_each_held_out_picture(data: Path, tmp_path: Path) -> None:
+def test_autoencoders_are_compared_by_what_comes_back_of_each_held_out_image(data: Path, tmp_path: Path) -> None:
     paths = [write_autoencoder(tmp_path / f"{spread}.safetensors", 1, spread) for spread in (0.02, 0.5)]
     sampling = sampling_config(compute_batch=16, precision="fp32")
     verdicts = {}
@@ -244,7 +244,7 @@ def test_autoencoders_are_compared_by_what_comes_back_of_each_held_out_picture(d
     assert verdicts == {True: "promote", False: "reject"}
 
 
-def test_models_that_enlarge_are_compared_on_the_same_small_pictures(data: Path, tmp_path: Path) -> None:
+def test_models_that_enlarge_are_compared_on_the_same_small_images(data: Path, tmp_path: Path) -> None:
     config = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
     new, old = (write_model(tmp_path / f"{seed}.safetensors", seed, seed, config=config) for seed in (1, 2))
     found, exhibits = tried(new, old, data, tmp_path)
@@ -289,9 +289,9 @@ def test_a_champion_that_was_told_less_is_drawn_without_guidance(data: Path, tmp
     assert found.candidate.gflop == pytest.approx(2 * found.champion.gflop, rel=0.02)
 
 
-def test_too_few_pictures_for_errors_hold_and_a_first_version_passes(models: list[Path], tmp_path: Path) -> None:
+def test_too_few_images_for_errors_hold_and_a_first_version_passes(models: list[Path], tmp_path: Path) -> None:
     few = tmp_path / "data" / "few"
-    write_dataset(few, random_pictures(44), per_shard=44)
+    write_dataset(few, random_images(44), per_shard=44)
     found, _ = tried(*models, few, tmp_path)
     assert found.decision.verdict == Verdict.hold
     assert "too few images to tell the two apart: 48 generated and 11 held out, and errors need 12" in found.reason
@@ -306,7 +306,7 @@ def test_a_challenger_that_cannot_be_judged_is_the_users_mistake(data: Path, tmp
     with pytest.raises(UserError, match="no model at"):
         tried(tmp_path / "gone.safetensors", None, data, tmp_path)
     few = tmp_path / "data" / "few"
-    write_dataset(few, random_pictures(80), per_shard=80)
+    write_dataset(few, random_images(80), per_shard=80)
     small = plain(
         tmp_path / "sr.safetensors", config=MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
     )

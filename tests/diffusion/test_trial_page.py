@@ -51,7 +51,7 @@ def test_the_page_says_the_verdict_its_reasons_and_what_each_rule_found(tmp_path
         assert f"{finding.rule} {finding.verdict} {finding.reason}" in text
 
 
-def test_both_sides_pictures_and_real_ones_are_there_to_be_seen(tmp_path: Path) -> None:
+def test_both_sides_images_and_real_ones_are_there_to_be_seen(tmp_path: Path) -> None:
     shown, page = whole(), written(whole(), tmp_path)
     assert shown.grids.champion is not None
     for name, images in (
@@ -62,7 +62,7 @@ def test_both_sides_pictures_and_real_ones_are_there_to_be_seen(tmp_path: Path) 
         assert np.array_equal(page.image(name), np.asarray(grid(images)))
 
 
-def test_the_nearest_training_pictures_stand_beside_what_was_drawn_and_copies_are_called_so(tmp_path: Path) -> None:
+def test_the_nearest_training_images_stand_beside_what_was_drawn_and_copies_are_called_so(tmp_path: Path) -> None:
     shown, page = whole(), written(whole(), tmp_path)
     found = shown.comparison.candidate.memorization
     copies = [pair for pair in found.pairs if pair.is_copy]
@@ -77,7 +77,7 @@ def test_the_nearest_training_pictures_stand_beside_what_was_drawn_and_copies_ar
         assert np.array_equal(page.image(f"Generated image {pair.generated} and its nearest training image"), both)
 
 
-def test_pictures_drawn_more_than_once_are_shown_in_their_groups(tmp_path: Path) -> None:
+def test_images_drawn_more_than_once_are_shown_in_their_groups(tmp_path: Path) -> None:
     shown, page = whole(), written(whole(), tmp_path)
     found = shown.comparison.candidate.duplicates
     # Those that were planted are one group.
@@ -88,7 +88,7 @@ def test_pictures_drawn_more_than_once_are_shown_in_their_groups(tmp_path: Path)
         assert np.array_equal(page.image(f"Duplicates {numbers}"), np.asarray(grid(images[:4], columns=4)))
 
 
-def test_pictures_of_the_worst_classes_stand_below_real_ones(tmp_path: Path) -> None:
+def test_images_of_the_worst_classes_stand_below_real_ones(tmp_path: Path) -> None:
     shown, page = whole(), written(whole(), tmp_path)
     assert len(shown.grids.classes) == 2
     for name, (real, drawn) in shown.grids.classes.items():
@@ -96,7 +96,7 @@ def test_pictures_of_the_worst_classes_stand_below_real_ones(tmp_path: Path) -> 
         assert np.array_equal(sheet, np.asarray(grid(torch.cat([real, drawn]), columns=len(real))))
 
 
-def test_figures_stand_side_by_side_with_intervals_their_floor_and_both_numbers_of_pictures(tmp_path: Path) -> None:
+def test_figures_stand_side_by_side_with_intervals_their_floor_and_both_numbers_of_images(tmp_path: Path) -> None:
     shown, text = whole(), written(whole(), tmp_path).text
     assert "metric version 3 version 2 real baseline" in text
     assert "On 240 images of each side, against 240 held-out images" in text
@@ -109,7 +109,7 @@ def test_figures_stand_side_by_side_with_intervals_their_floor_and_both_numbers_
         assert (float(low), float(high)) == pytest.approx((figure.interval.low, figure.interval.high), abs=length / 10)
 
 
-def test_the_worst_class_comes_first_and_classes_of_too_few_pictures_are_named(tmp_path: Path) -> None:
+def test_the_worst_class_comes_first_and_classes_of_too_few_images_are_named(tmp_path: Path) -> None:
     found, text = whole().comparison.candidate.per_class, written(whole(), tmp_path).text
     assert found is not None
     assert found.worst is not None

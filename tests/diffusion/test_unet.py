@@ -44,7 +44,7 @@ def test_any_size_comes_out_as_it_went_in(size: int, patch: int, channel_mult: t
 
 
 def test_resolutions_below_a_pixel_are_refused_with_the_way_out() -> None:
-    with pytest.raises(UserError, match=r"fold 32 pixels into one, and the pictures have 28: take a number out of"):
+    with pytest.raises(UserError, match=r"fold 32 pixels into one, and the images have 28: take a number out of"):
         UNet(small(patch=4, channel_mult=(1, 1, 1, 1)), 1, 28)
 
 
@@ -116,14 +116,14 @@ def test_every_weight_that_reads_captions_learns_also_where_a_batch_has_none() -
         assert {name for name, gradient in named if not gradient.any()} == silent
 
 
-def test_pictures_of_a_batch_do_not_see_each_other() -> None:
+def test_images_of_a_batch_do_not_see_each_other() -> None:
     network, time = awake(UNet(small(), 1, 28)).eval(), torch.tensor([10.0, 500.0, 990.0])
     x = noisy(3)
     other = torch.cat([x[:1], noisy(2) * 5])
     torch.testing.assert_close(network(x, time)[:1], network(other, time)[:1], atol=1e-5, rtol=1e-4)
 
 
-def test_each_corner_of_a_picture_can_reach_every_other() -> None:
+def test_each_corner_of_a_image_can_reach_every_other() -> None:
     network, x = awake(UNet(small(channel_mult=(1, 1), attention=(1,)), 1, 28)).eval(), noisy(1)
     x.requires_grad_()
     network(x, torch.tensor([500.0]))[0, 0, 0, 0].backward()
@@ -169,7 +169,7 @@ def test_configurations_load_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_dropout_is_a_function_of_the_pictures_draw_alone() -> None:
+def test_dropout_is_a_function_of_the_images_draw_alone() -> None:
     h, draws = torch.ones(3, 16, 8, 8), torch.tensor([1, 2, 1])
     dropped_ = dropped(h, draws, 0.25)
     assert dropped_.unique().tolist() == pytest.approx([0, 1 / 0.75])
@@ -184,7 +184,7 @@ def test_dropout_drops_the_share_it_is_told_everywhere_alike(draw: int, rate: fl
     size = kept[0].numel()
     spread = 5 * (rate * (1 - rate) / size) ** 0.5
     assert abs(kept[0].float().mean().item() - (1 - rate)) < spread
-    # Neighbours know nothing of each other, be they positions, channels or pictures.
+    # Neighbours know nothing of each other, be they positions, channels or images.
     values = kept.float() - kept.float().mean()
     for one, other in ((values[0], values[1]), (values[0, 1:], values[0, :-1]), (values[0, :, 1:], values[0, :, :-1])):
         assert abs((one * other).mean().item()) < 5 * rate * (1 - rate) / one.numel() ** 0.5

@@ -74,7 +74,7 @@ def test_it_equals_a_data_set_that_one_machine_made_of_all_images(
     # The index stands for it: the next ingest reads nothing.
     again = ingest(ours[0], config(ours[1]))
     assert (again.read, again.changed) == (0, False)
-    assert Dataset.open(ours[0]).pictures(range(10)).shape[0] == 10
+    assert Dataset.open(ours[0]).images(range(10)).shape[0] == 10
 
 
 def test_killed_before_the_manifest_it_ends_the_same(
@@ -109,7 +109,7 @@ def test_what_the_other_line_took_down_or_began_anew_without_does_not_come_back(
     add(ours, 200, 201)
     shutil.copytree(work_folder(theirs[0]) / "removals", work_folder(ours[0]) / "removals")
     done = united(ours, theirs, base)
-    assert removal.pictures == 2
+    assert removal.images == 2
     assert (done.added, done.version.kept) == (1, 6)
     assert remove_known(ours[0]) == []
 

@@ -1,4 +1,4 @@
-"""Small pictures drawn large: what the network is shown, tiles that agree, and a model that beats interpolation."""
+"""Small images drawn large: what the network is shown, tiles that agree, and a model that beats interpolation."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,7 @@ from diffusion.process.schedules import make_schedule
 from diffusion.training.config import TrainingConfig
 from diffusion.training.logging import read_metrics
 from diffusion.training.train import preflight, train
-from tests.diffusion.small_datasets import random_pictures, write_dataset
+from tests.diffusion.small_datasets import random_images, write_dataset
 from tests.diffusion.small_models import header
 from tests.diffusion.test_train import Stop, StopAt
 
@@ -56,13 +56,13 @@ CONFIG = TrainingConfig(
     timestep_sampling="uniform",
 )
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=4, compute_batch=8, precision="fp32")
-SMALL = torch.from_numpy(random_pictures(5, size=4, seed=1))
-WIDE = torch.from_numpy(random_pictures(3, size=12, seed=2))[:, :, :7]
+SMALL = torch.from_numpy(random_images(5, size=4, seed=1))
+WIDE = torch.from_numpy(random_images(3, size=12, seed=2))[:, :, :7]
 
 
 def flat_blocks(count: int, across: int = 4, seed: int = 0) -> np.ndarray:
-    """Pictures (count, 1, 2 across, 2 across) of flat blocks of 2×2 pixels: made small, nothing of them is lost."""
-    return random_pictures(count, size=across, seed=seed).repeat(2, axis=2).repeat(2, axis=3)
+    """Images (count, 1, 2 across, 2 across) of flat blocks of 2×2 pixels: made small, nothing of them is lost."""
+    return random_images(count, size=across, seed=seed).repeat(2, axis=2).repeat(2, axis=3)
 
 
 def untrained(config: ModelConfig = MODEL, channels: int = 1, size: int = 8) -> DiffusionModel:
@@ -81,24 +81,24 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data" / "blocks"
 
 
-def pillow(pictures: Tensor, height: int, width: int) -> Tensor:
+def pillow(images: Tensor, height: int, width: int) -> Tensor:
     planes = [
         np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC))
-        for plane in pictures.flatten(0, 1).numpy()
+        for plane in images.flatten(0, 1).numpy()
     ]
-    return torch.from_numpy(np.stack(planes)).view(*pictures.shape[:2], height, width)
+    return torch.from_numpy(np.stack(planes)).view(*images.shape[:2], height, width)
 
 
-def test_pictures_are_made_small_and_large_as_pillow_does_it() -> None:
-    pictures = torch.from_numpy(random_pictures(4, channels=3, size=24))
-    small = shrunk(pictures, 8)
+def test_images_are_made_small_and_large_as_pillow_does_it() -> None:
+    images = torch.from_numpy(random_images(4, channels=3, size=24))
+    small = shrunk(images, 8)
     assert small.dtype == torch.uint8
-    assert (small.int() - pillow(pictures, 8, 8).int()).abs().max() <= 1
+    assert (small.int() - pillow(images, 8, 8).int()).abs().max() <= 1
     large = to_uint8(enlarged(small[..., :5, :], 3))
     assert (large.int() - pillow(small[..., :5, :], 15, 24).int()).abs().max() <= 1
 
 
-def test_a_network_that_adds_nothing_leaves_the_picture_as_interpolation_enlarges_it() -> None:
+def test_a_network_that_adds_nothing_leaves_the_image_as_interpolation_enlarges_it() -> None:
     model = untrained()
     nn.init.zeros_(model.network.head.weight)
     assert model.network.head.bias is not None
@@ -107,21 +107,21 @@ def test_a_network_that_adds_nothing_leaves_the_picture_as_interpolation_enlarge
     assert torch.equal(upscale(model, WIDE, 0, SAMPLING), to_uint8(enlarged(WIDE, 2)))
 
 
-def test_what_pictures_have_beyond_the_small_ones_is_measured_as_it_is() -> None:
-    pictures = torch.from_numpy(random_pictures(40, channels=3, size=24))
-    apart = (pictures.double() - pillow(pillow(pictures, 8, 8), 24, 24).double()).square().mean().sqrt()
+def test_what_images_have_beyond_the_small_ones_is_measured_as_it_is() -> None:
+    images = torch.from_numpy(random_images(40, channels=3, size=24))
+    apart = (images.double() - pillow(pillow(images, 8, 8), 24, 24).double()).square().mean().sqrt()
     # Between the two lies the clipping of Pillow's whole numbers.
-    assert SuperResolution(8, 0.1).sigma_data(pictures) == pytest.approx(apart.item() / 127.5, rel=0.02)
+    assert SuperResolution(8, 0.1).sigma_data(images) == pytest.approx(apart.item() / 127.5, rel=0.02)
     # Nothing of flat blocks is lost but what bicubic interpolation smooths.
     task = SuperResolution(4, 0.1)
     assert task.sigma_data(torch.from_numpy(flat_blocks(40))) < task.sigma_data(
-        torch.from_numpy(random_pictures(40, size=8))
+        torch.from_numpy(random_images(40, size=8))
     )
 
 
 @pytest.mark.parametrize("patch", [1, 2, 4])
 @pytest.mark.parametrize("size", [8, 12])
-def test_small_picture_and_noise_level_reach_every_answer(patch: int, size: int) -> None:
+def test_small_image_and_noise_level_reach_every_answer(patch: int, size: int) -> None:
     model = untrained(MODEL.model_copy(update={"patch": patch}), 3, size)
     x, low = torch.randn(2, 2, 3, size, size, generator=torch.Generator().manual_seed(0))
     level = torch.tensor([0.02, 0.1])
@@ -136,7 +136,7 @@ def test_small_picture_and_noise_level_reach_every_answer(patch: int, size: int)
     assert rest[0][1] == 0
 
 
-def test_noise_over_small_pictures_is_a_function_of_seed_and_index() -> None:
+def test_noise_over_small_images_is_a_function_of_seed_and_index() -> None:
     low = torch.zeros(200, 3, 4, 4)
     told = {"low": low, "level": torch.zeros(200)}
     whole = add_conditioning_noise(told, 0.4, 3, range(100, 300))
@@ -178,7 +178,7 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, obj
     ("low_resolution", "size", "words"),
     [(3, 8, "no multiple of it: use 2 or 4"), (8, 8, "use 2 or 4"), (16, 8, "use 2 or 4"), (3, 7, "at another size")],
 )
-def test_what_is_no_part_of_the_pictures_size_is_refused(low_resolution: int, size: int, words: str) -> None:
+def test_what_is_no_part_of_the_images_size_is_refused(low_resolution: int, size: int, words: str) -> None:
     with pytest.raises(UserError, match=words):
         UNet(MODEL.model_copy(update={"low_resolution": low_resolution}), 1, size)
 
@@ -201,11 +201,11 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_its_model_enlarges_as_before
     assert all(path.is_file() for path in paths)
 
 
-def test_a_grid_shows_held_out_pictures_small_enlarged_and_real(data: Path, tmp_path: Path) -> None:
+def test_a_grid_shows_held_out_images_small_enlarged_and_real(data: Path, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"images": 32, "checkpoints": 1})
     result = train(data, tmp_path / "run", MODEL, config, SAMPLING)
     dataset = Dataset.open(data)
-    real = dataset.pictures(dataset.rows("held_out")[:36])
+    real = dataset.images(dataset.rows("held_out")[:36])
     large = upscale(load_model(result.final), shrunk(real, 4), 0, SAMPLING)
     sheet = np.asarray(Image.open(tmp_path / "run" / "samples" / "0000000032.png"))
     scale, pad = 8, 2
@@ -234,7 +234,7 @@ def test_where_the_answer_is_determined_it_is_found_and_bicubic_interpolation_is
     rows = read_metrics(tmp_path / "run" / "losses.csv")
     assert rows[-1]["held_out_loss_ema"] < 0.02
     many = SAMPLING.model_copy(update={"compute_batch": 32})
-    # Also of pictures larger than those of the training, whose blocks tiles would cut if they began elsewhere.
+    # Also of images larger than those of the training, whose blocks tiles would cut if they began elsewhere.
     for across in (4, 11):
         real = torch.from_numpy(flat_blocks(20, across, seed=9))
         small = shrunk(real, across)
@@ -277,7 +277,7 @@ def test_tiles_that_disagree_pass_into_each_other_without_an_edge() -> None:
 
 
 class Oracle(nn.Module):
-    """What a perfect network predicts, as x0, if pixels lie independently about those of the enlarged small picture."""
+    """What a perfect network predicts, as x0, if pixels lie independently about those of the enlarged small image."""
 
     SPREAD = 0.3
 
@@ -299,12 +299,12 @@ def oracle(low_resolution: int, size: int) -> DiffusionModel:
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde"])
-def test_tiles_give_the_picture_that_the_whole_gives(sampler: str) -> None:
+def test_tiles_give_the_image_that_the_whole_gives(sampler: str) -> None:
     config = SAMPLING_ADAPTER.validate_python({"sampler": sampler, "steps": 12, "compute_batch": 4})
-    square = torch.from_numpy(random_pictures(3, size=14, seed=2))
+    square = torch.from_numpy(random_images(3, size=14, seed=2))
     whole, in_tiles = (upscale(oracle(low, 2 * low), square, 5, config) for low in (14, 4))
     assert (whole.int() - in_tiles.int()).abs().max() <= 1
-    # And it is one of the right distribution: about the small picture, with its spread.
+    # And it is one of the right distribution: about the small image, with its spread.
     difference = to_float(whole) - enlarged(square, 2)
     inside = enlarged(square, 2).abs() < 0.2
     assert abs(difference[inside].std() - Oracle.SPREAD) < 0.05
@@ -314,7 +314,7 @@ def test_tiles_give_the_picture_that_the_whole_gives(sampler: str) -> None:
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddpm"])
 @pytest.mark.parametrize("small", [SMALL, WIDE], ids=["square", "wide"])
 @pytest.mark.parametrize("batch", [8, 3])
-def test_a_picture_has_the_same_bits_whatever_is_enlarged_beside_it(sampler: str, small: Tensor, batch: int) -> None:
+def test_a_image_has_the_same_bits_whatever_is_enlarged_beside_it(sampler: str, small: Tensor, batch: int) -> None:
     config = SAMPLING.with_sampler(sampler).changed({"compute_batch": batch, "low_resolution_noise": 0.05})
     model = untrained()
     many = upscale(model, small, 7, config)
@@ -328,7 +328,7 @@ def test_a_picture_has_the_same_bits_whatever_is_enlarged_beside_it(sampler: str
     assert not torch.equal(upscale(model, small, 8, config), many)
 
 
-def test_noise_over_the_small_picture_is_an_option_and_none_by_default() -> None:
+def test_noise_over_the_small_image_is_an_option_and_none_by_default() -> None:
     model = untrained()
     without, none, some = (
         upscale(model, SMALL, 7, SAMPLING.model_copy(update={"low_resolution_noise": level}))
@@ -347,7 +347,7 @@ def test_a_learned_variance_is_that_of_tiles_too() -> None:
     assert not torch.equal(learned, fixed)
 
 
-def test_how_far_it_is_is_told_by_steps_for_one_picture_and_by_pictures_for_several() -> None:
+def test_how_far_it_is_is_told_by_steps_for_one_image_and_by_images_for_several() -> None:
     seen: list[tuple[str, int, int | None]] = []
     upscale(untrained(), WIDE[:1], 0, SAMPLING, lambda what, done, total, note="": seen.append((what, done, total)))
     assert seen == [*(("steps of enlarging", step, 4) for step in (1, 2, 3, 4)), ("images enlarged", 1, 1)]

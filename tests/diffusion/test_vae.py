@@ -36,7 +36,7 @@ from diffusion.training.post_hoc_ema import models_to_evaluate
 from diffusion.training.preflight import count_flops
 from diffusion.training.train import train
 from tests.diffusion.small_autoencoders import CONFIG, SAMPLING, SIZE, VAE, autoencoder, colours, mean_square
-from tests.diffusion.small_datasets import random_pictures, write_dataset
+from tests.diffusion.small_datasets import random_images, write_dataset
 from tests.diffusion.test_train import Stop, StopAt
 from tests.diffusion.trials import evaluate_one
 
@@ -71,17 +71,17 @@ def test_a_stopped_training_goes_on_to_the_same_bits(data: Path, run: Path, tmp_
         assert (tmp_path / "cut" / name).read_bytes() == (run / name).read_bytes()
 
 
-def test_pictures_come_back_closer_than_the_mean_picture(data: Path, tmp_path: Path) -> None:
+def test_images_come_back_closer_than_the_mean_image(data: Path, tmp_path: Path) -> None:
     final = autoencoder(data, tmp_path / "run", config={"images": 1600, "learning_rate": 1e-2}).final
     dataset = Dataset.open(data)
-    held_out, train_set = (dataset.pictures(dataset.rows(split)) for split in ("held_out", "train"))
+    held_out, train_set = (dataset.images(dataset.rows(split)) for split in ("held_out", "train"))
     back = reconstructed(load_model(final), held_out, SAMPLING)
     mean = to_uint8(to_float(train_set).mean(0))
     assert mean_square(back, held_out) < 0.5 * mean_square(mean.expand_as(held_out), held_out)
 
 
 def test_the_bound_of_a_trained_network_lies_below_the_likelihood_of_its_data(tmp_path: Path) -> None:
-    # Pictures of two correlated Gaussian factors a quarter, whose density is known. Quantised to 8 bits, of which there
+    # Images of two correlated Gaussian factors a quarter, whose density is known. Quantised to 8 bits, of which there
     # are 30 to a deviation.
     random = np.random.default_rng(0)
     size, count, spread = 8, 400, 0.12
@@ -94,11 +94,11 @@ def test_the_bound_of_a_trained_network_lies_below_the_likelihood_of_its_data(tm
     shape = VAEConfig(width=16, channel_mult=(1,), patch=4, latent_channels=2, kl_weight=1)
     run = train(tmp_path / "factors", tmp_path / "run", shape, options, SAMPLING)
     dataset = Dataset.open(tmp_path / "factors")
-    held_out = to_float(dataset.pictures(dataset.rows("held_out"))).flatten(1).double()
+    held_out = to_float(dataset.images(dataset.rows("held_out"))).flatten(1).double()
     covariance = torch.from_numpy(loadings @ loadings.T + spread**2 * np.eye(size * size))
     exact = MultivariateNormal(torch.zeros(size * size).double(), covariance).log_prob(held_out).mean().item()
     independent = MultivariateNormal(torch.zeros(size * size).double(), covariance.diagonal().diag())
-    # From bits a value, were values whole levels of 8 bits, to nats a picture of values in [−1, 1].
+    # From bits a value, were values whole levels of 8 bits, to nats an image of values in [−1, 1].
     bits = [row["held_out_loss_ema"] for row in read_metrics(run.output / "losses.csv")]
     bounds = [-size * size * math.log(2) * (each - math.log2(127.5)) for each in bits]
     assert max(bounds) < exact
@@ -111,7 +111,7 @@ def test_bits_of_what_comes_back_exactly_are_those_of_whole_levels(model: VAEMod
     flat = torch.full((2, *model.shape), 127, dtype=torch.uint8)
     network = copy.deepcopy(model.network)
     network.log_scale.data.fill_(log_scale)
-    # What the decoder says is the picture itself, and the latents say nothing.
+    # What the decoder says is the image itself, and the latents say nothing.
     network.forward = lambda x, noise: (x, torch.zeros(len(x), 1), torch.zeros(len(x), 1))  # type: ignore[method-assign]
     terms = family_of(model.config).terms(VAEModel(model.header, network), to_float(flat), {}, [0, 1])
     assert terms.bits is not None
@@ -121,7 +121,7 @@ def test_bits_of_what_comes_back_exactly_are_those_of_whole_levels(model: VAEMod
     assert (terms.bits >= 0).all()
 
 
-def test_a_picture_is_the_decoded_noise_of_its_number_whatever_the_count(model: VAEModel) -> None:
+def test_a_image_is_the_decoded_noise_of_its_number_whatever_the_count(model: VAEModel) -> None:
     many, one = sample(model, range(40), 3, SAMPLING), sample(model, [37], 3, SAMPLING)
     assert torch.equal(many[37], one[0])
     z = GaussianNoise(3, "sampling", range(36), (3, 4, 4))()
@@ -130,7 +130,7 @@ def test_a_picture_is_the_decoded_noise_of_its_number_whatever_the_count(model: 
     assert not torch.equal(many[:4], sample(model, range(4), 4, SAMPLING))
 
 
-def test_a_way_between_two_seeds_begins_and_ends_with_their_pictures(model: VAEModel) -> None:
+def test_a_way_between_two_seeds_begins_and_ends_with_their_images(model: VAEModel) -> None:
     way = interpolate(model, 1, 2, 36, SAMPLING)
     for place, seed in ((0, 1), (-1, 2)):
         assert (way[place].int() - sample(model, [0], seed, SAMPLING)[0].int()).abs().max() <= 1
@@ -142,7 +142,7 @@ def test_an_exported_checkpoint_is_the_same_model(run: Path, model: VAEModel, tm
     assert torch.equal(sample(exported, range(4), 0, SAMPLING), sample(model, range(4), 0, SAMPLING))
 
 
-def test_training_tells_how_close_pictures_come_back(data: Path, tmp_path: Path) -> None:
+def test_training_tells_how_close_images_come_back(data: Path, tmp_path: Path) -> None:
     figures: dict[str, float] = {}
 
     class Listener(StopAt):
@@ -158,10 +158,10 @@ def test_training_tells_how_close_pictures_come_back(data: Path, tmp_path: Path)
     assert large / small == pytest.approx(4, rel=0.02)
 
 
-def test_it_is_judged_by_how_close_held_out_pictures_come_back(data: Path, run: Path, tmp_path: Path) -> None:
+def test_it_is_judged_by_how_close_held_out_images_come_back(data: Path, run: Path, tmp_path: Path) -> None:
     evaluation = evaluate(data, models_to_evaluate(run, tmp_path), EVALUATION, SAMPLING, tmp_path, run / "losses.csv")
     dataset, extractor = Dataset.open(data), EfficientNetLite0(32)
-    held_out = dataset.pictures(dataset.rows("held_out"))
+    held_out = dataset.images(dataset.rows("held_out"))
     for judged in evaluation.checkpoints:
         back = reconstructed(load_model(Path(judged.file)), held_out, SAMPLING)
         ratios = [10 * math.log10(255**2 / mean_square(*pair)) for pair in zip(back, held_out, strict=True)]
@@ -186,25 +186,25 @@ def test_it_is_judged_by_how_close_held_out_pictures_come_back(data: Path, run: 
 
 
 def test_originals_stand_above_what_comes_back() -> None:
-    pictures = torch.from_numpy(random_pictures(5, size=4))
-    sheet = np.asarray(above(pictures, 255 - pictures, columns=2, scale=1))
+    images = torch.from_numpy(random_images(5, size=4))
+    sheet = np.asarray(above(images, 255 - images, columns=2, scale=1))
     assert sheet.shape == (2 + 4 * 6, 2 + 2 * 6)
-    assert np.array_equal(sheet[2:6, 2:6], pictures[0, 0])
-    assert np.array_equal(sheet[8:12, 2:6], 255 - pictures[0, 0])
-    assert np.array_equal(sheet[20:24, 8:12], 255 - pictures[3, 0])
+    assert np.array_equal(sheet[2:6, 2:6], images[0, 0])
+    assert np.array_equal(sheet[8:12, 2:6], 255 - images[0, 0])
+    assert np.array_equal(sheet[20:24, 8:12], 255 - images[3, 0])
 
 
-def test_how_it_works_is_drawn_with_a_real_picture(data: Path, model: VAEModel, tmp_path: Path) -> None:
-    picture = Dataset.open(data).pictures([0])[0]
-    paths = explain(model, picture, tmp_path, 0)
+def test_how_it_works_is_drawn_with_a_real_image(data: Path, model: VAEModel, tmp_path: Path) -> None:
+    image = Dataset.open(data).images([0])[0]
+    paths = explain(model, image, tmp_path, 0)
     assert [path.name for path in paths] == ["reconstruction.png"]
     assert Image.open(paths[0]).height > 2 * SIZE
 
 
 def test_a_size_that_its_factor_does_not_divide_is_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"latent position of 32×32 pixels, and 32 does not divide the pictures' 16"):
+    with pytest.raises(UserError, match=r"latent position of 32×32 pixels, and 32 does not divide the images' 16"):
         autoencoder(data, tmp_path / "run", VAE.model_copy(update={"channel_mult": (1, 1, 1, 1, 1)}))
-    with pytest.raises(ValueError, match="latents as large as pictures"):
+    with pytest.raises(ValueError, match="latents as large as images"):
         VAEConfig(patch=1, channel_mult=(1,))
 
 
@@ -226,9 +226,9 @@ def test_what_it_cannot_show_or_change_is_refused(model: VAEModel) -> None:
         sample(model, [0], 0, SAMPLING, conditions=Conditions(labels=("cat",)))
     with pytest.raises(UserError, match="trained without captions"):
         sample(model, [0], 0, SAMPLING, conditions=Conditions(prompts=("a cat",)))
-    picture = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
-    with pytest.raises(UserError, match="no steps in which to edit a picture"):
-        sample(model, [0], 0, SAMPLING, edit=Edit(picture, strength=0.5))
+    image = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
+    with pytest.raises(UserError, match="no steps in which to edit an image"):
+        sample(model, [0], 0, SAMPLING, edit=Edit(image, strength=0.5))
 
 
 def test_it_answers_the_requests_that_begin_with_nothing(model: VAEModel) -> None:
@@ -255,7 +255,7 @@ def test_a_run_of_another_family_in_the_folder_is_refused(data: Path, run: Path)
         train(data, run, ModelConfig(width=16, channel_mult=(1,), attention=()), CONFIG, SAMPLING)
 
 
-def test_it_starts_from_pictures_of_the_same_deviation_whatever_the_depth() -> None:
+def test_it_starts_from_images_of_the_same_deviation_whatever_the_depth() -> None:
     torch.manual_seed(0)
     network = vae.VAE(VAE, 3, SIZE)
     mean, log_variance = network.posterior(torch.randn(8, 3, SIZE, SIZE))

@@ -84,7 +84,7 @@ def test_both_bounds_are_those_of_the_paper_in_another_scale(schedule: NoiseSche
 
 
 @given(schedules, st.data())
-def test_the_bounds_are_the_true_variances_of_a_single_picture_and_of_noise(
+def test_the_bounds_are_the_true_variances_of_a_single_image_and_of_noise(
     schedule: NoiseSchedule, data: st.DataObject
 ) -> None:
     t = torch.tensor(data.draw(st.integers(1, schedule.steps - 1)))
@@ -115,9 +115,9 @@ def as_in_the_paper(schedule: NoiseSchedule, t: int, x0: Tensor, noise: Tensor, 
     low, high = tilde[max(t, 1)], betas[t]
     x_t = alpha_bar[t].sqrt() * x0 + (1 - alpha_bar[t]).sqrt() * noise
 
-    def mean(picture: Tensor) -> Tensor:
+    def mean(image: Tensor) -> Tensor:
         of_x = (1 - betas[t]).sqrt() * (1 - before) / (1 - alpha_bar[t])
-        return before.sqrt() * betas[t] / (1 - alpha_bar[t]) * picture + of_x * x_t
+        return before.sqrt() * betas[t] / (1 - alpha_bar[t]) * image + of_x * x_t
 
     ours = Normal(mean(x0 + missed), (0.5 * ((v + 1) / 2 * high.log() + (1 - v) / 2 * low.log())).exp())
     if t:
@@ -356,8 +356,8 @@ def test_the_variance_asked_for_is_the_one_taken_whatever_the_network_learned(ne
     for variance in ("fixed_small", "fixed_large"):
         assert torch.equal(draw(learned, variance), draw(plain, variance))
     assert torch.equal(draw(plain, None), draw(plain, "fixed_small"))
-    pictures = [draw(learned, None), draw(learned, "fixed_small"), draw(learned, "fixed_large")]
-    assert not any(torch.equal(one, other) for i, one in enumerate(pictures) for other in pictures[:i])
+    images = [draw(learned, None), draw(learned, "fixed_small"), draw(learned, "fixed_large")]
+    assert not any(torch.equal(one, other) for i, one in enumerate(images) for other in images[:i])
 
 
 @pytest.mark.parametrize(
@@ -406,9 +406,9 @@ def test_a_short_training_learns_resumes_to_the_same_bits_and_draws(dataset: Pat
     model = load_model(whole.final)
     assert model.config.learned_variance
     few = sampling_config(sampler="ddpm", steps=4, compute_batch=8)
-    pictures = sample(model, range(8), 0, few)
-    assert pictures.shape == (8, 1, 8, 8)
-    assert not torch.equal(pictures, sample(model, range(8), 0, few.model_copy(update={"variance": "fixed_large"})))
+    images = sample(model, range(8), 0, few)
+    assert images.shape == (8, 1, 8, 8)
+    assert not torch.equal(images, sample(model, range(8), 0, few.model_copy(update={"variance": "fixed_large"})))
     assert len(explain(model, to_uint8(torch.zeros(1, 8, 8)), tmp_path / "explained")) == 3
     judged = evaluate_one(whole.final, dataset, EvaluationConfig(samples=10), SAMPLING, tmp_path / "report")
     assert judged.images == whole.images

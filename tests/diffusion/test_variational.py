@@ -35,7 +35,7 @@ def posterior(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bound(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """The bound of each picture, exactly: points at ±√k along each axis integrate a Gaussian's quadratics."""
+    """The bound of each image, exactly: points at ±√k along each axis integrate a Gaussian's quadratics."""
     points = math.sqrt(LATENTS) * torch.cat([torch.eye(LATENTS), -torch.eye(LATENTS)]).double()
     log_scale = torch.tensor(math.log(SCALE), dtype=torch.float64)
     misfit = torch.stack(
@@ -54,18 +54,18 @@ def likelihood(x: Tensor) -> Tensor:
     return MultivariateNormal(torch.zeros(VALUES, dtype=torch.float64), covariance).log_prob(x)
 
 
-def pictures(seed: int) -> Tensor:
+def images(seed: int) -> Tensor:
     return torch.randn(5, VALUES, generator=generator(seed), dtype=torch.float64)
 
 
 def test_with_the_exact_posterior_the_bound_is_the_likelihood() -> None:
-    x = pictures(1)
+    x = images(1)
     assert torch.allclose(bound(x, *posterior(x)), likelihood(x), atol=1e-10)
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0, 2))
 def test_with_any_other_posterior_it_lies_below_by_the_divergence_of_the_two(seed: int, far: float) -> None:
-    x = pictures(seed)
+    x = images(seed)
     mean, log_variance = posterior(x)
     shift, spread = (torch.randn(5, LATENTS, generator=generator(seed + n), dtype=torch.float64) for n in (1, 2))
     other = mean + far * shift, log_variance + far * spread
@@ -74,7 +74,7 @@ def test_with_any_other_posterior_it_lies_below_by_the_divergence_of_the_two(see
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_the_divergence_is_that_of_torch_over_all_values_of_a_picture(seed: int) -> None:
+def test_the_divergence_is_that_of_torch_over_all_values_of_a_image(seed: int) -> None:
     mean, log_variance = torch.randn(2, 4, 3, 5, 5, generator=generator(seed), dtype=torch.float64)
     posteriors = Independent(Normal(mean, (0.5 * log_variance).exp()), 3)
     prior = Independent(Normal(torch.zeros_like(mean), torch.ones_like(mean)), 3)

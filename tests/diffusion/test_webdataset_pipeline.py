@@ -18,7 +18,7 @@ def test_each_image_of_a_split_comes_once_with_its_pixels_and_class(dataset: Pat
     expected = Dataset.open(dataset)
     rows = expected.rows(split)
     classes = expected.classes(rows, expected.manifest.labels)
-    images = dict(zip(expected.keys(rows), zip(expected.pictures(rows), classes, strict=True), strict=True))
+    images = dict(zip(expected.keys(rows), zip(expected.images(rows), classes, strict=True), strict=True))
     loader = DataLoader(open_webdataset(dataset, split, shuffle=16), batch_size=None, num_workers=workers)
     found = {sample["key"]: sample for sample in loader}
     assert found.keys() == images.keys()

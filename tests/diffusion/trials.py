@@ -87,10 +87,10 @@ def let_draw(
     cached(folder / "evaluations", model.generated_key, lambda: {"images": images})
 
 
-def training_pictures(data: Path, count: int) -> Tensor:
+def training_images(data: Path, count: int) -> Tensor:
     """The first ones."""
     dataset = Dataset.open(data)
-    return dataset.pictures(dataset.rows("train")[:count])
+    return dataset.images(dataset.rows("train")[:count])
 
 
 def write_autoencoder(path: Path, seed: int, spread: float = 0.1) -> Path:

@@ -25,7 +25,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     folder = tmp_path_factory.mktemp("workspace")
     (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS | {"training": PARAMS["training"] | {"images": 640}}))
     for number in range(120):
-        path = folder / "pictures" / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"
+        path = folder / "images" / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         disc(number).save(path)
     space = Workspace(folder)
@@ -45,9 +45,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 def test_a_retraining_its_ledger_and_batches_in_files_and_large_tars(workspace: Workspace) -> None:
     assert "ignores If-None-Match when an upload in parts is completed" in workspace.run("server", "health", "s3")
     assert "elsewhere" in workspace.run("status")
-    done = workspace.json("retrain", "pictures", "--dataset", "blobs", "--count", "8")
+    done = workspace.json("retrain", "images", "--dataset", "blobs", "--count", "8")
     assert done["verdict"]["version"]["number"] == 1
-    assert workspace.json("retrain", "pictures", "--dataset", "blobs", "--count", "8")["skipped"]
+    assert workspace.json("retrain", "images", "--dataset", "blobs", "--count", "8")["skipped"]
     found = objects(workspace, done["prints"]["uri"])
     assert {"_SUCCESS", "00000000.png", "00000007.png"} <= set(found)
     trace = workspace.run("trace", done["prints"]["uri"] + "00000003.png")
@@ -59,7 +59,7 @@ def test_a_retraining_its_ledger_and_batches_in_files_and_large_tars(workspace: 
     names = set(objects(workspace, first["uri"]))
     assert {"prints-00000.tar", "prints-00000.tar.sha256", "_SUCCESS"} <= names
     again = workspace.json(*tars)
-    assert (again["uri"], again["took"]["pictures"]) == (first["uri"], 0)
+    assert (again["uri"], again["took"]["images"]) == (first["uri"], 0)
 
     history = workspace.json("model", "history", "--dataset", "blobs")
     assert json.dumps(history)

@@ -59,14 +59,14 @@ class Machine:
                 Repo.init(no_scm=True).close()
 
     def params(self, **ingest: object) -> Params:
-        storage = {"source": "pictures", "size": 8, "held_out": 0.33, "workers": 1}
+        storage = {"source": "images", "size": 8, "held_out": 0.33, "workers": 1}
         return Params.model_validate({"ingest": storage | ingest, "training": {"dataset": NAME, "images": 1}})
 
     def ingest(self, *numbers: int, rebuild: Rebuild = "never", to_retrain: bool = False) -> IngestResult:
         """Ingest the folder of images, to which those of ``numbers`` are added first."""
         with chdir(self.folder):
             for number in numbers:
-                path = Path("pictures") / f"{number}.png"
+                path = Path("images") / f"{number}.png"
                 path.parent.mkdir(exist_ok=True)
                 blob(number).save(path)
             state: Any = flows.ingest.ingest.fn(self.params(), rebuild=rebuild, to_retrain=to_retrain)

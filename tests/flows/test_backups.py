@@ -159,9 +159,9 @@ def test_a_restore_that_was_killed_is_not_started_over_and_given_again_places_al
 
 
 REMOVAL = Removal(
-    picture_keys=["ab" * 32],
+    image_keys=["ab" * 32],
     digests=[],
-    pictures=1,
+    images=1,
     duplicates=0,
     refused=0,
     near_copies=[],

@@ -35,19 +35,19 @@ FOLDER = Path("data/blobs")
 
 
 class Place:
-    """The working folder with its pictures, a DVC repository and a bucket of its own."""
+    """The working folder with its images, a DVC repository and a bucket of its own."""
 
-    def __init__(self, bucket: str, pictures: Path) -> None:
+    def __init__(self, bucket: str, images: Path) -> None:
         self.bucket = bucket
         self.source = f"s3://{bucket}/dvc"
-        self.pictures = pictures
+        self.images = images
         self.catalogue = Catalogue.of(FOLDER.name, self.source)
 
     def version(self, *numbers: int) -> Manifest:
-        """Ingest more pictures, push and publish."""
+        """Ingest more images, push and publish."""
         for number in numbers:
-            blob(number).save(self.pictures / "odd" / f"{number}.png")
-        ingest(FOLDER, IngestConfig(source=str(self.pictures), size=8, held_out=0.33))
+            blob(number).save(self.images / "odd" / f"{number}.png")
+        ingest(FOLDER, IngestConfig(source=str(self.images), size=8, held_out=0.33))
         self.publish()
         return read_manifest(FOLDER)
 
@@ -66,9 +66,9 @@ class Place:
 
 
 @pytest.fixture
-def place(bucket: str, pictures: Path) -> Place:
+def place(bucket: str, images: Path) -> Place:
     Repo.init(no_scm=True).close()
-    return Place(bucket, pictures)
+    return Place(bucket, images)
 
 
 def unreachable() -> str:
@@ -110,7 +110,7 @@ def test_no_version_is_recorded_while_another_ingest_is_at_work(
 ) -> None:
     monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     params = Params(training=TrainingConfig(dataset=FOLDER.name, images=1))
-    config = IngestConfig(source=str(place.pictures), size=8, held_out=0.33)
+    config = IngestConfig(source=str(place.images), size=8, held_out=0.33)
     first = ingest(FOLDER, config)
     with ThreadPoolExecutor(1) as pool:
 
@@ -120,7 +120,7 @@ def test_no_version_is_recorded_while_another_ingest_is_at_work(
             with pytest.raises(TimeoutError):
                 recorded.result(timeout=1)
 
-        blob(100).save(place.pictures / "odd" / "100.png")
+        blob(100).save(place.images / "odd" / "100.png")
         second = ingest(FOLDER, config, fan_out=fan_out)
     assert set(place.catalogue.versions()) == {second.digest} != {first.digest}
 
@@ -193,8 +193,8 @@ def test_versions_come_and_go_without_a_server_and_the_next_ingest_adds_to_the_o
 
 def test_a_version_that_was_never_recorded_is_not_lost_by_a_checkout(place: Place) -> None:
     first = place.version()
-    blob(100).save(place.pictures / "odd" / "100.png")
-    ingest(FOLDER, IngestConfig(source=str(place.pictures), size=8, held_out=0.33))
+    blob(100).save(place.images / "odd" / "100.png")
+    ingest(FOLDER, IngestConfig(source=str(place.images), size=8, held_out=0.33))
     unrecorded, digest = files_of(FOLDER), read_manifest(FOLDER).digest
     checkout(FOLDER, first.digest, unreachable)
     checkout(FOLDER, digest, unreachable)
@@ -241,7 +241,7 @@ def test_what_is_gone_from_the_remote_is_pushed_again_with_the_same_version(plac
     assert {key: store.get(place.bucket, key) for key in store.list_keys(place.bucket, "dvc/files/")} == before
 
 
-def test_a_version_with_pictures_that_were_taken_down_comes_back_only_when_told_so(place: Place) -> None:
+def test_a_version_with_images_that_were_taken_down_comes_back_only_when_told_so(place: Place) -> None:
     before = place.version()
     old = files_of(FOLDER)
     done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
@@ -260,7 +260,7 @@ def test_a_version_with_pictures_that_were_taken_down_comes_back_only_when_told_
 @pytest.mark.slow
 def test_a_version_that_stored_them_in_another_way_is_refused_as_well_and_leaves_nothing(place: Place) -> None:
     before = place.version()
-    config = IngestConfig(source=str(place.pictures), size=9, held_out=0.33)
+    config = IngestConfig(source=str(place.images), size=9, held_out=0.33)
     ingest(FOLDER, config, rebuild="if_different")
     done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
     place.publish()
@@ -307,7 +307,7 @@ def test_a_removal_in_the_bucket_that_would_be_written_elsewhere_is_refused_by_i
 
 def test_training_streams_a_version_of_which_only_the_tables_are_here(place: Place, tmp_path: Path) -> None:
     version = place.version()
-    expected = Dataset.open(FOLDER).pictures(range(48))
+    expected = Dataset.open(FOLDER).images(range(48))
     recorded = data_version(FOLDER)
     place.version(100)
     place.forget()
@@ -315,7 +315,7 @@ def test_training_streams_a_version_of_which_only_the_tables_are_here(place: Pla
     assert not list(FOLDER.glob("shards/*"))
     shards = ShardCache(tmp_path / "cache", RemoteShards(FOLDER, place.source), max_bytes=2**20)
     dataset = Dataset.open(FOLDER, shards)
-    assert (dataset.pictures(range(48)) == expected).all()
+    assert (dataset.images(range(48)) == expected).all()
     dataset.close()
     found = data_version(FOLDER)
     assert found is not None
@@ -329,7 +329,7 @@ def test_a_shard_that_is_not_on_the_remote_is_named(place: Place, tmp_path: Path
     stranger = FileEntry(name="shards/00009-0123456789abcdef.tar", sha256="0" * 64, bytes=1)
     with pytest.raises(UserError, match=r"0123456789abcdef\.tar of data set blobs is not on s3://"):
         RemoteShards(FOLDER, place.source).fetch(stranger, tmp_path / "shard")
-    ingest(FOLDER.with_name("other"), IngestConfig(source=str(place.pictures), size=8))
+    ingest(FOLDER.with_name("other"), IngestConfig(source=str(place.images), size=8))
     with pytest.raises(UserError, match="was never pushed"):
         RemoteShards(FOLDER.with_name("other"), place.source).fetch(stranger, tmp_path / "shard")
 
@@ -354,7 +354,7 @@ def test_what_is_cut_damaged_or_missing_is_got_back_and_named(place: Place, from
 
 
 def test_what_neither_cache_nor_remote_has_is_left_for_ingest_to_name(place: Place) -> None:
-    config = IngestConfig(source=str(place.pictures), size=8, held_out=0.33)
+    config = IngestConfig(source=str(place.images), size=8, held_out=0.33)
     assert restore_data(FOLDER, place.source) == []
     ingest(FOLDER, config)
     (FOLDER / read_manifest(FOLDER).shards[0].name).unlink()
@@ -366,6 +366,6 @@ def test_what_neither_cache_nor_remote_has_is_left_for_ingest_to_name(place: Pla
 def test_the_record_of_another_version_is_not_taken_for_that_of_the_one_in_the_folder(place: Place) -> None:
     place.version()
     assert data_version(FOLDER) is not None
-    blob(100).save(place.pictures / "odd" / "100.png")
-    ingest(FOLDER, IngestConfig(source=str(place.pictures), size=8, held_out=0.33))
+    blob(100).save(place.images / "odd" / "100.png")
+    ingest(FOLDER, IngestConfig(source=str(place.images), size=8, held_out=0.33))
     assert data_version(FOLDER) is None

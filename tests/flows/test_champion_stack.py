@@ -200,7 +200,7 @@ def test_a_champion_that_was_deleted_stops_everything_before_it_begins_and_can_b
     other = (*named, "--set", "training.seed=2", "--set", "training.output=runs/third")
     for words in (
         ("train", *other),
-        ("retrain", "pictures", "--count", "1", *other),
+        ("retrain", "images", "--count", "1", *other),
         ("evaluate", *second),
         ("promote", *second),
     ):
@@ -275,7 +275,7 @@ def test_a_retraining_waits_for_approval_and_without_it_leaves_the_champion(
     for version, images, approved in ((1, 16, True), (2, 4800, False)):
         sets = (*always, f"training.images={images}", f"training.output=runs/asked-{version}")
         named = [word for each in sets for word in ("--set", each)]
-        process = workspace.start("retrain", "pictures", "--count", "1", *named, "--json")
+        process = workspace.start("retrain", "images", "--count", "1", *named, "--json")
         run = prefect.paused(process)
         assert run["name"].startswith("promote-")
         assert aliases(server, "asked") == ({} if version == 1 else {"champion": 1})

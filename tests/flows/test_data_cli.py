@@ -86,18 +86,18 @@ class CommandLine:
 
 
 @pytest.fixture
-def commands(pictures: Path, tmp_path: Path, no_servers: None, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    """Two versions of the data set: 48 pictures and a broken one, then two more pictures and the broken one mended."""
+def commands(images: Path, tmp_path: Path, no_servers: None, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    """Two versions of the data set: 48 images and a broken one, then two more images and the broken one mended."""
     (tmp_path / "params.yaml").write_text(
         yaml.safe_dump({"ingest": {"size": 8, "held_out": 0.33}, "training": {"dataset": "blobs", "images": 64}})
     )
-    (pictures / "odd" / "bad.png").write_text("no picture")
-    config = IngestConfig(source="pictures", size=8, held_out=0.33, max_quarantined=1)
+    (images / "odd" / "bad.png").write_text("no image")
+    config = IngestConfig(source="images", size=8, held_out=0.33, max_quarantined=1)
     ingest(FOLDER, config)
     for name in ("100", "101", "bad"):
-        blob(len(name) + int(name.replace("bad", "500"))).save(pictures / "odd" / f"{name}.png")
+        blob(len(name) + int(name.replace("bad", "500"))).save(images / "odd" / f"{name}.png")
     ingest(FOLDER, config)
-    (pictures / "odd" / "worse.png").write_text("no picture")
+    (images / "odd" / "worse.png").write_text("no image")
     ingest(FOLDER, config)
     return CommandLine(tmp_path, monkeypatch)
 
@@ -130,8 +130,8 @@ def test_show_tells_what_is_in_a_version_and_what_stands_refused(commands: Comma
 
 def test_show_is_limited_unless_all_is_asked_for(commands: CommandLine) -> None:
     for number in range(30):
-        (commands.folder / "pictures" / "even" / f"bad{number:02d}.png").write_text("no picture")
-    ingest(FOLDER, IngestConfig(source="pictures", size=8, held_out=0.33, max_quarantined=1))
+        (commands.folder / "images" / "even" / f"bad{number:02d}.png").write_text("no image")
+    ingest(FOLDER, IngestConfig(source="images", size=8, held_out=0.33, max_quarantined=1))
     shown = commands.run("show")
     assert shown.count("/bad") == 20
     assert "11 more: --all shows them" in shown
@@ -224,12 +224,10 @@ def test_a_checkout_killed_at_random_moments_ends_the_same(commands: CommandLine
 def test_remove_says_first_what_would_go(commands: CommandLine) -> None:
     files = files_of(FOLDER)
     found = commands.json("remove", "odd/0?.png", "--dry-run")
-    assert (found["dataset"], found["dry_run"], found["pictures"], len(found["picture_keys"])) == ("blobs", True, 5, 5)
-    assert (
-        commands.json("remove", found["picture_keys"][0][:16], "--dry-run")["picture_keys"] == found["picture_keys"][:1]
-    )
-    assert commands.json("remove", "*", "--label", "even", "--dry-run")["pictures"] == 24
-    assert commands.json("remove", "--source", "odd/01.png", "--dry-run")["pictures"] == 1
+    assert (found["dataset"], found["dry_run"], found["images"], len(found["image_keys"])) == ("blobs", True, 5, 5)
+    assert commands.json("remove", found["image_keys"][0][:16], "--dry-run")["image_keys"] == found["image_keys"][:1]
+    assert commands.json("remove", "*", "--label", "even", "--dry-run")["images"] == 24
+    assert commands.json("remove", "--source", "odd/01.png", "--dry-run")["images"] == 1
     assert found["names"] == [f"odd/{number:02d}.png" for number in range(1, 10, 2)]
     assert all(f"  {name}\n" in commands.run("remove", "odd/0?.png", "--dry-run") for name in found["names"])
     assert files_of(FOLDER) == files
@@ -243,12 +241,12 @@ def test_remove_says_first_what_would_go(commands: CommandLine) -> None:
         (["diff", "ffffffff"], "is no version"),
         (["checkout", "ffffffff"], "is no version"),
         (["log", "--dataset", "nothing"], "no data set in data/nothing (there is blobs)"),
-        (["remove", "1.png", "--dry-run"], "no picture of 1.png: its names are like 'even/"),
+        (["remove", "1.png", "--dry-run"], "no image of 1.png: its names are like 'even/"),
         (["remove", "01.png", "--dry-run"], "did you mean '*/01.png'?"),
         (["remove", "odd/01.png", "--dry-run", "--purge"], "leave --purge out"),
         (["log", "--dataset", "a/b"], "plain name"),
         (["remove", "--reason", "x", "--yes"], "nothing is selected"),
-        (["remove", "nowhere/*", "--dry-run"], "no picture of nowhere/*"),
+        (["remove", "nowhere/*", "--dry-run"], "no image of nowhere/*"),
         (["remove", "odd/01.png", "--yes"], "needs a --reason"),
         (["remove", "odd/01.png", "--reason", "x"], "give --yes"),
         (["remove", "odd/01.png", "--reason", "x", "--yes"], "run `darkroom up`"),
@@ -263,10 +261,10 @@ def test_mistakes_are_one_line_that_says_how_to_mend_them(
 
 
 def test_the_first_version_has_nothing_to_be_compared_with(
-    pictures: Path, tmp_path: Path, no_servers: None, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, no_servers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "params.yaml").write_text("training: {dataset: blobs, images: 1}")
-    ingest(FOLDER, IngestConfig(source="pictures", size=8))
+    ingest(FOLDER, IngestConfig(source="images", size=8))
     assert "is the first version" in CommandLine(tmp_path, monkeypatch).run("diff", code=2)
 
 

@@ -24,7 +24,7 @@ from flows.monitor import compare_kid, monitor
 from flows.retrain import retrain
 from flows.sample_on_demand import sample_on_demand
 
-PARAMS = Params.model_validate({"training": {"dataset": "faces"}, "ingest": {"source": "pictures"}})
+PARAMS = Params.model_validate({"training": {"dataset": "faces"}, "ingest": {"source": "images"}})
 VALUES: dict[str, Any] = {
     "DATASET": "faces",
     "MODEL": "faces",

@@ -43,7 +43,7 @@ DEPLOY = (
     "--webhook-env",
     "MAILBOX",
     "--set",
-    "ingest.source=pictures",
+    "ingest.source=images",
     "--cron",
     NEVER,
     "--monitor-cron",
@@ -203,7 +203,7 @@ def test_deployed_twice_everything_is_there_once_and_the_address_to_notify_in_no
 def test_a_new_version_starts_a_retraining_on_it_and_the_next_one_has_nothing_to_do(
     workspace: Workspace, prefect: Prefect, killed: str, mailbox: Mailbox
 ) -> None:
-    version = workspace.json("ingest", "pictures")["digest"]
+    version = workspace.json("ingest", "images")["digest"]
     [event] = eventually(lambda: prefect.filter("events", filter={"event": {"name": [CREATED]}}))
     assert event["payload"]["digest"] == version
     [run] = eventually(lambda: prefect.runs("retrain"))
@@ -215,9 +215,9 @@ def test_a_new_version_starts_a_retraining_on_it_and_the_next_one_has_nothing_to
     assert not [each for each in prefect.runs("ingest") if each["parent_task_run_id"]]
     eventually(lambda: [text for text in mailbox.texts if "models:/blobs/1 is champion" in text])
 
-    workspace.json("ingest", "pictures")
+    workspace.json("ingest", "images")
     began = resource.getrusage(resource.RUSAGE_CHILDREN)
-    again = workspace.json("retrain", "pictures")
+    again = workspace.json("retrain", "images")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert again["skipped"].startswith(f"version {version[:12]} of blobs was trained on with this configuration before")
     assert again["verdict"]["version"]["number"] == 1
@@ -243,7 +243,7 @@ def test_a_fresh_machine_gets_the_data_and_does_nothing_again(workspace: Workspa
         (workspace.folder / f"{name}-elsewhere").rename(workspace.folder / name)
 
 
-def test_the_champion_is_looked_at_again_once_for_the_same_pictures(workspace: Workspace, prefect: Prefect) -> None:
+def test_the_champion_is_looked_at_again_once_for_the_same_images(workspace: Workspace, prefect: Prefect) -> None:
     first = prefect.ended(prefect.start("monitor/blobs"))
     assert first["state_type"] == "COMPLETED", first["state"]["message"]
     assert "kid_efflite0" in first["state"]["message"]
@@ -295,7 +295,7 @@ def test_prints_by_the_form_in_prefects_ui(workspace: Workspace, prefect: Prefec
         page.get_by_role("link", name="Deployments").first.click()
         expect(page.get_by_text("sample-on-demand").first).to_be_visible()
         page.goto(f"{ui}/deployments/deployment/{deployment}/run")
-        expect(page.get_by_text("Whose pictures, models:/NAME@champion").first).to_be_visible()
+        expect(page.get_by_text("Whose images, models:/NAME@champion").first).to_be_visible()
         count = page.locator(".schema-form-property", has_text="How many.").locator("input")
         expect(count).to_have_value("64")
         count.fill("3")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_data_set_outside_dvc_yaml_gets_a_pointer_of_its_own(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     subprocess.run(["git", "init", "-q"], check=True)
@@ -28,7 +28,7 @@ def test_a_data_set_outside_dvc_yaml_gets_a_pointer_of_its_own(
         Path(name).write_text((ROOT / name).read_text())
     folder = Path("data/other")
     assert data_version(folder) is None
-    ingest(folder, IngestConfig(source=str(pictures), size=8))
+    ingest(folder, IngestConfig(source=str(images), size=8))
     version = record_data(folder, push_to=None)
     assert version.digest.endswith(".dir")
     assert version.pointer == "data/other.dvc"
@@ -55,11 +55,11 @@ def test_repro_asks_for_no_section_that_params_may_leave_out(tmp_path: Path, par
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_repro_metrics_and_plots_work_without_servers_and_agree_with_the_flow(tmp_path: Path) -> None:
-    params = {**PARAMS, "ingest": {**PARAMS["ingest"], "source": "pictures"}}
+    params = {**PARAMS, "ingest": {**PARAMS["ingest"], "source": "images"}}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
     for number in range(72):
-        path = tmp_path / "pictures" / ("even" if number % 2 == 0 else "odd") / f"{number:02d}.png"
+        path = tmp_path / "images" / ("even" if number % 2 == 0 else "odd") / f"{number:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         blob(number).save(path)
     scripts = Path(sys.executable).parent

@@ -111,8 +111,8 @@ class CommandLine:
 
 @pytest.fixture
 def darkroom(no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    """In a folder with pictures whose names, labels and captions are hostile, and files that are no pictures."""
-    folder = tmp_path / "pictures"
+    """In a folder with images whose names, labels and captions are hostile, and files that are no images."""
+    folder = tmp_path / "images"
     folder.mkdir()
     rows = []
     for number, text in enumerate(HOSTILE * 8):
@@ -125,8 +125,8 @@ def darkroom(no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for number in range(8):
         blob(100 + number).save(others / f"{number}.png")
     for name in (CLEAR, TURNED, "line\nfeed", "\udcff\udc80"):
-        (others / f"{name}.png").write_text("not a picture")
-    params = {"ingest": {"source": "pictures", "size": 8}, "training": {"dataset": "set"}}
+        (others / f"{name}.png").write_text("not an image")
+    params = {"ingest": {"source": "images", "size": 8}, "training": {"dataset": "set"}}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     return CommandLine(monkeypatch)
 

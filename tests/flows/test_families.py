@@ -50,7 +50,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 def test_an_autoencoder_goes_all_the_way_and_diffusion_is_built_on_its_champion(
     workspace: Workspace, server: MlflowClient, tmp_path: Path
 ) -> None:
-    first = workspace.json("retrain", "pictures", "--count", "8", "--seed", "5", "--params", "vae.yaml")
+    first = workspace.json("retrain", "images", "--count", "8", "--seed", "5", "--params", "vae.yaml")
     version = server.get_model_version_by_alias("blobs-vae", "champion")
     assert first["prints"]["model"] == f"models:/blobs-vae/{version.version}"
     assert float(version.tags["reconstruction_psnr"]) > 10
@@ -65,7 +65,7 @@ def test_an_autoencoder_goes_all_the_way_and_diffusion_is_built_on_its_champion(
 
     chosen = ["--set", f"model.autoencoder={URI}"]
     assert "million parameters" in workspace.run("train", "--dataset", "blobs", "--dry-run", *chosen)
-    done = workspace.json("retrain", "pictures", "--count", "8", *chosen)
+    done = workspace.json("retrain", "images", "--count", "8", *chosen)
     run = server.get_run(done["run_id"]).data
     assert run.tags["darkroom.autoencoder"] == f"models:/blobs-vae/{version.version}"
     champion = server.get_model_version_by_alias("blobs", "champion")
@@ -73,13 +73,13 @@ def test_an_autoencoder_goes_all_the_way_and_diffusion_is_built_on_its_champion(
     header = read_header(workspace.folder / "runs" / "blobs" / "final.safetensors")["model_header"]
     assert run.params["model.autoencoder"] == header["model"]["autoencoder"]
     assert json.loads(mlflow.artifacts.load_text(f"runs:/{done['run_id']}/params.json"))["model"]["autoencoder"] == URI
-    again = workspace.json("retrain", "pictures", "--count", "8", *chosen)
+    again = workspace.json("retrain", "images", "--count", "8", *chosen)
     assert again["run_id"] == done["run_id"]
     assert again["verdict"]["version"]["number"] == done["verdict"]["version"]["number"]
 
 
 def test_an_autoencoder_that_nobody_registered_is_one_line(workspace: Workspace) -> None:
-    workspace.json("ingest", "pictures")
+    workspace.json("ingest", "images")
     error = workspace.run("train", "--set", "model.autoencoder=models:/nothing@champion", code=2)
     assert "models:/nothing@champion is not in the registry" in error
     assert len(error.strip().splitlines()) == 1
@@ -93,7 +93,7 @@ def test_an_autoencoder_that_nobody_registered_is_one_line(workspace: Workspace)
 def test_families_are_compared_after_a_kill_too_and_each_is_registered_under_its_own_name(
     workspace: Workspace, server: MlflowClient
 ) -> None:
-    workspace.json("ingest", "pictures")
+    workspace.json("ingest", "images")
     command = ["compare", "--family", "gan", "--family", "autoregressive", "--set", "training.images=480"]
     killed = workspace.start(*command)
     first = workspace.folder / "runs" / "blobs-gan" / "final.safetensors"

@@ -24,10 +24,10 @@ def _prefect() -> Iterator[None]:
         yield
 
 
-def test_a_failed_chunk_is_retried_alone_and_leaves_no_trace(pictures: Path, tmp_path: Path) -> None:
+def test_a_failed_chunk_is_retried_alone_and_leaves_no_trace(images: Path, tmp_path: Path) -> None:
     for number in range(100, 1700):
-        blob(number).save(pictures / "odd" / f"{number}.png")
-    config = IngestConfig(source=str(pictures), size=8)
+        blob(number).save(images / "odd" / f"{number}.png")
+    config = IngestConfig(source=str(images), size=8)
     undisturbed = tmp_path / "undisturbed" / "set"
     ingest(undisturbed, config)
     tries: Counter[int] = Counter()

@@ -46,10 +46,10 @@ def mlflow(
 
 
 @pytest.fixture
-def place(bucket: str, pictures: Path, mlflow: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(bucket: str, images: Path, mlflow: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     Repo.init(no_scm=True).close()
-    return Place(bucket, pictures)
+    return Place(bucket, images)
 
 
 def after(days: float) -> datetime:
@@ -420,7 +420,7 @@ def test_what_killed_writers_left_goes_but_nothing_that_was_added_to_of_late(pla
         Path("data/.blobs/chunks", f".{'c' * 64}.{'b' * 32}.partial"),
         Path(".darkroom/requests", f".{'c' * 32}.partial").resolve(),
     ]
-    others = [Path("runs/blobs/.mine.partial"), Path("data/pictures", f".x.{'a' * 32}.partial")]
+    others = [Path("runs/blobs/.mine.partial"), Path("data/images", f".x.{'a' * 32}.partial")]
     for path in [*left, *others]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"begun")

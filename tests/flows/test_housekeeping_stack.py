@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """A running stack with a champion and three prints of it."""
     with running(tmp_path_factory.mktemp("workspace"), PARAMS | QUICK, 60) as space:
-        space.json("retrain", "pictures", "--count", "3")
+        space.json("retrain", "images", "--count", "3")
         yield space
 
 
@@ -75,8 +75,8 @@ def test_a_sweep_compares_its_runs_and_gc_takes_those_that_nothing_came_of(
     assert any(kept in name for name in left)
     assert not any(path.exists() for path in finals)
     assert workspace.json("gc", *strict)["items"] != done["items"]
-    [picture] = [name for name in objects(workspace, "s3://darkroom/prints/") if name.endswith("00000002.png")]
-    assert workspace.json("trace", f"s3://darkroom/prints/{picture}")["broken"] == []
+    [image] = [name for name in objects(workspace, "s3://darkroom/prints/") if name.endswith("00000002.png")]
+    assert workspace.json("trace", f"s3://darkroom/prints/{image}")["broken"] == []
     assert workspace.json("promote")["promoted"]
 
 
@@ -105,8 +105,8 @@ def test_a_stack_that_was_destroyed_comes_back_of_a_backup_taken_while_it_worked
     assert not any(secret.encode() in path.read_bytes() for path in files for secret in secrets)
     assert all(sha256_file(path) == path.name for path in (target / "objects").glob("??/*"))
 
-    # Somebody asks for a picture to be taken down; only the next backup knows of it.
-    [removed] = workspace.json("data", "remove", "*000.png", "--reason", "asked to", "--yes")["removal"]["picture_keys"]
+    # Somebody asks for an image to be taken down; only the next backup knows of it.
+    [removed] = workspace.json("data", "remove", "*000.png", "--reason", "asked to", "--yes")["removal"]["image_keys"]
     last = workspace.json("server", "backup", str(target))
 
     workspace.run("down")
@@ -116,7 +116,7 @@ def test_a_stack_that_was_destroyed_comes_back_of_a_backup_taken_while_it_worked
     try:
         restored = elsewhere.json("server", "restore", str(target), "--backup", done["stamp"])
         assert restored["stamp"] == done["stamp"]
-        assert [removal["picture_keys"] for removal in restored["later_removals"]] == [[removed]]
+        assert [removal["image_keys"] for removal in restored["later_removals"]] == [[removed]]
         assert datetime.fromisoformat(restored["removals_known_until"]).strftime(STAMP) == last["stamp"]
         assert "there is a stack" in elsewhere.run("server", "restore", str(target), code=2)
         for line in elsewhere.run("env").splitlines():
@@ -127,8 +127,8 @@ def test_a_stack_that_was_destroyed_comes_back_of_a_backup_taken_while_it_worked
         printed = {name: data for name, data in after.pop("prints").items() if "/seed9-" not in f"/{name}"}  # type: ignore[attr-defined]
         assert printed == before.pop("prints")
         assert after == before
-        [picture] = [name for name in printed if name.endswith("00000002.png")]
-        assert elsewhere.json("trace", f"s3://darkroom/prints/{picture}")["broken"] == []
+        [image] = [name for name in printed if name.endswith("00000002.png")]
+        assert elsewhere.json("trace", f"s3://darkroom/prints/{image}")["broken"] == []
         assert elsewhere.json("sample", "--count", "8", "--seed", "9")["count"] == 8
     finally:
         elsewhere.run("down")

@@ -19,7 +19,7 @@ from tests.diffusion.test_ingest import files_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-PARAMS = {"ingest": {"source": "pictures", "size": 32, "workers": 2}, "training": {"dataset": "set", "images": 64}}
+PARAMS = {"ingest": {"source": "images", "size": 32, "workers": 2}, "training": {"dataset": "set", "images": 64}}
 
 
 def start(folder: Path, *settings: str) -> subprocess.Popen[str]:
@@ -47,20 +47,20 @@ def finish(folder: Path, *settings: str, code: int = 0) -> str:
 def workspace(folder: Path, source: Path) -> Path:
     folder.mkdir()
     (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS))
-    (folder / "pictures").symlink_to(source)
+    (folder / "images").symlink_to(source)
     return folder
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Pictures for several shards, some of them there twice, some of no use."""
+    """Images for several shards, some of them there twice, some of no use."""
     root = tmp_path_factory.mktemp("source")
     for number in range(2400):
         path = root / ("even" if number % 2 == 0 else "odd") / f"{number:04d}.png"
         path.parent.mkdir(exist_ok=True)
         blob(number % 2300, 120, "RGB").save(path, compress_level=1)
     for number in range(40):
-        (root / "odd" / f"bad{number}.png").write_text("not a picture")
+        (root / "odd" / f"bad{number}.png").write_text("not an image")
     return root
 
 

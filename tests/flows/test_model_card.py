@@ -64,7 +64,7 @@ def test_a_card_says_what_a_version_is_made_of_how_good_it_is_and_how_it_was_jud
     assert about["classes"] == ["even (24), odd (24)"]
     assert about["licence"][0].startswith("nobody said: set ingest.licence")
     training = rows(card, "Training")
-    assert training["pictures seen"] == ["2,000"]
+    assert training["images seen"] == ["2,000"]
     assert training["code"] == ["git `c0ffee`, with changes that were not committed"]
     figures = rows(card, "How good it is")
     assert figures["kid_efflite0"] == ["0.020 ± 0.020", "0.01"]
@@ -83,12 +83,12 @@ def test_a_card_says_what_a_version_is_made_of_how_good_it_is_and_how_it_was_jud
     assert model_card.card(PARAMS, evaluation, data, VERSION, ENTRY) == card
 
 
-def test_a_card_without_a_verdict_says_so_and_one_of_few_pictures_of_a_class_as_well(data: Manifest) -> None:
+def test_a_card_without_a_verdict_says_so_and_one_of_few_images_of_a_class_as_well(data: Manifest) -> None:
     few = data.parts[0].model_copy(update={"classes": {"even": 40, "odd": 2}})
     data = data.model_copy(update={"parts": [few]})
     card = model_card.card(PARAMS, an_evaluation([0.05]), data, VERSION, None)
     assert section(card, "How it was judged").startswith("Not yet")
-    assert "Of class odd it saw 2 pictures" in section(card, "Limits")
+    assert "Of class odd it saw 2 images" in section(card, "Limits")
 
 
 def test_a_card_shows_intervals_from_the_trial_and_the_limits_that_it_found(tmp_path: Path) -> None:
@@ -118,16 +118,16 @@ def test_a_card_shows_intervals_from_the_trial_and_the_limits_that_it_found(tmp_
     assert found.candidate.per_class.worst is not None
     assert f"Its worst class is {found.candidate.per_class.worst.name}: KID " in limits
     # Noise instead of discs.
-    assert re.search(r"Its pictures have (more|less) contrast than real ones, by \d", limits)
+    assert re.search(r"Its images have (more|less) contrast than real ones, by \d", limits)
 
 
 def each_of(found: ChampionComparison, rule: str) -> Finding:
     return next(each for each in found.decision.findings if each.rule == rule)
 
 
-def test_the_licence_is_kept_with_the_data_and_changes_no_content(pictures: Path, tmp_path: Path) -> None:
+def test_the_licence_is_kept_with_the_data_and_changes_no_content(images: Path, tmp_path: Path) -> None:
     folder, plain = tmp_path / "data" / "faces", tmp_path / "data" / "plain"
-    config = IngestConfig(source=str(pictures), size=8, held_out=0.33)
+    config = IngestConfig(source=str(images), size=8, held_out=0.33)
     licensed = config.model_copy(update={"licence": "CC-BY-4.0"})
     unlicensed = ingest(plain, config)
     assert b"licence" not in (plain / "manifest.json").read_bytes()
@@ -158,12 +158,12 @@ def test_a_card_is_written_once_for_each_verdict_and_keeps_what_was_said_of_take
     one = History("carded").then("promote", 1, version.weights_sha256, evidence=EVIDENCE)
     card = write(History("carded", (one,)))
     assert "Not yet" not in card
-    assert f"{uri} was made from pictures that were taken down since (takedown {REMOVAL.name})" in card
-    assert card.count(f"Takedown {REMOVAL.name}: made from pictures") == 1
+    assert f"{uri} was made from images that were taken down since (takedown {REMOVAL.name})" in card
+    assert card.count(f"Takedown {REMOVAL.name}: made from images") == 1
 
     mlflow_client.update_model_version("carded", "1", description=f"{card}\n\nLooks best in print.")
     assert write(History("carded", (one,))).endswith("Looks best in print.")
     two = History("carded", (one,)).then("reject", 1, version.weights_sha256, evidence=EVIDENCE)
     card = write(History("carded", (one, two)))
     assert two.digest in card
-    assert card.count(f"Takedown {REMOVAL.name}: made from pictures") == 1
+    assert card.count(f"Takedown {REMOVAL.name}: made from images") == 1

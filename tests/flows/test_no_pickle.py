@@ -81,13 +81,13 @@ def test_in_webdataset_shards_whatever_its_name(
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     config = IngestConfig(source=f"wds:{tmp_path / '000.tar'}", size=8, max_quarantined=1)
-    with suppress(UserError):  # where the file says what a picture is, nothing may be left to take in
+    with suppress(UserError):  # where the file says what an image is, nothing may be left to take in
         ingest(tmp_path / "data" / "set", config)
     assert not trace.exists()
 
 
-def test_among_pictures_and_in_parquet(tmp_path: Path, trace: Path, planted: bytes) -> None:
-    folder = tmp_path / "pictures"
+def test_among_images_and_in_parquet(tmp_path: Path, trace: Path, planted: bytes) -> None:
+    folder = tmp_path / "images"
     folder.mkdir()
     for number in range(4):
         (folder / f"{number}.png").write_bytes(png(number))

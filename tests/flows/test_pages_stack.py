@@ -38,7 +38,7 @@ def opened(browser: Browser, workspace: Workspace, place: str) -> Page:
     return page
 
 
-def test_the_version_its_alias_its_card_and_its_pictures_are_in_mlflows_ui(
+def test_the_version_its_alias_its_card_and_its_images_are_in_mlflows_ui(
     workspace: Workspace, server: MlflowClient, tmp_path: Path
 ) -> None:
     with chromium() as browser:
@@ -49,7 +49,7 @@ def test_the_version_its_alias_its_card_and_its_pictures_are_in_mlflows_ui(
         page = opened(browser, workspace, "models/blobs/versions/1")
         for heading in ("How it was judged", "How good it is", "Data", "Limits"):
             expect(page.get_by_role("heading", name=heading, exact=True)).to_be_visible(timeout=PATIENCE)
-        # MLflow takes the names of pictures away.
+        # MLflow takes the names of images away.
         samples = page.locator("img[src*='evaluation%2Fgrids']")
         samples.scroll_into_view_if_needed()
         page.wait_for_function("image => image.complete", arg=samples.element_handle())
@@ -87,7 +87,7 @@ def test_the_comparison_on_the_run_is_whole_in_a_browser(
         look(page, tmp_path / "champion_comparison.png")
         assert page.locator("h1 .verdict").inner_text().lower() == entry["what"]
         expect(page.get_by_role("heading", name="version 2 against version 1, the champion")).to_be_visible()
-        assert page.get_by_role("img", name="and its nearest training picture").count() > 0
+        assert page.get_by_role("img", name="and its nearest training image").count() > 0
 
 
 def test_the_report_on_the_run_is_whole_in_a_browser(

@@ -54,7 +54,7 @@ def test_folders_and_model_follow_the_data_set_unless_named(params: Path) -> Non
         ("training.minutes=1", r"either training\.images or training\.minutes"),
         ("model.attention=[5]", r"model\.attention"),
         ("ingest.background=red", "ingest.background"),
-        ("prints.chunk=100", r"cuts compute batches of 64 pictures .* use 128"),
+        ("prints.chunk=100", r"cuts compute batches of 64 images .* use 128"),
         ("training.minutes=.inf", r"training\.minutes: .*finite"),
         ("prints.runner=slurm", r"prints\.runner: .*got 'slurm'"),
         ("gate.delta=1", r"gate\.delta: .*less than 1"),

@@ -1,4 +1,4 @@
-"""The main job against real servers: a folder of pictures in, a judged model in the registry, prints on S3."""
+"""The main job against real servers: a folder of images in, a judged model in the registry, prints on S3."""
 
 import base64
 import io
@@ -33,7 +33,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 
 
 def test_retrain_ends_in_a_champion_with_its_lineage_and_prints(workspace: Workspace, server: MlflowClient) -> None:
-    done = workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
+    done = workspace.json("retrain", "images", "--count", "40", "--seed", "5")
 
     version = server.get_model_version_by_alias("blobs", "champion")
     run = server.get_run(done["run_id"])
@@ -58,9 +58,9 @@ def test_retrain_ends_in_a_champion_with_its_lineage_and_prints(workspace: Works
     for row in table:
         png = found[row["key"]][1]
         assert sha256_bytes(png) == row["sha256"]
-        picture = Image.open(io.BytesIO(png))
-        assert sha256_bytes(picture.tobytes()) == row["pixels_sha256"]
-        assert picture.text["darkroom:seed"] == "5"
+        image = Image.open(io.BytesIO(png))
+        assert sha256_bytes(image.tobytes()) == row["pixels_sha256"]
+        assert image.text["darkroom:seed"] == "5"
         assert (row["version"], row["run_id"]) == (int(version.version), done["run_id"])
         assert row["content_digest"] == version.tags["darkroom.content_digest"]
     assert len(found) == 40 + 5
@@ -84,9 +84,9 @@ def test_the_champion_is_exported_with_its_names(workspace: Workspace, server: M
 
 
 def test_retrain_again_does_nothing_twice(workspace: Workspace, server: MlflowClient) -> None:
-    first = workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
+    first = workspace.json("retrain", "images", "--count", "40", "--seed", "5")
     before = objects(workspace, first["prints"]["uri"])
-    again = workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
+    again = workspace.json("retrain", "images", "--count", "40", "--seed", "5")
     assert again["verdict"]["version"] == first["verdict"]["version"]
     assert again["run_id"] == first["run_id"]
     assert objects(workspace, first["prints"]["uri"]) == before
@@ -96,13 +96,13 @@ def test_retrain_again_does_nothing_twice(workspace: Workspace, server: MlflowCl
 def test_retrainings_of_the_same_from_other_folders_leave_one_run_and_one_version(
     workspace: Workspace, server: MlflowClient, tmp_path: Path
 ) -> None:
-    first = workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
+    first = workspace.json("retrain", "images", "--count", "40", "--seed", "5")
     others = [Workspace(tmp_path / name) for name in ("a", "b")]
     for each in others:
-        shutil.copytree(workspace.folder / "pictures", each.folder / "pictures")
+        shutil.copytree(workspace.folder / "images", each.folder / "images")
         shutil.copy(workspace.folder / "params.yaml", each.folder)
         each.variables = workspace.variables | {"DARKROOM_HOME": str(workspace.folder / ".darkroom")}
-    started = [each.start("retrain", "pictures", "--count", "40", "--seed", "5", "--json") for each in others]
+    started = [each.start("retrain", "images", "--count", "40", "--seed", "5", "--json") for each in others]
     for process in started:
         out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err[-3000:]
@@ -115,10 +115,10 @@ def test_retrainings_of_the_same_from_other_folders_leave_one_run_and_one_versio
     assert len({point.step for point in points}) == len(points)
 
 
-def test_the_registered_model_loads_elsewhere_without_pickle_and_draws_the_printed_pictures(
+def test_the_registered_model_loads_elsewhere_without_pickle_and_draws_the_printed_images(
     workspace: Workspace, tmp_path: Path
 ) -> None:
-    done = workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
+    done = workspace.json("retrain", "images", "--count", "40", "--seed", "5")
     script = (
         "import mlflow, pandas as pd, sys\n"
         "model = mlflow.pyfunc.load_model(sys.argv[1])\n"
@@ -143,7 +143,7 @@ def test_the_registered_model_loads_elsewhere_without_pickle_and_draws_the_print
 
 
 def test_the_registered_model_answers_over_http(workspace: Workspace, tmp_path: Path) -> None:
-    done = workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
+    done = workspace.json("retrain", "images", "--count", "40", "--seed", "5")
     printed = objects(workspace, done["prints"]["uri"])["00000002.png"][1]
     [port] = choose(1, taken=())
     serve = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/blobs@champion"]
@@ -171,12 +171,12 @@ def test_the_registered_model_answers_over_http(workspace: Workspace, tmp_path: 
         ]
         answer = client.post("/invocations", json={"dataframe_records": rows})
         assert answer.status_code == 200, answer.text
-        pictures = [
+        images = [
             Image.open(io.BytesIO(base64.b64decode(row["png"]))).tobytes() for row in answer.json()["predictions"]
         ]
         ours = Image.open(io.BytesIO(printed)).tobytes()
-        assert pictures[0] == ours
-        assert len({ours, *pictures}) == 3
+        assert images[0] == ours
+        assert len({ours, *images}) == 3
         refused = client.post("/invocations", json={"dataframe_records": [{"seed": 5, "prompt": "a cat"}]})
         assert refused.status_code == 400
         assert "the model was trained without captions" in refused.json()["message"]
@@ -186,19 +186,19 @@ def test_the_registered_model_answers_over_http(workspace: Workspace, tmp_path: 
         server.wait()
 
 
-def test_pictures_from_pictures_by_the_champion(workspace: Workspace) -> None:
-    workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
-    source = str(next((workspace.folder / "pictures").rglob("*.png")))
+def test_images_from_images_by_the_champion(workspace: Workspace) -> None:
+    workspace.json("retrain", "images", "--count", "40", "--seed", "5")
+    source = str(next((workspace.folder / "images").rglob("*.png")))
     varied = workspace.json("edit", "img2img", source, "--count", "2", "--strength", "0.4")
     assert varied["model"] == "models:/blobs/1"
     assert Image.open(workspace.folder / varied["grid"]).width > 64
-    picture = Image.open(workspace.folder / varied["folder"] / "00000001.png")
-    assert picture.text["darkroom:model"] == "models:/blobs/1"
+    image = Image.open(workspace.folder / varied["folder"] / "00000001.png")
+    assert image.text["darkroom:model"] == "models:/blobs/1"
     assert "there is no" not in workspace.run("edit", "interpolate", "0", code=2)
 
 
 def test_a_worse_model_is_rejected_with_its_reason(workspace: Workspace, server: MlflowClient) -> None:
-    workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
+    workspace.json("retrain", "images", "--count", "40", "--seed", "5")
     champion = server.get_model_version_by_alias("blobs", "champion").version
     worse = ["--set", "training.images=16", "--set", "training.checkpoints=1"]
     workspace.run("train", "--restart", *worse)
@@ -217,7 +217,7 @@ def test_a_worse_model_is_rejected_with_its_reason(workspace: Workspace, server:
 @pytest.mark.drill("`retrain` is killed", "SIGKILL at random moments", "one version, one run, the same bytes")
 def test_retrain_killed_at_random_moments_ends_the_same(workspace: Workspace, server: MlflowClient, kills: int) -> None:
     settings = ["--set", "training.seed=1", "--set", "registry.model=killed", "--set", "training.output=runs/killed"]
-    command = ["retrain", "pictures", "--count", "40", *settings]
+    command = ["retrain", "images", "--count", "40", *settings]
     moments = random.Random(1)
     for _ in range(kills):
         process = workspace.start(*command)
@@ -254,7 +254,7 @@ def test_averages_of_other_lengths_are_judged_and_the_best_is_promoted_whatever_
         "registry.model": "averages",
     }
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    done = workspace.json("retrain", "pictures", "--count", "8", *words)
+    done = workspace.json("retrain", "images", "--count", "8", *words)
     version = server.get_model_version_by_alias("averages", "champion")
     assert version.run_id == done["run_id"]
     evaluation = json.loads((workspace.folder / "reports" / "blobs" / "evaluation.json").read_text())
@@ -269,17 +269,17 @@ def test_averages_of_other_lengths_are_judged_and_the_best_is_promoted_whatever_
     "named, exit 2; `retrain` gets it from the remote",
 )
 def test_a_shard_cut_in_half_is_named_and_retrain_mends_it(workspace: Workspace) -> None:
-    workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
+    workspace.json("retrain", "images", "--count", "40", "--seed", "5")
     shard = next((workspace.folder / "data" / "blobs" / "shards").glob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:1000])
     assert shard.name in workspace.run("train", code=2)
-    workspace.json("retrain", "pictures", "--count", "40", "--seed", "5")
+    workspace.json("retrain", "images", "--count", "40", "--seed", "5")
 
 
 def test_threads_processes_and_ray_make_the_same_shards(workspace: Workspace) -> None:
     made = {}
     for runner in ("threads", "processes", "ray"):
-        done = workspace.json("ingest", "pictures", "--dataset", f"by-{runner}", "--set", f"ingest.runner={runner}")
+        done = workspace.json("ingest", "images", "--dataset", f"by-{runner}", "--set", f"ingest.runner={runner}")
         folder = workspace.folder / "data" / f"by-{runner}"
         shards = {path.name: path.read_bytes() for path in (folder / "shards").iterdir()}
         made[runner] = (done["content_digest"], shards)

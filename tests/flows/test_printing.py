@@ -26,7 +26,7 @@ from flows.datasets.s3_source import S3Objects
 from flows.sampling import generate_batch
 from flows.sampling.generate_batch import Work, cost_of
 from flows.sampling.request_table import RequestTable
-from flows.sampling.sampling_batch import Batch, part_bytes, part_key, part_rows, picture_key
+from flows.sampling.sampling_batch import Batch, image_key, part_bytes, part_key, part_rows
 from flows.storage.s3 import Location, Object, Store, client
 from tests.diffusion.small_models import write_model
 from tests.flows.http_server import serving
@@ -122,7 +122,7 @@ def test_chunks_drawn_side_by_side_have_the_bytes_of_those_drawn_alone(
         works = [
             pool.submit(generate_batch.print_chunk, store, batch(64), beside, weights, n, None, 1 + n) for n in range(4)
         ]
-        assert [work.result().pictures for work in works] == [16] * 4
+        assert [work.result().images for work in works] == [16] * 4
     generate_batch.finish(store, batch(64), beside)
     assert found(store, beside) == found(store, alone)
 
@@ -130,9 +130,9 @@ def test_chunks_drawn_side_by_side_have_the_bytes_of_those_drawn_alone(
 def test_a_finished_chunk_is_left_and_what_is_unfinished_is_named(store: Store, bucket: str, weights: Path) -> None:
     made, place = batch(40, format="tar"), Location(bucket, "half")
     assert generate_batch.unfinished(store, made, place) == [0, 1, 2]
-    assert generate_batch.print_chunk(store, made, place, weights, 1, None, 1).pictures == 16
+    assert generate_batch.print_chunk(store, made, place, weights, 1, None, 1).images == 16
     assert generate_batch.unfinished(store, made, place) == [0, 2]
-    assert generate_batch.print_chunk(store, made, place, weights, 1, None, 1).pictures == 0
+    assert generate_batch.print_chunk(store, made, place, weights, 1, None, 1).images == 0
 
 
 def test_a_machine_that_draws_other_bits_draws_nothing(store: Store, bucket: str, weights: Path) -> None:
@@ -155,7 +155,7 @@ def test_uploads_that_killed_processes_began_are_gone_when_the_batch_is_finished
 
 @pytest.fixture
 def holding(s3_environment: dict[str, str]) -> Iterator[tuple[str, Callable[[Callable[[], None]], None]]]:
-    """A way to the S3 server on which the first PUT of a picture is held up by what it is told to do first."""
+    """A way to the S3 server on which the first PUT of an image is held up by what it is told to do first."""
     port = int(s3_environment["AWS_ENDPOINT_URL_S3"].rpartition(":")[2])
     waits: list[Callable[[], None]] = []
 
@@ -195,7 +195,7 @@ def holding(s3_environment: dict[str, str]) -> Iterator[tuple[str, Callable[[Cal
         yield url, waits.append
 
 
-def test_the_next_pictures_are_drawn_while_those_before_are_uploaded_and_not_many_ahead(
+def test_the_next_images_are_drawn_while_those_before_are_uploaded_and_not_many_ahead(
     holding: tuple[str, Callable[[Callable[[], None]], None]],
     s3_environment: dict[str, str],
     bucket: str,
@@ -207,11 +207,11 @@ def test_the_next_pictures_are_drawn_while_those_before_are_uploaded_and_not_man
     second = threading.Event()
 
     def counted(model: Any, indices: range, *arguments: Any, **options: Any) -> Any:
-        pictures = really(model, indices, *arguments, **options)
+        images = really(model, indices, *arguments, **options)
         drawn.append(indices.start)
         if len(drawn) == 2:
             second.set()
-        return pictures
+        return images
 
     def hold() -> None:
         # Nothing could set it if drawing waited for the upload.
@@ -269,7 +269,7 @@ def test_of_all_rows_those_of_a_chunk_are_held_while_the_manifest_is_written(
     peaks = []
     for chunks in (4, 24):
         made, place = batch(128 * chunks, chunk=128), Location(bucket, str(chunks))
-        rows = ([row | {"index": i, "key": picture_key(i)} for i in indices] for indices in made.chunks())
+        rows = ([row | {"index": i, "key": image_key(i)} for i in indices] for indices in made.chunks())
         objects = [Object(place.key(part_key(n)), part_bytes(each)) for n, each in enumerate(rows)]
         store.put_many(bucket, objects)
         peaks.append(peak(lambda: generate_batch.finish(store, made, place)))  # noqa: B023
@@ -315,12 +315,12 @@ def test_a_batch_of_which_an_image_is_missing_is_not_finished_and_what_is_missin
         assert not generate_batch.finish(store, made, place)
         assert set(found(store, place)) == set(before) - {name}
         assert generate_batch.unfinished(store, made, place) == [1]
-        assert generate_batch.print_chunk(store, made, place, weights, 1, None, 1).pictures == 2
+        assert generate_batch.print_chunk(store, made, place, weights, 1, None, 1).images == 2
         assert generate_batch.finish(store, made, place)
         assert before.items() < found(store, place).items()
 
 
-def test_by_a_table_each_picture_shows_its_row(store: Store, bucket: str, weights: Path, tmp_path: Path) -> None:
+def test_by_a_table_each_image_shows_its_row(store: Store, bucket: str, weights: Path, tmp_path: Path) -> None:
     labels = ["odd", "even", None, *["even", "odd", "odd"] * 6]
     (tmp_path / "wanted.csv").write_text("\n".join(["label,prompt", *(f"{label or ''}," for label in labels)]))
     table = RequestTable.made(tmp_path / "wanted.csv", tmp_path)
@@ -330,7 +330,7 @@ def test_by_a_table_each_picture_shows_its_row(store: Store, bucket: str, weight
     print_all(store, batch(21, conditions=Conditions(labels=tuple(labels))), by_list, weights)
     ours, theirs = rows_of(found(store, by_table)), rows_of(found(store, by_list))
     assert [row["label"] for row in ours] == labels
-    # The last compute batch is filled up with other neighbours, which no picture sees.
+    # The last compute batch is filled up with other neighbours, which no image sees.
     assert [row["pixels_sha256"] for row in ours] == [row["pixels_sha256"] for row in theirs]
 
 
@@ -341,7 +341,7 @@ def test_the_place_of_another_batch_is_kept_and_the_reason_told(store: Store, bu
     moved = made.fingerprint.model_copy(update={"torch": "9"})
     for other, words in (
         (batch(41), "of another request"),
-        (batch(40, chunk=24), "into chunks of 16 pictures .*and this is into 24"),
+        (batch(40, chunk=24), "into chunks of 16 images .*and this is into 24"),
         (batch(40, fingerprint=moved), "another fingerprint .torch: .* → 9"),
     ):
         with pytest.raises(Held, match=words):
@@ -357,13 +357,13 @@ def test_at_the_place_of_what_cannot_be_read_it_is_named(store: Store, bucket: s
 
 def test_processor_time_of_chunks_that_share_a_process_is_counted_once() -> None:
     works = [
-        Work(pictures=10, process="a", began=1, ended=6),
-        Work(pictures=10, process="a", began=2, ended=9),
-        Work(pictures=5, process="b", began=0, ended=2),
-        Work(pictures=0, process="c", began=0, ended=50),
+        Work(images=10, process="a", began=1, ended=6),
+        Work(images=10, process="a", began=2, ended=9),
+        Work(images=5, process="b", began=0, ended=2),
+        Work(images=0, process="c", began=0, ended=50),
     ]
     cost = cost_of(works, 7)
-    assert (cost.pictures, cost.seconds) == (25, 7)
+    assert (cost.images, cost.seconds) == (25, 7)
     assert cost.cpu_hours == pytest.approx(10 / 3600)
-    assert cost.pictures_per_cpu_hour == pytest.approx(25 * 360)
-    assert cost_of([works[-1]], 1).pictures_per_cpu_hour is None
+    assert cost.images_per_cpu_hour == pytest.approx(25 * 360)
+    assert cost_of([works[-1]], 1).images_per_cpu_hour is None

@@ -60,15 +60,15 @@ def test_batches_that_are_to_show_different_things_have_different_names() -> Non
 
 
 @pytest.mark.parametrize("conditions", [None, Conditions(labels=("odd", None, "even"))])
-def test_what_is_written_makes_the_same_pictures_again_and_says_what_each_shows(
+def test_what_is_written_makes_the_same_images_again_and_says_what_each_shows(
     dataset: Path, tmp_path: Path, conditions: Conditions | None
 ) -> None:
     model = load_model(run(dataset, tmp_path / "run").final)
     made = batch(conditions, SAMPLING.model_copy(update={"guidance": 2.0}))
     found = Batch.model_validate_json(made.json_bytes())
-    pictures = sample(model, range(4), found.seed, found.sampling, conditions=found.conditions or UNCONDITIONAL)
+    images = sample(model, range(4), found.seed, found.sampling, conditions=found.conditions or UNCONDITIONAL)
     labels = label_names(model, range(4), found.seed, found.conditions or UNCONDITIONAL)
-    encoded = [encode(made, *each) for each in zip(range(4), pictures, labels, strict=True)]
+    encoded = [encode(made, *each) for each in zip(range(4), images, labels, strict=True)]
     rows = part_rows(part_bytes(row for _, row in encoded), "part")
     sink = io.BytesIO()
     write_parquet(sink, iter([rows]), made)
@@ -81,7 +81,7 @@ def test_what_is_written_makes_the_same_pictures_again_and_says_what_each_shows(
     assert text.get("darkroom:label") == (None if conditions is None else "odd")
 
 
-def test_prompts_stand_in_picture_and_manifest_in_any_script() -> None:
+def test_prompts_stand_in_image_and_manifest_in_any_script() -> None:
     made = batch(Conditions(prompts=("ein grünes Haus", "красный дом"), negative_prompt="fog"))
     png, row = encode(made, 1, torch.zeros(1, 8, 8, dtype=torch.uint8), None)
     assert Image.open(io.BytesIO(png)).text["darkroom:prompt"] == "красный дом"

@@ -31,7 +31,7 @@ ARGUMENTS += ["--set", "prints.format=tar", "--set", "prints.chunk=3584"]
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
-    """A stack with a version of blobs that was never trained, as its pictures need not be good."""
+    """A stack with a version of blobs that was never trained, as its images need not be good."""
     folder = tmp_path_factory.mktemp("workspace")
     weights = write_model(folder / "weights.safetensors", 1, 0, classes={"even": 2, "odd": 1})
     with running(folder, {"sampling": SAMPLING}, 0) as space, pytest.MonkeyPatch.context() as patch:
@@ -50,8 +50,8 @@ def undisturbed(workspace: Workspace) -> tuple[dict[str, bytes], float]:
     began = time.monotonic()
     done = workspace.json(*ARGUMENTS, "--to", "s3://darkroom/undisturbed", "--set", "prints.workers=2")
     seconds = time.monotonic() - began
-    assert (done["took"]["pictures"], done["count"]) == (COUNT, COUNT)
-    assert done["took"]["pictures_per_cpu_hour"] > 1000
+    assert (done["took"]["images"], done["count"]) == (COUNT, COUNT)
+    assert done["took"]["images_per_cpu_hour"] > 1000
     made = files(workspace, "undisturbed")
     names = [name for n in range(3) for name in (f"prints-0000{n}.tar", f"manifest/part-0000{n}.jsonl")]
     # Beside each that is larger than one part lies its sum.
@@ -136,7 +136,7 @@ def test_a_finished_batch_is_left_and_its_run_says_how_far_it_is_and_what_it_too
 ) -> None:
     before = objects(workspace, "s3://darkroom/undisturbed/")
     again = workspace.json(*ARGUMENTS, "--to", "s3://darkroom/undisturbed")
-    assert (again["took"]["pictures"], again["took"]["pictures_per_cpu_hour"]) == (0, None)
+    assert (again["took"]["images"], again["took"]["images_per_cpu_hour"]) == (0, None)
     assert objects(workspace, "s3://darkroom/undisturbed/") == before
     api, secret = (workspace.variables[f"PREFECT_API_{name}"] for name in ("URL", "AUTH_STRING"))
     user, _, password = secret.partition(":")
@@ -145,8 +145,8 @@ def test_a_finished_batch_is_left_and_its_run_says_how_far_it_is_and_what_it_too
     progress = [each for each in shown if each["key"] == "printing"]
     # Of the run just now; that of one that was killed stands still.
     assert progress[0]["data"] == 100.0
-    assert any(f"{COUNT:,} of {COUNT:,} pictures printed" in (each["description"] or "") for each in progress)
-    assert any("pictures per CPU-hour" in each["data"] for each in shown if each["key"] == "prints")
+    assert any(f"{COUNT:,} of {COUNT:,} images printed" in (each["description"] or "") for each in progress)
+    assert any("images per CPU-hour" in each["data"] for each in shown if each["key"] == "prints")
 
 
 def test_a_batch_cut_otherwise_is_kept_and_a_mistake_in_a_table_is_one_line(

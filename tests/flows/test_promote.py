@@ -23,7 +23,7 @@ from flows.registry.model_versions import Version
 from tests.conftest import disc
 from tests.diffusion.small_models import write_model
 from tests.diffusion.test_report import an_evaluation
-from tests.diffusion.trials import CONFIG, SAMPLING, discs, let_draw, training_pictures
+from tests.diffusion.trials import CONFIG, SAMPLING, discs, let_draw, training_images
 from tests.flows.registered import add_version
 from tests.flows.test_model_card import rows, section
 
@@ -47,7 +47,7 @@ def params(mlflow_client: MlflowClient, bucket: str, tmp_path: Path, monkeypatch
 
 
 class Candidate:
-    """A version whose model drew given pictures, and what the gate says of it."""
+    """A version whose model drew given images, and what the gate says of it."""
 
     def __init__(self, client: MlflowClient, params: Params, seed: int, drawn: Tensor) -> None:
         self.client, self.params = client, params
@@ -73,9 +73,9 @@ def good(count: int, first: int) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(disc(number, 8))[None] for number in range(first, first + count)]))
 
 
-def spoiled(pictures: Tensor, deviation: float) -> Tensor:
-    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
-    return (pictures + deviation * noise).round().clamp(0, 255).to(torch.uint8)
+def spoiled(images: Tensor, deviation: float) -> Tensor:
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return (images + deviation * noise).round().clamp(0, 255).to(torch.uint8)
 
 
 def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_ledger(
@@ -107,7 +107,7 @@ def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_led
     assert second.decided().comparison is None
     path.write_bytes(written)
 
-    third = Candidate(mlflow_client, params, 3, training_pictures(params.dataset_folder, 48))
+    third = Candidate(mlflow_client, params, 3, training_images(params.dataset_folder, 48))
     copier = third.committed()
     assert copier.evidence is not None
     assert copier.evidence.verdict == "reject"

@@ -38,7 +38,7 @@ from flows.registry import model_versions
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import TAKEDOWN
 from flows.sampling import generate_batch, sampling_batch
-from flows.sampling.lookup import Picture
+from flows.sampling.lookup import StoredImage
 from flows.sampling.sampling_batch import Batch
 from flows.storage.s3 import Location, Object, Store
 from flows.tracking.runs import open_run
@@ -67,7 +67,7 @@ class Made:
     place: Location
 
     @property
-    def picture(self) -> str:
+    def image(self) -> str:
         """Address of the last print, which is not in the first chunk."""
         return f"{self.place}/00000017.png"
 
@@ -88,7 +88,7 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(s3_server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    """Pictures, a data set on S3, a run and a model in an MLflow without a server, and 18 prints on S3."""
+    """Images, a data set on S3, a run and a model in an MLflow without a server, and 18 prints on S3."""
     home = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         for name in os.environ:
@@ -105,10 +105,10 @@ def make(store: Store, client: MlflowClient) -> Made:
     store.ensure_bucket("provenance")
     Repo.init(no_scm=True).close()
     for number in range(36):
-        path = Path("pictures", "even" if number % 2 == 0 else "odd", f"{number:03d}.png")
+        path = Path("images", "even" if number % 2 == 0 else "odd", f"{number:03d}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         disc(number).save(path)
-    ingest(FOLDER, IngestConfig(source="pictures", size=8, held_out=0.33))
+    ingest(FOLDER, IngestConfig(source="images", size=8, held_out=0.33))
     data, manifest = record_data(FOLDER, SOURCE), read_manifest(FOLDER)
     Catalogue.of("blobs", SOURCE, store).publish(manifest, data.digest)
     done = train(FOLDER, Path("run"))
@@ -128,7 +128,7 @@ def make(store: Store, client: MlflowClient) -> Made:
 
 
 def repainted(png: bytes, by: int) -> bytes:
-    """The same picture with one of its pixels changed, and its texts kept."""
+    """The same image with one of its pixels changed, and its texts kept."""
     opened = Image.open(io.BytesIO(png))
     about = PngInfo()
     for name, text in opened.text.items():  # type: ignore[attr-defined]
@@ -145,24 +145,24 @@ def pixels_of(png: bytes) -> bytes:
 
 
 def test_a_print_leads_to_its_batch_model_run_and_data_set_and_to_shards_that_are_there(made: Made) -> None:
-    found = trace(made.picture)
+    found = trace(made.image)
     assert found.broken == []
     assert found.takedowns == []
-    assert found.picture is not None
+    assert found.image is not None
     assert found.batch is not None
     assert found.model is not None
     assert found.run is not None
     assert found.data is not None
-    assert found.picture.as_printed is True
-    assert (found.picture.index, found.picture.seed, found.picture.label) == (17, 5, None)
-    assert found.picture.sha256 == sha256_bytes(made.png)
+    assert found.image.as_printed is True
+    assert (found.image.index, found.image.seed, found.image.label) == (17, 5, None)
+    assert found.image.sha256 == sha256_bytes(made.png)
     assert (found.place, found.batch, found.finished) == (f"{made.place}/", made.batch, True)
     assert (found.batch.conditions, found.batch.sampling) == (ASKED, SAMPLING)
     assert (found.model.uri, found.model.aliases) == ("models:/blobs/1", ["champion"])
     assert found.model.tags["darkroom.weights_sha256"] == sha256_bytes(Path("weights.safetensors").read_bytes())
     assert (found.run.run_id, found.run.git_commit, found.run.git_dirty) == (made.run_id, "c0ffee", True)
     assert found.data.version == sha256_bytes((FOLDER / "manifest.json").read_bytes())
-    assert (found.data.dvc_digest, found.data.pictures) == (made.data.digest, 36)
+    assert (found.data.dvc_digest, found.data.images) == (made.data.digest, 36)
     assert found.data.recorded is not None
     assert [shard.name for shard in found.data.shards] == [shard.name for shard in made.manifest.shards]
     for shard in found.data.shards:
@@ -173,8 +173,8 @@ def test_a_print_leads_to_its_batch_model_run_and_data_set_and_to_shards_that_ar
 
 
 def test_a_whole_batch_leads_there_as_well(made: Made) -> None:
-    whole, one = trace(f"{made.place}/"), trace(made.picture)
-    assert whole.picture is None
+    whole, one = trace(f"{made.place}/"), trace(made.image)
+    assert whole.image is None
     assert (whole.batch, whole.run, whole.data) == (one.batch, one.run, one.data)
 
 
@@ -200,26 +200,26 @@ def test_a_copy_of_a_print_leads_to_the_batch_that_printed_it_among_several_of_i
         reproduce(str(copy))
 
 
-def test_a_picture_made_on_request_leads_to_what_was_asked_and_to_its_model(made: Made, tmp_path: Path) -> None:
+def test_a_image_made_on_request_leads_to_what_was_asked_and_to_its_model(made: Made, tmp_path: Path) -> None:
     request = make_request({"task": "interpolate", "count": 3, "seed": 5, "to_seed": 6, "label": "even"})
     origin, folder = {"model": made.version.uri, "run_id": made.run_id}, tmp_path / "way"
     generate_to_folder(Path("weights.safetensors"), request, SAMPLING, folder, origin)
-    picture = folder / "00000001.png"
-    found = trace(str(picture))
+    image = folder / "00000001.png"
+    found = trace(str(image))
     assert found.broken == []
-    assert found.picture is not None
-    assert found.picture.as_printed is True
+    assert found.image is not None
+    assert found.image.as_printed is True
     assert found.batch is None
     assert found.request is not None
     assert (found.request.request["task"], found.request.request["to_seed"]) == ("interpolate", 6)
     assert found.data is not None
     assert found.data.version == made.manifest.digest
     with pytest.raises(UserError, match="the same command makes it again"):
-        reproduce(str(picture))
-    picture.write_bytes(repainted(picture.read_bytes(), 90))
-    assert "was altered" in trace(str(picture)).broken[0]
+        reproduce(str(image))
+    image.write_bytes(repainted(image.read_bytes(), 90))
+    assert "was altered" in trace(str(image)).broken[0]
     (folder / "request.json").write_text("{}")
-    assert "no request.json beside it" in " ".join(trace(str(picture)).broken)
+    assert "no request.json beside it" in " ".join(trace(str(image)).broken)
 
 
 def test_an_altered_print_is_told_from_one_that_was_only_saved_anew(made: Made) -> None:
@@ -229,8 +229,8 @@ def test_an_altered_print_is_told_from_one_that_was_only_saved_anew(made: Made) 
     words = {}
     for name, data in changes.items():
         found = trace(f"{made.beside(name, {'00000017.png': data})}/00000017.png")
-        assert found.picture is not None
-        assert found.picture.as_printed is False
+        assert found.image is not None
+        assert found.image.as_printed is False
         assert found.data is not None
         (words[name],) = found.broken
     assert "was saved anew: its pixels are what was printed" in words["saved"]
@@ -238,16 +238,16 @@ def test_an_altered_print_is_told_from_one_that_was_only_saved_anew(made: Made) 
     assert "was altered" in words["spoilt"]
 
 
-def test_a_picture_under_the_name_of_another_is_noticed(made: Made) -> None:
+def test_a_image_under_the_name_of_another_is_noticed(made: Made) -> None:
     other = made.store.get(made.place.bucket, made.place.key("00000001.png"))
     found = trace(f"{made.beside('swapped', {'00000017.png': other})}/00000017.png")
-    assert "says of itself that it is another picture" in found.broken[1]
+    assert "says of itself that it is another image" in found.broken[1]
 
 
 def test_what_is_missing_is_named_and_the_rest_is_told_all_the_same(made: Made) -> None:
     made.client.delete_run(made.run_id)
     try:
-        found = trace(made.picture)
+        found = trace(made.image)
         assert f"mlflow runs restore --run-id {made.run_id}" in found.broken[0]
         assert found.run is not None
         assert found.data is not None
@@ -267,7 +267,7 @@ def test_without_its_run_the_catalogue_tells_what_the_model_saw(made: Made) -> N
     (logged,) = Path().glob(f"mlruns/*/{made.run_id}/artifacts/dataset/manifest.json")
     logged.rename("manifest.json.away")
     try:
-        found = trace(made.picture)
+        found = trace(made.image)
     finally:
         Path("manifest.json.away").rename(logged)
     assert "keeps no manifest" in found.broken[0]
@@ -282,12 +282,12 @@ def test_shards_that_are_lost_are_named_and_found_wherever_they_still_are(made: 
     away, data = Path("away"), made.store.get("provenance", key)
     made.store.delete_many("provenance", [key])
     try:
-        assert trace(made.picture).data.shards[0].where == str(FOLDER / shard.name)  # type: ignore[union-attr]
+        assert trace(made.image).data.shards[0].where == str(FOLDER / shard.name)  # type: ignore[union-attr]
         shutil.move(FOLDER, away)
         cached = Path(".dvc/cache/files/md5") / md5[:2] / md5[2:]
-        assert trace(made.picture).data.shards[0].where == str(cached.resolve())  # type: ignore[union-attr]
+        assert trace(made.image).data.shards[0].where == str(cached.resolve())  # type: ignore[union-attr]
         cached.rename("cached")
-        found = trace(made.picture)
+        found = trace(made.image)
         assert found.broken == [f"shards that lie neither on {SOURCE} nor here: {shard.name}"]
     finally:
         made.store.put_once("provenance", key, data)
@@ -300,12 +300,12 @@ def test_takedowns_are_told_by_the_marks_in_mlflow_and_by_the_catalogue(made: Ma
     Catalogue.of("blobs", SOURCE, made.store).tell_removal(REMOVAL.model_copy(update={"tables": tables}))
     made.client.set_model_version_tag("blobs", "1", TAKEDOWN, "feedc0de0123")
     try:
-        (one, other) = sorted(trace(made.picture).takedowns, key=lambda each: each.reason or "")
+        (one, other) = sorted(trace(made.image).takedowns, key=lambda each: each.reason or "")
     finally:
         made.client.delete_model_version_tag("blobs", "1", TAKEDOWN)
         made.store.delete_many("provenance", made.store.list_keys("provenance", "datasets/blobs/removals/"))
-    assert (one.name, one.reason, one.pictures) == ("feedc0de0123", None, None)
-    assert (other.name, other.reason, other.pictures) == (REMOVAL.name, "consent withdrawn", 1)
+    assert (one.name, one.reason, one.images) == ("feedc0de0123", None, None)
+    assert (other.name, other.reason, other.images) == (REMOVAL.name, "consent withdrawn", 1)
 
 
 @pytest.mark.parametrize("what", ["nowhere.png", "s3://provenance/nowhere/00000000.png", "s3://provenance/nowhere"])
@@ -316,9 +316,9 @@ def test_what_is_nowhere_is_the_users_mistake(made: Made, what: str) -> None:
         assert "\n" not in str(raised.value)
 
 
-def test_a_picture_that_is_not_ours_is_refused(made: Made, tmp_path: Path) -> None:
+def test_a_image_that_is_not_ours_is_refused(made: Made, tmp_path: Path) -> None:
     disc(1).save(tmp_path / "mine.png")
-    (tmp_path / "notes.png").write_text("no picture")
+    (tmp_path / "notes.png").write_text("no image")
     for name in ("mine.png", "notes.png"):
         with pytest.raises(UserError, match="names no registered model that made it"):
             trace(str(tmp_path / name))
@@ -326,16 +326,16 @@ def test_a_picture_that_is_not_ours_is_refused(made: Made, tmp_path: Path) -> No
 
 def test_prints_are_made_again_bit_for_bit_by_the_code_that_the_version_ships(made: Made, tmp_path: Path) -> None:
     done = reproduce(str(made.place), count=17, out=tmp_path)
-    assert (done.pictures, done.exact, done.differences, done.failure) == (17, 17, "", None)
+    assert (done.images, done.exact, done.differences, done.failure) == (17, 17, "", None)
     assert (done.code, done.largest_error, done.differing_pixels, done.moved) == ("shipped", 0, 0, [])
     for index in range(17):
-        name = sampling_batch.picture_key(index)
+        name = sampling_batch.image_key(index)
         printed = made.store.get(made.place.bucket, made.place.key(name))
         assert (tmp_path / name).read_bytes() == printed
 
 
 def test_under_another_fingerprint_the_difference_is_named_with_the_largest_error(made: Made) -> None:
-    """A print of another machine, which made one pixel of the second picture brighter."""
+    """A print of another machine, which made one pixel of the second image brighter."""
     other = made.batch.fingerprint.model_copy(update={"batch": 16, "device": "AVX9"})
     part = made.store.get(made.place.bucket, made.place.key("manifest/part-00001.jsonl"))
     rows = sampling_batch.part_rows(part, "part")
@@ -372,19 +372,19 @@ def test_a_print_in_a_tar_is_traced_and_made_again_as_a_file_is(made: Made, tmp_
     batch, place = sample.begin.fn(made.version, weights, SAMPLING, tars, 18, 5, None, ASKED)
     for chunk in range(len(batch.chunks())):
         sample.print_chunk.fn(batch, place, made.version, chunk, tars)
-    picture = f"{place}/prints-00002.tar/00000017.png"
-    found, file = trace(picture), trace(made.picture)
-    assert (found.picture.as_printed, found.data) == (True, file.data)  # type: ignore[union-attr]
+    image = f"{place}/prints-00002.tar/00000017.png"
+    found, file = trace(image), trace(made.image)
+    assert (found.image.as_printed, found.data) == (True, file.data)  # type: ignore[union-attr]
     assert "no batch of" not in " ".join(found.broken)
     done = reproduce(str(place), out=folder)
-    assert (done.pictures, done.exact, done.differences, done.failure) == (18, 18, "", None)
-    assert reproduce(picture).exact == 1
+    assert (done.images, done.exact, done.differences, done.failure) == (18, 18, "", None)
+    assert reproduce(image).exact == 1
     printed = (folder / "00000017.png").read_bytes()
     assert pixels_of(printed) == pixels_of(made.png)
     (tmp_path / "copy.png").write_bytes(printed)
-    assert trace(str(tmp_path / "copy.png")).picture.as_printed is True  # type: ignore[union-attr]
+    assert trace(str(tmp_path / "copy.png")).image.as_printed is True  # type: ignore[union-attr]
     for nowhere in ("prints-00001.tar/00000017.png", "prints-00002.tar/00000018.png", "prints-00002.tar/x.png"):
-        with pytest.raises(UserError, match=r"is no picture of a batch"):
+        with pytest.raises(UserError, match=r"is no image of a batch"):
             trace(f"{place}/{nowhere}")
 
 
@@ -397,10 +397,10 @@ def test_prints_by_a_table_are_made_again_by_the_table_beside_them(made: Made, t
     sample.print_chunk.fn(batch, place, made.version, 0, PRINTS)
     shutil.rmtree(".darkroom/requests")
     done = reproduce(str(place))
-    assert (done.pictures, done.exact, done.failure) == (13, 13, None)
+    assert (done.images, done.exact, done.failure) == (13, 13, None)
     assert reproduce(f"{place}/00000011.png").exact == 1
     found = trace(f"{place}/00000011.png")
-    assert (found.picture.label, found.batch.requests) == ("odd", batch.requests)  # type: ignore[union-attr]
+    assert (found.image.label, found.batch.requests) == ("odd", batch.requests)  # type: ignore[union-attr]
     made.store.delete_many(place.bucket, [place.key("requests.parquet")])
     other = tmp_path / "other.parquet"
     pq.write_table(pa.table({"label": labels[::-1], "prompt": pa.nulls(13, pa.string())}), other)
@@ -411,19 +411,19 @@ def test_prints_by_a_table_are_made_again_by_the_table_beside_them(made: Made, t
 
 
 @pytest.mark.parametrize(
-    ("what", "count", "words"), [("/00000017.png", 2, "leave it out"), ("", 19, "the batch has 18 pictures")]
+    ("what", "count", "words"), [("/00000017.png", 2, "leave it out"), ("", 19, "the batch has 18 images")]
 )
 def test_a_count_that_means_nothing_is_refused(made: Made, what: str, count: int, words: str) -> None:
     with pytest.raises(UserError, match=words):
         reproduce(f"{made.place}{what}", count=count)
 
 
-def original(pixels: np.ndarray, printed: np.ndarray | None = None) -> Picture:
-    """A picture with ``pixels``, and a row that says it was ``printed`` with others."""
+def original(pixels: np.ndarray, printed: np.ndarray | None = None) -> StoredImage:
+    """An image with ``pixels``, and a row that says it was ``printed`` with others."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     row = {"pixels_sha256": sha256_bytes((pixels if printed is None else printed).tobytes())}
-    return Picture(buffer.getvalue(), None, 0, row)
+    return StoredImage(buffer.getvalue(), None, 0, row)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)])
@@ -441,7 +441,7 @@ def test_errors_are_counted_in_levels_and_pixels(shape: tuple[int, ...]) -> None
     assert (same.exact, same.largest_error, same.differing_pixels) == (True, 0, 0)
 
 
-def test_an_altered_picture_is_compared_by_the_digest_of_what_was_printed() -> None:
+def test_an_altered_image_is_compared_by_the_digest_of_what_was_printed() -> None:
     printed = np.zeros((4, 4), np.uint8)
     altered = original(printed + 9, printed)
     assert compare("x", printed, altered).model_dump(exclude={"key"}) == {
@@ -452,7 +452,7 @@ def test_an_altered_picture_is_compared_by_the_digest_of_what_was_printed() -> N
         "differing_pixels": 0,
     }
     assert compare("x", printed + 9, altered).largest_error is None
-    gone = Picture(b"", None, 0, altered.row)
+    gone = StoredImage(b"", None, 0, altered.row)
     assert (compare("x", printed, gone).exact, compare("x", printed, gone).altered) == (True, True)
 
 
@@ -463,7 +463,7 @@ def outcome(made: Made, mean: float, differences: str, altered: bool = False, co
         where="",
         model="models:/blobs/1",
         code=code,
-        pictures=1,
+        images=1,
         exact=int(exact),
         fingerprint=made.batch.fingerprint,
         differences=differences,

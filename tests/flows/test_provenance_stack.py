@@ -33,7 +33,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 @pytest.fixture(scope="module")
 def batch(workspace: Workspace) -> str:
     """Address of twelve prints of a model that has just been trained."""
-    return str(workspace.json("retrain", "pictures", "--count", "12", "--seed", "5")["prints"]["uri"])
+    return str(workspace.json("retrain", "images", "--count", "12", "--seed", "5")["prints"]["uri"])
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -41,13 +41,13 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_a_print_is_traced_to_its_shards_and_made_again(workspace: Workspace, server: MlflowClient, batch: str) -> None:
-    picture = f"{batch}00000007.png"
+    image = f"{batch}00000007.png"
     printed = objects(workspace, batch)["00000007.png"][1]
 
-    found = workspace.json("trace", picture)
+    found = workspace.json("trace", image)
     manifest = read_manifest(workspace.folder / "data" / "blobs")
     assert (found["broken"], found["takedowns"]) == ([], [])
-    assert (found["picture"]["sha256"], found["picture"]["as_printed"]) == (sha256_bytes(printed), True)
+    assert (found["image"]["sha256"], found["image"]["as_printed"]) == (sha256_bytes(printed), True)
     assert (found["place"], found["batch"]["count"], found["finished"]) == (batch, 12, True)
     version = server.get_model_version_by_alias("blobs", "champion")
     assert (found["model"]["uri"], found["model"]["aliases"]) == (f"models:/blobs/{version.version}", ["champion"])
@@ -62,17 +62,17 @@ def test_a_print_is_traced_to_its_shards_and_made_again(workspace: Workspace, se
     for shard in found["data"]["shards"]:
         ((_, data),) = objects(workspace, shard["where"]).values()
         assert (len(data), sha256_bytes(data)) == (shard["bytes"], shard["sha256"])
-    lines = workspace.run("trace", picture)
-    assert all(name in lines for name in (picture, version.run_id, manifest.digest, manifest.shards[0].sha256))
+    lines = workspace.run("trace", image)
+    assert all(name in lines for name in (image, version.run_id, manifest.digest, manifest.shards[0].sha256))
 
     again = workspace.json("reproduce", batch, "--out", "again")
-    assert (again["pictures"], again["exact"], again["code"]) == (12, 12, "shipped")
+    assert (again["images"], again["exact"], again["code"]) == (12, 12, "shipped")
     assert (again["differences"], again["largest_error"]) == ("", 0)
     assert (workspace.folder / "again" / "00000007.png").read_bytes() == printed
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="has no other arithmetic to go to")
-def test_with_other_arithmetic_the_difference_is_named_and_the_picture_is_nearly_the_same(
+def test_with_other_arithmetic_the_difference_is_named_and_the_image_is_nearly_the_same(
     workspace: Workspace, batch: str
 ) -> None:
     workspace.variables["ATEN_CPU_CAPABILITY"] = "default"
@@ -101,7 +101,7 @@ def test_an_altered_print_exits_1_having_told_the_chain_and_an_unknown_one_2(wor
         client.put_object(Bucket="darkroom", Key=f"altered/{name}", Body=data)
 
     found = workspace.json("trace", "s3://darkroom/altered/00000003.png", code=1)
-    assert (found["picture"]["as_printed"], len(found["broken"]), len(found["data"]["shards"])) == (False, 1, 1)
+    assert (found["image"]["as_printed"], len(found["broken"]), len(found["data"]["shards"])) == (False, 1, 1)
     again = workspace.json("reproduce", "s3://darkroom/altered/", "--count", "5", code=1)
     assert (again["exact"], again["altered"]) == (5, ["00000003.png"])
     error = workspace.run("trace", f"{batch}00000012.png", code=2)

@@ -196,7 +196,7 @@ def experiment_of(client: MlflowClient) -> str:
 
 
 @pytest.mark.slow
-def test_a_released_model_draws_the_same_pictures(stages: Stages, tmp_path: Path, dataset: Path) -> None:
+def test_a_released_model_draws_the_same_images(stages: Stages, tmp_path: Path, dataset: Path) -> None:
     there = stages.at(stages.staging)
     done = train(dataset, tmp_path / "run")
     run_id = there.create_run(there.create_experiment("blobs"), tags={TRAIN_KEY: "key"}).info.run_id

@@ -51,7 +51,7 @@ def test_a_table_says_the_same_in_every_format(tmp_path: Path, suffix: str) -> N
     assert other.about.digest != table.about.digest
 
 
-def test_what_is_asked_of_any_picture_is_its_row_whatever_pictures_it_is_drawn_with(tmp_path: Path) -> None:
+def test_what_is_asked_of_any_image_is_its_row_whatever_images_it_is_drawn_with(tmp_path: Path) -> None:
     rows: list[tuple[str | None, str | None]] = [(f"label {n}" if n % 3 else None, None) for n in range(2500)]
     table = RequestTable.made(write(tmp_path / "table.csv", rows), tmp_path)
     for indices in (range(8), range(5, 6), range(1020, 1040), range(1023, 1025), range(2496, 2500)):
@@ -95,7 +95,7 @@ def planned(store: Store, tmp_path: Path, table: str, classes: dict[str, int], *
     return batch
 
 
-def test_a_batch_has_a_picture_for_each_row_and_names_the_table(store: Store, bucket: str, tmp_path: Path) -> None:
+def test_a_batch_has_a_image_for_each_row_and_names_the_table(store: Store, bucket: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("label\neven\nodd\neven\n")
     store.put_once(bucket, "tables/t.csv", (tmp_path / "t.csv").read_bytes())
     here = planned(store, tmp_path, str(tmp_path / "t.csv"), {"even": 1, "odd": 1})
@@ -115,7 +115,7 @@ def test_a_batch_has_a_picture_for_each_row_and_names_the_table(store: Store, bu
             "label,seed\neven,3\n",
             r"record 1: .* not drawn by 'seed': the columns are label and prompt",
         ),
-        ("t.jsonl", '{"label": "odd"}\n{"text": "x"}\n', r"record 2: a picture is not drawn by 'text'"),
+        ("t.jsonl", '{"label": "odd"}\n{"text": "x"}\n', r"record 2: an image is not drawn by 'text'"),
         ("t.csv", "label\nodd\nodder\n", r"record 2: the model knows no class 'odder': use one of even, odd"),
         ("t.csv", "prompt\na red bird\n", r"record 1: the model was trained without captions"),
         ("t.csv", "label\n", "asks for nothing"),

@@ -1,4 +1,4 @@
-"""Pictures from pictures: on the command line with a model file, and through the model that MLflow loads."""
+"""Images from images: on the command line with a model file, and through the model that MLflow loads."""
 
 import base64
 import json
@@ -94,17 +94,17 @@ def test_a_model_file_answers_without_servers_and_again_alike(
     assert [row["index"] for row in about["images"]] == [0, 1, 2]
     for row in about["images"]:
         assert sha256_file(place / row["file"]) == row["sha256"]
-        picture = Image.open(place / row["file"])
-        assert sha256_bytes(picture.tobytes()) == row["pixels_sha256"]
-        assert SYNTHETIC in picture.text["XML:com.adobe.xmp"]
-        assert picture.text["darkroom:task"] == task
+        image = Image.open(place / row["file"])
+        assert sha256_bytes(image.tobytes()) == row["pixels_sha256"]
+        assert SYNTHETIC in image.text["XML:com.adobe.xmp"]
+        assert image.text["darkroom:task"] == task
     assert Image.open(folder / done["grid"]).size > (100, 100)
     before = {path.name: path.read_bytes() for path in place.iterdir()}
     assert made(darkroom, *words) == done
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
 
 
-def test_a_small_picture_is_drawn_large_beside_what_it_was(darkroom: Darkroom, folder: Path) -> None:
+def test_a_small_image_is_drawn_large_beside_what_it_was(darkroom: Darkroom, folder: Path) -> None:
     config = CONFIG.model_copy(update={"low_resolution": 4, "conditional": False})
     write_model(folder / "model.safetensors", seed=0, images=0, config=config)
     done = made(darkroom, "edit", "upscale", "face.png", "--count", "2")
@@ -129,10 +129,10 @@ def test_a_folder_takes_the_answer_to_one_request_only(darkroom: Darkroom, folde
     assert len(list((folder / "mine").glob("0*.png"))) == 3
 
 
-def test_pictures_name_the_weights_of_a_file_and_not_where_it_lay(darkroom: Darkroom, folder: Path) -> None:
+def test_images_name_the_weights_of_a_file_and_not_where_it_lay(darkroom: Darkroom, folder: Path) -> None:
     done = made(darkroom, "sample", "--count", "1")
-    picture = Image.open(folder / done["folder"] / "00000000.png")
-    assert picture.text["darkroom:model"] == f"sha256:{sha256_file(folder / 'model.safetensors')}"
+    image = Image.open(folder / done["folder"] / "00000000.png")
+    assert image.text["darkroom:model"] == f"sha256:{sha256_file(folder / 'model.safetensors')}"
 
 
 def test_what_is_written_down_is_how_it_was_drawn(darkroom: Darkroom, folder: Path) -> None:
@@ -146,7 +146,7 @@ def test_what_is_written_down_is_how_it_was_drawn(darkroom: Darkroom, folder: Pa
     [
         (("edit", "img2img", "nothing.png"), "the image nothing.png cannot be read (No such file or directory)"),
         (("edit", "img2img", "face.png", "--label", "cat"), "trained without classes"),
-        (("edit", "inpaint", "face.png", "--mask", "model.safetensors"), "the mask cannot be used: not a picture"),
+        (("edit", "inpaint", "face.png", "--mask", "model.safetensors"), "the mask cannot be used: not an image"),
         (("edit", "interpolate", "0"), "from seed 0 to seed 0: give two seeds"),
         (("edit", "upscale", "face.png"), "not trained to upscale"),
         (("sample", "--to", "s3://bucket"), "use --out FOLDER"),
@@ -178,7 +178,7 @@ def served(folder: Path) -> ServedModel:
     return model
 
 
-def test_the_served_model_answers_a_table_of_tasks_a_row_per_picture(folder: Path, served: ServedModel) -> None:
+def test_the_served_model_answers_a_table_of_tasks_a_row_per_image(folder: Path, served: ServedModel) -> None:
     image, mask = (base64.b64encode((folder / name).read_bytes()).decode() for name in ("face.png", "hole.png"))
     table = pd.DataFrame(
         {
@@ -210,7 +210,7 @@ def test_a_row_that_cannot_be_answered_is_named(served: ServedModel) -> None:
         served.predict(None, pd.DataFrame({"seed": [0, 0], "label": [None, "cat"]}))  # type: ignore[arg-type]
     with pytest.raises(MlflowException, match="row 0: image is not in base64"):
         served.predict(None, pd.DataFrame({"task": ["img2img"], "seed": [0], "image": ["å"]}))  # type: ignore[arg-type]
-    with pytest.raises(MlflowException, match="4097 pictures in one table"):
+    with pytest.raises(MlflowException, match="4097 images in one table"):
         served.predict(None, pd.DataFrame({"seed": [0], "count": [4097.0]}))  # type: ignore[arg-type]
 
 

@@ -62,12 +62,12 @@ def test_a_place_prints_as_the_uri_it_was_parsed_from(parts: list[str], name: st
 def test_an_object_is_written_once_and_the_same_bytes_again_are_as_good(
     store: Store, bucket: str, s3_environment: dict[str, str]
 ) -> None:
-    assert store.put_once(bucket, "a/x.png", b"picture", {"seed": "7"}, "image/png") == "written"
-    assert store.put_once(bucket, "a/x.png", b"picture", {"seed": "8"}, "image/png") == "already there"
+    assert store.put_once(bucket, "a/x.png", b"image", {"seed": "7"}, "image/png") == "written"
+    assert store.put_once(bucket, "a/x.png", b"image", {"seed": "8"}, "image/png") == "already there"
     there = stock(s3_environment).get_object(Bucket=bucket, Key="a/x.png")
-    assert there["Body"].read() == b"picture"
+    assert there["Body"].read() == b"image"
     assert there["ContentType"] == "image/png"
-    assert there["Metadata"] == {"seed": "7", "sha256": hashlib.sha256(b"picture").hexdigest()}
+    assert there["Metadata"] == {"seed": "7", "sha256": hashlib.sha256(b"image").hexdigest()}
 
 
 def test_an_object_has_a_size_and_an_age_and_one_that_is_not_there_has_neither(
@@ -191,7 +191,7 @@ def test_an_object_is_downloaded_whole_or_not_at_all(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "deep"]
     keys = {"AWS_ENDPOINT_URL_S3": breaking_server, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
     Store(client(attempts=1, variables=keys)).download("prints", "x", tmp_path / "x")
-    assert (tmp_path / "x").read_bytes() == b"picture"
+    assert (tmp_path / "x").read_bytes() == b"image"
 
 
 def test_what_is_there_is_found_and_what_is_not_is_missing(store: Store, bucket: str) -> None:
@@ -253,7 +253,7 @@ def test_a_server_without_conditions_is_refused(old_server: tuple[str, str]) -> 
 @pytest.fixture
 def breaking_server() -> Iterator[str]:
     """An S3 server whose connection breaks in the middle of the first body: no real one does it to order."""
-    answers = iter([b"pict", b"picture"])
+    answers = iter([b"pict", b"image"])
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -271,7 +271,7 @@ def breaking_server() -> Iterator[str]:
 
 def test_a_read_that_breaks_off_is_read_again(breaking_server: str) -> None:
     keys = {"AWS_ENDPOINT_URL_S3": breaking_server, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
-    assert Store(client(attempts=1, variables=keys)).get("prints", "x") == b"picture"
+    assert Store(client(attempts=1, variables=keys)).get("prints", "x") == b"image"
 
 
 def test_a_wrong_key_is_refused_in_one_line(s3_environment: dict[str, str], bucket: str) -> None:

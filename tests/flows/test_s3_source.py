@@ -1,4 +1,4 @@
-"""Pictures on S3 as the source of an ingest, also when the connection to them drops."""
+"""Images on S3 as the source of an ingest, also when the connection to them drops."""
 
 import json
 import os
@@ -93,20 +93,20 @@ def test_what_is_not_there_is_an_error_of_one_line(bucket: str, tmp_path: Path, 
 
 
 def test_an_empty_prefix_is_an_error(bucket: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no pictures in s3://"):
+    with pytest.raises(UserError, match="no images in s3://"):
         make(tmp_path / "set", f"s3://{bucket}/none")
 
 
 def test_only_what_is_new_or_has_another_etag_is_fetched(
     store: Store, bucket: str, tmp_path: Path, s3_environment: dict[str, str]
 ) -> None:
-    pictures = {f"in/{number % 2}/{number:02d}.png": png(number) for number in range(24)}
-    put(store, bucket, pictures)
+    images = {f"in/{number % 2}/{number:02d}.png": png(number) for number in range(24)}
+    put(store, bucket, images)
     uri, folder = f"s3://{bucket}/in", tmp_path / "set"
     first = make(folder, uri)
     assert (first.kept, first.read) == (24, 24)
     local = tmp_path / "local"
-    for name, data in pictures.items():
+    for name, data in images.items():
         (local / name).parent.mkdir(parents=True, exist_ok=True)
         (local / name).write_bytes(data)
     assert make(tmp_path / "other", str(local / "in")).content_digest == first.content_digest
@@ -265,7 +265,7 @@ def proxy(bucket: str, s3_environment: dict[str, str], monkeypatch: pytest.Monke
     proxy.close()
 
 
-def of_pictures(request: bytes) -> bool:
+def of_images(request: bytes) -> bool:
     return b".png HTTP" in request
 
 
@@ -297,7 +297,7 @@ def test_a_connection_that_drops_for_a_while_changes_nothing(
     put(store, bucket, {f"in/{number % 2}/{number:02d}.png": png(number) for number in range(24)})
     put(store, bucket, {"shards/a.tar": tar_bytes({f"{number}.png": png(number) for number in range(12)})})
     for kind, uri, chosen, cuts in (
-        ("pictures", f"s3://{bucket}/in", of_pictures, 5),
+        ("images", f"s3://{bucket}/in", of_images, 5),
         ("shards", f"wds:s3://{bucket}/shards/a.tar", of_shards, 5),
         ("listings", f"s3://{bucket}/in", of_listings, 2),
     ):
@@ -314,7 +314,7 @@ def test_a_connection_that_drops_for_good_is_an_error_after_which_the_same_comma
 ) -> None:
     put(store, bucket, {f"in/{number % 2}/{number:02d}.png": png(number) for number in range(24)})
     put(store, bucket, {"shards/a.tar": tar_bytes({f"{number}.png": png(number) for number in range(12)})})
-    for uri, chosen in ((f"s3://{bucket}/in", of_pictures), (f"wds:s3://{bucket}/shards/a.tar", of_shards)):
+    for uri, chosen in ((f"s3://{bucket}/in", of_images), (f"wds:s3://{bucket}/shards/a.tar", of_shards)):
         kind = uri[:3]
         make(tmp_path / kind / "undisturbed" / "set", uri)
         folder = tmp_path / kind / "disturbed" / "set"
@@ -338,7 +338,7 @@ def test_a_version_that_is_there_stays_whole_when_the_connection_drops(
     make(tmp_path / "set", f"s3://{bucket}")
     before = files_of(tmp_path / "set")
     put(store, bucket, {"more.png": png(99)})
-    proxy.cuts = of_pictures
+    proxy.cuts = of_images
     with pytest.raises(DarkroomError):
         make(tmp_path / "set", f"s3://{bucket}")
     assert files_of(tmp_path / "set") == before

@@ -43,12 +43,12 @@ def points(tracker: RunTracker, name: str) -> list[tuple[int, float, int]]:
     return [(point.step, point.value, point.timestamp) for point in history]
 
 
-def test_all_figures_and_pictures_arrive_in_order(client: MlflowClient, tmp_path: Path) -> None:
+def test_all_figures_and_images_arrive_in_order(client: MlflowClient, tmp_path: Path) -> None:
     tracker = new_run(client)
     spooled = SpooledTracker(tracker, tmp_path / "spool")
     for images in range(0, 1200, 2):
         spooled.log_metrics({"loss": 1 / (images + 1), "nothing": float("nan")}, images)
-    spooled.log_picture("samples", blob(0), 1200)
+    spooled.log_image("samples", blob(0), 1200)
     spooled.close()
     assert [point[:2] for point in points(tracker, "loss")] == [(n, 1 / (n + 1)) for n in range(0, 1200, 2)]
     assert points(tracker, "nothing") == []
@@ -130,7 +130,7 @@ def test_a_server_that_goes_away_and_comes_back_has_every_point_once_in_order(
     began = time.monotonic()
     for images in range(32, 64, 16):
         spooled.log_metrics({"loss": 1 / images}, images)
-        spooled.log_picture("samples", blob(images), images)
+        spooled.log_image("samples", blob(images), images)
     assert time.monotonic() - began < 2  # nobody waited for the server
     monkeypatch.setattr(buffered, "PATIENCE", 3.0)
     with pytest.raises(DarkroomError, match=r"4 figures in .*spool.*give the same command again when MLflow is back"):
@@ -207,7 +207,7 @@ def test_what_another_machine_that_trains_the_same_has_said_is_not_said_again(
         spooled = SpooledTracker(RunTracker(client, tracker.run_id), tmp_path / name)
         for step in images:
             spooled.log_metrics({"loss": 1 / step}, step)
-            spooled.log_picture("samples", image, step)
+            spooled.log_image("samples", image, step)
         spooled.close()
     assert [point[:2] for point in points(tracker, "loss")] == [(16, 1 / 16), (32, 1 / 32), (48, 1 / 48)]
     assert [point[0] for point in points(tracker, "samples_at_images")] == [16, 32, 48]

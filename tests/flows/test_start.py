@@ -69,7 +69,7 @@ def test_without_a_champion_it_is_decided_to_begin_at_random(
     assert fetched(other(params, images=640)).start == f"models:/{params.model_name}/1"
 
 
-def test_the_weights_come_as_a_file_with_what_was_taken_down_of_their_pictures(
+def test_the_weights_come_as_a_file_with_what_was_taken_down_of_their_images(
     params: Params, mlflow_client: MlflowClient, tmp_path: Path
 ) -> None:
     crown(mlflow_client, params, tmp_path)

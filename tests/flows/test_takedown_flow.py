@@ -1,4 +1,4 @@
-"""Takedown as a whole: what was made from the pictures is named and marked, and copies of them are cleared."""
+"""Takedown as a whole: what was made from the images is named and marked, and copies of them are cleared."""
 
 import random
 import shutil
@@ -24,7 +24,7 @@ from flows.datasets.checkout import checkout
 from flows.datasets.lineage import record_data
 from flows.datasets.purge import purge_dvc, purge_files
 from flows.registry.model_versions import Version
-from flows.registry.takedown_marks import Derived, clear_pictures, find_derived, mark, takedowns
+from flows.registry.takedown_marks import Derived, clear_images, find_derived, mark, takedowns
 from flows.storage.s3 import Store
 from tests.chaos.forked import Forks
 from tests.conftest import disc
@@ -33,9 +33,9 @@ from tests.flows.test_catalogue import FOLDER, Place
 from tests.flows.workspace import PARAMS, Workspace, objects, running
 
 REMOVAL = Removal(
-    picture_keys=["0" * 64],
+    image_keys=["0" * 64],
     digests=["1" * 64],
-    pictures=1,
+    images=1,
     duplicates=0,
     refused=0,
     near_copies=[],
@@ -52,9 +52,9 @@ REMOVAL = Removal(
 
 
 @pytest.fixture
-def place(bucket: str, pictures: Path) -> Place:
+def place(bucket: str, images: Path) -> Place:
     Repo.init(no_scm=True).close()
-    return Place(bucket, pictures)
+    return Place(bucket, images)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def cached() -> set[str]:
 
 
 def take_down(place: Place) -> tuple[Manifest, Manifest, Manifest, dict[str, str]]:
-    """A first version, one with a picture that goes, one without it; and what the second one consisted of."""
+    """A first version, one with an image that goes, one without it; and what the second one consisted of."""
     first, second = place.version(), place.version(*range(100, 104))
     consisted = md5s(files_of(FOLDER))
     remove(FOLDER, Selection(sources=["odd/100.png"]), "consent withdrawn")
@@ -88,7 +88,7 @@ def take_down(place: Place) -> tuple[Manifest, Manifest, Manifest, dict[str, str
     return first, second, read_manifest(FOLDER), consisted
 
 
-def test_purge_clears_cache_and_remote_of_what_only_the_versions_with_the_pictures_need(place: Place) -> None:
+def test_purge_clears_cache_and_remote_of_what_only_the_versions_with_the_images_need(place: Place) -> None:
     first, second, third, consisted = take_down(place)
     third_files = files_of(FOLDER)
     going = {consisted[second.shards[1].name], consisted[second.parts[1].records.name]}
@@ -109,13 +109,13 @@ def test_purge_clears_cache_and_remote_of_what_only_the_versions_with_the_pictur
 def test_purge_leaves_what_another_data_set_needs(place: Place) -> None:
     first, second, third, consisted = take_down(place)
     other = FOLDER.with_name("other")
-    config = IngestConfig(source=str(place.pictures), size=8, held_out=0.33)
-    shutil.move(place.pictures / "odd" / "103.png", "103.png")
+    config = IngestConfig(source=str(place.images), size=8, held_out=0.33)
+    shutil.move(place.images / "odd" / "103.png", "103.png")
     for number in range(100, 103):
-        shutil.move(place.pictures / "odd" / f"{number}.png", f"{number}.png")
+        shutil.move(place.images / "odd" / f"{number}.png", f"{number}.png")
     ingest(other, config)
     for number in range(100, 104):
-        shutil.move(f"{number}.png", place.pictures / "odd" / f"{number}.png")
+        shutil.move(f"{number}.png", place.images / "odd" / f"{number}.png")
     ingest(other, config)
     record_data(other, place.source)
     shared = consisted[second.shards[1].name]
@@ -184,7 +184,7 @@ def test_purge_clears_work_files_fetched_shards_and_pages_of_those_versions_alon
 
 
 @pytest.mark.parametrize("name", ["evaluation.json", "comparison.json"])
-def test_pages_of_another_version_of_darkroom_are_taken_for_showing_the_pictures(
+def test_pages_of_another_version_of_darkroom_are_taken_for_showing_the_images(
     name: str, dataset: Path, tmp_path: Path
 ) -> None:
     page = tmp_path / "reports" / {"evaluation.json": "report.html", "comparison.json": "comparison.html"}[name]
@@ -237,8 +237,8 @@ def test_derived_are_the_runs_versions_and_prints_of_those_contents_and_nothing_
 
     for _ in range(2):
         mark(*named(found), REMOVAL)
-    mark(*named(found), REMOVAL.model_copy(update={"picture_keys": ["5" * 64]}))
-    names = {REMOVAL.name, REMOVAL.model_copy(update={"picture_keys": ["5" * 64]}).name}
+    mark(*named(found), REMOVAL.model_copy(update={"image_keys": ["5" * 64]}))
+    names = {REMOVAL.name, REMOVAL.model_copy(update={"image_keys": ["5" * 64]}).name}
     tags = mlflow.get_run(runs[0]).data.tags
     assert set(tags["darkroom.takedown"].split(",")) == names
     assert tags["mlflow.note.content"].count(REMOVAL.name) == 1
@@ -264,7 +264,7 @@ def test_what_began_with_the_weights_of_what_was_derived_is_derived_as_well_howe
     assert [model.uri for model in found.models] == [f"models:/blobs/{number}" for number in (1, 2, 3)]
 
 
-def test_a_note_that_was_there_is_kept_and_real_pictures_on_the_run_are_cleared(
+def test_a_note_that_was_there_is_kept_and_real_images_on_the_run_are_cleared(
     bucket: str, mlflow: MlflowClient, s3_environment: dict[str, str]
 ) -> None:
     run = run_on(mlflow, "a" * 64)
@@ -276,11 +276,11 @@ def test_a_note_that_was_there_is_kept_and_real_pictures_on_the_run_are_cleared(
     found = find_derived("blobs", {"a" * 64}, {"a" * 64}, bucket)
     mark(*named(found), REMOVAL)
     assert mlflow.get_run(run).data.tags["mlflow.note.content"].startswith("our best\n\nTakedown")
-    assert sorted(clear_pictures(found)) == [f"runs:/{run}/{path}" for path in sorted(shown)]
+    assert sorted(clear_images(found)) == [f"runs:/{run}/{path}" for path in sorted(shown)]
     folders = ("", "dataset", "evaluation", "evaluation/grids", "explain")
     left = {item.path for folder in folders for item in mlflow.list_artifacts(run, folder) if not item.is_dir}
     assert left == set(kept)
-    assert clear_pictures(found) == []
+    assert clear_images(found) == []
 
 
 def test_whoever_uses_a_marked_version_is_told() -> None:
@@ -308,10 +308,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 def test_a_takedown_names_and_marks_run_version_and_prints_and_a_retraining_is_clean(
     workspace: Workspace, server: MlflowClient
 ) -> None:
-    made = workspace.json("retrain", "pictures", "--count", "8")
+    made = workspace.json("retrain", "images", "--count", "8")
     before = made["data"]["result"]
     done = workspace.json("data", "remove", "odd/00*.png", "--reason", "consent withdrawn", "--yes")
-    assert done["removal"]["pictures"] == 5
+    assert done["removal"]["images"] == 5
     assert done["held"] == [before["digest"]]
     derived = done["derived"]
     assert [run["run_id"] for run in derived["runs"]] == [made["run_id"]]
@@ -325,11 +325,11 @@ def test_a_takedown_names_and_marks_run_version_and_prints_and_a_retraining_is_c
     assert again["removal"] == done["removal"] | {"already": True}
     assert again["derived"] == derived
 
-    anew = workspace.json("ingest", "pictures")
+    anew = workspace.json("ingest", "images")
     assert anew["content_digest"] == done["removal"]["content_digest"]
-    for path in (workspace.folder / "pictures" / "odd").glob("00*.png"):
+    for path in (workspace.folder / "images" / "odd").glob("00*.png"):
         path.unlink()
-    never = workspace.json("ingest", "pictures", "--dataset", "never")
+    never = workspace.json("ingest", "images", "--dataset", "never")
     assert never["content_digest"] == anew["content_digest"]
 
 
@@ -346,11 +346,11 @@ def test_a_takedown_killed_at_random_moments_ends_the_same(
     def named(name: str) -> list[str]:
         return ["--dataset", name, "--set", f"registry.model={name}", "--set", f"training.output=runs/{name}"]
 
-    pictures = workspace.folder / "more"
-    shutil.copytree(workspace.folder / "pictures", pictures)
+    images = workspace.folder / "more"
+    shutil.copytree(workspace.folder / "images", images)
     for number in range(200, 220):
-        disc(number).save(pictures / "odd" / f"{number}.png")
-    png = stored_png(pictures / "odd" / "200.png")
+        disc(number).save(images / "odd" / f"{number}.png")
+    png = stored_png(images / "odd" / "200.png")
     moments, endings, duration = random.Random(3), [], 0.0
     with closing(Forks(tmp_path, workspace.variables)) as forks:
         for name in ("undisturbed", *(f"killed{number}" for number in range(kills))):
@@ -377,5 +377,5 @@ def test_a_takedown_killed_at_random_moments_ends_the_same(
 
 
 def stored_png(path: Path) -> bytes:
-    """The picture's bytes as a shard holds them."""
+    """The image's bytes as a shard holds them."""
     return prepare(path.read_bytes(), IngestConfig(source="x", **PARAMS["ingest"])).png

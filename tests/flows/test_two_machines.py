@@ -113,7 +113,7 @@ def test_an_older_version_that_was_checked_out_is_built_on_and_what_it_leaves_ou
     one, _ = two
     first = one.version.digest
     left_out = one.ingest(100)
-    (one.folder / "pictures" / "100.png").unlink()
+    (one.folder / "images" / "100.png").unlink()
     one.check_out(first)
     done = one.ingest(101)
     assert one.images == {*BASE, 101}
@@ -171,7 +171,7 @@ def test_a_data_set_that_is_begun_anew_while_another_machine_adds_to_it_is_asked
 def test_what_was_ingested_while_another_machine_began_anew_is_added_to_that(two: tuple[Machine, Machine]) -> None:
     one, other = two
     for each in two:
-        (each.folder / "pictures" / "0.png").unlink()
+        (each.folder / "images" / "0.png").unlink()
     with before("flows.datasets.catalog:Catalogue.publish", lambda: other.ingest(rebuild="always")):
         one.ingest(100)
     assert one.images == {*BASE, 100} - {0}

@@ -1,4 +1,4 @@
-"""A folder with pictures, a configuration and a running local stack: what a user of the command line has."""
+"""A folder with images, a configuration and a running local stack: what a user of the command line has."""
 
 import json
 import os
@@ -34,7 +34,7 @@ PARAMS = {
 
 
 class Workspace:
-    """A folder of its own with pictures, a configuration and a running local stack."""
+    """A folder of its own with images, a configuration and a running local stack."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -70,7 +70,7 @@ class Workspace:
 
     def two_versions(self) -> None:
         """Train and judge two versions of blobs, of which the first or both were champion."""
-        self.json("retrain", "pictures", "--count", "1")
+        self.json("retrain", "images", "--count", "1")
         second = ("--set", "training.seed=1", "--set", "training.output=runs/second")
         self.json("train", *second)
         self.json("evaluate", *second)
@@ -80,11 +80,11 @@ class Workspace:
 
 
 @contextmanager
-def running(folder: Path, params: dict[str, Any], pictures: int) -> Iterator[Workspace]:
-    """A workspace in ``folder`` with as many ``pictures`` in two classes, and all servers up."""
+def running(folder: Path, params: dict[str, Any], images: int) -> Iterator[Workspace]:
+    """A workspace in ``folder`` with as many ``images`` in two classes, and all servers up."""
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    for number in range(pictures):
-        path = folder / "pictures" / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"
+    for number in range(images):
+        path = folder / "images" / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         disc(number).save(path)
     space = Workspace(folder)

@@ -51,7 +51,7 @@ def test_the_file_holds_no_secret_and_asks_for_each_one_that_is_made(environment
     made = {line.partition("=")[0] for line in environment.read_text().splitlines()}
     asked = set(re.findall(r"\$\{([A-Z0-9_]+):\?", text)) | set(re.findall(r"environment: (S3_CONFIG)\b", text))
     assert asked <= made
-    # The others are for people and their machines: keys to look, to print elsewhere, to take pictures down.
+    # The others are for people and their machines: keys to look, to print elsewhere, to take images down.
     assert made - asked == {"DARKROOM_BUCKET"} | {
         f"{role}_{key}" for role in ("SAMPLER", "KEEPER") for key in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
     }

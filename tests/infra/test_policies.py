@@ -20,31 +20,31 @@ from tests.infra.installation import INFRA, new_environment
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-BUCKET = "pictures-of-a-team"
+BUCKET = "images-of-a-team"
 PREFIXES = (
-    *("pictures", "dvc", "datasets", "ledger", "prints", "pushing", "resumed", "deleted", "retired", "retrained"),
+    *("images", "dvc", "datasets", "ledger", "prints", "pushing", "resumed", "deleted", "retired", "retrained"),
     *("starts", "claims", "mlflow", "elsewhere"),
 )
 WORK = {"dvc", "datasets", "ledger", "prints", "pushing", "retrained", "starts", "claims"}
 READS: dict[str, set[str]] = {
-    "worker": {*WORK, "pictures", "deleted"},
+    "worker": {*WORK, "images", "deleted"},
     "sampler": {"ledger", "prints", "deleted"},
     "reader": {"dvc", "datasets", "ledger", "prints", "deleted"},
-    "keeper": {"pictures", "dvc", "datasets", "ledger", "prints", "retired", "deleted"},
+    "keeper": {"images", "dvc", "datasets", "ledger", "prints", "retired", "deleted"},
     "mlflow": {"mlflow"},
 }
 WRITES: dict[str, set[str]] = {
     "worker": {*WORK, "resumed"},
     "sampler": {"prints", "resumed"},
     "reader": set(),
-    "keeper": {"pictures", "dvc", "datasets", "prints", "pushing", "retired", "deleted"},
+    "keeper": {"images", "dvc", "datasets", "prints", "pushing", "retired", "deleted"},
     "mlflow": {"mlflow"},
 }
 DELETES: dict[str, set[str]] = {
     "worker": {"pushing"},
     "sampler": set(),
     "reader": set(),
-    "keeper": {"pictures", "dvc", "datasets", "prints", "pushing", "retired", "deleted", "resumed"},
+    "keeper": {"images", "dvc", "datasets", "prints", "pushing", "retired", "deleted", "resumed"},
     "mlflow": {"mlflow"},
 }
 

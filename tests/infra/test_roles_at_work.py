@@ -122,7 +122,7 @@ def ways_to_change(s3: "S3Client", bucket: str, key: str) -> Iterator[tuple[str,
 
 @pytest.mark.parametrize("name", ["worker", "sampler", "reader", "mlflow"])
 def test_a_stolen_key_changes_nothing_that_is_there(store: Store, bucket: str, enforcing: str, name: str) -> None:
-    prefixes = (*ONCE, "deleted", "retired", "pictures")
+    prefixes = (*ONCE, "deleted", "retired", "images")
     for prefix in prefixes:
         store.put_once(bucket, f"{prefix}/old", b"old")
     s3 = stolen(enforcing, name)
@@ -147,14 +147,14 @@ def test_nobody_overwrites_or_deletes_an_entry_of_the_ledger(store: Store, bucke
 
 @pytest.mark.slow
 def test_each_role_does_its_work(
-    role: Callable[[str], Any], bucket: str, pictures: Path, tmp_path: Path, store: Store
+    role: Callable[[str], Any], bucket: str, images: Path, tmp_path: Path, store: Store
 ) -> None:
     weights = write_model(tmp_path / "weights.safetensors", 1, 0, classes={"even": 3, "odd": 1})
     policy = RetentionConfig(data_versions=1, data_days=0, prints_days=0, unfinished_days=0, grace_hours=0)
     later = datetime.now(UTC) + timedelta(days=1)
     with role("worker") as worker:
         Repo.init(no_scm=True).close()
-        place = Place(bucket, pictures)
+        place = Place(bucket, images)
         with catalog.pushing("blobs", place.source):
             first, second = place.version(), place.version(*range(100, 104))
         # A shard that was lost comes back by the same key.

@@ -42,11 +42,11 @@ def retrained(servers: Servers) -> dict[str, Any]:
     """What a first retraining with these servers leaves, by a worker's own environment."""
     folder = servers.folder / "person"
     for number in range(60):
-        path = folder / "pictures" / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"
+        path = folder / "images" / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         disc(number).save(path)
     (folder / "params.yaml").write_text(yaml.safe_dump(BRIEF))
-    done = run(servers, "retrain", "pictures", "--count", "4", "--json")
+    done = run(servers, "retrain", "images", "--count", "4", "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     (folder / "log").write_text(done.stderr)
     found: dict[str, Any] = json.loads(done.stdout)
@@ -91,7 +91,7 @@ def test_its_log_is_json_that_names_flow_run_data_set_and_mlflow_run_and_says_th
     # Libraries that warn by other ways than logging stay out of it.
     lines = [json.loads(line) for line in log if line.startswith("{")]
     assert all(line.keys() >= {"time", "level", "logger", "message"} for line in lines)
-    (printed,) = [line for line in lines if line["message"].startswith("pictures printed: 4 of 4")]
+    (printed,) = [line for line in lines if line["message"].startswith("images printed: 4 of 4")]
     assert printed["dataset"] == "blobs"
     assert {"flow_run_id", "flow_name"} <= printed.keys()
     assert any({"dataset", "flow_run_id", "task_run_id", "flow_name"} <= line.keys() for line in lines)
@@ -164,7 +164,7 @@ def test_the_worker_reports_and_metrics_say_what_was_done(servers: Servers, retr
     assert found["darkroom_champion_figure", "blobs", "kid_efflite0"] == pytest.approx(
         kid(servers, retrained), rel=1e-4
     )
-    assert found["darkroom_prints_last_batch_pictures",] >= 2
+    assert found["darkroom_prints_last_batch_images",] >= 2
     # Nothing trains now, and no limit was made.
     silent = {name for name in GAUGES if name.startswith(("darkroom_training_", "darkroom_concurrency_"))}
     assert {name for name, *_ in found} == GAUGES.keys() - silent

@@ -22,7 +22,7 @@ from PIL import Image
 from diffusion.common.files import canonical_json, digest_of, sha256_bytes, sha256_file, sync_file, sync_folder
 from diffusion.common.progress import Progress
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.decode import Refused, StoredPicture, prepare
+from diffusion.data.ingest.decode import Refused, StoredImage, prepare
 from diffusion.data.manifest import RECORDS
 from diffusion.data.shards import TarWriter
 from diffusion.data.sources import open_source
@@ -51,7 +51,7 @@ is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or
 NOT_OF_A_CHUNK = {"source", "licence", "max_quarantined", "shard_bytes", "runner", "workers", "held_out"}
 """Fields of the configuration that cannot change what a chunk becomes."""
 FORMAT = 3
-"""Goes up when the same pictures would become something else, so that what older code left is not taken up."""
+"""Goes up when the same images would become something else, so that what older code left is not taken up."""
 TEXT_OF_A_CHUNK = 2**23
 """Characters of names, labels and captions in a chunk, about; its memory grows with them."""
 
@@ -127,7 +127,7 @@ def text_lengths(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def told_of(label: str | None, caption: str | None) -> str:
-    """What a source says about a picture, in as many letters as it takes to see that it says something else."""
+    """What a source says about an image, in as many letters as it takes to see that it says something else."""
     return digest_of([label, caption])[:16]
 
 
@@ -139,7 +139,7 @@ def origin_of(uri: str) -> str:
 def _told(entries: Iterator[Entry], progress: Progress) -> Iterator[Entry]:
     for number, entry in enumerate(entries, start=1):
         if number % LISTED_AT_ONCE == 0:
-            progress("pictures listed", number, None)
+            progress("images listed", number, None)
         yield entry
 
 
@@ -169,16 +169,16 @@ class PreparedChunk:
         return shard_sha256, rows
 
 
-def chunk_size(pictures: int, config: IngestConfig) -> int:
-    """How many of ``pictures`` make a chunk: about ``config.shard_bytes``, but small sets get at least eight."""
+def chunk_size(images: int, config: IngestConfig) -> int:
+    """How many of ``images`` make a chunk: about ``config.shard_bytes``, but small sets get at least eight."""
     # Photographs as PNG take about two thirds of their pixels; headers and JSON about 2 KiB.
     about = 2 * config.size**2 + 2048
     most = min(max(config.shard_bytes // about, 1), 8192)
-    return min(most, max(-(-pictures // 8), 512))
+    return min(most, max(-(-images // 8), 512))
 
 
 def prepare_chunk(chunk: Chunk) -> PreparedChunk:
-    """Read and prepare the pictures of ``chunk``, unless that is done; raises what may pass, such as a full disk."""
+    """Read and prepare the images of ``chunk``, unless that is done; raises what may pass, such as a full disk."""
     planned = read_plan(chunk.work / "plan.sqlite", chunk.first, chunk.last)
     settings = chunk.config.model_dump(mode="json", exclude=NOT_OF_A_CHUNK)
     listing = [[*_listed(each), sorted(each.known)] for each in planned]
@@ -223,17 +223,17 @@ def _prepare(chunk: Chunk, planned: list[Planned], writer: TarWriter) -> list[di
         if isinstance(payload, Refused) or row["outcome"] == "known":
             continue
         try:
-            picture = prepare(payload, chunk.config)
+            image = prepare(payload, chunk.config)
         except Refused as refused:
             row |= {"outcome": "quarantined", "reason": str(refused)}
             continue
-        row |= _described(picture, chunk.config)
-        if picture.key in seen:
+        row |= _described(image, chunk.config)
+        if image.key in seen:
             row["outcome"] = "duplicate"
             continue
-        seen.add(picture.key)
+        seen.add(image.key)
         told = {name: row[name] for name in ("label", "caption", "source")} | {"sha256": row["source_sha256"]}
-        extent = writer.add(picture.key, picture.png, told)
+        extent = writer.add(image.key, image.png, told)
         row |= {"offset": extent.start, "size": extent.png, "end": extent.end}
     writer.close()
     return rows
@@ -258,34 +258,34 @@ def _digest(payload: bytes | Image.Image) -> str:
     return hashlib.sha256(header.encode() + payload.tobytes()).hexdigest()
 
 
-def _described(picture: StoredPicture, config: IngestConfig) -> dict[str, Any]:
-    pixels = picture.pixels.reshape(-1, picture.pixels.shape[2] if picture.pixels.ndim == 3 else 1)
+def _described(image: StoredImage, config: IngestConfig) -> dict[str, Any]:
+    pixels = image.pixels.reshape(-1, image.pixels.shape[2] if image.pixels.ndim == 3 else 1)
     # Exact, as these are integers below 2**53, and six times as fast as numpy is on integers.
     values = np.ascontiguousarray(pixels.T).astype(np.float64)
     described = {
-        "key": picture.key,
-        "mode": picture.mode,
-        "width": picture.source_size[0],
-        "height": picture.source_size[1],
+        "key": image.key,
+        "mode": image.mode,
+        "width": image.source_size[0],
+        "height": image.source_size[1],
         "total": [int(total) for total in values.sum(1)],
         "squares": [int(squares) for squares in np.einsum("cn,cn->c", values, values)],
     }
     if config.near_duplicates is not None:
-        described["phash"] = perceptual_hash(Image.fromarray(picture.pixels))
+        described["phash"] = perceptual_hash(Image.fromarray(image.pixels))
     return described
 
 
-def perceptual_hash(picture: Image.Image) -> int:
+def perceptual_hash(image: Image.Image) -> int:
     """The 64-bit perceptual hash (DCT of a 32×32 reduction, signs against the median) as a signed integer."""
-    return int.from_bytes(np.packbits(imagehash.phash(picture).hash).tobytes(), "big", signed=True)
+    return int.from_bytes(np.packbits(imagehash.phash(image).hash).tobytes(), "big", signed=True)
 
 
-def chunks_of(work: Path, config: IngestConfig, objects: ObjectStore | None, pictures: int) -> Iterator[Chunk]:
-    """The chunks into which a plan of ``pictures`` rows falls: as many rows in each, or fewer where texts are long."""
-    size = chunk_size(pictures, config)
+def chunks_of(work: Path, config: IngestConfig, objects: ObjectStore | None, images: int) -> Iterator[Chunk]:
+    """The chunks into which a plan of ``images`` rows falls: as many rows in each, or fewer where texts are long."""
+    size = chunk_size(images, config)
     first, text = 1, 0
     for number, length in text_lengths(work / "plan.sqlite"):
         text += length
-        if number - first + 1 == size or text >= TEXT_OF_A_CHUNK or number == pictures:
+        if number - first + 1 == size or text >= TEXT_OF_A_CHUNK or number == images:
             yield Chunk(work, config.source, config, objects, first, number)
             first, text = number + 1, 0

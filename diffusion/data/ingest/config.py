@@ -1,4 +1,4 @@
-"""What ``ingest`` makes of the pictures it finds."""
+"""What ``ingest`` makes of the images it finds."""
 
 from typing import Literal
 
@@ -8,55 +8,55 @@ from diffusion.common.config import LARGEST_SIZE, Config, unset
 
 
 class StorageConfig(Config):
-    """How pictures become stored pixels: part of the data set's identity."""
+    """How images become stored pixels: part of the data set's identity."""
 
     size: int = Field(28, ge=8, le=LARGEST_SIZE)
-    """Height and width of every stored picture, in pixels."""
+    """Height and width of every stored image, in pixels."""
     fit: Literal["crop", "pad", "squash"] = "crop"
-    """How a picture that is not square becomes square: cut its longer side, fill up its shorter one, or distort."""
+    """How an image that is not square becomes square: cut its longer side, fill up its shorter one, or distort."""
     mode: Literal["keep", "grey", "rgb"] = "keep"
-    """Channels: ``keep`` stores grey if every picture of the set shows no colour, and RGB otherwise."""
+    """Channels: ``keep`` stores grey if every image of the set shows no colour, and RGB otherwise."""
     background: str = Field("#000000", pattern="^#[0-9a-fA-F]{6}$")
     """What shows through transparent pixels and fills up padded ones, as #rrggbb."""
     held_out: float = Field(0.1, gt=0, lt=1)
-    """Share of the pictures, chosen by content hash, that training never sees."""
+    """Share of the images, chosen by content hash, that training never sees."""
 
 
 class IngestConfig(StorageConfig):
-    """How pictures become stored pixels, which of them are taken, and how the work is spread."""
+    """How images become stored pixels, which of them are taken, and how the work is spread."""
 
-    source: str = "pictures/digits"
-    """Where the pictures lie: a folder, tar, zip, Parquet, table of URLs, s3:// prefix … (diffusion/data/sources)."""
+    source: str = "images/digits"
+    """Where the images lie: a folder, tar, zip, Parquet, table of URLs, s3:// prefix … (diffusion/data/sources)."""
     licence: str | None = Field(None, min_length=1, exclude_if=unset)
-    """What the pictures may be used for, as people say it: CC-BY-4.0, or a sentence. It is kept in the data set's
+    """What the images may be used for, as people say it: CC-BY-4.0, or a sentence. It is kept in the data set's
     manifest and on every model's card; null: as it was before."""
     enlarge: bool = False
-    """Whether pictures that are smaller than ``size`` are enlarged; otherwise they are refused."""
+    """Whether images that are smaller than ``size`` are enlarged; otherwise they are refused."""
     min_size: int = Field(1, ge=1)
-    """Pictures whose shorter side has fewer pixels than this are refused."""
+    """Images whose shorter side has fewer pixels than this are refused."""
     near_duplicates: int | None = Field(None, ge=0, le=5)
-    """Pictures whose 64-bit perceptual hashes differ in at most this many bits are one group, in one split."""
+    """Images whose 64-bit perceptual hashes differ in at most this many bits are one group, in one split."""
     max_quarantined: float = Field(0.5, ge=0, le=1)
-    """Share of refused pictures, among those read, above which the ingest fails."""
+    """Share of refused images, among those read, above which the ingest fails."""
     max_pixels: int = Field(50_000_000, ge=64, le=178_956_970)
-    """Pictures that declare more pixels than this are refused undecoded; Pillow itself opens no larger ones."""
+    """Images that declare more pixels than this are refused undecoded; Pillow itself opens no larger ones."""
     max_bytes: int = Field(64 * 2**20, ge=1024)
     """Files larger than this are refused unread."""
     max_page_bytes: int = Field(2**27, ge=2**20)
     """Pages of Parquet files that take more memory than this, unpacked, in bytes, are refused before that."""
     max_seconds: float = Field(10.0, gt=0)
-    """Pictures that take longer than this to decode are refused."""
+    """Images that take longer than this to decode are refused."""
 
     shard_bytes: int = Field(64 * 2**20, ge=2**16)
     """About how large a shard becomes, in bytes; small sets get at least eight shards."""
     runner: Literal["threads", "processes", "ray"] = "threads"
-    """What prepares the pictures, one task per shard: threads or processes of this machine, or a Ray cluster."""
+    """What prepares the images, one task per shard: threads or processes of this machine, or a Ray cluster."""
     workers: int = Field(2, ge=1)
     """How many shards are prepared at the same time."""
     download_seconds: float = Field(20.0, gt=0)
     """How long one try of a URL may take, from the resolution of its host's name to the last byte, with redirects."""
     download_tries: int = Field(4, ge=1)
-    """How often a URL is tried before its picture is quarantined."""
+    """How often a URL is tried before its image is quarantined."""
     allow_private_addresses: bool = False
     """Whether tables of URLs may name hosts on loopback, private, link-local or reserved addresses, also by a redirect:
     whoever wrote the table then decides what this machine asks of its own network. Otherwise such rows are quarantined;
@@ -65,5 +65,5 @@ class IngestConfig(StorageConfig):
     so give it such a rule, too."""
 
     def storage(self) -> StorageConfig:
-        """The fields that decide what is stored; the others say which pictures are taken, and how the work is done."""
+        """The fields that decide what is stored; the others say which images are taken, and how the work is done."""
         return StorageConfig(**{name: getattr(self, name) for name in StorageConfig.model_fields})

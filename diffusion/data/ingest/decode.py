@@ -1,4 +1,4 @@
-"""One picture: from whatever lies in a file to square 8-bit pixels in grey or RGB, or a reason why not.
+"""One image: from whatever lies in a file to square 8-bit pixels in grey or RGB, or a reason why not.
 
 What comes out depends on the bytes, the configuration and the versions of the libraries alone; only the limit on time
 knows the machine.
@@ -40,7 +40,7 @@ DECODERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
 )
 """By what the bytes of a file begin with."""
 JPEG_BLOCK = 4096
-"""Bytes that the decoder of JPEGs is given at a time: a few of them may be a scan over the whole picture."""
+"""Bytes that the decoder of JPEGs is given at a time: a few of them may be a scan over the whole image."""
 LARGE = 2**24
 """Pixels; of such images, which take some twenty bytes for each pixel, one is decoded at a time in a process. JPEGs are
 decoded at a fraction of their size."""
@@ -65,26 +65,26 @@ LEFT_WAS_LAST, TOP_WAS_LAST = {2, 3, 6, 7}, {3, 4, 7, 8}
 
 
 class Refused(Exception):
-    """The picture cannot be used; the message, one short line, is the reason kept in the quarantine."""
+    """The image cannot be used; the message, one short line, is the reason kept in the quarantine."""
 
 
 @dataclass(frozen=True)
-class StoredPicture:
-    """A picture as it goes into a shard."""
+class StoredImage:
+    """An image as it goes into a shard."""
 
     key: str
-    """Hex SHA-256 of mode, shape and pixels: equal pictures have equal keys."""
+    """Hex SHA-256 of mode, shape and pixels: equal images have equal keys."""
     mode: str
     """``L`` (grey) or ``RGB``."""
     source_size: tuple[int, int]
-    """Width and height of the picture as it came, in pixels, after its EXIF rotation."""
+    """Width and height of the image as it came, in pixels, after its EXIF rotation."""
     pixels: np.ndarray
     """(H, W) for grey, (H, W, 3) for RGB; uint8."""
     png: bytes
 
 
-def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredPicture:
-    """Decode, orient, convert to sRGB, flatten and resize one picture, given as a file's bytes or decoded already.
+def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredImage:
+    """Decode, orient, convert to sRGB, flatten and resize one image, given as a file's bytes or decoded already.
 
     Of several frames or pages the first is taken. ``config.max_seconds`` are seconds of the processor, so that a busy
     machine refuses nothing. They are looked at whenever a decoder asks for more of the file, which that of JPEG does
@@ -95,17 +95,17 @@ def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredPicture
     """
     with _refusing(config), ExitStack() as turns:
         source = _decode(payload, config, turns)
-        picture = _square(source, _to_grey_or_rgb(source, config), config)
+        image = _square(source, _to_grey_or_rgb(source, config), config)
         if config.mode == "keep":
-            picture = _grey_if_all_is(picture)
-    pixels = np.asarray(picture)
-    header = f"{picture.mode}:{picture.width}x{picture.height}:".encode()
+            image = _grey_if_all_is(image)
+    pixels = np.asarray(image)
+    header = f"{image.mode}:{image.width}x{image.height}:".encode()
     key = sha256_bytes(header + pixels.tobytes())
-    return StoredPicture(key, picture.mode, source.size, pixels, png.encode(pixels))
+    return StoredImage(key, image.mode, source.size, pixels, png.encode(pixels))
 
 
 def unscaled(payload: bytes, config: IngestConfig) -> np.ndarray:
-    """As ``prepare``, but the whole picture at the size that it has: (H, W) for grey, (H, W, 3) for RGB; uint8.
+    """As ``prepare``, but the whole image at the size that it has: (H, W) for grey, (H, W, 3) for RGB; uint8.
 
     Both sides must have less than 2 · ``config.size`` pixels, as larger JPEGs are decoded at a fraction.
     """
@@ -119,7 +119,7 @@ def unscaled(payload: bytes, config: IngestConfig) -> np.ndarray:
 
 @contextmanager
 def _refusing(config: IngestConfig) -> Iterator[None]:
-    """Whatever goes wrong with a picture is a reason to refuse it."""
+    """Whatever goes wrong with an image is a reason to refuse it."""
     try:
         yield
     except Refused:
@@ -132,14 +132,14 @@ def _refusing(config: IngestConfig) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Source:
-    picture: Image.Image
+    image: Image.Image
     """Decoded and upright, with the colours and bits that it came with."""
     size: tuple[int, int]
     """Width and height before ``scale``."""
     scale: int
-    """The picture was decoded at this fraction of its size, rounded up."""
+    """The image was decoded at this fraction of its size, rounded up."""
     spare: tuple[float, float] = (0, 0)
-    """How much of that rounding lies at the left and at the top, as the picture was turned; else it is at the ends."""
+    """How much of that rounding lies at the left and at the top, as the image was turned; else it is at the ends."""
 
 
 class _Timed(io.BytesIO):
@@ -169,37 +169,37 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig, turns: ExitStack
     if len(payload) > config.max_bytes:
         raise Refused(f"{len(payload)} bytes are over the limit of {config.max_bytes}")
     file = _Timed(payload, config.max_seconds)
-    picture = _open(file)
-    size, scale = picture.size, 1
+    image = _open(file)
+    size, scale = image.size, 1
     _require_usable(size, config)
-    _require_known_range(picture)
-    if isinstance(picture, JpegImageFile):
+    _require_known_range(image)
+    if isinstance(image, JpegImageFile):
         width, height = _resized(size, config)
-        drafted = picture.draft(None, (REDUCED * width, REDUCED * height))
+        drafted = image.draft(None, (REDUCED * width, REDUCED * height))
         scale = round(size[0] / drafted[1][2]) if drafted else 1
-        picture.decodermaxblock = JPEG_BLOCK
+        image.decodermaxblock = JPEG_BLOCK
     elif size[0] * size[1] > LARGE:
         turns.enter_context(ONE_LARGE)
-    if has_sixteen_bits(picture):
-        decoded: Image.Image = from_sixteen_bits(picture, lambda: _open(file))
+    if has_sixteen_bits(image):
+        decoded: Image.Image = from_sixteen_bits(image, lambda: _open(file))
     else:
-        decoded = picture
+        decoded = image
     decoded.load()
-    if isinstance(picture, PngImageFile):
+    if isinstance(image, PngImageFile):
         _open(file).verify()  # decoding looks at no checksum
     file.check()
     return _upright(decoded, size, scale)
 
 
 def _open(file: _Timed) -> ImageFile:
-    """Read the head of ``file``. Not by Image.open, which warns of large pictures where we have a limit of our own."""
+    """Read the head of ``file``. Not by Image.open, which warns of large images where we have a limit of our own."""
     file.seek(0)
     start = file.read(16)
     file.seek(0)
     for signature, decoder in DECODERS:
         if re.match(signature, start, re.DOTALL):
             return decoder(file)
-    raise Refused("not a picture in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF)")
+    raise Refused("not an image in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF)")
 
 
 def _require_usable(size: tuple[int, int], config: IngestConfig) -> None:
@@ -213,88 +213,88 @@ def _require_usable(size: tuple[int, int], config: IngestConfig) -> None:
         raise Refused(f"{width}×{height} pixels: the {name} side is under size = {config.size}, and enlarge is off")
 
 
-def _upright(picture: Image.Image, size: tuple[int, int], scale: int) -> _Source:
-    orientation = picture.getexif().get(Base.Orientation, 1)
+def _upright(image: Image.Image, size: tuple[int, int], scale: int) -> _Source:
+    orientation = image.getexif().get(Base.Orientation, 1)
     if orientation not in TURNS:
-        return _Source(picture, size, scale)
-    picture = picture.transpose(TURNS[orientation])
+        return _Source(image, size, scale)
+    image = image.transpose(TURNS[orientation])
     size = size[::-1] if orientation >= 5 else size
-    over = [decoded - side / scale for decoded, side in zip(picture.size, size, strict=True)]
+    over = [decoded - side / scale for decoded, side in zip(image.size, size, strict=True)]
     left = over[0] if orientation in LEFT_WAS_LAST else 0
     top = over[1] if orientation in TOP_WAS_LAST else 0
-    return _Source(picture, size, scale, (left, top))
+    return _Source(image, size, scale, (left, top))
 
 
-def _require_known_range(picture: ImageFile) -> None:
-    if picture.mode == "F":
+def _require_known_range(image: ImageFile) -> None:
+    if image.mode == "F":
         raise Refused("floating-point pixels have no known range: save it with 8 or 16 bits")
-    if isinstance(picture, TiffImageFile):
-        separate = picture.tag_v2.get(PLANAR_CONFIGURATION) == 2 and picture.info.get("compression") == "raw"
-        if separate and max(picture.tag_v2.get(BITSPERSAMPLE, (1,))) > 8:
+    if isinstance(image, TiffImageFile):
+        separate = image.tag_v2.get(PLANAR_CONFIGURATION) == 2 and image.info.get("compression") == "raw"
+        if separate and max(image.tag_v2.get(BITSPERSAMPLE, (1,))) > 8:
             # Pillow takes them for planes of 8 bits.
             raise Refused("uncompressed planes of 16 bits: save it with the samples of a pixel side by side")
 
 
 def _to_grey_or_rgb(source: _Source, config: IngestConfig) -> Image.Image:
-    """The whole picture in ``L`` or ``RGB``, in the colours of sRGB, over the background where it is transparent."""
-    picture = source.picture
-    if picture.mode == "F":
+    """The whole image in ``L`` or ``RGB``, in the colours of sRGB, over the background where it is transparent."""
+    image = source.image
+    if image.mode == "F":
         raise Refused("floating-point pixels have no known range: save it with 8 or 16 bits")
-    if picture.mode.startswith("I"):
-        picture = _from_integers(picture)
-    grey = picture.mode in ("1", "L", "LA", "La")
+    if image.mode.startswith("I"):
+        image = _from_integers(image)
+    grey = image.mode in ("1", "L", "LA", "La")
     alpha = None
-    if picture.has_transparency_data and picture.mode != "CMYK":
-        picture = picture.convert("LA" if grey else "RGBA")
-        alpha = picture.getchannel("A")
+    if image.has_transparency_data and image.mode != "CMYK":
+        image = image.convert("LA" if grey else "RGBA")
+        alpha = image.getchannel("A")
         alpha = alpha if alpha.getextrema() != (255, 255) else None
-    if picture.mode not in ("L", "RGB", "CMYK"):
-        picture = picture.convert("L" if grey else "RGB")
-    picture = _to_srgb(picture)
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("L" if grey else "RGB")
+    image = _to_srgb(image)
     shows = alpha is not None or (config.fit == "pad" and source.size[0] != source.size[1])
     coloured = len(set(bytes.fromhex(config.background[1:]))) > 1
     keep = "L" if grey and not (shows and coloured) else "RGB"
-    picture = picture.convert({"grey": "L", "rgb": "RGB", "keep": keep}[config.mode])
+    image = image.convert({"grey": "L", "rgb": "RGB", "keep": keep}[config.mode])
     if alpha is None:
-        return picture
-    return Image.composite(picture, Image.new(picture.mode, picture.size, config.background), alpha)
+        return image
+    return Image.composite(image, Image.new(image.mode, image.size, config.background), alpha)
 
 
-def _grey_if_all_is(picture: Image.Image) -> Image.Image:
-    """The same picture in ``L`` if it shows no colour, so that it has one key however it was saved."""
-    red, *others = picture.split()
-    return red if all(red.tobytes() == each.tobytes() for each in others) else picture
+def _grey_if_all_is(image: Image.Image) -> Image.Image:
+    """The same image in ``L`` if it shows no colour, so that it has one key however it was saved."""
+    red, *others = image.split()
+    return red if all(red.tobytes() == each.tobytes() for each in others) else image
 
 
-def _from_integers(picture: Image.Image) -> Image.Image:
-    values = np.asarray(picture).astype(np.int64)
+def _from_integers(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise Refused("32-bit pixels outside 0…65535: save it with 8 or 16 bits")
     made = Image.fromarray(eight_bits(values))
-    made.info = picture.info
+    made.info = image.info
     return made
 
 
-def _to_srgb(picture: Image.Image) -> Image.Image:
-    """``picture``, of ``L``, ``RGB`` or ``CMYK``, with its colour profile applied; grey stays grey."""
-    profile = picture.info.get("icc_profile")
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """``image``, of ``L``, ``RGB`` or ``CMYK``, with its colour profile applied; grey stays grey."""
+    profile = image.info.get("icc_profile")
     if not isinstance(profile, bytes) or not profile:
-        return picture
+        return image
     if len(profile) > LARGEST_PROFILE:
         raise Refused(f"a colour profile of {len(profile)} bytes, which is over the limit of {LARGEST_PROFILE}")
     try:
-        convert = _conversion(profile, picture.mode)
+        convert = _conversion(profile, image.mode)
     except (ImageCms.PyCMSError, OSError) as error:
         raise Refused(f"unusable colour profile: {_one_line(error)}") from error
-    return convert(picture) if convert else picture
+    return convert(image) if convert else image
 
 
 @lru_cache(maxsize=16)
 def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
-    """What takes pictures of ``mode`` from ``profile`` to sRGB; None if that changes nothing.
+    """What takes images of ``mode`` from ``profile`` to sRGB; None if that changes nothing.
 
-    Most profiles are sRGB, and lcms is slow to make a conversion: one in a thousand pictures brings a new profile. A
-    profile for another kind of pixels than a picture has says nothing of them; but grey is a colour of RGB, too.
+    Most profiles are sRGB, and lcms is slow to make a conversion: one in a thousand images brings a new profile. A
+    profile for another kind of pixels than an image has says nothing of them; but grey is a colour of RGB, too.
     """
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     kind = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}.get(source.profile.xcolor_space.strip())
@@ -302,10 +302,10 @@ def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Imag
         return None
     transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), kind, "RGB")
 
-    def convert(picture: Image.Image) -> Image.Image:
-        converted = ImageCms.applyTransform(picture, transform)
+    def convert(image: Image.Image) -> Image.Image:
+        converted = ImageCms.applyTransform(image, transform)
         if converted is None:
-            raise AssertionError("applyTransform returns a picture unless asked to work in place")
+            raise AssertionError("applyTransform returns an image unless asked to work in place")
         return converted
 
     if mode == "CMYK":
@@ -313,7 +313,7 @@ def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Imag
     if mode == "L":
         every = Image.frombytes("L", (256, 1), bytes(range(256)))
         table = convert(every.convert(kind)).convert("L").tobytes()
-        return None if _nearly_equal(table, every.tobytes()) else lambda picture: picture.point(list(table))
+        return None if _nearly_equal(table, every.tobytes()) else lambda image: image.point(list(table))
     cube = np.stack(np.meshgrid(*[np.arange(0, 256, 17, dtype=np.uint8)] * 3), axis=-1).reshape(64, 64, 3)
     probe = Image.fromarray(cube)
     return None if _nearly_equal(convert(probe).tobytes(), probe.tobytes()) else convert
@@ -326,15 +326,15 @@ def _nearly_equal(one: bytes, other: bytes) -> bool:
 
 
 def _resized(size: tuple[int, int], config: IngestConfig) -> tuple[int, int]:
-    """Width and height of what a picture of ``size`` becomes, before padding."""
+    """Width and height of what an image of ``size`` becomes, before padding."""
     if config.fit != "pad":
         return config.size, config.size
     width, height = (max(1, round(side * config.size / max(size))) for side in size)
     return width, height
 
 
-def _square(source: _Source, picture: Image.Image, config: IngestConfig) -> Image.Image:
-    """``picture``, the converted one of ``source``, made ``config.size`` pixels high and wide.
+def _square(source: _Source, image: Image.Image, config: IngestConfig) -> Image.Image:
+    """``image``, the converted one of ``source``, made ``config.size`` pixels high and wide.
 
     By antialiased bicubic interpolation of what was decoded at a fraction, as data sets for diffusion commonly are made
     (Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, in their code).
@@ -347,11 +347,11 @@ def _square(source: _Source, picture: Image.Image, config: IngestConfig) -> Imag
     box = (left, top, left + width, top + height)
     # Not up to the last pixel: the sides of what was decoded at a fraction are rounded up.
     scaled = (edge / source.scale + spare for edge, spare in zip(box, source.spare * 2, strict=True))
-    picture = picture.resize(_resized(source.size, config), Image.Resampling.BICUBIC, box=tuple(scaled))  # type: ignore[arg-type]
-    if picture.size == (config.size, config.size):
-        return picture
-    padded = Image.new(picture.mode, (config.size, config.size), config.background)
-    padded.paste(picture, ((config.size - picture.width) // 2, (config.size - picture.height) // 2))
+    image = image.resize(_resized(source.size, config), Image.Resampling.BICUBIC, box=tuple(scaled))  # type: ignore[arg-type]
+    if image.size == (config.size, config.size):
+        return image
+    padded = Image.new(image.mode, (config.size, config.size), config.background)
+    padded.paste(image, ((config.size - image.width) // 2, (config.size - image.height) // 2))
     return padded
 
 

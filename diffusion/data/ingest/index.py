@@ -84,7 +84,7 @@ class Index:
         for table in FROM_THE_TABLES:
             self.database.execute(f"DELETE FROM {table}")
         for removal in self._removals:
-            self.refuse(*removal.picture_keys, *removal.digests)
+            self.refuse(*removal.image_keys, *removal.digests)
 
     def stands_for(self, manifest: Manifest | None) -> None:
         """Say of which version this is the index."""
@@ -124,14 +124,14 @@ class Index:
                 self.near.add(row["phash"], key, row["split"], [bytes.fromhex(root) for root in row["near"] or ()])
 
     def sample(self, key: str) -> tuple[str, bytes] | None:
-        """Split and digest of a kept picture; None if there is none of this key."""
+        """Split and digest of a kept image; None if there is none of this key."""
         found = self.database.execute(
             "SELECT split, digest FROM samples WHERE key = ?", (bytes.fromhex(key),)
         ).fetchone()
         return None if found is None else (found[0], found[1])
 
     def is_removed(self, *digests: str) -> bool:
-        """Whether a picture with one of these keys or digests was taken down."""
+        """Whether an image with one of these keys or digests was taken down."""
         return any(
             self.database.execute("SELECT 1 FROM removed WHERE digest = ?", (bytes.fromhex(digest),)).fetchone()
             for digest in digests
@@ -176,7 +176,7 @@ class Index:
         return digest_of_samples(manifest.storage, (row[0] for row in rows))
 
     def refuse(self, *digests: str) -> None:
-        """Take no picture with one of these keys or digests any more."""
+        """Take no image with one of these keys or digests any more."""
         found = [(bytes.fromhex(digest),) for digest in digests if digest]
         self.database.executemany("INSERT OR IGNORE INTO removed VALUES (?)", found)
 
@@ -197,7 +197,7 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def add_hashes(folder: Path, part: Part, rows: list[dict[str, Any]]) -> None:
-    """Hash the pictures of a part that was made before near-copies were asked for."""
+    """Hash the images of a part that was made before near-copies were asked for."""
     assert part.shard is not None
     with (folder / part.shard.name).open("rb") as shard:
         for row in rows:
@@ -224,7 +224,7 @@ class NearCopies:
         self._bands = [(low, (1 << high - low) - 1) for low, high in pairwise(edges)]
 
     def around(self, phash: int) -> list[Group]:
-        """The groups that hold a near-copy of a picture with this hash, sorted by root."""
+        """The groups that hold a near-copy of an image with this hash, sorted by root."""
         query = (
             "SELECT g.hash, g.root, g.split FROM bands b JOIN groups g USING (hash) WHERE b.band = ? AND b.value = ?"
         )
@@ -237,7 +237,7 @@ class NearCopies:
         return sorted(groups, key=lambda group: group.root)
 
     def add(self, phash: int, key: bytes, split: str, joined: Iterable[bytes]) -> None:
-        """Add a picture to the groups with the roots ``joined``, which become one; without any, to one of its own."""
+        """Add an image to the groups with the roots ``joined``, which become one; without any, to one of its own."""
         roots = sorted(joined)
         root = roots[0] if roots else key
         self.database.executemany("UPDATE groups SET root = ? WHERE root = ?", ((root, other) for other in roots[1:]))

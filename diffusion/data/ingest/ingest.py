@@ -1,4 +1,4 @@
-"""Ingest: pictures from anywhere in, new parts of a data set out.
+"""Ingest: images from anywhere in, new parts of a data set out.
 
 List the source, plan what is new, prepare it chunk by chunk wherever there is room, merge the chunks in order. The
 manifest is written last; until then the version before is whole, and nothing names what was added.
@@ -37,11 +37,11 @@ from diffusion.data.sources.base import Access, ObjectStore
 QUARANTINED_SHOWN = 1000
 
 Rebuild = Literal["never", "if_different", "always"]
-"""Whether to begin anew from this source alone; ``if_different``: if pictures are to be stored in another way."""
+"""Whether to begin anew from this source alone; ``if_different``: if images are to be stored in another way."""
 
 
 class Quarantined(Config):
-    """A refused picture."""
+    """A refused image."""
 
     source: str
     reason: str
@@ -63,15 +63,15 @@ class IngestResult(Config):
     read: int
     """Of these, the ones that had to be read."""
     added: int
-    """Pictures that this ingest added."""
+    """Images that this ingest added."""
     removed: int
-    """Pictures that were read and left out, because they were taken down before."""
+    """Images that were read and left out, because they were taken down before."""
     relabelled: int
-    """Pictures that were read and are there already, with another label or caption: the first one stays."""
+    """Images that were read and are there already, with another label or caption: the first one stays."""
     passed_over: dict[str, int]
-    """How many files of the source were not looked at, as they are not named like pictures, by how they end."""
+    """How many files of the source were not looked at, as they are not named like images, by how they end."""
     kept: int
-    """Pictures of the data set."""
+    """Images of the data set."""
     duplicates: int
     """Names in the data set's records whose pixels were there already."""
     quarantined: list[Quarantined]
@@ -91,12 +91,12 @@ def ingest(
 ) -> IngestResult:
     """Add what is new in ``config.source`` to the data set in ``folder`` (its name is the data set's).
 
-    Equal pictures, configuration and history give equal bytes. ``requeue`` reads again what was refused before. The
+    Equal images, configuration and history give equal bytes. ``requeue`` reads again what was refused before. The
     version before stays whole until the new one is; a run that was killed is simply run again, and takes up the
     chunks that were finished. Two ingests into one folder take turns.
 
-    Raises UserError if the source cannot be understood, no picture can be used, more than ``config.max_quarantined``
-    of those read are refused, or the data set stores its pictures in another way and ``rebuild`` is ``never``.
+    Raises UserError if the source cannot be understood, no image can be used, more than ``config.max_quarantined``
+    of those read are refused, or the data set stores its images in another way and ``rebuild`` is ``never``.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is no folder, and a data set is one: move it away, or give another --dataset")
@@ -116,7 +116,7 @@ def ingest(
             try:
                 after, merge = _merge(folder, config, before, index, prepared, planned, anew, progress)
             except UserError:
-                # What the pictures were refused for may be mended: then they must be read again.
+                # What the images were refused for may be mended: then they must be read again.
                 _remove_work(work)
                 raise
             finally:
@@ -204,7 +204,7 @@ def _plan(
     if not listed:
         others = f" ({passed_over.total()} other files)" if passed_over else ""
         raise UserError(
-            f"no pictures in {config.source}{others}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF pictures"
+            f"no images in {config.source}{others}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images"
         )
     return listed, planned
 
@@ -225,11 +225,11 @@ def _merge(
         merge = Merge(folder, config, index, origin_of(config.source), parts)
         if anew:
             _begin(merge, before)
-        progress("pictures ingested", 0, planned)
+        progress("images ingested", 0, planned)
         for chunk in prepared:
             merge.add(chunk)
             refused = merge.reasons.total()
-            progress("pictures ingested", merge.read, planned, f"{refused:,} refused" if refused else "")
+            progress("images ingested", merge.read, planned, f"{refused:,} refused" if refused else "")
         _check(merge, config)
         kept = before if before is not None and not anew else None
         after = Manifest(
@@ -271,10 +271,10 @@ def _check(merge: Merge, config: IngestConfig) -> None:
     refused = merge.reasons.total()
     leading = "; ".join(f"{count} × {reason}" for reason, count in merge.reasons.most_common(3))
     if not any(part.splits for part in merge.parts):
-        raise UserError(f"no usable picture in {config.source}: all {refused} were refused ({leading})")
+        raise UserError(f"no usable image in {config.source}: all {refused} were refused ({leading})")
     if refused > config.max_quarantined * merge.news.total():
         raise UserError(
-            f"{refused} of {merge.news.total()} pictures in {config.source} were refused, more than the share of "
+            f"{refused} of {merge.news.total()} images in {config.source} were refused, more than the share of "
             f"{config.max_quarantined:g} allowed by ingest.max_quarantined ({leading}): mend them, or allow more"
         )
 

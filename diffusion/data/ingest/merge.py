@@ -40,11 +40,11 @@ from diffusion.data.shards import BLOCK, Extent, extent_at, filtered
 from diffusion.data.versions.versions import remember
 
 REASONS_COUNTED = 10_000
-"""Different ones: some hold sizes and what servers say, and may be as many as the pictures."""
+"""Different ones: some hold sizes and what servers say, and may be as many as the images."""
 
 
 def split_of(key: str, held_out: float) -> str:
-    """The split a picture falls into: a function of its content alone, so it never changes sides."""
+    """The split an image falls into: a function of its content alone, so it never changes sides."""
     return "held_out" if int(key[:16], 16) < held_out * 2**64 else "train"
 
 
@@ -67,7 +67,7 @@ class Merge:
     """Of the duplicates among them, those that came with another label or caption."""
 
     def add(self, chunk: PreparedChunk) -> None:
-        """Judge the pictures of a chunk; what is new becomes a part."""
+        """Judge the images of a chunk; what is new becomes a part."""
         shard_sha256, rows = chunk.read()
         in_shard = [row for row in rows if row["offset"] is not None]
         records = []
@@ -124,15 +124,15 @@ class Merge:
         return lost
 
     def _judge(self, row: dict[str, Any]) -> bool:
-        """Decide what becomes of a picture; returns whether that is to be recorded."""
+        """Decide what becomes of an image; returns whether that is to be recorded."""
         if self.index.is_removed(row["key"], row["source_sha256"]):
             self.news["removed"] += 1
             known = self.index.is_removed_by_all(row["key"], row["source_sha256"])
-            # Other bytes of it are refused by their own digest, which holds however pictures are stored.
+            # Other bytes of it are refused by their own digest, which holds however images are stored.
             row |= blanked(row, "came again after it was taken down")
             return not known
         if row["key"] is not None:
-            self._judge_picture(row)
+            self._judge_image(row)
         if row["outcome"] == "quarantined":
             if self.index.refusal(row["source"], row["source_sha256"]) == row["reason"]:
                 return False
@@ -141,7 +141,7 @@ class Merge:
         self.news[row["outcome"]] += 1
         return True
 
-    def _judge_picture(self, row: dict[str, Any]) -> None:
+    def _judge_image(self, row: dict[str, Any]) -> None:
         there = self.index.sample(row["key"])
         if there is not None:
             split, digest = there
@@ -158,7 +158,7 @@ class Merge:
         groups = self.index.near.around(row["phash"])
         splits = {group.split for group in groups}
         if len(splits) > 1:
-            row |= {"outcome": "quarantined", "reason": "a near-copy of pictures in both splits", "split": None}
+            row |= {"outcome": "quarantined", "reason": "a near-copy of images in both splits", "split": None}
         elif splits:
             row |= {"split": splits.pop(), "near": [group.root.hex() for group in groups]}
 
@@ -183,7 +183,7 @@ class Merge:
 
 
 def write_part(folder: Path, number: int, shard: FileEntry | None, records: list[dict[str, Any]], size: int) -> Part:
-    """Write the table of part ``number``, rows of RECORDS whose pictures have ``size`` pixels a side; its shard is."""
+    """Write the table of part ``number``, rows of RECORDS whose images have ``size`` pixels a side; its shard is."""
     staged = folder / "records" / f".{number:05d}.parquet"
     table = pa.Table.from_pylist(records, RECORDS)
     digest = write_atomically(staged, lambda partial: pq.write_table(table, partial, compression="zstd"))
@@ -201,7 +201,7 @@ def write_part(folder: Path, number: int, shard: FileEntry | None, records: list
 
 
 def blanked(row: dict[str, Any], reason: str) -> dict[str, Any]:
-    """What is left of a row of RECORDS whose picture was taken down: the digests by which it is refused."""
+    """What is left of a row of RECORDS whose image was taken down: the digests by which it is refused."""
     left = {
         "outcome": "removed",
         "reason": reason,
@@ -227,7 +227,7 @@ def named(folder: Path, staged: Path, name: str, digest: str) -> FileEntry:
 
 
 def _totals(kept: list[dict[str, Any]], size: int) -> Totals:
-    """The sums of the training pictures among ``kept`` rows."""
+    """The sums of the training images among ``kept`` rows."""
     rows = [row for row in kept if row["split"] == "train"]
     sums = {
         name: sum((np.broadcast_to(np.array(row[name], np.int64), 3) for row in rows), np.zeros(3, np.int64)).tolist()

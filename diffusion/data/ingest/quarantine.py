@@ -20,7 +20,7 @@ class QuarantineEntry(Config):
 
 
 class Reason(Config):
-    """Why pictures were refused, and how many."""
+    """Why images were refused, and how many."""
 
     reason: str
     count: int

@@ -1,4 +1,4 @@
-"""Sources of pictures, named by URI: one module for each kind."""
+"""Sources of images, named by URI: one module for each kind."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ IDX = re.compile(r".*-images[-.]idx3-ubyte(\.gz)?")
 
 
 def open_source(uri: str, access: Access) -> Source:
-    """The source that ``uri`` names; nothing is listed or fetched yet. What it tells of a picture is bounded.
+    """The source that ``uri`` names; nothing is listed or fetched yet. What it tells of an image is bounded.
 
     A path (or ``file://`` URL) is a folder, or a file whose name tells its kind. ``wds:``, ``parquet:``, ``idx:``
     and ``torchvision:`` say what the name alone does not, and the last three take options: ``?NAME=VALUE&…``.

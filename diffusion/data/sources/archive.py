@@ -1,4 +1,4 @@
-"""A tar, compressed or not, or a zip of pictures: read where it lies, by offset."""
+"""A tar, compressed or not, or a zip of images: read where it lies, by offset."""
 
 import json
 import struct
@@ -24,7 +24,7 @@ from diffusion.data.sources.local_files import MISSING, as_lines, open_unchanged
 
 @dataclass(frozen=True)
 class Archive(ABC):
-    """The pictures in an archive, named ``ARCHIVE/MEMBER``.
+    """The images in an archive, named ``ARCHIVE/MEMBER``.
 
     ``metadata.csv`` or ``metadata.jsonl`` at its root, folders and hidden files mean what they mean in a folder.
     Links are quarantined.
@@ -32,11 +32,11 @@ class Archive(ABC):
 
     path: Path
     access: Access
-    # By their names, so that the same pictures in a folder, a tar and a zip make the same data set.
+    # By their names, so that the same images in a folder, a tar and a zip make the same data set.
     in_order = False
 
     def entries(self) -> Iterator[Entry]:
-        """Its pictures, in its own order or that of its metadata; raises UserError if it is damaged."""
+        """Its images, in its own order or that of its metadata; raises UserError if it is damaged."""
         metadata: dict[str, str] = {}
         known = stamp_of(self.path)
         with listing() as found:
@@ -46,10 +46,8 @@ class Archive(ABC):
                     metadata[name] = locator
             if len(metadata) > 1:
                 raise UserError(f"{self.path} has both {' and '.join(METADATA_FILES)}: keep one of them")
-            pictures = (
-                self._described(found, *metadata.popitem()) if metadata else found.pictures(self.access.passed_over)
-            )
-            for entry in pictures:
+            images = self._described(found, *metadata.popitem()) if metadata else found.images(self.access.passed_over)
+            for entry in images:
                 yield replace(entry, source=f"{self.path.name}/{entry.source}", stamp=entry.stamp or known)
 
     def _described(self, found: Listing, name: str, locator: str) -> Iterator[Entry]:

@@ -1,4 +1,4 @@
-"""What every source of pictures offers, and what it is given."""
+"""What every source of images offers, and what it is given."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,20 +13,20 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import Refused
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
-"""Names that may be pictures; what a file really is, its bytes decide."""
+"""Names that may be images; what a file really is, its bytes decide."""
 FOREIGN = frozenset(
     (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".tga", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2")
 )
-"""Names of pictures in formats that cannot be read: these are refused, and not passed over as a text would be."""
+"""Names of images in formats that cannot be read: these are refused, and not passed over as a text would be."""
 
 
 LONGEST = {"name": 4096, "label": 1000, "caption": 10_000}
-"""Characters of what a source tells of a picture."""
+"""Characters of what a source tells of an image."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Something that may be a picture, and what its source says about it."""
+    """Something that may be an image, and what its source says about it."""
 
     source: str
     """Its name, unique within the source: a relative path, ARCHIVE/MEMBER, a URL."""
@@ -41,20 +41,20 @@ class Entry:
 
 
 Payload: TypeAlias = bytes | Image.Image | Refused
-"""An encoded picture, a decoded one, or why there is none."""
+"""An encoded image, a decoded one, or why there is none."""
 
 
 class Source(Protocol):
-    """A set of pictures somewhere. Both methods stream: memory does not grow with the set.
+    """A set of images somewhere. Both methods stream: memory does not grow with the set.
 
     It is opened anew in every worker, so opening it must be cheap.
     """
 
     in_order: bool
-    """Whether the order of ``entries`` depends on the pictures alone; otherwise that of their names is used."""
+    """Whether the order of ``entries`` depends on the images alone; otherwise that of their names is used."""
 
     def entries(self) -> Iterator[Entry]:
-        """Everything that may be a picture. Raises UserError for a source that is missing or cannot be understood."""
+        """Everything that may be an image. Raises UserError for a source that is missing or cannot be understood."""
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """What lies behind each of ``entries``, in their order; a few are held at a time.
@@ -142,4 +142,4 @@ class Access:
     objects: ObjectStore | None = None
     """None: ``s3://`` sources are refused."""
     passed_over: Counter[str] = field(default_factory=Counter)
-    """How many files a listing has passed over as no pictures, by the ends of their names."""
+    """How many files a listing has passed over as no images, by the ends of their names."""

@@ -36,8 +36,8 @@ def _escaped(match: re.Match[str]) -> str:
     return f"\\u{code:04x}" if 0xD800 <= code < 0xDC80 or code > 0xDCFF else f"\\x{code & 0xFF:02x}"
 
 
-def is_picture(name: str) -> bool:
-    """Whether a path has a picture's extension and no part of it is hidden."""
+def is_image(name: str) -> bool:
+    """Whether a path has an image's extension and no part of it is hidden."""
     return extension(name) in EXTENSIONS | FOREIGN and not is_hidden(name)
 
 
@@ -72,7 +72,7 @@ def too_large(size: int, limit: int) -> Refused:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What a metadata file says about one picture."""
+    """What a metadata file says about one image."""
 
     name: str
     """Path relative to the metadata file, inside its folder."""
@@ -137,7 +137,7 @@ def described(found: Iterable[dict[str, Any]], where: str) -> Iterator[Described
     for number, record in enumerate(found, start=1):
         name = record.get("file_name")
         if not isinstance(name, str) or not name:
-            raise UserError(f"{where}, record {number} has no file_name: give each picture's path in it")
+            raise UserError(f"{where}, record {number} has no file_name: give each image's path in it")
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             root = posixpath.dirname(where)

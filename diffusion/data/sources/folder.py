@@ -1,4 +1,4 @@
-"""A folder of pictures, by the conventions of Hugging Face's ImageFolder."""
+"""A folder of images, by the conventions of Hugging Face's ImageFolder."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from diffusion.data.sources.conventions import (
     described,
     extension,
     folder_label,
-    is_picture,
+    is_image,
     records,
     sane,
 )
@@ -24,12 +24,12 @@ from diffusion.data.sources.local_files import open_text, read_file, stamp, stam
 
 @dataclass(frozen=True)
 class Folder:
-    """The pictures below ``root``.
+    """The images below ``root``.
 
     With a ``metadata.csv`` or ``metadata.jsonl`` in ``root``, exactly the files that it names
     (``file_name``, and optionally ``label`` and ``text`` or ``caption``). Without one, every file with
-    a picture's extension that is not hidden; its label is the name of its folder if the set has
-    several such folders and none of its pictures lies in ``root``. Links are followed.
+    an image's extension that is not hidden; its label is the name of its folder if the set has
+    several such folders and none of its images lies in ``root``. Links are followed.
     """
 
     root: Path
@@ -37,7 +37,7 @@ class Folder:
     in_order = False
 
     def entries(self) -> Iterator[Entry]:
-        """All pictures, in the order in which the folder lists them; raises UserError for metadata it cannot read."""
+        """All images, in the order in which the folder lists them; raises UserError for metadata it cannot read."""
         found = [name for name in METADATA_FILES if (self.root / name).is_file()]
         if len(found) > 1:
             raise UserError(f"{self.root} has both {' and '.join(METADATA_FILES)}: keep one of them")
@@ -66,9 +66,9 @@ class Folder:
 
 
 def _is_labelled(root: Path) -> bool:
-    """Whether the pictures lie in several folders, and none in ``root``; looks no further than it must."""
+    """Whether the images lie in several folders, and none in ``root``; looks no further than it must."""
     with _scanned(root) as children:
-        if any(is_picture(child.name) and not _is_folder(child) for child in children):
+        if any(is_image(child.name) and not _is_folder(child) for child in children):
             return False
     folders = set()
     for name, _ in _walk(root, Counter()):
@@ -79,7 +79,7 @@ def _is_labelled(root: Path) -> bool:
 
 
 def _walk(root: Path, passed_over: Counter[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Relative names of the pictures below ``root``; those below ``root`` have one name, however links lead to them.
+    """Relative names of the images below ``root``; those below ``root`` have one name, however links lead to them.
 
     Counts in ``passed_over`` how the other files end.
     """
@@ -92,7 +92,7 @@ def _walk(root: Path, passed_over: Counter[str]) -> Iterator[tuple[str, os.DirEn
                 if child.name.startswith("."):
                     continue
                 if not _is_folder(child):
-                    if is_picture(child.name):
+                    if is_image(child.name):
                         yield name, child
                     else:
                         passed_over[extension(child.name)] += 1

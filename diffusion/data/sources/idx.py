@@ -1,4 +1,4 @@
-"""IDX files of grey pictures: MNIST, Fashion-MNIST and others of their kind."""
+"""IDX files of grey images: MNIST, Fashion-MNIST and others of their kind."""
 
 import json
 import struct
@@ -21,12 +21,12 @@ from diffusion.data.sources.local_files import MISSING, changed, stamp, stamp_of
 SPLITS = {"train": "train", "test": "t10k"}
 UNSIGNED_BYTE = 8
 HEADER = 16
-"""Bytes in front of the pictures."""
+"""Bytes in front of the images."""
 
 
 @dataclass(frozen=True)
 class Idx:
-    """The pictures in the file ``images``, named ``FILE/NUMBER``, with the numbers of their classes as labels.
+    """The images in the file ``images``, named ``FILE/NUMBER``, with the numbers of their classes as labels.
 
     Labels come from the file beside it that is called as MNIST does (``train-labels-idx1-ubyte`` beside
     ``train-images-idx3-ubyte``); without one there are none. Files may end in ``.gz``: they are unpacked, once, into
@@ -64,7 +64,7 @@ class Idx:
         return cls(next(iter(found.values())), access)
 
     def entries(self) -> Iterator[Entry]:
-        """All pictures, in the file's order; raises UserError if it is damaged, or its labels are of another length."""
+        """All images, in the file's order; raises UserError if it is damaged, or its labels are of another length."""
         known, name = stamp_of(self.images), sane(self.images.name)
         with ExitStack() as stack:
             _, (count, height, width) = self._opened(stack, self.images, known, 3)
@@ -72,13 +72,13 @@ class Idx:
             if path := self._labels():
                 labels, (length,) = self._opened(stack, path, stamp_of(path), 1)
                 if length != count:
-                    raise UserError(f"{path} has {length} labels for {count} pictures: give the files of one set")
+                    raise UserError(f"{path} has {length} labels for {count} images: give the files of one set")
             for number in range(count):
                 label = str(labels.read(1)[0]) if labels else None
                 yield Entry(f"{name}/{number}", json.dumps([number, height, width]), known, label)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
-        """Decoded grey pictures; raises UserError if the file has changed since it was listed."""
+        """Decoded grey images; raises UserError if the file has changed since it was listed."""
         for known, group in groupby(entries, key=lambda entry: entry.stamp):
             with ExitStack() as stack:
                 try:

@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 
 from diffusion.common.errors import UserError
 from diffusion.data.sources.base import Entry
-from diffusion.data.sources.conventions import Described, extension, folder_label, is_hidden, is_picture
+from diffusion.data.sources.conventions import Described, extension, folder_label, is_hidden, is_image
 from diffusion.data.sources.local_files import MISSING, refusal
 
 RECORDS_PER_FILE = 10
@@ -27,20 +27,20 @@ class Listing:
     def add(self, name: str, locator: str, stamp: str) -> None:
         """A file of that name, relative to the root; a later one of the same name stands in for it."""
         self._database.execute("INSERT INTO files (name, locator, stamp) VALUES (?, ?, ?)", (name, locator, stamp))
-        if is_picture(name):
+        if is_image(name):
             folder = name.rpartition("/")[0]
             self._any_in_root |= not folder
             if len(self._folders) < 2:
                 self._folders.add(folder)
 
-    def pictures(self, passed_over: Counter[str]) -> Iterator[Entry]:
-        """All with a picture's name, labelled by their folders if there are several and none lies in the root.
+    def images(self, passed_over: Counter[str]) -> Iterator[Entry]:
+        """All with an image's name, labelled by their folders if there are several and none lies in the root.
 
         Counts in ``passed_over`` how the others end that are not hidden.
         """
         labelled = len(self._folders) > 1 and not self._any_in_root
         for name, locator, stamp in self._database.execute("SELECT name, locator, stamp FROM files ORDER BY number"):
-            if is_picture(name):
+            if is_image(name):
                 yield Entry(name, locator, stamp, folder_label(name) if labelled else None)
             elif not is_hidden(name):
                 passed_over[extension(name)] += 1

@@ -1,4 +1,4 @@
-"""Pictures under a prefix of an object store (``s3://``)."""
+"""Images under a prefix of an object store (``s3://``)."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -49,7 +49,7 @@ def fetched(uri: str, etag: str, access: Access) -> Path:
 
 @dataclass(frozen=True)
 class Objects:
-    """The pictures under ``prefix``, by extension.
+    """The images under ``prefix``, by extension.
 
     ``metadata.csv`` or ``metadata.jsonl`` right under it, folders and hidden files mean what they mean in a folder.
     """
@@ -62,7 +62,7 @@ class Objects:
 
     @classmethod
     def open(cls, uri: str, access: Access) -> Self:
-        """The source that ``uri`` names; raises UserError for what is no prefix of pictures."""
+        """The source that ``uri`` names; raises UserError for what is no prefix of images."""
         if uri.endswith((*TARS, ".zip", ".parquet", ".csv", ".jsonl")):
             raise UserError(
                 f"{uri} is one file: write wds:{uri} for a tar of WebDataset, and copy others to disk first"
@@ -70,7 +70,7 @@ class Objects:
         return cls(f"{uri.rstrip('/')}/", require(uri, access), access)
 
     def entries(self) -> Iterator[Entry]:
-        """All pictures, in the store's order; raises UserError for metadata it cannot read."""
+        """All images, in the store's order; raises UserError for metadata it cannot read."""
         metadata: dict[str, Found] = {}
         with listing() as files:
             for found in self.objects.find(self.prefix):
@@ -81,7 +81,7 @@ class Objects:
             if len(metadata) > 1:
                 raise UserError(f"{self.prefix} has both {' and '.join(METADATA_FILES)}: keep one of them")
             yield from (
-                self._described(files, *metadata.values()) if metadata else files.pictures(self.access.passed_over)
+                self._described(files, *metadata.values()) if metadata else files.images(self.access.passed_over)
             )
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:

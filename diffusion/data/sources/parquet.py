@@ -1,4 +1,4 @@
-"""Parquet files with pictures in them, as Hugging Face writes them or in a plain binary column."""
+"""Parquet files with images in them, as Hugging Face writes them or in a plain binary column."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -19,9 +19,9 @@ from diffusion.data.sources.conventions import as_text, sane, too_large
 from diffusion.data.sources.local_files import MISSING, changed, matching, stamp, stamp_of
 from diffusion.data.sources.parquet_pages import PageRefused, require_small_footer, rows_at_once
 
-PICTURES = ("image", "img", "picture", "photo", "bytes", "image_bytes", "png", "jpg", "jpeg", "webp")
+IMAGES = ("image", "img", "image", "photo", "bytes", "image_bytes", "png", "jpg", "jpeg", "webp")
 OPTIONS = ("image", "label", "caption")
-TEXTS_AT_ONCE, PICTURES_AT_ONCE = 1024, 16
+TEXTS_AT_ONCE, IMAGES_AT_ONCE = 1024, 16
 """Rows held at a time, at most."""
 LARGEST_PAGE_OF_TEXTS = 2**26
 """Bytes of memory that a page of labels or captions may take."""
@@ -33,9 +33,9 @@ LONGEST_PATH = 200
 class Columns:
     """Which columns of a file say what."""
 
-    picture: str
+    image: str
     leaves: tuple[str, ...]
-    """The paths of what must be read of ``picture``: itself, or its bytes and path."""
+    """The paths of what must be read of ``image``: itself, or its bytes and path."""
     label: str | None
     caption: str | None
     classes: Sequence[str] | None
@@ -44,7 +44,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Parquet:
-    """The pictures in the files that ``pattern`` matches (a path, a folder, a glob or braces), named ``FILE/ROW``.
+    """The images in the files that ``pattern`` matches (a path, a folder, a glob or braces), named ``FILE/ROW``.
 
     They lie in a column of bytes, or of Hugging Face's ``{bytes, path}``: the one that ``image`` names, the one that
     the file says is an Image, one with a usual name (``image``, ``img``, ``bytes`` …), or the only one. ``label`` and
@@ -65,7 +65,7 @@ class Parquet:
         return cls(pattern, options, access)
 
     def entries(self) -> Iterator[Entry]:
-        """All rows; raises UserError for files that are missing, damaged or have no column of pictures."""
+        """All rows; raises UserError for files that are missing, damaged or have no column of images."""
         for name, path in matching(self.pattern, ".parquet"):
             known = stamp_of(path)
             with _opened(path) as file:
@@ -73,7 +73,7 @@ class Parquet:
             texts = [name for name in (columns.label, columns.caption) if name]
             with _opened(path, texts) as file, _in_words(path):
                 if (rows := file.metadata.num_rows) > (size := path.stat().st_size):
-                    raise UserError(f"{path} has {rows} rows in {size} bytes, and pictures take more: leave it out")
+                    raise UserError(f"{path} has {rows} rows in {size} bytes, and images take more: leave it out")
                 number = count()
                 for group in range(file.num_row_groups):
                     for row, (label, caption) in enumerate(self._texts(file, group, columns, path)):
@@ -95,7 +95,7 @@ class Parquet:
                 columns = find_columns(file.schema_arrow, self.options, place)
                 for number, wanted in groupby(rows, key=lambda each: each[0]):
                     ascending = [row for _, row in wanted]
-                    yield from self._pictures(file, number, ascending, columns, path)
+                    yield from self._images(file, number, ascending, columns, path)
 
     def _texts(
         self, file: pq.ParquetFile, group: int, columns: Columns, path: Path
@@ -119,17 +119,17 @@ class Parquet:
         except ValueError as error:
             raise UserError(f"{path}, row group {group}: {error}: choose other columns for them") from error
 
-    def _pictures(
+    def _images(
         self, file: pq.ParquetFile, group: int, rows: list[int], columns: Columns, path: Path
     ) -> Iterator[Payload]:
-        """The pictures in ``rows``, ascending, of a row group; what comes before them is skipped."""
+        """The images in ``rows``, ascending, of a row group; what comes before them is skipped."""
         start, values, damage = 0, pa.array([]), None
         batches = None
         for row in rows:
             while row >= start + len(values) and damage is None:
                 start += len(values)
                 try:
-                    batches = batches or self._batches(file, group, columns.leaves, PICTURES_AT_ONCE, path)
+                    batches = batches or self._batches(file, group, columns.leaves, IMAGES_AT_ONCE, path)
                     values = next(batches).column(0)
                 except PageRefused as error:
                     damage = f"not read from the Parquet file: {error}"
@@ -138,7 +138,7 @@ class Parquet:
                     if isinstance(error, OSError) and error.errno is not None:
                         raise
                     damage = f"damaged in the Parquet file: {error}"
-            yield Refused(damage) if damage else _picture(values[row - start], self.access.config.max_bytes)
+            yield Refused(damage) if damage else _image(values[row - start], self.access.config.max_bytes)
 
     def _batches(
         self, file: pq.ParquetFile, group: int, leaves: Sequence[str], most: int, path: Path, texts: bool = False
@@ -167,20 +167,20 @@ def find_columns(schema: pa.Schema, options: dict[str, str], where: str) -> Colu
             raise UserError(f"{where} has no column {column} for {option}: it has {', '.join(schema.names)}")
     candidates = [field.name for field in schema if _holds_bytes(field.type)]
     declared = [name for name in candidates if features.get(name, {}).get("_type") == "Image"]
-    usual = [names[name] for name in PICTURES if names.get(name) in candidates]
+    usual = [names[name] for name in IMAGES if names.get(name) in candidates]
     if "image" in options:
         found = [name for name in candidates if name == options["image"]]
     else:
         found = declared if len(declared) == 1 else usual[:1] or candidates
     if len(found) != 1:
         raise UserError(
-            f"{where} has {'no' if not found else 'more than one'} column of pictures (bytes, or a struct of bytes "
+            f"{where} has {'no' if not found else 'more than one'} column of images (bytes, or a struct of bytes "
             f"and path) among {', '.join(schema.names)}: name it with parquet:…?image=COLUMN"
         )
-    picture = schema.field(found[0])
+    image = schema.field(found[0])
     leaves: tuple[str, ...] = (found[0],)
-    if pa.types.is_struct(picture.type):
-        texts = [each.name for each in picture.type if each.name == "path" and _is_text(each.type)]
+    if pa.types.is_struct(image.type):
+        texts = [each.name for each in image.type if each.name == "path" and _is_text(each.type)]
         leaves = tuple(f"{found[0]}.{name}" for name in ("bytes", *texts))
     label = options.get("label") or names.get("label")
     about = features.get(label, {}) if label else {}
@@ -238,7 +238,7 @@ def _class(value: object, names: Sequence[str] | None) -> str | None:
     return as_text(names[value]) if value >= 0 else None
 
 
-def _picture(value: Any, limit: int) -> Payload:
+def _image(value: Any, limit: int) -> Payload:
     """The bytes in a scalar of Arrow."""
     if isinstance(value, pa.StructScalar):
         path = value["path"].as_py() if "path" in value else None
@@ -246,7 +246,7 @@ def _picture(value: Any, limit: int) -> Payload:
         if not value.is_valid and path:
             return Refused(f"only its path is in the table, not its bytes: {sane(str(path)[:LONGEST_PATH])}")
     if not value.is_valid:
-        return Refused("a row without a picture")
+        return Refused("a row without an image")
     data = value.as_buffer()
     return too_large(data.size, limit) if data.size > limit else data.to_pybytes()
 

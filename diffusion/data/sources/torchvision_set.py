@@ -19,13 +19,13 @@ from diffusion.data.sources.local_files import read_file, stamp_if_there
 OPTIONS = ("root", "split", "download")
 IDX_FILES = ("MNIST", "FashionMNIST", "KMNIST")
 """Read by our own reader: torchvision's loads the pickles of its older versions if it finds some."""
-PICTURE_FILES = (
+IMAGE_FILES = (
     *("Country211", "DTD", "EuroSAT", "FGVCAircraft", "Flowers102", "Food101"),
     *("Imagenette", "Places365", "RenderedSST2", "StanfordCars", "SUN397"),
 )
-"""Lists of files with labels from text, JSON or MAT files; the pictures are read as they are."""
+"""Lists of files with labels from text, JSON or MAT files; the images are read as they are."""
 ARRAYS = ("SEMEION", "STL10", "SVHN", "USPS")
-"""All pictures in one text, raw or MAT file, which torchvision holds in memory."""
+"""All images in one text, raw or MAT file, which torchvision holds in memory."""
 PICKLED = ("CIFAR10", "CIFAR100", "EMNIST", "ImageNet", "LSUN", "PhotoTour", "QMNIST")
 
 
@@ -35,7 +35,7 @@ class TorchvisionSet:
 
     Only those are known whose loading code unpickles nothing (read in torchvision 0.24 and 0.28). CIFAR10 and
     CIFAR100 are pickles themselves; EMNIST, ImageNet, PhotoTour and QMNIST are, or were, kept by ``torch.save``; LSUN
-    caches its keys in a pickle. Sets whose pictures torchvision hands out only after it has changed them (to RGB,
+    caches its keys in a pickle. Sets whose images torchvision hands out only after it has changed them (to RGB,
     without their profile) are not among them either: read these as a folder.
     """
 
@@ -56,8 +56,8 @@ class TorchvisionSet:
         where = f"torchvision:{name}"
         if name in PICKLED:
             raise UserError(f"{where} is kept in pickles, and they could run anything: save it as PNG or Parquet first")
-        if name not in (*IDX_FILES, *PICTURE_FILES, *ARRAYS):
-            known = ", ".join(sorted((*IDX_FILES, *PICTURE_FILES, *ARRAYS)))
+        if name not in (*IDX_FILES, *IMAGE_FILES, *ARRAYS):
+            known = ", ".join(sorted((*IDX_FILES, *IMAGE_FILES, *ARRAYS)))
             raise UserError(f"{where} is not known; there are {known}: read other sets as a folder")
         if unknown := sorted(set(options) - set(OPTIONS)):
             raise UserError(f"{where} has no option {unknown[0]}: there are {', '.join(OPTIONS)}")
@@ -69,7 +69,7 @@ class TorchvisionSet:
         return cls(name, Path(options["root"]).expanduser(), arguments, options.get("download") == "true", access)
 
     def entries(self) -> Iterator[Entry]:
-        """All pictures, in the set's order; raises UserError if it is not in ``root``, or cannot be downloaded."""
+        """All images, in the set's order; raises UserError if it is not in ``root``, or cannot be downloaded."""
         if self.name in IDX_FILES:
             if self.download:
                 self._refuse_pickles()
@@ -78,31 +78,31 @@ class TorchvisionSet:
             for entry in self._idx().entries():
                 yield replace(entry, label=_label(int(entry.label), classes) if entry.label else None)
             return
-        files = {"loader": Path} if self.name in PICTURE_FILES else {}
+        files = {"loader": Path} if self.name in IMAGE_FILES else {}
         dataset = self._opened(**files, download=self.download)
         classes = getattr(dataset, "classes", None)
         for number in range(len(dataset)):
-            picture, target = dataset[number]
+            image, target = dataset[number]
             label = _label(target, classes)
-            if isinstance(picture, Path):
-                name = picture.relative_to(self.root).as_posix()
-                yield Entry(sane(name), json.dumps([str(picture)]), stamp_if_there(picture), label)
+            if isinstance(image, Path):
+                name = image.relative_to(self.root).as_posix()
+                yield Entry(sane(name), json.dumps([str(image)]), stamp_if_there(image), label)
             else:
                 # Such a set never changes; torchvision compares the sums of its files where it knows them.
                 yield Entry(f"{self.name}/{number}", json.dumps([number]), self.name, label)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
-        """Their bytes, or decoded pictures where a set has no files of them."""
+        """Their bytes, or decoded images where a set has no files of them."""
         if self.name in IDX_FILES:
             yield from self._idx().read(entries)
-        elif self.name in PICTURE_FILES:
+        elif self.name in IMAGE_FILES:
             for entry in entries:
                 yield read_file(Path(json.loads(entry.locator)[0]), self.access.config.max_bytes)
         else:
             dataset = self._opened()
             for entry in entries:
-                picture: Image.Image = dataset[json.loads(entry.locator)[0]][0]
-                yield picture
+                image: Image.Image = dataset[json.loads(entry.locator)[0]][0]
+                yield image
 
     def _idx(self) -> Idx:
         split = "train" if self.arguments.get("train", True) else "test"

@@ -1,4 +1,4 @@
-"""A table of URLs, CSV or JSON lines: pictures fetched over HTTP."""
+"""A table of URLs, CSV or JSON lines: images fetched over HTTP."""
 
 import random
 import re
@@ -61,7 +61,7 @@ class _Again(Exception):
 
 @dataclass(frozen=True)
 class Urls:
-    """The pictures that ``table`` names by ``url`` (or ``image_url``), with ``label`` and ``text`` or ``caption``.
+    """The images that ``table`` names by ``url`` (or ``image_url``), with ``label`` and ``text`` or ``caption``.
 
     Capitals in the names of columns do not matter. Only http and https are fetched, only from hosts with a public
     address unless ``allow_private_addresses`` says otherwise, also after a redirect; proxies are those of the

@@ -12,15 +12,15 @@ from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import Refused
 from diffusion.data.sources import tars
 from diffusion.data.sources.base import Access, Entry, Payload
-from diffusion.data.sources.conventions import as_text, is_picture, sane
+from diffusion.data.sources.conventions import as_text, is_image, sane
 from diffusion.data.sources.local_files import MISSING, WILD, expanded, matching, stamp_of, uncompressed
 from diffusion.data.sources.object_store import fetched, require
 
 SIDECARS = ("json", "txt", "cls")
 LONGEST_SIDECAR = 2**18
-"""Bytes of a text beside a picture; as JSON it may take a hundred times as many when it is read."""
+"""Bytes of a text beside an image; as JSON it may take a hundred times as many when it is read."""
 MOST_OF_A_KEY = 1000
-"""Pictures; a tar with more was not made for WebDataset."""
+"""Images; a tar with more was not made for WebDataset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,13 @@ class _Sample:
     """What one key has gathered."""
 
     key: str
-    pictures: list[tars.Member] = field(default_factory=list)
+    images: list[tars.Member] = field(default_factory=list)
     texts: dict[str, tars.Member] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class WebDataset:
-    """The pictures in tars, named ``SHARD/MEMBER``, with what the other members of the same key say about them.
+    """The images in tars, named ``SHARD/MEMBER``, with what the other members of the same key say about them.
 
     A key is a member's path up to the first dot in its name; members of a key lie together. Label and caption come
     from ``KEY.json`` (``label``; ``caption`` or ``text``), else from ``KEY.cls`` and ``KEY.txt``; all else is ignored.
@@ -60,7 +60,7 @@ class WebDataset:
     in_order = True
 
     def entries(self) -> Iterator[Entry]:
-        """All pictures, shard by shard; raises UserError for shards that are missing or damaged."""
+        """All images, shard by shard; raises UserError for shards that are missing or damaged."""
         for shard in self._shards():
             path, known = self._here(shard.place, shard.stamp)
             plain = uncompressed(path, known, self.access)
@@ -109,14 +109,14 @@ class WebDataset:
             yield Shard(sane(uri.removeprefix(base)), uri, etag)
 
     def _entries(self, shard: Shard, sample: "_Sample", file: BinaryIO) -> Iterator[Entry]:
-        if not sample.pictures:
+        if not sample.images:
             return
         label = caption = reason = None
         try:
             label, caption = _about(sample, file)
         except ValueError as error:
             reason = f"what its shard says about it cannot be read ({error})"
-        for member in sample.pictures:
+        for member in sample.images:
             locator = json.dumps([shard.place, reason or member.place])
             yield Entry(f"{shard.name}/{member.name}", locator, shard.stamp, label, caption)
 
@@ -130,17 +130,17 @@ def _matches(uri: str, pattern: str) -> bool:
 def _samples(path: Path, where: str) -> Iterator[_Sample]:
     sample = _Sample("")
     for member in tars.members(path, where):
-        if len(sample.pictures) == MOST_OF_A_KEY:
+        if len(sample.images) == MOST_OF_A_KEY:
             raise UserError(
-                f"{where} has over {MOST_OF_A_KEY} pictures of key {sample.key}: read it without wds: as a plain tar"
+                f"{where} has over {MOST_OF_A_KEY} images of key {sample.key}: read it without wds: as a plain tar"
             )
         folder, slash, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
         if (key := f"{folder}{slash}{stem}") != sample.key:
             yield sample
             sample = _Sample(key)
-        if is_picture(member.name):
-            sample.pictures.append(member)
+        if is_image(member.name):
+            sample.images.append(member)
         elif extension.lower() in SIDECARS:
             sample.texts[extension.lower()] = member
     yield sample

@@ -1,6 +1,6 @@
-"""Takedown: pictures leave a data set for good, and only the parts that held them are written anew.
+"""Takedown: images leave a data set for good, and only the parts that held them are written anew.
 
-What stays of a picture is a row with its key and the digest of its file, by which every later ingest refuses it.
+What stays of an image is a row with its key and the digest of its file, by which every later ingest refuses it.
 """
 
 from collections.abc import Callable, Collection
@@ -45,9 +45,9 @@ from diffusion.data.versions.versions import kept_in
 
 
 def choose(folder: Path, selection: Selection) -> tuple[Chosen, list[str]]:
-    """The pictures of the data set in ``folder`` that ``selection`` means, and their names; nothing is changed.
+    """The images of the data set in ``folder`` that ``selection`` means, and their names; nothing is changed.
 
-    Raises UserError if a key or pattern fits no picture, or a prefix of a key several.
+    Raises UserError if a key or pattern fits no image, or a prefix of a key several.
     """
     manifest = read_manifest(folder)
     chosen, unmatched = chosen_by(folder, manifest, Selector.of(selection))
@@ -57,7 +57,7 @@ def choose(folder: Path, selection: Selection) -> tuple[Chosen, list[str]]:
 
 
 def remove(folder: Path, selection: Selection, reason: str, progress: Progress = silent) -> Removal:
-    """Make a version of the data set in ``folder`` without the pictures that ``selection`` means.
+    """Make a version of the data set in ``folder`` without the images that ``selection`` means.
 
     Its content digest is that of a set which never held them. Parts that held none are shared; the files of the
     others are deleted at last, and so is what was made of captions. Takes turns with ingests; killed and given again,
@@ -79,10 +79,10 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
             forget_captions(folder)
             remove_strays(folder)
             return earlier or _known_as_removed(before, chosen, asked, reason)
-        if chosen.pictures == before.kept:
+        if chosen.images == before.kept:
             raise nothing_left(folder, before)
         require_whole(folder, before)
-        keys = set(chosen.picture_keys)
+        keys = set(chosen.image_keys)
         after = _without(folder, before, lambda row: selector.takes(row, keys), chosen.parts, reason, progress)
         removal = Removal(
             **chosen.model_dump(),
@@ -124,8 +124,8 @@ def _earlier(folder: Path, asked: str) -> Removal | None:
 def _known_as_removed(manifest: Manifest, chosen: Chosen, asked: str, reason: str) -> Removal:
     """A removal that was done elsewhere, as far as the records tell of it."""
     return Removal(
-        **chosen.model_dump(exclude={"pictures"}),
-        pictures=len(chosen.picture_keys),
+        **chosen.model_dump(exclude={"images"}),
+        images=len(chosen.image_keys),
         dataset=manifest.name,
         asked=asked,
         reason=reason,
@@ -152,7 +152,7 @@ def remove_known(folder: Path, progress: Progress = silent) -> list[Removal]:
     applied = []
     for removal in still_held(folder, removals(work_folder(folder))):
         before = read_manifest(folder)
-        keys, digests = set(removal.picture_keys), set(removal.digests)
+        keys, digests = set(removal.image_keys), set(removal.digests)
         tables = [(part, read_records(folder, part, ("outcome", "key", "source_sha256"))) for part in before.parts]
         rows = [(part.number, row) for part, table in tables for row in table.to_pylist()]
         # Stored in another way than when they were taken down, images have other keys, and copies share these.
@@ -180,7 +180,7 @@ def remove_known(folder: Path, progress: Progress = silent) -> list[Removal]:
 def nothing_left(folder: Path, manifest: Manifest) -> UserError:
     """What to raise if a takedown would leave an empty data set."""
     return UserError(
-        f"this would remove all {manifest.kept} pictures of data set {folder.name}: "
+        f"this would remove all {manifest.kept} images of data set {folder.name}: "
         f"to be rid of the data set, delete {folder}"
     )
 

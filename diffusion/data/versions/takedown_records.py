@@ -24,11 +24,11 @@ SELECTED_BY = ("key", "source", "label", "outcome", "source_sha256")
 
 
 class Selection(Config):
-    """Which pictures are meant."""
+    """Which images are meant."""
 
     # Not called keys: what has an attribute of that name is a mapping to Python, and Prefect looks into it so.
     prefixes: list[str] = Field(default_factory=list)
-    """Keys, or beginnings of keys that no two pictures share."""
+    """Keys, or beginnings of keys that no two images share."""
     sources: list[str] = Field(default_factory=list)
     """Patterns of names as in a shell: ``*`` stands for anything, slashes too."""
     label: str | None = None
@@ -36,26 +36,26 @@ class Selection(Config):
 
 
 class Chosen(Config):
-    """What a selection comes to. A picture is meant under all its names, so its duplicates are, too."""
+    """What a selection comes to. An image is meant under all its names, so its duplicates are, too."""
 
-    picture_keys: list[str]
-    """Of the pictures to be removed, sorted."""
+    image_keys: list[str]
+    """Of the images to be removed, sorted."""
     digests: list[str]
     """SHA-256 of the files they came from, sorted."""
-    pictures: int
+    images: int
     duplicates: int
-    """Records of the same pictures under other names."""
+    """Records of the same images under other names."""
     refused: int
     """Records of entries that were refused when they were read."""
     near_copies: list[str]
-    """Keys of pictures that look much like them and stay, sorted; empty if the ingest was not asked to group them."""
+    """Keys of images that look much like them and stay, sorted; empty if the ingest was not asked to group them."""
     parts: list[int]
     """Numbers of the parts to be written anew; empty if everything selected was removed before."""
 
     @property
     def name(self) -> str:
         """What this removal is called wherever it is recorded: a digest of what was removed."""
-        return digest_of([self.picture_keys, self.digests])[:12]
+        return digest_of([self.image_keys, self.digests])[:12]
 
 
 def is_key(text: str) -> bool:
@@ -101,13 +101,13 @@ class Selector:
         return bool(named or like)
 
     def takes(self, row: Row, keys: set[str]) -> bool:
-        """Whether ``row`` goes if the pictures of ``keys`` go."""
+        """Whether ``row`` goes if the images of ``keys`` go."""
         if row["outcome"] == "removed":
             return False
         return row["key"] in keys if row["key"] else self.means(row)
 
     def unmatched(self) -> list[str]:
-        """What fitted nothing; raises UserError for a prefix that fitted more than one picture."""
+        """What fitted nothing; raises UserError for a prefix that fitted more than one image."""
         for asked, keys in self.fitted.items():
             if len(keys) > 1:
                 listed = ", ".join(key[:16] for key in sorted(keys)[:5])
@@ -138,9 +138,9 @@ def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Cho
     if not parts:
         keys, digests = set(gone), set(gone.values())
     chosen = Chosen(
-        picture_keys=sorted(keys),
+        image_keys=sorted(keys),
         digests=sorted(digests - {""}),
-        pictures=outcomes["kept"],
+        images=outcomes["kept"],
         duplicates=outcomes["duplicate"],
         refused=outcomes["quarantined"],
         near_copies=_near_copies(folder, manifest, keys) if parts else [],
@@ -150,7 +150,7 @@ def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Cho
 
 
 def _near_copies(folder: Path, manifest: Manifest, keys: set[str]) -> list[str]:
-    """Pictures in the same groups as those of ``keys``."""
+    """Images in the same groups as those of ``keys``."""
     groups = set(keys)
     bridges = []
     for _, row in _rows(folder, manifest, ("key", "near")):
@@ -159,7 +159,7 @@ def _near_copies(folder: Path, manifest: Manifest, keys: set[str]) -> list[str]:
             groups |= near
         if len(near) > 1:
             bridges.append(near)
-    # A picture that joined several groups made them one.
+    # An image that joined several groups made them one.
     while any(near & groups and not near <= groups for near in bridges):
         groups |= {root for near in bridges if near & groups for root in near}
     return sorted(
@@ -175,8 +175,8 @@ def _rows(folder: Path, manifest: Manifest, columns: Sequence[str]) -> Iterator[
 
 
 def names_of(folder: Path, manifest: Manifest, chosen: Chosen) -> list[str]:
-    """What the ``chosen`` pictures, and refused files, are called in their sources, sorted."""
-    keys, digests = set(chosen.picture_keys), set(chosen.digests)
+    """What the ``chosen`` images, and refused files, are called in their sources, sorted."""
+    keys, digests = set(chosen.image_keys), set(chosen.digests)
     rows = (row for _, row in _rows(folder, manifest, ("key", "source", "source_sha256", "outcome")))
     return sorted(
         {
@@ -194,10 +194,10 @@ def nothing(unmatched: Sequence[str], folder: Path, manifest: Manifest) -> UserE
     inside = [f"*/{pattern}" for pattern in unmatched if fnmatch.filter(names, f"*/{pattern}")]
     if inside:
         meant = " ".join(f"'{pattern}'" for pattern in inside[:5])
-        return UserError(f"data set {folder.name} has no picture of {listed}: did you mean {meant}?")
+        return UserError(f"data set {folder.name} has no image of {listed}: did you mean {meant}?")
     some = ", ".join(f"{name!r}" for name in names[:: max(len(names) // 3, 1)][:3])
     return UserError(
-        f"data set {folder.name} has no picture of {listed}: its names are like {some}; all are in the tables in "
+        f"data set {folder.name} has no image of {listed}: its names are like {some}; all are in the tables in "
         f"{folder / 'records'}"
     )
 
@@ -210,12 +210,12 @@ class Removal(Chosen):
     """Digest of the selection and the reason, by which the same words find what was done. Part of a file's name."""
     reason: str
     parent: str | None
-    """The version that held the pictures last; None if that can no longer be told."""
+    """The version that held the images last; None if that can no longer be told."""
     version: str
     """The first without them."""
     content_digest: str
     tables: list[str]
-    """SHA-256 of the tables, gone since, that told of these pictures as kept, sorted; empty if that is not known."""
+    """SHA-256 of the tables, gone since, that told of these images as kept, sorted; empty if that is not known."""
     already: bool
     """Whether it had been done before."""
 
@@ -235,7 +235,7 @@ def write_removal(work: Path, removal: Removal) -> None:
 
 
 class Holders(Config):
-    """Which versions held pictures that were removed, by digest."""
+    """Which versions held images that were removed, by digest."""
 
     held: list[str]
     unknown: list[str]
@@ -243,12 +243,12 @@ class Holders(Config):
 
 
 def holders(folder: Path, removal: Removal, versions: Iterable[Manifest], elsewhere: Elsewhere = nowhere) -> Holders:
-    """Which of ``versions`` of the data set in ``folder`` kept pictures of ``removal``, in their order.
+    """Which of ``versions`` of the data set in ``folder`` kept images of ``removal``, in their order.
 
     Another version may have stored the same files in another way and know them by other keys, so the digests of the
     files are looked for as well.
     """
-    keys, digests = set(removal.picture_keys), set(removal.digests)
+    keys, digests = set(removal.image_keys), set(removal.digests)
     told: dict[str, bool | None] = dict.fromkeys(removal.tables, True)
 
     def is_one_of_them(row: Row) -> bool:
@@ -284,4 +284,4 @@ def still_held(folder: Path, removals: Sequence[Removal]) -> list[Removal]:
             table = read_records(folder, part, ("outcome", "key", "source_sha256"))
             kept = table.filter(pc.equal(table["outcome"], "kept"))
             held.update(kept["key"].to_pylist(), kept["source_sha256"].to_pylist())
-    return [each for each in removals if not held.isdisjoint([*each.picture_keys, *each.digests])]
+    return [each for each in removals if not held.isdisjoint([*each.image_keys, *each.digests])]

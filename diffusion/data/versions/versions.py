@@ -42,7 +42,7 @@ SHORTEST = 4
 LISTED = 10
 """Versions named in an error."""
 LEADING = 5
-"""Reasons shown of those for which pictures were refused."""
+"""Reasons shown of those for which images were refused."""
 
 Elsewhere = Callable[[FileEntry], Path | None]
 """Finds a file that is no longer in the data set's folder, because only older versions name it."""
@@ -86,9 +86,9 @@ class Step(Config):
     content_digest: str
     change: str
     added: int
-    """Pictures that its parent lacks; a rebuild makes all of them anew."""
+    """Images that its parent lacks; a rebuild makes all of them anew."""
     removed: int
-    """Pictures of its parent that it lacks."""
+    """Images of its parent that it lacks."""
     kept: int
 
 
@@ -288,7 +288,7 @@ def unshared(version: Manifest, other: Manifest) -> list[Part]:
 
 
 def kept_in(part: Part) -> int:
-    """Pictures of a part."""
+    """Images of a part."""
     return sum(part.splits.values())
 
 
@@ -314,7 +314,7 @@ def _step(version: Manifest, parent: Manifest | None) -> Step:
 
 
 class Sample(Config):
-    """A picture as a version knows it; of one that was taken down little more than its key is known."""
+    """An image as a version knows it; of one that was taken down little more than its key is known."""
 
     key: str
     source: str | None = None
@@ -324,7 +324,7 @@ class Sample(Config):
 
 
 class Changed(Config):
-    """A picture of which two versions tell different things."""
+    """An image of which two versions tell different things."""
 
     before: Sample
     after: Sample
@@ -405,7 +405,7 @@ class _Comparison:
         self.remembers = True
         """Whether it is known what was refused before both versions."""
         self.taken: dict[Side, int] = {"before": 0, "after": 0}
-        """Pictures that were taken down since, with their table; the keys that can be told are in the database."""
+        """Images that were taken down since, with their table; the keys that can be told are in the database."""
 
     def load(self, before: Manifest, after: Manifest) -> None:
         """Read what is needed of two versions."""
@@ -421,7 +421,7 @@ class _Comparison:
         self._load_shared([part for part in after.parts if part.records.sha256 not in own])
 
     def only_in(self, this: Side, other: Side) -> Group[Sample] | None:
-        """Pictures that ``this`` version has and the ``other`` lacks."""
+        """Images that ``this`` version has and the ``other`` lacks."""
         if other in self.blind:
             return None
         sides = {"this": this, "other": other}
@@ -430,7 +430,7 @@ class _Comparison:
         return Group(count=self._count(ONLY_IN, sides) + self.taken[this], samples=[_sample(row) for row in rows])
 
     def changed(self) -> Group[Changed] | None:
-        """Pictures of both versions of which they tell different things."""
+        """Images of both versions of which they tell different things."""
         if self.blind:
             return None
         samples = [Changed(before=_sample(row[:5]), after=_sample(row[5:])) for row in self._first(CHANGED, "1")]

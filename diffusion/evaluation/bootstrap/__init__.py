@@ -11,12 +11,12 @@ Fréchet distance of sets that cannot be told apart: as 1/n²) the error comes o
 many such cuts the mean is taken. It is the bootstrap with weights 0 and 2 (Præstgaard and Wellner, Ann. Prob. 21,
 1993). Shares near 1 may be nearer still on halves, with too small an error, for which ``Share`` has wider intervals.
 
-Why not resample with replacement: a image generated twice is its own nearest neighbour at distance 0, and similar to
+Why not resample with replacement: an image generated twice is its own nearest neighbour at distance 0, and similar to
 itself; that shrinks neighbourhoods and moves KID. Halves hold nothing twice, keep the proportion of both sets, on which
 coverage depends, and each costs a half. The mean of T over halves tells the bias, too: see ``Replicates.value``.
 
 What the intervals are about: other images generated from the same weights, and other held-out images of the same kind.
-So the reference is resampled: held fixed, a model that happens to suit these very pictures would surely be better.
+So the reference is resampled: held fixed, a model that happens to suit these very images would surely be better.
 In a comparison both models have the same image numbers and the same reference in each half, and what they have in
 common cancels. Nothing is said of other trainings of the same configuration.
 """

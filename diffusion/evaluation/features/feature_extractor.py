@@ -140,7 +140,7 @@ class OnnxFile:
     """The network in an ONNX file: images (N, C, S, S) to features (N, D) float32, for any N.
 
     What it is shown is RGB, or grey if it has one channel, resized with antialiased bilinear interpolation; whatever
-    else a image needs is in the file.
+    else an image needs is in the file.
     """
 
     path: Path
@@ -396,6 +396,6 @@ def extract_features(dataset: Dataset, rows: Rows, extractor: Extractor, progres
     pieces = []
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
-        pieces.append(extractor(dataset.pictures(chunk)))
+        pieces.append(extractor(dataset.images(chunk)))
         progress("features of real images", start + len(chunk), len(rows))
     return torch.cat(pieces)

@@ -181,7 +181,7 @@ def train_classifier(
         epoch, place = divmod(step, per_epoch)
         order = permutation(SEED, "evaluation/labels", epoch, len(rows))
         chosen = order[place * batch : (place + 1) * batch]
-        logits = network(_shown(dataset.pictures(rows[chosen]), size))
+        logits = network(_shown(dataset.images(rows[chosen]), size))
         loss = cross_entropy(logits, targets[torch.from_numpy(chosen)], label_smoothing=SMOOTHING)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -195,7 +195,7 @@ def train_classifier(
 def _read(network: ClassifierNetwork, dataset: Dataset, rows: np.ndarray, size: int) -> Tensor:
     """The number of the class that each of ``rows`` is taken for, (len(rows),)."""
     pieces = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
-    return torch.cat([network(_shown(dataset.pictures(piece), size)).argmax(1) for piece in pieces])
+    return torch.cat([network(_shown(dataset.images(piece), size)).argmax(1) for piece in pieces])
 
 
 def _labelled(dataset: Dataset, split: Literal["train", "held_out"]) -> tuple[np.ndarray, list[str]]:

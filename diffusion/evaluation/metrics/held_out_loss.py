@@ -124,7 +124,7 @@ def conditioning_of_rows(model: Model, dataset: Dataset, rows: Rows) -> Conditio
 
     Raises UserError if it knows captions, and the encoder that read them cannot be had.
     """
-    told = task_of(model.config).conditioning(dataset.pictures(rows))
+    told = task_of(model.config).conditioning(dataset.images(rows))
     if model.classes:
         told["label"] = dataset.classes(rows, model.classes)
     if model.config.text:

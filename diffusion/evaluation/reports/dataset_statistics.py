@@ -302,7 +302,7 @@ def read_batches(dataset: Dataset, rows: Rows) -> Iterator[Tensor]:
     """Yield the images in ``rows`` in batches of at most BATCH_BYTES: (n, C, H, W) uint8."""
     step = max(1, BATCH_BYTES // int(np.prod(dataset.shape)))
     for start in range(0, len(rows), step):
-        yield dataset.pictures(rows[start : start + step])
+        yield dataset.images(rows[start : start + step])
 
 
 def measure_drift(added: Tensor, parent: Tensor, others: Tensor, extractor: str) -> tuple[Drift, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Every format that people have, and every way in which a picture in it may say what it looks like."""
+"""Every format that people have, and every way in which an image in it may say what it looks like."""
 
 import io
 import struct
@@ -11,7 +11,7 @@ from PIL import Image, ImageCms
 
 from diffusion.data.ingest.decode import prepare
 from tests.conftest import blob
-from tests.diffusion.picture_files import (
+from tests.diffusion.image_files import (
     config,
     linear_grey_profile,
     noise,
@@ -26,7 +26,7 @@ from tests.diffusion.picture_files import (
     tiff_file,
 )
 
-# Formats: pictures of the stored size, so that nothing but decoding can change a pixel.
+# Formats: images of the stored size, so that nothing but decoding can change a pixel.
 
 LOSSLESS: dict[str, tuple[str, dict[str, object]]] = {
     "png": ("PNG", {}),
@@ -43,16 +43,16 @@ LOSSLESS: dict[str, tuple[str, dict[str, object]]] = {
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_lossless_formats_give_the_pixels_that_were_saved(kind: str, mode: str) -> None:
     name, options = LOSSLESS[kind]
-    picture = blob(1, 8, "RGB").convert(mode)
-    stored = prepare(saved(picture, name, **options), config())
+    image = blob(1, 8, "RGB").convert(mode)
+    stored = prepare(saved(image, name, **options), config())
     assert stored.mode == ("RGB" if mode == "RGB" else "L")
-    np.testing.assert_array_equal(stored.pixels, np.asarray(picture.convert(stored.mode)))
+    np.testing.assert_array_equal(stored.pixels, np.asarray(image.convert(stored.mode)))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "TIFF"])
 def test_palettes_are_looked_up(kind: str) -> None:
-    picture = blob(2, 8, "RGB").quantize(16)
-    np.testing.assert_array_equal(pixels(saved(picture, kind)), np.asarray(picture.convert("RGB")))
+    image = blob(2, 8, "RGB").quantize(16)
+    np.testing.assert_array_equal(pixels(saved(image, kind)), np.asarray(image.convert("RGB")))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
@@ -137,10 +137,10 @@ def test_what_has_no_known_range_is_refused() -> None:
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_jpegs_are_close_to_what_was_saved(mode: str, progressive: bool) -> None:
-    picture = blob(3, 16, mode)
-    stored = prepare(saved(picture, "JPEG", quality=95, subsampling=0, progressive=progressive), config(16))
+    image = blob(3, 16, mode)
+    stored = prepare(saved(image, "JPEG", quality=95, subsampling=0, progressive=progressive), config(16))
     assert stored.mode == mode
-    assert psnr(stored.pixels, np.asarray(picture)) > 38
+    assert psnr(stored.pixels, np.asarray(image)) > 38
 
 
 def test_cmyk_is_what_it_looks_like_in_jpeg_and_tiff() -> None:
@@ -150,8 +150,8 @@ def test_cmyk_is_what_it_looks_like_in_jpeg_and_tiff() -> None:
         ((0, 255, 255, 0), (255, 0, 0)),
         ((0, 0, 0, 200), (55, 55, 55)),
     ):
-        picture = Image.new("CMYK", (8, 8), ink)
-        for file in (saved(picture, "JPEG", quality=100), saved(picture, "TIFF", compression="tiff_lzw")):
+        image = Image.new("CMYK", (8, 8), ink)
+        for file in (saved(image, "JPEG", quality=100), saved(image, "TIFF", compression="tiff_lzw")):
             np.testing.assert_allclose(pixels(file)[4, 4], colour, atol=2)
 
 
@@ -184,9 +184,9 @@ def test_of_several_frames_the_first_is_taken(kind: str) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_pixels_show_the_background(mode: str) -> None:
-    picture = Image.new("RGBA", (8, 8), (10, 20, 30, 0)).convert(mode)
+    image = Image.new("RGBA", (8, 8), (10, 20, 30, 0)).convert(mode)
     options = {"transparency": 0} if mode == "P" else {}
-    stored = prepare(saved(picture, "PNG", **options), config(background="#ff8000"))
+    stored = prepare(saved(image, "PNG", **options), config(background="#ff8000"))
     assert stored.mode == "RGB"
     assert (stored.pixels == [255, 128, 0]).all()
 
@@ -194,23 +194,23 @@ def test_transparent_pixels_show_the_background(mode: str) -> None:
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
 def test_half_transparent_pixels_are_mixed_with_the_background(kind: str) -> None:
     colours, alpha = noise(8, 8, 3), noise(8, 8, 1, seed=1)
-    picture = Image.fromarray(np.concatenate([colours, alpha], axis=-1).astype(np.uint8))
+    image = Image.fromarray(np.concatenate([colours, alpha], axis=-1).astype(np.uint8))
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
     background = np.array([255, 128, 0])
     mixed = (colours * alpha + background * (255 - alpha)) / 255
-    np.testing.assert_allclose(pixels(saved(picture, kind, **options), background="#ff8000"), mixed, atol=0.51)
+    np.testing.assert_allclose(pixels(saved(image, kind, **options), background="#ff8000"), mixed, atol=0.51)
 
 
 def test_transparent_gif_shows_the_background() -> None:
-    picture = Image.new("P", (8, 8), 1)
-    picture.putpalette([200, 0, 0, 0, 200, 0])
-    picture.paste(0, (0, 0, 4, 8))
-    stored = pixels(saved(picture, "GIF", transparency=0), background="#0000ff")
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([200, 0, 0, 0, 200, 0])
+    image.paste(0, (0, 0, 4, 8))
+    stored = pixels(saved(image, "GIF", transparency=0), background="#0000ff")
     assert (stored[:, :4] == [0, 0, 255]).all()
     assert (stored[:, 4:] == [0, 200, 0]).all()
 
 
-def test_colours_hidden_by_transparency_do_not_bleed_when_the_picture_is_made_smaller() -> None:
+def test_colours_hidden_by_transparency_do_not_bleed_when_the_image_is_made_smaller() -> None:
     clear = Image.new("RGBA", (64, 64), (0, 255, 0, 0))
     clear.paste((255, 0, 0, 255), (0, 0, 33, 64))
     assert pixels(saved(clear, "PNG"), background="#ff0000")[..., 1].max() == 0
@@ -231,26 +231,26 @@ def test_grey_over_a_coloured_background_is_colour_only_if_that_shows() -> None:
 
 
 def test_a_profile_of_rgb_is_applied() -> None:
-    picture = blob(5, 8, "RGB")
-    stored = pixels(saved(picture, "PNG", icc_profile=swapped_profile()))
-    np.testing.assert_allclose(stored, np.asarray(picture)[..., ::-1], atol=2)
+    image = blob(5, 8, "RGB")
+    stored = pixels(saved(image, "PNG", icc_profile=swapped_profile()))
+    np.testing.assert_allclose(stored, np.asarray(image)[..., ::-1], atol=2)
     profile = ImageCms.ImageCmsProfile(io.BytesIO(swapped_profile()))
-    direct = ImageCms.profileToProfile(picture, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    direct = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     np.testing.assert_array_equal(stored, np.asarray(direct))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF"])
 def test_profiles_are_found_in_every_format_that_has_them(kind: str) -> None:
-    picture = Image.new("RGB", (8, 8), (220, 90, 20))
+    image = Image.new("RGB", (8, 8), (220, 90, 20))
     options = {"lossless": True} if kind == "WEBP" else {"quality": 95} if kind == "JPEG" else {}
-    stored = pixels(saved(picture, kind, icc_profile=swapped_profile(), **options))
+    stored = pixels(saved(image, kind, icc_profile=swapped_profile(), **options))
     np.testing.assert_allclose(stored[4, 4], (20, 90, 220), atol=5)
 
 
-def test_profiles_reach_palettes_and_transparent_pictures() -> None:
-    picture = Image.new("RGBA", (8, 8), (220, 90, 20, 255))
-    picture.putpixel((0, 0), (0, 0, 0, 0))
-    stored = pixels(saved(picture, "PNG", icc_profile=swapped_profile()), background="#aabbcc")
+def test_profiles_reach_palettes_and_transparent_images() -> None:
+    image = Image.new("RGBA", (8, 8), (220, 90, 20, 255))
+    image.putpixel((0, 0), (0, 0, 0, 0))
+    stored = pixels(saved(image, "PNG", icc_profile=swapped_profile()), background="#aabbcc")
     np.testing.assert_allclose(stored[4, 4], (20, 90, 220), atol=2)
     assert stored[0, 0].tolist() == [0xAA, 0xBB, 0xCC]
     palette = Image.new("RGB", (8, 8), (220, 90, 20)).quantize(4)
@@ -260,8 +260,8 @@ def test_profiles_reach_palettes_and_transparent_pictures() -> None:
 
 def test_srgb_itself_changes_nothing() -> None:
     for mode in ("RGB", "L"):
-        picture = blob(6, 8, mode)
-        np.testing.assert_array_equal(pixels(saved(picture, "PNG", icc_profile=srgb_profile())), np.asarray(picture))
+        image = blob(6, 8, mode)
+        np.testing.assert_array_equal(pixels(saved(image, "PNG", icc_profile=srgb_profile())), np.asarray(image))
 
 
 @pytest.mark.parametrize("depth", [8, 16])
@@ -277,9 +277,9 @@ def test_a_profile_of_grey_is_applied_and_grey_stays_grey(depth: int) -> None:
 
 
 def test_a_profile_of_a_press_is_applied() -> None:
-    picture = Image.new("CMYK", (8, 8))
+    image = Image.new("CMYK", (8, 8))
     for column, black in enumerate(range(0, 256, 36)):
-        picture.paste((0, 0, 0, black), (column, 0, column + 1, 8))
+        image.paste((0, 0, 0, black), (column, 0, column + 1, 8))
     lightness = 100 * (1 - 0.6 * np.arange(0, 256, 36) / 255)
     cube = ((lightness + 16) / 116) ** 3
     light = np.where(cube > 216 / 24389, cube, lightness * 27 / 24389)
@@ -287,16 +287,16 @@ def test_a_profile_of_a_press_is_applied() -> None:
     naive = 255 - np.arange(0, 256, 36)
     assert np.abs(expected - naive).max() > 10
     for kind, options in (("TIFF", {}), ("JPEG", {"quality": 100})):
-        stored = pixels(saved(picture, kind, icc_profile=press_profile(), **options), mode="rgb")
+        stored = pixels(saved(image, kind, icc_profile=press_profile(), **options), mode="rgb")
         np.testing.assert_allclose(stored[4], np.stack([expected] * 3, axis=-1), atol=4)
 
 
 def test_a_profile_for_other_pixels_is_not_applied_and_a_broken_one_refused() -> None:
-    picture = blob(7, 8, "RGB")
-    other = pixels(saved(picture, "PNG", icc_profile=linear_grey_profile()))
-    np.testing.assert_array_equal(other, np.asarray(picture))
-    assert "colour profile" in reason(saved(picture, "PNG", icc_profile=b"no profile at all"))
-    assert "over the limit" in reason(saved(picture, "JPEG", icc_profile=srgb_profile() + bytes(5_000_000)))
+    image = blob(7, 8, "RGB")
+    other = pixels(saved(image, "PNG", icc_profile=linear_grey_profile()))
+    np.testing.assert_array_equal(other, np.asarray(image))
+    assert "colour profile" in reason(saved(image, "PNG", icc_profile=b"no profile at all"))
+    assert "over the limit" in reason(saved(image, "JPEG", icc_profile=srgb_profile() + bytes(5_000_000)))
 
 
 # Orientation.
@@ -329,7 +329,7 @@ def test_every_exif_orientation_is_undone(kind: str, orientation: int) -> None:
     np.testing.assert_allclose(stored.pixels.astype(int), expected.pixels, atol=3 if kind == "JPEG" else 0)
 
 
-def test_sixteen_bit_pictures_are_turned_too() -> None:
+def test_sixteen_bit_images_are_turned_too() -> None:
     samples = noise(8, 8, 3, most=65535)
     exif = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, 6, 0, 0)
     stored = pixels(png_file(samples, "RGB", 16, chunks=[(b"eXIf", exif)]))

@@ -1,4 +1,4 @@
-"""Picture files, some made byte by byte for what Pillow cannot write, and what becomes of them in short words."""
+"""Image files, some made byte by byte for what Pillow cannot write, and what becomes of them in short words."""
 
 import io
 import struct
@@ -40,10 +40,10 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.mean((one.astype(float) - other) ** 2)))
 
 
-def saved(picture: Image.Image, kind: str, **options: object) -> bytes:
-    """The file that Pillow makes of ``picture``."""
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    """The file that Pillow makes of ``image``."""
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Real pictures for tests of what tells real ones from others: small, grey, of ten classes, and always there."""
+"""Real images for tests of what tells real ones from others: small, grey, of ten classes, and always there."""
 
 import gzip
 from functools import cache
@@ -13,13 +13,13 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist has it."""
 
 
-def pictures(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """``count`` photographs of clothes, or else scans of digits, (N, 1, 28, 28) uint8, shuffled, and their classes."""
     return clothes(count, seed) if FASHION.is_dir() else digits(count, seed)
 
 
 def clothes(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Fashion-MNIST, the first of its training pictures."""
+    """Fashion-MNIST, the first of its training images."""
     pixels = _idx(FASHION / "train-images-idx3-ubyte.gz", 16, 784 * count).reshape(-1, 1, 28, 28)
     return _shuffled(pixels, _idx(FASHION / "train-labels-idx1-ubyte.gz", 8, count), count, seed)
 

