@@ -82,4 +82,4 @@ format: $(READY)  ## Format the code and mend what can be mended
 
 clean:  ## Stop the local stack and remove everything that was made, but not your images
 	-$(BIN)/darkroom down
-	rm -rf .darkroom .drill .chaos data runs reports prints $(VENV)
+	rm -rf .darkroom .drill .chaos data runs reports samples $(VENV)

@@ -34,14 +34,14 @@ class RegistryConfig(Config):
     three days without an answer it does not."""
 
 
-class PrintsConfig(Config):
-    """How prints are written to S3, and how the work is spread."""
+class SamplingBatchConfig(Config):
+    """How generated images are written to S3, and how the work is spread."""
 
     format: Literal["png", "tar"] = "png"
     """png: a file for each image. tar: WebDataset shards, one for each chunk, with KEY.png and KEY.json of each."""
     chunk: int | None = Field(None, ge=1, le=2**14, exclude_if=unset)
     """Images in a chunk, which is one task, and one tar: whole compute batches (sampling.compute_batch), the same for
-    all of a batch of prints. Null: four compute batches, and in larger batches as many as make 256 chunks, but no more
+    all of a sampling batch. Null: four compute batches, and in larger batches as many as make 256 chunks, but no more
     than 4096 images."""
     runner: Literal["threads", "processes", "ray"] = "threads"
     """What draws the chunks: threads or processes of this machine, which share its cores, or a Ray cluster, where each
@@ -62,10 +62,10 @@ class RetentionConfig(Config):
     """Versions of a data set recorded within so many days stay."""
     run_days: float | None = Field(90, ge=0)
     """Runs that MLflow has heard of within so many days stay, here and there; null: all."""
-    prints_days: float | None = Field(None, ge=0)
-    """Finished batches of prints written within so many days stay, with their version's run and data; null: all."""
+    batch_days: float | None = Field(None, ge=0)
+    """Finished sampling batches written within so many days stay, with their version's run and data; null: all."""
     unfinished_days: float = Field(7, ge=0)
-    """Batches of prints, and uploads in parts, that have no end and to which nothing was added for so many days go."""
+    """Sampling batches, and uploads in parts, that have no end and to which nothing was added for so many days go."""
     cache_days: float | None = Field(30, ge=0)
     """Fetched shards and weights not used on this machine for so many days go; null: none."""
 
@@ -87,7 +87,7 @@ class Params(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
     registry: RegistryConfig = RegistryConfig()
-    prints: PrintsConfig = PrintsConfig()
+    sampling_batch: SamplingBatchConfig = SamplingBatchConfig()
     retention: RetentionConfig = RetentionConfig()
 
     @model_validator(mode="before")
@@ -143,10 +143,10 @@ class Params(Config):
 
     @model_validator(mode="after")
     def _chunks_are_whole(self) -> "Params":
-        chunk, batch = self.prints.chunk, self.sampling.compute_batch
+        chunk, batch = self.sampling_batch.chunk, self.sampling.compute_batch
         if chunk is not None and chunk % batch:
             raise ValueError(
-                f"prints.chunk = {chunk} cuts compute batches of {batch} images (sampling.compute_batch) in two, "
+                f"sampling_batch.chunk = {chunk} cuts compute batches of {batch} images (sampling.compute_batch), "
                 f"which are drawn whole: use {-(-chunk // batch) * batch}, or leave it out"
             )
         return self

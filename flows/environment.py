@@ -61,7 +61,7 @@ class Settings(BaseSettings):
     home: Path = Path(".darkroom")
     """Folder of the local stack: data, logs, passwords."""
     bucket: str = Field("darkroom", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
-    """Bucket for everything large: the shards (DVC's remote), the local MLflow's artifacts, prints."""
+    """Bucket for everything large: the shards (DVC's remote), the local MLflow's artifacts, generated images."""
     log: Literal["text", "json"] = "text"
     """What commands write while they work: lines for people, or JSON for programs."""
 

@@ -1,8 +1,8 @@
 """The flow ``gc``: what nothing needs any more goes, in two steps with a grace between them.
 
-What registered versions, the ledgers and kept prints lead to stays, whatever its age. What goes is first set aside, so
-that nothing leads to it, and its content goes when ``retention.grace_hours`` have passed; then everything is looked at
-once more. Killed at any moment and given again, it ends the same.
+What registered versions, the ledgers and kept sampling batches lead to stays, whatever its age. What goes is first set
+aside, so that nothing leads to it, and its content goes when ``retention.grace_hours`` have passed; then everything is
+looked at once more. Killed at any moment and given again, it ends the same.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from flows import environment
 from flows.config import Params, RetentionConfig
 from flows.deployment.tasks import step
 from flows.local_stack.discovery import vacuum_deleted_objects
-from flows.retention.batch_items import Prints
+from flows.retention.batch_items import SamplingBatches
 from flows.retention.dataset_items import DataSets
 from flows.retention.policy import Item, Sweep
 from flows.retention.run_items import Machine, Runs, find_live
@@ -45,7 +45,7 @@ def gc(params: Params) -> Collected:
 
 @step
 def collected(params: Params) -> Collected:
-    """Look at everything, then act: first prints and runs, which lead to data, then that."""
+    """Look at everything, then act: first sampling batches and runs, which lead to data, then that."""
     return collect(params.retention, datetime.now(UTC))
 
 
@@ -65,10 +65,10 @@ def sweeps(policy: RetentionConfig, now: datetime) -> Iterator[Sweep]:
     """One kind after the other, each before what it leads to."""
     store, client, source = Store(), MlflowClient(), environment.data_source()
     bucket = environment.settings().bucket
-    prints = Prints(store, bucket, policy, now)
-    live = find_live(client, store, bucket, *prints.kept())
+    batches = SamplingBatches(store, bucket, policy, now)
+    live = find_live(client, store, bucket, *batches.kept())
     runs = Runs(client, live, policy, now)
-    yield prints.sweep()
+    yield batches.sweep()
     yield runs.sweep()
     yield DataSets(store, source, runs.contents() | live.contents, live.unclear, policy, now).sweep()
     yield Machine(environment.settings().folder / "models", runs.gone(), live.weights, policy, now).sweep()

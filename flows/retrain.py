@@ -1,4 +1,4 @@
-"""The flow ``retrain``: from a folder of images to a judged model in the registry and its prints on S3.
+"""The flow ``retrain``: from a folder of images to a judged model in the registry and its images on S3.
 
 It loads no torch and no MLflow before there is something to do: most of the retrainings that a schedule starts find
 nothing new.
@@ -22,7 +22,7 @@ from flows.registry.idempotency import Printing, Request
 if TYPE_CHECKING:
     from flows.retrain_result import Retrained
 
-PRINTS = 64
+SAMPLING_BATCH = 64
 """Images printed unless told."""
 
 
@@ -39,7 +39,7 @@ class Unchanged(Config):
 @flow(name="retrain", flow_run_name="retrain-{params.training.dataset}")
 def retrain(
     params: Params,
-    count: int = PRINTS,
+    count: int = SAMPLING_BATCH,
     seed: int = 0,
     to: str | None = None,
     conditions: Conditions = UNCONDITIONAL,
@@ -49,16 +49,16 @@ def retrain(
 
     Args:
         params: The configuration, as params.yaml has it.
-        count: How many images the champion prints at the end.
-        seed: Of these prints.
+        count: How many images the champion generates at the end.
+        seed: Of these images.
         to: Where they go, s3://BUCKET or s3://BUCKET/PREFIX; default: the usual place in the usual bucket.
         conditions: What they are to show.
         version: Digest of the data set's version to train on, which is brought here; default: the newest, to which
             is added what is new in ingest.source.
     """
-    if params.model.low_resolution is not None and (count, seed, to) != (PRINTS, 0, None):
+    if params.model.low_resolution is not None and (count, seed, to) != (SAMPLING_BATCH, 0, None):
         raise UserError(
-            "a model with model.low_resolution enlarges images and prints none: leave --count, --seed and --to out"
+            "a model with model.low_resolution enlarges images and generates none: leave --count, --seed and --to out"
         )
     with turn(f"retrain-{params.training.dataset}"):
         brought = sync(params, version) if version else None
@@ -74,19 +74,19 @@ def retrain(
         from flows.explain import explain
         from flows.promote import promote
         from flows.registry.dependencies import require_promotable
-        from flows.retrain_result import Retrained, require_printable
+        from flows.retrain_result import Retrained, require_samplable
         from flows.sample import draws, sample
         from flows.train import train
 
         champion = f"models:/{params.model_name}@champion"
-        require_printable(params, manifest, conditions)
+        require_samplable(params, manifest, conditions)
         require_promotable(params)
         training = train(params, restart="if_different")
         evaluate(params)
         verdict = promote(params)
         # The champion may be an earlier model of another kind, and there may be none yet.
         printing = verdict.champion is not None and draws(champion)
-        prints = sample(params, champion, count, seed, to, conditions) if printing else None
+        samples = sample(params, champion, count, seed, to, conditions) if printing else None
         explained = explain(params, verdict.version.uri, params.report_folder / "explain")
 
         done = Retrained(
@@ -94,7 +94,7 @@ def retrain(
             run_id=training.run_id,
             report=params.report_folder / "report.html",
             verdict=verdict,
-            prints=prints,
+            samples=samples,
             explained=explained,
         )
         request.note(done)

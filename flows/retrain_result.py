@@ -13,7 +13,7 @@ from flows.datasets.checkout import CheckedOut
 from flows.explain import Explained
 from flows.ingest import Ingested
 from flows.promote import Verdict
-from flows.sample import Prints
+from flows.sample import SamplingBatchResult
 
 
 class Retrained(Config):
@@ -23,7 +23,7 @@ class Retrained(Config):
     run_id: str
     report: Path
     verdict: Verdict
-    prints: Prints | None
+    samples: SamplingBatchResult | None
     """None if the champion only enlarges images, or there is none."""
     explained: Explained
     skipped: None = None
@@ -35,7 +35,7 @@ class Retrained(Config):
         return f"{self.verdict.version.uri} is {self.verdict.title}: {self.verdict.reason}"
 
 
-def require_printable(params: Params, manifest: Manifest, conditions: Conditions) -> None:
+def require_samplable(params: Params, manifest: Manifest, conditions: Conditions) -> None:
     """Raise UserError, before hours of work, if the model could not be evaluated or sampled under ``conditions``."""
     require_enough(params.dataset_folder)
     classes = classes_of(params.model, manifest.class_histogram)

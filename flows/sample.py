@@ -25,7 +25,7 @@ from diffusion.generation.generation_result import GenerationResult, generate_to
 from diffusion.generation.super_resolution import task_of
 from diffusion.process.samplers import SamplingConfig
 from flows import environment
-from flows.config import Params, PrintsConfig
+from flows.config import Params, SamplingBatchConfig
 from flows.deployment.tasks import step, submitter, task_runner
 from flows.registry import model_versions
 from flows.registry.model_versions import Version
@@ -45,7 +45,7 @@ ATTEMPTS = 3
 """How often a batch that is deleted while it is generated is begun again."""
 
 
-class Prints(Config):
+class SamplingBatchResult(Config):
     """A finished batch."""
 
     uri: str
@@ -71,18 +71,22 @@ def sample(
     to: str | None = None,
     conditions: Conditions = UNCONDITIONAL,
     requests: str | None = None,
-) -> Prints:
+) -> SamplingBatchResult:
     """Generate ``count`` images of ``seed`` under ``conditions`` with the version that ``model`` names now.
 
     ``model`` is models:/NAME@ALIAS or models:/NAME/NUMBER; ``to`` is s3://BUCKET for its usual place there
-    (prints/MODEL/VERSION/BATCH/), or s3://BUCKET/PREFIX for exactly that place. ``requests``, instead of a count: a
+    (samples/MODEL/VERSION/BATCH/), or s3://BUCKET/PREFIX for exactly that place. ``requests``, instead of a count: a
     table (.csv, .jsonl or .parquet; a path or s3://…) with a row for each image, and a label or a prompt in it.
     """
     version, weights = fetch(model)
     for _ in range(ATTEMPTS):
-        batch, place = begin(version, weights, params.sampling, params.prints, count, seed, to, conditions, requests)
+        batch, place = begin(
+            version, weights, params.sampling, params.sampling_batch, count, seed, to, conditions, requests
+        )
         try:
-            cost = print_chunks.with_options(task_runner=task_runner(params.prints))(params, batch, place, version)
+            cost = generate_chunks.with_options(task_runner=task_runner(params.sampling_batch))(
+                params, batch, place, version
+            )
         except Missing:
             if not generate_batch.is_deleted(Store(), place):
                 raise
@@ -108,7 +112,7 @@ def generate(
     """Generate the images of a request into a folder of this machine.
 
     ``fields`` are those of a ``GenerationRequest``, without the images that lie in the files ``image`` and ``mask``.
-    ``model`` is models:/NAME@ALIAS or models:/NAME/NUMBER, and ``output`` the folder; None: a new one in prints/.
+    ``model`` is models:/NAME@ALIAS or models:/NAME/NUMBER, and ``output`` the folder; None: a new one in samples/.
     """
     version, weights = fetch(model)
     return answer(params, version, weights, fields, image, mask, output)
@@ -133,7 +137,7 @@ def begin(
     version: Version,
     weights: Path,
     sampling: SamplingConfig,
-    config: PrintsConfig,
+    config: SamplingBatchConfig,
     count: int | None,
     seed: int,
     to: str | None,
@@ -153,14 +157,14 @@ def begin(
 
 
 @flow(name="print chunks")
-def print_chunks(params: Params, batch: Batch, place: Location, version: Version) -> Cost:
+def generate_chunks(params: Params, batch: Batch, place: Location, version: Version) -> Cost:
     """Draw what is not there yet; each chunk is a task of its own, and few of them are begun ahead."""
-    config = params.prints
+    config = params.sampling_batch
     began, missing, chunks = time.monotonic(), generate_batch.unfinished(Store(), batch, place), batch.chunks()
     show, works = bar("printing"), list[Work]()
     done = batch.count - sum(len(chunks[chunk]) for chunk in missing)
     show("images printed", done, batch.count)
-    submit = submitter(print_chunk, config, gpu=resolve_device(batch.sampling.device).type == "cuda")
+    submit = submitter(generate_chunk, config, gpu=resolve_device(batch.sampling.device).type == "cuda")
     begun = (submit(batch, place, version, chunk, config) for chunk in missing)
     for chunk, work in zip(missing, in_order(begun, 2 * config.workers), strict=True):
         works.append(work)
@@ -170,18 +174,18 @@ def print_chunks(params: Params, batch: Batch, place: Location, version: Version
 
 
 @step
-def print_chunk(batch: Batch, place: Location, version: Version, chunk: int, config: PrintsConfig) -> Work:
+def generate_chunk(batch: Batch, place: Location, version: Version, chunk: int, config: SamplingBatchConfig) -> Work:
     """Draw a chunk's images and put them on S3, their part of the manifest last; a finished one is left."""
     store = Store()
     weights = model_versions.fetch_weights(version, environment.settings().folder / "models")
     table = generate_batch.table_of(store, batch, place)
     # A task on Ray is given one core; here the chunks share what there is.
     at_once = 1 if config.runner == "ray" else max(cores() // config.workers, 1)
-    return generate_batch.print_chunk(store, batch, place, weights, chunk, table, at_once)
+    return generate_batch.generate_chunk(store, batch, place, weights, chunk, table, at_once)
 
 
 @step
-def finish(batch: Batch, place: Location, cost: Cost) -> Prints | None:
+def finish(batch: Batch, place: Location, cost: Cost) -> SamplingBatchResult | None:
     """Write the manifest of all parts, and ``_SUCCESS`` after everything else; say what it took.
 
     Returns None if images were deleted meanwhile.
@@ -189,9 +193,9 @@ def finish(batch: Batch, place: Location, cost: Cost) -> Prints | None:
     store = Store()
     if not generate_batch.finish(store, batch, place):
         return None
-    sheet = Path("prints", batch.model, str(batch.version), f"{batch.name}.png")
+    sheet = Path("samples", batch.model, str(batch.version), f"{batch.name}.png")
     save_png(sheet, grid(torch.stack([_pixels(png) for png in _first(store, batch, place)])))
-    done = Prints(
+    done = SamplingBatchResult(
         uri=f"{place}/",
         model=f"models:/{batch.model}/{batch.version}",
         count=batch.count,
@@ -202,7 +206,7 @@ def finish(batch: Batch, place: Location, cost: Cost) -> Prints | None:
     )
     create_markdown_artifact(
         f"{batch.count:,} images of {done.model} in `{done.uri}`, manifest `{done.manifest}`\n\n{cost.words}",
-        key="prints",
+        key="samples",
     )
     return done
 

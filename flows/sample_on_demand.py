@@ -1,4 +1,4 @@
-"""The flow ``sample-on-demand``: prints by a form in Prefect's UI."""
+"""The flow ``sample-on-demand``: images by a form in Prefect's UI."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,10 +7,10 @@ from pydantic import Field
 
 from diffusion.generation.config import Conditions
 from diffusion.process.samplers import SamplingConfig, sampling_config
-from flows.config import Params, PrintsConfig
+from flows.config import Params, SamplingBatchConfig
 
 if TYPE_CHECKING:
-    from flows.sample import Prints
+    from flows.sample import SamplingBatchResult
 
 
 @flow(name="sample-on-demand", flow_run_name="{count}-of-{model}")
@@ -23,8 +23,8 @@ def sample_on_demand(
     prompts: tuple[str, ...] = (),
     negative_prompt: str | None = None,
     sampling: SamplingConfig = sampling_config(),  # noqa: B008 (frozen)
-    prints: PrintsConfig = PrintsConfig(),  # noqa: B008
-) -> "Prints":
+    sampling_batch: SamplingBatchConfig = SamplingBatchConfig(),  # noqa: B008
+) -> "SamplingBatchResult":
     """Print images of a registered model to S3, with a manifest.
 
     Args:
@@ -36,11 +36,11 @@ def sample_on_demand(
         prompts: What to show, in turns, for a model that was told captions.
         negative_prompt: What not to show; it needs guidance in sampling, say 3.
         sampling: How images are drawn.
-        prints: How they are written, and by how many workers.
+        sampling_batch: How they are written, and by how many workers.
     """
     from flows.deployment.tasks import ended
     from flows.sample import sample
 
     conditions = Conditions(labels=labels, prompts=prompts, negative_prompt=negative_prompt)
-    done = sample(Params(sampling=sampling, prints=prints), model, count, seed, to, conditions)
+    done = sample(Params(sampling=sampling, sampling_batch=sampling_batch), model, count, seed, to, conditions)
     return ended(done, f"{done.count} images of {done.model} in {done.uri}")

@@ -47,8 +47,8 @@ class TakenDown(Config):
 def takedown(params: Params, selection: Selection, reason: str, purge: bool = False) -> TakenDown:
     """Remove what ``selection`` means from the data set ``training.dataset``; name and mark what was made from it.
 
-    Runs and model versions get the tag ``darkroom.takedown`` and a note. Prints are named, and stay: they are other
-    images. ``purge`` clears caches, remote copies and pages that show images of the versions that held them.
+    Runs and model versions get the tag ``darkroom.takedown`` and a note. Generated images are named, and stay: they are
+    other images. ``purge`` clears caches, remote copies and pages that show images of the versions that held them.
     Killed at any moment and given again, it ends the same.
     """
     removal = remove(params, selection, reason)
@@ -145,7 +145,7 @@ def report(done: TakenDown) -> None:
     named = [
         *(f"| run | {run.run_id} | {escape_markdown(run.name)} |" for run in derived.runs),
         *(f"| model | {model.uri} | {escape_markdown(', '.join(model.aliases))} |" for model in derived.models),
-        *(f"| prints | {escape_markdown(uri)} | |" for uri in derived.prints),
+        *(f"| samples | {escape_markdown(uri)} | |" for uri in derived.samples),
         *(f"| perhaps | run {run_id} | its version of the data set is not known |" for run_id in derived.unclear_runs),
         *(f"| perhaps | version {digest[:12]} | its tables are gone |" for digest in done.unknown),
     ]

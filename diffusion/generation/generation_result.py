@@ -64,7 +64,7 @@ def generate_to_folder(
 ) -> GenerationResult:
     """Generate the images of ``request`` with the model in the file ``weights`` into the folder ``output``.
 
-    The default folder lies in prints/ and is named for model and request. ``origin`` says where the model comes from,
+    The default folder lies in samples/ and is named for model and request. ``origin`` says where the model comes from,
     and goes into each image. Each file in the folder is whole; what ``request.json`` says of the images is written
     last. Raises UserError as ``answer`` does, and if the folder holds the answer to another request.
     """
@@ -82,7 +82,7 @@ def generate_to_folder(
     )
     if output is None:
         name = f"{request.task}-{digest_of([about.request, how.model_dump(mode='json', exclude_none=True)])[:8]}"
-        output = Path("prints", model.header.dataset, digest[:8], name)
+        output = Path("samples", model.header.dataset, digest[:8], name)
     _require_own(output, about)
     [images] = answer(model, [request], sampling, progress)
     write_json(output / ABOUT, about.model_dump(mode="json", exclude_none=True))

@@ -40,7 +40,7 @@ Model = Annotated[
     ),
 ]
 OutFolder = Annotated[
-    Path | None, typer.Option("--out", metavar="FOLDER", help="Folder to write to; default: a new one in prints/.")
+    Path | None, typer.Option("--out", metavar="FOLDER", help="Folder to write to; default: a new one in samples/.")
 ]
 Count = Annotated[int, typer.Option("--count", min=1, help="Number of images.")]
 LARGEST_SEED = 2**63 - 1

@@ -262,7 +262,7 @@ def _what_went(done: "TakenDown") -> list[str]:
         *(f"near-copy  {key} stays" for key in removal.near_copies),
         *(f"run        {run.run_id} ({run.name})" for run in derived.runs),
         *(f"model      {model.uri}" + "".join(f" @{alias}" for alias in model.aliases) for model in derived.models),
-        *(f"samples    {uri}" for uri in derived.prints),
+        *(f"samples    {uri}" for uri in derived.samples),
         *(f"unclear    run {run_id}: its version of the data set is not known" for run_id in derived.unclear_runs),
         *(
             [

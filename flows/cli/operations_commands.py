@@ -82,12 +82,12 @@ def gc(
         bool, typer.Option("--dry-run", help="Only say what would go, how much it is, and why the rest stays.")
     ] = False,
 ) -> CommandOutput:
-    """Take away old data versions, runs, prints and caches, as the section `retention` of params.yaml says.
+    """Take away old data versions, runs, sampling batches and caches, as the section `retention` of params.yaml says.
 
-    What registered versions, their ledgers and kept prints lead to stays. The rest goes in two steps: it is set aside,
-    and its content goes when retention.grace_hours have passed and the command is given again.
+    What registered versions, their ledgers and kept sampling batches lead to stays. The rest goes in two steps: it is
+    set aside, and its content goes when retention.grace_hours have passed and the command is given again.
 
-    Example:  darkroom gc --dry-run --set retention.prints_days=180
+    Example:  darkroom gc --dry-run --set retention.batch_days=180
     """
     if dry_run:
         with connect("mlflow", "s3"):

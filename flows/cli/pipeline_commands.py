@@ -36,7 +36,7 @@ To = Annotated[
     typer.Option(
         "--to",
         metavar="S3_URI",
-        help="s3://BUCKET (then prints/MODEL/VERSION/BATCH/ in it) or s3://BUCKET/PREFIX; default: the stack's bucket.",
+        help="s3://BUCKET (then samples/MODEL/VERSION/BATCH/ in it) or s3://BUCKET/PREFIX; default: our bucket.",
     ),
 ]
 Labels = Annotated[
@@ -310,7 +310,7 @@ def sample(
 
     Example:  darkroom sample --count 16 --prompt "a red bird" --set sampling.guidance=3
 
-    Example:  darkroom sample --requests birds.csv --set prints.format=tar --set prints.runner=processes
+    Example:  darkroom sample --requests birds.csv --set sampling_batch.format=tar --set sampling_batch.runner=processes
 
     Example:  darkroom sample --model runs/faces/final.safetensors --out faces
     """
@@ -388,7 +388,7 @@ def retrain(
 def _retrained(found: dict[str, Any]) -> Iterator[str]:
     """Describe a retraining for people."""
     data = found["data"].get("result", found["data"])
-    verdict, prints = found["verdict"], found["prints"]
+    verdict, samples = found["verdict"], found["samples"]
     version = verdict["version"]
     title = "champion" if verdict["promoted"] else {"hold": "challenger", "reject": "rejected"}[verdict["verdict"]]
     if found["skipped"]:
@@ -397,9 +397,9 @@ def _retrained(found: dict[str, Any]) -> Iterator[str]:
     yield f"run        {found['run_id']}"
     yield f"report     {found['report']}"
     yield f"model      models:/{version['model']}/{version['number']}, {title}: {verdict['reason']}"
-    if prints is not None:
-        yield f"samples    {prints['uri']}"
-        yield f"look at    {prints['contact_sheet']}"
+    if samples is not None:
+        yield f"samples    {samples['uri']}"
+        yield f"look at    {samples['contact_sheet']}"
     elif verdict["champion"] is not None:
         yield "samples    none: this model enlarges images, see `darkroom edit upscale --help`"
     else:

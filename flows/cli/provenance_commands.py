@@ -21,7 +21,7 @@ What = Annotated[
     str,
     typer.Argument(
         metavar="IMAGE|BATCH",
-        help="A print's address, s3://…/00000007.png or s3://…/prints-00000.tar/00000007.png, a copy of it, or its "
+        help="Address of an image, s3://…/00000007.png or s3://…/samples-00000.tar/00000007.png, a copy of it, or its "
         "batch's address.",
     ),
 ]
@@ -34,7 +34,7 @@ def trace(what: What) -> CommandOutput:
 
     What does not hold (altered, deleted, lost) is named at the end, and the exit code is 1.
 
-    Example:  darkroom trace s3://darkroom/prints/faces/3/seed7-count64-dpmpp_2m_sde16-af14cd24/00000007.png
+    Example:  darkroom trace s3://darkroom/samples/faces/3/seed7-count64-dpmpp_2m_sde16-af14cd24/00000007.png
     """
     with connect("mlflow", "s3"):
         from flows.provenance.trace import trace
@@ -65,7 +65,7 @@ def reproduce(
     another one the difference is named, with the largest error of a pixel. Code that is not what was registered is not
     run: exit code 2.
 
-    Example:  darkroom reproduce s3://darkroom/prints/faces/3/seed7-count64-dpmpp_2m_sde16-af14cd24/00000007.png
+    Example:  darkroom reproduce s3://darkroom/samples/faces/3/seed7-count64-dpmpp_2m_sde16-af14cd24/00000007.png
     """
     with connect("mlflow", "s3"):
         from flows.provenance.reproduce import reproduce
@@ -97,7 +97,7 @@ def _chain(found: "Trace") -> Iterator[str]:
 
 def _image(image: "TracedImage") -> Iterator[str]:
     state = {True: "as it was printed", False: "no longer what was printed", None: "its printing is not on record"}
-    yield f"{image.where}, {state[image.as_printed]}"
+    yield f"{image.where}, {state[image.as_generated]}"
     yield f"number {image.index} of seed {image.seed}, sha256 {image.sha256}"
     shows = [f"{name} {text!r}" for name, text in (("class", image.label), ("prompt", image.prompt)) if text]
     if shows:

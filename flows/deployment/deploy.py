@@ -65,7 +65,7 @@ def deploy(
         "MODEL": params.model_name,
         "PARAMS": params.model_dump(mode="json"),
         "SAMPLING": params.sampling.model_dump(mode="json"),
-        "PRINTS": params.prints.model_dump(mode="json"),
+        "SAMPLING_BATCH": params.sampling_batch.model_dump(mode="json"),
         "WORKSPACE": str(workspace),
         "POOL": pool,
         "TRAINING_POOL": training_pool,

@@ -166,7 +166,7 @@ def backup(target: Path, progress: Progress = silent) -> Backup:
             for each in store.list_objects(stack.bucket)
             if not each.key.startswith(PASSING)
             if each.key in ledgers or not each.key.startswith("ledger/")
-            if each.written <= made or not each.key.startswith("prints/")
+            if each.written <= made or not each.key.startswith("samples/")
         ]
         done = Backup(
             made=stamped(made),

@@ -63,12 +63,14 @@ def _s3() -> list[str]:
     server, bucket = named("AWS_ENDPOINT_URL_S3"), settings().bucket
     store = Store(client(attempts=1, read_timeout=3))
     # One key, so that the answer is as small where a million lie beside it.
-    list(store.list_keys(bucket, f"prints/{PROBE}"))
+    list(store.list_keys(bucket, f"samples/{PROBE}"))
     try:
-        store.require_conditional_puts(bucket, "prints")
-        conditional = honours_conditional_completion(store, bucket, "prints")
+        store.require_conditional_puts(bucket, "samples")
+        conditional = honours_conditional_completion(store, bucket, "samples")
     except Denied:
-        return ["s3: these keys may not write to prints/, so it was not tried whether the server honours If-None-Match"]
+        return [
+            "s3: these keys may not write to samples/, so it was not tried whether the server honours If-None-Match"
+        ]
     if conditional:
         return []
     return [

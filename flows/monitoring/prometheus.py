@@ -30,8 +30,8 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "darkroom_flow_runs_last_day": ("flow runs that ended within 24 hours", ("flow", "state")),
     "darkroom_flow_last_success_timestamp_seconds": ("when a run of the flow last ended well", ("flow",)),
     "darkroom_flow_last_success_seconds": ("how long that run took", ("flow",)),
-    "darkroom_prints_last_batch_images": ("images asked of the last batch that was finished", ()),
-    "darkroom_prints_last_batch_images_per_second": ("the same by the time that its flow run took", ()),
+    "darkroom_samples_last_batch_images": ("images asked of the last batch that was finished", ()),
+    "darkroom_samples_last_batch_images_per_second": ("the same by the time that its flow run took", ()),
     "darkroom_workers_online": ("workers that serve the work pool", ("pool",)),
     "darkroom_concurrency_limit": ("how many may hold the limit at once", ("limit",)),
     "darkroom_concurrency_active": ("how many hold it", ("limit",)),
@@ -133,14 +133,14 @@ def state_of(run: Mapping[str, Any]) -> str:
 
 
 def succeeded(flow: str, run: Mapping[str, Any]) -> Iterator[Sample]:
-    """What the last good run of a flow says; of prints also how fast they were."""
+    """What the last good run of a flow says; of sampling also how fast they were."""
     seconds = float(run["total_run_time"])
     yield "darkroom_flow_last_success_timestamp_seconds", (flow,), datetime.fromisoformat(run["end_time"]).timestamp()
     yield "darkroom_flow_last_success_seconds", (flow,), seconds
     count = run.get("parameters", {}).get("count")
     if flow == "sample" and isinstance(count, int) and seconds > 0:
-        yield "darkroom_prints_last_batch_images", (), count
-        yield "darkroom_prints_last_batch_images_per_second", (), count / seconds
+        yield "darkroom_samples_last_batch_images", (), count
+        yield "darkroom_samples_last_batch_images_per_second", (), count / seconds
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class TracedImage(Config):
     label: str | None
     """The class that it was to show."""
     prompt: str | None
-    as_printed: bool | None
+    as_generated: bool | None
     """Whether it equals its row in the manifest; None if there is none."""
 
 
@@ -196,7 +196,7 @@ class _Walk:
             seed=printed.origin.seed,
             label=_text(row and row.get("label")),
             prompt=_text(row and row.get("prompt")),
-            as_printed=None if row is None else row["sha256"] == image.sha256,
+            as_generated=None if row is None else row["sha256"] == image.sha256,
         )
 
     def tags(self, model: TracedModel | None, run: Run | None) -> Tags:

@@ -61,7 +61,7 @@ class Derived(Config):
 
     runs: list[DerivedRun]
     models: list[DerivedModel]
-    prints: list[str]
+    samples: list[str]
     """Batches at their usual place on S3, which are named and not deleted: they are other images."""
     unclear_runs: list[str]
     """Runs on versions of the data set that are known neither here nor in the catalogue."""
@@ -104,7 +104,7 @@ def find_derived(dataset: str, contents: Iterable[str], known: Iterable[str], bu
             )
             for (name, number), model in sorted(models.items())
         ],
-        prints=[uri for name, number in sorted(models) for uri in _prints(bucket, name, number)],
+        samples=[uri for name, number in sorted(models) for uri in _sample_uris(bucket, name, number)],
         unclear_runs=sorted(
             run.info.run_id
             for run in _runs(client, "darkroom.dataset", dataset)
@@ -202,8 +202,8 @@ def _versions(
     return {(model.name, int(model.version)): model for model in found}
 
 
-def _prints(bucket: str, model: str, number: int) -> list[str]:
-    keys = Store().list_keys(bucket, f"prints/{model}/{number}/")
+def _sample_uris(bucket: str, model: str, number: int) -> list[str]:
+    keys = Store().list_keys(bucket, f"samples/{model}/{number}/")
     return [f"s3://{bucket}/{key.removesuffix(BATCH)}/" for key in keys if key.endswith(BATCH)]
 
 

@@ -1,1 +1,1 @@
-"""What may go: versions of data sets, runs, prints and files that nothing needs any more, and what keeps the rest."""
+"""Garbage collection: data set versions, runs, sampling batches and files that nothing needs any more."""

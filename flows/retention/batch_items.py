@@ -1,4 +1,4 @@
-"""Old batches of prints, and uploads in parts that were never finished.
+"""Old sampling batches, and uploads in parts that were never finished.
 
 A batch that goes is first marked, under ``deleted/``, and its objects go when the grace is over. The mark stays for
 ``MARK_DAYS``: sampling looks for it when it begins and when it ends, and uses a prefix without one. So however long a
@@ -57,7 +57,7 @@ def in_order(place: Location, keys: list[str]) -> list[list[str]]:
     return [[key for key in keys if stage(key) == number] for number in range(6)]
 
 
-class Prints:
+class SamplingBatches:
     """The batches in ``bucket`` at their usual place; what was printed elsewhere is its owner's business."""
 
     def __init__(self, store: Store, bucket: str, policy: RetentionConfig, now: datetime) -> None:
@@ -90,7 +90,7 @@ class Prints:
             for each in uploads(self.store, Location(self.bucket))
         ]
         items = [
-            Item(kind="batches of prints", name=str(batch.place), bytes=batch.bytes, fate=fate, why=why)
+            Item(kind="sampling batches", name=str(batch.place), bytes=batch.bytes, fate=fate, why=why)
             for batch, (fate, why) in zip(self.found, self.fates, strict=True)
         ] + [
             Item(kind="unfinished uploads", name=f"s3://{self.bucket}/{key}", bytes=None, fate=fate, why=why)
@@ -115,10 +115,10 @@ class Prints:
         if batch.deleted is not None:
             over = self.now - batch.deleted >= policy.grace
             return "goes" if over else "set aside", f"since {batch.deleted:%Y-%m-%d %H:%M} UTC"
-        if older(batch.newest, policy.prints_days, self.now):
-            return "set aside", f"{age(batch.newest, self.now)}, retention.prints_days is {policy.prints_days:g}"
+        if older(batch.newest, policy.batch_days, self.now):
+            return "set aside", f"{age(batch.newest, self.now)}, retention.batch_days is {policy.batch_days:g}"
         if batch.finished:
-            return "stays", "finished" if policy.prints_days is None else f"within {policy.prints_days:g} days"
+            return "stays", "finished" if policy.batch_days is None else f"within {policy.batch_days:g} days"
         if older(batch.newest, policy.unfinished_days, self.now):
             return "set aside", f"unfinished, and nothing came for {age(batch.newest, self.now).removesuffix(' old')}"
         return "stays", f"unfinished, within {policy.unfinished_days:g} days"
@@ -154,7 +154,7 @@ class Prints:
 
     def _batches(self) -> list[Found]:
         found: dict[str, Found] = {}
-        for each in self.store.list_objects(self.bucket, "prints/"):
+        for each in self.store.list_objects(self.bucket, "samples/"):
             if named := BATCH.fullmatch(each.key):
                 batch = found.setdefault(named[1], Found(Location(self.bucket, named[1]), each.written))
                 batch.bytes += each.size

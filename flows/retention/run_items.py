@@ -74,7 +74,7 @@ def find_live(
             # Somebody deleted the version; what the ledger says of it stands on the run all the same.
             runs |= dict.fromkeys(_logged_by(client, digest), f"the ledger names models:/{model}/{number}")
     for batch in kept:
-        where = f"prints of models:/{batch.model}/{batch.version}"
+        where = f"samples of models:/{batch.model}/{batch.version}"
         runs.setdefault(batch.run_id, f"made what drew {where}")
         contents.setdefault(batch.content_digest, f"{where} lead to it")
     # What a registered version leads to is known, whatever lies in its batches.

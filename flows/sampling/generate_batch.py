@@ -29,7 +29,7 @@ from diffusion.generation.generate import check_prompts, check_sampling, label_n
 from diffusion.models.text_encoder import check_encoder
 from diffusion.process.samplers import SamplingConfig
 from flows import environment
-from flows.config import PrintsConfig
+from flows.config import SamplingBatchConfig
 from flows.registry.model_versions import Version
 from flows.sampling import sampling_batch
 from flows.sampling.lookup import read_parts, success_of
@@ -93,7 +93,7 @@ Write = Callable[[Drawn], bytes]
 """Puts images where they belong; returns their part of the manifest."""
 
 
-def print_chunk(
+def generate_chunk(
     store: Store, batch: Batch, place: Location, weights: Path, chunk: int, table: RequestTable | None, at_once: int
 ) -> Work:
     """Draw a chunk's images and put them on S3, their part of the manifest last; a chunk that is whole is left.
@@ -269,7 +269,7 @@ def plan(
     version: Version,
     weights: Path,
     sampling: SamplingConfig,
-    config: PrintsConfig,
+    config: SamplingBatchConfig,
     count: int | None,
     seed: int,
     conditions: Conditions,
@@ -313,7 +313,11 @@ def plan(
 
 
 def _require_sense(
-    sampling: SamplingConfig, config: PrintsConfig, count: int | None, conditions: Conditions, requests: str | None
+    sampling: SamplingConfig,
+    config: SamplingBatchConfig,
+    count: int | None,
+    conditions: Conditions,
+    requests: str | None,
 ) -> None:
     if count is not None and count < 1:
         raise UserError(f"count {count}: ask for at least one image")
@@ -323,7 +327,8 @@ def _require_sense(
         raise UserError(f"{requests} says what each image is to show: leave labels and prompts out, or the table")
     if config.runner == "threads" and config.workers > 1 and resolve_device(sampling.device).type == "cuda":
         raise UserError(
-            f"prints.workers = {config.workers} does nothing on a GPU with prints.runner = threads, as one chunk keeps "
+            f"sampling_batch.workers = {config.workers} does nothing on a GPU with runner = threads, as one chunk "
+            "keeps "
             "it busy: set it to 1, or use processes"
         )
 
@@ -352,7 +357,7 @@ def _table(
 
 def usual_place(store: Store, batch: Batch, bucket: str) -> Location:
     """Where ``batch`` lies in ``bucket`` unless told: the first of its prefixes that no deletion is marked in."""
-    folder = Location(bucket) / "prints" / batch.model / str(batch.version)
+    folder = Location(bucket) / "samples" / batch.model / str(batch.version)
     names = (batch.name if number == 1 else f"{batch.name}.{number}" for number in itertools.count(1))
     return next(place for name in names if not is_deleted(store, place := folder / name))
 
@@ -362,7 +367,7 @@ def begin(store: Store, batch: Batch, place: Location, table: RequestTable | Non
 
     Raises UserError for a server that would let two jobs overwrite each other.
     """
-    store.require_conditional_puts(place.bucket, "prints")
+    store.require_conditional_puts(place.bucket, "samples")
     abort_uploads(store, Location(place.bucket, place.key("")), ABANDONED)
     about, data = place.key(BATCH), batch.json_bytes()
     try:
@@ -373,7 +378,7 @@ def begin(store: Store, batch: Batch, place: Location, table: RequestTable | Non
         if other := found.fingerprint.differences(batch.fingerprint):
             how = f"begun under another fingerprint ({other})"
         elif found.model_copy(update={"chunk": batch.chunk}) == batch:
-            how = f"cut into chunks of {found.chunk_size} images (prints.chunk), and this is into {batch.chunk_size}"
+            how = f"in chunks of {found.chunk_size} images (sampling_batch.chunk), and this has {batch.chunk_size}"
         raise Held(
             f"{place} holds a batch {how}: finish it where and as it was begun, or give --to another prefix"
         ) from error

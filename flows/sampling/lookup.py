@@ -120,7 +120,7 @@ def find(where: str, store: Store, bucket: str) -> Printed:
     at = Location.parse(where)
     if not at.prefix.endswith(".png"):
         if (batch := _read_batch(store, at)) is None:
-            raise UserError(f"{where} holds no {BATCH}: give the prefix of a batch of prints, or one of its images")
+            raise UserError(f"{where} holds no {BATCH}: give the prefix of a sampling batch, or one of its images")
         return Printed(where, None, batch, at)
     folder, _, name = at.prefix.rpartition("/")
     if folder.endswith(".tar"):
@@ -169,7 +169,7 @@ def _in_tar(where: str, tar: Location, name: str, store: Store) -> Printed:
     batch, number = _read_batch(store, place), NUMBERED.fullmatch(name)
     index = int(number[1]) if number else -1
     if batch is None or not 0 <= index < batch.count or place.key(batch.key(index)) != f"{tar.prefix}/{name}":
-        raise UserError(f"{where} is no image of a batch of prints: give one of the keys in its manifest")
+        raise UserError(f"{where} is no image of a sampling batch: give one of the keys in its manifest")
     row = _read_row(store, place, batch, index)
     png = read_image(store, place, batch, index, row)
     return Printed(where, StoredImage(png, _origin(png), index, row), batch, place)
@@ -216,7 +216,7 @@ def _requested(where: str, png: bytes, origin: Origin) -> Printed:
 
 
 def _batches_of(origin: Origin, store: Store, bucket: str) -> Iterator[tuple[Batch, Location]]:
-    usual = Location(bucket) / "prints" / origin.model / str(origin.version)
+    usual = Location(bucket) / "samples" / origin.model / str(origin.version)
     for key in store.list_keys(usual.bucket, usual.key("")):
         folder, _, name = key.rpartition("/")
         try:

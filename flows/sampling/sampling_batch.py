@@ -1,4 +1,4 @@
-"""Prints: images of a model version on S3, written once, with a manifest that leads back to the data.
+"""Sampling batches: images of a model version on S3, written once, with a manifest that leads back to the data.
 
 A batch lies under one prefix: ``batch.json`` (what was asked for) first, with ``requests.parquet`` if that is a
 table, then the images, as files or as a tar per chunk, and a part of the manifest per chunk, then
@@ -52,11 +52,11 @@ LARGEST_CHUNK = 4096
 """Images in a chunk, unless the configuration says otherwise: what a chunk's manifest holds is held in memory."""
 DELETED = "deleted"
 """Prefix of the marks of batches that are being deleted, or were: not beside them, where those who sample may write."""
-USUAL = re.compile(r"prints/[^/]+/[0-9]{1,10}/[^/]+")
+USUAL = re.compile(r"samples/[^/]+/[0-9]{1,10}/[^/]+")
 """Prefix of a batch that was not sent elsewhere."""
 RESUMED = "resumed"
 """Prefix of the marks by which jobs that go on with an unfinished batch show that it is not abandoned."""
-CHUNK_OBJECT = re.compile(r"(?P<image>\d{8,})\.png|prints-(?P<tar>\d{5,})\.tar|manifest/part-(?P<part>\d{5,})\.jsonl")
+CHUNK_OBJECT = re.compile(r"(?P<image>\d{8,})\.png|samples-(?P<tar>\d{5,})\.tar|manifest/part-(?P<part>\d{5,})\.jsonl")
 """Objects of a chunk, by their names inside a batch."""
 MOST_IMAGES = 10**8
 """Images of a batch: their numbers have eight digits."""
@@ -194,7 +194,7 @@ def image_key(index: int) -> str:
 
 def tar_key(chunk: int) -> str:
     """Name of a chunk's tar inside its batch."""
-    return f"prints-{chunk:05d}.tar"
+    return f"samples-{chunk:05d}.tar"
 
 
 def part_key(chunk: int) -> str:

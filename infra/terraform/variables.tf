@@ -1,5 +1,5 @@
 variable "bucket" {
-  description = "Name of the bucket for shards, artifacts, ledger and prints (DARKROOM_BUCKET)."
+  description = "Name of the bucket for shards, artifacts, ledger and samples (DARKROOM_BUCKET)."
   type        = string
 
   validation {

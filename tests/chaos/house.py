@@ -181,7 +181,7 @@ class Site(Workspace):
         client = MlflowClient(self.variables["MLFLOW_TRACKING_URI"])
         runs = client.search_runs([client.get_experiment_by_name(self.name).experiment_id])
         losses = client.get_metric_history(done["run_id"], "loss")
-        printed = self.house.objects(done["prints"]["uri"].removeprefix(f"s3://{self.house.stack.bucket}/"))
+        printed = self.house.objects(done["samples"]["uri"].removeprefix(f"s3://{self.house.stack.bucket}/"))
         table = pq.read_table(io.BytesIO(printed["manifest.parquet"])).to_pylist()
         return {
             "champion": client.get_model_version_by_alias(self.name, "champion").version,

@@ -32,7 +32,7 @@ from tests.flows.workspace import running
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STRICT = {
-    "data_versions": 1, "data_days": 0, "run_days": 0, "prints_days": 0, "cache_days": 0, "grace_hours": 0,
+    "data_versions": 1, "data_days": 0, "run_days": 0, "batch_days": 0, "cache_days": 0, "grace_hours": 0,
 }  # fmt: skip
 GC = ("gc", *(word for name, value in STRICT.items() for word in ("--set", f"retention.{name}={value}")))
 TAKEDOWN = ("data", "remove", "odd/00*.png", "--reason", "consent withdrawn", "--purge", "--yes")

@@ -9,7 +9,7 @@ from tests.left_behind import descendants, left_behind, new_mark
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-SPREAD = ("--set", "ingest.runner=processes", "--set", "prints.runner=processes")
+SPREAD = ("--set", "ingest.runner=processes", "--set", "sampling_batch.runner=processes")
 
 
 def killed_alone(site: Site, *command: str, running: int) -> list[str]:
@@ -56,4 +56,4 @@ def test_a_training_and_a_sampling_killed_alone_leave_no_process(site: Site) -> 
     site.json(*site.retraining)
     sample = ("sample", "--model", f"models:/{site.name}@champion", "--count", "4096")
     for runner, running in {"processes": 3, "ray": 6}.items():
-        assert killed_alone(site, *sample, "--set", f"prints.runner={runner}", running=running) == []
+        assert killed_alone(site, *sample, "--set", f"sampling_batch.runner={runner}", running=running) == []

@@ -58,10 +58,10 @@ def test_a_server_that_takes_nothing_is_one_line_and_the_same_command_goes_on(
     words = {Fault.BUSY: (1, "answered SlowDown"), Fault.DENIED: (2, "denies access")}
     code, expected = words[fault]
 
-    def no_prints(_: int, line: str) -> Fault | None:
-        return fault if line.startswith("PUT") and f"/prints/{site.name}/" in line else None
+    def no_samples(_: int, line: str) -> Fault | None:
+        return fault if line.startswith("PUT") and f"/samples/{site.name}/" in line else None
 
-    with through(site, no_prints):
+    with through(site, no_samples):
         assert expected in ended(site.start(*site.retraining), code)
     assert site.end(site.json(*site.retraining)) == undisturbed.end
 
@@ -113,7 +113,7 @@ def test_a_folder_of_nothing_else_is_refused_and_nothing_is_left_of_it(house: Ho
     assert "no usable image in images: all 5" in line
     assert not (site.folder / "unpickled").exists()
     assert not (site.folder / "data" / site.name).exists()
-    for place in ("datasets", "pushing", "ledger", "prints", "retrained"):
+    for place in ("datasets", "pushing", "ledger", "samples", "retrained"):
         assert not house.objects(f"{place}/{site.name}/")
 
 

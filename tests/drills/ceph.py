@@ -48,22 +48,22 @@ def test_a_retraining_its_ledger_and_batches_in_files_and_large_tars(workspace: 
     done = workspace.json("retrain", "images", "--dataset", "blobs", "--count", "8")
     assert done["verdict"]["version"]["number"] == 1
     assert workspace.json("retrain", "images", "--dataset", "blobs", "--count", "8")["skipped"]
-    found = objects(workspace, done["prints"]["uri"])
+    found = objects(workspace, done["samples"]["uri"])
     assert {"_SUCCESS", "00000000.png", "00000007.png"} <= set(found)
-    trace = workspace.run("trace", done["prints"]["uri"] + "00000003.png")
+    trace = workspace.run("trace", done["samples"]["uri"] + "00000003.png")
     assert "models:/blobs/1" in trace
 
-    tars = ("sample", "--model", "models:/blobs@champion", "--count", "4096", "--set", "prints.format=tar")
-    tars += ("--set", "prints.chunk=4096", "--set", "sampling.compute_batch=64", "--set", "sampling.steps=2")
+    tars = ("sample", "--model", "models:/blobs@champion", "--count", "4096", "--set", "sampling_batch.format=tar")
+    tars += ("--set", "sampling_batch.chunk=4096", "--set", "sampling.compute_batch=64", "--set", "sampling.steps=2")
     first = workspace.json(*tars)
     names = set(objects(workspace, first["uri"]))
-    assert {"prints-00000.tar", "prints-00000.tar.sha256", "_SUCCESS"} <= names
+    assert {"samples-00000.tar", "samples-00000.tar.sha256", "_SUCCESS"} <= names
     again = workspace.json(*tars)
     assert (again["uri"], again["took"]["images"]) == (first["uri"], 0)
 
     history = workspace.json("model", "history", "--dataset", "blobs")
     assert json.dumps(history)
-    retention = ("--set", "retention.prints_days=0", "--set", "retention.grace_hours=0")
+    retention = ("--set", "retention.batch_days=0", "--set", "retention.grace_hours=0")
     assert workspace.json("gc", *retention)["items"]
     assert not objects(workspace, first["uri"])
     second = workspace.json(*tars)

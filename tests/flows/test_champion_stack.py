@@ -285,7 +285,7 @@ def test_a_retraining_waits_for_approval_and_without_it_leaves_the_champion(
         done = json.loads(out)
         assert done["verdict"]["version"]["number"] == version
         assert done["verdict"]["promoted"] is approved
-        assert done["prints"]["model"] == "models:/asked/1"
+        assert done["samples"]["model"] == "models:/asked/1"
     assert aliases(server, "asked") == {"champion": 1, "challenger": 2}
     entries = workspace.json("model", "history", "--set", "registry.model=asked")["entries"]
     assert [(each["what"], each["approval"]["approved"]) for each in entries] == [("promote", True), ("hold", False)]

@@ -30,7 +30,7 @@ VALUES: dict[str, Any] = {
     "MODEL": "faces",
     "PARAMS": PARAMS.model_dump(mode="json"),
     "SAMPLING": PARAMS.sampling.model_dump(mode="json"),
-    "PRINTS": PARAMS.prints.model_dump(mode="json"),
+    "SAMPLING_BATCH": PARAMS.sampling_batch.model_dump(mode="json"),
     "WORKSPACE": "/srv/faces",
     "POOL": "cpu",
     "TRAINING_POOL": "gpu",

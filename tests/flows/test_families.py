@@ -52,14 +52,14 @@ def test_an_autoencoder_goes_all_the_way_and_diffusion_is_built_on_its_champion(
 ) -> None:
     first = workspace.json("retrain", "images", "--count", "8", "--seed", "5", "--params", "vae.yaml")
     version = server.get_model_version_by_alias("blobs-vae", "champion")
-    assert first["prints"]["model"] == f"models:/blobs-vae/{version.version}"
+    assert first["samples"]["model"] == f"models:/blobs-vae/{version.version}"
     assert float(version.tags["reconstruction_psnr"]) > 10
     metrics = server.get_run(first["run_id"]).data.metrics
     assert {"held_out_psnr_ema", "reconstruction_psnr", "kid_efflite0"} <= metrics.keys()
     assert Path(first["explained"]["files"][0]).name == "reconstruction.png"
 
     served = mlflow.pyfunc.load_model(URI).predict(pd.DataFrame({"seed": [5], "index": [3]}))
-    printed = objects(workspace, first["prints"]["uri"])["00000003.png"][1]
+    printed = objects(workspace, first["samples"]["uri"])["00000003.png"][1]
     pixels = [Image.open(io.BytesIO(png)).tobytes() for png in (served["png"][0], printed)]
     assert pixels[0] == pixels[1]
 
@@ -123,5 +123,5 @@ def test_families_are_compared_after_a_kill_too_and_each_is_registered_under_its
     verdict = workspace.json("promote", "--params", "pixels.yaml", "--set", "gate.memorized=null")
     assert verdict["version"]["model"] == "blobs-autoregressive"
     assert verdict["promoted"]
-    prints = workspace.json("sample", "--params", "pixels.yaml", "--count", "8")
-    assert prints["model"] == "models:/blobs-autoregressive/1"
+    samples = workspace.json("sample", "--params", "pixels.yaml", "--count", "8")
+    assert samples["model"] == "models:/blobs-autoregressive/1"

@@ -14,6 +14,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import Fingerprint
 from diffusion.data.manifest import Manifest, manifest_bytes
 from diffusion.process.samplers import sampling_config
+from flows.config import RetentionConfig
 from flows.datasets import catalog
 from flows.datasets.checkout import checkout
 from flows.datasets.dvc import Remote
@@ -21,8 +22,8 @@ from flows.datasets.purge import Doomed
 from flows.gc import Collected, collect
 from flows.registry.champion import promote
 from flows.registry.ledger import NEWEST, Newest
-from flows.retention.batch_items import Prints, in_order
-from flows.retention.policy import RetentionConfig, table
+from flows.retention.batch_items import SamplingBatches, in_order
+from flows.retention.policy import table
 from flows.retention.run_items import CONTENT
 from flows.sampling.generate_batch import begin
 from flows.sampling.sampling_batch import Batch
@@ -33,7 +34,7 @@ from tests.flows.registered import add_version
 from tests.flows.test_catalogue import FOLDER, Place
 
 FINGERPRINT = Fingerprint(batch=8, precision="fp32", device="AVX2", torch="2.9")
-STRICT = RetentionConfig(data_versions=1, data_days=30, run_days=30, prints_days=60)
+STRICT = RetentionConfig(data_versions=1, data_days=30, run_days=30, batch_days=60)
 
 
 @pytest.fixture
@@ -204,17 +205,17 @@ def test_runs_of_versions_ledgers_and_prints_stay_with_their_data_and_others_go(
     promote("blobs", version.number)
     place.catalogue.store.put_once(place.bucket, *batch_of("blobs", 7, printed, versions[2]))
 
-    unprinted = STRICT.model_copy(update={"prints_days": None, "unfinished_days": 1e4})
-    first = fates(collected(100, unprinted))
+    not_generated = STRICT.model_copy(update={"batch_days": None, "unfinished_days": 1e4})
+    first = fates(collected(100, not_generated))
     assert first[f"runs:/{lost}"] == "set aside"
     assert {first[f"runs:/{each}"] for each in (registered, printed)} == {"stays"}
     assert mlflow.get_run(lost).info.lifecycle_stage == "deleted"
     assert mlflow.list_artifacts(lost)
     assert first[f"blobs {versions[0].digest[:12]}"] == "stays", "the run may yet be brought back"
 
-    assert fates(collected(100, unprinted))[f"runs:/{lost}"] == "goes"
+    assert fates(collected(100, not_generated))[f"runs:/{lost}"] == "goes"
     assert not mlflow.list_artifacts(lost)
-    third = fates(collected(100, unprinted))
+    third = fates(collected(100, not_generated))
     assert f"runs:/{lost}" not in third
     assert set(place.catalogue.versions()) == {each.digest for each in versions[1:]}
 
@@ -265,7 +266,7 @@ def batch_of(model: str, seed: int, run_id: str, version: Manifest) -> tuple[str
         sampling=sampling_config(),
         fingerprint=FINGERPRINT,
     )
-    return f"prints/{model}/1/{batch.name}/batch.json", batch.json_bytes()
+    return f"samples/{model}/1/{batch.name}/batch.json", batch.json_bytes()
 
 
 def test_old_batches_go_and_what_a_kill_leaves_is_an_unfinished_one(place: Place) -> None:
@@ -275,26 +276,26 @@ def test_old_batches_go_and_what_a_kill_leaves_is_an_unfinished_one(place: Place
     names = ["_SUCCESS", "manifest.parquet", "manifest/part-00000.jsonl", "00000000.png", "00000001.png", "batch.json"]
     for name in names:
         store.put_once(place.bucket, f"{folder}/{name}", about if name == "batch.json" else name.encode())
-    store.put_once(place.bucket, "prints/blobs/1/half/batch.json", about)
+    store.put_once(place.bucket, "samples/blobs/1/half/batch.json", about)
     store.put_once(place.bucket, "elsewhere/00000000.png", b"")
 
     looked = fates(collect(STRICT, after(8), dry_run=True))
-    assert (looked[f"s3://{place.bucket}/{folder}"], looked[f"s3://{place.bucket}/prints/blobs/1/half"]) == (
+    assert (looked[f"s3://{place.bucket}/{folder}"], looked[f"s3://{place.bucket}/samples/blobs/1/half"]) == (
         "stays",
         "set aside",
     )
-    [found] = [each for each in Prints(store, place.bucket, STRICT, after(100)).found if each.finished]
+    [found] = [each for each in SamplingBatches(store, place.bucket, STRICT, after(100)).found if each.finished]
     keys = list(store.list_keys(place.bucket, f"{folder}/"))
     order = [key.removeprefix(f"{folder}/") for keys in in_order(found.place, keys) for key in keys]
     assert order == names
-    before = set(store.list_keys(place.bucket, "prints/"))
-    marks = {f"deleted/{folder}", "deleted/prints/blobs/1/half"}
+    before = set(store.list_keys(place.bucket, "samples/"))
+    marks = {f"deleted/{folder}", "deleted/samples/blobs/1/half"}
     assert fates(collected(100))[f"s3://{place.bucket}/{folder}"] == "set aside"
-    assert set(store.list_keys(place.bucket, "prints/")) == before
+    assert set(store.list_keys(place.bucket, "samples/")) == before
     assert set(store.list_keys(place.bucket, "deleted/")) == marks
     assert fates(collected(0.5))[f"s3://{place.bucket}/{folder}"] == "set aside"
     assert fates(collected(1.1))[f"s3://{place.bucket}/{folder}"] == "goes"
-    assert list(store.list_keys(place.bucket, "prints/")) == []
+    assert list(store.list_keys(place.bucket, "samples/")) == []
     assert f"s3://{place.bucket}/{folder}" not in fates(collected(29))
     assert set(store.list_keys(place.bucket, "deleted/")) == marks
     collected(31)
@@ -304,23 +305,23 @@ def test_old_batches_go_and_what_a_kill_leaves_is_an_unfinished_one(place: Place
 
 def test_uploads_without_an_end_are_aborted_when_they_are_old(place: Place) -> None:
     client = place.catalogue.store.client
-    client.create_multipart_upload(Bucket=place.bucket, Key="prints/blobs/1/x/big.tar")
-    assert fates(collected(1)) == {f"s3://{place.bucket}/prints/blobs/1/x/big.tar": "stays"}
-    assert fates(collected(8)) == {f"s3://{place.bucket}/prints/blobs/1/x/big.tar": "goes"}
+    client.create_multipart_upload(Bucket=place.bucket, Key="samples/blobs/1/x/big.tar")
+    assert fates(collected(1)) == {f"s3://{place.bucket}/samples/blobs/1/x/big.tar": "stays"}
+    assert fates(collected(8)) == {f"s3://{place.bucket}/samples/blobs/1/x/big.tar": "goes"}
     assert "Uploads" not in client.list_multipart_uploads(Bucket=place.bucket)
 
 
 def test_what_others_abort_delete_or_damage_meanwhile_is_passed_over_or_named(bucket: str, store: Store) -> None:
-    begun = store.client.create_multipart_upload(Bucket=bucket, Key="prints/blobs/1/x/big.tar")
-    sweep = Prints(store, bucket, STRICT, after(8)).sweep()
+    begun = store.client.create_multipart_upload(Bucket=bucket, Key="samples/blobs/1/x/big.tar")
+    sweep = SamplingBatches(store, bucket, STRICT, after(8)).sweep()
     store.client.abort_multipart_upload(Bucket=bucket, Key=begun["Key"], UploadId=begun["UploadId"])
     sweep.act()
     with pytest.raises(UserError, match="there is no bucket nowhere"):
-        Prints(store, "nowhere", STRICT, after(8))
-    store.put_once(bucket, "prints/blobs/1/x/batch.json", b'{"of": "somebody else"}')
-    found, unread = Prints(store, bucket, STRICT, after(1)).kept()
+        SamplingBatches(store, "nowhere", STRICT, after(8))
+    store.put_once(bucket, "samples/blobs/1/x/batch.json", b'{"of": "somebody else"}')
+    found, unread = SamplingBatches(store, bucket, STRICT, after(1)).kept()
     assert (found, list(unread)) == ([], [("blobs", 1)])
-    assert "prints/blobs/1/x/batch.json is damaged, or of a newer Darkroom" in unread["blobs", 1]
+    assert "samples/blobs/1/x/batch.json is damaged, or of a newer Darkroom" in unread["blobs", 1]
 
 
 def test_a_damaged_manifest_keeps_its_data_set_whole_and_stops_nothing_else(
@@ -359,10 +360,10 @@ def test_what_only_an_unreadable_batch_could_lead_to_stays_until_somebody_mends_
 ) -> None:
     old, _ = place.version(), place.version(*range(100, 104))
     run_id = training(mlflow, "a", old)
-    store, key = place.catalogue.store, "prints/gone/7/x/batch.json"
+    store, key = place.catalogue.store, "samples/gone/7/x/batch.json"
     store.put_once(place.bucket, key, b"junk")
-    store.put_once(place.bucket, "prints/gone/7/x/_SUCCESS", b"")
-    policy = STRICT.model_copy(update={"prints_days": None})
+    store.put_once(place.bucket, "samples/gone/7/x/_SUCCESS", b"")
+    policy = STRICT.model_copy(update={"batch_days": None})
 
     done = collected(100, policy)
     (run,) = (item for item in done.items if item.name == f"runs:/{run_id}")
@@ -384,19 +385,19 @@ def test_a_batch_that_a_job_has_just_gone_on_with_is_not_set_aside(bucket: str, 
         sampling=sampling_config(),
         fingerprint=FINGERPRINT,
     )
-    place = Location(bucket, "prints/blobs/1/half")
+    place = Location(bucket, "samples/blobs/1/half")
     begin(store, about, place, None)
     for name in ("manifest/part-00000.jsonl", "00000000.png", "00000001.png"):
         store.put_once(bucket, place.key(name), name.encode())
     time.sleep(1.1)  # servers tell ages by the second
     before = set(store.list_keys(bucket, place.key("")))
-    prints = Prints(store, bucket, STRICT, after(8))
+    prints = SamplingBatches(store, bucket, STRICT, after(8))
     [batch] = prints.found
     assert prints.fates[0][0] == "set aside"
     begin(store, about, place, None)
     prints.sweep().act()
     assert set(store.list_keys(bucket, place.key(""))) == before
-    assert Prints(store, bucket, STRICT, after(0)).found[0].newest > batch.newest
+    assert SamplingBatches(store, bucket, STRICT, after(0)).found[0].newest > batch.newest
 
 
 def test_fetched_shards_and_weights_go_when_not_used_but_those_of_registered_versions_stay(

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from diffusion.generation.config import UNCONDITIONAL
-from flows.retention.batch_items import Prints
-from flows.retention.policy import RetentionConfig
+from flows.config import RetentionConfig
+from flows.retention.batch_items import SamplingBatches
 from flows.sampling import generate_batch
 from flows.sampling.generate_batch import Drawn
 from flows.sampling.sampling_batch import Batch
@@ -19,7 +19,7 @@ from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import Missing
 from tests.flows.test_printing import batch, found, rows_of
 
-AT_ONCE = RetentionConfig(unfinished_days=0, prints_days=0, grace_hours=0)
+AT_ONCE = RetentionConfig(unfinished_days=0, batch_days=0, grace_hours=0)
 """Everything is old, whoever is at work on it, and goes without a grace."""
 BATCHES = [batch(4, chunk=2), batch(4, chunk=2, format="tar")]
 WAYS = [pytest.param(BATCHES[0], False, id="png-paused"), pytest.param(BATCHES[1], True, id="tar-killed")]
@@ -44,7 +44,7 @@ def generate(store: Store, made: Batch, bucket: str, weights: Path) -> Location:
         generate_batch.begin(store, made, place, None)
         try:
             for chunk in generate_batch.unfinished(store, made, place):
-                generate_batch.print_chunk(store, made, place, weights, chunk, None, 1)
+                generate_batch.generate_chunk(store, made, place, weights, chunk, None, 1)
         except Missing:
             assert generate_batch.is_deleted(store, place)
             continue
@@ -54,7 +54,7 @@ def generate(store: Store, made: Batch, bucket: str, weights: Path) -> Location:
 
 def collect(store: Store, bucket: str) -> None:
     """What ``gc`` does about batches, a minute from now."""
-    Prints(store, bucket, AT_ONCE, datetime.now(UTC) + timedelta(minutes=1)).sweep().act()
+    SamplingBatches(store, bucket, AT_ONCE, datetime.now(UTC) + timedelta(minutes=1)).sweep().act()
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def before_request(store: Store, number: int, act: Callable[[], None]) -> Iterat
 
 
 def finished(store: Store, bucket: str) -> list[Location]:
-    keys = list(store.list_keys(bucket, "prints/"))
+    keys = list(store.list_keys(bucket, "samples/"))
     return [Location(bucket, key.removesuffix("/_SUCCESS")) for key in keys if key.endswith("/_SUCCESS")]
 
 
@@ -91,7 +91,7 @@ def half(store: Store, made: Batch, bucket: str, weights: Path) -> None:
     """What a killed job left: the first chunk."""
     place = generate_batch.usual_place(store, made, bucket)
     generate_batch.begin(store, made, place, None)
-    generate_batch.print_chunk(store, made, place, weights, 0, None, 1)
+    generate_batch.generate_chunk(store, made, place, weights, 0, None, 1)
 
 
 def requests_of(act: Callable[[Store], object]) -> int:
@@ -122,7 +122,7 @@ def test_gc_runs_before_any_request_of_a_job_which_ends_in_a_whole_batch(
             raise KeyboardInterrupt
 
     for number in range(1, last + 1):
-        store.delete_many(bucket, list(store.list_keys(bucket, "prints/")) + list(store.list_keys(bucket, "deleted/")))
+        store.delete_many(bucket, list(store.list_keys(bucket, "samples/")) + list(store.list_keys(bucket, "deleted/")))
         half(store, made, bucket, weights)
         job = Store()
         with before_request(job, number, stop):
@@ -156,7 +156,7 @@ def test_a_job_runs_before_any_request_of_gc_and_keeps_what_it_finished(
             raise KeyboardInterrupt
 
     for number in range(1, last + 1):
-        store.delete_many(bucket, list(store.list_keys(bucket, "prints/")) + list(store.list_keys(bucket, "deleted/")))
+        store.delete_many(bucket, list(store.list_keys(bucket, "samples/")) + list(store.list_keys(bucket, "deleted/")))
         half(store, made, bucket, weights)
         gc = Store()
         with before_request(gc, number, stop):

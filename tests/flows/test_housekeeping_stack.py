@@ -40,7 +40,7 @@ def told(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
         "run": (run.data.params, run.data.metrics, run.data.tags),
         "artifacts": sorted(item.path for item in client.list_artifacts(version.run_id)),
         "history": space.json("model", "history"),
-        "prints": {name: data for name, (_, data) in objects(space, "s3://darkroom/prints/").items()},
+        "samples": {name: data for name, (_, data) in objects(space, "s3://darkroom/samples/").items()},
         "ledger": {name: data for name, (_, data) in objects(space, "s3://darkroom/ledger/").items()},
     }
 
@@ -75,8 +75,8 @@ def test_a_sweep_compares_its_runs_and_gc_takes_those_that_nothing_came_of(
     assert any(kept in name for name in left)
     assert not any(path.exists() for path in finals)
     assert workspace.json("gc", *strict)["items"] != done["items"]
-    [image] = [name for name in objects(workspace, "s3://darkroom/prints/") if name.endswith("00000002.png")]
-    assert workspace.json("trace", f"s3://darkroom/prints/{image}")["broken"] == []
+    [image] = [name for name in objects(workspace, "s3://darkroom/samples/") if name.endswith("00000002.png")]
+    assert workspace.json("trace", f"s3://darkroom/samples/{image}")["broken"] == []
     assert workspace.json("promote")["promoted"]
 
 
@@ -124,11 +124,11 @@ def test_a_stack_that_was_destroyed_comes_back_of_a_backup_taken_while_it_worked
             elsewhere.variables[name] = value.strip("'\"")
         assert elsewhere.variables["MLFLOW_TRACKING_PASSWORD"] not in secrets
         after = told(elsewhere, monkeypatch)
-        printed = {name: data for name, data in after.pop("prints").items() if "/seed9-" not in f"/{name}"}  # type: ignore[attr-defined]
-        assert printed == before.pop("prints")
+        printed = {name: data for name, data in after.pop("samples").items() if "/seed9-" not in f"/{name}"}  # type: ignore[attr-defined]
+        assert printed == before.pop("samples")
         assert after == before
         [image] = [name for name in printed if name.endswith("00000002.png")]
-        assert elsewhere.json("trace", f"s3://darkroom/prints/{image}")["broken"] == []
+        assert elsewhere.json("trace", f"s3://darkroom/samples/{image}")["broken"] == []
         assert elsewhere.json("sample", "--count", "8", "--seed", "9")["count"] == 8
     finally:
         elsewhere.run("down")

@@ -51,7 +51,7 @@ def test_retrain_ends_in_a_champion_with_its_lineage_and_prints(workspace: Works
     assert history == {f"history/{name}" for name in ("history.csv", "losses.csv", "preflight.json")}
     assert {item.path for item in server.list_artifacts(run.info.run_id, "explain")} >= {"explain/forward.png"}
 
-    found = objects(workspace, done["prints"]["uri"])
+    found = objects(workspace, done["samples"]["uri"])
     assert "_SUCCESS" in found
     table = pq.read_table(io.BytesIO(found["manifest.parquet"][1])).to_pylist()
     assert [row["index"] for row in table] == list(range(40))
@@ -85,11 +85,11 @@ def test_the_champion_is_exported_with_its_names(workspace: Workspace, server: M
 
 def test_retrain_again_does_nothing_twice(workspace: Workspace, server: MlflowClient) -> None:
     first = workspace.json("retrain", "images", "--count", "40", "--seed", "5")
-    before = objects(workspace, first["prints"]["uri"])
+    before = objects(workspace, first["samples"]["uri"])
     again = workspace.json("retrain", "images", "--count", "40", "--seed", "5")
     assert again["verdict"]["version"] == first["verdict"]["version"]
     assert again["run_id"] == first["run_id"]
-    assert objects(workspace, first["prints"]["uri"]) == before
+    assert objects(workspace, first["samples"]["uri"]) == before
     assert len(server.search_model_versions("name='blobs'")) == 1
 
 
@@ -136,7 +136,7 @@ def test_the_registered_model_loads_elsewhere_without_pickle_and_draws_the_print
         size = int.from_bytes(data[:4], "big")
         pngs.append(data[4 : 4 + size])
         data = data[4 + size :]
-    printed = objects(workspace, done["prints"]["uri"])
+    printed = objects(workspace, done["samples"]["uri"])
     for png, index in zip(pngs, (39, 2), strict=True):
         ours = Image.open(io.BytesIO(printed[f"{index:08d}.png"][1]))
         assert Image.open(io.BytesIO(png)).tobytes() == ours.tobytes()
@@ -144,7 +144,7 @@ def test_the_registered_model_loads_elsewhere_without_pickle_and_draws_the_print
 
 def test_the_registered_model_answers_over_http(workspace: Workspace, tmp_path: Path) -> None:
     done = workspace.json("retrain", "images", "--count", "40", "--seed", "5")
-    printed = objects(workspace, done["prints"]["uri"])["00000002.png"][1]
+    printed = objects(workspace, done["samples"]["uri"])["00000002.png"][1]
     [port] = choose(1, taken=())
     serve = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/blobs@champion"]
     serve += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
@@ -234,7 +234,7 @@ def test_retrain_killed_at_random_moments_ends_the_same(workspace: Workspace, se
     losses = server.get_metric_history(done["run_id"], "loss")
     assert len({point.step for point in losses}) == len(losses)
     assert max(point.step for point in losses) == 4800
-    found = objects(workspace, done["prints"]["uri"])
+    found = objects(workspace, done["samples"]["uri"])
     assert len([key for key in found if key.endswith(".png")]) == 40
     undisturbed = ["--set", "training.seed=1", "--set", "training.output=runs/undisturbed"]
     workspace.run("train", "--local", *undisturbed)

@@ -1,4 +1,4 @@
-"""Batches of prints on a real S3 server: in files and tars, by tables, side by side, and in bounded memory."""
+"""Sampling batches on a real S3 server: in files and tars, by tables, side by side, and in bounded memory."""
 
 import io
 import threading
@@ -56,9 +56,9 @@ def batch(count: int, **changes: Any) -> Batch:
     ).model_copy(update=changes)
 
 
-def print_all(store: Store, made: Batch, place: Location, weights: Path, table: RequestTable | None = None) -> None:
+def generate_all(store: Store, made: Batch, place: Location, weights: Path, table: RequestTable | None = None) -> None:
     for chunk in range(len(made.chunks())):
-        generate_batch.print_chunk(store, made, place, weights, chunk, table, 1)
+        generate_batch.generate_chunk(store, made, place, weights, chunk, table, 1)
     generate_batch.finish(store, made, place)
 
 
@@ -77,12 +77,12 @@ def test_tars_hold_the_very_files_and_stock_webdataset_and_range_requests_read_t
     store: Store, bucket: str, weights: Path, tmp_path: Path
 ) -> None:
     files, tars, again = (Location(bucket, name) for name in ("files", "tars", "again"))
-    print_all(store, batch(20), files, weights)
+    generate_all(store, batch(20), files, weights)
     for place in (tars, again):
-        print_all(store, batch(20, format="tar"), place, weights)
+        generate_all(store, batch(20, format="tar"), place, weights)
     plain, packed = found(store, files), found(store, tars)
     assert packed == found(store, again)
-    names = [f"prints-0000{chunk}.tar" for chunk in range(2)]
+    names = [f"samples-0000{chunk}.tar" for chunk in range(2)]
     parts = [f"manifest/part-0000{chunk}.jsonl" for chunk in range(2)]
     assert sorted(packed) == sorted([*names, *parts, "manifest.parquet", "_SUCCESS"])
     rows = rows_of(packed)
@@ -106,8 +106,8 @@ def test_tars_hold_the_very_files_and_stock_webdataset_and_range_requests_read_t
 
 def test_what_was_printed_in_tars_is_ingested_from_s3(store: Store, bucket: str, weights: Path, tmp_path: Path) -> None:
     place = Location(bucket, "tars")
-    print_all(store, batch(32, format="tar"), place, weights)
-    source = f"wds:{place}/prints-*.tar"
+    generate_all(store, batch(32, format="tar"), place, weights)
+    source = f"wds:{place}/samples-*.tar"
     done = ingest(tmp_path / "set", IngestConfig(source=source, size=8, held_out=0.33), objects=S3Objects())
     assert done.kept == len({row["pixels_sha256"] for row in rows_of(found(store, place))})
     assert done.quarantined == []
@@ -117,10 +117,11 @@ def test_chunks_drawn_side_by_side_have_the_bytes_of_those_drawn_alone(
     store: Store, bucket: str, weights: Path
 ) -> None:
     alone, beside = Location(bucket, "alone"), Location(bucket, "beside")
-    print_all(store, batch(64), alone, weights)
+    generate_all(store, batch(64), alone, weights)
     with ThreadPoolExecutor(4) as pool:
         works = [
-            pool.submit(generate_batch.print_chunk, store, batch(64), beside, weights, n, None, 1 + n) for n in range(4)
+            pool.submit(generate_batch.generate_chunk, store, batch(64), beside, weights, n, None, 1 + n)
+            for n in range(4)
         ]
         assert [work.result().images for work in works] == [16] * 4
     generate_batch.finish(store, batch(64), beside)
@@ -130,16 +131,16 @@ def test_chunks_drawn_side_by_side_have_the_bytes_of_those_drawn_alone(
 def test_a_finished_chunk_is_left_and_what_is_unfinished_is_named(store: Store, bucket: str, weights: Path) -> None:
     made, place = batch(40, format="tar"), Location(bucket, "half")
     assert generate_batch.unfinished(store, made, place) == [0, 1, 2]
-    assert generate_batch.print_chunk(store, made, place, weights, 1, None, 1).images == 16
+    assert generate_batch.generate_chunk(store, made, place, weights, 1, None, 1).images == 16
     assert generate_batch.unfinished(store, made, place) == [0, 2]
-    assert generate_batch.print_chunk(store, made, place, weights, 1, None, 1).images == 0
+    assert generate_batch.generate_chunk(store, made, place, weights, 1, None, 1).images == 0
 
 
 def test_a_machine_that_draws_other_bits_draws_nothing(store: Store, bucket: str, weights: Path) -> None:
     made = batch(8)
     elsewhere = made.model_copy(update={"fingerprint": made.fingerprint.model_copy(update={"device": "AVX9"})})
     with pytest.raises(Held, match=r"would draw other bits .*device: AVX9 → "):
-        generate_batch.print_chunk(store, elsewhere, Location(bucket, "x"), weights, 0, None, 1)
+        generate_batch.generate_chunk(store, elsewhere, Location(bucket, "x"), weights, 0, None, 1)
     assert list(store.list_keys(bucket)) == []
 
 
@@ -147,10 +148,10 @@ def test_uploads_that_killed_processes_began_are_gone_when_the_batch_is_finished
     store: Store, bucket: str, weights: Path
 ) -> None:
     place = Location(bucket, "batch")
-    for key in ("batch/prints-00000.tar", "batch/manifest.parquet", "batches/prints-00000.tar"):
+    for key in ("batch/samples-00000.tar", "batch/manifest.parquet", "batches/samples-00000.tar"):
         orphan(store, bucket, key)
-    print_all(store, batch(8, format="tar"), place, weights)
-    assert begun(store, bucket) == ["batches/prints-00000.tar"]
+    generate_all(store, batch(8, format="tar"), place, weights)
+    assert begun(store, bucket) == ["batches/samples-00000.tar"]
 
 
 @pytest.fixture
@@ -225,7 +226,7 @@ def test_the_next_images_are_drawn_while_those_before_are_uploaded_and_not_many_
     monkeypatch.setattr(generate_batch, "sample", counted)
     hold_by(hold)
     slow = Store(client(variables={**s3_environment, "AWS_ENDPOINT_URL_S3": url}))
-    generate_batch.print_chunk(slow, batch(64, chunk=64), Location(bucket, "x"), weights, 0, None, 1)
+    generate_batch.generate_chunk(slow, batch(64, chunk=64), Location(bucket, "x"), weights, 0, None, 1)
     assert ahead in ([0, 8], [0, 8, 16])
     assert drawn == list(range(0, 64, 8))
 
@@ -250,7 +251,7 @@ def test_what_drawing_holds_does_not_grow_with_the_count(store: Store, bucket: s
 
         def generate(made: Batch = made, place: Location = place, chunks: range = chunks) -> None:
             for number in chunks:
-                generate_batch.print_chunk(store, made, place, weights, number, None, 1)
+                generate_batch.generate_chunk(store, made, place, weights, number, None, 1)
 
         peaks.append(peak(generate))
     sizes = [each.size for each in store.list_objects(bucket, "192/")]
@@ -262,7 +263,7 @@ def test_of_all_rows_those_of_a_chunk_are_held_while_the_manifest_is_written(
     store: Store, bucket: str, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = Location(bucket, "one")
-    print_all(store, batch(16), one, weights)
+    generate_all(store, batch(16), one, weights)
     row = part_rows(store.get(bucket, one.key("manifest/part-00000.jsonl")), "part")[0]
     # Thousands of images would have to be there, which nothing is read of.
     monkeypatch.setattr(generate_batch, "unfinished", lambda *_: [])
@@ -292,14 +293,14 @@ def test_on_a_server_that_completes_uploads_over_objects_batches_end_whole_in_fi
             place = Location(bucket, made.format)
             for _ in range(2):
                 generate_batch.begin(careless, made, place, None)
-                print_all(careless, made, place, weights)
+                generate_all(careless, made, place, weights)
             files = found(store, place)
             assert "_SUCCESS" in files
             for row in rows_of(files):
                 png = files[row["key"]] if made is not large else files[row["tar"]][row["offset"] :][: row["size"]]
                 assert sha256_bytes(png) == row["sha256"]
-    assert store.client.head_object(Bucket=bucket, Key="tar/prints-00000.tar")["ETag"].strip('"').endswith("-2")
-    assert files["prints-00000.tar.sha256"].decode().split()[0] == sha256_bytes(files["prints-00000.tar"])
+    assert store.client.head_object(Bucket=bucket, Key="tar/samples-00000.tar")["ETag"].strip('"').endswith("-2")
+    assert files["samples-00000.tar.sha256"].decode().split()[0] == sha256_bytes(files["samples-00000.tar"])
 
 
 def test_a_batch_of_which_an_image_is_missing_is_not_finished_and_what_is_missing_is_generated_again(
@@ -308,14 +309,14 @@ def test_a_batch_of_which_an_image_is_missing_is_not_finished_and_what_is_missin
     for made in (batch(5, chunk=2), batch(5, chunk=2, format="tar")):
         place = Location(bucket, made.format)
         for chunk in range(3):
-            generate_batch.print_chunk(store, made, place, weights, chunk, None, 1)
+            generate_batch.generate_chunk(store, made, place, weights, chunk, None, 1)
         before = found(store, place)
-        name = "00000003.png" if made.format == "png" else "prints-00001.tar"
+        name = "00000003.png" if made.format == "png" else "samples-00001.tar"
         store.delete_many(bucket, [place.key(name)])
         assert not generate_batch.finish(store, made, place)
         assert set(found(store, place)) == set(before) - {name}
         assert generate_batch.unfinished(store, made, place) == [1]
-        assert generate_batch.print_chunk(store, made, place, weights, 1, None, 1).images == 2
+        assert generate_batch.generate_chunk(store, made, place, weights, 1, None, 1).images == 2
         assert generate_batch.finish(store, made, place)
         assert before.items() < found(store, place).items()
 
@@ -326,8 +327,8 @@ def test_by_a_table_each_image_shows_its_row(store: Store, bucket: str, weights:
     table = RequestTable.made(tmp_path / "wanted.csv", tmp_path)
     by_table, by_list = Location(bucket, "table"), Location(bucket, "list")
     generate_batch.begin(store, batch(21, requests=table.about), by_table, table)
-    print_all(store, batch(21, requests=table.about), by_table, weights, table)
-    print_all(store, batch(21, conditions=Conditions(labels=tuple(labels))), by_list, weights)
+    generate_all(store, batch(21, requests=table.about), by_table, weights, table)
+    generate_all(store, batch(21, conditions=Conditions(labels=tuple(labels))), by_list, weights)
     ours, theirs = rows_of(found(store, by_table)), rows_of(found(store, by_list))
     assert [row["label"] for row in ours] == labels
     # The last compute batch is filled up with other neighbours, which no image sees.
@@ -341,7 +342,7 @@ def test_the_place_of_another_batch_is_kept_and_the_reason_told(store: Store, bu
     moved = made.fingerprint.model_copy(update={"torch": "9"})
     for other, words in (
         (batch(41), "of another request"),
-        (batch(40, chunk=24), "into chunks of 16 images .*and this is into 24"),
+        (batch(40, chunk=24), "in chunks of 16 images .*and this has 24"),
         (batch(40, fingerprint=moved), "another fingerprint .torch: .* → 9"),
     ):
         with pytest.raises(Held, match=words):

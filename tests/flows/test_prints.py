@@ -107,6 +107,6 @@ def test_a_batch_cut_otherwise_has_the_name_it_had_and_says_so_and_a_batch_in_ta
     assert cut.chunks() == [range(16), range(16, 20)]
     assert plain.model_copy(update={"count": 40}).chunks() == [range(32), range(32, 40)]
     assert tars.name != plain.name
-    assert tars.key(33) == "prints-00001.tar/00000033.png"
+    assert tars.key(33) == "samples-00001.tar/00000033.png"
     for each in (cut, tars):
         assert Batch.model_validate_json(each.json_bytes()) == each

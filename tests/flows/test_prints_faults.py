@@ -31,7 +31,7 @@ from flows.storage.s3 import Location, Store
 store, batch, place = Store(), Batch.model_validate_json(sys.argv[1]), Location.parse(sys.argv[2])
 print("begins", flush=True)
 for chunk in printing.unfinished(store, batch, place):
-    printing.print_chunk(store, batch, place, Path(sys.argv[3]), chunk, None, 1)
+    printing.generate_chunk(store, batch, place, Path(sys.argv[3]), chunk, None, 1)
 printing.finish(store, batch, place)
 """
 
@@ -69,6 +69,6 @@ def test_printing_killed_at_random_moments_and_doubled_ends_in_the_bytes_of_an_u
     assert [process.wait(600) for process in both] == [0, 0]
     assert found(store, killed) == found(store, undisturbed)
     assert begun(store, bucket) == []
-    names = {f"prints-0000{n}.tar" for n in range(2)} | {f"manifest/part-0000{n}.jsonl" for n in range(2)}
+    names = {f"samples-0000{n}.tar" for n in range(2)} | {f"manifest/part-0000{n}.jsonl" for n in range(2)}
     # The larger one has its sum beside it.
-    assert set(found(store, killed)) == {*names, "prints-00000.tar.sha256", "manifest.parquet", "_SUCCESS"}
+    assert set(found(store, killed)) == {*names, "samples-00000.tar.sha256", "manifest.parquet", "_SUCCESS"}

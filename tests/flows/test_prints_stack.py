@@ -1,4 +1,4 @@
-"""Batches of prints on a real stack: killed, doubled and spread in every way, they end in the same bytes.
+"""Sampling batches on a real stack: killed, doubled and spread in every way, they end in the same bytes.
 
 Many more kills, without the orchestration, are in test_prints_faults.py.
 """
@@ -26,7 +26,7 @@ SAMPLING = {"sampler": "dpmpp_2m", "steps": 2, "compute_batch": 64}
 COUNT = 8192
 """In tars of which two are too large for one part."""
 ARGUMENTS = ["sample", "--model", "models:/blobs/1", "--count", str(COUNT), "--seed", "5"]
-ARGUMENTS += ["--set", "prints.format=tar", "--set", "prints.chunk=3584"]
+ARGUMENTS += ["--set", "sampling_batch.format=tar", "--set", "sampling_batch.chunk=3584"]
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +48,14 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 def undisturbed(workspace: Workspace) -> tuple[dict[str, bytes], float]:
     """The objects of the batch, by name, as two threads make them, and how many seconds that takes."""
     began = time.monotonic()
-    done = workspace.json(*ARGUMENTS, "--to", "s3://darkroom/undisturbed", "--set", "prints.workers=2")
+    done = workspace.json(*ARGUMENTS, "--to", "s3://darkroom/undisturbed", "--set", "sampling_batch.workers=2")
     seconds = time.monotonic() - began
     assert (done["took"]["images"], done["count"]) == (COUNT, COUNT)
     assert done["took"]["images_per_cpu_hour"] > 1000
     made = files(workspace, "undisturbed")
-    names = [name for n in range(3) for name in (f"prints-0000{n}.tar", f"manifest/part-0000{n}.jsonl")]
+    names = [name for n in range(3) for name in (f"samples-0000{n}.tar", f"manifest/part-0000{n}.jsonl")]
     # Beside each that is larger than one part lies its sum.
-    names += [f"prints-0000{n}.tar.sha256" for n in range(2)]
+    names += [f"samples-0000{n}.tar.sha256" for n in range(2)]
     assert sorted(made) == sorted([*names, "batch.json", "manifest.parquet", "_SUCCESS"])
     return made, seconds
 
@@ -89,14 +89,14 @@ def test_killed_and_then_begun_twice_with_other_runners_it_ends_in_the_bytes_of_
     mark = new_mark()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(workspace.variables, MARK, mark[MARK])
-        process = workspace.start(*command, "--set", "prints.runner=processes")
+        process = workspace.start(*command, "--set", "sampling_batch.runner=processes")
     time.sleep(0.8 * seconds)
     assert len(descendants(mark)) > 1
     # Alone: its processes are to notice by themselves.
     process.kill()
     process.communicate()
     assert left_behind(mark) == []
-    jobs = [workspace.start(*command, "--set", f"prints.runner={runner}") for runner in ("ray", "processes")]
+    jobs = [workspace.start(*command, "--set", f"sampling_batch.runner={runner}") for runner in ("ray", "processes")]
     for job in jobs:
         _, errors = job.communicate(timeout=900)
         assert job.returncode == 0, errors[-3000:]
@@ -116,7 +116,7 @@ def test_when_one_of_two_ray_nodes_dies_at_work_the_other_ends_in_the_same_bytes
     monkeypatch.chdir(tmp_path)
     with two_nodes(workspace.variables) as (cluster, second), pytest.MonkeyPatch.context() as patch:
         patch.setitem(workspace.variables, "RAY_ADDRESS", cluster.address)
-        spread = ("--set", "prints.runner=ray", "--set", "prints.workers=2")
+        spread = ("--set", "sampling_batch.runner=ray", "--set", "sampling_batch.workers=2")
         job = workspace.start(*ARGUMENTS, "--to", "s3://darkroom/nodes", *spread)
         deadline = time.monotonic() + 300
         while not at_work(second):
@@ -140,19 +140,19 @@ def test_a_finished_batch_is_left_and_its_run_says_how_far_it_is_and_what_it_too
     assert objects(workspace, "s3://darkroom/undisturbed/") == before
     api, secret = (workspace.variables[f"PREFECT_API_{name}"] for name in ("URL", "AUTH_STRING"))
     user, _, password = secret.partition(":")
-    wanted = {"artifacts": {"key": {"any_": ["printing", "prints"]}}, "sort": "CREATED_DESC"}
+    wanted = {"artifacts": {"key": {"any_": ["printing", "samples"]}}, "sort": "CREATED_DESC"}
     shown = httpx.post(f"{api}/artifacts/filter", json=wanted, auth=(user, password)).raise_for_status().json()
     progress = [each for each in shown if each["key"] == "printing"]
     # Of the run just now; that of one that was killed stands still.
     assert progress[0]["data"] == 100.0
     assert any(f"{COUNT:,} of {COUNT:,} images printed" in (each["description"] or "") for each in progress)
-    assert any("images per CPU-hour" in each["data"] for each in shown if each["key"] == "prints")
+    assert any("images per CPU-hour" in each["data"] for each in shown if each["key"] == "samples")
 
 
 def test_a_batch_cut_otherwise_is_kept_and_a_mistake_in_a_table_is_one_line(
     workspace: Workspace, undisturbed: tuple[dict[str, bytes], float]
 ) -> None:
-    workspace.run(*ARGUMENTS[:-1], "prints.chunk=1024", "--to", "s3://darkroom/undisturbed", code=3)
+    workspace.run(*ARGUMENTS[:-1], "sampling_batch.chunk=1024", "--to", "s3://darkroom/undisturbed", code=3)
     (workspace.folder / "wanted.csv").write_text("label\nodd\nodder\n")
     error = workspace.run("sample", "--model", "models:/blobs/1", "--requests", "wanted.csv", code=2)
     assert "record 2: the model knows no class 'odder'" in error

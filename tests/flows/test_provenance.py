@@ -1,4 +1,4 @@
-"""From a print back to the shards, with every break in between named; and the same print again, in another process."""
+"""From a generated image back to the shards, with every break named; and the same image again, in another process."""
 
 import hashlib
 import io
@@ -29,7 +29,7 @@ from diffusion.generation.config import UNCONDITIONAL, Conditions, make_request
 from diffusion.generation.generation_result import generate_to_folder
 from diffusion.process.samplers import sampling_config
 from flows import sample
-from flows.config import PrintsConfig
+from flows.config import SamplingBatchConfig
 from flows.datasets.catalog import Catalogue
 from flows.datasets.lineage import CodeVersion, DataVersion, record_data
 from flows.provenance.reproduce import Compared, Reproduced, changed_libraries, compare, reproduce
@@ -50,7 +50,7 @@ FOLDER = Path("data/blobs")
 SOURCE = "s3://provenance/dvc"
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=4)
 ASKED = Conditions(labels=("even", "odd", None))
-PRINTS = PrintsConfig()
+SAMPLING_BATCH = SamplingBatchConfig()
 
 
 @dataclass
@@ -120,9 +120,9 @@ def make(store: Store, client: MlflowClient) -> Made:
     tags = {"darkroom.dataset": "blobs", "darkroom.dvc_digest": data.digest}
     version = model_versions.register("blobs", tracker.run_id, weights, SAMPLING, tags, done.images)
     client.set_registered_model_alias("blobs", "champion", str(version.number))
-    batch, place = sample.begin.fn(version, weights, SAMPLING, PRINTS, 18, 5, None, ASKED)
+    batch, place = sample.begin.fn(version, weights, SAMPLING, SAMPLING_BATCH, 18, 5, None, ASKED)
     for chunk in range(len(batch.chunks())):
-        sample.print_chunk.fn(batch, place, version, chunk, PRINTS)
+        sample.generate_chunk.fn(batch, place, version, chunk, SAMPLING_BATCH)
     generate_batch.finish(store, batch, place)
     return Made(store, client, manifest, data, tracker.run_id, version, batch, place)
 
@@ -153,7 +153,7 @@ def test_a_print_leads_to_its_batch_model_run_and_data_set_and_to_shards_that_ar
     assert found.model is not None
     assert found.run is not None
     assert found.data is not None
-    assert found.image.as_printed is True
+    assert found.image.as_generated is True
     assert (found.image.index, found.image.seed, found.image.label) == (17, 5, None)
     assert found.image.sha256 == sha256_bytes(made.png)
     assert (found.place, found.batch, found.finished) == (f"{made.place}/", made.batch, True)
@@ -182,8 +182,10 @@ def test_a_copy_of_a_print_leads_to_the_batch_that_printed_it_among_several_of_i
     made: Made, tmp_path: Path
 ) -> None:
     other = SAMPLING.model_copy(update={"steps": 2})
-    batch, place = sample.begin.fn(made.version, Path("weights.safetensors"), other, PRINTS, 18, 5, None, UNCONDITIONAL)
-    sample.print_chunk.fn(batch, place, made.version, 1, PRINTS)
+    batch, place = sample.begin.fn(
+        made.version, Path("weights.safetensors"), other, SAMPLING_BATCH, 18, 5, None, UNCONDITIONAL
+    )
+    sample.generate_chunk.fn(batch, place, made.version, 1, SAMPLING_BATCH)
     for at in (made.place, place):
         copy = tmp_path / "copy.png"
         copy.write_bytes(made.store.get(at.bucket, at.key("00000017.png")))
@@ -208,7 +210,7 @@ def test_a_image_made_on_request_leads_to_what_was_asked_and_to_its_model(made: 
     found = trace(str(image))
     assert found.broken == []
     assert found.image is not None
-    assert found.image.as_printed is True
+    assert found.image.as_generated is True
     assert found.batch is None
     assert found.request is not None
     assert (found.request.request["task"], found.request.request["to_seed"]) == ("interpolate", 6)
@@ -230,7 +232,7 @@ def test_an_altered_print_is_told_from_one_that_was_only_saved_anew(made: Made) 
     for name, data in changes.items():
         found = trace(f"{made.beside(name, {'00000017.png': data})}/00000017.png")
         assert found.image is not None
-        assert found.image.as_printed is False
+        assert found.image.as_generated is False
         assert found.data is not None
         (words[name],) = found.broken
     assert "was saved anew: its pixels are what was printed" in words["saved"]
@@ -335,7 +337,7 @@ def test_prints_are_made_again_bit_for_bit_by_the_code_that_the_version_ships(ma
 
 
 def test_under_another_fingerprint_the_difference_is_named_with_the_largest_error(made: Made) -> None:
-    """A print of another machine, which made one pixel of the second image brighter."""
+    """A generated image of another machine, which made one pixel of the second image brighter."""
     other = made.batch.fingerprint.model_copy(update={"batch": 16, "device": "AVX9"})
     part = made.store.get(made.place.bucket, made.place.key("manifest/part-00001.jsonl"))
     rows = sampling_batch.part_rows(part, "part")
@@ -367,14 +369,14 @@ def test_what_the_versions_code_does_not_know_is_said_in_one_line_with_what_may_
 
 
 def test_a_print_in_a_tar_is_traced_and_made_again_as_a_file_is(made: Made, tmp_path: Path) -> None:
-    tars, folder = PrintsConfig(format="tar", chunk=8), tmp_path / "again"
+    tars, folder = SamplingBatchConfig(format="tar", chunk=8), tmp_path / "again"
     weights = Path("weights.safetensors")
     batch, place = sample.begin.fn(made.version, weights, SAMPLING, tars, 18, 5, None, ASKED)
     for chunk in range(len(batch.chunks())):
-        sample.print_chunk.fn(batch, place, made.version, chunk, tars)
-    image = f"{place}/prints-00002.tar/00000017.png"
+        sample.generate_chunk.fn(batch, place, made.version, chunk, tars)
+    image = f"{place}/samples-00002.tar/00000017.png"
     found, file = trace(image), trace(made.image)
-    assert (found.image.as_printed, found.data) == (True, file.data)  # type: ignore[union-attr]
+    assert (found.image.as_generated, found.data) == (True, file.data)  # type: ignore[union-attr]
     assert "no batch of" not in " ".join(found.broken)
     done = reproduce(str(place), out=folder)
     assert (done.images, done.exact, done.differences, done.failure) == (18, 18, "", None)
@@ -382,9 +384,9 @@ def test_a_print_in_a_tar_is_traced_and_made_again_as_a_file_is(made: Made, tmp_
     printed = (folder / "00000017.png").read_bytes()
     assert pixels_of(printed) == pixels_of(made.png)
     (tmp_path / "copy.png").write_bytes(printed)
-    assert trace(str(tmp_path / "copy.png")).image.as_printed is True  # type: ignore[union-attr]
-    for nowhere in ("prints-00001.tar/00000017.png", "prints-00002.tar/00000018.png", "prints-00002.tar/x.png"):
-        with pytest.raises(UserError, match=r"is no image of a batch"):
+    assert trace(str(tmp_path / "copy.png")).image.as_generated is True  # type: ignore[union-attr]
+    for nowhere in ("samples-00001.tar/00000017.png", "samples-00002.tar/00000018.png", "samples-00002.tar/x.png"):
+        with pytest.raises(UserError, match=r"is no image of a sampling batch"):
             trace(f"{place}/{nowhere}")
 
 
@@ -392,9 +394,11 @@ def test_prints_by_a_table_are_made_again_by_the_table_beside_them(made: Made, t
     table, weights = tmp_path / "wanted.csv", Path("weights.safetensors")
     labels = ["odd", "even", "", *["even"] * 8, "odd", "odd"]
     table.write_text("\n".join(["label", *(label or '""' for label in labels)]))
-    batch, place = sample.begin.fn(made.version, weights, SAMPLING, PRINTS, None, 5, None, UNCONDITIONAL, str(table))
+    batch, place = sample.begin.fn(
+        made.version, weights, SAMPLING, SAMPLING_BATCH, None, 5, None, UNCONDITIONAL, str(table)
+    )
     table.unlink()
-    sample.print_chunk.fn(batch, place, made.version, 0, PRINTS)
+    sample.generate_chunk.fn(batch, place, made.version, 0, SAMPLING_BATCH)
     shutil.rmtree(".darkroom/requests")
     done = reproduce(str(place))
     assert (done.images, done.exact, done.failure) == (13, 13, None)

@@ -33,7 +33,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 @pytest.fixture(scope="module")
 def batch(workspace: Workspace) -> str:
     """Address of twelve prints of a model that has just been trained."""
-    return str(workspace.json("retrain", "images", "--count", "12", "--seed", "5")["prints"]["uri"])
+    return str(workspace.json("retrain", "images", "--count", "12", "--seed", "5")["samples"]["uri"])
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -47,7 +47,7 @@ def test_a_print_is_traced_to_its_shards_and_made_again(workspace: Workspace, se
     found = workspace.json("trace", image)
     manifest = read_manifest(workspace.folder / "data" / "blobs")
     assert (found["broken"], found["takedowns"]) == ([], [])
-    assert (found["image"]["sha256"], found["image"]["as_printed"]) == (sha256_bytes(printed), True)
+    assert (found["image"]["sha256"], found["image"]["as_generated"]) == (sha256_bytes(printed), True)
     assert (found["place"], found["batch"]["count"], found["finished"]) == (batch, 12, True)
     version = server.get_model_version_by_alias("blobs", "champion")
     assert (found["model"]["uri"], found["model"]["aliases"]) == (f"models:/blobs/{version.version}", ["champion"])
@@ -101,7 +101,7 @@ def test_an_altered_print_exits_1_having_told_the_chain_and_an_unknown_one_2(wor
         client.put_object(Bucket="darkroom", Key=f"altered/{name}", Body=data)
 
     found = workspace.json("trace", "s3://darkroom/altered/00000003.png", code=1)
-    assert (found["image"]["as_printed"], len(found["broken"]), len(found["data"]["shards"])) == (False, 1, 1)
+    assert (found["image"]["as_generated"], len(found["broken"]), len(found["data"]["shards"])) == (False, 1, 1)
     again = workspace.json("reproduce", "s3://darkroom/altered/", "--count", "5", code=1)
     assert (again["exact"], again["altered"]) == (5, ["00000003.png"])
     error = workspace.run("trace", f"{batch}00000012.png", code=2)

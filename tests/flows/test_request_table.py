@@ -12,7 +12,7 @@ import pytest
 from diffusion.common.errors import UserError
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.process.samplers import sampling_config
-from flows.config import PrintsConfig
+from flows.config import SamplingBatchConfig
 from flows.registry.model_versions import Version
 from flows.sampling.generate_batch import plan
 from flows.sampling.request_table import RequestTable
@@ -90,7 +90,7 @@ def planned(store: Store, tmp_path: Path, table: str, classes: dict[str, int], *
     weights = write_model(tmp_path / "weights.safetensors", 1, 0, classes=classes)
     given = {"sampling": SAMPLING, "count": None, "conditions": UNCONDITIONAL} | changes
     batch, _ = plan(
-        store, VERSION, weights, given["sampling"], PrintsConfig(), given["count"], 0, given["conditions"], table
+        store, VERSION, weights, given["sampling"], SamplingBatchConfig(), given["count"], 0, given["conditions"], table
     )  # type: ignore[arg-type]
     return batch
 

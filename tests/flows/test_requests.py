@@ -159,7 +159,7 @@ def test_mistakes_are_one_line_and_exit_2(
     done = darkroom(*words, "--model", "model.safetensors", *QUICK)
     assert (done.code, len(done.err.strip().splitlines())) == (2, 1), done.err
     assert message in done.err
-    assert not (folder / "prints").exists()
+    assert not (folder / "samples").exists()
 
 
 def test_a_model_file_that_is_not_there_is_one_line(darkroom: Darkroom) -> None:

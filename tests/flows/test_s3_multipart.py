@@ -140,9 +140,9 @@ def test_what_killed_processes_left_is_aborted_where_asked_and_if_old_enough(sto
 
 
 def test_a_server_that_honours_the_condition_on_completion_passes_and_keeps_nothing(store: Store, bucket: str) -> None:
-    store.require_conditional_puts(bucket, "prints")
+    store.require_conditional_puts(bucket, "samples")
     for _ in range(2):
-        assert honours_conditional_completion(store, bucket, "prints")
+        assert honours_conditional_completion(store, bucket, "samples")
     assert begun(store, bucket) == []
     assert len(list(store.list_keys(bucket))) == 1
 
@@ -155,9 +155,9 @@ def careless(s3_environment: dict[str, str]) -> Iterator[Store]:
 
 
 def test_a_server_that_ignores_the_condition_on_completion_is_known(careless: Store, bucket: str) -> None:
-    careless.require_conditional_puts(bucket, "prints")
-    assert not honours_conditional_completion(careless, bucket, "prints")
-    careless.require_conditional_puts(bucket, "prints")
+    careless.require_conditional_puts(bucket, "samples")
+    assert not honours_conditional_completion(careless, bucket, "samples")
+    careless.require_conditional_puts(bucket, "samples")
     assert begun(careless, bucket) == []
 
 

@@ -223,8 +223,8 @@ def test_derived_are_the_runs_versions_and_prints_of_those_contents_and_nothing_
     mlflow.set_registered_model_alias("blobs", "champion", made[0])
     store = Store()
     for key in ("blobs/1/one/batch.json", "blobs/1/one/00000000.png", "blobs/1/two/batch.json", "blobs/2/x/batch.json"):
-        store.put_once(bucket, f"prints/{key}", b"")
-    store.put_once(bucket, "prints/blobs/11/x/batch.json", b"")
+        store.put_once(bucket, f"samples/{key}", b"")
+    store.put_once(bucket, "samples/blobs/11/x/batch.json", b"")
 
     found = find_derived("blobs", {held}, {held, clean}, bucket)
     assert {run.run_id for run in found.runs} == set(runs[:2])
@@ -232,7 +232,7 @@ def test_derived_are_the_runs_versions_and_prints_of_those_contents_and_nothing_
         ("models:/blobs/1", ["champion"]),
         ("models:/copy/1", []),
     ]
-    assert found.prints == [f"s3://{bucket}/prints/blobs/1/one/", f"s3://{bucket}/prints/blobs/1/two/"]
+    assert found.samples == [f"s3://{bucket}/samples/blobs/1/one/", f"s3://{bucket}/samples/blobs/1/two/"]
     assert found.unclear_runs == [runs[3]]
 
     for _ in range(2):
@@ -316,10 +316,10 @@ def test_a_takedown_names_and_marks_run_version_and_prints_and_a_retraining_is_c
     derived = done["derived"]
     assert [run["run_id"] for run in derived["runs"]] == [made["run_id"]]
     assert [(model["uri"], model["aliases"]) for model in derived["models"]] == [("models:/blobs/1", ["champion"])]
-    assert derived["prints"] == [made["prints"]["uri"]]
+    assert derived["samples"] == [made["samples"]["uri"]]
     assert server.get_run(made["run_id"]).data.tags["darkroom.takedown"] == done["name"]
     assert server.get_model_version("blobs", "1").tags["darkroom.takedown"] == done["name"]
-    assert objects(workspace, made["prints"]["uri"])
+    assert objects(workspace, made["samples"]["uri"])
 
     again = workspace.json("data", "remove", "odd/00*.png", "--reason", "consent withdrawn", "--yes")
     assert again["removal"] == done["removal"] | {"already": True}

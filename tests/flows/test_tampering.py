@@ -24,7 +24,7 @@ from diffusion.common.files import canonical_json, sha256_bytes
 from diffusion.generation.config import Conditions
 from diffusion.process.samplers import sampling_config
 from flows import sample
-from flows.config import Params, PrintsConfig
+from flows.config import Params, SamplingBatchConfig
 from flows.provenance.reproduce import reproduce
 from flows.provenance.trace import Trace, trace
 from flows.registry import dependencies, model_versions
@@ -106,10 +106,10 @@ def _sampled(store: Store, client: MlflowClient) -> Sampled:
     version = model_versions.register("blobs", run.info.run_id, weights, SAMPLING, {}, 0)
     places = {}
     for kind in ("png", "tar"):
-        config = PrintsConfig(format=kind, chunk=4)  # type: ignore[arg-type]
+        config = SamplingBatchConfig(format=kind, chunk=4)  # type: ignore[arg-type]
         batch, place = sample.begin.fn(version, weights, SAMPLING, config, 8, 5, None, ASKED)
         for chunk in range(len(batch.chunks())):
-            sample.print_chunk.fn(batch, place, version, chunk, config)
+            sample.generate_chunk.fn(batch, place, version, chunk, config)
         generate_batch.finish(store, batch, place)
         places[kind] = place
     return Sampled(store, client, version, places)
@@ -197,7 +197,7 @@ def test_an_image_that_was_altered_is_named_and_its_records_are_not(sampled: Sam
 
 
 def test_what_stands_beside_an_image_in_a_tar_is_checked_as_well(sampled: Sampled) -> None:
-    tar = f"prints-0000{CHUNK}.tar"
+    tar = f"samples-0000{CHUNK}.tar"
     assert sampled.disagreements(sampled.places["tar"], IMAGE) == []
     files = sampled.files("tar")
     altered = files[tar].replace(b'"label":"odd"', b'"label":"eve"')
@@ -459,7 +459,7 @@ def test_a_batch_that_cannot_be_is_refused_before_anything_is_made_of_it(
 def test_a_batch_that_cannot_be_read_hides_no_other(
     sampled: Sampled, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    key = f"prints/blobs/{sampled.version.number}/a-batch/batch.json"
+    key = f"samples/blobs/{sampled.version.number}/a-batch/batch.json"
     sampled.store.put_many(BUCKET, [Object(key, b"junk")])
     (tmp_path / "copy.png").write_bytes(sampled.files("png")[NAME])
     try:

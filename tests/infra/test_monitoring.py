@@ -146,8 +146,8 @@ def test_the_rate_of_prints_is_their_number_by_the_time_the_run_took() -> None:
     assert list(succeeded("sample", run)) == [
         ("darkroom_flow_last_success_timestamp_seconds", ("sample",), 100.0),
         ("darkroom_flow_last_success_seconds", ("sample",), 8.0),
-        ("darkroom_prints_last_batch_images", (), 40),
-        ("darkroom_prints_last_batch_images_per_second", (), 5.0),
+        ("darkroom_samples_last_batch_images", (), 40),
+        ("darkroom_samples_last_batch_images_per_second", (), 5.0),
     ]
     assert len(list(succeeded("train", run))) == 2
     assert len(list(succeeded("sample", run | {"parameters": {}}))) == 2

@@ -22,29 +22,29 @@ if TYPE_CHECKING:
 
 BUCKET = "images-of-a-team"
 PREFIXES = (
-    *("images", "dvc", "datasets", "ledger", "prints", "pushing", "resumed", "deleted", "retired", "retrained"),
+    *("images", "dvc", "datasets", "ledger", "samples", "pushing", "resumed", "deleted", "retired", "retrained"),
     *("starts", "claims", "mlflow", "elsewhere"),
 )
-WORK = {"dvc", "datasets", "ledger", "prints", "pushing", "retrained", "starts", "claims"}
+WORK = {"dvc", "datasets", "ledger", "samples", "pushing", "retrained", "starts", "claims"}
 READS: dict[str, set[str]] = {
     "worker": {*WORK, "images", "deleted"},
-    "sampler": {"ledger", "prints", "deleted"},
-    "reader": {"dvc", "datasets", "ledger", "prints", "deleted"},
-    "keeper": {"images", "dvc", "datasets", "ledger", "prints", "retired", "deleted"},
+    "sampler": {"ledger", "samples", "deleted"},
+    "reader": {"dvc", "datasets", "ledger", "samples", "deleted"},
+    "keeper": {"images", "dvc", "datasets", "ledger", "samples", "retired", "deleted"},
     "mlflow": {"mlflow"},
 }
 WRITES: dict[str, set[str]] = {
     "worker": {*WORK, "resumed"},
-    "sampler": {"prints", "resumed"},
+    "sampler": {"samples", "resumed"},
     "reader": set(),
-    "keeper": {"images", "dvc", "datasets", "prints", "pushing", "retired", "deleted"},
+    "keeper": {"images", "dvc", "datasets", "samples", "pushing", "retired", "deleted"},
     "mlflow": {"mlflow"},
 }
 DELETES: dict[str, set[str]] = {
     "worker": {"pushing"},
     "sampler": set(),
     "reader": set(),
-    "keeper": {"images", "dvc", "datasets", "prints", "pushing", "retired", "deleted", "resumed"},
+    "keeper": {"images", "dvc", "datasets", "samples", "pushing", "retired", "deleted", "resumed"},
     "mlflow": {"mlflow"},
 }
 
@@ -131,7 +131,7 @@ def test_no_role_may_make_or_remove_a_bucket_or_change_who_may_what(clients: dic
 
 def test_large_objects_go_up_in_parts_and_what_was_given_up_can_be_cleared(clients: dict[str, "S3Client"]) -> None:
     for role in ("worker", "sampler"):
-        s3, place = clients[role], {"Bucket": BUCKET, "Key": f"prints/large-{role}"}
+        s3, place = clients[role], {"Bucket": BUCKET, "Key": f"samples/large-{role}"}
         upload = s3.create_multipart_upload(**place)["UploadId"]
         etag = s3.upload_part(**place, UploadId=upload, PartNumber=1, Body=b"x")["ETag"]
         parts = {"Parts": [{"PartNumber": 1, "ETag": etag}]}

@@ -17,10 +17,10 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 from dvc.repo import Repo
 
+from flows.config import RetentionConfig
 from flows.datasets import catalog
-from flows.retention.batch_items import Prints
+from flows.retention.batch_items import SamplingBatches
 from flows.retention.dataset_items import DataSets
-from flows.retention.policy import RetentionConfig
 from flows.sampling.lookup import find
 from flows.sampling.sampling_batch import Batch
 from flows.storage.multipart import writing
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["bucket", "no_servers", "s3_environment", "s3_server", "store"]
 
 ROLES = ("worker", "sampler", "reader", "keeper", "mlflow")
-ONCE = ("datasets", "dvc", "ledger", "prints", "pushing", "resumed", "retrained", "starts")
+ONCE = ("datasets", "dvc", "ledger", "samples", "pushing", "resumed", "retrained", "starts")
 OLD = datetime(2000, 1, 1, tzinfo=UTC)
 
 
@@ -134,7 +134,7 @@ def test_a_stolen_key_changes_nothing_that_is_there(store: Store, bucket: str, e
     kept = [prefix for prefix in prefixes if (name, prefix) != ("worker", "pushing")]
     assert all(store.get(bucket, f"{prefix}/old") == b"old" for prefix in kept)
     # Nor does gc delete for a thief what a mark names.
-    assert refused(lambda: s3.put_object(Bucket=bucket, Key="deleted/prints/a/1/b", Body=b"", IfNoneMatch="*"))
+    assert refused(lambda: s3.put_object(Bucket=bucket, Key="deleted/samples/a/1/b", Body=b"", IfNoneMatch="*"))
 
 
 def test_nobody_overwrites_or_deletes_an_entry_of_the_ledger(store: Store, bucket: str, enforcing: str) -> None:
@@ -150,7 +150,7 @@ def test_each_role_does_its_work(
     role: Callable[[str], Any], bucket: str, images: Path, tmp_path: Path, store: Store
 ) -> None:
     weights = write_model(tmp_path / "weights.safetensors", 1, 0, classes={"even": 3, "odd": 1})
-    policy = RetentionConfig(data_versions=1, data_days=0, prints_days=0, unfinished_days=0, grace_hours=0)
+    policy = RetentionConfig(data_versions=1, data_days=0, batch_days=0, unfinished_days=0, grace_hours=0)
     later = datetime.now(UTC) + timedelta(days=1)
     with role("worker") as worker:
         Repo.init(no_scm=True).close()
@@ -167,7 +167,7 @@ def test_each_role_does_its_work(
             worker.put_once(bucket, f"{prefix}/blobs/00000001.json", b"{}")
         generate(worker, BATCHES[1], bucket, weights)
     with role("sampler") as sampler:
-        with writing(sampler, bucket, "prints/large", part_bytes=4) as file:
+        with writing(sampler, bucket, "samples/large", part_bytes=4) as file:
             file.write(b"four")
         batches: list[Location] = [
             generate(sampler, made.model_copy(update={"seed": 8}), bucket, weights) for made in BATCHES
@@ -178,8 +178,8 @@ def test_each_role_does_its_work(
         assert isinstance(find(address, reader, bucket).batch, Batch)
         assert set(catalog.Catalogue.of("blobs", place.source, reader).versions()) == {first.digest, second.digest}
     with role("keeper") as keeper:
-        Prints(keeper, bucket, policy, later).sweep().act()
-        assert not [key for key in keeper.list_keys(bucket, "prints/") if key.startswith("prints/blobs/")]
+        SamplingBatches(keeper, bucket, policy, later).sweep().act()
+        assert not [key for key in keeper.list_keys(bucket, "samples/") if key.startswith("samples/blobs/")]
         DataSets(keeper, place.source, {}, None, policy, later).sweep().act()
         DataSets(keeper, place.source, {}, None, policy, later).sweep().act()
         assert set(place.catalogue.versions()) == {second.digest}

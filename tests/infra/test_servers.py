@@ -66,8 +66,8 @@ def test_a_retraining_leaves_champion_and_prints_with_a_workers_rights_alone(
     servers: Servers, retrained: dict[str, Any]
 ) -> None:
     assert retrained["verdict"]["promoted"]
-    assert retrained["prints"]["uri"].startswith(f"s3://{servers.secrets['DARKROOM_BUCKET']}/prints/blobs/1/")
-    traced = run(servers, "trace", f"{retrained['prints']['uri']}00000003.png", "--json", role="reader")
+    assert retrained["samples"]["uri"].startswith(f"s3://{servers.secrets['DARKROOM_BUCKET']}/samples/blobs/1/")
+    traced = run(servers, "trace", f"{retrained['samples']['uri']}00000003.png", "--json", role="reader")
     assert traced.returncode == 0, traced.stderr
     assert json.loads(traced.stdout)["run"]["run_id"] == retrained["run_id"]
 
@@ -105,7 +105,7 @@ def test_who_prints_needs_no_more_than_a_samplers_keys_and_who_reads_cannot_prin
 ) -> None:
     printed = run(servers, "sample", *CHAMPION, "--count", "2", "--seed", "5", "--json", role="sampler")
     assert printed.returncode == 0, printed.stderr[-3000:]
-    assert json.loads(printed.stdout)["model"] == retrained["prints"]["model"]
+    assert json.loads(printed.stdout)["model"] == retrained["samples"]["model"]
     refused = run(servers, "sample", *CHAMPION, "--count", "2", "--seed", "6", role="reader")
     assert refused.returncode in (1, 2)
     assert refused.stderr.splitlines()[-1].startswith("darkroom: ")
@@ -164,7 +164,7 @@ def test_the_worker_reports_and_metrics_say_what_was_done(servers: Servers, retr
     assert found["darkroom_champion_figure", "blobs", "kid_efflite0"] == pytest.approx(
         kid(servers, retrained), rel=1e-4
     )
-    assert found["darkroom_prints_last_batch_images",] >= 2
+    assert found["darkroom_samples_last_batch_images",] >= 2
     # Nothing trains now, and no limit was made.
     silent = {name for name in GAUGES if name.startswith(("darkroom_training_", "darkroom_concurrency_"))}
     assert {name for name, *_ in found} == GAUGES.keys() - silent
