@@ -258,7 +258,7 @@ def breaking_server() -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
-            self.send_header("Content-Length", "7")
+            self.send_header("Content-Length", "5")
             self.end_headers()
             self.wfile.write(next(answers))
 
