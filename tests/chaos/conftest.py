@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from diffusion.common.files import digest_of
+from tests.builders.workspace import running
 from tests.chaos.forked import Forks
 from tests.chaos.house import NIGHT, QUICK, House, Site
 from tests.chaos.poison import poison
-from tests.flows.workspace import running
 
 
 @pytest.fixture(scope="session")

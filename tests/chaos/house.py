@@ -25,7 +25,7 @@ from flows.local_stack.seaweedfs import config
 from flows.local_stack.server_process import Process, members, stop
 from flows.local_stack.services import Service, services
 from flows.local_stack.stack_files import LocalStack, ServiceName
-from tests.flows.workspace import PARAMS, Workspace, objects
+from tests.builders.workspace import PARAMS, Workspace, objects
 
 QUICK = PARAMS | {
     "training": {**PARAMS["training"], "images": 320, "checkpoints": 4, "warmup_images": 16},

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.builders import ROOT
+
 PAGE = ROOT / "docs" / "failure-drills.md"
 BEGIN, END = "<!-- drills: `make chaos` writes this table -->", "<!-- end of the drills -->"
 NO_RUN = "No whole run is recorded yet."

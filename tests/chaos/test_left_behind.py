@@ -4,8 +4,8 @@ import time
 
 import pytest
 
+from tests.builders.left_behind import descendants, left_behind, new_mark
 from tests.chaos.house import Site
-from tests.left_behind import descendants, left_behind, new_mark
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.diffusion.captioned import MadeUp
+from tests.builders.captioned import MadeUp
 
 
 @pytest.fixture

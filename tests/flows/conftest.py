@@ -16,7 +16,7 @@ from diffusion.common.errors import DarkroomError
 from flows.local_stack import ports, seaweedfs
 from flows.local_stack.tls import new_identity
 from flows.storage.s3 import Store, client
-from tests.flows.workspace import Workspace
+from tests.builders.workspace import Workspace
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ import pytest
 from mlflow.client import MlflowClient
 from playwright.sync_api import Browser, Page, expect
 
-from tests.browser import chromium, look
-from tests.flows.workspace import PARAMS, Workspace, running
+from tests.builders.browser import chromium, look
+from tests.builders.workspace import PARAMS, Workspace, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

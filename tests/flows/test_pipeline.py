@@ -21,7 +21,7 @@ from PIL import Image
 
 from diffusion.common.files import sha256_bytes
 from flows.local_stack.ports import choose
-from tests.flows.workspace import PARAMS, Workspace, objects, running
+from tests.builders.workspace import PARAMS, Workspace, objects, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

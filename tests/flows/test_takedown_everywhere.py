@@ -19,7 +19,7 @@ from flows.registry.ledger_entries import Evidence
 from flows.registry.model_versions import Version, version_of
 from flows.registry.takedown_marks import find_derived, mark, require_current
 from flows.tracking.runs import AUTOENCODER, START
-from tests.flows.machines import (
+from tests.builders.machines import (
     BASE,
     FOLDER,
     NAME,
@@ -32,8 +32,8 @@ from tests.flows.machines import (
     machine,
     two,
 )
-from tests.flows.registered import add_version
-from tests.flows.workspace import PARAMS
+from tests.builders.model_versions import add_version
+from tests.builders.workspace import PARAMS
 
 __all__ = ["first_version", "machine", "two"]
 

@@ -26,11 +26,11 @@ from flows.datasets.purge import purge_dvc, purge_files
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import Derived, clear_images, find_derived, mark, takedowns
 from flows.storage.s3 import Store
+from tests.builders.workspace import PARAMS, Workspace, objects, running
 from tests.chaos.forked import Forks
 from tests.conftest import disc
-from tests.diffusion.test_ingest import files_of
-from tests.flows.test_catalogue import FOLDER, Place
-from tests.flows.workspace import PARAMS, Workspace, objects, running
+from tests.diffusion.data.ingest.test_ingest import files_of
+from tests.flows.datasets.test_catalog import FOLDER, Place
 
 REMOVAL = Removal(
     image_keys=["0" * 64],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.infra.installation import INFRA, ROOT
+from tests.builders.installation import INFRA, ROOT
 
 CI = INFRA / "ci"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.infra.installation import INFRA, compose, composed, new_environment
+from tests.builders.installation import INFRA, compose, composed, new_environment
 
 Services = dict[str, dict[str, Any]]
 

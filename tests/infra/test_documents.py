@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.infra.installation import INFRA, ROOT
+from tests.builders.installation import INFRA, ROOT
 
 PAGES = (ROOT / "docs" / "threat-model.md", INFRA / "README.md", *(ROOT / "docs" / "runbook").glob("*.md"))
 

@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from tests.infra.installation import INFRA, ROOT, program
+from tests.builders.installation import INFRA, ROOT, program
 
 DOCKER = INFRA / "docker"
 HASH = r"    --hash=sha256:[0-9a-f]{64}"

@@ -17,7 +17,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
-from tests.infra.installation import INFRA, new_environment
+from tests.builders.installation import INFRA, new_environment
 
 KUBERNETES = INFRA / "kubernetes"
 POOLS = ("cpu", "gpu")

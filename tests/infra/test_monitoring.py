@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from flows.local_stack import ports
 from flows.monitoring.prometheus import GAUGES, Servers, counted, state_of, succeeded, trained
-from tests.infra.installation import INFRA, ROOT, program
+from tests.builders.installation import INFRA, ROOT, program
 
 ALERTS = [
     rule

@@ -15,7 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from flows.local_stack import ports, seaweedfs
 from flows.local_stack.tls import new_identity
-from tests.infra.installation import INFRA, new_environment
+from tests.builders.installation import INFRA, new_environment
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

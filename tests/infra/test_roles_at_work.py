@@ -1,6 +1,6 @@
 """Each role does its work through the policies of role and bucket, and a stolen key of it changes nothing that is old.
 
-``tests/infra/policy_evaluator.py`` judges the requests, SeaweedFS does what they ask.
+``tests/builders/policy_evaluator.py`` judges the requests, SeaweedFS does what they ask.
 """
 
 import json
@@ -25,13 +25,13 @@ from flows.sampling.lookup import find
 from flows.sampling.sampling_batch import Batch
 from flows.storage.multipart import writing
 from flows.storage.s3 import Location, Store
-from tests.diffusion.small_models import write_model
+from tests.builders.installation import INFRA
+from tests.builders.policy_evaluator import Statement, is_allowed
+from tests.builders.s3_proxy import Request, proxied
+from tests.builders.small_models import write_model
 from tests.flows.conftest import bucket, no_servers, s3_environment, s3_server, store
-from tests.flows.s3_proxy import Request, proxied
-from tests.flows.test_catalogue import FOLDER, Place
-from tests.flows.test_gc_beside_sample import BATCHES, generate
-from tests.infra.installation import INFRA
-from tests.infra.policy_evaluator import Statement, is_allowed
+from tests.flows.datasets.test_catalog import FOLDER, Place
+from tests.flows.retention.test_gc_beside_sample import BATCHES, generate
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -14,9 +14,9 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from flows.monitoring.prometheus import GAUGES
+from tests.builders.servers import Servers, darkroom, installed, query
+from tests.builders.workspace import PARAMS
 from tests.conftest import disc
-from tests.flows.workspace import PARAMS
-from tests.infra.servers import Servers, darkroom, installed, query
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

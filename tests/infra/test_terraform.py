@@ -6,7 +6,7 @@ from typing import Any
 import hcl2
 import pytest
 
-from tests.infra.installation import INFRA
+from tests.builders.installation import INFRA
 
 TERRAFORM = INFRA / "terraform"
 Blocks = dict[tuple[str, ...], dict[str, Any]]

@@ -1,0 +1,183 @@
+"""A comparison with the champion as its report shows it: of real images, some of them noisy or copied."""
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from diffusion.common.fingerprint import fingerprint
+from diffusion.evaluation.bootstrap import Figure, Replicates, compute_replicates, difference
+from diffusion.evaluation.comparison import ChampionComparison, SampleGrids, distance_headline
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.gate import ComparisonMetrics, GateConfig, decide
+from diffusion.evaluation.metrics.copies import (
+    PIXELS,
+    Memorization,
+    detect_duplicates,
+    detect_memorization,
+    make_thumbnails,
+    shifted_thumbnails,
+)
+from diffusion.evaluation.metrics.distances import compute_scores
+from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss, LevelLoss
+from diffusion.evaluation.metrics.neighbours import find_nearest
+from diffusion.evaluation.metrics.per_class import Labelled, PerClass, evaluate_classes, fit_discriminant
+from diffusion.evaluation.metrics.pixel_metrics import compare_appearance, measure_appearance
+from diffusion.evaluation.results import EvaluationConditions, MetricEstimate, ModelEvaluation, RealBaseline
+from diffusion.process.likelihood import noise_levels
+from diffusion.process.samplers import sampling_config
+from tests.builders.degraded import with_copies, with_noise
+from tests.builders.real_images import images
+
+COUNT = 240
+"""Images of each set; of training there are three times as many."""
+CLASSES = ["T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
+TWICE = [20, 31, 42]
+"""Images of the candidate that are one."""
+GATE = GateConfig(memorized=None, cost=None)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A comparison with the images and names that its report shows."""
+
+    comparison: ChampionComparison
+    grids: SampleGrids
+    model: str = "clothes"
+    dataset: str = "fashion"
+    candidate: str = "version 3"
+    champion: str | None = "version 2"
+
+
+def docket(with_champion: bool = True) -> Shown:
+    """A noisy champion, and a candidate that generates real images and a few of those that it learned from."""
+    sets, _ = _sets()
+    generated = [sets["candidate"], *([sets["champion"]] if with_champion else [])]
+    points = [make_thumbnails(each) for each in (*generated, sets["real baseline"])]
+    reference = make_thumbnails(sets["held out"])
+    *found, baseline = compute_replicates(points, reference, 20)
+    sides = [
+        _side(images, point, reference, metrics)
+        for images, point, metrics in zip(generated, points, found, strict=False)
+    ]
+    compared = ComparisonMetrics(
+        basis="generated",
+        samples=COUNT,
+        reference=COUNT,
+        has_champion=with_champion,
+        headline=distance_headline(*found, baseline, PIXELS, GATE) if with_champion else None,
+        recall=difference(found[0]["recall"], found[1]["recall"]) if with_champion else None,
+    )
+    per_class, pairs = sides[0].per_class, sides[0].memorization.pairs
+    assert per_class is not None
+    conditions = EvaluationConditions(
+        content_digest="c" * 64,
+        extractor=PIXELS,
+        extractor_digest="e" * 64,
+        preprocessing="8 pixels",
+        evaluation=EvaluationConfig(seed=1),
+        sampling=sampling_config(),
+    )
+    comparison = ChampionComparison(
+        conditions=conditions,
+        key=conditions.key,
+        gate=GATE,
+        candidate=sides[0],
+        champion=sides[1] if with_champion else None,
+        real_baseline=RealBaseline(
+            scores=compute_scores(points[-1], reference, PIXELS), estimates=_estimates(baseline)
+        ),
+        compared=compared,
+        decision=decide(compared, GATE),
+    )
+    grids = SampleGrids(
+        real=sets["held out"][:64],
+        candidate=sets["candidate"][:64],
+        champion=sets["champion"][:64] if with_champion else None,
+        nearest_generated=sets["candidate"][[p.generated for p in pairs]],
+        nearest_training=sets["training"][[p.training for p in pairs]],
+        duplicates=[sets["candidate"][group.members] for group in sides[0].duplicates.groups],
+        classes=_class_samples(per_class),
+    )
+    if with_champion:
+        return Shown(comparison, grids)
+    return Shown(comparison, grids, candidate="version 1", champion=None)
+
+
+def _estimates(metrics: dict[Figure, Replicates]) -> dict[str, MetricEstimate]:
+    return {f"{name}_{PIXELS}": MetricEstimate.of(each.estimate) for name, each in metrics.items()}
+
+
+def _side(images: Tensor, points: Tensor, reference: Tensor, metrics: dict[Figure, Replicates]) -> ModelEvaluation:
+    sets, _ = _sets()
+    is_champion = images is sets["champion"]
+    return ModelEvaluation(
+        sha256="a" * 64,
+        family="ddpm" if is_champion else "autoregressive",
+        images=1000,
+        fingerprint=fingerprint(8, "fp32", "cpu"),
+        scores=compute_scores(points, reference, PIXELS),
+        memorization=_copies(images),
+        duplicates=detect_duplicates(shifted_thumbnails(images), shifted_thumbnails(sets["held out"])),
+        drift=compare_appearance(measure_appearance(images), measure_appearance(sets["held out"])),
+        per_class=_by_class(images),
+        held_out_loss=_losses(0.9 if is_champion else 0.8),
+        gflop=1.0,
+        estimates=_estimates(metrics),
+    )
+
+
+@cache
+def _sets() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Images, and their classes."""
+    shown, classes = images(6 * COUNT)
+    names = ("training", "held out", "champion", "candidate")
+    parts = dict(zip(names, (slice(3 * COUNT), *(slice(n * COUNT, (n + 1) * COUNT) for n in (3, 4, 5))), strict=True))
+    sets = {name: shown[part] for name, part in parts.items()}
+    sets["real baseline"] = sets["training"][:COUNT]
+    sets["champion"] = with_noise(sets["champion"], 0.3)
+    sets["candidate"] = with_copies(sets["candidate"], sets["training"][-12:])
+    sets["candidate"][TWICE] = sets["candidate"][TWICE[0]].clone()
+    labels = {name: classes[part] for name, part in parts.items()}
+    labels["candidate"] = torch.cat([labels["training"][-12:], labels["candidate"][12:]])
+    labels["candidate"][TWICE] = labels["candidate"][TWICE[0]].clone()
+    return sets, labels
+
+
+def _copies(drawn: Tensor) -> Memorization:
+    sets, _ = _sets()
+    training = make_thumbnails(sets["training"])
+    near, of_real = (find_nearest(shifted_thumbnails(each), [training]) for each in (drawn, sets["held out"]))
+    return detect_memorization({PIXELS: near}, {PIXELS: of_real})
+
+
+def _by_class(drawn: Tensor) -> PerClass:
+    sets, labels = _sets()
+    reader = fit_discriminant([(make_thumbnails(sets["training"]), labels["training"])], len(CLASSES))
+    whose = "candidate" if drawn is sets["candidate"] else "champion"
+    real = Labelled(make_thumbnails(sets["held out"]), labels["held out"])
+    return evaluate_classes(Labelled(make_thumbnails(drawn), labels[whose]), real, reader, CLASSES, PIXELS)
+
+
+def _class_samples(found: PerClass) -> dict[str, tuple[Tensor, Tensor]]:
+    """The first four real and drawn images of the two worst classes."""
+    sets, labels = _sets()
+    numbers = {each.name: CLASSES.index(each.name) for each in found.worst_first[:2]}
+
+    def of(whose: str, number: int) -> Tensor:
+        return sets[whose][labels[whose] == number][:4]
+
+    return {name: (of("held out", number), of("candidate", number)) for name, number in numbers.items()}
+
+
+def _losses(worst: float) -> HeldOutLoss:
+    edges = noise_levels().tolist()
+    levels = [
+        LevelLoss(sigma_low=low, sigma_high=high, loss=worst * (0.1 + 0.05 * n), loss_se=0.01)
+        for n, (low, high) in enumerate(pairwise(edges))
+    ]
+    return HeldOutLoss(
+        images=COUNT, levels=levels, loss=0.5, loss_se=0.01, bits_per_dim=3 + worst, bits_per_dim_se=0.02
+    )

@@ -1,0 +1,110 @@
+"""Small data sets and models for trials of one model beside another."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.checkpoints import AVERAGED, save_tensors
+from diffusion.common.progress import Progress, silent
+from diffusion.data.dataset import Dataset
+from diffusion.evaluation.cache import cached
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.evaluator import Evaluator
+from diffusion.evaluation.results import CheckpointEvaluation
+from diffusion.families import family_of
+from diffusion.generation.super_resolution import FromNoise, GenerationTask
+from diffusion.models.config import FamilyConfig, VAEConfig
+from diffusion.process.samplers import SamplingConfig, sampling_config
+from tests.builders.small_datasets import write_dataset
+from tests.builders.small_models import header
+from tests.conftest import disc
+
+CONFIG = EvaluationConfig(samples=48, extractor_size=32)
+SAMPLING = sampling_config(sampler="dpmpp_2m", steps=4, compute_batch=16, precision="fp32")
+
+
+def evaluate_one(
+    model_file: Path,
+    data: Path,
+    config: EvaluationConfig,
+    sampling: SamplingConfig,
+    output: Path,
+    progress: Progress = silent,
+    task: GenerationTask = FromNoise(),  # noqa: B008 (frozen)
+) -> CheckpointEvaluation:
+    """What ``evaluate`` finds of one model file under equal conditions, remembered in ``output``.
+
+    ``task``: that of the models that it is compared with; UserError if it has another.
+    """
+    evaluator = Evaluator(data, config, sampling, output / "evaluations", progress, task)
+    return evaluator.model(model_file).checkpoint()
+
+
+class Watcher:
+    """Notes which work reports progress, and stops it where told to."""
+
+    def __init__(self, stop_at: str | None = None, stop_after: int = 0) -> None:
+        self.told: list[tuple[str, int]] = []
+        self.stop_at = stop_at
+        self.stop_after = stop_after
+
+    def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
+        self.told.append((what, done))
+        if what == self.stop_at and done >= self.stop_after:
+            raise KeyboardInterrupt
+
+    @property
+    def seen(self) -> list[str]:
+        """Which work, in order."""
+        return [what for what, _ in self.told]
+
+    @property
+    def drawn(self) -> set[str]:
+        """The model files from which images were drawn."""
+        return {what.split(":")[0] for what in self.seen if what.endswith(("images sampled", "images enlarged"))}
+
+
+def discs(folder: Path, count: int = 160, first: int = 0) -> Path:
+    """A data set of white discs at 8×8, of two classes, a quarter of it held out."""
+    images = np.stack([np.asarray(disc(number, 8))[None] for number in range(first, first + count)])
+    labels = ["left" if number // 4 % 2 else "right" for number in range(count)]
+    write_dataset(folder, images, per_shard=count, labels=labels)
+    return folder
+
+
+def let_draw(
+    path: Path,
+    images: Tensor,
+    data: Path,
+    folder: Path,
+    config: EvaluationConfig = CONFIG,
+    sampling: SamplingConfig = SAMPLING,
+) -> None:
+    """Let the model in the file ``path`` have drawn these ``images``, as trials in ``folder`` will remember."""
+    model = Evaluator(data, config, sampling, folder / "evaluations").model(path)
+    cached(folder / "evaluations", model.generated_key, lambda: {"images": images})
+
+
+def training_images(data: Path, count: int) -> Tensor:
+    """The first ones."""
+    dataset = Dataset.open(data)
+    return dataset.images(dataset.rows("train")[:count])
+
+
+def write_autoencoder(path: Path, seed: int, spread: float = 0.1) -> Path:
+    """An autoencoder of images of 8 pixels that was never trained."""
+    return write_of_family(path, VAEConfig(width=16, channel_mult=(1,), latent_channels=2), seed, spread)
+
+
+def write_of_family(path: Path, config: FamilyConfig, seed: int, spread: float = 0.1) -> Path:
+    """A model of any family, of images of 8 pixels, that was never trained."""
+    network = family_of(config).make_network(config, (1, 8, 8), 0)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=spread, generator=generator)
+    tensors = {AVERAGED + name: value for name, value in network.state_dict().items()}
+    about = header(images=seed).model_copy(update={"model": config})
+    save_tensors(path, tensors, {"model_header": about.model_dump(mode="json")})
+    return path

@@ -1,0 +1,47 @@
+"""Data sets of random images: which of them is in which shard is up to the test."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from diffusion.data.manifest import Manifest
+from tests.builders.built_datasets import BuiltDataset, kept, quarantined
+
+
+def random_images(count: int, channels: int = 1, size: int = 8, seed: int = 0) -> np.ndarray:
+    """(count, channels, size, size) uint8, all different."""
+    return np.random.default_rng(seed).integers(0, 256, (count, channels, size, size), np.uint8)
+
+
+def as_stored(image: np.ndarray) -> np.ndarray:
+    """An image (C, H, W) as (H, W) if C is 1, else as (H, W, C)."""
+    return image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
+
+
+def write_dataset(
+    folder: Path,
+    images: np.ndarray,
+    per_shard: int,
+    labels: Sequence[str | None] | None = None,
+    captions: Sequence[str | None] | None = None,
+    held_out_every: int = 4,
+) -> Manifest:
+    """The data set of ``images``, (N, C, H, W) uint8, in shards of ``per_shard``.
+
+    Every so many images are held out, from the first on; 0: none. Each records table also has a row of an image
+    that was refused.
+    """
+    labels, captions = labels or [None] * len(images), captions or [None] * len(images)
+    rows = [
+        kept(
+            as_stored(image),
+            f"{number}.png",
+            "held_out" if held_out_every and number % held_out_every == 0 else "train",
+            label=labels[number],
+            caption=captions[number],
+        )
+        for number, image in enumerate(images)
+    ]
+    parts = [[quarantined("x", "damaged"), *rows[at : at + per_shard]] for at in range(0, len(rows), per_shard)]
+    return BuiltDataset(folder, images.shape[-1], folder.name).version(*parts)

@@ -1,0 +1,129 @@
+"""A folder with images, a configuration and a running local stack: what a user of the command line has."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import boto3
+import yaml
+
+from flows.local_stack.server_process import members
+from flows.local_stack.stack_files import SERVICES
+from tests.builders import ROOT
+from tests.conftest import disc
+
+PARAMS = {
+    "ingest": {"size": 8, "held_out": 0.33},
+    "model": {"width": 16, "channel_mult": [1], "blocks": 1, "attention": [], "patch": 1},
+    "training": {
+        "dataset": "blobs",
+        "images": 4800,
+        "learning_rate": 0.01,
+        "batch_size": 16,
+        "warmup_images": 64,
+        "checkpoints": 8,
+        "keep": 2,
+    },
+    "sampling": {"sampler": "dpmpp_2m", "steps": 8, "compute_batch": 8},
+    "evaluation": {"samples": 64, "extractor_size": 32},
+}
+
+
+class Workspace:
+    """A folder of its own with images, a configuration and a running local stack."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.variables = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("DARKROOM_", "MLFLOW_", "PREFECT_", "AWS_"))
+        } | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.variables,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str, code: int = 0) -> str:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == code, err[-3000:]
+        if code == 2:
+            assert "Traceback" not in err
+            return err
+        return out
+
+    def json(self, *arguments: str, code: int = 0) -> Any:
+        return json.loads(self.run(*arguments, "--json", code=code))
+
+    def two_versions(self) -> None:
+        """Train and judge two versions of blobs, of which the first or both were champion."""
+        self.json("retrain", "images", "--count", "1")
+        second = ("--set", "training.seed=1", "--set", "training.output=runs/second")
+        self.json("train", *second)
+        self.json("evaluate", *second)
+        process = self.start("promote", *second)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode in (0, 3), err[-3000:]
+
+
+@contextmanager
+def running(folder: Path, params: dict[str, Any], images: int) -> Iterator[Workspace]:
+    """A workspace in ``folder`` with as many ``images`` in two classes, and all servers up."""
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    for number in range(images):
+        path = folder / "images" / ("even" if number % 2 == 0 else "odd") / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        disc(number).save(path)
+    space = Workspace(folder)
+    try:
+        # On a machine that does much else servers may take longer than it waits for them; they start all the same.
+        for _ in range(2):
+            process = space.start("up")
+            process.communicate()
+            if process.returncode == 0:
+                break
+        else:
+            space.run("up")
+        for line in space.run("env").splitlines():
+            name, _, value = line.removeprefix("export ").partition("=")
+            space.variables[name] = value.strip("'\"")
+        yield space
+    finally:
+        # Nobody needs what they hold, and to let them end by themselves takes half a minute.
+        for process in members(folder / ".darkroom", *SERVICES):
+            process.kill()
+
+
+def objects(workspace: Workspace, uri: str) -> dict[str, tuple[Any, bytes]]:
+    """Stock boto3: every object below ``uri`` with its time of writing."""
+    client = boto3.client(
+        "s3",
+        endpoint_url=workspace.variables["AWS_ENDPOINT_URL_S3"],
+        aws_access_key_id=workspace.variables["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=workspace.variables["AWS_SECRET_ACCESS_KEY"],
+        region_name="us-east-1",
+    )
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    return {
+        entry["Key"].removeprefix(prefix): (
+            entry["LastModified"],
+            client.get_object(Bucket=bucket, Key=entry["Key"])["Body"].read(),
+        )
+        for page in pages
+        for entry in page.get("Contents", [])
+    }

@@ -1,0 +1,66 @@
+"""Files are seen whole or not at all, whoever else writes them, and whenever somebody is killed."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import PIPE, Popen
+
+import pytest
+
+from diffusion.common.files import PARTIAL, remove_partials, write_atomically, write_bytes
+from tests.builders import ROOT
+
+WRITER = """
+import sys
+from pathlib import Path
+from diffusion.common.files import write_bytes
+for _ in range(200):
+    write_bytes(Path(sys.argv[1]), sys.argv[2].encode() * 100_000)
+"""
+
+
+@contextmanager
+def writer(path: Path, letter: str) -> Iterator[Popen[str]]:
+    """Another process that writes ``path`` again and again."""
+    command = [sys.executable, "-c", WRITER, str(path), letter]
+    with Popen(command, stderr=PIPE, text=True, cwd=ROOT) as process:
+        yield process
+
+
+def test_two_processes_that_write_one_path_at_once_leave_it_whole_at_every_look(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    looks = set()
+    with writer(path, "a") as first, writer(path, "b") as second:
+        while first.poll() is None or second.poll() is None:
+            if path.exists():
+                data = path.read_bytes()
+                looks.add((data[:1], len(data), len(set(data))))
+        assert (first.returncode, second.returncode) == (0, 0), f"{first.stderr}{second.stderr}"
+    assert {(length, letters) for _, length, letters in looks} == {(100_000, 1)}
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+
+    def fail(partial: Path) -> None:
+        partial.write_bytes(b"ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, fail)
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("file", b"old")]
+
+
+def test_what_a_killed_writer_leaves_is_known_by_its_name_and_taken_away(tmp_path: Path) -> None:
+    def looking(partial: Path) -> None:
+        partial.write_bytes(b"begun")
+        assert PARTIAL.fullmatch(partial.name)
+        os.link(partial, tmp_path / f".left.{'0' * 32}.partial")  # as a kill would
+
+    write_atomically(tmp_path / "folder" / "file", looking)
+    remove_partials(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["file"]

@@ -1,0 +1,167 @@
+"""Sources that were made to fill the memory: none takes more than a gigabyte, and each is an error or a reason."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from contextlib import closing
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from diffusion.common.errors import UserError
+from diffusion.common.progress import silent
+from diffusion.data.ingest.chunks import TEXT_OF_A_CHUNK, chunks_of, make_plan
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.decode import prepare
+from diffusion.data.ingest.index import Index
+from diffusion.data.ingest.ingest import ingest
+from diffusion.data.sources import open_source
+from diffusion.data.sources.base import LONGEST
+from tests.builders.hostile_files import HOSTILE, IMAGES, parquet
+from tests.builders.reading_sources import access, seen
+from tests.diffusion.data.sources.test_sources_archives import peak
+
+GIGABYTE = 2**30
+INGEST = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))  # the machine outlives a failure
+from pathlib import Path
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
+from diffusion.common.errors import UserError
+for source in sys.argv[2:]:
+    folder = Path(sys.argv[1], Path(source).name if Path(source).is_dir() else Path(source).parent.name)
+    try:
+        done = ingest(folder, IngestConfig(source=source, size=8, max_quarantined=1, workers=2))
+        said = f"{done.kept} kept, {done.quarantined_count} quarantined"
+    except UserError as error:
+        said = str(error)
+    # Not ru_maxrss, which begins with what the parent had.
+    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(source, peak.split()[1], said.replace(chr(10), "<LINE>")[:300], sep="|")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_no_ingest_takes_more_than_a_gigabyte(tmp_path: Path) -> None:
+    sources = []
+    for number, (kind, make) in enumerate(HOSTILE.items()):
+        folder = tmp_path / f"{number:02d} {kind}"
+        folder.mkdir()
+        sources.append(str(make(folder)))
+    command = [sys.executable, "-c", INGEST, str(tmp_path / "data"), *sources]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env={**os.environ})
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split("|") for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == sources
+    peaks = {place.removeprefix(str(tmp_path)): int(peak) for place, peak, _ in lines}
+    assert max(peaks.values()) * 1024 <= GIGABYTE, peaks
+    assert not any("<LINE>" in said for _, _, said in lines)
+
+
+def test_long_texts_are_refused_one_by_one(tmp_path: Path) -> None:
+    rows = [
+        {"file_name": "0.png", "label": "x" * LONGEST["label"], "text": "y" * LONGEST["caption"]},
+        {"file_name": "1.png", "label": "x" * (LONGEST["label"] + 1), "text": "y"},
+        {"file_name": "2.png", "label": "x", "text": "y" * (LONGEST["caption"] + 1)},
+        {"file_name": f"{'z' * LONGEST['name']}.png"},
+        *({"file_name": f"{number}.png", "label": "x"} for number in range(3, 20)),
+    ]
+    source = tmp_path / "set"
+    source.mkdir()
+    for number, data in enumerate(IMAGES[:20]):
+        (source / f"{number}.png").write_bytes(data)
+    (source / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = IngestConfig(source=str(source), size=8, held_out=0.33)
+    done = ingest(tmp_path / "data", config)
+    assert (done.kept, done.quarantined_count) == (18, 3)
+    reasons = [each.reason for each in done.quarantined]
+    assert reasons == [
+        "its label has more than 1000 characters",
+        "its caption has more than 10000 characters",
+        "its name has more than 4096 characters",
+    ]
+    assert max(len(each.source) for each in done.quarantined) < 200
+    # What is mended is taken without being asked for: its bytes are what they were.
+    rows[1]["label"], rows[2]["text"] = "x", None  # type: ignore[assignment]
+    (source / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    done = ingest(tmp_path / "data", config)
+    assert (done.kept, done.quarantined_count) == (20, 1)
+
+
+PARQUET = {
+    "texts that share their beginning": ("UserError", "encoded in a way"),
+    "lists for labels": ("UserError", "neither text nor a number"),
+    "rows of nothing": ("UserError", "rows in .* bytes"),
+    "wide rows": ("reason", "each row has 40000000 bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", PARQUET)
+def test_columns_that_unpack_to_any_size_are_not_decoded(tmp_path: Path, kind: str) -> None:
+    how, said = PARQUET[kind]
+    source = HOSTILE[kind](tmp_path)
+    pool = pa.proxy_memory_pool(pa.default_memory_pool())
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        if how == "UserError":
+            with pytest.raises(UserError, match=said):
+                seen(source, access(tmp_path / "scratch"))
+        else:
+            found = {str(each.payload) for each in seen(source, access(tmp_path / "scratch"))}
+            assert len(found) == 1
+            assert said in found.pop()
+    finally:
+        pa.set_memory_pool(before)
+    assert pool.max_memory() < 64 * 2**20  # type: ignore[operator]
+
+
+def test_the_limit_on_pages_can_be_raised(tmp_path: Path) -> None:
+    images = [bytes([number]) * 100_000 for number in range(20)]
+    path = parquet(tmp_path / "a.parquet", {"image": images}, use_dictionary=False)
+    found = {str(each.payload) for each in seen(path, access(tmp_path / "scratch", max_page_bytes=2**20))}
+    assert all("over ingest.max_page_bytes = 1048576" in each for each in found)
+    assert [each.payload for each in seen(path, access(tmp_path / "scratch", max_page_bytes=2**22))] == images
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_dictionary": False}, {"compression": "snappy"}, {"compression": "none"}]
+)
+def test_what_common_writers_make_is_read(tmp_path: Path, version: str, settings: dict[str, object]) -> None:
+    images = [bytes([number % 256]) * (number % 3000) for number in range(1, 3000)]
+    labels, texts = [number % 7 for number in range(1, 3000)], [f"text {number}" for number in range(1, 3000)]
+    columns = {"image": images, "label": labels, "text": texts}
+    path = parquet(tmp_path / "a.parquet", columns, data_page_version=version, row_group_size=700, **settings)
+    found = seen(path, access(tmp_path / "scratch"))
+    assert [each.payload for each in found] == images
+    assert [each.label for each in found] == [str(label) for label in labels]
+    assert [each.caption for each in found] == texts
+
+
+def test_images_of_sixteen_bits_take_little_more_memory_than_others(tmp_path: Path) -> None:
+    rows = zlib.compress(bytes((1 + 2500 * 6) * 2500), 1)
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 2500, 2500, 16, 2, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b""))
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    assert peak(lambda: prepare(data, IngestConfig(size=8))) < 100_000_000
+
+
+def test_chunks_are_shorter_where_texts_are_long(tmp_path: Path) -> None:
+    source = tmp_path / "set"
+    source.mkdir()
+    rows = ({"file_name": f"{number}.png", "text": "x" * 10_000} for number in range(1000))
+    (source / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with closing(Index(tmp_path / "index.sqlite", tmp_path / "data", None, None)) as index:
+        listed = open_source(str(source), access(tmp_path / "scratch"))
+        make_plan(tmp_path / "plan.sqlite", listed, "", index.path, False, True, silent)
+    # As of a set so large that a chunk had a thousand.
+    first = next(chunks_of(tmp_path, IngestConfig(source=str(source)), None, 8000))
+    assert TEXT_OF_A_CHUNK <= first.last * 10_000 < 1.01 * TEXT_OF_A_CHUNK

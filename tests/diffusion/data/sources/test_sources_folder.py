@@ -1,0 +1,199 @@
+"""Folders, what their files are called, and how sources are named."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from diffusion.common.errors import UserError
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
+from diffusion.data.sources import open_source
+from tests.builders.reading_sources import access, payloads, png, seen, write_files
+
+
+def by_name(root: Path | str, scratch: Path, **fields: object) -> dict[str, tuple[str | None, str | None, object]]:
+    return {each.name: (each.label, each.caption, each.payload) for each in seen(root, access(scratch, **fields))}
+
+
+def test_a_folder_of_folders_is_a_set_of_classes(tmp_path: Path) -> None:
+    root = write_files(
+        tmp_path / "set", {"cat/a.png": b"1", "cat/b.JPEG": b"2", "dog/x/a.webp": b"3", "dog/c.tiff": b""}
+    )
+    assert by_name(root, tmp_path / "scratch") == {
+        "cat/a.png": ("cat", None, b"1"),
+        "cat/b.JPEG": ("cat", None, b"2"),
+        "dog/x/a.webp": ("x", None, b"3"),
+        "dog/c.tiff": ("dog", None, b""),
+    }
+
+
+@pytest.mark.parametrize("files", [["a.png", "cat/b.png", "dog/c.png"], ["cat/a.png", "cat/b.png"], ["a.png", "b.png"]])
+def test_images_in_the_root_or_in_one_folder_only_have_no_class(tmp_path: Path, files: list[str]) -> None:
+    root = write_files(tmp_path / "set", dict.fromkeys(files, b"1"))
+    assert by_name(root, tmp_path / "scratch") == dict.fromkeys(files, (None, None, b"1"))
+
+
+def test_hidden_files_and_files_that_are_no_images_are_passed_over(tmp_path: Path) -> None:
+    names = ["a.png", ".b.png", ".git/c.png", "notes.txt", "x/.d/e.png", "png", "x/more.TXT"]
+    root = write_files(tmp_path / "set", dict.fromkeys(names, b"1"))
+    assert list(by_name(root, tmp_path / "scratch")) == ["a.png"]
+    given = access(tmp_path / "scratch")
+    assert len(list(open_source(str(root), given).entries())) == 1
+    assert given.passed_over == {".txt": 2, "": 1}
+
+
+def test_images_in_formats_that_cannot_be_read_are_not_passed_over(tmp_path: Path) -> None:
+    root = write_files(tmp_path / "set", dict.fromkeys(["a.png", "b.HEIC", "c/d.avif"], b"1"))
+    assert sorted(by_name(root, tmp_path / "scratch")) == ["a.png", "b.HEIC", "c/d.avif"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.csv", 'file_name,label,text\ncat/a.png,tabby,"a cat, lying"\nb.png,,\nno.png,x,\n'),
+        ("metadata.csv", '\ufefffile_name,caption,label\ncat/a.png,"a cat, lying",tabby\nb.png,,\nno.png,,x\n'),
+        (
+            "metadata.jsonl",
+            '{"file_name": "cat/a.png", "label": "tabby", "text": "a cat, lying"}\n\n'
+            '{"file_name": "./b.png"}\n{"file_name": "no.png", "label": "x", "text": null}\n',
+        ),
+    ],
+)
+def test_metadata_names_the_images_their_labels_and_captions(tmp_path: Path, name: str, text: str) -> None:
+    root = write_files(tmp_path / "set", {"cat/a.png": b"1", "b.png": b"2", "dog/c.png": b"3", name: text.encode()})
+    assert by_name(root, tmp_path / "scratch") == {
+        "cat/a.png": ("tabby", "a cat, lying", b"1"),
+        "b.png": (None, None, b"2"),
+        "no.png": ("x", None, "named in the listing but missing"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("metadata.csv", "name,label\na.png,x\n", "record 1 has no file_name"),
+        ("metadata.csv", "file_name,label\na.png,x,y\n", "record 1 has more fields than the header"),
+        ("metadata.jsonl", '{"file_name": "a.png"}\n[1]\n', "is no JSON object"),
+        ("metadata.jsonl", '{"file_name": "a.png"', "cannot be read"),
+        ("metadata.jsonl", '{"file_name": "a.png", "label": ["x"]}', "give one text"),
+        ("metadata.jsonl", '{"file_name": "../a.png"}', "leads out of"),
+        ("metadata.jsonl", '{"file_name": "/etc/a.png"}', "leads out of"),
+        ("metadata.jsonl", '{"file_name": "a\\u0000.png"}', "control characters"),
+        ("metadata.jsonl", "[" * 100_000, "cannot be read"),
+        ("metadata.jsonl", '{"file_name": "' + "a" * 2**20, "longer than"),
+        ("metadata.csv", "file_name" + "a" * 2**20, "longer than"),
+        ("metadata.csv", b"file_name\n\xff\xfe.png\n", "cannot be read"),
+    ],
+)
+def test_metadata_that_cannot_be_understood_is_an_error_of_one_line(
+    tmp_path: Path, name: str, text: str | bytes, said: str
+) -> None:
+    root = write_files(tmp_path / "set", {"a.png": b"1", name: text if isinstance(text, bytes) else text.encode()})
+    with pytest.raises(UserError, match=said) as error:
+        by_name(root, tmp_path / "scratch")
+    assert "\n" not in str(error.value)
+    assert str(root / name) in str(error.value)
+
+
+def test_two_metadata_files_are_an_error(tmp_path: Path) -> None:
+    root = write_files(tmp_path / "set", {"metadata.csv": b"file_name\n", "metadata.jsonl": b""})
+    with pytest.raises(UserError, match=r"metadata.csv and metadata.jsonl: keep one"):
+        by_name(root, tmp_path / "scratch")
+
+
+def test_links_are_followed_once_and_never_round_in_circles(tmp_path: Path) -> None:
+    root = write_files(tmp_path / "set", {"cat/a.png": b"1"})
+    elsewhere = write_files(tmp_path / "elsewhere", {"b.png": b"2", "deep/c.png": b"3"})
+    (root / "dog").symlink_to(elsewhere)
+    (root / "cat" / "up").symlink_to(root)
+    (root / "same").symlink_to(root / "cat")
+    (elsewhere / "deep" / "round").symlink_to(elsewhere)
+    (root / "cat" / "self").symlink_to("self")
+    (root / "cat" / "gone.png").symlink_to("nowhere.png")
+    assert {name: payload for name, (_, _, payload) in by_name(root, tmp_path / "scratch").items()} == {
+        "cat/a.png": b"1",
+        "cat/gone.png": "named in the listing but missing",
+        "dog/b.png": b"2",
+        "dog/deep/c.png": b"3",
+    }
+
+
+def test_what_is_no_readable_file_within_the_limit_is_refused(tmp_path: Path) -> None:
+    root = write_files(tmp_path / "set", {"a.png": b"x" * 1024, "b.png": b"x" * 1025})
+    os.mkfifo(root / "pipe.png")
+    assert payloads(root, access(tmp_path / "scratch", max_bytes=1024)) == {
+        "a.png": b"x" * 1024,
+        "b.png": "1025 bytes are over the limit of 1024",
+        "pipe.png": "not a plain file",
+    }
+
+
+def test_names_of_any_bytes_can_be_written_down(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    root.mkdir()
+    (root / os.fsdecode(b"caf\xe9\n.png")).write_bytes(b"1")
+    (root / "für 東京.png").write_bytes(b"2")
+    assert payloads(root, access(tmp_path / "scratch")) == {"caf\\xe9\\x0a.png": b"1", "für 東京.png": b"2"}
+
+
+def test_a_file_that_goes_away_after_the_listing_is_refused_and_the_others_are_read(tmp_path: Path) -> None:
+    root = write_files(tmp_path / "set", {"a.png": b"1", "b.png": b"2"})
+    given = access(tmp_path / "scratch")
+    entries = sorted(open_source(str(root), given).entries(), key=lambda entry: entry.source)
+    (root / "a.png").unlink()
+    first, second = open_source(str(root), given).read(entries)
+    assert str(first) == "named in the listing but missing"
+    assert second == b"2"
+
+
+def test_a_file_url_is_a_path(tmp_path: Path) -> None:
+    root = write_files(tmp_path / "my set #1", {"a.png": b"1"})
+    assert payloads(root.as_uri(), access(tmp_path / "scratch")) == {"a.png": b"1"}
+    with pytest.raises(UserError, match="no file of this machine"):
+        open_source("file://elsewhere/set", access(tmp_path / "scratch"))
+    with pytest.raises(UserError, match="%3F"):
+        open_source(f"{root.as_uri()}?split=train", access(tmp_path / "scratch"))
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("nowhere", "nowhere is not a folder"),
+        ("nowhere.tar", "nowhere.tar does not exist"),
+        ("nowhere.zip", "nowhere.zip does not exist"),
+        ("image.png", "is not a folder, nor anything else"),
+        ("https://example.org/set", "is not a folder, nor anything else"),
+        ("wds:nowhere-{000..003}.tar", "there is no file nowhere-000.tar"),
+        ("wds:nowhere-{000..", "unbalanced braces"),
+        ("parquet:nowhere*.parquet", "there is no file"),
+        ("parquet:image.png?colour=red", "has no option colour"),
+        ("idx:nowhere", "neither an IDX file nor a folder"),
+        ("idx:nowhere?split=all", "has no split all"),
+        ("idx:nowhere?color=red", "has no option color"),
+        ("idx:nowhere?split=train&split=test", "write each once"),
+        ("torchvision:CIFAR10?root=x", "kept in pickles"),
+        ("torchvision:Nothing?root=x", "is not known"),
+        ("torchvision:MNIST", "root=FOLDER"),
+        ("torchvision:MNIST?root=x&split=val", "has no split val"),
+        ("torchvision:MNIST?root=x&size=3", "has no option size"),
+        ("torchvision:MNIST?root=x&download=yes", "write true or false"),
+        ("torchvision:EuroSAT?root=x&split=train", "has no splits"),
+        ("s3://bucket/prefix", "needs an S3 client"),
+        ("wds:s3://bucket/a.tar", "needs an S3 client"),
+    ],
+)
+def test_a_source_that_is_not_there_or_not_understood_is_an_error_of_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("image.png").write_bytes(png(1))
+    with pytest.raises(UserError, match=said) as error:
+        seen(uri, access(tmp_path / "scratch"))
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_source_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    with pytest.raises(UserError, match="no images in"):
+        ingest(tmp_path / "data", IngestConfig(source=str(tmp_path / "set"), size=8))

@@ -1,0 +1,291 @@
+"""Tables of URLs, fetched from a server that behaves in all the ways that servers do."""
+
+import gzip
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from diffusion.common.errors import UserError
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
+from diffusion.data.sources import open_source
+from tests.builders.reading_sources import access, payloads, png, seen
+from tests.diffusion.data.sources.test_sources_archives import peak
+
+BOMB = gzip.compress(bytes(50_000_000), 1)
+
+
+class Server:
+    """A web server whose paths say how it is to answer."""
+
+    def __init__(self) -> None:
+        self.asked: Counter[str] = Counter()
+        self.times: list[float] = []
+        self.at_once = self.most_at_once = 0
+        lock = threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                with lock:
+                    server.asked[self.path] += 1
+                    server.times.append(time.monotonic())
+                    server.at_once += 1
+                    server.most_at_once = max(server.most_at_once, server.at_once)
+                try:
+                    self.answer(*unquote(self.path).strip("/").split("/"))
+                finally:
+                    with lock:
+                        server.at_once -= 1
+
+            def answer(self, kind: str, value: str = "") -> None:
+                times = server.asked[self.path]
+                match kind:
+                    case "png":
+                        self.send(200, png(int(value)))
+                    case "slow":
+                        time.sleep(float(value))
+                        self.send(200, value.encode())
+                    case "status":
+                        self.send(int(value), b"no")
+                    case "busy":  # twice, and then no more
+                        status, _, wait = value.partition(",")
+                        self.send(
+                            int(status), b"no", {"Retry-After": wait} if wait else {}
+                        ) if times < 3 else self.send(200, b"ok")
+                    case "to":
+                        self.send(
+                            302,
+                            b"",
+                            {"Location": {"file": "file:///etc/passwd", "png": "/png/1", "round": self.path}[value]},
+                        )
+                    case "size":
+                        self.send(200, b"x" * int(value))
+                    case "endless":
+                        self.send_response(200)
+                        self.send_header("Transfer-Encoding", "chunked")
+                        self.end_headers()
+                        while True:
+                            self.wfile.write(b"400\r\n" + b"x" * 1024 + b"\r\n")
+                    case "trickle":
+                        self.send_response(200)
+                        self.send_header("Content-Length", "1000")
+                        self.end_headers()
+                        for _ in range(1000):
+                            self.wfile.write(b"x")
+                            time.sleep(0.05)
+                    case "bomb":
+                        self.send(200, BOMB, {"Content-Encoding": "gzip"})
+                    case "cut":  # twice, and then no more
+                        data = png(1)
+                        self.send_response(200)
+                        self.send_header("Content-Length", str(len(data)))
+                        self.end_headers()
+                        self.wfile.write(data if times == 3 else data[:50])
+                        self.close_connection = True
+
+            def send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+                self.send_response(status)
+                for name, value in ({"Content-Length": str(len(data))} | (headers or {})).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def handle(self) -> None:
+                with suppress(ConnectionError):  # the other side has seen enough
+                    super().handle()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = Server()
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between tries, so that the tests are fast."""
+    from tenacity import wait_none
+
+    monkeypatch.setattr("diffusion.data.sources.urls.PAUSE", wait_none())
+
+
+def table(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def answers(server: Server, tmp_path: Path, *places: str, **fields: object) -> list[object]:
+    rows: list[dict[str, object]] = [{"url": f"{server.url}/{place}"} for place in places]
+    given = access(tmp_path / "scratch", **fields)
+    return [each.payload for each in seen(table(tmp_path / "urls.jsonl", rows), given)]
+
+
+@pytest.mark.parametrize("column", ["url", "URL", "image_url"])
+def test_a_table_of_urls_is_fetched_in_its_order_with_labels_and_captions(
+    server: Server, tmp_path: Path, column: str
+) -> None:
+    text = f'{column},label,TEXT\n{server.url}/png/1,cat,"one, two"\n{server.url}/png/0,,\n,dog,none\n'
+    (tmp_path / "urls.csv").write_text(text)
+    rows: list[dict[str, object]] = [
+        {column: f"{server.url}/png/1", "label": "cat", "Caption": "one, two"},
+        {column: f" {server.url}/png/0 "},
+        {column: None, "label": "dog", "caption": "none"},
+    ]
+    table(tmp_path / "urls.jsonl", rows)
+    for name in ("urls.csv", "urls.jsonl"):
+        found = seen(tmp_path / name, access(tmp_path / "scratch"))
+        assert [(each.name, each.label, each.caption, each.payload) for each in found] == [
+            (f"{server.url}/png/1", "cat", "one, two", png(1)),
+            (f"{server.url}/png/0", None, None, png(0)),
+            (f"{name}/3", "dog", "none", "a row without a URL"),
+        ]
+
+
+def test_many_are_fetched_at_once_and_come_in_order(server: Server, tmp_path: Path) -> None:
+    waits = [f"slow/{0.4 if number % 10 == 0 else 0.1}{number:04d}" for number in range(60)]
+    assert answers(server, tmp_path, *waits) == [wait.removeprefix("slow/").encode() for wait in waits]
+    assert 8 < server.most_at_once <= 16
+
+
+def test_only_http_is_fetched_even_after_a_redirect(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(png(1))
+    places = [f"file://{tmp_path}/secret.png", f"{tmp_path}/secret.png", "ftp://127.0.0.1/x", "http:///x"]
+    rows: list[dict[str, object]] = [
+        {"url": place} for place in (*places, f"{server.url}/to/file", f"{server.url}/to/png")
+    ]
+    found = [each.payload for each in seen(table(tmp_path / "urls.jsonl", rows), access(tmp_path / "scratch"))]
+    assert found[:3] == ["neither an http:// nor an https:// URL: local files are read from a folder"] * 3
+    assert found[3:] == ["leads to something that is neither http nor https"] * 2 + [png(1)]
+    assert "not to be had" in str(answers(server, tmp_path, "to/round")[0])
+
+
+def test_what_is_no_url_is_refused(tmp_path: Path) -> None:
+    places = [
+        f"http://{host}/a.png"
+        for host in ("xn--", "a" * 300, "\u2100\ufffd", "a b", "[", "x:99999", "a\x00b", "é" * 99)
+    ]
+    found = payloads(table(tmp_path / "urls.jsonl", [{"url": each} for each in places]), access(tmp_path / "scratch"))
+    assert len(found) == len(places)
+    assert all(isinstance(each, str) and "\n" not in each for each in found.values())
+
+
+def test_what_is_gone_is_refused_at_once_and_what_may_come_back_is_tried_again(server: Server, tmp_path: Path) -> None:
+    places = ["status/404", "status/403", "status/410", "status/500", "status/429", "busy/500", "busy/503", "cut/1"]
+    assert answers(server, tmp_path, *places) == [
+        "HTTP 404 Not Found",
+        "HTTP 403 Forbidden",
+        "HTTP 410 Gone",
+        "HTTP 500 Internal Server Error, at each of 4 tries",
+        "HTTP 429 Too Many Requests, at each of 4 tries",
+        b"ok",
+        b"ok",
+        png(1),
+    ]
+    assert [server.asked[f"/{place}"] for place in places] == [1, 1, 1, 4, 4, 3, 3, 3]
+    assert answers(server, tmp_path, "busy/502", download_tries=2) == ["HTTP 502 Bad Gateway, at each of 2 tries"]
+
+
+@pytest.mark.parametrize("kind", ["seconds", "date"])
+def test_a_server_that_says_when_to_come_back_is_obeyed(server: Server, tmp_path: Path, kind: str) -> None:
+    # A date has whole seconds: the one after the next is between one and two away.
+    wait = "1" if kind == "seconds" else formatdate(int(time.time()) + 2, usegmt=True)
+    assert answers(server, tmp_path, f"busy/503,{wait}") == [b"ok"]
+    pauses = [after - before for before, after in pairwise(server.times)]
+    assert pauses[0] > 0.9
+    assert kind == "date" or pauses[1] > 0.9
+
+
+def test_what_is_too_large_is_not_fetched_to_its_end(server: Server, tmp_path: Path) -> None:
+    found = answers(server, tmp_path, "size/2048", "size/2049", "endless/1", max_bytes=2048)
+    assert found == [
+        b"x" * 2048,
+        "2049 bytes are over the limit of 2048",
+        "more than the limit of 2048 bytes",
+    ]
+    found = []
+    assert peak(lambda: found.extend(answers(server, tmp_path, "bomb/1", max_bytes=2**20))) < 10_000_000
+    assert found == ["sent packed (gzip) although asked for as it is"]
+
+
+def test_what_takes_too_long_is_given_up(server: Server, tmp_path: Path) -> None:
+    start = time.monotonic()
+    found = answers(server, tmp_path, "slow/30", "trickle/1", download_seconds=0.3, download_tries=2)
+    assert found == ["no answer within 0.3 s, at each of 2 tries", "not all there after 0.3 s, at each of 2 tries"]
+    assert time.monotonic() - start < 5
+
+
+def test_a_server_that_is_away_is_a_reason(server: Server, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"url": "http://127.0.0.1:9/a.png"}, {"url": "http://no-such-host.invalid/a.png"}]
+    found = payloads(table(tmp_path / "urls.jsonl", rows), access(tmp_path / "scratch"))
+    assert [str(each).rpartition(", ")[2] for each in found.values()] == ["at each of 4 tries"] * 2
+
+
+def test_who_stops_reading_does_not_wait_for_the_tries_that_are_left(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[dict[str, object]] = [{"url": f"{server.url}/png/1"}, {"url": f"{server.url}/busy/503,50"}]
+    given = access(tmp_path / "scratch")
+    source = open_source(str(table(tmp_path / "urls.jsonl", rows)), given)
+    reading = source.read(list(source.entries()))
+    assert next(reading) == png(1)
+    while server.asked["/busy/503,50"] == 0:
+        time.sleep(0.01)
+    start = time.monotonic()
+    reading.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("urls.csv", "link,label\nhttp://x/a.png,cat\n", "record 1 has no url or image_url: rename one of link, label"),
+        ("urls.jsonl", '{"url": "http://x/a.png", "label": ["a"]}\n', "record 1: .* give one text for each"),
+        ("urls.jsonl", "no json\n", "cannot be read"),
+        ("urls.csv", "url\n\x00\xff", "cannot be read"),
+    ],
+)
+def test_a_table_that_cannot_be_understood_is_an_error_of_one_line(
+    tmp_path: Path, name: str, text: str, said: str
+) -> None:
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=said) as error:
+        seen(tmp_path / name, access(tmp_path / "scratch"))
+    assert "\n" not in str(error.value)
+
+
+def test_known_urls_are_not_asked_again_and_refused_ones_on_request(server: Server, tmp_path: Path) -> None:
+    config = IngestConfig(source=str(tmp_path / "urls.jsonl"), size=8, held_out=0.33, allow_private_addresses=True)
+    rows: list[dict[str, object]] = [{"url": f"{server.url}/png/{number}", "label": number % 2} for number in range(12)]
+    table(tmp_path / "urls.jsonl", [*rows, {"url": f"{server.url}/status/404"}])
+    first = ingest(tmp_path / "data", config)
+    assert (first.kept, [each.reason for each in first.quarantined]) == (12, ["HTTP 404 Not Found"])
+    table(tmp_path / "urls.jsonl", [{"url": f"{server.url}/png/99"}, *rows, {"url": f"{server.url}/status/404"}])
+    grown = ingest(tmp_path / "data", config)
+    assert (grown.read, grown.added) == (1, 1)
+    assert set(server.asked.values()) == {1}
+    ingest(tmp_path / "data", config, requeue=True)
+    assert [place for place, times in server.asked.items() if times > 1] == ["/status/404"]

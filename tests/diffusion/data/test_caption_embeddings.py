@@ -1,0 +1,180 @@
+"""What captions mean is read once, kept whole or not at all, and goes with the images."""
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion.common.progress import Progress, silent
+from diffusion.data.caption_embeddings import Captions, embeddings_of, seconds_to_read
+from diffusion.data.dataset import Dataset
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import captions_folder, ingest
+from diffusion.data.versions.takedown import remove
+from diffusion.data.versions.takedown_records import Selection
+from diffusion.generation.generate import conditions_of
+from tests.builders.captioned import MadeUp, squares
+from tests.conftest import blob
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder of twelve images with captions: the last two have one of their own."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    describe(folder, range(12))
+    return folder
+
+
+def describe(folder: Path, numbers: range) -> None:
+    lines = ["file_name,text"]
+    for number in numbers:
+        blob(number).save(folder / f"{number:02d}.png")
+        lines.append(f"{number:02d}.png,{'a blob' if number < 10 else f'blob number {number}'}")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+
+
+def ingested(source: Path, folder: Path) -> Dataset:
+    ingest(folder, IngestConfig(source=str(source), size=8, held_out=0.2))
+    return Dataset.open(folder)
+
+
+def read(dataset: Dataset, pool: ThreadPoolExecutor, progress: Progress = silent) -> Captions:
+    texts, numbers = dataset.different_captions()
+    return Captions(embeddings_of(dataset, texts, pool, progress), numbers)
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in captions_folder(folder).glob("*")}
+
+
+def test_each_row_has_the_embedding_of_its_caption_and_zeros_without(
+    tmp_path: Path, pool: ThreadPoolExecutor, made_up: MadeUp
+) -> None:
+    squares(tmp_path / "squares", 30, every=2)
+    dataset = Dataset.open(tmp_path / "squares")
+    captions = read(dataset, pool)
+    rows = list(range(len(dataset)))
+    reference = MadeUp()
+    for row, caption, embedding in zip(rows, dataset.captions(rows), captions.of(rows), strict=True):
+        assert (captions.numbers[row] < 0) == (caption is None)
+        assert torch.equal(embedding, torch.zeros(384) if caption is None else reference(caption))
+    assert torch.equal(captions.of(rows[::-1]), captions.of(rows).flip(0))
+
+
+def test_each_caption_is_read_once_however_many_images_and_trainings_have_it(
+    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, made_up: MadeUp
+) -> None:
+    dataset = ingested(source, tmp_path / "data" / "blobs")
+    first = read(dataset, pool)
+    assert sorted(made_up.read) == ["a blob", "blob number 10", "blob number 11"]
+    files = kept(dataset.folder)
+    assert {Path(name).suffix for name in files} == {".safetensors", ".sha256"}
+    assert torch.equal(read(dataset, pool).embeddings, first.embeddings)
+    assert len(made_up.read) == 3
+    assert kept(dataset.folder) == files
+    assert not any("captions" in path.name for path in dataset.folder.rglob("*"))
+
+
+def test_how_long_it_will_take_is_told_by_what_is_not_known_yet(
+    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, made_up: MadeUp
+) -> None:
+    dataset = ingested(source, tmp_path / "data" / "blobs")
+    texts, _ = dataset.different_captions()
+    assert 0 < seconds_to_read(dataset, texts, 1) < 60
+    assert not captions_folder(dataset.folder).exists()
+    read(dataset, pool)
+    assert seconds_to_read(dataset, texts, 1) == 0
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut short", "without its digest", "gone"])
+def test_what_is_damaged_is_made_anew_with_the_same_bytes(
+    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, made_up: MadeUp, damage: str
+) -> None:
+    dataset = ingested(source, tmp_path / "data" / "blobs")
+    expected, files = read(dataset, pool).embeddings, kept(dataset.folder)
+    path = next(captions_folder(dataset.folder).glob("*.safetensors"))
+    match damage:
+        case "changed":
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+        case "cut short":
+            path.write_bytes(path.read_bytes()[:100])
+        case "without its digest":
+            path.with_suffix(".sha256").unlink()
+        case "gone":
+            path.unlink()
+    assert torch.equal(read(dataset, pool).embeddings, expected)
+    assert len(made_up.read) == 6
+    assert kept(dataset.folder) == files
+
+
+def test_of_a_set_that_grew_only_what_is_new_is_read_and_one_file_stays(
+    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, made_up: MadeUp
+) -> None:
+    folder = tmp_path / "data" / "blobs"
+    read(ingested(source, folder), pool)
+    describe(source, range(14))
+    grown = ingested(source, folder)
+    again = read(grown, pool)
+    assert made_up.read[3:] == ["blob number 12", "blob number 13"]
+    assert len(list(captions_folder(folder).glob("*.safetensors"))) == 1
+    fresh = read(ingested(source, tmp_path / "data" / "fresh"), pool)
+    assert torch.equal(again.embeddings, fresh.embeddings)
+
+
+def traces(folder: Path, caption: str, embedding: Tensor) -> list[Path]:
+    """Files beside a data set in which its caption can be told."""
+    marks = hashlib.sha256(caption.encode()).digest(), embedding.numpy().tobytes()
+    beside = captions_folder(folder).parent
+    return [path for path in beside.rglob("*") if path.is_file() and any(mark in path.read_bytes() for mark in marks)]
+
+
+def test_what_a_removed_images_caption_means_goes_with_it(
+    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, made_up: MadeUp
+) -> None:
+    dataset = ingested(source, tmp_path / "data" / "blobs")
+    read(dataset, pool)
+    about = "blob number 11", MadeUp()("blob number 11")
+    assert len(traces(dataset.folder, *about)) == 1
+    remove(dataset.folder, Selection(sources=["11.png"]), "consent withdrawn")
+    assert not traces(dataset.folder, *about)
+    left = Dataset.open(dataset.folder)
+    assert len(read(left, pool).embeddings) == 2
+    assert not traces(dataset.folder, *about)
+    assert kept(dataset.folder)
+    # A takedown that was cut off after the manifest is finished by the same words.
+    captions_folder(dataset.folder).mkdir(exist_ok=True)
+    (captions_folder(dataset.folder) / "left.safetensors").write_bytes(about[1].numpy().tobytes())
+    remove(dataset.folder, Selection(sources=["11.png"]), "consent withdrawn")
+    assert not traces(dataset.folder, *about)
+
+
+def test_images_taken_down_while_captions_are_read_leave_nothing_either(
+    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, made_up: MadeUp
+) -> None:
+    dataset = ingested(source, tmp_path / "data" / "blobs")
+
+    def meanwhile(what: str, done: int, total: int | None, note: str = "") -> None:
+        remove(dataset.folder, Selection(sources=["11.png"]), "consent withdrawn")
+
+    assert len(read(dataset, pool, meanwhile).embeddings) == 3
+    assert not kept(dataset.folder)
+
+
+def test_images_like_others_have_their_captions_and_labels(tmp_path: Path) -> None:
+    squares(tmp_path / "squares", 12, labelled=True)
+    dataset = Dataset.open(tmp_path / "squares")
+    asked = conditions_of(dataset, [5, 2], ["blue", "green", "red"])
+    assert [asked.prompt(index) for index in range(3)] == [*dataset.captions([5, 2]), *dataset.captions([5])]
+    assert [asked.label(index) for index in range(2)] == dataset.labels([5, 2])
+    assert conditions_of(dataset, [5, 2], []).labels == ()

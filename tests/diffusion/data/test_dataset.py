@@ -1,0 +1,184 @@
+"""A data set as training sees it: rows free of history, images that are bit by bit those that were stored."""
+
+from contextlib import closing
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+
+from diffusion.common.errors import UserError
+from diffusion.data.dataset import Dataset
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
+from diffusion.data.manifest import read_manifest
+from tests.builders.built_datasets import BuiltDataset, kept, key_of
+from tests.builders.small_datasets import as_stored, random_images, write_dataset
+
+LABELS = ["cat", None, "dog", "cat", "ant"]
+
+
+def by_key(images: np.ndarray) -> list[int]:
+    """The numbers of ``images`` in the order of their keys."""
+    keys = [key_of(as_stored(each)) for each in images]
+    return sorted(range(len(keys)), key=keys.__getitem__)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("cache_bytes", [0, 2**30])
+def test_rows_are_sorted_by_key_and_hold_the_stored_pixels(tmp_path: Path, channels: int, cache_bytes: int) -> None:
+    images = random_images(50, channels)
+    write_dataset(tmp_path / "set", images, per_shard=7)
+    order = by_key(images)
+    with closing(Dataset.open(tmp_path / "set", cache_bytes=cache_bytes)) as data:
+        assert data.shape == (channels, 8, 8)
+        assert data.keys(range(50)) == [key_of(as_stored(images[number])) for number in order]
+        assert data.images([]).shape == (0, channels, 8, 8)
+        chosen = [49, 3, 3, 17, 0]
+        for _ in range(2):  # decoded first, then perhaps remembered
+            found = data.images(chosen)
+            assert found.dtype == torch.uint8
+            np.testing.assert_array_equal(found.numpy(), images[[order[row] for row in chosen]])
+
+
+def test_what_is_done_to_a_batch_does_not_reach_the_next(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "set", random_images(4), per_shard=4)
+    with closing(Dataset.open(tmp_path / "set")) as data:
+        first = data.images([0, 1])
+        before = first.clone()
+        first.zero_()
+        assert torch.equal(data.images([0, 1]), before)
+
+
+def test_images_that_do_not_fit_the_budget_are_read_anew_each_time(tmp_path: Path) -> None:
+    images = random_images(16)
+    manifest = write_dataset(tmp_path / "set", images, per_shard=16)
+    shard = tmp_path / "set" / manifest.shards[0].name
+    remembering, frugal = (
+        Dataset.open(tmp_path / "set", cache_bytes=budget) for budget in (images.nbytes, images.nbytes - 1)
+    )
+    with closing(remembering), closing(frugal):
+        whole = remembering.images(range(16))
+        assert torch.equal(frugal.images(range(16)), whole)
+        shard.write_bytes(bytes(shard.stat().st_size))
+        assert torch.equal(remembering.images(range(16)), whole)
+        with pytest.raises(UserError, match=r"an image in .*set is not what its record says"):
+            frugal.images([0])
+
+
+def test_labels_captions_splits_and_shards_are_those_of_the_records(tmp_path: Path) -> None:
+    images = random_images(20)
+    labels = [LABELS[number % 5] for number in range(20)]
+    captions = [f"number {number}" if number % 3 else None for number in range(20)]
+    write_dataset(tmp_path / "set", images, 6, labels, captions)
+    order = by_key(images)
+    with closing(Dataset.open(tmp_path / "set")) as data:
+        assert data.labels(range(20)) == [labels[number] for number in order]
+        assert data.captions(range(20)) == [captions[number] for number in order]
+        different, numbers_of = data.different_captions()
+        assert different == sorted(caption for caption in captions if caption)
+        assert [None if number < 0 else different[number] for number in numbers_of] == data.captions(range(20))
+        assert data.shards(range(20)).tolist() == [number // 6 for number in order]
+        assert data.rows("held_out").tolist() == [row for row, number in enumerate(order) if number % 4 == 0]
+        assert data.rows("train").tolist() == [row for row, number in enumerate(order) if number % 4]
+        numbers = {"dog": 0, "cat": 1}
+        expected = [numbers.get(labels[number] or "", 2) for number in order]
+        assert data.classes(range(20), ["dog", "cat"]).tolist() == expected
+
+
+def test_a_grey_image_among_coloured_ones_is_grey_in_all_channels(tmp_path: Path) -> None:
+    grey, colours = as_stored(random_images(1)[0]), as_stored(random_images(1, 3)[0])
+    BuiltDataset(tmp_path / "set", 8).version([kept(grey, "grey.png"), kept(colours, "colours.png")])
+    with closing(Dataset.open(tmp_path / "set")) as data:
+        row = data.keys([0, 1]).index(key_of(grey))
+        np.testing.assert_array_equal(data.images([row])[0].numpy(), np.stack([grey] * 3))
+
+
+def test_history_leaves_no_trace(images: Path, tmp_path: Path) -> None:
+    """Ingested at once or bit by bit, in other shards: the same rows."""
+    later = tmp_path / "later"
+    for path in sorted(images.glob("*/*.png"))[::3]:
+        (later / path.parent.name).mkdir(parents=True, exist_ok=True)
+        path.rename(later / path.parent.name / path.name)
+    config = IngestConfig(source=str(images), size=8, held_out=0.33)
+    ingest(tmp_path / "twice", config)
+    for path in later.glob("*/*.png"):
+        path.rename(images / path.parent.name / path.name)
+    ingest(tmp_path / "twice", config)
+    ingest(tmp_path / "once", config)
+    with closing(Dataset.open(tmp_path / "once")) as once, closing(Dataset.open(tmp_path / "twice")) as twice:
+        assert once.manifest.layout_digest != twice.manifest.layout_digest
+        assert once.keys(range(48)) == twice.keys(range(48))
+        assert once.labels(range(48)) == twice.labels(range(48))
+        assert once.rows("train").tolist() == twice.rows("train").tolist()
+        assert torch.equal(once.images(range(48)), twice.images(range(48)))
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "missing"])
+def test_a_damaged_shard_is_named_before_a_image_of_it_is_used(tmp_path: Path, damage: str) -> None:
+    manifest = write_dataset(tmp_path / "set", random_images(12), per_shard=6)
+    shard = tmp_path / "set" / manifest.shards[1].name
+    stored = bytearray(shard.read_bytes())
+    if damage == "missing":
+        shard.unlink()
+    else:
+        stored[600] ^= 1  # a bit of an image
+        shard.write_bytes(stored if damage == "changed" else stored[:-512])
+    words = {"changed": "is changed", "cut": "bytes long instead of", "missing": "is missing"}
+    with pytest.raises(UserError, match=rf"{shard.name}.*{words[damage]}.*data checkout"):  # noqa: PT012 (either raises)
+        data = Dataset.open(tmp_path / "set")
+        assert len(data.images(np.flatnonzero(data.shards(range(12)) == 0))) == 6
+        data.images(range(12))
+
+
+def test_a_shard_that_changes_length_after_opening_is_named(tmp_path: Path) -> None:
+    manifest = write_dataset(tmp_path / "set", random_images(12), per_shard=6)
+    with closing(Dataset.open(tmp_path / "set")) as data:
+        (tmp_path / "set" / manifest.shards[0].name).write_bytes(b"short")
+        with pytest.raises(UserError, match=rf"{manifest.shards[0].name} is 5 bytes long"):
+            data.images(range(12))
+
+
+def test_threads_reading_at_the_same_time_get_what_one_gets(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "set", random_images(200), per_shard=40)
+    with closing(Dataset.open(tmp_path / "set")) as data, closing(Dataset.open(tmp_path / "set")) as alone:
+        whole = alone.images(range(200))
+        found: dict[int, bool] = {}
+
+        def read(seed: int) -> None:
+            rows = np.random.default_rng(seed).permutation(200)
+            found[seed] = torch.equal(data.images(rows), whole[rows])
+
+        threads = [Thread(target=read, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == dict.fromkeys(range(8), True)
+
+
+def test_standard_webdataset_readers_read_the_shards_unchanged(dataset: Path) -> None:
+    """What they are used with: decode, to_tuple, batched; and the pairs of images and JSON that they find."""
+    shards = [str(dataset / shard.name) for shard in read_manifest(dataset).shards]
+    with closing(Dataset.open(dataset)) as data:
+        rows = {key: row for row, key in enumerate(data.keys(range(len(data))))}
+        pairs = webdataset.WebDataset(shards, shardshuffle=False).decode("l8").to_tuple("__key__", "png", "json")
+        seen = []
+        for key, pixels, about in pairs:
+            seen.append(rows[key])
+            np.testing.assert_array_equal(pixels, data.images([rows[key]])[0, 0].numpy())
+            assert about["label"] == data.labels([rows[key]])[0]
+            assert len(about["sha256"]) == 64
+            assert about["source"].endswith(".png")
+        assert sorted(seen) == list(range(len(data)))
+        batches = list(webdataset.WebDataset(shards, shardshuffle=False).decode("torchl8").to_tuple("png").batched(16))
+    assert sum(len(batch) for (batch,) in batches) == len(rows)
+
+
+def test_the_table_takes_some_60_bytes_for_each_image(tmp_path: Path) -> None:
+    few = write_dataset(tmp_path / "set", random_images(100), per_shard=50)
+    with closing(Dataset.open(tmp_path / "set", cache_bytes=0)) as data:
+        columns = vars(data._table).values()
+    assert sum(column.nbytes for column in columns) <= 60 * few.kept

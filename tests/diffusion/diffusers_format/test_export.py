@@ -1,0 +1,361 @@
+"""Export to diffusers: its pipelines and schedulers draw, of the same noise, the images that we do."""
+
+import pickle
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
+from torch import Tensor
+
+import diffusion.diffusers_format.export
+from diffusion.checkpoints import AVERAGED, load_model, save_tensors
+from diffusion.common.errors import UserError
+from diffusion.common.random import GaussianNoise
+from diffusion.diffusers_format import DarkroomPipeline
+from diffusion.diffusers_format.export import MODEL_FIELDS, Exported, export_to_diffusers
+from diffusion.families.ddpm import denoiser_of
+from diffusion.families.model import DiffusionModel
+from diffusion.generation.config import UNCONDITIONAL, Conditions
+from diffusion.generation.generate import prompt_embeddings, sample, told_of
+from diffusion.models.config import ModelConfig
+from diffusion.models.text_encoder import ENCODER
+from diffusion.models.unet import UNet
+from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config
+from tests.builders import small_models
+from tests.builders.captioned import MadeUp
+
+CLASSES = {"cat": 30, "dog": 10}
+SEED, COUNT = 7, 3
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "noise": {"prediction": "epsilon", "schedule": "linear"},
+    "v": {"prediction": "v_prediction", "schedule": "cosine"},
+    "x0": {"prediction": "sample", "schedule": "sigmoid"},
+    "no signal left": {"prediction": "v_prediction", "schedule": "linear", "zero_terminal_snr": True},
+    "edm": {"prediction": "edm", "schedule": "edm"},
+}
+predictions = pytest.mark.parametrize("settings", SCHEDULES.values(), ids=SCHEDULES)
+
+
+def write_model(folder: Path, channels: int = 1, classes: dict[str, int] | None = None, **settings: Any) -> Path:
+    """A model that was never trained, every weight of which is random: fresh ones answer with zeros."""
+    config = small_models.CONFIG.model_copy(update=settings)
+    config = ModelConfig.model_validate(config.model_dump())
+    network = UNet(config, channels, 8, len(classes or {}))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in network.named_parameters():
+        torch.nn.init.normal_(parameter, std=2.0 if name == "classes.weight" else 0.07, generator=generator)
+    about = small_models.header(config, channels=channels).model_copy(
+        update={"class_histogram": classes or {}, "encoder": ENCODER if config.text else None, "sigma_data": 0.6}
+    )
+    path = folder / "final.safetensors"
+    tensors = {AVERAGED + name: value for name, value in network.state_dict().items()}
+    save_tensors(path, tensors, {"model_header": about.model_dump(mode="json")})
+    return path
+
+
+def exported(weights: Path, **sampling: Any) -> tuple[DiffusionModel, Exported]:
+    config = SAMPLING_ADAPTER.validate_python({"steps": 8} | sampling)
+    return load_model(weights), export_to_diffusers(weights, weights.parent / "folder", config)
+
+
+def load(done: Exported, kind: Any = DarkroomPipeline) -> Any:
+    pipe = kind.from_pretrained(done.folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def from_seed(model: DiffusionModel) -> Callable[[], Tensor]:
+    return GaussianNoise(SEED, "sampling", range(COUNT), model.shape)
+
+
+def from_generator(model: DiffusionModel) -> Callable[[], Tensor]:
+    generator = torch.Generator().manual_seed(SEED)
+    return lambda: torch.randn((COUNT, *model.shape), generator=generator)
+
+
+@torch.no_grad()
+def ours(
+    model: DiffusionModel,
+    config: SamplingConfig,
+    levels: Tensor | None = None,
+    noise: Callable[[], Tensor] | None = None,
+    conditions: Conditions = UNCONDITIONAL,
+) -> Tensor:
+    """In [0, 1], as diffusers gives images."""
+    levels = config.sigma_grid(model.schedule) if levels is None else levels
+    meanings = prompt_embeddings(model, conditions)
+    told = told_of(model, range(COUNT), SEED, conditions, meanings)
+    denoise = denoiser_of(model, told, config, meanings[conditions.negative_prompt])
+    return (config.run(denoise, levels, noise or from_seed(model)) / 2 + 0.5).clamp(0, 1)
+
+
+def whole(model: DiffusionModel, scheduler: Any, steps: int) -> Tensor:
+    """The noise levels that a scheduler of whole times visits."""
+    scheduler.set_timesteps(steps)
+    return torch.cat([model.schedule.sigmas[scheduler.timesteps], torch.zeros(1).double()])
+
+
+def assert_equal(theirs: Tensor, expected: Tensor) -> None:
+    """To 1e-3 in [−1, 1]; and there is something to see."""
+    assert expected.std() > 0.02
+    torch.testing.assert_close(theirs, expected, atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "deis", "unipc"])
+@predictions
+def test_our_pipeline_draws_the_images_of_a_seed_with_their_scheduler(
+    tmp_path: Path, settings: dict[str, Any], sampler: Any
+) -> None:
+    model, done = exported(write_model(tmp_path, channels=3, **settings), sampler=sampler)
+    theirs = load(done)(batch_size=COUNT, seed=SEED, output_type="pt").images
+    assert_equal(theirs, ours(model, sampling_config(sampler=sampler, steps=8)))
+
+
+@pytest.mark.parametrize(
+    "bounds", [{}, {"sigma_max": None, "sigma_min": None}, {"sigma_max": 5, "sigma_min": 0.1}], ids=str
+)
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "deis", "unipc"])
+def test_in_a_stock_pipeline_their_scheduler_visits_our_noise_levels(
+    tmp_path: Path, sampler: Any, bounds: dict[str, Any]
+) -> None:
+    model, done = exported(write_model(tmp_path), sampler=sampler, **bounds)
+    scheduler = load(done, diffusers.DDPMPipeline).scheduler
+    scheduler.set_timesteps(8)
+    levels = sampling_config(sampler=sampler, steps=8, **bounds).sigma_grid(model.schedule)[:-1]
+    theirs = scheduler.sigmas.double().unique().flip(0)[:8]
+    torch.testing.assert_close(theirs[theirs > 0][: len(levels)], levels, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@predictions
+def test_a_stock_ddim_pipeline_draws_what_we_do_at_its_noise_levels(
+    tmp_path: Path, settings: dict[str, Any], eta: float
+) -> None:
+    model, done = exported(write_model(tmp_path, **settings))
+    pipe = load(done, DDIMPipeline)
+    generator = torch.Generator().manual_seed(SEED)
+    theirs = pipe(COUNT, generator, eta, num_inference_steps=20, output_type="pt").images
+    config = sampling_config(sampler="ddim", steps=20, eta=eta)
+    assert_equal(theirs, ours(model, config, whole(model, pipe.scheduler, 20), from_generator(model)))
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", None])
+def test_a_stock_ddpm_pipeline_draws_what_we_do_at_every_noise_level(tmp_path: Path, variance: Any) -> None:
+    weights = write_model(tmp_path, channels=3, steps=40, learned_variance=variance is None, **SCHEDULES["noise"])
+    every_level = {"sampler": "ddpm", "steps": 40, "sigma_max": None, "sigma_min": None, "variance": variance}
+    model, done = exported(weights, **every_level)
+    assert done.pipeline == "DDPMPipeline"
+    pipe = load(done, DiffusionPipeline)
+    assert isinstance(pipe, DDPMPipeline)
+    generator = torch.Generator().manual_seed(SEED)
+    theirs = pipe(COUNT, generator, num_inference_steps=40, output_type="pt").images
+    expected = ours(model, SAMPLING_ADAPTER.validate_python(every_level), noise=from_generator(model))
+    assert_equal(theirs, expected)
+    again = torch.Generator().manual_seed(SEED)
+    assert_equal(load(done)(batch_size=COUNT, generator=again, output_type="pt").images, expected)
+
+
+def test_a_learned_variance_is_left_out_where_another_sampler_draws(tmp_path: Path) -> None:
+    model, done = exported(write_model(tmp_path, learned_variance=True), sampler="dpmpp_2m")
+    theirs = load(done)(batch_size=COUNT, seed=SEED, output_type="pt").images
+    assert_equal(theirs, ours(model, sampling_config(sampler="dpmpp_2m", steps=8)))
+    assert load(done, DDIMPipeline)(num_inference_steps=5, output_type="pt").images.shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "sampler"),
+    [
+        (diffusers.EDMEulerScheduler(sigma_data=0.6), "euler"),
+        (diffusers.EDMDPMSolverMultistepScheduler(), "dpmpp_2m"),
+        (diffusers.EDMDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), "dpmpp_2m_sde"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else type(each).__name__,
+)
+def test_schedulers_that_do_edms_preconditioning_draw_the_same(tmp_path: Path, scheduler: Any, sampler: Any) -> None:
+    model, done = exported(write_model(tmp_path))
+    pipe = load(done)
+    pipe.scheduler = scheduler
+    generator = torch.Generator().manual_seed(SEED)
+    theirs = pipe(batch_size=COUNT, generator=generator, output_type="pt").images
+    assert_equal(theirs, ours(model, sampling_config(sampler=sampler, steps=8), noise=from_generator(model)))
+
+
+def test_a_scheduler_made_of_the_one_there_is_draws_with_the_same_model(tmp_path: Path) -> None:
+    model, done = exported(write_model(tmp_path))
+    pipe = load(done)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    theirs = pipe(batch_size=COUNT, seed=SEED, num_inference_steps=20, eta=1.0, output_type="pt").images
+    config = sampling_config(sampler="ddim", steps=20, eta=1.0)
+    assert_equal(theirs, ours(model, config, whole(model, pipe.scheduler, 20)))
+
+
+@pytest.mark.parametrize("labels", [(), ("dog",), ("cat", None, "dog")])
+@pytest.mark.parametrize("guidance", [{}, {"guidance": 3.0, "guidance_interval": (0.2, 5.0), "guidance_rescale": 0.7}])
+def test_classes_are_asked_for_by_name_and_guided_to(
+    tmp_path: Path, labels: tuple[str | None, ...], guidance: dict[str, Any]
+) -> None:
+    model, done = exported(write_model(tmp_path, classes=CLASSES))
+    given = {"guidance_scale" if name == "guidance" else name: value for name, value in guidance.items()}
+    theirs = load(done)(batch_size=COUNT, seed=SEED, labels=labels, output_type="pt", **given).images
+    config = SAMPLING_ADAPTER.validate_python({"steps": 8} | guidance)
+    assert_equal(theirs, ours(model, config, conditions=Conditions(labels=labels)))
+    none = ours(model, sampling_config(steps=8), conditions=Conditions(labels=(None,)))
+    assert not torch.allclose(theirs, none, atol=1e-2)
+
+
+def test_captions_are_asked_for_in_words(tmp_path: Path, made_up: MadeUp) -> None:
+    model, done = exported(write_model(tmp_path, channels=3, text=True), guidance=2.0)
+    theirs = load(done)(COUNT, SEED, prompts="red square", negative_prompt="blue", output_type="pt").images
+    conditions = Conditions(prompts=("red square",), negative_prompt="blue")
+    assert_equal(theirs, ours(model, sampling_config(steps=8, guidance=2.0), conditions=conditions))
+    assert set(made_up.read) == {"red square", "blue"}
+
+
+def test_images_are_those_of_sample_to_one_level_of_grey(tmp_path: Path) -> None:
+    model, done = exported(write_model(tmp_path))
+    images = load(done)(batch_size=COUNT, seed=SEED).images
+    config = sampling_config(steps=8, compute_batch=COUNT, precision="fp32")
+    expected = sample(model, range(COUNT), SEED, config)[:, 0].int()
+    theirs = torch.stack([torch.frombuffer(bytearray(each.tobytes()), dtype=torch.uint8) for each in images]).int()
+    assert {each.mode for each in images} == {"L"}
+    assert (theirs.view_as(expected) - expected).abs().max() <= 1
+
+
+def test_weights_in_half_precision_draw_about_the_same(tmp_path: Path) -> None:
+    model, done = exported(write_model(tmp_path), sampler="dpmpp_2m")
+    half = load(done).to(torch.bfloat16)
+    theirs = half(batch_size=COUNT, seed=SEED, output_type="pt").images
+    torch.testing.assert_close(theirs, ours(model, sampling_config(sampler="dpmpp_2m", steps=8)), atol=0.1, rtol=0)
+    stock = load(done, DDIMPipeline).to(torch.bfloat16)
+    assert stock(num_inference_steps=5, output_type="pt").images.dtype == torch.bfloat16
+
+
+def test_a_pipeline_saved_again_is_the_same(tmp_path: Path) -> None:
+    _, done = exported(write_model(tmp_path))
+    pipe = load(done)
+    pipe.save_pretrained(tmp_path / "again")
+    again = DarkroomPipeline.from_pretrained(tmp_path / "again")
+    one, other = (each(seed=SEED, output_type="pt").images for each in (pipe, again))
+    assert torch.equal(one, other)
+
+
+def test_the_folder_holds_nothing_that_is_unpickled_or_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, done = exported(write_model(tmp_path))
+    assert {Path(name).suffix for name in done.files} == {".json", ".safetensors", ".md"}
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("unpickled")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    assert load(done, DDPMPipeline)(num_inference_steps=4, output_type="pt").images.isfinite().all()
+
+
+def test_its_readme_runs_and_says_where_the_model_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = write_model(tmp_path)
+    done = export_to_diffusers(weights, tmp_path / "folder", sampling_config(steps=4), "models:/blobs/3", "run-0815")
+    text = (done.folder / "README.md").read_text()
+    for known in ("models:/blobs/3", "run-0815", load_model(weights).header.content_digest, done.weights_sha256):
+        assert known in text
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        names: dict[str, Any] = {}
+        exec(example, names)
+        assert names["pipe"].unet.dtype == torch.float32
+
+
+def test_the_same_again_changes_nothing_and_another_is_refused(tmp_path: Path) -> None:
+    weights = write_model(tmp_path)
+    _, done = exported(weights)
+    before = {path: path.stat().st_mtime_ns for path in done.folder.rglob("*")}
+    assert exported(weights)[1] == done
+    with pytest.raises(UserError, match="is there and differs"):
+        exported(weights, steps=9)
+    assert {path: path.stat().st_mtime_ns for path in done.folder.rglob("*")} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"final.safetensors", "folder"}
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = write_model(tmp_path)
+
+    def full(_: Path) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusion.diffusers_format.export, "sync_folder", full)
+        with pytest.raises(OSError, match="no space"):
+            exported(weights)
+    assert not (tmp_path / "folder").exists()
+    assert load(exported(weights)[1])(seed=SEED).images
+
+
+@pytest.mark.parametrize(
+    ("sampling", "words"),
+    [
+        ({"sampler": "euler", "churn": {"amount": 5.0}}, "keep no sampling.churn"),
+        ({"eta": 0.5}, "not with sampling.eta = 0.5"),
+        ({"sampler": "ddim", "steps": 1001}, "of which there are 1000"),
+        ({"guidance": 3.0}, "trained without classes and captions"),
+        ({"low_resolution_noise": 0.1}, "the model is given none"),
+    ],
+)
+def test_what_diffusers_cannot_draw_is_refused_and_leaves_nothing(
+    tmp_path: Path, sampling: dict[str, Any], words: str
+) -> None:
+    weights = write_model(tmp_path)
+    with pytest.raises(UserError, match=words):
+        exported(weights, **sampling)
+    assert [path.name for path in tmp_path.iterdir()] == ["final.safetensors"]
+
+
+def test_models_that_must_be_shown_something_are_refused(tmp_path: Path) -> None:
+    assert set(ModelConfig.model_fields) >= MODEL_FIELDS
+    with pytest.raises(UserError, match=r"a model with model\.low_resolution has no counterpart"):
+        exported(write_model(tmp_path, low_resolution=4, conditional=False))
+
+
+def test_without_diffusers_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = write_model(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("diffusion.diffusers_format")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(diffusion, "diffusers_format")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[diffusers\]'"):
+        exported(weights)
+
+
+def test_the_pipeline_refuses_what_would_have_no_effect_or_another_one(tmp_path: Path, made_up: MadeUp) -> None:
+    _, done = exported(write_model(tmp_path, classes=CLASSES))
+    pipe = load(done)
+    with pytest.raises(UserError, match="no class 'bird'"):
+        pipe(labels="bird")
+    with pytest.raises(UserError, match="without captions"):
+        pipe(prompts="a bird")
+    with pytest.raises(UserError, match="eta means nothing to DPMSolver"):
+        pipe(eta=0.5)
+    with pytest.raises(UserError, match=r"guidance_rescale mean nothing to guidance = null"):
+        pipe(guidance_rescale=0.7)
+    with pytest.raises(UserError, match=r"sampling\.steps: Input should be greater than or equal to 2"):
+        pipe(num_inference_steps=1)
+    with pytest.raises(UserError, match="batch_size = 0: ask for one image or more"):
+        pipe(batch_size=0)
+    config = pipe.scheduler.config
+    for scheduler, words in (
+        (diffusers.DDPMScheduler.from_config(config), "from a generator"),
+        (diffusers.DDPMScheduler.from_config(config, variance_type="learned_range"), "learned by one network"),
+        (diffusers.DDIMScheduler.from_config(config, prediction_type="epsilon"), "another prediction"),
+        (diffusers.DDIMScheduler(prediction_type="sample"), "another prediction or noise schedule"),
+        (diffusers.PNDMScheduler.from_config(config), "takes none of our steps"),
+    ):
+        pipe.scheduler = scheduler
+        with pytest.raises(UserError, match=words):
+            pipe()

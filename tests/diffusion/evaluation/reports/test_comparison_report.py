@@ -1,0 +1,193 @@
+"""The page of a trial: the verdict, and all that was measured of both sides, beside what can be looked at."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion.common.image_grids import grid
+from diffusion.evaluation.reports.comparison_report import probability, write_comparison_report
+from tests.builders.browser import chromium, look
+from tests.builders.comparison_results import Shown, docket
+from tests.builders.html_pages import Page
+
+HEADINGS = [
+    "What the gate says",
+    "Side by side",
+    "Metrics",
+    "Copies of training images",
+    "Images generated more than once",
+    "Worst classes",
+    "Held-out images",
+    "Colours and brightness",
+    "Conditions",
+]
+
+
+@cache
+def whole() -> Shown:
+    return docket()
+
+
+def write(path: Path, shown: Shown) -> str:
+    named = shown.model, shown.dataset, shown.candidate, shown.champion
+    return write_comparison_report(path, shown.comparison, shown.grids, *named)
+
+
+def written(shown: Shown, folder: Path) -> Page:
+    write(folder / "comparison.html", shown)
+    return Page((folder / "comparison.html").read_text())
+
+
+def test_the_page_says_the_verdict_its_reasons_and_what_each_rule_found(tmp_path: Path) -> None:
+    text = written(whole(), tmp_path).text
+    assert whole().comparison.decision.verdict == "promote"
+    assert "promote: version 3 against version 2, the champion" in text
+    for finding in whole().comparison.decision.findings:
+        assert f"{finding.rule} {finding.verdict} {finding.reason}" in text
+
+
+def test_both_sides_images_and_real_ones_are_there_to_be_seen(tmp_path: Path) -> None:
+    shown, page = whole(), written(whole(), tmp_path)
+    assert shown.grids.champion is not None
+    for name, images in (
+        ("Images of version 3", shown.grids.candidate),
+        ("Images of version 2", shown.grids.champion),
+        ("Real held-out images", shown.grids.real),
+    ):
+        assert np.array_equal(page.image(name), np.asarray(grid(images)))
+
+
+def test_the_nearest_training_images_stand_beside_what_was_drawn_and_copies_are_called_so(tmp_path: Path) -> None:
+    shown, page = whole(), written(whole(), tmp_path)
+    found = shown.comparison.candidate.memorization
+    copies = [pair for pair in found.pairs if pair.is_copy]
+    # Those that were planted are the first that it drew, and the last that it learned from.
+    assert len(copies) >= 12
+    assert {pair.generated for pair in copies} >= set(range(12))
+    assert page.text.count(", a copy") == len(copies)
+    for pair, drawn, training in zip(
+        found.pairs, shown.grids.nearest_generated, shown.grids.nearest_training, strict=True
+    ):
+        both = np.asarray(grid(torch.stack([drawn, training]), columns=2))
+        assert np.array_equal(page.image(f"Generated image {pair.generated} and its nearest training image"), both)
+
+
+def test_images_drawn_more_than_once_are_shown_in_their_groups(tmp_path: Path) -> None:
+    shown, page = whole(), written(whole(), tmp_path)
+    found = shown.comparison.candidate.duplicates
+    # Those that were planted are one group.
+    [planted] = [group for group in found.groups if 20 in group.members]
+    assert {20, 31, 42} <= set(planted.members)
+    for group, images in zip(found.groups, shown.grids.duplicates, strict=True):
+        numbers = "no. " + ", ".join(map(str, group.members[:4])) + (" …" if group.size > 4 else "")
+        assert np.array_equal(page.image(f"Duplicates {numbers}"), np.asarray(grid(images[:4], columns=4)))
+
+
+def test_images_of_the_worst_classes_stand_below_real_ones(tmp_path: Path) -> None:
+    shown, page = whole(), written(whole(), tmp_path)
+    assert len(shown.grids.classes) == 2
+    for name, (real, drawn) in shown.grids.classes.items():
+        sheet = page.image(f"Real images of {name} above generated ones")
+        assert np.array_equal(sheet, np.asarray(grid(torch.cat([real, drawn]), columns=len(real))))
+
+
+def test_figures_stand_side_by_side_with_intervals_their_floor_and_both_numbers_of_images(tmp_path: Path) -> None:
+    shown, text = whole(), written(whole(), tmp_path).text
+    assert "metric version 3 version 2 real baseline" in text
+    assert "On 240 images of each side, against 240 held-out images" in text
+    for name, figure in shown.comparison.candidate.estimates.items():
+        after = text.partition("version 2 real baseline ")[2].partition(f"{name} ")[2]
+        value, low, between, high = (word.replace("−", "-") for word in after.split()[:4])
+        assert float(value) == pytest.approx(figure.value, rel=0.01)
+        assert between == "…"
+        length = figure.interval.high - figure.interval.low
+        assert (float(low), float(high)) == pytest.approx((figure.interval.low, figure.interval.high), abs=length / 10)
+
+
+def test_the_worst_class_comes_first_and_classes_of_too_few_images_are_named(tmp_path: Path) -> None:
+    found, text = whole().comparison.candidate.per_class, written(whole(), tmp_path).text
+    assert found is not None
+    assert found.worst is not None
+    rows = text.partition("else taken for ")[2]
+    assert rows.startswith(f"{found.worst.name} ")
+    assert found.skipped
+    assert f"too few images: {', '.join(each.name for each in found.skipped)}" in text
+
+
+def changed(shown: Shown, **changes: object) -> Shown:
+    """With other fields of the candidate's evaluation."""
+    candidate = shown.comparison.candidate.model_copy(update=changes)
+    return replace(shown, comparison=shown.comparison.model_copy(update={"candidate": candidate}))
+
+
+def test_where_no_class_has_images_enough_the_page_says_so(tmp_path: Path) -> None:
+    found = whole().comparison.candidate.per_class
+    assert found is not None
+    text = written(changed(whole(), per_class=found.model_copy(update={"classes": []})), tmp_path).text
+    assert "Worst classes No class has images enough" in text
+    assert "taken for" not in text
+
+
+def test_bits_are_a_bound_where_the_model_gives_one_and_just_so_many_where_it_gives_them_exactly(
+    tmp_path: Path,
+) -> None:
+    text = written(whole(), tmp_path).text
+    assert "version 3: 3.800 ± 0.020 on 240 images, in bits per dimension." in text
+    assert "version 2: at most 3.900 ± 0.020 on 240 images, in bits per dimension." in text
+
+
+def test_the_page_holds_everything_it_shows_and_is_the_same_twice(tmp_path: Path) -> None:
+    page = written(whole(), tmp_path)
+    html = (tmp_path / "comparison.html").read_text()
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert "url(" not in html
+    assert "<script" not in html
+    assert write(tmp_path / "again.html", whole()) == write(tmp_path / "comparison.html", whole())
+
+
+def test_what_was_not_measured_has_no_place_on_the_page(tmp_path: Path) -> None:
+    shown = docket(with_champion=False)
+    loss = shown.comparison.candidate.held_out_loss.model_copy(update={"levels": [], "bits_per_dim": None})
+    text = written(changed(shown, estimates={}, per_class=None, held_out_loss=loss), tmp_path).text
+    missing = {"Metrics", "Worst classes", "Held-out images"}
+    assert [heading for heading in HEADINGS if f" {heading} " in text] == [
+        heading for heading in HEADINGS if heading not in missing
+    ]
+    assert "promote: version 1 promote" not in text
+    assert "champion, " not in text
+
+
+def test_a_first_version_is_shown_without_a_champion(tmp_path: Path) -> None:
+    text = written(docket(with_champion=False), tmp_path).text
+    assert "promote: version 1 first version: there was no champion" in text
+    assert "metric version 1 real baseline" in text
+    assert "champion's" not in text
+
+
+def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    write(tmp_path / "comparison.html", replace(whole(), model=evil, dataset=evil, candidate=evil, champion=evil + "2"))
+    assert "<script" not in (tmp_path / "comparison.html").read_text()
+
+
+@pytest.mark.parametrize(("p", "text"), [(0.5, "0.500"), (0.0012, "0.001"), (1e-9, "under 0.001")])
+def test_probabilities_have_no_powers_of_ten(p: float, text: str) -> None:
+    assert probability(p) == text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_is_whole_in_a_browser(scheme: Literal["light", "dark"], width: int, tmp_path: Path) -> None:
+    write(tmp_path / "comparison.html", whole())
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.goto((tmp_path / "comparison.html").as_uri())
+        look(page, tmp_path / f"comparison-{scheme}-{width}.png")
+        assert page.locator("h2").all_inner_texts() == HEADINGS
+        assert page.locator("h1 .verdict").inner_text() == "Promote"

@@ -1,0 +1,292 @@
+"""The report: one page that shows what was measured, and needs nothing but itself."""
+
+import base64
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion.common.fingerprint import fingerprint
+from diffusion.common.image_grids import grid, png_bytes
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.estimate import Estimate, Share
+from diffusion.evaluation.metrics.distances import Scores
+from diffusion.evaluation.reports.charts import read_losses
+from diffusion.evaluation.reports.evaluation_report import Sheets, findings, write_report
+from diffusion.evaluation.reports.html import plain, with_error
+from diffusion.evaluation.results import (
+    CheckpointEvaluation,
+    Evaluation,
+    EvaluationConditions,
+    MetricEstimate,
+    RealBaseline,
+)
+from diffusion.process.samplers import sampling_config
+from tests.builders.browser import chromium, look
+from tests.builders.html_pages import Page
+
+
+def scores(kid: float, kid_se: float = 0.02, fd: float = 123.4, samples: int = 500, **further: float) -> Scores:
+    return Scores(
+        extractor="efflite0",
+        samples=samples,
+        reference=480,
+        fd=fd,
+        kid=kid,
+        kid_se=kid_se,
+        precision=0.812,
+        recall=0.745,
+        **{"density": 0.7, "coverage": 0.6} | further,
+    )
+
+
+def figures() -> dict[str, MetricEstimate]:
+    """Some metrics with their errors."""
+    return measured(
+        kid=Estimate(value=0.2, error=0.005, freedom=1000),
+        fd=Estimate(value=123.4, error=2, freedom=1000),
+        precision=Share(value=0.812, error=0.005, freedom=1000, count=500),
+        coverage=Share(value=0.5, error=0.005, freedom=1000, count=480),
+    )
+
+
+def measured(**estimates: Estimate) -> dict[str, MetricEstimate]:
+    return {f"{name}_efflite0": MetricEstimate.of(each) for name, each in estimates.items()}
+
+
+def an_evaluation(kids: list[float], dataset: str = "digits", floor: Scores | None = None) -> Evaluation:
+    conditions = EvaluationConditions(
+        content_digest="c" * 64,
+        extractor="efflite0",
+        extractor_digest="e" * 64,
+        preprocessing="64 pixels",
+        evaluation=EvaluationConfig(),
+        sampling=sampling_config(),
+    )
+    judged = [
+        CheckpointEvaluation(
+            file=f"runs/{number}.safetensors",
+            sha256=f"{number}" * 64,
+            images=1000 * (number + 1),
+            scores=scores(kid),
+            fingerprint=fingerprint(64, "fp32", "cpu"),
+        )
+        for number, kid in enumerate(kids)
+    ]
+    return Evaluation(
+        dataset=dataset,
+        conditions=conditions,
+        eval_key=conditions.key,
+        real_baseline=RealBaseline(scores=floor or scores(0.01, fd=61.2), estimates={}),
+        features="a network",
+        estimates={},
+        best=min(judged, key=lambda each: each.scores.kid),
+        checkpoints=judged,
+    )
+
+
+def images(seed: int) -> Tensor:
+    return torch.randint(0, 256, (64, 1, 8, 8), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+def with_more(evaluation: Evaluation) -> Evaluation:
+    """The same with intervals, density and coverage, and with two that fell behind on fewer images."""
+    behind = [
+        evaluation.best.model_copy(
+            update={"sha256": digit * 64, "images": images, "scores": scores(kid, samples=125, fd=987.6)}
+        )
+        for digit, images, kid in (("a", 1500, 0.7), ("b", 2500, -0.4))
+    ]
+    newer = {"density": 0.9, "coverage": 0.5, "fd_infinity": 100.4}
+    judged = [each.model_copy(update={"scores": scores(each.scores.kid, **newer)}) for each in evaluation.checkpoints]
+    update = {
+        "estimates": figures(),
+        "preliminary": behind,
+        "best": next(each for each in judged if each.sha256 == evaluation.best.sha256),
+        "checkpoints": judged,
+        "real_baseline": RealBaseline(
+            scores=scores(0.01, fd=61.2, density=1.02, coverage=0.97, fd_infinity=0.3),
+            estimates=measured(kid=Estimate(value=0.01, error=0.005, freedom=1000), fd=Estimate(value=61.2, error=1)),
+        ),
+    }
+    return evaluation.model_copy(update=update | {"features": "EfficientNet-Lite0 trained on ImageNet"})
+
+
+def sheets_for(evaluation: Evaluation) -> Sheets:
+    drawn = {each.sha256: images(number) for number, each in enumerate(evaluation.checkpoints + evaluation.preliminary)}
+    return Sheets(real=images(99), generated=drawn)
+
+
+@pytest.fixture
+def losses(tmp_path: Path) -> Path:
+    path = tmp_path / "losses.csv"
+    path.write_text("images,train_loss,held_out_loss\n100,0.5,nan\n200,0.3,nan\n")
+    return path
+
+
+def test_the_page_holds_everything_it_shows(tmp_path: Path, losses: Path) -> None:
+    evaluation = an_evaluation([0.5, 0.2])
+    write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation), losses)
+    html = (tmp_path / "report.html").read_text()
+    page = Page(html)
+    assert page.addresses
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert "url(" not in html
+    assert "@import" not in html
+    assert "<script" not in html
+
+
+def test_the_best_checkpoints_images_stand_beside_real_ones(tmp_path: Path) -> None:
+    evaluation = an_evaluation([0.5, 0.2, 0.9])
+    write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
+    shown = [base64.b64decode(each.split(",")[1]) for each in Page((tmp_path / "report.html").read_text()).addresses]
+    assert shown[:2] == [png_bytes(grid(images(1))), png_bytes(grid(images(99)))]
+    assert all(png.startswith(b"\x89PNG") for png in shown)
+
+
+def test_each_score_stands_beside_its_floor_with_both_numbers_of_images(tmp_path: Path) -> None:
+    evaluation = an_evaluation([0.5, 0.2])
+    write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "kid_efflite0 0.200 ± 0.020 0.010 ± 0.020 lower" in text
+    assert "fd_efflite0 123 61.2 lower" in text
+    assert "precision_efflite0 0.812 0.812 higher" in text
+    assert "500 generated real baseline: 500 real" in text
+    assert "the same 480 held-out images" in text
+    assert "2,000 best" in text
+
+
+def test_figures_have_intervals_where_they_are_known_and_so_have_their_floors(tmp_path: Path) -> None:
+    evaluation = with_more(an_evaluation([0.5, 0.2]))
+    write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
+    text = Page((tmp_path / "report.html").read_text()).text
+    # 1.96 standard errors to either side.
+    assert "kid_efflite0 0.200 0.190 … 0.210 0.0100 0.000 … 0.020 lower" in text
+    assert "fd_efflite0 123 119.5 … 127.3 61.2" in text
+    ends = figures()["precision_efflite0"].interval
+    assert f"precision_efflite0 0.812 {ends.low:.3f} … {ends.high:.3f} 0.812 higher" in text
+    assert "recall_efflite0 0.745 0.745 higher" in text
+    assert "density_efflite0 0.900 1.020 higher" in text
+    assert "coverage_efflite0 0.500 0.45" in text
+    assert "fd_infinity_efflite0 100 0.300 lower" in text
+    assert "95 of 100 evaluations" in text
+    assert "EfficientNet-Lite0 trained on ImageNet, weights" in text
+
+
+def test_without_intervals_the_page_says_why(tmp_path: Path) -> None:
+    evaluation = an_evaluation([0.5])
+    write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "For intervals there must be 12 images of each kind." in text
+    assert "95 of 100" not in text
+
+
+def test_checkpoints_that_fell_behind_are_marked_and_only_what_compares_is_shown_of_them(tmp_path: Path) -> None:
+    evaluation = with_more(an_evaluation([0.5, 0.2]))
+    write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "Best of 4: the checkpoint that has seen 2,000 images" in text
+    assert "2 more checkpoints fell behind on fewer images, from 125 on, and were not evaluated in full." in text
+    # However lucky it was on few images.
+    assert "2,500 not evaluated in full -0.400 ± 0.020 125 images" in text
+    assert "1,500 not evaluated in full 0.700 ± 0.020 125 images" in text
+    assert "2,000 best" in text
+    assert "1,500 best" not in text
+    assert "2,500 best" not in text
+    assert "988" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_is_whole_in_a_browser(scheme: Literal["light", "dark"], width: int, tmp_path: Path) -> None:
+    evaluation = with_more(an_evaluation([0.5, 0.2]))
+    write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.goto((tmp_path / "report.html").as_uri())
+        look(page, tmp_path / f"report-{scheme}-{width}.png")
+        headings = ["Scores", "Images", "Over training", "All checkpoints", "Conditions"]
+        assert page.locator("h2").all_inner_texts() == headings
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_a_floor_of_fewer_images_is_admitted(few: bool, tmp_path: Path) -> None:
+    floor = scores(0.01, samples=300 if few else 500)
+    evaluation = an_evaluation([0.5], floor=floor)
+    write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert ("has only 300 training images, fewer than were generated" in text) == few
+
+
+def test_curves_appear_for_light_and_for_dark_and_losses_only_if_there_are_any(tmp_path: Path, losses: Path) -> None:
+    evaluation = an_evaluation([0.5, 0.2])
+
+    def charts_with(path: Path | None) -> int:
+        write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation), path)
+        html = (tmp_path / "report.html").read_text()
+        assert html.count("<source") == html.count("against images seen")
+        return html.count("<source")
+
+    empty = tmp_path / "empty.csv"
+    empty.write_text("images,train_loss\n")
+    assert (charts_with(None), charts_with(empty), charts_with(losses)) == (4, 4, 5)
+
+
+def test_losses_that_are_not_finite_are_left_out(losses: Path) -> None:
+    assert read_losses(losses) == {"train_loss": [(100.0, 0.5), (200.0, 0.3)]}
+
+
+def test_equal_evaluations_give_equal_pages(tmp_path: Path, losses: Path) -> None:
+    evaluation = an_evaluation([0.5, 0.2])
+    digests = {
+        write_report(tmp_path / name, evaluation, sheets_for(evaluation), losses) for name in ("a.html", "b.html")
+    }
+    assert len(digests) == 1
+
+
+def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
+    evaluation = an_evaluation([0.5], dataset="<script>alert(1)</script>")
+    write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
+    assert "<script" not in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kids", "expected"),
+    [
+        ([0.03], ["On 500 images its KID cannot be told from that of real ones."]),
+        ([0.51], ["Its KID lies 0.500 above that of real images, 18 times the standard error."]),
+    ],
+)
+def test_findings_say_no_more_than_the_errors_allow(kids: list[float], expected: list[str]) -> None:
+    assert findings(an_evaluation(kids)) == expected
+
+
+@pytest.mark.parametrize(("second", "word"), [(0.52, "within"), (0.9, "beyond")])
+def test_findings_weigh_the_lead_over_the_next_best(second: float, word: str) -> None:
+    assert findings(an_evaluation([0.5, 2.0, second]))[1] == (
+        f"Its lead over the next best (3,000 images) is {word} two standard errors."
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1234.5, "1,234"), (61.23, "61.2"), (0.01234, "0.0123"), (0.0, "0"), (-0.5, "-0.500"), (2e-7, "0.000000200")],
+)
+def test_figures_have_three_digits_and_no_powers_of_ten(value: float, text: str) -> None:
+    assert plain(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (1.23456, 0.0123, "1.235 ± 0.012"),
+        (1234.5, 67.8, "1,234 ± 68"),
+        (0.5, 0.0, "0.500 ± 0.000"),
+        (-0.001, 0.002, "-0.0010 ± 0.0020"),
+    ],
+)
+def test_a_figure_has_the_digits_that_its_error_leaves(value: float, error: float, text: str) -> None:
+    assert with_error(value, error) == text

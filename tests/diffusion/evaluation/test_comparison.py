@@ -1,0 +1,344 @@
+"""The trial: who is promoted, held and rejected beside whom, on the same images, and with which figures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion.checkpoints import load_model
+from diffusion.common.errors import UserError
+from diffusion.data.dataset import Dataset
+from diffusion.evaluation.comparison import ChampionComparison, SampleGrids, compare_with_champion
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.gate import GateConfig, Verdict
+from diffusion.generation.generate import labels_of, sample
+from diffusion.models.config import GANConfig
+from diffusion.process.samplers import SamplingConfig, sampling_config
+from tests.builders.comparisons import (
+    CONFIG,
+    SAMPLING,
+    Watcher,
+    discs,
+    let_draw,
+    training_images,
+    write_autoencoder,
+    write_of_family,
+)
+from tests.builders.small_datasets import random_images, write_dataset
+from tests.builders.small_models import CONFIG as MODEL
+from tests.builders.small_models import write_model
+from tests.conftest import disc
+
+GATE = GateConfig(recall_loss=None)
+"""Recall of 48 images is not known well enough."""
+TRIED = CONFIG.model_copy(update={"seed": CONFIG.seed + 1})
+"""Trials draw with another seed than that by which checkpoints are chosen."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return discs(tmp_path_factory.mktemp("data") / "discs")
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[Path]:
+    return [write_model(tmp_path / f"{name}.safetensors", seed, seed) for seed, name in enumerate(("new", "old"), 1)]
+
+
+def tried(
+    candidate: Path,
+    champion: Path | None,
+    data: Path,
+    folder: Path,
+    gate: GateConfig = GATE,
+    sampling: SamplingConfig = SAMPLING,
+    progress: Watcher | None = None,
+    config: EvaluationConfig = CONFIG,
+) -> tuple[ChampionComparison, SampleGrids]:
+    return compare_with_champion(candidate, champion, data, config, sampling, gate, folder, progress or Watcher())
+
+
+def good(count: int, first: int = 5000) -> Tensor:
+    """What a model draws that has understood discs."""
+    return torch.from_numpy(np.stack([np.asarray(disc(number, 8))[None] for number in range(first, first + count)]))
+
+
+def noisy(images: Tensor, deviation: float, seed: int = 0) -> Tensor:
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    return (images + deviation * noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def test_a_better_model_is_promoted_and_a_worse_one_rejected_with_figures(
+    data: Path, models: list[Path], tmp_path: Path
+) -> None:
+    new, old = models
+    let_draw(new, noisy(good(48), 5), data, tmp_path, TRIED)
+    let_draw(old, noisy(good(48, first=6000), 60), data, tmp_path, TRIED)
+    found, exhibits = tried(new, old, data, tmp_path)
+    assert found.decision.verdict == Verdict.promote
+    assert "better by more than δ: kid_efflite0" in found.reason
+    assert "on 48 generated images and 40 held-out" in found.reason
+    assert "copies of training images" in found.reason
+    assert "an image costs" in found.reason
+    assert found.champion is not None
+    headline = found.compared.headline
+    assert headline is not None
+    ours, theirs = found.candidate.estimates["kid_efflite0"], found.champion.estimates["kid_efflite0"]
+    assert headline.difference.value == pytest.approx(ours.value - theirs.value)
+    assert ours.interval.low < ours.value < ours.interval.high < theirs.interval.low
+    assert torch.equal(exhibits.candidate, noisy(good(48), 5))
+    named = found.metrics()
+    assert named["kid_efflite0_low"] == ours.interval.low
+    assert named["champion_kid_efflite0"] == headline.champion.value
+    assert named["real_baseline_kid_efflite0"] == headline.real_baseline
+
+    reverse, _ = tried(old, new, data, tmp_path)
+    assert reverse.decision.verdict == Verdict.reject
+    assert reverse.reason.startswith("worse than the champion: kid_efflite0")
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.05])
+def test_a_model_is_not_promoted_over_itself(delta: float, data: Path, models: list[Path], tmp_path: Path) -> None:
+    found, _ = tried(models[0], models[0], data, tmp_path, GateConfig(delta=delta))
+    assert found.decision.verdict == Verdict.hold
+    headline = found.compared.headline
+    assert headline is not None
+    assert (headline.difference.value, headline.difference.error) == (0, 0)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_model_that_copies_its_training_images_is_rejected_however_good_they_are(
+    first: bool, data: Path, models: list[Path], tmp_path: Path
+) -> None:
+    new, old = models
+    copies = torch.cat([training_images(data, 12), good(36)])
+    let_draw(new, copies, data, tmp_path, TRIED)
+    found, exhibits = tried(new, None if first else old, data, tmp_path)
+    assert found.decision.verdict == Verdict.reject
+    assert "copies of training images: " in found.reason
+    shown = [each.is_copy for each in found.candidate.memorization.pairs]
+    assert sum(shown) >= 12
+    assert torch.equal(exhibits.nearest_generated[:8], exhibits.nearest_training[:8])
+
+
+def test_a_first_version_needs_no_champion_and_has_its_intervals(
+    data: Path, models: list[Path], tmp_path: Path
+) -> None:
+    found, exhibits = tried(models[0], None, data, tmp_path)
+    assert found.decision.verdict == Verdict.promote
+    assert found.decision.reasons[0] == "first version: there was no champion"
+    assert {each.rule for each in found.decision.findings} == {"headline", "memorized"}
+    assert (found.champion, exhibits.champion) == (None, None)
+    assert {"fd_efflite0", "kid_efflite0", "recall_efflite0", "coverage_efflite0"} <= found.candidate.estimates.keys()
+    seed = CONFIG.seed + 1
+    expected = sample(load_model(models[0]), range(CONFIG.samples), seed, SAMPLING)
+    assert torch.equal(exhibits.candidate, expected)
+    assert found.conditions.evaluation.seed == seed
+
+
+def test_what_is_written_is_what_is_returned(data: Path, models: list[Path], tmp_path: Path) -> None:
+    found, _ = tried(*models, data, tmp_path)
+    written = (tmp_path / "champion_comparison.json").read_bytes()
+    assert ChampionComparison.model_validate_json(written) == found
+    assert json.loads(written)["gate"] == GATE.model_dump()
+
+
+def test_nothing_is_drawn_twice_not_even_when_the_challenger_has_become_champion(
+    data: Path, models: list[Path], tmp_path: Path
+) -> None:
+    new, old = models
+    watcher = Watcher()
+    first, _ = tried(new, old, data, tmp_path, progress=watcher)
+    assert watcher.drawn == {"new", "old"}
+    watcher = Watcher()
+    assert tried(new, old, data, tmp_path, progress=watcher)[0] == first
+    assert watcher.seen == []
+    newest = write_model(tmp_path / "newest.safetensors", 3, 3)
+    champion = tmp_path / "as-registered.safetensors"
+    champion.write_bytes(new.read_bytes())
+    watcher = Watcher()
+    next_one, _ = tried(newest, champion, data, tmp_path, progress=watcher)
+    assert watcher.drawn == {"newest"}
+    assert next_one.champion is not None
+    assert next_one.champion == first.candidate
+    watcher = Watcher()
+    more_steps = SAMPLING.model_copy(update={"steps": 5})
+    other, _ = tried(newest, champion, data, tmp_path, sampling=more_steps, progress=watcher)
+    assert watcher.drawn == {"newest", "as-registered"}
+    assert other.key != next_one.key
+
+
+def test_a_trial_that_was_cut_short_goes_on_to_the_same_bytes(data: Path, models: list[Path], tmp_path: Path) -> None:
+    tried(*models, data, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        tried(*models, data, tmp_path / "cut", progress=Watcher("old: images sampled"))
+    assert not (tmp_path / "cut" / "champion_comparison.json").exists()
+    watcher = Watcher()
+    tried(*models, data, tmp_path / "cut", progress=watcher)
+    assert watcher.drawn == {"old"}
+    assert (tmp_path / "cut" / "champion_comparison.json").read_bytes() == (
+        tmp_path / "whole" / "champion_comparison.json"
+    ).read_bytes()
+
+
+def test_drawing_that_was_cut_short_goes_on_after_the_last_whole_piece(
+    data: Path, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusion.evaluation.evaluator.cores", lambda: 1)
+    small = SAMPLING.model_copy(update={"compute_batch": 8})  # 16 images to a piece
+    tried(models[0], None, data, tmp_path / "whole", sampling=small)
+    watcher = Watcher("new: images sampled", 2 * 16 + 8)
+    with pytest.raises(KeyboardInterrupt):
+        tried(models[0], None, data, tmp_path / "cut", sampling=small, progress=watcher)
+    [pieces] = (tmp_path / "cut" / "evaluations").glob("*.pieces")
+    assert len(list(pieces.glob("*.sha256"))) == 2
+    watcher = Watcher()
+    tried(models[0], None, data, tmp_path / "cut", sampling=small, progress=watcher)
+    assert [done for what, done in watcher.told if what == "new: images sampled"] == [40, 48]
+    assert (tmp_path / "cut" / "champion_comparison.json").read_bytes() == (
+        tmp_path / "whole" / "champion_comparison.json"
+    ).read_bytes()
+    assert not list(tmp_path.rglob("*.pieces"))
+
+
+def test_the_worst_classes_and_what_was_drawn_twice_can_be_looked_at(data: Path, tmp_path: Path) -> None:
+    classes = {"left": 60, "right": 60}
+    path = write_model(tmp_path / "told.safetensors", 1, 1, classes=classes)
+    config = CONFIG.model_copy(update={"samples": 64})
+    again = good(64)
+    again[10:14] = again[10].clone()
+    let_draw(path, again, data, tmp_path, config.model_copy(update={"seed": CONFIG.seed + 1}))
+    found, exhibits = tried(path, None, data, tmp_path, config=config)
+    per_class, doubles = found.candidate.per_class, found.candidate.duplicates
+    assert per_class is not None
+    assert list(exhibits.classes) == [each.name for each in per_class.worst_first]
+    dataset = Dataset.open(data)
+    held_out = dataset.rows("held_out")
+    labels = labels_of(load_model(path), range(64), CONFIG.seed + 1)
+    assert labels is not None
+    for name, (real, drawn) in exhibits.classes.items():
+        number = sorted(classes).index(name)
+        of_class = (dataset.classes(held_out, sorted(classes)) == number).numpy()
+        assert torch.equal(real, dataset.images(held_out[of_class][:8]))
+        assert torch.equal(drawn, again[labels == number][:8])
+    assert any({10, 11, 12, 13} <= set(group.members) for group in doubles.groups)
+    for group, shown in zip(doubles.groups, exhibits.duplicates, strict=True):
+        assert torch.equal(shown, again[group.members])
+
+
+def test_autoencoders_are_compared_by_what_comes_back_of_each_held_out_image(data: Path, tmp_path: Path) -> None:
+    paths = [write_autoencoder(tmp_path / f"{spread}.safetensors", 1, spread) for spread in (0.02, 0.5)]
+    sampling = sampling_config(compute_batch=16, precision="fp32")
+    verdicts = {}
+    for candidate, champion in (paths, paths[::-1]):
+        found, _ = tried(candidate, champion, data, tmp_path, sampling=sampling)
+        headline = found.compared.headline
+        assert headline is not None
+        assert headline.name == "reconstruction_psnr"
+        assert [each.rule for each in found.decision.findings] == ["headline"]
+        assert "on 40 held-out images" in found.reason
+        verdicts[headline.lead.value > 0] = found.decision.verdict
+    assert verdicts == {True: "promote", False: "reject"}
+
+
+def test_models_that_enlarge_are_compared_on_the_same_small_images(data: Path, tmp_path: Path) -> None:
+    config = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
+    new, old = (write_model(tmp_path / f"{seed}.safetensors", seed, seed, config=config) for seed in (1, 2))
+    found, exhibits = tried(new, old, data, tmp_path)
+    assert (found.compared.samples, found.compared.reference) == (20, 20)
+    assert found.conditions.low_resolution == 4
+    assert found.candidate.similarity is not None
+    assert len(exhibits.real) == len(exhibits.candidate) == 20
+
+
+def plain(path: Path, **changes: object) -> Path:
+    return write_model(path, 5, 1, **changes)  # type: ignore[arg-type]
+
+
+def test_a_champion_that_cannot_be_compared_holds_the_challenger_with_the_reason(
+    data: Path, models: list[Path], tmp_path: Path
+) -> None:
+    small = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
+    champions = {
+        "it is a vae and the candidate a ddpm": write_autoencoder(tmp_path / "vae.safetensors", 0),
+        "generates images of 3×16×16": plain(tmp_path / "rgb.safetensors", channels=3, size=16),
+        "it enlarges from 4 pixels and the candidate generates from noise": plain(
+            tmp_path / "sr.safetensors", config=small
+        ),
+    }
+    for words, champion in champions.items():
+        found, _ = tried(models[0], champion, data, tmp_path)
+        assert found.decision.verdict == Verdict.hold
+        assert found.reason.startswith("the champion cannot be evaluated beside it: ")
+        assert words in found.reason
+        assert {each.rule for each in found.decision.findings} == {"headline", "memorized"}
+
+
+def test_a_champion_that_was_told_less_is_drawn_without_guidance(data: Path, tmp_path: Path) -> None:
+    told = write_model(tmp_path / "told.safetensors", 0, 1, classes={"left": 60, "right": 60})
+    untold = write_model(tmp_path / "untold.safetensors", 0, 1)
+    sampling = SAMPLING.model_copy(update={"guidance": 2.0})
+    found, exhibits = tried(told, untold, data, tmp_path, sampling=sampling)
+    assert found.champion is not None
+    assert exhibits.champion is not None
+    drawn = sample(load_model(untold), range(CONFIG.samples), CONFIG.seed + 1, SAMPLING)
+    assert torch.equal(exhibits.champion, drawn)
+    assert found.candidate.gflop == pytest.approx(2 * found.champion.gflop, rel=0.02)
+
+
+def test_too_few_images_for_errors_hold_and_a_first_version_passes(models: list[Path], tmp_path: Path) -> None:
+    few = tmp_path / "data" / "few"
+    write_dataset(few, random_images(44), per_shard=44)
+    found, _ = tried(*models, few, tmp_path)
+    assert found.decision.verdict == Verdict.hold
+    assert "too few images to tell the two apart: 48 generated and 11 held out, and errors need 12" in found.reason
+    assert found.candidate.estimates == {}
+    assert tried(models[0], None, few, tmp_path)[0].decision.verdict != Verdict.reject
+
+
+def test_a_challenger_that_cannot_be_judged_is_the_users_mistake(data: Path, tmp_path: Path) -> None:
+    other = plain(tmp_path / "rgb.safetensors", channels=3, size=16)
+    with pytest.raises(UserError, match=r"rgb\.safetensors generates images of 3×16×16 and .* holds 1×8×8"):
+        tried(other, None, data, tmp_path)
+    with pytest.raises(UserError, match="no model at"):
+        tried(tmp_path / "gone.safetensors", None, data, tmp_path)
+    few = tmp_path / "data" / "few"
+    write_dataset(few, random_images(80), per_shard=80)
+    small = plain(
+        tmp_path / "sr.safetensors", config=MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
+    )
+    with pytest.raises(UserError, match=r"few has 20 of 24: hold more out with ingest\.held_out"):
+        tried(small, None, few, tmp_path)
+
+
+def test_families_meet_only_if_asked_and_then_by_what_they_draw(data: Path, tmp_path: Path) -> None:
+    # Neither of the two has a reverse process, so that both draw by the same settings.
+    plain = sampling_config(compute_batch=16, precision="fp32")
+    autoencoder = write_autoencoder(tmp_path / "vae.safetensors", 1)
+    gan = write_of_family(tmp_path / "gan.safetensors", GANConfig(width=8, channel_mult=(1,), latent=4), 2)
+    asked = GATE.model_copy(update={"across_families": True, "cost": None})
+    for path, images in ((gan, noisy(good(48), 5)), (autoencoder, noisy(good(48, first=6000), 60))):
+        let_draw(path, images, data, tmp_path, TRIED, plain)
+    held, _ = tried(gan, autoencoder, data, tmp_path, GATE, plain)
+    assert held.decision.verdict == Verdict.hold
+    assert "only with gate.across_families" in held.reason
+    promoted, _ = tried(gan, autoencoder, data, tmp_path, asked, plain)
+    assert promoted.decision.verdict == Verdict.promote
+    assert promoted.compared.basis == "generated"
+    rejected, _ = tried(autoencoder, gan, data, tmp_path, asked, plain)
+    assert rejected.decision.verdict == Verdict.reject
+
+
+def test_a_champion_of_another_family_draws_by_what_of_the_settings_means_something_to_it(
+    data: Path, tmp_path: Path
+) -> None:
+    gan = write_of_family(tmp_path / "gan.safetensors", GANConfig(width=8, channel_mult=(1,), latent=4), 2)
+    new = write_model(tmp_path / "new.safetensors", 1, 1)
+    asked = GATE.model_copy(update={"across_families": True})
+    # To the reverse process of the candidate these settings mean something.
+    found, _ = tried(new, gan, data, tmp_path, asked, SAMPLING)
+    assert found.champion is not None
+    assert found.champion.family == "gan"

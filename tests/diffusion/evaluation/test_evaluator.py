@@ -1,0 +1,167 @@
+"""The evaluation of one model: each metric that of its definition, computed once, and the same end after a kill."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion.checkpoints import load_model
+from diffusion.data.dataset import Dataset
+from diffusion.evaluation.evaluator import Evaluator, ModelEvaluator
+from diffusion.evaluation.features.feature_extractor import EfficientNetLite0, make_extractor
+from diffusion.evaluation.metrics.copies import detect_duplicates, shifted_thumbnails
+from diffusion.evaluation.metrics.distances import compute_scores
+from diffusion.evaluation.metrics.held_out_loss import measure_losses, summarize_losses
+from diffusion.evaluation.metrics.pixel_metrics import compare_appearance, measure_appearance, psnr
+from diffusion.evaluation.results import ModelEvaluation
+from diffusion.generation.generate import sample
+from diffusion.generation.super_resolution import SuperResolution, shrunk, upscale
+from diffusion.process.samplers import sampling_config
+from tests.builders.comparisons import (
+    CONFIG,
+    SAMPLING,
+    Watcher,
+    discs,
+    let_draw,
+    training_images,
+    write_autoencoder,
+)
+from tests.builders.small_models import CONFIG as MODEL
+from tests.builders.small_models import write_model
+
+CLASSES = {"left": 60, "right": 60}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return discs(tmp_path_factory.mktemp("data") / "discs")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model.safetensors", seed=1, images=700)
+
+
+def evaluated(
+    path: Path, data: Path, folder: Path, progress: Watcher | None = None, **changes: object
+) -> tuple[ModelEvaluator, ModelEvaluation]:
+    config = CONFIG.model_copy(update=changes)
+    model = Evaluator(data, config, SAMPLING, folder / "evaluations", progress or Watcher()).model(path)
+    return model, model.evaluate()
+
+
+def test_an_evaluation_has_each_metric_of_the_generated_images(data: Path, model: Path, tmp_path: Path) -> None:
+    found, evaluation = evaluated(model, data, tmp_path)
+    drawn = sample(load_model(model), range(CONFIG.samples), CONFIG.seed, SAMPLING)
+    assert torch.equal(found.images, drawn)
+    dataset, extractor = Dataset.open(data), EfficientNetLite0(32)
+    held_out = dataset.images(dataset.rows("held_out"))
+    expected = compute_scores(extractor(drawn), extractor(held_out), "efflite0")
+    assert evaluation.scores.metrics() == pytest.approx(expected.metrics(), rel=1e-4, abs=1e-4)
+    assert evaluation.drift == compare_appearance(measure_appearance(drawn), measure_appearance(held_out))
+    assert evaluation.duplicates == detect_duplicates(shifted_thumbnails(drawn), shifted_thumbnails(held_out))
+    terms = measure_losses(load_model(model), [(held_out, {})], SAMPLING)
+    assert evaluation.held_out_loss == summarize_losses(terms)
+    assert (evaluation.images, evaluation.family, evaluation.per_class, found.psnr) == (700, "ddpm", None, None)
+    assert evaluation.memorization.generated == CONFIG.samples
+    assert evaluation.gflop > 0
+    assert ModelEvaluation.model_validate_json(evaluation.model_dump_json()) == evaluation
+    names = evaluation.metrics().keys()
+    assert {"kid_efflite0", "copies_share", "duplicates_share", "drift_brightness", "bits_per_dim"} <= names
+
+
+def test_scores_are_made_once(data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = evaluated(model, data, tmp_path)
+    monkeypatch.setattr("diffusion.evaluation.real_images.compute_scores", None)
+    assert evaluated(model, data, tmp_path)[1] == first[1]
+    with pytest.raises(TypeError):
+        evaluated(model, data, tmp_path, samples=40)
+
+
+def test_a_model_that_is_told_classes_is_judged_by_class(data: Path, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "told.safetensors", 0, 1, classes=CLASSES)
+    found = evaluated(path, data, tmp_path, samples=64)[1].per_class
+    assert found is not None
+    assert [each.name for each in found.classes] == ["left", "right"]
+    assert sum(each.samples for each in found.classes) == 64
+    assert [each.reference for each in found.classes] == [20, 20]
+
+
+def test_copies_of_training_images_are_found_and_named(data: Path, model: Path, tmp_path: Path) -> None:
+    let_draw(model, training_images(data, CONFIG.samples), data, tmp_path)
+    found = evaluated(model, data, tmp_path)[1].memorization
+    assert found.share == 1
+    assert found.p_value < 1e-3
+    assert {(pair.generated, pair.training) for pair in found.pairs} <= {(n, n) for n in range(CONFIG.samples)}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_mirrored_copies_count_where_training_mirrored(flip: bool, data: Path, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "flipped.safetensors", 0, 1, training={"flip": flip})
+    let_draw(path, training_images(data, CONFIG.samples).flip(3), data, tmp_path)
+    share = evaluated(path, data, tmp_path)[1].memorization.share
+    assert share == 1 if flip else share < 0.9
+
+
+def test_a_model_is_evaluated_once_and_again_if_anything_changes(data: Path, model: Path, tmp_path: Path) -> None:
+    first = evaluated(model, data, tmp_path)[1]
+    watcher = Watcher()
+    assert evaluated(model, data, tmp_path, watcher)[1] == first
+    assert watcher.seen == []
+    for change in ({"seed": 1}, {"samples": 32}):
+        watcher = Watcher()
+        assert evaluated(model, data, tmp_path, watcher, **change)[1] != first
+        assert watcher.drawn == {"model"}
+
+
+def test_what_draws_from_nothing_is_not_drawn_again_because_the_data_set_grew(model: Path, tmp_path: Path) -> None:
+    first, first_evaluation = evaluated(model, discs(tmp_path / "few", 80), tmp_path)
+    watcher = Watcher()
+    grown, grown_evaluation = evaluated(model, discs(tmp_path / "more", 96), tmp_path, watcher)
+    assert watcher.drawn == set()
+    assert torch.equal(grown.images, first.images)
+    assert grown_evaluation.scores != first_evaluation.scores
+    kept = list((tmp_path / "evaluations" / "training").iterdir())
+    assert [folder.name for folder in kept] == [Dataset.open(tmp_path / "more").manifest.content_digest[:16]]
+
+
+@pytest.mark.parametrize(
+    "stop_at", ["model: images sampled", "images compared with", "model: held-out images looked at"]
+)
+def test_an_evaluation_that_was_cut_short_goes_on_to_the_same_end(
+    stop_at: str, data: Path, model: Path, tmp_path: Path
+) -> None:
+    whole = evaluated(model, data, tmp_path / "whole")[1]
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(model, data, tmp_path / "cut", Watcher(stop_at))
+    watcher = Watcher()
+    assert evaluated(model, data, tmp_path / "cut", watcher)[1] == whole
+    assert watcher.drawn == ({"model"} if stop_at.endswith("sampled") else set())
+
+
+def test_an_autoencoder_is_judged_by_what_comes_back(data: Path, tmp_path: Path) -> None:
+    path = write_autoencoder(tmp_path / "vae.safetensors", 0)
+    sampling = sampling_config(compute_batch=16, precision="fp32")
+    found = Evaluator(data, CONFIG, sampling, tmp_path / "evaluations").model(path)
+    evaluation = found.evaluate()
+    assert found.psnr is not None
+    assert len(found.psnr) == 40
+    assert evaluation.metrics()["reconstruction_psnr"] == pytest.approx(found.psnr.mean().item())
+    assert evaluation.held_out_loss.levels == []
+    assert evaluation.held_out_loss.bits_per_dim is not None
+
+
+def test_a_model_that_enlarges_is_shown_one_half_of_the_held_out_images_and_compared_with_the_other(
+    data: Path, tmp_path: Path
+) -> None:
+    config = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
+    path = write_model(tmp_path / "sr.safetensors", 0, 1, config=config)
+    dataset, extractor = Dataset.open(data), make_extractor(CONFIG)
+    found = Evaluator(data, CONFIG, SAMPLING, tmp_path / "evaluations", task=SuperResolution(4, 0.1)).model(path)
+    held_out = dataset.rows("held_out")
+    shown = dataset.images(held_out[:20])
+    assert torch.equal(found.images, upscale(load_model(path), shrunk(shown, 4), CONFIG.seed, SAMPLING))
+    assert found.psnr is not None
+    torch.testing.assert_close(found.psnr, psnr(found.images, shown))
+    expected = compute_scores(extractor(found.images), extractor(dataset.images(held_out[20:])), "x")
+    assert found.scores.kid == pytest.approx(expected.kid, rel=1e-4)

@@ -1,0 +1,143 @@
+"""Families side by side: judged by the same images, in order, each once, on a page of their own."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion.checkpoints import load_model
+from diffusion.common.errors import UserError
+from diffusion.common.image_grids import grid, png_bytes
+from diffusion.data.dataset import Dataset
+from diffusion.evaluation.features.feature_extractor import make_extractor
+from diffusion.evaluation.metrics.distances import compute_moments, frechet_distance
+from diffusion.evaluation.ranking import RANKING, Ranking, rank_models
+from diffusion.evaluation.reports.ranking_report import PAGE, findings, write_ranking_report
+from diffusion.models.config import AutoregressiveConfig, GANConfig, ModelConfig
+from diffusion.process.samplers import SamplingConfig, sampling_config
+from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, discs, let_draw, write_autoencoder, write_of_family
+from tests.builders.html_pages import Page
+from tests.builders.small_datasets import random_images, write_dataset
+from tests.builders.small_models import write_model
+from tests.conftest import disc
+
+PLAIN = sampling_config(compute_batch=16, precision="fp32")
+"""Of families without a reverse process."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return discs(tmp_path_factory.mktemp("data") / "discs")
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, tuple[Path, SamplingConfig]]:
+    gan, pixels = GANConfig(width=8, channel_mult=(1,), latent=4), AutoregressiveConfig(width=8, layers=1, mixtures=1)
+    return {
+        "ddpm": (write_model(tmp_path / "ddpm.safetensors", 1, 100, training={"minutes": 2.0}), SAMPLING),
+        "vae": (write_autoencoder(tmp_path / "vae.safetensors", 2), PLAIN),
+        "gan": (write_of_family(tmp_path / "gan.safetensors", gan, 3), PLAIN),
+        "autoregressive": (write_of_family(tmp_path / "autoregressive.safetensors", pixels, 4), PLAIN),
+    }
+
+
+def good(first: int, deviation: float) -> Tensor:
+    """Discs under noise."""
+    images = np.stack([np.asarray(disc(number, 8))[None] for number in range(first, first + 48)])
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(first))
+    return (torch.from_numpy(images) + deviation * noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def compared(
+    models: dict[str, tuple[Path, SamplingConfig]], data: Path, folder: Path, progress: Watcher | None = None
+) -> tuple[Ranking, dict[str, Tensor]]:
+    return rank_models(data, models, CONFIG, folder, progress or Watcher())
+
+
+def test_the_nearest_to_real_images_comes_first_with_figures_and_what_can_be_said_of_the_lead(
+    data: Path, models: dict[str, tuple[Path, SamplingConfig]], tmp_path: Path
+) -> None:
+    drawn = {"gan": good(5000, 5), "autoregressive": good(6000, 5), "ddpm": good(7000, 40), "vae": good(8000, 90)}
+    for name, images in drawn.items():
+        let_draw(models[name][0], images, data, tmp_path, sampling=models[name][1])
+    found, sheets = compared(models, data, tmp_path)
+    names = [each.name for each in found.models]
+    assert set(names[:2]) == {"gan", "autoregressive"}
+    assert names[2:] == ["ddpm", "vae"]
+    assert [lead.is_sure for lead in found.leads] == [False, True, True]
+    said = findings(found)
+    assert "cannot be told apart" in said[0]
+    assert said[1].startswith(f"{names[0]} is better than ddpm: by ")
+    extractor, dataset = make_extractor(CONFIG), Dataset.open(data)
+    real = compute_moments(extractor(dataset.images(dataset.rows("held_out"))))
+    for each in found.models:
+        expected = frechet_distance(compute_moments(extractor(drawn[each.name])), real)
+        assert each.scores.fd == pytest.approx(expected, rel=1e-3)
+        interval = each.estimates["kid_efflite0"].interval
+        assert interval.low < each.estimates["kid_efflite0"].value < interval.high
+        assert each.images_per_second > 0
+        network = load_model(Path(each.file)).network
+        assert each.parameters == sum(parameter.numel() for parameter in network.parameters())
+        assert torch.equal(sheets[each.name], drawn[each.name])
+    by_name = {each.name: each for each in found.models}
+    assert {name: each.likelihood for name, each in by_name.items()} == {
+        "ddpm": "bound",
+        "vae": "bound",
+        "gan": None,
+        "autoregressive": "exact",
+    }
+    assert (losses := {name: each.held_out_loss for name, each in by_name.items()})["gan"] is not None
+    assert losses["gan"].bits_per_dim is None
+    assert all(getattr(losses[name], "bits_per_dim", None) for name in ("ddpm", "vae", "autoregressive"))
+    assert by_name["ddpm"].minutes == 2
+
+
+def test_stopped_anywhere_it_goes_on_and_what_was_drawn_is_not_drawn_again(
+    data: Path, models: dict[str, tuple[Path, SamplingConfig]], tmp_path: Path
+) -> None:
+    two = {name: models[name] for name in ("gan", "autoregressive")}
+    with pytest.raises(KeyboardInterrupt):
+        compared(two, data, tmp_path, Watcher("autoregressive: images sampled"))
+    assert not (tmp_path / RANKING).exists()
+    second = Watcher()
+    first, _ = compared(two, data, tmp_path, second)
+    # What is timed is drawn once, by each, after all that is judged.
+    assert second.seen.count("gan: images sampled") == second.seen.count("autoregressive: images sampled") - 3
+    third = Watcher()
+    again, _ = compared(two, data, tmp_path, third)
+    assert third.drawn == set()
+    assert again == first
+    assert json.loads((tmp_path / RANKING).read_text()) == json.loads(first.model_dump_json())
+
+
+def test_the_page_shows_all_of_them_and_needs_nothing_else(
+    data: Path, models: dict[str, tuple[Path, SamplingConfig]], tmp_path: Path
+) -> None:
+    found, sheets = compared(models, data, tmp_path)
+    sheet_files = {name: png_bytes(grid(images, 8)) for name, images in sheets.items()}
+    write_ranking_report(tmp_path / PAGE, found, sheet_files, sheet_files.pop("real"))
+    page = Page((tmp_path / PAGE).read_text())
+    assert all(address.startswith("data:") for address in page.addresses)
+    for name in models:
+        assert np.array_equal(page.image(f"Images of {name}"), np.asarray(grid(sheets[name], 8)))
+    assert np.array_equal(page.image("Real held-out images"), np.asarray(grid(sheets["real"], 8)))
+    for words in ("KID", "precision", "recall", "bits per dimension", "images per second", "parameters", "≤", "none"):
+        assert words in page.text
+    assert all(words in page.text for words in findings(found))
+
+
+def test_what_cannot_be_compared_is_refused(
+    data: Path, models: dict[str, tuple[Path, SamplingConfig]], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="nothing to compare gan with"):
+        compared({"gan": models["gan"]}, data, tmp_path)
+    small = ModelConfig(width=16, channel_mult=(1,), attention=(), low_resolution=4, conditional=False)
+    enlarger = write_model(tmp_path / "enlarger.safetensors", 5, 1, config=small)
+    with pytest.raises(UserError, match="is a super-resolution model"):
+        compared(models | {"ddpm": (enlarger, SAMPLING)}, data, tmp_path)
+    write_dataset(tmp_path / "other", random_images(60, size=12), per_shard=60)
+    with pytest.raises(UserError, match=r"generates images of 1×8×8 and .*other holds 1×12×12"):
+        compared(models, tmp_path / "other", tmp_path)

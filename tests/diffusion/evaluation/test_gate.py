@@ -1,0 +1,389 @@
+"""The gate: how often it errs, by simulation, and what each rule makes of the evidence."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from scipy.optimize import brentq
+from scipy.stats import binom
+
+from diffusion.evaluation.bootstrap import Figure, Replicates, difference
+from diffusion.evaluation.comparison import distance_headline, psnr_headline
+from diffusion.evaluation.estimate import Estimate
+from diffusion.evaluation.gate import (
+    ComparisonMetrics,
+    CopyShare,
+    Cost,
+    Decision,
+    GateConfig,
+    Headline,
+    Verdict,
+    WorstClass,
+    decide,
+    images_needed,
+)
+from tests.builders.gaussian_distances import drawn, true_frechet, true_kid
+from tests.builders.one_metric import frechet_replicates, kid_replicates, share_replicates
+from tests.builders.one_thread import one_thread
+
+SPLITS = 25
+HEADLINE_ALONE: dict[str, Any] = {"recall_loss": None, "memorized": None, "cost": None}
+TRIALS = 200
+MOST = int(binom.ppf(0.99, TRIALS, 0.05))
+"""Promotions of 200 that a gate which errs in 5 % of all cases exceeds in 1 % of all tests."""
+WIDTH = 12
+"""Features of an image."""
+MEASURES: dict[str, Callable[..., list[Replicates]]] = {"kid": kid_replicates, "fd": frechet_replicates}
+TRUE: dict[str, Callable[[int, float, float], float]] = {"kid": true_kid, "fd": true_frechet}
+CHAMPION = 0.4
+"""How far the champion's points lie from real ones, in each dimension."""
+
+
+def comparison(figure: Figure, seed: int, count: int, shift: float, common: float = 0.0) -> ComparisonMetrics:
+    """A candidate ``shift`` off against the champion, with a share ``common`` of the same noise, measured once."""
+    noise, own, floor, reference = (drawn(count, WIDTH, 4 * seed + each) for each in range(4))
+    candidate = common * noise + (1 - common**2) ** 0.5 * own + shift
+    with one_thread():
+        found = MEASURES[figure]([candidate, noise + CHAMPION, floor], reference, splits=SPLITS)
+    headline = distance_headline(*({figure: each} for each in found), "points", GateConfig(headline=figure))
+    return ComparisonMetrics(basis="generated", samples=count, reference=count, has_champion=True, headline=headline)
+
+
+def better_by(figure: Figure, share: float) -> float:
+    """The shift whose true distance is smaller than the champion's by this share."""
+    goal = (1 - share) * TRUE[figure](WIDTH, CHAMPION, 1.0)
+    return float(brentq(lambda shift: TRUE[figure](WIDTH, shift, 1.0) - goal, 0, CHAMPION))
+
+
+def promotions(evidence: list[ComparisonMetrics], delta: float) -> int:
+    config = GateConfig(delta=delta, **HEADLINE_ALONE)
+    return sum(decide(each, config).verdict == Verdict.promote for each in evidence)
+
+
+@pytest.mark.parametrize("figure", ["kid", "fd"])
+def test_the_same_model_with_other_seeds_is_promoted_no_more_often_than_the_confidence_allows(figure: Figure) -> None:
+    evidence = [comparison(figure, seed, 120, CHAMPION) for seed in range(TRIALS)]
+    assert promotions(evidence, delta=0) <= MOST
+    # Who goes by the figure alone promotes half of them, and who goes by one standard error a sixth.
+    leads = [each.headline.lead for each in evidence if each.headline]
+    assert sum(lead.value > 0 for lead in leads) > 2 * MOST
+    assert sum(lead.value > lead.error for lead in leads) > MOST
+
+
+def test_a_model_that_draws_real_images_is_not_promoted_over_itself() -> None:
+    chances = []
+    for seed in range(TRIALS):
+        candidate, champion, floor, reference = (drawn(60, WIDTH, 4 * seed + each) for each in range(4))
+        with one_thread():
+            figures = [
+                {each.figure: each} for each in kid_replicates([candidate, champion, floor], reference, splits=SPLITS)
+            ]
+        headline = distance_headline(*figures, "points", GateConfig())
+        chances.append(
+            ComparisonMetrics(basis="generated", samples=60, reference=60, has_champion=True, headline=headline)
+        )
+    assert promotions(chances, delta=0) <= MOST
+
+
+def test_a_model_better_by_exactly_delta_is_promoted_no_more_often_than_the_confidence_allows() -> None:
+    evidence = [comparison("kid", seed, 120, better_by("kid", 0.3)) for seed in range(TRIALS)]
+    assert promotions(evidence, delta=0.3) <= MOST
+    # It is better, and a gate without δ would say so much more often.
+    assert promotions(evidence, delta=0) > 2 * MOST
+
+
+@pytest.mark.parametrize(("figure", "count"), [("kid", 350), ("fd", 320)])
+def test_an_improvement_of_twice_delta_is_promoted_in_four_of_five_cases(figure: Figure, count: int) -> None:
+    shift = better_by(figure, 0.6)
+    evidence = [comparison(figure, seed, count, shift) for seed in range(100)]
+    assert promotions(evidence, delta=0.3) >= 80
+    # Who waits until the intervals of both no longer overlap promotes fewer: errors that both share count twice.
+    config = GateConfig()
+    apart = 0
+    for each in evidence:
+        assert each.headline is not None
+        ours, theirs = each.headline.candidate.interval(0.9), each.headline.champion.interval(0.9)
+        apart += ours.high + each.headline.smallest(0.3) < theirs.low
+    assert apart < 80
+    assert all(decide(each, config).verdict != Verdict.reject for each in evidence)
+
+
+def test_noise_in_common_lets_smaller_improvements_through() -> None:
+    shift = better_by("kid", 0.3)
+    alone, paired = ([comparison("kid", seed, 120, shift, common) for seed in range(40)] for common in (0.0, 0.98))
+    assert promotions(alone, delta=0.05) < 20
+    assert promotions(paired, delta=0.05) > 35
+
+
+def test_a_model_that_is_surely_worse_is_rejected() -> None:
+    evidence = [comparison("kid", seed, 200, 2 * CHAMPION) for seed in range(10)]
+    assert all(decide(each, GateConfig(**HEADLINE_ALONE)).verdict == Verdict.reject for each in evidence)
+
+
+def test_the_images_that_it_asks_for_suffice_in_four_of_five_cases() -> None:
+    shift, config = better_by("kid", 0.5), GateConfig(delta=0.2, **HEADLINE_ALONE)
+    truth = TRUE["kid"](WIDTH, CHAMPION, 1.0)
+    few = [comparison("kid", seed, 120, shift) for seed in range(20)]
+    squares = [each.headline.lead.error**2 for each in few if each.headline]
+    lead = Estimate(value=0.5 * truth, error=(sum(squares) / len(squares)) ** 0.5, freedom=SPLITS)
+    needed = images_needed(120, lead, 0.3 * truth, config.confidence)
+    assert needed is not None
+    found = [comparison("kid", seed, needed, shift) for seed in range(50)]
+    assert 0.6 * 50 < promotions(found, delta=0.2) < 50
+
+
+# What each rule makes of given figures.
+
+FULL: dict[str, Any] = {
+    "basis": "generated",
+    "samples": 500,
+    "reference": 1000,
+    "has_champion": True,
+    "recall": Estimate(value=0.01, error=0.02, freedom=100),
+    "memorized": CopyShare(share=0.01, p_value=0.2),
+    "cost": Cost(candidate=39, champion=39, unit="network evaluations"),
+}
+
+
+def headline(difference: float, error: float = 0.001, champion: float = 0.021, floor: float = 0.001) -> Headline:
+    return Headline(
+        name="kid_efflite0",
+        candidate=Estimate(value=champion + difference, error=0.0015, freedom=100),
+        champion=Estimate(value=champion, error=0.0015, freedom=100),
+        difference=Estimate(value=difference, error=error, freedom=100),
+        real_baseline=floor,
+    )
+
+
+def copies(share: float, p_value: float = 0.001) -> CopyShare:
+    return CopyShare(share=share, p_value=p_value)
+
+
+def decided(config: dict[str, Any] | None = None, **changes: Any) -> Decision:
+    evidence = ComparisonMetrics(**{**FULL, "headline": headline(-0.008), **changes})
+    return decide(evidence, GateConfig(**(config or {})))
+
+
+def test_a_better_model_within_all_limits_is_promoted_with_its_figures() -> None:
+    decision = decided()
+    assert decision.verdict == Verdict.promote
+    assert [each.rule for each in decision.findings] == ["headline", "memorized", "recall", "cost"]
+    assert decision.reasons[0] == (
+        "better by more than δ: kid_efflite0 0.0130 ± 0.0015, the champion's 0.0210 ± 0.0015, on 500 generated images "
+        "and 1,000 held-out: better by 0.0080 ± 0.0010, at least 0.00634 and at most 0.00966, each with confidence "
+        "0.95; δ = 0.05 is 0.00100"
+    )
+    assert Decision.model_validate_json(decision.model_dump_json()) == decision
+
+
+@pytest.mark.parametrize(
+    ("difference", "verdict", "begins"),
+    [
+        (-0.0030, "promote", "better by more than δ"),
+        (-0.0020, "hold", "not surely better by δ"),
+        (0.0010, "hold", "not better by δ, as more images would only confirm"),
+        (0.0020, "reject", "worse than the champion"),
+    ],
+)
+def test_the_verdict_on_the_headline_goes_by_its_bounds(difference: float, verdict: str, begins: str) -> None:
+    decision = decided(headline=headline(difference))
+    assert decision.verdict == verdict
+    assert decision.reasons[0].startswith(f"{begins}: kid_efflite0")
+
+
+def test_what_is_surely_better_by_less_than_delta_is_held_whatever_the_number_of_images() -> None:
+    decision = decided(headline=headline(-0.0005, error=0.0001))
+    assert decision.verdict == Verdict.hold
+    assert decision.reasons[0].startswith("not better by δ, as more images would only confirm")
+    assert decision.findings[0].images is None
+
+
+def test_a_held_model_is_told_how_many_images_would_tell() -> None:
+    finding = decided(headline=headline(-0.002)).findings[0]
+    # n ((t₀.₉₅ + t₀.₈) · 0.001 / (0.002 − 0.001))², with Student's quantiles at 100 degrees of freedom.
+    exact = 500 * (1.6602 + 0.8452) ** 2
+    assert finding.images is not None
+    assert exact < finding.images == 3200 < exact + 100
+    assert finding.reason.endswith(
+        "to tell this lead would take about 3,200 images, 6.4 times as many, of held-out ones, too"
+    )
+    worse = decided(headline=headline(-0.0005)).findings[0]
+    assert "to tell a lead of 2δ" in worse.reason
+    assert worse.images == 3200
+
+
+def test_the_very_same_images_are_no_improvement() -> None:
+    decision = decided({"delta": 0}, headline=headline(0.0, error=0.0))
+    assert decision.verdict == Verdict.hold
+    assert decision.findings[0].images is None
+
+
+def test_delta_is_a_share_of_what_the_champion_lacks() -> None:
+    near, far = headline(-0.002, champion=0.003), headline(-0.002, champion=0.021)
+    assert near.smallest(0.1) == pytest.approx(0.0002)
+    assert far.smallest(0.1) == pytest.approx(0.002)
+    assert headline(-0.002, champion=0.0005).smallest(0.1) == 0
+
+
+@given(st.floats(1e-4, 1e4), st.floats(-0.02, 0.02), st.floats(1e-5, 0.02), st.floats(0, 0.5))
+def test_the_verdict_does_not_depend_on_the_unit(unit: float, difference: float, error: float, delta: float) -> None:
+    def scaled(estimate: Estimate) -> Estimate:
+        return estimate.times(unit)
+
+    here = headline(difference, error)
+    there = Headline(
+        name=here.name,
+        candidate=scaled(here.candidate),
+        champion=scaled(here.champion),
+        difference=scaled(here.difference),
+        real_baseline=0.001 * unit,
+    )
+    verdicts = {decided({"delta": delta}, headline=each).verdict for each in (here, there)}
+    margin = min(abs(bound - here.smallest(delta)) for bound in (here.lead.at_least(0.95), here.lead.at_most(0.95)))
+    if min(margin, abs(here.lead.at_most(0.95))) > 1e-9:  # rounding decides what lies nearer
+        assert len(verdicts) == 1
+
+
+@given(st.floats(-0.02, 0.02), st.floats(0, 0.01), st.floats(0, 0.5), st.floats(0.51, 0.999))
+def test_nothing_that_is_not_better_by_delta_as_measured_is_promoted(
+    difference: float, error: float, delta: float, confidence: float
+) -> None:
+    found = headline(difference, error)
+    decision = decided({"delta": delta, "confidence": confidence}, headline=found)
+    if decision.verdict == Verdict.promote:
+        assert -difference > found.smallest(delta)
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict", "words"),
+    [
+        (
+            {"memorized": copies(0.051)},
+            "reject",
+            "copies of training images: 5.10% of 500 generated, allowed are 5.00%",
+        ),
+        (
+            {"memorized": copies(0.051, p_value=0.06)},
+            "hold",
+            "so many may look like copies by chance (p = 0.06)",
+        ),
+        ({"memorized": copies(0.05)}, "promote", "copies of training images: 5.00%"),
+        ({"recall": Estimate(value=-0.2, error=0.02)}, "hold", "not surely within the limit: recall −0.200 ± 0.020"),
+        ({"recall": Estimate(value=-0.2, error=0.02, freedom=99)}, "reject", "beyond the limit with confidence 0.95"),
+        ({"recall": Estimate(value=-0.08, error=0.02, freedom=99)}, "hold", "about"),
+        ({"recall": Estimate(value=-0.06, error=0.02, freedom=99)}, "promote", "recall"),
+        ({"cost": Cost(candidate=79, champion=39, unit="network evaluations")}, "reject", "79 network evaluations"),
+        ({"cost": Cost(candidate=78, champion=39, unit="network evaluations")}, "promote", "78"),
+    ],
+)
+def test_limits_reject_what_is_surely_beyond_and_hold_what_is_not_surely_within(
+    changes: dict[str, Any], verdict: str, words: str
+) -> None:
+    decision = decided(**changes)
+    assert decision.verdict == verdict
+    assert any(words in reason for reason in decision.reasons)
+
+
+def worst(candidate: float, champion: float, error: float) -> WorstClass:
+    return WorstClass(
+        candidate=Estimate(value=candidate, error=error, freedom=60),
+        champion=Estimate(value=champion, error=error, freedom=60),
+        candidate_class="shirt",
+        champion_class="bag",
+    )
+
+
+@pytest.mark.parametrize(
+    ("candidate", "verdict"), [(0.05, "promote"), (0.07, "hold"), (0.08, "hold"), (0.10, "reject")]
+)
+def test_the_worst_class_may_get_worse_by_a_share(candidate: float, verdict: str) -> None:
+    decision = decided({"class_loss": 0.5}, worst_class=worst(candidate, 0.05, 0.005))
+    assert decision.verdict == verdict
+    reason = next(each.reason for each in decision.findings if each.rule == "worst class")
+    assert "worst class 'shirt'" in reason
+    assert "the champion's 'bag' at 0.0500 ± 0.0050, allowed are 1.5 times as much" in reason
+
+
+@pytest.mark.parametrize("missing", ["headline", "recall", "memorized", "worst_class", "cost"])
+def test_a_figure_that_a_rule_asks_for_and_nobody_measured_holds(missing: str) -> None:
+    config, figures = {"class_loss": 0.5}, {"worst_class": worst(0.05, 0.05, 0.005)}
+    assert decided(config, **figures).verdict == Verdict.promote
+    decision = decided(config, **figures | {missing: None})
+    assert decision.verdict == Verdict.hold
+    (reason,) = decision.reasons
+    assert reason.startswith("not measured: ")
+
+
+def test_rules_that_are_off_ask_for_nothing() -> None:
+    decision = decided(HEADLINE_ALONE, recall=None, memorized=None, cost=None)
+    assert decision.verdict == Verdict.promote
+    assert len(decision.findings) == 1
+
+
+def test_a_first_version_is_promoted_unless_it_copies() -> None:
+    alone = {"has_champion": False, "headline": None, "recall": None, "cost": None}
+    decision = decided(**alone)
+    assert decision.verdict == Verdict.promote
+    assert decision.reasons[0] == "first version: there was no champion"
+    assert decided(**alone | {"memorized": copies(0.3)}).verdict == Verdict.reject
+    assert decided(**alone | {"memorized": None}).verdict == Verdict.hold
+
+
+def test_what_cannot_be_compared_is_held_with_the_reason_and_rejected_if_it_copies() -> None:
+    unlike = {"incomparable": "they are of two families", "headline": None, "recall": None, "cost": None}
+    decision = decided({"class_loss": 0.5}, **unlike)
+    assert (decision.verdict, decision.reasons) == (Verdict.hold, ("they are of two families",))
+    assert decided(**unlike | {"memorized": copies(0.3)}).verdict == Verdict.reject
+
+
+def test_a_better_model_over_the_limit_of_copies_is_never_promoted() -> None:
+    decision = decided(headline=headline(-0.02), memorized=copies(0.06))
+    assert decision.verdict == Verdict.reject
+    assert decision.reasons == ("copies of training images: 6.00% of 500 generated, allowed are 5.00%",)
+
+
+def test_kid_leads_under_five_thousand_images_of_either_side() -> None:
+    figures = {(4999, 60_000): "kid", (10_000, 4999): "kid", (5000, 5000): "fd"}
+    assert {counts: GateConfig().metric(*counts) for counts in figures} == figures
+    assert GateConfig(headline="fd").metric(100, 100) == "fd"
+
+
+def test_evidence_is_gathered_from_replicates_of_the_same_images() -> None:
+    candidate, champion, floor = drawn(100, 4, 0, 0.2), drawn(100, 4, 1, 0.5), drawn(100, 4, 2)
+    figures = share_replicates([candidate, champion, floor], drawn(90, 4, 3), splits=10)
+    assert (
+        difference(figures[0]["recall"], figures[1]["recall"]).value
+        == figures[0]["recall"].whole - figures[1]["recall"].whole
+    )
+    found = kid_replicates([candidate, champion, floor], drawn(90, 4, 3), splits=10)
+    gathered = distance_headline(*({"kid": each} for each in found), "efflite0", GateConfig())
+    assert gathered.name == "kid_efflite0"
+    assert gathered.real_baseline == found[2].whole
+    assert gathered.lead.value == pytest.approx(found[1].whole - found[0].whole)
+
+
+def test_autoencoders_are_judged_by_the_decibels_that_each_held_out_image_gains() -> None:
+    champion = 25 + 4 * torch.randn(300, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(300, generator=torch.Generator().manual_seed(1))
+    config = {"delta": 0.05}
+    for gain, verdict in ((0.3, "promote"), (0.21, "hold"), (0.0, "hold"), (-0.1, "reject")):
+        found = psnr_headline(champion + gain + 0.2 * noise, champion)
+        evidence = {"basis": "reconstructed", "samples": 300, "headline": found, "recall": None, "memorized": None}
+        decision = decided(config, **evidence, cost=None)
+        assert decision.verdict == verdict, gain
+        assert len(decision.findings) == 1
+        assert "dB" in decision.reasons[0]
+    # A twentieth less squared error.
+    assert found.smallest(0.05) == pytest.approx(0.2228, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"delta": 1}, {"confidence": 0.5}, {"cost": 0}, {"memorized": 1.1}, {"recall_loss": -0.1}, {"other": 1}]
+)
+def test_configurations_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        GateConfig(**wrong)

@@ -1,0 +1,115 @@
+"""The gate refuses each: trials of real images made worse, beside a champion that draws them as they are."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from diffusion.evaluation.comparison import ChampionComparison, compare_with_champion
+from diffusion.evaluation.gate import GateConfig, Verdict
+from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, let_draw, training_images
+from tests.builders.degraded import blurred, compressed, with_copies, with_noise, without_classes
+from tests.builders.real_images import images
+from tests.builders.small_datasets import write_dataset
+from tests.builders.small_models import write_model
+
+COUNT = 160
+"""Images that a model draws."""
+SET = 750
+"""Images of the data set, of which the first and every third one after it are held out."""
+JUDGED = CONFIG.model_copy(update={"samples": COUNT})
+TRIED = JUDGED.model_copy(update={"seed": JUDGED.seed + 1})
+DOSES = {
+    "blur": [partial(blurred, sigma=sigma) for sigma in (0.5, 3.0)],
+    "noise": [partial(with_noise, deviation=deviation) for deviation in (0.03, 0.4)],
+    "JPEG artefacts": [partial(compressed, quality=quality) for quality in (80, 3)],
+}
+"""A dose that can just be measured, and one that anybody sees."""
+
+
+@dataclass
+class House:
+    """A data set of real images, models that were never trained, and what each of them is to have drawn."""
+
+    folder: Path
+    classes: Tensor
+    """Of ``spare``."""
+    spare: Tensor
+    """Real images that are not in the data set, of which the first are what the champion draws."""
+    models: int = 0
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data" / "real"
+
+    def drawing(self, drawn: Tensor) -> Path:
+        """A model that draws these images."""
+        self.models += 1
+        path = write_model(self.folder / f"{self.models}.safetensors", self.models, self.models, size=28)
+        let_draw(path, drawn, self.data, self.folder, TRIED)
+        return path
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> House:
+    shown, classes = images(4000)
+    folder = tmp_path_factory.mktemp("house")
+    write_dataset(folder / "data" / "real", shown[:SET].numpy(), per_shard=SET, held_out_every=3)
+    return House(folder, classes[SET:], shown[SET:])
+
+
+@pytest.fixture(scope="module")
+def champion(house: House) -> Path:
+    """A model that draws real images."""
+    return house.drawing(house.spare[:COUNT])
+
+
+@pytest.fixture
+def few_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors from 20 cuts, right to a sixth, in a fifth of the time."""
+    monkeypatch.setattr("diffusion.evaluation.evaluator.SPLITS", 20)
+
+
+def tried(candidate: Path, champion: Path, house: House) -> ChampionComparison:
+    found, _ = compare_with_champion(
+        candidate, champion, house.data, JUDGED, SAMPLING, GateConfig(), house.folder, Watcher()
+    )
+    return found
+
+
+@pytest.mark.usefixtures("few_cuts")
+@pytest.mark.parametrize("kind", DOSES)
+def test_what_makes_images_ugly_is_never_promoted_and_rejected_where_anybody_sees_it(
+    kind: str, house: House, champion: Path
+) -> None:
+    # Other real images than the champion's: those would be better or worse by chance alone.
+    mild, serious = (
+        tried(house.drawing(spoil(house.spare[COUNT : 2 * COUNT])), champion, house) for spoil in DOSES[kind]
+    )
+    assert mild.decision.verdict != Verdict.promote
+    assert serious.decision.verdict == Verdict.reject
+    assert serious.reason.startswith("worse than the champion: kid_efflite0")
+
+
+@pytest.mark.usefixtures("few_cuts")
+def test_a_model_that_draws_two_of_ten_classes_is_rejected_and_covers_less(house: House, champion: Path) -> None:
+    two = without_classes(house.spare[COUNT:], house.classes[COUNT:], 8, COUNT)
+    found = tried(house.drawing(two), champion, house)
+    assert found.decision.verdict == Verdict.reject
+    assert found.reason.startswith("worse than the champion: kid_efflite0")
+    assert found.champion is not None
+    ours, theirs = (side.estimates["coverage_efflite0"] for side in (found.candidate, found.champion))
+    assert ours.interval.high < theirs.interval.low
+
+
+@pytest.mark.usefixtures("few_cuts")
+def test_a_model_that_copies_is_rejected_though_it_is_surely_better(house: House) -> None:
+    worse = house.drawing(with_noise(house.spare[:COUNT], 0.2))
+    learned = training_images(house.data, 40)
+    found = tried(house.drawing(with_copies(house.spare[COUNT : 2 * COUNT], learned)), worse, house)
+    assert found.decision.verdict == Verdict.reject
+    assert {each.rule: each.verdict for each in found.decision.findings}["headline"] == Verdict.promote
+    assert [each.rule for each in found.decision.findings if each.verdict == Verdict.reject] == ["memorized"]
+    assert found.reason.startswith("copies of training images: ")

@@ -1,0 +1,156 @@
+"""Choosing which checkpoints are judged in full: shorter rounds first, in which none is lost that is far ahead."""
+
+import csv
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from diffusion.common.fingerprint import fingerprint
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.evaluate import evaluate, select_finalists
+from diffusion.evaluation.metrics.distances import Scores
+from diffusion.evaluation.results import CheckpointEvaluation
+from diffusion.process.samplers import sampling_config
+from tests.builders.comparisons import evaluate_one
+from tests.builders.small_models import write_model
+from tests.diffusion.evaluation.test_evaluate import Watcher
+
+CONFIG = EvaluationConfig(samples=24, first_samples=10, finalists=2, extractor_size=32)
+SAMPLING = sampling_config(steps=3, compute_batch=10, precision="fp32")
+MACHINE = fingerprint(64, "fp32", "cpu")
+
+
+class Rounds:
+    """Scores checkpoints as they are, the same in each round, and notes who was scored on how many images."""
+
+    def __init__(self, kids: list[float]) -> None:
+        self.kids = {Path(str(number)): kid for number, kid in enumerate(kids)}
+        self.seen: dict[int, list[Path]] = {}
+
+    def __call__(self, path: Path, samples: int) -> CheckpointEvaluation:
+        self.seen.setdefault(samples, []).append(path)
+        scores = Scores(
+            extractor="x",
+            samples=samples,
+            reference=100,
+            fd=1,
+            kid=self.kids[path],
+            kid_se=0,
+            precision=0.5,
+            recall=0.5,
+            density=0.5,
+            coverage=0.5,
+        )
+        return CheckpointEvaluation(
+            file=str(path), sha256=str(path), images=int(str(path)), scores=scores, fingerprint=MACHINE
+        )
+
+
+def rows_of(table: Path) -> dict[int, dict[str, float]]:
+    """By images seen."""
+    with table.open(newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    return {int(row["images"]): row for row in rows}
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> list[Path]:
+    folder = tmp_path / "run" / "checkpoints"
+    return [write_model(folder / f"{images}.safetensors", images, images) for images in (300, 100, 500, 200, 400)]
+
+
+@given(
+    st.lists(st.floats(-1, 1, allow_nan=False), min_size=1, max_size=40, unique=True),
+    st.integers(1, 6),
+    st.integers(10, 200),
+    st.integers(201, 4000),
+)
+def test_where_scores_tell_the_truth_the_best_come_through(
+    kids: list[float], count: int, first: int, samples: int
+) -> None:
+    rounds = Rounds(kids)
+    config = EvaluationConfig(samples=samples, first_samples=first, finalists=count)
+    left, behind = select_finalists(list(rounds.kids), config, rounds)
+    best = sorted(rounds.kids, key=lambda path: rounds.kids[path])
+    assert set(left) == set(best[: len(left)])
+    assert left == sorted(left, key=list(rounds.kids).index)
+    assert sorted([*map(str, left), *(each.file for each in behind)]) == sorted(map(str, rounds.kids))
+    assert len(left) == min(count, len(kids))
+    # Fewer than the full number of images, four times as many each time, and none costs more than the first by more
+    # than what is rounded up.
+    assert list(rounds.seen) == [first * 4**number for number in range(len(rounds.seen))]
+    assert all(images < samples for images in rounds.seen)
+    for images, seen in rounds.seen.items():
+        assert len(seen) <= max(count, len(kids) * first / images + 2)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_run_with_few_checkpoints_has_no_rounds(count: int) -> None:
+    rounds = Rounds([0.1] * count)
+    assert select_finalists(list(rounds.kids), EvaluationConfig(), rounds) == (list(rounds.kids), [])
+    assert rounds.seen == {}
+
+
+def test_without_further_settings_there_is_one_round_of_a_quarter_of_the_images() -> None:
+    rounds = Rounds([0.1 * number for number in range(40)])
+    left, behind = select_finalists(list(rounds.kids), EvaluationConfig(), rounds)
+    assert {samples: len(seen) for samples, seen in rounds.seen.items()} == {125: 40}
+    assert (len(left), len(behind)) == (4, 36)
+
+
+def test_rounds_as_long_as_the_judgement_are_refused() -> None:
+    with pytest.raises(ValidationError, match="first_samples = 500 is no fewer than samples = 500"):
+        EvaluationConfig(first_samples=500)
+
+
+def test_those_that_fell_behind_are_marked_everywhere_and_never_the_best(
+    dataset: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    found = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
+    assert len(found.checkpoints) == 2
+    assert len(found.preliminary) == 3
+    assert found.best in found.checkpoints
+    assert {each.scores.samples for each in found.preliminary} == {10}
+    assert {each.scores.samples for each in found.checkpoints} == {24}
+    in_full, behind = (rows_of(tmp_path / "report" / f"{name}.csv") for name in ("scores", "preliminary"))
+    assert list(in_full) == [each.images for each in found.checkpoints]
+    assert list(behind) == [each.images for each in found.preliminary]
+    for each in found.preliminary:
+        assert behind[each.images] == each.selection_metric.metrics() | {"images": each.images}
+        assert (each.selection_metric.name, each.selection_metric.count) == ("kid_efflite0", 10)
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("not evaluated in full</span>") == 3
+    assert "3 more checkpoints fell behind on fewer images, from 10 on, and were not evaluated in full." in page
+
+
+def test_a_finalist_has_the_scores_that_it_has_without_rounds(
+    dataset: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    found = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
+    alone = CONFIG.model_copy(update={"first_samples": None, "finalists": 4})
+    best = evaluate_one(Path(found.best.file), dataset, alone, SAMPLING, tmp_path / "other")
+    assert best == found.best
+    watcher = Watcher()
+    # Remembered, as rounds change no score: only those that were not evaluated in full are drawn from.
+    again = evaluate(
+        dataset, checkpoints, alone.model_copy(update={"finalists": 5}), SAMPLING, tmp_path / "report", progress=watcher
+    )
+    assert watcher.drawn == {Path(each.file).stem for each in found.preliminary}
+    assert again.preliminary == []
+    assert not (tmp_path / "report" / "preliminary.csv").exists()
+
+
+def test_cut_short_in_a_round_it_goes_on_to_the_same_end(
+    dataset: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    whole = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "cut", progress=Watcher("500: images sampled"))
+    watcher = Watcher()
+    assert evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "cut", progress=watcher) == whole
+    assert not {"300", "100"} <= watcher.drawn
+    pages = [(tmp_path / name / "report.html").read_bytes() for name in ("whole", "cut")]
+    assert pages[0] == pages[1]

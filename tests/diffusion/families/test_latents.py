@@ -1,0 +1,299 @@
+"""Diffusion in an autoencoder's latents: whole in one file, repeatable, and editing without touching what is kept."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors import safe_open
+
+from diffusion.checkpoints import export, load_model, read_header
+from diffusion.common.errors import UserError
+from diffusion.common.random import GaussianNoise
+from diffusion.data.dataset import Dataset
+from diffusion.diffusers_format.export import export_to_diffusers
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.evaluate import evaluate
+from diffusion.families.model import DiffusionModel, to_float, to_uint8
+from diffusion.generation.explain import explain
+from diffusion.generation.generate import interpolate, reconstructed, sample, told_of
+from diffusion.models.config import ModelConfig
+from diffusion.process.editing import Edit, whole
+from diffusion.process.guidance import guided
+from diffusion.training.config import TrainingConfig
+from diffusion.training.logging import read_metrics
+from diffusion.training.post_hoc_ema import models_to_evaluate
+from diffusion.training.preflight import count_flops
+from diffusion.training.setup import train_key
+from diffusion.training.train import preflight
+from tests.builders.small_autoencoders import (
+    CONFIG,
+    SAMPLING,
+    SIZE,
+    STEPPED,
+    VAE,
+    autoencoder,
+    colours,
+    denoiser,
+    latent,
+    mean_square,
+)
+from tests.builders.small_datasets import random_images, write_dataset
+from tests.diffusion.training.test_train import Stop, StopAt
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return colours(tmp_path_factory.mktemp("latents") / "data" / "blobs")
+
+
+@pytest.fixture(scope="module")
+def first(data: Path) -> Path:
+    """The file of an autoencoder that has learned."""
+    return autoencoder(data, data.parents[1] / "vae", config={"images": 1600, "learning_rate": 1e-2}).final
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, first: Path) -> Path:
+    """The folder of a training in its latents."""
+    return latent(data, data.parents[1] / "run", denoiser(first)).output
+
+
+@pytest.fixture(scope="module")
+def model(run: Path) -> DiffusionModel:
+    loaded = load_model(run / "final.safetensors")
+    assert isinstance(loaded, DiffusionModel)
+    return loaded
+
+
+def image(data: Path) -> torch.Tensor:
+    return Dataset.open(data).images([0])[0]
+
+
+def test_latents_of_training_images_have_mean_0_and_deviation_1(data: Path, model: DiffusionModel) -> None:
+    dataset = Dataset.open(data)
+    z = model.encoded(to_float(dataset.images(dataset.rows("train"))))
+    assert z.shape[1:] == model.noise_shape == (3, 4, 4)
+    spread, mean = torch.std_mean(z.double(), (0, 2, 3), correction=0)
+    assert torch.allclose(mean, torch.zeros(3).double(), atol=1e-4)
+    assert torch.allclose(spread, torch.ones(3).double(), atol=1e-4)
+    assert model.schedule.sigmas[-1] > 10
+    assert model.header.latents is not None
+    assert (model.header.latents.shape, model.header.latents.autoencoder) == ((3, 4, 4), VAE)
+
+
+def test_its_autoencoder_is_the_one_it_was_given(data: Path, first: Path, model: DiffusionModel) -> None:
+    images = Dataset.open(data).images(range(20))
+    ours, theirs = (reconstructed(each, images, SAMPLING) for each in (model, load_model(first)))
+    # Scaled to deviation 1 on the way and back.
+    assert (ours.int() - theirs.int()).abs().max() <= 1
+
+
+def test_it_denoises_as_well_as_training_said(data: Path, run: Path, model: DiffusionModel) -> None:
+    dataset = Dataset.open(data)
+    held_out = dataset.rows("held_out")
+    with torch.inference_mode():
+        z = model.encoded(to_float(dataset.images(held_out)))
+        # EDM's noise levels and weights for a deviation of 1, whose loss is 1 for a network that answers 0.
+        levels = torch.special.ndtri((torch.arange(len(z)).double() + 0.5) / len(z))
+        sigma = (-1.2 + 1.2 * levels).exp()
+        noise = GaussianNoise(0, "probe/held_out", range(len(z)), model.noise_shape)()
+        estimate = model.denoiser()(z + sigma[:, None, None, None].float() * noise, sigma)
+    losses = (sigma**-2 + 1) * (estimate - z).square().mean((1, 2, 3))
+    told = read_metrics(run / "losses.csv")[-1]["held_out_loss_ema"]
+    assert losses.mean().item() == pytest.approx(told, rel=0.05)
+
+
+def test_one_file_is_the_whole_model(data: Path, first: Path, model: DiffusionModel, tmp_path: Path) -> None:
+    moved = shutil.copy(first, tmp_path / "vae.safetensors")
+    final = latent(data, tmp_path / "run", denoiser(moved)).final
+    Path(moved).unlink()
+    alone = load_model(final)
+    # Where the autoencoder lay is no part of the run.
+    assert final.read_bytes() == (data.parents[1] / "run" / "final.safetensors").read_bytes()
+    assert torch.equal(sample(alone, range(4), 0, STEPPED), sample(model, range(4), 0, STEPPED))
+    with safe_open(final, framework="pt") as file:
+        assert {name.split(".")[0] for name in file.keys()} == {"ema", "autoencoder"}  # noqa: SIM118
+
+
+def test_an_exported_checkpoint_is_whole(run: Path, model: DiffusionModel, tmp_path: Path) -> None:
+    export(run / "checkpoints" / "0000000320.safetensors", tmp_path / "weights.safetensors")
+    exported = load_model(tmp_path / "weights.safetensors")
+    assert torch.equal(sample(exported, range(4), 0, STEPPED), sample(model, range(4), 0, STEPPED))
+
+
+@pytest.mark.parametrize("stop", [16, 112, 320])
+def test_a_stopped_training_goes_on_to_the_same_bits(
+    data: Path, first: Path, run: Path, tmp_path: Path, stop: int
+) -> None:
+    with pytest.raises(Stop):
+        latent(data, tmp_path / "cut", denoiser(first), track=lambda _: StopAt(stop))
+    elsewhere = shutil.copy(first, tmp_path / "elsewhere.safetensors")
+    latent(data, tmp_path / "cut", denoiser(elsewhere))
+    for name in ("final.safetensors", "losses.csv", "samples/0000000320.png"):
+        assert (tmp_path / "cut" / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_another_autoencoder_is_another_run(data: Path, first: Path, run: Path, tmp_path: Path) -> None:
+    other = autoencoder(data, tmp_path / "vae", config={"seed": 1}).final
+    with pytest.raises(UserError, match=r"differs in model\.autoencoder: give --restart"):
+        latent(data, run, denoiser(other))
+    with pytest.raises(UserError, match=r"differs in model\.autoencoder"):
+        latent(data, run, denoiser(first).model_copy(update={"autoencoder": None}))
+
+
+def test_the_key_of_a_training_without_one_stays_what_it_is() -> None:
+    assert {"family", "autoencoder"}.isdisjoint(ModelConfig().model_dump())
+    config = TrainingConfig(dataset="blobs", images=320, batch_size=16, precision="fp32")
+    key = "967080bec20a4d189b43a70a012f4ea46d132840c44ceda81ed47c3c7dec116e"
+    assert train_key("0" * 64, ModelConfig(), config) == key
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "ddpm", "heun"])
+def test_a_image_has_the_same_bits_whatever_is_drawn_beside_it(model: DiffusionModel, sampler: str) -> None:
+    config = STEPPED.with_sampler(sampler)
+    many = sample(model, range(40), 5, config)
+    assert many.shape == (40, 3, SIZE, SIZE)
+    assert torch.equal(sample(model, [38, 2], 5, config), many[[38, 2]])
+    assert not torch.equal(many[0], many[1])
+
+
+def test_a_way_between_two_seeds_begins_and_ends_with_their_images(model: DiffusionModel) -> None:
+    way = interpolate(model, 1, 2, 3, STEPPED)
+    for place, seed in ((0, 1), (-1, 2)):
+        assert (way[place].int() - sample(model, [0], seed, STEPPED)[0].int()).abs().max() <= 2
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 4, 8]))
+def test_a_latent_is_kept_only_if_all_its_pixels_are(seed: int, factor: int) -> None:
+    kept = np.random.default_rng(seed).random((16, 16)) < 0.9
+    cells = kept.reshape(16 // factor, factor, 16 // factor, factor)
+    assert np.array_equal(whole(torch.from_numpy(kept), 16 // factor)[0].numpy(), cells.all((1, 3)))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_an_edit_keeps_is_kept_to_the_bit_also_where_latents_are_cut(
+    data: Path, model: DiffusionModel, times: int
+) -> None:
+    real = image(data)
+    kept = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    kept[1:, :7] = True
+    drawn = sample(model, range(3), 0, STEPPED, edit=Edit(real, kept, resample_steps=times, stretch=1))
+    assert torch.equal(drawn[:, :, kept], real[:, kept].expand(3, -1, -1))
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_the_weaker_the_change_the_more_is_left_of_what_the_autoencoder_makes_of_it(
+    data: Path, model: DiffusionModel
+) -> None:
+    real, config = image(data), STEPPED.model_copy(update={"steps": 20})
+    back = reconstructed(model, real[None], SAMPLING)[0]
+    strengths = (0.05, 0.4, 0.95)
+    weak, middle, strong = (
+        mean_square(sample(model, [0], 0, config, edit=Edit(real, strength=each))[0], back) for each in strengths
+    )
+    assert weak < 20 < middle < strong
+
+
+def test_judging_it_says_what_its_autoencoder_loses_and_goes_by_what_it_draws(
+    data: Path, first: Path, run: Path, tmp_path: Path
+) -> None:
+    judging = EvaluationConfig(samples=12, extractor_size=32)
+    found = evaluate(data, models_to_evaluate(run, tmp_path), judging, STEPPED, tmp_path)
+    assert found.best == min(found.checkpoints, key=lambda each: each.scores.kid)
+    alone = evaluate(data, [first], judging, SAMPLING, tmp_path / "first").best.reconstruction
+    assert alone is not None
+    for each in found.checkpoints:
+        assert each.reconstruction is not None
+        assert each.reconstruction.psnr == pytest.approx(alone.psnr, abs=0.05)
+    assert "<h2>Reconstructions</h2>" in (tmp_path / "report.html").read_text()
+
+
+def test_averages_made_after_the_end_are_whole(data: Path, first: Path, tmp_path: Path) -> None:
+    lengths = {"ema_stds": (0.05, 0.1), "ema_decay": None}
+    latent(data, tmp_path / "run", denoiser(first), config=lengths)
+    made = models_to_evaluate(tmp_path / "run", tmp_path / "report", [0.2])[-1]
+    assert made.name == "std-0.2.safetensors"
+    assert sample(load_model(made), [0], 0, STEPPED).shape == (1, 3, SIZE, SIZE)
+
+
+def test_the_process_is_drawn_as_images(data: Path, model: DiffusionModel, tmp_path: Path) -> None:
+    paths = explain(model, image(data), tmp_path)
+    assert [path.name for path in paths] == ["forward.png", "training_step.png", "reverse.png"]
+    assert all(Image.open(path).width == 1920 for path in paths)
+
+
+def test_a_dry_run_counts_the_work_of_the_encoder(data: Path, first: Path) -> None:
+    shape = denoiser(first)
+    about = preflight(data, shape, CONFIG, STEPPED)
+    assert about.shape == (3, SIZE, SIZE)
+    on_latents = count_flops(shape, (3, 4, 4), 0)
+    assert on_latents < about.flops < count_flops(shape, (3, SIZE, SIZE), 0)
+
+
+def test_estimates_are_not_clipped_to_the_range_of_images_with_or_without_guidance(tmp_path: Path, first: Path) -> None:
+    shown = np.stack([np.full((3, SIZE, SIZE), 40 + 5 * number, np.uint8) for number in range(40)])
+    labels = ["dark" if number < 20 else "light" for number in range(40)]
+    write_dataset(tmp_path / "shades", shown, per_shard=20, labels=labels)
+    model = load_model(latent(tmp_path / "shades", tmp_path / "run", denoiser(first)).final)
+    assert isinstance(model, DiffusionModel)
+    far = torch.full((1, *model.noise_shape), 3.0)
+    with torch.inference_mode():
+        assert (model.denoiser()(far, torch.tensor(0.002)) - 3).abs().max() < 0.1
+        drawn = sample(model, range(36), 0, STEPPED.model_copy(update={"guidance": 3.0}))
+        noise = GaussianNoise(0, "sampling", range(36), model.noise_shape)
+        told = told_of(model, range(36), 0)
+        untold = {"label": torch.full_like(told["label"], 2)}
+        mixture = guided(model.denoiser(told), model.denoiser(untold), 3.0)
+        expected = STEPPED.run(mixture, STEPPED.sigma_grid(model.schedule), noise)
+        assert torch.equal(drawn, to_uint8(model.decoded(expected)))
+
+
+def test_what_is_no_autoencoder_or_one_of_other_images_is_refused(
+    data: Path, first: Path, run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"is a model of the family ddpm, and no autoencoder"):
+        latent(data, tmp_path / "run", denoiser(run / "final.safetensors"))
+    with pytest.raises(UserError, match=r"no model at .*gone\.safetensors"):
+        latent(data, tmp_path / "run", denoiser(tmp_path / "gone.safetensors"))
+    with pytest.raises(UserError, match=r"names a registered model, which is not fetched here"):
+        latent(data, tmp_path / "run", denoiser("models:/blobs-vae@champion"))
+    write_dataset(tmp_path / "grey", random_images(20, 1, SIZE), per_shard=20)
+    with pytest.raises(UserError, match=r"trained on images of 3 channels and data set grey has 1"):
+        latent(tmp_path / "grey", tmp_path / "run", denoiser(first))
+    write_dataset(tmp_path / "odd", random_images(20, 3, 18), per_shard=20)
+    with pytest.raises(UserError, match=r"4×4 pixels, and 4 does not divide the images' 18"):
+        latent(tmp_path / "odd", tmp_path / "run", denoiser(first))
+    with pytest.raises(ValueError, match="likelihood of 8-bit pixels"):
+        denoiser(first, learned_variance=True)
+    with pytest.raises(ValueError, match=r"model\.low_resolution shows the network small images"):
+        denoiser(first, low_resolution=8)
+
+
+def test_what_diffusers_has_no_counterpart_for_is_not_exported(run: Path, first: Path, tmp_path: Path) -> None:
+    refusals = (
+        (run / "final.safetensors", r"a model with model\.autoencoder has no counterpart in diffusers"),
+        (first, "diffusers has no counterpart of a model of the family vae"),
+    )
+    for weights, words in refusals:
+        with pytest.raises(UserError, match=words):
+            export_to_diffusers(weights, tmp_path / "exported", STEPPED)
+
+
+def test_headers_say_what_the_network_works_on(run: Path) -> None:
+    header = read_header(run / "final.safetensors")["model_header"]
+    assert header["model"]["autoencoder"] == f"sha256:{header['latents']['digest']}"
+    assert (header["channels"], header["size"]) == (3, SIZE)
+
+
+def test_a_mask_that_keeps_no_latent_whole_is_refused(run: Path) -> None:
+    model = load_model(run / "final.safetensors")
+    image = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
+    striped = torch.ones(SIZE, SIZE, dtype=torch.bool)
+    striped[::2] = False
+    with pytest.raises(UserError, match="nothing of the image would be seen"):
+        sample(model, [0], 0, STEPPED, edit=Edit(image, striped))

@@ -1,0 +1,312 @@
+"""Models that are told classes and captions, from training to images that show what is asked."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from diffusion.checkpoints import load_model, read_header
+from diffusion.common.errors import UserError
+from diffusion.data.dataset import Dataset
+from diffusion.data.ingest.ingest import forget_captions
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.evaluator import Evaluator
+from diffusion.families.model import DiffusionModel
+from diffusion.generation.config import Conditions
+from diffusion.generation.generate import check_conditions, check_prompts, label_names, sample, told_of
+from diffusion.models.config import ModelConfig
+from diffusion.models.text_encoder import ENCODER, TextEncoder
+from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config
+from diffusion.training.config import TrainingConfig
+from diffusion.training.setup import drop_conditioning, train_key
+from diffusion.training.train import TrainResult, preflight, train
+from tests.builders.captioned import COLOURS, MadeUp, colours, needs_encoder, squares
+from tests.builders.small_datasets import random_images, write_dataset
+from tests.builders.small_models import write_model
+from tests.diffusion.training.test_train import Away, Stop, StopAt
+
+SHAPE = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=2)
+MODEL = SHAPE.model_copy(update={"text": True})
+CONFIG = TrainingConfig(dataset="squares", images=320, batch_size=16, warmup_images=32, checkpoints=4, keep=2)
+SAMPLING = sampling_config(sampler="dpmpp_2m", steps=4, compute_batch=8)
+GUIDED = SAMPLING.model_copy(update={"guidance": 3.0, "guidance_interval": (0.1, 20.0), "guidance_rescale": 0.7})
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    squares(tmp_path / "data" / "squares", labelled=True, every=2)
+    return tmp_path / "data" / "squares"
+
+
+def run(data: Path, output: Path, model: ModelConfig = MODEL, **options: object) -> TrainResult:
+    return train(data, output, model, CONFIG, options.pop("sampling", SAMPLING), **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def model(data: Path, tmp_path: Path, made_up: MadeUp) -> DiffusionModel:
+    """Told both, and hardly trained."""
+    return load_model(run(data, tmp_path / "run").final)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits_and_says_what_read_its_captions(
+    data: Path, tmp_path: Path, made_up: MadeUp
+) -> None:
+    whole = run(data, tmp_path / "whole", sampling=GUIDED)
+    with pytest.raises(Stop):
+        run(data, tmp_path / "cut", sampling=GUIDED, track=lambda _: StopAt(112))
+    resumed = run(data, tmp_path / "cut", sampling=GUIDED)
+    assert resumed.final.read_bytes() == whole.final.read_bytes()
+    last = "samples/0000000320.png"
+    assert (tmp_path / "cut" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
+    header = read_header(tmp_path / "cut" / "checkpoints" / "0000000320.safetensors")["model_header"]
+    assert header["encoder"] == ENCODER.model_dump()
+    assert load_model(whole.final).header.encoder == ENCODER
+    plain = run(data, tmp_path / "plain", SHAPE)
+    assert load_model(plain.final).header.encoder is None
+
+
+def test_streamed_shards_give_the_weights_of_local_ones(data: Path, tmp_path: Path, made_up: MadeUp) -> None:
+    local = run(data, tmp_path / "local").final.read_bytes()
+    store = Away(data, tmp_path / "remote")
+    streaming = CONFIG.model_copy(update={"stream_bytes": 2**20})
+    forget_captions(data)
+    streamed = train(data, tmp_path / "streamed", MODEL, streaming, SAMPLING, store=store)
+    assert streamed.final.read_bytes() == local
+
+
+def test_another_encoder_is_another_run_and_named(
+    data: Path, tmp_path: Path, made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = run(data, tmp_path / "run").final
+    other = TextEncoder(name="newer", digest="b" * 64)
+    keys = [train_key("0" * 64, each, CONFIG) for each in (MODEL, SHAPE)]
+    monkeypatch.setattr("diffusion.training.setup.ENCODER", other)
+    assert [train_key("0" * 64, each, CONFIG) == key for each, key in zip((MODEL, SHAPE), keys, strict=True)] == [
+        False,
+        True,
+    ]
+    with pytest.raises(UserError, match=rf"differs in the text encoder \(all-MiniLM-L6-v2 {ENCODER.digest[:12]}\)"):
+        run(data, tmp_path / "run")
+    monkeypatch.setattr("diffusion.models.text_encoder.ENCODER", other)
+    with pytest.raises(UserError, match="captions were read by all-MiniLM-L6-v2"):
+        sample(load_model(final), [0], 0, SAMPLING, conditions=Conditions(prompts=("red square",)))
+    assert sample(load_model(final), [0], 0, SAMPLING).shape == (1, 3, 8, 8)
+
+
+def test_a_data_set_without_captions_is_refused_before_anything_is_made(
+    dataset: Path, tmp_path: Path, made_up: MadeUp
+) -> None:
+    with pytest.raises(UserError, match=r"blobs has no captions, and model\.text conditions the network on them"):
+        run(dataset, tmp_path / "run")
+    with pytest.raises(UserError, match="has no captions"):
+        preflight(dataset, MODEL, CONFIG, SAMPLING)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_counts_captions_and_keeps_nothing(data: Path, made_up: MadeUp) -> None:
+    before = sorted(data.parent.rglob("*"))
+    about = preflight(data, MODEL, CONFIG, SAMPLING)
+    assert sorted(data.parent.rglob("*")) == before
+    assert "3 classes, 3 captions" in dict(about.lines())["images"]
+
+
+@given(st.floats(0, 0.5), st.integers(0, 2**32))
+def test_class_and_caption_are_kept_back_by_one_draw(share: float, seed: int) -> None:
+    u = torch.rand(400, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    label, text = torch.arange(400) % 3, torch.ones(400, 384)
+    both, classes, captions = (
+        drop_conditioning(told, u, share, 3)
+        for told in ({"label": label, "text": text}, {"label": label}, {"text": text})
+    )
+    unlabelled, unread = both["label"] == 3, ~both["text"].any(1)
+    # Told nothing are the same images whatever there is to be told, and they are as many as was said.
+    assert torch.equal(unlabelled & unread, u < share)
+    assert torch.equal(classes["label"] == 3, u < share)
+    assert torch.equal(~captions["text"].any(1), u < share)
+    # As many more, half each, are told one of the two; what is told is true.
+    one = unlabelled ^ unread
+    assert torch.equal(one, (u >= share) & (u < 2 * share))
+    assert not share or abs((one & unread).sum() - (one & unlabelled).sum()) <= 5 * one.sum() ** 0.5
+    assert torch.equal(both["label"][~unlabelled], label[~unlabelled])
+    assert both["text"][~unread].eq(1).all()
+
+
+ASKED = Conditions(
+    labels=("red", None, "blue"), prompts=("red square", "blue square", None, "green"), negative_prompt="green square"
+)
+
+
+@pytest.mark.parametrize(
+    "conditions", [Conditions(), Conditions(labels=("blue",)), Conditions(prompts=("red", "blue", "green")), ASKED]
+)
+def test_a_image_has_the_same_bits_whatever_is_drawn_beside_it(model: DiffusionModel, conditions: Conditions) -> None:
+    many = sample(model, range(20), 7, GUIDED, conditions=conditions)
+    shuffled = sample(model, [19, 0, 13], 7, GUIDED, conditions=conditions)
+    assert torch.equal(shuffled, many[[19, 0, 13]])
+    assert torch.equal(sample(model, [13], 7, GUIDED, conditions=conditions)[0], many[13])
+
+
+def test_nothing_asked_is_drawn_as_before(model: DiffusionModel) -> None:
+    plain = sample(model, range(8), 7, SAMPLING)
+    assert torch.equal(sample(model, range(8), 7, SAMPLING.model_copy(update={"guidance": 1.0})), plain)
+    numbers = told_of(model, range(300), 7)["label"].tolist()
+    assert [model.classes[number] for number in numbers] == label_names(model, range(300), 7)
+    assert min(Counter(numbers).values()) > 70
+    assert not told_of(model, range(300), 7)["text"].any()
+
+
+def test_what_is_asked_goes_round_and_of_what_is_not_any_will_do(model: DiffusionModel) -> None:
+    assert label_names(model, range(4), 0, ASKED) == ["red", None, "blue", "red"]
+    assert label_names(model, [7, 0], 0, Conditions(prompts=("a",))) == [None, None]
+    assert [ASKED.prompt(index) for index in (0, 2, 5)] == ["red square", None, "blue square"]
+
+
+def test_what_is_asked_changes_the_image_and_so_does_what_is_not_wanted(model: DiffusionModel) -> None:
+    drawn = [
+        sample(model, range(8), 7, GUIDED, conditions=conditions).numpy().tobytes()
+        for conditions in (
+            Conditions(labels=("red",)),
+            Conditions(labels=("blue",)),
+            Conditions(prompts=("red square",)),
+            Conditions(prompts=("blue square",)),
+            Conditions(prompts=("red square",), negative_prompt="blue square"),
+            Conditions(labels=("red",), prompts=("red square",)),
+        )
+    ]
+    assert len(set(drawn)) == len(drawn)
+
+
+PLAIN = sampling_config()
+THREE = sampling_config(guidance=3)
+
+
+@pytest.mark.parametrize(
+    ("classes", "text", "config", "conditions", "words"),
+    [
+        (["cat", "dog"], False, PLAIN, Conditions(labels=("bird",)), "knows no class 'bird': use one of cat, dog"),
+        ([], True, PLAIN, Conditions(labels=("cat",)), "trained without classes"),
+        (["cat"], False, PLAIN, Conditions(prompts=("a cat",)), r"trained without captions.*model\.text=true"),
+        ([], True, PLAIN, Conditions(prompts=("a",), negative_prompt="b"), "what sampling.guidance leads away from"),
+        (
+            [],
+            True,
+            sampling_config(guidance=1),
+            Conditions(negative_prompt="b"),
+            "what sampling.guidance leads away from",
+        ),
+        ([], True, THREE, Conditions(), r"sampling\.guidance = 3 .* there is none: give a prompt, or leave it out"),
+        ([], False, THREE, Conditions(), "trained without classes and captions, leave it out"),
+        (["cat"], True, THREE, Conditions(labels=(None,)), "there is none"),
+    ],
+)
+def test_what_would_have_no_effect_is_an_error(
+    classes: list[str], text: bool, config: SamplingConfig, conditions: Conditions, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        check_conditions(classes, text, config, conditions)
+
+
+@pytest.mark.parametrize(
+    ("classes", "text", "config", "conditions"),
+    [
+        ([], False, PLAIN, Conditions()),
+        (["cat"], False, THREE, Conditions()),
+        (["cat"], True, THREE, Conditions()),
+        ([], True, THREE, Conditions(negative_prompt="b")),
+        ([], True, THREE, Conditions(prompts=("a", None))),
+        (["cat"], True, PLAIN, Conditions(labels=("cat", None), prompts=("a",))),
+    ],
+)
+def test_what_has_an_effect_is_none(
+    classes: list[str], text: bool, config: SamplingConfig, conditions: Conditions
+) -> None:
+    check_conditions(classes, text, config, conditions)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"guidance_rescale": 0.7}, "mean nothing to guidance = null: set sampling.guidance"),
+        ({"guidance": 1, "guidance_interval": (1, 2)}, "mean nothing to guidance = 1"),
+        ({"guidance": 3, "guidance_interval": (2, 1)}, "rises from a σ of 0 or more"),
+        ({"guidance": -1}, "greater than or equal to 0"),
+        ({"guidance": 3, "guidance_rescale": 1.5}, "less than or equal to 1"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        SAMPLING_ADAPTER.validate_python(settings)
+
+
+def test_guidance_for_a_model_that_is_told_nothing_is_refused_before_training(dataset: Path, tmp_path: Path) -> None:
+    untold = SHAPE.model_copy(update={"conditional": False})
+    with pytest.raises(UserError, match="trained without classes and captions"):
+        run(dataset, tmp_path / "run", untold, sampling=GUIDED)
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+@needs_encoder
+def test_a_prompt_too_long_to_be_read_is_refused() -> None:
+    check_prompts(Conditions(prompts=("word " * 254, None)))
+    with pytest.raises(UserError, match="has 302 word pieces, and 256 are read: shorten it"):
+        check_prompts(Conditions(prompts=("word " * 300,)))
+    with pytest.raises(UserError, match="is no Unicode text: write it anew"):
+        check_prompts(Conditions(prompts=("half a character: \ud800",)))
+    # A space that has no width.
+    with pytest.raises(UserError, match="a prompt needs words"):
+        check_prompts(Conditions(prompts=("\u200b",)))
+    with pytest.raises(UserError, match="a prompt needs words"):
+        check_prompts(Conditions(prompts=(" ",)))
+
+
+@needs_encoder
+def test_a_caption_too_long_to_be_read_whole_keeps_nothing_from_training(tmp_path: Path) -> None:
+    captions = ["word " * number for number in range(290, 298)]
+    write_dataset(tmp_path / "long", random_images(8, channels=3), 8, captions=captions)
+    assert run(tmp_path / "long", tmp_path / "run").images == CONFIG.images
+
+
+@needs_encoder
+def test_images_show_the_colour_that_words_ask_for_and_without_captions_none_in_particular(tmp_path: Path) -> None:
+    squares(tmp_path / "squares")
+    settings = {
+        "images": 1600,
+        "learning_rate": 1e-2,
+        "checkpoints": 1,
+        "weighting": "plain",
+        "timestep_sampling": "uniform",
+    }
+    config = CONFIG.model_copy(update=settings)
+    shapes = [each.model_copy(update={"schedule": "cosine", "prediction": "v_prediction"}) for each in (MODEL, SHAPE)]
+    told, untold = (
+        load_model(train(tmp_path / "squares", tmp_path / f"run{number}", each, config, SAMPLING).final)
+        for number, each in enumerate(shapes)
+    )
+    names = list(COLOURS)
+    for words in ("{} square", "a square that is {}"):
+        conditions = Conditions(prompts=tuple(words.format(name) for name in names))
+        drawn = colours(sample(told, range(36), 0, SAMPLING, conditions=conditions))
+        assert sum(one == other for one, other in zip(drawn, names * 12, strict=True)) >= 34
+    away = SAMPLING.model_copy(update={"guidance": 2.0})
+    assert "red" not in colours(sample(told, range(24), 0, away, conditions=Conditions(negative_prompt="red square")))
+    # Trained in the same way on the same images, but told nothing, it cannot be asked and draws all colours.
+    assert max(Counter(colours(sample(untold, range(36), 0, SAMPLING))).values()) < 30
+    with pytest.raises(UserError, match="trained without captions"):
+        sample(untold, range(36), 0, SAMPLING, conditions=Conditions(prompts=("red square",)))
+
+
+def test_models_are_judged_by_images_that_are_to_show_what_held_out_ones_do(
+    model: DiffusionModel, data: Path, tmp_path: Path
+) -> None:
+    evaluator = Evaluator(data, EvaluationConfig(samples=10), SAMPLING, tmp_path / "report")
+    conditions, dataset = evaluator.model(tmp_path / "run" / "final.safetensors").conditions, Dataset.open(data)
+    held_out = dataset.rows("held_out")
+    captions = [caption for caption in dataset.captions(held_out) if caption]
+    assert conditions.prompts == tuple(captions[:10])
+    assert [f"{label} square" for label in conditions.labels] == captions[:10]
+    untold = write_model(tmp_path / "untold.safetensors", 0, 1, channels=3)
+    assert evaluator.model(untold).conditions == Conditions()

@@ -1,0 +1,278 @@
+"""Requests: each task through one door, what a model cannot do or would pass over refused before anything is drawn."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion.checkpoints import load_model
+from diffusion.common.errors import UserError
+from diffusion.families.model import DiffusionModel
+from diffusion.generation.config import REQUESTS, GenerationRequest, make_request
+from diffusion.generation.generate import interpolate, sample
+from diffusion.generation.requests import answer, original, tasks_of
+from diffusion.generation.super_resolution import upscale
+from diffusion.process.samplers import sampling_config
+from tests.builders.small_models import CONFIG, write_model
+
+SAMPLING = sampling_config(steps=3, compute_batch=4)
+SIZE = 8
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE), dtype=np.uint8)
+HOLE = np.zeros((SIZE, SIZE), np.uint8)
+HOLE[:, 4:] = 255
+EXAMPLES: dict[str, Any] = {
+    "task": "sample",
+    "count": 2,
+    "seed": 3,
+    "index": 1,
+    "to_seed": 4,
+    "label": "cat",
+    "prompt": "a cat",
+    "negative_prompt": "a dog",
+    "image": png(PIXELS),
+    "mask": png(HOLE),
+    "strength": 0.5,
+    "method": "repaint",
+    "resample_steps": 2,
+    "sampler": "ddim",
+    "steps": 5,
+    "guidance": 2.0,
+}
+"""A value for every field."""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> DiffusionModel:
+    return load_model(write_model(tmp_path / "model.safetensors", seed=0, images=0, size=SIZE))
+
+
+@pytest.fixture
+def enlarging(tmp_path: Path) -> DiffusionModel:
+    """A model that draws images of 4×4 as 8×8."""
+    config = CONFIG.model_copy(update={"low_resolution": 4, "conditional": False})
+    return load_model(write_model(tmp_path / "enlarging.safetensors", seed=0, images=0, size=SIZE, config=config))
+
+
+def needs(task: str) -> list[str]:
+    return [name for name, field in REQUESTS[task].model_fields.items() if field.is_required()]  # type: ignore[index]
+
+
+def asked(task: str, **fields: Any) -> GenerationRequest:
+    needed = {name: EXAMPLES[name] for name in needs(task)}
+    return make_request({"task": task} | needed | fields)
+
+
+def test_a_sample_is_the_image_of_its_seed_and_number(model: DiffusionModel) -> None:
+    [images] = answer(model, [asked("sample", seed=7, index=5, count=3)], SAMPLING)
+    assert torch.equal(images, sample(model, [5, 6, 7], 7, SAMPLING))
+
+
+def test_rows_of_one_seed_get_what_each_would_get_alone(model: DiffusionModel) -> None:
+    rows = [
+        asked("sample", seed=1, index=6),
+        asked("img2img", seed=1, count=2),
+        asked("sample", seed=1, index=0, count=2),
+    ]
+    together = answer(model, rows, SAMPLING)
+    for row, images in zip(rows, together, strict=True):
+        assert torch.equal(images, answer(model, [row], SAMPLING)[0])
+
+
+def test_inpainting_keeps_what_is_black_in_the_mask_and_paints_what_is_white(model: DiffusionModel) -> None:
+    [images] = answer(model, [asked("inpaint", count=3)], SAMPLING)
+    kept = torch.from_numpy(PIXELS)[:, :4].expand(3, 1, -1, -1)
+    assert torch.equal(images[..., :4], kept)
+    assert not torch.equal(images[0, ..., 4:], images[1, ..., 4:])
+
+
+def test_a_image_and_its_mask_are_cut_and_scaled_alike(model: DiffusionModel) -> None:
+    """Twice as large and wider than high: what is kept is what ingesting the image would have made of it."""
+    wide = np.zeros((16, 24), np.uint8)
+    wide[:, 4:20] = np.kron(PIXELS, np.ones((2, 2), np.uint8))
+    mask = np.zeros_like(wide)
+    mask[:, 12:] = 255
+    [images] = answer(model, [asked("inpaint", image=png(wide), mask=png(mask))], SAMPLING)
+    [whole] = answer(model, [asked("img2img", image=png(wide), strength=0.01)], SAMPLING)
+    assert images.shape == whole.shape == (1, 1, SIZE, SIZE)
+    left = torch.from_numpy(wide[:, 4:20]).float().reshape(8, 2, 8, 2).mean((1, 3))[:, :4]
+    # Bicubic, over a window twice as wide as a mean's.
+    assert (images[0, 0, :, :4].float() - left).abs().mean() < 20
+
+
+def test_the_less_a_image_is_changed_the_nearer_it_stays(model: DiffusionModel) -> None:
+    sampling = sampling_config(steps=20, compute_batch=4, sampler="ddim")
+    source = torch.from_numpy(PIXELS).float()
+    distances = [
+        (answer(model, [asked("img2img", strength=strength)], sampling)[0].float() - source).abs().mean()
+        for strength in (0.1, 0.4, 0.95)
+    ]
+    assert distances[0] < distances[1] < distances[2]
+
+
+def test_the_way_between_seeds_begins_and_ends_at_their_images(model: DiffusionModel) -> None:
+    [images] = answer(model, [asked("interpolate", seed=3, to_seed=9, count=5)], SAMPLING)
+    assert torch.equal(images, interpolate(model, 3, 9, 5, SAMPLING))
+
+
+def test_a_image_is_enlarged_as_it_is_in_as_many_ways_as_asked_for(enlarging: DiffusionModel) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (6, 9), dtype=np.uint8)
+    row = asked("upscale", image=png(pixels), seed=2, count=3)
+    [images] = answer(enlarging, [row], SAMPLING)
+    small = torch.from_numpy(pixels)[None, None].expand(3, -1, -1, -1)
+    assert torch.equal(images, upscale(enlarging, small, 2, SAMPLING))
+    assert not torch.equal(images[0], images[1])
+    [third] = answer(enlarging, [asked("upscale", image=png(pixels), seed=2, index=2)], SAMPLING)
+    assert torch.equal(third[0], images[2])
+    [begun_with] = original(enlarging, row)
+    assert torch.equal(begun_with, torch.from_numpy(np.kron(pixels, np.ones((2, 2), np.uint8)))[None])
+
+
+def test_a_model_that_enlarges_does_nothing_else(enlarging: DiffusionModel) -> None:
+    assert tasks_of(enlarging) == ("upscale",)
+    with pytest.raises(UserError, match="the model was not trained to sample: it can upscale"):
+        answer(enlarging, [asked("sample")], SAMPLING)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        (np.zeros((3, 9), np.uint8), "3×9 pixels .*it enlarges nothing lower or narrower"),
+        (np.zeros((8, 2050), np.uint8), "2050×8 pixels: a side of more than 2047"),
+    ],
+)
+def test_what_cannot_be_enlarged_is_told_so(enlarging: DiffusionModel, pixels: np.ndarray, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        answer(enlarging, [asked("upscale", image=png(pixels))], SAMPLING)
+
+
+def test_a_request_says_how_it_is_drawn(model: DiffusionModel) -> None:
+    [images] = answer(model, [asked("sample", sampler="heun", steps=5)], SAMPLING)
+    assert torch.equal(images, sample(model, [0], 0, sampling_config(sampler="heun", steps=5, compute_batch=4)))
+
+
+def test_another_sampler_is_not_given_the_options_of_the_configured_one(model: DiffusionModel) -> None:
+    configured = sampling_config(sampler="heun", churn={"amount": 2}, steps=3, compute_batch=4)
+    assert asked("sample", sampler="ddim").sampling(configured) == sampling_config(
+        sampler="ddim", steps=3, compute_batch=4
+    )
+    assert asked("sample", steps=7).sampling(configured) == configured.changed({"steps": 7})
+
+
+def test_another_sampler_visits_the_noise_levels_that_are_configured() -> None:
+    configured = sampling_config(sampler="ddpm", steps=1000, sigma_max=None, sigma_min=None, variance="fixed_large")
+    drawn = asked("sample", sampler="ddim", steps=50).sampling(configured)
+    assert drawn == sampling_config(sampler="ddim", steps=50, sigma_max=None, sigma_min=None)
+
+
+def test_a_guidance_of_1_is_none_however_guidance_is_configured() -> None:
+    configured = sampling_config(guidance=3, guidance_interval=(0.2, 5), guidance_rescale=0.7)
+    assert not asked("sample", guidance=1).sampling(configured).guides
+    assert asked("sample").sampling(configured) == configured
+
+
+def test_a_pixel_that_stands_for_some_white_in_a_larger_mask_is_painted_anew(model: DiffusionModel) -> None:
+    large = np.kron(PIXELS, np.ones((8, 8), np.uint8))
+    mask = np.zeros_like(large)
+    # A bar of three pixels, less than half of what each of those drawn stands for.
+    mask[34:37] = 255
+    [bar] = original(model, asked("inpaint", image=png(large), mask=png(mask)))
+    assert (bar[0, 4] == 128).all()
+    assert not (bar[0, :3] == 128).all(1).any()
+
+
+@pytest.mark.parametrize("task", REQUESTS)
+def test_what_a_task_would_pass_over_is_refused(task: str) -> None:
+    for name in EXAMPLES.keys() - REQUESTS[task].model_fields.keys() - {"task"}:  # type: ignore[index]
+        with pytest.raises(UserError, match=f"{name} means nothing to {task}"):
+            asked(task, **{name: EXAMPLES[name]})
+
+
+@pytest.mark.parametrize("task", REQUESTS)
+def test_what_a_task_needs_is_named(task: str) -> None:
+    for name in needs(task):
+        with pytest.raises(UserError, match=f"{task} needs {name}"):
+            asked(task, **{name: None})
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"task": "paint"}, "there is no task 'paint': use sample, inpaint"),
+        ({"colour": "red"}, "there is no colour to ask for; there is count, seed"),
+        ({"count": 0}, "count: .*greater than or equal to 1"),
+        ({"count": 1.5}, "count: .*integer"),
+        ({"seed": -1}, "seed: .*greater than or equal to 0"),
+        ({"task": "inpaint", "image": b"", "mask": b"", "method": "magic"}, "method is replace, repaint or pigdm"),
+        ({"task": "inpaint", "image": b"", "mask": b"", "resample_steps": 3}, "resample_steps .*use repaint or pigdm"),
+    ],
+)
+def test_what_is_no_request_is_told_so(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        make_request(fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"label": "cat"}, "trained without classes"),
+        ({"prompt": "a cat"}, "trained without captions"),
+        ({"sampler": "magic"}, "there is no sampler 'magic': use ddpm"),
+        ({"guidance": 3.0}, "label or prompt, and there is none"),
+        ({"task": "img2img", "image": b"hello"}, "the image cannot be used: not an image"),
+        ({"task": "img2img", "image": png(PIXELS), "strength": 1.0}, "nothing of the image is left"),
+        ({"task": "img2img", "image": png(PIXELS), "strength": 1.5}, "not above 0 and at most 1"),
+        ({"task": "inpaint", "image": png(PIXELS), "mask": png(np.zeros_like(HOLE))}, "keeps all of the image"),
+        ({"task": "inpaint", "image": png(PIXELS), "mask": png(np.full_like(HOLE, 255))}, "keeps nothing"),
+        ({"task": "inpaint", "image": png(PIXELS), "mask": png(HOLE[:, :4])}, "mask has 4×8 pixels and the image 8×8"),
+        (
+            {"task": "upscale", "image": png(PIXELS)},
+            "not trained to upscale: it can sample, inpaint, img2img, inter",
+        ),
+        ({"task": "interpolate", "to_seed": 0, "count": 2}, "from seed 0 to seed 0: give two seeds"),
+        ({"task": "interpolate", "to_seed": 1}, "ask for two or more"),
+        ({"count": 10**12}, "64,000,000,000,064 values, and 2,147,483,648 are held at once: ask for fewer"),
+    ],
+)
+def test_nothing_is_drawn_if_one_row_cannot_be(model: DiffusionModel, fields: dict[str, Any], words: str) -> None:
+    drawn: list[str] = []
+    with pytest.raises(UserError, match=words):
+        answer(model, [asked("sample"), make_request(fields)], SAMPLING, lambda what, *_: drawn.append(what))
+    assert not drawn
+
+
+def test_a_model_says_what_it_can_do(model: DiffusionModel) -> None:
+    assert tasks_of(model) == ("sample", "inpaint", "img2img", "interpolate")
+
+
+def test_of_several_rows_the_one_that_cannot_be_answered_is_named(model: DiffusionModel) -> None:
+    with pytest.raises(UserError, match="row 1: the model was trained without classes"):
+        answer(model, [asked("sample"), asked("sample", label="cat")], SAMPLING)
+
+
+def test_there_is_no_way_between_classes(tmp_path: Path) -> None:
+    model = load_model(write_model(tmp_path / "told.safetensors", 0, 0, size=SIZE, classes={"cat": 5, "dog": 5}))
+    drawn: list[str] = []
+    rows = [asked("img2img"), asked("interpolate", seed=1, to_seed=2, count=6)]
+    with pytest.raises(UserError, match=r"row 1: .*nothing between classes: give a label, one of cat, dog"):
+        answer(model, rows, SAMPLING, lambda what, *_: drawn.append(what))
+    assert not drawn
+    [way] = answer(model, [asked("interpolate", seed=1, to_seed=2, count=6, label="dog")], SAMPLING)
+    ends = [answer(model, [asked("sample", seed=seed, label="dog")], SAMPLING)[0] for seed in (1, 2)]
+    assert torch.equal(torch.cat([way[:1], way[-1:]]), torch.cat(ends))
+
+
+def test_more_pixels_than_fit_into_memory_are_refused(enlarging: DiffusionModel) -> None:
+    with pytest.raises(UserError, match=r"16\.0 million pixels in all would be generated at once"):
+        answer(enlarging, [asked("upscale", image=png(np.zeros((2000, 2000), np.uint8)))], SAMPLING)

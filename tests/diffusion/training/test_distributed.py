@@ -1,0 +1,160 @@
+"""Several processes train as one would, whatever happens to them."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusion.data.ingest.ingest import forget_captions
+from diffusion.training.logging import read_metrics
+from tests.builders import ROOT
+from tests.builders.captioned import needs_encoder, squares
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from diffusion.process.samplers import sampling_config
+from diffusion.models.config import ModelConfig
+from diffusion.training.config import TrainingConfig
+from diffusion.training.train import train
+told, shard = "text" in sys.argv, "shard" in sys.argv
+model = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1, dropout=0.1, text=told)
+length = {"images": int(sys.argv[3]), "checkpoints": 16} if sys.argv[3] != "0" else {"minutes": 0.3, "checkpoints": 2}
+config = TrainingConfig(**length, batch_size=16, warmup_images=32, keep=2, cpu_threads=2,
+    learned_uncertainty=True, shard=shard)
+train(Path(sys.argv[1]), Path(sys.argv[2]), model, config, sampling_config(steps=2, compute_batch=36))
+"""
+
+
+def start(
+    dataset: Path, output: Path, processes: int, images: int = 1600, restarts: int = 0, *more: str
+) -> subprocess.Popen[bytes]:
+    script = output.parent / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [f"--max-restarts={restarts}", "--monitor-interval=0.1", str(script), str(dataset), str(output)]
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, str(images), *more],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out.decode()[-3000:]
+
+
+def wait_for(path: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(list(path.glob("*.sha256"))) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def kill_all(process: subprocess.Popen[bytes], output: Path) -> None:
+    """``process`` and the workers that it started for ``output``, all at once."""
+    os.killpg(process.pid, signal.SIGKILL)
+    for child in psutil.process_iter(["cmdline"]):
+        if str(output) in " ".join(child.info["cmdline"] or ()):
+            child.kill()
+
+
+def curve(output: Path) -> np.ndarray:
+    return np.array([row["loss"] for row in read_metrics(output / "history.csv")])
+
+
+@pytest.mark.drill(
+    "training on two ranks is killed",
+    "SIGKILL of all; then one process goes on",
+    "the losses of an undisturbed one",
+)
+def test_two_processes_have_the_losses_of_one_also_after_a_change_between(dataset: Path, tmp_path: Path) -> None:
+    finish(start(dataset, tmp_path / "one", 1))
+    finish(start(dataset, tmp_path / "two", 2))
+    # Sums in another order differ in their last digits, which grow from step to step.
+    np.testing.assert_allclose(curve(tmp_path / "two")[:20], curve(tmp_path / "one")[:20], rtol=2e-2)
+    np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=0.3)
+
+    process = start(dataset, tmp_path / "changed", 2)
+    wait_for(tmp_path / "changed" / "checkpoints", 2)
+    kill_all(process, tmp_path / "changed")
+    finish(start(dataset, tmp_path / "changed", 1))
+    np.testing.assert_allclose(curve(tmp_path / "changed"), curve(tmp_path / "one"), rtol=0.3)
+
+
+@pytest.mark.drill("a rank is killed", "SIGKILL of one of two", "torchrun starts it again, the same weights")
+def test_a_worker_that_is_killed_is_started_again_and_the_end_is_the_same(dataset: Path, tmp_path: Path) -> None:
+    finish(start(dataset, tmp_path / "whole", 2))
+    process = start(dataset, tmp_path / "cut", 2, restarts=3)
+    wait_for(tmp_path / "cut" / "checkpoints", 2)
+    workers = [child for child in psutil.Process(process.pid).children() if "script.py" in " ".join(child.cmdline())]
+    assert len(workers) == 2
+    workers[1].kill()
+    finish(process)
+    whole, cut = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "cut"))
+    assert all(np.array_equal(value.numpy(), cut[name].numpy()) for name, value in whole.items())
+
+
+@pytest.mark.drill(
+    "sharded training is killed",
+    "SIGKILL of all, with the network in shares",
+    "the same weights; one process alone goes on, too",
+)
+def test_a_network_in_shares_has_the_losses_of_a_whole_one_and_its_checkpoints_fit_both(
+    dataset: Path, tmp_path: Path
+) -> None:
+    finish(start(dataset, tmp_path / "whole", 2, 640))
+    finish(start(dataset, tmp_path / "shared", 2, 640, 0, "shard"))
+    np.testing.assert_allclose(curve(tmp_path / "shared")[:20], curve(tmp_path / "whole")[:20], rtol=2e-2)
+    final = load_file(tmp_path / "shared" / "final.safetensors")
+    assert {name: value.shape for name, value in final.items()} == {
+        name: value.shape for name, value in load_file(tmp_path / "whole" / "final.safetensors").items()
+    }
+
+    process = start(dataset, tmp_path / "cut", 2, 640, 0, "shard")
+    wait_for(tmp_path / "cut" / "checkpoints", 2)
+    kill_all(process, tmp_path / "cut")
+    shutil.copytree(tmp_path / "cut", tmp_path / "changed")
+    finish(start(dataset, tmp_path / "cut", 2, 640, 0, "shard"))
+    assert all(
+        torch.equal(value, final[name]) for name, value in load_file(tmp_path / "cut" / "final.safetensors").items()
+    )
+    # One process alone goes on from what two had in shares.
+    finish(start(dataset, tmp_path / "changed", 1, 640))
+    np.testing.assert_allclose(curve(tmp_path / "changed"), curve(tmp_path / "whole"), rtol=0.3)
+
+
+def test_minutes_are_measured_on_a_network_in_shares(dataset: Path, tmp_path: Path) -> None:
+    finish(start(dataset, tmp_path / "run", 2, 0, 0, "shard"))
+    assert (tmp_path / "run" / "final.safetensors").is_file()
+
+
+def test_sharing_out_among_one_process_is_refused(dataset: Path, tmp_path: Path) -> None:
+    process = start(dataset, tmp_path / "alone", 1, 640, 0, "shard")
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "training.shard shares the network out among processes, and there is one" in out.decode()
+
+
+@needs_encoder
+def test_captions_that_one_process_reads_are_told_to_both(tmp_path: Path) -> None:
+    squares(tmp_path / "squares")
+    for name, processes in (("one", 1), ("two", 2)):
+        finish(start(tmp_path / "squares", tmp_path / name, processes, 320, 0, "text"))
+        forget_captions(tmp_path / "squares")
+    np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=2e-2)

@@ -1,0 +1,612 @@
+"""Training: exact resume, refusal of what does not belong together, and a model that learns."""
+
+import copy
+import logging
+import math
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusion.checkpoints import load_model, read_header
+from diffusion.common.errors import DarkroomError, UserError
+from diffusion.common.threads import lanes
+from diffusion.data.dataset import Dataset
+from diffusion.data.manifest import FileEntry, read_manifest, write_manifest
+from diffusion.families.model import to_float
+from diffusion.generation.generate import sample
+from diffusion.models.config import ModelConfig
+from diffusion.process.samplers import sampling_config
+from diffusion.process.schedules import make_schedule
+from diffusion.training.checkpointing import Checkpoints, CheckpointWriter
+from diffusion.training.config import TrainingConfig
+from diffusion.training.logging import MetricsFile, read_metrics
+from diffusion.training.post_hoc_ema import models_to_evaluate
+from diffusion.training.preflight import count_flops
+from diffusion.training.train import TrainResult, discard, preflight, train
+from diffusion.training.trainer import scheduled_learning_rate
+from diffusion.training.training_monitor import TrainingMonitor
+from tests.builders import ROOT
+from tests.builders.small_datasets import random_images, write_dataset
+from tests.builders.small_trainers import make_trainer, take_step
+
+MODEL = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1)
+CONFIG = TrainingConfig(dataset="blobs", images=320, batch_size=16, warmup_images=32, checkpoints=4, keep=2, flip=True)
+SAMPLING = sampling_config(steps=2, compute_batch=36)
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAt:
+    """A tracker that ends the run when the given number of images is logged, as a kill between steps would."""
+
+    def __init__(self, images: int) -> None:
+        self.images = images
+
+    def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
+        if images >= self.images:
+            raise Stop
+
+    def log_image(self, name: str, image: Image.Image, images: int) -> None:
+        assert image.width > 0
+
+    def sync(self) -> None:
+        pass
+
+
+def run(dataset: Path, output: Path, config: TrainingConfig = CONFIG, **options: object) -> TrainResult:
+    return train(dataset, output, MODEL, config, SAMPLING, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("low_resolution", "words"), [(None, "of plain are one flat tone"), (4, "show all that they have at 4×4")]
+)
+def test_images_of_which_there_is_nothing_to_learn_are_refused(
+    tmp_path: Path, low_resolution: int | None, words: str
+) -> None:
+    write_dataset(tmp_path / "plain", np.full((40, 1, 8, 8), 90, np.uint8), per_shard=40)
+    model = MODEL.model_copy(update={"low_resolution": low_resolution, "conditional": False})
+    with pytest.raises(UserError, match=words):
+        train(tmp_path / "plain", tmp_path / "run", model, CONFIG, SAMPLING)
+
+
+def test_same_inputs_give_the_same_bits(dataset: Path, tmp_path: Path) -> None:
+    first, second = run(dataset, tmp_path / "a"), run(dataset, tmp_path / "b")
+    assert first.final.read_bytes() == second.final.read_bytes()
+    assert first.images == 320
+
+
+@pytest.mark.parametrize(
+    ("stop", "loading"),
+    [
+        (16, {}),
+        (112, {"workers": 1, "prefetch": 1}),
+        (240, {"workers": 3, "prefetch": 5, "cache_bytes": 0}),
+        (320, {"prefetch": 30}),
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_same_bits_however_images_are_loaded(
+    dataset: Path, tmp_path: Path, stop: int, loading: dict[str, int]
+) -> None:
+    whole = run(dataset, tmp_path / "whole")
+    with pytest.raises(Stop):
+        run(dataset, tmp_path / "cut", track=lambda _: StopAt(stop))
+    assert not (tmp_path / "cut" / "final.safetensors").exists()
+    resumed = run(dataset, tmp_path / "cut", CONFIG.model_copy(update=loading))
+    assert resumed.final.read_bytes() == whole.final.read_bytes()
+    for name in ("losses.csv", "samples/0000000320.png"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    images = [line.split(",")[0] for line in (tmp_path / "cut" / "history.csv").read_text().splitlines()]
+    assert images == [line.split(",")[0] for line in (tmp_path / "whole" / "history.csv").read_text().splitlines()]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+from tests.diffusion.training.test_train import run, CONFIG
+loading = {{"workers": int(sys.argv[3]), "prefetch": int(sys.argv[4]), "cache_bytes": int(sys.argv[5])}}
+run(Path(sys.argv[1]), Path(sys.argv[2]), CONFIG.model_copy(update={{"images": 3200, "checkpoints": 20}} | loading))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.drill(
+    "training is killed",
+    "SIGKILL at random moments, each time with other loader settings",
+    "the same bytes",
+)
+def test_resume_is_bit_identical_after_kills(dataset: Path, tmp_path: Path, kills: int) -> None:
+    root = str(ROOT)
+
+    def start(output: Path, *loading: int) -> subprocess.Popen[bytes]:
+        """Train with other workers, prefetch and cache_bytes each time: they must not matter."""
+        command = [sys.executable, "-c", SCRIPT.format(root=root), str(dataset), str(output), *map(str, loading)]
+        return subprocess.Popen(command, cwd=root)
+
+    began = time.monotonic()
+    assert start(tmp_path / "whole", 2, 4, 2**30).wait() == 0
+    seconds = time.monotonic() - began
+    moments = random.Random(0)
+    for _ in range(kills):
+        workers = moments.randint(1, 4)
+        prefetch, cache_bytes = moments.randint(workers, 8), moments.choice((0, 2**30))
+        process = start(tmp_path / "killed", workers, prefetch, cache_bytes)
+        try:
+            process.wait(moments.uniform(0.2, 1.1) * seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert start(tmp_path / "killed", 1, 1, 0).wait() == 0
+    final = "final.safetensors"
+    assert (tmp_path / "killed" / final).read_bytes() == (tmp_path / "whole" / final).read_bytes()
+
+
+@pytest.mark.parametrize("how", ["changed", "cut short"])
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    whole = run(dataset, tmp_path / "whole")
+    with pytest.raises(Stop):
+        run(dataset, tmp_path / "cut", track=lambda _: StopAt(240))
+    newest = sorted((tmp_path / "cut" / "checkpoints").glob("*.safetensors"))[-1]
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data if how == "changed" else data[:100])
+    resumed = run(dataset, tmp_path / "cut")
+    assert resumed.final.read_bytes() == whole.final.read_bytes()
+    assert newest.name in caplog.text
+
+
+def test_what_a_killed_training_was_writing_or_removing_goes_when_it_goes_on(dataset: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    begun = [f".0000000008.safetensors.{'0' * 32}.partial", ".tmpA1b2C3", "0000000003.safetensors"]
+    for name in (*begun, "0000000004.safetensors.sha256"):
+        (folder / name).write_bytes(b"half of it")
+    run(dataset, tmp_path / "run")
+    assert len(list(folder.iterdir())) == 2 * CONFIG.keep
+
+
+def test_old_checkpoints_are_pruned_and_the_newest_kept(dataset: Path, tmp_path: Path) -> None:
+    run(dataset, tmp_path / "run")
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == [f"{images:010d}.safetensors{suffix}" for images in (240, 320) for suffix in ("", ".sha256")]
+
+
+def test_another_configuration_is_refused_and_named_unless_restarted(dataset: Path, tmp_path: Path) -> None:
+    first = run(dataset, tmp_path / "run").final.read_bytes()
+    other = CONFIG.model_copy(update={"learning_rate": 1e-4})
+    with pytest.raises(UserError, match=r"training\.learning_rate.*--restart"):
+        run(dataset, tmp_path / "run", other)
+    assert run(dataset, tmp_path / "run", other, restart="if_different").final.read_bytes() != first
+
+
+def test_a_discarded_run_begins_anew_with_the_same_end(dataset: Path, tmp_path: Path) -> None:
+    first = run(dataset, tmp_path / "run").final
+    bits, written = first.read_bytes(), first.stat().st_mtime_ns
+    assert run(dataset, tmp_path / "run").final.stat().st_mtime_ns == written
+    assert run(dataset, tmp_path / "run", restart="if_different").final.stat().st_mtime_ns == written
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    discard(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["notes.txt", "spool"]
+    assert [path.name for path in (tmp_path / "run" / "spool").iterdir()] == ["anew"]
+    again = run(dataset, tmp_path / "run").final
+    assert again.stat().st_mtime_ns != written
+    assert again.read_bytes() == bits
+
+
+def test_minutes_are_turned_into_images_once(dataset: Path, tmp_path: Path) -> None:
+    config = TrainingConfig(dataset="blobs", minutes=0.1, batch_size=16, checkpoints=2)
+    with pytest.raises(Stop):
+        run(dataset, tmp_path / "run", config, track=lambda _: StopAt(1))
+    first = sorted((tmp_path / "run" / "checkpoints").glob("*.safetensors"))[0]
+    planned = read_header(first)["total"]
+    images = run(dataset, tmp_path / "run", config).images
+    assert images == planned
+    assert images % 16 == 0
+
+
+EDM = {"weighting": "edm", "learned_uncertainty": True, "timestep_sampling": "lognormal", "ema_stds": [0.05, 0.1]}
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ({"schedule": "edm", "prediction": "edm"}, EDM),
+        ({"schedule": "sigmoid", "zero_terminal_snr": True, "prediction": "sample"}, {"weighting": "soft_min_snr"}),
+        (
+            {"prediction": "epsilon", "dropout": 0.1},
+            {"weighting": "min_snr", "stratified_timesteps": False, "gradient_checkpointing": True},
+        ),
+    ],
+    ids=["edm", "sigmoid", "linear"],
+)
+def test_whatever_is_chosen_from_the_menu_learns_and_resumes_to_the_same_bits(
+    dataset: Path, tmp_path: Path, model: dict[str, object], settings: dict[str, object]
+) -> None:
+    shape = ModelConfig.model_validate(MODEL.model_dump() | model)
+    config = TrainingConfig.model_validate(CONFIG.model_dump(exclude={"learning_rate"}) | settings)
+    whole = train(dataset, tmp_path / "whole", shape, config, SAMPLING)
+    with pytest.raises(Stop):
+        train(dataset, tmp_path / "cut", shape, config, SAMPLING, track=lambda _: StopAt(240))
+    resumed = train(dataset, tmp_path / "cut", shape, config, SAMPLING)
+    assert resumed.final.read_bytes() == whole.final.read_bytes()
+    losses = [row["held_out_loss"] for row in read_metrics(tmp_path / "whole" / "losses.csv")]
+    assert losses[-1] < losses[0]
+    for path in (tmp_path / "whole").glob("averages/*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "cut" / "averages" / path.name).read_bytes()
+
+
+def test_averages_of_other_lengths_are_made_after_the_end_and_draw(dataset: Path, tmp_path: Path) -> None:
+    config = TrainingConfig.model_validate(CONFIG.model_dump() | {"ema_stds": [0.05, 0.1], "checkpoints": 8})
+    result = run(dataset, tmp_path / "run", config)
+    *kept, shorter, same = models_to_evaluate(tmp_path / "run", tmp_path / "report", [0.04, 0.05])
+    assert len(kept) == config.keep
+    final, made = (load_model(path).network.state_dict() for path in (result.final, same))
+    for name, value in made.items():
+        torch.testing.assert_close(value, final[name], atol=1e-5, rtol=0)
+    assert any(not torch.equal(value, made[name]) for name, value in load_model(shorter).network.state_dict().items())
+    first = min((tmp_path / "run" / "averages").glob("[0-9]*.safetensors"))
+    first.write_bytes(b"half of")
+    with pytest.raises(UserError, match=f"{first.stem}.* is damaged"):
+        models_to_evaluate(tmp_path / "run", tmp_path / "report", [0.04])
+
+
+def test_averaged_weights_move_and_differ_from_the_raw_ones(dataset: Path, tmp_path: Path) -> None:
+    run(dataset, tmp_path / "run")
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("*.safetensors"))
+    before, after = (load_file(path) for path in checkpoints)
+    moved = [name for name in after if name.startswith("ema.") and not torch.equal(before[name], after[name])]
+    assert len(moved) == sum(name.startswith("ema.") for name in after)
+    assert any(not torch.equal(after[f"network.{name[4:]}"], after[name]) for name in moved)
+
+
+def test_training_beats_the_best_constant_prediction_by_far(dataset: Path, tmp_path: Path) -> None:
+    model = MODEL.model_copy(update={"schedule": "cosine", "prediction": "v_prediction"})
+    config = CONFIG.model_copy(
+        update={"images": 4800, "learning_rate": 1e-2, "weighting": "plain", "timestep_sampling": "uniform"}
+    )
+    train(dataset, tmp_path / "run", model, config, SAMPLING)
+    rows = (tmp_path / "run" / "losses.csv").read_text().splitlines()
+    last = dict(zip(rows[0].split(","), map(float, rows[-1].split(",")), strict=True))
+    data = Dataset.open(dataset)
+    x0 = to_float(data.images(data.rows("held_out")))
+    # v = √ᾱ ε − √(1−ᾱ) x_0 has mean 0 over the noise, so a constant 0 costs E[ᾱ + (1−ᾱ) x_0²].
+    alpha_bar = make_schedule(model).alphas_cumprod
+    constant = (alpha_bar + (1 - alpha_bar) * x0.square().mean()).mean().item()
+    assert last["held_out_loss_ema"] < constant / 2.5
+
+
+def test_the_final_model_holds_the_last_checkpoints_averaged_weights(dataset: Path, tmp_path: Path) -> None:
+    result = run(dataset, tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "0000000320.safetensors"
+    final, checkpoint = load_model(result.final), load_model(last)
+    assert final.header == checkpoint.header
+    assert final.header.content_digest == result.content_digest
+    weights = checkpoint.network.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in final.network.state_dict().items())
+
+
+def test_learning_rate_rises_and_falls_by_images_seen() -> None:
+    config = CONFIG.model_copy(update={"warmup_images": 64, "learning_rate": 1.0})
+    rates = [scheduled_learning_rate(config, images, 320) for images in range(0, 336, 16)]
+    assert rates.index(max(rates)) == 3
+    assert rates[0] < rates[1] < rates[2]
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+    half = CONFIG.model_copy(update={"warmup_images": 64, "learning_rate": 1.0, "batch_size": 1})
+    assert scheduled_learning_rate(half, 160, 320) == pytest.approx(rates[10])
+
+
+def test_two_trainings_in_one_folder_are_refused(dataset: Path, tmp_path: Path) -> None:
+    class Nested(StopAt):
+        def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
+            with pytest.raises(UserError, match="another process trains"):
+                run(dataset, tmp_path / "run")
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(dataset, tmp_path / "run", track=lambda _: Nested(0))
+
+
+def test_exactly_one_length_is_asked_for_and_ten_minutes_if_none_is() -> None:
+    with pytest.raises(ValueError, match=r"either training\.images or training\.minutes"):
+        TrainingConfig(images=10, minutes=1.0)
+    assert (TrainingConfig().minutes, TrainingConfig().images) == (10, None)
+    assert TrainingConfig(images=10).minutes is None
+
+
+def test_the_share_of_time_spent_waiting_for_images_is_recorded(dataset: Path, tmp_path: Path) -> None:
+    logged: list[float] = []
+
+    class Listener(StopAt):
+        def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
+            logged.extend(value for name, value in metrics.items() if name == "data_wait")
+
+    run(dataset, tmp_path / "run", track=lambda _: Listener(0))
+    written = [row["data_wait"] for row in read_metrics(tmp_path / "run" / "history.csv")]
+    assert written == logged
+    assert len(written) == 20
+    assert all(0 < share < 1 for share in written)
+
+
+def test_a_history_from_before_a_column_was_there_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "history.csv").write_text("images,loss\n16,0.5\n32,0.4\n48,0.")
+    history = MetricsFile(tmp_path / "history.csv", ("loss", "data_wait"))
+    history.rewind(32)
+    history.append(48, {"loss": 0.25, "data_wait": 0.125})
+    assert (tmp_path / "history.csv").read_text() == "images,loss,data_wait\n16,0.5,nan\n32,0.4,nan\n48,0.25,0.125\n"
+
+
+class Away:
+    """The shards of the data set in a folder, moved to another."""
+
+    def __init__(self, folder: Path, elsewhere: Path) -> None:
+        (folder / "shards").rename(elsewhere)
+        self.elsewhere = elsewhere
+
+    def fetch(self, entry: FileEntry, path: Path) -> None:
+        path.write_bytes((self.elsewhere / Path(entry.name).name).read_bytes())
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A data set of 64 images in 8 shards, a quarter of it held out."""
+    write_dataset(tmp_path / "data" / "sharded", random_images(64), per_shard=8)
+    return tmp_path / "data" / "sharded"
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_streamed_shards_give_the_weights_of_local_ones(sharded: Path, tmp_path: Path, window: int | None) -> None:
+    config = CONFIG.model_copy(update={"window": window})
+    local = run(sharded, tmp_path / "local", config).final.read_bytes()
+    shards = read_manifest(sharded).shards
+    room = sum(shard.bytes for shard in shards[:4] if window) or sum(shard.bytes for shard in shards)
+    store = Away(sharded, tmp_path / "remote")
+    streaming = config.model_copy(update={"stream_bytes": room, "cache_bytes": 0})
+    with pytest.raises(Stop):
+        run(sharded, tmp_path / "streamed", streaming, store=store, track=lambda _: StopAt(112))
+    streamed = run(sharded, tmp_path / "streamed", streaming, store=store)
+    assert streamed.final.read_bytes() == local
+    assert sum(path.stat().st_size for path in (sharded.parent / ".shards").glob("*.tar")) <= room
+
+
+def test_a_window_makes_another_order_and_so_another_run(sharded: Path, tmp_path: Path) -> None:
+    whole = run(sharded, tmp_path / "run").final.read_bytes()
+    windowed = CONFIG.model_copy(update={"window": 2})
+    with pytest.raises(UserError, match=r"differs in training\.window"):
+        run(sharded, tmp_path / "run", windowed)
+    assert run(sharded, tmp_path / "run", windowed, restart="if_different").final.read_bytes() != whole
+
+
+def test_in_windows_other_shards_of_the_same_images_are_another_run(tmp_path: Path) -> None:
+    made = {}
+    for per_shard in (8, 16):
+        folder = tmp_path / str(per_shard) / "sharded"
+        manifest = write_dataset(folder, random_images(64), per_shard)
+        made[per_shard] = folder
+        write_manifest(folder, manifest.model_copy(update={"content_digest": "0" * 64}))
+    whole = run(made[8], tmp_path / "plain").final.read_bytes()
+    assert run(made[16], tmp_path / "plain").final.read_bytes() == whole
+    windowed = CONFIG.model_copy(update={"window": 2})
+    run(made[8], tmp_path / "windowed", windowed)
+    with pytest.raises(UserError, match="differs in the data set's shards"):
+        run(made[16], tmp_path / "windowed", windowed)
+
+
+def test_a_cache_too_small_is_refused_with_what_would_fit(sharded: Path, tmp_path: Path) -> None:
+    sizes = sorted((shard.bytes for shard in read_manifest(sharded).shards), reverse=True)
+    store = Away(sharded, tmp_path / "remote")
+
+    def refused(**loading: int) -> str:
+        with pytest.raises(UserError) as caught:
+            run(sharded, tmp_path / "run", CONFIG.model_copy(update=loading), store=store)
+        return str(caught.value)
+
+    words = refused(stream_bytes=sum(sizes) - 1)
+    assert f"raise training.stream_bytes to {sum(sizes)}, or set training.window to 3 or less" in words
+    words = refused(stream_bytes=sum(sizes[:4]), window=3)
+    assert f"raise training.stream_bytes to {sum(sizes[:6])}, or set training.window to 2 or less" in words
+    assert "training.window to" not in refused(stream_bytes=sum(sizes[:2]) - 1, window=1)
+
+
+def test_streaming_without_a_remote_is_refused(sharded: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"training\.stream_bytes is set, and there is no remote"):
+        run(sharded, tmp_path / "run", CONFIG.model_copy(update={"stream_bytes": 2**20}))
+
+
+def test_workers_without_work_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"raise training\.prefetch, or lower training\.workers"):
+        TrainingConfig(images=1, workers=3, prefetch=2)
+
+
+def test_steps_whose_loss_is_not_finite_are_left_out_and_counted(dataset: Path) -> None:
+    with lanes(1) as pool:
+        trainer = make_trainer(dataset, MODEL, CONFIG, pool, 320)
+        broken = {16, 48, 64}
+
+        def spoil(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+            return output * (math.nan if trainer.state.images in broken else 1.0)
+
+        trainer.state.network.register_forward_hook(spoil)
+        for images in range(0, 96, 16):
+            before = copy.deepcopy(trainer.state.network.state_dict())
+            loss, _ = take_step(trainer)
+            moved = any(
+                not torch.equal(value, before[name]) for name, value in trainer.state.network.state_dict().items()
+            )
+            assert bool(loss.isnan()) == (images in broken) == (not moved)
+        assert (trainer.state.images, trainer.state.skipped, trainer.state.skipped_in_a_row) == (96, 3, 0)
+
+
+def test_steps_looked_at_later_leave_out_the_same(dataset: Path) -> None:
+    # As on a GPU, which nobody waits for after each step.
+    counts, weights = [], []
+    for lag in (0, 1):
+        with lanes(1) as pool:
+            trainer = make_trainer(dataset, MODEL, CONFIG, pool, 320)
+            trainer.lag = lag
+            # In the forward pass the number of images is that of the steps before.
+            trainer.state.network.register_forward_hook(
+                lambda _m, _i, output, state=trainer.state: output * (math.nan if state.images in {16, 48, 64} else 1.0)
+            )
+            for _ in range(6):
+                take_step(trainer)
+            trainer.check_finite()
+            counts.append((trainer.state.images, trainer.state.skipped, trainer.state.skipped_in_a_row))
+            weights.append(trainer.state.tensors())
+    assert counts == [(96, 3, 0)] * 2
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_run_that_cannot_go_on_stops_and_keeps_the_batch(dataset: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"learning_rate": 1e30, "max_nonfinite_steps": 3})
+    with pytest.raises(DarkroomError, match=r"not finite in 3 steps in a row.*lower training\.learning_rate.*lies in"):
+        run(dataset, tmp_path / "run", config)
+    batch = load_file(tmp_path / "run" / "not_finite.safetensors")
+    images = Dataset.open(dataset).images(batch["rows"].numpy())
+    assert batch["images"].shape == images.shape
+    assert len(batch["t"]) == CONFIG.batch_size
+
+
+def test_what_looks_wrong_is_said_once_and_only_then(caplog: pytest.LogCaptureFixture) -> None:
+    monitor = TrainingMonitor()
+    with caplog.at_level(logging.WARNING):
+        for images in range(20):
+            monitor.check_loss(0.1 + 0.01 * (images % 3), images)
+        for train_loss, held_out in ((0.3, 0.4), (0.2, 0.3), (0.1, 0.35), (0.09, 0.3)):
+            monitor.check_validation({"train_loss_ema": train_loss, "held_out_loss_ema": held_out}, 0)
+        assert not caplog.messages
+        monitor.check_loss(0.9, 20)
+        for train_loss, held_out in ((0.08, 0.31), (0.07, 0.32), (0.06, 0.33)):
+            monitor.check_validation({"train_loss_ema": train_loss, "held_out_loss_ema": held_out}, 30)
+        network, average = torch.nn.Linear(2, 2), {"weight": torch.ones(2, 2)}
+        monitor.check_weights(dict(network.named_parameters()), average, 40)
+        torch.nn.init.zeros_(network.weight)
+        monitor.check_weights(dict(network.named_parameters()), average, 50)
+    words = [
+        "leapt to 0.9 after 20",
+        "30 images the loss on held-out images has risen",
+        "average of the weights has not",
+    ]
+    assert len(caplog.messages) == len(words)
+    assert all(word in message for word, message in zip(words, caplog.messages, strict=True))
+
+
+def test_a_dry_run_says_what_will_run_and_writes_nothing(dataset: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    about = preflight(dataset, MODEL, CONFIG, SAMPLING)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert (about.train + about.held_out, about.shape, about.images) == (48, (1, 8, 8), 320)
+    result = run(dataset, tmp_path / "run")
+    weights = load_model(result.final).network.state_dict()
+    assert about.parameters == sum(value.numel() for value in weights.values())
+    kept = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert about.disk_bytes / 3 < kept < about.disk_bytes * 1.5
+    assert 0 < about.seconds < 600
+    words = dict(about.lines())
+    assert words["length"] == f"320 images, {320 / about.train:.1f} epochs"
+
+
+def test_work_grows_with_width_and_size_as_convolutions_do() -> None:
+    # Nearly all of it is convolutions, whose work grows with the square of the channels and with the positions.
+    small, twice = (count_flops(MODEL.model_copy(update={"width": width}), (1, 8, 8), 0) for width in (16, 32))
+    assert 3.5 < twice / small < 4
+    assert count_flops(MODEL, (1, 16, 16), 0) / small == pytest.approx(4, rel=0.02)
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_an_error_before_the_first(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No test may fill the disk of the machine it runs on.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"checkpoints in .* and its disk has 1000 Bytes free: .* lower training\.keep"):
+        run(dataset, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [
+        ({"keep": 1}, [320]),
+        ({"keep": 2}, [288, 320]),
+        ({"keep": 1, "keep_every": 3}, [144, 288, 320]),
+        ({"keep": 1, "keep_best": 2}, None),
+    ],
+)
+def test_the_policy_says_which_checkpoints_stay(
+    dataset: Path, tmp_path: Path, policy: dict[str, int], kept: list[int] | None
+) -> None:
+    run(dataset, tmp_path / "run", CONFIG.model_copy(update={"checkpoints": 8} | policy))
+    there = [int(path.stem) for path in Checkpoints(tmp_path / "run" / "checkpoints").paths()]
+    if kept is None:
+        rows = read_metrics(tmp_path / "run" / "losses.csv")
+        best = sorted(rows, key=lambda row: row["held_out_loss_ema"])[:2]
+        kept = sorted({int(row["images"]) for row in best} | {320})
+    assert there == kept
+
+
+def test_what_goes_wrong_with_a_checkpoint_beside_training_stops_it(dataset: Path, tmp_path: Path) -> None:
+    with lanes(1) as pool:
+        trainer = make_trainer(dataset, MODEL, CONFIG, pool)
+    (tmp_path / "file").write_text("no folder")
+    writer = CheckpointWriter(Checkpoints(tmp_path / "file" / "checkpoints"))
+    writer.save(trainer.state.tensors(), trainer.checkpoint_header(), 1)
+    with pytest.raises((FileExistsError, NotADirectoryError)):
+        writer.save(trainer.state.tensors(), trainer.checkpoint_header(), 1)
+
+
+def test_a_checkpoint_holds_the_state_as_it_was_though_training_goes_on(dataset: Path, tmp_path: Path) -> None:
+    with lanes(1) as pool:
+        trainer = make_trainer(dataset, MODEL, CONFIG, pool, 320)
+        take_step(trainer)
+        expected = {name: value.clone() for name, value in trainer.state.tensors().items()}
+        with CheckpointWriter(Checkpoints(tmp_path)) as writer:
+            writer.save(trainer.state.tensors(), trainer.checkpoint_header(), 1)
+            for _ in range(5):
+                take_step(trainer)
+    written = load_file(tmp_path / "0000000016.safetensors")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in written.items())
+
+
+def test_a_run_tells_losses_by_noise_level_how_colours_drift_and_shows_the_reverse_process(
+    dataset: Path, tmp_path: Path
+) -> None:
+    figures: dict[str, float] = {}
+    logged: list[tuple[str, int]] = []
+
+    class Record:
+        def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
+            figures.update(metrics)
+
+        def log_image(self, name: str, image: Image.Image, images: int) -> None:
+            logged.append((name, images))
+
+        def sync(self) -> None:
+            pass
+
+    run(dataset, tmp_path / "run", track=lambda _: Record())
+    levels = [figures[f"held_out_loss_ema_level_{number}"] for number in range(1, 9)]
+    assert sum(levels) / 8 == pytest.approx(figures["held_out_loss_ema"], rel=0.2)
+    drawn = sample(load_model(tmp_path / "run" / "final.safetensors"), range(36), 0, SAMPLING).double() / 127.5 - 1
+    manifest = read_manifest(dataset)
+    expected = (drawn.mean().item() - manifest.mean[0]) / manifest.std[0]
+    assert figures["sample_drift_grey"] == pytest.approx(expected, abs=1e-4)
+    assert logged[-2:] == [("samples", 320), ("reverse", 320)]
+    assert [name for name, _ in logged].count("reverse") == 1

@@ -1,0 +1,47 @@
+"""One optimizer step is what the textbook says, however it is computed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion.common.threads import lanes
+from diffusion.families.base import BETAS
+from diffusion.families.model import to_float
+from diffusion.models.config import ModelConfig
+from diffusion.training.config import TrainingConfig
+from diffusion.training.trainer import scheduled_learning_rate
+from tests.builders.small_trainers import make_trainer, take_step
+
+MODEL = ModelConfig(width=16, channel_mult=(1, 2), blocks=1, attention=(1,), patch=2)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_steps_in_lanes_equal_plain_adamw_on_the_whole_batch(dataset: Path, parts: int) -> None:
+    config = TrainingConfig(
+        images=640, batch_size=16, cpu_threads=parts, precision="fp32", warmup_images=0, max_grad_norm=1e9
+    )
+    with lanes(parts) as pool:
+        trainer = make_trainer(dataset, MODEL, config, pool, 640)
+        plain = make_trainer(dataset, MODEL, config, pool, 640)
+        network = plain.state.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        reference = torch.optim.AdamW(
+            network.parameters(), betas=BETAS, weight_decay=config.weight_decay, foreach=False
+        )
+        for images in range(0, 96, 16):
+            batch = plain.loader.batch(images)
+            indices = range(images, images + 16)
+            conditioning = plain.setup.training_conditioning(batch)
+            noised = plain.objective.make_batch(to_float(batch.images), indices, conditioning)
+            loss = plain.objective.losses(network, noised).mean()
+            reference.param_groups[0]["lr"] = scheduled_learning_rate(config, images, 640)
+            reference.zero_grad()
+            loss.backward()
+            reference.step()
+            step_loss, _ = take_step(trainer)
+            torch.testing.assert_close(step_loss, loss.detach(), rtol=1e-4, atol=1e-6)
+    # Adam's first steps are signs: where a gradient is all but zero, its sign is rounding's.
+    differences = torch.cat(
+        [(a - b).abs().flatten() for a, b in zip(trainer.state.network.parameters(), network.parameters(), strict=True)]
+    )
+    assert differences.quantile(0.99) < 1e-4

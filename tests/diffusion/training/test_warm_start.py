@@ -1,0 +1,99 @@
+"""A warm start: from the weights of another model, bit for bit, and a training of its own for each of them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusion.common.errors import UserError
+from diffusion.process.samplers import sampling_config
+from diffusion.training.config import TrainingConfig
+from diffusion.training.train import TrainResult, preflight, train
+from tests.builders.small_autoencoders import VAE
+from tests.builders.small_models import write_model
+from tests.diffusion.training.test_train import CONFIG, MODEL, SAMPLING, Stop, StopAt
+
+CLASSES = {"even": 24, "odd": 24}
+SHORT = {"images": 96, "checkpoints": 3, "warmup_images": 16}
+
+
+def start(folder: Path, seed: int = 0, **options: object) -> Path:
+    """A model of the kind that is trained here, with random weights, which training would not make."""
+    path = folder / f"start-{seed}.safetensors"
+    return write_model(path, seed, images=9, **({"config": MODEL, "classes": CLASSES} | options))  # type: ignore[arg-type]
+
+
+def run(dataset: Path, output: Path, begun: Path | str | None, **options: object) -> TrainResult:
+    config = TrainingConfig.model_validate(CONFIG.model_dump() | SHORT | {"init_from": begun and str(begun)})
+    return train(dataset, output, MODEL, config, SAMPLING, **options)  # type: ignore[arg-type]
+
+
+def test_training_begins_with_the_weights_it_is_given(dataset: Path, tmp_path: Path) -> None:
+    given = load_file(start(tmp_path))
+    with pytest.raises(Stop):
+        run(dataset, tmp_path / "warm", start(tmp_path), track=lambda _: StopAt(0))
+    begun = load_file(tmp_path / "warm" / "checkpoints" / "0000000000.safetensors")
+    for name, value in given.items():
+        bare = name.removeprefix("ema.")
+        assert torch.equal(begun[f"network.{bare}"], value)
+        assert torch.equal(begun[name], value)
+    assert not [name for name in begun if name.startswith("optimizer.")]
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits_wherever_its_start_lies(dataset: Path, tmp_path: Path) -> None:
+    whole = run(dataset, tmp_path / "whole", start(tmp_path))
+    with pytest.raises(Stop):
+        run(dataset, tmp_path / "cut", start(tmp_path), track=lambda _: StopAt(48))
+    moved = shutil.copy(start(tmp_path), tmp_path / "moved.safetensors")
+    resumed = run(dataset, tmp_path / "cut", moved)
+    assert resumed.final.read_bytes() == whole.final.read_bytes()
+    assert resumed.train_key == whole.train_key
+
+
+def test_another_start_is_another_training_and_none_is_the_one_it_always_was(dataset: Path, tmp_path: Path) -> None:
+    cold = train(dataset, tmp_path / "cold", MODEL, CONFIG.model_copy(update=SHORT), SAMPLING)
+    assert run(dataset, tmp_path / "null", None).train_key == cold.train_key
+    warm = run(dataset, tmp_path / "warm", start(tmp_path, 1))
+    other = run(dataset, tmp_path / "other", start(tmp_path, 2))
+    assert len({cold.train_key, warm.train_key, other.train_key}) == 3
+    assert len({each.final.read_bytes() for each in (cold, warm, other)}) == 3
+    with pytest.raises(UserError, match=r"differs in training\.init_from"):
+        run(dataset, tmp_path / "warm", start(tmp_path, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"config": MODEL.model_copy(update={"width": 32})}, r"has model\.width = 32, and this is 16"),
+        ({"config": MODEL.model_copy(update={"prediction": "epsilon"})}, r"has model\.prediction = epsilon"),
+        ({"classes": {"even": 1, "odd": 1, "round": 1}}, "knows the classes even, odd, round, and .* has even, odd"),
+        ({"size": 16}, "generates images of 1×16×16 .*, and data set blobs has 1×8×8"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused_in_one_line(
+    dataset: Path, tmp_path: Path, options: dict[str, object], words: str
+) -> None:
+    given = start(tmp_path, **options)
+    with pytest.raises(
+        UserError, match=rf"training\.init_from .*start-0\.safetensors {words}.*training\.init_from=null"
+    ):
+        run(dataset, tmp_path / "warm", given)
+
+
+def test_families_do_not_mix(dataset: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"init_from": str(start(tmp_path))})
+    with pytest.raises(UserError, match="is a model of the family ddpm, and this is vae"):
+        preflight(dataset, VAE, config, sampling_config(compute_batch=36))
+
+
+@pytest.mark.parametrize("name", ["champion", "models:/blobs@champion"])
+def test_registered_models_are_for_who_has_a_registry(dataset: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="names a registered model, which is not fetched here"):
+        run(dataset, tmp_path / "warm", name)
+
+
+def test_a_start_that_is_not_there_is_named(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no model at"):
+        run(dataset, tmp_path / "warm", tmp_path / "nowhere.safetensors")

@@ -1,0 +1,153 @@
+"""The command line: quick to answer, one line per mistake, one object per --json."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import flows.cli
+from flows.cli.command import CommandOutput, command
+from tests.builders import ROOT
+
+COMMANDS = (
+    *("ingest", "train", "evaluate", "promote", "sample", "retrain", "sweep", "compare"),
+    *("trace", "reproduce", "deploy", "monitor", "gc", "up", "down", "status", "env"),
+)
+GROUPS = {
+    "data": ("log", "show", "diff", "checkout", "remove"),
+    "model": ("history", "rollback", "explain", "export", "release", "card"),
+    "edit": ("inpaint", "img2img", "interpolate", "upscale"),
+    "server": ("up", "down", "status", "env", "health", "metrics", "backup", "restore"),
+}
+WITHOUT_EXAMPLE = {"status", "down"}
+"""Commands that take nothing but --json."""
+
+
+def darkroom(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("DARKROOM_", "MLFLOW_", "PREFECT_", "AWS_"))
+    } | {"PYTHONPATH": str(ROOT), **more}
+    command = [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+
+
+def test_help_lists_every_command(tmp_path: Path) -> None:
+    shown = darkroom(tmp_path, "--help")
+    assert shown.returncode == 0
+    assert [name for name in (*COMMANDS, *GROUPS) if f"│ {name} " not in shown.stdout] == []
+    for group, commands in GROUPS.items():
+        shown = darkroom(tmp_path, group, "--help")
+        assert [name for name in commands if f"│ {name} " not in shown.stdout] == []
+
+
+def test_help_of_a_command_shows_json_and_an_example() -> None:
+    app = typer.main.get_command(flows.cli.app)
+    assert isinstance(app, typer.core.TyperGroup)
+    groups = {name: app.commands[name] for name in GROUPS}
+    assert {name: set(group.commands) for name, group in groups.items()} == {  # type: ignore[attr-defined]
+        name: set(commands) for name, commands in GROUPS.items()
+    }
+    commands = [app.commands[name] for name in COMMANDS]
+    commands += [each for group in groups.values() for each in group.commands.values()]  # type: ignore[attr-defined]
+    for each in commands:
+        assert any("--json" in option.opts for option in each.params), each.name
+        assert each.name in WITHOUT_EXAMPLE or "Example:" in (each.help or ""), each.name
+
+
+def test_standard_output_has_the_result_alone_and_errors_come_after_it() -> None:
+    app = typer.Typer()
+
+    @command(app)
+    def noisy(times: int = 1) -> CommandOutput:
+        print("said by a library")
+        return CommandOutput({"times": times}, ["a line"], typer.Exit(3) if times > 1 else None)
+
+    done = CliRunner().invoke(app, ["--json"])
+    assert (done.exit_code, done.stdout, done.stderr) == (0, '{"times": 1}\n', "said by a library\n")
+    done = CliRunner().invoke(app, ["--times", "2"])
+    assert (done.exit_code, done.stdout) == (3, "a line\n")
+
+
+def test_help_loads_no_heavy_library() -> None:
+    # Each of these takes longer to import than the whole answer may take; a clock would be noisy here.
+    script = (
+        "import sys, flows.cli\n"
+        "heavy = {'torch', 'mlflow', 'prefect', 'dvc', 'boto3', 'pydantic', 'numpy', 'PIL', 'pandas'}\n"
+        "print(*sorted(heavy & set(sys.modules)))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert loaded.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train"],
+        ["sample", "--count", "0"],
+        ["nonsense"],
+        ["ingest", "one", "another"],
+        ["train", "--local", "--params", "missing.yaml"],
+        ["train", "--no-such-option"],
+        ["train", "--dry-run", "--params", "."],
+        ["edit", "img2img", "x.png", "--strength", "nan", "--model", "m.safetensors"],
+        ["edit", "inpaint", "x.png", "--mask", "x.png", "--resample-steps", "1000", "--model", "m.safetensors"],
+    ],
+)
+def test_mistakes_exit_2_without_a_traceback(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "params.yaml").write_text("training:\n  images: 10\n")
+    done = darkroom(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_a_verb_that_needs_servers_says_how_to_get_them(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("training:\n  images: 10\n")
+    done = darkroom(tmp_path, "train")
+    assert "run `darkroom up`" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_answer_is_named_within_seconds_and_its_password_is_not(tmp_path: Path) -> None:
+    named = {
+        "MLFLOW_TRACKING_URI": "http://someone:test-secret@127.0.0.1:9",
+        "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9",
+    }
+    done = darkroom(tmp_path, "model", "history", "--dataset", "digits", **named)
+    assert done.returncode == 1
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith("darkroom: MLflow does not answer (http://127.0.0.1:9/api/")
+    assert "is MLFLOW_TRACKING_URI right?" in line
+    assert "test-secret" not in line
+
+
+def test_a_dry_run_of_training_needs_no_server_and_stops_before_it(dataset: Path, tmp_path: Path) -> None:
+    small = ["model.width=16", "model.channel_mult=[1]", "model.attention=[]", "sampling.steps=2"]
+    settings = [word for setting in (*small, "training.images=640") for word in ("--set", setting)]
+    shown = darkroom(tmp_path, "train", "--dataset", "blobs", "--dry-run", *settings)
+    assert shown.returncode == 0, shown.stderr
+    assert "of 8×8×1, 2 classes;" in shown.stdout
+    assert "640 images," in shown.stdout
+    about = json.loads(darkroom(tmp_path, "train", "--dataset", "blobs", "--dry-run", "--json", *settings).stdout)
+    assert (about["dataset"], about["images"], about["shape"]) == ("blobs", 640, [1, 8, 8])
+    assert not (tmp_path / "runs" / "blobs").exists()
+    refused = darkroom(tmp_path, "train", "--dataset", "blobs", "--dry-run", "--restart")
+    assert (refused.returncode, "leave --restart out" in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("words", [["retrain", "x"], ["ingest", "--local"], ["train", "--dry-run"], ["status"]])
+def test_what_one_process_does_is_not_done_by_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    refused = darkroom(tmp_path, *words)
+    assert (refused.returncode, "leave torchrun out" in refused.stderr) == (2, True)

@@ -1,0 +1,285 @@
+"""``darkroom data``: what people and scripts see of a data set's versions."""
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dvc.repo import Repo
+
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
+from diffusion.data.manifest import read_manifest
+from flows.cli import main
+from flows.datasets.catalog import Catalogue
+from flows.datasets.lineage import record_data
+from tests.builders import ROOT
+from tests.conftest import blob
+from tests.diffusion.data.ingest.test_ingest import files_of
+
+FOLDER = Path("data/blobs")
+
+
+class CommandLine:
+    """``darkroom data`` in a folder of its own, in which no server is known unless variables name one."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.monkeypatch = monkeypatch
+        self.variables: dict[str, str] = {}
+
+    def run(self, *arguments: str, code: int = 0) -> str:
+        """In this process, which saves the start of another."""
+        self.monkeypatch.setattr(sys, "argv", ["darkroom", "data", *arguments])
+        self.monkeypatch.setattr(sys, "stdin", io.StringIO())
+        ended = 0
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            try:
+                main()
+            except SystemExit as done:
+                ended = int(done.code or 0)
+        return self.checked(ended, code, out.getvalue(), err.getvalue())
+
+    def shell(self, *arguments: str, code: int = 0) -> str:
+        """In a process of its own."""
+        process = self.start(*arguments)
+        out, err = process.communicate()
+        return self.checked(process.returncode, code, out, err)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Begin a process of its own."""
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("DARKROOM_", "MLFLOW_", "PREFECT_", "AWS_"))
+        }
+        return subprocess.Popen(
+            [sys.executable, "-c", "from flows.cli import main; main()", "data", *arguments],
+            cwd=self.folder,
+            env=inherited | {"PYTHONPATH": str(ROOT)} | self.variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    @staticmethod
+    def checked(ended: int, code: int, out: str, err: str) -> str:
+        assert ended == code, err
+        if code == 2:
+            assert out == ""
+            assert len(err.strip().splitlines()) == 1
+            return err
+        return out
+
+    def json(self, *arguments: str) -> Any:
+        return json.loads(self.run(*arguments, "--json"))
+
+
+@pytest.fixture
+def commands(images: Path, tmp_path: Path, no_servers: None, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    """Two versions of the data set: 48 images and a broken one, then two more images and the broken one mended."""
+    (tmp_path / "params.yaml").write_text(
+        yaml.safe_dump({"ingest": {"size": 8, "held_out": 0.33}, "training": {"dataset": "blobs", "images": 64}})
+    )
+    (images / "odd" / "bad.png").write_text("no image")
+    config = IngestConfig(source="images", size=8, held_out=0.33, max_quarantined=1)
+    ingest(FOLDER, config)
+    for name in ("100", "101", "bad"):
+        blob(len(name) + int(name.replace("bad", "500"))).save(images / "odd" / f"{name}.png")
+    ingest(FOLDER, config)
+    (images / "odd" / "worse.png").write_text("no image")
+    ingest(FOLDER, config)
+    return CommandLine(tmp_path, monkeypatch)
+
+
+def test_log_lists_versions_newest_first(commands: CommandLine) -> None:
+    current = read_manifest(FOLDER)
+    lines = commands.run("log").splitlines()[1:]
+    assert [line.split()[-6:] for line in lines] == [
+        [str(current.parent)[:12], "0", "0", "51", "1", "ingest"],
+        [first := lines[2].split()[0], "3", "0", "51", "0", "ingest"],
+        [first, "48", "0", "48", "1", "ingest"],
+    ]
+    assert lines[0].startswith("* ")
+    entries = commands.json("log")["versions"]
+    assert [each["digest"][:12] for each in entries] == [line.removeprefix("*").split()[0] for line in lines]
+    assert [each["current"] for each in entries] == [True, False, False]
+    assert [each["quarantined"] for each in entries] == [1, 0, 1]
+
+
+def test_show_tells_what_is_in_a_version_and_what_stands_refused(commands: CommandLine) -> None:
+    first = commands.json("log")["versions"][-1]["digest"]
+    found = commands.json("show", first[:8])
+    assert (found["dataset"], found["digest"], found["kept"]) == ("blobs", first, 48)
+    assert found["classes"] == {"even": 24, "odd": 24}
+    assert [each["source"] for each in found["quarantined"]] == ["odd/bad.png"]
+    shown = commands.run("show")
+    assert "odd/worse.png" in shown
+    assert "odd/bad.png" not in shown
+
+
+def test_show_is_limited_unless_all_is_asked_for(commands: CommandLine) -> None:
+    for number in range(30):
+        (commands.folder / "images" / "even" / f"bad{number:02d}.png").write_text("no image")
+    ingest(FOLDER, IngestConfig(source="images", size=8, held_out=0.33, max_quarantined=1))
+    shown = commands.run("show")
+    assert shown.count("/bad") == 20
+    assert "11 more: --all shows them" in shown
+    assert commands.run("show", "--all").count("/bad") == 30
+    assert len(commands.json("show")["quarantined"]) == 20
+    assert len(commands.json("show", "--all")["quarantined"]) == 31
+    assert commands.json("show")["quarantined_count"] == 31
+
+
+def test_diff_is_between_the_parent_and_the_current_version_unless_others_are_named(commands: CommandLine) -> None:
+    third, second, first = (each["digest"] for each in commands.json("log")["versions"])
+    newest = commands.json("diff")
+    assert (newest["before"], newest["after"], newest["same_content"]) == (second, third, True)
+    assert [each["source"] for each in newest["quarantined"]["samples"]] == ["odd/worse.png"]
+    whole = commands.json("diff", first[:12])
+    assert (whole["before"], whole["after"], whole["kept"]) == (first, third, [48, 51])
+    assert {each["source"] for each in whole["added"]["samples"]} == {"odd/100.png", "odd/101.png", "odd/bad.png"}
+    back = commands.json("diff", second[:12], first[:12])
+    assert (back["added"]["count"], back["removed"]["count"]) == (0, 3)
+    assert "odd/100.png" in commands.run("diff", first[:12])
+
+
+def test_checkout_and_back_needs_no_server(commands: CommandLine) -> None:
+    new = files_of(FOLDER)
+    third, second, first = (each["digest"] for each in commands.json("log")["versions"])
+    done = commands.json("checkout", first[:12])
+    assert (done["dataset"], done["digest"], done["kept"]) == ("blobs", first, 48)
+    assert read_manifest(FOLDER).digest == first
+    assert [each["digest"] for each in commands.json("log")["versions"]] == [third, second, first]
+    assert commands.run("log").splitlines()[-1].startswith(f"* {first[:12]}")
+    commands.run("checkout", third[:12])
+    assert files_of(FOLDER) == new
+
+
+def test_checkout_mends_what_earlier_versions_lack(commands: CommandLine) -> None:
+    whole = files_of(FOLDER)
+    third, second, first = (each["digest"] for each in commands.json("log")["versions"])
+    commands.run("checkout", first[:12])
+    commands.run("checkout", third[:12])
+    (FOLDER / "versions" / f"{second[:16]}.json").unlink()
+    assert f"checkout {third[:12]}" in commands.run("log", code=2)
+    commands.run("checkout", third[:12])
+    assert files_of(FOLDER) == whole
+
+
+def test_checkout_gets_a_version_from_s3_on_a_machine_that_has_nothing(
+    commands: CommandLine, bucket: str, s3_environment: dict[str, str]
+) -> None:
+    Repo.init(no_scm=True).close()
+    source = f"s3://{bucket}/dvc"
+    Catalogue.of(FOLDER.name, source).publish(read_manifest(FOLDER), record_data(FOLDER, source).digest)
+    expected, digest = files_of(FOLDER), read_manifest(FOLDER).digest
+    for folder in (FOLDER, FOLDER.with_name(".blobs"), Path(".dvc")):
+        shutil.rmtree(folder)
+    FOLDER.with_suffix(".dvc").unlink()
+    assert "run `darkroom up`" in commands.shell("checkout", digest, code=2)
+    commands.variables = s3_environment | {"DARKROOM_BUCKET": bucket}
+    done = json.loads(commands.shell("checkout", digest[:12], "--json"))
+    assert (done["digest"], done["kept"]) == (digest, 51)
+    assert files_of(FOLDER) == expected
+
+
+@pytest.mark.drill(
+    "a checkout from this machine is killed",
+    "SIGKILL at random moments, to an older version and back",
+    "the same files",
+)
+@pytest.mark.slow
+def test_a_checkout_killed_at_random_moments_ends_the_same(commands: CommandLine, kills: int) -> None:
+    first = commands.json("log")["versions"][-1]["digest"]
+    newest = read_manifest(FOLDER).digest
+    expected = {}
+    for digest in (first, newest):
+        began = time.monotonic()
+        commands.shell("checkout", digest)
+        expected[digest] = files_of(FOLDER), FOLDER.with_suffix(".dvc").read_bytes()
+    duration = time.monotonic() - began
+    moments = random.Random(2)
+    for number in range(kills):
+        digest = (first, newest)[number % 2]
+        process = commands.start("checkout", digest)
+        time.sleep(moments.uniform(0.3, 1) * duration)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        commands.shell("checkout", digest)
+        assert (files_of(FOLDER), FOLDER.with_suffix(".dvc").read_bytes()) == expected[digest]
+        assert {each["digest"] for each in commands.json("log")["versions"]} > {first, newest}
+
+
+def test_remove_says_first_what_would_go(commands: CommandLine) -> None:
+    files = files_of(FOLDER)
+    found = commands.json("remove", "odd/0?.png", "--dry-run")
+    assert (found["dataset"], found["dry_run"], found["images"], len(found["image_keys"])) == ("blobs", True, 5, 5)
+    assert commands.json("remove", found["image_keys"][0][:16], "--dry-run")["image_keys"] == found["image_keys"][:1]
+    assert commands.json("remove", "*", "--label", "even", "--dry-run")["images"] == 24
+    assert commands.json("remove", "--source", "odd/01.png", "--dry-run")["images"] == 1
+    assert found["names"] == [f"odd/{number:02d}.png" for number in range(1, 10, 2)]
+    assert all(f"  {name}\n" in commands.run("remove", "odd/0?.png", "--dry-run") for name in found["names"])
+    assert files_of(FOLDER) == files
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["show", "ffffffff"], "ffffffff is no version of data set blobs"),
+        (["show", "newest"], "first 4 or more hex digits"),
+        (["diff", "ffffffff"], "is no version"),
+        (["checkout", "ffffffff"], "is no version"),
+        (["log", "--dataset", "nothing"], "no data set in data/nothing (there is blobs)"),
+        (["remove", "1.png", "--dry-run"], "no image of 1.png: its names are like 'even/"),
+        (["remove", "01.png", "--dry-run"], "did you mean '*/01.png'?"),
+        (["remove", "odd/01.png", "--dry-run", "--purge"], "leave --purge out"),
+        (["log", "--dataset", "a/b"], "plain name"),
+        (["remove", "--reason", "x", "--yes"], "nothing is selected"),
+        (["remove", "nowhere/*", "--dry-run"], "no image of nowhere/*"),
+        (["remove", "odd/01.png", "--yes"], "needs a --reason"),
+        (["remove", "odd/01.png", "--reason", "x"], "give --yes"),
+        (["remove", "odd/01.png", "--reason", "x", "--yes"], "run `darkroom up`"),
+    ],
+)
+def test_mistakes_are_one_line_that_says_how_to_mend_them(
+    commands: CommandLine, arguments: list[str], words: str
+) -> None:
+    files = files_of(FOLDER)
+    assert words in commands.run(*arguments, code=2)
+    assert files_of(FOLDER) == files
+
+
+def test_the_first_version_has_nothing_to_be_compared_with(
+    images: Path, tmp_path: Path, no_servers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "params.yaml").write_text("training: {dataset: blobs, images: 1}")
+    ingest(FOLDER, IngestConfig(source="images", size=8))
+    assert "is the first version" in CommandLine(tmp_path, monkeypatch).run("diff", code=2)
+
+
+@pytest.mark.parametrize("verb", [[], ["log"], ["show"], ["diff"], ["checkout"], ["remove"]])
+def test_help_loads_no_heavy_library(verb: list[str]) -> None:
+    script = (
+        "import sys\n"
+        "from flows.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'mlflow', 'prefect', 'dvc', 'boto3', 'numpy', 'PIL', 'pandas', 'pyarrow'}\n"
+        "print('loaded:', *sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", script, "data", *verb, "--help"], capture_output=True, text=True, check=True
+    )
+    assert shown.stderr.splitlines()[-1] == "loaded:"
+    assert not verb or "Example:" in shown.stdout

@@ -1,0 +1,238 @@
+"""Images from images: on the command line with a model file, and through the model that MLflow loads."""
+
+import base64
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.models.utils import _enforce_schema
+from PIL import Image
+
+from diffusion.checkpoints import load_model
+from diffusion.common.files import sha256_bytes, sha256_file
+from diffusion.common.png_metadata import SYNTHETIC
+from diffusion.generation.config import REQUESTS
+from diffusion.generation.generate import sample
+from diffusion.process.samplers import sampling_config
+from flows.cli import main
+from flows.registry.model_versions import SIGNATURE
+from flows.registry.pyfunc_model import ServedModel
+from tests.builders.small_models import CONFIG, write_model
+
+QUICK = ["--set", "sampling.steps=3", "--set", "sampling.compute_batch=4"]
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Darkroom(Protocol):
+    def __call__(self, *words: str) -> Said: ...
+
+
+@pytest.fixture
+def darkroom(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Darkroom:
+    """The command line in this process, which has loaded torch already."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+
+    def run(*words: str) -> Said:
+        monkeypatch.setattr(sys, "argv", ["darkroom", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        code = end.value.code
+        return Said(code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_model(tmp_path / "model.safetensors", seed=0, images=0)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "face.png")
+    hole = np.zeros((8, 8), np.uint8)
+    hole[2:5, 2:5] = 255
+    Image.fromarray(hole).save(tmp_path / "hole.png")
+    return tmp_path
+
+
+def made(darkroom: Darkroom, *words: str) -> dict[str, Any]:
+    done = darkroom(*words, "--model", "model.safetensors", *QUICK, "--json")
+    assert done.code == 0, done.err
+    result: dict[str, Any] = json.loads(done.out)
+    return result
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("edit", "inpaint", "face.png", "--mask", "hole.png", "--count", "3"),
+        ("edit", "img2img", "face.png", "--strength", "0.5", "--count", "3"),
+        ("edit", "interpolate", "5", "--count", "3"),
+        ("sample", "--count", "3"),
+    ],
+    ids=lambda words: next(word for word in words if word != "edit"),
+)
+def test_a_model_file_answers_without_servers_and_again_alike(
+    darkroom: Darkroom, folder: Path, words: tuple[str, ...]
+) -> None:
+    task = words[1] if words[0] == "edit" else words[0]
+    done = made(darkroom, *words)
+    place = folder / done["folder"]
+    about = json.loads((place / "request.json").read_text())
+    assert about["model"]["weights_sha256"] == sha256_file(folder / "model.safetensors")
+    assert about["request"]["task"] == task
+    assert [row["index"] for row in about["images"]] == [0, 1, 2]
+    for row in about["images"]:
+        assert sha256_file(place / row["file"]) == row["sha256"]
+        image = Image.open(place / row["file"])
+        assert sha256_bytes(image.tobytes()) == row["pixels_sha256"]
+        assert SYNTHETIC in image.text["XML:com.adobe.xmp"]
+        assert image.text["darkroom:task"] == task
+    assert Image.open(folder / done["grid"]).size > (100, 100)
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    assert made(darkroom, *words) == done
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+
+
+def test_a_small_image_is_drawn_large_beside_what_it_was(darkroom: Darkroom, folder: Path) -> None:
+    config = CONFIG.model_copy(update={"low_resolution": 4, "conditional": False})
+    write_model(folder / "model.safetensors", seed=0, images=0, config=config)
+    done = made(darkroom, "edit", "upscale", "face.png", "--count", "2")
+    assert Image.open(folder / done["folder"] / "00000001.png").size == (16, 16)
+    assert Image.open(folder / done["grid"]).size[0] > 2 * 16
+
+
+def test_requests_that_differ_lie_in_folders_of_their_own(darkroom: Darkroom) -> None:
+    one = made(darkroom, "edit", "img2img", "face.png", "--count", "1")
+    other = made(darkroom, "edit", "img2img", "face.png", "--count", "1", "--strength", "0.3")
+    assert one["folder"] != other["folder"]
+    assert made(darkroom, "edit", "img2img", "face.png", "--count", "1", "--out", "mine")["folder"] == "mine"
+
+
+def test_a_folder_takes_the_answer_to_one_request_only(darkroom: Darkroom, folder: Path) -> None:
+    made(darkroom, "sample", "--count", "3", "--out", "mine")
+    for out, words in (("mine", "holds the answer to another request"), ("face.png", "is no folder of images made")):
+        done = darkroom("sample", "--count", "2", "--out", out, "--model", "model.safetensors", *QUICK)
+        assert (done.code, len(done.err.strip().splitlines())) == (2, 1), done.err
+        assert words in done.err
+    made(darkroom, "sample", "--count", "3", "--out", "mine")
+    assert len(list((folder / "mine").glob("0*.png"))) == 3
+
+
+def test_images_name_the_weights_of_a_file_and_not_where_it_lay(darkroom: Darkroom, folder: Path) -> None:
+    done = made(darkroom, "sample", "--count", "1")
+    image = Image.open(folder / done["folder"] / "00000000.png")
+    assert image.text["darkroom:model"] == f"sha256:{sha256_file(folder / 'model.safetensors')}"
+
+
+def test_what_is_written_down_is_how_it_was_drawn(darkroom: Darkroom, folder: Path) -> None:
+    """Guidance that leads nowhere is not done, and so is not said."""
+    done = made(darkroom, "sample", "--count", "1", "--set", "sampling.guidance=3")
+    assert "guidance" not in json.loads((folder / done["about"]).read_text())["sampling"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("edit", "img2img", "nothing.png"), "the image nothing.png cannot be read (No such file or directory)"),
+        (("edit", "img2img", "face.png", "--label", "cat"), "trained without classes"),
+        (("edit", "inpaint", "face.png", "--mask", "model.safetensors"), "the mask cannot be used: not an image"),
+        (("edit", "interpolate", "0"), "from seed 0 to seed 0: give two seeds"),
+        (("edit", "upscale", "face.png"), "not trained to upscale"),
+        (("sample", "--to", "s3://bucket"), "use --out FOLDER"),
+        (("sample", "--label", "cat", "--label", "dog"), "give a file one"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(
+    darkroom: Darkroom, folder: Path, words: tuple[str, ...], message: str
+) -> None:
+    done = darkroom(*words, "--model", "model.safetensors", *QUICK)
+    assert (done.code, len(done.err.strip().splitlines())) == (2, 1), done.err
+    assert message in done.err
+    assert not (folder / "samples").exists()
+
+
+def test_a_model_file_that_is_not_there_is_one_line(darkroom: Darkroom) -> None:
+    done = darkroom("edit", "img2img", "face.png", "--model", "nowhere.safetensors")
+    assert (done.code, len(done.err.strip().splitlines())) == (2, 1), done.err
+    assert "no model at nowhere.safetensors" in done.err
+
+
+@pytest.fixture
+def served(folder: Path) -> ServedModel:
+    model = ServedModel()
+    config = sampling_config(steps=3, compute_batch=4).model_dump(mode="json")
+    # What MLflow hands over: where the weights lie, and the configuration that was logged.
+    context: Any = SimpleNamespace(artifacts={"weights": str(folder / "model.safetensors")}, model_config=config)
+    model.load_context(context)
+    return model
+
+
+def test_the_served_model_answers_a_table_of_tasks_a_row_per_image(folder: Path, served: ServedModel) -> None:
+    image, mask = (base64.b64encode((folder / name).read_bytes()).decode() for name in ("face.png", "hole.png"))
+    table = pd.DataFrame(
+        {
+            "task": ["sample", "img2img", "inpaint", "interpolate"],
+            "seed": [3, 3, 3, 3],
+            "count": [2.0, np.nan, 1.0, 2.0],
+            "to_seed": [np.nan, np.nan, np.nan, 4.0],
+            "image": [None, image, image, None],
+            "mask": [None, None, mask, None],
+            "strength": [np.nan, 0.5, np.nan, np.nan],
+        },
+        index=[7, 7, 7, 7],
+    )
+    out = served.predict(None, table)  # type: ignore[arg-type]
+    assert out["request"].tolist() == [0, 0, 1, 2, 3, 3]
+    assert out["index"].tolist() == [0, 1, 0, 0, 0, 1]
+    drawn = sample(load_model(folder / "model.safetensors"), [1], 3, sampling_config(steps=3, compute_batch=4))
+    (folder / "out.png").write_bytes(out["png"][1])
+    assert np.array_equal(np.asarray(Image.open(folder / "out.png")), drawn[0, 0].numpy())
+
+
+def test_a_row_that_cannot_be_answered_is_named(served: ServedModel) -> None:
+    table = pd.DataFrame({"seed": [0, 0], "strength": [np.nan, 0.5]})
+    with pytest.raises(MlflowException, match="row 1: strength means nothing to sample, only to inpaint, img2img"):
+        served.predict(None, table)  # type: ignore[arg-type]
+    with pytest.raises(MlflowException, match=r"row 0: count: .*integer"):
+        served.predict(None, pd.DataFrame({"seed": [0], "count": [[1, 2]]}))  # type: ignore[arg-type]
+    with pytest.raises(MlflowException, match="row 1: the model was trained without classes"):
+        served.predict(None, pd.DataFrame({"seed": [0, 0], "label": [None, "cat"]}))  # type: ignore[arg-type]
+    with pytest.raises(MlflowException, match="row 0: image is not in base64"):
+        served.predict(None, pd.DataFrame({"task": ["img2img"], "seed": [0], "image": ["å"]}))  # type: ignore[arg-type]
+    with pytest.raises(MlflowException, match="4097 images in one table"):
+        served.predict(None, pd.DataFrame({"seed": [0], "count": [4097.0]}))  # type: ignore[arg-type]
+
+
+def test_the_signature_has_every_field_of_a_request() -> None:
+    assert {column.name for column in SIGNATURE.inputs} == {
+        name for request in REQUESTS.values() for name in request.model_fields
+    }
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"seed": [5, 6], "index": [39, 2], "guidance": [3, 2]},
+        {
+            "seed": [5, 6],
+            "index": [39, None],
+            "strength": [None, 0.5],
+            "task": [None, "img2img"],
+            "image": [None, "aa=="],
+        },
+    ],
+)
+def test_whole_numbers_and_empty_cells_pass_the_signature(table: dict[str, list[Any]]) -> None:
+    passed = _enforce_schema(pd.DataFrame(table), SIGNATURE.inputs)
+    assert passed.to_dict("list").keys() == table.keys()

@@ -1,0 +1,173 @@
+"""Labels, captions and names of files from strangers: a terminal and a page show them and obey none of them."""
+
+import ast
+import io
+import json
+import re
+import sys
+import unicodedata
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from diffusion.common.escaping import escape_controls, escape_markdown, python_literal
+from diffusion.diffusers_format.export import export_to_diffusers
+from diffusion.process.samplers import sampling_config
+from flows.cli import main
+from flows.tracking.console import Bars, Lines
+from tests.builders.small_models import write_model
+from tests.conftest import blob
+
+CLEAR, TURNED, LINES, QUOTED = "\x1b[2J\x1b]0;pwned\x07", "safe\u202egnp.exe", "a\nb\x9b31m\x00c", '"]*6); boom("'
+HOSTILE = (CLEAR, TURNED, LINES, QUOTED, "[/red][bold]", "![x](https://example.org/x.png)|<marquee>")
+ANY = st.text(st.characters(codec=None), max_size=40)
+"""Also halves of surrogate pairs, as names of files that are no UTF-8 have them."""
+
+
+def harmless(text: str) -> bool:
+    """Whether a terminal shows ``text`` as it stands: no character but line ends controls or reorders anything."""
+    turning = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    return not any(
+        (unicodedata.category(each) in ("Cc", "Cs", "Zl", "Zp") and each != "\n")
+        or unicodedata.bidirectional(each) in turning
+        for each in text
+    )
+
+
+@given(ANY)
+def test_any_text_becomes_one_harmless_line_that_can_be_written(text: str) -> None:
+    shown = escape_controls(text)
+    assert harmless(shown)
+    assert "\n" not in shown
+    shown.encode()
+
+
+@given(st.text(st.characters(categories=("L", "N", "P", "S", "M"))))
+def test_what_people_write_stays_as_it_is(text: str) -> None:
+    assert escape_controls(text) == text
+
+
+@given(ANY)
+def test_json_and_python_literals_are_harmless_and_say_the_same(text: str) -> None:
+    line = escape_controls(json.dumps({text: [text]}, ensure_ascii=False))
+    assert harmless(line)
+    assert json.loads(line) == {text: [text]}
+    assert harmless(python_literal(text))
+    assert ast.literal_eval(python_literal(text)) == text
+
+
+@given(ANY.filter(str.strip))
+def test_markdown_shows_any_text_as_it_is(text: str) -> None:
+    reader = MarkdownIt("commonmark", {"html": True}).enable("table")
+    tokens = reader.parse(f"| {escape_markdown(text)} | b |\n|---|---|\n")
+    inline = [token for token in tokens if token.type == "inline"]
+    assert tokens[0].type == "table_open"
+    assert len(inline) == 2
+    children = inline[0].children or []
+    assert {child.type for child in children} <= {"text", "text_special"}
+    assert "".join(child.content for child in children) == escape_controls(" ".join(text.split()))
+
+
+@pytest.mark.parametrize("shown", [Lines, Bars])
+def test_progress_shows_notes_and_lines_as_they_are(shown: Callable[[], Lines | Bars]) -> None:
+    with redirect_stderr(io.StringIO()) as error:
+        console = shown()
+        for text in HOSTILE:
+            console("work", 1, 2, text)
+            console.write(text)
+        console.close()
+    for text in HOSTILE:
+        assert escape_controls(text) in error.getvalue()
+
+
+class CommandLine:
+    """``darkroom`` in this process and a folder of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+
+    def __call__(self, *arguments: str, code: int = 0) -> str:
+        """What was said, which is harmless whatever it is about; standard output alone if all went well."""
+        self.monkeypatch.setattr(sys, "argv", ["darkroom", *arguments])
+        ended = 0
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            try:
+                main()
+            except SystemExit as done:
+                ended = int(done.code or 0)
+        said = out.getvalue() + err.getvalue()
+        assert ended == code, said
+        assert harmless(said), said
+        said.encode()
+        assert "Traceback" not in said
+        return out.getvalue() if code == 0 else err.getvalue()
+
+
+@pytest.fixture
+def darkroom(no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    """In a folder with images whose names, labels and captions are hostile, and files that are no images."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rows = []
+    for number, text in enumerate(HOSTILE * 8):
+        blob(number).save(folder / f"{number}.png")
+        rows.append({"file_name": f"{number}.png", "label": text, "text": f"caption {text}"})
+    (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    # Beside metadata, files that it does not name are not looked at.
+    others = tmp_path / "others" / TURNED
+    others.mkdir(parents=True)
+    for number in range(8):
+        blob(100 + number).save(others / f"{number}.png")
+    for name in (CLEAR, TURNED, "line\nfeed", "\udcff\udc80"):
+        (others / f"{name}.png").write_text("not an image")
+    params = {"ingest": {"source": "images", "size": 8}, "training": {"dataset": "set"}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    return CommandLine(monkeypatch)
+
+
+def test_commands_show_hostile_names_labels_and_captions_and_obey_none(darkroom: CommandLine) -> None:
+    first = json.loads(darkroom("ingest", "--local", "--json"))["digest"]
+    others = ("--set", "ingest.source=others")
+    assert darkroom("ingest", "--local", *others).count("quarantined: ") == 4
+    assert json.loads(darkroom("ingest", "--local", "--json", *others))["quarantined_count"] == 4
+    shown = darkroom("data", "show", "--all")
+    assert f"  {escape_controls(CLEAR)}: 8" in shown
+    classes = json.loads(darkroom("data", "show", "--json"))["classes"]
+    # A source with one folder alone has no classes.
+    assert classes == dict.fromkeys(HOSTILE, 8)
+    for command in (("log",), ("diff",), ("diff", "--json"), ("show", first[:12])):
+        darkroom("data", *command)
+    darkroom("data", "show", CLEAR, code=2)
+    darkroom("ingest", "--local", "--set", f"ingest.source={json.dumps(CLEAR)}", code=2)
+    darkroom("ingest", "--local", "--set", f"ingest.source={TURNED}\udcff", code=2)
+
+
+def test_the_page_on_a_data_set_of_hostile_names_is_harmless(darkroom: CommandLine, tmp_path: Path) -> None:
+    from diffusion.evaluation.reports.dataset_report import write_dataset_report
+
+    darkroom("ingest", "--local")
+    page = tmp_path / "page.html"
+    summary = write_dataset_report(tmp_path / "data" / "set", page)
+    text = page.read_text()
+    assert harmless(text)
+    assert "<marquee>" not in text
+    assert harmless(summary.markdown())
+
+
+@pytest.mark.parametrize("label", HOSTILE)
+def test_the_readme_of_an_export_has_a_python_literal(label: str, tmp_path: Path) -> None:
+    weights = write_model(tmp_path / "w.safetensors", 1, 0, channels=1, size=8, classes={label: 3, "z": 2})
+    done = export_to_diffusers(weights, tmp_path / 'folder "x', sampling_config(steps=4))
+    text = (done.folder / "README.md").read_text()
+    assert harmless(text)
+    [example] = re.findall(r"```python\n(.*?)\n```", text, flags=re.DOTALL)
+    calls = [node for node in ast.walk(ast.parse(example)) if isinstance(node, ast.Call)]
+    assert len(calls) == 2
+    asked = {word.arg: ast.literal_eval(word.value) for call in calls for word in call.keywords}
+    assert asked["labels"][0] in (label, "z")

@@ -1,0 +1,371 @@
+"""Data set versions on S3: put there once, found, verified and brought back from there."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+from dvc.repo import Repo
+
+from diffusion.common.errors import UserError
+from diffusion.common.files import sha256_bytes
+from diffusion.data.dataset import Dataset
+from diffusion.data.ingest.chunks import Chunk, PreparedChunk
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import captions_folder, ingest
+from diffusion.data.manifest import FileEntry, Manifest, read_manifest, work_folder
+from diffusion.data.shard_cache import ShardCache
+from diffusion.data.versions.takedown import remove
+from diffusion.data.versions.takedown_records import Selection
+from diffusion.data.versions.versions import history
+from diffusion.training.config import TrainingConfig
+from flows.config import Params
+from flows.datasets.catalog import Catalogue
+from flows.datasets.checkout import checkout
+from flows.datasets.lineage import RemoteShards, data_version, record_data, restore_data
+from flows.ingest import record
+from flows.storage.s3 import Store
+from tests.conftest import blob
+from tests.diffusion.data.ingest.test_ingest import files_of
+
+FOLDER = Path("data/blobs")
+
+
+class Place:
+    """The working folder with its images, a DVC repository and a bucket of its own."""
+
+    def __init__(self, bucket: str, images: Path) -> None:
+        self.bucket = bucket
+        self.source = f"s3://{bucket}/dvc"
+        self.images = images
+        self.catalogue = Catalogue.of(FOLDER.name, self.source)
+
+    def version(self, *numbers: int) -> Manifest:
+        """Ingest more images, push and publish."""
+        for number in numbers:
+            blob(number).save(self.images / "odd" / f"{number}.png")
+        ingest(FOLDER, IngestConfig(source=str(self.images), size=8, held_out=0.33))
+        self.publish()
+        return read_manifest(FOLDER)
+
+    def publish(self) -> None:
+        version = record_data(FOLDER, self.source)
+        self.catalogue.publish(read_manifest(FOLDER), version.digest)
+
+    def reach(self) -> str:
+        return self.source
+
+    def forget(self) -> None:
+        """As on another machine: nothing but what lies on S3."""
+        for path in (FOLDER, work_folder(FOLDER), Path(".dvc/cache")):
+            shutil.rmtree(path, ignore_errors=True)
+        FOLDER.with_suffix(".dvc").unlink()
+
+
+@pytest.fixture
+def place(bucket: str, images: Path) -> Place:
+    Repo.init(no_scm=True).close()
+    return Place(bucket, images)
+
+
+def unreachable() -> str:
+    raise UserError("no S3 server: run `darkroom up`")
+
+
+def test_a_version_is_published_once_with_a_pointer_that_dvc_itself_can_pull(place: Place) -> None:
+    version = place.version()
+    assert place.catalogue.versions() == {version.digest: version}
+    expected = files_of(FOLDER)
+    store = Store()
+    before = list(store.list_objects(place.bucket, "datasets/"))
+    assert [listed.key for listed in before] == [
+        f"datasets/blobs/{version.digest}/manifest.json",
+        f"datasets/blobs/{version.digest}/pointer.dvc",
+    ]
+    place.catalogue.publish(version, record_data(FOLDER, place.source).digest)
+    assert list(store.list_objects(place.bucket, "datasets/")) == before
+
+    place.forget()
+    FOLDER.with_suffix(".dvc").write_bytes(store.get(place.bucket, before[1].key))
+    assert yaml.safe_load(FOLDER.with_suffix(".dvc").read_text())["outs"][0]["path"] == "blobs"
+    with Repo(config={"core": {"remote": "r"}, "remote": {"r": {"url": place.source}}}) as repo:
+        repo.pull()
+    assert files_of(FOLDER) == expected
+
+
+@pytest.mark.slow
+def test_something_foreign_in_the_folder_does_not_keep_a_version_from_being_published(place: Place) -> None:
+    place.version()
+    pointer = place.catalogue.pointer(read_manifest(FOLDER).digest)
+    (FOLDER / "notes.txt").write_text("foreign")
+    place.publish()
+    assert place.catalogue.pointer(read_manifest(FOLDER).digest) == pointer
+
+
+def test_no_version_is_recorded_while_another_ingest_is_at_work(
+    place: Place, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+    params = Params(training=TrainingConfig(dataset=FOLDER.name, images=1))
+    config = IngestConfig(source=str(place.images), size=8, held_out=0.33)
+    first = ingest(FOLDER, config)
+    with ThreadPoolExecutor(1) as pool:
+
+        def fan_out(prepare: Callable[[Chunk], PreparedChunk], chunks: Iterable[Chunk]) -> Iterator[PreparedChunk]:
+            recorded = pool.submit(record.fn, params)
+            yield from map(prepare, chunks)
+            with pytest.raises(TimeoutError):
+                recorded.result(timeout=1)
+
+        blob(100).save(place.images / "odd" / "100.png")
+        second = ingest(FOLDER, config, fan_out=fan_out)
+    assert set(place.catalogue.versions()) == {second.digest} != {first.digest}
+
+
+def test_the_page_on_a_version_lies_beside_it_is_written_once_and_can_be_deleted(place: Place, tmp_path: Path) -> None:
+    version = place.version()
+    (tmp_path / "page.html").write_text("first")
+    uri = place.catalogue.publish_page(version.digest, (tmp_path / "page.html").read_bytes())
+    assert uri == f"s3://{place.bucket}/datasets/blobs/{version.digest}/report.html"
+    (tmp_path / "page.html").write_text("second")
+    assert place.catalogue.publish_page(version.digest, (tmp_path / "page.html").read_bytes()) == uri
+    store = Store()
+    key = uri.removeprefix(f"s3://{place.bucket}/")
+    assert store.get(place.bucket, key) == b"first"
+    place.catalogue.delete_pages([version.digest, "0" * 64])
+    assert not store.exists(place.bucket, key)
+    assert place.catalogue.versions() == {version.digest: version}
+
+
+def test_a_manifest_that_was_changed_on_s3_is_named_and_hides_no_other(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    version, other = place.version(), place.version(100)
+    key = f"datasets/blobs/{version.digest}/manifest.json"
+    store = Store()
+    data = store.get(place.bucket, key)
+    store.client.put_object(Bucket=place.bucket, Key=key, Body=data.replace(b"ingest", b"jngest"))
+    assert place.catalogue.versions() == {other.digest: other}
+    assert f"{key} is damaged" in caplog.text
+    assert list(place.catalogue.read().damaged) == [version.digest]
+
+
+def test_an_older_version_comes_back_bit_for_bit_from_s3_alone(place: Place) -> None:
+    first = place.version()
+    old = files_of(FOLDER)
+    pointer = FOLDER.with_suffix(".dvc").read_text()
+    second = place.version(100, 101)
+    new = files_of(FOLDER)
+
+    place.forget()
+    done = checkout(FOLDER, first.digest[:12], place.reach)
+    assert files_of(FOLDER) == old
+    assert (done.digest, done.kept, len(done.restored)) == (first.digest, 48, 2)
+    assert FOLDER.with_suffix(".dvc").read_text() == pointer
+    place.forget()
+    checkout(FOLDER, second.content_digest[:12], place.reach)
+    assert files_of(FOLDER) == new
+
+
+def test_versions_come_and_go_without_a_server_and_the_next_ingest_adds_to_the_one_that_is_there(place: Place) -> None:
+    first = place.version()
+    old = files_of(FOLDER)
+    second = place.version(100, 101)
+    new = files_of(FOLDER)
+    captions_folder(FOLDER).mkdir()
+    checkout(FOLDER, first.digest, unreachable)
+    assert files_of(FOLDER) == old
+    assert not captions_folder(FOLDER).exists()
+    assert {each.digest: each.current for each in history(FOLDER)} == {second.digest: False, first.digest: True}
+    checkout(FOLDER, second.digest[:8], unreachable)
+    assert files_of(FOLDER) == new
+
+    checkout(FOLDER, first.digest, unreachable)
+    third = place.version(102)
+    assert third.parent == first.digest
+    assert third.kept == 51
+    assert {each.digest for each in history(FOLDER)} == {first.digest, second.digest, third.digest}
+    assert set(place.catalogue.versions()) == {first.digest, second.digest, third.digest}
+
+
+def test_a_version_that_was_never_recorded_is_not_lost_by_a_checkout(place: Place) -> None:
+    first = place.version()
+    blob(100).save(place.images / "odd" / "100.png")
+    ingest(FOLDER, IngestConfig(source=str(place.images), size=8, held_out=0.33))
+    unrecorded, digest = files_of(FOLDER), read_manifest(FOLDER).digest
+    checkout(FOLDER, first.digest, unreachable)
+    checkout(FOLDER, digest, unreachable)
+    assert files_of(FOLDER) == unrecorded
+
+
+def test_a_version_that_never_was_is_an_error_that_names_those_there_are(place: Place) -> None:
+    versions = [place.version(), place.version(100)]
+    for reach in (place.reach, unreachable):
+        with pytest.raises(UserError, match=r"f{12} is no version of data set blobs") as raised:
+            checkout(FOLDER, "f" * 12, reach)
+        assert all(version.digest[:12] in str(raised.value) for version in versions)
+    place.forget()
+    with pytest.raises(UserError, match="run `darkroom up`"):
+        checkout(FOLDER, versions[0].digest, unreachable)
+
+
+@pytest.mark.slow
+def test_a_file_that_comes_damaged_from_the_remote_is_named_and_the_version_before_stays(place: Place) -> None:
+    first = place.version()
+    second = place.version(100)
+    shard = second.shards[-1]
+    checkout(FOLDER, first.digest, unreachable)
+    there = files_of(FOLDER)
+    shutil.rmtree(".dvc/cache")
+    store = Store()
+    for key in store.list_keys(place.bucket, "dvc/files/"):
+        if len(data := store.get(place.bucket, key)) == shard.bytes:
+            store.client.put_object(Bucket=place.bucket, Key=key, Body=data[:-1])
+    damaged = rf"{shard.name} of data set blobs is damaged on the remote .* delete s3://{place.bucket}/dvc/files/md5/"
+    with pytest.raises(UserError, match=damaged):
+        checkout(FOLDER, second.digest, place.reach)
+    assert read_manifest(FOLDER) == first
+    assert there.items() <= files_of(FOLDER).items()
+
+
+def test_what_is_gone_from_the_remote_is_pushed_again_with_the_same_version(place: Place) -> None:
+    shard = place.version().shards[0]
+    store = Store()
+    before = {key: store.get(place.bucket, key) for key in store.list_keys(place.bucket, "dvc/files/")}
+    gone = [key for key, data in before.items() if sha256_bytes(data) == shard.sha256]
+    store.delete_many(place.bucket, gone)
+    place.publish()
+    assert {key: store.get(place.bucket, key) for key in store.list_keys(place.bucket, "dvc/files/")} == before
+
+
+def test_a_version_with_images_that_were_taken_down_comes_back_only_when_told_so(place: Place) -> None:
+    before = place.version()
+    old = files_of(FOLDER)
+    done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
+    place.publish()
+    place.catalogue.tell_removal(done)
+    with pytest.raises(UserError, match=r"taken down since \(consent withdrawn\)"):
+        checkout(FOLDER, before.digest, unreachable)
+    place.forget()
+    with pytest.raises(UserError, match="--with-removed"):
+        checkout(FOLDER, before.digest, place.reach)
+    checkout(FOLDER, done.version, place.reach)
+    checkout(FOLDER, before.digest, place.reach, with_removed=True)
+    assert files_of(FOLDER) == old
+
+
+@pytest.mark.slow
+def test_a_version_that_stored_them_in_another_way_is_refused_as_well_and_leaves_nothing(place: Place) -> None:
+    before = place.version()
+    config = IngestConfig(source=str(place.images), size=9, held_out=0.33)
+    ingest(FOLDER, config, rebuild="if_different")
+    done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
+    place.publish()
+    place.catalogue.tell_removal(done)
+    place.forget()
+    with pytest.raises(UserError, match="consent withdrawn"):
+        checkout(FOLDER, before.digest, place.reach)
+    assert not [path for path in FOLDER.rglob("*") if path.is_file()]
+
+
+@pytest.mark.slow
+def test_another_machine_learns_what_was_taken_down_and_whether_it_still_holds_it(place: Place) -> None:
+    before = place.version()
+    assert place.catalogue.held_removals(FOLDER) == []
+    done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
+    place.publish()
+    place.catalogue.tell_removal(done)
+    assert place.catalogue.held_removals(FOLDER) == []
+    checkout(FOLDER, before.digest, place.reach, with_removed=True)
+    shutil.rmtree(work_folder(FOLDER))
+    for _ in range(2):
+        assert place.catalogue.held_removals(FOLDER) == [done]
+    checkout(FOLDER, done.version, place.reach)
+    assert place.catalogue.held_removals(FOLDER) == []
+    again = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
+    assert again == done.model_copy(update={"already": True})
+
+
+@pytest.mark.parametrize("asked", ["../../../outside", "0" * 15, "0" * 16 + "\n"])
+def test_a_removal_in_the_bucket_that_would_be_written_elsewhere_is_refused_by_its_key(
+    place: Place, asked: str
+) -> None:
+    place.version()
+    done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
+    told = done.model_dump(mode="json") | {"asked": asked, "digests": ["0" * 64]}
+    place.catalogue.store.put_once(place.bucket, "datasets/blobs/removals/x.json", json.dumps(told).encode())
+    before = files_of(Path())
+    with pytest.raises(UserError, match=r"datasets/blobs/removals/x\.json is no removal .*asked: "):
+        place.catalogue.learn_removals(FOLDER)
+    with pytest.raises(UserError, match=r"x\.json is no removal"):
+        list(place.catalogue.removals())
+    assert files_of(Path()) == before
+
+
+def test_training_streams_a_version_of_which_only_the_tables_are_here(place: Place, tmp_path: Path) -> None:
+    version = place.version()
+    expected = Dataset.open(FOLDER).images(range(48))
+    recorded = data_version(FOLDER)
+    place.version(100)
+    place.forget()
+    checkout(FOLDER, version.digest, place.reach, without_shards=True)
+    assert not list(FOLDER.glob("shards/*"))
+    shards = ShardCache(tmp_path / "cache", RemoteShards(FOLDER, place.source), max_bytes=2**20)
+    dataset = Dataset.open(FOLDER, shards)
+    assert (dataset.images(range(48)) == expected).all()
+    dataset.close()
+    found = data_version(FOLDER)
+    assert found is not None
+    assert recorded is not None
+    assert found.digest == recorded.digest
+
+
+@pytest.mark.slow
+def test_a_shard_that_is_not_on_the_remote_is_named(place: Place, tmp_path: Path) -> None:
+    place.version()
+    stranger = FileEntry(name="shards/00009-0123456789abcdef.tar", sha256="0" * 64, bytes=1)
+    with pytest.raises(UserError, match=r"0123456789abcdef\.tar of data set blobs is not on s3://"):
+        RemoteShards(FOLDER, place.source).fetch(stranger, tmp_path / "shard")
+    ingest(FOLDER.with_name("other"), IngestConfig(source=str(place.images), size=8))
+    with pytest.raises(UserError, match="was never pushed"):
+        RemoteShards(FOLDER.with_name("other"), place.source).fetch(stranger, tmp_path / "shard")
+
+
+@pytest.mark.parametrize("from_cache", [True, False])
+def test_what_is_cut_damaged_or_missing_is_got_back_and_named(place: Place, from_cache: bool) -> None:
+    place.version()
+    version = place.version(*range(100, 104))
+    whole = files_of(FOLDER)
+    assert restore_data(FOLDER, place.source) == []
+    shards = [entry.name for entry in version.shards]
+    (FOLDER / shards[0]).write_bytes(whole[shards[0]][:1000])
+    (FOLDER / shards[1]).write_bytes(whole[shards[1]][:-1] + b"x")
+    table, (before,) = version.parts[0].records.name, (FOLDER / "versions").iterdir()
+    (FOLDER / table).unlink()
+    before.unlink()
+    if not from_cache:
+        shutil.rmtree(".dvc/cache")
+    mended = restore_data(FOLDER, place.source)
+    assert sorted(mended) == sorted([*shards, table, f"versions/{before.name}"])
+    assert files_of(FOLDER) == whole
+
+
+def test_what_neither_cache_nor_remote_has_is_left_for_ingest_to_name(place: Place) -> None:
+    config = IngestConfig(source=str(place.images), size=8, held_out=0.33)
+    assert restore_data(FOLDER, place.source) == []
+    ingest(FOLDER, config)
+    (FOLDER / read_manifest(FOLDER).shards[0].name).unlink()
+    assert restore_data(FOLDER, place.source) == []
+    with pytest.raises(UserError, match="is missing"):
+        ingest(FOLDER, config)
+
+
+def test_the_record_of_another_version_is_not_taken_for_that_of_the_one_in_the_folder(place: Place) -> None:
+    place.version()
+    assert data_version(FOLDER) is not None
+    blob(100).save(place.images / "odd" / "100.png")
+    ingest(FOLDER, IngestConfig(source=str(place.images), size=8, held_out=0.33))
+    assert data_version(FOLDER) is None

@@ -1,0 +1,103 @@
+"""dvc.yaml on a laptop: the same steps as the flows, with no server up."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from dvc.repo import Repo
+
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
+from flows.datasets.lineage import data_version, record_data
+from tests.builders import ROOT
+from tests.builders.workspace import PARAMS
+from tests.conftest import blob
+
+
+def test_a_data_set_outside_dvc_yaml_gets_a_pointer_of_its_own(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    for name in (".gitignore", "data/.gitignore"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text((ROOT / name).read_text())
+    folder = Path("data/other")
+    assert data_version(folder) is None
+    ingest(folder, IngestConfig(source=str(images), size=8))
+    version = record_data(folder, push_to=None)
+    assert version.digest.endswith(".dir")
+    assert version.pointer == "data/other.dvc"
+    assert record_data(folder, push_to=None) == version
+    assert data_version(folder) == version
+
+
+@pytest.mark.parametrize(
+    "params", [(ROOT / "params.yaml").read_text(), "training: {dataset: x}\n"], ids=["ours", "least"]
+)
+def test_repro_asks_for_no_section_that_params_may_leave_out(tmp_path: Path, params: str) -> None:
+    Repo.init(str(tmp_path), no_scm=True).close()
+    (tmp_path / "params.yaml").write_text(params)
+    (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    dataset = yaml.safe_load(params)["training"]["dataset"]
+    for folder in ("data", "runs", "reports"):
+        (tmp_path / folder / dataset).mkdir(parents=True)
+    command = [sys.executable, "-m", "dvc", "repro", "--dry"]
+    planned = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert planned.returncode == 0, planned.stderr
+    assert [f"darkroom {stage} --local" in planned.stdout for stage in ("ingest", "train", "evaluate")] == [True] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_repro_metrics_and_plots_work_without_servers_and_agree_with_the_flow(tmp_path: Path) -> None:
+    params = {**PARAMS, "ingest": {**PARAMS["ingest"], "source": "images"}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    (tmp_path / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text())
+    for number in range(72):
+        path = tmp_path / "images" / ("even" if number % 2 == 0 else "odd") / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        blob(number).save(path)
+    scripts = Path(sys.executable).parent
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("DARKROOM_", "MLFLOW_", "PREFECT_", "AWS_"))
+    } | {"PATH": f"{scripts}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    run("git", "init", "-q")
+    run("dvc", "init", "-q")
+    run("dvc", "repro")
+    assert "kid_efflite0" in run("dvc", "metrics", "show")
+    run("git", "add", "dvc.lock", "dvc.yaml", "params.yaml", ".dvc")
+    run("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "first")
+
+    again = run("dvc", "repro")
+    assert "Stage 'train' didn't change, skipping" in again
+    assert "Stage 'evaluate' didn't change, skipping" in again
+
+    final = (tmp_path / "runs" / "blobs" / "final.safetensors").read_bytes()
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({**params, "training": {**params["training"], "seed": 9}}))
+    run("dvc", "repro")
+    assert (tmp_path / "runs" / "blobs" / "final.safetensors").read_bytes() != final
+    assert "file://" in run("dvc", "plots", "diff", "HEAD")
+    run("dvc", "metrics", "diff", "HEAD")
+
+    before = (tmp_path / "dvc.lock").read_text()
+    lock = yaml.safe_load(before)["stages"]["ingest"]["outs"][0]["md5"]
+    cwd = Path.cwd()
+    try:
+        os.chdir(tmp_path)
+        assert record_data(Path("data/blobs"), push_to=None).digest == lock
+        with Repo() as repo:
+            assert "train" not in repo.status()
+    finally:
+        os.chdir(cwd)

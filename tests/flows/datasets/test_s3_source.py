@@ -1,0 +1,347 @@
+"""Images on S3 as the source of an ingest, also when the connection to them drops."""
+
+import json
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from diffusion.common.errors import DarkroomError, UserError
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import IngestResult, ingest
+from diffusion.data.sources import open_source
+from flows.datasets.s3_source import S3Objects
+from flows.storage.s3 import Object, Store
+from tests.builders import ROOT
+from tests.builders.reading_sources import access, png, seen
+from tests.diffusion.data.ingest.test_ingest import files_of
+from tests.diffusion.data.sources.test_sources_archives import tar_bytes
+from tests.flows.storage.test_s3 import stock
+
+
+def put(store: Store, bucket: str, files: Mapping[str, bytes]) -> None:
+    store.put_many(bucket, [Object(name, data) for name, data in files.items()])
+
+
+def overwrite(variables: dict[str, str], bucket: str, name: str, data: bytes) -> None:
+    stock(variables).put_object(Bucket=bucket, Key=name, Body=data)
+
+
+def make(folder: Path, uri: str, **fields: object) -> IngestResult:
+    config = IngestConfig.model_validate({"source": uri, "size": 8, "held_out": 0.33} | fields)
+    return ingest(folder, config, objects=S3Objects())
+
+
+def test_a_prefix_is_a_folder(store: Store, bucket: str, tmp_path: Path) -> None:
+    files = {
+        "in/cat/a.png": b"1",
+        "in/dog/ü b.jpg": b"22",
+        "in/dog/.hidden.png": b"",
+        "in/notes.txt": b"",
+        "inn/c.png": b"",
+    }
+    put(store, bucket, files)
+    given = access(tmp_path / "scratch", S3Objects())
+    expected = [("cat/a.png", "cat", b"1"), ("dog/ü b.jpg", "dog", b"22")]
+    for uri in (f"s3://{bucket}/in", f"s3://{bucket}/in/"):
+        assert [(each.name, each.label, each.payload) for each in seen(uri, given)] == expected
+    assert len(seen(f"s3://{bucket}", given)) == 3
+    put(store, bucket, {"in/metadata.csv": b"file_name,label,text\ndog/\xc3\xbc b.jpg,x,y\ngone.png,,\n"})
+    found = seen(f"s3://{bucket}/in", given)
+    assert [(each.name, each.label, each.caption, each.payload) for each in found] == [
+        ("dog/ü b.jpg", "x", "y", b"22"),
+        ("gone.png", None, None, "named in the listing but missing"),
+    ]
+    put(store, bucket, {"in/metadata.jsonl": b""})
+    with pytest.raises(UserError, match="keep one of them"):
+        seen(f"s3://{bucket}/in", given)
+
+
+def test_what_goes_away_or_is_too_large_is_refused(store: Store, bucket: str, tmp_path: Path) -> None:
+    put(store, bucket, {"a.png": b"x" * 1025, "b.png": b"x" * 1024, "c.png": b"1"})
+    given = access(tmp_path / "scratch", S3Objects(), max_bytes=1024)
+    entries = list(open_source(f"s3://{bucket}", given).entries())
+    store.delete_many(bucket, ["c.png"])
+    large, fits, gone = open_source(f"s3://{bucket}", given).read(entries)
+    assert (str(large), fits) == ("1025 bytes are over the limit of 1024", b"x" * 1024)
+    assert str(gone) == "named in the listing but missing"
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("s3://{}/a.tar", "is one file: write wds:s3://"),
+        ("s3://no-such-bucket/x", "there is no bucket no-such-bucket"),
+        ("s3://NO/x", "is no bucket name"),
+        ("wds:s3://{}/a.tar", "there is no object s3://.*/a.tar"),
+        ("wds:s3://{}/**/a.tar", "has no meaning here"),
+        ("wds:s3://{}/{{0..", "unbalanced braces"),
+    ],
+)
+def test_what_is_not_there_is_an_error_of_one_line(bucket: str, tmp_path: Path, place: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        seen(place.format(bucket), access(tmp_path / "scratch", S3Objects()))
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_prefix_is_an_error(bucket: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no images in s3://"):
+        make(tmp_path / "set", f"s3://{bucket}/none")
+
+
+def test_only_what_is_new_or_has_another_etag_is_fetched(
+    store: Store, bucket: str, tmp_path: Path, s3_environment: dict[str, str]
+) -> None:
+    images = {f"in/{number % 2}/{number:02d}.png": png(number) for number in range(24)}
+    put(store, bucket, images)
+    uri, folder = f"s3://{bucket}/in", tmp_path / "set"
+    first = make(folder, uri)
+    assert (first.kept, first.read) == (24, 24)
+    local = tmp_path / "local"
+    for name, data in images.items():
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        (local / name).write_bytes(data)
+    assert make(tmp_path / "other", str(local / "in")).content_digest == first.content_digest
+    again = make(folder, uri)
+    assert (again.read, again.changed) == (0, False)
+    overwrite(s3_environment, bucket, "in/0/04.png", png(99))
+    put(store, bucket, {"in/1/new.png": png(98)})
+    grown = make(folder, uri)
+    assert (grown.read, grown.added, grown.kept) == (2, 2, 26)
+
+
+def test_shards_on_s3_are_read_by_pattern_and_fetched_once(
+    store: Store, bucket: str, tmp_path: Path, s3_environment: dict[str, str]
+) -> None:
+    shards = {
+        f"a/set-{shard}.tar": tar_bytes(
+            {
+                f"{shard}{n}.{kind}": data
+                for n in range(6)
+                for kind, data in (("png", png(10 * shard + n)), ("cls", b"7"))
+            }
+        )
+        for shard in range(3)
+    }
+    put(store, bucket, {**shards, "a/deep/set-0.tar": b"", "a/set-9.txt": b""})
+    given = access(tmp_path / "scratch", S3Objects())
+    expected = [(f"set-{s}.tar/{s}{n}.png", "7", png(10 * s + n)) for s in range(3) for n in range(6)]
+    for pattern in ("set-*.tar", "set-{0..2}.tar", "set-[0-2].tar", "{set-0,set-1,set-2}.tar"):
+        found = [(each.name, each.label, each.payload) for each in seen(f"wds:s3://{bucket}/a/{pattern}", given)]
+        assert found == expected
+    assert len(list((tmp_path / "scratch").glob("fetched-*.tar"))) == 3
+    uri = f"wds:s3://{bucket}/a/set-*.tar"
+    assert make(tmp_path / "set", uri).kept == 18
+    assert make(tmp_path / "set", uri).read == 0
+    overwrite(s3_environment, bucket, "a/set-2.tar", tar_bytes({"20.png": png(20), "99.png": png(99)}))
+    changed = make(tmp_path / "set", uri)
+    assert (changed.read, changed.added) == (2, 1)
+    entries = list(open_source(uri, given).entries())
+    overwrite(s3_environment, bucket, "a/set-0.tar", tar_bytes({"00.png": png(1)}))
+    with pytest.raises(UserError, match=r"set-0.tar has changed since it was listed"):
+        list(open_source(uri, access(tmp_path / "another worker's", S3Objects())).read(entries))
+
+
+def test_the_adapter_travels_and_finds_its_server_where_it_is(store: Store, bucket: str, tmp_path: Path) -> None:
+    put(store, bucket, {"in/a.png": b"1", "in/odd/b c.png": b"22"})
+    objects = S3Objects()
+    assert [each.size for each in objects.find(f"s3://{bucket}/in/")] == [1, 2]
+    objects = pickle.loads(pickle.dumps(objects))  # noqa: S301 (it is the test's own)
+    assert {objects.read(each.uri) for each in objects.find(f"s3://{bucket}/in/")} == {b"1", b"22"}
+    objects.download(f"s3://{bucket}/in/a.png", tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == b"1"
+    with pytest.raises(FileNotFoundError):
+        objects.read(f"s3://{bucket}/in/c.png")
+    with pytest.raises(FileNotFoundError):
+        objects.download(f"s3://{bucket}/in/c.png", tmp_path / "c.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.slow
+def test_processes_fetch_what_threads_do(store: Store, bucket: str, tmp_path: Path) -> None:
+    put(store, bucket, {f"{number:02d}.png": png(number) for number in range(12)})
+    threads = make(tmp_path / "a" / "set", f"s3://{bucket}")
+    # A process of its own, as the helpers of this one may know another environment.
+    script = (
+        "import sys; from pathlib import Path; from diffusion.data.ingest.config import IngestConfig; "
+        "from diffusion.data.ingest.ingest import ingest; from flows.datasets.s3_source import S3Objects\n"
+        "if __name__ == '__main__': print(ingest(Path(sys.argv[1]), IngestConfig(source=sys.argv[2], size=8, "
+        "held_out=0.33, runner='processes'), objects=S3Objects()).model_dump_json())"
+    )
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "b" / "set"), f"s3://{bucket}"]
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=variables)
+    assert json.loads(done.stdout)["digest"] == threads.digest
+
+
+class Proxy:
+    """A way to the server that cuts answers in the middle of their bodies, if ``cuts`` says so of a request."""
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        self.target = target
+        self.cuts: Callable[[bytes], bool] = lambda request: False
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)  # wakes who waits for connections
+        self.listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self.listener.accept()
+            except OSError:  # closed
+                return
+            threading.Thread(target=self._serve, args=(near,), daemon=True).start()
+
+    def _serve(self, near: socket.socket) -> None:
+        """One request after the other; none of those here has a body worth speaking of."""
+        with near, socket.create_connection(self.target) as far:
+            try:
+                while request := self._head(near):
+                    far.sendall(request)
+                    head = self._head(far)
+                    body = self._body(far, head)
+                    if self.cuts(request):
+                        near.sendall(head + body[: max(1, len(body) // 2)])
+                        return
+                    near.sendall(head + body)
+            except OSError:
+                return
+
+    @classmethod
+    def _body(cls, far: socket.socket, head: bytes) -> bytes:
+        """The body of an answer as it comes: of a length that its head names, or in chunks, as Ceph's listings are."""
+        if found := re.search(rb"(?i)content-length: (\d+)", head):
+            return cls._exactly(far, int(found[1]))
+        body = b""
+        while b"chunked" in head.lower():
+            size = cls._until(far, b"\r\n")
+            body += size + cls._exactly(far, int(size, 16) + 2)
+            if int(size, 16) == 0:
+                break
+        return body
+
+    @classmethod
+    def _head(cls, side: socket.socket) -> bytes:
+        return cls._until(side, b"\r\n\r\n")
+
+    @staticmethod
+    def _exactly(side: socket.socket, length: int) -> bytes:
+        read = bytearray()
+        while len(read) < length and (piece := side.recv(min(length - len(read), 2**16))):
+            read += piece
+        return bytes(read)
+
+    @staticmethod
+    def _until(side: socket.socket, end: bytes) -> bytes:
+        read = b""
+        while not read.endswith(end):
+            byte = side.recv(1)
+            if not byte:
+                return b""
+            read += byte
+        return read
+
+
+@pytest.fixture
+def proxy(bucket: str, s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    parts = urlsplit(s3_environment["AWS_ENDPOINT_URL_S3"])
+    proxy = Proxy((parts.hostname or "", parts.port or 0))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+    yield proxy
+    proxy.close()
+
+
+def of_images(request: bytes) -> bool:
+    return b".png HTTP" in request
+
+
+def of_shards(request: bytes) -> bool:
+    return b".tar HTTP" in request
+
+
+def of_listings(request: bytes) -> bool:
+    return b"list-type=2" in request
+
+
+def first(count: int, chosen: Callable[[bytes], bool]) -> Callable[[bytes], bool]:
+    """Of the requests that are ``chosen``, the first ``count``."""
+    lock, left = threading.Lock(), [count]
+
+    def cuts(request: bytes) -> bool:
+        with lock:
+            if not chosen(request) or not left[0]:
+                return False
+            left[0] -= 1
+            return True
+
+    return cuts
+
+
+def test_a_connection_that_drops_for_a_while_changes_nothing(
+    store: Store, bucket: str, proxy: Proxy, tmp_path: Path
+) -> None:
+    put(store, bucket, {f"in/{number % 2}/{number:02d}.png": png(number) for number in range(24)})
+    put(store, bucket, {"shards/a.tar": tar_bytes({f"{number}.png": png(number) for number in range(12)})})
+    for kind, uri, chosen, cuts in (
+        ("images", f"s3://{bucket}/in", of_images, 5),
+        ("shards", f"wds:s3://{bucket}/shards/a.tar", of_shards, 5),
+        ("listings", f"s3://{bucket}/in", of_listings, 2),
+    ):
+        make(tmp_path / kind / "undisturbed" / "set", uri)
+        proxy.cuts = first(cuts, chosen)
+        make(tmp_path / kind / "disturbed" / "set", uri)
+        assert not proxy.cuts(b"GET /a.png HTTP /a.tar HTTP list-type=2"), "all cuts were made"
+        assert files_of(tmp_path / kind / "disturbed" / "set") == files_of(tmp_path / kind / "undisturbed" / "set")
+
+
+@pytest.mark.slow
+def test_a_connection_that_drops_for_good_is_an_error_after_which_the_same_command_ends_right(
+    store: Store, bucket: str, proxy: Proxy, tmp_path: Path
+) -> None:
+    put(store, bucket, {f"in/{number % 2}/{number:02d}.png": png(number) for number in range(24)})
+    put(store, bucket, {"shards/a.tar": tar_bytes({f"{number}.png": png(number) for number in range(12)})})
+    for uri, chosen in ((f"s3://{bucket}/in", of_images), (f"wds:s3://{bucket}/shards/a.tar", of_shards)):
+        kind = uri[:3]
+        make(tmp_path / kind / "undisturbed" / "set", uri)
+        folder = tmp_path / kind / "disturbed" / "set"
+        proxy.cuts = chosen
+        with pytest.raises(
+            DarkroomError, match=r"s3://.*breaks off or is damaged: .* give the same command again"
+        ) as error:
+            make(folder, uri)
+        assert "\n" not in str(error.value)
+        assert files_of(folder) == {}
+        assert not list((folder.parent / ".set" / "scratch").glob(".*.partial"))
+        proxy.cuts = lambda request: False
+        make(folder, uri)
+        assert files_of(folder) == files_of(tmp_path / kind / "undisturbed" / "set")
+
+
+def test_a_version_that_is_there_stays_whole_when_the_connection_drops(
+    store: Store, bucket: str, proxy: Proxy, tmp_path: Path
+) -> None:
+    put(store, bucket, {f"{number:02d}.png": png(number) for number in range(12)})
+    make(tmp_path / "set", f"s3://{bucket}")
+    before = files_of(tmp_path / "set")
+    put(store, bucket, {"more.png": png(99)})
+    proxy.cuts = of_images
+    with pytest.raises(DarkroomError):
+        make(tmp_path / "set", f"s3://{bucket}")
+    assert files_of(tmp_path / "set") == before
+    proxy.cuts = lambda request: False
+    assert make(tmp_path / "set", f"s3://{bucket}").added == 1

@@ -1,0 +1,107 @@
+"""A machine gets the newest version of a data set; what was retrained once is not again, on whatever machine."""
+
+import time
+
+import pytest
+
+from diffusion.common.config import Config
+from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.generation.config import UNCONDITIONAL
+from flows.config import Params
+from flows.datasets.sync import CREATED, created, newer, sync
+from flows.registry.idempotency import Printing, Request
+from tests.flows.datasets.test_catalog import FOLDER, Place, place
+
+__all__ = ["place"]
+
+PARAMS = Params.model_validate({"training": {"dataset": "blobs", "images": 320}})
+PRINTING = Printing(64, 0, None, UNCONDITIONAL)
+
+
+@pytest.fixture
+def versions(place: Place, monkeypatch: pytest.MonkeyPatch) -> list[Manifest]:
+    """Two versions, published a second apart, which is how exactly S3 tells the time."""
+    monkeypatch.setenv("DARKROOM_BUCKET", place.bucket)
+    found = [place.version()]
+    time.sleep(1.1)
+    return [*found, place.version(100)]
+
+
+def bring(version: str | None = None) -> str:
+    sync.fn(PARAMS, version)
+    return read_manifest(FOLDER).digest
+
+
+def test_the_newest_comes_where_an_older_one_or_none_lies(place: Place, versions: list[Manifest]) -> None:
+    older, newest = (version.digest for version in versions)
+    assert newer(PARAMS, place.catalogue) is None
+    place.forget()
+    assert bring() == newest
+    assert bring(older) == older
+    assert bring(older[:8]) == older
+    assert bring() == newest
+
+
+def test_what_was_never_published_stays(place: Place, versions: list[Manifest]) -> None:
+    place.publish = lambda: None  # type: ignore[method-assign]  # as if killed before
+    here = place.version(101).digest
+    assert here not in {version.digest for version in versions}
+    assert bring() == here
+
+
+def test_a_data_set_that_nobody_has_is_nothing_to_bring(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DARKROOM_BUCKET", place.bucket)
+    assert newer(PARAMS, place.catalogue) is None
+
+
+def test_an_event_names_its_version_and_is_the_same_however_often_it_is_made(
+    place: Place, versions: list[Manifest]
+) -> None:
+    first, second = (created(version, place.catalogue) for version in versions)
+    assert first.id == created(versions[0], place.catalogue).id != second.id
+    assert (second.event, second.resource.id) == (CREATED, "darkroom.dataset.blobs")
+    assert second.payload["digest"] == versions[1].digest
+    assert second.payload["parent"] == versions[0].digest
+    for version in versions:
+        assert not place.catalogue.announced(version.digest)
+        place.catalogue.note_announced(version.digest)
+        assert place.catalogue.announced(version.digest)
+    assert place.catalogue.versions().keys() == {version.digest for version in versions}
+
+
+class Result(Config):
+    """What a retraining ends in, as far as its note is read."""
+
+    verdict: dict[str, object]
+
+
+def result(reason: str) -> Result:
+    return Result(verdict={"version": {"model": "blobs", "number": 1}, "reason": reason})
+
+
+def changed(section: str, **fields: object) -> Params:
+    tree = PARAMS.model_dump(mode="json")
+    return Params.model_validate(tree | {section: tree[section] | fields})
+
+
+def test_what_is_done_is_done_for_equal_content_and_configuration(
+    place: Place, versions: list[Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request.of(PARAMS, versions[0], PRINTING)
+    # What gc keeps is no matter.
+    assert request == Request.of(changed("retention", grace_hours=1), versions[0], PRINTING), (
+        "what gc keeps is no matter"
+    )
+    assert request.done() is None
+    request.note(result("first"))
+    Request.of(changed("ingest", source="elsewhere"), versions[0], PRINTING).note(result("second"))
+    assert request.done() == result("first").model_dump()
+    others = [
+        Request.of(PARAMS, versions[1], PRINTING),
+        Request.of(changed("training", seed=1), versions[0], PRINTING),
+        Request.of(changed("gate", delta=0.2), versions[0], PRINTING),
+        Request.of(changed("registry", model="other"), versions[0], PRINTING),
+        Request.of(PARAMS, versions[0], Printing(65, 0, None, UNCONDITIONAL)),
+    ]
+    assert len({each.key for each in others} | {request.key}) == 6
+    assert [each.done() for each in others] == [None] * 5

@@ -1,0 +1,177 @@
+"""Machines that add to one data set: in whatever order and whoever is killed, the newest version has all they added."""
+
+import pytest
+
+from diffusion.common.errors import Held
+from flows.environment import settings
+from flows.storage.s3 import Store
+from tests.builders.machines import BASE, NAME, Killed, Machine, Machines, before, first_version, killed, machine, two
+
+__all__ = ["first_version", "machine", "two"]
+
+STEPS = (
+    "flows.datasets.lineage:record_data",  # ingested, and not pushed
+    "flows.datasets.catalog:Catalogue.publish",  # pushed, and not in the catalogue
+    "flows.datasets.catalog:Heads.advance",  # in the catalogue, and not the newest
+)
+
+
+def test_the_second_adds_to_what_the_first_published(two: tuple[Machine, Machine], machine: Machines) -> None:
+    one, other = two
+    first = one.ingest(100, 101)
+    second = other.ingest(200)
+    assert (second.added, second.kept, second.changed) == (1, 11, True)
+    assert other.images == {*BASE, 100, 101, 200}
+    assert other.version.parent == first.digest
+    assert one.newest == other.version.digest
+    again = one.ingest()
+    assert (again.added, again.digest) == (0, second.digest)
+
+
+@pytest.mark.parametrize(
+    "step", [pytest.param(each, marks=() if "publish" in each else pytest.mark.slow) for each in STEPS]
+)
+def test_whoever_is_slower_adds_what_it_ingested_to_the_version_of_whoever_was_faster(
+    step: str, two: tuple[Machine, Machine]
+) -> None:
+    one, other = two
+    with before(step, lambda: other.ingest(200, 201)):
+        done = one.ingest(100, 200)
+    assert one.images == {*BASE, 100, 200, 201}
+    assert (done.digest, done.kept, done.changed) == (one.version.digest, 11, True)
+    assert one.newest == done.digest
+    other.ingest()
+    assert other.version == one.version
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", STEPS)
+def test_whoever_is_killed_holds_nobody_up_and_goes_on_with_the_same_command(
+    step: str, two: tuple[Machine, Machine]
+) -> None:
+    one, other = two
+    with before(step, killed), pytest.raises(Killed):
+        one.ingest(100)
+    other.ingest(200)
+    one.ingest()
+    assert one.images == {*BASE, 100, 200}
+    assert one.newest == one.version.digest
+
+
+@pytest.mark.slow
+def test_two_that_begin_one_data_set_at_the_same_time_make_one_of_it(machine: Machines) -> None:
+    one, other = machine("one"), machine("other")
+    with before("flows.datasets.catalog:Heads.advance", lambda: other.ingest(1, 2, 200)):
+        one.ingest(1, 2, 100)
+    assert one.images == {1, 2, 100, 200}
+    assert one.newest == one.version.digest
+
+
+@pytest.mark.slow
+def test_a_catalogue_from_before_there_were_heads_is_mended_where_one_lost_images(two: tuple[Machine, Machine]) -> None:
+    one, other = two
+    with before("flows.datasets.catalog:Heads.advance", killed), pytest.raises(Killed):
+        one.ingest(100)
+    with before("flows.datasets.catalog:Heads.advance", killed), pytest.raises(Killed):
+        other.ingest(200)
+    store = Store()
+    bucket = settings().bucket
+    store.delete_many(bucket, list(store.list_keys(bucket, f"datasets/{NAME}/heads/")))
+    one.ingest()
+    other.ingest()
+    assert other.images == {*BASE, 100, 200}
+    assert one.newest == other.version.digest
+
+
+@pytest.mark.slow
+def test_junk_among_the_heads_stops_nobody(two: tuple[Machine, Machine]) -> None:
+    one, other = two
+    for name in ("00000002.json", "99999999.json", "x"):
+        Store().put_once(settings().bucket, f"datasets/{NAME}/heads/{name}", b"junk")
+    one.ingest(100)
+    other.ingest(200)
+    assert other.images == {*BASE, 100, 200}
+    assert one.newest == other.version.digest
+
+
+@pytest.mark.slow
+def test_a_newest_version_that_somebody_deleted_stops_nobody(two: tuple[Machine, Machine]) -> None:
+    one, other = two
+    lost = one.ingest(100).digest
+    Store().delete_many(settings().bucket, [f"datasets/{NAME}/{lost}/manifest.json"])
+    other.ingest(200)
+    assert other.images == {*BASE, 200}
+    assert one.newest == other.version.digest
+
+
+# A person decides otherwise
+
+
+def test_an_older_version_that_was_checked_out_is_built_on_and_what_it_leaves_out_is_said(
+    two: tuple[Machine, Machine], caplog: pytest.LogCaptureFixture
+) -> None:
+    one, _ = two
+    first = one.version.digest
+    left_out = one.ingest(100)
+    (one.folder / "images" / "100.png").unlink()
+    one.check_out(first)
+    done = one.ingest(101)
+    assert one.images == {*BASE, 101}
+    assert one.newest == done.digest != left_out.digest
+    assert any(first[:12] in line and "checked out" in line for line in caplog.messages)
+    one.ingest(102)
+    assert one.images == {*BASE, 101, 102}
+
+
+@pytest.mark.slow
+def test_a_retraining_goes_on_from_the_newest_whatever_was_checked_out(two: tuple[Machine, Machine]) -> None:
+    one, _ = two
+    first = one.version.digest
+    one.ingest(100)
+    one.check_out(first)
+    one.ingest(101, to_retrain=True)
+    assert one.images == {*BASE, 100, 101}
+
+
+@pytest.mark.slow
+def test_what_came_after_a_checkout_is_left_out_only_by_whoever_knows_of_it(two: tuple[Machine, Machine]) -> None:
+    one, other = two
+    first = one.version.digest
+    one.ingest(100)
+    one.check_out(first)
+    other.ingest(200)
+    for _ in range(2):
+        with pytest.raises(Held, match=f"data checkout {other.version.digest[:12]}"):
+            one.ingest(101)
+    assert one.newest == other.version.digest
+    one.check_out(first)
+    one.ingest()
+    assert one.images == {*BASE, 100, 101}, "its source still has number 100"
+
+
+@pytest.mark.slow
+def test_a_data_set_that_is_begun_anew_while_another_machine_adds_to_it_is_asked_for_again(
+    two: tuple[Machine, Machine],
+) -> None:
+    one, other = two
+    with (
+        before("flows.datasets.catalog:Catalogue.publish", lambda: other.ingest(200)),
+        pytest.raises(Held, match="--rebuild"),
+    ):
+        one.ingest(100, rebuild="always")
+    assert one.newest == other.version.digest
+    one.ingest(rebuild="always")
+    assert one.images == {*BASE, 100}
+    assert one.newest == one.version.digest
+    other.ingest()
+    assert other.images == {*BASE, 100, 200}, "its source has number 200"
+
+
+@pytest.mark.slow
+def test_what_was_ingested_while_another_machine_began_anew_is_added_to_that(two: tuple[Machine, Machine]) -> None:
+    one, other = two
+    for each in two:
+        (each.folder / "images" / "0.png").unlink()
+    with before("flows.datasets.catalog:Catalogue.publish", lambda: other.ingest(rebuild="always")):
+        one.ingest(100)
+    assert one.images == {*BASE, 100} - {0}

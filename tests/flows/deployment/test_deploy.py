@@ -1,0 +1,153 @@
+"""What Prefect is to do by itself: one declaration, filled in, that Prefect's own models take."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect.cli.deploy._models import PrefectYamlModel
+from prefect.events import DeploymentEventTrigger
+from prefect.events.schemas.automations import AutomationCore
+from prefect.server.utilities.user_templates import render_user_template_sync
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools import is_valid_schema, validate
+
+from diffusion.common.errors import UserError
+from diffusion.process.samplers import SAMPLERS
+from flows.config import Params
+from flows.datasets.sync import CREATED
+from flows.deployment.deploy import PACKAGED, _require_cron, filled, read_definitions
+from flows.monitor import compare_kid, monitor
+from flows.retrain import retrain
+from flows.sample_on_demand import sample_on_demand
+from tests.builders import ROOT
+
+PARAMS = Params.model_validate({"training": {"dataset": "faces"}, "ingest": {"source": "images"}})
+VALUES: dict[str, Any] = {
+    "DATASET": "faces",
+    "MODEL": "faces",
+    "PARAMS": PARAMS.model_dump(mode="json"),
+    "SAMPLING": PARAMS.sampling.model_dump(mode="json"),
+    "SAMPLING_BATCH": PARAMS.sampling_batch.model_dump(mode="json"),
+    "WORKSPACE": "/srv/faces",
+    "POOL": "cpu",
+    "TRAINING_POOL": "gpu",
+    "CRON": "0 2 * * *",
+    "MONITOR_CRON": "0 5 * * *",
+    "HEARTBEAT": "60",
+    "SILENCE": 240,
+}
+FLOWS = {
+    "flows.retrain.retrain": retrain,
+    "flows.sample_on_demand.sample_on_demand": sample_on_demand,
+    "flows.monitor.monitor": monitor,
+}
+
+
+def declared(**more: object) -> dict[str, Any]:
+    return read_definitions(PACKAGED, VALUES | more)
+
+
+def test_the_file_at_the_top_is_the_one_that_comes_with_the_package() -> None:
+    assert ROOT.joinpath("prefect.yaml").resolve() == PACKAGED.resolve()
+
+
+def test_prefect_takes_every_deployment_and_its_parameters_fit_the_flows() -> None:
+    found = declared()["deployments"]
+    assert [each.entrypoint for each in PrefectYamlModel.model_validate(declared()).deployments] == list(FLOWS)
+    for each in found:
+        schema = parameter_schema(FLOWS[each["entrypoint"]]).model_dump(exclude_unset=True)
+        is_valid_schema(schema)
+        assert validate(each["parameters"], schema, raise_on_error=False, ignore_required=False) == []
+    assert Params.model_validate(found[0]["parameters"]["params"]) == PARAMS
+    assert [each["work_pool"]["name"] for each in found] == ["gpu", "cpu", "cpu"]
+
+
+def test_retraining_goes_by_the_clock_and_by_the_event_of_its_own_data_set() -> None:
+    deployment = declared()["deployments"][0]
+    [schedule], [trigger] = deployment["schedules"], deployment["triggers"]
+    assert (schedule["cron"], schedule["timezone"]) == ("0 2 * * *", "UTC")
+    assert DeploymentEventTrigger.model_validate(trigger).expect == {CREATED}
+    assert trigger["match"] == {"prefect.resource.id": "darkroom.dataset.faces"}
+    assert trigger["parameters"] == {"version": "{{ event.payload.digest }}"}
+    assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
+
+
+def test_every_field_of_the_form_says_what_it_is() -> None:
+    schema = parameter_schema(sample_on_demand).model_dump()
+    for name, field in schema["properties"].items():
+        assert field.get("description"), name
+    samplers = [each for name, each in schema["definitions"].items() if name.endswith("Sampling")]
+    assert len(samplers) == len(SAMPLERS)
+    for name, field in [item for each in samplers for item in each["properties"].items()]:
+        assert field.get("description") or "const" in field, name
+    assert schema["properties"]["count"]["default"] == 64
+    assert schema["required"] == ["model"]
+
+
+def test_automations_are_valid_and_notifications_need_somewhere_to_go() -> None:
+    with_webhook = declared(WEBHOOK="0b7b4a6e-3f0b-4f53-9a55-0f3f4f0b5a11")["automations"]
+    assert [each["name"] for each in with_webhook][:2] == [each["name"] for each in declared()["automations"]]
+    for each in with_webhook:
+        AutomationCore.model_validate(each)
+    assert with_webhook[-1]["actions"][0]["block_document_id"] == "0b7b4a6e-3f0b-4f53-9a55-0f3f4f0b5a11"
+
+
+def test_a_notification_is_json_whatever_the_message_holds() -> None:
+    payload = declared(WEBHOOK="x")["automations"][-1]["actions"][0]["payload"]
+    state = {"name": "Failed", "message": 'it "broke"\n{"text": 1}'}
+    text = render_user_template_sync(payload, {"flow_run": {"name": "retrain-faces", "state": state}})
+    assert yaml.safe_load(text) == {"text": f"retrain-faces: Failed. {state['message']}"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("deployments: [", "is not YAML"),
+        ("name: x", "lacks work_pools, concurrency_limits"),
+        (PACKAGED.read_text().replace("$DATASET", "$DATASETS"), r"nothing is called \$DATASETS; there is CRON"),
+    ],
+)
+def test_a_declaration_that_cannot_be_is_one_line(tmp_path: Path, change: str, words: str) -> None:
+    path = tmp_path / "prefect.yaml"
+    path.write_text(change)
+    with pytest.raises(UserError, match=words):
+        read_definitions(path, VALUES)
+
+
+def test_a_placeholder_alone_keeps_its_type() -> None:
+    node = {"alone": "{{ $N }}", "within": "n={{ $N }}", "event": "{{ event.id }}", "other": [1, "{{ $N }}"]}
+    assert filled(node, {"N": 7}, Path("x")) == {
+        "alone": 7,
+        "within": "n=7",
+        "event": "{{ event.id }}",
+        "other": [1, 7],
+    }
+
+
+def test_a_schedule_that_is_none_is_refused() -> None:
+    with pytest.raises(UserError, match=r"'at two' is no cron schedule: write it like '0 2 \* \* \*'"):
+        _require_cron("at two")
+
+
+@pytest.mark.parametrize(("now", "drifted"), [(0.010, False), (0.012, False), (0.016, True)])
+def test_a_champion_drifts_if_it_is_worse_by_more_than_chance_allows(now: float, drifted: bool) -> None:
+    error = math.hypot(0.001, 0.0012)
+    assert drifted == (now - 0.010 > 3 * error)
+    ours, theirs = {"kid_x": now, "kid_se_x": 0.001}, {"kid_x": 0.010, "kid_se_x": 0.0012}
+    words, found = compare_kid("x", ours, theirs)
+    assert found == drifted
+    assert f"kid_x {now:.4g} ± 0.001, 0.01 ± 0.0012 when it was judged" in words
+    assert compare_kid("x", ours, {})[1] is False
+
+
+def test_what_a_schedule_starts_loads_no_torch_and_no_mlflow_before_there_is_something_to_do() -> None:
+    script = (
+        "import sys, flows.retrain, flows.sample_on_demand, flows.monitor, flows.deployment.deploy\n"
+        "print(*sorted({'torch', 'mlflow', 'matplotlib', 'pandas'} & set(sys.modules)))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert loaded.stdout.split() == []

@@ -1,0 +1,314 @@
+"""Retraining by itself on a real stack: deployments, events, limits, dead runs, notifications, a form in a browser.
+
+Screenshots go to where DARKROOM_SCREENSHOTS says, if it says so.
+"""
+
+import base64
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+from playwright.sync_api import Page, expect
+
+from flows.datasets.sync import CREATED
+from tests.builders.browser import chromium
+from tests.builders.workspace import PARAMS, Workspace, running
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+QUICK = {
+    "training": {**PARAMS["training"], "images": 320, "checkpoints": 1, "warmup_images": 16},
+    "evaluation": {"samples": 16, "extractor_size": 32},
+}
+HEARTBEAT = 30
+"""Seconds; Prefect allows no less."""
+PATIENCE = 60_000
+"""Milliseconds that a page may take on a busy machine."""
+NEVER = "0 0 1 1 *"
+"""A schedule that starts nothing while tests run."""
+DEPLOY = (
+    "deploy",
+    "--webhook-env",
+    "MAILBOX",
+    "--set",
+    "ingest.source=images",
+    "--cron",
+    NEVER,
+    "--monitor-cron",
+    NEVER,
+)
+T = TypeVar("T")
+ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+HOLDER = """
+import time
+from prefect import flow
+from flows.deployment.tasks import turn
+
+@flow(name="holder")
+def holder():
+    with turn("retrain-blobs"):
+        print("holds", flush=True)
+        time.sleep(900)
+
+holder()
+"""
+
+
+class Prefect:
+    """The workspace's Prefect server, as its UI speaks to it."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        secret = base64.b64encode(workspace.variables["PREFECT_API_AUTH_STRING"].encode()).decode()
+        self.client = httpx.Client(
+            base_url=workspace.variables["PREFECT_API_URL"], headers={"Authorization": f"Basic {secret}"}, timeout=60
+        )
+
+    def filter(self, kind: str, **asked: object) -> list[dict[str, Any]]:
+        answer = self.client.post(f"/{kind}/filter", json=asked)
+        assert answer.is_success, answer.text
+        found = answer.json()
+        return list(found["events"] if kind == "events" else found)
+
+    def runs(self, flow: str) -> list[dict[str, Any]]:
+        """The runs of a flow that no schedule made, newest first."""
+        found = self.filter("flow_runs", flows={"name": {"any_": [flow]}}, sort="START_TIME_DESC")
+        return [run for run in found if not run["auto_scheduled"]]
+
+    def deployment(self, name: str) -> dict[str, Any]:
+        return dict(self.client.get(f"/deployments/name/{name}").json())
+
+    def start(self, name: str, **parameters: object) -> str:
+        asked = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+        answer = self.client.post(f"/deployments/{self.deployment(name)['id']}/create_flow_run", json=asked)
+        assert answer.is_success, answer.text
+        return str(answer.json()["id"])
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        return dict(self.client.get(f"/flow_runs/{run_id}").json())
+
+    def ended(self, run_id: str) -> dict[str, Any]:
+        return eventually(lambda: run if (run := self.run(run_id))["state_type"] in ENDED else None)
+
+    def limit(self, name: str) -> dict[str, Any]:
+        return dict(self.client.get(f"/v2/concurrency_limits/{name}").json())
+
+
+def eventually(ask: Callable[[], T | None], seconds: float = 400) -> T:
+    deadline = time.monotonic() + seconds
+    while not (found := ask()):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    return found
+
+
+class Mailbox:
+    """A webhook on loopback that keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        mailbox = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                mailbox.texts.append(json.loads(body)["text"])
+                self.send_response(204)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/T0/B0/secret-token"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture(scope="module")
+def mailbox() -> Iterator[Mailbox]:
+    box = Mailbox()
+    yield box
+    box.server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, mailbox: Mailbox) -> Iterator[Workspace]:
+    """A running stack on which everything is deployed."""
+    with running(tmp_path_factory.mktemp("workspace"), PARAMS | QUICK, 120) as space:
+        space.variables |= {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT), "MAILBOX": mailbox.url}
+        space.json(*DEPLOY)
+        yield space
+
+
+@pytest.fixture(scope="module")
+def prefect(workspace: Workspace) -> Prefect:
+    return Prefect(workspace)
+
+
+@pytest.fixture(scope="module")
+def killed(workspace: Workspace, prefect: Prefect) -> str:
+    """The id of a run that held the turn of retraining when its process was killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER], cwd=workspace.folder, env=workspace.variables, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    while "holds" not in process.stdout.readline():
+        assert process.poll() is None
+    [run] = prefect.runs("holder")
+    heartbeat = {
+        "event": {"name": ["prefect.flow-run.heartbeat"]},
+        "resource": {"id": [f"prefect.flow-run.{run['id']}"]},
+    }
+    eventually(lambda: prefect.filter("events", filter=heartbeat))
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert prefect.run(run["id"])["state_type"] == "RUNNING"
+    assert prefect.limit("retrain-blobs")["active_slots"] == 1
+    return str(run["id"])
+
+
+def test_deployed_twice_everything_is_there_once_and_the_address_to_notify_in_no_file(
+    workspace: Workspace, prefect: Prefect, mailbox: Mailbox, killed: str
+) -> None:
+    def there() -> dict[str, list[str]]:
+        found = {kind: prefect.filter(kind) for kind in ("deployments", "automations", "work_pools")}
+        return {kind: sorted(each["name"] for each in some) for kind, some in found.items()}
+
+    before = there()
+    done = workspace.json(*DEPLOY, "--cron", "5 0 1 1 *")
+    assert there() == before
+    assert done["deployments"] == ["retrain/blobs", "sample-on-demand/blobs", "monitor/blobs"]
+    assert before["deployments"] == ["blobs"] * 3
+    assert before["automations"] == sorted([*done["automations"], "darkroom: retrain blobs on a new version"])
+    assert before["work_pools"] == ["darkroom"]
+    [schedule] = prefect.deployment("retrain/blobs")["schedules"]
+    assert schedule["schedule"]["cron"] == "5 0 1 1 *"
+    assert {name: prefect.limit(name)["limit"] for name in done["concurrency_limits"]} == done["concurrency_limits"]
+    files = [path for path in workspace.folder.rglob("*") if path.is_file() and path.stat().st_size < 2**24]
+    assert not [path for path in files if mailbox.url.encode() in path.read_bytes()]
+    assert "no MAILBOX2" in workspace.run("deploy", "--webhook-env", "MAILBOX2", code=2)
+
+
+def test_a_new_version_starts_a_retraining_on_it_and_the_next_one_has_nothing_to_do(
+    workspace: Workspace, prefect: Prefect, killed: str, mailbox: Mailbox
+) -> None:
+    version = workspace.json("ingest", "images")["digest"]
+    [event] = eventually(lambda: prefect.filter("events", filter={"event": {"name": [CREATED]}}))
+    assert event["payload"]["digest"] == version
+    [run] = eventually(lambda: prefect.runs("retrain"))
+    assert run["parameters"]["version"] == version
+    # Its turn comes when the one that was killed gives its slot back.
+    done = prefect.ended(run["id"])
+    assert done["state_type"] == "COMPLETED", done["state"]["message"]
+    assert done["state"]["message"].startswith("models:/blobs/1 is champion")
+    assert not [each for each in prefect.runs("ingest") if each["parent_task_run_id"]]
+    eventually(lambda: [text for text in mailbox.texts if "models:/blobs/1 is champion" in text])
+
+    workspace.json("ingest", "images")
+    began = resource.getrusage(resource.RUSAGE_CHILDREN)
+    again = workspace.json("retrain", "images")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert again["skipped"].startswith(f"version {version[:12]} of blobs was trained on with this configuration before")
+    assert again["verdict"]["version"]["number"] == 1
+    assert used.ru_utime + used.ru_stime - began.ru_utime - began.ru_stime < 15
+    newest = prefect.runs("retrain")[0]
+    assert (newest["state_type"], newest["state_name"]) == ("COMPLETED", "Skipped")
+    assert newest["state"]["message"].startswith("nothing to do: version")
+    assert len(prefect.filter("events", filter={"event": {"name": [CREATED]}})) == 1
+    assert len(prefect.runs("retrain")) == 2
+    assert len(prefect.runs("train")) == 1
+
+
+def test_a_fresh_machine_gets_the_data_and_does_nothing_again(workspace: Workspace, killed: str) -> None:
+    version = workspace.json("data", "log")["versions"][0]["digest"]
+    for name in (".dvc", "data", "runs", "reports"):
+        (workspace.folder / name).rename(workspace.folder / f"{name}-elsewhere")
+    found = workspace.json("retrain", "--version", version)
+    assert found["data"]["digest"] == version
+    assert found["skipped"]
+    assert (workspace.folder / "data" / "blobs" / "manifest.json").is_file()
+    for name in (".dvc", "data", "runs", "reports"):
+        shutil.rmtree(workspace.folder / name, ignore_errors=True)
+        (workspace.folder / f"{name}-elsewhere").rename(workspace.folder / name)
+
+
+def test_the_champion_is_looked_at_again_once_for_the_same_images(workspace: Workspace, prefect: Prefect) -> None:
+    first = prefect.ended(prefect.start("monitor/blobs"))
+    assert first["state_type"] == "COMPLETED", first["state"]["message"]
+    assert "kid_efflite0" in first["state"]["message"]
+    again = workspace.json("monitor")
+    assert again["skipped"] is True
+    assert again["model"] == "models:/blobs/1"
+
+
+@pytest.mark.drill(
+    "a run that holds a slot is killed",
+    "SIGKILL of a deployed retraining",
+    "marked as crashed, and its slot is free after four heartbeats",
+)
+def test_a_run_that_was_killed_is_crashed_and_its_slot_is_free(prefect: Prefect, killed: str) -> None:
+    done = prefect.ended(killed)
+    assert done["state_type"] == "CRASHED"
+    assert f"for {4 * HEARTBEAT} s" in done["state"]["message"]
+    eventually(lambda: prefect.limit("retrain-blobs")["active_slots"] == 0)
+
+
+def test_without_its_limit_a_deployed_run_fails_and_says_so_to_whom_it_may_concern(
+    workspace: Workspace, prefect: Prefect, mailbox: Mailbox
+) -> None:
+    assert prefect.client.delete("/v2/concurrency_limits/retrain-blobs").is_success
+    try:
+        done = prefect.ended(prefect.start("retrain/blobs"))
+    finally:
+        workspace.json(*DEPLOY)
+    assert done["state_type"] == "FAILED"
+    assert "no concurrency limit retrain-blobs" in done["state"]["message"]
+    [text] = eventually(lambda: [text for text in mailbox.texts if text.startswith("retrain-blobs: Failed. ")])
+    assert "run `darkroom deploy`" in text
+
+
+def shot(page: Page, name: str) -> None:
+    if folder := os.environ.get("DARKROOM_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def test_prints_by_the_form_in_prefects_ui(workspace: Workspace, prefect: Prefect) -> None:
+    deployment = prefect.deployment("sample-on-demand/blobs")["id"]
+    ui = workspace.variables["PREFECT_API_URL"].removesuffix("/api")
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(PATIENCE)
+        page.goto(ui)
+        page.locator("input[type=password]").fill(workspace.variables["PREFECT_API_AUTH_STRING"])
+        page.keyboard.press("Enter")
+        page.get_by_role("link", name="Deployments").first.click()
+        expect(page.get_by_text("sample-on-demand").first).to_be_visible()
+        page.goto(f"{ui}/deployments/deployment/{deployment}/run")
+        expect(page.get_by_text("Whose images, models:/NAME@champion").first).to_be_visible()
+        count = page.locator(".schema-form-property", has_text="How many.").locator("input")
+        expect(count).to_have_value("64")
+        count.fill("3")
+        shot(page, "prefect_form")
+        page.get_by_role("button", name="Submit").click()
+        [run] = eventually(lambda: prefect.runs("sample-on-demand"))
+        assert run["parameters"]["count"] == 3
+        assert prefect.ended(run["id"])["state_type"] == "COMPLETED"
+        page.goto(f"{ui}/runs/flow-run/{run['id']}")
+        expect(page.get_by_text("Completed", exact=True).first).to_be_visible()
+        inner = next(each for each in prefect.runs("sample") if each["parent_task_run_id"])
+        page.goto(f"{ui}/runs/flow-run/{inner['id']}")
+        expect(page.get_by_text("Completed", exact=True).first).to_be_visible()
+        shot(page, "prefect_run")
+        page.get_by_role("tab", name="Artifacts").or_(page.get_by_text("Artifacts", exact=True)).last.click()
+        expect(page.get_by_text("samples", exact=True).first).to_be_visible()

@@ -1,0 +1,668 @@
+"""The local stack with its real servers: started, killed, started again, joined, stopped."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+import pytest
+from playwright.sync_api import sync_playwright
+
+from diffusion.common.errors import DarkroomError, UserError
+from flows import local_stack
+from flows.environment import SERVERS
+from flows.local_stack import ports, seaweedfs
+from flows.local_stack.discovery import join_servers
+from flows.local_stack.server_process import members
+from flows.local_stack.stack_files import SERVICES, LocalStack
+from flows.local_stack.tls import new_identity
+from flows.storage.s3 import Store
+from tests.builders import ROOT, intruder
+from tests.builders.browser import chromium
+from tests.builders.http_server import serving
+
+COMMAND = "import sys; from flows import stack; print(stack.{}(lambda line: print(line, file=sys.stderr)))"
+
+
+def command(verb: str) -> subprocess.Popen[bytes]:
+    """A verb of the stack in a process of its own, which ends before the stack does."""
+    return subprocess.Popen([sys.executable, "-c", COMMAND.format(verb)], stderr=subprocess.PIPE)
+
+
+def pids() -> dict[str, int | None]:
+    return {service.name: service.pid for service in local_stack.status().services}
+
+
+def states() -> dict[str, str]:
+    return {service.name: service.state for service in local_stack.status().services}
+
+
+RUNNING = dict.fromkeys(SERVICES, "running")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folder of the stack that the slow tests share; its name is a trap for those who do not quote."""
+    folder = (tmp_path_factory.mktemp("a project, with % and ü") / ".darkroom").resolve()
+    yield folder
+    for process in members(folder, *SERVICES):
+        process.kill()
+
+
+@pytest.fixture
+def up(no_servers: None, home: Path) -> LocalStack:
+    """The shared stack, up."""
+    os.environ["DARKROOM_HOME"] = str(home)
+    local_stack.up(lambda _: None)
+    local = LocalStack.read(home)
+    assert local is not None
+    written = home.with_name("written")
+    if not written.exists():
+        joined(local, WRITE)
+        written.touch()
+    return local
+
+
+def joined(local: LocalStack, program: str) -> str:
+    """What a program of somebody else prints that knows nothing but the exports."""
+    environment = os.environ | local_stack.exports()
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-1]
+
+
+WRITE = """
+import os, boto3, mlflow
+boto3.client("s3").put_object(Bucket=os.environ["DARKROOM_BUCKET"], Key="kept", Body=b"on s3")
+mlflow.set_experiment("kept")
+with mlflow.start_run() as run:
+    mlflow.log_text("in mlflow", "a.txt")
+from prefect.client.orchestration import get_client
+from prefect.variables import Variable
+Variable.set("kept", "in prefect", overwrite=True)
+with get_client(sync_client=True) as client:
+    print(client.read_work_pool("darkroom").type)
+"""
+READ = """
+import json, os, boto3, mlflow
+s3, bucket = boto3.client("s3"), os.environ["DARKROOM_BUCKET"]
+run = mlflow.search_runs(experiment_names=["kept"], output_format="list")[0]
+key = f"mlflow/{run.info.experiment_id}/{run.info.run_id}/artifacts/a.txt"
+from prefect.variables import Variable
+print(json.dumps([
+    s3.get_object(Bucket=bucket, Key="kept")["Body"].read().decode(),
+    mlflow.artifacts.load_text(run.info.artifact_uri + "/a.txt"),
+    s3.get_object(Bucket=bucket, Key=key)["Body"].read().decode(),
+    Variable.get("kept"),
+]))
+"""
+
+
+def assert_all_is_kept(local: LocalStack) -> None:
+    assert json.loads(joined(local, READ)) == ["on s3", "in mlflow", "in mlflow", "in prefect"]
+
+
+def kill(pid: int | None) -> None:
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=5)
+
+
+@pytest.mark.slow
+def test_the_stack_outlives_the_command_that_starts_it_and_stock_clients_join_it(no_servers: None, home: Path) -> None:
+    os.environ["DARKROOM_HOME"] = str(home)
+    assert command("up").wait(120) == 0
+    assert states() == RUNNING
+    assert all(service.url.startswith("http://127.0.0.1:") for service in local_stack.status().services)
+    local = LocalStack.read(home)
+    assert local is not None
+    assert joined(local, WRITE) == "process"
+    home.with_name("written").touch()
+    assert_all_is_kept(local)
+
+
+@pytest.mark.slow
+def test_up_again_leaves_alone_what_runs(up: LocalStack) -> None:
+    before = pids()
+    local_stack.up(lambda _: None)
+    assert pids() == before
+
+
+@pytest.mark.drill(
+    "a server of the local stack is killed",
+    "SIGKILL of each, one after the other",
+    "`darkroom up` brings it back with all it held",
+)
+@pytest.mark.slow
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_killed_service_comes_back_with_all_it_held(up: LocalStack, service: str) -> None:
+    before = pids()
+    kill(before[service])
+    assert states() == {**RUNNING, service: "stopped"} | (
+        # Its reports to the dead server are lost, so nobody can say that it works.
+        {"worker": "not answering"} if service == "prefect" else {}
+    )
+    local_stack.up(lambda _: None)
+    assert states() == RUNNING
+    after = pids()
+    assert after[service] != before[service]
+    assert {name: pid for name, pid in after.items() if name != service} == {
+        name: pid for name, pid in before.items() if name != service
+    }
+    assert_all_is_kept(up)
+
+
+@pytest.mark.drill(
+    "all servers are killed",
+    "SIGKILL of all, then two `darkroom up` at once",
+    "one stack with all it held",
+)
+@pytest.mark.slow
+def test_after_the_death_of_everything_two_ups_at_once_make_one_stack(up: LocalStack) -> None:
+    for process in members(up.folder, *SERVICES):
+        process.kill()
+    commands = [command("up") for _ in range(2)]
+    assert [process.wait(180) for process in commands] == [0, 0]
+    assert states() == RUNNING
+    leaders = [process for process in members(up.folder, *SERVICES) if os.getsid(process.pid) == process.pid]
+    assert {process.pid for process in leaders} == set(pids().values())
+    assert_all_is_kept(up)
+
+
+@pytest.mark.drill("a server hangs", "MLflow is suspended", "`darkroom up` starts it anew")
+@pytest.mark.slow
+def test_a_service_that_hangs_is_started_anew(up: LocalStack) -> None:
+    for process in members(up.folder, "mlflow"):
+        process.suspend()
+    assert states() == {**RUNNING, "mlflow": "not answering"}
+    local_stack.up(lambda _: None)
+    assert states() == RUNNING
+    assert_all_is_kept(up)
+
+
+@pytest.mark.drill("a port is taken", "that of the S3 server, while it is dead", "it moves, and the others follow")
+@pytest.mark.slow
+def test_a_service_whose_port_was_taken_moves_and_the_others_follow(up: LocalStack) -> None:
+    kill(pids()["s3"])
+    taken = up.state.ports
+    with ExitStack() as open_sockets:
+        for name in seaweedfs.PORTS:
+            squatter = open_sockets.enter_context(socket.socket())
+            squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            squatter.bind(("127.0.0.1", taken[name]))
+            squatter.listen()
+        local_stack.up(lambda _: None)
+    assert states() == RUNNING
+    moved = LocalStack.read(up.folder)
+    assert moved is not None
+    assert not {moved.state.ports[name] for name in seaweedfs.PORTS} & set(taken.values())
+    assert_all_is_kept(moved)
+
+
+@pytest.mark.drill("`darkroom up` is killed", "SIGKILL when some servers run", "it can be stopped and started")
+@pytest.mark.slow
+def test_up_that_was_killed_half_way_can_be_stopped_and_started(up: LocalStack) -> None:
+    local_stack.down(lambda _: None)
+    half = command("up")
+    while len(members(up.folder, *SERVICES)) < 3:
+        time.sleep(0.05)
+    half.kill()
+    half.wait()
+    local_stack.down(lambda _: None)
+    assert members(up.folder, *SERVICES) == []
+    assert set(states().values()) == {"stopped"}
+    with pytest.raises(UserError, match="run `darkroom up`"):
+        join_servers("s3")
+    with pytest.raises(UserError, match="run `darkroom up`"):
+        local_stack.exports()
+    local_stack.up(lambda _: None)
+    assert_all_is_kept(up)
+
+
+@pytest.mark.slow
+def test_down_finds_what_runs_even_if_the_folder_was_removed(up: LocalStack, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    up.folder.rename(moved)
+    try:
+        local_stack.down(lambda _: None)
+        assert members(up.folder, *SERVICES) == []
+    finally:
+        shutil.rmtree(up.folder, ignore_errors=True)
+        moved.rename(up.folder)
+    local_stack.up(lambda _: None)
+    assert_all_is_kept(up)
+
+
+def answer(url: str, login: tuple[str, str] | None) -> int:
+    """HTTP status of a GET."""
+    passwords = urllib.request.HTTPPasswordMgrWithPriorAuth()
+    if login:
+        passwords.add_password(None, url, *login, is_authenticated=True)
+    opener = urllib.request.build_opener(urllib.request.HTTPBasicAuthHandler(passwords))
+    try:
+        with opener.open(url) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.slow
+def test_who_has_no_password_or_a_wrong_one_is_refused(up: LocalStack) -> None:
+    own = up.credentials
+    user, password = own.prefect_auth_string.split(":")
+    doors: list[tuple[str, tuple[str, str]]] = [
+        (f"{up.url('prefect')}/api/admin/version", (user, password)),
+        (
+            f"{up.url('mlflow')}/api/2.0/mlflow/experiments/search?max_results=1",
+            (own.mlflow_username, own.mlflow_password),
+        ),
+    ]
+    for url, login in doors:
+        assert answer(url, login) == 200
+        assert answer(url, None) == 401
+        assert answer(url, (login[0], "wrong")) == 401
+    assert answer(f"{up.url('s3')}/{up.bucket}/kept", None) == 403
+
+
+@pytest.mark.slow
+def test_secrets_are_in_no_log_and_on_no_command_line_and_only_the_owner_reads_them(up: LocalStack) -> None:
+    own = up.credentials.model_dump()
+    secrets = {value.split(":")[-1] for name, value in own.items() if name not in {"mlflow_username"}}
+    secrets -= {up.credentials.s3_access_key}
+    assert len(secrets) == 5
+    logs = "".join(path.read_text(errors="replace") for path in (up.folder / "logs").iterdir())
+    lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    commands = "\n".join(" ".join(line) for line in lines)
+    assert str(up.state.ports["mlflow"]) in commands
+    assert not [secret for secret in secrets if secret in logs or secret in commands]
+    assert stat.S_IMODE(up.folder.stat().st_mode) == 0o700
+    holders = [
+        path
+        for path in up.folder.rglob("*")
+        if path.is_file() and path.stat().st_size < 2**20 and any(s.encode() in path.read_bytes() for s in secrets)
+    ]
+    assert up.folder / "credentials.json" in holders
+    assert {stat.S_IMODE(path.stat().st_mode) for path in holders} == {0o600}
+
+
+@pytest.mark.slow
+def test_the_s3_server_does_next_to_nothing_when_nobody_asks_it(up: LocalStack) -> None:
+    [server] = members(up.folder, "s3")
+    shares = []
+    for _ in range(6):
+        before, seconds = sum(server.cpu_times()[:2]), 10.0
+        time.sleep(seconds)
+        shares.append((sum(server.cpu_times()[:2]) - before) / seconds)
+        # Right after its start it has some work of its own.
+        if shares[-1] < 0.05:
+            return
+    # Half a percent is what it takes; with its memory limit too low, the garbage collector alone took 11, always.
+    raise AssertionError(f"shares of a core, ten seconds each: {shares}")
+
+
+MARK = "seen by its owner alone"
+
+
+@pytest.fixture
+def private(up: LocalStack, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], dict[str, bytes]]]:
+    """An object in the stack's bucket; gives a look at all that is in the bucket."""
+    for name, value in up.variables("s3").items():
+        monkeypatch.setenv(name, value)
+    store = Store()
+    store.put_once(up.bucket, "private", MARK.encode())
+
+    def look() -> dict[str, bytes]:
+        return {key: store.get(up.bucket, key) for key in store.list_keys(up.bucket)}
+
+    yield look
+    store.delete_many(up.bucket, ["private"])
+
+
+def listening(local: LocalStack) -> tuple[set[int], set[str]]:
+    """Ports and sockets in the file system on which anything of the stack listens."""
+    listeners, sockets = set(), set()
+    for process in members(local.folder, *SERVICES):
+        listeners |= {each.laddr.port for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+        here = {str(each.laddr) for each in process.net_connections("unix") if each.laddr}
+        sockets |= {str(Path(process.cwd(), path)) for path in here if not path.startswith("@")}
+    return listeners, sockets
+
+
+def assert_nothing_was_served(local: LocalStack, answers: list[dict[str, Any]]) -> None:
+    """Of SeaweedFS nothing answers but the S3 port, and nobody is told more than that he has no password."""
+    own = local.state.ports
+    open_to_all = {"/health", "/healthz", "/status"}
+    for each in answers:
+        path = each["asked"].partition(" ")[2].partition("?")[0]
+        assert MARK not in each["said"], each
+        if each["place"] == own["s3"]:
+            assert each["status"] in (400, 403, 404, 405) or path in open_to_all, each
+        elif each["place"] in (own["mlflow"], own["prefect"]):
+            pages = each["asked"].startswith("GET") and "<html" in each["said"].lower()  # those that ask for it
+            assert each["status"] in (400, 401, 403, 404, 405) or pages or path in open_to_all, each
+        else:
+            assert each["status"] == 400, each  # "Client sent an HTTP request to an HTTPS server."
+
+
+@pytest.mark.slow
+def test_another_user_of_the_machine_reads_changes_and_deletes_nothing(
+    up: LocalStack, private: Callable[[], dict[str, bytes]]
+) -> None:
+    before = private()
+    listeners, sockets = listening(up)
+    # What is known of SeaweedFS's ports is that gRPC is above them; any other would be news.
+    of_seaweedfs = {up.state.ports[name] + above for name in seaweedfs.PORTS for above in (0, ports.GRPC)}
+    assert listeners == of_seaweedfs | {up.state.ports["mlflow"], up.state.ports["prefect"]}
+    with TemporaryDirectory(prefix="darkroom-intruder-") as name:
+        folder = Path(name)
+        shutil.copy(seaweedfs.binary(), folder / "weed")
+        # One comes without anything, one with a certificate of his own making.
+        (folder / "bare").mkdir()
+        (folder / "forged").mkdir()
+        for file, text in seaweedfs.files("{}", new_identity("127.0.0.1")).items():
+            (folder / "forged" / file).write_text(text)
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o755)
+        asked = {
+            "places": [*sorted(listeners), *sorted(sockets)],
+            "ports": up.state.ports,
+            "bucket": up.bucket,
+            "key": "private",
+            "weed": str(folder / "weed"),
+            "folders": [str(folder / "bare"), str(folder / "forged")],
+            "paths": [str(path) for path in up.folder.rglob("*")],
+        }
+        found = run_intruder(asked)
+    assert found["answers"]  # He did reach them.
+    assert_nothing_was_served(up, found["answers"])
+    for said in found["programs"]:
+        assert MARK not in said
+        assert "private" not in said
+    if found["user"] != os.geteuid():
+        assert found["readable"] == []
+    assert private() == before
+    # The same programs do as their owner says.
+    assert MARK in owner_reads(up)
+
+
+def run_intruder(asked: dict[str, Any]) -> dict[str, Any]:
+    """What he found, who gives his rights away only when Python has loaded all that it needs."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "builders" / "intruder.py")],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def owner_reads(local: LocalStack) -> str:
+    """The private object, as SeaweedFS's shell prints it to whoever may read the stack's folder."""
+    master, filer = (f"127.0.0.1:{local.state.ports[name]}" for name in ("master", "filer"))
+    return subprocess.run(
+        [seaweedfs.binary(), "shell", f"-master={master}", f"-filer={filer}"],
+        cwd=local.folder / "s3",
+        input=f"fs.cat /buckets/{local.bucket}/private\nexit\n",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    ).stdout
+
+
+FETCH = """
+async requests => {
+    const answers = [];
+    for (const [url, method, body, mode] of requests) {
+        try {
+            const options = {method, mode, credentials: "include", signal: AbortSignal.timeout(8000)};
+            const answer = await fetch(url, body ? {...options, body} : options);
+            answers.push({status: answer.status, said: await answer.text(), type: answer.type});
+        } catch (error) { answers.push(null); }
+    }
+    return answers;
+}
+"""
+
+
+class Blank(BaseHTTPRequestHandler):
+    """A page without anything, of an origin that is not the stack's."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<!doctype html><title>x</title>")
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.slow
+def test_a_page_in_a_browser_reads_changes_and_deletes_nothing(
+    up: LocalStack, private: Callable[[], dict[str, bytes]]
+) -> None:
+    before = private()
+    listeners, _ = listening(up)
+    own = up.state.ports
+    with chromium() as browser, serving(Blank) as address:
+        page = browser.new_page()
+        page.goto(address.replace("127.0.0.1", "localhost"))
+        answers = []
+        for port in sorted(listeners):
+            asked = [
+                (f"http://127.0.0.1:{port}{path}", method, body, mode)
+                for method, path, body in intruder.requests(up.bucket, "private")
+                # What may be sent without asking the server first, and what may not.
+                for mode in (("no-cors", "cors") if method in ("GET", "POST") else ("cors",))
+            ]
+            for (url, method, _, _), answer in zip(asked, page.evaluate(FETCH, asked), strict=True):
+                # One of type "opaque" was sent, but the page is told nothing of it.
+                if answer is not None and answer["type"] != "opaque":
+                    path = url.removeprefix(f"http://127.0.0.1:{port}")
+                    answers.append(answer | {"place": port, "asked": f"{method} {path}"})
+    assert_nothing_was_served(up, answers)
+    # Of S3 alone may a page see what it is answered; without the keys, that is a refusal.
+    assert {each["place"] for each in answers} <= {own["s3"], own["mlflow"]}
+    assert private() == before
+
+
+@pytest.mark.slow
+def test_both_uis_open_in_a_browser_with_their_passwords(up: LocalStack) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium here")
+    own = up.credentials
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]) as browser,
+    ):
+        page = browser.new_page()
+        page.goto(up.url("prefect"))
+        page.locator("input[type=password]").fill(own.prefect_auth_string)
+        page.keyboard.press("Enter")
+        page.get_by_role("link", name="Work Pools").click()
+        page.get_by_role("link", name="darkroom").wait_for()
+        context = browser.new_context(
+            http_credentials={"username": own.mlflow_username, "password": own.mlflow_password}
+        )
+        page = context.new_page()
+        page.goto(f"{up.url('mlflow')}/#/experiments")
+        page.get_by_role("link", name="kept").first.wait_for()
+
+
+FLOW = """
+import mlflow
+from prefect import flow
+
+@flow
+def probe():
+    import os
+    from flows.local_stack.discovery import join_servers
+    from flows.storage.s3 import Store
+    join_servers("mlflow", "prefect", "s3")
+    mlflow.set_experiment("from the worker")
+    with mlflow.start_run():
+        mlflow.log_metric("seen", 1)
+    Store().put_once(os.environ["DARKROOM_BUCKET"], "from-the-worker", b"seen")
+"""
+
+
+@pytest.mark.slow
+def test_flows_in_the_worker_find_the_servers(up: LocalStack, tmp_path: Path) -> None:
+    (tmp_path / "probe.py").write_text(FLOW)
+    run = f"""
+from prefect import flow
+from prefect.deployments import run_deployment
+probe = flow.from_source(source={str(tmp_path)!r}, entrypoint="probe.py:probe")
+run = run_deployment(probe.deploy("probe", work_pool_name="darkroom", print_next_steps=False), timeout=120)
+print(run.state.name)
+"""
+    assert joined(up, run) == "Completed"
+    seen = """
+import mlflow, os, boto3
+run = mlflow.search_runs(experiment_names=["from the worker"], output_format="list")[0]
+body = boto3.client("s3").get_object(Bucket=os.environ["DARKROOM_BUCKET"], Key="from-the-worker")["Body"]
+print(run.data.metrics["seen"], body.read().decode())
+"""
+    assert joined(up, seen) == "1.0 seen"
+
+
+@pytest.mark.slow
+def test_down_stops_everything_and_up_finds_everything(up: LocalStack) -> None:
+    local_stack.down(lambda _: None)
+    assert members(up.folder, *SERVICES) == []
+    assert all(ports.is_free(up.state.ports[name]) for name in ("s3", "mlflow", "prefect"))
+    again = local_stack.up(lambda _: None)
+    assert {service.state for service in again.services} == {"running"}
+    assert_all_is_kept(up)
+    local_stack.down(lambda _: None)
+    local_stack.down(lambda _: None)
+
+
+@pytest.mark.slow
+def test_with_servers_of_a_team_only_the_missing_ones_are_started(no_servers: None, s3_server: dict[str, str]) -> None:
+    os.environ.update(s3_server)
+    os.environ.update({"PREFECT_API_URL": "http://127.0.0.1:9/api", "DARKROOM_BUCKET": "team-bucket"})
+    subprocess.run(
+        [sys.executable, "-c", "from flows.storage.s3 import Store; Store().ensure_bucket('team-bucket')"], check=True
+    )
+    try:
+        started = local_stack.up(lambda _: None)
+        assert states() == {"mlflow": "running"}
+        assert set(started.elsewhere) == {"prefect", "s3"}
+        local = LocalStack.read(started.folder)
+        assert local is not None
+        log = "import mlflow; mlflow.start_run(); mlflow.log_text('x', 'a.txt'); print(mlflow.end_run())"
+        joined(local, log)
+        keys = "from flows.storage.s3 import Store; print(len(list(Store().list_keys('team-bucket', 'mlflow/'))))"
+        assert joined(local, keys) == "1"
+        for name in s3_server:
+            del os.environ[name]
+        with pytest.raises(UserError, match="set the AWS_\\* variables again"):
+            local_stack.up(lambda _: None)
+    finally:
+        local_stack.down(lambda _: None)
+
+
+@pytest.mark.usefixtures("no_servers")
+def test_with_servers_of_a_team_nothing_is_started_here() -> None:
+    theirs = {
+        "MLFLOW_TRACKING_URI": "https://mlflow.example.com",
+        "PREFECT_API_URL": "https://prefect.example.com/api",
+        "AWS_ENDPOINT_URL_S3": "https://s3.example.com",
+    }
+    os.environ.update(theirs)
+    said: list[str] = []
+    found = local_stack.up(said.append)
+    assert found.services == ()
+    assert set(found.elsewhere) == set(SERVERS)
+    assert len([line for line in said if "commands here use the server that" in line]) == 3
+    assert not Path(".darkroom").exists()
+    assert local_stack.exports() == {}
+
+
+@pytest.mark.usefixtures("no_servers")
+def test_without_a_stack_status_is_empty_and_down_does_nothing() -> None:
+    assert local_stack.status().services == ()
+    assert local_stack.status().credentials is None
+    local_stack.down(lambda _: None)
+    assert not Path(".darkroom").exists()
+
+
+@pytest.mark.usefixtures("no_servers")
+def test_another_bucket_than_the_stacks_is_refused() -> None:
+    LocalStack.open(Path(".darkroom").resolve(), "first")
+    os.environ["DARKROOM_BUCKET"] = "second"
+    with pytest.raises(UserError, match=r"DARKROOM_BUCKET is second, .* bucket first"):
+        local_stack.up(lambda _: None)
+
+
+@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="this Python environment has no other below it")
+@pytest.mark.usefixtures("no_servers")
+def test_where_seaweedfs_is_not_installed_the_user_is_told_what_to_set() -> None:
+    # The interpreter below this environment, with its libraries but without its programs.
+    folders = [str(ROOT), sysconfig.get_path("purelib")]
+    os.environ.update({"PYTHONPATH": os.pathsep.join(folders), "PATH": "/usr/bin:/bin"})
+    program = "from flows import stack; stack.up(print)"
+    result = subprocess.run(
+        [os.path.realpath(sys.executable), "-c", program], capture_output=True, text=True, check=False
+    )
+    assert "UserError: SeaweedFS is not installed" in result.stderr
+    assert "AWS_ENDPOINT_URL_S3" in result.stderr
+
+
+@pytest.mark.usefixtures("no_servers")
+def test_a_home_that_cannot_be_written_to_is_named() -> None:
+    Path("file").write_text("")
+    os.environ["DARKROOM_HOME"] = "file"
+    with pytest.raises(UserError, match="DARKROOM_HOME"):
+        local_stack.up(lambda _: None)
+
+
+@pytest.mark.usefixtures("no_servers")
+def test_a_service_that_does_not_come_up_is_named_with_its_log() -> None:
+    os.environ.update({"MLFLOW_TRACKING_URI": "http://x", "PREFECT_API_URL": "http://x/api"})
+    data = Path(".darkroom/s3")
+    data.mkdir(parents=True)
+    # SeaweedFS cannot open its metadata.
+    (data / "filerldb2").write_text("not a folder")
+    try:
+        with pytest.raises(DarkroomError, match=r"S3 \(SeaweedFS\) ended at once.*logs/s3\.log is: \S+"):
+            local_stack.up(lambda _: None)
+    finally:
+        local_stack.down(lambda _: None)
+
+
+@pytest.mark.parametrize("which", [lambda port: port, lambda port: port + ports.GRPC])
+def test_a_port_counts_as_free_only_with_its_grpc_port(which: Callable[[int], int]) -> None:
+    [port] = ports.choose(1, taken=())
+    assert ports.are_free([port])
+    with socket.create_server(("127.0.0.1", which(port))):
+        assert not ports.are_free([port])
+    assert ports.are_free([port])
+
+
+def test_ports_that_are_spoken_for_are_not_chosen() -> None:
+    chosen = ports.choose(5, taken=())
+    assert len(set(chosen)) == 5
+    assert not set(chosen) & set(ports.choose(20, taken=chosen))

@@ -1,0 +1,65 @@
+"""What ``darkroom server health`` finds of S3 servers that ignore conditions, and what refuses to begin on them."""
+
+from collections.abc import Callable
+
+import pytest
+
+from diffusion.common.errors import UserError
+from flows import ingest, train
+from flows.config import Params
+from flows.monitoring.health import check
+from flows.storage.s3 import Store
+from tests.builders.s3_proxy import Request, ignoring_conditional_completion, proxied
+
+PARAMS = Params.model_validate({"training": {"dataset": "blobs", "images": 320}})
+
+
+def ignoring_all_conditions(request: Request) -> None:
+    """As servers from before 2024 do."""
+    del request.headers["If-None-Match"]
+
+
+def read_only(request: Request) -> str | None:
+    """Keys that may not write."""
+    return "AccessDenied" if request.method in {"PUT", "POST", "DELETE"} else None
+
+
+@pytest.fixture
+def here(s3_environment: dict[str, str], bucket: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The server of this process, with a bucket that it uses."""
+    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+    return s3_environment
+
+
+def test_a_server_that_honours_all_conditions_is_healthy_without_a_word(here: dict[str, str]) -> None:
+    assert check("s3") == []
+
+
+@pytest.mark.parametrize(
+    ("judge", "words"),
+    [(ignoring_conditional_completion, "ignores If-None-Match"), (read_only, "may not write")],
+)
+def test_what_a_server_lacks_or_was_not_tried_is_a_line(
+    here: dict[str, str], judge: Callable[[Request], str | None], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with proxied(here, judge) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
+        [line] = check("s3")
+    assert words in line
+    assert "\n" not in line
+
+
+def test_a_server_without_conditional_writes_is_refused_before_anything_is_ingested_or_trained(
+    here: dict[str, str], store: Store, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with proxied(here, ignoring_all_conditions) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
+        for begin in (
+            lambda: check("s3"),
+            lambda: ingest.mend.fn(PARAMS, "never", False),
+            lambda: train.train.fn(PARAMS),
+        ):
+            with pytest.raises(UserError, match="ignores the condition If-None-Match") as refusal:
+                begin()
+            assert "\n" not in str(refusal.value)
+    assert not [key for key in store.list_keys(bucket) if not key.endswith(".darkroom-conditional-put")]

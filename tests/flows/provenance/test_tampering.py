@@ -1,0 +1,500 @@
+"""What somebody altered who can write to the bucket, or to MLflow's tags, is noticed, named, and not run."""
+
+import io
+import json
+import os
+import py_compile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import cache_from_source
+from pathlib import Path
+from urllib.parse import urlparse
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from mlflow.client import MlflowClient
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from diffusion.common.errors import UserError
+from diffusion.common.files import canonical_json, sha256_bytes
+from diffusion.generation.config import Conditions
+from diffusion.process.samplers import sampling_config
+from flows import sample
+from flows.config import Params, SamplingBatchConfig
+from flows.provenance.reproduce import reproduce
+from flows.provenance.trace import Trace, trace
+from flows.registry import dependencies, model_versions
+from flows.registry.idempotency import Printing, Request
+from flows.registry.model_versions import CODE, WEIGHTS, Version
+from flows.sampling import generate_batch, sampling_batch
+from flows.sampling.lookup import disagreements, find
+from flows.sampling.sampling_batch import Batch
+from flows.storage.s3 import Location, Object, Store
+from tests.builders.built_datasets import BuiltDataset, kept
+from tests.builders.small_models import write_model
+
+BUCKET = "tampering"
+SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=4)
+ASKED = Conditions(labels=("even", "odd"))
+IMAGE, CHUNK = 5, 1
+"""An image that is not in the first of the two chunks."""
+NAME, PART = f"0000000{IMAGE}.png", f"manifest/part-0000{CHUNK}.jsonl"
+
+
+@dataclass
+class Sampled:
+    """A registered model of random weights, and batches of it, as files and in tars."""
+
+    store: Store
+    client: MlflowClient
+    version: Version
+    places: dict[str, Location]
+
+    def files(self, kind: str) -> dict[str, bytes]:
+        place = self.places[kind]
+        keys = self.store.list_keys(place.bucket, place.key(""))
+        return {key.removeprefix(place.key("")): self.store.get(place.bucket, key) for key in keys}
+
+    def beside(self, name: str, files: dict[str, bytes]) -> Location:
+        """A batch of these files under the prefix ``name``."""
+        place = Location(BUCKET, name)
+        self.store.put_many(BUCKET, [Object(place.key(file), data) for file, data in files.items()])
+        return place
+
+    @cached_property
+    def usual(self) -> Trace:
+        """What is said of an image before anything was altered: there is no data set behind the model."""
+        return trace(f"{self.places['png']}/{NAME}")
+
+    def disagreements(self, place: Location, index: int | None) -> list[str]:
+        batch = find(str(place), self.store, BUCKET).batch
+        assert batch is not None
+        return disagreements(self.store, batch, place, index)
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the files of the registered model lie, as they lie in the bucket of a real server."""
+        source = self.client.get_model_version_download_uri(self.version.model, str(self.version.number))
+        return Path(urlparse(source).path)
+
+
+@pytest.fixture(scope="module")
+def sampled(
+    s3_server: dict[str, str], mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Sampled]:
+    home = tmp_path_factory.mktemp("sampled")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ:
+            if name.startswith(("AWS_", "MLFLOW_", "PREFECT_", "DARKROOM_")):
+                patch.delenv(name)
+        (home / "mlflow.db").write_bytes(mlflow_template.read_bytes())
+        variables = {"MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db", "DARKROOM_BUCKET": BUCKET}
+        for name, value in (s3_server | variables).items():
+            patch.setenv(name, value)
+        patch.chdir(home)
+        yield _sampled(Store(), MlflowClient())
+
+
+def _sampled(store: Store, client: MlflowClient) -> Sampled:
+    store.ensure_bucket(BUCKET)
+    weights = write_model(Path("weights.safetensors"), 1, 0, classes={"even": 3, "odd": 1})
+    run = client.create_run(client.create_experiment("blobs"))
+    version = model_versions.register("blobs", run.info.run_id, weights, SAMPLING, {}, 0)
+    places = {}
+    for kind in ("png", "tar"):
+        config = SamplingBatchConfig(format=kind, chunk=4)  # type: ignore[arg-type]
+        batch, place = sample.begin.fn(version, weights, SAMPLING, config, 8, 5, None, ASKED)
+        for chunk in range(len(batch.chunks())):
+            sample.generate_chunk.fn(batch, place, version, chunk, config)
+        generate_batch.finish(store, batch, place)
+        places[kind] = place
+    return Sampled(store, client, version, places)
+
+
+def brightened(png: bytes) -> bytes:
+    opened = Image.open(io.BytesIO(png))
+    about = PngInfo()
+    for name, text in opened.text.items():  # type: ignore[attr-defined]
+        about.add_text(name, text)
+    buffer = io.BytesIO()
+    Image.fromarray(255 - np.array(opened)).save(buffer, "PNG", pnginfo=about)
+    return buffer.getvalue()
+
+
+def relabelled_part(data: bytes) -> bytes:
+    rows = sampling_batch.part_rows(data, "part")
+    return sampling_batch.part_bytes(row | {"label": "even"} for row in rows)
+
+
+def relabelled_table(data: bytes) -> bytes:
+    sink, file = io.BytesIO(), pq.ParquetFile(io.BytesIO(data))
+    with pq.ParquetWriter(sink, file.schema_arrow) as writer:
+        for group in range(file.num_row_groups):
+            rows = [row | {"label": "even"} for row in file.read_row_group(group).to_pylist()]
+            writer.write_table(pa.Table.from_pylist(rows, file.schema_arrow))
+    return sink.getvalue()
+
+
+def other_steps(data: bytes) -> bytes:
+    about = json.loads(data)
+    about["sampling"]["steps"] = 3
+    return canonical_json(about).encode()
+
+
+def other_digest(data: bytes) -> bytes:
+    return data.replace(data[-20:-3], b"0" * 17)
+
+
+Change = Callable[[bytes], bytes]
+RECORDS: list[tuple[str, Change | None]] = [
+    (PART, relabelled_part),
+    (PART, lambda _: b"junk\n"),
+    (PART, lambda data: data.replace(b'"seed":5', b'"seed":' + b"9" * 5000)),
+    (PART, None),
+    ("manifest.parquet", relabelled_table),
+    ("manifest.parquet", lambda _: b"junk"),
+    ("manifest.parquet", None),
+    ("batch.json", other_steps),
+    ("_SUCCESS", lambda _: b""),
+    ("_SUCCESS", lambda data: data.replace(PART.encode(), b"manifest/part-00009.jsonl")),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), RECORDS)
+def test_a_record_of_a_batch_that_was_altered_is_named(
+    sampled: Sampled, tmp_path: Path, name: str, change: Change | None
+) -> None:
+    assert sampled.disagreements(sampled.places["png"], None) == []
+    files = sampled.files("png")
+    original = files.pop(name)
+    if change is not None:
+        files[name] = change(original)
+        assert files[name] != original
+    place = sampled.beside(tmp_path.name, files)
+    for index in (IMAGE, None):
+        found = sampled.disagreements(place, index)
+        assert any(f"{place}/{name}" in words for words in found), found
+        assert not any("\n" in words for words in found)
+
+
+def test_a_trace_says_what_the_records_do_not_agree_on_beside_all_else(sampled: Sampled) -> None:
+    files = sampled.files("png")
+    place = sampled.beside("relabelled", files | {PART: relabelled_part(files[PART])})
+    new = [words for words in trace(f"{place}/{NAME}").broken if words not in sampled.usual.broken]
+    assert [name in words for words, name in zip(new, ("_SUCCESS", "batch.json", "manifest.parquet"), strict=True)]
+    assert all(PART in words for words in new)
+
+
+def test_an_image_that_was_altered_is_named_and_its_records_are_not(sampled: Sampled) -> None:
+    files = sampled.files("png")
+    place = sampled.beside("brightened", files | {NAME: brightened(files[NAME])})
+    (words,) = set(trace(f"{place}/{NAME}").broken) - set(sampled.usual.broken)
+    assert f"{place}/{NAME} was altered" in words
+
+
+def test_what_stands_beside_an_image_in_a_tar_is_checked_as_well(sampled: Sampled) -> None:
+    tar = f"samples-0000{CHUNK}.tar"
+    assert sampled.disagreements(sampled.places["tar"], IMAGE) == []
+    files = sampled.files("tar")
+    altered = files[tar].replace(b'"label":"odd"', b'"label":"eve"')
+    assert altered != files[tar]
+    place = sampled.beside("relabelled-tar", files | {tar: altered})
+    (words,) = sampled.disagreements(place, IMAGE)
+    assert f"{place}/{tar}/{NAME.replace('.png', '.json')}" in words
+
+
+def test_a_batch_with_a_part_of_another_is_not_finished(sampled: Sampled) -> None:
+    files = {name: data for name, data in sampled.files("png").items() if name not in ("manifest.parquet", "_SUCCESS")}
+    files[PART] = files["manifest/part-00000.jsonl"]
+    place = sampled.beside("mixed", files)
+    batch = sampling_batch.parse_batch(files["batch.json"], "batch.json")
+    with pytest.raises(UserError, match=f"{PART} is not of this batch"):
+        generate_batch.finish(sampled.store, batch, place)
+    assert not sampled.store.exists(BUCKET, place.key("_SUCCESS"))
+
+
+def test_texts_with_unicodes_ends_of_lines_stay_in_their_row() -> None:
+    rows = sampling_batch.part_rows(sampling_batch.part_bytes([row_with("a\u2028b\x85c"), row_with("d")]), "part")
+    assert [row["prompt"] for row in rows] == ["a\u2028b\x85c", "d"]
+
+
+def row_with(prompt: str) -> sampling_batch.Row:
+    return {
+        **dict.fromkeys(("content_digest", "weights_sha256", "sha256", "pixels_sha256"), "0" * 64),
+        **dict.fromkeys(("label", "negative_prompt", "guidance")),
+        **{"key": "00000000.png", "index": 0, "seed": 1, "model": "blobs", "version": 1, "run_id": "r"},
+        **{"fingerprint": "{}", "prompt": prompt},
+    }
+
+
+def touches(path: Path) -> str:
+    return f"open({str(path)!r}, 'w').close()\n"
+
+
+def changed_module(code: Path, mark: Path) -> None:
+    with (code / "diffusion" / "generation" / "generate.py").open("a") as file:
+        file.write(touches(mark))
+
+
+def planted_sitecustomize(code: Path, mark: Path) -> None:
+    (code / "sitecustomize.py").write_text(touches(mark))
+
+
+def planted_library(code: Path, mark: Path) -> None:
+    (code / "pydantic.py").write_text(touches(mark))
+
+
+def planted_bytecode(code: Path, mark: Path) -> None:
+    """Bytecode that Python takes for current without looking at the source."""
+    source = code / "diffusion" / "generation" / "generate.py"
+    evil = mark.with_name("evil.py")
+    evil.write_text(source.read_text() + touches(mark))
+    target = Path(cache_from_source(str(source)))
+    py_compile.compile(str(evil), str(target), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+
+
+def missing_module(code: Path, mark: Path) -> None:
+    (code / "diffusion" / "generation" / "explain.py").unlink()
+
+
+def changed_script(code: Path, mark: Path) -> None:
+    with (code.parent / "pyfunc_model.py").open("a") as file:
+        file.write(touches(mark))
+
+
+def link(code: Path, mark: Path) -> None:
+    (code / "diffusion" / "beside.py").symlink_to(code / "diffusion" / "common" / "errors.py")
+
+
+def no_code(code: Path, mark: Path) -> None:
+    for path in sorted(code.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.fixture
+def code(sampled: Sampled) -> Iterator[Path]:
+    """The folder of the code that the version ships, put back afterwards."""
+    folder = sampled.model_folder / "code"
+    script = folder.parent / "pyfunc_model.py"
+    before = {path: path.read_bytes() for path in (*folder.rglob("*"), script) if path.is_file()}
+    yield folder
+    for path in (*folder.rglob("*"), script):
+        if path.is_symlink() or (path.is_file() and path not in before):
+            path.unlink()
+    for path, data in before.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+TAMPERED = [
+    changed_module,
+    planted_sitecustomize,
+    planted_library,
+    planted_bytecode,
+    missing_module,
+    changed_script,
+    link,
+    no_code,
+]
+
+
+@pytest.mark.parametrize("tamper", TAMPERED)
+def test_code_that_was_altered_after_its_registration_is_not_run(
+    sampled: Sampled, code: Path, tmp_path: Path, tamper: Callable[[Path, Path], None]
+) -> None:
+    mark, where = tmp_path / "ran", f"{sampled.places['png']}/{NAME}"
+    assert sampled.usual.model is not None
+    assert sampled.version.code_sha256 is not None
+    assert sampled.usual.model.code_sha256 == sampled.version.code_sha256
+    tamper(code, mark)
+    with pytest.raises(UserError, match=sampled.version.uri) as raised:
+        reproduce(where)
+    assert raised.value.exit_code == 2
+    assert "\n" not in str(raised.value)
+    assert not mark.exists()
+    (words,) = set(trace(where).broken) - set(sampled.usual.broken)
+    assert words == str(raised.value)
+
+
+def test_code_is_run_only_if_version_and_batch_name_the_same(sampled: Sampled) -> None:
+    files, name, number = sampled.files("png"), sampled.version.model, str(sampled.version.number)
+    about = json.loads(files["batch.json"])
+    assert about["code_sha256"] == sampled.version.code_sha256
+    for change in ({"code_sha256": "0" * 64}, {"code_sha256": None}):
+        kept = {name: value for name, value in (about | change).items() if value is not None}
+        place = sampled.beside(f"code-{kept.get('code_sha256')}", files | {"batch.json": canonical_json(kept).encode()})
+        with pytest.raises(UserError, match="do not agree"):
+            reproduce(f"{place}/{NAME}")
+        assert any(CODE in words for words in trace(f"{place}/{NAME}").broken)
+    sampled.client.delete_model_version_tag(name, number, CODE)
+    try:
+        with pytest.raises(UserError, match=f"has no tag {CODE}"):
+            reproduce(f"{sampled.places['png']}/{NAME}")
+        assert any(CODE in words for words in trace(f"{sampled.places['png']}/{NAME}").broken)
+    finally:
+        sampled.client.set_model_version_tag(name, number, CODE, str(sampled.version.code_sha256))
+
+
+@pytest.mark.parametrize(
+    ("tag", "value"),
+    [
+        (WEIGHTS, "../../../x"),
+        (WEIGHTS, "/etc/passwd"),
+        (WEIGHTS, "A" * 64),
+        (WEIGHTS, "0" * 64 + "\n"),
+        (CODE, "0"),
+        ("darkroom.dataset", "../../x"),
+        ("darkroom.dataset", "a' or 'b"),
+        ("darkroom.dvc_digest", "../../x.dir"),
+        ("darkroom.content_digest", "' OR '1'='1"),
+        ("darkroom.autoencoder", "http://127.0.0.1/"),
+        ("darkroom.takedown", "\x1b[2J"),
+    ],
+)
+def test_a_tag_that_is_not_what_darkroom_writes_is_refused_by_name(sampled: Sampled, tag: str, value: str) -> None:
+    client, name, number = sampled.client, sampled.version.model, str(sampled.version.number)
+    before = client.get_model_version(name, number).tags.get(tag)
+    client.set_model_version_tag(name, number, tag, value)
+    try:
+        with pytest.raises(UserError, match=f"{sampled.version.uri} has the tag {tag}") as raised:
+            sample.fetch.fn(sampled.version.uri)
+        assert str(raised.value).isprintable()
+        if tag == "darkroom.takedown":
+            assert any(tag in words for words in trace(str(sampled.places["png"])).broken)
+    finally:
+        if before is None:
+            client.delete_model_version_tag(name, number, tag)
+        else:
+            client.set_model_version_tag(name, number, tag, before)
+
+
+def test_weights_are_fetched_only_by_a_digest(sampled: Sampled, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="weights_sha256"):
+        Version(model="blobs", number=1, run_id="r", weights_sha256="../x", tags={})
+    with pytest.raises(UserError, match=f"has no tag {WEIGHTS}"):
+        model_versions.fetch_weights(sampled.version.model_copy(update={"weights_sha256": ""}), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "models:/x/" + "9" * 10,
+        "models:/x/" + "9" * 5000,
+        "models:/x/²",
+        "models:/x/٣",
+        "models:/x/-1",
+        "models:/x/0",
+        "models:/../1",
+        "models:/x\n/1",
+        "models:/a'b/1",
+        f"models:/{'x' * 300}/1",
+        "models:/x@a b",
+    ],
+)
+def test_an_address_that_no_version_can_have_is_refused_without_asking_anybody(uri: str) -> None:
+    with pytest.raises(UserError, match="names no model version") as raised:
+        model_versions.parse_model_uri(uri)
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"model": "models:/blobs/" + "9" * 30},
+        {"model": "models:/blobs/" + "9" * 5000},
+        {"model": "models:/../1"},
+        {"seed": "9" * 4000},
+        {"seed": "-1"},
+        {"seed": "٣"},
+        {"index": "9" * 4000},
+        {"index": "1e9"},
+        {"run_id": "../../x"},
+        {"content_digest": "x"},
+        {"task": "x" * 1000},
+    ],
+)
+def test_an_image_whose_texts_nobody_wrote_is_none_of_ours(
+    texts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = PngInfo()
+    usual = {"model": "models:/blobs/1", "run_id": "r", "content_digest": "0" * 64, "seed": "1", "index": "0"}
+    for name, text in (usual | texts).items():
+        about.add_text(f"darkroom:{name}", text)
+    Image.new("L", (4, 4)).save(tmp_path / "x.png", pnginfo=about)
+    for name in ("AWS_ENDPOINT_URL_S3", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody answers
+    with pytest.raises(UserError, match="names no registered model"):
+        find(str(tmp_path / "x.png"), Store(), BUCKET)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"count": 10**18},
+        {"count": 10**8, "chunk": 1},
+        {"chunk": -4},
+        {"seed": 2**70},
+        {"model": "../x"},
+        {"version": 10**12},
+        {"run_id": "a/b"},
+        {"weights_sha256": "../x"},
+        {"requests": {"digest": "../../x", "columns": ["label"]}},
+        {"sampling": {"compute_batch": 10**9}},
+    ],
+)
+def test_a_batch_that_cannot_be_is_refused_before_anything_is_made_of_it(
+    sampled: Sampled, change: dict[str, object]
+) -> None:
+    about = json.loads(sampled.files("png")["batch.json"])
+    with pytest.raises(UserError, match="somewhere is damaged"):
+        sampling_batch.parse_batch(canonical_json(about | change).encode(), "somewhere")
+    assert isinstance(sampling_batch.parse_batch(canonical_json(about).encode(), "somewhere"), Batch)
+
+
+def test_a_batch_that_cannot_be_read_hides_no_other(
+    sampled: Sampled, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = f"samples/blobs/{sampled.version.number}/a-batch/batch.json"
+    sampled.store.put_many(BUCKET, [Object(key, b"junk")])
+    (tmp_path / "copy.png").write_bytes(sampled.files("png")[NAME])
+    try:
+        found = find(str(tmp_path / "copy.png"), sampled.store, BUCKET)
+    finally:
+        sampled.store.delete_many(BUCKET, [key])
+    assert found.place in sampled.places.values()
+    assert key in caplog.text
+
+
+def test_an_object_of_absurd_size_is_refused_unread(sampled: Sampled) -> None:
+    sampled.store.put_many(BUCKET, [Object("large", b"x" * 1000)])
+    for read in (sampled.store.get, lambda *of: sampled.store.fetch(of[0], of[1], Path("never"), of[2])):
+        with pytest.raises(UserError, match="has 1000 bytes"):
+            read(BUCKET, "large", 999)
+    assert not Path("never").exists()
+    assert sampled.store.get(BUCKET, "large", 1000) == b"x" * 1000
+
+
+def test_notes_that_cannot_be_read_are_named(
+    sampled: Sampled, caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    manifest = BuiltDataset(tmp_path / "data" / "blobs", 8, "blobs").version([kept(np.zeros((8, 8), np.uint8), "a")])
+    params = Params.model_validate({"training": {"dataset": "blobs", "init_from": "models:/blobs/1"}})
+    request = Request.of(params, manifest, Printing(1, 0, None, ASKED))
+    note = request.place.key(f"{request.key}.json")
+    for junk in (b"junk", b"[]", b'{"verdict": 1}'):
+        sampled.store.client.put_object(Bucket=BUCKET, Key=note, Body=junk)
+        assert request.done() is None
+        assert note in caplog.text
+    begun = dependencies.decided(params, "models:/blobs/1")
+    assert begun is not None
+    (key,) = (key for key in sampled.store.list_keys(BUCKET, "starts/") if key.endswith(".json"))
+    sampled.store.client.put_object(Bucket=BUCKET, Key=key, Body=b"junk")
+    with pytest.raises(UserError, match=key):
+        dependencies.decided(params, "models:/blobs/1")
+    assert sha256_bytes(sampled.store.get(BUCKET, key)) == sha256_bytes(b"junk")

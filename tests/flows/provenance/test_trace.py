@@ -1,0 +1,499 @@
+"""From a generated image back to the shards, with every break named; and the same image again, in another process."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version as installed
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from dvc.repo import Repo
+from mlflow.client import MlflowClient
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from diffusion.checkpoints import export
+from diffusion.common.errors import UserError
+from diffusion.common.files import canonical_json, sha256_bytes
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
+from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.generation.config import UNCONDITIONAL, Conditions, make_request
+from diffusion.generation.generation_result import generate_to_folder
+from diffusion.process.samplers import sampling_config
+from flows import sample
+from flows.config import SamplingBatchConfig
+from flows.datasets.catalog import Catalogue
+from flows.datasets.lineage import CodeVersion, DataVersion, record_data
+from flows.provenance.reproduce import Compared, Reproduced, changed_libraries, compare, reproduce
+from flows.provenance.trace import trace
+from flows.registry import model_versions
+from flows.registry.model_versions import Version
+from flows.registry.takedown_marks import TAKEDOWN
+from flows.sampling import generate_batch, sampling_batch
+from flows.sampling.lookup import StoredImage
+from flows.sampling.sampling_batch import Batch
+from flows.storage.s3 import Location, Object, Store
+from flows.tracking.runs import open_run
+from tests.conftest import disc
+from tests.diffusion.training.test_train import run as train
+from tests.flows.test_takedown_flow import REMOVAL
+
+FOLDER = Path("data/blobs")
+SOURCE = "s3://provenance/dvc"
+SAMPLING = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=4)
+ASKED = Conditions(labels=("even", "odd", None))
+SAMPLING_BATCH = SamplingBatchConfig()
+
+
+@dataclass
+class Made:
+    """What was made, link by link."""
+
+    store: Store
+    client: MlflowClient
+    manifest: Manifest
+    data: DataVersion
+    run_id: str
+    version: Version
+    batch: Batch
+    place: Location
+
+    @property
+    def image(self) -> str:
+        """Address of the last print, which is not in the first chunk."""
+        return f"{self.place}/00000017.png"
+
+    @property
+    def png(self) -> bytes:
+        return self.store.get(self.place.bucket, self.place.key("00000017.png"))
+
+    def beside(self, name: str, change: dict[str, bytes | None]) -> Location:
+        """The batch once more under the prefix ``name``, but for what is in ``change``."""
+        place = Location(self.place.bucket, name)
+        for key in self.store.list_keys(self.place.bucket, self.place.key("")):
+            file = key.removeprefix(self.place.key(""))
+            data = change.get(file, self.store.get(self.place.bucket, key))
+            if data is not None:
+                self.store.put_many(place.bucket, [Object(place.key(file), data)])
+        return place
+
+
+@pytest.fixture(scope="module")
+def made(s3_server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    """Images, a data set on S3, a run and a model in an MLflow without a server, and 18 prints on S3."""
+    home = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ:
+            if name.startswith(("AWS_", "MLFLOW_", "PREFECT_", "DARKROOM_")):
+                patch.delenv(name)
+        variables = {"MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db", "DARKROOM_BUCKET": "provenance"}
+        for name, value in (s3_server | variables).items():
+            patch.setenv(name, value)
+        patch.chdir(home)
+        yield make(Store(), MlflowClient())
+
+
+def make(store: Store, client: MlflowClient) -> Made:
+    store.ensure_bucket("provenance")
+    Repo.init(no_scm=True).close()
+    for number in range(36):
+        path = Path("images", "even" if number % 2 == 0 else "odd", f"{number:03d}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        disc(number).save(path)
+    ingest(FOLDER, IngestConfig(source="images", size=8, held_out=0.33))
+    data, manifest = record_data(FOLDER, SOURCE), read_manifest(FOLDER)
+    Catalogue.of("blobs", SOURCE, store).publish(manifest, data.digest)
+    done = train(FOLDER, Path("run"))
+    code = CodeVersion(commit="c0ffee", dirty=True)
+    tracker = open_run("blobs", done.train_key, {}, manifest, code, data, SOURCE, anew=False)
+    tracker.log_file(FOLDER / "manifest.json", "dataset")
+    tracker.finish()
+    export(done.final, weights := Path("weights.safetensors"))
+    tags = {"darkroom.dataset": "blobs", "darkroom.dvc_digest": data.digest}
+    version = model_versions.register("blobs", tracker.run_id, weights, SAMPLING, tags, done.images)
+    client.set_registered_model_alias("blobs", "champion", str(version.number))
+    batch, place = sample.begin.fn(version, weights, SAMPLING, SAMPLING_BATCH, 18, 5, None, ASKED)
+    for chunk in range(len(batch.chunks())):
+        sample.generate_chunk.fn(batch, place, version, chunk, SAMPLING_BATCH)
+    generate_batch.finish(store, batch, place)
+    return Made(store, client, manifest, data, tracker.run_id, version, batch, place)
+
+
+def repainted(png: bytes, by: int) -> bytes:
+    """The same image with one of its pixels changed, and its texts kept."""
+    opened = Image.open(io.BytesIO(png))
+    about = PngInfo()
+    for name, text in opened.text.items():  # type: ignore[attr-defined]
+        about.add_text(name, text)
+    pixels = np.array(opened)
+    pixels[3, 4] = (int(pixels[3, 4]) + by) % 256
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=about)
+    return buffer.getvalue()
+
+
+def pixels_of(png: bytes) -> bytes:
+    return Image.open(io.BytesIO(png)).tobytes()
+
+
+def test_a_print_leads_to_its_batch_model_run_and_data_set_and_to_shards_that_are_there(made: Made) -> None:
+    found = trace(made.image)
+    assert found.broken == []
+    assert found.takedowns == []
+    assert found.image is not None
+    assert found.batch is not None
+    assert found.model is not None
+    assert found.run is not None
+    assert found.data is not None
+    assert found.image.as_generated is True
+    assert (found.image.index, found.image.seed, found.image.label) == (17, 5, None)
+    assert found.image.sha256 == sha256_bytes(made.png)
+    assert (found.place, found.batch, found.finished) == (f"{made.place}/", made.batch, True)
+    assert (found.batch.conditions, found.batch.sampling) == (ASKED, SAMPLING)
+    assert (found.model.uri, found.model.aliases) == ("models:/blobs/1", ["champion"])
+    assert found.model.tags["darkroom.weights_sha256"] == sha256_bytes(Path("weights.safetensors").read_bytes())
+    assert (found.run.run_id, found.run.git_commit, found.run.git_dirty) == (made.run_id, "c0ffee", True)
+    assert found.data.version == sha256_bytes((FOLDER / "manifest.json").read_bytes())
+    assert (found.data.dvc_digest, found.data.images) == (made.data.digest, 36)
+    assert found.data.recorded is not None
+    assert [shard.name for shard in found.data.shards] == [shard.name for shard in made.manifest.shards]
+    for shard in found.data.shards:
+        assert shard.where is not None
+        where = Location.parse(shard.where)
+        assert sha256_bytes(made.store.get(where.bucket, where.prefix)) == shard.sha256
+    assert json.loads(found.model_dump_json())["data"]["shards"]
+
+
+def test_a_whole_batch_leads_there_as_well(made: Made) -> None:
+    whole, one = trace(f"{made.place}/"), trace(made.image)
+    assert whole.image is None
+    assert (whole.batch, whole.run, whole.data) == (one.batch, one.run, one.data)
+
+
+def test_a_copy_of_a_print_leads_to_the_batch_that_printed_it_among_several_of_its_seed(
+    made: Made, tmp_path: Path
+) -> None:
+    other = SAMPLING.model_copy(update={"steps": 2})
+    batch, place = sample.begin.fn(
+        made.version, Path("weights.safetensors"), other, SAMPLING_BATCH, 18, 5, None, UNCONDITIONAL
+    )
+    sample.generate_chunk.fn(batch, place, made.version, 1, SAMPLING_BATCH)
+    for at in (made.place, place):
+        copy = tmp_path / "copy.png"
+        copy.write_bytes(made.store.get(at.bucket, at.key("00000017.png")))
+        found = trace(str(copy))
+        assert found.broken == []
+        assert found.batch is not None
+        assert found.place == f"{at}/"
+    copy.write_bytes(repainted(made.png, 90))
+    found = trace(str(copy))
+    assert found.batch is None
+    assert found.model is not None
+    assert "no batch of" in found.broken[0]
+    with pytest.raises(UserError, match="give the address that it was printed to"):
+        reproduce(str(copy))
+
+
+def test_a_image_made_on_request_leads_to_what_was_asked_and_to_its_model(made: Made, tmp_path: Path) -> None:
+    request = make_request({"task": "interpolate", "count": 3, "seed": 5, "to_seed": 6, "label": "even"})
+    origin, folder = {"model": made.version.uri, "run_id": made.run_id}, tmp_path / "way"
+    generate_to_folder(Path("weights.safetensors"), request, SAMPLING, folder, origin)
+    image = folder / "00000001.png"
+    found = trace(str(image))
+    assert found.broken == []
+    assert found.image is not None
+    assert found.image.as_generated is True
+    assert found.batch is None
+    assert found.request is not None
+    assert (found.request.request["task"], found.request.request["to_seed"]) == ("interpolate", 6)
+    assert found.data is not None
+    assert found.data.version == made.manifest.digest
+    with pytest.raises(UserError, match="the same command makes it again"):
+        reproduce(str(image))
+    image.write_bytes(repainted(image.read_bytes(), 90))
+    assert "was altered" in trace(str(image)).broken[0]
+    (folder / "request.json").write_text("{}")
+    assert "no request.json beside it" in " ".join(trace(str(image)).broken)
+
+
+def test_an_altered_print_is_told_from_one_that_was_only_saved_anew(made: Made) -> None:
+    anew = io.BytesIO()
+    Image.open(io.BytesIO(made.png)).save(anew, "PNG")
+    changes = {"saved": anew.getvalue(), "altered": repainted(made.png, 90), "spoilt": made.png[:60]}
+    words = {}
+    for name, data in changes.items():
+        found = trace(f"{made.beside(name, {'00000017.png': data})}/00000017.png")
+        assert found.image is not None
+        assert found.image.as_generated is False
+        assert found.data is not None
+        (words[name],) = found.broken
+    assert "was saved anew: its pixels are what was printed" in words["saved"]
+    assert "was altered" in words["altered"]
+    assert "was altered" in words["spoilt"]
+
+
+def test_a_image_under_the_name_of_another_is_noticed(made: Made) -> None:
+    other = made.store.get(made.place.bucket, made.place.key("00000001.png"))
+    found = trace(f"{made.beside('swapped', {'00000017.png': other})}/00000017.png")
+    assert "says of itself that it is another image" in found.broken[1]
+
+
+def test_what_is_missing_is_named_and_the_rest_is_told_all_the_same(made: Made) -> None:
+    made.client.delete_run(made.run_id)
+    try:
+        found = trace(made.image)
+        assert f"mlflow runs restore --run-id {made.run_id}" in found.broken[0]
+        assert found.run is not None
+        assert found.data is not None
+    finally:
+        made.client.restore_run(made.run_id)
+    gone = made.batch.model_copy(update={"version": 7, "run_id": "0" * 32})
+    place = made.beside("gone", {"batch.json": gone.json_bytes(), "manifest/part-00001.jsonl": None})
+    found = trace(f"{place}/00000017.png")
+    assert (found.model, found.run, found.data) == (None, None, None)
+    assert "has no row of" in found.broken[0]
+    assert {"models:/blobs/7 is not in the registry (any more)", f"run {'0' * 32} is not in MLflow (any more)"} < set(
+        found.broken
+    )
+
+
+def test_without_its_run_the_catalogue_tells_what_the_model_saw(made: Made) -> None:
+    (logged,) = Path().glob(f"mlruns/*/{made.run_id}/artifacts/dataset/manifest.json")
+    logged.rename("manifest.json.away")
+    try:
+        found = trace(made.image)
+    finally:
+        Path("manifest.json.away").rename(logged)
+    assert "keeps no manifest" in found.broken[0]
+    assert found.data is not None
+    assert found.data.version == made.manifest.digest
+
+
+def test_shards_that_are_lost_are_named_and_found_wherever_they_still_are(made: Made) -> None:
+    (shard,) = made.manifest.shards
+    md5 = hashlib.md5((FOLDER / shard.name).read_bytes()).hexdigest()
+    key = f"dvc/files/md5/{md5[:2]}/{md5[2:]}"
+    away, data = Path("away"), made.store.get("provenance", key)
+    made.store.delete_many("provenance", [key])
+    try:
+        assert trace(made.image).data.shards[0].where == str(FOLDER / shard.name)  # type: ignore[union-attr]
+        shutil.move(FOLDER, away)
+        cached = Path(".dvc/cache/files/md5") / md5[:2] / md5[2:]
+        assert trace(made.image).data.shards[0].where == str(cached.resolve())  # type: ignore[union-attr]
+        cached.rename("cached")
+        found = trace(made.image)
+        assert found.broken == [f"shards that lie neither on {SOURCE} nor here: {shard.name}"]
+    finally:
+        made.store.put_once("provenance", key, data)
+        shutil.move(away, FOLDER)
+        Path("cached").rename(cached)
+
+
+def test_takedowns_are_told_by_the_marks_in_mlflow_and_by_the_catalogue(made: Made) -> None:
+    tables = [part.records.sha256 for part in made.manifest.parts]
+    Catalogue.of("blobs", SOURCE, made.store).tell_removal(REMOVAL.model_copy(update={"tables": tables}))
+    made.client.set_model_version_tag("blobs", "1", TAKEDOWN, "feedc0de0123")
+    try:
+        (one, other) = sorted(trace(made.image).takedowns, key=lambda each: each.reason or "")
+    finally:
+        made.client.delete_model_version_tag("blobs", "1", TAKEDOWN)
+        made.store.delete_many("provenance", made.store.list_keys("provenance", "datasets/blobs/removals/"))
+    assert (one.name, one.reason, one.images) == ("feedc0de0123", None, None)
+    assert (other.name, other.reason, other.images) == (REMOVAL.name, "consent withdrawn", 1)
+
+
+@pytest.mark.parametrize("what", ["nowhere.png", "s3://provenance/nowhere/00000000.png", "s3://provenance/nowhere"])
+def test_what_is_nowhere_is_the_users_mistake(made: Made, what: str) -> None:
+    for verb in (trace, reproduce):
+        with pytest.raises(UserError, match=r"nowhere") as raised:
+            verb(what)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_image_that_is_not_ours_is_refused(made: Made, tmp_path: Path) -> None:
+    disc(1).save(tmp_path / "mine.png")
+    (tmp_path / "notes.png").write_text("no image")
+    for name in ("mine.png", "notes.png"):
+        with pytest.raises(UserError, match="names no registered model that made it"):
+            trace(str(tmp_path / name))
+
+
+def test_prints_are_made_again_bit_for_bit_by_the_code_that_the_version_ships(made: Made, tmp_path: Path) -> None:
+    done = reproduce(str(made.place), count=17, out=tmp_path)
+    assert (done.images, done.exact, done.differences, done.failure) == (17, 17, "", None)
+    assert (done.code, done.largest_error, done.differing_pixels, done.moved) == ("shipped", 0, 0, [])
+    for index in range(17):
+        name = sampling_batch.image_key(index)
+        printed = made.store.get(made.place.bucket, made.place.key(name))
+        assert (tmp_path / name).read_bytes() == printed
+
+
+def test_under_another_fingerprint_the_difference_is_named_with_the_largest_error(made: Made) -> None:
+    """A generated image of another machine, which made one pixel of the second image brighter."""
+    other = made.batch.fingerprint.model_copy(update={"batch": 16, "device": "AVX9"})
+    part = made.store.get(made.place.bucket, made.place.key("manifest/part-00001.jsonl"))
+    rows = sampling_batch.part_rows(part, "part")
+    png = repainted(made.png, 3)
+    rows[-1] |= {"sha256": sha256_bytes(png), "pixels_sha256": sha256_bytes(pixels_of(png))}
+    place = made.beside(
+        "elsewhere",
+        {
+            "batch.json": made.batch.model_copy(update={"fingerprint": other}).json_bytes(),
+            "manifest/part-00001.jsonl": sampling_batch.part_bytes(rows),
+            "00000017.png": png,
+        },
+    )
+    done = reproduce(f"{place}/00000017.png")
+    assert done.differences == f"batch: 16 → 4, device: AVX9 → {made.batch.fingerprint.device}"
+    assert (done.exact, done.largest_error, done.differing_pixels, done.failure) == (0, 3, 1, None)
+
+
+def test_what_the_versions_code_does_not_know_is_said_in_one_line_with_what_may_mend_it(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = json.loads(made.batch.json_bytes())
+    raw["conditions"]["labels"] = ["neither"]
+    place = made.beside("newer", {"batch.json": canonical_json(raw).encode()})
+    monkeypatch.setattr("flows.provenance.reproduce.fetch_requirements", lambda _: ["torch==1.0"])
+    with pytest.raises(UserError, match=r"knows no class 'neither'.*torch: 1.0 → .*--installed") as raised:
+        reproduce(f"{place}/00000017.png")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_print_in_a_tar_is_traced_and_made_again_as_a_file_is(made: Made, tmp_path: Path) -> None:
+    tars, folder = SamplingBatchConfig(format="tar", chunk=8), tmp_path / "again"
+    weights = Path("weights.safetensors")
+    batch, place = sample.begin.fn(made.version, weights, SAMPLING, tars, 18, 5, None, ASKED)
+    for chunk in range(len(batch.chunks())):
+        sample.generate_chunk.fn(batch, place, made.version, chunk, tars)
+    image = f"{place}/samples-00002.tar/00000017.png"
+    found, file = trace(image), trace(made.image)
+    assert (found.image.as_generated, found.data) == (True, file.data)  # type: ignore[union-attr]
+    assert "no batch of" not in " ".join(found.broken)
+    done = reproduce(str(place), out=folder)
+    assert (done.images, done.exact, done.differences, done.failure) == (18, 18, "", None)
+    assert reproduce(image).exact == 1
+    printed = (folder / "00000017.png").read_bytes()
+    assert pixels_of(printed) == pixels_of(made.png)
+    (tmp_path / "copy.png").write_bytes(printed)
+    assert trace(str(tmp_path / "copy.png")).image.as_generated is True  # type: ignore[union-attr]
+    for nowhere in ("samples-00001.tar/00000017.png", "samples-00002.tar/00000018.png", "samples-00002.tar/x.png"):
+        with pytest.raises(UserError, match=r"is no image of a sampling batch"):
+            trace(f"{place}/{nowhere}")
+
+
+def test_prints_by_a_table_are_made_again_by_the_table_beside_them(made: Made, tmp_path: Path) -> None:
+    table, weights = tmp_path / "wanted.csv", Path("weights.safetensors")
+    labels = ["odd", "even", "", *["even"] * 8, "odd", "odd"]
+    table.write_text("\n".join(["label", *(label or '""' for label in labels)]))
+    batch, place = sample.begin.fn(
+        made.version, weights, SAMPLING, SAMPLING_BATCH, None, 5, None, UNCONDITIONAL, str(table)
+    )
+    table.unlink()
+    sample.generate_chunk.fn(batch, place, made.version, 0, SAMPLING_BATCH)
+    shutil.rmtree(".darkroom/requests")
+    done = reproduce(str(place))
+    assert (done.images, done.exact, done.failure) == (13, 13, None)
+    assert reproduce(f"{place}/00000011.png").exact == 1
+    found = trace(f"{place}/00000011.png")
+    assert (found.image.label, found.batch.requests) == ("odd", batch.requests)  # type: ignore[union-attr]
+    made.store.delete_many(place.bucket, [place.key("requests.parquet")])
+    other = tmp_path / "other.parquet"
+    pq.write_table(pa.table({"label": labels[::-1], "prompt": pa.nulls(13, pa.string())}), other)
+    made.store.put_once(place.bucket, place.key("requests.parquet"), other.read_bytes())
+    shutil.rmtree(".darkroom/requests")
+    with pytest.raises(UserError, match="is not the table that the batch was begun with"):
+        reproduce(str(place))
+
+
+@pytest.mark.parametrize(
+    ("what", "count", "words"), [("/00000017.png", 2, "leave it out"), ("", 19, "the batch has 18 images")]
+)
+def test_a_count_that_means_nothing_is_refused(made: Made, what: str, count: int, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        reproduce(f"{made.place}{what}", count=count)
+
+
+def original(pixels: np.ndarray, printed: np.ndarray | None = None) -> StoredImage:
+    """An image with ``pixels``, and a row that says it was ``printed`` with others."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    row = {"pixels_sha256": sha256_bytes((pixels if printed is None else printed).tobytes())}
+    return StoredImage(buffer.getvalue(), None, 0, row)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)])
+def test_errors_are_counted_in_levels_and_pixels(shape: tuple[int, ...]) -> None:
+    there = np.random.default_rng(0).integers(0, 200, shape, dtype=np.uint8)
+    again = there.copy()
+    again[1, 2] += 9
+    again[4, 6] -= min(again[4, 6].min(), 2)
+    found = compare("x", again, original(there))
+    errors = np.abs(again.astype(int) - there)
+    assert (found.exact, found.altered, found.largest_error) == (False, False, 9)
+    assert found.mean_error == pytest.approx(errors.mean())
+    assert found.differing_pixels == errors.reshape(35, -1).any(1).sum()
+    same = compare("x", there, original(there))
+    assert (same.exact, same.largest_error, same.differing_pixels) == (True, 0, 0)
+
+
+def test_an_altered_image_is_compared_by_the_digest_of_what_was_printed() -> None:
+    printed = np.zeros((4, 4), np.uint8)
+    altered = original(printed + 9, printed)
+    assert compare("x", printed, altered).model_dump(exclude={"key"}) == {
+        "exact": True,
+        "altered": True,
+        "largest_error": 0,
+        "mean_error": 0,
+        "differing_pixels": 0,
+    }
+    assert compare("x", printed + 9, altered).largest_error is None
+    gone = StoredImage(b"", None, 0, altered.row)
+    assert (compare("x", printed, gone).exact, compare("x", printed, gone).altered) == (True, True)
+
+
+def outcome(made: Made, mean: float, differences: str, altered: bool = False, code: str = "shipped") -> str | None:
+    exact = mean == 0
+    one = Compared(key="x", exact=exact, altered=altered, largest_error=9, mean_error=mean, differing_pixels=1)
+    return Reproduced(
+        where="",
+        model="models:/blobs/1",
+        code=code,
+        images=1,
+        exact=int(exact),
+        fingerprint=made.batch.fingerprint,
+        differences=differences,
+        moved=[],
+        largest_error=9,
+        mean_error=mean,
+        differing_pixels=1,
+        other=[one] if altered or not exact else [],
+        altered=["x"] if altered else [],
+        folder=None,
+    ).failure
+
+
+def test_only_other_arithmetic_excuses_an_error_and_only_a_small_one(made: Made) -> None:
+    assert outcome(made, 0, "") is None
+    assert outcome(made, 0.5, "torch: 2 → 3") is None
+    assert "not the same inside an equal fingerprint" in (outcome(made, 0.5, "") or "")
+    assert "Try --installed" in (outcome(made, 0.5, "") or "")
+    assert "report it" in (outcome(made, 0.5, "", code="installed") or "")
+    assert "further off than other arithmetic explains" in (outcome(made, 5, "torch: 2 → 3") or "")
+    assert "altered or lost since printing: x" in (outcome(made, 0, "", altered=True) or "")
+
+
+def test_libraries_that_moved_are_named() -> None:
+    numpy = installed("numpy")
+    assert changed_libraries([f"numpy=={numpy}", "torch==1.0", "no-such-thing==2", "", "pandas"]) == [
+        f"torch: 1.0 → {installed('torch').split('+')[0]}",
+        "no-such-thing: 2 → not installed",
+    ]

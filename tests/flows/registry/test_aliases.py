@@ -1,0 +1,442 @@
+"""MLflow's aliases follow the ledger, whenever a process is stopped; and a person decides who is champion."""
+
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from mlflow.client import MlflowClient
+
+from diffusion.common.errors import Held, UserError
+from flows.promote import Judgement, next_entry
+from flows.registry import champion
+from flows.registry.aliases import adopted, aliases_of, append, project, restore
+from flows.registry.ledger import Ledger
+from flows.registry.ledger_entries import Approval, Entry, Evidence, History, What
+from flows.registry.model_versions import Version, resolve
+from flows.retention.run_items import find_live
+from tests.builders.model_versions import Killed, Mortal, add_version
+
+HOLD = Evidence(verdict="hold", reason="kid 0.02 ± 0.01, not lower")
+WIN = Evidence(verdict="promote", reason="kid 0.01 ± 0.001, lower")
+
+
+@pytest.fixture
+def client(mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+    return mlflow_client
+
+
+@pytest.fixture
+def ledger(client: MlflowClient) -> Ledger:
+    return Ledger.of(f"faces-{uuid4().hex}")
+
+
+@pytest.fixture
+def versions(client: MlflowClient, ledger: Ledger, tmp_path: Path) -> list[Version]:
+    """Four of them, each at its number."""
+    made = [add_version(client, tmp_path, ledger.model) for _ in range(4)]
+    return [made[0], *made]
+
+
+def add(ledger: Ledger, what: What, version: Version, **told: object) -> Entry:
+    def decide(history: History) -> Entry:
+        return history.then(what, version.number, version.weights_sha256, **told)  # type: ignore[arg-type]
+
+    head = ledger.append(decide).head
+    assert head is not None
+    return head
+
+
+def copies(client: MlflowClient, model: str, number: int) -> dict[str, str]:
+    tags = client.get_model_version(model, str(number)).tags
+    return {name[-8:]: text for name, text in tags.items() if re.fullmatch(r"darkroom\.ledger\.\d{8}", name)}
+
+
+def test_aliases_and_copies_of_the_entries_follow_the_ledger(
+    client: MlflowClient, versions: list[Version], ledger: Ledger
+) -> None:
+    add(ledger, "promote", versions[1], evidence=WIN)
+    add(ledger, "promote", versions[2], evidence=WIN)
+    newest = add(ledger, "hold", versions[3], evidence=HOLD)
+    project(client, ledger)
+    assert aliases_of(client, ledger.model) == {"champion": 2, "previous": 1, "challenger": 3}
+    assert {number: sorted(map(int, copies(client, ledger.model, number))) for number in (1, 2, 3, 4)} == {
+        1: [1, 2],
+        2: [2],
+        3: [3],
+        4: [],
+    }
+    text = copies(client, ledger.model, 3)["00000003"]
+    assert newest.digest in text
+    assert "kid 0.02 ± 0.01, not lower" in text
+    project(Mortal(0), ledger)
+
+
+@pytest.mark.drill(
+    "a promotion ends between two writes",
+    "after each write to MLflow, one after the other",
+    "the ledger decides; the next reader finds and mends the aliases",
+)
+def test_stopped_after_any_write_there_is_one_champion_whom_the_next_reader_finds_and_mends(
+    client: MlflowClient, versions: list[Version], ledger: Ledger
+) -> None:
+    add(ledger, "promote", versions[1], evidence=WIN)
+    add(ledger, "hold", versions[2], evidence=HOLD)
+    project(client, ledger)
+    for life in count():
+        # Champion, previous and challenger all change.
+        new, old = (versions[2], versions[1]) if life % 2 == 0 else (versions[1], versions[2])
+        if life % 2 == 1:
+            add(ledger, "hold", old, evidence=HOLD)
+        add(ledger, "promote", new, evidence=WIN)
+        try:
+            project(Mortal(life), ledger)
+            break
+        except Killed:
+            assert aliases_of(client, ledger.model)["champion"] in (old.number, new.number)
+        assert resolve(client, f"models:/{ledger.model}@champion").number == new.number
+        assert aliases_of(client, ledger.model) == aliases_after(new, old, life)
+    assert life >= 4
+
+
+def aliases_after(new: Version, old: Version, life: int) -> dict[str, int]:
+    challenger = {"challenger": old.number} if life % 2 == 1 else {}
+    return {"champion": new.number, "previous": old.number} | challenger
+
+
+def test_an_alias_that_somebody_moved_is_put_back_by_whoever_resolves_it(
+    client: MlflowClient, versions: list[Version], ledger: Ledger
+) -> None:
+    add(ledger, "promote", versions[1], evidence=WIN)
+    project(client, ledger)
+    client.set_registered_model_alias(ledger.model, "champion", "3")
+    client.set_registered_model_alias(ledger.model, "previous", "2")
+    assert resolve(client, f"models:/{ledger.model}@champion").number == 1
+    assert aliases_of(client, ledger.model) == {"champion": 1}
+    with pytest.raises(UserError, match=f"{ledger.model}@previous is not in the registry"):
+        resolve(client, f"models:/{ledger.model}@previous")
+
+
+def test_numbers_and_other_aliases_need_no_ledger(
+    client: MlflowClient, versions: list[Version], ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.set_registered_model_alias(ledger.model, "favourite", "3")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+    assert resolve(client, f"models:/{ledger.model}/2").number == 2
+    assert resolve(client, f"models:/{ledger.model}@favourite").number == 3
+    for uri in (f"models:/{ledger.model}/9", f"models:/{ledger.model}@nobody", "models:/nothing/1"):
+        with pytest.raises(UserError, match="is not in the registry"):
+            resolve(client, uri)
+
+
+def test_a_registry_from_before_the_ledger_is_adopted(
+    client: MlflowClient, versions: list[Version], ledger: Ledger
+) -> None:
+    client.set_registered_model_alias(ledger.model, "champion", "2")
+    client.set_registered_model_alias(ledger.model, "challenger", "3")
+    assert resolve(client, f"models:/{ledger.model}@champion").number == 2
+    assert ledger.head() is None
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: adopted(client, ledger), range(4)))
+    [entry] = ledger.read().entries
+    assert (entry.what, entry.to_version, entry.challenger) == ("adopt", 2, 3)
+    assert entry.weights_sha256 == versions[2].weights_sha256
+    project(client, ledger)
+    assert aliases_of(client, ledger.model) == {"champion": 2, "challenger": 3}
+
+
+def objects(ledger: Ledger) -> dict[str, bytes]:
+    bucket = ledger.place.bucket
+    keys = sorted(ledger.store.list_keys(bucket, ledger.place.key("")))
+    return {key.rpartition("/")[2]: ledger.store.get(bucket, key) for key in keys}
+
+
+def newest_on_record(client: MlflowClient, ledger: Ledger) -> str:
+    return str(client.get_registered_model(ledger.model).tags["darkroom.ledger.newest"])
+
+
+@pytest.fixture
+def refused(client: MlflowClient, ledger: Ledger) -> Callable[[str], None]:
+    """Whoever reads or writes the ledger is refused with these words, and neither server is changed."""
+
+    def all_refused(words: str) -> None:
+        before, tags = objects(ledger), client.get_registered_model(ledger.model).tags
+        for act in (
+            lambda: champion.promote(ledger.model, 3),
+            lambda: champion.roll_back(ledger.model),
+            lambda: resolve(client, f"models:/{ledger.model}@champion"),
+            lambda: project(client, ledger),
+            lambda: adopted(client, ledger),
+            lambda: append(client, ledger, lambda history: None),
+            lambda: find_live(client, ledger.store, ledger.place.bucket, (), {}),
+        ):
+            with pytest.raises(UserError, match=words) as caught:
+                act()
+            assert "\n" not in str(caught.value)
+        assert (objects(ledger), client.get_registered_model(ledger.model).tags) == (before, tags)
+
+    return all_refused
+
+
+def test_a_ledger_that_was_cut_or_emptied_is_noticed_by_all_and_comes_back_of_mlflows_copies(
+    client: MlflowClient, versions: list[Version], ledger: Ledger, refused: Callable[[str], None]
+) -> None:
+    add(ledger, "promote", versions[1], evidence=WIN)
+    add(ledger, "hold", versions[3], evidence=HOLD)
+    add(ledger, "promote", versions[2], evidence=WIN)
+    history, whole = project(client, ledger), objects(ledger)
+    for gone in (["00000003.json"], list(whole)):
+        ledger.store.delete_many(ledger.place.bucket, map(ledger.place.key, gone))
+        refused(r"00000003\.json is missing")
+        assert restore(client, ledger) == [int(name[:8]) for name in gone]
+        assert objects(ledger) == whole
+        assert project(client, ledger) == history
+    # Copies that are no entries, and one too few.
+    client.set_model_version_tag(ledger.model, "4", "darkroom.ledger.00000002.json", "{}")
+    ledger.store.delete_many(ledger.place.bucket, map(ledger.place.key, whole))
+    with pytest.raises(UserError, match="two records of entry 2"):
+        restore(client, ledger)
+    client.delete_model_version_tag(ledger.model, "4", "darkroom.ledger.00000002.json")
+    client.delete_model_version_tag(ledger.model, "1", "darkroom.ledger.00000001.json")
+    with pytest.raises(UserError, match=r"00000001\.json is missing"):
+        restore(client, ledger)
+    assert objects(ledger) == {}
+
+
+def test_an_entry_that_was_replaced_is_noticed_by_all(
+    client: MlflowClient, versions: list[Version], ledger: Ledger, refused: Callable[[str], None]
+) -> None:
+    add(ledger, "promote", versions[1], evidence=WIN)
+    project(client, ledger)
+    first = ledger.place.key("00000001.json")
+    ledger.store.delete_many(ledger.place.bucket, [first])
+    add(ledger, "promote", versions[3], evidence=WIN)
+    refused(r"00000001\.json was altered")
+    with pytest.raises(UserError, match=r"00000001\.json was altered"):
+        restore(client, ledger)
+
+
+def test_what_is_on_record_is_behind_for_good_reasons_only(
+    client: MlflowClient, versions: list[Version], ledger: Ledger, refused: Callable[[str], None]
+) -> None:
+    add(ledger, "promote", versions[1], evidence=WIN)
+    project(client, ledger)
+    old = newest_on_record(client, ledger)
+    # Stopped before it could tell MLflow.
+    add(ledger, "promote", versions[2], evidence=WIN)
+    assert resolve(client, f"models:/{ledger.model}@champion").number == 2
+    new = newest_on_record(client, ledger)
+    assert (old[:8], new[:8]) == ("00000001", "00000002")
+    # MLflow came back of a backup.
+    client.set_registered_model_tag(ledger.model, "darkroom.ledger.newest", old)
+    for number, tag in ((1, "00000002"), (2, "00000002"), (2, "00000002.json")):
+        client.delete_model_version_tag(ledger.model, str(number), f"darkroom.ledger.{tag}")
+    assert resolve(client, f"models:/{ledger.model}@champion").number == 2
+    assert newest_on_record(client, ledger) == new
+    assert champion.promote(ledger.model, 3).entry.number == 3
+    client.set_registered_model_tag(ledger.model, "darkroom.ledger.newest", "00000009" + new[8:])
+    refused(r"00000009\.json is missing")
+    client.set_registered_model_tag(ledger.model, "darkroom.ledger.newest", "9")
+    refused(r"darkroom\.ledger\.newest of .* was altered")
+    client.delete_registered_model_tag(ledger.model, "darkroom.ledger.newest")
+    assert project(client, ledger).standing.champion == 3
+
+
+def test_foreign_objects_stop_neither_promotions_nor_rollbacks_nor_gc(
+    client: MlflowClient, versions: list[Version], ledger: Ledger
+) -> None:
+    for name in ("00000001.json", "00000003.json", "99999999.json", "foo"):
+        key = ledger.place.key(name)
+        ledger.store.put_once(ledger.place.bucket, key, b"{}")
+    assert champion.promote(ledger.model, 1).entry.number == 2
+    assert champion.promote(ledger.model, 2).entry.number == 4
+    assert champion.roll_back(ledger.model).version.number == 1
+    assert resolve(client, f"models:/{ledger.model}@champion").number == 1
+    assert newest_on_record(client, ledger).startswith("00000005 ")
+    assert len(project(client, ledger).foreign) == 4
+    find_live(client, ledger.store, ledger.place.bucket, (), {})
+
+
+def test_a_champion_that_was_deleted_is_said_to_be_gone(
+    client: MlflowClient, versions: list[Version], ledger: Ledger
+) -> None:
+    add(ledger, "promote", versions[1], evidence=WIN)
+    add(ledger, "promote", versions[2], evidence=WIN)
+    project(client, ledger)
+    client.delete_model_version(ledger.model, "2")
+    with pytest.raises(UserError, match=f"{ledger.model}@champion is not in the registry"):
+        resolve(client, f"models:/{ledger.model}@champion")
+    assert champion.roll_back(ledger.model).version.number == 1
+    assert resolve(client, f"models:/{ledger.model}@champion").number == 1
+
+
+def judged(version: Version, champion: int | None, evidence: Evidence | None) -> Callable[[History], Entry | None]:
+    judgement = Judgement(champion=champion, evidence=evidence)
+    return lambda history: next_entry(history, version, judgement, None)
+
+
+@pytest.mark.drill(
+    "two promotions at once",
+    "a second one while the first one decides",
+    "one champion; the slower one is told who was faster, exit 3",
+)
+def test_of_two_promotions_at_once_one_wins_and_the_other_is_told_who_was_faster(
+    client: MlflowClient, versions: list[Version], ledger: Ledger
+) -> None:
+    add(ledger, "promote", versions[1], evidence=WIN)
+
+    def promote(version: Version) -> str:
+        try:
+            ledger.append(judged(version, 1, WIN))
+        except Held as error:
+            return str(error)
+        return "won"
+
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(promote, (versions[2], versions[3])))
+    assert sorted(word == "won" for word in said) == [False, True]
+    winner = 2 + said.index("won")
+    loser = 5 - winner
+    [told] = [each for each in said if each != "won"]
+    assert f"somebody was faster: promote 1 → {winner}" in told
+    assert f"models:/{ledger.model}/{loser} was judged against champion 1: run `darkroom promote` again" in told
+    history = ledger.read()
+    assert [entry.to_version for entry in history.entries] == [1, winner]
+    assert project(client, ledger).standing.champion == winner
+    assert aliases_of(client, ledger.model) == {"champion": winner, "previous": 1}
+
+
+def test_a_verdict_that_is_there_is_not_written_twice(
+    client: MlflowClient, versions: list[Version], ledger: Ledger
+) -> None:
+    ledger.append(judged(versions[1], None, WIN))
+    for _ in range(2):
+        ledger.append(judged(versions[2], 1, HOLD))
+    ledger.append(judged(versions[1], 1, None))
+    assert [entry.what for entry in ledger.read().entries] == ["promote", "hold"]
+    ledger.append(judged(versions[3], 1, WIN))
+    ledger.append(judged(versions[2], 3, HOLD))
+    assert [entry.what for entry in ledger.read().entries] == ["promote", "hold", "promote", "hold"]
+    # The same command once more, after another process of it had won.
+    ledger.append(judged(versions[3], 1, WIN))
+    assert len(ledger.read().entries) == 4
+
+
+def test_what_a_person_does_not_approve_of_is_held(
+    client: MlflowClient, versions: list[Version], ledger: Ledger
+) -> None:
+    judgement = Judgement(champion=None, evidence=WIN)
+    no, yes = Approval(approved=False, by="Ada", note="too dark"), Approval(approved=True, by="Ada")
+    ledger.append(lambda history: next_entry(history, versions[1], judgement, no))
+    assert ledger.read().standing.champion is None
+    ledger.append(lambda history: next_entry(history, versions[2], judgement, yes))
+    history = ledger.read()
+    assert history.standing.champion == 2
+    assert [entry.approval for entry in history.entries] == [no, yes]
+
+
+def test_rolling_back_twice_goes_back_twice_and_says_when_nothing_is_left(
+    client: MlflowClient, versions: list[Version], ledger: Ledger
+) -> None:
+    with pytest.raises(UserError, match="there is no champion of faces-"):
+        champion.roll_back(ledger.model)
+    for version in versions[1:4]:
+        add(ledger, "promote", version, evidence=WIN)
+    first = champion.roll_back(ledger.model, "three eyes")
+    assert (first.version.number, first.already) == (2, False)
+    assert aliases_of(client, ledger.model) == {"champion": 2, "previous": 1}
+    assert "rollback 3 → 2" in copies(client, ledger.model, 3)["00000004"]
+    assert champion.roll_back(ledger.model).version.number == 1
+    with pytest.raises(UserError, match="champion 1 is the first of faces-"):
+        champion.roll_back(ledger.model)
+    assert aliases_of(client, ledger.model) == {"champion": 1}
+    assert [entry.reason for entry in ledger.read().entries if entry.what == "rollback"] == ["three eyes", None]
+
+
+@pytest.fixture
+def dying(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Has the next commands die instead of their write to MLflow of that number."""
+    return lambda life: monkeypatch.setattr(champion, "MlflowClient", lambda: Mortal(life))
+
+
+def test_a_rollback_that_was_killed_and_is_given_again_goes_back_once(
+    client: MlflowClient, versions: list[Version], ledger: Ledger, dying: Callable[[int], None]
+) -> None:
+    for version in versions[1:4]:
+        add(ledger, "promote", version, evidence=WIN)
+    project(client, ledger)
+    dying(0)
+    with pytest.raises(Killed):
+        champion.roll_back(ledger.model)
+    dying(1000)
+    again = champion.roll_back(ledger.model)
+    assert (again.version.number, again.already) == (2, True)
+    assert aliases_of(client, ledger.model) == {"champion": 2, "previous": 1}
+    assert len(ledger.read().entries) == 4
+
+
+def test_a_promotion_by_hand_overrides_the_gate_and_says_so(
+    client: MlflowClient, versions: list[Version], ledger: Ledger
+) -> None:
+    add(ledger, "promote", versions[1], evidence=WIN)
+    add(ledger, "hold", versions[2], evidence=HOLD)
+    done = champion.promote(ledger.model, 2, "better hands")
+    assert (done.version.number, done.entry.by_hand, done.already) == (2, True, False)
+    assert done.entry.evidence == HOLD
+    assert "by hand, better hands (overrides the gate: hold: kid 0.02" in str(done.entry)
+    assert aliases_of(client, ledger.model) == {"champion": 2, "previous": 1}
+    again = champion.promote(ledger.model, 2, "better hands")
+    assert (again.already, again.entry) == (True, done.entry)
+    assert "never judged" in str(champion.promote(ledger.model, 3).entry)
+    with pytest.raises(UserError, match=f"models:/{ledger.model}/9 is not in the registry"):
+        champion.promote(ledger.model, 9)
+
+
+def test_what_was_taken_down_becomes_champion_only_if_somebody_says_so(
+    client: MlflowClient, versions: list[Version], ledger: Ledger
+) -> None:
+    add(ledger, "promote", versions[1], evidence=WIN)
+    add(ledger, "promote", versions[2], evidence=WIN)
+    client.set_model_version_tag(ledger.model, "1", "darkroom.takedown", "0123abcd")
+    refused = r"taken down since \(takedown 0123abcd\).*--taken-down"
+    with pytest.raises(UserError, match=refused):
+        champion.roll_back(ledger.model)
+    with pytest.raises(UserError, match=refused):
+        champion.promote(ledger.model, 1)
+    with pytest.raises(UserError, match="leave --taken-down out"):
+        champion.promote(ledger.model, 3, taken_down=True)
+    assert champion.promote(ledger.model, 1, "asked legal", taken_down=True).version.number == 1
+
+
+def test_a_version_without_weights_is_no_champion(
+    client: MlflowClient, versions: list[Version], ledger: Ledger
+) -> None:
+    add(ledger, "promote", versions[1], evidence=WIN)
+    empty = client.create_model_version(ledger.model, "file:///nowhere")
+    gone = client.get_model_version(ledger.model, "3").source or ""
+    Path(gone.removeprefix("file://"), "artifacts", "weights.safetensors").unlink()
+    for number in (int(empty.version), 3):
+        with pytest.raises(UserError, match="has no weights"):
+            champion.promote(ledger.model, number)
+    assert len(ledger.read().entries) == 1
+
+
+def test_a_person_who_decides_on_what_is_past_is_told(
+    client: MlflowClient, versions: list[Version], ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(ledger, "promote", versions[1], evidence=WIN)
+    add(ledger, "promote", versions[2], evidence=WIN)
+
+    def meanwhile(client: MlflowClient, asked: Ledger) -> History:
+        seen = adopted(client, asked)
+        add(ledger, "promote", versions[3], evidence=WIN)
+        return seen
+
+    monkeypatch.setattr(champion, "adopted", meanwhile)
+    with pytest.raises(Held, match=r"somebody was faster: promote 2 → 3.*darkroom model history"):
+        champion.roll_back(ledger.model)
+    assert ledger.read().standing.champion == 3

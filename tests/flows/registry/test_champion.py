@@ -1,0 +1,125 @@
+"""A champion that cannot be compared with is named before anything is trained, with ways out that work."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow.client import MlflowClient
+
+from diffusion.common.errors import UserError
+from flows.config import Params
+from flows.registry import champion
+from flows.registry.aliases import verified
+from flows.registry.champion import champion_problem, require_champion
+from flows.registry.ledger import Ledger
+from flows.registry.model_versions import Version, resolve
+from tests.builders.model_versions import add_version
+
+
+@pytest.fixture
+def params(mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Params:
+    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+    return Params.model_validate({"training": {"dataset": "faces"}, "registry": {"model": bucket}})
+
+
+@pytest.fixture
+def versions(mlflow_client: MlflowClient, params: Params, tmp_path: Path) -> list[Version]:
+    """Four of them, each at its number; 1 and then 2 were champion."""
+    made = [add_version(mlflow_client, tmp_path / "registry", params.model_name) for _ in range(4)]
+    require_champion.fn(params)
+    for number in (1, 2):
+        champion.promote(params.model_name, number)
+    require_champion.fn(params)
+    return [made[0], *made]
+
+
+def delete_version(client: MlflowClient, version: Version) -> None:
+    client.delete_model_version(version.model, str(version.number))
+
+
+def weights(client: MlflowClient, version: Version) -> Path:
+    source = client.get_model_version(version.model, str(version.number)).source or ""
+    return Path(source.removeprefix("file://"), "artifacts", "weights.safetensors")
+
+
+def delete_weights(client: MlflowClient, version: Version) -> None:
+    weights(client, version).unlink()
+
+
+def alter_weights(client: MlflowClient, version: Version) -> None:
+    weights(client, version).write_bytes(b"others")
+
+
+def problem(params: Params) -> str:
+    """What is said before a training, which `history` says as well if it can be seen without the weights."""
+    with pytest.raises(UserError) as caught:
+        require_champion.fn(params)
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
+
+
+@pytest.mark.parametrize("strike", [delete_version, delete_weights, alter_weights])
+def test_both_ways_out_are_named_and_work(
+    mlflow_client: MlflowClient,
+    params: Params,
+    versions: list[Version],
+    strike: Callable[[MlflowClient, Version], None],
+) -> None:
+    strike(mlflow_client, versions[2])
+    said = problem(params)
+    history = verified(mlflow_client, Ledger.of(params.model_name))
+    assert champion_problem(mlflow_client, history) == said
+    assert "`darkroom model rollback` makes version 1 champion" in said
+    assert "`darkroom promote --to 4` makes version 4 champion" in said
+    assert champion.roll_back(params.model_name).version.number == 1
+    require_champion.fn(params)
+    if strike is delete_version:
+        # That rollback's champion as well, so that it looks as if it had been killed.
+        strike(mlflow_client, versions[1])
+        assert "rollback" not in problem(params)
+        with pytest.raises(UserError, match=r"models:/.*@champion is not in the registry any more \(version 1\)"):
+            resolve(mlflow_client, f"models:/{params.model_name}@champion")
+    assert champion.promote(params.model_name, 4).version.number == 4
+    require_champion.fn(params)
+
+
+def test_a_rollback_is_no_dead_end_when_its_champion_was_deleted(
+    mlflow_client: MlflowClient, params: Params, versions: list[Version]
+) -> None:
+    champion.promote(params.model_name, 3)
+    assert champion.roll_back(params.model_name).version.number == 2
+    delete_version(mlflow_client, versions[2])
+    assert "`darkroom model rollback` makes version 1 champion" in problem(params)
+    assert champion.roll_back(params.model_name).version.number == 1
+    require_champion.fn(params)
+
+
+def test_only_ways_that_lead_out_are_named(
+    mlflow_client: MlflowClient, params: Params, versions: list[Version]
+) -> None:
+    mlflow_client.set_model_version_tag(params.model_name, "1", "darkroom.takedown", "0123abcd")
+    delete_weights(mlflow_client, versions[4])
+    delete_version(mlflow_client, versions[2])
+    said = problem(params)
+    assert re.findall(r"darkroom \w+[^`]*", said) == ["darkroom promote --to 3"]
+    delete_version(mlflow_client, versions[3])
+    said = problem(params)
+    assert "`" not in said
+    assert "registry.model=NAME" in said
+    require_champion.fn(params.model_copy(update={"registry": params.registry.model_copy(update={"model": "other"})}))
+
+
+def test_a_registered_model_that_was_deleted_or_made_anew_is_said_to_be(
+    mlflow_client: MlflowClient, params: Params, versions: list[Version], tmp_path: Path
+) -> None:
+    mlflow_client.delete_registered_model(params.model_name)
+    assert "is not in MLflow's registry any more" in problem(params)
+    for data in (b"1", b"2", b"3"):
+        add_version(mlflow_client, tmp_path / "anew", params.model_name, data=data)
+    said = problem(params)
+    assert "has other weights under that number" in said
+    assert "`darkroom promote --to 3`" in said
+    assert champion.promote(params.model_name, 3).version.number == 3
+    require_champion.fn(params)

@@ -1,0 +1,291 @@
+"""Who is champion, on a real stack: the command line, kills at random moments, approval in Prefect, and MLflow."""
+
+import base64
+import json
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from mlflow.client import MlflowClient
+
+from flows.monitoring.prometheus import LedgerRead, of_ledgers
+from flows.registry.ledger import Ledger
+from tests.builders.workspace import PARAMS, Workspace, objects, running
+from tests.chaos.forked import Forks
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+QUICK = {
+    "training": {**PARAMS["training"], "images": 320, "checkpoints": 1, "warmup_images": 16},
+    "evaluation": {"samples": 16, "extractor_size": 32},
+}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    """A running stack with two versions of blobs, of which the first or both were champion."""
+    with running(tmp_path_factory.mktemp("workspace"), PARAMS | QUICK, 120) as space:
+        space.two_versions()
+        yield space
+
+
+def aliases(server: MlflowClient, model: str = "blobs") -> dict[str, int]:
+    return {alias: int(number) for alias, number in server.get_registered_model(model).aliases.items()}
+
+
+def test_history_tells_what_rollback_and_promotion_by_hand_do_and_versions_show_it(
+    workspace: Workspace, server: MlflowClient
+) -> None:
+    before = workspace.json("model", "history")
+    assert [entry["version"] for entry in before["entries"]] == [1, 2]
+    assert (before["entries"][0]["what"], before["entries"][0]["to_version"]) == ("promote", 1)
+    done = workspace.json("promote", "--to", "2", "--reason", "rounder")
+    assert done["version"]["number"] == 2
+    workspace.json("promote", "--to", "1", "--reason", "rounder still")
+    assert aliases(server) == {"champion": 1, "previous": 2}
+    assert workspace.json("model", "rollback", "--reason", "three eyes")["version"]["number"] == 2
+    assert aliases(server) == {"champion": 2, "previous": 1}
+    assert workspace.json("sample", "--count", "1")["model"] == "models:/blobs/2"
+
+    after = workspace.json("model", "history")
+    assert after["entries"][: len(before["entries"])] == before["entries"]
+    assert after["verified"] == len(after["entries"])
+    assert after["entries"][-1]["reason"] == "three eyes"
+    table = workspace.run("model", "history")
+    assert "by hand, three eyes" in table
+    version = server.get_model_version("blobs", "1")
+    assert any("three eyes" in text for name, text in version.tags.items() if name.startswith("darkroom.ledger."))
+    for words in ("## Data", version.tags["darkroom.content_digest"], version.run_id, "first version"):
+        assert words in (version.description or "")
+    grid = (version.description or "").partition("![samples](get-artifact?path=")[2].partition("&")[0]
+    shown = {item.path for item in server.list_artifacts(version.run_id, "evaluation/grids")}
+    assert grid.replace("%2F", "/") in shown
+
+
+def test_the_gate_does_not_bring_back_what_a_person_took_the_title_from(
+    workspace: Workspace, server: MlflowClient
+) -> None:
+    workspace.json("promote", "--to", "1")
+    workspace.json("promote", "--to", "2")
+    workspace.json("model", "rollback", "--reason", "three eyes")
+    held = workspace.json("promote", "--set", "training.seed=1", "--set", "training.output=runs/second", code=3)
+    assert (held["version"]["number"], held["verdict"]) == (2, "hold")
+    assert "three eyes" in held["reason"]
+    assert aliases(server)["champion"] == 1
+
+
+@pytest.mark.parametrize("words", [("--reason", "x"), ("--taken-down",), ("--to", "9"), ("--to", "0")])
+def test_promotions_that_make_no_sense_are_refused(workspace: Workspace, words: tuple[str, ...]) -> None:
+    workspace.run("promote", *words, code=2)
+
+
+@pytest.mark.drill(
+    "a promotion by hand is killed",
+    "SIGKILL at random moments",
+    "one champion at each moment; the same command: one entry in the ledger",
+)
+def test_killed_at_random_moments_there_is_one_champion_and_the_same_command_ends_the_same(
+    workspace: Workspace, server: MlflowClient, tmp_path: Path, kills: int
+) -> None:
+    moments = random.Random(6)
+    with closing(Forks(tmp_path, workspace.variables)) as forks:
+
+        def answer(*arguments: str) -> Any:
+            return json.loads(forks.finish(workspace.folder, *arguments, "--json"))
+
+        answer("promote", "--to", "2")
+        began = time.monotonic()
+        answer("promote", "--to", "1")
+        duration, champion, entries = time.monotonic() - began, 1, answer("model", "history")["verified"]
+        for _ in range(kills):
+            wanted = 3 - champion
+            command = ("promote", "--to", str(wanted))
+            forks.strike(signal.SIGKILL, moments.uniform(0, duration), workspace.folder, *command)
+            assert aliases(server)["champion"] in (1, 2)
+            found = answer("model", "history")
+            assert found["verified"] - entries in (0, 1)
+            assert aliases(server)["champion"] == found["champion"] == found["entries"][-1]["to_version"]
+            assert answer(*command)["version"]["number"] == wanted
+            assert answer("model", "history")["verified"] == entries + 1
+            champion, entries = wanted, entries + 1
+
+
+def intact(model: str = "blobs") -> float:
+    """What the metrics say of a ledger, asked for the first time and once more."""
+    [before, after] = [
+        {labels: value for name, labels, value in of_ledgers(read) if name == "darkroom_ledger_intact"}
+        for read in [dict[str, LedgerRead]()]
+        for _ in range(2)
+    ]
+    assert before == after
+    return before[(model,)]
+
+
+def test_whatever_is_done_to_the_ledger_is_said_by_metrics_and_history_and_nothing_is_written(
+    workspace: Workspace, server: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace.folder)
+    monkeypatch.setenv("DARKROOM_BUCKET", workspace.variables["DARKROOM_BUCKET"])
+    ledger = Ledger.of("blobs")
+    keys = sorted(ledger.store.list_keys(ledger.place.bucket, ledger.place.key("")))
+    whole = {key: ledger.store.get(ledger.place.bucket, key) for key in keys}
+    aliased, read = aliases(server), dict[str, LedgerRead]()
+    other = str(3 - aliased["champion"])
+    assert intact() == 1
+    list(of_ledgers(read))
+    edited = whole[keys[0]].replace(b'"by_hand":false', b'"by_hand":true')
+    assert edited != whole[keys[0]]
+    for changes in (
+        dict.fromkeys(keys),
+        {keys[-1]: None},
+        {keys[0]: None},
+        {keys[0]: edited},
+        {keys[-1]: whole[keys[-1]].replace(b'"reason":', b'"reason": ')},
+    ):
+        ledger.store.delete_many(ledger.place.bucket, changes)
+        for key, data in changes.items():
+            if data is not None:
+                ledger.store.put_once(ledger.place.bucket, key, data)
+        there = objects(workspace, f"{ledger.place}/")
+        assert intact() == 0
+        # Also by who has read it before.
+        assert ("darkroom_ledger_intact", ("blobs",), 0) in list(of_ledgers(read))
+        # That nobody writes is shown for each in test_aliases.py.
+        for verb in (("model", "history"), ("promote", "--to", other)) if None not in changes.values() else ():
+            assert "the ledger of blobs is broken" in workspace.run(*verb, code=2)
+        assert objects(workspace, f"{ledger.place}/") == there
+        ledger.store.delete_many(ledger.place.bucket, [key for key, data in changes.items() if data is not None])
+        if changes.keys() == whole.keys():
+            restored = workspace.json("model", "history", "--restore")["restored"]
+            assert restored == [int(key[-13:-5]) for key in keys]
+        else:
+            for key in changes:
+                ledger.store.put_once(ledger.place.bucket, key, whole[key])
+        assert {key: ledger.store.get(ledger.place.bucket, key) for key in keys} == whole
+        assert intact() == 1
+    assert aliases(server) == aliased
+
+    junk = ledger.place.key(f"{len(keys) + 1:08d}.json")
+    ledger.store.put_once(ledger.place.bucket, junk, b"{}")
+    assert intact() == 0
+    assert workspace.json("model", "history")["foreign"] == [
+        {"name": junk[-13:], "reason": "is no entry of this ledger"}
+    ]
+    assert workspace.json("promote", "--to", other)["entry"]["number"] == len(keys) + 2
+    ledger.store.delete_many(ledger.place.bucket, [junk])
+    assert intact() == 1
+
+
+def test_a_champion_that_was_deleted_stops_everything_before_it_begins_and_can_be_replaced(
+    workspace: Workspace, server: MlflowClient
+) -> None:
+    """One of a model of its own, which has two."""
+    named = ("--set", "registry.model=deleted")
+    second = (*named, "--set", "training.seed=1", "--set", "training.output=runs/second")
+    for sets in (named, second):
+        workspace.json("train", *sets)
+        workspace.json("evaluate", *sets)
+        workspace.start("promote", *sets).communicate(timeout=300)
+    workspace.json("promote", "--to", "2", *named)
+    assert workspace.json("model", "history", *named)["problem"] is None
+    server.delete_model_version("deleted", "2")
+    runs = len(server.search_runs([server.get_experiment_by_name("deleted").experiment_id]))
+    other = (*named, "--set", "training.seed=2", "--set", "training.output=runs/third")
+    for words in (
+        ("train", *other),
+        ("retrain", "images", "--count", "1", *other),
+        ("evaluate", *second),
+        ("promote", *second),
+    ):
+        said = workspace.run(*words, code=2)
+        assert "version 2 of deleted is champion by the ledger" in said
+        assert "`darkroom model rollback` makes version 1 champion" in said
+    assert len(server.search_runs([server.get_experiment_by_name("deleted").experiment_id])) == runs
+    assert not (workspace.folder / "runs" / "third").exists()
+    assert "`darkroom model rollback`" in workspace.json("model", "history", *named)["problem"]
+    assert workspace.json("model", "rollback", *named)["version"]["number"] == 1
+    workspace.json("train", *other)
+
+
+class Prefect:
+    """The workspace's Prefect server, as its UI speaks to it."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        secret = base64.b64encode(workspace.variables["PREFECT_API_AUTH_STRING"].encode()).decode()
+        self.client = httpx.Client(
+            base_url=workspace.variables["PREFECT_API_URL"], headers={"Authorization": f"Basic {secret}"}, timeout=60
+        )
+
+    def paused(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+        """The flow run that waits for input, once there is one."""
+        asked = {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}}
+        deadline = time.monotonic() + 300
+        while not (found := self.client.post("/flow_runs/filter", json=asked).json()):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        [run] = found
+        return dict(run)
+
+    def answer(self, run: dict[str, Any], **fields: object) -> httpx.Response:
+        return self.client.post(f"/flow_runs/{run['id']}/resume", json={"run_input": fields})
+
+
+def test_a_person_approves_or_does_not_before_anything_becomes_champion(
+    workspace: Workspace, server: MlflowClient
+) -> None:
+    prefect = Prefect(workspace)
+    for model, approved in (("approved", True), ("denied", False)):
+        named = ("--set", f"registry.model={model}")
+        workspace.json("train", *named)
+        workspace.json("evaluate", *named)
+        process = workspace.start("promote", *named, "--set", "registry.approval=true", "--json")
+        run = prefect.paused(process)
+        assert run["name"].startswith("promote-")
+        assert aliases(server, model) == {}
+        assert "Not yet" in (server.get_model_version(model, "1").description or "")
+        refused = prefect.answer(run, approved=approved, by="")
+        assert refused.json()["status"] == "REJECT"
+        assert prefect.answer(run, approved=approved, by="Ada", note="looked at it").is_success
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == (0 if approved else 3), err[-3000:]
+        assert "waits for approval: http" in err
+        assert "by Ada (looked at it): first version" in out
+        [entry] = workspace.json("model", "history", *named)["entries"]
+        assert entry["approval"] == {"approved": approved, "by": "Ada", "note": "looked at it"}
+        assert aliases(server, model) == ({"champion": 1} if approved else {"challenger": 1})
+    held = workspace.json("promote", *named, "--set", "registry.approval=true", code=3)
+    assert "a person decided against it" in held["reason"]
+    assert workspace.json("promote", "--to", "1", *named)["version"]["number"] == 1
+
+
+def test_a_retraining_waits_for_approval_and_without_it_leaves_the_champion(
+    workspace: Workspace, server: MlflowClient
+) -> None:
+    prefect = Prefect(workspace)
+    always = ("registry.approval=true", "registry.model=asked", "gate.recall_loss=null", "gate.memorized=null")
+    # One that has learned next to nothing, and one that is surely better.
+    for version, images, approved in ((1, 16, True), (2, 4800, False)):
+        sets = (*always, f"training.images={images}", f"training.output=runs/asked-{version}")
+        named = [word for each in sets for word in ("--set", each)]
+        process = workspace.start("retrain", "images", "--count", "1", *named, "--json")
+        run = prefect.paused(process)
+        assert run["name"].startswith("promote-")
+        assert aliases(server, "asked") == ({} if version == 1 else {"champion": 1})
+        assert prefect.answer(run, approved=approved, by="Ada", note="looked at it").is_success
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == (0 if approved else 3), err[-3000:]
+        done = json.loads(out)
+        assert done["verdict"]["version"]["number"] == version
+        assert done["verdict"]["promoted"] is approved
+        assert done["samples"]["model"] == "models:/asked/1"
+    assert aliases(server, "asked") == {"champion": 1, "challenger": 2}
+    entries = workspace.json("model", "history", "--set", "registry.model=asked")["entries"]
+    assert [(each["what"], each["approval"]["approved"]) for each in entries] == [("promote", True), ("hold", False)]

@@ -1,0 +1,104 @@
+"""The version that a training begins with: decided once, so that a champion never trains on itself for ever."""
+
+from pathlib import Path
+
+import pytest
+from mlflow.client import MlflowClient
+
+from diffusion.common.errors import UserError
+from diffusion.data.manifest import read_manifest, write_manifest
+from flows.config import Params, load_params, registered_start
+from flows.registry import champion
+from flows.registry.dependencies import decided, fetched
+from tests.builders.model_versions import add_version
+from tests.builders.small_models import write_model
+
+
+@pytest.fixture
+def params(dataset: Path, mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Params:
+    """A training of ``dataset`` that begins with the champion, of a model of its own."""
+    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+    overrides = [
+        "training.dataset=blobs",
+        "training.images=320",
+        "training.init_from=champion",
+        f"registry.model={bucket}",
+    ]
+    return load_params(Path("params.yaml"), overrides)
+
+
+def crown(client: MlflowClient, params: Params, folder: Path) -> int:
+    """A new version of the model of ``params``, and its champion."""
+    number = len(client.search_model_versions(f"name = '{params.model_name}'"))
+    path = write_model(folder / f"{number}.safetensors", number, images=1)
+    version = add_version(client, folder, params.model_name, data=path.read_bytes())
+    champion.promote(params.model_name, version.number)
+    return version.number
+
+
+def begun(params: Params) -> str | None:
+    version = decided(params, registered_start(params) or "")
+    return version and version.uri
+
+
+def other(params: Params, **changes: object) -> Params:
+    return params.model_copy(update={"training": params.training.model_copy(update=changes)})
+
+
+def test_a_champion_that_came_of_it_changes_nothing_and_another_configuration_or_data_decide_anew(
+    params: Params, mlflow_client: MlflowClient, tmp_path: Path
+) -> None:
+    name = params.model_name
+    crown(mlflow_client, params, tmp_path)
+    assert begun(params) == f"models:/{name}/1"
+    crown(mlflow_client, params, tmp_path)
+    assert begun(params) == f"models:/{name}/1"
+    assert begun(other(params, seed=1)) == f"models:/{name}/2"
+    manifest = read_manifest(params.dataset_folder)
+    write_manifest(params.dataset_folder, manifest.model_copy(update={"content_digest": "0" * 64}))
+    assert begun(params) == f"models:/{name}/2"
+
+
+def test_without_a_champion_it_is_decided_to_begin_at_random(
+    params: Params, mlflow_client: MlflowClient, tmp_path: Path
+) -> None:
+    ready = fetched(params)
+    assert (ready.params.training.init_from, ready.start, ready.asked.training.init_from) == (None, None, "champion")
+    crown(mlflow_client, params, tmp_path)
+    assert fetched(params).start is None
+    assert fetched(other(params, images=640)).start == f"models:/{params.model_name}/1"
+
+
+def test_the_weights_come_as_a_file_with_what_was_taken_down_of_their_images(
+    params: Params, mlflow_client: MlflowClient, tmp_path: Path
+) -> None:
+    crown(mlflow_client, params, tmp_path)
+    mlflow_client.set_model_version_tag(params.model_name, "1", "darkroom.takedown", "b,a")
+    ready = fetched(other(params, init_from=f"models:/{params.model_name}/1"))
+    assert ready.params.training.init_from is not None
+    assert Path(ready.params.training.init_from).read_bytes() == (tmp_path / "0.safetensors").read_bytes()
+    assert ready.takedown == "a,b"
+
+
+def test_a_dry_run_decides_nothing(params: Params, mlflow_client: MlflowClient, tmp_path: Path) -> None:
+    crown(mlflow_client, params, tmp_path)
+    assert fetched(params, dry_run=True).start == f"models:/{params.model_name}/1"
+    crown(mlflow_client, params, tmp_path)
+    assert begun(params) == f"models:/{params.model_name}/2"
+
+
+def test_a_start_that_was_deleted_since_is_named_with_what_decides_anew(
+    params: Params, mlflow_client: MlflowClient, tmp_path: Path
+) -> None:
+    crown(mlflow_client, params, tmp_path)
+    assert begun(params) == f"models:/{params.model_name}/1"
+    crown(mlflow_client, params, tmp_path)
+    mlflow_client.delete_model_version(params.model_name, "1")
+    with pytest.raises(UserError, match=r"begins with models:/.*/1, which is not in the registry any more"):
+        begun(params)
+    assert begun(other(params, seed=1)) == f"models:/{params.model_name}/2"
+
+
+def test_a_version_that_is_not_there_is_named(params: Params) -> None:
+    with pytest.raises(UserError, match="models:/nothing/3 is not in the registry"):
+        fetched(other(params, init_from="models:/nothing/3"))

@@ -1,0 +1,169 @@
+"""The model card: everything a version is made of, in Markdown that MLflow shows, written for each verdict once."""
+
+import re
+from pathlib import Path
+
+import pytest
+from mlflow.client import MlflowClient
+
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
+from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.evaluation.comparison import ChampionComparison, compare_with_champion
+from diffusion.evaluation.gate import Finding, GateConfig
+from diffusion.evaluation.reports.html import signed, with_error
+from flows.config import Params
+from flows.registry import model_card
+from flows.registry.ledger_entries import Evidence, History
+from flows.registry.model_versions import Version
+from flows.registry.takedown_marks import mark
+from tests.builders.comparisons import CONFIG, SAMPLING, discs
+from tests.builders.model_versions import add_version
+from tests.builders.small_models import write_model
+from tests.diffusion.evaluation.reports.test_evaluation_report import an_evaluation
+from tests.flows.test_takedown_flow import REMOVAL
+
+VERSION = Version(
+    model="faces",
+    number=3,
+    run_id="0123456789abcdef",
+    weights_sha256="b" * 64,
+    tags={"darkroom.dvc_digest": "abc.dir", "darkroom.git_commit": "c0ffee", "darkroom.git_dirty": "True"},
+)
+EVIDENCE = Evidence(verdict="promote", reason="first | version:\nno champion", figures={"kid": 0.01}, eval_key="e" * 64)
+ENTRY = History("faces").then("promote", 3, "b" * 64, evidence=EVIDENCE)
+PARAMS = Params()
+
+
+@pytest.fixture
+def data(dataset: Path) -> Manifest:
+    return read_manifest(dataset)
+
+
+def section(card: str, title: str) -> str:
+    return card.partition(f"\n## {title}\n")[2].partition("\n## ")[0].strip()
+
+
+def rows(card: str, title: str, number: int = 0) -> dict[str, list[str]]:
+    """A table of a section by its first column; every line must have as many cells."""
+    tables = [part for part in section(card, title).split("\n\n") if part.startswith("|")]
+    lines = tables[number].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").replace("\\|", "¦").split("|")] for line in lines]
+    assert len({len(each) for each in cells}) == 1
+    return {first: rest for first, *rest in cells[2:]}
+
+
+def test_a_card_says_what_a_version_is_made_of_how_good_it_is_and_how_it_was_judged(data: Manifest) -> None:
+    evaluation = an_evaluation([0.05, 0.02])
+    card = model_card.card(PARAMS, evaluation, data, VERSION, ENTRY)
+    assert card.startswith("# faces, version 3\n")
+    about = rows(card, "Data")
+    assert about["content"] == [f"`{data.content_digest}`"]
+    assert about["version"] == [f"`{data.digest}`"]
+    assert about["DVC"] == ["`abc.dir`"]
+    assert about["classes"] == ["even (24), odd (24)"]
+    assert about["licence"][0].startswith("nobody said: set ingest.licence")
+    training = rows(card, "Training")
+    assert training["images seen"] == ["2,000"]
+    assert training["code"] == ["git `c0ffee`, with changes that were not committed"]
+    figures = rows(card, "How good it is")
+    assert figures["kid_efflite0"] == ["0.020 ± 0.020", "0.01"]
+    assert figures["recall_efflite0"] == ["0.745", "0.745"]
+    assert "kid_se_efflite0" not in figures
+    judged = rows(card, "How it was judged")
+    assert judged["outcome"] == ["champion"]
+    assert judged["why"] == ["first ¦ version: no champion"]
+    assert judged["ledger"] == [f"entry 1, `{ENTRY.digest}`"]
+    assert "evaluation/grids/0000002000-11111111.png" in section(card, "Samples")
+    calls = section(card, "How to call it")
+    assert "darkroom sample --model models:/faces/3" in calls
+    assert 'mlflow.pyfunc.load_model("models:/faces/3")' in calls
+    assert "mlflow models serve -m models:/faces/3" in calls
+    assert evaluation.eval_key in section(card, "Limits")
+    assert model_card.card(PARAMS, evaluation, data, VERSION, ENTRY) == card
+
+
+def test_a_card_without_a_verdict_says_so_and_one_of_few_images_of_a_class_as_well(data: Manifest) -> None:
+    few = data.parts[0].model_copy(update={"classes": {"even": 40, "odd": 2}})
+    data = data.model_copy(update={"parts": [few]})
+    card = model_card.card(PARAMS, an_evaluation([0.05]), data, VERSION, None)
+    assert section(card, "How it was judged").startswith("Not yet")
+    assert "Of class odd it saw 2 images" in section(card, "Limits")
+
+
+def test_a_card_shows_intervals_from_the_trial_and_the_limits_that_it_found(tmp_path: Path) -> None:
+    folder = discs(tmp_path / "discs")
+    told = {"left": 60, "right": 60}
+    new, old = (write_model(tmp_path / f"{n}.safetensors", n, n, classes=told) for n in (1, 2))
+    config = CONFIG.model_copy(update={"samples": 64})
+    found, _ = compare_with_champion(new, old, folder, config, SAMPLING, GateConfig(), tmp_path / "reports")
+    card = model_card.card(PARAMS, an_evaluation([0.05]), read_manifest(folder), VERSION, ENTRY, found)
+    figures = rows(card, "How good it is")
+    assert found.champion is not None
+    measured = found.candidate.estimates["kid_efflite0"]
+    low, high = measured.interval.low, measured.interval.high
+    assert figures["kid_efflite0"] == [
+        with_error(measured.value, measured.error),
+        f"{signed(low)} to {signed(high)}",
+        f"{found.champion.estimates['kid_efflite0'].value:.4g}",
+        f"{found.real_baseline.estimates['kid_efflite0'].value:.4g}",
+    ]
+    assert {"copies_share", "duplicates_share", "bits_per_dim", "gflop_per_image"} <= figures.keys()
+    judged = rows(card, "How it was judged", 1)
+    assert judged["headline"] == [each_of(found, "headline").verdict, each_of(found, "headline").reason]
+    assert judged.keys() == {"headline", "memorized", "recall", "cost"}
+    limits = section(card, "Limits")
+    assert "look like copies of training images; of images that no model has seen" in limits
+    assert found.candidate.per_class is not None
+    assert found.candidate.per_class.worst is not None
+    assert f"Its worst class is {found.candidate.per_class.worst.name}: KID " in limits
+    # Noise instead of discs.
+    assert re.search(r"Its images have (more|less) contrast than real ones, by \d", limits)
+
+
+def each_of(found: ChampionComparison, rule: str) -> Finding:
+    return next(each for each in found.decision.findings if each.rule == rule)
+
+
+def test_the_licence_is_kept_with_the_data_and_changes_no_content(images: Path, tmp_path: Path) -> None:
+    folder, plain = tmp_path / "data" / "faces", tmp_path / "data" / "plain"
+    config = IngestConfig(source=str(images), size=8, held_out=0.33)
+    licensed = config.model_copy(update={"licence": "CC-BY-4.0"})
+    unlicensed = ingest(plain, config)
+    assert b"licence" not in (plain / "manifest.json").read_bytes()
+    first = ingest(folder, licensed)
+    assert first.content_digest == unlicensed.content_digest
+    assert not ingest(folder, config).changed
+    assert read_manifest(folder).licence == "CC-BY-4.0"
+    changed = ingest(folder, config.model_copy(update={"licence": "CC0-1.0"}))
+    assert (changed.changed, changed.added, changed.content_digest) == (True, 0, first.content_digest)
+    card = model_card.card(PARAMS, an_evaluation([0.05]), read_manifest(folder), VERSION, ENTRY)
+    assert rows(card, "Data")["licence"] == ["CC0-1.0"]
+
+
+def test_a_card_is_written_once_for_each_verdict_and_keeps_what_was_said_of_takedowns(
+    mlflow_client: MlflowClient, dataset: Path, tmp_path: Path
+) -> None:
+    params = Params.model_validate({"training": {"dataset": "blobs"}})
+    assert params.dataset_folder.resolve() == dataset
+    version = add_version(mlflow_client, tmp_path, "carded")
+    uri, evaluation = version.uri, an_evaluation([0.05])
+
+    def write(entries: History) -> str:
+        model_card.write(mlflow_client, params, evaluation, version, entries.about(1))
+        return mlflow_client.get_model_version("carded", "1").description or ""
+
+    assert "Not yet" in write(History("carded"))
+    mark([], [uri], REMOVAL)
+    one = History("carded").then("promote", 1, version.weights_sha256, evidence=EVIDENCE)
+    card = write(History("carded", (one,)))
+    assert "Not yet" not in card
+    assert f"{uri} was made from images that were taken down since (takedown {REMOVAL.name})" in card
+    assert card.count(f"Takedown {REMOVAL.name}: made from images") == 1
+
+    mlflow_client.update_model_version("carded", "1", description=f"{card}\n\nLooks best in print.")
+    assert write(History("carded", (one,))).endswith("Looks best in print.")
+    two = History("carded", (one,)).then("reject", 1, version.weights_sha256, evidence=EVIDENCE)
+    card = write(History("carded", (one, two)))
+    assert two.digest in card
+    assert card.count(f"Takedown {REMOVAL.name}: made from images") == 1

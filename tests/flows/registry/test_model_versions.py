@@ -1,0 +1,154 @@
+"""Whoever registers the same weights at the same time, here or on another machine, goes on with one version."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+from uuid import uuid4
+
+import mlflow
+import pytest
+from mlflow.client import MlflowClient
+from mlflow.entities import LoggedModelStatus
+
+from diffusion.common.files import sha256_file
+from diffusion.process.samplers import sampling_config
+from flows.registry import champion, model_versions
+from flows.registry.model_versions import WEIGHTS, Version
+from tests.builders.model_versions import Killed
+from tests.builders.small_models import write_model
+
+
+def killed(*_: Any, **__: Any) -> None:
+    """What a process does that is killed here."""
+    raise Killed
+
+
+@pytest.fixture
+def name(mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+    yield f"m{uuid4().hex}"
+    mlflow.set_tracking_uri(None)
+
+
+def logged(client: MlflowClient, name: str, weights: Path) -> str:
+    """A run that has logged a model with these weights: to log a real one takes ten seconds."""
+    mlflow.set_tracking_uri(client.tracking_uri)
+    experiment = client.create_experiment(name)
+    run_id = str(client.create_run(experiment).info.run_id)
+    model = client.create_logged_model(experiment, "m", run_id, {WEIGHTS: sha256_file(weights)})
+    client.log_model_artifacts(model.model_id, str(weights.parents[1]))
+    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    return run_id
+
+
+def weights_in(folder: Path) -> Path:
+    path = folder / "artifacts" / "weights.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"weights")
+    return path
+
+
+@contextmanager
+def at_once(monkeypatch: pytest.MonkeyPatch, wait: Any) -> Iterator[ThreadPoolExecutor]:
+    """Two who call ``wait`` when they have looked whether the version is there: else they seldom meet."""
+    original = mlflow.register_model
+
+    def waiting(*args: Any, **kwargs: Any) -> Any:
+        wait()
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(mlflow, "register_model", waiting)
+        yield pool
+
+
+def test_two_who_register_what_lies_in_one_folder_make_one_version(
+    mlflow_client: MlflowClient, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = weights_in(tmp_path / "run")
+    run_id = logged(mlflow_client, name, weights)
+
+    def register(_: int) -> Version:
+        return model_versions.register(name, run_id, weights, sampling_config(), {}, 8)
+
+    with at_once(monkeypatch, lambda: time.sleep(0.5)) as pool:
+        assert [each.number for each in pool.map(register, range(2))] == [1, 1]
+    assert len(mlflow_client.search_model_versions(f"name = '{name}'")) == 1
+    assert register(2).number == 1
+
+
+def numbers(client: MlflowClient, name: str) -> list[int]:
+    return sorted(int(each.version) for each in client.search_model_versions(f"name = '{name}'"))
+
+
+def test_two_machines_that_register_the_same_leave_one_version(
+    mlflow_client: MlflowClient, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = [weights_in(tmp_path / machine) for machine in ("here", "there")]
+    run_id = logged(mlflow_client, name, copies[0])
+    mlflow_client.create_registered_model(name)
+
+    def register(weights: Path) -> Version:
+        return model_versions.register(name, run_id, weights, sampling_config(), {}, 8)
+
+    with at_once(monkeypatch, Barrier(2, timeout=60).wait) as pool:
+        assert [each.number for each in pool.map(register, copies)] == [1, 1]
+    assert numbers(mlflow_client, name) == [1]
+    assert register(copies[1]).number == 1
+    # A slower machine had logged a model of its own.
+    where = mlflow_client.get_run(run_id).info.experiment_id
+    for status in (LoggedModelStatus.READY, LoggedModelStatus.FAILED):
+        slower = mlflow_client.create_logged_model(where, "m", run_id, {WEIGHTS: sha256_file(copies[0])})
+        mlflow_client.finalize_logged_model(slower.model_id, status)
+    version = register(copies[1])
+    [left] = mlflow_client.search_logged_models([where])
+    assert mlflow_client.get_model_version(name, "1").source == left.model_uri
+    assert model_versions.fetch_weights(version, tmp_path / "cache").read_bytes() == b"weights"
+
+
+def test_a_version_of_a_machine_that_was_stopped_before_it_found_the_first_is_deleted_unless_somebody_named_it(
+    mlflow_client: MlflowClient, name: str, tmp_path: Path
+) -> None:
+    weights = weights_in(tmp_path / "run")
+    run_id = logged(mlflow_client, name, weights)
+    tags = {WEIGHTS: sha256_file(weights)}
+    source = mlflow_client.search_logged_models([mlflow_client.get_run(run_id).info.experiment_id])[0].model_uri
+    for _ in range(4):
+        mlflow.register_model(source, name, tags=tags)
+    mlflow_client.set_registered_model_alias(name, "favourite", "2")
+    champion.promote(name, 3)
+    for _ in range(2):
+        assert model_versions.register(name, run_id, weights, sampling_config(), {}, 8).number == 1
+        assert numbers(mlflow_client, name) == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_model_that_was_half_logged_when_its_process_was_killed_goes(
+    mlflow_client: MlflowClient, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow.set_tracking_uri(mlflow_client.tracking_uri)
+    weights = write_model(tmp_path / "run" / "weights.safetensors", seed=0, images=8)
+    experiment = mlflow_client.create_experiment(name, artifact_location=(tmp_path / "artifacts").as_uri())
+    run_id = mlflow_client.create_run(experiment).info.run_id
+
+    def register() -> Version:
+        return model_versions.register(name, run_id, weights, sampling_config(), {}, 8)
+
+    def statuses() -> list[str]:
+        return [str(each.status) for each in mlflow_client.search_logged_models([experiment])]
+
+    for point in ("log_model_artifacts", "finalize_logged_model"):
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, point, killed)
+            with pytest.raises(Killed):
+                register()
+    assert statuses() == [LoggedModelStatus.PENDING] * 2
+    version = register()
+    assert statuses() == [LoggedModelStatus.READY]
+    assert model_versions.fetch_weights(version, tmp_path / "cache").read_bytes() == weights.read_bytes()
+    assert mlflow.pyfunc.load_model(version.uri).metadata.model_id is not None
+    assert numbers(mlflow_client, name) == [1]

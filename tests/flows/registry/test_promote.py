@@ -1,0 +1,137 @@
+"""What the flow ``promote`` makes of a trial: words and figures for the ledger, and for the card of the version."""
+
+import json
+from functools import partial
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import pytest
+import torch
+from mlflow.artifacts import load_text
+from mlflow.client import MlflowClient
+from torch import Tensor
+
+from diffusion.data.manifest import read_manifest
+from diffusion.evaluation.comparison import ChampionComparison
+from flows.config import Params
+from flows.promote import Judgement, judge, next_entry
+from flows.registry import model_card
+from flows.registry.ledger import Ledger
+from flows.registry.ledger_entries import History
+from flows.registry.model_versions import Version
+from tests.builders.comparisons import CONFIG, SAMPLING, discs, let_draw, training_images
+from tests.builders.model_versions import add_version
+from tests.builders.small_models import write_model
+from tests.conftest import disc
+from tests.diffusion.evaluation.reports.test_evaluation_report import an_evaluation
+from tests.flows.registry.test_model_card import rows, section
+
+TRIED = CONFIG.model_copy(update={"seed": CONFIG.seed + 1})
+
+
+@pytest.fixture
+def params(mlflow_client: MlflowClient, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
+    """A data set in the working folder, in a bucket and a registry of its own."""
+    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+    discs(tmp_path / "data" / "discs")
+    return Params.model_validate(
+        {
+            "training": {"dataset": "discs"},
+            "evaluation": CONFIG.model_dump(),
+            "sampling": SAMPLING.model_dump(),
+            "gate": {"recall_loss": None, "delta": 0.1},
+            "registry": {"model": f"discs-{uuid4().hex}"},
+        }
+    )
+
+
+class Candidate:
+    """A version whose model drew given images, and what the gate says of it."""
+
+    def __init__(self, client: MlflowClient, params: Params, seed: int, drawn: Tensor) -> None:
+        self.client, self.params = client, params
+        weights = write_model(params.run_folder / "weights.safetensors", seed, 100 * seed)
+        let_draw(weights, drawn, params.dataset_folder, params.report_folder, TRIED)
+        experiment = client.get_experiment_by_name(params.model_name)
+        where = experiment.experiment_id if experiment else client.create_experiment(params.model_name)
+        run_id = client.create_run(where).info.run_id
+        folder = Path.cwd() / "registry"
+        self.version: Version = add_version(client, folder, params.model_name, data=weights.read_bytes(), run_id=run_id)
+        self.evaluation = an_evaluation([0.02])
+
+    def decided(self) -> Judgement:
+        return judge.fn(self.params, self.evaluation, self.version)
+
+    def committed(self) -> Judgement:
+        judgement = self.decided()
+        Ledger.of(self.version.model).append(lambda history: next_entry(history, self.version, judgement, None))
+        return judgement
+
+
+def good(count: int, first: int) -> Tensor:
+    return torch.from_numpy(np.stack([np.asarray(disc(number, 8))[None] for number in range(first, first + count)]))
+
+
+def spoiled(images: Tensor, deviation: float) -> Tensor:
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return (images + deviation * noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_ledger(
+    mlflow_client: MlflowClient, params: Params
+) -> None:
+    first = Candidate(mlflow_client, params, 1, spoiled(good(48, 5000), 60)).committed()
+    assert first.evidence is not None
+    assert (first.champion, first.evidence.verdict) == (None, "promote")
+    assert first.evidence.reason.startswith("first version: there was no champion; copies of training images: ")
+
+    second = Candidate(mlflow_client, params, 2, spoiled(good(48, 6000), 5))
+    better = second.committed()
+    assert better.evidence is not None
+    assert (better.champion, better.evidence.verdict) == (1, "promote")
+    assert "better by more than δ: kid_efflite0" in better.evidence.reason
+    assert better.evidence.gate["delta"] == 0.1
+    assert better.comparison is not None
+    assert better.evidence.eval_key == better.comparison.key
+    figures = better.evidence.figures
+    assert figures["kid_efflite0"] < figures["champion_kid_efflite0"]
+    assert figures["champion_kid_efflite0"] == pytest.approx(first.evidence.figures["kid_efflite0"])
+    logged = load_text(f"runs:/{second.version.run_id}/evaluation/champion_comparison.json")
+    assert ChampionComparison.model_validate_json(logged) == better.comparison
+    again = second.decided()
+    assert (again.champion, again.evidence, again.comparison) == (2, None, better.comparison)
+    path = params.report_folder / "champion_comparison.json"
+    written = path.read_bytes()
+    path.write_bytes(written.replace(b'"key"', b'"name"'))
+    assert second.decided().comparison is None
+    path.write_bytes(written)
+
+    third = Candidate(mlflow_client, params, 3, training_images(params.dataset_folder, 48))
+    copier = third.committed()
+    assert copier.evidence is not None
+    assert copier.evidence.verdict == "reject"
+    assert "copies of training images: " in copier.evidence.reason
+    history = Ledger.of(params.model_name).read()
+    assert [entry.what for entry in history.entries] == ["promote", "promote", "reject"]
+    assert history.standing.champion == 2
+    assert json.loads(history.entries[2].data)["evidence"]["gate"] == params.gate.model_dump()
+
+    data, entry = read_manifest(params.dataset_folder), history.about(3)
+    card = model_card.card(params, third.evaluation, data, third.version, entry, copier.comparison)
+    assert rows(card, "How good it is")["copies_share"][0] == "100.00%"
+    assert "copies of training images" in rows(card, "How it was judged")["why"][0]
+    assert rows(card, "How it was judged", 1)["memorized"][0] == "reject"
+    assert "100 % look like copies of training images" in section(card, "Limits")
+
+
+def test_what_a_person_took_the_title_from_is_held_without_a_trial(mlflow_client: MlflowClient, params: Params) -> None:
+    old, new = (Candidate(mlflow_client, params, seed, good(48, 5000)) for seed in (1, 2))
+    ledger = Ledger.of(params.model_name)
+    for what, version in (("promote", old.version), ("promote", new.version), ("rollback", old.version)):
+        told = {"what": what, "version": version.number, "weights_sha256": version.weights_sha256, "by_hand": True}
+        ledger.append(partial(History.then, **told))
+    held = new.decided()
+    assert held.evidence is not None
+    assert (held.champion, held.evidence.verdict, held.comparison) == (1, "hold", None)
+    assert "a person decided against it" in held.evidence.reason

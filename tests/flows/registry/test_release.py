@@ -1,0 +1,253 @@
+"""Releases: a version of one registry becomes champion in another, once, whole, and on record there."""
+
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import mlflow
+import pandas as pd
+import pytest
+from mlflow.client import MlflowClient
+from mlflow.data.dataset_source_registry import resolve_dataset_source
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import DatasetInput, Metric, Param
+
+from diffusion.checkpoints import export
+from diffusion.common.errors import Held, UserError
+from diffusion.common.files import sha256_file
+from diffusion.process.samplers import sampling_config
+from flows.environment import staging
+from flows.registry import champion, model_versions
+from flows.registry.bundle import MODEL, unpack
+from flows.registry.ledger import Ledger
+from flows.registry.ledger_entries import Evidence
+from flows.registry.release import fetch, register, release
+from flows.storage.s3 import Store
+from flows.tracking.runs import RELEASED_FROM, TRAIN_KEY
+from tests.builders import ROOT
+from tests.builders.model_versions import add_version
+from tests.diffusion.training.test_train import run as train
+from tests.flows.conftest import copied_store
+
+EVIDENCE = Evidence(verdict="promote", reason="better by 3 deltas", figures={"kid": 0.25}, eval_key="e" * 64)
+
+
+@dataclass
+class Stages:
+    """A staging and a production registry: of each its MLflow and its bucket."""
+
+    staging: tuple[str, str]
+    production: tuple[str, str]
+    patch: pytest.MonkeyPatch
+
+    def at(self, stage: tuple[str, str]) -> MlflowClient:
+        """This process uses that stage's servers."""
+        self.patch.setenv("MLFLOW_TRACKING_URI", stage[0])
+        self.patch.setenv("DARKROOM_BUCKET", stage[1])
+        mlflow.set_tracking_uri(stage[0])
+        return MlflowClient()
+
+    def version(self, weights: bytes, folder: Path) -> int:
+        """A version in staging, judged there and made champion, with a run that tells all about it."""
+        client = self.at(self.staging)
+        found = client.get_experiment_by_name("blobs")
+        experiment = found.experiment_id if found else client.create_experiment("blobs")
+        run_id = client.create_run(experiment, tags={TRAIN_KEY: "key", "darkroom.dataset": "blobs"}).info.run_id
+        points = [Metric("loss", 1 / (step + 1), 1000 + step, step) for step in range(3)]
+        client.log_batch(run_id, points, [Param("model.width", "16")])
+        source = resolve_dataset_source("s3://staging/dvc")
+        dataset = MetaDataset(source, "blobs", "d" * 36)._to_mlflow_entity()  # type: ignore[abstract]
+        client.log_inputs(run_id, [DatasetInput(dataset, [])])
+        for path in ("evaluation/evaluation.json", "evaluation/grids/a.png", "dataset/manifest.json", "dataset/x.html"):
+            client.log_text(run_id, path, path)
+        client.set_terminated(run_id)
+        version = add_version(client, folder, "blobs", data=weights, run_id=run_id, **{"darkroom.images": "480"})
+        client.update_model_version("blobs", str(version.number), description="# blobs\n\nA card.")
+        return version.number
+
+
+@pytest.fixture
+def stages(
+    s3_environment: dict[str, str], mlflow_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Stages]:
+    made = []
+    for name in ("staging", "production"):
+        (tmp_path / name).mkdir()
+        made.append((copied_store(mlflow_template, tmp_path / name), f"{name}-{uuid4().hex}"))
+        Store().ensure_bucket(made[-1][1])
+    for name, value in (s3_environment | dict(zip(("MLFLOW_TRACKING_URI", "BUCKET"), made[0], strict=True))).items():
+        monkeypatch.setenv(f"DARKROOM_STAGING_{name}", value)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    yield Stages(*made, monkeypatch)
+    mlflow.set_tracking_uri(None)
+
+
+def test_a_champion_of_staging_becomes_champion_here_with_all_that_it_stands_on(stages: Stages, tmp_path: Path) -> None:
+    there = stages.at(stages.staging)
+    number = stages.version(b"weights", tmp_path)
+    champion.promote("blobs", number, "rounder", evidence=EVIDENCE)
+    theirs = there.get_run(there.get_model_version("blobs", str(number)).run_id)
+
+    here = stages.at(stages.production)
+    done = release("models:/blobs@champion")
+    assert (done.version.uri, done.already) == ("models:/blobs/1", False)
+    version = here.get_model_version_by_alias("blobs", "champion")
+    assert version.tags[model_versions.WEIGHTS] == done.version.weights_sha256
+    assert version.tags["darkroom.images"] == "480"
+    assert version.tags[RELEASED_FROM] == f"models:/blobs/{number} in {stages.staging[0]}"
+    assert (version.description or "").startswith("# blobs\n\nA card.")
+    assert model_versions.fetch_weights(done.version, tmp_path / "cache").read_bytes() == b"weights"
+
+    run = here.get_run(version.run_id)
+    assert run.info.run_id != theirs.info.run_id
+    assert (run.data.params, run.data.metrics) == (theirs.data.params, theirs.data.metrics)
+    assert run.data.tags[TRAIN_KEY] == "key"
+    history = here.get_metric_history(version.run_id, "loss")
+    assert [(point.value, point.timestamp, point.step) for point in history] == [
+        (1 / (step + 1), 1000 + step, step) for step in range(3)
+    ]
+    assert [each.dataset.digest for each in run.inputs.dataset_inputs] == ["d" * 36]
+    assert {item.path for item in here.list_artifacts(version.run_id, "evaluation")} >= {"evaluation/evaluation.json"}
+    assert [item.path for item in here.list_artifacts(version.run_id, "dataset")] == ["dataset/manifest.json"]
+
+    [entry] = Ledger.of("blobs").read().entries
+    assert (entry.what, entry.by_hand, entry.evidence) == ("promote", True, EVIDENCE)
+    assert "overrides" not in entry.why
+    assert stages.staging[0] in (entry.reason or "")
+
+    again = release("models:/blobs@champion")
+    assert (again.already, again.version.uri) == (True, done.version.uri)
+    assert len(here.search_model_versions("name='blobs'")) == 1
+    assert len(here.search_runs([run.info.experiment_id])) == 1
+
+
+@pytest.mark.slow
+def test_what_is_no_champion_there_or_was_taken_the_title_here_needs_a_reason(stages: Stages, tmp_path: Path) -> None:
+    stages.version(b"first", tmp_path)
+    champion.promote("blobs", 1)
+    stages.version(b"second", tmp_path)
+    stages.at(stages.production)
+    with pytest.raises(UserError, match="is not champion there"):
+        release("models:/blobs/2")
+    assert Ledger.of("blobs").read().entries == ()
+    release("models:/blobs/1")
+    release("models:/blobs/2", "the customer wants it")
+    champion.roll_back("blobs", "three eyes")
+    stages.at(stages.staging)
+    champion.promote("blobs", 2)
+    stages.at(stages.production)
+    with pytest.raises(Held, match="three eyes"):
+        release("models:/blobs@champion")
+
+
+@pytest.mark.slow
+def test_killed_before_it_was_registered_it_goes_on_with_what_is_there(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages.version(b"first", tmp_path)
+    champion.promote("blobs", 1)
+    here = stages.at(stages.production)
+    for victim in ("set_terminated", "finalize_logged_model", "update_model_version"):
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, victim, killed)
+            with pytest.raises(KeyboardInterrupt):
+                release("models:/blobs@champion")
+    done = release("models:/blobs@champion")
+    [run] = here.search_runs([experiment_of(here)])
+    assert run.info.status == "FINISHED"
+    [model] = here.search_logged_models([experiment_of(here)])
+    assert (model.source_run_id, str(model.status)) == (run.info.run_id, "READY")
+    assert here.get_model_version("blobs", "1").description
+    assert done.version.number == len(here.search_model_versions("name='blobs'")) == 1
+
+
+def test_two_releases_at_once_make_one_version_and_one_run(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages.version(b"weights", tmp_path)
+    (folder := tmp_path / "parcel").mkdir()
+    fetch("models:/blobs/1", folder)
+    parcel, here = unpack(folder), stages.at(stages.production)
+    original = mlflow.register_model
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.5)  # else they seldom meet
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(mlflow, "register_model", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda where: register(parcel, folder, where), ("one", "two")))
+    assert [each.number for each in found] == [1, 1]
+    assert len(here.search_model_versions("name='blobs'")) == len(here.search_runs([experiment_of(here)])) == 1
+
+
+def killed(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def experiment_of(client: MlflowClient) -> str:
+    found = client.get_experiment_by_name("blobs")
+    assert found is not None
+    return str(found.experiment_id)
+
+
+@pytest.mark.slow
+def test_a_released_model_draws_the_same_images(stages: Stages, tmp_path: Path, dataset: Path) -> None:
+    there = stages.at(stages.staging)
+    done = train(dataset, tmp_path / "run")
+    run_id = there.create_run(there.create_experiment("blobs"), tags={TRAIN_KEY: "key"}).info.run_id
+    export(done.final, weights := tmp_path / "weights.safetensors")
+    sampling = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=4)
+    model_versions.register("blobs", run_id, weights, sampling, {}, done.images)
+    asked = pd.DataFrame({"seed": [7], "count": [2]})
+    drawn = mlflow.pyfunc.load_model("models:/blobs/1").predict(asked)
+    stages.at(stages.production)
+    released = release("models:/blobs/1", "first")
+    assert released.version.weights_sha256 == sha256_file(weights)
+    assert mlflow.pyfunc.load_model("models:/blobs@champion").predict(asked)["png"].tolist() == drawn["png"].tolist()
+
+
+def test_a_parcel_that_was_altered_on_the_way_is_refused(stages: Stages, tmp_path: Path) -> None:
+    stages.version(b"first", tmp_path)
+    stages.at(stages.production)
+    fetch("models:/blobs/1", tmp_path / "parcel")
+    unpack(tmp_path / "parcel")
+    (tmp_path / "parcel" / MODEL / "artifacts" / "weights.safetensors").write_bytes(b"other")
+    with pytest.raises(UserError, match=r"weights\.safetensors .* came damaged"):
+        unpack(tmp_path / "parcel")
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, "set DARKROOM_STAGING_MLFLOW_TRACKING_URI"),
+        ({"MLFLOW_TRACKING_URI": "http://a"}, "DARKROOM_STAGING_BUCKET"),
+        ({"HOME": "x", "BUCKET": "y"}, "unset DARKROOM_STAGING_BUCKET"),
+    ],
+)
+def test_settings_that_lead_nowhere_are_refused(no_servers: None, variables: dict[str, str], words: str) -> None:
+    os.environ.update({f"DARKROOM_STAGING_{name}": value for name, value in variables.items()})
+    with pytest.raises(UserError, match=words):
+        staging()
+
+
+def test_the_process_that_packs_gets_stagings_keys_and_none_of_ours(no_servers: None) -> None:
+    os.environ.update(
+        {
+            "AWS_SECRET_ACCESS_KEY": "ours",
+            "MLFLOW_TRACKING_PASSWORD": "ours",
+            "DARKROOM_STAGING_MLFLOW_TRACKING_URI": "https://user:theirs@staging:5000/x",
+            "DARKROOM_STAGING_BUCKET": "theirs",
+            "DARKROOM_STAGING_AWS_SECRET_ACCESS_KEY": "theirs",
+        }
+    )
+    found = staging()
+    variables = found.variables()
+    assert "ours" not in variables.values()
+    assert (variables["AWS_SECRET_ACCESS_KEY"], variables["DARKROOM_BUCKET"]) == ("theirs", "theirs")
+    assert (found.called, "theirs" in repr(found.aws_secret_access_key)) == ("https://staging:5000/x", False)

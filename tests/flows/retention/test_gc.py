@@ -1,0 +1,459 @@
+"""Housekeeping: what nothing needs goes in two steps, what anything needs stays, and a kill changes neither."""
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from hashlib import md5
+from pathlib import Path
+
+import pytest
+from dvc.repo import Repo
+from mlflow.client import MlflowClient
+
+from diffusion.common.errors import UserError
+from diffusion.common.fingerprint import Fingerprint
+from diffusion.data.manifest import Manifest, manifest_bytes
+from diffusion.process.samplers import sampling_config
+from flows.config import RetentionConfig
+from flows.datasets import catalog
+from flows.datasets.checkout import checkout
+from flows.datasets.dvc import Remote
+from flows.datasets.purge import Doomed
+from flows.gc import Collected, collect
+from flows.registry.champion import promote
+from flows.registry.ledger import NEWEST, Newest
+from flows.retention.batch_items import SamplingBatches, in_order
+from flows.retention.policy import table
+from flows.retention.run_items import CONTENT
+from flows.sampling.generate_batch import begin
+from flows.sampling.sampling_batch import Batch
+from flows.storage.s3 import Location, Store
+from flows.tracking.runs import TRAIN_KEY
+from tests.builders.model_versions import add_version
+from tests.flows.conftest import copied_store
+from tests.flows.datasets.test_catalog import FOLDER, Place
+
+FINGERPRINT = Fingerprint(batch=8, precision="fp32", device="AVX2", torch="2.9")
+STRICT = RetentionConfig(data_versions=1, data_days=30, run_days=30, batch_days=60)
+
+
+@pytest.fixture
+def mlflow(
+    s3_environment: dict[str, str], mlflow_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> MlflowClient:
+    """An MLflow of the test's own."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", copied_store(mlflow_template, tmp_path))
+    return MlflowClient()
+
+
+@pytest.fixture
+def place(bucket: str, images: Path, mlflow: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+    Repo.init(no_scm=True).close()
+    return Place(bucket, images)
+
+
+def after(days: float) -> datetime:
+    return datetime.now(UTC) + timedelta(days=days)
+
+
+def collected(days: float, policy: RetentionConfig = STRICT) -> Collected:
+    return collect(policy, after(days))
+
+
+def fates(done: Collected) -> dict[str, str]:
+    return {item.name: item.fate for item in done.items}
+
+
+def training(mlflow: MlflowClient, key: str, version: Manifest | None = None) -> str:
+    """A run that has ended, with an artifact."""
+    found = mlflow.get_experiment_by_name("blobs")
+    experiment = found.experiment_id if found else mlflow.create_experiment("blobs")
+    tags = {TRAIN_KEY: key} | ({CONTENT: version.content_digest} if version else {})
+    run_id = str(mlflow.create_run(experiment, tags=tags).info.run_id)
+    mlflow.log_text(run_id, key, "history/losses.csv")
+    mlflow.set_terminated(run_id)
+    return run_id
+
+
+def restorable(place: Place, version: Manifest) -> bool:
+    """Whether another machine gets the version back."""
+    place.forget()
+    try:
+        checkout(FOLDER, version.digest, place.reach)
+    except UserError:
+        return False
+    return True
+
+
+def test_an_old_version_is_set_aside_and_then_its_files_go_but_not_those_it_shares(place: Place) -> None:
+    first, second = place.version(), place.version(*range(100, 104))
+    shards = {shard.name for shard in first.shards}
+    assert shards & {shard.name for shard in second.shards}, "the newer version stands on the older one's shards"
+    before = set(place.catalogue.store.list_keys(place.bucket, "dvc/"))
+
+    assert fates(collected(1)) == {f"blobs {each.digest[:12]}": "stays" for each in (first, second)}
+    listed = list(place.catalogue.store.list_objects(place.bucket))
+    looked = collect(STRICT, after(100), dry_run=True)
+    assert list(place.catalogue.store.list_objects(place.bucket)) == listed
+    lines = list(table(looked.items))
+    assert any("set aside" in line and first.digest[:12] in line for line in lines)
+    assert any(line.startswith("stays") and "current in data/blobs" in line for line in lines)
+    aside = collected(100)
+    assert fates(aside) == fates(looked)
+    assert fates(aside) == {f"blobs {first.digest[:12]}": "set aside", f"blobs {second.digest[:12]}": "stays"}
+    assert set(place.catalogue.versions()) == {second.digest}
+    assert set(place.catalogue.retired()) == {first.digest}, "a takedown looks there, too"
+    assert set(place.catalogue.store.list_keys(place.bucket, "dvc/")) == before
+    assert fates(collected(0.5))[f"blobs {first.digest[:12]}"] == "set aside"
+    assert fates(collected(100))[f"blobs {first.digest[:12]}"] == "goes"
+    left = set(place.catalogue.store.list_keys(place.bucket, "dvc/"))
+    assert left < before
+    assert f"blobs {first.digest[:12]}" not in fates(collected(100))
+    assert list(place.catalogue.store.list_keys(place.bucket, "retired/")) == []
+    assert restorable(place, second)
+
+
+@pytest.mark.slow
+def test_a_version_that_comes_back_within_the_grace_loses_nothing(place: Place) -> None:
+    first = place.version()
+    place.version(*range(100, 104))
+    collected(100)
+    assert first.digest not in place.catalogue.versions()
+    place.catalogue.publish(first, place_digest(place, first))
+    collected(1)
+    assert fates(collected(50, STRICT.model_copy(update={"data_versions": 2})))[f"blobs {first.digest[:12]}"] == "stays"
+    assert restorable(place, first)
+
+
+def test_a_version_that_something_learned_from_while_it_was_set_aside_is_brought_back(
+    place: Place, mlflow: MlflowClient, tmp_path: Path
+) -> None:
+    first, _ = place.version(), place.version(*range(100, 104))
+    collected(100)
+    assert set(place.catalogue.retired()) == {first.digest}
+    run_id = training(mlflow, "a", first)
+    add_version(mlflow, tmp_path, "blobs", run_id=run_id, **{CONTENT: first.content_digest})
+
+    assert fates(collected(200))[f"blobs {first.digest[:12]}"] == "stays"
+    assert first.digest in place.catalogue.versions()
+    assert not place.catalogue.retired()
+    assert restorable(place, first)
+
+
+def place_digest(place: Place, version: Manifest) -> str:
+    """DVC's digest of a version whose listing lies on the remote."""
+    wanted = md5(manifest_bytes(version)).hexdigest()
+    listings = Remote.at(place.source).listings()
+    return next(name for name, listing in listings if listing["manifest.json"] == wanted)
+
+
+@pytest.mark.slow
+def test_while_somebody_pushes_no_file_goes(place: Place) -> None:
+    first = place.version()
+    place.version(*range(100, 104))
+    collected(100)
+    before = set(place.catalogue.store.list_keys(place.bucket, "dvc/"))
+    with catalog.pushing("blobs", place.source):
+        collected(100)
+        assert set(place.catalogue.store.list_keys(place.bucket, "dvc/")) == before
+    collected(100)
+    assert set(place.catalogue.store.list_keys(place.bucket, "dvc/")) < before
+    assert not restorable(place, first)
+
+
+@pytest.mark.drill(
+    "gc ends between two requests",
+    "before a request that deletes, one after the other",
+    "the next one ends the same",
+)
+@pytest.mark.parametrize("life", [2, *(pytest.param(life, marks=pytest.mark.slow) for life in (1, 5, 6))])
+def test_killed_between_any_two_requests_the_next_one_ends_the_same(
+    place: Place, life: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = place.version(), place.version(*range(100, 104))
+    at_once = STRICT.model_copy(update={"grace_hours": 0})
+    deaths = iter(range(life, -1, -1))
+    original = Store.delete_many
+
+    def mortal(self: Store, bucket: str, keys: Iterator[str]) -> None:
+        if next(deaths, None) == 0:
+            raise KeyboardInterrupt
+        original(self, bucket, keys)
+
+    # Nothing else is to be killed at exactly one request.
+    monkeypatch.setattr(Store, "delete_many", mortal)
+    try:
+        collected(100, at_once)
+    except KeyboardInterrupt:
+        for version in place.catalogue.versions().values():
+            assert place.catalogue.pointer(version.digest) is not None
+    monkeypatch.setattr(Store, "delete_many", original)
+    collected(100, at_once)
+    assert fates(collected(100, at_once)) == {f"blobs {second.digest[:12]}": "stays"}
+    assert list(place.catalogue.store.list_keys(place.bucket, "retired/")) == []
+    assert not any(first.digest in key for key in place.catalogue.store.list_keys(place.bucket))
+    assert restorable(place, second)
+
+
+def test_runs_of_versions_ledgers_and_prints_stay_with_their_data_and_others_go(
+    place: Place, mlflow: MlflowClient, tmp_path: Path
+) -> None:
+    versions = [place.version(*numbers) for numbers in ((), range(100, 104), range(104, 108), range(108, 112))]
+    lost, registered, printed = (training(mlflow, key, version) for key, version in zip("abc", versions, strict=False))
+    version = add_version(mlflow, tmp_path, "blobs", run_id=registered, **{CONTENT: versions[1].content_digest})
+    promote("blobs", version.number)
+    place.catalogue.store.put_once(place.bucket, *batch_of("blobs", 7, printed, versions[2]))
+
+    not_generated = STRICT.model_copy(update={"batch_days": None, "unfinished_days": 1e4})
+    first = fates(collected(100, not_generated))
+    assert first[f"runs:/{lost}"] == "set aside"
+    assert {first[f"runs:/{each}"] for each in (registered, printed)} == {"stays"}
+    assert mlflow.get_run(lost).info.lifecycle_stage == "deleted"
+    assert mlflow.list_artifacts(lost)
+    assert first[f"blobs {versions[0].digest[:12]}"] == "stays", "the run may yet be brought back"
+
+    assert fates(collected(100, not_generated))[f"runs:/{lost}"] == "goes"
+    assert not mlflow.list_artifacts(lost)
+    third = fates(collected(100, not_generated))
+    assert f"runs:/{lost}" not in third
+    assert set(place.catalogue.versions()) == {each.digest for each in versions[1:]}
+
+
+def test_a_run_is_brought_back_that_a_version_was_made_of_after_all(
+    mlflow: MlflowClient, place: Place, tmp_path: Path
+) -> None:
+    run_id = training(mlflow, "a")
+    assert fates(collected(100)) == {f"runs:/{run_id}": "set aside"}
+    add_version(mlflow, tmp_path, "blobs", run_id=run_id)
+    assert fates(collected(100)) == {f"runs:/{run_id}": "stays"}
+    assert mlflow.get_run(run_id).info.lifecycle_stage == "active"
+
+
+def test_a_version_that_only_the_ledger_names_keeps_its_run(mlflow: MlflowClient, place: Place, tmp_path: Path) -> None:
+    run_id = training(mlflow, "a")
+    version = add_version(mlflow, tmp_path, "blobs", run_id=run_id)
+    promote("blobs", version.number)
+    experiment = mlflow.get_run(run_id).info.experiment_id
+    mlflow.create_logged_model(experiment, "m", run_id, {"darkroom.weights_sha256": version.weights_sha256})
+    mlflow.delete_registered_model_alias("blobs", "champion")
+    mlflow.delete_model_version("blobs", str(version.number))
+    assert fates(collected(100))[f"runs:/{run_id}"] == "stays"
+
+
+def test_nobody_elses_runs_are_looked_at_and_what_a_person_deleted_is_left_to_them(
+    mlflow: MlflowClient, place: Place
+) -> None:
+    theirs = str(mlflow.create_run(mlflow.create_experiment("other")).info.run_id)
+    mine = training(mlflow, "a")
+    mlflow.delete_run(mine)
+    for _ in range(2):
+        assert fates(collected(1000)) == {f"runs:/{mine}": "stays"}
+    assert mlflow.get_run(theirs).info.lifecycle_stage == "active"
+    assert mlflow.list_artifacts(mine)
+
+
+def batch_of(model: str, seed: int, run_id: str, version: Manifest) -> tuple[str, bytes]:
+    """Key and bytes of the ``batch.json`` of prints of version 1."""
+    batch = Batch(
+        model=model,
+        version=1,
+        run_id=run_id,
+        content_digest=version.content_digest,
+        weights_sha256="0" * 64,
+        seed=seed,
+        count=2,
+        sampling=sampling_config(),
+        fingerprint=FINGERPRINT,
+    )
+    return f"samples/{model}/1/{batch.name}/batch.json", batch.json_bytes()
+
+
+def test_old_batches_go_and_what_a_kill_leaves_is_an_unfinished_one(place: Place) -> None:
+    version = place.version()
+    key, about = batch_of("blobs", 1, "1" * 32, version)
+    folder, store = key.removesuffix("/batch.json"), place.catalogue.store
+    names = ["_SUCCESS", "manifest.parquet", "manifest/part-00000.jsonl", "00000000.png", "00000001.png", "batch.json"]
+    for name in names:
+        store.put_once(place.bucket, f"{folder}/{name}", about if name == "batch.json" else name.encode())
+    store.put_once(place.bucket, "samples/blobs/1/half/batch.json", about)
+    store.put_once(place.bucket, "elsewhere/00000000.png", b"")
+
+    looked = fates(collect(STRICT, after(8), dry_run=True))
+    assert (looked[f"s3://{place.bucket}/{folder}"], looked[f"s3://{place.bucket}/samples/blobs/1/half"]) == (
+        "stays",
+        "set aside",
+    )
+    [found] = [each for each in SamplingBatches(store, place.bucket, STRICT, after(100)).found if each.finished]
+    keys = list(store.list_keys(place.bucket, f"{folder}/"))
+    order = [key.removeprefix(f"{folder}/") for keys in in_order(found.place, keys) for key in keys]
+    assert order == names
+    before = set(store.list_keys(place.bucket, "samples/"))
+    marks = {f"deleted/{folder}", "deleted/samples/blobs/1/half"}
+    assert fates(collected(100))[f"s3://{place.bucket}/{folder}"] == "set aside"
+    assert set(store.list_keys(place.bucket, "samples/")) == before
+    assert set(store.list_keys(place.bucket, "deleted/")) == marks
+    assert fates(collected(0.5))[f"s3://{place.bucket}/{folder}"] == "set aside"
+    assert fates(collected(1.1))[f"s3://{place.bucket}/{folder}"] == "goes"
+    assert list(store.list_keys(place.bucket, "samples/")) == []
+    assert f"s3://{place.bucket}/{folder}" not in fates(collected(29))
+    assert set(store.list_keys(place.bucket, "deleted/")) == marks
+    collected(31)
+    assert list(store.list_keys(place.bucket, "deleted/")) == []
+    assert list(store.list_keys(place.bucket, "elsewhere/")) == ["elsewhere/00000000.png"]
+
+
+def test_uploads_without_an_end_are_aborted_when_they_are_old(place: Place) -> None:
+    client = place.catalogue.store.client
+    client.create_multipart_upload(Bucket=place.bucket, Key="samples/blobs/1/x/big.tar")
+    assert fates(collected(1)) == {f"s3://{place.bucket}/samples/blobs/1/x/big.tar": "stays"}
+    assert fates(collected(8)) == {f"s3://{place.bucket}/samples/blobs/1/x/big.tar": "goes"}
+    assert "Uploads" not in client.list_multipart_uploads(Bucket=place.bucket)
+
+
+def test_what_others_abort_delete_or_damage_meanwhile_is_passed_over_or_named(bucket: str, store: Store) -> None:
+    begun = store.client.create_multipart_upload(Bucket=bucket, Key="samples/blobs/1/x/big.tar")
+    sweep = SamplingBatches(store, bucket, STRICT, after(8)).sweep()
+    store.client.abort_multipart_upload(Bucket=bucket, Key=begun["Key"], UploadId=begun["UploadId"])
+    sweep.act()
+    with pytest.raises(UserError, match="there is no bucket nowhere"):
+        SamplingBatches(store, "nowhere", STRICT, after(8))
+    store.put_once(bucket, "samples/blobs/1/x/batch.json", b'{"of": "somebody else"}')
+    found, unread = SamplingBatches(store, bucket, STRICT, after(1)).kept()
+    assert (found, list(unread)) == ([], [("blobs", 1)])
+    assert "samples/blobs/1/x/batch.json is damaged, or of a newer Darkroom" in unread["blobs", 1]
+
+
+def test_a_damaged_manifest_keeps_its_data_set_whole_and_stops_nothing_else(
+    place: Place, mlflow: MlflowClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = place.version(), place.version(*range(100, 104))
+    collected(100)
+    store, junk = place.catalogue.store, [f"datasets/blobs/{'0' * 64}/manifest.json", f"retired/blobs/{'1' * 64}.json"]
+    # Under another name than its own digest: a mark that leads to the files of a version that stays.
+    for key, data in zip(junk, (b"junk", manifest_bytes(second)), strict=True):
+        store.put_once(place.bucket, key, data)
+    store.put_once(place.bucket, f"datasets/.:/{'0' * 64}/manifest.json", b"junk")
+    run_id = training(mlflow, "a")
+    before = set(store.list_keys(place.bucket, "dvc/"))
+
+    done = collected(200)
+    why = {item.name: item.why for item in done.items}
+    for digest, key in zip("01", junk, strict=True):
+        assert (fates(done)[f"blobs {digest * 12}"], f"{key} is damaged" in why[f"blobs {digest * 12}"]) == (
+            "stays",
+            True,
+        )
+    assert fates(done)[f"blobs {first.digest[:12]}"] == "set aside", "which would have gone"
+    assert fates(done)[f"runs:/{run_id}"] == "set aside"
+    assert set(store.list_keys(place.bucket, "dvc/")) == before
+    assert set(place.catalogue.versions()) == {second.digest}
+    assert junk[0] in caplog.text
+
+    store.delete_many(place.bucket, junk)
+    assert fates(collected(300))[f"blobs {first.digest[:12]}"] == "goes"
+    assert restorable(place, second)
+
+
+def test_what_only_an_unreadable_batch_could_lead_to_stays_until_somebody_mends_it(
+    place: Place, mlflow: MlflowClient
+) -> None:
+    old, _ = place.version(), place.version(*range(100, 104))
+    run_id = training(mlflow, "a", old)
+    store, key = place.catalogue.store, "samples/gone/7/x/batch.json"
+    store.put_once(place.bucket, key, b"junk")
+    store.put_once(place.bucket, "samples/gone/7/x/_SUCCESS", b"")
+    policy = STRICT.model_copy(update={"batch_days": None})
+
+    done = collected(100, policy)
+    (run,) = (item for item in done.items if item.name == f"runs:/{run_id}")
+    assert (run.fate, key in run.why) == ("stays", True)
+    assert fates(done)[f"blobs {old.digest[:12]}"] == "stays"
+    store.delete_many(place.bucket, [key])
+    assert fates(collected(100, policy))[f"runs:/{run_id}"] == "set aside"
+
+
+def test_a_batch_that_a_job_has_just_gone_on_with_is_not_set_aside(bucket: str, store: Store) -> None:
+    about = Batch(
+        model="blobs",
+        version=1,
+        run_id="1" * 32,
+        content_digest="c" * 64,
+        weights_sha256="0" * 64,
+        seed=1,
+        count=2,
+        sampling=sampling_config(),
+        fingerprint=FINGERPRINT,
+    )
+    place = Location(bucket, "samples/blobs/1/half")
+    begin(store, about, place, None)
+    for name in ("manifest/part-00000.jsonl", "00000000.png", "00000001.png"):
+        store.put_once(bucket, place.key(name), name.encode())
+    time.sleep(1.1)  # servers tell ages by the second
+    before = set(store.list_keys(bucket, place.key("")))
+    prints = SamplingBatches(store, bucket, STRICT, after(8))
+    [batch] = prints.found
+    assert prints.fates[0][0] == "set aside"
+    begin(store, about, place, None)
+    prints.sweep().act()
+    assert set(store.list_keys(bucket, place.key(""))) == before
+    assert SamplingBatches(store, bucket, STRICT, after(0)).found[0].newest > batch.newest
+
+
+def test_fetched_shards_and_weights_go_when_not_used_but_those_of_registered_versions_stay(
+    place: Place, mlflow: MlflowClient, tmp_path: Path
+) -> None:
+    version = add_version(mlflow, tmp_path, "blobs", run_id=training(mlflow, "a"))
+    models = Path(".darkroom/models")
+    files = [Path("data/.shards/aa.tar"), models / "bb.safetensors", models / f"{version.weights_sha256}.safetensors"]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    collected(1)
+    assert all(path.exists() for path in files)
+    collected(100)
+    assert [path.exists() for path in files] == [False, False, True]
+
+
+def test_what_killed_writers_left_goes_but_nothing_that_was_added_to_of_late(place: Place) -> None:
+    left = [
+        Path("runs/blobs/checkpoints", f".0000000008.safetensors.{'a' * 32}.partial"),
+        Path("data/.blobs/chunks", f".{'c' * 64}.{'b' * 32}.partial"),
+        Path(".darkroom/requests", f".{'c' * 32}.partial").resolve(),
+    ]
+    others = [Path("runs/blobs/.mine.partial"), Path("data/images", f".x.{'a' * 32}.partial")]
+    for path in [*left, *others]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"begun")
+    assert not fates(collected(0.9))
+    assert fates(collected(1.1)) == {str(path): "goes" for path in left}
+    assert [path.exists() for path in [*left, *others]] == [False] * 3 + [True] * 2
+
+
+def test_a_broken_ledger_stops_it_before_anything_goes(place: Place) -> None:
+    place.version()
+    place.version(*range(100, 104))
+    client, newest = MlflowClient(), Newest(1, "a" * 64, f"s3://{place.bucket}/ledger/blobs")
+    client.create_registered_model("blobs")
+    client.set_registered_model_tag("blobs", NEWEST, str(newest))
+    place.catalogue.store.put_once(place.bucket, "ledger/blobs/00000001.json", b"{}")
+    before = list(place.catalogue.store.list_objects(place.bucket))
+    with pytest.raises(UserError, match="ledger of blobs is broken"):
+        collected(100)
+    assert list(place.catalogue.store.list_objects(place.bucket)) == before
+
+
+def test_purging_stops_as_soon_as_it_may_not_go_on() -> None:
+    deleted: list[str] = []
+
+    class Recording:
+        def listings(self) -> Iterator[tuple[str, dict[str, str]]]:
+            return iter(())
+
+        def delete(self, names: Iterator[str]) -> None:
+            deleted.extend(names)
+
+    answers = iter([True, False])
+    doomed = Doomed([Recording()], [f"{number:032x}" for number in range(1500)], ["f" * 32 + ".dir"])
+    assert not doomed.delete(still=lambda: next(answers))
+    assert len(deleted) == 1000

@@ -1,0 +1,199 @@
+"""``gc`` beside ``sample``: one stands still before any request while the other runs, or is killed there."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffusion.generation.config import UNCONDITIONAL
+from flows.config import RetentionConfig
+from flows.retention.batch_items import SamplingBatches
+from flows.sampling import generate_batch
+from flows.sampling.generate_batch import Drawn
+from flows.sampling.sampling_batch import Batch
+from flows.storage.s3 import Location, Store
+from flows.storage.s3_errors import Missing
+from tests.flows.sampling.test_generate_batch import batch, found, rows_of
+
+AT_ONCE = RetentionConfig(unfinished_days=0, batch_days=0, grace_hours=0)
+"""Everything is old, whoever is at work on it, and goes without a grace."""
+BATCHES = [batch(4, chunk=2), batch(4, chunk=2, format="tar")]
+WAYS = [pytest.param(BATCHES[0], False, id="png-paused"), pytest.param(BATCHES[1], True, id="tar-killed")]
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No model: what is generated is no matter here, and takes no time."""
+
+    def generated(made: Batch, _: Path, indices: range, *__: object) -> Iterator[Drawn]:
+        images = torch.arange(len(indices) * 64, dtype=torch.uint8).reshape(-1, 1, 8, 8)
+        yield Drawn(indices, images, [None] * len(indices), UNCONDITIONAL)
+
+    monkeypatch.setattr(generate_batch, "_drawn", generated)
+    return tmp_path / "weights.safetensors"
+
+
+def generate(store: Store, made: Batch, bucket: str, weights: Path) -> Location:
+    """As the flow ``sample`` does, without Prefect; returns where the finished batch lies."""
+    while True:
+        place = generate_batch.usual_place(store, made, bucket)
+        generate_batch.begin(store, made, place, None)
+        try:
+            for chunk in generate_batch.unfinished(store, made, place):
+                generate_batch.generate_chunk(store, made, place, weights, chunk, None, 1)
+        except Missing:
+            assert generate_batch.is_deleted(store, place)
+            continue
+        if generate_batch.finish(store, made, place):
+            return place
+
+
+def collect(store: Store, bucket: str) -> None:
+    """What ``gc`` does about batches, a minute from now."""
+    SamplingBatches(store, bucket, AT_ONCE, datetime.now(UTC) + timedelta(minutes=1)).sweep().act()
+
+
+@contextmanager
+def before_request(store: Store, number: int, act: Callable[[], None]) -> Iterator[list[str]]:
+    """Inside, ``act`` is called before request ``number`` of ``store``; gives the names of all requests so far."""
+    requests: list[str] = []
+
+    def count(model: Any, **_: Any) -> None:
+        requests.append(model.name)
+        if len(requests) == number:
+            act()
+
+    store.client.meta.events.register("before-call.s3", count)
+    try:
+        yield requests
+    finally:
+        store.client.meta.events.unregister("before-call.s3", count)
+
+
+def finished(store: Store, bucket: str) -> list[Location]:
+    keys = list(store.list_keys(bucket, "samples/"))
+    return [Location(bucket, key.removesuffix("/_SUCCESS")) for key in keys if key.endswith("/_SUCCESS")]
+
+
+def is_whole(store: Store, made: Batch, place: Location) -> bool:
+    files = found(store, place)
+    if "manifest.parquet" not in files:
+        return False
+    names = {row["tar"] if made.format == "tar" else row["key"] for row in rows_of(files)}
+    return names <= set(files) and not generate_batch.unfinished(store, made, place)
+
+
+def half(store: Store, made: Batch, bucket: str, weights: Path) -> None:
+    """What a killed job left: the first chunk."""
+    place = generate_batch.usual_place(store, made, bucket)
+    generate_batch.begin(store, made, place, None)
+    generate_batch.generate_chunk(store, made, place, weights, 0, None, 1)
+
+
+def requests_of(act: Callable[[Store], object]) -> int:
+    """How many requests ``act`` makes."""
+    store = Store()
+    with before_request(store, 0, lambda: None) as requests:
+        act(store)
+    return len(requests)
+
+
+@pytest.mark.drill(
+    "gc runs beside sampling",
+    "sampling stands still before any S3 request while gc runs, and is killed there",
+    "every batch that counts as finished has all its images",
+)
+@pytest.mark.slow
+@pytest.mark.parametrize(("made", "killed"), WAYS)
+def test_gc_runs_before_any_request_of_a_job_which_ends_in_a_whole_batch(
+    store: Store, bucket: str, weights: Path, made: Batch, killed: bool
+) -> None:
+    half(store, made, bucket, weights)
+    last = requests_of(lambda counted: generate(counted, made, bucket, weights))
+    assert last > 15
+
+    def stop() -> None:
+        collect(store, bucket)
+        if killed:
+            raise KeyboardInterrupt
+
+    for number in range(1, last + 1):
+        store.delete_many(bucket, list(store.list_keys(bucket, "samples/")) + list(store.list_keys(bucket, "deleted/")))
+        half(store, made, bucket, weights)
+        job = Store()
+        with before_request(job, number, stop):
+            try:
+                place = generate(job, made, bucket, weights)
+            except KeyboardInterrupt:
+                assert killed
+                place = generate(store, made, bucket, weights)
+        assert is_whole(store, made, place), number
+        assert all(is_whole(store, made, each) for each in finished(store, bucket)), number
+
+
+@pytest.mark.drill(
+    "sampling runs beside gc",
+    "gc stands still before any S3 request while sampling runs, and is killed there",
+    "every batch that counts as finished has all its images",
+)
+@pytest.mark.slow
+@pytest.mark.parametrize(("made", "killed"), WAYS)
+def test_a_job_runs_before_any_request_of_gc_and_keeps_what_it_finished(
+    store: Store, bucket: str, weights: Path, made: Batch, killed: bool
+) -> None:
+    half(store, made, bucket, weights)
+    last = requests_of(lambda counted: collect(counted, bucket))
+    assert last > 10
+    places: list[Location] = []
+
+    def stop() -> None:
+        places.append(generate(store, made, bucket, weights))
+        if killed:
+            raise KeyboardInterrupt
+
+    for number in range(1, last + 1):
+        store.delete_many(bucket, list(store.list_keys(bucket, "samples/")) + list(store.list_keys(bucket, "deleted/")))
+        half(store, made, bucket, weights)
+        gc = Store()
+        with before_request(gc, number, stop):
+            try:
+                collect(gc, bucket)
+            except KeyboardInterrupt:
+                assert killed
+        for place in finished(store, bucket):
+            assert is_whole(store, made, place), number
+        # Where everything is old, also what was just finished; but never a part of it.
+        assert places[-1] in finished(store, bucket) or generate_batch.is_deleted(store, places[-1]), number
+    assert len(places) == last
+
+
+@pytest.mark.parametrize("made", BATCHES, ids=lambda made: made.format)
+def test_a_deletion_that_is_late_meets_nothing_that_was_sampled_anew(
+    store: Store, bucket: str, weights: Path, made: Batch
+) -> None:
+    first = generate(store, made, bucket, weights)
+    before = found(store, first)
+    late = list(store.list_keys(bucket, first.key("")))
+    collect(store, bucket)
+    assert finished(store, bucket) == []
+    second = generate(store, made, bucket, weights)
+    assert second.prefix == f"{first.prefix}.2"
+    assert found(store, second) == before
+    store.delete_many(bucket, late)
+    assert is_whole(store, made, second)
+    assert generate(store, made, bucket, weights) == second
+
+
+@pytest.mark.parametrize("made", BATCHES, ids=lambda made: made.format)
+def test_success_that_was_written_late_goes_with_the_next_gc(
+    store: Store, bucket: str, weights: Path, made: Batch
+) -> None:
+    place = generate(store, made, bucket, weights)
+    collect(store, bucket)
+    store.put_once(bucket, place.key("_SUCCESS"), b"")
+    collect(store, bucket)
+    assert finished(store, bucket) == []

@@ -1,0 +1,143 @@
+"""Housekeeping on a real stack: a sweep, what gc takes of it, and a backup of which a destroyed stack comes back."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from mlflow.client import MlflowClient
+
+from diffusion.common.files import sha256_file
+from flows.local_stack.backup import STAMP
+from tests.builders.workspace import PARAMS, Workspace, objects, running
+from tests.flows.registry.test_champion_stack import QUICK
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    """A running stack with a champion and three prints of it."""
+    with running(tmp_path_factory.mktemp("workspace"), PARAMS | QUICK, 60) as space:
+        space.json("retrain", "images", "--count", "3")
+        yield space
+
+
+def told(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What the servers of a workspace say of champion, ledger and prints."""
+    for name, value in space.variables.items():
+        if name.startswith(("MLFLOW_", "AWS_")):
+            monkeypatch.setenv(name, value)
+    client = MlflowClient(space.variables["MLFLOW_TRACKING_URI"])
+    version = client.get_model_version_by_alias("blobs", "champion")
+    run = client.get_run(version.run_id)
+    return {
+        "version": (version.version, version.tags, version.description, version.source),
+        "run": (run.data.params, run.data.metrics, run.data.tags),
+        "artifacts": sorted(item.path for item in client.list_artifacts(version.run_id)),
+        "history": space.json("model", "history"),
+        "samples": {name: data for name, (_, data) in objects(space, "s3://darkroom/samples/").items()},
+        "ledger": {name: data for name, (_, data) in objects(space, "s3://darkroom/ledger/").items()},
+    }
+
+
+def test_a_sweep_compares_its_runs_and_gc_takes_those_that_nothing_came_of(
+    workspace: Workspace, server: MlflowClient
+) -> None:
+    asked = ("sweep", "--over", "training.seed=1,2", "--over", "model.width=16")
+    swept = workspace.json(*asked)
+    runs = [server.get_run(point["run_id"]) for point in swept["ranking"]["models"]]
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {swept["run_id"]}
+    assert {run.data.params["training.seed"] for run in runs} == {"1", "2"}
+    assert swept["ranking"]["models"][0]["value"] <= swept["ranking"]["models"][1]["value"]
+    page = (workspace.folder / swept["report"]).read_text()
+    assert all(run.info.run_id in page for run in runs)
+    assert [item.path for item in server.list_artifacts(swept["run_id"])] == ["sweep.html"]
+    finals = {path: path.stat().st_mtime_ns for path in workspace.folder.glob("runs/sweeps/blobs/*/final.safetensors")}
+    assert len(finals) == 2
+    assert workspace.json(*asked) == swept
+    assert {path: path.stat().st_mtime_ns for path in finals} == finals
+
+    looked = workspace.json("gc", "--dry-run")
+    assert {item["fate"] for item in looked["items"]} == {"stays"}
+    strict = ("--set", "retention.run_days=0", "--set", "retention.grace_hours=0", "--set", "retention.data_days=0")
+    experiment = runs[0].info.experiment_id
+    kept = server.get_model_version_by_alias("blobs", "champion").run_id
+    done = workspace.json("gc", *strict)
+    gone = {item["name"] for item in done["items"] if item["fate"] != "stays" and item["kind"] == "runs"}
+    assert gone == {f"runs:/{run_id}" for run_id in (swept["run_id"], *(run.info.run_id for run in runs))}
+    left = objects(workspace, f"s3://darkroom/mlflow/{experiment}/")
+    assert not any(run.info.run_id in name for name in left for run in runs)
+    assert any(kept in name for name in left)
+    assert not any(path.exists() for path in finals)
+    assert workspace.json("gc", *strict)["items"] != done["items"]
+    [image] = [name for name in objects(workspace, "s3://darkroom/samples/") if name.endswith("00000002.png")]
+    assert workspace.json("trace", f"s3://darkroom/samples/{image}")["broken"] == []
+    assert workspace.json("promote")["promoted"]
+
+
+@pytest.mark.drill(
+    "the machine is lost",
+    "a backup while somebody samples, killed once; then the stack is destroyed and restored",
+    "the same champion, ledger and samples",
+)
+def test_a_stack_that_was_destroyed_comes_back_of_a_backup_taken_while_it_worked(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = told(workspace, monkeypatch)
+    target = workspace.folder / "backups"
+    # Somebody prints meanwhile: what is half there is left out, or finished by the same command.
+    printing = workspace.start("sample", "--count", "8", "--seed", "9")
+    killed = workspace.start("server", "backup", str(target))
+    time.sleep(6)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    done = workspace.json("server", "backup", str(target))
+    printing.communicate(timeout=300)
+    again = workspace.json("server", "backup", str(target))
+    assert again["objects"] >= done["objects"]
+    secrets = [workspace.variables[name] for name in ("MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY")]
+    files = [path for path in target.rglob("*") if path.is_file()]
+    assert not any(secret.encode() in path.read_bytes() for path in files for secret in secrets)
+    assert all(sha256_file(path) == path.name for path in (target / "objects").glob("??/*"))
+
+    # Somebody asks for an image to be taken down; only the next backup knows of it.
+    [removed] = workspace.json("data", "remove", "*000.png", "--reason", "asked to", "--yes")["removal"]["image_keys"]
+    last = workspace.json("server", "backup", str(target))
+
+    workspace.run("down")
+    shutil.rmtree(workspace.folder / ".darkroom")
+    elsewhere = Workspace(workspace.folder)
+    elsewhere.variables["DARKROOM_HOME"] = str(workspace.folder / ".restored")
+    try:
+        restored = elsewhere.json("server", "restore", str(target), "--backup", done["stamp"])
+        assert restored["stamp"] == done["stamp"]
+        assert [removal["image_keys"] for removal in restored["later_removals"]] == [[removed]]
+        assert datetime.fromisoformat(restored["removals_known_until"]).strftime(STAMP) == last["stamp"]
+        assert "there is a stack" in elsewhere.run("server", "restore", str(target), code=2)
+        for line in elsewhere.run("env").splitlines():
+            name, _, value = line.removeprefix("export ").partition("=")
+            elsewhere.variables[name] = value.strip("'\"")
+        assert elsewhere.variables["MLFLOW_TRACKING_PASSWORD"] not in secrets
+        after = told(elsewhere, monkeypatch)
+        printed = {name: data for name, data in after.pop("samples").items() if "/seed9-" not in f"/{name}"}  # type: ignore[attr-defined]
+        assert printed == before.pop("samples")
+        assert after == before
+        [image] = [name for name in printed if name.endswith("00000002.png")]
+        assert elsewhere.json("trace", f"s3://darkroom/samples/{image}")["broken"] == []
+        assert elsewhere.json("sample", "--count", "8", "--seed", "9")["count"] == 8
+    finally:
+        elsewhere.run("down")
+
+
+def test_a_backup_of_what_does_not_run_and_a_restore_of_what_is_not_there_are_refused(tmp_path: Path) -> None:
+    space = Workspace(tmp_path)
+    assert "run `darkroom up`" in space.run("server", "backup", "backups", code=2)
+    assert "there is none" in space.run("server", "restore", "backups", code=2)
+    space.variables["MLFLOW_TRACKING_URI"] = "http://elsewhere:5000"
+    assert "docs/operations.md" in space.run("server", "backup", "backups", code=2)
+    assert "unset" in space.run("server", "restore", "backups", code=2)

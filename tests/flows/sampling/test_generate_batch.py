@@ -1,0 +1,370 @@
+"""Sampling batches on a real S3 server: in files and tars, by tables, side by side, and in bounded memory."""
+
+import io
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import webdataset as wds
+
+from diffusion.common.errors import Held, UserError
+from diffusion.common.files import sha256_bytes
+from diffusion.common.fingerprint import fingerprint
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
+from diffusion.generation.config import Conditions
+from diffusion.process.samplers import sampling_config
+from flows.datasets.s3_source import S3Objects
+from flows.sampling import generate_batch
+from flows.sampling.generate_batch import Work, cost_of
+from flows.sampling.request_table import RequestTable
+from flows.sampling.sampling_batch import Batch, image_key, part_bytes, part_key, part_rows
+from flows.storage.s3 import Location, Object, Store, client
+from tests.builders.http_server import serving
+from tests.builders.s3_proxy import ignoring_conditional_completion, proxied
+from tests.builders.small_models import write_model
+from tests.flows.storage.test_s3_multipart import begun, orphan
+
+SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8, precision="fp32")
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "weights.safetensors", 1, 0, classes={"even": 3, "odd": 1})
+
+
+def batch(count: int, **changes: Any) -> Batch:
+    return Batch(
+        model="blobs",
+        version=3,
+        run_id="r",
+        content_digest="c" * 64,
+        weights_sha256="d" * 64,
+        seed=7,
+        count=count,
+        sampling=SAMPLING,
+        fingerprint=fingerprint(SAMPLING.compute_batch, SAMPLING.precision, SAMPLING.device),
+        chunk=16,
+    ).model_copy(update=changes)
+
+
+def generate_all(store: Store, made: Batch, place: Location, weights: Path, table: RequestTable | None = None) -> None:
+    for chunk in range(len(made.chunks())):
+        generate_batch.generate_chunk(store, made, place, weights, chunk, table, 1)
+    generate_batch.finish(store, made, place)
+
+
+def found(store: Store, place: Location) -> dict[str, bytes]:
+    return {
+        key.removeprefix(place.key("")): store.get(place.bucket, key)
+        for key in store.list_keys(place.bucket, place.key(""))
+    }
+
+
+def rows_of(files: dict[str, bytes]) -> list[dict[str, Any]]:
+    return list(pq.read_table(io.BytesIO(files["manifest.parquet"])).to_pylist())
+
+
+def test_tars_hold_the_very_files_and_stock_webdataset_and_range_requests_read_them(
+    store: Store, bucket: str, weights: Path, tmp_path: Path
+) -> None:
+    files, tars, again = (Location(bucket, name) for name in ("files", "tars", "again"))
+    generate_all(store, batch(20), files, weights)
+    for place in (tars, again):
+        generate_all(store, batch(20, format="tar"), place, weights)
+    plain, packed = found(store, files), found(store, tars)
+    assert packed == found(store, again)
+    names = [f"samples-0000{chunk}.tar" for chunk in range(2)]
+    parts = [f"manifest/part-0000{chunk}.jsonl" for chunk in range(2)]
+    assert sorted(packed) == sorted([*names, *parts, "manifest.parquet", "_SUCCESS"])
+    rows = rows_of(packed)
+    assert [row["index"] for row in rows] == list(range(20))
+    assert [row["sha256"] for row in rows] == [row["sha256"] for row in rows_of(plain)]
+    for row in rows:
+        png = packed[row["tar"]][row["offset"] : row["offset"] + row["size"]]
+        assert png == plain[f"{row['index']:08d}.png"]
+        assert store.get_span(bucket, tars.key(row["tar"]), row["offset"], row["size"]) == png
+        assert row["key"] == f"{row['tar']}/{row['index']:08d}.png"
+    for name in names:
+        (tmp_path / name).write_bytes(packed[name])
+    samples = list(wds.WebDataset([str(tmp_path / name) for name in names], shardshuffle=False).decode())
+    assert [sample["__key__"] for sample in samples] == [f"{index:08d}" for index in range(20)]
+    for sample, row in zip(samples, rows, strict=True):
+        assert {name: sample["json"][name] for name in ("seed", "index", "label", "sha256")} == {
+            name: row[name] for name in ("seed", "index", "label", "sha256")
+        }
+        assert sample["json"]["model"] == "models:/blobs/3"
+
+
+def test_what_was_printed_in_tars_is_ingested_from_s3(store: Store, bucket: str, weights: Path, tmp_path: Path) -> None:
+    place = Location(bucket, "tars")
+    generate_all(store, batch(32, format="tar"), place, weights)
+    source = f"wds:{place}/samples-*.tar"
+    done = ingest(tmp_path / "set", IngestConfig(source=source, size=8, held_out=0.33), objects=S3Objects())
+    assert done.kept == len({row["pixels_sha256"] for row in rows_of(found(store, place))})
+    assert done.quarantined == []
+
+
+def test_chunks_drawn_side_by_side_have_the_bytes_of_those_drawn_alone(
+    store: Store, bucket: str, weights: Path
+) -> None:
+    alone, beside = Location(bucket, "alone"), Location(bucket, "beside")
+    generate_all(store, batch(64), alone, weights)
+    with ThreadPoolExecutor(4) as pool:
+        works = [
+            pool.submit(generate_batch.generate_chunk, store, batch(64), beside, weights, n, None, 1 + n)
+            for n in range(4)
+        ]
+        assert [work.result().images for work in works] == [16] * 4
+    generate_batch.finish(store, batch(64), beside)
+    assert found(store, beside) == found(store, alone)
+
+
+def test_a_finished_chunk_is_left_and_what_is_unfinished_is_named(store: Store, bucket: str, weights: Path) -> None:
+    made, place = batch(40, format="tar"), Location(bucket, "half")
+    assert generate_batch.unfinished(store, made, place) == [0, 1, 2]
+    assert generate_batch.generate_chunk(store, made, place, weights, 1, None, 1).images == 16
+    assert generate_batch.unfinished(store, made, place) == [0, 2]
+    assert generate_batch.generate_chunk(store, made, place, weights, 1, None, 1).images == 0
+
+
+def test_a_machine_that_draws_other_bits_draws_nothing(store: Store, bucket: str, weights: Path) -> None:
+    made = batch(8)
+    elsewhere = made.model_copy(update={"fingerprint": made.fingerprint.model_copy(update={"device": "AVX9"})})
+    with pytest.raises(Held, match=r"would draw other bits .*device: AVX9 → "):
+        generate_batch.generate_chunk(store, elsewhere, Location(bucket, "x"), weights, 0, None, 1)
+    assert list(store.list_keys(bucket)) == []
+
+
+def test_uploads_that_killed_processes_began_are_gone_when_the_batch_is_finished(
+    store: Store, bucket: str, weights: Path
+) -> None:
+    place = Location(bucket, "batch")
+    for key in ("batch/samples-00000.tar", "batch/manifest.parquet", "batches/samples-00000.tar"):
+        orphan(store, bucket, key)
+    generate_all(store, batch(8, format="tar"), place, weights)
+    assert begun(store, bucket) == ["batches/samples-00000.tar"]
+
+
+@pytest.fixture
+def holding(s3_environment: dict[str, str]) -> Iterator[tuple[str, Callable[[Callable[[], None]], None]]]:
+    """A way to the S3 server on which the first PUT of an image is held up by what it is told to do first."""
+    port = int(s3_environment["AWS_ENDPOINT_URL_S3"].rpartition(":")[2])
+    waits: list[Callable[[], None]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def pass_on(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.command == "PUT" and self.path.endswith("00000000.png"):
+                waits.pop()()
+            there = HTTPConnection("127.0.0.1", port)
+            there.request(self.command, self.path, body, dict(self.headers))
+            answer = there.getresponse()
+            data = answer.read()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
+                    self.send_header(name, value)
+            length = answer.getheader("Content-Length") if self.command == "HEAD" else None
+            self.send_header("Content-Length", length or str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_GET(self) -> None:
+            self.pass_on()
+
+        def do_HEAD(self) -> None:
+            self.pass_on()
+
+        def do_PUT(self) -> None:
+            self.pass_on()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with serving(Handler) as url:
+        yield url, waits.append
+
+
+def test_the_next_images_are_drawn_while_those_before_are_uploaded_and_not_many_ahead(
+    holding: tuple[str, Callable[[Callable[[], None]], None]],
+    s3_environment: dict[str, str],
+    bucket: str,
+    weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url, hold_by = holding
+    drawn: list[int] = []
+    second = threading.Event()
+
+    def counted(model: Any, indices: range, *arguments: Any, **options: Any) -> Any:
+        images = really(model, indices, *arguments, **options)
+        drawn.append(indices.start)
+        if len(drawn) == 2:
+            second.set()
+        return images
+
+    def hold() -> None:
+        # Nothing could set it if drawing waited for the upload.
+        assert second.wait(60)
+        time.sleep(0.5)
+        ahead.extend(drawn)
+
+    ahead: list[int] = []
+    # It draws as ever, and only tells when.
+    really = generate_batch.sample
+    monkeypatch.setattr(generate_batch, "sample", counted)
+    hold_by(hold)
+    slow = Store(client(variables={**s3_environment, "AWS_ENDPOINT_URL_S3": url}))
+    generate_batch.generate_chunk(slow, batch(64, chunk=64), Location(bucket, "x"), weights, 0, None, 1)
+    assert ahead in ([0, 8], [0, 8, 16])
+    assert drawn == list(range(0, 64, 8))
+
+
+def peak(work: Callable[[], object]) -> int:
+    """Bytes of Python's that ``work`` held at its worst."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_drawing_holds_does_not_grow_with_the_count(store: Store, bucket: str, tmp_path: Path) -> None:
+    weights = write_model(tmp_path / "large.safetensors", 1, 0, channels=3, size=32)
+    peaks = []
+    # The first has what is loaded once.
+    for count in (16, 32, 192):
+        made, place = batch(count), Location(bucket, str(count))
+        chunks = range(len(made.chunks()))
+
+        def generate(made: Batch = made, place: Location = place, chunks: range = chunks) -> None:
+            for number in chunks:
+                generate_batch.generate_chunk(store, made, place, weights, number, None, 1)
+
+        peaks.append(peak(generate))
+    sizes = [each.size for each in store.list_objects(bucket, "192/")]
+    # What is on its way at the same time differs by chance.
+    assert peaks[2] - peaks[1] < sum(sizes) / 2
+
+
+def test_of_all_rows_those_of_a_chunk_are_held_while_the_manifest_is_written(
+    store: Store, bucket: str, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Location(bucket, "one")
+    generate_all(store, batch(16), one, weights)
+    row = part_rows(store.get(bucket, one.key("manifest/part-00000.jsonl")), "part")[0]
+    # Thousands of images would have to be there, which nothing is read of.
+    monkeypatch.setattr(generate_batch, "unfinished", lambda *_: [])
+    peaks = []
+    for chunks in (4, 24):
+        made, place = batch(128 * chunks, chunk=128), Location(bucket, str(chunks))
+        rows = ([row | {"index": i, "key": image_key(i)} for i in indices] for indices in made.chunks())
+        objects = [Object(place.key(part_key(n)), part_bytes(each)) for n, each in enumerate(rows)]
+        store.put_many(bucket, objects)
+        peaks.append(peak(lambda: generate_batch.finish(store, made, place)))  # noqa: B023
+    assert pq.read_metadata(io.BytesIO(store.get(bucket, "24/manifest.parquet"))).num_rows == 128 * 24
+    # Beside the rows of a chunk, the manifest itself is held, and copied, as long as it is smaller than a part.
+    assert peaks[1] - peaks[0] < 3 * len(store.get(bucket, "24/manifest.parquet"))
+
+
+@pytest.mark.slow
+def test_on_a_server_that_completes_uploads_over_objects_batches_end_whole_in_files_and_in_large_tars(
+    store: Store, s3_environment: dict[str, str], bucket: str, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate_batch, "PART_BYTES", 5 * 2**20)
+    sampling = SAMPLING.model_copy(update={"compute_batch": 64})
+    traits = fingerprint(sampling.compute_batch, sampling.precision, sampling.device)
+    large = batch(2048, chunk=2048, format="tar", sampling=sampling, fingerprint=traits)
+    with proxied(s3_environment, ignoring_conditional_completion) as url:
+        careless = Store(client(attempts=1, variables=s3_environment | {"AWS_ENDPOINT_URL_S3": url}))
+        for made in (batch(32), large):
+            place = Location(bucket, made.format)
+            for _ in range(2):
+                generate_batch.begin(careless, made, place, None)
+                generate_all(careless, made, place, weights)
+            files = found(store, place)
+            assert "_SUCCESS" in files
+            for row in rows_of(files):
+                png = files[row["key"]] if made is not large else files[row["tar"]][row["offset"] :][: row["size"]]
+                assert sha256_bytes(png) == row["sha256"]
+    assert store.client.head_object(Bucket=bucket, Key="tar/samples-00000.tar")["ETag"].strip('"').endswith("-2")
+    assert files["samples-00000.tar.sha256"].decode().split()[0] == sha256_bytes(files["samples-00000.tar"])
+
+
+def test_a_batch_of_which_an_image_is_missing_is_not_finished_and_what_is_missing_is_generated_again(
+    store: Store, bucket: str, weights: Path
+) -> None:
+    for made in (batch(5, chunk=2), batch(5, chunk=2, format="tar")):
+        place = Location(bucket, made.format)
+        for chunk in range(3):
+            generate_batch.generate_chunk(store, made, place, weights, chunk, None, 1)
+        before = found(store, place)
+        name = "00000003.png" if made.format == "png" else "samples-00001.tar"
+        store.delete_many(bucket, [place.key(name)])
+        assert not generate_batch.finish(store, made, place)
+        assert set(found(store, place)) == set(before) - {name}
+        assert generate_batch.unfinished(store, made, place) == [1]
+        assert generate_batch.generate_chunk(store, made, place, weights, 1, None, 1).images == 2
+        assert generate_batch.finish(store, made, place)
+        assert before.items() < found(store, place).items()
+
+
+def test_by_a_table_each_image_shows_its_row(store: Store, bucket: str, weights: Path, tmp_path: Path) -> None:
+    labels = ["odd", "even", None, *["even", "odd", "odd"] * 6]
+    (tmp_path / "wanted.csv").write_text("\n".join(["label,prompt", *(f"{label or ''}," for label in labels)]))
+    table = RequestTable.made(tmp_path / "wanted.csv", tmp_path)
+    by_table, by_list = Location(bucket, "table"), Location(bucket, "list")
+    generate_batch.begin(store, batch(21, requests=table.about), by_table, table)
+    generate_all(store, batch(21, requests=table.about), by_table, weights, table)
+    generate_all(store, batch(21, conditions=Conditions(labels=tuple(labels))), by_list, weights)
+    ours, theirs = rows_of(found(store, by_table)), rows_of(found(store, by_list))
+    assert [row["label"] for row in ours] == labels
+    # The last compute batch is filled up with other neighbours, which no image sees.
+    assert [row["pixels_sha256"] for row in ours] == [row["pixels_sha256"] for row in theirs]
+
+
+def test_the_place_of_another_batch_is_kept_and_the_reason_told(store: Store, bucket: str, tmp_path: Path) -> None:
+    place, made = Location(bucket, "here"), batch(40)
+    generate_batch.begin(store, made, place, None)
+    generate_batch.begin(store, made, place, None)
+    moved = made.fingerprint.model_copy(update={"torch": "9"})
+    for other, words in (
+        (batch(41), "of another request"),
+        (batch(40, chunk=24), "in chunks of 16 images .*and this has 24"),
+        (batch(40, fingerprint=moved), "another fingerprint .torch: .* → 9"),
+    ):
+        with pytest.raises(Held, match=words):
+            generate_batch.begin(store, other, place, None)
+    assert Batch.model_validate_json(store.get(bucket, "here/batch.json")) == made
+
+
+def test_at_the_place_of_what_cannot_be_read_it_is_named(store: Store, bucket: str) -> None:
+    store.put_once(bucket, "here/batch.json", b"{}")
+    with pytest.raises(UserError, match=rf"s3://{bucket}/here/batch\.json is damaged, or of a newer Darkroom"):
+        generate_batch.begin(store, batch(20), Location(bucket, "here"), None)
+
+
+def test_processor_time_of_chunks_that_share_a_process_is_counted_once() -> None:
+    works = [
+        Work(images=10, process="a", began=1, ended=6),
+        Work(images=10, process="a", began=2, ended=9),
+        Work(images=5, process="b", began=0, ended=2),
+        Work(images=0, process="c", began=0, ended=50),
+    ]
+    cost = cost_of(works, 7)
+    assert (cost.images, cost.seconds) == (25, 7)
+    assert cost.cpu_hours == pytest.approx(10 / 3600)
+    assert cost.images_per_cpu_hour == pytest.approx(25 * 360)
+    assert cost_of([works[-1]], 1).images_per_cpu_hour is None

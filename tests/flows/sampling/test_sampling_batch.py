@@ -1,0 +1,112 @@
+"""Prints say what they were asked to show, and what is written suffices to make them again."""
+
+import io
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from diffusion.checkpoints import load_model
+from diffusion.common.files import sha256_bytes
+from diffusion.common.fingerprint import fingerprint
+from diffusion.generation.config import UNCONDITIONAL, Conditions
+from diffusion.generation.generate import label_names, sample
+from diffusion.process.samplers import SamplingConfig, sampling_config
+from flows.sampling.sampling_batch import Batch, chunk_size, encode, part_bytes, part_rows, write_parquet
+from tests.diffusion.training.test_train import run
+
+SAMPLING = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=8)
+
+
+def batch(conditions: Conditions | None = None, sampling: SamplingConfig = SAMPLING) -> Batch:
+    return Batch(
+        model="blobs",
+        version=3,
+        run_id="r",
+        content_digest="c" * 64,
+        weights_sha256="d" * 64,
+        seed=7,
+        count=4,
+        sampling=sampling,
+        fingerprint=fingerprint(sampling.compute_batch, sampling.precision, "auto"),
+        conditions=conditions,
+    )
+
+
+def test_a_batch_of_which_nothing_is_asked_has_the_name_and_the_bytes_it_had_before_one_could() -> None:
+    plain = batch(sampling=sampling_config())
+    assert plain.name == "seed7-count4-dpmpp_2m_sde16-8da49c67"
+    assert b"guidance" not in plain.json_bytes()
+    assert b"conditions" not in plain.json_bytes()
+    assert Batch.model_validate_json(plain.json_bytes()) == plain
+
+
+def test_batches_that_are_to_show_different_things_have_different_names() -> None:
+    batches = [
+        batch(),
+        batch(Conditions(labels=("even",))),
+        batch(Conditions(labels=("even", "odd"))),
+        batch(Conditions(labels=("odd", "even"))),
+        batch(Conditions(prompts=("even",))),
+        batch(Conditions(labels=("even",)), SAMPLING.model_copy(update={"guidance": 3.0})),
+        batch(
+            Conditions(labels=("even",)), SAMPLING.model_copy(update={"guidance": 3.0, "guidance_interval": (0.1, 5)})
+        ),
+    ]
+    assert len({each.name for each in batches}) == len(batches)
+    assert all(Batch.model_validate_json(each.json_bytes()) == each for each in batches)
+
+
+@pytest.mark.parametrize("conditions", [None, Conditions(labels=("odd", None, "even"))])
+def test_what_is_written_makes_the_same_images_again_and_says_what_each_shows(
+    dataset: Path, tmp_path: Path, conditions: Conditions | None
+) -> None:
+    model = load_model(run(dataset, tmp_path / "run").final)
+    made = batch(conditions, SAMPLING.model_copy(update={"guidance": 2.0}))
+    found = Batch.model_validate_json(made.json_bytes())
+    images = sample(model, range(4), found.seed, found.sampling, conditions=found.conditions or UNCONDITIONAL)
+    labels = label_names(model, range(4), found.seed, found.conditions or UNCONDITIONAL)
+    encoded = [encode(made, *each) for each in zip(range(4), images, labels, strict=True)]
+    rows = part_rows(part_bytes(row for _, row in encoded), "part")
+    sink = io.BytesIO()
+    write_parquet(sink, iter([rows]), made)
+    table = pq.read_table(sink).to_pylist()
+    assert [row["label"] for row in table] == (labels if conditions is None else ["odd", None, "even", "odd"])
+    assert all((row["guidance"], row["prompt"], row["negative_prompt"]) == (2.0, None, None) for row in table)
+    again = sample(model, [2], found.seed, found.sampling, conditions=found.conditions or UNCONDITIONAL)[0]
+    assert sha256_bytes(again.permute(1, 2, 0).contiguous().numpy().tobytes()) == table[2]["pixels_sha256"]
+    text = Image.open(io.BytesIO(encoded[0][0])).text
+    assert text.get("darkroom:label") == (None if conditions is None else "odd")
+
+
+def test_prompts_stand_in_image_and_manifest_in_any_script() -> None:
+    made = batch(Conditions(prompts=("ein grünes Haus", "красный дом"), negative_prompt="fog"))
+    png, row = encode(made, 1, torch.zeros(1, 8, 8, dtype=torch.uint8), None)
+    assert Image.open(io.BytesIO(png)).text["darkroom:prompt"] == "красный дом"
+    assert (row["prompt"], row["negative_prompt"], row["label"]) == ("красный дом", "fog", None)
+    plain, _ = encode(batch(), 1, torch.zeros(1, 8, 8, dtype=torch.uint8), "even")
+    assert "darkroom:label" not in Image.open(io.BytesIO(plain)).text
+
+
+@pytest.mark.parametrize("compute_batch", [1, 8, 64, 1000])
+@pytest.mark.parametrize("count", [1, 257, 40_000, 100_000, 1_000_000])
+def test_large_batches_have_hundreds_of_chunks_and_no_chunk_is_large(count: int, compute_batch: int) -> None:
+    size = chunk_size(count, compute_batch)
+    assert size % compute_batch == 0
+    assert size >= 4 * compute_batch
+    assert size <= max(4096, 4 * compute_batch)
+    assert -(-count // size) <= 256 or size > 4096 - compute_batch
+
+
+def test_a_batch_cut_otherwise_has_the_name_it_had_and_says_so_and_a_batch_in_tars_another_name() -> None:
+    plain = batch()
+    cut, tars = (plain.model_copy(update=change) for change in ({"chunk": 16, "count": 20}, {"format": "tar"}))
+    assert cut.name == plain.model_copy(update={"count": 20}).name
+    assert cut.chunks() == [range(16), range(16, 20)]
+    assert plain.model_copy(update={"count": 40}).chunks() == [range(32), range(32, 40)]
+    assert tars.name != plain.name
+    assert tars.key(33) == "samples-00001.tar/00000033.png"
+    for each in (cut, tars):
+        assert Batch.model_validate_json(each.json_bytes()) == each

@@ -1,0 +1,75 @@
+"""Processes that print are killed at random moments, two of them at one batch: the same bytes are there in the end.
+
+Without orchestration, so that most moments fall into drawing and uploading; test_sampling_stack.py has it around.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.storage.s3 import Location, Store
+from tests.builders import ROOT
+from tests.builders.small_models import write_model
+from tests.flows.sampling.test_generate_batch import batch, found
+from tests.flows.storage.test_s3_multipart import begun
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+BATCH = batch(4096, format="tar", chunk=3584)
+"""In tars of which one is too large for one part."""
+PRINT = """
+import sys
+from pathlib import Path
+from flows import printing
+from flows.sampling.sampling_batch import Batch
+from flows.storage.s3 import Location, Store
+store, batch, place = Store(), Batch.model_validate_json(sys.argv[1]), Location.parse(sys.argv[2])
+print("begins", flush=True)
+for chunk in printing.unfinished(store, batch, place):
+    printing.generate_chunk(store, batch, place, Path(sys.argv[3]), chunk, None, 1)
+printing.finish(store, batch, place)
+"""
+
+
+def start(place: Location, weights: Path) -> subprocess.Popen[str]:
+    """A process that prints, which has just begun to."""
+    command = [sys.executable, "-c", PRINT, BATCH.json_bytes().decode(), str(place), str(weights)]
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begins\n"
+    return process
+
+
+@pytest.mark.drill(
+    "sampling without orchestration is killed",
+    "SIGKILL at random moments; then two processes at one batch",
+    "the bytes of an undisturbed batch, no upload left",
+)
+def test_printing_killed_at_random_moments_and_doubled_ends_in_the_bytes_of_an_undisturbed_batch(
+    store: Store, bucket: str, tmp_path: Path, kills: int
+) -> None:
+    weights = write_model(tmp_path / "weights.safetensors", 1, 0, classes={"even": 3, "odd": 1})
+    undisturbed, killed = Location(bucket, "undisturbed"), Location(bucket, "killed")
+    process, began = start(undisturbed, weights), time.monotonic()
+    assert process.wait(600) == 0
+    seconds = time.monotonic() - began
+    moments = random.Random(1)
+    for _ in range(kills):
+        process = start(killed, weights)
+        time.sleep(moments.uniform(0.1, 0.9) * seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    both = [start(killed, weights) for _ in range(2)]
+    assert [process.wait(600) for process in both] == [0, 0]
+    assert found(store, killed) == found(store, undisturbed)
+    assert begun(store, bucket) == []
+    names = {f"samples-0000{n}.tar" for n in range(2)} | {f"manifest/part-0000{n}.jsonl" for n in range(2)}
+    # The larger one has its sum beside it.
+    assert set(found(store, killed)) == {*names, "samples-00000.tar.sha256", "manifest.parquet", "_SUCCESS"}

@@ -1,0 +1,299 @@
+"""params.yaml: one configuration, checked, with overrides; mistakes name their mend."""
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from diffusion.common.errors import UserError
+from diffusion.models.config import ModelConfig, VAEConfig
+from diffusion.presets import PresetName
+from diffusion.process.samplers import sampling_config
+from diffusion.process.schedules import linear_schedule, make_schedule
+from diffusion.training.config import TrainingConfig
+from flows.config import Params, dataset_folder, flattened, load_params, registered
+from flows.variants import family_variants
+from tests.builders import ROOT
+
+MINIMAL = "training:\n  images: 100\n"
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_overrides_reach_any_field_with_its_type(params: Path) -> None:
+    config = load_params(params, ["model.channel_mult=[1, 2, 2]", "training.flip=true", "ingest.size=64"])
+    assert config.model.channel_mult == (1, 2, 2)
+    assert config.training.flip is True
+    assert config.ingest.size == 64
+
+
+def test_folders_and_model_follow_the_data_set_unless_named(params: Path) -> None:
+    config = load_params(params, ["training.dataset=faces"])
+    assert str(config.dataset_folder) == "data/faces"
+    assert str(config.run_folder) == "runs/faces"
+    assert config.model_name == "faces"
+    named = load_params(params, ["training.dataset=faces", "training.output=elsewhere", "registry.model=mine"])
+    assert (str(named.run_folder), named.model_name) == ("elsewhere", "mine")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.batchsize=64", r"unknown key training\.batchsize: did you mean batch_size\?"),
+        ("trainning.images=1", "unknown key trainning: did you mean training"),
+        ("training.zzz=1", "known here: .*batch_size"),
+        ("ingest.size=huge", r"ingest\.size: .*got 'huge'"),
+        ("ingest.size=4", r"ingest\.size: .*greater than or equal to 8"),
+        ("training.images", "write it as key=value"),
+        ("training.images.more=1", "is a value, not a section"),
+        ("training.minutes=1", r"either training\.images or training\.minutes"),
+        ("model.attention=[5]", r"model\.attention"),
+        ("ingest.background=red", "ingest.background"),
+        ("sampling_batch.chunk=100", r"cuts compute batches of 64 images .* use 128"),
+        ("training.minutes=.inf", r"training\.minutes: .*finite"),
+        ("sampling_batch.runner=slurm", r"sampling_batch\.runner: .*got 'slurm'"),
+        ("gate.delta=1", r"gate\.delta: .*less than 1"),
+        ("gate.memorised=0.1", r"unknown key gate\.memorised: did you mean memorized\?"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_mend(params: Path, override: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        load_params(params, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_broken_file_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not found"):
+        load_params(tmp_path / "params.yaml", [])
+    (tmp_path / "params.yaml").write_text("training: [")
+    with pytest.raises(UserError, match="not YAML"):
+        load_params(tmp_path / "params.yaml", [])
+    (tmp_path / "params.yaml").write_text("- a\n- b\n")
+    with pytest.raises(UserError, match="sections"):
+        load_params(tmp_path / "params.yaml", [])
+    with pytest.raises(UserError, match=r"cannot be read .*: give a configuration file to --params"):
+        load_params(tmp_path, [])
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "", "a\\b", "a:b", "bob's", 'say "a"', "a\nb"])
+def test_data_set_names_cannot_lead_elsewhere(name: str) -> None:
+    with pytest.raises(UserError, match="plain name"):
+        dataset_folder(name)
+
+
+def test_the_shipped_configuration_is_valid() -> None:
+    config = load_params(ROOT / "params.yaml", [])
+    assert config.model.steps == 1000
+
+
+def test_flattened_keys_are_dotted() -> None:
+    assert flattened({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
+
+
+def test_the_default_preset_says_what_the_fields_have_by_default(params: Path) -> None:
+    config = load_params(params, [])
+    assert config.preset == "fast"
+    assert (config.model, config.sampling) == (ModelConfig(), sampling_config())
+    assert config.training == TrainingConfig(images=100)
+
+
+def test_the_preset_ddpm_is_the_book(params: Path) -> None:
+    config = load_params(params, ["preset=ddpm"])
+    model, training, sampling = config.model, config.training, config.sampling
+    assert (model.steps, model.schedule, model.prediction) == (1000, "linear", "epsilon")
+    assert (training.weighting, training.timestep_sampling, training.learning_rate) == ("plain", "uniform", 2e-4)
+    assert (sampling.sampler, sampling.steps) == ("ddpm", 1000)
+    torch.testing.assert_close(sampling.sigma_grid(make_schedule(model))[:-1], linear_schedule(1000).sigmas.flip(0))
+
+
+@pytest.mark.parametrize("preset", get_args(PresetName))
+def test_what_is_set_wins_over_the_preset_and_the_rest_is_taken_from_it(params: Path, preset: str) -> None:
+    plain = load_params(params, [f"preset={preset}"])
+    config = load_params(params, [f"preset={preset}", "model.width=16", "sampling.steps=7"])
+    assert (config.model.width, config.sampling.steps) == (16, 7)
+    assert config.model.model_copy(update={"width": plain.model.width}) == plain.model
+    assert Params.model_validate(config.model_dump()) == config
+
+
+def test_where_the_network_enlarges_the_default_has_the_noise_levels_of_what_it_adds(params: Path) -> None:
+    config = load_params(params, ["model.low_resolution=16"])
+    plain = load_params(params, [])
+    levels = ("log_sigma_mean", "sigma_min", "sigma_max")
+    for section in ("training", "sampling"):
+        ours, theirs = getattr(config, section).model_dump(), getattr(plain, section).model_dump()
+        assert {name for name in ours if ours[name] != theirs[name]} <= set(levels)
+    assert config.training.log_sigma_mean == -2.5
+    assert (config.sampling.sigma_min, config.sampling.sigma_max) == (0.02, 4)
+    chosen = ["training.log_sigma_mean=-2", "sampling.sigma_max=9"]
+    config = load_params(params, ["model.low_resolution=16", *chosen])
+    assert (config.training.log_sigma_mean, config.sampling.sigma_max) == (-2, 9)
+    # Times that are not drawn from a distribution of σ have no use for its mean.
+    config = load_params(params, ["model.low_resolution=16", "training.timestep_sampling=uniform"])
+    assert config.training.log_sigma_mean is None
+
+
+def test_a_preset_that_does_not_exist_is_refused(params: Path) -> None:
+    with pytest.raises(UserError, match="preset: Input should be 'fast', 'ddpm' or 'large'"):
+        load_params(params, ["preset=quick"])
+
+
+def test_without_a_file_everything_has_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_params(Path("params.yaml"), ["ingest.size=64"])
+    assert (config.ingest.size, config.training.minutes, config.training.images) == (64, 10, None)
+    assert load_params(Path("params.yaml"), ["training.images=5"]).training.minutes is None
+    (tmp_path / "params.yaml").write_text("")
+    assert load_params(Path("params.yaml"), ["ingest.size=64"]) == config
+    with pytest.raises(UserError, match=r"other.yaml not found"):
+        load_params(Path("other.yaml"), [])
+
+
+def test_the_gate_is_a_section_and_is_not_asked_about_classes_that_nobody_tells_the_model(params: Path) -> None:
+    gate = load_params(params, ["gate.delta=0.1", "gate.cost=null", "gate.class_loss=0.5"]).gate
+    assert (gate.delta, gate.cost, gate.class_loss, gate.recall_loss) == (0.1, None, 0.5, 0.1)
+    with pytest.raises(UserError, match=r"gate\.class_loss is about classes, of which the model is told none"):
+        load_params(params, ["gate.class_loss=0.5", "model.conditional=false"])
+    with pytest.raises(UserError, match=r"gate\.class_loss is about classes"):
+        load_params(params, ["gate.class_loss=0.5", "model.family=vae"])
+
+
+def test_averages_of_a_length_replace_a_presets_own_and_must_be_kept_to_be_judged(params: Path) -> None:
+    config = load_params(params, ["preset=large", "training.ema_stds=[0.05, 0.1]", "evaluation.ema_stds=[0.08]"])
+    assert (config.training.ema_decay, config.training.ema_stds) == (None, (0.05, 0.1))
+    with pytest.raises(UserError, match=r"what training\.ema_stds keeps"):
+        load_params(params, ["evaluation.ema_stds=[0.08]"])
+    with pytest.raises(UserError, match=r"less than 0\.28"):
+        load_params(params, ["training.ema_stds=[0.05, 0.1]", "evaluation.ema_stds=[0.5]"])
+
+
+def test_a_model_and_a_training_that_do_not_fit_are_refused_before_anything_is_read(params: Path) -> None:
+    learned = ["model.learned_variance=true", "training.timestep_sampling=uniform"]
+    assert load_params(params, [*learned, "sampling.sampler=ddpm"]).model.learned_variance
+    with pytest.raises(UserError, match=r"sampling\.sampler = deis passes it over: use ddpm"):
+        load_params(params, [*learned, "sampling.sampler=deis"])
+    with pytest.raises(
+        UserError, match=r"training\.timestep_sampling = lognormal samples levels between them: use uniform"
+    ):
+        load_params(params, ["preset=large", "model.learned_variance=true"])
+    with pytest.raises(UserError, match=r"never learns with training\.condition_dropout = 0: set that to 0\.1"):
+        load_params(params, ["sampling.guidance=3", "training.condition_dropout=0"])
+    with pytest.raises(UserError, match=r"sampling\.variance means nothing to sampler = heun"):
+        load_params(params, ["sampling.sampler=heun", "sampling.variance=larger"])
+
+
+def test_each_family_shows_its_own_fields_and_refuses_anothers(params: Path) -> None:
+    vae = load_params(params, ["model.family=vae", "model.kl_weight=0.5"])
+    assert isinstance(vae.model, VAEConfig)
+    assert (vae.model.kl_weight, vae.sampling) == (0.5, sampling_config())
+    assert load_params(params, ["model.family=ddpm"]) == load_params(params, [])
+    for override, words in (
+        ("model.schedule=edm", r"model\.schedule is a field of model\.family = ddpm, and this is vae"),
+        ("model.kl_wait=1", r"unknown key model\.kl_wait: did you mean kl_weight\?"),
+        ("model.kl_weight=-1", r"model\.kl_weight: Input should be greater than or equal to 0"),
+        ("sampling.steps=50", r"sampling\.steps means nothing to model\.family = vae"),
+        ("preset=large", r"preset large is of diffusion models"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            load_params(params, ["model.family=vae", override])
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"model\.kl_weight is a field of model\.family = vae, and this is ddpm"):
+        load_params(params, ["model.kl_weight=1"])
+    with pytest.raises(UserError, match=r"model: family is ddpm, the default, vae, gan or autoregressive"):
+        load_params(params, ["model.family=flow"])
+    with pytest.raises(UserError, match=r"model\.gamma is a field of model\.family = gan, and this is autoregressive"):
+        load_params(params, ["model.family=autoregressive", "model.gamma=1"])
+    with pytest.raises(UserError, match=r"training\.keep_best means nothing to model\.family = gan"):
+        load_params(params, ["model.family=gan", "training.keep_best=1"])
+    with pytest.raises(UserError, match=r"unknown key model\.widht: did you mean width\?"):
+        load_params(params, ["model.widht=16"])
+
+
+def test_each_family_has_its_own_runs_reports_and_champion(params: Path) -> None:
+    vae = load_params(params, ["training.dataset=faces", "model.family=vae"])
+    assert (str(vae.run_folder), str(vae.report_folder)) == ("runs/faces-vae", "reports/faces-vae")
+    assert vae.model_name == "faces-vae"
+    others = {f"reports/faces-{family}" for family in ("vae", "gan", "autoregressive")}
+    assert {str(folder) for folder in vae.report_folders} == {"reports/faces"} | others
+    named = load_params(params, ["model.family=vae", "training.output=elsewhere", "registry.model=mine"])
+    assert (str(named.run_folder), named.model_name) == ("elsewhere", "mine")
+
+
+def test_a_configuration_of_any_family_survives_being_written_down(params: Path) -> None:
+    families = [[f"model.family={family}"] for family in ("vae", "gan", "autoregressive")]
+    for overrides in (*families, ["model.autoencoder=models:/faces-vae@champion"], []):
+        config = load_params(params, overrides)
+        assert Params.model_validate(config.model_dump(mode="json")) == config
+        assert Params.model_validate_json(config.model_dump_json()) == config
+    assert "family" not in config.model.model_dump()
+
+
+def test_the_form_shows_what_each_family_takes() -> None:
+    schema = Params.model_json_schema()
+    shown = [schema["$defs"][option["$ref"].rpartition("/")[2]] for option in schema["properties"]["model"]["oneOf"]]
+    assert [each["properties"]["family"]["const"] for each in shown] == ["ddpm", "vae", "gan", "autoregressive"]
+    assert "kl_weight" in shown[1]["properties"]
+    assert "schedule" not in shown[1]["properties"]
+
+
+def test_a_family_has_defaults_of_its_own_which_what_is_set_wins_over(params: Path) -> None:
+    gan = load_params(params, ["model.family=gan", "training.batch_size=16"])
+    assert (gan.training.batch_size, gan.training.weight_decay) == (16, 0)
+    assert load_params(params, ["model.family=vae"]).training.weight_decay == 0.01
+
+
+def test_families_that_are_compared_share_the_data_the_time_and_the_judge_and_nothing_else(params: Path) -> None:
+    chosen = ["training.dataset=faces", "training.images=500", "training.seed=3", "training.learning_rate=0.5"]
+    own = load_params(params, [*chosen, "model.width=16", "sampling.compute_batch=8", "evaluation.samples=50"])
+    found = family_variants(own, ["gan", "ddpm", "autoregressive"])
+    assert list(found) == ["gan", "ddpm", "autoregressive"]
+    assert found["ddpm"] == own
+    default = load_params(params, ["model.family=gan"])
+    gan = found["gan"]
+    assert (gan.run_folder, gan.model_name) == (Path("runs/faces-gan"), "faces-gan")
+    assert (gan.training.images, gan.training.seed, gan.sampling.compute_batch) == (500, 3, 8)
+    assert gan.evaluation == own.evaluation
+    assert gan.ingest == own.ingest
+    assert gan.model == default.model
+    assert gan.training.learning_rate == default.training.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("overrides", "families", "words"),
+    [
+        ([], ["gan", "flow"], "there is no family 'flow'"),
+        ([], ["gan"], "name two families or more, each once"),
+        ([], ["gan", "gan"], "name two families or more, each once"),
+        (["training.output=elsewhere"], ["gan", "vae"], r"training\.output = elsewhere is one place"),
+        (["registry.model=mine"], ["gan", "vae"], r"registry\.model = mine is one place"),
+        (["model.low_resolution=4"], ["gan", "vae"], "families are compared by what they draw"),
+    ],
+)
+def test_what_cannot_be_the_same_for_all_families_is_refused(
+    params: Path, overrides: list[str], families: list[str], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        family_variants(load_params(params, overrides), families)
+
+
+def test_what_came_later_is_written_down_only_where_it_is_set(params: Path) -> None:
+    plain = load_params(params, []).model_dump(mode="json")
+    assert plain["registry"] == {"model": None}
+    assert "licence" not in plain["ingest"]
+    told = load_params(params, ["registry.approval=true", "ingest.licence=CC-BY-4.0"])
+    assert (told.registry.approval, told.ingest.licence) == (True, "CC-BY-4.0")
+    assert Params.model_validate(told.model_dump(mode="json")) == told
+    with pytest.raises(UserError, match=r"ingest\.licence: .*at least 1 character"):
+        load_params(params, ["ingest.licence=''"])
+
+
+def test_only_a_model_uri_is_looked_up(params: Path) -> None:
+    uri = "models:/faces-vae@champion"
+    assert registered(load_params(params, [f"model.autoencoder={uri}"])) == uri
+    assert registered(load_params(params, ["model.autoencoder=runs/faces-vae/final.safetensors"])) is None
+    assert registered(load_params(params, ["model.family=vae"])) is None
