@@ -21,19 +21,28 @@ $(READY): pyproject.toml
 
 # make demo                         digits, recognisable in a few minutes
 # make demo DATA=path/to/folder     your own images, as a data set named after the folder
+#
+# All that a demo makes lies in demo/, a DVC repository of its own: the checkout stays clean.
 KILLS ?= 20
 
 DATA ?= images/digits
+DIGITS := $(filter images/digits,$(DATA))
+SOURCE := $(if $(DIGITS),$(DATA),$(abspath $(DATA)))
 NAME := $(notdir $(patsubst %/,%,$(DATA)))
-SETTINGS := $(if $(filter images/digits,$(DATA)),,--set ingest.size=32)
+SETTINGS := $(if $(DIGITS),,--set ingest.size=32)
 
-demo: $(READY) $(if $(filter images/digits,$(DATA)),images)  ## The whole retraining on real images, on this machine
-	$(BIN)/darkroom up
-	$(BIN)/darkroom retrain "$(DATA)" --dataset "$(NAME)" $(SETTINGS)
-	@$(BIN)/darkroom status
+demo: $(READY) demo/.dvc/config $(if $(DIGITS),images)  ## The whole retraining on real images, on this machine, in demo/
+	cd demo && $(CURDIR)/$(BIN)/darkroom up
+	cd demo && $(CURDIR)/$(BIN)/darkroom retrain "$(SOURCE)" --dataset "$(NAME)" $(SETTINGS)
+	@cd demo && $(CURDIR)/$(BIN)/darkroom status
 
-images: $(READY)  ## Write the demo's images to images/digits
-	$(BIN)/python infra/demo_images.py images/digits
+demo/.dvc/config: $(READY) params.yaml dvc.yaml
+	mkdir -p demo && cp params.yaml dvc.yaml demo/
+	test -d demo/.dvc || (cd demo && $(CURDIR)/$(BIN)/dvc init --quiet --no-scm)
+	touch $@
+
+images: $(READY) demo/.dvc/config  ## Write the demo's images to demo/images/digits
+	$(BIN)/python infra/demo_images.py demo/images/digits
 
 # Files of tests are shared out among so many processes.
 WORKERS ?= 2
@@ -82,4 +91,5 @@ format: $(READY)  ## Format the code and mend what can be mended
 
 clean:  ## Stop the local stack and remove everything that was made, but not your images
 	-$(BIN)/darkroom down
-	rm -rf .darkroom .drill .chaos data runs reports samples $(VENV)
+	-test ! -d demo || (cd demo && $(CURDIR)/$(BIN)/darkroom down)
+	rm -rf demo/.darkroom demo/.dvc demo/dvc.* demo/data demo/runs demo/reports demo/samples .darkroom .drill .chaos data runs reports samples $(VENV)
