@@ -17,9 +17,9 @@ from diffusion.families import family_of
 from diffusion.generation.super_resolution import FromNoise, GenerationTask
 from diffusion.models.config import FamilyConfig, VAEConfig
 from diffusion.process.samplers import SamplingConfig, sampling_config
+from tests.builders.shapes import disc
 from tests.builders.small_datasets import write_dataset
 from tests.builders.small_models import header
-from tests.conftest import disc
 
 CONFIG = EvaluationConfig(samples=48, extractor_size=32)
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=4, compute_batch=16, precision="fp32")

@@ -23,7 +23,7 @@ from flows.datasets.catalog import Catalogue, Heads
 from flows.datasets.checkout import checkout
 from flows.environment import data_source
 from flows.storage.s3 import Store
-from tests.conftest import blob
+from tests.builders.shapes import blob
 
 NAME = "blobs"
 FOLDER = Path("data") / NAME

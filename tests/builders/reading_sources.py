@@ -11,7 +11,7 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import Refused
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, ObjectStore, Payload
-from tests.conftest import blob
+from tests.builders.shapes import blob
 
 
 @dataclass(frozen=True)

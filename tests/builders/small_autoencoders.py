@@ -9,8 +9,8 @@ from diffusion.models.config import ModelConfig, VAEConfig
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import TrainResult, train
+from tests.builders.shapes import blob
 from tests.builders.small_datasets import write_dataset
-from tests.conftest import blob
 
 SIZE = 16
 VAE = VAEConfig(width=16, channel_mult=(1, 1), latent_channels=3)

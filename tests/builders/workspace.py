@@ -15,7 +15,7 @@ import yaml
 from flows.local_stack.server_process import members
 from flows.local_stack.stack_files import SERVICES
 from tests.builders import ROOT
-from tests.conftest import disc
+from tests.builders.shapes import disc
 
 PARAMS = {
     "ingest": {"size": 8, "held_out": 0.33},

@@ -6,7 +6,7 @@ import struct
 import zlib
 from pathlib import Path
 
-from tests.conftest import disc
+from tests.builders.shapes import disc
 
 
 class Payload:

@@ -25,10 +25,10 @@ from diffusion.training.train import train
 from flows.local_stack.backup import Backup, Backups, save
 from flows.local_stack.stack_files import SERVICES, LocalStack
 from flows.storage.s3 import Store
+from tests.builders.ingested import files_of
+from tests.builders.shapes import blob
 from tests.builders.small_models import write_model
 from tests.chaos.power_cut import Loss, Recording, library, record
-from tests.conftest import blob
-from tests.diffusion.data.ingest.test_ingest import files_of
 
 State = dict[str, object]
 SET, RUN, REPORT, MADE = Path("data", "set"), Path("runs", "set"), Path("report"), Path("made")

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from flows.storage.s3 import Store, client
+from tests.builders.shapes import disc
 from tests.builders.workspace import PARAMS, Workspace, objects
-from tests.conftest import disc
 
 pytestmark = pytest.mark.timeout(1800)
 

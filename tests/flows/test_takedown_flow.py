@@ -19,36 +19,19 @@ from diffusion.data.ingest.decode import prepare
 from diffusion.data.ingest.ingest import captions_folder, ingest
 from diffusion.data.manifest import Manifest, read_manifest, work_folder
 from diffusion.data.versions.takedown import remove
-from diffusion.data.versions.takedown_records import Removal, Selection
+from diffusion.data.versions.takedown_records import Selection
 from flows.datasets.checkout import checkout
 from flows.datasets.lineage import record_data
 from flows.datasets.purge import purge_dvc, purge_files
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import Derived, clear_images, find_derived, mark, takedowns
 from flows.storage.s3 import Store
+from tests.builders.catalogs import FOLDER, Place
+from tests.builders.ingested import files_of
+from tests.builders.removals import REMOVAL
+from tests.builders.shapes import disc
 from tests.builders.workspace import PARAMS, Workspace, objects, running
 from tests.chaos.forked import Forks
-from tests.conftest import disc
-from tests.diffusion.data.ingest.test_ingest import files_of
-from tests.flows.datasets.test_catalog import FOLDER, Place
-
-REMOVAL = Removal(
-    image_keys=["0" * 64],
-    digests=["1" * 64],
-    images=1,
-    duplicates=0,
-    refused=0,
-    near_copies=[],
-    parts=[0],
-    dataset="blobs",
-    asked="6" * 16,
-    reason="consent withdrawn",
-    parent="2" * 64,
-    version="3" * 64,
-    content_digest="4" * 64,
-    tables=[],
-    already=False,
-)
 
 
 @pytest.fixture

@@ -25,13 +25,13 @@ from flows.sampling.lookup import find
 from flows.sampling.sampling_batch import Batch
 from flows.storage.multipart import writing
 from flows.storage.s3 import Location, Store
+from tests.builders.catalogs import FOLDER, Place
+from tests.builders.gc_batches import BATCHES, generate
 from tests.builders.installation import INFRA
 from tests.builders.policy_evaluator import Statement, is_allowed
 from tests.builders.s3_proxy import Request, proxied
 from tests.builders.small_models import write_model
 from tests.flows.conftest import bucket, no_servers, s3_environment, s3_server, store
-from tests.flows.datasets.test_catalog import FOLDER, Place
-from tests.flows.retention.test_gc_beside_sample import BATCHES, generate
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

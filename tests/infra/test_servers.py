@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from flows.monitoring.prometheus import GAUGES
 from tests.builders.servers import Servers, darkroom, installed, query
+from tests.builders.shapes import disc
 from tests.builders.workspace import PARAMS
-from tests.conftest import disc
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -11,7 +11,7 @@ import yaml
 
 from tests.builders import ROOT
 from tests.builders.left_behind import descendants, left_behind, new_mark
-from tests.conftest import blob
+from tests.builders.shapes import blob
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

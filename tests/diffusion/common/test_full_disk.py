@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from tests.builders import ROOT
+from tests.builders.ingested import files_of
 from tests.builders.small_models import write_model
-from tests.diffusion.data.ingest.test_ingest import files_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -18,7 +18,7 @@ from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
 from diffusion.generation.generate import conditions_of
 from tests.builders.captioned import MadeUp, squares
-from tests.conftest import blob
+from tests.builders.shapes import blob
 
 
 @pytest.fixture

@@ -27,10 +27,10 @@ from tests.builders.comparisons import (
     write_autoencoder,
     write_of_family,
 )
+from tests.builders.shapes import disc
 from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.small_models import CONFIG as MODEL
 from tests.builders.small_models import write_model
-from tests.conftest import disc
 
 GATE = GateConfig(recall_loss=None)
 """Recall of 48 images is not known well enough."""

@@ -23,8 +23,8 @@ from diffusion.evaluation.results import Evaluation, EvaluationConditions
 from diffusion.generation.generate import sample
 from diffusion.process.samplers import SamplingConfig, sampling_config
 from tests.builders.comparisons import Watcher, evaluate_one
+from tests.builders.shapes import blob
 from tests.builders.small_models import write_model
-from tests.conftest import blob
 
 CONFIG = EvaluationConfig(samples=20, extractor_size=32)
 SAMPLING = sampling_config(steps=3, compute_batch=10, precision="fp32")

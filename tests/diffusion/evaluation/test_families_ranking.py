@@ -20,9 +20,9 @@ from diffusion.models.config import AutoregressiveConfig, GANConfig, ModelConfig
 from diffusion.process.samplers import SamplingConfig, sampling_config
 from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, discs, let_draw, write_autoencoder, write_of_family
 from tests.builders.html_pages import Page
+from tests.builders.shapes import disc
 from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.small_models import write_model
-from tests.conftest import disc
 
 PLAIN = sampling_config(compute_batch=16, precision="fp32")
 """Of families without a reverse process."""

@@ -14,9 +14,8 @@ from diffusion.evaluation.evaluate import evaluate, select_finalists
 from diffusion.evaluation.metrics.distances import Scores
 from diffusion.evaluation.results import CheckpointEvaluation
 from diffusion.process.samplers import sampling_config
-from tests.builders.comparisons import evaluate_one
+from tests.builders.comparisons import Watcher, evaluate_one
 from tests.builders.small_models import write_model
-from tests.diffusion.evaluation.test_evaluate import Watcher
 
 CONFIG = EvaluationConfig(samples=24, first_samples=10, finalists=2, extractor_size=32)
 SAMPLING = sampling_config(steps=3, compute_batch=10, precision="fp32")

@@ -32,7 +32,7 @@ from diffusion.training.logging import read_metrics
 from diffusion.training.train import TrainResult, train
 from tests.builders.small_autoencoders import CONFIG, SAMPLING
 from tests.builders.small_datasets import write_dataset
-from tests.diffusion.training.test_train import Stop, StopAt
+from tests.builders.training_runs import Stop, StopAt
 
 SIZE = 8
 MODEL = AutoregressiveConfig(width=16, layers=3, mixtures=2)

@@ -33,7 +33,7 @@ from diffusion.training.train import TrainResult, train
 from tests.builders.small_autoencoders import CONFIG, SAMPLING
 from tests.builders.small_datasets import write_dataset
 from tests.builders.small_trainers import make_trainer, take_step
-from tests.diffusion.training.test_train import Stop, StopAt
+from tests.builders.training_runs import Stop, StopAt
 
 SIZE = 8
 MODEL = GANConfig(width=16, channel_mult=(1, 2), patch=2, latent=8, gamma=0.5)

@@ -43,7 +43,7 @@ from tests.builders.small_autoencoders import (
     mean_square,
 )
 from tests.builders.small_datasets import random_images, write_dataset
-from tests.diffusion.training.test_train import Stop, StopAt
+from tests.builders.training_runs import Stop, StopAt
 
 
 @pytest.fixture(scope="module")

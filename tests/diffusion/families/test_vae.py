@@ -38,7 +38,7 @@ from diffusion.training.train import train
 from tests.builders.comparisons import evaluate_one
 from tests.builders.small_autoencoders import CONFIG, SAMPLING, SIZE, VAE, autoencoder, colours, mean_square
 from tests.builders.small_datasets import random_images, write_dataset
-from tests.diffusion.training.test_train import Stop, StopAt
+from tests.builders.training_runs import Stop, StopAt
 
 EVALUATION = EvaluationConfig(samples=12, extractor_size=32)
 

@@ -27,7 +27,7 @@ from diffusion.training.train import TrainResult, preflight, train
 from tests.builders.captioned import COLOURS, MadeUp, colours, needs_encoder, squares
 from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.small_models import write_model
-from tests.diffusion.training.test_train import Away, Stop, StopAt
+from tests.builders.training_runs import Away, Stop, StopAt
 
 SHAPE = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=2)
 MODEL = SHAPE.model_copy(update={"text": True})

@@ -11,7 +11,7 @@ from diffusion.common.errors import UserError
 from diffusion.families.model import DiffusionModel, to_float, to_uint8
 from diffusion.generation.generate import sample
 from diffusion.process.samplers import SAMPLING_ADAPTER, sampling_config
-from tests.diffusion.training.test_train import run
+from tests.builders.training_runs import run
 
 CONFIG = sampling_config(steps=3, compute_batch=8)
 

@@ -38,7 +38,7 @@ from diffusion.training.logging import read_metrics
 from diffusion.training.train import preflight, train
 from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.small_models import header
-from tests.diffusion.training.test_train import Stop, StopAt
+from tests.builders.training_runs import Stop, StopAt
 
 MODEL = ModelConfig.model_validate(
     {"width": 16, "channel_mult": (1,), "attention": (), "patch": 2, "prediction": "sample", "schedule": "cosine"}

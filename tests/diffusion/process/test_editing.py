@@ -18,8 +18,8 @@ from diffusion.process.editing import Edit, between, levels_for, pigdm, repaint,
 from diffusion.process.samplers import SamplingConfig, sampling_config
 from diffusion.process.schedules import edm_schedule
 from tests.builders.ideal_denoiser import IdealDenoiser, two_tone_points
-from tests.diffusion.process.test_samplers import DETERMINISTIC, STOCHASTIC, noises, options
-from tests.diffusion.training.test_train import run
+from tests.builders.sampler_options import DETERMINISTIC, STOCHASTIC, noises, options
+from tests.builders.training_runs import run
 
 CORRELATION = 0.95
 COVARIANCE = torch.tensor([[1.0, CORRELATION], [CORRELATION, 1.0]], dtype=torch.float64)

@@ -12,45 +12,14 @@ from diffusion.common.errors import UserError
 from diffusion.process.samplers import SAMPLING_ADAPTER, EulerSampling, HeunSampling, SamplingConfig, sampling_config
 from diffusion.process.schedules import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule
 from tests.builders.ideal_denoiser import IdealDenoiser, two_tone_points
+from tests.builders.sampler_options import DETERMINISTIC, STOCHASTIC, noises, options
 
-DETERMINISTIC = (
-    sampling_config(sampler="ddim"),
-    sampling_config(sampler="euler"),
-    sampling_config(sampler="heun"),
-    sampling_config(sampler="dpmpp_2m"),
-    sampling_config(sampler="deis"),
-    sampling_config(sampler="deis", order=2),
-    sampling_config(sampler="unipc"),
-    sampling_config(sampler="unipc", order=3),
-)
-STOCHASTIC = (
-    sampling_config(sampler="ddpm"),
-    sampling_config(sampler="ddpm", variance="fixed_large"),
-    sampling_config(sampler="ddim", eta=0.5),
-    sampling_config(sampler="ddim", eta=1),
-    sampling_config(sampler="dpmpp_2m_sde", eta=0.5),
-    sampling_config(sampler="dpmpp_2m_sde"),
-    sampling_config(sampler="euler", churn={"amount": 10}),
-    sampling_config(sampler="heun", churn={"amount": 10, "sigma_min": 0.05, "sigma_max": 50}),
-)
 POINTS = two_tone_points(6)
-
-
-def options(config: SamplingConfig) -> str:
-    """What is set, to name a test by."""
-    fields = config.model_dump(include={"sampler", "variance", "eta", "churn", "order"}, exclude_defaults=True)
-    fields = {"sampler": config.sampler} | fields
-    return " ".join(f"{name}={value}" if name != "sampler" else value for name, value in fields.items())
 
 
 every = pytest.mark.parametrize("config", DETERMINISTIC + STOCHASTIC, ids=options)
 deterministic = pytest.mark.parametrize("config", DETERMINISTIC, ids=options)
 stochastic = pytest.mark.parametrize("config", STOCHASTIC, ids=options)
-
-
-def noises(seed: int, count: int, size: int = 4) -> Callable[[], Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return lambda: torch.randn(count, 1, size, size, generator=generator)
 
 
 def no_noise() -> Tensor:

@@ -38,7 +38,7 @@ from diffusion.training.config import TrainingConfig
 from diffusion.training.preflight import count_flops
 from diffusion.training.train import train
 from tests.builders.comparisons import evaluate_one
-from tests.diffusion.training.test_train import CONFIG, MODEL, SAMPLING, Stop, StopAt
+from tests.builders.training_runs import CONFIG, MODEL, SAMPLING, Stop, StopAt
 
 MEAN, SPREAD = 0.1, 0.5
 """Of the Gaussian data of which everything is known."""

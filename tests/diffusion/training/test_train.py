@@ -23,52 +23,23 @@ from diffusion.checkpoints import load_model, read_header
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.threads import lanes
 from diffusion.data.dataset import Dataset
-from diffusion.data.manifest import FileEntry, read_manifest, write_manifest
+from diffusion.data.manifest import read_manifest, write_manifest
 from diffusion.families.model import to_float
 from diffusion.generation.generate import sample
 from diffusion.models.config import ModelConfig
-from diffusion.process.samplers import sampling_config
 from diffusion.process.schedules import make_schedule
 from diffusion.training.checkpointing import Checkpoints, CheckpointWriter
 from diffusion.training.config import TrainingConfig
 from diffusion.training.logging import MetricsFile, read_metrics
 from diffusion.training.post_hoc_ema import models_to_evaluate
 from diffusion.training.preflight import count_flops
-from diffusion.training.train import TrainResult, discard, preflight, train
+from diffusion.training.train import discard, preflight, train
 from diffusion.training.trainer import scheduled_learning_rate
 from diffusion.training.training_monitor import TrainingMonitor
 from tests.builders import ROOT
 from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.small_trainers import make_trainer, take_step
-
-MODEL = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1)
-CONFIG = TrainingConfig(dataset="blobs", images=320, batch_size=16, warmup_images=32, checkpoints=4, keep=2, flip=True)
-SAMPLING = sampling_config(steps=2, compute_batch=36)
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAt:
-    """A tracker that ends the run when the given number of images is logged, as a kill between steps would."""
-
-    def __init__(self, images: int) -> None:
-        self.images = images
-
-    def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
-        if images >= self.images:
-            raise Stop
-
-    def log_image(self, name: str, image: Image.Image, images: int) -> None:
-        assert image.width > 0
-
-    def sync(self) -> None:
-        pass
-
-
-def run(dataset: Path, output: Path, config: TrainingConfig = CONFIG, **options: object) -> TrainResult:
-    return train(dataset, output, MODEL, config, SAMPLING, **options)  # type: ignore[arg-type]
+from tests.builders.training_runs import CONFIG, MODEL, SAMPLING, Away, Stop, StopAt, run
 
 
 @pytest.mark.parametrize(
@@ -119,7 +90,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
-from tests.diffusion.training.test_train import run, CONFIG
+from tests.builders.training_runs import run, CONFIG
 loading = {{"workers": int(sys.argv[3]), "prefetch": int(sys.argv[4]), "cache_bytes": int(sys.argv[5])}}
 run(Path(sys.argv[1]), Path(sys.argv[2]), CONFIG.model_copy(update={{"images": 3200, "checkpoints": 20}} | loading))
 """
@@ -351,17 +322,6 @@ def test_a_history_from_before_a_column_was_there_goes_on(tmp_path: Path) -> Non
     history.rewind(32)
     history.append(48, {"loss": 0.25, "data_wait": 0.125})
     assert (tmp_path / "history.csv").read_text() == "images,loss,data_wait\n16,0.5,nan\n32,0.4,nan\n48,0.25,0.125\n"
-
-
-class Away:
-    """The shards of the data set in a folder, moved to another."""
-
-    def __init__(self, folder: Path, elsewhere: Path) -> None:
-        (folder / "shards").rename(elsewhere)
-        self.elsewhere = elsewhere
-
-    def fetch(self, entry: FileEntry, path: Path) -> None:
-        path.write_bytes((self.elsewhere / Path(entry.name).name).read_bytes())
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from diffusion.training.config import TrainingConfig
 from diffusion.training.train import TrainResult, preflight, train
 from tests.builders.small_autoencoders import VAE
 from tests.builders.small_models import write_model
-from tests.diffusion.training.test_train import CONFIG, MODEL, SAMPLING, Stop, StopAt
+from tests.builders.training_runs import CONFIG, MODEL, SAMPLING, Stop, StopAt
 
 CLASSES = {"even": 24, "odd": 24}
 SHORT = {"images": 96, "checkpoints": 3, "warmup_images": 16}

@@ -1,7 +1,6 @@
 """The command line: quick to answer, one line per mistake, one object per --json."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from typer.testing import CliRunner
 
 import flows.cli
 from flows.cli.command import CommandOutput, command
-from tests.builders import ROOT
+from tests.builders.command_line import darkroom
 
 COMMANDS = (
     *("ingest", "train", "evaluate", "promote", "sample", "retrain", "sweep", "compare"),
@@ -26,16 +25,6 @@ GROUPS = {
 }
 WITHOUT_EXAMPLE = {"status", "down"}
 """Commands that take nothing but --json."""
-
-
-def darkroom(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    variables = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("DARKROOM_", "MLFLOW_", "PREFECT_", "AWS_"))
-    } | {"PYTHONPATH": str(ROOT), **more}
-    command = [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
-    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
 
 
 def test_help_lists_every_command(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from flows.cli import main
 from flows.datasets.catalog import Catalogue
 from flows.datasets.lineage import record_data
 from tests.builders import ROOT
-from tests.conftest import blob
-from tests.diffusion.data.ingest.test_ingest import files_of
+from tests.builders.ingested import files_of
+from tests.builders.shapes import blob
 
 FOLDER = Path("data/blobs")
 

@@ -21,8 +21,8 @@ from diffusion.diffusers_format.export import export_to_diffusers
 from diffusion.process.samplers import sampling_config
 from flows.cli import main
 from flows.tracking.console import Bars, Lines
+from tests.builders.shapes import blob
 from tests.builders.small_models import write_model
-from tests.conftest import blob
 
 CLEAR, TURNED, LINES, QUOTED = "\x1b[2J\x1b]0;pwned\x07", "safe\u202egnp.exe", "a\nb\x9b31m\x00c", '"]*6); boom("'
 HOSTILE = (CLEAR, TURNED, LINES, QUOTED, "[/red][bold]", "![x](https://example.org/x.png)|<marquee>")

@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.builders.command_line import darkroom
 from tests.builders.small_models import write_model
-from tests.flows.cli.test_cli import darkroom
 
 
 def test_a_file_is_exported_without_any_server(tmp_path: Path) -> None:

@@ -16,59 +16,20 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.ingest.chunks import Chunk, PreparedChunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import captions_folder, ingest
-from diffusion.data.manifest import FileEntry, Manifest, read_manifest, work_folder
+from diffusion.data.manifest import FileEntry, read_manifest, work_folder
 from diffusion.data.shard_cache import ShardCache
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
 from diffusion.data.versions.versions import history
 from diffusion.training.config import TrainingConfig
 from flows.config import Params
-from flows.datasets.catalog import Catalogue
 from flows.datasets.checkout import checkout
 from flows.datasets.lineage import RemoteShards, data_version, record_data, restore_data
 from flows.ingest import record
 from flows.storage.s3 import Store
-from tests.conftest import blob
-from tests.diffusion.data.ingest.test_ingest import files_of
-
-FOLDER = Path("data/blobs")
-
-
-class Place:
-    """The working folder with its images, a DVC repository and a bucket of its own."""
-
-    def __init__(self, bucket: str, images: Path) -> None:
-        self.bucket = bucket
-        self.source = f"s3://{bucket}/dvc"
-        self.images = images
-        self.catalogue = Catalogue.of(FOLDER.name, self.source)
-
-    def version(self, *numbers: int) -> Manifest:
-        """Ingest more images, push and publish."""
-        for number in numbers:
-            blob(number).save(self.images / "odd" / f"{number}.png")
-        ingest(FOLDER, IngestConfig(source=str(self.images), size=8, held_out=0.33))
-        self.publish()
-        return read_manifest(FOLDER)
-
-    def publish(self) -> None:
-        version = record_data(FOLDER, self.source)
-        self.catalogue.publish(read_manifest(FOLDER), version.digest)
-
-    def reach(self) -> str:
-        return self.source
-
-    def forget(self) -> None:
-        """As on another machine: nothing but what lies on S3."""
-        for path in (FOLDER, work_folder(FOLDER), Path(".dvc/cache")):
-            shutil.rmtree(path, ignore_errors=True)
-        FOLDER.with_suffix(".dvc").unlink()
-
-
-@pytest.fixture
-def place(bucket: str, images: Path) -> Place:
-    Repo.init(no_scm=True).close()
-    return Place(bucket, images)
+from tests.builders.catalogs import FOLDER, Place
+from tests.builders.ingested import files_of
+from tests.builders.shapes import blob
 
 
 def unreachable() -> str:

@@ -13,8 +13,8 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from flows.datasets.lineage import data_version, record_data
 from tests.builders import ROOT
+from tests.builders.shapes import blob
 from tests.builders.workspace import PARAMS
-from tests.conftest import blob
 
 
 def test_a_data_set_outside_dvc_yaml_gets_a_pointer_of_its_own(

@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from tests.builders import ROOT
+from tests.builders.ingested import files_of
+from tests.builders.shapes import blob
 from tests.chaos.forked import rounds
-from tests.conftest import blob
-from tests.diffusion.data.ingest.test_ingest import files_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -22,10 +22,10 @@ from diffusion.data.sources import open_source
 from flows.datasets.s3_source import S3Objects
 from flows.storage.s3 import Object, Store
 from tests.builders import ROOT
+from tests.builders.archives import tar_bytes
+from tests.builders.ingested import files_of
 from tests.builders.reading_sources import access, png, seen
-from tests.diffusion.data.ingest.test_ingest import files_of
-from tests.diffusion.data.sources.test_sources_archives import tar_bytes
-from tests.flows.storage.test_s3 import stock
+from tests.builders.s3_clients import stock
 
 
 def put(store: Store, bucket: str, files: Mapping[str, bytes]) -> None:

@@ -10,9 +10,7 @@ from diffusion.generation.config import UNCONDITIONAL
 from flows.config import Params
 from flows.datasets.sync import CREATED, created, newer, sync
 from flows.registry.idempotency import Printing, Request
-from tests.flows.datasets.test_catalog import FOLDER, Place, place
-
-__all__ = ["place"]
+from tests.builders.catalogs import FOLDER, Place
 
 PARAMS = Params.model_validate({"training": {"dataset": "blobs", "images": 320}})
 PRINTING = Printing(64, 0, None, UNCONDITIONAL)

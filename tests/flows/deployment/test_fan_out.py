@@ -12,8 +12,8 @@ from diffusion.data.ingest.chunks import Chunk, PreparedChunk, prepare_chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import IngestResult, ingest
 from flows.deployment.tasks import prefect_fan_out, task_runner
-from tests.conftest import blob
-from tests.diffusion.data.ingest.test_ingest import files_of
+from tests.builders.ingested import files_of
+from tests.builders.shapes import blob
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

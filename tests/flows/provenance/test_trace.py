@@ -42,9 +42,9 @@ from flows.sampling.lookup import StoredImage
 from flows.sampling.sampling_batch import Batch
 from flows.storage.s3 import Location, Object, Store
 from flows.tracking.runs import open_run
-from tests.conftest import disc
-from tests.diffusion.training.test_train import run as train
-from tests.flows.test_takedown_flow import REMOVAL
+from tests.builders.removals import REMOVAL
+from tests.builders.shapes import disc
+from tests.builders.training_runs import run as train
 
 FOLDER = Path("data/blobs")
 SOURCE = "s3://provenance/dvc"

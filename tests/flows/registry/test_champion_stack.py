@@ -17,15 +17,11 @@ from mlflow.client import MlflowClient
 
 from flows.monitoring.prometheus import LedgerRead, of_ledgers
 from flows.registry.ledger import Ledger
+from tests.builders.champion_settings import QUICK
 from tests.builders.workspace import PARAMS, Workspace, objects, running
 from tests.chaos.forked import Forks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-QUICK = {
-    "training": {**PARAMS["training"], "images": 320, "checkpoints": 1, "warmup_images": 16},
-    "evaluation": {"samples": 16, "extractor_size": 32},
-}
 
 
 @pytest.fixture(scope="module")

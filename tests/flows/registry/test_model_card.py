@@ -18,10 +18,11 @@ from flows.registry.ledger_entries import Evidence, History
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import mark
 from tests.builders.comparisons import CONFIG, SAMPLING, discs
+from tests.builders.evaluations import an_evaluation
+from tests.builders.model_cards import rows, section
 from tests.builders.model_versions import add_version
+from tests.builders.removals import REMOVAL
 from tests.builders.small_models import write_model
-from tests.diffusion.evaluation.reports.test_evaluation_report import an_evaluation
-from tests.flows.test_takedown_flow import REMOVAL
 
 VERSION = Version(
     model="faces",
@@ -38,19 +39,6 @@ PARAMS = Params()
 @pytest.fixture
 def data(dataset: Path) -> Manifest:
     return read_manifest(dataset)
-
-
-def section(card: str, title: str) -> str:
-    return card.partition(f"\n## {title}\n")[2].partition("\n## ")[0].strip()
-
-
-def rows(card: str, title: str, number: int = 0) -> dict[str, list[str]]:
-    """A table of a section by its first column; every line must have as many cells."""
-    tables = [part for part in section(card, title).split("\n\n") if part.startswith("|")]
-    lines = tables[number].splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").replace("\\|", "¦").split("|")] for line in lines]
-    assert len({len(each) for each in cells}) == 1
-    return {first: rest for first, *rest in cells[2:]}
 
 
 def test_a_card_says_what_a_version_is_made_of_how_good_it_is_and_how_it_was_judged(data: Manifest) -> None:

@@ -27,7 +27,7 @@ from diffusion.evaluation.cache import cached
 from diffusion.training.checkpointing import Checkpoints
 from flows.registry.model_versions import WEIGHTS, fetch_weights, resolve
 from tests.builders import ROOT
-from tests.conftest import blob
+from tests.builders.shapes import blob
 
 
 class Planted:

@@ -21,11 +21,11 @@ from flows.registry.ledger import Ledger
 from flows.registry.ledger_entries import History
 from flows.registry.model_versions import Version
 from tests.builders.comparisons import CONFIG, SAMPLING, discs, let_draw, training_images
+from tests.builders.evaluations import an_evaluation
+from tests.builders.model_cards import rows, section
 from tests.builders.model_versions import add_version
+from tests.builders.shapes import disc
 from tests.builders.small_models import write_model
-from tests.conftest import disc
-from tests.diffusion.evaluation.reports.test_evaluation_report import an_evaluation
-from tests.flows.registry.test_model_card import rows, section
 
 TRIED = CONFIG.model_copy(update={"seed": CONFIG.seed + 1})
 

@@ -31,7 +31,7 @@ from flows.storage.s3 import Store
 from flows.tracking.runs import RELEASED_FROM, TRAIN_KEY
 from tests.builders import ROOT
 from tests.builders.model_versions import add_version
-from tests.diffusion.training.test_train import run as train
+from tests.builders.training_runs import run as train
 from tests.flows.conftest import copied_store
 
 EVIDENCE = Evidence(verdict="promote", reason="better by 3 deltas", figures={"kid": 0.25}, eval_key="e" * 64)

@@ -29,9 +29,9 @@ from flows.sampling.generate_batch import begin
 from flows.sampling.sampling_batch import Batch
 from flows.storage.s3 import Location, Store
 from flows.tracking.runs import TRAIN_KEY
+from tests.builders.catalogs import FOLDER, Place
 from tests.builders.model_versions import add_version
 from tests.flows.conftest import copied_store
-from tests.flows.datasets.test_catalog import FOLDER, Place
 
 FINGERPRINT = Fingerprint(batch=8, precision="fp32", device="AVX2", torch="2.9")
 STRICT = RetentionConfig(data_versions=1, data_days=30, run_days=30, batch_days=60)

@@ -16,12 +16,11 @@ from flows.sampling import generate_batch
 from flows.sampling.generate_batch import Drawn
 from flows.sampling.sampling_batch import Batch
 from flows.storage.s3 import Location, Store
-from flows.storage.s3_errors import Missing
-from tests.flows.sampling.test_generate_batch import batch, found, rows_of
+from tests.builders.gc_batches import BATCHES, generate
+from tests.builders.sampling_batches import found, rows_of
 
 AT_ONCE = RetentionConfig(unfinished_days=0, batch_days=0, grace_hours=0)
 """Everything is old, whoever is at work on it, and goes without a grace."""
-BATCHES = [batch(4, chunk=2), batch(4, chunk=2, format="tar")]
 WAYS = [pytest.param(BATCHES[0], False, id="png-paused"), pytest.param(BATCHES[1], True, id="tar-killed")]
 
 
@@ -35,21 +34,6 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(generate_batch, "_drawn", generated)
     return tmp_path / "weights.safetensors"
-
-
-def generate(store: Store, made: Batch, bucket: str, weights: Path) -> Location:
-    """As the flow ``sample`` does, without Prefect; returns where the finished batch lies."""
-    while True:
-        place = generate_batch.usual_place(store, made, bucket)
-        generate_batch.begin(store, made, place, None)
-        try:
-            for chunk in generate_batch.unfinished(store, made, place):
-                generate_batch.generate_chunk(store, made, place, weights, chunk, None, 1)
-        except Missing:
-            assert generate_batch.is_deleted(store, place)
-            continue
-        if generate_batch.finish(store, made, place):
-            return place
 
 
 def collect(store: Store, bucket: str) -> None:

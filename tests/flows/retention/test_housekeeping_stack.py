@@ -13,8 +13,8 @@ from mlflow.client import MlflowClient
 
 from diffusion.common.files import sha256_file
 from flows.local_stack.backup import STAMP
+from tests.builders.champion_settings import QUICK
 from tests.builders.workspace import PARAMS, Workspace, objects, running
-from tests.flows.registry.test_champion_stack import QUICK
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

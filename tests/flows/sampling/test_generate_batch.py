@@ -21,7 +21,6 @@ from diffusion.common.fingerprint import fingerprint
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.generation.config import Conditions
-from diffusion.process.samplers import sampling_config
 from flows.datasets.s3_source import S3Objects
 from flows.sampling import generate_batch
 from flows.sampling.generate_batch import Work, cost_of
@@ -30,10 +29,9 @@ from flows.sampling.sampling_batch import Batch, image_key, part_bytes, part_key
 from flows.storage.s3 import Location, Object, Store, client
 from tests.builders.http_server import serving
 from tests.builders.s3_proxy import ignoring_conditional_completion, proxied
+from tests.builders.sampling_batches import SAMPLING, batch, found, rows_of
 from tests.builders.small_models import write_model
-from tests.flows.storage.test_s3_multipart import begun, orphan
-
-SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8, precision="fp32")
+from tests.builders.uploads import begun, orphan
 
 
 @pytest.fixture
@@ -41,36 +39,10 @@ def weights(tmp_path: Path) -> Path:
     return write_model(tmp_path / "weights.safetensors", 1, 0, classes={"even": 3, "odd": 1})
 
 
-def batch(count: int, **changes: Any) -> Batch:
-    return Batch(
-        model="blobs",
-        version=3,
-        run_id="r",
-        content_digest="c" * 64,
-        weights_sha256="d" * 64,
-        seed=7,
-        count=count,
-        sampling=SAMPLING,
-        fingerprint=fingerprint(SAMPLING.compute_batch, SAMPLING.precision, SAMPLING.device),
-        chunk=16,
-    ).model_copy(update=changes)
-
-
 def generate_all(store: Store, made: Batch, place: Location, weights: Path, table: RequestTable | None = None) -> None:
     for chunk in range(len(made.chunks())):
         generate_batch.generate_chunk(store, made, place, weights, chunk, table, 1)
     generate_batch.finish(store, made, place)
-
-
-def found(store: Store, place: Location) -> dict[str, bytes]:
-    return {
-        key.removeprefix(place.key("")): store.get(place.bucket, key)
-        for key in store.list_keys(place.bucket, place.key(""))
-    }
-
-
-def rows_of(files: dict[str, bytes]) -> list[dict[str, Any]]:
-    return list(pq.read_table(io.BytesIO(files["manifest.parquet"])).to_pylist())
 
 
 def test_tars_hold_the_very_files_and_stock_webdataset_and_range_requests_read_them(

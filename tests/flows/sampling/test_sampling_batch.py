@@ -15,7 +15,7 @@ from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import label_names, sample
 from diffusion.process.samplers import SamplingConfig, sampling_config
 from flows.sampling.sampling_batch import Batch, chunk_size, encode, part_bytes, part_rows, write_parquet
-from tests.diffusion.training.test_train import run
+from tests.builders.training_runs import run
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=8)
 

@@ -15,9 +15,9 @@ import pytest
 
 from flows.storage.s3 import Location, Store
 from tests.builders import ROOT
+from tests.builders.sampling_batches import batch, found
 from tests.builders.small_models import write_model
-from tests.flows.sampling.test_generate_batch import batch, found
-from tests.flows.storage.test_s3_multipart import begun
+from tests.builders.uploads import begun
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

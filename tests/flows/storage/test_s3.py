@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
-import boto3
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,11 +13,7 @@ from hypothesis import strategies as st
 from diffusion.common.errors import Held, UserError
 from flows.storage.s3 import Location, Missing, Object, Store, client
 from tests.builders.http_server import serving
-
-
-def stock(variables: dict[str, str]):
-    """A client as any other user of the bucket would make it."""
-    return boto3.session.Session().client("s3", endpoint_url=variables["AWS_ENDPOINT_URL_S3"])
+from tests.builders.s3_clients import stock
 
 
 @pytest.mark.parametrize(

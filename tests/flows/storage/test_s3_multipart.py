@@ -14,6 +14,7 @@ from diffusion.common.errors import DarkroomError, Held
 from flows.storage.multipart import ABANDONED, abort_uploads, honours_conditional_completion, writing
 from flows.storage.s3 import Location, Store, client
 from tests.builders.s3_proxy import ignoring_conditional_completion, proxied
+from tests.builders.uploads import begun, orphan
 
 PART = 5 * 2**20
 """The least that S3 takes."""
@@ -26,18 +27,6 @@ def write(store: Store, bucket: str, data: bytes, key: str = "a/big") -> None:
     with writing(store, bucket, key, "application/x-tar", PART) as file:
         for start in range(0, len(data), 2**20):
             file.write(data[start : start + 2**20])
-
-
-def begun(store: Store, bucket: str, prefix: str = "") -> list[str]:
-    """Keys of the uploads that are under way."""
-    found = store.client.list_multipart_uploads(Bucket=bucket, Prefix=prefix)
-    return sorted(each["Key"] for each in found.get("Uploads", ()))
-
-
-def orphan(store: Store, bucket: str, key: str) -> None:
-    """What a killed process leaves."""
-    upload = store.client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
-    store.client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"part")
 
 
 def test_a_large_object_appears_whole_in_checked_parts_and_only_once(store: Store, bucket: str) -> None:

@@ -21,7 +21,7 @@ from diffusion.common.errors import DarkroomError
 from flows.tracking import buffered
 from flows.tracking.buffered import SpooledTracker
 from flows.tracking.runs import RunTracker
-from tests.conftest import blob
+from tests.builders.shapes import blob
 
 
 @pytest.fixture

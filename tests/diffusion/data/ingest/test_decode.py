@@ -28,7 +28,7 @@ from tests.builders.image_files import (
     swapped_profile,
     tiff_file,
 )
-from tests.conftest import blob
+from tests.builders.shapes import blob
 
 UNDONE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -24,7 +24,7 @@ from tests.builders.image_files import (
     swapped_profile,
     tiff_file,
 )
-from tests.conftest import blob
+from tests.builders.shapes import blob
 
 # Formats: images of the stored size, so that nothing but decoding can change a pixel.
 

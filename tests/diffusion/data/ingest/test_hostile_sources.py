@@ -21,9 +21,9 @@ from diffusion.data.ingest.index import Index
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import LONGEST
+from tests.builders.archives import peak
 from tests.builders.hostile_files import HOSTILE, IMAGES, parquet
 from tests.builders.reading_sources import access, seen
-from tests.diffusion.data.sources.test_sources_archives import peak
 
 GIGABYTE = 2**30
 INGEST = """

@@ -22,21 +22,12 @@ from diffusion.data.ingest.ingest import ingest
 from diffusion.data.ingest.merge import split_of
 from diffusion.data.manifest import content_digest, read_manifest, versions, work_folder
 from diffusion.data.prefetch import local_fan_out
-from tests.conftest import blob
+from tests.builders.ingested import files_of, records
+from tests.builders.shapes import blob
 
 
 def config(source: Path, **fields: object) -> IngestConfig:
     return IngestConfig.model_validate({"source": str(source), "size": 8, "held_out": 0.33} | fields)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def records(folder: Path) -> list[dict[str, object]]:
-    return [
-        row for part in read_manifest(folder).parts for row in pq.read_table(folder / part.records.name).to_pylist()
-    ]
 
 
 def add_images(root: Path, numbers: Iterable[int]) -> None:

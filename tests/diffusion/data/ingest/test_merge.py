@@ -13,8 +13,8 @@ from diffusion.data.ingest.merge import Union, unite
 from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, require_whole, version_path, work_folder
 from diffusion.data.versions.takedown import remove, remove_known
 from diffusion.data.versions.takedown_records import Selection
-from tests.conftest import blob
-from tests.diffusion.data.ingest.test_ingest import files_of
+from tests.builders.ingested import files_of
+from tests.builders.shapes import blob
 
 Line = tuple[Path, Path]
 """A data set's folder and that of its source."""

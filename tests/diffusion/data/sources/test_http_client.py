@@ -20,9 +20,9 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import open_source
 from diffusion.data.sources.http_client import is_own, is_public
+from tests.builders.archives import peak
 from tests.builders.reading_sources import access, png, seen
-from tests.diffusion.data.sources.test_sources_archives import peak
-from tests.diffusion.data.sources.test_sources_urls import table
+from tests.builders.url_tables import table
 
 PUBLIC = "93.184.215.14"
 """An address that nothing here ever connects to."""

@@ -7,9 +7,8 @@ import lzma
 import stat
 import struct
 import tarfile
-import tracemalloc
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,24 +23,10 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import local_files, open_source
 from diffusion.data.sources.conventions import is_image
+from tests.builders.archives import Files, add, files, peak, tar_bytes
 from tests.builders.reading_sources import access, payloads, png, seen
 
-Files = Mapping[str, bytes]
 LINK = "a link or a device inside an archive: only files are read"
-
-
-def add(tar: tarfile.TarFile, name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = "") -> None:
-    info = tarfile.TarInfo(name)
-    info.type, info.size, info.linkname = kind, len(data), link
-    tar.addfile(info, io.BytesIO(data))
-
-
-def tar_bytes(files: Files, format_: int = tarfile.PAX_FORMAT) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format_) as tar:
-        for name, data in files.items():
-            add(tar, name, data)
-    return buffer.getvalue()
 
 
 def zip_bytes(files: Files, method: int = zipfile.ZIP_DEFLATED) -> bytes:
@@ -147,9 +132,6 @@ def test_an_archive_that_changes_after_the_listing_is_an_error_and_never_other_b
         list(open_source(str(path), given).read(entries))
 
 
-parts = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=60)
-names = st.builds("/".join, st.lists(parts, min_size=1, max_size=4)).filter(lambda name: name not in (".", ".."))
-files = st.dictionaries(names.map(lambda name: f"{name}.png"), st.binary(max_size=1500), max_size=6)
 # One that looks like the end of a zip is too much for zipfile.
 comments = st.binary(max_size=99).filter(lambda comment: b"PK\5\6" not in comment)
 
@@ -237,15 +219,6 @@ def test_encrypted_and_oddly_packed_files_in_a_zip_are_refused_with_the_way_out(
     given = access(tmp_path / "scratch")
     assert "with its password" in str(payloads(tmp_path / "locked.zip", given)["locked.zip/a.png"])
     assert "pack it with deflate" in str(payloads(tmp_path / "odd.zip", given)["odd.zip/a.png"])
-
-
-def peak(work: Callable[[], object]) -> int:
-    tracemalloc.start()
-    try:
-        work()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def test_bombs_are_refused_before_they_go_off(tmp_path: Path) -> None:

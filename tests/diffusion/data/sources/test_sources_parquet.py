@@ -12,8 +12,8 @@ from diffusion.common.errors import UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import open_source
+from tests.builders.archives import peak
 from tests.builders.reading_sources import access, png, seen
-from tests.diffusion.data.sources.test_sources_archives import peak
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 

@@ -1,7 +1,6 @@
 """Tables of URLs, fetched from a server that behaves in all the ways that servers do."""
 
 import gzip
-import json
 import threading
 import time
 from collections import Counter
@@ -19,8 +18,9 @@ from diffusion.common.errors import UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import open_source
+from tests.builders.archives import peak
 from tests.builders.reading_sources import access, payloads, png, seen
-from tests.diffusion.data.sources.test_sources_archives import peak
+from tests.builders.url_tables import table
 
 BOMB = gzip.compress(bytes(50_000_000), 1)
 
@@ -131,11 +131,6 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     from tenacity import wait_none
 
     monkeypatch.setattr("diffusion.data.sources.urls.PAUSE", wait_none())
-
-
-def table(path: Path, rows: list[dict[str, object]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def answers(server: Server, tmp_path: Path, *places: str, **fields: object) -> list[object]:

@@ -12,8 +12,8 @@ from diffusion.common.errors import UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest, read_records
+from tests.builders.archives import tar_bytes
 from tests.builders.reading_sources import access, payloads, png, seen
-from tests.diffusion.data.sources.test_sources_archives import tar_bytes
 
 
 def shards(folder: Path, samples: list[dict[str, Any]], size: int = 4) -> str:

@@ -22,8 +22,8 @@ from diffusion.data.manifest import Manifest, read_manifest, versions, work_fold
 from diffusion.data.versions.takedown import choose, remove
 from diffusion.data.versions.takedown_records import Selection, holders, removals
 from tests.builders import ROOT
-from tests.conftest import blob
-from tests.diffusion.data.ingest.test_ingest import files_of, records
+from tests.builders.ingested import files_of, records
+from tests.builders.shapes import blob
 
 
 def config(source: Path, **fields: object) -> IngestConfig:

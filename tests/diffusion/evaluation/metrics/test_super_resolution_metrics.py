@@ -32,13 +32,12 @@ from diffusion.evaluation.results import Evaluation
 from diffusion.generation.super_resolution import SuperResolution, shrunk, upscale
 from diffusion.models.unet import UNet
 from diffusion.process.samplers import sampling_config
-from tests.builders.comparisons import evaluate_one
+from tests.builders.comparisons import Watcher, evaluate_one
+from tests.builders.evaluations import scores
 from tests.builders.html_pages import Page
 from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.small_models import CONFIG as SHAPE
 from tests.builders.small_models import header, write_model
-from tests.diffusion.evaluation.reports.test_evaluation_report import scores
-from tests.diffusion.evaluation.test_evaluate import Watcher
 
 CONFIG = EvaluationConfig(samples=20, extractor_size=32)
 SAMPLING = sampling_config(steps=3, compute_batch=10, precision="fp32")

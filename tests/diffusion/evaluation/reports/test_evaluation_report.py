@@ -5,41 +5,20 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-import torch
-from torch import Tensor
 
-from diffusion.common.fingerprint import fingerprint
 from diffusion.common.image_grids import grid, png_bytes
-from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import Estimate, Share
-from diffusion.evaluation.metrics.distances import Scores
 from diffusion.evaluation.reports.charts import read_losses
 from diffusion.evaluation.reports.evaluation_report import Sheets, findings, write_report
 from diffusion.evaluation.reports.html import plain, with_error
 from diffusion.evaluation.results import (
-    CheckpointEvaluation,
     Evaluation,
-    EvaluationConditions,
     MetricEstimate,
     RealBaseline,
 )
-from diffusion.process.samplers import sampling_config
 from tests.builders.browser import chromium, look
+from tests.builders.evaluations import an_evaluation, images, scores
 from tests.builders.html_pages import Page
-
-
-def scores(kid: float, kid_se: float = 0.02, fd: float = 123.4, samples: int = 500, **further: float) -> Scores:
-    return Scores(
-        extractor="efflite0",
-        samples=samples,
-        reference=480,
-        fd=fd,
-        kid=kid,
-        kid_se=kid_se,
-        precision=0.812,
-        recall=0.745,
-        **{"density": 0.7, "coverage": 0.6} | further,
-    )
 
 
 def figures() -> dict[str, MetricEstimate]:
@@ -54,41 +33,6 @@ def figures() -> dict[str, MetricEstimate]:
 
 def measured(**estimates: Estimate) -> dict[str, MetricEstimate]:
     return {f"{name}_efflite0": MetricEstimate.of(each) for name, each in estimates.items()}
-
-
-def an_evaluation(kids: list[float], dataset: str = "digits", floor: Scores | None = None) -> Evaluation:
-    conditions = EvaluationConditions(
-        content_digest="c" * 64,
-        extractor="efflite0",
-        extractor_digest="e" * 64,
-        preprocessing="64 pixels",
-        evaluation=EvaluationConfig(),
-        sampling=sampling_config(),
-    )
-    judged = [
-        CheckpointEvaluation(
-            file=f"runs/{number}.safetensors",
-            sha256=f"{number}" * 64,
-            images=1000 * (number + 1),
-            scores=scores(kid),
-            fingerprint=fingerprint(64, "fp32", "cpu"),
-        )
-        for number, kid in enumerate(kids)
-    ]
-    return Evaluation(
-        dataset=dataset,
-        conditions=conditions,
-        eval_key=conditions.key,
-        real_baseline=RealBaseline(scores=floor or scores(0.01, fd=61.2), estimates={}),
-        features="a network",
-        estimates={},
-        best=min(judged, key=lambda each: each.scores.kid),
-        checkpoints=judged,
-    )
-
-
-def images(seed: int) -> Tensor:
-    return torch.randint(0, 256, (64, 1, 8, 8), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
 
 
 def with_more(evaluation: Evaluation) -> Evaluation:

@@ -11,8 +11,8 @@ from diffusion.common.image_grids import grid, png_bytes
 from diffusion.evaluation.ranking import Ranking, rank_evaluations
 from diffusion.evaluation.reports.ranking_report import findings, training_charts, write_ranking_report
 from tests.builders.browser import chromium, look
+from tests.builders.evaluations import an_evaluation, images
 from tests.builders.html_pages import Page
-from tests.diffusion.evaluation.reports.test_evaluation_report import an_evaluation, images
 
 REAL = png_bytes(grid(images(7)))
 

@@ -1,0 +1,26 @@
+"""Batches that gc meets."""
+
+from pathlib import Path
+
+from flows.sampling import generate_batch
+from flows.sampling.sampling_batch import Batch
+from flows.storage.s3 import Location, Store
+from flows.storage.s3_errors import Missing
+from tests.builders.sampling_batches import batch
+
+BATCHES = [batch(4, chunk=2), batch(4, chunk=2, format="tar")]
+
+
+def generate(store: Store, made: Batch, bucket: str, weights: Path) -> Location:
+    """As the flow ``sample`` does, without Prefect; returns where the finished batch lies."""
+    while True:
+        place = generate_batch.usual_place(store, made, bucket)
+        generate_batch.begin(store, made, place, None)
+        try:
+            for chunk in generate_batch.unfinished(store, made, place):
+                generate_batch.generate_chunk(store, made, place, weights, chunk, None, 1)
+        except Missing:
+            assert generate_batch.is_deleted(store, place)
+            continue
+        if generate_batch.finish(store, made, place):
+            return place
