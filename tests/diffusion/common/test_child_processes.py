@@ -75,7 +75,7 @@ def test_ranks_end_when_torchrun_is_killed(dataset: Path, tmp_path: Path) -> Non
     (work / "data" / "set").symlink_to(dataset)
     (work / "params.yaml").write_text(yaml.safe_dump(PARAMS))
     mark = new_mark()
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--")
     command = work / "command.py"
     command.write_text(DARKROOM)
     process = start(work, mark, *torchrun, str(command), "train", "--local")
