@@ -3,8 +3,8 @@
     python benchmarks/evaluations.py runs/digits/final.safetensors data/digits --image docs/images/evaluations.png
 
 The metric is the Fréchet distance of the generated images to all the real ones, as in ``quality.py``; the real baseline
-is that of as many real ones. The aim is ten evaluations within a tenth of a thousand steps of DDPM. What was measured lies in
-``--scratch`` and is not measured again.
+is that of as many real ones. The aim is ten evaluations within a tenth of a thousand steps of DDPM. What was measured
+lies in ``--scratch`` and is not measured again.
 """
 
 import argparse

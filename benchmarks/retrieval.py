@@ -4,8 +4,8 @@
 
 Trains a network conditioned on captions, and generates one image for each of two lists of them: every eighth caption of
 the training set, and those of the held-out images. A classifier trained on real images of neither list then ranks the
-captions for each generated image, and for the real image of each. It is a ridge regression from EfficientNet-Lite0's features to the captions' embeddings, by cosine. The
-aim is half of what real images reach.
+captions for each generated image, and for the real image of each. It is a ridge regression from EfficientNet-Lite0's
+features to the captions' embeddings, by cosine. The aim is half of what real images reach.
 """
 
 import argparse
