@@ -1,4 +1,4 @@
-# One target per thing a person does here. `make` alone lists them.
+# `make` alone lists the targets.
 .DEFAULT_GOAL := help
 .PHONY: help install demo images test test-slow chaos drill-upgrade drill-ceph check audit lock format clean
 
@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(READY)  ## Make .venv and install everything into it
+install: $(READY)  ## Create .venv and install Darkroom into it
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Darkroom needs Python 3.11 or newer; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
@@ -19,7 +19,7 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# make demo                         digits, recognisable in a few minutes
+# make demo                         5,000 digits
 # make demo DATA=path/to/folder     your own images, as a data set named after the folder
 #
 # All that a demo makes lies in demo/, a DVC repository of its own: the checkout stays clean.
@@ -31,7 +31,7 @@ SOURCE := $(if $(DIGITS),$(DATA),$(abspath $(DATA)))
 NAME := $(notdir $(patsubst %/,%,$(DATA)))
 SETTINGS := $(if $(DIGITS),,--set ingest.size=32)
 
-demo: $(READY) demo/.dvc/config $(if $(DIGITS),images)  ## The whole retraining on real images, on this machine, in demo/
+demo: $(READY) demo/.dvc/config $(if $(DIGITS),images)  ## Run the whole pipeline on 5,000 digits, on this machine, in demo/
 	cd demo && $(CURDIR)/$(BIN)/darkroom up
 	cd demo && $(CURDIR)/$(BIN)/darkroom retrain "$(SOURCE)" --dataset "$(NAME)" $(SETTINGS)
 	@cd demo && $(CURDIR)/$(BIN)/darkroom status
@@ -44,7 +44,7 @@ demo/.dvc/config: $(READY) params.yaml dvc.yaml
 images: $(READY) demo/.dvc/config  ## Write the demo's images to demo/images/digits
 	$(BIN)/python infra/demo_images.py demo/images/digits
 
-# Files of tests are shared out among so many processes.
+# Processes that run the tests.
 WORKERS ?= 2
 
 test: $(READY)  ## Run the tests (minutes)
@@ -53,17 +53,17 @@ test: $(READY)  ## Run the tests (minutes)
 test-slow: $(READY)  ## Run the long tests: servers, kills, browser (half an hour)
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile -m slow --ignore tests/chaos
 
-# What passed is not run again while the code is the same: .chaos/ remembers it. `make chaos ANEW=1` forgets it.
-chaos: $(READY)  ## All failure drills, with KILLS=20 kills each (two hours); goes on where it was stopped
+# .chaos/ records which drills passed on this code, and they are not run again. `make chaos ANEW=1` discards the record.
+chaos: $(READY)  ## Run all failure drills, with KILLS=20 kills each (two hours); resumes
 	KILLS=$(KILLS) $(BIN)/python -m pytest -p tests.chaos.record --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
 		--durations 0 --durations-min 60 --tb short --no-header $(if $(ANEW),--anew)
 
-drill-upgrade: $(READY)  ## Upgrade databases that an older MLflow and Prefect made (minutes)
+drill-upgrade: $(READY)  ## Test upgrades of databases of an older MLflow and Prefect (minutes)
 	test -x .drill/bin/prefect || { $(PYTHON) -m venv .drill && .drill/bin/pip install --quiet 'mlflow[auth]==3.4.0' 'prefect==3.6.0' \
 		'sqlalchemy<2.1' 'fastapi<0.120'; }  # newer ones than these versions can use
 	OLD_BIN=$(CURDIR)/.drill/bin $(BIN)/pytest -s tests/drills/upgrade.py
 
-drill-ceph: $(READY)  ## Run S3 tests and the pipeline on a Ceph of one node (minutes)
+drill-ceph: $(READY)  ## Run S3 tests and the pipeline on a one-node Ceph (minutes)
 	trap 'tests/drills/ceph.sh stop .drill/ceph' EXIT; trap 'exit 1' INT TERM; rm -rf .drill/ceph; mkdir -p .drill; tests/drills/ceph.sh start .drill/ceph > .drill/ceph.env \
 		&& eval "$$(sed 's/export /export TEST_/' .drill/ceph.env)" \
 		&& $(BIN)/pytest tests/drills/ceph.py tests/flows/storage/test_s3.py tests/flows/storage/test_s3_multipart.py tests/flows/datasets/test_s3_source.py \
@@ -72,24 +72,24 @@ drill-ceph: $(READY)  ## Run S3 tests and the pipeline on a Ceph of one node (mi
 			--deselect tests/flows/storage/test_s3_multipart.py::test_a_large_object_appears_whole_in_checked_parts_and_only_once \
 			--deselect tests/flows/storage/test_s3_multipart.py::test_a_server_that_honours_the_condition_on_completion_passes_and_keeps_nothing
 
-check: $(READY)  ## Lint, format, types, layers, no secrets
+check: $(READY)  ## Check lint, format, types, layers and secrets
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	PATH="$(CURDIR)/$(BIN):$$PATH" infra/ci/secrets.sh
 
-audit: $(READY)  ## Ask PyPI whether a package of the images has a known vulnerability
+audit: $(READY)  ## Query PyPI for known vulnerabilities in the container images
 	$(BIN)/pip-audit --no-deps --disable-pip --requirement infra/docker/requirements.lock --requirement infra/docker/torch-cuda.lock
 
-lock: $(READY)  ## Write the images' lock files anew, within the ranges of pyproject.toml
+lock: $(READY)  ## Update the lock files of the container images within pyproject.toml
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python infra/docker/lock.py
 
-format: $(READY)  ## Format the code and mend what can be mended
+format: $(READY)  ## Format the code and fix lint where possible
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-clean:  ## Stop the local stack and remove everything that was made, but not your images
+clean:  ## Stop the local servers and delete everything but your images
 	-$(BIN)/darkroom down
 	-test ! -d demo || (cd demo && $(CURDIR)/$(BIN)/darkroom down)
 	rm -rf demo/.darkroom demo/.dvc demo/dvc.* demo/data demo/runs demo/reports demo/samples .darkroom .drill .chaos data runs reports samples $(VENV)

@@ -1,9 +1,9 @@
-"""What each choice in the default preset buys: trainings that differ in one of them, for as long.
+"""Ablation of the default preset: trainings of equal length that differ in one choice.
 
     python benchmarks/ablation.py --seconds 180
 
 Each has as many images as it can see in that time on an otherwise idle machine; that is measured first, for all of
-them in turns. Then each trains and draws as in ``quality.py``. What was measured lies in ``--scratch`` and is not
+them in turns. Then each trains and samples as in ``quality.py``. What was measured lies in ``--scratch`` and is not
 measured again.
 """
 

@@ -1,9 +1,9 @@
-"""How fast one core makes 64 px images of photographs, and writes and reads PNGs: Darkroom beside Pillow.
+"""Decoding throughput of one core: photographs to 64 px, and PNGs written and read, by Darkroom and Pillow.
 
     python benchmarks/decode.py /tmp/photographs
 
 Seconds are those that the core computes, so that other work on the machine counts little; all take turns, and the
-median of the rounds counts. Pillow is used as one writes it first, with its options for speed below that.
+median of the rounds counts. Pillow is used plainly, and with its options for speed.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""How fast images are drawn: Darkroom, and pipelines of diffusers with the same weights, exported.
+"""Sampling throughput of Darkroom and of diffusers pipelines with the same weights, exported.
 
     python benchmarks/drawing.py --model runs/faces/final.safetensors
     python benchmarks/drawing.py --seconds 600
 
-Without a model, the default one is trained first, on Fashion-MNIST in 32×32, as ``quality.py`` does. First, images
-per second with the same network, sampler and steps. Then, with samplers of our own, the fewest steps whose images are
-no further from the real ones than those of DDIM with 50 steps in diffusers, and images per second of both. Distances
-are Fréchet distances on EfficientNet-Lite0's features at 64 px to all the real images; the floor is that of as many
+Without a model, the default one is trained first, on Fashion-MNIST in 32×32, as ``quality.py`` does. First, images per
+second with the same network, sampler and steps. Then, with Darkroom's samplers, the fewest steps whose images are no
+further from the real ones than those of DDIM with 50 steps in diffusers, and images per second of both. Distances are
+Fréchet distances on EfficientNet-Lite0's features at 64 px to all the real images; the real baseline is that of as many
 real ones. Rates are measured in turns, on an otherwise idle machine, and the median counts. diffusers' pipelines run as
 they are loaded, and with weights loaded in bfloat16. What was measured lies in ``--scratch`` and is not measured again.
 """

@@ -1,10 +1,10 @@
-"""How good images are for how many evaluations of the network: each sampler, and DDPM in a thousand steps.
+"""Image quality of each sampler over the number of network evaluations, and of DDPM in a thousand steps.
 
     python benchmarks/evaluations.py runs/digits/final.safetensors data/digits --image docs/images/evaluations.png
 
-What counts is the Fréchet distance of the drawn images to all the real ones, as in ``quality.py``; the floor is that
-of as many real ones. The aim is ten evaluations within a tenth of a thousand steps of DDPM. What was measured lies in
-``--scratch`` and is not measured again.
+The metric is the Fréchet distance of the generated images to all the real ones, as in ``quality.py``; the real baseline
+is that of as many real ones. The aim is ten evaluations within a tenth of a thousand steps of DDPM. What was measured
+lies in ``--scratch`` and is not measured again.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""The page docs/comparison.md: each family trained for as long on the same images, and all of them side by side.
+"""The page docs/comparison.md: models of each family, trained for the same time on the same images.
 
     python benchmarks/families.py                          # Fashion-MNIST, ten minutes each: about an hour on two cores
     python benchmarks/families.py --source FOLDER --size 32 --minutes 30
 
-It is ``darkroom compare`` and nothing besides, on a page that can be read without running anything. Kill it, and go on.
+The figures are those of ``darkroom compare``. After a kill it resumes.
 """
 
 import argparse
@@ -68,19 +68,19 @@ def page(ranking: Ranking, dataset: Dataset, source: str, minutes: float) -> str
     machine = ranking.models[0].fingerprint
     return "\n\n".join(
         [
-            "# The families, side by side",
+            "# Comparison of model families",
             f"{len(dataset):,} images of {dataset.manifest.size}×{dataset.manifest.size} (`{source}`), each family "
-            f"trained for {minutes:g} minutes with the settings that it has by default, on {cores()} cores "
-            f"({machine.device}, {machine.precision}), judged by {ranking.models[0].scores.samples:,} images "
-            "of the same seed beside held-out ones, as it came out. `python benchmarks/families.py` makes this page, "
-            "and `darkroom compare` one of your own images.",
+            f"trained for {minutes:g} minutes with its default settings, on {cores()} cores "
+            f"({machine.device}, {machine.precision}), evaluated on {ranking.models[0].scores.samples:,} images "
+            "of the same seed against held-out ones. `python benchmarks/families.py` writes this page, "
+            "and `darkroom compare` one for your own images.",
             "\n".join(f"- {each}" for each in findings(ranking)),
             _table(["", *names, "real"], rows),
-            "In brackets lies where 95 of 100 evaluations on as many other images would come out. A distance of real "
-            "images, training ones in the place of drawn ones, is as near as one can get. The VAE is by default the "
-            "autoencoder of latent diffusion, whose latents have a place for every 4×4 pixels: it brings images back "
-            "well, and drawn from a Gaussian it knows nothing of what lies apart.",
-            *(f"## {name}\n\n![Drawn by {name}](images/comparison/{name}.png)" for name in names),
+            "In brackets are 95 % confidence intervals. The column real is the real baseline: training images instead "
+            "of generated ones. The VAE is by default the autoencoder of latent diffusion, with one latent position "
+            "for every 4×4 pixels: it reconstructs images well, but latents sampled from a Gaussian lack the "
+            "structure of whole images.",
+            *(f"## {name}\n\n![Samples from {name}](images/comparison/{name}.png)" for name in names),
             "## Real\n\n![Held-out images](images/comparison/real.png)\n",
         ]
     )

@@ -1,9 +1,9 @@
-"""The gallery, docs/gallery.md: each task with its command and the image it made, all by models trained here.
+"""The gallery, docs/gallery.md: each task with its command and its image, by models trained here.
 
     python benchmarks/gallery.py --faces faces --emoji emoji
 
-Both sources have captions, such as a folder with a ``metadata.csv``. The models are trained in ``--scratch`` by the
-stages of ``darkroom`` unless they lie there already, about three hours in all; kill it, and go on.
+Both sources have captions, such as a folder with a ``metadata.csv``. The models are trained in ``--scratch`` by
+``darkroom`` commands unless they are there, about three hours in all; after a kill it resumes.
 """
 
 import argparse
@@ -101,17 +101,17 @@ SMALL = ("--count", "8")
 PLATES = (
     Plate(
         "Faces that never were",
-        "A model told captions, asked for nothing in particular.",
+        "A model conditioned on captions, sampled without a prompt.",
         ("sample", "--count", "32", "--model", FACES.model),
     ),
     Plate(
         "Text to image",
-        "The same model, asked in words.",
+        "The same model with a prompt.",
         ("sample", *SMALL, "--prompt", "red hair, purple background", *GUIDED, "--model", FACES.model),
     ),
     Plate(
         "A police officer",
-        "A model of 3,472 emoji and their names, which draws in the latents of another.",
+        "A latent diffusion model trained on 3,472 emoji and their names.",
         ("sample", *SMALL, "--prompt", "woman police officer", *GUIDED, "--model", EMOJI.model),
     ),
     Plate(
@@ -126,7 +126,7 @@ PLATES = (
     ),
     Plate(
         "Inpainting",
-        "First the image with its hole, then what may have been there; the rest keeps its pixels.",
+        "First the image with its hole, then eight ways to fill it; the rest keeps its pixels.",
         (
             "edit",
             "inpaint",
@@ -144,12 +144,12 @@ PLATES = (
     ),
     Plate(
         "Variations",
-        "First the image, then others like it: under noise, and out of it again.",
+        "First the image, then eight that are like it: noise is added to the image and removed again.",
         ("edit", "img2img", "face.png", "--strength", "0.6", *SMALL, "--model", FACES.model),
     ),
     Plate(
         "Text-guided image to image",
-        "First the image, then the same face as the words have it.",
+        "First the image, then the same face as the prompt describes it.",
         (
             "edit",
             "img2img",
@@ -166,7 +166,7 @@ PLATES = (
     ),
     Plate(
         "The way between two seeds",
-        "From image 0 of seed 3 to that of seed 7, on the great circle through their noise.",
+        "From image 0 of seed 3 to image 0 of seed 7, on the great circle between their noise.",
         (
             "edit",
             "interpolate",
@@ -184,12 +184,12 @@ PLATES = (
     ),
     Plate(
         "Super-resolution",
-        "First the small image, 16 by 16, then four ways in which it may have been large: a model of the same emoji.",
+        "First the small image, 16 by 16, then four enlarged ones: a super-resolution model trained on the same emoji.",
         ("edit", "upscale", "16.png", "--count", "4", "--set", "model.low_resolution=16", "--model", LARGE.model),
     ),
     Plate(
         "Super-resolution from 32 by 32",
-        "The same of another model, which is shown four times as many pixels.",
+        "The same with a model for small images of 32 by 32.",
         (
             "edit",
             "upscale",
@@ -249,8 +249,8 @@ def page() -> str:
     """The gallery in Markdown."""
     head = (
         "# Gallery\n\n"
-        "Every task, its command, and what came of it, on two CPU cores. `python benchmarks/gallery.py --faces … "
-        "--emoji …` trains the models and makes this page.\n\n"
+        "Every task with its command and its result, on two CPU cores. `python benchmarks/gallery.py --faces … "
+        "--emoji …` trains the models and writes this page.\n\n"
         "| model | images seen | settings |\n|---|---:|---|\n"
     )
     models = "".join(

@@ -1,10 +1,10 @@
-"""How fast images become shards of 64 px: Darkroom, img2dataset, and decoding alone, on the same images.
+"""Ingest throughput at 64 px: Darkroom, img2dataset, and decoding alone, on the same images.
 
     python benchmarks/ingest.py /tmp/photographs --peers-python /tmp/peers/bin/python
 
 Each contestant is a whole command, started fresh, on two processes (or threads). They run in turn, so that a slow
 minute of the machine hits all of them; the median of the runs counts. The bare ones decode, crop, resize and encode
-PNG, and do nothing else: no shards, no digests, no dedup, no manifest. They are what is left to gain.
+PNG, and do nothing else: no shards, no digests, no deduplication, no manifest. They are the upper limit.
 """
 
 import argparse

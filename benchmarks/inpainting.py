@@ -1,10 +1,10 @@
-"""How well holes are filled: Darkroom with a model trained for none of it, the mean image, the nearest image.
+"""Inpainting quality: Darkroom with an unconditional model, the mean image, and the nearest image.
 
     python benchmarks/inpainting.py data/photographs runs/photographs/final.safetensors --of data/others
 
 A square of half the width is cut out of the middle of images: held-out ones, or with ``--of`` those of another data
 set, which neither the model nor the nearest image can know. ``mean`` fills it with the mean of the training images,
-``nearest`` with that of the training image most alike around it; the others are Darkroom's ways. What counts is the
+``nearest`` with that of the most similar training image around it; the others are Darkroom's methods. Metric is the
 Fréchet distance to real images on EfficientNet-Lite0's features at 64 px, of whole images and of the hole with a
 border of two pixels. ``missed`` is how far the features of a filled image lie from those of its own original, on
 average.

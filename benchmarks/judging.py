@@ -1,12 +1,12 @@
-"""What it takes to judge images once their features are known: seconds of each step, and the most memory.
+"""Time and peak memory of evaluation once features are computed, for each step.
 
     python benchmarks/judging.py                # 10,000 samples against 60,000 references of 1,280 features
-    python benchmarks/judging.py --scale 0.1    # a tenth of either, to see that it works
+    python benchmarks/judging.py --scale 0.1    # a tenth of both, as a quick check
 
-Features are Gaussian with a spectrum like EfficientNet-Lite0's, the samples' a little off. The aim, on two cores: all
-point values in under 60 seconds, the intervals of 200 replicates (100 cuts × 2 halves) in under 10 minutes, and within
-2 GiB. The reference's moments, neighbours and kernels are computed once for all evaluations, and timed apart. What is
-done once, the point values and the intervals have a process each, whose peak memory counts libraries and features.
+Features are Gaussian with a spectrum like EfficientNet-Lite0's, the samples' slightly shifted. The aim, on two cores:
+all point values in under 60 seconds, the intervals of 200 replicates (100 cuts × 2 halves) in under 10 minutes, and
+within 2 GiB. The reference's moments, neighbours and kernels are computed once for all evaluations, and timed apart.
+The reference, the point values and the intervals have a process each, whose peak memory counts libraries and features.
 """
 
 import argparse

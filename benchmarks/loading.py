@@ -1,10 +1,10 @@
-"""How fast images come out of PNG shards in random order: Darkroom, WebDataset and LitData, on the same images.
+"""Loading throughput from PNG shards in random order: Darkroom, WebDataset and LitData, on the same images.
 
     python benchmarks/loading.py --peers-python /tmp/peers/bin/python
 
 Two sets of 60,000 images: Fashion-MNIST padded to 32×32 (grey), and 64×64 cuts of photographs (RGB). Both become
-PNG shards by ``darkroom ingest --local``; WebDataset reads those shards, and LitData chunks of its own with the same
-PNGs in them. What counts is a batch of 128 images, (128, C, H, W) uint8, with their labels, in the hands of the
+PNG shards by ``darkroom ingest --local``; WebDataset reads those shards, and LitData its own chunks with the same
+PNGs. Counted are batches of 128 images, (128, C, H, W) uint8, with their labels, that arrive in the
 training process; every contestant has two workers. Each runs in a process started fresh, all in turn, so that a slow
 minute of the machine hits all of them; the median of the runs counts. The first epoch includes opening the set,
 starting the workers and, for Darkroom, verifying the shards; not importing the libraries. A gigabyte of memory is

@@ -1,4 +1,4 @@
-"""What the presets take: parameters, work, and images per second of training on this machine.
+"""Cost of the presets: parameters, FLOPs, and images per second of training on this machine.
 
 python benchmarks/presets.py
 """

@@ -1,13 +1,13 @@
-"""How good images are after ten minutes of training: Darkroom, diffusers and denoising-diffusion-pytorch.
+"""Image quality after ten minutes of training: Darkroom, diffusers and denoising-diffusion-pytorch.
 
     python benchmarks/quality.py --trainers-python /tmp/trainers/bin/python
     python benchmarks/quality.py --trainers-python … --images FOLDER --samples 1024 --seeds 1
 
 First, on an otherwise idle machine, it measures how many images each trains on per second, each alone, taking turns;
-from then on ten minutes are that many images, and what else the machine does makes no difference. Then each trains
-on the same images and draws as many. What counts is the Fréchet distance to all the real images, on
-EfficientNet-Lite0's features at 64 px; the floor is that of as many real ones. What was measured lies in ``--scratch``
-under a name of its own and is not measured again: kill it, and go on.
+from then on ten minutes are that many images, and what else the machine does makes no difference. Then each trains on
+the same images and generates as many. The metric is the Fréchet distance to all the real images, on
+EfficientNet-Lite0's features at 64 px; the real baseline is that of as many real ones. Results are kept in
+``--scratch`` and not measured again, so that it resumes after a kill.
 """
 
 import argparse

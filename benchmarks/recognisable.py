@@ -1,4 +1,4 @@
-"""How recognisable a model's images are to a classifier trained on the real ones, class by class.
+"""Recognisability of a model's images, class by class, to a classifier trained on the real ones.
 
     python benchmarks/recognisable.py data/digits runs/digits/final.safetensors
 

@@ -1,12 +1,11 @@
-"""Whether images drawn for a caption show what it says: how often the caption is found by the image.
+"""Prompt retrieval: how often the caption that an image was generated for is ranked first.
 
     python benchmarks/retrieval.py --images emoji --minutes 30
 
-Trains a network that is told captions, and draws one image for each of two lists of them: every eighth that it was
-trained on, and those of the held-out images, which it never saw. A reader of images, which was trained on real
-images of neither, then says for each drawn image which caption of the list is likeliest, and the same for the real
-image of each. It is a ridge regression from EfficientNet-Lite0's features to the captions' embeddings, by cosine. The
-aim is half of what real images reach.
+Trains a network conditioned on captions, and generates one image for each of two lists of them: every eighth caption of
+the training set, and those of the held-out images. A classifier trained on real images of neither list then ranks the
+captions for each generated image, and for the real image of each. It is a ridge regression from EfficientNet-Lite0's
+features to the captions' embeddings, by cosine. The aim is half of what real images reach.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How near each sampler comes to the exact image of each start, in how many evaluations of the network.
+"""Error of each sampler over the number of network evaluations, against the exact solution from the same noise.
 
     python benchmarks/samplers.py runs/digits/final.safetensors
 

@@ -1,4 +1,4 @@
-"""Does an ingest of ten times the images take ten times as long, and no more memory?
+"""Time and peak memory of an ingest over the number of images.
 
     python benchmarks/scaling.py --counts 10000 100000 1000000 --image docs/images/ingest_scaling.png
 

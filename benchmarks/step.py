@@ -1,4 +1,4 @@
-"""How fast a training step is: Darkroom's beside diffusers', on networks of the same shape, and where its time goes.
+"""Training throughput of Darkroom and diffusers on networks of the same shape, and the time of each operation.
 
     python benchmarks/step.py --scratch /tmp/quality
 

@@ -1,11 +1,11 @@
-"""The recipes of other trainers: ``quality.py`` runs it in the environment of those.
+"""Training recipes of other libraries, which ``quality.py`` runs in their environment.
 
     python benchmarks/trainers.py diffusers images.npy --rate 20
     python benchmarks/trainers.py diffusers images.npy --folder drawn --images 30000 --samples 2048 --seed 0
 
 Networks, optimizers, averages and samplers are the libraries' own, with the values that their training scripts have by
-default, but for those named in ``benchmarks/README.md``. Images lie in memory, decoded: nothing is waited for. They
-are drawn in bfloat16, which takes half as long; how much that changes is told.
+default, but for those named in ``benchmarks/README.md``. Images are decoded in memory: nothing is waited for.
+Sampling is in bfloat16, which takes half as long; the difference is reported.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""How much of the time training waits for images, with the images kept in memory and decoded anew each time.
+"""Share of the time that training waits for images, kept in memory or decoded again each time.
 
     python benchmarks/waiting.py
 
-The two sets of ``loading.py``, and ``darkroom train --local`` on them as configured by default, started fresh. What
-counts is the share of the seconds in the loop, from the first step on, as ``history.csv`` has it in its ``data_wait``.
+The two sets of ``loading.py``, and ``darkroom train --local`` on them as configured by default, started fresh. The
+share is of the seconds in the loop, from the first step on, as ``data_wait`` in ``history.csv`` has it.
 """
 
 import argparse
