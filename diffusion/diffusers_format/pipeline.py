@@ -17,7 +17,7 @@ from diffusion.diffusers_format.schedulers import IN_SIGMA, PRECONDITIONED, SDE,
 from diffusion.families.ddpm import denoiser_of
 from diffusion.families.model import Conditioning, DiffusionModel
 from diffusion.generation.config import Conditions
-from diffusion.generation.generate import check_prompts, check_sampling, prompt_embeddings, told_of
+from diffusion.generation.generate import check_prompts, check_sampling, make_conditioning, prompt_embeddings
 from diffusion.process.samplers import DDIMSampling, Denoise, SamplingConfig
 
 Answer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -81,7 +81,10 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         _check_scheduler(self.scheduler, model)
         device = self._execution_device
         embeddings = prompt_embeddings(model, conditions)
-        told = {name: each.to(device) for name, each in told_of(model, indices, seed, conditions, embeddings).items()}
+        told = {
+            name: each.to(device)
+            for name, each in make_conditioning(model, indices, seed, conditions, embeddings).items()
+        }
         denoise = denoiser_of(model, told, config, embeddings[conditions.negative_prompt].to(device))
         told_variance = learns(self.scheduler)
         answer = learned(model, told, config) if told_variance else partial(as_output, self.scheduler, denoise)

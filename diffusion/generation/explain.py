@@ -21,7 +21,7 @@ from diffusion.families.gan import GANModel
 from diffusion.families.model import Conditioning, DiffusionModel, Model, to_float, to_uint8
 from diffusion.families.vae import VAEModel
 from diffusion.generation.config import Conditions
-from diffusion.generation.generate import interpolate, reconstructed, told_of
+from diffusion.generation.generate import interpolate, make_conditioning, reconstructed
 from diffusion.generation.super_resolution import task_of
 from diffusion.process.samplers import sampling_config
 from diffusion.process.schedules import NoiseSchedule
@@ -200,7 +200,7 @@ def reverse(model: DiffusionModel, seed: int, conditioning: Conditioning | None 
     ``conditioning``: the network's; None: sampled as for any generated image.
     """
     sigmas = model.schedule.sigma_grid(REVERSE_STEPS)
-    denoiser = model.denoiser(told_of(model, [0], seed) if conditioning is None else conditioning)
+    denoiser = model.denoiser(make_conditioning(model, [0], seed) if conditioning is None else conditioning)
     noise = GaussianNoise(seed, "sampling", [0], model.noise_shape)
     seen: list[tuple[Tensor, Tensor]] = []
     result = sampling_config().run(denoiser, sigmas, noise, lambda i, x, x0_hat: seen.append((x, x0_hat)))
