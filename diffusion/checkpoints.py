@@ -18,17 +18,17 @@ from diffusion.models.vae import Latents
 
 METADATA_KEY = "darkroom"
 HEADER = TypeAdapter(dict[str, Any])
-"""The one metadata key of our safetensors files: several are written in random order, one is stable."""
+"""Parser of the header, which is stored under a single metadata key: safetensors writes several in random order."""
 AVERAGED = "ema."
-"""Prefix of the averaged weights' names, the same in checkpoints and in final models."""
+"""Prefix of the averaged weights' names in checkpoints and in final models."""
 AUTOENCODER = "autoencoder."
-"""Prefix of the weights of a latent model's autoencoder, and of the moments of its latents."""
+"""Prefix of the weights of a latent diffusion model's autoencoder and of its latents' moments."""
 LARGEST_HEADER = 16 * 2**20
-"""Bytes of a file's own header, with names and shapes of all tensors, that are read at most."""
+"""Largest accepted size of a safetensors header, with names and shapes of all tensors, in bytes."""
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
-    """Write a safetensors file atomically, ``header`` in its metadata; returns the file's SHA-256."""
+    """Write a safetensors file atomically with ``header`` in its metadata; returns the file's SHA-256."""
     metadata = {METADATA_KEY: canonical_json(header)}
     packed = {name: value.detach().contiguous() for name, value in tensors.items()}
     try:
@@ -38,7 +38,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any])
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The header of a file written by ``save_tensors``; raises UserError if it is none."""
+    """Read the header of a file written by ``save_tensors``; raises UserError for any other file."""
     try:
         with path.open("rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
@@ -59,7 +59,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def export(checkpoint: Path, path: Path) -> str:
-    """Write what ``load_model`` needs of a checkpoint to ``path``; returns the new file's SHA-256."""
+    """Write the final model of a checkpoint to ``path``; returns the new file's SHA-256."""
     with safe_open(checkpoint, framework="pt") as file:
         names = [name for name in file.keys() if name.startswith((AVERAGED, AUTOENCODER))]  # noqa: SIM118 (no mapping)
         tensors = {name: file.get_tensor(name) for name in names}
@@ -67,7 +67,7 @@ def export(checkpoint: Path, path: Path) -> str:
 
 
 def read_model_header(path: Path) -> ModelHeader:
-    """What the model in a file says of itself; raises UserError as ``load_model`` does."""
+    """Read the header of a model file; raises UserError as ``load_model`` does."""
     raw = read_header(path)
     try:
         header = ModelHeader.model_validate(raw["model_header"])
@@ -81,14 +81,14 @@ def read_model_header(path: Path) -> ModelHeader:
 
 
 def load_model(path: Path) -> Model:
-    """The averaged network of a final model or of a checkpoint, ready to draw from.
+    """Load the averaged network of a final model or of a checkpoint for inference.
 
     Nothing is unpickled. Raises UserError if the file is missing, damaged or of another format.
     """
     header = read_model_header(path)
     family = family_of(header.model)
-    # What the header says of itself takes no memory before the file was seen to hold as much.
-    with torch.device("meta"), _ShapesAlone():
+    # The header is untrusted: no memory is allocated for it before the file is known to hold these tensors.
+    with torch.device("meta"), _SkipInitialization():
         described = _networks(header)
     _require_tensors(path, *described)
     network, autoencoder = _networks(header)
@@ -96,7 +96,7 @@ def load_model(path: Path) -> Model:
         network.load_state_dict(_tensors(path, AVERAGED))
         if autoencoder is not None:
             autoencoder.load_state_dict(_tensors(path, AUTOENCODER))
-    except RuntimeError as error:  # torch says it in a page; the cause is always the same
+    except RuntimeError as error:  # torch's message is a page long; the cause is always the same
         raise _of_another_version(path) from error
     for each in filter(None, (network, autoencoder)):
         each.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -104,8 +104,8 @@ def load_model(path: Path) -> Model:
     return model
 
 
-class _ShapesAlone(TorchFunctionMode):
-    """Inside, what torch loads for seconds to do with tensors without memory leaves their shapes as they are."""
+class _SkipInitialization(TorchFunctionMode):
+    """Skip ``normal_``, for which torch imports code for seconds if the tensor is a meta tensor."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -117,7 +117,7 @@ class _ShapesAlone(TorchFunctionMode):
 
 
 def _networks(header: ModelHeader) -> tuple[nn.Module, Latents | None]:
-    """What ``header`` describes, with random weights: the network, and the autoencoder around it if there is one."""
+    """Build the network of ``header``, and its autoencoder if there is one, with random weights."""
     shape = header.channels, header.size, header.size
     inner = header.latents.shape if header.latents else shape
     network = family_of(header.model).make_network(
@@ -127,7 +127,7 @@ def _networks(header: ModelHeader) -> tuple[nn.Module, Latents | None]:
 
 
 def _require_tensors(path: Path, network: nn.Module, autoencoder: Latents | None) -> None:
-    """Raise UserError unless the file holds the tensors of ``network`` and ``autoencoder``, in their shapes."""
+    """Raise UserError unless the file holds exactly the tensors of ``network`` and ``autoencoder``."""
     expected = {AVERAGED + name: list(tensor.shape) for name, tensor in network.state_dict().items()}
     if autoencoder is not None:
         expected |= {AUTOENCODER + name: list(tensor.shape) for name, tensor in autoencoder.state_dict().items()}

@@ -1,1 +1,1 @@
-"""Foundations that every other package stands on: files, errors, randomness, devices, threads."""
+"""Utilities shared by all other packages: files, errors, random numbers, devices, threads."""

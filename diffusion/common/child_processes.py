@@ -1,4 +1,4 @@
-"""Child processes that end when the process that started them does, even if that one is killed."""
+"""Child processes that exit with their parent, even if the parent is killed."""
 
 import multiprocessing
 import os
@@ -6,13 +6,13 @@ import threading
 import time
 
 SECONDS_BETWEEN_LOOKS = 1.0
-"""How often a process that knows its parent by its number alone looks whether it still has that parent."""
+"""Polling interval, in seconds, of processes that know only the process id of their parent."""
 
 
 def end_with_parent() -> None:
-    """Have this child process end at once, without cleaning up, when its parent process is gone.
+    """Exit this child process at once, without cleanup, when its parent process is gone.
 
-    A killed parent cannot end its children: those of a pool would wait for work for ever, ranks would go on training.
+    A killed parent cannot stop its children: pool workers would wait for work forever, and ranks would go on training.
     Call it first in the child, as the ``initializer`` of a pool or at the top of a program.
     """
     threading.Thread(target=_end_after_parent, args=(os.getppid(),), name="parent watch", daemon=True).start()
@@ -21,7 +21,7 @@ def end_with_parent() -> None:
 def _end_after_parent(number: int) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
-        # A pipe whose other end only the parent has: a fork server lives as long as its children, and tells nothing.
+        # Waits on a pipe that only the parent holds open: the parent process id may be that of a fork server.
         parent.join()
     else:
         while os.getppid() == number:

@@ -1,4 +1,4 @@
-"""One configuration: ``params.yaml``, validated by the models that live beside the code they configure."""
+"""Base class and shared types of the configuration models, which live beside the code they configure."""
 
 from typing import Annotated, Literal
 
@@ -6,22 +6,26 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
 class Config(BaseModel):
-    """Base of all configurations: frozen, and an unknown key is an error."""
+    """Base class of all configuration models: frozen, with unknown keys rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 LARGEST_EMA_STD = 0.28
-"""Relative standard deviation of an average that weighs all of training alike."""
+"""Relative standard deviation of a moving average with equal weights over all of training."""
 LARGEST_SIZE = 1024
-"""Height and width of an image, in pixels, at most."""
+"""Largest height and width of an image, in pixels."""
 LONGEST_NAME = 200
-"""Characters of a name: file systems take 255 bytes, of which prefixes and suffixes need some."""
+"""Most characters of a name: file systems allow 255 bytes, including prefixes and suffixes."""
 
 
 def plain_name(name: str) -> str:
-    """Return ``name`` if it can be one part of a path, an S3 key and an MLflow name; raises ValueError otherwise."""
-    # MLflow takes no slash or colon, and no quote in what it is asked to search for.
+    """Return ``name`` if it is valid as a path component, in an S3 key and as an MLflow name.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    # MLflow allows no slash or colon in names, and no quote in search filters.
     if (
         not 0 < len(name) <= LONGEST_NAME
         or name.startswith(".")
@@ -33,15 +37,15 @@ def plain_name(name: str) -> str:
 
 
 PlainName = Annotated[str, AfterValidator(plain_name)]
-"""Name of a data set or of a registered model: wherever it is read from, it stays inside its folder."""
+"""Name of a data set or of a registered model, safe as a path component."""
 
 DeviceName = Literal["auto", "cpu", "cuda"]
-"""What computes; auto: a GPU where there is one."""
+"""Device for computation; auto: a GPU if there is one."""
 
 
 def unset(value: object) -> bool:
-    """Whether a field that came later has its default (null, false or auto), and is then not written (``exclude_if``).
+    """Whether an optional field has its default (null, false or auto); such fields are not written (``exclude_if``).
 
-    So configurations from before it was there keep their digests, and all that goes by them.
+    Configurations written before the field existed thus keep their digests.
     """
     return value is None or value is False or value == "auto"

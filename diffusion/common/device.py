@@ -1,4 +1,4 @@
-"""Where the network computes: on the processor, or on a GPU."""
+"""Selection of the compute device, CPU or GPU, and bit-for-bit reproducible computation on it."""
 
 import os
 import platform
@@ -13,15 +13,16 @@ import torch
 from diffusion.common.config import DeviceName
 from diffusion.common.errors import UserError
 
-PROCESSORS = Path("/proc/cpuinfo")
-CHANGE_BITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
-"""Variables that give the libraries below torch other instructions than they would take."""
+CPU_INFO = Path("/proc/cpuinfo")
+ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
+"""Environment variables that change which instructions torch's libraries use."""
 
 
 def resolve_device(name: DeviceName) -> torch.device:
-    """``auto`` is a GPU where torch sees one, and the processor elsewhere; of several GPUs, each process has its own.
+    """Resolve a device name: ``auto`` is a GPU if torch sees one, else the CPU; ``LOCAL_RANK`` selects among several.
 
-    Raises UserError if there is no GPU, and one was asked for.
+    Raises:
+        UserError: If ``name`` is cuda and there is no GPU.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cuda" and not count:
@@ -34,24 +35,24 @@ def resolve_device(name: DeviceName) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What decides the bits that ``device`` computes: a GPU's model, and the processor's maker and instructions."""
-    # Beside a GPU the processor reads prompts.
+    """Name the hardware that determines results bit for bit: GPU model, CPU vendor and instruction set."""
+    # With a GPU, prompts are still encoded on the CPU.
     return f"{torch.cuda.get_device_name(device)}, {_processor()}" if device.type == "cuda" else _processor()
 
 
 def _processor() -> str:
-    """torch names its own vector instructions; oneDNN takes AMX by itself, and MKL asks who made the processor."""
-    found = re.search(r"^vendor_id\s*:\s*(\S+)", PROCESSORS.read_text() if PROCESSORS.is_file() else "", re.MULTILINE)
+    """Name the CPU's vendor (for MKL), torch's vector instructions, and AMX, which oneDNN uses by itself."""
+    match = re.search(r"^vendor_id\s*:\s*(\S+)", CPU_INFO.read_text() if CPU_INFO.is_file() else "", re.MULTILINE)
     tiles = ["AMX"] if torch.cpu._is_amx_tile_supported() else []
-    asked = [f"{name}={os.environ[name]}" for name in CHANGE_BITS if name in os.environ]
-    maker = found[1] if found else platform.machine()
-    return ", ".join([maker, torch.backends.cpu.get_cpu_capability(), *tiles, *asked])
+    overrides = [f"{name}={os.environ[name]}" for name in ISA_VARIABLES if name in os.environ]
+    vendor = match[1] if match else platform.machine()
+    return ", ".join([vendor, torch.backends.cpu.get_cpu_capability(), *tiles, *overrides])
 
 
 class _Strict:
-    """Torch computes the same bits each time as long as anybody is inside, in whatever thread.
+    """Reentrant context manager for deterministic torch algorithms, shared by all threads.
 
-    Its switches are the process's, which several at a time cannot each put back: the last one does.
+    The settings are global to the process: the first entry sets them, the last exit restores them.
     """
 
     def __init__(self) -> None:
@@ -66,7 +67,7 @@ class _Strict:
                 self._before.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
                 torch.set_float32_matmul_precision("high")
                 torch.use_deterministic_algorithms(True)
-                # Kernels chosen by timing differ from run to run.
+                # Kernels selected by benchmarking differ from run to run.
                 self._before.enter_context(
                     torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True)
                 )
@@ -84,14 +85,14 @@ _STRICT = _Strict()
 
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """Inside, ``device`` computes the same bits each time, and products of float32 with the GPU's tensor cores (TF32).
+    """Compute deterministically on ``device``, with float32 matrix products in TF32 on GPUs.
 
-    A processor does so anyway. Any number of threads may be inside.
+    CPU computation is always deterministic. Any number of threads may enter.
     """
     if device.type != "cuda":
         yield
         return
-    # cuBLAS reads it when it is first used.
+    # cuBLAS reads this variable on first use.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with _STRICT:
         yield

@@ -1,19 +1,19 @@
-"""The errors that a person is meant to read: one line that says what, where and how to mend it."""
+"""Errors shown to users: one line that says what is wrong, where, and how to fix it."""
 
 
 class DarkroomError(Exception):
-    """Base of the errors shown without a traceback; ``exit_code`` is what the command line returns."""
+    """Base class of errors shown without a traceback; the command line exits with ``exit_code``."""
 
     exit_code = 1
 
 
 class UserError(DarkroomError):
-    """The request cannot be served as it stands; the message says how to mend it."""
+    """Invalid request or configuration; the message says how to fix it."""
 
     exit_code = 2
 
 
 class Held(DarkroomError):
-    """The work was done but the gate, or somebody who was faster, holds back its result."""
+    """Completed work whose result was not applied, because of the gate or a concurrent change."""
 
     exit_code = 3

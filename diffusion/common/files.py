@@ -1,4 +1,4 @@
-"""Files that appear whole, under their final name, or not at all."""
+"""Atomic file writes, SHA-256 digests and canonical JSON."""
 
 import errno
 import hashlib
@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 PARTIAL = re.compile(r"\.(.+\.)?[0-9a-f]{32}\.partial|\.tmp[A-Za-z0-9]{6}")
-"""What files are called until they are whole: each writer has a name of its own. Safetensors has the second kind."""
+"""Names of incomplete files, unique for each writer; the second form is that of safetensors."""
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -20,21 +20,21 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of the file at ``path``, read in pieces."""
+    """Hex SHA-256 of the file at ``path``, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether ``error`` says that a disk, or somebody's share of it, is full."""
+    """Whether ``error`` reports a full disk or an exceeded disk quota."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    # Libraries that are not written in Python raise types of their own, with the system's words in them.
+    # Native libraries raise their own types, with the system's message inside.
     return "No space left on device" in str(error) or "disk is full" in str(error)
 
 
 def canonical_json(value: Any) -> str:
-    """``value`` as JSON with sorted keys and no white space: equal values give equal bytes."""
+    """Serialize ``value`` as JSON with sorted keys and no white space: equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -44,13 +44,13 @@ def digest_of(value: Any) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
-    """Let ``write`` fill a temporary neighbour of ``path``, flush it to disk and rename it into place.
+    """Write a temporary file beside ``path`` with ``write``, flush it to disk and rename it to ``path``.
 
-    Returns the SHA-256 of what was written; of several writers at once the last one's file stays. An exception leaves
-    what was there, a kill also a ``.partial`` file, for ``remove_partials`` or ``darkroom gc`` to take away.
+    Of several concurrent writers the last one wins. An exception leaves the previous file in place; a killed process
+    also leaves a ``.partial`` file, which ``remove_partials`` and ``darkroom gc`` delete. Returns the file's SHA-256.
     """
     make_folder(path.parent)
-    # Not a fixed name: two who write the same path at once would tear each other's file.
+    # A unique name, since concurrent writers of one path would corrupt a shared file.
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     try:
         write(partial)
@@ -64,7 +64,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
 
 
 def remove_partials(folder: Path) -> None:
-    """Take away what killed writers left anywhere in ``folder``, of which the caller is the only writer now."""
+    """Delete the incomplete files of killed writers under ``folder``; the caller must be its only writer."""
     for path in folder.rglob(".*"):
         if PARTIAL.fullmatch(path.name) and path.is_file():
             path.unlink()
@@ -86,9 +86,9 @@ def write_json(path: Path, value: Any) -> str:
 
 
 def make_folder(folder: Path, mode: int = 0o777) -> None:
-    """Make ``folder`` and those above it, as far as they are missing, so that a power cut does not take them away.
+    """Create ``folder`` and its missing parents durably: they survive a power failure.
 
-    ``mode``: who may do what with ``folder`` itself, if it is new.
+    ``mode`` is the permissions of ``folder`` itself if it is new.
     """
     if not folder.is_dir():
         make_folder(folder.parent)
@@ -97,13 +97,13 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Make what was written to the file at ``path`` durable."""
+    """Flush the file at ``path`` to disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` durable (POSIX keeps them in the folder's own data)."""
+    """Flush renames inside ``folder`` to disk (POSIX stores them in the folder)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

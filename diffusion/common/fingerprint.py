@@ -1,4 +1,4 @@
-"""What the bits of a result depend on besides configuration, data and seed."""
+"""Compute environment that determines results bit for bit, besides configuration, data and seed."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 class Fingerprint(Config):
-    """Within an equal fingerprint equal inputs give equal bits; floating-point sums change with each field."""
+    """Settings on which floating-point sums depend: with equal fingerprints, equal inputs give equal bits."""
 
     batch: int
     """Images per compute batch."""
@@ -23,22 +23,22 @@ class Fingerprint(Config):
     threads: Literal[1] = 1
     """Threads per operation: see ``diffusion.common.threads``."""
     device: str
-    """The processor's maker and instructions, and the GPU's model where there is one."""
+    """CPU vendor and instruction set, and the GPU model if there is one."""
     torch: str
     """Version of torch."""
     compile: bool = False
     """Whether the network was compiled."""
     ranks: int = Field(1, exclude_if=lambda count: count == 1)
-    """Processes that shared each batch, in training."""
+    """Number of training processes that shared each batch."""
 
     def differences(self, other: "Fingerprint") -> str:
-        """What differs, as ``field: this → that``; empty if nothing does."""
+        """List the fields that differ, as ``field: this → that``; empty if none do."""
         mine, theirs = dict(self), dict(other)
         return ", ".join(f"{name}: {mine[name]} → {theirs[name]}" for name in mine if mine[name] != theirs[name])
 
 
 def resolve_precision(precision: Precision, device: torch.device = CPU) -> Literal["bf16", "fp32"]:
-    """``auto`` is bf16 where ``device`` multiplies it natively, and fp32 elsewhere."""
+    """Resolve a precision: ``auto`` is bf16 if ``device`` supports it natively, else fp32."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -47,14 +47,14 @@ def resolve_precision(precision: Precision, device: torch.device = CPU) -> Liter
 
 
 def autocast(precision: Precision, device: torch.device = CPU) -> AbstractContextManager[object]:
-    """The context in which a network on ``device`` computes in ``precision``."""
+    """Create the autocast context for ``precision`` on ``device``."""
     if resolve_precision(precision, device) == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
 
 
 def fingerprint(batch: int, precision: Precision, device: DeviceName) -> Fingerprint:
-    """The fingerprint of this process for compute batches of ``batch`` images."""
+    """Make the fingerprint of this process for compute batches of ``batch`` images."""
     where = resolve_device(device)
     return Fingerprint(
         batch=batch,

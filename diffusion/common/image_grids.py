@@ -1,4 +1,4 @@
-"""Contact sheets, many small images as one that can be looked at, and how images become PNG files."""
+"""Image grids and PNG encoding."""
 
 import io
 import math
@@ -12,15 +12,18 @@ from torch import Tensor
 
 from diffusion.common.files import write_bytes
 
-if TYPE_CHECKING:  # matplotlib is slow to load, and training draws only grids
+if TYPE_CHECKING:  # matplotlib is slow to import, and training needs only grids
     from matplotlib.figure import Figure
 
 
 def grid(images: Tensor, columns: int | None = None, pad: int = 2, scale: int | None = None) -> Image.Image:
-    """Lay out ``images``, (N, C, H, W) uint8 with C 1 or 3, row by row on a white sheet.
+    """Arrange images row by row on a white background.
 
-    ``columns``: default as square as possible. ``pad``: white pixels between and around the images.
-    ``scale``: whole-number enlargement without smoothing; default: images of some 64 pixels.
+    Args:
+        images: (N, C, H, W) uint8 with C 1 or 3.
+        columns: Images per row; default: as square as possible.
+        pad: White pixels between and around the images.
+        scale: Integer enlargement without smoothing; default: to about 64 pixels.
     """
     count, channels, height, width = images.shape
     columns = columns or max(1, math.ceil(math.sqrt(count)))
@@ -36,23 +39,23 @@ def grid(images: Tensor, columns: int | None = None, pad: int = 2, scale: int | 
 
 
 def image_of(image: Tensor) -> Image.Image:
-    """``image``, (C, H, W) uint8 with C 1 or 3."""
+    """Convert ``image``, (C, H, W) uint8 with C 1 or 3, to Pillow."""
     return Image.fromarray(image.permute(1, 2, 0).squeeze(-1).contiguous().cpu().numpy())
 
 
 def beside(*sets: Tensor) -> Tensor:
-    """Sets of as many images, each (N, C, H, W), as one in which those of a number stand together."""
+    """Interleave sets of N images, each (N, C, H, W): the first of every set, then the second of every set."""
     return torch.stack(sets, dim=1).flatten(0, 1)
 
 
 def blocks(small: Tensor, size: int) -> Tensor:
-    """``small``, (N, C, h, h), at ``size``, a multiple of h: each pixel a block, as it is."""
+    """Enlarge ``small``, (N, C, h, h), to ``size``, a multiple of h, by repeating pixels."""
     scale = size // small.shape[-1]
     return small.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
 
 
 def above(images: Tensor, others: Tensor, columns: int = 8, scale: int | None = None) -> Image.Image:
-    """``images``, each above its counterpart in ``others``, both (N, C, H, W) uint8, as far as rows are full."""
+    """Arrange ``images`` above their counterparts in ``others``, both (N, C, H, W) uint8, in full rows only."""
     columns = min(columns, len(images))
     full = len(images) // columns * columns
     rows = zip(torch.split(images[:full], columns), torch.split(others[:full], columns), strict=True)
@@ -60,7 +63,7 @@ def above(images: Tensor, others: Tensor, columns: int = 8, scale: int | None = 
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """``image`` as the bytes of a PNG file; equal images give equal bytes."""
+    """Encode ``image`` as PNG; equal images give equal bytes."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
@@ -72,7 +75,7 @@ def save_png(path: Path, image: Image.Image) -> str:
 
 
 def figure_png(figure: "Figure", dpi: int = 160) -> bytes:
-    """``figure`` as the bytes of a PNG file, without the time or the version that drew it."""
+    """Encode ``figure`` as PNG, without creation time or software version."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor=figure.get_facecolor(), metadata={"Software": None})
     return buffer.getvalue()

@@ -1,14 +1,14 @@
-"""How long work tells how far it is, without knowing who is looking."""
+"""Progress callbacks of long-running work."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called now and then by long work; whoever watches derives rate and time left."""
+    """Callback that long-running work calls from time to time; the receiver derives rate and time left."""
 
     def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
-        """``done`` of ``total`` units (images, steps; None: unknown) of ``what`` are finished."""
+        """Report ``done`` of ``total`` units (images, steps; None: unknown) of ``what``."""
 
 
 def silent(what: str, done: int, total: int | None, note: str = "") -> None:
-    """Nobody is looking."""
+    """Ignore all progress."""

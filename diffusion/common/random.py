@@ -1,8 +1,7 @@
-"""Random numbers that depend on what they are for, and on nothing else.
+"""Counter-based random numbers: pure functions of (seed, stream, index).
 
-Every draw is a pure function of (seed, stream, index), where the index counts images: the global
-sample index in training, the image's number in sampling. So neither workers, ranks, chunks nor a
-restart can change it. The generator is the counter-based Philox (Salmon et al., SC 2011).
+The index counts images: the global sample index in training, the image's number in sampling. So
+workers, ranks, chunks and restarts do not change them. The generator is Philox (Salmon et al., SC 2011).
 """
 
 from collections.abc import Sequence
@@ -15,28 +14,28 @@ from diffusion.common.files import sha256_bytes
 
 
 def generator(seed: int, stream: str, index: int) -> np.random.Generator:
-    """The generator of draw number ``index`` of a named ``stream``; different arguments never overlap."""
+    """Create the generator for ``index`` of a named ``stream``; different arguments never overlap."""
     stream_key = int(sha256_bytes(stream.encode())[:16], 16)
     key = np.array([seed % 2**64, stream_key], dtype=np.uint64)
-    # The two low words count the draws inside one index, so 2^128 of them are free of overlap.
+    # The two low words count the blocks within one index, so 2^128 of them are free of overlap.
     counter = np.array([0, 0, index, 0], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def permutation(seed: int, stream: str, index: int, length: int) -> np.ndarray:
-    """A permutation of 0 … length−1 as (length,) int64."""
+    """Sample a permutation of 0 … length−1 as (length,) int64."""
     return generator(seed, stream, index).permutation(length)
 
 
 def uniform(seed: int, stream: str, indices: Sequence[int]) -> Tensor:
-    """One number in [0, 1) for each index, as (len(indices),) float64."""
+    """Sample one number in [0, 1) for each index, as (len(indices),) float64."""
     return torch.tensor([generator(seed, stream, index).random() for index in indices], dtype=torch.float64)
 
 
 class GaussianNoise:
-    """Standard Gaussian noise with an independent, endless sequence for each image.
+    """Standard Gaussian noise with an independent, unlimited sequence for each image.
 
-    Call it for the next tensor of the sequence: (len(indices), *shape) float32.
+    Each call returns the next tensor of the sequence: (len(indices), *shape) float32.
     """
 
     def __init__(self, seed: int, stream: str, indices: Sequence[int], shape: tuple[int, ...]) -> None:
@@ -44,6 +43,6 @@ class GaussianNoise:
         self.shape = shape
 
     def __call__(self) -> Tensor:
-        """The next noise of every image."""
-        draws = [each.standard_normal(self.shape, dtype=np.float32) for each in self.generators]
-        return torch.from_numpy(np.stack(draws))
+        """Sample the next noise of every image."""
+        noise = [each.standard_normal(self.shape, dtype=np.float32) for each in self.generators]
+        return torch.from_numpy(np.stack(noise))

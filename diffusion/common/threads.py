@@ -1,10 +1,10 @@
-"""Computing side by side: each lane is one thread on one core, whatever it computes.
+"""Worker threads of one core each, with torch's intra-operation parallelism off.
 
-Torch would rather split each operation over the cores. Networks as small as ours then spend their time
-waiting for each other thousands of times a second, and if anything else runs on the machine, each wait
-may take a time slice: measured on two cores with one busy neighbour, training fell from 420 to under
-10 images a second, and with two lanes from 430 to 150. And because an operation on one thread always
-adds in the same order, the number of cores changes no bits.
+By default torch splits each operation over the cores. With small networks the threads then synchronize
+thousands of times a second, and if another process is busy, each wait may take a time slice: measured on
+two cores with one busy neighbour, training fell from 420 to under 10 images a second, and with two worker
+threads from 430 to 150. As an operation on one thread always adds in the same order, results do not
+depend on the number of cores.
 """
 
 import os
@@ -17,9 +17,9 @@ import torch
 
 
 class _Unsplit:
-    """Torch splits no operation as long as anybody is inside, in whatever thread; the last one puts back what was.
+    """Reentrant context manager that limits torch to one thread per operation, shared by all threads.
 
-    How many threads torch uses is one number for the whole process, which several at a time cannot each put back.
+    The number is global to the process: the first entry saves it, the last exit restores it.
     """
 
     def __init__(self) -> None:
@@ -46,15 +46,15 @@ _UNSPLIT = _Unsplit()
 
 @contextmanager
 def lanes(count: int | None = None) -> Iterator[ThreadPoolExecutor]:
-    """A pool of ``count`` lanes (None: one for each core), inside which torch splits no operation."""
+    """Create a pool of ``count`` worker threads (None: one per core), with one torch thread per operation."""
     with (
         _UNSPLIT,
-        # Each new thread has a count of its own, which not all of torch's libraries take over from the first.
+        # Each new thread has its own setting, which some of torch's libraries do not inherit.
         ThreadPoolExecutor(count or cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
         yield pool
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

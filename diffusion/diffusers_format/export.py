@@ -1,4 +1,4 @@
-"""A trained model as a folder that other libraries load."""
+"""Export of trained models to diffusers."""
 
 import shutil
 from pathlib import Path
@@ -45,19 +45,19 @@ HEADER_FIELDS = {
 }
 """The same of a ``ModelHeader``."""
 STOCK = dict.fromkeys(("ddpm", "dpmpp_2m", "dpmpp_2m_sde", "deis", "unipc"), "DDPMPipeline") | {"ddim": "DDIMPipeline"}
-"""The pipeline of diffusers that draws with the scheduler of each sampler: the others' want their noise scaled."""
+"""Stock pipeline of each sampler; the schedulers of other samplers need scaled noise."""
 
 
 class Exported(Config):
-    """What was written."""
+    """Result of an export."""
 
     folder: Path
     files: dict[str, str]
     """Its files, with the SHA-256 of each."""
     pipeline: str
-    """The class of the pipeline that its index names."""
+    """Class of the pipeline in its index."""
     weights_sha256: str
-    """Digest of the model that it was made of."""
+    """SHA-256 of the exported model file."""
     version: str | None = None
     """The registered version, models:/NAME/NUMBER; null: a file that is none."""
     run_id: str | None = None
@@ -69,17 +69,17 @@ def export_to_diffusers(
 ) -> Exported:
     """Write the model in the file ``weights`` to ``folder`` as a pipeline of diffusers: whole, or not at all.
 
-    Weights are safetensors, all else is JSON, and a README. ``sampling`` is how it is drawn from unless asked
-    otherwise, ``version`` and ``run_id`` the registered model's. The same again changes nothing.
+    Weights are safetensors, all else is JSON, and a README. ``sampling`` is the default sampling
+    options, ``version`` and ``run_id`` those of the registered model. Repeating an export changes nothing.
 
-    Raises UserError if diffusers is not installed, the folder holds something else, or what is asked has no
-    counterpart in diffusers.
+    Raises UserError if diffusers is not installed, the folder holds something else, or the model or an option
+    has no counterpart in diffusers.
     """
     model = load_model(weights)
     require_known(model.header)
     assert isinstance(model, DiffusionModel)
     check_sampling_options(model.config, sampling)
-    if not model.config.text:  # of a model of captions, guidance is told later what to lead to
+    if not model.config.text:  # a model of captions gets its prompts later
         check_sampling(model, sampling, UNCONDITIONAL)
     pipeline = pipeline_of(model, sampling)
     about = Exported(
@@ -109,9 +109,9 @@ def require_known(header: ModelHeader) -> None:
 
 
 def pipeline_of(model: DiffusionModel, sampling: SamplingConfig) -> str:
-    """The pipeline that ``diffusers.DiffusionPipeline`` is to load: one of theirs if it needs to be told nothing."""
-    told = bool(model.classes) or model.config.text
-    return "DarkroomPipeline" if told else STOCK.get(sampling.sampler, "DarkroomPipeline")
+    """Choose the pipeline class: a stock one for unconditional models with a supported sampler."""
+    conditional = bool(model.classes) or model.config.text
+    return "DarkroomPipeline" if conditional else STOCK.get(sampling.sampler, "DarkroomPipeline")
 
 
 def _write(model: DiffusionModel, sampling: SamplingConfig, pipeline: str, folder: Path) -> None:
@@ -155,9 +155,9 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def readme(model: DiffusionModel, sampling: SamplingConfig, about: Exported) -> str:
-    """What a person finds in the folder: how to use it, where it comes from, and what it cannot do."""
+    """Write the README of an export: usage, origin and limitations."""
     header, (channels, size, _) = model.header, model.shape
-    asked = (
+    conditions = (
         f", labels=[{python_literal(model.classes[0])}]"
         if model.classes
         else ', prompts=["…"]'
@@ -186,7 +186,7 @@ With Darkroom's package and its extra `diffusers`, from its repository (PyPI's p
 ```python
 from diffusion.diffusers_format import DarkroomPipeline
 pipe = DarkroomPipeline.from_pretrained({python_literal(about.folder.name)})
-pipe(batch_size=4, seed=0{asked}).images
+pipe(batch_size=4, seed=0{conditions}).images
 ```
 {stock}
 | | |
@@ -197,9 +197,9 @@ pipe(batch_size=4, seed=0{asked}).images
 | trained on | {header.images:,} images seen |
 | weights | SHA-256 of the model file `{about.weights_sha256}` |
 | predicts | {model.config.prediction}, on the schedule {model.config.schedule} of {model.config.steps} levels |
-| drawn with | {sampling.sampler}, {sampling.steps} steps |
+| sampled with | {sampling.sampler}, {sampling.steps} steps |
 
-The weights come under no licence but what the rights in the images of that data set allow. The model draws what it
-was shown, at this size, with its gaps and biases, and may come close to single images: mark what it draws as made by
-a model.
+The weights come under no licence but what the rights in the images of that data set allow. The model reproduces its
+training data, at this size, with its gaps and biases, and may come close to single images: mark what it generates as
+made by a model.
 """

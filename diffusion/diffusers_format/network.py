@@ -1,4 +1,4 @@
-"""A network of ours that diffusers loads, saves, moves and calls as it does its own."""
+"""Darkroom's U-Net as a diffusers model."""
 
 from functools import cached_property
 from typing import Any
@@ -36,24 +36,24 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def of(cls, model: DiffusionModel, sampling: SamplingConfig) -> "DarkroomUNet":
-        """``model``, which is to be drawn from as ``sampling`` says; it keeps weights of its own."""
+        """Copy ``model``, with ``sampling`` as its default sampling options."""
         channels, size, _ = model.shape
         machine = {"compute_batch", "precision", "device"}
         learned = model.config.learned_variance and draws_with_learned_variance(sampling)
-        made: DarkroomUNet = cls(
+        unet: DarkroomUNet = cls(
             sample_size=size,
             in_channels=channels,
             out_channels=(2 if learned else 1) * channels,
             header=model.header.model_dump(mode="json"),
             sampling=sampling.model_dump(mode="json", exclude=machine),
         )
-        made.network.load_state_dict(model.network.state_dict())
-        made.eval()
-        return made
+        unet.network.load_state_dict(model.network.state_dict())
+        unet.eval()
+        return unet
 
     @cached_property
     def header(self) -> ModelHeader:
-        """What is known of the model."""
+        """Header of the model."""
         return ModelHeader.model_validate(self.config.header)
 
     @cached_property
@@ -64,12 +64,12 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @property
     def model(self) -> DiffusionModel:
-        """The same as the rest of this package knows it, with the same weights."""
+        """The model as a ``DiffusionModel`` that shares the weights."""
         return DiffusionModel(self.header, self.network, self.schedule)
 
     @property
     def sampling(self) -> SamplingConfig:
-        """How it is drawn from, unless asked otherwise."""
+        """Default sampling options."""
         return SAMPLING_ADAPTER.validate_python(self.config.sampling)
 
     def forward(
@@ -80,7 +80,7 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         text: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
-        """The clean images in [−1, 1], which diffusers calls a prediction of the ``sample``: (N, C, H, W).
+        """Predict the clean images in [−1, 1], prediction type ``sample`` of diffusers: (N, C, H, W).
 
         ``sample`` is x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, (N, C, H, W), and ``timestep`` t, whole or not, of all or of each
         (N,). ``class_labels`` (N,) are numbers in the sorted classes, one more for any; ``text`` (N, 384) embeddings of
@@ -90,13 +90,15 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         sigma = self.schedule.sigma(t)
         x = sample.float() * (1 + sigma**2).sqrt().float()[:, None, None, None]
-        told = {"label": class_labels, "text": text}
-        x0, v = self.model.denoiser({name: each for name, each in told.items() if each is not None}).answer(x, sigma)
+        conditioning = {"label": class_labels, "text": text}
+        x0, v = self.model.denoiser({name: each for name, each in conditioning.items() if each is not None}).answer(
+            x, sigma
+        )
         answer = torch.cat([x0, v], dim=1) if self.config.out_channels > self.config.in_channels else x0
         answer = answer.to(sample.dtype)
         return UNet2DOutput(sample=answer) if return_dict else (answer,)
 
 
 def draws_with_learned_variance(sampling: SamplingConfig) -> bool:
-    """Whether a network's learned variance is asked for: what is guided is no one network's answer, and has none."""
+    """Whether sampling uses the learned variance, which guided predictions do not have."""
     return isinstance(sampling, DDPMSampling) and sampling.variance is None and not sampling.guides

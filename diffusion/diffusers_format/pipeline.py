@@ -17,7 +17,7 @@ from diffusion.diffusers_format.schedulers import IN_SIGMA, PRECONDITIONED, SDE,
 from diffusion.families.ddpm import denoiser_of
 from diffusion.families.model import Conditioning, DiffusionModel
 from diffusion.generation.config import Conditions
-from diffusion.generation.generate import check_prompts, check_sampling, prompt_embeddings, told_of
+from diffusion.generation.generate import check_prompts, check_sampling, make_conditioning, prompt_embeddings
 from diffusion.process.samplers import DDIMSampling, Denoise, SamplingConfig
 
 Answer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -26,9 +26,9 @@ Options = Callable[[], dict[str, Any]]
 
 
 class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """All that a model of ours was trained for: classes, captions, guidance, by any scheduler of ``SUPPORTED``.
+    """Pipeline for Darkroom models with classes, captions and guidance, for any scheduler of ``SUPPORTED``.
 
-    Another scheduler is made of the one there is: ``pipe.scheduler = UniPCMultistepScheduler.from_config(
+    To use another scheduler: ``pipe.scheduler = UniPCMultistepScheduler.from_config(
     pipe.scheduler.config)``. All visit the noise levels that ``darkroom sample`` does, but for DDPM's and DDIM's.
     """
 
@@ -55,14 +55,14 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw images number 0 to ``batch_size`` − 1 of ``seed``: those of ``darkroom sample``, to 1e-3 in [−1, 1].
+        """Generate images 0 to ``batch_size`` − 1 of ``seed``: those of ``darkroom sample``, to 1e-3 in [−1, 1].
 
         ``labels`` and ``prompts`` are what they show, one for all, or the i-th image the i-th, from the front again
         after the last; without either, classes come as often as the data set has them. What is None is as the folder
         says. ``eta`` is DDIM's alone. With a ``generator`` all noise comes from it, as in stock pipelines, and the seed
         only says which classes. ``output_type`` is pil, np (N, H, W, C) or pt (N, C, H, W), both in [0, 1].
 
-        Raises UserError for what the model was not told of, or would have no effect, and for no images.
+        Raises UserError for conditions without training, options without effect, and a batch size below 1.
         """
         if batch_size < 1:
             raise UserError(f"batch_size = {batch_size}: ask for one image or more")
@@ -81,13 +81,16 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         _check_scheduler(self.scheduler, model)
         device = self._execution_device
         embeddings = prompt_embeddings(model, conditions)
-        told = {name: each.to(device) for name, each in told_of(model, indices, seed, conditions, embeddings).items()}
-        denoise = denoiser_of(model, told, config, embeddings[conditions.negative_prompt].to(device))
-        told_variance = learns(self.scheduler)
-        answer = learned(model, told, config) if told_variance else partial(as_output, self.scheduler, denoise)
+        conditioning = {
+            name: each.to(device)
+            for name, each in make_conditioning(model, indices, seed, conditions, embeddings).items()
+        }
+        denoise = denoiser_of(model, conditioning, config, embeddings[conditions.negative_prompt].to(device))
+        with_variance = learns(self.scheduler)
+        answer = learned(model, conditioning, config) if with_variance else partial(as_output, self.scheduler, denoise)
         start, options = self._noise(model, batch_size, seed, generator, eta)
-        drawn = (self._reversed(model, config, start, answer, options) / 2 + 0.5).clamp(0, 1)
-        images: Any = drawn if output_type == "pt" else drawn.cpu().permute(0, 2, 3, 1).numpy()
+        samples = (self._reversed(model, config, start, answer, options) / 2 + 0.5).clamp(0, 1)
+        images: Any = samples if output_type == "pt" else samples.cpu().permute(0, 2, 3, 1).numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
@@ -166,11 +169,11 @@ def is_random(scheduler: SchedulerMixin, eta: float) -> bool:
 
 
 def learns(scheduler: SchedulerMixin) -> bool:
-    """Whether it wants to be told the variance."""
+    """Whether the scheduler uses a learned variance."""
     return isinstance(scheduler, DDPMScheduler) and str(scheduler.config.variance_type).startswith("learned")
 
 
-def learned(model: DiffusionModel, told: Conditioning, config: SamplingConfig) -> Answer:
+def learned(model: DiffusionModel, conditioning: Conditioning, config: SamplingConfig) -> Answer:
     """The answer with its variance; raises UserError if the network has none, or none that is guided."""
     if not model.config.learned_variance or config.guides:
         raise UserError(
@@ -179,7 +182,7 @@ def learned(model: DiffusionModel, told: Conditioning, config: SamplingConfig) -
         )
 
     def answer(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        x0, v = model.denoiser(told).answer(x, sigma)
+        x0, v = model.denoiser(conditioning).answer(x, sigma)
         return x0, torch.cat([x0, v], dim=1)
 
     return answer

@@ -1,4 +1,4 @@
-"""The schedulers of diffusers that take the steps of our samplers (tests compare them step for step)."""
+"""Diffusers' schedulers that are equivalent to Darkroom's samplers (tests compare them step for step)."""
 
 from typing import Any
 
@@ -34,13 +34,13 @@ from diffusion.process.samplers import (
 from diffusion.process.schedules import NoiseSchedule
 
 WHOLE = (DDPMScheduler, DDIMScheduler)
-"""Those that visit whole times alone."""
+"""Schedulers limited to integral times."""
 PRECONDITIONED = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
-"""Those that make the clean image out of EDM's answer F themselves."""
+"""Schedulers that take EDM's output F instead of the clean image."""
 IN_SIGMA = (EulerDiscreteScheduler, HeunDiscreteScheduler, *PRECONDITIONED)
-"""Those whose state is x_0 + σ ε, as with us; that of the others is x_t."""
+"""Schedulers whose state is x_0 + σ ε, as in Darkroom; that of the others is x_t."""
 SDE = (DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler)
-"""Those that may be configured to add fresh noise."""
+"""Schedulers that can be configured to add fresh noise."""
 OTHERS = (DPMSolverMultistepScheduler, DEISMultistepScheduler, UniPCMultistepScheduler)
 SUPPORTED = (*WHOLE, *IN_SIGMA, *OTHERS)
 
@@ -98,7 +98,7 @@ def _require_counterpart(model: DiffusionModel, sampling: SamplingConfig) -> Non
         )
     if isinstance(sampling, DPMSolverSDESampling) and sampling.eta != 1:
         raise UserError(
-            f"diffusers draws dpmpp_2m_sde with all noise fresh, not with sampling.eta = {sampling.eta:g}: leave it "
+            f"diffusers samples dpmpp_2m_sde with all noise fresh, not with sampling.eta = {sampling.eta:g}: leave it "
             "out, or use sampling.sampler=dpmpp_2m for none"
         )
     if sampling.sampler in ("ddpm", "ddim") and sampling.steps > model.schedule.steps:
@@ -116,9 +116,9 @@ def betas(schedule: NoiseSchedule) -> list[float]:
 
 
 def visited(scheduler: SchedulerMixin, schedule: NoiseSchedule, config: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """Get ``scheduler`` ready for the noise levels of ``config``: its times, and σ at each, which is float64.
+    """Set the noise levels of ``config`` in ``scheduler``; returns its times, and σ at each as float64.
 
-    DDPM and DDIM know whole times alone, and keep to theirs; with as many steps as the schedule has, those are ours.
+    DDPM and DDIM keep their own integral times, which equal Darkroom's if all steps of the schedule are used.
     """
     scheduler.set_timesteps(config.steps)
     if isinstance(scheduler, WHOLE):
@@ -126,7 +126,7 @@ def visited(scheduler: SchedulerMixin, schedule: NoiseSchedule, config: Sampling
     sigmas = config.sigma_grid(schedule)
     if isinstance(scheduler, DEISMultistepScheduler):
         sigmas[-1] = sigmas[-2]  # it cannot go to 0
-    if isinstance(scheduler, HeunDiscreteScheduler):  # which asks twice at each level but the first
+    if isinstance(scheduler, HeunDiscreteScheduler):  # which evaluates twice at each level but the first
         sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
     levels = sigmas[:-1]
     edm = isinstance(scheduler, PRECONDITIONED)

@@ -225,7 +225,7 @@ def _evaluate_champion(
 def _by_generated(ours: ModelEvaluator, theirs: ModelEvaluator | None) -> bool:
     """Whether the gate goes by generated images; if not, both are of one family that is compared by reconstructions."""
     one, other = (each.header.model.family for each in (ours, theirs or ours))
-    return one != other or FAMILIES[one].judged == "drawn"
+    return one != other or FAMILIES[one].evaluated_by == "samples"
 
 
 def _compare(

@@ -485,7 +485,7 @@ class ModelEvaluator:
 
     @cached_property
     def _reconstructed(self) -> tuple[Reconstruction, Tensors] | None:
-        if self.header.model.judged != "reconstructed" and self.header.latents is None:
+        if self.header.model.evaluated_by != "reconstructions" and self.header.latents is None:
             return None
         real = self.real
         rows = real.held_out if self.samples == self.config.samples else real.held_out[: self.samples]

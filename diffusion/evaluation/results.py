@@ -172,7 +172,7 @@ class CheckpointEvaluation(ModelScores):
     @property
     def selection_metric(self) -> SelectionMetric:
         """KID of its images; of an autoencoder, which is there to be built upon, how close images come back."""
-        if FAMILIES[self.family].judged == "reconstructed" and self.reconstruction is not None:
+        if FAMILIES[self.family].evaluated_by == "reconstructions" and self.reconstruction is not None:
             found = self.reconstruction
             return SelectionMetric("reconstruction_psnr", found.psnr, found.psnr_se, found.images, 1)
         scores = self.scores

@@ -1,4 +1,4 @@
-"""Families of models, in one table: each says how a model of its kind is built, trained and sampled from."""
+"""Table of the families of models, each of which builds, trains and samples models of its kind."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ FAMILIES: Mapping[str, Family[Any, Any]] = {
     "gan": GANFamily(),
     "autoregressive": AutoregressiveFamily(),
 }
-"""By ``model.family``."""
+"""Families by ``model.family``."""
 
 
 def family_of(config: FamilyConfig) -> Family[Any, Any]:

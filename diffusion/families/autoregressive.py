@@ -1,4 +1,4 @@
-"""The family autoregressive: a network that says of each pixel how probable its values are, given those before it.
+"""The family autoregressive: the distribution of each pixel given the pixels before it.
 
 A gated PixelCNN (arXiv 1606.05328) with PixelCNN++'s mixtures of logistics (1701.05517): the likelihood is exact.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffusion.common.fingerprint import autocast
 from diffusion.families.base import Batch, TrainingBatch, TrainingData, TrainingObjective
 from diffusion.families.model import Conditioning, Model, ModelHeader, to_uint8
-from diffusion.models.autoregressive import PixelCNN, draw
+from diffusion.models.autoregressive import PixelCNN, sample_images
 from diffusion.models.config import AutoregressiveConfig
 from diffusion.models.discretized_logistics import LEVELS, log_probability, mixtures_of
 from diffusion.models.vae import Latents
@@ -24,40 +24,40 @@ from diffusion.process.samplers import SamplingConfig
 
 @dataclass(frozen=True)
 class AutoregressiveModel(Model):
-    """A network that knows how probable every image is."""
+    """Autoregressive model with an exact likelihood."""
 
     network: PixelCNN
 
     @property
-    def coder(self) -> None:
-        """It works on pixels."""
+    def autoencoder(self) -> None:
+        """None: the model works on pixels."""
         return
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
-        """(C + 1, H, W): of each pixel a number for each value, and one by which the logistic is chosen."""
+        """(C + 1, H, W): a number for each value of a pixel, and one that selects the mixture component."""
         channels, height, width = self.shape
         return channels + 1, height, width
 
 
 def bits_of_pixels(network: nn.Module, x0: Tensor, conditioning: Conditioning, levels: int = LEVELS) -> Tensor:
-    """−log₂ p of each pixel of ``x0``, (N, C, H, W) in [−1, 1], given those before it: (N, H, W) float32."""
-    found = mixtures_of(network(x0, conditioning.get("label")).movedim(1, -1), x0.shape[1])
-    return -log_probability(found, x0.movedim(1, -1), levels) / math.log(2)
+    """Compute −log₂ p of each pixel of ``x0``, (N, C, H, W) in [−1, 1], given those before it: (N, H, W) float32."""
+    mixtures = mixtures_of(network(x0, conditioning.get("label")).movedim(1, -1), x0.shape[1])
+    return -log_probability(mixtures, x0.movedim(1, -1), levels) / math.log(2)
 
 
 @dataclass(frozen=True)
 class ExactLikelihoodObjective(TrainingObjective):
-    """The loss is −log₂ p of an image over the number of its values: bits per dimension, exactly."""
+    """Maximum likelihood: the loss is −log₂ p of an image per value, exact bits per dimension."""
 
     def make_batch(self, x0: Tensor, indices: range, conditioning: Conditioning) -> TrainingBatch:
-        """Add nothing: there is nothing random in the loss."""
+        """Make a batch without random numbers, of which the loss has none."""
         return TrainingBatch(x0, None, None, None, conditioning)
 
     def make_validation_batch(
         self, x0: Tensor, split: str, indices: Sequence[int], conditioning: Conditioning
     ) -> TrainingBatch:
-        """Add nothing: there is nothing random in the loss."""
+        """Make a batch without random numbers, of which the loss has none."""
         return TrainingBatch(x0, None, None, None, conditioning)
 
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
@@ -65,7 +65,7 @@ class ExactLikelihoodObjective(TrainingObjective):
         return bits_of_pixels(network, batch.x0, batch.conditioning).flatten(1).sum(1) / batch.x0[0].numel()
 
     def validation_metrics(self, network: nn.Module, batch: TrainingBatch, losses: Tensor) -> dict[str, float]:
-        """Name the loss as other families' bounds are named."""
+        """Report the loss under the name of other families' bounds."""
         return {"held_out_bits_per_dim_ema": losses.mean().item()}
 
 
@@ -97,15 +97,15 @@ class AutoregressiveFamily:
     def sample(self, model: AutoregressiveModel, batch: Batch, config: SamplingConfig, device: torch.device) -> Tensor:
         """Sample pixel by pixel, each from its own noise."""
         with torch.inference_mode(), autocast(config.precision, device):
-            return to_uint8(draw(model.network, batch.noise(), batch.conditioning.get("label"))).cpu()
+            return to_uint8(sample_images(model.network, batch.noise(), batch.conditioning.get("label"))).cpu()
 
     def passes(self, model: AutoregressiveModel, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
-        """Count one pass in all: each column of the network is computed once."""
+        """List one pass: the cached evaluation computes each column of the network once."""
         return [(1, lambda: model.network(torch.zeros(1, *model.shape)))]
 
     def terms(
         self, model: AutoregressiveModel, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]
     ) -> Terms:
-        """Compute bits exactly."""
+        """Compute exact bits per dimension."""
         bits = bits_of_pixels(model.network, x0, conditioning).double().flatten(1).sum(1) / x0[0].numel()
         return Terms.without_levels(bits, len(bits))

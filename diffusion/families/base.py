@@ -18,19 +18,19 @@ from diffusion.process.samplers import Noise, SamplingConfig
 Config_contra = TypeVar("Config_contra", contravariant=True)
 ModelOf = TypeVar("ModelOf", bound=Model)
 BETAS = (0.9, 0.99)
-"""AdamW's. Its own 0.999 remembers more steps than a run of minutes has to give: measured worse."""
+"""AdamW's decay rates. Its default β₂ of 0.999 averages over more steps than a run of minutes has: measured worse."""
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Facts about the training images that decide how a family learns from them."""
+    """Properties of the training images on which a family's objective depends."""
 
     shape: tuple[int, int, int]
     """(C, H, W) of each image."""
     network_shape: tuple[int, int, int]
     """(C, H, W) of the network's input: the image's, or that of the autoencoder's latents."""
     sigma_data: float
-    """Standard deviation of the values that the network sees."""
+    """Standard deviation of the network's input values."""
     autoencoder: Latents | None = None
     """Encodes images into latents; None: the network works on pixels."""
     classes: int = 0
@@ -39,14 +39,14 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """N images of one training step with everything random about it: a pure function of seed and sample index."""
+    """N images of one training step with its random numbers: a pure function of seed and sample index."""
 
     x0: Tensor
     """Images, (N, C, H, W) in [−1, 1]."""
     t: Tensor | None
     """Time steps, (N,); None: the family has none."""
     noise: Tensor | None
-    """Standard Gaussian, (N, C, H, W) of whatever the family adds noise to; None: it adds none."""
+    """Standard Gaussian noise, (N, C, H, W); None: the family has none."""
     dropout_seeds: Tensor | None
     """(N,) int64; None: no dropout."""
     conditioning: Conditioning
@@ -55,7 +55,7 @@ class TrainingBatch:
         """Copy the batch to ``device``, asynchronously on a GPU."""
         if device.type == "cpu":
             return self
-        # From pinned memory nobody waits for a copy.
+        # Copies from pinned memory are asynchronous.
         return self._map(lambda values: values.pin_memory().to(device, non_blocking=True))
 
     def split(self, count: int) -> list["TrainingBatch"]:
@@ -80,7 +80,7 @@ class Batch:
     noise: Noise
     """Noise of the model's ``noise_shape``, on the model's device."""
     negative: Tensor
-    """(384,), embedding of the negative prompt; zeros: none."""
+    """Embedding of the negative prompt, (384,); zeros: none."""
     edit: Edit | None
     """The image to edit; None: generate from noise alone."""
 
@@ -92,30 +92,30 @@ def unchanged(losses: Tensor, batch: TrainingBatch) -> Tensor:
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """One optimizer's share of a training step: the modules that it trains and the loss that it minimizes."""
+    """Step of one optimizer: the modules that it trains and the loss that it minimizes."""
 
     modules: Mapping[str, nn.Module]
-    """By the name under which a checkpoint stores them; the first names the optimizer as well."""
+    """Modules by their name in checkpoints; the first name is also that of the optimizer."""
     losses: Callable[[TrainingBatch], Tensor]
     """The logged loss of each image, (N,) float32, under autocast."""
     minimized: Callable[[Tensor, TrainingBatch], Tensor] = unchanged
-    """From those losses to what is minimized instead, (N,) float32."""
+    """From the logged losses to the minimized ones, (N,) float32."""
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
-        """All parameters that move; to be asked for when the modules lie where they are trained."""
+        """All trained parameters; to be read after the modules are on their device."""
         return [parameter for module in self.modules.values() for parameter in module.parameters()]
 
 
 class TrainingObjective(Protocol):
-    """How a family learns. The loss of an image is a function of network, image and its own random numbers.
+    """Training objective of a family.
 
-    It depends on no other image, so that sums over threads and processes are those over the batch.
+    The loss of an image depends on no other image, so the batch can be split over threads and processes.
     """
 
     @property
     def betas(self) -> tuple[float, float]:
-        """AdamW's decay rates of both moments."""
+        """AdamW's decay rates of the two moments."""
         return BETAS
 
     def make_batch(self, x0: Tensor, indices: range, conditioning: Conditioning) -> TrainingBatch:
@@ -124,13 +124,13 @@ class TrainingObjective(Protocol):
     def make_validation_batch(
         self, x0: Tensor, split: str, indices: Sequence[int], conditioning: Conditioning
     ) -> TrainingBatch | None:
-        """Add fixed random numbers, for losses that are compared over time; None: such losses have no meaning."""
+        """Add fixed random numbers, for comparable losses over time; None: the losses are not comparable."""
 
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
         """Compute the loss of each image, (N,) float32."""
 
     def validation_metrics(self, network: nn.Module, batch: TrainingBatch, losses: Tensor) -> dict[str, float]:
-        """Compute further metrics of the averaged weights on held-out images, beside their mean loss."""
+        """Compute further metrics of the averaged weights on held-out images."""
 
     def optimizer_steps(self, network: nn.Module) -> list[OptimizerStep]:
         """List the optimizer steps that make up a training step of ``network``, in their order."""
@@ -141,13 +141,13 @@ class Family(Protocol[Config_contra, ModelOf]):
     """A kind of model: builds its network, its training objective and the finished model, and generates with it."""
 
     edits: bool
-    """Whether generation can begin with an image, as it has steps in which to change it."""
+    """Whether its models can edit images, in the steps of a reverse process."""
 
     def make_network(self, config: Config_contra, shape: tuple[int, int, int], classes: int) -> nn.Module:
         """Build a network with random weights for inputs (C, H, W): images, or an autoencoder's latents."""
 
     def forward(self, network: nn.Module, shape: tuple[int, int, int]) -> Tensor:
-        """Compute a scalar as one image in a training step does, in whose graph all weights are."""
+        """Compute a scalar that depends on all weights, as in a training step with one image."""
 
     def make_objective(self, config: Config_contra, training: ObjectiveConfig, data: TrainingData) -> TrainingObjective:
         """Build the objective by which ``config`` learns from ``data``."""
@@ -159,10 +159,10 @@ class Family(Protocol[Config_contra, ModelOf]):
         """Generate images, (N, C, H, W) uint8."""
 
     def passes(self, model: ModelOf, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
-        """List the network passes by which an image is generated: how often, and one of each."""
+        """List the network passes that generate an image, as a count and a function for each kind of pass."""
 
     def terms(self, model: ModelOf, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]) -> Terms:
-        """Compute likelihood terms of images ``x0``, (N, C, H, W) in [−1, 1], number ``indices``.
+        """Compute likelihood terms of images ``x0``, (N, C, H, W) in [−1, 1], with indices ``indices``.
 
-        As ``Kind.likelihood`` says; without one a family has no terms.
+        ``Kind.likelihood`` says of which kind; families without a likelihood return empty terms.
         """

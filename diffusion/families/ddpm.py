@@ -23,14 +23,14 @@ from diffusion.process.samplers import Denoise, Noise, SamplingConfig
 from diffusion.process.schedules import NoiseSchedule, make_schedule
 
 LEVELS = 8
-"""Equal parts of the distribution of noise levels, for each of which the held-out loss is logged."""
+"""Number of equal parts of the distribution of noise levels for which the held-out loss is logged."""
 UNCERTAINTY_FEATURES = 128
 
 
 class Uncertainty(nn.Module):
-    """u(t), with which a loss L becomes L / e^u + u: least where e^u = L (arXiv 2312.02696, equation 21).
+    """Learned uncertainty u(t): a loss L becomes L / e^u + u, minimal at e^u = L (arXiv 2312.02696, equation 21).
 
-    Then the gradients of all noise levels have the same size, whatever their losses are. Starts as u = 0.
+    It equalises the gradients of all noise levels. The initial u is 0.
     """
 
     def __init__(self) -> None:
@@ -38,21 +38,21 @@ class Uncertainty(nn.Module):
         self.weight = nn.Parameter(torch.zeros(UNCERTAINTY_FEATURES))
 
     def forward(self, loss: Tensor, time: Tensor) -> Tensor:
-        """Weigh ``loss`` (N,) at time steps ``time`` (N,), in 0 … T−1; returns what is minimized, (N,)."""
+        """Weight ``loss`` (N,) at time steps ``time`` (N,), in 0 … T−1; returns the minimized loss, (N,)."""
         u = sinusoidal(time, UNCERTAINTY_FEATURES) @ self.weight
         return loss * (-u).exp() + u
 
 
 @dataclass(frozen=True)
 class DenoisingObjective(TrainingObjective):
-    """Samples a noise level and noise for each image; the loss is the weighted squared error of the prediction."""
+    """Denoising: the loss is the weighted squared error of the prediction at a sampled noise level."""
 
     config: ObjectiveConfig
     objective: Objective
     shape: tuple[int, int, int]
-    """(C, H, W) of what noise is added to."""
+    """(C, H, W) of the noise."""
     autoencoder: Latents | None
-    """Encodes images into latents first; None: noise is added to pixels."""
+    """Encodes images into latents; None: noise is added to pixels."""
 
     def make_batch(self, x0: Tensor, indices: range, conditioning: Conditioning) -> TrainingBatch:
         """Sample time steps, noise and dropout seeds."""
@@ -77,8 +77,8 @@ class DenoisingObjective(TrainingObjective):
         x0 = batch.x0
         if self.autoencoder is not None:
             with torch.no_grad():
-                # Each time anew: measured to be 5 to 20 % of a step, and there are no cached latents to go stale, to
-                # be computed twice for mirrored images, or to be deleted when images are taken down.
+                # Not cached: encoding takes 5 to 20 % of a step, while cached latents could go stale, would be needed
+                # twice for mirrored images, and would have to be deleted when images are taken down.
                 x0 = self.autoencoder.encode(x0)
         conditioned = partial(network, draws=batch.dropout_seeds, **batch.conditioning)
         return self.objective.loss(conditioned, x0, batch.t, batch.noise, batch.conditioning.get("low"))
@@ -91,7 +91,7 @@ class DenoisingObjective(TrainingObjective):
         return {f"held_out_loss_ema_level_{number}": part.mean().item() for number, part in enumerate(parts, start=1)}
 
     def optimizer_steps(self, network: nn.Module) -> list[OptimizerStep]:
-        """Train the network alone, or with it the uncertainty of each noise level."""
+        """Train the network, together with the uncertainty of each noise level if configured."""
         losses = partial(self.losses, network)
         if not self.config.learned_uncertainty:
             return [OptimizerStep({"network": network}, losses)]
@@ -106,7 +106,7 @@ class DenoisingObjective(TrainingObjective):
 
 @torch.inference_mode()
 def reverse_process(model: DiffusionModel, batch: Batch, config: SamplingConfig, device: torch.device) -> Tensor:
-    """The images of a compute batch, (N, C, H, W) uint8, of a diffusion model on ``device``."""
+    """Generate the images of a compute batch, (N, C, H, W) uint8, with a diffusion model on ``device``."""
     sigmas = config.sigma_grid(model.schedule)
     denoise = denoiser_of(model, batch.conditioning, config, batch.negative)
     with autocast(config.precision, device):
@@ -116,7 +116,7 @@ def reverse_process(model: DiffusionModel, batch: Batch, config: SamplingConfig,
 
 
 def denoiser_of(model: DiffusionModel, conditioning: Conditioning, config: SamplingConfig, negative: Tensor) -> Denoise:
-    """The model as it is told, led away from what it does when told of no class, and no caption but ``negative``."""
+    """Build the conditional denoiser, guided away from the one with no class and the caption ``negative``."""
     if not config.guides:
         return model.denoiser(conditioning)
     assert config.guidance is not None
@@ -124,7 +124,7 @@ def denoiser_of(model: DiffusionModel, conditioning: Conditioning, config: Sampl
         name: torch.full_like(value, len(model.classes)) if name == "label" else negative.expand_as(value)
         for name, value in conditioning.items()
     }
-    # Only the mixture is clipped: clipped before, both would say the same where images are black or white.
+    # Only the mixture is clipped: clipped estimates would be equal where images are black or white.
     conditional, unconditional = (replace(model.denoiser(each), clip=False) for each in (conditioning, other))
     mixture = guided(conditional, unconditional, config.guidance, config.guidance_interval, config.guidance_rescale)
     return mixture if model.latents is not None else clipped(mixture)
@@ -133,20 +133,20 @@ def denoiser_of(model: DiffusionModel, conditioning: Conditioning, config: Sampl
 def edited(
     model: DiffusionModel, edit: Edit, denoise: Denoise, sigmas: Tensor, noise: Noise, config: SamplingConfig
 ) -> Tensor:
-    """The reverse process from the image of ``edit`` under as much noise as its strength asks for, as uint8.
+    """Run the reverse process from the image of ``edit`` with the noise of its strength; returns uint8.
 
-    In latents those are kept of which all pixels are; the other pixels to be kept are put back at the end.
+    A latent position is kept if all of its pixels are; all kept pixels are restored at the end.
     """
     levels = levels_for(sigmas, edit.strength)
     start = float(levels[0]) * noise()
     known = model.encoded(to_float(edit.seen.to(start.device))[None])
     if edit.kept is not None:
         kept = edit.kept.to(start.device)
-        whole_of = whole(kept, known.shape[-1])
+        latent_mask = whole(kept, known.shape[-1])
         if edit.guided:
-            moved = pigdm(denoise, known, whole_of, model.header.sigma_data)
-            denoise = moved if model.latents is not None else clipped(moved)
-        denoise = replace_known(denoise, known, whole_of)
+            guided_denoise = pigdm(denoise, known, latent_mask, model.header.sigma_data)
+            denoise = guided_denoise if model.latents is not None else clipped(guided_denoise)
+        denoise = replace_known(denoise, known, latent_mask)
 
     sampler = config.build_sampler()
     x = repaint(sampler, denoise, known + start, levels, noise, edit.stretch, edit.resample_steps)
@@ -155,7 +155,7 @@ def edited(
 
 
 def count_evaluations(config: SamplingConfig, schedule: NoiseSchedule) -> int:
-    """Count the evaluations of the network for one image, by running the sampler on a function that only counts."""
+    """Count the network evaluations for one image by running the sampler on a counting function."""
     evaluations = 0
 
     def count(x: Tensor, sigma: Tensor) -> Tensor:
@@ -201,13 +201,13 @@ class DiffusionFamily:
         return reverse_process(model, batch, config, device)
 
     def passes(self, model: DiffusionModel, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
-        """Count the sampler's evaluations of the network, and one pass through the decoder."""
+        """List the sampler's evaluations of the network and one pass through the decoder."""
         x = torch.zeros(1, *model.noise_shape)
         count = count_evaluations(config, model.schedule)
         return [(1, lambda: model.decoded(x)), (count, lambda: self.forward(model.network, model.noise_shape))]
 
     def terms(self, model: DiffusionModel, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]) -> Terms:
-        """Compute losses by noise level and the bound that they add up to; in latents losses alone."""
+        """Compute losses by noise level and the likelihood bound; in latents the losses alone."""
         pixels = model.latents is None
         return denoising_terms(
             model.denoiser(conditioning), model.encoded(x0), model.header.sigma_data, indices, pixels

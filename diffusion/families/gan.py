@@ -1,4 +1,4 @@
-"""The family gan: two networks pitted against each other, by R3GAN's loss and nothing else (arXiv 2501.05441)."""
+"""The family gan: generative adversarial networks with R3GAN's loss (arXiv 2501.05441)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class GANModel(Model):
     network: Generator
 
     @property
-    def coder(self) -> None:
-        """Have no encoder."""
+    def autoencoder(self) -> None:
+        """None: the model works on pixels."""
         return
 
     @property
@@ -41,22 +41,22 @@ class GANModel(Model):
 def gradient_penalties(discriminator: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """Compute D(x) of images (N, …), (N,), and ‖∂D/∂x‖² of each, (N,), differentiable by the weights.
 
-    D of an image must depend on no other. At real images this is R1, at generated ones R2 (arXiv 1801.04406,
-    equation 9, and section 4.1).
+    D of an image must not depend on other images. At real images the penalty is R1, at generated ones R2 (arXiv
+    1801.04406, equation 9, and section 4.1).
     """
     x = x.detach().requires_grad_()
-    # As a view, since torch counts no operations of modules that are given a leaf.
-    said = discriminator(x.view_as(x))
-    (gradient,) = torch.autograd.grad(said.sum(), x, create_graph=True)
-    return said, gradient.float().square().flatten(1).sum(1)
+    # A view, since torch does not count the operations of modules whose input is a leaf.
+    scores = discriminator(x.view_as(x))
+    (gradient,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
+    return scores, gradient.float().square().flatten(1).sum(1)
 
 
 @dataclass(frozen=True)
 class RelativisticObjective(TrainingObjective):
-    """R3GAN's loss: of a real and a generated image, which is more real, with the networks wanting opposite answers.
+    """R3GAN's loss: the relativistic pairing loss (arXiv 1807.00734) with R1 and R2 gradient penalties.
 
-    The relativistic loss of pairs (arXiv 1807.00734) has no minimum in which the generator makes one image only
-    without a gradient away from it; the two penalties make training converge (2501.05441, section 2).
+    The pairing loss leaves no stationary point with mode collapse; the penalties make training converge (2501.05441,
+    section 2).
     """
 
     config: GANConfig
@@ -65,7 +65,7 @@ class RelativisticObjective(TrainingObjective):
 
     @property
     def betas(self) -> tuple[float, float]:
-        """Without momentum, with which two players overshoot each other (β₁ = 0, as in 2501.05441)."""
+        """Decay rates without momentum, which destabilises adversarial training (β₁ = 0, as in 2501.05441)."""
         return 0.0, 0.99
 
     def make_batch(self, x0: Tensor, indices: range, conditioning: Conditioning) -> TrainingBatch:
@@ -74,31 +74,31 @@ class RelativisticObjective(TrainingObjective):
         return TrainingBatch(x0, None, noise, None, conditioning)
 
     def make_validation_batch(self, x0: Tensor, split: str, indices: Sequence[int], conditioning: Conditioning) -> None:
-        """Have none: the loss is relative to a discriminator that learns as well."""
+        """Return None: the loss is relative to a discriminator that learns as well."""
         return
 
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
-        """Compute the generator's loss: the real image is to look no more real than the generated one beside it."""
+        """Compute the generator's loss: softplus of the real score minus the generated one."""
         assert batch.noise is not None
         label = batch.conditioning.get("label")
-        made = network(batch.noise[:, self.config.latent :], label)
+        generated = network(batch.noise[:, self.config.latent :], label)
         with torch.no_grad():
             real = self.discriminator(batch.x0, label)
-        return functional.softplus(real - self.discriminator(made, label))
+        return functional.softplus(real - self.discriminator(generated, label))
 
     def discriminator_losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
-        """Compute the discriminator's loss: the converse, and its gradient penalties at both images."""
+        """Compute the discriminator's loss: the opposite, plus gradient penalties at both images."""
         assert batch.noise is not None
         label = batch.conditioning.get("label")
         with torch.no_grad():
             images = torch.cat([batch.x0, network(batch.noise[:, : self.config.latent], label)])
-        both = None if label is None else label.repeat(2)
-        said, steepness = gradient_penalties(lambda x: self.discriminator(x, both), images)
-        real, made = said.chunk(2)
-        return functional.softplus(made - real) + self.config.gamma / 2 * torch.stack(steepness.chunk(2)).sum(0)
+        labels = None if label is None else label.repeat(2)
+        scores, penalties = gradient_penalties(lambda x: self.discriminator(x, labels), images)
+        real, generated = scores.chunk(2)
+        return functional.softplus(generated - real) + self.config.gamma / 2 * torch.stack(penalties.chunk(2)).sum(0)
 
     def validation_metrics(self, network: nn.Module, batch: TrainingBatch, losses: Tensor) -> dict[str, float]:
-        """Have none."""
+        """Return no further metrics."""
         return {}
 
     def optimizer_steps(self, network: nn.Module) -> list[OptimizerStep]:
@@ -143,9 +143,9 @@ class GANFamily:
             return to_uint8(model.network(batch.noise(), batch.conditioning.get("label"))).cpu()
 
     def passes(self, model: GANModel, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
-        """Count one pass."""
+        """List one pass."""
         return [(1, lambda: model.network(torch.zeros(1, *model.noise_shape)))]
 
     def terms(self, model: GANModel, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]) -> Terms:
-        """Have no likelihood."""
+        """Return empty terms: there is no likelihood."""
         return Terms.without_levels(None, len(x0))

@@ -1,4 +1,4 @@
-"""A trained model: the averaged network with all one needs to know to use it, in one safetensors file."""
+"""Trained models: the averaged network and its header, stored in one safetensors file."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -20,16 +20,16 @@ from diffusion.process.parametrization import Parametrization
 from diffusion.process.schedules import NoiseSchedule
 
 Conditioning = dict[str, Tensor]
-"""What the network is conditioned on, of N images: ``label`` and ``text``, or ``low`` and ``level``, as keywords of
-``UNet.forward``; empty: nothing."""
+"""Conditioning of N images, as keywords of ``UNet.forward``: ``label`` and ``text``, or ``low`` and ``level``; empty:
+unconditional."""
 
 
 class ModelHeader(Config):
-    """What is written beside the weights."""
+    """Metadata stored with the weights."""
 
     format_version: Literal[3] = 3
     model: FamilyConfig
-    """Instead of the path of its autoencoder, if it has one, the digest of that one's weights."""
+    """Configuration of the network, with the digest of the autoencoder's weights in place of its path."""
     channels: Literal[1, 3]
     size: int = Field(ge=1, le=LARGEST_SIZE)
     """Height and width of the images, in pixels."""
@@ -38,28 +38,27 @@ class ModelHeader(Config):
     content_digest: str
     """Digest of the data set."""
     sigma_data: float = Field(1.0, gt=0, le=1e6)
-    """Standard deviation of what the network works on: the data set's images in [−1, 1], what they have beyond small
-    ones that it is shown, or latents."""
+    """Standard deviation of the network's data: images in [−1, 1], residuals of super-resolution, or latents."""
     class_histogram: dict[str, int]
-    """The data set's classes, sorted, and how many images of each it has."""
+    """Number of images of each class of the data set, sorted by class."""
     encoder: TextEncoder | None = None
-    """The text encoder of the captions that the network is conditioned on; None: on none."""
+    """Text encoder of the captions; None: the network has no captions."""
     latents: LatentSpace | None = Field(None, exclude_if=unset)
-    """What the network works on; None: the images themselves."""
+    """Latent space of the network; None: it works on pixels."""
     images: int = Field(ge=0, lt=2**63)
     """Images seen in training."""
     training: dict[str, Any]
-    """The training configuration as it was resolved."""
+    """The resolved training configuration."""
 
 
 class Autoencoder(Protocol):
-    """Images (N, C, H, W), nominally in [−1, 1], to latents (N, c, h, w) and back."""
+    """Encoder and decoder between images (N, C, H, W), nominally in [−1, 1], and latents (N, c, h, w)."""
 
     def encode(self, x: Tensor, /) -> Tensor:
-        """Images to latents."""
+        """Encode images as latents."""
 
     def decode(self, z: Tensor, /) -> Tensor:
-        """Latents to images."""
+        """Decode latents to images."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,8 @@ class Model(ABC):
 
     @property
     @abstractmethod
-    def coder(self) -> Autoencoder | None:
-        """What it has between images and latents; None: it works on images."""
+    def autoencoder(self) -> Autoencoder | None:
+        """Autoencoder between images and latents; None: the model works on pixels."""
 
     @property
     @abstractmethod
@@ -91,11 +90,11 @@ class Model(ABC):
 
     @property
     def classes(self) -> list[str]:
-        """The classes that it is conditioned on; empty: on none."""
+        """Classes that it is conditioned on; empty: none."""
         return classes_of(self.config, self.header.class_histogram)
 
     def on(self, device: torch.device) -> Self:
-        """The same with its network on ``device``; this one stays where it is."""
+        """Copy the model to ``device``."""
         if device == next(self.network.parameters()).device:
             return self
         return replace(self, network=copy.deepcopy(self.network).to(device))
@@ -103,12 +102,12 @@ class Model(ABC):
 
 @dataclass(frozen=True)
 class DiffusionModel(Model):
-    """A network that takes noise away, from images or from their latents."""
+    """Diffusion model of images or of their latents."""
 
     network: UNet
     schedule: NoiseSchedule
     latents: Latents | None = None
-    """Where the network works on latents, what leads there and back."""
+    """Autoencoder of latent diffusion; None: the network works on pixels."""
 
     @property
     def config(self) -> ModelConfig:
@@ -117,8 +116,8 @@ class DiffusionModel(Model):
         return self.header.model
 
     @property
-    def coder(self) -> Latents | None:
-        """What leads to latents and back, if the network works on latents."""
+    def autoencoder(self) -> Latents | None:
+        """Autoencoder of latent diffusion; None: the network works on pixels."""
         return self.latents
 
     @property
@@ -127,28 +126,28 @@ class DiffusionModel(Model):
         return self.header.latents.shape if self.header.latents else self.shape
 
     def on(self, device: torch.device) -> Self:
-        """The same with its networks on ``device``; this one stays where it is."""
+        """Copy the model and its autoencoder to ``device``."""
         moved = super().on(device)
         if self.latents is None or self.latents.mean.device == device:
             return moved
         return replace(moved, latents=copy.deepcopy(self.latents).to(device))
 
     def decoded(self, x: Tensor) -> Tensor:
-        """What the reverse process holds, (N, *noise_shape), as images (N, C, H, W), nominally in [−1, 1]."""
+        """Decode states of the reverse process, (N, *noise_shape), to images (N, C, H, W), nominally in [−1, 1]."""
         return x if self.latents is None else self.latents.decode(x)
 
     def encoded(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) in [−1, 1] as the reverse process would hold them, (N, *noise_shape)."""
+        """Encode images (N, C, H, W) in [−1, 1] as states of the reverse process, (N, *noise_shape)."""
         return images if self.latents is None else self.latents.encode(images)
 
     def denoiser(self, conditioning: Conditioning | None = None) -> Denoiser:
-        """The model as a function from a noisy image and its σ to the clean one, ``conditioning`` as of one batch."""
+        """Build the denoiser of the model for batches with ``conditioning``."""
         parametrization = Parametrization(self.config.prediction, self.header.sigma_data)
         return Denoiser(
             partial(self.network, **(conditioning or {})),
             self.schedule,
             parametrization,
-            # Latents have no range.
+            # Latents are unbounded.
             clip=self.latents is None,
             learned_variance=self.config.learned_variance,
             around=(conditioning or {}).get("low"),
@@ -156,15 +155,15 @@ class DiffusionModel(Model):
 
 
 def classes_of(config: FamilyConfig, class_histogram: dict[str, int]) -> list[str]:
-    """The classes that a network of this configuration is conditioned on: the data set's, if there are several."""
+    """List the classes that a network is conditioned on: those of the data set, if there are several."""
     return list(class_histogram) if config.conditional and len(class_histogram) > 1 else []
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Stored images, uint8, as the network sees them: float32 in [−1, 1]."""
+    """Convert stored images, uint8, to float32 in [−1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """The network's images, nominally in [−1, 1], as uint8; what lies outside is clipped."""
+    """Convert images, nominally in [−1, 1], to uint8 with clipping."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -19,17 +19,17 @@ from diffusion.process.samplers import SamplingConfig
 from diffusion.process.variance import HALF_A_LEVEL, log_likelihood
 
 LEVELS_TO_ONE = 127.5
-"""Levels of a stored pixel to one of the network's units: see ``diffusion.families.model.to_float``."""
+"""8-bit levels per unit of the network's values: see ``diffusion.families.model.to_float``."""
 
 
 @dataclass(frozen=True)
 class VAEModel(Model):
-    """An autoencoder, which also generates by itself."""
+    """Variational autoencoder, which encodes images and generates them."""
 
     network: VAE
 
     @property
-    def coder(self) -> VAE:
+    def autoencoder(self) -> VAE:
         """The network."""
         return self.network
 
@@ -41,21 +41,21 @@ class VAEModel(Model):
 
 
 def latent_shape(config: VAEConfig, size: int) -> tuple[int, int, int]:
-    """(c, h, w) of the latents of images of ``size`` pixels."""
+    """Compute (c, h, w) of the latents of images of ``size`` pixels."""
     return config.latent_channels, size // config.factor, size // config.factor
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(mean, exp(log_variance)) ‖ N(0, I)) of each image, (N,), of (N, …) each (1312.6114, appendix B)."""
+    """Compute KL(N(mean, exp(log_variance)) ‖ N(0, I)) of each image, (N,) from (N, …) (1312.6114, appendix B)."""
     return 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
 
 
 def negative_log_likelihood(x: Tensor, reconstruction: Tensor, log_scale: Tensor) -> Tensor:
-    """−ln p(x | z) of each image, (N,): every value Gaussian about its reconstruction, (N, …), with one deviation.
+    """Compute −ln p(x | z) of each image, (N,), for Gaussian values around the reconstruction, (N, …).
 
-    ``log_scale``, its logarithm, is learned with the rest: at its best it is the reconstruction's own error, so that
-    the weight of the divergence means the same whatever the contrast of the images (σ-VAE, arXiv 2006.13202). Half a
-    level is the least: pixels are no more exact, and what comes back exactly would drive it to 0.
+    ``log_scale``, the logarithm of their common standard deviation, is learned: its optimum is the reconstruction
+    error, so the weight of the divergence does not depend on the contrast of the images (σ-VAE, arXiv 2006.13202). It
+    is clamped at half a level, the precision of pixels, as exact reconstructions would drive it to −∞.
     """
     log_scale = log_scale.clamp(min=math.log(HALF_A_LEVEL))
     error = (x - reconstruction) * (-log_scale).exp()
@@ -66,13 +66,13 @@ def negative_log_likelihood(x: Tensor, reconstruction: Tensor, log_scale: Tensor
 class EvidenceObjective(TrainingObjective):
     """The negative evidence lower bound, in bits per value, with one sample of the posterior.
 
-    Those are of values rounded as stored pixels are: the density times the width of a level.
+    The bits are those of 8-bit pixels: the density times the width of a level.
     """
 
     config: VAEConfig
     seed: int
     size: int
-    """Of the images, in pixels."""
+    """Height and width of the images, in pixels."""
 
     def make_batch(self, x0: Tensor, indices: range, conditioning: Conditioning) -> TrainingBatch:
         """Sample the posterior's noise."""
@@ -137,16 +137,16 @@ class VAEFamily:
             return to_uint8(model.network.decode(batch.noise())).cpu()
 
     def passes(self, model: VAEModel, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
-        """Count one pass through the decoder."""
+        """List one pass through the decoder."""
         return [(1, lambda: model.network.decode(torch.zeros(1, *model.noise_shape)))]
 
     def terms(self, model: VAEModel, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]) -> Terms:
-        """Compute the bound, which is the training loss but for the weight of the KL term and rounded values."""
+        """Compute the bound: the training loss with weight 1 of the KL term, for rounded values."""
         assert isinstance(model.config, VAEConfig)
         objective = EvidenceObjective(model.config, 0, model.header.size)
         batch = objective.make_validation_batch(x0, "held_out", indices, conditioning).on(x0.device)
         reconstruction, mean, log_variance = model.network(batch.x0, batch.noise)
-        # Not the density that it learns by, which near a value may say more than a level holds.
+        # Not the density of the training loss, which can exceed the probability of a level.
         rounded = log_likelihood(batch.x0.double(), reconstruction.double(), model.network.log_scale.double().exp())
         nats = kl_divergence(mean, log_variance).double() - rounded.flatten(1).sum(1)
         bits = nats / batch.x0[0].numel() / math.log(2)

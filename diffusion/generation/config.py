@@ -1,7 +1,7 @@
-"""What generated images are to show, and the requests for them: one pydantic model for each task.
+"""Conditions and generation requests, one pydantic model per task.
 
-The command line, the flow and the served model all take these. An option that has no effect for a task is no field of
-its request. This module loads without torch.
+The command line, the flow and the served model share them. A request has only the options with an effect for its task.
+This module loads without torch.
 """
 
 from collections.abc import Mapping
@@ -16,29 +16,30 @@ from diffusion.process.samplers import SAMPLERS, SamplingConfig
 
 Task = Literal["sample", "inpaint", "img2img", "interpolate", "upscale"]
 MAX_TEXT_LENGTH = 10_000
-"""Characters of a label or prompt, of which far fewer are read."""
+"""Most characters of a label or prompt; the encoder uses far fewer."""
 MAX_INTEGER = 2**63 - 1
-"""Of seeds and indices, as manifests hold them."""
+"""Largest seed or index that manifests can store."""
 MAX_FILE_BYTES = 64 * 2**20
-"""Size of an image file to begin with."""
+"""Largest size of an input image file, in bytes."""
 
 
 class Conditions(Config):
-    """Labels and prompts: image i shows the i-th label and the i-th prompt, from the front again after the last."""
+    """Labels and prompts: image i has the i-th label and the i-th prompt, in a cycle."""
 
     labels: tuple[str | None, ...] = ()
-    """Names of classes, null: any. None at all: each as often as the data set has it, or with prompts any."""
+    """Class names; null: unconditional. Empty: classes with their frequency in the data set, or unconditional if there
+    are prompts."""
     prompts: tuple[str | None, ...] = ()
-    """In the words of captions, null: unconditional. None at all: unconditional."""
+    """Prompts in the words of captions; null or empty: unconditional."""
     negative_prompt: str | None = None
     """Prompt that guidance leads away from, instead of from the unconditional prediction."""
 
     def label(self, index: int) -> str | None:
-        """The label of image number ``index``."""
+        """Return the label of the image ``index``."""
         return self.labels[index % len(self.labels)] if self.labels else None
 
     def prompt(self, index: int) -> str | None:
-        """The prompt of image number ``index``."""
+        """Return the prompt of the image ``index``."""
         return self.prompts[index % len(self.prompts)] if self.prompts else None
 
     @property
@@ -51,30 +52,30 @@ UNCONDITIONAL = Conditions()
 
 
 class BaseRequest(Config):
-    """Fields that requests of all tasks have; what is left out has its default."""
+    """Fields of the requests of all tasks."""
 
     count: int = Field(1, ge=1)
     """Number of images."""
     seed: int = Field(0, ge=0, le=MAX_INTEGER)
     """Image i of a seed is the same image everywhere."""
     sampler: str | None = None
-    """As sampling.sampler, whose own options then have their defaults; null: as configured."""
+    """As sampling.sampler, with the defaults of its options; null: as configured."""
     steps: int | None = Field(None, ge=2, le=10_000)
     """As sampling.steps; null: as configured."""
 
     @property
     def conditions(self) -> Conditions:
-        """What the images are to show."""
+        """Labels and prompts of the images."""
         return UNCONDITIONAL
 
     @property
     def indices(self) -> range:
-        """The numbers of the images."""
+        """Indices of the images."""
         first = getattr(self, "index", 0)
         return range(first, first + self.count)
 
     def sampling(self, configured: SamplingConfig) -> SamplingConfig:
-        """How the images are sampled; raises UserError if what the request sets makes no sense together."""
+        """Apply the request's options to ``configured``; raises UserError if they contradict each other."""
         guidance = getattr(self, "guidance", None)
         if guidance == 1:
             # Its other options have no effect without guidance.
@@ -89,20 +90,20 @@ class BaseRequest(Config):
 
 
 class ConditionalRequest(BaseRequest):
-    """Fields of tasks whose images may be told what to show."""
+    """Fields of tasks with labels and prompts."""
 
     label: str | None = Field(None, max_length=MAX_TEXT_LENGTH)
-    """Class to show, by its name."""
+    """Name of the class."""
     prompt: str | None = Field(None, max_length=MAX_TEXT_LENGTH)
-    """What to show, in the words of captions."""
+    """Prompt in the words of captions."""
     negative_prompt: str | None = Field(None, max_length=MAX_TEXT_LENGTH)
-    """What guidance leads away from."""
+    """Prompt that guidance leads away from."""
     guidance: float | None = Field(None, ge=0, le=1000)
     """As sampling.guidance; null: as configured, or none if there is no label or prompt."""
 
     @property
     def conditions(self) -> Conditions:
-        """What the images are to show."""
+        """Labels and prompts of the images."""
         return Conditions(
             labels=() if self.label is None else (self.label,),
             prompts=() if self.prompt is None else (self.prompt,),
@@ -111,17 +112,17 @@ class ConditionalRequest(BaseRequest):
 
 
 class IndexedRequest(BaseRequest):
-    """Fields of tasks whose images are numbered from where the request says."""
+    """Fields of tasks whose images start at an index."""
 
     index: int = Field(0, ge=0, le=MAX_INTEGER)
-    """Number of the first image; the others follow."""
+    """Index of the first image; the others follow."""
 
 
 class EditRequest(ConditionalRequest, IndexedRequest):
-    """Fields of tasks that change an image."""
+    """Fields of tasks that edit an image."""
 
     image: bytes
-    """File (PNG, JPEG, WebP …): its middle, a square, scaled, and laid over black if it is transparent."""
+    """Image file (PNG, JPEG, WebP …), center-cropped to a square and scaled; transparency becomes black."""
 
 
 class SampleRequest(ConditionalRequest, IndexedRequest):
@@ -131,46 +132,46 @@ class SampleRequest(ConditionalRequest, IndexedRequest):
 
 
 class InpaintRequest(EditRequest):
-    """A hole in an image filled, with a step's estimate replaced where the image is known (the fast method)."""
+    """Inpainting by replacing the known part of the estimate in each step (the fast method)."""
 
     task: Literal["inpaint"] = "inpaint"
     mask: bytes
-    """File of an image as large as ``image``, white where it is filled, black where it is kept; scaled down, a pixel is
-    kept that stands for hardly any white."""
+    """Image file as large as ``image``, white where it is filled, black where it is kept; after scaling, a pixel is
+    kept if it is nearly black."""
     strength: float = Field(1.0, allow_inf_nan=False)
-    """How much is changed, above 0 and at most 1."""
+    """Strength of the change, above 0 and at most 1."""
     method: Literal["replace"] = "replace"
-    """Replace the known part of the image at each step."""
+    """Replace the known part of the image in each step."""
 
 
 class RepaintRequest(InpaintRequest):
-    """A hole in an image filled with resampling (RePaint), so that it fits what lies around it."""
+    """Inpainting with resampling (RePaint), which fits the hole better to its surroundings."""
 
     method: Literal["repaint"] = "repaint"  # type: ignore[assignment]
-    """Repeat stretches of steps."""
+    """Resample: repeat stretches of steps."""
     resample_steps: int = Field(5, ge=2, le=100)
-    """How often each stretch of steps is repeated; so many times the work."""
+    """How often each stretch of steps is run, which multiplies the work."""
 
 
 class PiGDMRequest(InpaintRequest):
-    """A hole in an image filled with each step guided by a gradient (ΠGDM), for 2.5 times the work."""
+    """Inpainting guided by a gradient in each step (ΠGDM), for 2.5 times the work."""
 
     method: Literal["pigdm"] = "pigdm"  # type: ignore[assignment]
     """Guide each step by a gradient."""
     resample_steps: int = Field(1, ge=1, le=100)
-    """How often each stretch of steps is repeated besides, as in RePaint."""
+    """How often each stretch of steps is run, as in RePaint."""
 
 
 class Img2ImgRequest(EditRequest):
-    """An image made anew, more or less like it (SDEdit)."""
+    """Image-to-image generation (SDEdit): a variation of an image."""
 
     task: Literal["img2img"] = "img2img"
     strength: float = Field(0.6, allow_inf_nan=False)
-    """How much is changed, above 0 and below 1: at 0.6 much is new, and the image is still recognised."""
+    """Strength of the change, above 0 and below 1; at 0.6 the image is still recognisable."""
 
 
 class InterpolateRequest(ConditionalRequest):
-    """Images between those of two seeds."""
+    """Interpolation between the images of two seeds."""
 
     task: Literal["interpolate"] = "interpolate"
     to_seed: int = Field(ge=0, le=MAX_INTEGER)
@@ -178,15 +179,15 @@ class InterpolateRequest(ConditionalRequest):
 
 
 class UpscaleRequest(IndexedRequest):
-    """A small image made large, several times if the count says so."""
+    """Super-resolution of a small image, in ``count`` versions."""
 
     task: Literal["upscale"] = "upscale"
     image: bytes
-    """File (PNG, JPEG, WebP …), used as it is."""
+    """Image file (PNG, JPEG, WebP …), used without scaling."""
 
 
 def _task_and_method(given: Any) -> str:
-    """The tag of a request: its task, or for inpainting the method that has options of its own."""
+    """Return the tag of a request: its task, or the method of inpainting if it has its own options."""
     if isinstance(given, BaseModel):
         given = {name: getattr(given, name, None) for name in ("task", "method")}
     task = given.get("task", "sample")
@@ -212,14 +213,13 @@ REQUESTS: Mapping[Task, type[BaseRequest]] = {
     "interpolate": InterpolateRequest,
     "upscale": UpscaleRequest,
 }
-"""The request of each task, for inpainting the one with the most fields."""
+"""Request class of each task; for inpainting the one with the most fields."""
 
 
 def make_request(fields: Mapping[str, Any]) -> GenerationRequest:
-    """The request with these ``fields``, as from a row of a table, where None stands for what is left out.
+    """Make the request with these ``fields``, as from a row of a table; None means left out.
 
-    Raises UserError for an unknown field, a value out of range, one that has no effect for the task, and for one that
-    the task needs and does not get.
+    Raises UserError for an unknown, missing or ineffective field, or a value out of range.
     """
     given = {name: value for name, value in fields.items() if value is not None}
     task = given.get("task", "sample")
@@ -252,7 +252,7 @@ def _describe_error(task: Task, error: ValidationError) -> str:
 
 
 def read_request(fields: Mapping[str, Any], image: Path | None = None, mask: Path | None = None) -> GenerationRequest:
-    """``make_request`` with the images in those files; raises UserError also for a file that cannot be read."""
+    """Make a request with image files; raises UserError as ``make_request`` does, and for unreadable files."""
     files = {name: _read(path, name) for name, path in (("image", image), ("mask", mask)) if path is not None}
     return make_request({**fields, **files})
 

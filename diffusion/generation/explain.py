@@ -1,4 +1,4 @@
-"""Explain: images of what diffusion does, from a real image and a trained model."""
+"""Figures that explain how a trained model works on a real image."""
 
 import io
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from diffusion.families.gan import GANModel
 from diffusion.families.model import Conditioning, DiffusionModel, Model, to_float, to_uint8
 from diffusion.families.vae import VAEModel
 from diffusion.generation.config import Conditions
-from diffusion.generation.generate import interpolate, reconstructed, told_of
+from diffusion.generation.generate import interpolate, make_conditioning, reconstructed
 from diffusion.generation.super_resolution import task_of
 from diffusion.process.samplers import sampling_config
 from diffusion.process.schedules import NoiseSchedule
@@ -29,11 +29,11 @@ from diffusion.process.schedules import NoiseSchedule
 INTERPOLATED = 8
 """Images of a GAN from one seed to another."""
 MOST_BITS = 8
-"""Bits per value that the figure of an autoregressive model shows as white."""
+"""Bits per value shown as white in the figure of an autoregressive model."""
 FRAMES = 8
 """Images in a strip."""
 REVERSE_STEPS = 40
-"""Steps of the sampler shown: more than it needs, so that its way from noise to image is seen evenly."""
+"""Steps of the sampler: more than it needs, for an even sequence from noise to image."""
 NOISE_RANGE = 3.0
 """Noise is shown from minus this, black, to this, white."""
 INK, MUTED, SIGNAL, NOISE = "#1c1f23", "#5c6570", "#2563eb", "#b9c0c8"
@@ -41,17 +41,17 @@ INK, MUTED, SIGNAL, NOISE = "#1c1f23", "#5c6570", "#2563eb", "#b9c0c8"
 
 @dataclass(frozen=True)
 class View:
-    """How what a model works on is shown."""
+    """Conversion of a model's states to images for display."""
 
     image: Callable[[Tensor], Tensor] = to_uint8
     """(C, H, W) float32 to an image, uint8."""
     words: str = ""
-    """What to say of that."""
+    """Suffix of the titles."""
 
 
 @dataclass(frozen=True)
 class Forward:
-    """An image at growing time steps; K of them."""
+    """An image in the forward process at K time steps."""
 
     steps: list[int]
     alpha_bars: list[float]
@@ -61,7 +61,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """What happens to one image in one step of training; all tensors are (C, H, W) float32."""
+    """One image in a training step; all tensors are (C, H, W) float32."""
 
     step: int
     alpha_bar: float
@@ -69,7 +69,7 @@ class TrainingStep:
     noise: Tensor
     mixture: Tensor
     predicted: Tensor
-    """The noise that the network's output stands for, whatever it predicts."""
+    """Predicted noise, for any prediction type."""
 
     @property
     def difference(self) -> Tensor:
@@ -84,18 +84,18 @@ class TrainingStep:
 
 @dataclass(frozen=True)
 class Reverse:
-    """A sampler on its way from noise to an image; K of its moments."""
+    """K steps of a reverse process."""
 
     numbers: list[int]
-    """Which of the sampler's steps, from 1."""
+    """Numbers of the steps, from 1."""
     total: int
-    """Steps the sampler takes."""
+    """Number of steps of the sampler."""
     steps: list[float]
     """Time steps t, falling."""
     images: Tensor
     """x_t: (K, C, H, W) float32."""
     estimates: Tensor
-    """What the model takes the image to be: (K, C, H, W) float32."""
+    """Estimates of the image: (K, C, H, W) float32."""
     result: Tensor
     """(C, H, W) float32."""
 
@@ -110,9 +110,9 @@ def explain(model: Model, image: Tensor, output: Path, seed: int = 0) -> list[Pa
             sheet = above(image[None], reconstructed(model, image[None], sampling_config()), scale=4)
         case GANModel():
             path = output / "way.png"
-            asks = [Conditions(labels=(name,)) for name in model.classes] or [Conditions()]
+            conditions = [Conditions(labels=(name,)) for name in model.classes] or [Conditions()]
             config = sampling_config(compute_batch=INTERPOLATED)
-            rows = [interpolate(model, seed, seed + 1, INTERPOLATED, config, conditions=each) for each in asks]
+            rows = [interpolate(model, seed, seed + 1, INTERPOLATED, config, conditions=each) for each in conditions]
             sheet = grid(torch.cat(rows), columns=INTERPOLATED)
         case AutoregressiveModel():
             path = output / "surprise.png"
@@ -135,16 +135,16 @@ def explain_diffusion(model: DiffusionModel, image: Tensor, output: Path, seed: 
     if tuple(image.shape) != model.shape:
         theirs, ours = ("×".join(map(str, shape)) for shape in (image.shape, model.shape))
         raise UserError(
-            f"the image is {theirs} and the model draws {ours} (channels × height × width): "
+            f"the image is {theirs} and the model generates {ours} (channels × height × width): "
             "take one from the data set that the model was trained on"
         )
-    x0, told = model.encoded(to_float(image)[None])[0], task_of(model.config).conditioning(image[None]) or None
+    x0, conditioning = model.encoded(to_float(image)[None])[0], task_of(model.config).conditioning(image[None]) or None
     noise = GaussianNoise(seed, "explain", [0], model.noise_shape)()[0]
     view = view_of(model)
     figures = {
         "forward.png": draw_forward(forward(model.schedule, x0, noise), model.schedule, view),
-        "training_step.png": draw_training_step(training_step(model, x0, noise, told), view),
-        "reverse.png": draw_reverse(reverse(model, seed, told), view),
+        "training_step.png": draw_training_step(training_step(model, x0, noise, conditioning), view),
+        "reverse.png": draw_reverse(reverse(model, seed, conditioning), view),
     }
     for name, figure in figures.items():
         write_bytes(output / name, figure_png(figure))
@@ -157,14 +157,14 @@ def reverse_process_strip(model: DiffusionModel, conditioning: Conditioning | No
 
 
 def view_of(model: DiffusionModel) -> View:
-    """Images as they are; latents as the autoencoder decodes them, however noisy."""
+    """Make the view of ``model``: latents are shown decoded, however noisy."""
     if model.latents is None:
         return View()
     return View(lambda x: to_uint8(model.decoded(x[None]))[0], " (in latents: shown decoded)")
 
 
 def forward(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, count: int = FRAMES) -> Forward:
-    """``x0``, (C, H, W) in [−1, 1], mixed with ``noise`` at ``count`` time steps spread evenly from 0 to T−1."""
+    """Mix ``x0``, (C, H, W) in [−1, 1], with ``noise`` at ``count`` time steps spread evenly from 0 to T−1."""
     t = torch.linspace(0, schedule.steps - 1, count).round().long()
     images = schedule.q_sample(x0.expand(count, -1, -1, -1), t, noise.expand(count, -1, -1, -1))
     return Forward(t.tolist(), schedule.alphas_cumprod[t].tolist(), images)
@@ -174,10 +174,7 @@ def forward(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, count: int = FRA
 def training_step(
     model: DiffusionModel, x0: Tensor, noise: Tensor, conditioning: Conditioning | None = None
 ) -> TrainingStep:
-    """One step on ``x0``, (C, H, W) in [−1, 1].
-
-    At the time where image and noise weigh the same.
-    """
+    """Run one step on ``x0``, (C, H, W) in [−1, 1], at the time with equal weights of image and noise."""
     schedule = model.schedule
     t = (schedule.alphas_cumprod - 0.5).abs().argmin()
     sigma = schedule.sigmas[t].float()
@@ -195,18 +192,18 @@ def training_step(
 
 @torch.inference_mode()
 def reverse(model: DiffusionModel, seed: int, conditioning: Conditioning | None = None, count: int = FRAMES) -> Reverse:
-    """The default sampler drawing image 0 of ``seed``, at up to ``count`` moments spread evenly in time t.
+    """Record the default sampler on image 0 of ``seed`` at up to ``count`` steps spread evenly in time t.
 
-    ``conditioning``: the network's; None: sampled as for any generated image.
+    ``conditioning`` None: as for any generated image.
     """
     sigmas = model.schedule.sigma_grid(REVERSE_STEPS)
-    denoiser = model.denoiser(told_of(model, [0], seed) if conditioning is None else conditioning)
+    denoiser = model.denoiser(make_conditioning(model, [0], seed) if conditioning is None else conditioning)
     noise = GaussianNoise(seed, "sampling", [0], model.noise_shape)
     seen: list[tuple[Tensor, Tensor]] = []
     result = sampling_config().run(denoiser, sigmas, noise, lambda i, x, x0_hat: seen.append((x, x0_hat)))
     times = model.schedule.time(sigmas[:-1])
-    wanted = torch.linspace(float(times[0]), float(times[-1]), count)
-    chosen = torch.unique((times - wanted[:, None]).abs().argmin(1))
+    targets = torch.linspace(float(times[0]), float(times[-1]), count)
+    chosen = torch.unique((times - targets[:, None]).abs().argmin(1))
     # The sampler's x is x_0 + σ ε; times √ᾱ = 1/√(1 + σ²) it is the forward process' x_t.
     scale = (1 + sigmas[chosen] ** 2).sqrt().float()[:, None, None, None]
     return Reverse(
@@ -220,7 +217,7 @@ def reverse(model: DiffusionModel, seed: int, conditioning: Conditioning | None 
 
 
 def draw_forward(frames: Forward, schedule: NoiseSchedule, view: View) -> Figure:
-    """The strip, and below it ᾱ over time: each image stands above its own time step."""
+    """Plot the images above a curve of ᾱ, each at its time step."""
     figure = Figure(figsize=(12.0, 4.9), facecolor="#ffffff")
     formula = r"$x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\varepsilon$"
     _title(figure, f"The forward process: an image turns into noise{view.words}", formula)
@@ -258,14 +255,14 @@ def _alpha_bar_curve(axes: Axes, frames: Forward, schedule: NoiseSchedule) -> No
 
 
 def draw_training_step(step: TrainingStep, view: View) -> Figure:
-    """Five panels that read like an equation."""
+    """Plot a training step as an equation of five panels."""
     figure = Figure(figsize=(12.0, 4.0), facecolor="#ffffff")
     about = rf"at $t$ = {step.step}, where $\bar\alpha$ = {step.alpha_bar:.3f}: image and noise weigh the same"
     _title(figure, f"One step of training: tell the noise from the image{view.words}", about)
     signal, spread = step.alpha_bar**0.5, (1 - step.alpha_bar) ** 0.5
     panels = [
         (view.image(step.image), "image $x_0$", f"from the data set, × {signal:.3f}", ""),
-        (_noise_image(step.noise), r"noise $\varepsilon$", f"drawn at random, × {spread:.3f}", "+"),
+        (_noise_image(step.noise), r"noise $\varepsilon$", f"sampled, × {spread:.3f}", "+"),
         (view.image(step.mixture), "mixture $x_t$", "all that the network sees", "="),
         (_noise_image(step.predicted), r"predicted noise $\hat\varepsilon$", "the network's answer", "→"),
         (_noise_image(step.difference), r"$\hat\varepsilon - \varepsilon$", "what it got wrong", "−ε ="),
@@ -287,7 +284,7 @@ def draw_training_step(step: TrainingStep, view: View) -> Figure:
 
 
 def draw_reverse(frames: Reverse, view: View) -> Figure:
-    """Above, what the sampler holds; below, what the model takes it to be; at the end, the image."""
+    """Plot the states above the estimates of the image, and the result at the end."""
     figure = Figure(figsize=(12.0, 4.3), facecolor="#ffffff")
     about = f"{frames.total} steps; each moves towards the model's estimate of the image, then asks again"
     _title(figure, f"The reverse process: noise turns into an image{view.words}", about)
@@ -337,7 +334,7 @@ def _caption(axes: Axes, first: str, second: str) -> None:
 
 
 def _noise_image(noise: Tensor) -> Tensor:
-    # Of latents as many channels as an image can show.
+    # The first channels of latents, as many as an image can show.
     return to_uint8(noise[: 3 if len(noise) >= 3 else 1] / NOISE_RANGE)
 
 

@@ -1,4 +1,4 @@
-"""Generate images from a trained model: image i of seed s has the same bits whatever else is asked for."""
+"""Generation of images: image i of seed s has the same bits whatever else is requested."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -23,7 +23,7 @@ from diffusion.process.family_options import ineffective_option
 from diffusion.process.samplers import Noise, SamplingConfig
 
 Embeddings = Mapping[str | None, Tensor]
-"""The embedding of each prompt, (384,), and zeros for None."""
+"""Embedding of each prompt, (384,); zeros for None."""
 NO_EMBEDDINGS: Embeddings = {None: torch.zeros(WIDTH)}
 
 
@@ -37,16 +37,23 @@ def sample(
     edit: Edit | None = None,
     at_once: int | None = None,
 ) -> Tensor:
-    """Generate images number ``indices`` of ``seed`` under ``conditions``: (len(indices), C, H, W) uint8.
+    """Generate images of ``seed``: (len(indices), C, H, W) uint8.
 
-    With an ``edit`` they are versions of its image, which must have the model's shape.
+    Image i is always computed as member i mod B of the compute batch i div B (B = ``config.compute_batch``), because
+    floating-point sums change with a batch's shape. Whole multiples of B, starting at one, waste no work.
 
-    Image i is always computed as member i mod B of the compute batch i div B (B = ``config.compute_batch``),
-    with its neighbours beside it, because floating-point sums change with a batch's shape. So asking for
-    whole multiples of B, starting at one, costs nothing extra. ``at_once``: how many of these are computed at the same
-    time on a processor, which changes no bits; None: one on each core.
+    Args:
+        model: The model.
+        indices: Indices of the images.
+        seed: Seed of the noise, and of labels that are not given.
+        config: Sampling options.
+        progress: Progress callback.
+        conditions: Labels and prompts.
+        edit: Image to edit, of the model's shape; None: generate from noise.
+        at_once: Compute batches computed concurrently on a CPU, without effect on the bits; None: one per core.
 
-    Raises UserError for conditions that the model was not trained with, or options that have no effect.
+    Raises:
+        UserError: For conditions that the model was not trained with, or options that have no effect.
     """
     if edit is not None and edit.image.shape != model.shape:
         theirs, ours = ("×".join(map(str, shape)) for shape in (edit.image.shape, model.shape))
@@ -69,16 +76,16 @@ def interpolate(
     progress: Progress = silent,
     conditions: Conditions = UNCONDITIONAL,
 ) -> Tensor:
-    """``count`` images from image 0 of seed ``one`` to that of seed ``other``: (count, C, H, W) uint8.
+    """Generate ``count`` images from image 0 of seed ``one`` to that of seed ``other``: (count, C, H, W) uint8.
 
-    All their noise, fresh noise of the sampler included, lies between that of the two, so that it changes slowly as
-    well. Raises UserError if there is no path between, and as ``sample`` does.
+    All noise, including the sampler's fresh noise, is interpolated between the two. Raises UserError if there is no
+    path between them, and as ``sample`` does.
     """
     check_interpolation(model, one, other, count, conditions)
     shares = torch.linspace(0, 1, count)
 
     def noise(members: range) -> Noise:
-        # Those beyond the last are there to fill the batch.
+        # Members beyond the last image only fill the batch.
         places = shares[torch.tensor(members).clamp(max=count - 1)]
         ends = [GaussianNoise(seed, "sampling", [0], model.noise_shape) for seed in (one, other)]
         return lambda: between(ends[0]()[0], ends[1]()[0], places)
@@ -111,17 +118,17 @@ def _generate(
     device = resolve_device(config.device)
     model = model.on(device)
 
-    # A GPU shares its work out by itself.
+    # A GPU computes a batch in parallel by itself.
     with repeatable(device), lanes(at_once if device.type == "cpu" else 1) as pool:
-        # In here as well: what a prompt means has bits that change with the threads that read it.
+        # Inside, as the bits of embeddings depend on the number of threads.
         embeddings = prompt_embeddings(model, conditions)
 
         def generate(members: range) -> Tensor:
             fresh = noise(members)
-            told = told_of(model, members, seed, conditions, embeddings)
-            told = {name: value.to(device) for name, value in told.items()}
+            conditioning = make_conditioning(model, members, seed, conditions, embeddings)
+            conditioning = {name: value.to(device) for name, value in conditioning.items()}
             negative = embeddings[conditions.negative_prompt].to(device)
-            return family.sample(model, Batch(told, lambda: fresh().to(device), negative, edit), config, device)
+            return family.sample(model, Batch(conditioning, lambda: fresh().to(device), negative, edit), config, device)
 
         finished = pool.map(generate, batches)
         for number, (members, images) in enumerate(zip(batches, finished, strict=True), start=1):
@@ -138,8 +145,8 @@ def check_sampling(model: Model, config: SamplingConfig, conditions: Conditions)
 
 def check_sampling_options(model: FamilyConfig, config: SamplingConfig) -> None:
     """Raise UserError for a setting that has no effect for the family or the task of ``model``."""
-    if words := ineffective_option(model, "sampling", config):
-        raise UserError(words)
+    if problem := ineffective_option(model, "sampling", config):
+        raise UserError(problem)
     noise = config.low_resolution_noise
     if noise is None:
         return
@@ -156,7 +163,7 @@ def check_sampling_options(model: FamilyConfig, config: SamplingConfig) -> None:
 
 
 def check_conditions(classes: Sequence[str], text: bool, config: SamplingConfig, conditions: Conditions) -> None:
-    """Raise UserError if ``conditions`` mean nothing to a model of ``classes``, and of captions if ``text``."""
+    """Raise UserError for ``conditions`` without effect on a model of ``classes``, and of captions if ``text``."""
     labels = [label for label in conditions.labels if label is not None]
     if labels and not classes:
         raise UserError("the model was trained without classes (model.conditional): leave labels out")
@@ -175,10 +182,10 @@ def check_conditions(classes: Sequence[str], text: bool, config: SamplingConfig,
 
 
 def check_prompts(conditions: Conditions) -> None:
-    """Raise UserError for a prompt of which nothing, or not all, would be read; captions of data sets may be so."""
+    """Raise UserError for prompts that are empty or too long; captions of data sets may be either."""
     for text in conditions.texts:
         if text.encode(errors="ignore").decode() != text:
-            raise UserError(f"the prompt {text[:40]!r} is no Unicode text: write it anew")
+            raise UserError(f"the prompt {text[:40]!r} is no Unicode text: write it again")
         length = len(encoder().tokens(text)) if text.strip() else 0
         if length <= ENDS:
             raise UserError("a prompt needs words: write what the images are to show, or leave it out")
@@ -187,7 +194,7 @@ def check_prompts(conditions: Conditions) -> None:
 
 
 def check_edit(model: Model, edit: Edit) -> None:
-    """Raise UserError if ``model`` has no steps to edit in, or would see nothing of the image that is edited."""
+    """Raise UserError if ``model`` cannot edit, or the mask keeps nothing at the model's resolution."""
     if not family_of(model.config).edits:
         raise UserError(
             f"a model of the family {model.config.family} has no steps in which to edit an image: use a diffusion model"
@@ -215,24 +222,25 @@ def check_interpolation(model: Model, one: int, other: int, count: int, conditio
 
 
 def prompt_embeddings(model: Model, conditions: Conditions) -> Embeddings:
-    """The embedding of each prompt; raises UserError if the encoder that ``model`` was trained with is not this one."""
+    """Embed each prompt; raises UserError if ``model`` was trained with another encoder."""
     if not conditions.texts:
         return NO_EMBEDDINGS
     check_encoder(model.header.encoder)
-    read = encoder()
-    return {**NO_EMBEDDINGS, **{text: read(text) for text in sorted(set(conditions.texts))}}
+    embed = encoder()
+    return {**NO_EMBEDDINGS, **{text: embed(text) for text in sorted(set(conditions.texts))}}
 
 
 def is_conditional(classes: Sequence[str], conditions: Conditions) -> bool:
-    """Whether ``conditions`` give a model of ``classes`` a label or prompt for guidance to lead to."""
+    """Whether a model of ``classes`` is conditioned on a label or prompt, as guidance needs."""
     named = any(each is not None for each in (*conditions.labels, *conditions.prompts, conditions.negative_prompt))
     return named or bool(classes and not conditions.prompts and not conditions.labels)
 
 
 def labels_of(model: Model, indices: Sequence[int], seed: int, conditions: Conditions = UNCONDITIONAL) -> Tensor | None:
-    """The class of each image, its number in ``model.classes`` or one more for any: (N,).
+    """Choose the class of each image, its index in ``model.classes`` or one more for unconditional: (N,).
 
-    Without labels and prompts they are drawn as often as the data set has them. None for a model without classes.
+    Without labels and prompts classes are sampled with their frequency in the data set. None for a model without
+    classes.
     """
     if not model.classes:
         return None
@@ -245,47 +253,48 @@ def labels_of(model: Model, indices: Sequence[int], seed: int, conditions: Condi
 
 
 def reconstructed(model: Model, images: Tensor, config: SamplingConfig) -> Tensor:
-    """``images``, (N, C, H, W) uint8, as the autoencoder of ``model`` gives them back, in compute batches."""
-    coder, device = model.coder, next(model.network.parameters()).device
-    assert coder is not None
+    """Reconstruct ``images``, (N, C, H, W) uint8, with the autoencoder of ``model``, in compute batches."""
+    autoencoder, device = model.autoencoder, next(model.network.parameters()).device
+    assert autoencoder is not None
 
     @torch.inference_mode()
-    def through(batch: Tensor) -> Tensor:
-        # The last one filled up with its last image, so that all have one shape.
-        filled = batch[torch.arange(config.compute_batch).clamp(max=len(batch) - 1)]
+    def reconstruct(batch: Tensor) -> Tensor:
+        # The last batch is padded with its last image, so that all have one shape.
+        padded = batch[torch.arange(config.compute_batch).clamp(max=len(batch) - 1)]
         with autocast(config.precision, device):
-            return to_uint8(coder.decode(coder.encode(to_float(filled).to(device))))[: len(batch)].cpu()
+            images = autoencoder.decode(autoencoder.encode(to_float(padded).to(device)))
+            return to_uint8(images)[: len(batch)].cpu()
 
     with repeatable(device), lanes(None if device.type == "cpu" else 1) as pool:
-        return torch.cat(list(pool.map(through, torch.split(images, config.compute_batch))))
+        return torch.cat(list(pool.map(reconstruct, torch.split(images, config.compute_batch))))
 
 
 def label_names(
     model: Model, indices: Sequence[int], seed: int, conditions: Conditions = UNCONDITIONAL
 ) -> list[str | None]:
-    """The name of the class that conditions each image; None: of any."""
+    """Name the class that conditions each image; None: unconditional."""
     labels = labels_of(model, indices, seed, conditions)
     names: list[str | None] = [*model.classes, None]
     return [None] * len(indices) if labels is None else [names[number] for number in labels.tolist()]
 
 
-def told_of(
+def make_conditioning(
     model: Model,
     indices: Sequence[int],
     seed: int,
     conditions: Conditions = UNCONDITIONAL,
     embeddings: Embeddings = NO_EMBEDDINGS,
 ) -> Conditioning:
-    """What the network is told of images number ``indices``."""
-    told = {}
+    """Make the network's conditioning for the images ``indices``."""
+    conditioning = {}
     if (labels := labels_of(model, indices, seed, conditions)) is not None:
-        told["label"] = labels
+        conditioning["label"] = labels
     if model.config.text:
-        told["text"] = torch.stack([embeddings[conditions.prompt(index)] for index in indices])
-    return told
+        conditioning["text"] = torch.stack([embeddings[conditions.prompt(index)] for index in indices])
+    return conditioning
 
 
 def conditions_of(dataset: Dataset, rows: Rows, classes: Sequence[str]) -> Conditions:
-    """The captions of the images in ``rows``, and of their labels those that the model knows."""
+    """Make conditions of the captions of ``rows``, and of their labels as far as they are in ``classes``."""
     labels = tuple(label if label in classes else None for label in dataset.labels(rows)) if classes else ()
     return Conditions(labels=labels, prompts=tuple(dataset.captions(rows)))

@@ -1,4 +1,4 @@
-"""Images generated for a request, in a folder with what one needs to generate them again."""
+"""Folders of images generated for a request, with a record that reproduces them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,21 +21,21 @@ from diffusion.generation.requests import answer, original, sampling_of
 from diffusion.process.samplers import SamplingConfig
 
 SHOWN = 64
-"""Images on the sheet."""
+"""Most images in the grid."""
 ABOUT = "request.json"
 
 
 class GenerationResult(Config):
-    """The images that answer a request, and where they lie."""
+    """Images generated for a request, and their location."""
 
     folder: Path
     model: str
-    """The model that generated them: models:/NAME/NUMBER, or a file."""
+    """Model that generated them: models:/NAME/NUMBER, or a file."""
     task: Task
     count: int
     seed: int
     grid: Path
-    """All of them, or the first, on one sheet, after the image that they began with if there is one."""
+    """Grid of the images, or of the first ones, after the original of an edit."""
     about: Path
     """``request.json``: the request, the model and the digest of each image."""
 
@@ -44,14 +44,14 @@ class RequestRecord(Config):
     """Contents of ``request.json``, beside the images."""
 
     request: dict[str, Any]
-    """The fields of the request; of images their SHA-256."""
+    """Fields of the request; images as their SHA-256."""
     sampling: SamplingConfig
-    """How they were sampled."""
+    """Effective sampling options."""
     model: dict[str, str]
-    """Where it comes from, and the SHA-256 of its weights."""
+    """Origin of the model, and the SHA-256 of its weights."""
     fingerprint: Fingerprint
     images: tuple[dict[str, Any], ...] = ()
-    """File, index, SHA-256 and that of the pixels of each; none before all are written."""
+    """File, index, SHA-256 and pixel SHA-256 of each image; empty until all are written."""
 
 
 def generate_to_folder(
@@ -64,24 +64,24 @@ def generate_to_folder(
 ) -> GenerationResult:
     """Generate the images of ``request`` with the model in the file ``weights`` into the folder ``output``.
 
-    The default folder lies in samples/ and is named for model and request. ``origin`` says where the model comes from,
-    and goes into each image. Each file in the folder is whole; what ``request.json`` says of the images is written
-    last. Raises UserError as ``answer`` does, and if the folder holds the answer to another request.
+    The default folder lies in samples/ and is named after model and request. ``origin`` is the origin of the model,
+    written to each image. All files are written atomically; ``request.json`` lists the images only when all are
+    written. Raises UserError as ``answer`` does, and if the folder belongs to another request.
     """
     model = load_model(weights)
     digest = sha256_file(weights)
     generated_by = origin["model"] if origin else str(weights)
-    # Images are passed on, and need not say where on whose machine a file lay.
+    # Images are shared, so they carry a digest instead of a local path.
     origin = origin or {"model": f"sha256:{digest}"}
-    how = sampling_of(model, request, sampling)
+    effective = sampling_of(model, request, sampling)
     about = RequestRecord(
         request=_described(request),
-        sampling=how,
+        sampling=effective,
         model={**origin, "weights_sha256": digest, "content_digest": model.header.content_digest},
-        fingerprint=fingerprint(how.compute_batch, how.precision, how.device),
+        fingerprint=fingerprint(effective.compute_batch, effective.precision, effective.device),
     )
     if output is None:
-        name = f"{request.task}-{digest_of([about.request, how.model_dump(mode='json', exclude_none=True)])[:8]}"
+        name = f"{request.task}-{digest_of([about.request, effective.model_dump(mode='json', exclude_none=True)])[:8]}"
         output = Path("samples", model.header.dataset, digest[:8], name)
     _require_own(output, about)
     [images] = answer(model, [request], sampling, progress)
@@ -105,11 +105,11 @@ def generate_to_folder(
 
 
 def _require_own(output: Path, about: RequestRecord) -> None:
-    """Raise UserError if ``output`` is anything but a new folder, or that of this request."""
-    found = output / ABOUT
+    """Raise UserError unless ``output`` is a new folder, or that of the same request."""
+    record = output / ABOUT
     try:
-        if found.is_file():
-            theirs = RequestRecord.model_validate_json(found.read_bytes())
+        if record.is_file():
+            theirs = RequestRecord.model_validate_json(record.read_bytes())
             if theirs.model_copy(update={"images": ()}) != about:
                 raise UserError(f"{output} holds the answer to another request: give --out another folder")
         elif output.exists() and not (
@@ -117,11 +117,11 @@ def _require_own(output: Path, about: RequestRecord) -> None:
         ):
             raise UserError(f"{output} is there, and is no folder of images made on request: give --out another")
     except ValidationError as error:
-        raise UserError(f"{found} says nothing of images made on request: give --out another folder") from error
+        raise UserError(f"{record} says nothing of images made on request: give --out another folder") from error
 
 
 def _described(request: GenerationRequest) -> dict[str, Any]:
-    """The request as JSON has it: of images their digests."""
+    """Dump the request for JSON, with digests in place of images."""
     fields = request.model_dump(exclude_none=True)
     return {
         name: {"sha256": sha256_bytes(value)} if isinstance(value, bytes) else value for name, value in fields.items()

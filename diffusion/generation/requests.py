@@ -1,7 +1,6 @@
-"""Requests to a trained model, and the images that answer them; the command line, the flow and the served model all
-come through here.
+"""Generation of images for requests from the command line, the flow and the served model.
 
-A model says which tasks it can do. What it cannot do, or an option that would have no effect, is an error.
+Tasks that a model cannot do, and options without effect, are errors.
 """
 
 import math
@@ -45,19 +44,19 @@ from diffusion.process.editing import Edit
 from diffusion.process.samplers import SamplingConfig
 
 HOLE = torch.tensor(128, dtype=torch.uint8)
-"""Grey that stands for the hole of an image to inpaint."""
+"""Grey value that shows the hole of an image to inpaint."""
 MAX_SIZE = 2048
-"""Height or width of an image above which it is not enlarged."""
+"""Largest height or width of an upscaled image, in pixels."""
 MAX_PIXELS = 2**23
-"""Pixels of all images that are enlarged for one request: all their tiles are in memory together."""
+"""Most pixels of all upscaled images of a request, whose tiles are all in memory at once."""
 MAX_VALUES = 2**31
-"""Values of all images generated for requests that are answered together, as they are in memory together."""
+"""Most values of all images that are generated in one call, which are all in memory at once."""
 KEPT_BELOW = 32
-"""Of a grey mask, whose pixels may stand for several of it, where hardly any of them is filled."""
+"""Grey value of a scaled mask below which a pixel is kept."""
 
 
 def tasks_of(model: Model) -> tuple[Task, ...]:
-    """The tasks that ``model`` can do."""
+    """List the tasks that ``model`` can do."""
     if isinstance(task_of(model.config), SuperResolution):
         return ("upscale",)
     return (
@@ -70,8 +69,8 @@ def answer(
 ) -> list[Tensor]:
     """Generate the images of each request, (count, C, H, W) uint8, with ``sampling`` where the request sets nothing.
 
-    Samples of one seed that several requests ask for are generated together. Raises UserError, before anything is
-    generated, if ``model`` cannot do a task, knows nothing of a label or prompt, or an option would have no effect.
+    Samples of one seed in several requests are generated together. Raises UserError, before anything is generated, if
+    ``model`` cannot do a task, was not trained with a label or prompt, or an option would have no effect.
     """
     rows = [f"row {number}: " if len(requests) > 1 else "" for number in range(len(requests))]
     checked = [_checked(model, request, sampling, row) for request, row in zip(requests, rows, strict=True)]
@@ -108,9 +107,9 @@ def answer(
 
 
 def original(model: Model, request: GenerationRequest) -> list[Tensor]:
-    """The image that ``request`` begins with, (C, H, W) uint8, as large as what is generated; [] if there is none.
+    """Show the input image of ``request`` at the size of the generated ones, (C, H, W) uint8; [] if there is none.
 
-    A hole is grey, and the pixels of a small image are squares.
+    Holes are grey; small images are enlarged by repeating pixels.
     """
     match request:
         case UpscaleRequest():
@@ -124,7 +123,7 @@ def original(model: Model, request: GenerationRequest) -> list[Tensor]:
 
 
 def sampling_of(model: Model, request: GenerationRequest, configured: SamplingConfig) -> SamplingConfig:
-    """How ``model`` samples for ``request``; raises UserError if it cannot, or an option would have no effect."""
+    """Resolve the sampling options of ``request``; raises UserError if ``model`` does not support them."""
     if request.task not in tasks_of(model):
         raise UserError(f"the model was not trained to {request.task}: it can {', '.join(tasks_of(model))}")
     config = request.sampling(configured)
@@ -141,7 +140,7 @@ def sampling_of(model: Model, request: GenerationRequest, configured: SamplingCo
 
 @dataclass(frozen=True)
 class _Checked:
-    """A request that the model can answer."""
+    """A validated request with its decoded images."""
 
     request: GenerationRequest
     config: SamplingConfig
@@ -180,7 +179,7 @@ def _edit_of(model: Model, request: InpaintRequest | Img2ImgRequest) -> Edit:
 
 
 def _small_image(model: Model, request: UpscaleRequest) -> Tensor:
-    """The image to enlarge, (C, h, w) uint8."""
+    """Decode the image to upscale, (C, h, w) uint8."""
     mode: Literal["grey", "rgb"] = "grey" if model.header.channels == 1 else "rgb"
     try:
         small = _channels_first(unscaled(request.image, IngestConfig(size=MAX_SIZE // 2, mode=mode, enlarge=True)))

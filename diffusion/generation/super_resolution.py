@@ -1,9 +1,8 @@
-"""Super-resolution: small images made large by a model that was trained to (SR3, arXiv 2104.07636).
+"""Super-resolution by diffusion (SR3, arXiv 2104.07636).
 
-The network is shown the small image, enlarged without it to full size, beside the noisy one, and asked about what the
-large one has beyond it (SRDiff, arXiv 2104.14951): what is known already is nothing to be learnt. An image that has
-more pixels than those of the training is covered with overlapping tiles, whose answers are blended at every step of one
-reverse process over the whole (MultiDiffusion, arXiv 2302.08113), so that they agree and leave no seams.
+The network is conditioned on the small image, enlarged by interpolation to full size, and predicts the residual to it
+(SRDiff, arXiv 2104.14951). Images larger than those of the training are covered with overlapping tiles, whose
+predictions are blended in every step of a single reverse process (MultiDiffusion, arXiv 2302.08113), without seams.
 """
 
 import math
@@ -28,23 +27,22 @@ from diffusion.models.config import FamilyConfig, ModelConfig
 from diffusion.process.samplers import Callback, SamplingConfig
 
 OVERLAP = 4
-"""Neighbouring tiles share at least one in so many of their pixels in a direction."""
+"""Neighbouring tiles overlap by at least 1/OVERLAP of their size."""
 Answer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""From noisy images, their times, and what they are shown, with its noise, to a network's answer."""
+"""From noisy images, times, enlarged small images and their noise level to the network's output."""
 Each = Callable[[Callable[[Tensor], Tensor], Iterable[Tensor]], Iterable[Tensor]]
 """``map``, or that of an executor."""
 
 
 def shrunk(images: Tensor, size: int) -> Tensor:
-    """``images``, (N, C, H, W) uint8, made small: (N, C, size, size) uint8."""
-    # Bicubic with antialiasing, as in SR3 and in most of what small images are made by: the same as Pillow's, but for
-    # rounding. In whole numbers, as files have them.
+    """Downscale ``images``, (N, C, H, W) uint8, to (N, C, size, size) uint8."""
+    # Bicubic with antialiasing, as in SR3: equal to Pillow's but for rounding. Integers, as in image files.
     small = interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
     return small.round().clamp(0, 255).to(torch.uint8)
 
 
 def enlarged(small: Tensor, scale: int) -> Tensor:
-    """``small``, (N, C, h, w) uint8, by bicubic interpolation: (N, C, h·scale, w·scale) float32, about in [−1, 1]."""
+    """Upscale ``small``, (N, C, h, w) uint8, bicubically: (N, C, h·scale, w·scale) float32, about in [−1, 1]."""
     # Enlarging needs no antialiasing; with it, torch's kernel is that of ``shrunk``, and of Pillow.
     large = interpolate(to_float(small), scale_factor=scale, mode="bicubic", antialias=True)
     return large.contiguous(memory_format=torch.channels_last)
@@ -58,11 +56,11 @@ class FromNoise:
     description: str = "generates from noise"
 
     def conditioning(self, images: Tensor) -> Conditioning:
-        """Nothing."""
+        """Return no conditioning."""
         return {}
 
     def inputs(self, images: Tensor) -> None:
-        """Noise alone."""
+        """Return None: generation starts from noise alone."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +78,18 @@ class SuperResolution:
         return f"enlarges from {self.low_resolution} pixels"
 
     def conditioning(self, images: Tensor) -> Conditioning:
-        """The small version of each image at full size, (N, C, H, W) float32, and a noise level of 0, (N,)."""
+        """Make the small version of each image at full size, (N, C, H, W) float32, and a noise level of 0, (N,)."""
         low = self._enlarged_again(images)
         return {"low": low, "level": torch.zeros(len(low))}
 
     def inputs(self, images: Tensor) -> Tensor:
-        """The small version of each image, (N, C, h, w) uint8."""
+        """Make the small version of each image, (N, C, h, w) uint8."""
         return shrunk(images, self.low_resolution)
 
     def sigma_data(self, images: Tensor) -> float:
-        """Standard deviation of what ``images`` have beyond their small versions, to four digits.
+        """Compute the standard deviation of the residuals to the small versions of ``images``, to four digits.
 
-        The rest depends on how many cores there are.
+        Further digits depend on the number of cores.
         """
         beyond = to_float(images) - self._enlarged_again(images)
         return float(f"{beyond.double().square().mean().sqrt().item():.4g}")
@@ -116,14 +114,11 @@ class SuperResolution:
 
 
 GenerationTask: TypeAlias = FromNoise | SuperResolution
-"""What a model generates images from, and what its network is given beside the noisy image.
-
-Training, evaluation and requests go through it.
-"""
+"""Task of a model: its inputs and its conditioning, for training, evaluation and requests."""
 
 
 def task_of(config: FamilyConfig) -> GenerationTask:
-    """The task of a model with this configuration."""
+    """Return the task of a model with this configuration."""
     if isinstance(config, ModelConfig) and config.low_resolution is not None:
         return SuperResolution(config.low_resolution, config.max_low_resolution_noise)
     return FromNoise()
@@ -138,7 +133,7 @@ def generate(
     progress: Progress = silent,
     conditions: Conditions = UNCONDITIONAL,
 ) -> Tensor:
-    """Images number ``indices`` of ``seed``, (N, C, H, W) uint8, from the ``inputs`` of the model's task."""
+    """Generate the images ``indices`` of ``seed``, (N, C, H, W) uint8, from the ``inputs`` of the model's task."""
     if inputs is None:
         return sample(model, indices, seed, config, progress, conditions)
     return upscale(model, inputs, seed, config, progress, indices.start)
@@ -147,10 +142,9 @@ def generate(
 def add_conditioning_noise(
     conditioning: Conditioning, max_noise: float, seed: int, indices: Sequence[int]
 ) -> Conditioning:
-    """Noise conditioning augmentation of small images, of a standard deviation uniform in [0, ``max_noise``] for each.
+    """Add noise of a standard deviation uniform in [0, ``max_noise``] to each small image.
 
-    Trained on clean images alone, a network takes each fault of a small image for a detail (arXiv 2106.15282, section
-    4.3).
+    Without this augmentation a network takes artefacts of a small image for details (arXiv 2106.15282, section 4.3).
     """
     low, level = conditioning["low"], max_noise * uniform(seed, "low_resolution/level", indices).float()
     noise = GaussianNoise(seed, "low_resolution/noise", indices, tuple(low.shape[1:]))()
@@ -164,21 +158,21 @@ class Tiles:
     size: int
     """Height and width, in pixels."""
     places: list[tuple[int, int]]
-    """The first row and column of each."""
+    """First row and column of each tile."""
     weights: Tensor
-    """(K, 1, size, size): how much each counts where it lies; those of a pixel of the canvas sum to 1."""
+    """Blending weights, (K, 1, size, size), which sum to 1 at each pixel of the canvas."""
 
     def on(self, device: torch.device) -> "Tiles":
-        """The same for canvases on ``device``."""
+        """Copy the tiles to ``device``."""
         return replace(self, weights=self.weights.to(device))
 
     def cut(self, canvas: Tensor) -> Tensor:
-        """``canvas`` (N, C, H, W) as tiles, those of the first image first: (N K, C, size, size)."""
+        """Cut ``canvas`` (N, C, H, W) into tiles, those of the first image first: (N K, C, size, size)."""
         pieces = [canvas[:, :, top : top + self.size, left : left + self.size] for top, left in self.places]
         return torch.stack(pieces, dim=1).flatten(0, 1)
 
     def blended(self, pieces: Tensor, height: int, width: int) -> Tensor:
-        """Tiles as ``cut`` gives them, put together again: (N, C, height, width) float32."""
+        """Blend tiles from ``cut``: (N, C, height, width) float32."""
         pieces = pieces.reshape(-1, len(self.places), *pieces.shape[1:])
         canvas = torch.zeros(len(pieces), pieces.shape[2], height, width, device=pieces.device)
         for number, (top, left) in enumerate(self.places):
@@ -188,10 +182,10 @@ class Tiles:
 
 
 def make_tiles(height: int, width: int, size: int, scale: int) -> Tiles:
-    """Tiles of ``size`` small pixels for a small image of ``height`` × ``width``, each ``scale`` pixels when large.
+    """Make tiles of ``size`` small pixels for a small image of ``height`` × ``width``, upscaled by ``scale``.
 
-    They begin where small pixels do, as the images of the training. Each counts most in its middle and least at its
-    edges, where a network sees nothing of what lies beyond.
+    They are aligned to small pixels, as in training. Weights are highest in the middle of a tile and lowest at its
+    edges, where the network lacks context.
     """
     rows, columns = ([scale * start for start in starts(length, size)] for length in (height, width))
     places = [(top, left) for top in rows for left in columns]
@@ -206,7 +200,7 @@ def make_tiles(height: int, width: int, size: int, scale: int) -> Tiles:
 
 
 def starts(length: int, size: int) -> list[int]:
-    """Where tiles of ``size`` begin that cover ``length``, evenly spread; neighbours overlap by ``OVERLAP`` or more."""
+    """Compute evenly spaced starts of tiles of ``size`` that cover ``length``, with the overlap of ``OVERLAP``."""
     stride = size - max(1, size // OVERLAP)
     count = 1 + math.ceil((length - size) / stride)
     return [round(number * (length - size) / max(count - 1, 1)) for number in range(count)]
@@ -215,13 +209,13 @@ def starts(length: int, size: int) -> list[int]:
 def tiled(
     answer: Answer, tiles: Tiles, low: Tensor, level: Tensor, batch: int, each: Each = map
 ) -> Callable[..., Tensor]:
-    """A network for tiles as one for the canvas on which it is shown ``low`` (N, C, H, W) with noise of ``level`` (N,).
+    """Make a network for the canvas ``low`` (N, C, H, W), with noise ``level`` (N,), from one for tiles.
 
-    It is asked about ``batch`` tiles at once, always as many. Its answers are blended, and so are the estimates that
-    they stand for, as these are linear in them.
+    It is evaluated on full batches of ``batch`` tiles. Its outputs are blended, and with them the estimates, which are
+    linear in the outputs.
     """
     count = len(low) * len(tiles.places)
-    # The last batch is filled up with the last tile.
+    # The last batch is padded with the last tile.
     numbers = torch.arange(math.ceil(count / batch) * batch).clamp(max=count - 1).view(-1, batch)
     shown = tiles.cut(low)
 
@@ -241,14 +235,13 @@ def upscale(
     progress: Progress = silent,
     first: int = 0,
 ) -> Tensor:
-    """Small ``images``, (N, C, h, w) uint8, made large: (N, C, h·scale, w·scale) uint8.
+    """Upscale small ``images``, (N, C, h, w) uint8, to (N, C, h·scale, w·scale) uint8.
 
-    The scale is the model's, the size of what it generates by that of what it is given, and no height or width may be
-    less than that. Image i has the noise of number ``first`` + i of ``seed``, and bits that depend on no other, as the
-    network always computes ``config.compute_batch`` tiles at once, of one image or of several.
+    The scale is the model's; images may not be smaller than its training inputs. Image i has the noise of index
+    ``first`` + i of ``seed``; its bits depend on no other image, as batches always have ``config.compute_batch`` tiles.
 
-    Raises UserError if the model was not trained to enlarge, for an image too small or of other channels, and for
-    options that would have no effect.
+    Raises UserError if the model was not trained for super-resolution, for an image too small or of other channels,
+    and for options without effect.
     """
     task = task_of(model.config)
     if not isinstance(task, SuperResolution):
@@ -270,18 +263,18 @@ def upscale(
     with repeatable(device), lanes(None if device.type == "cpu" else 1) as pool:
 
         def generate(members: range) -> Tensor:
-            # Beyond the last image comes the last once more, so that there are always as many.
+            # The last group is padded with the last image.
             small = images[torch.tensor(members).clamp(max=len(images) - 1)]
             numbers = range(first + members.start, first + members.stop)
             low, level = (values.to(device) for values in _shown(small, scale, seed, numbers, config))
-            # A group alone has its batches side by side. Several are so themselves, and must not wait for more lanes.
+            # A single group computes its batches in parallel. Several groups already occupy the threads of the pool.
             network = tiled(_answer(model, config, device), tiles, low, level, batch, pool.map if alone else map)
-            draws = GaussianNoise(seed, "sampling", numbers, tuple(low.shape[1:]))
+            sample_noise = GaussianNoise(seed, "sampling", numbers, tuple(low.shape[1:]))
             callback = _step_by_step(progress, config.steps) if alone else None
             with torch.inference_mode():
                 sigmas = config.sigma_grid(model.schedule)
                 denoise = replace(model.denoiser(), network=network, around=low)
-                large = config.run(denoise, sigmas, lambda: draws().to(device), callback)
+                large = config.run(denoise, sigmas, lambda: sample_noise().to(device), callback)
                 return to_uint8(large).cpu()
 
         finished = []
@@ -292,7 +285,7 @@ def upscale(
 
 
 def _shown(small: Tensor, scale: int, seed: int, members: range, config: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """What the network is shown of ``small`` images number ``members``, and how much noise lies over it, (N,)."""
+    """Make the conditioning of ``small`` images with indices ``members``: enlarged images and noise levels (N,)."""
     low, level = enlarged(small, scale), config.low_resolution_noise or 0.0
     if level:
         low = low + level * GaussianNoise(seed, "sampling/low_resolution", members, tuple(low.shape[1:]))()
@@ -301,7 +294,7 @@ def _shown(small: Tensor, scale: int, seed: int, members: range, config: Samplin
 
 def _answer(model: DiffusionModel, config: SamplingConfig, device: torch.device) -> Answer:
     def answer(x: Tensor, time: Tensor, low: Tensor, level: Tensor) -> Tensor:
-        # Both contexts are of one thread alone: that of the lane which computes.
+        # Both contexts are thread-local, so they are entered in the worker thread.
         with torch.inference_mode(), autocast(config.precision, device):
             out: Tensor = model.network(x, time, low=low, level=level)
         return out

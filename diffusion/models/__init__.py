@@ -1,1 +1,1 @@
-"""The networks."""
+"""Networks and their configuration."""

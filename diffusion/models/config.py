@@ -1,6 +1,6 @@
-"""The section ``model`` of the configuration: one class for each family of models, and ``FamilyConfig``, their union.
+"""The section ``model`` of the configuration: one class per family of models, and ``FamilyConfig``, their union.
 
-A field of another family is an unknown key. Nothing here loads torch.
+This module loads without torch.
 """
 
 from collections.abc import Collection, Mapping
@@ -12,8 +12,8 @@ from diffusion.common.config import LARGEST_SIZE, Config, unset
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "edm"]
 WIDEST, DEEPEST, MOST_LEVELS = 4096, 64, 12
-"""Channels, blocks of a resolution, and resolutions at most: a file that says of itself more than that is refused
-before anything is built of it."""
+"""Limits of channels, blocks per resolution, and resolutions; files that exceed them are rejected before a network is
+built."""
 ChannelMult = Annotated[tuple[Annotated[int, Field(le=64)], ...], Field(max_length=MOST_LEVELS)]
 """Channels at each resolution, as multiples of the width."""
 NOISE_LEVELS = (
@@ -27,90 +27,88 @@ NOISE_LEVELS = (
     "gradient_checkpointing",
     "shard",
 )
-"""Fields of the section ``training`` that mean nothing to who learns no noise, or are made for the U-Net."""
+"""Fields of the section ``training`` that have an effect only for diffusion models."""
 
 
 class Kind(Config):
-    """The section ``model`` of one family; class variables are the same for all models of the family."""
+    """The section ``model`` of one family; class variables hold for all models of the family."""
 
-    passes_over: ClassVar[Mapping[str, Collection[str]]] = {}
-    """Fields of other sections that mean nothing to it."""
+    ineffective_fields: ClassVar[Mapping[str, Collection[str]]] = {}
+    """Fields of other sections that have no effect for the family, by section."""
     samples_in_steps: ClassVar[bool] = False
-    """Whether it samples by a reverse process; otherwise of the section ``sampling`` only how work is computed counts.
-    """
-    judged: ClassVar[Literal["drawn", "reconstructed"]] = "drawn"
+    """Whether it samples by a reverse process; otherwise only the compute options of ``sampling`` have an effect."""
+    evaluated_by: ClassVar[Literal["samples", "reconstructions"]] = "samples"
     """Whether it is evaluated by generated images, or by reconstructions of held-out ones."""
     likelihood: ClassVar[Literal["bound", "exact"] | None] = None
-    """Whether its likelihood is a lower bound or exact; None: it has none."""
+    """Whether its likelihood is a lower bound or exact; None: it has no likelihood."""
     in_diffusers: ClassVar[bool] = False
-    """Whether diffusers has a counterpart to which it can be exported."""
+    """Whether it can be exported to diffusers."""
 
 
 class ModelConfig(Kind):
-    """The forward process, the quantity predicted, and the shape of the U-Net: the family ddpm."""
+    """The family ddpm: forward process, prediction, and architecture of the U-Net."""
 
     likelihood: ClassVar[Literal["bound", "exact"] | None] = "bound"
     in_diffusers: ClassVar[bool] = True
     samples_in_steps: ClassVar[bool] = True
 
     family: Literal["ddpm"] = Field("ddpm", exclude_if=lambda family: family == "ddpm")
-    """The family of models: diffusion models; see the other classes of diffusion/models/config.py for others."""
+    """The family of models: diffusion models; the other families are vae, gan and autoregressive."""
     schedule: Literal["linear", "cosine", "sigmoid", "edm"] = "edm"
     """Noise schedule: linear β (arXiv 2006.11239), cosine ᾱ (2102.09672), sigmoid ᾱ (2212.11972), or EDM's σ from
-    0.002 to 80, each step as many times that of the one before (2206.00364)."""
+    0.002 to 80 in a geometric sequence (2206.00364)."""
     steps: int = Field(1000, ge=2, le=10_000)
     """T, the number of noise levels."""
     zero_terminal_snr: bool = False
-    """Whether the schedule is stretched until nothing is left of an image at its end (arXiv 2305.08891)."""
+    """Whether the schedule is rescaled to zero SNR at its last step (arXiv 2305.08891)."""
     prediction: Prediction = "edm"
-    """What the network predicts: the noise (epsilon), v (arXiv 2202.00512), the clean image (sample), or EDM's mixture
+    """Prediction of the network: the noise (epsilon), v (arXiv 2202.00512), the clean image (sample), or EDM's mixture
     of both, which depends on the standard deviation of the data set (2206.00364)."""
     learned_variance: bool = Field(False, exclude_if=unset)
-    """Whether the network also predicts the variance of each value in a reverse step, between the two bounds of DDPM:
-    fewer steps of the sampler ddpm then sample the right distribution (arXiv 2102.09672)."""
+    """Whether the network also predicts the variance of each value in a reverse step, between the two bounds of DDPM,
+    so that the sampler ddpm needs fewer steps (arXiv 2102.09672)."""
     width: int = Field(32, ge=16, le=WIDEST, multiple_of=16)
     """Channels at the highest resolution; a multiple of 16, the channels normalised together."""
     channel_mult: ChannelMult = (1, 2)
     """Channels at each resolution, as multiples of ``width``; each halves the one before."""
     blocks: int = Field(1, ge=1, le=DEEPEST)
-    """Residual blocks per resolution on the way down; one more on the way up."""
+    """Residual blocks per resolution of the downward path; the upward path has one more."""
     attention: tuple[int, ...] = Field((1,), max_length=MOST_LEVELS)
-    """Which resolutions have self-attention, counted from 0, the highest."""
+    """Indices of the resolutions with self-attention; 0 is the highest resolution."""
     heads: int = Field(2, ge=1, le=WIDEST)
-    """Attention heads; they share the channels."""
+    """Attention heads, among which the channels are divided."""
     patch: Literal[1, 2, 4] = 2
-    """The network works on patch×patch pixels folded into channels: 2 means half resolution, a quarter of
-    the work."""
+    """Size of the patches of pixels folded into channels: 2 means half the resolution, a quarter of the work."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of the values inside each residual block that training sets to 0, chosen by seed and image."""
+    """Dropout rate inside each residual block; the choice depends on seed and image alone."""
     conditional: bool = True
     """Whether the network is conditioned on the class, where the data set has several."""
     text: bool = Field(False, exclude_if=unset)
-    """Whether the network is conditioned on the caption, as a sentence encoder embeds it (the extra ``text``)."""
+    """Whether the network is conditioned on captions, embedded by a sentence encoder (the extra ``text``)."""
     low_resolution: int | None = Field(None, ge=2, le=LARGEST_SIZE, exclude_if=unset)
-    """Super-resolution (SR3, arXiv 2104.07636): height and width, in pixels, of the small image that the network is
-    conditioned on, and on nothing else; the data set's size is a multiple of it. Null: no super-resolution."""
+    """Super-resolution (SR3, arXiv 2104.07636): height and width, in pixels, of the small image that alone
+    conditions the network; the data set's size is a multiple of it. Null: no super-resolution."""
     low_resolution_noise: float | None = Field(None, ge=0, exclude_if=unset)
-    """Largest standard deviation of the noise that training adds to the small image, which is in [−1, 1]; the network
-    is conditioned on how much each has (noise conditioning augmentation, 2106.15282, section 4.3), and copes with
+    """Largest standard deviation of the noise that training adds to the small image, in [−1, 1]; the network is
+    conditioned on its level (noise conditioning augmentation, 2106.15282, section 4.3), which makes it robust to small
     images unlike those of training. Null: 0.1; 0: none."""
 
     autoencoder: str | None = Field(None, exclude_if=unset)
     """Diffusion in the latents of this autoencoder (arXiv 2112.10752), for images of 128 pixels and more: the
-    final.safetensors of a training with model.family = vae, or models:/NAME@ALIAS. Null: in pixels."""
+    final.safetensors of a model with model.family = vae, or models:/NAME@ALIAS. Null: in pixels."""
 
     @model_validator(mode="before")
     @classmethod
-    def _shown_is_enough(cls, given: Any) -> Any:
+    def _default_conditional(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("low_resolution") is not None:
             return {"conditional": False} | given
         return given
 
     @model_validator(mode="after")
-    def _has_an_effect(self) -> "ModelConfig":
+    def _check_low_resolution(self) -> "ModelConfig":
         if self.low_resolution is not None and (self.conditional or self.text):
             raise ValueError(
-                "model.low_resolution shows the network what to draw, and it is told nothing besides: leave out "
+                "model.low_resolution conditions the network on small images, and on nothing besides: leave out "
                 f"model.{'conditional' if self.conditional else 'text'}"
             )
         if self.low_resolution is None and self.low_resolution_noise is not None:
@@ -121,7 +119,7 @@ class ModelConfig(Kind):
         return self
 
     @model_validator(mode="after")
-    def _has_an_answer(self) -> "ModelConfig":
+    def _check_zero_terminal_snr(self) -> "ModelConfig":
         if self.zero_terminal_snr and self.schedule == "edm":
             raise ValueError(
                 "model.zero_terminal_snr stretches the other schedules; edm has its own end: leave one out"
@@ -134,7 +132,7 @@ class ModelConfig(Kind):
         return self
 
     @model_validator(mode="after")
-    def _works_on_images(self) -> "ModelConfig":
+    def _check_autoencoder(self) -> "ModelConfig":
         if self.autoencoder is not None and self.learned_variance:
             raise ValueError(
                 "model.learned_variance is learned from the likelihood of 8-bit pixels, which the latents of "
@@ -148,7 +146,7 @@ class ModelConfig(Kind):
         return self
 
     @model_validator(mode="after")
-    def _levels_exist(self) -> "ModelConfig":
+    def _check_resolutions(self) -> "ModelConfig":
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise ValueError("model.channel_mult needs at least one positive number, for example [1, 2]")
         for level in self.attention:
@@ -166,20 +164,20 @@ class ModelConfig(Kind):
 
     @property
     def max_low_resolution_noise(self) -> float:
-        """The largest standard deviation of noise over small images."""
+        """Largest standard deviation of the noise that training adds to small images."""
         return 0.1 if self.low_resolution_noise is None else self.low_resolution_noise
 
 
 class VAEConfig(Kind):
-    """A variational autoencoder (arXiv 1312.6114): images encoded into latents, and generated from them.
+    """The family vae: a variational autoencoder (arXiv 1312.6114), which also encodes images into latents.
 
-    It is also the autoencoder of latent diffusion (arXiv 2112.10752): see model.autoencoder.
+    It serves as the autoencoder of latent diffusion (arXiv 2112.10752), too: see model.autoencoder.
     """
 
-    passes_over: ClassVar[Mapping[str, Collection[str]]] = {
+    ineffective_fields: ClassVar[Mapping[str, Collection[str]]] = {
         "training": (*NOISE_LEVELS, "condition_dropout"),
     }
-    judged: ClassVar[Literal["drawn", "reconstructed"]] = "reconstructed"
+    evaluated_by: ClassVar[Literal["samples", "reconstructions"]] = "reconstructions"
     likelihood: ClassVar[Literal["bound", "exact"] | None] = "bound"
     conditional: ClassVar[bool] = False
     """Whether the network is conditioned on classes."""
@@ -195,24 +193,24 @@ class VAEConfig(Kind):
     channel_mult: ChannelMult = (1, 2)
     """Channels at each resolution, as multiples of ``width``; each halves the one before."""
     patch: Literal[1, 2, 4] = 2
-    """The highest resolution is of patch×patch pixels folded into channels: 2 is a quarter of the work. With two
-    resolutions each latent position then stands for 4×4 pixels, with three for 8×8."""
+    """Size of the patches of pixels folded into channels: 2 means a quarter of the work. With two resolutions a latent
+    position then stands for 4×4 pixels, with three for 8×8."""
     blocks: int = Field(1, ge=1, le=DEEPEST)
     """Residual blocks at each resolution of the encoder; the decoder has one more."""
     latent_channels: int = Field(4, ge=1, le=64)
-    """Numbers at each position of the latents."""
+    """Channels of the latents."""
     kl_weight: float = Field(1.0, ge=0)
-    """β, how much the divergence of the posterior from N(0, I) counts (β-VAE, Higgins et al., ICLR 2017). 1 is the
-    evidence lower bound; the less, the closer images come back, and the harder latents are to learn. Measured on
-    emoji at 64 pixels: 0.01 gave 0.3 dB more, and diffusion in those latents, as long, a KID higher by 15 %."""
+    """β, weight of the divergence of the posterior from N(0, I) (β-VAE, Higgins et al., ICLR 2017). 1 is the evidence
+    lower bound; a lower β gives closer reconstructions and latents that are harder to model. Measured on emoji at 64
+    pixels: 0.01 gave 0.3 dB more, and diffusion in those latents, trained as long, a KID higher by 15 %."""
 
     @property
     def factor(self) -> int:
-        """Pixels to a latent position, along each side."""
+        """Downsampling factor: pixels per latent position along each side."""
         return int(self.patch * 2 ** (len(self.channel_mult) - 1))
 
     @model_validator(mode="after")
-    def _shrinks(self) -> "VAEConfig":
+    def _check_resolutions(self) -> "VAEConfig":
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise ValueError("model.channel_mult needs at least one positive number, for example [1, 2]")
         if self.factor == 1:
@@ -221,15 +219,15 @@ class VAEConfig(Kind):
 
 
 class GANConfig(Kind):
-    """A generative adversarial network (arXiv 1406.2661) after R3GAN (2501.05441).
+    """The family gan: a generative adversarial network (arXiv 1406.2661) after R3GAN (2501.05441).
 
-    The generator grows an image from few positions, 4×4 for 32 pixels; the discriminator shrinks it in the same steps.
-    Nothing is normalised, and two gradient penalties are the only regularization.
+    The generator upsamples from a low resolution, 4×4 for 32 pixels; the discriminator downsamples in the same steps.
+    There is no normalisation, and two gradient penalties are the only regularization.
     """
 
-    passes_over: ClassVar[Mapping[str, Collection[str]]] = {
-        # The loss is relative to a discriminator that learns, too: it says nothing from one checkpoint to another. And
-        # as the discriminator is not in a model, a trained generator has none that it could go on against.
+    ineffective_fields: ClassVar[Mapping[str, Collection[str]]] = {
+        # The loss is relative to a discriminator that learns as well, so it does not compare between checkpoints. And
+        # models do not contain the discriminator, so training cannot start from one.
         "training": (*NOISE_LEVELS, "keep_best", "init_from"),
     }
     text: ClassVar[bool] = False
@@ -244,39 +242,39 @@ class GANConfig(Kind):
     channel_mult: ChannelMult = (1, 2, 4, 8)
     """Channels at each resolution, as multiples of ``width``, from the highest; each halves the one before."""
     patch: Literal[1, 2, 4] = 1
-    """The highest resolution is of patch×patch pixels folded into channels: less work for the same width, and at first
-    images in which the squares can be seen."""
+    """Size of the patches of pixels folded into channels: less work for the same width, but visible patches early in
+    training."""
     blocks: int = Field(1, ge=1, le=DEEPEST)
-    """Residual blocks at each resolution of either network."""
+    """Residual blocks per resolution in each of the two networks."""
     latent: int = Field(64, ge=1, le=4096)
-    """Numbers in a latent."""
+    """Dimensions of a latent."""
     gamma: float = Field(0.3, gt=0)
-    """γ: half of it times the squared gradient of the discriminator, at real images (R1) and at generated ones (R2),
-    is what makes training converge. Larger for larger images; with 1 the default learned more
-    slowly on grey ones of 32 pixels."""
+    """γ, weight of the gradient penalties: γ/2 times the squared gradient of the discriminator at real images (R1) and
+    at generated ones (R2). Larger images need a larger γ; with 1 the default learned more slowly on grey images of 32
+    pixels."""
     conditional: bool = True
     """Whether both networks are conditioned on the class, where the data set has several."""
 
     @model_validator(mode="after")
-    def _has_levels(self) -> "GANConfig":
+    def _check_resolutions(self) -> "GANConfig":
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise ValueError("model.channel_mult needs at least one positive number, for example [1, 2]")
         return self
 
     @property
     def factor(self) -> int:
-        """Pixels to a position of the lowest resolution, along each side."""
+        """Pixels per position of the lowest resolution along each side."""
         return int(self.patch * 2 ** (len(self.channel_mult) - 1))
 
 
 class AutoregressiveConfig(Kind):
-    """Images as sequences of pixels: each follows from those above it and to its left (arXiv 1606.05328).
+    """The family autoregressive: each pixel is conditioned on those above it and to its left (arXiv 1606.05328).
 
-    The likelihood is exact. It generates pixel by pixel, so that an image of S pixels a side takes S²
-    steps one after the other: made for images of up to about 64 pixels.
+    The likelihood is exact. Sampling goes pixel by pixel, S² sequential steps for an image of S×S pixels, so it suits
+    images of up to about 64 pixels.
     """
 
-    passes_over: ClassVar[Mapping[str, Collection[str]]] = {"training": NOISE_LEVELS}
+    ineffective_fields: ClassVar[Mapping[str, Collection[str]]] = {"training": NOISE_LEVELS}
     likelihood: ClassVar[Literal["bound", "exact"] | None] = "exact"
     text: ClassVar[bool] = False
     """Whether it is conditioned on captions."""
@@ -286,9 +284,9 @@ class AutoregressiveConfig(Kind):
     family: Literal["autoregressive"] = "autoregressive"
     """What kind of model it is."""
     width: int = Field(32, ge=8, le=WIDEST, multiple_of=8)
-    """Channels of both stacks, of what lies above and of what lies to the left."""
+    """Channels of the vertical and of the horizontal stack."""
     layers: int = Field(8, ge=1, le=64)
-    """Layers; they look 1, 2, 4 and 8 pixels far by turns, so that eight of them see 30 rows."""
+    """Layers, with dilations 1, 2, 4 and 8 in turn, so that eight of them see 30 rows."""
     mixtures: int = Field(5, ge=1, le=100)
     """Logistic distributions in the mixture of each value (arXiv 1701.05517)."""
     conditional: bool = True
@@ -296,7 +294,7 @@ class AutoregressiveConfig(Kind):
 
 
 def _family(given: Any) -> str:
-    """The tag of what is to become a configuration; what is left out is ddpm, as it was before there were others."""
+    """Return the family of a configuration or its fields; ddpm if none is given."""
     if isinstance(given, BaseModel):
         return str(getattr(given, "family", ""))
     return str(given.get("family", "ddpm")) if isinstance(given, dict) else "ddpm"
@@ -306,13 +304,13 @@ class LatentSpace(Config):
     """The latent space of a latent diffusion model."""
 
     autoencoder: VAEConfig
-    """The autoencoder; its weights lie beside the model's own."""
+    """Configuration of the autoencoder; its weights lie in the same file as the model's."""
     digest: str
-    """SHA-256 of those weights, by which the autoencoder is known wherever it lies."""
+    """SHA-256 of the autoencoder's weights, which identifies it."""
     channels: int = Field(ge=1, le=64)
-    """Numbers at each position."""
+    """Channels of the latents."""
     size: int = Field(ge=1, le=LARGEST_SIZE)
-    """Height and width, in positions."""
+    """Height and width of the latents."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -339,4 +337,4 @@ FAMILIES: Mapping[str, type[Kind]] = {
     "gan": GANConfig,
     "autoregressive": AutoregressiveConfig,
 }
-"""What configures each."""
+"""The configuration class of each family."""

@@ -1,7 +1,7 @@
-"""Pixels drawn from a discretised mixture of logistic distributions (PixelCNN++, arXiv 1701.05517, sections 2.1, 2.2).
+"""Discretized mixture of logistics, a distribution of pixels (PixelCNN++, arXiv 1701.05517, sections 2.1, 2.2).
 
-Values lie on ``levels`` even steps from −1 to 1. Each step has the probability that the continuous mixture has between
-halfway to its neighbours, the first and the last all that lies beyond them too: the probabilities of all add up to 1.
+Values lie on ``levels`` equidistant levels from −1 to 1. Each has the probability of the continuous mixture between the
+midpoints to its neighbours; the first and the last include the tails, so that all probabilities sum to 1.
 """
 
 from dataclasses import dataclass
@@ -11,34 +11,34 @@ from torch import Tensor
 from torch.nn import functional
 
 LEVELS = 256
-"""Of stored pixels."""
+"""Number of values of stored pixels."""
 LOG_SCALE = -7.0
-"""Least logarithm of a scale: less than a quarter of a level of 256."""
+"""Smallest log-scale: less than a quarter of one of 256 levels."""
 
 
 @dataclass(frozen=True)
 class Mixtures:
-    """Of pixels of C values in K logistics, of which one is chosen for all values of a pixel."""
+    """Mixtures of K logistics for pixels of C values; all values of a pixel share one component."""
 
     logits: Tensor
-    """(…, K): logarithms of how probable each is, but for a constant."""
+    """(…, K): unnormalised log-probabilities of the components."""
     means: Tensor
     """(…, C, K)."""
     log_scales: Tensor
     """(…, C, K)."""
     slopes: Tensor
-    """(…, C, C, K): by how much the mean of a value grows with each value before it; 0 with itself and those after."""
+    """(…, C, C, K): coefficients of the preceding channels in the mean of a channel; strictly lower triangular."""
 
 
-def width(channels: int, mixtures: int) -> int:
-    """Numbers that say the mixtures of a pixel."""
+def parameter_count(channels: int, mixtures: int) -> int:
+    """Count the parameters of a pixel's mixture."""
     return mixtures * (1 + 2 * channels + channels * (channels - 1) // 2)
 
 
 def mixtures_of(numbers: Tensor, channels: int) -> Mixtures:
-    """What a network's answers (…, ``width``) say."""
+    """Convert a network's output (…, ``parameter_count``) to mixtures."""
     pairs = channels * (channels - 1) // 2
-    count = numbers.shape[-1] // width(channels, 1)
+    count = numbers.shape[-1] // parameter_count(channels, 1)
     parts = [count, count * channels, count * channels, count * pairs]
     logits, means, log_scales, slopes = torch.split(numbers.float(), parts, dim=-1)
     lower = torch.tril_indices(channels, channels, -1, device=numbers.device)
@@ -52,33 +52,33 @@ def mixtures_of(numbers: Tensor, channels: int) -> Mixtures:
     )
 
 
-def log_probability(found: Mixtures, x: Tensor, levels: int = LEVELS) -> Tensor:
-    """ln p of pixels ``x`` (…, C), each value on one of the ``levels``: (…,) float32."""
-    means = found.means + (found.slopes * x[..., None, :, None]).sum(-2)
-    half, inverse = 1 / (levels - 1), (-found.log_scales).exp()
+def log_probability(mixtures: Mixtures, x: Tensor, levels: int = LEVELS) -> Tensor:
+    """Compute ln p of pixels ``x`` (…, C), each value on one of the ``levels``: (…,) float32."""
+    means = mixtures.means + (mixtures.slopes * x[..., None, :, None]).sum(-2)
+    half, inverse = 1 / (levels - 1), (-mixtures.log_scales).exp()
     centred = x[..., None] - means
     upper, lower = (centred + half) * inverse, (centred - half) * inverse
-    # σ(u) − σ(l) = σ(u) σ(−l) (1 − e^(l − u)), of which no part is a difference of nearly equal numbers.
+    # σ(u) − σ(l) = σ(u) σ(−l) (1 − e^(l − u)), computed without cancellation.
     below, beyond = functional.logsigmoid(upper), functional.logsigmoid(-lower)
     inside = below + beyond + torch.log(-torch.expm1(-2 * half * inverse))
     at_ends = torch.where((x <= -1 + half)[..., None], below, torch.where((x >= 1 - half)[..., None], beyond, inside))
-    return (at_ends.sum(-2) + found.logits.log_softmax(-1)).logsumexp(-1)
+    return (at_ends.sum(-2) + mixtures.logits.log_softmax(-1)).logsumexp(-1)
 
 
-def drawn(found: Mixtures, noise: Tensor, levels: int = LEVELS) -> Tensor:
-    """Pixels (…, C) from standard Gaussian ``noise`` (…, C + 1), of which the last number chooses the logistic.
+def sample_pixels(mixtures: Mixtures, noise: Tensor, levels: int = LEVELS) -> Tensor:
+    """Sample pixels (…, C) from standard Gaussian ``noise`` (…, C + 1), whose last value selects the component.
 
-    Equal noise gives nearly equal pixels where mixtures are nearly equal: every distribution is drawn by its quantiles.
+    Sampling inverts the cumulative distributions, so similar mixtures give similar pixels for the same noise.
     """
     quantile = torch.special.ndtr(noise[..., -1:])
-    chosen = (found.logits.softmax(-1).cumsum(-1) < quantile).sum(-1).clamp(max=found.logits.shape[-1] - 1)
+    component = (mixtures.logits.softmax(-1).cumsum(-1) < quantile).sum(-1).clamp(max=mixtures.logits.shape[-1] - 1)
 
-    def of_chosen(values: Tensor) -> Tensor:
-        where = chosen[(..., *(None,) * (values.ndim - chosen.ndim))].expand(*values.shape[:-1], 1)
+    def select(values: Tensor) -> Tensor:
+        where = component[(..., *(None,) * (values.ndim - component.ndim))].expand(*values.shape[:-1], 1)
         return values.gather(-1, where).squeeze(-1)
 
-    means, log_scales, slopes = (of_chosen(each) for each in (found.means, found.log_scales, found.slopes))
-    # The logistic's quantile, ln u − ln (1 − u), of the Gaussian's.
+    means, log_scales, slopes = (select(each) for each in (mixtures.means, mixtures.log_scales, mixtures.slopes))
+    # The logistic quantile ln u − ln (1 − u) at u = Φ(noise).
     spread = torch.special.log_ndtr(noise[..., :-1]) - torch.special.log_ndtr(-noise[..., :-1])
     steps = (levels - 1) / 2
     values: list[Tensor] = []

@@ -1,7 +1,7 @@
-"""Generator and discriminator of R3GAN (arXiv 2501.05441), small.
+"""Generator and discriminator after R3GAN (arXiv 2501.05441).
 
-As there, residual blocks without normalisation: an inverted bottleneck around a grouped convolution, begun as the
-identity (Fixup, 1901.09321), smooth resampling between resolutions, and a class as a direction to look in (1802.05637).
+Residual blocks without normalisation: an inverted bottleneck around a grouped convolution, initialised as the identity
+(Fixup, 1901.09321); bilinear resampling between resolutions; projection discriminator for classes (1802.05637).
 """
 
 import math
@@ -15,16 +15,16 @@ from diffusion.common.errors import UserError
 from diffusion.models.config import GANConfig
 
 SLOPE = 0.2
-"""Of what is below zero, in the activation."""
+"""Negative slope of the leaky ReLU."""
 GROUP = 8
-"""Channels that a 3×3 convolution looks at together."""
+"""Channels per group of the 3×3 convolutions."""
 EXPANSION = 2
-"""Times the channels inside a block."""
+"""Factor of the channels inside a block."""
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
 class Block(nn.Module):
-    """A bottleneck the other way round, around which a skip leads."""
+    """Residual block with an inverted bottleneck."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class Grow(nn.Module):
-    """To twice the resolution."""
+    """Upsampling by a factor of 2."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Grow(nn.Module):
 
 
 class Shrink(nn.Module):
-    """To half the resolution."""
+    """Downsampling by a factor of 2."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -66,10 +66,10 @@ class Shrink(nn.Module):
 
 
 class Generator(nn.Module):
-    """Makes images of ``channels`` and ``size`` pixels of noise, and of one of ``classes`` (0: it is told none).
+    """Generator of images with ``channels`` and ``size`` pixels from noise, conditioned on ``classes`` (0: none).
 
-    A size that patch and resolutions do not divide is made larger, and cut. Raises UserError if the lowest resolution
-    would be less than a pixel.
+    A size that patch and resolutions do not divide is rounded up inside and cropped. Raises UserError if the lowest
+    resolution would be less than a pixel.
     """
 
     def __init__(self, config: GANConfig, channels: int, size: int, classes: int = 0) -> None:
@@ -78,7 +78,7 @@ class Generator(nn.Module):
         low = _lowest(config, size)
         widths = _widths(config)[::-1]
         self.no_class = classes
-        """The class that means none in particular."""
+        """Index of the unconditional class."""
         self.classes = nn.Embedding(classes + 1, config.latent) if classes else None
         inputs = config.latent * (2 if classes else 1)
         self.begin = _scaled(nn.Linear(inputs, widths[0] * low**2, bias=False), gain=1)
@@ -92,9 +92,11 @@ class Generator(nn.Module):
         self.end = _scaled(nn.Conv2d(widths[-1], channels * config.patch**2, 3, padding=1), gain=1)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        """Noise (N, latent, 1, 1) to images (N, C, H, W), nominally in [−1, 1].
+        """Generate images (N, C, H, W), nominally in [−1, 1].
 
-        ``label`` (N,) are integers: a class, or ``no_class``, which is also what None means.
+        Args:
+            z: Noise, (N, latent, 1, 1).
+            label: Class of each image or ``no_class``, (N,) integers; None: ``no_class``.
         """
         z = z.flatten(1)
         if self.classes is not None:
@@ -105,7 +107,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Says of images of ``channels`` and ``size`` pixels how real they look, beside others of the same class."""
+    """Discriminator of images with ``channels`` and ``size`` pixels, conditioned on ``classes`` (0: none)."""
 
     def __init__(self, config: GANConfig, channels: int, size: int, classes: int = 0) -> None:
         super().__init__()
@@ -124,15 +126,15 @@ class Discriminator(nn.Module):
         self.classes = nn.Embedding(classes + 1, config.latent) if classes else None
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """Images (N, C, H, W) to (N,) float32: the higher, the more real; only differences mean anything."""
+        """Score images (N, C, H, W) as (N,) float32: higher is more real; only differences are meaningful."""
         if self.padding:
             x = functional.pad(x, (0, self.padding, 0, self.padding))
         h = self.layers(self.begin(functional.pixel_unshuffle(x, self.patch)))
-        said: Tensor = self.head(self.gather(h).flatten(1)).float()
+        scores: Tensor = self.head(self.gather(h).flatten(1)).float()
         if self.classes is None:
-            return said.squeeze(1)
-        towards: Tensor = self.classes(_labels(label, said, self.no_class))
-        return (said * towards).sum(1) / math.sqrt(towards.shape[1])
+            return scores.squeeze(1)
+        direction: Tensor = self.classes(_labels(label, scores, self.no_class))
+        return (scores * direction).sum(1) / math.sqrt(direction.shape[1])
 
 
 def _labels(label: Tensor | None, like: Tensor, no_class: int) -> Tensor:
@@ -144,7 +146,7 @@ def _widths(config: GANConfig) -> list[int]:
 
 
 def _lowest(config: GANConfig, size: int) -> int:
-    """Positions along a side at the lowest resolution."""
+    """Height and width of the lowest resolution."""
     if config.factor > size:
         raise UserError(
             f"model.patch = {config.patch} and {len(config.channel_mult)} resolutions fold {config.factor} pixels into "
@@ -158,7 +160,7 @@ def _active(x: Tensor) -> Tensor:
 
 
 def _scaled(layer: Layer, gain: float = math.sqrt(2 / (1 + SLOPE**2))) -> Layer:
-    """``layer`` with weights that keep the deviation of values (1502.01852), ``gain`` times, and no bias yet."""
+    """Initialise ``layer`` with He weights (1502.01852), scaled by ``gain``, and zero bias."""
     nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.weight[0].numel()))
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

@@ -1,8 +1,8 @@
-"""What a text means, as a point on a sphere: captions in training and prompts in sampling are read alike.
+"""Sentence encoder of captions and prompts: texts to unit vectors.
 
-The reader is all-MiniLM-L6-v2, a BERT of six layers (arXiv 1810.04805, 2002.10957) trained so that sentences of like
-meaning lie near each other (1908.10084). Its weights come with a package and are never asked for over the network; its
-thirty lines of arithmetic are written out here, so that no other library decides the last bits.
+The encoder is all-MiniLM-L6-v2, a BERT of six layers (arXiv 1810.04805, 2002.10957) trained so that sentences of
+similar meaning have similar embeddings (1908.10084). Its weights come with a package and are never downloaded; its
+forward pass is implemented here, so that embeddings do not depend on another library's version.
 """
 
 from functools import cache
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 WIDTH = 384
-"""Numbers of an embedding."""
+"""Dimensions of an embedding."""
 LAYERS, HEADS = 6, 12
 ENDS = 2
-"""Tokens of a text of no words: [CLS] and [SEP]."""
+"""Tokens of an empty text: [CLS] and [SEP]."""
 LONGEST = 256
-"""Tokens that are read of a text, as its authors do; a caption's others are passed over."""
+"""Most tokens of a text, as in the original encoder; longer captions are truncated."""
 FILES = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
 }
-"""SHA-256 of what is read of the package."""
+"""SHA-256 of the files used from the package."""
 
 
 class TextEncoder(Config):
-    """Which encoder read a model's captions: those of another mean nothing to it."""
+    """Identity of the encoder that embedded a model's captions."""
 
     name: str
     digest: str
@@ -48,19 +48,19 @@ ENCODER = TextEncoder(name="all-MiniLM-L6-v2", digest=digest_of(FILES))
 
 
 def check_encoder(encoder: TextEncoder | None) -> None:
-    """Raise UserError if a model's captions were read by another ``encoder`` than this Darkroom's."""
+    """Raise UserError if a model's captions were embedded by another ``encoder`` than this version's."""
     if encoder is not None and encoder != ENCODER:
         raise UserError(
             f"the model's captions were read by {encoder.name} ({encoder.digest[:12]}), and this Darkroom reads by "
-            f"{ENCODER.name} ({ENCODER.digest[:12]}): draw with the version that trained it, or train anew"
+            f"{ENCODER.name} ({ENCODER.digest[:12]}): sample with the version that trained it, or train again"
         )
 
 
 class MiniLM:
-    """The encoder with its weights.
+    """The encoder with its weights; safe to call from any thread.
 
-    Texts are read one by one: in a batch the last bits of each would depend on the others. That takes 5 to 15 ms for a
-    caption on one core, a batch half of it. Any thread may call.
+    Texts are encoded one by one: in a batch the last bits of each would depend on the others. A caption takes 5 to
+    15 ms on one core; a batch would take half as long.
     """
 
     def __init__(self, folder: Path, tokenizer: "Tokenizer") -> None:
@@ -70,13 +70,13 @@ class MiniLM:
         tokenizer.no_truncation()
 
     def tokens(self, text: str) -> Tensor:
-        """The numbers of a text's word pieces between [CLS] and [SEP], (L,) int64."""
-        # JSON may hold halves of characters, which are no text.
+        """Tokenize ``text``, with [CLS] and [SEP]: (L,) int64."""
+        # JSON may hold lone surrogates, which cannot be encoded.
         return torch.tensor(self.tokenizer.encode(text.encode(errors="ignore").decode()).ids)
 
     @torch.no_grad()
     def __call__(self, text: str) -> Tensor:
-        """The embedding of ``text``, (384,) float32 of length 1: the mean over its tokens."""
+        """Embed ``text`` as the normalised mean over its tokens: (384,) float32 of length 1."""
         ids = self.tokens(text)
         if len(ids) > LONGEST:  # the last one is [SEP]
             ids = torch.cat([ids[: LONGEST - 1], ids[-1:]])
@@ -109,7 +109,7 @@ class MiniLM:
 
 @cache
 def encoder() -> MiniLM:
-    """The encoder, loaded once; raises UserError if it is not installed, or its files are not the ones expected."""
+    """Load the encoder, once; raises UserError if it is not installed or its files have other digests."""
     try:
         from tokenizers import Tokenizer
 

@@ -1,4 +1,4 @@
-"""The U-Net that predicts the noise in an image (after arXiv 2006.11239 and 2105.05233)."""
+"""The denoising U-Net (after arXiv 2006.11239 and 2105.05233)."""
 
 import math
 
@@ -12,20 +12,20 @@ from diffusion.models.config import ModelConfig
 from diffusion.models.text_encoder import WIDTH
 
 GROUP = 16
-"""Channels per group of the normalisations; with fewer, bfloat16 kernels fall back from vectors to scalars."""
+"""Channels per normalisation group; with fewer, bfloat16 kernels fall back to scalar code."""
 LAYER, GOLDEN = 0x9E3779B97F4A7, -0x61C8864680B583EB
-"""Odd numbers far from each other, by which layers and values differ in what they draw."""
+"""Odd multipliers that separate the dropout random numbers of layers and of values."""
 LEVEL_SCALE = 1000
-"""Brings noise over small images, a part of 1, into the range of times, for which the embedding is made."""
+"""Factor from the noise level of small images, below 1, to the range of time steps that the embedding expects."""
 WRITTEN_OUT = 256
-"""Up to so many positions attention is written out: there the fused kernel's backward pass takes up to five
-times as long on processors without a GPU."""
+"""Most positions for which attention is computed without the fused kernel, whose backward pass takes up to five
+times as long there on CPUs."""
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions around a skip, then attention if there are ``heads``.
+    """Residual block of two convolutions, followed by self-attention if ``heads`` is not 0.
 
-    Time scales and shifts the second normalisation (adaptive group norm, arXiv 2105.05233, section 3.1).
+    The embedding scales and shifts the second normalisation (adaptive group norm, arXiv 2105.05233, section 3.1).
     """
 
     def __init__(self, inputs: int, outputs: int, embedding: int, heads: int, dropout: float = 0.0) -> None:
@@ -45,14 +45,14 @@ class ResidualBlock(nn.Module):
         h = self.conv1(functional.silu(self.norm1(x)))
         h = functional.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
         if draws is not None:
-            h = dropped(h, draws, self.dropout)
+            h = seeded_dropout(h, draws, self.dropout)
         h = self.skip(x) + self.conv2(h)
         out: Tensor = self.attention(h)
         return out
 
 
 class SelfAttention(nn.Module):
-    """Every position looks at every other."""
+    """Self-attention over all positions."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
         n, c, h, w = x.shape
-        # Channels last, the channels of a position lie together: taken apart this way round, nothing is copied.
+        # In channels-last memory format this order of dimensions needs no copy.
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(n, h * w, 3, self.heads, c // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         attended = attend(query, key, value).transpose(1, 2).reshape(n, h, w, c)
@@ -73,20 +73,20 @@ class SelfAttention(nn.Module):
 
 
 class Shrink(nn.Module):
-    """To half the resolution."""
+    """Downsampling by a factor of 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor, embedding: Tensor, draws: Tensor | None = None) -> Tensor:
-        """(N, C, H, W) to (N, C, H/2, W/2), whatever the time."""
+        """(N, C, H, W) to (N, C, H/2, W/2); independent of the embedding."""
         out: Tensor = self.conv(x)
         return out
 
 
 class Grow(nn.Module):
-    """To twice the resolution."""
+    """Upsampling by a factor of 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -99,11 +99,11 @@ class Grow(nn.Module):
 
 
 class UNet(nn.Module):
-    """Down through the resolutions and up again, with a skip from each layer on the way down.
+    """U-Net with a skip connection from each layer of the downward path.
 
-    ``channels`` and ``size`` are those of the images, ``classes`` how many classes there are to ask for
-    (0: none). A size that patch and resolutions do not divide is padded inside; raises UserError if the
-    lowest resolution would be less than a pixel.
+    ``channels`` and ``size`` are those of the images, ``classes`` is the number of classes that it is conditioned on
+    (0: none). A size that patch and resolutions do not divide is padded inside. Raises UserError if the lowest
+    resolution would be less than a pixel.
     """
 
     def __init__(self, config: ModelConfig, channels: int, size: int, classes: int = 0) -> None:
@@ -117,20 +117,20 @@ class UNet(nn.Module):
         require_fitting(config.low_resolution, size)
         self.patch, self.width, self.padding = config.patch, config.width, -size % fold
         self.dropout, self.gradient_checkpointing = config.dropout, False
-        """Whether what is inside layers is computed again in the backward pass, instead of kept from the forward."""
+        """Whether activations inside layers are recomputed in the backward pass instead of stored."""
         embedding = 4 * config.width
         self.time = nn.Sequential(
             nn.Linear(config.width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
         )
         self.no_class = classes
-        """The class that means none in particular."""
+        """Index of the unconditional class."""
         self.classes = nn.Embedding(classes + 1, embedding) if classes else None
         self.text = nn.Linear(WIDTH, embedding) if config.text else None
         self.no_text = nn.Parameter(torch.zeros(embedding)) if config.text else None
-        """Stands for the caption of an image that has none, or of which it is not told."""
+        """Embedding of a missing or dropped caption."""
         self.level = nn.Linear(config.width, embedding) if config.low_resolution is not None else None
-        shown = channels * (1 if config.low_resolution is None else 2)
-        self.stem = nn.Conv2d(shown * config.patch**2, config.width, 3, padding=1)
+        inputs = channels * (1 if config.low_resolution is None else 2)
+        self.stem = nn.Conv2d(inputs * config.patch**2, config.width, 3, padding=1)
         self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
 
         current, skips = config.width, [config.width]
@@ -157,9 +157,9 @@ class UNet(nn.Module):
                 self.up.append(Grow(current))
 
         self.norm = _normalisation(current)
-        # The prediction, and as many channels again of where the variance lies.
-        answers = channels * (2 if config.learned_variance else 1)
-        self.head = _zero(nn.Conv2d(current, answers * config.patch**2, 3, padding=1))
+        # The prediction, and with a learned variance as many channels for v.
+        outputs = channels * (2 if config.learned_variance else 1)
+        self.head = _zero(nn.Conv2d(current, outputs * config.patch**2, 3, padding=1))
 
     def forward(
         self,
@@ -171,15 +171,20 @@ class UNet(nn.Module):
         low: Tensor | None = None,
         level: Tensor | None = None,
     ) -> Tensor:
-        """Noisy images (N, C, H, W) at ``time`` (N,), in steps of 0 … T−1, to the prediction (N, C, H, W).
+        """Predict from noisy images.
 
-        With a learned variance to (N, 2C, H, W): the second half is v in ``diffusion.process.variance``.
-        ``label`` (N,) are integers: a class, or ``no_class``, which is also what None means. ``text`` (N, 384) are
-        embeddings of captions, zeros where there is none; None: nowhere is one. ``draws`` (N,) int64 below 2^62 decide
-        for each image which values dropout sets to 0; None: none, as it should be but for training.
+        Args:
+            x: Noisy images, (N, C, H, W).
+            time: Time steps from 0 to T−1, (N,).
+            label: Class of each image or ``no_class``, (N,) integers; None: ``no_class``.
+            text: Caption embeddings, (N, 384), zeros for no caption; None: no captions.
+            draws: Dropout seeds, (N,) int64 below 2^62; None: no dropout, as outside of training.
+            low: For super-resolution, small images enlarged to (N, C, H, W).
+            level: Standard deviation of the noise in ``low``, (N,).
 
-        A network that enlarges is shown ``low``, small images brought to (N, C, H, W), with noise over each, the
-        standard deviation of which is ``level`` (N,).
+        Returns:
+            The prediction, (N, C, H, W), or with a learned variance (N, 2C, H, W), whose second half is v of
+            ``diffusion.process.variance``.
         """
         if not self.dropout:
             draws = None
@@ -187,7 +192,7 @@ class UNet(nn.Module):
             assert low is not None
             x = torch.cat([x, low], dim=1)
         height, width = x.shape[-2:]
-        # Weights of half precision, as diffusers may load them, want their own kind; under autocast all are float32.
+        # Half-precision weights, as diffusers may load them, need inputs of their type; under autocast all are float32.
         x = x.to(self.stem.weight.dtype)
         if self.padding:
             x = functional.pad(x, (0, self.padding, 0, self.padding), mode="replicate")
@@ -199,7 +204,7 @@ class UNet(nn.Module):
         def through(layer: nn.Module, h: Tensor) -> Tensor:
             nonlocal depth
             depth += 1
-            # Each layer draws for itself.
+            # Each layer has its own random numbers.
             own = None if draws is None else draws + depth * LAYER
             out: Tensor = (
                 checkpoint(layer, h, embedding, own, use_reentrant=False, preserve_rng_state=False)
@@ -220,7 +225,7 @@ class UNet(nn.Module):
         return unfolded[..., :height, :width] if self.padding else unfolded
 
     def _embedding(self, time: Tensor, label: Tensor | None, text: Tensor | None, level: Tensor | None) -> Tensor:
-        """What every block is told, (N, embedding): the time, and whatever else the network knows of."""
+        """Embed the time and all other conditioning, (N, embedding)."""
         dtype = self.stem.weight.dtype
         embedding: Tensor = self.time(sinusoidal(time, self.width).to(dtype))
         if self.classes is not None:
@@ -228,14 +233,14 @@ class UNet(nn.Module):
             embedding = embedding + self.classes(label)
         if self.text is not None and self.no_text is not None:
             none = self.no_text
-            embedding = embedding + (none if text is None else read(text.to(dtype), self.text, none))
+            embedding = embedding + (none if text is None else project_captions(text.to(dtype), self.text, none))
         if self.level is not None and level is not None:
             embedding = embedding + self.level(sinusoidal(level * LEVEL_SCALE, self.width).to(dtype))
         return embedding
 
 
 def require_fitting(low_resolution: int | None, size: int) -> None:
-    """Raise UserError unless images of ``size`` pixels have a whole number of them for each of the small image."""
+    """Raise UserError unless ``size`` is a larger multiple of ``low_resolution``."""
     if low_resolution is None or (low_resolution < size and size % low_resolution == 0):
         return
     fitting = [str(each) for each in range(2, size) if size % each == 0]
@@ -245,17 +250,17 @@ def require_fitting(low_resolution: int | None, size: int) -> None:
     )
 
 
-def read(text: Tensor, project: nn.Linear, none: Tensor) -> Tensor:
-    """Embeddings of captions, ``text`` (N, 384), each of length 1, through ``project``; zeros become ``none``."""
-    # Each number gets a variance of 1, for which a layer's first weights are made.
+def project_captions(text: Tensor, project: nn.Linear, none: Tensor) -> Tensor:
+    """Project caption embeddings ``text`` (N, 384), each of length 1; zeros become ``none``."""
+    # Scaled to unit variance, which the initial weights of a layer assume.
     return torch.where(text.any(1, keepdim=True), project(text * WIDTH**0.5), none)
 
 
-def dropped(h: Tensor, draws: Tensor, rate: float) -> Tensor:
-    """``h`` (N, C, H, W) with a share ``rate`` of its values 0 and the others scaled up (arXiv 1207.0580).
+def seeded_dropout(h: Tensor, draws: Tensor, rate: float) -> Tensor:
+    """Dropout: set a share ``rate`` of the values of ``h`` (N, C, H, W) to 0 and scale up the rest (arXiv 1207.0580).
 
-    Which ones is a function of ``draws`` (N,) int64 alone, and not of a generator that the number of threads, ranks or
-    restarts could put elsewhere: each value's number is mixed with its image's (the finalizer of SplitMix64).
+    The choice is a function of ``draws`` (N,) int64 alone, so it does not depend on threads, ranks or restarts: the
+    index of each value is hashed with its image's seed (the finalizer of SplitMix64).
     """
     numbers = torch.arange(h[0].numel(), device=h.device).view(1, *h.shape[1:])
     mixed = (numbers + 1) * GOLDEN + draws[:, None, None, None]
@@ -266,7 +271,7 @@ def dropped(h: Tensor, draws: Tensor, rate: float) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Scaled dot-product attention over (N, heads, positions, channels)."""
+    """Compute scaled dot-product attention over (N, heads, positions, channels)."""
     if query.shape[-2] > WRITTEN_OUT:
         return functional.scaled_dot_product_attention(query, key, value)
     scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
@@ -274,7 +279,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def sinusoidal(time: Tensor, width: int) -> Tensor:
-    """Transformer position embedding of ``time`` (N,) as (N, width), periods from 2π to 20,000π."""
+    """Compute the sinusoidal embedding of ``time`` (N,) as (N, width), with periods from 2π to 20,000π."""
     half = width // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=time.device) / half)
     angles = time.float()[:, None] * frequencies
@@ -286,7 +291,7 @@ def _normalisation(channels: int) -> nn.GroupNorm:
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:
-    """Start a residual branch as nothing, so that the network starts as the identity."""
+    """Initialise a layer with zeros, so that its residual branch starts as the identity."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

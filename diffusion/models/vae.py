@@ -1,4 +1,4 @@
-"""The convolutional autoencoder of arXiv 2112.10752, small: images to latents of a lower resolution, and back."""
+"""Convolutional variational autoencoder after arXiv 2112.10752: images to lower-resolution latents, and back."""
 
 import math
 
@@ -11,14 +11,14 @@ from diffusion.models.config import LatentSpace, VAEConfig
 from diffusion.models.unet import GROUP, Grow
 
 LOG_VARIANCE = (-20.0, 10.0)
-"""Range of a posterior's log-variance: beyond it float32 has no more to say."""
+"""Range of a posterior's log-variance; values beyond it make no difference in float32."""
 SCALE = 0.1
-"""Deviation of the likelihood to begin with. Were it that of images that do not come back yet, latents would cost
-more than they give, and the network would learn to do without them (posterior collapse, arXiv 1511.06349)."""
+"""Initial standard deviation of the likelihood. Starting at the error of an untrained decoder would make latents cost
+more than they gain, and the network would learn to ignore them (posterior collapse, arXiv 1511.06349)."""
 
 
 class Block(nn.Module):
-    """Two convolutions around a skip."""
+    """Residual block of two convolutions."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -38,9 +38,9 @@ class Block(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder and decoder for images of so many ``channels`` and ``size`` pixels.
+    """Encoder and decoder of images with ``channels`` and ``size`` pixels.
 
-    Raises UserError if the factor by which it shrinks them does not divide the size.
+    Raises UserError if the downsampling factor does not divide the size.
     """
 
     def __init__(self, config: VAEConfig, channels: int, size: int) -> None:
@@ -57,24 +57,24 @@ class VAE(nn.Module):
         self.encoder = _encoder(widths, config.blocks, folded, config.latent_channels)
         self.decoder = _decoder(widths[::-1], config.blocks + 1, folded, config.latent_channels)
         self.log_scale = nn.Parameter(torch.tensor(math.log(SCALE)))
-        """Logarithm of the deviation that images' values, in [−1, 1], have about their reconstructions."""
+        """Logarithm of the standard deviation of images' values, in [−1, 1], around their reconstructions."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """Images (N, C, H, W) in [−1, 1] to the means of their posteriors, (N, c, H/f, W/f)."""
+        """Encode images (N, C, H, W) in [−1, 1] as the means of their posteriors, (N, c, H/f, W/f)."""
         return self.posterior(x)[0]
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (N, C, H, W) in [−1, 1] to their posteriors' mean and log-variance, (N, c, H/f, W/f) each."""
+        """Encode images (N, C, H, W) in [−1, 1] as mean and log-variance of the posterior, (N, c, H/f, W/f) each."""
         mean, log_variance = self.encoder(functional.pixel_unshuffle(x, self.patch)).float().chunk(2, dim=1)
         return mean, log_variance.clamp(*LOG_VARIANCE)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (N, c, H/f, W/f) to images (N, C, H, W), nominally in [−1, 1]."""
+        """Decode latents (N, c, H/f, W/f) to images (N, C, H, W), nominally in [−1, 1]."""
         out: Tensor = functional.pixel_shuffle(self.decoder(z), self.patch).float()
         return out
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction of ``x`` through latents that ``noise`` draws; and the mean and log-variance of those."""
+        """Reconstruct ``x`` from latents sampled with ``noise``; also returns their mean and log-variance."""
         mean, log_variance = self.posterior(x)
         return self.decode(reparameterize(mean, log_variance, noise)), mean, log_variance
 
@@ -82,7 +82,7 @@ class VAE(nn.Module):
 class Latents(nn.Module):
     """A trained autoencoder with the mean and standard deviation of its latents, each (1, c, 1, 1).
 
-    A diffusion model sees latents of mean 0 and standard deviation 1 (arXiv 2112.10752, appendix G).
+    Latents are normalised to mean 0 and standard deviation 1 for a diffusion model (arXiv 2112.10752, appendix G).
     """
 
     mean: Tensor
@@ -96,24 +96,21 @@ class Latents(nn.Module):
 
     @classmethod
     def with_random_weights(cls, space: LatentSpace, shape: tuple[int, int, int]) -> "Latents":
-        """The autoencoder that ``space`` describes for images of ``shape`` (C, H, W), to be loaded with weights."""
+        """Build the autoencoder of ``space`` for images of ``shape`` (C, H, W), to load weights into."""
         moments = torch.zeros(1, space.channels, 1, 1)
         return cls(VAE(space.autoencoder, shape[0], shape[-1]), moments, moments.clone())
 
     def encode(self, x: Tensor) -> Tensor:
-        """Images (N, C, H, W) in [−1, 1] to latents (N, c, h, w).
-
-        The posterior's mean: its noise is nothing that a diffusion model need learn to draw.
-        """
+        """Encode images (N, C, H, W) in [−1, 1] as latents (N, c, h, w): the posterior means, without its noise."""
         return ((self.network.encode(x) - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (N, c, h, w) to images (N, C, H, W), nominally in [−1, 1]."""
+        """Decode latents (N, c, h, w) to images (N, C, H, W), nominally in [−1, 1]."""
         return self.network.decode(z * self.std + self.mean)
 
 
 def reparameterize(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
-    """Latents of the posterior for standard Gaussian ``noise``, all (N, …) (arXiv 1312.6114, section 2.4)."""
+    """Sample latents from the posterior with standard Gaussian ``noise``, all (N, …) (arXiv 1312.6114, section 2.4)."""
     return mean + (0.5 * log_variance).exp() * noise
 
 

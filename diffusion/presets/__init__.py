@@ -1,4 +1,4 @@
-"""Named beginnings of a configuration, each a readable file: what it leaves out has the default of its field."""
+"""Presets of the configuration, one YAML file each; fields that a file leaves out have their defaults."""
 
 from importlib.resources import files
 from typing import Any, Literal
@@ -11,16 +11,16 @@ PresetName = Literal["fast", "ddpm", "large"]
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The sections and fields of a file: of a preset, of a family other than ddpm, or of networks that enlarge."""
+    """Read the file of a preset, of a family other than ddpm, or of super-resolution, as sections of fields."""
     sections: dict[str, Any] = yaml.safe_load(files(__name__).joinpath(f"{name}.yaml").read_text()) or {}
     return sections
 
 
 def over(chosen: dict[str, Any], name: PresetName) -> dict[str, Any]:
-    """``chosen``, sections of fields, with what it leaves out taken from the preset ``name``.
+    """Complete ``chosen``, sections of fields, from the preset ``name``.
 
-    The presets are of diffusion models: another family has a file of its own instead, and to choose a preset for it
-    that is not the default is a ValueError. Of networks that enlarge there is a file that lies over the default one.
+    Presets are for diffusion models. Other families have one file each, and any preset but the default raises
+    ValueError for them. For super-resolution the file ``enlarging`` overrides parts of the default preset.
     """
     model, source = chosen.get("model"), str(name)
     if isinstance(model, dict) and (family := model.get("family", "ddpm")) != "ddpm":
@@ -42,7 +42,7 @@ def over(chosen: dict[str, Any], name: PresetName) -> dict[str, Any]:
 
 
 def _replaced(name: str, given: dict[str, Any]) -> bool:
-    """Whether who has chosen ``given`` means to do without the field ``name`` of the same section."""
+    """Whether the fields ``given`` replace the field ``name`` of the preset's section."""
     match name:
         case "ema_decay":
             return bool(given.get("ema_stds"))

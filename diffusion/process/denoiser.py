@@ -1,4 +1,4 @@
-"""A network as a denoiser: from a noisy image and its σ to the clean one."""
+"""Denoiser: a network as a function from a noisy image and its σ to the clean one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from diffusion.process.variance import deviation_between
 
 @dataclass(frozen=True)
 class Denoiser:
-    """D(x; σ) for x = x_0 + σ ε, whatever the network predicts (the view of arXiv 2206.00364).
+    """D(x; σ) for x = x_0 + σ ε, for any prediction of the network (arXiv 2206.00364).
 
-    Samplers see nothing else of a model. ``clip`` keeps the estimate inside [−1, 1], the range of images;
-    ``learned_variance`` says that there is a ``posterior``.
+    It is the only interface between samplers and models. ``clip`` limits the estimate to [−1, 1], the range of images;
+    ``learned_variance`` says whether ``posterior`` is available.
     """
 
     network: Callable[[Tensor, Tensor], Tensor]
@@ -25,8 +25,8 @@ class Denoiser:
     clip: bool = True
     learned_variance: bool = False
     around: Tensor | None = None
-    """What is known of the clean images, (N, C, H, W): the network is asked about what they have beyond it. None:
-    about them."""
+    """Known part of the clean images, (N, C, H, W), to which the network predicts the residual; None: it predicts the
+    images themselves."""
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Estimate x_0 (N, C, H, W) from ``x`` of the same shape; ``sigma`` is a number or (N,)."""
@@ -34,15 +34,15 @@ class Denoiser:
         return x0
 
     def posterior(self, x: Tensor, sigma: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
-        """The estimate, and the standard deviation of each value of x at σ = ``following``, as the network learned it.
+        """Estimate x_0, and the learned standard deviation of each value of x at σ = ``following``.
 
-        Both (N, C, H, W); ``sigma`` and the lower ``following`` are numbers.
+        Both are (N, C, H, W); ``sigma`` and the lower ``following`` are numbers.
         """
         x0, v = self.answer(x, sigma)
         return x0, deviation_between(v, fixed_small(sigma, following), fixed_large(sigma, following))
 
     def answer(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The estimate of x_0, and what there is besides: v (N, C, H, W) of a learned variance, or no channels."""
+        """Estimate x_0; also returns v (N, C, H, W) of a learned variance, or a tensor without channels."""
         sigma = sigma.to(x.device).double().expand(len(x))
         if self.around is not None:
             x = x - self.around

@@ -1,6 +1,6 @@
-"""Editing with models that were not trained for it: inpainting, img2img, and interpolation between noises.
+"""Editing without training for it: inpainting, img2img, and interpolation between noises.
 
-Everything is made of a denoiser and a sampler, in x = x_0 + σ ε; masks are bool, True where an image is kept.
+All functions take a denoiser or a sampler, with x = x_0 + σ ε; masks are bool, True where the image is kept.
 """
 
 import math
@@ -16,26 +16,26 @@ from diffusion.process.samplers import Denoise, Noise, Sampler
 
 @dataclass(frozen=True)
 class Edit:
-    """An image to begin with, instead of with noise, and how it is changed; UserError if that makes no sense.
+    """An image to edit, and how: with a mask inpainting, without one img2img.
 
-    With a mask the rest is filled (inpainting), at the full ``strength``; without one all of it is changed (img2img).
+    Raises UserError for options that contradict each other or have no effect.
     """
 
     image: Tensor
     """(C, H, W) uint8."""
     kept: Tensor | None = None
-    """(H, W) bool, True where the image is kept; None: nowhere."""
+    """(H, W) bool, True where the image is kept; None: img2img."""
     strength: float = 1.0
-    """How much is changed, in (0, 1]: see ``levels_for``."""
+    """Share of the reverse process that is run, in (0, 1]: see ``levels_for``."""
     resample_steps: int = 1
-    """How often each stretch of steps is repeated: see ``repaint``. 1: once, which is fast."""
+    """How often each stretch of steps is run: see ``repaint``. 1: no resampling."""
     stretch: int = 5
-    """Steps in a stretch."""
+    """Steps per stretch."""
     guided: bool = False
-    """Whether the estimate is guided by a gradient to fit what is kept: see ``pigdm``."""
+    """Whether a gradient guides the estimate to fit the kept part: see ``pigdm``."""
 
     def __post_init__(self) -> None:
-        """Check that everything has an effect."""
+        """Check that all options have an effect."""
         if not 0 < self.strength <= 1:
             raise UserError(f"strength {self.strength:g} is not above 0 and at most 1: try 0.6")
         if self.resample_steps < 1 or self.stretch < 1:
@@ -58,54 +58,54 @@ class Edit:
 
     @property
     def seen(self) -> Tensor:
-        """What the reverse process may know of the image: at full strength nothing that lies in the hole."""
+        """The image as the reverse process gets it: at full strength without the pixels of the hole."""
         return self.image if self.kept is None or self.strength < 1 else blanked(self.image, self.kept)
 
 
 def blanked(images: Tensor, kept: Tensor) -> Tensor:
-    """``images`` (..., C, H, W) uint8 with the mean of what is ``kept`` (H, W) of each channel everywhere else.
+    """Fill the hole of ``images`` (..., C, H, W) uint8 with each channel's mean over the ``kept`` pixels (H, W).
 
-    No noise level hides a hole's brightness altogether: what begins there would come out as it was.
+    Even at the highest noise level the brightness of the hole would otherwise shine through.
     """
     mean = images[..., kept].float().mean(-1).round().to(images.dtype)
     return torch.where(kept, images, mean[..., None, None])
 
 
 def replace_known(denoise: Denoise, known: Tensor, kept: Tensor) -> Denoise:
-    """``denoise`` as if it saw ``known`` (N, C, H, W) where the mask ``kept`` (N or 1, 1, H, W) says so.
+    """Replace the estimate of ``denoise`` by ``known`` (N, C, H, W) where the mask ``kept`` (N or 1, 1, H, W) is True.
 
-    Any sampler then keeps that part of the image, in the end exactly, and on the way as noisy as the rest: the
-    replacement method (arXiv 2011.13456, appendix I.2), with the estimate replaced instead of the state. Fast, but what
-    is filled in does not know well enough what lies around it, which is what ``pigdm`` and ``repaint`` are for.
+    Any sampler then keeps that part of the image, exactly at the end and with the noise of each level before: the
+    replacement method (arXiv 2011.13456, appendix I.2), applied to the estimate instead of the state. It is fast, but
+    the hole may not fit its surroundings well; ``pigdm`` and ``repaint`` improve on that.
     """
     return lambda x, sigma: torch.where(kept, known, denoise(x, sigma))
 
 
 def pigdm(denoise: Denoise, known: Tensor, kept: Tensor, sigma_data: float) -> Denoise:
-    """``denoise`` with its estimate moved until it explains ``known``; it belongs inside ``replace_known``.
+    """Guide the estimate of ``denoise`` towards ``known`` by a gradient; to be wrapped in ``replace_known``.
 
-    The estimate x̂ follows the gradient of what is wrong with it where the image is kept: x̂ + (σ/r)² J^T (known − x̂),
-    J its derivative by x and r² = σ² σ_data² / (σ² + σ_data²) how unsure it is of a value (ΠGDM, Song et al., ICLR
-    2023, for a mask). Each step costs a gradient, about 2.5 times the work.
+    The estimate x̂ becomes x̂ + (σ/r)² J^T (known − x̂) over the kept part, where J is its derivative by x and
+    r² = σ² σ_data² / (σ² + σ_data²) the posterior variance of a value (ΠGDM, Song et al., ICLR 2023, for a mask).
+    Each step costs a gradient, about 2.5 times the work.
     """
 
-    def moved(x: Tensor, sigma: Tensor) -> Tensor:
+    def guided_estimate(x: Tensor, sigma: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
-            # Copies, as nothing that was made in inference mode may take part in a gradient.
+            # Clones, since tensors created in inference mode cannot take part in a gradient.
             x, sigma = x.clone().requires_grad_(), sigma.clone()
             estimate = denoise(x, sigma)
-            wrong = torch.where(kept, known.clone() - estimate.detach(), 0)
-            (towards,) = torch.autograd.grad(estimate, x, wrong.to(estimate.dtype))
+            residual = torch.where(kept, known.clone() - estimate.detach(), 0)
+            (gradient,) = torch.autograd.grad(estimate, x, residual.to(estimate.dtype))
         gain = 1 + (sigma.to(x.device) / sigma_data) ** 2
-        return estimate.detach() + gain.to(x.dtype).expand(len(x))[:, None, None, None] * towards
+        return estimate.detach() + gain.to(x.dtype).expand(len(x))[:, None, None, None] * gradient
 
-    return moved
+    return guided_estimate
 
 
 def whole(kept: Tensor, size: int) -> Tensor:
-    """The mask ``kept`` (H, W) bool at ``size``×``size``: what stands for H/size pixels is kept if all of them are."""
-    lost = functional.max_pool2d((~kept)[None].float(), len(kept) // size)
-    return lost == 0
+    """Downsample the mask ``kept`` (H, W) bool to ``size``×``size``: a position is kept if all of its pixels are."""
+    holes = functional.max_pool2d((~kept)[None].float(), len(kept) // size)
+    return holes == 0
 
 
 def repaint(
@@ -117,13 +117,13 @@ def repaint(
     stretch: int = 5,
     resample_steps: int = 5,
 ) -> Tensor:
-    """The reverse process over ``sigmas`` with each ``stretch`` of steps repeated ``resample_steps`` times.
+    """Run the reverse process over ``sigmas`` with each ``stretch`` of steps run ``resample_steps`` times.
 
-    RePaint (arXiv 2201.09865): between two of them the noise that the stretch took away is put back, so that a filled
-    hole and its surroundings, ``denoise`` being one of ``replace_known``, come to agree. ``x`` is σ_max ε (N, C, H, W).
+    RePaint (arXiv 2201.09865): each repetition first adds back the noise that the stretch removed, so that the hole
+    fits its surroundings. ``denoise`` comes from ``replace_known``, ``x`` is σ_max ε (N, C, H, W).
     """
     if resample_steps == 1:
-        # Whole, so that samplers which remember earlier steps may.
+        # In one call, so that multistep samplers can use their earlier steps.
         return sampler(denoise, x, sigmas, noise)
     for start in range(0, len(sigmas) - 1, stretch):
         levels = sigmas[start : start + stretch + 1]
@@ -136,19 +136,19 @@ def repaint(
 
 
 def levels_for(sigmas: Tensor, strength: float) -> Tensor:
-    """The end of the grid ``sigmas`` (steps + 1,) at which an image is changed with ``strength``, in (0, 1].
+    """Select the noise levels at the end of ``sigmas`` (steps + 1,) for an edit of ``strength``, in (0, 1].
 
-    1 is all of it, and leaves nothing but what a mask keeps; a strength of 0.5 goes through the lower half of the steps
-    (SDEdit, arXiv 2108.01073). At least one step is left.
+    1 runs all steps and keeps only what a mask keeps; 0.5 runs the lower half of the steps (SDEdit, arXiv 2108.01073).
+    At least one step is left.
     """
     steps = len(sigmas) - 1
     return sigmas[steps - max(1, round(strength * steps)) :]
 
 
 def between(one: Tensor, other: Tensor, share: Tensor) -> Tensor:
-    """Gaussian noise on the way from ``one`` to ``other``, both (C, H, W), at each ``share`` (K,), as (K, C, H, W).
+    """Interpolate Gaussian noise from ``one`` to ``other``, both (C, H, W), at each ``share`` (K,), as (K, C, H, W).
 
-    On the great circle through both: on a straight line there would be less noise half-way than at its ends
+    The interpolation is spherical: on a straight line the noise would have less variance half-way than at the ends
     (arXiv 2010.02502, appendix D.5).
     """
     angle = torch.acos(((one * other).sum() / (one.norm() * other.norm())).clamp(-1, 1))

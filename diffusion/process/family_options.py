@@ -1,4 +1,4 @@
-"""Which options have an effect on which family of models, and which of them contradict each other."""
+"""Checks of the sampling and training options against the family of models."""
 
 from typing import Literal
 
@@ -12,9 +12,9 @@ COMPUTING = {"compute_batch", "precision", "device"}
 
 
 def ineffective_option(model: FamilyConfig, section: Literal["sampling", "training"], given: Config) -> str | None:
-    """Which field of ``section`` is set and means nothing to the family of ``model``, in words; None if none does."""
+    """Describe a field that is set in ``section`` without effect for the family of ``model``; None if there is none."""
     if section == "training":
-        names, default = set(model.passes_over.get(section, ())), type(given)()
+        names, default = set(model.ineffective_fields.get(section, ())), type(given)()
     else:
         names, default = (
             set() if model.samples_in_steps else type(given).model_fields.keys() - COMPUTING,
@@ -27,14 +27,14 @@ def ineffective_option(model: FamilyConfig, section: Literal["sampling", "traini
 
 
 def effective_sampling(model: FamilyConfig, sampling: SamplingConfig) -> SamplingConfig:
-    """``sampling`` as far as it means anything to the family of ``model``: the rest has its defaults."""
+    """Reset the fields of ``sampling`` without effect for the family of ``model`` to their defaults."""
     return sampling if model.samples_in_steps else sampling_config(**sampling.model_dump(include=COMPUTING))
 
 
 def training_conflict(model: FamilyConfig, training: ObjectiveConfig) -> str | None:
-    """Why ``model`` cannot be trained as ``training`` says, and what to change; None if it can."""
-    if words := ineffective_option(model, "training", training):
-        return words
+    """Describe why ``model`` cannot be trained with ``training``, and what to change; None if it can."""
+    if problem := ineffective_option(model, "training", training):
+        return problem
     if not isinstance(model, ModelConfig) or not model.learned_variance:
         return None
     if training.timestep_sampling != "uniform":

@@ -1,13 +1,13 @@
-"""How well a model foresees single images: its loss on each by noise level, and how many bits it says they are.
+"""Losses by noise level and bits per dimension of single images under a diffusion model.
 
-Of the bounds on a diffusion model's likelihood this is that of infinitely many steps (arXiv 2107.00630, eq. 15):
+The bits are the continuous-time bound on the likelihood (arXiv 2107.00630, eq. 15):
 
     −ln p(x_0) ≤ KL(q(x_σmax | x_0) ‖ N(0, σ_max²)) + ∫ E‖x_0 − D(x; σ)‖² / σ² d ln σ − E ln p(x_0 | x_σmin)
 
-It is the limit of DDPM's sum (arXiv 2006.11239, equation 5) and lies below it, and depends neither on a number of steps
-nor on a choice of variances. It holds for any function D, so all models are evaluated between the same two levels,
-whatever their schedules; beyond its own a network gets the nearest time that it knows. Then models of different
-schedules compare, and the integrand is the very loss that is reported by noise level.
+It is the limit of DDPM's sum (arXiv 2006.11239, equation 5), lies below it, and depends neither on a number of steps
+nor on a choice of variances. It holds for any function D, so all models are evaluated between the same two levels;
+outside its own schedule a network gets the nearest time. So models with different schedules can be compared, and the
+integrand is the loss that is reported by noise level.
 """
 
 import math
@@ -24,41 +24,47 @@ from diffusion.process.schedules import SIGMA_MAX
 from diffusion.process.variance import HALF_A_LEVEL, log_likelihood
 
 LEVELS = 16
-"""Equal parts of ln σ, at each of which every image is looked at once."""
+"""Number of equal intervals of ln σ, in each of which every image is evaluated once."""
 SIGMA_MIN = HALF_A_LEVEL
-"""Where they begin: below it noise leaves nearly all pixels the values they have. Of Gaussian values the bound is then
-too high by 0.03 bits; of black ones, were it known for sure that they are, by 0.25."""
+"""Lowest σ: below it noise changes hardly any 8-bit value. The bound is then too high by 0.03 bits for Gaussian values,
+and by 0.25 for pixels known to be black."""
 STREAM = "held_out_loss"
-"""Of the random numbers, which are the same for all models."""
+"""Name of the random stream, which is the same for all models."""
 Estimate = Callable[[Tensor, Tensor], Tensor]
 """From x = x_0 + σ ε (N, C, H, W) and σ (N,) to an estimate of x_0."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a model makes of each of N images, which of two models can be compared one by one."""
+    """Losses and bits of each of N images, for paired comparison of two models."""
 
     edges: Tensor
-    """σ at the ends of the levels, (L + 1,) float64; none: (0,)."""
+    """Bounds of the L intervals of σ, (L + 1,) float64; without intervals (0,)."""
     losses: Tensor
-    """(N, L) float64."""
+    """Loss of each image in each interval, (N, L) float64."""
     bits: Tensor | None
-    """Per dimension, (N,) float64."""
+    """Bits per dimension, (N,) float64; None if undefined."""
 
     @classmethod
     def without_levels(cls, bits: Tensor | None, count: int) -> "Terms":
-        """Of a model that takes no noise away; ``bits`` (N,) of ``count`` images, or None."""
+        """Make the terms of a model that is no diffusion model; ``bits`` (N,) of ``count`` images, or None."""
         return cls(torch.zeros(0, dtype=torch.float64), torch.zeros(count, 0, dtype=torch.float64), bits)
 
 
 def denoising_terms(
     estimate: Estimate, x0: Tensor, sigma_data: float, indices: Sequence[int], pixels: bool = True
 ) -> Terms:
-    """Losses and bits of images ``x0``, (N, C, H, W) in [−1, 1], number ``indices``, under any denoiser.
+    """Compute losses and bits of images under any denoiser.
 
-    Each of the ``noise_levels`` is looked at in one place for each image, which lies anywhere in it with equal
-    probability: so sums over levels are integrals without bias. ``pixels``: whether x_0 has the values of stored
-    images, of which alone bits are defined.
+    In each interval of ``noise_levels`` an image is evaluated at one uniformly sampled ln σ, so sums over intervals
+    are unbiased estimates of integrals.
+
+    Args:
+        estimate: The denoiser.
+        x0: Images, (N, C, H, W) in [−1, 1], or latents.
+        sigma_data: Standard deviation of the data.
+        indices: Index of each image, from which its random numbers follow.
+        pixels: Whether ``x0`` are 8-bit pixels, for which alone bits are defined.
     """
     edges = noise_levels()
     noise = GaussianNoise(0, f"{STREAM}/noise", indices, tuple(x0.shape[1:]))
@@ -78,17 +84,17 @@ def denoising_terms(
     losses = edm(sigma_data)(sigma) * error
     if not pixels:
         return Terms(edges, losses, None)
-    least = logs[0].exp().expand(len(x0))
-    # The deviation of what is left to know of Gaussian values.
+    lowest = logs[0].exp().expand(len(x0))
+    # Posterior standard deviation of Gaussian values at the lowest σ.
     deviation = torch.full_like(x0, (edges[0] ** -2 + sigma_data**-2).rsqrt().item())
     nats = (
         x0.double().square().mean((1, 2, 3)) / (2 * edges[-1].item() ** 2)
         + ((logs[1:] - logs[:-1]) * error / sigma**2).sum(1)
-        - log_likelihood(x0, estimated(least), deviation).double().mean((1, 2, 3))
+        - log_likelihood(x0, estimated(lowest), deviation).double().mean((1, 2, 3))
     )
     return Terms(edges, losses, nats / math.log(2))
 
 
 def noise_levels() -> Tensor:
-    """σ at the ends of LEVELS equal parts of ln σ, from SIGMA_MIN to SIGMA_MAX: (LEVELS + 1,) float64."""
+    """Bounds of LEVELS equal intervals of ln σ, from SIGMA_MIN to SIGMA_MAX: σ, (LEVELS + 1,) float64."""
     return torch.linspace(math.log(SIGMA_MIN), math.log(SIGMA_MAX), LEVELS + 1, dtype=torch.float64).exp()

@@ -1,4 +1,4 @@
-"""The part of the section ``training`` that says what is learned: noise levels, their weights, and the seed."""
+"""The part of the section ``training`` that defines the objective: noise levels, their weights, and the seed."""
 
 from typing import Literal
 
@@ -8,29 +8,28 @@ from diffusion.common.config import Config
 
 
 class ObjectiveConfig(Config):
-    """What the families of models know of a training configuration."""
+    """Training options that the families of models use."""
 
     batch_size: int = Field(64, ge=1, le=2**20)
     """Images per optimizer step."""
     seed: int = Field(0, ge=0)
-    """Decides initial weights, order, time steps and noise."""
+    """Seed of initial weights, order of images, time steps and noise."""
     weighting: Literal["plain", "min_snr", "soft_min_snr", "edm"] = "edm"
-    """How much each noise level counts: the squared error of what is predicted, as it is (arXiv 2006.11239), min-SNR-γ
-    (2303.09556), its soft form (2401.11605) or EDM's (2206.00364). The last two know the data's standard deviation."""
+    """Loss weight of each noise level: plain squared error of the prediction (arXiv 2006.11239), min-SNR-γ
+    (2303.09556), soft min-SNR (2401.11605) or EDM's (2206.00364). The last two use the standard deviation of data."""
     min_snr_gamma: float | None = Field(None, gt=0)
     """γ of min_snr; null: 5."""
     learned_uncertainty: bool = False
-    """Whether a small network learns how large the error is at each level, and the loss is divided by that (2312.02696,
-    equation 21): then no level outweighs the others, however hard it is."""
+    """Whether a small network learns the size of the error at each level, by which the loss is divided (2312.02696,
+    equation 21), so that all levels have equal weight."""
     timestep_sampling: Literal["uniform", "lognormal"] = "lognormal"
-    """How noise levels are sampled: each step of the schedule alike, or ln σ from a normal distribution
-    (2206.00364)."""
+    """Distribution of noise levels: uniform over the steps of the schedule, or normal in ln σ (2206.00364)."""
     log_sigma_mean: float | None = None
     """Mean of ln σ for timestep_sampling = lognormal; null: −1.2, EDM's."""
     log_sigma_std: float | None = Field(None, gt=0)
     """Standard deviation of ln σ for timestep_sampling = lognormal; null: 1.2, EDM's."""
     stratified_timesteps: bool = True
-    """Whether each of a batch's N images has its time from another N-th of the distribution."""
+    """Whether the times of a batch's N images are stratified: one in each N-th of the distribution."""
 
     @model_validator(mode="after")
     def _noise_levels_have_an_effect(self) -> "ObjectiveConfig":

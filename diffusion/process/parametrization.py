@@ -1,4 +1,4 @@
-"""What the network predicts, the image that its answer stands for, and how much each noise level counts in the loss.
+"""Parametrization of the network's prediction, and loss weights of noise levels.
 
 Every prediction is a case of D(x; σ) = c_skip x + c_out F(c_in x, t), where x = x_0 + σ ε, F is the network, D the
 clean image, and the coefficients are functions of σ (arXiv 2206.00364, equation 7).
@@ -17,26 +17,26 @@ from diffusion.process.schedules import NoiseSchedule, make_schedule
 from diffusion.process.variance import bound
 
 Weight = Callable[[Tensor], Tensor]
-"""How much the squared error of the image counts, as a function of σ (N,)."""
+"""Weight of the squared error of the image as a function of σ (N,)."""
 
 
 @dataclass(frozen=True)
 class Parametrization:
     """The coefficients of ``prediction``; ``sigma_data`` is the standard deviation of the images' values.
 
-    σ is (N,) float64, and so is what comes of it: at either end of a schedule float32 has lost what matters.
+    σ and the coefficients are (N,) float64: float32 is not exact enough at the ends of a schedule.
     """
 
     prediction: Prediction
     sigma_data: float = 1.0
 
     def c_in(self, sigma: Tensor) -> Tensor:
-        """Gives the network's input the variance of one; but for EDM's, it is x_t = √ᾱ x_0 + √(1 − ᾱ) ε."""
+        """Scale of the network's input, to unit variance; except for EDM the input is x_t = √ᾱ x_0 + √(1 − ᾱ) ε."""
         spread = self.sigma_data if self.prediction == "edm" else 1.0
         return (sigma**2 + spread**2).rsqrt()
 
     def c_skip(self, sigma: Tensor) -> Tensor:
-        """How much of its noisy image is in the clean one, whatever the network says."""
+        """Weight of the noisy image in the clean one."""
         match self.prediction:
             case "epsilon":
                 return torch.ones_like(sigma)
@@ -48,7 +48,7 @@ class Parametrization:
                 return self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
 
     def c_out(self, sigma: Tensor) -> Tensor:
-        """What the network's answer is multiplied with. v is √ᾱ ε − √(1 − ᾱ) x_0 (arXiv 2202.00512)."""
+        """Scale of the network's output. v is √ᾱ ε − √(1 − ᾱ) x_0 (arXiv 2202.00512)."""
         match self.prediction:
             case "epsilon":
                 return -sigma
@@ -60,22 +60,22 @@ class Parametrization:
                 return sigma * self.sigma_data * self.c_in(sigma)
 
     def noisy(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """The network's input for images ``x0`` and standard Gaussian ``noise``, both (N, C, H, W)."""
+        """Compute the network's input from images ``x0`` and standard Gaussian ``noise``, both (N, C, H, W)."""
         scale = self.c_in(sigma)
         return _as(x0, scale) * x0 + _as(x0, scale * sigma) * noise
 
     def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """What the network should say: F with D(x_0 + σ ε; σ) = x_0, put so that nothing cancels."""
+        """Compute the target of the network, F with D(x_0 + σ ε; σ) = x_0, without cancellation."""
         c_skip, c_out = self.c_skip(sigma), self.c_out(sigma)
         return _as(x0, (1 - c_skip) / c_out) * x0 - _as(x0, c_skip * sigma / c_out) * noise
 
     def to_x0(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """The clean image that ``output`` at x = x_0 + σ ε stands for."""
+        """Compute the clean image from the network's ``output`` at x = x_0 + σ ε."""
         return _as(x, self.c_skip(sigma)) * x + _as(x, self.c_out(sigma)) * output
 
 
 def plain(parametrization: Parametrization) -> Weight:
-    """The squared error of what is predicted, as it is: DDPM's L_simple (arXiv 2006.11239, equation 14) and its kin."""
+    """Unweighted squared error of the prediction, for epsilon DDPM's L_simple (arXiv 2006.11239, equation 14)."""
     return lambda sigma: parametrization.c_out(sigma) ** -2
 
 
@@ -85,18 +85,18 @@ def min_snr(gamma: float) -> Weight:
 
 
 def soft_min_snr(sigma_data: float) -> Weight:
-    """1 / (σ² + σ_data²), which bends where min-SNR has a corner (arXiv 2401.11605, section 4.4)."""
+    """1 / (σ² + σ_data²), a smooth form of min-SNR (arXiv 2401.11605, section 4.4)."""
     return lambda sigma: 1 / (sigma**2 + sigma_data**2)
 
 
 def edm(sigma_data: float) -> Weight:
-    """λ = 1/σ² + 1/σ_data², with which EDM's network errs alike at all levels (arXiv 2206.00364, table 1)."""
+    """λ = 1/σ² + 1/σ_data², which equalises the error of EDM's network over all levels (arXiv 2206.00364, table 1)."""
     return lambda sigma: sigma**-2 + sigma_data**-2
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One training step but for the update: mix, predict, compare."""
+    """Denoising loss: add noise, predict, compare."""
 
     schedule: NoiseSchedule
     parametrization: Parametrization
@@ -110,11 +110,16 @@ class Objective:
         noise: Tensor,
         around: Tensor | None = None,
     ) -> Tensor:
-        """Weighted mean squared error of each image, (N,) float32; noising and loss in float32 at any precision.
+        """Compute the weighted mean squared error of each image, (N,) float32, in float32 at any precision.
 
-        ``x0`` and ``noise`` are (N, C, H, W), times ``t`` (N,) whole or not. If the network learns its variance, by
-        answering with 2C channels, the bound that teaches it is added and times are whole. With
-        ``around`` (N, C, H, W) it is asked about what images have beyond that, as in ``Denoiser``.
+        If the network outputs 2C channels, it learns its variance: the variational bound is added.
+
+        Args:
+            network: From noisy images and times to the prediction.
+            x0: Images, (N, C, H, W).
+            t: Times, (N,), integral or not; integral with a learned variance.
+            noise: Standard Gaussian noise, (N, C, H, W).
+            around: Known part of the images, as in ``Denoiser``.
         """
         sigma = self.schedule.sigma(t)
         clean = x0 if around is None else x0 - around
@@ -122,24 +127,24 @@ class Objective:
         prediction, v = output.tensor_split([x0.shape[1]], dim=1)
         difference = prediction - self.parametrization.target(clean, noise, sigma)
         error = difference.square().mean((1, 2, 3))
-        # An error of the answer is one of the image divided by c_out.
+        # The error of the output is that of the image divided by c_out.
         loss = (self.weight(sigma) * self.parametrization.c_out(sigma) ** 2).to(error.dtype) * error
         if not v.shape[1]:
             return loss
-        # L_hybrid = L_simple + λ L_vlb with λ = 0.001, where L_vlb is the sum of T terms, in bits a value, of which one
-        # is drawn, and where it teaches nothing to the mean (arXiv 2102.09672, equation 16 and section 3.1).
-        missed = _as(x0, self.parametrization.c_out(sigma)) * difference.detach()
-        return loss + self.schedule.steps / 1000 * bound(self.schedule, t, x0, missed, v)
+        # L_hybrid = L_simple + λ L_vlb with λ = 0.001, where L_vlb is the sum of T terms, in bits per value, one of
+        # which is sampled; it has no gradient by the mean (arXiv 2102.09672, equation 16 and section 3.1).
+        error_x0 = _as(x0, self.parametrization.c_out(sigma)) * difference.detach()
+        return loss + self.schedule.steps / 1000 * bound(self.schedule, t, x0, error_x0, v)
 
 
 def make_objective(model: ModelConfig, config: ObjectiveConfig, sigma_data: float) -> Objective:
-    """The objective for images whose values have the standard deviation ``sigma_data``."""
+    """Build the objective for data of standard deviation ``sigma_data``."""
     parametrization = Parametrization(model.prediction, sigma_data)
     return Objective(make_schedule(model), parametrization, make_weight(config, parametrization))
 
 
 def make_weight(config: ObjectiveConfig, parametrization: Parametrization) -> Weight:
-    """The weight that ``config`` names."""
+    """Build the loss weight that ``config`` names."""
     match config.weighting:
         case "plain":
             return plain(parametrization)
@@ -152,17 +157,17 @@ def make_weight(config: ObjectiveConfig, parametrization: Parametrization) -> We
 
 
 def sample_timesteps(config: ObjectiveConfig, schedule: NoiseSchedule, indices: range) -> Tensor:
-    """Times of the images number ``indices``, a rank's share of a batch, from 0 to T−1: (N,), whole if uniform."""
+    """Sample times from 0 to T−1 for the images ``indices``, a rank's part of a batch: (N,), integral if uniform."""
     u = uniform(config.seed, "time", indices)
     if config.stratified_timesteps:
-        # One in each equal part of the distribution: free, and the loss varies less from batch to batch.
+        # One in each equal part of the distribution: at no cost the loss has less variance between batches.
         place = torch.tensor(indices) % config.batch_size
         u = (place + u) / config.batch_size
     return timesteps_at(config, schedule, u)
 
 
 def timesteps_at(config: ObjectiveConfig, schedule: NoiseSchedule, u: Tensor) -> Tensor:
-    """The times at the quantiles ``u`` (N,), in [0, 1), of the distribution that ``config`` names."""
+    """Compute the times at the quantiles ``u`` (N,), in [0, 1), of the distribution that ``config`` names."""
     if config.timestep_sampling == "uniform":
         return (u * schedule.steps).long().clamp(max=schedule.steps - 1)
     # ln σ is normal (arXiv 2206.00364, table 1).
@@ -171,5 +176,5 @@ def timesteps_at(config: ObjectiveConfig, schedule: NoiseSchedule, u: Tensor) ->
 
 
 def _as(images: Tensor, coefficient: Tensor) -> Tensor:
-    """A coefficient of each image, in the images' own type."""
+    """Broadcast a coefficient (N,) to images (N, C, H, W), in their type."""
     return coefficient.to(images.dtype)[:, None, None, None]

@@ -1,17 +1,17 @@
-"""Samplers: pure functions from noise to images over any denoiser, each with the configuration that selects it.
+"""Samplers: pure functions from noise to images over any denoiser, and their configurations.
 
-To add a sampler, write its function and its configuration here and add the configuration to ``SamplingConfig``; the
-command line, ``params.yaml``, requests and the documentation know it by that.
+To add a sampler, write its function and its configuration here and add the configuration to ``SamplingConfig``; that
+makes it available to the command line, ``params.yaml``, requests and the documentation.
 
-All functions have one signature, and options of their own after it. ``x`` is σ_max ε, (N, C, H, W); ``sigmas`` falls
+All functions share one signature, followed by their own options. ``x`` is σ_max ε, (N, C, H, W); ``sigmas`` falls
 from σ_max to 0, (steps + 1,) float64; ``noise`` returns fresh standard Gaussian noise of x's shape at each call
-(deterministic samplers never call it); ``callback(i, x, x0_hat)`` sees each level before the step from it. Everything
-happens in x = x_0 + σ ε, where DDPM's and DDIM's steps are a mean and a line (arXiv 2206.00364, appendix C).
+(deterministic samplers never call it); ``callback(i, x, x0_hat)`` is called at each level before the step from it. All
+states are x = x_0 + σ ε, in which DDIM's steps are straight lines (arXiv 2206.00364, appendix C).
 
-With λ = −ln σ that line is dx/dλ = x̂_0 − x. The multistep samplers put a polynomial in λ through the estimates that
-they remember, and integrate it exactly.
+With λ = −ln σ the ODE is dx/dλ = x̂_0 − x. The multistep samplers interpolate their last estimates by a polynomial in
+λ, and integrate it exactly.
 
-This module loads without torch: processes that compute nothing read configurations, too.
+This module loads without torch, for processes that only read configurations.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 Denoise: TypeAlias = Callable[["Tensor", "Tensor"], "Tensor"]
 """From x = x_0 + σ ε and σ to the estimate x̂_0."""
 Posterior: TypeAlias = Callable[["Tensor", "Tensor", "Tensor"], tuple["Tensor", "Tensor"]]
-"""From x, its σ and the lower level s: x̂_0, and the standard deviation of x_s, a number or one of each value."""
+"""From x, its σ and the lower level s: x̂_0, and the standard deviation of x_s, one number or one per value."""
 Noise: TypeAlias = Callable[[], "Tensor"]
 Callback: TypeAlias = Callable[[int, "Tensor", "Tensor"], None]
 Variance: TypeAlias = Callable[["Tensor", "Tensor"], "Tensor"]
-"""Of x_s about its mean, as a function of σ and s, all float64 and of one shape."""
+"""Variance of x_s around its mean, from σ and s, all float64 and of one shape."""
 
 DEFAULT_SAMPLER = "dpmpp_2m_sde"
 MAX_CHURN = math.sqrt(2) - 1
-"""Largest share of σ that one step may add (arXiv 2206.00364, algorithm 2)."""
+"""Largest γ of churn in one step (arXiv 2206.00364, algorithm 2)."""
 
 
 class Sampler(Protocol):
@@ -56,48 +56,47 @@ class Sampler(Protocol):
 
 
 class BaseSampling(Config):
-    """Options that all samplers share: noise levels, guidance, and how the work is computed."""
+    """Options of all samplers: noise levels, guidance and computation."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     function: ClassVar[Callable[..., Tensor]]
-    """The sampler, which takes the configuration's own options by their names."""
+    """The sampler; it takes the configuration's own options as keyword arguments."""
     sampler: str
-    """Name of the sampler, which decides what other options there are."""
+    """Name of the sampler, which determines the other options."""
     steps: int = Field(16, ge=2, le=10_000)
-    """Number of noise levels visited; as many as model.steps, with neither sigma_min nor sigma_max, visits each level
-    of the schedule, as in the paper on DDPM."""
+    """Number of noise levels; if it equals model.steps, and sigma_min and sigma_max are null, all levels of the
+    schedule are used, as in DDPM."""
     sigma_max: float | None = Field(20.0, gt=0)
-    """Noise level σ that sampling starts from, at most the schedule's highest. Where training with timestep_sampling:
-    lognormal has hardly been, above and below, steps are lost; null: the schedule's, at most 80."""
+    """Noise level σ at which sampling starts, at most the schedule's highest. Levels that training with
+    timestep_sampling = lognormal hardly samples are a waste of steps. Null: the schedule's highest, at most 80."""
     sigma_min: float | None = Field(0.04, gt=0)
-    """Lowest σ visited, from which the last step goes to 0, at least the schedule's lowest; null: that."""
+    """Lowest σ, from which the last step goes to 0, at least the schedule's lowest. Null: the schedule's lowest."""
     guidance: float | None = Field(None, ge=0, le=1000, exclude_if=unset)
-    """Scale of classifier-free guidance towards the class or prompt (arXiv 2207.12598): 1 is as the network was
-    trained, 2 to 8 is clearer and less varied, 0 is unconditional. Twice the work. Null: 1."""
+    """Scale of classifier-free guidance towards the class or prompt (arXiv 2207.12598): 1 is no
+    guidance, 2 to 8 gives clearer and less varied images, 0 is unconditional. Twice the work. Null: 1."""
     guidance_interval: tuple[float, float] | None = Field(None, exclude_if=unset)
     """Guide only at noise levels σ above the first number and up to the second (2404.07724), such as [0.2, 5]: at high
-    levels guidance takes away variety, at low ones it does nothing. Null: at all levels."""
+    levels guidance reduces variety, at low levels it has no effect. Null: at all levels."""
     guidance_rescale: float | None = Field(None, gt=0, le=1, exclude_if=unset)
-    """Share of the contrast added by guidance that is taken back, in (0, 1] (2305.08891, which takes 0.7). Null: none.
-    """
+    """Share of the contrast added by guidance that is removed, in (0, 1] (2305.08891 uses 0.7). Null: none."""
     low_resolution_noise: float | None = Field(None, ge=0, exclude_if=unset)
-    """Super-resolution: standard deviation of the noise added to the small image, in [−1, 1]; at most what the model
-    was trained with. The more there is, the less the model keeps to the small image, its faults included. Null: 0."""
+    """Super-resolution: standard deviation of the noise added to the small image, in [−1, 1]; at most that of
+    the model's training. More noise makes the result follow the small image, faults included, less closely. Null: 0."""
     compute_batch: int = Field(64, ge=1, le=2**16)
-    """Images computed at once, always as many: it decides the last bits of each."""
+    """Images per compute batch, always full; the last bits of each image depend on it."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Number format of matrix products; auto: bf16 where the device has it. On a GPU fp32 is TF32."""
+    """Number format of matrix products; auto: bf16 if the device supports it. On a GPU fp32 is TF32."""
     device: DeviceName = Field("auto", exclude_if=unset)
-    """Device that computes: cpu, cuda, or auto, a GPU where there is one."""
+    """Compute device: cpu, cuda, or auto, a GPU if there is one."""
 
     def build_sampler(self) -> Sampler:
-        """The sampler's function with the options of this configuration."""
+        """Bind the sampler's function to the options of this configuration."""
         own = type(self).model_fields.keys() - BaseSampling.model_fields.keys()
         return partial(type(self).function, **{name: getattr(self, name) for name in own})
 
     def run(self, denoise: Denoise, sigmas: Tensor, noise: Noise, callback: Callback | None = None) -> Tensor:
-        """Generate images from noise alone over the levels ``sigmas``, see ``sigma_grid``: (N, C, H, W)."""
+        """Generate images (N, C, H, W) from noise over the levels ``sigmas`` (see ``sigma_grid``)."""
         return self.build_sampler()(denoise, float(sigmas[0]) * noise(), sigmas, noise, callback)
 
     @model_validator(mode="after")
@@ -119,19 +118,19 @@ class BaseSampling(Config):
 
     @property
     def guides(self) -> bool:
-        """Whether guidance changes what the network predicts as it was trained."""
+        """Whether guidance has an effect."""
         return self.guidance not in (None, 1)
 
     def sigma_grid(self, schedule: NoiseSchedule) -> Tensor:
-        """Noise levels to visit on ``schedule``, (steps + 1,) float64, falling, the last 0; see its ``sigma_grid``."""
+        """Build the noise levels, (steps + 1,) float64, falling to 0; see ``NoiseSchedule.sigma_grid``."""
         return schedule.sigma_grid(self.steps, self.sigma_max, self.sigma_min)
 
     def changed(self, fields: Mapping[str, Any]) -> SamplingConfig:
-        """Return a copy with these ``fields``; raises UserError for what makes no sense by itself or together."""
+        """Return a copy with these ``fields``; raises UserError for invalid or contradictory options."""
         return sampling_config(**{**self.model_dump(), **fields})
 
     def with_sampler(self, sampler: str) -> SamplingConfig:
-        """Return a copy with another ``sampler``, whose own options have their defaults."""
+        """Return a copy with another ``sampler`` and the defaults of its own options."""
         shared = self.model_dump(include=set(BaseSampling.model_fields))
         return sampling_config(**shared | {"sampler": sampler})
 
@@ -143,9 +142,9 @@ class BaseSampling(Config):
 def ancestral(
     posterior: Posterior, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None
 ) -> Tensor:
-    """Sample x_s from N(mean of q(x_s | x_σ, x̂_0), deviation²) level by level, the last without noise.
+    """Sample x_s from N(mean of q(x_s | x_σ, x̂_0), deviation²) at each level, without noise in the last step.
 
-    arXiv 2006.11239, algorithm 2.
+    This is algorithm 2 of arXiv 2006.11239.
     """
     for i, sigma, following in _pairs(sigmas):
         x0, deviation = posterior(x, sigma, following)
@@ -158,12 +157,12 @@ def ancestral(
 
 
 def fixed_small(sigma: Tensor, following: Tensor) -> Tensor:
-    """s² (1 − s²/σ²), right for data of a single image: β̃ (arXiv 2006.11239, equation 7) over ᾱ_s."""
+    """Compute s² (1 − s²/σ²), exact for data of a single image: β̃ (arXiv 2006.11239, equation 7) over ᾱ_s."""
     return following**2 * (1 - (following / sigma) ** 2)
 
 
 def fixed_large(sigma: Tensor, following: Tensor) -> Tensor:
-    """(1 + s²)(σ² − s²)/(1 + σ²), right for data from N(0, I): β (arXiv 2006.11239, section 3.2) over ᾱ_s."""
+    """Compute (1 + s²)(σ² − s²)/(1 + σ²), exact for data from N(0, I): β (arXiv 2006.11239, section 3.2) over ᾱ_s."""
     return (1 + following**2) * (sigma**2 - following**2) / (1 + sigma**2)
 
 
@@ -175,10 +174,9 @@ def ddpm(
     callback: Callback | None = None,
     variance: Variance | None = None,
 ) -> Tensor:
-    """Ancestral sampling whose ``variance`` is the same for all values (arXiv 2006.11239, section 3.2).
+    """DDPM's ancestral sampling with a fixed ``variance`` (arXiv 2006.11239, section 3.2).
 
-    Without a ``variance`` it is the learned one (2102.09672), if ``denoise`` is a ``Denoiser`` which has one, or else
-    ``fixed_small``.
+    Without ``variance``: the learned one (2102.09672) if ``denoise`` is a ``Denoiser`` with one, else ``fixed_small``.
     """
     if variance is None and getattr(denoise, "learned_variance", False):
         return ancestral(denoise.posterior, x, sigmas, noise, callback)  # type: ignore[attr-defined]
@@ -194,25 +192,25 @@ VARIANCES = {None: None, "fixed_small": fixed_small, "fixed_large": fixed_large}
 
 
 class DDPMSampling(BaseSampling):
-    """Ancestral sampling of DDPM (arXiv 2006.11239): fresh noise in each step, best with many steps."""
+    """DDPM's ancestral sampling (arXiv 2006.11239): fresh noise in each step, best with many steps."""
 
     sampler: Literal["ddpm"] = "ddpm"
     """Name of the sampler."""
     variance: Literal["fixed_small", "fixed_large"] | None = Field(None, exclude_if=unset)
-    """Noise added in each step: the least that any data could need, or what data of noise would (section 3.2); null:
-    the variance that the network learned with model.learned_variance, or else fixed_small."""
+    """Variance of the noise in each step: its lower or its upper bound (section 3.2). Null: the variance learned with
+    model.learned_variance, or else fixed_small."""
 
     def build_sampler(self) -> Sampler:
-        """``ddpm`` with its variance."""
+        """Bind ``ddpm`` to its variance."""
         return partial(ddpm, variance=VARIANCES[self.variance])
 
 
 def ddim(
     denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None, eta: float = 0.0
 ) -> Tensor:
-    """DDIM, of whose noise the share ``eta`` is fresh (arXiv 2010.02502, equations 12 and 16).
+    """DDIM with a share ``eta`` of fresh noise (arXiv 2010.02502, equations 12 and 16).
 
-    With ``eta`` 0 none is: that is Euler's method in σ. With 1 it is ``ddpm``.
+    With ``eta`` 0 it is Euler's method in σ, with 1 it is ``ddpm``.
     """
     for i, sigma, following in _pairs(sigmas):
         x0 = denoise(x, sigma)
@@ -226,7 +224,7 @@ def ddim(
 
 
 class DDIMSampling(BaseSampling):
-    """DDIM (arXiv 2010.02502): deterministic steps of first order, or with a share of fresh noise."""
+    """DDIM (arXiv 2010.02502): first order, deterministic or with a share of fresh noise."""
 
     function = ddim
     sampler: Literal["ddim"] = "ddim"
@@ -236,16 +234,16 @@ class DDIMSampling(BaseSampling):
 
 
 class ChurnConfig(Config):
-    """Noise added before each step, which then takes it away with mistakes made earlier (2206.00364, algorithm 2)."""
+    """Churn: noise added before each step, which corrects errors of earlier steps (arXiv 2206.00364, algorithm 2)."""
 
     amount: float = Field(gt=0)
-    """S_churn: noise added in all steps together, as a share of σ; at most √2 − 1 in each."""
+    """S_churn: total noise added over all steps, relative to σ; at most √2 − 1 in each."""
     sigma_min: float = Field(0.0, ge=0)
     """S_min: lowest σ at which noise is added."""
     sigma_max: float | None = Field(None, gt=0)
     """S_max: highest σ at which noise is added; null: any."""
     noise_std: float = Field(1.0, gt=0)
-    """S_noise: standard deviation of the noise, a little over 1 against images that come out too smooth."""
+    """S_noise: standard deviation of the noise; slightly above 1 counters oversmoothing."""
 
     @model_validator(mode="after")
     def _levels_rise(self) -> ChurnConfig:
@@ -265,10 +263,10 @@ class ChurnSampling(BaseSampling):
     """Options of samplers with churn."""
 
     churn: ChurnConfig | None = Field(None, exclude_if=unset)
-    """Noise added before each step to be taken away again; null: none."""
+    """Noise added before each step; null: none."""
 
     def build_sampler(self) -> Sampler:
-        """The sampler's function with churn spread over all steps of the process."""
+        """Bind the sampler's function to the churn, spread over all steps of the process."""
         return partial(type(self).function, churn=self.churn, churn_steps=self.steps)
 
 
@@ -283,7 +281,7 @@ def euler(
 ) -> Tensor:
     """Euler's method in σ (arXiv 2206.00364, algorithm 2 without its correction); without ``churn`` it is ``ddim``.
 
-    ``churn_steps``: the steps of the whole process that the churn is spread over, of which ``sigmas`` may be a part.
+    ``churn_steps`` is the number of steps over which the churn is spread, of which ``sigmas`` may be a part.
     """
     for i, sigma, following in _pairs(sigmas):
         raised, level = churn.add(churn_steps or len(sigmas) - 1, x, sigma, noise) if churn else (x, sigma)
@@ -295,7 +293,7 @@ def euler(
 
 
 class EulerSampling(ChurnSampling):
-    """Euler's method in σ (arXiv 2206.00364): one evaluation a step."""
+    """Euler's method in σ (arXiv 2206.00364): one evaluation per step."""
 
     function = euler
     sampler: Literal["euler"] = "euler"
@@ -311,7 +309,7 @@ def heun(
     churn: ChurnConfig | None = None,
     churn_steps: int | None = None,
 ) -> Tensor:
-    """Heun's method, two evaluations a step but the last (arXiv 2206.00364, algorithms 1 and 2).
+    """Heun's method, with two evaluations in each step but the last (arXiv 2206.00364, algorithms 1 and 2).
 
     ``churn_steps`` as in ``euler``.
     """
@@ -330,7 +328,7 @@ def heun(
 
 
 class HeunSampling(ChurnSampling):
-    """Heun's method in σ (arXiv 2206.00364): second order, with two evaluations a step."""
+    """Heun's method in σ (arXiv 2206.00364): second order, with two evaluations per step."""
 
     function = heun
     sampler: Literal["heun"] = "heun"
@@ -340,10 +338,10 @@ class HeunSampling(ChurnSampling):
 def dpmpp_2m(
     denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None, eta: float = 0.0
 ) -> Tensor:
-    """DPM-Solver++ (2M), which reuses the last estimate for second order (arXiv 2211.01095, algorithm 2).
+    """DPM-Solver++ (2M), second order by reuse of the last estimate (arXiv 2211.01095, algorithm 2).
 
-    The first and the last step are of first order. With ``eta`` 1 it is SDE-DPM-Solver++ (2M) of the same paper, and
-    between 0 and 1 a part of the noise is fresh.
+    The first and the last step are of first order. With ``eta`` 1 it is SDE-DPM-Solver++ (2M) of the same paper;
+    between 0 and 1 a share of the noise is fresh.
     """
     previous: Tensor | None = None
     for i, sigma, following in _pairs(sigmas):
@@ -356,8 +354,8 @@ def dpmpp_2m(
             ahead = float(step / (2 * last_step))
             estimate = (1 + ahead) * x0 - ahead * previous
         ratio = following / sigma
-        kept = float(ratio ** (1 + eta))
-        x = kept * x + (1 - kept) * estimate
+        weight = float(ratio ** (1 + eta))
+        x = weight * x + (1 - weight) * estimate
         if eta and following > 0:
             x = x + float(following * (1 - ratio ** (2 * eta)).sqrt()) * noise()
         previous = x0
@@ -365,7 +363,7 @@ def dpmpp_2m(
 
 
 class DPMSolverSampling(BaseSampling):
-    """DPM-Solver++ (2M) (arXiv 2211.01095): deterministic, second order with one evaluation a step."""
+    """DPM-Solver++ (2M) (arXiv 2211.01095): deterministic, second order with one evaluation per step."""
 
     function = dpmpp_2m
     sampler: Literal["dpmpp_2m"] = "dpmpp_2m"
@@ -375,7 +373,7 @@ class DPMSolverSampling(BaseSampling):
 class DPMSolverSDESampling(BaseSampling):
     """SDE-DPM-Solver++ (2M) (arXiv 2211.01095), the default.
 
-    Its fresh noise undoes earlier mistakes, of which a briefly trained network makes many.
+    Its fresh noise corrects errors of earlier steps, which are large for a briefly trained network.
     """
 
     function = dpmpp_2m
@@ -388,7 +386,7 @@ class DPMSolverSDESampling(BaseSampling):
 def deis(
     denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None, order: int = 3
 ) -> Tensor:
-    """DEIS: a polynomial through the last ``order`` estimates of the noise, here in λ (arXiv 2204.13902).
+    """DEIS: polynomial extrapolation of the last ``order`` estimates of the noise, here in λ (arXiv 2204.13902).
 
     The last step is of first order.
     """
@@ -409,22 +407,22 @@ def deis(
 
 
 class DEISSampling(BaseSampling):
-    """DEIS (arXiv 2204.13902): deterministic multistep, good in few steps."""
+    """DEIS (arXiv 2204.13902): deterministic multistep, accurate in few steps."""
 
     function = deis
     sampler: Literal["deis"] = "deis"
     """Name of the sampler."""
     order: Literal[2, 3] = 3
-    """Number of estimates that a step uses."""
+    """Number of estimates used in a step."""
 
 
 def unipc(
     denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, callback: Callback | None = None, order: int = 2
 ) -> Tensor:
-    """UniPC: each estimate first corrects the step that led to it, then takes the next one (arXiv 2302.04867).
+    """UniPC: each estimate first corrects the last step, then predicts the next one (arXiv 2302.04867).
 
-    The multistep form for x̂_0 with B_2(h). ``order`` is the predictor's, and the corrector's is one more; towards the
-    end they fall.
+    This is the multistep form for x̂_0 with B_2(h). ``order`` is that of the predictor; that of the corrector is one
+    higher. Both fall towards the end.
     """
     levels, start = (-sigmas.log()).tolist(), x
     known: list[tuple[float, Tensor]] = []
@@ -440,13 +438,13 @@ def unipc(
 
 
 class UniPCSampling(BaseSampling):
-    """UniPC (arXiv 2302.04867): deterministic multistep predictor and corrector, good in few steps."""
+    """UniPC (arXiv 2302.04867): deterministic multistep predictor-corrector, accurate in few steps."""
 
     function = unipc
     sampler: Literal["unipc"] = "unipc"
     """Name of the sampler."""
     order: Literal[2, 3] = 2
-    """Number of estimates that the predictor uses; the corrector uses one more."""
+    """Number of estimates used by the predictor; the corrector uses one more."""
 
 
 def _pairs(sigmas: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -455,14 +453,14 @@ def _pairs(sigmas: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 
 def _towards(known: Sequence[tuple[float, Tensor]], x: Tensor, step: float) -> Tensor:
-    """x after a ``step`` of λ on which x̂_0 is the polynomial through ``known``, estimates with their λ.
+    """Advance x by a ``step`` of λ with x̂_0 as the polynomial through ``known``, estimates with their λ.
 
-    The one from which the step starts comes first.
+    The estimate at the start of the step comes first.
     """
     # ∫ e^(τ−h) (τ/h)^k dτ from 0 to h = step, by parts from k to k.
     moments = [-math.expm1(-step)]
     if len(known) == 2:
-        # Where there is but one difference, UniPC takes half of B_2(h), whatever h: as exact as two points can be.
+        # With a single difference UniPC uses half of B_2(h), which is of the same order.
         moments.append(moments[0] / 2)
     else:
         for k in range(1, len(known)):
@@ -471,7 +469,7 @@ def _towards(known: Sequence[tuple[float, Tensor]], x: Tensor, step: float) -> T
 
 
 def _integral(known: Sequence[tuple[float, Tensor]], step: float, moments: Sequence[float]) -> Tensor:
-    """Of the polynomial through ``known`` over a ``step``, where (τ/step)^k for k = 0, 1 … has the integral given."""
+    """Integrate the polynomial through ``known`` over a ``step``; ``moments`` are the integrals of (τ/step)^k."""
     import torch
 
     (origin, value), *others = known
@@ -517,12 +515,12 @@ SamplingConfig: TypeAlias = Annotated[
         custom_error_message="sampler is ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde (default), deis or unipc",
     ),
 ]
-"""The section ``sampling`` of a configuration: an option that the sampler does not have is an unknown key."""
+"""The section ``sampling`` of a configuration; options of other samplers are unknown keys."""
 SAMPLING_ADAPTER: TypeAdapter[SamplingConfig] = TypeAdapter(SamplingConfig)
 
 
 def sampling_config(**fields: Any) -> SamplingConfig:
-    """The configuration with these ``fields`` and defaults; raises UserError for options without meaning."""
+    """Make the configuration with these ``fields`` and defaults; raises UserError for invalid options."""
     try:
         return SAMPLING_ADAPTER.validate_python(fields)
     except ValidationError as error:
@@ -531,7 +529,7 @@ def sampling_config(**fields: Any) -> SamplingConfig:
 
 
 def describe_error(error: Mapping[str, Any], location: Sequence[int | str]) -> str:
-    """What is wrong with the section ``sampling``, and how to fix it, from pydantic's error at ``location`` in it."""
+    """Describe pydantic's error at ``location`` in the section ``sampling``, and how to fix it."""
     tag, *path = map(str, location or ("",))
     where, message = ".".join(("sampling", *path)), error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":

@@ -1,4 +1,4 @@
-"""The forward process q: how an image turns into noise, T steps long (arXiv 2006.11239)."""
+"""Noise schedules of the forward process (arXiv 2006.11239)."""
 
 import math
 from dataclasses import dataclass
@@ -11,26 +11,25 @@ from diffusion.common.errors import UserError
 from diffusion.models.config import ModelConfig
 
 NOISIEST = 2**-24
-"""ᾱ of a last step without signal, at most: less than float32 sees beside 1."""
+"""Largest ᾱ of the last step of a zero-terminal-SNR schedule: below float32's resolution at 1."""
 
 
 SIGMA_MAX = 80.0
-"""Noise level at which sampling starts at most: beyond it an image is lost in noise; cosine schedules go on to 20,000
-(arXiv 2206.00364, table 1)."""
+"""Highest noise level at which sampling starts; cosine schedules go on to 20,000 (arXiv 2206.00364, table 1)."""
 RHO = 7.0
 """Exponent of EDM's grid of noise levels."""
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I) for t = 0 … T−1, and between them, where ln σ is a straight line."""
+    """q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I) for t = 0 … T−1, with ln σ interpolated linearly between."""
 
     alphas_cumprod: Tensor
     """ᾱ_t, falling from nearly 1 to nearly 0: (T,) float64."""
 
     @property
     def steps(self) -> int:
-        """T."""
+        """T, the number of noise levels."""
         return len(self.alphas_cumprod)
 
     @cached_property
@@ -43,7 +42,7 @@ class NoiseSchedule:
         return {}
 
     def _on(self, device: torch.device) -> Tensor:
-        """``sigmas`` on ``device``, brought there once: each time would be waited for."""
+        """Copy ``sigmas`` to ``device``, once, since each copy waits for the device."""
         if device not in self._copies:
             self._copies[device] = self.sigmas.to(device)
         return self._copies[device]
@@ -54,15 +53,15 @@ class NoiseSchedule:
         return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """σ at times ``t`` (N,) from 0 to T−1, whole or not, as (N,) float64: the inverse of ``time``."""
+        """Interpolate σ at times ``t`` (N,) from 0 to T−1, as (N,) float64: the inverse of ``time``."""
         table = self._on(t.device)
         low = t.long().clamp(0, self.steps - 2)
-        beyond = t.double() - low
-        # At whole steps the table's own numbers, to the last bit.
-        return table[low] ** (1 - beyond) * table[low + 1] ** beyond
+        fraction = t.double() - low
+        # At integral times this is the table's value, to the last bit.
+        return table[low] ** (1 - fraction) * table[low + 1] ** fraction
 
     def time(self, sigma: Tensor) -> Tensor:
-        """The time t, whole or not, at which the schedule has ``sigma`` (N,), as (N,) float32; at most its ends."""
+        """Find the time t with the noise level ``sigma`` (N,), as (N,) float32, clamped to the schedule."""
         table = self._on(sigma.device).log()
         value = sigma.double().log().clamp(table[0], table[-1])
         high = torch.searchsorted(table, value).clamp(1, len(table) - 1)
@@ -70,11 +69,11 @@ class NoiseSchedule:
         return (low + (value - table[low]) / (table[high] - table[low])).float()
 
     def sigma_grid(self, steps: int, sigma_max: float | None = None, sigma_min: float | None = None) -> Tensor:
-        """Noise levels for a sampler to visit, (steps + 1,) float64, falling, the last 0.
+        """Build the noise levels for a sampler, (steps + 1,) float64, falling to 0.
 
         All T levels of the schedule if ``steps`` is T and neither end is given; else the grid of EDM (Karras et al.)
-        with ρ = 7 (arXiv 2206.00364, equation 5), which spends most steps on the low levels, between the two ends as
-        far as the schedule goes. Raises UserError if none of it lies there.
+        with ρ = 7 (arXiv 2206.00364, equation 5), dense at low levels, between the two ends clamped to the schedule.
+        Raises UserError if no level lies between them.
         """
         if steps == self.steps and sigma_max is None and sigma_min is None:
             levels = self.sigmas.flip(0)
@@ -92,16 +91,16 @@ class NoiseSchedule:
         return torch.cat([levels, levels.new_zeros(1)])
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t for images ``x0`` (N, C, H, W), integer steps ``t`` (N,) and standard Gaussian ``noise``."""
+        """Compute x_t from images ``x0`` (N, C, H, W), integer steps ``t`` (N,) and standard Gaussian ``noise``."""
         alpha_bar = self.alphas_cumprod.to(t.device)[t][:, None, None, None]
-        # The roots are taken in float64: at either end float32 has lost 1 − ᾱ.
+        # The roots are taken in float64: at either end 1 − ᾱ is not exact in float32.
         return alpha_bar.sqrt().to(x0.dtype) * x0 + (1 - alpha_bar).sqrt().to(x0.dtype) * noise
 
 
 def linear_schedule(steps: int) -> NoiseSchedule:
-    """β rises from 1e-4 to 0.02 in a straight line (arXiv 2006.11239, section 4).
+    """Linear schedule: β from 1e-4 to 0.02 (arXiv 2006.11239, section 4).
 
-    For T other than 1000 the ends scale by 1000/T, so that as much noise is added in all.
+    For T other than 1000 both ends are scaled by 1000/T, so that the total noise is the same.
     """
     scale = 1000 / steps
     betas = torch.linspace(1e-4 * scale, 0.02 * scale, steps, dtype=torch.float64).clamp(max=0.999)
@@ -109,36 +108,36 @@ def linear_schedule(steps: int) -> NoiseSchedule:
 
 
 def cosine_schedule(steps: int, s: float = 0.008) -> NoiseSchedule:
-    """ᾱ(t) ∝ cos²((t/T + s)/(1 + s) · π/2), β clipped at 0.999 (arXiv 2102.09672, equation 17)."""
+    """Cosine schedule: ᾱ(t) ∝ cos²((t/T + s)/(1 + s) · π/2), β clipped at 0.999 (arXiv 2102.09672, equation 17)."""
     t = torch.arange(steps + 1, dtype=torch.float64) / steps
     return _from_curve(((t + s) / (1 + s) * math.pi / 2).cos() ** 2)
 
 
 def sigmoid_schedule(steps: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> NoiseSchedule:
-    """ᾱ(t) falls from 1 to 0 along a sigmoid from ``start`` to ``end``, β clipped at 0.999 (arXiv 2212.11972)."""
+    """Sigmoid schedule: ᾱ(t) follows a sigmoid from ``start`` to ``end``, β clipped at 0.999 (arXiv 2212.11972)."""
     t = torch.arange(steps + 1, dtype=torch.float64) / steps
     curve = torch.sigmoid((start + t * (end - start)) / tau)
     return _from_curve((curve[-1] - curve) / (curve[-1] - curve[0]))
 
 
 def edm_schedule(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseSchedule:
-    """ln σ rises in a straight line: t is EDM's c_noise = ¼ ln σ in another unit (arXiv 2206.00364, table 1)."""
+    """EDM schedule: ln σ linear in t, which is EDM's c_noise = ¼ ln σ in another unit (arXiv 2206.00364, table 1)."""
     sigmas = torch.linspace(math.log(sigma_min), math.log(sigma_max), steps, dtype=torch.float64).exp()
     return NoiseSchedule(1 / (1 + sigmas**2))
 
 
 def _from_curve(alpha_bar: Tensor) -> NoiseSchedule:
-    """From ᾱ at 0, 1/T … 1, (T + 1,), by way of β: no step takes away all that is left."""
+    """Build a schedule from ᾱ at 0, 1/T … 1, (T + 1,), with β clipped at 0.999."""
     betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
     return NoiseSchedule((1 - betas).cumprod(0))
 
 
 def without_signal_at_the_end(schedule: NoiseSchedule) -> NoiseSchedule:
-    """√ᾱ shifted and stretched so that its last is 0 and its first stays (arXiv 2305.08891, algorithm 1)."""
+    """Rescale √ᾱ so that its last value is 0 and its first stays (arXiv 2305.08891, algorithm 1)."""
     roots = schedule.alphas_cumprod.sqrt()
     stretched = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
     alpha_bar = stretched**2
-    # Not quite 0, so that σ stays finite, and still less than the one before.
+    # Not quite 0, so that σ stays finite, but less than the value before.
     alpha_bar[-1] = min(NOISIEST, alpha_bar[-2].item() / 4)
     return NoiseSchedule(alpha_bar)
 
@@ -147,7 +146,7 @@ SCHEDULES = {"linear": linear_schedule, "cosine": cosine_schedule, "sigmoid": si
 
 
 def make_schedule(config: ModelConfig) -> NoiseSchedule:
-    """The schedule that ``config`` names; raises UserError if they do not all differ in noise."""
+    """Build the schedule of ``config``; raises UserError if its noise levels are not all different."""
     schedule = SCHEDULES[config.schedule](config.steps)
     if config.zero_terminal_snr:
         schedule = without_signal_at_the_end(schedule)

@@ -342,7 +342,7 @@ def identity_fields(config: TrainingConfig, model: FamilyConfig) -> dict[str, An
     }
     if config.window is None:
         harmless.add("window")
-    harmless.update(model.passes_over.get("training", ()))
+    harmless.update(model.ineffective_fields.get("training", ()))
     return config.model_dump(mode="json", exclude=harmless) | {
         "precision": resolve_precision(config.precision, resolve_device(config.device))
     }

@@ -145,7 +145,7 @@ def purge_samples(run: Path, held: Iterable[Manifest]) -> list[str]:
     if not (final.is_file() and samples.is_dir()):
         return []
     header = read_model_header(final)
-    shows = header.model.low_resolution is not None or header.model.judged == "reconstructed"
+    shows = header.model.low_resolution is not None or header.model.evaluated_by == "reconstructions"
     if not shows or header.content_digest not in {each.content_digest for each in held}:
         return []
     shutil.rmtree(samples)

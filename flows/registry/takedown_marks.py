@@ -213,8 +213,8 @@ def _showing_images(client: MlflowClient, run_id: str) -> list[str]:
     found += [item.path for item in client.list_artifacts(run_id, "evaluation") if item.path.endswith(".html")]
     grids = [item.path for item in client.list_artifacts(run_id, "evaluation/grids")]
     params = client.get_run(run_id).data.params
-    judged = FAMILIES[params.get("model.family", "ddpm")].judged
-    if params.get("model.low_resolution", "None") != "None" or judged == "reconstructed":
+    evaluated_by = FAMILIES[params.get("model.family", "ddpm")].evaluated_by
+    if params.get("model.low_resolution", "None") != "None" or evaluated_by == "reconstructions":
         # What these draw are real images, enlarged or come back.
         found += [*grids, *(item.path for item in client.list_artifacts(run_id, "images"))]
     else:

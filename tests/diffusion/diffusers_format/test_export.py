@@ -22,7 +22,7 @@ from diffusion.diffusers_format.export import MODEL_FIELDS, Exported, export_to_
 from diffusion.families.ddpm import denoiser_of
 from diffusion.families.model import DiffusionModel
 from diffusion.generation.config import UNCONDITIONAL, Conditions
-from diffusion.generation.generate import prompt_embeddings, sample, told_of
+from diffusion.generation.generate import make_conditioning, prompt_embeddings, sample
 from diffusion.models.config import ModelConfig
 from diffusion.models.text_encoder import ENCODER
 from diffusion.models.unet import UNet
@@ -90,7 +90,7 @@ def ours(
     """In [0, 1], as diffusers gives images."""
     levels = config.sigma_grid(model.schedule) if levels is None else levels
     meanings = prompt_embeddings(model, conditions)
-    told = told_of(model, range(COUNT), SEED, conditions, meanings)
+    told = make_conditioning(model, range(COUNT), SEED, conditions, meanings)
     denoise = denoiser_of(model, told, config, meanings[conditions.negative_prompt])
     return (config.run(denoise, levels, noise or from_seed(model)) / 2 + 0.5).clamp(0, 1)
 

@@ -22,10 +22,9 @@ from diffusion.generation.config import Conditions
 from diffusion.generation.explain import explain
 from diffusion.generation.generate import interpolate, sample
 from diffusion.generation.requests import tasks_of
-from diffusion.models.autoregressive import PixelCNN, Walk, draw
+from diffusion.models.autoregressive import PixelCNN, PixelSampler, sample_images
 from diffusion.models.config import AutoregressiveConfig
-from diffusion.models.discretized_logistics import drawn as drawn_from
-from diffusion.models.discretized_logistics import log_probability, mixtures_of
+from diffusion.models.discretized_logistics import log_probability, mixtures_of, sample_pixels
 from diffusion.process.editing import Edit
 from diffusion.process.samplers import sampling_config
 from diffusion.training.logging import read_metrics
@@ -123,14 +122,14 @@ def test_what_is_said_column_by_column_is_what_one_pass_says(channels: int, clas
     x = images(3, channels, size)
     label = torch.tensor([0, 1, 2]) if classes else None
     whole = made(x, label)
-    walk = Walk(made, 3, size, label)
+    sampler = PixelSampler(made, 3, size, label)
     with torch.inference_mode():
         for y in range(size):
-            walk.begin_row(y)
+            sampler.begin_row(y)
             for place in range(size):
-                said = walk.numbers(y, place)
+                said = sampler.parameters(y, place)
                 assert torch.allclose(said, whole[:, :, y, place], atol=1e-5)
-                walk.images[:, :, y, place] = x[:, :, y, place]
+                sampler.images[:, :, y, place] = x[:, :, y, place]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -141,13 +140,13 @@ def test_images_drawn_by_columns_are_those_drawn_by_whole_passes(channels: int) 
     with torch.inference_mode():
         for y, place in itertools.product(range(size), repeat=2):
             found = mixtures_of(made(x)[:, :, y, place], channels)
-            x[:, :, y, place] = drawn_from(found, noise[:, :, y, place])
-        assert torch.equal(to_uint8(draw(made, noise)), to_uint8(x))
+            x[:, :, y, place] = sample_pixels(found, noise[:, :, y, place])
+        assert torch.equal(to_uint8(sample_images(made, noise)), to_uint8(x))
 
 
 def test_drawing_costs_one_pass_whatever_the_number_of_pixels(model: AutoregressiveModel) -> None:
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        draw(model.network, torch.zeros(1, 2, SIZE, SIZE), torch.tensor([0]))
+        sample_images(model.network, torch.zeros(1, 2, SIZE, SIZE), torch.tensor([0]))
     # But for the first layer above, which a whole pass computes for one row more and leaves out.
     assert counter.get_total_flops() / 1e9 == pytest.approx(gflop(model, sampling_config()), rel=0.1)
 
@@ -181,7 +180,7 @@ def test_images_show_what_is_asked_whatever_the_count(model: AutoregressiveModel
     assert torch.equal(many[37], one[0])
     noise = GaussianNoise(3, "sampling", range(36), (2, SIZE, SIZE))()
     with torch.inference_mode():
-        expected = draw(model.network, noise, torch.full((36,), model.classes.index("rows")))
+        expected = sample_images(model.network, noise, torch.full((36,), model.classes.index("rows")))
     assert torch.equal(many[:36], to_uint8(expected))
 
 

@@ -20,7 +20,7 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.families.model import DiffusionModel, to_float, to_uint8
 from diffusion.generation.explain import explain
-from diffusion.generation.generate import interpolate, reconstructed, sample, told_of
+from diffusion.generation.generate import interpolate, make_conditioning, reconstructed, sample
 from diffusion.models.config import ModelConfig
 from diffusion.process.editing import Edit, whole
 from diffusion.process.guidance import guided
@@ -246,7 +246,7 @@ def test_estimates_are_not_clipped_to_the_range_of_images_with_or_without_guidan
         assert (model.denoiser()(far, torch.tensor(0.002)) - 3).abs().max() < 0.1
         drawn = sample(model, range(36), 0, STEPPED.model_copy(update={"guidance": 3.0}))
         noise = GaussianNoise(0, "sampling", range(36), model.noise_shape)
-        told = told_of(model, range(36), 0)
+        told = make_conditioning(model, range(36), 0)
         untold = {"label": torch.full_like(told["label"], 2)}
         mixture = guided(model.denoiser(told), model.denoiser(untold), 3.0)
         expected = STEPPED.run(mixture, STEPPED.sigma_grid(model.schedule), noise)

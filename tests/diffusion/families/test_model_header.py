@@ -117,10 +117,10 @@ def test_deep_json_and_numbers_of_absurd_length_are_refused(weights: Path) -> No
     "config", [VAEConfig(), GANConfig(width=8, channel_mult=(1, 1)), AutoregressiveConfig(width=8, layers=1)]
 )
 def test_families_are_described_without_memory_as_they_are_built(config: FamilyConfig) -> None:
-    from diffusion.checkpoints import _ShapesAlone
+    from diffusion.checkpoints import _SkipInitialization
     from diffusion.families import family_of
 
-    with torch.device("meta"), _ShapesAlone():
+    with torch.device("meta"), _SkipInitialization():
         described = family_of(config).make_network(config, (1, 8, 8), 2)
     built = family_of(config).make_network(config, (1, 8, 8), 2)
     assert all(tensor.is_meta for tensor in described.state_dict().values())

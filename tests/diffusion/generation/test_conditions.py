@@ -17,7 +17,7 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.families.model import DiffusionModel
 from diffusion.generation.config import Conditions
-from diffusion.generation.generate import check_conditions, check_prompts, label_names, sample, told_of
+from diffusion.generation.generate import check_conditions, check_prompts, label_names, make_conditioning, sample
 from diffusion.models.config import ModelConfig
 from diffusion.models.text_encoder import ENCODER, TextEncoder
 from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config
@@ -153,10 +153,10 @@ def test_a_image_has_the_same_bits_whatever_is_drawn_beside_it(model: DiffusionM
 def test_nothing_asked_is_drawn_as_before(model: DiffusionModel) -> None:
     plain = sample(model, range(8), 7, SAMPLING)
     assert torch.equal(sample(model, range(8), 7, SAMPLING.model_copy(update={"guidance": 1.0})), plain)
-    numbers = told_of(model, range(300), 7)["label"].tolist()
+    numbers = make_conditioning(model, range(300), 7)["label"].tolist()
     assert [model.classes[number] for number in numbers] == label_names(model, range(300), 7)
     assert min(Counter(numbers).values()) > 70
-    assert not told_of(model, range(300), 7)["text"].any()
+    assert not make_conditioning(model, range(300), 7)["text"].any()
 
 
 def test_what_is_asked_goes_round_and_of_what_is_not_any_will_do(model: DiffusionModel) -> None:
@@ -254,7 +254,7 @@ def test_a_prompt_too_long_to_be_read_is_refused() -> None:
     check_prompts(Conditions(prompts=("word " * 254, None)))
     with pytest.raises(UserError, match="has 302 word pieces, and 256 are read: shorten it"):
         check_prompts(Conditions(prompts=("word " * 300,)))
-    with pytest.raises(UserError, match="is no Unicode text: write it anew"):
+    with pytest.raises(UserError, match="is no Unicode text: write it again"):
         check_prompts(Conditions(prompts=("half a character: \ud800",)))
     # A space that has no width.
     with pytest.raises(UserError, match="a prompt needs words"):

@@ -112,5 +112,5 @@ def test_three_figures_are_drawn_the_same_each_time(channels: int, tmp_path: Pat
 
 def test_a_image_of_another_size_is_refused(tmp_path: Path) -> None:
     model = load_model(write_model(tmp_path / "model.safetensors", seed=0, images=0))
-    with pytest.raises(UserError, match="the image is 3×8×8 and the model draws 1×8×8"):
+    with pytest.raises(UserError, match="the image is 3×8×8 and the model generates 1×8×8"):
         explain(model, to_uint8(noise(0, 3, 8)), tmp_path)

@@ -162,8 +162,8 @@ def test_configurations_without_it_keep_their_digests() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"low_resolution": 4, "conditional": True}, "told nothing besides: leave out model.conditional"),
-        ({"low_resolution": 4, "text": True}, "told nothing besides: leave out model.text"),
+        ({"low_resolution": 4, "conditional": True}, "on nothing besides: leave out model.conditional"),
+        ({"low_resolution": 4, "text": True}, "on nothing besides: leave out model.text"),
         ({"low_resolution_noise": 0.1}, "there is none: set model.low_resolution"),
         ({"low_resolution": 1}, "greater than or equal to 2"),
         ({"low_resolution": 4, "low_resolution_noise": -1}, "greater than or equal to 0"),

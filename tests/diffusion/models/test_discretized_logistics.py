@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, logistic
 from torch import Tensor
 
-from diffusion.models.discretized_logistics import drawn, log_probability, mixtures_of, width
+from diffusion.models.discretized_logistics import log_probability, mixtures_of, parameter_count, sample_pixels
 
 
 def numbers(seed: int, channels: int, mixtures: int, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(width(channels, mixtures), generator=torch.Generator().manual_seed(seed))
+    return scale * torch.randn(parameter_count(channels, mixtures), generator=torch.Generator().manual_seed(seed))
 
 
 def alphabet(channels: int, levels: int) -> Tensor:
@@ -52,7 +52,7 @@ def test_pixels_are_drawn_as_often_as_they_are_probable(channels: int) -> None:
     levels, count = 4, 20_000
     found = mixtures_of(numbers(3, channels, 3), channels)
     noise = torch.randn(count, channels + 1, generator=torch.Generator().manual_seed(0))
-    pixels = drawn(mixtures_of(numbers(3, channels, 3).expand(count, -1), channels), noise, levels)
+    pixels = sample_pixels(mixtures_of(numbers(3, channels, 3).expand(count, -1), channels), noise, levels)
     places = ((pixels + 1) * (levels - 1) / 2).round().long()
     which = (places * levels ** torch.arange(channels - 1, -1, -1)).sum(1)
     expected = log_probability(found, alphabet(channels, levels), levels).exp().double() * count
@@ -69,6 +69,6 @@ def test_a_value_follows_those_before_it() -> None:
     steep = mixtures_of(torch.tensor([0.0, 0.0, 0.0, -2.0, -7.0, 9.0]), 2)
     noise = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
     each = type(steep)(*(value.expand(100, *value.shape) for value in vars(steep).values()))
-    pixels = drawn(each, noise)
+    pixels = sample_pixels(each, noise)
     assert (pixels[:, 0] - pixels[:, 1]).abs().max() < 0.03
     assert pixels[:, 0].std() > 0.1

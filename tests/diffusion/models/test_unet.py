@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from diffusion.common.errors import UserError
 from diffusion.models.config import ModelConfig
-from diffusion.models.unet import UNet, attend, dropped, sinusoidal
+from diffusion.models.unet import UNet, attend, seeded_dropout, sinusoidal
 
 
 def small(**changes: object) -> ModelConfig:
@@ -171,16 +171,16 @@ def test_configurations_load_without_torch() -> None:
 
 def test_dropout_is_a_function_of_the_images_draw_alone() -> None:
     h, draws = torch.ones(3, 16, 8, 8), torch.tensor([1, 2, 1])
-    dropped_ = dropped(h, draws, 0.25)
+    dropped_ = seeded_dropout(h, draws, 0.25)
     assert dropped_.unique().tolist() == pytest.approx([0, 1 / 0.75])
     assert torch.equal(dropped_[0], dropped_[2])
     assert not torch.equal(dropped_[0], dropped_[1])
-    assert torch.equal(dropped(h[1:2], draws[1:2], 0.25), dropped_[1:2])
+    assert torch.equal(seeded_dropout(h[1:2], draws[1:2], 0.25), dropped_[1:2])
 
 
 @given(st.integers(0, 2**62 - 1), st.floats(0.05, 0.95))
 def test_dropout_drops_the_share_it_is_told_everywhere_alike(draw: int, rate: float) -> None:
-    kept = dropped(torch.ones(2, 64, 16, 16), torch.tensor([draw, (draw + 1) % 2**62]), rate) != 0
+    kept = seeded_dropout(torch.ones(2, 64, 16, 16), torch.tensor([draw, (draw + 1) % 2**62]), rate) != 0
     size = kept[0].numel()
     spread = 5 * (rate * (1 - rate) / size) ** 0.5
     assert abs(kept[0].float().mean().item() - (1 - rate)) < spread

@@ -12,7 +12,7 @@ from diffusion.evaluation.evaluator import gflop
 from diffusion.families import family_of
 from diffusion.families.base import Batch
 from diffusion.families.ddpm import count_evaluations
-from diffusion.generation.generate import told_of
+from diffusion.generation.generate import make_conditioning
 from diffusion.models.config import ModelConfig
 from diffusion.models.text_encoder import WIDTH
 from diffusion.process.samplers import SAMPLING_ADAPTER, sampling_config
@@ -49,7 +49,7 @@ def test_a_image_costs_what_its_drawing_takes(guidance: float | None, tmp_path: 
     model = load_model(path)
     sampling = sampling_config(sampler="heun", steps=3, guidance=guidance, precision="fp32")
     batch = Batch(
-        told_of(model, [0], 0), GaussianNoise(0, "sampling", [0], model.noise_shape), torch.zeros(WIDTH), None
+        make_conditioning(model, [0], 0), GaussianNoise(0, "sampling", [0], model.noise_shape), torch.zeros(WIDTH), None
     )
     with FlopCounterMode(display=False) as counter:
         family_of(model.config).sample(model, batch, sampling, torch.device("cpu"))
