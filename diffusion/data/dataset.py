@@ -109,7 +109,7 @@ class Dataset:
         return self._captions.take(pa.array(self._table.read[_numbers(rows)])).to_pylist()  # type: ignore[no-any-return]
 
     def different_captions(self) -> tuple[list[str], np.ndarray]:
-        """Return the distinct captions, sorted, and the index of each row's caption, −1 for none: (len(self),) int32."""
+        """Return the distinct captions, sorted, and the index of each row's, −1 for none: (len(self),) int32."""
         column = self._captions.take(pa.array(self._table.read))
         texts = sorted(pc.unique(column).drop_null().to_pylist())
         return texts, _codes(column, texts)

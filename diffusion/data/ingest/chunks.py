@@ -1,7 +1,8 @@
-"""The plan of an ingest and its chunks: images are read, decoded and written into one shard per chunk. The plan, the
-list of the entries to read, is a file on disk. A chunk is a pure function of its entries and the configuration, so it
-may run in any thread, process or machine that sees the work folder, and a chunk that was finished before a kill is not
-repeated.
+"""The plan of an ingest and its chunks: images are read, decoded and written into one shard per chunk.
+
+The plan, the list of the entries to read, is a file on disk. A chunk is a pure function of its entries and the
+configuration, so it may run in any thread, process or machine that sees the work folder, and a chunk that was finished
+before a kill is not repeated.
 """
 
 import hashlib

@@ -1,5 +1,6 @@
-"""Decoding of one image: from a file to square 8-bit pixels in grey or RGB, or the reason why it is quarantined. The
-result depends on the bytes, the configuration and the library versions alone, except for the time limit.
+"""Decoding of one image: from a file to square 8-bit pixels in grey or RGB, or the reason why it is quarantined.
+
+The result depends on the bytes, the configuration and the library versions alone, except for the time limit.
 """
 
 import io
@@ -332,9 +333,10 @@ def _resized(size: tuple[int, int], config: IngestConfig) -> tuple[int, int]:
 
 
 def _square(source: _Source, image: Image.Image, config: IngestConfig) -> Image.Image:
-    """Resize ``image``, converted from ``source``, to ``config.size`` pixels high and wide. Uses antialiased bicubic
-    interpolation of an image decoded at a fraction, as is common in data sets for diffusion (Dhariwal and Nichol,
-    Diffusion Models Beat GANs on Image Synthesis, in their code).
+    """Resize ``image``, converted from ``source``, to ``config.size`` pixels high and wide.
+
+    Uses antialiased bicubic interpolation of an image decoded at a fraction, as is common in data sets for diffusion
+    (Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, in their code).
     """
     width, height = source.size
     left, top, side = 0, 0, min(width, height)
