@@ -71,8 +71,9 @@ class Archive(ABC):
 
 
 class Tar(Archive):
-    """A tar; a compressed one is unpacked once into the scratch folder. If it has changed, all members are read
-    again.
+    """A tar; a compressed one is unpacked once into the scratch folder.
+
+    If it has changed, all members are read again.
     """
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:

@@ -45,8 +45,9 @@ Payload: TypeAlias = bytes | Image.Image | Refused
 
 
 class Source(Protocol):
-    """A set of images. Both methods stream: memory does not grow with the set. Every worker opens it again, so opening
-    must be cheap.
+    """A set of images.
+
+    Both methods stream: memory does not grow with the set. Every worker opens it again, so opening must be cheap.
     """
 
     in_order: bool
@@ -56,9 +57,10 @@ class Source(Protocol):
         """Yield every possible image; raises UserError for a source that is missing or invalid."""
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
-        """Yield the payload of each of ``entries`` in order, a few in memory at a time. Permanent failures of an entry
-        are Refused (a missing file, HTTP 404, too many bytes); transient errors (a full disk, a lost connection to S3)
-        are raised, so that the whole chunk is retried.
+        """Yield the payload of each of ``entries`` in order, a few in memory at a time.
+
+        Permanent failures of an entry are Refused (a missing file, HTTP 404, too many bytes); transient errors (a full
+        disk, a lost connection to S3) are raised, so that the whole chunk is retried.
         """
 
 

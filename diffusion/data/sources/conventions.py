@@ -130,8 +130,7 @@ def _short(lines: TextIO) -> Iterator[str]:
 
 
 def described(found: Iterable[dict[str, Any]], where: str) -> Iterator[Described]:
-    """Parse metadata ``found`` in the file ``where``: ``file_name``, and optionally ``label`` and ``text`` or
-    ``caption``.
+    """Parse metadata ``found`` in ``where``: ``file_name``, and optionally ``label`` and ``text`` or ``caption``.
 
     Raises UserError for records without a ``file_name``, or with one that leads out of the file's folder.
     """

@@ -79,8 +79,9 @@ def _is_labelled(root: Path) -> bool:
 
 
 def _walk(root: Path, passed_over: Counter[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Yield the relative names of the images below ``root``, each file once, however links lead to it. Counts the
-    extensions of other files in ``passed_over``.
+    """Yield the relative names of the images below ``root``, each file once, however links lead to it.
+
+    Counts the extensions of other files in ``passed_over``.
     """
     top = _real(root)
 

@@ -1,7 +1,8 @@
-"""HTTP client for untrusted URLs: limits the addresses it connects to and the duration of an exchange. The author of a
-table of URLs chooses the requests of this machine. So host names are resolved here, addresses that are not public are
-refused at every redirect, and the connection goes to exactly the address that was checked: names are not resolved
-again, which prevents DNS rebinding. TLS certificates, SNI and ``Host`` keep the name.
+"""HTTP client for untrusted URLs: limits the addresses it connects to and the duration of an exchange.
+
+The author of a table of URLs chooses the requests of this machine. So host names are resolved here, addresses that are
+not public are refused at every redirect, and the connection goes to exactly the address that was checked: names are not
+resolved again, which prevents DNS rebinding. TLS certificates, SNI and ``Host`` keep the name.
 """
 
 import base64

@@ -34,8 +34,9 @@ class Listing:
                 self._folders.add(folder)
 
     def images(self, passed_over: Counter[str]) -> Iterator[Entry]:
-        """Yield all images, labelled by their folders if there are several and none is in the root. Counts the
-        extensions of other visible files in ``passed_over``.
+        """Yield all images, labelled by their folders if there are several and none is in the root.
+
+        Counts the extensions of other visible files in ``passed_over``.
         """
         labelled = len(self._folders) > 1 and not self._any_in_root
         for name, locator, stamp in self._database.execute("SELECT name, locator, stamp FROM files ORDER BY number"):

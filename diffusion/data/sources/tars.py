@@ -43,8 +43,9 @@ Place: TypeAlias = str | Sequence[int]
 
 
 def members(path: Path, where: str) -> Iterator[Member]:
-    """Yield all files in the uncompressed tar at ``path``; links and devices have a ``problem``. Raises UserError,
-    naming ``where``, for a tar that is damaged, truncated, or continues after its end.
+    """Yield all files in the uncompressed tar at ``path``; links and devices have a ``problem``.
+
+    Raises UserError, naming ``where``, for a tar that is damaged, truncated, or continues after its end.
     """
     try:
         with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
