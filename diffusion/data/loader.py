@@ -176,10 +176,10 @@ class Loader:
         """Start to prepare the batch at ``position`` and those that follow it, and drop all others."""
         self._announce(position)
         following = range(position, position + (self.prefetch + 1) * self.batch_size, self.batch_size)
-        wanted = [at for at in following if end is None or at < end or at == position]
-        for at in self._ready.keys() - wanted:
+        positions = [at for at in following if end is None or at < end or at == position]
+        for at in self._ready.keys() - positions:
             self._ready.pop(at).cancel()
-        for at in wanted:
+        for at in positions:
             if at not in self._ready:
                 self._ready[at] = self._pool.submit(self._make, at)
 

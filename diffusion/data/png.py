@@ -100,7 +100,7 @@ def decode_many(pngs: Sequence[bytes | memoryview], shape: tuple[int, int, int])
 
 
 def _is_plain(png: bytes) -> bool:
-    """Return whether ``png`` has the layout of ``encode``: all rows in one chunk, in blocks that end at a whole byte."""
+    """Return whether ``png`` is laid out as ``encode`` does: all rows in one chunk, blocks ending at a whole byte."""
     return (
         png.endswith(END)
         and png.endswith(BYTE_END + LAST_BLOCK, BLOCKS, SUMS)
@@ -126,7 +126,7 @@ def _inflated(pngs: Sequence[bytes], height: int, width: int) -> bytes | None:
         return None
     views = (memoryview(rows)[at : at + length] for at in range(0, len(rows), length))
     sums = (int.from_bytes(png[SUMS : SUMS + 4]) for png in pngs)
-    whole = all(isal_zlib.adler32(view) == told for view, told in zip(views, sums, strict=True))
+    whole = all(isal_zlib.adler32(view) == checksum for view, checksum in zip(views, sums, strict=True))
     filters = np.frombuffer(rows, np.uint8)[:: 1 + width]
     return rows if whole and filters.max(initial=NONE) <= UP else None
 

@@ -78,8 +78,8 @@ def mixture(snapshots: list[tuple[int, float]], images: int, length: float) -> l
     """
     profiles = [(at, power(each)) for at, each in snapshots]
     overlaps = np.array([[_overlap(one, other) for other in profiles] for one in profiles])
-    wanted = np.array([_overlap(one, (images, power(length))) for one in profiles])
-    return [float(share) for share in np.linalg.lstsq(overlaps, wanted, rcond=None)[0]]
+    target = np.array([_overlap(one, (images, power(length))) for one in profiles])
+    return [float(share) for share in np.linalg.lstsq(overlaps, target, rcond=None)[0]]
 
 
 def _overlap(one: tuple[int, float], other: tuple[int, float]) -> float:

@@ -208,8 +208,8 @@ def require_disk(output: Path, needed: int) -> None:
     make_folder(output)
     free = shutil.disk_usage(output).free
     if free < needed:
-        asked, there = (naturalsize(size, binary=True) for size in (needed, free))
+        required, available = (naturalsize(size, binary=True) for size in (needed, free))
         raise UserError(
-            f"the checkpoints in {output} take {asked} and its disk has {there} free: free some, lower training.keep, "
-            "or set training.output to a folder on another disk"
+            f"the checkpoints in {output} take {required} and its disk has {available} free: free some, "
+            "lower training.keep, or set training.output to a folder on another disk"
         )

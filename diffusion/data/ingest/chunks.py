@@ -84,21 +84,21 @@ def make_plan(
             "INSERT OR REPLACE INTO listing (source, locator, stamp, label, caption, problem, told) "
             "VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
-                (e.source, e.locator, e.stamp, e.label, e.caption, e.problem, told_of(e.label, e.caption))
-                for e in _told(source.entries(), progress)
+                (e.source, e.locator, e.stamp, e.label, e.caption, e.problem, description_digest(e.label, e.caption))
+                for e in _with_progress(source.entries(), progress)
             ),
         )
-        known, wanted = KNOWN, f"NOT EXISTS ({STAMPED})"
+        known, condition = KNOWN, f"NOT EXISTS ({STAMPED})"
         if requeue:
-            known, wanted = f"{KNOWN} AND r.outcome != 'quarantined'", f"{wanted} OR EXISTS ({REFUSED})"
+            known, condition = f"{KNOWN} AND r.outcome != 'quarantined'", f"{condition} OR EXISTS ({REFUSED})"
         if anew:
-            known, wanted = "NULL", "TRUE"
+            known, condition = "NULL", "TRUE"
         order = "l.number" if source.in_order else "l.source"
         database.execute(
             f"""INSERT INTO plan (source, locator, stamp, label, caption, problem, known)
                 SELECT l.source, l.locator, l.stamp, l.label, l.caption, l.problem,
                     CASE WHEN EXISTS ({CORRECTED}) THEN NULL ELSE ({known}) END FROM listing l
-                WHERE {wanted} ORDER BY {order}""",
+                WHERE {condition} ORDER BY {order}""",
             {"origin": origin},
         )
         (listed,) = database.execute("SELECT count(*) FROM listing").fetchone()
@@ -127,7 +127,7 @@ def text_lengths(path: Path) -> Iterator[tuple[int, int]]:
         )
 
 
-def told_of(label: str | None, caption: str | None) -> str:
+def description_digest(label: str | None, caption: str | None) -> str:
     """Digest what a source says about an image, to detect changes."""
     return digest_of([label, caption])[:16]
 
@@ -137,7 +137,7 @@ def origin_of(uri: str) -> str:
     return uri if ":" in uri else str(Path(uri).resolve())
 
 
-def _told(entries: Iterator[Entry], progress: Progress) -> Iterator[Entry]:
+def _with_progress(entries: Iterator[Entry], progress: Progress) -> Iterator[Entry]:
     for number, entry in enumerate(entries, start=1):
         if number % LISTED_AT_ONCE == 0:
             progress("images listed", number, None)
@@ -233,8 +233,8 @@ def _prepare(chunk: Chunk, planned: list[Planned], writer: TarWriter) -> list[di
             row["outcome"] = "duplicate"
             continue
         seen.add(image.key)
-        told = {name: row[name] for name in ("label", "caption", "source")} | {"sha256": row["source_sha256"]}
-        extent = writer.add(image.key, image.png, told)
+        metadata = {name: row[name] for name in ("label", "caption", "source")} | {"sha256": row["source_sha256"]}
+        extent = writer.add(image.key, image.png, metadata)
         row |= {"offset": extent.start, "size": extent.png, "end": extent.end}
     writer.close()
     return rows

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from diffusion.common.files import digest_of
-from diffusion.data.ingest.chunks import perceptual_hash, told_of
+from diffusion.data.ingest.chunks import description_digest, perceptual_hash
 from diffusion.data.manifest import Manifest, Part, digest_of_samples, read_records, sample_digest
 from diffusion.data.versions.takedown_records import removals
 
@@ -100,8 +100,8 @@ class Index:
 
     def stamp(self, origin: str, row: dict[str, Any]) -> None:
         """Record the stamp of an entry of ``origin`` after its bytes were read."""
-        told = told_of(row["label"], row["caption"])
-        seen = (origin, row["source"], row["stamp"], told, bytes.fromhex(row["source_sha256"]))
+        description = description_digest(row["label"], row["caption"])
+        seen = (origin, row["source"], row["stamp"], description, bytes.fromhex(row["source_sha256"]))
         self.database.execute("INSERT OR REPLACE INTO seen VALUES (?, ?, ?, ?, ?)", seen)
 
     def record(self, row: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ class Merge:
                 self.index.refuse(row["key"])
         for row in rows:
             self.index.stamp(self.origin, row)
-            if row["outcome"] != "known" and self._judge(row):
+            if row["outcome"] != "known" and self._classify(row):
                 self.index.record(row)
                 records.append(row)
         self.read += len(rows)
@@ -104,16 +104,16 @@ class Merge:
         records, lost = [], 0
         for row in rows:
             if row["outcome"] == "removed":
-                wanted = not self.index.is_removed_by_all(row["key"], row["source_sha256"])
+                is_recorded = not self.index.is_removed_by_all(row["key"], row["source_sha256"])
             elif self.index.has(row["source"], row["source_sha256"]):
-                wanted = False
+                is_recorded = False
             elif row["outcome"] == "duplicate" and self.index.sample(row["key"]) is None:
                 # Its pixels are in a part that this version no longer has.
                 gone = self.index.is_removed(row["key"], row["source_sha256"])
-                wanted, lost = gone and self._judge(row), lost + (not gone)
+                is_recorded, lost = gone and self._classify(row), lost + (not gone)
             else:
-                wanted = self._judge(row)
-            if wanted:
+                is_recorded = self._classify(row)
+            if is_recorded:
                 self.index.record(row)
                 records.append(row)
         if records:
@@ -124,7 +124,7 @@ class Merge:
             self.parts.append(write_part(self.folder, len(self.parts), shard, records, self.config.size))
         return lost
 
-    def _judge(self, row: dict[str, Any]) -> bool:
+    def _classify(self, row: dict[str, Any]) -> bool:
         """Determine the outcome of an image; returns whether to record it."""
         if self.index.is_removed(row["key"], row["source_sha256"]):
             self.news["removed"] += 1
@@ -133,7 +133,7 @@ class Merge:
             row |= blanked(row, "came again after it was taken down")
             return not known
         if row["key"] is not None:
-            self._judge_image(row)
+            self._classify_image(row)
         if row["outcome"] == "quarantined":
             if self.index.refusal(row["source"], row["source_sha256"]) == row["reason"]:
                 return False
@@ -142,7 +142,7 @@ class Merge:
         self.news[row["outcome"]] += 1
         return True
 
-    def _judge_image(self, row: dict[str, Any]) -> None:
+    def _classify_image(self, row: dict[str, Any]) -> None:
         there = self.index.sample(row["key"])
         if there is not None:
             split, digest = there

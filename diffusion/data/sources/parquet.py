@@ -93,8 +93,8 @@ class Parquet:
                 raise changed(place)
             with _opened(path) as file:
                 columns = find_columns(file.schema_arrow, self.options, place)
-                for number, wanted in groupby(rows, key=lambda each: each[0]):
-                    ascending = [row for _, row in wanted]
+                for number, members in groupby(rows, key=lambda each: each[0]):
+                    ascending = [row for _, row in members]
                     yield from self._images(file, number, ascending, columns, path)
 
     def _texts(

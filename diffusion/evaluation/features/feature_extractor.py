@@ -269,8 +269,8 @@ def _said(values: list[Any]) -> str:
     return ", ".join(f"{each.type} {tuple(each.shape)}" for each in values)
 
 
-def _unfit(path: Path, found: str, wanted: str) -> UserError:
-    return UserError(f"the network in {path} {found} instead of {wanted}: export it again so")
+def _unfit(path: Path, actual: str, expected: str) -> UserError:
+    return UserError(f"the network in {path} {actual} instead of {expected}: export it again so")
 
 
 BATCH = 100

@@ -95,23 +95,23 @@ def measure_losses(
     found: list[Terms] = []
     seen = 0
 
-    def batch(images: Tensor, told: Conditioning, first: int) -> Terms:
+    def batch(images: Tensor, conditioning: Conditioning, first: int) -> Terms:
         # The last batch is padded with its last image, so that all have one shape.
         places = torch.arange(config.compute_batch).clamp(max=len(images) - 1)
-        known = {name: value[places].to(device) for name, value in told.items()}
+        moved = {name: value[places].to(device) for name, value in conditioning.items()}
         x0 = to_float(images[places]).to(device)
         with torch.inference_mode(), autocast(config.precision, device):
-            terms = family.terms(model, x0, known, [first + int(place) for place in places])
+            terms = family.terms(model, x0, moved, [first + int(place) for place in places])
         bits = None if terms.bits is None else terms.bits[: len(images)].cpu()
         return Terms(terms.edges, terms.losses[: len(images)].cpu(), bits)
 
     with repeatable(device), lanes(None if device.type == "cpu" else 1) as pool:
-        for images, told in pieces:
+        for images, conditioning in pieces:
             starts = range(0, len(images), config.compute_batch)
             parts = [slice(start, start + config.compute_batch) for start in starts]
-            given = [{name: value[part] for name, value in told.items()} for part in parts]
+            parts_conditioning = [{name: value[part] for name, value in conditioning.items()} for part in parts]
             firsts = [seen + start for start in starts]
-            found += pool.map(batch, [images[part] for part in parts], given, firsts)
+            found += pool.map(batch, [images[part] for part in parts], parts_conditioning, firsts)
             seen += len(images)
             progress("held-out images looked at", seen, None)
     bits = [each.bits for each in found if each.bits is not None]
@@ -123,14 +123,14 @@ def conditioning_of_rows(model: Model, dataset: Dataset, rows: Rows) -> Conditio
 
     Raises UserError if it uses captions and the text encoder is unavailable.
     """
-    told = task_of(model.config).conditioning(dataset.images(rows))
+    conditioning = task_of(model.config).conditioning(dataset.images(rows))
     if model.classes:
-        told["label"] = dataset.classes(rows, model.classes)
+        conditioning["label"] = dataset.classes(rows, model.classes)
     if model.config.text:
         captions = dataset.captions(rows)
         meanings = prompt_embeddings(model, Conditions(prompts=tuple(captions)))
-        told["text"] = torch.stack([meanings[caption] for caption in captions])
-    return told
+        conditioning["text"] = torch.stack([meanings[caption] for caption in captions])
+    return conditioning
 
 
 def _mean(values: Tensor) -> tuple[float, float]:

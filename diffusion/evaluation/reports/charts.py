@@ -93,13 +93,13 @@ def _render(draw: Draw, paper: Paper, size: tuple[float, float]) -> bytes:
 def over_training(draw: Draw) -> Draw:
     """Wrap ``draw`` with an axis of images seen."""
 
-    def drawn(axes: Axes, paper: Paper) -> None:
+    def draw_over_images(axes: Axes, paper: Paper) -> None:
         draw(axes, paper)
         axes.set_xlabel("images seen")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda images, _: _short(images)))
 
-    return drawn
+    return draw_over_images
 
 
 def curves(by_name: Mapping[str, Points]) -> Draw:
