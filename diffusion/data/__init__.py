@@ -1,1 +1,1 @@
-"""From a folder of images to WebDataset shards with a manifest, and from those to batches."""
+"""Data sets: from a folder of images to WebDataset shards with a manifest, and from those to batches."""

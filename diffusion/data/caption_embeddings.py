@@ -1,8 +1,8 @@
-"""What the captions of a data set mean: read once, at the first training that is told of them, and kept beside it.
+"""Embeddings of a data set's captions: computed at the first training that is conditioned on them, and cached.
 
-Not at ingest: most data sets are never trained on their captions, and where they are brought together there need be no
-encoder. What is kept lies in the work folder, as all that was made from a data set and is no part of it. It holds one
-embedding for each different caption, by the SHA-256 of its text, and goes as soon as images are taken down.
+They are not computed at ingest: most data sets are never trained with captions, and the machine that ingests may lack
+the text encoder. The cache lies in the work folder, as it is not part of the data set. It holds one embedding per
+distinct caption, by the SHA-256 of its text, and is deleted when images are taken down.
 """
 
 import hashlib
@@ -28,35 +28,36 @@ from diffusion.data.manifest import read_manifest
 from diffusion.models.text_encoder import ENCODER, WIDTH, encoder
 
 CHUNK = 256
-"""Captions read between two words on how far it is."""
+"""Captions embedded between two progress reports."""
 TRIED = 8
-"""Captions read to find out how long all will take."""
+"""Captions embedded to estimate the time for all."""
 
 
 @dataclass(frozen=True)
 class Captions:
-    """The captions of a data set's images as a network is told them."""
+    """Embeddings of the captions of a data set's images."""
 
     embeddings: Tensor
-    """(K, 384) float32, of each different caption."""
+    """(K, 384) float32, one for each distinct caption."""
     numbers: np.ndarray
-    """(N,) int32, for each row of the data set which of them it has; −1: none."""
+    """(N,) int32, index of each row's caption; −1: none."""
 
     def of(self, rows: Rows) -> Tensor:
-        """The embedding of each row's caption, zeros where there is none: (len(rows), 384)."""
+        """Return the embedding of each row's caption, zeros where there is none: (len(rows), 384)."""
         numbers = torch.from_numpy(self.numbers[np.asarray(rows, np.int64)]).long()
         return self.embeddings[numbers].masked_fill((numbers < 0)[:, None], 0)
 
 
 def embeddings_of(dataset: Dataset, texts: Sequence[str], pool: Executor, progress: Progress = silent) -> Tensor:
-    """The embeddings of ``texts``, all the captions of ``dataset`` in their order: (len(texts), 384) float32.
+    """Compute the embeddings of ``texts``, all the captions of ``dataset`` in their order: (len(texts), 384) float32.
 
-    Kept under its content digest and the encoder's, whole or not at all. A damaged file is made anew, and what one of
-    an earlier version knows is taken over from it before it goes. Trainings that begin together take turns.
+    Cached under the digests of content and encoder, written atomically. A damaged file is computed again, and
+    embeddings in files of earlier versions are reused before these are deleted. Concurrent trainings wait for one
+    another.
 
-    Raises UserError if the encoder cannot be had.
+    Raises UserError if the text encoder is unavailable.
     """
-    # Asked for even if all is known: who trains on captions reads some again for the images of each checkpoint.
+    # Required even if all embeddings are cached: each checkpoint embeds captions for its sample grid.
     read = encoder()
     folder = captions_folder(dataset.folder)
     path = folder / f"{dataset.manifest.content_digest[:16]}-{ENCODER.digest[:16]}.safetensors"
@@ -70,21 +71,21 @@ def embeddings_of(dataset: Dataset, texts: Sequence[str], pool: Executor, progre
             chunk = missing[start : start + CHUNK]
             embeddings[chunk] = torch.stack(list(pool.map(read, [texts[number] for number in chunk])))
             progress("captions read", start + len(chunk), len(missing))
-        # What earlier files knew goes when the new one is whole.
+        # Earlier files are deleted once the new one is complete.
         _keep(path, digests, embeddings)
         for other in _files(folder):
             if other != path:
                 other.with_suffix(".sha256").unlink(missing_ok=True)
                 other.unlink(missing_ok=True)
         if read_manifest(dataset.folder).content_digest != dataset.manifest.content_digest:
-            # Images may have been taken down meanwhile. A takedown puts the manifest in place and then looks here;
-            # we look in the other order, so that one of the two finds the file.
+            # Images may have been taken down meanwhile. A takedown writes the manifest and then checks this folder; the
+            # order here is reversed, so that one of the two finds the file.
             forget_captions(dataset.folder)
     return embeddings
 
 
 def seconds_to_read(dataset: Dataset, texts: Sequence[str], lanes: int) -> float:
-    """About how long ``embeddings_of`` would take in so many ``lanes``, by a few of the texts that it would read."""
+    """Estimate the seconds of ``embeddings_of`` in ``lanes`` threads from a few of the texts that it would embed."""
     _, missing = _known(captions_folder(dataset.folder), [_digest(text) for text in texts])
     tried = [texts[number] for number in missing[:TRIED]]
     read, began = encoder(), time.perf_counter()
@@ -98,12 +99,12 @@ def _digest(text: str) -> bytes:
 
 
 def _files(folder: Path) -> list[Path]:
-    """What is kept in ``folder`` of what this encoder read."""
+    """Return the cache files of this encoder in ``folder``."""
     return sorted(folder.glob(f"*-{ENCODER.digest[:16]}.safetensors"))
 
 
 def _known(folder: Path, digests: Sequence[bytes]) -> tuple[Tensor, list[int]]:
-    """The embeddings of the texts with these ``digests``, and the numbers of those that no file in ``folder`` knows."""
+    """Return the cached embeddings of the texts with these ``digests``, and the indices of those not in ``folder``."""
     embeddings = torch.empty(len(digests), WIDTH)
     missing = dict(zip(digests, range(len(digests)), strict=True))
     for path in _files(folder):
@@ -121,7 +122,7 @@ def _keep(path: Path, digests: Sequence[bytes], embeddings: Tensor) -> None:
 
 
 def _recalled(path: Path) -> tuple[list[bytes], Tensor] | None:
-    """What a file keeps: SHA-256 and embedding of each text; None if it is not whole, or went meanwhile."""
+    """Read SHA-256 and embedding of each text in a file; None if it is damaged or was deleted meanwhile."""
     with suppress(FileNotFoundError):
         if sha256_file(path) == path.with_suffix(".sha256").read_text().strip():
             tensors = load_file(path)

@@ -1,4 +1,4 @@
-"""A data set as training and evaluation see it: rows in an order free of history, images as tensors."""
+"""Data set as used by training and evaluation: rows in an order free of history, images as tensors."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,20 +18,20 @@ from diffusion.data.png import decode_many
 from diffusion.data.shards import LocalShards, Shards
 
 CACHE_BYTES = 2 * 2**30
-"""Decoded images are kept in memory if those of the whole set take no more than this."""
+"""Size limit, in bytes, up to which the decoded images of the whole set are kept in memory."""
 CHUNK = 1024
 """Images decoded at a time."""
 KEY = np.dtype("S32")
-"""Strings of bytes, which sort as their hex digits do."""
+"""Dtype of keys as bytes, which sort as their hex digits do."""
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 Rows: TypeAlias = Sequence[int] | np.ndarray
-"""Numbers of rows, (N,)."""
+"""Row numbers, (N,)."""
 
 
 @dataclass(frozen=True)
 class _Table:
-    """What is known of the kept images, sorted by key: 57 bytes for each."""
+    """Table of the kept images, sorted by key: 57 bytes each."""
 
     keys: np.ndarray
     """(N,) of 32 bytes."""
@@ -46,14 +46,13 @@ class _Table:
     sizes: np.ndarray
     """(N,) int32."""
     read: np.ndarray
-    """(N,) int32, how many kept images come before this one in the records."""
+    """(N,) int32, number of kept images before this one in the records."""
 
 
 class Dataset:
-    """The data set in a folder: images read from shards that are verified before their first use.
+    """A data set in a folder: images are read from shards, which are verified before their first use.
 
-    Decoded images are kept in memory from their first use on if the whole set fits into ``cache_bytes``.
-    Any thread may read.
+    Decoded images are cached in memory if the whole set fits into ``cache_bytes``. Thread-safe.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, shards: Shards, cache_bytes: int = CACHE_BYTES) -> None:
@@ -64,7 +63,7 @@ class Dataset:
         self._table = _read_table(folder, manifest)
         channels, height, width = self.shape
         fits = len(self) * channels * height * width <= cache_bytes
-        # The system gives memory to what is written only, so that images never read cost nothing.
+        # The system allocates written pages only, so images never read cost no memory.
         self._cache = np.empty((len(self), height, width, channels), np.uint8) if fits else None
         self._cached = np.zeros(len(self), bool)
 
@@ -72,8 +71,8 @@ class Dataset:
     def open(cls, folder: Path, shards: Shards | None = None, cache_bytes: int = CACHE_BYTES) -> "Dataset":
         """Open the data set in ``folder``, its shards read from there or from ``shards``.
 
-        Raises UserError, naming the file, for whatever is missing or damaged; what is wrong inside a shard of
-        the right length shows when images are first read from it.
+        Raises UserError, naming the file, if one is missing or damaged; damage inside a shard of the right length is
+        detected when images are first read from it.
         """
         manifest = read_manifest(folder)
         if shards is None:
@@ -81,7 +80,7 @@ class Dataset:
         return cls(folder, manifest, LocalShards(folder) if shards is None else shards, cache_bytes)
 
     def close(self) -> None:
-        """Let go of files and threads."""
+        """Close files and stop threads."""
         self._shards.close()
 
     def __len__(self) -> int:
@@ -89,62 +88,62 @@ class Dataset:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every image."""
+        """Return the shape (C, H, W) of every image."""
         return self.manifest.channels, self.manifest.size, self.manifest.size
 
     def rows(self, split: Split) -> np.ndarray:
-        """The rows of a split, sorted by key, as (N,) int64."""
+        """Return the rows of a split, sorted by key, as (N,) int64."""
         return np.flatnonzero(self._table.splits == SPLITS.index(split))
 
     def keys(self, rows: Rows) -> list[str]:
-        """The key of each row: hex SHA-256 of its mode, shape and pixels."""
+        """Return the key of each row: hex SHA-256 of its mode, shape and pixels."""
         return [key.tobytes().hex() for key in self._table.keys[_numbers(rows)].view(np.uint8).reshape(-1, 32)]
 
     def labels(self, rows: Rows) -> list[str | None]:
-        """The label of each row."""
+        """Return the label of each row."""
         names: list[str | None] = [*self.manifest.labels, None]
         return [names[number] for number in self._table.labels[_numbers(rows)]]
 
     def captions(self, rows: Rows) -> list[str | None]:
-        """The caption of each row."""
+        """Return the caption of each row."""
         return self._captions.take(pa.array(self._table.read[_numbers(rows)])).to_pylist()  # type: ignore[no-any-return]
 
     def different_captions(self) -> tuple[list[str], np.ndarray]:
-        """The captions there are, sorted, and for each row which of them it has, −1 for none: (len(self),) int32."""
+        """Return the distinct captions, sorted, and the index of each row's, −1 for none: (len(self),) int32."""
         column = self._captions.take(pa.array(self._table.read))
         texts = sorted(pc.unique(column).drop_null().to_pylist())
         return texts, _codes(column, texts)
 
     @cached_property
     def _captions(self) -> pa.ChunkedArray:
-        """In the order of the records; read when first asked for."""
+        """Return the captions in the order of the records; read at the first use."""
         pieces = [table["caption"].combine_chunks() for _, table in _kept(self.folder, self.manifest, "caption")]
         return pa.chunked_array(pieces, pa.string())
 
     def classes(self, rows: Rows, classes: Sequence[str]) -> Tensor:
-        """The class of each row as its number in ``classes``, len(classes) where it is none: (len(rows),) int64."""
+        """Return each row's class as its number in ``classes``, len(classes) if it is none: (len(rows),) int64."""
         numbers = {label: number for number, label in enumerate(classes)}
-        # The last is that of images without a label, whose number −1 finds it.
+        # The last entry is for images without a label, whose number −1 indexes it.
         table = np.array([*(numbers.get(label, len(classes)) for label in self.manifest.labels), len(classes)])
         return torch.from_numpy(table[self._table.labels[_numbers(rows)]])
 
     def shards(self, rows: Rows) -> np.ndarray:
-        """The number of the shard, in the manifest's, that each row lies in: (len(rows),) int32."""
+        """Return the number of each row's shard in the manifest: (len(rows),) int32."""
         return self._table.shards[_numbers(rows)]  # type: ignore[no-any-return]
 
     def ahead(self, shards: Sequence[int] | None = None) -> None:
-        """Make ``shards`` (None: all) ready in the background, soonest needed first."""
+        """Prepare ``shards`` (None: all) in the background, soonest needed first."""
         self._shards.ahead(self._entries if shards is None else [self._entries[number] for number in shards])
 
     def images(self, rows: Rows) -> Tensor:
-        """The images in ``rows`` as (len(rows), C, H, W) uint8.
+        """Return the images in ``rows`` as (len(rows), C, H, W) uint8.
 
-        Raises UserError, naming it, for a shard that is damaged or cannot be had.
+        Raises UserError, naming the shard, if one is damaged or unavailable.
         """
         return torch.from_numpy(np.ascontiguousarray(self.pixels(rows).transpose(0, 3, 1, 2)))
 
     def pixels(self, rows: Rows) -> np.ndarray:
-        """As ``images``, but (len(rows), H, W, C): the way they are stored, so that nothing is moved about."""
+        """Return images as ``images`` does, but (len(rows), H, W, C), as stored, without a transposition."""
         rows = _numbers(rows)
         if self._cache is None:
             return self._decoded(rows)
@@ -159,7 +158,7 @@ class Dataset:
         return self._cache[rows]
 
     def _decoded(self, rows: np.ndarray) -> np.ndarray:
-        """The images in ``rows``, (len(rows), H, W, C), read piece by piece and shard after shard."""
+        """Decode the images in ``rows``, (len(rows), H, W, C), in chunks and shard by shard."""
         if 0 < len(rows) <= CHUNK:
             return self._read(rows)
         channels, height, width = self.shape
@@ -193,7 +192,7 @@ def _numbers(rows: Rows) -> np.ndarray:
 
 
 def _kept(folder: Path, manifest: Manifest, *columns: str) -> Iterator[tuple[int, pa.Table]]:
-    """For each shard its number and what the records say of the images in it."""
+    """Yield for each shard its number and the records of the images in it."""
     parts = (part for part in manifest.parts if part.shard is not None)
     for number, part in enumerate(parts):
         table = read_records(folder, part, ["outcome", *columns])
@@ -217,7 +216,7 @@ def _read_table(folder: Path, manifest: Manifest) -> _Table:
 
 
 def _codes(column: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:
-    """Each string's number in ``names`` as int32; −1 where it is none of them."""
+    """Return each string's number in ``names`` as int32; −1 where it is none of them."""
     encoded = column.combine_chunks().dictionary_encode()
     found = encoded.dictionary.to_pylist()
     numbers = {name: number for number, name in enumerate(names)}

@@ -1,4 +1,4 @@
-"""Batches of training images in their order, made ready ahead of the step that wants them."""
+"""Loader of training batches in their order, prepared ahead of the step."""
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,15 +18,15 @@ from diffusion.data.dataset import Dataset, Rows
 class Order(Protocol):
     """An endless sequence of sample indices in which each epoch shows every sample once.
 
-    It is a pure function of what it was made with; a position in it is a single integer, the number of
-    images seen so far, so going on from anywhere costs nothing.
+    It is a pure function of its arguments; a position in it is a single integer, the number of images seen so far, so
+    resuming anywhere costs nothing.
     """
 
     def rows(self, start: int, count: int) -> np.ndarray:
-        """Which samples stand at positions start … start+count−1, as (count,) int64."""
+        """Return the samples at positions start … start+count−1, as (count,) int64."""
 
     def coming(self, start: int) -> tuple[int, ...] | None:
-        """The shards that are needed from ``start`` on, soonest first; None: any of them at any time."""
+        """Return the shards needed from ``start`` on, soonest first; None: any of them at any time."""
 
 
 class TrainingOrder:
@@ -37,7 +37,7 @@ class TrainingOrder:
         self._epoch = lru_cache(maxsize=2)(lambda epoch: permutation(seed, f"order/{content_digest}", epoch, length))
 
     def rows(self, start: int, count: int) -> np.ndarray:
-        """Which of the ``length`` samples stand at positions start … start+count−1, as (count,) int64."""
+        """Return which of the ``length`` samples are at positions start … start+count−1, as (count,) int64."""
         epoch, offset = divmod(start, self.length)
         pieces = [self._epoch(epoch)[offset : offset + count]]
         while (missing := count - sum(map(len, pieces))) > 0:
@@ -46,14 +46,14 @@ class TrainingOrder:
         return np.concatenate(pieces)
 
     def coming(self, start: int) -> None:
-        """Any shard, at any time."""
+        """Return None: any shard may be needed at any time."""
 
 
 class WindowedOrder:
     """Shards in a fresh order each epoch, and samples permuted within windows of ``window`` consecutive shards.
 
-    For sets whose shards do not all fit where they can be read from: at any position only the shards of one
-    window are needed, and which ones come next is known. A pure function of (layout digest, seed, window).
+    For data sets larger than the shard cache: at any position only the shards of one window are needed, and the next
+    ones are known. A pure function of (layout digest, seed, window).
 
     ``shards``: the number of the shard that each sample lies in, (N,) integers.
     """
@@ -67,7 +67,7 @@ class WindowedOrder:
         self._samples = lru_cache(maxsize=4)(self._window_samples)
 
     def rows(self, start: int, count: int) -> np.ndarray:
-        """Which of the samples stand at positions start … start+count−1, as (count,) int64."""
+        """Return the samples at positions start … start+count−1, as (count,) int64."""
         epoch, number, offset = self._find(start)
         pieces = [self._samples(epoch, number)[offset : offset + count]]
         while (missing := count - sum(map(len, pieces))) > 0:
@@ -76,13 +76,13 @@ class WindowedOrder:
         return np.concatenate(pieces)
 
     def coming(self, start: int) -> tuple[int, ...]:
-        """The shards of the window that position ``start`` lies in, then those of the next window."""
+        """Return the shards of the window at position ``start``, then those of the next window."""
         epoch, number, _ = self._find(start)
         shards = np.concatenate([self._places(epoch, number), self._places(*self._after(epoch, number))])
         return tuple(dict.fromkeys(self._numbers[shards].tolist()))
 
     def _find(self, position: int) -> tuple[int, int, int]:
-        """The epoch and window that ``position`` lies in, and its place in the window."""
+        """Return epoch and window of ``position``, and its place in the window."""
         epoch, offset = divmod(position, self.length)
         ends = self._epoch(epoch)[1]
         number = int(np.searchsorted(ends, offset, side="right"))
@@ -92,7 +92,7 @@ class WindowedOrder:
         return (epoch, number + 1) if number + 1 < len(self._epoch(epoch)[1]) else (epoch + 1, 0)
 
     def _shards_and_ends(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's order of shards, and after how many samples each of its windows ends."""
+        """Return the epoch's order of shards, and the cumulative number of samples at the end of each window."""
         shards = permutation(self._seed, f"shards/{self._layout_digest}", epoch, len(self._by_shard))
         counts = np.array([len(self._by_shard[shard]) for shard in shards])
         return shards, np.cumsum(np.add.reduceat(counts, np.arange(0, len(counts), self._window)))
@@ -109,26 +109,26 @@ class WindowedOrder:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one rank trains on in one step; B is the batch size divided by the number of ranks."""
+    """The images of one rank in one step; B is the batch size divided by the number of ranks."""
 
     indices: range
-    """The global sample indices, B of them: all that is random about an image is drawn by its own."""
+    """Global sample indices, B of them, which seed the random numbers of each image."""
     rows: np.ndarray
     """The data set's rows, (B,) int64."""
     images: Tensor
-    """(B, C, H, W) uint8, in memory channels last, as networks want them."""
+    """(B, C, H, W) uint8, channels last in memory."""
 
 
 class Loader:
-    """Gives for a position in the order of training one rank's share of the batch that begins there.
+    """Loader of one rank's share of the batch that begins at a position in the order of training.
 
-    A pure function of dataset, order, position and what else it is made with: neither the number of workers
-    nor where one began to read changes a bit. All ranks get equally large shares, which make up the batch
-    that one rank alone would get. Batches asked for one after the other were made ready in the background.
+    Batches are a pure function of dataset, order, position and the other arguments, independent of the number of
+    workers and of where reading began. The equal shares of all ranks make up the batch of a single rank. Consecutive
+    batches are prepared in the background.
 
-    ``rows``: the data set's rows that ``order`` orders. ``flip_seed``: every second image is mirrored, chosen
-    by this seed and the image's global index; None: none is. ``prefetch``: batches made ready ahead, by
-    ``workers`` threads. Raises UserError if ``ranks`` does not divide ``batch_size``.
+    ``rows``: the data set's rows that ``order`` orders. ``flip_seed``: half of the images are mirrored, chosen by this
+    seed and the image's global index; None: none is. ``prefetch``: batches prepared ahead, by ``workers`` threads.
+    Raises UserError if ``ranks`` does not divide ``batch_size``.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class Loader:
         self._shards: tuple[int, ...] | None = ()
 
     def batch(self, position: int, end: int | None = None) -> Batch:
-        """This rank's share of the batch that begins at ``position``; nothing is made ready beyond ``end``."""
+        """Return this rank's share of the batch at ``position``; nothing is prepared beyond ``end``."""
         began = time.perf_counter()
         self.ahead(position, end)
         try:
@@ -173,18 +173,18 @@ class Loader:
             self.waited += time.perf_counter() - began
 
     def ahead(self, position: int, end: int | None = None) -> None:
-        """Begin to make ready the batch at ``position`` and those that follow it, and forget all others."""
+        """Start to prepare the batch at ``position`` and those that follow it, and drop all others."""
         self._announce(position)
         following = range(position, position + (self.prefetch + 1) * self.batch_size, self.batch_size)
-        wanted = [at for at in following if end is None or at < end or at == position]
-        for at in self._ready.keys() - wanted:
+        positions = [at for at in following if end is None or at < end or at == position]
+        for at in self._ready.keys() - positions:
             self._ready.pop(at).cancel()
-        for at in wanted:
+        for at in positions:
             if at not in self._ready:
                 self._ready[at] = self._pool.submit(self._make, at)
 
     def close(self) -> None:
-        """Stop working ahead."""
+        """Stop preparing batches."""
         self._pool.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Self:
@@ -194,7 +194,7 @@ class Loader:
         self.close()
 
     def _announce(self, position: int) -> None:
-        """Tell the data set which shards come next, whenever that changes."""
+        """Announce the next shards to the data set, whenever they change."""
         coming = self.order.coming(position)
         if coming != self._shards:
             self.dataset.ahead(coming)

@@ -1,8 +1,8 @@
-"""What a data set is: the one file that is read first and written last.
+"""The manifest of a data set: the one file that is read first and written last.
 
-``manifest.json`` lists the *parts* of the data set, one for each chunk of images that an ingest read: a
-shard of what was kept and a Parquet table of all that was read. Both are named by content and never change,
-so a new version adds parts and shares the old ones, and a version is whole from the moment its manifest is.
+``manifest.json`` lists the *parts* of the data set, one for each chunk of images that an ingest read: a shard of the
+kept images and a Parquet table of all entries read. Both are named by content and never change, so a new version adds
+parts and shares the old ones, and a version is complete once its manifest is.
 """
 
 import hashlib
@@ -56,7 +56,7 @@ RECORDS = pa.schema(
 are left). ``width`` and ``height`` are those of the image as it came. For kept rows ``offset`` and ``size`` are those
 of the PNG in the part's shard; ``total`` and ``squares`` are the sums of its stored 8-bit values and of their squares
 over the pixels, per channel (1 or 3 by ``mode``). ``phash`` (64 bits as a signed integer) and ``near`` (keys of the
-groups of near-copies that it joined) are null unless near-duplicates were asked for.
+groups of near-duplicates that it joined) are null unless near-duplicates are configured.
 """
 
 
@@ -64,28 +64,28 @@ class FileEntry(Config):
     """A file of the data set, relative to its folder."""
 
     name: str = Field(pattern=r"^(shards|records)/[0-9A-Za-z_-][0-9A-Za-z._-]*$")
-    """Whoever finds a manifest on S3 writes files of these names."""
+    """Path; the pattern prevents a manifest from S3 from naming files elsewhere."""
     sha256: Sha256
     bytes: int
 
 
 class Totals(Config):
-    """Exact sums over the stored training images; those of several parts add up."""
+    """Exact sums over the stored training images; the sums of several parts can be added."""
 
     pixels: int = 0
     total: tuple[int, int, int] = (0, 0, 0)
-    """Of 8-bit values, per channel; a grey image counts for all three."""
+    """Sum of 8-bit values per channel; a grey image counts for all three."""
     squares: tuple[int, int, int] = (0, 0, 0)
 
 
 class Part(Config):
-    """What one chunk of one ingest left."""
+    """A part of a data set: the result of one chunk of one ingest."""
 
     number: int
     records: FileEntry
-    """Table of all that was read (RECORDS)."""
+    """Table of all entries read (RECORDS)."""
     shard: FileEntry | None
-    """WebDataset tar of what was kept; None if nothing was."""
+    """WebDataset tar of the kept images; None if there are none."""
     outcomes: dict[Outcome, int]
     splits: dict[Split, int]
     """Kept images by split."""
@@ -104,64 +104,64 @@ class Manifest(Config):
     parent: Sha256 | None
     """Digest of the manifest that this version was made from; None for the first."""
     change: str
-    """What made this version of its parent: ``ingest``, ``rebuild``, ``removal: `` and its reason, or ``union with ``
-    and the beginning of the digest of another machine's version."""
+    """What created this version from its parent: ``ingest``, ``rebuild``, ``removal: `` and its reason, or ``union with
+    `` and the beginning of the digest of another machine's version."""
     content_digest: Sha256 | Literal[""]
-    """SHA-256 over the samples, sorted, and what decides how they are stored; free of history."""
+    """SHA-256 over the sorted samples and the storage configuration; free of history."""
     storage: StorageConfig
     licence: str | None = Field(None, exclude_if=unset)
-    """What the images may be used for, if anybody said."""
+    """Licence of the images, if known."""
     parts: list[Part]
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest's own bytes: the name of this version."""
+        """Return the SHA-256 of the manifest's bytes: the name of this version."""
         return sha256_bytes(manifest_bytes(self))
 
     @property
     def layout_digest(self) -> str:
-        """SHA-256 over the shards as they lie."""
+        """Return the SHA-256 over the shards in their order."""
         return digest_of([shard.sha256 for shard in self.shards])
 
     @property
     def shards(self) -> list[FileEntry]:
-        """The shards of all parts, in order."""
+        """Return the shards of all parts, in order."""
         return [part.shard for part in self.parts if part.shard is not None]
 
     @property
     def files(self) -> list[FileEntry]:
-        """Every file of this version but its manifest."""
+        """Return every file of this version except its manifest."""
         return [entry for part in self.parts for entry in (part.shard, part.records) if entry is not None]
 
     @property
     def size(self) -> int:
-        """Height and width of every image, in pixels."""
+        """Return height and width of every image, in pixels."""
         return self.storage.size
 
     @property
     def channels(self) -> Literal[1, 3]:
-        """3 as soon as one image has colours."""
+        """Return 3 if any image has colours, else 1."""
         return 3 if any(part.modes.get("RGB") for part in self.parts) else 1
 
     @property
     def kept(self) -> int:
-        """Images in all."""
+        """Return the number of images."""
         return sum(self.counts.values())
 
     @property
     def counts(self) -> dict[Split, int]:
-        """Images by split."""
+        """Return the number of images by split."""
         found = _summed(part.splits for part in self.parts)
         return {"train": found["train"], "held_out": found["held_out"]}
 
     @property
     def class_histogram(self) -> dict[str, int]:
-        """Images by class, sorted; empty if the set has none."""
+        """Return the number of images by class, sorted; empty if the set has no classes."""
         return dict(sorted(_summed(part.classes for part in self.parts).items()))
 
     @property
     def labels(self) -> list[str]:
-        """Class names, sorted; empty if the set has none."""
+        """Return the class names, sorted; empty if the set has none."""
         return list(self.class_histogram)
 
     @property
@@ -177,7 +177,7 @@ class Manifest(Config):
 
     @property
     def sigma_data(self) -> float:
-        """Root of the mean variance over the channels: EDM's σ_data (arXiv 2206.00364)."""
+        """Return the root of the mean variance over the channels: EDM's σ_data (arXiv 2206.00364)."""
         return float(np.sqrt(np.mean(np.square(self.std))))
 
     def _moments(self) -> tuple[np.ndarray, np.ndarray]:
@@ -199,7 +199,7 @@ def _summed(counts: Iterable[dict[Split, int] | dict[str, int]]) -> Counter[str]
 
 
 def read_records(folder: Path, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
-    """The records of a part, all columns or some; raises UserError if the table is missing or damaged."""
+    """Read the records of a part, all columns or some; raises UserError if the table is missing or damaged."""
     path = folder / part.records.name
     if not path.is_file() or sha256_file(path) != part.records.sha256:
         raise UserError(f"{path} is missing or damaged: {mend(folder)}")
@@ -207,7 +207,7 @@ def read_records(folder: Path, part: Part, columns: Sequence[str] | None = None)
 
 
 def require_whole(folder: Path, manifest: Manifest) -> None:
-    """Raise UserError if a file of the data set in ``folder`` is missing or cut; what is inside is not looked at."""
+    """Raise UserError if a file of the data set in ``folder`` is missing or truncated; contents are not checked."""
     for entry in manifest.files:
         path = folder / entry.name
         size = path.stat().st_size if path.is_file() else None
@@ -217,8 +217,8 @@ def require_whole(folder: Path, manifest: Manifest) -> None:
 
 
 def mend(folder: Path) -> str:
-    """How to mend the data set in ``folder``, in words."""
-    # The bytes of a manifest are what its version is named after.
+    """Describe how to repair the data set in ``folder``."""
+    # A version is named after the bytes of its manifest.
     version = sha256_file(folder / "manifest.json")[:12]
     return (
         f"restore it with `darkroom data checkout {version} --dataset {folder.name}`, or make the data set anew from a "
@@ -227,12 +227,12 @@ def mend(folder: Path) -> str:
 
 
 def work_folder(folder: Path) -> Path:
-    """Where an ingest into the data set in ``folder`` keeps its lock, its index, and what is not finished."""
+    """Return the folder in which an ingest into ``folder`` keeps its lock, its index and unfinished work."""
     return folder.parent / f".{folder.name}"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The current version of the data set in ``folder``; raises UserError if there is none or it is damaged."""
+    """Read the current version of the data set in ``folder``; raises UserError if there is none or it is damaged."""
     path = folder / "manifest.json"
     try:
         return parse_manifest(path.read_bytes(), str(path))
@@ -245,7 +245,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """The manifest that ``data`` holds; raises UserError, naming ``where`` it lies, if it is damaged."""
+    """Parse a manifest; raises UserError, naming the location ``where``, if it is damaged."""
     try:
         version = json.loads(data).get("format_version")
         if version != 2:
@@ -260,13 +260,13 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """How ``manifest`` is written."""
+    """Serialize ``manifest``."""
     text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
     return f"{text}\n".encode()
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Make ``manifest`` the current version of the data set in ``folder``; the one before goes to its versions."""
+    """Make ``manifest`` the current version of the data set in ``folder``; the previous one moves to its versions."""
     path = folder / "manifest.json"
     if path.is_file() and (parent := path.read_bytes()) != manifest_bytes(manifest):
         write_bytes(version_path(folder, sha256_bytes(parent)), parent)
@@ -274,12 +274,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def version_path(folder: Path, digest: str) -> Path:
-    """Where the manifest of an earlier version lies."""
+    """Return the path of the manifest of an earlier version."""
     return folder / "versions" / f"{digest[:16]}.json"
 
 
 def versions(folder: Path) -> Iterator[Manifest]:
-    """The versions of the data set in ``folder``, the current one first, each followed by its parent."""
+    """Yield the versions of the data set in ``folder``, the current one first, each followed by its parent."""
     manifest = read_manifest(folder)
     yield manifest
     while manifest.parent is not None:
@@ -295,14 +295,14 @@ def versions(folder: Path) -> Iterator[Manifest]:
 
 
 def sample_digest(key: str, split: str, label: str | None, caption: str | None) -> bytes:
-    """SHA-256 of one kept image and of all that training is told of it, as canonical JSON."""
+    """Compute the SHA-256 of one kept image and its conditioning (label, caption) and split, as canonical JSON."""
     return hashlib.sha256(canonical_json([key, split, label, caption]).encode()).digest()
 
 
 def digest_of_samples(storage: StorageConfig, samples: Iterable[bytes]) -> str:
-    """The content digest of the images whose ``sample_digest``s come in the order of their keys.
+    """Compute the content digest of images whose ``sample_digest``s come in the order of their keys.
 
-    Hex SHA-256 over the canonical JSON of ``storage`` and the digests behind it.
+    Hex SHA-256 over the canonical JSON of ``storage`` followed by the digests.
     """
     digest = hashlib.sha256(canonical_json(storage.model_dump(mode="json")).encode())
     for sample in samples:
@@ -311,10 +311,10 @@ def digest_of_samples(storage: StorageConfig, samples: Iterable[bytes]) -> str:
 
 
 def content_digest(folder: Path, parts: Iterable[Part], storage: StorageConfig) -> str:
-    """The content digest of what ``parts`` of the data set in ``folder`` keep.
+    """Compute the content digest of the kept images of ``parts`` of the data set in ``folder``.
 
-    Sets that keep the same images have the same digest, however many ingests, chunks and removals made them.
-    Memory does not grow with the set: it is sorted on disk.
+    Equal images give equal digests, independent of ingests, chunks and removals. Sorted on disk, so that memory does
+    not grow with the set.
 
     Raises UserError if a records table is missing or damaged.
     """

@@ -1,6 +1,6 @@
-"""PNG for stored images, decoded many at a time, and samples of 12 or 16 bits brought to 8.
+"""PNG encoder and batch decoder for stored images, and reduction of 12- and 16-bit samples to 8 bits.
 
-Pillow would cut the lower bits off; here they are rounded.
+Pillow would truncate the lower bits; here they are rounded.
 """
 
 import io
@@ -22,39 +22,39 @@ HEADER = 33
 """Length in bytes of the signature and IHDR."""
 END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 BLOCKS = HEADER + 10
-"""Where the compressed rows begin: behind the head of their chunk and that of zlib's format."""
+"""Offset of the compressed rows: after the header of their chunk and that of zlib's format."""
 BYTE_END, LAST_BLOCK = b"\x00\x00\xff\xff", b"\x03\x00"
-"""How the compressed rows end: their blocks at a whole byte, then an empty last one (RFC 1951)."""
+"""End of the compressed rows: blocks end at a whole byte, then an empty last one (RFC 1951)."""
 SUMS = -20
-"""Where the Adler-32 of the rows and the CRC of their chunk lie, counted from the end."""
+"""Offset, from the end, of the Adler-32 of the rows and the CRC of their chunk."""
 NONE, SUB, UP = range(3)
-"""Filters: a byte as it is, less the one of the pixel to the left, less the one above."""
+"""Filters: a byte as it is, minus the one of the pixel to the left, minus the one above."""
 TOGETHER = 2**19
-"""About how many bytes of pixels are unfiltered at a time, so that they stay in the processor's cache."""
+"""Approximate bytes of pixels unfiltered at a time, so that they stay in the processor's cache."""
 PIXELS_AT_ONCE = 2**20
 
 
 def encode(pixels: np.ndarray) -> bytes:
-    """The 8-bit PNG of ``pixels``, uint8 (H, W) for grey or (H, W, 3) for RGB.
+    """Encode ``pixels``, uint8 (H, W) for grey or (H, W, 3) for RGB, as an 8-bit PNG.
 
-    Equal pixels give equal bytes, whatever the machine, given the version of zlib.
+    Equal pixels give equal bytes on any machine, given the version of zlib.
     """
     height, width = pixels.shape[:2]
     channels = 3 if pixels.ndim == 3 else 1
-    # Runs are all that the compressor looks for: that takes two thirds of the time that its fastest level takes,
-    # and makes photographs smaller than that does, by 3 %. Drawings, which repeat themselves, lose as much.
+    # The compressor searches for runs only: that takes two thirds of the time of its fastest level and makes
+    # photographs 3 % smaller, and repetitive drawings 3 % larger.
     compressor = zlib.compressobj(strategy=zlib.Z_RLE)
     rows = _filtered(pixels.reshape(height, width * channels), channels).tobytes()
-    # With its blocks ended at a whole byte, which takes six more, a file can be decoded together with others.
+    # Blocks end at a whole byte, which takes six more bytes, so that files can be decoded together.
     data = compressor.compress(rows) + compressor.flush(zlib.Z_SYNC_FLUSH) + compressor.flush()
     return _header(channels, height, width) + _chunk(b"IDAT", data) + END
 
 
 def _filtered(values: np.ndarray, channels: int) -> np.ndarray:
-    """Each row of ``values``, (H, W·C), behind the number of its filter: (H, 1 + W·C).
+    """Prefix each filtered row of ``values``, (H, W·C), with the number of its filter: (H, 1 + W·C).
 
-    The filter of a row is the one whose bytes, taken as signed, are nearest to 0. Only those three are used that can
-    be undone for many pixels at a time; the other two save 3 % of a photograph.
+    The filter of a row is the one whose bytes, taken as signed, are nearest to 0. Only the three are used that can be
+    undone for many pixels at a time; the other two save 3 % of a photograph.
     """
     tried = np.stack([values, values, values])
     tried[SUB, :, channels:] -= values[:, :-channels]
@@ -65,7 +65,7 @@ def _filtered(values: np.ndarray, channels: int) -> np.ndarray:
 
 
 def _header(channels: int, height: int, width: int) -> bytes:
-    """The first 33 bytes of an 8-bit PNG without interlacing, grey (1 channel) or RGB (3)."""
+    """Return the first 33 bytes of an 8-bit PNG without interlacing, grey (1 channel) or RGB (3)."""
     return SIGNATURE + _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0))
 
 
@@ -74,12 +74,12 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def decode_many(pngs: Sequence[bytes | memoryview], shape: tuple[int, int, int]) -> np.ndarray:
-    """The pixels of ``pngs``, each of ``shape`` (C, H, W), as (N, C, H, W) uint8; a grey one is repeated over RGB.
+    """Decode ``pngs``, each of ``shape`` (C, H, W), to (N, C, H, W) uint8; a grey one is repeated over RGB.
 
-    In memory the channels of a pixel lie side by side, as in the files. Any PNG of that shape will do, but files as
-    ``encode`` writes them are decoded much faster, without a look at the checksums of their chunks: the compressed rows
-    have one of their own. ``shape`` bounds the memory that is taken, whatever the files say. Raises ValueError, saying
-    what is wrong, for a file that is damaged or of another shape.
+    Channels are last in memory, as in the files. Any PNG of that shape is accepted, but files written by ``encode`` are
+    decoded much faster, without checking the checksums of their chunks: the compressed rows have their own. ``shape``
+    bounds the memory, whatever the files declare. Raises ValueError, with the reason, for a file that is damaged or of
+    another shape.
     """
     channels, height, width = shape
     out = np.empty((len(pngs), height, width, channels), np.uint8)
@@ -100,7 +100,7 @@ def decode_many(pngs: Sequence[bytes | memoryview], shape: tuple[int, int, int])
 
 
 def _is_plain(png: bytes) -> bool:
-    """Whether ``png`` is laid out as ``encode`` does it: all rows in one chunk, in blocks that end at a whole byte."""
+    """Return whether ``png`` is laid out as ``encode`` does: all rows in one chunk, blocks ending at a whole byte."""
     return (
         png.endswith(END)
         and png.endswith(BYTE_END + LAST_BLOCK, BLOCKS, SUMS)
@@ -109,16 +109,16 @@ def _is_plain(png: bytes) -> bool:
 
 
 def _inflated(pngs: Sequence[bytes], height: int, width: int) -> bytes | None:
-    """The filtered rows of plain ``pngs``, ``width`` bytes each behind the filter's; None if any is not whole.
+    """Inflate plain ``pngs`` to filtered rows, ``width`` bytes each after the filter's; None if any is damaged.
 
-    The blocks of all of them make one stream. Inflated one by one they would take half as long again when two threads
-    decode side by side, as each waits for the interpreter lock between one and the next.
+    The blocks of all files form one stream. Inflated one by one they would take half as long again when two threads
+    decode in parallel, as each waits for the interpreter lock between files.
     """
     blocks = b"".join([*(png[BLOCKS : SUMS - len(LAST_BLOCK)] for png in pngs), LAST_BLOCK])
     length = height * (1 + width)
     inflater = isal_zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        # One byte more, without which it would stop before the last block.
+        # One extra byte, without which it would stop before the last block.
         rows = inflater.decompress(blocks, len(pngs) * length + 1)
     except isal_zlib.error:  # type: ignore[misc]  # its stubs declare an instance where there is a class
         return None
@@ -126,21 +126,21 @@ def _inflated(pngs: Sequence[bytes], height: int, width: int) -> bytes | None:
         return None
     views = (memoryview(rows)[at : at + length] for at in range(0, len(rows), length))
     sums = (int.from_bytes(png[SUMS : SUMS + 4]) for png in pngs)
-    whole = all(isal_zlib.adler32(view) == told for view, told in zip(views, sums, strict=True))
+    whole = all(isal_zlib.adler32(view) == checksum for view, checksum in zip(views, sums, strict=True))
     filters = np.frombuffer(rows, np.uint8)[:: 1 + width]
     return rows if whole and filters.max(initial=NONE) <= UP else None
 
 
 def _unfiltered(rows: bytes, channels: int, height: int, width: int) -> np.ndarray:
-    """The pixels of filtered rows, (N, H, 1 + W·C) bytes, as (N, H, W, C)."""
+    """Undo the filters of rows, (N, H, 1 + W·C) bytes: (N, H, W, C)."""
     filtered = np.frombuffer(rows, np.uint8).reshape(-1, height, 1 + width * channels).swapaxes(0, 1)
     filters = filtered[:, :, 0]
-    # Rows first, then images: what is done to a row is done to those of all the images at once.
+    # Rows first, then images: each operation on a row covers all images at once.
     values = filtered[:, :, 1:].copy()
     lines = values.reshape(-1, width * channels)
     left = np.flatnonzero(filters == SUB)
     summed = lines[left]
-    # Each pixel becomes the sum of 2, of 4, of 8 … up to all to its left: few sums of many bytes at once.
+    # Prefix sums by doubling: few sums of many bytes at once.
     step = channels
     while step < width * channels:
         summed[:, step:] += summed[:, :-step]
@@ -153,22 +153,22 @@ def _unfiltered(rows: bytes, channels: int, height: int, width: int) -> np.ndarr
 
 
 def _decode(png: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """Any PNG of ``shape``, as (C, H, W)."""
+    """Decode any PNG of ``shape``, as (C, H, W)."""
     channels, height, width = shape
     if not png.startswith(SIGNATURE):
         raise ValueError("not a PNG")
     try:
-        # Not by Image.open, which warns of large images, where the shape is the limit.
+        # Without Image.open, whose warning about large images does not apply: the shape is the limit.
         image: Image.Image = PngImageFile(io.BytesIO(png))
         if image.size != (width, height):
             raise ValueError(f"{image.width}×{image.height} pixels instead of {width}×{height}")
         grey = image.mode in ("1", "L", "LA", "I;16")
         if channels == 1 and not grey:
             raise ValueError(f"colours ({image.mode}) instead of grey")
-        if image.mode == "I;16":  # Pillow would cut off what is over 255
+        if image.mode == "I;16":  # Pillow would clip values above 255
             image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
         pixels = np.asarray(image.convert("L" if grey else "RGB"))
-        # Decoding looks at no checksum.
+        # Decoding ignores checksums.
         PngImageFile(io.BytesIO(png)).verify()
     except (OSError, SyntaxError, EOFError, struct.error, zlib.error) as error:
         raise ValueError(f"not a whole PNG: {error}") from error
@@ -176,7 +176,7 @@ def _decode(png: bytes, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def has_sixteen_bits(image: ImageFile) -> bool:
-    """Whether the samples in the file of ``image``, which is not loaded yet, have 12 or 16 bits."""
+    """Return whether the samples in the file of ``image``, which is not loaded yet, have 12 or 16 bits."""
     deep = (";16", ";12")
     return isinstance(image, PngImageFile | TiffImageFile) and any(
         mark in _layout(tile.args) for tile in image.tile for mark in deep
@@ -184,14 +184,14 @@ def has_sixteen_bits(image: ImageFile) -> bool:
 
 
 def _layout(args: Any) -> str:
-    """The layout of samples in a file, as Pillow names it: the first of a decoder's arguments, or the only one."""
+    """Return Pillow's name of the layout of samples in a file: the first or only argument of a decoder."""
     return str(args[0] if isinstance(args, tuple) else args)
 
 
 def from_sixteen_bits(image: ImageFile, open_again: Callable[[], ImageFile]) -> Image.Image:
-    """``image``, not loaded yet, whose samples have 12 or 16 bits, with 8."""
+    """Reduce ``image``, not loaded yet, from 12- or 16-bit samples to 8 bits."""
     if _layout(image.tile[0].args).startswith("RGBa"):
-        return image  # what is lost in dividing by alpha is more than what Pillow cuts off
+        return image  # dividing by alpha loses more than Pillow's truncation
     made = None
     for top, samples in _bands(image, open_again):
         transparent = image.info.get("transparency")
@@ -209,15 +209,15 @@ def from_sixteen_bits(image: ImageFile, open_again: Callable[[], ImageFile]) -> 
 
 
 def eight_bits(samples: np.ndarray) -> np.ndarray:
-    """The nearest of 0…255 to each of 0…65535."""
+    """Round each of 0…65535 to the nearest of 0…255."""
     return ((samples + 128) // 257).astype(np.uint8)
 
 
 def _bands(image: ImageFile, open_again: Callable[[], ImageFile]) -> Iterator[tuple[int, np.ndarray]]:
-    """The first row and the samples of some rows at a time, as all would take ten times the memory of the image.
+    """Yield the first row and the samples of some rows at a time, as all would take ten times the memory of the image.
 
-    Samples are 0…65535, (H, W, C) int32. Where there is more than one channel Pillow cuts off the lower bytes; they are
-    had by decoding once more with the two bytes of a sample taken for each other.
+    Samples are 0…65535, (H, W, C) int32. With more than one channel Pillow truncates the lower bytes; they are
+    recovered by decoding again with the two bytes of a sample swapped.
     """
     layout = _layout(image.tile[0].args)
     if image.mode.startswith("I;16"):
@@ -239,7 +239,7 @@ def _bands(image: ImageFile, open_again: Callable[[], ImageFile]) -> Iterator[tu
 
 
 def _cut(image: ImageFile) -> Iterator[tuple[int, np.ndarray]]:
-    """The first row and the values of some rows at a time, as int32."""
+    """Yield the first row and the values of some rows at a time, as int32."""
     width, height = image.size
     rows = max(1, PIXELS_AT_ONCE // width)
     for top in range(0, height, rows):
@@ -247,7 +247,7 @@ def _cut(image: ImageFile) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _laid_out(image: ImageFile, layout: str) -> ImageFile:
-    """``image``, before it is loaded, with the samples in its file taken for laid out like ``layout``."""
+    """Return ``image``, before it is loaded, with the samples in its file interpreted in ``layout``."""
     image.tile = [
         tile._replace(args=(layout, *tile.args[1:]) if isinstance(tile.args, tuple) else layout) for tile in image.tile
     ]

@@ -1,6 +1,6 @@
-"""Work on threads and processes, a little ahead of whoever takes the results, which come in order.
+"""Work on threads and processes, a little ahead of the consumer of the results, which come in order.
 
-Loads little, so that processes can begin to start before their caller loads the rest.
+Imports little, so that processes can start while their caller imports the rest.
 """
 
 from collections import deque
@@ -20,14 +20,14 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 
 class Begun(Protocol[Result_co]):
-    """A future, of whatever makes them."""
+    """A future of any library."""
 
     def result(self) -> Result_co:
-        """Wait for it; raises what went wrong."""
+        """Wait for the result; raises the error of the work."""
 
 
 def in_order(futures: Iterator[Begun[Result]], begun: int) -> Iterator[Result]:
-    """The results of ``futures`` in their order; ``begun`` of them are under way before the first is asked for."""
+    """Yield the results of ``futures`` in order; ``begun`` of them are started before the first is requested."""
     waiting = deque(islice(futures, begun))
     while waiting:
         yield waiting.popleft().result()
@@ -35,7 +35,7 @@ def in_order(futures: Iterator[Begun[Result]], begun: int) -> Iterator[Result]:
 
 
 def ahead(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
-    """``work`` of each of ``items`` in their order, ``workers`` at a time; at most twice as many results wait."""
+    """Yield ``work`` of each of ``items`` in order, ``workers`` at a time; at most twice as many are buffered."""
     pool = ThreadPoolExecutor(workers)
     try:
         yield from in_order((pool.submit(work, item) for item in items), 2 * workers)
@@ -44,20 +44,20 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -
 
 
 class FanOut(Protocol):
-    """Runs a function on items, wherever; yields the results in the order of the items."""
+    """Runs a function on items on any workers; yields the results in the order of the items."""
 
     def __call__(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Begin a few ahead; an item that fails raises here, after what retries there are."""
+        """Start a few items ahead; an item that fails after all retries raises here."""
 
 
 def local_fan_out(config: IngestConfig) -> FanOut:
-    """Threads or processes of this machine, as ``config`` says; processes begin to start at once."""
+    """Run on threads or processes of this machine, as ``config`` says; processes start at once."""
     if config.runner == "ray":
         raise UserError(
             "ingest.runner=ray needs `darkroom ingest` with a Prefect server: here use threads or processes"
         )
     if config.runner == "processes":
-        # What they are forked from loads what they need, once for all, while the caller plans.
+        # The fork server imports the modules once for all while the caller plans.
         forkserver.set_forkserver_preload(["diffusion.data.ingest.chunks"])
         forkserver.ensure_running()
 

@@ -1,4 +1,4 @@
-"""Shards that lie elsewhere, fetched before they are needed into a folder that never outgrows its bound."""
+"""Cache of remote shards: a folder of bounded size into which they are fetched ahead of use."""
 
 import errno
 import logging
@@ -21,32 +21,32 @@ from diffusion.data.shards import Span, damage, mapped
 FETCHERS = 2
 """Shards fetched at the same time."""
 TRIES = 2
-"""How often a shard is fetched that comes damaged."""
+"""Attempts to fetch a shard that arrives damaged."""
 PATIENCE = 300.0
-"""Seconds to wait until other processes leave room in the cache."""
+"""Seconds to wait for other processes to free room in the cache."""
 PAUSE = 0.05
-"""Seconds between looks at what they have left."""
+"""Seconds between checks for room."""
 
 logger = logging.getLogger(__name__)
 
 
 class ShardStore(Protocol):
-    """Where the shards of a data set lie that are not on this machine."""
+    """Remote storage of a data set's shards."""
 
     def fetch(self, entry: FileEntry, path: Path) -> None:
-        """Write the shard's bytes to ``path``, over what may be there, and nothing else into its folder.
+        """Write the shard's bytes to ``path``, replacing any file there, and nothing else into its folder.
 
-        It is not expected to verify them, but to retry what may pass. Raises UserError if there is no such shard
-        or it cannot be had. Called by several threads.
+        Should not verify them, but retry transient errors. Raises UserError if the shard does not exist or is
+        unavailable. Called by several threads.
         """
 
 
 class ShardCache:
-    """Reads shards from ``folder``, into which ``store`` fetches them; together they take at most ``max_bytes``.
+    """LRU cache of shards in ``folder``, into which ``store`` fetches them; together they take at most ``max_bytes``.
 
-    A shard is named by its SHA-256, appears whole or not at all, and is verified before its first use. What was
-    not used for longest makes room, but nothing that was asked for with ``ahead``. Processes may share a folder:
-    each finds what the others have fetched, and what is removed while it is read stays readable until then.
+    A shard is named by its SHA-256, appears atomically, and is verified before its first use. Shards requested with
+    ``ahead`` are not evicted. Processes may share a folder: each uses what the others have fetched, and a shard evicted
+    while it is read stays readable.
     """
 
     def __init__(self, folder: Path, store: ShardStore, max_bytes: int) -> None:
@@ -59,16 +59,16 @@ class ShardCache:
         self._pool = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
 
     def read(self, entry: FileEntry, spans: Sequence[Span]) -> list[bytes]:
-        """What lies at ``spans`` of a shard, fetched first if it is not there.
+        """Read ``spans`` of a shard, fetched first if it is not cached.
 
-        Raises UserError if it cannot be had, comes damaged twice, or finds no room.
+        Raises UserError if it is unavailable, arrives damaged twice, or does not fit.
         """
         self._await(entry)
         with self._opened(entry) as file, mapped(file) as view:
             return [bytes(view[offset : offset + size]) for offset, size in spans]
 
     def ahead(self, entries: Sequence[FileEntry]) -> None:
-        """Fetch ``entries`` in the background, soonest needed first, and forget what was asked for before."""
+        """Fetch ``entries`` in the background, soonest needed first, and cancel earlier requests."""
         with self._lock:
             self._wanted = [entry.sha256 for entry in entries]
             self._coming = {sha256: future for sha256, future in self._coming.items() if not future.done()}
@@ -77,11 +77,11 @@ class ShardCache:
                     self._coming[entry.sha256] = self._pool.submit(self._fetch_ahead, entry)
 
     def close(self) -> None:
-        """Stop fetching; what was fetched stays."""
+        """Stop fetching; fetched shards stay."""
         self._pool.shutdown(cancel_futures=True)
 
     def _await(self, entry: FileEntry) -> None:
-        """Let a fetch in the background end, and raise what went wrong; one that has not begun is called off."""
+        """Wait for a background fetch and raise its error; one that has not started is cancelled."""
         with self._lock:
             future = self._coming.get(entry.sha256)
         if future is not None and not future.cancel():
@@ -95,12 +95,12 @@ class ShardCache:
         if entry.sha256 not in self._wanted or self._folder.path(entry.sha256).is_file():
             return
         with self._folder.fetching(entry) as partial:
-            # Without room it is left to the one who needs it, and may throw out what is needed later.
+            # Without room the reader fetches it and may evict shards needed later.
             if partial is not None and self._folder.make_room(partial, entry, keep=self._wanted):
                 self._fetch(entry, partial).close()
 
     def _opened(self, entry: FileEntry) -> BufferedReader:
-        """A shard, verified and open for reading: from here on its name may vanish."""
+        """Open a shard, verified, for reading: from here on its name may vanish."""
         deadline = time.monotonic() + PATIENCE
         while True:
             with suppress(FileNotFoundError):
@@ -155,7 +155,7 @@ class ShardCache:
 
 
 class _Folder:
-    """Whole shards, and partial ones whose name says how much room they take; locks make processes take turns."""
+    """Complete shards, and partial ones whose name states their size; locks serialize processes."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -163,12 +163,12 @@ class _Folder:
         self.max_bytes = max_bytes
 
     def path(self, sha256: str) -> Path:
-        """Where a shard lies, if it is there."""
+        """Return the path of a shard, whether it exists or not."""
         return self.folder / f"{sha256}.tar"
 
     @contextmanager
     def fetching(self, entry: FileEntry) -> Iterator[Path | None]:
-        """Where to write a shard that nobody else writes meanwhile; None if somebody just has."""
+        """Yield an exclusive path to write a shard to; None if another process just wrote it."""
         partial = self.folder / f"{entry.sha256}.{entry.bytes}.partial"
         with self._locked(entry.sha256):
             if self.path(entry.sha256).is_file():
@@ -180,9 +180,9 @@ class _Folder:
                 partial.unlink(missing_ok=True)
 
     def make_room(self, partial: Path, entry: FileEntry, keep: Sequence[str], force: bool = False) -> bool:
-        """Reserve room for ``partial`` by removing what was not used for longest; False if that is not enough.
+        """Reserve room for ``partial`` by evicting the least recently used shards; False if that is not enough.
 
-        What is in ``keep`` goes only by ``force``, and then the last of it first.
+        Shards in ``keep`` are evicted only with ``force``, the last one first.
         """
         if entry.bytes > self.max_bytes:
             raise UserError(
@@ -210,12 +210,12 @@ class _Folder:
             partial.replace(self.path(sha256))
 
     def remove(self, sha256: str) -> None:
-        """Take a shard away, if it is there."""
+        """Delete a shard, if it exists."""
         with self._turn():
             self.path(sha256).unlink(missing_ok=True)
 
     def _reserved(self) -> Iterator[int]:
-        """The bytes that shards under way will take; what killed processes left behind goes."""
+        """Yield the sizes of shards being fetched; files of killed processes are deleted."""
         for partial in self.folder.glob("*.partial"):
             sha256, size, _ = partial.name.split(".")
             try:
@@ -228,5 +228,5 @@ class _Folder:
         return FileLock(self.folder / ".lock")
 
     def _locked(self, sha256: str, timeout: float = -1) -> FileLock:
-        # Its empty file stays for good: one that is removed while others wait for it would let two of them in.
+        # The empty lock file is never deleted: deleting it while others wait would admit two of them.
         return FileLock(self.folder / f".{sha256}.lock", timeout=timeout)

@@ -1,6 +1,6 @@
 """WebDataset tars: written so that equal samples give equal bytes, filtered without being unpacked, read by offset.
 
-No shard is read before its bytes are known to be the ones meant.
+Every shard is verified before it is read.
 """
 
 import hashlib
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 
 BLOCK = tarfile.BLOCKSIZE
 HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
-"""Of a file without name and bytes, with modes and times that are always the same."""
+"""Header of a file without name and bytes, with constant modes and times."""
 SIZE, CHECKSUM = slice(124, 136), slice(148, 156)
-"""Where those lie in a header (POSIX.1-1988, ustar)."""
+"""Position of these fields in a header (POSIX.1-1988, ustar)."""
 VERIFIERS = 2
 """Shards verified at the same time: SHA-256 works outside the interpreter lock."""
 OPEN_SHARDS = 256
-"""Shards held open: each costs a file descriptor, and systems commonly grant 1024."""
+"""Maximum number of open shards: each takes a file descriptor, of which systems commonly grant 1024."""
 Span = tuple[int, int]
 """Offset and size in a shard, in bytes."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Where a sample lies in a shard."""
+    """Position of a sample in a shard."""
 
     start: int
-    """Of its first header, in bytes."""
+    """Offset of its first header, in bytes."""
     end: int
-    """Of the padding behind its last member."""
+    """Offset of the end of its padding, in bytes."""
     png: int
     """Size of its PNG, whose bytes begin one block behind ``start``."""
 
@@ -64,7 +64,7 @@ class TarWriter:
         return Extent(start, self.position, len(png))
 
     def copy(self, source: BinaryIO, extents: Iterable[Extent]) -> Iterator[Extent]:
-        """Append samples of another shard, open as ``source``, in order of place; yields where they lie now."""
+        """Append samples of another shard, open as ``source``, in order of place; yields their new positions."""
         for run in _adjacent(extents):
             source.seek(run[0].start)
             shift = self.position - run[0].start
@@ -100,7 +100,7 @@ def filtered(source: Path, target: Path, extents: Iterable[Extent]) -> list[Exte
 
 
 def extent_at(shard: BinaryIO, offset: int, size: int) -> Extent:
-    """The sample (PNG and JSON) of an open ``shard`` whose PNG has ``size`` bytes and begins at ``offset``."""
+    """Return the position of the sample of an open ``shard`` whose PNG has ``size`` bytes and begins at ``offset``."""
     behind = offset + _padded(size)
     shard.seek(behind)
     about = tarfile.TarInfo.frombuf(shard.read(BLOCK), "utf-8", "strict")
@@ -112,7 +112,7 @@ def _padded(size: int) -> int:
 
 
 def _adjacent(extents: Iterable[Extent]) -> Iterator[list[Extent]]:
-    """Runs of samples that lie one behind the other, so that each run is copied at once."""
+    """Yield runs of adjacent samples, so that each run is copied at once."""
     gap = previous = 0
 
     def number(extent: Extent) -> int:
@@ -126,16 +126,16 @@ def _adjacent(extents: Iterable[Extent]) -> Iterator[list[Extent]]:
 
 
 class Shards(Protocol):
-    """Where the shards of a data set are read from. Any thread may call."""
+    """Reader of a data set's shards. Thread-safe."""
 
     def read(self, entry: FileEntry, spans: Sequence[Span]) -> Sequence[bytes | memoryview]:
-        """What lies at ``spans`` of a shard; raises UserError if it is damaged or cannot be had."""
+        """Read ``spans`` of a shard; raises UserError if it is damaged or unavailable."""
 
     def ahead(self, entries: Sequence[FileEntry]) -> None:
-        """Make ready in the background what will be read next, soonest first, and nothing else."""
+        """Prepare shards that will be read next in the background, soonest first, and drop other requests."""
 
     def close(self) -> None:
-        """Let go of files and threads."""
+        """Close files and stop threads."""
 
 
 class LocalShards:
@@ -149,13 +149,13 @@ class LocalShards:
         self._pool = ThreadPoolExecutor(VERIFIERS, thread_name_prefix="verify")
 
     def read(self, entry: FileEntry, spans: Sequence[Span]) -> list[memoryview]:
-        """What lies at ``spans`` of a shard, without a copy; raises UserError if it is missing or damaged."""
+        """Return ``spans`` of a shard without a copy; raises UserError if it is missing or damaged."""
         self._verify(entry).result()
         view = self._mapped(entry.name)
         return [view[offset : offset + size] for offset, size in spans]
 
     def ahead(self, entries: Sequence[FileEntry]) -> None:
-        """Begin to verify ``entries``."""
+        """Start to verify ``entries``."""
         for entry in entries:
             self._verify(entry)
 
@@ -186,12 +186,12 @@ class LocalShards:
 
 
 def damage(file: BufferedReader, entry: FileEntry) -> str | None:
-    """What is wrong with an open shard, in words; None if it is whole."""
+    """Describe the damage of an open shard; None if it is intact."""
     if (size := os.fstat(file.fileno()).st_size) != entry.bytes:
         return f"{size} bytes long instead of {entry.bytes}"
     return None if hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256 else "changed (its SHA-256 differs)"
 
 
 def mapped(file: BufferedReader) -> memoryview:
-    """The bytes of a file that never changes, read as they are looked at."""
+    """Map the bytes of an immutable file into memory."""
     return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -1,8 +1,8 @@
-"""A data set as a WebDataset pipeline, for training scripts other than Darkroom's.
+"""WebDataset pipeline over a data set, for training scripts other than Darkroom's.
 
-Any reader of WebDataset tars can open the shards. What such a reader lacks is in the manifest and its tables: which
-shards belong to this version, which images are held out, and the number of each class. Darkroom's own training reads
-by ``loader``, whose order is free of history and can be gone on with at any image.
+Any reader of WebDataset tars can open the shards. The manifest and its tables add which shards belong to this version,
+which images are held out, and the number of each class. Darkroom's own training uses ``loader``, whose order is free of
+history and can be resumed at any image.
 """
 
 import json
@@ -26,13 +26,13 @@ def open_webdataset(folder: Path, split: Split = "train", shuffle: int = 0, seed
 
     A sample has ``key`` (hex SHA-256 of its pixels), ``image`` (uint8, (C, H, W)), ``label`` (number of its class in
     the manifest's labels, −1 for none) and ``caption`` (str or None). ``torch.utils.data.DataLoader`` takes it with any
-    number of workers, which share out the shards. Nothing in the shards is unpickled.
+    number of workers, which divide the shards among them. Nothing in the shards is unpickled.
 
     Args:
         folder: A data set as ``darkroom ingest`` writes it.
         split: ``train`` or ``held_out``.
-        shuffle: Images that are shuffled among each other, and whether shards are shuffled; 0 for the stored order.
-        seed: Of the shuffling of shards.
+        shuffle: Size of the shuffle buffer in images; 0 for the stored order of images and shards.
+        seed: Seed of the shuffling of shards.
 
     Raises:
         UserError: A shard or table is missing or damaged.

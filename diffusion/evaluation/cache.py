@@ -1,4 +1,4 @@
-"""Cache of expensive results in files that are either whole and right or not used."""
+"""Cache of expensive results in files that are verified before use."""
 
 import shutil
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from diffusion.common.files import digest_of, make_folder, sha256_file, write_by
 Tensors = dict[str, Tensor]
 Result = TypeVar("Result", bound=Config)
 RESULT = "found"
-"""Where a header has what was found, beside the fields of the key."""
+"""Header field that holds the cached result, beside the fields of the key."""
 
 
 def cached(folder: Path, key: Config, work: Callable[[], Tensors]) -> Tensors:
-    """The tensors kept in ``folder`` under ``key``, or else those that ``work`` makes of what the key names.
+    """Return the tensors cached in ``folder`` under ``key``, or compute them with ``work`` and cache them.
 
-    They lie in ``<digest of the key>.safetensors``, which says the key itself inside, beside its own digest, written
-    last. A file that is cut, damaged or another key's is made anew. Of several processes one works and the others wait.
-    What comes back is mapped from the file: it takes memory as it is read.
+    The file is ``<digest of the key>.safetensors`` with the key in its header; its own digest is written last. A
+    damaged or truncated file, or one of another key, is computed again. Concurrent processes wait for the one that
+    computes. Tensors are memory-mapped from the file.
     """
     return _recalled(folder, key, lambda: ({}, work()))[1]
 
@@ -32,7 +32,7 @@ def cached(folder: Path, key: Config, work: Callable[[], Tensors]) -> Tensors:
 def cached_result(
     folder: Path, key: Config, kind: type[Result], work: Callable[[], tuple[Result, Tensors]]
 ) -> tuple[Result, Tensors]:
-    """The same with what was found besides, of this ``kind``, which the file's header says beside the key."""
+    """Return a cached result of this ``kind``, stored in the file's header beside the key, and its tensors."""
 
     def both() -> tuple[dict[str, Any], Tensors]:
         found, tensors = work()
@@ -43,14 +43,14 @@ def cached_result(
 
 
 def pieces_folder(folder: Path, key: Config) -> Path:
-    """A folder in which the work under ``key`` may keep pieces, by ``cached`` too: it goes once the whole is kept."""
+    """Return the folder in which the work under ``key`` may cache pieces; it is deleted once the whole is cached."""
     return _path(folder, key).with_suffix(".pieces")
 
 
 def _recalled(
     folder: Path, key: Config, work: Callable[[], tuple[dict[str, Any], Tensors]]
 ) -> tuple[dict[str, Any], Tensors]:
-    """What the header says, and the tensors."""
+    """Return the header and the tensors."""
     named, path, pieces = key.model_dump(mode="json"), _path(folder, key), pieces_folder(folder, key)
     make_folder(folder)
     with FileLock(path.with_suffix(".lock")):

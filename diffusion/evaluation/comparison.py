@@ -1,8 +1,8 @@
 """Comparison of a candidate with the champion under equal conditions, and the gate's decision.
 
-Both generate the same image numbers of one seed, and are compared with the same held-out images on the same features.
-The seed is another than that by which the checkpoint was selected: the best of many looks better than it is on the very
-images that it was selected by. What is left is that it was selected by the same held-out images, as was the champion.
+Both generate the same image numbers of one seed and are compared with the same held-out images on the same features.
+The seed differs from that of checkpoint selection, because the best of many checkpoints looks too good on the images it
+was selected by. The held-out images are the same in selection and comparison, for the champion as well.
 """
 
 import json
@@ -43,35 +43,35 @@ from diffusion.process.family_options import effective_sampling
 from diffusion.process.samplers import SamplingConfig
 
 COMPARISON = "champion_comparison.json"
-"""The result, in the folder of the evaluation."""
+"""File name of the result in the folder of the evaluation."""
 WORST_CLASSES = 4
-"""Classes of which images are shown."""
+"""Number of worst classes shown."""
 IMAGES_PER_CLASS = 8
-"""Images shown of each of these classes, real and generated."""
+"""Images shown per class, real and generated."""
 
 
 class ChampionComparison(Config):
-    """A candidate compared with the champion, and the gate's decision."""
+    """Comparison of a candidate with the champion, and the gate's decision."""
 
     conditions: EvaluationConditions
     key: str
-    """``conditions.key``: metrics compare only where it is equal."""
+    """``conditions.key``; metrics are comparable only where it is equal."""
     gate: GateConfig
     candidate: ModelEvaluation
     champion: ModelEvaluation | None
-    """None: there was none, or it could not be evaluated."""
+    """The champion's evaluation; None if there is no champion, or it could not be evaluated."""
     real_baseline: RealBaseline
     compared: ComparisonMetrics
-    """What the gate decided by."""
+    """Metrics that the gate decided on."""
     decision: Decision
 
     @property
     def reason(self) -> str:
-        """The reasons of the verdict as one text."""
+        """Return the reasons for the verdict as one text."""
         return "; ".join(self.decision.reasons)
 
     def metrics(self) -> dict[str, float]:
-        """The candidate's metrics by name, and under prefixes the champion's and the real baseline's."""
+        """Return the candidate's metrics by name, and those of champion and real baseline under prefixes."""
         found = self.candidate.metrics()
         if self.champion is not None:
             found |= {f"champion_{name}": value for name, value in self.champion.metrics().items()}
@@ -80,18 +80,18 @@ class ChampionComparison(Config):
 
 @dataclass(frozen=True)
 class SampleGrids:
-    """Images that show what a comparison found, each (N, C, H, W) uint8."""
+    """Images for the report on a comparison, each (N, C, H, W) uint8."""
 
     real: Tensor
-    """Held-out images; of super-resolution models, those that they were given in small."""
+    """Held-out images; for super-resolution models the ones that they upscaled."""
     candidate: Tensor
     """The first images that the candidate generated."""
     champion: Tensor | None
-    """The same image numbers of the champion."""
+    """The champion's images of the same numbers."""
     nearest_generated: Tensor
-    """The candidate's images that lie closest to training images, in the order of ``memorization.pairs``."""
+    """The candidate's images nearest to training images, in the order of ``memorization.pairs``."""
     nearest_training: Tensor
-    """The training images that they lie closest to."""
+    """The training images nearest to these."""
     duplicates: list[Tensor] = field(default_factory=list)
     """The candidate's images that are duplicates of one another, in the order of ``duplicates.groups``."""
     classes: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -108,21 +108,21 @@ def compare_with_champion(
     output: Path,
     progress: Progress = silent,
 ) -> tuple[ChampionComparison, SampleGrids]:
-    """Compare two model files on the data set in ``data`` and let the gate decide.
+    """Compare two model files on the data set in ``data`` and apply the gate.
 
     A champion that cannot be compared (of another family, shape or task, or one that cannot sample as configured), and
     sets too small for errors, hold the candidate with the reason. Expensive parts are cached: the same call after a
-    kill goes on, and the champion generates nothing again unless something differs.
+    kill continues, and the champion's images are generated again only if something differs.
 
     Args:
         candidate: The candidate's model file.
         champion: The champion's model file; None: there is none.
         data: Folder of the data set.
         config: How the candidate's checkpoint was selected; the comparison generates with ``config.seed`` + 1.
-        sampling: How both generate.
+        sampling: How both models generate.
         gate: The rules of the decision.
         output: Folder of ``champion_comparison.json``, written last, and of the cache.
-        progress: Called as the work goes on.
+        progress: Called as the work proceeds.
 
     Raises:
         UserError: The candidate cannot be evaluated.
@@ -167,10 +167,10 @@ def evaluate_model(
     output: Path,
     progress: Progress = silent,
 ) -> tuple[ModelEvaluation, str]:
-    """Evaluate the model file ``path`` on the images that ``data`` holds out now.
+    """Evaluate the model file ``path`` on the current held-out images of ``data``.
 
-    It generates as for a comparison with the same arguments, so that metrics compare, and shares its cache. Returns the
-    evaluation and the name of the features.
+    Generates as for a comparison with the same arguments, so that metrics are comparable, and shares its cache. Returns
+    the evaluation and the name of the features.
 
     Raises:
         UserError: The model cannot be evaluated.
@@ -182,7 +182,7 @@ def evaluate_model(
 def _evaluator(
     path: Path, data: Path, config: EvaluationConfig, sampling: SamplingConfig, output: Path, progress: Progress
 ) -> Evaluator:
-    """One that generates with another seed than that by which checkpoints are selected."""
+    """Build an evaluator with another seed than that of checkpoint selection."""
     config = config.model_copy(update={"seed": config.seed + 1})
     return Evaluator(data, config, sampling, output / CACHE, progress, task_of(read_model_header(path).model))
 
@@ -205,9 +205,9 @@ def _require_comparable(champion: ModelHeader, candidate: ModelHeader, across_fa
 def _evaluate_champion(
     path: Path | None, candidate: ModelEvaluator, across_families: bool
 ) -> tuple[ModelEvaluator | None, ModelEvaluation | None, str | None]:
-    """The champion and its evaluation, or the reason why it cannot be compared; all None: there is none.
+    """Evaluate the champion; returns evaluator and evaluation, or why it cannot be compared. All None: no champion.
 
-    Where the configured sampling means nothing to a champion of another family, that one generates by the defaults.
+    A champion of another family to which the configured sampling does not apply generates by the defaults.
     """
     if path is None:
         return None, None, None
@@ -223,7 +223,7 @@ def _evaluate_champion(
 
 
 def _by_generated(ours: ModelEvaluator, theirs: ModelEvaluator | None) -> bool:
-    """Whether the gate goes by generated images; if not, both are of one family that is compared by reconstructions."""
+    """Return whether the gate compares generated images; otherwise both are autoencoders of one family."""
     one, other = (each.header.model.family for each in (ours, theirs or ours))
     return one != other or FAMILIES[one].evaluated_by == "samples"
 
@@ -237,7 +237,7 @@ def _compare(
     has_champion: bool,
     incomparable: str | None,
 ) -> ComparisonMetrics:
-    """What the gate decides by; ``replicates``: of the candidate, the champion and the real baseline."""
+    """Collect the metrics for the gate; ``replicates``: those of candidate, champion and real baseline."""
     generated, real = _by_generated(ours, theirs), ours.real
     copied = evaluations[0].memorization
     compared = ComparisonMetrics(
@@ -272,7 +272,7 @@ def distance_headline(
     extractor: str,
     gate: GateConfig,
 ) -> Headline:
-    """The distance by which ``gate`` compares two models, on features called ``extractor``."""
+    """Estimate the distance by which ``gate`` compares two models, on features named ``extractor``."""
     some = next(iter(candidate.values()))
     metric = gate.metric(some.samples, some.reference)
     return Headline(
@@ -285,7 +285,7 @@ def distance_headline(
 
 
 def psnr_headline(candidate: Tensor, champion: Tensor) -> Headline:
-    """PSNR in dB of the same M held-out images as two autoencoders reconstruct them, (M,) each; M at least 2."""
+    """Estimate the PSNR difference in dB of two autoencoders on the same M held-out images, (M,) each; M at least 2."""
     nothing = [0.0] * len(candidate)
     ours, theirs = candidate.tolist(), champion.tolist()
     return Headline(
@@ -298,7 +298,7 @@ def psnr_headline(candidate: Tensor, champion: Tensor) -> Headline:
 
 
 def _worst_class(ours: ModelEvaluation, theirs: ModelEvaluation) -> WorstClass | None:
-    """None if either has no classes, or too few images of each."""
+    """Return the worst class of both models; None if either has no classes, or too few images of each."""
     if ours.per_class is None or theirs.per_class is None:
         return None
     candidate, champion = ours.per_class.worst, theirs.per_class.worst

@@ -1,4 +1,4 @@
-"""How checkpoints are evaluated."""
+"""Configuration of the evaluation of checkpoints."""
 
 import math
 from pathlib import Path
@@ -10,35 +10,37 @@ from diffusion.common.config import LARGEST_EMA_STD, Config, unset
 
 
 class EvaluationConfig(Config):
-    """What is generated, what it is compared with, and on which features."""
+    """Number of images, reference, feature network and seed of an evaluation."""
 
     samples: int = Field(500, ge=10)
     """Images generated from each checkpoint, and real training images in the real baseline."""
     finalists: int = Field(4, ge=1)
-    """Checkpoints evaluated in full, on all samples. If there are more (training.keep, ema_stds), rounds with fewer
-    images select them by KID, of autoencoders by PSNR, which are unbiased however few the images are."""
+    """Number of checkpoints evaluated in full, on all samples. If there are more (training.keep, ema_stds), rounds with
+    fewer images select them by KID, or PSNR for autoencoders, which are unbiased for any number of images."""
     first_samples: int | None = Field(None, ge=10, exclude_if=unset)
-    """Images generated from each checkpoint in the first of these rounds. The better quarter goes on to the next one,
-    with four times as many, until finalists are left. Null: a quarter of samples, or 10 if that is less: one round."""
+    """Images generated from each checkpoint in the first of these rounds. The better quarter advances, with four times
+    as many images, until finalists are left. Null: a quarter of samples, at least 10: one round."""
     ema_stds: tuple[Annotated[float, Field(gt=0, lt=LARGEST_EMA_STD)], ...] = ()
-    """Averages of the weights over these shares of training are evaluated, too: see training.ema_stds."""
+    """Post-hoc EMA: relative standard deviations of further averages of the weights to evaluate; see
+    training.ema_stds."""
     reference: int = Field(10_000, ge=10)
-    """Held-out images compared with: at most this many, the first by key."""
+    """Held-out images used as the reference: at most this many, the first by key."""
     extractor: Literal["efflite0", "inception", "labels", "file"] = "efflite0"
-    """The feature network: EfficientNet-Lite0 trained on ImageNet; Inception-v3, which "FID" without more means; a
-    small classifier that learns the data set's own labels; or the network in the ONNX file at extractor_weights."""
+    """Feature network: EfficientNet-Lite0 trained on ImageNet; Inception-v3, the network of "FID" in the literature; a
+    small classifier trained on the data set's own labels; or the network in the ONNX file at extractor_weights."""
     extractor_size: int | None = Field(None, ge=8, le=1024, exclude_if=unset)
-    """Height and width, in pixels, that images get for it: of efflite0 a multiple of 32. Scores of two sizes do not
-    compare. Null: of efflite0 64, of labels the images' own or 32 if that is less, of a file the one it takes."""
+    """Height and width, in pixels, to which images are resized for it; a multiple of 32 for efflite0. Scores at two
+    sizes are not comparable. Null: 64 for efflite0, the images' own size up to 32 for labels, the network's own for
+    file."""
     extractor_weights: Path | None = Field(None, exclude_if=unset)
-    """Of file the network; of inception its weights, null: where torch-fidelity keeps them, or else fetched from where
-    it publishes them."""
+    """Path of the network for file, or of the weights for inception; null: the weights where torch-fidelity keeps them,
+    or else downloaded from its release."""
     seed: int = Field(0, ge=0)
     """Seed of the generated images and of the choice of training images."""
 
     @property
     def first_round(self) -> int:
-        """Images generated from each checkpoint in the first round."""
+        """Return the number of images generated from each checkpoint in the first round."""
         return max(10, math.ceil(self.samples / 4)) if self.first_samples is None else self.first_samples
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""A figure with its error, and what may be said of the true one."""
+"""A metric with its standard error, and intervals for its true value."""
 
 import math
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from pydantic import Field, FiniteFloat
 from diffusion.common.config import Config
 
 DEVIATIONS = 1.959964
-"""Standard errors to either side that make an interval of 95 %."""
+"""Standard errors on either side of a 95 % interval."""
 
 
 class Interval(Config):
-    """Where the true value lies, in a share ``confidence`` of all evaluations."""
+    """Confidence interval: contains the true value in a share ``confidence`` of all evaluations."""
 
     low: FiniteFloat
     high: FiniteFloat
@@ -20,40 +20,40 @@ class Interval(Config):
 
 
 class Estimate(Config):
-    """A figure measured on some images, for what it would be on average over other ones."""
+    """Estimate of the mean of a metric over samples of images."""
 
     value: FiniteFloat
     error: FiniteFloat = Field(0.0, ge=0)
-    """Its standard error; 0 of what is known exactly."""
+    """Standard error; 0 for an exact value."""
     freedom: int = Field(1, ge=1)
-    """Degrees of freedom of the error: on how many independent differences it rests."""
+    """Degrees of freedom of the error: the number of independent differences it is computed from."""
 
     def interval(self, confidence: float) -> Interval:
-        """Two-sided, from Student's t."""
+        """Return the two-sided interval from Student's t."""
         reach = self.reach((1 + confidence) / 2)
         return Interval(low=self.value - reach, high=self.value + reach, confidence=confidence)
 
     def at_least(self, confidence: float) -> float:
-        """What the true value is at least, with this confidence."""
+        """Return the one-sided lower bound of the true value."""
         return self.value - self.reach(confidence)
 
     def at_most(self, confidence: float) -> float:
-        """What the true value is at most, with this confidence."""
+        """Return the one-sided upper bound of the true value."""
         return self.value + self.reach(confidence)
 
     def reach(self, probability: float) -> float:
-        """How far above the true value the figure comes out at most, with this probability."""
-        # Not at the top: it takes longer to load than all that `darkroom --help` needs.
+        """Return the bound on the error above the true value that holds with this probability."""
+        # Imported here: scipy takes longer to load than everything `darkroom --help` needs.
         from scipy.special import stdtrit
 
         return float(stdtrit(self.freedom, probability)) * self.error
 
     def times(self, factor: float) -> "Estimate":
-        """The estimate of ``factor`` times as much."""
+        """Return the estimate of ``factor`` times the metric."""
         return self.model_copy(update={"value": self.value * factor, "error": self.error * abs(factor)})
 
     def less(self, other: "Estimate | float") -> "Estimate":
-        """The estimate of the difference to an independent one, or to a number."""
+        """Return the estimate of the difference from an independent estimate, or from a number."""
         if not isinstance(other, Estimate):
             return self.model_copy(update={"value": self.value - other})
         return Estimate(
@@ -64,13 +64,13 @@ class Estimate(Config):
 
 
 class Share(Estimate):
-    """A figure between 0 and 1."""
+    """Estimate of a share, between 0 and 1."""
 
     count: int = Field(ge=1)
-    """Images of which it is the share."""
+    """Number of images that the share is of."""
 
     def interval(self, confidence: float) -> Interval:
-        """Two-sided, within 0 and 1, and wider than nothing where all images agree.
+        """Return the two-sided interval, within 0 and 1 and never empty.
 
         Wilson's (J. Am. Stat. Assoc. 22, 1927) for as many independent images as would give the same error.
         """
@@ -82,7 +82,7 @@ class Share(Estimate):
 
 
 def wilson_interval(share: float, count: float, deviations: float = DEVIATIONS) -> tuple[float, float]:
-    """Wilson's interval of a share of ``count`` images, which holds for small shares, too (JASA 22, 1927)."""
+    """Compute Wilson's interval of a share of ``count`` images, valid for small shares too (JASA 22, 1927)."""
     squared = deviations**2 / count
     middle = (share + squared / 2) / (1 + squared)
     half = math.sqrt(squared * (share * (1 - share) + squared / 4)) / (1 + squared)
@@ -90,9 +90,9 @@ def wilson_interval(share: float, count: float, deviations: float = DEVIATIONS) 
 
 
 def paired_difference(candidate: Sequence[float], champion: Sequence[float]) -> Estimate:
-    """Mean difference of a figure that each image has, both on the same images in the same order; at least two.
+    """Estimate the mean difference of a per-image metric on the same images in the same order; at least two.
 
-    What makes some images harder than others for both cancels, which an interval from two errors would count twice.
+    Pairing cancels how hard each image is for both, which an interval from two errors would count twice.
     """
     differences = [ours - theirs for ours, theirs in zip(candidate, champion, strict=True)]
     count = len(differences)

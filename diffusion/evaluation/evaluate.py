@@ -1,6 +1,6 @@
-"""Evaluation of a run's checkpoints: selects the best one, and writes how far its images are from real ones.
+"""Evaluation of a run's checkpoints: selects the best one and writes its metrics and a report.
 
-Of many checkpoints all are evaluated briefly, and ever fewer on ever more images (successive halving).
+With many checkpoints, successive halving evaluates all on few images and fewer and fewer on more.
 """
 
 import csv
@@ -33,11 +33,12 @@ that every round generates about as many images as the one before."""
 def select_finalists(
     checkpoints: Sequence[Path], config: EvaluationConfig, score: Callable[[Path, int], CheckpointEvaluation]
 ) -> tuple[list[Path], list[CheckpointEvaluation]]:
-    """The checkpoints to be evaluated in full, in their order, and the last scores of those that fell behind.
+    """Select the checkpoints to evaluate in full, in their order; also returns the last scores of the others.
 
     Successive halving (arXiv 1502.07943): while there are more than ``config.finalists`` and images are fewer than
-    ``config.samples``, all are scored by ``score(checkpoint, images)``, and the better quarter by merit goes on; of
-    the last round only the finalists. KID and PSNR, which merit is, are unbiased however few the images are.
+    ``config.samples``, all are scored by ``score(checkpoint, images)``, and the better quarter by the selection metric
+    advances; of the last round only the finalists. The selection metric, KID or PSNR, is unbiased for any number of
+    images.
     """
     left, behind, samples = list(checkpoints), list[CheckpointEvaluation](), config.first_round
     while len(left) > config.finalists and samples < config.samples:
@@ -53,11 +54,11 @@ def select_finalists(
 
 
 REAL_GRID = "held_out.png"
-"""The grid of real images, among those of checkpoints."""
+"""File name of the grid of real images."""
 
 
 def grid_name(checkpoint: CheckpointEvaluation) -> str:
-    """File name of the grid of images of a checkpoint, in the folder ``grids`` of an evaluation."""
+    """Return the file name of a checkpoint's sample grid in the folder ``grids`` of an evaluation."""
     return f"{checkpoint.images:010d}-{checkpoint.sha256[:8]}.png"
 
 
@@ -74,7 +75,7 @@ def evaluate(
 
     All generate the same image numbers of the same seed; the best one has the best selection metric. Of more than
     ``config.finalists`` only the leading ones are evaluated in full, as shorter rounds select them. Expensive parts are
-    cached in ``output``, so the same call after a kill goes on, and after the end generates nothing.
+    cached in ``output``: the same call continues after a kill, and generates nothing once it is complete.
 
     Args:
         data: Folder of the data set.
@@ -84,7 +85,7 @@ def evaluate(
         output: Folder of ``evaluation.json``, ``metrics.json``, ``scores.csv``, if there were rounds
             ``preliminary.csv`` of those that fell behind, grids as PNG, and at last ``report.html``.
         losses: The CSV of losses by images seen that training left, for the report.
-        progress: Called as the work goes on.
+        progress: Called as the work proceeds.
 
     Raises:
         UserError: For a data set too small, or a file that is no model or one of another image size.
@@ -136,12 +137,12 @@ def _write(evaluation: Evaluation, sheets: Sheets, output: Path) -> None:
         grids["held_out_reconstructed.png"] = above(sheets.real, back)
     for name, image in grids.items():
         save_png(output / "grids" / name, image)
-    # Afterwards, and only others: somebody who judges the same at the same time has written these as well.
+    # Old grids go last: a concurrent evaluation of the same checkpoints has written the current ones as well.
     for path in (output / "grids").glob("*.png"):
         if path.name not in grids:
             path.unlink(missing_ok=True)
     _write_csv(output / "scores.csv", [{"images": each.images, **each.metrics()} for each in evaluation.checkpoints])
-    # In a file of their own: on a curve nobody would see that they rest on fewer images.
+    # In a separate file: on one curve it would not show that they rest on fewer images.
     behind = output / "preliminary.csv"
     if evaluation.preliminary:
         _write_csv(

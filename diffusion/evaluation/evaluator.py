@@ -1,9 +1,8 @@
 """The evaluator: generates images from model files, extracts features and computes metrics, under equal conditions.
 
 Selecting a checkpoint, comparing a candidate with the champion, monitoring a champion and comparing families all go
-through it. Images, features, neighbours, losses and halves are each cached in a file of their own when they are done,
-under a digest of the weights and of all else that they depend on: after a kill the work goes on, and what did not
-change is not done again.
+through it. Images, features, neighbours, losses and halves are each cached in a file under a digest of the weights and
+everything else they depend on: work continues after a kill, and unchanged results are not computed again.
 """
 
 import math
@@ -79,49 +78,49 @@ from diffusion.process.likelihood import Terms
 from diffusion.process.samplers import SamplingConfig
 
 CACHE = "evaluations"
-"""Folder of the cache, in that of an evaluation."""
+"""Name of the cache folder inside the folder of an evaluation."""
 FEWEST = 10
-"""Images of either split without which no metric means anything."""
+"""Fewest images of either split for which metrics are meaningful."""
 BATCHES = 2
-"""Compute batches in a cached piece for each core: little is lost to a kill, and no core waits for long."""
+"""Compute batches per core in a cached piece: little is lost to a kill, and no core waits for long."""
 MetricReplicates = dict[Figure, Replicates]
 """Metrics of one model with their values on halves; empty if there are too few images for errors."""
 
 
 class GeneratedKey(Config):
-    """All that a model's images depend on."""
+    """Cache key of a model's images."""
 
     kind: Literal["generated"] = "generated"
     format_version: Literal[2] = 2
-    """Grows when the same model generates other images, or is given other conditions."""
+    """Incremented when the same model generates other images or gets other conditions."""
     model: str
-    """SHA-256 of its file."""
+    """SHA-256 of the model file."""
     samples: int
     seed: int
     sampling: SamplingConfig
     fingerprint: Fingerprint
     content_digest: str | None
-    """Of the data set whose captions condition it, or whose small images it enlarges; None: neither, so that its images
-    are the same for every data set."""
+    """Content digest of the data set whose captions or small images condition the model; None: neither, so that its
+    images are the same for every data set."""
     reference: int | None
-    """Held-out images that these are of; None: likewise."""
+    """Number of held-out images that these come from; None as above."""
 
 
 class PieceKey(Config):
-    """All that a piece of the generated images depends on, but for what its folder is of."""
+    """Cache key of a piece of the generated images, within the folder of the whole."""
 
     kind: Literal["piece"] = "piece"
     first: int
-    """Number of its first image."""
+    """Number of the first image of the piece."""
     count: int
 
 
 class GeneratedFeaturesKey(Config):
-    """All that features of generated images depend on."""
+    """Cache key of the features of generated images."""
 
     kind: Literal["features of generated images"] = "features of generated images"
     format_version: Literal[1] = 1
-    """Grows when features of the same name and preprocessing come out another way."""
+    """Incremented when features of the same name and preprocessing change."""
     generated: GeneratedKey
     extractor: str
     extractor_digest: str
@@ -130,37 +129,37 @@ class GeneratedFeaturesKey(Config):
 
 
 class NeighboursKey(Config):
-    """All that the training images nearest to generated ones depend on."""
+    """Cache key of the training images nearest to generated ones."""
 
     kind: Literal["neighbours of generated images"] = "neighbours of generated images"
     format_version: Literal[1] = 1
-    """Grows when thumbnails or distances come out another way."""
+    """Incremented when thumbnails or distances change."""
     generated: GeneratedFeaturesKey
     training: FeaturesKey
     mirrored: bool
 
 
 class HeldOutKey(Config):
-    """All that depends on what a model makes of the first held-out images."""
+    """Cache key of losses, reconstructions and upscaled images of the first held-out images."""
 
     kind: Literal["losses", "reconstructions"]
     format_version: Literal[3] = 3
-    """Grows when they are measured another way."""
+    """Incremented when their computation changes."""
     model: str
-    """SHA-256 of its file."""
+    """SHA-256 of the model file."""
     content_digest: str
     count: int
     fingerprint: Fingerprint
     extractor_digest: str | None = Field(None, exclude_if=unset)
-    """Of the features in which reconstructions are compared; None: none are."""
+    """Digest of the features in which reconstructions are compared, if any."""
 
 
 class HalvesKey(Config):
-    """All that metrics on halves depend on."""
+    """Cache key of metrics on halves."""
 
     kind: Literal["halves"] = "halves"
     format_version: Literal[2] = 2
-    """Grows when metrics or halves come out another way."""
+    """Incremented when metrics or halves change."""
     generated: tuple[GeneratedFeaturesKey, ...]
     real_baseline_seed: int
     training: FeaturesKey
@@ -169,11 +168,11 @@ class HalvesKey(Config):
 
 
 class BaselineKey(Config):
-    """All that the scores of images enlarged without a model depend on."""
+    """Cache key of the scores of images resampled without a model."""
 
     kind: Literal["baseline"] = "baseline"
     format_version: Literal[2] = 2
-    """Grows when they come out another way."""
+    """Incremented when these scores change."""
     name: str
     samples: int
     low_resolution: int
@@ -181,7 +180,7 @@ class BaselineKey(Config):
 
 
 def require_enough(data: Path) -> None:
-    """Raise UserError if a split of the data set in folder ``data`` is too small to evaluate by."""
+    """Raise UserError if a split of the data set in folder ``data`` is too small for an evaluation."""
     for split, count in read_manifest(data).counts.items():
         if count < FEWEST:
             raise UserError(
@@ -191,7 +190,7 @@ def require_enough(data: Path) -> None:
 
 
 def require_shape(path: Path, header: ModelHeader, dataset: Dataset) -> None:
-    """Raise UserError unless the model in the file ``path`` makes images of the shape of those in ``dataset``."""
+    """Raise UserError unless the model in the file ``path`` generates images of the shape of those in ``dataset``."""
     shape = header.channels, header.size, header.size
     if shape != dataset.shape:
         theirs, ours = ("×".join(map(str, each)) for each in (shape, dataset.shape))
@@ -202,11 +201,10 @@ def require_shape(path: Path, header: ModelHeader, dataset: Dataset) -> None:
 
 
 class Evaluator:
-    """Evaluates model files beside the held-out images of the data set in folder ``data``.
+    """Evaluator of model files against the held-out images of the data set in folder ``data``.
 
-    What it computes is cached in ``folder``, for all evaluators of the same data set. Models of super-resolution are
-    given one part of the held-out images, small, and compared with the others. Raises UserError for a data set that is
-    too small.
+    Results are cached in ``folder``, for all evaluators of the same data set. Super-resolution models upscale one part
+    of the held-out images and are compared with the others. Raises UserError for a data set that is too small.
     """
 
     def __init__(
@@ -239,16 +237,16 @@ class Evaluator:
     def model(
         self, path: Path, samples: int | None = None, sampling: SamplingConfig | None = None, name: str = ""
     ) -> "ModelEvaluator":
-        """The evaluation of the model in the file ``path``, of which everything is computed when it is first needed.
+        """Return the lazy evaluation of the model in the file ``path``.
 
         Args:
             path: A checkpoint, or a final model.
-            samples: Images to generate; None: as many as are configured.
+            samples: Images to generate; None: as configured.
             sampling: How to generate them; None: as configured.
-            name: What to call it where progress is shown; empty: by its file.
+            name: Name shown with progress; empty: the file's name.
 
         Raises:
-            UserError: There is no such file, it is no model, or of another image shape or task.
+            UserError: The file does not exist, is not a model, or has another image shape or task.
         """
         if not path.is_file():
             raise UserError(f"no model at {path}: train one with `darkroom train`")
@@ -263,7 +261,7 @@ class Evaluator:
         return found
 
     def replicates(self, models: Sequence["ModelEvaluator"]) -> list[MetricReplicates]:
-        """Metrics on halves of the features of each model, and last of the real baseline.
+        """Return metrics on halves for each model, then for the real baseline.
 
         Empty if a set has too few images for errors.
         """
@@ -297,21 +295,21 @@ class Evaluator:
         ]
 
     def real_baseline(self, replicates: MetricReplicates | None = None) -> RealBaseline:
-        """What real training images get in the place of generated ones."""
+        """Return the metrics of real training images in the place of generated ones."""
         return RealBaseline(
             scores=self.real.scores(*self.real.real_baseline(self.config.seed)),
             estimates=self.estimates(replicates or {}),
         )
 
     def estimates(self, replicates: MetricReplicates) -> dict[str, MetricEstimate]:
-        """Estimates of metrics by name, such as kid_efflite0."""
+        """Return estimates of metrics by name, such as kid_efflite0."""
         return {
             f"{figure}_{self.conditions.extractor}": MetricEstimate.of(each.estimate)
             for figure, each in replicates.items()
         }
 
     def baselines(self) -> dict[str, ResamplingBaseline] | None:
-        """What models that enlarge must beat: the same small images resampled; None if they enlarge nothing."""
+        """Return the scores of resampling for super-resolution models; None for other models."""
         low_resolution = self.real.task.low_resolution
         return None if low_resolution is None else {name: self._baseline(name, low_resolution) for name in RESAMPLING}
 
@@ -329,9 +327,9 @@ class Evaluator:
 
 
 class ModelEvaluator:
-    """One model file under an evaluator's conditions; expensive parts are computed when first needed, and cached.
+    """Lazy evaluation of one model file under an evaluator's conditions; expensive parts are cached.
 
-    It generates image numbers 0 … ``samples`` − 1 of the configured seed, or enlarges what it is shown.
+    It generates image numbers 0 … ``samples`` − 1 of the configured seed, or upscales held-out images.
     """
 
     def __init__(self, path: Path, evaluator: Evaluator, samples: int, sampling: SamplingConfig, name: str) -> None:
@@ -353,12 +351,12 @@ class ModelEvaluator:
 
     @cached_property
     def model(self) -> Model:
-        """The model."""
+        """Return the model."""
         return load_model(self.path)
 
     @cached_property
     def conditions(self) -> Conditions:
-        """Captions of held-out images if the model has any, else classes as often as the data set has them."""
+        """Return captions of held-out images for models with captions, else classes as frequent as in the data set."""
         if not self.header.model.text:
             return UNCONDITIONAL
         real = self.real
@@ -367,19 +365,19 @@ class ModelEvaluator:
 
     @cached_property
     def guided(self) -> SamplingConfig:
-        """How it generates: a champion may be conditioned on less than what the configuration is for now."""
+        """Return the sampling configuration, without guidance if the model has no conditions."""
         leads = is_conditional(self.model.classes, self.conditions) and self.header.model.low_resolution is None
         return self.sampling if leads else self.sampling.unguided()
 
     @cached_property
     def images(self) -> Tensor:
-        """What it generates, (samples, C, H, W) uint8."""
+        """Return the generated images, (samples, C, H, W) uint8."""
         return cached(self.folder, self.generated_key, lambda: {"images": self._generate()})["images"]
 
     def _generate(self) -> Tensor:
-        """All images, piece by piece, each cached until the whole is.
+        """Generate all images in pieces, each cached until the whole is.
 
-        A piece is of whole compute batches, but for the last, and so has the bits that it has in the whole.
+        Pieces consist of whole compute batches, so they are bit-identical to a single pass.
         """
         size = BATCHES * cores() * self.sampling.compute_batch
         folder = pieces_folder(self.folder, self.generated_key)
@@ -404,19 +402,19 @@ class ModelEvaluator:
 
     @cached_property
     def features(self) -> Tensor:
-        """Of what it generates, (samples, D) float32."""
+        """Return the features of the generated images, (samples, D) float32."""
         return cached(self.folder, self.features_key, lambda: {"features": self.real.extractor(self.images)})[
             "features"
         ]
 
     @cached_property
     def scores(self) -> Scores:
-        """How far its images lie from held-out ones."""
+        """Return the distances of the generated images to held-out ones."""
         return self.real.scores(self.features_key, self.features)
 
     @cached_property
     def memorization(self) -> Memorization:
-        """Whether it copies training images, mirrored ones as well if it learned from those."""
+        """Return the test for copies of training images, mirrored ones as well if the model was trained on those."""
         mirrored = bool(self.header.training.get("flip", False))
 
         def work() -> Tensors:
@@ -428,14 +426,14 @@ class ModelEvaluator:
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """The class that conditions each image, (samples,), see ``labels_of``; None: it has no classes."""
+        """Return the class of each image, (samples,), see ``labels_of``; None for models without classes."""
         if self.header.model.low_resolution:
             return None
         return labels_of(self.model, range(self.samples), self.config.seed, self.conditions)
 
     @cached_property
     def per_class(self) -> PerClass | None:
-        """Metrics class by class; None: it has no classes, or none that the data set has images of."""
+        """Return metrics by class; None for models without classes, or none that the data set has images of."""
         classes, real = self.model.classes, self.real
         if self.labels is None or not real.dataset.manifest.class_histogram.keys() & set(classes):
             return None
@@ -444,7 +442,7 @@ class ModelEvaluator:
 
     @cached_property
     def held_out_loss(self) -> HeldOutLoss:
-        """Its loss on held-out images, as many as it generates."""
+        """Return the loss on as many held-out images as are generated."""
         rows = self.real.held_out[: self.config.samples]
 
         def work() -> Tensors:
@@ -460,24 +458,24 @@ class ModelEvaluator:
 
     @cached_property
     def similarity(self) -> ImageSimilarity | None:
-        """How like the real images enlarged ones are; None: it enlarges nothing."""
+        """Return the similarity of upscaled to real images; None for other models."""
         if self.header.model.low_resolution is None:
             return None
         return compare_images(self.images, torch.cat(list(self._originals())))
 
     @property
     def reconstruction(self) -> Reconstruction | None:
-        """How close held-out images come back from its autoencoder; None: it has none."""
+        """Return the reconstruction metrics of the model's autoencoder; None if it has none."""
         return self._reconstructed[0] if self._reconstructed else None
 
     @property
     def reconstructed(self) -> Tensor | None:
-        """The first held-out images as they come back, (N, C, H, W) uint8; None: it has no autoencoder."""
+        """Return reconstructions of the first held-out images, (N, C, H, W) uint8; None without an autoencoder."""
         return self._reconstructed[1]["shown"] if self._reconstructed else None
 
     @cached_property
     def psnr(self) -> Tensor | None:
-        """In dB, how close each held-out image comes back, or each enlarged one to the real one, (M,); else None."""
+        """Return the PSNR in dB of each reconstructed or upscaled held-out image, (M,); None for other models."""
         if self.header.model.low_resolution is not None:
             pairs = zip(torch.split(self.images, CHUNK), self._originals(), strict=True)
             return torch.cat([psnr(*pair) for pair in pairs])
@@ -516,11 +514,11 @@ class ModelEvaluator:
         return cached_result(self.folder, key, Reconstruction, work)
 
     def _originals(self) -> Iterator[Tensor]:
-        """The held-out images that it enlarges, chunk by chunk."""
+        """Yield the held-out images that the model upscales, chunk by chunk."""
         return self.real.images(self.real.shown[: self.samples])
 
     def scored(self) -> ModelScores:
-        """What is measured of every model."""
+        """Return the metrics that every model has."""
         return ModelScores(
             sha256=self.sha256,
             family=self.header.model.family,
@@ -532,11 +530,11 @@ class ModelEvaluator:
         )
 
     def checkpoint(self) -> CheckpointEvaluation:
-        """The metrics by which one of many checkpoints is selected."""
+        """Return the metrics for the selection of a checkpoint."""
         return CheckpointEvaluation(**dict(self.scored()), file=str(self.path))
 
     def evaluate(self) -> ModelEvaluation:
-        """All metrics, without estimates."""
+        """Return all metrics, without estimates."""
         appearances = [measure_appearance(images) for images in torch.split(self.images, CHUNK)]
         return ModelEvaluation(
             **dict(self.scored()),
@@ -552,7 +550,7 @@ class ModelEvaluator:
 
     @property
     def generated_key(self) -> GeneratedKey:
-        """The cache key of what it generates."""
+        """Return the cache key of the generated images."""
         conditioned = self.header.model.text or self.header.model.low_resolution is not None
         return GeneratedKey(
             model=self.sha256,
@@ -566,7 +564,7 @@ class ModelEvaluator:
 
     @property
     def features_key(self) -> GeneratedFeaturesKey:
-        """The cache key of the features of what it generates."""
+        """Return the cache key of the features of the generated images."""
         extractor = self.real.extractor
         return GeneratedFeaturesKey(
             generated=self.generated_key,
@@ -587,10 +585,10 @@ class ModelEvaluator:
 
 
 def gflop(model: Model, config: SamplingConfig) -> float:
-    """Floating-point operations, in 10⁹, of matrix products and convolutions to generate one image as ``config`` says.
+    """Count the floating-point operations, in 10⁹, of matrix products and convolutions to generate one image.
 
-    They are the same on every machine, whatever else runs there. Seconds are not: two models timed one after the other
-    would differ by the neighbours that each happened to have, and the gate by luck.
+    The count is the same on every machine under any load. Seconds are not: they would make the gate depend on what else
+    ran while each model was timed.
     """
     operations = 0
     for times, once in family_of(model.config).passes(model, config):

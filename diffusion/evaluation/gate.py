@@ -1,8 +1,8 @@
-"""The gate: decides whether a candidate takes the champion's place, from metrics with their errors.
+"""The gate: decides whether a candidate replaces the champion, from metrics with their errors.
 
-Three verdicts. Promote: better by more than δ, and within all limits, each with confidence c. Reject: surely worse than
-the champion, or surely beyond a limit. Hold: the metrics say neither, or one that a rule needs is missing. So
-chance promotes a model that is not better by δ in at most 1 − c of all cases.
+There are three verdicts. Promote: better by more than δ and within all limits, each with confidence c. Reject:
+significantly worse than the champion, or significantly beyond a limit. Hold: neither is certain, or a required metric
+is missing. So chance promotes a model that is not better by δ in at most 1 − c of all cases.
 """
 
 import math
@@ -17,40 +17,42 @@ from diffusion.evaluation.estimate import Estimate
 from diffusion.evaluation.reports.html import count, counted, signed, with_error
 
 ENOUGH = 5000
-"""Images of each side from which on the Fréchet distance leads: below, its bias outweighs differences."""
+"""Images of either side from which the Fréchet distance decides: below, its bias outweighs differences."""
 POWER = 0.8
-"""Chance to tell what there is, for which images are counted that would be needed."""
+"""Statistical power for which the number of images needed is computed."""
 MOST = 10**9
-"""Images beyond which nothing is promised."""
+"""Largest number of images needed that is reported."""
 
 
 class GateConfig(Config):
-    """When a candidate becomes champion. Null switches a rule off."""
+    """Rules by which a candidate becomes champion. Null disables a rule."""
 
     headline: Literal["auto", "kid", "fd"] = "auto"
-    """The distance that must fall. auto: KID where either side has under 5,000 images, else the Fréchet distance.
-    Autoencoders are compared by the PSNR of held-out images, whatever is set here."""
+    """Distance that must decrease. auto: KID where either side has under 5,000 images, else the Fréchet distance.
+    Autoencoders are always compared by the PSNR of held-out images."""
     delta: float = Field(0.05, ge=0, lt=1)
-    """δ, the smallest improvement that counts: the share of the way from the champion to real images that the
-    candidate must go. A share, as nobody knows what 0.0003 of KID is worth, and it means the same for every distance,
-    data set and feature network. Of autoencoders: the share by which squared error must fall, 0.05 being 0.22 dB."""
+    """δ, the smallest improvement that counts: the share of the distance between champion and real images that the
+    candidate must close. A share means the same for every distance, data set and feature network. For autoencoders: the
+    share by which squared error must fall; 0.05 is 0.22 dB."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
-    """c, of each statement by itself, one-sided: 0.95 lets one in twenty models that are no better by δ through."""
+    """c, the one-sided confidence of each statement: 0.95 promotes at most one in twenty models that are not better by
+    δ."""
     recall_loss: float | None = Field(0.1, ge=0, le=1)
-    """How much recall, from 0 to 1, may fall: a model may not buy fidelity by generating only the easy images."""
+    """Largest loss of recall, from 0 to 1: fidelity must not come from generating only easy images."""
     memorized: float | None = Field(0.05, ge=0, le=1)
-    """The largest share of generated images that may be copies of training images, beyond those that look like copies
-    by chance. Holds for first versions, too."""
+    """Largest share of generated images that may be copies of training images, beyond chance. Applies to first
+    versions, too."""
     class_loss: float | None = Field(None, ge=0)
-    """By what share the distance of the worst class may grow, of class-conditional models: 0.5 is by half."""
+    """Largest relative increase of the worst class's distance, for class-conditional models: 0.5 is by half."""
     cost: float | None = Field(2.0, gt=0)
-    """How many times what the champion's images cost the candidate's may cost."""
+    """Largest ratio of the candidate's cost per image to the champion's."""
     across_families: bool = Field(False, exclude_if=unset)
-    """Whether a champion of another family (``model.family``) may be beaten, by generated images, autoencoders too.
-    If not, the candidate is held. Two families meet where registry.model gives both one name."""
+    """Whether a champion of another family (``model.family``) may be replaced, compared by generated images,
+    autoencoders too. Otherwise the candidate is held. Two families are compared if registry.model gives both the same
+    name."""
 
     def metric(self, samples: int, reference: int) -> Literal["kid", "fd"]:
-        """The distance that leads for so many images of either side."""
+        """Return the distance that decides for these numbers of images."""
         if self.headline != "auto":
             return self.headline
         return "fd" if min(samples, reference) >= ENOUGH else "kid"
@@ -60,24 +62,23 @@ class Headline(Config):
     """The metric that decides between candidate and champion."""
 
     name: str
-    """With that of its features, such as kid_efflite0."""
+    """Name of the metric with that of its features, such as kid_efflite0."""
     candidate: Estimate
     champion: Estimate
     difference: Estimate
-    """Candidate less champion, on the same image numbers and the same held-out images."""
+    """Candidate minus champion, on the same image numbers and the same held-out images."""
     real_baseline: FiniteFloat | None
-    """The metric of real images in the place of generated ones. None: the metric is a
-    PSNR in dB, of which higher is better."""
+    """Metric of real images in the place of generated ones; None for PSNR in dB, of which higher is better."""
 
     @property
     def lead(self) -> Estimate:
-        """How much better the candidate is."""
+        """Return how much better the candidate is."""
         return self.difference.times(1 if self.real_baseline is None else -1)
 
     def smallest(self, delta: float) -> float:
-        """The lead that δ is, in the metric's own unit.
+        """Return the lead that δ requires, in the unit of the metric.
 
-        That the champion's distance has an error itself is left out: it counts only δ times.
+        The error of the champion's distance is ignored, as it enters with a factor of δ only.
         """
         if self.real_baseline is None:
             return -10 * math.log10(1 - delta)
@@ -85,22 +86,22 @@ class Headline(Config):
 
 
 class CopyShare(Config):
-    """How many of the candidate's images are copies of training images."""
+    """Share of the candidate's images that are copies of training images."""
 
     share: float = Field(ge=0, le=1)
-    """Of its images, beyond those that look like copies by chance."""
+    """Share of copies, beyond chance."""
     p_value: float = Field(ge=0, le=1)
-    """How probable so many that look like copies are if none is one."""
+    """Probability of as many apparent copies if none is one."""
 
 
 class WorstClass(Config):
-    """The class farthest from real images of it, for either model."""
+    """The class with the largest distance to real images, for either model."""
 
     candidate: Estimate
-    """Its distance."""
+    """Distance of the candidate's worst class."""
     champion: Estimate
     candidate_class: str
-    """Its name."""
+    """Name of the candidate's worst class."""
     champion_class: str
 
 
@@ -110,25 +111,25 @@ class Cost(Config):
     candidate: float = Field(gt=0, allow_inf_nan=False)
     champion: float = Field(gt=0, allow_inf_nan=False)
     unit: str
-    """Such as network evaluations, or seconds."""
+    """Unit of the cost, such as network evaluations or seconds."""
 
 
 class ComparisonMetrics(Config):
-    """What the gate decides by. A value of None was not measured, which holds the candidate if a rule needs it."""
+    """Metrics that the gate decides on; None for those not measured, which holds the candidate if a rule needs them."""
 
     basis: Literal["generated", "reconstructed"]
     """Generated images, or held-out ones reconstructed by an autoencoder, to which fewer rules apply."""
     samples: int = Field(ge=1)
-    """Images evaluated."""
+    """Number of images evaluated."""
     reference: int = Field(ge=1)
-    """Held-out images they were compared with."""
+    """Number of held-out images that they were compared with."""
     has_champion: bool
-    """Whether there is one. If not, only rules that need none apply."""
+    """Whether there is a champion. If not, only rules that need none apply."""
     incomparable: str | None = None
-    """Why the two cannot be compared, which holds the candidate back; None: they can."""
+    """Why the two cannot be compared, which holds the candidate; None if they can."""
     headline: Headline | None = None
     recall: Estimate | None = None
-    """Candidate less champion, paired likewise."""
+    """Candidate minus champion, on the same images as the headline."""
     memorized: CopyShare | None = None
     worst_class: WorstClass | None = None
     cost: Cost | None = None
@@ -138,7 +139,7 @@ Rule = Literal["headline", "recall", "memorized", "worst class", "cost"]
 
 
 class Verdict(StrEnum):
-    """What becomes of the candidate."""
+    """The gate's verdict on a candidate."""
 
     promote = "promote"
     hold = "hold"
@@ -146,26 +147,26 @@ class Verdict(StrEnum):
 
 
 class Finding(Config):
-    """What one rule says."""
+    """The result of one rule."""
 
     rule: Rule
     verdict: Verdict
-    """Promote: nothing against it."""
+    """The rule's verdict; ``promote`` means no objection."""
     reason: str
     images: int | None = None
-    """Images to generate to tell with a chance of 80 %, held-out ones growing likewise; None: none are needed, or no
-    number would do."""
+    """Number of generated images, with held-out ones increased by the same factor, needed to decide with a power of 80
+    %; None if none are needed or no number suffices."""
 
 
 class Decision(Config):
-    """The gate's verdict: the worst that any rule gives."""
+    """The gate's decision: the worst verdict of any rule."""
 
     verdict: Verdict
     findings: tuple[Finding, ...]
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """The reasons for the verdict, with numbers."""
+        """Return the reasons for the verdict, with numbers."""
         return tuple(each.reason for each in self.findings if each.verdict == self.verdict)
 
 
@@ -226,7 +227,7 @@ def _headline(headline: Headline, metrics: ComparisonMetrics, config: GateConfig
 
 
 def _memorized(copies: CopyShare | None, metrics: ComparisonMetrics, limit: float, confidence: float) -> Finding:
-    """Over the limit it is never promoted; and rejected only if so many are no chance, as may be of few images."""
+    """Apply the limit on copies: above it a model is held, and rejected if chance cannot explain the excess."""
     if copies is None:
         return _unmeasured("memorized", "the share of copies of training images")
     words = (
@@ -272,7 +273,7 @@ def _cost(cost: Cost | None, limit: float) -> Finding:
 
 
 def _limited(rule: Rule, excess: Estimate, words: str, metrics: ComparisonMetrics, confidence: float) -> Finding:
-    """Whether what goes beyond a limit is surely nothing, surely something, or neither."""
+    """Return whether the excess over a limit is significantly negative, significantly positive, or neither."""
     if excess.at_most(confidence) <= 0:
         return Finding(rule=rule, verdict=Verdict.promote, reason=words)
     if excess.at_least(confidence) > 0:
@@ -284,10 +285,10 @@ def _limited(rule: Rule, excess: Estimate, words: str, metrics: ComparisonMetric
 
 
 def images_needed(images: int, estimate: Estimate, distance: float, confidence: float) -> int | None:
-    """How many images, in place of ``images``, tell the true value from one at this ``distance`` of it.
+    """Compute how many images, instead of ``images``, distinguish the true value from one at this ``distance``.
 
-    With ``confidence``, and a chance of 80 %. Errors fall as 1/√n if the held-out images grow by the same factor, so
-    n ((t_c + t_0.8) · error / distance)². Two significant digits, rounded up. None if that is above 10⁹.
+    For ``confidence`` and a power of 80 %. Errors fall as 1/√n if the held-out images grow by the same factor, so n
+    ((t_c + t_0.8) · error / distance)². Rounded up to two significant digits. None if that is above 10⁹.
     """
     times = estimate.reach(confidence) + estimate.reach(POWER)
     if times * math.sqrt(images / MOST) >= distance:

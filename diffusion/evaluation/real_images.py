@@ -1,7 +1,7 @@
-"""Real images of a data set as models are evaluated by them: features, statistics and neighbours, cached.
+"""Real images of a data set as a reference for evaluation: features, statistics and neighbours, cached.
 
-A cache that gives wrong statistics makes every score wrong and looks like nothing. So a cached value is known by all
-that it depends on, down to the machine's arithmetic, and is what would be computed again, bit for bit.
+A cache with wrong statistics would silently falsify every score. So a cache key contains everything that the value
+depends on, down to the machine's arithmetic, and a cached value is bit-identical to a computed one.
 """
 
 import shutil
@@ -33,38 +33,38 @@ from diffusion.generation.super_resolution import FromNoise, GenerationTask
 
 
 class FeaturesKey(Config):
-    """All that features of some images of a data set depend on."""
+    """Cache key of features of some images of a data set."""
 
     kind: Literal["features"] = "features"
     format_version: Literal[1] = 1
-    """Grows when features of the same name and preprocessing come out another way."""
+    """Incremented when features of the same name and preprocessing change."""
     content_digest: str
-    """Of the data set."""
+    """Content digest of the data set."""
     rows: str
     """SHA-256 over the numbers of the rows, in order, as int64."""
     count: int
-    """How many they are."""
+    """Number of rows."""
     extractor: str
     """Name of the features."""
     extractor_digest: str
-    """Of the network's weights."""
+    """Digest of the network's weights."""
     preprocessing: str
-    """How images are shown to it, their size included."""
+    """Preprocessing of images for it, their size included."""
     fingerprint: Fingerprint
-    """Of the machine: its arithmetic decides the last bits."""
+    """Fingerprint of the machine, whose arithmetic decides the last bits."""
 
 
 class StatisticsKey(Config):
-    """All that moments, neighbours and kernels of features depend on."""
+    """Cache key of moments, neighbours and kernel sums of features."""
 
     kind: Literal["statistics"] = "statistics"
     format_version: Literal[2] = 2
-    """Grows when one of them comes out another way."""
+    """Incremented when one of them changes."""
     features: FeaturesKey
 
 
 def features_key(dataset: Dataset, rows: Rows, extractor: Extractor) -> FeaturesKey:
-    """The key of the features that ``extractor`` makes of these ``rows``."""
+    """Return the cache key of the features that ``extractor`` computes of these ``rows``."""
     return FeaturesKey(
         content_digest=dataset.manifest.content_digest,
         rows=sha256_bytes(np.asarray(rows, np.dtype("<i8")).tobytes()),
@@ -79,7 +79,7 @@ def features_key(dataset: Dataset, rows: Rows, extractor: Extractor) -> Features
 def cached_features(
     folder: Path, dataset: Dataset, rows: Rows, extractor: Extractor, progress: Progress = silent
 ) -> Tensor:
-    """As ``extract_features``, (len(rows), D) float32, kept in ``folder``."""
+    """Return features as ``extract_features`` does, (len(rows), D) float32, cached in ``folder``."""
     key = features_key(dataset, rows, extractor)
     kept = cached(folder, key, lambda: {"features": extract_features(dataset, rows, extractor, progress)})
     return kept["features"]
@@ -88,7 +88,7 @@ def cached_features(
 def cached_reference(
     folder: Path, dataset: Dataset, rows: Rows, extractor: Extractor, progress: Progress = silent
 ) -> Reference:
-    """These ``rows`` as a reference for scores, features and statistics kept in ``folder``; at least 6 rows."""
+    """Return these ``rows`` as a reference for scores, cached in ``folder``; at least 6 rows."""
     features = cached_features(folder, dataset, rows, extractor, progress)
 
     def work() -> dict[str, Tensor]:
@@ -105,55 +105,56 @@ def cached_reference(
 
 
 PIECE = 10_000
-"""Training images whose features are made and kept together: 50 MB of them, lost at most if it is stopped."""
+"""Training images per cached piece of features: 50 MB, the most that is lost to a kill."""
 CHUNK = 1000
 """Images in memory at a time."""
 SHOWN = 64
-"""Images of each set that are kept to be looked at."""
+"""Images of each set kept for display."""
 Views = dict[str, Tensor]
-"""Of N images, by the name of a space, what they look like there from V sides: (V, N, D) float32."""
+"""Representations of N images in V views by name of the space: (V, N, D) float32."""
 
 
 class HeldOutKey(Config):
-    """All that the training images nearest to held-out ones depend on."""
+    """Cache key of the training images nearest to held-out ones."""
 
     kind: Literal["neighbours of held-out images"] = "neighbours of held-out images"
     format_version: Literal[1] = 1
-    """Grows when thumbnails or distances come out another way."""
+    """Incremented when thumbnails or distances change."""
     held_out: FeaturesKey
     training: FeaturesKey
     mirrored: bool
 
 
 class DiscriminantKey(Config):
-    """All that the classifier on features depends on."""
+    """Cache key of the classifier on features."""
 
     kind: Literal["reader"] = "reader"
     format_version: Literal[1] = 1
-    """Grows when it is fitted another way."""
+    """Incremented when its fit changes."""
     training: FeaturesKey
     classes: tuple[str, ...]
 
 
 class ScoresKey(Config):
-    """All that scores depend on."""
+    """Cache key of scores."""
 
     kind: Literal["scores"] = "scores"
     format_version: Literal[2] = 2
-    """Grows when a formula changes."""
+    """Incremented when a formula changes."""
     features: str
-    """Digest of the key of the features that are evaluated."""
+    """Digest of the cache key of the evaluated features."""
     compared: FeaturesKey
 
 
 class RealImages:
-    """The images of one data set in the eyes of one feature network.
+    """Real images of one data set as seen by one feature network.
 
-    ``count``: held-out images used at most, the first by key. Generated images are compared with these; models that
-    enlarge, ``samples`` of them, get one part shown and are compared with the others: shown
-    what they are compared with, they would be nearer to it than real images are.
+    ``count``: held-out images used at most, the first by key. Generated images are compared with these. For
+    super-resolution, ``samples`` of them are the inputs and the others the reference: compared with their own inputs,
+    upscaled images would be nearer than real images are.
 
-    Kept in ``folder``. Features of training images are many, so those of other versions of the data set go.
+    Results are cached in ``folder``. Features of training images are large, so those of other data set versions are
+    removed.
     """
 
     def __init__(
@@ -189,20 +190,20 @@ class RealImages:
 
     @cached_property
     def reference(self) -> Reference:
-        """What generated images are compared with."""
+        """Return the reference that generated images are compared with."""
         return cached_reference(self.folder, self.dataset, self.compared, self.extractor, self.progress)
 
     def scores(self, key: Config, features: Tensor) -> Scores:
-        """How far ``features`` (N, D), which ``key`` names, lie from the images compared with."""
+        """Return the cached scores of ``features`` (N, D), whose cache key is ``key``, against the reference."""
         named = ScoresKey(features=digest_of(key.model_dump(mode="json")), compared=self.compared_key)
         return cached_result(self.folder, named, Scores, lambda: (self.score(features), {}))[0]
 
     def score(self, features: Tensor) -> Scores:
-        """How far ``features`` (N, D) lie from the images compared with."""
+        """Compute the scores of ``features`` (N, D) against the reference."""
         return compute_scores(features, self.reference, self.extractor.name)
 
     def real_baseline(self, seed: int) -> tuple[FeaturesKey, Tensor]:
-        """Features of as many training images as are generated, or of all, and their key: (N, D)."""
+        """Return features of as many training images as are generated, or of all, and their key: (N, D)."""
         order = permutation(seed, "evaluation/floor", 0, len(self.train))
         rows = self.train[order[: len(self.shown) or self.samples]]
         features = cached_features(self.folder, self.dataset, rows, self.extractor, self.progress)
@@ -210,49 +211,49 @@ class RealImages:
 
     @cached_property
     def small(self) -> Tensor | None:
-        """What models of super-resolution start from, (N, C, h, w) uint8; None: the task starts from noise."""
+        """Return the inputs of super-resolution, (N, C, h, w) uint8; None if the task starts from noise."""
         pieces = [self.task.inputs(images) for images in self.images(self.shown)]
         inputs = [piece for piece in pieces if piece is not None]
         return torch.cat(inputs) if inputs else None
 
     @cached_property
     def appearance(self) -> dict[str, Tensor]:
-        """What the images compared with look like as a whole."""
+        """Return colours and brightness of the reference images."""
         pieces = [measure_appearance(images) for images in self.images(self.compared)]
         return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
     @cached_property
     def thumbnails(self) -> Tensor:
-        """Of the images compared with, as they are and moved, (9, N, D)."""
+        """Return thumbnails of the reference images, unshifted and shifted, (9, N, D)."""
         return thumbnails_of_pieces(self.images(self.compared))
 
     @property
     def shown_images(self) -> Tensor:
-        """Some held-out images to look at, (N, C, H, W) uint8; those that models enlarge, if they do."""
+        """Return held-out images for display, (N, C, H, W) uint8; the inputs of super-resolution, if any."""
         rows = self.shown if len(self.shown) else self.held_out
         return self.dataset.images(rows[:SHOWN])
 
     @property
     def training_key(self) -> FeaturesKey:
-        """That of the features of all training images."""
+        """Return the cache key of the features of all training images."""
         return features_key(self.dataset, self.train, self.extractor)
 
     @property
     def compared_key(self) -> FeaturesKey:
-        """That of the features of what generated images are compared with."""
+        """Return the cache key of the features of the reference images."""
         return features_key(self.dataset, self.compared, self.extractor)
 
     def labelled(self, classes: Sequence[str]) -> Labelled:
-        """The images compared with, as far as they are of ``classes``."""
+        """Return the reference images that have one of ``classes``."""
         return Labelled(self.reference.features, self.dataset.classes(self.compared, classes))
 
     def images(self, rows: Rows) -> Iterator[Tensor]:
-        """Those in ``rows``, (n, C, H, W) uint8, piece by piece."""
+        """Yield the images in ``rows``, (n, C, H, W) uint8, in chunks."""
         for start in range(0, len(rows), CHUNK):
             yield self.dataset.images(rows[start : start + CHUNK])
 
     def views(self, pieces: Iterable[Tensor], features: Tensor, mirrored: bool) -> Views:
-        """Of images (N, C, H, W) uint8 that come in ``pieces``, with ``features`` (N, D), in both spaces."""
+        """Return the views, in both spaces, of images (N, C, H, W) uint8 in ``pieces`` with ``features`` (N, D)."""
         small, flipped = [], []
         for piece in pieces:
             small.append(shifted_thumbnails(piece, mirrored))
@@ -262,13 +263,13 @@ class RealImages:
         return {PIXELS: torch.cat(small, 1), self.extractor.name: torch.stack(sides)}
 
     def neighbours(self, views: Views) -> dict[str, NearestNeighbours]:
-        """The training images nearest to each of others, by space; rows count from the first by key."""
+        """Find the training images nearest to each of ``views``, by space; rows count from the first by key."""
         small = (make_thumbnails(images) for images in self.images(self.train))
         pieces = {PIXELS: small, self.extractor.name: self._training()}
         return {space: find_nearest(points, pieces[space], progress=self.progress) for space, points in views.items()}
 
     def held_out_neighbours(self, mirrored: bool) -> dict[str, NearestNeighbours]:
-        """Those of the held-out images."""
+        """Return the training images nearest to the held-out images."""
 
         def work() -> dict[str, Tensor]:
             features = cached_features(self.folder, self.dataset, self.held_out, self.extractor, self.progress)
@@ -280,7 +281,7 @@ class RealImages:
         return packed(cached(self.folder, key, work))
 
     def reader(self, classes: Sequence[str]) -> LinearDiscriminant:
-        """What tells these ``classes`` apart, fitted to the training images."""
+        """Return a classifier of these ``classes``, fitted to the training images."""
 
         def work() -> dict[str, Tensor]:
             labels = (self.dataset.classes(rows, classes) for rows in self._pieces())
@@ -291,7 +292,7 @@ class RealImages:
         return LinearDiscriminant(kept["weights"], kept["offsets"])
 
     def _training(self) -> Iterator[Tensor]:
-        """Features of all training images, piece by piece."""
+        """Yield features of all training images, piece by piece."""
         for rows in self._pieces():
             yield cached_features(self._training_folder, self.dataset, rows, self.extractor, self.progress)
 
@@ -310,19 +311,19 @@ class RealImages:
 
 
 def thumbnails_of_pieces(pieces: Iterable[Tensor]) -> Tensor:
-    """Thumbnails of images that come in ``pieces``, as they are and moved: (9, N, D)."""
+    """Compute thumbnails of images that come in ``pieces``, unshifted and shifted: (9, N, D)."""
     return torch.cat([shifted_thumbnails(piece) for piece in pieces], 1)
 
 
 def unpacked(neighbours: dict[str, NearestNeighbours]) -> dict[str, Tensor]:
-    """Neighbours by space as tensors of a file."""
+    """Convert neighbours by space to the tensors of a file."""
     return {f"{space}/distances": each.distances for space, each in neighbours.items()} | {
         f"{space}/rows": each.rows for space, each in neighbours.items()
     }
 
 
 def packed(tensors: dict[str, Tensor]) -> dict[str, NearestNeighbours]:
-    """The way back."""
+    """Convert the tensors of a file to neighbours by space."""
     spaces = sorted(
         {name.removesuffix("/rows") for name in tensors if name.endswith("/rows")}, key=lambda s: s != PIXELS
     )

@@ -1,4 +1,4 @@
-"""What an evaluation found, and under which conditions."""
+"""Results of evaluations, and the conditions under which they were obtained."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ from diffusion.models.config import FAMILIES
 from diffusion.process.samplers import SamplingConfig
 
 CONFIDENCE = 0.95
-"""Two-sided, of all intervals that are shown."""
+"""Confidence of all intervals that are shown, two-sided."""
 
 
 class EvaluationConditions(Config):
-    """All that two models must have in common for their metrics to be compared."""
+    """Conditions that two models must share for their metrics to be comparable."""
 
     format_version: Literal[3] = 3
-    """Grows when preprocessing, the choice of images or a formula changes."""
+    """Incremented when preprocessing, the choice of images or a formula changes."""
     content_digest: str
     """Digest of the data set whose held-out images are the reference."""
     extractor: str
@@ -37,18 +37,20 @@ class EvaluationConditions(Config):
     extractor_digest: str
     """SHA-256 of the feature network's weights."""
     preprocessing: str
-    """What is done to images before the network sees them, and to features after."""
+    """Description of pre- and postprocessing of the feature network."""
     evaluation: EvaluationConfig
-    """A comparison of candidate and champion has the seed by which checkpoints are chosen, plus 1."""
+    """Configuration of the evaluation; a comparison of candidate and champion uses ``seed`` + 1."""
     sampling: SamplingConfig
     low_resolution: int | None = Field(None, exclude_if=unset)
-    """Height and width of the held-out images that models were shown, to enlarge them; None: they were shown none."""
+    """Height and width, in pixels, of the inputs of super-resolution models; None for other models."""
 
     @property
     def key(self) -> str:
-        """Digest of the conditions; a model's metrics depend on it, on the weights, and within floating-point
-        error on the fingerprint."""
-        # What is evaluated besides changes no metric, and neither does an option that is not used.
+        """Return the digest of the conditions.
+
+        A model's metrics depend on it, on the weights, and within floating-point error on the fingerprint.
+        """
+        # Other checkpoints change no metric, and neither does an unused option.
         exclude = {"evaluation": {"ema_stds", "finalists", "first_samples"}}
         return digest_of(self.model_dump(mode="json", exclude=exclude, exclude_none=True))
 
@@ -58,17 +60,17 @@ class MetricEstimate(Config):
 
     value: FiniteFloat
     error: FiniteFloat
-    """Its standard error, over other generated and held-out images."""
+    """Standard error, over other generated and held-out images."""
     interval: Interval
 
     @classmethod
     def of(cls, estimate: Estimate) -> "MetricEstimate":
-        """What ``estimate`` says, with confidence CONFIDENCE."""
+        """Build from ``estimate``, with confidence CONFIDENCE."""
         return cls(value=estimate.value, error=estimate.error, interval=estimate.interval(CONFIDENCE))
 
 
 def flatten(figures: Mapping[str, MetricEstimate]) -> dict[str, float]:
-    """``figures`` with the ends of their intervals, under names that end in _low and _high."""
+    """Flatten ``figures`` and the ends of their intervals, under names that end in _low and _high."""
     found: dict[str, float] = {}
     for name, each in figures.items():
         found |= {name: each.value, f"{name}_low": each.interval.low, f"{name}_high": each.interval.high}
@@ -76,36 +78,36 @@ def flatten(figures: Mapping[str, MetricEstimate]) -> dict[str, float]:
 
 
 class RealBaseline(Config):
-    """What real training images get in the place of generated ones."""
+    """Metrics of real training images in the place of generated ones."""
 
     scores: Scores
     estimates: dict[str, MetricEstimate]
     """Distances and shares by name, such as kid_efflite0; empty if there are too few images for errors."""
 
     def metrics(self) -> dict[str, float]:
-        """All metrics under names that say what they are."""
+        """Return the metrics by name."""
         return self.scores.metrics() | flatten(self.estimates)
 
 
 class Reconstruction(Config):
-    """How close held-out images come back from an autoencoder."""
+    """Reconstruction of held-out images by an autoencoder."""
 
     extractor: str
     """Name of the features."""
     images: int
-    """How many."""
+    """Number of images."""
     psnr: float
     """Peak signal-to-noise ratio in dB, the mean over the images; higher is better."""
     psnr_se: float
-    """Its standard error, over other images."""
+    """Standard error, over other images."""
     ssim: float
     """Structural similarity, the mean over the images; higher is better."""
     fd: float
-    """Fréchet distance between the images and their reconstructions: of what an autoencoder loses of what is seen.
-    0 is best; lower than between other images, as these are the same."""
+    """Fréchet distance between the images and their reconstructions: the perceptible loss of an autoencoder. 0 is best;
+    lower than between different images, as these are the same."""
 
     def metrics(self) -> dict[str, float]:
-        """The figures under names that say what they are."""
+        """Return the metrics by name."""
         return {
             "reconstruction_psnr": self.psnr,
             "reconstruction_psnr_se": self.psnr_se,
@@ -121,42 +123,42 @@ class SelectionMetric:
     name: str
     value: float
     error: float
-    """Its standard error."""
+    """Standard error of the value."""
     count: int
-    """Images it rests on."""
+    """Number of images it was measured on."""
     sign: Literal[1, -1]
     """1 if higher is better, −1 if lower."""
 
     @property
     def rank(self) -> float:
-        """Higher is better, whatever the figure."""
+        """Return a value by which models are ranked: higher is better."""
         return self.sign * self.value
 
     def metrics(self) -> dict[str, float]:
-        """The figure with its error, and the images it rests on."""
+        """Return the metric with its error and number of images, by name."""
         return {self.name: self.value, f"{self.name}_error": self.error, "samples": self.count}
 
 
 class ModelScores(Config):
-    """What is measured of every model that is evaluated."""
+    """Scores of any evaluated model."""
 
     sha256: str
-    """Of its file."""
+    """SHA-256 of the model file."""
     family: str = Field("ddpm", exclude_if=lambda family: family == "ddpm")
-    """What kind of model it is."""
+    """Family of the model."""
     images: int
-    """Images it had seen in training."""
+    """Number of images seen in training."""
     fingerprint: Fingerprint
-    """Of the machine that generated its images."""
+    """Fingerprint of the machine that generated its images."""
     scores: Scores
-    """How far its images lie from held-out ones."""
+    """Scores of its images against held-out ones."""
     reconstruction: Reconstruction | None = Field(None, exclude_if=unset)
-    """Where the model is an autoencoder, or generates in the latents of one."""
+    """Reconstruction metrics, if the model is an autoencoder or generates in the latents of one."""
     similarity: ImageSimilarity | None = Field(None, exclude_if=unset)
-    """Of enlarged images to the real ones."""
+    """Similarity of upscaled to real images."""
 
     def metrics(self) -> dict[str, float]:
-        """The metrics under names that say what they are."""
+        """Return the metrics by name."""
         figures = self.scores.metrics()
         for part in (self.reconstruction, self.similarity):
             figures |= part.metrics() if part is not None else {}
@@ -164,14 +166,14 @@ class ModelScores(Config):
 
 
 class CheckpointEvaluation(ModelScores):
-    """The metrics by which one of many checkpoints is chosen."""
+    """Evaluation of a checkpoint, for selection."""
 
     file: str
-    """Where it lies."""
+    """Path of the checkpoint."""
 
     @property
     def selection_metric(self) -> SelectionMetric:
-        """KID of its images; of an autoencoder, which is there to be built upon, how close images come back."""
+        """Return KID of its images, or for an autoencoder the PSNR of its reconstructions."""
         if FAMILIES[self.family].evaluated_by == "reconstructions" and self.reconstruction is not None:
             found = self.reconstruction
             return SelectionMetric("reconstruction_psnr", found.psnr, found.psnr_se, found.images, 1)
@@ -183,22 +185,22 @@ class ModelEvaluation(ModelScores):
     """All metrics of a model."""
 
     memorization: Memorization
-    """Whether its images are copies of training images."""
+    """Test for copies of training images."""
     duplicates: Duplicates
-    """Whether they are copies of one another."""
+    """Test for images generated more than once."""
     drift: AppearanceDrift
-    """Their colours and brightness."""
+    """Drift of colours and brightness."""
     per_class: PerClass | None = Field(None, exclude_if=unset)
-    """The same class by class; None: it has no classes."""
+    """Metrics by class; None for models without classes."""
     held_out_loss: HeldOutLoss
-    """Its loss on held-out images."""
+    """Loss on held-out images."""
     gflop: float
     """Floating-point operations to generate one image, in 10⁹."""
     estimates: dict[str, MetricEstimate] = Field({})
     """Distances and shares by name, such as kid_efflite0, with intervals; empty where there are too few images."""
 
     def metrics(self) -> dict[str, float]:
-        """The metrics under names that say what they are."""
+        """Return the metrics by name."""
         figures = super().metrics()
         for part in (self.memorization, self.duplicates, self.drift, self.held_out_loss, self.per_class):
             figures |= part.metrics() if part is not None else {}
@@ -212,25 +214,25 @@ class Evaluation(Config):
     """Name of the data set."""
     conditions: EvaluationConditions
     eval_key: str
-    """``conditions.key``: compare models only where it is equal."""
+    """``conditions.key``: models are comparable only where it is equal."""
     real_baseline: RealBaseline
     features: str
-    """What the feature network is, for people."""
+    """Description of the feature network for display."""
     best: CheckpointEvaluation
-    """The best of ``checkpoints`` by its merit: the one with the lowest KID, or of autoencoders the highest PSNR."""
+    """The best of ``checkpoints`` by the selection metric: lowest KID, or highest PSNR for autoencoders."""
     checkpoints: list[CheckpointEvaluation]
-    """Those evaluated in full, by images seen."""
+    """Checkpoints evaluated in full, by images seen."""
     preliminary: list[CheckpointEvaluation] = Field([], exclude_if=lambda preliminary: not preliminary)
-    """Those that fell behind before, by images seen, with the scores of the last round that they were in, which rest on
-    fewer images: of these only merits compare. None of them is the best."""
+    """Checkpoints eliminated earlier, by images seen, with the scores of their last round, on fewer images: only their
+    selection metrics are comparable. None of them is the best."""
     estimates: dict[str, MetricEstimate]
-    """Of the best checkpoint."""
+    """Estimates of the best checkpoint's metrics."""
     baselines: dict[str, ResamplingBaseline] | None = Field(None, exclude_if=unset)
-    """For models that enlarge, by name: the same small images enlarged without one."""
+    """Scores of resampling by name, for super-resolution models."""
 
     @classmethod
     def read(cls, path: Path) -> "Evaluation":
-        """The one in the file ``path``; raises UserError if another version of Darkroom wrote it."""
+        """Read the evaluation in the file ``path``; raises UserError if another version of Darkroom wrote it."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
@@ -239,7 +241,7 @@ class Evaluation(Config):
             ) from error
 
     def metrics(self) -> dict[str, float]:
-        """The best checkpoint's metrics and those of the real baseline and of resampling, by name."""
+        """Return the best checkpoint's metrics and those of the real baseline and of resampling, by name."""
         baseline = {f"real_baseline_{name}": value for name, value in self.real_baseline.metrics().items()}
         baselines = {
             f"{name}_{figure}": value

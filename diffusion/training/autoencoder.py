@@ -1,4 +1,4 @@
-"""The pretrained autoencoder of latent diffusion, identified by the digest of its weights."""
+"""The pretrained autoencoder of a latent diffusion model, identified by the digest of its weights."""
 
 import hashlib
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from diffusion.models.config import FamilyConfig, LatentSpace, ModelConfig, VAEC
 from diffusion.models.vae import Latents
 
 MEASURED = 1024
-"""Training images of whose latents the moments are taken: a per mille of error, and seconds."""
+"""Training images used to measure the moments of the latents: error about 0.1 %, a few seconds."""
 BATCH = 32
-"""Of them at a time."""
+"""Images encoded at a time."""
 DIGEST = "sha256:"
-"""Before the digest of a model, where a configuration had its path."""
+"""Prefix of the digest that replaces the path in a resolved configuration."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class LatentAutoencoder:
 
 
 def with_autoencoder_digest(model: FamilyConfig) -> FamilyConfig:
-    """Replace the path of ``model``'s autoencoder by its digest: the same run wherever the file is.
+    """Replace the path of ``model``'s autoencoder by its digest, so that the run does not depend on where the file is.
 
-    Raises UserError if there is none at its path.
+    Raises UserError if the file does not exist.
     """
     if not isinstance(model, ModelConfig) or model.autoencoder is None or model.autoencoder.startswith(DIGEST):
         return model
@@ -46,8 +46,8 @@ def with_autoencoder_digest(model: FamilyConfig) -> FamilyConfig:
 def open_autoencoder(path: str, dataset: Dataset, window: int | None) -> LatentAutoencoder:
     """Load the autoencoder in the file ``path`` and measure its latents' moments on training images of ``dataset``.
 
-    These are the first by key; with a ``window`` of as few shards as possible. Raises UserError if the file is no
-    autoencoder, or one of images with other channels, or its factor does not divide the size of the images.
+    Uses the first images by key; with a ``window``, images from as few shards as possible. Raises UserError if the file
+    is not an autoencoder, has other channels than the images, or its factor does not divide the image size.
     """
     found = _load(path)
     config, (channels, _, size) = found.header.model, dataset.shape
@@ -71,21 +71,21 @@ def open_autoencoder(path: str, dataset: Dataset, window: int | None) -> LatentA
 
 @torch.inference_mode()
 def measure_moments(latents: Latents, images: Tensor) -> None:
-    """Set the moments of ``latents`` to those of ``images``, (N, C, H, W) uint8, each channel's over all positions.
+    """Set the moments of ``latents`` per channel from ``images``, (N, C, H, W) uint8, over all positions.
 
-    In float32 on one thread, whatever trains: it is done once.
+    Computed once, in float32 on one thread, whatever device trains.
     """
     means = [latents.network.encode(to_float(batch)).double() for batch in torch.split(images, BATCH)]
     channels = torch.cat(means).transpose(0, 1).flatten(1)
     spread, centre = torch.std_mean(channels, dim=1, correction=0)
-    # A channel that says nothing stays where it is, instead of being blown up.
+    # A constant channel keeps its scale instead of being amplified.
     spread = torch.where(spread > 1e-4 * spread.max(), spread, 1.0)
     for moment, value in ((latents.mean, centre), (latents.std, spread)):
         moment.copy_(value.float().view(1, -1, 1, 1))
 
 
 def weights_digest(model: Model) -> str:
-    """SHA-256 over configuration, names and weights: the same in a checkpoint, a final file and the registry."""
+    """Compute the SHA-256 over configuration, names and weights, equal in checkpoints, final files and the registry."""
     digest = hashlib.sha256(model.header.model.model_dump_json().encode())
     for name, value in sorted(model.network.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: everything needed to resume in one safetensors file, whole or absent."""
+"""Checkpoints of a run: everything needed to resume, in one safetensors file that is written atomically."""
 
 import logging
 from collections.abc import Container, Iterator
@@ -20,29 +20,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints in a folder, each ``<images>.safetensors`` with its digest in ``….sha256``.
+    """The checkpoints in a folder: ``<images>.safetensors`` files with their digests in ``….sha256``.
 
-    The digest is written last: a checkpoint without one was never finished and does not count.
+    The digest is written last: a checkpoint without one is incomplete and is ignored.
     """
 
     folder: Path
 
     def save(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-        """Write a state's ``tensors`` under the number of its images, which ``header`` has under ``counts``."""
+        """Write ``tensors`` under the number of images in ``header["counts"]``."""
         path = self.folder / f"{header[COUNTS]['images']:010d}.safetensors"
         digest = save_tensors(path, tensors, header)
         write_bytes(_digest_of(path), f"{digest}\n".encode())
 
     def paths(self) -> list[Path]:
-        """The finished checkpoints, oldest first."""
+        """Return the complete checkpoints, oldest first."""
         return sorted(path for path in self.folder.glob("*.safetensors") if _digest_of(path).is_file())
 
     def trained(self) -> list[Path]:
-        """The checkpoints that are worth evaluating, oldest first: all but the one from before the first step."""
+        """Return the checkpoints to evaluate, oldest first: all except the one from before the first step."""
         return [path for path in self.paths() if int(path.stem) > 0]
 
     def newest_whole(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Checkpoints whose digest is right with their headers, newest first; damaged ones are named."""
+        """Yield the checkpoints with a valid digest and their headers, newest first; damaged ones are logged."""
         for path in reversed(self.paths()):
             if sha256_file(path) == _digest_of(path).read_text().strip():
                 yield path, read_header(path)
@@ -50,26 +50,26 @@ class Checkpoints:
                 logger.warning("checkpoint %s is damaged: going on from the one before it", path)
 
     def newest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and header of the newest whole checkpoint, or None if there is none."""
+        """Return tensors and header of the newest valid checkpoint, or None if there is none."""
         return next(((load_file(path), header) for path, header in self.newest_whole()), None)
 
     def prune(self, keep: int, spared: Container[int] = ()) -> None:
-        """Remove all but the ``keep`` newest and those after ``spared`` images: digest first, so none is half there."""
+        """Remove all but the ``keep`` newest and those after ``spared`` images; each digest goes first."""
         finished = self.paths()
         kept = {path for path in finished if int(path.stem) in spared} | set(finished[-keep:])
-        # Also what is left of one whose removal a kill or a power cut ended half way.
+        # Includes leftovers of a removal that was interrupted.
         there = {path.with_name(path.name.removesuffix(".sha256")) for path in self.folder.glob("[0-9]*.safetensors*")}
         for path in there - kept:
             _digest_of(path).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
-        # A power cut would bring it back, and nobody removes anything after the last checkpoint.
+        # Without a sync a power cut would restore the file, and nothing prunes after the last checkpoint.
         sync_folder(self.folder)
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread beside training, one at a time; leaving the context waits for the last.
+    """Asynchronous checkpoint writer with one thread; leaving the context waits for the last write.
 
-    Training stops only for as long as it takes to copy the tensors in memory.
+    Training stops only while the tensors are copied in memory.
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
@@ -78,7 +78,7 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
 
     def save(self, tensors: dict[str, Tensor], header: dict[str, Any], keep: int, spared: Container[int] = ()) -> None:
-        """Begin to write a checkpoint and then to prune; raises the error of the one before."""
+        """Start writing a checkpoint, then pruning; raises the error of the previous write."""
         self.wait()
         copies = {name: value.clone() for name, value in tensors.items()}
         self._pending = self._pool.submit(self._write, copies, header, keep, spared)

@@ -1,4 +1,4 @@
-"""The section ``training``. Every schedule counts images seen, so batch size and resumption change none."""
+"""The section ``training``. Every schedule counts images seen, so it is independent of batch size and resumption."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -10,80 +10,83 @@ from diffusion.process.objective_config import ObjectiveConfig
 
 
 class TrainingConfig(ObjectiveConfig):
-    """How long, how fast, on what, and what is kept."""
+    """Data set, duration, optimizer, precision and checkpoints of a training run."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     dataset: str = "digits"
     """Name of the data set, a folder in data/."""
     output: Path | None = None
-    """The run's folder: checkpoints, history.csv, sample grids, at the end final.safetensors; null: runs/DATASET."""
+    """Output folder of the run: checkpoints, history.csv, sample grids and finally final.safetensors; null:
+    runs/DATASET."""
     init_from: str | None = Field(None, exclude_if=unset)
-    """Initial weights: null, random; or those of a model of the same kind, the path of its final.safetensors, a
-    registered one (models:/NAME@ALIAS, models:/NAME/NUMBER), or champion, the registered model's champion, as it is
-    when data and configuration are first trained on; while there is none, at random."""
+    """Initial weights. Null: random. Otherwise a model of the same family: the path of its final.safetensors, a
+    registered version (models:/NAME@ALIAS, models:/NAME/NUMBER), or champion. The champion is resolved when data and
+    configuration are first trained on; while there is none, weights are random."""
     images: int | None = Field(None, ge=1)
-    """How many images to see in all; or give minutes."""
+    """Total number of images to see; alternative to minutes."""
     minutes: float | None = Field(None, gt=0)
-    """How long to train: measured once at the start, turned into images, and never measured again. Ten, if neither is
+    """Training time in minutes: speed is measured once at the start and converted to images. Default 10 if neither is
     given."""
     cpu_threads: int = Field(2, ge=1)
-    """Threads that each compute a part of a batch on a core of their own: as many as there are cores to spare.
-    Decides the last bits of the weights, while the number of cores does not."""
+    """CPU threads that each compute a part of a batch, ideally one per free core. The number of threads decides the
+    last bits of the weights, the number of cores does not."""
     learning_rate: float = Field(4e-3, gt=0)
     """Peak learning rate of AdamW."""
     warmup_images: int = Field(4_000, ge=0)
-    """Images over which the learning rate rises from zero; it then falls to zero by a cosine."""
+    """Images over which the learning rate rises from zero; it then decays to zero by a cosine."""
     weight_decay: float = Field(0.01, ge=0)
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay of AdamW."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients of a larger norm are clipped to it."""
+    """Norm to which larger gradients are clipped."""
     max_nonfinite_steps: int = Field(20, ge=1)
-    """Steps in a row without a finite loss and gradient, each of them left out, after which training gives up."""
+    """Consecutive steps with a non-finite loss or gradient, each skipped, after which training fails."""
     ema_decay: float | None = Field(None, ge=0, lt=1)
-    """Largest decay of the averaged weights, reached after a warm-up; null: 0.999."""
+    """Maximum EMA decay, reached after a warm-up; null: 0.999."""
     ema_stds: tuple[PositiveFloat, PositiveFloat] | None = None
     """Null: one exponential average. Two numbers, such as [0.05, 0.1]: two power-function averages with these relative
-    standard deviations, which forget in proportion to how long training has gone on (arXiv 2312.02696). The first is
-    the model; from snapshots of both, evaluation.ema_stds makes averages of other standard deviations after the end."""
+    standard deviations, whose memory grows in proportion to training time (arXiv 2312.02696). The first is the model;
+    evaluation.ema_stds reconstructs other standard deviations after training from snapshots of both."""
     condition_dropout: float = Field(0.1, ge=0, lt=1)
-    """Conditioning dropout: share of the images for which class and caption are both dropped, so that the network can
-    be used without; with class and caption both, one of them is dropped for as many again (arXiv 2211.09800)."""
+    """Conditioning dropout: share of the images for which class and caption are both dropped, for unconditional
+    generation. With both class and caption, one of the two is dropped for an equal share again (arXiv 2211.09800)."""
     flip: bool = False
-    """Mirror every second image, chosen by seed. Wrong for digits and letters, right for most photographs."""
+    """Mirror half of the images horizontally, chosen by seed. Wrong for digits and letters, right for most
+    photographs."""
     gradient_checkpointing: bool = False
-    """Whether inner values are computed again in the backward pass instead of kept: a third more work, and a fraction
-    of the memory. Changes no weights."""
+    """Whether activations are recomputed in the backward pass instead of stored: a third more compute for a fraction of
+    the memory. Does not change the weights."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Number format of matrix products; auto: bf16 where the device has it. On a GPU fp32 is TF32."""
+    """Number format of matrix products; auto: bf16 where the device supports it. On a GPU fp32 is TF32."""
     device: DeviceName = "auto"
-    """What computes: cpu, cuda, or auto, a GPU where there is one. Decides the last bits of the weights."""
+    """Device: cpu, cuda, or auto, a GPU if there is one. Decides the last bits of the weights."""
     compile: bool | None = None
-    """Whether the network is compiled before the first step; null: on a GPU. On processors it was measured slower."""
+    """Whether the network is compiled before the first step; null: on a GPU only. On CPUs compiling was measured
+    slower."""
     shard: bool = False
-    """Whether each of several processes keeps only a share of weights, moments and averages (FSDP2), for networks that
-    do not fit into one."""
+    """Whether weights, optimizer moments and averages are sharded over the processes (FSDP2), for networks that do not
+    fit into one."""
     checkpoints: int = Field(6, ge=1)
-    """How many checkpoints a run writes, evenly spaced; each comes with held-out losses and a sample grid."""
+    """Number of checkpoints per run, evenly spaced; each comes with held-out losses and a sample grid."""
     keep: int = Field(3, ge=1)
-    """How many of them stay on disk, the newest; evaluation judges each that is there."""
+    """Number of newest checkpoints kept on disk; evaluation evaluates each of them."""
     keep_best: int = Field(0, ge=0)
-    """How many more stay: those whose averaged weights had the lowest loss on held-out images."""
+    """Number of further checkpoints kept: those whose averaged weights had the lowest loss on held-out images."""
     keep_every: int | None = Field(None, ge=1)
-    """Every so many checkpoints one stays for good; null: none."""
+    """Interval, in checkpoints, at which one is kept permanently; null: none."""
     workers: int = Field(2, ge=1)
-    """Threads that make batches ready while the network computes."""
+    """Threads that prepare batches while the network computes."""
     prefetch: int = Field(4, ge=1)
-    """How many batches they make ready ahead of the step."""
+    """Number of batches prepared ahead of the step."""
     cache_bytes: int = Field(2 * 2**30, ge=0)
-    """Decoded images stay in memory if those of the whole set take at most this many bytes."""
+    """Size limit, in bytes, up to which the decoded images of the whole data set stay in memory."""
     stream_bytes: int | None = Field(None, ge=1)
-    """Null: the shards lie in data/DATASET. A number: they are fetched from the data set's remote as they are needed,
-    into a cache on disk of at most this many bytes. Changes no weights."""
+    """Null: shards are read from data/DATASET. A number: shards are fetched from the data set's remote on demand into a
+    disk cache of at most this many bytes. Does not change the weights."""
     window: int | None = Field(None, ge=1)
-    """Null: images are mixed among all shards. A number: among as many shards as this at a time, in a fresh order of
-    the shards each epoch, so that few shards are in use at once: for sets larger than memory, or with stream_bytes
-    larger than the cache, which must hold two such windows. Changes the weights."""
+    """Null: images are shuffled among all shards. A number: images are shuffled within windows of this many shards, in
+    a new shard order each epoch, so that few shards are in use at a time. For data sets larger than memory, or with
+    stream_bytes larger than the cache, which must hold two such windows. Changes the weights."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Training in several processes that torchrun starts: collectives, and networks sharded by FSDP2."""
+"""Distributed training under torchrun: collectives, and networks sharded by FSDP2."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -24,21 +24,21 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process' rank among the ``count`` that share each batch."""
+    """The rank of this process among the ``count`` that share each batch."""
 
     rank: int = 0
     count: int = 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that writes files and logs."""
+        """Whether this is the main process, which writes files and logs."""
         return self.rank == 0
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over all processes, the same bits in all of them."""
+        """Replace each tensor by its sum over all processes, bit-identical in all of them."""
         if self.count == 1:
             return
-        # All at once: many small messages would wait for each other.
+        # One message: many small ones would wait for each other.
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
         for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
@@ -54,7 +54,7 @@ class Ranks:
         return received
 
     def broadcast_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the main process' ``tensors`` in all processes; what others pass is ignored."""
+        """Return the main process' ``tensors`` in all processes; those of other processes are ignored."""
         if self.count == 1:
             return tensors
         kinds = self.broadcast({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
@@ -67,24 +67,24 @@ class Ranks:
         return mine
 
     def barrier(self) -> None:
-        """Wait until all processes have come this far."""
+        """Wait until all processes have reached this call."""
         if self.count > 1:
             dist.barrier()
 
 
 SINGLE_PROCESS = Ranks()
 TIMEOUT = timedelta(days=7)
-"""How long the others wait while one evaluates; the end of a process is seen at once, whatever this is."""
+"""Timeout of collectives while one process evaluates; the exit of a process is noticed at once."""
 
 
 @contextmanager
 def process_group() -> Iterator[Ranks]:
-    """Join the processes that torchrun started; inside, they can compute together."""
+    """Join the process group that torchrun started and yield this process' rank."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield SINGLE_PROCESS
         return
-    # What processes of before a restart left in torchrun's store would be taken for the addresses of the new ones.
+    # A new key prefix per restart: addresses left in torchrun's store by earlier processes must not be used.
     store, rank, _ = next(rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -100,29 +100,29 @@ def process_group() -> Iterator[Ranks]:
 
 
 def shard_module(network: nn.Module, device: torch.device) -> None:
-    """Keep this process' share of the weights on ``device``; those of a block are gathered while it computes.
+    """Shard the weights of ``network`` to ``device``; the weights of a block are gathered while it computes.
 
-    Gradients are summed over the processes, and not averaged as they would be by default.
+    Gradients are summed over the processes instead of averaged, FSDP2's default.
     """
     assert dist.group.WORLD is not None
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
-    # It refuses weights that lie channels last.
+    # FSDP2 does not support channels-last weights.
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for module in [*(module for module in network.modules() if isinstance(module, ResidualBlock)), network]:
         fully_shard(module, mesh=mesh)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
-        # Gloo knows no sum with a factor in it.
+        # Gloo does not support sums with a factor.
         module.set_force_sum_reduction_for_comms(True)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Gather all of ``tensor``, of which this process may have a share; all processes must call this together."""
+    """Gather the full ``tensor``, which may be sharded; all processes must call this together."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Take this process' share of ``tensor`` if it is to stand where ``like`` does."""
+    """Shard ``tensor`` as ``like`` is sharded."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -26,34 +26,34 @@ from diffusion.training.training_monitor import TrainingMonitor
 from diffusion.training.validation import Validation
 
 METRICS = ("loss", "gradient_norm", "learning_rate", "images_per_second", "data_wait", "skipped")
-"""Columns of history.csv; ``data_wait`` is the share of the time in which training waited for images, ``skipped``
-counts all steps left out so far, as their loss or gradient was not finite."""
+"""Columns of history.csv; ``data_wait`` is the share of time spent waiting for images, ``skipped`` the total number of
+steps skipped because of a non-finite loss or gradient."""
 LOSSES = ("train_loss", "train_loss_ema", "held_out_loss", "held_out_loss_ema")
 """Columns of losses.csv."""
 SPOOL = "spool"
-"""The folder of a run for what a tracker keeps; it goes with the run."""
+"""Subfolder of a run in which a tracker keeps its files; deleted with the run."""
 ANEW = "anew"
-"""A file in it that says that the run before was discarded, until a tracker has heard of it."""
+"""Marker file in it: the previous run was discarded, and a tracker has not processed this yet."""
 
 
 class Tracker(Protocol):
-    """Receives metrics and images while training runs; positions are counted in images seen."""
+    """Tracker of metrics and images during training; positions are counted in images seen."""
 
     def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
-        """Log ``metrics`` as they were after ``images``."""
+        """Log ``metrics`` after ``images``."""
 
     def log_image(self, name: str, image: Image.Image, images: int) -> None:
-        """Log ``image`` under ``name`` as it was after ``images``."""
+        """Log ``image`` under ``name`` after ``images``."""
 
     def sync(self) -> None:
-        """Make what was logged so far durable: a checkpoint follows, and what came before it never comes again."""
+        """Make everything logged so far durable, as a checkpoint follows and earlier steps are not repeated."""
 
 
 class NoTracker:
-    """Logs nothing: the run's folder holds what training itself writes."""
+    """Tracker that logs nothing: the run's folder holds the files that training itself writes."""
 
     def __init__(self, anew: bool = True) -> None:
-        """Ignore whether a run begins ``anew``."""
+        """Ignore whether the run starts from scratch."""
 
     def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
         """Drop ``metrics``."""
@@ -67,20 +67,20 @@ class NoTracker:
 
 @dataclass(frozen=True)
 class MetricsFile:
-    """A CSV file whose first column, ``images``, only grows."""
+    """CSV file of metrics whose first column, ``images``, is increasing."""
 
     path: Path
     columns: tuple[str, ...]
 
     def rewind(self, images: int) -> None:
-        """Drop the rows beyond ``images``, and a last line that a kill cut short.
+        """Drop the rows beyond ``images`` and an incomplete last line.
 
-        Columns that an earlier version did not write become ``nan``.
+        Columns missing from a file of an earlier version become ``nan``.
         """
         columns = ("images", *self.columns)
         kept = [",".join(columns)]
         if self.path.is_file():
-            # A power cut may leave zeros behind what was synced.
+            # A power cut may leave zeros after the synced data.
             complete = csv.DictReader(self.path.read_text().split("\0")[0].split("\n")[:-1], restval="nan")
             kept += [
                 ",".join(row.get(name, "nan") for name in columns) for row in complete if int(row["images"]) <= images
@@ -88,12 +88,12 @@ class MetricsFile:
         write_bytes(self.path, ("\n".join(kept) + "\n").encode())
 
     def append(self, images: int, metrics: Mapping[str, float]) -> None:
-        """Add a row."""
+        """Append a row."""
         with self.path.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow([images, *(metrics[name] for name in self.columns)])
 
     def sync(self) -> None:
-        """Make all rows so far durable."""
+        """Make all rows written so far durable."""
         sync_file(self.path)
 
 
@@ -105,7 +105,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 @dataclass
 class TrainingLog:
-    """Logs a run in the folder ``output``, with ``tracker`` and on the screen, and begins its checkpoints.
+    """Log of a run in the folder ``output``, with ``tracker`` and on the screen; also starts its checkpoints.
 
     Only the main process has one.
     """
@@ -117,13 +117,13 @@ class TrainingLog:
     tracker: Tracker
     progress: Progress
     images: int
-    """Images seen when the log is opened: what a kill left beyond is dropped, as it comes again."""
+    """Images seen when the log is opened: later rows, left by a killed process, are dropped and written again."""
     total: int
-    """Images to see in all."""
+    """Total number of images to see."""
     monitor: TrainingMonitor = field(default_factory=TrainingMonitor)
 
     def __post_init__(self) -> None:
-        """Rewind the files, and show the monitor what it had seen before a kill."""
+        """Rewind the files, and restore the training monitor from the remaining history."""
         for file in (self.history, self.losses):
             file.rewind(self.images)
         self.monitor.losses.extend(row["loss"] for row in read_metrics(self.history.path) if math.isfinite(row["loss"]))
@@ -133,25 +133,25 @@ class TrainingLog:
 
     @cached_property
     def history(self) -> MetricsFile:
-        """Metrics of the steps."""
+        """Return the CSV file of metrics of the steps."""
         return MetricsFile(self.output / "history.csv", METRICS)
 
     @cached_property
     def losses(self) -> MetricsFile:
-        """Losses on the validation images."""
+        """Return the CSV file of losses on the validation images."""
         return MetricsFile(self.output / "losses.csv", LOSSES)
 
     def log_metrics(self, metrics: dict[str, float], images: int) -> None:
-        """Log ``METRICS`` of the steps since the last time."""
+        """Log ``METRICS`` of the steps since the last call."""
         self.monitor.check_loss(metrics["loss"], images)
         self.history.append(images, metrics)
         self.tracker.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, images)
         self.progress("images trained on", images, self.total, f"loss {metrics['loss']:.4f}")
 
     def checkpoint(self, tensors: dict[str, Tensor], counts: dict[str, int], save_every: int) -> None:
-        """Validate the averaged weights among a state's ``tensors``, log the results and begin a checkpoint.
+        """Validate the averaged weights in ``tensors``, log the results and start a checkpoint.
 
-        The checkpoint comes last, so that a kill repeats the rest.
+        The checkpoint comes last, so that a killed process repeats the rest.
         """
         setup, images = self.validation.setup, counts["images"]
         averaged = setup.model_from(tensors, images)
@@ -179,7 +179,7 @@ class TrainingLog:
         self.writer.save(tensors, header, setup.config.keep, self._spared(save_every))
 
     def _spared(self, save_every: int) -> set[int]:
-        """After how many images the checkpoints were taken that stay, though newer ones come."""
+        """Return the image counts of checkpoints that pruning must keep."""
         config = self.validation.setup.config
         rows = read_metrics(self.losses.path)
         finite = [row for row in rows if math.isfinite(row["held_out_loss_ema"])]

@@ -1,4 +1,4 @@
-"""Post-hoc EMA: other averages of the weights, made after training from snapshots (arXiv 2312.02696, section 3.2)."""
+"""Post-hoc EMA: averages of the weights computed after training from snapshots (arXiv 2312.02696, section 3.2)."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,17 +15,17 @@ from diffusion.training.checkpointing import Checkpoints
 from diffusion.training.ema import WeightAverage, mixture
 
 SNAPSHOTS = "averages"
-"""The folder of a run with the snapshots."""
+"""Subfolder of a run that holds the snapshots."""
 STDS = "stds"
 
 
 def average_prefix(number: int) -> str:
-    """Return the prefix of average ``number`` in the names of a file's tensors; the first is the model."""
+    """Return the prefix of the tensor names of average ``number``; number 0 is the model."""
     return AVERAGED if number == 0 else f"ema{number}."
 
 
 def averaged_tensors(averages: Sequence[WeightAverage]) -> dict[str, Tensor]:
-    """Name the tensors of all ``averages``."""
+    """Return the tensors of all ``averages`` under their prefixed names."""
     return {
         average_prefix(number) + name: value
         for number, average in enumerate(averages)
@@ -45,7 +45,7 @@ def save_snapshot(folder: Path, tensors: dict[str, Tensor], stds: Sequence[float
 def models_to_evaluate(output: Path, report: Path, ema_stds: Iterable[float] = ()) -> list[Path]:
     """List the checkpoints in the run's folder ``output``, oldest first, and its averages of ``ema_stds``.
 
-    Those are written to the folder ``report``: a run that is done stays as it is.
+    The averages are written to the folder ``report``, so that a finished run does not change.
     """
     averages = [reconstruct_average(output / SNAPSHOTS, std, report / SNAPSHOTS) for std in ema_stds]
     return Checkpoints(output / "checkpoints").trained() + averages
@@ -54,7 +54,7 @@ def models_to_evaluate(output: Path, report: Path, ema_stds: Iterable[float] = (
 def reconstruct_average(folder: Path, std: float, into: Path) -> Path:
     """Write the average of relative ``std`` at the last snapshot in ``folder`` as a model file in ``into``.
 
-    Raises UserError if there are none, or one is damaged.
+    Raises UserError if there are no snapshots, or one is damaged.
     """
     paths = sorted(path for path in folder.glob("[0-9]*.safetensors") if path.with_suffix(".sha256").is_file())
     if not paths:

@@ -1,4 +1,4 @@
-"""Preflight: how large, how long and how costly a training run will be, measured before it begins."""
+"""Preflight: size, duration and cost of a training run, measured before it begins."""
 
 import math
 import shutil
@@ -27,45 +27,45 @@ from diffusion.training.trainer import Trainer, scheduled_learning_rate
 from diffusion.training.validation import Validation
 
 PREFLIGHT = "preflight.json"
-"""The preflight of a run, in its folder."""
+"""File name of the preflight in a run's folder."""
 MEASURED_SECONDS = 4.0
 FLOAT = 4
-"""Bytes of a weight, a gradient or a moment."""
+"""Bytes of a weight, a gradient or an optimizer moment."""
 
 
 class Preflight(Config):
-    """A run as it is about to begin."""
+    """Measured size, duration and cost of a training run."""
 
     dataset: str
     content_digest: str
     train: int
-    """Images to train on."""
+    """Number of training images."""
     held_out: int
-    """Images that training never sees."""
+    """Number of held-out images."""
     shape: tuple[int, int, int]
-    """(C, H, W) of each."""
+    """Shape (C, H, W) of an image."""
     classes: int
-    """Classes that the network is conditioned on."""
+    """Number of classes that the network is conditioned on."""
     captions: int
-    """Different captions that it is conditioned on."""
+    """Number of distinct captions that it is conditioned on."""
     low_resolution: int | None = Field(None, exclude_if=unset)
-    """Height and width of the small images that it upscales; None: none."""
+    """Height and width, in pixels, of the inputs of a super-resolution model; None for other models."""
     parameters: int
     flops: int
-    """Floating-point operations of a training step for each image, forward and backward."""
+    """Floating-point operations per image of a training step, forward and backward."""
     state_bytes: int
-    """Memory for weights, gradients, moments and averages, without the activations of a batch."""
+    """Bytes of memory for weights, gradients, moments and averages, without the activations of a batch."""
     disk_bytes: int
-    """What the checkpoints that are kept at the same time take."""
+    """Bytes of disk for the checkpoints that exist at the same time."""
     images: int
     """Images to see in all."""
     images_per_second: float | None
-    """As measured; None: training.images is given, and nothing was measured."""
+    """Measured training speed; None if training.images is given and nothing was measured."""
     seconds: float | None
-    """How long it will take here, with what happens at each checkpoint, and captions that must be read first."""
+    """Expected duration on this machine, checkpoints and the embedding of captions included."""
 
     def lines(self) -> list[tuple[str, str]]:
-        """Format the preflight for people, by name."""
+        """Format the preflight for display as pairs of name and value."""
         channels, height, width = self.shape
         conditioning = f", {self.classes} classes" if self.classes else ""
         conditioning += f", {self.captions:,} captions" if self.captions else ""
@@ -89,20 +89,20 @@ class Preflight(Config):
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds that things take here."""
+    """Measured durations on this machine, in seconds."""
 
     image: float
-    """To train on one image."""
+    """Training on one image."""
     checkpoint: float
-    """To validate at a checkpoint."""
+    """Validation at a checkpoint."""
 
 
 def count_flops(
     config: FamilyConfig, shape: tuple[int, int, int], classes: int, latents: LatentSpace | None = None
 ) -> int:
-    """Floating-point operations of forward and backward pass of one image, as torch counts them.
+    """Count the floating-point operations of forward and backward pass of one image with torch's counter.
 
-    With ``latents``, of those that bring it there as well.
+    With ``latents``, those of the encoder are included.
     """
     family = family_of(config)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -114,10 +114,10 @@ def count_flops(
 
 
 def state_size(parameters: int, averages: int, threads: int, others: int = 0) -> tuple[int, int]:
-    """Bytes of memory that a run takes but for a batch, and bytes of its checkpoint: weights, two moments, averages.
+    """Compute the bytes of memory of a run without a batch, and of its checkpoint: weights, two moments, averages.
 
-    In memory there are gradients besides, of each thread and of all, and while a checkpoint is written a copy of it.
-    ``others``: parameters of what is trained beside the network, and of which no average is taken.
+    Memory also holds gradients, per thread and in total, and a copy of the checkpoint while it is written. ``others``:
+    trained parameters outside the network, which have no average.
     """
     checkpoint = parameters * (3 + averages) + others * 3
     return FLOAT * (2 * checkpoint + (parameters + others) * (1 + threads)), FLOAT * checkpoint
@@ -128,8 +128,8 @@ def _count(network: nn.Module) -> int:
 
 
 def kept_at_once(config: TrainingConfig) -> int:
-    """How many files as large as a checkpoint a run has on disk at most: one is written before another goes."""
-    # A snapshot has two averages, a checkpoint these and three more of the kind.
+    """Return the most checkpoint-sized files on disk at a time: one is written before another is removed."""
+    # A snapshot holds two averages; a checkpoint holds these, the weights and two moments.
     snapshots = math.ceil(config.checkpoints * 2 / 5) if config.ema_stds is not None else 0
     spared = config.keep_best + (config.checkpoints // config.keep_every if config.keep_every else 0)
     return min(config.keep + spared, config.checkpoints) + 2 + snapshots
@@ -138,7 +138,7 @@ def kept_at_once(config: TrainingConfig) -> int:
 def make_preflight(trainer: Trainer, pace: Pace | None, reading: float = 0) -> Preflight:
     """Compute the preflight of a run at this ``pace``, which must be measured if ``training.minutes`` is given.
 
-    ``reading`` is how many seconds the embedding of captions takes first.
+    ``reading``: seconds that the embedding of captions takes first.
     """
     setup, config, state = trainer.setup, trainer.config, trainer.state
     dataset, images = setup.dataset, images_in(config, pace)
@@ -166,7 +166,7 @@ def make_preflight(trainer: Trainer, pace: Pace | None, reading: float = 0) -> P
 
 
 def measure_pace(setup: TrainingSetup, threads: Executor, sampling: SamplingConfig) -> Pace:
-    """Measure the pace of a run here, by steps and one checkpoint's work of a trainer that is thrown away."""
+    """Measure the pace of a run here: some steps and the validation of one checkpoint of a throw-away trainer."""
     trainer, ranks = Trainer(setup, threads), setup.ranks
     trainer.total = 2**40
     rate = scheduled_learning_rate(setup.config, 0, trainer.total)
@@ -189,7 +189,7 @@ def measure_pace(setup: TrainingSetup, threads: Executor, sampling: SamplingConf
 
 
 def images_in(config: TrainingConfig, pace: Pace | None) -> int:
-    """How many images ``config`` asks for: a number, or as many as fit into its minutes at this ``pace``."""
+    """Return the number of images to train on: as configured, or as many as fit into ``minutes`` at this ``pace``."""
     if config.images is not None:
         return config.images
     assert pace is not None
@@ -208,8 +208,8 @@ def require_disk(output: Path, needed: int) -> None:
     make_folder(output)
     free = shutil.disk_usage(output).free
     if free < needed:
-        asked, there = (naturalsize(size, binary=True) for size in (needed, free))
+        required, available = (naturalsize(size, binary=True) for size in (needed, free))
         raise UserError(
-            f"the checkpoints in {output} take {asked} and its disk has {there} free: free some, lower training.keep, "
-            "or set training.output to a folder on another disk"
+            f"the checkpoints in {output} take {required} and its disk has {available} free: free some, "
+            "lower training.keep, or set training.output to a folder on another disk"
         )

@@ -1,4 +1,4 @@
-"""The setup of a training run: what is made of data set and configuration, and does not change in training."""
+"""The setup of a training run: everything derived from data set and configuration that is constant during training."""
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -40,51 +40,51 @@ from diffusion.training.distributed import Ranks
 from diffusion.training.warm_start import WarmStart, open_warm_start, with_start_digest
 
 FORMAT_VERSION = 2
-"""Of checkpoints. In the first, a GAN's discriminator and all optimizers had other names."""
+"""Format version of checkpoints. In version 1 a GAN's discriminator and all optimizers had other names."""
 FINGERPRINT = "fingerprint"
 SAMPLE_GRID = 36
-"""Images in a sample grid."""
+"""Number of images in a sample grid."""
 LEAST_DEVIATION = 1e-4
-"""Standard deviation of values in [−1, 1], far below a level of 8 bits, below which nothing is left to learn."""
+"""Smallest standard deviation, of values in [−1, 1], of data worth learning; far below one level of 8 bits."""
 IMAGES_FOR_DEVIATION = 1024
-"""Images, at most, of which the standard deviation beyond small versions is computed."""
+"""Maximum number of images used to measure the standard deviation of the residual of super-resolution."""
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What a training run is made of, apart from its state."""
+    """Everything a training run consists of, apart from its state."""
 
     dataset: Dataset
     model: FamilyConfig
-    """With the digest of its autoencoder, if it has one, in place of the path."""
+    """Model configuration with the path of an autoencoder replaced by its digest."""
     config: TrainingConfig
-    """With the digest of its initial weights, if it has some, in place of the path."""
+    """Training configuration with the path of initial weights replaced by their digest."""
     ranks: Ranks
     captions: Captions | None
-    """Embeddings of the captions that the network is conditioned on; None: on none."""
+    """Embeddings of the captions that the network is conditioned on, if any."""
     autoencoder: LatentAutoencoder | None
-    """Of latent diffusion; None: the network works on pixels."""
+    """Autoencoder of latent diffusion; None: the network works on pixels."""
     warm_start: WarmStart | None
     """Initial weights; None: random."""
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Return the device of the network."""
         return resolve_device(self.config.device)
 
     @cached_property
     def compiled(self) -> bool:
-        """Whether the network is compiled."""
+        """Return whether the network is compiled."""
         return self.config.compile if self.config.compile is not None else self.device.type == "cuda"
 
     @cached_property
     def classes(self) -> list[str]:
-        """Classes that the network is conditioned on; empty: on none."""
+        """Return the classes that the network is conditioned on, possibly none."""
         return classes_of(self.model, self.dataset.manifest.class_histogram)
 
     @cached_property
     def data(self) -> TrainingData:
-        """What the family learns of the data; UserError if there is nothing to learn from them."""
+        """Return the properties of the data that the family needs; raises UserError for constant data."""
         network_shape = self.autoencoder.space.shape if self.autoencoder else self.dataset.shape
         latents = self.autoencoder.latents if self.autoencoder else None
         return TrainingData(self.dataset.shape, network_shape, self._sigma_data(), latents, len(self.classes))
@@ -94,7 +94,7 @@ class TrainingSetup:
             return 1.0
         name, task = self.dataset.manifest.name, task_of(self.model)
         if isinstance(task, SuperResolution):
-            # Rows are in the order of their keys, and so the first are any.
+            # Rows are sorted by content hash, so the first ones are a random sample.
             sigma_data = task.sigma_data(self.dataset.images(self.dataset.rows("train")[:IMAGES_FOR_DEVIATION]))
             why = f"show all that they have at {task.low_resolution}×{task.low_resolution}"
         else:
@@ -112,7 +112,7 @@ class TrainingSetup:
         return network
 
     def frozen_tensors(self) -> dict[str, Tensor]:
-        """Move the autoencoder, if there is one, to the device and name its tensors as a checkpoint does."""
+        """Move the autoencoder, if any, to the device and return its tensors under their checkpoint names."""
         if self.autoencoder is None:
             return {}
         tensors = self.autoencoder.latents.to(self.device).state_dict()
@@ -159,14 +159,14 @@ class TrainingSetup:
         return drop_conditioning(conditioning, u, self.config.condition_dropout, len(self.classes))
 
     def sample_grid_conditions(self) -> Conditions:
-        """What the images of a sample grid are to show: captions of held-out images, where there are captions."""
+        """Return the conditions of a sample grid: captions of held-out images if the model uses captions."""
         if self.captions is None:
             return UNCONDITIONAL
         rows = np.concatenate([self.dataset.rows("held_out"), self.dataset.rows("train")])
         return conditions_of(self.dataset, rows[self.captions.numbers[rows] >= 0][:SAMPLE_GRID], self.classes)
 
     def model_from(self, tensors: dict[str, Tensor], images: int) -> Model:
-        """Build the model of the averaged weights among the ``tensors`` of a state after ``images``."""
+        """Build the model from the averaged weights in ``tensors``, a state after ``images``."""
         network = self.network_from(tensors, AVERAGED)
         latents = self.autoencoder.latents if self.autoencoder else None
         model: Model = family_of(self.model).make_model(self.model_header(images), network, latents)
@@ -209,18 +209,18 @@ class TrainingSetup:
         return header if self.config.window is None else header | {"layout_digest": self.dataset.manifest.layout_digest}
 
     def checkpoint_header(self, counts: dict[str, int], total: int) -> dict[str, Any]:
-        """Build the header of a checkpoint, which has the counts of the state and says where it was computed."""
+        """Build the header of a checkpoint: the counts of the state and the fingerprint of the machine."""
         fingerprint = self.fingerprint.model_dump(mode="json")
         return self.header(counts["images"], total) | {COUNTS: counts, FINGERPRINT: fingerprint}
 
     @cached_property
     def train_key(self) -> str:
-        """Digest of all that decides the weights but the fingerprint."""
+        """Return the digest of everything that determines the weights, except the fingerprint."""
         return train_key(data_digest(self.dataset.manifest, self.config), self.model, self.config)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """What the last bits of the weights depend on besides configuration, data and seed."""
+        """Return the fingerprint, on which the last bits of the weights depend."""
         return Fingerprint(
             batch=self.config.batch_size,
             precision=resolve_precision(self.config.precision, self.device),
@@ -239,13 +239,18 @@ def make_setup(
     ranks: Ranks,
     embed: Callable[[Dataset, list[str]], Tensor],
 ) -> TrainingSetup:
-    """Check that data set and configuration fit each other, and load what they name.
+    """Check that data set and configuration match, and load captions, autoencoder and initial weights.
 
     Args:
+        dataset: The training data.
+        model: Configuration of the network.
+        config: Configuration of the training.
+        sampling: How sample grids are generated.
+        ranks: The processes that train together.
         embed: Computes the embeddings of the captions of a data set, (captions, 384).
 
     Raises:
-        UserError: An option has no effect or contradicts another, or what is named is missing or does not fit.
+        UserError: An option has no effect or contradicts another, or a named file is missing or does not match.
     """
     captions = None
     if model.text:
@@ -255,7 +260,7 @@ def make_setup(
                 f"data set {dataset.folder} has no captions, and model.text conditions the network on them: ingest it "
                 "with a column text beside file_name (metadata.csv), or leave model.text out"
             )
-        # One process embeds them for all.
+        # The main process embeds them for all.
         embeddings = ranks.broadcast_tensors({"embeddings": embed(dataset, texts)} if ranks.is_main else {})
         captions = Captions(embeddings["embeddings"], numbers)
     check_sampling_options(model, sampling)
@@ -307,10 +312,11 @@ def _require_room(manifest: Manifest, stream_bytes: int, window: int | None) -> 
 
 
 def drop_conditioning(conditioning: Conditioning, u: Tensor, share: float, no_class: int) -> Conditioning:
-    """Drop conditioning where the random numbers ``u`` (N,), in [0, 1), say so.
+    """Drop conditioning at random.
 
-    Below ``share`` that is everything (arXiv 2207.12598). With class and caption both, it is one of them in as many
-    images again, so that either can be given without the other (arXiv 2211.09800, section 3.2.1).
+    Below ``share`` the random numbers ``u`` (N,), in [0, 1), drop everything (arXiv 2207.12598). With both class and
+    caption, one of them is dropped for an equal share again, so that the model can be conditioned on either alone
+    (arXiv 2211.09800, section 3.2.1).
     """
     alone = share / 2 if len(conditioning) == 2 else 0
     without_label = (u < share) | ((u >= share + alone) & (u < share + 2 * alone))
@@ -323,7 +329,7 @@ def drop_conditioning(conditioning: Conditioning, u: Tensor, share: float, no_cl
 
 
 def identity_fields(config: TrainingConfig, model: FamilyConfig) -> dict[str, Any]:
-    """Resolve the configuration, without what cannot change the weights of ``model``."""
+    """Return the resolved configuration without fields that cannot change the weights of ``model``."""
     harmless = {
         "gradient_checkpointing",
         "device",
@@ -349,14 +355,17 @@ def identity_fields(config: TrainingConfig, model: FamilyConfig) -> dict[str, An
 
 
 def data_digest(manifest: Manifest, config: TrainingConfig) -> str:
-    """Compute the digest of what decides the weights in a data set: content, and shards if these decide the order."""
+    """Compute the digest of the data that determine the weights: content, and layout if shards decide the order."""
     if config.window is None:
         return manifest.content_digest
     return digest_of([manifest.content_digest, manifest.layout_digest])
 
 
 def train_key(data_digest: str, model: FamilyConfig, config: TrainingConfig) -> str:
-    """Compute the digest of all that decides the weights but the fingerprint; autoencoder and start by digest."""
+    """Compute the digest of everything that determines the weights, except the fingerprint.
+
+    Autoencoder and initial weights are identified by their digests.
+    """
     return digest_of(
         {
             "content_digest": data_digest,

@@ -1,4 +1,4 @@
-"""The training state: everything that changes from step to step, as the tensors of a checkpoint."""
+"""The training state: everything that changes from step to step, saved as the tensors of a checkpoint."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,10 @@ NETWORK = "network."
 
 @dataclass
 class TrainingState:
-    """Weights, averages, optimizer moments and counts. Random numbers are functions of ``images`` and need no state."""
+    """Weights, averages, optimizer moments and counts.
+
+    Random numbers are functions of ``images`` and need no state.
+    """
 
     network: nn.Module
     averages: list[WeightAverage]
@@ -27,16 +30,16 @@ class TrainingState:
     optimizers: list[torch.optim.AdamW]
     """The optimizer of each of ``steps``."""
     frozen: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors that belong to the model and are not trained: those of ``diffusion.checkpoints.AUTOENCODER``."""
+    """Frozen tensors of the model: those of ``diffusion.checkpoints.AUTOENCODER``."""
     images: int = 0
-    """Images seen."""
+    """Number of images seen."""
     skipped: int = 0
-    """Optimizer steps left out, as loss or gradient was not finite."""
+    """Number of optimizer steps skipped because of a non-finite loss or gradient."""
     skipped_in_a_row: int = 0
-    """Of these, the last without another between them."""
+    """Number of most recent steps skipped in a row."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Name all tensors by module or optimizer."""
+        """Return all tensors, named by module or optimizer."""
         named = averaged_tensors(self.averages) | self.frozen
         for step, optimizer in zip(self.steps, self.optimizers, strict=True):
             for name, module in step.modules.items():
@@ -49,23 +52,23 @@ class TrainingState:
         """Gather the tensors of a sharded state on the main process' CPU; all processes must call this together."""
         gathered: dict[str, Tensor] = {}
         for name, value in self.tensors().items():
-            # One at a time, and kept outside the device: a network that is sharded does not fit on it.
+            # One tensor at a time, to the CPU: a network that is sharded does not fit on the device.
             full = full_tensor(value)
             if is_main:
                 gathered[name] = full.cpu()
         return gathered
 
     def counts(self) -> dict[str, int]:
-        """The counts, for the header of a checkpoint."""
+        """Return the counts for the header of a checkpoint."""
         return {"images": self.images, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
 
     def load(self, tensors: dict[str, Tensor], counts: dict[str, int]) -> None:
-        """Restore the state that ``tensors`` and ``counts`` were taken from, or this process' share of it."""
+        """Restore the state from ``tensors`` and ``counts``, or this process' shard of it."""
         own = {name: shard_like(tensors[name], like) for name, like in self.tensors().items() if name in tensors}
         for number, average in enumerate(self.averages):
             average.load_state_dict(_under(average_prefix(number), own))
         for name, value in self.frozen.items():
-            # In place: whoever computes with it holds the same tensors.
+            # In place: network and optimizer share these tensors.
             value.copy_(own[name])
         for step, optimizer in zip(self.steps, self.optimizers, strict=True):
             for name, module in step.modules.items():
@@ -83,7 +86,7 @@ def make_state(
     frozen: dict[str, Tensor],
     shard: bool = False,
 ) -> TrainingState:
-    """Build the state of a run that has seen nothing, on ``device``; with ``shard`` this process' share of it."""
+    """Build the initial state of a run on ``device``; with ``shard``, this process' shard of it."""
     steps = objective.optimizer_steps(network)
     for module in [module for step in steps for module in step.modules.values()]:
         if shard:

@@ -1,4 +1,4 @@
-"""Train a model: set a run up in its folder, begin or resume it, and leave its final model."""
+"""Train a model: set up a run in its folder, start or resume it, and write the final model."""
 
 import logging
 import math
@@ -37,20 +37,20 @@ from diffusion.training.trainer import NotFiniteError, Trainer, thread_count
 from diffusion.training.validation import Validation
 
 Restart = Literal["never", "if_different"]
-"""Whether to discard a run of another configuration or data set that lies in the folder."""
+"""When to discard an existing run of another configuration or data set in the folder."""
 
 logger = logging.getLogger(__name__)
 
 
 class TrainResult(Config):
-    """What training left in its folder."""
+    """Result of a training run."""
 
     output: Path
     final: Path
     images: int
     content_digest: str
     train_key: str
-    """Digest of all that decides the weights, but for the fingerprint: configuration, data, seed."""
+    """Digest of everything that determines the weights, except the fingerprint: configuration, data, seed."""
 
 
 def train(
@@ -66,13 +66,19 @@ def train(
 ) -> TrainResult:
     """Train on the data set in folder ``data`` until folder ``output`` holds ``final.safetensors``.
 
-    The same call after a kill resumes from the last checkpoint, to bit-identical weights. Started by torchrun, each
-    process computes a share of every batch, and one of them writes.
+    After a kill the same call resumes from the last checkpoint, to bit-identical weights. Under torchrun each process
+    computes a share of every batch, and only the main process writes.
 
     Args:
-        track: Called once the folder is this run's alone, with whether the run begins from nothing.
-        restart: When to discard what lies in the folder instead of resuming it.
-        store: Where shards come from if ``config.stream_bytes`` is set.
+        data: Folder of the data set.
+        output: Folder of the run.
+        model: Configuration of the network.
+        config: Configuration of the training.
+        sampling: How sample grids are generated.
+        track: Called once the folder is locked, with whether the run starts from scratch; returns the tracker.
+        progress: Called as the work proceeds.
+        restart: When to discard an existing run in the folder instead of resuming it.
+        store: Source of the shards if ``config.stream_bytes`` is set.
 
     Raises:
         UserError: The folder holds a run of another configuration or data set (and ``restart`` is ``never``), another
@@ -84,7 +90,7 @@ def train(
                 "training.shard shares the network out among processes, and there is one: start several with torchrun, "
                 "or leave it out"
             )
-        # Of several processes one writes, and so holds the folder.
+        # Only the main process writes, so it alone locks the folder.
         holding = _held(output) if ranks.is_main else nullcontext()
         with holding, repeatable(resolve_device(config.device)), lanes(thread_count(config, ranks)) as threads:
             with lanes() as readers:
@@ -117,7 +123,7 @@ def _train(
     track: Callable[[bool], Tracker],
     progress: Progress,
 ) -> int:
-    """Begin or resume a run, train it to its end and write its final model; returns how many images it has seen."""
+    """Start or resume a run, train it to its end and write its final model; returns the number of images seen."""
     setup, state = trainer.setup, trainer.state
     checkpoints = Checkpoints(output / "checkpoints")
     anew = _begin_or_resume(trainer, threads, checkpoints, output, sampling) == "begun"
@@ -139,7 +145,7 @@ def _train(
     if setup.ranks.is_main:
         weights = {name: value for name, value in tensors.items() if name.startswith((AVERAGED, AUTOENCODER))}
         save_tensors(output / "final.safetensors", weights, setup.header(state.images, trainer.total))
-    # Nobody is done before the model is on disk.
+    # All processes wait until the model is on disk.
     setup.ranks.barrier()
     return state.images
 
@@ -161,7 +167,7 @@ def preflight(
     with open_dataset(data, config, store) as dataset, device, threads as pool:
 
         def embed(_: object, texts: list[str]) -> torch.Tensor:
-            # Captions without meaning cost a step the same, and need not be read.
+            # Zero embeddings cost a step the same, so the captions need not be embedded.
             return torch.zeros(len(texts), WIDTH)
 
         setup = make_setup(dataset, model, config, sampling, SINGLE_PROCESS, embed)
@@ -172,14 +178,14 @@ def preflight(
 
 
 def discard(output: Path) -> None:
-    """Throw away the run in folder ``output``, and nothing else that may lie there; UserError if it is in use."""
+    """Delete the run in folder ``output`` and nothing else in it; raises UserError if it is in use."""
     with _held(output):
         _discard(output)
 
 
 @contextmanager
 def _held(output: Path) -> Iterator[None]:
-    """The run's folder for this process alone; raises UserError if another has it."""
+    """Lock the run's folder for this process; raises UserError if another process uses it."""
     make_folder(output.parent)
     lock = FileLock(output.parent / f".{output.name}.lock")
     try:
@@ -189,7 +195,7 @@ def _held(output: Path) -> Iterator[None]:
             f"another process trains in {output}: wait for it, or set training.output to another folder"
         ) from error
     try:
-        # Whoever was killed while it wrote a checkpoint left a file as large as one.
+        # A process killed during a write left a file as large as a checkpoint.
         remove_partials(output)
         yield
     finally:
@@ -197,8 +203,8 @@ def _held(output: Path) -> Iterator[None]:
 
 
 def _discard(output: Path) -> None:
-    # What a tracker keeps goes first, so that it takes nothing of this run for the next one's; checkpoints go last:
-    # what is left after a kill is still a run that can go on.
+    # The tracker's files go first, so that it does not attribute them to the next run; checkpoints go last, so that an
+    # interrupted deletion leaves a run that can be resumed.
     shutil.rmtree(output / SPOOL, ignore_errors=True)
     if output.is_dir():
         write_bytes(output / SPOOL / ANEW, b"")
@@ -218,7 +224,7 @@ def _discard(output: Path) -> None:
 
 
 def _differences(output: Path, setup: TrainingSetup) -> list[str]:
-    """Name what differs between the run in ``output`` and ``setup``: nothing if it is the same, or none is there."""
+    """Describe the differences between the run in ``output`` and ``setup``; empty for the same run, or none."""
     final = output / "final.safetensors"
     if final.is_file():
         theirs = read_header(final)

@@ -1,4 +1,4 @@
-"""The training loop: a batch of images, noise, forward, loss, backward, clip, step, EMA, log, checkpoint."""
+"""The training loop: batch, noise, forward, loss, backward, clip, step, EMA, log, checkpoint."""
 
 import math
 import time
@@ -27,7 +27,7 @@ LOGS_PER_CHECKPOINT = 20
 
 
 class NotFiniteError(DarkroomError):
-    """Too many steps in a row had no finite loss and gradient; ``batch`` is the last one."""
+    """Too many consecutive steps without a finite loss and gradient; ``batch`` is the last one."""
 
     def __init__(self, message: str, batch: dict[str, Tensor]) -> None:
         super().__init__(message)
@@ -35,7 +35,7 @@ class NotFiniteError(DarkroomError):
 
 
 class PendingStep:
-    """A step that was begun; whether it changed the weights can be known without waiting for those after it."""
+    """An optimizer step in flight whose outcome can be read without waiting for later steps."""
 
     def __init__(self, images: int, finite: Tensor, batch: Batch, t: Tensor | None) -> None:
         self.images, self.batch, self.t = images, batch, t
@@ -43,18 +43,18 @@ class PendingStep:
         self._event = torch.cuda.current_stream(finite.device).record_event() if finite.is_cuda else None
 
     def was_finite(self) -> bool:
-        """Wait for the step, and return whether loss and gradient were finite."""
+        """Wait for the step and return whether loss and gradient were finite."""
         if self._event is not None:
             self._event.synchronize()
         return bool(self._finite)
 
 
 class Trainer:
-    """Trains a network; several processes that share each batch have one each.
+    """Trainer of one network; with several processes that share each batch, each has one.
 
     Args:
         setup: Data, configuration and device.
-        threads: Compute the parts of a batch on a CPU.
+        threads: Executor that computes the parts of a batch on a CPU.
     """
 
     def __init__(self, setup: TrainingSetup, threads: Executor) -> None:
@@ -74,10 +74,10 @@ class Trainer:
             network.compile(dynamic=False)
         self.loader = setup.make_loader()
         self.total = 0
-        """Images to see in all, a whole number of batches."""
+        """Total number of images to see, a whole number of batches."""
         self.pending: deque[PendingStep] = deque()
         self.lag = 1 if self.device.type == "cuda" else 0
-        """After how many further steps it is checked that a step was finite: a GPU would else wait for it."""
+        """Steps after which a step is checked for finiteness: checking at once would stall a GPU."""
 
     def train(self, log: TrainingLog | None) -> None:
         """Train until ``total`` images are seen; only the main process has a ``log``."""
@@ -92,7 +92,7 @@ class Trainer:
             results.append(torch.stack(self.train_step(learning_rate)))
             at_end = state.images == self.total
             if state.images % log_every == 0 or at_end:
-                # The first thing in all these steps that waits for the device.
+                # The first operation of these steps that waits for the device.
                 finite = torch.stack(results).cpu()
                 loss, norm = finite[finite.isfinite().all(1)].mean(0).tolist()
                 self.check_finite()
@@ -117,8 +117,7 @@ class Trainer:
     def train_step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
         """Take one training step; returns loss and gradient norm, both (), which may not be finite.
 
-        Then nothing moves from there on in this step, and it is counted. Raises NotFiniteError if too many in a row
-        were so.
+        A non-finite step changes no weights and is counted. Raises NotFiniteError after too many in a row.
         """
         config, state = self.config, self.state
         batch = self.loader.batch(state.images, self.total)
@@ -133,7 +132,7 @@ class Trainer:
             finite = finite & loss.isfinite() & norm.isfinite()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            # The optimizer itself leaves the step out, on its device, without anyone waiting to know.
+            # The optimizer skips the step on the device, without synchronization.
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -145,11 +144,11 @@ class Trainer:
         return loss, torch.stack(norms).amax()
 
     def backward(self, step: OptimizerStep, batch: TrainingBatch) -> Tensor:
-        """Compute the loss of the batch of all processes, (), and give the parameters of ``step`` its gradients."""
+        """Compute the loss () of the batch of all processes, and set the gradients of the parameters of ``step``."""
         config = self.config
 
         def forward(part: TrainingBatch) -> tuple[Tensor, Tensor]:
-            """Compute what these images add to the loss of the batch, and to what is minimized."""
+            """Compute the share of these images in the loss of the batch and in the minimized value."""
             with autocast(config.precision, self.device):
                 losses = step.losses(part)
             return losses.detach().sum() / config.batch_size, step.minimized(losses, part).sum() / config.batch_size
@@ -159,7 +158,7 @@ class Trainer:
             return loss, torch.autograd.grad(minimized, step.parameters)
 
         if config.shard:
-            # Each process gets those of its share of the weights.
+            # Each process gets the gradients of its shard of the weights.
             loss, minimized = forward(batch)
             minimized.backward()  # type: ignore[no-untyped-call]
             self.setup.ranks.sum([loss])
@@ -175,7 +174,7 @@ class Trainer:
         return loss
 
     def check_finite(self, left: int = 0) -> None:
-        """Count the steps that changed nothing, of all but the last ``left``; raises NotFiniteError if too many."""
+        """Count skipped steps among all but the last ``left``; raises NotFiniteError after too many in a row."""
         state, config = self.state, self.config
         while len(self.pending) > left:
             step = self.pending.popleft()
@@ -197,7 +196,7 @@ class Trainer:
         return self.state.full_tensors(self.setup.ranks.is_main) if self.config.shard else self.state.tensors()
 
     def checkpoint_header(self) -> dict[str, Any]:
-        """Build the header of a checkpoint of the present state."""
+        """Build the header of a checkpoint of the current state."""
         return self.setup.checkpoint_header(self.state.counts(), self.total)
 
 
@@ -208,9 +207,9 @@ def scheduled_learning_rate(config: TrainingConfig, images: int, total: int) -> 
 
 
 def thread_count(config: TrainingConfig, ranks: Ranks) -> int:
-    """Return how many threads compute parts of a batch in each process: those of one process, shared out.
+    """Return the number of threads per process that compute parts of a batch.
 
-    A GPU shares its work out by itself, and what is gathered for a block of a sharded network is there once.
+    It is one on a GPU, which parallelizes by itself, and for a sharded network, which gathers each block once.
     """
     if config.shard or resolve_device(config.device).type != "cpu":
         return 1

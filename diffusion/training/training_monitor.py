@@ -1,4 +1,4 @@
-"""Warnings about a run that goes wrong without stopping: loss spikes, over-fitting, weights that do not move."""
+"""Warnings about a run that degrades without failing: loss spikes, over-fitting, weights that do not change."""
 
 import logging
 import math
@@ -13,26 +13,26 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 SPIKE = 5.0
-"""Times the median of those before it that a loss must be to count as a spike."""
+"""Factor above the median of recent losses from which a loss counts as a spike."""
 REMEMBERED = 50
-"""Losses a spike is compared with; fewer than a tenth of them say nothing."""
+"""Number of recent losses that a spike is compared with; at least a tenth of them is needed."""
 RISING = 3
-"""Checkpoints in a row with a higher loss on held-out images and a lower one on trained ones: over-fitting."""
+"""Consecutive checkpoints with rising held-out loss and falling training loss that count as over-fitting."""
 
 
 @dataclass
 class TrainingMonitor:
-    """Looks at the metrics of a run and logs a warning for what looks wrong."""
+    """Monitor of a run's metrics that logs a warning for anything suspicious."""
 
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-    """The last mean losses."""
+    """Recent mean losses."""
     validation_losses: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RISING + 1))
-    """The last losses of the averaged weights, on training images and held-out ones."""
+    """Recent losses of the averaged weights on training and held-out images."""
     sums: dict[str, list[float]] = field(default_factory=dict)
-    """Sums of the weights as they were the last time."""
+    """Sums of the weights at the last check."""
 
     def check_loss(self, loss: float, images: int) -> None:
-        """Warn of a spike of the mean loss since the last time."""
+        """Warn of a spike of the mean loss since the last check."""
         if len(self.losses) >= REMEMBERED // 10 and loss > SPIKE * median(self.losses):
             logger.warning(
                 "the loss leapt to %.3g after %d images, from about %.3g: if it does not come back, lower "
@@ -59,7 +59,7 @@ class TrainingMonitor:
             self.validation_losses.clear()
 
     def check_weights(self, network: Mapping[str, Tensor], average: Mapping[str, Tensor], images: int) -> None:
-        """Warn if the network, or the average of its weights, is the same as the last time."""
+        """Warn if the network, or the average of its weights, has not changed since the last check."""
         sums = {
             "network": [float(each.detach().double().sum()) for each in network.values()],
             "average of the weights": [float(each.double().sum()) for each in average.values()],

@@ -23,12 +23,12 @@ from diffusion.process.samplers import SamplingConfig
 from diffusion.training.setup import SAMPLE_GRID, TrainingSetup
 
 VALIDATION_IMAGES = 256
-"""Images of each split on which losses are compared over time."""
+"""Number of images of each split on which losses are computed."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The same images, noise levels and noise at each checkpoint of a run."""
+    """Validation of a run on the same images, noise levels and noise at each checkpoint."""
 
     setup: TrainingSetup
     objective: TrainingObjective
@@ -36,7 +36,7 @@ class Validation:
 
     @cached_property
     def batches(self) -> dict[Split, Batch]:
-        """Images of each split; kept, as they may have come from far away."""
+        """Return the validation images of each split; cached, as they may be on remote storage."""
         batches: dict[Split, Batch] = {}
         dataset = self.setup.dataset
         for split in SPLITS:
@@ -50,14 +50,14 @@ class Validation:
 
     @property
     def images(self) -> Tensor:
-        """The images whose small versions a super-resolution model is shown, (N, C, H, W) uint8."""
+        """Return the images that a super-resolution model upscales, (N, C, H, W) uint8."""
         return self.batches["held_out" if "held_out" in self.batches else "train"].images[:SAMPLE_GRID]
 
     def metrics(self, networks: Mapping[str, nn.Module]) -> dict[str, float]:
-        """Compute the losses of ``networks`` on both splits, and further metrics of that with the suffix ``_ema``.
+        """Compute the losses of ``networks`` on both splits, and further metrics of the one with suffix ``_ema``.
 
         Args:
-            networks: By the suffix of their metrics' names.
+            networks: Networks by the suffix of their metrics' names.
         """
         pending = [
             self.threads.submit(self._metrics, split, batch, suffix, network)
@@ -89,7 +89,7 @@ class Validation:
         return generate(model, inputs, indices, 0, sampling, conditions=conditions)
 
     def sample_grid(self, generated: Tensor) -> Image.Image:
-        """Lay out ``generated`` images; upscaled ones between the small and the real image, each time."""
+        """Arrange ``generated`` images in a grid; upscaled images stand between their small and real images."""
         images = self.images
         inputs = task_of(self.setup.model).inputs(images)
         if inputs is None:
@@ -97,7 +97,7 @@ class Validation:
         return grid(beside(blocks(inputs, generated.shape[-1]), generated, images), 12)
 
     def colour_drift(self, generated: Tensor) -> dict[str, float]:
-        """Compute how far the mean of each channel is from the data set's, in standard deviations of it."""
+        """Compute the deviation of each channel's mean from the data set's, in its standard deviations."""
         manifest = self.setup.dataset.manifest
         means = to_float(generated).mean((0, 2, 3)).tolist()
         return {

@@ -1,6 +1,6 @@
 """Warm start: initial weights from a trained model, identified by their digest.
 
-Only the averaged weights are taken over. Optimizer, averages and learning rate begin anew.
+Only the averaged weights are loaded. Optimizer, averages and learning rate start from scratch.
 """
 
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ from diffusion.training.autoencoder import DIGEST, weights_digest
 from diffusion.training.config import TrainingConfig
 
 ELSEWHERE = ("champion", "models:/")
-"""How values of training.init_from begin that only a registry can make a file of."""
+"""Prefixes of training.init_from values that need a model registry to resolve."""
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """A trained model whose weights a network begins with."""
+    """A trained model whose weights initialize a network."""
 
     path: str
     model: Model
     digest: str
 
     def initialize(self, network: nn.Module, model: FamilyConfig, dataset: Dataset, classes: list[str]) -> None:
-        """Load the weights into ``network``, of ``model`` for ``dataset``; UserError if they do not fit."""
+        """Load the weights into ``network`` of ``model`` for ``dataset``; raises UserError if they do not fit."""
         if words := self._misfit(model, dataset, classes):
             raise UserError(
                 f"training.init_from {self.path} {words}: begin with a model of the same kind, or at random "
@@ -60,7 +60,7 @@ class WarmStart:
 
 
 def open_warm_start(config: TrainingConfig) -> WarmStart | None:
-    """Load the model that ``config`` begins with; None: random weights. Raises UserError if there is none."""
+    """Load the model of ``config.init_from``; None for random weights. Raises UserError if it does not exist."""
     if config.init_from is None:
         return None
     if config.init_from.startswith(ELSEWHERE):
@@ -73,5 +73,5 @@ def open_warm_start(config: TrainingConfig) -> WarmStart | None:
 
 
 def with_start_digest(config: TrainingConfig, start: WarmStart | None) -> TrainingConfig:
-    """Replace the path of the initial weights by their digest: the same run wherever the file is."""
+    """Replace the path of the initial weights by their digest, so that the run does not depend on where the file is."""
     return config if start is None else config.model_copy(update={"init_from": DIGEST + start.digest})

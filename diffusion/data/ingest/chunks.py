@@ -1,8 +1,8 @@
-"""The plan of an ingest and its chunks: images read, decoded and written into a shard per chunk, whoever runs it.
+"""The plan of an ingest and its chunks: images are read, decoded and written into one shard per chunk.
 
-The plan, which says what entries of a source have to be read, lies on disk, however long it is. A chunk is a pure
-function of its entries and the configuration, so it may run in any thread, process or machine that sees the work
-folder, and a chunk that was finished before a kill is not done again.
+The plan, the list of the entries to read, is a file on disk. A chunk is a pure function of its entries and the
+configuration, so it may run in any thread, process or machine that sees the work folder, and a chunk that was finished
+before a kill is not repeated.
 """
 
 import hashlib
@@ -39,43 +39,44 @@ STAMPED = """
         AND (EXISTS (SELECT 1 FROM stored.records r WHERE r.source = s.source AND r.sha256 = s.sha256)
             OR EXISTS (SELECT 1 FROM stored.removed d WHERE d.digest = s.sha256))
 """
-"""Seen before with the same face, and what it was then is on record: the index may stand for another version."""
+"""Query: the entry was read before with the same stamp, and its outcome is recorded; the index may be of another
+version."""
 REFUSED = "SELECT 1 FROM stored.records r WHERE r.source = l.source AND r.outcome = 'quarantined'"
 KNOWN = "SELECT group_concat(hex(r.sha256)) FROM stored.records r WHERE r.source = l.source"
 CORRECTED = "SELECT 1 FROM stored.seen s WHERE s.origin = :origin AND s.source = l.source AND s.told != l.told"
-"""Told of otherwise than before: then it is judged again, though its bytes be the same."""
+"""Query: the source describes the entry in another way than before, so it is read again, even with equal bytes."""
 LISTED_AT_ONCE = 10_000
 COLUMNS = (*RECORDS.names, "end", "stamp")
-"""What is known of an entry: what will be its record, without verdicts on what only the whole set can tell. ``outcome``
+"""Columns of a prepared entry: its record, without outcomes that depend on the whole data set. ``outcome``
 is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null; ``end`` is that of the sample."""
 NOT_OF_A_CHUNK = {"source", "licence", "max_quarantined", "shard_bytes", "runner", "workers", "held_out"}
 """Fields of the configuration that cannot change what a chunk becomes."""
 FORMAT = 3
-"""Goes up when the same images would become something else, so that what older code left is not taken up."""
+"""Incremented when the same images would be stored in another way, so that chunks of older code are not reused."""
 TEXT_OF_A_CHUNK = 2**23
-"""Characters of names, labels and captions in a chunk, about; its memory grows with them."""
+"""Approximate characters of names, labels and captions per chunk; its memory grows with them."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """An entry to be read."""
+    """An entry to read."""
 
     entry: Entry
     known: frozenset[str]
-    """SHA-256 of what came under its name before: if it is one of these, nothing is new."""
+    """SHA-256 of the bytes read under its name before: if they are among these, nothing is new."""
 
 
 def make_plan(
     path: Path, source: Source, origin: str, index: Path, requeue: bool, anew: bool, progress: Progress
 ) -> tuple[int, int]:
-    """Write the plan to ``path``; returns how many entries ``source`` lists, and how many of them must be read.
+    """Write the plan to ``path``; returns the number of entries that ``source`` lists, and of those to read.
 
-    Left out is what lies in the index database at ``index`` with an unchanged stamp under the same ``origin``, but
-    not what was refused if ``requeue``; nothing is left out if the data set begins ``anew``.
+    Entries with an unchanged stamp under the same ``origin`` in the index database ``index`` are omitted, except
+    quarantined ones if ``requeue``. Nothing is omitted if the data set is rebuilt (``anew``).
     """
     path.unlink(missing_ok=True)
     with closing(sqlite3.connect(path, isolation_level=None)) as database:
-        # Nobody needs half a plan: after a crash it is made anew.
+        # An incomplete plan is useless: after a crash it is written again.
         database.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {SCHEMA}")
         database.execute("ATTACH ? AS stored", (str(index),))
         database.execute("BEGIN")
@@ -83,21 +84,21 @@ def make_plan(
             "INSERT OR REPLACE INTO listing (source, locator, stamp, label, caption, problem, told) "
             "VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
-                (e.source, e.locator, e.stamp, e.label, e.caption, e.problem, told_of(e.label, e.caption))
-                for e in _told(source.entries(), progress)
+                (e.source, e.locator, e.stamp, e.label, e.caption, e.problem, description_digest(e.label, e.caption))
+                for e in _with_progress(source.entries(), progress)
             ),
         )
-        known, wanted = KNOWN, f"NOT EXISTS ({STAMPED})"
+        known, condition = KNOWN, f"NOT EXISTS ({STAMPED})"
         if requeue:
-            known, wanted = f"{KNOWN} AND r.outcome != 'quarantined'", f"{wanted} OR EXISTS ({REFUSED})"
+            known, condition = f"{KNOWN} AND r.outcome != 'quarantined'", f"{condition} OR EXISTS ({REFUSED})"
         if anew:
-            known, wanted = "NULL", "TRUE"
+            known, condition = "NULL", "TRUE"
         order = "l.number" if source.in_order else "l.source"
         database.execute(
             f"""INSERT INTO plan (source, locator, stamp, label, caption, problem, known)
                 SELECT l.source, l.locator, l.stamp, l.label, l.caption, l.problem,
                     CASE WHEN EXISTS ({CORRECTED}) THEN NULL ELSE ({known}) END FROM listing l
-                WHERE {wanted} ORDER BY {order}""",
+                WHERE {condition} ORDER BY {order}""",
             {"origin": origin},
         )
         (listed,) = database.execute("SELECT count(*) FROM listing").fetchone()
@@ -107,7 +108,7 @@ def make_plan(
 
 
 def read_plan(path: Path, first: int, last: int) -> list[Planned]:
-    """Rows ``first`` … ``last`` of the plan, counted from 1."""
+    """Read rows ``first`` … ``last`` of the plan, counted from 1."""
     with closing(sqlite3.connect(path)) as database:
         rows = database.execute(
             "SELECT source, locator, stamp, label, caption, problem, known FROM plan "
@@ -118,7 +119,7 @@ def read_plan(path: Path, first: int, last: int) -> list[Planned]:
 
 
 def text_lengths(path: Path) -> Iterator[tuple[int, int]]:
-    """Number and characters of text of each row of the plan."""
+    """Yield number and characters of text of each row of the plan."""
     with closing(sqlite3.connect(path)) as database:
         yield from database.execute(
             "SELECT number, length(source) + ifnull(length(label), 0) + ifnull(length(caption), 0) FROM plan "
@@ -126,17 +127,17 @@ def text_lengths(path: Path) -> Iterator[tuple[int, int]]:
         )
 
 
-def told_of(label: str | None, caption: str | None) -> str:
-    """What a source says about an image, in as many letters as it takes to see that it says something else."""
+def description_digest(label: str | None, caption: str | None) -> str:
+    """Digest what a source says about an image, to detect changes."""
     return digest_of([label, caption])[:16]
 
 
 def origin_of(uri: str) -> str:
-    """What tells a source from others that use the same names: its URI, with local paths made absolute."""
+    """Return the identity of a source: its URI, with local paths made absolute."""
     return uri if ":" in uri else str(Path(uri).resolve())
 
 
-def _told(entries: Iterator[Entry], progress: Progress) -> Iterator[Entry]:
+def _with_progress(entries: Iterator[Entry], progress: Progress) -> Iterator[Entry]:
     for number, entry in enumerate(entries, start=1):
         if number % LISTED_AT_ONCE == 0:
             progress("images listed", number, None)
@@ -157,20 +158,20 @@ class Chunk:
 
 @dataclass(frozen=True)
 class PreparedChunk:
-    """A finished chunk: a shard of its own, and a table, in which each line is JSON."""
+    """A finished chunk: a shard, and a table in which each line is JSON."""
 
     table: Path
     shard: Path
 
     def read(self) -> tuple[str, list[dict[str, Any]]]:
-        """The SHA-256 of the shard, and a row of COLUMNS for each entry, in the order of the plan."""
+        """Return the SHA-256 of the shard, and a row of COLUMNS for each entry, in the order of the plan."""
         with self.table.open() as lines:
             shard_sha256, *rows = map(json.loads, lines)
         return shard_sha256, rows
 
 
 def chunk_size(images: int, config: IngestConfig) -> int:
-    """How many of ``images`` make a chunk: about ``config.shard_bytes``, but small sets get at least eight."""
+    """Return the images per chunk: about ``config.shard_bytes``, but small sets get at least eight chunks."""
     # Photographs as PNG take about two thirds of their pixels; headers and JSON about 2 KiB.
     about = 2 * config.size**2 + 2048
     most = min(max(config.shard_bytes // about, 1), 8192)
@@ -178,7 +179,7 @@ def chunk_size(images: int, config: IngestConfig) -> int:
 
 
 def prepare_chunk(chunk: Chunk) -> PreparedChunk:
-    """Read and prepare the images of ``chunk``, unless that is done; raises what may pass, such as a full disk."""
+    """Read and prepare the images of ``chunk``, unless done already; raises transient errors, such as a full disk."""
     planned = read_plan(chunk.work / "plan.sqlite", chunk.first, chunk.last)
     settings = chunk.config.model_dump(mode="json", exclude=NOT_OF_A_CHUNK)
     listing = [[*_listed(each), sorted(each.known)] for each in planned]
@@ -187,7 +188,7 @@ def prepare_chunk(chunk: Chunk) -> PreparedChunk:
     table, shard = folder / f"{name}.jsonl", folder / f"{name}.tar"
     if not table.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        # Not a fixed name: a worker whose parent was killed may still be at it.
+        # A unique name: a worker whose parent was killed may still be writing.
         partial = folder / f".{name}.{uuid.uuid4().hex}.partial"
         with partial.open("wb") as tar:
             rows = _prepare(chunk, planned, TarWriter(tar))
@@ -202,7 +203,7 @@ def prepare_chunk(chunk: Chunk) -> PreparedChunk:
 def _finish(partial: Path, path: Path) -> None:
     sync_file(partial)
     partial.replace(path)
-    # Before the next is written: a table tells that its shard is there.
+    # Before the table is written: a table implies that its shard exists.
     sync_folder(path.parent)
 
 
@@ -212,7 +213,7 @@ def _listed(planned: Planned) -> list[str | None]:
 
 
 def _prepare(chunk: Chunk, planned: list[Planned], writer: TarWriter) -> list[dict[str, Any]]:
-    """Write what can be used with ``writer``; returns a row of COLUMNS for each of ``planned``."""
+    """Write the usable images with ``writer``; returns a row of COLUMNS for each of ``planned``."""
     source = open_source(chunk.uri, Access(chunk.config, chunk.work / "scratch", chunk.objects))
     payloads = source.read([each.entry for each in planned])
     seen: set[str] = set()
@@ -232,8 +233,8 @@ def _prepare(chunk: Chunk, planned: list[Planned], writer: TarWriter) -> list[di
             row["outcome"] = "duplicate"
             continue
         seen.add(image.key)
-        told = {name: row[name] for name in ("label", "caption", "source")} | {"sha256": row["source_sha256"]}
-        extent = writer.add(image.key, image.png, told)
+        metadata = {name: row[name] for name in ("label", "caption", "source")} | {"sha256": row["source_sha256"]}
+        extent = writer.add(image.key, image.png, metadata)
         row |= {"offset": extent.start, "size": extent.png, "end": extent.end}
     writer.close()
     return rows
@@ -276,12 +277,12 @@ def _described(image: StoredImage, config: IngestConfig) -> dict[str, Any]:
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """The 64-bit perceptual hash (DCT of a 32×32 reduction, signs against the median) as a signed integer."""
+    """Compute the 64-bit perceptual hash (DCT of a 32×32 reduction, signs against the median) as a signed integer."""
     return int.from_bytes(np.packbits(imagehash.phash(image).hash).tobytes(), "big", signed=True)
 
 
 def chunks_of(work: Path, config: IngestConfig, objects: ObjectStore | None, images: int) -> Iterator[Chunk]:
-    """The chunks into which a plan of ``images`` rows falls: as many rows in each, or fewer where texts are long."""
+    """Split a plan of ``images`` rows into chunks of equally many rows, or fewer where texts are long."""
     size = chunk_size(images, config)
     first, text = 1, 0
     for number, length in text_lengths(work / "plan.sqlite"):

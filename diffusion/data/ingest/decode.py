@@ -1,7 +1,6 @@
-"""One image: from whatever lies in a file to square 8-bit pixels in grey or RGB, or a reason why not.
+"""Decoding of one image: from a file to square 8-bit pixels in grey or RGB, or the reason why it is quarantined.
 
-What comes out depends on the bytes, the configuration and the versions of the libraries alone; only the limit on time
-knows the machine.
+The result depends on the bytes, the configuration and the library versions alone, except for the time limit.
 """
 
 import io
@@ -29,7 +28,7 @@ from diffusion.data import png
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.png import eight_bits, from_sixteen_bits, has_sixteen_bits
 
-# Only these decoders are ever tried, so that a file cannot choose an exotic one.
+# Only these decoders are used, so that a file cannot choose an exotic one.
 DECODERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
     (rb"\xff\xd8\xff", JpegImageFile),
     (rb"\x89PNG\r\n\x1a\n", PngImageFile),
@@ -38,18 +37,18 @@ DECODERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
     (rb"BM", BmpImageFile),
     (rb"II[*+]\0|MM\0[*+]", TiffImageFile),
 )
-"""By what the bytes of a file begin with."""
+"""Formats by the first bytes of a file."""
 JPEG_BLOCK = 4096
-"""Bytes that the decoder of JPEGs is given at a time: a few of them may be a scan over the whole image."""
+"""Bytes passed to the JPEG decoder at a time: a few of them may be a scan over the whole image."""
 LARGE = 2**24
-"""Pixels; of such images, which take some twenty bytes for each pixel, one is decoded at a time in a process. JPEGs are
-decoded at a fraction of their size."""
+"""Pixels from which a process decodes one image at a time, at about twenty bytes per pixel. JPEGs are decoded at a
+fraction of their size."""
 ONE_LARGE = Lock()
 LARGEST_PROFILE = 4 * 2**20
-"""Bytes that a colour profile may have; those of presses have up to three million."""
+"""Maximum size of a colour profile in bytes; those of presses have up to three million."""
 REDUCED = 2
-"""How many times as large as what becomes of it a JPEG must be decoded. Of 600 photographs of 500 pixels made 64, the
-worst is then 44 dB away from what it would be had it been decoded whole, at half the time; once as large, 29 dB."""
+"""Minimum ratio of a JPEG's decoded size to its stored size. For 600 photographs reduced from 500 to 64 pixels, the
+worst PSNR against full decoding is 44 dB, in half the time; at ratio 1 it is 29 dB."""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -59,18 +58,18 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each EXIF orientation."""
+"""Transposition that undoes each EXIF orientation."""
 LEFT_WAS_LAST, TOP_WAS_LAST = {2, 3, 6, 7}, {3, 4, 7, 8}
-"""Orientations of which the left or upper side was the right or lower one of what is stored."""
+"""Orientations whose left or upper side was the right or lower one of the stored image."""
 
 
 class Refused(Exception):
-    """The image cannot be used; the message, one short line, is the reason kept in the quarantine."""
+    """The image cannot be used; the message, one short line, is the reason recorded in the quarantine."""
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image as it goes into a shard."""
+    """An image as stored in a shard."""
 
     key: str
     """Hex SHA-256 of mode, shape and pixels: equal images have equal keys."""
@@ -86,10 +85,10 @@ class StoredImage:
 def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredImage:
     """Decode, orient, convert to sRGB, flatten and resize one image, given as a file's bytes or decoded already.
 
-    Of several frames or pages the first is taken. ``config.max_seconds`` are seconds of the processor, so that a busy
-    machine refuses nothing. They are looked at whenever a decoder asks for more of the file, which that of JPEG does
-    every 4 KiB and those of PNG, GIF and BMP every 64, and once more at the end. A WebP or compressed TIFF is decoded
-    in one go, which only ``config.max_pixels`` keeps short.
+    Of several frames or pages the first is used. ``config.max_seconds`` is CPU time, so that a busy machine quarantines
+    nothing. It is checked whenever a decoder reads on, which that of JPEG does every 4 KiB and those of PNG, GIF and
+    BMP every 64, and once more at the end. A WebP or compressed TIFF is decoded in one go, which only
+    ``config.max_pixels`` keeps short.
 
     Raises Refused, with the reason, and nothing else, whatever the bytes are.
     """
@@ -105,7 +104,7 @@ def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredImage:
 
 
 def unscaled(payload: bytes, config: IngestConfig) -> np.ndarray:
-    """As ``prepare``, but the whole image at the size that it has: (H, W) for grey, (H, W, 3) for RGB; uint8.
+    """Decode as ``prepare`` does, but at the original size: (H, W) for grey, (H, W, 3) for RGB; uint8.
 
     Both sides must have less than 2 · ``config.size`` pixels, as larger JPEGs are decoded at a fraction.
     """
@@ -119,7 +118,7 @@ def unscaled(payload: bytes, config: IngestConfig) -> np.ndarray:
 
 @contextmanager
 def _refusing(config: IngestConfig) -> Iterator[None]:
-    """Whatever goes wrong with an image is a reason to refuse it."""
+    """Turn any error of decoding into a Refused with the reason."""
     try:
         yield
     except Refused:
@@ -133,17 +132,17 @@ def _refusing(config: IngestConfig) -> Iterator[None]:
 @dataclass(frozen=True)
 class _Source:
     image: Image.Image
-    """Decoded and upright, with the colours and bits that it came with."""
+    """Decoded, upright image in its original colours and bit depth."""
     size: tuple[int, int]
     """Width and height before ``scale``."""
     scale: int
     """The image was decoded at this fraction of its size, rounded up."""
     spare: tuple[float, float] = (0, 0)
-    """How much of that rounding lies at the left and at the top, as the image was turned; else it is at the ends."""
+    """Share of that rounding at the left and top, for rotated images; otherwise it is at the right and bottom."""
 
 
 class _Timed(io.BytesIO):
-    """A file in memory that refuses to be read on once its thread has computed for ``seconds``."""
+    """In-memory file that refuses reads once its thread has used ``seconds`` of CPU time."""
 
     def __init__(self, data: bytes, seconds: float) -> None:
         super().__init__(data)
@@ -156,7 +155,7 @@ class _Timed(io.BytesIO):
         return super().read(size)
 
     def check(self) -> None:
-        # A thread cannot have computed for longer than time has gone by, which is twenty times as fast to ask for.
+        # CPU time is at most wall time, which is twenty times as fast to read.
         if monotonic() > self.soonest and thread_time() > self.until:
             raise Refused(f"takes more than {self.seconds:g} seconds to decode")
 
@@ -186,13 +185,13 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig, turns: ExitStack
         decoded = image
     decoded.load()
     if isinstance(image, PngImageFile):
-        _open(file).verify()  # decoding looks at no checksum
+        _open(file).verify()  # decoding ignores checksums
     file.check()
     return _upright(decoded, size, scale)
 
 
 def _open(file: _Timed) -> ImageFile:
-    """Read the head of ``file``. Not by Image.open, which warns of large images where we have a limit of our own."""
+    """Read the header of ``file``. Without Image.open, whose warning about large images does not apply here."""
     file.seek(0)
     start = file.read(16)
     file.seek(0)
@@ -231,12 +230,12 @@ def _require_known_range(image: ImageFile) -> None:
     if isinstance(image, TiffImageFile):
         separate = image.tag_v2.get(PLANAR_CONFIGURATION) == 2 and image.info.get("compression") == "raw"
         if separate and max(image.tag_v2.get(BITSPERSAMPLE, (1,))) > 8:
-            # Pillow takes them for planes of 8 bits.
+            # Pillow misreads them as planes of 8 bits.
             raise Refused("uncompressed planes of 16 bits: save it with the samples of a pixel side by side")
 
 
 def _to_grey_or_rgb(source: _Source, config: IngestConfig) -> Image.Image:
-    """The whole image in ``L`` or ``RGB``, in the colours of sRGB, over the background where it is transparent."""
+    """Convert the image to ``L`` or ``RGB`` in sRGB, over the background where it is transparent."""
     image = source.image
     if image.mode == "F":
         raise Refused("floating-point pixels have no known range: save it with 8 or 16 bits")
@@ -261,7 +260,7 @@ def _to_grey_or_rgb(source: _Source, config: IngestConfig) -> Image.Image:
 
 
 def _grey_if_all_is(image: Image.Image) -> Image.Image:
-    """The same image in ``L`` if it shows no colour, so that it has one key however it was saved."""
+    """Convert an image without colour to ``L``, so that it has one key however it was saved."""
     red, *others = image.split()
     return red if all(red.tobytes() == each.tobytes() for each in others) else image
 
@@ -276,7 +275,7 @@ def _from_integers(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """``image``, of ``L``, ``RGB`` or ``CMYK``, with its colour profile applied; grey stays grey."""
+    """Apply the colour profile of ``image`` (``L``, ``RGB`` or ``CMYK``); grey stays grey."""
     profile = image.info.get("icc_profile")
     if not isinstance(profile, bytes) or not profile:
         return image
@@ -291,10 +290,10 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
-    """What takes images of ``mode`` from ``profile`` to sRGB; None if that changes nothing.
+    """Build the conversion of images of ``mode`` from ``profile`` to sRGB; None if that changes nothing.
 
-    Most profiles are sRGB, and lcms is slow to make a conversion: one in a thousand images brings a new profile. A
-    profile for another kind of pixels than an image has says nothing of them; but grey is a colour of RGB, too.
+    Most profiles are sRGB, and lcms is slow to build a conversion: one in a thousand images has a new profile. A
+    profile for another pixel mode is ignored, except that RGB profiles apply to grey.
     """
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     kind = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}.get(source.profile.xcolor_space.strip())
@@ -320,13 +319,13 @@ def _conversion(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Imag
 
 
 def _nearly_equal(one: bytes, other: bytes) -> bool:
-    """Whether no sample of 8 bits differs by more than what is lost in rounding."""
+    """Return whether no 8-bit sample differs by more than rounding."""
     difference = np.frombuffer(one, np.uint8).astype(np.int16) - np.frombuffer(other, np.uint8)
     return bool(np.abs(difference).max() <= 1)
 
 
 def _resized(size: tuple[int, int], config: IngestConfig) -> tuple[int, int]:
-    """Width and height of what an image of ``size`` becomes, before padding."""
+    """Return width and height of an image of ``size`` after resizing, before padding."""
     if config.fit != "pad":
         return config.size, config.size
     width, height = (max(1, round(side * config.size / max(size))) for side in size)
@@ -334,18 +333,18 @@ def _resized(size: tuple[int, int], config: IngestConfig) -> tuple[int, int]:
 
 
 def _square(source: _Source, image: Image.Image, config: IngestConfig) -> Image.Image:
-    """``image``, the converted one of ``source``, made ``config.size`` pixels high and wide.
+    """Resize ``image``, converted from ``source``, to ``config.size`` pixels high and wide.
 
-    By antialiased bicubic interpolation of what was decoded at a fraction, as data sets for diffusion commonly are made
+    Uses antialiased bicubic interpolation of an image decoded at a fraction, as is common in data sets for diffusion
     (Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, in their code).
     """
     width, height = source.size
     left, top, side = 0, 0, min(width, height)
     if config.fit == "crop":
-        # Whole pixels, so that what need not be scaled keeps its pixels.
+        # Whole pixels, so that an image that is not scaled keeps its pixels.
         left, top, width, height = (width - side) // 2, (height - side) // 2, side, side
     box = (left, top, left + width, top + height)
-    # Not up to the last pixel: the sides of what was decoded at a fraction are rounded up.
+    # Not to the last pixel: the sides of an image decoded at a fraction are rounded up.
     scaled = (edge / source.scale + spare for edge, spare in zip(box, source.spare * 2, strict=True))
     image = image.resize(_resized(source.size, config), Image.Resampling.BICUBIC, box=tuple(scaled))  # type: ignore[arg-type]
     if image.size == (config.size, config.size):

@@ -1,8 +1,8 @@
 """The index of a data set: its records by key and by source, and groups of near-duplicates, on disk.
 
-It is a cache. What the tables of the data set say can always be read from them again; what only this machine knows,
-the stamps by which unread files are recognised, costs no more than reading those files once more. Near-duplicates are
-images whose perceptual hashes differ in a few bits, found without comparing all pairs.
+It is a cache. Its records can always be read again from the tables of the data set; stamps of files, known only to this
+machine, can be restored by reading the files once more. Near-duplicates are images whose perceptual hashes differ in a
+few bits, found without comparing all pairs.
 """
 
 import io
@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from diffusion.common.files import digest_of
-from diffusion.data.ingest.chunks import perceptual_hash, told_of
+from diffusion.data.ingest.chunks import description_digest, perceptual_hash
 from diffusion.data.manifest import Manifest, Part, digest_of_samples, read_records, sample_digest
 from diffusion.data.versions.takedown_records import removals
 
@@ -39,13 +39,13 @@ NEAR_SCHEMA = """
 """
 FROM_THE_TABLES = ("records", "samples", "removed", "bands", "groups")
 CACHE_KIB = 16 * 1024
-"""Of SQLite's pages, so that memory does not grow with the index."""
+"""Size of SQLite's page cache in KiB, so that memory does not grow with the index."""
 FORMAT = 1
 BITS = 64
 
 
 class Index:
-    """The index at ``path``, brought to the state of ``manifest`` (None: of a data set that has nothing yet)."""
+    """The index at ``path``, updated to the state of ``manifest`` (None: an empty data set)."""
 
     def __init__(self, path: Path, folder: Path, manifest: Manifest | None, near: int | None) -> None:
         self.path = path
@@ -55,7 +55,7 @@ class Index:
         except sqlite3.OperationalError:
             raise
         except sqlite3.DatabaseError:
-            # Damaged. All that is in it can be had again.
+            # Damaged. Everything in it can be restored.
             for each in (path, *path.parent.glob(f"{path.name}-*")):
                 each.unlink()
             self.database = _open(path)
@@ -70,7 +70,7 @@ class Index:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All changes inside, or none."""
+        """Apply all changes inside, or none."""
         self.database.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -80,14 +80,14 @@ class Index:
         self.database.execute("COMMIT")
 
     def clear(self) -> None:
-        """Forget all but the stamps, and what this machine knows to have been taken down."""
+        """Delete everything except the stamps and the takedowns known to this machine."""
         for table in FROM_THE_TABLES:
             self.database.execute(f"DELETE FROM {table}")
         for removal in self._removals:
             self.refuse(*removal.image_keys, *removal.digests)
 
     def stands_for(self, manifest: Manifest | None) -> None:
-        """Say of which version this is the index."""
+        """Record the version that the index describes."""
         self.database.execute("INSERT OR REPLACE INTO meta VALUES ('state', ?)", (self._state(manifest),))
 
     def _state(self, manifest: Manifest | None) -> str:
@@ -99,18 +99,18 @@ class Index:
         self.database.close()
 
     def stamp(self, origin: str, row: dict[str, Any]) -> None:
-        """What an entry of ``origin`` looks like from outside, now that its bytes are known."""
-        told = told_of(row["label"], row["caption"])
-        seen = (origin, row["source"], row["stamp"], told, bytes.fromhex(row["source_sha256"]))
+        """Record the stamp of an entry of ``origin`` after its bytes were read."""
+        description = description_digest(row["label"], row["caption"])
+        seen = (origin, row["source"], row["stamp"], description, bytes.fromhex(row["source_sha256"]))
         self.database.execute("INSERT OR REPLACE INTO seen VALUES (?, ?, ?, ?, ?)", seen)
 
     def record(self, row: dict[str, Any]) -> None:
-        """Take in a row of RECORDS."""
+        """Add a row of RECORDS."""
         sha256 = bytes.fromhex(row["source_sha256"])
         if row["outcome"] == "removed":
             self.refuse(row["source_sha256"], row["key"])
             return
-        # The last that is heard of a name counts: what was refused under it is done with.
+        # The last record of a name counts: earlier quarantined records of it are obsolete.
         self.database.execute("DELETE FROM records WHERE source = ? AND outcome = 'quarantined'", (row["source"],))
         self.database.execute(
             "INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)",
@@ -124,14 +124,14 @@ class Index:
                 self.near.add(row["phash"], key, row["split"], [bytes.fromhex(root) for root in row["near"] or ()])
 
     def sample(self, key: str) -> tuple[str, bytes] | None:
-        """Split and digest of a kept image; None if there is none of this key."""
+        """Return split and digest of a kept image; None if there is none with this key."""
         found = self.database.execute(
             "SELECT split, digest FROM samples WHERE key = ?", (bytes.fromhex(key),)
         ).fetchone()
         return None if found is None else (found[0], found[1])
 
     def is_removed(self, *digests: str) -> bool:
-        """Whether an image with one of these keys or digests was taken down."""
+        """Return whether an image with one of these keys or digests was taken down."""
         return any(
             self.database.execute("SELECT 1 FROM removed WHERE digest = ?", (bytes.fromhex(digest),)).fetchone()
             for digest in digests
@@ -139,11 +139,11 @@ class Index:
         )
 
     def is_removed_by_all(self, *digests: str | None) -> bool:
-        """Whether each of these keys and digests, as far as there are any, is one that was taken down."""
+        """Return whether all of these keys and digests that are not None were taken down."""
         return all(self.is_removed(digest) for digest in digests if digest)
 
     def refusal(self, source: str, sha256: str) -> str | None:
-        """Why the bytes of this name were refused; None if they were not."""
+        """Return the reason why the bytes of this name were quarantined; None if they were not."""
         found = self.database.execute(
             "SELECT reason FROM records WHERE source = ? AND sha256 = ? AND outcome = 'quarantined'",
             (source, bytes.fromhex(sha256)),
@@ -151,7 +151,7 @@ class Index:
         return None if found is None else str(found[0])
 
     def has(self, source: str, sha256: str) -> bool:
-        """Whether the bytes of this name were taken in, as an image or as a copy of one."""
+        """Return whether the bytes of this name are recorded as an image or a duplicate."""
         found = self.database.execute(
             "SELECT 1 FROM records WHERE source = ? AND sha256 = ? AND outcome IN ('kept', 'duplicate')",
             (source, bytes.fromhex(sha256)),
@@ -159,24 +159,24 @@ class Index:
         return found is not None
 
     def count(self, outcome: str) -> int:
-        """How many names ended as ``outcome`` at last."""
+        """Return the number of names whose last record has ``outcome``."""
         (count,) = self.database.execute("SELECT count(*) FROM records WHERE outcome = ?", (outcome,)).fetchone()
         return int(count)
 
     def quarantined(self, limit: int) -> list[dict[str, str]]:
-        """Source, reason and digest of the first ``limit`` that stand refused, by name."""
+        """Return source, reason and digest of the first ``limit`` quarantined entries, by name."""
         rows = self.database.execute(
             "SELECT source, reason, sha256 FROM records WHERE outcome = 'quarantined' ORDER BY source LIMIT ?", (limit,)
         )
         return [{"source": source, "reason": reason, "sha256": sha256.hex()} for source, reason, sha256 in rows]
 
     def content_digest(self, manifest: Manifest) -> str:
-        """The content digest of all samples, stored as ``manifest`` says."""
+        """Compute the content digest of all samples, stored as ``manifest`` says."""
         rows = self.database.execute("SELECT digest FROM samples ORDER BY key")
         return digest_of_samples(manifest.storage, (row[0] for row in rows))
 
     def refuse(self, *digests: str) -> None:
-        """Take no image with one of these keys or digests any more."""
+        """Reject images with one of these keys or digests from now on."""
         found = [(bytes.fromhex(digest),) for digest in digests if digest]
         self.database.executemany("INSERT OR IGNORE INTO removed VALUES (?)", found)
 
@@ -197,7 +197,7 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def add_hashes(folder: Path, part: Part, rows: list[dict[str, Any]]) -> None:
-    """Hash the images of a part that was made before near-copies were asked for."""
+    """Hash the images of a part that was written before near-duplicates were configured."""
     assert part.shard is not None
     with (folder / part.shard.name).open("rb") as shard:
         for row in rows:
@@ -208,14 +208,14 @@ def add_hashes(folder: Path, part: Part, rows: list[dict[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class Group:
-    """Near-copies of one another, named after the least key that founded one of the groups it grew from."""
+    """Group of near-duplicates, named after the smallest key that founded one of the groups merged into it."""
 
     root: bytes
     split: str
 
 
 class NearCopies:
-    """The groups, in the tables of the index ``database``; ``distance`` is the largest number of differing bits."""
+    """Groups of near-duplicates in the index ``database``; ``distance``: the largest number of differing bits."""
 
     def __init__(self, database: sqlite3.Connection, distance: int) -> None:
         self.database = database
@@ -224,7 +224,7 @@ class NearCopies:
         self._bands = [(low, (1 << high - low) - 1) for low, high in pairwise(edges)]
 
     def around(self, phash: int) -> list[Group]:
-        """The groups that hold a near-copy of an image with this hash, sorted by root."""
+        """Return the groups with a near-duplicate of an image with this hash, sorted by root."""
         query = (
             "SELECT g.hash, g.root, g.split FROM bands b JOIN groups g USING (hash) WHERE b.band = ? AND b.value = ?"
         )
@@ -237,7 +237,7 @@ class NearCopies:
         return sorted(groups, key=lambda group: group.root)
 
     def add(self, phash: int, key: bytes, split: str, joined: Iterable[bytes]) -> None:
-        """Add an image to the groups with the roots ``joined``, which become one; without any, to one of its own."""
+        """Add an image to the groups with the roots ``joined``, which are merged; without any, to a new group."""
         roots = sorted(joined)
         root = roots[0] if roots else key
         self.database.executemany("UPDATE groups SET root = ? WHERE root = ?", ((root, other) for other in roots[1:]))

@@ -1,7 +1,7 @@
-"""Ingest: images from anywhere in, new parts of a data set out.
+"""Ingest: reads images from any source and adds new parts to a data set.
 
-List the source, plan what is new, prepare it chunk by chunk wherever there is room, merge the chunks in order. The
-manifest is written last; until then the version before is whole, and nothing names what was added.
+It lists the source, plans what is new, prepares it chunk by chunk on any worker and merges the chunks in order. The
+manifest is written last; until then the previous version is complete, and nothing refers to added files.
 """
 
 import shutil
@@ -37,11 +37,11 @@ from diffusion.data.sources.base import Access, ObjectStore
 QUARANTINED_SHOWN = 1000
 
 Rebuild = Literal["never", "if_different", "always"]
-"""Whether to begin anew from this source alone; ``if_different``: if images are to be stored in another way."""
+"""When to rebuild the data set from this source alone; ``if_different``: if images are to be stored in another way."""
 
 
 class Quarantined(Config):
-    """A refused image."""
+    """A quarantined entry."""
 
     source: str
     reason: str
@@ -49,7 +49,7 @@ class Quarantined(Config):
 
 
 class IngestResult(Config):
-    """The data set after an ingest, as ``darkroom ingest --json`` prints it."""
+    """The data set after an ingest: the output of ``darkroom ingest --json``."""
 
     dataset: str
     folder: Path
@@ -57,25 +57,25 @@ class IngestResult(Config):
     digest: str
     """Name of the version: the digest of its manifest."""
     changed: bool
-    """Whether this ingest made a new version."""
+    """Whether this ingest created a new version."""
     listed: int
-    """Entries of the source."""
+    """Number of entries of the source."""
     read: int
-    """Of these, the ones that had to be read."""
+    """Number of entries that had to be read."""
     added: int
-    """Images that this ingest added."""
+    """Number of images that this ingest added."""
     removed: int
-    """Images that were read and left out, because they were taken down before."""
+    """Number of images read but omitted because they were taken down before."""
     relabelled: int
-    """Images that were read and are there already, with another label or caption: the first one stays."""
+    """Number of images read that the set already has with another label or caption, which stays."""
     passed_over: dict[str, int]
-    """How many files of the source were not looked at, as they are not named like images, by how they end."""
+    """Number of ignored files without an image's extension, by extension."""
     kept: int
-    """Images of the data set."""
+    """Number of images of the data set."""
     duplicates: int
-    """Names in the data set's records whose pixels were there already."""
+    """Number of names in the data set's records whose pixels were already there."""
     quarantined: list[Quarantined]
-    """What stands refused in the data set's records; the first thousand."""
+    """Quarantined entries in the data set's records; the first thousand."""
     quarantined_count: int
 
 
@@ -91,12 +91,12 @@ def ingest(
 ) -> IngestResult:
     """Add what is new in ``config.source`` to the data set in ``folder`` (its name is the data set's).
 
-    Equal images, configuration and history give equal bytes. ``requeue`` reads again what was refused before. The
-    version before stays whole until the new one is; a run that was killed is simply run again, and takes up the
-    chunks that were finished. Two ingests into one folder take turns.
+    Equal images, configuration and history give equal bytes. ``requeue`` reads quarantined entries again. The previous
+    version stays complete until the new one is; a killed run is simply repeated and reuses finished chunks. Concurrent
+    ingests into one folder wait for one another.
 
     Raises UserError if the source cannot be understood, no image can be used, more than ``config.max_quarantined``
-    of those read are refused, or the data set stores its images in another way and ``rebuild`` is ``never``.
+    of those read are quarantined, or the data set stores its images in another way and ``rebuild`` is ``never``.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is no folder, and a data set is one: move it away, or give another --dataset")
@@ -116,7 +116,7 @@ def ingest(
             try:
                 after, merge = _merge(folder, config, before, index, prepared, planned, anew, progress)
             except UserError:
-                # What the images were refused for may be mended: then they must be read again.
+                # The cause of the quarantine may be fixed, so the entries must be read again.
                 _remove_work(work)
                 raise
             finally:
@@ -160,18 +160,18 @@ def _full_disk_in_words(work: Path) -> Iterator[None]:
 
 
 def captions_folder(folder: Path) -> Path:
-    """Where what the captions of the data set in ``folder`` mean is kept, once a training was told of them."""
+    """Return the cache folder of the caption embeddings of the data set in ``folder``."""
     return work_folder(folder) / "captions"
 
 
 def forget_captions(folder: Path) -> None:
-    """Delete what is kept of the captions of the data set in ``folder``."""
+    """Delete the cached caption embeddings of the data set in ``folder``."""
     with suppress(FileNotFoundError):  # never read, or gone meanwhile
         shutil.rmtree(captions_folder(folder))
 
 
 def _anew(before: Manifest | None, config: IngestConfig, rebuild: Rebuild, folder: Path) -> bool:
-    """Whether the data set begins anew."""
+    """Return whether the data set is rebuilt."""
     if before is None or rebuild == "always":
         return True
     ours, theirs = config.storage().model_dump(), before.storage.model_dump()
@@ -219,7 +219,7 @@ def _merge(
     anew: bool,
     progress: Progress,
 ) -> tuple[Manifest, Merge]:
-    """Merge all chunks, and make the result the data set's version if there is anything new in it."""
+    """Merge all chunks, and make the result the current version if it has anything new."""
     with index.transaction():
         parts = [] if before is None or anew else list(before.parts)
         merge = Merge(folder, config, index, origin_of(config.source), parts)
@@ -252,7 +252,7 @@ def _merge(
 
 
 def _begin(merge: Merge, before: Manifest | None) -> None:
-    """A data set from nothing, which still refuses what was taken down from the one before."""
+    """Start an empty data set that still rejects images taken down from the previous one."""
     merge.index.clear()
     removed = [
         row
@@ -280,7 +280,7 @@ def _check(merge: Merge, config: IngestConfig) -> None:
 
 
 def remove_strays(folder: Path) -> None:
-    """Take away what the data set's manifest does not name: what killed or failed runs left, and rewritten shards."""
+    """Delete files that the manifest does not name: leftovers of killed or failed runs, and rewritten shards."""
     named = {entry.name for entry in read_manifest(folder).files} if (folder / "manifest.json").is_file() else set()
     for kind in ("shards", "records"):
         for path in (folder / kind).glob("*"):

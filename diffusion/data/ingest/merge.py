@@ -1,6 +1,7 @@
-"""Merge: prepared chunks become parts of the data set, one after the other, now that each can see all before it.
+"""Merge: prepared chunks become parts of the data set in order, each checked against all before it.
 
-``unite`` adds what one line of versions added to another line: two machines that ingest from the same version make two.
+``unite`` adds the additions of one line of versions to another: two machines that ingest from the same version create
+two lines.
 """
 
 import os
@@ -40,17 +41,17 @@ from diffusion.data.shards import BLOCK, Extent, extent_at, filtered
 from diffusion.data.versions.versions import remember
 
 REASONS_COUNTED = 10_000
-"""Different ones: some hold sizes and what servers say, and may be as many as the images."""
+"""Distinct quarantine reasons counted: some contain sizes and server messages, and may be as many as the images."""
 
 
 def split_of(key: str, held_out: float) -> str:
-    """The split an image falls into: a function of its content alone, so it never changes sides."""
+    """Return the split of an image: a function of its content alone, so it never changes."""
     return "held_out" if int(key[:16], 16) < held_out * 2**64 else "train"
 
 
 @dataclass
 class Merge:
-    """Adds chunks to the data set in ``folder``; ``index`` must stand for ``parts`` and is inside a transaction."""
+    """Merges chunks into the data set in ``folder``; ``index`` must describe ``parts`` and is inside a transaction."""
 
     folder: Path
     config: IngestConfig
@@ -58,26 +59,26 @@ class Merge:
     origin: str
     parts: list[Part]
     read: int = 0
-    """Entries read so far, whatever became of them."""
+    """Entries read so far, with any outcome."""
     reasons: Counter[str] = field(default_factory=Counter)
-    """Why entries were refused, without those that had been refused for the same reason before."""
+    """Reasons of quarantined entries, without those quarantined for the same reason before."""
     news: Counter[str] = field(default_factory=Counter)
-    """What became of the entries that were not known, by outcome."""
+    """Outcomes of the new entries."""
     relabelled: int = 0
-    """Of the duplicates among them, those that came with another label or caption."""
+    """Number of duplicates among them with another label or caption."""
 
     def add(self, chunk: PreparedChunk) -> None:
-        """Judge the images of a chunk; what is new becomes a part."""
+        """Determine the outcome of each image of a chunk; new images become a part."""
         shard_sha256, rows = chunk.read()
         in_shard = [row for row in rows if row["offset"] is not None]
         records = []
         for row in rows:
-            # Its copies, whatever their bytes, may come before it.
+            # Its duplicates, with any bytes, may come before it.
             if row["key"] is not None and self.index.is_removed(row["source_sha256"]):
                 self.index.refuse(row["key"])
         for row in rows:
             self.index.stamp(self.origin, row)
-            if row["outcome"] != "known" and self._judge(row):
+            if row["outcome"] != "known" and self._classify(row):
                 self.index.record(row)
                 records.append(row)
         self.read += len(rows)
@@ -89,7 +90,7 @@ class Merge:
     def adopt(self, part: Part) -> int:
         """Add what a part of another version, whose files lie in ``folder``, has and this one lacks.
 
-        Returns how many records could not be added: copies of images that neither this version nor the part holds.
+        Returns the number of records not added: duplicates of images that neither this version nor the part has.
         """
         rows = read_records(self.folder, part).to_pylist()
         kept = [row for row in rows if row["outcome"] == "kept"]
@@ -103,16 +104,16 @@ class Merge:
         records, lost = [], 0
         for row in rows:
             if row["outcome"] == "removed":
-                wanted = not self.index.is_removed_by_all(row["key"], row["source_sha256"])
+                is_recorded = not self.index.is_removed_by_all(row["key"], row["source_sha256"])
             elif self.index.has(row["source"], row["source_sha256"]):
-                wanted = False
+                is_recorded = False
             elif row["outcome"] == "duplicate" and self.index.sample(row["key"]) is None:
-                # Its pixels lie in a part that this version gave up.
+                # Its pixels are in a part that this version no longer has.
                 gone = self.index.is_removed(row["key"], row["source_sha256"])
-                wanted, lost = gone and self._judge(row), lost + (not gone)
+                is_recorded, lost = gone and self._classify(row), lost + (not gone)
             else:
-                wanted = self._judge(row)
-            if wanted:
+                is_recorded = self._classify(row)
+            if is_recorded:
                 self.index.record(row)
                 records.append(row)
         if records:
@@ -123,16 +124,16 @@ class Merge:
             self.parts.append(write_part(self.folder, len(self.parts), shard, records, self.config.size))
         return lost
 
-    def _judge(self, row: dict[str, Any]) -> bool:
-        """Decide what becomes of an image; returns whether that is to be recorded."""
+    def _classify(self, row: dict[str, Any]) -> bool:
+        """Determine the outcome of an image; returns whether to record it."""
         if self.index.is_removed(row["key"], row["source_sha256"]):
             self.news["removed"] += 1
             known = self.index.is_removed_by_all(row["key"], row["source_sha256"])
-            # Other bytes of it are refused by their own digest, which holds however images are stored.
+            # Its other files are rejected by their own digests, which are independent of how images are stored.
             row |= blanked(row, "came again after it was taken down")
             return not known
         if row["key"] is not None:
-            self._judge_image(row)
+            self._classify_image(row)
         if row["outcome"] == "quarantined":
             if self.index.refusal(row["source"], row["source_sha256"]) == row["reason"]:
                 return False
@@ -141,7 +142,7 @@ class Merge:
         self.news[row["outcome"]] += 1
         return True
 
-    def _judge_image(self, row: dict[str, Any]) -> None:
+    def _classify_image(self, row: dict[str, Any]) -> None:
         there = self.index.sample(row["key"])
         if there is not None:
             split, digest = there
@@ -163,7 +164,7 @@ class Merge:
             row |= {"split": splits.pop(), "near": [group.root.hex() for group in groups]}
 
     def _shard(self, made: Path, digest: str, records: list[dict[str, Any]], whole: bool) -> FileEntry | None:
-        """The shard of the next part: ``made``, whose SHA-256 is ``digest``, or what is kept of it."""
+        """Return the shard of the next part: ``made``, whose SHA-256 is ``digest``, or its kept samples."""
         kept = [row for row in records if row["outcome"] == "kept"]
         if not kept:
             return None
@@ -177,13 +178,13 @@ class Merge:
             extents = [Extent(row["offset"], row["end"], row["size"]) for row in kept]
             digest = write_atomically(staged, lambda partial: _filter(made, partial, extents, kept))
         for row in kept:
-            # From where the sample begins to where its PNG does.
+            # From the start of the sample to that of its PNG.
             row["offset"] += BLOCK
         return named(self.folder, staged, f"shards/{number:05d}-{digest[:16]}.tar", digest)
 
 
 def write_part(folder: Path, number: int, shard: FileEntry | None, records: list[dict[str, Any]], size: int) -> Part:
-    """Write the table of part ``number``, rows of RECORDS whose images have ``size`` pixels a side; its shard is."""
+    """Write part ``number`` with a table of rows of RECORDS, whose images have ``size`` pixels a side, and a shard."""
     staged = folder / "records" / f".{number:05d}.parquet"
     table = pa.Table.from_pylist(records, RECORDS)
     digest = write_atomically(staged, lambda partial: pq.write_table(table, partial, compression="zstd"))
@@ -201,7 +202,7 @@ def write_part(folder: Path, number: int, shard: FileEntry | None, records: list
 
 
 def blanked(row: dict[str, Any], reason: str) -> dict[str, Any]:
-    """What is left of a row of RECORDS whose image was taken down: the digests by which it is refused."""
+    """Reduce the row of an image that was taken down to the digests by which it is rejected."""
     left = {
         "outcome": "removed",
         "reason": reason,
@@ -217,17 +218,17 @@ def _counts(rows: list[dict[str, Any]], column: str) -> dict[str, int]:
 
 
 def named(folder: Path, staged: Path, name: str, digest: str) -> FileEntry:
-    """Give a finished file of the data set its final name, which holds its digest."""
+    """Rename a finished file of the data set to its final name, which contains its digest."""
     path = folder / name
     staged.replace(path)
-    # Two names of one file stay two.
+    # Two names of one file are not merged by a rename.
     staged.unlink(missing_ok=True)
     sync_folder(path.parent)
     return FileEntry(name=name, sha256=digest, bytes=path.stat().st_size)
 
 
 def _totals(kept: list[dict[str, Any]], size: int) -> Totals:
-    """The sums of the training images among ``kept`` rows."""
+    """Compute the sums over the training images among ``kept`` rows."""
     rows = [row for row in kept if row["split"] == "train"]
     sums = {
         name: sum((np.broadcast_to(np.array(row[name], np.int64), 3) for row in rows), np.zeros(3, np.int64)).tolist()
@@ -242,7 +243,7 @@ def _filter(source: Path, target: Path, extents: list[Extent], kept: list[dict[s
 
 
 def _link(path: Path, target: Path) -> None:
-    """The same file under a second name, or a copy where the file system has no such thing."""
+    """Link a file under a second name, or copy it if the file system has no hard links."""
     try:
         os.link(path, target)
     except OSError:
@@ -251,24 +252,24 @@ def _link(path: Path, target: Path) -> None:
 
 
 class Union(Config):
-    """A version with what two lines have."""
+    """Union of two lines of versions."""
 
     version: Manifest
     added: int
-    """Images that the other line lacked."""
+    """Number of images that the other line lacked."""
     lost: int
-    """Records of copies whose image the other line gave up, which are in neither."""
+    """Number of records of duplicates whose image the other line removed, which are in neither."""
 
 
 def unite(folder: Path, config: IngestConfig, theirs: Manifest, base: Manifest | None) -> Union:
-    """Make a version that goes on from ``theirs`` and has what the current version in ``folder`` added to ``base``.
+    """Make a version based on ``theirs`` with the additions of the current version in ``folder`` to ``base``.
 
-    ``base`` is the newest version that both come from; None if there is none. All files of ``theirs``, and the
-    manifests that it comes from, lie in ``folder``. The caller holds the data set's lock. Killed and given again, it
-    ends the same: the manifest is written last.
+    ``base`` is the newest common ancestor; None if there is none. All files of ``theirs``, and the manifests of its
+    ancestors, lie in ``folder``. The caller holds the data set's lock. Repeated after a kill it gives the same result:
+    the manifest is written last.
 
     Raises:
-        Held: If the two store images in different ways, or ours began the data set anew.
+        Held: If the two store images in different ways, or ours rebuilt the data set.
     """
     ours = read_manifest(folder)
     require_compatible(folder, ours, theirs, base)
@@ -300,7 +301,7 @@ def unite(folder: Path, config: IngestConfig, theirs: Manifest, base: Manifest |
 
 
 def require_compatible(folder: Path, ours: Manifest, theirs: Manifest, base: Manifest | None) -> None:
-    """Raise Held unless what ``ours`` added to ``base`` can be added to ``theirs``, and that is what was asked for."""
+    """Raise Held unless what ``ours`` added to ``base`` can be added to ``theirs``, as configured."""
     line = takewhile(lambda version: base is None or version.digest != base.digest, versions(folder))
     faster = f"somebody was faster: the newest version of data set {folder.name} is {theirs.digest[:12]} by now, and"
     go_on = f"`darkroom data checkout {theirs.digest[:12]} --dataset {folder.name}`, then ingest again"

@@ -20,24 +20,24 @@ class QuarantineEntry(Config):
 
 
 class Reason(Config):
-    """Why images were refused, and how many."""
+    """A reason of quarantine and the number of its entries."""
 
     reason: str
     count: int
 
 
 class Quarantine(Config):
-    """All that stands refused in a version."""
+    """Quarantined entries of a version."""
 
     count: int
     samples: list[QuarantineEntry]
-    """The first of them, by name."""
+    """The first entries by name."""
     reasons: list[Reason]
-    """The leading ones first."""
+    """Reasons, the most frequent first."""
 
 
 ReadTable = Callable[[Part, Sequence[str]], pa.Table | None]
-"""The records of a part, some columns of them; None if its table is no longer to be had."""
+"""Reads some columns of a part's records; None if its table is no longer available."""
 
 COLUMNS = ("source", "outcome", "reason")
 SCHEMA = """
@@ -46,7 +46,7 @@ SCHEMA = """
     CREATE INDEX by_part ON told (part);
     CREATE TABLE ranks (part TEXT PRIMARY KEY, rank INTEGER) WITHOUT ROWID;
 """
-# Of several columns beside max(), SQLite gives those of the row that has the maximum: the last word on a name.
+# Of several columns beside max(), SQLite returns those of the row with the maximum: the last record of a name.
 STANDING = """
     SELECT source, reason FROM (
         SELECT source, outcome, reason, max(rank * 4294967296 + place)
@@ -56,10 +56,9 @@ STANDING = """
 
 
 def standing(versions: Sequence[Manifest], read: ReadTable, limit: int | None = None) -> list[Quarantine | None]:
-    """What stands refused in each of ``versions`` of a data set, with the first ``limit`` samples.
+    """Return the quarantine of each of ``versions`` of a data set, with the first ``limit`` entries.
 
-    None for a version of which a table is needed and cannot be had. Nothing is read where nothing was ever refused;
-    else the names that were are kept in a database on disk.
+    None for a version that needs an unavailable table.
     """
     with closing(sqlite3.connect("")) as database:
         database.executescript(SCHEMA)
@@ -67,13 +66,13 @@ def standing(versions: Sequence[Manifest], read: ReadTable, limit: int | None = 
 
 
 class _Told:
-    """What the tables tell of the names that were ever refused."""
+    """Records of the names that were ever quarantined."""
 
     def __init__(self, database: sqlite3.Connection, read: ReadTable) -> None:
         self.database = database
         self.read = read
         self.unread: set[str] = set()
-        """SHA-256 of tables that cannot be had."""
+        """SHA-256 of unavailable tables."""
 
     def of(self, versions: Sequence[Manifest], limit: int) -> Iterator[Quarantine | None]:
         for part in _needed(versions, only_refusing=True):
@@ -112,7 +111,7 @@ class _Told:
 
 
 def _needed(versions: Sequence[Manifest], only_refusing: bool) -> list[Part]:
-    """The parts that refused something, or also those behind one that did, which may know better."""
+    """Return the parts with quarantined entries, or also later parts, whose records may supersede them."""
     found: dict[str, Part] = {}
     for version in versions:
         refused = False

@@ -16,12 +16,12 @@ IDX = re.compile(r".*-images[-.]idx3-ubyte(\.gz)?")
 
 
 def open_source(uri: str, access: Access) -> Source:
-    """The source that ``uri`` names; nothing is listed or fetched yet. What it tells of an image is bounded.
+    """Open the source that ``uri`` names; nothing is listed or fetched yet. Its texts are bounded in length.
 
-    A path (or ``file://`` URL) is a folder, or a file whose name tells its kind. ``wds:``, ``parquet:``, ``idx:``
-    and ``torchvision:`` say what the name alone does not, and the last three take options: ``?NAME=VALUE&…``.
+    A path (or ``file://`` URL) is a folder, or a file whose extension determines its kind. ``wds:``, ``parquet:``,
+    ``idx:`` and ``torchvision:`` state the kind explicitly, and the last three take options: ``?NAME=VALUE&…``.
 
-    Raises UserError for what is not understood or not there, and for options that would have no effect.
+    Raises UserError for an invalid or missing source, and for options without effect.
     """
     return Bounded(_open_source(uri, access))
 
@@ -84,7 +84,7 @@ def _at_path(uri: str, path: Path, access: Access) -> Source:
 
 
 def _split(text: str) -> tuple[str, dict[str, str]]:
-    """What comes before ``?NAME=VALUE&…``, and the options; other question marks are part of a pattern."""
+    """Split off the options ``?NAME=VALUE&…``; other question marks are part of a pattern."""
     parts = OPTIONS.fullmatch(text)
     if parts is None:
         return text, {}

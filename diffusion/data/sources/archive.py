@@ -1,4 +1,4 @@
-"""A tar, compressed or not, or a zip of images: read where it lies, by offset."""
+"""Tar (compressed or not) and zip archives of images, read in place by offset."""
 
 import json
 import struct
@@ -26,17 +26,17 @@ from diffusion.data.sources.local_files import MISSING, as_lines, open_unchanged
 class Archive(ABC):
     """The images in an archive, named ``ARCHIVE/MEMBER``.
 
-    ``metadata.csv`` or ``metadata.jsonl`` at its root, folders and hidden files mean what they mean in a folder.
+    ``metadata.csv`` or ``metadata.jsonl`` at its root, folders and hidden files are treated as in a folder.
     Links are quarantined.
     """
 
     path: Path
     access: Access
-    # By their names, so that the same images in a folder, a tar and a zip make the same data set.
+    # Sorted by name, so that the same images in a folder, a tar and a zip give the same data set.
     in_order = False
 
     def entries(self) -> Iterator[Entry]:
-        """Its images, in its own order or that of its metadata; raises UserError if it is damaged."""
+        """Yield its images in its own order or that of its metadata; raises UserError if it is damaged."""
         metadata: dict[str, str] = {}
         known = stamp_of(self.path)
         with listing() as found:
@@ -59,22 +59,25 @@ class Archive(ABC):
 
     @abstractmethod
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
-        """Their bytes; raises UserError if the archive has changed since it was listed."""
+        """Yield their bytes; raises UserError if the archive has changed since it was listed."""
 
     @abstractmethod
     def _files(self, known: str) -> Iterator[tuple[str, str, str]]:
-        """Name, locator and stamp of every file in it; ``known`` is the stamp of the archive."""
+        """Yield name, locator and stamp of every file in it; ``known`` is the stamp of the archive."""
 
     @abstractmethod
     def _opened(self, locator: str) -> AbstractContextManager[BinaryIO]:
-        """A file in it, for reading."""
+        """Open a file in it for reading."""
 
 
 class Tar(Archive):
-    """A tar; a compressed one is unpacked, once, into the scratch folder. All of it is new when any of it may be."""
+    """A tar; a compressed one is unpacked once into the scratch folder.
+
+    If it has changed, all members are read again.
+    """
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
-        """Their bytes; raises UserError if the tar has changed since it was listed."""
+        """Yield their bytes; raises UserError if the tar has changed since it was listed."""
         for known, group in groupby(entries, key=lambda entry: entry.stamp):
             yield from tars.read(self.path, known, (json.loads(entry.locator) for entry in group), self.access)
 
@@ -95,10 +98,10 @@ class Tar(Archive):
 
 
 class Zip(Archive):
-    """A zip, stored or deflated; the checksum of a member tells whether it has changed."""
+    """A zip, stored or deflated; a member has changed if its checksum has."""
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
-        """Their bytes; raises UserError if the zip has changed since it was listed."""
+        """Yield their bytes; raises UserError if the zip has changed since it was listed."""
         places = [json.loads(entry.locator) for entry in entries]
         known = next((place[0] for place in places if isinstance(place, list)), None)
         with ExitStack() as stack:

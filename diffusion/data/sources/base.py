@@ -1,4 +1,4 @@
-"""What every source of images offers, and what it is given."""
+"""Interfaces of image sources: entries, payloads, sources, object stores."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,70 +13,70 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import Refused
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
-"""Names that may be images; what a file really is, its bytes decide."""
+"""Extensions of possible images; the format is determined by the bytes."""
 FOREIGN = frozenset(
     (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".tga", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2")
 )
-"""Names of images in formats that cannot be read: these are refused, and not passed over as a text would be."""
+"""Names of images in formats that cannot be read: these are quarantined instead of ignored as other files are."""
 
 
 LONGEST = {"name": 4096, "label": 1000, "caption": 10_000}
-"""Characters of what a source tells of an image."""
+"""Maximum characters of the texts of an image."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Something that may be an image, and what its source says about it."""
+    """A possible image, with its name, label and caption in the source."""
 
     source: str
     """Its name, unique within the source: a relative path, ARCHIVE/MEMBER, a URL."""
     locator: str
-    """What the source needs to read it: opaque to everybody else."""
+    """Locator for the source's own use, opaque to all others."""
     stamp: str
-    """Differs when the bytes may have changed (size and time, ETag); empty: they must be read to be known."""
+    """Differs when the bytes may have changed (size and time, ETag); empty: unknown, so they must be read."""
     label: str | None = None
     caption: str | None = None
     problem: str | None = None
-    """Why it is not read at all, if it is not."""
+    """Reason why it is not read, if any."""
 
 
 Payload: TypeAlias = bytes | Image.Image | Refused
-"""An encoded image, a decoded one, or why there is none."""
+"""An encoded image, a decoded one, or the reason why there is none."""
 
 
 class Source(Protocol):
-    """A set of images somewhere. Both methods stream: memory does not grow with the set.
+    """A set of images.
 
-    It is opened anew in every worker, so opening it must be cheap.
+    Both methods stream: memory does not grow with the set. Every worker opens it again, so opening must be cheap.
     """
 
     in_order: bool
-    """Whether the order of ``entries`` depends on the images alone; otherwise that of their names is used."""
+    """Whether ``entries`` has an order that depends on the images alone; otherwise they are sorted by name."""
 
     def entries(self) -> Iterator[Entry]:
-        """Everything that may be an image. Raises UserError for a source that is missing or cannot be understood."""
+        """Yield every possible image; raises UserError for a source that is missing or invalid."""
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
-        """What lies behind each of ``entries``, in their order; a few are held at a time.
+        """Yield the payload of each of ``entries`` in order, a few in memory at a time.
 
-        What cannot be had although the source is there is Refused (a missing file, HTTP 404, too many bytes);
-        errors that may pass (a full disk, a lost connection to S3) are raised, so that the whole chunk is retried.
+        Permanent failures of an entry are Refused (a missing file, HTTP 404, too many bytes); transient errors (a full
+        disk, a lost connection to S3) are raised, so that the whole chunk is retried.
         """
 
 
 class Bounded:
-    """``source`` with a bound on every text that it tells, whoever wrote it: what is longer is refused."""
+    """Wrapper of ``source`` that limits the length of its texts; longer ones are quarantined."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.in_order = source.in_order
 
     def entries(self) -> Iterator[Entry]:
-        """Those of ``source``; what is too long is cut from them, and their ``problem``."""
+        """Yield the entries of ``source``; a text that is too long is truncated and set as their ``problem``."""
         return map(_bounded, self.source.entries())
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
-        """What ``source`` reads, and why the others are not read."""
+        """Yield the payloads of ``source``, or the reason why an entry is not read."""
         payloads = self.source.read([entry for entry in entries if entry.problem is None])
         for entry in entries:
             yield next(payloads) if entry.problem is None else Refused(entry.problem)
@@ -89,7 +89,7 @@ def _bounded(entry: Entry) -> Entry:
             entry = replace(
                 entry,
                 source=entry.source if len(entry.source) <= LONGEST["name"] else shortened(entry.source),
-                stamp="",  # what is wrong with it may be mended while its bytes stay
+                stamp="",  # its texts may be fixed while its bytes stay the same
                 label=entry.label if len(texts["label"]) <= LONGEST["label"] else None,
                 caption=entry.caption if len(texts["caption"]) <= LONGEST["caption"] else None,
                 problem=too_long(kind),
@@ -99,12 +99,12 @@ def _bounded(entry: Entry) -> Entry:
 
 
 def too_long(kind: str) -> str:
-    """Why something is refused whose name, label or caption is longer than LONGEST."""
+    """Return the reason for a name, label or caption longer than LONGEST."""
     return f"its {kind} has more than {LONGEST[kind]} characters"
 
 
 def shortened(name: str) -> str:
-    """The two ends of a name that is too long, and what tells it from others that begin and end so."""
+    """Shorten a name that is too long to its two ends and a digest."""
     return f"{name[:100]}…{sha256_bytes(name.encode('utf-8', 'surrogatepass'))[:16]}…{name[-20:]}"
 
 
@@ -119,27 +119,27 @@ class Found:
 
 
 class ObjectStore(Protocol):
-    """Where objects lie that are not files. Can be pickled, to be used in other processes."""
+    """Storage of objects that are not files. Must be picklable for use in other processes."""
 
     def find(self, uri: str) -> Iterator[Found]:
-        """All objects whose URI begins with ``uri``, in the order of their names."""
+        """Yield all objects whose URI begins with ``uri``, in the order of their names."""
 
     def read(self, uri: str) -> bytes:
-        """The bytes of one object; raises FileNotFoundError if there is none."""
+        """Return the bytes of one object; raises FileNotFoundError if there is none."""
 
     def download(self, uri: str, path: Path) -> None:
-        """Write one object to ``path``, whole or not at all; raises FileNotFoundError if there is none."""
+        """Write one object to ``path``, atomically; raises FileNotFoundError if there is none."""
 
 
 @dataclass(frozen=True)
 class Access:
-    """What sources may use."""
+    """Resources of sources: limits, scratch folder, object store."""
 
     config: IngestConfig
-    """For its limits: ``max_bytes``, ``download_seconds``, ``download_tries``."""
+    """Ingest configuration with the limits ``max_bytes``, ``download_seconds``, ``download_tries``."""
     scratch: Path
-    """A folder for what must be unpacked or fetched first; kept until the ingest is over, shared by all workers."""
+    """Folder for unpacked or fetched files, kept until the end of the ingest and shared by all workers."""
     objects: ObjectStore | None = None
-    """None: ``s3://`` sources are refused."""
+    """Object store; None: ``s3://`` sources are rejected."""
     passed_over: Counter[str] = field(default_factory=Counter)
-    """How many files a listing has passed over as no images, by the ends of their names."""
+    """Number of files ignored by a listing because they are not images, by extension."""

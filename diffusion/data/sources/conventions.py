@@ -1,4 +1,4 @@
-"""What names and metadata files mean, wherever they lie: the conventions of Hugging Face's ImageFolder."""
+"""Names and metadata files of images: the conventions of Hugging Face's ImageFolder."""
 
 import csv
 import json
@@ -15,18 +15,18 @@ from diffusion.data.sources.base import EXTENSIONS, FOREIGN
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
 LONGEST_LINE = 2**20
-"""Characters in a line of a table, or of all lines that a record of a CSV goes over; so that a file that is no table is
-not read into memory."""
+"""Maximum characters of a line of a table, or of all lines of a CSV record, so that a file that is not a table is not
+read into memory."""
 MOST_COLUMNS = 1000
-"""Columns of a CSV; each takes memory and time in every record, also where its line is short."""
+"""Maximum columns of a CSV; each takes memory and time in every record, even if its line is short."""
 
 _UNSAFE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def sane(name: str) -> str:
-    """A file's name as text that can be written down, whatever bytes it is made of.
+    """Convert a file name of any bytes to printable text.
 
-    Control characters and bytes that are no UTF-8 (surrogates, by PEP 383) become backslash escapes.
+    Control characters and bytes that are not UTF-8 (surrogates, by PEP 383) become backslash escapes.
     """
     return _UNSAFE.sub(_escaped, name)
 
@@ -37,27 +37,27 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 def is_image(name: str) -> bool:
-    """Whether a path has an image's extension and no part of it is hidden."""
+    """Return whether a path has an image's extension and no hidden component."""
     return extension(name) in EXTENSIONS | FOREIGN and not is_hidden(name)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether any part of a path begins with a dot."""
+    """Return whether any component of a path begins with a dot."""
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def extension(name: str) -> str:
-    """How a path ends, from its last dot on, in small letters; empty if there is none."""
+    """Return the extension of a path, from its last dot, in lower case; empty if there is none."""
     return posixpath.splitext(name)[1].lower()
 
 
 def folder_label(name: str) -> str:
-    """The name of the folder that the path ``name`` lies in."""
+    """Return the name of the folder of the path ``name``."""
     return posixpath.basename(posixpath.dirname(name))
 
 
 def as_text(value: object) -> str | None:
-    """A label or caption as it came from JSON or a table; empty ones are None. Raises ValueError for lists and such."""
+    """Convert a label or caption from JSON or a table to text; empty: None. Raises ValueError for lists and such."""
     if value is None or value == "":
         return None
     if not isinstance(value, str | int | float):
@@ -66,13 +66,13 @@ def as_text(value: object) -> str | None:
 
 
 def too_large(size: int, limit: int) -> Refused:
-    """Why a file of ``size`` bytes is not read."""
+    """Return the reason why a file of ``size`` bytes is not read."""
     return Refused(f"{size} bytes are over the limit of {limit}")
 
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What a metadata file says about one image."""
+    """Entry of a metadata file about one image."""
 
     name: str
     """Path relative to the metadata file, inside its folder."""
@@ -81,7 +81,7 @@ class Described:
 
 
 def records(lines: TextIO, name: str, where: str) -> Iterator[dict[str, Any]]:
-    """The records of a CSV with a header or, by ``name``, of JSON lines; ``where`` they lie is for messages."""
+    """Yield the records of a CSV with a header or, by ``name``, of JSON lines; ``where`` is for messages."""
     try:
         if not name.lower().endswith(".csv"):
             for line in _short(lines):
@@ -104,12 +104,12 @@ def records(lines: TextIO, name: str, where: str) -> Iterator[dict[str, Any]]:
 
 
 class _Record:
-    """The lines of a CSV, of which no record may have too many: quotes that are never closed hold all that follow."""
+    """Lines of a CSV with a limit per record: an unclosed quote would include all lines that follow."""
 
     def __init__(self, lines: TextIO) -> None:
         self._lines = _short(lines)
         self.characters = 0
-        """Of the record that is being read."""
+        """Characters of the current record."""
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -130,7 +130,7 @@ def _short(lines: TextIO) -> Iterator[str]:
 
 
 def described(found: Iterable[dict[str, Any]], where: str) -> Iterator[Described]:
-    """Metadata ``found`` in the file ``where``: ``file_name``, and optionally ``label`` and ``text`` or ``caption``.
+    """Parse metadata ``found`` in ``where``: ``file_name``, and optionally ``label`` and ``text`` or ``caption``.
 
     Raises UserError for records without a ``file_name``, or with one that leads out of the file's folder.
     """

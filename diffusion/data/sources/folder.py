@@ -37,14 +37,14 @@ class Folder:
     in_order = False
 
     def entries(self) -> Iterator[Entry]:
-        """All images, in the order in which the folder lists them; raises UserError for metadata it cannot read."""
+        """Yield all images in the folder's order; raises UserError for unreadable metadata."""
         found = [name for name in METADATA_FILES if (self.root / name).is_file()]
         if len(found) > 1:
             raise UserError(f"{self.root} has both {' and '.join(METADATA_FILES)}: keep one of them")
         return self._described(self.root / found[0]) if found else self._walked()
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
-        """Their bytes."""
+        """Yield their bytes."""
         for entry in entries:
             yield read_file(self.root / json.loads(entry.locator), self.access.config.max_bytes)
 
@@ -54,7 +54,7 @@ class Folder:
             label = sane(folder_label(name)) if labelled else None
             try:
                 known = stamp(file.stat())
-            except OSError:  # a link that leads nowhere, or gone already: reading it tells
+            except OSError:  # a broken link, or deleted meanwhile: reading reports it
                 known = ""
             yield Entry(sane(name), json.dumps(name), known, label)
 
@@ -66,7 +66,7 @@ class Folder:
 
 
 def _is_labelled(root: Path) -> bool:
-    """Whether the images lie in several folders, and none in ``root``; looks no further than it must."""
+    """Return whether the images are in several folders, and none in ``root``; stops as early as possible."""
     with _scanned(root) as children:
         if any(is_image(child.name) and not _is_folder(child) for child in children):
             return False
@@ -79,9 +79,9 @@ def _is_labelled(root: Path) -> bool:
 
 
 def _walk(root: Path, passed_over: Counter[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Relative names of the images below ``root``; those below ``root`` have one name, however links lead to them.
+    """Yield the relative names of the images below ``root``, each file once, however links lead to it.
 
-    Counts in ``passed_over`` how the other files end.
+    Counts the extensions of other files in ``passed_over``.
     """
     top = _real(root)
 
@@ -110,7 +110,7 @@ def _real(path: Path | str) -> str:
 
 
 def _is_visible(path: str, top: str) -> bool:
-    """Whether a walk from ``top`` comes by ``path`` without following links."""
+    """Return whether a walk from ``top`` reaches ``path`` without following links."""
     return path.startswith(f"{top}/") and "/." not in path[len(top) :]
 
 

@@ -1,9 +1,8 @@
-"""HTTP client for URLs that strangers wrote: which addresses it connects to, and for how long one exchange may last.
+"""HTTP client for untrusted URLs: limits the addresses it connects to and the duration of an exchange.
 
-A table of URLs decides what this machine asks for. So host names are resolved here, addresses that are not public are
-refused at every hop of a redirect, and the connection goes to exactly the address that was checked: a name server that
-gives another answer the second time (DNS rebinding) is never asked a second time. TLS certificates, SNI and ``Host``
-keep the name.
+The author of a table of URLs chooses the requests of this machine. So host names are resolved here, addresses that are
+not public are refused at every redirect, and the connection goes to exactly the address that was checked: names are not
+resolved again, which prevents DNS rebinding. TLS certificates, SNI and ``Host`` keep the name.
 """
 
 import base64
@@ -31,18 +30,18 @@ Result = TypeVar("Result")
 MOST_REDIRECTS = 20
 REDIRECTS = {301, 302, 303, 307, 308}
 STEP_SECONDS = 0.25
-"""How long a wait may go on without a look at whether the client is being closed."""
+"""Interval of a wait between checks whether the client is being closed, in seconds."""
 
 GLOBAL_UNICAST = ip_network("2000::/3")
-"""All that IANA gives to hosts in IPv6."""
+"""IANA's global unicast addresses of IPv6."""
 NAT64 = ip_network("64:ff9b::/96")
-"""Stands for the IPv4 address in its last 32 bits, in networks that have IPv6 alone (RFC 6052)."""
+"""Prefix of IPv4 addresses in their last 32 bits, in networks with IPv6 only (RFC 6052)."""
 ISATAP = {0x00005EFE, 0x02005EFE}
 """Interface identifiers of tunnels to the IPv4 address in the last 32 bits (RFC 5214)."""
 NOT_PUBLIC = tuple(
     ip_network(network)
     for network in (
-        # IANA's registries of special-purpose addresses, multicast and what is reserved.
+        # IANA's registries of special-purpose, multicast and reserved addresses.
         *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
         *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24"),
         *("203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
@@ -55,13 +54,13 @@ NOT_PUBLIC = tuple(
 
 
 class AddressRefused(Exception):
-    """The host has no address that may be connected to; the message is the reason kept in the quarantine."""
+    """The host has no allowed address; the message is the reason recorded in the quarantine."""
 
 
 def is_public(address: str) -> bool:
-    """Whether ``address`` (IPv4 or IPv6, as numbers) is that of a host on the public internet.
+    """Return whether ``address`` (numeric IPv4 or IPv6) is that of a host on the public internet.
 
-    IPv4 addresses inside IPv6 ones count as themselves, or are refused where the way to them is a tunnel.
+    IPv4 addresses embedded in IPv6 ones are checked as such; those reached by a tunnel are refused.
     """
     ip = ip_address(address)
     if isinstance(ip, IPv6Address):
@@ -75,36 +74,36 @@ def is_public(address: str) -> bool:
 
 
 def is_own(address: str) -> bool:
-    """Whether ``address`` is one of this machine's: services that only a firewall hides would answer there."""
+    """Return whether ``address`` is this machine's own: services hidden only by a firewall would answer there."""
     own = (each.address for interface in psutil.net_if_addrs().values() for each in interface)
     return address in {each.partition("%")[0] for each in own}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back at the end of all redirects."""
+    """Response at the end of all redirects."""
 
     status: int
     headers: httpx.Headers
     body: Iterable[bytes]
-    """As it was sent, whatever its encoding; can be read once."""
+    """Body as sent, in any encoding; can be read once."""
 
     @property
     def line(self) -> str:
-        """Status and its name, if it has one; what the server calls it may be anything."""
+        """Return the status code and its standard name, if any, instead of the server's text."""
         return f"HTTP {self.status} {httpx.codes.get_reason_phrase(self.status)}".strip()
 
 
 class HttpClient:
-    """Fetches URLs, several at a time from several threads, over connections that are kept open.
+    """Thread-safe HTTP client with persistent connections.
 
     Proxies are those of the environment (``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY``, ``NO_PROXY``) and may have any
-    address. A proxy resolves names again, so it decides where requests end: here they are only checked before.
+    address. A proxy resolves names again, so the check here does not bind it.
 
     Args:
-        seconds: How long one exchange may take, from the name's resolution to the last byte, redirects included.
+        seconds: Timeout of one exchange, from the name's resolution to the last byte, redirects included.
         allow_private: Whether hosts may have any address.
-        connections: How many are open at a time, directly and through each proxy.
+        connections: Maximum number open at a time, directly and through each proxy.
         stopped: Ends all waits once it is set.
     """
 
@@ -129,7 +128,7 @@ class HttpClient:
 
     @contextmanager
     def get(self, url: str) -> Iterator[Answer]:
-        """The answer to a GET of ``url``, at the end of all redirects; its body must be read inside.
+        """Yield the response to a GET of ``url`` after all redirects; its body must be read inside.
 
         Raises AddressRefused, httpx.InvalidURL, httpcore.UnsupportedProtocol (anything but http and https),
         httpx.TooManyRedirects, httpcore.TimeoutException, or another exception of httpcore.
@@ -145,7 +144,7 @@ class HttpClient:
                 if response.status not in REDIRECTS or location is None:
                     yield Answer(response.status, headers, response.iter_stream())
                     return
-            # Its body is not read: nobody needs it, and it may have no end.
+            # Its body is not read: it is not needed and may be endless.
             place = place.join(location)
         raise httpx.TooManyRedirects(f"more than {MOST_REDIRECTS} redirects")
 
@@ -174,7 +173,7 @@ class HttpClient:
         return self._proxied[proxy]
 
     def _through(self, address: str) -> httpcore.ConnectionPool:
-        """Connections through the proxy at ``address``; raises UserError for one that cannot be used."""
+        """Return connections through the proxy at ``address``; raises UserError for an unusable one."""
         try:
             proxy = httpx.Proxy(address if "://" in address else f"http://{address}")
         except (ValueError, httpx.InvalidURL) as error:
@@ -194,7 +193,7 @@ class HttpClient:
 
 
 class _Network(httpcore.NetworkBackend):
-    """Connections to allowed addresses alone, on which no wait outlasts the exchange that its thread has begun."""
+    """Network backend that connects to allowed addresses only, within the time of the thread's current exchange."""
 
     def __init__(self, allow_private: bool, stopped: threading.Event) -> None:
         self._allow_private = allow_private
@@ -203,22 +202,22 @@ class _Network(httpcore.NetworkBackend):
         self._backend = httpcore.SyncBackend()
 
     def begin(self, seconds: float) -> None:
-        """Begin an exchange in this thread that may last so long."""
+        """Begin an exchange of at most ``seconds`` in this thread."""
         self._exchange.deadline = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Seconds that are left to the exchange of this thread; raises httpcore.ReadTimeout if there are none."""
+        """Return the seconds left for this thread's exchange; raises httpcore.ReadTimeout if there are none."""
         left: float = self._exchange.deadline - time.monotonic()
         if left <= 0 or self._stopped.is_set():
             raise httpcore.ReadTimeout
         return left
 
     def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore.NetworkStream:
-        """A connection to an allowed address of ``host``; raises AddressRefused if it has none."""
+        """Connect to an allowed address of ``host``; raises AddressRefused if it has none."""
         return self.connected(host, port, self._allow_private)
 
     def connected(self, host: str, port: int, allow_private: bool) -> httpcore.NetworkStream:
-        """A connection to the first address of ``host`` that takes it, among all or only the public ones."""
+        """Connect to the first address of ``host`` that accepts, among all or only the public ones."""
         deadline = self._exchange.deadline
 
         def connect() -> httpcore.NetworkStream:
@@ -241,7 +240,7 @@ class _Network(httpcore.NetworkBackend):
             self.waited(lambda: _addresses(host, port, allow_private=False))
 
     def waited(self, work: Callable[[], Result]) -> Result:
-        """The result of ``work``, which may block for longer than this thread is to wait for it."""
+        """Return the result of ``work``, which may block for longer than this thread may wait."""
         future: Future[Result] = Future()
 
         def run() -> None:
@@ -250,7 +249,7 @@ class _Network(httpcore.NetworkBackend):
             except Exception as error:  # noqa: BLE001 (handed on)
                 future.set_exception(error)
 
-        # Not of a pool: the interpreter would wait for it at its end, and nothing stops a resolver.
+        # Not from a pool: the interpreter would wait for it at exit, and a resolver cannot be stopped.
         threading.Thread(target=run, daemon=True).start()
         while True:
             try:
@@ -261,18 +260,18 @@ class _Network(httpcore.NetworkBackend):
 
 
 class _ToProxy(httpcore.NetworkBackend):
-    """Connections to the proxy, wherever it is: whoever set the environment chose it."""
+    """Network backend for proxies, at any address: they come from the environment, which is trusted."""
 
     def __init__(self, network: _Network) -> None:
         self._network = network
 
     def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore.NetworkStream:
-        """A connection to ``host``."""
+        """Connect to ``host``."""
         return self._network.connected(host, port, allow_private=True)
 
 
 class _Stream(httpcore.NetworkStream):
-    """A connection on which whoever uses it waits no longer than until the end of his exchange."""
+    """Connection whose waits end with the exchange of the thread that uses it."""
 
     def __init__(self, stream: httpcore.NetworkStream, network: _Network) -> None:
         self._stream = stream
@@ -295,7 +294,7 @@ class _Stream(httpcore.NetworkStream):
         self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None
     ) -> "_Stream":
         left = self._network.left()
-        # The time is for the whole handshake, however slowly it comes.
+        # The timeout is for the whole handshake.
         stream = self._network.waited(lambda: self._stream.start_tls(ssl_context, server_hostname, left))
         return _Stream(stream, self._network)
 
@@ -304,7 +303,7 @@ class _Stream(httpcore.NetworkStream):
 
 
 def _addresses(host: str, port: int, allow_private: bool) -> list[str]:
-    """The addresses of ``host``; raises AddressRefused if only public ones are allowed and it has none."""
+    """Resolve ``host``; raises AddressRefused if only public addresses are allowed and it has none."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:

@@ -21,14 +21,14 @@ from diffusion.data.sources.local_files import MISSING, changed, stamp, stamp_of
 SPLITS = {"train": "train", "test": "t10k"}
 UNSIGNED_BYTE = 8
 HEADER = 16
-"""Bytes in front of the images."""
+"""Bytes before the images."""
 
 
 @dataclass(frozen=True)
 class Idx:
     """The images in the file ``images``, named ``FILE/NUMBER``, with the numbers of their classes as labels.
 
-    Labels come from the file beside it that is called as MNIST does (``train-labels-idx1-ubyte`` beside
+    Labels come from the file beside it that is named as in MNIST (``train-labels-idx1-ubyte`` beside
     ``train-images-idx3-ubyte``); without one there are none. Files may end in ``.gz``: they are unpacked, once, into
     the scratch folder.
 
@@ -42,7 +42,7 @@ class Idx:
 
     @classmethod
     def open(cls, place: Path, options: dict[str, str], access: Access) -> Self:
-        """The file ``place``, or the one that ``split`` (train, test) names in the folder ``place``."""
+        """Open the file ``place``, or the one for ``split`` (train, test) in the folder ``place``."""
         if unknown := sorted(set(options) - {"split"}):
             raise UserError(f"idx:{place} has no option {unknown[0]}: the only one is split")
         split = options.get("split")
@@ -54,7 +54,7 @@ class Idx:
             return cls(place, access)
         found: dict[str, Path] = {}
         for path in sorted(place.glob(f"{SPLITS[split] if split else '*'}-images[-.]idx3-ubyte*")):
-            # Unpacked ones come first, and what else is called so (.bz2, say) is not of this kind.
+            # Unpacked files take precedence; other extensions (such as .bz2) are not supported.
             if path.name.endswith(("ubyte", "ubyte.gz")):
                 found.setdefault(path.name.removesuffix(".gz"), path)
         if not found:
@@ -64,7 +64,7 @@ class Idx:
         return cls(next(iter(found.values())), access)
 
     def entries(self) -> Iterator[Entry]:
-        """All images, in the file's order; raises UserError if it is damaged, or its labels are of another length."""
+        """Yield all images in the file's order; raises UserError if it is damaged, or its labels differ in number."""
         known, name = stamp_of(self.images), sane(self.images.name)
         with ExitStack() as stack:
             _, (count, height, width) = self._opened(stack, self.images, known, 3)
@@ -78,7 +78,7 @@ class Idx:
                 yield Entry(f"{name}/{number}", json.dumps([number, height, width]), known, label)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
-        """Decoded grey images; raises UserError if the file has changed since it was listed."""
+        """Yield decoded grey images; raises UserError if the file has changed since it was listed."""
         for known, group in groupby(entries, key=lambda entry: entry.stamp):
             with ExitStack() as stack:
                 try:
@@ -95,7 +95,7 @@ class Idx:
                     yield Image.frombytes("L", (width, height), file.read(height * width))
 
     def _opened(self, stack: ExitStack, path: Path, known: str, dimensions: int) -> tuple[BinaryIO, tuple[int, ...]]:
-        """An IDX file whose stamp is ``known``, behind its header, and its sizes."""
+        """Open an IDX file whose stamp is ``known``; returns it, positioned behind its header, and its sizes."""
         plain = uncompressed(path, known, self.access)
         if plain == path and stamp(path.stat()) != known:
             raise changed(str(path))

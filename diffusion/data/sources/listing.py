@@ -1,4 +1,4 @@
-"""The names in a source that tells them only in passing, kept on disk until all are known."""
+"""Listing of the files of a source, kept on disk until it is complete."""
 
 import sqlite3
 from collections import Counter
@@ -11,11 +11,11 @@ from diffusion.data.sources.conventions import Described, extension, folder_labe
 from diffusion.data.sources.local_files import MISSING, refusal
 
 RECORDS_PER_FILE = 10
-"""How many records a metadata file may have for each file that is there, on average."""
+"""Maximum average number of metadata records per existing file."""
 
 
 class Listing:
-    """Files of an archive or a prefix; what they are called (a label, a caption) depends on all of them."""
+    """Files of an archive or a prefix; labels and captions depend on all of them."""
 
     def __init__(self, database: sqlite3.Connection) -> None:
         self._database = database
@@ -25,7 +25,7 @@ class Listing:
         database.execute("CREATE TABLE files (number INTEGER PRIMARY KEY, name TEXT, locator TEXT, stamp TEXT)")
 
     def add(self, name: str, locator: str, stamp: str) -> None:
-        """A file of that name, relative to the root; a later one of the same name stands in for it."""
+        """Add a file under its name relative to the root; a later one of the same name replaces it."""
         self._database.execute("INSERT INTO files (name, locator, stamp) VALUES (?, ?, ?)", (name, locator, stamp))
         if is_image(name):
             folder = name.rpartition("/")[0]
@@ -34,9 +34,9 @@ class Listing:
                 self._folders.add(folder)
 
     def images(self, passed_over: Counter[str]) -> Iterator[Entry]:
-        """All with an image's name, labelled by their folders if there are several and none lies in the root.
+        """Yield all images, labelled by their folders if there are several and none is in the root.
 
-        Counts in ``passed_over`` how the others end that are not hidden.
+        Counts the extensions of other visible files in ``passed_over``.
         """
         labelled = len(self._folders) > 1 and not self._any_in_root
         for name, locator, stamp in self._database.execute("SELECT name, locator, stamp FROM files ORDER BY number"):
@@ -46,7 +46,7 @@ class Listing:
                 passed_over[extension(name)] += 1
 
     def described(self, found: Iterator[Described]) -> Iterator[Entry]:
-        """Exactly those that a metadata file names."""
+        """Yield exactly the files that a metadata file names."""
         self._database.execute("CREATE INDEX names ON files (name, number)")
         (files,) = self._database.execute("SELECT count(*) FROM files").fetchone()
         most = RECORDS_PER_FILE * files + 1000
@@ -54,7 +54,7 @@ class Listing:
         missing = (refusal(MISSING), "")
         for number, each in enumerate(found, start=1):
             if number > most:
-                # Packed, they take next to nothing.
+                # They compress well.
                 raise UserError(f"the metadata of {files} files has over {most} records: take those of others out")
             locator, stamp = self._database.execute(query, (each.name,)).fetchone() or missing
             yield Entry(each.name, locator, stamp, each.label, each.caption)
@@ -62,8 +62,8 @@ class Listing:
 
 @contextmanager
 def listing() -> Iterator[Listing]:
-    """An empty listing, gone at the end."""
-    # SQLite's name for a private file that it deletes by itself.
+    """Yield an empty listing, deleted at the end."""
+    # SQLite's name for a private temporary file.
     with closing(sqlite3.connect("", check_same_thread=False, isolation_level=None)) as database:
         database.execute("BEGIN")
         yield Listing(database)

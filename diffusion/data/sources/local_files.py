@@ -1,4 +1,4 @@
-"""Files of this machine: read within limits, matched by patterns, unpacked once for all workers."""
+"""Local files: read within limits, matched by patterns, unpacked once for all workers."""
 
 import bz2
 import errno
@@ -27,29 +27,29 @@ from diffusion.data.sources.conventions import too_large
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 NEVER = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
-"""Errors that another try will not mend."""
+"""Permanent errors."""
 MISSING = "named in the listing but missing"
 WILD = "*?["
 COPIED_AT_ONCE = 2**20
-"""Bytes."""
+"""Bytes copied at a time."""
 RESERVE, RESERVED_SHARE = 2**30, 0.05
-"""Bytes of the disk that unpacking leaves free, and which share of a smaller one: what is packed does not say how large
-it is, and may be made to fill any disk."""
+"""Bytes that unpacking leaves free on the disk, and the share of a smaller disk: compressed data may be crafted to fill
+any disk."""
 PACKED: dict[str, Callable[[Path], object]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 def refusal(reason: str) -> str:
-    """The locator, in an archive or a prefix, of what cannot be read, and why; all others there are JSON lists."""
+    """Return the locator, in an archive or a prefix, of an unreadable file with the reason; others are JSON lists."""
     return json.dumps(reason)
 
 
 def stamp(status: os.stat_result) -> str:
-    """Differs when a file may have changed: its size and time."""
+    """Return a stamp that differs if a file may have changed: its size and time."""
     return f"{status.st_size}:{status.st_mtime_ns}"
 
 
 def stamp_of(path: Path) -> str:
-    """The stamp of a file that must be there; raises UserError otherwise."""
+    """Return the stamp of a file; raises UserError if it does not exist."""
     try:
         return stamp(path.stat())
     except OSError as error:
@@ -57,7 +57,7 @@ def stamp_of(path: Path) -> str:
 
 
 def stamp_if_there(path: Path) -> str:
-    """The stamp of a file, or none if it is not there: reading it tells why."""
+    """Return the stamp of a file, or an empty one if it does not exist, which reading it reports."""
     try:
         return stamp(path.stat())
     except OSError:
@@ -65,7 +65,7 @@ def stamp_if_there(path: Path) -> str:
 
 
 def read_file(path: Path, limit: int) -> Payload:
-    """The bytes of a file, unless it is missing, no plain file, forbidden, or larger than ``limit`` bytes."""
+    """Read a file, unless it is missing, not a regular file, forbidden, or larger than ``limit`` bytes."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -82,7 +82,7 @@ def read_file(path: Path, limit: int) -> Payload:
 
 
 def open_unchanged(path: Path, before: str) -> BinaryIO | None:
-    """``path`` for reading, or None if it is gone; raises UserError if its stamp is no longer that of ``before``."""
+    """Open ``path`` for reading; None if it is gone. Raises UserError if its stamp differs from ``before``."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -94,13 +94,13 @@ def open_unchanged(path: Path, before: str) -> BinaryIO | None:
 
 
 def changed(where: str) -> UserError:
-    """What to say when places in a file that was listed no longer hold."""
+    """Return the error for a file that has changed since it was listed."""
     return UserError(f"{where} has changed since it was listed: run the ingest again")
 
 
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """A table of text, line by line."""
+    """Open a text table, line by line."""
     try:
         file = path.open(newline="", encoding="utf-8-sig")
     except OSError as error:
@@ -110,16 +110,16 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 
 def as_lines(file: BinaryIO) -> TextIO:
-    """The text of an open file."""
+    """Wrap an open file as text."""
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
 
 
 def matching(pattern: str, suffix: str) -> list[tuple[str, Path]]:
-    """Names and paths of the files that ``pattern`` means, in the order of their names.
+    """Return names and paths of the files that match ``pattern``, sorted by name.
 
     It is a file, a folder (all files below it that end in ``suffix``), a glob, or has ``{00..42}`` or ``{a,b}`` in
     it. Names are relative to what comes before its first wildcard, so more matches do not change them.
-    Raises UserError if anything that was named is not there.
+    Raises UserError if a named file does not exist.
     """
     path = Path(pattern)
     if path.is_file():
@@ -135,7 +135,7 @@ def matching(pattern: str, suffix: str) -> list[tuple[str, Path]]:
 
 
 def expanded(pattern: str) -> list[str]:
-    """``pattern`` with its braces written out."""
+    """Expand the braces in ``pattern``."""
     try:
         return list(braceexpand(pattern))
     except ValueError as error:
@@ -152,7 +152,7 @@ def _globbed(piece: str) -> list[str]:
 
 
 def once(path: Path, write: Callable[[Path], object]) -> Path:
-    """``path``, filled by ``write`` unless that was done before; other workers wait meanwhile. Never seen half done."""
+    """Return ``path``, written atomically by ``write`` unless it exists; concurrent workers wait."""
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ def once(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def uncompressed(path: Path, before: str, access: Access) -> Path:
-    """``path`` itself, or what it unpacks to, kept in the scratch folder under a name by path and stamp ``before``.
+    """Return ``path`` itself, or its unpacked copy in the scratch folder, named by path and stamp ``before``.
 
     Raises FileNotFoundError if ``path`` is needed but gone, and UserError if it is damaged or has another stamp now.
     """
@@ -188,7 +188,7 @@ def uncompressed(path: Path, before: str, access: Access) -> Path:
         except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
             raise _damaged(path, error) from error
         except OSError as error:
-            # bz2 raises a bare OSError for damage; those of the system have a number.
+            # bz2 raises OSError without errno for damage; system errors have one.
             if error.errno is not None:
                 raise
             raise _damaged(path, error) from error

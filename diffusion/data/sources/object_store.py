@@ -18,20 +18,20 @@ from diffusion.data.sources.local_files import MISSING, TARS, changed, once, ope
 
 WORKERS = 16
 IN_MEMORY = 2**20
-"""Bytes; of what is fetched ahead, larger objects wait on disk."""
+"""Bytes from which objects fetched ahead are kept on disk."""
 
 
 def require(uri: str, access: Access) -> ObjectStore:
-    """The object store; raises UserError if there is none."""
+    """Return the object store; raises UserError if there is none."""
     if access.objects is None:
         raise UserError(f"{uri} needs an S3 client, and there is none here: use `darkroom ingest`, or copy it to disk")
     return access.objects
 
 
 def fetched(uri: str, etag: str, access: Access) -> Path:
-    """A copy of an object in the scratch folder, made once.
+    """Return a copy of an object in the scratch folder, fetched once.
 
-    Raises FileNotFoundError if the object is gone, and UserError if it is no longer that of ``etag``.
+    Raises FileNotFoundError if the object is gone, and UserError if it no longer has ``etag``.
     """
     objects = require(uri, access)
 
@@ -51,7 +51,7 @@ def fetched(uri: str, etag: str, access: Access) -> Path:
 class Objects:
     """The images under ``prefix``, by extension.
 
-    ``metadata.csv`` or ``metadata.jsonl`` right under it, folders and hidden files mean what they mean in a folder.
+    ``metadata.csv`` or ``metadata.jsonl`` right under it, folders and hidden files are treated as in a folder.
     """
 
     prefix: str
@@ -62,7 +62,7 @@ class Objects:
 
     @classmethod
     def open(cls, uri: str, access: Access) -> Self:
-        """The source that ``uri`` names; raises UserError for what is no prefix of images."""
+        """Open the source that ``uri`` names; raises UserError if it is not a prefix of images."""
         if uri.endswith((*TARS, ".zip", ".parquet", ".csv", ".jsonl")):
             raise UserError(
                 f"{uri} is one file: write wds:{uri} for a tar of WebDataset, and copy others to disk first"
@@ -70,7 +70,7 @@ class Objects:
         return cls(f"{uri.rstrip('/')}/", require(uri, access), access)
 
     def entries(self) -> Iterator[Entry]:
-        """All images, in the store's order; raises UserError for metadata it cannot read."""
+        """Yield all images in the store's order; raises UserError for unreadable metadata."""
         metadata: dict[str, Found] = {}
         with listing() as files:
             for found in self.objects.find(self.prefix):
@@ -85,7 +85,7 @@ class Objects:
             )
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
-        """Their bytes, several fetched at a time; what the object store raises passes through."""
+        """Yield their bytes, fetched concurrently; errors of the object store are passed on."""
         for payload in ahead(self._fetched, entries, WORKERS):
             if isinstance(payload, Path):
                 yield payload.read_bytes()
@@ -94,7 +94,7 @@ class Objects:
                 yield payload
 
     def _fetched(self, entry: Entry) -> Payload | Path:
-        """Small objects, and where large ones lie: those that wait for their turn would fill the memory."""
+        """Fetch small objects into memory and large ones to disk, so that waiting ones do not fill the memory."""
         place, limit = json.loads(entry.locator), self.access.config.max_bytes
         if isinstance(place, str):
             return Refused(place)

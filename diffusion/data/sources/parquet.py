@@ -26,16 +26,16 @@ TEXTS_AT_ONCE, IMAGES_AT_ONCE = 1024, 16
 LARGEST_PAGE_OF_TEXTS = 2**26
 """Bytes of memory that a page of labels or captions may take."""
 LONGEST_PATH = 200
-"""Characters that are shown."""
+"""Maximum characters of a path in messages."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a file say what."""
+    """Columns of image, label and caption in a file."""
 
     image: str
     leaves: tuple[str, ...]
-    """The paths of what must be read of ``image``: itself, or its bytes and path."""
+    """Paths of the leaves of ``image`` to read: itself, or its bytes and path."""
     label: str | None
     caption: str | None
     classes: Sequence[str] | None
@@ -59,13 +59,13 @@ class Parquet:
 
     @classmethod
     def open(cls, pattern: str, options: dict[str, str], access: Access) -> Self:
-        """The source of that pattern; raises UserError for options that mean nothing."""
+        """Open the source of that pattern; raises UserError for invalid options."""
         if unknown := sorted(set(options) - set(OPTIONS)):
             raise UserError(f"parquet:{pattern} has no option {unknown[0]}: there are {', '.join(OPTIONS)}")
         return cls(pattern, options, access)
 
     def entries(self) -> Iterator[Entry]:
-        """All rows; raises UserError for files that are missing, damaged or have no column of images."""
+        """Yield all rows; raises UserError for files that are missing, damaged or have no column of images."""
         for name, path in matching(self.pattern, ".parquet"):
             known = stamp_of(path)
             with _opened(path) as file:
@@ -81,7 +81,7 @@ class Parquet:
                         yield Entry(f"{sane(name)}/{next(number)}", locator, known, label, caption)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
-        """Their bytes; raises UserError if a file has changed since it was listed."""
+        """Yield their bytes; raises UserError if a file has changed since it was listed."""
         located = ((json.loads(entry.locator), entry.stamp) for entry in entries)
         for (place, known), group in groupby(located, key=lambda each: (each[0][0], each[1])):
             rows = [(number, row) for (_, number, row), _ in group]
@@ -93,14 +93,14 @@ class Parquet:
                 raise changed(place)
             with _opened(path) as file:
                 columns = find_columns(file.schema_arrow, self.options, place)
-                for number, wanted in groupby(rows, key=lambda each: each[0]):
-                    ascending = [row for _, row in wanted]
+                for number, members in groupby(rows, key=lambda each: each[0]):
+                    ascending = [row for _, row in members]
                     yield from self._images(file, number, ascending, columns, path)
 
     def _texts(
         self, file: pq.ParquetFile, group: int, columns: Columns, path: Path
     ) -> Iterator[tuple[str | None, str | None]]:
-        """Label and caption of each row of a row group."""
+        """Yield label and caption of each row of a row group."""
         named = [name for name in (columns.label, columns.caption) if name]
         if not named:
             yield from ((None, None) for _ in range(file.metadata.row_group(group).num_rows))
@@ -122,7 +122,7 @@ class Parquet:
     def _images(
         self, file: pq.ParquetFile, group: int, rows: list[int], columns: Columns, path: Path
     ) -> Iterator[Payload]:
-        """The images in ``rows``, ascending, of a row group; what comes before them is skipped."""
+        """Yield the images in ``rows``, ascending, of a row group."""
         start, values, damage = 0, pa.array([]), None
         batches = None
         for row in rows:
@@ -134,7 +134,7 @@ class Parquet:
                 except PageRefused as error:
                     damage = f"not read from the Parquet file: {error}"
                 except (pa.ArrowException, OSError, StopIteration) as error:
-                    # Damage has no number; errors of the system have one, and may pass.
+                    # Damage has no errno; system errors have one, and may be transient.
                     if isinstance(error, OSError) and error.errno is not None:
                         raise
                     damage = f"damaged in the Parquet file: {error}"
@@ -143,9 +143,9 @@ class Parquet:
     def _batches(
         self, file: pq.ParquetFile, group: int, leaves: Sequence[str], most: int, path: Path, texts: bool = False
     ) -> Iterator[pa.RecordBatch]:
-        """Rows of a row group, with the columns at the paths ``leaves``, as many at a time as memory allows.
+        """Yield rows of a row group, with the columns at the paths ``leaves``, as many at a time as memory allows.
 
-        Raises PageRefused if it allows not even one.
+        Raises PageRefused if it does not allow a single one.
         """
         about, limit = file.metadata, self.access.config.max_page_bytes
         if texts:
@@ -159,7 +159,7 @@ class Parquet:
 
 
 def find_columns(schema: pa.Schema, options: dict[str, str], where: str) -> Columns:
-    """What the columns of a file mean; raises UserError, naming them all, if that is not clear."""
+    """Determine the columns of a file; raises UserError, naming them all, if they are ambiguous."""
     features = _features(schema)
     names = {name.lower(): name for name in reversed(schema.names)}
     for option, column in options.items():
@@ -193,7 +193,7 @@ def find_columns(schema: pa.Schema, options: dict[str, str], where: str) -> Colu
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """What Hugging Face's ``datasets`` wrote about the columns, if it wrote the file."""
+    """Return the features that Hugging Face's ``datasets`` recorded about the columns, if any."""
     try:
         about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, KeyError, TypeError):
@@ -202,7 +202,7 @@ def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    """Whether values of this type are texts, or numbers that can be written as such."""
+    """Return whether values of this type are texts, or numbers that can be written as such."""
     if pa.types.is_dictionary(kind):
         return _is_text(kind.value_type)
     tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
@@ -219,9 +219,9 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def _values(column: pa.Array) -> list[Any]:
-    """The values in a column of texts or numbers; of texts no more than it takes to see that they are too long."""
+    """Return the values in a column of texts or numbers; texts are truncated just beyond the limit."""
     if pa.types.is_dictionary(column.type):
-        # Each only once: a large one may stand in every row.
+        # Each distinct value once: a large one may be in every row.
         used = column.indices.unique().drop_null()
         values = dict(zip(used.to_pylist(), _values(column.dictionary.take(used)), strict=True))
         return [values.get(index) for index in column.indices.to_pylist()]
@@ -239,7 +239,7 @@ def _class(value: object, names: Sequence[str] | None) -> str | None:
 
 
 def _image(value: Any, limit: int) -> Payload:
-    """The bytes in a scalar of Arrow."""
+    """Return the bytes in a scalar of Arrow."""
     if isinstance(value, pa.StructScalar):
         path = value["path"].as_py() if "path" in value else None
         value = value["bytes"]
@@ -261,7 +261,7 @@ def _in_words(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _opened(path: Path, dictionaries: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
-    """A file that is read page by page, so that row groups of any size fit; of ``dictionaries`` rows share values."""
+    """Open a file to be read page by page, so that row groups of any size fit; ``dictionaries`` share values."""
     with _in_words(path):
         require_small_footer(path)
         file = pq.ParquetFile(

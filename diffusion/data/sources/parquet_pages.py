@@ -1,8 +1,8 @@
-"""What decoding a column of a Parquet file would take, read from the headers of its pages before anything is decoded.
+"""Memory needed to decode a column of a Parquet file, computed from page headers before anything is decoded.
 
-A few bytes may stand for any number: pages are compressed, dictionaries repeat a value for a bit a row, runs repeat a
-null, and what the file's footer says of sizes need not be true. Arrow allocates what page headers declare, so these are
-read here first (parquet-format's ``PageHeader`` in Thrift's compact protocol), without their pages.
+A few bytes may stand for any amount of data: pages are compressed, dictionaries repeat a value for one bit per row,
+runs repeat a null, and the sizes in the footer need not be true. Arrow allocates what page headers declare, so these
+are read here first (parquet-format's ``PageHeader`` in Thrift's compact protocol), without their pages.
 """
 
 import struct
@@ -15,15 +15,15 @@ import pyarrow.parquet as pq
 from diffusion.common.errors import UserError
 
 FOOTER_END = struct.Struct("<I4s")
-"""How a file ends: the size of its footer, and PAR1."""
+"""End of a file: the size of its footer, and PAR1."""
 LARGEST_FOOTER = 2**23
-"""Bytes; Arrow takes some thirty times as many for it."""
+"""Maximum bytes of a footer; Arrow takes some thirty times as many for it."""
 LONGEST_HEADER = 2**20
-"""Bytes of a page's header, with its statistics."""
+"""Maximum bytes of a page's header, with its statistics."""
 DEEPEST = 8
-"""How many structs a page's header has inside each other; two, as of today."""
+"""Maximum nesting of structs in a page header; two as of today."""
 BYTES_PER_VALUE = 16
-"""What Arrow keeps for each value of a page besides its bytes."""
+"""Bytes that Arrow stores per value of a page besides its content."""
 DECODED_AT_ONCE = 2**25
 """Bytes of the rows that are decoded at a time, if no single one is larger."""
 
@@ -32,7 +32,7 @@ ENCODINGS = {0: "PLAIN", 2: "PLAIN_DICTIONARY", 3: "RLE", 5: "DELTA_BINARY_PACKE
 DELTA_LENGTH_BYTE_ARRAY a few bytes claim any number of lengths."""
 DATA_PAGE, INDEX_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = range(4)
 DETAILS = {DATA_PAGE: 5, DICTIONARY_PAGE: 7, DATA_PAGE_V2: 8}
-"""Which field of a header tells of a page of each type."""
+"""Field number of the header of each page type."""
 ENCODING_FIELD = {DATA_PAGE: 2, DICTIONARY_PAGE: 2, DATA_PAGE_V2: 4}
 
 BOOLEANS, INTEGERS, LISTS = {1: True, 2: False}, {4, 5, 6}, {9, 10}
@@ -41,11 +41,11 @@ BYTE, DOUBLE, BINARY, MAP, STRUCT = 3, 7, 8, 11, 12
 
 
 class PageRefused(ValueError):
-    """A column that is not decoded; the message says why."""
+    """The column would take too much memory; the message says why."""
 
 
 def require_small_footer(path: Path) -> None:
-    """Raise UserError for a file whose footer is too large to be read."""
+    """Raise UserError for a file whose footer is too large."""
     with path.open("rb") as file:
         length = file.seek(0, 2)
         file.seek(max(0, length - FOOTER_END.size))
@@ -104,7 +104,7 @@ def rows_at_once(
 
 
 def _page(header: dict[int, Any]) -> list[int]:
-    """Type, bytes unpacked and packed, number of values, and encoding of a page."""
+    """Return type, unpacked and packed bytes, number of values, and encoding of a page."""
     kind = header.get(1, -1)
     details = header.get(DETAILS[kind]) if kind in DETAILS else {1: 0}
     if isinstance(details, dict):
@@ -116,14 +116,14 @@ def _page(header: dict[int, Any]) -> list[int]:
 
 
 class _Header:
-    """Reads one struct of Thrift's compact protocol, and knows nothing of what it means."""
+    """Parser of one struct of Thrift's compact protocol."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.left = LONGEST_HEADER
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Its fields by their numbers: integers, structs, and None for all else."""
+        """Return its fields by number: integers, structs, and None for all else."""
         fields: dict[int, Any] = {}
         number = 0
         while byte := self._bytes(1)[0]:

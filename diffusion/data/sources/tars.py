@@ -1,4 +1,4 @@
-"""What lies in a tar and where, without holding the list of it."""
+"""Reading of tars without holding the list of members in memory."""
 
 import io
 import tarfile
@@ -15,9 +15,9 @@ from diffusion.data.sources.conventions import sane, too_large
 from diffusion.data.sources.local_files import MISSING, open_unchanged, uncompressed
 
 LONGEST_HEADER = 2**20
-"""Bytes of all headers of a member; more is not read into memory."""
+"""Maximum bytes of all headers of a member."""
 LONGEST_GLOBAL_HEADER = 2**16
-"""Characters of attributes that hold for all members, each of which gets a copy."""
+"""Maximum characters of global attributes, which are copied to every member."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,27 +25,27 @@ class Member:
     """A file in a tar."""
 
     name: str
-    """As it stands there, without a leading ``./``; only ever used as a name."""
+    """Name as stored, without a leading ``./``; never used as a path."""
     offset: int
-    """Where its bytes begin in the tar."""
+    """Offset of its bytes in the tar."""
     size: int
     problem: str | None = None
-    """Why its bytes are not to be had, if they are not."""
+    """Reason why its bytes are unavailable, if any."""
 
     @property
     def place(self) -> "Place":
-        """What ``read`` needs."""
+        """Return the place that ``read`` takes."""
         return self.problem or (self.offset, self.size)
 
 
 Place: TypeAlias = str | Sequence[int]
-"""Offset and size of a member, or why it cannot be read."""
+"""Offset and size of a member, or the reason why it cannot be read."""
 
 
 def members(path: Path, where: str) -> Iterator[Member]:
-    """All files in the uncompressed tar at ``path``, in its order; links and devices have a ``problem``.
+    """Yield all files in the uncompressed tar at ``path``; links and devices have a ``problem``.
 
-    Raises UserError, which says ``where`` it came from, for one that is damaged, cut short, or goes on after its end.
+    Raises UserError, naming ``where``, for a tar that is damaged, truncated, or continues after its end.
     """
     try:
         with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
@@ -64,9 +64,9 @@ def members(path: Path, where: str) -> Iterator[Member]:
 
 
 def read(path: Path, known: str, places: Iterable[Place], access: Access) -> Iterator[Payload]:
-    """The bytes of members of the tar at ``path``, which may be compressed and had the stamp ``known`` when listed.
+    """Yield members of the tar at ``path``, which may be compressed and had the stamp ``known`` when listed.
 
-    Raises UserError if it has another one now.
+    Raises UserError if its stamp has changed.
     """
     with ExitStack() as stack:
         file = _opened(path, known, access)
@@ -90,7 +90,7 @@ def _opened(path: Path, known: str, access: Access) -> BinaryIO | None:
 
 
 def read_slice(file: BinaryIO, place: Sequence[int], limit: int) -> bytes | Refused:
-    """The bytes at (offset, size), unless they are more than ``limit``."""
+    """Read the bytes at (offset, size), unless they are more than ``limit``."""
     offset, size = place
     if size > limit:
         return too_large(size, limit)
@@ -100,14 +100,13 @@ def read_slice(file: BinaryIO, place: Sequence[int], limit: int) -> bytes | Refu
 
 
 class _Headers(io.BufferedReader):
-    """A tar of which only the headers are read."""
+    """File object of a tar that reads headers only."""
 
     left = LONGEST_HEADER
-    """Bytes that the headers of the next member may still have: a name may come in front of another without end, and a
-    map of holes may have any length."""
+    """Bytes left for the headers of the next member: long names and sparse maps may be endless."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """At most ``size`` bytes, if that is a size that a header has."""
+        """Read at most ``size`` bytes, if headers have such a size."""
         if size is None or not 0 <= size <= self.left:
             raise tarfile.ReadError(f"a header of {size} bytes")
         self.left -= size
@@ -117,7 +116,7 @@ class _Headers(io.BufferedReader):
 def _member(info: tarfile.TarInfo) -> Member:
     name = info.name.removeprefix("./")
     if len(name) > LONGEST["name"]:
-        # WebDataset holds all names of a key.
+        # WebDataset keeps all names of a key.
         return Member(sane(shortened(name)), info.offset_data, info.size, too_long("name"))
     return Member(sane(name), info.offset_data, info.size, _problem(info))
 
@@ -129,7 +128,7 @@ def _problem(info: tarfile.TarInfo) -> str | None:
 
 
 def _check_end(file: io.BufferedReader, offset: int) -> None:
-    """``tarfile`` itself takes anything that is no header for the end."""
+    """Check the end of the tar, as ``tarfile`` takes any invalid header for the end."""
     file.seek(offset)
     if io.BufferedReader.read(file, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(f"no end and no member at byte {offset}")

@@ -1,4 +1,4 @@
-"""Data sets that torchvision knows by name."""
+"""Data sets of torchvision, by name."""
 
 import inspect
 import json
@@ -18,14 +18,14 @@ from diffusion.data.sources.local_files import read_file, stamp_if_there
 
 OPTIONS = ("root", "split", "download")
 IDX_FILES = ("MNIST", "FashionMNIST", "KMNIST")
-"""Read by our own reader: torchvision's loads the pickles of its older versions if it finds some."""
+"""Sets read by ``Idx``: torchvision loads the pickles of its older versions if it finds some."""
 IMAGE_FILES = (
     *("Country211", "DTD", "EuroSAT", "FGVCAircraft", "Flowers102", "Food101"),
     *("Imagenette", "Places365", "RenderedSST2", "StanfordCars", "SUN397"),
 )
-"""Lists of files with labels from text, JSON or MAT files; the images are read as they are."""
+"""Sets that list files, with labels from text, JSON or MAT files; the images are read as they are."""
 ARRAYS = ("SEMEION", "STL10", "SVHN", "USPS")
-"""All images in one text, raw or MAT file, which torchvision holds in memory."""
+"""Sets with all images in one text, raw or MAT file, which torchvision holds in memory."""
 PICKLED = ("CIFAR10", "CIFAR100", "EMNIST", "ImageNet", "LSUN", "PhotoTour", "QMNIST")
 
 
@@ -33,16 +33,16 @@ PICKLED = ("CIFAR10", "CIFAR100", "EMNIST", "ImageNet", "LSUN", "PhotoTour", "QM
 class TorchvisionSet:
     """A set that torchvision calls ``name``, where it keeps it in the folder ``root``; labels are its classes' names.
 
-    Only those are known whose loading code unpickles nothing (read in torchvision 0.24 and 0.28). CIFAR10 and
+    Supported are only sets whose loading code unpickles nothing (checked in torchvision 0.24 and 0.28). CIFAR10 and
     CIFAR100 are pickles themselves; EMNIST, ImageNet, PhotoTour and QMNIST are, or were, kept by ``torch.save``; LSUN
-    caches its keys in a pickle. Sets whose images torchvision hands out only after it has changed them (to RGB,
-    without their profile) are not among them either: read these as a folder.
+    caches its keys in a pickle. Sets whose images torchvision converts (to RGB, without their profile) are not
+    supported either: read these as a folder.
     """
 
     name: str
     root: Path
     arguments: dict[str, Any]
-    """What torchvision's class is given besides ``root``: nothing, ``split`` or ``train``."""
+    """Arguments of torchvision's class besides ``root``: nothing, ``split`` or ``train``."""
     download: bool
     access: Access
     in_order = True
@@ -69,7 +69,7 @@ class TorchvisionSet:
         return cls(name, Path(options["root"]).expanduser(), arguments, options.get("download") == "true", access)
 
     def entries(self) -> Iterator[Entry]:
-        """All images, in the set's order; raises UserError if it is not in ``root``, or cannot be downloaded."""
+        """Yield all images in the set's order; raises UserError if it is not in ``root``, or cannot be downloaded."""
         if self.name in IDX_FILES:
             if self.download:
                 self._refuse_pickles()
@@ -88,11 +88,11 @@ class TorchvisionSet:
                 name = image.relative_to(self.root).as_posix()
                 yield Entry(sane(name), json.dumps([str(image)]), stamp_if_there(image), label)
             else:
-                # Such a set never changes; torchvision compares the sums of its files where it knows them.
+                # Such a set never changes; torchvision verifies checksums where it has them.
                 yield Entry(f"{self.name}/{number}", json.dumps([number]), self.name, label)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
-        """Their bytes, or decoded images where a set has no files of them."""
+        """Yield the bytes of the images, or decoded images if a set has no image files."""
         if self.name in IDX_FILES:
             yield from self._idx().read(entries)
         elif self.name in IMAGE_FILES:
@@ -114,7 +114,7 @@ class TorchvisionSet:
             raise UserError(f"{old} is of an old torchvision, and this one would unpickle it: take it away")
 
     def _opened(self, download: bool = False, **more: Any) -> Any:
-        """torchvision's data set; some would be downloaded by default."""
+        """Open torchvision's data set, without its default download."""
         where = f"torchvision:{self.name} in {self.root}"
         try:
             return _torchvision_class(self.name)(self.root, download=download, **self.arguments, **more)
@@ -126,7 +126,7 @@ class TorchvisionSet:
 
 
 def _arguments(name: str, split: str | None, where: str) -> dict[str, Any]:
-    """``split`` as torchvision wants it for the set ``name``."""
+    """Convert ``split`` to torchvision's arguments for the set ``name``."""
     if split is None:
         return {}
     takes = inspect.signature(_torchvision_class(name)).parameters
@@ -140,7 +140,7 @@ def _arguments(name: str, split: str | None, where: str) -> dict[str, Any]:
 
 
 def _label(target: int, classes: Sequence[str | tuple[str, ...]] | None) -> str | None:
-    """The name of a class, or the first of its names; its number if it has none; −1 is none."""
+    """Return the name of a class, or the first of its names; its number if it has none; None for −1."""
     if target < 0:
         return None
     if classes is None or target >= len(classes):
@@ -150,7 +150,7 @@ def _label(target: int, classes: Sequence[str | tuple[str, ...]] | None) -> str 
 
 
 def _torchvision_class(name: str) -> Any:
-    # Not at the top: it loads torch, which most ingests do without.
+    # Imported here: it loads torch, which most ingests do not need.
     from torchvision import datasets
 
     return getattr(datasets, name)

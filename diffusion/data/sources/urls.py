@@ -36,23 +36,23 @@ WORKERS = 16
 PAUSE = wait_random_exponential(multiplier=0.5, max=20)
 """Seconds before another try."""
 LONGEST_PAUSE = 60.0
-"""Seconds; servers that ask for more are asked again after this."""
+"""Seconds; longest pause, also if a server requests more."""
 BUSY = {408, 425, 429}
-"""Answers, besides those of 500 and more, after which another try may help."""
+"""Status codes, besides those of 500 and more, that are retried."""
 IN_MEMORY = 2**20
-"""Bytes; of what is fetched ahead, larger files wait on disk."""
+"""Bytes from which files fetched ahead are kept on disk."""
 LONGEST_REASON = 150
-"""Characters of what a server or a library says about a failure."""
+"""Maximum characters of a failure message of a server or a library."""
 
 STAMP = "url"
-"""Of all entries: what was fetched once is not fetched again, as asking a server costs nearly as much."""
+"""Stamp of all entries: URLs are fetched once, as revalidation costs nearly as much."""
 
 
 _Fetched: TypeAlias = "SpooledTemporaryFile[bytes] | Refused"
 
 
 class _Again(Exception):
-    """This try failed; the next may not."""
+    """A transient failure, to be retried."""
 
     def __init__(self, reason: str, after: float | None = None) -> None:
         super().__init__(reason)
@@ -63,9 +63,10 @@ class _Again(Exception):
 class Urls:
     """The images that ``table`` names by ``url`` (or ``image_url``), with ``label`` and ``text`` or ``caption``.
 
-    Capitals in the names of columns do not matter. Only http and https are fetched, only from hosts with a public
+    Column names are case-insensitive. Only http and https are fetched, only from hosts with a public
     address unless ``allow_private_addresses`` says otherwise, also after a redirect; proxies are those of the
-    environment (``HTTPS_PROXY``, ``NO_PROXY``). What fails for good, or ``download_tries`` times, is quarantined.
+    environment (``HTTPS_PROXY``, ``NO_PROXY``). Permanent failures, or ``download_tries`` transient ones, are
+    quarantined.
     """
 
     table: Path
@@ -73,7 +74,7 @@ class Urls:
     in_order = True
 
     def entries(self) -> Iterator[Entry]:
-        """All rows; raises UserError for a table that cannot be read or has no column of URLs."""
+        """Yield all rows; raises UserError for a table that cannot be read or has no column of URLs."""
         with open_text(self.table) as lines:
             for number, row in enumerate(records(lines, self.table.name, str(self.table)), start=1):
                 record = {name.lower(): value for name, value in row.items()}
@@ -90,7 +91,7 @@ class Urls:
                 yield Entry(name, as_text(url) or "", STAMP, label, caption)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
-        """Their bytes, several fetched at a time."""
+        """Yield their bytes, fetched concurrently."""
         config = self.access.config
         stopped = threading.Event()
         with HttpClient(config.download_seconds, config.allow_private_addresses, WORKERS, stopped) as client:
@@ -129,9 +130,9 @@ class Urls:
 
 
 def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTemporaryFile[bytes]":
-    """One try, at most ``client.seconds`` long.
+    """Fetch a URL once, within ``client.seconds``.
 
-    Raises _Again if another may do better, else Refused, and nothing else for anything that a server can do.
+    Raises _Again for a transient failure, else Refused, and nothing else for any behaviour of a server.
     """
     try:
         with client.get(url) as answer:
@@ -143,7 +144,7 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
             if re.fullmatch("[0-9]{1,18}", declared) and int(declared) > limit:
                 raise too_large(int(declared), limit)
             if (encoding := answer.headers.get("Content-Encoding", "identity")) != "identity":
-                # A few bytes of it may unpack to any number.
+                # A few bytes may unpack to any number.
                 raise Refused(f"sent packed ({_short(encoding)}) although asked for as it is")
             try:
                 return _body(answer.body, limit, scratch)
@@ -168,7 +169,7 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
 
 
 def _body(pieces: Iterable[bytes], limit: int, scratch: Path) -> "SpooledTemporaryFile[bytes]":
-    file = SpooledTemporaryFile(IN_MEMORY, dir=str(scratch))  # noqa: SIM115 (whoever yields it closes it)
+    file = SpooledTemporaryFile(IN_MEMORY, dir=str(scratch))  # noqa: SIM115 (closed by the generator that yields it)
     for piece in pieces:
         file.write(piece)
         if file.tell() > limit:
@@ -181,7 +182,7 @@ def _short(said: object) -> str:
 
 
 def _pause(state: RetryCallState) -> float:
-    """Seconds before the next try: what the server asked for, within reason, or more and more; never quite the same."""
+    """Return the seconds before the next try: the server's Retry-After, bounded, or jittered exponential backoff."""
     error = state.outcome.exception() if state.outcome else None
     if isinstance(error, _Again) and error.after is not None:
         return min(max(error.after, 0), LONGEST_PAUSE) + random.uniform(0, 1)
@@ -189,7 +190,7 @@ def _pause(state: RetryCallState) -> float:
 
 
 def _retry_after(value: str) -> float | None:
-    """Seconds that a Retry-After header asks for (RFC 9110, section 10.2.3); None if it does not."""
+    """Parse the seconds of a Retry-After header (RFC 9110, section 10.2.3); None if it is invalid."""
     if re.fullmatch("[0-9]+", value):
         return float(value[:9])  # any more digits are no less than the longest pause
     try:

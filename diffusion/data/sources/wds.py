@@ -1,4 +1,4 @@
-"""Shards of WebDataset, here or in an object store: our own and other people's."""
+"""WebDataset shards of any origin, local or in an object store."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -18,9 +18,9 @@ from diffusion.data.sources.object_store import fetched, require
 
 SIDECARS = ("json", "txt", "cls")
 LONGEST_SIDECAR = 2**18
-"""Bytes of a text beside an image; as JSON it may take a hundred times as many when it is read."""
+"""Maximum bytes of a text beside an image; parsed JSON may take a hundred times as many."""
 MOST_OF_A_KEY = 1000
-"""Images; a tar with more was not made for WebDataset."""
+"""Maximum number of images per key; a tar with more was not made for WebDataset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,12 @@ class Shard:
     place: str
     """A path, or a URI in an object store."""
     stamp: str
-    """Of the file, or the ETag."""
+    """Stamp of the file, or the ETag."""
 
 
 @dataclass(slots=True)
 class _Sample:
-    """What one key has gathered."""
+    """Members collected for one key."""
 
     key: str
     images: list[tars.Member] = field(default_factory=list)
@@ -46,10 +46,11 @@ class _Sample:
 
 @dataclass(frozen=True)
 class WebDataset:
-    """The images in tars, named ``SHARD/MEMBER``, with what the other members of the same key say about them.
+    """The images in tars, named ``SHARD/MEMBER``, with labels and captions from other members of the same key.
 
     A key is a member's path up to the first dot in its name; members of a key lie together. Label and caption come
-    from ``KEY.json`` (``label``; ``caption`` or ``text``), else from ``KEY.cls`` and ``KEY.txt``; all else is ignored.
+    from ``KEY.json`` (``label``; ``caption`` or ``text``), else from ``KEY.cls`` and ``KEY.txt``; other members are
+    ignored.
 
     ``pattern`` is a path, a folder, a glob or has braces; after ``s3://`` it is no folder. Shards in an object store
     are fetched, once, into the scratch folder.
@@ -60,7 +61,7 @@ class WebDataset:
     in_order = True
 
     def entries(self) -> Iterator[Entry]:
-        """All images, shard by shard; raises UserError for shards that are missing or damaged."""
+        """Yield all images, shard by shard; raises UserError for missing or damaged shards."""
         for shard in self._shards():
             path, known = self._here(shard.place, shard.stamp)
             plain = uncompressed(path, known, self.access)
@@ -69,7 +70,7 @@ class WebDataset:
                     yield from self._entries(shard, sample, file)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
-        """Their bytes; raises UserError if a shard has changed since it was listed."""
+        """Yield their bytes; raises UserError if a shard has changed since it was listed."""
         located = ((json.loads(entry.locator), entry.stamp) for entry in entries)
         for (shard, stamp), group in groupby(located, key=lambda each: (each[0][0], each[1])):
             places = (place for (_, place), _ in group)
@@ -81,7 +82,7 @@ class WebDataset:
                 yield from tars.read(path, known, places, self.access)
 
     def _here(self, place: str, stamp: str) -> tuple[Path, str]:
-        """A shard as a file, and that file's stamp."""
+        """Return the local file of a shard, and its stamp."""
         if not place.startswith("s3://"):
             return Path(place), stamp
         path = fetched(place, stamp, self.access)
@@ -122,7 +123,7 @@ class WebDataset:
 
 
 def _matches(uri: str, pattern: str) -> bool:
-    """Like a glob of files: no wildcard stands for a slash."""
+    """Match as a glob of files does: wildcards do not match slashes."""
     parts, patterns = uri.split("/"), pattern.split("/")
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
@@ -147,7 +148,7 @@ def _samples(path: Path, where: str) -> Iterator[_Sample]:
 
 
 def _about(sample: _Sample, file: BinaryIO) -> tuple[str | None, str | None]:
-    """Label and caption of a sample; raises ValueError for what is not understood."""
+    """Return label and caption of a sample; raises ValueError for invalid ones."""
     texts = {}
     for kind, member in sample.texts.items():
         place = member.place

@@ -1,7 +1,7 @@
-"""What lies in a zip and where, without holding the list of it (``zipfile`` keeps about 1 KB for each file).
+"""Reading of zips without holding their directory in memory (``zipfile`` keeps about 1 KB per file).
 
-Formats by PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.7 (local header), 4.3.12 (central directory),
-4.3.14–16 (its end, also in 64 bits) and 4.5.3 (the extra field of 64 bits).
+Formats by PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.7 (local header), 4.3.12 (central directory), 4.3.14–16 (end of
+central directory, also Zip64) and 4.5.3 (Zip64 extra field).
 """
 
 import sqlite3
@@ -28,11 +28,11 @@ LONGEST_COMMENT = 2**16 - 1
 UNIX = 3
 ENCRYPTED, UTF8 = 0x1, 0x800
 FULL = 2**32 - 1
-"""Stands for a number that needs 64 bits and is found in the extra field."""
+"""Marker of a number that needs 64 bits and is in the extra field."""
 
 
 class Place(NamedTuple):
-    """Where and how a file is stored in a zip."""
+    """Position and sizes of a file in a zip."""
 
     header: int
     """Offset of its local header."""
@@ -43,7 +43,7 @@ class Place(NamedTuple):
     """Bytes unpacked."""
     crc: int
     end: int
-    """Offset of what is stored behind it."""
+    """Offset of the next data in the zip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +51,17 @@ class Member:
     """A file in a zip."""
 
     name: str
-    """As it stands there; only ever used as a name."""
+    """Name as stored; never used as a path."""
     place: Place
     problem: str | None
-    """Why its bytes are not to be had, if they are not."""
+    """Reason why its bytes are unavailable, if any."""
 
 
 def members(path: Path) -> Iterator[Member]:
-    """All files in the zip at ``path``, in the order of its directory.
+    """Yield all files in the zip at ``path``, in the order of its directory.
 
     Raises UserError if that is damaged, or if files share bytes: such a zip unpacks to far more than it holds (Fifield,
-    A better zip bomb, 2019), and programs do not agree on what is in it.
+    A better zip bomb, 2019), and programs interpret it differently.
     """
     try:
         with path.open("rb") as file, _ends(file) as ends:
@@ -74,17 +74,17 @@ def members(path: Path) -> Iterator[Member]:
 
 @contextmanager
 def _ends(file: BinaryIO) -> Iterator[Iterator[int]]:
-    """Where each file in the zip ends at the latest, in the order of its directory; raises BadZipFile if any overlap.
+    """Yield the latest end of each file in the zip, in directory order; raises BadZipFile if any overlap.
 
-    Kept on disk, as there may be any number of them, in any order.
+    Sorted on disk, as there may be any number of them, in any order.
     """
     start, _, _ = _directory(file)
-    # SQLite's name for a private file that it deletes by itself.
+    # SQLite's name for a private temporary file.
     with closing(sqlite3.connect("", check_same_thread=False, isolation_level=None)) as database:
         database.execute("PRAGMA journal_mode = OFF")
         database.execute("CREATE TABLE files (number INTEGER PRIMARY KEY, header, end)")
         database.execute("BEGIN")
-        # Local headers may be longer, which reading the file tells.
+        # Local headers may be longer, which is checked when the file is read.
         extents = ((m.place.header, m.place.header + LOCAL.size + m.place.packed) for m in _members(file))
         database.executemany("INSERT INTO files (header, end) VALUES (?, ?)", extents)
         behind = "coalesce(lead(header) OVER (ORDER BY header), ?) AS next"
@@ -96,16 +96,16 @@ def _ends(file: BinaryIO) -> Iterator[Iterator[int]]:
 
 
 def _members(file: BinaryIO) -> Iterator[Member]:
-    """All that the directory names, folders included."""
+    """Yield all members of the directory, folders included."""
     start, size, shift = _directory(file)
     file.seek(start)
-    # Not by the number of files that it gives: older programs let that run over at 65,536.
+    # Not by its number of files, which overflows at 65,536 in older programs.
     while file.tell() < start + size:
         yield _member(file, shift)
 
 
 def open_member(file: BinaryIO, place: Place) -> zipfile.ZipExtFile:
-    """A file in the zip ``file``, for reading: its size and checksum are enforced, a small step at a time."""
+    """Open a file in the zip ``file``; size and checksum are enforced in small steps."""
     file.seek(place.header)
     signature, name, extra = LOCAL.unpack(file.read(LOCAL.size))
     if signature != b"PK\3\4":
@@ -118,7 +118,7 @@ def open_member(file: BinaryIO, place: Place) -> zipfile.ZipExtFile:
 
 
 def read_member(file: BinaryIO, place: Place) -> bytes | Refused:
-    """The bytes of a file in the zip ``file``; never unpacks more than the size it declares."""
+    """Read a file in the zip ``file``; never unpacks more than its declared size."""
     try:
         with open_member(file, place) as member:
             # Without a number it would unpack up to 2 GiB at once, whatever the file declares.
@@ -129,7 +129,7 @@ def read_member(file: BinaryIO, place: Place) -> bytes | Refused:
 
 
 def _directory(file: BinaryIO) -> tuple[int, int, int]:
-    """Where the central directory begins, its size, and what to add to the offsets in it."""
+    """Return offset and size of the central directory, and the shift of the offsets in it."""
     length = file.seek(0, 2)
     tail_start = file.seek(max(0, length - END.size - LONGEST_COMMENT))
     tail = file.read()
@@ -147,12 +147,12 @@ def _directory(file: BinaryIO) -> tuple[int, int, int]:
                 file.seek(end64)
                 _, size, start = END64.unpack(file.read(END64.size))
                 return start, size, 0
-            # Shifted, too: then it lies right before what says where it lies.
+            # It may be shifted: then it is right before its locator.
             end = file.seek(max(0, end - END64_LOCATOR.size - END64.size))
             signature, size, start = END64.unpack(file.read(END64.size))
             if signature != b"PK\6\6":
                 raise zipfile.BadZipFile("its directory of 64 bits is not where it should be")
-    # A program in front of the zip (it unpacks itself) shifts everything.
+    # A self-extracting program before the zip shifts everything.
     shift = end - size - start
     if shift < 0:
         raise zipfile.BadZipFile("its directory is cut short")
@@ -181,7 +181,7 @@ def _member(file: BinaryIO, shift: int) -> Member:
 
 
 def _wide(extra: bytes, numbers: list[int]) -> list[int]:
-    """``numbers`` (size, packed size, offset), with those that stand for more than 32 bits from the ``extra`` field."""
+    """Replace markers in ``numbers`` (size, packed size, offset) by the 64-bit values in the ``extra`` field."""
     while len(extra) >= 4:
         kind, size = struct.unpack_from("<HH", extra)
         if kind == 1:

@@ -1,6 +1,6 @@
-"""Takedown: images leave a data set for good, and only the parts that held them are written anew.
+"""Takedown: images are removed permanently, and only the parts that held them are rewritten.
 
-What stays of an image is a row with its key and the digest of its file, by which every later ingest refuses it.
+A removed image leaves a row with its key and the digest of its file, by which every later ingest rejects it.
 """
 
 from collections.abc import Callable, Collection
@@ -45,9 +45,9 @@ from diffusion.data.versions.versions import kept_in
 
 
 def choose(folder: Path, selection: Selection) -> tuple[Chosen, list[str]]:
-    """The images of the data set in ``folder`` that ``selection`` means, and their names; nothing is changed.
+    """Find the images of the data set in ``folder`` that ``selection`` matches, and their names; changes nothing.
 
-    Raises UserError if a key or pattern fits no image, or a prefix of a key several.
+    Raises UserError if a key or pattern matches no image, or a key prefix several.
     """
     manifest = read_manifest(folder)
     chosen, unmatched = chosen_by(folder, manifest, Selector.of(selection))
@@ -57,13 +57,13 @@ def choose(folder: Path, selection: Selection) -> tuple[Chosen, list[str]]:
 
 
 def remove(folder: Path, selection: Selection, reason: str, progress: Progress = silent) -> Removal:
-    """Make a version of the data set in ``folder`` without the images that ``selection`` means.
+    """Make a version of the data set in ``folder`` without the images that ``selection`` matches.
 
-    Its content digest is that of a set which never held them. Parts that held none are shared; the files of the
-    others are deleted at last, and so is what was made of captions. Takes turns with ingests; killed and given again,
-    it ends the same, and once it is done it only says so.
+    Its content digest is that of a set which never held them. Parts that held none are shared; the files of the others
+    are deleted last, with the caption embeddings. Locks out ingests. Repeated after a kill it gives the same result;
+    once done, it only reports that.
 
-    Raises UserError as ``choose`` does, if nothing would be left, or if a file that is needed is damaged.
+    Raises UserError as ``choose`` does, if no image would be left, or if a required file is damaged.
     """
     if not reason.strip() or len(reason) > 500 or not reason.isprintable():
         raise UserError("a removal needs a reason: one line of at most 500 characters")
@@ -108,9 +108,9 @@ def _tables(before: Manifest, after: Manifest) -> list[str]:
 
 
 def _earlier(folder: Path, asked: str) -> Removal | None:
-    """The newest removal that was asked for in the same words, and is part of the history of this folder.
+    """Return the newest removal requested in the same words in the history of this folder.
 
-    If none is: one of which nothing is held here. Another machine may have been faster, and its line been gone on from.
+    Otherwise one of whose images nothing is left here: another machine may have done it, and its line been continued.
     """
     found = {removal.version: removal for removal in removals(work_folder(folder), asked)}
     if not found:
@@ -122,7 +122,7 @@ def _earlier(folder: Path, asked: str) -> Removal | None:
 
 
 def _known_as_removed(manifest: Manifest, chosen: Chosen, asked: str, reason: str) -> Removal:
-    """A removal that was done elsewhere, as far as the records tell of it."""
+    """Return a removal that was done elsewhere, as far as the records describe it."""
     return Removal(
         **chosen.model_dump(exclude={"images"}),
         images=len(chosen.image_keys),
@@ -155,7 +155,7 @@ def remove_known(folder: Path, progress: Progress = silent) -> list[Removal]:
         keys, digests = set(removal.image_keys), set(removal.digests)
         tables = [(part, read_records(folder, part, ("outcome", "key", "source_sha256"))) for part in before.parts]
         rows = [(part.number, row) for part, table in tables for row in table.to_pylist()]
-        # Stored in another way than when they were taken down, images have other keys, and copies share these.
+        # If the storage configuration has changed since, images have other keys, which duplicates share.
         keys |= {row["key"] for _, row in rows if row["outcome"] == "kept" and row["source_sha256"] in digests}
 
         def taken(row: Row, keys: set[str] = keys, digests: set[str] = digests) -> bool:
@@ -178,7 +178,7 @@ def remove_known(folder: Path, progress: Progress = silent) -> list[Removal]:
 
 
 def nothing_left(folder: Path, manifest: Manifest) -> UserError:
-    """What to raise if a takedown would leave an empty data set."""
+    """Return the error for a takedown that would leave an empty data set."""
     return UserError(
         f"this would remove all {manifest.kept} images of data set {folder.name}: "
         f"to be rid of the data set, delete {folder}"
@@ -193,7 +193,7 @@ def _without(
     reason: str,
     progress: Progress,
 ) -> Manifest:
-    """The version without the rows that are ``taken``, all in parts of these ``numbers``; its new files are written."""
+    """Write the version without the rows that are ``taken``, all in parts of these ``numbers``."""
     parts = list(before.parts)
     for done, (place, part) in enumerate(((i, part) for i, part in enumerate(parts) if part.number in numbers), 1):
         parts[place] = _rewrite(folder, part, taken, reason, before.size)
@@ -219,7 +219,7 @@ def _rewrite(folder: Path, part: Part, taken: Callable[[Row], bool], reason: str
 
 
 def _copy_shard(folder: Path, shard: FileEntry, number: int, kept: list[Row]) -> FileEntry:
-    """A shard of the ``kept`` rows alone, whose offsets are brought up to date."""
+    """Write a shard of the ``kept`` rows alone and update their offsets."""
     path = folder / shard.name
     if sha256_file(path) != shard.sha256:
         raise UserError(f"{path} is damaged (its SHA-256 differs): {mend(folder)}")

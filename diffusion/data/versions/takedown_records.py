@@ -1,4 +1,4 @@
-"""Takedown records: which images were meant, what was taken down, and which versions of a data set held it."""
+"""Takedown records: the selection, the removed images, and the versions of a data set that held them."""
 
 import fnmatch
 import re
@@ -24,59 +24,59 @@ SELECTED_BY = ("key", "source", "label", "outcome", "source_sha256")
 
 
 class Selection(Config):
-    """Which images are meant."""
+    """A selection of images by key, source or label."""
 
     # Not called keys: what has an attribute of that name is a mapping to Python, and Prefect looks into it so.
     prefixes: list[str] = Field(default_factory=list)
-    """Keys, or beginnings of keys that no two images share."""
+    """Keys, or unique prefixes of keys."""
     sources: list[str] = Field(default_factory=list)
-    """Patterns of names as in a shell: ``*`` stands for anything, slashes too."""
+    """Patterns of source names as in a shell: ``*`` matches anything, slashes too."""
     label: str | None = None
-    """Only those of this class."""
+    """Restrict the selection to this class."""
 
 
 class Chosen(Config):
-    """What a selection comes to. An image is meant under all its names, so its duplicates are, too."""
+    """Images matched by a selection. An image is matched under all its names, so its duplicates are, too."""
 
     image_keys: list[str]
-    """Of the images to be removed, sorted."""
+    """Keys of the images to be removed, sorted."""
     digests: list[str]
     """SHA-256 of the files they came from, sorted."""
     images: int
     duplicates: int
     """Records of the same images under other names."""
     refused: int
-    """Records of entries that were refused when they were read."""
+    """Records of quarantined entries."""
     near_copies: list[str]
-    """Keys of images that look much like them and stay, sorted; empty if the ingest was not asked to group them."""
+    """Keys of near-duplicates of them, which stay, sorted; empty if the ingest did not group near-duplicates."""
     parts: list[int]
-    """Numbers of the parts to be written anew; empty if everything selected was removed before."""
+    """Numbers of the parts to rewrite; empty if everything selected was removed before."""
 
     @property
     def name(self) -> str:
-        """What this removal is called wherever it is recorded: a digest of what was removed."""
+        """Return the name of this removal in all records: a digest of the removed images."""
         return digest_of([self.image_keys, self.digests])[:12]
 
 
 def is_key(text: str) -> bool:
-    """Whether ``text`` reads like a key or the beginning of one."""
+    """Return whether ``text`` has the form of a key or a key prefix."""
     return SHORTEST <= len(text) <= 64 and not text.lower().strip("0123456789abcdef")
 
 
 @dataclass
 class Selector:
-    """A selection made ready to be asked about many rows; remembers what fitted."""
+    """A compiled selection that is matched against rows; records which of its keys and patterns matched."""
 
     prefixes: dict[str, list[str]]
     """Key prefixes by their first digits."""
     patterns: list[tuple[str, re.Pattern[str]]]
     label: str | None
     fitted: dict[str, set[str]] = field(default_factory=dict)
-    """Keys that each prefix was found to fit; patterns that fitted are there with none."""
+    """Keys that each prefix matched; patterns that matched have an empty set."""
 
     @classmethod
     def of(cls, selection: Selection) -> "Selector":
-        """Check and prepare ``selection``; raises UserError for one that says nothing or is misspelt."""
+        """Check and compile ``selection``; raises UserError if it is empty or malformed."""
         if not selection.prefixes and not selection.sources:
             raise UserError("nothing is selected: give keys, or patterns of names ('*' for all)")
         prefixes: dict[str, list[str]] = {}
@@ -88,7 +88,7 @@ class Selector:
         return cls(prefixes, patterns, selection.label)
 
     def means(self, row: Row) -> bool:
-        """Whether ``row`` is selected by itself."""
+        """Return whether ``row`` itself is selected."""
         if self.label is not None and row["label"] != self.label and row["outcome"] != "removed":
             return False
         key = row["key"] or ""
@@ -101,13 +101,13 @@ class Selector:
         return bool(named or like)
 
     def takes(self, row: Row, keys: set[str]) -> bool:
-        """Whether ``row`` goes if the images of ``keys`` go."""
+        """Return whether ``row`` is removed along with the images of ``keys``."""
         if row["outcome"] == "removed":
             return False
         return row["key"] in keys if row["key"] else self.means(row)
 
     def unmatched(self) -> list[str]:
-        """What fitted nothing; raises UserError for a prefix that fitted more than one image."""
+        """Return keys and patterns that matched nothing; raises UserError for a prefix of more than one image."""
         for asked, keys in self.fitted.items():
             if len(keys) > 1:
                 listed = ", ".join(key[:16] for key in sorted(keys)[:5])
@@ -117,7 +117,7 @@ class Selector:
 
 
 def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Chosen, list[str]]:
-    """What ``selector`` comes to, and those of its keys and patterns that fit nothing."""
+    """Return the images that ``selector`` matches, and its keys and patterns that match nothing."""
     keys: set[str] = set()
     gone: dict[str, str] = {}
     for _, row in _rows(folder, manifest, SELECTED_BY):
@@ -150,7 +150,7 @@ def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Cho
 
 
 def _near_copies(folder: Path, manifest: Manifest, keys: set[str]) -> list[str]:
-    """Images in the same groups as those of ``keys``."""
+    """Return the images in the same groups of near-duplicates as those of ``keys``."""
     groups = set(keys)
     bridges = []
     for _, row in _rows(folder, manifest, ("key", "near")):
@@ -159,7 +159,7 @@ def _near_copies(folder: Path, manifest: Manifest, keys: set[str]) -> list[str]:
             groups |= near
         if len(near) > 1:
             bridges.append(near)
-    # An image that joined several groups made them one.
+    # An image that joined several groups merged them.
     while any(near & groups and not near <= groups for near in bridges):
         groups |= {root for near in bridges if near & groups for root in near}
     return sorted(
@@ -175,7 +175,7 @@ def _rows(folder: Path, manifest: Manifest, columns: Sequence[str]) -> Iterator[
 
 
 def names_of(folder: Path, manifest: Manifest, chosen: Chosen) -> list[str]:
-    """What the ``chosen`` images, and refused files, are called in their sources, sorted."""
+    """Return the names of the ``chosen`` images and quarantined entries in their sources, sorted."""
     keys, digests = set(chosen.image_keys), set(chosen.digests)
     rows = (row for _, row in _rows(folder, manifest, ("key", "source", "source_sha256", "outcome")))
     return sorted(
@@ -188,7 +188,7 @@ def names_of(folder: Path, manifest: Manifest, chosen: Chosen) -> list[str]:
 
 
 def nothing(unmatched: Sequence[str], folder: Path, manifest: Manifest) -> UserError:
-    """What to raise if nothing fits some keys and patterns."""
+    """Return the error for keys and patterns that match nothing."""
     listed = ", ".join(unmatched[:5]) + (f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else "")
     names = [row["source"] for _, row in _rows(folder, manifest, ("source", "outcome")) if row["outcome"] != "removed"]
     inside = [f"*/{pattern}" for pattern in unmatched if fnmatch.filter(names, f"*/{pattern}")]
@@ -203,50 +203,49 @@ def nothing(unmatched: Sequence[str], folder: Path, manifest: Manifest) -> UserE
 
 
 class Removal(Chosen):
-    """A removal that is done."""
+    """Record of a completed removal."""
 
     dataset: str
     asked: str = Field(pattern="^[0-9a-f]{16}$")
-    """Digest of the selection and the reason, by which the same words find what was done. Part of a file's name."""
+    """Digest of the selection and the reason, which identifies a repeated request. Part of a file's name."""
     reason: str
     parent: str | None
-    """The version that held the images last; None if that can no longer be told."""
+    """The last version that held the images; None if it is unknown."""
     version: str
-    """The first without them."""
+    """The first version without them."""
     content_digest: str
     tables: list[str]
-    """SHA-256 of the tables, gone since, that told of these images as kept, sorted; empty if that is not known."""
+    """SHA-256 of the deleted tables that listed these images as kept, sorted; empty if unknown."""
     already: bool
     """Whether it had been done before."""
 
 
 def removals(work: Path, asked: str = "") -> list[Removal]:
-    """The removals of which this machine knows, from the data set with the work folder ``work``.
+    """Return the removals recorded on this machine for the data set with the work folder ``work``.
 
-    ``asked``: only those that were asked for in the words with this digest.
+    ``asked``: only those whose request has this digest.
     """
     paths = sorted((work / "removals").glob(f"{asked}*.json"))
     return [Removal.model_validate_json(path.read_bytes()) for path in paths]
 
 
 def write_removal(work: Path, removal: Removal) -> None:
-    """Let this machine know of ``removal``."""
+    """Record ``removal`` on this machine."""
     write_json(work / "removals" / f"{removal.asked}-{removal.name}.json", removal.model_dump(mode="json"))
 
 
 class Holders(Config):
-    """Which versions held images that were removed, by digest."""
+    """Versions that held removed images, by digest."""
 
     held: list[str]
     unknown: list[str]
-    """Those of which a table would have to be looked at that is no longer to be had."""
+    """Versions that cannot be checked because a table is unavailable."""
 
 
 def holders(folder: Path, removal: Removal, versions: Iterable[Manifest], elsewhere: Elsewhere = nowhere) -> Holders:
-    """Which of ``versions`` of the data set in ``folder`` kept images of ``removal``, in their order.
+    """Return those of ``versions`` of the data set in ``folder`` that kept images of ``removal``, in their order.
 
-    Another version may have stored the same files in another way and know them by other keys, so the digests of the
-    files are looked for as well.
+    With another storage configuration the same files have other keys, so file digests are compared as well.
     """
     keys, digests = set(removal.image_keys), set(removal.digests)
     told: dict[str, bool | None] = dict.fromkeys(removal.tables, True)
@@ -272,7 +271,7 @@ def holders(folder: Path, removal: Removal, versions: Iterable[Manifest], elsewh
 
 
 def still_held(folder: Path, removals: Sequence[Removal]) -> list[Removal]:
-    """Those of ``removals`` of which the current version of the data set in ``folder`` keeps images, in their order.
+    """Return the ``removals`` of which the current version of the data set in ``folder`` has images, in their order.
 
     Every table is read once. Raises UserError if one is missing or damaged.
     """

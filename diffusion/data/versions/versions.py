@@ -1,6 +1,6 @@
-"""The versions of a data set: what each of them holds, and what changed between two.
+"""The versions of a data set: the contents of each, and the difference of two.
 
-A version shares with its parent every part that it did not change, so that only the others are ever compared.
+A version shares unchanged parts with its parent, so that only the others are compared.
 """
 
 import logging
@@ -40,9 +40,9 @@ logger = logging.getLogger(__name__)
 SHORTEST = 4
 """Hex digits that a prefix of a digest must have."""
 LISTED = 10
-"""Versions named in an error."""
+"""Maximum number of versions listed in an error."""
 LEADING = 5
-"""Reasons shown of those for which images were refused."""
+"""Number of quarantine reasons shown."""
 
 Elsewhere = Callable[[FileEntry], Path | None]
 """Finds a file that is no longer in the data set's folder, because only older versions name it."""
@@ -57,7 +57,7 @@ SCHEMA = """
 COLUMNS = ("source", "outcome", "reason", "key", "split", "label", "caption")
 NOTHING: Mapping[str, str] = MappingProxyType({})
 PLACES = 2**32
-"""More rows than a part can have."""
+"""Upper bound on the rows of a part."""
 ONLY_IN = """
     SELECT key, source, split, label, caption FROM rows r WHERE version = :this AND outcome = 'kept' AND NOT EXISTS
         (SELECT 1 FROM rows WHERE version = :other AND outcome = 'kept' AND key = r.key)
@@ -68,7 +68,7 @@ CHANGED = """
     WHERE a.version = 'before' AND b.version = 'after' AND a.outcome = 'kept' AND b.outcome = 'kept'
         AND (a.split IS NOT b.split OR a.label IS NOT b.label OR a.caption IS NOT b.caption)
 """
-# Of several columns beside max(), SQLite gives those of the row that has the maximum: the last word on a name.
+# Of several columns beside max(), SQLite returns those of the row with the maximum: the last record of a name.
 LAST_WORD = """
     SELECT source, outcome, reason, max(place) FROM rows WHERE version IN ('{}', 'shared') AND source != ''
     GROUP BY source
@@ -80,30 +80,30 @@ REFUSED_ONLY_IN = """
 
 
 class Step(Config):
-    """A version, and what it changed."""
+    """A version and its changes from its parent."""
 
     digest: str
     content_digest: str
     change: str
     added: int
-    """Images that its parent lacks; a rebuild makes all of them anew."""
+    """Number of images that its parent lacks; all of them after a rebuild."""
     removed: int
-    """Images of its parent that it lacks."""
+    """Number of its parent's images that it lacks."""
     kept: int
 
 
 class HistoryEntry(Step):
-    """A version beside others of its data set, which need not be of its line."""
+    """A version in the history of its data set, on any line."""
 
     parent: str | None
     current: bool
-    """Whether it is the one in the data set's folder."""
+    """Whether it is the current version."""
     quarantined: int | None
-    """Entries that stand refused in it; None if a table that is needed is no longer here."""
+    """Number of quarantined entries; None if a required table is unavailable."""
 
 
 class Contents(Config):
-    """What is in a version."""
+    """Contents of a version."""
 
     dataset: str
     digest: str
@@ -116,28 +116,29 @@ class Contents(Config):
     kept: int
     splits: dict[Split, int]
     outcomes: dict[Outcome, int]
-    """Of all entries that were ever read."""
+    """Outcomes of all entries ever read."""
     classes: dict[str, int]
     shards: int
     shard_bytes: int
     quarantined_count: int | None
-    """Entries that stand refused: the last that was told of their name; None if a table that is needed is no longer
-    here."""
+    """Number of quarantined entries by the last record of each name; None if a required table is unavailable."""
     quarantined: list[QuarantineEntry] | None
-    """The first of them, by name."""
+    """The first quarantined entries, by name."""
     reasons: list[Reason] | None
-    """The leading reasons."""
+    """The most frequent reasons."""
 
 
 def nowhere(entry: FileEntry) -> None:
-    """Where files of older versions lie if nothing but the data set's folder is kept."""
+    """Find no files outside the data set's folder."""
 
 
 def find_records(
     folder: Path, part: Part, columns: Sequence[str] | None = None, elsewhere: Elsewhere = nowhere
 ) -> pa.Table | None:
-    """The records of a part of any version, all columns or some; None if its table lies neither in ``folder`` nor
-    ``elsewhere``. Raises UserError if it is damaged."""
+    """Read the records of a part of any version, all columns or some.
+
+    None if its table is neither in ``folder`` nor ``elsewhere``. Raises UserError if it is damaged.
+    """
     entry = part.records
     if (folder / entry.name).is_file():
         return read_records(folder, part, columns)
@@ -148,10 +149,10 @@ def find_records(
 
 
 def known_versions(folder: Path) -> dict[str, Manifest]:
-    """All versions of which this machine has the manifest, by digest: the current one of the data set in ``folder`` and
-    its line, newest first, then those of other lines, which ``remember`` kept.
+    """Return all versions whose manifest this machine has, by digest.
 
-    Raises UserError if a manifest of its line is missing or damaged; the log names others that are.
+    The current version of the data set in ``folder`` and its line come first, newest first, then those of other lines,
+    kept by ``remember``. Raises UserError if a manifest of its line is missing or damaged; others are logged.
     """
     found = {manifest.digest: manifest for manifest in versions(folder)}
     for path in sorted(_remembered(folder).glob("*.json")):
@@ -167,7 +168,7 @@ def known_versions(folder: Path) -> dict[str, Manifest]:
 
 
 def remember(folder: Path, manifest: Manifest) -> None:
-    """Keep a version known on this machine, whatever becomes the current one in ``folder``."""
+    """Record a version on this machine, whichever becomes the current one in ``folder``."""
     path = _remembered(folder) / f"{manifest.digest}.json"
     if not path.is_file():
         write_bytes(path, manifest_bytes(manifest))
@@ -178,9 +179,9 @@ def _remembered(folder: Path) -> Path:
 
 
 def resolve(folder: Path, prefix: str | None) -> Manifest:
-    """The version whose digest or content digest begins with ``prefix``; None: the current one.
+    """Return the version whose digest or content digest begins with ``prefix``; None: the current one.
 
-    Raises UserError, naming the versions there are, if it fits none of them, or several of different content.
+    Raises UserError, listing the versions, if it matches none of them, or several of different content.
     """
     if prefix is None:
         return read_manifest(folder)
@@ -189,7 +190,7 @@ def resolve(folder: Path, prefix: str | None) -> Manifest:
 
 
 def choose(prefix: str, candidates: dict[str, str], name: str) -> str:
-    """The one of ``candidates``, versions of data set ``name`` with their content digests, that ``prefix`` names.
+    """Return the one of ``candidates``, versions of data set ``name`` with their content digests, for ``prefix``.
 
     Raises UserError as ``resolve`` does.
     """
@@ -198,7 +199,7 @@ def choose(prefix: str, candidates: dict[str, str], name: str) -> str:
         raise UserError(f"{prefix!r} names no version: give the first {SHORTEST} or more hex digits of its digest")
     fitting = [digest for digest in candidates if digest.startswith(asked)]
     if not fitting:
-        # Versions of equal content differ in history alone: the first stands for them.
+        # Versions of equal content differ in history alone: the first is returned.
         by_content = {content: digest for digest, content in reversed(candidates.items())}
         fitting = [digest for content, digest in by_content.items() if content.startswith(asked)]
     if len(fitting) == 1:
@@ -213,13 +214,13 @@ def choose(prefix: str, candidates: dict[str, str], name: str) -> str:
 
 
 def log(folder: Path) -> Iterator[Step]:
-    """The current version of the data set in ``folder`` and all it was made from, newest first."""
+    """Yield the current version of the data set in ``folder`` and its ancestors, newest first."""
     line: Iterator[Manifest | None] = chain(versions(folder), (None,))
     return (_step(version, parent) for version, parent in pairwise(line) if version is not None)
 
 
 def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
-    """All known versions of the data set in ``folder``, line by line, each before the one it was made from.
+    """Return all known versions of the data set in ``folder``, line by line, each before its parent.
 
     The line of the current version comes first, and whole; the others end where they branch off.
     """
@@ -239,7 +240,7 @@ def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
 
 
 def _in_lines(known: dict[str, Manifest], current: str) -> list[Manifest]:
-    """All versions, in lines that end where they branch off another: the one through ``current`` first, and whole."""
+    """Order versions by lines that end where they branch off another: the one through ``current`` first, in full."""
     parents = {version.parent for version in known.values()}
     lines = [_line(known, version) for version in known.values() if version.digest not in parents]
     lines.sort(key=lambda line: (current not in (version.digest for version in line), -len(line)))
@@ -247,7 +248,7 @@ def _in_lines(known: dict[str, Manifest], current: str) -> list[Manifest]:
 
 
 def _line(known: dict[str, Manifest], version: Manifest) -> list[Manifest]:
-    """``version`` and what it was made from, as far as that is ``known``."""
+    """Return ``version`` and its ``known`` ancestors."""
     line = [version]
     while (parent := known.get(line[-1].parent or "")) is not None:
         line.append(parent)
@@ -255,7 +256,7 @@ def _line(known: dict[str, Manifest], version: Manifest) -> list[Manifest]:
 
 
 def show(folder: Path, version: Manifest, elsewhere: Elsewhere = nowhere, limit: int | None = None) -> Contents:
-    """What is in ``version`` of the data set in ``folder``, with the first ``limit`` that stand refused."""
+    """Return the contents of ``version`` of the data set in ``folder``, with ``limit`` quarantined entries."""
     outcomes: Counter[Outcome] = Counter()
     for part in version.parts:
         outcomes.update(part.outcomes)
@@ -282,18 +283,18 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = nowhere, limit:
 
 
 def unshared(version: Manifest, other: Manifest) -> list[Part]:
-    """The parts of ``version`` that ``other`` has not."""
+    """Return the parts of ``version`` that are not in ``other``."""
     theirs = {part.records.sha256 for part in other.parts}
     return [part for part in version.parts if part.records.sha256 not in theirs]
 
 
 def kept_in(part: Part) -> int:
-    """Images of a part."""
+    """Return the number of images of a part."""
     return sum(part.splits.values())
 
 
 def _step(version: Manifest, parent: Manifest | None) -> Step:
-    """``version``, and how many images came and went since ``parent``."""
+    """Count the images added and removed by ``version`` since ``parent``."""
     if parent is None:
         added, removed = version.kept, 0
     elif version.change == "rebuild":
@@ -314,7 +315,7 @@ def _step(version: Manifest, parent: Manifest | None) -> Step:
 
 
 class Sample(Config):
-    """An image as a version knows it; of one that was taken down little more than its key is known."""
+    """An image as recorded in a version; of one that was taken down little more than its key is known."""
 
     key: str
     source: str | None = None
@@ -324,14 +325,14 @@ class Sample(Config):
 
 
 class Changed(Config):
-    """An image of which two versions tell different things."""
+    """An image whose records in two versions differ."""
 
     before: Sample
     after: Sample
 
 
 class Group(Config, Generic[T]):
-    """What one version has and the other lacks, or has otherwise."""
+    """Samples that only one version has, or that differ."""
 
     count: int
     samples: list[T]
@@ -339,7 +340,7 @@ class Group(Config, Generic[T]):
 
 
 class Difference(Config):
-    """What changed from version ``before`` to version ``after``; None stands for what cannot be told."""
+    """Difference from version ``before`` to version ``after``; None for unknown values."""
 
     before: str
     after: str
@@ -349,21 +350,21 @@ class Difference(Config):
     removed: Group[Sample] | None
     changed: Group[Changed] | None
     quarantined: Group[QuarantineEntry] | None
-    """In quarantine since."""
+    """Newly quarantined entries."""
     cleared: Group[QuarantineEntry] | None
-    """In quarantine no longer."""
+    """Entries no longer quarantined."""
     storage: dict[str, tuple[Any, Any]]
-    """Settings that differ, each before and after."""
+    """Storage settings that differ, before and after."""
     classes: dict[str, tuple[int, int]]
-    """Classes of another size, each before and after."""
+    """Number of images of classes that differ, before and after."""
     unread: list[str]
-    """Tables that would be needed and are no longer here."""
+    """Required tables that are unavailable."""
 
 
 def diff(
     folder: Path, before: Manifest, after: Manifest, limit: int | None = None, elsewhere: Elsewhere = nowhere
 ) -> Difference:
-    """What changed between two versions of the data set in ``folder``, with the first ``limit`` samples of each kind.
+    """Compare two versions of the data set in ``folder``, with the first ``limit`` samples of each kind.
 
     Only parts that they do not share are compared, in a database on disk. Raises UserError if a table is damaged.
     """
@@ -392,7 +393,7 @@ def _differing(before: dict[str, Any], after: dict[str, Any], absent: Any = None
 
 
 class _Comparison:
-    """The records that two versions do not share, side by side in ``database``."""
+    """Records that two versions do not share, side by side in ``database``."""
 
     def __init__(self, database: sqlite3.Connection, folder: Path, elsewhere: Elsewhere, limit: int | None) -> None:
         self.database = database
@@ -401,14 +402,14 @@ class _Comparison:
         self.limit = -1 if limit is None else limit
         self.unread: set[str] = set()
         self.blind: set[Side] = set()
-        """Versions that are not known in full."""
+        """Versions with unavailable tables."""
         self.remembers = True
-        """Whether it is known what was refused before both versions."""
+        """Whether earlier quarantined entries are known."""
         self.taken: dict[Side, int] = {"before": 0, "after": 0}
-        """Images that were taken down since, with their table; the keys that can be told are in the database."""
+        """Number of images taken down since, with their table; those with known keys are in the database."""
 
     def load(self, before: Manifest, after: Manifest) -> None:
-        """Read what is needed of two versions."""
+        """Read the required records of two versions."""
         self.database.executescript(SCHEMA)
         sides: dict[Side, list[Part]] = {"before": unshared(before, after), "after": unshared(after, before)}
         rewritten = self._taken_down("before", sides) | self._taken_down("after", sides)
@@ -421,7 +422,7 @@ class _Comparison:
         self._load_shared([part for part in after.parts if part.records.sha256 not in own])
 
     def only_in(self, this: Side, other: Side) -> Group[Sample] | None:
-        """Images that ``this`` version has and the ``other`` lacks."""
+        """Return the images that ``this`` version has and the ``other`` lacks."""
         if other in self.blind:
             return None
         sides = {"this": this, "other": other}
@@ -430,14 +431,14 @@ class _Comparison:
         return Group(count=self._count(ONLY_IN, sides) + self.taken[this], samples=[_sample(row) for row in rows])
 
     def changed(self) -> Group[Changed] | None:
-        """Images of both versions of which they tell different things."""
+        """Return the images of both versions whose records differ."""
         if self.blind:
             return None
         samples = [Changed(before=_sample(row[:5]), after=_sample(row[5:])) for row in self._first(CHANGED, "1")]
         return Group(count=self._count(CHANGED), samples=samples)
 
     def refused_only_in(self, this: Side, other: Side) -> Group[QuarantineEntry] | None:
-        """Entries that ``this`` version holds in quarantine and the ``other`` does not."""
+        """Return the entries quarantined in ``this`` version and not in the ``other``."""
         if self.blind or not self.remembers:
             return None
         query = REFUSED_ONLY_IN.format(this=LAST_WORD.format(this), other=LAST_WORD.format(other))
@@ -456,8 +457,10 @@ class _Comparison:
         return None if table is None else iter(table.to_pylist())
 
     def _insert(self, version: Side | Literal["shared"], part: Part) -> bool:
-        """Take in the rows of a part, of a shared one only those whose names the others mention; False if its table
-        is not here."""
+        """Insert the rows of a part, of a shared one only names that the others mention.
+
+        Returns False if its table is unavailable.
+        """
         rows = self._rows(part)
         if rows is None:
             return False
@@ -470,7 +473,7 @@ class _Comparison:
         return True
 
     def _load_shared(self, parts: list[Part]) -> None:
-        """What was told of the same names before, if any of them was refused then."""
+        """Insert earlier records of the same names, if any of them was quarantined."""
         refused_before = False
         for part in parts:
             if part.outcomes.get("quarantined"):
@@ -488,8 +491,10 @@ class _Comparison:
         return found.fetchone() is not None
 
     def _taken_down(self, side: Side, sides: dict[Side, list[Part]]) -> set[int]:
-        """The parts of version ``side`` whose table is gone because the other version has it without what was taken
-        down from it; what was can be told by its key if nothing had been taken down from the part before."""
+        """Return the parts of ``side`` whose table was deleted because the other version's takedown rewrote it.
+
+        The keys of removed images are known if none had been taken down from the part before.
+        """
         rewritten = set()
         others = {part.number: part for part in sides["after" if side == "before" else "before"]}
         for part in sides[side]:

@@ -1,4 +1,4 @@
-"""Errors of distances and shares, of one set of images and of the difference of two.
+"""Standard errors of distances and shares, for one set of images and for the difference between two.
 
 Both sets are cut at random into halves A and B, and the figure T is computed of either: of half of the samples against
 half of the reference. A and B have no image in common and are independent, so
@@ -7,9 +7,10 @@ half of the reference. A and B have no image in common and are independent, so
 
 where V is the variance of the figure over new samples of both sets. That is exact, whatever the figure. And V(half) / 2
 is V(all) where V falls as 1/n, as that of nearly every figure does in the end; where it falls faster (KID and the
-Fréchet distance of sets that cannot be told apart: as 1/n²) the error comes out too large, by √2, never too small. Of
-many such cuts the mean is taken. It is the bootstrap with weights 0 and 2 (Præstgaard and Wellner, Ann. Prob. 21,
-1993). Shares near 1 may be nearer still on halves, with too small an error, for which ``Share`` has wider intervals.
+Fréchet distance of sets that have the same distribution: as 1/n²) the error comes out too large, by √2, never too
+small. Of many such cuts the mean is taken. It is the bootstrap with weights 0 and 2 (Præstgaard and Wellner, Ann. Prob.
+21, 1993). Shares near 1 may be nearer still on halves, with too small an error, for which ``Share`` has wider
+intervals.
 
 Why not resample with replacement: an image generated twice is its own nearest neighbour at distance 0, and similar to
 itself; that shrinks neighbourhoods and moves KID. Halves hold nothing twice, keep the proportion of both sets, on which
@@ -56,21 +57,21 @@ SHARES = ("precision", "recall", "coverage")
 
 @dataclass(frozen=True)
 class Replicates:
-    """A figure of one set of samples against a reference, on all images and on halves of both."""
+    """A metric of one set of samples against a reference, on all images and on halves of both."""
 
     figure: Figure
     whole: float
-    """On all images, as ``Scores`` has it."""
+    """Value on all images, as in ``Scores``."""
     halves: Tensor
-    """On the two halves of each cut, (splits, 2) float64."""
+    """Values on the two halves of each cut, (splits, 2) float64."""
     samples: int
     reference: int
     extrapolated: bool
-    """Whether ``value`` is continued to endlessly many images of either set."""
+    """Whether ``value`` is extrapolated to infinitely many images."""
 
     @classmethod
     def of(cls, figure: Figure, whole: float, halves: Tensor, samples: Tensor, reference: Tensor) -> "Replicates":
-        """Of features (N, D) against (M, D): the Fréchet distance is extrapolated where both have enough for that."""
+        """Build from features (N, D) and (M, D); the Fréchet distance is extrapolated if both sets are large enough."""
         enough = min(len(samples), len(reference)) >= PER_FEATURE * samples.shape[1]
         return cls(figure, whole, halves, len(samples), len(reference), figure == "fd" and enough)
 
@@ -86,7 +87,7 @@ class Replicates:
 
     @property
     def estimate(self) -> Estimate:
-        """The figure with its error."""
+        """Return the metric with its standard error."""
         found = _estimate(self.value, self.halves, self.samples, self.reference)
         return Share(**found.model_dump(), count=self._counted) if self.figure in SHARES else found
 
@@ -96,7 +97,7 @@ class Replicates:
 
 
 def difference(candidate: Replicates, champion: Replicates) -> Estimate:
-    """How much larger the candidate's figure is, both of as many images, numbered alike, against one reference."""
+    """Estimate candidate minus champion, on the same image numbers and the same reference."""
     ours, theirs = ((each.figure, each.samples, each.reference) for each in (candidate, champion))
     if ours != theirs:
         raise ValueError(f"figures of unlike sets have no paired difference: {ours} and {theirs}")
@@ -120,11 +121,11 @@ def compute_replicates(
     progress: Progress = silent,
     scores: Sequence[Scores] | None = None,
 ) -> list[dict[Figure, Replicates]]:
-    """Every metric of each of the ``sets``, features (N, D), against the ``reference``, (M, D), with its halves.
+    """Compute every metric of each of ``sets``, features (N, D), against ``reference``, (M, D), with its halves.
 
-    Give all that is to be compared in one call (candidate, champion, the real baseline): what depends on the reference
-    alone, which is most, is computed once. Equal input gives equal bits on any number of cores. ``scores``: of each set
-    as a whole, if they are known. Raises UserError for sets of fewer than 12, of which no half has neighbourhoods.
+    Pass all sets to compare in one call (candidate, champion, real baseline): most of the work depends on the reference
+    alone and is done once. Equal input gives equal bits on any number of cores. ``scores``: of each set as a whole, if
+    they are known. Raises UserError for sets of fewer than 12, of which no half has neighbourhoods.
     """
     fewest = min(map(len, (*sets, reference)))
     if fewest < FEWEST:

@@ -17,15 +17,15 @@ from diffusion.evaluation.metrics.distances import kid_kernel
 from diffusion.evaluation.metrics.neighbours import squared_distances
 
 SPLITS = 100
-"""Cuts: 200 halves. The error itself is then right to 1/√200, 7 %, which Student's t takes into account."""
+"""Number of cuts: 200 halves. The standard error is then right to 1/√200, 7 %, which Student's t accounts for."""
 Figure = Literal["fd", "kid", "precision", "recall", "density", "coverage"]
 
 
 def draw_halves(count: int, stream: Literal["samples", "reference"], splits: int) -> Tensor:
-    """Which of ``count`` images are in which half: (2·splits, count) bool.
+    """Assign ``count`` images to halves at random: (2·splits, count) bool.
 
-    Rows 2r and 2r+1 are the two halves of cut r. Of an odd number, the last image is in no half. The same for all sets
-    of as many images, so that image numbers stay together.
+    Rows 2r and 2r+1 are the two halves of cut r. With an odd count, the last image is in no half. Sets of equal size
+    get equal halves, so that image numbers stay paired.
     """
     half = count // 2
     members = torch.zeros(2 * splits, count, dtype=torch.bool)
@@ -38,7 +38,7 @@ def draw_halves(count: int, stream: Literal["samples", "reference"], splits: int
 
 
 CHUNK = 4096
-"""Features made double at a time."""
+"""Features converted to double precision at a time."""
 COLUMNS = 256
 """Features whose products with those before them are summed at a time."""
 """Images of each set per feature from which on the bias is near enough to c/n: of independent Gaussian features less
@@ -47,29 +47,29 @@ than a tenth of it is left."""
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over some features x: their number, of x, (D,), and of x·xᵀ, (D, D); float64."""
+    """Sums over features x: the count, the sum of x, (D,), and of x·xᵀ, (D, D); float64."""
 
     count: int
     first: Tensor
     second: Tensor
 
     def without(self, others: "Sums") -> "Sums":
-        """Over those that are not among ``others``."""
+        """Return the sums over the features that are not in ``others``."""
         return Sums(self.count - others.count, self.first - others.first, self.second - others.second)
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Fitted to ``rows`` (n,) of ``features``, (N, D)."""
+    """Gaussian fitted to ``rows`` (n,) of ``features``, (N, D)."""
 
     features: Tensor
     rows: Tensor
     sums: Sums | None
-    """Over these rows; None: they are few."""
+    """Sums over these rows; None if ``few``."""
 
     @cached_property
     def mean(self) -> Tensor:
-        """(D,)."""
+        """Return the mean, (D,)."""
         if self.sums is None:
             return self.features[self.rows].double().mean(0)
         mean: Tensor = self.sums.first / self.sums.count
@@ -77,7 +77,7 @@ class Gaussian:
 
     @cached_property
     def covariance(self) -> Tensor:
-        """(D, D)."""
+        """Return the covariance, (D, D)."""
         assert self.sums is not None, "of few rows the root says all"
         n = self.sums.count
         covariance: Tensor = (self.sums.second - n * torch.outer(self.mean, self.mean)) / (n - 1)
@@ -85,18 +85,18 @@ class Gaussian:
 
     @property
     def few(self) -> bool:
-        """Whether there are no more rows than dimensions, so that all is done by the rows and faster."""
+        """Return whether there are at most as many rows as dimensions, where working on rows is faster."""
         return self.sums is None
 
     @cached_property
     def trace(self) -> Tensor:
-        """Of the covariance."""
+        """Return the trace of the covariance."""
         trace: Tensor = self.root.square().sum() if self.few else self.covariance.trace()
         return trace
 
     @cached_property
     def root(self) -> Tensor:
-        """R with RᵀR the covariance: (min(n, D), D)."""
+        """Return R, (min(n, D), D), with RᵀR the covariance."""
         if self.sums is None:
             centred = self.features[self.rows].double() - self.mean
             return centred.div_(math.sqrt(len(self.rows) - 1))
@@ -104,7 +104,7 @@ class Gaussian:
         if not failed:
             upper: Tensor = lower.T
             return upper
-        # Features that say the same leave nothing to divide by. Eigenvectors are always there, and take longer.
+        # Collinear features make the Cholesky factorization fail. The eigendecomposition always exists but is slower.
         values, vectors = torch.linalg.eigh(self.covariance)
         root: Tensor = (vectors * values.clamp(min=0).sqrt()).T
         return root
@@ -113,12 +113,12 @@ class Gaussian:
 def frechet_of_halves(
     sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = silent
 ) -> list[Tensor]:
-    """Fréchet distance (arXiv 1706.08500) of the halves of each of the ``sets`` to those of ``reference``.
+    """Compute the Fréchet distance (arXiv 1706.08500) of the halves of each of ``sets`` to those of ``reference``.
 
     Of features (N, D) to (M, D); N and M at least 4. Returns for each set (splits, 2) float64. The sums of a second
     half are those of both less those of the first, and moments of the reference are computed once for all sets.
     """
-    # Distances do not move with the origin, and near it less is lost to rounding.
+    # Distances are translation-invariant, and centred features lose less to rounding.
     centre = reference.double().mean(0).to(reference.dtype)
     real, generated = (
         _Halved(reference - centre, "reference", splits),
@@ -139,9 +139,10 @@ def frechet_of_halves(
 
 
 def gaussian_distance(x: Gaussian, y: Gaussian) -> Tensor:
-    """|μ_x − μ_y|² + tr Σ_x + tr Σ_y − 2 tr (Σ_x Σ_y)^½, where with a root R of Σ_x the last is tr (R Σ_y Rᵀ)^½.
+    """Compute |μ_x − μ_y|² + tr Σ_x + tr Σ_y − 2 tr (Σ_x Σ_y)^½.
 
-    With one of Σ_y, too, that is the sum of the singular values of the product of the roots.
+    With a root R of Σ_x the last trace is tr (R Σ_y Rᵀ)^½; with a root of Σ_y, too, it is the sum of the singular
+    values of the product of the roots.
     """
     first, second = (x, y) if x.few else (y, x)
     if second.few:
@@ -163,7 +164,7 @@ class _Halved:
         self.both = None if half <= features.shape[1] else _sums(features, torch.arange(2 * half))
 
     def at(self, split: int) -> tuple[Gaussian, Gaussian]:
-        """The Gaussians of both halves of a cut."""
+        """Return the Gaussians of both halves of a cut."""
         first, second = (self.members[2 * split + half].nonzero()[:, 0] for half in (0, 1))
         of_first = self._of(first)
         if of_first.sums is None or self.both is None:
@@ -189,13 +190,13 @@ def _sums(features: Tensor, rows: Tensor) -> Sums:
 
 
 ROWS = 128
-"""Rows of the kernel that a lane holds: with 60,000 columns about 100 MB."""
+"""Rows of the kernel per worker thread: with 60,000 columns about 100 MB."""
 
 
 def kid_of_halves(
     sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = silent
 ) -> list[Tensor]:
-    """KID (``metrics.distances``) of the halves of each of the ``sets`` to those of the ``reference``.
+    """Compute KID (``metrics.distances``) of the halves of each of ``sets`` to those of ``reference``.
 
     Of features (N, D) to (M, D); N and M at least 4. Returns for each set (splits, 2) float64.
     """
@@ -212,14 +213,14 @@ def kid_of_halves(
 
 
 def _within(x: Tensor, members: Tensor, pool: Executor, progress: Progress) -> Tensor:
-    """Mean of the kernel over pairs of two different features of a half, for each half: (H,) float64."""
+    """Compute the mean of the kernel over pairs of distinct features in each half: (H,) float64."""
     counts = members.sum(1, dtype=torch.float64)
     itself = torch.cat([(rows.double().square().sum(1) / x.shape[1] + 1) ** 3 for rows in torch.split(x, ROWS)])
     columns = members.double().T
 
     def of_block(start: int) -> Tensor:
         block = kid_kernel(x[start : start + ROWS], x[start:]).double()
-        # Every pair of two blocks is here once.
+        # Each pair of blocks once.
         block[:, ROWS:] *= 2
         return (members[:, start : start + ROWS].T * (block @ columns[start:])).sum(0)
 
@@ -228,7 +229,7 @@ def _within(x: Tensor, members: Tensor, pool: Executor, progress: Progress) -> T
 
 
 def _across(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, pool: Executor, progress: Progress) -> Tensor:
-    """Mean of the kernel over x in a half of its set and y in the same half of its, for each half: (H,) float64."""
+    """Compute the mean of the kernel over pairs of x and y in the same half, for each half: (H,) float64."""
     columns = of_y.double().T
 
     def of_block(start: int) -> Tensor:
@@ -239,9 +240,9 @@ def _across(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, pool: Executor, pr
 
 
 def _added(of_block: Callable[[int], Tensor], count: int, pool: Executor, progress: Progress) -> Tensor:
-    """The sum over blocks of ROWS of ``count``, in their order, whichever is done first.
+    """Sum over blocks of ROWS of ``count`` in a fixed order, whichever finishes first.
 
-    Thousands of millions of single-precision kernels would leave no digit of a small distance: sums are double.
+    In double precision: billions of single-precision kernels would leave no digit of a small distance.
     """
     starts = range(0, count, ROWS)
     total = torch.zeros((), dtype=torch.float64)
@@ -254,18 +255,18 @@ def _added(of_block: Callable[[int], Tensor], count: int, pool: Executor, progre
 MANIFOLD, DENSITY = 3, 5
 """k of precision and recall (arXiv 1904.06991), and of density and coverage (arXiv 2002.09797)."""
 FEWEST = 2 * (DENSITY + 1)
-"""Features of a set of which each half has neighbourhoods."""
+"""Fewest features of a set for which every half has neighbourhoods."""
 TABLE = 64
-"""Neighbours kept of each feature. That fewer than 5 of them are in its half happens once in 10¹³: then the
-neighbourhood reaches to the last of them."""
+"""Neighbours stored per feature. That fewer than 5 of them are in its half has probability 10⁻¹³; the neighbourhood
+then reaches to the last of them."""
 BLOCK = 128
-"""Rows of distances that a lane holds."""
+"""Rows of distances per worker thread."""
 
 
 def shares_of_halves(
     sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = silent
 ) -> list[dict[Figure, Tensor]]:
-    """Of the halves of each of the ``sets``, features (N, D), and the ``reference``, (M, D), N and M at least 12.
+    """Compare the halves of ``sets``, features (N, D) each, with those of ``reference``, (M, D); N, M at least 12.
 
     Precision: share of samples no farther from some reference than its 3rd nearest other; recall: the same the other
     way round; density: how many reference features have a sample nearer than their 5th nearest other, over 5; coverage:
@@ -294,7 +295,7 @@ def _shares(
     pool: Executor,
     progress: Progress,
 ) -> dict[Figure, Tensor]:
-    """Each figure on each half, (H,) float64; ``radii``: two of the reference and one of the samples, squared."""
+    """Compute the metrics on each half, (H,) float64; ``radii``: squared, two of the reference, one of the samples."""
     near, wide, around = radii
     wide_at_most, around_at_most = wide.amax(0), around.amax(0)
     precise = torch.zeros_like(of_generated)
@@ -303,13 +304,13 @@ def _shares(
     def of_block(start: int) -> Tensor:
         rows = slice(start, start + BLOCK)
         distances = squared_distances(generated[rows], real)
-        # Few pairs are near each other in any half, and only they are looked at in each.
+        # Few pairs are near each other in any half, and only these are checked in each.
         i, j = (distances <= wide_at_most).nonzero(as_tuple=True)
         p, q = (distances <= around_at_most[rows, None]).nonzero(as_tuple=True)
         apart, asunder = distances[i, j], distances[p, q]
         i, p = i + start, p + start
         pairs = torch.zeros(len(of_generated), dtype=torch.float64)
-        # Lanes share what they fill in, but only ever set to true.
+        # Threads share these arrays but only ever write True.
         for half in range(len(of_generated)):
             here = of_generated[half, i]
             precise[half, i[here & (apart <= near[half, j])]] = True
@@ -335,7 +336,7 @@ def _shares(
 def _radii(
     features: Tensor, members: Tensor, counts: Sequence[int], pool: Executor, progress: Progress
 ) -> list[Tensor]:
-    """Squared distance of each of n features to the k-th nearest other in its half, for each k of ``counts``: (H, n).
+    """Compute the squared distance of n features to their k-th neighbour in their half, for k in ``counts``: (H, n).
 
     −1, nearer than anything, for features that are not in that half.
     """
@@ -353,7 +354,7 @@ def _radii(
 
 
 def _nearest(features: Tensor, pool: Executor, progress: Progress) -> tuple[Tensor, Tensor]:
-    """Squared distances to, and numbers of, the nearest others of each feature, nearest first: (n, TABLE or all)."""
+    """Find the nearest others of each feature: squared distances and indices, nearest first, (n, TABLE or all)."""
 
     def of_block(start: int) -> tuple[Tensor, Tensor]:
         distances = squared_distances(features[start : start + BLOCK], features)

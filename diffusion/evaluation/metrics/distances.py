@@ -1,14 +1,14 @@
 """Distances between two sets of images in a feature space: Fréchet distance, KID, and all scores of a set.
 
-They equal torch-fidelity's where it has them. (Its KID is a mean over random subsets: equal where one subset has all
-images, and else what that mean tends to.) Every score carries the name of its features (``fd_efflite0``), as "FID"
-without more means Inception-v3.
+They equal torch-fidelity's where it has them. (Its KID is a mean over random subsets: equal if one subset has all
+images, and otherwise the limit of that mean.) Every score carries the name of its features (``fd_efflite0``), as "FID"
+alone means Inception-v3.
 
 Small samples: the Fréchet distance is biased upwards by about 1/n, and with fewer images than features its covariances
 are singular. Two halves of the same real set are then far from 0, the more so the smaller n. KID is unbiased at any n.
-So under 5,000 images KID leads, and every score is read beside its real baseline: that of as many training images
-against the same reference. Where there are images enough, four for each feature, the distance is also extrapolated to
-endlessly many.
+So under 5,000 images KID decides, and every score is shown beside its real baseline: the score of as many training
+images against the same reference. With at least four images per feature the distance is also extrapolated to infinitely
+many.
 """
 
 import math
@@ -26,10 +26,10 @@ from diffusion.common.threads import lanes
 from diffusion.evaluation.metrics.neighbours import compute_overlap, nearest_distances
 
 ROWS = 4096
-"""Rows brought to double precision at a time."""
+"""Rows converted to double precision at a time."""
 PER_FEATURE = 4
-"""Images per feature from which on the distance is near enough to a line in 1/n to be extrapolated: halves then have
-two per feature, and of the bias of independent Gaussian features less than a tenth is left."""
+"""Images per feature from which the distance is close enough to linear in 1/n to be extrapolated: halves then have two
+per feature, and less than a tenth of the bias of independent Gaussian features remains."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Moments:
     """The Gaussian fitted to some features."""
 
     count: int
-    """Features that it was fitted to."""
+    """Number of features that it was fitted to."""
     mean: Tensor
     """(D,) float64."""
     root: Tensor
@@ -45,7 +45,7 @@ class Moments:
 
 
 def compute_moments(features: Tensor) -> Moments:
-    """Of features (N, D), N at least 2; the same bits however many cores there are."""
+    """Fit to features (N, D), N at least 2; bit-identical for any number of cores."""
     pieces = torch.split(features, ROWS)
     with lanes(1):
         mean = sum((piece.double().sum(0) for piece in pieces), torch.zeros(features.shape[1], dtype=torch.float64))
@@ -54,13 +54,13 @@ def compute_moments(features: Tensor) -> Moments:
         for piece in pieces:
             # The R of QR is a root of XᵀX without XᵀX itself, whose small eigenvalues would be lost in rounding.
             root = torch.linalg.qr(torch.cat([root, piece.double() - mean]), mode="r").R
-        # LAPACK's columns lie the other way, and what is read from a file must give the same bits as what is not.
+        # Contiguous, as LAPACK returns column-major data and cached moments must be bit-identical to computed ones.
         root = root.contiguous() / (len(features) - 1) ** 0.5
     return Moments(len(features), mean, root)
 
 
 def frechet_distance(first: Moments, second: Moments) -> float:
-    """The Fréchet distance |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) between two Gaussians (arXiv 1706.08500)."""
+    """Compute the Fréchet distance |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) of two Gaussians (arXiv 1706.08500)."""
     with lanes(1):
         # With Σ = RᵀR the eigenvalues of Σ₁Σ₂ are the squares of the singular values of R₁R₂ᵀ.
         shared = torch.linalg.svdvals(first.root @ second.root.T).sum()
@@ -69,12 +69,12 @@ def frechet_distance(first: Moments, second: Moments) -> float:
 
 
 def distance_at_infinity(samples: Tensor, reference: Moments) -> float | None:
-    """What ``frechet_distance`` of features (N, D) to ``reference`` tends to as N grows; None if N is too small to say.
+    """Extrapolate ``frechet_distance`` of features (N, D) to ``reference`` to infinite N; None if N is too small.
 
-    The distance is biased by nearly a/N (arXiv 1911.07023, section 3). So it is measured at N and at N/2, as the mean
-    over two halves chosen at random, and continued along a straight line to 1/N = 0: all images count alike, and the
-    error is a small multiple of that of the distance itself. The bias that a finite reference brings is left: it is the
-    same for all that is compared with it.
+    The distance is biased by nearly a/N (arXiv 1911.07023, section 3). It is measured at N and at N/2, the mean over
+    two random halves, and extrapolated linearly to 1/N = 0: all images count alike, and the error is a small multiple
+    of that of the distance itself. The bias from a finite reference remains; it is the same for everything compared
+    with it.
     """
     count = len(samples)
     if count < PER_FEATURE * samples.shape[1]:
@@ -89,21 +89,21 @@ def distance_at_infinity(samples: Tensor, reference: Moments) -> float | None:
 
 
 KERNEL_BLOCK = 2048
-"""Rows and columns of the kernel held at a time in each lane."""
+"""Rows and columns of the kernel held at a time per worker thread."""
 
 
 @dataclass(frozen=True)
 class Kid:
-    """The figure of two sets."""
+    """The KID of two sets."""
 
     value: float
-    """0 is best, and it may come out slightly negative."""
+    """Unbiased estimate; 0 is best, and it may be slightly negative."""
     error: float
-    """Its standard error, over new samples of both sets: see ``jackknife``."""
+    """Standard error, over new samples of both sets: see ``jackknife``."""
 
 
 def compute_kid(samples: Tensor, reference: Tensor, sums: Tensor | None = None) -> Kid:
-    """Of features (N, D) and (M, D), N and M at least 3; ``sums``: those of the kernel of the latter, if known."""
+    """Compute KID of features (N, D) and (M, D), N and M at least 3; ``sums``: kernel sums of the latter, if known."""
     of_samples = kernel_sums(samples)
     of_reference = kernel_sums(reference) if sums is None else sums
     from_samples, from_reference = _sums_across(samples, reference)
@@ -115,11 +115,11 @@ def compute_kid(samples: Tensor, reference: Tensor, sums: Tensor | None = None) 
 
 
 def jackknife(within: Tensor, across: Tensor, others: int) -> float:
-    """What one of the two sets brings to the variance: from the figure without each of its n members in turn.
+    """Compute the variance due to one of the two sets, from the metric without each of its n members in turn.
 
-    ``within``, ``across``: (n,) each, sums of the kernel of each member with the rest of its set and with the other
-    set, of as many as ``others``. The jackknife is not too small in the mean (Efron and Stein, Ann. Statist. 9, 1981);
-    of sets that cannot be told apart the error is too large by √2, as the one from halves is.
+    ``within``, ``across``: (n,) each, sums of the kernel of each member with the rest of its set and with the other set
+    of ``others`` members. The jackknife variance is not too small on average (Efron and Stein, Ann. Statist. 9, 1981);
+    for sets of the same distribution the error is too large by √2, as the one from halves is.
     """
     n = len(within)
     left = (within.sum() - 2 * within) / ((n - 1) * (n - 2)) - 2 * (across.sum() - across) / ((n - 1) * others)
@@ -127,7 +127,7 @@ def jackknife(within: Tensor, across: Tensor, others: int) -> float:
 
 
 def kernel_sums(features: Tensor, progress: Progress = silent) -> Tensor:
-    """Of each of the features (N, D) the sum of the kernel with all others: (N,) float64."""
+    """Compute the sum of the kernel of each of the features (N, D) with all others: (N,) float64."""
     count = len(features)
 
     def of_block(start: int) -> Tensor:
@@ -153,12 +153,12 @@ def kernel_sums(features: Tensor, progress: Progress = silent) -> Tensor:
 
 
 def kid_kernel(x: Tensor, y: Tensor) -> Tensor:
-    """(x·y/D + 1)³ of all pairs of features (n, D) and (m, D): (n, m)."""
+    """Compute (x·y/D + 1)³ of all pairs of features (n, D) and (m, D): (n, m)."""
     return (x @ y.T).div_(x.shape[1]).add_(1).pow_(3)
 
 
 def _sums_across(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of the kernel of each of x with all of y, (N,), and of each of y with all of x, (M,); float64."""
+    """Compute sums of the kernel of each of x with all y, (N,), and of each of y with all x, (M,); float64."""
 
     def of_block(start: int) -> tuple[Tensor, Tensor]:
         columns = y[start : start + KERNEL_BLOCK]
@@ -176,17 +176,17 @@ def _mean_of_pairs(sums: Tensor) -> float:
 
 
 FIGURES = ("fd", "fd_infinity", "kid", "kid_se", "precision", "recall", "density", "coverage")
-"""The figures, in the order in which they are shown."""
+"""Names of the metrics in the order in which they are shown."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images as scores see them."""
+    """Real images as a reference for scores: features with everything precomputed from them."""
 
     features: Tensor
     """(M, D) float32."""
     moments: Moments
-    """Of the features."""
+    """Moments of the features."""
     nearest: Tensor
     """(M, 5) float32: squared distances of each to its nearest others, ascending."""
     kernel_sums: Tensor
@@ -194,7 +194,7 @@ class Reference:
 
     @classmethod
     def of(cls, features: Tensor, progress: Progress = silent) -> "Reference":
-        """What there is to know of features (M, D), M at least 6."""
+        """Build from features (M, D), M at least 6."""
         return cls(
             features,
             compute_moments(features),
@@ -204,39 +204,40 @@ class Reference:
 
 
 class Scores(Config):
-    """How far one set of images lies from a reference set, and on how many images that rests."""
+    """Distances and shares of one set of images against a reference set."""
 
     extractor: str
     """Name of the features."""
     samples: int
-    """Images evaluated."""
+    """Number of images evaluated."""
     reference: int
-    """Real images they were compared with."""
+    """Number of real images that they were compared with."""
     fd: float
     """Fréchet distance of two Gaussians fitted to the features (arXiv 1706.08500); 0 is best."""
     kid: float
     """Squared maximum mean discrepancy under the kernel (x·y/D + 1)³ (arXiv 1801.01401), unbiased, over all
-    pairs: 0 is best, and it may come out slightly negative."""
+    pairs: 0 is best, and it may be slightly negative."""
     kid_se: float
     """Standard error of ``kid``, over new samples of both sets."""
     precision: float
     """Share of the evaluated images that lie among the reference (fidelity), 0 to 1 (arXiv 1904.06991, k = 3)."""
     recall: float
-    """Share of the reference that lies among the evaluated images (variety), 0 to 1 (likewise)."""
+    """Share of the reference that lies among the evaluated images (variety), 0 to 1 (arXiv 1904.06991, k = 3)."""
     density: float
-    """How many of the reference the evaluated images lie among (fidelity, and unlike precision not led astray by
-    outliers), 0 and more, of real images about 1 (arXiv 2002.09797, k = 5)."""
+    """Mean number of reference neighbourhoods that an evaluated image lies in, over k (fidelity, robust to outliers),
+    at least 0, about 1 for real images (arXiv 2002.09797, k = 5)."""
     coverage: float
-    """Share of the reference that has a evaluated image near it (variety, likewise), 0 to 1."""
+    """Share of the reference with an evaluated image in its neighbourhood (variety), 0 to 1 (arXiv 2002.09797, k =
+    5)."""
     fd_infinity: float | None = Field(None, exclude_if=unset)
-    """``fd`` as it would be of endlessly many images (arXiv 1911.07023). None: too few to say."""
+    """``fd`` extrapolated to infinitely many images (arXiv 1911.07023); None if there are too few."""
 
     def of(self, figure: str) -> float:
-        """The metric of that name, one of those that every set of images has."""
+        """Return the metric of that name, one that every set of images has."""
         return float(getattr(self, figure))
 
     def metrics(self) -> dict[str, float]:
-        """The figures that there are, under names that say what they are, such as ``kid_efflite0``."""
+        """Return the available metrics by name, such as ``kid_efflite0``."""
         figures = {f"{name}_{self.extractor}": getattr(self, name) for name in FIGURES}
         counts = {"samples": self.samples, "reference": self.reference}
         return {name: value for name, value in figures.items() if value is not None} | counts
@@ -245,7 +246,7 @@ class Scores(Config):
 def compute_scores(samples: Tensor, reference: Tensor | Reference, extractor: str) -> Scores:
     """Compare features (N, D) of evaluated images with those (M, D) of real ones; N and M at least 10.
 
-    Where the same ``reference`` serves again, give it with what is known of it: most of the time goes there.
+    Pass a ``Reference`` if it is used again: most of the time is spent on it.
     """
     real = Reference.of(reference) if isinstance(reference, Tensor) else reference
     discrepancy = compute_kid(samples, real.features, real.kernel_sums)

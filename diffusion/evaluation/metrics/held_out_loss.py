@@ -1,4 +1,4 @@
-"""How well a model foresees images that it has never seen: means over them of what ``terms`` says of each."""
+"""Loss and bits per dimension on held-out images: means of their likelihood ``terms``."""
 
 import math
 from collections.abc import Iterable
@@ -22,39 +22,38 @@ from diffusion.process.samplers import SamplingConfig
 
 
 class LevelLoss(Config):
-    """The loss of noise levels between two."""
+    """Mean loss in an interval of noise levels."""
 
     sigma_low: float
-    """The lower one: noise over signal."""
+    """Lower end of the interval: noise over signal."""
     sigma_high: float
-    """The higher one."""
+    """Upper end of the interval."""
     loss: float
-    """Mean squared error of the clean image, weighted by 1/σ² + 1/σ_data² (EDM's λ, arXiv 2206.00364): 1, at
-    every level, for the best denoiser of Gaussian values of that deviation, and less for what knows images."""
+    """Mean squared error of the clean image, weighted by 1/σ² + 1/σ_data² (EDM's λ, arXiv 2206.00364): 1, at every
+    level, for the best denoiser of Gaussian values of that deviation, and less for a model of images."""
     loss_se: float
-    """Its standard error over images."""
+    """Standard error over images."""
 
 
 class HeldOutLoss(Config):
-    """What a model makes of held-out images."""
+    """Loss and likelihood of a model on held-out images."""
 
     images: int
     levels: list[LevelLoss]
-    """From the least noise to the most; none: the model takes no noise away."""
+    """Intervals from the least noise to the most; empty if the model does not denoise."""
     loss: float | None
-    """Mean over the levels; None: there are none."""
+    """Mean over the levels; None if there are none."""
     loss_se: float | None
-    """Its standard error over images."""
+    """Standard error over images."""
     bits_per_dim: float | None
-    """Upper bound on −log₂ p of a held-out image, or that itself (``Kind.likelihood``), over the number of its
-    values; lower is better. Of an image given its class, caption or small version, where the model is conditioned on
-    those. None: the model says nothing of it, or works on latents, of whose likelihood no bound on that of images
-    follows."""
+    """−log₂ p of a held-out image, or an upper bound on it (``Kind.likelihood``), over the number of its values; lower
+    is better. Conditional on class, caption or small version if the model is. None: the model has no likelihood, or
+    works on latents, whose likelihood gives no bound for images."""
     bits_per_dim_se: float | None
-    """Its standard error over images."""
+    """Standard error over images."""
 
     def metrics(self) -> dict[str, float]:
-        """The figures under names that say what they are."""
+        """Return the metrics by name."""
         figures = {
             "held_out_loss": self.loss,
             "held_out_loss_se": self.loss_se,
@@ -65,7 +64,7 @@ class HeldOutLoss(Config):
 
 
 def summarize_losses(terms: Terms) -> HeldOutLoss:
-    """Means of ``terms`` of two or more images, and their errors."""
+    """Compute means and standard errors of ``terms`` of two or more images."""
     low, high = terms.edges[:-1].tolist(), terms.edges[1:].tolist()
     levels = [
         LevelLoss(sigma_low=low[n], sigma_high=high[n], loss=loss, loss_se=error)
@@ -86,33 +85,33 @@ def summarize_losses(terms: Terms) -> HeldOutLoss:
 def measure_losses(
     model: Model, pieces: Iterable[tuple[Tensor, Conditioning]], config: SamplingConfig, progress: Progress = silent
 ) -> Terms:
-    """What ``model`` makes of images, (N, C, H, W) uint8, which come in ``pieces`` with their conditioning.
+    """Compute the likelihood terms of images, (N, C, H, W) uint8, which come in ``pieces`` with their conditioning.
 
-    Computed in batches of ``config.compute_batch``, in its precision and on its device. Noise depends on the number
-    of the image, so that two models are given the same noise for the same images.
+    Computed in batches of ``config.compute_batch``, in its precision and on its device. Noise depends on the image
+    number, so that two models get the same noise for the same images.
     """
     device = resolve_device(config.device)
     model, family = model.on(device), family_of(model.config)
     found: list[Terms] = []
     seen = 0
 
-    def batch(images: Tensor, told: Conditioning, first: int) -> Terms:
-        # The last one filled up with its last image, so that all have one shape.
+    def batch(images: Tensor, conditioning: Conditioning, first: int) -> Terms:
+        # The last batch is padded with its last image, so that all have one shape.
         places = torch.arange(config.compute_batch).clamp(max=len(images) - 1)
-        known = {name: value[places].to(device) for name, value in told.items()}
+        moved = {name: value[places].to(device) for name, value in conditioning.items()}
         x0 = to_float(images[places]).to(device)
         with torch.inference_mode(), autocast(config.precision, device):
-            terms = family.terms(model, x0, known, [first + int(place) for place in places])
+            terms = family.terms(model, x0, moved, [first + int(place) for place in places])
         bits = None if terms.bits is None else terms.bits[: len(images)].cpu()
         return Terms(terms.edges, terms.losses[: len(images)].cpu(), bits)
 
     with repeatable(device), lanes(None if device.type == "cpu" else 1) as pool:
-        for images, told in pieces:
+        for images, conditioning in pieces:
             starts = range(0, len(images), config.compute_batch)
             parts = [slice(start, start + config.compute_batch) for start in starts]
-            given = [{name: value[part] for name, value in told.items()} for part in parts]
+            parts_conditioning = [{name: value[part] for name, value in conditioning.items()} for part in parts]
             firsts = [seen + start for start in starts]
-            found += pool.map(batch, [images[part] for part in parts], given, firsts)
+            found += pool.map(batch, [images[part] for part in parts], parts_conditioning, firsts)
             seen += len(images)
             progress("held-out images looked at", seen, None)
     bits = [each.bits for each in found if each.bits is not None]
@@ -120,20 +119,20 @@ def measure_losses(
 
 
 def conditioning_of_rows(model: Model, dataset: Dataset, rows: Rows) -> Conditioning:
-    """The conditioning of ``model`` for the images in ``rows``.
+    """Return the conditioning of ``model`` for the images in ``rows``.
 
-    Raises UserError if it knows captions, and the encoder that read them cannot be had.
+    Raises UserError if it uses captions and the text encoder is unavailable.
     """
-    told = task_of(model.config).conditioning(dataset.images(rows))
+    conditioning = task_of(model.config).conditioning(dataset.images(rows))
     if model.classes:
-        told["label"] = dataset.classes(rows, model.classes)
+        conditioning["label"] = dataset.classes(rows, model.classes)
     if model.config.text:
         captions = dataset.captions(rows)
         meanings = prompt_embeddings(model, Conditions(prompts=tuple(captions)))
-        told["text"] = torch.stack([meanings[caption] for caption in captions])
-    return told
+        conditioning["text"] = torch.stack([meanings[caption] for caption in captions])
+    return conditioning
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
-    """Mean and standard error of ``values`` (N,)."""
+    """Return mean and standard error of ``values`` (N,)."""
     return values.mean().item(), values.std().item() / math.sqrt(len(values))

@@ -1,4 +1,4 @@
-"""Nearest neighbours among features in blocks of bounded size, and precision, recall, density and coverage by them."""
+"""Nearest neighbours of features in blocks of bounded size; precision, recall, density and coverage from them."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -12,40 +12,40 @@ from diffusion.common.progress import Progress, silent
 from diffusion.common.threads import lanes
 
 BLOCK = 2048
-"""Rows and columns of distances held at a time in each lane: 16 MiB, from cores' caches mostly."""
+"""Rows and columns of distances held at a time per worker thread: 16 MiB, mostly in the cores' caches."""
 MANIFOLD_NEIGHBOURS = 3
 """k of the neighbourhoods of precision and recall, as in arXiv 1904.06991."""
 DENSITY_NEIGHBOURS = 5
 """k of those of density and coverage, as in arXiv 2002.09797."""
 NEIGHBOURS = max(MANIFOLD_NEIGHBOURS, DENSITY_NEIGHBOURS)
-"""Nearest others of each feature that are worth knowing."""
+"""Number of nearest neighbours needed per feature."""
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of two sets lies among the other one."""
+    """Overlap of two sets: precision, recall, density and coverage."""
 
     precision: float
-    """Share of the samples nearer to some reference than its 3rd nearest other reference is, or as near."""
+    """Share of the samples at most as far from some reference as its 3rd nearest other reference is."""
     recall: float
-    """Share of the reference nearer to some sample than its 3rd nearest other sample is, or as near."""
+    """Share of the reference at most as far from some sample as its 3rd nearest other sample is."""
     density: float
-    """Reference neighbourhoods (to the 5th nearest) that a sample lies in, a fifth of their mean number."""
+    """Mean number of reference neighbourhoods (to the 5th nearest) that a sample lies in, over 5."""
     coverage: float
     """Share of the reference that has a sample nearer than its 5th nearest other reference."""
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """|x − y|² between rows (n, D) and rows (m, D): (n, m), at least 0.
+    """Compute |x − y|² between rows (n, D) and rows (m, D): (n, m), at least 0.
 
-    Through products, so its error is that of |x|² and |y|²: centre them before.
+    Computed through products, so the error is relative to |x|² and |y|²: centre the rows first.
     """
     crossed = torch.addmm(y.square().sum(1), x, y.T, alpha=-2)
     return crossed.add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
 def nearest_distances(features: Tensor, count: int = NEIGHBOURS, progress: Progress = silent) -> Tensor:
-    """Squared distances of each of the features (N, D) to the ``count`` nearest others: (N, count), ascending.
+    """Compute squared distances of features (N, D) to their ``count`` nearest others: (N, count), ascending.
 
     N must be above ``count``. Takes N²·D products: 60,000 of 1,280 a minute and a half on two cores.
     """
@@ -71,7 +71,7 @@ def nearest_distances(features: Tensor, count: int = NEIGHBOURS, progress: Progr
 
 
 def compute_overlap(samples: Tensor, reference: Tensor, near_samples: Tensor, near_reference: Tensor) -> Overlap:
-    """Of features (N, D) of samples and (M, D) of a reference, each with what ``nearest_distances`` says of it.
+    """Compare features (N, D) of samples and (M, D) of a reference, each with its ``nearest_distances``.
 
     Precision and recall as in arXiv 1904.06991, density and coverage as in arXiv 2002.09797.
     """
@@ -106,33 +106,33 @@ def compute_overlap(samples: Tensor, reference: Tensor, near_samples: Tensor, ne
 
 
 def _blocks(features: Tensor, centre: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Pieces of features (N, D) moved by ``centre``, each with the number of its first row."""
+    """Yield blocks of features (N, D) minus ``centre``, each with the number of its first row."""
     for start in range(0, len(features), BLOCK):
         yield start, features[start : start + BLOCK] - centre
 
 
 COPY_NEIGHBOURS = 20
-"""NearestNeighbours points whose mean distance says how dense it is around one."""
+"""Nearest neighbours whose mean distance measures the local density."""
 BLOCK_DISTANCES = 2**24
-"""Distances that a lane has in memory at a time, 64 MiB of them."""
+"""Distances per worker thread in memory at a time, 64 MiB."""
 
 
 @dataclass(frozen=True)
 class NearestNeighbours:
-    """Of N points the k nearest to each, the nearest first."""
+    """The k nearest neighbours of N points, nearest first."""
 
     distances: Tensor
-    """Euclidean, (N, k) float32."""
+    """Euclidean distances, (N, k) float32."""
     rows: Tensor
-    """Which they are, (N, k) int64."""
+    """Row numbers of the neighbours, (N, k) int64."""
 
     @property
     def relative(self) -> Tensor:
-        """How far the nearest is for how dense it is there, (N,) in [0, 1]: over the mean distance of all k.
+        """Return the distance to the nearest over the mean distance to all k, (N,) in [0, 1].
 
-        As arXiv 2301.13188 has it (section 5.1): a copy lies next to one image, a blurred average close to many.
+        As in arXiv 2301.13188, section 5.1: a copy lies next to one image, a blurred average close to many.
         """
-        # Where all k are in the same place, the nearest is as near as can be.
+        # If all k distances are 0, the ratio is 0.
         return (self.distances[:, 0] / self.distances.mean(1)).nan_to_num(0.0)
 
 
@@ -143,13 +143,13 @@ def find_nearest(
     themselves: bool = False,
     progress: Progress = silent,
 ) -> NearestNeighbours:
-    """The ``count`` nearest, or as many as there are, to each of ``points`` among the rows of all ``pieces``.
+    """Find the ``count`` nearest, or as many as there are, to each of ``points`` among the rows of all ``pieces``.
 
     Points are (N, D) float32, or in several views (V, N, D), of which the nearest counts; pieces (B, D) float32.
-    ``themselves``: the rows are the points (their first view), none of which is its own neighbour. A distance is right
-    to about a thousandth of a row's length: it comes of products of float32, which are what is fast.
+    ``themselves``: the rows are the points (their first view), none of which is its own neighbour. Distances are
+    accurate to about a thousandth of a row's length, as they come from fast products of float32.
     """
-    # About a common centre numbers are smaller, and so is what rounding takes from their differences.
+    # Centring makes the numbers smaller, and with them the rounding error of their differences.
     centre = points.mean(tuple(range(points.ndim - 1)))
     views = _augmented((points if points.ndim == 3 else points[None]) - centre)
     size, seen = views.shape[1], 0
@@ -168,7 +168,7 @@ def find_nearest(
 def _search(
     best: tuple[Tensor, Tensor], views: Tensor, rows: Tensor, first: int, step: int, themselves: bool, start: int
 ) -> None:
-    """Let ``rows``, number ``first`` and on, into the ``best`` of ``step`` points from number ``start`` on."""
+    """Merge ``rows``, from number ``first``, into the ``best`` of ``step`` points from number ``start``."""
     here = slice(start, start + step)
     squares = (views[:, here] @ rows.T).amin(0)
     if themselves:
@@ -180,7 +180,7 @@ def _search(
 
 
 def _augmented(points: Tensor) -> Tensor:
-    """(…, D) to (…, D + 2), whose products with augmented rows are squared distances: |x|² − 2 x·y + |y|²."""
+    """Map (…, D) to (…, D + 2), whose products with augmented rows are squared distances: |x|² − 2 x·y + |y|²."""
     return torch.cat([-2 * points, points.square().sum(-1, keepdim=True), torch.ones_like(points[..., :1])], -1)
 
 

@@ -1,4 +1,4 @@
-"""Metrics class by class, and the linear discriminant that tells which class an image looks like."""
+"""Metrics class by class, and the linear discriminant that classifies generated images."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from diffusion.evaluation.metrics.distances import compute_kid
 
 SMALLEST = 1e-12
 SHRINKAGE = 0.3
-"""Share of the covariance that a multiple of the identity replaces, as features may outnumber images. Measured on 300
-to 3,000 scans of digits: a third or a hundredth of it read fewer rightly."""
+"""Shrinkage of the covariance towards a multiple of the identity, as features may outnumber images. Measured on 300 to
+3,000 scans of digits: a third or a hundredth of it classified fewer correctly."""
 
 
 @dataclass(frozen=True)
 class LinearDiscriminant:
-    """Tells K classes apart by what is linear in D features."""
+    """Linear classifier of K classes from D features."""
 
     weights: Tensor
     """(D, K) float64."""
@@ -26,17 +26,17 @@ class LinearDiscriminant:
     """(K,) float64."""
 
     def __call__(self, features: Tensor) -> Tensor:
-        """The class that each of ``features``, (N, D), is taken for: (N,) int64."""
+        """Return the predicted class of each of ``features``, (N, D): (N,) int64."""
         return (features.double() @ self.weights + self.offsets).argmax(1)
 
 
 def fit_discriminant(pieces: Iterable[tuple[Tensor, Tensor]], classes: int) -> LinearDiscriminant:
-    """Fit to features (B, D) and their classes (B,), which come in ``pieces``; images of other numbers than 0 … K − 1
-    are of no class and passed over.
+    """Fit to features (B, D) and their classes (B,), which come in ``pieces``.
 
-    Each class is Gaussian with a mean of its own and the covariance of all within classes, shrunk towards the identity;
-    none is more probable than another, for who asks for a rare class wants to see that one (Hastie, Tibshirani and
-    Friedman, The Elements of Statistical Learning, sections 4.3 and 18.3). A class without images is never answered.
+    Class numbers outside 0 … K − 1 are ignored. Each class is Gaussian with its own mean and the pooled within-class
+    covariance, shrunk towards the identity; priors are equal, so that rare classes are recognized as well (Hastie,
+    Tibshirani and Friedman, The Elements of Statistical Learning, sections 4.3 and 18.3). A class without images is
+    never predicted.
     """
     counts, sums, squares = torch.zeros(classes, dtype=torch.float64), None, None
     for features, numbers in pieces:
@@ -52,7 +52,7 @@ def fit_discriminant(pieces: Iterable[tuple[Tensor, Tensor]], classes: int) -> L
     means = sums / counts.clamp(min=1)[:, None]
     covariance = (squares - (sums.T @ means)) / counts.sum()
     dimensions = len(covariance)
-    # Of one image of each class the covariance is 0, and the nearest mean is the class.
+    # With one image per class the covariance is 0, and the nearest mean is predicted.
     variance = (covariance.trace() / dimensions).clamp(min=SMALLEST)
     identity = torch.eye(dimensions, dtype=torch.float64) * variance
     shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * identity
@@ -62,7 +62,7 @@ def fit_discriminant(pieces: Iterable[tuple[Tensor, Tensor]], classes: int) -> L
 
 
 FEWEST = 20
-"""Images of a class, generated and real, without which its distance means nothing."""
+"""Fewest images of a class, generated and real, for which its distance is meaningful."""
 
 
 @dataclass(frozen=True)
@@ -72,79 +72,79 @@ class Labelled:
     features: Tensor
     """(N, D) float32."""
     labels: Tensor
-    """(N,) int64, numbers of classes; any other number: of none."""
+    """(N,) int64, class numbers; any other number: no class."""
 
     def of(self, label: int) -> Tensor:
-        """The features of one class."""
+        """Return the features of one class."""
         return self.features[self.labels == label]
 
 
 class ClassScores(Config):
-    """One class."""
+    """Scores of one class."""
 
     name: str
     samples: int
-    """Images that were generated of it."""
+    """Number of generated images of the class."""
     reference: int
-    """Real images of it that they were compared with."""
+    """Number of real images of the class that they were compared with."""
     kid: float
-    """KID of generated against real images of the class: 0 is best. Not to be compared with that of all classes, as
+    """KID of generated against real images of the class: 0 is best. Not comparable with the KID of all classes, as
     images of one class are more alike."""
     kid_se: float
-    """Its standard error."""
+    """Standard error of ``kid``."""
     agreement: float
-    """Share of the generated images that a classifier takes for this class."""
+    """Share of the generated images that a classifier assigns to this class."""
     agreement_low: float
-    """Lower end of its interval of 95 %."""
+    """Lower end of its 95 % interval."""
     agreement_high: float
-    """Upper end."""
+    """Upper end of its 95 % interval."""
     agreement_real: float
-    """The same share of the real images: what can be hoped for."""
+    """The same share of the real images: an upper limit in practice."""
     taken_for: str | None
-    """The class that most others are taken for; None: all are taken for this one."""
+    """The class to which most of the others are assigned; None if there are no others."""
 
 
 class SkippedClass(Config):
-    """A class of which there are too few images."""
+    """A class with too few images."""
 
     name: str
     samples: int
-    """Generated."""
+    """Number of generated images."""
     reference: int
-    """Real."""
+    """Number of real images."""
 
 
 class PerClass(Config):
-    """How a model does class by class."""
+    """Metrics of a model class by class."""
 
     extractor: str
     """Name of the features."""
     classes: list[ClassScores]
-    """Those with enough images, in the order of the model's classes."""
+    """Classes with enough images, in the order of the model's classes."""
     skipped: list[SkippedClass]
-    """The others."""
+    """Classes with too few images."""
     agreement: float | None
-    """Share of all generated images of a class that are taken for it; None: none is of a class."""
+    """Share of all conditionally generated images assigned to their class; None if there are none."""
     agreement_real: float | None
-    """The same of real ones."""
+    """The same share of real images."""
 
     @property
     def worst(self) -> ClassScores | None:
-        """The class of the largest KID, which of many is large by chance too; None: none was evaluated."""
+        """Return the class with the largest KID, which is partly chance among many; None if none was evaluated."""
         return max(self.classes, key=lambda each: each.kid, default=None)
 
     @property
     def worst_first(self) -> list[ClassScores]:
-        """The classes by falling KID."""
+        """Return the classes by decreasing KID."""
         return sorted(self.classes, key=lambda each: -each.kid)
 
     @property
     def least_recognized(self) -> ClassScores | None:
-        """The class whose agreement falls furthest behind that of its real images; None: none was evaluated."""
+        """Return the class whose agreement is lowest relative to its real images; None if none was evaluated."""
         return min(self.classes, key=lambda each: each.agreement - each.agreement_real, default=None)
 
     def metrics(self) -> dict[str, float]:
-        """The figures under names that say what they are."""
+        """Return the metrics by name."""
         figures = {"class_agreement": self.agreement, "class_agreement_real": self.agreement_real}
         if self.worst is not None:
             figures[f"kid_worst_class_{self.extractor}"] = self.worst.kid
@@ -155,9 +155,9 @@ class PerClass(Config):
 def evaluate_classes(
     generated: Labelled, real: Labelled, reader: LinearDiscriminant, names: Sequence[str], extractor: str
 ) -> PerClass:
-    """Compare ``generated`` with ``real`` images that nothing was fitted to, class by class.
+    """Compare ``generated`` with held-out ``real`` images, class by class.
 
-    ``reader`` was fitted to other real images; ``names`` are of the classes 0, 1 …
+    ``reader`` was fitted to other real images; ``names`` are those of the classes 0, 1 …
     """
     read, read_real = reader(generated.features), reader(real.features)
     evaluated, others = [], []

@@ -13,29 +13,29 @@ from diffusion.common.config import Config
 from diffusion.evaluation.metrics.distances import Scores
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
-"""Enlargement without a model, by name."""
+"""Resampling filters of the baselines, by name."""
 TITLES = {"bicubic": "bicubic", "lanczos": "Lanczos"}
-"""How they are written."""
+"""Display names of the filters."""
 RANGE = 255
-"""From the least to the most that a pixel can be."""
+"""Range of pixel values."""
 ROUNDING = 1 / 12
-"""Mean squared error of rounding to whole numbers."""
+"""Mean squared error of rounding to integers."""
 WINDOW, SIGMA = 11, 1.5
 """Size and standard deviation, in pixels, of the window of SSIM."""
 
 
 class ImageSimilarity(Config):
-    """Mean likeness of images, each to the real one that it stands for."""
+    """Mean similarity of images to the real ones that they reproduce."""
 
     psnr: float
-    """Peak signal-to-noise ratio in dB; more is nearer. Exact images count as rounded to whole numbers: 58.9."""
+    """Peak signal-to-noise ratio in dB; higher is better. Identical images count as rounded to integers: 58.9."""
     psnr_se: float
-    """Its standard error, over other images."""
+    """Standard error, over other images."""
     ssim: float
-    """Structural similarity (Wang et al., IEEE Trans. Image Processing 13, 2004), at most 1; more is nearer."""
+    """Structural similarity (Wang et al., IEEE Trans. Image Processing 13, 2004), at most 1; higher is better."""
 
     def metrics(self) -> dict[str, float]:
-        """The metrics by name."""
+        """Return the metrics by name."""
         return {"psnr": self.psnr, "psnr_se": self.psnr_se, "ssim": self.ssim}
 
 
@@ -47,7 +47,7 @@ class ResamplingBaseline(Config):
 
 
 def resample(small: Tensor, scale: int, name: str) -> Tensor:
-    """``small``, (N, C, h, w) uint8, enlarged as Pillow does by RESAMPLING ``name``: (N, C, h·scale, w·scale) uint8."""
+    """Resize ``small``, (N, C, h, w) uint8, with Pillow's RESAMPLING ``name``: (N, C, h·scale, w·scale) uint8."""
     _, _, height, width = small.shape
     planes = [
         np.asarray(Image.fromarray(plane).resize((width * scale, height * scale), RESAMPLING[name]))
@@ -57,7 +57,7 @@ def resample(small: Tensor, scale: int, name: str) -> Tensor:
 
 
 def compare_images(images: Tensor, real: Tensor) -> ImageSimilarity:
-    """Of ``images`` to the ``real`` ones of the same numbers, both (N, C, H, W) uint8."""
+    """Compare ``images`` with the ``real`` ones of the same numbers, both (N, C, H, W) uint8."""
     ratios = psnr(images, real)
     return ImageSimilarity(
         psnr=ratios.mean().item(),
@@ -67,16 +67,16 @@ def compare_images(images: Tensor, real: Tensor) -> ImageSimilarity:
 
 
 def psnr(images: Tensor, real: Tensor) -> Tensor:
-    """10 log₁₀(255² / mean squared error) of each image, in dB: (N,) float64."""
+    """Compute 10 log₁₀(255² / mean squared error) of each image, in dB: (N,) float64."""
     error = (images.double() - real.double()).square().mean((1, 2, 3))
     return 10 * torch.log10(RANGE**2 / error.clamp(min=ROUNDING))
 
 
 def ssim(images: Tensor, real: Tensor) -> Tensor:
-    """Structural similarity of each image, the mean over its channels: (N,) float64.
+    """Compute the structural similarity of each image, the mean over its channels: (N,) float64.
 
-    As its authors have it: a Gaussian window with σ = 1.5 of 11 pixels, or as many as the image has, everywhere that
-    it lies within the image; K₁ = 0.01, K₂ = 0.03, and variances divided by n.
+    As in the original paper: a Gaussian window with σ = 1.5 of 11 pixels, or as many as the image has, at all positions
+    within the image; K₁ = 0.01, K₂ = 0.03, and variances divided by n.
     """
     x, y = (each.double().flatten(0, 1)[:, None] for each in (images, real))
     window = gaussian(min(WINDOW, *x.shape[-2:]))
@@ -94,14 +94,14 @@ def ssim(images: Tensor, real: Tensor) -> Tensor:
 
 
 def gaussian(size: int) -> Tensor:
-    """``size`` weights of a Gaussian with σ = 1.5, which sum to 1: (size,) float64."""
+    """Return ``size`` weights of a Gaussian with σ = 1.5, which sum to 1: (size,) float64."""
     offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     weights = torch.exp(-(offsets**2) / (2 * SIGMA**2))
     return weights / weights.sum()
 
 
 def describe_baselines(ours: Scores, baselines: dict[str, ResamplingBaseline]) -> str:
-    """Whether ``ours`` beats the ``baselines`` on the Fréchet distance, in a sentence."""
+    """Describe in a sentence whether ``ours`` beats the ``baselines`` on the Fréchet distance."""
     beaten = [TITLES[name] for name, each in baselines.items() if ours.fd < each.scores.fd]
     others = [TITLES[name] for name, each in baselines.items() if ours.fd >= each.scores.fd]
     said = [f"beats {' and '.join(beaten)} enlargement"] if beaten else []
@@ -112,54 +112,54 @@ def describe_baselines(ours: Scores, baselines: dict[str, ResamplingBaseline]) -
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in brightness (ITU-R BT.601)."""
 Appearance = Mapping[str, Tensor]
-"""Per figure its value for each of N images, (N,) float64."""
+"""Value of each property for each of N images, (N,) float64."""
 
 
 class AppearanceShift(Config):
-    """How one figure of the generated images differs from the same of real ones."""
+    """Difference of one property between generated and real images."""
 
     generated: float
     """Mean over the generated images."""
     real: float
     """Mean over the real ones."""
     difference: float
-    """Generated less real."""
+    """Generated minus real."""
     standard_error: float
-    """Of the difference, over new samples of both (Welch, Biometrika 34, 1947)."""
+    """Standard error of the difference, over new samples of both (Welch, Biometrika 34, 1947)."""
     generated_spread: float
-    """Standard deviation from one generated image to another: less than the real one is variety that is missing."""
+    """Standard deviation over the generated images: less than the real one means missing variety."""
     real_spread: float
-    """The same of real ones."""
+    """Standard deviation over the real images."""
 
     @property
     def spreads(self) -> float | None:
-        """The difference in units of the real spread; None: real images do not differ in this."""
+        """Return the difference in units of the real spread; None if that is 0."""
         return self.difference / self.real_spread if self.real_spread > 0 else None
 
 
 class AppearanceDrift(Config):
-    """What generated images look like as a whole, against real ones."""
+    """Drift of colours and brightness of generated images from real ones."""
 
     generated: int
-    """Generated images."""
+    """Number of generated images."""
     real: int
-    """Real ones."""
+    """Number of real images."""
     shifts: dict[str, AppearanceShift]
-    """By figure: see ``measure_appearance``."""
+    """Shift of each property: see ``measure_appearance``."""
 
     def metrics(self) -> dict[str, float]:
-        """The differences in units of the real spread, under names that say what they are."""
+        """Return the differences in units of the real spread, by name."""
         found = {f"drift_{name}": shift.spreads for name, shift in self.shifts.items()}
         return {name: value for name, value in found.items() if value is not None}
 
 
 def measure_appearance(images: Tensor) -> dict[str, Tensor]:
-    """Of each of ``images``, (N, C, H, W) uint8 with C 1 or 3: what it looks like as a whole, all (N,) float64.
+    """Measure colours and brightness of each of ``images``, (N, C, H, W) uint8 with C 1 or 3: all (N,) float64.
 
-    ``brightness``: mean luma, 0 to 1. ``contrast``: its standard deviation over the image. Of images with colours
-    besides ``red_green``, the mean of red less green, and ``yellow_blue``, that of yellow less blue, −1 to 1 (the
-    opponent colours of Hasler and Süsstrunk, SPIE 5007, 2003), and ``saturation``, the mean of the largest less the
-    smallest channel, 0 to 1.
+    ``brightness``: mean luma, 0 to 1. ``contrast``: its standard deviation over the image. RGB images also have
+    ``red_green``, the mean of red minus green, and ``yellow_blue``, that of yellow minus blue, −1 to 1 (the opponent
+    colours of Hasler and Süsstrunk, SPIE 5007, 2003), and ``saturation``, the mean of the largest minus the smallest
+    channel, 0 to 1.
     """
     values = images.double() / 255
     if values.shape[1] == 1:

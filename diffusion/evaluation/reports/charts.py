@@ -1,4 +1,4 @@
-"""Charts of the HTML reports, each drawn for a light and for a dark page."""
+"""Charts of the HTML reports, each rendered for a light and a dark page."""
 
 import csv
 import math
@@ -45,11 +45,11 @@ Draw = Callable[[Axes, Paper], None]
 Points = Sequence[tuple[float, float]]
 """A curve, such as a metric against images seen."""
 STYLES = ("-", "--", ":", "-.")
-"""Of lines whose colour another one has."""
+"""Line styles for lines of the same colour."""
 
 
 def charts(evaluation: Evaluation, losses: Path | None) -> list[Chart]:
-    """Scores against images seen, each with its real baseline; and the losses, if there is a CSV of them."""
+    """Plot scores against images seen, each with its real baseline; and the losses, if there is a CSV of them."""
     several: list[tuple[str, Draw]] = [
         ("KID, with 95 % intervals (lower is better)", lambda axes, paper: _kid(axes, paper, evaluation)),
         ("Fréchet distance (lower is better)", lambda axes, paper: _fd(axes, paper, evaluation)),
@@ -62,12 +62,12 @@ def charts(evaluation: Evaluation, losses: Path | None) -> list[Chart]:
 
 
 def chart(title: str, draw: Draw, size: tuple[float, float] = (5.6, 3.3)) -> Chart:
-    """What ``draw`` draws, ``size`` inches wide and high, on light and on dark paper."""
+    """Render what ``draw`` draws, ``size`` inches wide and high, for light and for dark pages."""
     return Chart(title, _render(draw, LIGHT, size), _render(draw, DARK, size))
 
 
 def read_losses(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """Per column of a CSV, its finite values as (images, value); columns without any are left out."""
+    """Read the finite values of each column of a CSV as (images, value); empty columns are omitted."""
     with path.open(newline="") as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     names = [name for name in (rows[0] if rows else {}) if name != "images"]
@@ -91,15 +91,15 @@ def _render(draw: Draw, paper: Paper, size: tuple[float, float]) -> bytes:
 
 
 def over_training(draw: Draw) -> Draw:
-    """``draw`` against images seen."""
+    """Wrap ``draw`` with an axis of images seen."""
 
-    def drawn(axes: Axes, paper: Paper) -> None:
+    def draw_over_images(axes: Axes, paper: Paper) -> None:
         draw(axes, paper)
         axes.set_xlabel("images seen")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda images, _: _short(images)))
 
-    return drawn
+    return draw_over_images
 
 
 def curves(by_name: Mapping[str, Points]) -> Draw:
@@ -137,7 +137,7 @@ def _kid(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
 
 
 def _preliminary(axes: Axes, paper: Paper, evaluated: Sequence[CheckpointEvaluation]) -> None:
-    """On fewer images, and none of the curve."""
+    """Draw scores of eliminated checkpoints, measured on fewer images, as points off the curve."""
     images, kids = [each.images for each in evaluated], [each.scores.kid for each in evaluated]
     errors = [1.96 * each.scores.kid_se for each in evaluated]
     label = "not evaluated in full"
@@ -179,7 +179,7 @@ def _baseline_line(axes: Axes, paper: Paper, value: float) -> None:
 
 
 def legend(axes: Axes, paper: Paper) -> None:
-    """What has a label, named in ink."""
+    """Draw the legend, with text in the colour of the ink."""
     axes.legend(frameon=False, fontsize=10, labelcolor=paper.ink)
 
 
@@ -194,7 +194,7 @@ def _short(images: float) -> str:
 
 
 def lead_chart(headline: Headline, delta: float, confidence: float) -> Chart:
-    """How much better the candidate is: at least and at most, beside nothing at all and the smallest that counts."""
+    """Plot the interval of the candidate's lead beside 0 and the smallest lead that counts."""
     lead, smallest = headline.lead, headline.smallest(delta)
     reach = lead.reach(confidence)
 
@@ -214,7 +214,7 @@ def lead_chart(headline: Headline, delta: float, confidence: float) -> Chart:
 
 
 def held_out_loss_chart(losses: Mapping[str, HeldOutLoss]) -> Chart | None:
-    """The loss on held-out images by noise level, of each model by its name; None: of none is there any."""
+    """Plot the loss on held-out images by noise level for each model; None if no model has any."""
     by_name = {name: found.levels for name, found in losses.items() if found.levels}
     if not by_name:
         return None

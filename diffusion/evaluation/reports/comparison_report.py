@@ -44,8 +44,8 @@ def write_comparison_report(
         grids: The images that belong to it.
         model: Name of the registered model.
         dataset: Name of the data set.
-        candidate: What to call the candidate, such as ``version 3``.
-        champion: What to call the champion; None: there is none.
+        candidate: Name of the candidate, such as ``version 3``.
+        champion: Name of the champion; None if there is none.
     """
     sides, sheets = {candidate: comparison.candidate}, {candidate: grids.candidate}
     if champion is not None and comparison.champion is not None and grids.champion is not None:
@@ -85,7 +85,7 @@ def write_comparison_report(
 
 
 def metric_rows(sides: Sides, real_baseline: RealBaseline) -> list[tuple[str, list[Cell], str]]:
-    """Name, cell of each side, and real baseline of each metric that has an interval."""
+    """Return name, cell of each side, and real baseline of each metric that has an interval."""
     baseline = real_baseline.estimates
     return [
         (
@@ -98,7 +98,7 @@ def metric_rows(sides: Sides, real_baseline: RealBaseline) -> list[tuple[str, li
 
 
 def copies_rows(sides: Sides) -> list[tuple[str, list[str]]]:
-    """Copies of training images of each side: count, share with its interval, share by chance, p-value."""
+    """Return the copies of each side: count, share with its interval, share by chance, p-value."""
     return [
         (
             name,
@@ -115,7 +115,7 @@ def copies_rows(sides: Sides) -> list[tuple[str, list[str]]]:
 
 
 def nearest_pairs(found: Memorization, grids: SampleGrids) -> list[tuple[int, str, bool, bytes]]:
-    """Number, distance, whether it is a copy, and PNG of each generated image beside its nearest training image."""
+    """Return number, distance, whether it is a copy, and PNG of each generated image and its nearest training image."""
     return [
         (
             pair.generated,
@@ -128,7 +128,7 @@ def nearest_pairs(found: Memorization, grids: SampleGrids) -> list[tuple[int, st
 
 
 def duplicates_rows(sides: Sides) -> list[tuple[str, list[str]]]:
-    """Duplicates of each side: count, share with its interval, share of real images, p-value, largest group."""
+    """Return duplicates of each side: count, share with its interval, share of real images, p-value, largest group."""
     return [
         (
             name,
@@ -146,7 +146,7 @@ def duplicates_rows(sides: Sides) -> list[tuple[str, list[str]]]:
 
 
 def duplicate_groups(found: Duplicates, grids: SampleGrids) -> list[tuple[str, bytes]]:
-    """Image numbers and PNG of the first images of each group of duplicates."""
+    """Return image numbers and PNG of the first images of each group of duplicates."""
     return [
         (
             "no. " + ", ".join(map(str, group.members[:MEMBERS_SHOWN])) + (" …" if group.size > MEMBERS_SHOWN else ""),
@@ -157,7 +157,7 @@ def duplicate_groups(found: Duplicates, grids: SampleGrids) -> list[tuple[str, b
 
 
 def class_rows(candidate: PerClass | None, champion: PerClass | None) -> list[tuple[ClassScores, str, str, Cell, str]]:
-    """Scores of the candidate's worst classes, KID of either side, and how many images of each side are recognized."""
+    """Return scores of the candidate's worst classes, KID of either side, and recognized images of each side."""
     if candidate is None:
         return []
     theirs = {each.name: each for each in champion.classes} if champion else {}
@@ -174,7 +174,7 @@ def class_rows(candidate: PerClass | None, champion: PerClass | None) -> list[tu
 
 
 def bits_rows(sides: Sides) -> list[tuple[str, str]]:
-    """Bits per dimension of held-out images for each side that has them."""
+    """Return bits per dimension of held-out images for each side that has them."""
     return [
         (
             name,
@@ -187,7 +187,7 @@ def bits_rows(sides: Sides) -> list[tuple[str, str]]:
 
 
 def drift_rows(sides: Sides) -> list[tuple[str, str, list[Cell]]]:
-    """Name, mean of real images, and difference of each side for each property of appearance."""
+    """Return name, mean of real images, and difference of each side for each property of appearance."""
     drifts = [side.drift for side in sides.values()]
     return [
         (name.replace("_", "–"), f"{shift.real:.3f}", [_shift_cell(each.shifts[name]) for each in drifts])
@@ -196,12 +196,12 @@ def drift_rows(sides: Sides) -> list[tuple[str, str, list[Cell]]]:
 
 
 def probability(p: float) -> str:
-    """A p-value, never in powers of ten."""
+    """Format a p-value, never in powers of ten."""
     return "under 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _shift_cell(shift: AppearanceShift) -> Cell:
-    """In units of the real spread, or of the property itself if real images do not differ in it."""
+    """Return the cell of a shift, in units of the real spread, or of the property if that is 0."""
     unit = shift.real_spread or 1.0
     reach = DEVIATIONS * shift.standard_error / unit
     middle = shift.difference / unit

@@ -66,7 +66,7 @@ class DatasetSummary(Config):
     parent: str | None
     """Digest of the parent version; None for the first."""
     change: str
-    """What made this version of its parent."""
+    """What created this version from its parent."""
     kept: int
     train: int
     held_out: int
@@ -322,7 +322,7 @@ def draw_charts(
 
 
 def _thumbnails(dataset: Dataset, rows: Rows) -> Tensor:
-    """The images in ``rows``, large ones reduced to SIDE × SIDE: (len(rows), C, h, w) uint8."""
+    """Return the images in ``rows``, large ones reduced to SIDE × SIDE: (len(rows), C, h, w) uint8."""
     batches = read_batches(dataset, rows)
     if dataset.manifest.size > SIDE:
         reduced = (interpolate(batch.float(), (SIDE, SIDE), mode="area") for batch in batches)
@@ -331,7 +331,7 @@ def _thumbnails(dataset: Dataset, rows: Rows) -> Tensor:
 
 
 def _sheet(dataset: Dataset, rows: Rows, columns: int = 8) -> bytes:
-    """PNG of the images in ``rows`` side by side."""
+    """Return a PNG of the images in ``rows`` side by side."""
     return png_bytes(grid(_thumbnails(dataset, rows), columns, pad=0 if len(rows) == 1 else 2))
 
 
@@ -341,7 +341,7 @@ def _mean_image(dataset: Dataset, rows: Rows) -> bytes:
 
 
 def _find_rows(dataset: Dataset, keys: Sequence[str]) -> list[int]:
-    """Rows of a few kept images, by binary search."""
+    """Find the rows of a few kept images by binary search."""
     return [bisect_left(range(len(dataset)), key, key=lambda row: dataset.keys([row])[0]) for key in keys]
 
 

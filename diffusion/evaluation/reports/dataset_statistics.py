@@ -146,7 +146,7 @@ def simplify_reason(reason: str) -> str:
 
 
 def group_reasons(quarantine: Quarantine) -> list[ReasonGroup]:
-    """Group what is in quarantine by its simplified reason, the most frequent first."""
+    """Group quarantined files by simplified reason, the most frequent first."""
     counts: Counter[str] = Counter()
     for reason in quarantine.reasons:
         counts[simplify_reason(reason.reason)] += reason.count
@@ -158,7 +158,7 @@ def group_reasons(quarantine: Quarantine) -> list[ReasonGroup]:
 
 
 def _measure_images(kept: pa.Table, pixels: int) -> np.ndarray:
-    """MEASURES of each image from its sums over ``pixels`` pixels, (n, 5); grey counts for all three channels."""
+    """Compute MEASURES of each image from its sums over ``pixels`` pixels, (n, 5); grey counts for all channels."""
     moments = []
     for name in ("total", "squares"):
         padded = pc.list_slice(kept[name], 0, 3, return_fixed_size_list=True)
@@ -170,7 +170,7 @@ def _measure_images(kept: pa.Table, pixels: int) -> np.ndarray:
 
 
 def _find_sources(folder: Path, manifest: Manifest, keys: Collection[str]) -> dict[str, str]:
-    """Sources of the kept images among ``keys``."""
+    """Return the sources of the kept images among ``keys``."""
     chosen = (pc.field("outcome") == "kept") & pc.field("key").isin(pa.array(sorted(keys), pa.string()))
     found: dict[str, str] = {}
     for part in manifest.parts if keys else ():
@@ -200,13 +200,13 @@ class Drift(Config):
     compared: int
     """Images on each side."""
     kid: float
-    """KID (arXiv 1801.01401) of the added images, unbiased; 0 is best, and it may come out slightly negative."""
+    """KID (arXiv 1801.01401) of the added images, unbiased; 0 is best, and it may be slightly negative."""
     kid_baseline: float
     kid_chance: float
     """What the KID stays below in 99 of 100 random permutations of the images compared: the two-sample test of Gretton
     et al. (JMLR 13, 2012)."""
     fd: float
-    """Fréchet frechet_distance (arXiv 1706.08500) of the added images: grows as they get fewer, so compare it with the
+    """Fréchet distance (arXiv 1706.08500) of the added images: grows as they get fewer, so compare it with the
     baseline."""
     fd_baseline: float
     neighbor_accuracy: float
@@ -285,7 +285,7 @@ def compare_with_parent(dataset: Dataset, parent: Manifest | None, progress: Pro
 def split_by_parent(dataset: Dataset, parent: Manifest) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of images that ``parent`` lacks and of those that it has, each (n,) int64.
 
-    No image is in a data set twice, so only parts that the two versions do not share are compared.
+    Images are unique in a data set, so only parts that the two versions do not share are compared.
     """
     new_parts = {part.number for part in unshared(dataset.manifest, parent)}
     with_shards = [part.number for part in dataset.manifest.parts if part.shard is not None]

@@ -1,4 +1,4 @@
-"""An evaluation as one HTML page that needs nothing but itself."""
+"""HTML report on an evaluation, self-contained."""
 
 import math
 from collections.abc import Mapping
@@ -18,23 +18,23 @@ from diffusion.evaluation.results import Evaluation, MetricEstimate, RealBaselin
 from diffusion.generation.super_resolution import shrunk
 
 COMPARED = 16
-"""Images whose enlargements stand side by side."""
+"""Number of images whose upscaled versions are shown side by side."""
 SHARES = ("precision", "recall", "density", "coverage")
-"""Scores near 1, with as many digits each."""
+"""Scores between 0 and about 1, formatted with equal digits."""
 STRIP = 16
-"""Images of each checkpoint in the table of all."""
+"""Number of images per checkpoint in the table of checkpoints."""
 
 
 @dataclass(frozen=True)
 class Sheets:
-    """Images to be shown."""
+    """Images of the report."""
 
     real: Tensor
-    """Held-out ones, (N, C, H, W) uint8."""
+    """Held-out images, (N, C, H, W) uint8."""
     generated: dict[str, Tensor]
-    """Per SHA-256 of a model file, the first images it generated."""
+    """First generated images by SHA-256 of the model file."""
     reconstructed: dict[str, Tensor] = field(default_factory=dict)
-    """The real ones as they come back from its autoencoder, if it has one."""
+    """Reconstructions of the real images by its autoencoder, if it has one."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Line:
     better: str
     meaning: str
     interval: str = ""
-    """Where the true value lies, if that is known."""
+    """Interval of the true value, if known."""
     real_baseline_interval: str = ""
 
 
@@ -75,7 +75,7 @@ def write_report(path: Path, evaluation: Evaluation, sheets: Sheets, losses: Pat
 
 
 def findings(evaluation: Evaluation) -> list[str]:
-    """What the metrics say, in words no stronger than their errors allow."""
+    """Describe the metrics in sentences no stronger than their errors allow."""
     best, baseline = evaluation.best, evaluation.real_baseline.scores
     gap = best.scores.kid - baseline.kid
     error = math.hypot(best.scores.kid_se, baseline.kid_se)
@@ -103,7 +103,7 @@ def findings(evaluation: Evaluation) -> list[str]:
 
 
 def enlarged_lines(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
-    """The table of enlargements, empty for models that generate from noise: name, Fréchet distance, PSNR and SSIM."""
+    """Return the rows of the table of super-resolution: name, Fréchet distance, PSNR and SSIM; otherwise empty."""
     if evaluation.baselines is None or evaluation.best.similarity is None:
         return []
     ours = ResamplingBaseline(scores=evaluation.best.scores, similarity=evaluation.best.similarity)
@@ -115,7 +115,7 @@ def enlarged_lines(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
 
 
 def compared(real: Tensor, generated: Tensor, low_resolution: int) -> Image.Image:
-    """Of each held-out image: small, enlarged by bicubic interpolation and by a model, and as it is."""
+    """Arrange each held-out image small, upscaled by bicubic interpolation and by a model, and at full size."""
     images, size = real[:COMPARED], real.shape[-1]
     small = shrunk(images, low_resolution)
     bicubic = resample(small, size // low_resolution, "bicubic")
@@ -134,11 +134,11 @@ MEANINGS = {
     ),
     "coverage": ("higher", "Share of real images that have a generated one near them: variety, robustly."),
 }
-"""Of each score which is better, and how to read it."""
+"""Direction and explanation of each score."""
 
 
 def score_lines(scores: Scores, figures: Mapping[str, MetricEstimate], real_baseline: RealBaseline) -> list[Line]:
-    """The table of scores that there are: each beside what real images get, both with intervals if there are any."""
+    """Return the rows of the table of scores: each beside its real baseline, with intervals where available."""
     return [
         Line(
             f"{name}_{scores.extractor}",
@@ -155,7 +155,7 @@ def score_lines(scores: Scores, figures: Mapping[str, MetricEstimate], real_base
 
 
 def interval_of(figures: Mapping[str, MetricEstimate], name: str) -> str:
-    """Of one metric at 95 %, such as ``0.012 … 0.034``; empty if it is not among them."""
+    """Format the 95 % interval of a metric, such as ``0.012 … 0.034``; empty if there is none."""
     return between(figures[name].interval) if name in figures else ""
 
 
@@ -169,7 +169,7 @@ def _score(scores: Scores, name: str, figures: Mapping[str, MetricEstimate]) -> 
 
 
 def reconstruction_lines(found: Reconstruction | None) -> list[Line]:
-    """What an autoencoder loses, in the same table; real images lose nothing."""
+    """Return the rows of the table for an autoencoder's loss; real images lose nothing."""
     if found is None:
         return []
     return [

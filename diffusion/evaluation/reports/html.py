@@ -1,4 +1,4 @@
-"""Pages that need nothing but themselves, and how figures and images are set in them."""
+"""Self-contained HTML pages, and the formatting of numbers and images in them."""
 
 import base64
 import math
@@ -14,11 +14,11 @@ class Bounded(Protocol):
 
     @property
     def value(self) -> float:
-        """The measured value."""
+        """Return the measured value."""
 
     @property
     def interval(self) -> Interval:
-        """The interval of 95 %."""
+        """Return the 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Cell:
 
 
 def metric_cell(metric: Bounded | None) -> Cell:
-    """The cell of a metric; empty if it was not measured."""
+    """Return the cell of a metric; empty if it was not measured."""
     return Cell() if metric is None else Cell(signed(metric.value), between(metric.interval))
 
 
 def render(template: str, **content: object) -> bytes:
-    """The page that ``template`` makes of ``content``, every text of which is escaped."""
-    # Not at the top: whoever sets figures, as the gate does in every configuration, renders no page.
+    """Render ``template`` with ``content``, every text escaped."""
+    # Imported here: modules that only format numbers, such as the gate, do not need it.
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -61,53 +61,53 @@ def render(template: str, **content: object) -> bytes:
 
 
 def _visible(value: Any) -> Any:
-    """``value`` as it is put on a page: of text, no character that would reorder or hide what stands beside it."""
+    """Escape characters in text that would reorder or hide what stands beside it."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
     return "\n".join(map(escape_controls, value.split("\n")))
 
 
 def data_uri(png: bytes) -> str:
-    """A PNG file as an address that holds it."""
+    """Encode a PNG file as a data URI."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def with_error(value: float, error: float) -> str:
-    """``value`` ± ``error``, both to the error's second significant digit."""
+    """Format ``value`` ± ``error``, both to the error's second significant digit."""
     digits = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 3
     return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
 def plain(value: float) -> str:
-    """``value`` to three significant digits, never in powers of ten."""
+    """Format ``value`` to three significant digits, never in powers of ten."""
     digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:,.{digits}f}"
 
 
 def signed(value: float) -> str:
-    """``value`` as ``plain`` sets it, with a real minus."""
+    """Format ``value`` as ``plain`` does, with a typographic minus."""
     return plain(value).replace("-", "−")
 
 
 def between(interval: Interval) -> str:
-    """Both ends of an interval, to the second significant digit of its length."""
+    """Format both ends of an interval to the second significant digit of its length."""
     length = interval.high - interval.low
     digits = max(0, 1 - math.floor(math.log10(length))) if length > 0 else 3
     return f"{interval.low:,.{digits}f} … {interval.high:,.{digits}f}".replace("-", "−")
 
 
 def count(number: int) -> str:
-    """A number of things."""
+    """Format a number of things."""
     return f"{number:,}"
 
 
 def counted(number: int, one: str, several: str | None = None) -> str:
-    """A number of things with their name; ``several``: its plural, if that is not the name with an s."""
+    """Format a number of things with their name; ``several``: its plural, if that is not the name with an s."""
     return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
 def share(part: int, whole: int) -> str:
-    """``part`` of ``whole`` in per cent, never 0 % of something nor 100 % of less than all."""
+    """Format ``part`` of ``whole`` in per cent, never 0 % of something nor 100 % of less than all."""
     if not part or part == whole:
         return "100 %" if part else "0 %"
     percent = 100 * part / whole
@@ -117,9 +117,9 @@ def share(part: int, whole: int) -> str:
 
 
 def storage(size: int) -> str:
-    """``size`` bytes to three digits, in the largest decimal unit that leaves at least 1."""
+    """Format ``size`` bytes to three digits, in the largest decimal unit that leaves at least 1."""
     for unit, power in (("TB", 12), ("GB", 9), ("MB", 6), ("kB", 3)):
-        # What would be rounded to a thousand is one of the next.
+        # A value that rounds to a thousand belongs to the next unit.
         if size >= 0.9995 * 10**power:
             found = size / 10**power
             return f"{found:,.0f} {unit}" if found >= 999.5 else f"{found:.3g} {unit}"

@@ -29,9 +29,9 @@ from diffusion.evaluation.results import CONFIDENCE, Evaluation, RealBaseline
 PAGE = "comparison.html"
 """The report on families, beside ``comparison.json``."""
 NAMED = 5
-"""Models beside the best one of which each has a sentence; of more there is a summary."""
+"""Number of models beside the best one with a sentence each; more are summarized."""
 LOSS = "held_out_loss_ema"
-"""Column of the losses that is shown: held-out images, averaged weights."""
+"""Column of the losses that is plotted: held-out images, averaged weights."""
 METRICS = {
     "kid": ("KID", "lower is better; unbiased at any number of images"),
     "fd": ("Fréchet distance", "lower is better; grows as images get fewer"),
@@ -40,9 +40,9 @@ METRICS = {
     "density": ("density", "how many real ones a generated one lies among"),
     "coverage": ("coverage", "share of real images with a generated one near"),
 }
-"""Title of each metric, and how to read it."""
+"""Title and explanation of each metric."""
 Column = tuple[str, str, list[Cell]]
-"""Title, how to read it, and a cell for each model; of metrics one more for real images."""
+"""Title, explanation, and a cell for each model; metrics have one more for real images."""
 
 
 def write_ranking_report(
@@ -76,7 +76,7 @@ def write_ranking_report(
 
 
 def findings(ranking: Ranking) -> list[str]:
-    """What the ranking says, in words no stronger than its errors allow."""
+    """Describe the ranking in sentences no stronger than its errors allow."""
     best, figure = ranking.models[0].name, ranking.metric.split("_")[0]
     if len(ranking.models) == 1:
         return ["There is nothing to compare it with."]
@@ -99,7 +99,7 @@ def findings(ranking: Ranking) -> list[str]:
 
 
 def metric_columns(ranking: Ranking) -> list[Column]:
-    """The metric of the ranking, how far each model is behind the best, and the other metrics."""
+    """Return the columns of the ranking's metric, the distance to the best, and the other metrics."""
     models, extractor = ranking.models, ranking.conditions.extractor
     sides: list[RankedModel | RealBaseline] = [*models, ranking.real_baseline]
     others = {name: said for name, said in METRICS.items() if f"{name}_{extractor}" != ranking.metric}
@@ -121,12 +121,12 @@ def metric_columns(ranking: Ranking) -> list[Column]:
 
 
 def metric_of_lead(difference: Estimate) -> Cell:
-    """A difference from the best model with its interval."""
+    """Return the cell of a difference from the best model with its interval."""
     return Cell(signed(difference.value), between(difference.interval(CONFIDENCE)))
 
 
 def cost_columns(models: Sequence[RankedModel]) -> list[Column]:
-    """What is known of models besides metrics: training, size and cost."""
+    """Return the columns on training, size and cost."""
     columns: dict[tuple[str, str], Callable[[RankedModel], str | None]] = {
         ("bits per dimension", "of held-out images, lower is better; ≤ marks an upper bound"): _bits,
         ("images per second", "generated on the machine that compared"): lambda each: _or_none(
@@ -142,7 +142,7 @@ def cost_columns(models: Sequence[RankedModel]) -> list[Column]:
 
 
 def metrics_chart(ranking: Ranking) -> Chart | None:
-    """The metric of the ranking of each model with its interval, beside the real baseline; None: no intervals."""
+    """Plot the ranking's metric of each model with its interval, beside the real baseline; None without intervals."""
     name, models = ranking.metric, list(reversed(ranking.models))
     if not ranking.leads:
         return None
@@ -165,7 +165,7 @@ def metrics_chart(ranking: Ranking) -> Chart | None:
 
 
 def training_charts(names: Sequence[str], evaluations: Sequence[Evaluation], losses: Sequence[Path]) -> list[Chart]:
-    """The selection metric of each checkpoint, and held-out losses, against images seen: a line for each run.
+    """Plot the selection metric of each checkpoint, and held-out losses, against images seen: a line for each run.
 
     ``losses``: a CSV of losses by images seen of each run, which may be missing.
     """
