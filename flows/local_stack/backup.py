@@ -159,7 +159,7 @@ def backup(target: Path, progress: Progress = silent) -> Backup:
     backups, store = Backups(target), Store(client(variables=stack.variables("s3")))
     make_folder(target, 0o700)
     with FileLock(target / ".lock"):
-        ledgers, databases = _at_rest(stack, store, backups)
+        ledgers, databases = _copy_databases(stack, store, backups)
         made = datetime.now(UTC)
         objects = [
             each
@@ -194,7 +194,7 @@ def save(
     return saved
 
 
-def _at_rest(stack: LocalStack, store: Store, backups: Backups) -> tuple[set[str], dict[str, Digest]]:
+def _copy_databases(stack: LocalStack, store: Store, backups: Backups) -> tuple[set[str], dict[str, Digest]]:
     """The keys of all ledgers, and the databases copied while none was added to."""
     while True:
         ledgers = set(store.list_keys(stack.bucket, "ledger/"))

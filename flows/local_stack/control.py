@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import is_full_disk
-from flows.environment import CALLED, SERVERS, Server, beside_proxies, settings
+from flows.environment import SERVER_TITLES, SERVERS, Server, loopback_no_proxy, settings
 from flows.local_stack import ports, seaweedfs
 from flows.local_stack.discovery import servers_in_environment
 from flows.local_stack.server_process import members, stop
@@ -64,17 +64,17 @@ def up(report: Report, restoring: bool = False) -> StackStatus:
     elsewhere = servers_in_environment()
     if len(elsewhere) < len(SERVERS):
         folder = settings().folder
-        with _turn(folder, report):
+        with _locked(folder, report):
             # The servers would make empty databases of those that are not there yet.
             if (folder / RESTORING).exists() and not restoring:
                 raise UserError(
                     f"a restore into {folder} did not end: give `darkroom server restore` of the same backup again, or "
                     "set DARKROOM_HOME to another folder"
                 )
-            stack = _with_ports(_with_servers(_opened(), elsewhere))
+            stack = _with_ports(_with_servers(_open(), elsewhere))
             _start_all(stack, services(stack), report)
     for server, variable in elsewhere.items():
-        report(f"{CALLED[server]}: commands here use the server that {variable} names, none of the local stack")
+        report(f"{SERVER_TITLES[server]}: commands here use the server that {variable} names, none of the local stack")
     return status()
 
 
@@ -101,7 +101,7 @@ def down(report: Report) -> None:
     if not folder.exists() and not members(folder, *SERVICES):
         report(f"no local stack in {folder}")
         return
-    with _turn(folder, report):
+    with _locked(folder, report):
         # The worker first, so that it can tell Prefect; then those that nobody needs any more.
         for names in (("worker",), ("mlflow", "prefect"), ("s3",)):
             running = members(folder, *names)
@@ -125,15 +125,15 @@ def exports() -> dict[str, str]:
     variables: dict[str, str] = {}
     for server in missing:
         if stack is None or not stack.runs(server):
-            raise UserError(f"no local {CALLED[server]} server runs in {settings().folder}: run `darkroom up`")
+            raise UserError(f"no local {SERVER_TITLES[server]} server runs in {settings().folder}: run `darkroom up`")
         variables |= stack.variables(server)
     if stack is not None and missing:
-        variables |= {"DARKROOM_HOME": str(stack.folder), "DARKROOM_BUCKET": stack.bucket} | beside_proxies()
+        variables |= {"DARKROOM_HOME": str(stack.folder), "DARKROOM_BUCKET": stack.bucket} | loopback_no_proxy()
     return variables
 
 
 @contextmanager
-def _turn(folder: Path, report: Report) -> Iterator[None]:
+def _locked(folder: Path, report: Report) -> Iterator[None]:
     """One command at a time may change the stack."""
     lock = FileLock(folder / "lock")
     try:
@@ -154,7 +154,7 @@ def _turn(folder: Path, report: Report) -> Iterator[None]:
         lock.release()
 
 
-def _opened() -> LocalStack:
+def _open() -> LocalStack:
     """The stack in DARKROOM_HOME, made if there is none."""
     wanted = settings()
     stack = LocalStack.open(wanted.folder, wanted.bucket)
@@ -213,7 +213,7 @@ def _start_all(stack: LocalStack, wanted: Sequence[Service], report: Report) -> 
                 if service.name in fresh:
                     raise _failure(stack, service, "ended at once")
                 _halt(stack, service.name)
-                stack = _started(stack, service)
+                stack = _start(stack, service)
                 fresh.add(service.name)
             if _serves(stack, service):
                 waiting.remove(service)
@@ -235,7 +235,7 @@ def _halt(stack: LocalStack, service: ServiceName, grace: float = GRACE) -> None
     stop(left, grace)
 
 
-def _started(stack: LocalStack, service: Service) -> LocalStack:
+def _start(stack: LocalStack, service: Service) -> LocalStack:
     process = service.start(stack)
     return stack.updated(processes={**stack.state.processes, service.name: process})
 

@@ -3,7 +3,16 @@
 import os
 
 from diffusion.common.errors import UserError
-from flows.environment import CALLED, DEFAULTS, NAMED_BY, SECRET, SERVERS, Server, beside_proxies, settings
+from flows.environment import (
+    DEFAULTS,
+    SECRET_VARIABLE,
+    SERVER_TITLES,
+    SERVER_VARIABLES,
+    SERVERS,
+    Server,
+    loopback_no_proxy,
+    settings,
+)
 from flows.local_stack import seaweedfs
 from flows.local_stack.stack_files import LocalStack
 
@@ -16,7 +25,7 @@ def servers_in_environment() -> dict[Server, str]:
     local = LocalStack.read(settings().folder)
     found: dict[Server, str] = {}
     for server in SERVERS:
-        named = [name for name in NAMED_BY[server] if os.environ.get(name)]
+        named = [name for name in SERVER_VARIABLES[server] if os.environ.get(name)]
         ours = local is not None and local.serves(server) and _came_from(local, server)
         if named and not ours:
             found[server] = named[0]
@@ -35,10 +44,10 @@ def join_servers(*needs: Server) -> None:
     for server in missing:
         if local is None or not local.runs(server):
             raise UserError(
-                f"no {CALLED[server]} server: {NAMED_BY[server][0]} is not set and no local one runs "
+                f"no {SERVER_TITLES[server]} server: {SERVER_VARIABLES[server][0]} is not set and no local one runs "
                 f"(in {settings().home}): run `darkroom up`"
             )
-        os.environ.update(local.variables(server) | beside_proxies())
+        os.environ.update(local.variables(server) | loopback_no_proxy())
         os.environ.setdefault("DARKROOM_BUCKET", local.bucket)
 
 
@@ -51,6 +60,6 @@ def vacuum_deleted_objects() -> None:
 
 def _came_from(local: LocalStack, server: Server) -> bool:
     """Whether the environment's variables for ``server`` are the local stack's, of now or of before."""
-    address = os.environ.get(NAMED_BY[server][0], "")
-    secret = os.environ.get(SECRET[server])
-    return secret == local.variables(server)[SECRET[server]] and address.startswith("http://127.0.0.1:")
+    address = os.environ.get(SERVER_VARIABLES[server][0], "")
+    secret = os.environ.get(SECRET_VARIABLE[server])
+    return secret == local.variables(server)[SECRET_VARIABLE[server]] and address.startswith("http://127.0.0.1:")

@@ -18,39 +18,41 @@ class NotServing(DarkroomError):
     """The service does not answer as it should (yet)."""
 
 
-def ask(url: str, login: str = "", question: Any = None) -> Any:
-    """The JSON answer to a GET, or to a POST of ``question``; raises NotServing without one in 3 s."""
+def request_json(url: str, login: str = "", body: Any = None) -> Any:
+    """The JSON answer to a GET, or to a POST of ``body``; raises NotServing without one in 3 s."""
     try:
-        return json.loads(fetch(url, login, question))
+        return json.loads(fetch(url, login, body))
     except ValueError as error:
         raise NotServing(f"{without_login(url)[0]}: {error}") from error
 
 
-def ask_mlflow(path: str, question: Any = None) -> Any:
+def query_mlflow(path: str, body: Any = None) -> Any:
     """What the MLflow server of the environment answers, ``path`` being below ``/api/2.0/mlflow/``."""
     login = ":".join(os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
-    return ask(f"{named('MLFLOW_TRACKING_URI')}/api/2.0/mlflow/{path}", "" if login == ":" else login, question)
+    return request_json(
+        f"{server_url('MLFLOW_TRACKING_URI')}/api/2.0/mlflow/{path}", "" if login == ":" else login, body
+    )
 
 
-def ask_prefect(path: str, question: Any = None) -> Any:
+def query_prefect(path: str, body: Any = None) -> Any:
     """What the Prefect server of the environment answers, ``path`` being below its ``/api/``."""
-    return ask(f"{named('PREFECT_API_URL')}/{path}", os.environ.get("PREFECT_API_AUTH_STRING", ""), question)
+    return request_json(f"{server_url('PREFECT_API_URL')}/{path}", os.environ.get("PREFECT_API_AUTH_STRING", ""), body)
 
 
-def named(variable: str) -> str:
+def server_url(variable: str) -> str:
     """The address of a server that the environment names; raises UserError if it does not."""
     if not (value := os.environ.get(variable)):
         raise UserError(f"{variable} is not set: it says where the server is that is asked")
     return value.rstrip("/")
 
 
-def fetch(url: str, login: str = "", question: Any = None) -> bytes:
-    """The answer to a GET, or to a POST of ``question``, as it comes; raises NotServing without one in 3 s."""
+def fetch(url: str, login: str = "", body: Any = None) -> bytes:
+    """The answer to a GET, or to a POST of ``body``, as it comes; raises NotServing without one in 3 s."""
     url, named = without_login(url)
     login, headers = login or named, {"Content-Type": "application/json"}
     if login:
         headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
-    data = None if question is None else json.dumps(question).encode()
+    data = None if body is None else json.dumps(body).encode()
     try:
         request = urllib.request.Request(url, data, headers)
         # The environment's proxy has no business on the loopback address.

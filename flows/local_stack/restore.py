@@ -57,7 +57,7 @@ class LaterRemovals(Config):
                 ) from error
 
 
-class Restored(Config):
+class RestoreResult(Config):
     """A restore that is done."""
 
     backup: Backup
@@ -65,7 +65,7 @@ class Restored(Config):
     later: LaterRemovals
 
 
-class Mark(Config):
+class RestoreState(Config):
     """What is written down while a stack is made of a backup."""
 
     stamp: str
@@ -80,7 +80,7 @@ def restore(
     replaced: Path,
     report: Callable[[str], None],
     progress: Progress = silent,
-) -> Restored:
+) -> RestoreResult:
     """Make the stack in DARKROOM_HOME of a backup, and start it. Killed and given again, it goes on.
 
     Args:
@@ -98,28 +98,28 @@ def restore(
         raise UserError(f"{' and '.join(elsewhere.values())} name other servers: unset them to restore a local stack")
     folder, backups = settings().folder, Backups(target)
     backup = backups.read(stamp)
-    mark = _begin(folder, backup, lambda: _later_removals(backup, backups, replaced.resolve()))
+    state = _begin(folder, backup, lambda: _later_removals(backup, backups, replaced.resolve()))
     for each in {*backup.databases.values(), *(each.sha256 for each in backup.objects)}:
         backups.whole(each)
     stack = LocalStack.open(folder, backup.bucket)
-    if not mark.placed:
+    if not state.placed:
         if any(stack.runs(server) for server in SERVERS):
             raise UserError(f"a stack runs in {folder}, where no restore ended: run `darkroom down`, then this again")
         for name, sha256 in backup.databases.items():
             _place(folder / name, name, backups.whole(sha256), backup, stack)
-        write_json(folder / RESTORING, mark.model_copy(update={"placed": True}).model_dump(mode="json"))
+        write_json(folder / RESTORING, state.model_copy(update={"placed": True}).model_dump(mode="json"))
     up(report, restoring=True)
     stack = LocalStack.open(folder, backup.bucket)
     store = Store(client(variables=stack.variables("s3")))
     done = 0
-    for some in _handfuls(backup.objects):
-        store.put_many(backup.bucket, [_object(saved, backups) for saved in some])
-        done += len(some)
+    for batch in _batches(backup.objects):
+        store.put_many(backup.bucket, [_object(saved, backups) for saved in batch])
+        done += len(batch)
         progress("objects restored", done, len(backup.objects))
-    for key, text in mark.later.records.items():
+    for key, text in state.later.records.items():
         store.put_once(backup.bucket, key, text.encode())
     (folder / RESTORING).unlink()
-    return Restored(backup=backup, status=status(), later=mark.later)
+    return RestoreResult(backup=backup, status=status(), later=state.later)
 
 
 def _later_removals(backup: Backup, backups: Backups, replaced: Path) -> LaterRemovals:
@@ -155,34 +155,34 @@ def _object(saved: SavedObject, backups: Backups) -> Object:
     return Object(saved.key, backups.whole(saved.sha256).read_bytes(), saved.content_type, metadata)
 
 
-def _handfuls(objects: Iterable[SavedObject]) -> Iterator[list[SavedObject]]:
+def _batches(objects: Iterable[SavedObject]) -> Iterator[list[SavedObject]]:
     """``objects`` in groups that are held in memory together."""
-    some: list[SavedObject] = []
+    batch: list[SavedObject] = []
     size = 0
     for each in objects:
-        if some and size + each.size > AT_ONCE:
-            yield some
-            some, size = [], 0
-        some.append(each)
+        if batch and size + each.size > AT_ONCE:
+            yield batch
+            batch, size = [], 0
+        batch.append(each)
         size += each.size
-    if some:
-        yield some
+    if batch:
+        yield batch
 
 
-def _begin(folder: Path, backup: Backup, later_removals: Callable[[], LaterRemovals]) -> Mark:
+def _begin(folder: Path, backup: Backup, later_removals: Callable[[], LaterRemovals]) -> RestoreState:
     """What is written down, now at the latest."""
     path = folder / RESTORING
     if path.is_file():
-        mark = Mark.model_validate_json(path.read_bytes())
-        if mark.stamp != backup.stamp:
+        state = RestoreState.model_validate_json(path.read_bytes())
+        if state.stamp != backup.stamp:
             raise UserError(f"{folder} is being made of another backup: give that one's name, or another DARKROOM_HOME")
-        return mark
+        return state
     if (folder / "stack.json").exists() or (folder / "credentials.json").exists():
         raise UserError(f"there is a stack in {folder}: set DARKROOM_HOME to a folder that is not there yet")
-    mark = Mark(stamp=backup.stamp, later=later_removals())
+    state = RestoreState(stamp=backup.stamp, later=later_removals())
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_json(path, mark.model_dump(mode="json"))
-    return mark
+    write_json(path, state.model_dump(mode="json"))
+    return state
 
 
 def _place(path: Path, name: str, source: Path, backup: Backup, stack: LocalStack) -> None:

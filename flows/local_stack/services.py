@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 
 from diffusion.common.files import digest_of
-from flows.environment import DEFAULTS, SERVERS, Server, beside_proxies
+from flows.environment import DEFAULTS, SERVERS, Server, loopback_no_proxy
 from flows.local_stack import seaweedfs
-from flows.local_stack.http_api import NotServing, ask
+from flows.local_stack.http_api import NotServing, request_json
 from flows.local_stack.server_process import Process, marks, start
 from flows.local_stack.stack_files import LOOPBACK, LocalStack, ServiceName, write_private
 from flows.storage.s3 import Store, client
@@ -46,7 +46,7 @@ class Service:
         """Start it, detached."""
         families = (*FAMILY.values(), "DARKROOM_", "WEED_")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(families)}
-        environment = inherited | beside_proxies() | self.environment | marks(stack.folder, self.name)
+        environment = inherited | loopback_no_proxy() | self.environment | marks(stack.folder, self.name)
         self.cwd.mkdir(parents=True, exist_ok=True)
         for name, text in self.files.items():
             write_private(self.cwd / name, text)
@@ -84,7 +84,7 @@ def _mlflow(stack: LocalStack) -> Service:
 
     def check(_: Process) -> None:
         url = f"{stack.url('mlflow')}/api/2.0/mlflow/experiments/search?max_results=1"
-        ask(url, f"{own.mlflow_username}:{own.mlflow_password}")
+        request_json(url, f"{own.mlflow_username}:{own.mlflow_password}")
 
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"),
@@ -126,9 +126,9 @@ def _prefect(stack: LocalStack) -> Service:
     port = str(stack.state.ports["prefect"])
 
     def check(_: Process) -> None:
-        ask(f"{stack.url('prefect')}/api/health")
+        request_json(f"{stack.url('prefect')}/api/health")
         # Health is told to anybody; this is not.
-        ask(f"{stack.url('prefect')}/api/admin/version", stack.credentials.prefect_auth_string)
+        request_json(f"{stack.url('prefect')}/api/admin/version", stack.credentials.prefect_auth_string)
 
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", LOOPBACK, "--port", port]
     environment = (
@@ -167,7 +167,7 @@ paused run leaves by 60. Runs that are due or triggered come by other services, 
 def _worker(stack: LocalStack) -> Service:
     def check(process: Process) -> None:
         url = f"{stack.url('prefect')}/api/work_pools/{POOL}/workers/filter"
-        found = ask(url, stack.credentials.prefect_auth_string, {})
+        found = request_json(url, stack.credentials.prefect_auth_string, {})
         # The server goes on calling a worker online for a while after its death.
         online = [worker["last_heartbeat_time"] for worker in found if worker["status"] == "ONLINE"]
         if not any(datetime.fromisoformat(beat).timestamp() > process.began() for beat in online):

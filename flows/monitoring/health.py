@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from tenacity import Retrying, stop_after_delay, wait_fixed
 
 from diffusion.common.errors import DarkroomError, UserError
-from flows.environment import CALLED, NAMED_BY, Server, settings
-from flows.local_stack.http_api import NotServing, ask_mlflow, ask_prefect, fetch, named
+from flows.environment import SERVER_TITLES, SERVER_VARIABLES, Server, settings
+from flows.local_stack.http_api import NotServing, fetch, query_mlflow, query_prefect, server_url
 
 
 def check(name: str) -> list[str]:
@@ -40,7 +40,7 @@ def require(*servers: Server) -> None:
     asked, and neither is S3, whose client tries for seconds.
     """
     for server in servers:
-        variable = NAMED_BY[server][0]
+        variable = SERVER_VARIABLES[server][0]
         if server == "s3" or not os.environ.get(variable, "").startswith("http"):
             continue
         try:
@@ -49,7 +49,7 @@ def require(*servers: Server) -> None:
                     CHECKS[server]()
         except NotServing as error:
             raise DarkroomError(
-                f"{CALLED[server]} does not answer ({error}): is it running, and is {variable} right?"
+                f"{SERVER_TITLES[server]} does not answer ({error}): is it running, and is {variable} right?"
             ) from error
 
 
@@ -60,7 +60,7 @@ def _s3() -> list[str]:
     from flows.storage.s3 import PROBE, Store, client
     from flows.storage.s3_errors import Denied
 
-    server, bucket = named("AWS_ENDPOINT_URL_S3"), settings().bucket
+    server, bucket = server_url("AWS_ENDPOINT_URL_S3"), settings().bucket
     store = Store(client(attempts=1, read_timeout=3))
     # One key, so that the answer is as small where a million lie beside it.
     list(store.list_keys(bucket, f"samples/{PROBE}"))
@@ -80,7 +80,7 @@ def _s3() -> list[str]:
 
 
 CHECKS: Mapping[str, Callable[[], object]] = {
-    "mlflow": lambda: ask_mlflow("experiments/search?max_results=1"),
+    "mlflow": lambda: query_mlflow("experiments/search?max_results=1"),
     # That needs the password and the database, which a version number does not.
-    "prefect": lambda: ask_prefect("flows/count", {}),
+    "prefect": lambda: query_prefect("flows/count", {}),
 }

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 
 from diffusion.common.errors import DarkroomError, UserError
 from flows.environment import Server, settings
-from flows.local_stack.http_api import NotServing, ask_mlflow, ask_prefect
+from flows.local_stack.http_api import NotServing, query_mlflow, query_prefect
 from flows.registry.ledger import Known, Ledger, Newest
 from flows.registry.ledger_entries import History
 from flows.storage.s3 import Listed, Location, Store, client
@@ -80,9 +80,9 @@ class Servers(Collector):
     def collect(self) -> Iterator[Metric]:
         """All figures of the servers that answer, and which ones do."""
         sources: dict[Server, Callable[[], Iterator[Sample]]] = {
-            "prefect": of_prefect,
-            "s3": lambda: of_ledgers(self.read),
-            "mlflow": lambda: of_mlflow({model: each.history for model, each in self.read.items()}),
+            "prefect": prefect_samples,
+            "s3": lambda: ledger_samples(self.read),
+            "mlflow": lambda: mlflow_samples({model: each.history for model, each in self.read.items()}),
         }
         families = {name: GaugeMetricFamily(name, help_, labels=labels) for name, (help_, labels) in GAUGES.items()}
         for server, source in sources.items():
@@ -95,27 +95,29 @@ class Servers(Collector):
         yield from families.values()
 
 
-def of_prefect() -> Iterator[Sample]:
+def prefect_samples() -> Iterator[Sample]:
     """Runs, workers and limits; raises NotServing."""
     flows = {flow["id"]: flow["name"] for flow in _pages("flows/filter", {})}
     now = datetime.now(UTC)
     due = {"expected_start_time": {"before_": now.isoformat()}}
     waiting = {"state": {"type": {"any_": ["SCHEDULED", *RUNNING]}}, **due}
     ended = {"state": {"type": {"any_": list(ENDED)}}, "end_time": {"after_": (now - timedelta(days=1)).isoformat()}}
-    yield from counted("darkroom_flow_runs", ("late", *RUNNING.values()), flows, _pages("flow_runs/filter", waiting))
-    yield from counted("darkroom_flow_runs_last_day", ENDED.values(), flows, _pages("flow_runs/filter", ended))
+    yield from count_states(
+        "darkroom_flow_runs", ("late", *RUNNING.values()), flows, _pages("flow_runs/filter", waiting)
+    )
+    yield from count_states("darkroom_flow_runs_last_day", ENDED.values(), flows, _pages("flow_runs/filter", ended))
     for flow_id, flow in flows.items():
         if run := _last_success(flow_id):
-            yield from succeeded(flow, run)
-    for pool in ask_prefect("work_pools/filter", {"limit": PAGE}):
-        workers = ask_prefect(f"work_pools/{quote(pool['name'], safe='')}/workers/filter", {"limit": PAGE})
+            yield from last_success_samples(flow, run)
+    for pool in query_prefect("work_pools/filter", {"limit": PAGE}):
+        workers = query_prefect(f"work_pools/{quote(pool['name'], safe='')}/workers/filter", {"limit": PAGE})
         yield "darkroom_workers_online", (pool["name"],), sum(worker["status"] == "ONLINE" for worker in workers)
-    for limit in ask_prefect("v2/concurrency_limits/filter", {"limit": PAGE}):
+    for limit in query_prefect("v2/concurrency_limits/filter", {"limit": PAGE}):
         yield "darkroom_concurrency_limit", (limit["name"],), limit["limit"]
         yield "darkroom_concurrency_active", (limit["name"],), limit["active_slots"]
 
 
-def counted(
+def count_states(
     name: str, states: Iterable[str], flows: Mapping[str, str], runs: Iterable[Mapping[str, Any]]
 ) -> Iterator[Sample]:
     """How many ``runs`` of each flow are in each of ``states``; ``flows`` are names by id. None is 0, not absent."""
@@ -132,7 +134,7 @@ def state_of(run: Mapping[str, Any]) -> str:
     return (RUNNING | ENDED).get(run["state_type"], "scheduled")
 
 
-def succeeded(flow: str, run: Mapping[str, Any]) -> Iterator[Sample]:
+def last_success_samples(flow: str, run: Mapping[str, Any]) -> Iterator[Sample]:
     """What the last good run of a flow says; of sampling also how fast they were."""
     seconds = float(run["total_run_time"])
     yield "darkroom_flow_last_success_timestamp_seconds", (flow,), datetime.fromisoformat(run["end_time"]).timestamp()
@@ -152,7 +154,7 @@ class LedgerRead:
     history: History
 
 
-def of_ledgers(read: dict[str, LedgerRead]) -> Iterator[Sample]:
+def ledger_samples(read: dict[str, LedgerRead]) -> Iterator[Sample]:
     """What the ledger of each registered model says; raises DarkroomError.
 
     ``read`` are those read before, and are brought up to date. While MLflow does not answer, a ledger is compared with
@@ -186,7 +188,7 @@ def _on_record(place: str, before: Mapping[str, Known]) -> dict[str, Known | Non
     token = ""
     while True:
         try:
-            answer = ask_mlflow(f"registered-models/search?max_results={PAGE}&page_token={quote(token, safe='')}")
+            answer = query_mlflow(f"registered-models/search?max_results={PAGE}&page_token={quote(token, safe='')}")
         except NotServing:
             return {model: each for model, each in before.items() if each}
         for model in answer.get("registered_models", ()):
@@ -202,24 +204,24 @@ def _on_record(place: str, before: Mapping[str, Known]) -> dict[str, Known | Non
             return found
 
 
-def of_mlflow(histories: Mapping[str, History]) -> Iterator[Sample]:
+def mlflow_samples(histories: Mapping[str, History]) -> Iterator[Sample]:
     """Trainings that MLflow takes to be under way, and figures of the champions that ``histories`` name.
 
     Raises NotServing.
     """
-    found = ask_mlflow("experiments/search", {"max_results": 1000}).get("experiments", ())
+    found = query_mlflow("experiments/search", {"max_results": 1000}).get("experiments", ())
     experiments = {each["experiment_id"]: each["name"] for each in found}
     if experiments:
         trainings = "attributes.status = 'RUNNING' and tags.`darkroom.train_key` != ''"
         question = {"experiment_ids": list(experiments), "filter": trainings, "max_results": 1000}
-        for run in ask_mlflow("runs/search", question).get("runs", ()):
-            yield from trained(experiments[run["info"]["experiment_id"]], run)
+        for run in query_mlflow("runs/search", question).get("runs", ()):
+            yield from training_samples(experiments[run["info"]["experiment_id"]], run)
     for model, history in histories.items():
         if history.standing.champion is not None:
-            yield from figures_of(model, history.standing.champion)
+            yield from champion_samples(model, history.standing.champion)
 
 
-def trained(model: str, run: Mapping[str, Any]) -> Iterator[Sample]:
+def training_samples(model: str, run: Mapping[str, Any]) -> Iterator[Sample]:
     """How far a training is, once it has said so."""
     labels = model, run["info"]["run_id"]
     figures = {each["key"]: each for each in run["data"].get("metrics", ())}
@@ -230,9 +232,9 @@ def trained(model: str, run: Mapping[str, Any]) -> Iterator[Sample]:
         yield "darkroom_training_images_per_second", labels, float(figures["images_per_second"]["value"])
 
 
-def figures_of(model: str, number: int) -> Iterator[Sample]:
+def champion_samples(model: str, number: int) -> Iterator[Sample]:
     """What was measured of a version: those of its tags that are numbers and not names that lead back."""
-    found = ask_mlflow(f"model-versions/get?name={quote(model, safe='')}&version={number}")
+    found = query_mlflow(f"model-versions/get?name={quote(model, safe='')}&version={number}")
     for tag in found["model_version"].get("tags", ()):
         value = _number(tag["value"])
         if "." not in tag["key"] and value is not None:
@@ -261,7 +263,7 @@ def _last_success(flow_id: str) -> Mapping[str, Any] | None:
         "sort": "END_TIME_DESC",
         "limit": 1,
     }
-    runs: list[Mapping[str, Any]] = ask_prefect("flow_runs/filter", question)
+    runs: list[Mapping[str, Any]] = query_prefect("flow_runs/filter", question)
     return runs[0] if runs else None
 
 
@@ -270,7 +272,7 @@ def _pages(path: str, flow_runs: Mapping[str, Any]) -> Iterator[Mapping[str, Any
     offset = 0
     while True:
         question = {"limit": PAGE, "offset": offset} | ({"flow_runs": flow_runs} if flow_runs else {})
-        page = ask_prefect(path, question)
+        page = query_prefect(path, question)
         yield from page
         if len(page) < PAGE:
             return

@@ -44,7 +44,7 @@ Record = dict[str, Any]
 """A figure (``name``, ``value``, ``time``, ``step``) or an image (``name``, ``image``, ``file``, ``step``)."""
 
 
-class SpooledTracker:
+class BufferedTracker:
     """Implements ``diffusion.training.logging.Tracker``: appends to a file, from which a thread delivers in order.
 
     A training that was killed logs again what came after its last checkpoint: a figure counts once, with the time of

@@ -69,7 +69,7 @@ class Console(Protocol):
         """No more comes."""
 
 
-class Said(logging.Handler):
+class ConsoleHandler(logging.Handler):
     """What our packages log, on the console."""
 
     def __init__(self, console: Console) -> None:
@@ -85,35 +85,35 @@ class Said(logging.Handler):
 @contextmanager
 def console() -> Iterator[Console]:
     """Bars on a terminal, plain lines elsewhere, JSON if asked for; inside, what our packages log is shown as well."""
-    shown, said = _written() if settings().log == "json" else _shown()
+    shown, handler = _json_console() if settings().log == "json" else _text_console()
     ours = [logging.getLogger(name) for name in OURS]
     before = [(each.level, each.propagate) for each in ours]
     for each in ours:
-        each.addHandler(said)
+        each.addHandler(handler)
         each.setLevel(logging.INFO)
         # Prefect's own console would write the same lines of JSON again.
-        each.propagate = each.propagate and not isinstance(shown, Logged)
+        each.propagate = each.propagate and not isinstance(shown, LogLines)
     try:
         yield shown
     finally:
         for each, (level, propagate) in zip(ours, before, strict=True):
-            each.removeHandler(said)
+            each.removeHandler(handler)
             each.setLevel(level)
             each.propagate = propagate
         shown.close()
 
 
-def _shown() -> tuple[Console, logging.Handler]:
+def _text_console() -> tuple[Console, logging.Handler]:
     shown: Console = Bars() if sys.stderr.isatty() else Lines()
-    return shown, Said(shown)
+    return shown, ConsoleHandler(shown)
 
 
-def _written() -> tuple[Console, logging.Handler]:
+def _json_console() -> tuple[Console, logging.Handler]:
     from flows.tracking.json_logs import Formatter
 
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter())
-    return Logged(), handler
+    return LogLines(), handler
 
 
 class Lines:
@@ -137,7 +137,7 @@ class Lines:
         print(escape_controls(line), file=sys.stderr, flush=True)
 
 
-class Logged(Lines):
+class LogLines(Lines):
     """The same lines in the log, for programs to read."""
 
     def write(self, line: str) -> None:

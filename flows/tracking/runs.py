@@ -268,7 +268,7 @@ class Scoreboard:
         if changed := {name: value for name, value in tags.items() if model.tags.get(name) != value}:
             self.client.set_logged_model_tags(model.model_id, changed)
         content = evaluation.conditions.content_digest[:DIGEST_LENGTH]
-        newest = _newest(model, evaluation.dataset, content)
+        newest = _latest_metrics(model, evaluation.dataset, content)
         now = int(time.time() * 1000)
         fresh = [
             Metric(
@@ -302,7 +302,7 @@ class Scoreboard:
         return model
 
 
-def _newest(model: LoggedModel, dataset: str, digest: str) -> dict[str, float]:
+def _latest_metrics(model: LoggedModel, dataset: str, digest: str) -> dict[str, float]:
     """The last value of each figure that ``model`` has for a data set."""
     there = [point for point in model.metrics or [] if (point.dataset_name, point.dataset_digest) == (dataset, digest)]
     return {point.key: point.value for point in sorted(there, key=lambda point: (point.timestamp, point.step))}
