@@ -1,4 +1,4 @@
-"""Which servers this process uses: those that the environment names, else those of the local stack."""
+"""Discovery of the servers that this process uses: those in the environment, else those of the local stack."""
 
 import os
 
@@ -18,10 +18,7 @@ from flows.local_stack.stack_files import LocalStack
 
 
 def servers_in_environment() -> dict[Server, str]:
-    """The servers that the environment names, each with the variable that does.
-
-    Variables that came out of ``darkroom env`` name the local stack, and do not count.
-    """
+    """Servers named by the environment, with the variable; variables from ``darkroom env`` do not count."""
     local = LocalStack.read(settings().folder)
     found: dict[Server, str] = {}
     for server in SERVERS:
@@ -33,9 +30,9 @@ def servers_in_environment() -> dict[Server, str]:
 
 
 def join_servers(*needs: Server) -> None:
-    """Let this process, and what it starts, use the servers in ``needs``; call it before they are imported.
+    """Connect this process and its children to the servers in ``needs``; call it before importing their clients.
 
-    Raises UserError if one is named neither by the environment nor by a running local stack.
+    Raises UserError for a server that neither the environment nor a running local stack provides.
     """
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -52,14 +49,14 @@ def join_servers(*needs: Server) -> None:
 
 
 def vacuum_deleted_objects() -> None:
-    """Have the local S3 server, if it is the one in use, keep nothing of what was deleted from it."""
+    """Free the disk space of deleted objects on the local S3 server, if it is in use."""
     local = LocalStack.read(settings().folder)
     if local is not None and "s3" not in servers_in_environment() and local.runs("s3"):
         seaweedfs.vacuum(local.state.ports["master"], local.folder / "s3")
 
 
 def _came_from(local: LocalStack, server: Server) -> bool:
-    """Whether the environment's variables for ``server`` are the local stack's, of now or of before."""
+    """Whether the environment's variables for ``server`` are current or earlier ones of the local stack."""
     address = os.environ.get(SERVER_VARIABLES[server][0], "")
     secret = os.environ.get(SECRET_VARIABLE[server])
     return secret == local.variables(server)[SECRET_VARIABLE[server]] and address.startswith("http://127.0.0.1:")

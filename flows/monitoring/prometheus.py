@@ -1,7 +1,6 @@
-"""What Prefect, MLflow and the ledger know, as Prometheus reads it: ``darkroom server metrics``.
+"""``darkroom server metrics``: Prometheus metrics from Prefect, MLflow and the ledger.
 
-Flow runs come and go, and nothing can fetch figures from a process that has ended. So one small process that stays asks
-the servers whenever it is asked itself. It holds nothing: after a restart it says the same.
+Flow runs are too short-lived to be scraped. One small, stateless process queries the servers at each scrape instead.
 """
 
 import math
@@ -26,37 +25,37 @@ from flows.storage.s3 import Listed, Location, Store, client
 
 GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "darkroom_up": ("whether the server answers", ("server",)),
-    "darkroom_flow_runs": ("flow runs that are not at their end", ("flow", "state")),
+    "darkroom_flow_runs": ("unfinished flow runs", ("flow", "state")),
     "darkroom_flow_runs_last_day": ("flow runs that ended within 24 hours", ("flow", "state")),
-    "darkroom_flow_last_success_timestamp_seconds": ("when a run of the flow last ended well", ("flow",)),
-    "darkroom_flow_last_success_seconds": ("how long that run took", ("flow",)),
-    "darkroom_samples_last_batch_images": ("images asked of the last batch that was finished", ()),
-    "darkroom_samples_last_batch_images_per_second": ("the same by the time that its flow run took", ()),
-    "darkroom_workers_online": ("workers that serve the work pool", ("pool",)),
-    "darkroom_concurrency_limit": ("how many may hold the limit at once", ("limit",)),
-    "darkroom_concurrency_active": ("how many hold it", ("limit",)),
-    "darkroom_training_images": ("images that a training under way has seen", ("model", "run_id")),
-    "darkroom_training_images_per_second": ("its rate", ("model", "run_id")),
-    "darkroom_training_last_word_timestamp_seconds": ("when it last logged a figure", ("model", "run_id")),
-    "darkroom_champion_version": ("number of the version that is champion", ("model",)),
-    "darkroom_champion_since_timestamp_seconds": ("since when it is", ("model",)),
-    "darkroom_champion_figure": ("what was measured of it", ("model", "figure")),
+    "darkroom_flow_last_success_timestamp_seconds": ("end of the flow's last successful run", ("flow",)),
+    "darkroom_flow_last_success_seconds": ("duration of that run", ("flow",)),
+    "darkroom_samples_last_batch_images": ("images requested of the last finished sampling batch", ()),
+    "darkroom_samples_last_batch_images_per_second": ("these images divided by the duration of the flow run", ()),
+    "darkroom_workers_online": ("online workers of the work pool", ("pool",)),
+    "darkroom_concurrency_limit": ("slots of the concurrency limit", ("limit",)),
+    "darkroom_concurrency_active": ("occupied slots of the concurrency limit", ("limit",)),
+    "darkroom_training_images": ("images seen by a running training", ("model", "run_id")),
+    "darkroom_training_images_per_second": ("throughput of a running training", ("model", "run_id")),
+    "darkroom_training_last_word_timestamp_seconds": ("last time that it logged a metric", ("model", "run_id")),
+    "darkroom_champion_version": ("version number of the champion", ("model",)),
+    "darkroom_champion_since_timestamp_seconds": ("time of its promotion", ("model",)),
+    "darkroom_champion_figure": ("metrics of the champion", ("model", "figure")),
     "darkroom_ledger_entries": ("verdicts and decisions in the ledger", ("model", "what")),
-    "darkroom_ledger_intact": ("whether it is all that MLflow has on record, and nothing foreign is there", ("model",)),
+    "darkroom_ledger_intact": ("whether the ledger matches MLflow's record and has no foreign objects", ("model",)),
 }
-"""Help and labels of every figure by its name."""
+"""Help and labels of all metrics by name."""
 
 RUNNING = {"PENDING": "pending", "RUNNING": "running", "PAUSED": "paused", "CANCELLING": "cancelling"}
 ENDED = {"COMPLETED": "completed", "FAILED": "failed", "CRASHED": "crashed", "CANCELLED": "cancelled"}
 PAGE = 200
-"""The most runs that Prefect gives at once."""
+"""Page size of Prefect's API."""
 
 Sample = tuple[str, tuple[str, ...], float]
-"""Name of a figure, its labels' values, and itself."""
+"""Name, label values and value of a metric."""
 
 
 def serve(host: str, port: int) -> None:
-    """Answer on ``host`` and ``port`` until the process is ended; raises UserError if the port is taken."""
+    """Serve metrics on ``host`` and ``port`` until the process ends; raises UserError if the port is taken."""
     registry = CollectorRegistry()
     registry.register(Servers())
     try:
@@ -66,19 +65,19 @@ def serve(host: str, port: int) -> None:
     threading.Event().wait()
 
 
-@dataclass(eq=False)  # a registry holds it by what it is
+@dataclass(eq=False)  # a registry needs identity hashing
 class Servers(Collector):
-    """Asks the servers of the environment, anew each time."""
+    """Collector that queries the servers of the environment at each scrape."""
 
     read: dict[str, "LedgerRead"] = field(default_factory=dict)
-    """By model, as last read: a ledger is read again when its listing, or MLflow's record of it, differs."""
+    """Cache by model: a ledger is read again when its listing or MLflow's record of it changes."""
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: what there is depends on the servers, which are not asked before anybody asks."""
+        """Describe no metrics, so that registration queries no server."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """All figures of the servers that answer, and which ones do."""
+        """Metrics of all servers that answer, and the availability of each."""
         sources: dict[Server, Callable[[], Iterator[Sample]]] = {
             "prefect": prefect_samples,
             "s3": lambda: ledger_samples(self.read),
@@ -96,7 +95,7 @@ class Servers(Collector):
 
 
 def prefect_samples() -> Iterator[Sample]:
-    """Runs, workers and limits; raises NotServing."""
+    """Metrics of flow runs, workers and concurrency limits; raises NotServing."""
     flows = {flow["id"]: flow["name"] for flow in _pages("flows/filter", {})}
     now = datetime.now(UTC)
     due = {"expected_start_time": {"before_": now.isoformat()}}
@@ -120,7 +119,7 @@ def prefect_samples() -> Iterator[Sample]:
 def count_states(
     name: str, states: Iterable[str], flows: Mapping[str, str], runs: Iterable[Mapping[str, Any]]
 ) -> Iterator[Sample]:
-    """How many ``runs`` of each flow are in each of ``states``; ``flows`` are names by id. None is 0, not absent."""
+    """Number of ``runs`` per flow and state, including zeros; ``flows`` are names by id."""
     found = Counter((flows.get(run["flow_id"], "unknown"), state_of(run)) for run in runs)
     for flow in sorted({*flows.values(), *(flow for flow, _ in found)}):
         for state in states:
@@ -128,14 +127,14 @@ def count_states(
 
 
 def state_of(run: Mapping[str, Any]) -> str:
-    """A run's state in a word; ``late`` if nobody took it up when it was due, and ``scheduled`` before."""
+    """State of a run: ``late`` if no worker started it when it was due, ``scheduled`` before that."""
     if run["state_name"] == "Late":
         return "late"
     return (RUNNING | ENDED).get(run["state_type"], "scheduled")
 
 
 def last_success_samples(flow: str, run: Mapping[str, Any]) -> Iterator[Sample]:
-    """What the last good run of a flow says; of sampling also how fast they were."""
+    """Metrics of the last successful run of a flow, with the throughput of sampling."""
     seconds = float(run["total_run_time"])
     yield "darkroom_flow_last_success_timestamp_seconds", (flow,), datetime.fromisoformat(run["end_time"]).timestamp()
     yield "darkroom_flow_last_success_seconds", (flow,), seconds
@@ -147,7 +146,7 @@ def last_success_samples(flow: str, run: Mapping[str, Any]) -> Iterator[Sample]:
 
 @dataclass(frozen=True)
 class LedgerRead:
-    """A ledger as it was read, and what that was read from."""
+    """A parsed ledger, with the listing and MLflow record that it was read from."""
 
     listed: tuple[Listed, ...]
     known: Known
@@ -155,19 +154,18 @@ class LedgerRead:
 
 
 def ledger_samples(read: dict[str, LedgerRead]) -> Iterator[Sample]:
-    """What the ledger of each registered model says; raises DarkroomError.
+    """Metrics of the ledger of each registered model; raises DarkroomError.
 
-    ``read`` are those read before, and are brought up to date. While MLflow does not answer, a ledger is compared with
-    what was on record the last time.
+    ``read`` is the cache, which is updated. While MLflow does not answer, its last known records are used.
     """
     place, store = Location(settings().bucket) / "ledger", Store(client(attempts=1, read_timeout=5))
-    # Before the ledgers are listed: whoever adds an entry puts it on record afterwards.
+    # Before the ledgers are listed: entries are appended before they are recorded in MLflow.
     known = _on_record(str(place), {model: each.known for model, each in read.items()})
     keys = (key.removeprefix(place.key("")) for key in store.list_keys(place.bucket, place.key("")))
     for model in sorted({key.partition("/")[0] for key in keys if "/" in key} | known.keys()):
         try:
             if (on_record := known.get(model, {})) is None:
-                raise UserError(f"what MLflow has on record of the ledger of {model} makes no sense")
+                raise UserError(f"MLflow's record of the ledger of {model} is invalid")
             history = _history(Ledger(place / model, store), on_record, read)
         except UserError:
             yield "darkroom_ledger_intact", (model,), 0
@@ -183,7 +181,7 @@ def ledger_samples(read: dict[str, LedgerRead]) -> Iterator[Sample]:
 
 
 def _on_record(place: str, before: Mapping[str, Known]) -> dict[str, Known | None]:
-    """What MLflow has on record of the ledgers below ``place``, by model; None: what it has makes no sense."""
+    """MLflow's records of the ledgers below ``place``, by model; None for an invalid record."""
     found: dict[str, Known | None] = {}
     token = ""
     while True:
@@ -205,10 +203,7 @@ def _on_record(place: str, before: Mapping[str, Known]) -> dict[str, Known | Non
 
 
 def mlflow_samples(histories: Mapping[str, History]) -> Iterator[Sample]:
-    """Trainings that MLflow takes to be under way, and figures of the champions that ``histories`` name.
-
-    Raises NotServing.
-    """
+    """Metrics of running trainings, and of the champions in ``histories``; raises NotServing."""
     found = query_mlflow("experiments/search", {"max_results": 1000}).get("experiments", ())
     experiments = {each["experiment_id"]: each["name"] for each in found}
     if experiments:
@@ -222,7 +217,7 @@ def mlflow_samples(histories: Mapping[str, History]) -> Iterator[Sample]:
 
 
 def training_samples(model: str, run: Mapping[str, Any]) -> Iterator[Sample]:
-    """How far a training is, once it has said so."""
+    """Progress of a training, once it has logged any."""
     labels = model, run["info"]["run_id"]
     figures = {each["key"]: each for each in run["data"].get("metrics", ())}
     if "loss" in figures:
@@ -233,7 +228,7 @@ def training_samples(model: str, run: Mapping[str, Any]) -> Iterator[Sample]:
 
 
 def champion_samples(model: str, number: int) -> Iterator[Sample]:
-    """What was measured of a version: those of its tags that are numbers and not names that lead back."""
+    """Evaluation metrics of a version: its numeric tags without a namespace."""
     found = query_mlflow(f"model-versions/get?name={quote(model, safe='')}&version={number}")
     for tag in found["model_version"].get("tags", ()):
         value = _number(tag["value"])
@@ -268,7 +263,7 @@ def _last_success(flow_id: str) -> Mapping[str, Any] | None:
 
 
 def _pages(path: str, flow_runs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """All that Prefect finds, page by page."""
+    """All results of a Prefect query, page by page."""
     offset = 0
     while True:
         question = {"limit": PAGE, "offset": offset} | ({"flow_runs": flow_runs} if flow_runs else {})
