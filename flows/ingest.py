@@ -28,7 +28,7 @@ from flows.tracking.progress_reporter import reporter
 logger = logging.getLogger(__name__)
 
 
-class Ingested(Config):
+class IngestOutcome(Config):
     """Data set after an ingest, with its version."""
 
     result: IngestResult
@@ -38,29 +38,31 @@ class Ingested(Config):
 
 
 @flow(name="ingest", flow_run_name="ingest-{params.training.dataset}")
-def ingest(params: Params, requeue: bool = False, rebuild: Rebuild = "never", to_retrain: bool = False) -> Ingested:
+def ingest(
+    params: Params, requeue: bool = False, rebuild: Rebuild = "never", to_retrain: bool = False
+) -> IngestOutcome:
     """Add the new images of ``ingest.source`` to the data set ``training.dataset``; record and push it, write its page.
 
     A new version emits an event, unless the caller will retrain on it anyway (``to_retrain``).
     """
-    mend(params, rebuild, to_retrain)
+    repair(params, rebuild, to_retrain)
     make = make_dataset.with_options(task_runner=task_runner(params.ingest))
     result = make(params, requeue, rebuild)
     while (version := record(params)) is None:
         # Another ingest was faster: add the new images to its version, without reading them again.
-        mend(params, "never", to_retrain)
+        repair(params, "never", to_retrain)
         result = merge_results(result, make(params, requeue=False, rebuild="never"))
     report = describe(params, version)
     announce(params, to_retrain)
     words = f"{result.added:,} new" if result.changed else "nothing new"
     return completed_state(
-        Ingested(result=result, version=version, report=report),
+        IngestOutcome(result=result, version=version, report=report),
         f"{params.training.dataset}: {result.kept:,} images, {words}; version {result.digest[:12]}",
     )
 
 
 @retryable_task
-def mend(params: Params, rebuild: Rebuild, to_retrain: bool) -> None:
+def repair(params: Params, rebuild: Rebuild, to_retrain: bool) -> None:
     """Repair the local data set, fast-forward it to the newest published version, and apply takedowns.
 
     Raises UserError for an S3 server without conditional writes, on which two ingests could overwrite each other.

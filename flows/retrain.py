@@ -15,7 +15,7 @@ from flows.config import Params
 from flows.datasets.checkout import CheckedOut
 from flows.datasets.sync import sync
 from flows.deployment.tasks import completed_state, concurrency_slot
-from flows.ingest import Ingested, ingest
+from flows.ingest import IngestOutcome, ingest
 from flows.registry.idempotency import Printing, Request
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Unchanged(Config):
 
     skipped: str
     """Reason."""
-    data: Ingested | CheckedOut
+    data: IngestOutcome | CheckedOut
     before: dict[str, Any]
     """Result of the earlier retraining with the same inputs."""
 
@@ -98,7 +98,7 @@ def retrain(
     return completed_state(done, done.summary)
 
 
-def unchanged(manifest: Manifest, data: Ingested | CheckedOut, before: dict[str, Any]) -> Unchanged:
+def unchanged(manifest: Manifest, data: IngestOutcome | CheckedOut, before: dict[str, Any]) -> Unchanged:
     """Result of a retraining whose inputs are those of ``before``."""
     verdict = before["verdict"]
     why = (

@@ -11,7 +11,7 @@ from diffusion.generation.generate import check_conditions, check_prompts
 from flows.config import Params
 from flows.datasets.checkout import CheckedOut
 from flows.explain import Explanation
-from flows.ingest import Ingested
+from flows.ingest import IngestOutcome
 from flows.promote import Verdict
 from flows.sample import SamplingBatchResult
 
@@ -19,7 +19,7 @@ from flows.sample import SamplingBatchResult
 class RetrainResult(Config):
     """Results of all steps of a retraining."""
 
-    data: Ingested | CheckedOut
+    data: IngestOutcome | CheckedOut
     run_id: str
     report: Path
     verdict: Verdict

@@ -95,7 +95,7 @@ def sample(
             return done
         logger.warning("images of %s were deleted meanwhile and are generated again", place)
     raise DarkroomError(
-        f"images of {place} were deleted {ATTEMPTS} times while they were generated: see that nobody but `darkroom gc` "
+        f"images of {place} were deleted {ATTEMPTS} times while they were generated: make sure that only `darkroom gc` "
         "deletes there, and that retention.unfinished_days is longer than a chunk takes"
     )
 
@@ -156,21 +156,21 @@ def begin(
     return batch, place
 
 
-@flow(name="print chunks")
+@flow(name="generate chunks")
 def generate_chunks(params: Params, batch: Batch, place: Location, version: Version) -> Cost:
     """Generate the missing chunks; each is a separate task, and few are submitted ahead."""
     config = params.sampling_batch
-    began, missing, chunks = time.monotonic(), generate_batch.unfinished(Store(), batch, place), batch.chunks()
-    show, works = bar("printing"), list[Work]()
+    started, missing, chunks = time.monotonic(), generate_batch.unfinished(Store(), batch, place), batch.chunks()
+    show, works = bar("sampling"), list[Work]()
     done = batch.count - sum(len(chunks[chunk]) for chunk in missing)
-    show("images printed", done, batch.count)
+    show("images generated", done, batch.count)
     submit = submitter(generate_chunk, config, gpu=resolve_device(batch.sampling.device).type == "cuda")
-    begun = (submit(batch, place, version, chunk, config) for chunk in missing)
-    for chunk, work in zip(missing, in_order(begun, 2 * config.workers), strict=True):
+    futures = (submit(batch, place, version, chunk, config) for chunk in missing)
+    for chunk, work in zip(missing, in_order(futures, 2 * config.workers), strict=True):
         works.append(work)
         done += len(chunks[chunk])
-        show("images printed", done, batch.count)
-    return generate_batch.cost_of(works, time.monotonic() - began)
+        show("images generated", done, batch.count)
+    return generate_batch.cost_of(works, time.monotonic() - started)
 
 
 @retryable_task

@@ -54,15 +54,15 @@ def takedown(params: Params, selection: Selection, reason: str, purge: bool = Fa
     removal = remove(params, selection, reason)
     version = record(params, removal)
     announce(params, silently=False)
-    versions, found = look_up(params, removal)
-    derived = name_and_mark(params, removal, versions, found)
-    purged = clear(params, versions, found, derived) if purge else None
+    versions, affected = find_holders(params, removal)
+    derived = mark_derived(params, removal, versions, affected)
+    purged = clear(params, versions, affected, derived) if purge else None
     done = TakedownResult(
         name=removal.name,
         removal=removal,
         version=version,
-        held=found.held,
-        unknown=found.unknown,
+        held=affected.held,
+        unknown=affected.unknown,
         derived=derived,
         purged=purged,
     )
@@ -96,7 +96,7 @@ def record(params: Params, removal: Removal) -> DataVersion:
 
 
 @retryable_task
-def look_up(params: Params, removal: Removal) -> tuple[dict[str, Manifest], Holders]:
+def find_holders(params: Params, removal: Removal) -> tuple[dict[str, Manifest], Holders]:
     """Find all versions of the data set, and those that held the images."""
     folder, source = params.dataset_folder, environment.data_source()
     recorded = Catalogue.of(folder.name, source)
@@ -108,10 +108,12 @@ def look_up(params: Params, removal: Removal) -> tuple[dict[str, Manifest], Hold
 
 
 @retryable_task
-def name_and_mark(params: Params, removal: Removal, versions: dict[str, Manifest], found: Holders) -> Derived:
+def mark_derived(params: Params, removal: Removal, versions: dict[str, Manifest], affected: Holders) -> Derived:
     """Find what derives from the versions that held the images, and mark it in MLflow."""
-    contents = {versions[digest].content_digest for digest in found.held}
-    others = {each.content_digest for digest, each in versions.items() if digest not in {*found.held, *found.unknown}}
+    contents = {versions[digest].content_digest for digest in affected.held}
+    others = {
+        each.content_digest for digest, each in versions.items() if digest not in {*affected.held, *affected.unknown}
+    }
     bucket = environment.settings().bucket
     # Versions of equal content hold the same images.
     derived = find_derived(params.training.dataset, contents - others, contents | others, bucket)
@@ -120,12 +122,12 @@ def name_and_mark(params: Params, removal: Removal, versions: dict[str, Manifest
 
 
 @retryable_task
-def clear(params: Params, versions: dict[str, Manifest], found: Holders, derived: Derived) -> Purged:
+def clear(params: Params, versions: dict[str, Manifest], affected: Holders, derived: Derived) -> Purged:
     """Delete files that only the affected versions need, and files that show their images."""
     folder = params.dataset_folder
-    held = [versions[digest] for digest in found.held]
-    others = [each for digest, each in versions.items() if digest not in found.held]
-    Catalogue.of(folder.name, environment.data_source()).delete_pages(found.held)
+    held = [versions[digest] for digest in affected.held]
+    others = [each for digest, each in versions.items() if digest not in affected.held]
+    Catalogue.of(folder.name, environment.data_source()).delete_pages(affected.held)
     purged = Purged(
         dvc_objects=purge_dvc(held, others, environment.data_source()),
         files=[

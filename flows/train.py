@@ -69,11 +69,11 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
     manifest = read_manifest(params.dataset_folder)
     opened: list[BufferedTracker] = []
 
-    def track(anew: bool) -> BufferedTracker:
+    def track(is_new: bool) -> BufferedTracker:
         folder = params.run_folder / SPOOL
         # Only a discarded training gets another MLflow run: a fresh one may be running on another machine as well.
         discarded = (folder / ANEW).exists()
-        opened.append(BufferedTracker(_open(ready, manifest, discarded), folder, anew or discarded))
+        opened.append(BufferedTracker(_open(ready, manifest, discarded), folder, is_new or discarded))
         return opened[0]
 
     try:
@@ -139,7 +139,7 @@ def _tracker_of_finished(ready: Fetched, manifest: Manifest, result: TrainResult
     client, params = MlflowClient(), ready.params
     run = find_run(client, params.model_name, result.train_key)
     if run is None:
-        tracker = _open(ready, manifest, anew=False)
+        tracker = _open(ready, manifest, restart=False)
     else:
         tracker = _close(BufferedTracker(RunTracker(client, run.info.run_id), params.run_folder / SPOOL))
     if not tracker.finished:
@@ -150,7 +150,7 @@ def _tracker_of_finished(ready: Fetched, manifest: Manifest, result: TrainResult
     return tracker
 
 
-def _open(ready: Fetched, manifest: Manifest, anew: bool) -> RunTracker:
+def _open(ready: Fetched, manifest: Manifest, restart: bool) -> RunTracker:
     params = ready.params
     model = with_autoencoder_digest(params.model)
     training = with_start_digest(params.training, open_warm_start(params.training))
@@ -164,7 +164,7 @@ def _open(ready: Fetched, manifest: Manifest, anew: bool) -> RunTracker:
         lineage.code_version(),
         lineage.data_version(params.dataset_folder),
         data_source(),
-        anew,
+        restart,
     )
     tracker.client.log_text(tracker.run_id, ready.asked.model_dump_json(indent=2), "params.json")
     tracker.tag({AUTOENCODER: ready.autoencoder, START: ready.start, TAKEDOWN: ready.takedown})

@@ -96,7 +96,7 @@ def combinations(params: Params, over: Mapping[str, Sequence[Any]]) -> list[Comb
     for key in over:
         if key.partition(".")[0] not in SECTIONS or key in FIXED:
             raise UserError(
-                f"--over {key}: what is compared must have data, sampling and evaluation in common; vary fields of "
+                f"--over {key}: data, sampling and evaluation must be the same for all; vary fields of "
                 f"{' and '.join(SECTIONS)}, but for {', '.join(FIXED)}"
             )
     choices = (dict(zip(over, values, strict=True)) for values in itertools.product(*over.values()))

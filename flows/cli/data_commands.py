@@ -36,7 +36,7 @@ def log(config: "Params") -> CommandOutput:
 
     folder = config.dataset_folder
     entries = history(folder, _in_cache(folder))
-    head = f"  {'version':<12}  {'made from':<12}  {'added':>9} {'removed':>9} {'kept':>9} {'quarantined':>11}  change"
+    head = f"  {'version':<12}  {'parent':<12}  {'added':>9} {'removed':>9} {'kept':>9} {'quarantined':>11}  change"
     rows = [
         f"{'*' if each.current else ' '} {each.digest[:12]}  {(each.parent or '')[:12]:<12}  "
         f"{each.added:>9,} {each.removed:>9,} {each.kept:>9,} "
@@ -68,7 +68,7 @@ def show_version(
     classes = [f"  {name}: {count:,}" for name, count in found.classes.items()][:limit]
     quarantined = [f"  {each.source}: {each.reason}" for each in found.quarantined or ()]
     lines = [
-        f"version    {found.digest}, made by {found.change}" + (f" from {found.parent[:12]}" if found.parent else ""),
+        f"version    {found.digest}, from {found.change}" + (f" of {found.parent[:12]}" if found.parent else ""),
         f"content    {found.content_digest}",
         f"images     {found.kept:,} of {found.storage.size}×{found.storage.size} in {found.channels} channel(s): "
         + ", ".join(f"{count:,} {split.replace('_', '-')}" for split, count in found.splits.items()),
@@ -176,13 +176,13 @@ def remove(
 
     selection = _selection(images or [], source, label)
     if dry_run and purge:
-        raise UserError("--dry-run only says which images would go: leave --purge out")
+        raise UserError("--dry-run only says which images would be removed: leave --purge out")
     if dry_run:
         chosen, names = choose(config.dataset_folder, selection)
         about = {"dataset": config.training.dataset, "dry_run": True, "names": names}
         return CommandOutput(about | chosen.model_dump(mode="json"), _dry_run_lines(chosen, names))
     if not reason.strip():
-        raise UserError("a removal needs a --reason: one line that is kept in the manifest")
+        raise UserError("a removal needs a --reason: one line that is stored in the manifest")
     if not yes:
         _confirm(
             f"take down {', '.join([*selection.prefixes, *selection.sources])} from data set {config.training.dataset}"
@@ -233,7 +233,7 @@ def _confirm(what: str) -> None:
     from diffusion.common.errors import UserError
 
     if not sys.stdin.isatty():
-        raise UserError(f"to {what}, give --yes (or --dry-run to see what would go)")
+        raise UserError(f"to {what}, give --yes (or --dry-run to list the images)")
     typer.confirm(f"Really {what}?", abort=True, err=True)
 
 
@@ -242,7 +242,7 @@ def _dry_run_lines(chosen: "Chosen", names: list[str]) -> list[str]:
     near_duplicates = [f"  {key}" for key in chosen.near_copies[:FIRST]]
     hidden = len(chosen.near_copies) - len(near_duplicates)
     return [
-        f"{chosen.images:,} images would go under {len(names):,} names ({chosen.duplicates:,} copies, "
+        f"{chosen.images:,} images would be removed under {len(names):,} names ({chosen.duplicates:,} copies, "
         f"{chosen.refused:,} quarantined); {len(chosen.parts):,} shards would be rewritten",
         *shown,
         *([f"  … and {len(names) - len(shown):,} more: --json names all"] if len(names) > len(shown) else []),

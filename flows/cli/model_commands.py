@@ -173,7 +173,7 @@ def _table(found: "History") -> Iterator[str]:
     for each in found.foreign:
         yield f"foreign object among the entries, ignored (docs/runbook/ledger-broken.md): {each}"
     if found.head is None:
-        yield f"the ledger of {found.model} is empty: the first verdict of `darkroom promote` begins it"
+        yield f"the ledger of {found.model} is empty: the first verdict of `darkroom promote` starts it"
         return
     rows = [_row(entry) for entry in found.entries]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -78,19 +78,19 @@ def deploy(
         values["WEBHOOK"] = _webhook(webhook)
     declared = read_definitions(definitions, values)
     with get_client(sync_client=True) as client:
-        for found in declared["work_pools"]:
-            _ensure_pool(client, found["name"], found["type"])
-        for found in declared["concurrency_limits"]:
-            client.upsert_global_concurrency_limit_by_name(found["name"], found["limit"])
+        for item in declared["work_pools"]:
+            _ensure_pool(client, item["name"], item["type"])
+        for item in declared["concurrency_limits"]:
+            client.upsert_global_concurrency_limit_by_name(item["name"], item["limit"])
     deployments = _prefect_deploy(declared)
-    for found in declared["automations"]:
-        _ensure_automation(found)
+    for item in declared["automations"]:
+        _ensure_automation(item)
     return DeployResult(
         definitions=definitions,
         deployments=deployments,
-        work_pools=sorted({found["name"] for found in declared["work_pools"]}),
-        concurrency_limits={found["name"]: found["limit"] for found in declared["concurrency_limits"]},
-        automations=[found["name"] for found in declared["automations"]],
+        work_pools=sorted({item["name"] for item in declared["work_pools"]}),
+        concurrency_limits={item["name"]: item["limit"] for item in declared["concurrency_limits"]},
+        automations=[item["name"] for item in declared["automations"]],
     )
 
 
@@ -126,7 +126,7 @@ def filled(node: Any, values: Mapping[str, Any], path: Path) -> Any:
         raise UserError(f"{path}: nothing is called ${unknown[0]}; there is {', '.join(sorted(values))}")
     if alone := PLACEHOLDER.fullmatch(node):
         return values[alone[1]]
-    return PLACEHOLDER.sub(lambda found: str(values[found[1]]), node)
+    return PLACEHOLDER.sub(lambda match: str(values[match[1]]), node)
 
 
 def _require_cron(words: str) -> None:

@@ -102,7 +102,7 @@ class Backups:
         """Path of the content with this digest, which may not exist."""
         return self.folder / "objects" / sha256[:2] / sha256
 
-    def whole(self, sha256: Digest) -> Path:
+    def verified_path(self, sha256: Digest) -> Path:
         """Path of the verified content with this digest; raises UserError if it is damaged or missing."""
         path = self.path(sha256)
         if not path.is_file() or sha256_file(path) != sha256:

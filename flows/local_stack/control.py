@@ -197,7 +197,7 @@ def _with_ports(stack: LocalStack) -> LocalStack:
 
 def _start_all(stack: LocalStack, wanted: Sequence[Service], report: Report) -> None:
     """Start or restart services that do not run as ``wanted``, in parallel, and wait until all answer."""
-    begun = time.monotonic()
+    started = time.monotonic()
     fresh: set[ServiceName] = set()
     for service in wanted:
         running = stack.process(service.name)
@@ -217,11 +217,11 @@ def _start_all(stack: LocalStack, wanted: Sequence[Service], report: Report) -> 
                 fresh.add(service.name)
             if _serves(stack, service):
                 waiting.remove(service)
-                report(f"{service.title}: {stack.url(service.name)} ({time.monotonic() - begun:.0f} s)")
-            elif service.name not in fresh and time.monotonic() - begun > HUNG:
+                report(f"{service.title}: {stack.url(service.name)} ({time.monotonic() - started:.0f} s)")
+            elif service.name not in fresh and time.monotonic() - started > HUNG:
                 report(f"{service.title}: restarted, because it did not answer")
                 _halt(stack, service.name, grace=2)
-            elif time.monotonic() - begun > PATIENCE:
+            elif time.monotonic() - started > PATIENCE:
                 raise _failure(stack, service, f"did not answer within {PATIENCE:.0f} s")
         time.sleep(0.1)
 

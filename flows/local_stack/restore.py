@@ -100,13 +100,13 @@ def restore(
     backup = backups.read(stamp)
     state = _begin(folder, backup, lambda: _later_removals(backup, backups, replaced.resolve()))
     for each in {*backup.databases.values(), *(each.sha256 for each in backup.objects)}:
-        backups.whole(each)
+        backups.verified_path(each)
     stack = LocalStack.open(folder, backup.bucket)
     if not state.placed:
         if any(stack.runs(server) for server in SERVERS):
             raise UserError(f"a stack runs in {folder}, where no restore ended: run `darkroom down`, then this again")
         for name, sha256 in backup.databases.items():
-            _place(folder / name, name, backups.whole(sha256), backup, stack)
+            _place(folder / name, name, backups.verified_path(sha256), backup, stack)
         write_json(folder / RESTORING, state.model_copy(update={"placed": True}).model_dump(mode="json"))
     up(report, restoring=True)
     stack = LocalStack.open(folder, backup.bucket)
@@ -129,7 +129,7 @@ def _later_removals(backup: Backup, backups: Backups, replaced: Path) -> LaterRe
     until: AwareDatetime | None = backup.made
     for newer in (backups.read(stamp) for stamp in backups.stamps() if stamp > backup.stamp):
         records = [each for each in newer.objects if REMOVAL.fullmatch(each.key)]
-        texts |= {each.key: backups.whole(each.sha256).read_text() for each in records if each.key not in known}
+        texts |= {each.key: backups.verified_path(each.sha256).read_text() for each in records if each.key not in known}
         until = newer.made
     stack = None if replaced == settings().folder else LocalStack.read(replaced)
     if stack is not None and stack.serves("s3") and stack.bucket == backup.bucket:
@@ -152,7 +152,7 @@ def _later_removals(backup: Backup, backups: Backups, replaced: Path) -> LaterRe
 def _object(saved: SavedObject, backups: Backups) -> Object:
     # The upload adds the digest.
     metadata = {name: text for name, text in saved.metadata.items() if name != "sha256"}
-    return Object(saved.key, backups.whole(saved.sha256).read_bytes(), saved.content_type, metadata)
+    return Object(saved.key, backups.verified_path(saved.sha256).read_bytes(), saved.content_type, metadata)
 
 
 def _batches(objects: Iterable[SavedObject]) -> Iterator[list[SavedObject]]:
@@ -175,7 +175,9 @@ def _begin(folder: Path, backup: Backup, later_removals: Callable[[], LaterRemov
     if path.is_file():
         state = RestoreState.model_validate_json(path.read_bytes())
         if state.stamp != backup.stamp:
-            raise UserError(f"{folder} is being made of another backup: give that one's name, or another DARKROOM_HOME")
+            raise UserError(
+                f"{folder} is being restored from another backup: give that one's name, or another DARKROOM_HOME"
+            )
         return state
     if (folder / "stack.json").exists() or (folder / "credentials.json").exists():
         raise UserError(f"there is a stack in {folder}: set DARKROOM_HOME to a folder that is not there yet")

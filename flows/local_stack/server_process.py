@@ -26,7 +26,7 @@ class Process(Config):
     spec: str
     """Digest of its start settings."""
 
-    def began(self) -> float:
+    def start_time(self) -> float:
         """Start time in seconds of Unix time; raises psutil.NoSuchProcess."""
         return psutil.Process(self.pid).create_time()
 

@@ -170,7 +170,7 @@ def _worker(stack: LocalStack) -> Service:
         workers = request_json(url, stack.credentials.prefect_auth_string, {})
         # A dead worker stays online on the server for a while.
         online = [worker["last_heartbeat_time"] for worker in workers if worker["status"] == "ONLINE"]
-        if not any(datetime.fromisoformat(beat).timestamp() > process.began() for beat in online):
+        if not any(datetime.fromisoformat(beat).timestamp() > process.start_time() for beat in online):
             raise NotServing(f"the worker has not reported to the work pool {POOL}")
 
     command = [

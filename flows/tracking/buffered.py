@@ -52,8 +52,8 @@ class BufferedTracker:
     different server gets everything.
     """
 
-    def __init__(self, tracker: RunTracker, folder: Path, anew: bool = False) -> None:
-        if anew:
+    def __init__(self, tracker: RunTracker, folder: Path, restart: bool = False) -> None:
+        if restart:
             shutil.rmtree(folder, ignore_errors=True)
         make_folder(folder)
         self.tracker = tracker

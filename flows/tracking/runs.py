@@ -132,14 +132,14 @@ def find_run(client: MlflowClient, experiment: str, train_key: str) -> MlflowRun
 
 def run_by_tag(client: MlflowClient, experiment: str, tag: str, value: str) -> MlflowRun | None:
     """Find the run of ``experiment`` whose ``tag`` is ``value``, of several the one claimed first; or None."""
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
+    entity = client.get_experiment_by_name(experiment)
+    if entity is None:
         return None
     claimed = Claims.of(experiment, value).holder(lambda run_id: _is_of(client, run_id, tag, value))
     if claimed is not None:
         return client.get_run(claimed)
     filter_string = f"tags.`{tag}` = '{value}'"
-    runs = client.search_runs([found.experiment_id], filter_string, order_by=["attributes.start_time ASC"])
+    runs = client.search_runs([entity.experiment_id], filter_string, order_by=["attributes.start_time ASC"])
     return runs[0] if runs else None
 
 
@@ -192,11 +192,11 @@ def open_run(
     code: CodeVersion,
     data: DataVersion | None,
     data_source: str,
-    anew: bool,
+    restart: bool,
 ) -> RunTracker:
-    """Resume or create the run of this training; ``anew`` detaches an earlier one."""
+    """Resume or create the run of this training; ``restart`` detaches an earlier one."""
     client = MlflowClient()
-    if anew and (run := find_run(client, experiment, train_key)) is not None:
+    if restart and (run := find_run(client, experiment, train_key)) is not None:
         client.set_tag(run.info.run_id, TRAIN_KEY, f"{train_key} (restarted)")
     run = one_run(client, experiment, TRAIN_KEY, train_key, f"train-{train_key[:8]}")
     # Also on an existing run: its creator may have been killed before this.

@@ -82,9 +82,9 @@ def test_what_is_said_again_after_a_kill_is_there_once_with_its_first_time(
         48,
         64,
     ]
-    anew = BufferedTracker(new_run(client), folder, anew=True)
-    anew.close()
-    assert anew.records == []
+    restarted = BufferedTracker(new_run(client), folder, restart=True)
+    restarted.close()
+    assert restarted.records == []
 
 
 @contextmanager
