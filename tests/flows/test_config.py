@@ -271,7 +271,7 @@ def test_families_that_are_compared_share_the_data_the_time_and_the_judge_and_no
         ([], ["gan", "gan"], "name two families or more, each once"),
         (["training.output=elsewhere"], ["gan", "vae"], r"training\.output = elsewhere is one place"),
         (["registry.model=mine"], ["gan", "vae"], r"registry\.model = mine is one place"),
-        (["model.low_resolution=4"], ["gan", "vae"], "families are compared by what they draw"),
+        (["model.low_resolution=4"], ["gan", "vae"], "super-resolution model, and"),
     ],
 )
 def test_what_cannot_be_the_same_for_all_families_is_refused(
