@@ -1,1 +1,1 @@
-"""The operations: thin Prefect flows over ``diffusion``, the command line and the local stack."""
+"""Operations: thin Prefect flows over ``diffusion``, the command line and the local stack."""

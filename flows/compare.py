@@ -1,4 +1,4 @@
-"""The flow ``compare``: each family of models trained for as long on the same images, and ranked in one report."""
+"""Flow ``compare``: train each model family on the same images with the same budget, and rank them in a report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from diffusion.evaluation.ranking import RANKING, Ranking
 from diffusion.evaluation.reports.ranking_report import findings
 from diffusion.models.config import FAMILIES
 from flows.config import Params
-from flows.deployment.tasks import step
+from flows.deployment.tasks import retryable_task
 from flows.evaluate import tracker_of
 from flows.tracking.progress_reporter import reporter
 from flows.train import train
@@ -19,10 +19,10 @@ from flows.variants import RankingResult, family_variants, rank_variants
 
 @flow(name="compare", flow_run_name="compare-{params.training.dataset}")
 def compare(params: Params, families: Sequence[str] = tuple(FAMILIES), restart: bool = False) -> RankingResult:
-    """Train each family as ``params`` say, one after the other, and rank them by what they generate.
+    """Train the families one after the other and rank them by their samples.
 
-    Each training is the run that ``train`` makes, and goes on where it was stopped; ``restart``: throw away those of
-    other settings that lie in their folders.
+    Each training is resumable, and is the same run as that of ``train``. ``restart`` discards runs of other settings
+    in the families' folders.
     """
     variants = family_variants(params, families)
     trained = {name: train(each, "if_different" if restart else "never") for name, each in variants.items()}
@@ -32,15 +32,15 @@ def compare(params: Params, families: Sequence[str] = tuple(FAMILIES), restart: 
     return RankingResult(ranking=ranking.model_copy(update={"models": models}), report=page)
 
 
-@step
+@retryable_task
 def rank(variants: Mapping[str, Params]) -> tuple[Ranking, Path]:
-    """Generate with each, rank them, and write the report; what was generated before is cached."""
+    """Sample from each model, rank them, and write the report; samples are cached."""
     return rank_variants(variants, reporter())
 
 
-@step
+@retryable_task
 def report(variants: Mapping[str, Params], ranking: Ranking, page: Path) -> None:
-    """Put the report on the MLflow run of each training, and its findings on this one."""
+    """Log the report to the MLflow run of each training, and its findings to this flow run."""
     for params in variants.values():
         tracker = tracker_of(params)
         for path in (page, page.parent / RANKING):

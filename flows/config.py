@@ -20,66 +20,65 @@ from diffusion.process.samplers import SamplingConfig, describe_error, sampling_
 from diffusion.training.config import TrainingConfig
 
 DEFAULT_PARAMS = Path("params.yaml")
-"""The one file that may be missing: then everything has its default."""
+"""Default configuration file; it may be missing, which means all defaults."""
 
 
 class RegistryConfig(Config):
-    """Where models are registered."""
+    """Model registry."""
 
     model: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """Name of the registered model and of the MLflow experiment; null: the data set's name, with that of a model.family
-    other than ddpm, such as faces-vae."""
+    """Name of the registered model and of the MLflow experiment; null: the data set's name, with the family as suffix
+    unless it is ddpm, such as faces-vae."""
     approval: bool = Field(False, exclude_if=unset)
-    """Whether a person must approve, in Prefect's UI, of what the gate would promote, before it becomes champion; after
-    three days without an answer it does not."""
+    """Whether a person must approve each promotion in Prefect's UI; without an answer within three days the version is
+    held."""
 
 
 class SamplingBatchConfig(Config):
-    """How generated images are written to S3, and how the work is spread."""
+    """Format of sampling batches on S3, and how the work is distributed."""
 
     format: Literal["png", "tar"] = "png"
-    """png: a file for each image. tar: WebDataset shards, one for each chunk, with KEY.png and KEY.json of each."""
+    """png: one file per image. tar: one WebDataset shard per chunk, with KEY.png and KEY.json per image."""
     chunk: int | None = Field(None, ge=1, le=2**14, exclude_if=unset)
-    """Images in a chunk, which is one task, and one tar: whole compute batches (sampling.compute_batch), the same for
-    all of a sampling batch. Null: four compute batches, and in larger batches as many as make 256 chunks, but no more
-    than 4096 images."""
+    """Images per chunk, which is one task and one tar; a multiple of sampling.compute_batch, constant within a sampling
+    batch. Null: four compute batches; in larger sampling batches more, for 256 chunks of at most 4096 images."""
     runner: Literal["threads", "processes", "ray"] = "threads"
-    """What draws the chunks: threads or processes of this machine, which share its cores, or a Ray cluster, where each
-    has one core. That changes no bits."""
+    """Task runner of the chunks: threads or processes of this machine, which share its cores, or a Ray cluster with one
+    core per chunk. Does not change the images."""
     workers: int = Field(1, ge=1)
-    """How many chunks are drawn at the same time. One keeps four cores busy, or a GPU."""
+    """Number of chunks generated concurrently. One keeps four cores, or a GPU, busy."""
 
 
 class RetentionConfig(Config):
-    """What ``darkroom gc`` leaves, besides all that a registered model version, the ledger or a kept batch leads to."""
+    """What ``darkroom gc`` keeps, besides everything a registered version, the ledger or a retained batch needs."""
 
     grace_hours: float = Field(24, ge=0)
-    """Hours between the step in which something is set aside and the one in which its content goes, and for which
-    whoever pushes a data set holds that up. More than the longest ingest takes; 0 only where nothing else runs."""
+    """Hours between setting something aside and deleting its content; a data set push in progress delays deletion for
+    as long. Must exceed the longest ingest; 0 only if nothing else runs."""
     data_versions: int = Field(10, ge=1)
-    """The newest versions of each data set stay."""
+    """Number of newest versions of each data set that are kept."""
     data_days: float = Field(90, ge=0)
-    """Versions of a data set recorded within so many days stay."""
+    """Data set versions recorded within this many days are kept."""
     run_days: float | None = Field(90, ge=0)
-    """Runs that MLflow has heard of within so many days stay, here and there; null: all."""
+    """Runs updated in MLflow within this many days are kept, in MLflow and on this machine; null: all."""
     batch_days: float | None = Field(None, ge=0)
-    """Finished sampling batches written within so many days stay, with their version's run and data; null: all."""
+    """Finished sampling batches written within this many days are kept, with their model's run and data; null: all."""
     unfinished_days: float = Field(7, ge=0)
-    """Sampling batches, and uploads in parts, that have no end and to which nothing was added for so many days go."""
+    """Unfinished sampling batches and multipart uploads without progress for this many days are deleted."""
     cache_days: float | None = Field(30, ge=0)
-    """Fetched shards and weights not used on this machine for so many days go; null: none."""
+    """Cached shards and weights not used on this machine for this many days are deleted; null: never."""
 
     @property
     def grace(self) -> timedelta:
-        """``grace_hours`` as a span of time."""
+        """``grace_hours`` as a timedelta."""
         return timedelta(hours=self.grace_hours)
 
 
 class Params(Config):
-    """Everything that decides what comes out, and nothing about where servers are."""
+    """All settings that determine results; server addresses come from the environment."""
 
     preset: PresetName = "fast"
-    """Where the fields that are left out of model, training and sampling come from: diffusion/presets/NAME.yaml."""
+    """Source of the fields left out of model, training and sampling: diffusion/presets/NAME.yaml."""
     ingest: IngestConfig = IngestConfig()
     model: FamilyConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
@@ -93,7 +92,7 @@ class Params(Config):
     @model_validator(mode="before")
     @classmethod
     def _over_the_preset(cls, chosen: Any) -> Any:
-        # What is no mapping, or names no preset, is for the fields to refuse.
+        # Anything but a mapping with a known preset fails in the validation of the fields.
         if isinstance(chosen, dict) and (name := chosen.get("preset", "fast")) in get_args(PresetName):
             return over(chosen, name)
         return chosen
@@ -108,7 +107,7 @@ class Params(Config):
     def _averages_are_kept(self) -> "Params":
         if self.evaluation.ema_stds and self.training.ema_stds is None:
             raise ValueError(
-                "evaluation.ema_stds are made of what training.ema_stds keeps: set that, too, say to [0.05, 0.1]"
+                "evaluation.ema_stds needs the snapshots that training.ema_stds saves: set that too, say to [0.05, 0.1]"
             )
         return self
 
@@ -116,17 +115,16 @@ class Params(Config):
     def _guidance_is_trained(self) -> "Params":
         if self.sampling.guides and self.training.condition_dropout == 0:
             raise ValueError(
-                "sampling.guidance leads away from what the network draws when told nothing, which it never learns "
+                "sampling.guidance needs an unconditional prediction, which the network never learns "
                 "with training.condition_dropout = 0: set that to 0.1, or leave guidance out"
             )
         return self
 
     @model_validator(mode="after")
-    def _gate_finds_what_it_asks_for(self) -> "Params":
+    def _gate_metrics_exist(self) -> "Params":
         if self.gate.class_loss is not None and not self.model.conditional:
             raise ValueError(
-                "gate.class_loss is about classes, of which the model is told none (model.conditional = false): leave "
-                "it out"
+                "gate.class_loss needs a class-conditional model, and model.conditional = false: leave it out"
             )
         return self
 
@@ -136,8 +134,8 @@ class Params(Config):
             raise ValueError(words)
         if isinstance(self.model, ModelConfig) and self.model.learned_variance and self.sampling.sampler != "ddpm":
             raise ValueError(
-                f"model.learned_variance is what the sampler ddpm draws with, and sampling.sampler = "
-                f"{self.sampling.sampler} passes it over: use ddpm, or leave model.learned_variance out"
+                f"model.learned_variance is used by the sampler ddpm alone, and sampling.sampler = "
+                f"{self.sampling.sampler} ignores it: use ddpm, or leave model.learned_variance out"
             )
         return self
 
@@ -147,38 +145,38 @@ class Params(Config):
         if chunk is not None and chunk % batch:
             raise ValueError(
                 f"sampling_batch.chunk = {chunk} cuts compute batches of {batch} images (sampling.compute_batch), "
-                f"which are drawn whole: use {-(-chunk // batch) * batch}, or leave it out"
+                f"which cannot be split: use {-(-chunk // batch) * batch}, or leave it out"
             )
         return self
 
     @property
     def dataset_folder(self) -> Path:
-        """Where the data set lies."""
+        """Folder of the data set."""
         return dataset_folder(self.training.dataset)
 
     @property
     def run_folder(self) -> Path:
-        """Where training writes."""
+        """Folder that training writes to."""
         return self.training.output or Path("runs") / self._name
 
     @property
     def report_folder(self) -> Path:
-        """Where evaluation writes."""
+        """Folder that evaluation writes to."""
         return Path("reports") / self._name
 
     @property
     def report_folders(self) -> list[Path]:
-        """Where evaluation writes for the data set, whatever the family."""
+        """Report folders of the data set for all families."""
         return [Path("reports") / self._name_of(family) for family in FAMILIES]
 
     @property
     def model_name(self) -> str:
-        """The registered model's name."""
+        """Name of the registered model."""
         return self.registry.model or self._name
 
     @property
     def _name(self) -> str:
-        """The data set's, and the family's where it is another: each has runs, reports and a champion of its own."""
+        """Data set name, with the family as suffix unless it is ddpm: each family has its own runs and champion."""
         return self._name_of(self.model.family)
 
     def _name_of(self, family: str) -> str:
@@ -186,7 +184,7 @@ class Params(Config):
 
 
 def dataset_folder(name: str) -> Path:
-    """Where the data set called ``name`` lies; raises UserError for a name that is no plain folder name."""
+    """Folder of the data set ``name``; raises UserError for a name that is no plain folder name."""
     try:
         return Path("data") / plain_name(name)
     except ValueError as error:
@@ -194,13 +192,13 @@ def dataset_folder(name: str) -> Path:
 
 
 def registered(params: Params) -> str | None:
-    """The model URI that ``model.autoencoder`` is; None if it is a path, or there is none."""
+    """Model URI in ``model.autoencoder``; None if it is a path or unset."""
     uri = params.model.autoencoder if isinstance(params.model, ModelConfig) else None
     return uri if uri is not None and uri.startswith("models:/") else None
 
 
 def registered_start(params: Params) -> str | None:
-    """The model URI that ``training.init_from`` means; None if it is a path, or there is none."""
+    """Model URI in ``training.init_from``; None if it is a path or unset."""
     start = params.training.init_from
     if start == "champion":
         return f"models:/{params.model_name}@champion"
@@ -208,9 +206,9 @@ def registered_start(params: Params) -> str | None:
 
 
 def load_params(path: Path, overrides: list[str]) -> Params:
-    """``path`` with ``key=value`` overrides (dotted keys, YAML values) applied and everything checked.
+    """Load and validate ``path`` with ``key=value`` overrides (dotted keys, YAML values).
 
-    Raises UserError that names the key and how to mend it.
+    Raises UserError that names the key and the fix.
     """
     try:
         tree = yaml.safe_load(path.read_text()) or {}
@@ -252,12 +250,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def in_words(error: ValidationError) -> str:
-    """What is wrong with a configuration, and how to mend it."""
+    """Message for an invalid configuration: the key, the problem and the fix."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     if location[:1] == ["sampling"]:
         return describe_error(first, first["loc"][1:])
-    # After "model" stands the family by which its fields were read, which nobody wrote there.
+    # Pydantic inserts the family, the tag of the union, after "model".
     family = location.pop(1) if location[:1] == ["model"] and len(location) > 1 else None
     where = ".".join(location)
     if first["type"] == "extra_forbidden":
@@ -280,7 +278,7 @@ def _fields_at(location: list[str]) -> list[str]:
 
 
 def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys, as MLflow's parameters want them."""
+    """Nested sections as dotted keys, for MLflow parameters."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):

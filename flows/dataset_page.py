@@ -1,4 +1,4 @@
-"""Page on a data set version, written once and shown wherever the version is used."""
+"""Report page of a data set version, written once and shown wherever the version is used."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +14,16 @@ from flows.tracking.progress_reporter import reporter
 
 @dataclass(frozen=True)
 class DatasetPage:
-    """Page on disk, with its key figures."""
+    """Report page on disk, with its summary."""
 
     html: Path
     summary: DatasetSummary
 
 
 def make_dataset_page(params: Params) -> DatasetPage:
-    """Return the page on the current version of the data set ``training.dataset``, and write it if there is none.
+    """Return the page of the current version of the data set ``training.dataset``; write it if it is missing.
 
-    It lies at ``reports/NAME/dataset/DIGEST.html``, its key figures beside it.
+    Its path is ``reports/NAME/dataset/DIGEST.html``, with the summary beside it.
     """
     html = _page_path(params)
     if (page := _read_page(html)) is not None:
@@ -34,7 +34,7 @@ def make_dataset_page(params: Params) -> DatasetPage:
 
 
 def find_dataset_page(params: Params) -> DatasetPage | None:
-    """Return the page as above, but where shards are streamed from the remote only if it is there already."""
+    """Like ``make_dataset_page``, but return only an existing page if shards are streamed from the remote."""
     return _read_page(_page_path(params)) if params.training.stream_bytes is not None else make_dataset_page(params)
 
 
@@ -49,5 +49,5 @@ def _read_page(html: Path) -> DatasetPage | None:
         return None
     try:
         return DatasetPage(html, DatasetSummary.model_validate_json(figures.read_bytes()))
-    except ValidationError:  # written by a version of Darkroom with other figures
+    except ValidationError:  # written by another version of Darkroom
         return None

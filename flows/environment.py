@@ -1,6 +1,6 @@
-"""Environment variables: those of Darkroom itself, and those by which servers are named.
+"""Environment variables of Darkroom itself and of the servers it uses.
 
-``DARKROOM_STAGING_*`` name the servers of another stage, which releases come from.
+``DARKROOM_STAGING_*`` name the servers of another stage, the source of releases.
 """
 
 import os
@@ -17,7 +17,7 @@ from diffusion.common.errors import UserError
 Server = Literal["mlflow", "prefect", "s3"]
 SERVERS: tuple[Server, ...] = get_args(Server)
 
-NAMED_BY: dict[Server, tuple[str, ...]] = {
+SERVER_VARIABLES: dict[Server, tuple[str, ...]] = {
     "mlflow": ("MLFLOW_TRACKING_URI",),
     "prefect": ("PREFECT_API_URL",),
     "s3": (
@@ -30,27 +30,27 @@ NAMED_BY: dict[Server, tuple[str, ...]] = {
         "AWS_CONTAINER_CREDENTIALS_FULL_URI",
     ),
 }
-"""Any of these in the environment says which server to use; the first is the one to set."""
-SECRET: dict[Server, str] = {
+"""Variables any of which names the server to use; the first is the one to set."""
+SECRET_VARIABLE: dict[Server, str] = {
     "mlflow": "MLFLOW_TRACKING_PASSWORD",
     "prefect": "PREFECT_API_AUTH_STRING",
     "s3": "AWS_SECRET_ACCESS_KEY",
 }
-CALLED: dict[Server, str] = {"mlflow": "MLflow", "prefect": "Prefect", "s3": "S3"}
+SERVER_TITLES: dict[Server, str] = {"mlflow": "MLflow", "prefect": "Prefect", "s3": "S3"}
 DEFAULTS = {
-    # Nothing read from storage is unpickled; MLflow's own default would.
+    # Nothing from storage is unpickled; MLflow's default allows it.
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    # Seconds. By these it is known which runs are alive: see flows/deployment/tasks.py.
+    # Seconds. Heartbeats show which runs are alive: see flows/deployment/tasks.py.
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60",
     "DVC_NO_ANALYTICS": "1",
-    # Prefect's client sends its own besides the server's.
+    # Prefect's client has telemetry of its own.
     "DO_NOT_TRACK": "true",
 }
 PREFIX = "DARKROOM_STAGING_"
 SERVER_PREFIXES = ("AWS_", "MLFLOW_", "PREFECT_", "DARKROOM_")
-"""Variables that lead to servers, with the keys to them."""
+"""Prefixes of variables with server addresses and credentials."""
 
 
 class Settings(BaseSettings):
@@ -63,7 +63,7 @@ class Settings(BaseSettings):
     bucket: str = Field("darkroom", pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
     """Bucket for everything large: the shards (DVC's remote), the local MLflow's artifacts, generated images."""
     log: Literal["text", "json"] = "text"
-    """What commands write while they work: lines for people, or JSON for programs."""
+    """Format of progress and log lines on standard error: plain text or JSON."""
 
     @property
     def folder(self) -> Path:
@@ -72,7 +72,7 @@ class Settings(BaseSettings):
 
 
 def settings() -> Settings:
-    """The environment's ``DARKROOM_*`` variables; raises UserError that names a bad one."""
+    """Read the ``DARKROOM_*`` variables; raises UserError that names an invalid one."""
     try:
         return Settings()
     except ValidationError as error:
@@ -82,12 +82,12 @@ def settings() -> Settings:
 
 
 def data_source() -> str:
-    """Where data sets are kept for good: the URL of DVC's remote."""
+    """URL of the DVC remote, the permanent storage of data sets."""
     return f"s3://{settings().bucket}/dvc"
 
 
-def beside_proxies() -> dict[str, str]:
-    """Variables that keep the environment's proxies, if it has any, away from the loopback address."""
+def loopback_no_proxy() -> dict[str, str]:
+    """Variables that exclude the loopback address from the environment's proxies, if there are any."""
     if not getproxies():
         return {}
     names = {name: os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY")}
@@ -95,17 +95,17 @@ def beside_proxies() -> dict[str, str]:
 
 
 class Staging(BaseSettings):
-    """The servers of another stage, or the folder of a local stack; each field is a variable ``DARKROOM_STAGING_…``."""
+    """Servers of another stage, or the folder of a local stack; each field is a variable ``DARKROOM_STAGING_…``."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, use_attribute_docstrings=True)
 
     home: Path | None = None
-    """Folder of a local stack that runs, instead of all the others."""
+    """Folder of a running local stack, instead of all other fields."""
     mlflow_tracking_uri: str | None = None
     mlflow_tracking_username: str | None = None
     mlflow_tracking_password: SecretStr | None = None
     bucket: str | None = None
-    """Where its ledgers lie."""
+    """Bucket of its ledgers."""
     aws_endpoint_url_s3: str | None = None
     aws_access_key_id: str | None = None
     aws_secret_access_key: SecretStr | None = None
@@ -113,7 +113,7 @@ class Staging(BaseSettings):
     aws_default_region: str | None = None
 
     @model_validator(mode="after")
-    def _leads_somewhere(self) -> "Staging":
+    def _names_servers(self) -> "Staging":
         if self.home is None and (self.mlflow_tracking_uri is None or self.bucket is None):
             raise ValueError(
                 f"set {PREFIX}MLFLOW_TRACKING_URI and {PREFIX}BUCKET, with {PREFIX}AWS_* and {PREFIX}MLFLOW_* for the "
@@ -128,22 +128,22 @@ class Staging(BaseSettings):
 
     @property
     def called(self) -> str:
-        """Where that is, without keys, for people."""
+        """Location for messages, without credentials."""
         if self.home is not None:
             return str(self.home)
         return re.sub(r"//[^/]*@", "//", self.mlflow_tracking_uri or "")
 
     def variables(self) -> dict[str, str]:
-        """The environment of a process that finds these servers, and none of ours."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(SERVER_PREFIXES)}
+        """Environment of a process that uses these servers instead of ours."""
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(SERVER_PREFIXES)}
         for name, value in self.model_dump(exclude_none=True).items():
             text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
-            kept[f"DARKROOM_{name.upper()}" if name in ("home", "bucket") else name.upper()] = text
-        return kept
+            variables[f"DARKROOM_{name.upper()}" if name in ("home", "bucket") else name.upper()] = text
+        return variables
 
 
 def staging() -> Staging:
-    """The variables ``DARKROOM_STAGING_*``; raises UserError that says what is missing."""
+    """Read the ``DARKROOM_STAGING_*`` variables; raises UserError that names what is missing."""
     try:
         return Staging()
     except ValidationError as error:

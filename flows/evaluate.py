@@ -1,7 +1,7 @@
-"""The flow ``evaluate``: a run's checkpoints in, scores and a report on its MLflow run out.
+"""Flow ``evaluate``: score the checkpoints of a run and log the report to its MLflow run.
 
-A flow of its own, so that a deployment can give it another work pool than training's, which it then never holds up: it
-reads checkpoints, which are whole under their names, and writes the folder of reports alone.
+A separate flow, so that a deployment can run it on another work pool without blocking training: it reads checkpoints,
+which are written atomically, and writes only to the report folder.
 """
 
 from pathlib import Path
@@ -11,12 +11,12 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from diffusion.common.errors import UserError
-from diffusion.evaluation.evaluate import evaluate as judge_checkpoints
+from diffusion.evaluation.evaluate import evaluate as score_checkpoints
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.checkpointing import Checkpoints
 from diffusion.training.post_hoc_ema import models_to_evaluate
 from flows.config import Params
-from flows.deployment.tasks import step
+from flows.deployment.tasks import retryable_task
 from flows.registry.champion import require_champion
 from flows.registry.takedown_marks import require_current
 from flows.tracking.json_logs import RUN_ID
@@ -26,22 +26,22 @@ from flows.tracking.runs import RunTracker, Scoreboard, find_run
 
 @flow(name="evaluate", flow_run_name="evaluate-{params.training.dataset}")
 def evaluate(params: Params, folder: Path | None = None) -> Evaluation:
-    """Judge every kept checkpoint against the held-out images and put the report on the run.
+    """Evaluate every checkpoint against the held-out images and log the report to the MLflow run.
 
-    ``folder`` is where it is written to; None: the folder of reports of the data set.
+    ``folder`` is the output folder; None: the report folder of the data set.
     """
     require_champion(params)
     folder = folder or params.report_folder
-    evaluation = judge(params, folder)
+    evaluation = evaluate_checkpoints(params, folder)
     report(params, evaluation, folder)
     return evaluation
 
 
-@step
-def judge(params: Params, folder: Path) -> Evaluation:
-    """Score the checkpoints; what was judged before under the same conditions is remembered."""
+@retryable_task
+def evaluate_checkpoints(params: Params, folder: Path) -> Evaluation:
+    """Score the checkpoints; results under the same conditions are cached."""
     require_current(params.dataset_folder)
-    return judge_checkpoints(
+    return score_checkpoints(
         params.dataset_folder,
         models_to_evaluate(params.run_folder, folder, params.evaluation.ema_stds),
         params.evaluation,
@@ -52,9 +52,9 @@ def judge(params: Params, folder: Path) -> Evaluation:
     )
 
 
-@step
+@retryable_task
 def report(params: Params, evaluation: Evaluation, folder: Path) -> None:
-    """Put judged checkpoints, the report page and its images on the MLflow run, and a summary on this one."""
+    """Log evaluated checkpoints, report page and grids to the MLflow run, and a summary to this flow run."""
     tracker = tracker_of(params)
     require_current(params.dataset_folder)
     Scoreboard(tracker.client, tracker.run_id).show(evaluation)
@@ -69,7 +69,7 @@ def report(params: Params, evaluation: Evaluation, folder: Path) -> None:
 
 
 def tracker_of(params: Params) -> RunTracker:
-    """The MLflow run of the training in ``params.run_folder``; raises UserError if there is none."""
+    """Tracker of the MLflow run of the training in ``params.run_folder``; raises UserError if there is none."""
     newest = next(Checkpoints(params.run_folder / "checkpoints").newest_whole(), None)
     if newest is None:
         raise UserError(f"no checkpoint in {params.run_folder}: run `darkroom train` first")

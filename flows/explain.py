@@ -1,4 +1,4 @@
-"""The flow ``explain``: the forward process, one training step and the reverse process, as images."""
+"""Flow ``explain``: plots of the forward process, one training step and the reverse process."""
 
 from pathlib import Path
 
@@ -10,28 +10,28 @@ from diffusion.common.config import Config
 from diffusion.data.dataset import Dataset
 from diffusion.generation.explain import explain as explain_model
 from flows.config import Params
-from flows.deployment.tasks import step
+from flows.deployment.tasks import retryable_task
 from flows.environment import settings
 from flows.registry import model_versions
 from flows.tracking.runs import RunTracker
 
 
-class Explained(Config):
-    """The images drawn."""
+class Explanation(Config):
+    """Plots of a model version."""
 
     model: str
     files: list[Path]
 
 
 @flow(name="explain", flow_run_name="explain-{model}")
-def explain(params: Params, model: str, output: Path, seed: int = 0) -> Explained:
-    """Draw how the version that ``model`` names works, with a held-out image; also on its run."""
-    return draw(params, model, output, seed)
+def explain(params: Params, model: str, output: Path, seed: int = 0) -> Explanation:
+    """Plot the diffusion process of the version ``model`` for a held-out image; also log the plots to its run."""
+    return explain_version(params, model, output, seed)
 
 
-@step
-def draw(params: Params, model: str, output: Path, seed: int) -> Explained:
-    """Draw into folder ``output`` and put the images on the version's MLflow run."""
+@retryable_task
+def explain_version(params: Params, model: str, output: Path, seed: int) -> Explanation:
+    """Write the plots to ``output`` and log them to the version's MLflow run."""
     client = MlflowClient()
     version = model_versions.resolve(client, model)
     weights = model_versions.fetch_weights(version, settings().folder / "models")
@@ -44,4 +44,4 @@ def draw(params: Params, model: str, output: Path, seed: int) -> Explained:
     tracker = RunTracker(client, version.run_id)
     for file in files:
         tracker.log_file(file, "explain")
-    return Explained(model=version.uri, files=files)
+    return Explanation(model=version.uri, files=files)

@@ -1,8 +1,8 @@
-"""The flow ``gc``: what nothing needs any more goes, in two steps with a grace between them.
+"""Flow ``gc``: delete what nothing needs any more, in two steps with a grace period between them.
 
-What registered versions, the ledgers and kept sampling batches lead to stays, whatever its age. What goes is first set
-aside, so that nothing leads to it, and its content goes when ``retention.grace_hours`` have passed; then everything is
-looked at once more. Killed at any moment and given again, it ends the same.
+Everything that registered versions, ledgers and retained sampling batches need is kept, whatever its age. The rest is
+first set aside, so that nothing refers to it; after ``retention.grace_hours`` it is checked again and its content is
+deleted. The flow can be killed and repeated at any moment.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from prefect.artifacts import create_table_artifact
 from diffusion.common.config import Config
 from flows import environment
 from flows.config import Params, RetentionConfig
-from flows.deployment.tasks import step
+from flows.deployment.tasks import retryable_task
 from flows.local_stack.discovery import vacuum_deleted_objects
 from flows.retention.batch_items import SamplingBatches
 from flows.retention.dataset_items import DataSets
@@ -24,17 +24,17 @@ from flows.retention.run_items import Machine, Runs, find_live
 from flows.storage.s3 import Store
 
 
-class Collected(Config):
-    """What was looked at, and what became of it."""
+class GcResult(Config):
+    """All items considered, each with its fate."""
 
     dry_run: bool
     items: list[Item]
 
 
 @flow(name="gc", flow_run_name="gc")
-def gc(params: Params) -> Collected:
-    """Take away what ``params.retention`` lets go in the bucket, in MLflow and on this machine."""
-    done = collected(params)
+def gc(params: Params) -> GcResult:
+    """Delete what ``params.retention`` does not keep in the bucket, in MLflow and on this machine."""
+    done = collect_garbage(params)
     create_table_artifact(
         [item.model_dump(mode="json") for item in done.items if item.fate != "stays"],
         key="gc",
@@ -43,14 +43,14 @@ def gc(params: Params) -> Collected:
     return done
 
 
-@step
-def collected(params: Params) -> Collected:
-    """Look at everything, then act: first sampling batches and runs, which lead to data, then that."""
+@retryable_task
+def collect_garbage(params: Params) -> GcResult:
+    """Collect sampling batches and runs first, then the data sets that they refer to."""
     return collect(params.retention, datetime.now(UTC))
 
 
-def collect(policy: RetentionConfig, now: datetime, dry_run: bool = False) -> Collected:
-    """Do what the flow does as if it were ``now``; ``dry_run`` only looks."""
+def collect(policy: RetentionConfig, now: datetime, dry_run: bool = False) -> GcResult:
+    """Collect garbage as of ``now``; ``dry_run`` only lists the items."""
     items = []
     for sweep in sweeps(policy, now):
         items += sweep.items
@@ -58,11 +58,11 @@ def collect(policy: RetentionConfig, now: datetime, dry_run: bool = False) -> Co
             sweep.act()
     if not dry_run and any(item.fate == "goes" for item in items):
         vacuum_deleted_objects()
-    return Collected(dry_run=dry_run, items=items)
+    return GcResult(dry_run=dry_run, items=items)
 
 
 def sweeps(policy: RetentionConfig, now: datetime) -> Iterator[Sweep]:
-    """One kind after the other, each before what it leads to."""
+    """Sweeps by kind of item, each before the kinds it refers to."""
     store, client, source = Store(), MlflowClient(), environment.data_source()
     bucket = environment.settings().bucket
     batches = SamplingBatches(store, bucket, policy, now)

@@ -1,6 +1,6 @@
-"""The flow ``ingest``: images in, a data set recorded in DVC, pushed to S3 and described on a page out.
+"""Flow ``ingest``: add images to a data set, record it in DVC, push it to S3 and write its report page.
 
-It loads no torch: most of the ingests that a schedule starts find nothing new.
+Does not import torch: most scheduled ingests find nothing new.
 """
 
 import logging
@@ -20,7 +20,7 @@ from flows.datasets.checkout import forget_choice
 from flows.datasets.lineage import DataVersion
 from flows.datasets.s3_source import S3Objects
 from flows.datasets.sync import announce, bring_up_to_date, publish
-from flows.deployment.tasks import ended, prefect_fan_out, step, task_runner
+from flows.deployment.tasks import completed_state, prefect_fan_out, retryable_task, task_runner
 from flows.environment import data_source, settings
 from flows.storage.s3 import Store
 from flows.tracking.progress_reporter import reporter
@@ -28,55 +28,57 @@ from flows.tracking.progress_reporter import reporter
 logger = logging.getLogger(__name__)
 
 
-class Ingested(Config):
-    """A data set and its version."""
+class IngestOutcome(Config):
+    """Data set after an ingest, with its version."""
 
     result: IngestResult
     version: DataVersion
     report: Path
-    """The page on it."""
+    """Path of its report page."""
 
 
 @flow(name="ingest", flow_run_name="ingest-{params.training.dataset}")
-def ingest(params: Params, requeue: bool = False, rebuild: Rebuild = "never", to_retrain: bool = False) -> Ingested:
-    """Add what is new in ``ingest.source`` to the data set ``training.dataset``; record, push and describe it.
+def ingest(
+    params: Params, requeue: bool = False, rebuild: Rebuild = "never", to_retrain: bool = False
+) -> IngestOutcome:
+    """Add the new images of ``ingest.source`` to the data set ``training.dataset``; record and push it, write its page.
 
-    A new version is announced by an event, but not if whoever asks is ``to_retrain`` on it anyway.
+    A new version emits an event, unless the caller will retrain on it anyway (``to_retrain``).
     """
-    mend(params, rebuild, to_retrain)
+    repair(params, rebuild, to_retrain)
     make = make_dataset.with_options(task_runner=task_runner(params.ingest))
     result = make(params, requeue, rebuild)
     while (version := record(params)) is None:
-        # Somebody was faster: what this ingest added is added to their version, which nothing has to be read for.
-        mend(params, "never", to_retrain)
+        # Another ingest was faster: add the new images to its version, without reading them again.
+        repair(params, "never", to_retrain)
         result = merge_results(result, make(params, requeue=False, rebuild="never"))
     report = describe(params, version)
     announce(params, to_retrain)
     words = f"{result.added:,} new" if result.changed else "nothing new"
-    return ended(
-        Ingested(result=result, version=version, report=report),
+    return completed_state(
+        IngestOutcome(result=result, version=version, report=report),
         f"{params.training.dataset}: {result.kept:,} images, {words}; version {result.digest[:12]}",
     )
 
 
-@step
-def mend(params: Params, rebuild: Rebuild, to_retrain: bool) -> None:
-    """Make the data set here whole, go on from the newest version anywhere, and apply takedowns of other machines.
+@retryable_task
+def repair(params: Params, rebuild: Rebuild, to_retrain: bool) -> None:
+    """Repair the local data set, fast-forward it to the newest published version, and apply takedowns.
 
-    Raises UserError for a server on which two ingests could overwrite each other.
+    Raises UserError for an S3 server without conditional writes, on which two ingests could overwrite each other.
     """
     Store().require_conditional_puts(settings().bucket, "datasets")
     folder, source = params.dataset_folder, data_source()
     for name in lineage.restore_data(folder, source):
         logger.warning("%s was missing or damaged, and is whole again", folder / name)
     if to_retrain:
-        # What a person went back to here is no matter of a schedule.
+        # A scheduled retraining ignores a manual checkout of an older version.
         forget_choice(folder)
     bring_up_to_date(folder, source, params.ingest, reporter(), anew=rebuild == "always")
 
 
 def merge_results(first: IngestResult, again: IngestResult) -> IngestResult:
-    """The data set as it stands after ``again``, with what the ``first`` ingest read and added."""
+    """Result of ``again``, with the counters of the ``first`` ingest."""
     names = ("listed", "read", "added", "removed", "relabelled", "passed_over")
     return again.model_copy(
         update={name: getattr(first, name) for name in names} | {"changed": first.changed or again.changed}
@@ -85,7 +87,7 @@ def merge_results(first: IngestResult, again: IngestResult) -> IngestResult:
 
 @flow(name="make dataset")
 def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResult:
-    """Images to shards and manifest; each shard is a task of its own."""
+    """Write shards and manifest; each shard is a separate task."""
     return ingest_images(
         params.dataset_folder,
         params.ingest,
@@ -97,15 +99,15 @@ def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResul
     )
 
 
-@step
+@retryable_task
 def record(params: Params) -> DataVersion | None:
-    """Commit the data set to DVC, push it, and make it the newest version in the catalogue; None: see ``publish``."""
+    """Commit the data set to DVC, push it and publish it; None if another ingest was faster, see ``publish``."""
     return publish(params.dataset_folder, data_source())
 
 
-@step
+@retryable_task
 def describe(params: Params, version: DataVersion) -> Path:
-    """Make the page on this version, and say on the run what is in it; returns where the page lies."""
+    """Write and publish the report page of this version, with a summary on the flow run; returns its path."""
     from flows.dataset_page import make_dataset_page
 
     page = make_dataset_page(params)

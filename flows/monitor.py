@@ -1,4 +1,4 @@
-"""The flow ``monitor``: evaluate the champion again on the images that a data set holds out now."""
+"""Flow ``monitor``: re-evaluate the champion on the current held-out images of a data set."""
 
 import math
 import time
@@ -11,28 +11,28 @@ from diffusion.common.files import digest_of
 from diffusion.data.manifest import read_manifest
 from flows.config import Params
 from flows.datasets.sync import sync
-from flows.deployment.tasks import ended, step
+from flows.deployment.tasks import completed_state, retryable_task
 from flows.tracking.progress_reporter import reporter
 
 MONITORED = "darkroom.monitored"
-"""Tag of a version: the digest of the circumstances under which it was looked at last."""
+"""Tag of a version: digest of data, weights and settings of its last monitoring."""
 SURELY = 3
-"""Standard errors by which a figure must have changed to count as drift: chance does that once in 370 times."""
+"""Standard errors by which a metric must change to count as drift; happens by chance once in 370 times."""
 
 
 class MonitorResult(Config):
-    """A champion evaluated again."""
+    """Result of monitoring a champion."""
 
     model: str
     """models:/NAME/NUMBER."""
     content_digest: str
-    """Of the data set that it was compared with."""
+    """Content digest of the data set."""
     figures: dict[str, float]
-    """What it has now; none if it was looked at before under the same circumstances."""
+    """Current metrics; empty if it was monitored before with the same data and settings."""
     before: dict[str, float]
-    """What it had when the gate judged it."""
+    """Metrics at promotion."""
     drifted: bool
-    """Whether it is surely worse than then."""
+    """Whether KID is significantly worse than at promotion."""
     summary: str
     """The comparison in a sentence."""
     skipped: bool
@@ -40,20 +40,21 @@ class MonitorResult(Config):
 
 @flow(name="monitor", flow_run_name="monitor-{params.training.dataset}")
 def monitor(params: Params) -> MonitorResult:
-    """Evaluate the champion again on the newest held-out images, and log its metrics on its MLflow run.
+    """Re-evaluate the champion on the newest held-out images, and log the metrics to its MLflow run.
 
     Args:
         params: The configuration, as params.yaml has it.
     """
     sync(params, None)
-    found = evaluate_champion(params)
-    return ended(found, found.summary, "Skipped" if found.skipped else "Drifted" if found.drifted else "Completed")
+    result = evaluate_champion(params)
+    name = "Skipped" if result.skipped else "Drifted" if result.drifted else "Completed"
+    return completed_state(result, result.summary, name)
 
 
-@step
+@retryable_task
 def evaluate_champion(params: Params) -> MonitorResult:
-    """Draw with the champion, unless that was done under these circumstances, and compare with when it was judged."""
-    # They take seconds to load, which a deployment that only looks at this module's forms does without.
+    """Evaluate the champion, unless done before with the same data and settings, and compare with its promotion."""
+    # Slow imports, not needed by a deployment that only reads the signatures in this module.
     from mlflow.client import MlflowClient
 
     from diffusion.evaluation.comparison import evaluate_model
@@ -85,7 +86,7 @@ def evaluate_champion(params: Params) -> MonitorResult:
     )
     rows = [f"| {name} | {value:.4g} | {_shown(before.get(name))} |" for name, value in sorted(figures.items())]
     create_markdown_artifact(
-        "\n".join([f"**{version.uri}**: {summary}", "", "| figure | now | when judged |", "|---|---|---|", *rows]),
+        "\n".join([f"**{version.uri}**: {summary}", "", "| metric | now | at promotion |", "|---|---|---|", *rows]),
         key="monitor",
     )
     client.set_model_version_tag(version.model, str(version.number), MONITORED, key)
@@ -93,15 +94,15 @@ def evaluate_champion(params: Params) -> MonitorResult:
 
 
 def compare_kid(extractor: str, now: dict[str, float], before: dict[str, float]) -> tuple[str, bool]:
-    """KID on the features of ``extractor``, ``now`` and ``before``, in words; whether it is surely worse."""
+    """Compare KID on the features of ``extractor``; returns a summary, and whether it is significantly worse."""
     kid, se = f"kid_{extractor}", f"kid_se_{extractor}"
     words = f"{kid} {now[kid]:.4g} ± {now[se]:.2g}"
     if kid not in before or se not in before:
-        return f"{words}; it was not judged by this before", False
+        return f"{words}; it was not evaluated with it before", False
     drifted = now[kid] - before[kid] > SURELY * math.hypot(now[se], before[se])
     return (
-        f"{words}, {before[kid]:.4g} ± {before[se]:.2g} when it was judged: "
-        + ("surely worse" if drifted else "no worse than chance allows"),
+        f"{words}, {before[kid]:.4g} ± {before[se]:.2g} at promotion: "
+        + ("significantly worse" if drifted else "not significantly worse"),
         drifted,
     )
 

@@ -1,8 +1,8 @@
-"""The flow ``promote``: the best checkpoint becomes a registered version, and champion if it is surely better.
+"""Flow ``promote``: register the best checkpoint, and make it champion if it is significantly better.
 
-Both are compared on the same held-out images (``diffusion.evaluation.comparison``). The gate's verdict becomes an
-entry of the ledger, which is the commit; what MLflow shows follows it. Killed at any moment and given again, the
-command finds the entry, or goes on with the comparison.
+Candidate and champion are compared on the same held-out images (``diffusion.evaluation.comparison``). Appending the
+verdict to the ledger is the commit; MLflow's tags and aliases follow it. A repeated command finds the entry, or
+resumes the comparison.
 """
 
 import logging
@@ -30,7 +30,7 @@ from diffusion.evaluation.reports.comparison_report import PAGE, write_compariso
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.post_hoc_ema import SNAPSHOTS
 from flows.config import Params
-from flows.deployment.tasks import step
+from flows.deployment.tasks import retryable_task
 from flows.environment import settings
 from flows.evaluate import tracker_of
 from flows.registry import model_card, model_versions
@@ -44,23 +44,23 @@ from flows.storage.tags import parse_tags
 from flows.tracking.progress_reporter import reporter
 from flows.tracking.runs import AUTOENCODER, START, RunTracker
 
-ANSWER_WITHIN = 72 * 3600
-"""Seconds that a person who is asked for approval has."""
+APPROVAL_TIMEOUT = 72 * 3600
+"""Seconds until a request for approval expires."""
 
 
-class Judgement(Config):
-    """What the gate says of a version beside the champion that there was."""
+class GateResult(Config):
+    """Result of the gate for a version against the champion."""
 
     champion: int | None
-    """Whom it was judged against; the version itself if it is champion already."""
+    """Champion it was compared with; the version itself if it is champion already."""
     evidence: Evidence | None
-    """None if it is champion already."""
+    """Metrics and verdict; None if it is champion already."""
     comparison: ChampionComparison | None = None
-    """None: nothing had to be compared, as it is champion already or a person decided."""
+    """The comparison; None if there was none, because it is champion already or a person decided."""
 
 
 class Verdict(Config):
-    """What became of a version, and why."""
+    """Outcome of a promotion."""
 
     version: Version
     promoted: bool
@@ -68,47 +68,47 @@ class Verdict(Config):
     """``hold`` if the gate would promote it and a person did not approve."""
     reason: str
     champion: int | None
-    """Who is champion now."""
+    """Number of the current champion."""
     entry: int
-    """Where the ledger says so."""
+    """Number of the ledger entry."""
 
     @property
     def title(self) -> str:
-        """What the version is now, in a word."""
-        return "champion" if self.promoted else {"hold": "challenger", "reject": "rejected"}.get(self.verdict, "")
+        """Status of the version in a word."""
+        return "champion" if self.promoted else {"hold": "held", "reject": "rejected"}.get(self.verdict, "")
 
 
-class Answer(RunInput):
-    """What is asked in Prefect's UI before a version becomes champion."""
+class ApprovalForm(RunInput):
+    """Form in Prefect's UI for the approval of a promotion."""
 
     approved: bool
     by: str = Field(min_length=1)
-    """Your name: it goes into the ledger."""
+    """Your name, recorded in the ledger."""
     note: str = ""
 
 
 @flow(name="promote", flow_run_name="promote-{params.training.dataset}")
 def promote(params: Params) -> Verdict:
-    """Register the best checkpoint and let the gate decide between it and the champion."""
+    """Register the best checkpoint, and promote it if the gate prefers it to the champion."""
     evaluation = read_evaluation(params.report_folder)
     require_champion(params)
     version = require_promotable(register(params, evaluation))
-    judgement = judge(params, evaluation, version)
-    approval = ask(version, judgement) if params.registry.approval else None
-    return record(params, evaluation, version, judgement, approval)
+    result = apply_gate(params, evaluation, version)
+    approval = request_approval(version, result) if params.registry.approval else None
+    return record(params, evaluation, version, result, approval)
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """What ``evaluate`` found; raises UserError if it has not run."""
+    """Read the evaluation in ``folder``; raises UserError if there is none."""
     path = folder / "evaluation.json"
     if not path.is_file():
         raise UserError(f"no evaluation in {folder}: run `darkroom evaluate` first")
     return Evaluation.read(path)
 
 
-@step
+@retryable_task
 def register(params: Params, evaluation: Evaluation) -> Version:
-    """Make the best checkpoint's averaged weights a version, with everything that leads back as tags, and its card."""
+    """Register the EMA weights of the best checkpoint as a version, with provenance tags and a model card."""
     _require_same(params, evaluation)
     require_current(params.dataset_folder)
     tracker = tracker_of(params)
@@ -141,7 +141,7 @@ def register(params: Params, evaluation: Evaluation) -> Version:
 
 
 def _require_same(params: Params, evaluation: Evaluation) -> None:
-    """Raise UserError unless ``evaluation`` judged what lies there now, as it would be judged now."""
+    """Raise UserError unless ``evaluation`` matches the current checkpoint, data set and configuration."""
     best, conditions = Path(evaluation.best.file), evaluation.conditions
     same = (
         best.parent in (params.run_folder / "checkpoints", params.report_folder / SNAPSHOTS)
@@ -153,25 +153,25 @@ def _require_same(params: Params, evaluation: Evaluation) -> None:
     )
     if not same:
         raise UserError(
-            f"{params.report_folder} judges another training, data set or configuration than {params.run_folder} "
+            f"{params.report_folder} evaluates another training, data set or configuration than {params.run_folder} "
             "has now: run `darkroom evaluate` again, with the same settings as promote"
         )
 
 
-@step
+@retryable_task
 def require_promotable(version: Version) -> Version:
-    """``version`` as MLflow has it now; raises UserError if images that it learned from were taken down."""
+    """Reload ``version`` from MLflow; raises UserError if some of its training images were taken down."""
     found = with_takedowns(version)
     if (words := takedowns(found)) is not None:
         raise UserError(words)
     return found
 
 
-@step
-def judge(params: Params, evaluation: Evaluation, version: Version) -> Judgement:
-    """Let the gate say whether ``version`` should be champion instead of the one that the ledger names.
+@retryable_task
+def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> GateResult:
+    """Compare ``version`` with the champion of the ledger and apply the gate.
 
-    A first version has no champion to beat, and must not copy its training images all the same.
+    A first version has no champion to beat, but must still pass the memorization check.
     """
     client = MlflowClient()
     history = adopted(client, Ledger.of(version.model))
@@ -180,12 +180,12 @@ def judge(params: Params, evaluation: Evaluation, version: Version) -> Judgement
     if (problem := champion_problem(client, history)) is not None:
         raise UserError(problem)
     if champion == version.number:
-        return Judgement(champion=champion, evidence=None, comparison=last_comparison(params, version))
+        return GateResult(champion=champion, evidence=None, comparison=last_comparison(params, version))
     if entry := history.withheld(version.number):
         reason = f"a person decided against it: {entry}; `darkroom promote --to {version.number}` makes it champion"
         figures = finite(evaluation.metrics())
         evidence = Evidence(verdict="hold", reason=reason, figures=figures, eval_key=evaluation.eval_key)
-        return Judgement(champion=champion, evidence=evidence, comparison=last_comparison(params, version))
+        return GateResult(champion=champion, evidence=evidence, comparison=last_comparison(params, version))
     comparison, grids = compare_with_champion(
         params.run_folder / "weights.safetensors",
         None if champion is None else weights_of(model_versions.version_of(client, version.model, champion)),
@@ -208,61 +208,63 @@ def judge(params: Params, evaluation: Evaluation, version: Version) -> Judgement
         eval_key=comparison.key,
         gate=params.gate.model_dump(mode="json"),
     )
-    return Judgement(champion=champion, evidence=evidence, comparison=comparison)
+    return GateResult(champion=champion, evidence=evidence, comparison=comparison)
 
 
 def last_comparison(params: Params, version: Version) -> ChampionComparison | None:
-    """The comparison in the folder of reports if ``version`` was its candidate; None: it was another, or none."""
+    """Comparison in the report folder; None if there is none or ``version`` was not its candidate."""
     path = params.report_folder / COMPARISON
     if not path.is_file():
         return None
     try:
         found = ChampionComparison.model_validate_json(path.read_bytes())
-    except ValidationError:  # of another version of Darkroom, whose metrics are not the ones that cards show now
+    except ValidationError:  # written by another version of Darkroom
         return None
     return found if found.candidate.sha256 == version.weights_sha256 else None
 
 
 def weights_of(version: Version) -> Path:
-    """Its weights on this machine."""
+    """Local file with the weights of ``version``."""
     return model_versions.fetch_weights(version, settings().folder / "models")
 
 
 def finite(figures: Mapping[str, float]) -> dict[str, float]:
-    """Those of ``figures`` that JSON has."""
+    """Finite values of ``figures``; JSON has no others."""
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
-def ask(version: Version, judgement: Judgement) -> Approval | None:
-    """Pause the flow until a person approves in Prefect's UI of what the gate would promote; None: it would not."""
-    evidence = judgement.evidence
+def request_approval(version: Version, result: GateResult) -> Approval | None:
+    """Pause the flow until a person approves the promotion in Prefect's UI; None if the gate does not promote."""
+    evidence = result.evidence
     if evidence is None or evidence.verdict != "promote":
         return None
     logging.getLogger(__name__).info("%s waits for approval: %s", version.uri, flow_run.ui_url)
-    asked = (
-        f"**{version.uri}** would become champion instead of {judgement.champion or 'none'}.\n\n"
-        f"{escape_markdown(evidence.reason)}\n\nIts card in MLflow says what it is made of."
+    question = (
+        f"**{version.uri}** would become champion instead of {result.champion or 'none'}.\n\n"
+        f"{escape_markdown(evidence.reason)}\n\nIts model card is in MLflow."
     )
     try:
         answer = pause_flow_run(
-            wait_for_input=Answer.with_initial_data(description=asked), timeout=ANSWER_WITHIN, poll_interval=5
+            wait_for_input=ApprovalForm.with_initial_data(description=question),
+            timeout=APPROVAL_TIMEOUT,
+            poll_interval=5,
         )
     except FlowPauseTimeout:
         return Approval(approved=False, by=None)
     return Approval(approved=answer.approved, by=answer.by, note=answer.note)
 
 
-@step
+@retryable_task
 def record(
-    params: Params, evaluation: Evaluation, version: Version, judgement: Judgement, approval: Approval | None
+    params: Params, evaluation: Evaluation, version: Version, result: GateResult, approval: Approval | None
 ) -> Verdict:
-    """Commit the verdict to the ledger, then let MLflow show it: scores, card, copies of the entry, aliases."""
+    """Commit the verdict to the ledger, then update MLflow: scores, card, copies of the entry, aliases."""
     client, ledger = MlflowClient(), Ledger.of(version.model)
-    history = commit(client, version, judgement, approval)
+    history = commit(client, version, result, approval)
     entry = history.about(version.number)
-    assert entry is not None, "what is champion has an entry that says so"
+    assert entry is not None, "the champion has an entry in the ledger"
     _tag(client, version, evaluation, entry)
-    model_card.write(client, params, evaluation, version, entry, judgement.comparison)
+    model_card.write(client, params, evaluation, version, entry, result.comparison)
     champion = project(client, ledger).standing.champion
     promoted = champion == version.number
     if promoted:
@@ -271,7 +273,7 @@ def record(
         version=version,
         promoted=promoted,
         verdict="promote" if promoted else "reject" if entry.what == "reject" else "hold",
-        reason="it is the champion already" if judgement.evidence is None else entry.why,
+        reason="it is the champion already" if result.evidence is None else entry.why,
         champion=champion,
         entry=entry.number,
     )
@@ -279,41 +281,41 @@ def record(
     return verdict
 
 
-def commit(client: MlflowClient, version: Version, judgement: Judgement, approval: Approval | None) -> History:
-    """Append the verdict on ``version`` to its model's ledger, unless it is there; returns the ledger.
+def commit(client: MlflowClient, version: Version, result: GateResult, approval: Approval | None) -> History:
+    """Append the verdict on ``version`` to its model's ledger unless it is there; returns the ledger.
 
-    Raises UserError if images that it learned from were taken down, and Held as ``next_entry`` does.
+    Raises UserError if some of its training images were taken down, and Held as ``next_entry`` does.
     """
 
     def decide(history: History) -> Entry | None:
-        # A takedown writes its record first and looks for versions then, and this one is registered: so either we see
-        # the record here, or the takedown finds the version and marks it, champion or not.
+        # A takedown writes its record before it searches for versions, and this one is registered: either the record
+        # is visible here, or the takedown finds and marks the version.
         require_promotable.fn(version)
-        return next_entry(history, version, judgement, approval)
+        return next_entry(history, version, result, approval)
 
     return append(client, Ledger.of(version.model), decide)
 
 
-def next_entry(history: History, version: Version, judgement: Judgement, approval: Approval | None) -> Entry | None:
-    """The entry that the verdict makes; None if it is there. Raises Held if the champion is another one by now."""
-    champion, evidence = history.standing.champion, judgement.evidence
+def next_entry(history: History, version: Version, result: GateResult, approval: Approval | None) -> Entry | None:
+    """Ledger entry of the verdict; None if it is there. Raises Held if the champion has changed meanwhile."""
+    champion, evidence = history.standing.champion, result.evidence
     if champion == version.number:
         return None
-    if champion != judgement.champion:
+    if champion != result.champion:
         raise Held(
-            f"{history.faster()}; {version.uri} was judged against champion {judgement.champion or 'none'}: "
-            "run `darkroom promote` again to have it judged against the one there is now"
+            f"{history.faster()}; {version.uri} was compared with champion {result.champion or 'none'}: "
+            "run `darkroom promote` again to compare it with the current one"
         )
-    assert evidence is not None, "what is champion already makes no entry"
-    refused = approval is not None and not approval.approved
-    what = "hold" if refused else evidence.verdict
+    assert evidence is not None, "a version that is champion already needs no entry"
+    declined = approval is not None and not approval.approved
+    what = "hold" if declined else evidence.verdict
     entry = history.then(what, version.number, version.weights_sha256, evidence=evidence, approval=approval)
     last = history.about(version.number)
     return None if last is not None and last.says_the_same(entry) else entry
 
 
 def _tag(client: MlflowClient, version: Version, evaluation: Evaluation, entry: Entry) -> None:
-    """Scores and reason on the version."""
+    """Tag the version with its scores and the gate's reason."""
     tags = {name: f"{value:.6g}" for name, value in evaluation.metrics().items()}
     tags["darkroom.eval_key"] = evaluation.eval_key
     if entry.evidence is not None:

@@ -1,7 +1,6 @@
-"""The flow ``retrain``: from a folder of images to a judged model in the registry and its images on S3.
+"""Flow ``retrain``: the whole pipeline, from a folder of images to an evaluated model and its samples on S3.
 
-It loads no torch and no MLflow before there is something to do: most of the retrainings that a schedule starts find
-nothing new.
+Imports torch and MLflow only when there is work: most scheduled retrainings find nothing new.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,25 +14,25 @@ from diffusion.generation.config import UNCONDITIONAL, Conditions
 from flows.config import Params
 from flows.datasets.checkout import CheckedOut
 from flows.datasets.sync import sync
-from flows.deployment.tasks import ended, turn
-from flows.ingest import Ingested, ingest
+from flows.deployment.tasks import completed_state, concurrency_slot
+from flows.ingest import IngestOutcome, ingest
 from flows.registry.idempotency import Printing, Request
 
 if TYPE_CHECKING:
-    from flows.retrain_result import Retrained
+    from flows.retrain_result import RetrainResult
 
 SAMPLING_BATCH = 64
-"""Images printed unless told."""
+"""Default number of generated images."""
 
 
 class Unchanged(Config):
     """A retraining that had nothing to do."""
 
     skipped: str
-    """Why."""
-    data: Ingested | CheckedOut
+    """Reason."""
+    data: IngestOutcome | CheckedOut
     before: dict[str, Any]
-    """What the retraining left behind that did the same."""
+    """Result of the earlier retraining with the same inputs."""
 
 
 @flow(name="retrain", flow_run_name="retrain-{params.training.dataset}")
@@ -44,38 +43,36 @@ def retrain(
     to: str | None = None,
     conditions: Conditions = UNCONDITIONAL,
     version: str | None = None,
-) -> "Retrained | Unchanged":
-    """Ingest, train, evaluate, promote, print, explain: each step skips what is done for the same inputs.
+) -> "RetrainResult | Unchanged":
+    """Ingest, train, evaluate, promote, sample, explain; each step skips work that is done for the same inputs.
 
     Args:
         params: The configuration, as params.yaml has it.
-        count: How many images the champion generates at the end.
-        seed: Of these images.
-        to: Where they go, s3://BUCKET or s3://BUCKET/PREFIX; default: the usual place in the usual bucket.
-        conditions: What they are to show.
-        version: Digest of the data set's version to train on, which is brought here; default: the newest, to which
-            is added what is new in ingest.source.
+        count: Number of images that the champion generates at the end.
+        seed: Seed of these images.
+        to: Destination, s3://BUCKET or s3://BUCKET/PREFIX; default: the standard prefix in Darkroom's bucket.
+        conditions: Labels and prompts of these images.
+        version: Digest of the data set version to train on, which is checked out; default: the newest version, plus
+            the new images of ingest.source.
     """
     if params.model.low_resolution is not None and (count, seed, to) != (SAMPLING_BATCH, 0, None):
-        raise UserError(
-            "a model with model.low_resolution enlarges images and generates none: leave --count, --seed and --to out"
-        )
-    with turn(f"retrain-{params.training.dataset}"):
-        brought = sync(params, version) if version else None
-        data = brought or ingest(params, to_retrain=True)
+        raise UserError("a model with model.low_resolution only upscales images: leave --count, --seed and --to out")
+    with concurrency_slot(f"retrain-{params.training.dataset}"):
+        checked_out = sync(params, version) if version else None
+        data = checked_out or ingest(params, to_retrain=True)
 
         manifest = read_manifest(params.dataset_folder)
         request = Request.of(params, manifest, Printing(count, seed, to, conditions))
         if (before := request.done()) is not None:
             return unchanged(manifest, data, before)
 
-        # Only now, as they load torch and MLflow: seconds that a run without anything to do does without.
+        # Imported late: torch and MLflow take seconds, which a skipped retraining saves.
         from flows.evaluate import evaluate
         from flows.explain import explain
         from flows.promote import promote
         from flows.registry.dependencies import require_promotable
-        from flows.retrain_result import Retrained, require_samplable
-        from flows.sample import draws, sample
+        from flows.retrain_result import RetrainResult, require_samplable
+        from flows.sample import sample, samples_from_noise
         from flows.train import train
 
         champion = f"models:/{params.model_name}@champion"
@@ -84,12 +81,12 @@ def retrain(
         training = train(params, restart="if_different")
         evaluate(params)
         verdict = promote(params)
-        # The champion may be an earlier model of another kind, and there may be none yet.
-        printing = verdict.champion is not None and draws(champion)
-        samples = sample(params, champion, count, seed, to, conditions) if printing else None
+        # There may be no champion yet, or an earlier super-resolution model.
+        has_samples = verdict.champion is not None and samples_from_noise(champion)
+        samples = sample(params, champion, count, seed, to, conditions) if has_samples else None
         explained = explain(params, verdict.version.uri, params.report_folder / "explain")
 
-        done = Retrained(
+        done = RetrainResult(
             data=data,
             run_id=training.run_id,
             report=params.report_folder / "report.html",
@@ -98,14 +95,14 @@ def retrain(
             explained=explained,
         )
         request.note(done)
-    return ended(done, done.told)
+    return completed_state(done, done.summary)
 
 
-def unchanged(manifest: Manifest, data: Ingested | CheckedOut, before: dict[str, Any]) -> Unchanged:
-    """The end of a retraining on the data set ``manifest`` that was done ``before``."""
+def unchanged(manifest: Manifest, data: IngestOutcome | CheckedOut, before: dict[str, Any]) -> Unchanged:
+    """Result of a retraining whose inputs are those of ``before``."""
     verdict = before["verdict"]
     why = (
         f"version {manifest.digest[:12]} of {manifest.name} was trained on with this configuration before, which ended "
         f"in models:/{verdict['version']['model']}/{verdict['version']['number']}: {verdict['reason']}"
     )
-    return ended(Unchanged(skipped=why, data=data, before=before), f"nothing to do: {why}", name="Skipped")
+    return completed_state(Unchanged(skipped=why, data=data, before=before), f"nothing to do: {why}", name="Skipped")

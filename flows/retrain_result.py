@@ -1,4 +1,4 @@
-"""What a retraining leaves behind, and whether it could be made at all."""
+"""Result of a retraining, and the check of its inputs."""
 
 from pathlib import Path
 
@@ -10,33 +10,33 @@ from diffusion.generation.config import Conditions
 from diffusion.generation.generate import check_conditions, check_prompts
 from flows.config import Params
 from flows.datasets.checkout import CheckedOut
-from flows.explain import Explained
-from flows.ingest import Ingested
+from flows.explain import Explanation
+from flows.ingest import IngestOutcome
 from flows.promote import Verdict
 from flows.sample import SamplingBatchResult
 
 
-class Retrained(Config):
-    """Everything one retraining left behind."""
+class RetrainResult(Config):
+    """Results of all steps of a retraining."""
 
-    data: Ingested | CheckedOut
+    data: IngestOutcome | CheckedOut
     run_id: str
     report: Path
     verdict: Verdict
     samples: SamplingBatchResult | None
-    """None if the champion only enlarges images, or there is none."""
-    explained: Explained
+    """None if there is no champion or it is a super-resolution model."""
+    explained: Explanation
     skipped: None = None
-    """It was not: see ``Unchanged``."""
+    """Always None; ``Unchanged`` has the reason of a skipped retraining."""
 
     @property
-    def told(self) -> str:
-        """It in a sentence."""
+    def summary(self) -> str:
+        """The outcome in a sentence."""
         return f"{self.verdict.version.uri} is {self.verdict.title}: {self.verdict.reason}"
 
 
 def require_samplable(params: Params, manifest: Manifest, conditions: Conditions) -> None:
-    """Raise UserError, before hours of work, if the model could not be evaluated or sampled under ``conditions``."""
+    """Raise UserError, before hours of training, if the model cannot be evaluated or sampled under ``conditions``."""
     require_enough(params.dataset_folder)
     classes = classes_of(params.model, manifest.class_histogram)
     check_conditions(classes, params.model.text, params.sampling, conditions)

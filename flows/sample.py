@@ -1,4 +1,4 @@
-"""The flows ``sample`` and ``generate``: images of a registered model, on S3 with a manifest or in a local folder."""
+"""Flows ``sample`` and ``generate``: images of a registered model, on S3 with a manifest or in a local folder."""
 
 import io
 import logging
@@ -26,7 +26,7 @@ from diffusion.generation.super_resolution import task_of
 from diffusion.process.samplers import SamplingConfig
 from flows import environment
 from flows.config import Params, SamplingBatchConfig
-from flows.deployment.tasks import step, submitter, task_runner
+from flows.deployment.tasks import retryable_task, submitter, task_runner
 from flows.registry import model_versions
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import warn_of_takedown
@@ -42,24 +42,24 @@ logger = logging.getLogger(__name__)
 
 SHOWN = 64
 ATTEMPTS = 3
-"""How often a batch that is deleted while it is generated is begun again."""
+"""Number of attempts for a batch that is deleted while it is generated."""
 
 
 class SamplingBatchResult(Config):
-    """A finished batch."""
+    """A finished sampling batch."""
 
     uri: str
-    """Its prefix on S3."""
+    """Prefix on S3."""
     model: str
     """The exact version, models:/NAME/NUMBER."""
     count: int
     seed: int
     manifest: str
-    """Its manifest.parquet on S3."""
+    """URI of manifest.parquet."""
     contact_sheet: Path
-    """Its first images on one sheet, on this machine."""
+    """Local image grid of the first images."""
     took: Cost
-    """What those of them took that were drawn now."""
+    """Cost of the images generated in this run."""
 
 
 @flow(name="sample", flow_run_name="sample-of-{model}")
@@ -72,11 +72,11 @@ def sample(
     conditions: Conditions = UNCONDITIONAL,
     requests: str | None = None,
 ) -> SamplingBatchResult:
-    """Generate ``count`` images of ``seed`` under ``conditions`` with the version that ``model`` names now.
+    """Generate ``count`` images of ``seed`` under ``conditions`` with the version ``model``.
 
-    ``model`` is models:/NAME@ALIAS or models:/NAME/NUMBER; ``to`` is s3://BUCKET for its usual place there
-    (samples/MODEL/VERSION/BATCH/), or s3://BUCKET/PREFIX for exactly that place. ``requests``, instead of a count: a
-    table (.csv, .jsonl or .parquet; a path or s3://…) with a row for each image, and a label or a prompt in it.
+    ``model`` is models:/NAME@ALIAS or models:/NAME/NUMBER; ``to`` is s3://BUCKET, for samples/MODEL/VERSION/BATCH/ in
+    it, or s3://BUCKET/PREFIX. ``requests`` replaces the count: a table (.csv, .jsonl or .parquet; a path or s3://…)
+    with a label or a prompt for each image.
     """
     version, weights = fetch(model)
     for _ in range(ATTEMPTS):
@@ -93,9 +93,9 @@ def sample(
             continue
         if (done := finish(batch, place, cost)) is not None:
             return done
-        logger.warning("images of %s were deleted meanwhile, and are generated again", place)
+        logger.warning("images of %s were deleted meanwhile and are generated again", place)
     raise DarkroomError(
-        f"images of {place} were deleted {ATTEMPTS} times while they were generated: see that nobody but `darkroom gc` "
+        f"images of {place} were deleted {ATTEMPTS} times while they were generated: make sure that only `darkroom gc` "
         "deletes there, and that retention.unfinished_days is longer than a chunk takes"
     )
 
@@ -109,30 +109,30 @@ def generate(
     mask: Path | None = None,
     output: Path | None = None,
 ) -> GenerationResult:
-    """Generate the images of a request into a folder of this machine.
+    """Generate the images of a request into a local folder.
 
-    ``fields`` are those of a ``GenerationRequest``, without the images that lie in the files ``image`` and ``mask``.
+    ``fields`` are those of a ``GenerationRequest``, except the images in the files ``image`` and ``mask``.
     ``model`` is models:/NAME@ALIAS or models:/NAME/NUMBER, and ``output`` the folder; None: a new one in samples/.
     """
     version, weights = fetch(model)
     return answer(params, version, weights, fields, image, mask, output)
 
 
-@step
+@retryable_task
 def fetch(model: str) -> tuple[Version, Path]:
-    """The version that ``model`` names now, and its weights as a local file."""
+    """Resolve ``model`` to a version, and fetch its weights to a local file."""
     version = model_versions.resolve(MlflowClient(), model)
     warn_of_takedown(version)
     return version, model_versions.fetch_weights(version, environment.settings().folder / "models")
 
 
-def draws(model: str) -> bool:
-    """Whether the version that ``model`` names now draws images of itself, and does not only enlarge them."""
+def samples_from_noise(model: str) -> bool:
+    """Whether ``model`` generates images from noise, unlike a super-resolution model."""
     _, weights = fetch(model)
     return task_of(load_model(weights).config).low_resolution is None
 
 
-@step
+@retryable_task
 def begin(
     version: Version,
     weights: Path,
@@ -144,52 +144,49 @@ def begin(
     conditions: Conditions,
     requests: str | None = None,
 ) -> tuple[Batch, Location]:
-    """Write down what is asked for; raises Held if the place holds a batch of something else."""
+    """Plan the batch and record it on S3; raises Held if ``to`` holds a different batch."""
     store = Store()
     batch, table = generate_batch.plan(store, version, weights, sampling, config, count, seed, conditions, requests)
     place = Location.parse(to or f"s3://{environment.settings().bucket}")
     if not place.prefix:
         place = generate_batch.usual_place(store, batch, place.bucket)
     elif generate_batch.is_deleted(store, place):
-        raise Held(f"`darkroom gc` deletes what lies at {place}, or did so of late: give --to another prefix")
+        raise Held(f"`darkroom gc` deletes the objects at {place}, or did so recently: give --to another prefix")
     generate_batch.begin(store, batch, place, table)
     return batch, place
 
 
-@flow(name="print chunks")
+@flow(name="generate chunks")
 def generate_chunks(params: Params, batch: Batch, place: Location, version: Version) -> Cost:
-    """Draw what is not there yet; each chunk is a task of its own, and few of them are begun ahead."""
+    """Generate the missing chunks; each is a separate task, and few are submitted ahead."""
     config = params.sampling_batch
-    began, missing, chunks = time.monotonic(), generate_batch.unfinished(Store(), batch, place), batch.chunks()
-    show, works = bar("printing"), list[Work]()
+    started, missing, chunks = time.monotonic(), generate_batch.unfinished(Store(), batch, place), batch.chunks()
+    show, works = bar("sampling"), list[Work]()
     done = batch.count - sum(len(chunks[chunk]) for chunk in missing)
-    show("images printed", done, batch.count)
+    show("images generated", done, batch.count)
     submit = submitter(generate_chunk, config, gpu=resolve_device(batch.sampling.device).type == "cuda")
-    begun = (submit(batch, place, version, chunk, config) for chunk in missing)
-    for chunk, work in zip(missing, in_order(begun, 2 * config.workers), strict=True):
+    futures = (submit(batch, place, version, chunk, config) for chunk in missing)
+    for chunk, work in zip(missing, in_order(futures, 2 * config.workers), strict=True):
         works.append(work)
         done += len(chunks[chunk])
-        show("images printed", done, batch.count)
-    return generate_batch.cost_of(works, time.monotonic() - began)
+        show("images generated", done, batch.count)
+    return generate_batch.cost_of(works, time.monotonic() - started)
 
 
-@step
+@retryable_task
 def generate_chunk(batch: Batch, place: Location, version: Version, chunk: int, config: SamplingBatchConfig) -> Work:
-    """Draw a chunk's images and put them on S3, their part of the manifest last; a finished one is left."""
+    """Generate the images of a chunk and upload them, its manifest part last; a finished chunk is skipped."""
     store = Store()
     weights = model_versions.fetch_weights(version, environment.settings().folder / "models")
     table = generate_batch.table_of(store, batch, place)
-    # A task on Ray is given one core; here the chunks share what there is.
+    # On Ray each task has one core; elsewhere the chunks share the cores.
     at_once = 1 if config.runner == "ray" else max(cores() // config.workers, 1)
     return generate_batch.generate_chunk(store, batch, place, weights, chunk, table, at_once)
 
 
-@step
+@retryable_task
 def finish(batch: Batch, place: Location, cost: Cost) -> SamplingBatchResult | None:
-    """Write the manifest of all parts, and ``_SUCCESS`` after everything else; say what it took.
-
-    Returns None if images were deleted meanwhile.
-    """
+    """Write the manifest from its parts, then ``_SUCCESS``; returns None if images were deleted meanwhile."""
     store = Store()
     if not generate_batch.finish(store, batch, place):
         return None
@@ -211,7 +208,7 @@ def finish(batch: Batch, place: Location, cost: Cost) -> SamplingBatchResult | N
     return done
 
 
-@step
+@retryable_task
 def answer(
     params: Params,
     version: Version,
@@ -221,14 +218,14 @@ def answer(
     mask: Path | None,
     output: Path | None,
 ) -> GenerationResult:
-    """Generate the images and write them with the model version and run that they come from."""
+    """Generate the images and write them with their model version and run."""
     origin = {"model": version.uri, "run_id": version.run_id}
     request = read_request(fields, image, mask)
     return generate_to_folder(weights, request, params.sampling, output, origin, reporter())
 
 
 def _first(store: Store, batch: Batch, place: Location) -> list[bytes]:
-    """The first images, as they lie there."""
+    """PNG bytes of the first images on S3."""
     shown = min(SHOWN, batch.count)
     chunks = range(-(-shown // batch.chunk_size))
     rows = [row for chunk in chunks for row in read_rows(store, place, batch, chunk)][:shown]

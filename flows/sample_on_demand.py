@@ -1,4 +1,4 @@
-"""The flow ``sample-on-demand``: images by a form in Prefect's UI."""
+"""Flow ``sample-on-demand``: generate images from a form in Prefect's UI."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,22 +25,22 @@ def sample_on_demand(
     sampling: SamplingConfig = sampling_config(),  # noqa: B008 (frozen)
     sampling_batch: SamplingBatchConfig = SamplingBatchConfig(),  # noqa: B008
 ) -> "SamplingBatchResult":
-    """Print images of a registered model to S3, with a manifest.
+    """Generate images with a registered model to S3, with a manifest.
 
     Args:
-        model: Whose images, models:/NAME@champion or models:/NAME/NUMBER.
-        count: How many.
-        seed: Image i of a seed is the same image everywhere.
-        to: Where to, s3://BUCKET or s3://BUCKET/PREFIX; left out, to its usual place in the usual bucket.
-        labels: Classes to show, in turns; none means as often as the data set has them.
-        prompts: What to show, in turns, for a model that was told captions.
-        negative_prompt: What not to show; it needs guidance in sampling, say 3.
-        sampling: How images are drawn.
-        sampling_batch: How they are written, and by how many workers.
+        model: Model version, models:/NAME@champion or models:/NAME/NUMBER.
+        count: Number of images.
+        seed: Seed; image i of a seed is the same image everywhere.
+        to: Destination, s3://BUCKET or s3://BUCKET/PREFIX; default: the standard prefix in Darkroom's bucket.
+        labels: Class labels, used in turn; default: the class frequencies of the data set.
+        prompts: Text prompts, used in turn, for a model trained on captions.
+        negative_prompt: Negative prompt; needs guidance in sampling, say 3.
+        sampling: Sampler settings.
+        sampling_batch: File format and parallelism.
     """
-    from flows.deployment.tasks import ended
+    from flows.deployment.tasks import completed_state
     from flows.sample import sample
 
     conditions = Conditions(labels=labels, prompts=prompts, negative_prompt=negative_prompt)
     done = sample(Params(sampling=sampling, sampling_batch=sampling_batch), model, count, seed, to, conditions)
-    return ended(done, f"{done.count} images of {done.model} in {done.uri}")
+    return completed_state(done, f"{done.count} images of {done.model} in {done.uri}")

@@ -1,8 +1,7 @@
-"""The flow ``sweep``: the same data, trained on with every combination of some settings, ranked in one report.
+"""Flow ``sweep``: grid search over settings on the same data, ranked in one report.
 
-Each combination is a training and an evaluation like any other, in a folder of its own, and its run in MLflow is a
-child of the sweep's. What is done is left, so the same command goes on after a kill, and one that tries more keeps what
-is there.
+Each combination is an ordinary training and evaluation in a separate folder; its MLflow run is a child of the sweep's
+run. Finished combinations are skipped, so a sweep can be resumed and extended.
 """
 
 from mlflow.client import MlflowClient
@@ -19,19 +18,19 @@ from diffusion.evaluation.ranking import rank_evaluations
 from diffusion.evaluation.reports.ranking_report import training_charts, write_ranking_report
 from diffusion.evaluation.results import Evaluation
 from flows.config import Params
-from flows.deployment.tasks import step
+from flows.deployment.tasks import retryable_task
 from flows.evaluate import evaluate
 from flows.tracking.runs import SWEEP, RunTracker, one_run
 from flows.train import train
 from flows.variants import SECTIONS, Combination, RankingResult, combinations, words_of
 
 PAGE = "sweep.html"
-"""Among the artifacts of a sweep's run."""
+"""Name of the report among the artifacts of the sweep's run."""
 
 
 @flow(name="sweep", flow_run_name="sweep-{params.training.dataset}")
 def sweep(params: Params, over: dict[str, list[JsonValue]]) -> RankingResult:
-    """Train and evaluate with every combination of the values that ``over`` gives to dotted keys, and compare them."""
+    """Train and evaluate every combination of the values in ``over``, by dotted key, and rank them."""
     points = combinations(params, over)
     parent = begin(params, over)
     runs: list[str] = []
@@ -43,9 +42,9 @@ def sweep(params: Params, over: dict[str, list[JsonValue]]) -> RankingResult:
     return rank(params, parent, points, runs, evaluations)
 
 
-@step
+@retryable_task
 def begin(params: Params, over: dict[str, list[JsonValue]]) -> str:
-    """The sweep's own run, which is found again by what is to be tried on which data."""
+    """Find or create the parent run of the sweep, identified by its settings and data; returns its ID."""
     client, experiment = MlflowClient(), params.model_name
     same = {name: getattr(params, name).model_dump(mode="json") for name in SECTIONS}
     key = digest_of([same, over, read_manifest(params.dataset_folder).content_digest])
@@ -56,17 +55,17 @@ def begin(params: Params, over: dict[str, list[JsonValue]]) -> str:
     return str(run.info.run_id)
 
 
-@step
+@retryable_task
 def adopt(parent: str, run_id: str) -> None:
-    """Make a run a child of the sweep's."""
+    """Make a run a child of the sweep's run."""
     MlflowClient().set_tag(run_id, MLFLOW_PARENT_RUN_ID, parent)
 
 
-@step
+@retryable_task
 def rank(
     params: Params, parent: str, points: list[Combination], runs: list[str], evaluations: list[Evaluation]
 ) -> RankingResult:
-    """Rank all of them, and put the report here and on the sweep's run."""
+    """Rank all combinations; write the report and log it to the sweep's run."""
     ranking = rank_evaluations(evaluations, [each.settings for each in points], runs)
     places = dict(zip(runs, zip(points, evaluations, strict=True), strict=True))
     ordered = {each.name: places[each.run_id] for each in ranking.models if each.run_id is not None}

@@ -1,4 +1,4 @@
-"""The flow ``takedown``: images leave a data set for good, and what was made from them is named and marked."""
+"""Flow ``takedown``: remove images from a data set permanently, and mark what derives from them."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,48 +21,48 @@ from flows.datasets.dvc import KeptFiles
 from flows.datasets.lineage import DataVersion
 from flows.datasets.purge import Purged, purge_dvc, purge_files, purge_samples
 from flows.datasets.sync import announce, bring_up_to_date, publish
-from flows.deployment.tasks import step
+from flows.deployment.tasks import retryable_task
 from flows.local_stack.discovery import vacuum_deleted_objects
 from flows.registry.takedown_marks import Derived, clear_images, find_derived, mark
 from flows.tracking.progress_reporter import reporter
 
 
-class TakenDown(Config):
-    """A takedown that is done."""
+class TakedownResult(Config):
+    """A completed takedown."""
 
     name: str
-    """What it is called in tags and in the catalogue."""
+    """Name in tags and in the catalogue."""
     removal: Removal
     version: DataVersion
-    """The data set as DVC knows it now."""
+    """The data set's new DVC version."""
     held: list[str]
     """Digests of the versions that held the images."""
     unknown: list[str]
-    """Those of which that can no longer be told."""
+    """Digests of versions whose contents are no longer known."""
     derived: Derived
     purged: Purged | None
 
 
 @flow(name="takedown", flow_run_name="takedown-{params.training.dataset}")
-def takedown(params: Params, selection: Selection, reason: str, purge: bool = False) -> TakenDown:
-    """Remove what ``selection`` means from the data set ``training.dataset``; name and mark what was made from it.
+def takedown(params: Params, selection: Selection, reason: str, purge: bool = False) -> TakedownResult:
+    """Remove the images of ``selection`` from the data set ``training.dataset``, and mark what derives from them.
 
-    Runs and model versions get the tag ``darkroom.takedown`` and a note. Generated images are named, and stay: they are
-    other images. ``purge`` clears caches, remote copies and pages that show images of the versions that held them.
-    Killed at any moment and given again, it ends the same.
+    Runs and model versions get the tag ``darkroom.takedown`` and a note. Sampling batches are listed and kept.
+    ``purge`` clears caches, remote copies and pages of the versions that held the images. The flow can be killed and
+    repeated at any moment.
     """
     removal = remove(params, selection, reason)
     version = record(params, removal)
     announce(params, silently=False)
-    versions, found = look_up(params, removal)
-    derived = name_and_mark(params, removal, versions, found)
-    purged = clear(params, versions, found, derived) if purge else None
-    done = TakenDown(
+    versions, affected = find_holders(params, removal)
+    derived = mark_derived(params, removal, versions, affected)
+    purged = clear(params, versions, affected, derived) if purge else None
+    done = TakedownResult(
         name=removal.name,
         removal=removal,
         version=version,
-        held=found.held,
-        unknown=found.unknown,
+        held=affected.held,
+        unknown=affected.unknown,
         derived=derived,
         purged=purged,
     )
@@ -70,9 +70,9 @@ def takedown(params: Params, selection: Selection, reason: str, purge: bool = Fa
     return done
 
 
-@step
+@retryable_task
 def remove(params: Params, selection: Selection, reason: str) -> Removal:
-    """Make the version without the images, of the newest there is unless a person went back to another one."""
+    """Create the version without the images, based on the newest version or on a manual checkout."""
     folder, source = params.dataset_folder, environment.data_source()
     lineage.restore_data(folder, source)
     if choice(folder) is None:
@@ -80,14 +80,14 @@ def remove(params: Params, selection: Selection, reason: str) -> Removal:
     return images.remove(folder, selection, reason, reporter())
 
 
-@step
+@retryable_task
 def record(params: Params, removal: Removal) -> DataVersion:
-    """Let other machines know of what was taken down, then publish the newest version without it."""
+    """Publish the takedown record, then the newest version without the images."""
     folder, source = params.dataset_folder, environment.data_source()
-    # First, so that whatever is published or promoted from here on is checked against it, and what was before is there
-    # to be found: see ``flows.datasets.sync.publish`` and ``flows.promote.record``.
+    # First, so that later publications and promotions are checked against it, and earlier ones can be found:
+    # see ``flows.datasets.sync.publish`` and ``flows.promote.record``.
     Catalogue.of(params.training.dataset, source).tell_removal(removal)
-    # Images that leave an older version leave the newest one as well, which stays what it is otherwise.
+    # Images removed from an older version are removed from the newest one as well.
     forget_choice(folder)
     while True:
         bring_up_to_date(folder, source, params.ingest, reporter())
@@ -95,37 +95,39 @@ def record(params: Params, removal: Removal) -> DataVersion:
             return version
 
 
-@step
-def look_up(params: Params, removal: Removal) -> tuple[dict[str, Manifest], Holders]:
-    """All versions of the data set, and which of them held the images."""
+@retryable_task
+def find_holders(params: Params, removal: Removal) -> tuple[dict[str, Manifest], Holders]:
+    """Find all versions of the data set, and those that held the images."""
     folder, source = params.dataset_folder, environment.data_source()
     recorded = Catalogue.of(folder.name, source)
-    # What gc took out of the catalogue has its files on the remote for a while yet.
+    # Versions that gc removed from the catalogue still have files on the remote for a while.
     versions = recorded.retired() | known_versions(folder) | recorded.versions()
     with TemporaryDirectory() as scratch:
         elsewhere = KeptFiles(folder.name, source).elsewhere(versions.values(), Path(scratch))
         return versions, holders(folder, removal, versions.values(), elsewhere)
 
 
-@step
-def name_and_mark(params: Params, removal: Removal, versions: dict[str, Manifest], found: Holders) -> Derived:
-    """Find what was made from the versions that held the images, and mark it in MLflow."""
-    contents = {versions[digest].content_digest for digest in found.held}
-    others = {each.content_digest for digest, each in versions.items() if digest not in {*found.held, *found.unknown}}
+@retryable_task
+def mark_derived(params: Params, removal: Removal, versions: dict[str, Manifest], affected: Holders) -> Derived:
+    """Find what derives from the versions that held the images, and mark it in MLflow."""
+    contents = {versions[digest].content_digest for digest in affected.held}
+    others = {
+        each.content_digest for digest, each in versions.items() if digest not in {*affected.held, *affected.unknown}
+    }
     bucket = environment.settings().bucket
-    # Versions of equal content hold the same images, whatever their tables tell besides.
+    # Versions of equal content hold the same images.
     derived = find_derived(params.training.dataset, contents - others, contents | others, bucket)
     mark([run.run_id for run in derived.runs], [model.uri for model in derived.models], removal)
     return derived
 
 
-@step
-def clear(params: Params, versions: dict[str, Manifest], found: Holders, derived: Derived) -> Purged:
-    """Clear what only the versions that held the images need, and what shows images of them."""
+@retryable_task
+def clear(params: Params, versions: dict[str, Manifest], affected: Holders, derived: Derived) -> Purged:
+    """Delete files that only the affected versions need, and files that show their images."""
     folder = params.dataset_folder
-    held = [versions[digest] for digest in found.held]
-    others = [each for digest, each in versions.items() if digest not in found.held]
-    Catalogue.of(folder.name, environment.data_source()).delete_pages(found.held)
+    held = [versions[digest] for digest in affected.held]
+    others = [each for digest, each in versions.items() if digest not in affected.held]
+    Catalogue.of(folder.name, environment.data_source()).delete_pages(affected.held)
     purged = Purged(
         dvc_objects=purge_dvc(held, others, environment.data_source()),
         files=[
@@ -138,11 +140,11 @@ def clear(params: Params, versions: dict[str, Manifest], found: Holders, derived
     return purged
 
 
-@step
-def report(done: TakenDown) -> None:
-    """Say on the run what was done."""
+@retryable_task
+def report(done: TakedownResult) -> None:
+    """Summarize the takedown on the flow run."""
     derived = done.derived
-    named = [
+    rows = [
         *(f"| run | {run.run_id} | {escape_markdown(run.name)} |" for run in derived.runs),
         *(f"| model | {model.uri} | {escape_markdown(', '.join(model.aliases))} |" for model in derived.models),
         *(f"| samples | {escape_markdown(uri)} | |" for uri in derived.samples),
@@ -153,6 +155,6 @@ def report(done: TakenDown) -> None:
     create_markdown_artifact(
         f"**{done.removal.dataset}**: {done.removal.images} images taken down ({reason}), "
         f"takedown `{done.name}`, version `{done.removal.version[:12]}`, DVC `{done.version.digest}`\n\n"
-        + "\n".join(["| made from them | what | |", "|---|---|---|", *named]),
+        + "\n".join(["| derived | name | |", "|---|---|---|", *rows]),
         key="takedown",
     )

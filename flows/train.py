@@ -1,4 +1,4 @@
-"""The flow ``train``: a data set in, a run in MLflow and checkpoints on disk out."""
+"""Flow ``train``: train on a data set, with checkpoints on disk and a run in MLflow."""
 
 from typing import Literal
 
@@ -21,20 +21,20 @@ from flows.config import Params, flattened
 from flows.dataset_page import find_dataset_page
 from flows.datasets import lineage
 from flows.datasets.lineage import RemoteShards
-from flows.deployment.tasks import step, turn
+from flows.deployment.tasks import concurrency_slot, retryable_task
 from flows.environment import data_source, settings
 from flows.registry import model_versions
 from flows.registry.champion import require_champion
 from flows.registry.dependencies import Fetched, fetched
 from flows.registry.takedown_marks import TAKEDOWN, joined_names, names_of, require_current, with_takedowns
 from flows.storage.s3 import Store
-from flows.tracking.buffered import UNANSWERED, SpooledTracker
+from flows.tracking.buffered import UNANSWERED, BufferedTracker
 from flows.tracking.progress_reporter import reporter
 from flows.tracking.runs import AUTOENCODER, START, RunTracker, find_run, open_run
 
 
 class TrainingRun(Config):
-    """What ``train`` hands on."""
+    """Result of ``train``, with the ID of its MLflow run."""
 
     run_id: str
     result: TrainResult
@@ -42,38 +42,38 @@ class TrainingRun(Config):
 
 @flow(name="train", flow_run_name="train-{params.training.dataset}")
 def train(params: Params, restart: Restart | Literal["always"] = "never") -> TrainingRun:
-    """Train as ``params`` say and record it live in MLflow; goes on where it was stopped."""
-    # What promotes the version that is trained demands it: better to hear of it now.
+    """Train with live MLflow tracking; resumes an interrupted run."""
+    # Promotion will require these: fail before the training.
     Store().require_conditional_puts(settings().bucket, "ledger")
     require_champion(params)
-    with turn(f"training-{resolve_device(params.training.device).type}"):
+    with concurrency_slot(f"training-{resolve_device(params.training.device).type}"):
         if restart == "always":
-            # A step of its own: were it part of the next one, a retry would throw away finished work.
+            # A separate task: a retry of the training must not discard its progress.
             start_over(params)
             restart = "never"
         return train_and_track(params, restart)
 
 
-@step
+@retryable_task
 def start_over(params: Params) -> None:
-    """Throw away what the run's folder holds."""
+    """Discard the run folder."""
     discard(params.run_folder)
 
 
-@step
+@retryable_task
 def train_and_track(params: Params, restart: Restart) -> TrainingRun:
-    """Train in ``params.run_folder``; the MLflow run is found again by what goes into it."""
+    """Train in ``params.run_folder``; the MLflow run is identified by the digest of its inputs."""
     require_current(params.dataset_folder)
     ready = fetched(params)
     params = ready.params
     manifest = read_manifest(params.dataset_folder)
-    opened: list[SpooledTracker] = []
+    opened: list[BufferedTracker] = []
 
-    def track(anew: bool) -> SpooledTracker:
-        spool = params.run_folder / SPOOL
-        # Only a training that was thrown away gets another run: one that begins here may be at work elsewhere, too.
-        discarded = (spool / ANEW).exists()
-        opened.append(SpooledTracker(_open(ready, manifest, discarded), spool, anew or discarded))
+    def track(is_new: bool) -> BufferedTracker:
+        folder = params.run_folder / SPOOL
+        # Only a discarded training gets another MLflow run: a fresh one may be running on another machine as well.
+        discarded = (folder / ANEW).exists()
+        opened.append(BufferedTracker(_open(ready, manifest, discarded), folder, is_new or discarded))
         return opened[0]
 
     try:
@@ -90,11 +90,11 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
         )
     except BaseException:
         for each in opened:
-            # Before another try opens the same spool.
+            # Before a retry opens the same folder.
             each.abandon()
-            _say_failed(each.tracker)
+            _mark_failed(each.tracker)
         raise
-    tracker = _delivered(opened[0]) if opened else _recorded(ready, manifest, result)
+    tracker = _close(opened[0]) if opened else _tracker_of_finished(ready, manifest, result)
     if not tracker.finished:
         for record in (result.output / "history.csv", result.output / "losses.csv"):
             tracker.log_file(record, "history")
@@ -103,9 +103,9 @@ def train_and_track(params: Params, restart: Restart) -> TrainingRun:
 
 
 def _finish(ready: Fetched, tracker: RunTracker) -> None:
-    """End the run, unless images that it learned from were taken down meanwhile: then it fails, and says so.
+    """Finish the run; it fails with UserError if some of its training images were taken down meanwhile.
 
-    A takedown writes its record first and looks for runs then. The run has named its data set since it began, so either
+    A takedown writes its record before it searches for runs, and the run has named its data set from the start: either
     the takedown finds the run, or this finds the record.
     """
     try:
@@ -113,44 +113,44 @@ def _finish(ready: Fetched, tracker: RunTracker) -> None:
     except UserError:
         tracker.fail()
         raise
-    with_it = [
+    sources = [
         model_versions.resolve(tracker.client, uri) for uri in (ready.autoencoder, ready.start) if uri is not None
     ]
-    names = [name for each in with_it for name in names_of(with_takedowns(each).tags.get(TAKEDOWN))]
+    names = [name for each in sources for name in names_of(with_takedowns(each).tags.get(TAKEDOWN))]
     if names:
         tracker.tag({TAKEDOWN: joined_names(ready.takedown, *names)})
     tracker.finish()
 
 
-def _delivered(spooled: SpooledTracker) -> RunTracker:
-    spooled.close()
-    return spooled.tracker
+def _close(buffered: BufferedTracker) -> RunTracker:
+    buffered.close()
+    return buffered.tracker
 
 
-def _say_failed(tracker: RunTracker) -> None:
+def _mark_failed(tracker: RunTracker) -> None:
     try:
         tracker.fail()
-    except UNANSWERED as error:  # what went wrong with the training itself matters more
-        get_run_logger().warning("MLflow could not be told that the run failed: %s", error)
+    except UNANSWERED as error:  # the training's own error matters more
+        get_run_logger().warning("the MLflow run could not be marked as failed: %s", error)
 
 
-def _recorded(ready: Fetched, manifest: Manifest, result: TrainResult) -> RunTracker:
-    """The MLflow run of a training that had ended before; if this server has none, one made from its history."""
+def _tracker_of_finished(ready: Fetched, manifest: Manifest, result: TrainResult) -> RunTracker:
+    """Tracker of a training that had finished before; a missing MLflow run is recreated from its history."""
     client, params = MlflowClient(), ready.params
     run = find_run(client, params.model_name, result.train_key)
     if run is None:
-        tracker = _open(ready, manifest, anew=False)
+        tracker = _open(ready, manifest, restart=False)
     else:
-        tracker = _delivered(SpooledTracker(RunTracker(client, run.info.run_id), params.run_folder / SPOOL))
+        tracker = _close(BufferedTracker(RunTracker(client, run.info.run_id), params.run_folder / SPOOL))
     if not tracker.finished:
-        # All of it, as this may have been killed before: what the run has already is passed over.
+        # The whole history, as an earlier attempt may have been killed; existing points are skipped.
         for name in ("history.csv", "losses.csv"):
             for row in read_metrics(result.output / name):
                 tracker.log_metrics(row, int(row.pop("images")))
     return tracker
 
 
-def _open(ready: Fetched, manifest: Manifest, anew: bool) -> RunTracker:
+def _open(ready: Fetched, manifest: Manifest, restart: bool) -> RunTracker:
     params = ready.params
     model = with_autoencoder_digest(params.model)
     training = with_start_digest(params.training, open_warm_start(params.training))
@@ -164,7 +164,7 @@ def _open(ready: Fetched, manifest: Manifest, anew: bool) -> RunTracker:
         lineage.code_version(),
         lineage.data_version(params.dataset_folder),
         data_source(),
-        anew,
+        restart,
     )
     tracker.client.log_text(tracker.run_id, ready.asked.model_dump_json(indent=2), "params.json")
     tracker.tag({AUTOENCODER: ready.autoencoder, START: ready.start, TAKEDOWN: ready.takedown})

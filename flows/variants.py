@@ -20,7 +20,7 @@ from diffusion.models.config import FAMILIES
 from flows.config import Params, in_words
 
 SECTIONS = ("model", "training")
-"""What may be varied: data, sampling and evaluation are the same for all, so that their figures compare."""
+"""Sections that may vary; data, sampling and evaluation are the same for all, so that metrics are comparable."""
 FIXED = ("training.dataset", "training.output", "model.family")
 SHARED: Mapping[str, frozenset[str]] = {
     "training": frozenset(
@@ -45,34 +45,34 @@ SHARED: Mapping[str, frozenset[str]] = {
     ),
     "sampling": frozenset({"compute_batch", "precision", "device"}),
 }
-"""What families have in common: the data, how long, and what computes. All else has the defaults of each."""
+"""Settings shared by all families: data, budget and compute; the rest has each family's defaults."""
 
 
 class Combination(Config):
-    """Some settings, and the configuration that has them."""
+    """A combination of settings, and the resulting configuration."""
 
     settings: dict[str, JsonValue]
-    """By dotted key."""
+    """Values by dotted key."""
     params: Params
     folder: Path
-    """Where its evaluation is written to."""
+    """Folder of its evaluation."""
     digest: str
-    """Of what is compared, the same however its values were written."""
+    """Digest of the parsed model and training sections."""
 
 
 class RankingResult(Config):
-    """A ranking of trained variants, and where it is reported."""
+    """Ranking of trained variants, with its report."""
 
     ranking: Ranking
     report: Path
     run_id: str | None = None
-    """The parent in MLflow of the runs of a sweep."""
+    """MLflow parent run of a sweep."""
 
 
 def parse_over(words: Sequence[str]) -> dict[str, list[Any]]:
-    """Values by dotted key from ``key=value,value``; a value is YAML, so that [1,2],[1,2,2] are two of them.
+    """Parse ``key=value,value`` into values by dotted key; values are YAML, so that [1,2],[1,2,2] are two values.
 
-    Raises UserError for what cannot be read so.
+    Raises UserError for malformed or repeated keys.
     """
     over: dict[str, list[Any]] = {}
     for each in words:
@@ -90,21 +90,21 @@ def parse_over(words: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def combinations(params: Params, over: Mapping[str, Sequence[Any]]) -> list[Combination]:
-    """Every combination of the values in ``over``; raises UserError for a key or value that makes no sense."""
+    """Every combination of the values in ``over``; raises UserError for an invalid key or value."""
     if not over:
         raise UserError("nothing to vary: say what with --over training.learning_rate=1e-3,4e-3")
     for key in over:
         if key.partition(".")[0] not in SECTIONS or key in FIXED:
             raise UserError(
-                f"--over {key}: what is compared must have data, sampling and evaluation in common; vary fields of "
+                f"--over {key}: data, sampling and evaluation must be the same for all; vary fields of "
                 f"{' and '.join(SECTIONS)}, but for {', '.join(FIXED)}"
             )
-    chosen = (dict(zip(over, values, strict=True)) for values in itertools.product(*over.values()))
-    found = [_with(params, settings) for settings in chosen]
-    # By what they say, however it is written: 1e-3 is 0.001.
-    if len({each.digest for each in found}) < len(found):
+    choices = (dict(zip(over, values, strict=True)) for values in itertools.product(*over.values()))
+    points = [_with(params, settings) for settings in choices]
+    # By parsed value: 1e-3 equals 0.001.
+    if len({each.digest for each in points}) < len(points):
         raise UserError("--over gives the same value twice: leave one of them out")
-    return found
+    return points
 
 
 def _with(params: Params, settings: dict[str, Any]) -> Combination:
@@ -121,7 +121,7 @@ def _with(params: Params, settings: dict[str, Any]) -> Combination:
         varied = Params.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"--over with {words_of(settings)}: {in_words(error)}") from error
-    # The digest, so that another beginning of the same settings has a folder of its own.
+    # With the digest, so that settings with equal abbreviations have different folders.
     digest = digest_of({name: getattr(varied, name).model_dump(mode="json") for name in SECTIONS})[:8]
     name = f"{re.sub(r'[^0-9A-Za-z.=,_-]+', '-', words_of(settings))[:80]}-{digest}"
     output = Path("runs", "sweeps", params.model_name, name)
@@ -131,16 +131,15 @@ def _with(params: Params, settings: dict[str, Any]) -> Combination:
 
 
 def words_of(settings: Mapping[str, object]) -> str:
-    """Settings in short, such as ``learning_rate=0.001,width=32``."""
+    """Abbreviated settings, such as ``learning_rate=0.001,width=32``."""
     return ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
 
 
 def family_variants(params: Params, names: Sequence[str]) -> dict[str, Params]:
-    """The configuration of each family in ``names``, by its name.
+    """Configurations of the families in ``names``, by name.
 
-    That of the family of ``params`` is ``params``; others are trained with their own defaults on the same images, for
-    as long, and judged alike. Raises UserError for a family that there is not, one that is named twice, and for what
-    cannot be the same for all.
+    The family of ``params`` keeps ``params``; the others have their own defaults with the same images, budget and
+    evaluation. Raises UserError for an unknown or repeated family, and for settings that families cannot share.
     """
     if unknown := [family for family in names if family not in FAMILIES]:
         raise UserError(f"there is no family {unknown[0]!r}: there is {', '.join(FAMILIES)}")
@@ -150,7 +149,7 @@ def family_variants(params: Params, names: Sequence[str]) -> dict[str, Params]:
         if value is not None:
             raise UserError(f"{field} = {value} is one place, and each family needs its own: leave it out")
     if params.model.low_resolution is not None:
-        raise UserError("model.low_resolution makes a model that enlarges, and families are compared by what they draw")
+        raise UserError("model.low_resolution makes a super-resolution model, and `compare` ranks generative ones")
     return {family: params if family == params.model.family else _of_family(family, params) for family in names}
 
 
@@ -163,10 +162,7 @@ def _of_family(family: str, params: Params) -> Params:
 
 
 def rank_variants(variants: Mapping[str, Params], progress: Progress = silent) -> tuple[Ranking, Path]:
-    """Rank the models that the trainings of ``variants`` ended with; returns the ranking and its report.
-
-    The report lies with those on the data set, whatever the family.
-    """
+    """Rank the final models of ``variants``; returns the ranking and its report in the data set's report folder."""
     params = next(iter(variants.values()))
     folder = Path("reports") / params.training.dataset
     models = {name: (each.run_folder / "final.safetensors", each.sampling) for name, each in variants.items()}

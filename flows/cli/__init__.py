@@ -37,7 +37,7 @@ for group in (data_commands, model_commands, edit_commands, server_commands):
 
 def main() -> None:
     """Run the command line; a DarkroomError becomes one line and its exit code."""
-    # Waiting threads should sleep, not spin: on a machine that does anything else, spinning ones hold up the rest.
+    # Waiting threads should sleep, not spin: spinning threads slow down other work on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         _require_one_process(sys.argv[1:])
@@ -57,10 +57,10 @@ def main() -> None:
 
 
 def _require_one_process(words: list[str]) -> None:
-    """Raise UserError if torchrun started several processes for what only one must do."""
+    """Raise UserError if torchrun started several processes for a command that runs in one."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
-    # A torchrun that is killed ends nobody: without it the processes would train on.
+    # A killed torchrun does not stop its processes: they would go on training.
     end_with_parent()
     if words[:1] != ["train"] or "--dry-run" in words:
         raise UserError(

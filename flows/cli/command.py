@@ -120,7 +120,7 @@ def command(
             if as_json:
                 value = output.value if isinstance(output.value, Mapping) else output.value.model_dump(mode="json")
                 lines = [json.dumps(value, ensure_ascii=False)]
-            # Labels, captions and file names come from anybody, and a terminal obeys control characters in them.
+            # Labels, captions and file names are untrusted and may hold terminal control characters.
             for line in lines:
                 print(escape_controls(line))
             if output.error is not None:
@@ -168,12 +168,12 @@ def connect(*needs: "Server") -> Iterator[None]:
 
         os.environ.update(VARIABLES)
     else:
-        # The console shows our own progress; the Prefect UI still gets every line of the log.
+        # The console shows our own progress; the Prefect UI still gets every log line.
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    # Log records of our packages go to the Prefect run in which they are logged, and nowhere outside of one.
+    # Log records of our packages go to the current Prefect run, if there is one.
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", ",".join(OURS))
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     join_servers(*needs)

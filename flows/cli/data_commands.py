@@ -1,4 +1,4 @@
-"""``darkroom data``: versions of a data set, what changed between them, and images that must go."""
+"""``darkroom data``: versions of a data set, their differences, checkout, and takedown of images."""
 
 import sys
 from collections.abc import Callable
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     from diffusion.data.versions.takedown_records import Chosen, Selection
     from diffusion.data.versions.versions import Difference
     from flows.config import Params
-    from flows.takedown import TakenDown
+    from flows.takedown import TakedownResult
 
 app = typer.Typer(
     name="data",
     help="Versions of a data set: list, show, compare, check out; take images down.",
     no_args_is_help=True,
 )
-All = Annotated[bool, typer.Option("--all", help="Show whole lists, not just their first twenty lines.")]
+All = Annotated[bool, typer.Option("--all", help="Show complete lists instead of the first 20 entries.")]
 FIRST = 20
-"""Entries shown of a list."""
+"""Number of list entries shown by default."""
 
 
 @command(app)
 def log(config: "Params") -> CommandOutput:
-    """List all versions known on this machine, each above the one it was made from; the one in data/NAME has a star.
+    """List all versions known on this machine, newest first; the current one, in data/NAME, is marked with a star.
 
     Example:  darkroom data log --dataset faces
     """
@@ -36,7 +36,7 @@ def log(config: "Params") -> CommandOutput:
 
     folder = config.dataset_folder
     entries = history(folder, _in_cache(folder))
-    head = f"  {'version':<12}  {'made from':<12}  {'added':>9} {'removed':>9} {'kept':>9} {'quarantined':>11}  change"
+    head = f"  {'version':<12}  {'parent':<12}  {'added':>9} {'removed':>9} {'kept':>9} {'quarantined':>11}  change"
     rows = [
         f"{'*' if each.current else ' '} {each.digest[:12]}  {(each.parent or '')[:12]:<12}  "
         f"{each.added:>9,} {each.removed:>9,} {each.kept:>9,} "
@@ -51,11 +51,11 @@ def log(config: "Params") -> CommandOutput:
 def show_version(
     config: "Params",
     version: Annotated[
-        str | None, typer.Argument(metavar="VERSION", help="First hex digits of its digest; default: the current.")
+        str | None, typer.Argument(metavar="VERSION", help="Prefix of a version's digest; default: the current one.")
     ] = None,
     everything: All = False,
 ) -> CommandOutput:
-    """Show what is in a version, and what was quarantined and why.
+    """Show the contents of a version, and which sources were quarantined and why.
 
     Example:  darkroom data show 3f9c21d0 --dataset faces --all
     """
@@ -68,7 +68,7 @@ def show_version(
     classes = [f"  {name}: {count:,}" for name, count in found.classes.items()][:limit]
     quarantined = [f"  {each.source}: {each.reason}" for each in found.quarantined or ()]
     lines = [
-        f"version    {found.digest}, made by {found.change}" + (f" from {found.parent[:12]}" if found.parent else ""),
+        f"version    {found.digest}, from {found.change}" + (f" of {found.parent[:12]}" if found.parent else ""),
         f"content    {found.content_digest}",
         f"images     {found.kept:,} of {found.storage.size}×{found.storage.size} in {found.channels} channel(s): "
         + ", ".join(f"{count:,} {split.replace('_', '-')}" for split, count in found.splits.items()),
@@ -86,12 +86,12 @@ def show_version(
 def diff(
     config: "Params",
     before: Annotated[
-        str | None, typer.Argument(metavar="A", help="A version; default: the other one's parent.")
+        str | None, typer.Argument(metavar="A", help="Old version; default: the parent of the new one.")
     ] = None,
-    after: Annotated[str | None, typer.Argument(metavar="B", help="A version; default: the current one.")] = None,
+    after: Annotated[str | None, typer.Argument(metavar="B", help="New version; default: the current one.")] = None,
     everything: All = False,
 ) -> CommandOutput:
-    """Show what changed from one version to another, image by image.
+    """Show the differences between two versions, image by image.
 
     Example:  darkroom data diff 3f9c21d0 --dataset faces
     """
@@ -105,31 +105,31 @@ def diff(
         raise UserError(f"{new.digest[:12]} is the first version of data set {folder.name}: give two versions")
     old = resolve(folder, before or new.parent)
     found = difference_of(folder, old, new, None if everything else FIRST, _in_cache(folder))
-    return CommandOutput({"dataset": folder.name, **found.model_dump(mode="json")}, _in_lines(found))
+    return CommandOutput({"dataset": folder.name, **found.model_dump(mode="json")}, _diff_lines(found))
 
 
 @command(app)
 def checkout(
     config: "Params",
-    version: Annotated[str, typer.Argument(metavar="VERSION", help="First hex digits of its digest.")],
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="Prefix of the version's digest.")],
     with_removed: Annotated[
-        bool, typer.Option("--with-removed", help="Also if it holds images that were taken down since.")
+        bool, typer.Option("--with-removed", help="Allow a version with images that have since been taken down.")
     ] = False,
     without_shards: Annotated[
         bool,
-        typer.Option("--without-shards", help="Manifest and tables alone: training.stream_bytes fetches the shards."),
+        typer.Option("--without-shards", help="Only manifest and tables; training.stream_bytes fetches shards later."),
     ] = False,
 ) -> CommandOutput:
-    """Make a version the one in data/NAME, verified file by file; the next ingest builds on it.
+    """Restore a version into data/NAME, verify every file, and make it the base of the next ingest.
 
-    Its files come from the folder, DVC's cache, or S3. All other versions stay known to `darkroom data log`.
+    Files come from the folder itself, DVC's cache, or S3. `darkroom data log` still lists all other versions.
 
     Example:  darkroom data checkout 3f9c21d0 --dataset faces
     """
     folder = config.dataset_folder
     from flows.datasets.checkout import checkout as make_current
 
-    done = make_current(folder, version, _reach, with_removed, without_shards, to_build_on=True)
+    done = make_current(folder, version, _connect_remote, with_removed, without_shards, to_build_on=True)
     lines = [
         f"{done.kept:,} images in {done.folder}: version {done.digest[:12]}, {len(done.restored):,} files restored",
         f"content {done.content_digest}",
@@ -143,31 +143,31 @@ def remove(
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY|PATTERN…", help="Keys (8 or more hex digits), or patterns of names (* for anything)."
+            metavar="KEY|PATTERN…", help="Image keys (8 or more hex digits) or source name patterns (* as wildcard)."
         ),
     ] = None,
-    source: Annotated[list[str], typer.Option("--source", metavar="PATTERN", help="A pattern of names.")] = [],  # noqa: B006
+    source: Annotated[list[str], typer.Option("--source", metavar="PATTERN", help="Source name pattern.")] = [],  # noqa: B006
     label: Annotated[str | None, typer.Option("--label", help="Only images of this class.")] = None,
     reason: Annotated[
-        str, typer.Option("--reason", help="Why, in one line, which is kept; needed for all but --dry-run.")
+        str, typer.Option("--reason", help="One-line reason, stored in the record; required except with --dry-run.")
     ] = "",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say which images would go, under which names.")
+        bool, typer.Option("--dry-run", help="Only list the images that would be removed, and their source names.")
     ] = False,
     purge: Annotated[
         bool,
         typer.Option(
             "--purge",
-            help="Also clear what the versions that held them left in caches, on DVC's remote, in reports and on "
-            "MLflow's runs, unless something else needs it: nobody can check them out again.",
+            help="Also delete the affected versions' files from caches, the DVC remote, reports and MLflow runs, "
+            "unless other versions need them. The affected versions can no longer be checked out.",
         ),
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip the confirmation.")] = False,
 ) -> CommandOutput:
-    """Take images down: a new version without them, which no later ingest takes in again.
+    """Take images down: create a version without them, and exclude them from every later ingest.
 
-    Only the shards concerned are written anew. What was made from the images is named (runs, model versions, sampling
-    batches), and marked in MLflow. Generated images are never deleted: they are other images.
+    Only the affected shards are rewritten. Runs, model versions and sampling batches that derive from the images are
+    listed, and tagged in MLflow. Generated images are never deleted.
 
     Example:  darkroom data remove 'alice/*' --dataset faces --reason 'consent withdrawn' --purge
     """
@@ -176,13 +176,13 @@ def remove(
 
     selection = _selection(images or [], source, label)
     if dry_run and purge:
-        raise UserError("--dry-run only says which images would go: leave --purge out")
+        raise UserError("--dry-run only says which images would be removed: leave --purge out")
     if dry_run:
         chosen, names = choose(config.dataset_folder, selection)
         about = {"dataset": config.training.dataset, "dry_run": True, "names": names}
-        return CommandOutput(about | chosen.model_dump(mode="json"), _would_go(chosen, names))
+        return CommandOutput(about | chosen.model_dump(mode="json"), _dry_run_lines(chosen, names))
     if not reason.strip():
-        raise UserError("a removal needs a --reason: one line that is kept in the manifest")
+        raise UserError("a removal needs a --reason: one line that is stored in the manifest")
     if not yes:
         _confirm(
             f"take down {', '.join([*selection.prefixes, *selection.sources])} from data set {config.training.dataset}"
@@ -191,26 +191,26 @@ def remove(
         from flows.takedown import takedown
 
         done = takedown(config, selection, reason, purge)
-    return CommandOutput({"dataset": config.training.dataset, **done.model_dump(mode="json")}, _what_went(done))
+    return CommandOutput({"dataset": config.training.dataset, **done.model_dump(mode="json")}, _takedown_lines(done))
 
 
 def _in_cache(folder: Path) -> "Callable[[FileEntry], Path | None]":
-    """Finds files of older versions in DVC's cache, which is opened only if one is asked for."""
-    found: list[Any] = []
+    """Lookup of files of older versions in DVC's cache, which is opened on first use."""
+    cache: list[Any] = []
 
     def find(entry: "FileEntry") -> Path | None:
-        if not found:
+        if not cache:
             from flows.datasets.dvc import KeptFiles
 
-            found.append(KeptFiles(folder.name))
-        path: Path | None = found[0].find(entry)
+            cache.append(KeptFiles(folder.name))
+        path: Path | None = cache[0].find(entry)
         return path
 
     return find
 
 
-def _reach() -> str:
-    """Join the S3 server; the URL of DVC's remote."""
+def _connect_remote() -> str:
+    """Connect to the S3 server; returns the URL of the DVC remote."""
     from flows.environment import data_source
     from flows.local_stack.discovery import join_servers
 
@@ -219,7 +219,7 @@ def _reach() -> str:
 
 
 def _selection(images: list[str], sources: list[str], label: str | None) -> "Selection":
-    """What the command line names; raises UserError if it says nothing or is misspelt."""
+    """Selection of the command line; raises UserError if it is empty or malformed."""
     from diffusion.data.versions.takedown_records import Selection, Selector, is_key
 
     keys = [each for each in images if is_key(each)]
@@ -233,24 +233,25 @@ def _confirm(what: str) -> None:
     from diffusion.common.errors import UserError
 
     if not sys.stdin.isatty():
-        raise UserError(f"to {what}, give --yes (or --dry-run to see what would go)")
+        raise UserError(f"to {what}, give --yes (or --dry-run to list the images)")
     typer.confirm(f"Really {what}?", abort=True, err=True)
 
 
-def _would_go(chosen: "Chosen", names: list[str]) -> list[str]:
+def _dry_run_lines(chosen: "Chosen", names: list[str]) -> list[str]:
     shown = [f"  {name}" for name in names[:FIRST]]
-    near = [f"  {key}" for key in chosen.near_copies[:FIRST]]
+    near_duplicates = [f"  {key}" for key in chosen.near_copies[:FIRST]]
+    hidden = len(chosen.near_copies) - len(near_duplicates)
     return [
-        f"{chosen.images:,} images would go under {len(names):,} names ({chosen.duplicates:,} copies, "
-        f"{chosen.refused:,} quarantined); {len(chosen.parts):,} shards would be written anew",
+        f"{chosen.images:,} images would be removed under {len(names):,} names ({chosen.duplicates:,} copies, "
+        f"{chosen.refused:,} quarantined); {len(chosen.parts):,} shards would be rewritten",
         *shown,
         *([f"  … and {len(names) - len(shown):,} more: --json names all"] if len(names) > len(shown) else []),
-        *([f"{len(chosen.near_copies):,} near-copies would stay:", *near] if near else []),
-        *([f"  … and {len(chosen.near_copies) - len(near):,} more"] if len(chosen.near_copies) > len(near) else []),
+        *([f"{len(chosen.near_copies):,} near-duplicates would stay:", *near_duplicates] if near_duplicates else []),
+        *([f"  … and {hidden:,} more"] if hidden else []),
     ]
 
 
-def _what_went(done: "TakenDown") -> list[str]:
+def _takedown_lines(done: "TakedownResult") -> list[str]:
     removal, derived = done.removal, done.derived
     purged = done.purged
     return [
@@ -259,7 +260,7 @@ def _what_went(done: "TakenDown") -> list[str]:
         f"version    {removal.version[:12]}, content {removal.content_digest}",
         f"held by    {', '.join(digest[:12] for digest in done.held) or 'no known version'}",
         *(f"unclear    version {digest[:12]}: its tables are gone" for digest in done.unknown),
-        *(f"near-copy  {key} stays" for key in removal.near_copies),
+        *(f"similar    {key} stays" for key in removal.near_copies),
         *(f"run        {run.run_id} ({run.name})" for run in derived.runs),
         *(f"model      {model.uri}" + "".join(f" @{alias}" for alias in model.aliases) for model in derived.models),
         *(f"samples    {uri}" for uri in derived.samples),
@@ -275,7 +276,7 @@ def _what_went(done: "TakenDown") -> list[str]:
     ]
 
 
-def _in_lines(found: "Difference") -> list[str]:
+def _diff_lines(found: "Difference") -> list[str]:
     lines = [f"{found.before[:12]} → {found.after[:12]}: {found.kept[0]:,} → {found.kept[1]:,} images"]
     if found.same_content:
         lines.append("the same content")
@@ -291,7 +292,7 @@ def _in_lines(found: "Difference") -> list[str]:
 
 def _group(what: str, group: Any, line: Callable[[Any], str]) -> list[str]:
     if group is None:
-        return [f"{what:<10} cannot be told: a table that is needed is no longer here"]
+        return [f"{what:<10} unknown: a table that is needed is no longer here"]
     if not group.count:
         return []
     rows = [f"  {line(each)}" for each in group.samples]

@@ -1,4 +1,4 @@
-"""``darkroom edit``: images from images, written to a folder of this machine."""
+"""``darkroom edit``: inpainting, img2img, interpolation and super-resolution, written to a local folder."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="edit",
-    help="Images from images: fill a hole, change one, go from one to another, enlarge.",
+    help="Edit images: inpainting, img2img, interpolation, super-resolution.",
     no_args_is_help=True,
 )
-Image = Annotated[Path, typer.Argument(help="Image file; cut to a square and scaled to the model's size.")]
-Label = Annotated[str | None, typer.Option("--label", metavar="NAME", help="Class to show.")]
+Image = Annotated[Path, typer.Argument(help="Image file; cropped to a square and resized to the model's size.")]
+Label = Annotated[str | None, typer.Option("--label", metavar="NAME", help="Class label.")]
 Prompt = Annotated[
     str | None,
-    typer.Option("--prompt", metavar="TEXT", help="What to show, for a model trained on captions (model.text)."),
+    typer.Option("--prompt", metavar="TEXT", help="Text prompt, for a model trained on captions (model.text)."),
 ]
 
 
 class InpaintMethod(StrEnum):
-    """How the hole is made to fit what lies around it."""
+    """Inpainting method."""
 
     REPLACE = "replace"
     PIGDM = "pigdm"
@@ -48,14 +48,14 @@ def inpaint(
     config: "Params",
     image: Image,
     mask: Annotated[
-        Path, typer.Option("--mask", help="Image file as large as the image: white is filled, black is kept.")
+        Path, typer.Option("--mask", help="Image file of the image's size: white is filled, black is kept.")
     ],
     method: Annotated[
         InpaintMethod,
         typer.Option(
             "--method",
-            help="How the hole is made to fit: replace the known part at each step (fast); pigdm, guide each step by a "
-            "gradient, for 2.5 times the work; repaint, repeat steps.",
+            help="replace: replace the known pixels at each step (fast). pigdm: guide each step by a gradient, 2.5 "
+            "times the work. repaint: go back and resample.",
         ),
     ] = InpaintMethod.REPLACE,
     resample_steps: Annotated[
@@ -64,11 +64,11 @@ def inpaint(
             "--resample-steps",
             min=2,
             max=100,
-            help="How often each stretch of steps is repeated; default: 5, with pigdm 1.",
+            help="How often each stretch of steps is resampled; default: 5, with pigdm 1.",
         ),
     ] = None,
     strength: Annotated[
-        float | None, typer.Option("--strength", help="How much the hole is changed, up to 1, all of it; default: 1.")
+        float | None, typer.Option("--strength", help="Noise added to the hole, up to 1 (replace all); default: 1.")
     ] = None,
     count: Count = 8,
     seed: Seed = 0,
@@ -78,14 +78,14 @@ def inpaint(
     model: Model = None,
     output: OutFolder = None,
 ) -> CommandOutput:
-    """Fill a hole in an image, in several ways; the rest keeps its pixels.
+    """Fill the masked part of an image; all other pixels are kept.
 
     Example:  darkroom edit inpaint face.png --mask hole.png --method pigdm --model models:/faces@champion
     """
-    wanted: dict[str, Any] = {"count": count, "seed": seed, "strength": strength}
-    wanted |= {"method": method.value, "resample_steps": resample_steps}
-    wanted |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
-    return generate_images(config, "inpaint", wanted, model, output, image, mask)
+    fields: dict[str, Any] = {"count": count, "seed": seed, "strength": strength}
+    fields |= {"method": method.value, "resample_steps": resample_steps}
+    fields |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
+    return generate_images(config, "inpaint", fields, model, output, image, mask)
 
 
 @command(app)
@@ -93,7 +93,7 @@ def img2img(
     config: "Params",
     image: Image,
     strength: Annotated[
-        float | None, typer.Option("--strength", help="How much is changed, between 0 and 1; default: 0.6.")
+        float | None, typer.Option("--strength", help="Noise added to the image, between 0 and 1; default: 0.6.")
     ] = None,
     count: Count = 8,
     seed: Seed = 0,
@@ -103,13 +103,13 @@ def img2img(
     model: Model = None,
     output: OutFolder = None,
 ) -> CommandOutput:
-    """Generate images that are more or less like another one, and like a label or prompt.
+    """Generate variations of an image, optionally conditioned on a label or prompt.
 
     Example:  darkroom edit img2img face.png --strength 0.5 --prompt "red hair" --set sampling.guidance=3
     """
-    wanted: dict[str, Any] = {"count": count, "seed": seed, "strength": strength}
-    wanted |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
-    return generate_images(config, "img2img", wanted, model, output, image)
+    fields: dict[str, Any] = {"count": count, "seed": seed, "strength": strength}
+    fields |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
+    return generate_images(config, "img2img", fields, model, output, image)
 
 
 @command(app)
@@ -124,27 +124,25 @@ def interpolate(
     model: Model = None,
     output: OutFolder = None,
 ) -> CommandOutput:
-    """Generate images between image 0 of one seed and image 0 of another.
+    """Interpolate between image 0 of one seed and image 0 of another.
 
     Example:  darkroom edit interpolate 7 --seed 3 --count 10 --label cat
     """
-    wanted: dict[str, Any] = {"count": count, "seed": seed, "to_seed": to_seed}
-    wanted |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
-    return generate_images(config, "interpolate", wanted, model, output)
+    fields: dict[str, Any] = {"count": count, "seed": seed, "to_seed": to_seed}
+    fields |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt}
+    return generate_images(config, "interpolate", fields, model, output)
 
 
 @command(app)
 def upscale(
     config: "Params",
-    image: Annotated[
-        Path, typer.Argument(help="Image file, at least as large as the small images that the model was trained on.")
-    ],
+    image: Annotated[Path, typer.Argument(help="Image file, at least as large as the model's low-resolution input.")],
     count: Annotated[int, typer.Option("--count", min=1, help="Number of images.")] = 1,
     seed: Seed = 0,
     model: Model = None,
     output: OutFolder = None,
 ) -> CommandOutput:
-    """Enlarge an image with a super-resolution model (model.low_resolution); large ones in overlapping tiles.
+    """Upscale an image with a super-resolution model (model.low_resolution); large images in overlapping tiles.
 
     Example:  darkroom edit upscale small.png --model models:/faces-16-to-64@champion
     """
@@ -154,16 +152,16 @@ def upscale(
 def generate_images(
     config: "Params",
     task: str,
-    wanted: dict[str, Any],
+    fields: dict[str, Any],
     model: str | None,
     output: Path | None,
     image: Path | None = None,
     mask: Path | None = None,
 ) -> CommandOutput:
-    """Generate images here with a model file, or by the flow with a registered model."""
+    """Generate images with a model file in this process, or with a registered model in a flow."""
     from diffusion.generation.config import read_request
 
-    fields = {"task": task, **{name: value for name, value in wanted.items() if value is not None}}
+    fields = {"task": task, **{name: value for name, value in fields.items() if value is not None}}
     request = read_request(fields, image, mask)
     if is_file(model):
         from diffusion.generation.generation_result import generate_to_folder

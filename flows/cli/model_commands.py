@@ -1,4 +1,4 @@
-"""``darkroom model``: who is champion and who was, going back, and registered models explained, exported, released."""
+"""``darkroom model``: history, rollback, release, model card, explanation and export of registered models."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,10 +29,10 @@ ModelUri = Annotated[
 def history(
     config: "Params",
     restore: Annotated[
-        bool, typer.Option("--restore", help="First write entries that are missing on S3 back from MLflow's copies.")
+        bool, typer.Option("--restore", help="First restore entries that are missing on S3 from MLflow's copies.")
     ] = False,
 ) -> CommandOutput:
-    """Show the ledger: when, who, from which champion to which, and why; verify its chain and mend aliases.
+    """Show the ledger of champions with dates, authors and reasons; verify its hash chain and repair aliases.
 
     Example:  darkroom model history --dataset faces
     """
@@ -62,9 +62,9 @@ def history(
 
 @command(app)
 def rollback(config: "Params", reason: Reason = None) -> CommandOutput:
-    """Make the champion before this one champion again; given twice, it goes back twice. It needs no Prefect.
+    """Make the previous champion champion again; repeat to go back further. Needs no Prefect server.
 
-    The gate does not promote a version that was rolled back again: `darkroom promote --to` brings it back.
+    The gate never promotes a rolled-back version again; `darkroom promote --to` does.
 
     Example:  darkroom model rollback --dataset faces --reason "draws three eyes"
     """
@@ -77,14 +77,14 @@ def rollback(config: "Params", reason: Reason = None) -> CommandOutput:
 @command(app)
 def release(
     model: Annotated[
-        str, typer.Argument(metavar="URI", help="In staging: models:/NAME@champion or models:/NAME/NUMBER.")
+        str, typer.Argument(metavar="URI", help="Model in staging: models:/NAME@champion or models:/NAME/NUMBER.")
     ],
     reason: Reason = None,
 ) -> CommandOutput:
-    """Make a version of the staging registry champion in this one, with its run, its evaluation and its card.
+    """Copy a version from the staging registry, with run, evaluation and card, and make it champion here.
 
-    DARKROOM_STAGING_* say where staging is: MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and _PASSWORD, BUCKET, AWS_*,
-    or HOME, the folder of a local stack. A version that is not champion there needs a reason. It needs no Prefect.
+    DARKROOM_STAGING_* locate staging: MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and _PASSWORD, BUCKET, AWS_*, or
+    HOME, the folder of a local stack. A version that is not champion there needs --reason. Needs no Prefect server.
 
     Example:  darkroom model release models:/faces@champion
     """
@@ -121,7 +121,7 @@ def explain(
     ] = None,
     seed: Seed = 0,
 ) -> CommandOutput:
-    """Draw the forward process, one training step and the reverse process of a registered model.
+    """Plot the forward process, one training step and the reverse process of a registered model.
 
     Example:  darkroom model explain --model models:/faces@champion --dataset faces
     """
@@ -136,11 +136,11 @@ def explain(
 @command(app)
 def export(
     config: "Params",
-    to: Annotated[Literal["diffusers"], typer.Option("--to", help="Library that is to load the model.")],
-    folder: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write to, which must be new.")],
+    to: Annotated[Literal["diffusers"], typer.Option("--to", help="Target library.")],
+    folder: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write to; must not exist yet.")],
     model: Model = None,
 ) -> CommandOutput:
-    """Write a model as a folder that a pipeline of diffusers loads and samples from as sampling.* says.
+    """Export a model as a diffusers pipeline folder, with the sampler settings of sampling.*.
 
     Example:  darkroom model export --to diffusers --model models:/faces@champion --out exports/faces
 
@@ -155,7 +155,7 @@ def export(
             from diffusion.diffusers_format.export import export_to_diffusers
             from flows.sample import fetch
 
-            # The plain function: without Prefect.
+            # The plain function, outside of Prefect.
             version, weights = fetch.fn(model or f"models:/{config.model_name}@champion")
             done = export_to_diffusers(weights, folder, config.sampling, version.uri, version.run_id)
     lines = [f"{done.folder}: {done.pipeline}, {len(done.files)} files", f"how to use it: {done.folder / 'README.md'}"]
@@ -163,7 +163,7 @@ def export(
 
 
 def new_champion(done: "Changed | Released") -> CommandOutput:
-    """Say who is champion now."""
+    """Output of a command that changed the champion."""
     already = ", which was done already" if done.already else ""
     return CommandOutput(done, [f"{done.version.uri} is champion{already}: {done.entry}"])
 
@@ -171,9 +171,9 @@ def new_champion(done: "Changed | Released") -> CommandOutput:
 def _table(found: "History") -> Iterator[str]:
     """Format the ledger for people."""
     for each in found.foreign:
-        yield f"foreign object among the entries, which decides nothing (docs/runbook/ledger-broken.md): {each}"
+        yield f"foreign object among the entries, ignored (docs/runbook/ledger-broken.md): {each}"
     if found.head is None:
-        yield f"the ledger of {found.model} is empty: the first verdict of `darkroom promote` begins it"
+        yield f"the ledger of {found.model} is empty: the first verdict of `darkroom promote` starts it"
         return
     rows = [_row(entry) for entry in found.entries]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -1,4 +1,4 @@
-"""``darkroom deploy``, ``monitor`` and ``gc``: what keeps running without anybody."""
+"""``darkroom deploy``, ``monitor`` and ``gc``: unattended operation."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,35 +12,35 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 operations = command(app, panel="Operations")
-Pool = Annotated[str, typer.Option("--pool", metavar="NAME", help="The work pool of workers that sample and evaluate.")]
+Pool = Annotated[str, typer.Option("--pool", metavar="NAME", help="Work pool for sampling and monitoring.")]
 POOL = "darkroom"
-"""That of the local stack's worker."""
+"""Work pool of the local stack's worker."""
 
 
 @operations
 def deploy(
     config: "Params",
-    cron: Annotated[str, typer.Option("--cron", help="When to retrain, in UTC.")] = "0 2 * * *",
-    monitor_cron: Annotated[
-        str, typer.Option("--monitor-cron", help="When to evaluate the champion again.")
-    ] = "0 5 * * *",
+    cron: Annotated[str, typer.Option("--cron", help="Retraining schedule, in UTC.")] = "0 2 * * *",
+    monitor_cron: Annotated[str, typer.Option("--monitor-cron", help="Monitoring schedule, in UTC.")] = "0 5 * * *",
     pool: Pool = POOL,
     training_pool: Annotated[
         str | None,
-        typer.Option("--training-pool", metavar="NAME", help="The work pool of workers that train; default: --pool."),
+        typer.Option("--training-pool", metavar="NAME", help="Work pool for training; default: --pool."),
     ] = None,
     workspace: Annotated[
         Path | None,
-        typer.Option("--workspace", metavar="FOLDER", help="Where workers keep data, runs and reports; default: here."),
+        typer.Option(
+            "--workspace", metavar="FOLDER", help="Workers' folder of data, runs, reports; default: this one."
+        ),
     ] = None,
     webhook: Annotated[
         str | None,
-        typer.Option("--webhook-env", metavar="NAME", help="Notify the address that this variable holds."),
+        typer.Option("--webhook-env", metavar="NAME", help="Environment variable with the webhook URL to notify."),
     ] = None,
 ) -> CommandOutput:
-    """Have Prefect retrain by itself: schedules, events, forms, limits, and what to do about dead runs.
+    """Apply prefect.yaml: deployments with schedules and triggers, work pools, concurrency limits, automations.
 
-    Applies what prefect.yaml declares, and again it changes nothing.
+    Idempotent: repeating it changes nothing.
 
     Example:  darkroom deploy --dataset faces --cron "0 2 * * *" --webhook-env SLACK_WEBHOOK_URL
     """
@@ -64,7 +64,7 @@ def deploy(
 
 @operations
 def monitor(config: "Params") -> CommandOutput:
-    """Evaluate the champion again, on the images that the data set holds out now.
+    """Re-evaluate the champion on the current held-out images.
 
     Example:  darkroom monitor --dataset faces
     """
@@ -79,13 +79,13 @@ def monitor(config: "Params") -> CommandOutput:
 def gc(
     config: "Params",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would go, how much it is, and why the rest stays.")
+        bool, typer.Option("--dry-run", help="Only list what would be deleted, its size, and why the rest is kept.")
     ] = False,
 ) -> CommandOutput:
-    """Take away old data versions, runs, sampling batches and caches, as the section `retention` of params.yaml says.
+    """Delete old data versions, runs, sampling batches and caches according to `retention` in params.yaml.
 
-    What registered versions, their ledgers and kept sampling batches lead to stays. The rest goes in two steps: it is
-    set aside, and its content goes when retention.grace_hours have passed and the command is given again.
+    Everything that registered versions, ledgers and retained sampling batches need is kept. The rest is deleted in two
+    steps: the first run sets it aside, a later run deletes it once retention.grace_hours have passed.
 
     Example:  darkroom gc --dry-run --set retention.batch_days=180
     """

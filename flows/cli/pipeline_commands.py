@@ -1,4 +1,4 @@
-"""The pipeline's commands at the top level, from ``ingest`` to ``retrain``, each of which runs the flow of its name."""
+"""Top-level pipeline commands, from ``ingest`` to ``retrain``; each runs the flow of its name."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,27 +36,27 @@ To = Annotated[
     typer.Option(
         "--to",
         metavar="S3_URI",
-        help="s3://BUCKET (then samples/MODEL/VERSION/BATCH/ in it) or s3://BUCKET/PREFIX; default: our bucket.",
+        help="s3://BUCKET (for samples/MODEL/VERSION/BATCH/ in it) or s3://BUCKET/PREFIX; default: DARKROOM_BUCKET.",
     ),
 ]
 Labels = Annotated[
     list[str],
-    typer.Option("--label", metavar="NAME", help="Class to show; given several times, one after the other."),
+    typer.Option("--label", metavar="NAME", help="Class label; several are used in turn."),
 ]
 Prompts = Annotated[
     list[str],
-    typer.Option("--prompt", metavar="TEXT", help="What to show, for a model trained on captions; as --label."),
+    typer.Option("--prompt", metavar="TEXT", help="Text prompt, for a model trained on captions; several as --label."),
 ]
 RequestTable = Annotated[
     str | None,
     typer.Option(
         "--requests",
         metavar="TABLE",
-        help="A .csv, .jsonl or .parquet, here or on s3://, with a label or a prompt for each image.",
+        help="Table (.csv, .jsonl or .parquet, local or s3://) with a label or prompt for each image.",
     ),
 ]
 ALL_FAMILIES = ["ddpm", "vae", "gan", "autoregressive"]
-"""Those of ``diffusion.models.config``, which loads too much for ``--help``."""
+"""Families of ``diffusion.models.config``, which is too slow to import for ``--help``."""
 QUARANTINED_SHOWN = 20
 SIDECARS = {".json", ".cls", ".txt"}
 """Files beside the images of a WebDataset shard."""
@@ -72,18 +72,16 @@ def ingest(
             help="Folder, tar, zip, Parquet, table of URLs, s3:// prefix, wds:, idx: …; default: ingest.source."
         ),
     ] = None,
-    requeue: Annotated[bool, typer.Option("--requeue", help="Try again what was quarantined before.")] = False,
-    rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Build the data set anew, from this source alone.")
-    ] = False,
+    requeue: Annotated[bool, typer.Option("--requeue", help="Retry sources that were quarantined before.")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Rebuild the data set from this source alone.")] = False,
     rebuild_if_different: Annotated[
-        bool, typer.Option("--rebuild-if-different", help="The same, but only if images are to be stored differently.")
+        bool, typer.Option("--rebuild-if-different", help="Rebuild only if the storage settings have changed.")
     ] = False,
     local: Local = False,
 ) -> CommandOutput:
-    """Add what is new in a source of images to a data set of WebDataset shards; record it in DVC and push it.
+    """Add the new images of a source to a data set of WebDataset shards; record it in DVC and push it.
 
-    In a folder or archive: a sub-folder per class, or metadata.csv / metadata.jsonl with file_name, text, label.
+    Labels and captions: one sub-folder per class, or metadata.csv / metadata.jsonl with file_name, text, label.
 
     Example:  darkroom ingest ~/faces --dataset faces --set ingest.size=32
     """
@@ -93,7 +91,7 @@ def ingest(
         from flows.tracking.console import console
 
         fan_out = local_fan_out(config.ingest)
-        # Takes as long as the start of worker processes, which goes on meanwhile.
+        # The worker processes start during this slow import.
         from diffusion.data.ingest.ingest import ingest as ingest_images
 
         with console() as progress:
@@ -117,7 +115,7 @@ def ingest(
 
 
 def _ingested(result: "IngestResult", source: str) -> Iterator[str]:
-    """Describe the data set after an ingest of ``source``, and what did not become part of it."""
+    """Describe the data set after an ingest of ``source``, and the files that were left out."""
     yield (
         f"{result.kept:,} images in {result.folder} ({result.added:,} new), {result.duplicates:,} duplicates, "
         f"{result.quarantined_count:,} quarantined"
@@ -127,12 +125,12 @@ def _ingested(result: "IngestResult", source: str) -> Iterator[str]:
     if (more := result.quarantined_count - len(shown)) > 0:
         yield f"  … and {more:,} more: darkroom data show --dataset {result.dataset} --all"
     if result.removed:
-        yield f"left out: {result.removed:,} that were taken down before"
+        yield f"left out: {result.removed:,} images that were taken down before"
     if result.relabelled:
-        yield f"there already, with another label or caption, which stays: {result.relabelled:,}"
+        yield f"kept with their old label or caption: {result.relabelled:,} images that came with another one"
     if result.passed_over:
         ends = [f"{count:,} {end or 'without extension'}" for end, count in result.passed_over.items()]
-        yield f"passed over, not named like images: {', '.join(ends[:5])}{' …' if len(ends) > 5 else ''}"
+        yield f"ignored, no image extension: {', '.join(ends[:5])}{' …' if len(ends) > 5 else ''}"
         if result.passed_over.keys() & SIDECARS and ".tar" in source and not source.startswith("wds:"):
             yield f"  if it is a WebDataset, wds:{source} reads labels and captions from them"
 
@@ -140,20 +138,18 @@ def _ingested(result: "IngestResult", source: str) -> Iterator[str]:
 @pipeline
 def train(
     config: "Params",
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Discard what the run's folder holds and begin anew.")
-    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard the run folder and start over.")] = False,
     restart_if_different: Annotated[
-        bool, typer.Option("--restart-if-different", help="The same, but only if it is a run of other inputs.")
+        bool, typer.Option("--restart-if-different", help="Start over only if the folder holds a run of other inputs.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would run, and how long it would take here; needs no server.")
+        bool, typer.Option("--dry-run", help="Show the configuration and the estimated time; needs no server.")
     ] = False,
     local: Local = False,
 ) -> CommandOutput | None:
-    """Train on a data set, live in MLflow; the same command goes on where it was stopped.
+    """Train on a data set with live MLflow tracking; the same command resumes an interrupted run.
 
-    Several processes share each batch:  torchrun --standalone --nproc-per-node 2 --no-python darkroom train …
+    Data parallel:  torchrun --standalone --nproc-per-node 2 --no-python darkroom train …
 
     Example:  darkroom train --dataset faces --set training.minutes=10
     """
@@ -194,7 +190,7 @@ def train(
 
 
 def _with_files(config: "Params", dry_run: bool = False) -> "Params":
-    """Replace registered models in ``config``, if it names any, by files."""
+    """Replace registered models in ``config`` by local files."""
     from flows.config import registered, registered_start
 
     if registered(config) is None and registered_start(config) is None:
@@ -207,7 +203,7 @@ def _with_files(config: "Params", dry_run: bool = False) -> "Params":
 
 @contextmanager
 def _shards(config: "Params") -> "Iterator[RemoteShards | None]":
-    """Open the store of shards if training fetches them as it goes."""
+    """Open the shard store if training streams shards."""
     if config.training.stream_bytes is None:
         yield None
         return
@@ -220,7 +216,7 @@ def _shards(config: "Params") -> "Iterator[RemoteShards | None]":
 
 @pipeline
 def evaluate(config: "Params", local: Local = False) -> CommandOutput:
-    """Evaluate the kept checkpoints against the held-out images; a report page goes onto the run.
+    """Evaluate the checkpoints against the held-out images; the report is logged to the MLflow run.
 
     Example:  darkroom evaluate --dataset faces --set evaluation.samples=1000
     """
@@ -257,16 +253,16 @@ def promote(
     config: "Params",
     version: Annotated[
         int | None,
-        typer.Option("--to", min=1, metavar="VERSION", help="Make this version champion, whatever the gate says."),
+        typer.Option("--to", min=1, metavar="VERSION", help="Manual override: make this version champion."),
     ] = None,
     reason: Reason = None,
     taken_down: Annotated[
-        bool, typer.Option("--taken-down", help="With --to: even if images that it learned from were taken down.")
+        bool, typer.Option("--taken-down", help="With --to: even if some of its training images were taken down.")
     ] = False,
 ) -> CommandOutput:
-    """Register the best checkpoint; it becomes champion if it beats the one there, else it is held (exit code 3).
+    """Register the best checkpoint and promote it if it beats the champion; else it is held or rejected (exit code 3).
 
-    With --to, a version that is registered already becomes champion by your decision, and the ledger says so.
+    With --to, a registered version becomes champion by manual override, which the ledger records.
 
     Example:  darkroom promote --dataset faces
 
@@ -292,7 +288,7 @@ def sample(
     config: "Params",
     model: Model = None,
     count: Annotated[
-        int | None, typer.Option("--count", min=1, help="Number of images; default: 64, or a table's rows.")
+        int | None, typer.Option("--count", min=1, help="Number of images; default: 64, or one per row of --requests.")
     ] = None,
     requests: RequestTable = None,
     seed: Seed = 0,
@@ -302,9 +298,9 @@ def sample(
     prompt: Prompts = [],  # noqa: B006
     negative_prompt: NegativePrompt = None,
 ) -> CommandOutput:
-    """Generate images with a registered model to S3, with a manifest; killed and given again, it goes on.
+    """Generate images with a registered model to S3, with a manifest; the same command resumes an interrupted batch.
 
-    Those of a model file lie in a folder of this machine (--out), with their manifest, and no server is needed.
+    A model file writes to a local folder (--out) and needs no server.
 
     Example:  darkroom sample --model models:/faces@champion --count 1000 --seed 7 --to s3://my-bucket
 
@@ -321,9 +317,9 @@ def sample(
             raise UserError("several labels or prompts take turns in images of a registered model: give a file one")
         if requests is not None:
             raise UserError("--requests is for images of a registered model, and this is a file: give it --prompt")
-        wanted = {"count": 64 if count is None else count, "seed": seed, "negative_prompt": negative_prompt}
-        wanted |= {"label": next(iter(label), None), "prompt": next(iter(prompt), None)}
-        return generate_images(config, "sample", wanted, model, output)
+        fields = {"count": 64 if count is None else count, "seed": seed, "negative_prompt": negative_prompt}
+        fields |= {"label": next(iter(label), None), "prompt": next(iter(prompt), None)}
+        return generate_images(config, "sample", fields, model, output)
     if output is not None:
         raise UserError(
             "--out is where images of a model file go, and those of a registered model go to S3: use "
@@ -350,11 +346,11 @@ def sample(
 def retrain(
     config: "Params",
     source: Annotated[
-        str | None, typer.Argument(help="Source of images, as of ingest; default: ingest.source.")
+        str | None, typer.Argument(help="Source of images, as for `darkroom ingest`; default: ingest.source.")
     ] = None,
     version: Annotated[
         str | None,
-        typer.Option("--version", metavar="DIGEST", help="Train on this version of the data set, and ingest nothing."),
+        typer.Option("--version", metavar="DIGEST", help="Train on this version of the data set, without an ingest."),
     ] = None,
     count: Count = 64,
     seed: Seed = 0,
@@ -363,9 +359,9 @@ def retrain(
     prompt: Prompts = [],  # noqa: B006
     negative_prompt: NegativePrompt = None,
 ) -> CommandOutput:
-    """Ingest, train, evaluate, promote and sample: from a folder of images to a champion's images on S3.
+    """Run the whole pipeline: ingest, train, evaluate, promote and sample.
 
-    Each step skips what is done already.
+    Steps that are already done for the same inputs are skipped.
 
     Example:  darkroom retrain ~/faces --dataset faces --set ingest.size=32
     """
@@ -379,7 +375,7 @@ def retrain(
         done = retrain(config, count, seed, to, conditions, version)
     found = done.model_dump(mode="json")
     if isinstance(done, Unchanged):
-        # What a script looks for stands where it does after a retraining that had something to do.
+        # The same keys as after a retraining that did something.
         found = found.pop("before") | found
     error = None if found["verdict"]["promoted"] else typer.Exit(3)
     return CommandOutput(found, _retrained(found), error)
@@ -390,7 +386,7 @@ def _retrained(found: dict[str, Any]) -> Iterator[str]:
     data = found["data"].get("result", found["data"])
     verdict, samples = found["verdict"], found["samples"]
     version = verdict["version"]
-    title = "champion" if verdict["promoted"] else {"hold": "challenger", "reject": "rejected"}[verdict["verdict"]]
+    title = "champion" if verdict["promoted"] else {"hold": "held", "reject": "rejected"}[verdict["verdict"]]
     if found["skipped"]:
         yield f"skipped    {found['skipped']}"
     yield f"data set   {data['kept']} images, content {data['content_digest'][:12]}"
@@ -401,7 +397,7 @@ def _retrained(found: dict[str, Any]) -> Iterator[str]:
         yield f"samples    {samples['uri']}"
         yield f"look at    {samples['contact_sheet']}"
     elif verdict["champion"] is not None:
-        yield "samples    none: this model enlarges images, see `darkroom edit upscale --help`"
+        yield "samples    none: this is a super-resolution model, see `darkroom edit upscale --help`"
     else:
         yield "samples    none: there is no champion yet"
     yield from (f"           {file}" for file in found["explained"]["files"])
@@ -412,12 +408,12 @@ def sweep(
     config: "Params",
     over: Annotated[
         list[str],
-        typer.Option("--over", metavar="KEY=V,V", help="Values to try of a field of model or training; several times."),
+        typer.Option("--over", metavar="KEY=V,V", help="Values of a field of model or training; may be repeated."),
     ],
 ) -> CommandOutput:
-    """Train and evaluate with every combination of some settings, and compare them on a page; skips what is done.
+    """Grid search: train and evaluate every combination of settings, and rank them in a report; resumable.
 
-    In MLflow their runs are children of one. Nothing is registered: `retrain` with the best settings does that.
+    The MLflow runs are children of one parent run. No model is registered; use `retrain` with the best settings.
 
     Example:  darkroom sweep --dataset faces --over training.learning_rate=1e-3,4e-3 --over model.width=32,64
     """
@@ -442,16 +438,16 @@ def compare(
     config: "Params",
     family: Annotated[
         list[str],
-        typer.Option("--family", metavar="NAME", help="ddpm, vae, gan or autoregressive; several times; default: all."),
+        typer.Option("--family", metavar="NAME", help="ddpm, vae, gan or autoregressive; repeatable; default: all."),
     ] = ALL_FAMILIES,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Discard runs of other settings that lie in the families' folders.")
+        bool, typer.Option("--restart", help="Discard runs of other settings in the families' folders.")
     ] = False,
     local: Local = False,
 ) -> CommandOutput:
-    """Train each family of models for as long on the same images, and compare what they generate.
+    """Train each model family on the same images with the same budget, and rank their samples.
 
-    Killed and given again, it goes on.
+    The same command resumes an interrupted comparison.
 
     Example:  darkroom compare --dataset faces --set training.minutes=10
     """

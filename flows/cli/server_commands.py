@@ -1,4 +1,4 @@
-"""``darkroom server``: MLflow, Prefect and S3 on this machine, health and metrics of any, backups."""
+"""``darkroom server``: local MLflow, Prefect and S3 servers, health checks, metrics, and backups."""
 
 import shlex
 import sys
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="server",
-    help="Servers: start and stop those of this machine, back them up; health and metrics of any.",
+    help="Servers: start, stop and back up the local stack; health and metrics of any server.",
     no_args_is_help=True,
 )
 
 top = typer.Typer()
-"""What stands at the top level as well, as in docker compose."""
+"""Commands that are also at the top level, as in docker compose."""
 both = command(top, panel="Servers of this machine")
 
 
@@ -31,7 +31,7 @@ def _say(line: str) -> None:
 @both
 @command(app)
 def up() -> CommandOutput:
-    """Start MLflow, Prefect with a worker, and an S3 server, on loopback; what runs already is left alone.
+    """Start MLflow, Prefect with a worker, and an S3 server on the loopback address; running services are kept.
 
     Example:  darkroom up && eval "$(darkroom env)"
     """
@@ -43,7 +43,7 @@ def up() -> CommandOutput:
 @both
 @command(app)
 def status() -> CommandOutput:
-    """Show the local servers: where they are, whether they answer, where their logs and passwords lie."""
+    """Show the local servers: URLs, state, and the locations of logs and passwords."""
     from flows.local_stack import status
 
     return _show(status())
@@ -52,7 +52,7 @@ def status() -> CommandOutput:
 @both
 @command(app)
 def down() -> CommandOutput:
-    """Stop the local servers; everything they hold is kept for the next `darkroom up`."""
+    """Stop the local servers; their data is kept for the next `darkroom up`."""
     from flows.local_stack import down, status
 
     down(_say)
@@ -62,7 +62,7 @@ def down() -> CommandOutput:
 @both
 @command(app)
 def env() -> CommandOutput:
-    """Print the exports with which any client on this machine joins the stack.
+    """Print shell exports that connect clients on this machine to the local stack.
 
     Example:  eval "$(darkroom env)"
     """
@@ -74,11 +74,11 @@ def env() -> CommandOutput:
 
 @command(app)
 def health(
-    servers: Annotated[list[str], typer.Argument(help="mlflow, prefect, s3, or a http:// address that has to answer.")],
+    servers: Annotated[list[str], typer.Argument(help="mlflow, prefect, s3, or a http:// URL.")],
 ) -> CommandOutput:
-    """Ask servers that the environment names as a client would; exit code 1 and a line that says what is wrong.
+    """Check the servers of the environment with real requests; exit code 1 if one fails, with the reason.
 
-    What an S3 server lacks that not everything needs is a line, too.
+    Optional features that an S3 server lacks are listed as well.
 
     Example:  darkroom server health mlflow prefect s3
     """
@@ -90,10 +90,10 @@ def health(
 
 @command(app)
 def metrics(
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 9464,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 9464,
 ) -> None:
-    """Serve what Prefect, MLflow and the ledger know of queues, failures, champions and rates, for Prometheus to fetch.
+    """Serve Prometheus metrics of queues, failures, throughput and champions, from Prefect, MLflow and the ledger.
 
     Example:  darkroom server metrics & curl localhost:9464/metrics
     """
@@ -105,14 +105,14 @@ def metrics(
     serve(host, port)
 
 
-Target = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where backups lie, better on another disk.")]
+Target = Annotated[Path, typer.Argument(metavar="FOLDER", help="Backup folder, preferably on another disk.")]
 
 
 @command(app)
 def backup(target: Target) -> CommandOutput:
-    """Copy what the local stack holds while it runs: its databases and its bucket, without passwords and keys.
+    """Back up databases and bucket of the running local stack, without passwords and keys.
 
-    What an earlier backup in the folder has is not copied again. For a team's servers see docs/operations.md.
+    Backups are incremental. For a team's servers see docs/operations.md.
 
     Example:  darkroom server backup /mnt/backups/darkroom
     """
@@ -131,21 +131,21 @@ def backup(target: Target) -> CommandOutput:
 def restore(
     target: Target,
     stamp: Annotated[
-        str | None, typer.Option("--backup", metavar="STAMP", help="Which one, by its name; default: the newest.")
+        str | None, typer.Option("--backup", metavar="STAMP", help="Name of the backup; default: the newest.")
     ] = None,
     replaced: Annotated[
         Path,
         typer.Option(
             "--replaces",
             metavar="HOME",
-            help="DARKROOM_HOME of the stack that this one replaces, which runs if it is there: takedowns done since "
-            "the backup are kept.",
+            help="DARKROOM_HOME of the running stack that is replaced; takedowns done since the backup are taken over "
+            "from it.",
         ),
     ] = Path(".darkroom"),
 ) -> CommandOutput:
-    """Make a local stack of a backup, in a DARKROOM_HOME that is not there yet, and start it; passwords are new.
+    """Restore a backup into a new DARKROOM_HOME and start the local stack, with new passwords.
 
-    Takedowns done since the backup are kept as far as newer backups and the stack that is replaced know of them.
+    Takedowns since the backup are taken over from newer backups and from the replaced stack.
 
     Example:  DARKROOM_HOME=.restored darkroom server restore /mnt/backups/darkroom
     """
@@ -166,17 +166,17 @@ def restore(
     for removal in removals:
         print(
             f"darkroom: {removal.images} images of data set {removal.dataset} were taken down after this backup "
-            f"({removal.reason}), and its versions hold them again: no ingest takes them in; to be rid of them run "
+            f"({removal.reason}), and its versions hold them again: no ingest adds them; to delete them run "
             f"`darkroom data remove {' '.join(key[:16] for key in removal.image_keys[:3])}"
             f"{' …' if len(removal.image_keys) > 3 else ''} --dataset {removal.dataset} --reason … --purge`",
             file=sys.stderr,
         )
     if until is not None:
         print(
-            f"darkroom: takedowns done after {until:%Y-%m-%d %H:%M:%S} UTC are not known: give them again",
+            f"darkroom: takedowns done after {until:%Y-%m-%d %H:%M:%S} UTC are unknown: repeat them",
             file=sys.stderr,
         )
-    return CommandOutput(result, [f"{folder} holds what backup {backup.stamp} has, and runs; its passwords are new"])
+    return CommandOutput(result, [f"{folder} is restored from backup {backup.stamp} and runs, with new passwords"])
 
 
 def _show(status: "StackStatus") -> CommandOutput:

@@ -28,14 +28,14 @@ from flows.datasets.catalog import Catalogue, Heads
 from flows.datasets.checkout import CheckedOut, Place, checkout, choice, forget_choice, remove_others
 from flows.datasets.dvc import is_whole
 from flows.datasets.lineage import DataVersion
-from flows.deployment.tasks import step
+from flows.deployment.tasks import retryable_task
 from flows.environment import data_source
 
 CREATED = "darkroom.dataset.version.created"
 logger = logging.getLogger(__name__)
 
 
-@step
+@retryable_task
 def sync(params: Params, version: str | None = None) -> CheckedOut | None:
     """Bring ``version`` here, or the newest if an older one or none is here; None: nothing had to be done.
 
@@ -60,7 +60,7 @@ def newer(params: Params, catalogue: Catalogue) -> str | None:
     return None if unpublished or any(version.digest == newest for version in versions(folder)) else newest
 
 
-@step
+@retryable_task
 def announce(params: Params, silently: bool) -> None:
     """Emit the event for the version that lies here, once it is in the catalogue; ``silently`` only notes it as told.
 

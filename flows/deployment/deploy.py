@@ -1,7 +1,7 @@
-"""``darkroom deploy``: what ``prefect.yaml`` declares, applied to the Prefect server; again, it changes nothing.
+"""``darkroom deploy``: applies ``prefect.yaml`` to the Prefect server; idempotent.
 
-Deployments go through Prefect's own ``prefect deploy``. Work pools, concurrency limits and automations, of which that
-knows nothing, are found by their names here, and made or brought up to date.
+Deployments go through ``prefect deploy``. Work pools, concurrency limits and automations, which it does not support,
+are looked up by name here, and created or updated.
 """
 
 import os
@@ -27,21 +27,21 @@ from pydantic import ValidationError
 from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
 from flows.config import Params
-from flows.deployment.tasks import SHORTEST_LEASE, silence
+from flows.deployment.tasks import SHORTEST_LEASE, heartbeat_timeout
 
 DEFINITIONS = Path("prefect.yaml")
-"""The file that a folder may have of its own."""
+"""File in the working folder that replaces the packaged one."""
 PACKAGED = Path(__file__).with_name("prefect.yaml")
 PLACEHOLDER = re.compile(r"\{\{ \$(\w+) \}\}")
 WEBHOOK = "darkroom"
 """Name of the block that holds the address of notifications."""
 
 
-class Deployed(Config):
-    """What is there now."""
+class DeployResult(Config):
+    """Result of ``deploy``."""
 
     definitions: Path
-    """Where it is declared."""
+    """The file that declares it."""
     deployments: list[str]
     """FLOW/NAME."""
     work_pools: list[str]
@@ -51,11 +51,11 @@ class Deployed(Config):
 
 def deploy(
     params: Params, workspace: Path, pool: str, training_pool: str, cron: str, monitor_cron: str, webhook: str | None
-) -> Deployed:
-    """Apply what ``prefect.yaml`` in the working folder declares, or else the one that comes with Darkroom.
+) -> DeployResult:
+    """Apply the ``prefect.yaml`` of the working folder, or the packaged one.
 
-    ``workspace`` is where runs find their data on the workers' machines; ``webhook`` names the variable of the
-    environment that holds the address to notify. Raises UserError that says what cannot be.
+    ``workspace`` is the folder of data, runs and reports on the workers' machines; ``webhook`` names the environment
+    variable that holds the URL to notify. Raises UserError for invalid settings or definitions.
     """
     for words in (cron, monitor_cron):
         _require_cron(words)
@@ -72,33 +72,33 @@ def deploy(
         "CRON": cron,
         "MONITOR_CRON": monitor_cron,
         "HEARTBEAT": str(get_current_settings().flows.heartbeat_frequency or SHORTEST_LEASE),
-        "SILENCE": silence(),
+        "SILENCE": heartbeat_timeout(),
     }
     if webhook is not None:
         values["WEBHOOK"] = _webhook(webhook)
     declared = read_definitions(definitions, values)
     with get_client(sync_client=True) as client:
-        for found in declared["work_pools"]:
-            _ensure_pool(client, found["name"], found["type"])
-        for found in declared["concurrency_limits"]:
-            client.upsert_global_concurrency_limit_by_name(found["name"], found["limit"])
+        for item in declared["work_pools"]:
+            _ensure_pool(client, item["name"], item["type"])
+        for item in declared["concurrency_limits"]:
+            client.upsert_global_concurrency_limit_by_name(item["name"], item["limit"])
     deployments = _prefect_deploy(declared)
-    for found in declared["automations"]:
-        _ensure_automation(found)
-    return Deployed(
+    for item in declared["automations"]:
+        _ensure_automation(item)
+    return DeployResult(
         definitions=definitions,
         deployments=deployments,
-        work_pools=sorted({found["name"] for found in declared["work_pools"]}),
-        concurrency_limits={found["name"]: found["limit"] for found in declared["concurrency_limits"]},
-        automations=[found["name"] for found in declared["automations"]],
+        work_pools=sorted({item["name"] for item in declared["work_pools"]}),
+        concurrency_limits={item["name"]: item["limit"] for item in declared["concurrency_limits"]},
+        automations=[item["name"] for item in declared["automations"]],
     )
 
 
 def read_definitions(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The file ``path`` with ``values`` in place of its placeholders; ``notifications`` join the other automations.
+    """Read the file ``path`` with its placeholders replaced by ``values``; ``notifications`` become automations.
 
-    Without a value for WEBHOOK there are none of them. Raises UserError for what is not YAML, lacks a section, or asks
-    for a value that there is not.
+    Notifications are dropped without a value for WEBHOOK. Raises UserError for invalid YAML, a missing section, or an
+    unknown placeholder.
     """
     try:
         tree = yaml.safe_load(path.read_text())
@@ -126,7 +126,7 @@ def filled(node: Any, values: Mapping[str, Any], path: Path) -> Any:
         raise UserError(f"{path}: nothing is called ${unknown[0]}; there is {', '.join(sorted(values))}")
     if alone := PLACEHOLDER.fullmatch(node):
         return values[alone[1]]
-    return PLACEHOLDER.sub(lambda found: str(values[found[1]]), node)
+    return PLACEHOLDER.sub(lambda match: str(values[match[1]]), node)
 
 
 def _require_cron(words: str) -> None:
@@ -139,7 +139,7 @@ def _require_cron(words: str) -> None:
 
 
 def _webhook(variable: str) -> str:
-    """The id of the block that holds the address in the environment's ``variable``, brought up to date."""
+    """Save the URL in the environment's ``variable`` as a webhook block; returns the block's id."""
     url = os.environ.get(variable)
     if not url:
         raise UserError(
@@ -167,31 +167,31 @@ def _prefect_deploy(declared: Mapping[str, Any]) -> list[str]:
         path = Path(scratch, "prefect.yaml")
         path.write_text(yaml.safe_dump({name: declared[name] for name in ("name", "pull", "deployments")}))
         command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(path)]
-        # Wide enough for what it says of each to stand on one line.
+        # Wide enough to keep the output for each deployment on one line.
         environment = os.environ | {"COLUMNS": "1000"}
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if ended.returncode != 0:
-        raise DarkroomError(f"`prefect deploy` failed: {(ended.stderr or ended.stdout)[-500:]}")
-    return re.findall(r"Deployment '([^']+)' successfully", " ".join(ended.stdout.split()))
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        raise DarkroomError(f"`prefect deploy` failed: {(process.stderr or process.stdout)[-500:]}")
+    return re.findall(r"Deployment '([^']+)' successfully", " ".join(process.stdout.split()))
 
 
 def _ensure_automation(declared: Mapping[str, Any]) -> None:
-    """Make the automation, or bring it up to date; one that is as ``declared`` is left alone.
+    """Create or update the automation; one that is as ``declared`` is left alone.
 
-    An automation that is written anew forgets whom it waits to hear from: a run that is dead then would live for ever.
+    A rewritten automation forgets the runs whose heartbeats it tracks, and would never mark a dead one as crashed.
     """
     try:
-        wanted = AutomationCore.model_validate(declared)
+        automation = AutomationCore.model_validate(declared)
     except ValidationError as error:
         raise UserError(f"the automation {declared.get('name')!r} cannot be: {error.errors()[0]['msg']}") from error
     with get_client(sync_client=True) as client:
-        there = client.read_automations_by_name(wanted.name)
+        there = client.read_automations_by_name(automation.name)
         if not there:
-            client.create_automation(wanted)
-        elif _fields(there[0]) != _fields(wanted):
-            client.update_automation(there[0].id, wanted)
+            client.create_automation(automation)
+        elif _fields(there[0]) != _fields(automation):
+            client.update_automation(there[0].id, automation)
 
 
 def _fields(automation: AutomationCore) -> dict[str, Any]:
-    """What is declared of an automation, without what only the server knows of it."""
+    """Declared fields of an automation, without those that the server adds."""
     return AutomationCore.model_validate(automation.model_dump(mode="json")).model_dump()

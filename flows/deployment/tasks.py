@@ -1,4 +1,4 @@
-"""Prefect tasks as all flows have them: retries, task runners, fan-out, concurrency limits, and how flows end."""
+"""Shared parts of the Prefect flows: task retries, task runners, fan-out, concurrency slots and final states."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -29,54 +29,53 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
-MISSED = 4
-"""Heartbeats without which a run counts as dead: 240 s at ours, more than the 180 s of runs that have Prefect's own."""
+MISSED_HEARTBEATS = 4
+"""Missed heartbeats after which a run counts as dead: 240 s at our interval, more than Prefect's own 180 s."""
 SHORTEST_LEASE = 60
-"""Seconds; the server grants none for less."""
+"""Shortest lease of a concurrency slot that the server grants, in seconds."""
 
 
-def step(function: Callable[P, R]) -> Task[P, R]:
-    """A task that is tried again, later and later, unless it failed with a message meant for a person.
+def retryable_task(function: Callable[P, R]) -> Task[P, R]:
+    """Prefect task that is retried with exponential backoff, except after a DarkroomError.
 
-    Prefect caches nothing: each step finds out itself, by digests, what is done already, so that it does
-    so in a new run and on another machine as well.
+    Prefect's cache is off: each task recognises finished work by digests, also in a new run and on another machine.
     """
     return task(
         retries=2,
         retry_delay_seconds=exponential_backoff(2),
         retry_jitter_factor=0.5,
-        retry_condition_fn=_may_pass,
+        retry_condition_fn=_is_retryable,
         cache_policy=NO_CACHE,
     )(function)
 
 
-def ended(result: R, message: str, name: str = "Completed") -> R:
-    """What a flow returns whose state is to say ``message``, in Prefect's UI and in notifications.
+def completed_state(result: R, message: str, name: str = "Completed") -> R:
+    """Return value of a flow that sets the message of its final state, shown in Prefect's UI and in notifications.
 
-    Whoever called the flow gets ``result``: Prefect takes it out of the state.
+    Prefect unwraps the state: the caller of the flow gets ``result``.
     """
     return cast(R, Completed(name=name, message=escape_controls(message), data=result))
 
 
-def _may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+def _is_retryable(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     failure = state.result(raise_on_failure=False)
     return not isinstance(failure, DarkroomError)
 
 
-class Spread(Protocol):
-    """Settings that say how work is spread."""
+class FanOutConfig(Protocol):
+    """Settings of how work is distributed."""
 
     @property
     def runner(self) -> Literal["threads", "processes", "ray"]:
-        """What runs it."""
+        """Kind of task runner."""
 
     @property
     def workers(self) -> int:
-        """How much of it runs at the same time."""
+        """Number of concurrent tasks."""
 
 
-def task_runner(config: Spread) -> TaskRunner[Any]:
-    """What runs the tasks of a flow, as ``config`` says; Ray's cluster is found by its own RAY_ADDRESS."""
+def task_runner(config: FanOutConfig) -> TaskRunner[Any]:
+    """Task runner of a flow according to ``config``; RAY_ADDRESS names the Ray cluster."""
     if config.runner == "ray":
         try:
             from prefect_ray import RayTaskRunner
@@ -91,8 +90,8 @@ def task_runner(config: Spread) -> TaskRunner[Any]:
     return ThreadPoolTaskRunner(max_workers=config.workers)
 
 
-def submitter(task: Task[P, R], config: Spread, gpu: bool) -> Callable[P, Begun[R]]:
-    """What submits ``task`` to the task runner of ``config``; on Ray each has a core, and with ``gpu`` a GPU."""
+def submitter(task: Task[P, R], config: FanOutConfig, gpu: bool) -> Callable[P, Begun[R]]:
+    """Function that submits ``task`` to the task runner of ``config``; on Ray with one core, and a GPU if ``gpu``."""
     if config.runner != "ray":
         return task.submit
     from prefect_ray.context import remote_options
@@ -105,29 +104,32 @@ def submitter(task: Task[P, R], config: Spread, gpu: bool) -> Callable[P, Begun[
 
 
 def prefect_fan_out(config: IngestConfig) -> FanOut:
-    """One task for each chunk, on the task runner of the flow at hand."""
+    """Fan-out with one task per chunk, on the task runner of the current flow."""
 
     def fan_out(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        prepare_shard = step(work).with_options(name="prepare shard")
+        prepare_shard = retryable_task(work).with_options(name="prepare shard")
         yield from in_order((prepare_shard.submit(item) for item in items), 2 * config.workers)
 
     return fan_out
 
 
 @contextmanager
-def turn(name: str) -> Iterator[None]:
-    """Inside, the run at hand holds a slot of the limit ``name``, for which it waits.
+def concurrency_slot(name: str) -> Iterator[None]:
+    """Context in which the current run holds a slot of the concurrency limit ``name``; waits for a free one.
 
-    ``darkroom deploy`` makes the limits. A run of a deployment needs them: UserError if one is missing. A run by hand
-    goes by those that there are. One that was killed gives its slot back after ``silence()`` seconds.
+    ``darkroom deploy`` creates the limits. A run of a deployment requires them, a manual run uses those that exist.
+    The slot of a killed run is released after ``heartbeat_timeout()`` seconds.
+
+    Raises:
+        UserError: The run belongs to a deployment and the limit is missing.
     """
-    _say_if_taken(name)
+    _log_if_taken(name)
     try:
-        # A server that is away for a moment is no reason to throw away hours of work.
+        # A short outage of the server is no reason to discard hours of work.
         with concurrency(
             name,
-            lease_duration=max(silence(), SHORTEST_LEASE),
-            strict=_deployed(),
+            lease_duration=max(heartbeat_timeout(), SHORTEST_LEASE),
+            strict=_is_deployed(),
             raise_on_lease_renewal_failure=False,
         ):
             yield
@@ -140,22 +142,22 @@ def turn(name: str) -> Iterator[None]:
         ) from error
 
 
-def silence() -> int:
+def heartbeat_timeout() -> int:
     """Seconds without a heartbeat after which a run counts as dead."""
-    return MISSED * (get_current_settings().flows.heartbeat_frequency or SHORTEST_LEASE)
+    return MISSED_HEARTBEATS * (get_current_settings().flows.heartbeat_frequency or SHORTEST_LEASE)
 
 
-def _deployed() -> bool:
-    """Whether the run at hand is one of a deployment, or part of one."""
+def _is_deployed() -> bool:
+    """Whether the current run belongs to a deployment."""
     with get_client(sync_client=True) as client:
         return client.read_flow_run(flow_run.root_flow_run_id).deployment_id is not None
 
 
-def _say_if_taken(name: str) -> None:
+def _log_if_taken(name: str) -> None:
     with get_client(sync_client=True) as client:
         try:
             limit = client.read_global_concurrency_limit_by_name(name)
         except ObjectNotFound:
             return
     if limit.active and limit.active_slots >= limit.limit:
-        logger.info("waiting for its turn: %s is taken", name)
+        logger.info("waiting for a slot of the concurrency limit %s", name)

@@ -1,4 +1,4 @@
-"""The servers on this machine: MLflow, Prefect with a worker, and a real S3 server."""
+"""Local stack of development servers: MLflow, Prefect with a worker, and a real S3 server."""
 
 from flows.local_stack.control import ServiceStatus, StackStatus, down, exports, status, up
 

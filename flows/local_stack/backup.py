@@ -1,4 +1,4 @@
-"""``darkroom server backup``: the local stack copied while it runs, into a folder of bytes by SHA-256 and a list."""
+"""``darkroom server backup``: incremental online backup of the local stack, content-addressed by SHA-256."""
 
 import re
 import sqlite3
@@ -27,15 +27,15 @@ from flows.storage.s3_errors import Missing, in_words
 DATABASES = ("mlflow/mlflow.db", "mlflow/auth.db", "prefect/prefect.db")
 PROGRAMS = ("mlflow", "prefect")
 PASSING = ("pushing/", "resumed/")
-"""Prefixes of what means nothing later."""
+"""Prefixes of transient objects, which are not backed up."""
 STAMP = "%Y%m%dT%H%M%SZ"
 SMALL = 2**20
-"""Bytes of an object that is read as fast as it is found."""
+"""Size in bytes up to which a saved object is verified by its digest."""
 NAMED = re.compile(r"\d{8}T\d{6}Z")
 Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 """Hex SHA-256."""
 DatabasePath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*\.db$")]
-"""Where a database lies in the stack's folder."""
+"""Path of a database in the stack's folder."""
 
 
 class SavedObject(Config):
@@ -50,42 +50,42 @@ class SavedObject(Config):
 
 
 class Backup(Config):
-    """All that a stack held at one moment."""
+    """Contents of a stack at one moment."""
 
     format_version: Literal[1] = 1
     made: AwareDatetime
     bucket: str
     versions: dict[str, str]
-    """Of the programs whose databases these are."""
+    """Versions of the programs that wrote the databases."""
     databases: dict[DatabasePath, Digest]
-    """By their path in the stack's folder."""
+    """Digests by path in the stack's folder."""
     objects: list[SavedObject]
 
     @property
     def stamp(self) -> str:
-        """What it is called."""
+        """Name of the backup."""
         return self.made.strftime(STAMP)
 
 
 @dataclass(frozen=True)
 class Backups:
-    """Those in one folder."""
+    """Backups in one folder."""
 
     folder: Path
 
     def stamps(self) -> list[str]:
-        """Of all that are whole, oldest first."""
-        found = (path.stem for path in (self.folder / "backups").glob("*.json"))
-        return sorted(stamp for stamp in found if NAMED.fullmatch(stamp))
+        """Names of all complete backups, oldest first."""
+        names = (path.stem for path in (self.folder / "backups").glob("*.json"))
+        return sorted(name for name in names if NAMED.fullmatch(name))
 
     def read(self, stamp: str | None = None) -> Backup:
-        """One of them, by default the newest; raises UserError if there is none, or it cannot be read."""
+        """Read a backup, by default the newest; raises UserError if it is missing or damaged."""
         stamps = self.stamps()
         if not stamps or (stamp is not None and stamp not in stamps):
-            there = (
+            hint = (
                 f"there is {', '.join(stamps)}" if stamps else "there is none: make one with `darkroom server backup`"
             )
-            raise UserError(f"no backup {stamp or ''} in {self.folder}: {there}")
+            raise UserError(f"no backup {stamp or ''} in {self.folder}: {hint}")
         path = self.folder / "backups" / f"{stamp or stamps[-1]}.json"
         try:
             return Backup.model_validate_json(path.read_bytes())
@@ -93,17 +93,17 @@ class Backups:
             raise UserError(f"{path} is damaged, or of a newer Darkroom ({error.errors()[0]['msg']})") from error
 
     def write(self, backup: Backup) -> Path:
-        """Keep ``backup``, all of whose bytes are here."""
+        """Write the index of ``backup``, after all of its content; returns its path."""
         path = self.folder / "backups" / f"{backup.stamp}.json"
         write_json(path, backup.model_dump(mode="json"))
         return path
 
     def path(self, sha256: Digest) -> Path:
-        """Where bytes lie, if they are here."""
+        """Path of the content with this digest, which may not exist."""
         return self.folder / "objects" / sha256[:2] / sha256
 
-    def whole(self, sha256: Digest) -> Path:
-        """Where bytes lie; raises UserError if they are damaged or missing."""
+    def verified_path(self, sha256: Digest) -> Path:
+        """Path of the verified content with this digest; raises UserError if it is damaged or missing."""
         path = self.path(sha256)
         if not path.is_file() or sha256_file(path) != sha256:
             raise UserError(
@@ -112,19 +112,19 @@ class Backups:
         return path
 
     def has(self, saved: SavedObject) -> bool:
-        """Whether the bytes of an object need not be copied again."""
+        """Whether the content of an object is present."""
         path = self.path(saved.sha256)
         if not path.is_file() or path.stat().st_size != saved.size:
             return False
-        # What a crash cuts has another size. To read all large ones each time would take as long as a first backup.
+        # A crash leaves another size. Hashing all large objects would take as long as a first backup.
         return saved.size > SMALL or sha256_file(path) == saved.sha256
 
     def keep(self, write: Callable[[Path], None]) -> Digest:
-        """Keep the bytes that ``write`` writes to the path that it is given; returns their SHA-256."""
+        """Store the content that ``write`` writes to the path it gets; returns its SHA-256."""
         partial = self.folder / "objects" / ".partial"
         make_folder(partial.parent)
         partial.unlink(missing_ok=True)
-        # Databases hold hashes of passwords, and objects people's images.
+        # Databases hold password hashes, and objects hold people's images.
         partial.touch(mode=0o600)
         write(partial)
         sha256 = sha256_file(partial)
@@ -137,20 +137,19 @@ class Backups:
 
 
 def stamped(moment: datetime) -> datetime:
-    """``moment`` to the second, as backups are called by it."""
+    """``moment`` to the second, as in the name of a backup."""
     return moment.replace(microsecond=0)
 
 
 def backup(target: Path, progress: Progress = silent) -> Backup:
-    """Copy databases and bucket of the local stack into the folder ``target``; what is there already is not copied.
+    """Copy databases and bucket of the local stack into the folder ``target``, except content that is there already.
 
-    The copy is of one moment: no entry of a ledger is in it that its databases do not know, nor the other way round,
-    and no print whose model they do not know. Killed and given again, it goes on with what was copied. Raises UserError
-    if no stack runs, or the environment names servers that are not its own.
+    The backup is consistent: ledgers match the databases, and the models of all samples are in them. It can be killed
+    and resumed. Raises UserError if no stack runs, or if the environment names other servers.
     """
     if elsewhere := servers_in_environment():
         raise UserError(
-            f"{' and '.join(elsewhere.values())} name servers that are none of the local stack: back those up as "
+            f"{' and '.join(elsewhere.values())} name servers outside the local stack: back those up as "
             "docs/operations.md says, or unset the variables"
         )
     stack = LocalStack.read(settings().folder)
@@ -159,7 +158,7 @@ def backup(target: Path, progress: Progress = silent) -> Backup:
     backups, store = Backups(target), Store(client(variables=stack.variables("s3")))
     make_folder(target, 0o700)
     with FileLock(target / ".lock"):
-        ledgers, databases = _at_rest(stack, store, backups)
+        ledgers, databases = _copy_databases(stack, store, backups)
         made = datetime.now(UTC)
         objects = [
             each
@@ -182,20 +181,20 @@ def backup(target: Path, progress: Progress = silent) -> Backup:
 def save(
     store: Store, bucket: str, objects: Sequence[Listed], backups: Backups, progress: Progress = silent
 ) -> list[SavedObject]:
-    """Copy ``objects`` but for those that the newest backup has whole; those deleted meanwhile are left out."""
+    """Copy ``objects``, except those in the newest backup; objects deleted meanwhile are left out."""
     known = {(each.key, each.etag, each.size): each for each in _saved(backups)}
     saved = []
     for number, each in enumerate(objects, 1):
-        found = known.get((each.key, each.etag, each.size))
-        if found is None or not backups.has(found):
-            found = _save(store, bucket, each, backups)
-        saved += [found] if found else []
+        entry = known.get((each.key, each.etag, each.size))
+        if entry is None or not backups.has(entry):
+            entry = _save(store, bucket, each, backups)
+        saved += [entry] if entry else []
         progress("objects saved", number, len(objects))
     return saved
 
 
-def _at_rest(stack: LocalStack, store: Store, backups: Backups) -> tuple[set[str], dict[str, Digest]]:
-    """The keys of all ledgers, and the databases copied while none was added to."""
+def _copy_databases(stack: LocalStack, store: Store, backups: Backups) -> tuple[set[str], dict[str, Digest]]:
+    """Copy the databases, repeated until no ledger changes meanwhile; returns the ledgers' keys and the digests."""
     while True:
         ledgers = set(store.list_keys(stack.bucket, "ledger/"))
         databases = {name: backups.keep(partial(_copy, stack.folder / name)) for name in DATABASES}
@@ -204,7 +203,7 @@ def _at_rest(stack: LocalStack, store: Store, backups: Backups) -> tuple[set[str
 
 
 def _copy(database: Path, target: Path) -> None:
-    """Copy a SQLite database that is written to, as it is at one moment."""
+    """Copy a consistent snapshot of a SQLite database in use."""
     with (
         closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as source,
         closing(sqlite3.connect(target)) as copy,
@@ -213,7 +212,7 @@ def _copy(database: Path, target: Path) -> None:
 
 
 def _saved(backups: Backups) -> Iterator[SavedObject]:
-    """The objects of the newest backup that is whole."""
+    """Objects of the newest complete backup."""
     if backups.stamps():
         yield from backups.read().objects
 

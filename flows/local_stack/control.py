@@ -1,4 +1,4 @@
-"""``up``, ``status``, ``down``, ``exports``: the local stack as the command line sees it."""
+"""Control of the local stack: ``up``, ``status``, ``down`` and ``exports``."""
 
 import os
 import time
@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import is_full_disk
-from flows.environment import CALLED, SERVERS, Server, beside_proxies, settings
+from flows.environment import SERVER_TITLES, SERVERS, Server, loopback_no_proxy, settings
 from flows.local_stack import ports, seaweedfs
 from flows.local_stack.discovery import servers_in_environment
 from flows.local_stack.server_process import members, stop
@@ -24,17 +24,17 @@ from flows.local_stack.stack_files import SERVICES, SERVICES_OF, LocalStack, Ser
 Report = Callable[[str], None]
 
 RESTORING = "restoring.json"
-"""In the stack's folder while ``darkroom server restore`` makes it of a backup: which one that is."""
+"""State file in the stack's folder during ``darkroom server restore``."""
 PATIENCE = 120.0
-"""Seconds within which a service has to serve after its start."""
+"""Seconds within which a started service must answer."""
 HUNG = 15.0
-"""Seconds after which a process that was there before, but does not serve, is started anew."""
+"""Seconds after which an earlier process that does not answer is restarted."""
 GRACE = 15.0
-"""Seconds that a service gets to end by itself."""
+"""Seconds between SIGTERM and SIGKILL."""
 
 
 class ServiceStatus(Config):
-    """One service, as it is now."""
+    """Current status of a service."""
 
     name: ServiceName
     title: str
@@ -45,64 +45,64 @@ class ServiceStatus(Config):
 
 
 class StackStatus(Config):
-    """All services of the local stack, as they are now."""
+    """Current status of the local stack."""
 
     folder: Path
     credentials: Path | None
-    """The file that holds the passwords; None without a local stack."""
+    """File with the passwords; None without a local stack."""
     services: tuple[ServiceStatus, ...]
     elsewhere: dict[Server, str]
-    """Servers that the environment names, each with the variable that does."""
+    """Servers named by the environment, with the variable."""
 
 
 def up(report: Report, restoring: bool = False) -> StackStatus:
-    """Start what the environment does not name and what does not run; returns when all of it serves.
+    """Start the servers that the environment does not name and that do not run yet; returns when all answer.
 
-    Raises UserError or DarkroomError that names the log of what would not start; UserError if a restore did not end,
-    unless it is the one that is ``restoring``.
+    Raises DarkroomError with the log of a service that does not start, and UserError after an incomplete restore,
+    unless ``restoring``.
     """
     elsewhere = servers_in_environment()
     if len(elsewhere) < len(SERVERS):
         folder = settings().folder
-        with _turn(folder, report):
-            # The servers would make empty databases of those that are not there yet.
+        with _locked(folder, report):
+            # The servers would create the missing databases, empty.
             if (folder / RESTORING).exists() and not restoring:
                 raise UserError(
                     f"a restore into {folder} did not end: give `darkroom server restore` of the same backup again, or "
                     "set DARKROOM_HOME to another folder"
                 )
-            stack = _with_ports(_with_servers(_opened(), elsewhere))
+            stack = _with_ports(_with_servers(_open(), elsewhere))
             _start_all(stack, services(stack), report)
     for server, variable in elsewhere.items():
-        report(f"{CALLED[server]}: commands here use the server that {variable} names, none of the local stack")
+        report(f"{SERVER_TITLES[server]}: commands here use the server in {variable}, not the local stack")
     return status()
 
 
 def status() -> StackStatus:
-    """How the services of the local stack are now; each is asked as a client would."""
+    """Check the services of the local stack with real requests."""
     folder = settings().folder
     stack = LocalStack.read(folder)
-    found: list[ServiceStatus] = []
+    statuses: list[ServiceStatus] = []
     if stack is not None:
         known = services(stack)
         with ThreadPoolExecutor(len(SERVICES)) as pool:
-            found = list(pool.map(lambda service: _status(stack, service), known))
+            statuses = list(pool.map(lambda service: _status(stack, service), known))
     return StackStatus(
         folder=folder,
         credentials=folder / "credentials.json" if stack else None,
-        services=tuple(found),
+        services=tuple(statuses),
         elsewhere=servers_in_environment(),
     )
 
 
 def down(report: Report) -> None:
-    """Stop all that the local stack started, whoever started it last; what it holds stays on disk."""
+    """Stop all processes of the local stack; its data stays on disk."""
     folder = settings().folder
     if not folder.exists() and not members(folder, *SERVICES):
         report(f"no local stack in {folder}")
         return
-    with _turn(folder, report):
-        # The worker first, so that it can tell Prefect; then those that nobody needs any more.
+    with _locked(folder, report):
+        # The worker first, so that it can still report to Prefect; S3 last, as MLflow uses it.
         for names in (("worker",), ("mlflow", "prefect"), ("s3",)):
             running = members(folder, *names)
             if running:
@@ -111,13 +111,13 @@ def down(report: Report) -> None:
         stack = LocalStack.read(folder)
         if stack is not None:
             stack.updated(processes={})
-    report("the local stack is stopped; `darkroom up` starts it with all it holds")
+    report("the local stack is stopped; `darkroom up` starts it again with its data")
 
 
 def exports() -> dict[str, str]:
-    """Variables with which other clients on this machine join the local stack.
+    """Environment variables that connect other clients on this machine to the local stack.
 
-    Empty if the environment names every server already; raises UserError if the stack does not run.
+    Empty if the environment names all servers; raises UserError if the stack does not run.
     """
     elsewhere = servers_in_environment()
     missing = [server for server in SERVERS if server not in elsewhere]
@@ -125,16 +125,16 @@ def exports() -> dict[str, str]:
     variables: dict[str, str] = {}
     for server in missing:
         if stack is None or not stack.runs(server):
-            raise UserError(f"no local {CALLED[server]} server runs in {settings().folder}: run `darkroom up`")
+            raise UserError(f"no local {SERVER_TITLES[server]} server runs in {settings().folder}: run `darkroom up`")
         variables |= stack.variables(server)
     if stack is not None and missing:
-        variables |= {"DARKROOM_HOME": str(stack.folder), "DARKROOM_BUCKET": stack.bucket} | beside_proxies()
+        variables |= {"DARKROOM_HOME": str(stack.folder), "DARKROOM_BUCKET": stack.bucket} | loopback_no_proxy()
     return variables
 
 
 @contextmanager
-def _turn(folder: Path, report: Report) -> Iterator[None]:
-    """One command at a time may change the stack."""
+def _locked(folder: Path, report: Report) -> Iterator[None]:
+    """Lock the stack, which only one command at a time may change."""
     lock = FileLock(folder / "lock")
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -154,20 +154,20 @@ def _turn(folder: Path, report: Report) -> Iterator[None]:
         lock.release()
 
 
-def _opened() -> LocalStack:
-    """The stack in DARKROOM_HOME, made if there is none."""
-    wanted = settings()
-    stack = LocalStack.open(wanted.folder, wanted.bucket)
+def _open() -> LocalStack:
+    """Open the stack in DARKROOM_HOME; create it if it is missing."""
+    configured = settings()
+    stack = LocalStack.open(configured.folder, configured.bucket)
     if os.environ.get("DARKROOM_BUCKET", stack.bucket) != stack.bucket:
         raise UserError(
-            f"DARKROOM_BUCKET is {wanted.bucket}, but what the stack in {stack.folder} holds lies in its bucket "
+            f"DARKROOM_BUCKET is {configured.bucket}, but the data of the stack in {stack.folder} is in its bucket "
             f"{stack.bucket}: unset it, or begin a new stack in another DARKROOM_HOME"
         )
     return stack
 
 
 def _with_servers(stack: LocalStack, elsewhere: dict[Server, str]) -> LocalStack:
-    """Take on the servers that the environment does not name; those that were ours before stay ours."""
+    """Add the servers that the environment does not name to those of the stack."""
     ours = [server for server in SERVERS if server not in elsewhere or stack.serves(server)]
     if "s3" in ours:
         seaweedfs.binary()
@@ -180,13 +180,13 @@ def _with_servers(stack: LocalStack, elsewhere: dict[Server, str]) -> LocalStack
 
 
 def _with_ports(stack: LocalStack) -> LocalStack:
-    """Give every service its port: the one it had, if nobody took it meanwhile."""
+    """Assign ports to all services, the previous ones if they are still free."""
     numbers = dict(stack.state.ports)
     for server in stack.state.servers:
         service = SERVICES_OF[server][0]
         names = seaweedfs.PORTS if service == "s3" else (service,)
         if stack.process(service) is None:
-            # A server process that was killed may have left children that hold its port.
+            # The children of a killed server may still hold its port.
             _halt(stack, service)
             if not ports.are_free(numbers[name] for name in names if name in numbers):
                 numbers = {name: port for name, port in numbers.items() if name not in names}
@@ -196,13 +196,13 @@ def _with_ports(stack: LocalStack) -> LocalStack:
 
 
 def _start_all(stack: LocalStack, wanted: Sequence[Service], report: Report) -> None:
-    """Start what does not run as ``wanted``, all at once, and wait until everything serves."""
-    begun = time.monotonic()
+    """Start or restart services that do not run as ``wanted``, in parallel, and wait until all answer."""
+    started = time.monotonic()
     fresh: set[ServiceName] = set()
     for service in wanted:
         running = stack.process(service.name)
         if running is not None and running.spec != service.spec:
-            report(f"{service.title}: started anew, for its settings changed")
+            report(f"{service.title}: restarted, because its settings changed")
             _halt(stack, service.name)
     waiting = list(wanted)
     while waiting:
@@ -213,29 +213,29 @@ def _start_all(stack: LocalStack, wanted: Sequence[Service], report: Report) -> 
                 if service.name in fresh:
                     raise _failure(stack, service, "ended at once")
                 _halt(stack, service.name)
-                stack = _started(stack, service)
+                stack = _start(stack, service)
                 fresh.add(service.name)
             if _serves(stack, service):
                 waiting.remove(service)
-                report(f"{service.title}: {stack.url(service.name)} ({time.monotonic() - begun:.0f} s)")
-            elif service.name not in fresh and time.monotonic() - begun > HUNG:
-                report(f"{service.title}: does not answer, started anew")
+                report(f"{service.title}: {stack.url(service.name)} ({time.monotonic() - started:.0f} s)")
+            elif service.name not in fresh and time.monotonic() - started > HUNG:
+                report(f"{service.title}: restarted, because it did not answer")
                 _halt(stack, service.name, grace=2)
-            elif time.monotonic() - begun > PATIENCE:
+            elif time.monotonic() - started > PATIENCE:
                 raise _failure(stack, service, f"did not answer within {PATIENCE:.0f} s")
         time.sleep(0.1)
 
 
 def _halt(stack: LocalStack, service: ServiceName, grace: float = GRACE) -> None:
-    """Make way for a new start: end the service, and what a killed one left behind."""
+    """Stop a service, and processes that a killed one left behind."""
     left = members(stack.folder, service)
     if service == "worker":
-        # Flow runs that outlive their worker come to their own end, and tell Prefect themselves.
+        # Flow runs that outlive their worker finish on their own, and report to Prefect themselves.
         left = [process for process in left if "worker" in (process.info["cmdline"] or ())]
     stop(left, grace)
 
 
-def _started(stack: LocalStack, service: Service) -> LocalStack:
+def _start(stack: LocalStack, service: Service) -> LocalStack:
     process = service.start(stack)
     return stack.updated(processes={**stack.state.processes, service.name: process})
 

@@ -1,22 +1,28 @@
-"""Which servers this process uses: those that the environment names, else those of the local stack."""
+"""Discovery of the servers that this process uses: those in the environment, else those of the local stack."""
 
 import os
 
 from diffusion.common.errors import UserError
-from flows.environment import CALLED, DEFAULTS, NAMED_BY, SECRET, SERVERS, Server, beside_proxies, settings
+from flows.environment import (
+    DEFAULTS,
+    SECRET_VARIABLE,
+    SERVER_TITLES,
+    SERVER_VARIABLES,
+    SERVERS,
+    Server,
+    loopback_no_proxy,
+    settings,
+)
 from flows.local_stack import seaweedfs
 from flows.local_stack.stack_files import LocalStack
 
 
 def servers_in_environment() -> dict[Server, str]:
-    """The servers that the environment names, each with the variable that does.
-
-    Variables that came out of ``darkroom env`` name the local stack, and do not count.
-    """
+    """Servers named by the environment, with the variable; variables from ``darkroom env`` do not count."""
     local = LocalStack.read(settings().folder)
     found: dict[Server, str] = {}
     for server in SERVERS:
-        named = [name for name in NAMED_BY[server] if os.environ.get(name)]
+        named = [name for name in SERVER_VARIABLES[server] if os.environ.get(name)]
         ours = local is not None and local.serves(server) and _came_from(local, server)
         if named and not ours:
             found[server] = named[0]
@@ -24,9 +30,9 @@ def servers_in_environment() -> dict[Server, str]:
 
 
 def join_servers(*needs: Server) -> None:
-    """Let this process, and what it starts, use the servers in ``needs``; call it before they are imported.
+    """Connect this process and its children to the servers in ``needs``; call it before importing their clients.
 
-    Raises UserError if one is named neither by the environment nor by a running local stack.
+    Raises UserError for a server that neither the environment nor a running local stack provides.
     """
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -35,22 +41,22 @@ def join_servers(*needs: Server) -> None:
     for server in missing:
         if local is None or not local.runs(server):
             raise UserError(
-                f"no {CALLED[server]} server: {NAMED_BY[server][0]} is not set and no local one runs "
+                f"no {SERVER_TITLES[server]} server: {SERVER_VARIABLES[server][0]} is not set and no local one runs "
                 f"(in {settings().home}): run `darkroom up`"
             )
-        os.environ.update(local.variables(server) | beside_proxies())
+        os.environ.update(local.variables(server) | loopback_no_proxy())
         os.environ.setdefault("DARKROOM_BUCKET", local.bucket)
 
 
 def vacuum_deleted_objects() -> None:
-    """Have the local S3 server, if it is the one in use, keep nothing of what was deleted from it."""
+    """Free the disk space of deleted objects on the local S3 server, if it is in use."""
     local = LocalStack.read(settings().folder)
     if local is not None and "s3" not in servers_in_environment() and local.runs("s3"):
         seaweedfs.vacuum(local.state.ports["master"], local.folder / "s3")
 
 
 def _came_from(local: LocalStack, server: Server) -> bool:
-    """Whether the environment's variables for ``server`` are the local stack's, of now or of before."""
-    address = os.environ.get(NAMED_BY[server][0], "")
-    secret = os.environ.get(SECRET[server])
-    return secret == local.variables(server)[SECRET[server]] and address.startswith("http://127.0.0.1:")
+    """Whether the environment's variables for ``server`` are current or earlier ones of the local stack."""
+    address = os.environ.get(SERVER_VARIABLES[server][0], "")
+    secret = os.environ.get(SECRET_VARIABLE[server])
+    return secret == local.variables(server)[SECRET_VARIABLE[server]] and address.startswith("http://127.0.0.1:")

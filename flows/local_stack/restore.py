@@ -1,7 +1,7 @@
-"""``darkroom server restore``: a local stack made anew of a backup, with passwords of its own.
+"""``darkroom server restore``: restore a backup as a new local stack with new passwords.
 
-A takedown that was done after the backup must outlive it: what newer backups and the stack that is replaced know of
-takedowns goes into the restored bucket, too, from where every ingest learns of it.
+Takedowns since the backup must survive it: their records are copied from newer backups and the replaced stack into the
+restored bucket, where every ingest reads them.
 """
 
 import re
@@ -28,50 +28,50 @@ from flows.storage.s3 import Object, Store, client
 
 AUTH = "mlflow/auth.db"
 AT_ONCE = 2**26
-"""Bytes of objects held in memory, if they are smaller than that."""
+"""Bytes of a batch of objects in memory; a larger object is a batch by itself."""
 UPGRADES = {"mlflow/mlflow.db": ("mlflow", "db", "upgrade"), AUTH: ("mlflow.server.auth", "db", "upgrade", "--url")}
-"""The programs by which databases of an older MLflow become ours; Prefect's server does that by itself."""
+"""Commands that migrate the databases of an older MLflow; Prefect's server migrates its own."""
 
 
 REMOVAL = re.compile(r"datasets/[^/]+/removals/[^/]+\.json")
-"""Keys of the catalogue under which takedowns are recorded."""
+"""Keys of takedown records in the catalogue."""
 
 
 class LaterRemovals(Config):
-    """Takedowns that were done after a backup."""
+    """Takedowns since a backup."""
 
     records: dict[str, str] = Field(default_factory=dict)
-    """Their records in the catalogue, by key."""
+    """Catalogue records by key."""
     known_until: AwareDatetime | None = None
-    """None if they are all there are; else those done after this moment are not among them."""
+    """Time until which the list is complete; None if it is complete."""
 
     def removals(self) -> Iterator[Removal]:
-        """The takedowns; raises UserError for a record that is damaged."""
+        """Parsed takedowns; raises UserError for a damaged record."""
         for key, text in self.records.items():
             try:
                 yield Removal.model_validate_json(text)
             except ValidationError as error:
                 raise UserError(
                     f"{key} is no record of a takedown that this Darkroom understands ({error.errors()[0]['msg']}): "
-                    "update, or if it is damaged delete it and give that takedown again"
+                    "update, or if it is damaged delete it and repeat that takedown"
                 ) from error
 
 
-class Restored(Config):
-    """A restore that is done."""
+class RestoreResult(Config):
+    """Result of a restore."""
 
     backup: Backup
     status: StackStatus
     later: LaterRemovals
 
 
-class Mark(Config):
-    """What is written down while a stack is made of a backup."""
+class RestoreState(Config):
+    """State of a restore in progress, kept in the stack's folder."""
 
     stamp: str
     later: LaterRemovals
     placed: bool = False
-    """Whether all databases are there: then they may be in use, and before nothing can be."""
+    """Whether all databases are in place; from then on they may be in use."""
 
 
 def restore(
@@ -80,113 +80,115 @@ def restore(
     replaced: Path,
     report: Callable[[str], None],
     progress: Progress = silent,
-) -> Restored:
-    """Make the stack in DARKROOM_HOME of a backup, and start it. Killed and given again, it goes on.
+) -> RestoreResult:
+    """Restore a backup into DARKROOM_HOME and start the stack; can be killed and resumed.
 
     Args:
         target: Folder of the backups.
-        stamp: Which of them; by default the newest.
-        replaced: Folder of the stack that this one replaces, if there is one: its takedowns are kept.
-        report: Is told what happens.
-        progress: Is told how many objects are restored.
+        stamp: Name of the backup; default: the newest.
+        replaced: Folder of the replaced stack, if there is one, whose takedowns are taken over.
+        report: Callback for status lines.
+        progress: Callback for the number of restored objects.
 
     Raises:
-        UserError: There is a stack already, the stack that is replaced does not run, or anything of the backup is
-            damaged; all before the stack is started.
+        UserError: There is a stack already, the replaced stack does not run, or the backup is damaged; before the
+            stack is started.
     """
     if elsewhere := servers_in_environment():
         raise UserError(f"{' and '.join(elsewhere.values())} name other servers: unset them to restore a local stack")
     folder, backups = settings().folder, Backups(target)
     backup = backups.read(stamp)
-    mark = _begin(folder, backup, lambda: _later_removals(backup, backups, replaced.resolve()))
+    state = _begin(folder, backup, lambda: _later_removals(backup, backups, replaced.resolve()))
     for each in {*backup.databases.values(), *(each.sha256 for each in backup.objects)}:
-        backups.whole(each)
+        backups.verified_path(each)
     stack = LocalStack.open(folder, backup.bucket)
-    if not mark.placed:
+    if not state.placed:
         if any(stack.runs(server) for server in SERVERS):
             raise UserError(f"a stack runs in {folder}, where no restore ended: run `darkroom down`, then this again")
         for name, sha256 in backup.databases.items():
-            _place(folder / name, name, backups.whole(sha256), backup, stack)
-        write_json(folder / RESTORING, mark.model_copy(update={"placed": True}).model_dump(mode="json"))
+            _place(folder / name, name, backups.verified_path(sha256), backup, stack)
+        write_json(folder / RESTORING, state.model_copy(update={"placed": True}).model_dump(mode="json"))
     up(report, restoring=True)
     stack = LocalStack.open(folder, backup.bucket)
     store = Store(client(variables=stack.variables("s3")))
     done = 0
-    for some in _handfuls(backup.objects):
-        store.put_many(backup.bucket, [_object(saved, backups) for saved in some])
-        done += len(some)
+    for batch in _batches(backup.objects):
+        store.put_many(backup.bucket, [_object(saved, backups) for saved in batch])
+        done += len(batch)
         progress("objects restored", done, len(backup.objects))
-    for key, text in mark.later.records.items():
+    for key, text in state.later.records.items():
         store.put_once(backup.bucket, key, text.encode())
     (folder / RESTORING).unlink()
-    return Restored(backup=backup, status=status(), later=mark.later)
+    return RestoreResult(backup=backup, status=status(), later=state.later)
 
 
 def _later_removals(backup: Backup, backups: Backups, replaced: Path) -> LaterRemovals:
-    """The takedowns that newer backups or the stack in ``replaced`` know of, and ``backup`` does not."""
+    """Takedowns in newer backups or in the stack ``replaced`` that are not in ``backup``."""
     known = {each.key for each in backup.objects}
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     until: AwareDatetime | None = backup.made
     for newer in (backups.read(stamp) for stamp in backups.stamps() if stamp > backup.stamp):
         records = [each for each in newer.objects if REMOVAL.fullmatch(each.key)]
-        found |= {each.key: backups.whole(each.sha256).read_text() for each in records if each.key not in known}
+        texts |= {each.key: backups.verified_path(each.sha256).read_text() for each in records if each.key not in known}
         until = newer.made
     stack = None if replaced == settings().folder else LocalStack.read(replaced)
     if stack is not None and stack.serves("s3") and stack.bucket == backup.bucket:
         if not stack.runs("s3"):
             raise UserError(
-                f"the stack in {replaced} does not run, and knows of takedowns that the backup may not know of: run "
+                f"the stack in {replaced} does not run, and may have takedowns that the backup lacks: run "
                 f"`DARKROOM_HOME={replaced} darkroom up`, or move the folder away if it cannot be started"
             )
         store = Store(client(variables=stack.variables("s3")))
         for key in store.list_keys(stack.bucket, "datasets/"):
             if REMOVAL.fullmatch(key) and key not in known:
-                found[key] = store.get(stack.bucket, key).decode()
+                texts[key] = store.get(stack.bucket, key).decode()
         until = None
-    later = LaterRemovals(records=found, known_until=until)
-    # A record that nobody can read is better known of before anything is done.
+    later = LaterRemovals(records=texts, known_until=until)
+    # Fail on an unreadable record before anything is written.
     list(later.removals())
     return later
 
 
 def _object(saved: SavedObject, backups: Backups) -> Object:
-    # The digest is written by whoever puts it.
+    # The upload adds the digest.
     metadata = {name: text for name, text in saved.metadata.items() if name != "sha256"}
-    return Object(saved.key, backups.whole(saved.sha256).read_bytes(), saved.content_type, metadata)
+    return Object(saved.key, backups.verified_path(saved.sha256).read_bytes(), saved.content_type, metadata)
 
 
-def _handfuls(objects: Iterable[SavedObject]) -> Iterator[list[SavedObject]]:
-    """``objects`` in groups that are held in memory together."""
-    some: list[SavedObject] = []
+def _batches(objects: Iterable[SavedObject]) -> Iterator[list[SavedObject]]:
+    """Split ``objects`` into batches of at most ``AT_ONCE`` bytes."""
+    batch: list[SavedObject] = []
     size = 0
     for each in objects:
-        if some and size + each.size > AT_ONCE:
-            yield some
-            some, size = [], 0
-        some.append(each)
+        if batch and size + each.size > AT_ONCE:
+            yield batch
+            batch, size = [], 0
+        batch.append(each)
         size += each.size
-    if some:
-        yield some
+    if batch:
+        yield batch
 
 
-def _begin(folder: Path, backup: Backup, later_removals: Callable[[], LaterRemovals]) -> Mark:
-    """What is written down, now at the latest."""
+def _begin(folder: Path, backup: Backup, later_removals: Callable[[], LaterRemovals]) -> RestoreState:
+    """Read the state of an interrupted restore, or write a new one."""
     path = folder / RESTORING
     if path.is_file():
-        mark = Mark.model_validate_json(path.read_bytes())
-        if mark.stamp != backup.stamp:
-            raise UserError(f"{folder} is being made of another backup: give that one's name, or another DARKROOM_HOME")
-        return mark
+        state = RestoreState.model_validate_json(path.read_bytes())
+        if state.stamp != backup.stamp:
+            raise UserError(
+                f"{folder} is being restored from another backup: give that one's name, or another DARKROOM_HOME"
+            )
+        return state
     if (folder / "stack.json").exists() or (folder / "credentials.json").exists():
         raise UserError(f"there is a stack in {folder}: set DARKROOM_HOME to a folder that is not there yet")
-    mark = Mark(stamp=backup.stamp, later=later_removals())
+    state = RestoreState(stamp=backup.stamp, later=later_removals())
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_json(path, mark.model_dump(mode="json"))
-    return mark
+    write_json(path, state.model_dump(mode="json"))
+    return state
 
 
 def _place(path: Path, name: str, source: Path, backup: Backup, stack: LocalStack) -> None:
-    """Put a database in place, as this installation's programs and this stack's password need it."""
+    """Put a database in place, migrated to the installed programs and with this stack's password."""
 
     def write(partial: Path) -> None:
         shutil.copyfile(source, partial)
@@ -196,7 +198,7 @@ def _place(path: Path, name: str, source: Path, backup: Backup, stack: LocalStac
         if name == AUTH:
             _set_password(partial, stack)
 
-    # Of one that was made anew meanwhile, and would be taken for this one's.
+    # Journals of another database would be applied to this one.
     for journal in ("-wal", "-shm", "-journal"):
         path.with_name(f"{path.name}{journal}").unlink(missing_ok=True)
     write_atomically(path, write)
@@ -207,12 +209,12 @@ def _upgrade(name: str, database: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise DarkroomError(
-            f"{name} cannot be brought to this MLflow: {''.join(done.stderr.strip().splitlines()[-1:])}"
+            f"{name} cannot be migrated to this MLflow: {''.join(done.stderr.strip().splitlines()[-1:])}"
         )
 
 
 def _set_password(database: Path, stack: LocalStack) -> None:
-    """The backup has the old password's hash, and this stack a password of its own."""
+    """Replace the old password's hash in the backup with this stack's password."""
     from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
     store = SqlAlchemyStore()

@@ -1,4 +1,4 @@
-"""Processes that outlive the command that started them, and are known again by the next one."""
+"""Server processes that outlive the command that started them, identified by their environment."""
 
 import os
 import subprocess
@@ -12,27 +12,27 @@ from diffusion.common.config import Config
 
 FOLDER_MARK = "DARKROOM_STACK"
 SERVICE_MARK = "DARKROOM_SERVICE"
-"""In the environment of all that the stack started, down to the last descendant."""
+"""Environment variables that mark all processes of the stack, including descendants."""
 NICENESS = 5
-"""How far the servers stand back for other work on this machine."""
+"""Niceness of the servers."""
 LOG_BYTES = 16 * 2**20
-"""A longer log is set aside when its service starts again."""
+"""Size above which a log is rotated when its service starts."""
 
 
 class Process(Config):
-    """A process that was started."""
+    """A started process."""
 
     pid: int
     spec: str
-    """Digest of how it was started."""
+    """Digest of its start settings."""
 
-    def began(self) -> float:
-        """When it began, in seconds of Unix time; raises psutil.NoSuchProcess."""
+    def start_time(self) -> float:
+        """Start time in seconds of Unix time; raises psutil.NoSuchProcess."""
         return psutil.Process(self.pid).create_time()
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], cwd: Path, log: Path, spec: str) -> Process:
-    """Start ``command`` in a session of its own, writing to ``log``."""
+    """Start ``command`` in a new session, with its output in ``log``."""
     log.parent.mkdir(parents=True, exist_ok=True)
     if log.exists() and log.stat().st_size > LOG_BYTES:
         log.replace(log.with_suffix(".old.log"))
@@ -47,35 +47,35 @@ def start(command: Sequence[str], environment: Mapping[str, str], cwd: Path, log
             start_new_session=True,
         )
     process = psutil.Process(child.pid)
-    # Servers that poll beside a training make its threads wait for each other; they can wait instead.
+    # Polling servers must not slow down the threads of a training.
     process.nice(NICENESS)
-    # Linux shows no environment while a program is being loaded, and by it the process is known as ours.
+    # Linux shows no environment while a program is being loaded, and the environment identifies the process.
     while child.poll() is None and not process.environ():
         time.sleep(0.001)
-    # It is meant to live on: without this, Popen complains when the object goes.
+    # Popen would warn about a running child when the object is collected.
     child.returncode = 0
     return Process(pid=child.pid, spec=spec)
 
 
 def marks(folder: Path, service: str) -> dict[str, str]:
-    """The variables by which ``members`` finds a process."""
+    """Environment variables that identify a process for ``members``."""
     return {FOLDER_MARK: str(folder), SERVICE_MARK: service}
 
 
 def is_member(pid: int, folder: Path, *services: str) -> bool:
     """Whether process ``pid`` lives and was started for one of ``services`` by the stack in ``folder``.
 
-    What is asked is the process itself: numbers are used again, and start times shift with the clock.
+    Checks the environment of the process: PIDs are reused, and start times shift with the clock.
     """
     try:
         environment = psutil.Process(pid).environ()
     except (psutil.AccessDenied, psutil.NoSuchProcess, OSError):
-        return False  # Another user's, or gone, or a zombie: none of ours.
+        return False  # Another user's process, a finished one, or a zombie.
     return environment.get(FOLDER_MARK) == str(folder) and environment.get(SERVICE_MARK) in services
 
 
 def members(folder: Path, *services: str) -> list[psutil.Process]:
-    """All live processes that the stack in ``folder`` started for ``services``, and their descendants.
+    """All live processes of ``services`` of the stack in ``folder``, with descendants.
 
     Each has its command line in ``info["cmdline"]``.
     """
@@ -84,11 +84,11 @@ def members(folder: Path, *services: str) -> list[psutil.Process]:
 
 
 def stop(processes: Sequence[psutil.Process], grace: float) -> None:
-    """Ask ``processes`` to end, and end those that still live after ``grace`` seconds."""
-    for ask in (psutil.Process.terminate, psutil.Process.kill):
+    """Terminate ``processes``, and kill those that still live after ``grace`` seconds."""
+    for send_signal in (psutil.Process.terminate, psutil.Process.kill):
         for process in processes:
             try:
-                ask(process)
+                send_signal(process)
             except psutil.NoSuchProcess:
                 continue
         _, alive = psutil.wait_procs(processes, timeout=grace)

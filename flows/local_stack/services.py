@@ -1,4 +1,4 @@
-"""The services of the local stack: how each is started, and how one knows that it serves."""
+"""Services of the local stack: commands, environments and health checks."""
 
 import os
 import sys
@@ -9,15 +9,15 @@ from functools import cache
 from pathlib import Path
 
 from diffusion.common.files import digest_of
-from flows.environment import DEFAULTS, SERVERS, Server, beside_proxies
+from flows.environment import DEFAULTS, SERVERS, Server, loopback_no_proxy
 from flows.local_stack import seaweedfs
-from flows.local_stack.http_api import NotServing, ask
+from flows.local_stack.http_api import NotServing, request_json
 from flows.local_stack.server_process import Process, marks, start
 from flows.local_stack.stack_files import LOOPBACK, LocalStack, ServiceName, write_private
 from flows.storage.s3 import Store, client
 
 POOL = "darkroom"
-"""The process work pool that the stack's worker serves."""
+"""Process work pool of the stack's worker."""
 FAMILY: dict[Server, str] = {"mlflow": "MLFLOW_", "prefect": "PREFECT_", "s3": "AWS_"}
 
 
@@ -31,22 +31,22 @@ class Service:
     environment: dict[str, str]
     cwd: Path
     check: Callable[[Process], None]
-    """Returns if the service, being that process, does its work as a client sees it; else raises DarkroomError."""
+    """Health check of the running process; raises DarkroomError if it fails."""
     files: dict[str, str] = field(default_factory=dict)
-    """What has to lie in ``cwd`` at its start, by name; only the owner can read it."""
+    """Contents of files that are written to ``cwd`` at the start, by name; readable by the owner alone."""
     after: ServiceName | None = None
-    """The service that has to serve before this one is started."""
+    """Service that must answer before this one is started."""
 
     @property
     def spec(self) -> str:
-        """Digest of how it is started: a live process with another one is out of date."""
+        """Digest of the start settings; a live process with another one is out of date."""
         return digest_of([self.command, self.environment, str(self.cwd), self.files])
 
     def start(self, stack: LocalStack) -> Process:
-        """Start it, detached."""
+        """Start the service as a detached process."""
         families = (*FAMILY.values(), "DARKROOM_", "WEED_")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(families)}
-        environment = inherited | beside_proxies() | self.environment | marks(stack.folder, self.name)
+        environment = inherited | loopback_no_proxy() | self.environment | marks(stack.folder, self.name)
         self.cwd.mkdir(parents=True, exist_ok=True)
         for name, text in self.files.items():
             write_private(self.cwd / name, text)
@@ -54,7 +54,7 @@ class Service:
 
 
 def services(stack: LocalStack) -> list[Service]:
-    """The services of ``stack``, with the ports that it has now."""
+    """Services of ``stack`` with its current ports."""
     builders: dict[Server, list[Callable[[], Service]]] = {
         "s3": [lambda: _s3(stack)],
         "mlflow": [lambda: _mlflow(stack)],
@@ -84,7 +84,7 @@ def _mlflow(stack: LocalStack) -> Service:
 
     def check(_: Process) -> None:
         url = f"{stack.url('mlflow')}/api/2.0/mlflow/experiments/search?max_results=1"
-        ask(url, f"{own.mlflow_username}:{own.mlflow_password}")
+        request_json(url, f"{own.mlflow_username}:{own.mlflow_password}")
 
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"),
@@ -99,9 +99,9 @@ def _mlflow(stack: LocalStack) -> Service:
             "MLFLOW_AUTH_CONFIG_PATH": "auth.ini",
             "MLFLOW_AUTH_ADMIN_PASSWORD": own.mlflow_password,
             "MLFLOW_FLASK_SERVER_SECRET_KEY": own.mlflow_secret_key,
-            # Jobs judge language models; each of their queues would be one more process.
+            # Jobs evaluate language models; each of their queues would be another process.
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            # Its own list has 10.*, which names like 10.example.com fit: whoever owns one could point it here.
+            # The default has 10.*, which matches names like 10.example.com: a DNS rebinding risk.
             "MLFLOW_SERVER_ALLOWED_HOSTS": f"localhost,localhost:*,{LOOPBACK},{LOOPBACK}:*",
         }
     )
@@ -117,7 +117,7 @@ default_permission = READ
 database_uri = sqlite:///auth.db
 admin_username = {user}
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
-# Passwords are hashed slowly on purpose; with one server process there is no other to fall out of step with.
+# Password hashes are slow on purpose; caching is safe with one server process.
 auth_cache_ttl_seconds = 3600
 """
 
@@ -126,9 +126,9 @@ def _prefect(stack: LocalStack) -> Service:
     port = str(stack.state.ports["prefect"])
 
     def check(_: Process) -> None:
-        ask(f"{stack.url('prefect')}/api/health")
-        # Health is told to anybody; this is not.
-        ask(f"{stack.url('prefect')}/api/admin/version", stack.credentials.prefect_auth_string)
+        request_json(f"{stack.url('prefect')}/api/health")
+        # Unlike health, this needs the password.
+        request_json(f"{stack.url('prefect')}/api/admin/version", stack.credentials.prefect_auth_string)
 
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", LOOPBACK, "--port", port]
     environment = (
@@ -136,7 +136,7 @@ def _prefect(stack: LocalStack) -> Service:
         | {
             "PREFECT_HOME": str(stack.folder / "prefect"),
             "PREFECT_SERVER_API_AUTH_STRING": stack.credentials.prefect_auth_string,
-            # Else pages of any origin may read what it answers.
+            # The default allows any origin.
             "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": stack.url("prefect"),
             "PREFECT_SERVER_UI_API_URL": f"{stack.url('prefect')}/api",
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
@@ -157,20 +157,20 @@ PREFECT_LOOPS = {
         "FOREMAN": 30,
     }.items()
 }
-"""Seconds between looks at a database that seldom changes on one machine; four of them are 5 by default.
+"""Seconds between polls of the database, which seldom changes on one machine; four of them are 5 by default.
 
-They delay what may wait: a new schedule's first run by 15, the state "late" by 15, the end of what a cancelled or
-paused run leaves by 60. Runs that are due or triggered come by other services, and so does the end of killed ones.
+They delay only what can wait: a new schedule's first run by 15, the state "late" by 15, the cleanup of cancelled or
+paused runs by 60. Due and triggered runs, and the detection of killed ones, are handled by other services.
 """
 
 
 def _worker(stack: LocalStack) -> Service:
     def check(process: Process) -> None:
         url = f"{stack.url('prefect')}/api/work_pools/{POOL}/workers/filter"
-        found = ask(url, stack.credentials.prefect_auth_string, {})
-        # The server goes on calling a worker online for a while after its death.
-        online = [worker["last_heartbeat_time"] for worker in found if worker["status"] == "ONLINE"]
-        if not any(datetime.fromisoformat(beat).timestamp() > process.began() for beat in online):
+        workers = request_json(url, stack.credentials.prefect_auth_string, {})
+        # A dead worker stays online on the server for a while.
+        online = [worker["last_heartbeat_time"] for worker in workers if worker["status"] == "ONLINE"]
+        if not any(datetime.fromisoformat(beat).timestamp() > process.start_time() for beat in online):
             raise NotServing(f"the worker has not reported to the work pool {POOL}")
 
     command = [
@@ -184,7 +184,7 @@ def _worker(stack: LocalStack) -> Service:
 
 
 def _client_environment(stack: LocalStack, server: Server) -> dict[str, str]:
-    """How a service finds ``server``: ours, or the one that the environment names."""
+    """Variables that connect a service to ``server``, the stack's own or the one in the environment."""
     if stack.serves(server):
         return stack.variables(server)
     return {name: value for name, value in os.environ.items() if name.startswith(FAMILY[server])}

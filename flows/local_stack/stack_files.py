@@ -1,4 +1,4 @@
-"""What the local stack is on disk: its folder, its passwords, its ports and its processes."""
+"""State of the local stack on disk: folder, passwords, ports and processes."""
 
 import json
 import os
@@ -25,7 +25,7 @@ SERVICES_OF: dict[Server, tuple[ServiceName, ...]] = {
 }
 LOOPBACK = "127.0.0.1"
 USER = "darkroom"
-"""Whom both UIs ask for."""
+"""User name of both UIs."""
 
 
 def _password() -> str:
@@ -33,34 +33,34 @@ def _password() -> str:
 
 
 class Credentials(Config):
-    """Made once, when the folder is; kept in ``credentials.json``, which only its owner can read."""
+    """Credentials created with the folder, in ``credentials.json``, readable by the owner alone."""
 
     mlflow_username: str = USER
     mlflow_password: str = Field(default_factory=_password)
     mlflow_secret_key: str = Field(default_factory=_password)
-    """With which MLflow's server signs its sessions."""
+    """Key that signs the sessions of MLflow's server."""
     prefect_auth_string: str = Field(default_factory=lambda: f"{USER}:{_password()}")
-    """What Prefect's UI asks for, as a whole: user:password."""
+    """Login of Prefect's UI, entered as a whole: user:password."""
     s3_access_key: str = Field(default_factory=lambda: secrets.token_hex(10))
     s3_secret_key: str = Field(default_factory=lambda: secrets.token_hex(20))
     s3_tls_identity: str = Field(default_factory=lambda: new_identity(LOOPBACK))
-    """Certificate and private key with which the parts of the S3 server know each other, in PEM."""
+    """Certificate and private key of the S3 server's internal mutual TLS, in PEM."""
 
 
 class State(Config):
-    """What one ``darkroom up`` leaves for the next command; kept in ``stack.json``."""
+    """State of the stack between commands, in ``stack.json``."""
 
     bucket: str
-    """Bucket of the stack's own: MLflow's artifacts lie there, whatever DARKROOM_BUCKET says later."""
+    """Bucket of the stack, which holds MLflow's artifacts and never changes."""
     servers: tuple[Server, ...] = ()
-    """Those that are ours to run."""
+    """Servers that belong to the stack."""
     ports: dict[str, int] = Field(default_factory=dict)
     processes: dict[ServiceName, Process] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class LocalStack:
-    """The stack of one folder (an absolute path), as last written."""
+    """Stack in a folder (an absolute path), as last written."""
 
     folder: Path
     credentials: Credentials
@@ -68,7 +68,7 @@ class LocalStack:
 
     @classmethod
     def read(cls, folder: Path) -> "LocalStack | None":
-        """The stack in ``folder``, or None if there is none; raises UserError if its files are damaged."""
+        """Read the stack in ``folder``, or None if there is none; raises UserError if its files are damaged."""
         files = (folder / "credentials.json", folder / "stack.json")
         if not all(file.exists() for file in files):
             return None
@@ -84,58 +84,58 @@ class LocalStack:
 
     @classmethod
     def open(cls, folder: Path, bucket: str) -> "LocalStack":
-        """The stack in ``folder``, made if there is none."""
+        """Open the stack in ``folder``; create it if it is missing."""
         make_folder(folder, 0o700)
         folder.chmod(0o700)
         path = folder / "credentials.json"
-        found = cls.read(folder)
-        if found is not None:
-            # Those of an older Darkroom lack some, which were made just now.
+        stack = cls.read(folder)
+        if stack is not None:
+            # A file of an older Darkroom lacks credentials that were created just now.
             if Credentials.model_fields.keys() - json.loads(path.read_bytes()):
-                write_private(path, found.credentials.model_dump_json(indent=2))
-            return found
-        # A first `up` that was killed may have got this far, and the servers know what it wrote.
+                write_private(path, stack.credentials.model_dump_json(indent=2))
+            return stack
+        # A killed first `up` may have written credentials that the servers already use.
         credentials = Credentials.model_validate_json(path.read_bytes()) if path.exists() else Credentials()
         write_private(path, credentials.model_dump_json(indent=2))
         return cls(folder, credentials, State(bucket=bucket)).write()
 
     def write(self) -> "LocalStack":
-        """Keep the state on disk."""
+        """Write the state to disk."""
         write_private(self.folder / "stack.json", self.state.model_dump_json(indent=2))
         return self
 
     def updated(self, **changes: object) -> "LocalStack":
-        """The same stack with other state, on disk already."""
+        """Copy of the stack with changed state, which is written to disk."""
         return replace(self, state=self.state.model_copy(update=changes)).write()
 
     @property
     def bucket(self) -> str:
-        """The stack's own bucket."""
+        """Bucket of the stack."""
         return self.state.bucket
 
     def url(self, service: ServiceName) -> str:
-        """Where a service listens (the worker: whom it asks)."""
+        """URL of a service (for the worker, of Prefect)."""
         return f"http://{LOOPBACK}:{self.state.ports['prefect' if service == 'worker' else service]}"
 
     def log(self, service: ServiceName) -> Path:
-        """The file a service writes to."""
+        """Log file of a service."""
         return self.folder / "logs" / f"{service}.log"
 
     def process(self, service: ServiceName) -> Process | None:
-        """The live process of a service, or None."""
+        """Live process of a service, or None."""
         process = self.state.processes.get(service)
         return process if process is not None and is_member(process.pid, self.folder, service) else None
 
     def serves(self, server: Server) -> bool:
-        """Whether the server is ours to run."""
+        """Whether the server belongs to the stack."""
         return server in self.state.servers and SERVICES_OF[server][0] in self.state.ports
 
     def runs(self, server: Server) -> bool:
-        """Whether the server is ours and its process lives."""
+        """Whether the server belongs to the stack and its process lives."""
         return self.serves(server) and self.process(SERVICES_OF[server][0]) is not None
 
     def variables(self, server: Server) -> dict[str, str]:
-        """The environment in which clients find our ``server``."""
+        """Environment variables that connect clients to the stack's ``server``."""
         own = self.credentials
         if server == "mlflow":
             return {
@@ -147,7 +147,7 @@ class LocalStack:
             return {
                 "PREFECT_API_URL": f"{self.url('prefect')}/api",
                 "PREFECT_API_AUTH_STRING": own.prefect_auth_string,
-                # Profiles and results of the user's other Prefect servers stay out of this.
+                # Separate from profiles and results of the user's other Prefect servers.
                 "PREFECT_HOME": str(self.folder / "prefect"),
             }
         return {

@@ -1,15 +1,15 @@
-"""Keys with which processes of one owner know each other over TLS."""
+"""Self-signed identity for mutual TLS between processes of one owner."""
 
 from datetime import UTC, datetime
 from ipaddress import ip_address
 
 
 def new_identity(address: str) -> str:
-    """A new private key and its self-signed certificate for the IP ``address``, in PEM.
+    """Create a private key and its self-signed certificate for the IP ``address``, in PEM.
 
-    It is server, client and authority in one: whoever has it trusts nobody but those who have it, too.
+    It is server, client and CA in one: its holders trust only each other.
     """
-    # It takes a while to import, and is needed once in the life of a stack.
+    # A slow import that is needed once per stack.
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -24,7 +24,7 @@ def new_identity(address: str) -> str:
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        # It is trusted for its key alone; a clock that is wrong must not lock anybody out of his own data.
+        # Trusted for its key alone; a wrong clock must not lock out the owner.
         .not_valid_before(datetime(2000, 1, 1, tzinfo=UTC))
         .not_valid_after(datetime(2200, 1, 1, tzinfo=UTC))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)

@@ -1,7 +1,7 @@
-"""Whether servers do their work: each is asked as its clients ask, with their password and by their name for it.
+"""Health checks of the servers, with the same URL and credentials as their clients.
 
-MLflow's ``/health`` says 200 while it refuses the name by which its clients call it, and Prefect's while it refuses
-their password; so neither is asked.
+MLflow's and Prefect's ``/health`` endpoints are not used: they return 200 even if the host name or the password is
+rejected.
 """
 
 import os
@@ -10,15 +10,15 @@ from collections.abc import Callable, Mapping
 from tenacity import Retrying, stop_after_delay, wait_fixed
 
 from diffusion.common.errors import DarkroomError, UserError
-from flows.environment import CALLED, NAMED_BY, Server, settings
-from flows.local_stack.http_api import NotServing, ask_mlflow, ask_prefect, fetch, named
+from flows.environment import SERVER_TITLES, SERVER_VARIABLES, Server, settings
+from flows.local_stack.http_api import NotServing, fetch, query_mlflow, query_prefect, server_url
 
 
 def check(name: str) -> list[str]:
-    """Return if the server does its work, with what it lacks all the same, a line each.
+    """Check a server; returns optional features that it lacks, one line each.
 
-    ``name`` is one of ``CHECKS``, which the environment says where to find, or a URL that has to answer. Raises
-    NotServing or UserError that says why the server does not do its work.
+    ``name`` is one of ``CHECKS``, located by the environment, s3, or a http:// URL. Raises NotServing or UserError with
+    the reason if the server does not work.
     """
     if name.startswith("http://"):
         fetch(name)
@@ -27,20 +27,18 @@ def check(name: str) -> list[str]:
     elif name in CHECKS:
         CHECKS[name]()
     else:
-        raise UserError(
-            f"{name} is none of the servers whose health is known: {', '.join(CHECKS)}, s3, or a http:// address"
-        )
+        raise UserError(f"{name} is no server with a health check: use {', '.join(CHECKS)}, s3, or a http:// address")
     return []
 
 
 def require(*servers: Server) -> None:
-    """Return when each of ``servers`` does its work; raises DarkroomError that names one which does not in 10 s.
+    """Wait until each of ``servers`` works; raises DarkroomError for one that does not within 10 s.
 
-    Clients of MLflow and Prefect would try for minutes, and say nothing meanwhile. A file in MLflow's place is not
-    asked, and neither is S3, whose client tries for seconds.
+    The clients of MLflow and Prefect would retry silently for minutes. A file store of MLflow is not checked, nor is
+    S3, whose client fails within seconds.
     """
     for server in servers:
-        variable = NAMED_BY[server][0]
+        variable = SERVER_VARIABLES[server][0]
         if server == "s3" or not os.environ.get(variable, "").startswith("http"):
             continue
         try:
@@ -49,27 +47,27 @@ def require(*servers: Server) -> None:
                     CHECKS[server]()
         except NotServing as error:
             raise DarkroomError(
-                f"{CALLED[server]} does not answer ({error}): is it running, and is {variable} right?"
+                f"{SERVER_TITLES[server]} does not answer ({error}): is it running, and is {variable} right?"
             ) from error
 
 
 def _s3() -> list[str]:
-    """What the server lacks; raises UserError if it has no answer, or no conditional writes."""
-    # boto3 takes half a second that the other questions do not need.
+    """Optional features that the S3 server lacks; raises UserError without an answer or conditional writes."""
+    # boto3 takes half a second to import, which the other checks save.
     from flows.storage.multipart import honours_conditional_completion
     from flows.storage.s3 import PROBE, Store, client
     from flows.storage.s3_errors import Denied
 
-    server, bucket = named("AWS_ENDPOINT_URL_S3"), settings().bucket
+    server, bucket = server_url("AWS_ENDPOINT_URL_S3"), settings().bucket
     store = Store(client(attempts=1, read_timeout=3))
-    # One key, so that the answer is as small where a million lie beside it.
+    # A prefix of one key, so that the listing is short in any bucket.
     list(store.list_keys(bucket, f"samples/{PROBE}"))
     try:
         store.require_conditional_puts(bucket, "samples")
         conditional = honours_conditional_completion(store, bucket, "samples")
     except Denied:
         return [
-            "s3: these keys may not write to samples/, so it was not tried whether the server honours If-None-Match"
+            "s3: these keys may not write to samples/, so it was not tested whether the server honours If-None-Match"
         ]
     if conditional:
         return []
@@ -80,7 +78,7 @@ def _s3() -> list[str]:
 
 
 CHECKS: Mapping[str, Callable[[], object]] = {
-    "mlflow": lambda: ask_mlflow("experiments/search?max_results=1"),
-    # That needs the password and the database, which a version number does not.
-    "prefect": lambda: ask_prefect("flows/count", {}),
+    "mlflow": lambda: query_mlflow("experiments/search?max_results=1"),
+    # Needs the password and the database, unlike the version number.
+    "prefect": lambda: query_prefect("flows/count", {}),
 }

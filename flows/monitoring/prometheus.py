@@ -1,7 +1,6 @@
-"""What Prefect, MLflow and the ledger know, as Prometheus reads it: ``darkroom server metrics``.
+"""``darkroom server metrics``: Prometheus metrics from Prefect, MLflow and the ledger.
 
-Flow runs come and go, and nothing can fetch figures from a process that has ended. So one small process that stays asks
-the servers whenever it is asked itself. It holds nothing: after a restart it says the same.
+Flow runs are too short-lived to be scraped. One small, stateless process queries the servers at each scrape instead.
 """
 
 import math
@@ -19,44 +18,44 @@ from prometheus_client.registry import Collector
 
 from diffusion.common.errors import DarkroomError, UserError
 from flows.environment import Server, settings
-from flows.local_stack.http_api import NotServing, ask_mlflow, ask_prefect
+from flows.local_stack.http_api import NotServing, query_mlflow, query_prefect
 from flows.registry.ledger import Known, Ledger, Newest
 from flows.registry.ledger_entries import History
 from flows.storage.s3 import Listed, Location, Store, client
 
 GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "darkroom_up": ("whether the server answers", ("server",)),
-    "darkroom_flow_runs": ("flow runs that are not at their end", ("flow", "state")),
+    "darkroom_flow_runs": ("unfinished flow runs", ("flow", "state")),
     "darkroom_flow_runs_last_day": ("flow runs that ended within 24 hours", ("flow", "state")),
-    "darkroom_flow_last_success_timestamp_seconds": ("when a run of the flow last ended well", ("flow",)),
-    "darkroom_flow_last_success_seconds": ("how long that run took", ("flow",)),
-    "darkroom_samples_last_batch_images": ("images asked of the last batch that was finished", ()),
-    "darkroom_samples_last_batch_images_per_second": ("the same by the time that its flow run took", ()),
-    "darkroom_workers_online": ("workers that serve the work pool", ("pool",)),
-    "darkroom_concurrency_limit": ("how many may hold the limit at once", ("limit",)),
-    "darkroom_concurrency_active": ("how many hold it", ("limit",)),
-    "darkroom_training_images": ("images that a training under way has seen", ("model", "run_id")),
-    "darkroom_training_images_per_second": ("its rate", ("model", "run_id")),
-    "darkroom_training_last_word_timestamp_seconds": ("when it last logged a figure", ("model", "run_id")),
-    "darkroom_champion_version": ("number of the version that is champion", ("model",)),
-    "darkroom_champion_since_timestamp_seconds": ("since when it is", ("model",)),
-    "darkroom_champion_figure": ("what was measured of it", ("model", "figure")),
+    "darkroom_flow_last_success_timestamp_seconds": ("end of the flow's last successful run", ("flow",)),
+    "darkroom_flow_last_success_seconds": ("duration of that run", ("flow",)),
+    "darkroom_samples_last_batch_images": ("images requested of the last finished sampling batch", ()),
+    "darkroom_samples_last_batch_images_per_second": ("these images divided by the duration of the flow run", ()),
+    "darkroom_workers_online": ("online workers of the work pool", ("pool",)),
+    "darkroom_concurrency_limit": ("slots of the concurrency limit", ("limit",)),
+    "darkroom_concurrency_active": ("occupied slots of the concurrency limit", ("limit",)),
+    "darkroom_training_images": ("images seen by a running training", ("model", "run_id")),
+    "darkroom_training_images_per_second": ("throughput of a running training", ("model", "run_id")),
+    "darkroom_training_last_word_timestamp_seconds": ("last time that it logged a metric", ("model", "run_id")),
+    "darkroom_champion_version": ("version number of the champion", ("model",)),
+    "darkroom_champion_since_timestamp_seconds": ("time of its promotion", ("model",)),
+    "darkroom_champion_figure": ("metrics of the champion", ("model", "figure")),
     "darkroom_ledger_entries": ("verdicts and decisions in the ledger", ("model", "what")),
-    "darkroom_ledger_intact": ("whether it is all that MLflow has on record, and nothing foreign is there", ("model",)),
+    "darkroom_ledger_intact": ("whether the ledger matches MLflow's record and has no foreign objects", ("model",)),
 }
-"""Help and labels of every figure by its name."""
+"""Help and labels of all metrics by name."""
 
 RUNNING = {"PENDING": "pending", "RUNNING": "running", "PAUSED": "paused", "CANCELLING": "cancelling"}
 ENDED = {"COMPLETED": "completed", "FAILED": "failed", "CRASHED": "crashed", "CANCELLED": "cancelled"}
 PAGE = 200
-"""The most runs that Prefect gives at once."""
+"""Page size of Prefect's API."""
 
 Sample = tuple[str, tuple[str, ...], float]
-"""Name of a figure, its labels' values, and itself."""
+"""Name, label values and value of a metric."""
 
 
 def serve(host: str, port: int) -> None:
-    """Answer on ``host`` and ``port`` until the process is ended; raises UserError if the port is taken."""
+    """Serve metrics on ``host`` and ``port`` until the process ends; raises UserError if the port is taken."""
     registry = CollectorRegistry()
     registry.register(Servers())
     try:
@@ -66,23 +65,23 @@ def serve(host: str, port: int) -> None:
     threading.Event().wait()
 
 
-@dataclass(eq=False)  # a registry holds it by what it is
+@dataclass(eq=False)  # a registry needs identity hashing
 class Servers(Collector):
-    """Asks the servers of the environment, anew each time."""
+    """Collector that queries the servers of the environment at each scrape."""
 
     read: dict[str, "LedgerRead"] = field(default_factory=dict)
-    """By model, as last read: a ledger is read again when its listing, or MLflow's record of it, differs."""
+    """Cache by model: a ledger is read again when its listing or MLflow's record of it changes."""
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: what there is depends on the servers, which are not asked before anybody asks."""
+        """Describe no metrics, so that registration queries no server."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """All figures of the servers that answer, and which ones do."""
+        """Metrics of all servers that answer, and the availability of each."""
         sources: dict[Server, Callable[[], Iterator[Sample]]] = {
-            "prefect": of_prefect,
-            "s3": lambda: of_ledgers(self.read),
-            "mlflow": lambda: of_mlflow({model: each.history for model, each in self.read.items()}),
+            "prefect": prefect_samples,
+            "s3": lambda: ledger_samples(self.read),
+            "mlflow": lambda: mlflow_samples({model: each.history for model, each in self.read.items()}),
         }
         families = {name: GaugeMetricFamily(name, help_, labels=labels) for name, (help_, labels) in GAUGES.items()}
         for server, source in sources.items():
@@ -95,30 +94,32 @@ class Servers(Collector):
         yield from families.values()
 
 
-def of_prefect() -> Iterator[Sample]:
-    """Runs, workers and limits; raises NotServing."""
+def prefect_samples() -> Iterator[Sample]:
+    """Metrics of flow runs, workers and concurrency limits; raises NotServing."""
     flows = {flow["id"]: flow["name"] for flow in _pages("flows/filter", {})}
     now = datetime.now(UTC)
     due = {"expected_start_time": {"before_": now.isoformat()}}
     waiting = {"state": {"type": {"any_": ["SCHEDULED", *RUNNING]}}, **due}
     ended = {"state": {"type": {"any_": list(ENDED)}}, "end_time": {"after_": (now - timedelta(days=1)).isoformat()}}
-    yield from counted("darkroom_flow_runs", ("late", *RUNNING.values()), flows, _pages("flow_runs/filter", waiting))
-    yield from counted("darkroom_flow_runs_last_day", ENDED.values(), flows, _pages("flow_runs/filter", ended))
+    yield from count_states(
+        "darkroom_flow_runs", ("late", *RUNNING.values()), flows, _pages("flow_runs/filter", waiting)
+    )
+    yield from count_states("darkroom_flow_runs_last_day", ENDED.values(), flows, _pages("flow_runs/filter", ended))
     for flow_id, flow in flows.items():
         if run := _last_success(flow_id):
-            yield from succeeded(flow, run)
-    for pool in ask_prefect("work_pools/filter", {"limit": PAGE}):
-        workers = ask_prefect(f"work_pools/{quote(pool['name'], safe='')}/workers/filter", {"limit": PAGE})
+            yield from last_success_samples(flow, run)
+    for pool in query_prefect("work_pools/filter", {"limit": PAGE}):
+        workers = query_prefect(f"work_pools/{quote(pool['name'], safe='')}/workers/filter", {"limit": PAGE})
         yield "darkroom_workers_online", (pool["name"],), sum(worker["status"] == "ONLINE" for worker in workers)
-    for limit in ask_prefect("v2/concurrency_limits/filter", {"limit": PAGE}):
+    for limit in query_prefect("v2/concurrency_limits/filter", {"limit": PAGE}):
         yield "darkroom_concurrency_limit", (limit["name"],), limit["limit"]
         yield "darkroom_concurrency_active", (limit["name"],), limit["active_slots"]
 
 
-def counted(
+def count_states(
     name: str, states: Iterable[str], flows: Mapping[str, str], runs: Iterable[Mapping[str, Any]]
 ) -> Iterator[Sample]:
-    """How many ``runs`` of each flow are in each of ``states``; ``flows`` are names by id. None is 0, not absent."""
+    """Number of ``runs`` per flow and state, including zeros; ``flows`` are names by id."""
     found = Counter((flows.get(run["flow_id"], "unknown"), state_of(run)) for run in runs)
     for flow in sorted({*flows.values(), *(flow for flow, _ in found)}):
         for state in states:
@@ -126,14 +127,14 @@ def counted(
 
 
 def state_of(run: Mapping[str, Any]) -> str:
-    """A run's state in a word; ``late`` if nobody took it up when it was due, and ``scheduled`` before."""
+    """State of a run: ``late`` if no worker started it when it was due, ``scheduled`` before that."""
     if run["state_name"] == "Late":
         return "late"
     return (RUNNING | ENDED).get(run["state_type"], "scheduled")
 
 
-def succeeded(flow: str, run: Mapping[str, Any]) -> Iterator[Sample]:
-    """What the last good run of a flow says; of sampling also how fast they were."""
+def last_success_samples(flow: str, run: Mapping[str, Any]) -> Iterator[Sample]:
+    """Metrics of the last successful run of a flow, with the throughput of sampling."""
     seconds = float(run["total_run_time"])
     yield "darkroom_flow_last_success_timestamp_seconds", (flow,), datetime.fromisoformat(run["end_time"]).timestamp()
     yield "darkroom_flow_last_success_seconds", (flow,), seconds
@@ -145,27 +146,26 @@ def succeeded(flow: str, run: Mapping[str, Any]) -> Iterator[Sample]:
 
 @dataclass(frozen=True)
 class LedgerRead:
-    """A ledger as it was read, and what that was read from."""
+    """A parsed ledger, with the listing and MLflow record that it was read from."""
 
     listed: tuple[Listed, ...]
     known: Known
     history: History
 
 
-def of_ledgers(read: dict[str, LedgerRead]) -> Iterator[Sample]:
-    """What the ledger of each registered model says; raises DarkroomError.
+def ledger_samples(read: dict[str, LedgerRead]) -> Iterator[Sample]:
+    """Metrics of the ledger of each registered model; raises DarkroomError.
 
-    ``read`` are those read before, and are brought up to date. While MLflow does not answer, a ledger is compared with
-    what was on record the last time.
+    ``read`` is the cache, which is updated. While MLflow does not answer, its last known records are used.
     """
     place, store = Location(settings().bucket) / "ledger", Store(client(attempts=1, read_timeout=5))
-    # Before the ledgers are listed: whoever adds an entry puts it on record afterwards.
+    # Before the ledgers are listed: entries are appended before they are recorded in MLflow.
     known = _on_record(str(place), {model: each.known for model, each in read.items()})
     keys = (key.removeprefix(place.key("")) for key in store.list_keys(place.bucket, place.key("")))
     for model in sorted({key.partition("/")[0] for key in keys if "/" in key} | known.keys()):
         try:
             if (on_record := known.get(model, {})) is None:
-                raise UserError(f"what MLflow has on record of the ledger of {model} makes no sense")
+                raise UserError(f"MLflow's record of the ledger of {model} is invalid")
             history = _history(Ledger(place / model, store), on_record, read)
         except UserError:
             yield "darkroom_ledger_intact", (model,), 0
@@ -181,12 +181,12 @@ def of_ledgers(read: dict[str, LedgerRead]) -> Iterator[Sample]:
 
 
 def _on_record(place: str, before: Mapping[str, Known]) -> dict[str, Known | None]:
-    """What MLflow has on record of the ledgers below ``place``, by model; None: what it has makes no sense."""
+    """MLflow's records of the ledgers below ``place``, by model; None for an invalid record."""
     found: dict[str, Known | None] = {}
     token = ""
     while True:
         try:
-            answer = ask_mlflow(f"registered-models/search?max_results={PAGE}&page_token={quote(token, safe='')}")
+            answer = query_mlflow(f"registered-models/search?max_results={PAGE}&page_token={quote(token, safe='')}")
         except NotServing:
             return {model: each for model, each in before.items() if each}
         for model in answer.get("registered_models", ()):
@@ -202,25 +202,22 @@ def _on_record(place: str, before: Mapping[str, Known]) -> dict[str, Known | Non
             return found
 
 
-def of_mlflow(histories: Mapping[str, History]) -> Iterator[Sample]:
-    """Trainings that MLflow takes to be under way, and figures of the champions that ``histories`` name.
-
-    Raises NotServing.
-    """
-    found = ask_mlflow("experiments/search", {"max_results": 1000}).get("experiments", ())
+def mlflow_samples(histories: Mapping[str, History]) -> Iterator[Sample]:
+    """Metrics of running trainings, and of the champions in ``histories``; raises NotServing."""
+    found = query_mlflow("experiments/search", {"max_results": 1000}).get("experiments", ())
     experiments = {each["experiment_id"]: each["name"] for each in found}
     if experiments:
         trainings = "attributes.status = 'RUNNING' and tags.`darkroom.train_key` != ''"
         question = {"experiment_ids": list(experiments), "filter": trainings, "max_results": 1000}
-        for run in ask_mlflow("runs/search", question).get("runs", ()):
-            yield from trained(experiments[run["info"]["experiment_id"]], run)
+        for run in query_mlflow("runs/search", question).get("runs", ()):
+            yield from training_samples(experiments[run["info"]["experiment_id"]], run)
     for model, history in histories.items():
         if history.standing.champion is not None:
-            yield from figures_of(model, history.standing.champion)
+            yield from champion_samples(model, history.standing.champion)
 
 
-def trained(model: str, run: Mapping[str, Any]) -> Iterator[Sample]:
-    """How far a training is, once it has said so."""
+def training_samples(model: str, run: Mapping[str, Any]) -> Iterator[Sample]:
+    """Progress of a training, once it has logged any."""
     labels = model, run["info"]["run_id"]
     figures = {each["key"]: each for each in run["data"].get("metrics", ())}
     if "loss" in figures:
@@ -230,9 +227,9 @@ def trained(model: str, run: Mapping[str, Any]) -> Iterator[Sample]:
         yield "darkroom_training_images_per_second", labels, float(figures["images_per_second"]["value"])
 
 
-def figures_of(model: str, number: int) -> Iterator[Sample]:
-    """What was measured of a version: those of its tags that are numbers and not names that lead back."""
-    found = ask_mlflow(f"model-versions/get?name={quote(model, safe='')}&version={number}")
+def champion_samples(model: str, number: int) -> Iterator[Sample]:
+    """Evaluation metrics of a version: its numeric tags without a namespace."""
+    found = query_mlflow(f"model-versions/get?name={quote(model, safe='')}&version={number}")
     for tag in found["model_version"].get("tags", ()):
         value = _number(tag["value"])
         if "." not in tag["key"] and value is not None:
@@ -261,16 +258,16 @@ def _last_success(flow_id: str) -> Mapping[str, Any] | None:
         "sort": "END_TIME_DESC",
         "limit": 1,
     }
-    runs: list[Mapping[str, Any]] = ask_prefect("flow_runs/filter", question)
+    runs: list[Mapping[str, Any]] = query_prefect("flow_runs/filter", question)
     return runs[0] if runs else None
 
 
 def _pages(path: str, flow_runs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """All that Prefect finds, page by page."""
+    """All results of a Prefect query, page by page."""
     offset = 0
     while True:
         question = {"limit": PAGE, "offset": offset} | ({"flow_runs": flow_runs} if flow_runs else {})
-        page = ask_prefect(path, question)
+        page = query_prefect(path, question)
         yield from page
         if len(page) < PAGE:
             return

@@ -10,7 +10,7 @@ from mlflow.client import MlflowClient
 from diffusion.common.config import Config
 from diffusion.common.errors import Held, UserError
 from flows.config import Params
-from flows.deployment.tasks import step
+from flows.deployment.tasks import retryable_task
 from flows.environment import settings
 from flows.registry import model_versions
 from flows.registry.aliases import CHAMPION, Record, adopted, aliases_of, append, none_if_missing, project, verified
@@ -20,7 +20,7 @@ from flows.registry.model_versions import WEIGHTS, Version
 from flows.registry.takedown_marks import takedowns, with_takedowns
 
 
-@step
+@retryable_task
 def require_champion(params: Params) -> None:
     """Raise UserError, with the ways out, if the champion cannot be compared with; fetch its weights if it can.
 

@@ -49,7 +49,7 @@ class NotedVerdict(BaseModel):
 
 
 class Note(BaseModel):
-    """What a retraining left behind, as far as it is read here; the rest of ``Retrained`` is passed on."""
+    """What a retraining left behind, as far as it is read here; the rest of ``RetrainResult`` is passed on."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -1,4 +1,4 @@
-"""Disk-buffered MLflow logger: a server that is down never stops a training, and gets all that it missed."""
+"""Disk-buffered MLflow logger: training survives server outages, and no metric is lost."""
 
 import json
 import logging
@@ -27,33 +27,33 @@ from diffusion.common.image_grids import save_png
 from flows.tracking.runs import RunTracker, image_marker
 
 AT_ONCE = 500
-"""Figures that are delivered together: MLflow takes a thousand."""
+"""Metrics per request; MLflow accepts a thousand."""
 PAUSE = 5.0
-"""Seconds between tries while MLflow does not answer."""
+"""Seconds between retries while MLflow does not answer."""
 PATIENCE = 120.0
-"""Seconds that the end of a training waits for what is not delivered yet."""
+"""Seconds without progress after which ``close`` gives up."""
 EVERY = 10.0
-"""Seconds between two measurements of the machine."""
+"""Seconds between two measurements of system metrics."""
 
 UNANSWERED = (MlflowException, OSError, BotoCoreError, Boto3Error, ClientError)
-"""What is raised while MLflow, or the store of its images, does not answer as it should."""
+"""Exceptions raised while MLflow or its artifact store is unavailable."""
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-"""A figure (``name``, ``value``, ``time``, ``step``) or an image (``name``, ``image``, ``file``, ``step``)."""
+"""A metric (``name``, ``value``, ``time``, ``step``) or an image (``name``, ``image``, ``file``, ``step``)."""
 
 
-class SpooledTracker:
-    """Implements ``diffusion.training.logging.Tracker``: appends to a file, from which a thread delivers in order.
+class BufferedTracker:
+    """Implements ``diffusion.training.logging.Tracker``: appends to a file, which a thread delivers in order.
 
-    A training that was killed logs again what came after its last checkpoint: a figure counts once, with the time of
-    its first record. Of the file all is delivered anew by each process, but what MLflow has already: so the file needs
-    no mark of how far it was delivered, and another server gets all of it.
+    A resumed training logs the points after its last checkpoint again; each counts once, with its first timestamp.
+    Each process delivers the whole file except what MLflow has already, so no delivery position is stored, and a
+    different server gets everything.
     """
 
-    def __init__(self, tracker: RunTracker, folder: Path, anew: bool = False) -> None:
-        if anew:
+    def __init__(self, tracker: RunTracker, folder: Path, restart: bool = False) -> None:
+        if restart:
             shutil.rmtree(folder, ignore_errors=True)
         make_folder(folder)
         self.tracker = tracker
@@ -71,7 +71,7 @@ class SpooledTracker:
         self._thread.start()
 
     def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
-        """Keep ``metrics`` at step ``images``, and what the machine does, every ten seconds."""
+        """Record ``metrics`` at step ``images``, and system metrics every ten seconds."""
         now = int(time.time() * 1000)
         figures = [*metrics.items(), *self._system_metrics().items()]
         self._add(
@@ -83,19 +83,19 @@ class SpooledTracker:
         )
 
     def log_image(self, name: str, image: Image.Image, images: int) -> None:
-        """Keep ``image`` as the image ``name`` at step ``images``."""
+        """Record ``image`` as the image ``name`` at step ``images``."""
         path = self.folder / f"{name}-{images:010d}.png"
         save_png(path, image)
         self._add([{"name": image_marker(name), "image": name, "file": path.name, "step": images}])
 
     def sync(self) -> None:
-        """Make what was kept so far durable."""
+        """Flush the records to disk."""
         if (log := self.folder / "records.jsonl").is_file():
             sync_file(log)
             sync_folder(self.folder)
 
     def close(self) -> None:
-        """Deliver what is left; raises DarkroomError if MLflow does not take it within two minutes."""
+        """Deliver all records; raises DarkroomError if MLflow accepts none within two minutes."""
         with self._change:
             self._closing = True
             self._change.notify_all()
@@ -106,18 +106,18 @@ class SpooledTracker:
                 break
         if left := len(self.records) - self.delivered:
             raise DarkroomError(
-                f"MLflow does not take what is left of the run's record ({left} figures in {self.folder}): "
+                f"MLflow does not accept the rest of the run's metrics ({left} figures in {self.folder}): "
                 f"{self._trouble or 'it does not answer'}. Training itself is done; give the same command again when "
                 "MLflow is back"
             )
 
     def abandon(self) -> None:
-        """Deliver no more; what is left waits for the next time."""
+        """Stop delivery; the remaining records are delivered by the next process."""
         with self._change:
             self._abandoned.set()
             self._closing = True
             self._change.notify_all()
-        # Not for as long as a client tries to reach a server that is away.
+        # A client that retries an unreachable server may take much longer.
         self._thread.join(2 * PAUSE)
 
     def _add(self, records: list[Record]) -> None:
@@ -141,17 +141,17 @@ class SpooledTracker:
             except UNANSWERED as error:
                 trouble = " ".join(str(error).split())[:300]
                 if trouble != self._trouble:
-                    logger.warning("MLflow takes no figures; they wait in %s: %s", self.folder, trouble)
+                    logger.warning("MLflow is unavailable; metrics are buffered in %s: %s", self.folder, trouble)
                 self._trouble = trouble
                 time.sleep(PAUSE)
                 continue
             if self._trouble:
-                logger.warning("MLflow takes figures again")
+                logger.warning("MLflow is available again")
                 self._trouble = ""
             self.delivered += count
 
     def _send(self, left: list[Record]) -> int:
-        """Deliver the first few of ``left``; returns how many."""
+        """Deliver the first records of ``left``; returns their number."""
         first = left[0]
         if "image" in first:
             with Image.open(self.folder / first["file"]) as image:
@@ -162,7 +162,7 @@ class SpooledTracker:
             if "image" in record:
                 break
             figures.append(Metric(record["name"], record["value"], record["time"], record["step"]))
-        # Another machine that trains the same writes to the same run.
+        # Another machine with the same training writes to the same run.
         last = self.tracker.last_steps()
         fresh = [figure for figure in figures if figure.step > last.get(figure.key, -1)]
         if fresh:
@@ -170,7 +170,7 @@ class SpooledTracker:
         return len(figures)
 
     def _system_metrics(self) -> dict[str, float]:
-        """Processors, memory, disk and GPUs, as MLflow's page of system metrics wants them, unless measured of late."""
+        """CPU, memory, disk and GPU metrics under MLflow's names; empty within ``EVERY`` seconds of the last ones."""
         if time.monotonic() - self._measured < EVERY:
             return {}
         self._measured = time.monotonic()
@@ -184,19 +184,19 @@ class SpooledTracker:
 
 
 def _monitors() -> list[BaseMetricsMonitor]:
-    found: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor()]  # type: ignore[no-untyped-call]
-    # Without NVIDIA's library and driver there is no GPU to look at.
+    monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor()]  # type: ignore[no-untyped-call]
+    # Raised without NVIDIA's library or driver.
     with suppress(ImportError, RuntimeError):
-        found.append(GPUMonitor())  # type: ignore[no-untyped-call]
-    return found
+        monitors.append(GPUMonitor())  # type: ignore[no-untyped-call]
+    return monitors
 
 
 def _read_records(log: Path) -> list[Record]:
-    """What a process before this one kept; a last line that a kill cut short is taken out of the file."""
+    """Records of earlier processes; an incomplete last line is removed from the file."""
     if not log.is_file():
         return []
     data = log.read_bytes()
-    # Nor were the zeros ever logged that a power cut may leave.
+    # A power failure may leave zeros at the end.
     whole = data.split(b"\0")[0]
     whole = whole[: whole.rfind(b"\n") + 1]
     if whole != data:

@@ -1,4 +1,4 @@
-"""How far long work is, for whoever sits before it: a bar on a terminal, plain lines elsewhere."""
+"""Progress on the console: bars on a terminal, plain lines elsewhere."""
 
 import logging
 import sys
@@ -23,19 +23,19 @@ OURS = ("diffusion", "flows")
 
 @dataclass
 class Pace:
-    """Rate and time left of one kind of work, and when its next line is due."""
+    """Rate and remaining time of one kind of work, and the rate limit of its lines."""
 
     started: float = field(default_factory=time.monotonic)
     started_at: int | None = None
-    """Units done when it was first heard of: what a resumed run had before it does not count as speed."""
+    """Units done at the first report; the earlier part of a resumed run does not count as speed."""
     reached: int = 0
-    """Units done when it was last heard of."""
+    """Units done at the last report."""
     last_line: float = float("-inf")
 
     def due(self, done: int, total: int | None) -> bool:
-        """Whether a line is due: first, last, and now and then between."""
+        """Whether a line is due: the first, the last, and one every ten seconds."""
         now = time.monotonic()
-        # Fewer than before are those of the next of several runs.
+        # A smaller number belongs to the next of several runs.
         if self.started_at is None or done < self.reached:
             self.started, self.started_at = now, done
         self.reached = done
@@ -45,7 +45,7 @@ class Pace:
         return True
 
     def words(self, done: int, total: int | None) -> str:
-        """Rate and time left, as far as they can be known."""
+        """Rate and remaining time as text; empty if unknown."""
         rate = (done - (self.started_at or 0)) / max(time.monotonic() - self.started, 1e-9)
         if rate <= 0:
             return ""
@@ -57,20 +57,20 @@ class Pace:
 
 
 class Console(Protocol):
-    """Shows how far work is, and lines besides."""
+    """Display of progress and log lines."""
 
     def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
-        """Show that ``done`` of ``total`` are done of ``what``."""
+        """Show that ``done`` of ``total`` units of ``what`` are done."""
 
     def write(self, line: str) -> None:
         """Show ``line``."""
 
     def close(self) -> None:
-        """No more comes."""
+        """End the display."""
 
 
-class Said(logging.Handler):
-    """What our packages log, on the console."""
+class ConsoleHandler(logging.Handler):
+    """Log handler that shows the records of our packages on the console."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.INFO)
@@ -84,36 +84,36 @@ class Said(logging.Handler):
 
 @contextmanager
 def console() -> Iterator[Console]:
-    """Bars on a terminal, plain lines elsewhere, JSON if asked for; inside, what our packages log is shown as well."""
-    shown, said = _written() if settings().log == "json" else _shown()
+    """Bars on a terminal, plain lines elsewhere, JSON lines with DARKROOM_LOG=json; also shows our log records."""
+    shown, handler = _json_console() if settings().log == "json" else _text_console()
     ours = [logging.getLogger(name) for name in OURS]
     before = [(each.level, each.propagate) for each in ours]
     for each in ours:
-        each.addHandler(said)
+        each.addHandler(handler)
         each.setLevel(logging.INFO)
         # Prefect's own console would write the same lines of JSON again.
-        each.propagate = each.propagate and not isinstance(shown, Logged)
+        each.propagate = each.propagate and not isinstance(shown, LogLines)
     try:
         yield shown
     finally:
         for each, (level, propagate) in zip(ours, before, strict=True):
-            each.removeHandler(said)
+            each.removeHandler(handler)
             each.setLevel(level)
             each.propagate = propagate
         shown.close()
 
 
-def _shown() -> tuple[Console, logging.Handler]:
+def _text_console() -> tuple[Console, logging.Handler]:
     shown: Console = Bars() if sys.stderr.isatty() else Lines()
-    return shown, Said(shown)
+    return shown, ConsoleHandler(shown)
 
 
-def _written() -> tuple[Console, logging.Handler]:
+def _json_console() -> tuple[Console, logging.Handler]:
     from flows.tracking.json_logs import Formatter
 
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter())
-    return Logged(), handler
+    return LogLines(), handler
 
 
 class Lines:
@@ -130,15 +130,15 @@ class Lines:
             self.write(", ".join(part for part in (f"{what}: {count}", pace.words(done, total), note) if part))
 
     def close(self) -> None:
-        """Nothing is left to be done."""
+        """Do nothing."""
 
     def write(self, line: str) -> None:
-        """Put ``line`` where it is read."""
+        """Print ``line`` to standard error."""
         print(escape_controls(line), file=sys.stderr, flush=True)
 
 
-class Logged(Lines):
-    """The same lines in the log, for programs to read."""
+class LogLines(Lines):
+    """Progress lines in the log, as JSON."""
 
     def write(self, line: str) -> None:
         """Log ``line``, unless the log of a Prefect run has it already."""
@@ -176,9 +176,9 @@ class Bars:
             self.close()
 
     def write(self, line: str) -> None:
-        """Put ``line`` above the bars."""
+        """Print ``line`` above the bars."""
         self.progress.console.print(escape_controls(line), markup=False, highlight=False)
 
     def close(self) -> None:
-        """Give the terminal back."""
+        """Stop the live display."""
         self.progress.stop()

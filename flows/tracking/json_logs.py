@@ -1,7 +1,7 @@
-"""Log lines that programs read: one JSON object each, ours and Prefect's alike, with the names of what they are about.
+"""JSON log lines of Darkroom and Prefect, with the IDs of flow run, task run, MLflow run and data set.
 
-``DARKROOM_LOG=json`` turns them on for a command. Processes that are not ours to start, as Prefect's workers and what
-they run, are told by ``VARIABLES`` in their environment.
+``DARKROOM_LOG=json`` enables them for a command. Prefect workers and their runs need ``VARIABLES`` in their
+environment.
 """
 
 import sys
@@ -20,32 +20,32 @@ VARIABLES: Mapping[str, str] = {
     "PREFECT_LOGGING_FORMATTERS_JSON_CLASS": "flows.tracking.json_logs.Formatter",
     "PREFECT_LOGGING_COLORS": "false",
 }
-"""With these Prefect writes its log, and what our packages say during a run, in this format."""
+"""Variables that make Prefect write its log, and ours during a run, in this format."""
 
 RUN_ID: ContextVar[str | None] = ContextVar("run_id", default=None)
-"""The MLflow run that work is about from here on."""
+"""ID of the current MLflow run."""
 
 
 class Formatter(JsonFormatter):
-    """Time (UTC), level, logger and message; flow run, task run, data set and MLflow run as far as there are any."""
+    """Time (UTC), level, logger and message; flow run, task run, data set and MLflow run if there are any."""
 
     def __init__(self, *_: object, **__: object) -> None:
-        # What Prefect's configuration says of the format is meant for its own class.
+        # Prefect passes the format of its own formatter class.
         super().__init__(json_ensure_ascii=False)
 
     def format(self, record: LogRecord) -> str:
-        """The line of ``record``, which a terminal can show."""
+        """JSON line of ``record``, with control characters escaped."""
         return escape_controls(super().format(record))
 
     def add_fields(self, log_data: dict[str, Any], record: LogRecord, message_dict: dict[str, Any]) -> None:
-        """Put the fields into ``log_data``."""
+        """Add the fields to ``log_data``."""
         log_data |= {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
         }
         super().add_fields(log_data, record, message_dict)
-        # They say how a line is to be shown or sent, nothing about what happened.
+        # Fields about the display and delivery of a line.
         for name in ("send_to_api", "color_message", "taskName"):
             log_data.pop(name, None)
         for name, value in about().items():
@@ -53,24 +53,24 @@ class Formatter(JsonFormatter):
 
 
 def about() -> dict[str, str]:
-    """The names of what the code that runs now works on."""
-    found = {"run_id": RUN_ID.get()} | _of_prefect()
-    return {name: str(value) for name, value in found.items() if value is not None}
+    """IDs of the current runs and data set."""
+    fields = {"run_id": RUN_ID.get()} | _prefect_fields()
+    return {name: str(value) for name, value in fields.items() if value is not None}
 
 
-def _of_prefect() -> dict[str, Any]:
-    # A command that needs no flows does not load Prefect for its log.
+def _prefect_fields() -> dict[str, Any]:
+    # A command without flows does not import Prefect for its log.
     if "prefect.context" not in sys.modules:
         return {}
     from prefect.context import FlowRunContext, TaskRunContext
 
     flow, task = FlowRunContext.get(), TaskRunContext.get()
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     if task is not None:
-        found |= {"task_run_id": task.task_run.id, "flow_run_id": task.task_run.flow_run_id}
+        fields |= {"task_run_id": task.task_run.id, "flow_run_id": task.task_run.flow_run_id}
     if flow is not None and flow.flow_run is not None:
-        found |= {"flow_run_id": flow.flow_run.id, "flow_name": flow.flow and flow.flow.name}
+        fields |= {"flow_run_id": flow.flow_run.id, "flow_name": flow.flow and flow.flow.name}
     for parameters in (task and task.parameters, flow and flow.parameters):
         if training := getattr((parameters or {}).get("params"), "training", None):
-            found |= {"dataset": training.dataset}
-    return found
+            fields |= {"dataset": training.dataset}
+    return fields

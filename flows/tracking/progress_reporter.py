@@ -1,4 +1,4 @@
-"""How far long work is, for whoever watches a flow: the console it was started from, and the Prefect UI."""
+"""Progress of a flow, on the console and in the Prefect UI."""
 
 from contextvars import ContextVar
 from uuid import UUID
@@ -12,20 +12,20 @@ from diffusion.common.progress import Progress
 from flows.tracking.console import Lines, Pace
 
 CONSOLE: ContextVar[Progress | None] = ContextVar("console", default=None)
-"""Where the command line shows progress; a flow that a worker runs has no console."""
+"""Console of the command line; flows on a worker have none."""
 
 
 class RunLog(Lines):
-    """Lines in the log of the Prefect run at hand."""
+    """Lines in the log of the current Prefect run."""
 
     def write(self, line: str) -> None:
-        """Log ``line``, inside a run."""
+        """Log ``line`` if there is a Prefect run."""
         if TaskRunContext.get() or FlowRunContext.get():
             get_run_logger().info(escape_controls(line))
 
 
 def reporter() -> Progress:
-    """Progress to the log of the run, and to the console if there is one."""
+    """Progress callback that writes to the log of the run, and to the console if there is one."""
     log, console = RunLog(), CONSOLE.get()
 
     def report(what: str, done: int, total: int | None, note: str = "") -> None:
@@ -37,10 +37,10 @@ def reporter() -> Progress:
 
 
 def bar(key: str) -> Progress:
-    """``reporter``, and a bar among the artifacts of the flow run at hand, with rate and time left."""
+    """Like ``reporter``, with a progress artifact on the current flow run that has rate and remaining time."""
     report, pace = reporter(), Pace()
     artifact = create_progress_artifact(progress=0.0, key=key)
-    assert isinstance(artifact, UUID)  # and no promise of one, outside of async code
+    assert isinstance(artifact, UUID)  # a coroutine only in async code
 
     def show(what: str, done: int, total: int | None, note: str = "") -> None:
         report(what, done, total, note)

@@ -1,4 +1,4 @@
-"""Runs in MLflow, one per training, found again by what went into it; judged checkpoints as logged models."""
+"""MLflow runs, one per training and identified by its inputs; evaluated checkpoints as logged models."""
 
 import math
 import re
@@ -35,44 +35,44 @@ from flows.tracking.json_logs import RUN_ID
 MANIFEST_ARTIFACT = "dataset/manifest.json"
 """Path of the data set's manifest among the artifacts of a run."""
 TRAIN_KEY = "darkroom.train_key"
-"""Tag by which the run of a training is found again: the digest of all that decides its weights."""
+"""Tag that identifies the run of a training: digest of everything that determines its weights."""
 AUTOENCODER = "darkroom.autoencoder"
-"""Tag of a run in the latents of a registered model: which version, models:/NAME/NUMBER."""
+"""Tag of a latent-space run: the registered autoencoder, models:/NAME/NUMBER."""
 SWEEP = "darkroom.sweep"
-"""Tag of the parent of runs that were compared, and by which it is found again: the digest of what was to be tried."""
+"""Tag that identifies the parent run of a sweep: digest of its settings and data."""
 RELEASED_FROM = "darkroom.released_from"
-"""Tag of a released version, and of its run: where they come from, and what the version is called there."""
+"""Tag of a released version and its run: source registry and version."""
 START = "darkroom.start"
-"""Tag of a run that began with the weights of a registered model: which version, models:/NAME/NUMBER."""
+"""Tag of a warm-started run: the registered initial model, models:/NAME/NUMBER."""
 RUN_NAME = re.compile(r"[0-9a-f]{32}")
 DIGEST_LENGTH = 36
-"""MLflow keeps this many characters of a data set's digest; the tags hold all of them."""
+"""Longest data set digest that MLflow stores; the tags hold the full one."""
 CHECKPOINT = "darkroom.checkpoint"
 """Tag of a logged model: the checkpoint's file."""
 CHECKPOINT_SHA256 = "darkroom.checkpoint_sha256"
-"""Tag by which the logged model of a checkpoint is found again."""
+"""Tag that identifies the logged model of a checkpoint."""
 EVAL_KEY = "darkroom.eval_key"
-"""Tag: scores of two models compare where it is equal."""
+"""Tag: scores of two models are comparable if it is equal."""
 JUDGED = "darkroom.judged"
 """Tag: ``in full`` or ``preliminary``."""
 PRELIMINARY = "preliminary_"
-"""Before the name of a figure that rests on fewer images, so that it does not rank among the others."""
+"""Name prefix of metrics on fewer images, which are not comparable with the others."""
 
 
 @dataclass
 class RunTracker:
-    """A run on an MLflow server, written to at once.
+    """Unbuffered logger of an MLflow run.
 
-    Positions up to those that the run has already are passed over, so that each is there once.
+    Steps up to the last one of the run are skipped, so that each is logged once.
     """
 
     client: MlflowClient
     run_id: str
     seen: dict[str, int] | None = None
-    """Last position known to the server, by metric; None: it was not asked yet."""
+    """Last step on the server by metric; None before the first request."""
 
     def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
-        """Keep ``metrics`` at step ``images``."""
+        """Log ``metrics`` at step ``images``."""
         seen = self.last_steps() if self.seen is None else self.seen
         now = int(time.time() * 1000)
         fresh = [
@@ -85,13 +85,13 @@ class RunTracker:
         self.seen = seen | {metric.key: images for metric in fresh}
 
     def last_steps(self) -> dict[str, int]:
-        """The last position that the run has of each metric, whoever logged it."""
+        """Last step of each metric of the run on the server."""
         return {metric.key: metric.step for metric in self.client.get_run(self.run_id).data._metric_objs}
 
     def log_image(self, name: str, image: Image.Image, images: int) -> None:
-        """Keep ``image`` as the image ``name`` at step ``images``."""
+        """Log ``image`` as the image ``name`` at step ``images``."""
         marker = image_marker(name)
-        # Another machine that trains the same may have logged it since this was looked up.
+        # Another machine with the same training may have logged it meanwhile.
         self.seen = self.last_steps()
         if images > self.seen.get(marker, -1):
             self.client.log_image(self.run_id, image, key=name, step=images)
@@ -103,11 +103,11 @@ class RunTracker:
         return bool(self.client.get_run(self.run_id).info.status == "FINISHED")
 
     def log_file(self, path: Path, folder: str) -> None:
-        """Keep a file among the run's artifacts."""
+        """Log a file as an artifact of the run."""
         self.client.log_artifact(self.run_id, str(path), folder)
 
     def tag(self, tags: Mapping[str, Any]) -> None:
-        """Set tags; a value of None is left out."""
+        """Set tags, except those with value None."""
         entities = [RunTag(name, str(value)) for name, value in tags.items() if value is not None]
         self.client.log_batch(self.run_id, tags=entities)
 
@@ -116,38 +116,37 @@ class RunTracker:
         self.client.set_terminated(self.run_id)
 
     def fail(self) -> None:
-        """Mark the run as failed; the same command finds it again and goes on."""
+        """Mark the run as failed; it can be resumed."""
         self.client.set_terminated(self.run_id, "FAILED")
 
 
 def image_marker(name: str) -> str:
-    """The metric that says up to which position a run has images called ``name``."""
+    """Name of the metric with the last step of the images ``name``."""
     return f"{name}_at_images"
 
 
 def find_run(client: MlflowClient, experiment: str, train_key: str) -> MlflowRun | None:
-    """The run of the training called ``train_key``, or None."""
+    """Find the run of the training ``train_key``, or None."""
     return run_by_tag(client, experiment, TRAIN_KEY, train_key)
 
 
 def run_by_tag(client: MlflowClient, experiment: str, tag: str, value: str) -> MlflowRun | None:
-    """The run of ``experiment`` whose ``tag`` is ``value``, of several the one that was claimed first; or None."""
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
+    """Find the run of ``experiment`` whose ``tag`` is ``value``, of several the one claimed first; or None."""
+    entity = client.get_experiment_by_name(experiment)
+    if entity is None:
         return None
     claimed = Claims.of(experiment, value).holder(lambda run_id: _is_of(client, run_id, tag, value))
     if claimed is not None:
         return client.get_run(claimed)
     filter_string = f"tags.`{tag}` = '{value}'"
-    runs = client.search_runs([found.experiment_id], filter_string, order_by=["attributes.start_time ASC"])
+    runs = client.search_runs([entity.experiment_id], filter_string, order_by=["attributes.start_time ASC"])
     return runs[0] if runs else None
 
 
 def one_run(client: MlflowClient, experiment: str, tag: str, value: str, name: str) -> MlflowRun:
-    """The run of ``experiment`` whose ``tag`` is ``value``, made with this ``name`` if there is none.
+    """Find the run of ``experiment`` whose ``tag`` is ``value``, or create it with this ``name``.
 
-    Of several who make one at the same time, all go on with that of whoever claims it first. The others are marked as
-    deleted in MLflow, as far as nothing was logged to them.
+    Concurrent callers all get the run that is claimed first. The others are deleted in MLflow if they are empty.
     """
     run = run_by_tag(client, experiment, tag, value) or client.create_run(
         experiment_id(client, experiment), tags={tag: value}, run_name=name
@@ -160,7 +159,7 @@ def one_run(client: MlflowClient, experiment: str, tag: str, value: str, name: s
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:
-    """The experiment of that name, made if there is none."""
+    """ID of the experiment ``name``, which is created if missing."""
     if (found := client.get_experiment_by_name(name)) is None:
         try:
             return str(client.create_experiment(name))
@@ -168,12 +167,12 @@ def experiment_id(client: MlflowClient, name: str) -> str:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
             found = client.get_experiment_by_name(name)
-            assert found is not None, "somebody was faster"
+            assert found is not None, "another process created it"
     return str(found.experiment_id)
 
 
 def _is_of(client: MlflowClient, run_id: str, tag: str, value: str) -> bool:
-    """Whether there is a run of this ID that was not deleted and has the tag."""
+    """Whether a run of this ID exists, is not deleted, and has the tag."""
     if not RUN_NAME.fullmatch(run_id):
         return False
     try:
@@ -193,14 +192,14 @@ def open_run(
     code: CodeVersion,
     data: DataVersion | None,
     data_source: str,
-    anew: bool,
+    restart: bool,
 ) -> RunTracker:
-    """Go on with the run of this training, or begin one; ``anew`` sets an earlier one aside."""
+    """Resume or create the run of this training; ``restart`` detaches an earlier one."""
     client = MlflowClient()
-    if anew and (run := find_run(client, experiment, train_key)) is not None:
+    if restart and (run := find_run(client, experiment, train_key)) is not None:
         client.set_tag(run.info.run_id, TRAIN_KEY, f"{train_key} (restarted)")
     run = one_run(client, experiment, TRAIN_KEY, train_key, f"train-{train_key[:8]}")
-    # Also on a run that was there: whoever made it may have been killed before this.
+    # Also on an existing run: its creator may have been killed before this.
     client.log_batch(run.info.run_id, params=[Param(name, str(value)) for name, value in parameters.items()])
     client.log_inputs(run.info.run_id, [_dataset_input(manifest, data, data_source)])
     tracker = RunTracker(client, run.info.run_id)
@@ -238,13 +237,13 @@ class Scoreboard:
     run_id: str
 
     def show(self, evaluation: Evaluation) -> None:
-        """Log each evaluated checkpoint as a model with its scores; what is there already is not logged twice."""
+        """Log each evaluated checkpoint as a model with its scores, once."""
         experiment = self.client.get_run(self.run_id).info.experiment_id
         for each in evaluation.preliminary:
             metric = each.selection_metric
             figures = {f"{PRELIMINARY}{metric.name}": metric.value, f"{PRELIMINARY}samples": float(metric.count)}
             self._log(experiment, evaluation, each, "preliminary", figures)
-        # The best of several averages comes last, and so is the run's own point at its number of images.
+        # The best of several EMA lengths comes last, so that it becomes the run's value at that step.
         for each in sorted(evaluation.checkpoints, key=lambda each: (each.images, each.selection_metric.rank)):
             self._log(experiment, evaluation, each, "in full", each.metrics())
 
@@ -268,7 +267,7 @@ class Scoreboard:
         if changed := {name: value for name, value in tags.items() if model.tags.get(name) != value}:
             self.client.set_logged_model_tags(model.model_id, changed)
         content = evaluation.conditions.content_digest[:DIGEST_LENGTH]
-        newest = _newest(model, evaluation.dataset, content)
+        newest = _latest_metrics(model, evaluation.dataset, content)
         now = int(time.time() * 1000)
         fresh = [
             Metric(
@@ -288,7 +287,7 @@ class Scoreboard:
             self.client.log_batch(self.run_id, metrics=fresh)
 
     def _model(self, experiment: str, evaluated: CheckpointEvaluation, tags: dict[str, str]) -> LoggedModel:
-        """The logged model of a checkpoint; made if the run has none, and finished if whoever made it was killed."""
+        """Find or create the logged model of a checkpoint, and finalize it."""
         found = self.client.search_logged_models([experiment], f"tags.`{CHECKPOINT_SHA256}` = '{evaluated.sha256}'")
         ours = [model for model in found if model.source_run_id == self.run_id]
         name = f"{evaluated.family}-{evaluated.images}-{evaluated.sha256[:8]}"
@@ -302,7 +301,7 @@ class Scoreboard:
         return model
 
 
-def _newest(model: LoggedModel, dataset: str, digest: str) -> dict[str, float]:
-    """The last value of each figure that ``model`` has for a data set."""
+def _latest_metrics(model: LoggedModel, dataset: str, digest: str) -> dict[str, float]:
+    """Last value of each metric of ``model`` for a data set."""
     there = [point for point in model.metrics or [] if (point.dataset_name, point.dataset_digest) == (dataset, digest)]
     return {point.key: point.value for point in sorted(there, key=lambda point: (point.timestamp, point.step))}

@@ -202,10 +202,10 @@ def run_backup(folder: Path, bucket: Path) -> State:
     made = datetime(2026, 1, 1, tzinfo=UTC)
     backups.write(Backup(made=made, bucket=bucket.name, versions={}, databases=databases, objects=saved))
     found = backups.read()
-    bytes_of = {each.key: sha256_bytes(backups.whole(each.sha256).read_bytes()) for each in found.objects}
+    bytes_of = {each.key: sha256_bytes(backups.verified_path(each.sha256).read_bytes()) for each in found.objects}
     return {
         "objects": bytes_of,
-        "databases": [sha256_bytes(backups.whole(each).read_bytes()) for each in databases.values()],
+        "databases": [sha256_bytes(backups.verified_path(each).read_bytes()) for each in databases.values()],
     }
 
 

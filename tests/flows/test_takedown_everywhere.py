@@ -173,7 +173,7 @@ class Shop:
         evidence = Evidence(verdict="promote", reason="better")
         with chdir(self.machine.folder):
             champion = Ledger.of(self.model).read().standing.champion
-            judgement = promote.Judgement(champion=champion, evidence=evidence)
+            judgement = promote.GateResult(champion=champion, evidence=evidence)
             return [entry.what for entry in promote.commit(MlflowClient(), version, judgement, None).entries]
 
     def marks(self, version: Version) -> tuple[str | None, str | None]:
@@ -246,7 +246,7 @@ def test_nothing_begins_with_a_version_that_holds_them(shop: Shop, elsewhere: Ma
     params = shop.machine.params()
     steps: list[Callable[[], object]] = [
         lambda: train.train_and_track.fn(params, "never"),
-        lambda: evaluate.judge.fn(params, params.report_folder),
+        lambda: evaluate.evaluate_checkpoints.fn(params, params.report_folder),
     ]
     with chdir(shop.machine.folder):
         for step in steps:

@@ -12,7 +12,7 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
 from flows.local_stack import ports
-from flows.monitoring.prometheus import GAUGES, Servers, counted, state_of, succeeded, trained
+from flows.monitoring.prometheus import GAUGES, Servers, count_states, last_success_samples, state_of, training_samples
 from tests.builders.installation import INFRA, ROOT, program
 
 ALERTS = [
@@ -128,7 +128,8 @@ def test_servers_that_are_away_are_said_to_be_and_nothing_is_said_of_them(monkey
 
 def test_runs_are_counted_by_flow_and_state_and_none_is_zero() -> None:
     found = {
-        labels: value for _, labels, value in counted("n", ("late", "running"), {"1": "train", "2": "sample"}, RUNS)
+        labels: value
+        for _, labels, value in count_states("n", ("late", "running"), {"1": "train", "2": "sample"}, RUNS)
     }
     assert found == {
         ("train", "late"): 1,
@@ -143,21 +144,21 @@ def test_runs_are_counted_by_flow_and_state_and_none_is_zero() -> None:
 
 def test_the_rate_of_prints_is_their_number_by_the_time_the_run_took() -> None:
     run = {"total_run_time": 8.0, "end_time": "1970-01-01T00:01:40Z", "parameters": {"count": 40}}
-    assert list(succeeded("sample", run)) == [
+    assert list(last_success_samples("sample", run)) == [
         ("darkroom_flow_last_success_timestamp_seconds", ("sample",), 100.0),
         ("darkroom_flow_last_success_seconds", ("sample",), 8.0),
         ("darkroom_samples_last_batch_images", (), 40),
         ("darkroom_samples_last_batch_images_per_second", (), 5.0),
     ]
-    assert len(list(succeeded("train", run))) == 2
-    assert len(list(succeeded("sample", run | {"parameters": {}}))) == 2
+    assert len(list(last_success_samples("train", run))) == 2
+    assert len(list(last_success_samples("sample", run | {"parameters": {}}))) == 2
 
 
 def test_a_training_that_has_said_nothing_yet_has_no_figures() -> None:
     info = {"run_id": "a1"}
-    assert list(trained("faces", {"info": info, "data": {}})) == []
+    assert list(training_samples("faces", {"info": info, "data": {}})) == []
     logged = [{"key": "loss", "value": 0.5, "step": 640, "timestamp": 7000}, {"key": "images_per_second", "value": 9.5}]
-    assert list(trained("faces", {"info": info, "data": {"metrics": logged}})) == [
+    assert list(training_samples("faces", {"info": info, "data": {"metrics": logged}})) == [
         ("darkroom_training_images", ("faces", "a1"), 640.0),
         ("darkroom_training_last_word_timestamp_seconds", ("faces", "a1"), 7.0),
         ("darkroom_training_images_per_second", ("faces", "a1"), 9.5),

@@ -91,7 +91,7 @@ def test_its_log_is_json_that_names_flow_run_data_set_and_mlflow_run_and_says_th
     # Libraries that warn by other ways than logging stay out of it.
     lines = [json.loads(line) for line in log if line.startswith("{")]
     assert all(line.keys() >= {"time", "level", "logger", "message"} for line in lines)
-    (printed,) = [line for line in lines if line["message"].startswith("images printed: 4 of 4")]
+    (printed,) = [line for line in lines if line["message"].startswith("images generated: 4 of 4")]
     assert printed["dataset"] == "blobs"
     assert {"flow_run_id", "flow_name"} <= printed.keys()
     assert any({"dataset", "flow_run_id", "task_run_id", "flow_name"} <= line.keys() for line in lines)

@@ -140,7 +140,7 @@ def test_a_champion_drifts_if_it_is_worse_by_more_than_chance_allows(now: float,
     ours, theirs = {"kid_x": now, "kid_se_x": 0.001}, {"kid_x": 0.010, "kid_se_x": 0.0012}
     words, found = compare_kid("x", ours, theirs)
     assert found == drifted
-    assert f"kid_x {now:.4g} ± 0.001, 0.01 ± 0.0012 when it was judged" in words
+    assert f"kid_x {now:.4g} ± 0.001, 0.01 ± 0.0012 at promotion" in words
     assert compare_kid("x", ours, {})[1] is False
 
 

@@ -54,11 +54,11 @@ ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 HOLDER = """
 import time
 from prefect import flow
-from flows.deployment.tasks import turn
+from flows.deployment.tasks import concurrency_slot
 
 @flow(name="holder")
 def holder():
-    with turn("retrain-blobs"):
+    with concurrency_slot("retrain-blobs"):
         print("holds", flush=True)
         time.sleep(900)
 

@@ -60,9 +60,9 @@ def test_another_backup_mends_what_is_cut_or_damaged(
     [saved] = backed_up(store, bucket, backups).objects
     harm(backups.path(saved.sha256))
     with pytest.raises(UserError, match="damaged or missing"):
-        backups.whole(saved.sha256)
+        backups.verified_path(saved.sha256)
     assert backed_up(store, bucket, backups).objects == [saved]
-    assert backups.whole(saved.sha256).read_bytes() == b"x" * size
+    assert backups.verified_path(saved.sha256).read_bytes() == b"x" * size
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def test_a_server_without_conditional_writes_is_refused_before_anything_is_inges
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
         for begin in (
             lambda: check("s3"),
-            lambda: ingest.mend.fn(PARAMS, "never", False),
+            lambda: ingest.repair.fn(PARAMS, "never", False),
             lambda: train.train.fn(PARAMS),
         ):
             with pytest.raises(UserError, match="ignores the condition If-None-Match") as refusal:

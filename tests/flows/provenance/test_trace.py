@@ -113,7 +113,7 @@ def make(store: Store, client: MlflowClient) -> Made:
     Catalogue.of("blobs", SOURCE, store).publish(manifest, data.digest)
     done = train(FOLDER, Path("run"))
     code = CodeVersion(commit="c0ffee", dirty=True)
-    tracker = open_run("blobs", done.train_key, {}, manifest, code, data, SOURCE, anew=False)
+    tracker = open_run("blobs", done.train_key, {}, manifest, code, data, SOURCE, restart=False)
     tracker.log_file(FOLDER / "manifest.json", "dataset")
     tracker.finish()
     export(done.final, weights := Path("weights.safetensors"))

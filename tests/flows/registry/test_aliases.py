@@ -11,7 +11,7 @@ import pytest
 from mlflow.client import MlflowClient
 
 from diffusion.common.errors import Held, UserError
-from flows.promote import Judgement, next_entry
+from flows.promote import GateResult, next_entry
 from flows.registry import champion
 from flows.registry.aliases import adopted, aliases_of, append, project, restore
 from flows.registry.ledger import Ledger
@@ -275,7 +275,7 @@ def test_a_champion_that_was_deleted_is_said_to_be_gone(
 
 
 def judged(version: Version, champion: int | None, evidence: Evidence | None) -> Callable[[History], Entry | None]:
-    judgement = Judgement(champion=champion, evidence=evidence)
+    judgement = GateResult(champion=champion, evidence=evidence)
     return lambda history: next_entry(history, version, judgement, None)
 
 
@@ -303,7 +303,7 @@ def test_of_two_promotions_at_once_one_wins_and_the_other_is_told_who_was_faster
     loser = 5 - winner
     [told] = [each for each in said if each != "won"]
     assert f"somebody was faster: promote 1 → {winner}" in told
-    assert f"models:/{ledger.model}/{loser} was judged against champion 1: run `darkroom promote` again" in told
+    assert f"models:/{ledger.model}/{loser} was compared with champion 1: run `darkroom promote` again" in told
     history = ledger.read()
     assert [entry.to_version for entry in history.entries] == [1, winner]
     assert project(client, ledger).standing.champion == winner
@@ -329,7 +329,7 @@ def test_a_verdict_that_is_there_is_not_written_twice(
 def test_what_a_person_does_not_approve_of_is_held(
     client: MlflowClient, versions: list[Version], ledger: Ledger
 ) -> None:
-    judgement = Judgement(champion=None, evidence=WIN)
+    judgement = GateResult(champion=None, evidence=WIN)
     no, yes = Approval(approved=False, by="Ada", note="too dark"), Approval(approved=True, by="Ada")
     ledger.append(lambda history: next_entry(history, versions[1], judgement, no))
     assert ledger.read().standing.champion is None

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from mlflow.client import MlflowClient
 
-from flows.monitoring.prometheus import LedgerRead, of_ledgers
+from flows.monitoring.prometheus import LedgerRead, ledger_samples
 from flows.registry.ledger import Ledger
 from tests.builders.champion_settings import QUICK
 from tests.builders.workspace import PARAMS, Workspace, objects, running
@@ -116,7 +116,7 @@ def test_killed_at_random_moments_there_is_one_champion_and_the_same_command_end
 def intact(model: str = "blobs") -> float:
     """What the metrics say of a ledger, asked for the first time and once more."""
     [before, after] = [
-        {labels: value for name, labels, value in of_ledgers(read) if name == "darkroom_ledger_intact"}
+        {labels: value for name, labels, value in ledger_samples(read) if name == "darkroom_ledger_intact"}
         for read in [dict[str, LedgerRead]()]
         for _ in range(2)
     ]
@@ -135,7 +135,7 @@ def test_whatever_is_done_to_the_ledger_is_said_by_metrics_and_history_and_nothi
     aliased, read = aliases(server), dict[str, LedgerRead]()
     other = str(3 - aliased["champion"])
     assert intact() == 1
-    list(of_ledgers(read))
+    list(ledger_samples(read))
     edited = whole[keys[0]].replace(b'"by_hand":false', b'"by_hand":true')
     assert edited != whole[keys[0]]
     for changes in (
@@ -152,7 +152,7 @@ def test_whatever_is_done_to_the_ledger_is_said_by_metrics_and_history_and_nothi
         there = objects(workspace, f"{ledger.place}/")
         assert intact() == 0
         # Also by who has read it before.
-        assert ("darkroom_ledger_intact", ("blobs",), 0) in list(of_ledgers(read))
+        assert ("darkroom_ledger_intact", ("blobs",), 0) in list(ledger_samples(read))
         # That nobody writes is shown for each in test_aliases.py.
         for verb in (("model", "history"), ("promote", "--to", other)) if None not in changes.values() else ():
             assert "the ledger of blobs is broken" in workspace.run(*verb, code=2)

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.comparison import ChampionComparison
 from flows.config import Params
-from flows.promote import Judgement, judge, next_entry
+from flows.promote import GateResult, apply_gate, next_entry
 from flows.registry import model_card
 from flows.registry.ledger import Ledger
 from flows.registry.ledger_entries import History
@@ -60,10 +60,10 @@ class Candidate:
         self.version: Version = add_version(client, folder, params.model_name, data=weights.read_bytes(), run_id=run_id)
         self.evaluation = an_evaluation([0.02])
 
-    def decided(self) -> Judgement:
-        return judge.fn(self.params, self.evaluation, self.version)
+    def decided(self) -> GateResult:
+        return apply_gate.fn(self.params, self.evaluation, self.version)
 
-    def committed(self) -> Judgement:
+    def committed(self) -> GateResult:
         judgement = self.decided()
         Ledger.of(self.version.model).append(lambda history: next_entry(history, self.version, judgement, None))
         return judgement

@@ -19,7 +19,7 @@ from flows.datasets import catalog
 from flows.datasets.checkout import checkout
 from flows.datasets.dvc import Remote
 from flows.datasets.purge import Doomed
-from flows.gc import Collected, collect
+from flows.gc import GcResult, collect
 from flows.registry.champion import promote
 from flows.registry.ledger import NEWEST, Newest
 from flows.retention.batch_items import SamplingBatches, in_order
@@ -57,11 +57,11 @@ def after(days: float) -> datetime:
     return datetime.now(UTC) + timedelta(days=days)
 
 
-def collected(days: float, policy: RetentionConfig = STRICT) -> Collected:
+def collected(days: float, policy: RetentionConfig = STRICT) -> GcResult:
     return collect(policy, after(days))
 
 
-def fates(done: Collected) -> dict[str, str]:
+def fates(done: GcResult) -> dict[str, str]:
     return {item.name: item.fate for item in done.items}
 
 

@@ -140,12 +140,12 @@ def test_a_finished_batch_is_left_and_its_run_says_how_far_it_is_and_what_it_too
     assert objects(workspace, "s3://darkroom/undisturbed/") == before
     api, secret = (workspace.variables[f"PREFECT_API_{name}"] for name in ("URL", "AUTH_STRING"))
     user, _, password = secret.partition(":")
-    wanted = {"artifacts": {"key": {"any_": ["printing", "samples"]}}, "sort": "CREATED_DESC"}
+    wanted = {"artifacts": {"key": {"any_": ["sampling", "samples"]}}, "sort": "CREATED_DESC"}
     shown = httpx.post(f"{api}/artifacts/filter", json=wanted, auth=(user, password)).raise_for_status().json()
-    progress = [each for each in shown if each["key"] == "printing"]
+    progress = [each for each in shown if each["key"] == "sampling"]
     # Of the run just now; that of one that was killed stands still.
     assert progress[0]["data"] == 100.0
-    assert any(f"{COUNT:,} of {COUNT:,} images printed" in (each["description"] or "") for each in progress)
+    assert any(f"{COUNT:,} of {COUNT:,} images generated" in (each["description"] or "") for each in progress)
     assert any("images per CPU-hour" in each["data"] for each in shown if each["key"] == "samples")
 
 

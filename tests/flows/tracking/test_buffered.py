@@ -19,7 +19,7 @@ from PIL import Image
 
 from diffusion.common.errors import DarkroomError
 from flows.tracking import buffered
-from flows.tracking.buffered import SpooledTracker
+from flows.tracking.buffered import BufferedTracker
 from flows.tracking.runs import RunTracker
 from tests.builders.shapes import blob
 
@@ -45,11 +45,11 @@ def points(tracker: RunTracker, name: str) -> list[tuple[int, float, int]]:
 
 def test_all_figures_and_images_arrive_in_order(client: MlflowClient, tmp_path: Path) -> None:
     tracker = new_run(client)
-    spooled = SpooledTracker(tracker, tmp_path / "spool")
+    writer = BufferedTracker(tracker, tmp_path / "spool")
     for images in range(0, 1200, 2):
-        spooled.log_metrics({"loss": 1 / (images + 1), "nothing": float("nan")}, images)
-    spooled.log_image("samples", blob(0), 1200)
-    spooled.close()
+        writer.log_metrics({"loss": 1 / (images + 1), "nothing": float("nan")}, images)
+    writer.log_image("samples", blob(0), 1200)
+    writer.close()
     assert [point[:2] for point in points(tracker, "loss")] == [(n, 1 / (n + 1)) for n in range(0, 1200, 2)]
     assert points(tracker, "nothing") == []
     assert [point[0] for point in points(tracker, "samples_at_images")] == [1200]
@@ -60,7 +60,7 @@ def test_what_is_said_again_after_a_kill_is_there_once_with_its_first_time(
     client: MlflowClient, tmp_path: Path
 ) -> None:
     tracker, folder = new_run(client), tmp_path / "spool"
-    first = SpooledTracker(tracker, folder)
+    first = BufferedTracker(tracker, folder)
     for images in (16, 32, 48):
         first.log_metrics({"loss": images / 100}, images)
     first.close()
@@ -69,7 +69,7 @@ def test_what_is_said_again_after_a_kill_is_there_once_with_its_first_time(
     with (folder / "records.jsonl").open("a") as file:
         file.write('{"name": "lo')
     time.sleep(0.01)
-    again = SpooledTracker(tracker, folder)
+    again = BufferedTracker(tracker, folder)
     for images in (32, 48, 64):
         again.log_metrics({"loss": images / 100}, images)
     again.close()
@@ -82,9 +82,9 @@ def test_what_is_said_again_after_a_kill_is_there_once_with_its_first_time(
         48,
         64,
     ]
-    anew = SpooledTracker(new_run(client), folder, anew=True)
-    anew.close()
-    assert anew.records == []
+    restarted = BufferedTracker(new_run(client), folder, restart=True)
+    restarted.close()
+    assert restarted.records == []
 
 
 @contextmanager
@@ -123,21 +123,21 @@ def test_a_server_that_goes_away_and_comes_back_has_every_point_once_in_order(
     with mlflow_server(tmp_path, port):
         client = MlflowClient()
         tracker = new_run(client)
-        spooled = SpooledTracker(tracker, tmp_path / "spool")
-        spooled.log_metrics({"loss": 0.5}, 16)
-        while spooled.delivered == 0:
+        writer = BufferedTracker(tracker, tmp_path / "spool")
+        writer.log_metrics({"loss": 0.5}, 16)
+        while writer.delivered == 0:
             time.sleep(0.05)
     began = time.monotonic()
     for images in range(32, 64, 16):
-        spooled.log_metrics({"loss": 1 / images}, images)
-        spooled.log_image("samples", blob(images), images)
+        writer.log_metrics({"loss": 1 / images}, images)
+        writer.log_image("samples", blob(images), images)
     assert time.monotonic() - began < 2  # nobody waited for the server
     monkeypatch.setattr(buffered, "PATIENCE", 3.0)
     with pytest.raises(DarkroomError, match=r"4 figures in .*spool.*give the same command again when MLflow is back"):
-        spooled.close()
+        writer.close()
     with mlflow_server(tmp_path, port):
         monkeypatch.setattr(buffered, "PATIENCE", 60.0)
-        spooled.close()
+        writer.close()
         assert [point[:2] for point in points(tracker, "loss")] == [(16, 0.5), (32, 1 / 32), (48, 1 / 48)]
         lines = (tmp_path / "spool" / "records.jsonl").read_text().splitlines()
         times = [record["time"] for record in map(json.loads, lines) if record["name"] == "loss"]
@@ -149,12 +149,12 @@ def test_the_machine_is_looked_at_now_and_then(
 ) -> None:
     monkeypatch.setattr(buffered, "EVERY", 0.3)
     tracker = new_run(client)
-    spooled = SpooledTracker(tracker, tmp_path / "spool")
-    spooled.log_metrics({"loss": 0.5}, 16)
+    writer = BufferedTracker(tracker, tmp_path / "spool")
+    writer.log_metrics({"loss": 0.5}, 16)
     time.sleep(0.4)
     for images in (32, 48):
-        spooled.log_metrics({"loss": 0.5}, images)
-    spooled.close()
+        writer.log_metrics({"loss": 0.5}, images)
+    writer.close()
     ((step, share, _),) = points(tracker, "system/cpu_utilization_percentage")
     assert step == 32
     assert 0 <= share <= 100
@@ -162,11 +162,11 @@ def test_the_machine_is_looked_at_now_and_then(
 
 def test_what_an_abandoned_training_said_is_delivered_the_next_time(client: MlflowClient, tmp_path: Path) -> None:
     tracker = new_run(client)
-    first = SpooledTracker(tracker, tmp_path / "spool")
+    first = BufferedTracker(tracker, tmp_path / "spool")
     first.abandon()
     first.log_metrics({"loss": 0.5}, 16)
     assert points(tracker, "loss") == []
-    SpooledTracker(tracker, tmp_path / "spool").close()
+    BufferedTracker(tracker, tmp_path / "spool").close()
     assert [point[:2] for point in points(tracker, "loss")] == [(16, 0.5)]
 
 
@@ -174,8 +174,8 @@ def test_a_full_disk_is_told_at_once_and_what_was_kept_is_delivered(
     client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = new_run(client)
-    spooled = SpooledTracker(tracker, tmp_path / "spool")
-    spooled.log_metrics({"loss": 0.5}, 16)
+    writer = BufferedTracker(tracker, tmp_path / "spool")
+    writer.log_metrics({"loss": 0.5}, 16)
 
     def fail(*_: object, **__: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -183,18 +183,18 @@ def test_a_full_disk_is_told_at_once_and_what_was_kept_is_delivered(
     with monkeypatch.context() as full:
         full.setattr("pathlib.Path.open", fail)
         with pytest.raises(OSError, match="No space left"):
-            spooled.log_metrics({"loss": 0.25}, 32)
-    spooled.log_metrics({"loss": 0.25}, 32)
-    spooled.close()
+            writer.log_metrics({"loss": 0.25}, 32)
+    writer.log_metrics({"loss": 0.25}, 32)
+    writer.close()
     assert [point[:2] for point in points(tracker, "loss")] == [(16, 0.5), (32, 0.25)]
 
 
 def test_a_run_on_another_server_gets_all_that_was_said(client: MlflowClient, tmp_path: Path) -> None:
-    first = SpooledTracker(new_run(client), tmp_path / "spool")
+    first = BufferedTracker(new_run(client), tmp_path / "spool")
     first.log_metrics({"loss": 0.5}, 16)
     first.close()
     other = RunTracker(client, client.create_run("0").info.run_id)
-    SpooledTracker(other, tmp_path / "spool").close()
+    BufferedTracker(other, tmp_path / "spool").close()
     assert [point[:2] for point in points(other, "loss")] == [(16, 0.5)]
 
 
@@ -204,10 +204,10 @@ def test_what_another_machine_that_trains_the_same_has_said_is_not_said_again(
     tracker = new_run(client)
     image = Image.new("L", (4, 4))
     for name, images in (("here", (16, 32)), ("there", (16, 32, 48)), ("elsewhere", (16,))):
-        spooled = SpooledTracker(RunTracker(client, tracker.run_id), tmp_path / name)
+        writer = BufferedTracker(RunTracker(client, tracker.run_id), tmp_path / name)
         for step in images:
-            spooled.log_metrics({"loss": 1 / step}, step)
-            spooled.log_image("samples", image, step)
-        spooled.close()
+            writer.log_metrics({"loss": 1 / step}, step)
+            writer.log_image("samples", image, step)
+        writer.close()
     assert [point[:2] for point in points(tracker, "loss")] == [(16, 1 / 16), (32, 1 / 32), (48, 1 / 48)]
     assert [point[0] for point in points(tracker, "samples_at_images")] == [16, 32, 48]
