@@ -178,7 +178,7 @@ def generate_chunk(batch: Batch, place: Location, version: Version, chunk: int, 
     """Draw a chunk's images and put them on S3, their part of the manifest last; a finished one is left."""
     store = Store()
     weights = model_versions.fetch_weights(version, environment.settings().folder / "models")
-    table = generate_batch.table_of(store, batch, place)
+    table = generate_batch.fetch_table(store, batch, place)
     # A task on Ray is given one core; here the chunks share what there is.
     at_once = 1 if config.runner == "ray" else max(cores() // config.workers, 1)
     return generate_batch.generate_chunk(store, batch, place, weights, chunk, table, at_once)

@@ -86,7 +86,7 @@ def record(params: Params, removal: Removal) -> DataVersion:
     folder, source = params.dataset_folder, environment.data_source()
     # First, so that whatever is published or promoted from here on is checked against it, and what was before is there
     # to be found: see ``flows.datasets.sync.publish`` and ``flows.promote.record``.
-    Catalogue.of(params.training.dataset, source).tell_removal(removal)
+    Catalogue.of(params.training.dataset, source).publish_removal(removal)
     # Images that leave an older version leave the newest one as well, which stays what it is otherwise.
     forget_choice(folder)
     while True:

@@ -46,7 +46,7 @@ LARGEST_MANIFEST = 2**30
 
 
 @dataclass(frozen=True)
-class Readable:
+class CatalogListing:
     """Versions whose manifests can be read, and what became of the others: none stands in the way of another."""
 
     versions: dict[str, Manifest]
@@ -54,7 +54,7 @@ class Readable:
     damaged: dict[str, str]
     """By the digest in its name, where a manifest lies that cannot be read, and how to mend that."""
 
-    def warned(self) -> dict[str, Manifest]:
+    def log_damaged(self) -> dict[str, Manifest]:
         """The versions, once the log says what cannot be read."""
         for words in self.damaged.values():
             logger.warning("%s", words)
@@ -104,9 +104,9 @@ class Catalogue:
 
     def versions(self) -> dict[str, Manifest]:
         """All versions by digest; the log names those whose manifests are damaged."""
-        return self.read().warned()
+        return self.read().log_damaged()
 
-    def read(self) -> Readable:
+    def read(self) -> CatalogListing:
         """All versions, those that can be read and those that cannot."""
         return self._readable(self.place, VERSION)
 
@@ -130,7 +130,7 @@ class Catalogue:
         """Whether it was told that this version is there."""
         return self.store.exists(self.place.bucket, self.place.key(f"{digest}/announced"))
 
-    def note_announced(self, digest: str) -> None:
+    def mark_announced(self, digest: str) -> None:
         """Keep in mind that it was told that this version is there."""
         self._put(f"{digest}/announced", b"")
 
@@ -148,14 +148,14 @@ class Catalogue:
                 f"s3://{self.place.bucket}/{key} is no DVC pointer: delete it, and ingest the data set again"
             ) from error
 
-    def tell_removal(self, removal: Removal) -> None:
+    def publish_removal(self, removal: Removal) -> None:
         """Let other machines know what was taken down."""
         removal = removal.model_copy(update={"already": False})
         # The same images may have been taken down before, for another reason or from another version.
         with suppress(Held):
             self._put(f"removals/{removal.name}.json", canonical_json(removal.model_dump(mode="json")).encode())
 
-    def learn_removals(self, folder: Path) -> None:
+    def fetch_removals(self, folder: Path) -> None:
         """Let this machine, which has the data set in ``folder``, know of everything that was taken down from it."""
         work = work_folder(folder)
         known = {removal.name for removal in removals(work)}
@@ -165,7 +165,7 @@ class Catalogue:
 
     def held_removals(self, folder: Path) -> list[Removal]:
         """The takedown records, of whatever machine, of images that the current version in ``folder`` still holds."""
-        self.learn_removals(folder)
+        self.fetch_removals(folder)
         return still_held(folder, removals(work_folder(folder))) if (folder / "manifest.json").is_file() else []
 
     def removals(self) -> Iterator[Removal]:
@@ -175,9 +175,9 @@ class Catalogue:
 
     def retired(self) -> dict[str, Manifest]:
         """Versions that ``darkroom gc`` took out of the catalogue, and whose files are on the remote yet, by digest."""
-        return self.read_retired().warned()
+        return self.read_retired().log_damaged()
 
-    def read_retired(self) -> Readable:
+    def read_retired(self) -> CatalogListing:
         """The same, those that can be read and those that cannot."""
         return self._readable(Location(self.place.bucket, f"{RETIRED}/{self.name}"), RETIRED_VERSION)
 
@@ -193,9 +193,9 @@ class Catalogue:
         found = self.store.stat(self.place.bucket, self.place.key(f"{digest}/manifest.json"))
         return found and found.written
 
-    def _readable(self, place: Location, pattern: re.Pattern[str]) -> Readable:
+    def _readable(self, place: Location, pattern: re.Pattern[str]) -> CatalogListing:
         """The manifests under ``place`` whose names, by ``pattern``, hold their digests."""
-        found, prefix = Readable({}, {}), place.key("")
+        found, prefix = CatalogListing({}, {}), place.key("")
         for key in self.store.list_keys(place.bucket, prefix):
             if (named := pattern.fullmatch(key.removeprefix(prefix))) is None:
                 continue

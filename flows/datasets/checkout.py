@@ -144,7 +144,7 @@ class Place:
     def refuse_removed(self, version: Manifest) -> None:
         """Raise UserError if ``version`` holds images that were taken down, as far as its tables are to be had."""
         if self.source is not None:
-            self.catalogue().learn_removals(self.folder)
+            self.catalogue().fetch_removals(self.folder)
         for removal in removals(work_folder(self.folder)):
             if holders(self.folder, removal, [version], self.kept.find).held:
                 remove_strays(self.folder)

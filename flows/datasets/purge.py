@@ -23,7 +23,7 @@ from diffusion.evaluation.results import Evaluation
 from flows.datasets.dvc import Cache, Depot, Listing, Remote
 from flows.storage.s3 import DELETED_AT_ONCE
 
-MADE_ANEW = ("chunks", "scratch", "plan.sqlite", "index.sqlite", "index.sqlite-shm", "index.sqlite-wal", "captions")
+WORK_FILES = ("chunks", "scratch", "plan.sqlite", "index.sqlite", "index.sqlite-shm", "index.sqlite-wal", "captions")
 """What ingests and trainings keep in the work folder; the next one makes it anew."""
 
 
@@ -39,7 +39,7 @@ class Purged(Config):
 
 
 @dataclass(frozen=True)
-class Doomed:
+class UnreferencedObjects:
     """Objects of DVC that nothing needs any more, wherever they lie."""
 
     depots: list[Depot]
@@ -67,7 +67,7 @@ class Doomed:
         return True
 
 
-def doomed_objects(held: Iterable[Manifest], others: Iterable[Manifest], source: str) -> Doomed:
+def unreferenced_objects(held: Iterable[Manifest], others: Iterable[Manifest], source: str) -> UnreferencedObjects:
     """What in DVC's cache and on the remote ``source`` belongs to the versions ``held`` and to nothing else.
 
     ``others`` are the data set's versions that stay. What any other folder that DVC knows here or there needs stays as
@@ -86,12 +86,12 @@ def doomed_objects(held: Iterable[Manifest], others: Iterable[Manifest], source:
     files = {
         md5 for listing in doomed.values() for path, md5 in listing.items() if md5 not in needed and path not in staying
     }
-    return Doomed(depots, sorted(files), sorted(doomed))
+    return UnreferencedObjects(depots, sorted(files), sorted(doomed))
 
 
 def purge_dvc(held: Iterable[Manifest], others: Iterable[Manifest], source: str) -> list[str]:
-    """Delete what ``doomed_objects`` finds; returns the names of what was deleted."""
-    doomed = doomed_objects(held, others, source)
+    """Delete what ``unreferenced_objects`` finds; returns the names of what was deleted."""
+    doomed = unreferenced_objects(held, others, source)
     doomed.delete()
     return doomed.names
 
@@ -126,7 +126,7 @@ def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifes
         if shown & {each.content_digest for each in held}:
             found.append(reports / PAGE)
     with FileLock(work_folder(folder) / "lock"):
-        found += [work_folder(folder) / name for name in MADE_ANEW]
+        found += [work_folder(folder) / name for name in WORK_FILES]
         found = [path for path in found if path.exists()]
         for path in found:
             if path.is_dir():

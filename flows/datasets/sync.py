@@ -46,7 +46,7 @@ def sync(params: Params, version: str | None = None) -> CheckedOut | None:
     wanted = version or newer(params, catalogue)
     if wanted is None:
         return None
-    catalogue.learn_removals(params.dataset_folder)
+    catalogue.fetch_removals(params.dataset_folder)
     return checkout(params.dataset_folder, wanted, lambda: source)
 
 
@@ -73,7 +73,7 @@ def announce(params: Params, silently: bool) -> None:
         return
     if not silently:
         asyncio.run(_emit(created(version, catalogue)))
-    catalogue.note_announced(version.digest)
+    catalogue.mark_announced(version.digest)
 
 
 def created(version: Manifest, catalogue: Catalogue) -> Event:
@@ -117,7 +117,7 @@ def bring_up_to_date(
     work_folder(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(work_folder(folder) / "lock"):
         recorded = Catalogue.of(folder.name, source)
-        recorded.learn_removals(folder)
+        recorded.fetch_removals(folder)
         head = Heads(recorded).adopt()
         if head is not None and not _goes_on_from(folder, head):
             _move(folder, source, recorded, head, config, anew)

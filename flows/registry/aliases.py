@@ -166,7 +166,7 @@ def project(client: MlflowClient, ledger: Ledger) -> History:
             return history
 
 
-def named(client: MlflowClient, model: str, alias: str) -> int | None:
+def resolve_alias(client: MlflowClient, model: str, alias: str) -> int | None:
     """The number of the version that has one of ALIASES, by the ledger; None if none has.
 
     Costs one request to MLflow and two to S3 while they agree, and mends MLflow if they do not. A registry from before
@@ -177,12 +177,12 @@ def named(client: MlflowClient, model: str, alias: str) -> int | None:
     there = _ours(registered.aliases) if registered else {}
     ledger = Ledger.of(model)
     head = ledger.head(on_record)
-    if head is not None and (there != wanted(head.standing) or head.number not in on_record):
+    if head is not None and (there != expected_aliases(head.standing) or head.number not in on_record):
         head = project(client, ledger).head
-    return wanted(head.standing).get(alias) if head is not None else there.get(alias)
+    return expected_aliases(head.standing).get(alias) if head is not None else there.get(alias)
 
 
-def wanted(standing: Standing) -> dict[str, int]:
+def expected_aliases(standing: Standing) -> dict[str, int]:
     """Version numbers by alias."""
     found = {CHAMPION: standing.champion, PREVIOUS: standing.previous, CHALLENGER: standing.challenger}
     return {alias: number for alias, number in found.items() if number is not None}
@@ -227,7 +227,7 @@ def _copy(client: MlflowClient, history: History, versions: Mapping[int, ModelVe
 
 def _point(client: MlflowClient, history: History, versions: Mapping[int, ModelVersion]) -> None:
     """Point the aliases at whom the ledger names, as far as they are still registered."""
-    there, right = aliases_of(client, history.model), wanted(history.standing)
+    there, right = aliases_of(client, history.model), expected_aliases(history.standing)
     for alias in ALIASES:
         number = right.get(alias)
         if number is None and alias in there:

@@ -34,14 +34,14 @@ CARRIED = ("evaluation", "history", "params.json", MANIFEST_ARTIFACT)
 """Artifacts of a run that are carried along: how it was made and judged, and what it learned from."""
 
 
-class Packed(Config):
-    """A file of the parcel."""
+class BundledFile(Config):
+    """A file of the bundle."""
 
     path: str
     sha256: str
 
 
-class PackedInput(Config):
+class BundledInput(Config):
     """A data set that a run saw, as MLflow has it."""
 
     name: str
@@ -51,7 +51,7 @@ class PackedInput(Config):
     tags: dict[str, str]
 
 
-class PackedRun(Config):
+class BundledRun(Config):
     """The training that made the version."""
 
     run_id: str
@@ -60,10 +60,10 @@ class PackedRun(Config):
     params: dict[str, str]
     metrics: list[tuple[str, float, int, int]]
     """Each point: name, value, time in milliseconds, step."""
-    inputs: list[PackedInput]
+    inputs: list[BundledInput]
 
 
-class Parcel(Config):
+class ModelBundle(Config):
     """What lies in the folder, and what the registry said of it."""
 
     format_version: Literal[1] = 1
@@ -78,8 +78,8 @@ class Parcel(Config):
     """What the gate said of it there."""
     entry: str | None
     """SHA-256 of the newest entry about it in the ledger there."""
-    run: PackedRun
-    files: list[Packed]
+    run: BundledRun
+    files: list[BundledFile]
 
     @property
     def uri(self) -> str:
@@ -87,7 +87,7 @@ class Parcel(Config):
         return f"models:/{self.model}/{self.number}"
 
 
-def pack(uri: str, folder: Path) -> Parcel:
+def pack(uri: str, folder: Path) -> ModelBundle:
     """Fetch the version that ``uri`` names, and its run, into ``folder``; what describes it is written last.
 
     Raises UserError if there is no such version, or its weights are not those that it was registered with.
@@ -104,7 +104,7 @@ def pack(uri: str, folder: Path) -> Parcel:
         raise UserError(f"the weights of {version.uri} do not match their digest: register the model again")
     if version.code_sha256 is not None and digest_code(folder / MODEL) != version.code_sha256:
         raise UserError(f"the code of {version.uri} was altered after it was registered: find out who did")
-    parcel = Parcel(
+    bundle = ModelBundle(
         model=version.model,
         number=version.number,
         weights_sha256=version.weights_sha256,
@@ -116,32 +116,32 @@ def pack(uri: str, folder: Path) -> Parcel:
         run=_run(client, client.get_run(version.run_id)),
         files=list(_files(folder)),
     )
-    write_json(folder / ABOUT, parcel.model_dump(mode="json"))
-    return parcel
+    write_json(folder / ABOUT, bundle.model_dump(mode="json"))
+    return bundle
 
 
-def unpack(folder: Path) -> Parcel:
+def unpack(folder: Path) -> ModelBundle:
     """What lies in ``folder``; raises UserError unless all of it is whole."""
-    parcel = Parcel.model_validate_json((folder / ABOUT).read_bytes())
-    for file in parcel.files:
+    bundle = ModelBundle.model_validate_json((folder / ABOUT).read_bytes())
+    for file in bundle.files:
         if sha256_file(folder / file.path) != file.sha256:
-            raise UserError(f"{file.path} of {parcel.uri} came damaged: give the command again")
-    return parcel
+            raise UserError(f"{file.path} of {bundle.uri} came damaged: give the command again")
+    return bundle
 
 
-def _run(client: MlflowClient, run: Run) -> PackedRun:
+def _run(client: MlflowClient, run: Run) -> BundledRun:
     run_id = run.info.run_id
     points: list[Metric] = [
         point for name in sorted(run.data.metrics) for point in client.get_metric_history(run_id, name)
     ]
-    return PackedRun(
+    return BundledRun(
         run_id=run_id,
         name=run.info.run_name,
         tags=dict(run.data.tags),
         params=dict(run.data.params),
         metrics=[(point.key, point.value, point.timestamp, point.step) for point in points],
         inputs=[
-            PackedInput(
+            BundledInput(
                 name=each.dataset.name,
                 digest=each.dataset.digest,
                 source_type=each.dataset.source_type,
@@ -165,10 +165,10 @@ def _fetch(uri: str, target: Path) -> None:
         Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch)).rename(target)
 
 
-def _files(folder: Path) -> Iterator[Packed]:
+def _files(folder: Path) -> Iterator[BundledFile]:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            yield Packed(path=path.relative_to(folder).as_posix(), sha256=sha256_file(path))
+            yield BundledFile(path=path.relative_to(folder).as_posix(), sha256=sha256_file(path))
 
 
 def main() -> None:

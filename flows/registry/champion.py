@@ -99,7 +99,7 @@ def registered_version(client: MlflowClient, model: str, number: int) -> Version
     return none_if_missing(model_versions.version_of, client, model, number)
 
 
-class Changed(Config):
+class ChampionChange(Config):
     """Who is champion now, and the entry that says so."""
 
     version: Version
@@ -110,7 +110,7 @@ class Changed(Config):
 
 def promote(
     model: str, number: int, reason: str | None = None, taken_down: bool = False, evidence: Evidence | None = None
-) -> Changed:
+) -> ChampionChange:
     """Make version ``number`` of ``model`` champion, whatever the gate said of it, which its entry tells.
 
     ``evidence``: what the gate of another registry said, for a version that this one's has not judged.
@@ -126,7 +126,7 @@ def promote(
     return _commit(client, ledger, history, "promote", version, reason, evidence)
 
 
-def roll_back(model: str, reason: str | None = None) -> Changed:
+def roll_back(model: str, reason: str | None = None) -> ChampionChange:
     """Make the champion before this one champion again; twice in a row goes back twice.
 
     A rollback that was killed before MLflow's aliases followed is finished, and no second one begun. Raises UserError
@@ -155,7 +155,7 @@ def _commit(
     version: Version,
     reason: str | None,
     evidence: Evidence | None = None,
-) -> Changed:
+) -> ChampionChange:
     def decide(history: History) -> Entry:
         if history.standing.champion != seen.standing.champion:
             raise Held(
@@ -169,10 +169,10 @@ def _commit(
     return _done(client, ledger, version, already=False)
 
 
-def _done(client: MlflowClient, ledger: Ledger, version: Version, already: bool) -> Changed:
+def _done(client: MlflowClient, ledger: Ledger, version: Version, already: bool) -> ChampionChange:
     entry = project(client, ledger).about(version.number)
     assert entry is not None, "who is champion has an entry that says so"
-    return Changed(version=version, entry=entry, already=already)
+    return ChampionChange(version=version, entry=entry, already=already)
 
 
 def _usable(client: MlflowClient, history: History, number: int, taken_down: bool) -> Version:

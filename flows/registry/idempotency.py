@@ -57,7 +57,7 @@ class Note(BaseModel):
 
 
 @dataclass(frozen=True)
-class Printing:
+class ContactSheet:
     """The contact sheet that ends a retraining, as ``sample`` takes it."""
 
     count: int
@@ -74,7 +74,7 @@ class Request:
     key: str
 
     @classmethod
-    def of(cls, params: Params, version: Manifest, printing: Printing) -> "Request":
+    def of(cls, params: Params, version: Manifest, sheet: ContactSheet) -> "Request":
         """To retrain on ``version`` as ``params`` say."""
         parts = {
             "content": version.content_digest,
@@ -82,7 +82,7 @@ class Request:
             "layout": version.layout_digest if params.training.window is not None else None,
             "params": params.model_dump(mode="json", exclude={"ingest", "retention"}),
             "autoencoder": _champion(registered(params)),
-            "printing": [printing.count, printing.seed, printing.to, printing.conditions.model_dump(mode="json")],
+            "printing": [sheet.count, sheet.seed, sheet.to, sheet.conditions.model_dump(mode="json")],
         }
         return cls(params.model_name, digest_of(parts))
 

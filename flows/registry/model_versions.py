@@ -33,7 +33,7 @@ from diffusion.data.manifest import Sha256
 from diffusion.families.model import Model
 from diffusion.generation.super_resolution import task_of
 from diffusion.process.samplers import SamplingConfig
-from flows.registry.aliases import ALIASES, named, none_if_missing, verified
+from flows.registry.aliases import ALIASES, none_if_missing, resolve_alias, verified
 from flows.registry.ledger import Ledger
 from flows.storage.tags import HIGHEST_NUMBER, RunId, VersionNumber, parse_tags
 
@@ -113,7 +113,7 @@ def resolve(client: MlflowClient, uri: str) -> Version:
     try:
         if alias is not None and alias not in ALIASES:
             return _version(client.get_model_version_by_alias(name, alias))
-        number = int(which) if alias is None else named(client, name, alias)
+        number = int(which) if alias is None else resolve_alias(client, name, alias)
         if number is None:
             raise missing
         if alias is not None:

@@ -28,7 +28,7 @@ long as anything of it is there."""
 
 
 @dataclass
-class Found:
+class StoredBatch:
     """A batch as it lies there, without its keys, which may be millions."""
 
     place: Location
@@ -110,7 +110,7 @@ class SamplingBatches:
 
         return Sweep(items, act)
 
-    def _fate(self, batch: Found) -> tuple[Fate, str]:
+    def _fate(self, batch: StoredBatch) -> tuple[Fate, str]:
         policy = self.policy
         if batch.deleted is not None:
             over = self.now - batch.deleted >= policy.grace
@@ -129,14 +129,14 @@ class SamplingBatches:
             return "goes", f"{age(begun, self.now)}, without an end"
         return "stays", f"begun within {days:g} days"
 
-    def _set_aside(self, batch: Found) -> None:
+    def _set_aside(self, batch: StoredBatch) -> None:
         """Mark it, unless somebody has gone on with it since it was looked at."""
         prefixes = (batch.place.key(""), f"{RESUMED}/{batch.place.prefix}/")
         written = (each.written for prefix in prefixes for each in self.store.list_objects(self.bucket, prefix))
         if batch.deleted is None and not any(moment > batch.newest for moment in written):
             self.store.put_once(self.bucket, f"{DELETED}/{batch.place.prefix}", b"")
 
-    def _delete(self, batch: Found) -> None:
+    def _delete(self, batch: StoredBatch) -> None:
         """Delete all that is there by now, if it is marked."""
         if not self.store.exists(self.bucket, f"{DELETED}/{batch.place.prefix}"):
             return
@@ -152,11 +152,11 @@ class SamplingBatches:
         days = self.policy.unfinished_days
         return marks + [each.key for each in self.resumptions if older(each.written, days, self.now)]
 
-    def _batches(self) -> list[Found]:
-        found: dict[str, Found] = {}
+    def _batches(self) -> list[StoredBatch]:
+        found: dict[str, StoredBatch] = {}
         for each in self.store.list_objects(self.bucket, "samples/"):
             if named := BATCH.fullmatch(each.key):
-                batch = found.setdefault(named[1], Found(Location(self.bucket, named[1]), each.written))
+                batch = found.setdefault(named[1], StoredBatch(Location(self.bucket, named[1]), each.written))
                 batch.bytes += each.size
                 batch.newest = max(batch.newest, each.written)
                 batch.described |= named[2] == "batch.json"

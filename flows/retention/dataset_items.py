@@ -18,9 +18,9 @@ from diffusion.common.config import plain_name
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, work_folder
 from flows.config import RetentionConfig, dataset_folder
-from flows.datasets.catalog import PUSHING, RETIRED, VERSION, Catalogue, Heads, Readable
+from flows.datasets.catalog import PUSHING, RETIRED, VERSION, CatalogListing, Catalogue, Heads
 from flows.datasets.dvc import Remote
-from flows.datasets.purge import doomed_objects
+from flows.datasets.purge import unreferenced_objects
 from flows.retention.policy import Fate, Item, Sweep, age, older
 from flows.storage.s3 import Location, Store
 
@@ -190,7 +190,7 @@ class DataSets:
                 self._catalogue(name).withdraw(digest)
             if going:
                 try:
-                    doomed = doomed_objects(going.values(), versions.values(), self.source)
+                    doomed = unreferenced_objects(going.values(), versions.values(), self.source)
                 except UserError as error:
                     logger.warning("no file of data set %s is deleted: %s", name, error)
                     return
@@ -209,7 +209,7 @@ class DataSets:
         seen = self.retired.get((name, digest)) == since
         return not self.policy.grace or (seen and self.now - since >= self.policy.grace)
 
-    def _aside(self, name: str, retired: Readable) -> dict[str, Manifest]:
+    def _aside(self, name: str, retired: CatalogListing) -> dict[str, Manifest]:
         """Of all that is marked what is in the catalogue no longer."""
         return {digest: each for digest, each in retired.versions.items() if digest not in self.versions[name]}
 

@@ -39,7 +39,7 @@ ABANDONED_DAYS = 1.0
 
 
 @dataclass(frozen=True)
-class Live:
+class References:
     """Runs by id and contents of data sets by digest, each with what leads to it; and weights that are in use."""
 
     runs: dict[str, str]
@@ -50,9 +50,9 @@ class Live:
     """Why nobody can tell what else is needed, so that no run and no version of a data set may go; None if all can."""
 
 
-def find_live(
+def find_references(
     client: MlflowClient, store: Store, bucket: str, kept: Iterable[Batch], unread: Mapping[tuple[str, int], str]
-) -> Live:
+) -> References:
     """What all registered versions, the ledgers in ``bucket`` and the ``kept`` batches lead to.
 
     ``unread``: for batches that stay and cannot be read, the model versions that they lie under, and why.
@@ -79,7 +79,7 @@ def find_live(
         contents.setdefault(batch.content_digest, f"{where} lead to it")
     # What a registered version leads to is known, whatever lies in its batches.
     unclear = next((words for version, words in unread.items() if version not in registered), None)
-    return Live(runs, contents, frozenset(weights), unclear)
+    return References(runs, contents, frozenset(weights), unclear)
 
 
 def _named_by_ledgers(client: MlflowClient, store: Store, bucket: str) -> Iterator[tuple[str, int, str]]:
@@ -106,7 +106,7 @@ def _logged_by(client: MlflowClient, digest: str) -> set[str]:
 class Runs:
     """Trainings and sweeps that MLflow has on record, also those marked as deleted; nobody else's runs."""
 
-    def __init__(self, client: MlflowClient, live: Live, policy: RetentionConfig, now: datetime) -> None:
+    def __init__(self, client: MlflowClient, live: References, policy: RetentionConfig, now: datetime) -> None:
         self.client = client
         self.live = live
         self.policy = policy
@@ -216,7 +216,7 @@ def _heard_of(run: Run) -> datetime:
     return datetime.fromtimestamp(max(moments) / 1000, UTC)
 
 
-class Machine:
+class LocalFiles:
     """The working folder, and the weights fetched into ``models``."""
 
     def __init__(

@@ -86,7 +86,7 @@ def test_what_is_taken_down_during_an_ingest_is_not_in_its_version(step: str, tw
 @pytest.mark.parametrize(
     "step",
     [
-        "flows.datasets.catalog:Catalogue.tell_removal",
+        "flows.datasets.catalog:Catalogue.publish_removal",
         "flows.datasets.lineage:record_data",
         "flows.datasets.catalog:Heads.advance",
     ],
@@ -104,7 +104,7 @@ def test_what_is_ingested_during_a_takedown_is_in_its_version(step: str, two: tu
 @pytest.mark.parametrize(
     "step",
     [
-        "flows.datasets.catalog:Catalogue.tell_removal",
+        "flows.datasets.catalog:Catalogue.publish_removal",
         "flows.datasets.lineage:record_data",
         "flows.datasets.catalog:Heads.advance",
     ],
@@ -114,7 +114,7 @@ def test_a_killed_takedown_is_finished_by_the_next_ingest_or_by_itself(step: str
     with before(step, killed), pytest.raises(Killed):
         one.take_down(GONE)
     other.ingest(200)
-    assert (GONE in other.images) == step.endswith("tell_removal"), "from its record on, it holds everywhere"
+    assert (GONE in other.images) == step.endswith("publish_removal"), "from its record on, it holds everywhere"
     one.take_down(GONE)
     assert one.images == {*BASE, 200} - {GONE}
     assert one.newest == one.version.digest

@@ -18,7 +18,7 @@ from flows.config import RetentionConfig
 from flows.datasets import catalog
 from flows.datasets.checkout import checkout
 from flows.datasets.dvc import Remote
-from flows.datasets.purge import Doomed
+from flows.datasets.purge import UnreferencedObjects
 from flows.gc import Collected, collect
 from flows.registry.champion import promote
 from flows.registry.ledger import NEWEST, Newest
@@ -454,6 +454,6 @@ def test_purging_stops_as_soon_as_it_may_not_go_on() -> None:
             deleted.extend(names)
 
     answers = iter([True, False])
-    doomed = Doomed([Recording()], [f"{number:032x}" for number in range(1500)], ["f" * 32 + ".dir"])
+    doomed = UnreferencedObjects([Recording()], [f"{number:032x}" for number in range(1500)], ["f" * 32 + ".dir"])
     assert not doomed.delete(still=lambda: next(answers))
     assert len(deleted) == 1000
