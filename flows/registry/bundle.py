@@ -1,7 +1,7 @@
-"""A registered version with all that belongs to it as a folder, to be carried from one registry to another.
+"""Model bundle: a registered version with its run and artifacts in a folder, for transfer to another registry.
 
-Run as ``python -m flows.registry.bundle URI FOLDER`` in the environment of the registry that it comes from: MLflow's
-client knows one set of keys per process.
+Run as ``python -m flows.registry.bundle URI FOLDER`` in the environment of the source registry: MLflow's client knows
+one set of keys per process.
 """
 
 import sys
@@ -31,7 +31,7 @@ ABOUT = "parcel.json"
 MODEL, RUN = "model", "run"
 """Folders with the artifacts of the version and of its run."""
 CARRIED = ("evaluation", "history", "params.json", MANIFEST_ARTIFACT)
-"""Artifacts of a run that are carried along: how it was made and judged, and what it learned from."""
+"""Artifacts of a run in the bundle: its configuration, evaluation and data set manifest."""
 
 
 class BundledFile(Config):
@@ -42,7 +42,7 @@ class BundledFile(Config):
 
 
 class BundledInput(Config):
-    """A data set that a run saw, as MLflow has it."""
+    """Data set input of a run in MLflow."""
 
     name: str
     digest: str
@@ -52,19 +52,19 @@ class BundledInput(Config):
 
 
 class BundledRun(Config):
-    """The training that made the version."""
+    """Training run of the version."""
 
     run_id: str
     name: str
     tags: dict[str, str]
     params: dict[str, str]
     metrics: list[tuple[str, float, int, int]]
-    """Each point: name, value, time in milliseconds, step."""
+    """Points as name, value, time in milliseconds and step."""
     inputs: list[BundledInput]
 
 
 class ModelBundle(Config):
-    """What lies in the folder, and what the registry said of it."""
+    """Content of the bundle's folder, and the version's state in the source registry."""
 
     format_version: Literal[1] = 1
     model: str
@@ -73,24 +73,24 @@ class ModelBundle(Config):
     tags: dict[str, str]
     description: str
     champion: bool
-    """Whether it was that when it was packed."""
+    """Whether it was champion when it was packed."""
     evidence: Evidence | None
-    """What the gate said of it there."""
+    """Verdict of the source registry's gate."""
     entry: str | None
-    """SHA-256 of the newest entry about it in the ledger there."""
+    """SHA-256 of the newest entry about it in the source ledger."""
     run: BundledRun
     files: list[BundledFile]
 
     @property
     def uri(self) -> str:
-        """What it is called where it comes from."""
+        """URI of the version in the source registry."""
         return f"models:/{self.model}/{self.number}"
 
 
 def pack(uri: str, folder: Path) -> ModelBundle:
-    """Fetch the version that ``uri`` names, and its run, into ``folder``; what describes it is written last.
+    """Fetch the version that ``uri`` names, and its run, into ``folder``; the description is written last.
 
-    Raises UserError if there is no such version, or its weights are not those that it was registered with.
+    Raises UserError if there is no such version, or its weights or code differ from those that were registered.
     """
     client = MlflowClient()
     version = model_versions.resolve(client, uri)
@@ -121,7 +121,7 @@ def pack(uri: str, folder: Path) -> ModelBundle:
 
 
 def unpack(folder: Path) -> ModelBundle:
-    """What lies in ``folder``; raises UserError unless all of it is whole."""
+    """Read and verify the bundle in ``folder``; raises UserError if a file is damaged."""
     bundle = ModelBundle.model_validate_json((folder / ABOUT).read_bytes())
     for file in bundle.files:
         if sha256_file(folder / file.path) != file.sha256:
@@ -159,7 +159,7 @@ def _is_there(client: MlflowClient, run_id: str, path: str) -> bool:
 
 
 def _fetch(uri: str, target: Path) -> None:
-    """Fetch a file or folder to ``target``: where MLflow itself puts it depends on the store that it comes from."""
+    """Fetch a file or folder to exactly ``target``, whatever path MLflow's store gives it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target.parent) as scratch:
         Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch)).rename(target)
@@ -172,7 +172,7 @@ def _files(folder: Path) -> Iterator[BundledFile]:
 
 
 def main() -> None:
-    """Pack what the two arguments say; what goes wrong is the last line on standard error."""
+    """Pack the version URI into the folder of the arguments; the last line on standard error is the error, if any."""
     uri, folder = sys.argv[1:]
     end_with_parent()
     try:

@@ -1,4 +1,4 @@
-"""The model card: what a version is made of, how good it is and how it was judged, as its description in MLflow."""
+"""Model card: data, training, evaluation and limits of a version, as its description in MLflow."""
 
 from collections.abc import Iterable, Iterator
 
@@ -16,9 +16,9 @@ from flows.registry.takedown_marks import notes_in, takedowns
 
 CLASSES_SHOWN = 12
 UNLIKELY = 0.01
-"""How probable by chance a fault is at most that is told."""
+"""Largest p-value of a defect that the card mentions."""
 SEEN = 0.2
-"""Standard deviations from which on a shift of colours or brightness is told: less is hardly seen."""
+"""Smallest shift of colours or brightness that the card mentions, in standard deviations: less is hardly visible."""
 LICENCE_UNKNOWN = "nobody said: set ingest.licence, and until then take it that the images' owners allow nothing"
 
 
@@ -30,10 +30,9 @@ def write(
     entry: Entry | None,
     comparison: ChampionComparison | None = None,
 ) -> None:
-    """Make the card the description of ``version``; ``entry`` is of its verdict, None: it was not judged yet.
+    """Write the card as the description of ``version``; ``entry`` holds the gate's verdict, None before the decision.
 
-    A card that has that verdict already stays as it is, with what people wrote into it; notes on takedowns stay in any
-    case.
+    A card with that verdict is kept, with all manual edits; notes on takedowns are always kept.
     """
     found = client.get_model_version(version.model, str(version.number))
     there = found.description or ""
@@ -52,7 +51,7 @@ def card(
     entry: Entry | None,
     comparison: ChampionComparison | None = None,
 ) -> str:
-    """The card of ``version``, trained on ``data`` and evaluated by ``evaluation`` and ``comparison``, as Markdown."""
+    """Render the card of ``version``, trained on ``data``, with its ``evaluation`` and ``comparison``, as Markdown."""
     channels = "grey" if data.channels == 1 else "RGB"
     sections = {
         "How it was judged": _decision(entry, comparison),
@@ -150,7 +149,7 @@ def _range(low: float, high: float) -> str:
 
 
 def _error_of(name: str, figures: Iterable[str]) -> str | None:
-    """The figure that is the standard error of the figure ``name``: kid_se_efflite0 that of kid_efflite0."""
+    """Name of the standard error of the metric ``name``, such as kid_se_efflite0 of kid_efflite0; None without one."""
     first, _, rest = name.partition("_")
     return next((error for error in (f"{first}_se_{rest}", f"{name}_se") if error in figures), None)
 
@@ -234,7 +233,7 @@ def _limits(data: Manifest, evaluation: Evaluation) -> Iterator[str]:
 
 
 def _limits_found(comparison: ChampionComparison | None) -> Iterator[str]:
-    """What the comparison found that whoever uses the model should know."""
+    """Limits of the model that the comparison found."""
     if comparison is None:
         return
     evaluated = comparison.candidate

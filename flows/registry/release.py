@@ -1,8 +1,8 @@
-"""Release: a version that another registry found good becomes champion in this one.
+"""Release: a version of the staging registry is registered here and becomes champion.
 
-It is fetched from the servers that ``DARKROOM_STAGING_*`` name, with everything that it stands on: weights and code,
-tags, card, the gate's evidence, its run with figures and evaluation, the manifest of its data. Here it is registered
-once, however often the command is given, and the ledger says who released it, and why. Needs no Prefect. Killed at any
+It is fetched from the servers that ``DARKROOM_STAGING_*`` name, with everything that belongs to it: weights and code,
+tags, card, the gate's evidence, its run with metrics and evaluation, and its data set manifest. It is registered once,
+however often the command is given, and the ledger records who released it and why. Needs no Prefect. Killed at any
 moment and given again, it ends the same.
 """
 
@@ -28,26 +28,26 @@ from flows.registry.model_versions import WEIGHTS, Version
 from flows.tracking.runs import RELEASED_FROM, one_run
 
 RELEASED_RUN = "darkroom.released_run"
-"""Tag of a run here: the run that it is a copy of."""
+"""Tag of a copied run: the ID of the original run."""
 AT_ONCE = 100
-"""What MLflow takes in one request, at least, of parameters, tags or figures."""
+"""Parameters, tags or metrics sent to MLflow in one request."""
 
 
 class Released(Config):
-    """A version that is champion here now."""
+    """Released version, which is champion here now."""
 
     version: Version
     source: str
     entry: Entry
     already: bool
-    """Whether it was champion before: nothing was added to the ledger."""
+    """Whether it was champion before, so that nothing was added to the ledger."""
 
 
 def release(uri: str, reason: str | None = None) -> Released:
     """Make the version that ``uri`` names in staging champion here.
 
-    Raises UserError if it is not champion there and no ``reason`` is given; Held if a person took the title from it
-    here, or somebody else changes the champion meanwhile.
+    Raises UserError if it is not champion there and no ``reason`` is given; Held if a manual override decided against
+    it here, or another process changes the champion meanwhile.
     """
     settings().folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with TemporaryDirectory(dir=settings().folder) as scratch:
@@ -70,7 +70,7 @@ def release(uri: str, reason: str | None = None) -> Released:
 
 
 def fetch(uri: str, folder: Path) -> str:
-    """Have a process that knows nothing but staging's servers pack ``uri`` into ``folder``; returns where they are."""
+    """Pack ``uri`` into ``folder`` in a process that has only staging's servers; returns the name of staging."""
     servers = staging()
     command = [sys.executable, "-m", "flows.registry.bundle", uri, str(folder)]
     done = subprocess.run(command, env=servers.variables(), stderr=subprocess.PIPE, text=True, check=False)
@@ -82,9 +82,9 @@ def fetch(uri: str, folder: Path) -> str:
 
 
 def register(bundle: ModelBundle, folder: Path, where: str) -> Version:
-    """Make what lies in ``folder`` a version here, or find the one that it is already."""
+    """Register the bundle in ``folder`` as a version here, or return the version with its weights."""
     client = MlflowClient()
-    # Others on this machine who release the same unpacked it elsewhere.
+    # Other processes on this machine that release the same version use other folders.
     with FileLock(settings().folder / "release.lock"):
         version = model_versions.find(client, bundle.model, bundle.weights_sha256)
         if version is None:
@@ -100,7 +100,7 @@ def register(bundle: ModelBundle, folder: Path, where: str) -> Version:
 
 
 def _run(client: MlflowClient, bundle: ModelBundle, folder: Path, where: str) -> MlflowRun:
-    """The copy of the version's run, which has all of it once it is marked as finished."""
+    """Copy the version's run; the copy is complete once it is marked as finished."""
     packed = bundle.run
     run = one_run(client, bundle.model, RELEASED_RUN, packed.run_id, packed.name)
     run_id = run.info.run_id
@@ -130,7 +130,7 @@ def _run(client: MlflowClient, bundle: ModelBundle, folder: Path, where: str) ->
 
 
 def _logged_model(client: MlflowClient, bundle: ModelBundle, folder: Path, run: MlflowRun) -> str:
-    """The version's files as a logged model of its run; what a killed release left of one is gone on with."""
+    """Log the version's files as a model of its run, continuing one that a killed release left."""
     run_id, experiment = run.info.run_id, run.info.experiment_id
     found = client.search_logged_models([experiment], f"tags.`{WEIGHTS}` = '{bundle.weights_sha256}'")
     model = next((each for each in found if each.source_run_id == run_id), None)

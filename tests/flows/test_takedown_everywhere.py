@@ -228,7 +228,7 @@ def test_a_takedown_during_a_promotion_stops_it_or_marks_the_version(shop: Shop,
     with before("flows.promote:next_entry", lambda: take_down_and_mark(shop, elsewhere)):
         assert shop.commit(first) == ["promote"]
     assert all(shop.marks(first)), "it was past the check: so the takedown found it"
-    with pytest.raises(UserError, match="train anew"):
+    with pytest.raises(UserError, match="train again"):
         shop.commit(second)
 
 
@@ -236,7 +236,7 @@ def test_a_takedown_during_a_promotion_stops_it_or_marks_the_version(shop: Shop,
 def test_a_takedown_before_the_last_look_stops_the_promotion(shop: Shop, elsewhere: Machine) -> None:
     version = shop.register(shop.train(shop.machine.version.content_digest))
     takedown = before("flows.registry.ledger:Ledger.append", lambda: take_down_and_mark(shop, elsewhere))
-    with takedown, pytest.raises(UserError, match="train anew"):
+    with takedown, pytest.raises(UserError, match="train again"):
         shop.commit(version)
     assert Ledger.of(shop.model).read().entries == ()
 

@@ -113,7 +113,7 @@ def test_a_batch_has_a_image_for_each_row_and_names_the_table(store: Store, buck
         (
             "t.csv",
             "label,seed\neven,3\n",
-            r"record 1: .* not drawn by 'seed': the columns are label and prompt",
+            r"record 1: 'seed' is no column .*: the columns are label and prompt",
         ),
         ("t.jsonl", '{"label": "odd"}\n{"text": "x"}\n', r"record 2: 'text' is no column of a request table"),
         ("t.csv", "label\nodd\nodder\n", r"record 2: the model knows no class 'odder': use one of even, odd"),
