@@ -212,7 +212,7 @@ class Catalogue:
         if sha256_bytes(data) != digest:
             raise UserError(
                 f"{where} is damaged (its SHA-256 differs): delete it; an ingest where the version is current writes "
-                "it anew"
+                "it again"
             )
         return parse_manifest(data, where)
 

@@ -109,10 +109,10 @@ def purge_files(folder: Path, held: Iterable[Manifest], others: Iterable[Manifes
     found = [path for sha256 in sorted(going) for path in sorted((folder.parent / ".shards").glob(f"{sha256}.*"))]
     found += [reports / name for name in (CACHE, "explain")]
     found += [path for each in held for path in sorted((reports / "dataset").glob(f"{each.digest[:16]}.*"))]
-    judged = reports / "evaluation.json"
-    if judged.is_file():
+    evaluation = reports / "evaluation.json"
+    if evaluation.is_file():
         try:
-            shown = {Evaluation.read(judged).conditions.content_digest}
+            shown = {Evaluation.read(evaluation).conditions.content_digest}
         except UserError:  # of another version of Darkroom, so its pages may show any images
             shown = {each.content_digest for each in held}
         if shown & {each.content_digest for each in held}:

@@ -168,8 +168,8 @@ def _commit(
                 f"{history.faster()}: look at `darkroom model history`, and give the command again if it still holds"
             )
         last = history.about(version.number)
-        judged = last.evidence if last and last.evidence else evidence
-        return history.then(what, version.number, version.weights_sha256, by_hand=True, reason=reason, evidence=judged)
+        basis = last.evidence if last and last.evidence else evidence
+        return history.then(what, version.number, version.weights_sha256, by_hand=True, reason=reason, evidence=basis)
 
     append(client, ledger, decide)
     return _done(client, ledger, version, already=False)

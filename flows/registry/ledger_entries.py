@@ -116,12 +116,12 @@ class Entry(Config):
         if self.by_hand:
             said = self.reason or "no reason given"
             overrides = self.what == "promote" and (self.evidence is None or self.evidence.verdict != "promote")
-            return f"by hand, {said}" + (f" (overrides the gate: {gate or 'never judged'})" if overrides else "")
+            return f"by hand, {said}" + (f" (overrides the gate: {gate or 'never evaluated'})" if overrides else "")
         words = self.evidence.reason if self.evidence else ""
         if self.approval is None:
             return words
         answer = "approved" if self.approval.approved else "not approved"
-        said = f"{answer} by {self.approval.by}" if self.approval.by else "nobody answered who was asked to approve it"
+        said = f"{answer} by {self.approval.by}" if self.approval.by else "no answer to the request for approval"
         return f"{said}{self.approval.note and f' ({self.approval.note})'}: {words}"
 
     def says_the_same(self, other: "Entry") -> bool:
@@ -238,7 +238,7 @@ class History:
         if entry is not None and entry.weights_sha256 != weights_sha256:
             raise UserError(
                 f"the ledger knows other weights as version {version} of {self.model} than the registry, which was "
-                "made anew: give registry.model another name"
+                "reset: give registry.model another name"
             )
 
     def about(self, version: int) -> Entry | None:

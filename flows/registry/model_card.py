@@ -19,7 +19,7 @@ UNLIKELY = 0.01
 """Largest p-value of a defect that the card mentions."""
 SEEN = 0.2
 """Smallest shift of colours or brightness that the card mentions, in standard deviations: less is hardly visible."""
-LICENCE_UNKNOWN = "nobody said: set ingest.licence, and until then take it that the images' owners allow nothing"
+LICENCE_UNKNOWN = "unknown: set ingest.licence, and until then assume that the images' owners allow nothing"
 
 
 def write(
@@ -54,7 +54,7 @@ def card(
     """Render the card of ``version``, trained on ``data``, with its ``evaluation`` and ``comparison``, as Markdown."""
     channels = "grey" if data.channels == 1 else "RGB"
     sections = {
-        "How it was judged": _decision(entry, comparison),
+        "Gate decision": _decision(entry, comparison),
         "How good it is": _evaluation_metrics(evaluation) if comparison is None else _comparison_metrics(comparison),
         "Samples": _samples(evaluation, version),
         "Data": _data(data, version),
@@ -214,8 +214,8 @@ png = model.predict(pd.DataFrame({{"seed": [0], "index": [0]}}))["png"][0]
 
 def _limits(data: Manifest, evaluation: Evaluation) -> Iterator[str]:
     scores = evaluation.best.scores
-    yield f"It draws what it was shown, at {data.size}×{data.size}, with the gaps and biases of those images."
-    yield "It may come close to single images that it learned from: mark what it draws as made by a model."
+    yield f"It generates images like its training data, at {data.size}×{data.size}, with their gaps and biases."
+    yield "It may come close to single training images: mark generated images as made by a model."
     yield (
         f"Its figures rest on features of {scores.extractor}: compare them only under equal conditions "
         f"(`{evaluation.eval_key}`)."
@@ -243,7 +243,7 @@ def _limits_found(comparison: ChampionComparison | None) -> Iterator[str]:
         f"copies of training images; of images that no model has seen {copied.expected:.1%} do."
     )
     if twins.p_value < UNLIKELY:
-        yield f"It draws some images again and again: {twins.share:.1%}, of real ones {twins.expected:.1%}."
+        yield f"It generates near-duplicates: {twins.share:.1%}, of real ones {twins.expected:.1%}."
     for name, shift in evaluated.drift.shifts.items():
         if shift.spreads is not None and abs(shift.spreads) > SEEN and abs(shift.difference) > 3 * shift.standard_error:
             yield (
@@ -258,13 +258,13 @@ def _limits_found(comparison: ChampionComparison | None) -> Iterator[str]:
     if (least := classes.least_recognized) is not None and least.agreement_high < least.agreement_real:
         taken = f", most others for {escape_markdown(least.taken_for)}" if least.taken_for else ""
         yield (
-            f"Of what it draws as {escape_markdown(least.name)} {least.agreement:.0%} is taken for that{taken}; of "
+            f"Of images generated as {escape_markdown(least.name)} {least.agreement:.0%} are taken for that{taken}; of "
             f"real images {least.agreement_real:.0%}."
         )
     if classes.skipped:
         names = [escape_markdown(each.name) for each in classes.skipped]
         more = [f"and {count(len(names) - CLASSES_SHOWN)} more"] if len(names) > CLASSES_SHOWN else []
-        yield f"There were too few images to judge these classes: {', '.join([*names[:CLASSES_SHOWN], *more])}."
+        yield f"There were too few images to evaluate these classes: {', '.join([*names[:CLASSES_SHOWN], *more])}."
 
 
 def _table(rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = ("", "")) -> str:

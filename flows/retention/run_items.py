@@ -74,7 +74,7 @@ def find_references(
             runs |= dict.fromkeys(_logged_by(client, digest), f"the ledger names models:/{model}/{number}")
     for batch in kept:
         where = f"samples of models:/{batch.model}/{batch.version}"
-        runs.setdefault(batch.run_id, f"made what drew {where}")
+        runs.setdefault(batch.run_id, f"made the model of {where}")
         contents.setdefault(batch.content_digest, f"{where} lead to it")
     # The references of a registered version are known, even if its batches are unreadable.
     unclear = next((words for version, words in unread.items() if version not in registered), None)

@@ -391,7 +391,7 @@ def test_a_promotion_by_hand_overrides_the_gate_and_says_so(
     assert aliases_of(client, ledger.model) == {"champion": 2, "previous": 1}
     again = champion.promote(ledger.model, 2, "better hands")
     assert (again.already, again.entry) == (True, done.entry)
-    assert "never judged" in str(champion.promote(ledger.model, 3).entry)
+    assert "never evaluated" in str(champion.promote(ledger.model, 3).entry)
     with pytest.raises(UserError, match=f"models:/{ledger.model}/9 is not in the registry"):
         champion.promote(ledger.model, 9)
 
