@@ -13,7 +13,7 @@ from flows.config import Params
 from flows.datasets.checkout import checkout
 from flows.environment import data_source, settings
 from flows.registry import champion
-from flows.registry.dependencies import named_now
+from flows.registry.dependencies import current_start
 from flows.registry.ledger import Ledger
 from flows.registry.ledger_entries import Evidence
 from flows.registry.model_versions import Version, version_of
@@ -282,9 +282,9 @@ def test_a_champion_that_learned_from_them_is_none_to_begin_with(
     shop.commit(version)
     with chdir(shop.machine.folder):
         uri = f"models:/{shop.model}@champion"
-        begun = named_now(params, uri)
+        begun = current_start(params, uri)
         assert begun is not None
         assert begun.uri == version.uri
         elsewhere.take_down(GONE)
-        assert named_now(params, uri) is None
+        assert current_start(params, uri) is None
     assert "random weights" in caplog.text

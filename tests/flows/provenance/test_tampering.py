@@ -491,10 +491,10 @@ def test_notes_that_cannot_be_read_are_named(
         sampled.store.client.put_object(Bucket=BUCKET, Key=note, Body=junk)
         assert request.done() is None
         assert note in caplog.text
-    begun = dependencies.decided(params, "models:/blobs/1")
+    begun = dependencies.resolve_start(params, "models:/blobs/1")
     assert begun is not None
     (key,) = (key for key in sampled.store.list_keys(BUCKET, "starts/") if key.endswith(".json"))
     sampled.store.client.put_object(Bucket=BUCKET, Key=key, Body=b"junk")
     with pytest.raises(UserError, match=key):
-        dependencies.decided(params, "models:/blobs/1")
+        dependencies.resolve_start(params, "models:/blobs/1")
     assert sha256_bytes(sampled.store.get(BUCKET, key)) == sha256_bytes(b"junk")
