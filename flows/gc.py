@@ -66,7 +66,7 @@ def sweeps(policy: RetentionConfig, now: datetime) -> Iterator[Sweep]:
     store, client, source = Store(), MlflowClient(), environment.data_source()
     bucket = environment.settings().bucket
     batches = SamplingBatches(store, bucket, policy, now)
-    live = find_references(client, store, bucket, *batches.kept())
+    live = find_references(client, store, bucket, *batches.remaining())
     runs = Runs(client, live, policy, now)
     yield batches.sweep()
     yield runs.sweep()

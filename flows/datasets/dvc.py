@@ -49,10 +49,10 @@ class Depot(Protocol):
     """Protocol of a store of DVC objects."""
 
     def listings(self) -> Iterator[tuple[str, Listing]]:
-        """All folders that lie there, by the names of their listings."""
+        """Yield the name and content of each folder listing."""
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete objects; those that are not there are as good as deleted."""
+        """Delete objects, if they exist."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Cache:
         return _parsed(path.read_bytes(), str(path)) if path.is_file() else None
 
     def listings(self) -> Iterator[tuple[str, Listing]]:
-        """All folders that lie there, by the names of their listings."""
+        """Yield the name and content of each folder listing."""
         for path in sorted(self.folder.glob(f"??/*{FOLDER}")):
             yield path.parent.name + path.name, _parsed(path.read_bytes(), str(path))
 
@@ -96,7 +96,7 @@ class Cache:
         return found
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete objects; those that are not there are as good as deleted."""
+        """Delete objects, if they exist."""
         for name in names:
             self.path(name).unlink(missing_ok=True)
 
@@ -110,7 +110,7 @@ class Remote:
 
     @classmethod
     def at(cls, source: str) -> "Remote":
-        """The remote with the URL ``source``."""
+        """Remote with the URL ``source``."""
         return cls(Location.parse(source), Store())
 
     def fetch(self, name: str, path: Path) -> None:
@@ -134,7 +134,7 @@ class Remote:
         return _parsed(self.read(name), f"{self.place}/{self._key(name)}")
 
     def listings(self) -> Iterator[tuple[str, Listing]]:
-        """All folders that lie there, by the names of their listings."""
+        """Yield the name and content of each folder listing."""
         for name in sorted(self.names()):
             if name.endswith(FOLDER):
                 yield name, self.listing(name)
@@ -178,7 +178,7 @@ class Remote:
         self.store.put_file_once(self.place.bucket, self._key(name), path)
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete objects; those that are not there are as good as deleted."""
+        """Delete objects, if they exist."""
         self.store.delete_many(self.place.bucket, map(self._key, names))
 
     def _key(self, name: str) -> str:

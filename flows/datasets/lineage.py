@@ -42,7 +42,7 @@ class DataVersion(Config):
 
 
 def code_version() -> CodeVersion:
-    """The git commit of the working folder, and whether tracked files differ from it."""
+    """Git commit of the working folder, and whether tracked files differ from it."""
     head = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return CodeVersion(commit=head or None, dirty=bool(changes))

@@ -94,7 +94,7 @@ class Takedown(Config):
 
     name: str
     reason: str | None
-    """None if only the name of the takedown is known."""
+    """Reason of the takedown; None if only its name is known."""
     images: int | None
 
 

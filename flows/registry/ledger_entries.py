@@ -33,7 +33,7 @@ class Evidence(Config):
     eval_key: str | None = None
     """Digest of the evaluation's conditions; None if no evaluation was needed."""
     gate: dict[str, JsonValue] = Field(default_factory=dict)
-    """The gate's configuration."""
+    """Configuration of the gate."""
 
 
 class Approval(Config):
@@ -211,7 +211,7 @@ class History:
 
     @property
     def head(self) -> Entry | None:
-        """The newest entry."""
+        """Newest entry; None if the ledger is empty."""
         return self.entries[-1] if self.entries else None
 
     @property

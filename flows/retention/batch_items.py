@@ -69,7 +69,7 @@ class SamplingBatches:
         self.found = self._batches()
         self.fates = [self._fate(batch) for batch in self.found]
 
-    def kept(self) -> tuple[list[Batch], dict[tuple[str, int], str]]:
+    def remaining(self) -> tuple[list[Batch], dict[tuple[str, int], str]]:
         """Requests of the batches that stay; and for unreadable ones, model and version with the reason."""
         found, unread = list[Batch](), dict[tuple[str, int], str]()
         for batch, (fate, _) in zip(self.found, self.fates, strict=True):

@@ -76,7 +76,7 @@ class Cost(Config):
     cpu_hours: float = 0.0
     """CPU time of all generating processes, each from its first chunk to its last."""
     images_per_cpu_hour: float | None = None
-    """None if no image was generated."""
+    """Throughput; None if no image was generated."""
 
     @property
     def words(self) -> str:

@@ -67,7 +67,7 @@ class StoredImage:
 
     png: bytes
     origin: Origin | None
-    """None if the PNG has no provenance metadata."""
+    """Provenance metadata; None if the PNG has none."""
     index: int
     """Image number in the batch."""
     row: Row | None
@@ -91,7 +91,7 @@ class SampleLocation:
     where: str
     image: StoredImage | None
     batch: Batch | None
-    """None if the batch cannot be found."""
+    """Batch of the image; None if it cannot be found."""
     place: Location | None
     """Prefix of the batch."""
     request: RequestRecord | None = None

@@ -40,7 +40,7 @@ Row = dict[str, Any]
 """Row of a manifest, with the fields of ``ManifestRow``."""
 
 BATCH, MANIFEST, SUCCESS = "batch.json", "manifest.parquet", "_SUCCESS"
-"""The first object of a batch, and the last two."""
+"""Names of the first object of a batch, and of the last two."""
 PARQUET = "application/vnd.apache.parquet"
 """Content type of tables."""
 CHUNK_BATCHES = 4

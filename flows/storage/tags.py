@@ -47,7 +47,7 @@ class Tags(BaseModel):
     content_digest: Sha256 | None = None
     """Content of the data set that was trained on."""
     dvc_digest: DvcDigest | None = None
-    """The same data set version, as DVC names it."""
+    """DVC digest of the same data set version."""
     dataset: PlainName | None = None
     """Name of the data set."""
     autoencoder: ModelUri | None = None

@@ -319,7 +319,7 @@ def test_what_others_abort_delete_or_damage_meanwhile_is_passed_over_or_named(bu
     with pytest.raises(UserError, match="there is no bucket nowhere"):
         SamplingBatches(store, "nowhere", STRICT, after(8))
     store.put_once(bucket, "samples/blobs/1/x/batch.json", b'{"of": "somebody else"}')
-    found, unread = SamplingBatches(store, bucket, STRICT, after(1)).kept()
+    found, unread = SamplingBatches(store, bucket, STRICT, after(1)).remaining()
     assert (found, list(unread)) == ([], [("blobs", 1)])
     assert "samples/blobs/1/x/batch.json is damaged, or of a newer Darkroom" in unread["blobs", 1]
 
