@@ -119,11 +119,11 @@ def resolve_params(params: Params, dry_run: bool = False) -> ResolvedParams:
         model = params.model.model_copy(update={"autoencoder": _file(version)})
         ready = _with(ready, version, autoencoder=version.uri, params=params.model_copy(update={"model": model}))
     if (uri := registered_start(params)) is not None:
-        begun = current_start(params, uri) if dry_run else resolve_start(params, uri)
-        begun = begun and with_takedowns(begun)
-        training = params.training.model_copy(update={"init_from": begun and _file(begun)})
+        start = current_start(params, uri) if dry_run else resolve_start(params, uri)
+        start = start and with_takedowns(start)
+        training = params.training.model_copy(update={"init_from": start and _file(start)})
         params = ready.params.model_copy(update={"training": training})
-        ready = _with(ready, begun, start=begun and begun.uri, params=params)
+        ready = _with(ready, start, start=start and start.uri, params=params)
     return ready
 
 

@@ -156,8 +156,8 @@ def read_image(store: Store, place: Location, batch: Batch, index: int, row: Row
 
 def read_pixels(png: bytes) -> np.ndarray | None:
     """Pixels of a PNG, (H, W) or (H, W, 3) uint8; None if it is damaged or not a PNG."""
-    opened = _open_png(png)
-    return None if opened is None else np.asarray(opened)
+    image = _open_png(png)
+    return None if image is None else np.asarray(image)
 
 
 def pixels_sha256(pixels: np.ndarray | None) -> str | None:
@@ -250,10 +250,10 @@ def _read_row(store: Store, place: Location, batch: Batch, index: int) -> Row | 
 
 
 def _read_origin(png: bytes) -> Origin | None:
-    opened = _open_png(png)
-    if opened is None:
+    image = _open_png(png)
+    if image is None:
         return None
-    texts = {name.removeprefix("darkroom:"): text for name, text in opened.text.items() if name.startswith("darkroom:")}
+    texts = {name.removeprefix("darkroom:"): text for name, text in image.text.items() if name.startswith("darkroom:")}
     try:
         model, version = parse_model_uri(texts["model"])
         numbers = [NUMBER.fullmatch(text) for text in (version, texts["seed"], texts["index"])]
@@ -274,12 +274,12 @@ def _read_origin(png: bytes) -> Origin | None:
 
 def _open_png(png: bytes) -> PngImageFile | None:
     try:
-        opened = Image.open(io.BytesIO(png), formats=("PNG",))
-        opened.load()
+        image = Image.open(io.BytesIO(png), formats=("PNG",))
+        image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
-    assert isinstance(opened, PngImageFile)
-    return opened
+    assert isinstance(image, PngImageFile)
+    return image
 
 
 class Success(Config):

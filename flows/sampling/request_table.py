@@ -72,12 +72,12 @@ class RequestTable:
         if path.is_file():
             return cls(path, about)
         folder.mkdir(parents=True, exist_ok=True)
-        arrived = folder / f".{uuid.uuid4().hex}.arrived"
+        download = folder / f".{uuid.uuid4().hex}.arrived"
         try:
-            store.fetch(place.bucket, place.key(REQUESTS), arrived)
-            found = cls._write(rows_of(arrived, "parquet"), folder)
+            store.fetch(place.bucket, place.key(REQUESTS), download)
+            found = cls._write(rows_of(download, "parquet"), folder)
         finally:
-            arrived.unlink(missing_ok=True)
+            download.unlink(missing_ok=True)
         if found.about != about:
             raise UserError(f"{place}/{REQUESTS} is not the table that the batch was begun with: put that back")
         return found
